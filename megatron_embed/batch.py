@@ -1,0 +1,64 @@
+"""The values that the data room hands to training. A row is one query or one document; rows are numbered per rank.
+
+Local row numbers: the queries come first (0 .. num_queries-1), then the documents. Documents of one query are
+contiguous, its positive first, its hard negatives after it.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One bin of packed sequences, the same on every tensor-, context- and pipeline-parallel rank of a replica.
+
+    `token_ids` is right-padded: tokens from `cu_seqlens[-1]` on are padding and belong to no sequence.
+    Every tensor lives on the CPU until the model moves it.
+    """
+
+    token_ids: Tensor
+    """[tokens] int64, padding included."""
+    position_ids: Tensor
+    """[tokens] int64, restarting at 0 in each sequence; 0 in the padding."""
+    cu_seqlens: Tensor
+    """[sequences + 1] int32, cumulative sequence lengths, from 0."""
+    rows: Tensor
+    """[sequences] int64, the local row number of each sequence."""
+    is_query: Tensor
+    """[sequences] bool, true where the sequence is a query."""
+    prompt_lengths: Tensor
+    """[sequences] int64, leading tokens that pooling must skip (0 unless prompts are excluded from pooling)."""
+
+    @property
+    def num_sequences(self) -> int:
+        return self.rows.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, without padding."""
+        return int(self.cu_seqlens[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedBatch:
+    """One data-parallel rank's share of one optimizer step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    """In the order of both passes. Every data-parallel rank has the same number of them."""
+    num_queries: int
+    num_documents: int
+    positive_index: Tensor
+    """[num_queries] int64, local document number (0 .. num_documents-1) of each query's positive."""
+    document_query: Tensor
+    """[num_documents] int64, local query number that each document was given for."""
+    query_ids: Tensor
+    """[num_queries] int64, hash of each query's text: equal text, equal id, on every rank."""
+    document_ids: Tensor
+    """[num_documents] int64, hash of each document's text."""
+    num_truncated: int
+    """Rows whose text was cut to the maximum length."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_queries + self.num_documents

@@ -1,0 +1,217 @@
+"""Every setting of a run: its type, unit, range and default. Defaults live here and nowhere else."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_embed.errors import ConfigError
+
+
+def _require(condition: bool, key: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} = {value!r}: {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str
+    """Hugging Face directory, one of our checkpoints, or a hub name."""
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    """auto: flash kernels on a GPU in half precision, else sdpa. flash: torch's variable-length flash kernels (GPU).
+    sdpa: torch's scaled_dot_product_attention over groups of equally long sequences (CPU included)."""
+    bidirectional: bool = False
+    """True lets every token of a decoder attend to the whole sequence. Encoder families always do."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of parameters and activations; the optimizer keeps float32 main parameters either way."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "model.path", self.path, "must name a model directory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    pooling: Literal["lasttoken", "mean", "cls", "weightedmean"] | None = None
+    """null: what the model directory's Sentence Transformers files say, else lasttoken."""
+    normalize: bool = True
+    """Scale embeddings to unit length, in float32. False: the objective takes plain dot products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    loss: Literal["info_nce"] = "info_nce"
+    temperature: float = 0.02
+    """Divides the similarity before the softmax; no unit, > 0. Larger is softer."""
+    negatives: Literal["global_batch", "micro_batch"] = "global_batch"
+    """global_batch: every document of the optimizer step, whatever the layout (two passes where a step has several
+    micro-batches). micro_batch: the documents of one micro-batch over the data-parallel ranks (one pass)."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "objective.temperature", self.temperature, "must be > 0; usual: 0.01 to 0.1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFile:
+    path: str
+    """JSONL file (.jsonl, .json)."""
+    instruction: str | None = None
+    """Replaces `{instruction}` in `data.query_prompt` for the rows of this file that carry none of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: tuple[TrainFile, ...] = ()
+    """Files of rows; a plain string is short for {path: STRING}."""
+    shuffle: bool = True
+    """False: step k takes rows k*global_batch_size ... in file order. True: a seeded permutation per epoch with no
+    query or document twice in a global batch."""
+    num_negatives: int = 0
+    """Hard negatives per query, taken from the row in order; a row with fewer contributes what it has."""
+    query_max_length: int = 512
+    """Tokens, special tokens and prompt included."""
+    document_max_length: int = 512
+    """Tokens, special tokens and prompt included."""
+    query_prompt: str = ""
+    """Exact prefix of a query, trailing space included."""
+    document_prompt: str = ""
+    """Exact prefix of a document, trailing space included."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_negatives >= 0, "data.num_negatives", self.num_negatives, "must be >= 0")
+        for role in ("query", "document"):
+            value = getattr(self, f"{role}_max_length")
+            _require(value >= 4, f"data.{role}_max_length", value, "must be >= 4 tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank (interleaved schedule); null or 1: off."""
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    sequence_parallel: bool | Literal["auto"] = "auto"
+    """auto: on exactly when tensor_model_parallel_size > 1."""
+    timeout_seconds: int = 600
+    """Longest wait of one collective before the run stops with an error, > 0."""
+
+    def __post_init__(self) -> None:
+        for key in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor"):
+            value = getattr(self, f"{key}_parallel_size")
+            _require(value >= 1, f"parallel.{key}_parallel_size", value, "must be >= 1")
+        virtual = self.virtual_pipeline_model_parallel_size
+        _require(virtual is None or virtual >= 1, "parallel.virtual_pipeline_model_parallel_size", virtual,
+                 "must be >= 1 or null")
+        _require(self.timeout_seconds > 0, "parallel.timeout_seconds", self.timeout_seconds, "must be > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    global_batch_size: int = 1024
+    """Queries per optimizer step, all ranks together."""
+    micro_batch_size: int = 8
+    """Queries per data-parallel rank per micro-batch."""
+    train_steps: int | None = None
+    """Optimizer steps; null: from `epochs`, or 1000 if that is null too."""
+    epochs: float | None = None
+    """Passes over the training rows; not together with train_steps."""
+    learning_rate: float = 1.0e-5
+    min_learning_rate: float = 0.0
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    weight_decay: float = 0.01
+    """Decoupled (AdamW); not applied to biases and norms."""
+    clip_grad: float = 1.0
+    """Largest norm of the whole model's gradient; 0 is off."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1.0e-8
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: none, selective (core attention), full (every layer)."""
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        for key in ("global_batch_size", "micro_batch_size"):
+            _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "must be >= 1")
+        for key in ("min_learning_rate", "warmup_steps", "weight_decay", "clip_grad", "seed"):
+            _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "must be >= 0")
+        _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "must be > 0")
+        _require(self.min_learning_rate <= self.learning_rate, "training.min_learning_rate", self.min_learning_rate,
+                 f"must be <= learning_rate = {self.learning_rate}")
+        for key in ("adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout"):
+            _require(0 <= getattr(self, key) < 1, f"training.{key}", getattr(self, key), "must be in [0, 1)")
+        _require(self.adam_eps > 0, "training.adam_eps", self.adam_eps, "must be > 0")
+        _require(self.train_steps is None or self.train_steps >= 1, "training.train_steps", self.train_steps,
+                 "must be >= 1 or null")
+        _require(self.epochs is None or self.epochs > 0, "training.epochs", self.epochs, "must be > 0 or null")
+        _require(self.train_steps is None or self.epochs is None, "training.epochs", self.epochs,
+                 f"training.train_steps = {self.train_steps} is set too; keep one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    directory: str | None = None
+    """Training state goes here and a run resumes from here; null: nothing is saved."""
+    save_every_steps: int = 500
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints kept; 0 keeps all."""
+    export_at_end: str | None = None
+    """Directory for a Sentence Transformers export of the final model; null: none."""
+
+    def __post_init__(self) -> None:
+        _require(self.save_every_steps >= 1, "checkpoint.save_every_steps", self.save_every_steps, "must be >= 1")
+        _require(self.keep >= 0, "checkpoint.keep", self.keep, "must be >= 0")
+        _require(self.export_at_end is None or self.directory is not None, "checkpoint.export_at_end",
+                 self.export_at_end, "the export is made from a checkpoint; set checkpoint.directory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    every_steps: int = 500
+    """Optimizer steps between evaluations; the last step is always evaluated."""
+    retrieval: tuple[str, ...] = ()
+    """BEIR folders (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv)."""
+    split: str = "test"
+    """Which qrels file of a BEIR folder."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, "evaluation.every_steps", self.every_steps, "must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    distributed: bool = True
+    """Shard optimizer state over the data-parallel ranks (ZeRO-1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    directory: str | None = None
+    """For metrics.jsonl and TensorBoard; null: checkpoint.directory, and if that is null too, nothing is written."""
+    every_steps: int = 10
+    """Optimizer steps between log lines, > 0."""
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, "logging.every_steps", self.every_steps, "must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run. `model.path` is the only required setting."""
+
+    task: Literal["embedding"] = "embedding"
+    model: ModelConfig
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
