@@ -1,0 +1,196 @@
+"""Transformer layers without a language-model head, from Megatron-Core's blocks: `[tokens]` ids -> `[tokens, hidden]`."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from megatron_embed.config.schema import ParallelConfig, TrainingConfig
+from megatron_embed.errors import ConfigError
+from megatron_embed.models.attention import PackedAttention
+from megatron_embed.models.families import ModelShape
+from megatron_embed.parallel.topology import uses_sequence_parallel, virtual_size
+from megatron_embed.platform.compat import (
+    MLP,
+    AttnMaskType,
+    ColumnParallelLinear,
+    IdentityOp,
+    LanguageModelEmbedding,
+    MLPSubmodules,
+    ModuleSpec,
+    ProcessGroupCollection,
+    RowParallelLinear,
+    SelfAttention,
+    SelfAttentionSubmodules,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_bias_dropout_add,
+    get_cuda_rng_tracker,
+    get_num_layers_to_build,
+    tensor_parallel,
+)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu, "gelu_tanh": _gelu_tanh, "relu": functional.relu, "silu": functional.silu}
+
+
+class LayerNorm(torch.nn.Module):
+    """LayerNorm over the last dim whose weights are marked for sequence parallelism.
+
+    Megatron's own torch norm refuses sequence parallelism; the mark makes `finalize_model_grads` sum the weights'
+    gradients over the tensor-parallel ranks, each of which normalized its share of the tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467), in float32, as LayerNorm above otherwise."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Rounded to the input's dtype before the weight, as Transformers does: served models then give the same vectors.
+        return self.weight * functional.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+
+
+class PostNormLayer(TransformerLayer):
+    """Transformer layer in the original order (Vaswani et al. 2017): norm(x + sublayer(x)). BERT and XLM-RoBERTa."""
+
+    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, layer_number: int = 1,
+                 hidden_dropout: float | None = None, pg_collection: ProcessGroupCollection | None = None,
+                 vp_stage: int | None = None) -> None:
+        super().__init__(config, submodules, layer_number, hidden_dropout, pg_collection, vp_stage)
+        self.post_attention_layernorm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_mlp_layernorm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        """[tokens/tp, 1, hidden] -> ([tokens/tp, 1, hidden], context as it came)."""
+        hidden, context = self._forward_attention(*args, **kwargs)
+        hidden = self.post_attention_layernorm(hidden)
+        hidden = self._forward_mlp(hidden, padding_mask=kwargs.get("padding_mask"))
+        return self.post_mlp_layernorm(hidden), context
+
+
+class EncoderEmbedding(LanguageModelEmbedding):
+    """Word, position and token-type embeddings with the norm and dropout that BERT puts behind them."""
+
+    def __init__(self, config: TransformerConfig, vocab_size: int, max_sequence_length: int, num_tokentypes: int,
+                 tp_group: torch.distributed.ProcessGroup) -> None:
+        super().__init__(config, vocab_size, max_sequence_length, "learned_absolute", num_tokentypes, tp_group=tp_group)
+        self.layer_norm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, tokentype_ids: Tensor | None = None) -> Tensor:
+        """[1, tokens] ids and positions -> [tokens/tp, 1, hidden] (all tokens without sequence parallelism)."""
+        embeddings = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+        if self.tokentype_embeddings is not None:
+            types = torch.zeros_like(input_ids) if tokentype_ids is None else tokentype_ids
+            embeddings = embeddings + self.tokentype_embeddings(types)
+        embeddings = embeddings.transpose(0, 1)
+        if not self.config.sequence_parallel:
+            return self.embedding_dropout(self.layer_norm(embeddings))
+        embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.tp_group)
+        with get_cuda_rng_tracker().fork():
+            return self.embedding_dropout(self.layer_norm(embeddings))
+
+
+def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
+    """Raises ConfigError, naming rule and nearest valid values, if the model cannot be split as asked."""
+    tp, pp = sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size
+    for name, value in (("attention heads", shape.num_attention_heads), ("MLP width", shape.ffn_hidden_size)):
+        if value % tp:
+            raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the model's {value} {name}; "
+                              f"nearest valid: {_nearest_divisor(value, tp)}")
+    if max(shape.num_query_groups, tp) % min(shape.num_query_groups, tp):
+        raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} neither divides nor is a multiple of the model's "
+                          f"{shape.num_query_groups} key/value heads; nearest valid: "
+                          f"{_nearest_divisor(shape.num_query_groups, tp)}")
+    if shape.hidden_size % tp and uses_sequence_parallel(sizes):
+        raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the hidden size {shape.hidden_size}")
+    stages = pp * (virtual_size(sizes) or 1)
+    if shape.num_layers % stages:
+        raise ConfigError(f"parallel.pipeline_model_parallel_size = {pp} (times virtual size {virtual_size(sizes) or 1}) does "
+                          f"not divide the model's {shape.num_layers} layers; nearest valid total: "
+                          f"{_nearest_divisor(shape.num_layers, stages)}")
+
+
+def _nearest_divisor(value: int, wanted: int) -> int:
+    return min((d for d in range(1, value + 1) if value % d == 0), key=lambda d: (abs(d - wanted), d))
+
+
+def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: TrainingConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of this model under this layout. Raises ConfigError if the layout does not divide it."""
+    check_divisible(shape, sizes)
+    virtual = virtual_size(sizes)
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=shape.num_layers, hidden_size=shape.hidden_size, num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups, kv_channels=shape.head_dim, ffn_hidden_size=shape.ffn_hidden_size,
+        normalization=shape.norm, layernorm_epsilon=shape.norm_eps, activation_func=ACTIVATIONS[shape.activation],
+        gated_linear_unit=shape.gated, add_bias_linear=shape.add_bias_linear, add_qkv_bias=shape.add_qkv_bias,
+        qk_layernorm=shape.qk_layernorm, init_method_std=shape.initializer_range,
+        hidden_dropout=training.hidden_dropout, attention_dropout=training.attention_dropout,
+        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual, context_parallel_size=sizes.context_parallel_size,
+        expert_model_parallel_size=sizes.expert_model_parallel_size,
+        expert_tensor_parallel_size=sizes.expert_tensor_parallel_size, sequence_parallel=uses_sequence_parallel(sizes),
+        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, use_cpu_initialization=not on_gpu,
+        perform_initialization=False, bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
+        apply_rope_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
+        # Interleaved schedules give wrong gradients on gloo unless sends and receives are separate and outputs stay
+        # allocated (33 of 60 steps wrong with a step's deallocated outputs, 0 without).
+        overlap_p2p_comm=virtual is not None, batch_p2p_comm=virtual is None, deallocate_pipeline_outputs=on_gpu,
+        recompute_granularity=None if training.recompute == "none" else training.recompute,
+        recompute_method="uniform" if training.recompute == "full" else None,
+        recompute_num_layers=1 if training.recompute == "full" else None,
+        recompute_modules=["core_attn"] if training.recompute == "selective" else None,
+    )
+
+
+def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool, pp_rank: int,
+               vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Layer and norm classes of the backbone, one entry per layer of this pipeline stage."""
+    norm = LayerNorm if shape.norm == "LayerNorm" else RMSNorm
+    qk_norm = norm if shape.qk_layernorm else None
+    mask = AttnMaskType.no_mask if bidirectional else AttnMaskType.causal
+    attention = ModuleSpec(
+        module=SelfAttention, params={"attn_mask_type": mask},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=PackedAttention, linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm, k_layernorm=qk_norm))
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    layer = ModuleSpec(
+        module=PostNormLayer if shape.post_norm else TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if shape.post_norm else norm, self_attention=attention,
+            self_attn_bda=get_bias_dropout_add, pre_mlp_layernorm=IdentityOp if shape.post_norm else norm, mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            # Transformer Engine fuses these norms into the linears; storing them under its names keeps checkpoints
+            # interchangeable with models built from its layers.
+            sharded_state_dict_keys_map={} if shape.post_norm else {
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}))
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage, pp_rank),
+                                      layer_norm=norm)

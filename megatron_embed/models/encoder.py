@@ -1,0 +1,158 @@
+"""Backbone, pooling and head, by pipeline stage: a micro-batch of token ids -> `[rows, dim]` embeddings."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from megatron_embed.batch import MicroBatch
+from megatron_embed.config.schema import RunConfig
+from megatron_embed.errors import ConfigError
+from megatron_embed.models.attention import PackedSequences, group_sequences
+from megatron_embed.models.backbone import EncoderEmbedding, block_spec, megatron_config
+from megatron_embed.models.families import ModelShape
+from megatron_embed.models.pooling import Pooling, PoolingPlan, local_plan, pool, pooling_plan
+from megatron_embed.parallel.topology import Topology
+from megatron_embed.platform.compat import (
+    HAS_CUDA,
+    LanguageModelEmbedding,
+    LanguageModule,
+    MegatronModule,
+    RotaryEmbedding,
+    TransformerBlock,
+    TransformerConfig,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceMicroBatch:
+    """A micro-batch on the device with all that is derived from its sequence bounds, computed once per step."""
+
+    token_ids: Tensor
+    """[1, tokens] int64."""
+    position_ids: Tensor
+    """[1, tokens] int64."""
+    packed: PackedSequences
+    plan: PoolingPlan
+    """Over the tokens that this rank holds after the last layer."""
+    rows: Tensor
+    """[sequences] int64 on the CPU, local row numbers."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the bin, padding included."""
+        return self.token_ids.shape[1]
+
+
+class EmbeddingModel(LanguageModule):
+    """One pipeline stage (or chunk) of an embedding model. Parameter names as in Megatron's GPTModel, no output layer."""
+
+    def __init__(self, config: TransformerConfig, shape: ModelShape, topology: Topology, *, pooling: Pooling,
+                 normalize: bool, bidirectional: bool, vp_stage: int | None = None) -> None:
+        super().__init__(config=config, pg_collection=topology.groups)
+        self.shape = shape
+        self.topology = topology
+        self.pooling = pooling
+        self.normalize = normalize
+        self.vp_stage = vp_stage
+        self.share_embeddings_and_output_weights = False
+        first_chunk, last_chunk = vp_stage in (None, 0), vp_stage in (None, topology.num_model_chunks - 1)
+        self.pre_process = topology.is_first_stage and first_chunk
+        self.post_process = topology.is_last_stage and last_chunk
+        if self.pre_process:
+            self.embedding = self._embedding()
+        self.rotary = None
+        if shape.rotary_base is not None:
+            self.rotary = RotaryEmbedding(
+                kv_channels=shape.head_dim, rotary_percent=1.0, rotary_base=shape.rotary_base,
+                use_cpu_initialization=not HAS_CUDA, cp_group=topology.groups.cp)
+        self.decoder = TransformerBlock(
+            config=config, spec=block_spec(config, shape, bidirectional, topology.pp_rank, vp_stage),
+            post_layer_norm=not shape.post_norm, pre_process=self.pre_process, post_process=self.post_process,
+            pg_collection=topology.groups, vp_stage=vp_stage)
+
+    def _embedding(self) -> LanguageModelEmbedding:
+        vocabulary = padded_vocabulary(self.shape.vocab_size, self.topology.tp_size)
+        if self.shape.rotary_base is None:
+            return EncoderEmbedding(self.config, vocabulary, self.shape.max_position_embeddings, self.shape.type_vocab_size,
+                                    tp_group=self.topology.groups.tp)
+        return LanguageModelEmbedding(self.config, vocabulary, self.shape.max_position_embeddings, "rope",
+                                      tp_group=self.topology.groups.tp)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Called by the pipeline schedule with what the previous stage sent."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, batch: DeviceMicroBatch) -> Tensor:
+        """The bin's embeddings, [sequences, dim] float32, on the last stage; token states to send on elsewhere."""
+        hidden = self.embedding(batch.token_ids, batch.position_ids) if self.pre_process else None
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(batch),
+                              packed_seq_params=batch.packed)
+        if not self.post_process:
+            return hidden
+        group = (self.topology.groups.tp,) if self.topology.sequence_parallel else ()
+        rows = pool(hidden.squeeze(1), batch.plan, group)
+        return functional.normalize(rows, dim=-1) if self.normalize else rows
+
+    def _rotary_angles(self, batch: DeviceMicroBatch) -> Tensor | None:
+        """[tokens, 1, 1, head_dim] float32 angles of each token's own position, so bins need no splitting."""
+        if self.rotary is None:
+            return None
+        frequencies = self.rotary.inv_freq.to(batch.position_ids.device)
+        angles = torch.outer(batch.position_ids.flatten().float(), frequencies)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Megatron's sharded state under the layers' global numbers; LanguageModule's own form insists on logits."""
+        metadata = {**(metadata or {}), "non_homogeneous_layers": True, "dp_cp_group": self.topology.groups.dp_cp}
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+
+def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
+    """Rows of the word embedding: the vocabulary rounded up so that every tensor-parallel rank holds as many."""
+    return -(-vocab_size // tp_size) * tp_size
+
+
+def uses_flash(config: RunConfig) -> bool:
+    """Whether attention runs on torch's variable-length flash kernels. Raises ConfigError if asked for without a GPU."""
+    half = config.model.dtype != "float32"
+    if config.model.attention == "flash" and not (HAS_CUDA and half):
+        raise ConfigError("model.attention = 'flash' needs a GPU and model.dtype = bfloat16; use 'auto' or 'sdpa' here")
+    return HAS_CUDA and half and config.model.attention != "sdpa" and config.training.attention_dropout == 0
+
+
+def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling) -> list[EmbeddingModel]:
+    """This rank's model chunks (one without interleaving), uninitialized, in `model.dtype`, on the device.
+
+    Raises:
+        ConfigError: the layout does not divide the model.
+    """
+    dtype = DTYPES[config.model.dtype]
+    transformer = megatron_config(shape, config.parallel, config.training, dtype)
+    bidirectional = shape.bidirectional or config.model.bidirectional
+    stages: list[int | None] = [None] if topology.num_model_chunks == 1 else list(range(topology.num_model_chunks))
+    chunks = []
+    for stage in stages:
+        chunk = EmbeddingModel(transformer, shape, topology, pooling=pooling, normalize=config.embedding.normalize,
+                               bidirectional=bidirectional, vp_stage=stage)
+        chunks.append(chunk.to(device=topology.device, dtype=dtype))
+    return chunks
+
+
+def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, flash: bool) -> DeviceMicroBatch:
+    """Moves a micro-batch and derives attention groups and pooling plan. No communication."""
+    device = topology.device
+    lengths = micro_batch.cu_seqlens.diff()
+    packed = PackedSequences(
+        cu_seqlens=micro_batch.cu_seqlens.to(device), max_seqlen=int(lengths.max()), num_tokens=micro_batch.num_tokens,
+        groups=() if flash else group_sequences(micro_batch.cu_seqlens, device))
+    plan = pooling_plan(micro_batch, pooling, device)
+    if topology.sequence_parallel:
+        share = micro_batch.token_ids.numel() // topology.tp_size
+        plan = local_plan(plan, topology.tp_rank * share, share)
+    return DeviceMicroBatch(
+        token_ids=micro_batch.token_ids[None].to(device), position_ids=micro_batch.position_ids[None].to(device),
+        packed=packed, plan=plan, rows=micro_batch.rows)

@@ -1,0 +1,67 @@
+"""Forward passes over Megatron's stock schedules, for training's first pass and for inference alike."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_embed.models.encoder import DeviceMicroBatch, EmbeddingModel
+from megatron_embed.parallel.topology import Topology, virtual_size
+from megatron_embed.platform.compat import get_forward_backward_func
+
+LossFunction = Callable[..., Any]
+
+
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[DeviceMicroBatch],
+    topology: Topology,
+    loss_of: Callable[[int], LossFunction],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Every micro-batch through the pipeline, once.
+
+    Args:
+        chunks: this rank's model chunks, wrapped by Megatron's DDP or not.
+        batches: the step's micro-batches, equally long where there is a pipeline.
+        loss_of: micro-batch number -> the schedule's loss function for it, called on the last stage.
+        forward_only: collect `loss(output, non_loss_data=True)` and leave the gradients alone.
+    Returns:
+        What the loss functions handed back, in micro-batch order; empty before the last stage.
+        Communicates over the pipeline, tensor-, context- and expert-parallel groups and, with backward, data-parallel.
+    """
+
+    def forward_step(numbered: Iterator[tuple[int, DeviceMicroBatch]], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        number, batch = next(numbered)
+        return model(batch), loss_of(number)
+
+    iterators = [iter(list(enumerate(batches))) for _ in chunks]
+    schedule = get_forward_backward_func(topology.pp_size, virtual_size(topology.sizes))
+    return schedule(
+        forward_step_func=forward_step, data_iterator=iterators if len(chunks) > 1 else iterators[0], model=list(chunks),
+        num_microbatches=len(batches), seq_length=batches[0].num_tokens, micro_batch_size=1, forward_only=forward_only,
+        collect_non_loss_data=forward_only)
+
+
+def embed(chunks: Sequence[torch.nn.Module], batches: Sequence[DeviceMicroBatch], topology: Topology) -> Tensor | None:
+    """Embeddings of all rows of `batches`, without a graph.
+
+    Returns:
+        [rows, dim] float32 on the last pipeline stage, ordered by row number; null on the others.
+    """
+
+    def collect(number: int) -> LossFunction:
+        return lambda output, non_loss_data: output
+
+    with torch.no_grad():
+        outputs = run_schedule(chunks, batches, topology, collect, forward_only=True)
+    if not topology.is_last_stage:
+        return None
+    embeddings = torch.cat(outputs)
+    rows = torch.cat([batch.rows for batch in batches]).to(embeddings.device)
+    return torch.empty_like(embeddings).index_copy_(0, rows, embeddings)
+
+
+__all__ = ["EmbeddingModel", "embed", "run_schedule"]

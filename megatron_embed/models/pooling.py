@@ -1,0 +1,72 @@
+"""From token states to row states: each rank pools the tokens it holds, then only `[rows, hidden]` is communicated."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_embed.batch import MicroBatch
+from megatron_embed.platform.compat import tensor_parallel
+
+Pooling = Literal["lasttoken", "mean", "cls", "weightedmean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolingPlan:
+    """Which tokens enter which row, with what weight. Tokens without weight are absent."""
+
+    tokens: Tensor
+    """[pooled tokens] int64, ascending positions in the bin."""
+    sequences: Tensor
+    """[pooled tokens] int64, the sequence each belongs to."""
+    weights: Tensor
+    """[pooled tokens] float32; each sequence's weights sum to 1."""
+    num_sequences: int
+
+
+def pooling_plan(micro_batch: MicroBatch, pooling: Pooling, device: torch.device) -> PoolingPlan:
+    """Weights of `pooling` for one bin. Sentence Transformers' definitions; `weightedmean` is Muennighoff 2022
+    (SGPT, arXiv:2202.08904): weight position + 1."""
+    bounds = micro_batch.cu_seqlens.to(torch.int64)
+    starts, lengths = bounds[:-1], bounds.diff()
+    count = lengths.numel()
+    if pooling in ("lasttoken", "cls"):
+        tokens = bounds[1:] - 1 if pooling == "lasttoken" else starts
+        sequences, weights = torch.arange(count), torch.ones(count)
+    else:
+        sequences = torch.repeat_interleave(torch.arange(count), lengths)
+        tokens = torch.arange(sequences.numel())
+        offsets = tokens - starts[sequences]
+        kept = offsets >= micro_batch.prompt_lengths[sequences]
+        tokens, sequences, offsets = tokens[kept], sequences[kept], offsets[kept]
+        weights = offsets.float() + 1.0 if pooling == "weightedmean" else torch.ones(tokens.numel())
+        weights = weights / torch.zeros(count).index_add(0, sequences, weights)[sequences]
+    return PoolingPlan(tokens=tokens.to(device), sequences=sequences.to(device), weights=weights.to(device),
+                       num_sequences=count)
+
+
+def local_plan(plan: PoolingPlan, first: int, count: int) -> PoolingPlan:
+    """The part of a plan that falls on the bin's tokens first .. first + count - 1, renumbered from 0."""
+    low, high = torch.searchsorted(plan.tokens, torch.tensor([first, first + count], device=plan.tokens.device)).tolist()
+    return PoolingPlan(tokens=plan.tokens[low:high] - first, sequences=plan.sequences[low:high],
+                       weights=plan.weights[low:high], num_sequences=plan.num_sequences)
+
+
+def pool(hidden: Tensor, plan: PoolingPlan, groups: tuple[dist.ProcessGroup, ...]) -> Tensor:
+    """Pooled rows, equal on every rank of `groups`.
+
+    Args:
+        hidden: [tokens held by this rank, hidden].
+        plan: over those tokens.
+        groups: groups whose ranks hold different tokens of the same bin. One all-reduce of [rows, hidden] over each,
+            with identity backward: every rank's loss gradient is already the whole one.
+    Returns:
+        [rows, hidden] float32.
+    """
+    states = hidden.index_select(0, plan.tokens).float() * plan.weights[:, None]
+    rows = states.new_zeros(plan.num_sequences, hidden.shape[-1]).index_add(0, plan.sequences, states)
+    for group in groups:
+        rows = tensor_parallel.reduce_from_tensor_model_parallel_region(rows, group=group)
+    return rows

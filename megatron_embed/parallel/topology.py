@@ -1,0 +1,201 @@
+"""From sizes to process groups. The only module that touches Megatron's `parallel_state`."""
+
+import datetime
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_embed.config.schema import ParallelConfig, RunConfig
+from megatron_embed.errors import ConfigError
+from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, parallel_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Where this rank stands in the process grid. A group of one rank is the identity."""
+
+    rank: int
+    world_size: int
+    groups: ProcessGroupCollection
+    device: torch.device
+    sizes: ParallelConfig
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Replicas that hold different rows; without context parallelism, so no row is counted twice."""
+        return self.groups.dp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def tp_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def tp_size(self) -> int:
+        return self.groups.tp.size()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
+    def cp_size(self) -> int:
+        return self.groups.cp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def pp_size(self) -> int:
+        return self.groups.pp.size()
+
+    @property
+    def num_model_chunks(self) -> int:
+        """Model chunks on this rank (virtual pipeline size, 1 without interleaving)."""
+        return virtual_size(self.sizes) or 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the pooling and the heads, and so the embeddings."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return uses_sequence_parallel(self.sizes)
+
+
+def uses_sequence_parallel(sizes: ParallelConfig) -> bool:
+    if sizes.sequence_parallel == "auto":
+        return sizes.tensor_model_parallel_size > 1
+    return sizes.sequence_parallel and sizes.tensor_model_parallel_size > 1
+
+
+def virtual_size(sizes: ParallelConfig) -> int | None:
+    """Virtual pipeline size, or null where the pipeline is not interleaved."""
+    virtual = sizes.virtual_pipeline_model_parallel_size
+    return virtual if virtual is not None and virtual > 1 else None
+
+
+def token_alignment(sizes: ParallelConfig) -> int:
+    """The multiple to which a micro-batch's token count is padded so that every rank gets an equal share."""
+    shares = sizes.tensor_model_parallel_size if uses_sequence_parallel(sizes) else 1
+    return shares * (2 * sizes.context_parallel_size if sizes.context_parallel_size > 1 else 1)
+
+
+def launched_rank() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun's variables, else from srun's (several tasks), else (0, 1, 0)."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+    return 0, 1, 0
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    """`node[03-05,9]` or `a,b` -> the first host's name."""
+    match = re.match(r"([^\[,]+)(?:\[([0-9]+))?", nodelist)
+    if match is None:
+        raise ConfigError(f"SLURM_JOB_NODELIST = {nodelist!r} names no host; set MASTER_ADDR to the first node's address")
+    return match.group(1) + (match.group(2) or "")
+
+
+def _init_process_group(rank: int, world_size: int, timeout: datetime.timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo"
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    env = os.environ
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = _first_slurm_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
+    if "MASTER_PORT" not in env:
+        # Jobs that share a node must not share a port; ids that follow each other get ports far apart.
+        env["MASTER_PORT"] = str(20000 + int(env.get("SLURM_JOB_ID", 0)) * 7 % 20000)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
+    """Data-parallel size of a layout. Raises ConfigError if the world size does not fit it."""
+    tp, pp, cp = (sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size)
+    model = tp * pp * cp
+    if world_size % model:
+        raise ConfigError(f"world size = {world_size} is not a multiple of tensor_model_parallel_size * "
+                          f"pipeline_model_parallel_size * context_parallel_size = {tp} * {pp} * {cp} = {model}; start "
+                          f"{-(-world_size // model) * model} ranks or lower one of the parallel.* sizes")
+    ep, etp = sizes.expert_model_parallel_size, sizes.expert_tensor_parallel_size
+    if ep > 1 and world_size % (ep * etp * pp):
+        raise ConfigError(f"parallel.expert_model_parallel_size = {ep}: world size = {world_size} is not a multiple of "
+                          f"expert_model * expert_tensor * pipeline = {ep} * {etp} * {pp} = {ep * etp * pp}; choose a divisor")
+    virtual = virtual_size(sizes)
+    if virtual is not None and pp == 1:
+        raise ConfigError(f"parallel.virtual_pipeline_model_parallel_size = {virtual} needs "
+                          "pipeline_model_parallel_size >= 2; remove it or raise that")
+    return world_size // model
+
+
+def check_batch_sizes(config: RunConfig, dp_size: int) -> int:
+    """Micro-batches per optimizer step on each rank. Raises ConfigError if the batch sizes do not divide."""
+    size, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if size % (micro * dp_size):
+        unit = micro * dp_size
+        raise ConfigError(f"training.global_batch_size = {size} is not a multiple of micro_batch_size * "
+                          f"data_parallel_size = {micro} * {dp_size} = {unit}; next valid: {-(-size // unit) * unit}")
+    num_microbatches = size // (micro * dp_size)
+    pp, virtual = config.parallel.pipeline_model_parallel_size, virtual_size(config.parallel)
+    if virtual is not None and num_microbatches % pp:
+        raise ConfigError(f"training.micro_batch_size = {micro} gives {num_microbatches} micro-batches per step; the "
+                          f"interleaved pipeline needs a multiple of pipeline_model_parallel_size = {pp}")
+    return num_microbatches
+
+
+def initialize(sizes: ParallelConfig) -> Topology:
+    """Starts the process group if none runs, then builds every group of the layout.
+
+    Communicates over the world. Raises ConfigError, before the first collective, if the world size does not fit.
+    """
+    rank, world_size, local_rank = launched_rank()
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    check_world_size(sizes, world_size)
+    device = torch.device("cpu")
+    if HAS_CUDA:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _init_process_group(rank, world_size, datetime.timedelta(seconds=sizes.timeout_seconds))
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_size(sizes),
+        context_parallel_size=sizes.context_parallel_size,
+        expert_model_parallel_size=sizes.expert_model_parallel_size,
+        expert_tensor_parallel_size=sizes.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, sizes.timeout_seconds // 60),
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Topology(rank=rank, world_size=world_size, groups=groups, device=device, sizes=sizes)
+
+
+def shutdown() -> None:
+    """Frees every group, so that a later `initialize` in the same process starts clean."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,71 @@
+"""The one door to Megatron-Core: every other module imports Megatron's names from here.
+
+Importing it installs the CPU adapter where CUDA is absent, before any Megatron module is loaded, and settles the
+differences between the supported versions (0.16.1 on Python 3.11 to 0.19.x on 3.12). `parallel/topology.py` alone may use
+`parallel_state`.
+"""
+
+# ruff: noqa: E402, F401
+import importlib.metadata
+import os
+import warnings
+
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    from megatron_embed.platform import cpu
+
+    cpu.install()
+
+# Without it Megatron logs an INFO line per module from every rank.
+os.environ.setdefault("MEGATRON_LOGGING_LEVEL", "30")
+
+warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
+
+import megatron.core.optimizer as megatron_optimizer
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+MEGATRON_VERSION = importlib.metadata.version("megatron-core")
+
+
+def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
+    """Makes Megatron build `adam_class` where neither Transformer Engine nor Apex offers a fused Adam.
+
+    `adam_class` takes Apex's arguments (`adam_w_mode`) and keeps `step` in its parameter groups, as they do: Megatron's
+    fully reshardable optimizer checkpoints look for it there (torch's AdamW keeps one per parameter).
+    """
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER or megatron_optimizer.Adam is adam_class:
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        megatron_optimizer.Adam = adam_class

@@ -1,0 +1,180 @@
+"""Lets Megatron-Core run where there is no CUDA: its hard-wired device calls are answered by the CPU.
+
+Installed by `platform/compat.py`, before any Megatron module is imported, and only if CUDA is absent: each call replaced
+here would raise on such a machine, so no working behaviour changes. A GPU run never imports this file.
+`tests/platform/test_cpu.py` lists the CUDA-only sites of the installed Megatron-Core and fails on one that is not covered.
+"""
+
+import contextlib
+import functools
+import importlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "randint",
+             "randperm", "tensor", "zeros", "zeros_like")
+"""torch functions whose `device="cuda"` becomes the CPU and whose `pin_memory` is dropped."""
+
+CUDA_TYPE_SITES = (
+    ("megatron.core.optimizer.optimizer", "Float16OptimizerWithFloat16Params", "__init__"),
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer", "__init__"),
+)
+"""Methods that sort parameters by `param.type() == 'torch.cuda.FloatTensor'` and the like."""
+
+
+class Stream:
+    """Stands in for torch.cuda.Stream: CPU work is already in program order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = torch.device("cpu")
+
+    def wait_stream(self, other: "Stream") -> None: ...
+    def wait_event(self, event: "Event") -> None: ...
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        return event if event is not None else Event()
+
+
+class Event:
+    """Stands in for torch.cuda.Event: every event has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, stream: Stream | None = None) -> None: ...
+    def wait(self, stream: Stream | None = None) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+_STREAM = Stream()
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Answers calls that only order or wait for device work."""
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = "cpu"
+            kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _get_rng_state(device: Any = "cpu", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _same(value: Any, *args: Any, **kwargs: Any) -> Any:
+    return value
+
+
+CUDA_CALLS: dict[str, Any] = {
+    "current_device": lambda: torch.device("cpu"),
+    "synchronize": _nothing,
+    "Stream": Stream,
+    "Event": Event,
+    "current_stream": lambda device=None: _STREAM,
+    "default_stream": lambda device=None: _STREAM,
+    "stream": lambda stream: contextlib.nullcontext(),
+    "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+    "get_rng_state": _get_rng_state,
+    "set_rng_state": _set_rng_state,
+    "is_current_stream_capturing": lambda: False,
+}
+"""Replacements in `torch.cuda`. One random stream serves as Megatron's CPU and CUDA streams both."""
+
+
+@contextlib.contextmanager
+def _cuda_type_names() -> Iterator[None]:
+    """Within it `tensor.type()` of a CPU tensor answers with the CUDA type's name."""
+    original = torch.Tensor.type
+
+    def named(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(tensor, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = named  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+def _import_without_compiler() -> None:
+    """Binds Megatron's `jit_fuser` to plain Python: torch.compile would need a C++ compiler and recompile per shape."""
+    compile_function = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment, misc]
+    try:
+        importlib.import_module("megatron.core.jit")
+    finally:
+        torch.compile = compile_function
+
+
+def _numpy_split_sizes(moe_utils: types.ModuleType) -> None:
+    """`maybe_move_tensor_to_cpu(..., as_numpy=True)` returns numpy only for CUDA tensors; the all-to-all needs it always."""
+    original = moe_utils.maybe_move_tensor_to_cpu
+
+    @functools.wraps(original)
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = move
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def _name_cuda_types(module_name: str, class_name: str, method_name: str) -> None:
+    owner = vars(importlib.import_module(module_name))[class_name]
+    method = vars(owner)[method_name]
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _cuda_type_names():
+            return method(*args, **kwargs)
+
+    setattr(owner, method_name, call)
+
+
+def install() -> None:
+    """Replaces the calls above. Must run before the first import of a Megatron module; harmless when repeated."""
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU adapter must not be installed on a machine with CUDA")
+    if vars(torch.cuda).get("Stream") is Stream:
+        return
+    for name, replacement in CUDA_CALLS.items():
+        setattr(torch.cuda, name, replacement)
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(vars(torch)[name]))
+    torch.Tensor.cuda = _same  # type: ignore[method-assign, assignment]
+    torch.Tensor.pin_memory = _same  # type: ignore[method-assign, assignment]
+    torch.Tensor.record_stream = _nothing  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = _same  # type: ignore[method-assign, assignment]
+    _import_without_compiler()
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = _get_rng_state  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = _set_rng_state  # type: ignore[attr-defined]
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    vars(moe_utils).setdefault("te_general_gemm", None)  # 0.16.1 leaves the name undefined without Transformer Engine
+    _numpy_split_sizes(moe_utils)
+    for site in CUDA_TYPE_SITES:
+        _name_cuda_types(*site)
