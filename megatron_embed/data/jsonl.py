@@ -1,0 +1,150 @@
+"""JSONL files, plain or gzipped, read line by line so that every complaint names file and line."""
+
+import gzip
+import json
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, NoReturn, cast
+
+from megatron_embed.errors import ConfigError, DataError
+
+_BOM = b"\xef\xbb\xbf"
+_BLANK = b" \t\r\n"
+_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+
+
+class Line(NamedTuple):
+    """One line that is not blank."""
+
+    number: int
+    """In the file, from 1, blank lines counted."""
+    start: int
+    """Byte offset of `raw` in the file (after decompression)."""
+    raw: bytes
+    """With its line ending; without the byte order mark of the file's first line."""
+
+
+def shortened(value: object, limit: int = 80) -> str:
+    """`repr(value)` on one line of at most `limit` characters."""
+    text = repr(value[: limit + 1] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def is_gzip(path: str) -> bool:
+    """Whether the name says that the file is compressed."""
+    return path.endswith(".gz")
+
+
+def open_jsonl(path: str, key: str) -> BinaryIO:
+    """The file's decompressed bytes.
+
+    Raises:
+        ConfigError: naming `key` (the setting or option the path came from), if it is no readable JSONL file.
+    """
+    if not path.endswith(_ENDINGS):
+        raise ConfigError(f"{key} = {path!r}: not a JSONL file by its name; readable are {', '.join(_ENDINGS)}")
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise ConfigError(f"{key} = {path!r}: not a regular file; name one JSONL file per entry")
+        return cast(BinaryIO, gzip.open(path, "rb")) if is_gzip(path) else open(path, "rb")
+    except FileNotFoundError:
+        raise ConfigError(f"{key} = {path!r}: no such file; the current directory is {str(Path.cwd())!r}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(f"{key} = {path!r}: cannot be read: {reason}") from None
+
+
+def read_lines(path: str, key: str) -> Iterator[Line]:
+    """Every line that is not blank.
+
+    Raises:
+        ConfigError: the file cannot be opened.
+        DataError: it breaks off or its compression is damaged.
+    """
+    number = start = 0
+    with open_jsonl(path, key) as file:
+        while True:
+            number += 1
+            try:
+                raw = file.readline()
+            except (OSError, EOFError, zlib.error) as error:
+                raise DataError(f"{path}:{number}: cannot be read on: {error}; the file is damaged or incomplete, "
+                                "make it again") from None
+            if not raw:
+                return
+            end = start + len(raw)
+            if number == 1 and raw.startswith(_BOM):
+                raw, start = raw[len(_BOM):], len(_BOM)
+            if raw.strip(_BLANK):
+                yield Line(number, start, raw)
+            start = end
+
+
+class _RefusedError(Exception):
+    """A construct that `json` would let pass."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _RefusedError(f"{name} is not valid JSON")
+
+
+def _unique_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RefusedError(f"key {shortened(next(n for n in names if names.count(n) > 1))} occurs twice; keep one of them")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
+
+
+def parse_object(raw: bytes, source: str) -> dict[str, object]:
+    """The JSON object of one line.
+
+    Raises:
+        DataError: beginning with `source`, if the line is not UTF-8, not JSON, or another JSON value.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line; "
+                        "save the file as UTF-8") from None
+    try:
+        row = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        near = shortened(text[max(0, error.pos - 20):error.pos + 20].strip("\r\n"))
+        raise DataError(f"{source}: not valid JSON: {error.msg} at character {error.pos + 1}, near {near}; "
+                        "a line holds exactly one JSON object") from None
+    except (_RefusedError, ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
+        raise DataError(f"{source}: {error}; correct the line") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{source}: a JSON {_json_type(row)}, {shortened(row)}, where one JSON object per line is "
+                        "expected; write one object per line, without enclosing brackets")
+    return row
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
+
+
+def check_text(value: object, name: str, source: str) -> str:
+    """`value` itself, if it is a string with something in it that is valid Unicode.
+
+    Raises:
+        DataError: beginning with `source` and naming `name`.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{source}: {name} = {shortened(value)} is a JSON {_json_type(value)}; it must be a string")
+    if not value.strip():
+        raise DataError(f"{source}: {name} = {shortened(value)} is empty; give it a text or remove the row")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{source}: {name} holds half a surrogate pair, \\u{ord(value[error.start]):04x}, at "
+                            f"character {error.start + 1}; write the character itself or both halves") from None
+    return value
