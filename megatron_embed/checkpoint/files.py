@@ -1,0 +1,122 @@
+"""Where a checkpoint's files lie and how they become complete: temporary name, fsync, rename, `latest` last."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.errors import CheckpointError
+
+FORMAT = 1
+INFO_FILE = "megatron_embed.json"
+_STEP = re.compile(r"step_(\d+)$")
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes a rename in `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """fsync of every file and folder below `directory`, itself included."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(folder))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a small text file as a whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_directory(path.parent)
+
+
+def step_directories(directory: Path) -> dict[int, Path]:
+    """Complete training checkpoints by number of optimizer steps done, ascending."""
+    found = {}
+    for entry in directory.iterdir() if directory.is_dir() else ():
+        match = _STEP.match(entry.name)
+        if match and (entry / INFO_FILE).is_file():
+            found[int(match.group(1))] = entry
+    return dict(sorted(found.items()))
+
+
+def latest_checkpoint(directory: str | Path) -> Path | None:
+    """The training checkpoint that `latest` names, else the newest complete one; null if there is none."""
+    folder = Path(directory)
+    pointer = folder / "latest"
+    if pointer.is_file():
+        named = folder / pointer.read_text(encoding="utf-8").strip()
+        if (named / INFO_FILE).is_file():
+            return named
+    complete = step_directories(folder)
+    return complete[max(complete)] if complete else None
+
+
+def read_info(checkpoint: str | Path) -> dict[str, Any]:
+    """Contents of a checkpoint's megatron_embed.json. Raises CheckpointError if it is missing, broken or newer than us."""
+    path = Path(checkpoint) / INFO_FILE
+    try:
+        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint description ({error}); choose another checkpoint") from error
+    if info.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format = {info.get('format')!r}, this version reads {FORMAT}; update megatron_embed")
+    return info
+
+
+def is_checkpoint(directory: str | Path) -> bool:
+    """Whether `directory` is one of our checkpoints, or a training directory that holds one."""
+    return (Path(directory) / INFO_FILE).is_file() or latest_checkpoint(directory) is not None
+
+
+def resolve_checkpoint(directory: str | Path) -> Path:
+    """The checkpoint that `directory` is, or whose newest it holds."""
+    folder = Path(directory)
+    if (folder / INFO_FILE).is_file():
+        return folder
+    latest = latest_checkpoint(folder)
+    if latest is None:
+        raise CheckpointError(f"{directory}: holds no complete checkpoint ({INFO_FILE} is missing); check the path")
+    return latest
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """A copy of a folder by hard links where the file system allows, else by copying."""
+
+    def link(one: str, other: str) -> str:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copy2(one, other)
+        return other
+
+    shutil.copytree(source, target, copy_function=link)
+
+
+def remove_old(directory: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` training checkpoints (0 keeps all) and what killed saves left behind."""
+    complete = list(step_directories(directory).values())
+    for old in complete[:-keep] if keep else []:
+        (old / INFO_FILE).unlink()  # first, so that a kill in between leaves no half checkpoint that looks whole
+        shutil.rmtree(old)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Deletes what killed saves or deletions left behind. Only before training starts: nothing may be in the making."""
+    for entry in directory.iterdir() if directory.is_dir() else ():
+        unfinished = _STEP.match(entry.name) and not (entry / INFO_FILE).is_file()
+        if entry.is_dir() and (unfinished or (entry.name.startswith(".step_") and entry.name.endswith(".tmp"))):
+            shutil.rmtree(entry)

@@ -1,0 +1,53 @@
+"""Gathering rows over a group and returning gradients to their owners."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_padded(rows: Tensor, capacity: int, group: dist.ProcessGroup) -> Tensor:
+    """[rows of this rank, ...] -> [ranks, capacity, ...] over `group`, each rank's rows first, zeros behind them.
+
+    One all-gather, whatever the number of rows; `capacity` must be the same on all ranks and >= the rows of each.
+    """
+    mine = rows.new_zeros(capacity, *rows.shape[1:])
+    mine[: rows.shape[0]] = rows
+    if group.size() == 1:
+        return mine[None]
+    gathered = rows.new_empty(group.size() * capacity, *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, mine, group=group)
+    return gathered.view(group.size(), capacity, *rows.shape[1:])
+
+
+def scatter_sum(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks, capacity, ...] -> [capacity, ...]: this rank's share of the sum over `group`. One reduce-scatter."""
+    if group.size() == 1:
+        return rows[0]
+    mine = rows.new_empty(rows.shape[1:])
+    dist.reduce_scatter_tensor(mine, rows.reshape(-1, *rows.shape[2:]), group=group)
+    return mine
+
+
+def sum_over(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Elementwise sum of a small tensor over `group`; a new tensor."""
+    total = values.clone()
+    if group.size() > 1:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def send_from_last(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What the last rank of `group` holds, on every rank (a pipeline's last stage knows the loss)."""
+    if group.size() > 1:
+        values = values.clone()
+        dist.broadcast(values, src=dist.get_global_rank(group, group.size() - 1), group=group)
+    return values
+
+
+def largest(value: int, group: dist.ProcessGroup) -> int:
+    """The largest of an integer over `group`."""
+    if group.size() == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return int(tensor)

@@ -1,0 +1,107 @@
+"""Loss and gradients of one step: two passes with cached embeddings, or one where a loss needs no other micro-batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_embed.batch import EmbedBatch
+from megatron_embed.models.encoder import DeviceMicroBatch, EmbeddingModel, to_device
+from megatron_embed.models.passes import embed, run_schedule
+from megatron_embed.parallel.collectives import send_from_last
+from megatron_embed.parallel.topology import Topology
+from megatron_embed.platform.compat import get_all_rng_states, set_all_rng_states
+from megatron_embed.training.objective import Objective, Sums
+from megatron_embed.training.scaling import surrogate_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradCache:
+    """Forward and backward passes of a step over Megatron's schedules (Gao et al. 2021, arXiv:2101.06983).
+
+    `chunks` are this rank's model chunks in DistributedDataParallel; after `two_pass` or `one_pass` their gradient
+    buffers hold the gradient of the mean loss over the global batch, reduced over all ranks.
+    """
+
+    chunks: Sequence[torch.nn.Module]
+    models: Sequence[EmbeddingModel]
+    topology: Topology
+    objective: Objective
+    negatives: Literal["global_batch", "micro_batch"]
+    flash: bool
+    has_dropout: bool
+
+    def __call__(self, batch: EmbedBatch) -> Sums:
+        """Gradients of one step, by two passes, or by one where every negative lies in the same micro-batch."""
+        batches = [to_device(micro, self.topology, self.models[0].pooling, self.flash) for micro in batch.micro_batches]
+        if len(batches) == 1 or self.negatives == "micro_batch":
+            return self.one_pass(batch, batches)
+        return self.two_pass(batch, batches)
+
+    def two_pass(self, batch: EmbedBatch, batches: list[DeviceMicroBatch]) -> Sums:
+        """Negatives of the whole global batch; activations of one micro-batch at a time (1F1B: of one per stage)."""
+        rng = get_all_rng_states() if self.has_dropout else None
+        embeddings = embed(self.chunks, batches, self.topology)                 # pass 1: no graph, every micro-batch
+        sums, gradients = self._loss(embeddings, batch)                          # the only step that sees other ranks
+        if rng is not None:
+            set_all_rng_states(*rng)                                             # pass 2 drops what pass 1 dropped
+        factor = surrogate_factor(len(batches), self.topology.dp_size)
+
+        def surrogate(number: int) -> Any:
+            def loss(output: Tensor) -> tuple[Tensor, None]:
+                gradient = gradients[batches[number].rows.to(gradients.device)]
+                return (gradient * output).sum() * factor, None
+
+            return loss
+
+        run_schedule(self.chunks, batches, self.topology, surrogate, forward_only=False)
+        return sums
+
+    def one_pass(self, batch: EmbedBatch, batches: list[DeviceMicroBatch]) -> Sums:
+        """Negatives of one micro-batch over the data-parallel ranks: the loss is computed inside the schedule."""
+        parts = [batch] if len(batches) == 1 else split_by_micro_batch(batch)
+        # The mean over micro-batches is the schedule's own division, so here each counts as if it were the only one.
+        factor = surrogate_factor(1, self.topology.dp_size)
+
+        def objective(number: int) -> Any:
+            part, rows = parts[number], batches[number].rows
+
+            def loss(output: Tensor) -> tuple[Tensor, Tensor]:
+                # Row numbers of a micro-batch in ascending order are its queries, then its documents.
+                order = torch.argsort(rows).to(output.device)
+                sums, gradients = self.objective(output.detach()[order], part)
+                return (gradients * output[order]).sum() * factor, sums.values
+
+            return loss
+
+        values = run_schedule(self.chunks, batches, self.topology, objective, forward_only=False)
+        total = torch.stack(values).sum(dim=0) if values else self._no_sums()
+        return Sums(values=send_from_last(total, self.topology.groups.pp))
+
+    def _loss(self, embeddings: Tensor | None, batch: EmbedBatch) -> tuple[Sums, Tensor]:
+        """On the last stage the objective's answer; elsewhere its sums and an empty gradient that no one uses."""
+        values, gradients = self._no_sums(), torch.empty(0)
+        if embeddings is not None:
+            sums, gradients = self.objective(embeddings, batch)
+            values = sums.values
+        return Sums(values=send_from_last(values, self.topology.groups.pp)), gradients
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(8, dtype=torch.float64, device=self.topology.device)
+
+
+def split_by_micro_batch(batch: EmbedBatch) -> list[EmbedBatch]:
+    """One EmbedBatch per micro-batch, its rows renumbered: queries in order, then their documents."""
+    parts = []
+    for micro in batch.micro_batches:
+        queries = micro.rows[micro.is_query].sort().values
+        documents = micro.rows[~micro.is_query].sort().values - batch.num_queries
+        first_query, first_document = int(queries[0]), int(documents[0])
+        parts.append(EmbedBatch(
+            micro_batches=(micro,), num_queries=len(queries), num_documents=len(documents),
+            positive_index=batch.positive_index[queries] - first_document,
+            document_query=batch.document_query[documents] - first_query, query_ids=batch.query_ids[queries],
+            document_ids=batch.document_ids[documents], num_truncated=0))
+    return parts

@@ -1,0 +1,83 @@
+"""AdamW over Megatron's DistributedDataParallel buffers, and the learning-rate schedule."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_embed.config.schema import RunConfig, TrainingConfig
+from megatron_embed.models.encoder import DTYPES, EmbeddingModel
+from megatron_embed.parallel.topology import Topology
+from megatron_embed.platform.compat import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    MegatronOptimizer,
+    OptimizerConfig,
+    OptimizerParamScheduler,
+    finalize_model_grads,
+    get_megatron_optimizer,
+    use_torch_adam,
+)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with one `step` per parameter group.
+
+    Takes Apex's arguments, so that Megatron can build it where neither Transformer Engine nor Apex is installed.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
+                 adam_w_mode: bool = True) -> None:
+        assert adam_w_mode, "plain Adam with L2 regularization is never asked for"
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            group.setdefault("step", 0)
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["step"] = torch.tensor(float(group["step"]), device=parameter.device)
+        super().step(closure)
+        for group in self.param_groups:
+            group["step"] += 1
+            for parameter in group["params"]:
+                del self.state[parameter]["step"]
+
+
+def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: Topology) -> list[torch.nn.Module]:
+    """The chunks in Megatron's DistributedDataParallel, gradients in float32, and the schedule's hooks set."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=config.optimizer.distributed,
+        check_for_nan_in_grad=False)
+    wrapped = [DistributedDataParallel(config=chunk.config, ddp_config=ddp_config, module=chunk, disable_bucketing=number > 0,
+                                       pg_collection=topology.groups) for number, chunk in enumerate(chunks)]
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def build_optimizer(config: RunConfig, wrapped: Sequence[torch.nn.Module], topology: Topology) -> MegatronOptimizer:
+    """AdamW with float32 main parameters; no weight decay on biases and norms. With `optimizer.distributed` its state is
+    sharded over the data-parallel ranks."""
+    use_torch_adam(AdamW)
+    training = config.training
+    settings = OptimizerConfig(
+        optimizer="adam", lr=training.learning_rate, min_lr=training.min_learning_rate, weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1, adam_beta2=training.adam_beta2, adam_eps=training.adam_eps,
+        bf16=config.model.dtype == "bfloat16", params_dtype=DTYPES[config.model.dtype],
+        # Infinity instead of Megatron's 0: the norm is still computed, for the log, and nothing is clipped.
+        clip_grad=training.clip_grad or float("inf"), use_distributed_optimizer=config.optimizer.distributed)
+    return get_megatron_optimizer(settings, list(wrapped), use_gloo_process_groups=True, pg_collection=None)
+
+
+def build_scheduler(optimizer: MegatronOptimizer, training: TrainingConfig, train_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then constant, linear or cosine to `min_learning_rate`; one unit per optimizer step."""
+    return OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=training.learning_rate, min_lr=training.min_learning_rate,
+        lr_warmup_steps=training.warmup_steps, lr_decay_steps=train_steps, lr_decay_style=training.lr_decay_style,
+        start_wd=training.weight_decay, end_wd=training.weight_decay, wd_incr_steps=train_steps, wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)

@@ -1,0 +1,37 @@
+"""One optimizer step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_embed.batch import EmbedBatch
+from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler
+from megatron_embed.training.grad_cache import GradCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What a step works on; built once, in cli/train.py."""
+
+    chunks: Sequence[torch.nn.Module]
+    gradients: GradCache
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def train_step(batch: EmbedBatch, trainer: Trainer) -> dict[str, float]:
+    """One optimizer step over `global_batch_size` queries, every document of which is a candidate for every query.
+
+    Returns:
+        Means over the global batch (losses/info_nce.py), `grad_norm` of the whole model before clipping, and the
+        `learning_rate` used. Equal on all ranks.
+    """
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    sums = trainer.gradients(batch)                                  # both passes; reduced over all ranks
+    learning_rate = trainer.optimizer.param_groups[0]["lr"]
+    _, grad_norm, _ = trainer.optimizer.step()                       # clip, update, gather updated parameters
+    trainer.scheduler.step(increment=1)
+    return {**sums.metrics(), "grad_norm": float(grad_norm), "learning_rate": learning_rate}
