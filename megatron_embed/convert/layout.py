@@ -1,0 +1,243 @@
+"""Our checkpoint directory, and how any directory comes into being: under a temporary name, synced, then renamed.
+
+    DIR/megatron_embed.json     what this is, see CheckpointInfo
+    DIR/hf/                     every file of the Hugging Face source that holds no weights
+    DIR/hf/carried.safetensors  tensors that training does not use (pooler, lm_head), under the source's own names
+    DIR/model/                  torch_dist checkpoint, keys `model.<parameter>`; training keeps its optimizer here too
+
+A training run's directory holds step_XXXXXX/ directories of this layout and `latest`, a text file naming the newest.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.convert.safetensors_file import SafetensorsWriter, bytes_of
+from megatron_embed.convert.source import HFDirectory
+from megatron_embed.errors import CheckpointError
+
+INFO_FILE = "megatron_embed.json"
+LATEST_FILE = "latest"
+CARRIED_FILE = "carried.safetensors"
+FORMAT = 1
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5",
+            "*.msgpack", "*.ot", "*.gguf", "*.onnx*", "*.ckpt")
+_SKIPPED_DIRECTORIES = ("onnx", "openvino", "original", "coreml", ".git", ".cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """Contents of `megatron_embed.json`."""
+
+    family: str
+    """Name of the weight table."""
+    dtype: str
+    """Of the model's weights: float32, bfloat16, ..."""
+    source_architectures: list[str]
+    """`architectures` of the Hugging Face config that the model came with."""
+    prefixed: bool
+    """Whether the source's files name the backbone's tensors with the family's prefix."""
+    tied_copies: dict[str, str] = field(default_factory=dict)
+    """Heads that the source stores although they are tied: name -> the embedding that they repeat."""
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class CheckpointDirectory:
+    """One of our checkpoints."""
+
+    path: Path
+    info: CheckpointInfo
+
+    @property
+    def hf(self) -> Path:
+        """Config, tokenizer and Sentence Transformers files."""
+        return self.path / "hf"
+
+    @property
+    def model(self) -> Path:
+        """The torch_dist checkpoint."""
+        return self.path / "model"
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `path` is one of our checkpoints or a training run's directory of them."""
+    return (Path(path) / INFO_FILE).is_file() or (Path(path) / LATEST_FILE).is_file()
+
+
+def open_checkpoint(path: str | Path) -> CheckpointDirectory:
+    """The checkpoint at `path`, or the newest one of the training run whose directory `path` is.
+
+    Raises:
+        CheckpointError: neither, or `latest` names a directory that is not there, or an unknown format.
+    """
+    path = Path(path)
+    latest = path / LATEST_FILE
+    if latest.is_file():
+        name = latest.read_text(encoding="utf-8").strip()
+        if not name or not (path / name).is_dir():
+            raise CheckpointError(f"{latest}: names {name!r}, which is not there; give a step_... directory itself")
+        path = path / name
+    file = path / INFO_FILE
+    if not file.is_file():
+        hint = "; it is a Hugging Face directory already" if (path / "config.json").is_file() else ""
+        raise CheckpointError(f"{path}: no {INFO_FILE}, so this is no checkpoint of megatron-embed{hint}; "
+                              "give what `convert hf-to-megatron` or `train` wrote")
+    try:
+        values: Any = json.loads(file.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise CheckpointError(f"{file}: format = {values['format']!r}, this version reads {FORMAT}; "
+                                  "convert it with the version that wrote it")
+        info = CheckpointInfo(**values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not readable ({error!r}); take another checkpoint") from error
+    return CheckpointDirectory(path, info)
+
+
+def write_companions(source: str | Path, directory: Path, *, dtype: str | None = None) -> CheckpointInfo:
+    """Write everything of a checkpoint that is not `model/`: `megatron_embed.json` and `hf/`.
+
+    Args:
+        source: the Hugging Face directory or the checkpoint of ours that the model came from.
+        directory: the checkpoint being written; exists.
+        dtype: of the weights in its `model/`; null: the source's.
+    Raises:
+        CheckpointError: `source` is neither.
+    """
+    (directory / "hf").mkdir()
+    if is_checkpoint(source):
+        checkpoint = open_checkpoint(source)
+        info = checkpoint.info
+        copy_files(checkpoint.hf, directory / "hf")
+        if (checkpoint.hf / CARRIED_FILE).is_file():
+            shutil.copyfile(checkpoint.hf / CARRIED_FILE, directory / "hf" / CARRIED_FILE)
+    else:
+        with HFDirectory(source) as opened:
+            info = _companions_of_hf(opened, directory / "hf")
+    info = CheckpointInfo(**{**asdict(info), "dtype": dtype or info.dtype})
+    write_json(directory / INFO_FILE, asdict(info))
+    return info
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, as Transformers writes it."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError if the file holds none."""
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); restore the file from its source") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}; restore the file")
+    return value
+
+
+def module_directories(path: Path) -> Sequence[str]:
+    """Sub-directories that `modules.json` of a Sentence Transformers directory names, e.g. 1_Pooling; else none."""
+    file = path / "modules.json"
+    if not file.is_file():
+        return ()
+    try:
+        paths = [module["path"] for module in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not a list of modules ({error!r}); restore the file from its source") from error
+    return [name for name in paths if isinstance(name, str) and name and Path(name).parts[0] != ".."]
+
+
+def copy_files(source: Path, destination: Path) -> None:
+    """Copy every file that holds no weights of the transformer; modules of Sentence Transformers keep theirs."""
+    modules = module_directories(source)
+    for folder, folders, files in os.walk(source):
+        relative = Path(folder).relative_to(source)
+        folders[:] = [name for name in folders if name not in _SKIPPED_DIRECTORIES]
+        keeps_weights = any(relative.is_relative_to(module) for module in modules)
+        for name in files:
+            if keeps_weights or not any(fnmatchcase(name, pattern) for pattern in _WEIGHTS):
+                (destination / relative).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(Path(folder) / name, destination / relative / name)
+
+
+@contextmanager
+def staging(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
+    """A new directory beside `destination` that takes its name when the block ends well, and vanishes when it does not.
+
+    Raises:
+        CheckpointError: `destination` is in use, its parent cannot be written, or the disk is too small or fails.
+    """
+    destination = Path(destination).absolute()
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise CheckpointError(f"{destination}: exists and is not empty; name a new directory, nothing is overwritten")
+    work = destination.parent / f".{destination.name}.writing-{os.getpid()}"
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{destination.parent}: cannot be written ({error.strerror}); "
+                              "name a directory that can") from error
+    try:
+        free = shutil.disk_usage(work).free
+        if free < needed_bytes:
+            raise CheckpointError(f"{destination.parent}: {free / 1e9:.2f} GB free, {needed_bytes / 1e9:.2f} GB "
+                                  "needed; make room or name another disk")
+        yield work
+        _sync_tree(work)
+        work.rename(destination)
+        _sync(destination.parent)
+    except OSError as error:
+        raise CheckpointError(f"{destination}: not written ({error}); nothing was left behind") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _companions_of_hf(source: HFDirectory, hf: Path) -> CheckpointInfo:
+    """Fill `hf` from a Hugging Face directory."""
+    copy_files(source.path, hf)
+    tied = {head: embedding for head, embedding in source.family.tied
+            if source.shape.tie_word_embeddings and head in source.carried and _same_bytes(source, head, embedding)}
+    carried = [name for name in source.carried if name not in tied]
+    if carried:
+        entries = [(source.stored_names[name], source.entry(name).dtype, source.entry(name).shape) for name in carried]
+        with SafetensorsWriter(hf / CARRIED_FILE, entries) as writer:
+            for name in carried:
+                writer.write(source.stored_names[name], source.read(name))
+    return CheckpointInfo(
+        family=source.family.name, dtype=str(source.dtype()).removeprefix("torch."), prefixed=source.prefixed,
+        source_architectures=read_json(source.path / "config.json").get("architectures") or [], tied_copies=tied)
+
+
+def _same_bytes(source: HFDirectory, first: str, second: str) -> bool:
+    """Whether two tensors are equal bit for bit, compared in blocks so that neither is held whole."""
+    entry = source.entry(first)
+    if (entry.dtype, entry.shape) != (source.entry(second).dtype, source.entry(second).shape):
+        return False
+    rows = max(1, (64 << 20) * entry.shape[0] // max(1, entry.nbytes))
+    return all(
+        bytes_of(source.read_slice(first, 0, start, min(start + rows, entry.shape[0])))
+        == bytes_of(source.read_slice(second, 0, start, min(start + rows, entry.shape[0])))
+        for start in range(0, entry.shape[0], rows))
+
+
+def _sync_tree(path: Path) -> None:
+    """Every file and directory under `path` is on the disk afterwards."""
+    for folder, _, files in os.walk(path, topdown=False):
+        for name in files:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

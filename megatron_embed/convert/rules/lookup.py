@@ -1,0 +1,19 @@
+"""The known weight tables, by `model_type`."""
+
+from megatron_embed.convert.family import Family
+from megatron_embed.convert.rules.bert import BERT
+from megatron_embed.convert.rules.qwen3 import QWEN3
+from megatron_embed.errors import CheckpointError
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, QWEN3)}
+
+
+def rules_for(family: str) -> Family:
+    """Weight table of a family.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if family not in FAMILIES:
+        raise CheckpointError(f"model_type = {family!r} has no weight table; known: {', '.join(FAMILIES)}")
+    return FAMILIES[family]

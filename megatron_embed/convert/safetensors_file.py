@@ -1,0 +1,191 @@
+"""Safetensors files read by `pread` and written at known offsets: memory holds one tensor, never a mapped file.
+
+A mapped file counts as resident memory once touched: `safetensors.safe_open` would show a whole shard as used.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from megatron_embed.errors import CheckpointError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+"""The format's own names."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_CALL = 1 << 30
+"""Bytes of one read or write call; Linux moves at most 2 GiB less a page."""
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's own memory as bytes, no copy. The tensor must be contiguous and on the CPU."""
+    if not tensor.numel():
+        return memoryview(b"")
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """First byte in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsFile:
+    """A safetensors file opened for reading; `entries` is its header, by tensor name."""
+
+    def __init__(self, path: Path) -> None:
+        """Read and check the header.
+
+        Raises:
+            CheckpointError: no safetensors file, or shorter than its header says (an interrupted download).
+        """
+        self.path = path
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
+        try:
+            self.entries = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        entry = self.entries[name]
+        return self._read_bytes(entry.offset, entry.nbytes).view(entry.dtype).reshape(entry.shape)
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Rows (`dim` 0) or columns (`dim` 1 of a matrix) `start` to `stop`; no other byte is read."""
+        entry = self.entries[name]
+        shape = (*entry.shape[:dim], stop - start, *entry.shape[dim + 1:])
+        if dim == 0:
+            row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+            return self._read_bytes(entry.offset + start * row, (stop - start) * row).view(entry.dtype).reshape(shape)
+        if dim != 1 or len(entry.shape) != 2:
+            raise ValueError(f"slices of dim {dim} of a tensor of shape {entry.shape} are not read")
+        rows, width = entry.shape[0], entry.shape[1] * entry.dtype.itemsize
+        piece = (stop - start) * entry.dtype.itemsize
+        data = torch.empty(rows * piece, dtype=torch.uint8)
+        for row in range(rows):
+            offset = entry.offset + row * width + start * entry.dtype.itemsize
+            self._fill(bytes_of(data[row * piece:(row + 1) * piece]), offset)
+        return data.view(entry.dtype).reshape(shape)
+
+    def _read_bytes(self, offset: int, length: int) -> Tensor:
+        data = torch.empty(length, dtype=torch.uint8)
+        self._fill(bytes_of(data), offset)
+        return data
+
+    def _fill(self, target: memoryview, offset: int) -> None:
+        """Read exactly len(target) bytes from `offset`."""
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._file.fileno(), [target[done:done + _LARGEST_CALL]], offset + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path}: ended at byte {offset + done} while it was read; "
+                                      "leave it alone during a conversion")
+            done += count
+
+    def _read_header(self) -> dict[str, TensorEntry]:
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little") if size >= 8 else size
+        remedy = "is it a safetensors file? Git LFS pointers and interrupted downloads are not; fetch it again"
+        if size < 8 or 8 + length > size:
+            raise CheckpointError(f"{self.path}: no readable header in {size} bytes: {remedy}")
+        header = bytearray(length)
+        self._fill(memoryview(header), 8)
+        try:
+            tensors = json.loads(header)
+            tensors.pop("__metadata__", None)
+            entries = {name: _entry(self.path, name, value, 8 + length) for name, value in tensors.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self.path}: header is not readable ({error}): {remedy}") from error
+        end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
+        if end > size:
+            raise CheckpointError(f"{self.path}: truncated: {size} bytes, but its header promises {end}; "
+                                  "fetch the file again")
+        return entries
+
+
+def _entry(path: Path, name: str, value: Mapping[str, Any], data_start: int) -> TensorEntry:
+    """One header entry; its dtype must be known and its byte range must match its shape."""
+    if value["dtype"] not in DTYPES:
+        raise CheckpointError(f"{path}: {name}: dtype {value['dtype']!r} is not supported; known: {', '.join(DTYPES)}")
+    start, stop = value["data_offsets"]
+    entry = TensorEntry(DTYPES[value["dtype"]], tuple(value["shape"]), data_start + start)
+    if start < 0 or stop - start != entry.nbytes:
+        raise CheckpointError(f"{path}: {name}: bytes {start} to {stop} cannot hold shape {list(entry.shape)} of "
+                              f"{value['dtype']}; fetch the file again")
+    return entry
+
+
+class SafetensorsWriter:
+    """A safetensors file whose tensors, announced with dtype and shape, may then be written in any order."""
+
+    def __init__(self, path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+        # Widest elements first: readers view the bytes in place, so a tensor must start at a multiple of its element.
+        ordered = sorted(tensors, key=lambda tensor: -tensor[1].itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, dtype, shape in ordered:
+            length = math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + length]}
+            position += length
+        text = json.dumps(header, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.total_bytes = position
+        self._header = header
+        self._start = 8 + len(text)
+        self._pending = {name for name, _, _ in tensors}
+        self._file = path.open("wb", buffering=0)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put an announced tensor in its place."""
+        entry = self._header[name]
+        if list(tensor.shape) != entry["shape"] or _NAMES[tensor.dtype] != entry["dtype"]:
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not what was announced: {entry}")
+        data, offset = bytes_of(tensor.detach().contiguous()), self._start + entry["data_offsets"][0]
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._file.fileno(), data[done:done + _LARGEST_CALL], offset + done)
+        self._pending.discard(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        """Sync to the disk and close; every announced tensor must have been written."""
+        try:
+            if kind is None:
+                assert not self._pending, f"announced and never written: {sorted(self._pending)}"
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
