@@ -94,7 +94,8 @@ def _unique_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _RefusedError(f"key {shortened(next(n for n in names if names.count(n) > 1))} occurs twice; keep one of them")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _RefusedError(f"key {shortened(twice)} occurs twice; keep one of them")
     return row
 
 

@@ -1,0 +1,188 @@
+"""Role and instruction to prompt, prompt and text to token ids."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoTokenizer
+
+from megatron_embed.data.jsonl import shortened
+from megatron_embed.errors import CheckpointError, ConfigError
+
+Role = Literal["query", "document"]
+
+_PLACEHOLDER = "{instruction}"
+# Transformers builds an empty vocabulary, without a word, for a directory that has only a config.json.
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
+                     "spiece.model", "tekken.json", "tiktoken.model")
+# Transformers' "no limit" is 1e30; no real limit comes near this number.
+_LARGEST_REAL_LENGTH = 10**9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedRows:
+    """Token ids of some texts of one role."""
+
+    token_ids: list[list[int]]
+    """Per text: prompt and special tokens included, nothing padded."""
+    num_truncated: int
+    """Texts that were cut to the maximum length."""
+
+
+def _load(model_dir: str) -> Any:
+    directory = Path(model_dir)
+    if not directory.is_dir():
+        raise CheckpointError(f"{model_dir}: no such directory; name a model directory with tokenizer files")
+    if not any((directory / name).is_file() for name in _VOCABULARY_FILES):
+        raise CheckpointError(f"{model_dir}: no tokenizer files; copy tokenizer.json and tokenizer_config.json of the "
+                              "model into it")
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
+        first_line = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{model_dir}: the tokenizer cannot be loaded: {first_line}; copy tokenizer.json and "
+                              "tokenizer_config.json of the model into it") from error
+
+
+class RoleTokenizer:
+    """Texts to the ids of `AutoTokenizer.from_pretrained(model_dir)(prompt + text)`, cut to the role's length.
+
+    Truncation takes tokens from the end of the text only: the prompt and the special tokens on both sides stay.
+
+    Args:
+        model_dir: directory with tokenizer files; never a hub name.
+        add_eos: append the tokenizer's EOS where it puts no token of its own after a text.
+        query_prompt: exact prefix of a query; `{instruction}` in it is replaced per row.
+        document_prompt: exact prefix of a document.
+        query_max_length: tokens, prompt and special tokens included.
+        document_max_length: tokens, prompt and special tokens included.
+
+    Attributes:
+        pad_token_id: an id that may fill padding: the tokenizer's pad, else its EOS, else 0.
+        eos_token_id: the tokenizer's, None if it has none.
+        model_max_length: longest sequence the tokenizer's files allow, in tokens; None if they name none.
+
+    Raises:
+        CheckpointError: the directory holds no usable tokenizer, or no EOS where one is to be added.
+        ConfigError: a prompt leaves no room for text.
+    """
+
+    def __init__(self, model_dir: str, *, add_eos: bool, query_prompt: str = "", document_prompt: str = "",
+                 query_max_length: int, document_max_length: int) -> None:
+        self._tokenizer = _load(model_dir)
+        # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.
+        self._lock = threading.Lock()
+        self._prompts: dict[Role, str] = {"query": query_prompt, "document": document_prompt}
+        self._max_lengths: dict[Role, int] = {"query": query_max_length, "document": document_max_length}
+        self._checked: set[tuple[Role, str]] = set()
+
+        self.eos_token_id: int | None = self._tokenizer.eos_token_id
+        pad = next((i for i in (self._tokenizer.pad_token_id, self.eos_token_id) if i is not None and i >= 0), 0)
+        self.pad_token_id: int = pad
+        longest = self._tokenizer.model_max_length
+        self.model_max_length: int | None = longest if longest <= _LARGEST_REAL_LENGTH else None
+
+        self._num_prefix, self._suffix = self._special_tokens(model_dir)
+        self._eos: list[int] = []
+        if add_eos and not self._suffix:
+            if self.eos_token_id is None:
+                raise CheckpointError(f"{model_dir}: its tokenizer names no eos_token, which last-token pooling needs; "
+                                      "set it in tokenizer_config.json or choose embedding.pooling: mean")
+            self._eos = [self.eos_token_id]
+        if _PLACEHOLDER in document_prompt:
+            raise ConfigError(f"data.document_prompt = {document_prompt!r}: only data.query_prompt can hold "
+                              f"{_PLACEHOLDER}; write the document's prompt out")
+        for role, prompt in self._prompts.items():
+            if _PLACEHOLDER not in prompt:
+                self._check_room(role, prompt)
+
+    @property
+    def needs_instructions(self) -> bool:
+        """Whether the query prompt is filled per row."""
+        return _PLACEHOLDER in self._prompts["query"]
+
+    def tokenize(self, texts: Sequence[str], role: Role,
+                 instructions: Sequence[str | None] | None = None) -> TokenizedRows:
+        """Token ids of each text with its role's prompt.
+
+        Args:
+            texts: any number of texts.
+            role: whose prompt and maximum length apply.
+            instructions: one per text; needed if `needs_instructions` and the role is query.
+        Raises:
+            ConfigError: an instruction is missing, or one leaves no room for text.
+        """
+        if not texts:
+            return TokenizedRows(token_ids=[], num_truncated=0)
+        prompts = [self.fill_prompt(role, instruction) for instruction in instructions or [None] * len(texts)]
+        for prompt in set(prompts):
+            self._check_room(role, prompt)
+        rows = self._ids([prompt + text for prompt, text in zip(prompts, texts, strict=True)], special=True)
+        limit = self._max_lengths[role] - len(self._eos)
+        num_truncated = 0
+        for index, ids in enumerate(rows):
+            if len(ids) > limit:
+                rows[index] = ids[:limit - len(self._suffix)] + self._suffix
+                num_truncated += 1
+            if self._eos:
+                rows[index] = rows[index] + self._eos
+        return TokenizedRows(token_ids=rows, num_truncated=num_truncated)
+
+    def check_instructions(self, instructions: dict[str | None, str]) -> None:
+        """Refuse, before the first step, instructions that `tokenize` would refuse.
+
+        Args:
+            instructions: each distinct instruction (None: rows without one) and the source of a row that has it.
+        Raises:
+            ConfigError: naming that row.
+        """
+        for instruction, source in instructions.items():
+            try:
+                self._check_room("query", self.fill_prompt("query", instruction))
+            except ConfigError as error:
+                raise ConfigError(f"{source}: {error}") from None
+
+    def fill_prompt(self, role: Role, instruction: str | None = None) -> str:
+        """The role's prompt with the instruction in its place.
+
+        Raises:
+            ConfigError: the prompt has a place for an instruction and there is none.
+        """
+        prompt = self._prompts[role]
+        if _PLACEHOLDER not in prompt:
+            return prompt
+        if instruction is None:
+            raise ConfigError(f"data.query_prompt = {shortened(prompt)} needs an instruction and the row has none; "
+                              "give the row an 'instruction', or its data.train entry one for all of its rows")
+        return prompt.replace(_PLACEHOLDER, instruction)
+
+    def _check_room(self, role: Role, prompt: str) -> None:
+        """Refuse a prompt that leaves no room for text; each prompt is tokenized once."""
+        if (role, prompt) in self._checked:
+            return
+        used = self._num_prefix + len(self._suffix) + len(self._eos)
+        if prompt:
+            used += len(self._ids([prompt], special=False)[0])
+        if used >= self._max_lengths[role]:
+            raise ConfigError(f"data.{role}_max_length = {self._max_lengths[role]} tokens: the prompt "
+                              f"{shortened(prompt)} and the special tokens take {used} of them, which leaves none for "
+                              f"text; shorten data.{role}_prompt or raise data.{role}_max_length")
+        self._checked.add((role, prompt))
+
+    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        with self._lock:
+            # verbose=False: no warning about sequences that are longer than the model's; they are cut afterwards.
+            encoded = self._tokenizer(texts, add_special_tokens=special, padding=False, truncation=False,
+                                      return_attention_mask=False, return_token_type_ids=False, verbose=False)
+        return list(encoded["input_ids"])
+
+    def _special_tokens(self, model_dir: str) -> tuple[int, list[int]]:
+        """How many tokens the tokenizer puts before a text, and which ones after it."""
+        plain, full = self._ids(["a b"], special=False)[0], self._ids(["a b"], special=True)[0]
+        for start in range(len(full) - len(plain) + 1):
+            if plain and full[start:start + len(plain)] == plain:
+                return start, full[start + len(plain):]
+        raise CheckpointError(f"{model_dir}: its tokenizer gives {full} with and {plain} without special tokens for "
+                              "'a b', which is not the text between fixed tokens; choose another tokenizer")

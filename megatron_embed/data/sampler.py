@@ -1,0 +1,230 @@
+"""Which rows an optimizer step takes: the same for every layout, and from any step on without replaying a run."""
+
+import logging
+import math
+import threading
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_embed.data.records import RecordSet, text_id
+from megatron_embed.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 32
+"""Rows looked at per row of a batch before it is completed with duplicates; keeps an epoch linear in its rows."""
+_CACHED_EPOCHS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Epoch:
+    """The steps of one epoch."""
+
+    first_step: int
+    batches: NDArray[np.int64]
+    """[steps, global_batch_size] row numbers."""
+    left_over: list[int]
+    """Rows that no full batch was found for; the next epoch begins with them."""
+    num_duplicates: int
+    """Rows that were put into a batch beside an equal text."""
+
+
+class GlobalBatchSampler:
+    """Row numbers of every optimizer step: a pure function of the step, the seed and the rows.
+
+    Without shuffling, step k takes rows k*global_batch_size ... and wraps round at the end. With shuffling, each epoch
+    is a seeded permutation, and a row that shares a text (query, positive, or one of the first `num_negatives`
+    negatives) with a row of the batch waits for a later batch. Rows left at the end of an epoch open the next one, so
+    nothing is lost. A text of more rows than an epoch has batches cannot avoid itself: its rows are spread evenly.
+
+    Raises:
+        ConfigError: the global batch is larger than the data.
+    """
+
+    def __init__(self, records: RecordSet, *, global_batch_size: int, shuffle: bool, seed: int,
+                 num_negatives: int = 0) -> None:
+        if global_batch_size > len(records):
+            raise ConfigError(f"training.global_batch_size = {global_batch_size} is larger than the {len(records)} "
+                              "rows of data.train; lower it or add rows")
+        self.num_rows = len(records)
+        self.global_batch_size = global_batch_size
+        self._shuffle = shuffle
+        self._seed = seed
+        self._lock = threading.Lock()
+        if shuffle:
+            self._texts = _SharedTexts(records, num_negatives, global_batch_size)
+            self._first_steps = [0]
+            self._left_over: list[list[int]] = [[]]
+            self._duplicates: list[int] = []
+            self._cache: dict[int, _Epoch] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps after which every row has been due once, the last incomplete one counted whole."""
+        return math.ceil(self.num_rows / self.global_batch_size)
+
+    def steps_of_epochs(self, epochs: float) -> int:
+        """Optimizer steps of so many passes over the rows, rounded up once at the end, >= 1."""
+        return max(1, math.ceil(round(epochs * self.num_rows / self.global_batch_size, 6)))
+
+    @property
+    def num_forced_duplicates(self) -> int:
+        """Rows put beside an equal text because nothing else was left, in the epochs reached so far."""
+        return sum(self._duplicates) if self._shuffle else 0
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """The `global_batch_size` row numbers of optimizer step `step` >= 0."""
+        if not self._shuffle:
+            start = step * self.global_batch_size
+            return [row % self.num_rows for row in range(start, start + self.global_batch_size)]
+        with self._lock:
+            number = 0
+            while step >= self._first_step_after(number):
+                number += 1
+            epoch = self._epoch(number)
+            return [int(row) for row in epoch.batches[step - epoch.first_step]]
+
+    def _first_step_after(self, number: int) -> int:
+        if number + 1 == len(self._first_steps):
+            self._epoch(number)
+        return self._first_steps[number + 1]
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._cache:
+            epoch = self._draw(number)
+            if number + 1 == len(self._first_steps):
+                self._first_steps.append(epoch.first_step + len(epoch.batches))
+                self._left_over.append(epoch.left_over)
+                self._duplicates.append(epoch.num_duplicates)
+                if epoch.num_duplicates and not any(self._duplicates[:-1]):
+                    logger.warning("epoch %d: %d of %d rows share a global batch with an equal text, because too many "
+                                   "rows share texts; a smaller training.global_batch_size avoids it", number,
+                                   epoch.num_duplicates, self.num_rows)
+            while len(self._cache) >= _CACHED_EPOCHS:
+                del self._cache[next(iter(self._cache))]
+            self._cache[number] = epoch
+        return self._cache[number]
+
+    def _draw(self, number: int) -> _Epoch:
+        order = np.random.Generator(np.random.PCG64([self._seed, number])).permutation(self.num_rows)
+        queue = _Queue(self._left_over[number] + order.tolist(), self._texts, self.global_batch_size)
+        batches = list(iter(queue.next_batch, None))
+        return _Epoch(
+            first_step=self._first_steps[number],
+            batches=np.array(batches, dtype=np.int64).reshape(-1, self.global_batch_size),
+            left_over=queue.left_over(),
+            num_duplicates=queue.num_duplicates,
+        )
+
+
+class _SharedTexts:
+    """Per row, the texts that it shares with other rows, numbered densely; per text, how often a batch may hold it."""
+
+    def __init__(self, records: RecordSet, num_negatives: int, global_batch_size: int) -> None:
+        ids, counts = array("q"), array("q")
+        for record in records:
+            texts = {record.query, *record.positive, *record.negatives[:num_negatives]}
+            ids.extend(sorted(text_id(text) for text in texts))
+            counts.append(len(texts))
+        _, number, occurrences = np.unique(np.asarray(ids), return_inverse=True, return_counts=True)
+        shared = occurrences[number] > 1
+        row = np.repeat(np.arange(len(counts)), np.asarray(counts))[shared]
+        self._ends = array("q", np.cumsum(np.bincount(row, minlength=len(counts))).tolist())
+        self._numbers = array("q", number[shared].tolist())
+        # A text of m rows comes m / batches times per batch on average; allowing the next whole number of them spreads
+        # its rows evenly, where allowing one would pile them up at the end. It is 1 for every text that can be apart.
+        self._allowed = array("q", np.ceil(occurrences * global_batch_size / len(counts)).astype(np.int64).tolist())
+
+    def of_row(self, row: int) -> array:  # type: ignore[type-arg]
+        """Numbers (>= 0) of the row's shared texts."""
+        return self._numbers[self._ends[row - 1] if row else 0:self._ends[row]]
+
+    def allowed(self, text: int) -> int:
+        """How many rows of a batch may have this text; 1 for a row's own mark."""
+        return self._allowed[text] if text >= 0 else 1
+
+
+class _Queue:
+    """Rows to be cut into batches: fresh ones in order, and those that wait, each behind the text that blocked it."""
+
+    def __init__(self, rows: list[int], texts: _SharedTexts, batch_size: int) -> None:
+        self.num_duplicates = 0
+        self._fresh = deque(rows)
+        self._waiting: dict[int, deque[int]] = {}
+        self._num_waiting = 0
+        self._texts = texts
+        self._batch_size = batch_size
+        self._batch: list[int] = []
+        self._used: dict[int, int] = {}
+
+    def next_batch(self) -> list[int] | None:
+        """The next batch; None once what is left is to be mixed with another epoch."""
+        self._batch, self._used = [], {}
+        budget = _PATIENCE * self._batch_size - self._take_waiting()
+        while self._fresh and len(self._batch) < self._batch_size and budget > 0:
+            budget -= 1
+            row = self._fresh.popleft()
+            blocker = self._blocker(row)
+            if blocker is None:
+                self._place(row)
+            else:
+                self._waiting.setdefault(blocker, deque()).append(row)
+                self._num_waiting += 1
+        if len(self._batch) < self._batch_size:
+            if not self._fresh and len(self._batch) + self._num_waiting < 2 * self._batch_size:
+                return None
+            self._take_blocked()
+        return self._batch
+
+    def left_over(self) -> list[int]:
+        """The rows of the batch that could not be completed, and those still waiting."""
+        return [*self._batch, *chain.from_iterable(self._waiting.values())]
+
+    def _marks(self, row: int) -> Iterator[int]:
+        """The row's shared texts, and a mark of its own: a row left over may meet itself in the next epoch."""
+        return chain((~row,), self._texts.of_row(row))
+
+    def _blocker(self, row: int) -> int | None:
+        for mark in self._marks(row):
+            if self._used.get(mark, 0) >= self._texts.allowed(mark):
+                return mark
+        return None
+
+    def _place(self, row: int) -> None:
+        marks = list(self._marks(row))
+        self.num_duplicates += any(mark in self._used for mark in marks)
+        for mark in marks:
+            self._used[mark] = self._used.get(mark, 0) + 1
+        self._batch.append(row)
+
+    def _take_waiting(self) -> int:
+        """Place waiting rows that fit, the longest waiting texts first; gives how many rows were looked at."""
+        looked_at = 0
+        for text in list(self._waiting):
+            if len(self._batch) == self._batch_size or looked_at == _PATIENCE * self._batch_size:
+                break
+            queue = self._waiting[text]
+            looked_at += 1
+            while queue and len(self._batch) < self._batch_size and self._blocker(queue[0]) is None:
+                self._place(queue.popleft())
+                self._num_waiting -= 1
+            del self._waiting[text]
+            if queue:  # at the end, so that the others have their turn first
+                self._waiting[text] = queue
+        return looked_at
+
+    def _take_blocked(self) -> None:
+        """Complete the batch with rows that wait, one per text in turn, duplicates or not."""
+        while len(self._batch) < self._batch_size:
+            text = next(iter(self._waiting))
+            queue = self._waiting.pop(text)
+            self._place(queue.popleft())
+            self._num_waiting -= 1
+            if queue:
+                self._waiting[text] = queue
