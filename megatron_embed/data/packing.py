@@ -1,0 +1,164 @@
+"""Token ids to packed micro-batches."""
+
+import logging
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+
+from megatron_embed.batch import EmbedBatch, MicroBatch
+from megatron_embed.data.prompts import Role, RoleTokenizer, TokenizedRows
+from megatron_embed.data.records import Record, text_id
+from megatron_embed.errors import DataError, UserError
+
+logger = logging.getLogger(__name__)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def pack(token_ids: Sequence[list[int]], rows: Sequence[int], is_query: Sequence[bool], *, tokens: int | None,
+         alignment: int, pad_token_id: int, prompt_lengths: Sequence[int] | None = None) -> MicroBatch:
+    """One bin with the given sequences one after the other and padding at its end.
+
+    Args:
+        token_ids: per sequence, at least one token.
+        rows: per sequence, its local row number.
+        is_query: per sequence.
+        tokens: size of the bin, padding included; None: the next multiple of `alignment`.
+        alignment: tokens, >= 1; the bin is a multiple of it.
+        pad_token_id: any id of the vocabulary; no sequence holds the padding.
+        prompt_lengths: per sequence, leading tokens that pooling skips; None: 0 for all.
+    Raises:
+        ValueError: the sequences do not fit into `tokens`, or that is no multiple of `alignment`.
+    """
+    lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
+    assert lengths.size and lengths.all(), "a bin needs sequences, and a sequence needs tokens"
+    ends = np.cumsum(lengths)
+    total = int(ends[-1])
+    size = _round_up(total, alignment) if tokens is None else tokens
+    if size < total or size % alignment:
+        raise ValueError(f"a bin of {size} tokens, alignment {alignment}, cannot hold {total} tokens")
+    ids = np.full(size, pad_token_id, dtype=np.int64)
+    ids[:total] = np.fromiter(chain.from_iterable(token_ids), dtype=np.int64, count=total)
+    positions = np.zeros(size, dtype=np.int64)
+    positions[:total] = np.arange(total) - np.repeat(ends - lengths, lengths)
+    return MicroBatch(
+        token_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
+        rows=torch.tensor(rows, dtype=torch.int64),
+        is_query=torch.tensor(is_query, dtype=torch.bool),
+        prompt_lengths=torch.tensor(prompt_lengths or [0] * len(lengths), dtype=torch.int64),
+    )
+
+
+def _pack_bins(bins: Sequence[Sequence[int]], token_ids: Sequence[list[int]], num_queries: int, *, alignment: int,
+               constant_tokens: bool, pad_token_id: int) -> tuple[MicroBatch, ...]:
+    """Bins of row numbers to micro-batches; rows before `num_queries` are queries."""
+    largest = max((sum(len(token_ids[row]) for row in rows) for rows in bins), default=0)
+    tokens = _round_up(largest, alignment) if constant_tokens else None
+    return tuple(
+        pack([token_ids[row] for row in rows], rows, [row < num_queries for row in rows], tokens=tokens,
+             alignment=alignment, pad_token_id=pad_token_id)
+        for rows in bins
+    )
+
+
+def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, micro_batch_size: int, num_negatives: int,
+                      alignment: int, constant_tokens: bool) -> EmbedBatch:
+    """The batch of these records: one query each, its first positive, and up to `num_negatives` negatives.
+
+    Micro-batch m holds queries m*micro_batch_size ... and then all of their documents, in one bin.
+
+    Args:
+        records: this data-parallel rank's share of the step, in order.
+        tokenizer: of the model that is trained.
+        micro_batch_size: queries per micro-batch; the last one may be smaller.
+        num_negatives: hard negatives per query, in the row's order; a row with fewer contributes what it has.
+        alignment: tokens; every bin is a multiple of it.
+        constant_tokens: all bins get the size of the largest, for pipelines, whose messages have one shape.
+    Raises:
+        ConfigError: the query prompt needs an instruction that a record lacks.
+        DataError: a text has no tokens.
+    """
+    groups = [(record.positive[0], *record.negatives[:num_negatives]) for record in records]
+    documents = list(chain.from_iterable(groups))
+    sizes = np.array([len(group) for group in groups], dtype=np.int64)
+    first = np.cumsum(sizes) - sizes
+    owner = np.repeat(np.arange(len(records)), sizes)
+
+    queries = [record.query for record in records]
+    query_tokens = tokenizer.tokenize(queries, "query", [record.instruction for record in records])
+    document_tokens = tokenizer.tokenize(documents, "document")
+    _refuse_empty(query_tokens, queries, [record.source for record in records])
+    _refuse_empty(document_tokens, documents, [records[query].source for query in owner.tolist()])
+
+    bins = []
+    for start in range(0, len(records), micro_batch_size):
+        stop = min(start + micro_batch_size, len(records))
+        last = stop - 1
+        bins.append([*range(start, stop),
+                     *range(len(records) + int(first[start]), len(records) + int(first[last] + sizes[last]))])
+    return EmbedBatch(
+        micro_batches=_pack_bins(bins, query_tokens.token_ids + document_tokens.token_ids, len(records),
+                                 alignment=alignment, constant_tokens=constant_tokens,
+                                 pad_token_id=tokenizer.pad_token_id),
+        num_queries=len(records),
+        num_documents=len(documents),
+        positive_index=torch.from_numpy(first),
+        document_query=torch.from_numpy(owner),
+        query_ids=torch.tensor([text_id(text) for text in queries], dtype=torch.int64),
+        document_ids=torch.tensor([text_id(text) for text in documents], dtype=torch.int64),
+        num_truncated=query_tokens.num_truncated + document_tokens.num_truncated,
+    )
+
+
+def _refuse_empty(rows: TokenizedRows, texts: Sequence[str], sources: Sequence[str]) -> None:
+    for ids, text, source in zip(rows.token_ids, texts, sources, strict=True):
+        if not ids:
+            raise DataError(f"{source}: the text {text[:40]!r} has no tokens in this tokenizer; remove the row")
+
+
+def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokenizer, *, micro_batch_tokens: int,
+                         alignment: int, constant_tokens: bool, sort: bool = True) -> tuple[MicroBatch, ...]:
+    """Bins for inference; `rows` are the texts' indices.
+
+    Args:
+        texts: all of one role. They are tokenized at once: hand over a part at a time of a large corpus.
+        role: whose prompt and length apply.
+        tokenizer: of the model.
+        micro_batch_tokens: tokens of a bin, padding included; a text that is longer has a bin of its own.
+        alignment: tokens; every bin is a multiple of it.
+        constant_tokens: all bins get the size of the largest.
+        sort: longest first, so that equally long texts meet and memory peaks at once; else the texts' order.
+    Raises:
+        UserError: a text has no tokens.
+    """
+    tokenized = tokenizer.tokenize(texts, role)
+    lengths = [len(ids) for ids in tokenized.token_ids]
+    if tokenized.num_truncated:
+        logger.info("%d of %d %s texts cut to the maximum length", tokenized.num_truncated, len(texts), role)
+    order = sorted(range(len(texts)), key=lambda row: -lengths[row]) if sort else list(range(len(texts)))
+    room = micro_batch_tokens // alignment * alignment
+    bins: list[list[int]] = []
+    filled = 0
+    for row in order:
+        if not lengths[row]:
+            raise UserError(f"{role} text number {row + 1}, {texts[row][:40]!r}, has no tokens in this tokenizer; "
+                            "remove it or choose a pooling that adds an EOS (lasttoken)")
+        if not bins or filled + lengths[row] > room:
+            bins.append([])
+            filled = 0
+        bins[-1].append(row)
+        filled += lengths[row]
+    return _pack_bins(bins, tokenized.token_ids, len(texts) if role == "query" else 0, alignment=alignment,
+                      constant_tokens=constant_tokens, pad_token_id=tokenizer.pad_token_id)
+
+
+def padding_fraction(micro_batches: Sequence[MicroBatch]) -> float:
+    """Share of the bins' tokens that is padding, 0 to 1."""
+    total = sum(micro_batch.token_ids.numel() for micro_batch in micro_batches)
+    return 1 - sum(micro_batch.num_tokens for micro_batch in micro_batches) / total if total else 0.0
