@@ -4,7 +4,7 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 # The pip that comes with Python 3.11 takes 1.7 times as long over the same pins.
 PIP_VERSION := 26.3
-PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile
 # One thread per process: a test runs up to eight ranks, and their threads would only fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
 

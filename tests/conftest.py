@@ -1,0 +1,23 @@
+"""Session-wide fixtures: the worker processes end with the session; tests for absent hardware skip themselves."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.ranks import shutdown_ranks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_workers() -> Iterator[None]:
+    yield
+    shutdown_ranks()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
+    if needed:
+        import torch
+
+        available = torch.cuda.device_count()
+        if available < needed:
+            pytest.skip(f"needs {needed} CUDA device(s), this machine has {available}")

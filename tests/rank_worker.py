@@ -1,0 +1,127 @@
+"""The worker's side of tests/ranks.py: serve calls one after another, each in a clean world."""
+
+import contextlib
+import ctypes
+import datetime
+import faulthandler
+import gc
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.ranks import STACK_SIGNAL, Call, Report
+
+
+def serve(descriptor: int, parent: int, stacks_file: str) -> None:
+    """Answer calls until the other end of the pipe is closed. `parent` is the process to die with."""
+    _die_with(parent)
+    torch.set_num_threads(1)
+    gc.freeze()  # Else every call's collection walks through all of torch: 90 ms instead of 5.
+    connection = Connection(descriptor)
+    with open(stacks_file, "w", encoding="utf-8") as stacks:
+        faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
+        while True:
+            try:
+                message = connection.recv_bytes()
+            except EOFError:
+                return
+            _answer(connection, message)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when pytest dies, however it dies and whatever hangs here."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _answer(connection: Connection, message: bytes) -> None:
+    """Run one call, report, then undo what it left; a failure is reported before the group is torn down."""
+    environment, directory = dict(os.environ), os.getcwd()
+    try:
+        call = pickle.loads(message)
+        assert isinstance(call, Call)
+        _enter_world(call)
+        report = Report(value=call.function(*call.args, **call.kwargs), finished=time.monotonic())
+        payload = pickle.dumps(report)
+    except BaseException as error:  # noqa: BLE001  SystemExit and KeyboardInterrupt are results too
+        payload = _failure(error)
+        # Sent before the clean-up: that breaks the connections of the other ranks, whose errors then come second.
+        connection.send_bytes(payload)
+        _leave_world(environment, directory, synchronize=False)
+        return
+    # Sent after it: the next call must not meet what this one left.
+    _leave_world(environment, directory, synchronize=True)
+    connection.send_bytes(payload)
+
+
+def _failure(error: BaseException) -> bytes:
+    text = "".join(traceback.format_exception(error))
+    finished = time.monotonic()
+    try:
+        payload = pickle.dumps(Report(error=error, text=text, finished=finished))
+        pickle.loads(payload)  # Some exceptions can be written but not read back.
+        return payload
+    except Exception:  # noqa: BLE001  whatever a foreign exception's __reduce__ raises
+        return pickle.dumps(Report(error=RuntimeError(text), text=text, finished=finished))
+
+
+def _enter_world(call: Call) -> None:
+    os.environ |= {
+        "RANK": str(call.rank),
+        "WORLD_SIZE": str(call.world_size),
+        "LOCAL_RANK": str(call.rank),
+        "LOCAL_WORLD_SIZE": str(call.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(call.master_port),
+    }
+    torch.manual_seed(0)
+    # Longer than the pool waits, so that a hang is found by the pool, which shows every rank's stack.
+    timeout = datetime.timedelta(seconds=call.timeout_seconds + 60)
+    store = dist.FileStore(call.store_file, call.world_size)
+    dist.init_process_group("gloo", store=store, rank=call.rank, world_size=call.world_size, timeout=timeout)
+
+
+def _leave_world(environment: dict[str, str], directory: str, synchronize: bool) -> None:
+    os.environ.clear()
+    os.environ |= environment
+    os.chdir(directory)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    if dist.is_initialized() and synchronize:
+        # A rank that is done must not break the connections of one that is not; one that failed does so by intent.
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+    _forget_megatron()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
+
+
+def _forget_megatron() -> None:
+    """Reset Megatron-Core's globals, those of its modules that were imported."""
+    modules: dict[str, Any] = sys.modules
+    prefix = "megatron.core."
+    if parallel_state := modules.get(prefix + "parallel_state"):
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_global_memory_buffer()
+    if calculator := modules.get(prefix + "num_microbatches_calculator"):
+        calculator.destroy_num_microbatches_calculator()
+    if machine := modules.get(prefix + "rerun_state_machine"):
+        machine.destroy_rerun_state_machine()
+    if random := modules.get(prefix + "tensor_parallel.random"):
+        # The tracker is created again, empty, by the next seeding.
+        random._CUDA_RNG_STATE_TRACKER = None
+        random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
