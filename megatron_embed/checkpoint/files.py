@@ -1,15 +1,10 @@
 """Where a checkpoint's files lie and how they become complete: temporary name, fsync, rename, `latest` last."""
 
-import json
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-from megatron_embed.errors import CheckpointError
-
-FORMAT = 1
 INFO_FILE = "megatron_embed.json"
 _STEP = re.compile(r"step_(\d+)$")
 
@@ -65,34 +60,6 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     return complete[max(complete)] if complete else None
 
 
-def read_info(checkpoint: str | Path) -> dict[str, Any]:
-    """Contents of a checkpoint's megatron_embed.json. Raises CheckpointError if it is missing, broken or newer than us."""
-    path = Path(checkpoint) / INFO_FILE
-    try:
-        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint description ({error}); choose another checkpoint") from error
-    if info.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format = {info.get('format')!r}, this version reads {FORMAT}; update megatron_embed")
-    return info
-
-
-def is_checkpoint(directory: str | Path) -> bool:
-    """Whether `directory` is one of our checkpoints, or a training directory that holds one."""
-    return (Path(directory) / INFO_FILE).is_file() or latest_checkpoint(directory) is not None
-
-
-def resolve_checkpoint(directory: str | Path) -> Path:
-    """The checkpoint that `directory` is, or whose newest it holds."""
-    folder = Path(directory)
-    if (folder / INFO_FILE).is_file():
-        return folder
-    latest = latest_checkpoint(folder)
-    if latest is None:
-        raise CheckpointError(f"{directory}: holds no complete checkpoint ({INFO_FILE} is missing); check the path")
-    return latest
-
-
 def link_tree(source: Path, target: Path) -> None:
     """A copy of a folder by hard links where the file system allows, else by copying."""
 
@@ -103,7 +70,7 @@ def link_tree(source: Path, target: Path) -> None:
             shutil.copy2(one, other)
         return other
 
-    shutil.copytree(source, target, copy_function=link)
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
 
 
 def remove_old(directory: Path, keep: int) -> None:

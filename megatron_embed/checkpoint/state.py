@@ -11,10 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.checkpoint.files import (
-    FORMAT,
-    INFO_FILE,
     link_tree,
-    read_info,
     remove_old,
     sync_directory,
     sync_tree,
@@ -25,6 +22,8 @@ from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, dist_checkpointing
 
 logger = logging.getLogger(__name__)
+
+TRAINER_FILE = "trainer.json"
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 """Megatron 0.16.1's default for the distributed optimizer raises on save; this one resumes at another layout."""
@@ -50,7 +49,7 @@ def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-def save_checkpoint(directory: str, step: int, state: TrainingState, *, assets: Path, config: str, info: dict[str, Any],
+def save_checkpoint(directory: str, step: int, state: TrainingState, *, assets: Path, config: str,
                     keep: int) -> Path:
     """Writes DIRECTORY/step_NNNNNN and points `latest` at it. Called by all ranks; communicates over the world.
 
@@ -58,9 +57,8 @@ def save_checkpoint(directory: str, step: int, state: TrainingState, *, assets: 
 
     Args:
         step: optimizer steps done.
-        assets: folder with the model's configuration, tokenizer and untrained tensors; becomes `hf/`.
+        assets: folder with megatron_embed.json and hf/ (configuration, tokenizer, untrained tensors) of the model.
         config: resolved run configuration, YAML.
-        info: further fields of megatron_embed.json.
         keep: newest checkpoints kept; 0 keeps all.
     """
     folder = Path(directory)
@@ -72,9 +70,9 @@ def save_checkpoint(directory: str, step: int, state: TrainingState, *, assets: 
     sharded["scheduler"] = state.scheduler.state_dict()
     dist_checkpointing.save(sharded, str(temporary / "model"), content_metadata=SHARDING)
     if dist.get_rank() == 0:
-        link_tree(assets, temporary / "hf")
+        link_tree(assets, temporary)
         (temporary / "config.yaml").write_text(config, encoding="utf-8")
-        (temporary / INFO_FILE).write_text(json.dumps({"format": FORMAT, "step": step, **info}, indent=1), encoding="utf-8")
+        (temporary / TRAINER_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
         sync_tree(temporary)
         temporary.rename(target)
         sync_directory(folder)
@@ -87,7 +85,7 @@ def save_checkpoint(directory: str, step: int, state: TrainingState, *, assets: 
 
 def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
     """Restores model, optimizer and schedule, at any layout. Called by all ranks. Returns the optimizer steps done."""
-    step = int(read_info(checkpoint)["step"])
+    step = int(json.loads((checkpoint / TRAINER_FILE).read_text(encoding="utf-8"))["step"])
     sharded = _sharded_state(state, is_loading=True)
     loaded = _load(sharded, checkpoint)
     _load_models(state.models, loaded["model"])
@@ -98,7 +96,6 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
 
 def load_model(checkpoint: Path, models: Sequence[EmbeddingModel]) -> None:
     """Restores the parameters alone, from a converted or a training checkpoint, at any layout. Called by all ranks."""
-    read_info(checkpoint)
     _load_models(models, _load({"model": model_state(models)}, checkpoint)["model"])
 
 

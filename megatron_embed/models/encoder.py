@@ -1,5 +1,6 @@
 """Backbone, pooling and head, by pipeline stage: a micro-batch of token ids -> `[rows, dim]` embeddings."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +13,15 @@ from megatron_embed.errors import ConfigError
 from megatron_embed.models.attention import PackedSequences, group_sequences
 from megatron_embed.models.backbone import EncoderEmbedding, block_spec, megatron_config
 from megatron_embed.models.families import ModelShape
-from megatron_embed.models.pooling import Pooling, PoolingPlan, local_plan, pool, pooling_plan
+from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
+from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import (
     HAS_CUDA,
     LanguageModelEmbedding,
     LanguageModule,
     MegatronModule,
+    ModelType,
     RotaryEmbedding,
     TransformerBlock,
     TransformerConfig,
@@ -59,6 +62,7 @@ class EmbeddingModel(LanguageModule):
         self.normalize = normalize
         self.vp_stage = vp_stage
         self.share_embeddings_and_output_weights = False
+        self.model_type = ModelType.encoder_or_decoder  # asked for by the pipeline schedules
         first_chunk, last_chunk = vp_stage in (None, 0), vp_stage in (None, topology.num_model_chunks - 1)
         self.pre_process = topology.is_first_stage and first_chunk
         self.post_process = topology.is_last_stage and last_chunk
@@ -104,6 +108,15 @@ class EmbeddingModel(LanguageModule):
         frequencies = self.rotary.inv_freq.to(batch.position_ids.device)
         angles = torch.outer(batch.position_ids.flatten().float(), frequencies)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+    def global_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters of this rank by name, layers counted over the whole model instead of from the stage's first."""
+        first = self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
+
+        def renumber(match: re.Match[str]) -> str:
+            return f"decoder.layers.{int(match.group(1)) + first}."
+
+        return {re.sub(r"^decoder\.layers\.(\d+)\.", renumber, name): parameter for name, parameter in self.named_parameters()}
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's sharded state under the layers' global numbers; LanguageModule's own form insists on logits."""

@@ -1,16 +1,14 @@
 """From token states to row states: each rank pools the tokens it holds, then only `[rows, hidden]` is communicated."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_embed.batch import MicroBatch
+from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.platform.compat import tensor_parallel
-
-Pooling = Literal["lasttoken", "mean", "cls", "weightedmean"]
 
 
 @dataclass(frozen=True, kw_only=True)

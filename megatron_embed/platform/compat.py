@@ -21,13 +21,17 @@ if not HAS_CUDA:
 # Without it Megatron logs an INFO line per module from every rank.
 os.environ.setdefault("MEGATRON_LOGGING_LEVEL", "30")
 
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
+# What `doctor` says once, Megatron would say per module, rank and call.
+for _message in ("Transformer Engine and Apex are not installed", "Apex is not installed", "When using sequence parallelism",
+                 "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"):
+    warnings.filterwarnings("ignore", message=_message)
 
 import megatron.core.optimizer as megatron_optimizer
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.enums import ModelType
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding

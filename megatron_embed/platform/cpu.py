@@ -1,13 +1,17 @@
 """Lets Megatron-Core run where there is no CUDA: its hard-wired device calls are answered by the CPU.
 
-Installed by `platform/compat.py`, before any Megatron module is imported, and only if CUDA is absent: each call replaced
-here would raise on such a machine, so no working behaviour changes. A GPU run never imports this file.
+Installed by `platform/compat.py`, before any Megatron module is imported, and only if CUDA is absent. Megatron's modules
+get a `torch` of their own, with the calls below replaced; everyone else's `torch` is untouched (replaced globally, the
+factory functions broke Transformers' loading). A GPU run never imports this file.
 `tests/platform/test_cpu.py` lists the CUDA-only sites of the installed Megatron-Core and fails on one that is not covered.
 """
 
 import contextlib
 import functools
 import importlib
+import importlib.abc
+import importlib.machinery
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -101,7 +105,7 @@ CUDA_CALLS: dict[str, Any] = {
     "set_rng_state": _set_rng_state,
     "is_current_stream_capturing": lambda: False,
 }
-"""Replacements in `torch.cuda`. One random stream serves as Megatron's CPU and CUDA streams both."""
+"""Replacements in Megatron's `torch.cuda`. One random stream serves as Megatron's CPU and CUDA streams both."""
 
 
 @contextlib.contextmanager
@@ -155,16 +159,61 @@ def _name_cuda_types(module_name: str, class_name: str, method_name: str) -> Non
     setattr(owner, method_name, call)
 
 
+class _Overlay(types.ModuleType):
+    """A module's attributes with some replaced; the module itself stays as it is for everyone else."""
+
+    def __init__(self, module: types.ModuleType, replaced: dict[str, Any]) -> None:
+        super().__init__(module.__name__)
+        self.__dict__.update(replaced)
+        self.__dict__["_module"] = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
+def _torch_for_megatron() -> _Overlay:
+    """`torch` as Megatron's modules see it."""
+    factories = {name: _on_cpu(vars(torch)[name]) for name in FACTORIES}
+    return _Overlay(torch, {"cuda": _Overlay(torch.cuda, CUDA_CALLS), **factories})
+
+
+class _MegatronFinder(importlib.abc.MetaPathFinder):
+    """Hands every module below `megatron.core` the overlaid `torch` as soon as it has been executed."""
+
+    def __init__(self) -> None:
+        self.torch = _torch_for_megatron()
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if not name.startswith("megatron.core"):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _MegatronLoader(spec.loader.name, spec.loader.path, self.torch)
+        return spec
+
+
+class _MegatronLoader(importlib.machinery.SourceFileLoader):
+    def __init__(self, name: str, path: str, overlay: _Overlay) -> None:
+        super().__init__(name, path)
+        self.overlay = overlay
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        super().exec_module(module)
+        if vars(module).get("torch") is torch:
+            vars(module)["torch"] = self.overlay
+
+
 def install() -> None:
-    """Replaces the calls above. Must run before the first import of a Megatron module; harmless when repeated."""
+    """Must run before the first import of a Megatron module; harmless when repeated."""
     if torch.cuda.is_available():
         raise RuntimeError("the CPU adapter must not be installed on a machine with CUDA")
-    if vars(torch.cuda).get("Stream") is Stream:
+    if any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
         return
-    for name, replacement in CUDA_CALLS.items():
-        setattr(torch.cuda, name, replacement)
-    for name in FACTORIES:
-        setattr(torch, name, _on_cpu(vars(torch)[name]))
+    early = sorted(name for name in sys.modules if name.startswith("megatron.core"))
+    if early:
+        raise RuntimeError(f"{early[0]} was imported before megatron_embed.platform.compat; import that first")
+    sys.meta_path.insert(0, _MegatronFinder())
+    # On a machine without CUDA these raise; nobody can depend on them.
     torch.Tensor.cuda = _same  # type: ignore[method-assign, assignment]
     torch.Tensor.pin_memory = _same  # type: ignore[method-assign, assignment]
     torch.Tensor.record_stream = _nothing  # type: ignore[method-assign, assignment]

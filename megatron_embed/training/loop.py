@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.parallel.collectives import sum_over
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.training.metrics import MetricsWriter
-from megatron_embed.training.step import Trainer, train_step
-
-import torch  # isort: skip
+from megatron_embed.training.step import Trainer, seed_step, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
     for step in range(first_step, train_steps):
         start = time.perf_counter()
         batch = hooks.load_batch(step)
+        seed_step(config.training.seed, step, topology)
         metrics = train_step(batch, trainer)
         done, last = step + 1, step + 1 == train_steps
         real, padded = token_counts(batch, topology)

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megatron_embed.batch import EmbedBatch
-from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler
+from megatron_embed.parallel.topology import Topology
+from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, model_parallel_cuda_manual_seed
 from megatron_embed.training.grad_cache import GradCache
 
 
@@ -17,7 +19,16 @@ class Trainer:
     chunks: Sequence[torch.nn.Module]
     gradients: GradCache
     optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+    scheduler: OptimizerParamScheduler, model_parallel_cuda_manual_seed
+
+
+def seed_step(seed: int, step: int, topology: Topology) -> None:
+    """Makes dropout a function of seed, step and place in the layout, so that a resumed run drops what it would have.
+
+    Tensor-parallel twins share the seed; Megatron's tracker lets them differ where their shards do.
+    """
+    place = np.random.SeedSequence([seed, step, topology.pp_rank, topology.dp_rank, topology.cp_rank])
+    model_parallel_cuda_manual_seed(int(place.generate_state(1)[0]) >> 1)
 
 
 def train_step(batch: EmbedBatch, trainer: Trainer) -> dict[str, float]:

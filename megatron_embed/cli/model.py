@@ -1,0 +1,92 @@
+"""Opening a model for any command: a Hugging Face directory or one of our checkpoints -> this rank's chunks, loaded."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_embed.checkpoint.state import load_model
+from megatron_embed.config.schema import RunConfig
+from megatron_embed.convert.layout import is_checkpoint, open_checkpoint
+from megatron_embed.convert.source import HFDirectory, hf_weight_shards
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.encoder import EmbeddingModel, build_model, padded_vocabulary
+from megatron_embed.models.families import ModelShape, model_shape
+from megatron_embed.models.pooling_names import Pooling
+from megatron_embed.models.saved_settings import SavedSettings, read_saved_settings
+from megatron_embed.parallel.topology import Topology
+from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDirectory:
+    """A model as it lies on disk."""
+
+    path: Path
+    """As given, or where the hub's files were put."""
+    checkpoint: Path | None
+    """Our checkpoint, or null for a Hugging Face directory."""
+    hf: Path
+    """config.json, tokenizer and Sentence Transformers files."""
+    shape: ModelShape
+    saved: SavedSettings
+
+    def pooling(self, wanted: Pooling | None) -> Pooling:
+        """What was asked for, else what the directory says, else lasttoken."""
+        return wanted or self.saved.pooling or "lasttoken"
+
+
+def local_directory(path: str) -> Path:
+    """The directory itself, or a hub model's files in the local cache, fetched if need be. Raises CheckpointError."""
+    if Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        if not Path(path).expanduser().is_dir():
+            raise CheckpointError(f"model.path = {path!r}: no such directory; give a model directory or a hub name such as "
+                                  "Qwen/Qwen3-Embedding-0.6B")
+        return Path(path).expanduser()
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(path, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.pt"]))
+    except Exception as error:
+        # The hub client raises its own, requests' and OS errors alike; to the user all mean: not here and not fetched.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"model.path = {path!r}: neither a directory nor fetched from the hub ({reason}); check the "
+                              "name and the network, or give a local directory") from error
+
+
+def find_model(path: str) -> ModelDirectory:
+    """Reads what a model directory says, without touching its weights. No communication."""
+    folder = local_directory(path)
+    checkpoint = open_checkpoint(folder).path if is_checkpoint(folder) else None
+    hf = folder if checkpoint is None else checkpoint / "hf"
+    return ModelDirectory(path=folder, checkpoint=checkpoint, hf=hf, shape=model_shape(hf), saved=read_saved_settings(hf))
+
+
+def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topology) -> list[EmbeddingModel]:
+    """This rank's model chunks with their weights.
+
+    Each rank reads only its own slices of a Hugging Face directory, or its own shards of a checkpoint.
+    """
+    model_parallel_cuda_manual_seed(config.training.seed)
+    chunks = build_model(config, model.shape, topology, model.pooling(config.embedding.pooling))
+    if model.checkpoint is not None:
+        load_model(model.checkpoint, chunks)
+        return chunks
+    with HFDirectory(model.hf) as source, torch.no_grad():
+        for chunk in chunks:
+            parameters = chunk.global_parameters()
+            shards = hf_weight_shards(source, source.family, names=parameters, tp_rank=topology.tp_rank,
+                                      tp_size=topology.tp_size,
+                                      padded_vocab_size=padded_vocabulary(model.shape.vocab_size, topology.tp_size))
+            for name, shard in shards:
+                parameters[name].copy_(shard)
+    return chunks
+
+
+def with_parallel(config: RunConfig, **sections: object) -> RunConfig:
+    """A copy of `config` with whole sections replaced."""
+    return dataclasses.replace(config, **sections)  # type: ignore[arg-type]

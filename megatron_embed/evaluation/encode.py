@@ -1,0 +1,87 @@
+"""Texts to embeddings over all ranks: each data-parallel rank takes a share, every rank gets the whole result."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_embed.data.packing import build_encode_batches
+from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.models.encoder import to_device
+from megatron_embed.models.passes import embed
+from megatron_embed.models.pooling_names import Pooling
+from megatron_embed.parallel.collectives import gather_padded, largest, send_from_last
+from megatron_embed.parallel.topology import Topology, token_alignment
+
+TEXTS_AT_ONCE = 4096
+"""Texts tokenized and packed together; bounds memory for large corpora while lengths still sort well."""
+
+
+class TextEncoder:
+    """A loaded model with its tokenizer. Every method is called by all ranks together."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, tokenizer: RoleTokenizer, *, pooling: Pooling,
+                 dim: int, flash: bool, micro_batch_tokens: int = 8192) -> None:
+        """`micro_batch_tokens`: of one packed bin, padding included; a longer text gets a bin of its own."""
+        self.chunks = chunks
+        self.topology = topology
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.dim = dim
+        self.flash = flash
+        self.micro_batch_tokens = micro_batch_tokens
+
+    def encode(self, texts: Sequence[str], role: Literal["query", "document"], *, show_progress: bool = False) -> Tensor:
+        """[texts, dim] float32 on the CPU of every rank, in the order of `texts`.
+
+        Each data-parallel rank embeds every dp_size-th text; one all-gather over the data-parallel group and one broadcast
+        over the pipeline per 4096 texts of a rank. Dropout is off meanwhile.
+        """
+        size, rank = self.topology.dp_size, self.topology.dp_rank
+        result = torch.empty(len(texts), self.dim)
+        block = TEXTS_AT_ONCE * size
+        bar = tqdm(total=len(texts), unit="text", desc=f"encode {role}", disable=None if show_progress else True)
+        with bar, _evaluation_mode(self.chunks):
+            for first in range(0, len(texts), block):
+                part = texts[first : first + block]
+                capacity = -(-len(part) // size)
+                rows = self._embed_share(part[rank::size], role)
+                gathered = gather_padded(rows, capacity, self.topology.dp_group) if self.topology.is_last_stage else None
+                if gathered is None:
+                    gathered = torch.zeros(size, capacity, self.dim, device=self.topology.device)
+                gathered = send_from_last(gathered, self.topology.groups.pp)
+                result[first : first + len(part)] = gathered.transpose(0, 1).reshape(-1, self.dim)[: len(part)].cpu()
+                bar.update(len(part))
+        return result
+
+    def _embed_share(self, texts: Sequence[str], role: Literal["query", "document"]) -> Tensor:
+        """[texts, dim] of this rank's texts; empty where it has none or is not the last stage."""
+        empty = torch.zeros(0, self.dim, device=self.topology.device)
+        # All ranks run as many bins as the busiest, or an expert-parallel all-to-all would wait for ever.
+        batches = [] if not texts else [
+            to_device(micro, self.topology, self.pooling, self.flash)
+            for micro in build_encode_batches(
+                texts, role, self.tokenizer, micro_batch_tokens=self.micro_batch_tokens,
+                alignment=token_alignment(self.topology.sizes), constant_tokens=self.topology.pp_size > 1)]
+        if self.topology.sizes.expert_model_parallel_size > 1:
+            needed = largest(len(batches), self.topology.dp_group)
+            batches += [batches[0]] * (needed - len(batches))
+        if not batches:
+            return empty
+        embeddings = embed(self.chunks, batches, self.topology)
+        return empty if embeddings is None else embeddings[: len(texts)]
+
+
+@contextlib.contextmanager
+def _evaluation_mode(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, training in zip(chunks, was_training, strict=True):
+            chunk.train(training)

@@ -1,0 +1,91 @@
+"""What a model directory's Sentence Transformers files say about pooling, normalization, prompts and length."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.families import read_hf_config
+from megatron_embed.models.pooling_names import POOLINGS, Pooling
+
+_LEGACY_FLAGS: dict[str, Pooling] = {
+    "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedSettings:
+    """null: the directory does not say."""
+
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    include_prompt: bool = True
+    """Whether a prompt's tokens enter the pooling."""
+    max_length: int | None = None
+    """Tokens, special tokens included."""
+    prompts: dict[str, str] = field(default_factory=dict)
+    """By role; `passage` counts as document."""
+    dtype: str | None = None
+    """Of config.json."""
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch the file again") from error
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where the file does not exist."""
+    if not path.is_file():
+        return {}
+    values = _json(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+def _pooling(path: Path, config: dict[str, Any]) -> Pooling | None:
+    """The one pooling that a 1_Pooling/config.json switches on, in either spelling."""
+    mode = config.get("pooling_mode")
+    active = [mode] if mode else [name for flag, name in _LEGACY_FLAGS.items() if config.get(flag)]
+    others = [flag for flag, on in config.items() if flag.startswith("pooling_mode_") and on is True and flag not in _LEGACY_FLAGS]
+    if len(active) + len(others) == 0:
+        return None
+    if others or len(active) != 1 or active[0] not in POOLINGS:
+        raise CheckpointError(f"{path}: pooling {active + others} is not supported; one of {', '.join(POOLINGS)} is")
+    return active[0]  # type: ignore[no-any-return]
+
+
+def read_saved_settings(directory: str | Path) -> SavedSettings:
+    """Settings of a Hugging Face or Sentence Transformers directory.
+
+    Raises:
+        CheckpointError: a module or pooling that we do not compute, or a broken file.
+    """
+    folder = Path(directory)
+    hf = read_hf_config(folder)
+    dtype = hf.get("dtype") or hf.get("torch_dtype")
+    common = {"dtype": dtype if isinstance(dtype, str) else None,
+              "max_length": _object(folder / "sentence_bert_config.json").get("max_seq_length")}
+    if not (folder / "modules.json").is_file():
+        return SavedSettings(**common)
+    pooling, normalize, include_prompt = None, False, True
+    modules = _json(folder / "modules.json")
+    for module in modules:
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            path = folder / module["path"] / "config.json"
+            pooling, include_prompt = _pooling(path, _object(path)), _object(path).get("include_prompt", True)
+        elif kind == "Normalize":
+            normalize = True
+        elif kind != "Transformer":
+            raise CheckpointError(f"{folder / 'modules.json'}: module {module['type']!r} is not supported; "
+                                  "Transformer, Pooling and Normalize are")
+    prompts = _object(folder / "config_sentence_transformers.json").get("prompts") or {}
+    if "passage" in prompts:
+        prompts.setdefault("document", prompts["passage"])
+    roles = {role: text for role, text in prompts.items() if role in ("query", "document")}
+    return SavedSettings(pooling=pooling, normalize=normalize, include_prompt=include_prompt, prompts=roles, **common)
