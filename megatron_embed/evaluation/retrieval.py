@@ -82,7 +82,7 @@ def metrics_per_query(qrels: Qrels, run: Run, *, ks: Sequence[int] = CUTOFFS) ->
     """`retrieval_metrics` of every query of `qrels` by itself."""
     cuts = ",".join(map(str, ks))
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, {f"ndcg_cut.{cuts}", f"recall.{cuts}", f"P.{cuts}", "map"})
-    results = evaluator.evaluate({query: scores for query, scores in run.items() if scores and query in qrels})
+    results = evaluator.evaluate(run)
     metrics = {}
     for query, judged in qrels.items():
         result = results.get(query, {})

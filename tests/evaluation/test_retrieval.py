@@ -167,6 +167,11 @@ def test_merged_shards_equal_one_search():
     assert torch.equal(scores, whole_scores) and torch.equal(indices, whole_indices)
 
 
+def test_negative_zero_ties_with_zero():
+    scores, indices = merge_top_k([(torch.tensor([[0.0, -0.0, -1.0]]), torch.tensor([[0, 1, 2]]))], 3)
+    assert indices.tolist() == [[1, 0, 2]] and scores.tolist() == [[0.0, 0.0, -1.0]]
+
+
 def one_hot_data(document_ids: list[str], qrels: dict[str, dict[str, int]]) -> BeirData:
     return BeirData(name="toy", document_ids=document_ids, document_texts=[f"text of {d}" for d in document_ids],
                     query_ids=list(qrels), query_texts=[f"text of {q}" for q in qrels], qrels=qrels)
