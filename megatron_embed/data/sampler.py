@@ -5,7 +5,7 @@ import math
 import threading
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -103,9 +103,9 @@ class GlobalBatchSampler:
                 self._left_over.append(epoch.left_over)
                 self._duplicates.append(epoch.num_duplicates)
                 if epoch.num_duplicates and not any(self._duplicates[:-1]):
-                    logger.warning("epoch %d: %d of %d rows share a global batch with an equal text, because too many "
-                                   "rows share texts; a smaller training.global_batch_size avoids it", number,
-                                   epoch.num_duplicates, self.num_rows)
+                    logger.warning("epoch %d: %d of %d rows share a global batch with an equal text (one text is in %d "
+                                   "rows); fewer with a smaller training.global_batch_size or data.num_negatives",
+                                   number, epoch.num_duplicates, self.num_rows, self._texts.most_rows)
             while len(self._cache) >= _CACHED_EPOCHS:
                 del self._cache[next(iter(self._cache))]
             self._cache[number] = epoch
@@ -113,7 +113,7 @@ class GlobalBatchSampler:
 
     def _draw(self, number: int) -> _Epoch:
         order = np.random.Generator(np.random.PCG64([self._seed, number])).permutation(self.num_rows)
-        queue = _Queue(self._left_over[number] + order.tolist(), self._texts, self.global_batch_size)
+        queue = _Queue(self._left_over[number], order.tolist(), self._texts, self.global_batch_size)
         batches = list(iter(queue.next_batch, None))
         return _Epoch(
             first_step=self._first_steps[number],
@@ -124,7 +124,11 @@ class GlobalBatchSampler:
 
 
 class _SharedTexts:
-    """Per row, the texts that it shares with other rows, numbered densely; per text, how often a batch may hold it."""
+    """Per row, the texts that it shares with other rows, numbered densely; per text, how often a batch may hold it.
+
+    Attributes:
+        most_rows: rows that hold the commonest text.
+    """
 
     def __init__(self, records: RecordSet, num_negatives: int, global_batch_size: int) -> None:
         ids, counts = array("q"), array("q")
@@ -137,6 +141,7 @@ class _SharedTexts:
         row = np.repeat(np.arange(len(counts)), np.asarray(counts))[shared]
         self._ends = array("q", np.cumsum(np.bincount(row, minlength=len(counts))).tolist())
         self._numbers = array("q", number[shared].tolist())
+        self.most_rows = int(occurrences.max())
         # A text of m rows comes m / batches times per batch on average; allowing the next whole number of them spreads
         # its rows evenly, where allowing one would pile them up at the end. It is 1 for every text that can be apart.
         self._allowed = array("q", np.ceil(occurrences * global_batch_size / len(counts)).astype(np.int64).tolist())
@@ -153,9 +158,10 @@ class _SharedTexts:
 class _Queue:
     """Rows to be cut into batches: fresh ones in order, and those that wait, each behind the text that blocked it."""
 
-    def __init__(self, rows: list[int], texts: _SharedTexts, batch_size: int) -> None:
+    def __init__(self, left_over: list[int], rows: list[int], texts: _SharedTexts, batch_size: int) -> None:
         self.num_duplicates = 0
-        self._fresh = deque(rows)
+        self._fresh = deque(chain(left_over, rows))
+        self._twice = set(left_over)
         self._waiting: dict[int, deque[int]] = {}
         self._num_waiting = 0
         self._texts = texts
@@ -170,10 +176,8 @@ class _Queue:
         while self._fresh and len(self._batch) < self._batch_size and budget > 0:
             budget -= 1
             row = self._fresh.popleft()
-            blocker = self._blocker(row)
-            if blocker is None:
-                self._place(row)
-            else:
+            blocker = self._place_unless_blocked(row)
+            if blocker is not None:
                 self._waiting.setdefault(blocker, deque()).append(row)
                 self._num_waiting += 1
         if len(self._batch) < self._batch_size:
@@ -186,19 +190,22 @@ class _Queue:
         """The rows of the batch that could not be completed, and those still waiting."""
         return [*self._batch, *chain.from_iterable(self._waiting.values())]
 
-    def _marks(self, row: int) -> Iterator[int]:
-        """The row's shared texts, and a mark of its own: a row left over may meet itself in the next epoch."""
-        return chain((~row,), self._texts.of_row(row))
+    def _marks(self, row: int) -> Sequence[int]:
+        """The row's shared texts, and a mark of its own where it could meet itself: left over, and in this epoch."""
+        texts = self._texts.of_row(row)
+        return [~row, *texts] if row in self._twice else texts
 
-    def _blocker(self, row: int) -> int | None:
-        for mark in self._marks(row):
+    def _place_unless_blocked(self, row: int) -> int | None:
+        """Put the row into the batch, or give the mark that it would repeat too often."""
+        marks = self._marks(row)
+        for mark in marks:
             if self._used.get(mark, 0) >= self._texts.allowed(mark):
                 return mark
+        self._place(row, marks)
         return None
 
-    def _place(self, row: int) -> None:
-        marks = list(self._marks(row))
-        self.num_duplicates += any(mark in self._used for mark in marks)
+    def _place(self, row: int, marks: Sequence[int]) -> None:
+        self.num_duplicates += any(mark in self._used for mark in marks) if marks else 0
         for mark in marks:
             self._used[mark] = self._used.get(mark, 0) + 1
         self._batch.append(row)
@@ -211,8 +218,8 @@ class _Queue:
                 break
             queue = self._waiting[text]
             looked_at += 1
-            while queue and len(self._batch) < self._batch_size and self._blocker(queue[0]) is None:
-                self._place(queue.popleft())
+            while queue and len(self._batch) < self._batch_size and self._place_unless_blocked(queue[0]) is None:
+                queue.popleft()
                 self._num_waiting -= 1
             del self._waiting[text]
             if queue:  # at the end, so that the others have their turn first
@@ -224,7 +231,8 @@ class _Queue:
         while len(self._batch) < self._batch_size:
             text = next(iter(self._waiting))
             queue = self._waiting.pop(text)
-            self._place(queue.popleft())
+            row = queue.popleft()
+            self._place(row, self._marks(row))
             self._num_waiting -= 1
             if queue:
                 self._waiting[text] = queue
