@@ -1,0 +1,203 @@
+"""A YAML file and dotted overrides to a RunConfig: closed, typed, and every refusal names its line."""
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from megatron_embed.config.schema import RunConfig, TrainFile
+from megatron_embed.config.tree import Dumper, Node, overridden, place_of, plain_scalar, read_file, read_override
+from megatron_embed.errors import ConfigError
+
+SHORTHAND: dict[Any, str] = {TrainFile: "path"}
+"""A plain text in place of one of these mappings is the value of this key."""
+
+_LONGEST_VALUE = 100
+
+
+def load_config(path: str, overrides: list[str]) -> RunConfig:
+    """The checked settings of one run.
+
+    Args:
+        path: YAML file. Relative paths inside it are relative to the working directory.
+        overrides: `section.key=value` each; later ones win, and all win over the file.
+    Raises:
+        ConfigError: anything wrong with file, keys, types or ranges; begins `FILE:LINE: ` or `command line: `.
+    """
+    tree = read_file(path)
+    if not isinstance(tree.value, dict):
+        raise ConfigError(f"{tree.place}: expected sections, found {_shown(tree)}; write `model: {{path: DIRECTORY}}`")
+    for override in overrides:
+        keys, value = read_override(override)
+        tree = overridden(tree, keys, value)
+    config = _mapping(RunConfig, tree, "", tree)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Every setting, defaults included, as plain dicts, lists and scalars."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+    result = plain(dataclasses.asdict(config))
+    assert isinstance(result, dict)
+    return result
+
+
+def save_resolved(config: RunConfig, path: str | Path) -> None:
+    """Write every setting as YAML; `load_config(path, [])` gives an equal config.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    text = yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=_LONGEST_VALUE)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot write the configuration: {error.strerror}; choose another place") from None
+
+
+def _mapping(target: Any, node: Node, name: str, root: Node) -> object:
+    """A dataclass from a mapping; `name` is its dotted key, "" for the whole run."""
+    if not isinstance(node.value, dict):
+        raise _wrong_type(target, node, name, dataclasses.MISSING)
+    annotations = get_type_hints(target)
+    fields = {field.name: field for field in dataclasses.fields(target)}
+    for key, child in node.value.items():
+        if key not in fields:
+            raise ConfigError(f"{child.place}: unknown key '{_join(name, key)}'; {_nearest(target, key)}")
+    values = {}
+    for key, field in fields.items():
+        dotted, annotation = _join(name, key), annotations[key]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if key in node.value:
+            values[key] = _value(annotation, node.value[key], dotted, root, field.default)
+        elif required and dataclasses.is_dataclass(annotation):
+            values[key] = _mapping(annotation, Node({}, node.place), dotted, root)
+        elif required:
+            raise ConfigError(f"{node.place}: required key '{dotted}' is missing; set it here or as {dotted}=VALUE")
+    try:
+        return target(**values)
+    except ConfigError as error:  # From __post_init__; its text begins with the dotted key.
+        raise ConfigError(f"{place_of(root, str(error).partition(' = ')[0])}: {error}") from None
+
+
+def _value(annotation: Any, node: Node, name: str, root: Node, default: Any) -> object:
+    """A value of the annotated type; `default` is only shown."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    if node.value is None and types.NoneType in members:
+        return None
+    for member in members:
+        if dataclasses.is_dataclass(member):
+            short = member in SHORTHAND and isinstance(node.value, str)
+            return _mapping(member, Node({SHORTHAND[member]: node}, node.place) if short else node, name, root)
+        if get_origin(member) is tuple and node.value is not None:
+            element = get_args(member)[0]
+            items = node.value if isinstance(node.value, list) else [node]  # One item may stand without its brackets.
+            return tuple(_value(element, item, name, root, dataclasses.MISSING) for item in items)
+        accepted, value = _scalar(member, node.value)
+        if accepted:
+            return value
+    raise _wrong_type(annotation, node, name, default)
+
+
+def _scalar(member: Any, value: object) -> tuple[bool, object]:
+    """Whether the value is one of this type, and the value as that type (a whole number is a number)."""
+    if get_origin(member) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(member)), value
+    if member is float and type(value) in (int, float):
+        assert isinstance(value, int | float)
+        return math.isfinite(value), float(value)
+    return type(value) is member, value  # type() and not isinstance: a bool is no int here
+
+
+def _wrong_type(annotation: Any, node: Node, name: str, default: Any) -> ConfigError:
+    return ConfigError(f"{node.place}: {name} = {_shown(node)}: expected {_described(annotation)}; "
+                       f"{_remedy(annotation, node.value, default)}")  # fmt: skip
+
+
+def _remedy(annotation: Any, value: object, default: Any) -> str:
+    members = get_args(annotation) or (annotation,)
+    literals = [member for member in (annotation, *members) if get_origin(member) is Literal]
+    choices = [choice for literal in literals for choice in map(str, get_args(literal))]
+    near = difflib.get_close_matches(str(value).lower(), choices, n=1)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    if str in members and not isinstance(value, dict | list | types.NoneType):
+        return "put it in quotes"
+    if int in members and isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}"
+    if isinstance(value, str) and type(plain_scalar(value)) in {int, float, bool} & set(members):
+        return "remove the quotes"
+    if annotation in SHORTHAND:
+        return f"write the {SHORTHAND[annotation]} alone, or {{{SHORTHAND[annotation]}: ...}}"
+    if dataclasses.is_dataclass(annotation):
+        return "indent its keys below it, or remove it to take the defaults"
+    if default not in (dataclasses.MISSING, None):
+        return f"the default is {_yaml(default)}"
+    return "give it such a value"
+
+
+def _described(annotation: Any) -> str:
+    """The type in the words of a reader of YAML."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_described(member) for member in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        choices = [str(choice) for choice in get_args(annotation)]
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
+    if get_origin(annotation) is tuple:
+        return f"a list of: {_described(get_args(annotation)[0])}"
+    if dataclasses.is_dataclass(annotation):
+        return "text or a mapping" if annotation in SHORTHAND else "a mapping"
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    return "null" if annotation is types.NoneType else words[annotation]
+
+
+def _nearest(target: Any, key: str) -> str:
+    """A remedy for an unknown key: the nearest of its own section, else of all sections, else what there is."""
+    own = [field.name for field in dataclasses.fields(target)]
+    if near := difflib.get_close_matches(key, own, n=1):
+        return f"did you mean '{near[0]}'?"
+    dotted = list(_dotted_keys(RunConfig, ""))
+    by_name = {name.rpartition(".")[2]: name for name in reversed(dotted)}
+    if near := difflib.get_close_matches(key, by_name, n=1, cutoff=0.75):
+        return f"did you mean '{by_name[near[0]]}'?"
+    return f"known here: {', '.join(own)}"
+
+
+def _dotted_keys(target: Any, name: str) -> Iterator[str]:
+    for key, annotation in get_type_hints(target).items():
+        yield _join(name, key)
+        if dataclasses.is_dataclass(annotation):
+            yield from _dotted_keys(annotation, _join(name, key))
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _yaml(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(list(value)) if isinstance(value, tuple) else repr(value)
+
+
+def _shown(node: Node) -> str:
+    """The value on one short line."""
+
+    def plain(node: Node) -> object:
+        if isinstance(node.value, dict):
+            return {key: plain(child) for key, child in node.value.items()}
+        return [plain(child) for child in node.value] if isinstance(node.value, list) else node.value
+
+    text = _yaml(plain(node))
+    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."

@@ -1,0 +1,149 @@
+"""YAML text and `section.key=value` arguments as one tree in which every value knows where it was written."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import yaml
+
+from megatron_embed.errors import ConfigError
+
+COMMAND_LINE = "command line"
+
+# YAML 1.1 reads `1e-5` as text because it has no dot; everybody who writes it in a configuration means the number.
+_EXPONENT_WITHOUT_DOT = re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+
+
+class Loader(yaml.SafeLoader):
+    """YAML's plain types, and numbers such as `1e-5`."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes what Loader reads back as the same value: a text such as "1e5" gets its quotes."""
+
+
+for _class in (Loader, Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT_WITHOUT_DOT, list("-+0123456789"))
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value and the place it was written at: `FILE:LINE`, or `command line`."""
+
+    value: "object | dict[str, Node] | list[Node]"
+    """A scalar as YAML reads it, a dict of nodes by key, or a list of nodes."""
+    place: str
+
+
+def read_file(path: str) -> Node:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: no such file, unreadable, empty, not YAML, not a mapping, or a key that is set twice.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}; name a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not YAML: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
+    node = _compose(text, path)
+    if node is None:
+        raise ConfigError(f"{path}: the configuration is empty; it needs at least `model: {{path: DIRECTORY}}`")
+    return node
+
+
+def read_override(argument: str) -> tuple[list[str], Node]:
+    """`training.learning_rate=1e-4` as (["training", "learning_rate"], node).
+
+    The value is a YAML scalar or a flow value (`[a, b]`, `{path: a}`); other text stands for itself, blanks and all.
+
+    Raises:
+        ConfigError: not of this form, or a flow value that does not end.
+    """
+    key, equals, text = argument.partition("=")
+    keys = key.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{COMMAND_LINE}: {argument!r} is no setting; write section.key=value")
+    if not text.lstrip().startswith(("[", "{", '"', "'")):
+        # Not read as a YAML document: `query: ` would become a mapping, and a prompt would lose its last blank.
+        return keys, Node(plain_scalar(text), COMMAND_LINE)
+    return keys, _compose(text, COMMAND_LINE, f"{key}={text}: ") or Node(None, COMMAND_LINE)
+
+
+def plain_scalar(text: str) -> object:
+    """Null, truth value or number as YAML reads it; any other text stays text."""
+    try:
+        value = yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError):
+        return text
+    return value if value is None or isinstance(value, bool | int | float) else text
+
+
+def overridden(tree: Node, keys: Sequence[str], value: Node) -> Node:
+    """The tree with the value at `keys`; sections on the way there are made."""
+    if not keys:
+        return value
+    children, place = (tree.value, tree.place) if isinstance(tree.value, dict) else ({}, COMMAND_LINE)
+    child = children.get(keys[0], Node({}, COMMAND_LINE))
+    return Node(children | {keys[0]: overridden(child, keys[1:], value)}, place)
+
+
+def place_of(tree: Node, dotted_key: str) -> str:
+    """Where a key was written, or the nearest section above it that was."""
+    for key in dotted_key.split("."):
+        if not isinstance(tree.value, dict) or key not in tree.value:
+            break
+        tree = tree.value[key]
+    return tree.place
+
+
+def _compose(text: str, source: str, prefix: str = "") -> Node | None:
+    """The tree of a YAML text, null if it holds nothing."""
+    try:
+        loader = Loader(text)
+        try:
+            root = loader.get_single_node()
+            return None if root is None else _read(loader, root, source, (), ())
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = _place(source, mark.line) if mark else source
+        remedy = "indent with spaces" if "\\t" in str(error.problem) else "quote texts that hold `: `, `#`, brackets"
+        raise ConfigError(f"{place}: {prefix}not YAML: {error.problem or error.context}; {remedy}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: {prefix}not YAML: {' '.join(str(error).split())}; save it as text") from None
+
+
+def _place(source: str, line: int) -> str:
+    return source if source == COMMAND_LINE else f"{source}:{line + 1}"
+
+
+def _read(loader: Loader, node: yaml.Node, source: str, keys: tuple[str, ...], above: tuple[yaml.Node, ...]) -> Node:
+    """One YAML node and everything below it."""
+    place = _place(source, node.start_mark.line)
+    name = ".".join(keys)
+    if any(node is ancestor for ancestor in above):
+        raise ConfigError(f"{place}: {name}: an alias that contains itself; write the value out")
+    above = (*above, node)
+    if isinstance(node, yaml.SequenceNode):
+        return Node([_read(loader, item, source, keys, above) for item in node.value], place)
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            return Node(loader.construct_object(node), place)
+        except (yaml.YAMLError, ValueError):
+            raise ConfigError(f"{place}: {name} = {node.value!r}: no plain YAML value; put it in quotes") from None
+    children: dict[str, Node] = {}
+    for key_node, value_node in node.value:
+        key_place = _place(source, key_node.start_mark.line)
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{key_place}: a key of {name or 'the file'} is no plain text; write `key: value`")
+        key = key_node.value
+        dotted = ".".join((*keys, key))
+        if key in children:
+            raise ConfigError(f"{key_place}: key '{dotted}' is set twice, first at {children[key].place}; keep one")
+        child = _read(loader, value_node, source, (*keys, key), above)
+        children[key] = Node(child.value, key_place)
+    return Node(children, place)
