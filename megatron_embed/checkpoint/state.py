@@ -49,16 +49,14 @@ def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-def save_checkpoint(directory: str, step: int, state: TrainingState, *, assets: Path, config: str,
-                    keep: int) -> Path:
+def save_checkpoint(directory: str, step: int, state: TrainingState, *, assets: Path, keep: int) -> Path:
     """Writes DIRECTORY/step_NNNNNN and points `latest` at it. Called by all ranks; communicates over the world.
 
     A run killed at any instant leaves the previous checkpoint, or this one, complete.
 
     Args:
         step: optimizer steps done.
-        assets: folder with megatron_embed.json and hf/ (configuration, tokenizer, untrained tensors) of the model.
-        config: resolved run configuration, YAML.
+        assets: folder with megatron_embed.json, config.yaml and hf/ (configuration, tokenizer, untrained tensors).
         keep: newest checkpoints kept; 0 keeps all.
     """
     folder = Path(directory)
@@ -71,7 +69,6 @@ def save_checkpoint(directory: str, step: int, state: TrainingState, *, assets: 
     dist_checkpointing.save(sharded, str(temporary / "model"), content_metadata=SHARDING)
     if dist.get_rank() == 0:
         link_tree(assets, temporary)
-        (temporary / "config.yaml").write_text(config, encoding="utf-8")
         (temporary / TRAINER_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
         sync_tree(temporary)
         temporary.rename(target)

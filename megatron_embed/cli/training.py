@@ -14,7 +14,7 @@ from megatron_embed.checkpoint.files import latest_checkpoint, remove_unfinished
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, save_checkpoint
 from megatron_embed.cli.export import export_model, write_settings
 from megatron_embed.cli.model import ModelDirectory, find_model, load_model_chunks
-from megatron_embed.config.load import resolved_yaml
+from megatron_embed.config.load import save_resolved
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.layout import write_companions
 from megatron_embed.data.loader import BatchLoader
@@ -150,8 +150,7 @@ def run_training(config: RunConfig) -> dict[str, float]:
 
     def save(step: int, last: bool) -> None:
         assert config.checkpoint.directory is not None and assets is not None
-        save_checkpoint(config.checkpoint.directory, step, state, assets=assets, config=resolved_yaml(config),
-                        keep=config.checkpoint.keep)
+        save_checkpoint(config.checkpoint.directory, step, state, assets=assets, keep=config.checkpoint.keep)
 
     hooks = Hooks(load_batch=loader.batch, evaluate=evaluate if inputs.retrieval else None,
                   save=save if config.checkpoint.directory is not None else None)
@@ -205,9 +204,10 @@ def prepare_assets(config: RunConfig, inputs: Inputs, topology: Topology) -> Pat
 
 
 def write_assets(assets: Path, config: RunConfig, inputs: Inputs) -> None:
-    """megatron_embed.json and hf/, with Sentence Transformers files that say how this run pools and prompts."""
+    """megatron_embed.json, the resolved config.yaml, and hf/ with files that say how this run pools and prompts."""
     shutil.rmtree(assets, ignore_errors=True)
     assets.mkdir(parents=True)
     write_companions(inputs.model.path if inputs.model.checkpoint is None else inputs.model.checkpoint, assets,
                      dtype=config.model.dtype)
     write_settings(assets / "hf", config, inputs.model)
+    save_resolved(config, assets / "config.yaml")

@@ -36,6 +36,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -75,3 +76,5 @@ def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER or megatron_optimizer.Adam is adam_class:
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
         megatron_optimizer.Adam = adam_class
+        # The distributed optimizer then reads `step` from the groups, as from Apex's.
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -25,8 +25,10 @@ FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones
 CUDA_TYPE_SITES = (
     ("megatron.core.optimizer.optimizer", "Float16OptimizerWithFloat16Params", "__init__"),
     ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer", "__init__"),
+    ("megatron.core.optimizer.clip_grads", None, "clip_grad_by_total_norm_fp32"),
+    ("megatron.core.optimizer.optimizer", None, "clip_grad_by_total_norm_fp32"),
 )
-"""Methods that sort parameters by `param.type() == 'torch.cuda.FloatTensor'` and the like."""
+"""(module, class or null, function) that compare `param.type()` with 'torch.cuda.FloatTensor' and the like."""
 
 
 class Stream:
@@ -147,8 +149,9 @@ def _numpy_split_sizes(moe_utils: types.ModuleType) -> None:
     dispatcher.maybe_move_tensor_to_cpu = move
 
 
-def _name_cuda_types(module_name: str, class_name: str, method_name: str) -> None:
-    owner = vars(importlib.import_module(module_name))[class_name]
+def _name_cuda_types(module_name: str, class_name: str | None, method_name: str) -> None:
+    module = importlib.import_module(module_name)
+    owner = module if class_name is None else vars(module)[class_name]
     method = vars(owner)[method_name]
 
     @functools.wraps(method)

@@ -19,7 +19,7 @@ class Trainer:
     chunks: Sequence[torch.nn.Module]
     gradients: GradCache
     optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler, model_parallel_cuda_manual_seed
+    scheduler: OptimizerParamScheduler
 
 
 def seed_step(seed: int, step: int, topology: Topology) -> None:
