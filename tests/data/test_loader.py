@@ -1,0 +1,124 @@
+import json
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.loader import BatchLoader
+from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.records import RecordSet, open_records, text_id
+from megatron_embed.data.sampler import GlobalBatchSampler
+from megatron_embed.errors import ConfigError, DataError
+from tests.data.conftest import MINI_ZH
+
+WriteRows = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm_dir: str) -> RoleTokenizer:
+    return RoleTokenizer(minilm_dir, add_eos=False, query_max_length=16, document_max_length=32)
+
+
+@pytest.fixture(scope="module")
+def mini_zh() -> RecordSet:
+    return open_records((TrainFile(path=str(MINI_ZH)),))
+
+
+def make(records: RecordSet, tokenizer: RoleTokenizer, *, size: int = 8, shuffle: bool = True, dp_rank: int = 0,
+         dp_size: int = 1, micro_batch_size: int = 2) -> BatchLoader:
+    sampler = GlobalBatchSampler(records, global_batch_size=size, shuffle=shuffle, seed=1)
+    return BatchLoader(records, sampler, tokenizer, dp_rank=dp_rank, dp_size=dp_size, micro_batch_size=micro_batch_size,
+                       num_negatives=1, alignment=8, constant_tokens=False)
+
+
+def loader_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batch-loader")]
+
+
+@pytest.mark.parametrize("dp_size", [2, 4])
+def test_ranks_share_the_rows_of_a_step(mini_zh: RecordSet, tokenizer: RoleTokenizer, dp_size: int):
+    with make(mini_zh, tokenizer) as whole:
+        for step in (0, 1, 7):
+            parts = []
+            rows = []
+            for rank in range(dp_size):
+                with make(mini_zh, tokenizer, dp_rank=rank, dp_size=dp_size) as loader:
+                    parts.append(loader.batch(step))
+                    rows += loader.rows(step)
+            assert rows == whole.rows(step)
+            batch = whole.batch(step)
+            assert batch.query_ids.tolist() == [text_id(mini_zh[row].query) for row in rows]
+            for name in ("query_ids", "document_ids"):
+                joined = torch.cat([getattr(part, name) for part in parts])
+                assert torch.equal(joined, getattr(batch, name))
+            assert {len(part.micro_batches) for part in parts} == {8 // dp_size // 2}
+    assert loader_threads() == []
+
+
+def test_steps_in_any_order_give_the_same_batches(mini_zh: RecordSet, tokenizer: RoleTokenizer):
+    with make(mini_zh, tokenizer) as loader:
+        forward = [loader.batch(step) for step in range(4)]
+        total = sum(batch.num_truncated for batch in forward)
+        assert total > 0
+        assert loader.truncated_rows == total  # without the batch prepared ahead
+        again = {step: loader.batch(step) for step in (3, 1, 2, 0)}
+    for step, batch in enumerate(forward):
+        for ours, other in zip(batch.micro_batches, again[step].micro_batches, strict=True):
+            assert torch.equal(ours.token_ids, other.token_ids)
+    assert not torch.equal(forward[0].query_ids, forward[1].query_ids)
+
+
+def test_the_next_step_is_prepared_in_the_background(mini_zh: RecordSet, tokenizer: RoleTokenizer,
+                                                     monkeypatch: pytest.MonkeyPatch):
+    built: list[tuple[int, str]] = []
+    original = BatchLoader._build
+
+    def build(self: BatchLoader, step: int):
+        built.append((step, threading.current_thread().name))
+        return original(self, step)
+
+    monkeypatch.setattr(BatchLoader, "_build", build)
+    with make(mini_zh, tokenizer) as loader:
+        for step in range(3):
+            loader.batch(step)
+    assert [step for step, _ in built][:3] == [0, 1, 2]
+    assert len(built) <= 4  # nothing was built twice
+    assert all(name.startswith("batch-loader") for _, name in built)
+
+
+def test_an_error_in_the_background_reaches_the_caller(write_rows: WriteRows, tokenizer: RoleTokenizer):
+    path = write_rows([{"query": f"q{i}", "positive": f"p{i}"} for i in range(8)])
+    records = open_records((TrainFile(path=path),))
+    with make(records, tokenizer, size=2, shuffle=False) as loader:
+        loader.batch(0)
+        loader.batch(1)
+        Path(path).write_text(json.dumps({"query": "other", "positive": "p"}) + "\n")
+        with pytest.raises(DataError, match=r"rows\.jsonl:\d: the file was changed after it was checked"):
+            for step in range(2, 4):
+                loader.batch(step)
+    assert loader_threads() == []
+
+
+def test_batch_sizes_that_do_not_divide_are_refused(mini_zh: RecordSet, tokenizer: RoleTokenizer):
+    message = (r"training.global_batch_size = 10 is not a multiple of micro_batch_size \* data_parallel_size = 2 \* 2; "
+               "next valid: 12")
+    with pytest.raises(ConfigError, match=message):
+        make(mini_zh, tokenizer, size=10, dp_size=2)
+
+
+def test_instructions_are_checked_before_the_first_step(write_rows: WriteRows, bpe_dir: str, tokenizer: RoleTokenizer,
+                                                        caplog: pytest.LogCaptureFixture):
+    rows = [{"query": "q", "positive": "p", "instruction": "find"}] * 3 + [{"query": "q", "positive": "p"}]
+    path = write_rows(rows)
+    filled = RoleTokenizer(bpe_dir, add_eos=False, query_prompt="{instruction} ", query_max_length=16,
+                           document_max_length=16)
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:4: data.query_prompt = '{instruction} ' needs an instruction"):
+        make(open_records((TrainFile(path=path),)), filled, size=2)
+    with make(open_records((TrainFile(path=path, instruction="other"),)), filled, size=2) as loader:
+        assert loader.batch(0).num_queries == 2
+    with caplog.at_level(logging.WARNING), make(open_records((TrainFile(path=path),)), tokenizer, size=2):
+        assert "carry instructions that no prompt uses: data.query_prompt has no {instruction}" in caplog.text
