@@ -101,7 +101,7 @@ def test_overrides_win_and_later_ones_over_earlier(load):
         ("? [a]\n: 1\n", "run.yaml:2: a key of the file is no plain text"),
         ("objective:\n\n  temperature: -1\n", "run.yaml:4: objective.temperature = -1.0: must be > 0"),
         ("training:\n  epochs: 2\n  train_steps: 5\n", "run.yaml:3: training.epochs = 2.0: training.train_steps = 5"),
-        ("checkpoint:\n  export_at_end: out\n", "run.yaml:3: checkpoint.export_at_end = 'out': the export is made from"),
+        ("checkpoint:\n  export_at_end: out\n", "run.yaml:3: checkpoint.export_at_end = 'out': the export"),
     ],
 )  # fmt: skip
 def test_refusals_name_line_key_value_and_remedy(load, text, message):

@@ -1,0 +1,62 @@
+"""`megatron-embed COMMAND`, the same as `python -m megatron_embed COMMAND`."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+from megatron_embed import __version__
+from megatron_embed.cli import convert, doctor, encode, evaluate, train
+from megatron_embed.cli.common import Parser, process_rank, setup_logging, write_status
+from megatron_embed.errors import UserError
+
+# A command's module loads its libraries inside run(), so that --help answers at once.
+COMMANDS = {"train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "doctor": doctor}
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="megatron-embed", description="Train text embedding models on Megatron-Core.",
+                    epilog="Several ranks: torchrun --nproc-per-node N -m megatron_embed train CONFIG.yaml")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done, 2 bad configuration or data, 75 preempted, 130 interrupted, else 1.
+
+    Bad input is one line on stderr, from rank 0 alone: every rank raises it alike.
+    """
+    rank = process_rank()
+    code, message = _run(argv, rank)
+    if rank == 0:
+        write_status(code, message)
+    return code
+
+
+def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
+    """Exit code and message of one command."""
+    try:
+        setup_logging(rank)
+        args = build_parser().parse_args(argv)
+        return COMMANDS[args.command].run(args), ""
+    except UserError as error:
+        message = " ".join(str(error).split())
+        if rank == 0:
+            sys.stderr.write(f"megatron-embed: error: {message}\n")
+        return 2, message
+    except KeyboardInterrupt:
+        return 130, "interrupted"
+    except SystemExit as error:
+        if isinstance(error.code, int) or error.code is None:
+            return error.code or 0, ""
+        sys.stderr.write(f"{error.code}\n")
+        return 1, str(error.code)
+    except Exception as error:  # noqa: BLE001  the last resort: whatever it is ends as a traceback and exit code 1
+        traceback.print_exc()
+        return 1, f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

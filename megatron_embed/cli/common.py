@@ -1,0 +1,91 @@
+"""What every command shares: argument groups, the rank of this process, logging, output, and the status file."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_embed.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+STATUS_FILE_VARIABLE = "MEGATRON_EMBED_STATUS_FILE"
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad arguments are a UserError like every other bad input: one line, from one rank, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def process_rank() -> int:
+    """Rank of this process from torchrun's variables, else srun's, else 0; known before any library is loaded."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def setup_logging(rank: int) -> None:
+    """Log to stderr: our messages from INFO on at rank 0, warnings from everyone else and every other library."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+                        datefmt="%H:%M:%S")
+    logging.getLogger("megatron_embed").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def write_output(text: str) -> None:
+    """Write one result line to stdout, at once; nothing else goes there."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def write_status(exit_code: int, message: str) -> None:
+    """Leave exit code and message in the file that MEGATRON_EMBED_STATUS_FILE names, if it names one.
+
+    For launch scripts: torchrun turns every worker's failure into exit code 1.
+    """
+    name = os.environ.get(STATUS_FILE_VARIABLE)
+    if not name:
+        return
+    unfinished = Path(f"{name}.tmp")
+    try:
+        unfinished.write_text(json.dumps({"exit_code": exit_code, "message": message}) + "\n", encoding="utf-8")
+        unfinished.replace(name)
+    except OSError as error:
+        logger.warning("%s = %r: cannot write the status: %s", STATUS_FILE_VARIABLE, name, error.strerror)
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR",
+                        help="Hugging Face or Sentence Transformers directory, or one of our checkpoints")
+
+
+def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """How texts become vectors; the defaults are what the model directory says."""
+    parser.add_argument("--pooling", choices=("lasttoken", "mean", "cls", "weightedmean"),
+                        help="default: what the directory says")
+    parser.add_argument("--max-length", type=positive_int, metavar="TOKENS",
+                        help="longest text, special tokens included; default: what the directory says")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
+                        help="of the computation; default: what the directory says, else float32")
+    parser.add_argument("--no-normalize", action="store_true",
+                        help="vectors as the pooling gives them instead of unit length")
+    add_overrides(parser, "parallel.", "parallel.KEY=VALUE")
+
+
+def add_overrides(parser: argparse.ArgumentParser, prefix: str, metavar: str) -> None:
+    """Trailing settings, of which only those that begin with `prefix` are taken."""
+
+    def override(text: str) -> str:
+        if text.startswith(prefix) and "=" in text:
+            return text
+        raise argparse.ArgumentTypeError(f"{text!r} is no setting; write {metavar}")
+
+    parser.add_argument("overrides", nargs="*", type=override, metavar=metavar, help="a setting of the configuration")
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)

@@ -1,0 +1,166 @@
+"""What this machine offers a run: versions, backends, what is missing and how to get it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from megatron_embed import __version__
+
+DISTRIBUTION = "megatron_embed"
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+GPU_PACKAGES = {
+    "transformer_engine": "Megatron-Core takes its fused kernels; on a CUDA machine: pip install 'megatron_embed[gpu]'",
+    "flash_attn": "not needed: torch's own variable-length flash kernels serve",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report. A remedy marks what must be put right before a run; a note is only for information."""
+
+    name: str
+    value: str
+    note: str = ""
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Everything that can be said about this machine; never raises because something is missing."""
+    return [*_host(), *_requirements(), *_torch(), *_megatron(), *_gpu_packages(), _apex()]
+
+
+def report(findings: list[Finding]) -> str:
+    """A table, then what is to be done."""
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        mark = "!!" if finding.remedy else "ok" if not finding.note else "--"
+        note = f"  ({finding.note})" if finding.note else ""
+        lines.append(f"{mark} {finding.name:<{width}}  {finding.value}{note}")
+    problems = [finding for finding in findings if finding.remedy]
+    lines.append("")
+    lines += [f"{finding.name}: {finding.remedy}" for finding in problems]
+    lines.append(f"{len(problems)} thing(s) to put right" if problems else "everything that a run needs is here")
+    return "\n".join(lines)
+
+
+def _host() -> list[Finding]:
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    features, model = cpu_features()
+    bf16 = {"avx512_bf16", "amx_bf16"} & set(features)
+    note = "" if bf16 else "no bfloat16 instructions: model.dtype float32 is the faster one on this CPU"
+    return [
+        Finding(name="megatron_embed", value=f"{__version__}, {Path(__file__).resolve().parent.parent}"),
+        Finding(name="python", value=f"{platform.python_version()}, {platform.platform()}",
+                remedy="" if sys.version_info >= (3, 11) else "install Python 3.11 or later"),
+        Finding(name="cpu", value=f"{model}, {cpus} usable cores"),
+        Finding(name="cpu features", value=" ".join(features) or "none of " + " ".join(CPU_FEATURES), note=note),
+    ]
+
+
+def cpu_features(cpuinfo: str = "/proc/cpuinfo") -> tuple[list[str], str]:
+    """The vector features that matter here, and the processor's name."""
+    try:
+        lines = Path(cpuinfo).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return [], platform.processor() or platform.machine()
+    values = {}
+    for line in reversed(lines):  # The first processor's lines win.
+        key, _, value = line.partition(":")
+        values[key.strip()] = value.strip()
+    flags = values.get("flags", values.get("Features", "")).split()
+    return [name for name in CPU_FEATURES if name in flags], values.get("model name", platform.machine())
+
+
+def _requirements() -> list[Finding]:
+    """The packages that setup.py asks for, each with the range it asks for."""
+    try:
+        texts = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding(name="requirements", value="unknown", remedy="install this package: pip install -e .")]
+    requirements = [Requirement(text) for text in texts]
+    core = [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
+    return [check_requirement(item) for item in core]
+
+
+def check_requirement(requirement: Requirement) -> Finding:
+    """Whether a package is installed in the version range asked for."""
+    remedy = f"pip install '{requirement}'"
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name=requirement.name, value="missing", remedy=remedy)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(name=requirement.name, value=f"{version}, outside {requirement.specifier}", remedy=remedy)
+    return Finding(name=requirement.name, value=version)
+
+
+def _torch() -> list[Finding]:
+    try:
+        import torch
+        import torch.distributed as dist
+    except (ImportError, OSError) as error:
+        return [Finding(name="torch backends", value=f"torch cannot be imported: {error}",
+                        remedy="reinstall torch; on a machine without GPU its CPU build is enough")]
+    available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    backends = [name for name, there in available.items() if there]
+    findings = [Finding(name="process groups", value=" ".join(backends) or "none",
+                        remedy="" if backends else "install a torch build with torch.distributed")]
+    if not torch.cuda.is_available():
+        build = torch.version.cuda
+        reason = f"torch is built for CUDA {build}, but finds no device or driver" if build else "torch's CPU build"
+        note = f"{reason}; runs use the CPU, gloo and sdpa attention"
+        return [*findings, Finding(name="gpu", value="none", note=note)]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        findings.append(Finding(name=f"gpu {index}", value=f"{device.name}, {device.total_memory / 2**30:.0f} GiB, "
+                                f"compute capability {device.major}.{device.minor}, CUDA {torch.version.cuda}"))
+    if dist.is_nccl_available():
+        findings.append(Finding(name="nccl", value=".".join(map(str, torch.cuda.nccl.version()))))
+    return findings
+
+
+def _megatron() -> list[Finding]:
+    """Whether Megatron-Core can be imported here, with our adapter where there is no CUDA."""
+    try:
+        from megatron_embed.platform import compat
+    except Exception as error:  # noqa: BLE001  a broken installation can raise anything
+        return [Finding(name="megatron-core import", value=f"{type(error).__name__}: {error}",
+                        remedy="reinstall megatron-core in the range above, and remove what broke it")]
+    return [Finding(name="megatron-core import", value="on CUDA" if compat.HAS_CUDA else "with the CPU adapter")]
+
+
+def _gpu_packages() -> list[Finding]:
+    findings = []
+    for module, advice in GPU_PACKAGES.items():
+        name = module.replace("_", "-")
+        if importlib.util.find_spec(module) is None:
+            findings.append(Finding(name=name, value="not installed", note=advice))
+        else:
+            findings.append(Finding(name=name, value=_version_of(name)))
+    return findings
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "version unknown"
+
+
+def _apex() -> Finding:
+    """NVIDIA's apex, or the unrelated project of that name, which Megatron-Core mistakes for it."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return Finding(name="apex", value="not installed", note="not needed; the package index's apex is not NVIDIA's")
+    places = [Path(place) for place in spec.submodule_search_locations or []]
+    if any((place / "optimizers").is_dir() and (place / "multi_tensor_apply").is_dir() for place in places):
+        return Finding(name="apex", value=f"NVIDIA's, {places[0]}")
+    return Finding(name="apex", value=f"the wrong package, {spec.origin or places}",
+                   remedy="pip uninstall apex: it is not NVIDIA's, and Megatron-Core breaks on it")

@@ -1,0 +1,68 @@
+"""What `doctor` says of a machine, a package out of range, and an apex that is not NVIDIA's."""
+
+import pytest
+from packaging.requirements import Requirement
+
+from megatron_embed.__main__ import main
+from megatron_embed.platform.doctor import Finding, check_requirement, cpu_features, examine, report
+
+
+@pytest.fixture
+def findings():
+    return {finding.name: finding for finding in examine()}
+
+
+def test_this_machine_can_run(findings):
+    assert "gloo" in findings["process groups"].value
+    assert findings["megatron-core import"].remedy == ""
+    assert "usable cores" in findings["cpu"].value
+
+
+@pytest.mark.parametrize(
+    "requirement, value, remedy",
+    [
+        ("numpy>=1", "", ""),
+        ("numpy>=1000", "outside >=1000", "pip install 'numpy>=1000'"),
+        ("no-such-package>=2", "missing", "pip install 'no-such-package>=2'"),
+    ],
+)
+def test_requirements_are_compared_with_what_is_installed(requirement, value, remedy):
+    finding = check_requirement(Requirement(requirement))
+    assert value in finding.value
+    assert finding.remedy == remedy
+
+
+@pytest.mark.parametrize("nvidia", [False, True])
+def test_apex_is_known_by_what_is_in_it(tmp_path, monkeypatch, nvidia):
+    package = tmp_path / "apex"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    if nvidia:
+        (package / "optimizers").mkdir()
+        (package / "multi_tensor_apply").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    # Only looked up, never imported: Megatron-Core was imported long before this test.
+    finding = next(finding for finding in examine() if finding.name == "apex")
+    assert ("wrong package" in finding.value) is not nvidia
+    assert ("pip uninstall apex" in finding.remedy) is not nvidia
+
+
+def test_cpu_features_are_read_from_cpuinfo(tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512f avx512_bf16\n\n"
+                    "processor\t: 1\nmodel name\t: Some CPU\nflags\t\t: fpu\n")
+    assert cpu_features(str(file)) == (["avx2", "avx512f", "avx512_bf16"], "Some CPU")
+    assert cpu_features(str(tmp_path / "absent"))[0] == []
+
+
+def test_report_marks_problems_and_ends_with_what_to_do():
+    lines = report([Finding(name="a", value="1"), Finding(name="bb", value="2", note="by the way"),
+                    Finding(name="c", value="3", remedy="install it")]).splitlines()
+    assert lines == ["ok a   1", "-- bb  2  (by the way)", "!! c   3", "", "c: install it", "1 thing(s) to put right"]
+
+
+@pytest.mark.parametrize("remedy, code", [("", 0), ("install it", 1)])
+def test_command_prints_the_report_and_its_exit_code_tells(monkeypatch, capsys, remedy, code):
+    monkeypatch.setattr("megatron_embed.platform.doctor.examine", lambda: [Finding(name="a", value="1", remedy=remedy)])
+    assert main(["doctor"]) == code
+    assert "a  1" in capsys.readouterr().out

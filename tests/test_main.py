@@ -1,0 +1,161 @@
+"""The command line: exit codes, one line of error from one rank, the status file, and how fast help comes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_embed import __main__ as command_line
+from megatron_embed.__main__ import main
+from megatron_embed.cli import common
+from megatron_embed.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch):
+    for name in ("RANK", "SLURM_PROCID", common.STATUS_FILE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def doctor_that(monkeypatch):
+    """Let the command `doctor` do something else."""
+
+    def replace(action):
+        monkeypatch.setattr(command_line.doctor, "run", action)
+
+    return replace
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def run_program(*arguments, **environment):
+    return subprocess.run([sys.executable, "-m", "megatron_embed", *arguments], capture_output=True, text=True,
+                          env=os.environ | environment, timeout=60)
+
+
+def test_help_answers_at_once_and_without_heavy_imports():
+    code = (
+        "import sys; from megatron_embed.__main__ import build_parser; build_parser().format_help(); "
+        "heavy = {'torch', 'numpy', 'yaml', 'transformers', 'megatron'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = run_program("--help")
+        seconds.append(time.perf_counter() - started)
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("train", "convert", "encode", "evaluate", "doctor"))
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("model: {path: m}\nobjective: {temprature: 1}\n", ["run.yaml:2", "objective.temprature", "did you mean 'temperature'?"]),
+        ("model: {path: m}\ntraining:\n  seed: x\n", ["run.yaml:3", "training.seed = 'x'", "expected a whole number"]),
+        (None, ["run.yaml", "No such file"]),
+    ],
+)
+def test_bad_configuration_is_one_line_and_exit_code_2(tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    result = run_program("train", str(tmp_path / "run.yaml"))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("megatron-embed: error: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "CONFIG.yaml"),
+        (["train", "a.yaml", "seed"], "'seed' is no setting; write section.key=value"),
+        (["encode", "--model", "a"], "--input, --output"),
+        (["encode", "--model", "a", "--input", "b", "--output", "c", "training.seed=1"], "write parallel.KEY=VALUE"),
+        (["evaluate", "--model", "a", "--data", "b", "--max-length", "0"], "'0' is no whole number above 0"),
+        (["convert", "megatron-to-hf", "a", "b", "--format", "x"], "invalid choice: 'x'"),
+        (["convert", "hf-to-megatron", "a", "b", "--format", "hf"], "unrecognized arguments: --format hf"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(capsys, arguments, words):
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert "--help`" in line
+
+
+def test_arguments_reach_the_command():
+    parse = command_line.build_parser().parse_args
+    args = parse(["encode", "--model", "m", "--input", "i", "--output", "o", "--role", "query", "--dtype", "bfloat16",
+                  "--max-length", "64", "--no-normalize", "parallel.tensor_model_parallel_size=2"])
+    assert (args.role, args.dtype, args.max_length, args.no_normalize) == ("query", "bfloat16", 64, True)
+    assert (args.pooling, args.overrides) == (None, ["parallel.tensor_model_parallel_size=2"])
+    args = parse(["evaluate", "--model", "m", "--data", "d"])
+    assert (args.split, args.no_normalize, args.overrides) == ("test", False, [])
+    args = parse(["convert", "megatron-to-hf", "a", "b", "--format", "sentence-transformers"])
+    assert (args.direction, args.source, args.destination) == ("megatron-to-hf", "a", "b")
+    assert args.format == "sentence-transformers"
+    assert parse(["train", "run.yaml", "training.seed=1", "a.b=c"]).overrides == ["training.seed=1", "a.b=c"]
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_only_rank_0_prints_and_every_rank_ends_with_2(doctor_that, monkeypatch, capsys, tmp_path, variable):
+    doctor_that(raising(DataError("a.jsonl:3: no\nquery; add one")))
+    monkeypatch.setenv(common.STATUS_FILE_VARIABLE, str(tmp_path / "status"))
+    monkeypatch.setenv(variable, "1")
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "status").exists()
+    monkeypatch.setenv(variable, "0")
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "megatron-embed: error: a.jsonl:3: no query; add one\n"
+    assert json.loads((tmp_path / "status").read_text()) == {"exit_code": 2, "message": "a.jsonl:3: no query; add one"}
+
+
+@pytest.mark.parametrize(
+    "action, code, words",
+    [
+        (lambda args: 0, 0, ""),
+        (lambda args: 75, 75, ""),
+        (raising(SystemExit(75)), 75, ""),
+        (raising(SystemExit(None)), 0, ""),
+        (raising(SystemExit("stopped")), 1, "stopped\n"),
+        (raising(KeyboardInterrupt()), 130, ""),
+    ],
+)
+def test_exit_codes_are_kept(doctor_that, monkeypatch, capsys, tmp_path, action, code, words):
+    doctor_that(action)
+    monkeypatch.setenv(common.STATUS_FILE_VARIABLE, str(tmp_path / "status"))
+    assert main(["doctor"]) == code
+    assert capsys.readouterr().err == words
+    assert json.loads((tmp_path / "status").read_text())["exit_code"] == code
+
+
+def test_anything_else_is_a_traceback_and_exit_code_1(doctor_that, capsys):
+    doctor_that(raising(ZeroDivisionError("a bug")))
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("Traceback")
+    assert "ZeroDivisionError: a bug" in text
+
+
+def test_status_file_that_cannot_be_written_changes_nothing(doctor_that, monkeypatch, caplog, tmp_path):
+    doctor_that(lambda args: 0)
+    monkeypatch.setenv(common.STATUS_FILE_VARIABLE, str(tmp_path / "absent" / "status"))
+    assert main(["doctor"]) == 0
+    assert "cannot write the status" in caplog.text
