@@ -61,7 +61,8 @@ def test_help_answers_at_once_and_without_heavy_imports():
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("model: {path: m}\nobjective: {temprature: 1}\n", ["run.yaml:2", "objective.temprature", "did you mean 'temperature'?"]),
+        ("model: {path: m}\nobjective: {temprature: 1}\n",
+         ["run.yaml:2", "objective.temprature", "did you mean 'temperature'?"]),
         ("model: {path: m}\ntraining:\n  seed: x\n", ["run.yaml:3", "training.seed = 'x'", "expected a whole number"]),
         (None, ["run.yaml", "No such file"]),
     ],

@@ -161,12 +161,12 @@ def test_stuck_rank_beside_a_failed_one_is_killed_after_the_grace_time(pool):
     assert list(pool._workers) == [1]
 
 
-def test_workers_die_with_their_parent():
+def test_workers_die_with_their_parent(tmp_path):
     script = (
         "import os, signal; from tests.ranks import run_on_ranks\n"
         "print(run_on_ranks(os.getpid, 1)[0], flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     worker = int(result.stdout)
     deadline = time.monotonic() + 10

@@ -1,0 +1,162 @@
+"""The house rules that an import can break: who may import whom, and which rooms open without Megatron-Core."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "megatron_embed"
+
+# `platform` stands where the room may use Megatron-Core: platform/compat.py is the one door to it.
+MAY_IMPORT = {
+    "config": set(),
+    "platform": set(),
+    "parallel": {"config", "platform"},
+    "data": {"config"},
+    "models": {"config", "parallel", "platform"},
+    "losses": set(),
+    "convert": {"config", "parallel", "models", "checkpoint"},
+    "checkpoint": {"config", "parallel", "models", "platform"},
+    "evaluation": {"config", "parallel", "data", "models"},
+    "training": {"config", "parallel", "platform", "data", "models", "losses", "checkpoint"},
+    "cli": {
+        "config", "platform", "parallel", "data", "models", "losses", "convert", "checkpoint", "evaluation", "training",
+    },
+}
+EVERYONE = {"errors", "batch", "__version__"}
+
+THIRD_PARTY = {
+    "config": {"yaml"},
+    "platform": {"torch", "megatron", "packaging"},
+    "parallel": {"torch"},
+    "data": {"torch", "numpy", "datasets", "tokenizers", "transformers", "tqdm"},
+    "models": {"torch"},
+    "losses": {"torch"},
+    "convert": {"torch", "numpy", "safetensors", "transformers", "sentence_transformers", "tqdm"},
+    "checkpoint": {"torch", "numpy"},
+    "evaluation": {"torch", "numpy", "pytrec_eval", "tqdm"},
+    "training": {"torch", "numpy", "tensorboard", "tqdm"},
+    "cli": {"torch", "numpy", "huggingface_hub", "tqdm"},
+}
+
+OPEN_WITHOUT_MEGATRON = ("errors", "batch", "config", "data", "losses", "convert.rules", "convert.transforms",
+                         "models.families")
+
+GETATTR_CEILING = 13
+"""Calls of getattr and hasattr in the package. Lower it when one goes; raising it needs a reason in the commit."""
+
+
+def imported_by(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a syntax tree imports, wherever it does: `megatron_embed.config.schema`, `torch`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms_imported_by(source: str) -> set[str]:
+    names = (name.split(".") for name in imported_by(ast.parse(source)))
+    return {name[1] for name in names if name[0] == "megatron_embed" and len(name) > 1}
+
+
+def packages_imported_by(source: str) -> set[str]:
+    names = {name.split(".")[0] for name in imported_by(ast.parse(source))}
+    return names - set(sys.stdlib_module_names) - {"megatron_embed"}
+
+
+def files_of(module: str) -> list[Path]:
+    """The files of a module, or of a folder with everything below it."""
+    path = PACKAGE.joinpath(*module.split("."))
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+def test_every_room_is_in_the_table():
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert rooms == set(MAY_IMPORT) == set(THIRD_PARTY)
+    assert all("cli" not in allowed for allowed in MAY_IMPORT.values())
+    assert "evaluation" not in MAY_IMPORT["training"]
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_rooms_import_downwards_only(room):
+    allowed = MAY_IMPORT[room] | EVERYONE | {room}
+    for path in files_of(room):
+        source = path.read_text(encoding="utf-8")
+        extra = rooms_imported_by(source) - allowed
+        assert not extra, f"{path} imports {sorted(extra)}; {room} may import only {sorted(allowed)}"
+        extra = packages_imported_by(source) - THIRD_PARTY[room]
+        assert not extra, f"{path} imports {sorted(extra)}; {room} may import only {sorted(THIRD_PARTY[room])}"
+
+
+def test_table_has_no_circle():
+    reached: set[str] = set()
+    while ready := {room for room, allowed in MAY_IMPORT.items() if room not in reached and allowed <= reached}:
+        reached |= ready
+    assert reached == set(MAY_IMPORT)
+
+
+def test_top_level_modules_import_no_room():
+    for name in ("errors", "batch", "__init__"):
+        assert not rooms_imported_by((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+
+
+def top_level_imports(path: Path) -> set[str]:
+    """What importing this file imports: what stands outside functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [ast.Pass()]
+    return set(imported_by(tree))
+
+
+def files_behind(name: str) -> list[Path]:
+    """The file of our module that an imported name is, or is in."""
+    parts = name.split(".")[1:]
+    for length in (len(parts), len(parts) - 1):
+        path = PACKAGE.joinpath(*parts[:length]).with_suffix(".py")
+        if length and path.is_file():
+            return [path]
+    return []
+
+
+@pytest.mark.parametrize("module", OPEN_WITHOUT_MEGATRON)
+def test_opens_without_megatron(module):
+    pending = [(path, ()) for path in files_of(module)]
+    seen: set[Path] = set()
+    while pending:
+        path, way = pending.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        way = (*way, path.relative_to(PACKAGE).as_posix())
+        for name in top_level_imports(path):
+            assert name.split(".")[0] != "megatron", f"{' -> '.join(way)} imports {name}"
+            if name.startswith("megatron_embed."):
+                pending += [(behind, way) for behind in files_behind(name)]
+    assert seen
+
+
+def test_the_walk_finds_megatron_where_it_is():
+    assert any(name.startswith("megatron.") for name in top_level_imports(PACKAGE / "platform" / "compat.py"))
+    assert files_behind("megatron_embed.platform.compat.parallel_state") == [PACKAGE / "platform" / "compat.py"]
+    assert rooms_imported_by("def f():\n    from megatron_embed.cli.train import run") == {"cli"}
+    assert rooms_imported_by("from megatron_embed import cli") == {"cli"}
+
+
+def test_package_never_imports_tools_or_tests():
+    for path in PACKAGE.rglob("*.py"):
+        assert not {"tools", "tests"} & packages_imported_by(path.read_text(encoding="utf-8")), path
+
+
+def test_getattr_and_hasattr_stay_rare():
+    calls = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr")
+    ]
+    assert len(calls) <= GETATTR_CEILING, f"ask the type, not the object: {calls}"
