@@ -178,5 +178,5 @@ def test_a_text_longer_than_the_budget_has_a_bin_of_its_own(tokenizer: RoleToken
                                    constant_tokens=False)
     assert [micro_batch.rows.tolist() for micro_batch in batches] == [[0], [1, 2]]
     assert [micro_batch.token_ids.numel() for micro_batch in batches] == [52, 8]
-    assert build_encode_batches([], "document", tokenizer, micro_batch_tokens=9, alignment=4, constant_tokens=True) == ()
+    assert build_encode_batches([], "query", tokenizer, micro_batch_tokens=9, alignment=4, constant_tokens=True) == ()
     assert padding_fraction([]) == 0.0
