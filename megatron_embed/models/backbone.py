@@ -115,6 +115,19 @@ class EncoderEmbedding(LanguageModelEmbedding):
             return self.embedding_dropout(self.layer_norm(embeddings))
 
 
+def mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Sets the attributes by which Megatron knows a shard from a copy.
+
+    Megatron sets them while it initializes weights, which we skip because all are loaded; without them the gradient norm
+    counts only rank 0's shards (measured at TP=2: 24.3 for a true 29.4).
+    """
+    dims = {ColumnParallelLinear: 0, RowParallelLinear: 1, tensor_parallel.VocabParallelEmbedding: 0}
+    for module in model.modules():
+        for kind, dim in dims.items():
+            if isinstance(module, kind):
+                tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+
+
 def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
     """Raises ConfigError, naming rule and nearest valid values, if the model cannot be split as asked."""
     tp, pp = sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size
