@@ -163,8 +163,10 @@ def test_stuck_rank_beside_a_failed_one_is_killed_after_the_grace_time(pool):
 
 def test_workers_die_with_their_parent(tmp_path):
     script = (
-        "import os, signal; from tests.ranks import run_on_ranks\n"
-        "print(run_on_ranks(os.getpid, 1)[0], flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, threading, time; from tests.ranks import run_on_ranks\n"
+        "print(run_on_ranks(os.getpid, 1)[0], flush=True)\n"
+        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
+        "run_on_ranks(time.sleep, 1, 60)  # It hangs, and so does not see that the pipe is closed."
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
