@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.checkpoint.files import (
     link_tree,
@@ -23,6 +24,7 @@ from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamSche
 
 logger = logging.getLogger(__name__)
 
+EXTRA_STATE = "._extra_state"
 TRAINER_FILE = "trainer.json"
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
@@ -40,7 +42,12 @@ class TrainingState:
 
 def model_state(models: Sequence[EmbeddingModel]) -> dict[str, dict[str, Any]]:
     """Sharded tensors by chunk of this rank; their keys are `model.<name>`, layers by their global numbers."""
-    return {f"chunk{number}": model.sharded_state_dict(prefix="model.") for number, model in enumerate(models)}
+    state = {}
+    for number, model in enumerate(models):
+        sharded = model.sharded_state_dict(prefix="model.")
+        # Transformer Engine's FP8 state; empty in our layers, and absent from converted checkpoints.
+        state[f"chunk{number}"] = {name: value for name, value in sharded.items() if not name.endswith(EXTRA_STATE)}
+    return state
 
 
 def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
@@ -100,8 +107,8 @@ def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     folder = checkpoint / "model"
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(folder))
-    except Exception as error:
-        # The library raises plain exceptions of many kinds for missing files and mismatched shapes.
+    except (Exception, CheckpointException) as error:
+        # Plain exceptions of many kinds for missing files and mismatched shapes; torch's own is no Exception.
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder}: cannot be loaded into this model ({first_line}); it is damaged or belongs to "
                               "another model") from error
@@ -112,6 +119,7 @@ def _load_models(models: Sequence[EmbeddingModel], loaded: dict[str, dict[str, t
     for number, model in enumerate(models):
         tensors = {name.removeprefix("model."): value for name, value in loaded[f"chunk{number}"].items()}
         missing, unexpected = model.load_state_dict(tensors, strict=False)
+        missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
         if missing or unexpected:
             raise CheckpointError(f"checkpoint and model differ: {(missing or unexpected)[0]!r} and "
                                   f"{len(missing) + len(unexpected) - 1} more tensors; it belongs to another model")

@@ -2,6 +2,8 @@
 
 import argparse
 
+from megatron_embed.cli.common import write_output
+
 HELP = "convert a model between Hugging Face directories and our checkpoints"
 
 
@@ -15,3 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_hf.add_argument("--format", choices=("hf", "sentence-transformers"), default="hf",
                        help="hf: weights, configuration, tokenizer; sentence-transformers: with pooling, normalization "
                             "and prompts as well, loaded and compared before it counts as done; default: hf")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert in this one process and print the report."""
+    from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
+
+    if args.direction == "hf-to-megatron":
+        write_output(str(hf_to_megatron(args.source, args.destination)))
+    elif args.format == "hf":
+        write_output(str(megatron_to_hf(args.source, args.destination)))
+    else:
+        from megatron_embed.cli.export import export_checkpoint
+
+        write_output(export_checkpoint(args.source, args.destination))
+    return 0

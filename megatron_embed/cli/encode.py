@@ -1,8 +1,10 @@
 """`encode --model DIR --input FILE.jsonl --output FILE.npy`"""
 
 import argparse
+import os
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument
+from megatron_embed.errors import ConfigError
 
 HELP = "texts to vectors"
 
@@ -14,3 +16,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--role", choices=("query", "document"),
                         help="put the directory's prompt for this role before every text; default: no prompt")
     add_encoding_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write [texts, dim] float32, in the order of the rows; nothing half-written is left behind."""
+    from megatron_embed.data.records import read_texts
+
+    texts = read_texts(args.input)
+    folder = os.path.dirname(os.path.abspath(args.output))
+    if not args.output.endswith(".npy") or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--output {args.output}: must be a .npy file in a directory that exists and can be written")
+    import numpy as np
+
+    from megatron_embed.cli.model import open_encoder
+
+    encoder, _, topology = open_encoder(args, prompts=args.role is not None)
+    vectors = encoder.encode(texts, args.role or "document", show_progress=topology.rank == 0)
+    if topology.rank == 0:
+        temporary = f"{args.output}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as file:
+            np.save(file, vectors.numpy())
+        os.replace(temporary, args.output)
+    return 0

@@ -1,15 +1,17 @@
 """From a checkpoint to a directory that the stock libraries load, compared with the model before it gets its name."""
 
+import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_embed.cli.model import ModelDirectory
+from megatron_embed.cli.model import ModelDirectory, open_encoder
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.convert.export import export_sentence_transformers
+from megatron_embed.convert.layout import is_checkpoint
 from megatron_embed.convert.verify import compare_with_sentence_transformers
 from megatron_embed.data.prompts import Role
 from megatron_embed.errors import CheckpointError, UserError
@@ -19,6 +21,16 @@ logger = logging.getLogger(__name__)
 
 MINIMUM_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
 """Between the exported model in Sentence Transformers and ours in memory, for every text."""
+
+
+PROBES = {
+    "en": ("What is the capital of France?", "A short text.",
+           "Gradient checkpointing trades computation for memory: activations are dropped in the forward pass and computed "
+           "again when the backward pass needs them, so that longer sequences or larger batches fit on the same device."),
+    "zh": ("\u6df1\u5ea6\u5b66\u4e60\u662f\u4ec0\u4e48\uff1f", "\u5411\u91cf\u68c0\u7d22\u628a\u6587\u672c\u53d8\u6210\u5411\u91cf\uff0c\u518d\u6309\u76f8\u4f3c\u5ea6\u6392\u5e8f\u3002"),
+    "code": ("def mean(values):\n    return sum(values) / len(values)", "SELECT name FROM users WHERE age > 30 ORDER BY name;"),
+}
+"""Texts of several scripts and lengths on which an exported checkpoint is compared."""
 
 
 def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
@@ -56,3 +68,37 @@ def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts:
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
         raise CheckpointError(outcome[0])
+
+
+def export_checkpoint(source: str, destination: str) -> str:
+    """Sentence Transformers directory of a checkpoint, compared with the checkpoint's own vectors; the report.
+
+    One process, in the checkpoint's dtype; pooling, prompts and length are those that the checkpoint carries.
+
+    Raises:
+        CheckpointError: not a checkpoint, or the export differs from it; nothing is left behind.
+    """
+    arguments = argparse.Namespace(model=source, dtype=None, pooling=None, max_length=None, no_normalize=False, overrides=[])
+    if not is_checkpoint(source):
+        raise CheckpointError(f"{source}: no checkpoint of megatron-embed; give what `convert hf-to-megatron` or `train` wrote")
+    encoder, model, _ = open_encoder(arguments, prompts=True)
+    saved = model.saved
+    dtype = saved.dtype if saved.dtype in MINIMUM_COSINE else "float32"
+    texts = [text for texts in PROBES.values() for text in texts]
+    roles: tuple[Role, ...] = ("query", "document")
+    vectors = {role: encoder.encode(texts, role) for role in roles}
+    lines: list[str] = []
+
+    def finish(directory: Path) -> None:
+        export_sentence_transformers(
+            directory, pooling=model.pooling(None), normalize=saved.normalize is not False,
+            query_prompt=saved.prompts.get("query", ""), document_prompt=saved.prompts.get("document", ""),
+            max_seq_length=saved.max_length or model.shape.max_position_embeddings,
+            embedding_dimension=model.shape.hidden_size)
+        for role in roles:
+            report = compare_with_sentence_transformers(directory, texts, vectors[role], prompt_name=role,
+                                                        minimum_cosine=MINIMUM_COSINE[dtype])
+            lines.append(f"{role}: {report}")
+
+    report = megatron_to_hf(source, destination, finish=finish)
+    return "\n".join([*lines, str(report)])

@@ -1,6 +1,8 @@
 """Opening a model for any command: a Hugging Face directory or one of our checkpoints -> this rank's chunks, loaded."""
 
+import argparse
 import dataclasses
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +10,19 @@ from pathlib import Path
 import torch
 
 from megatron_embed.checkpoint.state import load_model
-from megatron_embed.config.schema import RunConfig
+from megatron_embed.config.load import config_of_overrides
+from megatron_embed.config.schema import EmbeddingConfig, RunConfig
 from megatron_embed.convert.layout import is_checkpoint, open_checkpoint
 from megatron_embed.convert.source import HFDirectory, hf_weight_shards
-from megatron_embed.errors import CheckpointError
-from megatron_embed.models.encoder import EmbeddingModel, build_model, padded_vocabulary
+from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.models.backbone import check_divisible
+from megatron_embed.models.encoder import DTYPES, EmbeddingModel, build_model, padded_vocabulary, uses_flash
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.models.saved_settings import SavedSettings, read_saved_settings
-from megatron_embed.parallel.topology import Topology
+from megatron_embed.parallel.topology import Topology, check_world_size, initialize, launched_rank
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
 
 logger = logging.getLogger(__name__)
@@ -87,6 +93,33 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     return chunks
 
 
-def with_parallel(config: RunConfig, **sections: object) -> RunConfig:
-    """A copy of `config` with whole sections replaced."""
-    return dataclasses.replace(config, **sections)  # type: ignore[arg-type]
+def open_encoder(args: argparse.Namespace, *, prompts: bool) -> tuple[TextEncoder, ModelDirectory, Topology]:
+    """The model that `encode` and `evaluate` name, ready on all ranks.
+
+    Args:
+        args: --model, --pooling, --max-length, --dtype, --no-normalize and parallel.* overrides; what is not given is
+            what the directory says (dtype: float32 if it says nothing we compute in).
+        prompts: put the directory's prompts before the texts.
+    """
+    model = find_model(args.model)
+    known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
+    config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
+                                  *args.overrides])
+    normalize = not args.no_normalize and model.saved.normalize is not False
+    config = dataclasses.replace(config, embedding=EmbeddingConfig(pooling=model.pooling(args.pooling), normalize=normalize))
+    _, world_size, _ = launched_rank()
+    check_world_size(config.parallel, world_size)
+    check_divisible(model.shape, config.parallel)
+    limit = model.shape.max_position_embeddings
+    length = args.max_length or min(model.saved.max_length or limit, limit)
+    if length > limit:
+        raise ConfigError(f"--max-length {length} is longer than the model's {limit} positions; lower it to that or less")
+    texts = model.saved.prompts if prompts else {}
+    tokenizer = RoleTokenizer(str(model.hf), add_eos=config.embedding.pooling == "lasttoken",
+                              query_prompt=texts.get("query", ""), document_prompt=texts.get("document", ""),
+                              query_max_length=length, document_max_length=length)
+    topology = initialize(config.parallel)
+    chunks = load_model_chunks(model, config, topology)
+    encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.shape.hidden_size,
+                          flash=uses_flash(config))
+    return encoder, model, topology

@@ -1,8 +1,10 @@
 """`train CONFIG.yaml [section.key=value ...]`"""
 
 import argparse
+import re
 
 from megatron_embed.cli.common import add_overrides
+from megatron_embed.errors import CheckpointError, ConfigError
 
 HELP = "train a model; resumes by itself if checkpoint.directory holds a checkpoint"
 
@@ -14,10 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; 0 when the last step is done."""
-    from megatron_embed.config.load import load_config
+    from megatron_embed.config.load import load_with_places
 
-    config = load_config(args.config, args.overrides)  # Refused before the libraries are loaded.
+    config, place_of = load_with_places(args.config, args.overrides)  # Refused before the libraries are loaded.
     from megatron_embed.cli.training import run_training
 
-    run_training(config)
+    try:
+        run_training(config)
+    except (ConfigError, CheckpointError) as error:
+        key, equals, _ = str(error).partition(" = ")
+        if equals and re.fullmatch(r"[a-z_]+\.[a-z_]+", key):
+            raise type(error)(f"{place_of(key)}: {error}") from error
+        raise
     return 0

@@ -2,9 +2,10 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -21,7 +22,22 @@ _LONGEST_VALUE = 100
 
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:
-    """The checked settings of one run.
+    """The checked settings of one run; see `load_with_places`."""
+    return load_with_places(path, overrides)[0]
+
+
+def config_of_overrides(overrides: list[str]) -> RunConfig:
+    """Settings given on the command line alone. Raises ConfigError beginning `command line: `."""
+    tree = Node({}, "command line")
+    for override in overrides:
+        tree = overridden(tree, *read_override(override))
+    config = _mapping(RunConfig, tree, "", tree)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def load_with_places(path: str, overrides: list[str]) -> tuple[RunConfig, Callable[[str], str]]:
+    """The checked settings of one run, and where each was written (dotted key -> `FILE:LINE` or `command line`).
 
     Args:
         path: YAML file. Relative paths inside it are relative to the working directory.
@@ -37,7 +53,7 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
         tree = overridden(tree, keys, value)
     config = _mapping(RunConfig, tree, "", tree)
     assert isinstance(config, RunConfig)
-    return config
+    return config, functools.partial(place_of, tree)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

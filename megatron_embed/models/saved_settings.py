@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import read_hf_config
@@ -13,6 +13,9 @@ _LEGACY_FLAGS: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken"}
 
+_NO_LIMIT = 10**9
+"""Transformers writes 1e30 where a tokenizer has no limit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SavedSettings:
@@ -20,10 +23,9 @@ class SavedSettings:
 
     pooling: Pooling | None = None
     normalize: bool | None = None
-    include_prompt: bool = True
-    """Whether a prompt's tokens enter the pooling."""
     max_length: int | None = None
-    """Tokens, special tokens included."""
+    """Tokens, special tokens included: sentence_bert_config.json's, else the tokenizer's."""
+    similarity: Literal["cosine", "dot"] = "cosine"
     prompts: dict[str, str] = field(default_factory=dict)
     """By role; `passage` counts as document."""
     dtype: str | None = None
@@ -68,8 +70,7 @@ def read_saved_settings(directory: str | Path) -> SavedSettings:
     folder = Path(directory)
     hf = read_hf_config(folder)
     dtype = hf.get("dtype") or hf.get("torch_dtype")
-    common = {"dtype": dtype if isinstance(dtype, str) else None,
-              "max_length": _object(folder / "sentence_bert_config.json").get("max_seq_length")}
+    common = {"dtype": dtype if isinstance(dtype, str) else None, "max_length": _max_length(folder)}
     if not (folder / "modules.json").is_file():
         return SavedSettings(**common)
     pooling, normalize, include_prompt = None, False, True
@@ -84,8 +85,20 @@ def read_saved_settings(directory: str | Path) -> SavedSettings:
         elif kind != "Transformer":
             raise CheckpointError(f"{folder / 'modules.json'}: module {module['type']!r} is not supported; "
                                   "Transformer, Pooling and Normalize are")
-    prompts = _object(folder / "config_sentence_transformers.json").get("prompts") or {}
+    settings = _object(folder / "config_sentence_transformers.json")
+    prompts = settings.get("prompts") or {}
     if "passage" in prompts:
         prompts.setdefault("document", prompts["passage"])
     roles = {role: text for role, text in prompts.items() if role in ("query", "document")}
-    return SavedSettings(pooling=pooling, normalize=normalize, include_prompt=include_prompt, prompts=roles, **common)
+    if not include_prompt and any(roles.values()):
+        raise CheckpointError(f"{folder}: include_prompt = false in its pooling is not supported together with prompts; set it "
+                              "to true, or empty the prompts in config_sentence_transformers.json")
+    similarity = "dot" if settings.get("similarity_fn_name") in ("dot", "dot_product") else "cosine"
+    return SavedSettings(pooling=pooling, normalize=normalize, prompts=roles, similarity=similarity, **common)
+
+
+def _max_length(folder: Path) -> int | None:
+    length = _object(folder / "sentence_bert_config.json").get("max_seq_length")
+    if length is None:
+        length = _object(folder / "tokenizer_config.json").get("model_max_length")
+    return length if isinstance(length, int) and 0 < length < _NO_LIMIT else None

@@ -134,8 +134,9 @@ def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
     tp, pp, cp = (sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size)
     model = tp * pp * cp
     if world_size % model:
-        raise ConfigError(f"world size = {world_size} is not a multiple of tensor_model_parallel_size * "
-                          f"pipeline_model_parallel_size * context_parallel_size = {tp} * {pp} * {cp} = {model}; start "
+        key, value = max((("tensor_model", tp), ("pipeline_model", pp), ("context", cp)), key=lambda item: item[1])
+        raise ConfigError(f"parallel.{key}_parallel_size = {value}: world size = {world_size} is not a multiple of tensor * "
+                          f"pipeline * context parallel size = {tp} * {pp} * {cp} = {model}; start "
                           f"{-(-world_size // model) * model} ranks or lower one of the parallel.* sizes")
     ep, etp = sizes.expert_model_parallel_size, sizes.expert_tensor_parallel_size
     if ep > 1 and world_size % (ep * etp * pp):

@@ -12,6 +12,12 @@ import warnings
 
 import torch
 
+# What `doctor` says once, Megatron would say per module, rank and call.
+for _message in ("Transformer Engine and Apex are not installed", "Apex is not installed", "When using sequence parallelism", "full scope is deprecated",
+                 "`load_state_dict` is deprecated",
+                 "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"):
+    warnings.filterwarnings("ignore", message=_message)
+
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     from megatron_embed.platform import cpu
@@ -20,11 +26,6 @@ if not HAS_CUDA:
 
 # Without it Megatron logs an INFO line per module from every rank.
 os.environ.setdefault("MEGATRON_LOGGING_LEVEL", "30")
-
-# What `doctor` says once, Megatron would say per module, rank and call.
-for _message in ("Transformer Engine and Apex are not installed", "Apex is not installed", "When using sequence parallelism",
-                 "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"):
-    warnings.filterwarnings("ignore", message=_message)
 
 import megatron.core.optimizer as megatron_optimizer
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
