@@ -1,8 +1,8 @@
 """Trains with Sentence Transformers' own model, tokenization and loss in a plain loop; the other side of comparisons.
 
-Writes OUTPUT/metrics.jsonl with `step`, `loss` and `step_seconds` as our trainer does, and with --save OUTPUT/model.
-AdamW without decay of biases and norms, gradient clipping at 1, a constant learning rate, no dropout, rows in the order
-of the file.
+Writes OUTPUT/metrics.jsonl with `step`, `loss`, `grad_norm` and `step_seconds` as our trainer does, and with --save
+OUTPUT/model. AdamW without decay of biases and norms, gradient clipping at 1, a constant learning rate, no dropout,
+rows in the order of the file.
 """
 
 import argparse
@@ -80,10 +80,11 @@ def main() -> None:
             with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
                 loss = loss_function(features, None)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
             optimizer.step()
             optimizer.zero_grad()
-            record = {"step": step, "loss": loss.item(), "step_seconds": time.perf_counter() - start}
+            record = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item(),
+                      "step_seconds": time.perf_counter() - start}
             file.write(json.dumps(record) + "\n")
             file.flush()
     if arguments.save:
