@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
-from megatron_embed.convert.safetensors_file import first_line
+from megatron_embed.convert.safetensors_file import fill, first_line
 from megatron_embed.errors import CheckpointError
 
 METADATA_FILE = ".metadata"
@@ -167,7 +167,7 @@ class DcpReader:
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{path}: {key} is not readable ({first_line(error)}); "
+            raise CheckpointError(f"{path}: {key} is not readable ({first_line(error).split('. ')[0]}); "
                                   "take another checkpoint") from error
         if tensor.shape != chunk.sizes or tensor.dtype != self.dtype(key):
             raise CheckpointError(f"{path}: {key}: found {tensor.dtype} {list(tensor.shape)}, described as "
@@ -203,12 +203,12 @@ class _Section(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
+        """Fill the buffer or reach the end: torch takes a shorter read for a damaged file."""
         view = memoryview(buffer).cast("B")
-        # One call moves at most 2 GiB less a page; the caller asks again for the rest.
-        wanted = view[:max(0, min(len(view), self._length - self._position, 1 << 30))]
-        count = os.preadv(self._file.fileno(), [wanted], self._start + self._position) if len(wanted) else 0
-        self._position += count
-        return count
+        wanted = view[:max(0, min(len(view), self._length - self._position))]
+        done = fill(self._file.fileno(), wanted, self._start + self._position)
+        self._position += done
+        return done
 
 
 class _Ignored:

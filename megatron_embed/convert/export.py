@@ -89,7 +89,8 @@ def _complete_tokenizer(directory: Path, *, needs_eos: bool) -> None:
     with_special, plain = tokenizer(_PROBE).input_ids, tokenizer(_PROBE, add_special_tokens=False).input_ids
     if not plain:
         # Without tokenizer files Transformers 5 builds an empty tokenizer from config.json's model_type, silently.
-        raise CheckpointError(f"{directory}: the tokenizer makes no token of {_PROBE!r}; put the model's tokenizer files there")
+        raise CheckpointError(f"{directory}: the tokenizer makes no token of {_PROBE!r}; "
+                              "put the model's tokenizer files there")
     ends_itself = with_special[-1] != plain[-1]
     if tokenizer.pad_token is None:
         # Attention and pooling skip padding, so any token may fill it; without one a batch cannot be formed.

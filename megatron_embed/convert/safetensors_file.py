@@ -34,6 +34,17 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(data)
 
 
+def fill(descriptor: int, target: memoryview, offset: int) -> int:
+    """Read from `offset` of an open file until `target` is full or the file ends; gives the bytes read."""
+    done = 0
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done:done + _LARGEST_CALL]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, on one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -105,13 +116,10 @@ class SafetensorsFile:
 
     def _fill(self, target: memoryview, offset: int) -> None:
         """Read exactly len(target) bytes from `offset`."""
-        done = 0
-        while done < len(target):
-            count = os.preadv(self._file.fileno(), [target[done:done + _LARGEST_CALL]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{self.path}: ended at byte {offset + done} while it was read; "
-                                      "leave it alone during a conversion")
-            done += count
+        done = fill(self._file.fileno(), target, offset)
+        if done < len(target):
+            raise CheckpointError(f"{self.path}: ended at byte {offset + done} while it was read; "
+                                  "leave it alone during a conversion")
 
     def _read_header(self) -> dict[str, TensorEntry]:
         size = os.fstat(self._file.fileno()).st_size

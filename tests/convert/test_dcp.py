@@ -51,6 +51,14 @@ def test_own_round_trip(tmp_path):
         ".metadata", "__0_0.distcp", "common.pt", "metadata.json"]
 
 
+def test_tensors_larger_than_one_system_call(tmp_path, monkeypatch):
+    """Linux moves less than 2 GiB per call; here the limit is 100 bytes."""
+    monkeypatch.setattr("megatron_embed.convert.safetensors_file._LARGEST_CALL", 100)
+    tensors = some_tensors()
+    assert max(tensor.nbytes for tensor in tensors.values()) > 400
+    assert_equal(read_all(write(tmp_path / "x", tensors)), tensors)
+
+
 def test_a_view_is_written_without_the_storage_behind_it(tmp_path):
     big = torch.randn(100_000, 2)
     assert_equal(read_all(write(tmp_path / "x", {"a": big[:3], "b": big[:5, 1]})), {"a": big[:3], "b": big[:5, 1]})

