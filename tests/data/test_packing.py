@@ -114,17 +114,22 @@ def test_constant_tokens_gives_the_bins_of_a_step_one_size(records: list[Record]
     assert sizes[True] == [max(sizes[False])] * 6
 
 
-def test_truncated_rows_are_counted(records: list[Record], tokenizer: RoleTokenizer):
+def test_truncated_rows_of_both_roles_are_counted(records: list[Record], minilm_dir: str):
+    tokenizer = RoleTokenizer(minilm_dir, add_eos=False, query_max_length=14, document_max_length=64)
+    queries = [len(ids) for ids in _whole([r.query for r in records], minilm_dir)]
+    documents = [len(ids) for ids in _whole([text for r in records for text in (r.positive[0], *r.negatives[:1])],
+                                            minilm_dir)]
+    longer_queries, longer_documents = sum(n > 14 for n in queries), sum(n > 64 for n in documents)
+    assert 0 < longer_queries < len(queries)
+    assert longer_documents > 0
     batch = build_embed_batch(records, tokenizer, micro_batch_size=6, num_negatives=1, alignment=1,
                               constant_tokens=False)
-    longer = sum(length > 64 for length in _lengths(records, tokenizer))
-    assert 0 < longer < batch.num_documents + 1
-    assert batch.num_truncated == longer
+    assert batch.num_truncated == longer_queries + longer_documents
 
 
-def _lengths(records: list[Record], tokenizer: RoleTokenizer) -> list[int]:
-    texts = [text for r in records for text in (r.positive[0], *r.negatives[:1])]
-    return [len(tokenizer._tokenizer(text, verbose=False)["input_ids"]) for text in texts]
+def _whole(texts: list[str], model_dir: str) -> list[list[int]]:
+    tokenizer = RoleTokenizer(model_dir, add_eos=False, query_max_length=10**6, document_max_length=10**6)
+    return tokenizer.tokenize(texts, "query").token_ids
 
 
 def test_instructions_reach_the_query(bpe_dir: str):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+import megatron_embed.data.sampler as sampler_module
 from megatron_embed.config.schema import TrainFile
 from megatron_embed.data.records import Record, RecordSet, open_records
 from megatron_embed.data.sampler import GlobalBatchSampler
@@ -87,6 +88,16 @@ def test_shuffled_epochs_are_permutations_that_differ(mini_zh: RecordSet):
     assert epochs[0] == order.tolist()
 
 
+def test_a_row_left_over_does_not_meet_itself_in_the_next_epoch(mini_zh: RecordSet):
+    sampler = sampler_of(mini_zh, 300)
+    batches = [sampler.rows_of_step(step) for step in range(20)]
+    assert [len(set(rows)) for rows in batches] == [300] * 20
+    # The hundred rows left after three batches come first in the fourth.
+    assert len(set(batches[3][:100]).intersection(*[set(range(1000)).difference(rows) for rows in batches[:3]])) == 100
+    used = Counter(row for rows in batches for row in rows)
+    assert set(used.values()) == {6}
+
+
 @pytest.mark.parametrize("size", [50, 64, 200])
 def test_no_text_comes_twice_in_a_batch_and_no_row_is_lost(shared_passages: RecordSet, size: int):
     sampler = sampler_of(shared_passages, size)
@@ -158,14 +169,26 @@ def test_data_that_can_only_repeat_still_fills_every_batch(write_rows: WriteRows
     assert max(used.values()) - min(used[row] for row in range(rows)) <= 2
 
 
-def test_crowded_data_costs_no_more_than_its_rows(write_rows: WriteRows):
+def test_crowded_data_costs_no_more_than_its_rows(write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch):
     """Every batch of 64 needs 256 different documents of 300: far more rows collide than fit."""
     generator = np.random.default_rng(0)
     rows = [{"query": f"q{i}", "positive": f"d{generator.integers(300)}",
              "negatives": [f"d{d}" for d in generator.integers(300, size=3)]} for i in range(3000)]
     records = open_records((TrainFile(path=write_rows(rows)),))
+    num_looked_at = 0
+    place = sampler_module._Queue._place_unless_blocked
+
+    def count(queue: sampler_module._Queue, row: int) -> int | None:
+        nonlocal num_looked_at
+        num_looked_at += 1
+        return place(queue, row)
+
+    monkeypatch.setattr(sampler_module._Queue, "_place_unless_blocked", count)
+    monkeypatch.setattr(sampler_module, "_PATIENCE", 3)
     sampler = sampler_of(records, 64, num_negatives=3)
     used = Counter(row for step in range(3 * sampler.steps_per_epoch) for row in sampler.rows_of_step(step))
     assert {used[row] for row in range(3000)} <= {1, 2, 3, 4}
     assert sampler.num_forced_duplicates > 0
     assert max(len(rows) for rows in sampler._left_over) < 2 * 64
+    num_steps = sampler._first_steps[-1]
+    assert 64 * num_steps < num_looked_at <= (3 + 2) * 64 * num_steps  # without a bound it would be ten times as many
