@@ -121,5 +121,6 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool) -> tuple[TextEncode
     topology = initialize(config.parallel)
     chunks = load_model_chunks(model, config, topology)
     encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.shape.hidden_size,
-                          flash=uses_flash(config))
+                          flash=uses_flash(config),
+                          causal=chunks[0].causal)
     return encoder, model, topology

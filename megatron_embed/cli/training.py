@@ -137,7 +137,8 @@ def run_training(config: RunConfig) -> dict[str, float]:
                           negatives=config.objective.negatives, flash=flash,
                           has_dropout=config.training.hidden_dropout > 0 or config.training.attention_dropout > 0)
     trainer = Trainer(chunks=wrapped, gradients=gradients, optimizer=optimizer, scheduler=scheduler)
-    encoder = TextEncoder(wrapped, topology, inputs.tokenizer, pooling=pooling, dim=inputs.model.shape.hidden_size, flash=flash)
+    encoder = TextEncoder(wrapped, topology, inputs.tokenizer, pooling=pooling, dim=inputs.model.shape.hidden_size, flash=flash,
+                          causal=models[0].causal)
     assets = prepare_assets(config, inputs, topology)
     writer = MetricsWriter(log_directory(config), tensorboard=config.logging.tensorboard, train_steps=inputs.train_steps,
                            first_step=first_step, active=topology.rank == 0)

@@ -129,6 +129,8 @@ class TrainingConfig:
     adam_eps: float = 1.0e-8
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    moe_aux_loss_coefficient: float = 1.0e-3
+    """Weight of the load-balancing loss of a mixture of experts, per micro-batch; 0 is off."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, selective (core attention), full (every layer)."""
     seed: int = 1234
@@ -136,7 +138,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for key in ("global_batch_size", "micro_batch_size"):
             _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "must be >= 1")
-        for key in ("min_learning_rate", "warmup_steps", "weight_decay", "clip_grad", "seed"):
+        for key in ("min_learning_rate", "warmup_steps", "weight_decay", "clip_grad", "moe_aux_loss_coefficient",
+                    "seed"):
             _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "must be >= 0")
         _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "must be > 0")
         _require(self.min_learning_rate <= self.learning_rate, "training.min_learning_rate", self.min_learning_rate,

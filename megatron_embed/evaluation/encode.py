@@ -24,7 +24,7 @@ class TextEncoder:
     """A loaded model with its tokenizer. Every method is called by all ranks together."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, tokenizer: RoleTokenizer, *, pooling: Pooling,
-                 dim: int, flash: bool, micro_batch_tokens: int = 8192) -> None:
+                 dim: int, flash: bool, causal: bool, micro_batch_tokens: int = 8192) -> None:
         """`micro_batch_tokens`: of one packed bin, padding included; a longer text gets a bin of its own."""
         self.chunks = chunks
         self.topology = topology
@@ -32,6 +32,7 @@ class TextEncoder:
         self.pooling = pooling
         self.dim = dim
         self.flash = flash
+        self.causal = causal
         self.micro_batch_tokens = micro_batch_tokens
 
     def encode(self, texts: Sequence[str], role: Literal["query", "document"], *, show_progress: bool = False) -> Tensor:
@@ -62,7 +63,7 @@ class TextEncoder:
         empty = torch.zeros(0, self.dim, device=self.topology.device)
         # All ranks run as many bins as the busiest, or an expert-parallel all-to-all would wait for ever.
         batches = [] if not texts else [
-            to_device(micro, self.topology, self.pooling, self.flash)
+            to_device(micro, self.topology, self.pooling, flash=self.flash, causal=self.causal)
             for micro in build_encode_batches(
                 texts, role, self.tokenizer, micro_batch_tokens=self.micro_batch_tokens,
                 alignment=token_alignment(self.topology.sizes), constant_tokens=self.topology.pp_size > 1)]

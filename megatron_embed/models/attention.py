@@ -4,6 +4,7 @@ A micro-batch is one row of tokens with the sequences back to back. Nothing larg
 sequences is formed, so the cost per token does not grow with the bin.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 
@@ -18,26 +19,36 @@ from megatron_embed.platform.compat import (
     ProcessGroupCollection,
     TransformerConfig,
     get_cuda_rng_tracker,
+    tensor_parallel,
 )
 
 MAX_GROUP_PADDING = 1.15
-"""A group's sequences are padded to its longest; the next sequence joins while padded / real tokens stays below this."""
+"""A group's members are padded to its longest; the next joins while padded / real tokens stays below this."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceGroup:
-    """Sequences computed together, each padded to `length` tokens."""
+class SegmentGroup:
+    """Stretches of queries, each with the keys of its sequence, computed together and padded to one size.
 
-    tokens: Tensor
-    """[sequences * length] int64, position of each padded slot's token in the bin (padding slots repeat token 0)."""
-    slots: Tensor
-    """[real tokens] int64, the padded slots that hold real tokens."""
-    sources: Tensor
-    """[real tokens] int64, the bin positions those slots came from."""
+    Without context parallelism a segment is a whole sequence. With it, a rank holds two chunks of the bin, and a segment
+    is the part of a sequence that lies in one of them.
+    """
+
+    queries: Tensor
+    """[segments * query_length] int64, local token of each query slot (padding slots repeat token 0)."""
+    keys: Tensor
+    """[segments * key_length] int64, bin token of each key slot (padding slots repeat token 0)."""
+    slots: Tensor | None
+    """[real queries] int64, the query slots that hold real tokens; null if all do."""
+    targets: Tensor
+    """[real queries] int64, the local tokens of those slots."""
     mask: Tensor | None
-    """[sequences, 1, 1, length] bool, true where a key is real; null if no slot is padding."""
+    """[segments, 1, 1 or query_length, key_length] bool, true where a query sees a key; null: see `is_causal`."""
+    is_causal: bool
+    """The kernel's own triangular mask says all: causal, and every query segment starts where its sequence starts."""
     count: int
-    length: int
+    query_length: int
+    key_length: int
 
 
 @dataclass
@@ -53,49 +64,92 @@ class PackedSequences(PackedSeqParams):
     max_seqlen: int = 0
     num_tokens: int = 0
     """Real tokens; the bin's padding comes after them."""
-    groups: tuple[SequenceGroup, ...] = field(default_factory=tuple)
+    groups: tuple[SegmentGroup, ...] = field(default_factory=tuple)
     """For the grouped path; empty on the flash path."""
 
 
-def group_sequences(cu_seqlens: Tensor, device: torch.device) -> tuple[SequenceGroup, ...]:
-    """Sorts the sequences of a bin by length and cuts them into groups of little padding.
+def context_chunks(tokens: int, cp_rank: int, cp_size: int) -> tuple[tuple[int, int], ...]:
+    """Bin tokens [start, stop) that a context-parallel rank holds, in its local order.
+
+    The bin is cut into 2*cp_size chunks, rank r holds chunks r and 2*cp_size-1-r, so that causal attention costs every
+    rank the same (zigzag). The whole bin without context parallelism.
+    """
+    if cp_size == 1:
+        return ((0, tokens),)
+    chunk = tokens // (2 * cp_size)
+    return tuple((number * chunk, (number + 1) * chunk) for number in (cp_rank, 2 * cp_size - 1 - cp_rank))
+
+
+def group_segments(cu_seqlens: Tensor, chunks: tuple[tuple[int, int], ...], causal: bool,
+                   device: torch.device) -> tuple[SegmentGroup, ...]:
+    """Sorts the segments of this rank's chunks by length and cuts them into groups of little padding.
 
     Args:
         cu_seqlens: [sequences + 1] int32 on the CPU.
+        chunks: bin tokens held by this rank, in local order.
+        causal: keys behind a segment's last query are left out.
     """
     bounds = cu_seqlens.to(torch.int64)
-    starts, lengths = bounds[:-1], bounds.diff()
-    order = torch.argsort(lengths, descending=True, stable=True).tolist()
-    sizes = lengths.tolist()
-    groups: list[SequenceGroup] = []
+    starts, ends = bounds[:-1], bounds[1:]
+    parts = []
+    for local, (first, last) in zip(_local_starts(chunks), chunks, strict=True):
+        query_start, query_end = starts.clamp(min=first), ends.clamp(max=last)
+        held = query_end > query_start
+        key_end = query_end if causal else ends
+        # Columns: first local query, first query in its sequence, queries, first key, keys.
+        parts.append(torch.stack([query_start - first + local, query_start - starts, query_end - query_start, starts,
+                                  key_end - starts], dim=1)[held])
+    segments = torch.cat(parts)
+    area = segments[:, 2] * (segments[:, 4].max() + 1 if len(segments) else 1) + segments[:, 4]
+    segments = segments[torch.argsort(area, descending=True, stable=True)]
+    sizes = segments[:, [2, 4]].tolist()
+    groups: list[SegmentGroup] = []
     first = 0
-    while first < len(order):
-        longest, real, last = sizes[order[first]], 0, first
-        while last < len(order):
-            real += sizes[order[last]]
-            if longest * (last + 1 - first) > MAX_GROUP_PADDING * real:
+    while first < len(sizes):
+        longest, widest, real_queries, real_keys, last = 0, 0, 0, 0, first
+        while last < len(sizes):
+            queries, keys = sizes[last]
+            longest, widest = max(longest, queries), max(widest, keys)
+            real_queries, real_keys, count = real_queries + queries, real_keys + keys, last + 1 - first
+            if longest * count > MAX_GROUP_PADDING * real_queries or widest * count > MAX_GROUP_PADDING * real_keys:
                 break
             last += 1
-        groups.append(_sequence_group(starts[order[first:last]], lengths[order[first:last]], longest, device))
+        groups.append(_segment_group(segments[first:last], causal, device))
         first = last
     return tuple(groups)
 
 
-def _sequence_group(starts: Tensor, lengths: Tensor, longest: int, device: torch.device) -> SequenceGroup:
-    offsets = torch.arange(longest)
-    real = offsets < lengths[:, None]
-    tokens = torch.where(real, starts[:, None] + offsets, torch.zeros((), dtype=torch.int64))
-    slots = real.flatten().nonzero().flatten()
-    tokens = tokens.flatten()
-    mask = None if bool(real.all()) else real[:, None, None, :].to(device)
-    return SequenceGroup(tokens=tokens.to(device), slots=slots.to(device), sources=tokens[slots].to(device), mask=mask,
-                         count=len(lengths), length=longest)
+def _local_starts(chunks: tuple[tuple[int, int], ...]) -> list[int]:
+    return [sum(stop - start for start, stop in chunks[:number]) for number in range(len(chunks))]
+
+
+def _segment_group(segments: Tensor, causal: bool, device: torch.device) -> SegmentGroup:
+    local, offset, num_queries, key_start, num_keys = (segments[:, [column]] for column in range(5))
+    query_length, key_length = int(num_queries.max()), int(num_keys.max())
+    query_steps, key_steps = torch.arange(query_length), torch.arange(key_length)
+    real_queries, real_keys = query_steps < num_queries, key_steps < num_keys
+    nothing = torch.zeros((), dtype=torch.int64)
+    queries = torch.where(real_queries, local + query_steps, nothing).flatten()
+    keys = torch.where(real_keys, key_start + key_steps, nothing).flatten()
+    kernel_mask = causal and not bool(offset.any())
+    mask = None
+    if not kernel_mask and causal:
+        mask = (key_steps <= (offset + query_steps)[:, :, None])[:, None] & real_keys[:, None, None, :]
+        mask |= ~real_queries[:, None, :, None]  # padding queries see everything: a row without keys would be NaN
+    elif not causal and not bool(real_keys.all()):
+        mask = real_keys[:, None, None, :]
+    slots = None if bool(real_queries.all()) else real_queries.flatten().nonzero().flatten()
+    return SegmentGroup(
+        queries=queries.to(device), keys=keys.to(device), slots=None if slots is None else slots.to(device),
+        targets=(queries if slots is None else queries[slots]).to(device), mask=None if mask is None else mask.to(device),
+        is_causal=kernel_mask, count=len(segments), query_length=query_length, key_length=key_length)
 
 
 class PackedAttention(MegatronModule):
-    """Core attention for Megatron's SelfAttention over `PackedSequences` (no weights, no communication).
+    """Core attention for Megatron's SelfAttention over `PackedSequences`; no weights.
 
-    Padding tokens of the bin get output 0.
+    With context parallelism each rank keeps its queries and gathers the keys and values of the bin over that group (one
+    all-gather forward, one reduce-scatter backward). Padding tokens of the bin get output 0.
     """
 
     def __init__(
@@ -112,6 +166,7 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         self.causal = attn_mask_type == AttnMaskType.causal
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.cp_group = pg_collection.cp if pg_collection is not None else None
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -124,38 +179,45 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """[tokens, 1, heads/tp, head_dim] queries and [tokens, 1, groups/tp, head_dim] keys and values ->
-        [tokens, 1, heads/tp * head_dim]."""
+        """[tokens/cp, 1, heads/tp, head_dim] queries and [tokens/cp, 1, groups/tp, head_dim] keys and values ->
+        [tokens/cp, 1, heads/tp * head_dim]."""
         assert packed_seq_params is not None and packed_seq_params.cu_seqlens is not None
         dropout = self.dropout if self.training else 0.0
-        inputs = (query.squeeze(1), key.squeeze(1), value.squeeze(1))
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            key, value = self._whole_bin(key, value)
         if packed_seq_params.groups:
-            output = self._grouped(*inputs, packed_seq_params, dropout)
+            output = self._grouped(query, key, value, packed_seq_params, dropout)
         else:
-            output = self._flash(*inputs, packed_seq_params)
+            output = self._flash(query, key, value, packed_seq_params)
         return output.reshape(output.shape[0], 1, -1)
+
+    def _whole_bin(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """[tokens/cp, groups, head_dim] of this rank's two chunks -> [tokens, groups, head_dim] in the bin's order."""
+        both = torch.cat([key, value], dim=-1)
+        gathered = tensor_parallel.gather_from_sequence_parallel_region(both, group=self.cp_group)
+        chunks = gathered.view(self.cp_group.size(), 2, -1, *both.shape[1:])  # type: ignore[union-attr]
+        # Rank r holds chunks r and 2*cp-1-r: first halves ascend, second halves descend.
+        whole = torch.cat([chunks[:, 0], chunks[:, 1].flip(0)]).flatten(0, 1)
+        return whole.chunk(2, dim=-1)  # type: ignore[return-value]
 
     def _grouped(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, dropout: float) -> Tensor:
         heads, groups, head_dim = query.shape[1], key.shape[1], query.shape[2]
         if heads != groups:
             key = key.repeat_interleave(heads // groups, dim=1)
             value = value.repeat_interleave(heads // groups, dim=1)
-        outputs, positions = [], []
+        outputs = []
         for group in packed.groups:
-            shape = (group.count, group.length, heads, head_dim)
-            q, k, v = (x.index_select(0, group.tokens).view(shape).transpose(1, 2) for x in (query, key, value))
-            # Causal rows never see the padding behind them, so the mask is needed only without causality.
-            mask = None if self.causal else group.mask
-            if dropout:
-                with get_cuda_rng_tracker().fork():
-                    out = functional.scaled_dot_product_attention(q, k, v, mask, dropout, self.causal, scale=self.scale)
-            else:
-                out = functional.scaled_dot_product_attention(q, k, v, mask, 0.0, self.causal, scale=self.scale)
-            out = out.transpose(1, 2).reshape(group.count * group.length, heads * head_dim)
-            outputs.append(out if group.mask is None else out.index_select(0, group.slots))
-            positions.append(group.sources)
+            shape = (group.count, -1, heads, head_dim)
+            q = query.index_select(0, group.queries).view(shape).transpose(1, 2)
+            k, v = (x.index_select(0, group.keys).view(shape).transpose(1, 2) for x in (key, value))
+            fork = get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
+            with fork:
+                out = functional.scaled_dot_product_attention(q, k, v, group.mask, dropout, group.is_causal, scale=self.scale)
+            out = out.transpose(1, 2).reshape(group.count * group.query_length, heads * head_dim)
+            outputs.append(out if group.slots is None else out.index_select(0, group.slots))
         result = query.new_zeros(query.shape[0], heads * head_dim)
-        return result.index_copy(0, torch.cat(positions), torch.cat(outputs))
+        return result.index_copy(0, torch.cat([group.targets for group in packed.groups]), torch.cat(outputs))
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn

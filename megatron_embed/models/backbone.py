@@ -19,10 +19,13 @@ from megatron_embed.platform.compat import (
     LanguageModelEmbedding,
     MLPSubmodules,
     ModuleSpec,
+    MoELayer,
+    MoESubmodules,
     ProcessGroupCollection,
     RowParallelLinear,
     SelfAttention,
     SelfAttentionSubmodules,
+    SequentialMLP,
     TransformerBlockSubmodules,
     TransformerConfig,
     TransformerLayer,
@@ -141,6 +144,11 @@ def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
                           f"{_nearest_divisor(shape.num_query_groups, tp)}")
     if shape.hidden_size % tp and uses_sequence_parallel(sizes):
         raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the hidden size {shape.hidden_size}")
+    ep = sizes.expert_model_parallel_size
+    if ep > 1 and (not shape.num_experts or shape.num_experts % ep):
+        experts = f"{shape.num_experts} experts" if shape.num_experts else "dense layers (no experts)"
+        raise ConfigError(f"parallel.expert_model_parallel_size = {ep} does not divide the model's {experts}; nearest valid: "
+                          f"{_nearest_divisor(shape.num_experts, ep) if shape.num_experts else 1}")
     stages = pp * (virtual_size(sizes) or 1)
     if shape.num_layers % stages:
         raise ConfigError(f"parallel.pipeline_model_parallel_size = {pp} (times virtual size {virtual_size(sizes) or 1}) does "
@@ -175,11 +183,24 @@ def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: Training
         # Interleaved schedules give wrong gradients on gloo unless sends and receives are separate and outputs stay
         # allocated (33 of 60 steps wrong with a step's deallocated outputs, 0 without).
         overlap_p2p_comm=virtual is not None, batch_p2p_comm=virtual is None, deallocate_pipeline_outputs=on_gpu,
+        **_expert_settings(shape, training),
         recompute_granularity=None if training.recompute == "none" else training.recompute,
         recompute_method="uniform" if training.recompute == "full" else None,
         recompute_num_layers=1 if training.recompute == "full" else None,
         recompute_modules=["core_attn"] if training.recompute == "selective" else None,
     )
+
+
+def _expert_settings(shape: ModelShape, training: TrainingConfig) -> dict[str, object]:
+    """Megatron's settings of a mixture of experts, empty for a dense model."""
+    if not shape.num_experts:
+        return {}
+    return {
+        "num_moe_experts": shape.num_experts, "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.ffn_hidden_size, "moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": False,
+        "moe_router_dtype": "fp32", "moe_router_pre_softmax": not shape.normalize_expert_weights,
+        "moe_router_load_balancing_type": "aux_loss" if training.moe_aux_loss_coefficient else "none",
+        "moe_aux_loss_coeff": training.moe_aux_loss_coefficient}
 
 
 def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool, pp_rank: int,
@@ -193,17 +214,21 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear, core_attention=PackedAttention, linear_proj=RowParallelLinear,
             q_layernorm=qk_norm, k_layernorm=qk_norm))
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = ModuleSpec(module=MLP, submodules=linears)
+    # Transformer Engine fuses these norms into the linears; storing them under its names keeps checkpoints
+    # interchangeable with models built from its layers. A mixture of experts keeps the second one apart.
+    stored_names = {} if shape.post_norm else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if shape.num_experts:
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linears)))
+    elif not shape.post_norm:
+        stored_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     layer = ModuleSpec(
         module=PostNormLayer if shape.post_norm else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if shape.post_norm else norm, self_attention=attention,
             self_attn_bda=get_bias_dropout_add, pre_mlp_layernorm=IdentityOp if shape.post_norm else norm, mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine fuses these norms into the linears; storing them under its names keeps checkpoints
-            # interchangeable with models built from its layers.
-            sharded_state_dict_keys_map={} if shape.post_norm else {
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}))
+            sharded_state_dict_keys_map=stored_names))
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage, pp_rank),
                                       layer_norm=norm)

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError
-from megatron_embed.models.attention import PackedSequences, group_sequences
+from megatron_embed.models.attention import PackedSequences, context_chunks, group_segments
 from megatron_embed.models.backbone import EncoderEmbedding, block_spec, mark_tensor_parallel, megatron_config
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
@@ -35,19 +35,18 @@ class DeviceMicroBatch:
     """A micro-batch on the device with all that is derived from its sequence bounds, computed once per step."""
 
     token_ids: Tensor
-    """[1, tokens] int64."""
+    """[1, tokens/cp] int64."""
     position_ids: Tensor
-    """[1, tokens] int64."""
+    """[1, tokens/cp] int64."""
+    num_tokens: int
+    """Length of the bin over all context-parallel ranks, padding included."""
     packed: PackedSequences
+    padding: Tensor
+    """[1, tokens/(cp*tp)] bool, true at padding; the share of a sequence-parallel rank. For routers, which skip it."""
     plan: PoolingPlan
     """Over the tokens that this rank holds after the last layer."""
     rows: Tensor
     """[sequences] int64 on the CPU, local row numbers."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Length of the bin, padding included."""
-        return self.token_ids.shape[1]
 
 
 class EmbeddingModel(LanguageModule):
@@ -60,6 +59,7 @@ class EmbeddingModel(LanguageModule):
         self.topology = topology
         self.pooling = pooling
         self.normalize = normalize
+        self.causal = not bidirectional
         self.vp_stage = vp_stage
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder  # asked for by the pipeline schedules
@@ -92,14 +92,19 @@ class EmbeddingModel(LanguageModule):
 
     def forward(self, batch: DeviceMicroBatch) -> Tensor:
         """The bin's embeddings, [sequences, dim] float32, on the last stage; token states to send on elsewhere."""
-        hidden = self.embedding(batch.token_ids, batch.position_ids) if self.pre_process else None
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(batch),
-                              packed_seq_params=batch.packed)
+        hidden = self.token_states(batch)
         if not self.post_process:
             return hidden
-        group = (self.topology.groups.tp,) if self.topology.sequence_parallel else ()
-        rows = pool(hidden.squeeze(1), batch.plan, group)
+        groups = [self.topology.groups.tp] if self.topology.sequence_parallel else []
+        groups += [self.topology.groups.cp] if self.topology.cp_size > 1 else []
+        rows = pool(hidden.squeeze(1), batch.plan, tuple(groups))
         return functional.normalize(rows, dim=-1) if self.normalize else rows
+
+    def token_states(self, batch: DeviceMicroBatch) -> Tensor:
+        """[tokens/(cp*tp), 1, hidden] after this chunk's layers (tokens/cp without sequence parallelism)."""
+        hidden = self.embedding(batch.token_ids, batch.position_ids) if self.pre_process else None
+        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(batch),
+                            packed_seq_params=batch.packed, padding_mask=batch.padding if self.shape.num_experts else None)
 
     def _rotary_angles(self, batch: DeviceMicroBatch) -> Tensor | None:
         """[tokens, 1, 1, head_dim] float32 angles of each token's own position, so bins need no splitting."""
@@ -110,13 +115,17 @@ class EmbeddingModel(LanguageModule):
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
     def global_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters of this rank by name, layers counted over the whole model instead of from the stage's first."""
+        """Parameters of this rank by name, layers and experts counted over the whole model, not from
+        this rank's first."""
         first = self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
+        experts = self.shape.num_experts // self.topology.sizes.expert_model_parallel_size
+        first_expert = experts * self.topology.groups.ep.rank() if self.shape.num_experts else 0
 
-        def renumber(match: re.Match[str]) -> str:
-            return f"decoder.layers.{int(match.group(1)) + first}."
+        def renumber(name: str) -> str:
+            name = re.sub(r"^decoder\.layers\.(\d+)", lambda match: f"decoder.layers.{int(match[1]) + first}", name)
+            return re.sub(r"local_experts\.(\d+)", lambda match: f"local_experts.{int(match[1]) + first_expert}", name)
 
-        return {re.sub(r"^decoder\.layers\.(\d+)\.", renumber, name): parameter for name, parameter in self.named_parameters()}
+        return {renumber(name): parameter for name, parameter in self.named_parameters()}
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's sharded state under the layers' global numbers; LanguageModule's own form insists on logits."""
@@ -134,7 +143,8 @@ def uses_flash(config: RunConfig) -> bool:
     half = config.model.dtype != "float32"
     if config.model.attention == "flash" and not (HAS_CUDA and half):
         raise ConfigError("model.attention = 'flash' needs a GPU and model.dtype = bfloat16; use 'auto' or 'sdpa' here")
-    return HAS_CUDA and half and config.model.attention != "sdpa" and config.training.attention_dropout == 0
+    return (HAS_CUDA and half and config.model.attention != "sdpa" and config.training.attention_dropout == 0
+            and config.parallel.context_parallel_size == 1)
 
 
 def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling) -> list[EmbeddingModel]:
@@ -156,17 +166,25 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     return chunks
 
 
-def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, flash: bool) -> DeviceMicroBatch:
-    """Moves a micro-batch and derives attention groups and pooling plan. No communication."""
-    device = topology.device
-    lengths = micro_batch.cu_seqlens.diff()
+def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, flash: bool, causal: bool) -> DeviceMicroBatch:
+    """This rank's part of a micro-batch, with attention groups and pooling plan derived. No communication."""
+    device, tokens = topology.device, micro_batch.token_ids.numel()
+    chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)
     packed = PackedSequences(
-        cu_seqlens=micro_batch.cu_seqlens.to(device), max_seqlen=int(lengths.max()), num_tokens=micro_batch.num_tokens,
-        groups=() if flash else group_sequences(micro_batch.cu_seqlens, device))
-    plan = pooling_plan(micro_batch, pooling, device)
+        cu_seqlens=micro_batch.cu_seqlens.to(device), max_seqlen=int(micro_batch.cu_seqlens.diff().max()),
+        num_tokens=micro_batch.num_tokens,
+        groups=() if flash else group_segments(micro_batch.cu_seqlens, chunks, causal, device))
+    plan = local_plan(pooling_plan(micro_batch, pooling, device), chunks)
+    padding = _held(torch.arange(tokens) >= micro_batch.num_tokens, chunks)
     if topology.sequence_parallel:
-        share = micro_batch.token_ids.numel() // topology.tp_size
-        plan = local_plan(plan, topology.tp_rank * share, share)
+        share = padding.numel() // topology.tp_size
+        mine = (topology.tp_rank * share, (topology.tp_rank + 1) * share)
+        plan, padding = local_plan(plan, (mine,)), padding[mine[0] : mine[1]]
     return DeviceMicroBatch(
-        token_ids=micro_batch.token_ids[None].to(device), position_ids=micro_batch.position_ids[None].to(device),
-        packed=packed, plan=plan, rows=micro_batch.rows)
+        token_ids=_held(micro_batch.token_ids, chunks)[None].to(device),
+        position_ids=_held(micro_batch.position_ids, chunks)[None].to(device), num_tokens=tokens, packed=packed,
+        padding=padding[None].to(device), plan=plan, rows=micro_batch.rows)
+
+
+def _held(tokens: Tensor, chunks: tuple[tuple[int, int], ...]) -> Tensor:
+    return torch.cat([tokens[start:stop] for start, stop in chunks])

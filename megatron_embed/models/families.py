@@ -1,5 +1,6 @@
 """What a Hugging Face `config.json` says about a model, in one closed value per family. Imports neither torch nor Megatron."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from megatron_embed.errors import CheckpointError
 class ModelShape:
     """Everything that decides the modules and tensor shapes of a backbone. Names follow Megatron's TransformerConfig."""
 
-    family: Literal["bert", "qwen3"]
+    family: Literal["bert", "qwen3", "qwen3_moe"]
     hidden_size: int
     num_layers: int
     num_attention_heads: int
@@ -41,6 +42,11 @@ class ModelShape:
     """Token types; 0: none."""
     tie_word_embeddings: bool
     initializer_range: float
+    num_experts: int = 0
+    """Experts of every layer's MLP; 0: dense."""
+    experts_per_token: int = 0
+    normalize_expert_weights: bool = True
+    """The chosen experts' weights sum to 1."""
 
     def __post_init__(self) -> None:
         for key in ("hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "head_dim",
@@ -113,14 +119,12 @@ def _rope_base(config: _HFConfig, default: float) -> float:
 
 def _qwen3(config: _HFConfig) -> ModelShape:
     config.refuse_unless("use_sliding_window", (None, False), "attention here is over whole sequences")
+    config.refuse_unless("attention_bias", (None, False), "no released model of the family has it")
     layer_types = set(config.get("layer_types", ["full_attention"]))
     if layer_types != {"full_attention"}:
         raise CheckpointError(f"{config.file}: layer_types = {sorted(layer_types)} is not supported; "
                               "attention here is over whole sequences")
     heads = config["num_attention_heads"]
-    bias = config.get("attention_bias", False)
-    if bias:
-        raise CheckpointError(f"{config.file}: attention_bias = true is not supported for qwen3; no released model has it")
     return ModelShape(
         family="qwen3", hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
         num_attention_heads=heads, num_query_groups=config.get("num_key_value_heads", heads),
@@ -133,7 +137,16 @@ def _qwen3(config: _HFConfig) -> ModelShape:
         initializer_range=config.get("initializer_range", 0.02))
 
 
-FAMILIES: dict[str, Callable[[_HFConfig], ModelShape]] = {"bert": _bert, "qwen3": _qwen3}
+def _qwen3_moe(config: _HFConfig) -> ModelShape:
+    config.refuse_unless("decoder_sparse_step", (None, 1), "every layer must have experts")
+    config.refuse_unless("mlp_only_layers", (None, []), "every layer must have experts")
+    return dataclasses.replace(
+        _qwen3(config), family="qwen3_moe", ffn_hidden_size=config["moe_intermediate_size"],
+        num_experts=config["num_experts"], experts_per_token=config["num_experts_per_tok"],
+        normalize_expert_weights=config.get("norm_topk_prob", False))
+
+
+FAMILIES: dict[str, Callable[[_HFConfig], ModelShape]] = {"bert": _bert, "qwen3": _qwen3, "qwen3_moe": _qwen3_moe}
 """By `model_type` of config.json."""
 
 

@@ -45,11 +45,18 @@ def pooling_plan(micro_batch: MicroBatch, pooling: Pooling, device: torch.device
                        num_sequences=count)
 
 
-def local_plan(plan: PoolingPlan, first: int, count: int) -> PoolingPlan:
-    """The part of a plan that falls on the bin's tokens first .. first + count - 1, renumbered from 0."""
-    low, high = torch.searchsorted(plan.tokens, torch.tensor([first, first + count], device=plan.tokens.device)).tolist()
-    return PoolingPlan(tokens=plan.tokens[low:high] - first, sequences=plan.sequences[low:high],
-                       weights=plan.weights[low:high], num_sequences=plan.num_sequences)
+def local_plan(plan: PoolingPlan, chunks: tuple[tuple[int, int], ...]) -> PoolingPlan:
+    """The part of a plan that falls on the tokens [start, stop) of `chunks`, renumbered in the chunks' order from 0."""
+    tokens, sequences, weights = [], [], []
+    local = 0
+    for start, stop in chunks:
+        low, high = torch.searchsorted(plan.tokens, torch.tensor([start, stop], device=plan.tokens.device)).tolist()
+        tokens.append(plan.tokens[low:high] - start + local)
+        sequences.append(plan.sequences[low:high])
+        weights.append(plan.weights[low:high])
+        local += stop - start
+    return PoolingPlan(tokens=torch.cat(tokens), sequences=torch.cat(sequences), weights=torch.cat(weights),
+                       num_sequences=plan.num_sequences)
 
 
 def pool(hidden: Tensor, plan: PoolingPlan, groups: tuple[dist.ProcessGroup, ...]) -> Tensor:

@@ -35,7 +35,9 @@ class GradCache:
 
     def __call__(self, batch: EmbedBatch) -> Sums:
         """Gradients of one step, by two passes, or by one where every negative lies in the same micro-batch."""
-        batches = [to_device(micro, self.topology, self.models[0].pooling, self.flash) for micro in batch.micro_batches]
+        model = self.models[0]
+        batches = [to_device(micro, self.topology, model.pooling, flash=self.flash, causal=model.causal)
+                   for micro in batch.micro_batches]
         if len(batches) == 1 or self.negatives == "micro_batch":
             return self.one_pass(batch, batches)
         return self.two_pass(batch, batches)
