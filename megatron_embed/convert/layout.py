@@ -18,12 +18,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
 from megatron_embed.convert.safetensors_file import SafetensorsWriter, bytes_of
 from megatron_embed.convert.source import HFDirectory
 from megatron_embed.errors import CheckpointError
 
-INFO_FILE = "megatron_embed.json"
-LATEST_FILE = "latest"
 CARRIED_FILE = "carried.safetensors"
 FORMAT = 1
 
@@ -69,22 +68,18 @@ class CheckpointDirectory:
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether `path` is one of our checkpoints or a training run's directory of them."""
-    return (Path(path) / INFO_FILE).is_file() or (Path(path) / LATEST_FILE).is_file()
+    return (Path(path) / INFO_FILE).is_file() or latest_checkpoint(path) is not None
 
 
 def open_checkpoint(path: str | Path) -> CheckpointDirectory:
     """The checkpoint at `path`, or the newest one of the training run whose directory `path` is.
 
     Raises:
-        CheckpointError: neither, or `latest` names a directory that is not there, or an unknown format.
+        CheckpointError: neither, or an unknown format.
     """
     path = Path(path)
-    latest = path / LATEST_FILE
-    if latest.is_file():
-        name = latest.read_text(encoding="utf-8").strip()
-        if not name or not (path / name).is_dir():
-            raise CheckpointError(f"{latest}: names {name!r}, which is not there; give a step_... directory itself")
-        path = path / name
+    if not (path / INFO_FILE).is_file():
+        path = latest_checkpoint(path) or path
     file = path / INFO_FILE
     if not file.is_file():
         hint = "; it is a Hugging Face directory already" if (path / "config.json").is_file() else ""

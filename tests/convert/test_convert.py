@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megatron_embed.convert import convert
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_embed.convert.dcp import DcpReader, DcpWriter
-from megatron_embed.convert.layout import open_checkpoint, write_companions
+from megatron_embed.convert.layout import is_checkpoint, open_checkpoint, write_companions
 from megatron_embed.errors import CheckpointError
 from tests.convert.toy import MINILM, assert_bit_equal, edit_config, edit_tensors, save_toy, tensors_of
 
@@ -156,6 +156,13 @@ def test_training_checkpoint_by_run_directory_or_step(tmp_path):
     megatron_to_hf(run / "step_000010", tmp_path / "first")
     assert_bit_equal(tensors_of(tmp_path / "first"), tensors_of(source))
     megatron_to_hf(run, tmp_path / "second")
+    assert is_checkpoint(run)
+    (run / "step_000020" / "megatron_embed.json").rename(tmp_path / "half a checkpoint")
+    assert open_checkpoint(run).path == run / "step_000010"
+    (run / "step_000010" / "megatron_embed.json").unlink()
+    assert not is_checkpoint(run)
+    with pytest.raises(CheckpointError, match="no megatron_embed.json, so this is no checkpoint"):
+        open_checkpoint(run)
     assert json.loads((tmp_path / "second" / "config.json").read_text())["dtype"] == "bfloat16"
     second = tensors_of(tmp_path / "second")
     head = {name for name in second if name.startswith("cls.")}
@@ -278,7 +285,6 @@ def test_what_reads_back_differently_is_refused(direction, tmp_path, monkeypatch
     (lambda path: (path / "megatron_embed.json").write_text('{"format": 2}'), "format = 2, this version reads 1"),
     (lambda path: (path / "megatron_embed.json").write_text("{"), "megatron_embed.json: not readable"),
     (lambda path: (path / "megatron_embed.json").write_text('{"format": 1, "famly": "bert"}'), "famly"),
-    (lambda path: (path / "latest").write_text("step_9"), "latest: names 'step_9', which is not there"),
     (lambda path: (path / "model" / ".metadata").unlink(), r"no \.metadata, so this is no finished torch_dist"),
     (lambda path: (path / "model" / ".metadata").write_bytes(b"\x80\x04"), "not readable as torch_dist metadata"),
     (lambda path: os.truncate(path / "model" / "__0_0.distcp", 20_000), "truncated: .* take another checkpoint"),
