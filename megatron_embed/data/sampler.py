@@ -7,7 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from megatron_embed.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 32
-"""Rows looked at per row of a batch before it is completed with duplicates; keeps an epoch linear in its rows."""
+"""Waiting texts tried per row of a batch; with every fresh row tried once, an epoch is linear in its rows."""
 _CACHED_EPOCHS = 2
 
 
@@ -172,16 +172,15 @@ class _Queue:
     def next_batch(self) -> list[int] | None:
         """The next batch; None once what is left is to be mixed with another epoch."""
         self._batch, self._used = [], {}
-        budget = _PATIENCE * self._batch_size - self._take_waiting()
-        while self._fresh and len(self._batch) < self._batch_size and budget > 0:
-            budget -= 1
+        self._take_waiting()
+        while self._fresh and len(self._batch) < self._batch_size:
             row = self._fresh.popleft()
             blocker = self._place_unless_blocked(row)
             if blocker is not None:
                 self._waiting.setdefault(blocker, deque()).append(row)
                 self._num_waiting += 1
         if len(self._batch) < self._batch_size:
-            if not self._fresh and len(self._batch) + self._num_waiting < 2 * self._batch_size:
+            if len(self._batch) + self._num_waiting < 2 * self._batch_size:
                 return None
             self._take_blocked()
         return self._batch
@@ -210,21 +209,18 @@ class _Queue:
             self._used[mark] = self._used.get(mark, 0) + 1
         self._batch.append(row)
 
-    def _take_waiting(self) -> int:
-        """Place waiting rows that fit, the longest waiting texts first; gives how many rows were looked at."""
-        looked_at = 0
-        for text in list(self._waiting):
-            if len(self._batch) == self._batch_size or looked_at == _PATIENCE * self._batch_size:
-                break
+    def _take_waiting(self) -> None:
+        """Place waiting rows that fit, those of the longest waiting texts first."""
+        for text in list(islice(self._waiting, _PATIENCE * self._batch_size)):
+            if len(self._batch) == self._batch_size:
+                return
             queue = self._waiting[text]
-            looked_at += 1
             while queue and len(self._batch) < self._batch_size and self._place_unless_blocked(queue[0]) is None:
                 queue.popleft()
                 self._num_waiting -= 1
             del self._waiting[text]
             if queue:  # at the end, so that the others have their turn first
                 self._waiting[text] = queue
-        return looked_at
 
     def _take_blocked(self) -> None:
         """Complete the batch with rows that wait, one per text in turn, duplicates or not."""
