@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/minilm_22m_embed_dp2_cpu.yaml"
@@ -30,7 +32,8 @@ def packaged_model() -> str:
 def run(*arguments: str, capture: bool = False) -> str:
     """A command of the trainer on two ranks; its stdout, if captured. Ends the demonstration where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or RANKS) // RANKS))}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "-m", "megatron_embed", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "-m", "megatron_embed",
+               *arguments]
     finished = subprocess.run(command, cwd=ROOT, env=environment, text=True, check=False,
                               stdout=subprocess.PIPE if capture else None)
     if finished.returncode:
@@ -41,13 +44,14 @@ def run(*arguments: str, capture: bool = False) -> str:
 def score_in_sentence_transformers(directory: Path) -> float:
     """nDCG@10 of the exported model, embedded by the stock library alone."""
     from sentence_transformers import SentenceTransformer
+    from torch import Tensor
 
     from megatron_embed.evaluation.beir import load_beir
     from megatron_embed.evaluation.retrieval import evaluate_retrieval
 
     model = SentenceTransformer(str(directory), device="cpu")
 
-    def embed(texts, role):  # type: ignore[no-untyped-def]
+    def embed(texts: Sequence[str], role: Literal["query", "document"]) -> Tensor:
         encode = model.encode_query if role == "query" else model.encode_document
         return encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
 
@@ -86,7 +90,7 @@ def main() -> None:
   Curves:  tensorboard --logdir demo/run
   Use it:
     from sentence_transformers import SentenceTransformer
-    vectors = SentenceTransformer("demo/export").encode(["\u8f7d\u57df\u9f99\u5c5e\u662f\u7531\u8c01\u547d\u540d\u7684\uff1f"])
+    vectors = SentenceTransformer("demo/export").encode(["载域龙属是由谁命名的？"])
 """)
 
 

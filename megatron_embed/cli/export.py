@@ -25,10 +25,12 @@ MINIMUM_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
 
 PROBES = {
     "en": ("What is the capital of France?", "A short text.",
-           "Gradient checkpointing trades computation for memory: activations are dropped in the forward pass and computed "
-           "again when the backward pass needs them, so that longer sequences or larger batches fit on the same device."),
-    "zh": ("\u6df1\u5ea6\u5b66\u4e60\u662f\u4ec0\u4e48\uff1f", "\u5411\u91cf\u68c0\u7d22\u628a\u6587\u672c\u53d8\u6210\u5411\u91cf\uff0c\u518d\u6309\u76f8\u4f3c\u5ea6\u6392\u5e8f\u3002"),
-    "code": ("def mean(values):\n    return sum(values) / len(values)", "SELECT name FROM users WHERE age > 30 ORDER BY name;"),
+           "Gradient checkpointing trades computation for memory: activations are dropped in the forward pass and "
+           "computed again when the backward pass needs them, so that longer sequences or larger batches fit on the "
+           "same device."),
+    "zh": ("深度学习是什么？", "向量检索把文本变成向量，再按相似度排序。"),
+    "code": ("def mean(values):\n    return sum(values) / len(values)",
+             "SELECT name FROM users WHERE age > 30 ORDER BY name;"),
 }
 """Texts of several scripts and lengths on which an exported checkpoint is compared."""
 
@@ -43,7 +45,8 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
 
 
 def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts: Sequence[str], dtype: str) -> None:
-    """Writes `destination` from the newest checkpoint, if Sentence Transformers gives the vectors of the model in memory.
+    """Writes `destination` from the newest checkpoint, if Sentence Transformers gives the vectors of the model in
+    memory.
 
     Called by all ranks; every rank raises what rank 0 met.
 
@@ -78,9 +81,11 @@ def export_checkpoint(source: str, destination: str) -> str:
     Raises:
         CheckpointError: not a checkpoint, or the export differs from it; nothing is left behind.
     """
-    arguments = argparse.Namespace(model=source, dtype=None, pooling=None, max_length=None, no_normalize=False, overrides=[])
+    arguments = argparse.Namespace(model=source, dtype=None, pooling=None, max_length=None, no_normalize=False,
+                                   overrides=[])
     if not is_checkpoint(source):
-        raise CheckpointError(f"{source}: no checkpoint of megatron-embed; give what `convert hf-to-megatron` or `train` wrote")
+        raise CheckpointError(f"{source}: no checkpoint of megatron-embed; give what `convert hf-to-megatron` or "
+                              "`train` wrote")
     encoder, model, _ = open_encoder(arguments, prompts=True)
     saved = model.saved
     dtype = saved.dtype if saved.dtype in MINIMUM_COSINE else "float32"

@@ -50,18 +50,19 @@ def local_directory(path: str) -> Path:
     """The directory itself, or a hub model's files in the local cache, fetched if need be. Raises CheckpointError."""
     if Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") != 1:
         if not Path(path).expanduser().is_dir():
-            raise CheckpointError(f"model.path = {path!r}: no such directory; give a model directory or a hub name such as "
-                                  "Qwen/Qwen3-Embedding-0.6B")
+            raise CheckpointError(f"model.path = {path!r}: no such directory; give a model directory or a hub name "
+                                  "such as Qwen/Qwen3-Embedding-0.6B")
         return Path(path).expanduser()
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(path, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.pt"]))
+        return Path(huggingface_hub.snapshot_download(
+            path, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.pt"]))
     except Exception as error:
         # The hub client raises its own, requests' and OS errors alike; to the user all mean: not here and not fetched.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"model.path = {path!r}: neither a directory nor fetched from the hub ({reason}); check the "
-                              "name and the network, or give a local directory") from error
+        raise CheckpointError(f"model.path = {path!r}: neither a directory nor fetched from the hub ({reason}); check "
+                              "the name and the network, or give a local directory") from error
 
 
 def find_model(path: str) -> ModelDirectory:
@@ -69,7 +70,8 @@ def find_model(path: str) -> ModelDirectory:
     folder = local_directory(path)
     checkpoint = open_checkpoint(folder).path if is_checkpoint(folder) else None
     hf = folder if checkpoint is None else checkpoint / "hf"
-    return ModelDirectory(path=folder, checkpoint=checkpoint, hf=hf, shape=model_shape(hf), saved=read_saved_settings(hf))
+    return ModelDirectory(path=folder, checkpoint=checkpoint, hf=hf, shape=model_shape(hf),
+                          saved=read_saved_settings(hf))
 
 
 def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topology) -> list[EmbeddingModel]:
@@ -106,14 +108,16 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool) -> tuple[TextEncode
     config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
                                   *args.overrides])
     normalize = not args.no_normalize and model.saved.normalize is not False
-    config = dataclasses.replace(config, embedding=EmbeddingConfig(pooling=model.pooling(args.pooling), normalize=normalize))
+    embedding = EmbeddingConfig(pooling=model.pooling(args.pooling), normalize=normalize)
+    config = dataclasses.replace(config, embedding=embedding)
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)
     check_divisible(model.shape, config.parallel)
     limit = model.shape.max_position_embeddings
     length = args.max_length or min(model.saved.max_length or limit, limit)
     if length > limit:
-        raise ConfigError(f"--max-length {length} is longer than the model's {limit} positions; lower it to that or less")
+        raise ConfigError(f"--max-length {length} is longer than the model's {limit} positions; lower it to that or "
+                          "less")
     texts = model.saved.prompts if prompts else {}
     tokenizer = RoleTokenizer(str(model.hf), add_eos=config.embedding.pooling == "lasttoken",
                               query_prompt=texts.get("query", ""), document_prompt=texts.get("document", ""),

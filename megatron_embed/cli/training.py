@@ -67,7 +67,8 @@ def require_writable(key: str, directory: str) -> None:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise ConfigError(f"{key} = {directory!r}: cannot be written ({error.strerror}); choose a directory that can") from error
+        raise ConfigError(f"{key} = {directory!r}: cannot be written ({error.strerror}); choose a directory that "
+                          "can") from error
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -77,7 +78,8 @@ def read_inputs(config: RunConfig) -> Inputs:
         UserError: with file, key, value and remedy.
     """
     if not config.data.train:
-        raise ConfigError("data.train = []: training needs at least one file of rows; add `train: [FILE.jsonl]` under data")
+        raise ConfigError("data.train = []: training needs at least one file of rows; add `train: [FILE.jsonl]` under "
+                          "data")
     model = find_model(config.model.path)
     _, world_size, _ = launched_rank()
     check_batch_sizes(config, check_world_size(config.parallel, world_size))
@@ -87,26 +89,31 @@ def read_inputs(config: RunConfig) -> Inputs:
         if length > model.shape.max_position_embeddings:
             raise ConfigError(f"data.{role}_max_length = {length} is longer than the model's "
                               f"{model.shape.max_position_embeddings} positions; lower it to that or less")
-    for key, directory in (("checkpoint.directory", config.checkpoint.directory), ("logging.directory", log_directory(config))):
+    for key, directory in (("checkpoint.directory", config.checkpoint.directory),
+                           ("logging.directory", log_directory(config))):
         if directory is not None:
             require_writable(key, directory)
     if config.checkpoint.export_at_end is not None:
         target = Path(config.checkpoint.export_at_end)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: exists already; remove it or choose another name")
+            raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: exists already; remove it or choose "
+                              "another name")
         require_writable("checkpoint.export_at_end", str(target.parent))
     tokenizer = RoleTokenizer(
         str(model.hf), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
         query_prompt=config.data.query_prompt, document_prompt=config.data.document_prompt,
         query_max_length=config.data.query_max_length, document_max_length=config.data.document_max_length)
     records = open_records(config.data.train)
-    sampler = GlobalBatchSampler(records, global_batch_size=config.training.global_batch_size, shuffle=config.data.shuffle,
-                                 seed=config.training.seed, num_negatives=config.data.num_negatives)
+    sampler = GlobalBatchSampler(
+        records, global_batch_size=config.training.global_batch_size, shuffle=config.data.shuffle,
+        seed=config.training.seed, num_negatives=config.data.num_negatives)
     steps = number_of_steps(config, len(records))
     if config.training.warmup_steps >= steps:
-        raise ConfigError(f"training.warmup_steps = {config.training.warmup_steps} must be below the {steps} training steps")
+        raise ConfigError(f"training.warmup_steps = {config.training.warmup_steps} must be below the {steps} training "
+                          "steps")
     retrieval = [load_beir(directory, config.evaluation.split) for directory in config.evaluation.retrieval]
-    return Inputs(model=model, records=records, tokenizer=tokenizer, sampler=sampler, retrieval=retrieval, train_steps=steps)
+    return Inputs(model=model, records=records, tokenizer=tokenizer, sampler=sampler, retrieval=retrieval,
+                  train_steps=steps)
 
 
 def number_of_steps(config: RunConfig, num_rows: int) -> int:
@@ -137,14 +144,15 @@ def run_training(config: RunConfig) -> dict[str, float]:
                           negatives=config.objective.negatives, flash=flash,
                           has_dropout=config.training.hidden_dropout > 0 or config.training.attention_dropout > 0)
     trainer = Trainer(chunks=wrapped, gradients=gradients, optimizer=optimizer, scheduler=scheduler)
-    encoder = TextEncoder(wrapped, topology, inputs.tokenizer, pooling=pooling, dim=inputs.model.shape.hidden_size, flash=flash,
-                          causal=models[0].causal)
+    encoder = TextEncoder(wrapped, topology, inputs.tokenizer, pooling=pooling, dim=inputs.model.shape.hidden_size,
+                          flash=flash, causal=models[0].causal)
     assets = prepare_assets(config, inputs, topology)
-    writer = MetricsWriter(log_directory(config), tensorboard=config.logging.tensorboard, train_steps=inputs.train_steps,
-                           first_step=first_step, active=topology.rank == 0)
-    loader = BatchLoader(inputs.records, inputs.sampler, inputs.tokenizer, dp_rank=topology.dp_rank, dp_size=topology.dp_size,
-                         micro_batch_size=config.training.micro_batch_size, num_negatives=config.data.num_negatives,
-                         alignment=token_alignment(config.parallel), constant_tokens=topology.pp_size > 1)
+    writer = MetricsWriter(log_directory(config), tensorboard=config.logging.tensorboard,
+                           train_steps=inputs.train_steps, first_step=first_step, active=topology.rank == 0)
+    loader = BatchLoader(
+        inputs.records, inputs.sampler, inputs.tokenizer, dp_rank=topology.dp_rank, dp_size=topology.dp_size,
+        micro_batch_size=config.training.micro_batch_size, num_negatives=config.data.num_negatives,
+        alignment=token_alignment(config.parallel), constant_tokens=topology.pp_size > 1)
 
     def evaluate() -> dict[str, float]:
         return evaluate_all(inputs.retrieval, encoder)
@@ -162,7 +170,8 @@ def run_training(config: RunConfig) -> dict[str, float]:
     writer.close()
     if config.checkpoint.export_at_end is not None:
         texts = [record.query for record in first_records(inputs.records)]
-        export_model(str(config.checkpoint.directory), config.checkpoint.export_at_end, encoder, texts, config.model.dtype)
+        export_model(str(config.checkpoint.directory), config.checkpoint.export_at_end, encoder, texts,
+                     config.model.dtype)
     return metrics
 
 

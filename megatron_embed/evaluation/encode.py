@@ -23,8 +23,8 @@ TEXTS_AT_ONCE = 4096
 class TextEncoder:
     """A loaded model with its tokenizer. Every method is called by all ranks together."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, tokenizer: RoleTokenizer, *, pooling: Pooling,
-                 dim: int, flash: bool, causal: bool, micro_batch_tokens: int = 8192) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, tokenizer: RoleTokenizer, *,
+                 pooling: Pooling, dim: int, flash: bool, causal: bool, micro_batch_tokens: int = 8192) -> None:
         """`micro_batch_tokens`: of one packed bin, padding included; a longer text gets a bin of its own."""
         self.chunks = chunks
         self.topology = topology
@@ -35,11 +35,12 @@ class TextEncoder:
         self.causal = causal
         self.micro_batch_tokens = micro_batch_tokens
 
-    def encode(self, texts: Sequence[str], role: Literal["query", "document"], *, show_progress: bool = False) -> Tensor:
+    def encode(self, texts: Sequence[str], role: Literal["query", "document"], *,
+               show_progress: bool = False) -> Tensor:
         """[texts, dim] float32 on the CPU of every rank, in the order of `texts`.
 
-        Each data-parallel rank embeds every dp_size-th text; one all-gather over the data-parallel group and one broadcast
-        over the pipeline per 4096 texts of a rank. Dropout is off meanwhile.
+        Each data-parallel rank embeds every dp_size-th text; one all-gather over the data-parallel group and one
+        broadcast over the pipeline per 4096 texts of a rank. Dropout is off meanwhile.
         """
         size, rank = self.topology.dp_size, self.topology.dp_rank
         result = torch.empty(len(texts), self.dim)
@@ -50,8 +51,9 @@ class TextEncoder:
                 part = texts[first : first + block]
                 capacity = -(-len(part) // size)
                 rows = self._embed_share(part[rank::size], role)
-                gathered = gather_padded(rows, capacity, self.topology.dp_group) if self.topology.is_last_stage else None
-                if gathered is None:
+                if self.topology.is_last_stage:
+                    gathered = gather_padded(rows, capacity, self.topology.dp_group)
+                else:
                     gathered = torch.zeros(size, capacity, self.dim, device=self.topology.device)
                 gathered = send_from_last(gathered, self.topology.groups.pp)
                 result[first : first + len(part)] = gathered.transpose(0, 1).reshape(-1, self.dim)[: len(part)].cpu()

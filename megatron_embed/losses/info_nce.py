@@ -111,5 +111,6 @@ def _tile_sums(similarity: Tensor, positives: Tensor, excluded: Tensor | None) -
     mean_negative = torch.where(some, (total - positive) / count.clamp(min=1), 0.0)
     margin = torch.where(some, positive - hardest, 0.0)
     zero = positive.new_zeros(rows, 1)
-    columns = torch.cat([zero, (positive > hardest).to(positive.dtype), positive, mean_negative, margin, count, masked], dim=1)
+    correct = (positive > hardest).to(positive.dtype)
+    columns = torch.cat([zero, correct, positive, mean_negative, margin, count, masked], dim=1)
     return columns.sum(dim=0, dtype=torch.float64)

@@ -30,8 +30,8 @@ MAX_GROUP_PADDING = 1.15
 class SegmentGroup:
     """Stretches of queries, each with the keys of its sequence, computed together and padded to one size.
 
-    Without context parallelism a segment is a whole sequence. With it, a rank holds two chunks of the bin, and a segment
-    is the part of a sequence that lies in one of them.
+    Without context parallelism a segment is a whole sequence. With it, a rank holds two chunks of the bin, and a
+    segment is the part of a sequence that lies in one of them.
     """
 
     queries: Tensor
@@ -141,7 +141,8 @@ def _segment_group(segments: Tensor, causal: bool, device: torch.device) -> Segm
     slots = None if bool(real_queries.all()) else real_queries.flatten().nonzero().flatten()
     return SegmentGroup(
         queries=queries.to(device), keys=keys.to(device), slots=None if slots is None else slots.to(device),
-        targets=(queries if slots is None else queries[slots]).to(device), mask=None if mask is None else mask.to(device),
+        targets=(queries if slots is None else queries[slots]).to(device),
+        mask=None if mask is None else mask.to(device),
         is_causal=kernel_mask, count=len(segments), query_length=query_length, key_length=key_length)
 
 
@@ -213,7 +214,8 @@ class PackedAttention(MegatronModule):
             k, v = (x.index_select(0, group.keys).view(shape).transpose(1, 2) for x in (key, value))
             fork = get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
             with fork:
-                out = functional.scaled_dot_product_attention(q, k, v, group.mask, dropout, group.is_causal, scale=self.scale)
+                out = functional.scaled_dot_product_attention(q, k, v, group.mask, dropout, group.is_causal,
+                                                              scale=self.scale)
             out = out.transpose(1, 2).reshape(group.count * group.query_length, heads * head_dim)
             outputs.append(out if group.slots is None else out.index_select(0, group.slots))
         result = query.new_zeros(query.shape[0], heads * head_dim)
@@ -223,7 +225,7 @@ class PackedAttention(MegatronModule):
         from torch.nn.attention.varlen import varlen_attn
 
         real, longest = packed.num_tokens, packed.max_seqlen
-        output = varlen_attn(query[:real], key[:real], value[:real], packed.cu_seqlens, packed.cu_seqlens, longest, longest,
-                             scale=self.scale, window_size=(-1, 0) if self.causal else (-1, -1),
+        output = varlen_attn(query[:real], key[:real], value[:real], packed.cu_seqlens, packed.cu_seqlens, longest,
+                             longest, scale=self.scale, window_size=(-1, 0) if self.causal else (-1, -1),
                              enable_gqa=query.shape[1] != key.shape[1])
         return functional.pad(output.flatten(1), (0, 0, 0, query.shape[0] - real))

@@ -1,4 +1,4 @@
-"""Transformer layers without a language-model head, from Megatron-Core's blocks: `[tokens]` ids -> `[tokens, hidden]`."""
+"""Transformer layers without a language-model head, from Megatron-Core's blocks: [tokens] ids -> [tokens, hidden]."""
 
 from collections.abc import Callable
 
@@ -74,7 +74,8 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        # Rounded to the input's dtype before the weight, as Transformers does: served models then give the same vectors.
+        # Rounded to the input's dtype before the weight, as Transformers does: served models then give the same
+        # vectors.
         return self.weight * functional.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
 
 
@@ -121,8 +122,8 @@ class EncoderEmbedding(LanguageModelEmbedding):
 def mark_tensor_parallel(model: torch.nn.Module) -> None:
     """Sets the attributes by which Megatron knows a shard from a copy.
 
-    Megatron sets them while it initializes weights, which we skip because all are loaded; without them the gradient norm
-    counts only rank 0's shards (measured at TP=2: 24.3 for a true 29.4).
+    Megatron sets them while it initializes weights, which we skip because all are loaded; without them the gradient
+    norm counts only rank 0's shards (measured at TP=2: 24.3 for a true 29.4).
     """
     dims = {ColumnParallelLinear: 0, RowParallelLinear: 1, tensor_parallel.VocabParallelEmbedding: 0}
     for module in model.modules():
@@ -139,20 +140,21 @@ def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
             raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the model's {value} {name}; "
                               f"nearest valid: {_nearest_divisor(value, tp)}")
     if max(shape.num_query_groups, tp) % min(shape.num_query_groups, tp):
-        raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} neither divides nor is a multiple of the model's "
-                          f"{shape.num_query_groups} key/value heads; nearest valid: "
+        raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} neither divides nor is a multiple of the "
+                          f"model's {shape.num_query_groups} key/value heads; nearest valid: "
                           f"{_nearest_divisor(shape.num_query_groups, tp)}")
     if shape.hidden_size % tp and uses_sequence_parallel(sizes):
-        raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the hidden size {shape.hidden_size}")
+        raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the hidden size "
+                          f"{shape.hidden_size}; nearest valid: {_nearest_divisor(shape.hidden_size, tp)}")
     ep = sizes.expert_model_parallel_size
     if ep > 1 and (not shape.num_experts or shape.num_experts % ep):
         experts = f"{shape.num_experts} experts" if shape.num_experts else "dense layers (no experts)"
-        raise ConfigError(f"parallel.expert_model_parallel_size = {ep} does not divide the model's {experts}; nearest valid: "
-                          f"{_nearest_divisor(shape.num_experts, ep) if shape.num_experts else 1}")
+        raise ConfigError(f"parallel.expert_model_parallel_size = {ep} does not divide the model's {experts}; nearest "
+                          f"valid: {_nearest_divisor(shape.num_experts, ep) if shape.num_experts else 1}")
     stages = pp * (virtual_size(sizes) or 1)
     if shape.num_layers % stages:
-        raise ConfigError(f"parallel.pipeline_model_parallel_size = {pp} (times virtual size {virtual_size(sizes) or 1}) does "
-                          f"not divide the model's {shape.num_layers} layers; nearest valid total: "
+        raise ConfigError(f"parallel.pipeline_model_parallel_size = {pp} (times virtual size "
+                          f"{virtual_size(sizes) or 1}) does not divide the model's {shape.num_layers} layers; nearest valid total: "
                           f"{_nearest_divisor(shape.num_layers, stages)}")
 
 
@@ -160,7 +162,8 @@ def _nearest_divisor(value: int, wanted: int) -> int:
     return min((d for d in range(1, value + 1) if value % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
-def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: TrainingConfig, dtype: torch.dtype) -> TransformerConfig:
+def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: TrainingConfig,
+                    dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of this model under this layout. Raises ConfigError if the layout does not divide it."""
     check_divisible(shape, sizes)
     virtual = virtual_size(sizes)
@@ -178,7 +181,8 @@ def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: Training
         expert_model_parallel_size=sizes.expert_model_parallel_size,
         expert_tensor_parallel_size=sizes.expert_tensor_parallel_size, sequence_parallel=uses_sequence_parallel(sizes),
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, use_cpu_initialization=not on_gpu,
-        perform_initialization=False, bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False,
+        perform_initialization=False, bias_activation_fusion=False, bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
         apply_rope_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
         # Interleaved schedules give wrong gradients on gloo unless sends and receives are separate and outputs stay
         # allocated (33 of 60 steps wrong with a step's deallocated outputs, 0 without).
@@ -197,7 +201,8 @@ def _expert_settings(shape: ModelShape, training: TrainingConfig) -> dict[str, o
         return {}
     return {
         "num_moe_experts": shape.num_experts, "moe_router_topk": shape.experts_per_token,
-        "moe_ffn_hidden_size": shape.ffn_hidden_size, "moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": False,
+        "moe_ffn_hidden_size": shape.ffn_hidden_size, "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": False,
         "moe_router_dtype": "fp32", "moe_router_pre_softmax": not shape.normalize_expert_weights,
         "moe_router_load_balancing_type": "aux_loss" if training.moe_aux_loss_coefficient else "none",
         "moe_aux_loss_coeff": training.moe_aux_loss_coefficient}
@@ -220,7 +225,8 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
     # interchangeable with models built from its layers. A mixture of experts keeps the second one apart.
     stored_names = {} if shape.post_norm else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if shape.num_experts:
-        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=linears)))
+        experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
     elif not shape.post_norm:
         stored_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     layer = ModuleSpec(

@@ -50,7 +50,8 @@ class DeviceMicroBatch:
 
 
 class EmbeddingModel(LanguageModule):
-    """One pipeline stage (or chunk) of an embedding model. Parameter names as in Megatron's GPTModel, no output layer."""
+    """One pipeline stage (or chunk) of an embedding model. Parameter names as in Megatron's GPTModel, no output
+    layer."""
 
     def __init__(self, config: TransformerConfig, shape: ModelShape, topology: Topology, *, pooling: Pooling,
                  normalize: bool, bidirectional: bool, vp_stage: int | None = None) -> None:
@@ -81,8 +82,8 @@ class EmbeddingModel(LanguageModule):
     def _embedding(self) -> LanguageModelEmbedding:
         vocabulary = padded_vocabulary(self.shape.vocab_size, self.topology.tp_size)
         if self.shape.rotary_base is None:
-            return EncoderEmbedding(self.config, vocabulary, self.shape.max_position_embeddings, self.shape.type_vocab_size,
-                                    tp_group=self.topology.groups.tp)
+            return EncoderEmbedding(self.config, vocabulary, self.shape.max_position_embeddings,
+                                    self.shape.type_vocab_size, tp_group=self.topology.groups.tp)
         return LanguageModelEmbedding(self.config, vocabulary, self.shape.max_position_embeddings, "rope",
                                       tp_group=self.topology.groups.tp)
 
@@ -104,7 +105,8 @@ class EmbeddingModel(LanguageModule):
         """[tokens/(cp*tp), 1, hidden] after this chunk's layers (tokens/cp without sequence parallelism)."""
         hidden = self.embedding(batch.token_ids, batch.position_ids) if self.pre_process else None
         return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(batch),
-                            packed_seq_params=batch.packed, padding_mask=batch.padding if self.shape.num_experts else None)
+                            packed_seq_params=batch.packed,
+                            padding_mask=batch.padding if self.shape.num_experts else None)
 
     def _rotary_angles(self, batch: DeviceMicroBatch) -> Tensor | None:
         """[tokens, 1, 1, head_dim] float32 angles of each token's own position, so bins need no splitting."""
@@ -139,7 +141,8 @@ def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
 
 
 def uses_flash(config: RunConfig) -> bool:
-    """Whether attention runs on torch's variable-length flash kernels. Raises ConfigError if asked for without a GPU."""
+    """Whether attention runs on torch's variable-length flash kernels. Raises ConfigError if asked for without a
+    GPU."""
     half = config.model.dtype != "float32"
     if config.model.attention == "flash" and not (HAS_CUDA and half):
         raise ConfigError("model.attention = 'flash' needs a GPU and model.dtype = bfloat16; use 'auto' or 'sdpa' here")
@@ -166,7 +169,8 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     return chunks
 
 
-def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, flash: bool, causal: bool) -> DeviceMicroBatch:
+def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, flash: bool,
+              causal: bool) -> DeviceMicroBatch:
     """This rank's part of a micro-batch, with attention groups and pooling plan derived. No communication."""
     device, tokens = topology.device, micro_batch.token_ids.numel()
     chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)

@@ -1,4 +1,7 @@
-"""What a Hugging Face `config.json` says about a model, in one closed value per family. Imports neither torch nor Megatron."""
+"""What a Hugging Face `config.json` says about a model, in one closed value per family.
+
+Imports neither torch nor Megatron.
+"""
 
 import dataclasses
 import json
@@ -12,7 +15,10 @@ from megatron_embed.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Everything that decides the modules and tensor shapes of a backbone. Names follow Megatron's TransformerConfig."""
+    """Everything that decides the modules and tensor shapes of a backbone.
+
+    Names follow Megatron's TransformerConfig.
+    """
 
     family: Literal["bert", "qwen3", "qwen3_moe"]
     hidden_size: int
@@ -68,7 +74,8 @@ class _HFConfig:
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.values:
-            raise CheckpointError(f"{self.file}: key {key!r} is missing; a {self.values.get('model_type')} model needs it")
+            raise CheckpointError(f"{self.file}: key {key!r} is missing; a {self.values.get('model_type')} model needs "
+                                  "it")
         return self.values[key]
 
     def get(self, key: str, default: Any) -> Any:
@@ -175,8 +182,8 @@ def model_shape(directory: str | Path) -> ModelShape:
     file = str(Path(directory) / "config.json")
     kind = values.get("model_type")
     if values.get("auto_map"):
-        raise CheckpointError(f"{file}: auto_map asks for code that comes with the model (trust_remote_code), which is never "
-                              f"run; use a release of one of these families: {', '.join(FAMILIES)}")
+        raise CheckpointError(f"{file}: auto_map asks for code that comes with the model (trust_remote_code), which is "
+                              f"never run; use a release of one of these families: {', '.join(FAMILIES)}")
     if kind not in FAMILIES:
         raise CheckpointError(f"{file}: model_type = {kind!r} is not supported; known: {', '.join(FAMILIES)}")
     return FAMILIES[kind](_HFConfig(values, file))

@@ -33,16 +33,17 @@ def run_schedule(
         Communicates over the pipeline, tensor-, context- and expert-parallel groups and, with backward, data-parallel.
     """
 
-    def forward_step(numbered: Iterator[tuple[int, DeviceMicroBatch]], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+    def forward_step(numbered: Iterator[tuple[int, DeviceMicroBatch]],
+                     model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         number, batch = next(numbered)
         return model(batch), loss_of(number)
 
     iterators = [iter(list(enumerate(batches))) for _ in chunks]
     schedule = get_forward_backward_func(topology.pp_size, virtual_size(topology.sizes))
     return schedule(
-        forward_step_func=forward_step, data_iterator=iterators if len(chunks) > 1 else iterators[0], model=list(chunks),
-        num_microbatches=len(batches), seq_length=batches[0].num_tokens, micro_batch_size=1, forward_only=forward_only,
-        collect_non_loss_data=forward_only)
+        forward_step_func=forward_step, data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks), num_microbatches=len(batches), seq_length=batches[0].num_tokens, micro_batch_size=1,
+        forward_only=forward_only, collect_non_loss_data=forward_only)
 
 
 def embed(chunks: Sequence[torch.nn.Module], batches: Sequence[DeviceMicroBatch], topology: Topology) -> Tensor | None:

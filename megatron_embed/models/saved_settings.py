@@ -10,8 +10,8 @@ from megatron_embed.models.families import read_hf_config
 from megatron_embed.models.pooling_names import POOLINGS, Pooling
 
 _LEGACY_FLAGS: dict[str, Pooling] = {
-    "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken"}
+    "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_weightedmean_tokens": "weightedmean", "pooling_mode_lasttoken": "lasttoken"}
 
 _NO_LIMIT = 10**9
 """Transformers writes 1e30 where a tokenizer has no limit."""
@@ -53,7 +53,8 @@ def _pooling(path: Path, config: dict[str, Any]) -> Pooling | None:
     """The one pooling that a 1_Pooling/config.json switches on, in either spelling."""
     mode = config.get("pooling_mode")
     active = [mode] if mode else [name for flag, name in _LEGACY_FLAGS.items() if config.get(flag)]
-    others = [flag for flag, on in config.items() if flag.startswith("pooling_mode_") and on is True and flag not in _LEGACY_FLAGS]
+    others = [flag for flag, on in config.items()
+              if flag.startswith("pooling_mode_") and on is True and flag not in _LEGACY_FLAGS]
     if len(active) + len(others) == 0:
         return None
     if others or len(active) != 1 or active[0] not in POOLINGS:
@@ -91,8 +92,8 @@ def read_saved_settings(directory: str | Path) -> SavedSettings:
         prompts.setdefault("document", prompts["passage"])
     roles = {role: text for role, text in prompts.items() if role in ("query", "document")}
     if not include_prompt and any(roles.values()):
-        raise CheckpointError(f"{folder}: include_prompt = false in its pooling is not supported together with prompts; set it "
-                              "to true, or empty the prompts in config_sentence_transformers.json")
+        raise CheckpointError(f"{folder}: include_prompt = false in its pooling is not supported together with "
+                              "prompts; set it to true, or empty the prompts in config_sentence_transformers.json")
     similarity = "dot" if settings.get("similarity_fn_name") in ("dot", "dot_product") else "cosine"
     return SavedSettings(pooling=pooling, normalize=normalize, prompts=roles, similarity=similarity, **common)
 

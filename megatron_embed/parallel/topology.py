@@ -111,7 +111,8 @@ def _first_slurm_host(nodelist: str) -> str:
     """`node[03-05,9]` or `a,b` -> the first host's name."""
     match = re.match(r"([^\[,]+)(?:\[([0-9]+))?", nodelist)
     if match is None:
-        raise ConfigError(f"SLURM_JOB_NODELIST = {nodelist!r} names no host; set MASTER_ADDR to the first node's address")
+        raise ConfigError(f"SLURM_JOB_NODELIST = {nodelist!r} names no host; set MASTER_ADDR to the first node's "
+                          "address")
     return match.group(1) + (match.group(2) or "")
 
 
@@ -135,13 +136,14 @@ def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
     model = tp * pp * cp
     if world_size % model:
         key, value = max((("tensor_model", tp), ("pipeline_model", pp), ("context", cp)), key=lambda item: item[1])
-        raise ConfigError(f"parallel.{key}_parallel_size = {value}: world size = {world_size} is not a multiple of tensor * "
-                          f"pipeline * context parallel size = {tp} * {pp} * {cp} = {model}; start "
+        raise ConfigError(f"parallel.{key}_parallel_size = {value}: world size = {world_size} is not a multiple of "
+                          f"tensor * pipeline * context parallel size = {tp} * {pp} * {cp} = {model}; start "
                           f"{-(-world_size // model) * model} ranks or lower one of the parallel.* sizes")
     ep, etp = sizes.expert_model_parallel_size, sizes.expert_tensor_parallel_size
     if ep > 1 and world_size % (ep * etp * pp):
         raise ConfigError(f"parallel.expert_model_parallel_size = {ep}: world size = {world_size} is not a multiple of "
-                          f"expert_model * expert_tensor * pipeline = {ep} * {etp} * {pp} = {ep * etp * pp}; choose a divisor")
+                          f"expert_model * expert_tensor * pipeline = {ep} * {etp} * {pp} = {ep * etp * pp}; choose a "
+                          "divisor")
     virtual = virtual_size(sizes)
     if virtual is not None and pp == 1:
         raise ConfigError(f"parallel.virtual_pipeline_model_parallel_size = {virtual} needs "

@@ -1,8 +1,8 @@
 """The one door to Megatron-Core: every other module imports Megatron's names from here.
 
 Importing it installs the CPU adapter where CUDA is absent, before any Megatron module is loaded, and settles the
-differences between the supported versions (0.16.1 on Python 3.11 to 0.19.x on 3.12). `parallel/topology.py` alone may use
-`parallel_state`.
+differences between the supported versions (0.16.1 on Python 3.11 to 0.19.x on 3.12). `parallel/topology.py` alone may
+use `parallel_state`.
 """
 
 # ruff: noqa: E402, F401
@@ -13,7 +13,8 @@ import warnings
 import torch
 
 # What `doctor` says once, Megatron would say per module, rank and call.
-for _message in ("Transformer Engine and Apex are not installed", "Apex is not installed", "When using sequence parallelism", "full scope is deprecated",
+for _message in ("Transformer Engine and Apex are not installed", "Apex is not installed",
+                 "When using sequence parallelism", "full scope is deprecated",
                  "`load_state_dict` is deprecated",
                  "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"):
     warnings.filterwarnings("ignore", message=_message)

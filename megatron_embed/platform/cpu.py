@@ -1,9 +1,10 @@
 """Lets Megatron-Core run where there is no CUDA: its hard-wired device calls are answered by the CPU.
 
-Installed by `platform/compat.py`, before any Megatron module is imported, and only if CUDA is absent. Megatron's modules
-get a `torch` of their own, with the calls below replaced; everyone else's `torch` is untouched (replaced globally, the
-factory functions broke Transformers' loading). A GPU run never imports this file.
-`tests/platform/test_cpu.py` lists the CUDA-only sites of the installed Megatron-Core and fails on one that is not covered.
+Installed by `platform/compat.py`, before any Megatron module is imported, and only if CUDA is absent. Megatron's
+modules get a `torch` of their own, with the calls below replaced; everyone else's `torch` is untouched (replaced
+globally, the factory functions broke Transformers' loading). A GPU run never imports this file.
+`tests/platform/test_cpu.py` lists the CUDA-only sites of the installed Megatron-Core and fails on one that is not
+covered.
 """
 
 import contextlib
@@ -137,7 +138,8 @@ def _import_without_compiler() -> None:
 
 
 def _numpy_split_sizes(moe_utils: types.ModuleType) -> None:
-    """`maybe_move_tensor_to_cpu(..., as_numpy=True)` returns numpy only for CUDA tensors; the all-to-all needs it always."""
+    """`maybe_move_tensor_to_cpu(..., as_numpy=True)` returns numpy only for CUDA tensors; the all-to-all needs it
+    always."""
     original = moe_utils.maybe_move_tensor_to_cpu
 
     @functools.wraps(original)

@@ -50,7 +50,8 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
         done, last = step + 1, step + 1 == train_steps
         real, padded = token_counts(batch, topology)
         seconds = time.perf_counter() - start
-        metrics |= {"tokens_per_second": real / seconds, "padding_fraction": 1.0 - real / padded, "step_seconds": seconds}
+        metrics |= {"tokens_per_second": real / seconds, "padding_fraction": 1.0 - real / padded,
+                    "step_seconds": seconds}
         writer.step(done, metrics, log=done % config.logging.every_steps == 0 or last)
         if hooks.evaluate is not None and (done % config.evaluation.every_steps == 0 or last):
             writer.evaluation(done, {f"eval/{name}": value for name, value in hooks.evaluate().items()})

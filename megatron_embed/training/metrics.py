@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 class MetricsWriter:
     """Writes on one rank; on the others (`active` false) every call does nothing."""
 
-    def __init__(self, directory: str | None, *, tensorboard: bool, train_steps: int, first_step: int, active: bool) -> None:
+    def __init__(self, directory: str | None, *, tensorboard: bool, train_steps: int, first_step: int,
+                 active: bool) -> None:
         self.file = self.board = self.bar = None
         if not active:
             return
@@ -39,9 +40,9 @@ class MetricsWriter:
         if log:
             self._write(step, metrics)
             if self.bar is None and self.file is not None:
-                logger.info("step %d  loss %.4f  accuracy %.3f  grad norm %.3f  lr %.2e  %.0f tokens/s", step, metrics["loss"],
-                            metrics["in_batch_accuracy"], metrics["grad_norm"], metrics["learning_rate"],
-                            metrics["tokens_per_second"])
+                logger.info("step %d  loss %.4f  accuracy %.3f  grad norm %.3f  lr %.2e  %.0f tokens/s", step,
+                            metrics["loss"], metrics["in_batch_accuracy"], metrics["grad_norm"],
+                            metrics["learning_rate"], metrics["tokens_per_second"])
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Results of an evaluation after optimizer step `step`, keys already prefixed `eval/`."""

@@ -31,7 +31,8 @@ class Objective:
     """InfoNCE of the local queries against the documents of all data-parallel ranks."""
 
     def __init__(self, config: ObjectiveConfig, dp_group: dist.ProcessGroup, *, documents_per_query: int) -> None:
-        """`documents_per_query`: the most any row can have (its positive and its hard negatives); equal on all ranks."""
+        """`documents_per_query`: the most any row can have (its positive and its hard negatives); equal on all
+        ranks."""
         self.temperature = config.temperature
         self.dp_group = dp_group
         self.documents_per_query = documents_per_query

@@ -54,19 +54,23 @@ def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: T
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=config.optimizer.distributed,
         check_for_nan_in_grad=False)
-    wrapped = [DistributedDataParallel(config=chunk.config, ddp_config=ddp_config, module=chunk, disable_bucketing=number > 0,
-                                       pg_collection=topology.groups) for number, chunk in enumerate(chunks)]
+    wrapped = [DistributedDataParallel(config=chunk.config, ddp_config=ddp_config, module=chunk,
+                                       disable_bucketing=number > 0, pg_collection=topology.groups)
+               for number, chunk in enumerate(chunks)]
     chunks[0].config.finalize_model_grads_func = finalize_model_grads
     return wrapped
 
 
 def build_optimizer(config: RunConfig, wrapped: Sequence[torch.nn.Module], topology: Topology) -> MegatronOptimizer:
-    """AdamW with float32 main parameters; no weight decay on biases and norms. With `optimizer.distributed` its state is
-    sharded over the data-parallel ranks."""
+    """AdamW with float32 main parameters; no weight decay on biases and norms.
+
+    With `optimizer.distributed` its state is sharded over the data-parallel ranks.
+    """
     use_torch_adam(AdamW)
     training = config.training
     settings = OptimizerConfig(
-        optimizer="adam", lr=training.learning_rate, min_lr=training.min_learning_rate, weight_decay=training.weight_decay,
+        optimizer="adam", lr=training.learning_rate, min_lr=training.min_learning_rate,
+        weight_decay=training.weight_decay,
         adam_beta1=training.adam_beta1, adam_beta2=training.adam_beta2, adam_eps=training.adam_eps,
         bf16=config.model.dtype == "bfloat16", params_dtype=DTYPES[config.model.dtype],
         # Infinity instead of Megatron's 0: the norm is still computed, for the log, and nothing is clipped.
@@ -74,10 +78,12 @@ def build_optimizer(config: RunConfig, wrapped: Sequence[torch.nn.Module], topol
     return get_megatron_optimizer(settings, list(wrapped), use_gloo_process_groups=True, pg_collection=None)
 
 
-def build_scheduler(optimizer: MegatronOptimizer, training: TrainingConfig, train_steps: int) -> OptimizerParamScheduler:
+def build_scheduler(optimizer: MegatronOptimizer, training: TrainingConfig,
+                    train_steps: int) -> OptimizerParamScheduler:
     """Linear warm-up from 0, then constant, linear or cosine to `min_learning_rate`; one unit per optimizer step."""
     return OptimizerParamScheduler(
         optimizer, init_lr=0.0, max_lr=training.learning_rate, min_lr=training.min_learning_rate,
         lr_warmup_steps=training.warmup_steps, lr_decay_steps=train_steps, lr_decay_style=training.lr_decay_style,
-        start_wd=training.weight_decay, end_wd=training.weight_decay, wd_incr_steps=train_steps, wd_incr_style="constant",
+        start_wd=training.weight_decay, end_wd=training.weight_decay, wd_incr_steps=train_steps,
+        wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)

@@ -5,12 +5,13 @@ The contract: after Megatron has reduced them, gradients equal the gradient of t
 What Megatron does to the value a loss function returns (2-tuple form, megatron/core/pipeline_parallel/schedules.py):
   * the schedule multiplies it by the context-parallel size and divides it by the number of micro-batches M;
   * DistributedDataParallel scales each rank's accumulated gradient by 1 / (dp * cp) and sums over those ranks.
-With context parallelism each rank's graph reaches only its own tokens, so the sum over cp ranks completes the gradient and
-needs no factor: cp cancels. Left over is 1 / (M * dp).
+With context parallelism each rank's graph reaches only its own tokens, so the sum over cp ranks completes the gradient
+and needs no factor: cp cancels. Left over is 1 / (M * dp).
 
-Let L be the mean loss over the global batch and g = dL/de the gradient of an embedding e of this rank, complete over all
-ranks that used it (the objective's reduce-scatter sums a document's uses). By the chain rule dL/dw is the sum over all
-embeddings of g . de/dw, so a micro-batch contributes the surrogate s = sum(g * e), and must be multiplied by M * dp.
+Let L be the mean loss over the global batch and g = dL/de the gradient of an embedding e of this rank, complete over
+all ranks that used it (the objective's reduce-scatter sums a document's uses). By the chain rule dL/dw is the sum over
+all embeddings of g . de/dw, so a micro-batch contributes the surrogate s = sum(g * e), and must be multiplied by
+M * dp.
 Tensor-parallel twins compute the same embeddings from shards of the weights: no factor.
 """
 
