@@ -154,8 +154,8 @@ def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
     stages = pp * (virtual_size(sizes) or 1)
     if shape.num_layers % stages:
         raise ConfigError(f"parallel.pipeline_model_parallel_size = {pp} (times virtual size "
-                          f"{virtual_size(sizes) or 1}) does not divide the model's {shape.num_layers} layers; nearest valid total: "
-                          f"{_nearest_divisor(shape.num_layers, stages)}")
+                          f"{virtual_size(sizes) or 1}) does not divide the model's {shape.num_layers} layers; nearest "
+                          f"valid total: {_nearest_divisor(shape.num_layers, stages)}")
 
 
 def _nearest_divisor(value: int, wanted: int) -> int:
