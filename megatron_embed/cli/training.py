@@ -107,7 +107,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     sampler = GlobalBatchSampler(
         records, global_batch_size=config.training.global_batch_size, shuffle=config.data.shuffle,
         seed=config.training.seed, num_negatives=config.data.num_negatives)
-    steps = number_of_steps(config, len(records))
+    steps = number_of_steps(config, sampler)
     if config.training.warmup_steps >= steps:
         raise ConfigError(f"training.warmup_steps = {config.training.warmup_steps} must be below the {steps} training "
                           "steps")
@@ -116,10 +116,10 @@ def read_inputs(config: RunConfig) -> Inputs:
                   train_steps=steps)
 
 
-def number_of_steps(config: RunConfig, num_rows: int) -> int:
-    """`train_steps`, or whole steps of `epochs` passes over the rows, or 1000."""
+def number_of_steps(config: RunConfig, sampler: GlobalBatchSampler) -> int:
+    """`train_steps`, or the steps of `epochs` passes over the rows, or 1000."""
     if config.training.epochs is not None:
-        return max(1, int(config.training.epochs * num_rows / config.training.global_batch_size))
+        return sampler.steps_of_epochs(config.training.epochs)
     return config.training.train_steps or 1000
 
 

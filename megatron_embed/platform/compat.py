@@ -16,6 +16,7 @@ import torch
 for _message in ("Transformer Engine and Apex are not installed", "Apex is not installed",
                  "When using sequence parallelism", "full scope is deprecated",
                  "`load_state_dict` is deprecated",
+                 "The .grad attribute of a Tensor that is not a leaf",
                  "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"):
     warnings.filterwarnings("ignore", message=_message)
 
