@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from megatron_embed.convert.dcp import DcpReader, DcpWriter
 from megatron_embed.errors import CheckpointError
@@ -82,6 +83,8 @@ def test_torch_loads_ours(tmp_path):
     assert_equal(state, tensors)
     dcp_to_torch_save(tmp_path / "x", tmp_path / "x.pt")
     assert_equal(torch.load(tmp_path / "x.pt"), tensors)
+    one = _load_state_dict_from_keys({"model.ids"}, checkpoint_id=tmp_path / "x")
+    assert_equal(one, {"model.ids": tensors["model.ids"]})
 
 
 def megatron_load(directory):
