@@ -1,0 +1,204 @@
+"""Token states and embeddings against Transformers and Sentence Transformers, over layouts; packing; padding; dtype."""
+
+import pytest
+import torch
+import transformers
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+from tests.ranks import run_on_ranks
+from tests.toys import layout, open_model, pack_all, random_texts, run_config, save_model
+
+LENGTHS = (5, 17, 3, 40, 41, 2, 16, 61, 17)
+TOKENS = 208
+"""Bin size for all layouts: 202 real tokens and padding."""
+LAYOUTS = {"one": layout(), "tp2": layout(2, sp=False), "tp2_sp": layout(2), "pp2": layout(pp=2), "cp2": layout(cp=2),
+           "tp2_cp2": layout(2, cp=2)}
+KINDS = ("bert", "qwen3_tied", "qwen3_untied")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {"bert": save_model(folder / "bert", "bert"),
+            "qwen3_tied": save_model(folder / "tied", "qwen3", tie_word_embeddings=True),
+            "qwen3_untied": save_model(folder / "untied", "qwen3", tie_word_embeddings=False)}
+
+
+def world_size(sizes):
+    return (sizes["tensor_model_parallel_size"] * sizes["pipeline_model_parallel_size"]
+            * sizes["context_parallel_size"])
+
+
+def reference_states(directory, ids, *, bidirectional=False, dtype=torch.float64):
+    """Last hidden states of each sequence alone, [tokens, hidden] each, by Transformers."""
+    model = transformers.AutoModel.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+    states = []
+    for sequence in ids:
+        mask = torch.zeros(1, 1, len(sequence), len(sequence), dtype=dtype) if bidirectional else None
+        with torch.no_grad():
+            states.append(model(torch.tensor([sequence]), attention_mask=mask).last_hidden_state[0])
+    return states
+
+
+def token_states(config, ids, tokens):
+    """(tp rank, cp rank, this rank's token states after the last layer), null before the last stage."""
+    from megatron_embed.models.encoder import to_device
+    from megatron_embed.models.passes import run_schedule
+
+    opened = open_model(config)
+    for chunk in opened.chunks:
+        chunk.eval()
+        chunk.forward = chunk.token_states
+    causal = opened.chunks[0].causal
+    batch = to_device(pack_all(ids, config, tokens), opened.topology, "mean", flash=False, causal=causal)
+    with torch.no_grad():
+        outputs = run_schedule(opened.chunks, [batch], opened.topology, lambda number: keep_output, forward_only=True)
+    topology = opened.topology
+    return (topology.tp_rank, topology.cp_rank, outputs[0].squeeze(1)) if topology.is_last_stage else None
+
+
+def keep_output(output, non_loss_data):
+    return output
+
+
+def whole_bin(parts, config, tokens):
+    """[tokens, hidden] from the parts of `token_states`."""
+    from megatron_embed.models.attention import context_chunks
+    from megatron_embed.parallel.topology import uses_sequence_parallel
+
+    tp, cp = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
+    whole = torch.full((tokens, parts[-1][2].shape[1]), torch.nan)
+    for tp_rank, cp_rank, states in filter(None, parts):
+        held = torch.cat([torch.arange(*chunk) for chunk in context_chunks(tokens, cp_rank, cp)])
+        whole[held.chunk(tp)[tp_rank] if uses_sequence_parallel(config.parallel) else held] = states
+    return whole
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_states_equal_transformers(models, kind, name):
+    ids = random_texts(LENGTHS)
+    config = run_config(models[kind], parallel=LAYOUTS[name])
+    parts = run_on_ranks(token_states, world_size(LAYOUTS[name]), config, ids, TOKENS)
+    expected = torch.cat(reference_states(models[kind], ids)).float()
+    assert expected.std() > 0.5
+    found = whole_bin(parts, config, TOKENS)
+    assert not found.isnan().any()
+    torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["one", "tp2_sp", "cp2"])
+def test_bidirectional_decoder_equals_transformers_with_everything_visible(models, name):
+    ids = random_texts(LENGTHS)
+    config = run_config(models["qwen3_tied"], parallel=LAYOUTS[name], bidirectional=True)
+    found = whole_bin(run_on_ranks(token_states, world_size(LAYOUTS[name]), config, ids, TOKENS), config, TOKENS)
+    expected = torch.cat(reference_states(models["qwen3_tied"], ids, bidirectional=True)).float()
+    causal = torch.cat(reference_states(models["qwen3_tied"], ids)).float()
+    assert (expected - causal).abs().max() > 0.1
+    torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=1e-5)
+
+
+def embeddings(config, ids, bins, poolings=None):
+    """Embeddings of the sequences packed into `bins` (lists of sequence numbers), by (pooling, normalized).
+
+    Null before the last stage.
+    """
+    from megatron_embed.models.encoder import to_device
+    from megatron_embed.models.passes import embed
+    from megatron_embed.parallel.topology import token_alignment
+
+    opened = open_model(config)
+    chunks, topology = opened.chunks, opened.topology
+    alignment = token_alignment(config.parallel)
+    longest = max(sum(len(ids[number]) for number in numbers) for numbers in bins)
+    tokens = -(-longest // alignment) * alignment if topology.pp_size > 1 else None
+    batches = [pack_bin(ids, numbers, tokens, alignment) for numbers in bins]
+    results = {}
+    for pooling in poolings or [config.embedding.pooling]:
+        on_device = [to_device(batch, topology, pooling, flash=False, causal=chunks[0].causal) for batch in batches]
+        for normalize in (True, False):
+            for chunk in chunks:
+                chunk.eval()
+                chunk.normalize = normalize
+            results[pooling, normalize] = embed(chunks, on_device, topology)
+    return results if topology.is_last_stage else None
+
+
+def pack_bin(ids, numbers, tokens, alignment):
+    from megatron_embed.data.packing import pack
+
+    return pack([ids[number] for number in numbers], numbers, [True] * len(numbers), tokens=tokens,
+                alignment=alignment, pad_token_id=0)
+
+
+def pooled(states, pooling, *, normalize):
+    """Sentence Transformers' own pooling over right-padded states."""
+    lengths = torch.tensor([len(state) for state in states])
+    padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True, padding_value=9.0)
+    mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(torch.int64)
+    module = Pooling(padded.shape[2], pooling_mode=pooling)
+    rows = module({"token_embeddings": padded, "attention_mask": mask})["sentence_embedding"].float()
+    return torch.nn.functional.normalize(rows, dim=-1) if normalize else rows
+
+
+BINS = [[3, 0, 8], [1, 2, 4, 5], [7, 6]]
+POOLINGS = ("mean", "cls", "lasttoken", "weightedmean")
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3_untied"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pooling_equals_sentence_transformers(models, kind, name):
+    ids = random_texts(LENGTHS)
+    states = reference_states(models[kind], ids)
+    config = run_config(models[kind], parallel=LAYOUTS[name])
+    results = run_on_ranks(embeddings, world_size(LAYOUTS[name]), config, ids, BINS, POOLINGS)
+    last_stage = [result for result in results if result is not None]
+    assert len(last_stage) == len(results) // LAYOUTS[name]["pipeline_model_parallel_size"]
+    for result in last_stage:
+        assert len(result) == 2 * len(POOLINGS)
+        for (pooling, normalize), found in result.items():
+            expected = pooled(states, pooling, normalize=normalize)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_equals_one_by_one(models, kind):
+    ids = random_texts(LENGTHS)
+    config = run_config(models[kind], pooling="lasttoken")
+    (packed,) = run_on_ranks(embeddings, 1, config, ids, [list(range(len(ids)))])
+    (alone,) = run_on_ranks(embeddings, 1, config, ids, [[number] for number in range(len(ids))])
+    torch.testing.assert_close(packed["lasttoken", True], alone["lasttoken", True], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3_tied"])
+def test_padding_at_the_end_of_the_bin_changes_nothing(models, kind):
+    ids = random_texts(LENGTHS)
+    config = run_config(models[kind])
+    total = sum(LENGTHS)
+    tight, padded = (run_on_ranks(token_states, 1, config, ids, tokens)[0][2] for tokens in (total, total + 100))
+    torch.testing.assert_close(padded[:total], tight, rtol=0, atol=1e-6)
+    assert padded[total:].isfinite().all()
+
+
+def test_embeddings_are_normalized_in_float32(models):
+    config = run_config(models["qwen3_tied"], dtype="bfloat16")
+    ids = random_texts(LENGTHS)
+    found = run_on_ranks(embeddings, 1, config, ids, BINS)[0]["mean", True]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(len(ids)), rtol=0, atol=1e-6)
+    assert (found != found.bfloat16().float()).any()
+    full = pooled(reference_states(models["qwen3_tied"], ids), "mean", normalize=True)
+    assert (found * full).sum(dim=1).min() > 0.999
+
+
+def weights_of_vocabulary_that_does_not_divide(config):
+    opened = open_model(config)
+    return opened.chunks[0].embedding.word_embeddings.weight.detach().clone()
+
+
+def test_vocabulary_is_padded_to_the_tensor_parallel_ranks(models):
+    weight = transformers.AutoModel.from_pretrained(models["bert"]).embeddings.word_embeddings.weight
+    assert len(weight) == 103
+    parts = run_on_ranks(weights_of_vocabulary_that_does_not_divide, 2, run_config(models["bert"], parallel=layout(2)))
+    assert torch.equal(torch.cat(parts)[:103], weight)
+    assert torch.cat(parts).shape == (104, 32)
