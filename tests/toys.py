@@ -46,7 +46,8 @@ def save_model(path: Path, kind: str, *, tokenizer: bool = False, **settings: An
     model = getattr(transformers, model_class)(getattr(transformers, config)(**base | vocabulary | settings))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+            # Word embeddings outweigh the rest, so that texts which share words are alike even in an untrained model.
+            parameter.add_(torch.randn_like(parameter) * (1.0 if len(parameter) == model.config.vocab_size else 0.1))
     model.save_pretrained(path)
     if tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):

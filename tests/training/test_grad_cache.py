@@ -1,0 +1,109 @@
+"""The gradient of a step equals one process on the whole batch, for every layout and number of micro-batches."""
+
+import pytest
+import torch
+
+from tests.ranks import run_on_ranks
+from tests.toys import layout, run_config, save_model
+from tests.training.exactness import ROWS, build, gradients_of_step, objective_settings, relative_error, truth
+
+KINDS = ("bert", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: save_model(folder / kind, kind, tokenizer=True) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def truths(models, tmp_path_factory):
+    return {kind: truth(models[kind], tmp_path_factory.mktemp(f"{kind}_gradients")) for kind in KINDS}
+
+
+def compare(directory, expected, ranks, sizes, micro_batch_size, *, distributed=False, wrong_factor=1.0, **objective):
+    """Relative error of the gradients; the loss is compared on the way."""
+    config = run_config(directory, parallel=sizes, distributed=distributed, objective=objective_settings(**objective),
+                        training={"global_batch_size": ROWS, "micro_batch_size": micro_batch_size})
+    results = run_on_ranks(gradients_of_step, ranks, config, expected.gradients, wrong_factor)
+    for loss, _ in results:
+        assert loss == pytest.approx(expected.loss, rel=1e-6)
+    return relative_error([squares for _, squares in results])
+
+
+CASES = [
+    # ranks, layout, micro-batch size (queries), distributed optimizer
+    *[(1, layout(), size, False) for size in (12, 6, 4, 1)],
+    (1, layout(), 5, False),  # the last micro-batch is smaller
+    (2, layout(), 6, False), (2, layout(), 2, False), (2, layout(), 3, True), (2, layout(), 6, True),
+    (2, layout(2), 12, False), (2, layout(2), 4, True), (2, layout(2, sp=False), 4, False),
+    (2, layout(pp=2), 12, False), (2, layout(pp=2), 3, False), (2, layout(pp=2), 4, True),
+    (2, layout(cp=2), 12, False), (2, layout(cp=2), 4, False), (2, layout(cp=2), 4, True),
+]
+
+
+def name_of(case):
+    ranks, sizes, size, distributed = case
+    tp, pp, cp, sp = list(sizes.values())[:4]
+    return f"ranks{ranks}-tp{tp}{'' if sp else 'nosp'}-pp{pp}-cp{cp}-mbs{size}{'-dist' if distributed else ''}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_gradients_equal_one_process(models, truths, kind, case):
+    ranks, sizes, size, distributed = case
+    error = compare(models[kind], truths[kind], ranks, sizes, size, distributed=distributed)
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("sizes", [layout(2, pp=2), layout(2), layout(pp=2, cp=2)], ids=["tp2pp2", "tp2dp2", "pp2cp2"])
+def test_gradients_of_combined_layouts_equal_one_process(models, truths, sizes):
+    assert compare(models["qwen3"], truths["qwen3"], 4, sizes, 3, distributed=True) <= 1e-5
+
+
+@pytest.mark.parametrize("size", [12, 4], ids=["one_pass", "two_pass"])
+def test_wrong_factor_fails_the_comparison(models, truths, size):
+    assert compare(models["bert"], truths["bert"], 1, layout(), size, wrong_factor=1.001) > 5e-4
+
+
+@pytest.mark.parametrize("ranks, size", [(1, 12), (1, 4), (2, 6), (2, 3)])
+def test_micro_batch_negatives_equal_the_mean_of_the_micro_batches_losses(models, tmp_path, ranks, size):
+    share = ROWS // ranks
+    groups = [[rank * share + start + row for rank in range(ranks) for row in range(size)]
+              for start in range(0, share, size)]
+    expected = truth(models["bert"], tmp_path / "gradients", groups)
+    assert compare(models["bert"], expected, ranks, layout(), size, negatives="micro_batch") <= 1e-5
+
+
+def outputs_of_both_passes(config, dropout_seed=None):
+    """Embeddings that the last stage produced, one entry per micro-batch and pass; null on the other stages."""
+    from megatron_embed.training.step import seed_step
+
+    built, batch = build(config)
+    if dropout_seed is not None:
+        seed_step(dropout_seed, 0, built.topology)
+    seen = []
+    built.chunks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
+    built.gradients(batch)
+    return seen if built.topology.is_last_stage else None
+
+
+@pytest.mark.parametrize("sizes", [layout(), layout(pp=2), layout(2)], ids=["one", "pp2", "tp2"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_second_pass_drops_what_the_first_dropped(models, kind, sizes, recompute):
+    ranks = sizes["pipeline_model_parallel_size"] * sizes["tensor_model_parallel_size"]
+    training = {"global_batch_size": ROWS, "micro_batch_size": 3, "recompute": recompute}
+    dropout = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
+    config = run_config(models[kind], parallel=sizes, training=training | dropout, objective=objective_settings())
+    seen = run_on_ranks(outputs_of_both_passes, ranks, config)[-1]
+    assert len(seen) == 8
+    for first, second in zip(seen[:4], seen[4:], strict=True):
+        assert torch.equal(first, second)
+    plain = run_config(models[kind], parallel=sizes, training=training, objective=objective_settings())
+    without = run_on_ranks(outputs_of_both_passes, ranks, plain)[-1]
+    assert (seen[0] - without[0]).abs().max() > 0.01, "dropout was off"
+    other = run_on_ranks(outputs_of_both_passes, ranks, config, 8)[-1]
+    assert (seen[0] - other[0]).abs().max() > 0.01, "the seed does not reach the dropout"
+    again = run_on_ranks(outputs_of_both_passes, ranks, config)[-1]
+    assert torch.equal(seen[0], again[0])
