@@ -88,7 +88,8 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
         for chunk in chunks:
             parameters = chunk.global_parameters()
             shards = hf_weight_shards(source, source.family, names=parameters, tp_rank=topology.tp_rank,
-                                      tp_size=topology.tp_size,
+                                      tp_size=topology.tp_size, etp_rank=topology.groups.expt_tp.rank(),
+                                      etp_size=topology.groups.expt_tp.size(),
                                       padded_vocab_size=padded_vocabulary(model.shape.vocab_size, topology.tp_size))
             for name, shard in shards:
                 parameters[name].copy_(shard)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_embed.convert.dcp import DcpReader, DcpWriter
-from megatron_embed.convert.family import Family, checkpoint_key
+from megatron_embed.convert.family import Family
 from megatron_embed.convert.layout import (
     CARRIED_FILE,
     CheckpointDirectory,
@@ -72,8 +72,8 @@ def hf_to_megatron(src: str | Path, dst: str | Path) -> ConversionReport:
             (work / "model").mkdir()
             reader = _ChecksummedReader(source)
             with DcpWriter(work / "model") as writer:
-                for rule, context in _progress(rows, "writing"):
-                    writer.add(checkpoint_key(context.name(rule.ours)), rule.to_ours(reader, context))
+                for row in _progress(rows, "writing"):
+                    writer.add(row.key, row.rule.to_ours(reader, row.context), index=row.index, count=row.count)
             _verify_megatron(work / "model", rows, reader.checksums)
             _verify_carried(work / "hf" / CARRIED_FILE, {
                 source.stored_names[name]: name for name in source.carried if name not in info.tied_copies}, source)
@@ -115,6 +115,31 @@ def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5
                             dtype=str(plan.dtype).removeprefix("torch."), seconds=time.monotonic() - started)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One row of the table for one layer and expert: a parameter of ours, and where a checkpoint keeps it."""
+
+    rule: Transform
+    context: Context
+    key: str
+    index: int | None
+    """Along the first axis of the checkpoint's tensor; null: the parameter is the whole tensor."""
+
+    @property
+    def name(self) -> str:
+        return self.context.name(self.rule.ours)
+
+    @property
+    def count(self) -> int | None:
+        """Length of the checkpoint tensor's axis of experts; null without one."""
+        return None if self.index is None else self.context.shape.num_experts
+
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the checkpoint's tensor, without vocabulary padding."""
+        shape = self.rule.ours_shape(self.context)
+        return shape if self.count is None else (self.count, *shape)
+
+
 class _ChecksummedReader:
     """Reads whole tensors of a Hugging Face directory and notes a checksum of each."""
 
@@ -135,16 +160,16 @@ class _ChecksummedReader:
 class _Plan:
     """The tensors of a Hugging Face directory to come: announced first (a header precedes its data), then written."""
 
-    def __init__(self, reader: DcpReader, rows: list[tuple[Transform, Context]], checkpoint: CheckpointDirectory,
+    def __init__(self, reader: DcpReader, rows: list[_Row], checkpoint: CheckpointDirectory,
                  family: Family, carried: SafetensorsFile | None) -> None:
         self._reader, self._rows, self._carried = reader, rows, carried
         self._prefix = "" if checkpoint.info.prefixed else family.prefix
         self._copies = {embedding: head for head, embedding in checkpoint.info.tied_copies.items()}
         self.announced: list[Announced] = []
-        for rule, context in rows:
-            dtype = reader.dtype(_key(rule, context))
-            for name, words in zip(rule.hf_names(context.layer), rule.hf_shapes(), strict=True):
-                self.announced += [(stored, dtype, context.sizes(words)) for stored in self._stored(name)]
+        for row in rows:
+            dtype = reader.dtype(row.key)
+            for name, words in zip(row.rule.hf_names(row.context), row.rule.hf_shapes(), strict=True):
+                self.announced += [(stored, dtype, row.context.sizes(words)) for stored in self._stored(name)]
         self.dtype = largest_dtype((dtype, nbytes(shape, dtype)) for _, dtype, shape in self.announced)
         if carried is not None:
             self.announced += [(name, entry.dtype, entry.shape) for name, entry in carried.entries.items()]
@@ -154,11 +179,10 @@ class _Plan:
         """Write everything; gives the checksum of each of our tensors, without vocabulary padding."""
         checksums = {}
         with ShardedWriter(directory, self.announced, max_shard_bytes) as writer:
-            for rule, context in _progress(self._rows, "writing"):
-                key = _key(rule, context)
-                tensor = self._reader.read(key)
-                checksums[key] = checksum(tensor[:rule.ours_shape(context)[0]])
-                for name, part in rule.to_hf(tensor, context).items():
+            for row in _progress(self._rows, "writing"):
+                tensor = self._reader.read(row.key, row.index)
+                checksums[row.name] = checksum(tensor[:row.rule.ours_shape(row.context)[0]])
+                for name, part in row.rule.to_hf(tensor, row.context).items():
                     for stored in self._stored(name):
                         writer.write(stored, part)
             for name in () if self._carried is None else self._carried.entries:
@@ -171,9 +195,13 @@ class _Plan:
         return [name.removeprefix(self._prefix), *([self._copies[name]] if name in self._copies else [])]
 
 
-def _rows(family: Family, shape: ModelShape) -> list[tuple[Transform, Context]]:
+def _rows(family: Family, shape: ModelShape) -> list[_Row]:
     """Every row of the table with what it must know, in the order of writing."""
-    return [(rule, Context(shape=shape, layer=layer)) for rule, layer in family.rows(shape.num_layers)]
+    rows = []
+    for rule, context in family.rows(shape):
+        key, index = family.checkpoint_place(context.name(rule.ours))
+        rows.append(_Row(rule=rule, context=context, key=key, index=index))
+    return rows
 
 
 def checksum(tensor: Tensor) -> int:
@@ -181,15 +209,11 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(bytes_of(tensor.contiguous()))
 
 
-def _key(rule: Transform, context: Context) -> str:
-    return checkpoint_key(context.name(rule.ours))
-
-
-def _progress(rows: list[tuple[Transform, Context]], what: str) -> Iterable[tuple[Transform, Context]]:
+def _progress(rows: list[_Row], what: str) -> Iterable[_Row]:
     """The rows, with a progress bar if someone is watching."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    bar: Iterable[tuple[Transform, Context]] = tqdm(rows, desc=what, unit="tensor", disable=not sys.stderr.isatty())
+    bar: Iterable[_Row] = tqdm(rows, desc=what, unit="tensor", disable=not sys.stderr.isatty())
     return bar
 
 
@@ -198,18 +222,18 @@ def _refuse_inside(dst: Path, src: Path) -> None:
         raise CheckpointError(f"{dst}: lies inside the source {src}; name a directory outside it")
 
 
-def _check_checkpoint(reader: DcpReader, rows: list[tuple[Transform, Context]], directory: Path) -> None:
+def _check_checkpoint(reader: DcpReader, rows: list[_Row], directory: Path) -> None:
     """The checkpoint's model tensors are exactly those of the table, each of the right shape."""
     keys = set(reader.keys())
     unnamed = {key for key in keys if key.startswith("model.")}
-    for rule, context in rows:
-        key = _key(rule, context)
+    for row in rows:
+        key = row.key
         if key not in keys:
             raise CheckpointError(f"{directory}: {key} is missing; a model with num_hidden_layers = "
-                                  f"{context.shape.num_layers} (hf/config.json) has it: take another checkpoint")
+                                  f"{row.context.shape.num_layers} (hf/config.json) has it: take another checkpoint")
         unnamed.discard(key)
-        found, expected = reader.shape(key), rule.ours_shape(context)
-        padded = isinstance(rule, PadVocabulary) and len(found) == len(expected) and found[0] > expected[0]
+        found, expected = reader.shape(key), row.stored_shape()
+        padded = isinstance(row.rule, PadVocabulary) and len(found) == len(expected) and found[0] > expected[0]
         if found != expected and not (padded and found[1:] == expected[1:]):
             raise CheckpointError(f"{directory}: {key} has shape {list(found)}, but hf/config.json says "
                                   f"{list(expected)}; use the config.json that belongs to this checkpoint")
@@ -218,13 +242,13 @@ def _check_checkpoint(reader: DcpReader, rows: list[tuple[Transform, Context]], 
                               "hf/config.json must be of this model")
 
 
-def _verify_megatron(directory: Path, rows: list[tuple[Transform, Context]], checksums: dict[str, int]) -> None:
+def _verify_megatron(directory: Path, rows: list[_Row], checksums: dict[str, int]) -> None:
     """What was written, turned back into Hugging Face tensors, has the checksums of what was read."""
     with DcpReader(directory) as reader:
         _check_checkpoint(reader, rows, directory)
         seen = set()
-        for rule, context in _progress(rows, "verifying"):
-            for name, part in rule.to_hf(reader.read(_key(rule, context)), context).items():
+        for row in _progress(rows, "verifying"):
+            for name, part in row.rule.to_hf(reader.read(row.key, row.index), row.context).items():
                 _require_equal(directory, name, checksum(part) == checksums[name])
                 seen.add(name)
         assert seen == set(checksums), seen ^ set(checksums)
@@ -239,14 +263,14 @@ def _verify_carried(file: Path, names: dict[str, str], source: HFDirectory) -> N
             _require_equal(file, stored, checksum(carried.read(stored)) == checksum(source.read(name)))
 
 
-def _verify_hf(directory: Path, rows: list[tuple[Transform, Context]], checksums: dict[str, int],
+def _verify_hf(directory: Path, rows: list[_Row], checksums: dict[str, int],
                carried: SafetensorsFile | None, shape: ModelShape) -> None:
     """What was written, turned back into our tensors, has the checksums of the checkpoint's."""
     with HFDirectory(directory) as written:
         assert written.shape == shape, "config.json changed its meaning on the way"
-        for rule, context in _progress(rows, "verifying"):
-            equal = checksum(rule.to_ours(written, context)) == checksums[_key(rule, context)]
-            _require_equal(directory, context.name(rule.ours), equal)
+        for row in _progress(rows, "verifying"):
+            equal = checksum(row.rule.to_ours(written, row.context)) == checksums[row.name]
+            _require_equal(directory, row.name, equal)
         full_names = {stored: full for full, stored in written.stored_names.items()}
         for name in () if carried is None else carried.entries:
             assert carried is not None

@@ -49,20 +49,29 @@ class DcpWriter:
         else:
             self._file.close()
 
-    def add(self, key: str, tensor: Tensor) -> None:
-        """Append one whole tensor; it is on its way to the disk when this returns."""
-        assert key not in self._tensors, f"{key} added twice"
+    def add(self, key: str, tensor: Tensor, *, index: int | None = None, count: int | None = None) -> None:
+        """Append one whole tensor; it is on its way to the disk when this returns.
+
+        With `index`, `tensor` is that one of `count` slices along a first axis that the stored tensor has in front.
+        """
         tensor = tensor.detach().contiguous()
+        size = tensor.size()
+        if index is not None:
+            assert count is not None and 0 <= index < count
+            tensor, size = tensor[None], torch.Size([count, *size])
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save writes the whole storage behind a view
         start = self._file.tell()
         torch.save(tensor, self._file)
-        offsets = torch.Size([0] * tensor.dim())
-        self._tensors[key] = dcp.TensorStorageMetadata(
-            properties=dcp.TensorProperties(dtype=tensor.dtype), size=tensor.size(),
-            chunks=[dcp.ChunkStorageMetadata(offsets=offsets, sizes=tensor.size())])
+        offsets = torch.Size([index or 0, *[0] * (tensor.dim() - 1)] if tensor.dim() else [])
+        entry = self._tensors.setdefault(key, dcp.TensorStorageMetadata(
+            properties=dcp.TensorProperties(dtype=tensor.dtype), size=size, chunks=[]))
+        assert isinstance(entry, dcp.TensorStorageMetadata)
+        assert entry.size == size and entry.properties.dtype == tensor.dtype, f"{key}: its slices differ"
+        assert all(chunk.offsets != offsets for chunk in entry.chunks), f"{key} added twice"
+        entry.chunks.append(dcp.ChunkStorageMetadata(offsets=offsets, sizes=tensor.size()))
         info = filesystem._StorageInfo(relative_path=self._FILE, offset=start, length=self._file.tell() - start)
-        self._storage[dcp.MetadataIndex(key, offsets, 0)] = info
+        self._storage[dcp.MetadataIndex(key, offsets, len(entry.chunks) - 1)] = info
 
     def close(self) -> None:
         """Write what describes the tensors; without it there is no checkpoint. Synced to the disk."""
@@ -128,22 +137,28 @@ class DcpReader:
         """Dtype that is stored."""
         return self._tensors[key].properties.dtype
 
-    def read(self, key: str) -> Tensor:
-        """The whole tensor, put together from its chunks.
+    def read(self, key: str, index: int | None = None) -> Tensor:
+        """The whole tensor, or its slice `index` along the first axis, put together from the chunks that hold it.
 
         Raises:
             CheckpointError: a file or chunk is missing, short or does not fit its description.
         """
         entry = self._tensors[key]
-        if len(entry.chunks) == 1 and entry.chunks[0].sizes == entry.size:
+        if index is None and len(entry.chunks) == 1 and entry.chunks[0].sizes == entry.size:
             return self._chunk(key, entry.chunks[0])
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        whole = torch.empty(entry.size if index is None else entry.size[1:], dtype=entry.properties.dtype)
         covered = 0
         for chunk in entry.chunks:
+            offsets, sizes = chunk.offsets, chunk.sizes
+            if index is not None:
+                if not offsets[0] <= index < offsets[0] + sizes[0]:
+                    continue
+                offsets, sizes = offsets[1:], sizes[1:]
             view = whole
-            for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
                 view = view.narrow(dim, offset, size)
-            view.copy_(self._chunk(key, chunk))
+            stored = self._chunk(key, chunk)
+            view.copy_(stored if index is None else stored[index - chunk.offsets[0]])
             covered += view.numel()
         if covered != whole.numel():
             raise CheckpointError(f"{self.directory}: {key}: chunks hold {covered} of {whole.numel()} numbers; "

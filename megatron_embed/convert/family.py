@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from megatron_embed.convert.transforms import Transform
+from megatron_embed.convert.transforms import Context, Transform
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.families import ModelShape
 
 LAYER_PATTERN = re.compile(r"\.layers\.(\d+)\.")
 """The layer number in one of our names."""
+EXPERT_PATTERN = re.compile(r"\.local_experts\.(\d+)\.")
+"""The expert's number, counted over the whole layer, in one of our names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,28 +30,33 @@ class Family:
     """(head, embedding) pairs that share one tensor when `tie_word_embeddings` is true."""
     old_endings: tuple[tuple[str, str], ...] = ()
     """(old, new) ends of names that Transformers renames when it loads them."""
+    fused_norms: tuple[tuple[str, str], ...] = ()
+    """(norm, name under the linear behind it) that checkpoints store, the way Transformer Engine's fused modules name
+    them (Megatron-Core's `sharded_state_dict` renames them so): CPU and GPU layers read each other's checkpoints."""
 
-    def rows(self, num_layers: int) -> Iterator[tuple[Transform, int | None]]:
-        """Every row with every layer number it applies to: outside the layers first, then layer by layer."""
+    def rows(self, shape: ModelShape) -> Iterator[tuple[Transform, Context]]:
+        """Every row with every layer and expert it applies to: outside the layers first, then layer by layer."""
         for rule in self.rules:
             if "*" not in rule.ours:
-                yield rule, None
-        for layer in range(num_layers):
+                yield rule, Context(shape=shape)
+        for layer in range(shape.num_layers):
             for rule in self.rules:
                 if "*" in rule.ours:
-                    yield rule, layer
+                    for expert in range(shape.num_experts) if rule.is_expert else (None,):
+                        yield rule, Context(shape=shape, layer=layer, expert=expert)
 
-    def rule_for(self, name: str) -> tuple[Transform, int | None]:
-        """The row that makes our parameter `name`, and its layer number.
+    def rule_for(self, name: str) -> tuple[Transform, int | None, int | None]:
+        """The row that makes our parameter `name`, its layer number and its expert number.
 
         Raises:
             CheckpointError: no row makes it.
         """
-        match = LAYER_PATTERN.search(name)
+        layer, expert = LAYER_PATTERN.search(name), EXPERT_PATTERN.search(name)
         pattern = LAYER_PATTERN.sub(".layers.*.", name, count=1)
+        pattern = EXPERT_PATTERN.sub(".local_experts.#.", pattern, count=1)
         for rule in self.rules:
             if rule.ours == pattern:
-                return rule, int(match.group(1)) if match else None
+                return rule, int(layer.group(1)) if layer else None, int(expert.group(1)) if expert else None
         raise CheckpointError(f"{name}: no row of the {self.name} weight table makes this parameter; "
                               f"add one to megatron_embed/convert/rules/{self.name}.py")
 
@@ -63,12 +71,14 @@ class Family:
                 stored = stored.removesuffix(old) + new
         return stored if prefixed or self.is_carried(stored) else self.prefix + stored
 
+    def checkpoint_place(self, name: str) -> tuple[str, int | None]:
+        """Key of our parameter in a torch_dist checkpoint, and its index along that tensor's first axis.
 
-def checkpoint_key(name: str) -> str:
-    """Key of our parameter in a torch_dist checkpoint.
-
-    Norms in front of a linear are stored as that linear's own, the way Transformer Engine's fused modules name them
-    (Megatron-Core's `sharded_state_dict` renames them so), so that CPU and GPU layers read each other's checkpoints.
-    """
-    name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
-    return "model." + name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+        The experts of a layer are one tensor with an axis of experts in front, so that they reshard over ranks; the
+        index is null for everything else, which is stored whole.
+        """
+        for norm, stored in self.fused_norms:
+            name = name.replace(norm, stored)
+        expert = EXPERT_PATTERN.search(name)
+        key = "model." + EXPERT_PATTERN.sub(".experts.", name, count=1)
+        return key, int(expert.group(1)) if expert else None

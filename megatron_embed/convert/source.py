@@ -119,9 +119,8 @@ class HFDirectory:
 
     def _check_tensors(self) -> None:
         unnamed = set(self.stored_names) - set(self.carried)
-        for rule, layer in self.family.rows(self.shape.num_layers):
-            context = Context(shape=self.shape, layer=layer)
-            for name, words in zip(rule.hf_names(layer), rule.hf_shapes(), strict=True):
+        for rule, context in self.family.rows(self.shape):
+            for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True):
                 self._check_tensor(name, words, context)
                 unnamed.discard(name)
         if unnamed:
@@ -159,24 +158,26 @@ def largest_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
 
 
 def hf_weight_shards(source: HFDirectory, rules: Family, *, names: Iterable[str], tp_rank: int, tp_size: int,
-                     padded_vocab_size: int) -> Iterator[tuple[str, Tensor]]:
+                     padded_vocab_size: int, etp_rank: int = 0, etp_size: int = 1) -> Iterator[tuple[str, Tensor]]:
     """This rank's shard of each of our parameters `names`, straight from the safetensors slices that hold it.
 
     Args:
         source: the directory, open.
         rules: the family's table.
-        names: our parameter names with layer numbers counted over the whole model (not from the stage's first layer).
+        names: our parameter names, with layers and experts counted over the whole model, not from this rank's first.
         tp_rank: tensor-parallel rank, 0 <= tp_rank < tp_size.
         padded_vocab_size: rows of the whole word embeddings, at least the vocabulary's, divisible by tp_size.
+        etp_rank, etp_size: expert-tensor-parallel rank and ranks, over which experts are split instead.
     Yields:
         (name, tensor in the dtype of the file). No communication.
     Raises:
         CheckpointError: a name that the table does not make, or a size that `tp_size` does not divide.
     """
     for name in names:
-        rule, layer = rules.rule_for(name)
-        context = Context(shape=source.shape, layer=layer, padded_vocab_size=padded_vocab_size)
-        yield name, rule.shard(source, context, tp_rank, tp_size)
+        rule, layer, expert = rules.rule_for(name)
+        context = Context(shape=source.shape, layer=layer, expert=expert, padded_vocab_size=padded_vocab_size)
+        rank, size = (etp_rank, etp_size) if rule.is_expert else (tp_rank, tp_size)
+        yield name, rule.shard(source, context, rank, size)
 
 
 def _weight_map(index_file: Path) -> dict[str, str]:

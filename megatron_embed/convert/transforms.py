@@ -1,7 +1,8 @@
 """What a row of a weight table can do: one parameter of ours from one or more Hugging Face tensors, and back.
 
 A transform is pure. It reads through a `TensorReader`, so that a tensor-parallel rank touches only its shard's bytes.
-`*` in a name stands for the layer number. Shapes are written in words, `CONFIG_KEYS`: "ffn_hidden_size hidden_size".
+`*` in a name stands for the layer number, `#` for an expert's. Shapes are written in words, `CONFIG_KEYS`:
+"ffn_hidden_size hidden_size".
 """
 
 import itertools
@@ -34,7 +35,8 @@ class TensorReader(Protocol):
 CONFIG_KEYS: Mapping[str, str] = {
     "hidden_size": "hidden_size", "ffn_hidden_size": "intermediate_size", "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings", "type_vocab_size": "type_vocab_size", "head_dim": "head_dim",
-    "query_size": "num_attention_heads * head_dim", "key_value_size": "num_key_value_heads * head_dim"}
+    "query_size": "num_attention_heads * head_dim", "key_value_size": "num_key_value_heads * head_dim",
+    "moe_ffn_hidden_size": "moe_intermediate_size", "num_experts": "num_experts"}
 """The words that shapes are written in, and the `config.json` keys that decide them."""
 
 
@@ -45,6 +47,8 @@ class Context:
     shape: ModelShape
     layer: int | None = None
     """Number that `*` stands for, from 0 over the whole model; null outside the layers."""
+    expert: int | None = None
+    """Number that `#` stands for, from 0 over the whole layer; null outside the experts."""
     padded_vocab_size: int | None = None
     """Rows of our word embeddings, padding included; null: no padding."""
 
@@ -54,7 +58,8 @@ class Context:
                    "key_value_size": self.shape.num_query_groups * self.shape.head_dim}
         sizes = {"hidden_size": self.shape.hidden_size, "ffn_hidden_size": self.shape.ffn_hidden_size,
                  "vocab_size": self.shape.vocab_size, "max_position_embeddings": self.shape.max_position_embeddings,
-                 "type_vocab_size": self.shape.type_vocab_size, "head_dim": self.shape.head_dim, **derived}
+                 "type_vocab_size": self.shape.type_vocab_size, "head_dim": self.shape.head_dim,
+                 "moe_ffn_hidden_size": self.shape.ffn_hidden_size, "num_experts": self.shape.num_experts, **derived}
         return sizes[word]
 
     def sizes(self, words: str) -> tuple[int, ...]:
@@ -62,8 +67,8 @@ class Context:
         return tuple(self.size(word) for word in words.split())
 
     def name(self, pattern: str) -> str:
-        """`pattern` with the layer number in place of `*`."""
-        return pattern.replace("*", str(self.layer))
+        """`pattern` with the layer's and the expert's number in place of `*` and `#`."""
+        return pattern.replace("*", str(self.layer)).replace("#", str(self.expert))
 
 
 def expand_braces(pattern: str) -> tuple[str, ...]:
@@ -91,9 +96,14 @@ class Transform(ABC):
     hf: str
     """Hugging Face name(s), `{a,b}` for alternatives."""
 
-    def hf_names(self, layer: int | None) -> tuple[str, ...]:
+    @property
+    def is_expert(self) -> bool:
+        """Whether the parameter belongs to one expert: split over expert-tensor-parallel ranks, if at all."""
+        return "#" in self.ours
+
+    def hf_names(self, context: Context) -> tuple[str, ...]:
         """Hugging Face tensors that this row reads and writes, in order."""
-        return tuple(name.replace("*", str(layer)) for name in expand_braces(self.hf))
+        return tuple(context.name(name) for name in expand_braces(self.hf))
 
     @abstractmethod
     def hf_shapes(self) -> tuple[str, ...]:
@@ -105,7 +115,9 @@ class Transform(ABC):
 
     @abstractmethod
     def shard(self, reader: TensorReader, context: Context, tp_rank: int, tp_size: int) -> Tensor:
-        """The share of tensor-parallel rank `tp_rank`, in the dtype of the file. Reads only the slices it needs.
+        """The share of tensor-parallel rank `tp_rank` (of an expert: expert-tensor-parallel), in the dtype of the file.
+
+        Reads only the slices it needs.
 
         Raises:
             CheckpointError: the parameter cannot be split over `tp_size` ranks.
@@ -134,7 +146,7 @@ class Rename(Transform):
         return context.sizes(self.shape)
 
     def shard(self, reader: TensorReader, context: Context, tp_rank: int, tp_size: int) -> Tensor:
-        (name,) = self.hf_names(context.layer)
+        (name,) = self.hf_names(context)
         if self.shard_dim is None or tp_size == 1:
             return reader.read(name)
         word = self.shape.split()[self.shard_dim]
@@ -142,7 +154,7 @@ class Rename(Transform):
         return reader.read_slice(name, self.shard_dim, tp_rank * size, (tp_rank + 1) * size)
 
     def to_hf(self, tensor: Tensor, context: Context) -> dict[str, Tensor]:
-        (name,) = self.hf_names(context.layer)
+        (name,) = self.hf_names(context)
         return {name: tensor}
 
 
@@ -168,7 +180,7 @@ class FuseQKV(Transform):
         heads = shape.num_attention_heads // shape.num_query_groups
         fused: Tensor | None = None
         position = 0
-        for name, per_group in zip(self.hf_names(context.layer), (heads, 1, 1), strict=True):
+        for name, per_group in zip(self.hf_names(context), (heads, 1, 1), strict=True):
             rows = groups * per_group * shape.head_dim
             part = reader.read_slice(name, 0, tp_rank * rows, (tp_rank + 1) * rows)
             if fused is None:
@@ -183,7 +195,7 @@ class FuseQKV(Transform):
         heads = shape.num_attention_heads // shape.num_query_groups
         grouped = tensor.view(shape.num_query_groups, heads + 2, shape.head_dim, *tensor.shape[1:])
         parts = torch.split(grouped, [heads, 1, 1], dim=1)
-        return {name: part.flatten(0, 2) for name, part in zip(self.hf_names(context.layer), parts, strict=True)}
+        return {name: part.flatten(0, 2) for name, part in zip(self.hf_names(context), parts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -203,7 +215,7 @@ class FuseGateUp(Transform):
         word = self.shape.split()[0]
         rows = per_rank(context.size(word), f"config.json: {CONFIG_KEYS[word]}", tp_size)
         fused: Tensor | None = None
-        for half, name in enumerate(self.hf_names(context.layer)):
+        for half, name in enumerate(self.hf_names(context)):
             part = reader.read_slice(name, 0, tp_rank * rows, (tp_rank + 1) * rows)
             if fused is None:
                 fused = part.new_empty(2 * rows, *part.shape[1:])
@@ -212,7 +224,7 @@ class FuseGateUp(Transform):
         return fused
 
     def to_hf(self, tensor: Tensor, context: Context) -> dict[str, Tensor]:
-        return dict(zip(self.hf_names(context.layer), tensor.chunk(2, dim=0), strict=True))
+        return dict(zip(self.hf_names(context), tensor.chunk(2, dim=0), strict=True))
 
 
 @dataclass(frozen=True)
@@ -229,7 +241,7 @@ class PadVocabulary(Transform):
         return (max(vocabulary, context.padded_vocab_size or 0), *columns)
 
     def shard(self, reader: TensorReader, context: Context, tp_rank: int, tp_size: int) -> Tensor:
-        (name,) = self.hf_names(context.layer)
+        (name,) = self.hf_names(context)
         vocabulary, *columns = context.sizes(self.shape)
         rows = per_rank(self.ours_shape(context)[0], "padded_vocab_size", tp_size)
         start = min(tp_rank * rows, vocabulary)
@@ -238,7 +250,7 @@ class PadVocabulary(Transform):
         return torch.cat([part, part.new_zeros(missing, *columns)]) if missing else part
 
     def to_hf(self, tensor: Tensor, context: Context) -> dict[str, Tensor]:
-        (name,) = self.hf_names(context.layer)
+        (name,) = self.hf_names(context)
         return {name: tensor[:context.shape.vocab_size]}
 
 

@@ -125,6 +125,12 @@ def _rope_base(config: _HFConfig, default: float) -> float:
 
 
 def _qwen3(config: _HFConfig) -> ModelShape:
+    # Transformers' own defaults differ: 128 here, hidden_size // heads with experts.
+    return _qwen3_shape(config, head_dim=128, ffn_hidden_size=config["intermediate_size"])
+
+
+def _qwen3_shape(config: _HFConfig, *, head_dim: int, ffn_hidden_size: int) -> ModelShape:
+    """What dense and sparse Qwen3 share; `head_dim` where config.json gives none."""
     config.refuse_unless("use_sliding_window", (None, False), "attention here is over whole sequences")
     config.refuse_unless("attention_bias", (None, False), "no released model of the family has it")
     layer_types = set(config.get("layer_types", ["full_attention"]))
@@ -135,7 +141,7 @@ def _qwen3(config: _HFConfig) -> ModelShape:
     return ModelShape(
         family="qwen3", hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
         num_attention_heads=heads, num_query_groups=config.get("num_key_value_heads", heads),
-        head_dim=config.get("head_dim", config["hidden_size"] // heads), ffn_hidden_size=config["intermediate_size"],
+        head_dim=config.get("head_dim", head_dim), ffn_hidden_size=ffn_hidden_size,
         vocab_size=config["vocab_size"], max_position_embeddings=config["max_position_embeddings"], norm="RMSNorm",
         norm_eps=config.get("rms_norm_eps", 1e-6), activation=_activation(config), gated=True, add_bias_linear=False,
         add_qkv_bias=False, qk_layernorm=True, post_norm=False,
@@ -147,9 +153,12 @@ def _qwen3(config: _HFConfig) -> ModelShape:
 def _qwen3_moe(config: _HFConfig) -> ModelShape:
     config.refuse_unless("decoder_sparse_step", (None, 1), "every layer must have experts")
     config.refuse_unless("mlp_only_layers", (None, []), "every layer must have experts")
+    shape = _qwen3_shape(config, head_dim=config["hidden_size"] // config["num_attention_heads"],
+                         ffn_hidden_size=config["moe_intermediate_size"])
+    # Transformers 5 may write `num_local_experts`, released models say `num_experts`.
+    experts = config.get("num_experts", None) or config["num_local_experts"]
     return dataclasses.replace(
-        _qwen3(config), family="qwen3_moe", ffn_hidden_size=config["moe_intermediate_size"],
-        num_experts=config["num_experts"], experts_per_token=config["num_experts_per_tok"],
+        shape, family="qwen3_moe", num_experts=experts, experts_per_token=config["num_experts_per_tok"],
         normalize_expert_weights=config.get("norm_topk_prob", False))
 
 

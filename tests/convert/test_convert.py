@@ -27,6 +27,9 @@ MODELS = {
     "qwen3, untied, sharded": {"kind": "Qwen3ForCausalLM", "tie_word_embeddings": False, "shard": "30KB"},
     "qwen3, one key head": {"kind": "Qwen3Model", "num_key_value_heads": 1, "head_dim": 6},
     "qwen3, classifier": {"kind": "Qwen3ForSequenceClassification", "num_labels": 1},
+    "qwen3_moe, no prefix": {"kind": "Qwen3MoeModel"},
+    "qwen3_moe, untied, bfloat16, sharded": {"kind": "Qwen3MoeForCausalLM", "tie_word_embeddings": False,
+                                             "dtype": torch.bfloat16, "shard": "30KB"},
 }
 
 
@@ -225,12 +228,12 @@ def test_a_failure_in_the_middle_leaves_nothing(error, caught, tmp_path, monkeyp
     source = save_toy(tmp_path / "source", "BertModel")
     plain_add, calls = DcpWriter.add, []
 
-    def failing_add(self, key, tensor):
+    def failing_add(self, key, tensor, **place):
         calls.append(key)
         if len(calls) == 10:
             assert {path.name for path in tmp_path.iterdir()} == {"source", f".out.writing-{os.getpid()}"}
             raise error
-        plain_add(self, key, tensor)
+        plain_add(self, key, tensor, **place)
 
     monkeypatch.setattr(DcpWriter, "add", failing_add)
     with pytest.raises(caught):

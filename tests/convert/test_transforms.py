@@ -61,7 +61,7 @@ def split_as_the_model_does(rule, whole, rank, size, shape):
 
 def random_tensors(rule, context):
     return {name: torch.randn(context.sizes(words))
-            for name, words in zip(rule.hf_names(context.layer), rule.hf_shapes(), strict=True)}
+            for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True)}
 
 
 @pytest.mark.parametrize("rule", CASES, ids=lambda rule: f"{type(rule).__name__}-{rule.hf_shapes()[0].strip()}")
@@ -112,12 +112,12 @@ def test_expand_braces():
     assert expand_braces("a.{q,k}_proj.{w,b}") == ("a.q_proj.w", "a.q_proj.b", "a.k_proj.w", "a.k_proj.b")
 
 
-@pytest.mark.parametrize("kind", ["BertModel", "Qwen3Model"])
+@pytest.mark.parametrize("kind", ["BertModel", "Qwen3Model", "Qwen3MoeModel"])
 def test_a_rank_reads_only_its_share_of_the_files(kind, tmp_path, monkeypatch):
     source = HFDirectory(save_toy(tmp_path, kind))
     family = rules_for(source.shape.family)
-    rows = [(rule, layer) for rule, layer in family.rows(source.shape.num_layers)]
-    names = [rule.ours.replace("*", str(layer)) for rule, layer in rows]
+    rows = list(family.rows(source.shape))
+    names = [context.name(rule.ours) for rule, context in rows]
     whole = dict(hf_weight_shards(source, family, names=names, tp_rank=0, tp_size=1, padded_vocab_size=104))
     assert list(whole) == names
 
@@ -131,7 +131,8 @@ def test_a_rank_reads_only_its_share_of_the_files(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(type(source._files["model.safetensors"]), "_fill", counting_fill)
     for rank in range(2):
         read_bytes.clear()
-        shards = dict(hf_weight_shards(source, family, names=names, tp_rank=rank, tp_size=2, padded_vocab_size=104))
+        shards = dict(hf_weight_shards(source, family, names=names, tp_rank=rank, tp_size=2, padded_vocab_size=104,
+                                       etp_rank=rank, etp_size=2))
         padding_bytes = (104 - source.shape.vocab_size) * source.shape.hidden_size * 4 if rank == 1 else 0
         assert sum(read_bytes) == sum(shard.nbytes for shard in shards.values()) - padding_bytes
         for (rule, _), name in zip(rows, names, strict=True):
@@ -149,5 +150,5 @@ def test_a_parameter_outside_the_table_is_refused(tmp_path):
 
 
 def test_an_unknown_family_is_refused():
-    with pytest.raises(CheckpointError, match="'gpt9' has no weight table; known: bert, qwen3"):
+    with pytest.raises(CheckpointError, match="'gpt9' has no weight table; known: bert, qwen3, qwen3_moe"):
         rules_for("gpt9")

@@ -3,9 +3,10 @@
 from megatron_embed.convert.family import Family
 from megatron_embed.convert.rules.bert import BERT
 from megatron_embed.convert.rules.qwen3 import QWEN3
+from megatron_embed.convert.rules.qwen3_moe import QWEN3_MOE
 from megatron_embed.errors import CheckpointError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, QWEN3)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, QWEN3, QWEN3_MOE)}
 
 
 def rules_for(family: str) -> Family:

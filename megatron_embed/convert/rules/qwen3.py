@@ -27,4 +27,6 @@ QWEN3 = Family(
     ),
     carried=("lm_head.*", "score.*"),
     tied=(("lm_head.weight", "model.embed_tokens.weight"),),
+    fused_norms=((".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
+                 (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")),
 )
