@@ -48,6 +48,15 @@ class AdamW(torch.optim.AdamW):
             for parameter in group["params"]:
                 del self.state[parameter]["step"]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called when state is loaded; torch then insists on a `step` per parameter, of which we keep none."""
+        held = [values for values in state["state"].values() if values]
+        for values in held:
+            values["step"] = torch.tensor(0.0)
+        super().__setstate__(state)
+        for values in held:
+            del values["step"]
+
 
 def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: Topology) -> list[torch.nn.Module]:
     """The chunks in Megatron's DistributedDataParallel, gradients in float32, and the schedule's hooks set."""

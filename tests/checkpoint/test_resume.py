@@ -1,0 +1,216 @@
+"""A resumed run goes on with the curve: bit for bit at the same layout, to rounding at another; what a kill leaves."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_embed.checkpoint.files import latest_checkpoint, step_directories
+from tests.ranks import run_on_ranks
+from tests.toys import MAX_LENGTH, MINI_EN, layout, save_model
+
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", tokenizer=True)
+
+
+def configuration(model, directory, *, parallel=None, distributed=True, checkpoint=None, **training):
+    """Plain values of a run on real rows, as a YAML file would hold them."""
+    return {
+        "model": {"path": model, "dtype": "float32"}, "embedding": {"pooling": "mean"},
+        "objective": {"temperature": 0.3},
+        "data": {"train": [str(MINI_EN)], "num_negatives": 1, "query_max_length": MAX_LENGTH,
+                 "document_max_length": MAX_LENGTH},
+        "parallel": parallel or layout(), "optimizer": {"distributed": distributed},
+        "training": {"global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3, **training},
+        "checkpoint": {"directory": str(directory), **(checkpoint or {})},
+        "logging": {"every_steps": 1, "tensorboard": False}}
+
+
+def train(values):
+    """Called by all ranks."""
+    from megatron_embed.cli.training import run_training
+    from megatron_embed.config.load import config_of_overrides
+
+    overrides = [f"{section}.{key}={json.dumps(value)}" for section, keys in values.items()
+                 for key, value in keys.items()]
+    return run_training(config_of_overrides(overrides))
+
+
+def curve(directory):
+    """By step, what a resumed run must repeat."""
+    lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [(line["loss"], line["grad_norm"], line["learning_rate"], line["margin"]) for line in lines]
+
+
+def go_back(directory, target, step):
+    """A copy of a run as it was after `step`."""
+    shutil.copytree(directory, target)
+    for number, folder in step_directories(target).items():
+        if number > step:
+            shutil.rmtree(folder)
+    (target / "latest").write_text(f"step_{step:06d}\n")
+    return target
+
+
+def export(directory, target):
+    from megatron_embed.convert.convert import megatron_to_hf
+
+    megatron_to_hf(directory, target)
+    return load_file(target / "model.safetensors")
+
+
+@pytest.mark.parametrize("ranks, sizes, distributed", [
+    (1, layout(), True), (2, layout(), True), (2, layout(), False), (2, layout(2), True), (2, layout(pp=2), True),
+    (2, layout(cp=2), False)], ids=["one", "dp2", "dp2_plain", "tp2", "pp2", "cp2_plain"])
+def test_resumed_run_repeats_the_curve_bit_for_bit(model, tmp_path, ranks, sizes, distributed):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    settings = {"parallel": sizes, "distributed": distributed, "checkpoint": {"save_every_steps": 3, "keep": 0},
+                "train_steps": 6, "warmup_steps": 2, **DROPOUT}
+    run_on_ranks(train, ranks, configuration(model, straight, **settings))
+    expected = curve(straight)
+    assert len(expected) == 6
+    assert len(set(expected)) == 6
+    go_back(straight, resumed, 3)
+    run_on_ranks(train, ranks, configuration(model, resumed, **settings))
+    assert curve(resumed) == expected
+    one, other = export(straight, tmp_path / "one"), export(resumed, tmp_path / "other")
+    start = load_file(f"{model}/model.safetensors")
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+        assert not torch.equal(tensor, start[name]), name
+
+
+def test_run_goes_on_at_other_layouts(model, tmp_path):
+    straight, moving = tmp_path / "straight", tmp_path / "moving"
+    settings = {"lr_decay_style": "constant", "checkpoint": {"save_every_steps": 2, "keep": 0}}
+    run_on_ranks(train, 1, configuration(model, straight, train_steps=8, **settings))
+    stages = [(2, layout(2), True), (2, layout(pp=2), True), (1, layout(), True), (2, layout(), True)]
+    for number, (ranks, sizes, distributed) in enumerate(stages, 1):
+        values = configuration(model, moving, parallel=sizes, distributed=distributed, train_steps=2 * number,
+                               **settings)
+        run_on_ranks(train, ranks, values)
+    found, expected = torch.tensor(curve(moving)), torch.tensor(curve(straight))
+    assert found.shape == (8, 4)
+    assert (expected[0, 0] - expected[-1, 0]).abs() > 0.01
+    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[:, 1], expected[:, 1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """A run of 4 steps saved after each of them, all kept."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    settings = {"train_steps": 4, "checkpoint": {"save_every_steps": 1, "keep": 0}}
+    run_on_ranks(train, 1, configuration(model, directory, **settings))
+    return directory, settings
+
+
+def test_latest_is_the_pointers_else_the_newest_complete(finished, tmp_path):
+    directory = shutil.copytree(finished[0], tmp_path / "run")
+    assert list(step_directories(directory)) == [1, 2, 3, 4]
+    assert (directory / "latest").read_text() == "step_000004\n"
+    (directory / "latest").write_text("step_000002\n")
+    assert latest_checkpoint(directory).name == "step_000002"
+    (directory / "latest").unlink()
+    assert latest_checkpoint(directory).name == "step_000004"
+    (directory / "step_000004" / "megatron_embed.json").unlink()
+    assert latest_checkpoint(directory).name == "step_000003"
+    (directory / "latest").write_text("step_000004\n")
+    assert latest_checkpoint(directory).name == "step_000003"
+    assert latest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_what_a_killed_save_left_is_ignored_and_removed(model, finished, tmp_path):
+    directory = go_back(finished[0], tmp_path / "run", 3)
+    half = directory / ".step_000004.tmp"
+    shutil.copytree(directory / "step_000003", half)
+    (half / "megatron_embed.json").unlink()
+    deleted = directory / "step_000001"
+    (deleted / "megatron_embed.json").unlink()
+    (deleted / "model" / "common.pt").unlink(missing_ok=True)
+    run_on_ranks(train, 1, configuration(model, directory, **finished[1]))
+    assert curve(directory) == curve(finished[0])
+    assert sorted(entry.name for entry in directory.iterdir() if "step" in entry.name) == [
+        "step_000002", "step_000003", "step_000004"]
+    assert latest_checkpoint(directory).name == "step_000004"
+
+
+def test_log_line_cut_short_by_a_kill_is_written_again(model, finished, tmp_path):
+    directory = go_back(finished[0], tmp_path / "run", 3)
+    log = directory / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
+    run_on_ranks(train, 1, configuration(model, directory, **finished[1]))
+    assert curve(directory) == curve(finished[0])
+
+
+def test_only_the_newest_checkpoints_are_kept(model, tmp_path):
+    directory = tmp_path / "run"
+    run_on_ranks(train, 2, configuration(model, directory, train_steps=4,
+                                         checkpoint={"save_every_steps": 1, "keep": 2}))
+    assert list(step_directories(directory)) == [3, 4]
+    assert sorted(entry.name for entry in directory.iterdir() if "step" in entry.name) == ["step_000003", "step_000004"]
+
+
+def test_finished_run_is_not_trained_again(model, finished, tmp_path):
+    directory = shutil.copytree(finished[0], tmp_path / "run")
+    before = curve(directory)
+    (result,) = run_on_ranks(train, 1, configuration(model, directory, **finished[1]))
+    assert result == {}
+    assert curve(directory) == before
+
+
+def saved_in_what_order(values):
+    """Names below the checkpoint directory in the order in which they appear by rename."""
+    directory, order = Path(values["checkpoint"]["directory"]), []
+    original = os.rename
+    rename = Path.rename
+
+    def record(path, target):
+        order.append(Path(target).name)
+        if Path(target).name == "latest":
+            assert (directory / path.read_text().strip() / "megatron_embed.json").is_file()
+        return rename(path, target)
+
+    Path.rename = record
+    try:
+        train(values)
+    finally:
+        Path.rename = rename
+        assert os.rename is original
+    return order
+
+
+def test_latest_moves_after_the_checkpoint_is_complete(model, tmp_path):
+    values = configuration(model, tmp_path / "run", train_steps=2, checkpoint={"save_every_steps": 1})
+    (order,) = run_on_ranks(saved_in_what_order, 1, values)
+    assert [name for name in order if name == "latest" or name.startswith("step_")] == [
+        "step_000001", "latest", "step_000002", "latest"]
+
+
+def damaged(values):
+    try:
+        train(values)
+    except Exception as error:  # noqa: BLE001  its type is what the test looks at
+        return type(error).__name__, str(error)
+    return None
+
+
+def test_checkpoint_of_another_model_is_refused_by_name(model, finished, tmp_path):
+    directory = shutil.copytree(finished[0], tmp_path / "run")
+    other = save_model(tmp_path / "other", "qwen3", tokenizer=True, intermediate_size=64)
+    values = configuration(other, directory, train_steps=6)
+    ((kind, text),) = run_on_ranks(damaged, 1, values)
+    assert kind == "CheckpointError"
+    assert f"{directory / 'step_000004' / 'model'}: cannot be loaded into this model" in text
+    assert "\n" not in text
