@@ -1,0 +1,141 @@
+"""The objective over ranks: one process's loss and gradient, by one gather and one reduce-scatter of embeddings."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_embed.batch import EmbedBatch
+from megatron_embed.config.schema import ObjectiveConfig
+from megatron_embed.losses.info_nce import info_nce
+from tests.ranks import run_on_ranks
+from tests.toys import layout, run_config, save_model
+from tests.training.exactness import ROWS, build, objective_settings
+
+DIM = 7
+QUERIES = 3
+MOST_DOCUMENTS = 4
+"""Per query."""
+
+
+def batch_of_rank(rank, ragged):
+    """(embeddings [rows, DIM] float32, batch) of one rank: documents per query differ unless they are all the most."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    sizes = torch.randint(1, MOST_DOCUMENTS + 1, (QUERIES,), generator=generator) if ragged else torch.full(
+        (QUERIES,), MOST_DOCUMENTS)
+    documents = int(sizes.sum())
+    embeddings = torch.nn.functional.normalize(torch.randn(QUERIES + documents, DIM, generator=generator), dim=1)
+    first = sizes.cumsum(0) - sizes
+    batch = EmbedBatch(micro_batches=(), num_queries=QUERIES, num_documents=documents, positive_index=first,
+                       document_query=torch.repeat_interleave(torch.arange(QUERIES), sizes),
+                       query_ids=torch.arange(QUERIES), document_ids=torch.arange(documents), num_truncated=0)
+    return embeddings, batch
+
+
+def objective_on_rank(ragged):
+    from megatron_embed.training.objective import Objective
+
+    embeddings, batch = batch_of_rank(dist.get_rank(), ragged)
+    objective = Objective(ObjectiveConfig(temperature=0.1), dist.group.WORLD, documents_per_query=MOST_DOCUMENTS)
+    sums, gradient = objective(embeddings, batch)
+    return sums, gradient
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_agree_with_one_process(world_size, ragged):
+    results = run_on_ranks(objective_on_rank, world_size, ragged)
+    parts = [batch_of_rank(rank, ragged) for rank in range(world_size)]
+    counts = [batch.num_documents for _, batch in parts]
+    assert (len(set(counts)) > 1) == (ragged and world_size > 1)
+    before = [sum(counts[:rank]) for rank in range(world_size)]
+    leaves = [embeddings.double().requires_grad_() for embeddings, _ in parts]
+    query = torch.cat([leaf[:QUERIES] for leaf in leaves])
+    document = torch.cat([leaf[QUERIES:] for leaf in leaves])
+    positive = torch.cat([batch.positive_index + start for (_, batch), start in zip(parts, before, strict=True)])
+    loss = info_nce(query, document, positive, 0.1)
+    assert loss > 0.3
+    for (sums, gradient), expected in zip(results, torch.autograd.grad(loss, leaves), strict=True):
+        metrics = sums.metrics()
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert metrics["negatives_per_query"] == sum(counts) - 1
+        assert metrics["masked_fraction"] == 0
+        assert expected.norm() > 0.01
+        assert (gradient.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def counted_step(config):
+    """Calls of the collectives during one step's gradients: [(name, elements of the larger side)]."""
+    built, batch = build(config)
+    calls = []
+    originals = {name: vars(dist)[name] for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_gather",
+                                                     "reduce_scatter", "all_reduce", "broadcast")}
+
+    def count(name, original):
+        def call(first, *args, **kwargs):
+            tensors = [value for value in (first, *args) if isinstance(value, torch.Tensor)]
+            calls.append((name, max(tensor.numel() for tensor in tensors)))
+            return original(first, *args, **kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(dist, name, count(name, original))
+    try:
+        built.gradients(batch)
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return calls
+
+
+@pytest.mark.parametrize("micro_batch_size", [6, 3, 1])
+def test_one_gather_and_one_reduce_scatter_per_step(tmp_path, micro_batch_size):
+    directory = save_model(tmp_path / "model", "bert", tokenizer=True)
+    config = run_config(directory, parallel=layout(), objective=objective_settings(), distributed=False,
+                        training={"global_batch_size": ROWS, "micro_batch_size": micro_batch_size})
+    hidden, capacity = 32, ROWS // 2 * 2
+    for calls in run_on_ranks(counted_step, 2, config):
+        gathers = [elements for name, elements in calls if name in ("all_gather_into_tensor", "all_gather")]
+        scatters = [elements for name, elements in calls if name in ("reduce_scatter_tensor", "reduce_scatter")]
+        assert sorted(gathers) == [2, 2 * capacity * hidden]  # how many documents each rank has; the documents
+        assert scatters == [2 * capacity * hidden]
+        # The sums of the step, and the gradient buffer of the parameters.
+        others = sorted(elements for name, elements in calls if name in ("all_reduce", "broadcast"))
+        assert others[0] == 8
+        assert others[1] > 30522 * hidden
+        assert len(others) == 2
+
+
+def test_metrics_are_means_over_the_batch():
+    from megatron_embed.training.objective import Sums
+
+    values = torch.tensor([8.0, 3.0, 2.0, 1.0, 0.4, 30.0, 10.0, 4.0], dtype=torch.float64)
+    assert Sums(values=values).metrics() == {
+        "loss": 2.0, "in_batch_accuracy": 0.75, "positive_similarity": 0.5, "negative_similarity": 0.25, "margin": 0.1,
+        "masked_fraction": 0.25, "negatives_per_query": 7.5}
+
+
+def gathered(rows_by_rank, capacity):
+    from megatron_embed.parallel.collectives import gather_padded, largest, scatter_sum, send_from_last, sum_over
+
+    rank, group = dist.get_rank(), dist.group.WORLD
+    rows = torch.full((rows_by_rank[rank], 2), float(rank + 1))
+    everything = gather_padded(rows, capacity, group)
+    mine = scatter_sum(everything * (rank + 1), group)
+    total = torch.tensor([float(rank)])
+    return SimpleNamespace(everything=everything, mine=mine, total=sum_over(total, group), untouched=total,
+                           last=send_from_last(torch.tensor([float(rank)]), group), largest=largest(rank * 5, group))
+
+
+def test_rows_are_gathered_with_padding_and_returned_to_their_owners():
+    for rank, result in enumerate(run_on_ranks(gathered, 2, [3, 0], 4)):
+        assert result.everything.shape == (2, 4, 2)
+        assert result.everything[0].tolist() == [[1.0, 1.0]] * 3 + [[0.0, 0.0]]
+        assert not result.everything[1].any()
+        assert torch.equal(result.mine, result.everything[rank] * 3)  # 1 + 2 times, from both ranks
+        assert result.total == 1
+        assert result.untouched == rank
+        assert result.last == 1
+        assert result.largest == 5
