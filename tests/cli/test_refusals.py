@@ -1,0 +1,258 @@
+"""What a user can get wrong ends in seconds, on every rank alike: exit code 2, one line, file, key, value, remedy."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.ranks import run_on_ranks
+from tests.toys import MAX_LENGTH, MINI_EN, save_model
+
+SECONDS = 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", tokenizer=True)
+
+
+def command(arguments):
+    """(exit code, stdout, stderr, seconds) of one call of the program in this worker."""
+    from megatron_embed.__main__ import main
+
+    out, err, started = io.StringIO(), io.StringIO(), time.monotonic()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    return code, out.getvalue(), err.getvalue(), time.monotonic() - started
+
+
+def settings(model, directory):
+    return {
+        "model": {"path": model, "dtype": "float32"},
+        "embedding": {"pooling": "mean"},
+        "data": {"train": [str(MINI_EN)], "query_max_length": MAX_LENGTH, "document_max_length": MAX_LENGTH},
+        "training": {"global_batch_size": 8, "micro_batch_size": 4, "train_steps": 2},
+        "checkpoint": {"directory": str(directory)},
+        "logging": {"every_steps": 1, "tensorboard": False}}
+
+
+@pytest.fixture
+def write(tmp_path, model):
+    """Writes a configuration with some sections' keys replaced; gives its path."""
+
+    def write(**sections):
+        values = settings(model, tmp_path / "run")
+        for section, keys in sections.items():
+            values.setdefault(section, {}).update(keys)
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+def assert_refused(results, *words):
+    for rank, (code, out, err, seconds) in enumerate(results):
+        assert code == 2, err
+        assert out == ""
+        assert seconds < SECONDS
+        if rank:
+            assert err == ""
+    lines = [line for line in results[0][2].splitlines() if line.startswith("megatron-embed: error: ")]
+    assert len(lines) == 1, results[0][2]
+    assert "Traceback" not in results[0][2]
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def line_of(path, text):
+    """Number of the line of a file that holds the text."""
+    return next(number for number, line in enumerate(Path(path).read_text().splitlines(), 1) if text in line)
+
+
+def test_unknown_key(write):
+    path = write(training={"learning_rat": 1e-4})
+    assert_refused(run_on_ranks(command, 1, ["train", path]), f"{path}:{line_of(path, 'learning_rat')}",
+                   "training.learning_rat", "did you mean 'learning_rate'?")
+
+
+def test_wrong_type(write):
+    path = write(training={"seed": "x"})
+    assert_refused(run_on_ranks(command, 1, ["train", path]), f"{path}:{line_of(path, 'seed')}", "training.seed = 'x'",
+                   "expected a whole number")
+
+
+def test_override_of_wrong_type_and_unknown_override(write):
+    path = write()
+    assert_refused(run_on_ranks(command, 1, ["train", path, "training.learning_rate=fast"]),
+                   "training.learning_rate = 'fast'")
+    assert_refused(run_on_ranks(command, 1, ["train", path, "data.shufle=false"]), "data.shufle", "'shuffle'")
+
+
+def test_missing_data_file_on_two_ranks(write, tmp_path):
+    path = write(data={"train": [str(tmp_path / "absent.jsonl")]})
+    assert_refused(run_on_ranks(command, 2, ["train", path]), "data.train", str(tmp_path / "absent.jsonl"))
+
+
+GOOD = json.dumps({"query": "a question", "positive": ["an answer"]})
+BAD_ROWS = {
+    "not_json": ("{'query': 'a'}", "JSON"),
+    "cut_short": (GOOD[:-5], "JSON"),
+    "no_object": ('["a", "b"]', "object"),
+    "lacks_query": (json.dumps({"positive": ["b"]}), "query"),
+    "lacks_positive": (json.dumps({"query": "a"}), "positive"),
+    "empty_positives": (json.dumps({"query": "a", "positive": []}), "positive"),
+    "empty_positive": (json.dumps({"query": "a", "positive": [""]}), "positive"),
+    "number": (json.dumps({"query": 3, "positive": ["b"]}), "query"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_bad_row_is_named_by_file_and_line(write, tmp_path, kind):
+    row, word = BAD_ROWS[kind]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join([GOOD, GOOD, row, GOOD]) + "\n")
+    path = write(data={"train": [str(rows)]})
+    results = run_on_ranks(command, 2 if kind == "lacks_query" else 1, ["train", path])
+    assert_refused(results, f"error: {rows}:3: ", word)
+
+
+@pytest.mark.parametrize("ranks, training, words", [
+    (1, {"global_batch_size": 10}, ["training.global_batch_size = 10", "= 4 * 1 = 4", "next valid: 12"]),
+    (2, {"global_batch_size": 12}, ["training.global_batch_size = 12", "= 4 * 2 = 8", "next valid: 16"]),
+    (1, {"global_batch_size": 4096}, ["training.global_batch_size = 4096", "larger than the 1000 rows"]),
+    (1, {"warmup_steps": 2}, ["training.warmup_steps = 2", "2 training steps"]),
+    (1, {"micro_batch_size": 0}, ["training.micro_batch_size = 0", ">= 1"]),
+])
+def test_batch_sizes_that_do_not_divide(write, ranks, training, words):
+    path = write(training=training)
+    key = words[0].split(" = ")[0].split(".")[1]
+    results = run_on_ranks(command, ranks, ["train", path])
+    assert_refused(results, f"{path}:{line_of(path, key)}", *words)
+
+
+def test_model_directory_that_is_none(write, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    path = write(model={"path": str(empty)})
+    assert_refused(run_on_ranks(command, 2, ["train", path]), str(empty), "no config.json")
+    assert_refused(run_on_ranks(command, 1, ["train", path, f"model.path={tmp_path / 'nowhere'}"]),
+                   f"model.path = '{tmp_path / 'nowhere'}'", "no such directory")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"model_type": "gpt2"}, ["config.json", "model_type = 'gpt2'", "bert, qwen3"]),
+    ({"auto_map": {"AutoModel": "m.M"}}, ["auto_map", "never run"]),
+    ({"hidden_size": None}, ["config.json"]),
+])
+def test_model_that_is_not_supported(write, model, tmp_path, change, words):
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | change
+    (other / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    assert_refused(run_on_ranks(command, 1, ["train", write(model={"path": str(other)})]), *words)
+
+
+def test_model_with_missing_or_damaged_weights(write, model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    (other / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes()[:5000])
+    assert_refused(run_on_ranks(command, 2, ["train", write(model={"path": str(other)})]), str(other), "safetensors")
+    (other / "model.safetensors").unlink()
+    assert_refused(run_on_ranks(command, 1, ["train", write(model={"path": str(other)})]), str(other), "safetensors")
+
+
+def test_model_without_a_tokenizer(write, model, tmp_path):
+    without = shutil.ignore_patterns("tokenizer*", "vocab.txt", "special*")
+    other = shutil.copytree(model, tmp_path / "other", ignore=without)
+    assert_refused(run_on_ranks(command, 1, ["train", write(model={"path": str(other)})]), str(other), "tokenizer")
+
+
+@pytest.mark.parametrize("section, key", [("checkpoint", "directory"), ("logging", "directory")])
+def test_output_directory_that_cannot_be_written(write, tmp_path, section, key):
+    (tmp_path / "file").write_text("")
+    target = str(tmp_path / "file" / "run")
+    path = write(**{section: {key: target}})
+    assert_refused(run_on_ranks(command, 2, ["train", path]), f"{section}.{key} = {target!r}", "cannot be written",
+                   f"{path}:{line_of(path, target)}")
+
+
+def test_export_directory_that_is_in_use(write, tmp_path):
+    target = tmp_path / "export"
+    target.mkdir()
+    (target / "model.safetensors").write_text("precious")
+    path = write(checkpoint={"export_at_end": str(target)})
+    assert_refused(run_on_ranks(command, 1, ["train", path]), "checkpoint.export_at_end", str(target), "exists already")
+    assert (target / "model.safetensors").read_text() == "precious"
+
+
+@pytest.mark.parametrize("ranks, parallel, words", [
+    (2, {"tensor_model_parallel_size": 4}, ["parallel.tensor_model_parallel_size = 4", "world size = 2"]),
+    (2, {"context_parallel_size": 3}, ["parallel.context_parallel_size = 3", "world size = 2"]),
+    (1, {"virtual_pipeline_model_parallel_size": 2}, ["parallel.virtual_pipeline_model_parallel_size = 2", ">= 2"]),
+    (2, {"expert_model_parallel_size": 2}, ["parallel.expert_model_parallel_size = 2", "no experts"]),
+    (1, {"pipeline_model_parallel_size": 0}, ["parallel.pipeline_model_parallel_size = 0", "must be >= 1"]),
+])
+def test_layout_that_the_world_does_not_allow(write, ranks, parallel, words):
+    path = write(parallel=parallel)
+    assert_refused(run_on_ranks(command, ranks, ["train", path]), f"{path}:{line_of(path, 'parallel_size')}", *words)
+
+
+@pytest.mark.parametrize("change, parallel, words", [
+    ({"num_hidden_layers": 3}, {"pipeline_model_parallel_size": 2}, ["3 layers", "nearest valid total: 1"]),
+    ({"num_attention_heads": 5, "num_key_value_heads": 5}, {"tensor_model_parallel_size": 2}, ["5 attention heads"]),
+    ({"intermediate_size": 49}, {"tensor_model_parallel_size": 2}, ["49 MLP width"]),
+])
+def test_layout_that_does_not_divide_the_model(write, tmp_path, change, parallel, words):
+    other = save_model(tmp_path / "other", "qwen3", tokenizer=True, **change)
+    path = write(model={"path": other}, parallel=parallel)
+    key = next(iter(parallel))
+    assert_refused(run_on_ranks(command, 2, ["train", path]), f"parallel.{key} = 2", *words)
+
+
+def test_length_beyond_the_model(write):
+    path = write(data={"document_max_length": 300})
+    assert_refused(run_on_ranks(command, 1, ["train", path]), f"{path}:{line_of(path, 'document_max_length')}",
+                   "data.document_max_length = 300", "256 positions")
+
+
+def test_encode_refusals(model, tmp_path):
+    rows, output = tmp_path / "texts.jsonl", str(tmp_path / "vectors.npy")
+    rows.write_text('{"text": "one"}\n{"txt": "two"}\n')
+    base = ["encode", "--model", model, "--input", str(rows)]
+    assert_refused(run_on_ranks(command, 2, [*base, "--output", output]), f"{rows}:2: ", "text")
+    rows.write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert_refused(run_on_ranks(command, 1, [*base, "--output", str(tmp_path / "no" / "v.npy")]), "--output",
+                   "directory that exists")
+    assert_refused(run_on_ranks(command, 1, [*base, "--output", str(tmp_path / "v.txt")]), "--output", ".npy")
+    assert_refused(run_on_ranks(command, 1, [*base, "--output", output, "--max-length", "300"]), "--max-length 300",
+                   "256 positions")
+    assert_refused(run_on_ranks(command, 2, [*base, "--output", output, "parallel.tensor_model_parallel_size=4"]),
+                   "parallel.tensor_model_parallel_size = 4")
+    absent = str(tmp_path / "absent.jsonl")
+    arguments = ["encode", "--model", model, "--input", absent, "--output", output]
+    assert_refused(run_on_ranks(command, 1, arguments), absent)
+    assert not os.path.exists(output)
+
+
+def test_evaluate_refusals(model, tmp_path):
+    assert_refused(run_on_ranks(command, 1, ["evaluate", "--model", model, "--data", str(tmp_path)]), str(tmp_path))
+    beir = str(MINI_EN.parent / "beir")
+    assert_refused(run_on_ranks(command, 2, ["evaluate", "--model", str(tmp_path), "--data", beir]), str(tmp_path),
+                   "no config.json")
+    assert_refused(run_on_ranks(command, 1, ["evaluate", "--model", model, "--data", beir, "--split", "dev"]), "dev")
+
+
+def test_convert_refusals(model, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    target = str(tmp_path / "target")
+    assert_refused(run_on_ranks(command, 1, ["convert", "hf-to-megatron", str(empty), target]), str(empty),
+                   "no config.json")
+    for extra in ([], ["--format", "sentence-transformers"]):
+        assert_refused(run_on_ranks(command, 1, ["convert", "megatron-to-hf", model, target, *extra]), model)
+    assert not os.path.exists(target)
