@@ -8,10 +8,12 @@ covered.
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.abc
 import importlib.machinery
+import platform
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -30,6 +32,10 @@ CUDA_TYPE_SITES = (
     ("megatron.core.optimizer.optimizer", None, "clip_grad_by_total_norm_fp32"),
 )
 """(module, class or null, function) that compare `param.type()` with 'torch.cuda.FloatTensor' and the like."""
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+"""glibc's names for mallopt's options (malloc.h)."""
 
 
 class Stream:
@@ -208,6 +214,18 @@ class _MegatronLoader(importlib.machinery.SourceFileLoader):
             vars(module)["torch"] = self.overlay
 
 
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep what tensors free instead of handing it back to the kernel.
+
+    Each large activation would otherwise be mapped, zeroed page by page, and unmapped again: 20 % of a training step of
+    all-MiniLM-L6-v2 on 11,000 tokens.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20)):
+            libc.mallopt(option, value)
+
+
 def install() -> None:
     """Must run before the first import of a Megatron module; harmless when repeated."""
     if torch.cuda.is_available():
@@ -217,6 +235,7 @@ def install() -> None:
     early = sorted(name for name in sys.modules if name.startswith("megatron.core"))
     if early:
         raise RuntimeError(f"{early[0]} was imported before megatron_embed.platform.compat; import that first")
+    _keep_freed_memory()
     sys.meta_path.insert(0, _MegatronFinder())
     # On a machine without CUDA these raise; nobody can depend on them.
     torch.Tensor.cuda = _same  # type: ignore[method-assign, assignment]
