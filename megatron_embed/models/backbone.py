@@ -132,30 +132,56 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
                 tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
+def mark_expert_copies(model: torch.nn.Module, sizes: ParallelConfig) -> None:
+    """Makes tensor-parallel ranks that hold copies of an expert sum its gradients.
+
+    Each of them computes the expert on its share of the tokens. Megatron hands an expert to the expert-data-parallel
+    group only if there is expert parallelism; else every copy keeps its own part (measured at TP=2: off by 100 %).
+    """
+    if sizes.tensor_model_parallel_size == sizes.expert_tensor_parallel_size:
+        return
+    for module in model.modules():
+        if isinstance(module, SequentialMLP):
+            for parameter in module.parameters():
+                parameter.allreduce = False  # type: ignore[attr-defined]
+
+
 def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
     """Raises ConfigError, naming rule and nearest valid values, if the model cannot be split as asked."""
     tp, pp = sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size
-    for name, value in (("attention heads", shape.num_attention_heads), ("MLP width", shape.ffn_hidden_size)):
+    split = [("attention heads", shape.num_attention_heads), ("key/value heads", shape.num_query_groups)]
+    for name, value in split if shape.num_experts else [*split, ("MLP width", shape.ffn_hidden_size)]:
         if value % tp:
             raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the model's {value} {name}; "
                               f"nearest valid: {_nearest_divisor(value, tp)}")
-    if max(shape.num_query_groups, tp) % min(shape.num_query_groups, tp):
-        raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} neither divides nor is a multiple of the "
-                          f"model's {shape.num_query_groups} key/value heads; nearest valid: "
-                          f"{_nearest_divisor(shape.num_query_groups, tp)}")
+    if shape.num_experts:
+        _check_experts(shape, sizes)
     if shape.hidden_size % tp and uses_sequence_parallel(sizes):
         raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the hidden size "
                           f"{shape.hidden_size}; nearest valid: {_nearest_divisor(shape.hidden_size, tp)}")
-    ep = sizes.expert_model_parallel_size
-    if ep > 1 and (not shape.num_experts or shape.num_experts % ep):
-        experts = f"{shape.num_experts} experts" if shape.num_experts else "dense layers (no experts)"
-        raise ConfigError(f"parallel.expert_model_parallel_size = {ep} does not divide the model's {experts}; nearest "
-                          f"valid: {_nearest_divisor(shape.num_experts, ep) if shape.num_experts else 1}")
+    for name in ("expert_model", "expert_tensor"):
+        size = sizes.expert_model_parallel_size if name == "expert_model" else sizes.expert_tensor_parallel_size
+        if size > 1 and not shape.num_experts:
+            raise ConfigError(f"parallel.{name}_parallel_size = {size}, but the model has dense layers (no experts); "
+                              "set it to 1")
     stages = pp * (virtual_size(sizes) or 1)
     if shape.num_layers % stages:
         raise ConfigError(f"parallel.pipeline_model_parallel_size = {pp} (times virtual size "
                           f"{virtual_size(sizes) or 1}) does not divide the model's {shape.num_layers} layers; nearest "
                           f"valid total: {_nearest_divisor(shape.num_layers, stages)}")
+
+
+def _check_experts(shape: ModelShape, sizes: ParallelConfig) -> None:
+    """Raises ConfigError if the experts cannot be split as asked, or Megatron does not train them so."""
+    for name, size, value, what in (
+            ("expert_model", sizes.expert_model_parallel_size, shape.num_experts, "experts"),
+            ("expert_tensor", sizes.expert_tensor_parallel_size, shape.ffn_hidden_size, "columns of an expert")):
+        if value % size:
+            raise ConfigError(f"parallel.{name}_parallel_size = {size} does not divide the model's {value} {what}; "
+                              f"nearest valid: {_nearest_divisor(value, size)}")
+    if sizes.tensor_model_parallel_size > 1 and not uses_sequence_parallel(sizes):
+        raise ConfigError("parallel.sequence_parallel = False: a mixture of experts under tensor parallelism "
+                          f"(tensor_model_parallel_size = {sizes.tensor_model_parallel_size}) needs it; set it to auto")
 
 
 def _nearest_divisor(value: int, wanted: int) -> int:

@@ -11,7 +11,13 @@ from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.attention import PackedSequences, context_chunks, group_segments
-from megatron_embed.models.backbone import EncoderEmbedding, block_spec, mark_tensor_parallel, megatron_config
+from megatron_embed.models.backbone import (
+    EncoderEmbedding,
+    block_spec,
+    mark_expert_copies,
+    mark_tensor_parallel,
+    megatron_config,
+)
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.pooling_names import Pooling
@@ -165,6 +171,7 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
         chunk = EmbeddingModel(transformer, shape, topology, pooling=pooling, normalize=config.embedding.normalize,
                                bidirectional=bidirectional, vp_stage=stage)
         mark_tensor_parallel(chunk)
+        mark_expert_copies(chunk, config.parallel)
         chunks.append(chunk.to(device=topology.device, dtype=dtype))
     return chunks
 

@@ -140,8 +140,9 @@ def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
                           f"tensor * pipeline * context parallel size = {tp} * {pp} * {cp} = {model}; start "
                           f"{-(-world_size // model) * model} ranks or lower one of the parallel.* sizes")
     ep, etp = sizes.expert_model_parallel_size, sizes.expert_tensor_parallel_size
-    if ep > 1 and world_size % (ep * etp * pp):
-        raise ConfigError(f"parallel.expert_model_parallel_size = {ep}: world size = {world_size} is not a multiple of "
+    if world_size % (ep * etp * pp):
+        key, value = ("expert_model", ep) if ep > 1 else ("expert_tensor", etp)
+        raise ConfigError(f"parallel.{key}_parallel_size = {value}: world size = {world_size} is not a multiple of "
                           f"expert_model * expert_tensor * pipeline = {ep} * {etp} * {pp} = {ep * etp * pp}; choose a "
                           "divisor")
     virtual = virtual_size(sizes)
