@@ -1,0 +1,266 @@
+"""Gradients of one step under a layout against one process: Transformers' own model in float64, plain autograd.
+
+The reference embeds one text at a time and knows nothing of bins, ranks or passes. Its gradients are saved as a model
+directory, so that every rank reads the share that it must hold with the tables that its weights came with. The error of
+a case is the largest, over all parameters, of |g - g*| / max(|g*|, 1e-6 |G*|) in L2 norms, G* all gradients together.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.records import Record, RecordSet, open_records
+from megatron_embed.models.pooling_names import Pooling
+from tests.ranks import run_on_ranks
+from tests.toys import MINI_EN, MINILM
+from tests.training.cases import BOUND, KINDS, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
+from tests.training.rank_side import Found, run_cases, tokenizer_of
+
+VOCABULARY = 30522
+TAUGHT_LOSS = 1.5
+_DECODER = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+            "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 2048}
+_MODELS: dict[Kind, tuple[str, str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3Config", "Qwen3Model", _DECODER),
+    "bert": ("BertConfig", "BertModel", {
+        "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 48,
+        "max_position_embeddings": 2048, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeModel", {
+        **_DECODER, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What one process finds."""
+
+    loss: float
+    candidates: int
+    norm: float
+    """L2 norm of all gradients together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a case came to."""
+
+    error: float
+    """Largest over the repeats."""
+    worst: str
+    """The parameter with that error."""
+    wrong_steps: int
+    """Repeats whose error is above the bound."""
+    loss: float
+    loss_error: float
+    norm_error: float
+    """Relative, of the gradient norm that the optimizer computes for clipping and the log."""
+    tokens: int
+    """Real tokens of the largest micro-batch."""
+    truth: Truth
+
+    @property
+    def exact(self) -> bool:
+        return (self.error <= BOUND and self.wrong_steps == 0 and self.loss_error <= LOSS_BOUND
+                and self.norm_error <= BOUND)
+
+
+class Oracle:
+    """Models, rows and references in a folder; made when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name, rows in ROWS.items():
+            _write_rows(folder / f"{name}.jsonl", rows)
+        for kind in KINDS:
+            save_model(folder / kind, kind, folder / "short.jsonl")
+        self._truths: dict[str, Truth] = {}
+
+    def truth(self, case: Case) -> Truth:
+        """Loss and norm of the reference; its gradients lie in FOLDER/truth-NAME."""
+        if case.truth not in self._truths:
+            self._truths[case.truth] = _compute_truth(case, self.folder)
+        return self._truths[case.truth]
+
+    def run(self, cases: Sequence[Case], timeout_seconds: float = 600.0) -> list[Outcome]:
+        """Outcomes of cases that share a layout, in one world."""
+        assert len({case.layout for case in cases}) == 1
+        truths = [self.truth(case) for case in cases]
+        per_rank = run_on_ranks(run_cases, cases[0].layout.ranks, cases, str(self.folder),
+                                timeout_seconds=timeout_seconds)
+        return [_outcome([found[number] for found in per_rank], truth) for number, truth in enumerate(truths)]
+
+
+def save_model(path: Path, kind: Kind, rows: Path | None = None) -> Path:
+    """A model with random weights, norms and biases, and a real WordPiece tokenizer; taught to tell `rows` apart.
+
+    Untrained models give all texts nearly the same embedding, so that gradients are differences of nearly equal
+    numbers: float32 itself is then off by more than the bound.
+    """
+    config_name, model_name, settings = _MODELS[kind]
+    torch.manual_seed(3)
+    model = getattr(transformers, model_name)(getattr(transformers, config_name)(vocab_size=VOCABULARY, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Strong routers, so that no expert is chosen by a rounding error.
+            scale = 1.0 if len(parameter) == VOCABULARY or "gate.weight" in name else 0.1
+            parameter.add_(torch.randn_like(parameter) * scale)
+    path.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        shutil.copy(MINILM / name, path)
+    model.config.save_pretrained(path)
+    if rows is not None:
+        _teach(model, kind, open_records((TrainFile(path=str(rows)),)), tokenizer_of(path, ROWS["short"]))
+    model.save_pretrained(path)
+    return path
+
+
+def _teach(model: torch.nn.Module, kind: Kind, records: RecordSet, tokenizer: RoleTokenizer) -> None:
+    """AdamW on padded batches until the loss has come down to a middling value."""
+    groups = [records[number] for number in range(ROWS["short"].count)]
+    documents = [[record.positive[0], *record.negatives[:NUM_NEGATIVES]] for record in groups]
+    ids = [*tokenizer.tokenize([record.query for record in groups], "query").token_ids,
+           *tokenizer.tokenize([text for texts in documents for text in texts], "document").token_ids]
+    lengths = torch.tensor([len(tokens) for tokens in ids])
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    places = torch.arange(padded.shape[1])
+    first, last = (places == 0).expand_as(mask), places == lengths[:, None] - 1
+    weights = {"lasttoken": last, "cls": first, "mean": mask}[POOLINGS[kind]]
+    positive = torch.tensor([sum(map(len, documents[:row])) for row in range(len(groups))])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        states = model(padded, attention_mask=mask).last_hidden_state
+        rows = torch.nn.functional.normalize((states * weights[:, :, None]).sum(dim=1), dim=1)
+        loss = torch.nn.functional.cross_entropy(
+            rows[:len(groups)] @ rows[len(groups):].T / ROWS["short"].temperature, positive)
+        if loss < TAUGHT_LOSS:
+            return
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    raise AssertionError(f"{kind} did not learn: loss {float(loss)}")
+
+
+def _write_rows(path: Path, rows: Rows) -> None:
+    """Rows of the English sample whose groups of documents differ in size."""
+    source = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()]
+    paragraphs = [row["positive"][0] if rows.joined > 1 else row["positive"][0].split(". ")[0] for row in source]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(rows.count):
+            others = paragraphs[200 + 40 * number:]
+            documents = [" ".join([text, *others[(rows.joined - 1) * place:][:rows.joined - 1]])
+                         for place, text in enumerate([paragraphs[number], *others[:3]])]
+            file.write(json.dumps({"query": source[number]["query"], "positive": documents[:1],
+                                   "negatives": documents[1:1 + number % 4]}) + "\n")
+
+
+def _compute_truth(case: Case, folder: Path) -> Truth:
+    """One process, float64, one text at a time, InfoNCE over all rows by autograd."""
+    rows = ROWS[case.rows]
+    records = open_records((TrainFile(path=str(folder / f"{case.rows}.jsonl")),))
+    groups = [records[number] for number in range(rows.count)]
+    model = transformers.AutoModel.from_pretrained(folder / case.kind, dtype=torch.float64).eval()
+    model.config._experts_implementation = "eager"  # the default's grouped product has no float64
+    routers = _RouterLogits()
+    routers.watch(model)
+    query, document, positive = _embed_rows(model, routers, groups, tokenizer_of(folder / case.kind, rows),
+                                            POOLINGS[case.kind])
+    loss = torch.nn.functional.cross_entropy(query @ document.T / rows.temperature, positive)
+    total = loss
+    if case.aux:
+        total = loss + case.aux * _auxiliary_loss(routers, groups, case.layout.dp * case.micro_batches, model.config)
+    total.backward()
+    assert 0.3 < float(loss.detach()) < math.log(len(document)), f"{case.truth}: loss {float(loss.detach())}"
+    with torch.no_grad():
+        gradients = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                     for name, parameter in model.named_parameters()}
+        dead = [name for name, gradient in gradients.items() if not gradient.any() and "pooler" not in name]
+        assert not dead, f"gradients that are 0 prove nothing: {dead}"
+        for name, parameter in model.named_parameters():
+            parameter.copy_(gradients[name])
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+    model.float().save_pretrained(folder / f"truth-{case.truth}")
+    return Truth(loss=float(loss.detach()), candidates=len(document), norm=norm)
+
+
+class _RouterLogits:
+    """Router logits of a model by text, in the order of the texts: [texts][layers] of [tokens, experts]."""
+
+    def __init__(self) -> None:
+        self.texts: list[list[torch.Tensor]] = []
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """From now on every forward pass adds to the last text."""
+        for name, module in model.named_modules():
+            if name.endswith("mlp.gate"):
+                module.register_forward_hook(self._note)
+
+    def _note(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self.texts[-1].append(output[0])
+
+
+def _embed_rows(model: torch.nn.Module, routers: _RouterLogits, records: Sequence[Record], tokenizer: RoleTokenizer,
+                pooling: Pooling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """([queries, dim], [documents, dim], [queries] the positive's document), text by text: a query, its documents."""
+    query, document, positive = [], [], []
+    for record in records:
+        texts = [record.positive[0], *record.negatives[:NUM_NEGATIVES]]
+        positive.append(len(document))
+        ids = [*tokenizer.tokenize([record.query], "query").token_ids,
+               *tokenizer.tokenize(texts, "document").token_ids]
+        for number, tokens in enumerate(ids):
+            routers.texts.append([])
+            states = model(torch.tensor([tokens])).last_hidden_state[0]
+            row = {"lasttoken": states[-1], "cls": states[0], "mean": states.mean(dim=0)}[pooling]
+            (document if number else query).append(torch.nn.functional.normalize(row, dim=0))
+    return torch.stack(query), torch.stack(document), torch.tensor(positive)
+
+
+def _auxiliary_loss(routers: _RouterLogits, records: Sequence[Record], parts: int, config: Any) -> torch.Tensor:
+    """Mean over the micro-batches of all replicas of the sum over layers of E * sum_e f_e * P_e (Fedus et al. 2021,
+    arXiv:2101.03961): f_e is the share of the choices that fell on expert e, P_e its mean probability."""
+    sizes = [2 + len(record.negatives[:NUM_NEGATIVES]) for record in records]
+    per_part, losses = len(records) // parts, []
+    for part in range(parts):
+        first, last = sum(sizes[:part * per_part]), sum(sizes[:(part + 1) * per_part])
+        for layer in range(config.num_hidden_layers):
+            logits = torch.cat([text[layer] for text in routers.texts[first:last]])
+            probabilities = torch.softmax(logits, dim=-1)
+            chosen = torch.topk(probabilities, config.num_experts_per_tok).indices
+            share = torch.nn.functional.one_hot(chosen, config.num_experts).sum(dim=(0, 1)) / chosen.numel()
+            losses.append(config.num_experts * (share * probabilities.mean(dim=0)).sum())
+    return torch.stack(losses).sum() / parts
+
+
+def _outcome(found: Sequence[Found], truth: Truth) -> Outcome:
+    """Puts the ranks' shards together; of several copies of a shard the worst counts."""
+    errors = []
+    for repeat in range(len(found[0].squares)):
+        shards: dict[tuple[str, int], tuple[float, float]] = {}
+        for rank in found:
+            for key, pair in rank.squares[repeat].items():
+                shards[key] = max(shards.get(key, (0.0, 0.0)), pair)
+        totals: dict[str, list[float]] = {}
+        for (name, _), (difference, reference) in shards.items():
+            total = totals.setdefault(name, [0.0, 0.0])
+            total[0], total[1] = total[0] + difference, total[1] + reference
+        whole = math.sqrt(sum(reference for _, reference in totals.values()))
+        assert math.isclose(whole, truth.norm, rel_tol=1e-5), "the ranks' shards do not make up the whole model"
+        errors.append(max(((math.sqrt(difference) / max(math.sqrt(reference), 1e-6 * whole)
+                            if math.isfinite(difference) else math.inf), name)
+                          for name, (difference, reference) in totals.items()))
+    losses = [loss for rank in found for loss in rank.losses]
+    worst_loss = max(losses, key=lambda loss: abs(loss - truth.loss))
+    return Outcome(
+        error=max(errors)[0], worst=max(errors)[1], wrong_steps=sum(error > BOUND for error, _ in errors),
+        loss=worst_loss, loss_error=abs(worst_loss - truth.loss) / truth.loss,
+        norm_error=max(abs(rank.norm - truth.norm) for rank in found) / truth.norm,
+        tokens=max(rank.tokens for rank in found), truth=truth)

@@ -1,0 +1,82 @@
+"""Every layout's gradients equal one process's; the whole matrix is slow, a part of it always runs."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from tests.training.cases import BOUND, CURVE_BOUND, CURVE_LAYOUTS, Case, Layout, all_cases
+from tests.training.curves import loss_curve
+from tests.training.oracle import Oracle
+
+FAST = (
+    Case(kind="qwen3", layout=Layout(dp=2), micro_batches=2, distributed=True),
+    Case(kind="bert", layout=Layout(dp=2), micro_batches=1),
+    Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), micro_batches=2, aux=0.1, distributed=True),
+    Case(kind="qwen3", layout=Layout(tp=2), micro_batches=2),
+    Case(kind="qwen3_moe", layout=Layout(tp=2), micro_batches=1, distributed=True),
+    Case(kind="qwen3", layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=3),
+    Case(kind="qwen3", layout=Layout(cp=2), micro_batches=1, rows="long"),
+    Case(kind="bert", layout=Layout(cp=2), micro_batches=2),
+    Case(kind="qwen3", layout=Layout(tp=2, pp=2), micro_batches=4, recompute="full"),
+    Case(kind="bert", layout=Layout(tp=2, dp=2), micro_batches=2, distributed=True),
+    Case(kind="qwen3", layout=Layout(tp=2, cp=2), micro_batches=2, distributed=True),
+    Case(kind="qwen3_moe", layout=Layout(pp=2, dp=2, ep=2), micro_batches=2),
+)
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    return Oracle(tmp_path_factory.mktemp("oracle"))
+
+
+def by_layout(cases):
+    return [list(group) for _, group in itertools.groupby(cases, key=lambda case: case.layout)]
+
+
+def check(oracle, cases):
+    for case, outcome in zip(cases, oracle.run(cases), strict=True):
+        assert outcome.exact, f"{case}: {outcome}"
+        if case.rows == "long":
+            assert outcome.tokens >= 8192
+
+
+@pytest.mark.parametrize("cases", by_layout(FAST), ids=lambda cases: str(cases[0].layout))
+def test_gradients_equal_one_process(oracle, cases):
+    check(oracle, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_layout(all_cases()), ids=lambda cases: str(cases[0].layout))
+def test_gradients_equal_one_process_in_every_layout(oracle, cases):
+    check(oracle, cases)
+
+
+def test_the_matrix_is_large_enough():
+    cases = all_cases()
+    assert len(set(cases)) == len(cases) >= 60
+    assert {case.layout.ranks for case in cases} == {1, 2, 4, 8}
+    assert {1, 2, 4} <= {case.micro_batches for case in cases}
+    assert any(case.repeats == 50 and case.layout.vpp == 2 for case in cases)
+
+
+@pytest.mark.parametrize("case, sabotage, smallest", [
+    (Case(kind="qwen3", layout=Layout(dp=2), micro_batches=1), "factor", 9e-4),
+    (Case(kind="qwen3", layout=Layout(dp=2), micro_batches=2), "factor", 9e-4),
+    (Case(kind="qwen3", layout=Layout(dp=2), micro_batches=2), "group", 1e-2),
+    (Case(kind="qwen3", layout=Layout(tp=2), micro_batches=2), "group", 1e-2),
+    (Case(kind="qwen3", layout=Layout(tp=2), micro_batches=4), "order", 1e-2),
+    (Case(kind="qwen3", layout=Layout(pp=2), micro_batches=4), "order", 1e-2),
+], ids=lambda value: str(value))
+def test_a_deliberate_mistake_fails_the_comparison(oracle, case, sabotage, smallest):
+    (outcome,) = oracle.run([dataclasses.replace(case, sabotage=sabotage)])
+    assert not outcome.exact
+    assert outcome.error > max(smallest, BOUND)
+
+
+@pytest.mark.slow
+def test_loss_curves_agree_over_layouts(oracle):
+    first, *others = (loss_curve(oracle.folder, layout) for layout in CURVE_LAYOUTS)
+    assert first[-1] < first[0] - 0.1, "nothing was learned, so nothing is shown"
+    for layout, losses in zip(CURVE_LAYOUTS[1:], others, strict=True):
+        assert max(abs(a - b) for a, b in zip(first, losses, strict=True)) <= CURVE_BOUND, str(layout)
