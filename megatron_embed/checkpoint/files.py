@@ -73,17 +73,30 @@ def link_tree(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
 
 
+def replace_directory(new: Path, target: Path) -> None:
+    """Gives a complete folder its final name. An older one of that name is deleted once the new one has it."""
+    old = target.with_name(f".{target.name}.old.tmp")
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def remove_old(directory: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` training checkpoints (0 keeps all) and what killed saves left behind."""
+    """Deletes all but the newest `keep` training checkpoints (0 keeps all)."""
     complete = list(step_directories(directory).values())
     for old in complete[:-keep] if keep else []:
-        (old / INFO_FILE).unlink()  # first, so that a kill in between leaves no half checkpoint that looks whole
-        shutil.rmtree(old)
+        hidden = old.with_name(f".{old.name}.old.tmp")  # first, so that a kill leaves nothing that looks whole
+        old.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Deletes what killed saves or deletions left behind. Only before training starts: nothing may be in the making."""
+    """Deletes what killed saves left behind. Only before training starts: nothing may be in the making.
+
+    Only names that we alone make; a folder `step_N` without our mark may be somebody else's.
+    """
     for entry in directory.iterdir() if directory.is_dir() else ():
-        unfinished = _STEP.match(entry.name) and not (entry / INFO_FILE).is_file()
-        if entry.is_dir() and (unfinished or (entry.name.startswith(".step_") and entry.name.endswith(".tmp"))):
+        if entry.is_dir() and entry.name.startswith(".step_") and entry.name.endswith(".tmp"):
             shutil.rmtree(entry)

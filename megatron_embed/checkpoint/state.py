@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_embed.checkpoint.files import (
     link_tree,
     remove_old,
-    sync_directory,
+    replace_directory,
     sync_tree,
     write_atomically,
 )
@@ -78,8 +78,7 @@ def save_checkpoint(directory: str, step: int, state: TrainingState, *, assets: 
         link_tree(assets, temporary)
         (temporary / TRAINER_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
         sync_tree(temporary)
-        temporary.rename(target)
-        sync_directory(folder)
+        replace_directory(temporary, target)
         write_atomically(folder / "latest", target.name + "\n")
         remove_old(folder, keep)
         logger.info("saved %s", target)

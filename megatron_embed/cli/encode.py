@@ -24,8 +24,10 @@ def run(args: argparse.Namespace) -> int:
 
     texts = read_texts(args.input)
     folder = os.path.dirname(os.path.abspath(args.output))
-    if not args.output.endswith(".npy") or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ConfigError(f"--output {args.output}: must be a .npy file in a directory that exists and can be written")
+    writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
+    if os.path.isdir(args.output) or not args.output.endswith(".npy") or not writable:
+        raise ConfigError(f"--output {args.output}: must be a .npy file, no directory, in a folder that exists and can "
+                          "be written")
     import numpy as np
 
     from megatron_embed.cli.model import open_encoder

@@ -1,6 +1,7 @@
 """From a checkpoint to a directory that the stock libraries load, compared with the model before it gets its name."""
 
 import argparse
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,10 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
         query_prompt=config.data.query_prompt, document_prompt=config.data.document_prompt,
         max_seq_length=max(config.data.query_max_length, config.data.document_max_length),
         embedding_dimension=model.shape.hidden_size)
+    if config.model.bidirectional and not model.shape.bidirectional:
+        file = hf / "config.json"
+        values = {**json.loads(file.read_text(encoding="utf-8")), "is_causal": False}
+        file.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts: Sequence[str], dtype: str) -> None:

@@ -7,19 +7,20 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 
 from megatron_embed.checkpoint.files import latest_checkpoint, remove_unfinished
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, save_checkpoint
-from megatron_embed.cli.export import export_model, write_settings
+from megatron_embed.cli.export import PROBES, export_model, write_settings
 from megatron_embed.cli.model import ModelDirectory, find_model, load_model_chunks
 from megatron_embed.config.load import save_resolved
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.layout import write_companions
 from megatron_embed.data.loader import BatchLoader
-from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.records import Record, RecordSet, open_records
+from megatron_embed.data.prompts import Role, RoleTokenizer
+from megatron_embed.data.records import RecordSet, open_records
 from megatron_embed.data.sampler import GlobalBatchSampler
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData, load_beir
@@ -98,11 +99,23 @@ def read_inputs(config: RunConfig) -> Inputs:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: exists already; remove it or choose "
                               "another name")
+        directory = Path(config.checkpoint.directory or ".")
+        if target.resolve() == directory.resolve() or directory.resolve() in target.resolve().parents:
+            raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: lies in checkpoint.directory, whose folders "
+                              "come and go; choose a directory beside it")
         require_writable("checkpoint.export_at_end", str(target.parent))
+        if config.model.bidirectional and not model.shape.bidirectional:
+            raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: Sentence Transformers runs "
+                              f"{model.shape.family} models causally, so a bidirectional one would not be the same there; "
+                              "set it to null")
     tokenizer = RoleTokenizer(
         str(model.hf), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
         query_prompt=config.data.query_prompt, document_prompt=config.data.document_prompt,
         query_max_length=config.data.query_max_length, document_max_length=config.data.document_max_length)
+    if tokenizer.needs_instructions and (config.evaluation.retrieval or config.checkpoint.export_at_end):
+        key = "evaluation.retrieval" if config.evaluation.retrieval else "checkpoint.export_at_end"
+        raise ConfigError(f"data.query_prompt = {config.data.query_prompt!r}: {key} has no instruction to put into it; "
+                          "write the instruction out, or evaluate and export afterwards")
     records = open_records(config.data.train)
     sampler = GlobalBatchSampler(
         records, global_batch_size=config.training.global_batch_size, shuffle=config.data.shuffle,
@@ -155,7 +168,7 @@ def run_training(config: RunConfig) -> dict[str, float]:
         alignment=token_alignment(config.parallel), constant_tokens=topology.pp_size > 1)
 
     def evaluate() -> dict[str, float]:
-        return evaluate_all(inputs.retrieval, encoder)
+        return evaluate_all(inputs.retrieval, encoder, "cosine" if config.embedding.normalize else "dot")
 
     def save(step: int, last: bool) -> None:
         assert config.checkpoint.directory is not None and assets is not None
@@ -169,22 +182,26 @@ def run_training(config: RunConfig) -> dict[str, float]:
         metrics = train(config, trainer, hooks, writer, topology, first_step=first_step, train_steps=inputs.train_steps)
     writer.close()
     if config.checkpoint.export_at_end is not None:
-        texts = [record.query for record in first_records(inputs.records)]
+        texts = comparable_texts(inputs.records, inputs.tokenizer)
         export_model(str(config.checkpoint.directory), config.checkpoint.export_at_end, encoder, texts,
                      config.model.dtype)
     return metrics
 
 
-def first_records(records: RecordSet) -> list[Record]:
-    """The first rows, for comparing an export."""
-    return [records[number] for number in range(min(len(records), NUM_EXPORT_TEXTS))]
+def comparable_texts(records: RecordSet, tokenizer: RoleTokenizer) -> list[str]:
+    """Training texts that neither role cuts: Sentence Transformers knows one maximum length, we know one per role."""
+    roles: tuple[Role, ...] = ("query", "document")
+    some = [records[number] for number in range(min(len(records), NUM_EXPORT_TEXTS))]
+    texts = [*(record.query for record in some), *(text for texts in PROBES.values() for text in texts)]
+    return [text for text in texts if not any(tokenizer.tokenize([text], role).num_truncated for role in roles)]
 
 
-def evaluate_all(sets: Sequence[BeirData], encoder: TextEncoder) -> dict[str, float]:
+def evaluate_all(sets: Sequence[BeirData], encoder: TextEncoder,
+                 similarity: Literal["cosine", "dot"]) -> dict[str, float]:
     """Retrieval metrics of every set, prefixed by its name where there are several. Called by all ranks."""
     results: dict[str, float] = {}
     for data in sets:
-        metrics = evaluate_retrieval(encoder.encode, data)
+        metrics = evaluate_retrieval(encoder.encode, data, similarity=similarity)
         results.update(metrics if len(sets) == 1 else {f"{data.name}/{key}": value for key, value in metrics.items()})
     return results
 
@@ -205,7 +222,7 @@ def prepare_assets(config: RunConfig, inputs: Inputs, topology: Topology) -> Pat
     """Rank 0 lays the files that every checkpoint carries beside its tensors; written anew at each start."""
     if config.checkpoint.directory is None:
         return None
-    assets = Path(config.checkpoint.directory) / "assets"
+    assets = Path(config.checkpoint.directory) / ".assets"
     if topology.rank == 0:
         remove_unfinished(assets.parent)
         write_assets(assets, config, inputs)

@@ -113,6 +113,8 @@ def _compose(text: str, source: str, prefix: str = "") -> Node | None:
         place = _place(source, mark.line) if mark else source
         remedy = "indent with spaces" if "\\t" in str(error.problem) else "quote texts that hold `: `, `#`, brackets"
         raise ConfigError(f"{place}: {prefix}not YAML: {error.problem or error.context}; {remedy}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: {prefix}nested too deeply for a configuration; remove the brackets") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: {prefix}not YAML: {' '.join(str(error).split())}; save it as text") from None
 

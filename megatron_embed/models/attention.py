@@ -66,6 +66,25 @@ class PackedSequences(PackedSeqParams):
     """Real tokens; the bin's padding comes after them."""
     groups: tuple[SegmentGroup, ...] = field(default_factory=tuple)
     """For the grouped path; empty on the flash path."""
+    query_index: Tensor | None = None
+    """[query slots of all groups] int64, the groups' `queries` back to back."""
+    key_index: Tensor | None = None
+    """[key slots of all groups] int64, the groups' `keys` back to back."""
+    output_index: Tensor | None = None
+    """[tokens/cp] int64, the query slot that holds each local token; one past the last slot for padding tokens."""
+
+    def index_groups(self, groups: tuple[SegmentGroup, ...], local_tokens: int) -> None:
+        """Sets the grouped path's tensors: one gather per layer and tensor instead of one per group."""
+        self.groups = groups
+        self.query_index = torch.cat([group.queries for group in groups])
+        self.key_index = torch.cat([group.keys for group in groups])
+        output_index = torch.full((local_tokens,), self.query_index.numel(), device=self.query_index.device)
+        first = 0
+        for group in groups:
+            every = torch.arange(group.queries.numel(), device=output_index.device)
+            output_index[group.targets] = first + (every if group.slots is None else group.slots)
+            first += group.queries.numel()
+        self.output_index = output_index
 
 
 def context_chunks(tokens: int, cp_rank: int, cp_size: int) -> tuple[tuple[int, int], ...]:
@@ -207,19 +226,21 @@ class PackedAttention(MegatronModule):
         if heads != groups:
             key = key.repeat_interleave(heads // groups, dim=1)
             value = value.repeat_interleave(heads // groups, dim=1)
+        # Gathered once for all groups: the gradient of each gather is a zeroed bin and a sum over it.
+        query = query.index_select(0, packed.query_index)
+        key, value = key.index_select(0, packed.key_index), value.index_select(0, packed.key_index)
+        parts = zip(packed.groups, query.split([group.queries.numel() for group in packed.groups]),
+                    key.split([group.keys.numel() for group in packed.groups]),
+                    value.split([group.keys.numel() for group in packed.groups]), strict=True)
         outputs = []
-        for group in packed.groups:
-            shape = (group.count, -1, heads, head_dim)
-            q = query.index_select(0, group.queries).view(shape).transpose(1, 2)
-            k, v = (x.index_select(0, group.keys).view(shape).transpose(1, 2) for x in (key, value))
+        for group, *tensors in parts:
+            q, k, v = (x.view(group.count, -1, heads, head_dim).transpose(1, 2) for x in tensors)
             fork = get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
             with fork:
                 out = functional.scaled_dot_product_attention(q, k, v, group.mask, dropout, group.is_causal,
                                                               scale=self.scale)
-            out = out.transpose(1, 2).reshape(group.count * group.query_length, heads * head_dim)
-            outputs.append(out if group.slots is None else out.index_select(0, group.slots))
-        result = query.new_zeros(query.shape[0], heads * head_dim)
-        return result.index_copy(0, torch.cat([group.targets for group in packed.groups]), torch.cat(outputs))
+            outputs.append(out.transpose(1, 2).reshape(group.count * group.query_length, heads * head_dim))
+        return torch.cat([*outputs, query.new_zeros(1, heads * head_dim)]).index_select(0, packed.output_index)
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn

@@ -181,10 +181,10 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
     """This rank's part of a micro-batch, with attention groups and pooling plan derived. No communication."""
     device, tokens = topology.device, micro_batch.token_ids.numel()
     chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)
-    packed = PackedSequences(
-        cu_seqlens=micro_batch.cu_seqlens.to(device), max_seqlen=int(micro_batch.cu_seqlens.diff().max()),
-        num_tokens=micro_batch.num_tokens,
-        groups=() if flash else group_segments(micro_batch.cu_seqlens, chunks, causal, device))
+    packed = PackedSequences(cu_seqlens=micro_batch.cu_seqlens.to(device), num_tokens=micro_batch.num_tokens,
+                             max_seqlen=int(micro_batch.cu_seqlens.diff().max()))
+    if not flash:
+        packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, device), tokens // topology.cp_size)
     plan = local_plan(pooling_plan(micro_batch, pooling, device), chunks)
     padding = _held(torch.arange(tokens) >= micro_batch.num_tokens, chunks)
     if topology.sequence_parallel:

@@ -1,6 +1,7 @@
 """The loop around the step: clocks, logs, evaluations, checkpoints."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 
 from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.errors import ConfigError
 from megatron_embed.parallel.collectives import sum_over
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.training.metrics import MetricsWriter
@@ -47,6 +49,10 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
         batch = hooks.load_batch(step)
         seed_step(config.training.seed, step, topology)
         metrics = train_step(batch, trainer)
+        if not math.isfinite(metrics["loss"]):
+            raise ConfigError(f"training.learning_rate = {config.training.learning_rate}: the loss became "
+                              f"{metrics['loss']} in step {step + 1}; lower it, raise warmup_steps, or look at the rows "
+                              "of that step")
         done, last = step + 1, step + 1 == train_steps
         real, padded = token_counts(batch, topology)
         seconds = time.perf_counter() - start

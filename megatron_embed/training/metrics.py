@@ -22,7 +22,10 @@ class MetricsWriter:
         if directory is not None:
             path = Path(directory)
             path.mkdir(parents=True, exist_ok=True)
-            keep_until(path / "metrics.jsonl", first_step)
+            if first_step:
+                keep_until(path / "metrics.jsonl", first_step)
+            else:
+                move_aside(path / "metrics.jsonl")
             self.file = (path / "metrics.jsonl").open("a", encoding="utf-8")
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -61,6 +64,16 @@ class MetricsWriter:
         for sink in (self.file, self.board, self.bar):
             if sink is not None:
                 sink.close()
+
+
+def move_aside(path: Path) -> None:
+    """Keeps an earlier run's file as metrics.1.jsonl, metrics.2.jsonl, ... when a new run starts in its directory."""
+    if path.exists() and path.stat().st_size:
+        number = 1
+        while (kept := path.with_name(f"metrics.{number}.jsonl")).exists():
+            number += 1
+        path.rename(kept)
+        logger.info("kept the metrics of an earlier run as %s", kept)
 
 
 def keep_until(path: Path, step: int) -> None:

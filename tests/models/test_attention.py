@@ -139,8 +139,8 @@ def test_attention_equals_a_plain_softmax(causal, groups):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(tokens, count, 8, generator=generator, dtype=torch.float64, requires_grad=True)
                          for count in (4, groups, groups))
-    packed = PackedSequences(cu_seqlens=bounds, max_seqlen=int(bounds.diff().max()), num_tokens=int(bounds[-1]),
-                             groups=group_segments(bounds, context_chunks(tokens, 0, 1), causal, CPU))
+    packed = PackedSequences(cu_seqlens=bounds, max_seqlen=int(bounds.diff().max()), num_tokens=int(bounds[-1]))
+    packed.index_groups(group_segments(bounds, context_chunks(tokens, 0, 1), causal, CPU), tokens)
     module = attention_module(causal, 4, groups, 8)
     found = module(query[:, None], key[:, None], value[:, None], None, packed_seq_params=packed)[:, 0]
     expected = naive(query, key, value, bounds, causal)
