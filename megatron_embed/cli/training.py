@@ -101,13 +101,13 @@ def read_inputs(config: RunConfig) -> Inputs:
                               "another name")
         directory = Path(config.checkpoint.directory or ".")
         if target.resolve() == directory.resolve() or directory.resolve() in target.resolve().parents:
-            raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: lies in checkpoint.directory, whose folders "
-                              "come and go; choose a directory beside it")
+            raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: lies in checkpoint.directory, whose "
+                              "folders come and go; choose a directory beside it")
         require_writable("checkpoint.export_at_end", str(target.parent))
         if config.model.bidirectional and not model.shape.bidirectional:
             raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: Sentence Transformers runs "
-                              f"{model.shape.family} models causally, so a bidirectional one would not be the same there; "
-                              "set it to null")
+                              f"{model.shape.family} models causally, so a bidirectional one would differ there; set it to "
+                              "null")
     tokenizer = RoleTokenizer(
         str(model.hf), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
         query_prompt=config.data.query_prompt, document_prompt=config.data.document_prompt,

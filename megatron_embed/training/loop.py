@@ -51,8 +51,8 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
         metrics = train_step(batch, trainer)
         if not math.isfinite(metrics["loss"]):
             raise ConfigError(f"training.learning_rate = {config.training.learning_rate}: the loss became "
-                              f"{metrics['loss']} in step {step + 1}; lower it, raise warmup_steps, or look at the rows "
-                              "of that step")
+                              f"{metrics['loss']} in step {step + 1}; lower it, raise warmup_steps, or look at the "
+                              "rows of that step")
         done, last = step + 1, step + 1 == train_steps
         real, padded = token_counts(batch, topology)
         seconds = time.perf_counter() - start
