@@ -88,6 +88,11 @@ class Case:
     sabotage: Sabotage | None = None
 
     @property
+    def model(self) -> str:
+        """Name of the model's directory."""
+        return self.kind if self.rows == "short" else f"{self.kind}-{self.rows}"
+
+    @property
     def truth(self) -> str:
         """Name of the reference; the auxiliary loss is the only one that depends on the micro-batches."""
         parts = f"-{self.aux:g}-{self.layout.dp}x{self.micro_batches}" if self.aux else ""
@@ -156,7 +161,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
     """The run of a case on the models and rows in `folder`."""
     rows, layout = ROWS[case.rows], case.layout
     return RunConfig(
-        model=ModelConfig(path=str(folder / case.kind), dtype="float32"),
+        model=ModelConfig(path=str(folder / case.model), dtype="float32"),
         embedding=EmbeddingConfig(pooling=POOLINGS[case.kind]),
         objective=ObjectiveConfig(temperature=rows.temperature),
         data=DataConfig(train=(TrainFile(path=str(folder / f"{case.rows}.jsonl")),), shuffle=False,

@@ -8,7 +8,7 @@ a case is the largest, over all parameters, of |g - g*| / max(|g*|, 1e-6 |G*|) i
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import transformers
 
 from megatron_embed.config.schema import TrainFile
 from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.records import Record, RecordSet, open_records
+from megatron_embed.data.records import Record, open_records
 from megatron_embed.models.pooling_names import Pooling
 from tests.ranks import run_on_ranks
 from tests.toys import MINI_EN, MINILM
@@ -26,7 +26,6 @@ from tests.training.cases import BOUND, KINDS, LOSS_BOUND, NUM_NEGATIVES, POOLIN
 from tests.training.rank_side import Found, run_cases, tokenizer_of
 
 VOCABULARY = 30522
-TAUGHT_LOSS = 1.5
 _DECODER = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
             "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 2048}
 _MODELS: dict[Kind, tuple[str, str, dict[str, Any]]] = {
@@ -85,6 +84,8 @@ class Oracle:
 
     def truth(self, case: Case) -> Truth:
         """Loss and norm of the reference; its gradients lie in FOLDER/truth-NAME."""
+        if case.rows == "long" and not (self.folder / case.model).exists():
+            _save_long_model(self.folder, case.kind)
         if case.truth not in self._truths:
             self._truths[case.truth] = _compute_truth(case, self.folder)
         return self._truths[case.truth]
@@ -117,36 +118,62 @@ def save_model(path: Path, kind: Kind, rows: Path | None = None) -> Path:
         shutil.copy(MINILM / name, path)
     model.config.save_pretrained(path)
     if rows is not None:
-        _teach(model, kind, open_records((TrainFile(path=str(rows)),)), tokenizer_of(path, ROWS["short"]))
+        records = _records(rows, "short")
+        tokenizer = tokenizer_of(path, ROWS["short"])
+        _teach(model, lambda: _embed_padded(model, POOLINGS[kind], records, tokenizer), ROWS["short"].temperature, 1.5)
     model.save_pretrained(path)
     return path
 
 
-def _teach(model: torch.nn.Module, kind: Kind, records: RecordSet, tokenizer: RoleTokenizer) -> None:
-    """AdamW on padded batches until the loss has come down to a middling value."""
-    groups = [records[number] for number in range(ROWS["short"].count)]
-    documents = [[record.positive[0], *record.negatives[:NUM_NEGATIVES]] for record in groups]
-    ids = [*tokenizer.tokenize([record.query for record in groups], "query").token_ids,
-           *tokenizer.tokenize([text for texts in documents for text in texts], "document").token_ids]
-    lengths = torch.tensor([len(tokens) for tokens in ids])
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
-    mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    places = torch.arange(padded.shape[1])
-    first, last = (places == 0).expand_as(mask), places == lengths[:, None] - 1
-    weights = {"lasttoken": last, "cls": first, "mean": mask}[POOLINGS[kind]]
-    positive = torch.tensor([sum(map(len, documents[:row])) for row in range(len(groups))])
+def _save_long_model(folder: Path, kind: Kind) -> None:
+    """The model of `kind` taught to tell the long rows apart, too."""
+    path = folder / f"{kind}-long"
+    shutil.copytree(folder / kind, path)
+    model = transformers.AutoModel.from_pretrained(path)
+    records, tokenizer = _records(folder / "long.jsonl", "long"), tokenizer_of(path, ROWS["long"])
+    _teach(model, lambda: _embed_rows(model, None, records, tokenizer, POOLINGS[kind]), ROWS["long"].temperature, 1.8)
+    model.save_pretrained(path)
+
+
+def _records(path: Path, rows: str) -> list[Record]:
+    records = open_records((TrainFile(path=str(path)),))
+    return [records[number] for number in range(ROWS[rows].count)]
+
+
+Embeddings = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""([queries, dim], [documents, dim], [queries] the positive's document)."""
+
+
+def _teach(model: torch.nn.Module, embed: Callable[[], Embeddings], temperature: float, goal: float) -> None:
+    """AdamW until the loss has come down to a middling value."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
-        states = model(padded, attention_mask=mask).last_hidden_state
-        rows = torch.nn.functional.normalize((states * weights[:, :, None]).sum(dim=1), dim=1)
-        loss = torch.nn.functional.cross_entropy(
-            rows[:len(groups)] @ rows[len(groups):].T / ROWS["short"].temperature, positive)
-        if loss < TAUGHT_LOSS:
+        query, document, positive = embed()
+        loss = torch.nn.functional.cross_entropy(query @ document.T / temperature, positive)
+        if loss < goal:
             return
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    raise AssertionError(f"{kind} did not learn: loss {float(loss)}")
+    raise AssertionError(f"the model did not learn: loss {float(loss)}")
+
+
+def _embed_padded(model: torch.nn.Module, pooling: Pooling, records: Sequence[Record],
+                  tokenizer: RoleTokenizer) -> Embeddings:
+    """All texts at once, which is fast for short ones."""
+    documents = [[record.positive[0], *record.negatives[:NUM_NEGATIVES]] for record in records]
+    ids = [*tokenizer.tokenize([record.query for record in records], "query").token_ids,
+           *tokenizer.tokenize([text for texts in documents for text in texts], "document").token_ids]
+    lengths = torch.tensor([len(tokens) for tokens in ids])
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
+    places = torch.arange(padded.shape[1])
+    mask = places < lengths[:, None]
+    first, last = (places == 0).expand_as(mask), places == lengths[:, None] - 1
+    weights = {"lasttoken": last, "cls": first, "mean": mask}[pooling]
+    states = model(padded, attention_mask=mask).last_hidden_state
+    rows = torch.nn.functional.normalize((states * weights[:, :, None]).sum(dim=1), dim=1)
+    positive = torch.tensor([sum(map(len, documents[:row])) for row in range(len(records))])
+    return rows[:len(records)], rows[len(records):], positive
 
 
 def _write_rows(path: Path, rows: Rows) -> None:
@@ -165,13 +192,12 @@ def _write_rows(path: Path, rows: Rows) -> None:
 def _compute_truth(case: Case, folder: Path) -> Truth:
     """One process, float64, one text at a time, InfoNCE over all rows by autograd."""
     rows = ROWS[case.rows]
-    records = open_records((TrainFile(path=str(folder / f"{case.rows}.jsonl")),))
-    groups = [records[number] for number in range(rows.count)]
-    model = transformers.AutoModel.from_pretrained(folder / case.kind, dtype=torch.float64).eval()
+    groups = _records(folder / f"{case.rows}.jsonl", case.rows)
+    model = transformers.AutoModel.from_pretrained(folder / case.model, dtype=torch.float64).eval()
     model.config._experts_implementation = "eager"  # the default's grouped product has no float64
     routers = _RouterLogits()
     routers.watch(model)
-    query, document, positive = _embed_rows(model, routers, groups, tokenizer_of(folder / case.kind, rows),
+    query, document, positive = _embed_rows(model, routers, groups, tokenizer_of(folder / case.model, rows),
                                             POOLINGS[case.kind])
     loss = torch.nn.functional.cross_entropy(query @ document.T / rows.temperature, positive)
     total = loss
@@ -207,9 +233,9 @@ class _RouterLogits:
         self.texts[-1].append(output[0])
 
 
-def _embed_rows(model: torch.nn.Module, routers: _RouterLogits, records: Sequence[Record], tokenizer: RoleTokenizer,
-                pooling: Pooling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """([queries, dim], [documents, dim], [queries] the positive's document), text by text: a query, its documents."""
+def _embed_rows(model: torch.nn.Module, routers: "_RouterLogits | None", records: Sequence[Record],
+                tokenizer: RoleTokenizer, pooling: Pooling) -> Embeddings:
+    """Text by text: a query, then its documents."""
     query, document, positive = [], [], []
     for record in records:
         texts = [record.positive[0], *record.negatives[:NUM_NEGATIVES]]
@@ -217,7 +243,8 @@ def _embed_rows(model: torch.nn.Module, routers: _RouterLogits, records: Sequenc
         ids = [*tokenizer.tokenize([record.query], "query").token_ids,
                *tokenizer.tokenize(texts, "document").token_ids]
         for number, tokens in enumerate(ids):
-            routers.texts.append([])
+            if routers is not None:
+                routers.texts.append([])
             states = model(torch.tensor([tokens])).last_hidden_state[0]
             row = {"lasttoken": states[-1], "cls": states[0], "mean": states.mean(dim=0)}[pooling]
             (document if number else query).append(torch.nn.functional.normalize(row, dim=0))

@@ -62,7 +62,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     records = open_records(config.data.train)
     sampler = GlobalBatchSampler(records, global_batch_size=config.training.global_batch_size, shuffle=False, seed=1,
                                  num_negatives=NUM_NEGATIVES)
-    with BatchLoader(records, sampler, tokenizer_of(folder / case.kind, ROWS[case.rows]), dp_rank=topology.dp_rank,
+    with BatchLoader(records, sampler, tokenizer_of(folder / case.model, ROWS[case.rows]), dp_rank=topology.dp_rank,
                      dp_size=topology.dp_size, micro_batch_size=config.training.micro_batch_size,
                      num_negatives=NUM_NEGATIVES, alignment=token_alignment(config.parallel),
                      constant_tokens=topology.pp_size > 1) as loader:
