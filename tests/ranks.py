@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 300.0
+"""Counts a worker's start, which took two minutes where the libraries had to come from a cold disk."""
 GRACE_SECONDS = 5.0
 """After the first failure the other ranks get this long to notice it; those still stuck are killed and replaced."""
 STACK_SIGNAL = signal.SIGUSR2
