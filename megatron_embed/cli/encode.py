@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     folder = os.path.dirname(os.path.abspath(args.output))
     writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
     if os.path.isdir(args.output) or not args.output.endswith(".npy") or not writable:
-        raise ConfigError(f"--output {args.output}: must be a .npy file, no directory, in a folder that exists and can "
-                          "be written")
+        raise ConfigError(f"--output {args.output}: must be a .npy file, itself no directory, in a directory that "
+                          "exists and can be written")
     import numpy as np
 
     from megatron_embed.cli.model import open_encoder

@@ -106,7 +106,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         require_writable("checkpoint.export_at_end", str(target.parent))
         if config.model.bidirectional and not model.shape.bidirectional:
             raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: Sentence Transformers runs "
-                              f"{model.shape.family} models causally, so a bidirectional one would differ there; set it to "
+                              f"{model.shape.family} models causally, so a bidirectional one differs there; set it to "
                               "null")
     tokenizer = RoleTokenizer(
         str(model.hf), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",

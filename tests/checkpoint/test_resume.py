@@ -135,14 +135,25 @@ def test_what_a_killed_save_left_is_ignored_and_removed(model, finished, tmp_pat
     half = directory / ".step_000004.tmp"
     shutil.copytree(directory / "step_000003", half)
     (half / "megatron_embed.json").unlink()
-    deleted = directory / "step_000001"
-    (deleted / "megatron_embed.json").unlink()
-    (deleted / "model" / "common.pt").unlink(missing_ok=True)
+    (directory / "step_000001").rename(directory / ".step_000001.old.tmp")
+    foreign = directory / "step_1000"  # another trainer's: not ours to delete
+    foreign.mkdir()
+    (foreign / "theirs.ckpt").write_text("x")
     run_on_ranks(train, 1, configuration(model, directory, **finished[1]))
     assert curve(directory) == curve(finished[0])
     assert sorted(entry.name for entry in directory.iterdir() if "step" in entry.name) == [
-        "step_000002", "step_000003", "step_000004"]
+        "step_000002", "step_000003", "step_000004", "step_1000"]
+    assert (foreign / "theirs.ckpt").exists()
     assert latest_checkpoint(directory).name == "step_000004"
+
+
+def test_a_kill_before_latest_moves_is_survived(model, finished, tmp_path):
+    directory = go_back(finished[0], tmp_path / "run", 3)
+    (directory / "latest").write_text("step_000002\n")
+    run_on_ranks(train, 1, configuration(model, directory, **finished[1]))
+    assert curve(directory) == curve(finished[0])
+    assert latest_checkpoint(directory).name == "step_000004"
+    assert not [entry for entry in directory.iterdir() if entry.name.endswith(".tmp")]
 
 
 def test_log_line_cut_short_by_a_kill_is_written_again(model, finished, tmp_path):
