@@ -74,6 +74,8 @@ class TextEncoder:
             batches += [batches[0]] * (needed - len(batches))
         if not batches:
             return empty
+        if len(self.chunks) > 1:  # the interleaved schedule runs whole rounds of the pipeline
+            batches += [batches[0]] * (-len(batches) % self.topology.pp_size)
         embeddings = embed(self.chunks, batches, self.topology)
         return empty if embeddings is None else embeddings[: len(texts)]
 

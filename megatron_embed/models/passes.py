@@ -62,7 +62,8 @@ def embed(chunks: Sequence[torch.nn.Module], batches: Sequence[DeviceMicroBatch]
         return None
     embeddings = torch.cat(outputs)
     rows = torch.cat([batch.rows for batch in batches]).to(embeddings.device)
-    return torch.empty_like(embeddings).index_copy_(0, rows, embeddings)
+    # A micro-batch that was repeated to fill a schedule counts once.
+    return embeddings.new_empty(int(rows.max()) + 1, embeddings.shape[1]).index_copy_(0, rows, embeddings)
 
 
 __all__ = ["EmbeddingModel", "embed", "run_schedule"]
