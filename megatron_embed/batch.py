@@ -5,8 +5,18 @@ contiguous, its positive first, its hard negatives after it.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Capacity(NamedTuple):
+    """The most that any data-parallel rank holds, equal on all of them: messages are padded to it."""
+
+    queries: int
+    documents: int
+    positives: int
+    """Texts given as positives, of all queries together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +64,18 @@ class EmbedBatch:
     """[num_documents] int64, local query number that each document was given for."""
     query_ids: Tensor
     """[num_queries] int64, hash of each query's text: equal text, equal id, on every rank."""
+    positive_query: Tensor
+    """[positives] int64, local query number that each positive was given for, ascending."""
+    positive_ids: Tensor
+    """[positives] int64, hash of each positive's text, those of a row that are no candidates included."""
     document_ids: Tensor
     """[num_documents] int64, hash of each document's text."""
     num_truncated: int
     """Rows whose text was cut to the maximum length."""
+    capacity: Capacity
+    """Of the whole batch."""
+    micro_capacity: Capacity
+    """Of one micro-batch."""
 
     @property
     def num_rows(self) -> int:

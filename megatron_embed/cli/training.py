@@ -152,7 +152,7 @@ def run_training(config: RunConfig) -> dict[str, float]:
     state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler)
     first_step = resume(config, state)
     pooling, flash = inputs.model.pooling(config.embedding.pooling), uses_flash(config)
-    objective = Objective(config.objective, topology.dp_group, documents_per_query=1 + config.data.num_negatives)
+    objective = Objective(config.objective, topology.dp_group)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
                           negatives=config.objective.negatives, flash=flash,
                           has_dropout=config.training.hidden_dropout > 0 or config.training.attention_dropout > 0)

@@ -43,6 +43,9 @@ class ObjectiveConfig:
     negatives: Literal["global_batch", "micro_batch"] = "global_batch"
     """global_batch: every document of the optimizer step, whatever the layout (two passes where a step has several
     micro-batches). micro_batch: the documents of one micro-batch over the data-parallel ranks (one pass)."""
+    mask_duplicates: bool = False
+    """True: a document whose text is given as a positive to a query is no negative of that query, wherever among the
+    candidates it lies: in whatever row of the global batch that has the same query text, first positive or not."""
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "objective.temperature", self.temperature, "must be > 0; usual: 0.01 to 0.1")

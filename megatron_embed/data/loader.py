@@ -98,4 +98,4 @@ class BatchLoader:
         return build_embed_batch(
             [self._records[row] for row in self.rows(step)], self._tokenizer,
             micro_batch_size=self._micro_batch_size, num_negatives=self._num_negatives, alignment=self._alignment,
-            constant_tokens=self._constant_tokens)
+            constant_tokens=self._constant_tokens, most_positives=self._records.most_positives)

@@ -1,13 +1,13 @@
 """Token ids to packed micro-batches."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
 import torch
 
-from megatron_embed.batch import EmbedBatch, MicroBatch
+from megatron_embed.batch import Capacity, EmbedBatch, MicroBatch
 from megatron_embed.data.prompts import Role, RoleTokenizer, TokenizedRows
 from megatron_embed.data.records import Record, text_id
 from megatron_embed.errors import DataError, UserError
@@ -68,7 +68,7 @@ def _pack_bins(bins: Sequence[Sequence[int]], token_ids: Sequence[list[int]], nu
 
 
 def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, micro_batch_size: int, num_negatives: int,
-                      alignment: int, constant_tokens: bool) -> EmbedBatch:
+                      alignment: int, constant_tokens: bool, most_positives: int = 1) -> EmbedBatch:
     """The batch of these records: one query each, its first positive, and up to `num_negatives` negatives.
 
     Micro-batch m holds queries m*micro_batch_size ... and then all of their documents, in one bin.
@@ -80,6 +80,7 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
         num_negatives: hard negatives per query, in the row's order; a row with fewer contributes what it has.
         alignment: tokens; every bin is a multiple of it.
         constant_tokens: all bins get the size of the largest, for pipelines, whose messages have one shape.
+        most_positives: of one row's positives this many are kept in `positive_ids`; the same on all ranks.
     Raises:
         ConfigError: the query prompt needs an instruction that a record lacks.
         DataError: a text has no tokens.
@@ -102,6 +103,7 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
         last = stop - 1
         bins.append([*range(start, stop),
                      *range(len(records) + int(first[start]), len(records) + int(first[last] + sizes[last]))])
+    positives = [record.positive[:most_positives] for record in records]
     return EmbedBatch(
         micro_batches=_pack_bins(bins, query_tokens.token_ids + document_tokens.token_ids, len(records),
                                  alignment=alignment, constant_tokens=constant_tokens,
@@ -110,10 +112,22 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
         num_documents=len(documents),
         positive_index=torch.from_numpy(first),
         document_query=torch.from_numpy(owner),
-        query_ids=torch.tensor([text_id(text) for text in queries], dtype=torch.int64),
-        document_ids=torch.tensor([text_id(text) for text in documents], dtype=torch.int64),
+        query_ids=_text_ids(queries),
+        positive_query=torch.tensor([row for row, texts in enumerate(positives) for _ in texts], dtype=torch.int64),
+        positive_ids=_text_ids(chain.from_iterable(positives)),
+        document_ids=_text_ids(documents),
         num_truncated=query_tokens.num_truncated + document_tokens.num_truncated,
+        capacity=_capacity(len(records), num_negatives, most_positives),
+        micro_capacity=_capacity(min(micro_batch_size, len(records)), num_negatives, most_positives),
     )
+
+
+def _text_ids(texts: Iterable[str]) -> torch.Tensor:
+    return torch.tensor([text_id(text) for text in texts], dtype=torch.int64)
+
+
+def _capacity(queries: int, num_negatives: int, most_positives: int) -> Capacity:
+    return Capacity(queries, queries * (1 + num_negatives), queries * most_positives)
 
 
 def _refuse_empty(rows: TokenizedRows, texts: Sequence[str], sources: Sequence[str]) -> None:

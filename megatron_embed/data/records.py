@@ -133,6 +133,7 @@ class RecordFile(_Records):
 
     Attributes:
         instructions: each distinct instruction (None: rows without one), with the source of its first row.
+        most_positives: positives of the row that has the most.
 
     Raises:
         ConfigError: the file cannot be opened.
@@ -142,6 +143,7 @@ class RecordFile(_Records):
     def __init__(self, path: str, instruction: str | None = None, key: str = "data.train") -> None:
         self.path = path
         self.instructions: dict[str | None, str] = {}
+        self.most_positives = 0
         self._instruction = instruction
         self._in_memory: list[Record] = []
         self._descriptor: int | None = None
@@ -151,6 +153,7 @@ class RecordFile(_Records):
             row = parse_object(line.raw, source)
             record = self._with_instruction(parse_record(row, source))
             self.instructions.setdefault(record.instruction, source)
+            self.most_positives = max(self.most_positives, len(record.positive))
             ignored.update(row.keys() - set(_FIELDS))
             starts.append(line.start)
             numbers.append(line.number)
@@ -223,6 +226,11 @@ class RecordSet(_Records):
             for instruction, source in file.instructions.items():
                 first.setdefault(instruction, source)
         return first
+
+    @property
+    def most_positives(self) -> int:
+        """Positives of the row that has the most."""
+        return max(file.most_positives for file in self.files)
 
     def _record(self, index: int) -> Record:
         file = bisect_right(self._ends, index)

@@ -1,10 +1,15 @@
 """InfoNCE: each query's positive against every other document, plain (autograd) and tiled (closed-form gradient)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+
+ExcludedTile = Callable[[int, int], Tensor]
+"""(first row, last row + 1) -> [those rows, candidates] bool, true where a candidate is no negative; false at the
+positive. The whole mask exists at no time."""
 
 TILE_ELEMENTS = 1 << 24
 """Similarities computed at once: 64 MiB of float32, whatever the number of candidates."""
@@ -54,7 +59,7 @@ def info_nce(query: Tensor, document: Tensor, positive_index: Tensor, temperatur
 
 
 def info_nce_gradients(query: Tensor, document: Tensor, positive_index: Tensor, temperature: float, *, total_rows: int,
-                       excluded: Tensor | None = None) -> tuple[InfoNCESums, Tensor, Tensor]:
+                       excluded: ExcludedTile | None = None) -> tuple[InfoNCESums, Tensor, Tensor]:
     """The same loss and its gradient in closed form, by tiles of query rows against all documents.
 
     With p the softmax of a row's logits and y its one-hot positive, d loss / d logits = (p - y) / total_rows; the two
@@ -62,14 +67,15 @@ def info_nce_gradients(query: Tensor, document: Tensor, positive_index: Tensor, 
     (TILE_ELEMENTS similarities); no graph is built.
 
     Args:
-        query, document, positive_index, temperature, excluded: as in `info_nce`, float32 or float64.
+        query, document, positive_index, temperature: as in `info_nce`, float32 or float64; no rows at all are allowed.
         total_rows: rows of the whole batch, over which the loss is a mean; >= the rows given here.
+        excluded: the mask, asked for tile by tile.
     Returns:
         (sums over these rows, [batch, dim] gradient of the queries, [candidates, dim] gradient of the documents), both
         gradients of `sum over these rows / total_rows`. No communication.
     """
     rows, candidates = query.shape[0], document.shape[0]
-    tile = max(1, min(rows, TILE_ELEMENTS // candidates))
+    tile = max(1, min(rows, TILE_ELEMENTS // max(1, candidates)))
     scores = query.new_empty(min(tile, rows), candidates)
     grad_query, grad_document = torch.empty_like(query), torch.zeros_like(document)
     sums = torch.zeros(7, dtype=torch.float64, device=query.device)
@@ -77,7 +83,7 @@ def info_nce_gradients(query: Tensor, document: Tensor, positive_index: Tensor, 
         last = min(first + tile, rows)
         part, positives = query[first:last], positive_index[first:last]
         logits = torch.mm(part, document.T, out=scores[: last - first])
-        hidden = None if excluded is None else excluded[first:last]
+        hidden = None if excluded is None else excluded(first, last)
         sums += _tile_sums(logits, positives, hidden)
         logits /= temperature
         if hidden is not None:

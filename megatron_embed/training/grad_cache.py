@@ -64,8 +64,7 @@ class GradCache:
     def one_pass(self, batch: EmbedBatch, batches: list[DeviceMicroBatch]) -> Sums:
         """Negatives of one micro-batch over the data-parallel ranks: the loss is computed inside the schedule."""
         parts = [batch] if len(batches) == 1 else split_by_micro_batch(batch)
-        # The mean over micro-batches is the schedule's own division, so here each counts as if it were the only one.
-        factor = surrogate_factor(1, self.topology.dp_size)
+        factor, total_rows = surrogate_factor(len(batches), self.topology.dp_size), self._total_rows(batch)
 
         def objective(number: int) -> Any:
             part, rows = parts[number], batches[number].rows
@@ -73,7 +72,7 @@ class GradCache:
             def loss(output: Tensor) -> tuple[Tensor, Tensor]:
                 # Row numbers of a micro-batch in ascending order are its queries, then its documents.
                 order = torch.argsort(rows).to(output.device)
-                sums, gradients = self.objective(output.detach()[order], part)
+                sums, gradients = self.objective(output.detach()[order], part, total_rows=total_rows)
                 return (gradients * output[order]).sum() * factor, sums.values
 
             return loss
@@ -86,9 +85,13 @@ class GradCache:
         """On the last stage the objective's answer; elsewhere its sums and an empty gradient that no one uses."""
         values, gradients = self._no_sums(), torch.empty(0)
         if embeddings is not None:
-            sums, gradients = self.objective(embeddings, batch)
+            sums, gradients = self.objective(embeddings, batch, total_rows=self._total_rows(batch))
             values = sums.values
         return Sums(values=send_from_last(values, self.topology.groups.pp)), gradients
+
+    def _total_rows(self, batch: EmbedBatch) -> int:
+        """Queries of the global batch: every data-parallel rank has as many."""
+        return batch.num_queries * self.topology.dp_size
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(8, dtype=torch.float64, device=self.topology.device)
@@ -98,12 +101,15 @@ def split_by_micro_batch(batch: EmbedBatch) -> list[EmbedBatch]:
     """One EmbedBatch per micro-batch, its rows renumbered: queries in order, then their documents."""
     parts = []
     for micro in batch.micro_batches:
-        queries = micro.rows[micro.is_query].sort().values
-        documents = micro.rows[~micro.is_query].sort().values - batch.num_queries
-        first_query, first_document = int(queries[0]), int(documents[0])
+        rows = micro.rows.sort().values
+        queries, documents = rows[rows < batch.num_queries], rows[rows >= batch.num_queries] - batch.num_queries
+        given = torch.isin(batch.positive_query, queries)
         parts.append(EmbedBatch(
             micro_batches=(micro,), num_queries=len(queries), num_documents=len(documents),
-            positive_index=batch.positive_index[queries] - first_document,
-            document_query=batch.document_query[documents] - first_query, query_ids=batch.query_ids[queries],
-            document_ids=batch.document_ids[documents], num_truncated=0))
+            positive_index=torch.searchsorted(documents, batch.positive_index[queries]),
+            document_query=torch.searchsorted(queries, batch.document_query[documents]),
+            query_ids=batch.query_ids[queries],
+            positive_query=torch.searchsorted(queries, batch.positive_query[given]),
+            positive_ids=batch.positive_ids[given], document_ids=batch.document_ids[documents], num_truncated=0,
+            capacity=batch.micro_capacity, micro_capacity=batch.micro_capacity))
     return parts

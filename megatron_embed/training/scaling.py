@@ -8,10 +8,13 @@ What Megatron does to the value a loss function returns (2-tuple form, megatron/
 With context parallelism each rank's graph reaches only its own tokens, so the sum over cp ranks completes the gradient
 and needs no factor: cp cancels. Left over is 1 / (M * dp).
 
-Let L be the mean loss over the global batch and g = dL/de the gradient of an embedding e of this rank, complete over
-all ranks that used it (the objective's reduce-scatter sums a document's uses). By the chain rule dL/dw is the sum over
-all embeddings of g . de/dw, so a micro-batch contributes the surrogate s = sum(g * e), and must be multiplied by
-M * dp.
+Let L be the mean loss over the Q queries of the global batch and g = dL/de the gradient of an embedding e of this rank,
+complete over all ranks that used it (the objective's reduce-scatter sums a document's uses). By the chain rule dL/dw is
+the sum over all embeddings of g . de/dw, so a micro-batch contributes the surrogate s = sum(g * e), and must be
+multiplied by M * dp.
+The objective divides by Q, not by the queries of a micro-batch or rank, in two passes as in one: micro-batches may hold
+different numbers of queries, and each query counts 1 / Q. With `negatives: micro_batch` L is the mean over all queries
+of the loss against the documents of the query's own micro-batch. A micro-batch that is run a second time has s = 0.
 Tensor-parallel twins compute the same embeddings from shards of the weights: no factor.
 """
 

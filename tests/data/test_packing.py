@@ -104,6 +104,17 @@ def test_rows_with_fewer_negatives_contribute_what_they_have(tokenizer: RoleToke
     assert batch.num_truncated == 0
 
 
+def test_positives_travel_with_their_queries(tokenizer: RoleTokenizer):
+    rows = [record("a", "p1", "n1"), record("b", "p2"), record("c", "p3")]
+    rows[0] = replace(rows[0], positive=("p1", "p4", "p5"))
+    batch = build_embed_batch(rows, tokenizer, micro_batch_size=2, num_negatives=2, alignment=1, constant_tokens=False,
+                              most_positives=2)
+    assert batch.positive_query.tolist() == [0, 0, 1, 2]
+    assert batch.positive_ids.tolist() == [text_id(text) for text in ("p1", "p4", "p2", "p3")]
+    assert batch.capacity == (3, 9, 6)
+    assert batch.micro_capacity == (2, 6, 4)
+
+
 def test_constant_tokens_gives_the_bins_of_a_step_one_size(records: list[Record], tokenizer: RoleTokenizer):
     sizes = {}
     for constant in (False, True):

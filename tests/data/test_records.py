@@ -56,12 +56,13 @@ def test_byte_order_mark_crlf_blank_lines_and_a_missing_last_newline(tmp_path: P
 
 def test_several_files_follow_one_another_and_fill_in_instructions(write_rows: WriteRows):
     first = write_rows([ROW, {**ROW, "instruction": "own"}], "a.jsonl")
-    second = write_rows([ROW], "b.jsonl")
+    second = write_rows([{**ROW, "positive": ["one", "two"]}], "b.jsonl")
     records = open_records((TrainFile(path=first, instruction="the file's"), TrainFile(path=second)))
     assert len(records) == 3
     assert [record.instruction for record in records] == ["the file's", "own", None]
     assert [record.source for record in records[1:]] == [f"{first}:2", f"{second}:1"]
     assert records[-1] == records[2]
+    assert (records.files[0].most_positives, records.most_positives) == (1, 2)
     assert records.instructions == {"the file's": f"{first}:1", "own": f"{first}:2", None: f"{second}:1"}
     with pytest.raises(IndexError, match="row 3 of 3"):
         records[3]

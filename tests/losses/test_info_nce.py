@@ -23,6 +23,11 @@ def random_batch(rows=6, candidates=17, dim=5, dtype=torch.float64, seed=0, excl
     return query.to(dtype), document.to(dtype), positive, mask
 
 
+def tiles(mask):
+    """The mask as info_nce_gradients asks for it."""
+    return None if mask is None else lambda first, last: mask[first:last]
+
+
 def by_autograd(query, document, positive, temperature, total_rows, excluded):
     query, document = query.clone().requires_grad_(), document.clone().requires_grad_()
     loss = info_nce(query, document, positive, temperature, excluded) * len(query)
@@ -57,7 +62,7 @@ def test_closed_form_gradients_equal_autograd(monkeypatch, dtype, tolerance, til
         monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
     query, document, positive, mask = random_batch(dtype=dtype, excluded=excluded)
     before = query.clone(), document.clone()
-    sums, *gradients = info_nce_gradients(query, document, positive, temperature, total_rows=11, excluded=mask)
+    sums, *gradients = info_nce_gradients(query, document, positive, temperature, total_rows=11, excluded=tiles(mask))
     exact = random_batch(excluded=excluded)
     loss, *expected = by_autograd(*exact[:3], temperature, 11, exact[3])
     torch.testing.assert_close(sums.loss, loss, rtol=tolerance, atol=0)
@@ -79,11 +84,21 @@ def test_one_candidate_has_no_loss_and_no_gradient():
     assert sums.positive_similarity == pytest.approx(float(query[0] @ document[0]))
 
 
+@pytest.mark.parametrize("candidates", [0, 4])
+def test_no_rows_have_no_loss_and_no_gradient(candidates):
+    query, document, positive, _ = random_batch(4, 8)
+    sums, grad_query, grad_document = info_nce_gradients(query[:0], document[:candidates], positive[:0], 0.05,
+                                                         total_rows=3)
+    assert not sums.stacked().any()
+    assert grad_query.shape == (0, 5)
+    assert torch.equal(grad_document, torch.zeros(candidates, 5, dtype=torch.float64))
+
+
 def test_row_with_all_negatives_excluded_has_no_loss_and_counts_none():
     query, document, positive, _ = random_batch(3, 8)
     mask = torch.zeros(3, 8, dtype=torch.bool)
     mask[1] = torch.arange(8) != positive[1]
-    sums, grad_query, _ = info_nce_gradients(query, document, positive, 0.05, total_rows=3, excluded=mask)
+    sums, grad_query, _ = info_nce_gradients(query, document, positive, 0.05, total_rows=3, excluded=tiles(mask))
     assert sums.stacked().isfinite().all()
     assert not grad_query[1].any()
     assert grad_query[0].any()
@@ -116,7 +131,7 @@ def test_sums_are_what_their_names_say(monkeypatch, tile, excluded):
     query, document, positive, mask = random_batch(9, 12, excluded=excluded, seed=3)
     query[:4] += 2 * document[positive[:4]]
     query = torch.nn.functional.normalize(query, dim=1)
-    sums, *_ = info_nce_gradients(query, document, positive, 0.1, total_rows=9, excluded=mask)
+    sums, *_ = info_nce_gradients(query, document, positive, 0.1, total_rows=9, excluded=tiles(mask))
     expected = naive_sums(query, document, positive, 0.1, mask)
     assert 0 < expected[1] < 9
     assert sums.stacked().dtype == torch.float64

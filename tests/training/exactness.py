@@ -77,7 +77,7 @@ def build(config):
     opened = open_model(config)
     topology = opened.topology
     wrapped = wrap_in_ddp(opened.chunks, config, topology)
-    objective = Objective(config.objective, topology.dp_group, documents_per_query=1 + NUM_NEGATIVES)
+    objective = Objective(config.objective, topology.dp_group)
     dropout = config.training.hidden_dropout > 0 or config.training.attention_dropout > 0
     gradients = GradCache(chunks=wrapped, models=opened.chunks, topology=topology, objective=objective,
                           negatives=config.objective.negatives, flash=False, has_dropout=dropout)

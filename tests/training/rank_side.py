@@ -56,7 +56,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     wrapped = wrap_in_ddp(chunks, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     group = topology.groups.tp if case.sabotage == "group" else topology.dp_group
-    objective = Objective(config.objective, group, documents_per_query=1 + NUM_NEGATIVES)
+    objective = Objective(config.objective, group)
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
                           negatives=config.objective.negatives, flash=False, has_dropout=False)
     records = open_records(config.data.train)

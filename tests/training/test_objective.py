@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_embed.batch import EmbedBatch
+from megatron_embed.batch import Capacity, EmbedBatch
 from megatron_embed.config.schema import ObjectiveConfig
 from megatron_embed.losses.info_nce import info_nce
 from tests.ranks import run_on_ranks
@@ -20,47 +20,72 @@ MOST_DOCUMENTS = 4
 
 
 def batch_of_rank(rank, ragged):
-    """(embeddings [rows, DIM] float32, batch) of one rank: documents per query differ unless they are all the most."""
+    """(embeddings [rows, DIM] float32, batch) of one rank: rows differ in number unless they are all the most.
+
+    Texts are numbers below 3 (queries) and 5 (documents), so that they repeat within and over ranks.
+    """
     generator = torch.Generator().manual_seed(100 + rank)
-    sizes = torch.randint(1, MOST_DOCUMENTS + 1, (QUERIES,), generator=generator) if ragged else torch.full(
-        (QUERIES,), MOST_DOCUMENTS)
+    queries = QUERIES - rank % 2 if ragged else QUERIES
+    sizes = torch.randint(1, MOST_DOCUMENTS + 1, (queries,), generator=generator) if ragged else torch.full(
+        (queries,), MOST_DOCUMENTS)
     documents = int(sizes.sum())
-    embeddings = torch.nn.functional.normalize(torch.randn(QUERIES + documents, DIM, generator=generator), dim=1)
+    embeddings = torch.nn.functional.normalize(torch.randn(queries + documents, DIM, generator=generator), dim=1)
     first = sizes.cumsum(0) - sizes
-    batch = EmbedBatch(micro_batches=(), num_queries=QUERIES, num_documents=documents, positive_index=first,
-                       document_query=torch.repeat_interleave(torch.arange(QUERIES), sizes),
-                       query_ids=torch.arange(QUERIES), document_ids=torch.arange(documents), num_truncated=0)
+    document_ids = torch.randint(0, 5, (documents,), generator=generator)
+    others = torch.randint(0, 5, (rank,), generator=generator)  # second positives of the first query
+    batch = EmbedBatch(
+        micro_batches=(), num_queries=queries, num_documents=documents, positive_index=first,
+        document_query=torch.repeat_interleave(torch.arange(queries), sizes),
+        query_ids=torch.randint(0, 3, (queries,), generator=generator), document_ids=document_ids,
+        positive_query=torch.tensor([*range(queries), *[0] * rank]),
+        positive_ids=torch.cat([document_ids[first], others]), num_truncated=0,
+        capacity=Capacity(QUERIES, QUERIES * MOST_DOCUMENTS, QUERIES * 2), micro_capacity=Capacity(0, 0, 0))
     return embeddings, batch
 
 
-def objective_on_rank(ragged):
+def objective_on_rank(ragged, masked, total_rows):
     from megatron_embed.training.objective import Objective
 
     embeddings, batch = batch_of_rank(dist.get_rank(), ragged)
-    objective = Objective(ObjectiveConfig(temperature=0.1), dist.group.WORLD, documents_per_query=MOST_DOCUMENTS)
-    sums, gradient = objective(embeddings, batch)
+    objective = Objective(ObjectiveConfig(temperature=0.1, mask_duplicates=masked), dist.group.WORLD)
+    sums, gradient = objective(embeddings, batch, total_rows=total_rows)
     return sums, gradient
 
 
+def whole_mask(batches, positive):
+    """[queries, candidates] of all ranks, by a loop over the texts."""
+    texts = torch.cat([batch.document_ids for batch in batches]).tolist()
+    queries = torch.cat([batch.query_ids for batch in batches]).tolist()
+    given = {(int(batch.query_ids[row]), int(text)) for batch in batches
+             for row, text in zip(batch.positive_query, batch.positive_ids, strict=True)}
+    return torch.tensor([[(query, text) in given and column != at for column, text in enumerate(texts)]
+                         for query, at in zip(queries, positive.tolist(), strict=True)])
+
+
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("ragged", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_agree_with_one_process(world_size, ragged):
-    results = run_on_ranks(objective_on_rank, world_size, ragged)
+def test_ranks_agree_with_one_process(world_size, ragged, masked):
     parts = [batch_of_rank(rank, ragged) for rank in range(world_size)]
     counts = [batch.num_documents for _, batch in parts]
     assert (len(set(counts)) > 1) == (ragged and world_size > 1)
     before = [sum(counts[:rank]) for rank in range(world_size)]
     leaves = [embeddings.double().requires_grad_() for embeddings, _ in parts]
-    query = torch.cat([leaf[:QUERIES] for leaf in leaves])
-    document = torch.cat([leaf[QUERIES:] for leaf in leaves])
+    query = torch.cat([leaf[:batch.num_queries] for leaf, (_, batch) in zip(leaves, parts, strict=True)])
+    document = torch.cat([leaf[batch.num_queries:] for leaf, (_, batch) in zip(leaves, parts, strict=True)])
     positive = torch.cat([batch.positive_index + start for (_, batch), start in zip(parts, before, strict=True)])
-    loss = info_nce(query, document, positive, 0.1)
+    excluded = whole_mask([batch for _, batch in parts], positive) if masked else None
+    loss = info_nce(query, document, positive, 0.1, excluded)
+    unmasked = info_nce(query, document, positive, 0.1)
     assert loss > 0.3
+    assert not masked or loss < unmasked - 1e-3
+    results = run_on_ranks(objective_on_rank, world_size, ragged, masked, len(query))
+    pairs, hidden = len(query) * len(document), 0 if excluded is None else int(excluded.sum())
     for (sums, gradient), expected in zip(results, torch.autograd.grad(loss, leaves), strict=True):
         metrics = sums.metrics()
         assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
-        assert metrics["negatives_per_query"] == sum(counts) - 1
-        assert metrics["masked_fraction"] == 0
+        assert metrics["negatives_per_query"] == (pairs - hidden) / len(query) - 1
+        assert metrics["masked_fraction"] == hidden / (pairs - len(query))
         assert expected.norm() > 0.01
         assert (gradient.double() - expected).norm() <= 1e-5 * expected.norm()
 
@@ -90,22 +115,26 @@ def counted_step(config):
     return calls
 
 
-@pytest.mark.parametrize("micro_batch_size", [6, 3, 1])
-def test_one_gather_and_one_reduce_scatter_per_step(tmp_path, micro_batch_size):
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_gather_and_one_reduce_scatter_per_step(tmp_path, masked):
     directory = save_model(tmp_path / "model", "bert", tokenizer=True)
-    config = run_config(directory, parallel=layout(), objective=objective_settings(), distributed=False,
-                        training={"global_batch_size": ROWS, "micro_batch_size": micro_batch_size})
     hidden, capacity = 32, ROWS // 2 * 2
-    for calls in run_on_ranks(counted_step, 2, config):
-        gathers = [elements for name, elements in calls if name in ("all_gather_into_tensor", "all_gather")]
-        scatters = [elements for name, elements in calls if name in ("reduce_scatter_tensor", "reduce_scatter")]
-        assert sorted(gathers) == [2, 2 * capacity * hidden]  # how many documents each rank has; the documents
-        assert scatters == [2 * capacity * hidden]
-        # The sums of the step, and the gradient buffer of the parameters.
-        others = sorted(elements for name, elements in calls if name in ("all_reduce", "broadcast"))
-        assert others[0] == 8
-        assert others[1] > 30522 * hidden
-        assert len(others) == 2
+    for micro_batch_size in (6, 3, 1):
+        config = run_config(directory, parallel=layout(), objective=objective_settings(mask_duplicates=masked),
+                            distributed=False, training={"global_batch_size": ROWS,
+                                                         "micro_batch_size": micro_batch_size})
+        for calls in run_on_ranks(counted_step, 2, config):
+            gathers = [elements for name, elements in calls if name in ("all_gather_into_tensor", "all_gather")]
+            scatters = [elements for name, elements in calls if name in ("reduce_scatter_tensor", "reduce_scatter")]
+            # Of each rank: its numbers of documents and positives, their hashes if there is a mask; the documents.
+            ids = capacity + 2 * (ROWS // 2) if masked else 0
+            assert sorted(gathers) == [2 * (2 + ids), 2 * capacity * hidden]
+            assert scatters == [2 * capacity * hidden]
+            # The sums of the step, and the gradient buffer of the parameters.
+            others = sorted(elements for name, elements in calls if name in ("all_reduce", "broadcast"))
+            assert others[0] == 8
+            assert others[1] > 30522 * hidden
+            assert len(others) == 2
 
 
 def test_metrics_are_means_over_the_batch():
