@@ -15,3 +15,17 @@ class DataError(UserError, ValueError):
 
 class CheckpointError(UserError, RuntimeError):
     """A model directory or checkpoint that cannot be read, written or converted."""
+
+
+class TokenlessTextError(UserError, ValueError):
+    """A text that the tokenizer turns into nothing; whoever knows where the text came from says that instead."""
+
+    def __init__(self, row: int, place: str, text: str) -> None:
+        """`row`: number of the text, from 0, among those handed over; `place`: how to call it in the message."""
+        self.row, self.place, self.text = row, place, text
+        super().__init__(f"{place}: the text {text[:40]!r} has no tokens in this tokenizer; remove it, or choose a "
+                         "pooling that adds an EOS (lasttoken)")
+
+    def __reduce__(self) -> tuple[type["TokenlessTextError"], tuple[int, str, str]]:
+        """For the way to another rank."""
+        return type(self), (self.row, self.place, self.text)

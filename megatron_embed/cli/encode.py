@@ -4,7 +4,7 @@ import argparse
 import os
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument
-from megatron_embed.errors import ConfigError
+from megatron_embed.errors import ConfigError, TokenlessTextError
 
 HELP = "texts to vectors"
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write [texts, dim] float32, in the order of the rows; nothing half-written is left behind."""
-    from megatron_embed.data.records import read_texts
+    from megatron_embed.data.records import place_of_text, read_texts
 
     texts = read_texts(args.input)
     folder = os.path.dirname(os.path.abspath(args.output))
@@ -33,7 +33,10 @@ def run(args: argparse.Namespace) -> int:
     from megatron_embed.cli.model import open_encoder
 
     encoder, _, topology = open_encoder(args, prompts=args.role is not None)
-    vectors = encoder.encode(texts, args.role or "document", show_progress=topology.rank == 0)
+    try:
+        vectors = encoder.encode(texts, args.role or "document", show_progress=topology.rank == 0)
+    except TokenlessTextError as error:
+        raise TokenlessTextError(error.row, place_of_text(args.input, error.row), error.text) from None
     if topology.rank == 0:
         temporary = f"{args.output}.{os.getpid()}.tmp"
         with open(temporary, "wb") as file:

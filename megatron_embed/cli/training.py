@@ -22,8 +22,9 @@ from megatron_embed.data.loader import BatchLoader
 from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.data.records import RecordSet, open_records
 from megatron_embed.data.sampler import GlobalBatchSampler
+from megatron_embed.data.tokenless import refuse_tokenless_rows
 from megatron_embed.errors import ConfigError
-from megatron_embed.evaluation.beir import BeirData, load_beir
+from megatron_embed.evaluation.beir import BeirData, load_beir, refuse_tokenless_texts
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.retrieval import evaluate_retrieval
 from megatron_embed.models.backbone import check_divisible
@@ -117,6 +118,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         raise ConfigError(f"data.query_prompt = {config.data.query_prompt!r}: {key} has no instruction to put into it; "
                           "write the instruction out, or evaluate and export afterwards")
     records = open_records(config.data.train)
+    refuse_tokenless_rows(records, tokenizer, config.data.num_negatives)
     sampler = GlobalBatchSampler(
         records, global_batch_size=config.training.global_batch_size, shuffle=config.data.shuffle,
         seed=config.training.seed, num_negatives=config.data.num_negatives)
@@ -125,6 +127,8 @@ def read_inputs(config: RunConfig) -> Inputs:
         raise ConfigError(f"training.warmup_steps = {config.training.warmup_steps} must be below the {steps} training "
                           "steps")
     retrieval = [load_beir(directory, config.evaluation.split) for directory in config.evaluation.retrieval]
+    for data in retrieval:
+        refuse_tokenless_texts(data, tokenizer)
     return Inputs(model=model, records=records, tokenizer=tokenizer, sampler=sampler, retrieval=retrieval,
                   train_steps=steps)
 

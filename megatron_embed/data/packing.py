@@ -10,7 +10,7 @@ import torch
 from megatron_embed.batch import Capacity, EmbedBatch, MicroBatch
 from megatron_embed.data.prompts import Role, RoleTokenizer, TokenizedRows
 from megatron_embed.data.records import Record, text_id
-from megatron_embed.errors import DataError, UserError
+from megatron_embed.errors import DataError, TokenlessTextError
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokeni
         constant_tokens: all bins get the size of the largest.
         sort: longest first, so that equally long texts meet and memory peaks at once; else the texts' order.
     Raises:
-        UserError: a text has no tokens.
+        TokenlessTextError: for the first text without tokens.
     """
     tokenized = tokenizer.tokenize(texts, role)
     lengths = [len(ids) for ids in tokenized.token_ids]
@@ -161,8 +161,7 @@ def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokeni
     filled = 0
     for row in order:
         if not lengths[row]:
-            raise UserError(f"{role} text number {row + 1}, {texts[row][:40]!r}, has no tokens in this tokenizer; "
-                            "remove it or choose a pooling that adds an EOS (lasttoken)")
+            raise TokenlessTextError(row, f"{role} text number {row + 1}", texts[row])
         if not bins or filled + lengths[row] > room:
             bins.append([])
             filled = 0

@@ -103,6 +103,12 @@ class RoleTokenizer:
         """Whether the query prompt is filled per row."""
         return _PLACEHOLDER in self._prompts["query"]
 
+    def always_adds_tokens(self, role: Role) -> bool:
+        """Whether special tokens, the EOS, the prompt or an instruction give every text of the role a token."""
+        if self._num_prefix or self._suffix or self._eos or _PLACEHOLDER in self._prompts[role]:
+            return True
+        return bool(self._prompts[role]) and bool(self._ids([self._prompts[role]], special=False)[0])
+
     def tokenize(self, texts: Sequence[str], role: Role,
                  instructions: Sequence[str | None] | None = None) -> TokenizedRows:
         """Token ids of each text with its role's prompt.

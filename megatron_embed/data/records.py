@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import overload
 
 import numpy as np
@@ -265,3 +265,8 @@ def read_texts(path: str, key: str = "--input") -> list[str]:
         raise DataError(f'{path}:1: no rows; a row is one line such as {{"text": "..."}}')
     _report_ignored(path, ignored)
     return texts
+
+
+def place_of_text(path: str, row: int, key: str = "--input") -> str:
+    """FILE:LINE of text `row`, from 0, of `read_texts`; reads the file again."""
+    return f"{path}:{next(islice(read_lines(path, key), row, None)).number}"

@@ -5,15 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_embed.data.jsonl import check_text, parse_object, read_lines, shortened
-from megatron_embed.errors import DataError
+from megatron_embed.data.prompts import Role, RoleTokenizer
+from megatron_embed.data.tokenless import first_tokenless
+from megatron_embed.errors import DataError, TokenlessTextError
 
 HEADER = ["query-id", "corpus-id", "score"]
+FILES: dict[Role, str] = {"document": "corpus.jsonl", "query": "queries.jsonl"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BeirData:
     """A retrieval test set: every document of the corpus, and the queries that the split judges."""
 
+    directory: str
     name: str
     """Of the folder; of the folder above it where it is just called `beir`."""
     document_ids: list[str]
@@ -24,6 +28,14 @@ class BeirData:
     """In the order of the file, as the ids."""
     qrels: dict[str, dict[str, int]]
     """query id -> document id -> label; labels are graded, 0 (or less) is judged not relevant. One entry per query."""
+
+    def place_of(self, role: Role, row_id: str) -> str:
+        """FILE:LINE of a query or document; reads the file again."""
+        path = str(Path(self.directory) / FILES[role])
+        for line in read_lines(path, "BEIR folder"):
+            if str(parse_object(line.raw, f"{path}:{line.number}").get("_id")) == row_id:
+                return f"{path}:{line.number}"
+        raise DataError(f"{path}: _id = {shortened(row_id)} is gone; keep the file until the run ends")
 
 
 def load_beir(directory: str, split: str = "test") -> BeirData:
@@ -39,12 +51,13 @@ def load_beir(directory: str, split: str = "test") -> BeirData:
     folder = Path(directory)
     qrels_path = folder / "qrels" / f"{split}.tsv"
     _require_files(folder, qrels_path)
-    documents = _read_texts(folder / "corpus.jsonl")
-    queries = _read_texts(folder / "queries.jsonl")
+    documents = _read_texts(folder / FILES["document"])
+    queries = _read_texts(folder / FILES["query"])
     qrels = _read_qrels(qrels_path, queries, documents)
     query_ids = [query for query in queries if query in qrels]
     path = folder.resolve()
     return BeirData(
+        directory=directory,
         name=path.parent.name if path.name == "beir" else path.name,
         document_ids=list(documents),
         document_texts=list(documents.values()),
@@ -52,6 +65,17 @@ def load_beir(directory: str, split: str = "test") -> BeirData:
         query_texts=[queries[query] for query in query_ids],
         qrels=qrels,
     )
+
+
+def refuse_tokenless_texts(data: BeirData, tokenizer: RoleTokenizer) -> None:
+    """Raises TokenlessTextError, beginning `FILE:LINE: `, where that can be found before the set is embedded."""
+    texts: dict[Role, Iterator[tuple[str, str]]] = {
+        "query": zip(data.query_ids, data.query_texts, strict=True),
+        "document": zip(data.document_ids, data.document_texts, strict=True)}
+    for role, labelled in texts.items():
+        if (found := first_tokenless(labelled, role, tokenizer)) is not None:
+            row_id, text = found
+            raise TokenlessTextError(0, data.place_of(role, row_id), text)
 
 
 def _require_files(folder: Path, qrels_path: Path) -> None:

@@ -2,18 +2,19 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_embed.batch import MicroBatch
 from megatron_embed.data.packing import build_encode_batches
-from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.prompts import Role, RoleTokenizer
+from megatron_embed.errors import TokenlessTextError
 from megatron_embed.models.encoder import to_device
 from megatron_embed.models.passes import embed
 from megatron_embed.models.pooling_names import Pooling
-from megatron_embed.parallel.collectives import gather_padded, largest, send_from_last
+from megatron_embed.parallel.collectives import gather_padded, largest, send_from_last, smallest
 from megatron_embed.parallel.topology import Topology, token_alignment
 
 TEXTS_AT_ONCE = 4096
@@ -35,12 +36,16 @@ class TextEncoder:
         self.causal = causal
         self.micro_batch_tokens = micro_batch_tokens
 
-    def encode(self, texts: Sequence[str], role: Literal["query", "document"], *,
+    def encode(self, texts: Sequence[str], role: Role, *,
                show_progress: bool = False) -> Tensor:
         """[texts, dim] float32 on the CPU of every rank, in the order of `texts`.
 
         Each data-parallel rank embeds every dp_size-th text; one all-gather over the data-parallel group and one
-        broadcast over the pipeline per 4096 texts of a rank. Dropout is off meanwhile.
+        broadcast over the pipeline per 4096 texts of a rank, and one all-reduce of an integer over the world. Dropout
+        is off meanwhile.
+
+        Raises:
+            TokenlessTextError: for the first text without tokens of these 4096, on every rank alike.
         """
         size, rank = self.topology.dp_size, self.topology.dp_rank
         result = torch.empty(len(texts), self.dim)
@@ -50,7 +55,13 @@ class TextEncoder:
             for first in range(0, len(texts), block):
                 part = texts[first : first + block]
                 capacity = -(-len(part) // size)
-                rows = self._embed_share(part[rank::size], role)
+                share = part[rank::size]
+                # A rank without texts embeds the first one for nothing: the experts it holds are asked by others.
+                bins, bad = self._pack_share(share or part[:1], role)
+                row = smallest(len(part) if bad is None else bad * size + rank)
+                if row < len(part):
+                    raise TokenlessTextError(first + row, f"{role} text number {first + row + 1}", part[row])
+                rows = self._embed_share(bins, len(share))
                 if self.topology.is_last_stage:
                     gathered = gather_padded(rows, capacity, self.topology.dp_group)
                 else:
@@ -60,24 +71,29 @@ class TextEncoder:
                 bar.update(len(part))
         return result
 
-    def _embed_share(self, texts: Sequence[str], role: Literal["query", "document"]) -> Tensor:
-        """[texts, dim] of this rank's texts; empty where it has none or is not the last stage."""
-        empty = torch.zeros(0, self.dim, device=self.topology.device)
-        # All ranks run as many bins as the busiest, or an expert-parallel all-to-all would wait for ever.
-        batches = [] if not texts else [
-            to_device(micro, self.topology, self.pooling, flash=self.flash, causal=self.causal)
-            for micro in build_encode_batches(
+    def _pack_share(self, texts: Sequence[str], role: Role) -> tuple[tuple[MicroBatch, ...], int | None]:
+        """This rank's bins, and the number of its first text without tokens if there is one."""
+        try:
+            return build_encode_batches(
                 texts, role, self.tokenizer, micro_batch_tokens=self.micro_batch_tokens,
-                alignment=token_alignment(self.topology.sizes), constant_tokens=self.topology.pp_size > 1)]
+                alignment=token_alignment(self.topology.sizes), constant_tokens=self.topology.pp_size > 1), None
+        except TokenlessTextError as error:
+            return (), error.row
+
+    def _embed_share(self, bins: Sequence[MicroBatch], num_texts: int) -> Tensor:
+        """[num_texts, dim] of this rank's texts; empty before the last stage."""
+        # All ranks run as many bins as the busiest, or an expert-parallel all-to-all would wait for ever.
+        batches = [to_device(micro, self.topology, self.pooling, flash=self.flash, causal=self.causal)
+                   for micro in bins]
         if self.topology.sizes.expert_model_parallel_size > 1:
             needed = largest(len(batches), self.topology.dp_group)
             batches += [batches[0]] * (needed - len(batches))
-        if not batches:
-            return empty
         if len(self.chunks) > 1:  # the interleaved schedule runs whole rounds of the pipeline
             batches += [batches[0]] * (-len(batches) % self.topology.pp_size)
         embeddings = embed(self.chunks, batches, self.topology)
-        return empty if embeddings is None else embeddings[: len(texts)]
+        if embeddings is None:
+            return torch.zeros(0, self.dim, device=self.topology.device)
+        return embeddings[:num_texts]
 
 
 @contextlib.contextmanager

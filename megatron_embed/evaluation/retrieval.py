@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megatron_embed.errors import UserError
+from megatron_embed.data.prompts import Role
+from megatron_embed.errors import TokenlessTextError, UserError
 from megatron_embed.evaluation.beir import BeirData
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
-Embed = Callable[[list[str], Literal["query", "document"]], Tensor]
+Embed = Callable[[list[str], Role], Tensor]
 
 CUTOFFS = (1, 3, 5, 10, 100)
 QUERIES_PER_BLOCK = 512
@@ -147,15 +148,16 @@ def evaluate_retrieval(
         similarity: cosine scales every row to unit length in float32 first.
         chunk: documents scored at once.
     Raises:
-        UserError: an embedding that is not finite.
+        UserError: an embedding that is not finite, or a text without tokens.
     """
     if k < max(CUTOFFS):
         raise ValueError(f"k = {k}: the metrics look at the first {max(CUTOFFS)} documents")
     # Ascending ids turn search's rule for equal scores into trec_eval's, at the cut too.
     order = sorted(range(len(data.document_ids)), key=data.document_ids.__getitem__)
     document_ids = [data.document_ids[index] for index in order]
-    documents = _checked(embed([data.document_texts[index] for index in order], "document"), "document", data.name)
-    queries = _checked(embed(data.query_texts, "query"), "query", data.name)
+    texts = [data.document_texts[index] for index in order]
+    documents = _checked(_embedded(embed, texts, "document", document_ids, data), "document", data.name)
+    queries = _checked(_embedded(embed, data.query_texts, "query", data.query_ids, data), "query", data.name)
     if similarity == "cosine":
         queries, documents = normalize(queries, dim=-1), normalize(documents, dim=-1)
     per_query: dict[str, dict[str, float]] = {}
@@ -166,6 +168,14 @@ def evaluate_retrieval(
         run = {query: {document_ids[i]: s for i, s in zip(found, values, strict=True)} for query, found, values in rows}
         per_query.update(metrics_per_query({query: data.qrels[query] for query in ids}, run))
     return _means(per_query)
+
+
+def _embedded(embed: Embed, texts: list[str], role: Role, ids: Sequence[str], data: BeirData) -> Tensor:
+    """`embed(texts, role)`; an error about a text names its line."""
+    try:
+        return embed(texts, role)
+    except TokenlessTextError as error:
+        raise TokenlessTextError(error.row, data.place_of(role, ids[error.row]), error.text) from None
 
 
 def _checked(embeddings: Tensor, role: str, name: str) -> Tensor:

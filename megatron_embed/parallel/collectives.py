@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_embed.errors import UserError
+
 
 def gather_padded(rows: Tensor, capacity: int, group: dist.ProcessGroup) -> Tensor:
     """[rows of this rank, ...] -> [ranks, capacity, ...] over `group`, each rank's rows first, zeros behind them.
@@ -51,3 +53,24 @@ def largest(value: int, group: dist.ProcessGroup) -> int:
     tensor = torch.tensor([value], dtype=torch.int64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return int(tensor)
+
+
+def smallest(value: int) -> int:
+    """The smallest of an integer over the world."""
+    if dist.get_world_size() == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+    return int(tensor)
+
+
+def raise_first(error: UserError | None) -> None:
+    """Raises, on every rank of the world, the error of the lowest rank that has one; returns if none has.
+
+    Called by all ranks; one all-gather of objects over the world.
+    """
+    errors: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise found

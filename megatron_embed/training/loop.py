@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.errors import ConfigError
-from megatron_embed.parallel.collectives import sum_over
+from megatron_embed.errors import ConfigError, UserError
+from megatron_embed.parallel.collectives import raise_first, sum_over
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.training.metrics import MetricsWriter
 from megatron_embed.training.step import Trainer, seed_step, train_step
@@ -24,20 +25,45 @@ class Hooks:
     """What happens between steps. Each is called on all ranks."""
 
     load_batch: Callable[[int], EmbedBatch]
-    """Number of the step, from 0 -> this rank's share of it."""
+    """Number of the step, from 0 -> this rank's share of it. No communication: another rank may fail here."""
     evaluate: Callable[[], dict[str, float]] | None
     """Metrics by name, equal on all ranks."""
     save: Callable[[int, bool], None] | None
     """(steps done, whether it is the last) -> writes a checkpoint."""
 
 
-def token_counts(batch: EmbedBatch, topology: Topology) -> tuple[float, float]:
-    """(real tokens, padded tokens) of the step over all data-parallel ranks."""
-    real = sum(micro.num_tokens for micro in batch.micro_batches)
-    padded = sum(micro.token_ids.numel() for micro in batch.micro_batches)
-    counts = torch.tensor([real, padded], dtype=torch.float64, device=topology.device)
-    total = sum_over(counts, topology.dp_group).tolist()
-    return total[0], total[1]
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A step's share of this rank, which every rank of the world has as well."""
+
+    batch: EmbedBatch
+    tokens: float
+    """Real tokens of the step over all data-parallel ranks."""
+    padded_tokens: float
+    """The same, padding included."""
+
+
+def load_agreed(load_batch: Callable[[int], EmbedBatch], step: int, topology: Topology) -> Loaded:
+    """The batch of a step, or on every rank the error of the lowest rank that has none.
+
+    One all-reduce of three numbers over the world; an error alone costs another collective. The world and not the
+    data-parallel group: a file may change between two twins that read the same rows.
+    """
+    batch, error = None, None
+    try:
+        batch = load_batch(step)
+    except UserError as found:
+        error = found
+    micro_batches = () if batch is None else batch.micro_batches
+    real = sum(micro.num_tokens for micro in micro_batches)
+    padded = sum(micro.token_ids.numel() for micro in micro_batches)
+    counts = torch.tensor([real, padded, batch is None], dtype=torch.float64, device=topology.device)
+    real_sum, padded_sum, failed = sum_over(counts, dist.group.WORLD).tolist()
+    if failed:
+        raise_first(error)
+    assert batch is not None
+    twins = topology.world_size // topology.dp_size
+    return Loaded(batch=batch, tokens=real_sum / twins, padded_tokens=padded_sum / twins)
 
 
 def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWriter, topology: Topology, *,
@@ -46,18 +72,17 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
     metrics: dict[str, float] = {}
     for step in range(first_step, train_steps):
         start = time.perf_counter()
-        batch = hooks.load_batch(step)
+        loaded = load_agreed(hooks.load_batch, step, topology)
         seed_step(config.training.seed, step, topology)
-        metrics = train_step(batch, trainer)
+        metrics = train_step(loaded.batch, trainer)
         if not math.isfinite(metrics["loss"]):
             raise ConfigError(f"training.learning_rate = {config.training.learning_rate}: the loss became "
                               f"{metrics['loss']} in step {step + 1}; lower it, raise warmup_steps, or look at the "
                               "rows of that step")
         done, last = step + 1, step + 1 == train_steps
-        real, padded = token_counts(batch, topology)
         seconds = time.perf_counter() - start
-        metrics |= {"tokens_per_second": real / seconds, "padding_fraction": 1.0 - real / padded,
-                    "step_seconds": seconds}
+        metrics |= {"tokens_per_second": loaded.tokens / seconds,
+                    "padding_fraction": 1.0 - loaded.tokens / loaded.padded_tokens, "step_seconds": seconds}
         writer.step(done, metrics, log=done % config.logging.every_steps == 0 or last)
         if hooks.evaluate is not None and (done % config.evaluation.every_steps == 0 or last):
             writer.evaluation(done, {f"eval/{name}": value for name, value in hooks.evaluate().items()})

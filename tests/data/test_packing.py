@@ -161,7 +161,7 @@ def test_a_text_without_tokens_is_refused(bpe_dir: str):
     with pytest.raises(DataError, match=r"rows\.jsonl:1: the text '' has no tokens in this tokenizer; remove the row"):
         build_embed_batch([record("a", "p"), record("b", "p", "")], tokenizer, micro_batch_size=1, num_negatives=1,
                           alignment=1, constant_tokens=False)
-    with pytest.raises(UserError, match="document text number 2, '', has no tokens in this tokenizer"):
+    with pytest.raises(UserError, match="document text number 2: the text '' has no tokens in this tokenizer"):
         build_encode_batches(["a", ""], "document", tokenizer, micro_batch_tokens=8, alignment=1, constant_tokens=False)
 
 

@@ -173,8 +173,9 @@ def test_negative_zero_ties_with_zero():
 
 
 def one_hot_data(document_ids: list[str], qrels: dict[str, dict[str, int]]) -> BeirData:
-    return BeirData(name="toy", document_ids=document_ids, document_texts=[f"text of {d}" for d in document_ids],
-                    query_ids=list(qrels), query_texts=[f"text of {q}" for q in qrels], qrels=qrels)
+    return BeirData(directory="toy", name="toy", document_ids=document_ids,
+                    document_texts=[f"text of {d}" for d in document_ids], query_ids=list(qrels),
+                    query_texts=[f"text of {q}" for q in qrels], qrels=qrels)
 
 
 def test_evaluate_retrieval_breaks_ties_by_document_id():

@@ -1,0 +1,55 @@
+"""Texts that a tokenizer turns into nothing, found before the first step where that costs little."""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from megatron_embed.data.prompts import Role, RoleTokenizer
+from megatron_embed.data.records import RecordSet
+from megatron_embed.errors import TokenlessTextError
+
+Label = TypeVar("Label")
+
+_UNKNOWN = "\ue000"
+"""A character for private use: no vocabulary holds it."""
+_AT_ONCE = 1024
+
+
+def first_tokenless(texts: Iterable[tuple[Label, str]], role: Role,
+                    tokenizer: RoleTokenizer) -> tuple[Label, str] | None:
+    """The first labelled text that has no tokens, null if all have some.
+
+    Free where special tokens, an EOS or the prompt come with every text. A tokenizer that makes something of any
+    letter can still drop blanks and control characters: then only texts without letter and digit are looked at.
+    """
+    if tokenizer.always_adds_tokens(role):
+        return None
+    drops_letters = not tokenizer.tokenize([_UNKNOWN], role).token_ids[0]
+    waiting: list[tuple[Label, str]] = []
+    for item in texts:
+        if drops_letters or not any(character.isalnum() for character in item[1]):
+            waiting.append(item)
+        if len(waiting) == _AT_ONCE:
+            if (found := _first_empty(waiting, role, tokenizer)) is not None:
+                return found
+            waiting.clear()
+    return _first_empty(waiting, role, tokenizer)
+
+
+def _first_empty(texts: list[tuple[Label, str]], role: Role, tokenizer: RoleTokenizer) -> tuple[Label, str] | None:
+    rows = tokenizer.tokenize([text for _, text in texts], role).token_ids
+    return next((item for item, ids in zip(texts, rows, strict=True) if not ids), None)
+
+
+def refuse_tokenless_rows(records: RecordSet, tokenizer: RoleTokenizer, num_negatives: int) -> None:
+    """Raises TokenlessTextError, beginning `FILE:LINE: `, if a text that training uses has no tokens.
+
+    No communication. Reads every row where the tokenizer may give no tokens.
+    """
+    queries = ((row, record.query) for row, record in enumerate(records))
+    documents = ((row, text) for row, record in enumerate(records)
+                 for text in (record.positive[0], *record.negatives[:num_negatives]))
+    roles: tuple[tuple[Role, Iterable[tuple[int, str]]], ...] = (("query", queries), ("document", documents))
+    for role, texts in roles:
+        if (found := first_tokenless(texts, role, tokenizer)) is not None:
+            row, text = found
+            raise TokenlessTextError(row, records[row].source, text)
