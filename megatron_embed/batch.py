@@ -39,10 +39,18 @@ class MicroBatch:
     """[sequences] bool, true where the sequence is a query."""
     prompt_lengths: Tensor
     """[sequences] int64, leading tokens that pooling must skip (0 unless prompts are excluded from pooling)."""
+    repeated: bool = False
+    """True where a micro-batch of the step is run again only so that ranks run equally many: its embeddings are ignored
+    and their gradient is zero."""
 
     @property
     def num_sequences(self) -> int:
         return self.rows.numel()
+
+    @property
+    def kept_rows(self) -> Tensor:
+        """The rows whose embeddings count: all, or none of a repeated micro-batch."""
+        return self.rows[:0] if self.repeated else self.rows
 
     @property
     def num_tokens(self) -> int:

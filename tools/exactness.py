@@ -29,6 +29,7 @@ from tests.training.cases import (  # noqa: E402
     CURVE_LAYOUTS,
     CURVE_STEPS,
     LOSS_BOUND,
+    ROWS,
     Case,
     all_cases,
 )
@@ -51,15 +52,20 @@ shares no code with the trainer's step, model or packing.
 
 **Under test.** float32 on CPU ranks over gloo: a configuration, the weights of a Hugging Face directory, ragged real
 text from `examples/data/mini_en` through the data loader (row r has r mod 4 hard negatives), Megatron's
-DistributedDataParallel, one step of two passes (one pass where M = 1). Models have 4 layers; Qwen3 and Qwen3-MoE have
-8 heads over 4 key/value heads, Qwen3-MoE has 4 experts of which 2 are chosen. The shards of all ranks are compared,
+DistributedDataParallel, one step of two passes (one pass where M = 1 or negatives are those of a micro-batch). Models
+have 4 layers; Qwen3 and Qwen3-MoE have 8 heads over 4 key/value heads, Qwen3-MoE has 4 experts of which 2 are chosen.
+The shards of all ranks are compared,
 every copy of a shard included; those of the distributed optimizer are gathered first.
 
 **Error** of a case: the largest over all parameters of |g - g*| / max(|g*|, 1e-6 |G*|), L2 norms, g* the reference's
 gradient of the parameter and G* all of its gradients together. Bound: {bound:g}. The loss must agree to {loss_bound:g}
 (relative), and so must, to {bound:g}, the gradient norm that the optimizer computes for clipping.
 
-**Columns.** M: micro-batches per step and data-parallel rank. DO: distributed optimizer. aux: coefficient of the
+**Columns.** M: micro-batches per step and data-parallel rank; with a token budget (`micro_batch_tokens`) the ranks come
+with the numbers given and are brought to the largest, by dividing micro-batches or, where none can be divided, running
+one again. masked: queries, positives and documents repeat over the ranks, and `mask_duplicates` is on; the reference
+compares texts. micro-batch negatives: `negatives: micro_batch`; the reference compares each query with the documents
+of its micro-batch over the data-parallel ranks. DO: distributed optimizer. aux: coefficient of the
 load-balancing loss; above 0 the reference adds the same loss of the same micro-batches, averaged over them. Steps: how
 often the step was repeated; the error is the worst one, and every one was within the bound. SP is on wherever TP is,
 unless said otherwise. EP and ETP split the experts over the ranks that the other sizes make; they add none.
@@ -88,6 +94,9 @@ def run_cases(oracle: Oracle, cases: Sequence[Case]) -> list[tuple[Case, Outcome
 
 def notes(case: Case) -> str:
     words = [f"recompute {case.recompute}"] if case.recompute != "none" else []
+    words += ["masked"] if ROWS[case.rows].masked else []
+    words += ["micro-batch negatives"] if case.negatives == "micro_batch" else []
+    words += [f"{case.tokens} tokens"] if case.tokens else []
     return ", ".join(words)
 
 
@@ -96,8 +105,9 @@ def table(results: Sequence[tuple[Case, Outcome]]) -> str:
              "error | parameter with it | |",
              "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for case, outcome in results:
+        micro_batches = case.micro_batches or " or ".join(map(str, sorted(set(outcome.bins))))
         lines.append(
-            f"| {MODELS[case.kind]} | {case.layout} | {case.layout.ranks} | {case.micro_batches} | "
+            f"| {MODELS[case.kind]} | {case.layout} | {case.layout.ranks} | {micro_batches} | "
             f"{'yes' if case.distributed else 'no'} | {case.aux:g} | {outcome.tokens} | {outcome.truth.candidates} | "
             f"{outcome.loss:.4f} | {outcome.loss_error:.0e} | {outcome.norm_error:.0e} | {case.repeats} | "
             f"{outcome.error:.1e} | `{outcome.worst}` | {notes(case)} |")

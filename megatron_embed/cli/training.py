@@ -32,6 +32,7 @@ from megatron_embed.models.encoder import uses_flash
 from megatron_embed.parallel.topology import (
     Topology,
     check_batch_sizes,
+    check_token_budget,
     check_world_size,
     initialize,
     launched_rank,
@@ -86,6 +87,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     _, world_size, _ = launched_rank()
     check_batch_sizes(config, check_world_size(config.parallel, world_size))
     check_divisible(model.shape, config.parallel)
+    check_token_budget(config)
     uses_flash(config)
     for role, length in (("query", config.data.query_max_length), ("document", config.data.document_max_length)):
         if length > model.shape.max_position_embeddings:
@@ -159,7 +161,8 @@ def run_training(config: RunConfig) -> dict[str, float]:
     objective = Objective(config.objective, topology.dp_group)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
                           negatives=config.objective.negatives, flash=flash,
-                          has_dropout=config.training.hidden_dropout > 0 or config.training.attention_dropout > 0)
+                          has_dropout=config.training.hidden_dropout > 0 or config.training.attention_dropout > 0,
+                          token_budget=config.training.micro_batch_tokens is not None)
     trainer = Trainer(chunks=wrapped, gradients=gradients, optimizer=optimizer, scheduler=scheduler)
     encoder = TextEncoder(wrapped, topology, inputs.tokenizer, pooling=pooling, dim=inputs.model.shape.hidden_size,
                           flash=flash, causal=models[0].causal)
@@ -169,7 +172,9 @@ def run_training(config: RunConfig) -> dict[str, float]:
     loader = BatchLoader(
         inputs.records, inputs.sampler, inputs.tokenizer, dp_rank=topology.dp_rank, dp_size=topology.dp_size,
         micro_batch_size=config.training.micro_batch_size, num_negatives=config.data.num_negatives,
-        alignment=token_alignment(config.parallel), constant_tokens=topology.pp_size > 1)
+        alignment=token_alignment(config.parallel), constant_tokens=topology.pp_size > 1,
+        micro_batch_tokens=config.training.micro_batch_tokens,
+        whole_groups=config.objective.negatives == "micro_batch")
 
     def evaluate() -> dict[str, float]:
         return evaluate_all(inputs.retrieval, encoder, "cosine" if config.embedding.normalize else "dot")

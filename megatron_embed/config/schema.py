@@ -113,7 +113,12 @@ class TrainingConfig:
     global_batch_size: int = 1024
     """Queries per optimizer step, all ranks together."""
     micro_batch_size: int = 8
-    """Queries per data-parallel rank per micro-batch."""
+    """Queries per data-parallel rank per micro-batch. Not used where micro_batch_tokens is set."""
+    micro_batch_tokens: int | None = None
+    """Tokens of every micro-batch, padding included; null: micro_batch_size queries with their documents, however long.
+    Set, a rank's queries and documents are packed into bins of exactly this many tokens, any text anywhere (a query
+    with its documents where objective.negatives is micro_batch). Ranks with fewer bins than the busiest divide
+    their largest ones."""
     train_steps: int | None = None
     """Optimizer steps; null: from `epochs`, or 1000 if that is null too."""
     epochs: float | None = None
@@ -150,6 +155,8 @@ class TrainingConfig:
         for key in ("adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout"):
             _require(0 <= getattr(self, key) < 1, f"training.{key}", getattr(self, key), "must be in [0, 1)")
         _require(self.adam_eps > 0, "training.adam_eps", self.adam_eps, "must be > 0")
+        _require(self.micro_batch_tokens is None or self.micro_batch_tokens >= 1, "training.micro_batch_tokens",
+                 self.micro_batch_tokens, "must be >= 1 or null")
         _require(self.train_steps is None or self.train_steps >= 1, "training.train_steps", self.train_steps,
                  "must be >= 1 or null")
         _require(self.epochs is None or self.epochs > 0, "training.epochs", self.epochs, "must be > 0 or null")

@@ -26,10 +26,12 @@ class BatchLoader:
         tokenizer: of the model that is trained.
         dp_rank: this rank's place on the data axis.
         dp_size: ranks on the data axis.
-        micro_batch_size: queries per rank per micro-batch.
+        micro_batch_size: queries per rank per micro-batch; not used with a token budget.
         num_negatives: hard negatives per query.
         alignment: tokens; every micro-batch is a multiple of it.
         constant_tokens: all micro-batches of a step have one size.
+        micro_batch_tokens: token budget of a micro-batch; null: none. Ranks' numbers of micro-batches then differ.
+        whole_groups: under a budget, a query shares the micro-batch of its documents.
 
     Attributes:
         truncated_rows: rows cut to the maximum length, in the batches handed out so far.
@@ -40,10 +42,10 @@ class BatchLoader:
 
     def __init__(self, records: RecordSet, sampler: GlobalBatchSampler, tokenizer: RoleTokenizer, *, dp_rank: int,
                  dp_size: int, micro_batch_size: int, num_negatives: int, alignment: int,
-                 constant_tokens: bool) -> None:
+                 constant_tokens: bool, micro_batch_tokens: int | None = None, whole_groups: bool = False) -> None:
         group = micro_batch_size * dp_size
         total = sampler.global_batch_size
-        if total % group:
+        if micro_batch_tokens is None and total % group:
             raise ConfigError(f"training.global_batch_size = {total} is not a multiple of micro_batch_size * "
                               f"data_parallel_size = {micro_batch_size} * {dp_size}; next valid: "
                               f"{-(-total // group) * group}")
@@ -62,6 +64,8 @@ class BatchLoader:
         self._num_negatives = num_negatives
         self._alignment = alignment
         self._constant_tokens = constant_tokens
+        self._micro_batch_tokens = micro_batch_tokens
+        self._whole_groups = whole_groups
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-loader")
         self._next: tuple[int, Future[EmbedBatch]] | None = None
 
@@ -98,4 +102,5 @@ class BatchLoader:
         return build_embed_batch(
             [self._records[row] for row in self.rows(step)], self._tokenizer,
             micro_batch_size=self._micro_batch_size, num_negatives=self._num_negatives, alignment=self._alignment,
-            constant_tokens=self._constant_tokens, most_positives=self._records.most_positives)
+            constant_tokens=self._constant_tokens, most_positives=self._records.most_positives,
+            micro_batch_tokens=self._micro_batch_tokens, whole_groups=self._whole_groups)

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from dataclasses import replace
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
 
 from megatron_embed.batch import Capacity, EmbedBatch, MicroBatch
+from megatron_embed.data.bins import bins_of_groups, bins_of_rows
 from megatron_embed.data.prompts import Role, RoleTokenizer, TokenizedRows
 from megatron_embed.data.records import Record, text_id
 from megatron_embed.errors import DataError, TokenlessTextError
@@ -56,10 +58,11 @@ def pack(token_ids: Sequence[list[int]], rows: Sequence[int], is_query: Sequence
 
 
 def _pack_bins(bins: Sequence[Sequence[int]], token_ids: Sequence[list[int]], num_queries: int, *, alignment: int,
-               constant_tokens: bool, pad_token_id: int) -> tuple[MicroBatch, ...]:
-    """Bins of row numbers to micro-batches; rows before `num_queries` are queries."""
+               constant_tokens: bool, pad_token_id: int, tokens: int | None = None) -> tuple[MicroBatch, ...]:
+    """Bins of row numbers to micro-batches, of `tokens` each if given; rows before `num_queries` are queries."""
     largest = max((sum(len(token_ids[row]) for row in rows) for rows in bins), default=0)
-    tokens = _round_up(largest, alignment) if constant_tokens else None
+    if tokens is None and constant_tokens:
+        tokens = _round_up(largest, alignment)
     return tuple(
         pack([token_ids[row] for row in rows], rows, [row < num_queries for row in rows], tokens=tokens,
              alignment=alignment, pad_token_id=pad_token_id)
@@ -68,19 +71,24 @@ def _pack_bins(bins: Sequence[Sequence[int]], token_ids: Sequence[list[int]], nu
 
 
 def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, micro_batch_size: int, num_negatives: int,
-                      alignment: int, constant_tokens: bool, most_positives: int = 1) -> EmbedBatch:
+                      alignment: int, constant_tokens: bool, most_positives: int = 1,
+                      micro_batch_tokens: int | None = None, whole_groups: bool = False) -> EmbedBatch:
     """The batch of these records: one query each, its first positive, and up to `num_negatives` negatives.
 
-    Micro-batch m holds queries m*micro_batch_size ... and then all of their documents, in one bin.
+    Without a token budget micro-batch m holds queries m*micro_batch_size ... and then all of their documents, in one
+    bin. With one, each bin is padded to it, and any row may lie anywhere (data/bins.py).
 
     Args:
         records: this data-parallel rank's share of the step, in order.
         tokenizer: of the model that is trained.
-        micro_batch_size: queries per micro-batch; the last one may be smaller.
+        micro_batch_size: queries per micro-batch; the last one may be smaller. Not used with a token budget.
         num_negatives: hard negatives per query, in the row's order; a row with fewer contributes what it has.
         alignment: tokens; every bin is a multiple of it.
         constant_tokens: all bins get the size of the largest, for pipelines, whose messages have one shape.
         most_positives: of one row's positives this many are kept in `positive_ids`; the same on all ranks.
+        micro_batch_tokens: tokens of every bin, a multiple of `alignment`, at least the longest row (or group); null:
+            no budget.
+        whole_groups: under a budget, a query shares the bin of its documents.
     Raises:
         ConfigError: the query prompt needs an instruction that a record lacks.
         DataError: a text has no tokens.
@@ -97,17 +105,21 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
     _refuse_empty(query_tokens, queries, [record.source for record in records])
     _refuse_empty(document_tokens, documents, [records[query].source for query in owner.tolist()])
 
-    bins = []
-    for start in range(0, len(records), micro_batch_size):
-        stop = min(start + micro_batch_size, len(records))
-        last = stop - 1
-        bins.append([*range(start, stop),
-                     *range(len(records) + int(first[start]), len(records) + int(first[last] + sizes[last]))])
+    token_ids = query_tokens.token_ids + document_tokens.token_ids
+    ends = len(records) + np.cumsum(sizes)
+    rows = [[row, *range(end - size, end)] for row, (end, size) in enumerate(zip(ends, sizes, strict=True))]
+    if micro_batch_tokens is None:
+        bins = [sorted(chain.from_iterable(rows[start : start + micro_batch_size]))
+                for start in range(0, len(records), micro_batch_size)]
+    elif whole_groups:
+        bins = bins_of_groups(rows, [len(ids) for ids in token_ids], micro_batch_tokens)
+    else:
+        bins = bins_of_rows([len(ids) for ids in token_ids], micro_batch_tokens)
+    most_queries = max(sum(row < len(records) for row in bin_) for bin_ in bins)
     positives = [record.positive[:most_positives] for record in records]
     return EmbedBatch(
-        micro_batches=_pack_bins(bins, query_tokens.token_ids + document_tokens.token_ids, len(records),
-                                 alignment=alignment, constant_tokens=constant_tokens,
-                                 pad_token_id=tokenizer.pad_token_id),
+        micro_batches=_pack_bins(bins, token_ids, len(records), alignment=alignment, constant_tokens=constant_tokens,
+                                 pad_token_id=tokenizer.pad_token_id, tokens=micro_batch_tokens),
         num_queries=len(records),
         num_documents=len(documents),
         positive_index=torch.from_numpy(first),
@@ -118,8 +130,59 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
         document_ids=_text_ids(documents),
         num_truncated=query_tokens.num_truncated + document_tokens.num_truncated,
         capacity=_capacity(len(records), num_negatives, most_positives),
-        micro_capacity=_capacity(min(micro_batch_size, len(records)), num_negatives, most_positives),
+        micro_capacity=_capacity(most_queries, num_negatives, most_positives),
     )
+
+
+def fill_bins(batch: EmbedBatch, count: int, micro_capacity: Capacity, *, whole_groups: bool) -> EmbedBatch:
+    """The same rows in exactly `count` micro-batches of the same size.
+
+    While there are too few, the one with the most tokens of those that can be divided is divided; if none can, the
+    first is run again and marked `repeated`.
+
+    Args:
+        batch: of at most `count` micro-batches.
+        count: agreed by all ranks.
+        micro_capacity: of one micro-batch, agreed by all ranks.
+        whole_groups: a query stays with its documents.
+    """
+    assert 0 < len(batch.micro_batches) <= count
+    micro_batches = list(batch.micro_batches)
+    while len(micro_batches) < count:
+        divisible = [place for place, micro in enumerate(micro_batches)
+                     if len(_units(batch, micro, whole_groups)) > 1]
+        if not divisible:
+            micro_batches += [replace(micro_batches[0], repeated=True)] * (count - len(micro_batches))
+            break
+        largest = max(divisible, key=lambda place: (micro_batches[place].num_tokens, -place))
+        micro_batches[largest : largest + 1] = _halves(batch, micro_batches[largest], whole_groups)
+    return replace(batch, micro_batches=tuple(micro_batches), micro_capacity=micro_capacity)
+
+
+def _units(batch: EmbedBatch, micro: MicroBatch, whole_groups: bool) -> list[list[int]]:
+    """Places in the micro-batch of what must stay together."""
+    if not whole_groups:
+        return [[place] for place in range(micro.num_sequences)]
+    units: dict[int, list[int]] = {}
+    for place, row in enumerate(micro.rows.tolist()):
+        query = row if row < batch.num_queries else int(batch.document_query[row - batch.num_queries])
+        units.setdefault(query, []).append(place)
+    return list(units.values())
+
+
+def _halves(batch: EmbedBatch, micro: MicroBatch, whole_groups: bool) -> list[MicroBatch]:
+    """Two micro-batches of about as many tokens each, padded to the size of the one they came from."""
+    units, lengths = _units(batch, micro, whole_groups), micro.cu_seqlens.diff().tolist()
+    sums = list(accumulate(sum(lengths[place] for place in unit) for unit in units))
+    cut = min(range(1, len(units)), key=lambda number: abs(2 * sums[number - 1] - sums[-1]))
+    return [_part(micro, sorted(chain.from_iterable(part))) for part in (units[:cut], units[cut:])]
+
+
+def _part(micro: MicroBatch, places: list[int]) -> MicroBatch:
+    bounds = micro.cu_seqlens.tolist()
+    return pack([micro.token_ids[bounds[place] : bounds[place + 1]].tolist() for place in places],
+                micro.rows[places].tolist(), micro.is_query[places].tolist(), tokens=micro.token_ids.numel(),
+                alignment=1, pad_token_id=0, prompt_lengths=micro.prompt_lengths[places].tolist())
 
 
 def _text_ids(texts: Iterable[str]) -> torch.Tensor:

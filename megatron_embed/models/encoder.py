@@ -53,6 +53,8 @@ class DeviceMicroBatch:
     """Over the tokens that this rank holds after the last layer."""
     rows: Tensor
     """[sequences] int64 on the CPU, local row numbers."""
+    kept_rows: Tensor
+    """[sequences] int64 on the CPU, the same; empty if the micro-batch is a repeated one."""
 
 
 class EmbeddingModel(LanguageModule):
@@ -194,7 +196,7 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
     return DeviceMicroBatch(
         token_ids=_held(micro_batch.token_ids, chunks)[None].to(device),
         position_ids=_held(micro_batch.position_ids, chunks)[None].to(device), num_tokens=tokens, packed=packed,
-        padding=padding[None].to(device), plan=plan, rows=micro_batch.rows)
+        padding=padding[None].to(device), plan=plan, rows=micro_batch.rows, kept_rows=micro_batch.kept_rows)
 
 
 def _held(tokens: Tensor, chunks: tuple[tuple[int, int], ...]) -> Tensor:

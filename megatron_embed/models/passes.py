@@ -60,9 +60,10 @@ def embed(chunks: Sequence[torch.nn.Module], batches: Sequence[DeviceMicroBatch]
         outputs = run_schedule(chunks, batches, topology, collect, forward_only=True)
     if not topology.is_last_stage:
         return None
-    embeddings = torch.cat(outputs)
-    rows = torch.cat([batch.rows for batch in batches]).to(embeddings.device)
-    # A micro-batch that was repeated to fill a schedule counts once.
+    kept = [batch.kept_rows for batch in batches]
+    embeddings = torch.cat([output[: len(rows)] for output, rows in zip(outputs, kept, strict=True)])
+    rows = torch.cat(kept).to(embeddings.device)
+    # Inference repeats micro-batches whose rows it keeps: they count once.
     return embeddings.new_empty(int(rows.max()) + 1, embeddings.shape[1]).index_copy_(0, rows, embeddings)
 
 

@@ -48,11 +48,15 @@ def send_from_last(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def largest(value: int, group: dist.ProcessGroup) -> int:
     """The largest of an integer over `group`."""
-    if group.size() == 1:
-        return value
-    tensor = torch.tensor([value], dtype=torch.int64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
-    return int(tensor)
+    return largest_of_each([value], group)[0]
+
+
+def largest_of_each(values: list[int], group: dist.ProcessGroup) -> list[int]:
+    """The largest over `group` of each of some integers."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    if group.size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor.tolist()
 
 
 def smallest(value: int) -> int:

@@ -152,9 +152,15 @@ def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
     return world_size // model
 
 
-def check_batch_sizes(config: RunConfig, dp_size: int) -> int:
-    """Micro-batches per optimizer step on each rank. Raises ConfigError if the batch sizes do not divide."""
+def check_batch_sizes(config: RunConfig, dp_size: int) -> int | None:
+    """Micro-batches per optimizer step on each rank, null if a token budget makes them. Raises ConfigError if the batch
+    sizes do not divide."""
     size, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if config.training.micro_batch_tokens is not None:
+        if size % dp_size:
+            raise ConfigError(f"training.global_batch_size = {size} is not a multiple of data_parallel_size = "
+                              f"{dp_size}; next valid: {-(-size // dp_size) * dp_size}")
+        return None
     if size % (micro * dp_size):
         unit = micro * dp_size
         raise ConfigError(f"training.global_batch_size = {size} is not a multiple of micro_batch_size * "
@@ -162,9 +168,36 @@ def check_batch_sizes(config: RunConfig, dp_size: int) -> int:
     num_microbatches = size // (micro * dp_size)
     pp, virtual = config.parallel.pipeline_model_parallel_size, virtual_size(config.parallel)
     if virtual is not None and num_microbatches % pp:
-        raise ConfigError(f"training.micro_batch_size = {micro} gives {num_microbatches} micro-batches per step; the "
-                          f"interleaved pipeline needs a multiple of pipeline_model_parallel_size = {pp}")
+        share = size // dp_size
+        valid = [count for count in range(pp, share + 1, pp) if share % count == 0]
+        near = min(valid, key=lambda count: (abs(count - num_microbatches), count), default=None)
+        way_out = (f"raise global_batch_size to a multiple of {pp * dp_size}" if near is None
+                   else f"nearest valid: {share // near}")
+        raise ConfigError(f"training.micro_batch_size = {micro} gives {num_microbatches} micro-batches per step and "
+                          f"rank; the interleaved pipeline needs a multiple of pipeline_model_parallel_size = {pp}; "
+                          f"{way_out}")
     return num_microbatches
+
+
+def check_token_budget(config: RunConfig) -> None:
+    """Raises ConfigError, naming the nearest valid value, if `training.micro_batch_tokens` cannot hold what it must."""
+    budget, alignment = config.training.micro_batch_tokens, token_alignment(config.parallel)
+    if budget is None:
+        return
+    query, document = config.data.query_max_length, config.data.document_max_length
+    least, what = max(query, document), f"max(query_max_length, document_max_length) = max({query}, {document})"
+    if config.objective.negatives == "micro_batch":
+        documents = 1 + config.data.num_negatives
+        least = query + documents * document
+        what = f"query_max_length + (1 + num_negatives) * document_max_length = {query} + {documents} * {document}"
+    least = -(-least // alignment) * alignment
+    if budget < least:
+        raise ConfigError(f"training.micro_batch_tokens = {budget} is less than {what}, what must fit into one "
+                          f"micro-batch; nearest valid: {least}")
+    if budget % alignment:
+        nearest = max(least, round(budget / alignment) * alignment)
+        raise ConfigError(f"training.micro_batch_tokens = {budget} is not a multiple of {alignment}, which the tensor- "
+                          f"and context-parallel ranks need for equal shares; nearest valid: {nearest}")
 
 
 def initialize(sizes: ParallelConfig) -> Topology:

@@ -13,6 +13,7 @@ from megatron_embed.models.passes import embed, run_schedule
 from megatron_embed.parallel.collectives import send_from_last
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import get_all_rng_states, set_all_rng_states
+from megatron_embed.training.agreement import agree_on_bins
 from megatron_embed.training.objective import Objective, Sums
 from megatron_embed.training.scaling import surrogate_factor
 
@@ -32,9 +33,13 @@ class GradCache:
     negatives: Literal["global_batch", "micro_batch"]
     flash: bool
     has_dropout: bool
+    token_budget: bool
+    """Whether ranks come with different numbers of micro-batches, which they then bring to the same."""
 
     def __call__(self, batch: EmbedBatch) -> Sums:
         """Gradients of one step, by two passes, or by one where every negative lies in the same micro-batch."""
+        if self.token_budget:
+            batch = agree_on_bins(batch, self.topology, whole_groups=self.negatives == "micro_batch")
         model = self.models[0]
         batches = [to_device(micro, self.topology, model.pooling, flash=self.flash, causal=model.causal)
                    for micro in batch.micro_batches]
@@ -53,8 +58,8 @@ class GradCache:
 
         def surrogate(number: int) -> Any:
             def loss(output: Tensor) -> tuple[Tensor, None]:
-                gradient = gradients[batches[number].rows.to(gradients.device)]
-                return (gradient * output).sum() * factor, None
+                rows = batches[number].kept_rows
+                return (gradients[rows.to(gradients.device)] * output[: len(rows)]).sum() * factor, None
 
             return loss
 
@@ -67,13 +72,13 @@ class GradCache:
         factor, total_rows = surrogate_factor(len(batches), self.topology.dp_size), self._total_rows(batch)
 
         def objective(number: int) -> Any:
-            part, rows = parts[number], batches[number].rows
+            # Row numbers of a micro-batch in ascending order are its queries, then its documents.
+            part, order = parts[number], torch.argsort(batches[number].kept_rows)
 
             def loss(output: Tensor) -> tuple[Tensor, Tensor]:
-                # Row numbers of a micro-batch in ascending order are its queries, then its documents.
-                order = torch.argsort(rows).to(output.device)
-                sums, gradients = self.objective(output.detach()[order], part, total_rows=total_rows)
-                return (gradients * output[order]).sum() * factor, sums.values
+                rows = output[order.to(output.device)]
+                sums, gradients = self.objective(rows.detach(), part, total_rows=total_rows)
+                return (gradients * rows).sum() * factor, sums.values
 
             return loss
 
@@ -101,7 +106,7 @@ def split_by_micro_batch(batch: EmbedBatch) -> list[EmbedBatch]:
     """One EmbedBatch per micro-batch, its rows renumbered: queries in order, then their documents."""
     parts = []
     for micro in batch.micro_batches:
-        rows = micro.rows.sort().values
+        rows = micro.kept_rows.sort().values
         queries, documents = rows[rows < batch.num_queries], rows[rows >= batch.num_queries] - batch.num_queries
         given = torch.isin(batch.positive_query, queries)
         parts.append(EmbedBatch(

@@ -32,15 +32,21 @@ class Rows:
     """Which rows a step takes."""
 
     count: int
-    """Queries of the global batch; row r has r % 4 hard negatives."""
+    """Queries of the global batch; row r has r % 4 hard negatives, or as many as there may be."""
     max_length: int
     """Tokens of a text."""
     joined: int
     """Paragraphs that make up a document."""
     temperature: float
+    most_negatives: tuple[int, int] = (3, 3)
+    """Of the first and the second half of the rows."""
+    masked: bool = False
+    """Queries, positives and documents repeat, and `objective.mask_duplicates` is on."""
 
 
 ROWS = {"short": Rows(count=16, max_length=48, joined=1, temperature=0.1),
+        "masked": Rows(count=16, max_length=48, joined=1, temperature=0.1, most_negatives=(3, 1), masked=True),
+        "lopsided": Rows(count=8, max_length=48, joined=1, temperature=0.1, most_negatives=(3, 0), masked=True),
         "long": Rows(count=4, max_length=1500, joined=16, temperature=0.1)}
 
 
@@ -68,7 +74,7 @@ class Layout:
         return name if self.sequence_parallel or self.tp == 1 else f"{name} without SP"
 
 
-Sabotage = Literal["factor", "group", "order"]
+Sabotage = Literal["factor", "group", "order", "mask"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +83,11 @@ class Case:
 
     kind: Kind
     layout: Layout
-    micro_batches: int
-    """Per step and data-parallel rank; 1 is the one-pass step."""
+    micro_batches: int = 0
+    """Per step and data-parallel rank; 1 is the one-pass step. 0: as many as the token budget makes."""
+    tokens: int | None = None
+    """`training.micro_batch_tokens`."""
+    negatives: Literal["global_batch", "micro_batch"] = "global_batch"
     distributed: bool = False
     aux: float = 0.0
     rows: str = "short"
@@ -90,16 +99,20 @@ class Case:
     @property
     def model(self) -> str:
         """Name of the model's directory."""
-        return self.kind if self.rows == "short" else f"{self.kind}-{self.rows}"
+        return f"{self.kind}-long" if self.rows == "long" else self.kind
 
     @property
     def truth(self) -> str:
-        """Name of the reference; the auxiliary loss is the only one that depends on the micro-batches."""
-        parts = f"-{self.aux:g}-{self.layout.dp}x{self.micro_batches}" if self.aux else ""
-        return f"{self.kind}-{self.rows}{parts}"
+        """Name of the reference; only the auxiliary loss and negatives of a micro-batch depend on the micro-batches."""
+        name = f"{self.kind}-{self.rows}"
+        if self.aux or self.negatives == "micro_batch":
+            rounds = f"-by{self.layout.pp}" if self.layout.vpp > 1 else ""
+            name += f"-{self.aux:g}-{self.negatives}-{self.layout.dp}x{self.micro_batches}-{self.tokens}{rounds}"
+        return name
 
     def __str__(self) -> str:
-        words = [self.kind, str(self.layout), f"M{self.micro_batches}"]
+        words = [self.kind, str(self.layout), f"{self.tokens} tokens" if self.tokens else f"M{self.micro_batches}"]
+        words += ["micro-batch negatives"] if self.negatives == "micro_batch" else []
         words += ["distributed"] if self.distributed else []
         words += [f"aux {self.aux:g}"] if self.aux else []
         words += [self.rows] if self.rows != "short" else []
@@ -139,16 +152,49 @@ def all_cases() -> list[Case]:
             chosen = counts if layout in SINGLE else [counts[(number + place) % len(counts)]]
             if layout not in SINGLE and len(_kinds(layout)) == 1:
                 chosen = counts[:1] + counts[-1:]
-            cases += [Case(kind=kind, layout=layout, micro_batches=count, distributed=(number + place + turn) % 2 == 0)
+            cases += [Case(kind=kind, layout=layout, micro_batches=count, distributed=(number + place + turn) % 2 == 0,
+                           rows="masked" if (number + turn) % 2 else "short")
                       for turn, count in enumerate(chosen)]
         if "qwen3_moe" in _kinds(layout):
             cases.append(Case(kind="qwen3_moe", layout=layout, micro_batches=counts[-1], aux=AUX_COEFFICIENT,
-                              distributed=number % 2 == 1))
+                              distributed=number % 2 == 1, rows="short" if number % 2 else "masked"))
     cases += [Case(kind=kind, layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=50) for kind in KINDS]
     cases += [Case(kind=kind, layout=Layout(cp=2), micro_batches=1, rows="long") for kind in KINDS]
     cases += [Case(kind=kind, layout=Layout(tp=2, pp=2), micro_batches=2, recompute=recompute)
               for kind in KINDS for recompute in RECOMPUTE]
+    cases += token_cases() + micro_batch_cases()
     return sorted(cases, key=lambda case: (*SINGLE, *COMBINED).index(case.layout))
+
+
+TOKEN_LAYOUTS = (Layout(dp=2), Layout(dp=4), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vpp=2, dp=2),
+                 Layout(cp=2, dp=2))
+
+
+def token_cases() -> list[Case]:
+    """Bins filled by tokens, of which ranks have different numbers."""
+    cases = [Case(kind=kind, layout=layout, tokens=tokens, rows=rows, distributed=(number + turn) % 2 == 0)
+             for number, layout in enumerate(TOKEN_LAYOUTS) for turn, kind in enumerate(KINDS)
+             for tokens, rows in [((144, "masked"), (176, "short"), (128, "masked"))[(number + turn) % 3]]]
+    expert_layouts = (Layout(dp=2, ep=2), Layout(tp=2, dp=2, ep=2), Layout(pp=2, vpp=2, dp=2, ep=2))
+    cases += [Case(kind="qwen3_moe", layout=layout, tokens=tokens, rows=rows, aux=aux) for layout in expert_layouts
+              for tokens, rows, aux in ((128, "masked", 0.0), (176, "short", AUX_COEFFICIENT))]
+    # One rank has too few rows to fill as many bins as the other: it runs some again.
+    cases += [Case(kind=kind, layout=layout, tokens=48, rows="lopsided")
+              for layout in (Layout(dp=2), Layout(pp=2, vpp=2, dp=2)) for kind in KINDS]
+    cases.append(Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), tokens=48, rows="lopsided", aux=AUX_COEFFICIENT))
+    return cases
+
+
+def micro_batch_cases() -> list[Case]:
+    """Negatives of one micro-batch over the data-parallel ranks, in one pass."""
+    cases = [Case(kind=kind, layout=layout, micro_batches=2 + 2 * (number % 2), negatives="micro_batch",
+                  rows="masked" if (number + turn) % 2 else "short", distributed=turn % 2 == 0)
+             for number, layout in enumerate((Layout(), *TOKEN_LAYOUTS, Layout(tp=2), Layout(pp=2), Layout(cp=2)))
+             for turn, kind in enumerate(KINDS)]
+    cases += [Case(kind=kind, layout=layout, tokens=tokens, negatives="micro_batch", rows=rows)
+              for layout in (Layout(dp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vpp=2, dp=2))
+              for kind, tokens, rows in (("qwen3", 288, "masked"), ("bert", 240, "lopsided"))]
+    return cases
 
 
 CURVE_LAYOUTS = (Layout(), Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(cp=2), Layout(tp=2, pp=2),
@@ -163,7 +209,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
     return RunConfig(
         model=ModelConfig(path=str(folder / case.model), dtype="float32"),
         embedding=EmbeddingConfig(pooling=POOLINGS[case.kind]),
-        objective=ObjectiveConfig(temperature=rows.temperature),
+        objective=ObjectiveConfig(temperature=rows.temperature, negatives=case.negatives, mask_duplicates=rows.masked),
         data=DataConfig(train=(TrainFile(path=str(folder / f"{case.rows}.jsonl")),), shuffle=False,
                         num_negatives=NUM_NEGATIVES, query_max_length=rows.max_length,
                         document_max_length=rows.max_length),
@@ -173,6 +219,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
             expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp,
             sequence_parallel="auto" if layout.sequence_parallel else False),
         training=TrainingConfig(
-            global_batch_size=rows.count, micro_batch_size=rows.count // (layout.dp * case.micro_batches),
+            global_batch_size=rows.count, micro_batch_size=rows.count // (layout.dp * max(1, case.micro_batches)),
+            micro_batch_tokens=case.tokens,
             moe_aux_loss_coefficient=case.aux, recompute=case.recompute),
         optimizer=OptimizerConfig(distributed=case.distributed))

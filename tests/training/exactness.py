@@ -80,7 +80,8 @@ def build(config):
     objective = Objective(config.objective, topology.dp_group)
     dropout = config.training.hidden_dropout > 0 or config.training.attention_dropout > 0
     gradients = GradCache(chunks=wrapped, models=opened.chunks, topology=topology, objective=objective,
-                          negatives=config.objective.negatives, flash=False, has_dropout=dropout)
+                          negatives=config.objective.negatives, flash=False, has_dropout=dropout,
+                          token_budget=False)
     share = ROWS // topology.dp_size
     records = real_records(ROWS)[topology.dp_rank * share : (topology.dp_rank + 1) * share]
     batch = batch_of(config.model.path, records, micro_batch_size=config.training.micro_batch_size,

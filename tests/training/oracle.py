@@ -23,6 +23,7 @@ from megatron_embed.models.pooling_names import Pooling
 from tests.ranks import run_on_ranks
 from tests.toys import MINI_EN, MINILM
 from tests.training.cases import BOUND, KINDS, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
+from tests.training.parts import Part, excluded_pairs, micro_batches_of, pools_of
 from tests.training.rank_side import Found, run_cases, tokenizer_of
 
 VOCABULARY = 30522
@@ -63,6 +64,8 @@ class Outcome:
     """Relative, of the gradient norm that the optimizer computes for clipping and the log."""
     tokens: int
     """Real tokens of the largest micro-batch."""
+    bins: tuple[int, ...]
+    """By rank: micro-batches before the ranks agreed on their number."""
     truth: Truth
 
     @property
@@ -180,31 +183,60 @@ def _write_rows(path: Path, rows: Rows) -> None:
     """Rows of the English sample whose groups of documents differ in size."""
     source = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()]
     paragraphs = [row["positive"][0] if rows.joined > 1 else row["positive"][0].split(". ")[0] for row in source]
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(rows.count):
-            others = paragraphs[200 + 40 * number:]
-            documents = [" ".join([text, *others[(rows.joined - 1) * place:][:rows.joined - 1]])
-                         for place, text in enumerate([paragraphs[number], *others[:3]])]
-            file.write(json.dumps({"query": source[number]["query"], "positive": documents[:1],
-                                   "negatives": documents[1:1 + number % 4]}) + "\n")
+    written = []
+    for number in range(rows.count):
+        others = paragraphs[200 + 40 * number:]
+        documents = [" ".join([text, *others[(rows.joined - 1) * place:][:rows.joined - 1]])
+                     for place, text in enumerate([paragraphs[number], *others[:3]])]
+        most = rows.most_negatives[2 * number // rows.count]
+        written.append({"query": source[number]["query"], "positive": documents[:1],
+                        "negatives": documents[1:1 + min(number % 4, most)]})
+    if rows.masked:
+        _repeat_texts(written)
+    path.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
+
+
+def _repeat_texts(rows: list[dict[str, Any]]) -> None:
+    """Makes rows far from each other (so: of different ranks) share texts, in every way that a mask must see."""
+    half = len(rows) // 2
+    for number in range(half):
+        row, other = rows[number], rows[number + half]
+        if number % 4 == 0:
+            other["positive"] = row["positive"]
+        if number % 4 == 1:
+            other["query"] = row["query"]
+        if number % 4 == 2:
+            other["positive"] = other["positive"] + [row["negatives"][0]]
+        if number % 4 == 3:
+            row["negatives"][0], row["negatives"][1] = other["positive"][0], row["positive"][0]
 
 
 def _compute_truth(case: Case, folder: Path) -> Truth:
-    """One process, float64, one text at a time, InfoNCE over all rows by autograd."""
+    """One process, float64, one text at a time, InfoNCE by autograd, over all rows or each pool of negatives."""
     rows = ROWS[case.rows]
-    groups = _records(folder / f"{case.rows}.jsonl", case.rows)
+    records, tokenizer = _records(folder / f"{case.rows}.jsonl", case.rows), tokenizer_of(folder / case.model, rows)
     model = transformers.AutoModel.from_pretrained(folder / case.model, dtype=torch.float64).eval()
     model.config._experts_implementation = "eager"  # the default's grouped product has no float64
     routers = _RouterLogits()
     routers.watch(model)
-    query, document, positive = _embed_rows(model, routers, groups, tokenizer_of(folder / case.model, rows),
-                                            POOLINGS[case.kind])
-    loss = torch.nn.functional.cross_entropy(query @ document.T / rows.temperature, positive)
+    query, document, positive = _embed_rows(model, routers, records, tokenizer, POOLINGS[case.kind])
+    micro_batches = micro_batches_of(case, records, tokenizer)
+    logits = query @ document.T / rows.temperature
+    if rows.masked:
+        excluded = excluded_pairs(records)
+        assert 0.01 < float(excluded.double().mean()) < 0.5
+        logits = logits.masked_fill(excluded, -math.inf)
+    pools = pools_of(case, micro_batches, records)
+    losses = [torch.nn.functional.cross_entropy(logits[queries][:, documents], torch.searchsorted(documents, positive[
+        queries]), reduction="sum") for queries, documents in pools]
+    loss = torch.stack(losses).sum() / len(query)
     total = loss
     if case.aux:
-        total = loss + case.aux * _auxiliary_loss(routers, groups, case.layout.dp * case.micro_batches, model.config)
+        total = loss + case.aux * _auxiliary_loss(routers, [part for rank in micro_batches for part in rank],
+                                                  model.config)
     total.backward()
-    assert 0.3 < float(loss.detach()) < math.log(len(document)), f"{case.truth}: loss {float(loss.detach())}"
+    highest = sum(len(queries) * math.log(len(documents)) for queries, documents in pools) / len(query)
+    assert 0.3 < float(loss.detach()) < highest, f"{case.truth}: loss {float(loss.detach())}"
     with torch.no_grad():
         gradients = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                      for name, parameter in model.named_parameters()}
@@ -214,7 +246,7 @@ def _compute_truth(case: Case, folder: Path) -> Truth:
             parameter.copy_(gradients[name])
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
     model.float().save_pretrained(folder / f"truth-{case.truth}")
-    return Truth(loss=float(loss.detach()), candidates=len(document), norm=norm)
+    return Truth(loss=float(loss.detach()), candidates=max(len(documents) for _, documents in pools), norm=norm)
 
 
 class _RouterLogits:
@@ -251,20 +283,18 @@ def _embed_rows(model: torch.nn.Module, routers: "_RouterLogits | None", records
     return torch.stack(query), torch.stack(document), torch.tensor(positive)
 
 
-def _auxiliary_loss(routers: _RouterLogits, records: Sequence[Record], parts: int, config: Any) -> torch.Tensor:
+def _auxiliary_loss(routers: _RouterLogits, micro_batches: Sequence[Part], config: Any) -> torch.Tensor:
     """Mean over the micro-batches of all replicas of the sum over layers of E * sum_e f_e * P_e (Fedus et al. 2021,
     arXiv:2101.03961): f_e is the share of the choices that fell on expert e, P_e its mean probability."""
-    sizes = [2 + len(record.negatives[:NUM_NEGATIVES]) for record in records]
-    per_part, losses = len(records) // parts, []
-    for part in range(parts):
-        first, last = sum(sizes[:part * per_part]), sum(sizes[:(part + 1) * per_part])
+    losses = []
+    for part in micro_batches:
         for layer in range(config.num_hidden_layers):
-            logits = torch.cat([text[layer] for text in routers.texts[first:last]])
+            logits = torch.cat([routers.texts[text][layer] for text in part.texts])
             probabilities = torch.softmax(logits, dim=-1)
             chosen = torch.topk(probabilities, config.num_experts_per_tok).indices
             share = torch.nn.functional.one_hot(chosen, config.num_experts).sum(dim=(0, 1)) / chosen.numel()
             losses.append(config.num_experts * (share * probabilities.mean(dim=0)).sum())
-    return torch.stack(losses).sum() / parts
+    return torch.stack(losses).sum() / len(micro_batches)
 
 
 def _outcome(found: Sequence[Found], truth: Truth) -> Outcome:
@@ -290,4 +320,4 @@ def _outcome(found: Sequence[Found], truth: Truth) -> Outcome:
         error=max(errors)[0], worst=max(errors)[1], wrong_steps=sum(error > BOUND for error, _ in errors),
         loss=worst_loss, loss_error=abs(worst_loss - truth.loss) / truth.loss,
         norm_error=max(abs(rank.norm - truth.norm) for rank in found) / truth.norm,
-        tokens=max(rank.tokens for rank in found), truth=truth)
+        tokens=max(rank.tokens for rank in found), bins=tuple(rank.bins for rank in found), truth=truth)

@@ -1,5 +1,6 @@
 """What each rank does in a case of the exactness matrix: one real step, its gradients compared shard by shard."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class Found:
     losses: list[float]
     norm: float
     tokens: int
+    bins: int
+    """Micro-batches of this rank before the ranks agreed."""
 
 
 def run_cases(cases: Sequence[Case], folder: str) -> list[Found]:
@@ -42,7 +45,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     from megatron_embed.data.loader import BatchLoader
     from megatron_embed.data.sampler import GlobalBatchSampler
     from megatron_embed.models.backbone import check_divisible
-    from megatron_embed.parallel.topology import check_batch_sizes, token_alignment
+    from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, token_alignment
     from megatron_embed.training.grad_cache import GradCache
     from megatron_embed.training.objective import Objective
     from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
@@ -51,21 +54,24 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     config = run_config(case, folder)
     model = find_model(config.model.path)
     check_divisible(model.shape, config.parallel)
-    assert check_batch_sizes(config, topology.dp_size) == case.micro_batches
+    assert check_batch_sizes(config, topology.dp_size) == (case.micro_batches or None)
+    check_token_budget(config)
     chunks = load_model_chunks(model, config, topology)
     wrapped = wrap_in_ddp(chunks, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     group = topology.groups.tp if case.sabotage == "group" else topology.dp_group
     objective = Objective(config.objective, group)
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
-                          negatives=config.objective.negatives, flash=False, has_dropout=False)
+                          negatives=config.objective.negatives, flash=False, has_dropout=False,
+                          token_budget=case.tokens is not None)
     records = open_records(config.data.train)
     sampler = GlobalBatchSampler(records, global_batch_size=config.training.global_batch_size, shuffle=False, seed=1,
                                  num_negatives=NUM_NEGATIVES)
     with BatchLoader(records, sampler, tokenizer_of(folder / case.model, ROWS[case.rows]), dp_rank=topology.dp_rank,
                      dp_size=topology.dp_size, micro_batch_size=config.training.micro_batch_size,
                      num_negatives=NUM_NEGATIVES, alignment=token_alignment(config.parallel),
-                     constant_tokens=topology.pp_size > 1) as loader:
+                     constant_tokens=topology.pp_size > 1, micro_batch_tokens=case.tokens,
+                     whole_groups=case.negatives == "micro_batch") as loader:
         batch = loader.batch(0)
     squares, losses = [], []
     for _ in range(case.repeats):
@@ -80,20 +86,27 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
         gather_shards(wrapped)
         squares.append(compare(chunks, topology, folder / f"truth-{case.truth}"))
     return Found(squares=squares, losses=losses, norm=norm,
-                  tokens=max(part.num_tokens for part in batch.micro_batches))
+                  tokens=max(part.num_tokens for part in batch.micro_batches), bins=len(batch.micro_batches))
 
 
 def _with_sabotage(sabotage: Sabotage | None, gradients: Any, batch: Any) -> Any:
     """A step's gradients, with a deliberate mistake if asked for."""
     import megatron_embed.training.grad_cache as module
+    import megatron_embed.training.objective as objective
 
-    factor, schedule = module.surrogate_factor, module.run_schedule
+    factor, schedule, gather = module.surrogate_factor, module.run_schedule, objective.gather_pool
 
     def swapped(chunks: Any, batches: Any, topology: Any, loss_of: Any, *, forward_only: bool) -> Any:
         order = [1, 0, *range(2, len(batches))]
         return schedule(chunks, batches, topology, lambda number: loss_of(order[number]), forward_only=forward_only)
 
+    def ids_of_another_rank(*args: Any, **kwargs: Any) -> Any:
+        pool = gather(*args, **kwargs)
+        return dataclasses.replace(pool, document_ids=pool.document_ids.roll(int(pool.num_documents[0])))
+
     try:
+        if sabotage == "mask":
+            objective.gather_pool = ids_of_another_rank
         if sabotage == "factor":
             module.surrogate_factor = lambda *sizes: 1.001 * factor(*sizes)
         if sabotage == "order":
@@ -101,7 +114,7 @@ def _with_sabotage(sabotage: Sabotage | None, gradients: Any, batch: Any) -> Any
                 schedule if forward_only else swapped)(*args, forward_only=forward_only)
         return gradients(batch)
     finally:
-        module.surrogate_factor, module.run_schedule = factor, schedule
+        module.surrogate_factor, module.run_schedule, objective.gather_pool = factor, schedule, gather
 
 
 def gather_shards(wrapped: Sequence[Any]) -> None:

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from tests.training.cases import BOUND, CURVE_BOUND, CURVE_LAYOUTS, Case, Layout, all_cases
+from tests.training.cases import BOUND, CURVE_BOUND, CURVE_LAYOUTS, KINDS, ROWS, Case, Layout, all_cases
 from tests.training.curves import loss_curve
 from tests.training.oracle import Oracle
 
@@ -39,6 +39,8 @@ def check(oracle, cases):
         assert outcome.exact, f"{case}: {outcome}"
         if case.rows == "long":
             assert outcome.tokens >= 8192
+        if case.tokens is not None:
+            assert len(set(outcome.bins)) > 1, f"{case}: the ranks had nothing to agree on"
 
 
 @pytest.mark.parametrize("cases", by_layout(FAST), ids=lambda cases: str(cases[0].layout))
@@ -58,6 +60,11 @@ def test_the_matrix_is_large_enough():
     assert {case.layout.ranks for case in cases} == {1, 2, 4, 8}
     assert {1, 2, 4} <= {case.micro_batches for case in cases}
     assert any(case.repeats == 50 and case.layout.vpp == 2 for case in cases)
+    for chosen in ([case for case in cases if ROWS[case.rows].masked], [case for case in cases if case.tokens],
+                   [case for case in cases if case.negatives == "micro_batch"]):
+        assert {case.kind for case in chosen} == set(KINDS)
+        assert all(any(getattr(case.layout, axis) == 2 for case in chosen) for axis in ("dp", "tp", "pp", "vpp", "cp"))
+    assert any(case.tokens and case.layout.ep == 2 for case in cases)
 
 
 @pytest.mark.parametrize("case, sabotage, smallest", [
@@ -67,6 +74,8 @@ def test_the_matrix_is_large_enough():
     (Case(kind="qwen3", layout=Layout(tp=2), micro_batches=2), "group", 1e-2),
     (Case(kind="qwen3", layout=Layout(tp=2), micro_batches=4), "order", 1e-2),
     (Case(kind="qwen3", layout=Layout(pp=2), micro_batches=4), "order", 1e-2),
+    (Case(kind="qwen3", layout=Layout(dp=2), micro_batches=2, rows="masked"), "mask", 1e-2),
+    (Case(kind="qwen3", layout=Layout(dp=2), tokens=128, rows="masked"), "mask", 1e-2),
 ], ids=lambda value: str(value))
 def test_a_deliberate_mistake_fails_the_comparison(oracle, case, sabotage, smallest):
     (outcome,) = oracle.run([dataclasses.replace(case, sabotage=sabotage)])

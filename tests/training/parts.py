@@ -1,0 +1,78 @@
+"""What the reference knows of micro-batches and masks, from the texts of the rows."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_embed.data.packing import build_embed_batch, fill_bins
+from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.records import Record
+from tests.training.cases import NUM_NEGATIVES, Case
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One micro-batch of one data-parallel rank."""
+
+    texts: tuple[int, ...]
+    """Numbers of its texts; all texts are numbered row by row: a query, then its documents."""
+    repeated: bool
+    """Run again only to keep the ranks in step."""
+
+
+def documents_of(record: Record) -> list[str]:
+    return [record.positive[0], *record.negatives[:NUM_NEGATIVES]]
+
+
+def micro_batches_of(case: Case, records: Sequence[Record], tokenizer: RoleTokenizer) -> list[list[Part]]:
+    """By data-parallel rank, its micro-batches. Under a token budget the data room says which; nothing else it says is
+    used."""
+    texts = list(itertools.accumulate((1 + len(documents_of(record)) for record in records), initial=0))
+    share = len(records) // case.layout.dp
+    rows = [range(rank * share, (rank + 1) * share) for rank in range(case.layout.dp)]
+    if case.tokens is None:
+        size = share // case.micro_batches
+        return [[Part(texts=tuple(range(texts[first], texts[first + size])), repeated=False)
+                 for first in mine[::size]] for mine in rows]
+    whole_groups = case.negatives == "micro_batch"
+    batches = [build_embed_batch(
+        [records[row] for row in mine], tokenizer, micro_batch_size=1, num_negatives=NUM_NEGATIVES, alignment=1,
+        constant_tokens=False, micro_batch_tokens=case.tokens, whole_groups=whole_groups) for mine in rows]
+    count = max(len(batch.micro_batches) for batch in batches)
+    count += -count % (case.layout.pp if case.layout.vpp > 1 else 1)
+    parts = []
+    for mine, batch in zip(rows, batches, strict=True):
+        numbers = [texts[row] for row in mine]
+        numbers += [texts[row] + place for row in mine for place in range(1, texts[row + 1] - texts[row])]
+        filled = fill_bins(batch, count, batch.micro_capacity, whole_groups=whole_groups)
+        parts.append([Part(texts=tuple(numbers[row] for row in micro.rows.tolist()), repeated=micro.repeated)
+                      for micro in filled.micro_batches])
+    return parts
+
+
+def pools_of(case: Case, micro_batches: Sequence[Sequence[Part]],
+             records: Sequence[Record]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(numbers of queries, numbers of the documents that they are compared with), each query once, ascending."""
+    kinds = [place == 0 for record in records for place in range(1 + len(documents_of(record)))]
+    queries = {text: number for number, text in enumerate(text for text, query in enumerate(kinds) if query)}
+    documents = {text: number for number, text in enumerate(text for text, query in enumerate(kinds) if not query)}
+    together = [set(queries) | set(documents)]
+    if case.negatives == "micro_batch":
+        together = [{text for part in parts if not part.repeated for text in part.texts}
+                    for parts in zip(*micro_batches, strict=True)]
+    pools = [tuple(torch.tensor(sorted(numbers[text] for text in texts & numbers.keys()))
+                   for numbers in (queries, documents)) for texts in together if texts]
+    assert sum(len(pool) for pool, _ in pools) == len(queries)
+    return pools
+
+
+def excluded_pairs(records: Sequence[Record]) -> torch.Tensor:
+    """[queries, documents] bool: documents whose text some row with the same query has as a positive, except a row's
+    own first positive."""
+    documents = [(row, place, text) for row, record in enumerate(records)
+                 for place, text in enumerate(documents_of(record))]
+    return torch.tensor([[
+        any(other.query == record.query and text in other.positive for other in records)
+        and (owner, place) != (row, 0) for owner, place, text in documents] for row, record in enumerate(records)])
