@@ -119,7 +119,9 @@ def group_segments(cu_seqlens: Tensor, chunks: tuple[tuple[int, int], ...], caus
         parts.append(torch.stack([query_start - first + local, query_start - starts, query_end - query_start, starts,
                                   key_end - starts], dim=1)[held])
     segments = torch.cat(parts)
-    area = segments[:, 2] * (segments[:, 4].max() + 1 if len(segments) else 1) + segments[:, 4]
+    if not len(segments):
+        return (_no_segments(device),)
+    area = segments[:, 2] * (segments[:, 4].max() + 1) + segments[:, 4]
     segments = segments[torch.argsort(area, descending=True, stable=True)]
     sizes = segments[:, [2, 4]].tolist()
     groups: list[SegmentGroup] = []
@@ -140,6 +142,14 @@ def group_segments(cu_seqlens: Tensor, chunks: tuple[tuple[int, int], ...], caus
 
 def _local_starts(chunks: tuple[tuple[int, int], ...]) -> list[int]:
     return [sum(stop - start for start, stop in chunks[:number]) for number in range(len(chunks))]
+
+
+def _no_segments(device: torch.device) -> SegmentGroup:
+    """A query slot that no token reads: of a rank whose share of the bin is padding, but which takes part in the
+    collectives of the keys and values, forward and backward."""
+    first, none = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    return SegmentGroup(queries=first, keys=first, slots=none, targets=none, mask=None, is_causal=False, count=1,
+                        query_length=1, key_length=1)
 
 
 def _segment_group(segments: Tensor, causal: bool, device: torch.device) -> SegmentGroup:

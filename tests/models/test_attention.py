@@ -152,3 +152,21 @@ def test_attention_equals_a_plain_softmax(causal, groups):
                                 strict=True):
         assert wanted.abs().max() > 0.1
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rank_whose_share_is_padding_computes_zeros_and_a_zero_gradient(causal):
+    bounds, tokens, cp_size = torch.tensor([0, 3], dtype=torch.int32), 16, 2
+    chunks = context_chunks(tokens, 1, cp_size)
+    assert min(start for start, _ in chunks) >= 3
+    packed = PackedSequences(cu_seqlens=bounds, num_tokens=3, max_seqlen=3)
+    packed.index_groups(group_segments(bounds, chunks, causal, CPU), tokens // cp_size)
+    query = torch.randn(tokens // cp_size, 1, 2, 4, requires_grad=True)
+    key, value = (torch.randn(tokens, 1, 2, 4, requires_grad=True) for _ in range(2))
+    output = attention_module(causal, 2, 2, 4)(query, key, value, None, packed_seq_params=packed)
+    assert output.shape == (tokens // cp_size, 1, 8)
+    assert not output.any()
+    output.sum().backward()
+    for tensor in (query, key, value):
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
