@@ -142,9 +142,12 @@ def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
     ep, etp = sizes.expert_model_parallel_size, sizes.expert_tensor_parallel_size
     if world_size % (ep * etp * pp):
         key, value = ("expert_model", ep) if ep > 1 else ("expert_tensor", etp)
+        others = (etp if ep > 1 else ep) * pp
+        fitting = [size for size in range(1, world_size + 1) if world_size % (size * others) == 0]
+        way_out = (f"nearest valid: {min(fitting, key=lambda size: (abs(size - value), size))}" if fitting
+                   else f"start a multiple of {ep * etp * pp} ranks")
         raise ConfigError(f"parallel.{key}_parallel_size = {value}: world size = {world_size} is not a multiple of "
-                          f"expert_model * expert_tensor * pipeline = {ep} * {etp} * {pp} = {ep * etp * pp}; choose a "
-                          "divisor")
+                          f"expert_model * expert_tensor * pipeline = {ep} * {etp} * {pp} = {ep * etp * pp}; {way_out}")
     virtual = virtual_size(sizes)
     if virtual is not None and pp == 1:
         raise ConfigError(f"parallel.virtual_pipeline_model_parallel_size = {virtual} needs "

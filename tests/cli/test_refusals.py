@@ -13,6 +13,7 @@ import yaml
 
 from tests.ranks import run_on_ranks
 from tests.toys import MAX_LENGTH, MINI_EN, save_model
+from tests.training.oracle import save_model as save_experts
 
 SECONDS = 20
 
@@ -196,6 +197,8 @@ def test_export_directory_that_is_in_use(write, tmp_path):
     (1, {"virtual_pipeline_model_parallel_size": 2}, ["parallel.virtual_pipeline_model_parallel_size = 2", ">= 2"]),
     (2, {"expert_model_parallel_size": 2}, ["parallel.expert_model_parallel_size = 2", "no experts"]),
     (1, {"pipeline_model_parallel_size": 0}, ["parallel.pipeline_model_parallel_size = 0", "must be >= 1"]),
+    (2, {"expert_model_parallel_size": 8},
+     ["parallel.expert_model_parallel_size = 8", "world size = 2 is not a multiple", "nearest valid: 2"]),
 ])
 def test_layout_that_the_world_does_not_allow(write, ranks, parallel, words):
     path = write(parallel=parallel)
@@ -205,7 +208,9 @@ def test_layout_that_the_world_does_not_allow(write, ranks, parallel, words):
 @pytest.mark.parametrize("change, parallel, words", [
     ({"num_hidden_layers": 3}, {"pipeline_model_parallel_size": 2}, ["3 layers", "nearest valid total: 1"]),
     ({"num_attention_heads": 5, "num_key_value_heads": 5}, {"tensor_model_parallel_size": 2}, ["5 attention heads"]),
-    ({"intermediate_size": 49}, {"tensor_model_parallel_size": 2}, ["49 MLP width"]),
+    ({"intermediate_size": 49}, {"tensor_model_parallel_size": 2}, ["49 MLP width", "nearest valid: 1"]),
+    ({}, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4},
+     ["(times virtual size 4)", "4 layers", "nearest valid total: 4"]),
 ])
 def test_layout_that_does_not_divide_the_model(write, tmp_path, change, parallel, words):
     other = save_model(tmp_path / "other", "qwen3", tokenizer=True, **change)
@@ -214,10 +219,48 @@ def test_layout_that_does_not_divide_the_model(write, tmp_path, change, parallel
     assert_refused(run_on_ranks(command, 2, ["train", path]), f"parallel.{key} = 2", *words)
 
 
+def test_experts_that_cannot_be_divided(write, tmp_path):
+    experts = save_experts(tmp_path / "experts", "qwen3_moe")
+    config = json.loads((experts / "config.json").read_text())
+    (experts / "config.json").write_text(json.dumps(config | {"num_experts": 3}))
+    path = write(model={"path": str(experts)}, parallel={"expert_model_parallel_size": 2})
+    assert_refused(run_on_ranks(command, 2, ["train", path]), f"{path}:{line_of(path, 'expert_model_parallel_size')}",
+                   "parallel.expert_model_parallel_size = 2", "3 experts", "nearest valid: 1")
+
+
+@pytest.mark.parametrize("training, words", [
+    ({"micro_batch_size": 8}, ["training.micro_batch_size = 8 gives 1 micro-batches", "nearest valid: 4"]),
+    ({"global_batch_size": 3, "micro_batch_size": 1}, ["training.micro_batch_size = 1 gives 3", "multiple of 2"]),
+])
+def test_micro_batches_that_do_not_fill_an_interleaved_pipeline(write, training, words):
+    path = write(training=training, parallel={"pipeline_model_parallel_size": 2,
+                                              "virtual_pipeline_model_parallel_size": 2})
+    assert_refused(run_on_ranks(command, 2, ["train", path]), f"{path}:{line_of(path, 'micro_batch_size')}", *words)
+
+
+@pytest.mark.parametrize("budget, parallel, objective, words", [
+    (40, {}, {}, ["less than max(query_max_length, document_max_length) = max(48, 48)", "nearest valid: 48"]),
+    (49, {"context_parallel_size": 2}, {}, ["not a multiple of 4", "nearest valid: 48"]),
+    (47, {"tensor_model_parallel_size": 2}, {}, ["less than max", "nearest valid: 48"]),
+    (95, {}, {"negatives": "micro_batch"}, ["query_max_length + (1 + num_negatives) * document_max_length = 48 + 1 "
+                                            "* 48", "nearest valid: 96"]),
+])
+def test_token_budget_that_cannot_hold_what_it_must(write, budget, parallel, objective, words):
+    path = write(training={"micro_batch_tokens": budget}, parallel=parallel, objective=objective)
+    assert_refused(run_on_ranks(command, 2, ["train", path]), f"{path}:{line_of(path, 'micro_batch_tokens')}",
+                   f"training.micro_batch_tokens = {budget} is ", *words)
+
+
+def test_global_batch_that_ranks_cannot_share_under_a_token_budget(write):
+    path = write(training={"micro_batch_tokens": 96, "global_batch_size": 7})
+    assert_refused(run_on_ranks(command, 2, ["train", path]), f"{path}:{line_of(path, 'global_batch_size')}",
+                   "training.global_batch_size = 7", "data_parallel_size = 2; next valid: 8")
+
+
 def test_length_beyond_the_model(write):
     path = write(data={"document_max_length": 300})
-    assert_refused(run_on_ranks(command, 1, ["train", path]), f"{path}:{line_of(path, 'document_max_length')}",
-                   "data.document_max_length = 300", "256 positions")
+    assert_refused(run_on_ranks(command, 2, ["train", path, "parallel.context_parallel_size=2"]),
+                   f"{path}:{line_of(path, 'document_max_length')}", "data.document_max_length = 300", "256 positions")
 
 
 def test_encode_refusals(model, tmp_path):
