@@ -75,35 +75,47 @@ def test_micro_batch_negatives_equal_the_mean_of_the_micro_batches_losses(models
     assert compare(models["bert"], expected, ranks, layout(), size, negatives="micro_batch") <= 1e-5
 
 
-def outputs_of_both_passes(config, dropout_seed=None):
+def outputs_of_both_passes(config, dropout_seed=None, replay=True):
     """Embeddings that the last stage produced, one entry per micro-batch and pass; null on the other stages."""
+    import megatron_embed.training.grad_cache as grad_cache
     from megatron_embed.training.step import seed_step
 
     built, batch = build(config)
     if dropout_seed is not None:
         seed_step(dropout_seed, 0, built.topology)
-    seen = []
+    seen, original = [], grad_cache.set_all_rng_states
     built.chunks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
-    built.gradients(batch)
+    if not replay:
+        grad_cache.set_all_rng_states = lambda *states: None
+    try:
+        built.gradients(batch)
+    finally:
+        grad_cache.set_all_rng_states = original
     return seen if built.topology.is_last_stage else None
 
 
+def outputs_of_runs(runs):
+    return [outputs_of_both_passes(*run) for run in runs]
+
+
+@pytest.mark.parametrize("dropout", ["hidden", "attention"])
 @pytest.mark.parametrize("sizes", [layout(), layout(pp=2), layout(2)], ids=["one", "pp2", "tp2"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_second_pass_drops_what_the_first_dropped(models, kind, sizes, recompute):
+def test_second_pass_drops_what_the_first_dropped(models, kind, sizes, dropout):
+    def config(recompute, rate):
+        training = {"global_batch_size": ROWS, "micro_batch_size": 3, "recompute": recompute}
+        return run_config(models[kind], parallel=sizes, training=training | {f"{dropout}_dropout": rate},
+                          objective=objective_settings())
+
+    modes = ("none", "selective", "full")
+    runs = [(config(mode, 0.2), None, replay) for replay in (True, False) for mode in modes]
+    runs += [(config("none", 0.0), None, True), (config("none", 0.2), 8, True)]
     ranks = sizes["pipeline_model_parallel_size"] * sizes["tensor_model_parallel_size"]
-    training = {"global_batch_size": ROWS, "micro_batch_size": 3, "recompute": recompute}
-    dropout = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
-    config = run_config(models[kind], parallel=sizes, training=training | dropout, objective=objective_settings())
-    seen = run_on_ranks(outputs_of_both_passes, ranks, config)[-1]
-    assert len(seen) == 8
-    for first, second in zip(seen[:4], seen[4:], strict=True):
-        assert torch.equal(first, second)
-    plain = run_config(models[kind], parallel=sizes, training=training, objective=objective_settings())
-    without = run_on_ranks(outputs_of_both_passes, ranks, plain)[-1]
-    assert (seen[0] - without[0]).abs().max() > 0.01, "dropout was off"
-    other = run_on_ranks(outputs_of_both_passes, ranks, config, 8)[-1]
-    assert (seen[0] - other[0]).abs().max() > 0.01, "the seed does not reach the dropout"
-    again = run_on_ranks(outputs_of_both_passes, ranks, config)[-1]
-    assert torch.equal(seen[0], again[0])
+    *seen, without, other = run_on_ranks(outputs_of_runs, ranks, runs)[-1]
+    for outputs, (_, _, replay) in zip(seen, runs, strict=False):
+        assert len(outputs) == 8
+        for first, second in zip(outputs[:4], outputs[4:], strict=True):
+            assert torch.equal(first, second) == replay
+    assert all(torch.equal(seen[0][0], outputs[0]) for outputs in seen[1:]), "recomputation changes the first pass"
+    assert (seen[0][0] - without[0]).abs().max() > 0.01, "dropout was off"
+    assert (seen[0][0] - other[0]).abs().max() > 0.01, "the seed does not reach the dropout"
