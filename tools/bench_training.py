@@ -11,6 +11,7 @@ import json
 import platform
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,24 +58,35 @@ def main() -> None:
     print(describe_machine(arguments.threads))
     print(f"batch {settings.batch_size}, {settings.max_length} tokens, medians of steps {arguments.warmup_steps + 1} "
           f"to {settings.steps}\n\nprecision  Sentence Transformers rows/s  ours rows/s  ratio  our padding")
-    ours = {}
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {}
+        for precision in arguments.precision:
+            peer, ours = Path(folder) / f"peer-{precision}", Path(folder) / f"ours-{precision}"
+            sides["peer", precision] = (peer_command(settings, peer, precision=precision), peer)
+            sides["ours", precision] = (our_command(
+                settings, ours, layout=Layout(name="1 rank"), dtype=DTYPES[precision],
+                micro_batch_size=arguments.micro_batch_size or settings.batch_size), ours)
+        seconds = run_in_turn(sides, threads=settings.threads, steps=settings.steps)
+        padding = {precision: padding_of(sides["ours", precision][1]) for precision in arguments.precision}
+    counted = {side: values[arguments.warmup_steps :] for side, values in seconds.items()}
+    rows = {side: settings.batch_size / statistics.median(values) for side, values in counted.items()}
     for precision in arguments.precision:
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder) / "ours"
-            sides = {
-                "peer": (peer_command(settings, Path(folder) / "peer", precision=precision), Path(folder) / "peer"),
-                "ours": (our_command(settings, output, layout=Layout(name="1 rank"), dtype=DTYPES[precision],
-                                     micro_batch_size=arguments.micro_batch_size or settings.batch_size), output)}
-            seconds = run_in_turn(sides, threads=settings.threads, steps=settings.steps)
-            lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        counted = {name: values[arguments.warmup_steps :] for name, values in seconds.items()}
-        rows = {name: settings.batch_size / statistics.median(values) for name, values in counted.items()}
-        ratio = statistics.median(theirs / mine for theirs, mine in zip(counted["peer"], counted["ours"], strict=True))
-        padding = statistics.median(line["padding_fraction"] for line in lines)
-        ours[precision] = rows["ours"]
-        print(f"{precision:>9}  {rows['peer']:28.2f}  {rows['ours']:11.2f}  {ratio:5.2f}  {padding:11.4f}", flush=True)
-    if set(ours) == set(DTYPES):
-        print(f"ours, bf16 / fp32: {ours['bf16'] / ours['fp32']:.2f}")
+        ratio = speedup(counted["peer", precision], counted["ours", precision])
+        print(f"{precision:>9}  {rows['peer', precision]:28.2f}  {rows['ours', precision]:11.2f}  {ratio:5.2f}  "
+              f"{padding[precision]:11.4f}", flush=True)
+    if set(arguments.precision) == set(DTYPES):
+        print(f"ours, bf16 / fp32: {speedup(counted['ours', 'fp32'], counted['ours', 'bf16']):.2f}")
+
+
+def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median of the ratios of neighbouring steps."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def padding_of(output: Path) -> float:
+    """Median padding fraction of a run of ours."""
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return statistics.median(json.loads(line)["padding_fraction"] for line in lines)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+Side = TypeVar("Side")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +141,14 @@ def _run(command: list[str], output: Path, *, threads: int, ranks: int) -> list[
     return _steps(output)
 
 
-def run_in_turn(sides: dict[str, tuple[list[str], Path]], *, threads: int, steps: int) -> dict[str, list[float]]:
+def run_in_turn(sides: dict[Side, tuple[list[str], Path]], *, threads: int, steps: int) -> dict[Side, list[float]]:
     """Seconds of each step of several sides, which take a step each in turn; whoever does not step is stopped.
 
     The speed of a shared machine drifts within a minute; neighbouring steps of the sides still see the same machine.
     A step is timed from the moment its side goes on until the step is in its metrics.jsonl, so what it does around the
     step (the next batch, the log) counts too.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: dict[Side, list[float]] = {name: [] for name in sides}
     running = {name: _start(command, output, threads=threads, ranks=1) for name, (command, output) in sides.items()}
     try:
         for process in running.values():  # starting up takes turns as well

@@ -18,7 +18,7 @@ from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.models.backbone import check_divisible
-from megatron_embed.models.encoder import DTYPES, EmbeddingModel, build_model, padded_vocabulary, uses_flash
+from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model, padded_vocabulary
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.models.saved_settings import SavedSettings, read_saved_settings
@@ -126,6 +126,6 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool) -> tuple[TextEncode
     topology = initialize(config.parallel)
     chunks = load_model_chunks(model, config, topology)
     encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.shape.hidden_size,
-                          flash=uses_flash(config),
+                          kernel=attention_kernel(config),
                           causal=chunks[0].causal)
     return encoder, model, topology

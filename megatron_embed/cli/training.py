@@ -28,7 +28,7 @@ from megatron_embed.evaluation.beir import BeirData, load_beir, refuse_tokenless
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.retrieval import evaluate_retrieval
 from megatron_embed.models.backbone import check_divisible
-from megatron_embed.models.encoder import uses_flash
+from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.parallel.topology import (
     Topology,
     check_batch_sizes,
@@ -88,7 +88,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     check_batch_sizes(config, check_world_size(config.parallel, world_size))
     check_divisible(model.shape, config.parallel)
     check_token_budget(config)
-    uses_flash(config)
+    attention_kernel(config)
     for role, length in (("query", config.data.query_max_length), ("document", config.data.document_max_length)):
         if length > model.shape.max_position_embeddings:
             raise ConfigError(f"data.{role}_max_length = {length} is longer than the model's "
@@ -157,15 +157,15 @@ def run_training(config: RunConfig) -> dict[str, float]:
     scheduler = build_scheduler(optimizer, config.training, inputs.train_steps)
     state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler)
     first_step = resume(config, state)
-    pooling, flash = inputs.model.pooling(config.embedding.pooling), uses_flash(config)
+    pooling, kernel = inputs.model.pooling(config.embedding.pooling), attention_kernel(config)
     objective = Objective(config.objective, topology.dp_group)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
-                          negatives=config.objective.negatives, flash=flash,
+                          negatives=config.objective.negatives, kernel=kernel,
                           has_dropout=config.training.hidden_dropout > 0 or config.training.attention_dropout > 0,
                           token_budget=config.training.micro_batch_tokens is not None)
     trainer = Trainer(chunks=wrapped, gradients=gradients, optimizer=optimizer, scheduler=scheduler)
     encoder = TextEncoder(wrapped, topology, inputs.tokenizer, pooling=pooling, dim=inputs.model.shape.hidden_size,
-                          flash=flash, causal=models[0].causal)
+                          kernel=kernel, causal=models[0].causal)
     assets = prepare_assets(config, inputs, topology)
     writer = MetricsWriter(log_directory(config), tensorboard=config.logging.tensorboard,
                            train_steps=inputs.train_steps, first_step=first_step, active=topology.rank == 0)

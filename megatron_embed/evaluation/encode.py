@@ -11,7 +11,7 @@ from megatron_embed.batch import MicroBatch
 from megatron_embed.data.packing import build_encode_batches
 from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.errors import TokenlessTextError
-from megatron_embed.models.encoder import to_device
+from megatron_embed.models.encoder import AttentionKernel, to_device
 from megatron_embed.models.passes import embed
 from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.parallel.collectives import gather_padded, largest, send_from_last, smallest
@@ -25,14 +25,14 @@ class TextEncoder:
     """A loaded model with its tokenizer. Every method is called by all ranks together."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, tokenizer: RoleTokenizer, *,
-                 pooling: Pooling, dim: int, flash: bool, causal: bool, micro_batch_tokens: int = 8192) -> None:
+                 pooling: Pooling, dim: int, kernel: AttentionKernel, causal: bool, micro_batch_tokens: int = 8192) -> None:
         """`micro_batch_tokens`: of one packed bin, padding included; a longer text gets a bin of its own."""
         self.chunks = chunks
         self.topology = topology
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.dim = dim
-        self.flash = flash
+        self.kernel = kernel
         self.causal = causal
         self.micro_batch_tokens = micro_batch_tokens
 
@@ -83,7 +83,7 @@ class TextEncoder:
     def _embed_share(self, bins: Sequence[MicroBatch], num_texts: int) -> Tensor:
         """[num_texts, dim] of this rank's texts; empty before the last stage."""
         # All ranks run as many bins as the busiest, or an expert-parallel all-to-all would wait for ever.
-        batches = [to_device(micro, self.topology, self.pooling, flash=self.flash, causal=self.causal)
+        batches = [to_device(micro, self.topology, self.pooling, kernel=self.kernel, causal=self.causal)
                    for micro in bins]
         if self.topology.sizes.expert_model_parallel_size > 1:
             needed = largest(len(batches), self.topology.dp_group)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from megatron_embed.models.blocked_attention import Block, BlockedAttention
 from megatron_embed.platform.compat import (
     AttnMaskType,
     MegatronModule,
@@ -65,7 +66,9 @@ class PackedSequences(PackedSeqParams):
     num_tokens: int = 0
     """Real tokens; the bin's padding comes after them."""
     groups: tuple[SegmentGroup, ...] = field(default_factory=tuple)
-    """For the grouped path; empty on the flash path."""
+    """For the grouped path; empty on the others."""
+    blocks: tuple[Block, ...] = field(default_factory=tuple)
+    """For blocked attention; empty on the other paths."""
     query_index: Tensor | None = None
     """[query slots of all groups] int64, the groups' `queries` back to back."""
     key_index: Tensor | None = None
@@ -216,7 +219,9 @@ class PackedAttention(MegatronModule):
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.cp_group is not None and self.cp_group.size() > 1:
             key, value = self._whole_bin(key, value)
-        if packed_seq_params.groups:
+        if packed_seq_params.blocks:
+            output = BlockedAttention.apply(query, key, value, packed_seq_params.blocks, self.scale)
+        elif packed_seq_params.groups:
             output = self._grouped(query, key, value, packed_seq_params, dropout)
         else:
             output = self._flash(query, key, value, packed_seq_params)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as functional
@@ -18,6 +19,7 @@ from megatron_embed.models.backbone import (
     mark_tensor_parallel,
     megatron_config,
 )
+from megatron_embed.models.blocked_attention import LONGEST, sequence_blocks
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.pooling_names import Pooling
@@ -33,6 +35,7 @@ from megatron_embed.platform.compat import (
     TransformerConfig,
 )
 
+AttentionKernel = Literal["flash", "blocked", "sdpa"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -148,14 +151,20 @@ def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // tp_size) * tp_size
 
 
-def uses_flash(config: RunConfig) -> bool:
-    """Whether attention runs on torch's variable-length flash kernels. Raises ConfigError if asked for without a
-    GPU."""
-    half = config.model.dtype != "float32"
-    if config.model.attention == "flash" and not (HAS_CUDA and half):
+def attention_kernel(config: RunConfig) -> AttentionKernel:
+    """What attention runs on: torch's variable-length flash kernels, our blocks for CPUs, or torch's general attention.
+
+    Raises:
+        ConfigError: flash is asked for where it cannot run.
+    """
+    half, wanted = config.model.dtype != "float32", config.model.attention
+    if wanted == "flash" and not (HAS_CUDA and half):
         raise ConfigError("model.attention = 'flash' needs a GPU and model.dtype = bfloat16; use 'auto' or 'sdpa' here")
-    return (HAS_CUDA and half and config.model.attention != "sdpa" and config.training.attention_dropout == 0
-            and config.parallel.context_parallel_size == 1)
+    if wanted == "sdpa" or config.training.attention_dropout or config.parallel.context_parallel_size > 1:
+        return "sdpa"
+    if not half:
+        return "sdpa"
+    return "flash" if HAS_CUDA else "blocked"
 
 
 def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling) -> list[EmbeddingModel]:
@@ -178,14 +187,16 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     return chunks
 
 
-def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, flash: bool,
+def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, kernel: AttentionKernel,
               causal: bool) -> DeviceMicroBatch:
     """This rank's part of a micro-batch, with attention groups and pooling plan derived. No communication."""
     device, tokens = topology.device, micro_batch.token_ids.numel()
     chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)
     packed = PackedSequences(cu_seqlens=micro_batch.cu_seqlens.to(device), num_tokens=micro_batch.num_tokens,
                              max_seqlen=int(micro_batch.cu_seqlens.diff().max()))
-    if not flash:
+    if kernel == "blocked" and len(chunks) == 1 and packed.max_seqlen <= LONGEST:
+        packed.blocks = sequence_blocks(micro_batch.cu_seqlens, causal)
+    elif kernel != "flash":
         packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, device), tokens // topology.cp_size)
     plan = local_plan(pooling_plan(micro_batch, pooling, device), chunks)
     padding = _held(torch.arange(tokens) >= micro_batch.num_tokens, chunks)

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from megatron_embed.platform import cpu_linear
+
 FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "randint",
              "randperm", "tensor", "zeros", "zeros_like")
 """torch functions whose `device="cuda"` becomes the CPU and whose `pin_memory` is dropped."""
@@ -170,6 +172,17 @@ def _name_cuda_types(module_name: str, class_name: str | None, method_name: str)
     setattr(owner, method_name, call)
 
 
+def _skip_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The collective, left out where a group of one would copy a tensor onto itself (as NCCL leaves it out)."""
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if output.data_ptr() == source.data_ptr() and output.numel() == source.numel():
+            return None
+        return collective(output, source, *args, **kwargs)
+
+    return call
+
+
 class _Overlay(types.ModuleType):
     """A module's attributes with some replaced; the module itself stays as it is for everyone else."""
 
@@ -251,3 +264,9 @@ def install() -> None:
     _numpy_split_sizes(moe_utils)
     for site in CUDA_TYPE_SITES:
         _name_cuda_types(*site)
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        vars(buffers)[name] = _skip_alone(vars(buffers)[name])
+    if cpu_linear.is_available():
+        layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+        vars(layers)["LinearWithGradAccumulationAndAsyncCommunication"] = cpu_linear.OneDnnLinear

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_embed.batch import EmbedBatch
-from megatron_embed.models.encoder import DeviceMicroBatch, EmbeddingModel, to_device
+from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, EmbeddingModel, to_device
 from megatron_embed.models.passes import embed, run_schedule
 from megatron_embed.parallel.collectives import send_from_last
 from megatron_embed.parallel.topology import Topology
@@ -31,7 +31,7 @@ class GradCache:
     topology: Topology
     objective: Objective
     negatives: Literal["global_batch", "micro_batch"]
-    flash: bool
+    kernel: AttentionKernel
     has_dropout: bool
     token_budget: bool
     """Whether ranks come with different numbers of micro-batches, which they then bring to the same."""
@@ -41,7 +41,7 @@ class GradCache:
         if self.token_budget:
             batch = agree_on_bins(batch, self.topology, whole_groups=self.negatives == "micro_batch")
         model = self.models[0]
-        batches = [to_device(micro, self.topology, model.pooling, flash=self.flash, causal=model.causal)
+        batches = [to_device(micro, self.topology, model.pooling, kernel=self.kernel, causal=model.causal)
                    for micro in batch.micro_batches]
         if len(batches) == 1 or self.negatives == "micro_batch":
             return self.one_pass(batch, batches)

@@ -50,7 +50,7 @@ def token_states(config, ids, tokens):
         chunk.eval()
         chunk.forward = chunk.token_states
     causal = opened.chunks[0].causal
-    batch = to_device(pack_all(ids, config, tokens), opened.topology, "mean", flash=False, causal=causal)
+    batch = to_device(pack_all(ids, config, tokens), opened.topology, "mean", kernel="sdpa", causal=causal)
     with torch.no_grad():
         outputs = run_schedule(opened.chunks, [batch], opened.topology, lambda number: keep_output, forward_only=True)
     topology = opened.topology
@@ -115,7 +115,7 @@ def embeddings(config, ids, bins, poolings=None):
     batches = [pack_bin(ids, numbers, tokens, alignment) for numbers in bins]
     results = {}
     for pooling in poolings or [config.embedding.pooling]:
-        on_device = [to_device(batch, topology, pooling, flash=False, causal=chunks[0].causal) for batch in batches]
+        on_device = [to_device(batch, topology, pooling, kernel="sdpa", causal=chunks[0].causal) for batch in batches]
         for normalize in (True, False):
             for chunk in chunks:
                 chunk.eval()

@@ -43,7 +43,7 @@ def embed_texts(config: RunConfig) -> tuple[torch.Tensor | None, Opened]:
     for chunk in opened.chunks:
         chunk.eval()
     micro = pack_all(random_texts(LENGTHS), config)
-    batch = to_device(micro, opened.topology, "mean", flash=False, causal=True)
+    batch = to_device(micro, opened.topology, "mean", kernel="sdpa", causal=True)
     rows = embed(opened.chunks, [batch] * opened.topology.pp_size, opened.topology)
     return rows, opened
 

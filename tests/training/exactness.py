@@ -68,6 +68,7 @@ class Built(Opened):
 
 def build(config):
     """The model in DDP with its GradCache, and this rank's batch of the rows. Called by all ranks."""
+    from megatron_embed.models.encoder import attention_kernel
     from megatron_embed.parallel.topology import token_alignment
     from megatron_embed.training.grad_cache import GradCache
     from megatron_embed.training.objective import Objective
@@ -80,7 +81,8 @@ def build(config):
     objective = Objective(config.objective, topology.dp_group)
     dropout = config.training.hidden_dropout > 0 or config.training.attention_dropout > 0
     gradients = GradCache(chunks=wrapped, models=opened.chunks, topology=topology, objective=objective,
-                          negatives=config.objective.negatives, flash=False, has_dropout=dropout,
+                          negatives=config.objective.negatives, kernel=attention_kernel(config),
+                          has_dropout=dropout,
                           token_budget=False)
     share = ROWS // topology.dp_size
     records = real_records(ROWS)[topology.dp_rank * share : (topology.dp_rank + 1) * share]

@@ -62,7 +62,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     group = topology.groups.tp if case.sabotage == "group" else topology.dp_group
     objective = Objective(config.objective, group)
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
-                          negatives=config.objective.negatives, flash=False, has_dropout=False,
+                          negatives=config.objective.negatives, kernel="sdpa", has_dropout=False,
                           token_budget=case.tokens is not None)
     records = open_records(config.data.train)
     sampler = GlobalBatchSampler(records, global_batch_size=config.training.global_batch_size, shuffle=False, seed=1,

@@ -1,0 +1,79 @@
+"""Megatron's tensor-parallel linear with float32 products by oneDNN, for the CPU adapter.
+
+torch hands float32 products to MKL, whose kernels on AMD processors stop at AVX2: 190 GFLOP/s on two Zen 5 cores where
+oneDNN, which ships in the same torch, reaches 430. Other dtypes go to oneDNN by torch itself.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left @ right.T (+ bias): [..., inner] and [outer, inner], any strides -> [..., outer]."""
+    if left.dtype != torch.float32:
+        return torch.nn.functional.linear(left, right, bias)
+    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+
+
+def weight_gradient(grad_output: Tensor, inputs: Tensor) -> Tensor:
+    """grad_output.T @ inputs: [tokens, outer] and [tokens, inner] -> [outer, inner].
+
+    oneDNN wants its left factor row by row, so that one is transposed in memory: the narrower of the two.
+    """
+    if grad_output.shape[1] <= inputs.shape[1]:
+        return product(grad_output.t(), inputs.t())
+    return product(inputs.t(), grad_output.t()).t()
+
+
+class OneDnnLinear(torch.autograd.Function):
+    """In place of Megatron's LinearWithGradAccumulationAndAsyncCommunication, with its arguments; same values.
+
+    Its collectives, each over the tensor-parallel group: with sequence parallelism an all-gather of the input (forward,
+    and again for the weight's gradient) and a reduce-scatter of the input's gradient; else an all-reduce of the latter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, gradient_accumulation_fusion: bool,
+                allreduce_dgrad: bool, sequence_parallel: bool, grad_output_buffer: list[Tensor] | None,
+                wgrad_deferral_limit: int | None, tp_group: dist.ProcessGroup) -> Tensor:
+        assert not gradient_accumulation_fusion and grad_output_buffer is None, "CUDA-only forms of the gradient"
+        ctx.save_for_backward(inputs, weight)
+        ctx.has_bias = bias is not None
+        ctx.allreduce_dgrad = allreduce_dgrad
+        ctx.sequence_parallel = sequence_parallel
+        ctx.tp_group = tp_group
+        return product(_gathered(inputs, tp_group) if sequence_parallel else inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inputs, weight = ctx.saved_tensors
+        total = _gathered(inputs, ctx.tp_group) if ctx.sequence_parallel else inputs
+        grad_inputs = product(grad_output, weight.t())
+        work = None
+        if ctx.sequence_parallel:
+            share = torch.empty_like(inputs)
+            work = dist.reduce_scatter_tensor(share, grad_inputs, group=ctx.tp_group, async_op=True)
+            grad_inputs = share
+        elif ctx.allreduce_dgrad:
+            work = dist.all_reduce(grad_inputs, group=ctx.tp_group, async_op=True)
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_weight = weight_gradient(rows, total.reshape(-1, total.shape[-1]))
+        grad_bias = rows.sum(dim=0) if ctx.has_bias else None
+        if work is not None:
+            work.wait()
+        return grad_inputs, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+def _gathered(inputs: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[tokens/tp, ...] -> [tokens, ...] over the tensor-parallel group."""
+    total = inputs.new_empty(inputs.shape[0] * group.size(), *inputs.shape[1:])
+    dist.all_gather_into_tensor(total, inputs.contiguous(), group=group)
+    return total
+
+
+def is_available() -> bool:
+    """Whether this torch has oneDNN on an x86 processor; elsewhere torch chooses well by itself."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")

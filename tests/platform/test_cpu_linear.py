@@ -1,0 +1,64 @@
+"""The CPU adapter's linear against torch's, values and gradients; under tensor parallelism in tests/models."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_embed.platform import cpu_linear
+from megatron_embed.platform.cpu_linear import OneDnnLinear
+from tests.ranks import run_on_ranks
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("inner, outer, bias", [(48, 16, True), (16, 48, True), (32, 32, False)])
+def test_equals_torchs_linear(inner, outer, bias, dtype, tolerance):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(7, 1, inner), (outer, inner)] + [(outer,)] * bias
+    results = []
+    for linear in (lambda x, w, b=None: OneDnnLinear.apply(x, w, b, False, False, False, None, None, None),
+                   torch.nn.functional.linear):
+        inputs = [torch.randn(shape, generator=generator.manual_seed(5), dtype=torch.float64).to(dtype).requires_grad_()
+                  for shape in shapes]
+        output = linear(*inputs)
+        grad = torch.randn(output.shape, generator=generator.manual_seed(6), dtype=torch.float64).to(dtype)
+        results.append([output, *torch.autograd.grad(output, inputs, grad)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.shape == theirs.shape and theirs.norm() > 1
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=10 * tolerance)
+
+
+def _gradients_of_a_share(sequence_parallel):
+    """Rank r holds half of the output columns; returns (output columns, input gradient, weight gradient)."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    inputs, weight, grad = _example()
+    mine = inputs.chunk(2)[rank].clone() if sequence_parallel else inputs.clone()
+    mine, share = mine.requires_grad_(), weight.chunk(2)[rank].clone().requires_grad_()
+    output = OneDnnLinear.apply(mine, share, None, False, not sequence_parallel, sequence_parallel, None, None, group)
+    output.backward(grad.chunk(2, dim=-1)[rank])
+    return output.detach(), mine.grad, share.grad
+
+
+def _example():
+    generator = torch.Generator().manual_seed(2)
+    return tuple(torch.randn(shape, generator=generator) for shape in ((6, 1, 8), (10, 8), (6, 1, 10)))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_parallel_shares_make_up_the_whole(sequence_parallel):
+    inputs, weight, grad = _example()
+    inputs.requires_grad_(), weight.requires_grad_()
+    output = torch.nn.functional.linear(inputs, weight)
+    output.backward(grad)
+    outputs, input_grads, weight_grads = zip(*run_on_ranks(_gradients_of_a_share, 2, sequence_parallel), strict=True)
+    torch.testing.assert_close(torch.cat(outputs, dim=-1), output, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat(weight_grads), weight.grad, rtol=1e-5, atol=1e-5)
+    whole = torch.cat(input_grads) if sequence_parallel else input_grads[1]
+    torch.testing.assert_close(whole, inputs.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not cpu_linear.is_available(), reason="no oneDNN on this processor")
+def test_megatron_uses_it():
+    import megatron_embed.platform.compat  # noqa: F401, I001  installs the adapter
+    from megatron.core.tensor_parallel import layers
+
+    assert layers.LinearWithGradAccumulationAndAsyncCommunication is OneDnnLinear
