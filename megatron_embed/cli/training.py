@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from megatron_embed.batch import EmbedBatch
 from megatron_embed.checkpoint.files import latest_checkpoint, remove_unfinished
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, save_checkpoint
 from megatron_embed.cli.export import PROBES, export_model, write_settings
@@ -38,6 +39,7 @@ from megatron_embed.parallel.topology import (
     launched_rank,
     token_alignment,
 )
+from megatron_embed.training.agreement import agree_on_bins
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.loop import Hooks, train
 from megatron_embed.training.metrics import MetricsWriter
@@ -161,8 +163,7 @@ def run_training(config: RunConfig) -> dict[str, float]:
     objective = Objective(config.objective, topology.dp_group)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
                           negatives=config.objective.negatives, kernel=kernel,
-                          has_dropout=config.training.hidden_dropout > 0 or config.training.attention_dropout > 0,
-                          token_budget=config.training.micro_batch_tokens is not None)
+                          has_dropout=config.training.hidden_dropout > 0 or config.training.attention_dropout > 0)
     trainer = Trainer(chunks=wrapped, gradients=gradients, optimizer=optimizer, scheduler=scheduler)
     encoder = TextEncoder(wrapped, topology, inputs.tokenizer, pooling=pooling, dim=inputs.model.shape.hidden_size,
                           kernel=kernel, causal=models[0].causal)
@@ -183,7 +184,11 @@ def run_training(config: RunConfig) -> dict[str, float]:
         assert config.checkpoint.directory is not None and assets is not None
         save_checkpoint(config.checkpoint.directory, step, state, assets=assets, keep=config.checkpoint.keep)
 
-    hooks = Hooks(load_batch=loader.batch, evaluate=evaluate if inputs.retrieval else None,
+    def agree(batch: EmbedBatch) -> EmbedBatch:
+        return agree_on_bins(batch, topology, whole_groups=config.objective.negatives == "micro_batch")
+
+    hooks = Hooks(load_batch=loader.batch, agree=None if config.training.micro_batch_tokens is None else agree,
+                  evaluate=evaluate if inputs.retrieval else None,
                   save=save if config.checkpoint.directory is not None else None)
     for model in models:
         model.train()

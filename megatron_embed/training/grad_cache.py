@@ -13,7 +13,6 @@ from megatron_embed.models.passes import embed, run_schedule
 from megatron_embed.parallel.collectives import send_from_last
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import get_all_rng_states, set_all_rng_states
-from megatron_embed.training.agreement import agree_on_bins
 from megatron_embed.training.objective import Objective, Sums
 from megatron_embed.training.scaling import surrogate_factor
 
@@ -33,13 +32,9 @@ class GradCache:
     negatives: Literal["global_batch", "micro_batch"]
     kernel: AttentionKernel
     has_dropout: bool
-    token_budget: bool
-    """Whether ranks come with different numbers of micro-batches, which they then bring to the same."""
 
     def __call__(self, batch: EmbedBatch) -> Sums:
         """Gradients of one step, by two passes, or by one where every negative lies in the same micro-batch."""
-        if self.token_budget:
-            batch = agree_on_bins(batch, self.topology, whole_groups=self.negatives == "micro_batch")
         model = self.models[0]
         batches = [to_device(micro, self.topology, model.pooling, kernel=self.kernel, causal=model.causal)
                    for micro in batch.micro_batches]

@@ -28,6 +28,8 @@ class Hooks:
     """Number of the step, from 0 -> this rank's share of it. No communication: another rank may fail here."""
     evaluate: Callable[[], dict[str, float]] | None
     """Metrics by name, equal on all ranks."""
+    agree: Callable[[EmbedBatch], EmbedBatch] | None
+    """Gives all data-parallel ranks as many micro-batches, of one size; null where they have as many."""
     save: Callable[[int, bool], None] | None
     """(steps done, whether it is the last) -> writes a checkpoint."""
 
@@ -43,7 +45,7 @@ class Loaded:
     """The same, padding included."""
 
 
-def load_agreed(load_batch: Callable[[int], EmbedBatch], step: int, topology: Topology) -> Loaded:
+def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
     """The batch of a step, or on every rank the error of the lowest rank that has none.
 
     One all-reduce of three numbers over the world; an error alone costs another collective. The world and not the
@@ -51,7 +53,7 @@ def load_agreed(load_batch: Callable[[int], EmbedBatch], step: int, topology: To
     """
     batch, error = None, None
     try:
-        batch = load_batch(step)
+        batch = hooks.load_batch(step)
     except UserError as found:
         error = found
     micro_batches = () if batch is None else batch.micro_batches
@@ -63,6 +65,9 @@ def load_agreed(load_batch: Callable[[int], EmbedBatch], step: int, topology: To
         raise_first(error)
     assert batch is not None
     twins = topology.world_size // topology.dp_size
+    if hooks.agree is not None:
+        batch = hooks.agree(batch)
+        padded_sum = sum(micro.token_ids.numel() for micro in batch.micro_batches) * topology.world_size
     return Loaded(batch=batch, tokens=real_sum / twins, padded_tokens=padded_sum / twins)
 
 
@@ -72,7 +77,7 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
     metrics: dict[str, float] = {}
     for step in range(first_step, train_steps):
         start = time.perf_counter()
-        loaded = load_agreed(hooks.load_batch, step, topology)
+        loaded = load_agreed(hooks, step, topology)
         seed_step(config.training.seed, step, topology)
         metrics = train_step(loaded.batch, trainer)
         if not math.isfinite(metrics["loss"]):

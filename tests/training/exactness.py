@@ -82,8 +82,7 @@ def build(config):
     dropout = config.training.hidden_dropout > 0 or config.training.attention_dropout > 0
     gradients = GradCache(chunks=wrapped, models=opened.chunks, topology=topology, objective=objective,
                           negatives=config.objective.negatives, kernel=attention_kernel(config),
-                          has_dropout=dropout,
-                          token_budget=False)
+                          has_dropout=dropout)
     share = ROWS // topology.dp_size
     records = real_records(ROWS)[topology.dp_rank * share : (topology.dp_rank + 1) * share]
     batch = batch_of(config.model.path, records, micro_batch_size=config.training.micro_batch_size,

@@ -46,6 +46,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     from megatron_embed.data.sampler import GlobalBatchSampler
     from megatron_embed.models.backbone import check_divisible
     from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, token_alignment
+    from megatron_embed.training.agreement import agree_on_bins
     from megatron_embed.training.grad_cache import GradCache
     from megatron_embed.training.objective import Objective
     from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
@@ -62,8 +63,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     group = topology.groups.tp if case.sabotage == "group" else topology.dp_group
     objective = Objective(config.objective, group)
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
-                          negatives=config.objective.negatives, kernel="sdpa", has_dropout=False,
-                          token_budget=case.tokens is not None)
+                          negatives=config.objective.negatives, kernel="sdpa", has_dropout=False)
     records = open_records(config.data.train)
     sampler = GlobalBatchSampler(records, global_batch_size=config.training.global_batch_size, shuffle=False, seed=1,
                                  num_negatives=NUM_NEGATIVES)
@@ -73,6 +73,9 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
                      constant_tokens=topology.pp_size > 1, micro_batch_tokens=case.tokens,
                      whole_groups=case.negatives == "micro_batch") as loader:
         batch = loader.batch(0)
+    bins = len(batch.micro_batches)
+    if case.tokens is not None:
+        batch = agree_on_bins(batch, topology, whole_groups=case.negatives == "micro_batch")
     squares, losses = [], []
     for _ in range(case.repeats):
         for chunk in wrapped:
@@ -86,7 +89,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
         gather_shards(wrapped)
         squares.append(compare(chunks, topology, folder / f"truth-{case.truth}"))
     return Found(squares=squares, losses=losses, norm=norm,
-                  tokens=max(part.num_tokens for part in batch.micro_batches), bins=len(batch.micro_batches))
+                  tokens=max(part.num_tokens for part in batch.micro_batches), bins=bins)
 
 
 def _with_sabotage(sabotage: Sabotage | None, gradients: Any, batch: Any) -> Any:
