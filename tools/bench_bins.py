@@ -3,7 +3,7 @@
 Packed attention forms nothing larger than one group of similarly long sequences, so the time per token must not grow
 with the bin: the ratio printed last stays near 1 (attention over the whole bin would make that part 8 times as dear).
 
-    python tools/bench_bins.py --data examples/data/mini_en/train.jsonl
+    python tools/bench_bins.py
 """
 
 import argparse
@@ -19,9 +19,10 @@ from megatron_embed.config.schema import ModelConfig, RunConfig, TrainFile
 from megatron_embed.data.packing import pack
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import open_records
-from megatron_embed.models.encoder import DeviceMicroBatch, EmbeddingModel, to_device
+from megatron_embed.models.encoder import DeviceMicroBatch, EmbeddingModel, attention_kernel, to_device
 from megatron_embed.parallel.topology import initialize
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 SIZES = (2048, 16384)
 
 
@@ -43,13 +44,15 @@ def one_pass(model: EmbeddingModel, batch: DeviceMicroBatch) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="train.jsonl; its positives fill the bins")
+    parser.add_argument("--data", default=str(REPOSITORY / "examples/data/mini_en/train.jsonl"),
+                        help="train.jsonl; its positives fill the bins")
     parser.add_argument("--model", default=None)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     path = arguments.model or default_model()
-    config = RunConfig(model=ModelConfig(path=path, dtype="float32"))
+    config = RunConfig(model=ModelConfig(path=path, dtype=arguments.dtype))
     found = find_model(path)
     topology = initialize(config.parallel)
     (model,) = load_model_chunks(found, config, topology)
@@ -67,7 +70,7 @@ def main() -> None:
             chosen.append(ids)
         packed = pack(chosen, list(range(len(chosen))), [False] * len(chosen), tokens=None, alignment=1,
                       pad_token_id=tokenizer.pad_token_id)
-        batches[size] = to_device(packed, topology, "mean", kernel="sdpa", causal=model.causal)
+        batches[size] = to_device(packed, topology, "mean", kernel=attention_kernel(config), causal=model.causal)
     times: dict[int, list[float]] = {size: [] for size in SIZES}
     for number in range(arguments.rounds + 1):
         for size in SIZES:

@@ -28,8 +28,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     parser.add_argument("--steps", type=int, default=12, help="of each run, warm-up steps included")
     parser.add_argument("--warmup-steps", type=int, default=2, help="not counted")
-    parser.add_argument("--batch-size", type=int, default=64, help="queries per step")
-    parser.add_argument("--micro-batch-size", type=int, default=None, help="ours; default: the batch size, so one pass")
+    parser.add_argument("--two-pass", action="store_true",
+                        help="the cost of negatives of the global batch over those of a micro-batch, instead")
+    parser.add_argument("--batch-size", type=int, default=None, help="queries per step; default: 64, two-pass 512")
+    parser.add_argument("--micro-batch-size", type=int, default=None,
+                        help="ours; default: the batch size, so one pass; with --two-pass 32")
     parser.add_argument("--max-length", type=int, default=256, help="tokens")
     parser.add_argument("--num-negatives", type=int, default=0, help="hard negatives per query")
     parser.add_argument("--threads", type=int, default=len(available_cores()))
@@ -53,11 +56,21 @@ def main() -> None:
         raise SystemExit(f"--warmup-steps {arguments.warmup_steps} leaves none of {arguments.steps} --steps to measure")
     settings = Settings(
         model=str(Path(arguments.model or default_model()).resolve()), data=str(Path(arguments.data).resolve()),
-        steps=arguments.steps, batch_size=arguments.batch_size, max_length=arguments.max_length,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size or (512 if arguments.two_pass else 64), max_length=arguments.max_length,
         num_negatives=arguments.num_negatives, temperature=0.05, learning_rate=2.0e-5, threads=arguments.threads)
     print(describe_machine(arguments.threads))
     print(f"batch {settings.batch_size}, {settings.max_length} tokens, medians of steps {arguments.warmup_steps + 1} "
-          f"to {settings.steps}\n\nprecision  Sentence Transformers rows/s  ours rows/s  ratio  our padding")
+          f"to {settings.steps}\n")
+    if arguments.two_pass:
+        compare_passes(settings, arguments)
+    else:
+        compare_precisions(settings, arguments)
+
+
+def compare_precisions(settings: Settings, arguments: argparse.Namespace) -> None:
+    """One-pass steps of both trainers in each precision."""
+    print("precision  Sentence Transformers rows/s  ours rows/s  ratio  our padding")
     with tempfile.TemporaryDirectory() as folder:
         sides = {}
         for precision in arguments.precision:
@@ -66,9 +79,9 @@ def main() -> None:
             sides["ours", precision] = (our_command(
                 settings, ours, layout=Layout(name="1 rank"), dtype=DTYPES[precision],
                 micro_batch_size=arguments.micro_batch_size or settings.batch_size), ours)
-        seconds = run_in_turn(sides, threads=settings.threads, steps=settings.steps)
+        timings = run_in_turn(sides, threads=settings.threads, steps=settings.steps)
         padding = {precision: padding_of(sides["ours", precision][1]) for precision in arguments.precision}
-    counted = {side: values[arguments.warmup_steps :] for side, values in seconds.items()}
+    counted = {side: timing.seconds[arguments.warmup_steps :] for side, timing in timings.items()}
     rows = {side: settings.batch_size / statistics.median(values) for side, values in counted.items()}
     for precision in arguments.precision:
         ratio = speedup(counted["peer", precision], counted["ours", precision])
@@ -76,6 +89,27 @@ def main() -> None:
               f"{padding[precision]:11.4f}", flush=True)
     if set(arguments.precision) == set(DTYPES):
         print(f"ours, bf16 / fp32: {speedup(counted['ours', 'fp32'], counted['ours', 'bf16']):.2f}")
+
+
+def compare_passes(settings: Settings, arguments: argparse.Namespace) -> None:
+    """Negatives of the global batch (two passes) against those of a micro-batch (one pass), and the peer's cache."""
+    micro_batch_size = arguments.micro_batch_size or 32
+    with tempfile.TemporaryDirectory() as name:
+        folder, precision = Path(name), arguments.precision[0]
+        sides = {negatives: (our_command(settings, folder / negatives, layout=Layout(name="1 rank"),
+                                         dtype=DTYPES[precision], micro_batch_size=micro_batch_size,
+                                         negatives=negatives), folder / negatives)
+                 for negatives in ("micro_batch", "global_batch")}
+        sides["peer, cached"] = (peer_command(settings, folder / "peer", precision=precision, cached=micro_batch_size),
+                                 folder / "peer")
+        timings = run_in_turn(sides, threads=settings.threads, steps=settings.steps)
+    counted = {side: timing.seconds[arguments.warmup_steps :] for side, timing in timings.items()}
+    print(f"{precision}, micro-batches of {micro_batch_size}\n\nnegatives      seconds per step  peak memory MiB")
+    for side, values in counted.items():
+        print(f"{side:13s}  {statistics.median(values):16.2f}  {timings[side].peak_mib:15.0f}")
+    ratios = [speedup(counted[slow], counted[fast]) for slow, fast in (("global_batch", "micro_batch"),
+                                                                        ("peer, cached", "global_batch"))]
+    print(f"two passes / one pass: {ratios[0]:.2f}; peer, cached / two passes: {ratios[1]:.2f}")
 
 
 def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:

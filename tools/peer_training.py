@@ -15,7 +15,10 @@ from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1.0e-8}
 WEIGHT_DECAY = 0.01
@@ -34,6 +37,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: torch.autocast")
+    parser.add_argument("--mini-batch-size", type=int, default=None,
+                        help="use CachedMultipleNegativesRankingLoss with parts of so many rows")
     parser.add_argument("--save", action="store_true")
     return parser.parse_args()
 
@@ -69,7 +74,9 @@ def main() -> None:
     model.train()
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
         sys.exit(f"{arguments.model}: dropout could not be switched off by its configuration")
-    loss_function = MultipleNegativesRankingLoss(model, scale=1.0 / arguments.temperature)
+    scale = 1.0 / arguments.temperature
+    loss_function = (MultipleNegativesRankingLoss(model, scale=scale) if arguments.mini_batch_size is None else
+                     CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=arguments.mini_batch_size))
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=arguments.learning_rate, fused=True, **ADAM)
     bf16 = arguments.precision == "bf16"
     arguments.output.mkdir(parents=True, exist_ok=True)

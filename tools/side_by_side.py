@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -62,10 +62,13 @@ def _bind(cores: list[int]) -> None:
         os.sched_setaffinity(0, cores)
 
 
-def peer_command(settings: Settings, output: Path, *, precision: str = "fp32", save: bool = False) -> list[str]:
-    """Sentence Transformers' side; with `save`, output/model becomes the trained model."""
+def peer_command(settings: Settings, output: Path, *, precision: str = "fp32", save: bool = False,
+                 cached: int | None = None) -> list[str]:
+    """Sentence Transformers' side; with `save`, output/model becomes the trained model; with `cached`, its gradient
+    cache in parts of so many rows."""
     command = [sys.executable, str(REPOSITORY / "tools" / "peer_training.py"), "--precision", precision,
                "--output", str(output)] + ["--save"] * save
+    command += [] if cached is None else ["--mini-batch-size", str(cached)]
     for name in ("model", "data", "steps", "batch_size", "max_length", "num_negatives", "temperature", "learning_rate"):
         command += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
     return command
@@ -141,14 +144,24 @@ def _run(command: list[str], output: Path, *, threads: int, ranks: int) -> list[
     return _steps(output)
 
 
-def run_in_turn(sides: dict[Side, tuple[list[str], Path]], *, threads: int, steps: int) -> dict[Side, list[float]]:
-    """Seconds of each step of several sides, which take a step each in turn; whoever does not step is stopped.
+@dataclass
+class Timing:
+    """Of one side."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Per step."""
+    peak_mib: float = 0.0
+    """Largest resident memory of its process so far."""
+
+
+def run_in_turn(sides: dict[Side, tuple[list[str], Path]], *, threads: int, steps: int) -> dict[Side, Timing]:
+    """Times each step of several sides, which take a step each in turn; whoever does not step is stopped.
 
     The speed of a shared machine drifts within a minute; neighbouring steps of the sides still see the same machine.
     A step is timed from the moment its side goes on until the step is in its metrics.jsonl, so what it does around the
     step (the next batch, the log) counts too.
     """
-    seconds: dict[Side, list[float]] = {name: [] for name in sides}
+    timings = {name: Timing() for name in sides}
     running = {name: _start(command, output, threads=threads, ranks=1) for name, (command, output) in sides.items()}
     try:
         for process in running.values():  # starting up takes turns as well
@@ -161,7 +174,8 @@ def run_in_turn(sides: dict[Side, tuple[list[str], Path]], *, threads: int, step
                     if process.poll() is not None:
                         _fail(command, process.returncode, output)
                     time.sleep(0.002)
-                seconds[name].append(time.perf_counter() - start)
+                timings[name].seconds.append(time.perf_counter() - start)
+                timings[name].peak_mib = _peak_mib(process.pid)
                 if number < steps:
                     os.killpg(process.pid, signal.SIGSTOP)
                 else:
@@ -170,4 +184,11 @@ def run_in_turn(sides: dict[Side, tuple[list[str], Path]], *, threads: int, step
         for process in running.values():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    return seconds
+    return timings
+
+
+def _peak_mib(pid: int) -> float:
+    """VmHWM of a process; 0 where the system has no /proc."""
+    path = Path(f"/proc/{pid}/status")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
