@@ -158,11 +158,14 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
         ConfigError: flash is asked for where it cannot run.
     """
     half, wanted = config.model.dtype != "float32", config.model.attention
+    other = (f"training.attention_dropout = {config.training.attention_dropout}" if config.training.attention_dropout
+             else f"parallel.context_parallel_size = {config.parallel.context_parallel_size}"
+             if config.parallel.context_parallel_size > 1 else None)
     if wanted == "flash" and not (HAS_CUDA and half):
         raise ConfigError("model.attention = 'flash' needs a GPU and model.dtype = bfloat16; use 'auto' or 'sdpa' here")
-    if wanted == "sdpa" or config.training.attention_dropout or config.parallel.context_parallel_size > 1:
-        return "sdpa"
-    if not half:
+    if wanted == "flash" and other is not None:
+        raise ConfigError(f"model.attention = 'flash' does not go with {other}; use 'auto' or 'sdpa'")
+    if wanted == "sdpa" or other is not None or not half:
         return "sdpa"
     return "flash" if HAS_CUDA else "blocked"
 

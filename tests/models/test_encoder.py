@@ -1,10 +1,15 @@
 """Token states and embeddings against Transformers and Sentence Transformers, over layouts; packing; padding; dtype."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from megatron_embed.errors import ConfigError
+from megatron_embed.models import encoder
+from megatron_embed.models.encoder import attention_kernel
 from tests.ranks import run_on_ranks
 from tests.toys import layout, open_model, pack_all, random_texts, run_config, save_model
 
@@ -202,3 +207,24 @@ def test_vocabulary_is_padded_to_the_tensor_parallel_ranks(models):
     parts = run_on_ranks(weights_of_vocabulary_that_does_not_divide, 2, run_config(models["bert"], parallel=layout(2)))
     assert torch.equal(torch.cat(parts)[:103], weight)
     assert torch.cat(parts).shape == (104, 32)
+
+
+@pytest.mark.parametrize("dtype, attention, parallel, training, expected", [
+    ("bfloat16", "auto", {}, {}, "blocked"), ("float32", "auto", {}, {}, "sdpa"), ("bfloat16", "sdpa", {}, {}, "sdpa"),
+    ("bfloat16", "auto", {"context_parallel_size": 2}, {}, "sdpa"),
+    ("bfloat16", "auto", {}, {"attention_dropout": 0.1}, "sdpa")])
+def test_attention_kernel_on_a_cpu(dtype, attention, parallel, training, expected):
+    config = run_config("model", parallel=parallel, training=training, dtype=dtype)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+    assert attention_kernel(config) == expected
+
+
+@pytest.mark.parametrize("parallel, training, words", [
+    ({}, {}, "a GPU and model.dtype = bfloat16"), ({"context_parallel_size": 2}, {}, "context_parallel_size = 2"),
+    ({}, {"attention_dropout": 0.1}, "attention_dropout = 0.1")])
+def test_flash_is_refused_where_it_cannot_run(monkeypatch, parallel, training, words):
+    monkeypatch.setattr(encoder, "HAS_CUDA", bool(parallel or training))
+    config = run_config("model", parallel=parallel, training=training, dtype="bfloat16")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="flash"))
+    with pytest.raises(ConfigError, match=words):
+        attention_kernel(config)
