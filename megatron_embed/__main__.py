@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_embed import __version__
 from megatron_embed.cli import convert, doctor, encode, evaluate, train
-from megatron_embed.cli.common import Parser, process_rank, setup_logging, write_status
+from megatron_embed.cli.common import Parser, clear_status, process_rank, setup_logging, write_status
 from megatron_embed.errors import UserError
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Bad input is one line on stderr, from rank 0 alone: every rank raises it alike.
     """
     rank = process_rank()
+    if rank == 0:
+        clear_status()
     code, message = _run(argv, rank)
     if rank == 0:
         write_status(code, message)

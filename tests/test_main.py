@@ -155,6 +155,20 @@ def test_anything_else_is_a_traceback_and_exit_code_1(doctor_that, capsys):
     assert "ZeroDivisionError: a bug" in text
 
 
+def test_a_killed_run_leaves_no_status_of_an_earlier_one(doctor_that, monkeypatch, tmp_path):
+    status = tmp_path / "status"
+    status.write_text('{"exit_code": 0, "message": ""}\n')
+    monkeypatch.setenv(common.STATUS_FILE_VARIABLE, str(status))
+    seen = []
+    doctor_that(lambda args: seen.append(status.exists()) or 0)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["doctor"]) == 0
+    monkeypatch.setenv("RANK", "0")
+    assert main(["doctor"]) == 0
+    assert seen == [True, False]
+    assert json.loads(status.read_text())["exit_code"] == 0
+
+
 def test_status_file_that_cannot_be_written_changes_nothing(doctor_that, monkeypatch, caplog, tmp_path):
     doctor_that(lambda args: 0)
     monkeypatch.setenv(common.STATUS_FILE_VARIABLE, str(tmp_path / "absent" / "status"))

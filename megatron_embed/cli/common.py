@@ -40,6 +40,16 @@ def write_output(text: str) -> None:
     sys.stdout.flush()
 
 
+def clear_status() -> None:
+    """Removes what an earlier run left there: a run that is killed must not look like one that ended well."""
+    name = os.environ.get(STATUS_FILE_VARIABLE)
+    if name:
+        try:
+            Path(name).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s = %r: cannot remove an earlier status: %s", STATUS_FILE_VARIABLE, name, error.strerror)
+
+
 def write_status(exit_code: int, message: str) -> None:
     """Leave exit code and message in the file that MEGATRON_EMBED_STATUS_FILE names, if it names one.
 
@@ -57,7 +67,7 @@ def write_status(exit_code: int, message: str) -> None:
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR",
+    parser.add_argument("--model", required=True, metavar="DIR", type=path,
                         help="Hugging Face or Sentence Transformers directory, or one of our checkpoints")
 
 
@@ -83,6 +93,13 @@ def add_overrides(parser: argparse.ArgumentParser, prefix: str, metavar: str) ->
         raise argparse.ArgumentTypeError(f"{text!r} is no setting; write {metavar}")
 
     parser.add_argument("overrides", nargs="*", type=override, metavar=metavar, help="a setting of the configuration")
+
+
+def path(text: str) -> str:
+    """A path whose `~` the shell left alone, as in --model=~/models/a."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return os.path.expanduser(text)
 
 
 def positive_int(text: str) -> int:

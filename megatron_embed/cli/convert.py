@@ -2,7 +2,7 @@
 
 import argparse
 
-from megatron_embed.cli.common import write_output
+from megatron_embed.cli.common import path, write_output
 
 HELP = "convert a model between Hugging Face directories and our checkpoints"
 
@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_megatron = directions.add_parser("hf-to-megatron", help="Hugging Face directory to a checkpoint")
     to_hf = directions.add_parser("megatron-to-hf", help="checkpoint to a Hugging Face directory")
     for direction in (to_megatron, to_hf):
-        direction.add_argument("source", metavar="SRC", help="what to read")
-        direction.add_argument("destination", metavar="DST", help="directory to make")
+        direction.add_argument("source", metavar="SRC", type=path, help="what to read")
+        direction.add_argument("destination", metavar="DST", type=path, help="directory to make")
     to_hf.add_argument("--format", choices=("hf", "sentence-transformers"), default="hf",
                        help="hf: weights, configuration, tokenizer; sentence-transformers: with pooling, normalization "
                             "and prompts as well, loaded and compared before it counts as done; default: hf")

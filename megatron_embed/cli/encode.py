@@ -1,18 +1,24 @@
 """`encode --model DIR --input FILE.jsonl --output FILE.npy`"""
 
 import argparse
+import contextlib
 import os
+from typing import TYPE_CHECKING
 
-from megatron_embed.cli.common import add_encoding_arguments, add_model_argument
-from megatron_embed.errors import ConfigError, TokenlessTextError
+from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path
+from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HELP = "texts to vectors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
-    parser.add_argument("--input", required=True, metavar="FILE.jsonl", help='rows {"text": ...}')
-    parser.add_argument("--output", required=True, metavar="FILE.npy", help="float32 vectors, one row per text")
+    parser.add_argument("--input", required=True, metavar="FILE.jsonl", type=path, help='rows {"text": ...}')
+    parser.add_argument("--output", required=True, metavar="FILE.npy", type=path,
+                        help="float32 vectors, one row per text")
     parser.add_argument("--role", choices=("query", "document"),
                         help="put the directory's prompt for this role before every text; default: no prompt")
     add_encoding_arguments(parser)
@@ -28,18 +34,31 @@ def run(args: argparse.Namespace) -> int:
     if os.path.isdir(args.output) or not args.output.endswith(".npy") or not writable:
         raise ConfigError(f"--output {args.output}: must be a .npy file, itself no directory, in a directory that "
                           "exists and can be written")
-    import numpy as np
-
     from megatron_embed.cli.model import open_encoder
+    from megatron_embed.parallel.collectives import raise_first
 
     encoder, _, topology = open_encoder(args, prompts=args.role is not None)
     try:
         vectors = encoder.encode(texts, args.role or "document", show_progress=topology.rank == 0)
     except TokenlessTextError as error:
         raise TokenlessTextError(error.row, place_of_text(args.input, error.row), error.text) from None
-    if topology.rank == 0:
-        temporary = f"{args.output}.{os.getpid()}.tmp"
+    raise_first(write_vectors(args.output, vectors) if topology.rank == 0 else None)
+    return 0
+
+
+def write_vectors(output: str, vectors: "Tensor") -> UserError | None:
+    """Writes [texts, dim] as a .npy file, whole or not at all; gives the error if it cannot."""
+    import numpy as np
+
+    temporary = f"{output}.{os.getpid()}.tmp"
+    try:
         with open(temporary, "wb") as file:
             np.save(file, vectors.numpy())
-        os.replace(temporary, args.output)
-    return 0
+        os.replace(temporary, output)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        # numpy's own about a short write has no strerror.
+        return ConfigError(f"--output {output}: could not be written ({error.strerror or error}); make room or name "
+                           "another disk")
+    return None

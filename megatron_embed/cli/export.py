@@ -3,7 +3,7 @@
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,11 +12,13 @@ from megatron_embed.cli.model import ModelDirectory, open_encoder
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.convert.export import export_sentence_transformers
-from megatron_embed.convert.layout import is_checkpoint
+from megatron_embed.convert.layout import is_checkpoint, open_checkpoint
 from megatron_embed.convert.verify import compare_with_sentence_transformers
 from megatron_embed.data.prompts import Role
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.models.families import ModelShape, model_shape
+from megatron_embed.parallel.collectives import raise_first
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,11 @@ PROBES = {
 """Texts of several scripts and lengths on which an exported checkpoint is compared."""
 
 
+def is_bidirectional_decoder(shape: ModelShape, bidirectional: bool = False) -> bool:
+    """Whether the stock library would run the model as another one: it knows decoders with causal attention alone."""
+    return (shape.bidirectional or bidirectional) and shape.family != "bert"
+
+
 def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
     """Sentence Transformers files beside a checkpoint's configuration, as this run pools, normalizes and prompts."""
     export_sentence_transformers(
@@ -49,11 +56,13 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
         file.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
-def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts: Sequence[str], dtype: str) -> None:
+def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts: Sequence[str], dtype: str,
+                 note: Callable[[], None]) -> None:
     """Writes `destination` from the newest checkpoint, if Sentence Transformers gives the vectors of the model in
     memory.
 
-    Called by all ranks; every rank raises what rank 0 met.
+    Called by all ranks; every rank raises what rank 0 met. `note` is called on rank 0 when nothing is left to do but
+    to give the export its name.
 
     Raises:
         CheckpointError: the export differs from the model, or cannot be written; nothing is left behind.
@@ -66,16 +75,15 @@ def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts:
             report = compare_with_sentence_transformers(directory, texts, vectors[role], prompt_name=role,
                                                         minimum_cosine=MINIMUM_COSINE[dtype])
             logger.info("%s vectors: %s", role, report)
+        note()
 
-    outcome: list[str | None] = [None]
+    error = None
     if dist.get_rank() == 0:
         try:
             logger.info("exported %s", megatron_to_hf(checkpoint, destination, finish=compare))
-        except UserError as error:
-            outcome = [str(error)]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise CheckpointError(outcome[0])
+        except UserError as found:
+            error = found
+    raise_first(error)
 
 
 def export_checkpoint(source: str, destination: str) -> str:
@@ -86,11 +94,17 @@ def export_checkpoint(source: str, destination: str) -> str:
     Raises:
         CheckpointError: not a checkpoint, or the export differs from it; nothing is left behind.
     """
-    arguments = argparse.Namespace(model=source, dtype=None, pooling=None, max_length=None, no_normalize=False,
-                                   overrides=[])
     if not is_checkpoint(source):
         raise CheckpointError(f"{source}: no checkpoint of megatron-embed; give what `convert hf-to-megatron` or "
                               "`train` wrote")
+    if is_bidirectional_decoder(model_shape(open_checkpoint(source).hf)):
+        raise CheckpointError(f"{source}: its tokens attend to the whole text (model.bidirectional), and Sentence "
+                              "Transformers runs such models causally, with other vectors; use --format hf, or "
+                              "`megatron-embed encode` on the checkpoint")
+    # One length for both roles, as Sentence Transformers knows it, so that it cuts no text elsewhere than we do.
+    longest = max(open_checkpoint(source).info.max_lengths.values(), default=None)
+    arguments = argparse.Namespace(model=source, dtype=None, pooling=None, max_length=longest, no_normalize=False,
+                                   overrides=[])
     encoder, model, _ = open_encoder(arguments, prompts=True)
     saved = model.saved
     dtype = saved.dtype if saved.dtype in MINIMUM_COSINE else "float32"

@@ -1,9 +1,11 @@
 """Opening a model for any command: a Hugging Face directory or one of our checkpoints -> this rank's chunks, loaded."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, RunConfig
 from megatron_embed.convert.layout import is_checkpoint, open_checkpoint
 from megatron_embed.convert.source import HFDirectory, hf_weight_shards
-from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.models.backbone import check_divisible
@@ -40,6 +42,8 @@ class ModelDirectory:
     """config.json, tokenizer and Sentence Transformers files."""
     shape: ModelShape
     saved: SavedSettings
+    max_lengths: dict[str, int]
+    """Tokens by role, of a training checkpoint; empty otherwise."""
 
     def pooling(self, wanted: Pooling | None) -> Pooling:
         """What was asked for, else what the directory says, else lasttoken."""
@@ -48,11 +52,12 @@ class ModelDirectory:
 
 def local_directory(path: str) -> Path:
     """The directory itself, or a hub model's files in the local cache, fetched if need be. Raises CheckpointError."""
-    if Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") != 1:
-        if not Path(path).expanduser().is_dir():
-            raise CheckpointError(f"model.path = {path!r}: no such directory; give a model directory or a hub name "
-                                  "such as Qwen/Qwen3-Embedding-0.6B")
-        return Path(path).expanduser()
+    folder = Path(path).expanduser()
+    if path and folder.is_dir():
+        return folder
+    if folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        what = "a file" if path and folder.exists() else "no such directory"
+        raise CheckpointError(f"{what}; give a model directory or a hub name such as Qwen/Qwen3-Embedding-0.6B")
     import huggingface_hub
 
     try:
@@ -61,17 +66,50 @@ def local_directory(path: str) -> Path:
     except Exception as error:
         # The hub client raises its own, requests' and OS errors alike; to the user all mean: not here and not fetched.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"model.path = {path!r}: neither a directory nor fetched from the hub ({reason}); check "
-                              "the name and the network, or give a local directory") from error
+        raise CheckpointError(f"no such directory, and as a hub name it could not be fetched ({reason}); correct the "
+                              "path, or check the name and the network") from error
 
 
-def find_model(path: str) -> ModelDirectory:
-    """Reads what a model directory says, without touching its weights. No communication."""
-    folder = local_directory(path)
-    checkpoint = open_checkpoint(folder).path if is_checkpoint(folder) else None
-    hf = folder if checkpoint is None else checkpoint / "hf"
-    return ModelDirectory(path=folder, checkpoint=checkpoint, hf=hf, shape=model_shape(hf),
-                          saved=read_saved_settings(hf))
+def find_model(path: str, key: str = "model.path") -> ModelDirectory:
+    """Reads what a model directory says, without touching its weights. No communication.
+
+    Raises:
+        CheckpointError: beginning with `key`, the setting or option that names the directory.
+    """
+    with blaming(key, path):
+        folder = local_directory(path)
+        opened = open_checkpoint(folder) if is_checkpoint(folder) else None
+        hf = folder if opened is None else opened.hf
+        return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf,
+                              shape=model_shape(hf), saved=read_saved_settings(hf),
+                              max_lengths={} if opened is None else opened.info.max_lengths)
+
+
+@contextlib.contextmanager
+def blaming(key: str, path: str) -> Iterator[None]:
+    """Errors about a model's files begin with the setting or option that names the model."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{key} = {path!r}: {error}") from error
+
+
+def role_lengths(model: ModelDirectory, wanted: int | None, *, by_role: bool) -> dict[Role, int]:
+    """Longest text in tokens: what was asked for, else what the directory says.
+
+    Args:
+        by_role: a training checkpoint knows a length for each role; else the longer one holds for all texts.
+    Raises:
+        ConfigError: `wanted` is longer than the model's positions.
+    """
+    limit = model.shape.max_position_embeddings
+    if wanted is not None and wanted > limit:
+        raise ConfigError(f"--max-length {wanted} is longer than the model's {limit} positions; lower it to that or "
+                          "less")
+    if wanted is None and by_role and model.max_lengths:
+        return {"query": model.max_lengths["query"], "document": model.max_lengths["document"]}
+    length = wanted or min(model.saved.max_length or limit, limit)
+    return {"query": length, "document": length}
 
 
 def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topology) -> list[EmbeddingModel]:
@@ -104,7 +142,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool) -> tuple[TextEncode
             what the directory says (dtype: float32 if it says nothing we compute in).
         prompts: put the directory's prompts before the texts.
     """
-    model = find_model(args.model)
+    model = find_model(args.model, "--model")
     known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
     config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
                                   *args.overrides])
@@ -114,17 +152,15 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool) -> tuple[TextEncode
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)
     check_divisible(model.shape, config.parallel)
-    limit = model.shape.max_position_embeddings
-    length = args.max_length or min(model.saved.max_length or limit, limit)
-    if length > limit:
-        raise ConfigError(f"--max-length {length} is longer than the model's {limit} positions; lower it to that or "
-                          "less")
     texts = model.saved.prompts if prompts else {}
-    tokenizer = RoleTokenizer(str(model.hf), add_eos=config.embedding.pooling == "lasttoken",
-                              query_prompt=texts.get("query", ""), document_prompt=texts.get("document", ""),
-                              query_max_length=length, document_max_length=length)
-    topology = initialize(config.parallel)
-    chunks = load_model_chunks(model, config, topology)
+    lengths = role_lengths(model, args.max_length, by_role=prompts)
+    with blaming("--model", args.model):
+        tokenizer = RoleTokenizer(
+            str(model.hf), add_eos=config.embedding.pooling == "lasttoken", query_prompt=texts.get("query", ""),
+            document_prompt=texts.get("document", ""), query_max_length=lengths["query"],
+            document_max_length=lengths["document"], length_keys=("--max-length", "--max-length"))
+        topology = initialize(config.parallel)
+        chunks = load_model_chunks(model, config, topology)
     encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.shape.hidden_size,
                           kernel=attention_kernel(config),
                           causal=chunks[0].causal)

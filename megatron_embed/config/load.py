@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,14 +34,14 @@ def config_of_overrides(overrides: list[str]) -> RunConfig:
         tree = overridden(tree, *read_override(override))
     config = _mapping(RunConfig, tree, "", tree)
     assert isinstance(config, RunConfig)
-    return config
+    return _with_home(config)
 
 
 def load_with_places(path: str, overrides: list[str]) -> tuple[RunConfig, Callable[[str], str]]:
     """The checked settings of one run, and where each was written (dotted key -> `FILE:LINE` or `command line`).
 
     Args:
-        path: YAML file. Relative paths inside it are relative to the working directory.
+        path: YAML file. Relative paths inside it are relative to the working directory; `~` is the home directory.
         overrides: `section.key=value` each; later ones win, and all win over the file.
     Raises:
         ConfigError: anything wrong with file, keys, types or ranges; begins `FILE:LINE: ` or `command line: `.
@@ -53,7 +54,7 @@ def load_with_places(path: str, overrides: list[str]) -> tuple[RunConfig, Callab
         tree = overridden(tree, keys, value)
     config = _mapping(RunConfig, tree, "", tree)
     assert isinstance(config, RunConfig)
-    return config, functools.partial(place_of, tree)
+    return _with_home(config), functools.partial(place_of, tree)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -80,6 +81,35 @@ def save_resolved(config: RunConfig, path: str | Path) -> None:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot write the configuration: {error.strerror}; choose another place") from None
+
+
+def read_resolved(path: str | Path) -> dict[str, Any]:
+    """What `save_resolved` wrote, as it stands: another version may have written it, with other keys.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    values = _plain(read_file(str(path)))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections; the file is damaged, take another checkpoint")
+    return values
+
+
+def _with_home(config: RunConfig) -> RunConfig:
+    """The same with `~` and `~user` at the beginning of paths written out, as a shell does."""
+
+    def home(path: str | None) -> str | None:
+        return None if path is None else os.path.expanduser(path)
+
+    replace = dataclasses.replace
+    files = tuple(replace(file, path=os.path.expanduser(file.path)) for file in config.data.train)
+    return replace(
+        config, model=replace(config.model, path=os.path.expanduser(config.model.path)),
+        data=replace(config.data, train=files),
+        checkpoint=replace(config.checkpoint, directory=home(config.checkpoint.directory),
+                           export_at_end=home(config.checkpoint.export_at_end)),
+        evaluation=replace(config.evaluation, retrieval=tuple(map(os.path.expanduser, config.evaluation.retrieval))),
+        logging=replace(config.logging, directory=home(config.logging.directory)))
 
 
 def _mapping(target: Any, node: Node, name: str, root: Node) -> object:
@@ -210,10 +240,12 @@ def _yaml(value: object) -> str:
 def _shown(node: Node) -> str:
     """The value on one short line."""
 
-    def plain(node: Node) -> object:
-        if isinstance(node.value, dict):
-            return {key: plain(child) for key, child in node.value.items()}
-        return [plain(child) for child in node.value] if isinstance(node.value, list) else node.value
-
-    text = _yaml(plain(node))
+    text = _yaml(_plain(node))
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."
+
+
+def _plain(node: Node) -> Any:
+    """The value without its places."""
+    if isinstance(node.value, dict):
+        return {key: _plain(child) for key, child in node.value.items()}
+    return [_plain(child) for child in node.value] if isinstance(node.value, list) else node.value

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class CheckpointInfo:
     """Whether the source's files name the backbone's tensors with the family's prefix."""
     tied_copies: dict[str, str] = field(default_factory=dict)
     """Heads that the source stores although they are tied: name -> the embedding that they repeat."""
+    max_lengths: dict[str, int] = field(default_factory=dict)
+    """Tokens of the roles `query` and `document` in training; empty: sentence_bert_config.json's one holds for all."""
     format: int = FORMAT
 
 
@@ -96,13 +98,15 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
     return CheckpointDirectory(path, info)
 
 
-def write_companions(source: str | Path, directory: Path, *, dtype: str | None = None) -> CheckpointInfo:
+def write_companions(source: str | Path, directory: Path, *, dtype: str | None = None,
+                     max_lengths: dict[str, int] | None = None) -> CheckpointInfo:
     """Write everything of a checkpoint that is not `model/`: `megatron_embed.json` and `hf/`.
 
     Args:
         source: the Hugging Face directory or the checkpoint of ours that the model came from.
         directory: the checkpoint being written; exists.
         dtype: of the weights in its `model/`; null: the source's.
+        max_lengths: tokens by role; null: the source's.
     Raises:
         CheckpointError: `source` is neither.
     """
@@ -116,7 +120,8 @@ def write_companions(source: str | Path, directory: Path, *, dtype: str | None =
     else:
         with HFDirectory(source) as opened:
             info = _companions_of_hf(opened, directory / "hf")
-    info = CheckpointInfo(**{**asdict(info), "dtype": dtype or info.dtype})
+    info = replace(info, dtype=dtype or info.dtype,
+                   max_lengths=info.max_lengths if max_lengths is None else max_lengths)
     write_json(directory / INFO_FILE, asdict(info))
     return info
 

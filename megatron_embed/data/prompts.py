@@ -58,6 +58,7 @@ class RoleTokenizer:
         document_prompt: exact prefix of a document.
         query_max_length: tokens, prompt and special tokens included.
         document_max_length: tokens, prompt and special tokens included.
+        length_keys: the settings or options that the two lengths came from, for messages.
 
     Attributes:
         pad_token_id: an id that may fill padding: the tokenizer's pad, else its EOS, else 0.
@@ -70,12 +71,14 @@ class RoleTokenizer:
     """
 
     def __init__(self, model_dir: str, *, add_eos: bool, query_prompt: str = "", document_prompt: str = "",
-                 query_max_length: int, document_max_length: int) -> None:
+                 query_max_length: int, document_max_length: int,
+                 length_keys: tuple[str, str] = ("data.query_max_length", "data.document_max_length")) -> None:
         self._tokenizer = _load(model_dir)
         # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.
         self._lock = threading.Lock()
         self._prompts: dict[Role, str] = {"query": query_prompt, "document": document_prompt}
         self._max_lengths: dict[Role, int] = {"query": query_max_length, "document": document_max_length}
+        self._length_keys: dict[Role, str] = dict(zip(self._max_lengths, length_keys, strict=True))
         self._checked: set[tuple[Role, str]] = set()
 
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
@@ -89,7 +92,7 @@ class RoleTokenizer:
         if add_eos and not self._suffix:
             if self.eos_token_id is None:
                 raise CheckpointError(f"{model_dir}: its tokenizer names no eos_token, which last-token pooling needs; "
-                                      "set it in tokenizer_config.json or choose embedding.pooling: mean")
+                                      "set it in tokenizer_config.json or choose another pooling, such as mean")
             self._eos = [self.eos_token_id]
         if _PLACEHOLDER in document_prompt:
             raise ConfigError(f"data.document_prompt = {document_prompt!r}: only data.query_prompt can hold "
@@ -172,9 +175,10 @@ class RoleTokenizer:
         if prompt:
             used += len(self._ids([prompt], special=False)[0])
         if used >= self._max_lengths[role]:
-            raise ConfigError(f"data.{role}_max_length = {self._max_lengths[role]} tokens: the prompt "
-                              f"{shortened(prompt)} and the special tokens take {used} of them, which leaves none for "
-                              f"text; shorten data.{role}_prompt or raise data.{role}_max_length")
+            key = self._length_keys[role]
+            raise ConfigError(f"{key} = {self._max_lengths[role]} tokens: the prompt {shortened(prompt)} and the "
+                              f"special tokens take {used} of them, which leaves none for text; raise {key} or shorten "
+                              f"the {role}'s prompt")
         self._checked.add((role, prompt))
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:

@@ -25,7 +25,8 @@ class TextEncoder:
     """A loaded model with its tokenizer. Every method is called by all ranks together."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, tokenizer: RoleTokenizer, *,
-                 pooling: Pooling, dim: int, kernel: AttentionKernel, causal: bool, micro_batch_tokens: int = 8192) -> None:
+                 pooling: Pooling, dim: int, kernel: AttentionKernel, causal: bool,
+                 micro_batch_tokens: int = 8192) -> None:
         """`micro_batch_tokens`: of one packed bin, padding included; a longer text gets a bin of its own."""
         self.chunks = chunks
         self.topology = topology

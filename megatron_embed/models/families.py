@@ -59,9 +59,9 @@ class ModelShape:
                     "ffn_hidden_size", "vocab_size", "max_position_embeddings"):
             value = getattr(self, key)
             if not isinstance(value, int) or value < 1:
-                raise CheckpointError(f"config.json: {key} = {value!r} must be a positive integer")
+                raise CheckpointError(f"{key} = {value!r} must be a positive integer")
         if self.num_attention_heads % self.num_query_groups:
-            raise CheckpointError(f"config.json: num_attention_heads = {self.num_attention_heads} is not a multiple of "
+            raise CheckpointError(f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                                   f"num_key_value_heads = {self.num_query_groups}")
 
 
@@ -177,7 +177,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error}); download the file again") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: must hold a JSON object, not {type(values).__name__}")
+        raise CheckpointError(f"{file}: must hold a JSON object, not {type(values).__name__}; download the file again")
     return values
 
 
@@ -194,5 +194,13 @@ def model_shape(directory: str | Path) -> ModelShape:
         raise CheckpointError(f"{file}: auto_map asks for code that comes with the model (trust_remote_code), which is "
                               f"never run; use a release of one of these families: {', '.join(FAMILIES)}")
     if kind not in FAMILIES:
-        raise CheckpointError(f"{file}: model_type = {kind!r} is not supported; known: {', '.join(FAMILIES)}")
-    return FAMILIES[kind](_HFConfig(values, file))
+        raise CheckpointError(f"{file}: model_type = {kind!r} is not supported; give a model of one of these families: "
+                              f"{', '.join(FAMILIES)}")
+    try:
+        return FAMILIES[kind](_HFConfig(values, file))
+    except CheckpointError as error:
+        text = str(error)
+        raise CheckpointError(text if text.startswith(file) else f"{file}: {text}; download the file again") from error
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise CheckpointError(f"{file}: a value is not of the kind that a {kind} model has there ({error}); download "
+                              "the file again") from error

@@ -45,8 +45,20 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
     values = _json(path)
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, not {type(values).__name__}")
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(values).__name__}; fetch the file again")
     return values
+
+
+def _modules(path: Path) -> list[dict[str, str]]:
+    """The modules of a modules.json, each with its type and its folder."""
+    modules = _json(path)
+    good = isinstance(modules, list) and all(
+        isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
+        for module in modules)
+    if not good:
+        raise CheckpointError(f"{path}: must hold a list of modules, each with 'type' and 'path'; fetch the file again")
+    assert isinstance(modules, list)
+    return modules
 
 
 def _pooling(path: Path, config: dict[str, Any]) -> Pooling | None:
@@ -75,7 +87,7 @@ def read_saved_settings(directory: str | Path) -> SavedSettings:
     if not (folder / "modules.json").is_file():
         return SavedSettings(**common)
     pooling, normalize, include_prompt = None, False, True
-    modules = _json(folder / "modules.json")
+    modules = _modules(folder / "modules.json")
     for module in modules:
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
@@ -88,6 +100,9 @@ def read_saved_settings(directory: str | Path) -> SavedSettings:
                                   "Transformer, Pooling and Normalize are")
     settings = _object(folder / "config_sentence_transformers.json")
     prompts = settings.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise CheckpointError(f"{folder / 'config_sentence_transformers.json'}: prompts = {prompts!r} must map names "
+                              "to texts; correct it")
     if "passage" in prompts:
         prompts.setdefault("document", prompts["passage"])
     roles = {role: text for role, text in prompts.items() if role in ("query", "document")}

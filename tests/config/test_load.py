@@ -168,7 +168,8 @@ TEXTS = ["plain", "1e5", "1e-5", "5", "true", "null", "", " x ", "查询: ", "a:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_resolved_config_loads_back_equal(tmp_path, text):
-    data = DataConfig(query_prompt=text, train=(TrainFile(path=text or "f", instruction=text), TrainFile(path="b")))
+    path = f"./{text}"  # a path that is `~` alone would be written out
+    data = DataConfig(query_prompt=text, train=(TrainFile(path=path, instruction=text), TrainFile(path="b")))
     config = replace(RunConfig(model=ModelConfig(path="m")), data=data)
     save_resolved(config, tmp_path / "resolved.yaml")
     assert load_config(str(tmp_path / "resolved.yaml"), []) == config

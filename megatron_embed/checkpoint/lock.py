@@ -1,0 +1,63 @@
+"""One run at a time writes a checkpoint directory."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from io import TextIOWrapper
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_embed.errors import ConfigError, UserError
+from megatron_embed.parallel.collectives import raise_first
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def sole_writer(directory: str) -> Iterator[None]:
+    """Rank 0 holds DIRECTORY/.lock meanwhile. Called by all ranks; one all-gather over the world.
+
+    The kernel lets go of the lock when the process ends, however it ends, so none is ever stale.
+
+    Raises:
+        ConfigError: on every rank, if another run holds it; the text names its host and process.
+    """
+    file, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            file = _acquire(Path(directory) / LOCK_FILE)
+        except UserError as found:
+            error = found
+    try:
+        raise_first(error)
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _acquire(path: Path) -> TextIOWrapper:
+    # A POSIX lock: unlike flock's it is not inherited by the processes that a checkpoint's writer forks.
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "an unknown process"
+        file.close()
+        raise ConfigError(f"checkpoint.directory = {str(path.parent)!r}: another run writes there ({holder}); wait "
+                          "until it ends, or choose another directory") from None
+    except OSError as error:
+        logger.warning("%s: this file system has no locks (%s); take care that no other run writes there", path,
+                       error.strerror)
+    file.seek(0)
+    file.truncate()
+    file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
+    file.flush()
+    return file

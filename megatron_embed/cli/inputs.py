@@ -1,0 +1,147 @@
+"""What a run reads and checks before its first collective, on every rank alike."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_embed.cli.export import is_bidirectional_decoder
+from megatron_embed.cli.model import ModelDirectory, blaming, find_model
+from megatron_embed.cli.resume import Standing, check_resumable, is_exported, standing
+from megatron_embed.config.schema import RunConfig
+from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.records import RecordSet, open_records
+from megatron_embed.data.sampler import GlobalBatchSampler
+from megatron_embed.data.tokenless import refuse_tokenless_rows
+from megatron_embed.errors import ConfigError
+from megatron_embed.evaluation.beir import BeirData, load_beir, refuse_tokenless_texts
+from megatron_embed.models.backbone import check_divisible
+from megatron_embed.models.encoder import attention_kernel
+from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, check_world_size, launched_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What is read and checked before the first collective, on every rank alike."""
+
+    model: ModelDirectory
+    records: RecordSet
+    tokenizer: RoleTokenizer
+    sampler: GlobalBatchSampler
+    retrieval: Sequence[BeirData]
+    train_steps: int
+    standing: Standing
+
+    def nothing_left(self, config: RunConfig) -> bool:
+        """Whether every step is done, and the export made if one is wanted."""
+        exported = config.checkpoint.export_at_end is None or is_exported(config, self.standing.steps)
+        return self.standing.steps >= self.train_steps and exported
+
+
+def read_inputs(config: RunConfig) -> Inputs:
+    """Checks all that can be wrong with a run. No communication.
+
+    Raises:
+        UserError: with file, key, value and remedy.
+    """
+    if not config.data.train:
+        raise ConfigError("data.train = []: training needs at least one file of rows; add `train: [FILE.jsonl]` under "
+                          "data")
+    model = find_model(config.model.path)
+    _, world_size, _ = launched_rank()
+    check_batch_sizes(config, check_world_size(config.parallel, world_size))
+    check_divisible(model.shape, config.parallel)
+    check_token_budget(config)
+    attention_kernel(config)
+    check_lengths(config, model)
+    check_outputs(config)
+    tokenizer = open_tokenizer(config, model)
+    records = open_records(config.data.train)
+    refuse_tokenless_rows(records, tokenizer, config.data.num_negatives)
+    sampler = GlobalBatchSampler(
+        records, global_batch_size=config.training.global_batch_size, shuffle=config.data.shuffle,
+        seed=config.training.seed, num_negatives=config.data.num_negatives)
+    steps = number_of_steps(config, sampler)
+    if config.training.warmup_steps >= steps:
+        raise ConfigError(f"training.warmup_steps = {config.training.warmup_steps} must be below the {steps} training "
+                          "steps")
+    retrieval = [load_beir(directory, config.evaluation.split) for directory in config.evaluation.retrieval]
+    for data in retrieval:
+        refuse_tokenless_texts(data, tokenizer)
+    found = standing(config)
+    if found.checkpoint is not None:
+        check_resumable(config, found.checkpoint, model, tokenizer, records)
+    inputs = Inputs(model=model, records=records, tokenizer=tokenizer, sampler=sampler, retrieval=retrieval,
+                    train_steps=steps, standing=found)
+    if config.checkpoint.export_at_end is not None and not inputs.nothing_left(config):
+        check_export(config, model)
+    return inputs
+
+
+def require_writable(key: str, directory: str) -> None:
+    """Makes the directory and tries a file in it. Raises ConfigError naming the key."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{key} = {directory!r}: cannot be written ({error.strerror}); choose a directory that "
+                          "can") from error
+
+
+def check_lengths(config: RunConfig, model: ModelDirectory) -> None:
+    """No role is longer than the model's positions."""
+    for role, length in (("query", config.data.query_max_length), ("document", config.data.document_max_length)):
+        if length > model.shape.max_position_embeddings:
+            raise ConfigError(f"data.{role}_max_length = {length} is longer than the model's "
+                              f"{model.shape.max_position_embeddings} positions; lower it to that or less")
+
+
+def check_outputs(config: RunConfig) -> None:
+    """Checkpoints and metrics can be written."""
+    for key, directory in (("checkpoint.directory", config.checkpoint.directory),
+                           ("logging.directory", log_directory(config))):
+        if directory is not None:
+            require_writable(key, directory)
+
+
+def check_export(config: RunConfig, model: ModelDirectory) -> None:
+    """`checkpoint.export_at_end` can be made: its place is free, and the stock library runs such a model."""
+    target, directory = Path(config.checkpoint.export_at_end or ""), Path(config.checkpoint.directory or ".")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: exists already, and not as the export of this "
+                          "run's last step; remove it or choose another name")
+    if target.resolve() == directory.resolve() or directory.resolve() in target.resolve().parents:
+        raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: lies in checkpoint.directory, whose "
+                          "folders come and go; choose a directory beside it")
+    require_writable("checkpoint.export_at_end", str(target.parent))
+    if is_bidirectional_decoder(model.shape, config.model.bidirectional):
+        raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: Sentence Transformers runs "
+                          f"{model.shape.family} models causally, so a bidirectional one differs there; set it to null")
+
+
+def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
+    """The model's tokenizer with this run's prompts and lengths."""
+    with blaming("model.path", config.model.path):
+        tokenizer = RoleTokenizer(
+            str(model.hf), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
+            query_prompt=config.data.query_prompt, document_prompt=config.data.document_prompt,
+            query_max_length=config.data.query_max_length, document_max_length=config.data.document_max_length)
+    if tokenizer.needs_instructions and (config.evaluation.retrieval or config.checkpoint.export_at_end):
+        key = "evaluation.retrieval" if config.evaluation.retrieval else "checkpoint.export_at_end"
+        raise ConfigError(f"data.query_prompt = {config.data.query_prompt!r}: {key} has no instruction to put into it; "
+                          "write the instruction out, or evaluate and export afterwards")
+    return tokenizer
+
+
+def number_of_steps(config: RunConfig, sampler: GlobalBatchSampler) -> int:
+    """`train_steps`, or the steps of `epochs` passes over the rows, or 1000."""
+    if config.training.epochs is not None:
+        return sampler.steps_of_epochs(config.training.epochs)
+    return config.training.train_steps or 1000
+
+
+def log_directory(config: RunConfig) -> str | None:
+    """Where metrics go."""
+    return config.logging.directory or config.checkpoint.directory

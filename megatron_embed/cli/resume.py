@@ -1,0 +1,152 @@
+"""Where a run stands, and whether a configuration may go on from there."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.checkpoint.files import latest_checkpoint, write_atomically
+from megatron_embed.checkpoint.state import steps_done
+from megatron_embed.cli.export import PROBES
+from megatron_embed.cli.model import ModelDirectory
+from megatron_embed.config.load import read_resolved, to_dict
+from megatron_embed.config.schema import RunConfig
+from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.records import RecordSet
+from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.models.families import model_shape
+from megatron_embed.models.saved_settings import read_saved_settings
+
+logger = logging.getLogger(__name__)
+
+DATA_FILE = "data.json"
+"""In every checkpoint: what identifies the rows that it was trained on."""
+EXPORT_FILE = "export.json"
+"""In a run's directory: where `checkpoint.export_at_end` was written, and after how many steps."""
+
+FIXED = ("task", "embedding.normalize", "data.shuffle", "data.num_negatives", "training.global_batch_size",
+         "training.seed", "optimizer.distributed")
+"""What a run keeps for life: a step's rows follow from these (and the data), its embeddings from `normalize`, and the
+layout of the optimizer's state, which Megatron cannot translate, from the last."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a run stands when it is started."""
+
+    checkpoint: Path | None
+    """The newest one; null: a new run."""
+    steps: int
+    """Optimizer steps done."""
+
+
+def standing(config: RunConfig) -> Standing:
+    """What `checkpoint.directory` holds. No communication. Raises CheckpointError for a damaged checkpoint."""
+    checkpoint = None if config.checkpoint.directory is None else latest_checkpoint(config.checkpoint.directory)
+    return Standing(checkpoint=checkpoint, steps=0 if checkpoint is None else steps_done(checkpoint))
+
+
+def describe_rows(records: RecordSet) -> dict[str, Any]:
+    """Contents of DATA_FILE: equal rows in equal order, equal value, wherever the files lie."""
+    return {"rows": len(records), "digest": records.digest}
+
+
+def check_resumable(config: RunConfig, checkpoint: Path, model: ModelDirectory, tokenizer: RoleTokenizer,
+                    records: RecordSet) -> None:
+    """Refuses what would make the rest of the run another run; logs every other change of the configuration.
+
+    Raises:
+        ConfigError: naming key, new and old value.
+    """
+    file = checkpoint / "config.yaml"
+    before, now = _flat(read_resolved(file)), _flat(to_dict(config))
+    for key in FIXED:
+        if key in before and before[key] != now[key]:
+            raise _refusal(checkpoint, key, now[key], f"this run began with {_shown(before[key])}")
+    _check_model(config, checkpoint, model)
+    _check_tokenizer(config, checkpoint, model, tokenizer)
+    rows = checkpoint / DATA_FILE
+    if rows.is_file() and (known := json.loads(rows.read_text(encoding="utf-8"))) != describe_rows(records):
+        raise _refusal(checkpoint, "data.train", [item.path for item in config.data.train],
+                       f"{len(records)} rows that are not the {known['rows']} rows this run began with "
+                       f"({before.get('data.train')})")
+    changed = [f"{key}: {_shown(before[key])} -> {_shown(value)}" for key, value in now.items()
+               if key in before and before[key] != value]
+    if changed:
+        logger.info("going on from %s with other settings: %s", checkpoint, "; ".join(changed))
+
+
+def _refusal(checkpoint: Path, key: str, value: object, why: str) -> ConfigError:
+    return ConfigError(f"{key} = {_shown(value)}: {why}, and a run keeps it for life ({checkpoint}); set it back, or "
+                       "start a new run in another checkpoint.directory (model.path may be this checkpoint)")
+
+
+def _check_model(config: RunConfig, checkpoint: Path, model: ModelDirectory) -> None:
+    """The same shape, attention and pooling as before."""
+    before = dataclasses.asdict(model_shape(checkpoint / "hf"))
+    now = dataclasses.asdict(model.shape)
+    was_bidirectional = before.pop("bidirectional")
+    if was_bidirectional != (now.pop("bidirectional") or config.model.bidirectional):
+        raise _refusal(checkpoint, "model.bidirectional", config.model.bidirectional,
+                       f"this run began with {_shown(was_bidirectional)}")
+    # How new weights would be drawn is nothing to a model that has its own.
+    different = [name for name in before if name != "initializer_range" and before[name] != now[name]]
+    if different:
+        name = different[0]
+        raise _refusal(checkpoint, "model.path", config.model.path,
+                       f"another model ({name} = {now[name]!r}, this run began with {before[name]!r})")
+    pooling, was = model.pooling(config.embedding.pooling), read_saved_settings(checkpoint / "hf").pooling
+    if was is not None and pooling != was:
+        raise _refusal(checkpoint, "embedding.pooling", pooling, f"this run began with {was!r}")
+
+
+def _check_tokenizer(config: RunConfig, checkpoint: Path, model: ModelDirectory, tokenizer: RoleTokenizer) -> None:
+    """The same ids as before, on texts of several scripts."""
+    texts = [text for texts in PROBES.values() for text in texts]
+    saved = RoleTokenizer(
+        str(checkpoint / "hf"), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
+        document_prompt=config.data.document_prompt, query_max_length=config.data.query_max_length,
+        document_max_length=config.data.document_max_length)
+    if saved.tokenize(texts, "document").token_ids != tokenizer.tokenize(texts, "document").token_ids:
+        raise _refusal(checkpoint, "model.path", config.model.path,
+                       "its tokenizer gives other ids than the one this run began with")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def is_exported(config: RunConfig, steps: int) -> bool:
+    """Whether `checkpoint.export_at_end` holds the export of this run after so many steps."""
+    target, directory = config.checkpoint.export_at_end, config.checkpoint.directory
+    if target is None or directory is None or not (Path(target) / "modules.json").is_file():
+        return False
+    file = Path(directory) / EXPORT_FILE
+    return file.is_file() and file.read_text(encoding="utf-8") == _export_record(target, steps)
+
+
+def record_export(directory: str, target: str, steps: int) -> None:
+    """Notes, just before an export gets its name, that it will be this run's."""
+    write_atomically(Path(directory) / EXPORT_FILE, _export_record(target, steps))
+
+
+def _export_record(target: str, steps: int) -> str:
+    return json.dumps({"directory": str(Path(target).resolve()), "steps": steps}) + "\n"
+
+
+def moved_on(config: RunConfig, found: Standing) -> CheckpointError | None:
+    """The error of a rank whose newest checkpoint is no longer what it was when the run was checked."""
+    now = standing(config)
+    if now == found:
+        return None
+    return CheckpointError(f"{config.checkpoint.directory}: another run wrote {now.checkpoint} while this one started; "
+                           "start it again")

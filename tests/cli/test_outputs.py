@@ -1,0 +1,174 @@
+"""What cannot be written, or would be another model elsewhere, is refused, and nothing half-written is left."""
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megatron_embed.checkpoint.files import step_directories
+from tests.cli.test_refusals import assert_refused, command, settings
+from tests.ranks import run_on_ranks
+from tests.toys import layout, save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", tokenizer=True)
+
+
+def config_file(folder, directory, /, **sections):
+    values = settings(directory, folder / "run")
+    for section, keys in sections.items():
+        values[section] = values.get(section, {}) | keys
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return str(folder / "run.yaml")
+
+
+def full():
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def disk_full_at(place, rank):
+    """On one rank, once there is a checkpoint, the writing of this part of the next one finds no room."""
+    import torch.distributed as dist
+
+    from megatron_embed.checkpoint import state
+    from megatron_embed.platform.compat import dist_checkpointing  # noqa: F401  loads the module patched below
+
+    if place == "tensors":
+        from megatron.core.dist_checkpointing.strategies import filesystem_async as owner
+
+        name = "_write_item"
+    else:
+        owner, name = state, place
+    original = getattr(owner, name)
+
+    def fail(*args, **options):
+        second = (Path(os.environ["RUN"]) / "latest").is_file()
+        if second and dist.get_rank() == rank:
+            raise full()
+        return original(*args, **options)
+
+    setattr(owner, name, functools.wraps(original)(fail))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def train_on_full_disk(arguments, run, place, rank):
+    os.environ["RUN"] = run
+    with disk_full_at(place, rank):
+        return command(arguments)
+
+
+@pytest.mark.parametrize("place, rank", [("tensors", 1), ("tensors", 0), ("link_tree", 0), ("write_atomically", 0)])
+def test_disk_that_fills_up_during_a_save_ends_all_ranks_alike(model, tmp_path, place, rank):
+    path = config_file(tmp_path, model, training={"train_steps": 4}, checkpoint={"save_every_steps": 2},
+                       parallel=layout(2))  # data-parallel replicas leave the writing to the first of them
+    results = run_on_ranks(train_on_full_disk, 2, ["train", path], str(tmp_path / "run"), place, rank)
+    assert [code for code, *_ in results] == [2, 2]
+    errors = [[line for line in err.splitlines() if "megatron-embed: error" in line] for _, _, err, _ in results]
+    ((line,), others) = errors
+    assert others == []
+    for words in ("checkpoint.directory = ", "step_000004 could not be written (", "No space left on device", "room"):
+        assert words in line, line
+    assert not [entry.name for entry in (tmp_path / "run").iterdir() if entry.name.endswith(".tmp")]
+    assert (tmp_path / "run" / "latest").read_text() == "step_000002\n"
+    results = run_on_ranks(command, 2, ["train", path])
+    assert [code for code, *_ in results] == [0, 0], results[0][2]
+    assert list(step_directories(tmp_path / "run")) == [2, 4]
+
+
+def encode_on_full_disk(arguments):
+    import numpy
+
+    original = numpy.save
+
+    def save(file, array):
+        file.write(b"half")
+        raise full()
+
+    numpy.save = save
+    try:
+        return command(arguments)
+    finally:
+        numpy.save = original
+
+
+def test_disk_that_fills_up_under_the_vectors(model, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n')
+    output = tmp_path / "vectors.npy"
+    output.write_bytes(b"of yesterday")
+    arguments = ["encode", "--model", model, "--input", str(tmp_path / "texts.jsonl"), "--output", str(output)]
+    assert_refused(run_on_ranks(encode_on_full_disk, 2, arguments), f"--output {output}: could not be written",
+                   "No space left on device")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["texts.jsonl", "vectors.npy"]
+    assert output.read_bytes() == b"of yesterday"
+
+
+def test_tokenizer_that_cannot_pad_ends_all_ranks_alike(model, tmp_path):
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    (other / "vocab.txt").unlink()
+    values = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(values | {"padding": None}))
+    (other / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (other / "special_tokens_map.json").unlink(missing_ok=True)
+    results = run_on_ranks(command, 2, ["train", config_file(tmp_path, str(other))])
+    assert_refused(results, f"model.path = {str(other)!r}: ", "names neither pad_token nor eos_token",
+                   "tokenizer_config.json")
+
+
+def test_bidirectional_decoder_is_not_exported_for_a_library_that_runs_it_causally(model, tmp_path):
+    path = config_file(tmp_path, model, model={"bidirectional": True})
+    assert run_on_ranks(command, 1, ["train", path])[0][0] == 0
+    target = tmp_path / "export"
+    arguments = ["convert", "megatron-to-hf", str(tmp_path / "run"), str(target)]
+    assert_refused(run_on_ranks(command, 1, [*arguments, "--format", "sentence-transformers"]), str(tmp_path / "run"),
+                   "model.bidirectional", "causally", "--format hf")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run", "run.yaml"]
+    assert run_on_ranks(command, 1, arguments)[0][0] == 0
+    assert json.loads((target / "config.json").read_text())["is_causal"] is False
+    again = config_file(tmp_path, str(target), checkpoint={"directory": str(tmp_path / "second"),
+                                                           "export_at_end": str(tmp_path / "st")})
+    assert_refused(run_on_ranks(command, 1, ["train", again]), "checkpoint.export_at_end", "causally")
+
+
+def test_bfloat16_run_resumes_bit_for_bit_and_tensorboard_holds_its_curve(model, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses = {}
+    for name, stops in (("straight", [4]), ("resumed", [2, 4])):
+        for steps in stops:
+            path = config_file(tmp_path, model, model={"dtype": "bfloat16"}, logging={"tensorboard": True},
+                               training={"train_steps": steps, "lr_decay_style": "constant", "learning_rate": 1e-3},
+                               checkpoint={"directory": str(tmp_path / name)})
+            ((code, _, err, _),) = run_on_ranks(command, 1, ["train", path])
+            assert code == 0, err
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in lines]
+        events = EventAccumulator(str(tmp_path / name / "tensorboard"))
+        events.Reload()
+        scalars = events.Scalars("train/loss")
+        assert [event.step for event in scalars] == [1, 2, 3, 4]
+        torch.testing.assert_close([event.value for event in scalars], losses[name], rtol=1e-6, atol=0)
+    assert len(set(losses["straight"])) == 4
+    assert losses["resumed"] == losses["straight"]
+
+
+def test_epochs_are_steps_over_all_rows(model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"query": f"question {n}", "positive": [f"answer {n}"]}) + "\n"
+                            for n in range(20)))
+    path = config_file(tmp_path, model, data={"train": [str(rows)]}, training={"train_steps": None, "epochs": 1.5})
+    assert run_on_ranks(command, 1, ["train", path])[0][0] == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]  # 1.5 x 20 rows / 8, rounded up
