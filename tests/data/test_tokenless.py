@@ -1,0 +1,63 @@
+"""Texts without tokens are found without tokenizing what cannot be one."""
+
+import json
+
+import pytest
+
+from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.tokenless import first_tokenless
+
+BLANK = "\u200b"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """No special tokens; unknown words become [UNK], zero-width blanks nothing."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": {"type": "Replace", "pattern": {"String": BLANK}, "content": ""},
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {"[UNK]": 0, "a": 1, "b": 2}, "unk_token": "[UNK]"}}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "a"}))
+    return str(folder)
+
+
+def open_tokenizer(directory, **settings):
+    return RoleTokenizer(directory, add_eos=settings.pop("add_eos", False), query_max_length=9, document_max_length=9,
+                         **settings)
+
+
+@pytest.mark.parametrize("before", [0, 1, 1023, 1024, 3000])
+def test_the_first_text_without_tokens(directory, before):
+    texts = [(f"line {number}", "..." if number % 2 else "a strange text") for number in range(before)]
+    texts += [("bad", BLANK), ("good", "a"), ("worse", BLANK * 2)]
+    assert first_tokenless(texts, "document", open_tokenizer(directory)) == ("bad", BLANK)
+    del texts[-1], texts[-2]
+    assert first_tokenless(texts[:-1], "document", open_tokenizer(directory)) is None
+
+
+def test_only_texts_without_letters_are_tokenized(directory, monkeypatch):
+    tokenizer, seen = open_tokenizer(directory), []
+    original = tokenizer.tokenize
+    monkeypatch.setattr(tokenizer, "tokenize", lambda texts, role: seen.extend(texts) or original(texts, role))
+    assert first_tokenless([(0, "a b"), (1, "?!"), (2, "深度"), (3, "7")], "query", tokenizer) is None
+    assert seen[1:] == ["?!"]
+
+
+@pytest.mark.parametrize("settings", [{"add_eos": True}, {"document_prompt": "a "}])
+def test_nothing_is_read_where_every_text_gets_a_token(directory, settings):
+    def unread():
+        raise AssertionError
+        yield
+
+    tokenizer = open_tokenizer(directory, **settings)
+    assert tokenizer.tokenize([BLANK], "document").token_ids[0]
+    assert first_tokenless(unread(), "document", tokenizer) is None
+
+
+def test_an_empty_prompt_of_the_other_role_helps_nobody(directory):
+    tokenizer = open_tokenizer(directory, query_prompt="a ")
+    assert first_tokenless([(0, BLANK)], "query", tokenizer) is None
+    assert first_tokenless([(0, BLANK)], "document", tokenizer) == (0, BLANK)
