@@ -13,7 +13,8 @@ from torch import Tensor
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left @ right.T (+ bias): [..., inner] and [outer, inner], any strides -> [..., outer]."""
-    if left.dtype != torch.float32:
+    # Experts that no token chose have no rows; oneDNN refuses those.
+    if left.dtype != torch.float32 or left.numel() == 0:
         return torch.nn.functional.linear(left, right, bias)
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 

@@ -27,6 +27,15 @@ def test_equals_torchs_linear(inner, outer, bias, dtype, tolerance):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=10 * tolerance)
 
 
+def test_no_rows_give_a_zero_gradient():
+    inputs, weight = torch.zeros(0, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    output = OneDnnLinear.apply(inputs, weight, None, False, False, False, None, None, None)
+    output.sum().backward()
+    assert output.shape == (0, 4)
+    assert inputs.grad.shape == (0, 6)
+    assert torch.equal(weight.grad, torch.zeros(4, 6))
+
+
 def _gradients_of_a_share(sequence_parallel):
     """Rank r holds half of the output columns; returns (output columns, input gradient, weight gradient)."""
     rank, group = dist.get_rank(), dist.group.WORLD
