@@ -72,7 +72,7 @@ def test_checkpoint_layout_and_keys(tmp_path):
     hf_to_megatron(tmp_path / "source", tmp_path / "megatron")
     assert json.loads((tmp_path / "megatron" / "megatron_embed.json").read_text()) == {
         "family": "qwen3", "dtype": "float32", "source_architectures": ["Qwen3ForCausalLM"], "prefixed": True,
-        "tied_copies": {}, "format": 1}
+        "tied_copies": {}, "max_lengths": {}, "format": 1}
     files = {path.name for path in (tmp_path / "megatron" / "hf").iterdir()}
     assert files == {"config.json", "generation_config.json", "tokenizer.json", "carried.safetensors"}
     with safe_open(tmp_path / "megatron" / "hf" / "carried.safetensors", "pt") as carried:
