@@ -44,7 +44,11 @@ def sole_writer(directory: str) -> Iterator[None]:
 
 def _acquire(path: Path) -> TextIOWrapper:
     # A POSIX lock: unlike flock's it is not inherited by the processes that a checkpoint's writer forks.
-    file = path.open("a+", encoding="utf-8")
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"checkpoint.directory = {str(path.parent)!r}: {path} cannot be opened ({error.strerror}); "
+                          "remove it if no run uses the directory, or choose another directory") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

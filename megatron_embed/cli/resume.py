@@ -61,13 +61,15 @@ def check_resumable(config: RunConfig, checkpoint: Path, model: ModelDirectory, 
     """
     file = checkpoint / "config.yaml"
     before, now = _flat(read_resolved(file)), _flat(to_dict(config))
-    for key in FIXED:
+    # Without the distributed optimizer its state has no main parameters where the model is float32 itself.
+    fixed = FIXED if config.optimizer.distributed else (*FIXED, "model.dtype")
+    for key in fixed:
         if key in before and before[key] != now[key]:
             raise _refusal(checkpoint, key, now[key], f"this run began with {_shown(before[key])}")
     _check_model(config, checkpoint, model)
     _check_tokenizer(config, checkpoint, model, tokenizer)
-    rows = checkpoint / DATA_FILE
-    if rows.is_file() and (known := json.loads(rows.read_text(encoding="utf-8"))) != describe_rows(records):
+    known = _known_rows(checkpoint / DATA_FILE)
+    if known is not None and known != describe_rows(records):
         raise _refusal(checkpoint, "data.train", [item.path for item in config.data.train],
                        f"{len(records)} rows that are not the {known['rows']} rows this run began with "
                        f"({before.get('data.train')})")
@@ -75,6 +77,18 @@ def check_resumable(config: RunConfig, checkpoint: Path, model: ModelDirectory, 
                if key in before and before[key] != value]
     if changed:
         logger.info("going on from %s with other settings: %s", checkpoint, "; ".join(changed))
+
+
+def _known_rows(file: Path) -> dict[str, Any] | None:
+    """What `describe_rows` said of the run so far; null for a converted model, which has seen none."""
+    if not file.is_file():
+        return None
+    try:
+        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return {"rows": known["rows"], "digest": known["digest"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not readable ({error!r}); the checkpoint is damaged: remove {file.parent}, and "
+                              "the run goes on from the one before it") from error
 
 
 def _refusal(checkpoint: Path, key: str, value: object, why: str) -> ConfigError:
@@ -145,7 +159,10 @@ def _export_record(target: str, steps: int) -> str:
 
 def moved_on(config: RunConfig, found: Standing) -> CheckpointError | None:
     """The error of a rank whose newest checkpoint is no longer what it was when the run was checked."""
-    now = standing(config)
+    try:
+        now = standing(config)
+    except CheckpointError as error:
+        return error
     if now == found:
         return None
     return CheckpointError(f"{config.checkpoint.directory}: another run wrote {now.checkpoint} while this one started; "

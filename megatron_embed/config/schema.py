@@ -46,7 +46,8 @@ class ObjectiveConfig:
     micro-batches). micro_batch: the documents of one micro-batch over the data-parallel ranks (one pass)."""
     mask_duplicates: bool = False
     """True: a document whose text is given as a positive to a query is no negative of that query, wherever among the
-    candidates it lies: in whatever row of the global batch that has the same query text, first positive or not."""
+    candidates it lies: in whatever row that has the same query text, first positive or not, of the global batch (with
+    negatives: micro_batch, of the micro-batches that are computed together)."""
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "objective.temperature", self.temperature, "must be > 0; usual: 0.01 to 0.1")

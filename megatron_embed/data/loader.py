@@ -10,7 +10,7 @@ from megatron_embed.data.packing import build_embed_batch
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import RecordSet
 from megatron_embed.data.sampler import GlobalBatchSampler
-from megatron_embed.errors import ConfigError
+from megatron_embed.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +99,13 @@ class BatchLoader:
         self.close()
 
     def _build(self, step: int) -> EmbedBatch:
+        try:
+            records = [self._records[row] for row in self.rows(step)]
+        except OSError as error:  # a disk that fails under way; the loop tells the other ranks of a UserError
+            raise DataError(f"data.train: a row of step {step + 1} cannot be read ({error.strerror or error}); look at "
+                            "the disk, then start the run again") from error
         return build_embed_batch(
-            [self._records[row] for row in self.rows(step)], self._tokenizer,
+            records, self._tokenizer,
             micro_batch_size=self._micro_batch_size, num_negatives=self._num_negatives, alignment=self._alignment,
             constant_tokens=self._constant_tokens, most_positives=self._records.most_positives,
             micro_batch_tokens=self._micro_batch_tokens, whole_groups=self._whole_groups)

@@ -146,6 +146,17 @@ def mark_expert_copies(model: torch.nn.Module, sizes: ParallelConfig) -> None:
                 parameter.allreduce = False  # type: ignore[attr-defined]
 
 
+def add_bias_in_product(model: torch.nn.Module) -> None:
+    """Lets an MLP's first linear add its bias itself, where a matrix product does it for nothing.
+
+    Megatron keeps it apart for a fused bias and activation, which we do not use: a pass over [tokens, ffn] less each
+    way.
+    """
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.linear_fc1.skip_bias_add = False
+
+
 def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
     """Raises ConfigError, naming rule and nearest valid values, if the model cannot be split as asked."""
     tp, pp = sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size

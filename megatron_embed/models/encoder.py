@@ -14,6 +14,7 @@ from megatron_embed.errors import ConfigError
 from megatron_embed.models.attention import PackedSequences, context_chunks, group_segments
 from megatron_embed.models.backbone import (
     EncoderEmbedding,
+    add_bias_in_product,
     block_spec,
     mark_expert_copies,
     mark_tensor_parallel,
@@ -186,6 +187,7 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
                                bidirectional=bidirectional, vp_stage=stage)
         mark_tensor_parallel(chunk)
         mark_expert_copies(chunk, config.parallel)
+        add_bias_in_product(chunk)
         chunks.append(chunk.to(device=topology.device, dtype=dtype))
     return chunks
 

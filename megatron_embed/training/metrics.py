@@ -89,4 +89,6 @@ def keep_until(path: Path, step: int) -> None:
         if values["step"] > step:
             break
         kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.tmp")  # a kill leaves the old file or the new one
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

@@ -6,7 +6,7 @@ import torch
 from megatron_embed.models import blocked_attention
 from megatron_embed.models.blocked_attention import ALONE_FROM, BlockedAttention, sequence_blocks
 
-LENGTHS = (3, ALONE_FROM, 17, 1, 100, 16, 15, ALONE_FROM - 1)
+LENGTHS = (3, ALONE_FROM, 17, 1, 100, 16, 15, ALONE_FROM - 1, 17, 16, 15, 16)
 PADDING = 5
 
 
@@ -31,9 +31,9 @@ def bounds():
     return torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
 
 
-@pytest.mark.parametrize("tile", [1 << 8, 1 << 13, 1 << 19])
+@pytest.mark.parametrize("tile", [1 << 8, 1 << 10, 1 << 19])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (3, 1), (1, 1)])
 def test_equals_a_plain_softmax(monkeypatch, heads, groups, causal, tile):
     monkeypatch.setattr(blocked_attention, "TILE_ELEMENTS", tile)
     generator = torch.Generator().manual_seed(3)
@@ -53,7 +53,7 @@ def test_equals_a_plain_softmax(monkeypatch, heads, groups, causal, tile):
 
 def test_long_sequences_are_alone_and_short_ones_share():
     blocks = sequence_blocks(bounds(), causal=False)
-    assert [(block.count, block.length) for block in blocks] == [(1, 100), (1, 64), (1, 63), (3, 17), (1, 3), (1, 1)]
+    assert [(block.count, block.length) for block in blocks] == [(1, 100), (1, 64), (1, 63), (7, 17), (1, 3), (1, 1)]
     assert all((block.first is None) == (block.length < ALONE_FROM) for block in blocks)
 
 
