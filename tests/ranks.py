@@ -102,6 +102,9 @@ class _Worker:
         return text or f"(no stack: not in Python)\n{self._end_of_output()}"
 
     def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            # The whole session: a checkpoint's writer has started a process of its own, which would live on.
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
         self.connection.close()

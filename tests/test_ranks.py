@@ -161,6 +161,20 @@ def test_stuck_rank_beside_a_failed_one_is_killed_after_the_grace_time(pool):
     assert list(pool._workers) == [1]
 
 
+def start_a_child():
+    return subprocess.Popen(["sleep", "600"]).pid
+
+
+def test_what_a_worker_started_ends_with_it(pool):
+    (child,) = pool.run(start_a_child, 1, (), {}, 60.0)
+    assert state_of(child) != "Z"
+    pool.shutdown()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and state_of(child) != "Z":
+        time.sleep(0.05)
+    assert state_of(child) == "Z"
+
+
 def test_workers_die_with_their_parent(tmp_path):
     script = (
         "import os, signal, threading, time; from tests.ranks import run_on_ranks\n"
