@@ -20,8 +20,10 @@ LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
-def sole_writer(directory: str) -> Iterator[None]:
+def sole_writer(key: str, directory: str) -> Iterator[None]:
     """Rank 0 holds DIRECTORY/.lock meanwhile. Called by all ranks; one all-gather over the world.
+
+    `key` names the directory in messages, e.g. "checkpoint.directory".
 
     The kernel lets go of the lock when the process ends, however it ends, so none is ever stale.
 
@@ -31,7 +33,7 @@ def sole_writer(directory: str) -> Iterator[None]:
     file, error = None, None
     if dist.get_rank() == 0:
         try:
-            file = _acquire(Path(directory) / LOCK_FILE)
+            file = _acquire(key, Path(directory) / LOCK_FILE)
         except UserError as found:
             error = found
     try:
@@ -42,12 +44,12 @@ def sole_writer(directory: str) -> Iterator[None]:
             file.close()
 
 
-def _acquire(path: Path) -> TextIOWrapper:
+def _acquire(key: str, path: Path) -> TextIOWrapper:
     # A POSIX lock: unlike flock's it is not inherited by the processes that a checkpoint's writer forks.
     try:
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"checkpoint.directory = {str(path.parent)!r}: {path} cannot be opened ({error.strerror}); "
+        raise ConfigError(f"{key} = {str(path.parent)!r}: {path} cannot be opened ({error.strerror}); "
                           "remove it if no run uses the directory, or choose another directory") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +57,7 @@ def _acquire(path: Path) -> TextIOWrapper:
         file.seek(0)
         holder = file.read().strip() or "an unknown process"
         file.close()
-        raise ConfigError(f"checkpoint.directory = {str(path.parent)!r}: another run writes there ({holder}); wait "
+        raise ConfigError(f"{key} = {str(path.parent)!r}: another run writes there ({holder}); wait "
                           "until it ends, or choose another directory") from None
     except OSError as error:
         logger.warning("%s: this file system has no locks (%s); take care that no other run writes there", path,

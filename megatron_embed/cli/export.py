@@ -77,12 +77,15 @@ def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts:
             logger.info("%s vectors: %s", role, report)
         note()
 
-    error = None
+    error: UserError | None = None
     if dist.get_rank() == 0:
         try:
             logger.info("exported %s", megatron_to_hf(checkpoint, destination, finish=compare))
         except UserError as found:
             error = found
+        except OSError as found:
+            error = CheckpointError(f"{destination}: the export cannot be written ({found.strerror or found}); look at "
+                                    "the disk, then start the run again: it goes on from its checkpoint")
     raise_first(error)
 
 

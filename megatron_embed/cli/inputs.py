@@ -100,10 +100,8 @@ def check_lengths(config: RunConfig, model: ModelDirectory) -> None:
 
 def check_outputs(config: RunConfig) -> None:
     """Checkpoints and metrics can be written."""
-    for key, directory in (("checkpoint.directory", config.checkpoint.directory),
-                           ("logging.directory", log_directory(config))):
-        if directory is not None:
-            require_writable(key, directory)
+    for key, directory in output_directories(config).items():
+        require_writable(key, directory)
 
 
 def check_export(config: RunConfig, model: ModelDirectory) -> None:
@@ -140,6 +138,17 @@ def number_of_steps(config: RunConfig, sampler: GlobalBatchSampler) -> int:
     if config.training.epochs is not None:
         return sampler.steps_of_epochs(config.training.epochs)
     return config.training.train_steps or 1000
+
+
+def output_directories(config: RunConfig) -> dict[str, str]:
+    """The directories that the run writes, each once, by the key that names it."""
+    directories = {"checkpoint.directory": config.checkpoint.directory, "logging.directory": config.logging.directory}
+    found: dict[str, str] = {}
+    for key, directory in directories.items():
+        others = [Path(other).resolve() for other in found.values()]
+        if directory is not None and Path(directory).resolve() not in others:
+            found[key] = directory
+    return found
 
 
 def log_directory(config: RunConfig) -> str | None:

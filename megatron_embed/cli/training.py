@@ -1,5 +1,6 @@
 """Builds a run in order (topology, data, model, objective, optimizer, loop) and carries it out."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -13,7 +14,7 @@ from megatron_embed.checkpoint.files import remove_unfinished
 from megatron_embed.checkpoint.lock import sole_writer
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, on_rank_0, save_checkpoint
 from megatron_embed.cli.export import PROBES, export_model, write_settings
-from megatron_embed.cli.inputs import Inputs, log_directory, read_inputs
+from megatron_embed.cli.inputs import Inputs, log_directory, output_directories, read_inputs
 from megatron_embed.cli.model import blaming, load_model_chunks
 from megatron_embed.cli.resume import DATA_FILE, Standing, describe_rows, moved_on, record_export
 from megatron_embed.config.load import save_resolved
@@ -26,7 +27,7 @@ from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.retrieval import evaluate_retrieval
 from megatron_embed.models.encoder import attention_kernel
-from megatron_embed.parallel.collectives import raise_first
+from megatron_embed.parallel.collectives import raise_first, smallest
 from megatron_embed.parallel.topology import Topology, initialize, token_alignment
 from megatron_embed.training.agreement import agree_on_bins
 from megatron_embed.training.grad_cache import GradCache
@@ -48,15 +49,15 @@ def run_training(config: RunConfig) -> dict[str, float]:
     Empty where there was no step left; a run that is complete, its export included, touches nothing.
     """
     inputs = read_inputs(config)
-    if inputs.nothing_left(config):
+    topology = initialize(config.parallel)
+    if smallest(int(inputs.nothing_left(config))):  # Agreed: the disk may answer one rank sooner than another.
         logger.info("%s has %d steps of %d: the run is complete%s; nothing to do", inputs.standing.checkpoint,
                     inputs.standing.steps, inputs.train_steps,
                     f" and {config.checkpoint.export_at_end} is its export" if config.checkpoint.export_at_end else "")
         return {}
-    topology = initialize(config.parallel)
-    if config.checkpoint.directory is None:
-        return carry_out(config, inputs, topology)
-    with sole_writer(config.checkpoint.directory):
+    with contextlib.ExitStack() as locks:
+        for key, directory in output_directories(config).items():
+            locks.enter_context(sole_writer(key, directory))
         raise_first(moved_on(config, inputs.standing))
         return carry_out(config, inputs, topology)
 
@@ -105,7 +106,6 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology) -> dict[str
         model.train()
     with loader:
         metrics = train(config, trainer, hooks, writer, topology, first_step=first_step, train_steps=inputs.train_steps)
-    writer.close()
     if config.checkpoint.export_at_end is not None:
         export_at_end(config, inputs, encoder, max(first_step, inputs.train_steps))
     return metrics

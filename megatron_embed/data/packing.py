@@ -100,7 +100,8 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
     owner = np.repeat(np.arange(len(records)), sizes)
 
     queries = [record.query for record in records]
-    query_tokens = tokenizer.tokenize(queries, "query", [record.instruction for record in records])
+    instructions = [record.instruction for record in records]
+    query_tokens = tokenizer.tokenize(queries, "query", instructions)
     document_tokens = tokenizer.tokenize(documents, "document")
     _refuse_empty(query_tokens, queries, [record.source for record in records])
     _refuse_empty(document_tokens, documents, [records[query].source for query in owner.tolist()])
@@ -124,7 +125,9 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
         num_documents=len(documents),
         positive_index=torch.from_numpy(first),
         document_query=torch.from_numpy(owner),
-        query_ids=_text_ids(queries),
+        # With its prompt: the same words under another instruction ask for other documents.
+        query_ids=_text_ids(tokenizer.fill_prompt("query", instruction) + query
+                            for instruction, query in zip(instructions, queries, strict=True)),
         positive_query=torch.tensor([row for row, texts in enumerate(positives) for _ in texts], dtype=torch.int64),
         positive_ids=_text_ids(chain.from_iterable(positives)),
         document_ids=_text_ids(documents),

@@ -14,6 +14,7 @@ from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.parallel.collectives import raise_first, sum_over
 from megatron_embed.parallel.topology import Topology
+from megatron_embed.platform.heap import HeapWatch
 from megatron_embed.training.metrics import MetricsWriter
 from megatron_embed.training.step import Trainer, seed_step, train_step
 
@@ -45,21 +46,23 @@ class Loaded:
     """The same, padding included."""
 
 
-def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
+def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | None = None) -> Loaded:
     """The batch of a step, or on every rank the error of the lowest rank that has none.
 
     One all-reduce of three numbers over the world; an error alone costs another collective. The world and not the
     data-parallel group: a file may change between two twins that read the same rows.
+
+    `error`: what this rank alone has met since the last step.
     """
-    batch, error = None, None
+    batch = None
     try:
         batch = hooks.load_batch(step)
     except UserError as found:
-        error = found
+        error = error or found
     micro_batches = () if batch is None else batch.micro_batches
     real = sum(micro.num_tokens for micro in micro_batches)
     padded = sum(micro.token_ids.numel() for micro in micro_batches)
-    counts = torch.tensor([real, padded, batch is None], dtype=torch.float64, device=topology.device)
+    counts = torch.tensor([real, padded, error is not None], dtype=torch.float64, device=topology.device)
     real_sum, padded_sum, failed = sum_over(counts, dist.group.WORLD).tolist()
     if failed:
         raise_first(error)
@@ -75,9 +78,10 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
           first_step: int, train_steps: int) -> dict[str, float]:
     """Optimizer steps first_step .. train_steps - 1. Returns the last step's metrics (empty if there was none)."""
     metrics: dict[str, float] = {}
+    heap = HeapWatch()
     for step in range(first_step, train_steps):
         start = time.perf_counter()
-        loaded = load_agreed(hooks, step, topology)
+        loaded = load_agreed(hooks, step, topology, writer.error)
         seed_step(config.training.seed, step, topology)
         metrics = train_step(loaded.batch, trainer)
         if not math.isfinite(metrics["loss"]):
@@ -93,4 +97,7 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
             writer.evaluation(done, {f"eval/{name}": value for name, value in hooks.evaluate().items()})
         if hooks.save is not None and (done % config.checkpoint.save_every_steps == 0 or last):
             hooks.save(done, last)
+        heap.after_step()
+    writer.close()
+    raise_first(writer.error)
     return metrics

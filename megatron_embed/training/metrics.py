@@ -1,39 +1,41 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, the log, a progress bar on a terminal."""
 
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from megatron_embed.errors import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Writes on one rank; on the others (`active` false) every call does nothing."""
+    """Writes on one rank; on the others (`active` false) every call does nothing.
+
+    A file that cannot be written (a full disk) is no error of a call: the other ranks would wait for this one. It is
+    kept in `error`, which the loop tells them of before the next step.
+    """
 
     def __init__(self, directory: str | None, *, tensorboard: bool, train_steps: int, first_step: int,
                  active: bool) -> None:
-        self.file = self.board = self.bar = None
+        self.file: TextIO | None = None
+        self.board: Any = None
+        self.bar: tqdm[Any] | None = None
+        self.error: UserError | None = None
+        self.directory = directory
         if not active:
             return
         if directory is not None:
-            path = Path(directory)
-            path.mkdir(parents=True, exist_ok=True)
-            if first_step:
-                keep_until(path / "metrics.jsonl", first_step)
-            else:
-                move_aside(path / "metrics.jsonl")
-            self.file = (path / "metrics.jsonl").open("a", encoding="utf-8")
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(path / "tensorboard"), purge_step=first_step + 1)
+            with self._noting_errors():
+                self._open(Path(directory), tensorboard, first_step)
         if sys.stderr.isatty():
             self.bar = tqdm(total=train_steps, initial=first_step, unit="step", file=sys.stderr)
-        self.active = active
 
     def step(self, step: int, metrics: dict[str, float], *, log: bool) -> None:
         """After optimizer step number `step` (from 1). `log`: whether this is one of `logging.every_steps`."""
@@ -51,19 +53,43 @@ class MetricsWriter:
         """Results of an evaluation after optimizer step `step`, keys already prefixed `eval/`."""
         self._write(step, metrics)
 
-    def _write(self, step: int, metrics: dict[str, float]) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self.file.flush()
-        if self.board is not None:
-            for name, value in metrics.items():
-                self.board.add_scalar(name if "/" in name else f"train/{name}", value, step)
-
     def close(self) -> None:
         """Flushes and closes what is open."""
         for sink in (self.file, self.board, self.bar):
             if sink is not None:
-                sink.close()
+                with self._noting_errors():
+                    sink.close()
+
+    def _open(self, directory: Path, tensorboard: bool, first_step: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        if first_step:
+            keep_until(directory / "metrics.jsonl", first_step)
+        else:
+            move_aside(directory / "metrics.jsonl")
+        self.file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        with self._noting_errors():
+            if self.file is not None:
+                self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+                self.file.flush()
+            if self.board is not None:
+                for name, value in metrics.items():
+                    self.board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    @contextlib.contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self.error = self.error or ConfigError(
+                f"logging.directory = {self.directory!r}: the run's metrics cannot be written ({reason}); look at the "
+                "disk, or name another directory")
 
 
 def move_aside(path: Path) -> None:

@@ -1,0 +1,27 @@
+"""The heap of a CPU run is bounded."""
+
+import sys
+
+import pytest
+
+from megatron_embed.platform import heap
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc and /proc")
+def test_memory_is_given_back_once_a_process_has_grown(monkeypatch: pytest.MonkeyPatch):
+    resident, trimmed = 0, []
+    monkeypatch.setattr(heap, "resident_bytes", lambda: resident)
+    watch = heap.HeapWatch()
+    monkeypatch.setattr(watch, "_trim", trimmed.append)
+    answers = []
+    for resident in (1 << 30, 1 << 30, (1 << 30) + (600 << 20), (1 << 30) + (600 << 20), 2 << 30):
+        answers.append(watch.after_step())
+    assert answers == [False, False, True, False, False]  # what a step needs is measured anew after the third
+    assert trimmed == [0]
+
+
+def test_resident_memory_follows_an_allocation():
+    before = heap.resident_bytes()
+    block = bytearray(64 << 20)
+    block[::4096] = b"x" * len(block[::4096])
+    assert heap.resident_bytes() - before > 48 << 20
