@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.errors import ConfigError
+from megatron_embed.platform.compat import parallel_state  # before any module of Megatron's
 from tests.ranks import REPOSITORY, RankPool, run_on_ranks
 
 
@@ -30,7 +31,6 @@ def leave_traces():
     os.environ["RANK"] = "99"
     torch.set_default_dtype(torch.float64)
     torch.rand(3)
-    from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
@@ -39,7 +39,7 @@ def leave_traces():
 
 
 def find_traces():
-    from megatron.core import num_microbatches_calculator, parallel_state
+    from megatron.core import num_microbatches_calculator
 
     calculator = num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
     initialized = parallel_state.model_parallel_is_initialized()

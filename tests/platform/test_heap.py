@@ -9,13 +9,12 @@ from megatron_embed.platform import heap
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc and /proc")
 def test_memory_is_given_back_once_a_process_has_grown(monkeypatch: pytest.MonkeyPatch):
-    resident, trimmed = 0, []
-    monkeypatch.setattr(heap, "resident_bytes", lambda: resident)
+    sizes = iter((1 << 30, 1 << 30, (1 << 30) + (600 << 20), (1 << 30) + (600 << 20), 2 << 30))
+    trimmed: list[int] = []
+    monkeypatch.setattr(heap, "resident_bytes", lambda: next(sizes))
     watch = heap.HeapWatch()
     monkeypatch.setattr(watch, "_trim", trimmed.append)
-    answers = []
-    for resident in (1 << 30, 1 << 30, (1 << 30) + (600 << 20), (1 << 30) + (600 << 20), 2 << 30):
-        answers.append(watch.after_step())
+    answers = [watch.after_step() for _ in range(5)]
     assert answers == [False, False, True, False, False]  # what a step needs is measured anew after the third
     assert trimmed == [0]
 
