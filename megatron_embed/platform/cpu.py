@@ -184,6 +184,41 @@ def _skip_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _pad_uneven_collectives(mappings: types.ModuleType) -> None:
+    """Gathers and scatters of uneven shares of rows, which gloo refuses, by padding them to the longest.
+
+    An expert that is split over tensor-parallel ranks gathers as many tokens of each as were sent to it.
+    """
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    @functools.wraps(gather)
+    def gather_uneven(rows: torch.Tensor, group: Any, sizes: list[int] | None = None,
+                      use_global_buffer: bool = False) -> torch.Tensor:
+        if sizes is None or len(set(map(int, sizes))) == 1:
+            return gather(rows, group, sizes, use_global_buffer)
+        longest = max(sizes)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        every = rows.new_empty(len(sizes) * longest, *rows.shape[1:])
+        torch.distributed.all_gather_into_tensor(every, padded, group=group)
+        return torch.cat([every[rank * longest : rank * longest + size] for rank, size in enumerate(sizes)])
+
+    @functools.wraps(scatter)
+    def scatter_uneven(rows: torch.Tensor, group: Any, sizes: list[int] | None = None,
+                       use_global_buffer: bool = False) -> torch.Tensor:
+        if sizes is None or len(set(map(int, sizes))) == 1:
+            return scatter(rows, group, sizes, use_global_buffer)
+        longest = max(sizes)
+        padded = rows.new_zeros(len(sizes) * longest, *rows.shape[1:])
+        for rank, part in enumerate(rows.split([int(size) for size in sizes])):
+            padded[rank * longest : rank * longest + part.shape[0]] = part
+        share = rows.new_empty(longest, *rows.shape[1:])
+        torch.distributed.reduce_scatter_tensor(share, padded, group=group)
+        return share[: sizes[group.rank()]].contiguous()
+
+    vars(mappings).update(_gather_along_first_dim=gather_uneven, _reduce_scatter_along_first_dim=scatter_uneven)
+
+
 class _Overlay(types.ModuleType):
     """A module's attributes with some replaced; the module itself stays as it is for everyone else."""
 
@@ -267,6 +302,7 @@ def install() -> None:
     _numpy_split_sizes(moe_utils)
     for site in CUDA_TYPE_SITES:
         _name_cuda_types(*site)
+    _pad_uneven_collectives(importlib.import_module("megatron.core.tensor_parallel.mappings"))
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         vars(buffers)[name] = _skip_alone(vars(buffers)[name])
