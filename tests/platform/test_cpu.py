@@ -272,3 +272,34 @@ def test_second_installation_changes_nothing():
     before = list(sys.meta_path)
     cpu.install()
     assert sys.meta_path == before
+
+
+SHARES = (3, 0, 5)
+
+
+def uneven_regions():
+    """(gathered rows, gradient of the share; scattered sum, gradient of the rows) of this rank."""
+    import torch.distributed as dist
+
+    from megatron_embed.platform.compat import tensor_parallel
+
+    rank, group = dist.get_rank(), dist.group.WORLD
+    share = (torch.arange(SHARES[rank] * 2.0).view(-1, 2) + 100 * rank).requires_grad_()
+    gathered = tensor_parallel.gather_from_sequence_parallel_region(share, group=group, output_split_sizes=SHARES)
+    (gathered * (rank + 1)).sum().backward()
+    rows = (torch.arange(16.0).view(8, 2) * (rank + 1)).requires_grad_()
+    scattered = tensor_parallel.reduce_scatter_to_sequence_parallel_region(rows, group=group, input_split_sizes=SHARES)
+    (scattered * (rank + 1)).sum().backward()
+    return gathered.detach(), share.grad, scattered.detach(), rows.grad
+
+
+def test_uneven_shares_are_gathered_and_scattered():
+    results = run_on_ranks(uneven_regions, 3)
+    every = torch.cat([torch.arange(size * 2.0).view(-1, 2) + 100 * rank for rank, size in enumerate(SHARES)])
+    summed = (torch.arange(16.0).view(8, 2) * 6).split(SHARES)
+    owners = torch.repeat_interleave(torch.tensor([1.0, 2.0, 3.0]), torch.tensor(SHARES))[:, None].expand(8, 2)
+    for rank, (gathered, share_grad, scattered, rows_grad) in enumerate(results):
+        assert torch.equal(gathered, every)
+        assert torch.equal(share_grad, torch.full((SHARES[rank], 2), 6.0))
+        assert torch.equal(scattered, summed[rank])
+        assert torch.equal(rows_grad, owners)
