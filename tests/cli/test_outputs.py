@@ -88,6 +88,26 @@ def test_disk_that_fills_up_during_a_save_ends_all_ranks_alike(model, tmp_path, 
     assert list(step_directories(tmp_path / "run")) == [2, 4]
 
 
+@pytest.mark.parametrize("target, reason", [("/dev/full", "No space left"), ("metrics.jsonl", "Too many levels")])
+def test_metrics_that_cannot_be_written_end_all_ranks_alike(model, tmp_path, target, reason):
+    path = config_file(tmp_path, model, training={"train_steps": 3}, logging={"directory": str(tmp_path / "log"),
+                                                                               "every_steps": 1})
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "metrics.jsonl").symlink_to(target)
+    assert_refused(run_on_ranks(command, 2, ["train", path]), f"logging.directory = {str(tmp_path / 'log')!r}", reason)
+
+
+def test_two_runs_do_not_write_one_log(model, tmp_path):
+    import fcntl
+
+    path = config_file(tmp_path, model, logging={"directory": str(tmp_path / "log")})
+    (tmp_path / "log").mkdir()
+    with (tmp_path / "log" / ".lock").open("a+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        assert_refused(run_on_ranks(command, 2, ["train", path]), f"logging.directory = {str(tmp_path / 'log')!r}",
+                       "another run writes there")
+
+
 def encode_on_full_disk(arguments):
     import numpy
 
