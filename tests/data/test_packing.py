@@ -73,7 +73,7 @@ def test_embed_batch_holds_every_text_where_its_numbers_say(records: list[Record
     assert (batch.num_queries, batch.num_documents, batch.num_rows) == (6, len(documents), 6 + len(documents))
     assert [documents[i] for i in batch.positive_index] == [r.positive[0] for r in records]
     assert batch.document_query.tolist() == [q for q, group in enumerate(groups) for _ in group]
-    assert batch.query_ids.tolist() == [text_id(r.query) for r in records]
+    assert batch.query_ids.tolist() == [text_id(tokenizer.fill_prompt("query") + r.query) for r in records]
     assert batch.document_ids.tolist() == [text_id(text) for text in documents]
 
     expected = (tokenizer.tokenize([r.query for r in records], "query").token_ids
