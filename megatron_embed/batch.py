@@ -59,11 +59,19 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedBatch:
-    """One data-parallel rank's share of one optimizer step."""
+class StepBatch:
+    """One data-parallel rank's share of one optimizer step: what every task needs. Objectives know the rest."""
 
     micro_batches: tuple[MicroBatch, ...]
     """In the order of both passes. Every data-parallel rank has the same number of them."""
+    num_truncated: int
+    """Rows whose text was cut to the maximum length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedBatch(StepBatch):
+    """Queries and the documents that they were given."""
+
     num_queries: int
     num_documents: int
     positive_index: Tensor
@@ -78,8 +86,6 @@ class EmbedBatch:
     """[positives] int64, hash of each positive's text, those of a row that are no candidates included."""
     document_ids: Tensor
     """[num_documents] int64, hash of each document's text."""
-    num_truncated: int
-    """Rows whose text was cut to the maximum length."""
     capacity: Capacity
     """Of the whole batch."""
     micro_capacity: Capacity

@@ -32,7 +32,7 @@ def peak_mib() -> float:
 
 def tiled(query: Tensor, document: Tensor, positives: Tensor) -> tuple[float, Tensor, Tensor]:
     sums, grad_query, grad_document = info_nce_gradients(query, document, positives, TEMPERATURE,
-                                                         total_rows=len(query))
+                                                         total=len(query))
     return float(sums.loss) / len(query), grad_query, grad_document
 
 

@@ -30,10 +30,10 @@ from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.parallel.collectives import raise_first, smallest
 from megatron_embed.parallel.topology import Topology, initialize, token_alignment
 from megatron_embed.training.agreement import agree_on_bins
+from megatron_embed.training.build import build_objective
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.loop import Hooks, train
 from megatron_embed.training.metrics import MetricsWriter
-from megatron_embed.training.objective import Objective
 from megatron_embed.training.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_embed.training.step import Trainer
 
@@ -72,9 +72,8 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology) -> dict[str
     state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler)
     first_step = resume(inputs.standing, state)
     pooling, kernel = inputs.model.pooling(config.embedding.pooling), attention_kernel(config)
-    objective = Objective(config.objective, topology.dp_group)
-    gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
-                          negatives=config.objective.negatives, kernel=kernel,
+    gradients = GradCache(chunks=wrapped, models=models, topology=topology,
+                          objective=build_objective(config, topology.dp_group), kernel=kernel,
                           has_dropout=config.training.hidden_dropout > 0 or config.training.attention_dropout > 0)
     trainer = Trainer(chunks=wrapped, gradients=gradients, optimizer=optimizer, scheduler=scheduler)
     encoder = TextEncoder(wrapped, topology, inputs.tokenizer, pooling=pooling, dim=inputs.model.shape.hidden_size,
@@ -87,7 +86,7 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology) -> dict[str
         micro_batch_size=config.training.micro_batch_size, num_negatives=config.data.num_negatives,
         alignment=token_alignment(config.parallel), constant_tokens=topology.pp_size > 1,
         micro_batch_tokens=config.training.micro_batch_tokens,
-        whole_groups=config.objective.negatives == "micro_batch")
+        whole_groups=not config.objective.couples_batch)
 
     def evaluate() -> dict[str, float]:
         return evaluate_all(inputs.retrieval, encoder, "cosine" if config.embedding.normalize else "dot")
@@ -97,7 +96,7 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology) -> dict[str
         save_checkpoint(config.checkpoint.directory, step, state, assets=assets, keep=config.checkpoint.keep)
 
     def agree(batch: EmbedBatch) -> EmbedBatch:
-        return agree_on_bins(batch, topology, whole_groups=config.objective.negatives == "micro_batch")
+        return agree_on_bins(batch, topology, whole_groups=not config.objective.couples_batch)
 
     hooks = Hooks(load_batch=loader.batch, agree=None if config.training.micro_batch_tokens is None else agree,
                   evaluate=evaluate if inputs.retrieval else None,

@@ -49,6 +49,12 @@ class ObjectiveConfig:
     candidates it lies: in whatever row that has the same query text, first positive or not, of the global batch (with
     negatives: micro_batch, of the micro-batches that are computed together)."""
 
+    @property
+    def couples_batch(self) -> bool:
+        """Whether the loss of a row depends on rows of other micro-batches of the step. If not, a step is one pass and
+        a row shares the micro-batch of those that it is compared with."""
+        return self.negatives == "global_batch"
+
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "objective.temperature", self.temperature, "must be > 0; usual: 0.01 to 0.1")
 

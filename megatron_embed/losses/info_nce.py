@@ -58,21 +58,21 @@ def info_nce(query: Tensor, document: Tensor, positive_index: Tensor, temperatur
     return functional.cross_entropy(logits, positive_index)
 
 
-def info_nce_gradients(query: Tensor, document: Tensor, positive_index: Tensor, temperature: float, *, total_rows: int,
+def info_nce_gradients(query: Tensor, document: Tensor, positive_index: Tensor, temperature: float, *, total: float,
                        excluded: ExcludedTile | None = None) -> tuple[InfoNCESums, Tensor, Tensor]:
     """The same loss and its gradient in closed form, by tiles of query rows against all documents.
 
-    With p the softmax of a row's logits and y its one-hot positive, d loss / d logits = (p - y) / total_rows; the two
+    With p the softmax of a row's logits and y its one-hot positive, d loss / d logits = (p - y) / total; the two
     further products give the gradients of queries and documents. Memory beyond inputs and outputs is one tile
     (TILE_ELEMENTS similarities); no graph is built.
 
     Args:
         query, document, positive_index, temperature: as in `info_nce`, float32 or float64; no rows at all are allowed.
-        total_rows: rows of the whole batch, over which the loss is a mean; >= the rows given here.
+        total: rows of the whole batch, over which the loss is a mean; >= the rows given here.
         excluded: the mask, asked for tile by tile.
     Returns:
         (sums over these rows, [batch, dim] gradient of the queries, [candidates, dim] gradient of the documents), both
-        gradients of `sum over these rows / total_rows`. No communication.
+        gradients of `sum over these rows / total`. No communication.
     """
     rows, candidates = query.shape[0], document.shape[0]
     tile = max(1, min(rows, TILE_ELEMENTS // max(1, candidates)))
@@ -93,7 +93,7 @@ def info_nce_gradients(query: Tensor, document: Tensor, positive_index: Tensor, 
         sums[0] += (normalizer - at_positive).sum(dtype=torch.float64)
         weights = logits.sub_(normalizer).exp_()
         weights.scatter_add_(1, positives[:, None], torch.full_like(at_positive, -1.0))
-        weights /= total_rows * temperature
+        weights /= total * temperature
         torch.mm(weights, document, out=grad_query[first:last])
         grad_document.addmm_(weights.T, part)
     return InfoNCESums(**dict(zip(InfoNCESums.__dataclass_fields__, sums, strict=True))), grad_query, grad_document

@@ -189,7 +189,7 @@ def check_token_budget(config: RunConfig) -> None:
         return
     query, document = config.data.query_max_length, config.data.document_max_length
     least, what = max(query, document), f"max(query_max_length, document_max_length) = max({query}, {document})"
-    if config.objective.negatives == "micro_batch":
+    if not config.objective.couples_batch:
         documents = 1 + config.data.num_negatives
         least = query + documents * document
         what = f"query_max_length + (1 + num_negatives) * document_max_length = {query} + {documents} * {document}"

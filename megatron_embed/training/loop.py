@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_embed.batch import EmbedBatch
+from megatron_embed.batch import StepBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.parallel.collectives import raise_first, sum_over
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 class Hooks:
     """What happens between steps. Each is called on all ranks."""
 
-    load_batch: Callable[[int], EmbedBatch]
+    load_batch: Callable[[int], StepBatch]
     """Number of the step, from 0 -> this rank's share of it. No communication: another rank may fail here."""
     evaluate: Callable[[], dict[str, float]] | None
     """Metrics by name, equal on all ranks."""
-    agree: Callable[[EmbedBatch], EmbedBatch] | None
+    agree: Callable[[StepBatch], StepBatch] | None
     """Gives all data-parallel ranks as many micro-batches, of one size; null where they have as many."""
     save: Callable[[int, bool], None] | None
     """(steps done, whether it is the last) -> writes a checkpoint."""
@@ -39,7 +39,7 @@ class Hooks:
 class Loaded:
     """A step's share of this rank, which every rank of the world has as well."""
 
-    batch: EmbedBatch
+    batch: StepBatch
     tokens: float
     """Real tokens of the step over all data-parallel ranks."""
     padded_tokens: float

@@ -14,6 +14,9 @@ from megatron_embed.errors import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
 
+LOGGED = ("in_batch_accuracy", "accuracy", "masked_fraction", "grad_norm")
+"""Metrics that a log line gives beside the loss, if the objective has them."""
+
 
 class MetricsWriter:
     """Writes on one rank; on the others (`active` false) every call does nothing.
@@ -45,8 +48,8 @@ class MetricsWriter:
         if log:
             self._write(step, metrics)
             if self.bar is None and self.file is not None:
-                logger.info("step %d  loss %.4f  accuracy %.3f  grad norm %.3f  lr %.2e  %.0f tokens/s", step,
-                            metrics["loss"], metrics["in_batch_accuracy"], metrics["grad_norm"],
+                words = [f"{name.replace('_', ' ')} {metrics[name]:.3f}" for name in LOGGED if name in metrics]
+                logger.info("step %d  loss %.4f  %s  lr %.2e  %.0f tokens/s", step, metrics["loss"], "  ".join(words),
                             metrics["learning_rate"], metrics["tokens_per_second"])
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_embed.batch import EmbedBatch
+from megatron_embed.batch import StepBatch
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, model_parallel_cuda_manual_seed
 from megatron_embed.training.grad_cache import GradCache
@@ -31,7 +31,7 @@ def seed_step(seed: int, step: int, topology: Topology) -> None:
     model_parallel_cuda_manual_seed(int(place.generate_state(1)[0]) >> 1)
 
 
-def train_step(batch: EmbedBatch, trainer: Trainer) -> dict[str, float]:
+def train_step(batch: StepBatch, trainer: Trainer) -> dict[str, float]:
     """One optimizer step over `global_batch_size` queries, every document of which is a candidate for every query.
 
     Returns:

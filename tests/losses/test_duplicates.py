@@ -62,7 +62,7 @@ def test_no_part_of_the_mask_is_larger_than_a_tile(monkeypatch):
         sizes.append(last - first)
         return mask.tile(first, last)
 
-    sums, *_ = info_nce_gradients(query, document, ids[1], 0.5, total_rows=9, excluded=tile)
+    sums, *_ = info_nce_gradients(query, document, ids[1], 0.5, total=9, excluded=tile)
     assert sizes == [2, 2, 2, 2, 1]
     assert sums.masked == by_loops(*ids).sum() > 0
     assert max(value.numel() for value in vars(mask).values() if isinstance(value, torch.Tensor)) < 9 * 23 / 4

@@ -62,7 +62,7 @@ def test_closed_form_gradients_equal_autograd(monkeypatch, dtype, tolerance, til
         monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
     query, document, positive, mask = random_batch(dtype=dtype, excluded=excluded)
     before = query.clone(), document.clone()
-    sums, *gradients = info_nce_gradients(query, document, positive, temperature, total_rows=11, excluded=tiles(mask))
+    sums, *gradients = info_nce_gradients(query, document, positive, temperature, total=11, excluded=tiles(mask))
     exact = random_batch(excluded=excluded)
     loss, *expected = by_autograd(*exact[:3], temperature, 11, exact[3])
     torch.testing.assert_close(sums.loss, loss, rtol=tolerance, atol=0)
@@ -76,7 +76,7 @@ def test_closed_form_gradients_equal_autograd(monkeypatch, dtype, tolerance, til
 
 def test_one_candidate_has_no_loss_and_no_gradient():
     query, document, *_ = random_batch(1, 2)
-    sums, grad_query, grad_document = info_nce_gradients(query, document[:1], torch.tensor([0]), 0.05, total_rows=1)
+    sums, grad_query, grad_document = info_nce_gradients(query, document[:1], torch.tensor([0]), 0.05, total=1)
     assert not grad_query.any()
     assert not grad_document.any()
     assert sums.stacked().isfinite().all()
@@ -88,7 +88,7 @@ def test_one_candidate_has_no_loss_and_no_gradient():
 def test_no_rows_have_no_loss_and_no_gradient(candidates):
     query, document, positive, _ = random_batch(4, 8)
     sums, grad_query, grad_document = info_nce_gradients(query[:0], document[:candidates], positive[:0], 0.05,
-                                                         total_rows=3)
+                                                         total=3)
     assert not sums.stacked().any()
     assert grad_query.shape == (0, 5)
     assert torch.equal(grad_document, torch.zeros(candidates, 5, dtype=torch.float64))
@@ -98,7 +98,7 @@ def test_row_with_all_negatives_excluded_has_no_loss_and_counts_none():
     query, document, positive, _ = random_batch(3, 8)
     mask = torch.zeros(3, 8, dtype=torch.bool)
     mask[1] = torch.arange(8) != positive[1]
-    sums, grad_query, _ = info_nce_gradients(query, document, positive, 0.05, total_rows=3, excluded=tiles(mask))
+    sums, grad_query, _ = info_nce_gradients(query, document, positive, 0.05, total=3, excluded=tiles(mask))
     assert sums.stacked().isfinite().all()
     assert not grad_query[1].any()
     assert grad_query[0].any()
@@ -131,7 +131,7 @@ def test_sums_are_what_their_names_say(monkeypatch, tile, excluded):
     query, document, positive, mask = random_batch(9, 12, excluded=excluded, seed=3)
     query[:4] += 2 * document[positive[:4]]
     query = torch.nn.functional.normalize(query, dim=1)
-    sums, *_ = info_nce_gradients(query, document, positive, 0.1, total_rows=9, excluded=tiles(mask))
+    sums, *_ = info_nce_gradients(query, document, positive, 0.1, total=9, excluded=tiles(mask))
     expected = naive_sums(query, document, positive, 0.1, mask)
     assert 0 < expected[1] < 9
     assert sums.stacked().dtype == torch.float64
@@ -141,10 +141,10 @@ def test_sums_are_what_their_names_say(monkeypatch, tile, excluded):
 def test_duplicate_of_the_positive_is_not_counted_as_correct():
     query, document, positive, _ = random_batch(2, 6)
     query[0] = document[positive[0]]
-    sums, *_ = info_nce_gradients(query, document, positive, 0.05, total_rows=2)
+    sums, *_ = info_nce_gradients(query, document, positive, 0.05, total=2)
     alone = float(sums.correct)
     document = torch.cat([document, document[positive[:1]]])
-    sums, *_ = info_nce_gradients(query, document, positive, 0.05, total_rows=2)
+    sums, *_ = info_nce_gradients(query, document, positive, 0.05, total=2)
     assert float(sums.correct) == alone - 1
 
 

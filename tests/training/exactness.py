@@ -70,19 +70,18 @@ def build(config):
     """The model in DDP with its GradCache, and this rank's batch of the rows. Called by all ranks."""
     from megatron_embed.models.encoder import attention_kernel
     from megatron_embed.parallel.topology import token_alignment
+    from megatron_embed.training.build import build_objective
     from megatron_embed.training.grad_cache import GradCache
-    from megatron_embed.training.objective import Objective
     from megatron_embed.training.optimizer import wrap_in_ddp
     from megatron_embed.training.step import seed_step
 
     opened = open_model(config)
     topology = opened.topology
     wrapped = wrap_in_ddp(opened.chunks, config, topology)
-    objective = Objective(config.objective, topology.dp_group)
+    objective = build_objective(config, topology.dp_group)
     dropout = config.training.hidden_dropout > 0 or config.training.attention_dropout > 0
     gradients = GradCache(chunks=wrapped, models=opened.chunks, topology=topology, objective=objective,
-                          negatives=config.objective.negatives, kernel=attention_kernel(config),
-                          has_dropout=dropout)
+                          kernel=attention_kernel(config), has_dropout=dropout)
     share = ROWS // topology.dp_size
     records = real_records(ROWS)[topology.dp_rank * share : (topology.dp_rank + 1) * share]
     batch = batch_of(config.model.path, records, micro_batch_size=config.training.micro_batch_size,

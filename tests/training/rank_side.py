@@ -47,8 +47,8 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     from megatron_embed.models.backbone import check_divisible
     from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, token_alignment
     from megatron_embed.training.agreement import agree_on_bins
+    from megatron_embed.training.build import build_objective
     from megatron_embed.training.grad_cache import GradCache
-    from megatron_embed.training.objective import Objective
     from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
     from megatron_embed.training.step import seed_step
 
@@ -61,9 +61,9 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     wrapped = wrap_in_ddp(chunks, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     group = topology.groups.tp if case.sabotage == "group" else topology.dp_group
-    objective = Objective(config.objective, group)
+    objective = build_objective(config, group)
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
-                          negatives=config.objective.negatives, kernel="sdpa", has_dropout=False)
+                          kernel="sdpa", has_dropout=False)
     records = open_records(config.data.train)
     sampler = GlobalBatchSampler(records, global_batch_size=config.training.global_batch_size, shuffle=False, seed=1,
                                  num_negatives=NUM_NEGATIVES)
@@ -94,8 +94,8 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
 
 def _with_sabotage(sabotage: Sabotage | None, gradients: Any, batch: Any) -> Any:
     """A step's gradients, with a deliberate mistake if asked for."""
+    import megatron_embed.training.contrastive as objective
     import megatron_embed.training.grad_cache as module
-    import megatron_embed.training.objective as objective
 
     factor, schedule, gather = module.surrogate_factor, module.run_schedule, objective.gather_pool
 

@@ -43,13 +43,13 @@ def batch_of_rank(rank, ragged):
     return embeddings, batch
 
 
-def objective_on_rank(ragged, masked, total_rows):
-    from megatron_embed.training.objective import Objective
+def objective_on_rank(ragged, masked, total):
+    from megatron_embed.training.contrastive import InfoNCE
 
     embeddings, batch = batch_of_rank(dist.get_rank(), ragged)
-    objective = Objective(ObjectiveConfig(temperature=0.1, mask_duplicates=masked), dist.group.WORLD)
-    sums, gradient = objective(embeddings, batch, total_rows=total_rows)
-    return sums, gradient
+    objective = InfoNCE(ObjectiveConfig(temperature=0.1, mask_duplicates=masked), dist.group.WORLD)
+    found = objective(embeddings, batch, total=total)
+    return found.sums, found.rows
 
 
 def whole_mask(batches, positive):
@@ -132,7 +132,7 @@ def test_one_gather_and_one_reduce_scatter_per_step(tmp_path, masked):
             assert scatters == [2 * capacity * hidden]
             # The sums of the step, and the gradient buffer of the parameters.
             others = sorted(elements for name, elements in calls if name in ("all_reduce", "broadcast"))
-            assert others[0] == 8
+            assert others[0] == 14
             assert others[1] > 30522 * hidden
             assert len(others) == 2
 
@@ -140,10 +140,9 @@ def test_one_gather_and_one_reduce_scatter_per_step(tmp_path, masked):
 def test_metrics_are_means_over_the_batch():
     from megatron_embed.training.objective import Sums
 
-    values = torch.tensor([8.0, 3.0, 2.0, 1.0, 0.4, 30.0, 10.0, 4.0], dtype=torch.float64)
-    assert Sums(values=values).metrics() == {
-        "loss": 2.0, "in_batch_accuracy": 0.75, "positive_similarity": 0.5, "negative_similarity": 0.25, "margin": 0.1,
-        "masked_fraction": 0.25, "negatives_per_query": 7.5}
+    values = torch.tensor([[8.0, 4.0], [10.0, 40.0], [0.0, 0.0]], dtype=torch.float64)
+    assert Sums(names=("loss", "masked_fraction", "of_nothing"), values=values).metrics() == {
+        "loss": 2.0, "masked_fraction": 0.25}
 
 
 def gathered(rows_by_rank, capacity):
