@@ -16,9 +16,9 @@ class ModelConfig:
     path: str
     """Hugging Face directory, one of our checkpoints, or a hub name."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """auto: in half precision flash kernels on a GPU and cache-sized blocks on a CPU, else sdpa. flash: torch's
-    variable-length flash kernels (GPU).
-    sdpa: torch's scaled_dot_product_attention over groups of equally long sequences (CPU included)."""
+    """auto: flash in half precision on a GPU, else sdpa. flash: torch's variable-length flash kernels (GPU).
+    sdpa: torch's scaled_dot_product_attention over groups of similarly long sequences (CPU included, there in
+    float32)."""
     bidirectional: bool = False
     """True lets every token of a decoder attend to the whole sequence. Encoder families always do."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -20,7 +20,6 @@ from megatron_embed.models.backbone import (
     mark_tensor_parallel,
     megatron_config,
 )
-from megatron_embed.models.blocked_attention import LONGEST, sequence_blocks
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.pooling_names import Pooling
@@ -36,7 +35,7 @@ from megatron_embed.platform.compat import (
     TransformerConfig,
 )
 
-AttentionKernel = Literal["flash", "blocked", "sdpa"]
+AttentionKernel = Literal["flash", "sdpa"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -153,7 +152,7 @@ def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
 
 
 def attention_kernel(config: RunConfig) -> AttentionKernel:
-    """What attention runs on: torch's variable-length flash kernels, our blocks for CPUs, or torch's general attention.
+    """What attention runs on: torch's variable-length flash kernels, or its general attention.
 
     Raises:
         ConfigError: flash is asked for where it cannot run.
@@ -166,9 +165,7 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
         raise ConfigError("model.attention = 'flash' needs a GPU and model.dtype = bfloat16; use 'auto' or 'sdpa' here")
     if wanted == "flash" and other is not None:
         raise ConfigError(f"model.attention = 'flash' does not go with {other}; use 'auto' or 'sdpa'")
-    if wanted == "sdpa" or other is not None or not half:
-        return "sdpa"
-    return "flash" if HAS_CUDA else "blocked"
+    return "flash" if wanted != "sdpa" and other is None and half and HAS_CUDA else "sdpa"
 
 
 def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling) -> list[EmbeddingModel]:
@@ -199,9 +196,7 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
     chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)
     packed = PackedSequences(cu_seqlens=micro_batch.cu_seqlens.to(device), num_tokens=micro_batch.num_tokens,
                              max_seqlen=int(micro_batch.cu_seqlens.diff().max()))
-    if kernel == "blocked" and len(chunks) == 1 and packed.max_seqlen <= LONGEST:
-        packed.blocks = sequence_blocks(micro_batch.cu_seqlens, causal)
-    elif kernel != "flash":
+    if kernel != "flash":
         packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, device), tokens // topology.cp_size)
     plan = local_plan(pooling_plan(micro_batch, pooling, device), chunks)
     padding = _held(torch.arange(tokens) >= micro_batch.num_tokens, chunks)

@@ -154,6 +154,30 @@ def test_attention_equals_a_plain_softmax(causal, groups):
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_bfloat16_is_the_plain_softmax_rounded_once(causal):
+    bounds, tokens = random_bin(5, 1)
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(tokens, count, 8, generator=generator).bfloat16().double() for count in (4, 2, 2)]
+    packed = PackedSequences(cu_seqlens=bounds, max_seqlen=int(bounds.diff().max()), num_tokens=int(bounds[-1]))
+    packed.index_groups(group_segments(bounds, context_chunks(tokens, 0, 1), causal, CPU), tokens)
+    module, weights = attention_module(causal, 4, 2, 8), torch.randn(tokens, 32, generator=generator).bfloat16()
+
+    def gradients(attention, dtype):
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in exact]
+        output = attention(*inputs)
+        return [output, *torch.autograd.grad(output, inputs, weights.to(dtype))]
+
+    found = gradients(lambda *inputs: module(*(tensor[:, None] for tensor in inputs), None,
+                                             packed_seq_params=packed)[:, 0], torch.bfloat16)
+    expected = gradients(lambda *inputs: naive(*inputs, bounds, causal), torch.float64)
+    for ours, truth in zip(found, expected, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert truth.abs().max() > 0.1
+        # 2^-9 is the rounding of one number; scores and weights in bfloat16 would cost several times that.
+        assert (ours.double() - truth).norm() / truth.norm() < 2**-9
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_rank_whose_share_is_padding_computes_zeros_and_a_zero_gradient(causal):
     bounds, tokens, cp_size = torch.tensor([0, 3], dtype=torch.int32), 16, 2

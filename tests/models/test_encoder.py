@@ -210,7 +210,7 @@ def test_vocabulary_is_padded_to_the_tensor_parallel_ranks(models):
 
 
 @pytest.mark.parametrize("dtype, attention, parallel, training, expected", [
-    ("bfloat16", "auto", {}, {}, "blocked"), ("float32", "auto", {}, {}, "sdpa"), ("bfloat16", "sdpa", {}, {}, "sdpa"),
+    ("bfloat16", "auto", {}, {}, "sdpa"), ("float32", "auto", {}, {}, "sdpa"), ("bfloat16", "sdpa", {}, {}, "sdpa"),
     ("bfloat16", "auto", {"context_parallel_size": 2}, {}, "sdpa"),
     ("bfloat16", "auto", {}, {"attention_dropout": 0.1}, "sdpa")])
 def test_attention_kernel_on_a_cpu(dtype, attention, parallel, training, expected):
