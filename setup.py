@@ -20,6 +20,7 @@ CORE = [
     "sentence-transformers>=5.2,<7",
     "safetensors>=0.5",
     "datasets>=3.2",
+    "pyarrow>=18",
     "numpy>=1.26",
     "pyyaml>=6.0",
     "tensorboard>=2.16",

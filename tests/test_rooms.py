@@ -31,7 +31,7 @@ THIRD_PARTY = {
     "config": {"yaml"},
     "platform": {"torch", "megatron", "packaging"},
     "parallel": {"torch"},
-    "data": {"torch", "numpy", "datasets", "tokenizers", "transformers", "tqdm"},
+    "data": {"torch", "numpy", "datasets", "pyarrow", "tokenizers", "transformers", "tqdm"},
     "models": {"torch"},
     "losses": {"torch"},
     "convert": {"torch", "numpy", "safetensors", "transformers", "sentence_transformers", "tqdm"},

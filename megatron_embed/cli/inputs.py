@@ -10,9 +10,9 @@ from megatron_embed.cli.export import is_bidirectional_decoder
 from megatron_embed.cli.model import ModelDirectory, blaming, find_model
 from megatron_embed.cli.resume import Standing, check_resumable, is_exported, standing
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.data.mixture import Sampler, build_sampler
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import RecordSet, open_records
-from megatron_embed.data.sampler import GlobalBatchSampler
 from megatron_embed.data.tokenless import refuse_tokenless_rows
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData, load_beir, refuse_tokenless_texts
@@ -28,7 +28,7 @@ class Inputs:
     model: ModelDirectory
     records: RecordSet
     tokenizer: RoleTokenizer
-    sampler: GlobalBatchSampler
+    sampler: Sampler
     retrieval: Sequence[BeirData]
     train_steps: int
     standing: Standing
@@ -59,9 +59,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     tokenizer = open_tokenizer(config, model)
     records = open_records(config.data.train)
     refuse_tokenless_rows(records, tokenizer, config.data.num_negatives)
-    sampler = GlobalBatchSampler(
-        records, global_batch_size=config.training.global_batch_size, shuffle=config.data.shuffle,
-        seed=config.training.seed, num_negatives=config.data.num_negatives)
+    sampler = build_sampler(records, config.data, global_batch_size=config.training.global_batch_size,
+                            seed=config.training.seed)
     steps = number_of_steps(config, sampler)
     if config.training.warmup_steps >= steps:
         raise ConfigError(f"training.warmup_steps = {config.training.warmup_steps} must be below the {steps} training "
@@ -133,7 +132,7 @@ def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
     return tokenizer
 
 
-def number_of_steps(config: RunConfig, sampler: GlobalBatchSampler) -> int:
+def number_of_steps(config: RunConfig, sampler: Sampler) -> int:
     """`train_steps`, or the steps of `epochs` passes over the rows, or 1000."""
     if config.training.epochs is not None:
         return sampler.steps_of_epochs(config.training.epochs)

@@ -25,8 +25,9 @@ DATA_FILE = "data.json"
 EXPORT_FILE = "export.json"
 """In a run's directory: where `checkpoint.export_at_end` was written, and after how many steps."""
 
-FIXED = ("task", "embedding.normalize", "data.shuffle", "data.num_negatives", "training.global_batch_size",
-         "training.seed", "optimizer.distributed")
+FIXED = ("task", "embedding.normalize", "data.shuffle", "data.mixed_batches", "data.sampling_temperature",
+         "data.num_negatives", "training.global_batch_size", "training.seed",
+         "optimizer.distributed")
 """What a run keeps for life: a step's rows follow from these (and the data), its embeddings from `normalize`, and the
 layout of the optimizer's state, which Megatron cannot translate, from the last."""
 
@@ -66,6 +67,11 @@ def check_resumable(config: RunConfig, checkpoint: Path, model: ModelDirectory, 
     for key in fixed:
         if key in before and before[key] != now[key]:
             raise _refusal(checkpoint, key, now[key], f"this run began with {_shown(before[key])}")
+    weights = [file.weight for file in config.data.train]
+    was = [file.get("weight", 1.0) for file in before.get("data.train", [])]
+    if len(weights) == len(was) and weights != was:
+        raise _refusal(checkpoint, "data.train", [item.path for item in config.data.train],
+                       f"weights {weights}, this run began with {was}")
     _check_model(config, checkpoint, model)
     _check_tokenizer(config, checkpoint, model, tokenizer)
     known = _known_rows(checkpoint / DATA_FILE)

@@ -102,7 +102,8 @@ def _with_home(config: RunConfig) -> RunConfig:
         return None if path is None else os.path.expanduser(path)
 
     replace = dataclasses.replace
-    files = tuple(replace(file, path=os.path.expanduser(file.path)) for file in config.data.train)
+    files = tuple(replace(file, path=os.path.expanduser(file.path), corpus=home(file.corpus))
+                  for file in config.data.train)
     return replace(
         config, model=replace(config.model, path=os.path.expanduser(config.model.path)),
         data=replace(config.data, train=files),

@@ -62,9 +62,24 @@ class ObjectiveConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainFile:
     path: str
-    """JSONL file (.jsonl, .json)."""
+    """A JSONL file (.jsonl, .json, either with .gz or .zst), a Parquet or Arrow file, a BEIR folder, a directory that
+    `datasets` saved, or a data set of the hub (org/name, org/name:config/split). Formats: docs/data.md."""
     instruction: str | None = None
-    """Replaces `{instruction}` in `data.query_prompt` for the rows of this file that carry none of their own."""
+    """Replaces `{instruction}` in the query's prompt for the rows of this file that carry none of their own."""
+    query_prompt: str | None = None
+    """In place of `data.query_prompt` for the rows of this file."""
+    document_prompt: str | None = None
+    """In place of `data.document_prompt` for the rows of this file."""
+    corpus: str | None = None
+    """File of rows `{"docid", "title"?, "text"}`, where the rows of `path` name their documents by id."""
+    weight: float = 1.0
+    """How often this file's turn comes, relative to its share by rows; no unit, > 0."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "data.train.path", self.path, "must name a file")
+        _require(self.weight > 0, "data.train.weight", self.weight, "must be > 0; remove a file that is not to be used")
+        _require("{instruction}" not in (self.document_prompt or ""), "data.train.document_prompt",
+                 self.document_prompt, "only a query's prompt can hold {instruction}; write the document's prompt out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +88,12 @@ class DataConfig:
     """Files of rows; a plain string is short for {path: STRING}."""
     shuffle: bool = True
     """False: step k takes rows k*global_batch_size ... in file order. True: a seeded permutation per epoch with no
-    query or document twice in a global batch."""
+    query or document twice in a global batch, each global batch from one entry of `train`."""
+    mixed_batches: bool = False
+    """True: with `shuffle`, a global batch takes rows of all entries of `train`."""
+    sampling_temperature: float = 1.0
+    """Over the entries of `train`: the turns of one with n rows are as weight * n^(1/sampling_temperature); no unit,
+    >= 1. 1: by rows; larger: more evenly."""
     num_negatives: int = 0
     """Hard negatives per query, taken from the row in order; a row with fewer contributes what it has."""
     query_max_length: int = 512
@@ -87,6 +107,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_negatives >= 0, "data.num_negatives", self.num_negatives, "must be >= 0")
+        _require(self.sampling_temperature >= 1, "data.sampling_temperature", self.sampling_temperature, "must be >= 1")
+        if self.mixed_batches or not self.shuffle:
+            rule = ("has no effect with mixed_batches: true or shuffle: false, which take the rows as they are; "
+                    "remove it")
+            _require(self.sampling_temperature == 1, "data.sampling_temperature", self.sampling_temperature, rule)
+            for file in self.train:
+                _require(file.weight == 1, "data.train.weight", file.weight, rule)
         for role in ("query", "document"):
             value = getattr(self, f"{role}_max_length")
             _require(value >= 4, f"data.{role}_max_length", value, "must be >= 4 tokens")

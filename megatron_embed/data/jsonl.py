@@ -1,6 +1,7 @@
-"""JSONL files, plain or gzipped, read line by line so that every complaint names file and line."""
+"""JSONL files, plain or compressed (gzip, Zstandard), read line by line so that every complaint names file and line."""
 
 import gzip
+import io
 import json
 import stat
 import zlib
@@ -12,7 +13,7 @@ from megatron_embed.errors import ConfigError, DataError
 
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
-_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+ENDINGS = tuple(name + packing for packing in ("", ".gz", ".zst") for name in (".jsonl", ".json"))
 
 
 class Line(NamedTuple):
@@ -32,9 +33,18 @@ def shortened(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def is_gzip(path: str) -> bool:
-    """Whether the name says that the file is compressed."""
-    return path.endswith(".gz")
+def is_compressed(path: str) -> bool:
+    """Whether the name says so."""
+    return path.endswith((".gz", ".zst"))
+
+
+def _open_binary(path: str) -> BinaryIO:
+    if path.endswith(".zst"):
+        import pyarrow
+
+        # pyarrow comes with `datasets`; Python itself knows Zstandard from 3.14 on.
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(path, compression="zstd")))
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
 
 
 def open_jsonl(path: str, key: str) -> BinaryIO:
@@ -43,12 +53,12 @@ def open_jsonl(path: str, key: str) -> BinaryIO:
     Raises:
         ConfigError: naming `key` (the setting or option the path came from), if it is no readable JSONL file.
     """
-    if not path.endswith(_ENDINGS):
-        raise ConfigError(f"{key} = {path!r}: not a JSONL file by its name; readable are {', '.join(_ENDINGS)}")
+    if not path.endswith(ENDINGS):
+        raise ConfigError(f"{key} = {path!r}: not a JSONL file by its name; readable are {', '.join(ENDINGS)}")
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise ConfigError(f"{key} = {path!r}: not a regular file; name one JSONL file per entry")
-        return cast(BinaryIO, gzip.open(path, "rb")) if is_gzip(path) else open(path, "rb")
+        return _open_binary(path)
     except FileNotFoundError:
         raise ConfigError(f"{key} = {path!r}: no such file; the current directory is {str(Path.cwd())!r}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -122,14 +132,16 @@ def parse_object(raw: bytes, source: str) -> dict[str, object]:
     except (_RefusedError, ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
         raise DataError(f"{source}: {error}; correct the line") from None
     if not isinstance(row, dict):
-        raise DataError(f"{source}: a JSON {_json_type(row)}, {shortened(row)}, where one JSON object per line is "
+        raise DataError(f"{source}: a JSON {json_type(row)}, {shortened(row)}, where one JSON object per line is "
                         "expected; write one object per line, without enclosing brackets")
     return row
 
 
-def _json_type(value: object) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
+def json_type(value: object) -> str:
+    """JSON's word for the type of a value; Python's for what only a table can hold."""
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number",
+             type(None): "null"}
+    return names.get(type(value), type(value).__name__)
 
 
 def check_text(value: object, name: str, source: str) -> str:
@@ -139,7 +151,7 @@ def check_text(value: object, name: str, source: str) -> str:
         DataError: beginning with `source` and naming `name`.
     """
     if not isinstance(value, str):
-        raise DataError(f"{source}: {name} = {shortened(value)} is a JSON {_json_type(value)}; it must be a string")
+        raise DataError(f"{source}: {name} = {shortened(value)} is a JSON {json_type(value)}; it must be a string")
     if not value.strip():
         raise DataError(f"{source}: {name} = {shortened(value)} is empty; give it a text or remove the row")
     if not value.isascii():

@@ -6,13 +6,23 @@ from types import TracebackType
 from typing import Self
 
 from megatron_embed.batch import EmbedBatch
+from megatron_embed.data.mixture import Sampler
 from megatron_embed.data.packing import build_embed_batch
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import RecordSet
-from megatron_embed.data.sampler import GlobalBatchSampler
 from megatron_embed.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
+
+
+def check_prompts(records: RecordSet, tokenizer: RoleTokenizer) -> None:
+    """Raises ConfigError for a prompt or an instruction of the data that leaves no room, or an instruction missing."""
+    for source in records.files:
+        prompts = source.file.query_prompt, source.file.document_prompt
+        tokenizer.check_prompts(source.instructions, *prompts)
+        if set(source.instructions) != {None} and not tokenizer.takes_instructions(prompts[0]):
+            logger.warning("%s: the rows carry instructions that no prompt uses: data.query_prompt has no "
+                           "{instruction}", source.path)
 
 
 class BatchLoader:
@@ -40,7 +50,7 @@ class BatchLoader:
         ConfigError: the batch sizes do not divide, or an instruction is missing or too long.
     """
 
-    def __init__(self, records: RecordSet, sampler: GlobalBatchSampler, tokenizer: RoleTokenizer, *, dp_rank: int,
+    def __init__(self, records: RecordSet, sampler: Sampler, tokenizer: RoleTokenizer, *, dp_rank: int,
                  dp_size: int, micro_batch_size: int, num_negatives: int, alignment: int,
                  constant_tokens: bool, micro_batch_tokens: int | None = None, whole_groups: bool = False) -> None:
         group = micro_batch_size * dp_size
@@ -49,11 +59,7 @@ class BatchLoader:
             raise ConfigError(f"training.global_batch_size = {total} is not a multiple of micro_batch_size * "
                               f"data_parallel_size = {micro_batch_size} * {dp_size}; next valid: "
                               f"{-(-total // group) * group}")
-        if tokenizer.needs_instructions:
-            tokenizer.check_instructions(records.instructions)
-        elif set(records.instructions) != {None}:
-            logger.warning("the training rows carry instructions that no prompt uses: data.query_prompt has no "
-                           "{instruction}")
+        check_prompts(records, tokenizer)
         self.truncated_rows = 0
         self._records = records
         self._sampler = sampler

@@ -11,7 +11,7 @@ import torch
 from megatron_embed.batch import Capacity, EmbedBatch, MicroBatch
 from megatron_embed.data.bins import bins_of_groups, bins_of_rows
 from megatron_embed.data.prompts import Role, RoleTokenizer, TokenizedRows
-from megatron_embed.data.records import Record, text_id
+from megatron_embed.data.record import Record, text_id
 from megatron_embed.errors import DataError, TokenlessTextError
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,10 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
 
     queries = [record.query for record in records]
     instructions = [record.instruction for record in records]
-    query_tokens = tokenizer.tokenize(queries, "query", instructions)
-    document_tokens = tokenizer.tokenize(documents, "document")
+    prompts = [record.query_prompt for record in records]
+    query_tokens = tokenizer.tokenize(queries, "query", instructions, prompts)
+    document_tokens = tokenizer.tokenize(documents, "document",
+                                         prompts=[records[query].document_prompt for query in owner.tolist()])
     _refuse_empty(query_tokens, queries, [record.source for record in records])
     _refuse_empty(document_tokens, documents, [records[query].source for query in owner.tolist()])
 
@@ -126,8 +128,8 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
         positive_index=torch.from_numpy(first),
         document_query=torch.from_numpy(owner),
         # With its prompt: the same words under another instruction ask for other documents.
-        query_ids=_text_ids(tokenizer.fill_prompt("query", instruction) + query
-                            for instruction, query in zip(instructions, queries, strict=True)),
+        query_ids=_text_ids(tokenizer.fill_prompt("query", instruction, prompt) + query
+                            for instruction, prompt, query in zip(instructions, prompts, queries, strict=True)),
         positive_query=torch.tensor([row for row, texts in enumerate(positives) for _ in texts], dtype=torch.int64),
         positive_ids=_text_ids(chain.from_iterable(positives)),
         document_ids=_text_ids(documents),

@@ -106,29 +106,36 @@ class RoleTokenizer:
         """Whether the query prompt is filled per row."""
         return _PLACEHOLDER in self._prompts["query"]
 
-    def always_adds_tokens(self, role: Role) -> bool:
-        """Whether special tokens, the EOS, the prompt or an instruction give every text of the role a token."""
-        if self._num_prefix or self._suffix or self._eos or _PLACEHOLDER in self._prompts[role]:
-            return True
-        return bool(self._prompts[role]) and bool(self._ids([self._prompts[role]], special=False)[0])
+    def always_adds_tokens(self, role: Role, prompt: str | None = None) -> bool:
+        """Whether special tokens, the EOS, the prompt or an instruction give every text of the role a token.
 
-    def tokenize(self, texts: Sequence[str], role: Role,
-                 instructions: Sequence[str | None] | None = None) -> TokenizedRows:
+        `prompt`: of a data set, in place of the role's.
+        """
+        prompt = self._prompts[role] if prompt is None else prompt
+        if self._num_prefix or self._suffix or self._eos or _PLACEHOLDER in prompt:
+            return True
+        return bool(prompt) and bool(self._ids([prompt], special=False)[0])
+
+    def tokenize(self, texts: Sequence[str], role: Role, instructions: Sequence[str | None] | None = None,
+                 prompts: Sequence[str | None] | None = None) -> TokenizedRows:
         """Token ids of each text with its role's prompt.
 
         Args:
             texts: any number of texts.
             role: whose prompt and maximum length apply.
-            instructions: one per text; needed if `needs_instructions` and the role is query.
+            instructions: one per text; needed where the prompt has a place for it.
+            prompts: one per text, in place of the role's; null: the role's.
         Raises:
             ConfigError: an instruction is missing, or one leaves no room for text.
         """
         if not texts:
             return TokenizedRows(token_ids=[], num_truncated=0)
-        prompts = [self.fill_prompt(role, instruction) for instruction in instructions or [None] * len(texts)]
-        for prompt in set(prompts):
-            self._check_room(role, prompt)
-        rows = self._ids([prompt + text for prompt, text in zip(prompts, texts, strict=True)], special=True)
+        none = [None] * len(texts)
+        filled = [self.fill_prompt(role, instruction, prompt)
+                  for instruction, prompt in zip(instructions or none, prompts or none, strict=True)]
+        for prefix in set(filled):
+            self._check_room(role, prefix)
+        rows = self._ids([prefix + text for prefix, text in zip(filled, texts, strict=True)], special=True)
         limit = self._max_lengths[role] - len(self._eos)
         num_truncated = 0
         for index, ids in enumerate(rows):
@@ -139,27 +146,36 @@ class RoleTokenizer:
                 rows[index] = rows[index] + self._eos
         return TokenizedRows(token_ids=rows, num_truncated=num_truncated)
 
-    def check_instructions(self, instructions: dict[str | None, str]) -> None:
-        """Refuse, before the first step, instructions that `tokenize` would refuse.
+    def takes_instructions(self, query_prompt: str | None) -> bool:
+        """Whether this prompt of a data set (null: the queries') has a place for an instruction."""
+        return _PLACEHOLDER in (self._prompts["query"] if query_prompt is None else query_prompt)
+
+    def check_prompts(self, instructions: dict[str | None, str], query_prompt: str | None = None,
+                      document_prompt: str | None = None) -> None:
+        """Refuse, before the first step, prompts and instructions of a data set that `tokenize` would refuse.
 
         Args:
             instructions: each distinct instruction (None: rows without one) and the source of a row that has it.
+            query_prompt: in place of the queries'; null: the queries'.
+            document_prompt: in place of the documents'; null: the documents'.
         Raises:
             ConfigError: naming that row.
         """
         for instruction, source in instructions.items():
             try:
-                self._check_room("query", self.fill_prompt("query", instruction))
+                self._check_room("query", self.fill_prompt("query", instruction, query_prompt))
+                self._check_room("document", self.fill_prompt("document", None, document_prompt))
             except ConfigError as error:
                 raise ConfigError(f"{source}: {error}") from None
 
-    def fill_prompt(self, role: Role, instruction: str | None = None) -> str:
-        """The role's prompt with the instruction in its place.
+    def fill_prompt(self, role: Role, instruction: str | None = None, prompt: str | None = None) -> str:
+        """The role's prompt, or `prompt` in its place, with the instruction in it.
 
         Raises:
             ConfigError: the prompt has a place for an instruction and there is none.
         """
-        prompt = self._prompts[role]
+        if prompt is None:
+            prompt = self._prompts[role]
         if _PLACEHOLDER not in prompt:
             return prompt
         if instruction is None:

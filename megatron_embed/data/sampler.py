@@ -12,7 +12,7 @@ from itertools import chain, islice
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_embed.data.records import RecordSet, text_id
+from megatron_embed.data.record import AnyRecord, shared_keys, text_id
 from megatron_embed.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -40,14 +40,15 @@ class GlobalBatchSampler:
 
     Without shuffling, step k takes rows k*global_batch_size ... and wraps round at the end. With shuffling, each epoch
     is a seeded permutation, and a row that shares a text (query, positive, or one of the first `num_negatives`
-    negatives) with a row of the batch waits for a later batch. Rows left at the end of an epoch open the next one, so
-    nothing is lost. A text of more rows than an epoch has batches cannot avoid itself: its rows are spread evenly.
+    negatives) or a document's id with a row of the batch waits for a later batch. Rows left at the end of an epoch open
+    the next one, so nothing is lost. A text of more rows than an epoch has batches cannot avoid itself: its rows are
+    spread evenly.
 
     Raises:
         ConfigError: the global batch is larger than the data.
     """
 
-    def __init__(self, records: RecordSet, *, global_batch_size: int, shuffle: bool, seed: int,
+    def __init__(self, records: Sequence[AnyRecord], *, global_batch_size: int, shuffle: bool, seed: int,
                  num_negatives: int = 0) -> None:
         if global_batch_size > len(records):
             raise ConfigError(f"training.global_batch_size = {global_batch_size} is larger than the {len(records)} "
@@ -130,10 +131,10 @@ class _SharedTexts:
         most_rows: rows that hold the commonest text.
     """
 
-    def __init__(self, records: RecordSet, num_negatives: int, global_batch_size: int) -> None:
+    def __init__(self, records: Sequence[AnyRecord], num_negatives: int, global_batch_size: int) -> None:
         ids, counts = array("q"), array("q")
         for record in records:
-            texts = {record.query, *record.positive, *record.negatives[:num_negatives]}
+            texts = shared_keys(record, num_negatives)
             ids.extend(sorted(text_id(text) for text in texts))
             counts.append(len(texts))
         _, number, occurrences = np.unique(np.asarray(ids), return_inverse=True, return_counts=True)

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_embed.data.jsonl import check_text, parse_object, read_lines, shortened
+from megatron_embed.data.beir import read_qrels, require_split
+from megatron_embed.data.corpus import read_named_text
+from megatron_embed.data.jsonl import parse_object, read_lines, shortened
 from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.data.tokenless import first_tokenless
 from megatron_embed.errors import DataError, TokenlessTextError
 
-HEADER = ["query-id", "corpus-id", "score"]
 FILES: dict[Role, str] = {"document": "corpus.jsonl", "query": "queries.jsonl"}
 
 
@@ -33,8 +34,9 @@ class BeirData:
         """FILE:LINE of a query or document; reads the file again."""
         path = str(Path(self.directory) / FILES[role])
         for line in read_lines(path, "BEIR folder"):
-            if str(parse_object(line.raw, f"{path}:{line.number}").get("_id")) == row_id:
-                return f"{path}:{line.number}"
+            source = f"{path}:{line.number}"
+            if read_named_text(parse_object(line.raw, source), source).name == row_id:
+                return source
         raise DataError(f"{path}: _id = {shortened(row_id)} is gone; keep the file until the run ends")
 
 
@@ -49,16 +51,18 @@ def load_beir(directory: str, split: str = "test") -> BeirData:
         DataError: a file is missing, or a line is wrong (then it begins `FILE:LINE: `).
     """
     folder = Path(directory)
-    qrels_path = folder / "qrels" / f"{split}.tsv"
-    _require_files(folder, qrels_path)
+    for path in (folder / name for name in FILES.values()):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
+    qrels_path = require_split(folder, split)
     documents = _read_texts(folder / FILES["document"])
     queries = _read_texts(folder / FILES["query"])
-    qrels = _read_qrels(qrels_path, queries, documents)
+    qrels = {query: judged.labels for query, judged in read_qrels(qrels_path, queries, documents).items()}
     query_ids = [query for query in queries if query in qrels]
-    path = folder.resolve()
+    place = folder.resolve()
     return BeirData(
         directory=directory,
-        name=path.parent.name if path.name == "beir" else path.name,
+        name=place.parent.name if place.name == "beir" else place.name,
         document_ids=list(documents),
         document_texts=list(documents.values()),
         query_ids=query_ids,
@@ -78,83 +82,15 @@ def refuse_tokenless_texts(data: BeirData, tokenizer: RoleTokenizer) -> None:
             raise TokenlessTextError(0, data.place_of(role, row_id), text)
 
 
-def _require_files(folder: Path, qrels_path: Path) -> None:
-    """Raises for the first file that is not there."""
-    for path in (folder / "corpus.jsonl", folder / "queries.jsonl"):
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
-    if not qrels_path.is_file():
-        splits = sorted(path.stem for path in qrels_path.parent.glob("*.tsv"))
-        there = f"splits that exist: {', '.join(splits)}" if splits else "the folder has no qrels/*.tsv at all"
-        raise DataError(f"{qrels_path}: no such file; {there}")
-
-
 def _read_texts(path: Path) -> dict[str, str]:
     """id -> text, with the title in front, of each row."""
     texts: dict[str, str] = {}
     for line in read_lines(str(path), "BEIR folder"):
         source = f"{path}:{line.number}"
-        row = parse_object(line.raw, source)
-        if missing := {"_id", "text"} - row.keys():
-            raise DataError(f"{source}: the row lacks {' and '.join(sorted(missing))}; it needs _id and text")
-        row_id = row["_id"]
-        if isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "":
-            raise DataError(f"{source}: _id = {shortened(row_id)}: must be a non-empty string or an integer")
-        key = check_text(str(row_id), "_id", source)
-        if key in texts:
-            raise DataError(
-                f"{source}: _id = {shortened(row_id)}: an earlier line has this id; ids are unique in a file"
-            )
-        title = _text(row["title"], "title", source) if row.get("title") is not None else ""
-        text = _text(row["text"], "text", source)
-        texts[key] = f"{title} {text}" if title else text
+        name, text = read_named_text(parse_object(line.raw, source), source)
+        if name in texts:
+            raise DataError(f"{source}: _id = {shortened(name)}: an earlier line has this id; ids are unique in a file")
+        texts[name] = text
     if not texts:
         raise DataError(f"{path}:1: no rows; expected one JSON object per line")
     return texts
-
-
-def _text(value: object, name: str, source: str) -> str:
-    """A string; it may be empty, because public corpora hold documents that are."""
-    return value if isinstance(value, str) and not value.strip() else check_text(value, name, source)
-
-
-def _tsv_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """(`FILE:LINE`, fields) of each line that is not blank; a byte order mark is dropped."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            source = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{source}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-            if line.strip():
-                yield source, [field.strip() for field in line.split("\t")]
-
-
-def _read_qrels(path: Path, queries: dict[str, str], documents: dict[str, str]) -> dict[str, dict[str, int]]:
-    """query id -> document id -> label."""
-    qrels: dict[str, dict[str, int]] = {}
-    for number, (source, fields) in enumerate(_tsv_lines(path)):
-        if number == 0 and fields == HEADER:
-            continue
-        if len(fields) != 3:
-            raise DataError(f"{source}: {len(fields)} fields between tabs, expected 3: {', '.join(HEADER)}")
-        query, document, score = fields
-        try:
-            label = int(score)
-        except ValueError:
-            raise DataError(
-                f"{source}: score = {shortened(score)}: must be an integer (0 is judged not relevant)"
-            ) from None
-        if query not in queries:
-            raise DataError(f"{source}: query-id = {shortened(query)}: not in queries.jsonl")
-        if document not in documents:
-            raise DataError(f"{source}: corpus-id = {shortened(document)}: not in corpus.jsonl")
-        if qrels.setdefault(query, {}).setdefault(document, label) != label:
-            raise DataError(
-                f"{source}: query {shortened(query)}, document {shortened(document)}: judged {label}, but "
-                f"{qrels[query][document]} on an earlier line; keep one"
-            )
-    if not qrels:
-        raise DataError(f"{path}:1: no judgements; expected lines of {', '.join(HEADER)}")
-    return qrels

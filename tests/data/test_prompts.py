@@ -85,7 +85,7 @@ def test_instructions_fill_the_prompt_row_by_row(bpe_dir: str):
     with pytest.raises(ConfigError, match="needs an instruction"):
         tokenizer.tokenize(["a"], "query")
     with pytest.raises(ConfigError, match=r"rows\.jsonl:7: data.query_prompt = .* needs an instruction"):
-        tokenizer.check_instructions({"fine": "rows.jsonl:1", None: "rows.jsonl:7"})
+        tokenizer.check_prompts({"fine": "rows.jsonl:1", None: "rows.jsonl:7"})
     with pytest.raises(ConfigError, match="data.document_prompt = '{instruction} ': only data.query_prompt can hold"):
         make(bpe_dir, document_prompt="{instruction} ")
 
@@ -102,7 +102,7 @@ def test_a_prompt_without_room_for_text_is_refused(minilm_dir: str):
     filled = make(minilm_dir, query_prompt="{instruction} ", query_max_length=8)
     filled.tokenize(["x"], "query", ["a b c d e"])
     with pytest.raises(ConfigError, match="rows:3: data.query_max_length = 8 tokens: the prompt 'a b c d e f '"):
-        filled.check_instructions({prompt: "rows:3"})
+        filled.check_prompts({prompt: "rows:3"})
 
 
 def test_ids_and_lengths_that_others_need(minilm_dir: str, bpe_dir: str, bpe_final_dir: str, bpe_bos_dir: str):

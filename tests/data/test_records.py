@@ -113,7 +113,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ({"positive": ["b"]}, "query is missing; the row has 'positive'; add 'query'"),
     ({"query": "a"}, "positive is missing; the row has 'query'; add 'positive'"),
     ({}, "query is missing; the row has no keys"),
-    ({"text_a": "a", "text_b": "b", "score": 1}, "query is missing; the row has 'text_a', 'text_b', 'score'"),
+    ({"text_a": "a", "text_b": "b"}, "query is missing; the row has 'text_a', 'text_b'; add 'query'"),
     ({"query": None, "positive": ["b"]}, "query = None is a JSON null; it must be a string"),
     ({"query": 3, "positive": ["b"]}, "query = 3 is a JSON number; it must be a string"),
     ({"query": ["a"], "positive": ["b"]}, r"query = \['a'\] is a JSON array; it must be a string"),
@@ -131,7 +131,9 @@ BAD_ROWS: list[tuple[object, str]] = [
     ({"query": "a", "positive": "b", "instruction": 1}, "instruction = 1 is a JSON number"),
     ({"query": "a", "positive": "b", "instruction": ""}, "instruction = '' is empty"),
     ({"query": "a", "postive": ["b"]}, r"unknown key 'postive' = \['b'\]; did you mean 'positive'\?"),
-    ({"query": "a", "pos": ["b"]}, r"unknown key 'pos' = .*; did you mean 'positive'\?"),
+    ({"query": "a", "pos": ["b"]}, r"a row of the format FlagEmbedding \(query, pos, neg\) in a file whose first row "
+     "is megatron_embed .*; give each format a file of its own"),
+    ({"query": "a", "positives": ["b"]}, r"unknown key 'positives' = .*; did you mean 'positive'\?"),
     ({"Query": "a", "positive": ["b"]}, r"unknown key 'Query' = 'a'; did you mean 'query'\?"),
     ({"query": "a", "positive": "b", "negative": ["c"]}, r"unknown key 'negative' = .*; did you mean 'negatives'\?"),
     ({"query": "a", "positive": "b", "neg": ["c"]}, r"unknown key 'neg' = .*; did you mean 'negatives'\?"),
@@ -157,12 +159,14 @@ def test_files_that_cannot_be_opened_name_the_key_and_the_path(write_rows: Write
     with pytest.raises(ConfigError, match=f"data.train = '{missing}': no such file; the current directory is"):
         open_records((TrainFile(path=missing),))
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(ConfigError, match=r"data.train = .*folder\.jsonl': not a regular file"):
+    with pytest.raises(ConfigError, match=r"data.train = .*folder\.jsonl': a directory that is neither a BEIR folder"):
         RecordFile(str(tmp_path / "folder.jsonl"))
     path = write_rows([ROW])
     with pytest.raises(ConfigError, match=r"data.train = .*inside\.jsonl': cannot be read: Not a directory"):
         RecordFile(path + "/inside.jsonl")
-    with pytest.raises(ConfigError, match=r"data.train = 'rows\.parquet': not a JSONL file by its name; readable are"):
+    with pytest.raises(ConfigError, match=r"data.train = 'rows\.csv': not a file of rows by its name; readable are"):
+        RecordFile("rows.csv")
+    with pytest.raises(ConfigError, match=r"data.train = 'rows\.parquet': no such file; the current directory is"):
         RecordFile("rows.parquet")
 
 
@@ -197,11 +201,11 @@ def test_a_damaged_gzip_file_is_refused(tmp_path: Path):
 
 
 def test_other_keys_are_ignored_and_said_once(write_rows: WriteRows, caplog: pytest.LogCaptureFixture):
-    rows = [{**ROW, "query_id": 1, "positive_ids": ["d1"], "negative_ids": ["d2"]}, {**ROW, "source": "web"}]
+    rows = [{**ROW, "query_id": 1, "positive_id": "d1", "origin": 2}, {**ROW, "source": "web"}]
     with caplog.at_level(logging.INFO):
         assert len(RecordFile(write_rows(rows))) == 2
-    assert [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()] == [
-        f"{write_rows(rows)}: ignored keys: negative_ids, positive_ids, query_id, source"]
+    assert [record.getMessage() for record in caplog.records if "ignored keys" in record.getMessage()] == [
+        f"{write_rows(rows)}: ignored keys: origin, positive_id, source"]
 
 
 def test_text_id_is_the_same_in_every_process():

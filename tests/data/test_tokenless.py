@@ -41,7 +41,7 @@ def test_the_first_text_without_tokens(directory, before):
 def test_only_texts_without_letters_are_tokenized(directory, monkeypatch):
     tokenizer, seen = open_tokenizer(directory), []
     original = tokenizer.tokenize
-    monkeypatch.setattr(tokenizer, "tokenize", lambda texts, role: seen.extend(texts) or original(texts, role))
+    monkeypatch.setattr(tokenizer, "tokenize", lambda texts, role, **_: seen.extend(texts) or original(texts, role))
     assert first_tokenless([(0, "a b"), (1, "?!"), (2, "深度"), (3, "7")], "query", tokenizer) is None
     assert seen[1:] == ["?!"]
 

@@ -56,10 +56,10 @@ def test_integer_ids_absent_titles_and_headers(tmp_path, header):
     [
         ('{"_id": "d3", "text"', r"corpus\.jsonl:3: not valid JSON: Expecting ':'"),
         ("[1]", r"corpus\.jsonl:3: a JSON array, \[1\], where one JSON object per line"),
-        ('{"text": "x"}', r"corpus\.jsonl:3: the row lacks _id; it needs _id and text"),
+        ('{"text": "x"}', r"corpus\.jsonl:3: the row lacks _id; it needs _id \(or docid\) and text"),
         ('{"_id": "", "text": "x"}', r"corpus\.jsonl:3: _id = '': must be a non-empty string"),
         ('{"_id": true, "text": "x"}', r"corpus\.jsonl:3: _id = True: must be a non-empty string"),
-        ('{"_id": "d3"}', r"corpus\.jsonl:3: the row lacks text; it needs _id and text"),
+        ('{"_id": "d3"}', r"corpus\.jsonl:3: the row lacks text; it needs _id \(or docid\) and text"),
         ('{"_id": "d3", "text": null}', r"corpus\.jsonl:3: text = None is a JSON null; it must be a string"),
         ('{"_id": "d3", "text": "a \\ud83d"}', r"corpus\.jsonl:3: text holds half a surrogate pair"),
         ('{"_id": "d3", "text": "x", "title": 3}', r"corpus\.jsonl:3: title = 3 is a JSON number; it must be a string"),

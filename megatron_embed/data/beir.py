@@ -1,0 +1,149 @@
+"""BEIR folders: relevance judgements, read for evaluation and training alike, and their queries as training rows."""
+
+import hashlib
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_embed.data.corpus import Corpus
+from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.record import Record
+from megatron_embed.errors import DataError
+
+HEADER = ["query-id", "corpus-id", "score"]
+
+
+def is_beir_folder(path: str) -> bool:
+    """Whether the directory holds what every BEIR folder does."""
+    return all((Path(path) / name).is_file() for name in ("corpus.jsonl", "queries.jsonl"))
+
+
+def _tsv_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(`FILE:LINE`, fields) of each line that is not blank; a byte order mark is dropped."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            source = f"{path}:{number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{source}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+            if line.strip():
+                yield source, [field.strip() for field in line.split("\t")]
+
+
+def require_split(folder: Path, split: str) -> Path:
+    """The file of a split's judgements.
+
+    Raises:
+        DataError: it is missing; names the splits that exist.
+    """
+    path = folder / "qrels" / f"{split}.tsv"
+    if not path.is_file():
+        splits = sorted(path.stem for path in path.parent.glob("*.tsv"))
+        there = f"splits that exist: {', '.join(splits)}" if splits else "the folder has no qrels/*.tsv at all"
+        raise DataError(f"{path}: no such file; {there}")
+    return path
+
+
+class Judged(NamedTuple):
+    """One query's judgements."""
+
+    source: str
+    """FILE:LINE of the first."""
+    labels: dict[str, int]
+    """Document id -> label, in the order of the file; 0 or less is judged not relevant."""
+
+
+def read_qrels(path: Path, queries: Container[str], documents: Container[str]) -> dict[str, Judged]:
+    """Query id -> its judgements, in the order of the file.
+
+    Raises:
+        DataError: a line is none, names an id that is in neither file, or says again something else; or there is none.
+    """
+    qrels: dict[str, Judged] = {}
+    for number, (source, fields) in enumerate(_tsv_lines(path)):
+        if number == 0 and fields == HEADER:
+            continue
+        if len(fields) != 3:
+            raise DataError(f"{source}: {len(fields)} fields between tabs, expected 3: {', '.join(HEADER)}")
+        query, document, score = fields
+        try:
+            label = int(score)
+        except ValueError:
+            raise DataError(
+                f"{source}: score = {shortened(score)}: must be an integer (0 is judged not relevant)"
+            ) from None
+        if query not in queries:
+            raise DataError(f"{source}: query-id = {shortened(query)}: not in queries.jsonl")
+        if document not in documents:
+            raise DataError(f"{source}: corpus-id = {shortened(document)}: not in corpus.jsonl")
+        labels = qrels.setdefault(query, Judged(source, {})).labels
+        if labels.setdefault(document, label) != label:
+            raise DataError(
+                f"{source}: query {shortened(query)}, document {shortened(document)}: judged {label}, but "
+                f"{labels[document]} on an earlier line; keep one"
+            )
+    if not qrels:
+        raise DataError(f"{path}:1: no judgements; expected lines of {', '.join(HEADER)}")
+    return qrels
+
+
+class _Row(NamedTuple):
+    """A query with its documents by their numbers in the two files."""
+
+    source: str
+    query: int
+    documents: tuple[int, ...]
+    num_positive: int
+
+
+class BeirRows:
+    """The queries of qrels/train.tsv that have a relevant document, in the order of the file, as records.
+
+    Positives are the documents with a score above 0, the highest first; negatives are those judged 0 or less. The
+    source of a record is the line of the query's first judgement.
+
+    Raises:
+        ConfigError: a file cannot be opened.
+        DataError: a file is missing or a line is wrong.
+    """
+
+    def __init__(self, path: str, key: str) -> None:
+        folder = Path(path)
+        qrels_path = require_split(folder, "train")
+        self._documents = Corpus(str(folder / "corpus.jsonl"), key)
+        self._queries = Corpus(str(folder / "queries.jsonl"), key)
+        digest = hashlib.blake2b(f"{self._documents.digest}{self._queries.digest}".encode(), digest_size=16)
+        qrels = read_qrels(qrels_path, self._queries, self._documents)
+        self._rows = []
+        for query, (source, labels) in qrels.items():
+            digest.update(repr((query, labels)).encode())
+            order = sorted(labels, key=lambda name: -max(labels[name], 0))
+            num_positive = sum(label > 0 for label in labels.values())
+            if num_positive:
+                self._rows.append(_Row(source, self._queries.row_of(query),
+                                       tuple(map(self._documents.row_of, order)), num_positive))
+        self.num_without_positive = len(qrels) - len(self._rows)
+        self.digest = digest.hexdigest()
+        if not self._rows:
+            raise DataError(f"{qrels_path}:1: no query has a document with a score above 0; training needs positives")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def record(self, index: int) -> Record:
+        """Query `index`, from 0, with its documents.
+
+        Raises:
+            DataError: one of its texts is empty.
+        """
+        row = self._rows[index]
+        query, documents = self._queries.read(row.query), [self._documents.read(place) for place in row.documents]
+        for named, place in (query, *documents):
+            if not named.text.strip():
+                raise DataError(f"{place}: _id = {shortened(named.name)}: its text is empty, and {row.source} trains "
+                                "on it; give it a text or remove the judgement")
+        texts = tuple(document.text for document, _ in documents)
+        return Record(query=query[0].text, positive=texts[:row.num_positive], negatives=texts[row.num_positive:],
+                      instruction=None, source=row.source,
+                      document_ids=tuple(document.name for document, _ in documents))

@@ -1,0 +1,116 @@
+"""Documents that are named by an id: rows `{"docid" or "_id", "title"?, "text"}`, looked up without holding them."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_embed.data.fields import Row, name_of, titled
+from megatron_embed.data.jsonl import check_text, shortened
+from megatron_embed.data.raw_rows import open_rows
+from megatron_embed.data.record import text_id
+from megatron_embed.errors import DataError
+
+ID_KEYS = ("_id", "docid", "id")
+
+
+class NamedText(NamedTuple):
+    """A query or document of a file of them."""
+
+    name: str
+    text: str
+    """`title + " " + text` where the title is not empty; may be empty itself: public corpora hold such documents."""
+
+
+def read_named_text(row: Row, source: str) -> NamedText:
+    """The id and the text of one row.
+
+    Raises:
+        DataError: beginning with `source`.
+    """
+    key = next((key for key in ID_KEYS if key in row), None)
+    missing = [name for name, absent in (("_id", key is None), ("text", "text" not in row)) if absent]
+    if missing or key is None:
+        raise DataError(f"{source}: the row lacks {' and '.join(missing)}; it needs _id (or docid) and text")
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise DataError(f"{source}: {key} = {shortened(value)}: must be a non-empty string or an integer")
+    name = name_of(value, key, source)
+    if isinstance(row["text"], str) and not row["text"].strip():
+        title = row.get("title")
+        has_title = isinstance(title, str) and bool(title.strip())
+        return NamedText(name, f"{check_text(title, 'title', source)} {row['text']}" if has_title else row["text"])
+    return NamedText(name, titled(row, "", source))
+
+
+class Corpus:
+    """A file of documents, each found by its id. Memory: 32 bytes per document.
+
+    Attributes:
+        path: as it was given.
+        digest: hash of its rows.
+
+    Raises:
+        ConfigError: the file cannot be opened.
+        DataError: a row cannot be used, an id occurs twice, or there is no row.
+    """
+
+    def __init__(self, path: str, key: str) -> None:
+        self.path = path
+        self._rows = open_rows(path, key)
+        hashes = []
+        for row, source in self._rows.scan():
+            hashes.append(text_id(read_named_text(row, source).name))
+        if not hashes:
+            raise DataError(f'{path}:1: no rows; a row is one line such as {{"docid": "1", "text": "..."}}')
+        self.digest = self._rows.digest
+        found: NDArray[np.int64] = np.array(hashes, dtype=np.int64)
+        self._order = np.argsort(found, kind="stable")
+        self._hashes = found[self._order]
+        twice = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
+        if twice.size:
+            row, source = self._rows.row(int(self._order[twice + 1].min()))
+            name = read_named_text(row, source).name
+            raise DataError(f"{source}: id {shortened(name)}: an earlier line has this id; ids are unique in a file")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        place, wanted = self._place(name)
+        return place < len(self._hashes) and int(self._hashes[place]) == wanted
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """Where the id's hash is, or would be, and the hash."""
+        wanted = text_id(name)
+        return int(np.searchsorted(self._hashes, wanted)), wanted
+
+    def row_of(self, name: str) -> int:
+        """The number, from 0, of the document with this id, which is in the file."""
+        return int(self._order[self._place(name)[0]])
+
+    def read(self, row: int) -> tuple[NamedText, str]:
+        """A document by its number, and its FILE:LINE."""
+        values, source = self._rows.row(row)
+        return read_named_text(values, source), source
+
+    def texts_of(self, ids: tuple[str, ...], source: str) -> tuple[str, ...]:
+        """The texts of these documents.
+
+        Args:
+            source: of the row that names them.
+        Raises:
+            DataError: an id is not in the file, or its text is empty.
+        """
+        found = []
+        for name in ids:
+            if name not in self:
+                raise DataError(f"{source}: id {shortened(name)} is not in {self.path}; add it there or remove the row")
+            text = self.read(self.row_of(name))[0].text
+            if not text.strip():
+                raise DataError(f"{source}: id {shortened(name)} has an empty text in {self.path}; give it a text or "
+                                "remove the row")
+            found.append(text)
+        return tuple(found)

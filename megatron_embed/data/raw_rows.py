@@ -1,0 +1,217 @@
+"""Rows of a file or table as plain objects, with their place: read once in order, then one at a time again.
+
+JSONL is read by our own reader, so that every complaint names a line; Parquet, Arrow and hub names by `datasets`.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_embed.data.fields import Row
+from megatron_embed.data.jsonl import ENDINGS, is_compressed, open_jsonl, parse_object, read_lines
+from megatron_embed.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TABLE_ENDINGS = (".parquet", ".arrow")
+HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[^/:]+)(/(?P<split>[^/:]+))?)?")
+_COPY_BYTES = 1 << 20
+_TABLE_ROWS = 1000
+
+
+class RawRows(ABC):
+    """Rows of one file or table.
+
+    Attributes:
+        path: as it was given.
+        digest: hash of the rows, once `scan` has ended.
+    """
+
+    path: str
+    digest: str
+
+    @abstractmethod
+    def scan(self) -> Iterator[tuple[Row, str]]:
+        """Every row in order, with its FILE:LINE (a table: FILE:ROW, from 1). To be run through once, first of all.
+
+        Raises:
+            ConfigError: the file cannot be opened.
+            DataError: a line cannot be read.
+        """
+
+    @abstractmethod
+    def row(self, index: int) -> tuple[Row, str]:
+        """Row `index`, from 0, and its place.
+
+        Raises:
+            DataError: the file changed since `scan`, or is gone.
+        """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Rows; known once `scan` has ended."""
+
+
+class JsonlRows(RawRows):
+    """The rows of a JSONL file. Memory: 16 bytes per row.
+
+    A compressed file is unpacked into a nameless temporary file (TMPDIR) at the first access by number.
+    """
+
+    def __init__(self, path: str, key: str) -> None:
+        self.path = path
+        self._key = key
+        self._descriptor: int | None = None
+
+    def scan(self) -> Iterator[tuple[Row, str]]:
+        starts, numbers, end = [], [], 0
+        digest = hashlib.blake2b(digest_size=16)
+        for line in read_lines(self.path, self._key):
+            digest.update(line.raw.strip() + b"\n")
+            source = f"{self.path}:{line.number}"
+            yield parse_object(line.raw, source), source
+            starts.append(line.start)
+            numbers.append(line.number)
+            end = line.start + len(line.raw)
+        self._starts: NDArray[np.int64] = np.array([*starts, end], dtype=np.int64)
+        self._numbers: NDArray[np.int64] = np.array(numbers, dtype=np.int64)
+        self._stamp = _stamp(os.stat(self.path))
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_descriptor": None}
+
+    def __del__(self) -> None:
+        # An exception in __init__ can come before the attribute exists.
+        descriptor = self.__dict__.get("_descriptor")
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def row(self, index: int) -> tuple[Row, str]:
+        source = f"{self.path}:{self._numbers[index]}"
+        try:
+            if self._descriptor is None:
+                self._descriptor = self._open()
+            # What is unpacked is a copy; the file itself is looked at.
+            unchanged = is_compressed(self.path) or _stamp(os.fstat(self._descriptor)) == self._stamp
+            # pread keeps no position: threads and forked processes may share the descriptor.
+            start = int(self._starts[index])
+            raw = os.pread(self._descriptor, int(self._starts[index + 1]) - start, start)
+        except OSError as error:
+            raise DataError(f"{source}: cannot be read again: {error.strerror}; "
+                            "keep the file until the run ends") from None
+        if not unchanged:
+            raise DataError(f"{source}: the file was changed after it was checked; start the run again")
+        return parse_object(raw, source), source
+
+    def _open(self) -> int:
+        if not is_compressed(self.path):
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        if _stamp(os.stat(self.path)) != self._stamp:
+            raise DataError(f"{self.path}:1: the file was changed after it was checked; start the run again")
+        try:
+            with open_jsonl(self.path, self._key) as packed, tempfile.TemporaryFile() as unpacked:
+                shutil.copyfileobj(packed, unpacked, _COPY_BYTES)
+                unpacked.flush()
+                return os.dup(unpacked.fileno())
+        except OSError as error:
+            raise DataError(f"{self.path}:1: cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}; make "
+                            "room there, set TMPDIR to another directory, or unpack the file") from None
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+class TableRows(RawRows):
+    """The rows of a table, memory-mapped by `datasets` from its Arrow files (of Parquet: from its cache of them)."""
+
+    def __init__(self, path: str, table: "Dataset") -> None:
+        self.path = path
+        self._table = table
+
+    def scan(self) -> Iterator[tuple[Row, str]]:
+        digest = hashlib.blake2b(digest_size=16)
+        for start in range(0, len(self._table), _TABLE_ROWS):
+            columns = self._table[start:start + _TABLE_ROWS]
+            for place, values in enumerate(zip(*columns.values(), strict=True)):
+                row = dict(zip(columns, values, strict=True))
+                digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+                yield row, f"{self.path}:{start + place + 1}"
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def row(self, index: int) -> tuple[Row, str]:
+        return self._table[index], f"{self.path}:{index + 1}"
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether the path names a data set of the hub (org/name, org/name:config, org/name:config/split)."""
+    return (HUB_NAME.fullmatch(path) is not None and not os.path.exists(path)
+            and not path.endswith((*ENDINGS, *TABLE_ENDINGS)))
+
+
+def open_rows(path: str, key: str) -> RawRows:
+    """The rows of a JSONL file, a Parquet or Arrow file, a directory that `datasets` saved, or a hub data set.
+
+    Raises:
+        ConfigError: naming `key`, if it is none of these or cannot be opened.
+    """
+    is_directory = os.path.isdir(path)
+    if is_directory and not any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise ConfigError(f"{key} = {path!r}: a directory that is neither a BEIR folder (corpus.jsonl, queries.jsonl, "
+                          "qrels/train.tsv) nor saved by `datasets`; name one file per entry")
+    if is_directory or path.endswith(TABLE_ENDINGS) or is_hub_name(path):
+        return TableRows(path, _open_table(path, key))
+    if not path.endswith(ENDINGS):
+        raise ConfigError(f"{key} = {path!r}: not a file of rows by its name; readable are "
+                          f"{', '.join((*ENDINGS, *TABLE_ENDINGS))}, a directory that `datasets` saved, and a data set "
+                          "of the hub (org/name:config/split)")
+    return JsonlRows(path, key)
+
+
+def _open_table(path: str, key: str) -> "Dataset":
+    if path.endswith(TABLE_ENDINGS) and not os.path.exists(path):
+        raise ConfigError(f"{key} = {path!r}: no such file; the current directory is {str(Path.cwd())!r}")
+    import datasets
+
+    try:
+        table: Any = _load_table(path)
+    except Exception as error:  # all of them: datasets, pyarrow and the hub's client have no common class of errors
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"{key} = {path!r}: cannot be read: {reason}; name a .parquet or .arrow file, a directory "
+                          "that `datasets` saved, or a data set of the hub (org/name:config/split)") from error
+    if isinstance(table, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise ConfigError(f"{key} = {path!r}: holds the splits {', '.join(table)}; name the directory of one of them")
+    return table.with_format(None)
+
+
+def _load_table(path: str) -> Any:
+    """What `datasets` makes of a path; tables stay on the disk."""
+    import datasets
+
+    if path.endswith(".parquet"):
+        return datasets.Dataset.from_parquet(path, keep_in_memory=False)
+    if path.endswith(".arrow"):
+        return datasets.Dataset.from_file(path)
+    if os.path.isdir(path):
+        return datasets.load_from_disk(path, keep_in_memory=False)
+    name = HUB_NAME.fullmatch(path)
+    assert name is not None
+    return datasets.load_dataset(name["repository"], name["config"], split=name["split"] or "train")

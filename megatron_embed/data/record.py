@@ -1,0 +1,156 @@
+"""What a row of training data is once it is read: the types that sampler, packing and objectives share."""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, overload
+
+from megatron_embed.errors import DataError
+
+Kind = Literal["contrastive", "pairs", "rerank"]
+"""What an objective takes: a query with positives and hard negatives, a pair with a score, a list with labels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One query with the documents it was given, or (`score` set) a pair of texts with its label."""
+
+    query: str
+    """`text_a` of a pair."""
+    positive: tuple[str, ...]
+    """At least one; training takes the first. Of a pair: `text_b` alone."""
+    negatives: tuple[str, ...]
+    """Hard negatives, best first; may be empty."""
+    instruction: str | None
+    """Replaces `{instruction}` in the query's prompt."""
+    source: str
+    """FILE:LINE (FILE:ROW of a table), for messages."""
+    score: float | None = None
+    """Of a pair, as it stands in the row; null: no pair."""
+    teacher_scores: tuple[float, ...] | None = None
+    """A teacher's score of each text of `positive`, then of `negatives`; null: none were given."""
+    document_ids: tuple[str, ...] | None = None
+    """The row's own names of `positive`, then of `negatives`, unique in its file; null: none were given."""
+    query_prompt: str | None = None
+    """Of the row's data set, in place of `data.query_prompt`."""
+    document_prompt: str | None = None
+    """Of the row's data set, in place of `data.document_prompt`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RerankRecord:
+    """One query with a list of labelled documents, a group for a reranker."""
+
+    query: str
+    documents: tuple[str, ...]
+    """At least one, in the row's order."""
+    labels: tuple[float, ...]
+    """One per document, 0 or less: not relevant; may be graded."""
+    instruction: str | None
+    source: str
+    """FILE:LINE (FILE:ROW of a table), for messages."""
+    teacher_scores: tuple[float, ...] | None = None
+    """A teacher's score of each document; null: none were given."""
+    document_ids: tuple[str, ...] | None = None
+    """The row's own names of the documents, unique in its file; null: none were given."""
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+
+
+AnyRecord = Record | RerankRecord
+Item = TypeVar("Item")
+
+
+def text_id(text: str) -> int:
+    """Signed 64-bit hash of a text: equal text, equal number, on every machine and in every run."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def of_kind(record: AnyRecord, kind: Kind) -> AnyRecord:
+    """The record as an objective of this kind takes it.
+
+    A reranker takes positives as label 1 and negatives as 0, and a pair as a list of one. A contrastive objective takes
+    the documents of a list with labels above 0 as positives, the highest first, and the others as negatives.
+
+    Raises:
+        DataError: the row cannot be read so.
+    """
+    if kind == "rerank":
+        return record if isinstance(record, RerankRecord) else _as_list(record)
+    if isinstance(record, Record) and (record.score is not None) == (kind == "pairs"):
+        return record
+    if kind == "pairs":
+        raise DataError(f"{record.source}: the row is no pair with a score, which this objective.loss needs; give it "
+                        "rows such as {\"text_a\": ..., \"text_b\": ..., \"score\": 0.8}, or choose another loss, such "
+                        "as info_nce")
+    if isinstance(record, Record):
+        raise DataError(f"{record.source}: the row is a pair with a score, and this objective.loss takes a query with "
+                        "its positives; choose a loss of pairs, such as cosent, or other rows")
+    return _as_contrastive(record)
+
+
+def _as_list(record: Record) -> RerankRecord:
+    documents = (*record.positive, *record.negatives)
+    if record.score is None:
+        labels = (1.0,) * len(record.positive) + (0.0,) * len(record.negatives)
+    else:
+        labels = (record.score,)
+    return RerankRecord(query=record.query, documents=documents, labels=labels, instruction=record.instruction,
+                        source=record.source, teacher_scores=record.teacher_scores, document_ids=record.document_ids)
+
+
+def _as_contrastive(record: RerankRecord) -> Record:
+    order = sorted(range(len(record.labels)), key=lambda place: -max(record.labels[place], 0.0))
+    num_positive = sum(label > 0 for label in record.labels)
+    if not num_positive:
+        raise DataError(f"{record.source}: no document of the row has a label above 0, so it has no positive; remove "
+                        "the row, or train a reranker with it")
+    documents = tuple(record.documents[place] for place in order)
+    scores, ids = record.teacher_scores, record.document_ids
+    return Record(query=record.query, positive=documents[:num_positive], negatives=documents[num_positive:],
+                  instruction=record.instruction, source=record.source,
+                  teacher_scores=None if scores is None else tuple(scores[place] for place in order),
+                  document_ids=None if ids is None else tuple(ids[place] for place in order))
+
+
+def documents_in_use(record: AnyRecord, num_negatives: int) -> tuple[str, ...]:
+    """The documents that a step embeds or scores: the first positive and the first negatives, or the whole list."""
+    if isinstance(record, RerankRecord):
+        return record.documents
+    return (record.positive[0], *record.negatives[:num_negatives])
+
+
+def shared_keys(record: AnyRecord, num_negatives: int) -> set[str]:
+    """What no two rows of a global batch should share: query, positives, negatives in use, and the ids of these.
+
+    Only the query of a list with labels: a reranker compares documents of one list alone.
+    """
+    if isinstance(record, RerankRecord):
+        return {record.query}
+    keys = {record.query, *record.positive, *record.negatives[:num_negatives]}
+    if record.document_ids is not None:
+        file = record.source.rpartition(":")[0]
+        keys.update(f"\0{file}\0{name}" for name in record.document_ids[:len(record.positive) + num_negatives])
+    return keys
+
+
+class Records(Sequence[Item]):
+    """A sequence given by `__len__` and `_record`."""
+
+    @abstractmethod
+    def _record(self, index: int) -> Item:
+        """Record `index`, 0 <= index < len(self)."""
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self._record(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self._record(index % len(self))

@@ -1,0 +1,133 @@
+"""One data set per global batch: shares, turns, resumption, and the settings that it refuses."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from megatron_embed.config.schema import DataConfig, TrainFile
+from megatron_embed.data.mixture import MixtureSampler, build_sampler, turn_shares
+from megatron_embed.data.records import RecordSet, open_records
+from megatron_embed.data.sampler import GlobalBatchSampler
+from megatron_embed.errors import ConfigError
+from tests.data.conftest import MINI_EN, MINI_ZH
+
+WriteRows = Callable[..., str]
+
+
+@pytest.fixture
+def sets(write_rows: WriteRows) -> list[str]:
+    """1,000, 300 and 100 real rows."""
+    english = MINI_EN.read_text(encoding="utf-8").splitlines()
+    return [str(MINI_ZH), write_rows(english[:300], "b.jsonl"), write_rows(english[300:400], "c.jsonl")]
+
+
+def opened(paths: list[str], weights: list[float] | None = None) -> RecordSet:
+    return open_records(tuple(TrainFile(path=path, weight=weight)
+                              for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True)))
+
+
+def sampler_of(records: RecordSet, size: int = 20, **settings: object) -> MixtureSampler:
+    sampler = build_sampler(records, DataConfig(train=tuple(file.file for file in records.files), **settings),
+                            global_batch_size=size, seed=5)
+    assert isinstance(sampler, MixtureSampler)
+    return sampler
+
+
+def test_shares_by_weight_and_temperature():
+    assert turn_shares([300, 100], [1.0, 1.0], 1.0) == pytest.approx([0.75, 0.25])
+    assert turn_shares([300, 100], [1.0, 3.0], 1.0) == pytest.approx([0.5, 0.5])
+    root = 3**0.5
+    assert turn_shares([300, 100], [1.0, 1.0], 2.0) == pytest.approx([root / (1 + root), 1 / (1 + root)])
+    assert turn_shares([300, 100], [1.0, 1.0], 1e9) == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize(("weights", "temperature"), [([1, 1, 1], 1.0), ([1, 5, 0.3], 1.0), ([1, 1, 1], 3.0)])
+def test_every_step_is_of_one_set_and_each_has_its_share_all_along(sets: list[str], weights: list[float],
+                                                                  temperature: float):
+    records = opened(sets, weights)
+    sampler = sampler_of(records, sampling_temperature=temperature)
+    shares = turn_shares([1000, 300, 100], weights, temperature)
+    turns = Counter[int]()
+    for step in range(280):
+        rows = sampler.rows_of_step(step)
+        (number,) = {records.file_of(row) for row in rows}
+        assert number == sampler.set_of_step(step)
+        assert len(set(rows)) == 20
+        turns[number] += 1
+        assert all(abs(turns[n] - share * (step + 1)) < 1.5 for n, share in enumerate(shares))
+    assert min(turns.values()) >= 3
+
+
+def test_an_epoch_takes_every_row_of_every_set_once(sets: list[str]):
+    records = opened(sets)
+    sampler = sampler_of(records)
+    assert sampler.steps_per_epoch == sampler.steps_of_epochs(1) == 70
+    used = Counter(row for step in range(70) for row in sampler.rows_of_step(step))
+    assert len(used) == 1400
+    assert set(used.values()) == {1}
+    assert [sampler.rows_of_step(step) for step in range(70)] != [sampler.rows_of_step(step) for step in range(70, 140)]
+
+
+@pytest.mark.parametrize("step", [0, 7, 69, 70, 133])
+def test_any_step_can_be_asked_first(sets: list[str], step: int):
+    records = opened(sets, [1, 2, 1])
+    in_order = sampler_of(records)
+    expected = [in_order.rows_of_step(k) for k in range(step + 1)][-1]
+    assert sampler_of(records).rows_of_step(step) == expected
+
+
+def test_rows_of_a_set_come_as_if_it_were_alone(sets: list[str]):
+    records = opened(sets)
+    sampler = sampler_of(records)
+    alone = GlobalBatchSampler(records.files[1], global_batch_size=20, shuffle=True, seed=5)
+    mine = [sampler.rows_of_step(step) for step in range(70) if sampler.set_of_step(step) == 1]
+    assert [[row - 1000 for row in rows] for rows in mine] == [alone.rows_of_step(k) for k in range(15)]
+
+
+def test_mixed_batches_and_file_order_take_rows_of_all_sets(sets: list[str]):
+    records = opened(sets)
+    for settings in ({"mixed_batches": True}, {"shuffle": False}):
+        sampler = build_sampler(records, DataConfig(**settings), global_batch_size=1100, seed=5)
+        assert isinstance(sampler, GlobalBatchSampler)
+        assert len({records.file_of(row) for row in sampler.rows_of_step(0)}) > 1
+
+
+def test_a_set_smaller_than_a_batch_is_refused_by_name(sets: list[str]):
+    with pytest.raises(ConfigError, match=r"training.global_batch_size = 120 is larger than the 100 rows of .*c\.jsonl"
+                                          ", and a global batch is of one data set; lower it, add rows, or set "
+                                          "data.mixed_batches: true"):
+        sampler_of(opened(sets), 120)
+
+
+def test_documents_of_one_id_do_not_meet(write_rows: WriteRows):
+    rows = [{"query": f"q{i}", "positive": f"text {i}", "positive_ids": [f"d{i % 40}"]} for i in range(80)]
+    records = open_records((TrainFile(path=write_rows(rows)),))
+    sampler = GlobalBatchSampler(records, global_batch_size=20, shuffle=True, seed=0)
+    for step in range(16):
+        ids = [records[row].document_ids for row in sampler.rows_of_step(step)]
+        assert len(set(ids)) == 20
+    plain = open_records((TrainFile(path=write_rows(
+        [{key: row[key] for key in ("query", "positive")} for row in rows])),))
+    sampler = GlobalBatchSampler(plain, global_batch_size=20, shuffle=True, seed=0)
+    batches = [[json.dumps(row % 40) for row in sampler.rows_of_step(step)] for step in range(16)]
+    assert any(len(set(batch)) < 20 for batch in batches)  # without ids nothing keeps them apart
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"train": (TrainFile(path="a.jsonl", weight=2),), "mixed_batches": True}, r"data.train.weight = 2: has no effect"),
+    ({"train": (TrainFile(path="a.jsonl", weight=2),), "shuffle": False}, r"data.train.weight = 2: has no effect"),
+    ({"sampling_temperature": 2.0, "shuffle": False}, r"data.sampling_temperature = 2.0: has no effect"),
+    ({"sampling_temperature": 0.5}, r"data.sampling_temperature = 0.5: must be >= 1")])
+def test_settings_without_effect_are_refused(settings: dict[str, object], words: str):
+    with pytest.raises(ConfigError, match=words):
+        DataConfig(**settings)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"weight": 0.0}, r"data.train.weight = 0.0: must be > 0"), ({"weight": -1.0}, "must be > 0"),
+    ({"document_prompt": "{instruction}: "}, r"data.train.document_prompt = .*only a query's prompt can hold")])
+def test_settings_of_an_entry_are_checked(settings: dict[str, object], words: str):
+    with pytest.raises(ConfigError, match=words):
+        TrainFile(path="a.jsonl", **settings)
