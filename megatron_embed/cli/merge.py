@@ -1,0 +1,27 @@
+"""`merge --method linear|slerp|multi_slerp|task_arithmetic MODEL... --output DIR`"""
+
+import argparse
+
+from megatron_embed.cli.common import path, write_output
+
+HELP = "several trained models to one, tensor by tensor"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL", type=path,
+                        help="Hugging Face or Sentence Transformers directories of one architecture")
+    parser.add_argument("--method", required=True, choices=("linear", "slerp", "multi_slerp", "task_arithmetic"))
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W",
+                        help="one per model; default: all equal (task_arithmetic: 1 each)")
+    parser.add_argument("--base", metavar="DIR", type=path,
+                        help="the model before training: needed by task_arithmetic, possible for multi_slerp")
+    parser.add_argument("--output", required=True, metavar="DIR", type=path, help="directory to make")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge in this one process and print the report."""
+    from megatron_embed.convert.merge import merge_models
+
+    report = merge_models(args.models, args.output, method=args.method, weights=args.weights, base=args.base)
+    write_output(str(report))
+    return 0

@@ -1,0 +1,116 @@
+"""Are some models the same model, trained in different ways? Names, shapes, dtypes, configuration, tokenizer."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.convert.layout import module_directories, read_json
+from megatron_embed.convert.source import HFDirectory
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.saved_settings import read_saved_settings
+
+_VOCABULARY_FILES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model",
+                     "spiece.model", "tekken.json", "tiktoken.model")
+"""Compared where a directory has no tokenizer.json."""
+_NOT_IDS = ("truncation", "padding", "version")
+"""Of tokenizer.json: what programs set on saving, and what leaves the ids of a text as they are."""
+_SETTINGS = ("pooling", "normalize", "similarity", "prompts")
+"""Of a Sentence Transformers directory: with another one, vectors of a merged model would mean nothing."""
+
+
+def require_mergeable(models: Sequence[HFDirectory], base: HFDirectory | None) -> None:
+    """Raises CheckpointError, naming both directories and what differs, unless every tensor has its counterpart.
+
+    The base may hold further tensors (an LM head), be stored in another floating-point dtype, and say nothing about
+    pooling and prompts.
+    """
+    first = models[0]
+    for other in models[1:]:
+        _same_names(first, other)
+        _same_shape(first, other)
+        _same_tensors(first, other, dtypes=True)
+        _same_settings(first.path, other.path)
+        _same_tokenizer(first.path, other.path)
+    if base is not None:
+        if missing := sorted(first.stored_names.keys() - base.stored_names.keys()):
+            raise _refusal(first.path, base.path, f"tensor {missing[0]} is only in the first ({len(missing)} such)",
+                           "name the model that training began with as --base")
+        _same_shape(first, base)
+        _same_tensors(first, base, dtypes=False)
+        _same_tokenizer(first.path, base.path)
+
+
+def _refusal(first: Path, other: Path, difference: str, remedy: str) -> CheckpointError:
+    return CheckpointError(f"{first} and {other} cannot be merged: {difference}; {remedy}")
+
+
+def _same_names(first: HFDirectory, other: HFDirectory) -> None:
+    for one, two in ((first, other), (other, first)):
+        if missing := sorted(one.stored_names.keys() - two.stored_names.keys()):
+            raise _refusal(first.path, other.path, f"tensor {missing[0]} is only in {one.path} ({len(missing)} such)",
+                           "merge models that were exported in the same way")
+
+
+def _same_shape(first: HFDirectory, other: HFDirectory) -> None:
+    """Every setting of the architecture; how new weights would be drawn is none."""
+    one, two = dataclasses.asdict(first.shape), dataclasses.asdict(other.shape)
+    for key in one:
+        if key != "initializer_range" and one[key] != two[key]:
+            raise _refusal(first.path, other.path, f"config.json: {key} is {one[key]!r} in the first and {two[key]!r} "
+                           "in the second", "only models of one architecture can be merged")
+
+
+def _same_tensors(first: HFDirectory, other: HFDirectory, *, dtypes: bool) -> None:
+    for name in first.stored_names:
+        one, two = first.entry(name), other.entry(name)
+        if one.shape != two.shape:
+            raise _refusal(first.path, other.path, f"{name} has shape {list(one.shape)} in the first and "
+                           f"{list(two.shape)} in the second", "merge models of the same shape")
+        if one.dtype != two.dtype and (dtypes or not two.dtype.is_floating_point):
+            raise _refusal(first.path, other.path, f"{name} is {_word(one.dtype)} in the first and {_word(two.dtype)} "
+                           "in the second", "export both in one dtype")
+
+
+def _word(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _same_settings(first: Path, other: Path) -> None:
+    one, two = dataclasses.asdict(read_saved_settings(first)), dataclasses.asdict(read_saved_settings(other))
+    for key in _SETTINGS:
+        if one[key] != two[key]:
+            raise _refusal(first, other, f"{key} is {one[key]!r} in the first and {two[key]!r} in the second",
+                           "vectors of different kinds have no mean; merge models trained with the same one")
+    for folder in module_directories(first):
+        weights = Path(folder) / "model.safetensors"
+        files = [directory / weights for directory in (first, other)]
+        contents = [file.read_bytes() if file.is_file() else b"" for file in files]
+        if contents[0] != contents[1]:
+            raise _refusal(first, other, f"{weights} differs", "modules with weights of their own must be the same")
+
+
+def _same_tokenizer(first: Path, other: Path) -> None:
+    one, two = _vocabulary(first), _vocabulary(other)
+    for key in sorted(one.keys() | two.keys()):
+        if key not in one or key not in two:
+            only, there = (first, other) if key in one else (other, first)
+            raise _refusal(first, other, f"{key} of the tokenizer is only in {only}", f"copy the tokenizer files of "
+                           f"{only} to {there}, if the two models use the same")
+        if one[key] != two[key]:
+            raise _refusal(first, other, f"their tokenizers differ in {key}", "the same text would have other ids; "
+                           "merge models with one tokenizer")
+
+
+def _vocabulary(directory: Path) -> dict[str, Any]:
+    """What decides the ids of a text, by file or section."""
+    if (directory / "tokenizer.json").is_file():
+        values = {f"tokenizer.json: {key}": value for key, value in read_json(directory / "tokenizer.json").items()
+                  if key not in _NOT_IDS}
+        model = values.get("tokenizer.json: model")
+        if isinstance(model, dict) and isinstance(model.get("merges"), list):
+            # Older versions of the tokenizers library write "a b" where newer ones write ["a", "b"].
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+            values["tokenizer.json: model"] = {**model, "merges": merges}
+        return values
+    return {name: (directory / name).read_bytes() for name in _VOCABULARY_FILES if (directory / name).is_file()}
