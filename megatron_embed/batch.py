@@ -1,7 +1,8 @@
-"""The values that the data room hands to training. A row is one query or one document; rows are numbered per rank.
+"""The values that the data room hands to training. A row is one query or one document, for a reranker one pair of them;
+rows are numbered per rank.
 
-Local row numbers: the queries come first (0 .. num_queries-1), then the documents. Documents of one query are
-contiguous, its positive first, its hard negatives after it.
+Local row numbers of an EmbedBatch: the queries come first (0 .. num_queries-1), then the documents. Documents of one
+query are contiguous, its positive first, its hard negatives after it.
 """
 
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class MicroBatch:
     """[sequences] bool, true where the sequence is a query."""
     prompt_lengths: Tensor
     """[sequences] int64, leading tokens that pooling must skip (0 unless prompts are excluded from pooling)."""
+    token_types: Tensor | None = None
+    """[tokens] int64, 0 in the padding; null: 0 everywhere."""
     repeated: bool = False
     """True where a micro-batch of the step is run again only so that ranks run equally many: its embeddings are ignored
     and their gradient is zero."""
@@ -94,3 +97,22 @@ class EmbedBatch(StepBatch):
     @property
     def num_rows(self) -> int:
         return self.num_queries + self.num_documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankBatch(StepBatch):
+    """Queries with labelled documents. A row is a query with one document; those of a query are contiguous and lie in
+    one micro-batch."""
+
+    num_queries: int
+    num_documents: int
+    group_sizes: tuple[int, ...]
+    """Documents of each query, in order; each >= 1."""
+    labels: Tensor
+    """[num_documents] float32, larger is better."""
+    teacher_scores: Tensor | None
+    """[num_documents] float32; null: the rows have none."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_documents

@@ -27,6 +27,8 @@ from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamSche
 logger = logging.getLogger(__name__)
 
 EXTRA_STATE = "._extra_state"
+HEAD = "model.head."
+"""Beginning of the names of a reranker's head."""
 TRAINER_FILE = "trainer.json"
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
@@ -155,9 +157,16 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
     return step
 
 
-def load_model(checkpoint: Path, models: Sequence[EmbeddingModel]) -> None:
-    """Restores the parameters alone, from a converted or a training checkpoint, at any layout. Called by all ranks."""
-    _load_models(models, _load({"model": model_state(models)}, checkpoint)["model"])
+def load_model(checkpoint: Path, models: Sequence[EmbeddingModel], *, with_head: bool = True) -> None:
+    """Restores the parameters alone, from a converted or a training checkpoint, at any layout. Called by all ranks.
+
+    `with_head`: a reranker's head too; else it stays as it is.
+    """
+    state = model_state(models)
+    if not with_head:
+        state = {chunk: {name: value for name, value in values.items() if not name.startswith(HEAD)}
+                 for chunk, values in state.items()}
+    _load_models(models, _load({"model": state}, checkpoint)["model"], with_head=with_head)
 
 
 def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -172,11 +181,13 @@ def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     return loaded
 
 
-def _load_models(models: Sequence[EmbeddingModel], loaded: dict[str, dict[str, torch.Tensor]]) -> None:
+def _load_models(models: Sequence[EmbeddingModel], loaded: dict[str, dict[str, torch.Tensor]], *,
+                 with_head: bool = True) -> None:
     for number, model in enumerate(models):
         tensors = {name.removeprefix("model."): value for name, value in loaded[f"chunk{number}"].items()}
         missing, unexpected = model.load_state_dict(tensors, strict=False)
-        missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
+        missing = [name for name in missing if not name.endswith(EXTRA_STATE)
+                   and (with_head or not f"model.{name}".startswith(HEAD))]
         if missing or unexpected:
             raise CheckpointError(f"checkpoint and model differ: {(missing or unexpected)[0]!r} and "
                                   f"{len(missing) + len(unexpected) - 1} more tensors; it belongs to another model")

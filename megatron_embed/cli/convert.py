@@ -14,9 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for direction in (to_megatron, to_hf):
         direction.add_argument("source", metavar="SRC", type=path, help="what to read")
         direction.add_argument("destination", metavar="DST", type=path, help="directory to make")
-    to_hf.add_argument("--format", choices=("hf", "sentence-transformers"), default="hf",
+    to_hf.add_argument("--format", choices=("hf", "sentence-transformers", "cross-encoder"), default="hf",
                        help="hf: weights, configuration, tokenizer; sentence-transformers: with pooling, normalization "
-                            "and prompts as well, loaded and compared before it counts as done; default: hf")
+                            "and prompts as well, loaded and compared before it counts as done; cross-encoder: a "
+                            "reranker for CrossEncoder and servers, compared likewise; default: hf")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,6 +26,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.direction == "hf-to-megatron":
         write_output(str(hf_to_megatron(args.source, args.destination)))
+    elif args.format == "cross-encoder" or (args.format == "hf" and trained_head(args.source) is not None):
+        from megatron_embed.cli.export_reranker import export_reranker_checkpoint
+
+        classification = args.format == "cross-encoder" or trained_head(args.source) == "score"
+        write_output(export_reranker_checkpoint(args.source, args.destination, classification=classification))
     elif args.format == "hf":
         write_output(str(megatron_to_hf(args.source, args.destination)))
     else:
@@ -32,3 +38,10 @@ def run(args: argparse.Namespace) -> int:
 
         write_output(export_checkpoint(args.source, args.destination))
     return 0
+
+
+def trained_head(source: str) -> str | None:
+    """The head of the reranker that a checkpoint is; null for an embedding model's."""
+    from megatron_embed.convert.layout import open_checkpoint
+
+    return open_checkpoint(source).info.head

@@ -8,17 +8,29 @@ from pathlib import Path
 
 from megatron_embed.cli.export import is_bidirectional_decoder
 from megatron_embed.cli.model import ModelDirectory, blaming, find_model
+from megatron_embed.cli.reranker import head_spec, open_pair_tokenizer, reranker_settings
 from megatron_embed.cli.resume import Standing, check_resumable, is_exported, standing
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.mixture import Sampler, build_sampler
+from megatron_embed.data.pairs import PairTokenizer
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import RecordSet, open_records
+from megatron_embed.data.rerank import check_rerank_records
 from megatron_embed.data.tokenless import refuse_tokenless_rows
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData, load_beir, refuse_tokenless_texts
+from megatron_embed.evaluation.reranking import RerankData, load_rerank_file
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
-from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, check_world_size, launched_rank
+from megatron_embed.models.heads import HeadSpec
+from megatron_embed.models.reranker_settings import RerankerSettings
+from megatron_embed.parallel.topology import (
+    check_batch_sizes,
+    check_token_budget,
+    check_world_size,
+    launched_rank,
+    token_alignment,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +39,15 @@ class Inputs:
 
     model: ModelDirectory
     records: RecordSet
-    tokenizer: RoleTokenizer
+    tokenizer: RoleTokenizer | PairTokenizer
+    """Of texts, or of a reranker's pairs."""
     sampler: Sampler
     retrieval: Sequence[BeirData]
+    reranking: Sequence[RerankData]
+    settings: RerankerSettings | None
+    """How a reranker is asked; null for an embedding model."""
+    head: HeadSpec | None
+    """Of a reranker."""
     train_steps: int
     standing: Standing
 
@@ -54,11 +72,18 @@ def read_inputs(config: RunConfig) -> Inputs:
     check_divisible(model.shape, config.parallel)
     check_token_budget(config)
     attention_kernel(config)
-    check_lengths(config, model)
+    if config.task == "embedding":
+        check_lengths(config, model)
     check_outputs(config)
-    tokenizer = open_tokenizer(config, model)
-    records = open_records(config.data.train)
-    refuse_tokenless_rows(records, tokenizer, config.data.num_negatives)
+    settings = head = None
+    tokenizer: RoleTokenizer | PairTokenizer
+    if config.task == "reranker":
+        settings, tokenizer, head = open_reranker(config, model)
+        records = open_rerank_records(config, tokenizer)
+    else:
+        tokenizer = open_tokenizer(config, model)
+        records = open_records(config.data.train)
+        refuse_tokenless_rows(records, tokenizer, config.data.num_negatives)
     sampler = build_sampler(records, config.data, global_batch_size=config.training.global_batch_size,
                             seed=config.training.seed)
     steps = number_of_steps(config, sampler)
@@ -67,15 +92,35 @@ def read_inputs(config: RunConfig) -> Inputs:
                           "steps")
     retrieval = [load_beir(directory, config.evaluation.split) for directory in config.evaluation.retrieval]
     for data in retrieval:
+        assert isinstance(tokenizer, RoleTokenizer), "a reranker searches nothing"
         refuse_tokenless_texts(data, tokenizer)
+    reranking = [load_rerank_file(file, "evaluation.reranking") for file in config.evaluation.reranking]
     found = standing(config)
     if found.checkpoint is not None:
         check_resumable(config, found.checkpoint, model, tokenizer, records)
     inputs = Inputs(model=model, records=records, tokenizer=tokenizer, sampler=sampler, retrieval=retrieval,
-                    train_steps=steps, standing=found)
+                    reranking=reranking, settings=settings, head=head, train_steps=steps, standing=found)
     if config.checkpoint.export_at_end is not None and not inputs.nothing_left(config):
         check_export(config, model)
     return inputs
+
+
+def open_reranker(config: RunConfig, model: ModelDirectory) -> tuple[RerankerSettings, PairTokenizer, HeadSpec]:
+    """How the run's reranker is asked, its tokenizer and its head."""
+    settings = reranker_settings(config.reranker, model,
+                                 longest=config.data.query_max_length + config.data.document_max_length)
+    with blaming("model.path", config.model.path):
+        tokenizer = open_pair_tokenizer(settings, model)
+    return settings, tokenizer, head_spec(settings, tokenizer)
+
+
+def open_rerank_records(config: RunConfig, tokenizer: PairTokenizer) -> RecordSet:
+    """The rows of `data.train` as lists of labelled documents, each one that the loss can take."""
+    records = open_records(config.data.train, "rerank")
+    check_rerank_records(records, tokenizer, loss=config.objective.loss, num_negatives=config.data.num_negatives,
+                         micro_batch_tokens=config.training.micro_batch_tokens,
+                         alignment=token_alignment(config.parallel))
+    return records
 
 
 def require_writable(key: str, directory: str) -> None:

@@ -22,7 +22,9 @@ from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model, padded_vocabulary
 from megatron_embed.models.families import ModelShape, model_shape
+from megatron_embed.models.heads import HeadSpec, head_pooling
 from megatron_embed.models.pooling_names import Pooling
+from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, read_saved_settings
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize, launched_rank
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
@@ -42,6 +44,8 @@ class ModelDirectory:
     """config.json, tokenizer and Sentence Transformers files."""
     shape: ModelShape
     saved: SavedSettings
+    reranker: RerankerSettings | None
+    """Null: the directory does not say how it is asked as a reranker."""
     max_lengths: dict[str, int]
     """Tokens by role, of a training checkpoint; empty otherwise."""
 
@@ -81,7 +85,7 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
         opened = open_checkpoint(folder) if is_checkpoint(folder) else None
         hf = folder if opened is None else opened.hf
         return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf,
-                              shape=model_shape(hf), saved=read_saved_settings(hf),
+                              shape=model_shape(hf), saved=read_saved_settings(hf), reranker=read_reranker_settings(hf),
                               max_lengths={} if opened is None else opened.info.max_lengths)
 
 
@@ -112,19 +116,26 @@ def role_lengths(model: ModelDirectory, wanted: int | None, *, by_role: bool) ->
     return {"query": length, "document": length}
 
 
-def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topology) -> list[EmbeddingModel]:
+def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topology, head_spec: HeadSpec | None = None,
+                      *, with_head: bool = False) -> list[EmbeddingModel]:
     """This rank's model chunks with their weights.
 
     Each rank reads only its own slices of a Hugging Face directory, or its own shards of a checkpoint.
+
+    Args:
+        head_spec: of a reranker.
+        with_head: whether the checkpoint holds the head's weights; else they are left as they are.
     """
     model_parallel_cuda_manual_seed(config.training.seed)
-    chunks = build_model(config, model.shape, topology, model.pooling(config.embedding.pooling))
+    pooling = model.pooling(config.embedding.pooling) if head_spec is None else head_pooling(model.shape)
+    chunks = build_model(config, model.shape, topology, pooling, head_spec)
     if model.checkpoint is not None:
-        load_model(model.checkpoint, chunks)
+        load_model(model.checkpoint, chunks, with_head=with_head)
         return chunks
     with HFDirectory(model.hf) as source, torch.no_grad():
         for chunk in chunks:
-            parameters = chunk.global_parameters()
+            parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
+                          if not name.startswith("head.")}
             shards = hf_weight_shards(source, source.family, names=parameters, tp_rank=topology.tp_rank,
                                       tp_size=topology.tp_size, etp_rank=topology.groups.expt_tp.rank(),
                                       etp_size=topology.groups.expt_tp.size(),

@@ -12,6 +12,7 @@ from megatron_embed.cli.export import PROBES
 from megatron_embed.cli.model import ModelDirectory
 from megatron_embed.config.load import read_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.data.pairs import Pair, PairTokenizer
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import RecordSet
 from megatron_embed.errors import CheckpointError, ConfigError
@@ -25,8 +26,9 @@ DATA_FILE = "data.json"
 EXPORT_FILE = "export.json"
 """In a run's directory: where `checkpoint.export_at_end` was written, and after how many steps."""
 
-FIXED = ("task", "embedding.normalize", "data.shuffle", "data.mixed_batches", "data.sampling_temperature",
-         "data.num_negatives", "training.global_batch_size", "training.seed",
+FIXED = ("task", "reranker.head", "reranker.template", "reranker.instruction", "reranker.true_token",
+         "reranker.false_token", "reranker.max_length", "embedding.normalize", "data.shuffle", "data.mixed_batches",
+         "data.sampling_temperature", "data.num_negatives", "training.global_batch_size", "training.seed",
          "optimizer.distributed")
 """What a run keeps for life: a step's rows follow from these (and the data), its embeddings from `normalize`, and the
 layout of the optimizer's state, which Megatron cannot translate, from the last."""
@@ -53,8 +55,8 @@ def describe_rows(records: RecordSet) -> dict[str, Any]:
     return {"rows": len(records), "digest": records.digest}
 
 
-def check_resumable(config: RunConfig, checkpoint: Path, model: ModelDirectory, tokenizer: RoleTokenizer,
-                    records: RecordSet) -> None:
+def check_resumable(config: RunConfig, checkpoint: Path, model: ModelDirectory,
+                    tokenizer: RoleTokenizer | PairTokenizer, records: RecordSet) -> None:
     """Refuses what would make the rest of the run another run; logs every other change of the configuration.
 
     Raises:
@@ -121,16 +123,27 @@ def _check_model(config: RunConfig, checkpoint: Path, model: ModelDirectory) -> 
         raise _refusal(checkpoint, "embedding.pooling", pooling, f"this run began with {was!r}")
 
 
-def _check_tokenizer(config: RunConfig, checkpoint: Path, model: ModelDirectory, tokenizer: RoleTokenizer) -> None:
+def _check_tokenizer(config: RunConfig, checkpoint: Path, model: ModelDirectory,
+                     tokenizer: RoleTokenizer | PairTokenizer) -> None:
     """The same ids as before, on texts of several scripts."""
     texts = [text for texts in PROBES.values() for text in texts]
+    if isinstance(tokenizer, PairTokenizer):
+        pairs = [Pair(query="a", document=text) for text in texts]
+        before = PairTokenizer(str(checkpoint / "hf"), template=tokenizer.template, max_length=tokenizer.max_length)
+        if before.tokenize(pairs) != tokenizer.tokenize(pairs):
+            raise _other_tokenizer(config, checkpoint)
+        return
     saved = RoleTokenizer(
         str(checkpoint / "hf"), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
         document_prompt=config.data.document_prompt, query_max_length=config.data.query_max_length,
         document_max_length=config.data.document_max_length)
     if saved.tokenize(texts, "document").token_ids != tokenizer.tokenize(texts, "document").token_ids:
-        raise _refusal(checkpoint, "model.path", config.model.path,
-                       "its tokenizer gives other ids than the one this run began with")
+        raise _other_tokenizer(config, checkpoint)
+
+
+def _other_tokenizer(config: RunConfig, checkpoint: Path) -> ConfigError:
+    return _refusal(checkpoint, "model.path", config.model.path,
+                    "its tokenizer gives other ids than the one this run began with")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,9 +36,55 @@ class EmbeddingConfig:
     """Scale embeddings to unit length, in float32. False: the objective takes plain dot products."""
 
 
+EMBEDDING_LOSSES = ("info_nce",)
+"""Values of `objective.loss` for `task: embedding`."""
+RERANK_LOSSES = ("pointwise", "listwise", "margin_ranking", "ranknet", "lambda_loss", "kl_distillation")
+"""Values of `objective.loss` for `task: reranker`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankerConfig:
+    head: Literal["yes_no", "score"] = "yes_no"
+    """yes_no: difference of the logits of two words at the last token. score: a linear of one output; in
+    encoders, which have no other head, behind a dense layer with tanh."""
+    template: str | None = None
+    """The prompt around a pair, with the places {query} and {document} and, if wanted, {instruction}, and every special
+    token written out. null: what the model directory says, else Qwen3-Reranker's; encoders take none."""
+    instruction: str | None = None
+    """Of rows and files without one of their own; null: what the model directory says, else Qwen3-Reranker's."""
+    true_token: str | None = None
+    """Of yes_no: a single token of the tokenizer, a space before it included where there shall be one; null: what the
+    model directory says, else yes."""
+    false_token: str | None = None
+    """The same, else no."""
+    max_length: int | None = None
+    """Tokens of a pair, prompt and special tokens included; what is longer loses the end of its document, never query,
+    instruction or what follows the document. null: data.query_max_length + data.document_max_length, at most the
+    model's positions."""
+    temperature: float = 1.0
+    """Divides the scores in listwise and kl_distillation; no unit, > 0."""
+    margin: float = 1.0
+    """Of margin_ranking, in units of the score; >= 0."""
+    activation: Literal["sigmoid", "identity"] = "sigmoid"
+    """What exports and scores apply to the head's output; losses and rankings take the output itself."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "reranker.temperature", self.temperature, "must be > 0")
+        _require(self.margin >= 0, "reranker.margin", self.margin, "must be >= 0")
+        _require(self.template != "", "reranker.template", self.template, "must be a prompt or null")
+        _require(self.max_length is None or self.max_length >= 8, "reranker.max_length", self.max_length,
+                 "must be >= 8 tokens or null")
+        for key, word in (("true_token", self.true_token), ("false_token", self.false_token)):
+            _require(word != "", f"reranker.{key}", word, "must be a word of one token, or null")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    loss: Literal["info_nce"] = "info_nce"
+    loss: Literal["info_nce", "pointwise", "listwise", "margin_ranking", "ranknet", "lambda_loss",
+                  "kl_distillation"] = "info_nce"
+    """info_nce: contrastive. The others are a reranker's, over the documents of each query: pointwise (binary cross
+    entropy), listwise (softmax), margin_ranking, ranknet, lambda_loss (NDCG-Loss2++), kl_distillation (from the rows'
+    teacher_scores)."""
     temperature: float = 0.02
     """Divides the similarity before the softmax; no unit, > 0. Larger is softer."""
     negatives: Literal["global_batch", "micro_batch"] = "global_batch"
@@ -53,7 +99,7 @@ class ObjectiveConfig:
     def couples_batch(self) -> bool:
         """Whether the loss of a row depends on rows of other micro-batches of the step. If not, a step is one pass and
         a row shares the micro-batch of those that it is compared with."""
-        return self.negatives == "global_batch"
+        return self.loss not in RERANK_LOSSES and self.negatives == "global_batch"
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "objective.temperature", self.temperature, "must be > 0; usual: 0.01 to 0.1")
@@ -223,6 +269,8 @@ class EvaluationConfig:
     """Optimizer steps between evaluations; the last step is always evaluated."""
     retrieval: tuple[str, ...] = ()
     """BEIR folders (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv)."""
+    reranking: tuple[str, ...] = ()
+    """Files of lists, rows {"query", "documents": [...], "labels": [...]} or {"query", "docs": [{"text", "label"}]}."""
     split: str = "test"
     """Which qrels file of a BEIR folder."""
 
@@ -252,9 +300,10 @@ class LoggingConfig:
 class RunConfig:
     """One run. `model.path` is the only required setting."""
 
-    task: Literal["embedding"] = "embedding"
+    task: Literal["embedding", "reranker"] = "embedding"
     model: ModelConfig
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    reranker: RerankerConfig = field(default_factory=RerankerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -263,3 +312,24 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        losses = RERANK_LOSSES if self.task == "reranker" else EMBEDDING_LOSSES
+        _require(self.objective.loss in losses, "objective.loss", self.objective.loss,
+                 f"is no loss of task: {self.task}; choose one of {', '.join(losses)}")
+        if self.task == "reranker":
+            _check_reranker_run(self)
+
+
+def _check_reranker_run(config: RunConfig) -> None:
+    """Refuses settings of embedding models that a reranker has no use for."""
+    for role, prompt in (("query", config.data.query_prompt), ("document", config.data.document_prompt)):
+        _require(not prompt, f"data.{role}_prompt", prompt, "a reranker's prompt is reranker.template; write it there")
+    for file in config.data.train:
+        given = file.query_prompt or file.document_prompt
+        _require(not given, "data.train.query_prompt", given, "a reranker's prompt is reranker.template, one for all "
+                 "files; give the file an instruction instead")
+    _require(not config.evaluation.retrieval, "evaluation.retrieval", list(config.evaluation.retrieval),
+             "a reranker searches no corpus; give evaluation.reranking files of lists")
+    _require(not config.model.bidirectional, "model.bidirectional", config.model.bidirectional,
+             "the stock classes run a reranker's decoder causally; set it to false")

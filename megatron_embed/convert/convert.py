@@ -6,21 +6,23 @@ No model is built. What is written is read back and compared before the destinat
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megatron_embed.convert.dcp import DcpReader, DcpWriter
 from megatron_embed.convert.family import Family
+from megatron_embed.convert.heads import HeadExport, read_head
 from megatron_embed.convert.layout import (
     CARRIED_FILE,
     CheckpointDirectory,
     copy_files,
+    open_carried,
     open_checkpoint,
     read_json,
     staging,
@@ -35,6 +37,9 @@ from megatron_embed.convert.transforms import Context, PadVocabulary, Transform,
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape, model_shape
 
+HEAD_KEYS = "model.head."
+"""Beginning of the keys of a reranker's head in a checkpoint."""
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 _ROOM_FOR_FILES = 64 << 20
 """Bytes allowed for config, tokenizer and headers when the free space of the disk is checked."""
 
@@ -54,6 +59,18 @@ class ConversionReport:
     def __str__(self) -> str:
         return (f"{self.destination}: {self.tensors} tensors, {self.total_bytes / 1e9:.2f} GB, {self.dtype}, in "
                 f"{self.seconds:.1f} s; every tensor read back bit-equal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankerFormat:
+    """Which Hugging Face model a reranker's checkpoint becomes."""
+
+    kind: Literal["yes_no", "score"]
+    """Of its head."""
+    classification: bool
+    """*ForSequenceClassification; else *ForCausalLM."""
+    token_ids: tuple[int, int] | None
+    """Of yes and no; null for a score head."""
 
 
 def hf_to_megatron(src: str | Path, dst: str | Path) -> ConversionReport:
@@ -82,7 +99,8 @@ def hf_to_megatron(src: str | Path, dst: str | Path) -> ConversionReport:
 
 
 def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5GB",
-                   finish: Callable[[Path], object] | None = None) -> ConversionReport:
+                   finish: Callable[[Path], object] | None = None,
+                   reranker: RerankerFormat | None = None) -> ConversionReport:
     """Write the Hugging Face directory `dst` of the checkpoint `src`, in the dtype of the checkpoint.
 
     Args:
@@ -90,6 +108,7 @@ def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5
         max_shard_size: largest safetensors file, e.g. "5GB".
         finish: called with the complete directory before it gets its name, e.g. to add an export's files and to compare
             it with the trained model; if it raises, nothing is left behind.
+        reranker: how the head of a reranker's checkpoint is written; must be given for one.
     Raises:
         CheckpointError: `src` is no complete checkpoint, `dst` cannot be written, or it reads back differently.
     """
@@ -103,12 +122,13 @@ def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5
         rows = _rows(family, shape)
         _check_checkpoint(reader, rows, checkpoint.model)
         carried = open_files.enter_context(closing(SafetensorsFile(carried_file))) if carried_file.is_file() else None
-        plan = _Plan(reader, rows, checkpoint, family, carried)
+        head = _head_of(reader, checkpoint, family, shape, reranker)
+        plan = _Plan(reader, rows, checkpoint, family, carried, head)
         with staging(dst, plan.total_bytes + _ROOM_FOR_FILES) as work:
             copy_files(checkpoint.hf, work)
             _write_dtype(work / "config.json", plan.dtype)
             checksums = plan.write(work, shard_bytes)
-            _verify_hf(work, rows, checksums, carried, shape)
+            _verify_hf(work, rows, checksums, shape)
             if finish is not None:
                 finish(work)
     return ConversionReport(destination=Path(dst), tensors=len(plan.announced), total_bytes=plan.total_bytes,
@@ -161,22 +181,35 @@ class _Plan:
     """The tensors of a Hugging Face directory to come: announced first (a header precedes its data), then written."""
 
     def __init__(self, reader: DcpReader, rows: list[_Row], checkpoint: CheckpointDirectory,
-                 family: Family, carried: SafetensorsFile | None) -> None:
-        self._reader, self._rows, self._carried = reader, rows, carried
-        self._prefix = "" if checkpoint.info.prefixed else family.prefix
-        self._copies = {embedding: head for head, embedding in checkpoint.info.tied_copies.items()}
+                 family: Family, carried: SafetensorsFile | None, head: HeadExport | None) -> None:
+        info = checkpoint.info
+        self._reader, self._rows, self._carried, self._head = reader, rows, carried, head
+        # A model with a head names its backbone's tensors with the prefix, whatever it was made of.
+        self._prefix = "" if info.prefixed or head is not None else family.prefix
+        self._copies = {embedding: copy for copy, embedding in info.tied_copies.items()
+                        if head is None or head.keeps(copy)}
+        self._passed: dict[str, str] = {}
+        """Tensors that pass through: name to be -> name in the carried file."""
+        for name in () if carried is None else carried.entries:
+            full = family.full_name(name, prefixed=info.prefixed)
+            if head is None or head.keeps(full):
+                self._passed[name if head is None else full] = name
         self.announced: list[Announced] = []
         for row in rows:
             dtype = reader.dtype(row.key)
             for name, words in zip(row.rule.hf_names(row.context), row.rule.hf_shapes(), strict=True):
                 self.announced += [(stored, dtype, row.context.sizes(words)) for stored in self._stored(name)]
         self.dtype = largest_dtype((dtype, nbytes(shape, dtype)) for _, dtype, shape in self.announced)
-        if carried is not None:
-            self.announced += [(name, entry.dtype, entry.shape) for name, entry in carried.entries.items()]
+        for name, stored in self._passed.items():
+            assert carried is not None
+            self.announced.append((name, carried.entries[stored].dtype, carried.entries[stored].shape))
+        if head is not None:
+            self.announced += [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in head.added.items()]
         self.total_bytes = sum(nbytes(shape, dtype) for _, dtype, shape in self.announced)
 
     def write(self, directory: Path, max_shard_bytes: int) -> dict[str, int]:
-        """Write everything; gives the checksum of each of our tensors, without vocabulary padding."""
+        """Write everything; gives the checksum of each of our tensors, without vocabulary padding, and of the others
+        by the names that they have in the files."""
         checksums = {}
         with ShardedWriter(directory, self.announced, max_shard_bytes) as writer:
             for row in _progress(self._rows, "writing"):
@@ -185,10 +218,19 @@ class _Plan:
                 for name, part in row.rule.to_hf(tensor, row.context).items():
                     for stored in self._stored(name):
                         writer.write(stored, part)
-            for name in () if self._carried is None else self._carried.entries:
-                assert self._carried is not None
-                writer.write(name, self._carried.read(name))
+            for name, tensor in self._others():
+                checksums[name] = checksum(tensor)
+                writer.write(name, tensor)
         return checksums
+
+    def _others(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that no row makes, one at a time."""
+        for name, stored in self._passed.items():
+            assert self._carried is not None
+            tensor = self._carried.read(stored)
+            yield name, tensor if self._head is None else self._head.edited(name, tensor)
+        if self._head is not None:
+            yield from self._head.added.items()
 
     def _stored(self, name: str) -> list[str]:
         """Names in the file of a full name: its own, and that of a head that repeats it."""
@@ -202,6 +244,30 @@ def _rows(family: Family, shape: ModelShape) -> list[_Row]:
         key, index = family.checkpoint_place(context.name(rule.ours))
         rows.append(_Row(rule=rule, context=context, key=key, index=index))
     return rows
+
+
+def _head_of(reader: DcpReader, checkpoint: CheckpointDirectory, family: Family, shape: ModelShape,
+             reranker: RerankerFormat | None) -> HeadExport | None:
+    """The head of a reranker's checkpoint; null for any other."""
+    if reranker is None:
+        if checkpoint.info.head is not None:
+            raise CheckpointError(f"{checkpoint.path}: is a reranker's checkpoint (head {checkpoint.info.head}); use "
+                                  "--format cross-encoder or --format hf")
+        return None
+    keys = [key for key in reader.keys() if key.startswith(HEAD_KEYS)]  # noqa: SIM118  a reader is no mapping
+    head = {key.removeprefix(HEAD_KEYS): reader.read(key) for key in keys}
+    if not head and reranker.kind == "yes_no" and shape.tie_word_embeddings:
+        assert reranker.token_ids is not None
+        embeddings = reader.read(family.checkpoint_place(WORD_EMBEDDINGS)[0])
+        head = {"weight": embeddings[list(reranker.token_ids)]}
+    if not head:
+        with open_carried(checkpoint) as carried:
+            head = read_head(carried, family.name, reranker.kind, reranker.token_ids, str(checkpoint.path))
+    if "weight" not in head:
+        raise CheckpointError(f"{checkpoint.path}: has no classifier, so it is no reranker yet; train it with task: "
+                              "reranker first")
+    return HeadExport(family.name, reranker.kind, head=head, token_ids=reranker.token_ids,
+                      classification=reranker.classification)
 
 
 def checksum(tensor: Tensor) -> int:
@@ -225,7 +291,7 @@ def _refuse_inside(dst: Path, src: Path) -> None:
 def _check_checkpoint(reader: DcpReader, rows: list[_Row], directory: Path) -> None:
     """The checkpoint's model tensors are exactly those of the table, each of the right shape."""
     keys = set(reader.keys())
-    unnamed = {key for key in keys if key.startswith("model.")}
+    unnamed = {key for key in keys if key.startswith("model.") and not key.startswith(HEAD_KEYS)}
     for row in rows:
         key = row.key
         if key not in keys:
@@ -263,19 +329,17 @@ def _verify_carried(file: Path, names: dict[str, str], source: HFDirectory) -> N
             _require_equal(file, stored, checksum(carried.read(stored)) == checksum(source.read(name)))
 
 
-def _verify_hf(directory: Path, rows: list[_Row], checksums: dict[str, int],
-               carried: SafetensorsFile | None, shape: ModelShape) -> None:
+def _verify_hf(directory: Path, rows: list[_Row], checksums: dict[str, int], shape: ModelShape) -> None:
     """What was written, turned back into our tensors, has the checksums of the checkpoint's."""
+    others = checksums.keys() - {row.name for row in rows}
     with HFDirectory(directory) as written:
         assert written.shape == shape, "config.json changed its meaning on the way"
         for row in _progress(rows, "verifying"):
             equal = checksum(row.rule.to_ours(written, row.context)) == checksums[row.name]
             _require_equal(directory, row.name, equal)
         full_names = {stored: full for full, stored in written.stored_names.items()}
-        for name in () if carried is None else carried.entries:
-            assert carried is not None
-            equal = checksum(written.read(full_names[name])) == checksum(carried.read(name))
-            _require_equal(directory, name, equal)
+        for name in others:
+            _require_equal(directory, name, checksum(written.read(full_names[name])) == checksums[name])
 
 
 def _require_equal(where: Path, name: str, equal: bool) -> None:

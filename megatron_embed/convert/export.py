@@ -41,7 +41,7 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Literal["las
         CheckpointError: the tokenizer cannot be loaded, or cannot be made to add the EOS that last-token pooling needs.
     """
     directory = Path(directory)
-    _complete_tokenizer(directory, needs_eos=pooling == "lasttoken")
+    complete_tokenizer(directory, needs_eos=pooling == "lasttoken")
     for name in module_directories(directory):
         shutil.rmtree(directory / name, ignore_errors=True)
     modules = [("", "Transformer"), (_POOLING_DIRECTORY, "Pooling")]
@@ -60,12 +60,12 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Literal["las
     # The text reaches the tokenizer as it was given in training, which does its own lowercasing if any.
     write_json(directory / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
     write_json(directory / "config_sentence_transformers.json", {
-        "__version__": _versions(), "model_type": "SentenceTransformer",
+        "__version__": library_versions(), "model_type": "SentenceTransformer",
         "prompts": {"query": query_prompt, "document": document_prompt}, "default_prompt_name": None,
         "similarity_fn_name": "cosine" if normalize else "dot"})
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Versions that wrote the export, under the keys Sentence Transformers uses."""
     from importlib.metadata import version
 
@@ -73,7 +73,8 @@ def _versions() -> dict[str, str]:
     return {key: version(package) for key, package in packages.items()}
 
 
-def _load_tokenizer(directory: Path) -> Any:
+def load_export_tokenizer(directory: Path) -> Any:
+    """The directory's tokenizer as Transformers loads it. Raises CheckpointError if it cannot."""
     from transformers import AutoTokenizer
 
     try:
@@ -83,9 +84,9 @@ def _load_tokenizer(directory: Path) -> Any:
                               "put the tokenizer files of the model there") from error
 
 
-def _complete_tokenizer(directory: Path, *, needs_eos: bool) -> None:
+def complete_tokenizer(directory: Path, *, needs_eos: bool) -> None:
     """Make the stored tokenizer give the ids of training: an EOS if pooling needs one, and a token to pad with."""
-    tokenizer = _load_tokenizer(directory)
+    tokenizer = load_export_tokenizer(directory)
     with_special, plain = tokenizer(_PROBE).input_ids, tokenizer(_PROBE, add_special_tokens=False).input_ids
     if not plain:
         # Without tokenizer files Transformers 5 builds an empty tokenizer from config.json's model_type, silently.
@@ -106,7 +107,7 @@ def _complete_tokenizer(directory: Path, *, needs_eos: bool) -> None:
     values = read_json(file)
     values["post_processor"] = _with_eos(values.get("post_processor"), tokenizer.eos_token, tokenizer.eos_token_id)
     file.write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
-    found = _load_tokenizer(directory)(_PROBE).input_ids
+    found = load_export_tokenizer(directory)(_PROBE).input_ids
     if found != [*with_special, tokenizer.eos_token_id]:
         raise CheckpointError(f"{file}: {_PROBE!r} becomes {found}, but training saw "
                               f"{[*with_special, tokenizer.eos_token_id]}; the tokenizer class ignores post_processor: "

@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
+from megatron_embed.convert.heads import CarriedFile
+from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.safetensors_file import SafetensorsWriter, bytes_of
 from megatron_embed.convert.source import HFDirectory
 from megatron_embed.errors import CheckpointError
@@ -47,6 +49,8 @@ class CheckpointInfo:
     """Heads that the source stores although they are tied: name -> the embedding that they repeat."""
     max_lengths: dict[str, int] = field(default_factory=dict)
     """Tokens of the roles `query` and `document` in training; empty: sentence_bert_config.json's one holds for all."""
+    head: Literal["yes_no", "score"] | None = None
+    """Which reranker's head was trained with the model; null: none."""
     format: int = FORMAT
 
 
@@ -66,6 +70,12 @@ class CheckpointDirectory:
     def model(self) -> Path:
         """The torch_dist checkpoint."""
         return self.path / "model"
+
+
+def open_carried(checkpoint: CheckpointDirectory) -> CarriedFile:
+    """The tensors that a checkpoint carries along beside those that are trained; to be closed."""
+    return CarriedFile(checkpoint.hf / CARRIED_FILE, rules_for(checkpoint.info.family),
+                       prefixed=checkpoint.info.prefixed)
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -99,7 +109,8 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
 
 
 def write_companions(source: str | Path, directory: Path, *, dtype: str | None = None,
-                     max_lengths: dict[str, int] | None = None) -> CheckpointInfo:
+                     max_lengths: dict[str, int] | None = None,
+                     head: Literal["yes_no", "score"] | None = None) -> CheckpointInfo:
     """Write everything of a checkpoint that is not `model/`: `megatron_embed.json` and `hf/`.
 
     Args:
@@ -107,6 +118,7 @@ def write_companions(source: str | Path, directory: Path, *, dtype: str | None =
         directory: the checkpoint being written; exists.
         dtype: of the weights in its `model/`; null: the source's.
         max_lengths: tokens by role; null: the source's.
+        head: of the reranker that `model/` holds.
     Raises:
         CheckpointError: `source` is neither.
     """
@@ -121,8 +133,9 @@ def write_companions(source: str | Path, directory: Path, *, dtype: str | None =
         with HFDirectory(source) as opened:
             info = _companions_of_hf(opened, directory / "hf")
     info = replace(info, dtype=dtype or info.dtype,
-                   max_lengths=info.max_lengths if max_lengths is None else max_lengths)
-    write_json(directory / INFO_FILE, asdict(info))
+                   max_lengths=info.max_lengths if max_lengths is None else max_lengths, head=head)
+    write_json(directory / INFO_FILE, {key: value for key, value in asdict(info).items()
+                                       if key != "head" or value is not None})
     return info
 
 

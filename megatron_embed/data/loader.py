@@ -1,18 +1,24 @@
 """Batches of one data-parallel rank, each prepared while the step before it computes."""
 
 import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Any, Generic, Self, TypeVar
 
-from megatron_embed.batch import EmbedBatch
+from megatron_embed.batch import EmbedBatch, RerankBatch, StepBatch
 from megatron_embed.data.mixture import Sampler
 from megatron_embed.data.packing import build_embed_batch
+from megatron_embed.data.pairs import PairTokenizer
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import RecordSet
+from megatron_embed.data.rerank import build_rerank_batch, choose_negatives
 from megatron_embed.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch", bound=StepBatch)
 
 
 def check_prompts(records: RecordSet, tokenizer: RoleTokenizer) -> None:
@@ -25,61 +31,33 @@ def check_prompts(records: RecordSet, tokenizer: RoleTokenizer) -> None:
                            "{instruction}", source.path)
 
 
-class BatchLoader:
+class StepLoader(ABC, Generic[Batch]):
     """This rank's batch of any optimizer step; no communication, equal on every rank of a replica.
 
     Data-parallel rank r takes rows r*G/dp_size ... of the G = global_batch_size rows of the step.
 
-    Args:
-        records: all training rows.
-        sampler: over the same records.
-        tokenizer: of the model that is trained.
-        dp_rank: this rank's place on the data axis.
-        dp_size: ranks on the data axis.
-        micro_batch_size: queries per rank per micro-batch; not used with a token budget.
-        num_negatives: hard negatives per query.
-        alignment: tokens; every micro-batch is a multiple of it.
-        constant_tokens: all micro-batches of a step have one size.
-        micro_batch_tokens: token budget of a micro-batch; null: none. Ranks' numbers of micro-batches then differ.
-        whole_groups: under a budget, a query shares the micro-batch of its documents.
-
     Attributes:
         truncated_rows: rows cut to the maximum length, in the batches handed out so far.
-
-    Raises:
-        ConfigError: the batch sizes do not divide, or an instruction is missing or too long.
     """
 
-    def __init__(self, records: RecordSet, sampler: Sampler, tokenizer: RoleTokenizer, *, dp_rank: int,
-                 dp_size: int, micro_batch_size: int, num_negatives: int, alignment: int,
-                 constant_tokens: bool, micro_batch_tokens: int | None = None, whole_groups: bool = False) -> None:
-        group = micro_batch_size * dp_size
-        total = sampler.global_batch_size
-        if micro_batch_tokens is None and total % group:
-            raise ConfigError(f"training.global_batch_size = {total} is not a multiple of micro_batch_size * "
-                              f"data_parallel_size = {micro_batch_size} * {dp_size}; next valid: "
-                              f"{-(-total // group) * group}")
-        check_prompts(records, tokenizer)
+    def __init__(self, records: RecordSet, sampler: Sampler, *, dp_rank: int, dp_size: int) -> None:
         self.truncated_rows = 0
         self._records = records
         self._sampler = sampler
-        self._tokenizer = tokenizer
-        share = total // dp_size
+        share = sampler.global_batch_size // dp_size
         self._share = slice(dp_rank * share, (dp_rank + 1) * share)
-        self._micro_batch_size = micro_batch_size
-        self._num_negatives = num_negatives
-        self._alignment = alignment
-        self._constant_tokens = constant_tokens
-        self._micro_batch_tokens = micro_batch_tokens
-        self._whole_groups = whole_groups
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-loader")
-        self._next: tuple[int, Future[EmbedBatch]] | None = None
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    @abstractmethod
+    def batch_of(self, records: Sequence[Any], rows: Sequence[int], step: int) -> Batch:
+        """The batch of this rank's records of a step; `rows` are their numbers in the whole data. In the thread."""
 
     def rows(self, step: int) -> list[int]:
         """The row numbers in the whole data of this rank's queries in step `step`."""
         return self._sampler.rows_of_step(step)[self._share]
 
-    def batch(self, step: int) -> EmbedBatch:
+    def batch(self, step: int) -> Batch:
         """This rank's batch of optimizer step `step`; starts preparing step + 1.
 
         Raises:
@@ -104,14 +82,96 @@ class BatchLoader:
                  trace: TracebackType | None) -> None:
         self.close()
 
-    def _build(self, step: int) -> EmbedBatch:
+    def _build(self, step: int) -> Batch:
+        rows = self.rows(step)
         try:
-            records = [self._records[row] for row in self.rows(step)]
+            records = [self._records[row] for row in rows]
         except OSError as error:  # a disk that fails under way; the loop tells the other ranks of a UserError
             raise DataError(f"data.train: a row of step {step + 1} cannot be read ({error.strerror or error}); look at "
                             "the disk, then start the run again") from error
+        return self.batch_of(records, rows, step)
+
+
+class BatchLoader(StepLoader[EmbedBatch]):
+    """Batches of an embedding model.
+
+    Args:
+        records: all training rows.
+        sampler: over the same records.
+        tokenizer: of the model that is trained.
+        dp_rank: this rank's place on the data axis.
+        dp_size: ranks on the data axis.
+        micro_batch_size: queries per rank per micro-batch; not used with a token budget.
+        num_negatives: hard negatives per query.
+        alignment: tokens; every micro-batch is a multiple of it.
+        constant_tokens: all micro-batches of a step have one size.
+        micro_batch_tokens: token budget of a micro-batch; null: none. Ranks' numbers of micro-batches then differ.
+        whole_groups: under a budget, a query shares the micro-batch of its documents.
+
+    Raises:
+        ConfigError: the batch sizes do not divide, or an instruction is missing or too long.
+    """
+
+    def __init__(self, records: RecordSet, sampler: Sampler, tokenizer: RoleTokenizer, *, dp_rank: int,
+                 dp_size: int, micro_batch_size: int, num_negatives: int, alignment: int,
+                 constant_tokens: bool, micro_batch_tokens: int | None = None, whole_groups: bool = False) -> None:
+        group = micro_batch_size * dp_size
+        total = sampler.global_batch_size
+        if micro_batch_tokens is None and total % group:
+            raise ConfigError(f"training.global_batch_size = {total} is not a multiple of micro_batch_size * "
+                              f"data_parallel_size = {micro_batch_size} * {dp_size}; next valid: "
+                              f"{-(-total // group) * group}")
+        check_prompts(records, tokenizer)
+        super().__init__(records, sampler, dp_rank=dp_rank, dp_size=dp_size)
+        self._tokenizer = tokenizer
+        self._micro_batch_size = micro_batch_size
+        self._num_negatives = num_negatives
+        self._alignment = alignment
+        self._constant_tokens = constant_tokens
+        self._micro_batch_tokens = micro_batch_tokens
+        self._whole_groups = whole_groups
+
+    def batch_of(self, records: Sequence[Any], rows: Sequence[int], step: int) -> EmbedBatch:
         return build_embed_batch(
             records, self._tokenizer,
             micro_batch_size=self._micro_batch_size, num_negatives=self._num_negatives, alignment=self._alignment,
             constant_tokens=self._constant_tokens, most_positives=self._records.most_positives,
             micro_batch_tokens=self._micro_batch_tokens, whole_groups=self._whole_groups)
+
+
+class RerankLoader(StepLoader[RerankBatch]):
+    """Batches of a reranker; each time that a row comes its negatives are drawn anew, from seed, row and step alone.
+
+    Args:
+        records: all training rows, RerankRecords.
+        sampler: over the same records.
+        tokenizer: of the model that is trained, with its prompt.
+        dp_rank: this rank's place on the data axis.
+        dp_size: ranks on the data axis.
+        micro_batch_size: queries per rank per micro-batch; not used with a token budget.
+        num_negatives: documents with label 0 per query; 0: all of the row.
+        seed: of the draw; null: the first ones of the row.
+        alignment: tokens; every micro-batch is a multiple of it.
+        constant_tokens: all micro-batches of a step have one size.
+        micro_batch_tokens: token budget of a micro-batch; null: none.
+    """
+
+    def __init__(self, records: RecordSet, sampler: Sampler, tokenizer: PairTokenizer, *, dp_rank: int,
+                 dp_size: int, micro_batch_size: int, num_negatives: int, seed: int | None, alignment: int,
+                 constant_tokens: bool, micro_batch_tokens: int | None = None) -> None:
+        super().__init__(records, sampler, dp_rank=dp_rank, dp_size=dp_size)
+        self._tokenizer = tokenizer
+        self._micro_batch_size = micro_batch_size
+        self._num_negatives = num_negatives
+        self._seed = seed
+        self._alignment = alignment
+        self._constant_tokens = constant_tokens
+        self._micro_batch_tokens = micro_batch_tokens
+
+    def batch_of(self, records: Sequence[Any], rows: Sequence[int], step: int) -> RerankBatch:
+        seeds = [None if self._seed is None else (self._seed, step, row) for row in rows]
+        chosen = [choose_negatives(record, self._num_negatives, seed)
+                  for record, seed in zip(records, seeds, strict=True)]
+        return build_rerank_batch(
+            chosen, self._tokenizer, micro_batch_size=self._micro_batch_size, alignment=self._alignment,
+            constant_tokens=self._constant_tokens, micro_batch_tokens=self._micro_batch_tokens)

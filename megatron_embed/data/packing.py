@@ -1,7 +1,7 @@
 """Token ids to packed micro-batches."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate, chain
 
@@ -17,12 +17,14 @@ from megatron_embed.errors import DataError, TokenlessTextError
 logger = logging.getLogger(__name__)
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is not below the number."""
     return -(-number // multiple) * multiple
 
 
 def pack(token_ids: Sequence[list[int]], rows: Sequence[int], is_query: Sequence[bool], *, tokens: int | None,
-         alignment: int, pad_token_id: int, prompt_lengths: Sequence[int] | None = None) -> MicroBatch:
+         alignment: int, pad_token_id: int, prompt_lengths: Sequence[int] | None = None,
+         token_types: Sequence[list[int]] | None = None) -> MicroBatch:
     """One bin with the given sequences one after the other and padding at its end.
 
     Args:
@@ -33,6 +35,7 @@ def pack(token_ids: Sequence[list[int]], rows: Sequence[int], is_query: Sequence
         alignment: tokens, >= 1; the bin is a multiple of it.
         pad_token_id: any id of the vocabulary; no sequence holds the padding.
         prompt_lengths: per sequence, leading tokens that pooling skips; None: 0 for all.
+        token_types: per sequence, as long as its ids; None: 0 everywhere.
     Raises:
         ValueError: the sequences do not fit into `tokens`, or that is no multiple of `alignment`.
     """
@@ -40,13 +43,17 @@ def pack(token_ids: Sequence[list[int]], rows: Sequence[int], is_query: Sequence
     assert lengths.size and lengths.all(), "a bin needs sequences, and a sequence needs tokens"
     ends = np.cumsum(lengths)
     total = int(ends[-1])
-    size = _round_up(total, alignment) if tokens is None else tokens
+    size = round_up(total, alignment) if tokens is None else tokens
     if size < total or size % alignment:
         raise ValueError(f"a bin of {size} tokens, alignment {alignment}, cannot hold {total} tokens")
     ids = np.full(size, pad_token_id, dtype=np.int64)
     ids[:total] = np.fromiter(chain.from_iterable(token_ids), dtype=np.int64, count=total)
     positions = np.zeros(size, dtype=np.int64)
     positions[:total] = np.arange(total) - np.repeat(ends - lengths, lengths)
+    types = None
+    if token_types is not None:
+        types = torch.zeros(size, dtype=torch.int64)
+        types[:total] = torch.tensor(list(chain.from_iterable(token_types)), dtype=torch.int64)
     return MicroBatch(
         token_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
@@ -54,6 +61,7 @@ def pack(token_ids: Sequence[list[int]], rows: Sequence[int], is_query: Sequence
         rows=torch.tensor(rows, dtype=torch.int64),
         is_query=torch.tensor(is_query, dtype=torch.bool),
         prompt_lengths=torch.tensor(prompt_lengths or [0] * len(lengths), dtype=torch.int64),
+        token_types=types,
     )
 
 
@@ -62,7 +70,7 @@ def _pack_bins(bins: Sequence[Sequence[int]], token_ids: Sequence[list[int]], nu
     """Bins of row numbers to micro-batches, of `tokens` each if given; rows before `num_queries` are queries."""
     largest = max((sum(len(token_ids[row]) for row in rows) for rows in bins), default=0)
     if tokens is None and constant_tokens:
-        tokens = _round_up(largest, alignment)
+        tokens = round_up(largest, alignment)
     return tuple(
         pack([token_ids[row] for row in rows], rows, [row < num_queries for row in rows], tokens=tokens,
              alignment=alignment, pad_token_id=pad_token_id)
@@ -151,33 +159,44 @@ def fill_bins(batch: EmbedBatch, count: int, micro_capacity: Capacity, *, whole_
         micro_capacity: of one micro-batch, agreed by all ranks.
         whole_groups: a query stays with its documents.
     """
-    assert 0 < len(batch.micro_batches) <= count
-    micro_batches = list(batch.micro_batches)
-    while len(micro_batches) < count:
-        divisible = [place for place, micro in enumerate(micro_batches)
-                     if len(_units(batch, micro, whole_groups)) > 1]
+    def unit_of(row: int) -> int:
+        if not whole_groups:
+            return row
+        return row if row < batch.num_queries else int(batch.document_query[row - batch.num_queries])
+
+    return replace(batch, micro_batches=divide_bins(batch.micro_batches, count, unit_of), micro_capacity=micro_capacity)
+
+
+def divide_bins(micro_batches: Sequence[MicroBatch], count: int,
+                unit_of: Callable[[int], int]) -> tuple[MicroBatch, ...]:
+    """Exactly `count` >= their number of micro-batches, as `fill_bins` says.
+
+    Args:
+        unit_of: local row number -> what it must stay together with.
+    """
+    assert 0 < len(micro_batches) <= count
+    divided = list(micro_batches)
+    while len(divided) < count:
+        divisible = [place for place, micro in enumerate(divided) if len(_units(micro, unit_of)) > 1]
         if not divisible:
-            micro_batches += [replace(micro_batches[0], repeated=True)] * (count - len(micro_batches))
+            divided += [replace(divided[0], repeated=True)] * (count - len(divided))
             break
-        largest = max(divisible, key=lambda place: (micro_batches[place].num_tokens, -place))
-        micro_batches[largest : largest + 1] = _halves(batch, micro_batches[largest], whole_groups)
-    return replace(batch, micro_batches=tuple(micro_batches), micro_capacity=micro_capacity)
+        largest = max(divisible, key=lambda place: (divided[place].num_tokens, -place))
+        divided[largest : largest + 1] = _halves(divided[largest], unit_of)
+    return tuple(divided)
 
 
-def _units(batch: EmbedBatch, micro: MicroBatch, whole_groups: bool) -> list[list[int]]:
+def _units(micro: MicroBatch, unit_of: Callable[[int], int]) -> list[list[int]]:
     """Places in the micro-batch of what must stay together."""
-    if not whole_groups:
-        return [[place] for place in range(micro.num_sequences)]
     units: dict[int, list[int]] = {}
     for place, row in enumerate(micro.rows.tolist()):
-        query = row if row < batch.num_queries else int(batch.document_query[row - batch.num_queries])
-        units.setdefault(query, []).append(place)
+        units.setdefault(unit_of(row), []).append(place)
     return list(units.values())
 
 
-def _halves(batch: EmbedBatch, micro: MicroBatch, whole_groups: bool) -> list[MicroBatch]:
+def _halves(micro: MicroBatch, unit_of: Callable[[int], int]) -> list[MicroBatch]:
     """Two micro-batches of about as many tokens each, padded to the size of the one they came from."""
-    units, lengths = _units(batch, micro, whole_groups), micro.cu_seqlens.diff().tolist()
+    units, lengths = _units(micro, unit_of), micro.cu_seqlens.diff().tolist()
     sums = list(accumulate(sum(lengths[place] for place in unit) for unit in units))
     cut = min(range(1, len(units)), key=lambda number: abs(2 * sums[number - 1] - sums[-1]))
     return [_part(micro, sorted(chain.from_iterable(part))) for part in (units[:cut], units[cut:])]
@@ -185,9 +204,11 @@ def _halves(batch: EmbedBatch, micro: MicroBatch, whole_groups: bool) -> list[Mi
 
 def _part(micro: MicroBatch, places: list[int]) -> MicroBatch:
     bounds = micro.cu_seqlens.tolist()
-    return pack([micro.token_ids[bounds[place] : bounds[place + 1]].tolist() for place in places],
-                micro.rows[places].tolist(), micro.is_query[places].tolist(), tokens=micro.token_ids.numel(),
-                alignment=1, pad_token_id=0, prompt_lengths=micro.prompt_lengths[places].tolist())
+    spans = [slice(bounds[place], bounds[place + 1]) for place in places]
+    types = None if micro.token_types is None else [micro.token_types[span].tolist() for span in spans]
+    return pack([micro.token_ids[span].tolist() for span in spans], micro.rows[places].tolist(),
+                micro.is_query[places].tolist(), tokens=micro.token_ids.numel(), alignment=1, pad_token_id=0,
+                prompt_lengths=micro.prompt_lengths[places].tolist(), token_types=types)
 
 
 def _text_ids(texts: Iterable[str]) -> torch.Tensor:

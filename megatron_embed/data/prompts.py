@@ -31,7 +31,8 @@ class TokenizedRows:
     """Texts that were cut to the maximum length."""
 
 
-def _load(model_dir: str) -> Any:
+def load_tokenizer(model_dir: str) -> Any:
+    """The tokenizer of a model directory; never fetched. Raises CheckpointError if there is no usable one."""
     directory = Path(model_dir)
     if not directory.is_dir():
         raise CheckpointError(f"{model_dir}: no such directory; name a model directory with tokenizer files")
@@ -73,7 +74,7 @@ class RoleTokenizer:
     def __init__(self, model_dir: str, *, add_eos: bool, query_prompt: str = "", document_prompt: str = "",
                  query_max_length: int, document_max_length: int,
                  length_keys: tuple[str, str] = ("data.query_max_length", "data.document_max_length")) -> None:
-        self._tokenizer = _load(model_dir)
+        self._tokenizer = load_tokenizer(model_dir)
         # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.
         self._lock = threading.Lock()
         self._prompts: dict[Role, str] = {"query": query_prompt, "document": document_prompt}

@@ -1,7 +1,8 @@
 """Texts to embeddings over all ranks: each data-parallel rank takes a share, every rank gets the whole result."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,52 +18,54 @@ from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.parallel.collectives import gather_padded, largest, send_from_last, smallest
 from megatron_embed.parallel.topology import Topology, token_alignment
 
+Item = TypeVar("Item")
+
 TEXTS_AT_ONCE = 4096
 """Texts tokenized and packed together; bounds memory for large corpora while lengths still sort well."""
 
 
-class TextEncoder:
-    """A loaded model with its tokenizer. Every method is called by all ranks together."""
+class RowRunner:
+    """A loaded model on all ranks, whatever its rows are: each data-parallel rank takes a share of them."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, tokenizer: RoleTokenizer, *,
-                 pooling: Pooling, dim: int, kernel: AttentionKernel, causal: bool,
-                 micro_batch_tokens: int = 8192) -> None:
-        """`micro_batch_tokens`: of one packed bin, padding included; a longer text gets a bin of its own."""
+    def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, *, pooling: Pooling, dim: int,
+                 kernel: AttentionKernel, causal: bool) -> None:
+        """`dim`: of what the model gives for a row."""
         self.chunks = chunks
         self.topology = topology
-        self.tokenizer = tokenizer
         self.pooling = pooling
         self.dim = dim
         self.kernel = kernel
         self.causal = causal
-        self.micro_batch_tokens = micro_batch_tokens
 
-    def encode(self, texts: Sequence[str], role: Role, *,
-               show_progress: bool = False) -> Tensor:
-        """[texts, dim] float32 on the CPU of every rank, in the order of `texts`.
+    def rows_of(self, items: Sequence[Item],
+                pack: Callable[[Sequence[Item]], tuple[tuple[MicroBatch, ...], int | None]],
+                bar: "tqdm[Any]") -> Tensor:
+        """What the model gives for each item, [items, dim] float32 on the CPU of every rank, in order.
 
-        Each data-parallel rank embeds every dp_size-th text; one all-gather over the data-parallel group and one
-        broadcast over the pipeline per 4096 texts of a rank, and one all-reduce of an integer over the world. Dropout
-        is off meanwhile.
+        Called by all ranks. Each data-parallel rank runs every dp_size-th item; one all-gather over the data-parallel
+        group and one broadcast over the pipeline per 4096 items of a rank, and one all-reduce of an integer over the
+        world. Dropout is off meanwhile.
 
+        Args:
+            pack: some items -> their bins (rows are numbered as the items), and the first of them without tokens.
+            bar: counts items; closed at the end.
         Raises:
-            TokenlessTextError: for the first text without tokens of these 4096, on every rank alike.
+            TokenlessTextError: for the first item without tokens of these 4096, on every rank alike.
         """
         size, rank = self.topology.dp_size, self.topology.dp_rank
-        result = torch.empty(len(texts), self.dim)
+        result = torch.empty(len(items), self.dim)
         block = TEXTS_AT_ONCE * size
-        bar = tqdm(total=len(texts), unit="text", desc=f"encode {role}", disable=None if show_progress else True)
         with bar, _evaluation_mode(self.chunks):
-            for first in range(0, len(texts), block):
-                part = texts[first : first + block]
+            for first in range(0, len(items), block):
+                part = items[first : first + block]
                 capacity = -(-len(part) // size)
                 share = part[rank::size]
-                # A rank without texts embeds the first one for nothing: the experts it holds are asked by others.
-                bins, bad = self._pack_share(share or part[:1], role)
+                # A rank without items runs the first one for nothing: the experts it holds are asked by others.
+                bins, bad = pack(share or part[:1])
                 row = smallest(len(part) if bad is None else bad * size + rank)
                 if row < len(part):
-                    raise TokenlessTextError(first + row, f"{role} text number {first + row + 1}", part[row])
-                rows = self._embed_share(bins, len(share))
+                    raise TokenlessTextError(first + row, f"text number {first + row + 1}", str(part[row]))
+                rows = self._run_share(bins, len(share))
                 if self.topology.is_last_stage:
                     gathered = gather_padded(rows, capacity, self.topology.dp_group)
                 else:
@@ -72,17 +75,8 @@ class TextEncoder:
                 bar.update(len(part))
         return result
 
-    def _pack_share(self, texts: Sequence[str], role: Role) -> tuple[tuple[MicroBatch, ...], int | None]:
-        """This rank's bins, and the number of its first text without tokens if there is one."""
-        try:
-            return build_encode_batches(
-                texts, role, self.tokenizer, micro_batch_tokens=self.micro_batch_tokens,
-                alignment=token_alignment(self.topology.sizes), constant_tokens=self.topology.pp_size > 1), None
-        except TokenlessTextError as error:
-            return (), error.row
-
-    def _embed_share(self, bins: Sequence[MicroBatch], num_texts: int) -> Tensor:
-        """[num_texts, dim] of this rank's texts; empty before the last stage."""
+    def _run_share(self, bins: Sequence[MicroBatch], num_items: int) -> Tensor:
+        """[num_items, dim] of this rank's items; empty before the last stage."""
         # All ranks run as many bins as the busiest, or an expert-parallel all-to-all would wait for ever.
         batches = [to_device(micro, self.topology, self.pooling, kernel=self.kernel, causal=self.causal)
                    for micro in bins]
@@ -91,10 +85,48 @@ class TextEncoder:
             batches += [batches[0]] * (needed - len(batches))
         if len(self.chunks) > 1:  # the interleaved schedule runs whole rounds of the pipeline
             batches += [batches[0]] * (-len(batches) % self.topology.pp_size)
-        embeddings = embed(self.chunks, batches, self.topology)
-        if embeddings is None:
+        rows = embed(self.chunks, batches, self.topology)
+        if rows is None:
             return torch.zeros(0, self.dim, device=self.topology.device)
-        return embeddings[:num_texts]
+        return rows[:num_items]
+
+
+class TextEncoder(RowRunner):
+    """A loaded embedding model with its tokenizer. Every method is called by all ranks together."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, tokenizer: RoleTokenizer, *,
+                 pooling: Pooling, dim: int, kernel: AttentionKernel, causal: bool,
+                 micro_batch_tokens: int = 8192) -> None:
+        """`micro_batch_tokens`: of one packed bin, padding included; a longer text gets a bin of its own."""
+        super().__init__(chunks, topology, pooling=pooling, dim=dim, kernel=kernel, causal=causal)
+        self.tokenizer = tokenizer
+        self.micro_batch_tokens = micro_batch_tokens
+
+    def encode(self, texts: Sequence[str], role: Role, *,
+               show_progress: bool = False) -> Tensor:
+        """[texts, dim] float32 on the CPU of every rank, in the order of `texts`. Communicates as `rows_of` does.
+
+        Raises:
+            TokenlessTextError: for a text without tokens, on every rank alike.
+        """
+
+        def pack(part: Sequence[str]) -> tuple[tuple[MicroBatch, ...], int | None]:
+            return self._pack_share(part, role)
+
+        bar = tqdm(total=len(texts), unit="text", desc=f"encode {role}", disable=None if show_progress else True)
+        try:
+            return self.rows_of(texts, pack, bar)
+        except TokenlessTextError as error:
+            raise TokenlessTextError(error.row, f"{role} text number {error.row + 1}", error.text) from None
+
+    def _pack_share(self, texts: Sequence[str], role: Role) -> tuple[tuple[MicroBatch, ...], int | None]:
+        """This rank's bins, and the number of its first text without tokens if there is one."""
+        try:
+            return build_encode_batches(
+                texts, role, self.tokenizer, micro_batch_tokens=self.micro_batch_tokens,
+                alignment=token_alignment(self.topology.sizes), constant_tokens=self.topology.pp_size > 1), None
+        except TokenlessTextError as error:
+            return (), error.row
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from megatron_embed.models.backbone import (
     megatron_config,
 )
 from megatron_embed.models.families import ModelShape
+from megatron_embed.models.heads import HeadSpec, PairHead
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.parallel.topology import Topology
@@ -47,6 +48,8 @@ class DeviceMicroBatch:
     """[1, tokens/cp] int64."""
     position_ids: Tensor
     """[1, tokens/cp] int64."""
+    token_types: Tensor | None
+    """[1, tokens/cp] int64; null: all 0."""
     num_tokens: int
     """Length of the bin over all context-parallel ranks, padding included."""
     packed: PackedSequences
@@ -65,12 +68,14 @@ class EmbeddingModel(LanguageModule):
     layer."""
 
     def __init__(self, config: TransformerConfig, shape: ModelShape, topology: Topology, *, pooling: Pooling,
-                 normalize: bool, bidirectional: bool, vp_stage: int | None = None) -> None:
+                 normalize: bool, bidirectional: bool, vp_stage: int | None = None,
+                 head_spec: HeadSpec | None = None) -> None:
         super().__init__(config=config, pg_collection=topology.groups)
         self.shape = shape
         self.topology = topology
         self.pooling = pooling
         self.normalize = normalize
+        self.head_spec = head_spec
         self.causal = not bidirectional
         self.vp_stage = vp_stage
         self.share_embeddings_and_output_weights = False
@@ -89,6 +94,9 @@ class EmbeddingModel(LanguageModule):
             config=config, spec=block_spec(config, shape, bidirectional, topology.pp_rank, vp_stage),
             post_layer_norm=not shape.post_norm, pre_process=self.pre_process, post_process=self.post_process,
             pg_collection=topology.groups, vp_stage=vp_stage)
+        self.head = None
+        if self.post_process and head_spec is not None:
+            self.head = PairHead(head_spec, shape, topology.cp_size)
 
     def _embedding(self) -> LanguageModelEmbedding:
         vocabulary = padded_vocabulary(self.shape.vocab_size, self.topology.tp_size)
@@ -103,18 +111,23 @@ class EmbeddingModel(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, batch: DeviceMicroBatch) -> Tensor:
-        """The bin's embeddings, [sequences, dim] float32, on the last stage; token states to send on elsewhere."""
+        """The bin's embeddings, [sequences, dim] float32, on the last stage, or with a head its scores, [sequences, 1];
+        token states to send on elsewhere."""
         hidden = self.token_states(batch)
         if not self.post_process:
             return hidden
         groups = [self.topology.groups.tp] if self.topology.sequence_parallel else []
         groups += [self.topology.groups.cp] if self.topology.cp_size > 1 else []
         rows = pool(hidden.squeeze(1), batch.plan, tuple(groups))
+        if self.head is not None:
+            return self.head(rows)
         return functional.normalize(rows, dim=-1) if self.normalize else rows
 
     def token_states(self, batch: DeviceMicroBatch) -> Tensor:
         """[tokens/(cp*tp), 1, hidden] after this chunk's layers (tokens/cp without sequence parallelism)."""
-        hidden = self.embedding(batch.token_ids, batch.position_ids) if self.pre_process else None
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(batch.token_ids, batch.position_ids, batch.token_types)
         return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(batch),
                             packed_seq_params=batch.packed,
                             padding_mask=batch.padding if self.shape.num_experts else None)
@@ -168,8 +181,10 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
     return "flash" if wanted != "sdpa" and other is None and half and HAS_CUDA else "sdpa"
 
 
-def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling) -> list[EmbeddingModel]:
-    """This rank's model chunks (one without interleaving), uninitialized, in `model.dtype`, on the device.
+def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling,
+                head_spec: HeadSpec | None = None) -> list[EmbeddingModel]:
+    """This rank's model chunks (one without interleaving), uninitialized, in `model.dtype`, on the device; with a
+    reranker's head on the last one if asked for.
 
     Raises:
         ConfigError: the layout does not divide the model.
@@ -181,7 +196,7 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     chunks = []
     for stage in stages:
         chunk = EmbeddingModel(transformer, shape, topology, pooling=pooling, normalize=config.embedding.normalize,
-                               bidirectional=bidirectional, vp_stage=stage)
+                               bidirectional=bidirectional, vp_stage=stage, head_spec=head_spec)
         mark_tensor_parallel(chunk)
         mark_expert_copies(chunk, config.parallel)
         add_bias_in_product(chunk)
@@ -204,7 +219,9 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
         share = padding.numel() // topology.tp_size
         mine = (topology.tp_rank * share, (topology.tp_rank + 1) * share)
         plan, padding = local_plan(plan, (mine,)), padding[mine[0] : mine[1]]
+    types = micro_batch.token_types
     return DeviceMicroBatch(
+        token_types=None if types is None else _held(types, chunks)[None].to(device),
         token_ids=_held(micro_batch.token_ids, chunks)[None].to(device),
         position_ids=_held(micro_batch.position_ids, chunks)[None].to(device), num_tokens=tokens, packed=packed,
         padding=padding[None].to(device), plan=plan, rows=micro_batch.rows, kept_rows=micro_batch.kept_rows)

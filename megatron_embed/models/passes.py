@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_embed.models.encoder import DeviceMicroBatch, EmbeddingModel
+from megatron_embed.models.heads import HeadSpec, PairHead, fetch_tied_rows
 from megatron_embed.parallel.topology import Topology, virtual_size
-from megatron_embed.platform.compat import get_forward_backward_func
+from megatron_embed.platform.compat import DistributedDataParallel, get_forward_backward_func
 
 LossFunction = Callable[..., Any]
 
@@ -31,6 +32,7 @@ def run_schedule(
     Returns:
         What the loss functions handed back, in micro-batch order; empty before the last stage.
         Communicates over the pipeline, tensor-, context- and expert-parallel groups and, with backward, data-parallel.
+        A reranker's head that is tied to the word embeddings gets their rows first.
     """
 
     def forward_step(numbered: Iterator[tuple[int, DeviceMicroBatch]],
@@ -38,12 +40,33 @@ def run_schedule(
         number, batch = next(numbered)
         return model(batch), loss_of(number)
 
+    tied = tied_parts(chunks)
+    if tied is not None:
+        fetch_tied_rows(*tied, topology)
     iterators = [iter(list(enumerate(batches))) for _ in chunks]
     schedule = get_forward_backward_func(topology.pp_size, virtual_size(topology.sizes))
     return schedule(
         forward_step_func=forward_step, data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks), num_microbatches=len(batches), seq_length=batches[0].num_tokens, micro_batch_size=1,
         forward_only=forward_only, collect_non_loss_data=forward_only)
+
+
+def unwrapped(chunk: torch.nn.Module) -> EmbeddingModel:
+    """The model chunk itself, out of Megatron's DistributedDataParallel if it is wrapped."""
+    model = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+    assert isinstance(model, EmbeddingModel)
+    return model
+
+
+def tied_parts(
+        chunks: Sequence[torch.nn.Module]) -> tuple[torch.nn.Module | None, PairHead | None, HeadSpec, int] | None:
+    """What `fetch_tied_rows` asks for of this rank's chunks; null if there is no head tied to the word embeddings."""
+    first, last = unwrapped(chunks[0]), unwrapped(chunks[-1])
+    spec = first.head_spec
+    if spec is None or not spec.is_tied(first.shape):
+        return None
+    word_embeddings = first.embedding.word_embeddings if first.pre_process else None
+    return word_embeddings, last.head, spec, first.shape.hidden_size
 
 
 def embed(chunks: Sequence[torch.nn.Module], batches: Sequence[DeviceMicroBatch], topology: Topology) -> Tensor | None:

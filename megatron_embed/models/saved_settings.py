@@ -95,7 +95,7 @@ def read_saved_settings(directory: str | Path) -> SavedSettings:
             pooling, include_prompt = _pooling(path, _object(path)), _object(path).get("include_prompt", True)
         elif kind == "Normalize":
             normalize = True
-        elif kind != "Transformer":
+        elif kind not in ("Transformer", "LogitScore"):  # the latter is a reranker's, see reranker_settings.py
             raise CheckpointError(f"{folder / 'modules.json'}: module {module['type']!r} is not supported; "
                                   "Transformer, Pooling and Normalize are")
     settings = _object(folder / "config_sentence_transformers.json")

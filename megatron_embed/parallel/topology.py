@@ -188,8 +188,10 @@ def check_token_budget(config: RunConfig) -> None:
     if budget is None:
         return
     query, document = config.data.query_max_length, config.data.document_max_length
+    if config.task == "reranker":  # how long a pair and large a group may be follows from model and rows
+        query = document = 1
     least, what = max(query, document), f"max(query_max_length, document_max_length) = max({query}, {document})"
-    if not config.objective.couples_batch:
+    if config.task == "embedding" and not config.objective.couples_batch:
         documents = 1 + config.data.num_negatives
         least = query + documents * document
         what = f"query_max_length + (1 + num_negatives) * document_max_length = {query} + {documents} * {document}"

@@ -1,8 +1,9 @@
 """What data-parallel ranks agree on before a step whose micro-batches are filled by tokens."""
 
-from megatron_embed.batch import Capacity, EmbedBatch
+from megatron_embed.batch import Capacity, EmbedBatch, RerankBatch
 from megatron_embed.data.packing import fill_bins
-from megatron_embed.parallel.collectives import largest_of_each
+from megatron_embed.data.rerank import fill_rerank_bins
+from megatron_embed.parallel.collectives import largest, largest_of_each
 from megatron_embed.parallel.topology import Topology
 
 
@@ -16,6 +17,15 @@ def agree_on_bins(batch: EmbedBatch, topology: Topology, *, whole_groups: bool) 
         whole_groups: a query stays with its documents.
     """
     count, *capacity = largest_of_each([len(batch.micro_batches), *batch.micro_capacity], topology.dp_group)
-    if topology.num_model_chunks > 1:
-        count += -count % topology.pp_size
-    return fill_bins(batch, count, Capacity(*capacity), whole_groups=whole_groups)
+    return fill_bins(batch, _whole_rounds(count, topology), Capacity(*capacity), whole_groups=whole_groups)
+
+
+def agree_on_rerank_bins(batch: RerankBatch, topology: Topology) -> RerankBatch:
+    """The same for a reranker's batch, whose queries always stay whole."""
+    count = largest(len(batch.micro_batches), topology.dp_group)
+    return fill_rerank_bins(batch, _whole_rounds(count, topology))
+
+
+def _whole_rounds(count: int, topology: Topology) -> int:
+    """Micro-batches that an interleaved pipeline can run: a multiple of its size."""
+    return count + -count % topology.pp_size if topology.num_model_chunks > 1 else count

@@ -7,6 +7,8 @@ import torch
 
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel
+from megatron_embed.models.heads import return_tied_gradients
+from megatron_embed.models.passes import tied_parts
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import (
     DistributedDataParallel,
@@ -66,7 +68,14 @@ def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: T
     wrapped = [DistributedDataParallel(config=chunk.config, ddp_config=ddp_config, module=chunk,
                                        disable_bucketing=number > 0, pg_collection=topology.groups)
                for number, chunk in enumerate(chunks)]
-    chunks[0].config.finalize_model_grads_func = finalize_model_grads
+    tied = tied_parts(chunks)
+
+    def finalize(*arguments: Any, **options: Any) -> None:
+        if tied is not None:
+            return_tied_gradients(*tied, topology)
+        finalize_model_grads(*arguments, **options)
+
+    chunks[0].config.finalize_model_grads_func = finalize
     return wrapped
 
 

@@ -1,0 +1,141 @@
+"""From a reranker's checkpoint to a cross-encoder, compared with the model before the directory gets its name."""
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_embed.cli.model import ModelDirectory, find_model
+from megatron_embed.cli.reranker import head_spec, open_pair_tokenizer, open_scorer, saved_settings
+from megatron_embed.convert.convert import RerankerFormat, megatron_to_hf
+from megatron_embed.convert.cross_encoder import export_cross_encoder
+from megatron_embed.convert.verify_reranker import ScoreReport, compare_with_cross_encoder
+from megatron_embed.data.pairs import Pair, PairTokenizer
+from megatron_embed.errors import CheckpointError, UserError
+from megatron_embed.evaluation.score import PairScorer
+from megatron_embed.models.heads import HeadSpec
+from megatron_embed.models.reranker_settings import RerankerSettings, write_reranker_settings
+from megatron_embed.parallel.collectives import raise_first
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.3}
+"""Of a score in the stock libraries, which compute in float32, against ours, relative to max(1, |score|)."""
+PROBE_PAIRS = (
+    ("What is the capital of France?", "Paris is the capital and largest city of France."),
+    ("What is the capital of France?", "Gradient checkpointing trades computation for memory."),
+    ("how to average a list in python", "def mean(values):\n    return sum(values) / len(values)"),
+    ("深度学习是什么？", "深度学习是机器学习的一个分支，用多层神经网络学习数据的表示。"),
+    ("深度学习是什么？", "向量检索把文本变成向量，再按相似度排序。"),
+    ("Which planet has rings?", "Saturn \U0001fa90 has the best known rings; those of \"{Jupiter}\" are faint."))
+"""Pairs of several scripts on which an exported checkpoint is compared."""
+
+
+def reranker_export(model: ModelDirectory, classification: bool) -> tuple[RerankerSettings, PairTokenizer, HeadSpec]:
+    """How a checkpoint's reranker is asked once it is exported. Raises UserError for what no such export can be."""
+    settings = saved_settings(model)
+    tokenizer = open_pair_tokenizer(settings, model)
+    if settings.head == "score" and not classification:
+        raise CheckpointError(f"{model.path}: a score head has no place in a causal language model; use --format "
+                              "cross-encoder")
+    return settings, tokenizer, head_spec(settings, tokenizer)
+
+
+def write_reranker(source: str, destination: str, model: ModelDirectory, *, classification: bool,
+                   compare: Callable[[Path, RerankerFormat], None], max_shard_size: str = "5GB") -> str:
+    """Writes a checkpoint's reranker with all files of a cross-encoder; the report.
+
+    Args:
+        compare: called with the complete directory before it gets its name; if it raises, nothing is left behind.
+    """
+    settings, tokenizer, spec = reranker_export(model, classification)
+    token_ids = spec.token_ids if spec.kind == "yes_no" else None
+    form = RerankerFormat(kind=spec.kind, classification=classification, token_ids=token_ids)
+
+    def finish(directory: Path) -> None:
+        export_cross_encoder(
+            directory, family=model.shape.family, classification=classification,
+            pieces=None if tokenizer.template is None else tokenizer.template.pieces(),
+            instruction=settings.instruction, token_ids=token_ids, activation=settings.activation,
+            max_length=settings.max_length)
+        write_reranker_settings(directory, dataclasses.replace(settings, head="score") if classification else settings)
+        compare(directory, form)
+
+    return str(megatron_to_hf(source, destination, max_shard_size=max_shard_size, finish=finish, reranker=form))
+
+
+def export_reranker_checkpoint(source: str, destination: str, *, classification: bool, max_shard_size: str = "5GB",
+                               left_out: Callable[[Path], str] = lambda directory: "") -> str:
+    """A checkpoint's reranker as *ForSequenceClassification or *ForCausalLM, compared in float32; the report.
+
+    One process.
+
+    Args:
+        left_out: called with the complete directory; why it is not compared, empty if it is.
+    Raises:
+        CheckpointError: no reranker's checkpoint, or a library scores pairs otherwise; nothing is left behind.
+    """
+    model = find_model(source, "SRC")
+    lines: list[str] = []
+
+    def compare(directory: Path, form: RerankerFormat) -> None:
+        if reason := left_out(directory):
+            lines.append(reason)
+            return
+        arguments = argparse.Namespace(model=source, dtype="float32", max_length=None, overrides=[])
+        scorer, _, _ = open_scorer(arguments)
+        pairs = comparable([Pair(query=query, document=document) for query, document in PROBE_PAIRS], scorer.tokenizer)
+        lines.append(str(compare_pairs(directory, pairs, scorer.raw_scores(pairs), scorer.tokenizer, form, "float32")))
+
+    report = write_reranker(source, destination, model, classification=classification, compare=compare,
+                            max_shard_size=max_shard_size)
+    return "\n".join([*lines, report])
+
+
+def export_reranker(checkpoint: str, destination: str, scorer: PairScorer, pairs: Sequence[Pair], dtype: str,
+                    note: Callable[[], None]) -> None:
+    """Writes `destination`, a cross-encoder, from the newest checkpoint, if the stock libraries give the scores of the
+    model in memory.
+
+    Called by all ranks; every rank raises what rank 0 met. `note` is called on rank 0 when nothing is left to do but to
+    give the export its name.
+
+    Raises:
+        CheckpointError: the export differs from the model, or cannot be written; nothing is left behind.
+    """
+    scores = scorer.raw_scores(pairs)
+
+    def compare(directory: Path, form: RerankerFormat) -> None:
+        logger.info("%s", compare_pairs(directory, pairs, scores, scorer.tokenizer, form, dtype))
+        note()
+
+    error: UserError | None = None
+    if dist.get_rank() == 0:
+        try:
+            logger.info("exported %s", write_reranker(checkpoint, destination, find_model(checkpoint),
+                                                      classification=True, compare=compare))
+        except UserError as found:
+            error = found
+        except OSError as found:
+            error = CheckpointError(f"{destination}: the export cannot be written ({found.strerror or found}); look at "
+                                    "the disk, then start the run again: it goes on from its checkpoint")
+    raise_first(error)
+
+
+def comparable(pairs: Sequence[Pair], tokenizer: PairTokenizer) -> list[Pair]:
+    """The pairs that are not cut (the stock libraries cut pairs of texts elsewhere), under the default instruction."""
+    plain = [dataclasses.replace(pair, instruction=None) for pair in pairs]
+    return [pair for pair in plain if not tokenizer.tokenize([pair]).num_truncated]
+
+
+def compare_pairs(directory: Path, pairs: Sequence[Pair], scores: Tensor, tokenizer: PairTokenizer,
+                  form: RerankerFormat, dtype: str) -> ScoreReport:
+    """`compare_with_cross_encoder` on these pairs."""
+    rows = tokenizer.tokenize(pairs)
+    return compare_with_cross_encoder(
+        directory, [(pair.query, pair.document) for pair in pairs], rows.token_ids, rows.token_types, scores,
+        answers=None if form.classification else form.token_ids, tolerance=TOLERANCE[dtype])

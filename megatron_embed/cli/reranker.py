@@ -1,0 +1,176 @@
+"""Opening a reranker for any command: settings, prompt, head and weights, and the scorer over all ranks."""
+
+import argparse
+import dataclasses
+import json
+import logging
+from typing import Literal
+
+import torch
+
+from megatron_embed.cli.model import ModelDirectory, blaming, find_model, load_model_chunks
+from megatron_embed.config.load import config_of_overrides
+from megatron_embed.config.schema import RerankerConfig, RunConfig
+from megatron_embed.convert.heads import CarriedFile, read_head
+from megatron_embed.convert.layout import open_carried, open_checkpoint
+from megatron_embed.convert.source import HFDirectory
+from megatron_embed.data.pairs import (
+    QWEN3_RERANKER_INSTRUCTION,
+    QWEN3_RERANKER_TEMPLATE,
+    PairTemplate,
+    PairTokenizer,
+)
+from megatron_embed.errors import ConfigError
+from megatron_embed.evaluation.score import PairScorer
+from megatron_embed.models.backbone import check_divisible
+from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel
+from megatron_embed.models.heads import HeadSpec, initialize_head, is_encoder
+from megatron_embed.models.reranker_settings import RerankerSettings, head_of_architecture
+from megatron_embed.parallel.topology import Topology, check_world_size, initialize, launched_rank
+
+logger = logging.getLogger(__name__)
+
+
+def reranker_settings(config: RerankerConfig, model: ModelDirectory, *, longest: int) -> RerankerSettings:
+    """What the settings ask for; what they leave out is what the directory says, else Qwen3-Reranker's.
+
+    Args:
+        longest: tokens of a pair where neither says; cut to the model's positions.
+    Raises:
+        ConfigError: a setting that does not go with the model.
+    """
+    saved, encoder = model.reranker, is_encoder(model.shape)
+    if encoder and config.head == "yes_no":
+        raise ConfigError(f"reranker.head = 'yes_no': a {model.shape.family} model has no language-model head to "
+                          "answer with; set it to score")
+    if encoder and config.template is not None:
+        raise ConfigError(f"reranker.template = {config.template[:40]!r}: a {model.shape.family} model reads query and "
+                          "document as a pair of texts, as the stock cross-encoders do; set it to null")
+    template = None
+    if not encoder:
+        template = config.template or (saved.template if saved else None) or QWEN3_RERANKER_TEMPLATE
+    limit = model.shape.max_position_embeddings
+    if config.max_length is not None and config.max_length > limit:
+        raise ConfigError(f"reranker.max_length = {config.max_length} is longer than the model's {limit} positions; "
+                          "lower it to that or less")
+    return RerankerSettings(
+        head=config.head, template=template,
+        instruction=config.instruction or (saved.instruction if saved else QWEN3_RERANKER_INSTRUCTION),
+        true_token=config.true_token or (saved.true_token if saved else "yes"),
+        false_token=config.false_token or (saved.false_token if saved else "no"),
+        max_length=config.max_length or min(limit, longest), activation=config.activation)
+
+
+def is_reranker(model: ModelDirectory) -> bool:
+    """Whether a directory's files say that it is a reranker and no embedding model."""
+    if model.reranker is not None:
+        return True
+    head = head_of_architecture(model.hf)
+    # Embedding models of decoder families are *ForCausalLM by name, too; they say how they pool.
+    return head == "score" or (head == "yes_no" and model.saved.pooling is None)
+
+
+def saved_settings(model: ModelDirectory) -> RerankerSettings:
+    """How the reranker of a directory is asked: what it says itself, else what its architecture lets one infer."""
+    if model.reranker is not None:
+        return model.reranker
+    head = head_of_architecture(model.hf)
+    if head is None:
+        raise ConfigError(f"--model {model.path}: is no reranker: its config.json names neither a "
+                          "*ForSequenceClassification nor a *ForCausalLM, and there is no reranker.json; give a model "
+                          "trained with task: reranker, or a cross-encoder")
+    return reranker_settings(RerankerConfig(head=head), model,
+                             longest=model.saved.max_length or model.shape.max_position_embeddings)
+
+
+def open_pair_tokenizer(settings: RerankerSettings, model: ModelDirectory,
+                        length_key: str = "reranker.max_length") -> PairTokenizer:
+    """The model's tokenizer with the reranker's prompt and length."""
+    template = None
+    if settings.template is not None:
+        template = PairTemplate(text=settings.template, instruction=settings.instruction)
+    return PairTokenizer(str(model.hf), template=template, max_length=settings.max_length, length_key=length_key)
+
+
+def head_spec(settings: RerankerSettings, tokenizer: PairTokenizer) -> HeadSpec:
+    """The head with its token ids, which must be single tokens."""
+    if settings.head == "score":
+        return HeadSpec(kind="score")
+    true = tokenizer.token_of(settings.true_token, "reranker.true_token")
+    false = tokenizer.token_of(settings.false_token, "reranker.false_token")
+    if true == false:
+        raise ConfigError(f"reranker.false_token = {settings.false_token!r}: is the token of reranker.true_token; the "
+                          "score would always be 0")
+    return HeadSpec(kind="yes_no", true_token_id=true, false_token_id=false)
+
+
+def load_reranker_chunks(model: ModelDirectory, config: RunConfig, topology: Topology,
+                         spec: HeadSpec) -> list[EmbeddingModel]:
+    """This rank's model chunks with their weights, the head on the last one: the checkpoint's or the directory's, new
+    where that has none."""
+    trained = None if model.checkpoint is None else open_checkpoint(model.checkpoint).info.head
+    if trained is not None and trained != spec.kind:
+        raise ConfigError(f"reranker.head = {spec.kind!r}: {model.path} is a reranker with the head {trained}; set it "
+                          "to that, or begin from the model that it was made of")
+    chunks = load_model_chunks(model, config, topology, spec, with_head=trained is not None)
+    if trained is None and chunks[-1].head is not None and not spec.is_tied(model.shape):
+        _load_head(chunks[-1], model, config.training.seed, spec)
+    return chunks
+
+
+def _load_head(chunk: EmbeddingModel, model: ModelDirectory, seed: int, spec: HeadSpec) -> None:
+    """The head of a directory, each part that it has."""
+    assert chunk.head is not None
+    parameters = dict(chunk.head.named_parameters())
+    with _carried_tensors(model) as source:
+        found = read_head(source, model.shape.family, spec.kind,
+                          spec.token_ids if spec.kind == "yes_no" else None, str(model.path))
+    with torch.no_grad():
+        for name, tensor in found.items():
+            parameters[name].copy_(tensor)
+    new = [name for name in parameters if name not in found]
+    initialize_head(parameters, new, seed, model.shape.initializer_range)
+    if new:
+        logger.info("%s has no %s: the reranker's head begins with new weights there", model.path, ", ".join(new))
+
+
+def _carried_tensors(model: ModelDirectory) -> HFDirectory | CarriedFile:
+    """The tensors of a directory that no layer of ours uses; to be closed."""
+    return HFDirectory(model.hf) if model.checkpoint is None else open_carried(open_checkpoint(model.checkpoint))
+
+
+def open_scorer(args: argparse.Namespace) -> tuple[PairScorer, ModelDirectory, Topology]:
+    """The reranker that `evaluate` names, ready on all ranks.
+
+    Args:
+        args: --model, --max-length, --dtype and parallel.* overrides; what is not given is what the directory says.
+    Raises:
+        UserError: it is no reranker, or cannot be loaded.
+    """
+    model = find_model(args.model, "--model")
+    settings = saved_settings(model)
+    if args.max_length is not None:
+        limit = model.shape.max_position_embeddings
+        if args.max_length > limit:
+            raise ConfigError(f"--max-length {args.max_length} is longer than the model's {limit} positions; lower it "
+                              "to that or less")
+        settings = dataclasses.replace(settings, max_length=args.max_length)
+    known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
+    config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
+                                  *args.overrides])
+    _, world_size, _ = launched_rank()
+    check_world_size(config.parallel, world_size)
+    check_divisible(model.shape, config.parallel)
+    with blaming("--model", args.model):
+        tokenizer = open_pair_tokenizer(settings, model, "--max-length")
+        spec = head_spec(settings, tokenizer)
+        topology = initialize(config.parallel)
+        chunks = load_reranker_chunks(model, config, topology, spec)
+    return scorer_of(chunks, chunks, topology, tokenizer, config, settings.activation), model, topology
+
+
+def scorer_of(chunks: list[torch.nn.Module], models: list[EmbeddingModel], topology: Topology,
+              tokenizer: PairTokenizer, config: RunConfig, activation: Literal["sigmoid", "identity"]) -> PairScorer:
+    """The scorer of loaded chunks (`models` are the same, not wrapped by DDP)."""
+    return PairScorer(chunks, topology, tokenizer, pooling=models[0].pooling, kernel=attention_kernel(config),
+                      causal=models[0].causal, activation=activation)

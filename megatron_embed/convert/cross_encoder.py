@@ -1,0 +1,122 @@
+"""A Hugging Face directory of a reranker made into one that CrossEncoder and the servers load without flags.
+
+Two kinds. `*ForSequenceClassification` with one output: for vLLM, SGLang and Infinity as well. `*ForCausalLM`: for
+Sentence Transformers, which takes the difference of two logits (LogitScore). A decoder's prompt is laid down as a chat
+template with the roles `query` and `document` (and `system`: the instruction), because that is how both of them hand a
+pair over; plain ChatML would render it to nothing.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.convert.export import complete_tokenizer, library_versions, load_export_tokenizer
+from megatron_embed.convert.heads import architecture
+from megatron_embed.convert.layout import module_directories, read_json, write_json
+
+_CHAT_TEMPLATE = "chat_template.jinja"
+_LOGIT_SCORE = "1_LogitScore"
+_ACTIVATIONS = {"sigmoid": "torch.nn.modules.activation.Sigmoid", "identity": "torch.nn.modules.linear.Identity"}
+_MODULES = {"Transformer": "sentence_transformers.base.modules.transformer.Transformer",
+            "LogitScore": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"}
+
+
+def export_cross_encoder(directory: str | Path, *, family: str, classification: bool, pieces: Sequence[str] | None,
+                         instruction: str, token_ids: tuple[int, int] | None, activation: str,
+                         max_length: int) -> None:
+    """Add to a Hugging Face directory, in place, what makes it a cross-encoder.
+
+    Args:
+        directory: holds config.json, weights and tokenizer; module files from an earlier life are replaced.
+        family: `model_type` of config.json.
+        classification: *ForSequenceClassification; else *ForCausalLM.
+        pieces: the prompt: literal, place, literal, ... (data.pairs.PairTemplate.pieces); null: an encoder, whose
+            tokenizer knows pairs.
+        instruction: where the reader gives none.
+        token_ids: of yes and no; needed for *ForCausalLM.
+        activation: sigmoid or identity.
+        max_length: tokens of a pair, everything included.
+    Raises:
+        CheckpointError: the tokenizer cannot be loaded, or the family has no such class.
+    """
+    directory = Path(directory)
+    complete_tokenizer(directory, needs_eos=False)
+    for name in module_directories(directory):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    _write_config(directory, family, classification, activation, decoder=pieces is not None)
+    if pieces is not None:
+        (directory / _CHAT_TEMPLATE).write_text(chat_template(pieces, instruction), encoding="utf-8")
+        _drop_other_templates(directory)
+    output = "scores" if classification else "causal_logits"
+    modality: dict[str, Any] = {"method": "forward", "method_output_name": "logits"}
+    modalities = {"text": modality}
+    if pieces is not None:
+        modalities["message"] = {**modality, "format": "flat"}
+    write_json(directory / "sentence_bert_config.json", {
+        "transformer_task": "sequence-classification" if classification else "text-generation",
+        "modality_config": modalities, "module_output_name": output, "max_seq_length": max_length})
+    modules = [("", "Transformer")]
+    if not classification:
+        assert token_ids is not None
+        modules.append((_LOGIT_SCORE, "LogitScore"))
+        (directory / _LOGIT_SCORE).mkdir()
+        write_json(directory / _LOGIT_SCORE / "config.json", {
+            "true_token_id": token_ids[0], "false_token_id": token_ids[1], "module_input_name": output})
+    write_json(directory / "modules.json", [
+        {"idx": index, "name": str(index), "path": path, "type": _MODULES[kind]}
+        for index, (path, kind) in enumerate(modules)])
+    write_json(directory / "config_sentence_transformers.json", {
+        "__version__": library_versions(), "model_type": "CrossEncoder", "activation_fn": _ACTIVATIONS[activation],
+        "prompts": {}, "default_prompt_name": None})
+
+
+def chat_template(pieces: Sequence[str], instruction: str) -> str:
+    """A Jinja template that renders messages of the roles query and document (and system) to the prompt, exactly.
+
+    One expression, so that no rule about white space and line ends of the engine changes a character.
+    """
+    values = {"query": _content("query"), "document": _content("document"),
+              "instruction": f'({_content("system")} if {_OF_ROLE % "system"} else {_literal(instruction)})'}
+    parts = [values[piece] if number % 2 else _literal(piece) for number, piece in enumerate(pieces)]
+    return "{{ " + " ~ ".join(part for part in parts if part != _literal("")) + " }}"
+
+
+_OF_ROLE = "(messages | selectattr('role', 'equalto', '%s') | list)"
+
+
+def _content(role: str) -> str:
+    return f"({_OF_ROLE % role} | first).content"
+
+
+def _literal(text: str) -> str:
+    """A Jinja string; JSON's escapes are among its own, and braces are no delimiters inside of it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _write_config(directory: Path, family: str, classification: bool, activation: str, *, decoder: bool) -> None:
+    """Class, one output, and what servers look for, into config.json."""
+    config = read_json(directory / "config.json")
+    config["architectures"] = [architecture(family, "ForSequenceClassification" if classification else "ForCausalLM")]
+    if classification:
+        tokenizer = load_export_tokenizer(directory)
+        # One label: Infinity serves a model of fewer than two as a reranker. The pad id: Transformers finds a decoder's
+        # last token by it, and refuses batches without.
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": tokenizer.pad_token_id,
+                   "sentence_transformers": {"activation_fn": _ACTIVATIONS[activation],
+                                             "version": library_versions()["sentence_transformers"]}}
+        config["num_labels"] = 1
+        if decoder:
+            config["use_sep_token"] = False  # vLLM would put one between query and document
+    write_json(directory / "config.json", config)
+
+
+def _drop_other_templates(directory: Path) -> None:
+    """No other template may win over the one just written."""
+    shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
+    (directory / "chat_template.json").unlink(missing_ok=True)
+    file = directory / "tokenizer_config.json"
+    values = read_json(file) if file.is_file() else {}
+    if values.pop("chat_template", None) is not None:
+        write_json(file, values)

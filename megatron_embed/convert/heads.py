@@ -1,0 +1,162 @@
+"""A reranker's head in Hugging Face's names: which tensors it is read from, and which ones it is written to.
+
+Our names (without `head.`): weight [1 or 2, hidden], bias [1], dense.weight [hidden, hidden], dense.bias [hidden].
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from megatron_embed.convert.family import Family
+from megatron_embed.convert.safetensors_file import SafetensorsFile, TensorEntry
+from megatron_embed.errors import CheckpointError
+
+LM_HEAD = "lm_head.weight"
+SCORE_NAMES: Mapping[str, Mapping[str, str]] = {
+    "bert": {"weight": "classifier.weight", "bias": "classifier.bias", "dense.weight": "bert.pooler.dense.weight",
+             "dense.bias": "bert.pooler.dense.bias"},
+    "xlm-roberta": {"weight": "classifier.out_proj.weight", "bias": "classifier.out_proj.bias",
+                    "dense.weight": "classifier.dense.weight", "dense.bias": "classifier.dense.bias"}}
+"""By family: our name -> the full Hugging Face name of *ForSequenceClassification. Decoders: DECODER_SCORE."""
+DECODER_SCORE: Mapping[str, str] = {"weight": "score.weight"}
+CLASSES: Mapping[str, str] = {
+    "bert": "Bert", "xlm-roberta": "XLMRoberta", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe",
+    "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral"}
+"""By family: what the names of its Transformers classes begin with."""
+_OF_OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.")
+"""Beginnings of tensors that *ForSequenceClassification has none of, unless they are its own."""
+
+
+class HeadSource(Protocol):
+    """Where a head's tensors come from, by full Hugging Face names: an HFDirectory or a CarriedFile."""
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """The tensors that no layer of the backbone uses."""
+        ...
+
+    def entry(self, name: str) -> TensorEntry: ...
+    def read(self, name: str) -> Tensor: ...
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor: ...
+
+
+class CarriedFile:
+    """The tensors that a checkpoint carries along, by their full names; closed as a context manager."""
+
+    def __init__(self, file: Path, family: Family, *, prefixed: bool) -> None:
+        """`file` need not exist: then there are none."""
+        self._file = SafetensorsFile(file) if file.is_file() else None
+        stored = () if self._file is None else self._file.entries
+        self._stored = {family.full_name(name, prefixed=prefixed): name for name in stored}
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return tuple(self._stored)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Dtype, shape and size of a tensor."""
+        assert self._file is not None
+        return self._file.entries[self._stored[name]]
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        assert self._file is not None
+        return self._file.read(self._stored[name])
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Indices `start` to `stop` of `dim`."""
+        assert self._file is not None
+        return self._file.read_slice(self._stored[name], dim, start, stop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def score_names(family: str) -> Mapping[str, str]:
+    """Our names of a score head -> the family's Hugging Face names."""
+    return SCORE_NAMES.get(family, DECODER_SCORE)
+
+
+def read_head(source: HeadSource, family: str, kind: Literal["yes_no", "score"], token_ids: tuple[int, int] | None,
+              place: str) -> dict[str, Tensor]:
+    """The head's tensors that a model directory has, by our names; those it lacks are new (or, yes_no, tied).
+
+    Args:
+        source: the directory's tensors.
+        token_ids: of yes and no.
+        place: the directory, for messages.
+    Raises:
+        CheckpointError: a yes_no head without lm_head, or a classifier of another number of outputs.
+    """
+    if kind == "yes_no":
+        if LM_HEAD not in source.carried:
+            raise CheckpointError(f"{place}: no {LM_HEAD}, and its word embeddings are not tied to one, so there are "
+                                  "no rows for yes and no; take a model with a language-model head, or reranker.head: "
+                                  "score")
+        assert token_ids is not None
+        rows = [source.read_slice(LM_HEAD, 0, token, token + 1) for token in token_ids]
+        return {"weight": torch.cat(rows)}
+    names = score_names(family)
+    if names["weight"] in source.carried and source.entry(names["weight"]).shape[0] != 1:
+        raise CheckpointError(f"{place}: {names['weight']} has {source.entry(names['weight']).shape[0]} outputs, and a "
+                              "reranker's score is one; take a model with num_labels = 1, or one without a classifier")
+    return {ours: source.read(name) for ours, name in names.items() if name in source.carried}
+
+
+def architecture(family: str, kind: Literal["ForCausalLM", "ForSequenceClassification"]) -> str:
+    """Name of the Transformers class. Raises CheckpointError for a family that has none."""
+    if family not in CLASSES or (kind == "ForCausalLM" and family in SCORE_NAMES):
+        raise CheckpointError(f"a {family} model has no {kind} export; use --format cross-encoder")
+    return CLASSES[family] + kind
+
+
+class HeadExport:
+    """The head of a trained reranker as tensors of a Hugging Face model with that head.
+
+    Attributes:
+        added: full Hugging Face name -> tensor, those that the backbone's table does not write.
+    """
+
+    def __init__(self, family: str, kind: Literal["yes_no", "score"], *, head: Mapping[str, Tensor],
+                 token_ids: tuple[int, int] | None, classification: bool) -> None:
+        """
+        Args:
+            head: by our names; of a yes_no head the two rows, tied or not, as "weight".
+            token_ids: of yes and no.
+            classification: a *ForSequenceClassification model; else *ForCausalLM, of a yes_no head alone.
+        """
+        self._classification = classification
+        self._token_ids = token_ids
+        self._rows: Tensor | None = None
+        if not classification:
+            assert kind == "yes_no", "a score head has no place in a causal language model"
+            self.added: dict[str, Tensor] = {}
+            self._rows = head["weight"]
+        elif kind == "yes_no":
+            rows = head["weight"].float()
+            # Kept in float32: rounded to bfloat16 the difference of two rows alike would lose what was learned.
+            self.added = {DECODER_SCORE["weight"]: rows[:1] - rows[1:]}
+        else:
+            self.added = {name: head[ours] for ours, name in score_names(family).items()}
+
+    def keeps(self, name: str) -> bool:
+        """Whether a tensor that training did not use belongs into the export, too."""
+        if name in self.added:
+            return False
+        return not (self._classification and name.startswith(_OF_OTHER_HEADS))
+
+    def edited(self, name: str, tensor: Tensor) -> Tensor:
+        """Such a tensor, with the trained rows in their places."""
+        if name != LM_HEAD or self._rows is None:
+            return tensor
+        assert self._token_ids is not None
+        tensor = tensor.clone()
+        tensor[list(self._token_ids)] = self._rows.to(tensor.dtype)
+        return tensor

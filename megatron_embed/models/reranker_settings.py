@@ -1,0 +1,57 @@
+"""What a reranker's directory says about its head, prompt and length: reranker.json, or what its files suggest."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.families import read_hf_config
+
+RERANKER_FILE = "reranker.json"
+"""Beside config.json, in our checkpoints' hf/ and in exports."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankerSettings:
+    """How a reranker is asked."""
+
+    head: Literal["yes_no", "score"]
+    template: str | None
+    """With the places {instruction}, {query} and {document}; null: query and document are a pair of texts."""
+    instruction: str
+    true_token: str
+    false_token: str
+    max_length: int
+    """Tokens of a pair, everything included."""
+    activation: Literal["sigmoid", "identity"]
+
+
+def read_reranker_settings(directory: str | Path) -> RerankerSettings | None:
+    """Contents of `DIRECTORY/reranker.json`, null if there is none. Raises CheckpointError if it is damaged."""
+    file = Path(directory) / RERANKER_FILE
+    if not file.is_file():
+        return None
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        settings = RerankerSettings(**values)
+        if settings.head not in ("yes_no", "score") or settings.activation not in ("sigmoid", "identity"):
+            raise ValueError(f"head = {settings.head!r}, activation = {settings.activation!r}")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: not readable ({error}); restore it, or remove it and set reranker.* anew"
+                              ) from error
+    return settings
+
+
+def write_reranker_settings(directory: str | Path, settings: RerankerSettings) -> None:
+    """Write `DIRECTORY/reranker.json`."""
+    (Path(directory) / RERANKER_FILE).write_text(
+        json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def head_of_architecture(directory: str | Path) -> Literal["yes_no", "score"] | None:
+    """The head that a Hugging Face model of this `architectures` has; null if it is neither."""
+    names = read_hf_config(directory).get("architectures") or [""]
+    if str(names[0]).endswith("ForSequenceClassification"):
+        return "score"
+    return "yes_no" if str(names[0]).endswith("ForCausalLM") else None

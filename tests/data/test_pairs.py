@@ -1,0 +1,109 @@
+"""Pairs to ids: those of the stock libraries, and nothing but the document is ever cut."""
+
+import jinja2.sandbox
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_embed.convert.cross_encoder import chat_template
+from megatron_embed.data.pairs import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate, PairTokenizer
+from megatron_embed.errors import ConfigError, DataError
+from tests.reranker_toys import save_bpe_tokenizer
+from tests.toys import MINILM
+
+PAIRS = [Pair(query="Which is the largest city of {document} France?", source="rows:1",
+              document="Paris, of course. It lies on the Seine."),
+         Pair(query="多长？", document="很长的一段话 🪐 \"quotes\" \\n and\n\nline ends",
+              instruction="judge {query}"),
+         Pair(query="a", document=" leading space")]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bpe")
+    save_bpe_tokenizer(path)
+    return str(path)
+
+
+def template(text=QWEN3_RERANKER_TEMPLATE):
+    return PairTemplate(text=text, instruction="the default")
+
+
+def filled(pair):
+    instruction = "the default" if pair.instruction is None else pair.instruction
+    head, rest = QWEN3_RERANKER_TEMPLATE.split("{instruction}")
+    middle, rest = rest.split("{query}")
+    before, tail = rest.split("{document}")
+    return head + instruction + middle + pair.query + before, pair.document, tail
+
+
+def test_ids_are_those_of_the_whole_text(bpe):
+    rows = PairTokenizer(bpe, template=template(), max_length=4000).tokenize(PAIRS)
+    stock = AutoTokenizer.from_pretrained(bpe)
+    assert rows.token_ids == [stock("".join(filled(pair)), add_special_tokens=False).input_ids for pair in PAIRS]
+    assert rows.num_truncated == 0 and rows.token_types is None
+
+
+@pytest.mark.parametrize("kept", [3, 6])
+def test_only_the_document_is_cut(bpe, kept):
+    stock = AutoTokenizer.from_pretrained(bpe)
+    for pair in PAIRS[:2]:
+        head, document, tail = (stock(text, add_special_tokens=False).input_ids for text in filled(pair))
+        # The document's first token may take a space from before it: then it counts as the head's.
+        whole = stock("".join(filled(pair)), add_special_tokens=False).input_ids
+        assert whole[-len(tail):] == tail
+        room = len(whole) - len(document) + kept
+        (ids,) = PairTokenizer(bpe, template=template(), max_length=room).tokenize([pair]).token_ids
+        assert len(ids) == room
+        assert ids == whole[:room - len(tail)] + tail
+        assert len(ids) > len(head) + len(tail) - 1
+
+
+def test_a_pair_that_leaves_no_room_is_refused(bpe):
+    tokenizer = PairTokenizer(bpe, template=template(), max_length=260)
+    with pytest.raises(DataError, match="^rows:1: the query .* leaves none for the document"):
+        tokenizer.tokenize([Pair(query="word " * 200, document="a document", source="rows:1")])
+    with pytest.raises(DataError, match="leaves none"):
+        tokenizer.check_room([Pair(query="word " * 200, document="a document", source="rows:1")])
+    tokenizer.check_room([Pair(query="short", document="a document " * 100)])
+
+
+def test_encoders_take_a_pair_of_texts():
+    tokenizer = PairTokenizer(str(MINILM), template=None, max_length=16)
+    stock = AutoTokenizer.from_pretrained(str(MINILM))
+    rows = tokenizer.tokenize(PAIRS)
+    for pair, ids, types in zip(PAIRS, rows.token_ids, rows.token_types, strict=True):
+        encoded = stock(pair.query, pair.document, truncation="only_second", max_length=16)
+        assert (ids, types) == (encoded.input_ids, encoded.token_type_ids)
+        assert 1 in types and len(ids) <= 16
+    assert rows.num_truncated == 2
+    with pytest.raises(DataError, match="leaves none"):
+        tokenizer.tokenize([Pair(query="word " * 20, document="a document")])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{query} only", "{document} occurs 0 times"), ("{query} {document} {document}", "{document} occurs 2 times"),
+    ("{document} then {query}", "document} comes before {query}")])
+def test_templates_that_cannot_work(text, message):
+    with pytest.raises(ConfigError, match="reranker.template") as error:
+        template(text)
+    assert message in str(error.value)
+
+
+def test_answers_must_be_single_tokens(bpe):
+    tokenizer = PairTokenizer(bpe, template=template(), max_length=100)
+    assert tokenizer.token_of("yes", "reranker.true_token") != tokenizer.token_of(" yes", "reranker.true_token")
+    with pytest.raises(ConfigError, match="reranker.true_token = 'certainly not': is [0-9]+ tokens"):
+        tokenizer.token_of("certainly not", "reranker.true_token")
+
+
+def test_chat_template_renders_the_prompt_exactly():
+    """As Transformers and vLLM render it, white space at the end and all."""
+    engine = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    text = QWEN3_RERANKER_TEMPLATE + "{% raw %} }} {{ 'x' }}\t\\n é 🪐\n"
+    prompt = template(text)
+    compiled = engine.from_string(chat_template(prompt.pieces(), prompt.instruction))
+    for pair in PAIRS:
+        messages = [{"role": "query", "content": pair.query}, {"role": "document", "content": pair.document}]
+        if pair.instruction is not None:
+            messages.insert(0, {"role": "system", "content": pair.instruction})
+        assert compiled.render(messages=messages) == prompt.fill(pair)[0]

@@ -1,0 +1,272 @@
+"""Gradients of a reranker's step under a layout against one process: Transformers' own classes in float64.
+
+The reference scores one pair at a time. As in oracle.py its gradients are saved as a model directory, and the error of
+a case is the largest, over all parameters, of |g - g*| / max(|g*|, 1e-6 |G*|) in L2 norms.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from megatron_embed.batch import RerankBatch
+from megatron_embed.config.schema import (
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RerankerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_embed.data.pairs import PairTokenizer
+from megatron_embed.data.record import RerankRecord
+from megatron_embed.data.rerank import build_rerank_batch, pairs_of
+from megatron_embed.losses.rerank import pad_groups
+from tests.toys import MINI_EN, MINILM
+
+SIZES = (1, 16, 2, 5, 3, 1, 7, 4)
+"""Documents of each query."""
+MAX_LENGTH = 44
+TEMPLATE = "[CLS] is it so ? {instruction} : {query} [SEP] {document} [SEP] answer :"
+_DECODER = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 256}
+_BERT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48,
+         "max_position_embeddings": 256, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tied": ("Qwen3Config", "Qwen3ForCausalLM", {**_DECODER, "tie_word_embeddings": True}),
+    "untied": ("Qwen3Config", "Qwen3ForCausalLM", {**_DECODER, "tie_word_embeddings": False}),
+    "score": ("Qwen3Config", "Qwen3ForSequenceClassification", {**_DECODER, "num_labels": 1, "pad_token_id": 0}),
+    "encoder": ("BertConfig", "BertForSequenceClassification", {**_BERT, "num_labels": 1}),
+    "experts": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**_DECODER, **_EXPERTS, "tie_word_embeddings": True})}
+YES, NO = "yes", "no"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One comparison."""
+
+    model: str
+    loss: str
+    parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ranks: int = 1
+    micro_batch_size: int = 8
+    tokens: int | None = None
+    distributed: bool = True
+    sabotage: str | None = None
+
+    @property
+    def head(self) -> str:
+        return "score" if self.model in ("score", "encoder") else "yes_no"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Truth:
+    loss: float
+    norm: float
+    gradients: str
+
+
+def save_model(folder: Path, name: str) -> Path:
+    """A model with random weights, norms and biases, and a real WordPiece tokenizer."""
+    config, kind, settings = MODELS[name]
+    torch.manual_seed(5)
+    model = getattr(transformers, kind)(getattr(transformers, config)(vocab_size=30522, **settings))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            # Word embeddings outweigh the rest, so that pairs of different words have different scores.
+            large = len(parameter) == 30522 or "gate.weight" in key or "score" in key or "classifier" in key
+            # An encoder's first token must hear enough of the others.
+            small = 0.3 if name == "encoder" and parameter.dim() == 2 else 0.1
+            parameter.add_(torch.randn_like(parameter) * (0.5 if large else small))
+    path = folder / name
+    path.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        shutil.copy(MINILM / file, path)
+    model.save_pretrained(path)
+    return path
+
+
+def records(loss: str) -> list[RerankRecord]:
+    """Lists of 1 to 16 documents with graded labels (probabilities for pointwise) and a teacher's scores."""
+    rows = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()]
+    texts = [row["positive"][0].split(". ")[0] for row in rows]
+    generator = torch.Generator().manual_seed(2)
+    found, used = [], 0
+    for number, size in enumerate(SIZES):
+        labels = torch.randint(0, 4, (size,), generator=generator).double()
+        labels[0] = 3.0
+        if loss == "pointwise":
+            labels = labels / 3
+        found.append(RerankRecord(
+            query=rows[number]["query"], documents=(texts[number], *texts[100 + used : 99 + used + size]),
+            labels=tuple(labels.tolist()), instruction="find the answer" if number % 2 else None,
+            source=f"rows:{number + 1}", teacher_scores=tuple(torch.randn(size, generator=generator).tolist())))
+        used += size
+    assert sum(len(record.documents) for record in found) == sum(SIZES)
+    return found
+
+
+def tokenizer_of(directory: str | Path, model: str) -> PairTokenizer:
+    from megatron_embed.data.pairs import PairTemplate
+
+    template = None if model == "encoder" else PairTemplate(text=TEMPLATE, instruction="judge the document")
+    return PairTokenizer(str(directory), template=template, max_length=MAX_LENGTH)
+
+
+def compute_truth(case: Case, folder: Path) -> Truth:
+    """One process, float64, one pair at a time, autograd through the whole stock model."""
+    from megatron_embed.training.reranking import loss_of
+
+    directory, lists = folder / case.model, records(case.loss)
+    tokenizer = tokenizer_of(directory, case.model)
+    rows = tokenizer.tokenize([pair for record in lists for pair in pairs_of(record)])
+    assert 0 < rows.num_truncated < len(rows.token_ids)
+    model = getattr(transformers, MODELS[case.model][1]).from_pretrained(directory, dtype=torch.float64).eval()
+    model.config._experts_implementation = "eager"  # the default's grouped product has no float64
+    yes, no = tokenizer.token_of(YES, "yes"), tokenizer.token_of(NO, "no")
+    scores = []
+    for number, ids in enumerate(rows.token_ids):
+        inputs = {"input_ids": torch.tensor([ids])}
+        if rows.token_types is not None:
+            inputs["token_type_ids"] = torch.tensor([rows.token_types[number]])
+        logits = model(**inputs).logits[0]
+        scores.append(logits[0] if case.head == "score" else logits[-1, yes] - logits[-1, no])
+    targets = [value for record in lists for value in
+               (record.teacher_scores if case.loss == "kl_distillation" else record.labels)]
+    padded, valid = pad_groups(torch.stack(scores), SIZES)
+    loss = loss_of(case.loss, RerankerConfig())(
+        padded, pad_groups(torch.tensor(targets, dtype=torch.float64), SIZES)[0], valid).mean
+    loss.backward()
+    assert float(torch.stack(scores).detach().std()) > 0.1
+    with torch.no_grad():
+        gradients = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                     for name, parameter in model.named_parameters()}
+        dead = [name for name, gradient in gradients.items() if not gradient.any()]
+        assert not dead, f"gradients that are 0 prove nothing: {dead}"
+        for name, parameter in model.named_parameters():
+            parameter.copy_(gradients[name])
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+    path = folder / f"truth-{case.model}-{case.loss}"
+    model.float().save_pretrained(path)
+    return Truth(loss=float(loss.detach()), norm=norm, gradients=str(path))
+
+
+def run_config(case: Case, folder: str) -> RunConfig:
+    return RunConfig(
+        task="reranker", model=ModelConfig(path=str(Path(folder) / case.model), dtype="float32"),
+        reranker=RerankerConfig(head=case.head), objective=ObjectiveConfig(loss=case.loss),
+        parallel=ParallelConfig(**case.parallel),
+        training=TrainingConfig(global_batch_size=len(SIZES), micro_batch_size=case.micro_batch_size,
+                                micro_batch_tokens=case.tokens, moe_aux_loss_coefficient=0.0),
+        optimizer=OptimizerConfig(distributed=case.distributed))
+
+
+def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
+    """On every rank: one real step; squares of (difference, reference) by parameter and shard, the loss, the norm."""
+    from megatron_embed.cli.model import find_model
+    from megatron_embed.cli.reranker import load_reranker_chunks
+    from megatron_embed.models.encoder import attention_kernel
+    from megatron_embed.models.heads import HeadSpec
+    from megatron_embed.parallel.topology import initialize, token_alignment
+    from megatron_embed.training.agreement import agree_on_rerank_bins
+    from megatron_embed.training.build import build_objective
+    from megatron_embed.training.grad_cache import GradCache
+    from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
+    from megatron_embed.training.step import seed_step
+    from tests.training.exactness import gather_shards
+
+    config = run_config(case, folder)
+    topology = initialize(config.parallel)
+    model = find_model(config.model.path)
+    tokenizer = tokenizer_of(model.hf, case.model)
+    spec = HeadSpec(kind="score") if case.head == "score" else HeadSpec(
+        kind="yes_no", true_token_id=tokenizer.token_of(YES, "yes"), false_token_id=tokenizer.token_of(NO, "no"))
+    chunks = load_reranker_chunks(model, config, topology, spec)
+    wrapped = wrap_in_ddp(chunks, config, topology)
+    optimizer = build_optimizer(config, wrapped, topology)
+    step = GradCache(chunks=wrapped, models=chunks, topology=topology,
+                     objective=build_objective(config, topology.dp_group), kernel=attention_kernel(config),
+                     has_dropout=False)
+    share = len(SIZES) // topology.dp_size
+    batch: RerankBatch = build_rerank_batch(
+        records(case.loss)[topology.dp_rank * share : (topology.dp_rank + 1) * share], tokenizer,
+        micro_batch_size=case.micro_batch_size, alignment=token_alignment(config.parallel),
+        constant_tokens=topology.pp_size > 1, micro_batch_tokens=case.tokens)
+    if case.tokens is not None:
+        batch = agree_on_rerank_bins(batch, topology)
+    if case.sabotage == "labels":
+        batch = dataclasses.replace(batch, labels=batch.labels.roll(1))
+    for chunk in wrapped:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    seed_step(7, 0, topology)
+    if case.sabotage == "context":
+        for chunk in chunks:
+            if chunk.head is not None:
+                chunk.head.cp_size = 1
+    metrics = step(batch).metrics()
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    gather_shards(wrapped)
+    return {"squares": _squares(chunks, topology, gradients, spec), "metrics": metrics, "norm": norm,
+            "micro_batches": len(batch.micro_batches)}
+
+
+def _squares(chunks: Any, topology: Any, gradients: str, spec: Any) -> dict[tuple[str, int], tuple[float, float]]:
+    from megatron_embed.convert.heads import read_head
+    from megatron_embed.convert.source import HFDirectory, hf_weight_shards
+    from megatron_embed.models.encoder import padded_vocabulary
+
+    found: dict[tuple[str, int], tuple[float, float]] = {}
+    with HFDirectory(Path(gradients)) as source:
+        for chunk in chunks:
+            parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
+                          if not name.startswith("head.")}
+            padded = padded_vocabulary(chunk.shape.vocab_size, topology.tp_size)
+            whole = dict(hf_weight_shards(source, source.family, names=parameters, tp_rank=0, tp_size=1,
+                                          padded_vocab_size=padded))
+            for name, shard in hf_weight_shards(source, source.family, names=parameters, tp_rank=topology.tp_rank,
+                                                tp_size=topology.tp_size, padded_vocab_size=padded):
+                place = topology.tp_rank if shard.numel() < whole[name].numel() else 0
+                found[name, place] = _pair(parameters[name], shard)
+            if chunk.head is not None and chunk.head.weight is not None:
+                expected = read_head(source, source.family.name, spec.kind,
+                                     spec.token_ids if spec.kind == "yes_no" else None, gradients)
+                for name, parameter in chunk.head.named_parameters():
+                    found[f"head.{name}", 0] = _pair(parameter, expected[name])
+    return found
+
+
+def _pair(parameter: Any, expected: torch.Tensor) -> tuple[float, float]:
+    difference = parameter.main_grad.double() - expected.double()
+    return float(difference.square().sum()), float(expected.double().square().sum())
+
+
+def error_of(per_rank: list[dict[str, Any]], truth: Truth) -> tuple[float, str]:
+    """(largest relative error, its parameter); the shards of all ranks make up the whole model."""
+    shards: dict[tuple[str, int], tuple[float, float]] = {}
+    for rank in per_rank:
+        for key, pair in rank["squares"].items():
+            shards[key] = max(shards.get(key, (0.0, 0.0)), pair)
+    totals: dict[str, list[float]] = {}
+    for (name, _), pair in shards.items():
+        total = totals.setdefault(name, [0.0, 0.0])
+        total[0], total[1] = total[0] + pair[0], total[1] + pair[1]
+    whole = math.sqrt(sum(reference for _, reference in totals.values()))
+    assert math.isclose(whole, truth.norm, rel_tol=1e-5), (whole, truth.norm)
+    return max((math.sqrt(difference) / max(math.sqrt(reference), 1e-6 * whole), name)
+               for name, (difference, reference) in totals.items())
+
+
+def offsets() -> list[int]:
+    """First pair of each query."""
+    return [0, *accumulate(SIZES)]

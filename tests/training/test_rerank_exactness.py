@@ -1,0 +1,65 @@
+"""A reranker's gradients are those of one process, whatever layout, head, loss and sizes of the lists."""
+
+import pytest
+
+from tests.ranks import run_on_ranks
+from tests.training.rerank_oracle import MODELS, Case, compute_truth, error_of, run_case, save_model
+
+BOUND = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rerankers")
+    for name in MODELS:
+        save_model(path, name)
+    return path
+
+
+@pytest.fixture(scope="module")
+def truths(folder):
+    found = {}
+
+    def truth(case):
+        key = case.model, case.loss
+        if key not in found:
+            found[key] = compute_truth(case, folder)
+        return found[key]
+
+    return truth
+
+
+def run(case, folder, truth):
+    per_rank = run_on_ranks(run_case, case.ranks, case, str(folder), truth.gradients)
+    error, name = error_of(per_rank, truth)
+    loss_error = max(abs(rank["metrics"]["loss"] - truth.loss) for rank in per_rank) / truth.loss
+    norm_error = max(abs(rank["norm"] - truth.norm) for rank in per_rank) / truth.norm
+    return error, name, loss_error, norm_error
+
+
+def layout(tp=1, pp=1, cp=1, vpp=None, ep=1):
+    return {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp,
+            "virtual_pipeline_model_parallel_size": vpp, "expert_model_parallel_size": ep}
+
+
+FAST = [
+    Case(model="tied", loss="lambda_loss"),
+    Case(model="tied", loss="lambda_loss", micro_batch_size=2),
+    Case(model="tied", loss="lambda_loss", parallel=layout(tp=2), ranks=2, micro_batch_size=4),
+    Case(model="tied", loss="lambda_loss", parallel=layout(pp=2), ranks=2, micro_batch_size=2),
+    Case(model="tied", loss="lambda_loss", parallel=layout(cp=2), ranks=2),
+    Case(model="tied", loss="lambda_loss", ranks=2, micro_batch_size=2),
+    Case(model="tied", loss="lambda_loss", parallel=layout(tp=2, pp=2), ranks=4, micro_batch_size=4),
+    Case(model="untied", loss="listwise", parallel=layout(pp=2), ranks=2, micro_batch_size=4),
+    Case(model="untied", loss="listwise", parallel=layout(cp=2), ranks=2, micro_batch_size=4),
+    Case(model="score", loss="ranknet", parallel=layout(tp=2), ranks=2, micro_batch_size=4),
+    Case(model="encoder", loss="pointwise", parallel=layout(cp=2), ranks=2),
+]
+
+
+@pytest.mark.parametrize("case", FAST, ids=str)
+def test_gradients_are_exact(case, folder, truths):
+    error, name, loss_error, norm_error = run(case, folder, truths(case))
+    assert error <= BOUND, (error, name)
+    assert loss_error <= 2e-6
+    assert norm_error <= BOUND
