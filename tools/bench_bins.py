@@ -70,7 +70,8 @@ def main() -> None:
             chosen.append(ids)
         packed = pack(chosen, list(range(len(chosen))), [False] * len(chosen), tokens=None, alignment=1,
                       pad_token_id=tokenizer.pad_token_id)
-        batches[size] = to_device(packed, topology, "mean", kernel=attention_kernel(config), causal=model.causal)
+        batches[size] = to_device(packed, topology, "mean", kernel=attention_kernel(config), causal=model.causal,
+                                  shape=model.shape)
     times: dict[int, list[float]] = {size: [] for size in SIZES}
     for number in range(arguments.rounds + 1):
         for size in SIZES:

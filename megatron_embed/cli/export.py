@@ -40,7 +40,7 @@ PROBES = {
 
 def is_bidirectional_decoder(shape: ModelShape, bidirectional: bool = False) -> bool:
     """Whether the stock library would run the model as another one: it knows decoders with causal attention alone."""
-    return (shape.bidirectional or bidirectional) and shape.family != "bert"
+    return (shape.bidirectional or bidirectional) and shape.rotary_base is not None
 
 
 def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
@@ -120,7 +120,7 @@ def export_checkpoint(source: str, destination: str) -> str:
         export_sentence_transformers(
             directory, pooling=model.pooling(None), normalize=saved.normalize is not False,
             query_prompt=saved.prompts.get("query", ""), document_prompt=saved.prompts.get("document", ""),
-            max_seq_length=saved.max_length or model.shape.max_position_embeddings,
+            max_seq_length=saved.max_length or model.shape.longest_text,
             embedding_dimension=model.shape.hidden_size)
         for role in roles:
             report = compare_with_sentence_transformers(directory, texts, vectors[role], prompt_name=role,

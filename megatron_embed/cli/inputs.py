@@ -137,9 +137,9 @@ def require_writable(key: str, directory: str) -> None:
 def check_lengths(config: RunConfig, model: ModelDirectory) -> None:
     """No role is longer than the model's positions."""
     for role, length in (("query", config.data.query_max_length), ("document", config.data.document_max_length)):
-        if length > model.shape.max_position_embeddings:
+        if length > model.shape.longest_text:
             raise ConfigError(f"data.{role}_max_length = {length} is longer than the model's "
-                              f"{model.shape.max_position_embeddings} positions; lower it to that or less")
+                              f"{model.shape.longest_text} positions; lower it to that or less")
 
 
 def check_outputs(config: RunConfig) -> None:

@@ -106,7 +106,7 @@ def role_lengths(model: ModelDirectory, wanted: int | None, *, by_role: bool) ->
     Raises:
         ConfigError: `wanted` is longer than the model's positions.
     """
-    limit = model.shape.max_position_embeddings
+    limit = model.shape.longest_text
     if wanted is not None and wanted > limit:
         raise ConfigError(f"--max-length {wanted} is longer than the model's {limit} positions; lower it to that or "
                           "less")

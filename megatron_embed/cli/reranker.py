@@ -49,7 +49,7 @@ def reranker_settings(config: RerankerConfig, model: ModelDirectory, *, longest:
     template = None
     if not encoder:
         template = config.template or (saved.template if saved else None) or QWEN3_RERANKER_TEMPLATE
-    limit = model.shape.max_position_embeddings
+    limit = model.shape.longest_text
     if config.max_length is not None and config.max_length > limit:
         raise ConfigError(f"reranker.max_length = {config.max_length} is longer than the model's {limit} positions; "
                           "lower it to that or less")
@@ -80,7 +80,7 @@ def saved_settings(model: ModelDirectory) -> RerankerSettings:
                           "*ForSequenceClassification nor a *ForCausalLM, and there is no reranker.json; give a model "
                           "trained with task: reranker, or a cross-encoder")
     return reranker_settings(RerankerConfig(head=head), model,
-                             longest=model.saved.max_length or model.shape.max_position_embeddings)
+                             longest=model.saved.max_length or model.shape.longest_text)
 
 
 def open_pair_tokenizer(settings: RerankerSettings, model: ModelDirectory,
@@ -150,7 +150,7 @@ def open_scorer(args: argparse.Namespace) -> tuple[PairScorer, ModelDirectory, T
     model = find_model(args.model, "--model")
     settings = saved_settings(model)
     if args.max_length is not None:
-        limit = model.shape.max_position_embeddings
+        limit = model.shape.longest_text
         if args.max_length > limit:
             raise ConfigError(f"--max-length {args.max_length} is longer than the model's {limit} positions; lower it "
                               "to that or less")

@@ -35,12 +35,16 @@ class Family:
     them (Megatron-Core's `sharded_state_dict` renames them so): CPU and GPU layers read each other's checkpoints."""
 
     def rows(self, shape: ModelShape) -> Iterator[tuple[Transform, Context]]:
-        """Every row with every layer and expert it applies to: outside the layers first, then layer by layer."""
-        for rule in self.rules:
+        """Every row with every layer and expert it applies to: outside the layers first, then layer by layer.
+
+        Rows of biases that this model does not have are left out.
+        """
+        rules = [rule for rule in self.rules if not _is_missing_bias(rule.ours, shape)]
+        for rule in rules:
             if "*" not in rule.ours:
                 yield rule, Context(shape=shape)
         for layer in range(shape.num_layers):
-            for rule in self.rules:
+            for rule in rules:
                 if "*" in rule.ours:
                     for expert in range(shape.num_experts) if rule.is_expert else (None,):
                         yield rule, Context(shape=shape, layer=layer, expert=expert)
@@ -58,7 +62,7 @@ class Family:
             if rule.ours == pattern:
                 return rule, int(layer.group(1)) if layer else None, int(expert.group(1)) if expert else None
         raise CheckpointError(f"{name}: no row of the {self.name} weight table makes this parameter; "
-                              f"add one to megatron_embed/convert/rules/{self.name}.py")
+                              f"add one to megatron_embed/convert/rules/{self.name.replace('-', '_')}.py")
 
     def is_carried(self, name: str) -> bool:
         """Whether the tensor of this full Hugging Face name passes through untouched."""
@@ -82,3 +86,10 @@ class Family:
         expert = EXPERT_PATTERN.search(name)
         key = "model." + EXPERT_PATTERN.sub(".experts.", name, count=1)
         return key, int(expert.group(1)) if expert else None
+
+
+def _is_missing_bias(ours: str, shape: ModelShape) -> bool:
+    """Whether this parameter is the bias of a linear layer that has none in this model."""
+    if not ours.endswith((".linear_qkv.bias", ".linear_proj.bias", ".linear_fc1.bias", ".linear_fc2.bias")):
+        return False
+    return not (shape.add_qkv_bias if ".linear_qkv." in ours else shape.add_bias_linear)

@@ -13,7 +13,7 @@ from megatron_embed.data.packing import build_encode_batches
 from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.errors import TokenlessTextError
 from megatron_embed.models.encoder import AttentionKernel, to_device
-from megatron_embed.models.passes import embed
+from megatron_embed.models.passes import embed, unwrapped
 from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.parallel.collectives import gather_padded, largest, send_from_last, smallest
 from megatron_embed.parallel.topology import Topology, token_alignment
@@ -36,6 +36,7 @@ class RowRunner:
         self.dim = dim
         self.kernel = kernel
         self.causal = causal
+        self.shape = unwrapped(chunks[0]).shape
 
     def rows_of(self, items: Sequence[Item],
                 pack: Callable[[Sequence[Item]], tuple[tuple[MicroBatch, ...], int | None]],
@@ -78,7 +79,8 @@ class RowRunner:
     def _run_share(self, bins: Sequence[MicroBatch], num_items: int) -> Tensor:
         """[num_items, dim] of this rank's items; empty before the last stage."""
         # All ranks run as many bins as the busiest, or an expert-parallel all-to-all would wait for ever.
-        batches = [to_device(micro, self.topology, self.pooling, kernel=self.kernel, causal=self.causal)
+        batches = [to_device(micro, self.topology, self.pooling, kernel=self.kernel, causal=self.causal,
+                             shape=self.shape)
                    for micro in bins]
         if self.topology.sizes.expert_model_parallel_size > 1:
             needed = largest(len(batches), self.topology.dp_group)

@@ -70,6 +70,8 @@ class PackedSequences(PackedSeqParams):
     """[query slots of all groups] int64, the groups' `queries` back to back."""
     key_index: Tensor | None = None
     """[key slots of all groups] int64, the groups' `keys` back to back."""
+    window: tuple[int, int] | None = None
+    """The attention window that groups were made for, see `attention_window`."""
     output_index: Tensor | None = None
     """[tokens/cp] int64, the query slot that holds each local token; one past the last slot for padding tokens."""
 
@@ -99,14 +101,23 @@ def context_chunks(tokens: int, cp_rank: int, cp_size: int) -> tuple[tuple[int, 
     return tuple((number * chunk, (number + 1) * chunk) for number in (cp_rank, 2 * cp_size - 1 - cp_rank))
 
 
-def group_segments(cu_seqlens: Tensor, chunks: tuple[tuple[int, int], ...], causal: bool,
-                   device: torch.device) -> tuple[SegmentGroup, ...]:
+def attention_window(sliding_window: int | None, causal: bool) -> tuple[int, int] | None:
+    """(tokens before, tokens behind) that a token sees besides itself, as Transformers reads `sliding_window`; null:
+    all. Its causal window counts the token itself, the one of bidirectional attention does not."""
+    if sliding_window is None:
+        return None
+    return (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
+
+
+def group_segments(cu_seqlens: Tensor, chunks: tuple[tuple[int, int], ...], causal: bool, device: torch.device,
+                   window: tuple[int, int] | None = None) -> tuple[SegmentGroup, ...]:
     """Sorts the segments of this rank's chunks by length and cuts them into groups of little padding.
 
     Args:
         cu_seqlens: [sequences + 1] int32 on the CPU.
         chunks: bin tokens held by this rank, in local order.
         causal: keys behind a segment's last query are left out.
+        window: see `attention_window`.
     """
     bounds = cu_seqlens.to(torch.int64)
     starts, ends = bounds[:-1], bounds[1:]
@@ -135,7 +146,7 @@ def group_segments(cu_seqlens: Tensor, chunks: tuple[tuple[int, int], ...], caus
             if longest * count > MAX_GROUP_PADDING * real_queries or widest * count > MAX_GROUP_PADDING * real_keys:
                 break
             last += 1
-        groups.append(_segment_group(segments[first:last], causal, device))
+        groups.append(_segment_group(segments[first:last], causal, window, device))
         first = last
     return tuple(groups)
 
@@ -152,7 +163,8 @@ def _no_segments(device: torch.device) -> SegmentGroup:
                         query_length=1, key_length=1)
 
 
-def _segment_group(segments: Tensor, causal: bool, device: torch.device) -> SegmentGroup:
+def _segment_group(segments: Tensor, causal: bool, window: tuple[int, int] | None,
+                   device: torch.device) -> SegmentGroup:
     local, offset, num_queries, key_start, num_keys = (segments[:, [column]] for column in range(5))
     query_length, key_length = int(num_queries.max()), int(num_keys.max())
     query_steps, key_steps = torch.arange(query_length), torch.arange(key_length)
@@ -160,11 +172,15 @@ def _segment_group(segments: Tensor, causal: bool, device: torch.device) -> Segm
     nothing = torch.zeros((), dtype=torch.int64)
     queries = torch.where(real_queries, local + query_steps, nothing).flatten()
     keys = torch.where(real_keys, key_start + key_steps, nothing).flatten()
-    kernel_mask = causal and not bool(offset.any())
+    windowed = window is not None and key_length > window[0] + 1  # else no two tokens are so far apart
+    kernel_mask = causal and not windowed and not bool(offset.any())
     mask = None
-    if not kernel_mask and causal:
-        mask = (key_steps <= (offset + query_steps)[:, :, None])[:, None] & real_keys[:, None, None, :]
-        mask |= ~real_queries[:, None, :, None]  # padding queries see everything: a row without keys would be NaN
+    if windowed or (causal and not kernel_mask):
+        ahead = (key_steps - (offset + query_steps)[:, :, None])[:, None]  # of key to query, in tokens
+        mask = real_keys[:, None, None, :] & (ahead <= 0) if causal else real_keys[:, None, None, :]
+        if windowed:
+            mask = mask & (ahead >= -window[0]) & (ahead <= window[1])
+        mask = mask | ~real_queries[:, None, :, None]  # padding queries see everything: a row without keys is NaN
     elif not causal and not bool(real_keys.all()):
         mask = real_keys[:, None, None, :]
     slots = None if bool(real_queries.all()) else real_queries.flatten().nonzero().flatten()
@@ -192,8 +208,10 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        window: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(config=config)
+        self.window = window
         self.causal = attn_mask_type == AttnMaskType.causal
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.cp_group = pg_collection.cp if pg_collection is not None else None
@@ -212,6 +230,7 @@ class PackedAttention(MegatronModule):
         """[tokens/cp, 1, heads/tp, head_dim] queries and [tokens/cp, 1, groups/tp, head_dim] keys and values ->
         [tokens/cp, 1, heads/tp * head_dim]."""
         assert packed_seq_params is not None and packed_seq_params.cu_seqlens is not None
+        assert packed_seq_params.window == self.window, "the bin was prepared for another attention window"
         dropout = self.dropout if self.training else 0.0
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.cp_group is not None and self.cp_group.size() > 1:
@@ -261,7 +280,8 @@ class PackedAttention(MegatronModule):
         from torch.nn.attention.varlen import varlen_attn
 
         real, longest = packed.num_tokens, packed.max_seqlen
+        window = self.window or ((-1, 0) if self.causal else (-1, -1))
         output = varlen_attn(query[:real], key[:real], value[:real], packed.cu_seqlens, packed.cu_seqlens, longest,
-                             longest, scale=self.scale, window_size=(-1, 0) if self.causal else (-1, -1),
+                             longest, scale=self.scale, window_size=window,
                              enable_gqa=query.shape[1] != key.shape[1])
         return functional.pad(output.flatten(1), (0, 0, 0, query.shape[0] - real))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_embed.config.schema import ParallelConfig, TrainingConfig
 from megatron_embed.errors import ConfigError
-from megatron_embed.models.attention import PackedAttention
+from megatron_embed.models.attention import PackedAttention, attention_window
 from megatron_embed.models.families import ModelShape
 from megatron_embed.parallel.topology import uses_sequence_parallel, virtual_size
 from megatron_embed.platform.compat import (
@@ -176,10 +176,10 @@ def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
             raise ConfigError(f"parallel.{name}_parallel_size = {size}, but the model has dense layers (no experts); "
                               "set it to 1")
     stages = pp * (virtual_size(sizes) or 1)
-    if shape.num_layers % stages:
+    if shape.num_layers < stages:
         raise ConfigError(f"parallel.pipeline_model_parallel_size = {pp} (times virtual size "
-                          f"{virtual_size(sizes) or 1}) does not divide the model's {shape.num_layers} layers; nearest "
-                          f"valid total: {_nearest_divisor(shape.num_layers, stages)}")
+                          f"{virtual_size(sizes) or 1}) makes {stages} stages, more than the model's "
+                          f"{shape.num_layers} layers; largest valid total: {shape.num_layers}")
 
 
 def _check_experts(shape: ModelShape, sizes: ParallelConfig) -> None:
@@ -199,6 +199,19 @@ def _nearest_divisor(value: int, wanted: int) -> int:
     return min((d for d in range(1, value + 1) if value % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
+def pipeline_layout(num_layers: int, stages: int) -> list[list[str]] | None:
+    """Megatron's `pipeline_model_parallel_layout` of layers that do not divide by the stages, virtual ones included;
+    null where they do.
+
+    The last stages take one layer more: the first holds the embeddings and, under 1F1B, the most micro-batches.
+    """
+    least, rest = divmod(num_layers, stages)
+    if not rest:
+        return None
+    layout = [["decoder"] * (least + (stage >= stages - rest)) for stage in range(stages)]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
+
+
 def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: TrainingConfig,
                     dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of this model under this layout. Raises ConfigError if the layout does not divide it."""
@@ -214,7 +227,10 @@ def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: Training
         hidden_dropout=training.hidden_dropout, attention_dropout=training.attention_dropout,
         tensor_model_parallel_size=sizes.tensor_model_parallel_size,
         pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual, context_parallel_size=sizes.context_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual,
+        pipeline_model_parallel_layout=pipeline_layout(
+            shape.num_layers, sizes.pipeline_model_parallel_size * (virtual or 1)),
+        context_parallel_size=sizes.context_parallel_size,
         expert_model_parallel_size=sizes.expert_model_parallel_size,
         expert_tensor_parallel_size=sizes.expert_tensor_parallel_size, sequence_parallel=uses_sequence_parallel(sizes),
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, use_cpu_initialization=not on_gpu,
@@ -251,10 +267,12 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
     norm = LayerNorm if shape.norm == "LayerNorm" else RMSNorm
     qk_norm = norm if shape.qk_layernorm else None
     mask = AttnMaskType.no_mask if bidirectional else AttnMaskType.causal
+    core = ModuleSpec(module=PackedAttention,
+                      params={"window": attention_window(shape.sliding_window, not bidirectional)})
     attention = ModuleSpec(
         module=SelfAttention, params={"attn_mask_type": mask},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=PackedAttention, linear_proj=RowParallelLinear,
+            linear_qkv=ColumnParallelLinear, core_attention=core, linear_proj=RowParallelLinear,
             q_layernorm=qk_norm, k_layernorm=qk_norm))
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     mlp = ModuleSpec(module=MLP, submodules=linears)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError
-from megatron_embed.models.attention import PackedSequences, context_chunks, group_segments
+from megatron_embed.models.attention import PackedSequences, attention_window, context_chunks, group_segments
 from megatron_embed.models.backbone import (
     EncoderEmbedding,
     add_bias_in_product,
@@ -24,6 +24,7 @@ from megatron_embed.models.families import ModelShape
 from megatron_embed.models.heads import HeadSpec, PairHead
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.pooling_names import Pooling
+from megatron_embed.models.rope import rotary_angles, rotary_frequencies
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import (
     HAS_CUDA,
@@ -31,7 +32,6 @@ from megatron_embed.platform.compat import (
     LanguageModule,
     MegatronModule,
     ModelType,
-    RotaryEmbedding,
     TransformerBlock,
     TransformerConfig,
 )
@@ -47,7 +47,7 @@ class DeviceMicroBatch:
     token_ids: Tensor
     """[1, tokens/cp] int64."""
     position_ids: Tensor
-    """[1, tokens/cp] int64."""
+    """[1, tokens/cp] int64, as the model numbers them."""
     token_types: Tensor | None
     """[1, tokens/cp] int64; null: all 0."""
     num_tokens: int
@@ -59,6 +59,8 @@ class DeviceMicroBatch:
     """Over the tokens that this rank holds after the last layer."""
     rows: Tensor
     """[sequences] int64 on the CPU, local row numbers."""
+    first_position: int
+    """Number of a text's first position."""
     kept_rows: Tensor
     """[sequences] int64 on the CPU, the same; empty if the micro-batch is a repeated one."""
 
@@ -85,11 +87,8 @@ class EmbeddingModel(LanguageModule):
         self.post_process = topology.is_last_stage and last_chunk
         if self.pre_process:
             self.embedding = self._embedding()
-        self.rotary = None
-        if shape.rotary_base is not None:
-            self.rotary = RotaryEmbedding(
-                kv_channels=shape.head_dim, rotary_percent=1.0, rotary_base=shape.rotary_base,
-                use_cpu_initialization=not HAS_CUDA, cp_group=topology.groups.cp)
+        # No buffer: it stays float32 whatever the model's dtype.
+        self.rotary_frequencies = None if shape.rotary_base is None else rotary_frequencies(shape)
         self.decoder = TransformerBlock(
             config=config, spec=block_spec(config, shape, bidirectional, topology.pp_rank, vp_stage),
             post_layer_norm=not shape.post_norm, pre_process=self.pre_process, post_process=self.post_process,
@@ -125,6 +124,7 @@ class EmbeddingModel(LanguageModule):
 
     def token_states(self, batch: DeviceMicroBatch) -> Tensor:
         """[tokens/(cp*tp), 1, hidden] after this chunk's layers (tokens/cp without sequence parallelism)."""
+        assert batch.first_position == self.shape.position_offset, "to_device was not told the model's shape"
         hidden = None
         if self.pre_process:
             hidden = self.embedding(batch.token_ids, batch.position_ids, batch.token_types)
@@ -133,12 +133,8 @@ class EmbeddingModel(LanguageModule):
                             padding_mask=batch.padding if self.shape.num_experts else None)
 
     def _rotary_angles(self, batch: DeviceMicroBatch) -> Tensor | None:
-        """[tokens, 1, 1, head_dim] float32 angles of each token's own position, so bins need no splitting."""
-        if self.rotary is None:
-            return None
-        frequencies = self.rotary.inv_freq.to(batch.position_ids.device)
-        angles = torch.outer(batch.position_ids.flatten().float(), frequencies)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        """Angles of each token's own position, so bins need no splitting; null with learned positions."""
+        return None if self.rotary_frequencies is None else rotary_angles(self.rotary_frequencies, batch.position_ids)
 
     def global_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Parameters of this rank by name, layers and experts counted over the whole model, not from
@@ -205,14 +201,22 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
 
 
 def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, kernel: AttentionKernel,
-              causal: bool) -> DeviceMicroBatch:
-    """This rank's part of a micro-batch, with attention groups and pooling plan derived. No communication."""
+              causal: bool, shape: ModelShape | None = None) -> DeviceMicroBatch:
+    """This rank's part of a micro-batch, with attention groups and pooling plan derived. No communication.
+
+    Args:
+        shape: of the model, for its attention window and the numbers of its positions; null: it has no window, and
+            positions count from 0. A model that is handed something else stops at an assertion.
+    """
     device, tokens = topology.device, micro_batch.token_ids.numel()
+    window = None if shape is None else attention_window(shape.sliding_window, causal)
     chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)
     packed = PackedSequences(cu_seqlens=micro_batch.cu_seqlens.to(device), num_tokens=micro_batch.num_tokens,
-                             max_seqlen=int(micro_batch.cu_seqlens.diff().max()))
+                             max_seqlen=int(micro_batch.cu_seqlens.diff().max()), window=window)
     if kernel != "flash":
-        packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, device), tokens // topology.cp_size)
+        packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, device, window),
+                            tokens // topology.cp_size)
+    first_position = 0 if shape is None else shape.position_offset
     plan = local_plan(pooling_plan(micro_batch, pooling, device), chunks)
     padding = _held(torch.arange(tokens) >= micro_batch.num_tokens, chunks)
     if topology.sequence_parallel:
@@ -223,8 +227,23 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
     return DeviceMicroBatch(
         token_types=None if types is None else _held(types, chunks)[None].to(device),
         token_ids=_held(micro_batch.token_ids, chunks)[None].to(device),
-        position_ids=_held(micro_batch.position_ids, chunks)[None].to(device), num_tokens=tokens, packed=packed,
+        position_ids=_held(_positions(micro_batch, first_position), chunks)[None].to(device), num_tokens=tokens,
+        packed=packed, first_position=first_position,
         padding=padding[None].to(device), plan=plan, rows=micro_batch.rows, kept_rows=micro_batch.kept_rows)
+
+
+def _positions(micro_batch: MicroBatch, first: int) -> Tensor:
+    """[tokens] int64: positions of a bin's tokens in their texts, counted from `first`.
+
+    From RoBERTa's first position on, tokens that are its padding token, which a text may spell out, are not counted:
+    they all have position `first - 1`, as in Transformers.
+    """
+    if not first:
+        return micro_batch.position_ids
+    counted = (micro_batch.token_ids != first - 1).to(torch.int64)
+    running = counted.cumsum(0)
+    starts = torch.arange(counted.numel()) - micro_batch.position_ids
+    return (running - running[starts] + counted[starts]) * counted + first - 1
 
 
 def _held(tokens: Tensor, chunks: tuple[tuple[int, int], ...]) -> Tensor:

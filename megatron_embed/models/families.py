@@ -12,6 +12,21 @@ from typing import Any, Literal
 
 from megatron_embed.errors import CheckpointError
 
+FamilyName = Literal["bert", "roberta", "xlm-roberta", "qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies differ from the plain ones; Transformers' names."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    """Divides the frequencies: all of them (linear), or the low ones (llama3)."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    """llama3: wavelengths above this / low_freq_factor are scaled, those below this / high_freq_factor are not."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -20,7 +35,7 @@ class ModelShape:
     Names follow Megatron's TransformerConfig.
     """
 
-    family: Literal["bert", "qwen3", "qwen3_moe"]
+    family: FamilyName
     hidden_size: int
     num_layers: int
     num_attention_heads: int
@@ -31,6 +46,7 @@ class ModelShape:
     ffn_hidden_size: int
     vocab_size: int
     max_position_embeddings: int
+    """Rows of learned positions, `position_offset` included; else the longest text in tokens."""
     norm: Literal["LayerNorm", "RMSNorm"]
     norm_eps: float
     activation: Literal["gelu", "gelu_tanh", "relu", "silu"]
@@ -44,6 +60,11 @@ class ModelShape:
     bidirectional: bool
     rotary_base: float | None
     """null: learned absolute positions."""
+    rope_scaling: RopeScaling | None = None
+    position_offset: int = 0
+    """Number of a text's first position: RoBERTa's padding_idx + 1."""
+    sliding_window: int | None = None
+    """A causal token sees this many, itself included (bidirectional: as many on either side, and itself); null: all."""
     type_vocab_size: int
     """Token types; 0: none."""
     tie_word_embeddings: bool
@@ -63,6 +84,13 @@ class ModelShape:
         if self.num_attention_heads % self.num_query_groups:
             raise CheckpointError(f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                                   f"num_key_value_heads = {self.num_query_groups}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise CheckpointError(f"sliding_window = {self.sliding_window!r} must be a positive integer or null")
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text that has positions."""
+        return self.max_position_embeddings - self.position_offset
 
 
 class _HFConfig:
@@ -92,77 +120,166 @@ _ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh", "relu", "silu"]] = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
 
 
-def _activation(config: _HFConfig, key: str = "hidden_act") -> Literal["gelu", "gelu_tanh", "relu", "silu"]:
-    name = config[key]
+def _activation(config: _HFConfig, default: str) -> Literal["gelu", "gelu_tanh", "relu", "silu"]:
+    name = config.get("hidden_act", default)
     if name not in _ACTIVATIONS:
-        raise CheckpointError(f"{config.file}: {key} = {name!r} is not supported; known: {', '.join(_ACTIVATIONS)}")
+        raise CheckpointError(f"{config.file}: hidden_act = {name!r} is not supported; known: "
+                              f"{', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
-def _bert(config: _HFConfig) -> ModelShape:
+def _encoder(config: _HFConfig, family: FamilyName) -> ModelShape:
+    """What BERT and RoBERTa share."""
     config.refuse_unless("position_embedding_type", (None, "absolute"), "only learned absolute positions are")
-    config.refuse_unless("is_decoder", (None, False), "a BERT decoder is not an encoder")
+    config.refuse_unless("is_decoder", (None, False), f"a {family} decoder is not an encoder")
     heads = config["num_attention_heads"]
     return ModelShape(
-        family="bert", hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
+        family=family, hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
         num_attention_heads=heads, num_query_groups=heads, head_dim=config["hidden_size"] // heads,
         ffn_hidden_size=config["intermediate_size"], vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"], norm="LayerNorm",
-        norm_eps=config.get("layer_norm_eps", 1e-12), activation=_activation(config), gated=False, add_bias_linear=True,
-        add_qkv_bias=True, qk_layernorm=False, post_norm=True, bidirectional=True, rotary_base=None,
-        type_vocab_size=config.get("type_vocab_size", 2), tie_word_embeddings=True,
+        norm_eps=config.get("layer_norm_eps", 1e-12), activation=_activation(config, "gelu"), gated=False,
+        add_bias_linear=True, add_qkv_bias=True, qk_layernorm=False, post_norm=True, bidirectional=True,
+        rotary_base=None, type_vocab_size=config.get("type_vocab_size", 2), tie_word_embeddings=True,
         initializer_range=config.get("initializer_range", 0.02))
 
 
-def _rope_base(config: _HFConfig, default: float) -> float:
-    """Rotary base from either spelling: `rope_theta` or Transformers 5's `rope_parameters`."""
-    parameters = {**config.get("rope_scaling", {}), **config.get("rope_parameters", {})}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in ("default", None):
-        raise CheckpointError(f"{config.file}: rope type {kind!r} is not supported for {config['model_type']}; "
+def _bert(config: _HFConfig) -> ModelShape:
+    return _encoder(config, "bert")
+
+
+def _roberta_like(family: FamilyName) -> Callable[[_HFConfig], ModelShape]:
+    """Reader of RoBERTa's kind: positions are numbered from behind the padding token's id."""
+
+    def read(config: _HFConfig) -> ModelShape:
+        return dataclasses.replace(_encoder(config, family), position_offset=config.get("pad_token_id", 1) + 1)
+
+    return read
+
+
+def _rope(config: _HFConfig, default: float) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling from either spelling: `rope_theta` and `rope_scaling`, or Transformers 5's
+    `rope_parameters`."""
+    parameters = config.get("rope_scaling", {}) or config.get("rope_parameters", {})
+    kind = parameters.get("rope_type", parameters.get("type")) or "default"
+    base = float(parameters.get("rope_theta", config.get("rope_theta", default)))
+    for partial in (parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor", None)):
+        if partial not in (None, 1):
+            raise CheckpointError(f"{config.file}: partial_rotary_factor = {partial!r} is not supported; "
+                                  f"a {config['model_type']} model rotates its heads whole")
+    if kind == "default":
+        return base, None
+    if kind not in ("linear", "llama3"):
+        raise CheckpointError(f"{config.file}: rope type {kind!r} is not supported (default, linear and llama3 are); "
                               "remove it if your sequences fit the original length")
-    return float(parameters.get("rope_theta", config.get("rope_theta", default)))
+    keys = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
+    missing = [key for key in keys if key not in parameters]
+    if missing:
+        raise CheckpointError(f"{config.file}: rope type {kind!r} without {missing[0]!r}; fetch the file again")
+    values = {key: float(parameters[key]) for key in keys}
+    if kind == "linear":
+        return base, RopeScaling(kind="linear", **values)
+    # Transformers lets a key beside rope_scaling win over one within it.
+    original = config.get("original_max_position_embeddings", parameters.get(
+        "original_max_position_embeddings", config["max_position_embeddings"]))
+    return base, RopeScaling(kind="llama3", original_max_position_embeddings=original, **values)
+
+
+def _decoder(config: _HFConfig, family: FamilyName, *, key_value_heads: int | None = None, head_dim: int | None = None,
+             norm_eps: float = 1e-6, rotary_base: float = 1.0e4, bias: bool = False, qkv_bias: bool = False,
+             qk_layernorm: bool = False, sliding_window: int | None = None,
+             ffn: str = "intermediate_size") -> ModelShape:
+    """What all decoders share.
+
+    Args:
+        key_value_heads, head_dim, norm_eps, rotary_base: where config.json has no such key, Transformers' defaults of
+            the family; null: as many heads as queries have, hidden_size // heads.
+        bias, qkv_bias: of all linear layers, of query, key and value alone.
+        ffn: the key that names the width of the MLP, or of an expert.
+    """
+    layer_types = set(config.get("layer_types", []))
+    if not layer_types <= {"full_attention" if sliding_window is None else "sliding_attention"}:
+        raise CheckpointError(f"{config.file}: layer_types = {sorted(layer_types)} is not supported; "
+                              "all layers of a model must attend alike, over whole sequences or one sliding_window")
+    heads = config["num_attention_heads"]
+    base, scaling = _rope(config, rotary_base)
+    return ModelShape(
+        family=family, hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_query_groups=config.values.get("num_key_value_heads", key_value_heads) or heads,
+        head_dim=config.get("head_dim", head_dim or config["hidden_size"] // heads), ffn_hidden_size=config[ffn],
+        vocab_size=config["vocab_size"], max_position_embeddings=config["max_position_embeddings"], norm="RMSNorm",
+        norm_eps=config.get("rms_norm_eps", norm_eps), activation=_activation(config, "silu"), gated=True,
+        add_bias_linear=bias, add_qkv_bias=bias or qkv_bias, qk_layernorm=qk_layernorm, post_norm=False,
+        bidirectional=config.get("is_causal", True) is False, rotary_base=base, rope_scaling=scaling,
+        sliding_window=sliding_window, type_vocab_size=0,
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
+        initializer_range=config.get("initializer_range", 0.02))
+
+
+_WHOLE_SEQUENCES = "in these models only some layers have a window; attention here is over whole sequences"
+
+
+def _qwen2(config: _HFConfig) -> ModelShape:
+    config.refuse_unless("use_sliding_window", (None, False), _WHOLE_SEQUENCES)
+    return _decoder(config, "qwen2", key_value_heads=32, qkv_bias=True)
 
 
 def _qwen3(config: _HFConfig) -> ModelShape:
-    # Transformers' own defaults differ: 128 here, hidden_size // heads with experts.
-    return _qwen3_shape(config, head_dim=128, ffn_hidden_size=config["intermediate_size"])
+    # Transformers' own defaults of head_dim differ: 128 here, hidden_size // heads with experts.
+    return _qwen3_like(config, "qwen3", key_value_heads=32, head_dim=128)
 
 
-def _qwen3_shape(config: _HFConfig, *, head_dim: int, ffn_hidden_size: int) -> ModelShape:
-    """What dense and sparse Qwen3 share; `head_dim` where config.json gives none."""
-    config.refuse_unless("use_sliding_window", (None, False), "attention here is over whole sequences")
+def _qwen3_like(config: _HFConfig, family: FamilyName, *, key_value_heads: int, head_dim: int | None = None,
+                ffn: str = "intermediate_size") -> ModelShape:
+    """What dense and sparse Qwen3 share."""
+    config.refuse_unless("use_sliding_window", (None, False), _WHOLE_SEQUENCES)
     config.refuse_unless("attention_bias", (None, False), "no released model of the family has it")
-    layer_types = set(config.get("layer_types", ["full_attention"]))
-    if layer_types != {"full_attention"}:
-        raise CheckpointError(f"{config.file}: layer_types = {sorted(layer_types)} is not supported; "
-                              "attention here is over whole sequences")
-    heads = config["num_attention_heads"]
-    return ModelShape(
-        family="qwen3", hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
-        num_attention_heads=heads, num_query_groups=config.get("num_key_value_heads", heads),
-        head_dim=config.get("head_dim", head_dim), ffn_hidden_size=ffn_hidden_size,
-        vocab_size=config["vocab_size"], max_position_embeddings=config["max_position_embeddings"], norm="RMSNorm",
-        norm_eps=config.get("rms_norm_eps", 1e-6), activation=_activation(config), gated=True, add_bias_linear=False,
-        add_qkv_bias=False, qk_layernorm=True, post_norm=False,
-        bidirectional=config.get("is_causal", True) is False, rotary_base=_rope_base(config, 1.0e4),
-        type_vocab_size=0, tie_word_embeddings=config.get("tie_word_embeddings", False),
-        initializer_range=config.get("initializer_range", 0.02))
+    return _decoder(config, family, key_value_heads=key_value_heads, head_dim=head_dim, qk_layernorm=True, ffn=ffn)
 
 
 def _qwen3_moe(config: _HFConfig) -> ModelShape:
     config.refuse_unless("decoder_sparse_step", (None, 1), "every layer must have experts")
     config.refuse_unless("mlp_only_layers", (None, []), "every layer must have experts")
-    shape = _qwen3_shape(config, head_dim=config["hidden_size"] // config["num_attention_heads"],
-                         ffn_hidden_size=config["moe_intermediate_size"])
-    # Transformers 5 may write `num_local_experts`, released models say `num_experts`.
+    shape = _qwen3_like(config, "qwen3_moe", key_value_heads=4, ffn="moe_intermediate_size")
+    return _with_experts(config, shape, normalize=config.get("norm_topk_prob", False))
+
+
+def _with_experts(config: _HFConfig, shape: ModelShape, *, normalize: bool) -> ModelShape:
+    """The shape with the experts that config.json names."""
+    # Transformers 5 may write `num_local_experts`, released Qwen3 models say `num_experts`.
     experts = config.get("num_experts", None) or config["num_local_experts"]
-    return dataclasses.replace(
-        shape, family="qwen3_moe", num_experts=experts, experts_per_token=config["num_experts_per_tok"],
-        normalize_expert_weights=config.get("norm_topk_prob", False))
+    if normalize and config["num_experts_per_tok"] == 1:
+        raise CheckpointError(f"{config.file}: num_experts_per_tok = 1 is not supported where the chosen experts' "
+                              "weights are made to sum to 1: the router would have no gradient; choose 2 or more")
+    return dataclasses.replace(shape, num_experts=experts, experts_per_token=config["num_experts_per_tok"],
+                               normalize_expert_weights=normalize)
 
 
-FAMILIES: dict[str, Callable[[_HFConfig], ModelShape]] = {"bert": _bert, "qwen3": _qwen3, "qwen3_moe": _qwen3_moe}
+def _llama(config: _HFConfig) -> ModelShape:
+    """Llama 1 to 3.x."""
+    attention_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
+    if attention_bias != mlp_bias:
+        raise CheckpointError(f"{config.file}: attention_bias = {attention_bias} with mlp_bias = {mlp_bias} is not "
+                              "supported; all linear layers must have a bias, or none")
+    return _decoder(config, "llama", bias=attention_bias)
+
+
+def _mistral(config: _HFConfig) -> ModelShape:
+    # A config.json without the key has a window (Mistral 7B v0.1's), one with null has none.
+    return _decoder(config, "mistral", key_value_heads=8, sliding_window=config.values.get("sliding_window", 4096))
+
+
+def _mixtral(config: _HFConfig) -> ModelShape:
+    config.refuse_unless("router_jitter_noise", (None, 0), "the router's noise in training is not computed")
+    shape = _decoder(config, "mixtral", key_value_heads=8, norm_eps=1e-5, rotary_base=1.0e6,
+                     sliding_window=config.get("sliding_window", None))
+    return _with_experts(config, shape, normalize=True)
+
+
+FAMILIES: dict[str, Callable[[_HFConfig], ModelShape]] = {
+    "bert": _bert, "roberta": _roberta_like("roberta"), "xlm-roberta": _roberta_like("xlm-roberta"), "qwen2": _qwen2,
+    "qwen3": _qwen3, "qwen3_moe": _qwen3_moe, "llama": _llama, "mistral": _mistral, "mixtral": _mixtral}
 """By `model_type` of config.json."""
 
 

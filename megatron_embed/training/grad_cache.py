@@ -34,7 +34,8 @@ class GradCache(Generic[Batch]):
     def __call__(self, batch: Batch) -> Sums:
         """Gradients of one step, by two passes, or by one where no row's loss depends on other micro-batches."""
         model = self.models[0]
-        batches = [to_device(micro, self.topology, model.pooling, kernel=self.kernel, causal=model.causal)
+        batches = [to_device(micro, self.topology, model.pooling, kernel=self.kernel, causal=model.causal,
+                             shape=model.shape)
                    for micro in batch.micro_batches]
         if len(batches) == 1 or not self.objective.couples_batch:
             return self.one_pass(batch, batches)

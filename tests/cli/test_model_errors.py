@@ -55,7 +55,7 @@ def test_a_relative_path_that_is_no_directory_is_said_to_be_neither(model, texts
 BROKEN = {
     "cut": ("config.json", '{"model_type": "qwen', ["config.json", "not readable as JSON", "again"]),
     "list": ("config.json", "[]", ["config.json", "JSON object"]),
-    "family": ("config.json", {"model_type": "gpt2"}, ["config.json", "model_type = 'gpt2'", "bert, qwen3"]),
+    "family": ("config.json", {"model_type": "gpt2"}, ["config.json", "model_type = 'gpt2'", "bert, roberta"]),
     "no_family": ("config.json", {"model_type": None}, ["config.json", "model_type"]),
     "text": ("config.json", {"num_attention_heads": "four"}, ["config.json", "num_attention_heads", "again"]),
     "zero": ("config.json", {"hidden_size": 0}, ["config.json", "hidden_size = 0", "again"]),

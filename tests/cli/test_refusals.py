@@ -206,11 +206,12 @@ def test_layout_that_the_world_does_not_allow(write, ranks, parallel, words):
 
 
 @pytest.mark.parametrize("change, parallel, words", [
-    ({"num_hidden_layers": 3}, {"pipeline_model_parallel_size": 2}, ["3 layers", "nearest valid total: 1"]),
+    ({"num_hidden_layers": 1}, {"pipeline_model_parallel_size": 2},
+     ["2 stages, more than the model's 1 layers", "largest valid total: 1"]),
     ({"num_attention_heads": 5, "num_key_value_heads": 5}, {"tensor_model_parallel_size": 2}, ["5 attention heads"]),
     ({"intermediate_size": 49}, {"tensor_model_parallel_size": 2}, ["49 MLP width", "nearest valid: 1"]),
     ({}, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4},
-     ["(times virtual size 4)", "4 layers", "nearest valid total: 4"]),
+     ["(times virtual size 4)", "8 stages", "4 layers", "largest valid total: 4"]),
 ])
 def test_layout_that_does_not_divide_the_model(write, tmp_path, change, parallel, words):
     other = save_model(tmp_path / "other", "qwen3", tokenizer=True, **change)

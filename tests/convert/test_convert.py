@@ -30,6 +30,22 @@ MODELS = {
     "qwen3_moe, no prefix": {"kind": "Qwen3MoeModel"},
     "qwen3_moe, untied, bfloat16, sharded": {"kind": "Qwen3MoeForCausalLM", "tie_word_embeddings": False,
                                              "dtype": torch.bfloat16, "shard": "30KB"},
+    "roberta, no pooler, bare": {"kind": "RobertaModel", "add_pooling_layer": False},
+    "xlm-roberta": {"kind": "XLMRobertaModel"},
+    "xlm-roberta, tied head": {"kind": "XLMRobertaForMaskedLM"},
+    "xlm-roberta, classifier, bfloat16, sharded": {"kind": "XLMRobertaForSequenceClassification",
+                                                   "dtype": torch.bfloat16, "shard": "20KB"},
+    "qwen2, no prefix, sharded": {"kind": "Qwen2Model", "shard": "20KB"},
+    "qwen2, tied": {"kind": "Qwen2ForCausalLM", "tie_word_embeddings": True},
+    "qwen2, classifier": {"kind": "Qwen2ForSequenceClassification", "num_labels": 1},
+    "llama, untied, bfloat16, sharded": {"kind": "LlamaForCausalLM", "dtype": torch.bfloat16, "shard": "30KB"},
+    "llama, biases, no prefix": {"kind": "LlamaModel", "attention_bias": True, "mlp_bias": True},
+    "llama, tokens classified": {"kind": "LlamaForTokenClassification"},
+    "mistral, no prefix, bfloat16": {"kind": "MistralModel", "dtype": torch.bfloat16},
+    "mistral, untied, head of another size": {"kind": "MistralForCausalLM", "head_dim": 10, "sliding_window": None},
+    "mistral, classifier": {"kind": "MistralForSequenceClassification", "num_labels": 1},
+    "mixtral, no prefix": {"kind": "MixtralModel"},
+    "mixtral, untied, bfloat16, sharded": {"kind": "MixtralForCausalLM", "dtype": torch.bfloat16, "shard": "30KB"},
 }
 
 
@@ -126,6 +142,13 @@ def test_old_names_of_norms_are_read_and_written_as_transformers_does(tmp_path):
     assert old.keys() != expected.keys()
     save_file(old, source / "model.safetensors", {"format": "pt"})
     assert_bit_equal(tensors_of(round_trip(source, tmp_path)), expected)
+
+
+def test_rotary_frequencies_in_files_of_llama_2_pass_through(tmp_path):
+    source = save_toy(tmp_path / "source", "LlamaForCausalLM")
+    edit_tensors(source, lambda tensors: tensors.update({
+        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.rand(3) for layer in range(3)}))
+    assert_bit_equal(tensors_of(round_trip(source, tmp_path)), tensors_of(source))
 
 
 def rewrite_model(megatron, destination, change, *, pad_to=None, extra=()):

@@ -64,7 +64,7 @@ REFUSALS = {
     "config no JSON": (lambda path: (path / "config.json").write_text("{"), "config.json: not readable as JSON"),
     "config no object": (lambda path: (path / "config.json").write_text("[]"), "must hold a JSON object"),
     "unknown family": (lambda path: edit_config(path, model_type="t5"),
-                       "model_type = 't5' is not supported; give a model of one of these families: bert, qwen3"),
+                       "model_type = 't5' is not supported; give a model of one of these families: bert, roberta"),
     "own code": (lambda path: edit_config(path, auto_map={"AutoModel": "modeling.X"}), "trust_remote_code"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "no model.safetensors and no .*index.json"),
     "only bin": (to_bin, r"only in pytorch_model.bin, a pickle .*AutoModel.from_pretrained\('.*'\).save_pretrained"),

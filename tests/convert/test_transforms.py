@@ -112,7 +112,8 @@ def test_expand_braces():
     assert expand_braces("a.{q,k}_proj.{w,b}") == ("a.q_proj.w", "a.q_proj.b", "a.k_proj.w", "a.k_proj.b")
 
 
-@pytest.mark.parametrize("kind", ["BertModel", "Qwen3Model", "Qwen3MoeModel"])
+@pytest.mark.parametrize("kind", ["BertModel", "XLMRobertaModel", "Qwen2Model", "Qwen3Model", "Qwen3MoeModel",
+                                  "MixtralModel"])
 def test_a_rank_reads_only_its_share_of_the_files(kind, tmp_path, monkeypatch):
     source = HFDirectory(save_toy(tmp_path, kind))
     family = rules_for(source.shape.family)
@@ -150,5 +151,5 @@ def test_a_parameter_outside_the_table_is_refused(tmp_path):
 
 
 def test_an_unknown_family_is_refused():
-    with pytest.raises(CheckpointError, match="'gpt9' has no weight table; known: bert, qwen3, qwen3_moe"):
+    with pytest.raises(CheckpointError, match="'gpt9' has no weight table; known: bert, roberta, xlm-roberta, qwen2, "):
         rules_for("gpt9")

@@ -14,12 +14,18 @@ BERT = {"vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 3, "num_atten
 QWEN3 = {"vocab_size": 103, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40, "max_position_embeddings": 64}
 QWEN3_MOE = QWEN3 | {"moe_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+LLAMA = {"vocab_size": 103, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 64}
+BASES = {"Bert": BERT, "Roberta": BERT, "XLMRoberta": BERT | {"type_vocab_size": 1}, "Qwen2": LLAMA, "Qwen3": QWEN3,
+         "Qwen3Moe": QWEN3_MOE, "Llama": LLAMA, "Mistral": LLAMA,
+         "Mixtral": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}}
+"""By the beginning of a class's name."""
 
 
 def save_toy(path, kind, *, dtype=torch.float32, shard=None, **settings):
     """A saved `transformers` model of class `kind`: random weights, biases and norms included. Gives its path."""
-    family = "Bert" if kind.startswith("Bert") else "Qwen3Moe" if kind.startswith("Qwen3Moe") else "Qwen3"
-    base = {"Bert": BERT, "Qwen3": QWEN3, "Qwen3Moe": QWEN3_MOE}[family]
+    family = max((name for name in BASES if kind.startswith(name)), key=len)
+    base = BASES[family]
     config_class = getattr(transformers, f"{family}Config")
     model = getattr(transformers, kind)(config_class(**base | settings)).to(dtype)
     generator = torch.Generator().manual_seed(7)

@@ -9,6 +9,7 @@ from megatron_embed.models.attention import (
     MAX_GROUP_PADDING,
     PackedAttention,
     PackedSequences,
+    attention_window,
     context_chunks,
     group_segments,
 )
@@ -58,22 +59,31 @@ def attended(groups, held):
     return found
 
 
+@pytest.mark.parametrize("sliding_window", [None, 1, 9])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
-def test_every_token_sees_its_own_sequence_and_nothing_else(cp_size, causal):
-    for seed in range(12):
+def test_every_token_sees_its_own_sequence_and_nothing_else(cp_size, causal, sliding_window):
+    window = attention_window(sliding_window, causal)
+    for seed in range(12 if window is None else 4):
         bounds, tokens = random_bin(seed, cp_size)
         found = {}
         for cp_rank in range(cp_size):
             chunks = context_chunks(tokens, cp_rank, cp_size)
             held = torch.cat([torch.arange(*chunk) for chunk in chunks])
-            part = attended(group_segments(bounds, chunks, causal, CPU), held)
+            part = attended(group_segments(bounds, chunks, causal, CPU, window), held)
             assert not found.keys() & part.keys()
             found |= part
         expected = {}
         for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             for token in range(start, end):
-                expected[token] = list(range(start, token + 1 if causal else end))
+                last = token + 1 if causal else end
+                if sliding_window is None:
+                    expected[token] = list(range(start, last))
+                elif causal:  # Transformers: key > query - window
+                    expected[token] = list(range(max(start, token - sliding_window + 1), last))
+                else:  # Transformers: |key - query| <= window
+                    expected[token] = list(range(max(start, token - sliding_window),
+                                                 min(end, token + sliding_window + 1)))
         assert found == expected
 
 
@@ -194,3 +204,12 @@ def test_rank_whose_share_is_padding_computes_zeros_and_a_zero_gradient(causal):
     for tensor in (query, key, value):
         assert tensor.grad is not None
         assert not tensor.grad.any()
+
+
+def test_a_bin_prepared_for_another_window_is_not_computed():
+    bounds = torch.tensor([0, 5], dtype=torch.int32)
+    packed = PackedSequences(cu_seqlens=bounds, num_tokens=5, max_seqlen=5, window=attention_window(4, True))
+    packed.index_groups(group_segments(bounds, context_chunks(5, 0, 1), True, CPU), 5)
+    states = torch.randn(5, 1, 2, 4)
+    with pytest.raises(AssertionError, match="prepared for another attention window"):
+        attention_module(True, 2, 2, 4)(states, states, states, None, packed_seq_params=packed)

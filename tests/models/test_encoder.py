@@ -55,9 +55,12 @@ def token_states(config, ids, tokens):
         chunk.eval()
         chunk.forward = chunk.token_states
     causal = opened.chunks[0].causal
-    batch = to_device(pack_all(ids, config, tokens), opened.topology, "mean", kernel="sdpa", causal=causal)
+    batch = to_device(pack_all(ids, config, tokens), opened.topology, "mean", kernel="sdpa", causal=causal,
+                      shape=opened.chunks[0].shape)
     with torch.no_grad():
-        outputs = run_schedule(opened.chunks, [batch], opened.topology, lambda number: keep_output, forward_only=True)
+        rounds = opened.topology.pp_size if len(opened.chunks) > 1 else 1  # an interleaved pipeline takes no fewer
+        outputs = run_schedule(opened.chunks, [batch] * rounds, opened.topology, lambda number: keep_output,
+                               forward_only=True)
     topology = opened.topology
     return (topology.tp_rank, topology.cp_rank, outputs[0].squeeze(1)) if topology.is_last_stage else None
 

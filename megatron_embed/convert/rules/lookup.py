@@ -2,11 +2,17 @@
 
 from megatron_embed.convert.family import Family
 from megatron_embed.convert.rules.bert import BERT
+from megatron_embed.convert.rules.llama import LLAMA
+from megatron_embed.convert.rules.mistral import MISTRAL
+from megatron_embed.convert.rules.mixtral import MIXTRAL
+from megatron_embed.convert.rules.qwen2 import QWEN2
 from megatron_embed.convert.rules.qwen3 import QWEN3
 from megatron_embed.convert.rules.qwen3_moe import QWEN3_MOE
+from megatron_embed.convert.rules.xlm_roberta import ROBERTA, XLM_ROBERTA
 from megatron_embed.errors import CheckpointError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (BERT, QWEN3, QWEN3_MOE)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (
+    BERT, ROBERTA, XLM_ROBERTA, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL)}
 
 
 def rules_for(family: str) -> Family:

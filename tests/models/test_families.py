@@ -1,0 +1,196 @@
+"""Every family against Transformers: token states under every layout, what config.json means, what is refused."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_embed.config.schema import ParallelConfig
+from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.models.backbone import check_divisible, pipeline_layout
+from megatron_embed.models.families import FAMILIES as READERS
+from megatron_embed.models.families import model_shape
+from megatron_embed.models.rope import rotary_frequencies
+from tests.convert.toy import edit_config
+from tests.families import (
+    BOUND,
+    DECODER,
+    DECODERS,
+    FAMILIES,
+    LAYOUTS,
+    LLAMA3,
+    WITH_EXPERTS,
+    errors,
+    expected_states,
+    save_family,
+    texts,
+)
+from tests.ranks import run_on_ranks
+from tests.toys import open_model, pack_all, random_texts, run_config
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    return {name: save_family(folder / name, name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def expected(models):
+    return {name: expected_states(directory, texts()) for name, directory in models.items()}
+
+
+def names_of(layout):
+    return WITH_EXPERTS if layout == "EP2" else tuple(FAMILIES)
+
+
+def assert_close(models, layout, expected, names, **settings):
+    found = errors([models[name] for name in names], layout, [expected[name] for name in names], texts(), **settings)
+    wrong = {name: error for name, error in zip(names, found, strict=True) if not error <= BOUND}
+    assert not wrong
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_token_states_equal_transformers(models, expected, layout):
+    assert all(states.std() > 0.5 for states in expected.values())
+    assert any(1 in text for text in texts()), "no text spells out RoBERTa's padding token"
+    assert_close(models, layout, expected, names_of(layout))
+
+
+def test_settings_of_the_toys_make_a_difference(models, expected, tmp_path):
+    """A window, a rope scaling or an offset that nobody can see would prove nothing."""
+    for name, settings in (("Mistral, window", {"sliding_window": None}), ("XLM-RoBERTa", {"pad_token_id": 0}),
+                           ("Llama 3.x", {"rope_parameters": LLAMA3 | {"rope_type": "default"}}),
+                           ("Llama, linear rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})):
+        other = expected_states(save_family(tmp_path / name, name, **settings), texts())
+        assert (other - expected[name]).abs().max() > 0.05, name
+
+
+@pytest.mark.parametrize("layout", ["1 rank", "CP2"])
+def test_bidirectional_decoders_equal_transformers_with_is_causal_false(models, expected, layout):
+    whole = {name: expected_states(models[name], texts(), is_causal=False) for name in DECODERS}
+    assert len(whole) == 10
+    assert all((whole[name] - expected[name]).abs().max() > 0.05 for name in DECODERS)
+    assert_close(models, layout, whole, DECODERS, bidirectional=True)
+
+
+def test_is_causal_false_of_a_config_is_read_by_us_as_by_transformers(models, expected, tmp_path):
+    directories = {name: save_family(tmp_path / name, name, is_causal=False) for name in DECODERS}
+    assert all(model_shape(directory).bidirectional for directory in directories.values())
+    whole = {name: expected_states(directory, texts()) for name, directory in directories.items()}
+    assert all((whole[name] - expected[name]).abs().max() > 0.05 for name in DECODERS)
+    assert_close(directories, "1 rank", whole, DECODERS)
+
+
+RELEASED = {
+    "Llama 3.1": {"head_dim": 128, "rope_theta": 500000.0, "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3"}},
+    "Llama 3.2 1B": {"head_dim": 64, "rope_theta": 500000.0, "rope_scaling": {
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3"}},
+    "original length beside rope_scaling": {"original_max_position_embeddings": 64, "rope_scaling": {
+        "factor": 2, "high_freq_factor": 4, "low_freq_factor": 1, "rope_type": "llama3"}},
+    "no original length": {"max_position_embeddings": 64, "rope_scaling": {
+        "factor": 2.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"}},
+    "old spelling": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "Transformers 5": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1.0e6}},
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_rotary_frequencies_equal_transformers_bit_for_bit(name, tmp_path):
+    values = DECODER | {"model_type": "llama", "max_position_embeddings": 131072} | RELEASED[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    expected, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config)
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
+    assert factor == 1.0
+    assert not torch.equal(expected, plain)
+    assert torch.equal(rotary_frequencies(model_shape(tmp_path)), expected)
+
+
+@pytest.mark.parametrize("family", [family for family in READERS if family not in ("qwen3", "qwen3_moe")])
+def test_missing_keys_mean_what_transformers_takes_them_for(family, tmp_path):
+    sizes = {"hidden_size": 64, "num_attention_heads": 32, "num_hidden_layers": 1, "intermediate_size": 48,
+             "vocab_size": 103, "max_position_embeddings": 96}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | experts | {"model_type": family}))
+    config, shape = transformers.AutoConfig.from_pretrained(tmp_path), model_shape(tmp_path)
+    assert shape.tie_word_embeddings == config.tie_word_embeddings
+    assert shape.activation == config.hidden_act
+    if "bert" in family:
+        assert (shape.norm_eps, shape.type_vocab_size) == (config.layer_norm_eps, config.type_vocab_size)
+        assert shape.position_offset == (0 if family == "bert" else config.pad_token_id + 1)
+        assert shape.longest_text == 96 - shape.position_offset
+        return
+    assert shape.norm_eps == config.rms_norm_eps
+    assert shape.num_query_groups == config.num_key_value_heads
+    assert shape.rotary_base == config.rope_parameters["rope_theta"]
+    assert shape.sliding_window == (None if family in ("llama", "qwen2") else config.sliding_window)
+
+
+REFUSED = {
+    "llama": [({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported .*remove it"),
+              ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+              ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' without 'factor'"),
+              ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+              ({"attention_bias": True}, "attention_bias = True with mlp_bias = False is not supported")],
+    "qwen2": [({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
+              ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .* is not supported")],
+    "mistral": [({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types = .* is not supported"),
+                ({"sliding_window": 0}, "sliding_window = 0 must be a positive integer or null"),
+                ({"sliding_window": "long"}, "a value is not of the kind")],
+    "mixtral": [({"num_experts_per_tok": 1}, "num_experts_per_tok = 1 is not supported"),
+                ({"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not supported")],
+    "xlm-roberta": [({"is_decoder": True}, "is_decoder = True is not supported"),
+                    ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'")],
+}
+
+
+@pytest.mark.parametrize("family, change, match",
+                         [(family, *case) for family, cases in REFUSED.items() for case in cases])
+def test_what_is_not_computed_is_refused(family, change, match, tmp_path):
+    values = DECODER | {"model_type": family, "num_local_experts": 4, "num_experts_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert model_shape(tmp_path).family == family
+    edit_config(tmp_path, **change)
+    with pytest.raises(CheckpointError, match=match) as caught:
+        model_shape(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / "config.json"))
+
+
+def test_layers_that_do_not_divide_go_to_the_last_stages(models):
+    assert pipeline_layout(4, 2) is None
+    assert pipeline_layout(5, 2) == [["embedding", "decoder", "decoder"], ["decoder"] * 3 + ["loss"]]
+    assert [len(stage) for stage in pipeline_layout(30, 8)] == [4, 3, 4, 4, 4, 4, 4, 5]
+    shape = model_shape(models["Llama 2"])
+    assert shape.num_layers == 5
+    check_divisible(shape, ParallelConfig(pipeline_model_parallel_size=5))
+    for sizes in ({"pipeline_model_parallel_size": 6},
+                  {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3}):
+        with pytest.raises(ConfigError, match="makes 6 stages, more than the model's 5 layers; largest valid total: 5"):
+            check_divisible(shape, ParallelConfig(**sizes))
+
+
+def stopped(config, told):
+    """Whether an assertion stops the model on a batch that was (not) prepared for its shape."""
+    from megatron_embed.models.encoder import to_device
+
+    opened = open_model(config)
+    (chunk,) = opened.chunks
+    batch = to_device(pack_all(random_texts((12, 5)), config), opened.topology, "mean", kernel="sdpa",
+                      causal=chunk.causal, shape=chunk.shape if told else None)
+    try:
+        assert chunk(batch).isfinite().all()
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", ["Mistral, window", "XLM-RoBERTa"])
+def test_a_batch_that_does_not_know_the_model_stops(models, name):
+    config = run_config(models[name])
+    assert [run_on_ranks(stopped, 1, config, told) for told in (True, False)] == [[False], [True]]
