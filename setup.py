@@ -19,6 +19,8 @@ CORE = [
     # Every export is loaded by the stock library and compared before `convert` succeeds.
     "sentence-transformers>=5.2,<7",
     "safetensors>=0.5",
+    # Transformers converts a tokenizer.model with it; without it, such a directory has no tokenizer.
+    "sentencepiece>=0.2",
     "datasets>=3.2",
     "pyarrow>=18",
     "numpy>=1.26",

@@ -21,10 +21,15 @@ BOUND = 1e-5
 LOSS_BOUND = 2e-6
 NUM_NEGATIVES = 3
 AUX_COEFFICIENT = 0.1
-Kind = Literal["qwen3", "bert", "qwen3_moe"]
+Kind = Literal["qwen3", "bert", "qwen3_moe", "xlm-roberta", "qwen2", "llama", "mistral", "mixtral"]
 KINDS: tuple[Kind, ...] = ("qwen3", "bert", "qwen3_moe")
+"""Of the matrix."""
+OTHER_KINDS: tuple[Kind, ...] = ("xlm-roberta", "qwen2", "llama", "mistral", "mixtral")
+"""With what the matrix does not hold: positions behind the padding id, biases, rope scaling, an attention window."""
 RECOMPUTE: tuple[Literal["selective", "full"], ...] = ("selective", "full")
-POOLINGS: dict[Kind, Pooling] = {"qwen3": "lasttoken", "bert": "cls", "qwen3_moe": "mean"}
+POOLINGS: dict[Kind, Pooling] = {
+    "qwen3": "lasttoken", "bert": "cls", "qwen3_moe": "mean", "xlm-roberta": "mean", "qwen2": "mean",
+    "llama": "lasttoken", "mistral": "lasttoken", "mixtral": "mean"}
 
 
 @dataclass(frozen=True, kw_only=True)

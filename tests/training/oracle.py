@@ -35,7 +35,19 @@ _MODELS: dict[Kind, tuple[str, str, dict[str, Any]]] = {
         "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 48,
         "max_position_embeddings": 2048, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
     "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeModel", {
-        **_DECODER, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True})}
+        **_DECODER, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaModel", {
+        "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 48,
+        "max_position_embeddings": 258, "type_vocab_size": 1, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0}),
+    "qwen2": ("Qwen2Config", "Qwen2Model", {key: value for key, value in _DECODER.items() if key != "head_dim"}),
+    "llama": ("LlamaConfig", "LlamaModel", {
+        **_DECODER, "num_hidden_layers": 5, "attention_bias": True, "mlp_bias": True, "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 1.0e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}}),
+    "mistral": ("MistralConfig", "MistralModel", {**_DECODER, "sliding_window": 8}),
+    "mixtral": ("MixtralConfig", "MixtralModel", {
+        **_DECODER, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +99,8 @@ class Oracle:
 
     def truth(self, case: Case) -> Truth:
         """Loss and norm of the reference; its gradients lie in FOLDER/truth-NAME."""
+        if not (self.folder / case.kind).exists():
+            save_model(self.folder / case.kind, case.kind, self.folder / "short.jsonl")
         if case.rows == "long" and not (self.folder / case.model).exists():
             _save_long_model(self.folder, case.kind)
         if case.truth not in self._truths:
