@@ -1,0 +1,56 @@
+"""A directory whose only tokenizer file is a sentencepiece `tokenizer.model`, from there to an export."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from megatron_embed.data.prompts import RoleTokenizer
+from tests.cli.test_refusals import command
+from tests.convert.toy import edit_config
+from tests.families import save_family
+from tests.ranks import run_on_ranks
+from tests.toys import MINI_EN
+
+VOCABULARY = 400
+TEXTS = ("What is the capital of France?", "  two  spaces", "深度学习")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Llama whose config.json says that there is no padding token the way Llama 1 did."""
+    directory = tmp_path_factory.mktemp("sentencepiece") / "llama"
+    save_family(directory, "Llama 2", vocab_size=VOCABULARY)
+    edit_config(directory, pad_token_id=-1)
+    lines = [json.loads(line)["query"] for line in MINI_EN.read_text(encoding="utf-8").splitlines()]
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=trained, vocab_size=VOCABULARY, model_type="bpe",
+        byte_fallback=True, minloglevel=2)
+    (directory / "tokenizer.model").write_bytes(trained.getvalue())
+    return directory
+
+
+def test_tokens_are_those_of_transformers(model):
+    expected = AutoTokenizer.from_pretrained(model)
+    tokenizer = RoleTokenizer(str(model), add_eos=True, query_max_length=64, document_max_length=64)
+    found = tokenizer.tokenize(TEXTS, "query").token_ids
+    assert min(map(len, found)) > 2
+    assert found == [[*expected(text).input_ids, 2] for text in TEXTS]
+    assert 0 <= tokenizer.pad_token_id < VOCABULARY
+
+
+def test_it_is_converted_and_exported_with_the_end_that_last_token_pooling_reads(model, tmp_path):
+    megatron, export = tmp_path / "megatron", tmp_path / "export"
+    for arguments in (["hf-to-megatron", str(model), str(megatron)],
+                      ["megatron-to-hf", str(megatron), str(export), "--format", "sentence-transformers"]):
+        ((code, _, err, _),) = run_on_ranks(command, 1, ["convert", *arguments])
+        assert code == 0, err
+    plain, exported = (AutoTokenizer.from_pretrained(directory) for directory in (model, export))
+    for text in TEXTS:
+        assert exported(text).input_ids == [*plain(text).input_ids, 2]
+    assert exported.pad_token_id == 2
+    assert (Path(export) / "tokenizer.model").is_file()
