@@ -15,16 +15,17 @@ from megatron_embed.convert.safetensors_file import SafetensorsFile, TensorEntry
 from megatron_embed.errors import CheckpointError
 
 LM_HEAD = "lm_head.weight"
+_ROBERTA = {"weight": "classifier.out_proj.weight", "bias": "classifier.out_proj.bias",
+            "dense.weight": "classifier.dense.weight", "dense.bias": "classifier.dense.bias"}
 SCORE_NAMES: Mapping[str, Mapping[str, str]] = {
     "bert": {"weight": "classifier.weight", "bias": "classifier.bias", "dense.weight": "bert.pooler.dense.weight",
              "dense.bias": "bert.pooler.dense.bias"},
-    "xlm-roberta": {"weight": "classifier.out_proj.weight", "bias": "classifier.out_proj.bias",
-                    "dense.weight": "classifier.dense.weight", "dense.bias": "classifier.dense.bias"}}
+    "roberta": _ROBERTA, "xlm-roberta": _ROBERTA}
 """By family: our name -> the full Hugging Face name of *ForSequenceClassification. Decoders: DECODER_SCORE."""
 DECODER_SCORE: Mapping[str, str] = {"weight": "score.weight"}
 CLASSES: Mapping[str, str] = {
-    "bert": "Bert", "xlm-roberta": "XLMRoberta", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe",
-    "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral"}
+    "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "qwen2": "Qwen2", "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral"}
 """By family: what the names of its Transformers classes begin with."""
 _OF_OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.")
 """Beginnings of tensors that *ForSequenceClassification has none of, unless they are its own."""
