@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import shutil
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +60,12 @@ class Case:
     tokens: int | None = None
     distributed: bool = True
     sabotage: str | None = None
+
+    def __str__(self) -> str:
+        sizes = [f"{key.removesuffix('_parallel_size')}={size}" for key, size in self.parallel.items()
+                 if size not in (None, 1)]
+        words = [self.model, self.loss, *sizes, f"ranks={self.ranks}", f"micro={self.tokens or self.micro_batch_size}"]
+        return "-".join([*words, self.sabotage] if self.sabotage else words)
 
     @property
     def head(self) -> str:
@@ -265,8 +270,3 @@ def error_of(per_rank: list[dict[str, Any]], truth: Truth) -> tuple[float, str]:
     assert math.isclose(whole, truth.norm, rel_tol=1e-5), (whole, truth.norm)
     return max((math.sqrt(difference) / max(math.sqrt(reference), 1e-6 * whole), name)
                for name, (difference, reference) in totals.items())
-
-
-def offsets() -> list[int]:
-    """First pair of each query."""
-    return [0, *accumulate(SIZES)]

@@ -1,9 +1,11 @@
 """A reranker's gradients are those of one process, whatever layout, head, loss and sizes of the lists."""
 
+import dataclasses
+
 import pytest
 
 from tests.ranks import run_on_ranks
-from tests.training.rerank_oracle import MODELS, Case, compute_truth, error_of, run_case, save_model
+from tests.training.rerank_oracle import MAX_LENGTH, MODELS, Case, compute_truth, error_of, run_case, save_model
 
 BOUND = 1e-5
 
@@ -56,10 +58,37 @@ FAST = [
     Case(model="encoder", loss="pointwise", parallel=layout(cp=2), ranks=2),
 ]
 
+MORE = [
+    Case(model="tied", loss="kl_distillation", ranks=2, micro_batch_size=2, distributed=False),
+    Case(model="tied", loss="margin_ranking", parallel=layout(pp=2, vpp=2), ranks=2, micro_batch_size=2),
+    Case(model="tied", loss="lambda_loss", ranks=2, tokens=16 * MAX_LENGTH),
+    Case(model="tied", loss="lambda_loss", parallel=layout(pp=2, vpp=2), ranks=4, tokens=16 * MAX_LENGTH),
+    Case(model="tied", loss="listwise", parallel=layout(tp=2, cp=2), ranks=4, micro_batch_size=4),
+    Case(model="untied", loss="ranknet", parallel=layout(tp=2), ranks=2, micro_batch_size=4, distributed=False),
+    Case(model="untied", loss="pointwise", parallel=layout(cp=2), ranks=4, micro_batch_size=2),
+    Case(model="score", loss="lambda_loss", parallel=layout(pp=2), ranks=4, micro_batch_size=2),
+    Case(model="score", loss="listwise", parallel=layout(cp=2), ranks=2, micro_batch_size=4),
+    Case(model="encoder", loss="lambda_loss", parallel=layout(tp=2), ranks=2, micro_batch_size=4),
+    Case(model="encoder", loss="listwise", parallel=layout(pp=2), ranks=4, micro_batch_size=2),
+    Case(model="experts", loss="lambda_loss", parallel=layout(ep=2), ranks=2, micro_batch_size=2),
+    Case(model="experts", loss="listwise", parallel=layout(tp=2), ranks=2, micro_batch_size=4),
+    Case(model="experts", loss="ranknet", parallel=layout(pp=2, ep=2), ranks=4, micro_batch_size=2)]
 
-@pytest.mark.parametrize("case", FAST, ids=str)
+
+@pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
 def test_gradients_are_exact(case, folder, truths):
     error, name, loss_error, norm_error = run(case, folder, truths(case))
     assert error <= BOUND, (error, name)
     assert loss_error <= 2e-6
     assert norm_error <= BOUND
+
+
+@pytest.mark.parametrize("case, smallest", [
+    (Case(model="untied", loss="listwise", parallel=layout(cp=2), ranks=2, micro_batch_size=4, sabotage="context"),
+     0.9),
+    (Case(model="tied", loss="lambda_loss", sabotage="labels"), 1e-2)], ids=str)
+def test_a_deliberate_mistake_fails_the_comparison(case, smallest, folder, truths):
+    error, name, _, _ = run(case, folder, truths(dataclasses.replace(case, sabotage=None)))
+    assert error > smallest
+    # Twice the gradient, and of the head alone: every context-parallel rank finds the whole of it.
+    assert case.sabotage != "context" or name == "head.weight"
