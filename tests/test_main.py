@@ -107,7 +107,7 @@ def test_arguments_reach_the_command():
     assert (args.role, args.dtype, args.max_length, args.no_normalize) == ("query", "bfloat16", 64, True)
     assert (args.pooling, args.overrides) == (None, ["parallel.tensor_model_parallel_size=2"])
     args = parse(["evaluate", "--model", "m", "--data", "d"])
-    assert (args.split, args.no_normalize, args.overrides) == ("test", False, [])
+    assert (args.split, args.no_normalize, args.overrides) == (None, False, [])
     args = parse(["convert", "megatron-to-hf", "a", "b", "--format", "sentence-transformers"])
     assert (args.direction, args.source, args.destination) == ("megatron-to-hf", "a", "b")
     assert args.format == "sentence-transformers"

@@ -5,43 +5,94 @@ import functools
 import json
 import os
 
-from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, write_output
+from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int, write_output
+from megatron_embed.errors import ConfigError
 
-HELP = "retrieval metrics on a BEIR folder, or ranking metrics on a file of lists, as one JSON object in the last line"
+HELP = "metrics of retrieval, of pairs with scores, or of ranked lists, as one JSON object in the last line of stdout"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     parser.add_argument("--data", required=True, metavar="BEIR_DIR|FILE.jsonl", type=path,
-                        help="folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, for an embedding model; or "
-                             'a file of lists {"query", "documents": [...], "labels": [...]}, for a reranker as well')
-    parser.add_argument("--split", default="test", help="which qrels file; default: test")
+                        help="folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, or a file of pairs "
+                             '{"text_a", "text_b", "score"}, for an embedding model; or a file of lists {"query", '
+                             '"documents": [...], "labels": [...]}, for a reranker as well')
+    parser.add_argument("--split", help="which qrels file of a folder; default: test")
+    parser.add_argument("--dims", type=dims, default=(), metavar="N,N",
+                        help="measure vectors cut to these widths as well, as dim_N/...")
+    parser.add_argument("--two-stage", type=positive_int, metavar="N",
+                        help="measure search by vectors of this width whose best candidates are ordered by full ones "
+                             "as well, as two_stage_N/...")
+    parser.add_argument("--candidates", type=positive_int, metavar="N",
+                        help="documents per query that the first of two stages finds; default: 100")
     add_encoding_arguments(parser)
+
+
+def dims(text: str) -> tuple[int, ...]:
+    """Widths such as 64,256."""
+    return tuple(positive_int(part.strip()) for part in text.split(","))
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the metrics from rank 0; prompts are the directory's."""
-    metrics, rank = evaluate_lists(args) if os.path.isfile(args.data) else evaluate_beir(args)
+    if args.candidates is not None and args.two_stage is None:
+        raise ConfigError(f"--candidates {args.candidates}: only search in two stages has candidates; add --two-stage")
+    if not os.path.isfile(args.data):
+        metrics, rank = evaluate_beir(args)
+    elif holds_pairs(args.data):
+        metrics, rank = evaluate_pairs(args)
+    else:
+        metrics, rank = evaluate_lists(args)
     if rank == 0:
         write_output(json.dumps(metrics))
     return 0
+
+
+def holds_pairs(file: str) -> bool:
+    """Whether the first row of a JSONL file is a pair."""
+    from megatron_embed.data.jsonl import parse_object, read_lines
+
+    if not file.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
+        return False
+    first = next(read_lines(file, "--data"), None)
+    return first is not None and "text_a" in parse_object(first.raw, f"{file}:{first.number}")
 
 
 def evaluate_beir(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     """(metrics of an embedding model on a BEIR folder, this rank)."""
     from megatron_embed.evaluation.beir import load_beir
 
-    data = load_beir(args.data, args.split)
+    data = load_beir(args.data, args.split or "test")
+    import torch.distributed as dist
+
     from megatron_embed.cli.model import open_encoder
-    from megatron_embed.evaluation.retrieval import evaluate_retrieval
+    from megatron_embed.evaluation.retrieval import Widths, evaluate_retrieval
+
+    encoder, model, topology = open_encoder(args, prompts=True)
+    widths = Widths(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100)
+    widths.check(encoder.dim)
+    encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
+    return evaluate_retrieval(encode, data, similarity=model.saved.similarity, widths=widths, group=dist.group.WORLD,
+                              device=topology.device), topology.rank
+
+
+def evaluate_pairs(args: argparse.Namespace) -> tuple[dict[str, float], int]:
+    """(correlations of an embedding model's similarities with the scores of a file of pairs, this rank)."""
+    refuse(args, "pairs", "split", "two_stage")
+    from megatron_embed.evaluation.sts import load_sts
+
+    data = load_sts(args.data, "--data")
+    from megatron_embed.cli.model import open_encoder
+    from megatron_embed.evaluation.sts import evaluate_sts
 
     encoder, model, topology = open_encoder(args, prompts=True)
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
-    return evaluate_retrieval(encode, data, similarity=model.saved.similarity), topology.rank
+    return evaluate_sts(encode, data, similarity=model.saved.similarity, dims=args.dims), topology.rank
 
 
 def evaluate_lists(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     """(metrics of a reranker, or of an embedding model's similarities, on a file of lists, this rank)."""
+    refuse(args, "lists", "split", "two_stage", "dims")
     from megatron_embed.evaluation.reranking import evaluate_reranking, load_rerank_file, similarity_of_pairs
 
     data = load_rerank_file(args.data)
@@ -56,3 +107,13 @@ def evaluate_lists(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
     score = functools.partial(similarity_of_pairs, encode, similarity=model.saved.similarity)
     return evaluate_reranking(score, data), topology.rank
+
+
+def refuse(args: argparse.Namespace, kind: str, *options: str) -> None:
+    """Raises ConfigError for an option that was given and that a file of this kind has no use for."""
+    for name in options:
+        value = vars(args)[name]
+        if value:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise ConfigError(f"--{name.replace('_', '-')} {shown}: a file of {kind} has no use for it; leave it out, "
+                              "or name a BEIR folder as --data")

@@ -145,13 +145,15 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     return chunks
 
 
-def open_encoder(args: argparse.Namespace, *, prompts: bool) -> tuple[TextEncoder, ModelDirectory, Topology]:
-    """The model that `encode` and `evaluate` name, ready on all ranks.
+def open_encoder(args: argparse.Namespace, *, prompts: bool,
+                 given_prompts: dict[Role, str] | None = None) -> tuple[TextEncoder, ModelDirectory, Topology]:
+    """The model that `encode`, `evaluate` and `mine` name, ready on all ranks.
 
     Args:
         args: --model, --pooling, --max-length, --dtype, --no-normalize and parallel.* overrides; what is not given is
             what the directory says (dtype: float32 if it says nothing we compute in).
         prompts: put the directory's prompts before the texts.
+        given_prompts: in place of the directory's.
     """
     model = find_model(args.model, "--model")
     known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
@@ -163,7 +165,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool) -> tuple[TextEncode
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)
     check_divisible(model.shape, config.parallel)
-    texts = model.saved.prompts if prompts else {}
+    texts = {**model.saved.prompts, **(given_prompts or {})} if prompts else {}
     lengths = role_lengths(model, args.max_length, by_role=prompts)
     with blaming("--model", args.model):
         tokenizer = RoleTokenizer(

@@ -1,82 +1,32 @@
-"""Exact top-k search and the retrieval metrics of trec_eval: nDCG@k, MRR@k, recall@k, precision@k, MAP."""
+"""Retrieval over a BEIR set, and the metrics of trec_eval: nDCG@k, MRR@k, recall@k, precision@k, MAP."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy
 import pytrec_eval
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from megatron_embed.data.prompts import Role
-from megatron_embed.errors import TokenlessTextError, UserError
+from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
 from megatron_embed.evaluation.beir import BeirData
+from megatron_embed.evaluation.search import StreamedSearch
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
 Embed = Callable[[list[str], Role], Tensor]
+Similarity = Literal["cosine", "dot"]
 
 CUTOFFS = (1, 3, 5, 10, 100)
 QUERIES_PER_BLOCK = 512
 """Bounds the run that is held at once: 512 x 1000 entries of a Python dict are about 100 MB."""
-
-
-def search(queries: Tensor, documents: Tensor, k: int, *, chunk: int = 8192) -> tuple[Tensor, Tensor]:
-    """The k documents of largest dot product for each query, best first; exact.
-
-    Equal scores: the larger index first, also at the cut. With documents in ascending order of id that is trec_eval's
-    rule. (Copies of a vector may differ in the last bit: a matrix product rounds by position.)
-
-    Args:
-        queries: [queries, dim].
-        documents: [documents, dim], fewer than 2**32.
-        k: how many, >= 1; all documents where there are fewer.
-        chunk: documents scored at once; memory is O(queries * (k + chunk)).
-    Returns:
-        Scores [queries, min(k, documents)] float32 and indices [queries, min(k, documents)] int64, on the queries'
-        device. No communication.
-    """
-    queries = queries.float()
-    best = queries.new_empty((len(queries), 0), dtype=torch.int64)
-    for start in range(0, len(documents), chunk):
-        scores = queries @ documents[start : start + chunk].to(queries).T
-        indices = torch.arange(start, start + scores.shape[1], device=scores.device)
-        best = _largest(torch.cat([best, _pack(scores, indices)], dim=1), k)
-    return _unpack(best)
-
-
-def merge_top_k(parts: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of several searches over disjoint documents, with `search`'s rule for equal scores.
-
-    Args:
-        parts: scores [queries, n] float32 and indices [queries, n] int64 of each, n may differ. The indices must
-            already count over all documents, so a shard adds the number of its first document.
-        k: how many, >= 1; all where there are fewer.
-    Returns:
-        Scores [queries, min(k, sum of n)] float32 and indices [queries, min(k, sum of n)] int64. No communication.
-    """
-    return _unpack(_largest(torch.cat([_pack(scores, indices) for scores, indices in parts], dim=1), k))
-
-
-def _pack(scores: Tensor, indices: Tensor) -> Tensor:
-    """[queries, n] int64 keys that sort by (score, index): the score's bits above the index's 32 bits."""
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 would sort below 0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # negative floats: the larger the bits, the smaller
-    return (ordered.long() << 32) | indices
-
-
-def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and indices of `_pack`'s keys."""
-    ordered = (keys >> 32).int()
-    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-    return bits.view(torch.float32), keys & 0xFFFFFFFF
-
-
-def _largest(keys: Tensor, k: int) -> Tensor:
-    """The k largest keys of each row, descending; all of them where there are fewer."""
-    return keys.topk(min(k, keys.shape[1]), dim=1).values
+DOCUMENTS_AT_ONCE = 4096
+"""Documents per rank that are embedded together: lengths sort well among them, and their vectors fit anywhere."""
 
 
 def metrics_per_query(qrels: Qrels, run: Run, *, ks: Sequence[int] = CUTOFFS) -> dict[str, dict[str, float]]:
@@ -128,46 +78,134 @@ def _means(per_query: dict[str, dict[str, float]]) -> dict[str, float]:
     return {name: math.fsum(values[name] for values in per_query.values()) / len(per_query) for name in names}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Which leading numbers of a vector a ranking looks at."""
+
+    dims: tuple[int, ...] = ()
+    """Rankings by truncated vectors beside the one by full vectors (matryoshka, arXiv:2205.13147)."""
+    two_stage: int | None = None
+    """One more ranking: the best `candidates` by vectors of this width, ordered by full vectors."""
+    candidates: int = 100
+
+    def check(self, full: int) -> None:
+        """Raises ConfigError for a width that vectors of `full` numbers do not have."""
+        for key, width in (*(("--dims", width) for width in self.dims), ("--two-stage", self.two_stage)):
+            if width is not None and not 1 <= width <= full:
+                raise ConfigError(f"{key} {width}: the model's vectors have {full} numbers; choose 1 to {full}")
+
+
 def evaluate_retrieval(
     embed: Embed,
     data: BeirData,
     *,
     k: int = 1000,
-    similarity: Literal["cosine", "dot"] = "cosine",
+    similarity: Similarity = "cosine",
+    widths: Widths | None = None,
     chunk: int = 8192,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, float]:
     """`retrieval_metrics` of exact search with these embeddings over the whole corpus.
 
-    No document is skipped for having the query's own id. `map` is over the k documents found.
+    Names of a truncated width begin with `dim_WIDTH/`, of two stages with `two_stage_WIDTH/`. No document is skipped
+    for having the query's own id. `map` is over the k documents found. Documents are embedded, searched and let go in
+    blocks: the corpus may be larger than memory.
 
     Args:
-        embed: texts and their role -> [texts, dim], rows in the order of the texts. Called once for each role.
+        embed: texts and their role -> [texts, dim], rows in the order of the texts. Called by all ranks of the group,
+            once for the queries and once for each block of documents.
         data: corpus, queries and relevance.
         k: documents retrieved per query (all if the corpus is smaller), >= 100 for `recall@100`; 1000 is the depth
             that BEIR and MTEB use for `map`.
         similarity: cosine scales every row to unit length in float32 first.
+        widths: further rankings by parts of the vectors.
         chunk: documents scored at once.
+        device: where the search runs; null: where the vectors are.
+        group: ranks that share the queries among them; one all-gather of the queries' metrics over it. null: none do.
+    Returns:
+        The same numbers on every rank, whatever the number of ranks.
     Raises:
         UserError: an embedding that is not finite, or a text without tokens.
     """
     if k < max(CUTOFFS):
         raise ValueError(f"k = {k}: the metrics look at the first {max(CUTOFFS)} documents")
+    widths = widths or Widths()
     # Ascending ids turn search's rule for equal scores into trec_eval's, at the cut too.
     order = sorted(range(len(data.document_ids)), key=data.document_ids.__getitem__)
-    document_ids = [data.document_ids[index] for index in order]
-    texts = [data.document_texts[index] for index in order]
-    documents = _checked(_embedded(embed, texts, "document", document_ids, data), "document", data.name)
     queries = _checked(_embedded(embed, data.query_texts, "query", data.query_ids, data), "query", data.name)
-    if similarity == "cosine":
-        queries, documents = normalize(queries, dim=-1), normalize(documents, dim=-1)
+    widths.check(queries.shape[1])
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    rankings = _rankings(queries[rank::size].to(device or queries.device), k, similarity, widths, chunk)
+    for start in range(0, len(order), DOCUMENTS_AT_ONCE * size):
+        block = order[start : start + DOCUMENTS_AT_ONCE * size]
+        ids = [data.document_ids[index] for index in block]
+        documents = _checked(_embedded(embed, [data.document_texts[index] for index in block], "document", ids, data),
+                             "document", data.name)
+        for ranking in rankings.values():
+            ranking.add(documents)
+    names = [data.document_ids[index] for index in order]
+    metrics: dict[str, float] = {}
+    for prefix, ranking in rankings.items():
+        mine = _metrics_of(ranking, data.query_ids[rank::size], names, data.qrels)
+        metrics |= {f"{prefix}{name}": value for name, value in _means(_of_all_ranks(mine, data, group)).items()}
+    return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ranking:
+    """One search: by how much of the vectors, and what is done to them first."""
+
+    search: StreamedSearch
+    width: int
+    full: bool
+    """Whether the documents found are scored again with full vectors."""
+    similarity: Similarity
+
+    def add(self, documents: Tensor) -> None:
+        short = _scaled(documents[:, : self.width], self.similarity)
+        self.search.add(short, _scaled(documents, self.similarity) if self.full else None)
+
+
+def _rankings(queries: Tensor, k: int, similarity: Similarity, widths: Widths, chunk: int) -> dict[str, _Ranking]:
+    """Every ranking that was asked for, by the prefix of its metrics."""
+    full_width = queries.shape[1]
+    wanted = {"": full_width} | {f"dim_{width}/": width for width in widths.dims}
+    rankings = {prefix: _Ranking(search=StreamedSearch(_scaled(queries[:, :width], similarity), k, chunk=chunk),
+                                 width=width, full=False, similarity=similarity) for prefix, width in wanted.items()}
+    if widths.two_stage is not None:
+        search = StreamedSearch(_scaled(queries[:, : widths.two_stage], similarity), widths.candidates, chunk=chunk,
+                                full_queries=_scaled(queries, similarity))
+        rankings[f"two_stage_{widths.two_stage}/"] = _Ranking(search=search, width=widths.two_stage, full=True,
+                                                              similarity=similarity)
+    return rankings
+
+
+def _scaled(embeddings: Tensor, similarity: Similarity) -> Tensor:
+    return normalize(embeddings, dim=-1) if similarity == "cosine" else embeddings
+
+
+def _metrics_of(ranking: _Ranking, query_ids: Sequence[str], document_ids: Sequence[str],
+                qrels: Qrels) -> dict[str, dict[str, float]]:
+    """Metrics of each of these queries; a run of QUERIES_PER_BLOCK of them is held at a time."""
+    scores, indices = ranking.search.result()
     per_query: dict[str, dict[str, float]] = {}
-    for start in range(0, len(queries), QUERIES_PER_BLOCK):
-        ids = data.query_ids[start : start + QUERIES_PER_BLOCK]
-        scores, indices = search(queries[start : start + QUERIES_PER_BLOCK], documents, k, chunk=chunk)
-        rows = zip(ids, indices.tolist(), scores.tolist(), strict=True)
+    for start in range(0, len(query_ids), QUERIES_PER_BLOCK):
+        block = slice(start, start + QUERIES_PER_BLOCK)
+        rows = zip(query_ids[block], indices[block].tolist(), scores[block].tolist(), strict=True)
         run = {query: {document_ids[i]: s for i, s in zip(found, values, strict=True)} for query, found, values in rows}
-        per_query.update(metrics_per_query({query: data.qrels[query] for query in ids}, run))
-    return _means(per_query)
+        per_query.update(metrics_per_query({query: qrels[query] for query in run}, run))
+    return per_query
+
+
+def _of_all_ranks(mine: dict[str, dict[str, float]], data: BeirData,
+                  group: dist.ProcessGroup | None) -> dict[str, dict[str, float]]:
+    """Every query's metrics, in the order of the set, so that their mean does not depend on the number of ranks."""
+    if group is None or group.size() == 1:
+        return mine
+    shares: list[dict[str, dict[str, float]]] = [{}] * group.size()
+    dist.all_gather_object(shares, mine, group=group)
+    return {query: shares[number % len(shares)][query] for number, query in enumerate(data.query_ids)}
 
 
 def _embedded(embed: Embed, texts: list[str], role: Role, ids: Sequence[str], data: BeirData) -> Tensor:

@@ -68,6 +68,14 @@ def smallest(value: int) -> int:
     return int(tensor)
 
 
+def share_from_first(text: str) -> str:
+    """What rank 0 of the world holds, on every rank. One broadcast of an object."""
+    values = [text]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def raise_first(error: UserError | None) -> None:
     """Raises, on every rank of the world, the error of the lowest rank that has one; returns if none has.
 

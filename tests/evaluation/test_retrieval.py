@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_embed.errors import UserError
+from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.retrieval import (
+    Widths,
     evaluate_retrieval,
-    merge_top_k,
     metrics_per_query,
     retrieval_metrics,
-    search,
 )
+from megatron_embed.evaluation.search import StreamedSearch, search
+from tests.ranks import run_on_ranks
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TREC_NAMES = {"map": "map", "ndcg@10": "ndcg_cut_10", "ndcg@100": "ndcg_cut_100", "recall@100": "recall_100",
@@ -154,22 +155,35 @@ def test_search_computes_in_float32():
     assert torch.equal(scores, (queries.float() @ documents.float().T).gather(1, indices))
 
 
-def test_merged_shards_equal_one_search():
+def test_blocks_equal_one_search():
     generator = torch.Generator().manual_seed(0)
     queries = torch.randint(-1, 2, (6, 3), generator=generator).float()
     documents = torch.randint(-1, 2, (40, 3), generator=generator).float()
-    parts = []
-    for start, stop in ((0, 3), (3, 3), (3, 25), (25, 40)):  # short, empty and long shards, out of order below
-        scores, indices = search(queries, documents[start:stop], 8, chunk=4)
-        parts.append((scores, indices + start))
-    scores, indices = merge_top_k(parts[::-1], 8)
-    whole_scores, whole_indices = search(queries, documents, 8)
-    assert torch.equal(scores, whole_scores) and torch.equal(indices, whole_indices)
+    stream = StreamedSearch(queries, 8, chunk=4)
+    for start, stop in ((0, 3), (3, 3), (3, 25), (25, 40)):  # short, empty and long blocks
+        stream.add(documents[start:stop])
+    for found, whole in zip(stream.result(), search(queries, documents, 8), strict=True):
+        assert torch.equal(found, whole)
 
 
 def test_negative_zero_ties_with_zero():
-    scores, indices = merge_top_k([(torch.tensor([[0.0, -0.0, -1.0]]), torch.tensor([[0, 1, 2]]))], 3)
+    scores, indices = search(torch.tensor([[1.0]]), torch.tensor([[0.0], [-0.0], [-1.0]]), 3)
     assert indices.tolist() == [[1, 0, 2]] and scores.tolist() == [[0.0, 0.0, -1.0]]
+
+
+def test_two_stages_order_the_candidates_by_full_vectors():
+    generator = torch.Generator().manual_seed(2)
+    queries, documents = (torch.randn(rows, 16, generator=generator) for rows in (7, 60))
+    stream = StreamedSearch(queries[:, :4], 10, full_queries=queries, chunk=6)
+    for block in documents.split(25):
+        stream.add(block[:, :4], block)
+    scores, indices = stream.result()
+    full = queries @ documents.T
+    candidates = (queries[:, :4] @ documents[:, :4].T).topk(10).indices
+    expected = full.gather(1, candidates).sort(dim=1, descending=True)
+    assert torch.equal(indices, candidates.gather(1, expected.indices))
+    torch.testing.assert_close(scores, expected.values)
+    assert not torch.equal(indices, full.topk(10).indices)
 
 
 def one_hot_data(document_ids: list[str], qrels: dict[str, dict[str, int]]) -> BeirData:
@@ -222,3 +236,64 @@ def test_refuses_embeddings_that_are_not_finite():
 def test_refuses_a_depth_below_the_cuts():
     with pytest.raises(ValueError, match="k = 10: the metrics look at the first 100 documents"):
         evaluate_retrieval(lambda texts, role: torch.ones(len(texts), 2), one_hot_data(["a"], {"q": {"a": 1}}), k=10)
+
+
+def random_data(documents=300, queries=50):
+    """Vectors whose leading numbers say less than all of them, and a set that asks for the nearest of each query."""
+    generator = torch.Generator().manual_seed(5)
+    vectors = {f"text of d{number}": torch.randn(16, generator=generator) for number in range(documents)}
+    qrels = {}
+    for number in range(queries):
+        wanted = f"d{number * 3}"
+        vectors[f"text of q{number}"] = vectors[f"text of {wanted}"] + torch.randn(16, generator=generator)
+        qrels[f"q{number}"] = {wanted: 1 + number % 3, f"d{number * 3 + 1}": 1}
+    data = one_hot_data([f"d{number}" for number in range(documents)], qrels)
+    return data, lambda texts, role: torch.stack([vectors[text] for text in texts])
+
+
+def test_corpus_in_blocks_and_every_width(monkeypatch):
+    data, embed = random_data()
+    whole = evaluate_retrieval(embed, data, k=100)
+    sizes = []
+
+    def counted(texts, role):
+        sizes.append(len(texts))
+        return embed(texts, role)
+
+    monkeypatch.setattr("megatron_embed.evaluation.retrieval.DOCUMENTS_AT_ONCE", 70)
+    found = evaluate_retrieval(counted, data, k=100, widths=Widths(dims=(2, 8), two_stage=4, candidates=20), chunk=33)
+    assert sizes == [50, 70, 70, 70, 70, 20]
+    assert {name: value for name, value in found.items() if "/" not in name} == pytest.approx(whole, abs=1e-12)
+    for width in (2, 8):
+        cut = evaluate_retrieval(lambda texts, role, width=width: embed(texts, role)[:, :width], data, k=100)
+        assert {name: found[f"dim_{width}/{name}"] for name in cut} == pytest.approx(cut, abs=1e-12)
+    assert found["dim_2/ndcg@10"] < found["dim_8/ndcg@10"] < found["ndcg@10"]
+    assert found["dim_8/ndcg@10"] > 0.2
+    # The second stage mends the order of the first, and cannot find what the first has missed.
+    first = evaluate_retrieval(lambda texts, role: embed(texts, role)[:, :4], data, k=100)
+    assert first["ndcg@10"] < found["two_stage_4/ndcg@10"] < found["ndcg@10"]
+    everything = evaluate_retrieval(embed, data, k=300, widths=Widths(two_stage=1, candidates=300))
+    assert everything["two_stage_1/map"] == pytest.approx(everything["map"])
+
+
+def evaluated_by_ranks():
+    import torch.distributed as dist
+
+    data, embed = random_data()
+    return evaluate_retrieval(embed, data, widths=Widths(dims=(4,), two_stage=4), group=dist.group.WORLD)
+
+
+def test_ranks_share_the_queries_and_agree():
+    one, (first, second, third) = run_on_ranks(evaluated_by_ranks, 1)[0], run_on_ranks(evaluated_by_ranks, 3)
+    assert first == second == third
+    assert first == pytest.approx(one, abs=1e-12) and one["ndcg@10"] > 0.3
+
+
+@pytest.mark.parametrize("widths, words", [
+    (Widths(dims=(4, 17)), "--dims 17: the model's vectors have 16 numbers; choose 1 to 16"),
+    (Widths(two_stage=0), "--two-stage 0: the model's vectors have 16 numbers"),
+])
+def test_refuses_widths_that_vectors_do_not_have(widths, words):
+    data, embed = random_data(documents=200)
+    with pytest.raises(ConfigError, match=words):
+        evaluate_retrieval(embed, data, widths=widths)

@@ -1,0 +1,204 @@
+"""`mine --model DIR|bm25 --data TRAIN.jsonl [--corpus FILE] --output OUT.jsonl`"""
+
+import argparse
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_embed.cli.common import add_encoding_arguments, path, process_rank
+from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
+
+if TYPE_CHECKING:
+    from megatron_embed.data.prompts import Role
+    from megatron_embed.data.records import Record
+    from megatron_embed.evaluation.encode import TextEncoder
+    from megatron_embed.mining.cache import VectorSource
+    from megatron_embed.mining.filters import MiningOptions
+    from megatron_embed.mining.task import Mined, MiningTask
+
+logger = logging.getLogger(__name__)
+
+HELP = "hard negatives for training rows, by a model's vectors or by BM25"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR|bm25", type=path,
+                        help="Hugging Face or Sentence Transformers directory, one of our checkpoints, or bm25")
+    parser.add_argument("--data", required=True, metavar="TRAIN.jsonl", type=path,
+                        help="rows with query and positive; negatives that they have are replaced")
+    parser.add_argument("--corpus", metavar="FILE.jsonl", type=path,
+                        help='documents to search, rows {"text": ..., "title"?: ...}; default: those of --data')
+    parser.add_argument("--output", required=True, metavar="OUT.jsonl", type=path, help="the rows with their negatives")
+    parser.add_argument("--num-negatives", type=int, default=3, metavar="N", help="of each query; default: 3")
+    parser.add_argument("--range-min", type=int, default=0, metavar="N",
+                        help="best candidates to skip, positives not counted; default: 0")
+    parser.add_argument("--range-max", type=int, metavar="N",
+                        help="candidates to look at; default: range-min + num-negatives + most positives of a query, "
+                             "with 10 * num-negatives if --max-score or a margin is set")
+    for name, what in (("--max-score", "leave out candidates with a higher score"),
+                       ("--min-score", "leave out candidates with a lower score"),
+                       ("--absolute-margin", "leave out candidates above the lowest positive's score - M"),
+                       ("--relative-margin", "leave out candidates above score - |score| * M of the lowest positive")):
+        parser.add_argument(name, type=float, metavar="S" if "score" in name else "M", help=what)
+    parser.add_argument("--sampling", choices=("top", "random"), default="top",
+                        help="the best candidates that are left, or any of them; default: top")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="for --sampling random; default: 1234")
+    parser.add_argument("--query-prompt", metavar="TEXT",
+                        help="before every query; {instruction} in it is the row's; default: the directory's")
+    parser.add_argument("--document-prompt", metavar="TEXT", help="before every document; default: the directory's")
+    parser.add_argument("--cache", metavar="DIR", type=path,
+                        help="keep vectors here, for the same texts, prompts and weights another time")
+    add_encoding_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write a row with negatives for every row; nothing half-written is left behind."""
+    from megatron_embed.data.records import RecordFile
+    from megatron_embed.mining.filters import MiningOptions
+    from megatron_embed.mining.task import build_task, read_corpus
+
+    options = MiningOptions(
+        num_negatives=args.num_negatives, range_min=args.range_min, range_max=args.range_max, max_score=args.max_score,
+        min_score=args.min_score, absolute_margin=args.absolute_margin, relative_margin=args.relative_margin,
+        sampling=args.sampling, seed=args.seed)
+    check_output(args.output)
+    by_words = args.model == "bm25"
+    if by_words:
+        refuse_vector_options(args)
+        if process_rank() != 0:  # One process counts words; the others have nothing to do.
+            return 0
+    records = list(RecordFile(args.data, key="--data"))
+    corpus = None if args.corpus is None else read_corpus(args.corpus)
+    prompts = [""] * len(records) if by_words else query_prompts(args, records)
+    task = build_task(records, prompts, corpus)
+    if by_words:
+        from megatron_embed.mining.bm25 import mine_bm25
+
+        error = write_rows_whole(args.output, records, task, mine_bm25(task, options, show_progress=True), options)
+        if error is not None:
+            raise error
+        return 0
+    mine_with_model(args, records, task, options)
+    return 0
+
+
+def check_output(output: str) -> None:
+    folder = os.path.dirname(os.path.abspath(output))
+    writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
+    if os.path.isdir(output) or not output.endswith(".jsonl") or not writable:
+        raise ConfigError(f"--output {output}: must be a .jsonl file, itself no directory, in a directory that exists "
+                          "and can be written")
+
+
+def refuse_vector_options(args: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that BM25 would ignore."""
+    given = {"--pooling": args.pooling, "--max-length": args.max_length, "--dtype": args.dtype,
+             "--query-prompt": args.query_prompt, "--document-prompt": args.document_prompt, "--cache": args.cache,
+             "--no-normalize": args.no_normalize or None, "parallel.*": args.overrides or None}
+    for key, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{key}: BM25 compares words and has no use for it; leave it out")
+
+
+def query_prompts(args: argparse.Namespace, records: "Sequence[Record]") -> list[str]:
+    """Each row's prompt: --query-prompt, else the directory's, with the row's instruction in its place."""
+    from megatron_embed.cli.model import find_model
+
+    prompt = args.query_prompt
+    if prompt is None:
+        prompt = find_model(args.model, "--model").saved.prompts.get("query", "")
+    if "{instruction}" not in prompt:
+        return [prompt] * len(records)
+    for record in records:
+        if record.instruction is None:
+            raise DataError(f"{record.source}: the query prompt {prompt!r} needs an instruction and the row has none; "
+                            "give it one, or write the prompt out with --query-prompt")
+    return [prompt.replace("{instruction}", record.instruction or "") for record in records]
+
+
+def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task: "MiningTask",
+                    options: "MiningOptions") -> None:
+    """Embeds, searches and writes, on all ranks together."""
+    import torch
+    import torch.distributed as dist
+    from torch.nn.functional import normalize
+
+    from megatron_embed.cli.model import open_encoder
+    from megatron_embed.mining.dense import mine_vectors
+    from megatron_embed.parallel.collectives import raise_first
+
+    # Queries carry their prompts already.
+    given: dict[Role, str] = {"query": ""}
+    if args.document_prompt is not None:
+        given["document"] = args.document_prompt
+    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given)
+    source = vector_source(args, encoder)
+    scale = functools.partial(normalize, dim=-1) if model.saved.similarity == "cosine" else torch.clone
+    role: Role = "query"
+    try:
+        queries = scale(torch.cat(list(source.blocks(role, task.queries)))).to(topology.device)
+        role = "document"
+        documents = (scale(block) for block in source.blocks(role, task.documents))
+        mined = mine_vectors(queries, documents, task.positives, options, group=dist.group.WORLD,
+                             num_documents=len(task.documents), show_progress=topology.rank == 0)
+    except TokenlessTextError as error:
+        place = place_of(role, error.row, records, task, args.corpus)
+        raise TokenlessTextError(error.row, place, error.text) from None
+    raise_first(None if mined is None else write_rows_whole(args.output, records, task, mined, options))
+
+
+def vector_source(args: argparse.Namespace, encoder: "TextEncoder") -> "VectorSource":
+    """The encoder, behind the cache if one was named. Called by all ranks."""
+    from megatron_embed.cli.model import find_model
+    from megatron_embed.mining.cache import VectorCache, VectorSource, directory_digest
+    from megatron_embed.parallel.collectives import share_from_first
+
+    if args.cache is None:
+        return VectorSource(encoder, None, "", {})
+    rank = encoder.topology.rank
+    cache = VectorCache(args.cache, rank=rank)
+    model = find_model(args.model, "--model")
+    digest = share_from_first(directory_digest(model.checkpoint or model.path) if rank == 0 else "")
+    settings = {"pooling": args.pooling, "max_length": args.max_length, "dtype": args.dtype,
+                "normalize": not args.no_normalize}
+    return VectorSource(encoder, cache, digest, settings)
+
+
+def place_of(role: "Role", number: int, records: "Sequence[Record]", task: "MiningTask", corpus: str | None) -> str:
+    """FILE:LINE of the first row that has this query or document, else the corpus and the document's number there."""
+    for row, record in enumerate(records):
+        if role == "query" and task.query_of_row[row] == number:
+            return record.source
+        if role == "document" and task.documents[number] in (*record.positive, *record.negatives):
+            return record.source
+    return f"{corpus}: document {number + 1}"
+
+
+def write_rows_whole(output: str, records: "Sequence[Record]", task: "MiningTask", mined: "Sequence[Mined]",
+                     options: "MiningOptions") -> UserError | None:
+    """Writes the file, whole or not at all, and says what it holds; gives the error if it cannot."""
+    from megatron_embed.mining.task import write_rows
+
+    counts = [len(mined[query].negatives) for query in task.query_of_row]
+    if not any(counts):
+        return ConfigError(f"--output {output}: no candidate of any row passes the filters; loosen the score bounds "
+                           "and margins, lower --range-min, or give a larger --corpus")
+    temporary = f"{output}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            write_rows(file, records, task, mined)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, output)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        return ConfigError(f"--output {output}: could not be written ({error.strerror or error}); make room or name "
+                           "another disk")
+    logger.info("%s: %d rows, %d negatives from %d documents; %d rows have fewer than %d, %d of them none", output,
+                len(records), sum(counts), len(task.documents), sum(count < options.num_negatives for count in counts),
+                options.num_negatives, counts.count(0))
+    return None

@@ -1,0 +1,130 @@
+"""Semantic textual similarity: how well cosines (or dot products) of pairs follow human scores."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from megatron_embed.data.jsonl import check_text, parse_object, read_lines, shortened
+from megatron_embed.data.prompts import Role, RoleTokenizer
+from megatron_embed.data.tokenless import first_tokenless
+from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
+from megatron_embed.evaluation.retrieval import Embed, Similarity
+
+FIELDS: dict[Role, str] = {"query": "text_a", "document": "text_b"}
+"""A pair's texts have the roles that they have in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StsData:
+    """Pairs of texts with a score each, larger is more alike."""
+
+    path: str
+    name: str
+    """Of the file, without its endings."""
+    texts: dict[Role, list[str]]
+    """query: `text_a`; document: `text_b`."""
+    scores: list[float]
+    lines: list[int]
+    """Number of each row's line in the file."""
+
+    def place_of(self, row: int) -> str:
+        """FILE:LINE of a row."""
+        return f"{self.path}:{self.lines[row]}"
+
+
+def load_sts(path: str, key: str = "evaluation.sts") -> StsData:
+    """The rows `{"text_a": str, "text_b": str, "score": number}` of a JSONL file; other keys are ignored.
+
+    Raises:
+        ConfigError: the file cannot be opened; the message names `key`.
+        DataError: a row is wrong (then it begins `FILE:LINE: `), or all scores are the same.
+    """
+    first: list[str] = []
+    second: list[str] = []
+    scores, lines = [], []
+    for line in read_lines(path, key):
+        source = f"{path}:{line.number}"
+        row = parse_object(line.raw, source)
+        if missing := {"text_a", "text_b", "score"} - row.keys():
+            raise DataError(f"{source}: the row lacks {' and '.join(sorted(missing))}; it needs text_a, text_b and "
+                            "score")
+        first.append(check_text(row["text_a"], "text_a", source))
+        second.append(check_text(row["text_b"], "text_b", source))
+        scores.append(_score(row["score"], source))
+        lines.append(line.number)
+    if len(set(scores)) < 2:
+        raise DataError(f"{path}:1: {len(scores)} rows with {len(set(scores))} different scores have no correlation; "
+                        "give it pairs with different scores")
+    name = Path(path).name.split(".")[0]
+    return StsData(path=path, name=name, texts={"query": first, "document": second}, scores=scores, lines=lines)
+
+
+def _score(value: object, source: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{source}: score = {shortened(value)}: must be a finite number")
+    return float(value)
+
+
+def refuse_tokenless_pairs(data: StsData, tokenizer: RoleTokenizer) -> None:
+    """Raises TokenlessTextError, beginning `FILE:LINE: `, where that can be found before the set is embedded."""
+    for role, texts in data.texts.items():
+        labelled = ((str(row), text) for row, text in enumerate(texts))
+        if (found := first_tokenless(labelled, role, tokenizer)) is not None:
+            row, text = found
+            raise TokenlessTextError(0, data.place_of(int(row)), text)
+
+
+def evaluate_sts(embed: Embed, data: StsData, *, similarity: Similarity = "cosine",
+                 dims: Sequence[int] = ()) -> dict[str, float]:
+    """`pearson` and `spearman` (average ranks for equal scores) of similarity and score.
+
+    Names of a truncated width begin with `dim_WIDTH/`.
+
+    Args:
+        embed: texts and their role -> [texts, dim], rows in the order of the texts. `text_a` is embedded as a query,
+            `text_b` as a document.
+        similarity: cosine scales every row to unit length in float32 first.
+        dims: truncated widths that are measured too.
+    Raises:
+        UserError: similarities that are all the same or not finite, or a text without tokens.
+    """
+    first, second = _embedded(embed, data, "query"), _embedded(embed, data, "document")
+    metrics: dict[str, float] = {}
+    for prefix, width in (("", first.shape[1]), *((f"dim_{width}/", width) for width in dims)):
+        if not 1 <= width <= first.shape[1]:
+            raise ConfigError(f"--dims {width}: the model's vectors have {first.shape[1]} numbers; choose 1 to "
+                              f"{first.shape[1]}")
+        metrics |= {f"{prefix}{name}": value for name, value in
+                    correlations(pair_similarity(first[:, :width], second[:, :width], similarity), data).items()}
+    return metrics
+
+
+def pair_similarity(first: Tensor, second: Tensor, similarity: Similarity) -> Tensor:
+    """[pairs] float64: the cosine, or the dot product, of each pair of rows."""
+    first, second = first.double(), second.double()
+    if similarity == "cosine":
+        first, second = normalize(first, dim=-1), normalize(second, dim=-1)
+    return (first * second).sum(dim=-1)
+
+
+def correlations(similarities: Tensor, data: StsData) -> dict[str, float]:
+    """Pearson's and Spearman's coefficient of similarities and scores."""
+    values = similarities.tolist()
+    if not all(math.isfinite(value) for value in values) or len(set(values)) < 2:
+        raise UserError(f"{data.name}: the similarities of the pairs are all the same or not finite; the model has "
+                        "diverged or collapsed")
+    return {"pearson": float(pearsonr(values, data.scores).statistic),
+            "spearman": float(spearmanr(values, data.scores).statistic)}
+
+
+def _embedded(embed: Embed, data: StsData, role: Role) -> Tensor:
+    """`embed` of one side; an error about a text names its line."""
+    try:
+        return embed(data.texts[role], role)
+    except TokenlessTextError as error:
+        raise TokenlessTextError(error.row, data.place_of(error.row), error.text) from None

@@ -1,0 +1,97 @@
+"""What is asked, of which documents, and where the answers go: rows of training data before and after mining."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TextIO
+
+from megatron_embed.data.fields import titled
+from megatron_embed.data.jsonl import parse_object, read_lines
+from megatron_embed.data.record import Record
+from megatron_embed.errors import DataError
+from megatron_embed.mining.filters import Candidate
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiningTask:
+    """Each query and each document once."""
+
+    queries: list[str]
+    """With their prompts in front: what is embedded, or tokenized for BM25."""
+    query_of_row: list[int]
+    documents: list[str]
+    """The corpus, and every positive that it lacks."""
+    positives: list[list[int]]
+    """By query: numbers of the documents that are a positive of any row with its text; at least one."""
+
+    @property
+    def most_positives(self) -> int:
+        """Positives of the query that has the most."""
+        return max(len(numbers) for numbers in self.positives)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mined:
+    """What was found for one query."""
+
+    positive_scores: list[float]
+    """In the order of the task's positives."""
+    negatives: list[Candidate]
+
+
+def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: Iterable[str] | None) -> MiningTask:
+    """Queries, documents and positives of the rows.
+
+    Args:
+        records: the rows.
+        prompts: of each row's query. Rows with one query text share their positives, whatever their prompts.
+        corpus: what is searched; null: every positive and negative of the rows.
+    """
+    own = chain.from_iterable(record.positive for record in records)
+    if corpus is None:
+        own = chain(own, chain.from_iterable(record.negatives for record in records))
+    documents = list(dict.fromkeys(chain(corpus or (), own)))
+    number_of = {text: number for number, text in enumerate(documents)}
+    positives_of: dict[str, dict[int, None]] = {}
+    for record in records:
+        positives_of.setdefault(record.query, {}).update(dict.fromkeys(number_of[text] for text in record.positive))
+    asked: dict[tuple[str, str], int] = {}
+    query_of_row = [asked.setdefault((prompt, record.query), len(asked))
+                    for prompt, record in zip(prompts, records, strict=True)]
+    return MiningTask(queries=[prompt + query for prompt, query in asked], query_of_row=query_of_row,
+                      documents=documents, positives=[list(positives_of[query]) for _, query in asked])
+
+
+def read_corpus(path: str, key: str = "--corpus") -> list[str]:
+    """The documents of rows `{"text": str, "title"?: str}`: `title + " " + text` where the title is not empty.
+
+    Raises:
+        ConfigError: the file cannot be opened; the message names `key`.
+        DataError: a row cannot be used, or there is no row.
+    """
+    texts = []
+    for line in read_lines(path, key):
+        source = f"{path}:{line.number}"
+        texts.append(titled(parse_object(line.raw, source), "", source))
+    if not texts:
+        raise DataError(f'{path}:1: no rows; a row is one line such as {{"text": "..."}}')
+    return texts
+
+
+def write_rows(file: TextIO, records: Sequence[Record], task: MiningTask, mined: Sequence[Mined]) -> None:
+    """One row for each row, in order: the mined negatives in place of its own, and the scores of both kinds.
+
+    `teacher_scores` holds the row's positives first, then the negatives.
+    """
+    number_of = {text: number for number, text in enumerate(task.documents)}
+    for record, query in zip(records, task.query_of_row, strict=True):
+        found = mined[query]
+        score_of = dict(zip(task.positives[query], found.positive_scores, strict=True))
+        row: dict[str, object] = {"query": record.query, "positive": list(record.positive),
+                                  "negatives": [task.documents[number] for number, _ in found.negatives]}
+        if record.instruction is not None:
+            row["instruction"] = record.instruction
+        row["teacher_scores"] = [*(score_of[number_of[text]] for text in record.positive),
+                                 *(score for _, score in found.negatives)]
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")

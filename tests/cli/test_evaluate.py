@@ -1,0 +1,63 @@
+"""`evaluate` at several widths, in two stages, and on pairs; the same numbers on one rank and two."""
+
+import json
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from megatron_embed.__main__ import main
+from tests.cli.test_commands import evaluated, small_beir  # noqa: F401  a fixture
+from tests.cli.test_mine import model  # noqa: F401  a fixture
+from tests.cli.test_refusals import command
+from tests.ranks import run_on_ranks
+from tests.toys import MINI_EN
+
+
+def test_widths_and_two_stages(model, small_beir):  # noqa: F811
+    arguments = ["--model", str(model), "--data", str(small_beir), "--dims", "4,16", "--two-stage", "8",
+                 "--candidates", "10"]
+    one, two = evaluated(arguments, 1), evaluated(arguments, 2)
+    assert one == pytest.approx(two, abs=1e-6)
+    names = {name.rpartition("/")[0] for name in one}
+    assert names == {"", "dim_4", "dim_16", "two_stage_8"}
+    assert one["dim_4/ndcg@10"] != one["ndcg@10"] > 0
+    assert one["two_stage_8/recall@100"] < one["recall@100"] == 1.0
+    whole = evaluated(arguments[:4], 1)
+    assert whole == pytest.approx({name: value for name, value in one.items() if "/" not in name}, abs=1e-9)
+
+
+def test_pairs(model, tmp_path):  # noqa: F811
+    rows = [json.loads(line) for line in MINI_EN.read_text().splitlines()[:30]]
+    pairs = [{"text_a": row["query"], "text_b": row["positive"][0], "score": number % 7}
+             for number, row in enumerate(rows)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    found = evaluated(["--model", str(model), "--data", str(path), "--dims", "8"], 2)
+    stock = SentenceTransformer(str(model), device="cpu")
+    first, second = (stock.encode([pair[key] for pair in pairs]) for key in ("text_a", "text_b"))
+    expected = np.corrcoef((first * second).sum(axis=1), [pair["score"] for pair in pairs])[0, 1]
+    assert found.keys() == {"pearson", "spearman", "dim_8/pearson", "dim_8/spearman"}
+    assert found["pearson"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--dims", "64"], "--dims 64: the model's vectors have 32 numbers; choose 1 to 32"),
+    (["--dims", "8,x"], "'x' is no whole number above 0"),
+    (["--candidates", "5"], "--candidates 5: only search in two stages has candidates; add --two-stage"),
+])
+def test_refusals(arguments, words, model, small_beir):  # noqa: F811
+    given = ["evaluate", "--model", str(model), "--data", str(small_beir), *arguments]
+    code, out, err, _ = run_on_ranks(command, 1, given)[0]
+    assert (code, out) == (2, "")
+    assert words in err
+
+
+def test_a_file_of_pairs_has_no_split(model, tmp_path, capsys):  # noqa: F811
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"text_a": "a", "text_b": "b", "score": 1}\n')
+    for option in (["--split", "dev"], ["--two-stage", "8"]):
+        assert main(["evaluate", "--model", str(model), "--data", str(path), *option]) == 2
+        assert f"{option[0]} {option[1]}: a file of pairs has no use for it" in capsys.readouterr().err
+    assert main(["evaluate", "--model", str(model), "--data", str(path)]) == 2
+    assert "1 rows with 1 different scores" in capsys.readouterr().err

@@ -1,0 +1,148 @@
+"""`mine` on one and two ranks: the same rows as the library's search, a cache that knows its model, refusals."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from megatron_embed.__main__ import main
+from megatron_embed.data.records import RecordFile
+from tests.cli.test_refusals import command
+from tests.ranks import run_on_ranks
+from tests.toys import MINI_EN, MINILM, save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An untrained BERT that pools and normalizes as all-MiniLM-L6-v2 does."""
+    path = tmp_path_factory.mktemp("models") / "bert"
+    save_model(path, "bert", tokenizer=True)
+    for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+        shutil.copy(MINILM / name, path)
+    shutil.copytree(MINILM / "1_Pooling", path / "1_Pooling")
+    (path / "2_Normalize").mkdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """60 rows; in the first the query has an instruction."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    lines = [json.loads(line) for line in MINI_EN.read_text().splitlines()[:60]]
+    lines[0]["instruction"] = "find it"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def mined(arguments, ranks=1):
+    results = run_on_ranks(command, ranks, ["mine", *map(str, arguments)])
+    assert all(code == 0 for code, *_ in results), results[0][2]
+    return results
+
+
+def expected_rows(model, records, num_negatives, prompt=""):
+    """(negatives, teacher scores) of each row by brute force over the stock library's vectors."""
+    stock = SentenceTransformer(str(model), device="cpu")
+    documents = list(dict.fromkeys(text for record in records for text in (*record.positive, *record.negatives)))
+    documents.sort(key=lambda text: [text in record.positive for record in records].index(True)
+                   if any(text in record.positive for record in records) else len(records))
+    queries = stock.encode([prompt + record.query for record in records])
+    vectors = stock.encode(documents)
+    rows = []
+    for record, query in zip(records, queries, strict=True):
+        positives = {text for other in records if other.query == record.query for text in other.positive}
+        scores = vectors @ query
+        order = [number for number in np.argsort(-scores) if documents[number] not in positives][:num_negatives]
+        rows.append(([documents[number] for number in order],
+                     [*(scores[documents.index(text)] for text in record.positive), *scores[order]]))
+    return rows
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_have_the_nearest_documents_as_negatives(ranks, model, data, tmp_path):
+    output = tmp_path / "mined.jsonl"
+    mined(["--model", model, "--data", data, "--output", output, "--num-negatives", 2, "--query-prompt", "ask: "],
+          ranks)
+    before, after = list(RecordFile(str(data))), list(RecordFile(str(output)))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    expected = expected_rows(model, before, 2, "ask: ")
+    for old, new, row, (negatives, scores) in zip(before, after, rows, expected, strict=True):
+        assert (new.query, new.positive, new.instruction) == (old.query, old.positive, old.instruction)
+        assert list(new.negatives) == negatives
+        assert row["teacher_scores"] == pytest.approx(scores, abs=1e-5)
+        assert len(row["teacher_scores"]) == len(new.positive) + 2
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mined.jsonl"]
+
+
+def test_instructions_fill_the_prompt(model, data, tmp_path, capsys):
+    arguments = ["mine", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "mined.jsonl"),
+                 "--query-prompt", "{instruction}: "]
+    assert main(arguments) == 2
+    assert f"{data}:2: the query prompt '{{instruction}}: ' needs an instruction" in capsys.readouterr().err
+
+
+def test_cache_is_used_and_never_for_another_model(model, data, tmp_path):
+    cache, changed = tmp_path / "cache", tmp_path / "changed"
+    arguments = ["--data", data, "--cache", cache, "--num-negatives", 2, "--output"]
+    mined(["--model", model, *arguments, tmp_path / "first.jsonl"], 2)
+    files = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(files) == 2 and all(name.endswith(".npy") for name in files)
+    vectors = np.load(next(iter(cache.glob("*.npy"))))
+    assert vectors.dtype == np.float32 and np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
+    mined(["--model", model, *arguments, tmp_path / "again.jsonl"], 2)
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == files
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "first.jsonl").read_text()
+    # What is in the cache is what is searched.
+    for path in cache.iterdir():
+        np.save(path, np.roll(np.load(path), 1, axis=0))
+    mined(["--model", model, *arguments, tmp_path / "rolled.jsonl"])
+    assert (tmp_path / "rolled.jsonl").read_text() != (tmp_path / "first.jsonl").read_text()
+    shutil.copytree(model, changed)
+    tensors = load_file(changed / "model.safetensors")
+    tensors["embeddings.LayerNorm.bias"][0] += 1
+    save_file(tensors, changed / "model.safetensors", {"format": "pt"})
+    mined(["--model", changed, *arguments, tmp_path / "changed.jsonl"])
+    assert len(list(cache.iterdir())) == 4
+    mined(["--model", model, *arguments, tmp_path / "prompt.jsonl", "--document-prompt", "passage: "])
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_bm25_writes_from_one_process(data, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    query = json.loads(data.read_text().splitlines()[0])["query"]
+    corpus.write_text(json.dumps({"title": "Echo", "text": query}) + '\n{"text": "a river in Texas"}\n')
+    output = tmp_path / "mined.jsonl"
+    results = mined(["--model", "bm25", "--data", data, "--corpus", corpus, "--output", output], 2)
+    assert "60 rows" in results[0][2] or results[0][2] == ""
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 60
+    assert rows[0]["negatives"][0] == f"Echo {query}"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--output", "mined.txt"], "--output mined.txt: must be a .jsonl file"),
+    (["--corpus", "nowhere.jsonl"], "--corpus = 'nowhere.jsonl': no such file"),
+    (["--max-score", "-100"], "no candidate of any row passes the filters"),
+    (["--pooling", "mean"], "--pooling: BM25 compares words and has no use for it"),
+    (["--num-negatives", "0"], "--num-negatives 0: must be at least 1"),
+    (["parallel.tensor_model_parallel_size=2"], "parallel.*: BM25 compares words"),
+])
+def test_refusals(arguments, words, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["mine", "--model", "bm25", "--data", str(data), "--output", "mined.jsonl", *arguments]
+    assert main(given) == 2
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(data, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    assert main(["mine", "--model", "bm25", "--data", str(data), "--output", str(tmp_path / "mined.jsonl")]) == 2
+    assert "could not be written (No space left on device)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
