@@ -2,7 +2,7 @@
 rows are numbered per rank.
 
 Local row numbers of an EmbedBatch: the queries come first (0 .. num_queries-1), then the documents. Documents of one
-query are contiguous, its positive first, its hard negatives after it.
+query are contiguous, its positives first, its hard negatives after them.
 """
 
 from dataclasses import dataclass
@@ -69,6 +69,8 @@ class StepBatch:
     """In the order of both passes. Every data-parallel rank has the same number of them."""
     num_truncated: int
     """Rows whose text was cut to the maximum length."""
+    data_set: str | None = None
+    """The one of several data sets that all rows of the global batch are of; null: there is one, or they are mixed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,9 @@ class EmbedBatch(StepBatch):
     num_queries: int
     num_documents: int
     positive_index: Tensor
-    """[num_queries] int64, local document number (0 .. num_documents-1) of each query's positive."""
+    """[num_queries] int64, local document number (0 .. num_documents-1) of each query's (first) positive."""
+    is_positive: Tensor
+    """[num_documents] bool, true for the documents that a query was given as positives: its first ones."""
     document_query: Tensor
     """[num_documents] int64, local query number that each document was given for."""
     query_ids: Tensor
@@ -89,6 +93,12 @@ class EmbedBatch(StepBatch):
     """[positives] int64, hash of each positive's text, those of a row that are no candidates included."""
     document_ids: Tensor
     """[num_documents] int64, hash of each document's text."""
+    in_batch: Tensor | None = None
+    """[num_queries] bool, false where nothing but a query's own hard negatives are negatives; null: true everywhere."""
+    scores: Tensor | None = None
+    """[num_queries] float64, the label of each pair of a query with its document; null: the rows are no pairs."""
+    teacher_scores: Tensor | None = None
+    """[num_documents] float64, a teacher's score of each document for its query; null: the rows have none."""
     capacity: Capacity
     """Of the whole batch."""
     micro_capacity: Capacity

@@ -50,9 +50,14 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
         query_prompt=config.data.query_prompt, document_prompt=config.data.document_prompt,
         max_seq_length=max(config.data.query_max_length, config.data.document_max_length),
         embedding_dimension=model.shape.hidden_size)
+    facts: dict[str, object] = {}
     if config.model.bidirectional and not model.shape.bidirectional:
+        facts["is_causal"] = False
+    if config.embedding.matryoshka_dims:
+        facts["matryoshka_dimensions"] = sorted(config.embedding.matryoshka_dims)  # what vLLM lets a request ask for
+    if facts:
         file = hf / "config.json"
-        values = {**json.loads(file.read_text(encoding="utf-8")), "is_causal": False}
+        values = {**json.loads(file.read_text(encoding="utf-8")), **facts}
         file.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 

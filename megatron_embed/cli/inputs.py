@@ -14,6 +14,7 @@ from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.mixture import Sampler, build_sampler
 from megatron_embed.data.pairs import PairTokenizer
 from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.record import require_fields
 from megatron_embed.data.records import RecordSet, open_records
 from megatron_embed.data.rerank import check_rerank_records
 from megatron_embed.data.tokenless import refuse_tokenless_rows
@@ -74,6 +75,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     attention_kernel(config)
     if config.task == "embedding":
         check_lengths(config, model)
+        check_widths(config, model)
     check_outputs(config)
     settings = head = None
     tokenizer: RoleTokenizer | PairTokenizer
@@ -82,8 +84,10 @@ def read_inputs(config: RunConfig) -> Inputs:
         records = open_rerank_records(config, tokenizer)
     else:
         tokenizer = open_tokenizer(config, model)
-        records = open_records(config.data.train)
-        refuse_tokenless_rows(records, tokenizer, config.data.num_negatives)
+        records = open_records(config.data.train, config.objective.rows)
+        require_fields(records, config.objective.loss, teacher_scores=config.objective.needs_teacher_scores,
+                       negatives=config.objective.needs_own_negatives)
+        refuse_tokenless_rows(records, tokenizer, config.data.num_negatives, config.data.num_positives)
     sampler = build_sampler(records, config.data, global_batch_size=config.training.global_batch_size,
                             seed=config.training.seed)
     steps = number_of_steps(config, sampler)
@@ -140,6 +144,14 @@ def check_lengths(config: RunConfig, model: ModelDirectory) -> None:
         if length > model.shape.longest_text:
             raise ConfigError(f"data.{role}_max_length = {length} is longer than the model's "
                               f"{model.shape.longest_text} positions; lower it to that or less")
+
+
+def check_widths(config: RunConfig, model: ModelDirectory) -> None:
+    """No matryoshka width is larger than the model's."""
+    dims, width = config.embedding.matryoshka_dims, model.shape.hidden_size
+    if dims and dims[0] > width:
+        raise ConfigError(f"embedding.matryoshka_dims = {list(dims)}: the model's vectors have {width} dimensions; "
+                          "leave out what is wider")
 
 
 def check_outputs(config: RunConfig) -> None:

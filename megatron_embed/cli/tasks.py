@@ -55,6 +55,7 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
     loader = BatchLoader(
         inputs.records, inputs.sampler, tokenizer, dp_rank=topology.dp_rank, dp_size=topology.dp_size,
         micro_batch_size=config.training.micro_batch_size, num_negatives=config.data.num_negatives,
+        num_positives=config.data.num_positives, in_batch=[file.in_batch_negatives for file in config.data.train],
         alignment=token_alignment(config.parallel), constant_tokens=topology.pp_size > 1,
         micro_batch_tokens=config.training.micro_batch_tokens, whole_groups=whole_groups)
     similarity: Literal["cosine", "dot"] = "cosine" if config.embedding.normalize else "dot"

@@ -59,7 +59,8 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology) -> dict[str
     state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler)
     first_step = resume(inputs.standing, state)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology,
-                          objective=build_objective(config, topology.dp_group), kernel=attention_kernel(config),
+                          objective=build_objective(config, topology.dp_group, topology.device),
+                          kernel=attention_kernel(config),
                           has_dropout=config.training.hidden_dropout > 0 or config.training.attention_dropout > 0)
     trainer = Trainer(chunks=wrapped, gradients=gradients, optimizer=optimizer, scheduler=scheduler)
     build_task = reranker_task if config.task == "reranker" else embedding_task

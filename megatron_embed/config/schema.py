@@ -3,12 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_embed.errors import ConfigError
-
-
-def _require(condition: bool, key: str, value: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key} = {value!r}: {rule}")
+from megatron_embed.config.checks import require
+from megatron_embed.config.objective import EMBEDDING_LOSSES, RERANK_LOSSES, ObjectiveConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +21,7 @@ class ModelConfig:
     """Of parameters and activations; the optimizer keeps float32 main parameters either way."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.path), "model.path", self.path, "must name a model directory")
+        require(bool(self.path), "model.path", self.path, "must name a model directory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +30,14 @@ class EmbeddingConfig:
     """null: what the model directory's Sentence Transformers files say, else lasttoken."""
     normalize: bool = True
     """Scale embeddings to unit length, in float32. False: the objective takes plain dot products."""
+    matryoshka_dims: tuple[int, ...] = ()
+    """Widths over which the loss is taken, largest first: rows cut to each and, with `normalize`, brought back to unit
+    length. Empty: the whole width alone."""
 
-
-EMBEDDING_LOSSES = ("info_nce",)
-"""Values of `objective.loss` for `task: embedding`."""
-RERANK_LOSSES = ("pointwise", "listwise", "margin_ranking", "ranknet", "lambda_loss", "kl_distillation")
-"""Values of `objective.loss` for `task: reranker`."""
+    def __post_init__(self) -> None:
+        dims = self.matryoshka_dims
+        require(all(dim >= 1 for dim in dims) and list(dims) == sorted(set(dims), reverse=True),
+                "embedding.matryoshka_dims", list(dims), "must be different widths >= 1, largest first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,40 +67,13 @@ class RerankerConfig:
     """What exports and scores apply to the head's output; losses and rankings take the output itself."""
 
     def __post_init__(self) -> None:
-        _require(self.temperature > 0, "reranker.temperature", self.temperature, "must be > 0")
-        _require(self.margin >= 0, "reranker.margin", self.margin, "must be >= 0")
-        _require(self.template != "", "reranker.template", self.template, "must be a prompt or null")
-        _require(self.max_length is None or self.max_length >= 8, "reranker.max_length", self.max_length,
-                 "must be >= 8 tokens or null")
+        require(self.temperature > 0, "reranker.temperature", self.temperature, "must be > 0")
+        require(self.margin >= 0, "reranker.margin", self.margin, "must be >= 0")
+        require(self.template != "", "reranker.template", self.template, "must be a prompt or null")
+        require(self.max_length is None or self.max_length >= 8, "reranker.max_length", self.max_length,
+                "must be >= 8 tokens or null")
         for key, word in (("true_token", self.true_token), ("false_token", self.false_token)):
-            _require(word != "", f"reranker.{key}", word, "must be a word of one token, or null")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    loss: Literal["info_nce", "pointwise", "listwise", "margin_ranking", "ranknet", "lambda_loss",
-                  "kl_distillation"] = "info_nce"
-    """info_nce: contrastive. The others are a reranker's, over the documents of each query: pointwise (binary cross
-    entropy), listwise (softmax), margin_ranking, ranknet, lambda_loss (NDCG-Loss2++), kl_distillation (from the rows'
-    teacher_scores)."""
-    temperature: float = 0.02
-    """Divides the similarity before the softmax; no unit, > 0. Larger is softer."""
-    negatives: Literal["global_batch", "micro_batch"] = "global_batch"
-    """global_batch: every document of the optimizer step, whatever the layout (two passes where a step has several
-    micro-batches). micro_batch: the documents of one micro-batch over the data-parallel ranks (one pass)."""
-    mask_duplicates: bool = False
-    """True: a document whose text is given as a positive to a query is no negative of that query, wherever among the
-    candidates it lies: in whatever row that has the same query text, first positive or not, of the global batch (with
-    negatives: micro_batch, of the micro-batches that are computed together)."""
-
-    @property
-    def couples_batch(self) -> bool:
-        """Whether the loss of a row depends on rows of other micro-batches of the step. If not, a step is one pass and
-        a row shares the micro-batch of those that it is compared with."""
-        return self.loss not in RERANK_LOSSES and self.negatives == "global_batch"
-
-    def __post_init__(self) -> None:
-        _require(self.temperature > 0, "objective.temperature", self.temperature, "must be > 0; usual: 0.01 to 0.1")
+            require(word != "", f"reranker.{key}", word, "must be a word of one token, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +89,16 @@ class TrainFile:
     """In place of `data.document_prompt` for the rows of this file."""
     corpus: str | None = None
     """File of rows `{"docid", "title"?, "text"}`, where the rows of `path` name their documents by id."""
+    in_batch_negatives: bool = True
+    """False: queries of this file have no negatives but their own hard ones, as for labels of classes, which many rows
+    share."""
     weight: float = 1.0
     """How often this file's turn comes, relative to its share by rows; no unit, > 0."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.path), "data.train.path", self.path, "must name a file")
-        _require(self.weight > 0, "data.train.weight", self.weight, "must be > 0; remove a file that is not to be used")
-        _require("{instruction}" not in (self.document_prompt or ""), "data.train.document_prompt",
+        require(bool(self.path), "data.train.path", self.path, "must name a file")
+        require(self.weight > 0, "data.train.weight", self.weight, "must be > 0; remove a file that is not to be used")
+        require("{instruction}" not in (self.document_prompt or ""), "data.train.document_prompt",
                  self.document_prompt, "only a query's prompt can hold {instruction}; write the document's prompt out")
 
 
@@ -140,6 +114,9 @@ class DataConfig:
     sampling_temperature: float = 1.0
     """Over the entries of `train`: the turns of one with n rows are as weight * n^(1/sampling_temperature); no unit,
     >= 1. 1: by rows; larger: more evenly."""
+    num_positives: int = 1
+    """Positives per query, taken from the row in order; a row with fewer contributes what it has. Each is a term of the
+    loss, for which the query's others are no negatives; a query's terms together weigh 1."""
     num_negatives: int = 0
     """Hard negatives per query, taken from the row in order; a row with fewer contributes what it has."""
     query_max_length: int = 512
@@ -152,17 +129,18 @@ class DataConfig:
     """Exact prefix of a document, trailing space included."""
 
     def __post_init__(self) -> None:
-        _require(self.num_negatives >= 0, "data.num_negatives", self.num_negatives, "must be >= 0")
-        _require(self.sampling_temperature >= 1, "data.sampling_temperature", self.sampling_temperature, "must be >= 1")
+        require(self.num_positives >= 1, "data.num_positives", self.num_positives, "must be >= 1")
+        require(self.num_negatives >= 0, "data.num_negatives", self.num_negatives, "must be >= 0")
+        require(self.sampling_temperature >= 1, "data.sampling_temperature", self.sampling_temperature, "must be >= 1")
         if self.mixed_batches or not self.shuffle:
             rule = ("has no effect with mixed_batches: true or shuffle: false, which take the rows as they are; "
                     "remove it")
-            _require(self.sampling_temperature == 1, "data.sampling_temperature", self.sampling_temperature, rule)
+            require(self.sampling_temperature == 1, "data.sampling_temperature", self.sampling_temperature, rule)
             for file in self.train:
-                _require(file.weight == 1, "data.train.weight", file.weight, rule)
+                require(file.weight == 1, "data.train.weight", file.weight, rule)
         for role in ("query", "document"):
             value = getattr(self, f"{role}_max_length")
-            _require(value >= 4, f"data.{role}_max_length", value, "must be >= 4 tokens")
+            require(value >= 4, f"data.{role}_max_length", value, "must be >= 4 tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +160,11 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for key in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor"):
             value = getattr(self, f"{key}_parallel_size")
-            _require(value >= 1, f"parallel.{key}_parallel_size", value, "must be >= 1")
+            require(value >= 1, f"parallel.{key}_parallel_size", value, "must be >= 1")
         virtual = self.virtual_pipeline_model_parallel_size
-        _require(virtual is None or virtual >= 1, "parallel.virtual_pipeline_model_parallel_size", virtual,
+        require(virtual is None or virtual >= 1, "parallel.virtual_pipeline_model_parallel_size", virtual,
                  "must be >= 1 or null")
-        _require(self.timeout_seconds > 0, "parallel.timeout_seconds", self.timeout_seconds, "must be > 0")
+        require(self.timeout_seconds > 0, "parallel.timeout_seconds", self.timeout_seconds, "must be > 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,22 +204,22 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for key in ("global_batch_size", "micro_batch_size"):
-            _require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "must be >= 1")
+            require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "must be >= 1")
         for key in ("min_learning_rate", "warmup_steps", "weight_decay", "clip_grad", "moe_aux_loss_coefficient",
                     "seed"):
-            _require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "must be >= 0")
-        _require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "must be > 0")
-        _require(self.min_learning_rate <= self.learning_rate, "training.min_learning_rate", self.min_learning_rate,
+            require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "must be >= 0")
+        require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "must be > 0")
+        require(self.min_learning_rate <= self.learning_rate, "training.min_learning_rate", self.min_learning_rate,
                  f"must be <= learning_rate = {self.learning_rate}")
         for key in ("adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout"):
-            _require(0 <= getattr(self, key) < 1, f"training.{key}", getattr(self, key), "must be in [0, 1)")
-        _require(self.adam_eps > 0, "training.adam_eps", self.adam_eps, "must be > 0")
-        _require(self.micro_batch_tokens is None or self.micro_batch_tokens >= 1, "training.micro_batch_tokens",
+            require(0 <= getattr(self, key) < 1, f"training.{key}", getattr(self, key), "must be in [0, 1)")
+        require(self.adam_eps > 0, "training.adam_eps", self.adam_eps, "must be > 0")
+        require(self.micro_batch_tokens is None or self.micro_batch_tokens >= 1, "training.micro_batch_tokens",
                  self.micro_batch_tokens, "must be >= 1 or null")
-        _require(self.train_steps is None or self.train_steps >= 1, "training.train_steps", self.train_steps,
+        require(self.train_steps is None or self.train_steps >= 1, "training.train_steps", self.train_steps,
                  "must be >= 1 or null")
-        _require(self.epochs is None or self.epochs > 0, "training.epochs", self.epochs, "must be > 0 or null")
-        _require(self.train_steps is None or self.epochs is None, "training.epochs", self.epochs,
+        require(self.epochs is None or self.epochs > 0, "training.epochs", self.epochs, "must be > 0 or null")
+        require(self.train_steps is None or self.epochs is None, "training.epochs", self.epochs,
                  f"training.train_steps = {self.train_steps} is set too; keep one of them")
 
 
@@ -257,9 +235,9 @@ class CheckpointConfig:
     """Directory for a Sentence Transformers export of the final model; null: none."""
 
     def __post_init__(self) -> None:
-        _require(self.save_every_steps >= 1, "checkpoint.save_every_steps", self.save_every_steps, "must be >= 1")
-        _require(self.keep >= 0, "checkpoint.keep", self.keep, "must be >= 0")
-        _require(self.export_at_end is None or self.directory is not None, "checkpoint.export_at_end",
+        require(self.save_every_steps >= 1, "checkpoint.save_every_steps", self.save_every_steps, "must be >= 1")
+        require(self.keep >= 0, "checkpoint.keep", self.keep, "must be >= 0")
+        require(self.export_at_end is None or self.directory is not None, "checkpoint.export_at_end",
                  self.export_at_end, "the export is made from a checkpoint; set checkpoint.directory")
 
 
@@ -275,7 +253,7 @@ class EvaluationConfig:
     """Which qrels file of a BEIR folder."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, "evaluation.every_steps", self.every_steps, "must be >= 1")
+        require(self.every_steps >= 1, "evaluation.every_steps", self.every_steps, "must be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +271,7 @@ class LoggingConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, "logging.every_steps", self.every_steps, "must be >= 1")
+        require(self.every_steps >= 1, "logging.every_steps", self.every_steps, "must be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,21 +293,33 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         losses = RERANK_LOSSES if self.task == "reranker" else EMBEDDING_LOSSES
-        _require(self.objective.loss in losses, "objective.loss", self.objective.loss,
-                 f"is no loss of task: {self.task}; choose one of {', '.join(losses)}")
+        require(self.objective.loss in losses, "objective.loss", self.objective.loss,
+                f"is no loss of task: {self.task}; choose one of {', '.join(losses)}")
         if self.task == "reranker":
             _check_reranker_run(self)
+        weights, dims = self.objective.matryoshka_weights, self.embedding.matryoshka_dims
+        require(not weights or len(weights) == len(dims), "objective.matryoshka_weights", list(weights),
+                f"must have one weight per width of embedding.matryoshka_dims = {list(dims)}")
+        if self.task == "embedding":
+            self.objective.check_against(num_positives=self.data.num_positives, num_negatives=self.data.num_negatives,
+                                         in_batch=all(file.in_batch_negatives for file in self.data.train))
 
 
 def _check_reranker_run(config: RunConfig) -> None:
     """Refuses settings of embedding models that a reranker has no use for."""
     for role, prompt in (("query", config.data.query_prompt), ("document", config.data.document_prompt)):
-        _require(not prompt, f"data.{role}_prompt", prompt, "a reranker's prompt is reranker.template; write it there")
+        require(not prompt, f"data.{role}_prompt", prompt, "a reranker's prompt is reranker.template; write it there")
     for file in config.data.train:
         given = file.query_prompt or file.document_prompt
-        _require(not given, "data.train.query_prompt", given, "a reranker's prompt is reranker.template, one for all "
-                 "files; give the file an instruction instead")
-    _require(not config.evaluation.retrieval, "evaluation.retrieval", list(config.evaluation.retrieval),
-             "a reranker searches no corpus; give evaluation.reranking files of lists")
-    _require(not config.model.bidirectional, "model.bidirectional", config.model.bidirectional,
-             "the stock classes run a reranker's decoder causally; set it to false")
+        require(not given, "data.train.query_prompt", given, "a reranker's prompt is reranker.template, one for all "
+                "files; give the file an instruction instead")
+    require(config.data.num_positives == 1, "data.num_positives", config.data.num_positives,
+            "a reranker takes all positives of a row; remove it")
+    require(all(file.in_batch_negatives for file in config.data.train), "data.train.in_batch_negatives", False,
+            "a reranker has no in-batch negatives; remove it")
+    require(not config.embedding.matryoshka_dims, "embedding.matryoshka_dims", list(config.embedding.matryoshka_dims),
+            "a reranker gives scores, which have no widths; remove it")
+    require(not config.evaluation.retrieval, "evaluation.retrieval", list(config.evaluation.retrieval),
+            "a reranker searches no corpus; give evaluation.reranking files of lists")
+    require(not config.model.bidirectional, "model.bidirectional", config.model.bidirectional,
+            "the stock classes run a reranker's decoder causally; set it to false")

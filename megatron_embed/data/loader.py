@@ -4,8 +4,12 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
+
+import torch
 
 from megatron_embed.batch import EmbedBatch, RerankBatch, StepBatch
 from megatron_embed.data.mixture import Sampler
@@ -31,6 +35,12 @@ def check_prompts(records: RecordSet, tokenizer: RoleTokenizer) -> None:
                            "{instruction}", source.path)
 
 
+def data_set_names(paths: Sequence[str]) -> list[str]:
+    """A short name of each path, for metrics: the last part without its ending, with its number if it is not unique."""
+    names = [Path(path).name.split(".")[0] or path for path in paths]
+    return [name if names.count(name) == 1 else f"{name}_{number + 1}" for number, name in enumerate(names)]
+
+
 class StepLoader(ABC, Generic[Batch]):
     """This rank's batch of any optimizer step; no communication, equal on every rank of a replica.
 
@@ -46,6 +56,7 @@ class StepLoader(ABC, Generic[Batch]):
         self._sampler = sampler
         share = sampler.global_batch_size // dp_size
         self._share = slice(dp_rank * share, (dp_rank + 1) * share)
+        self._names = data_set_names([file.path for file in records.files])
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-loader")
         self._next: tuple[int, Future[Batch]] | None = None
 
@@ -89,7 +100,11 @@ class StepLoader(ABC, Generic[Batch]):
         except OSError as error:  # a disk that fails under way; the loop tells the other ranks of a UserError
             raise DataError(f"data.train: a row of step {step + 1} cannot be read ({error.strerror or error}); look at "
                             "the disk, then start the run again") from error
-        return self.batch_of(records, rows, step)
+        batch = self.batch_of(records, rows, step)
+        entries = {self._records.file_of(row) for row in self._sampler.rows_of_step(step)}
+        if len(self._names) > 1 and len(entries) == 1:
+            return replace(batch, data_set=self._names[entries.pop()])
+        return batch
 
 
 class BatchLoader(StepLoader[EmbedBatch]):
@@ -107,6 +122,8 @@ class BatchLoader(StepLoader[EmbedBatch]):
         constant_tokens: all micro-batches of a step have one size.
         micro_batch_tokens: token budget of a micro-batch; null: none. Ranks' numbers of micro-batches then differ.
         whole_groups: under a budget, a query shares the micro-batch of its documents.
+        num_positives: positives per query.
+        in_batch: per entry of the records, whether its queries have other negatives than their own; none: all have.
 
     Raises:
         ConfigError: the batch sizes do not divide, or an instruction is missing or too long.
@@ -114,7 +131,8 @@ class BatchLoader(StepLoader[EmbedBatch]):
 
     def __init__(self, records: RecordSet, sampler: Sampler, tokenizer: RoleTokenizer, *, dp_rank: int,
                  dp_size: int, micro_batch_size: int, num_negatives: int, alignment: int,
-                 constant_tokens: bool, micro_batch_tokens: int | None = None, whole_groups: bool = False) -> None:
+                 constant_tokens: bool, micro_batch_tokens: int | None = None, whole_groups: bool = False,
+                 num_positives: int = 1, in_batch: Sequence[bool] = ()) -> None:
         group = micro_batch_size * dp_size
         total = sampler.global_batch_size
         if micro_batch_tokens is None and total % group:
@@ -130,10 +148,14 @@ class BatchLoader(StepLoader[EmbedBatch]):
         self._constant_tokens = constant_tokens
         self._micro_batch_tokens = micro_batch_tokens
         self._whole_groups = whole_groups
+        self._num_positives = num_positives
+        self._in_batch = None if all(in_batch) else tuple(in_batch)
 
     def batch_of(self, records: Sequence[Any], rows: Sequence[int], step: int) -> EmbedBatch:
+        in_batch = None if self._in_batch is None else torch.tensor(
+            [self._in_batch[self._records.file_of(row)] for row in rows])
         return build_embed_batch(
-            records, self._tokenizer,
+            records, self._tokenizer, num_positives=self._num_positives, in_batch=in_batch,
             micro_batch_size=self._micro_batch_size, num_negatives=self._num_negatives, alignment=self._alignment,
             constant_tokens=self._constant_tokens, most_positives=self._records.most_positives,
             micro_batch_tokens=self._micro_batch_tokens, whole_groups=self._whole_groups)

@@ -80,8 +80,9 @@ def _pack_bins(bins: Sequence[Sequence[int]], token_ids: Sequence[list[int]], nu
 
 def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, micro_batch_size: int, num_negatives: int,
                       alignment: int, constant_tokens: bool, most_positives: int = 1,
-                      micro_batch_tokens: int | None = None, whole_groups: bool = False) -> EmbedBatch:
-    """The batch of these records: one query each, its first positive, and up to `num_negatives` negatives.
+                      micro_batch_tokens: int | None = None, whole_groups: bool = False,
+                      num_positives: int = 1, in_batch: torch.Tensor | None = None) -> EmbedBatch:
+    """The batch of these records: one query each, up to `num_positives` positives, and up to `num_negatives` negatives.
 
     Without a token budget micro-batch m holds queries m*micro_batch_size ... and then all of their documents, in one
     bin. With one, each bin is padded to it, and any row may lie anywhere (data/bins.py).
@@ -97,11 +98,13 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
         micro_batch_tokens: tokens of every bin, a multiple of `alignment`, at least the longest row (or group); null:
             no budget.
         whole_groups: under a budget, a query shares the bin of its documents.
+        num_positives: positives per query that are embedded, in the row's order.
+        in_batch: [records] bool, whether a query has other negatives than its own; null: all have.
     Raises:
         ConfigError: the query prompt needs an instruction that a record lacks.
         DataError: a text has no tokens.
     """
-    groups = [(record.positive[0], *record.negatives[:num_negatives]) for record in records]
+    groups = [(*record.positive[:num_positives], *record.negatives[:num_negatives]) for record in records]
     documents = list(chain.from_iterable(groups))
     sizes = np.array([len(group) for group in groups], dtype=np.int64)
     first = np.cumsum(sizes) - sizes
@@ -134,7 +137,12 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
         num_queries=len(records),
         num_documents=len(documents),
         positive_index=torch.from_numpy(first),
+        is_positive=torch.tensor([place < len(record.positive[:num_positives])
+                                  for record, size in zip(records, sizes, strict=True) for place in range(size)]),
         document_query=torch.from_numpy(owner),
+        in_batch=in_batch,
+        scores=_numbers([(record.score,) if record.score is not None else None for record in records]),
+        teacher_scores=_numbers([_teacher_scores(record, num_positives, num_negatives) for record in records]),
         # With its prompt: the same words under another instruction ask for other documents.
         query_ids=_text_ids(tokenizer.fill_prompt("query", instruction, prompt) + query
                             for instruction, prompt, query in zip(instructions, prompts, queries, strict=True)),
@@ -142,8 +150,8 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
         positive_ids=_text_ids(chain.from_iterable(positives)),
         document_ids=_text_ids(documents),
         num_truncated=query_tokens.num_truncated + document_tokens.num_truncated,
-        capacity=_capacity(len(records), num_negatives, most_positives),
-        micro_capacity=_capacity(most_queries, num_negatives, most_positives),
+        capacity=_capacity(len(records), num_positives + num_negatives, most_positives),
+        micro_capacity=_capacity(most_queries, num_positives + num_negatives, most_positives),
     )
 
 
@@ -215,8 +223,20 @@ def _text_ids(texts: Iterable[str]) -> torch.Tensor:
     return torch.tensor([text_id(text) for text in texts], dtype=torch.int64)
 
 
-def _capacity(queries: int, num_negatives: int, most_positives: int) -> Capacity:
-    return Capacity(queries, queries * (1 + num_negatives), queries * most_positives)
+def _numbers(rows: Sequence[tuple[float, ...] | None]) -> torch.Tensor | None:
+    """[numbers] float64 of all rows, null if a row has none."""
+    given = [row for row in rows if row is not None]
+    return torch.tensor(list(chain.from_iterable(given)), dtype=torch.float64) if len(given) == len(rows) else None
+
+
+def _teacher_scores(record: Record, num_positives: int, num_negatives: int) -> tuple[float, ...] | None:
+    """Those of the documents that are embedded."""
+    scores, split = record.teacher_scores, len(record.positive)
+    return None if scores is None else (*scores[:split][:num_positives], *scores[split:][:num_negatives])
+
+
+def _capacity(queries: int, num_documents: int, most_positives: int) -> Capacity:
+    return Capacity(queries, queries * num_documents, queries * most_positives)
 
 
 def _refuse_empty(rows: TokenizedRows, texts: Sequence[str], sources: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, overload
 
@@ -115,11 +115,22 @@ def _as_contrastive(record: RerankRecord) -> Record:
                   document_ids=None if ids is None else tuple(ids[place] for place in order))
 
 
-def documents_in_use(record: AnyRecord, num_negatives: int) -> tuple[str, ...]:
-    """The documents that a step embeds or scores: the first positive and the first negatives, or the whole list."""
+def require_fields(records: Iterable[AnyRecord], loss: str, *, teacher_scores: bool, negatives: bool) -> None:
+    """Raises DataError, beginning `FILE:LINE: `, for the first row without what the loss needs. Reads every row."""
+    for record in records if teacher_scores or negatives else ():
+        if teacher_scores and record.teacher_scores is None:
+            raise DataError(f"{record.source}: teacher_scores is missing, which objective.loss = {loss!r} learns from; "
+                            "give the row one number per text of positive, then of negatives, or choose another loss")
+        if negatives and isinstance(record, Record) and not record.negatives:
+            raise DataError(f"{record.source}: negatives is empty, and objective.loss = {loss!r} compares the positive "
+                            "with hard negatives; add one (megatron-embed mine finds some), or remove the row")
+
+
+def documents_in_use(record: AnyRecord, num_negatives: int, num_positives: int = 1) -> tuple[str, ...]:
+    """The documents that a step embeds or scores: the first positives and the first negatives, or the whole list."""
     if isinstance(record, RerankRecord):
         return record.documents
-    return (record.positive[0], *record.negatives[:num_negatives])
+    return (*record.positive[:num_positives], *record.negatives[:num_negatives])
 
 
 def shared_keys(record: AnyRecord, num_negatives: int) -> set[str]:

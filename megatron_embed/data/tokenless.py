@@ -44,14 +44,16 @@ def _first_empty(texts: list[tuple[Label, str]], role: Role, tokenizer: RoleToke
     return next((item for item, ids in zip(texts, rows, strict=True) if not ids), None)
 
 
-def refuse_tokenless_rows(records: RecordSet, tokenizer: RoleTokenizer, num_negatives: int) -> None:
+def refuse_tokenless_rows(records: RecordSet, tokenizer: RoleTokenizer, num_negatives: int,
+                          num_positives: int = 1) -> None:
     """Raises TokenlessTextError, beginning `FILE:LINE: `, if a text that training uses has no tokens.
 
     No communication. Reads every row where the tokenizer may give no tokens.
     """
     for file in records.files:
         queries = ((row, record.query) for row, record in enumerate(file))
-        documents = ((row, text) for row, record in enumerate(file) for text in documents_in_use(record, num_negatives))
+        documents = ((row, text) for row, record in enumerate(file)
+                     for text in documents_in_use(record, num_negatives, num_positives))
         roles: tuple[tuple[Role, Iterable[tuple[int, str]], str | None], ...] = (
             ("query", queries, file.file.query_prompt), ("document", documents, file.file.document_prompt))
         for role, texts, prompt in roles:

@@ -192,9 +192,10 @@ def check_token_budget(config: RunConfig) -> None:
         query = document = 1
     least, what = max(query, document), f"max(query_max_length, document_max_length) = max({query}, {document})"
     if config.task == "embedding" and not config.objective.couples_batch:
-        documents = 1 + config.data.num_negatives
+        documents = config.data.num_positives + config.data.num_negatives
         least = query + documents * document
-        what = f"query_max_length + (1 + num_negatives) * document_max_length = {query} + {documents} * {document}"
+        what = (f"query_max_length + (num_positives + num_negatives) * document_max_length = {query} + {documents} * "
+                f"{document}")
     least = -(-least // alignment) * alignment
     if budget < least:
         raise ConfigError(f"training.micro_batch_tokens = {budget} is less than {what}, what must fit into one "

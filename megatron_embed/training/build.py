@@ -2,16 +2,30 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from megatron_embed.config.objective import CONTRASTIVE, PAIRS
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.training.contrastive import InfoNCE
+from megatron_embed.losses.matryoshka import widths_of
+from megatron_embed.training.contrastive import Contrastive
 from megatron_embed.training.objective import Objective
+from megatron_embed.training.own_documents import OwnDocuments
+from megatron_embed.training.pairs import Pairs
 from megatron_embed.training.reranking import Reranking
 
 
-def build_objective(config: RunConfig, dp_group: dist.ProcessGroup) -> Objective[Any]:
+def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torch.device) -> Objective[Any]:
     """The objective of `config.objective` over the ranks of `dp_group`: data-parallel ranks, without context."""
     if config.task == "reranker":
         return Reranking(config.objective.loss, config.reranker, dp_group)
-    return InfoNCE(config.objective, dp_group)
+    loss, normalize = config.objective.loss, config.embedding.normalize
+    widths = widths_of(config.embedding.matryoshka_dims, config.objective.matryoshka_weights)
+    if loss in PAIRS:
+        return Pairs(config.objective, widths, normalize=normalize, dp_group=dp_group)
+    if loss not in CONTRASTIVE:
+        return OwnDocuments(config.objective, widths, normalize=normalize, dp_group=dp_group, device=device)
+    return Contrastive(
+        config.objective, widths, normalize=normalize,
+        in_batch=all(file.in_batch_negatives for file in config.data.train), num_positives=config.data.num_positives,
+        dp_group=dp_group)

@@ -1,63 +1,55 @@
-"""InfoNCE over the global batch: the only place that sees other ranks' documents."""
+"""InfoNCE and SigLIP's sigmoid loss over the global batch: the only place that sees other ranks' rows."""
 
-from dataclasses import dataclass
+import dataclasses
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_embed.batch import EmbedBatch
-from megatron_embed.config.schema import ObjectiveConfig
+from megatron_embed.config.objective import ObjectiveConfig
 from megatron_embed.losses.duplicates import duplicate_mask
-from megatron_embed.losses.info_nce import InfoNCESums, info_nce_gradients
-from megatron_embed.parallel.collectives import gather_padded, scatter_sum, sum_over
-from megatron_embed.training.objective import LossGradient, Objective, Sums
+from megatron_embed.losses.info_nce import Candidates, Contrast, InfoNCESums, contrast_gradients
+from megatron_embed.losses.matryoshka import Width, shorten
+from megatron_embed.losses.negatives import Owners, answered_queries, duplicates_over
+from megatron_embed.parallel.collectives import sum_over
+from megatron_embed.training.gathering import Pool, gather_pool, gather_rows
+from megatron_embed.training.objective import LossGradient, Objective, Sums, over_widths, width_names
+from megatron_embed.training.splitting import split_by_micro_batch
+
+NAMES = ("loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin", "masked_fraction",
+         "negatives_per_query")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pool:
-    """What the ranks of a group know of each other's rows; equal on all of them."""
+class Contrastive(Objective[EmbedBatch]):
+    """Each local query's positives against the rows of all data-parallel ranks.
 
-    num_documents: Tensor
-    """[ranks] int64."""
-    document_ids: Tensor
-    """[candidates] int64, hashes of the documents' texts in the order of the ranks; empty without a mask."""
-    given: Tensor
-    """[pairs, 2] int64, hashes of (query, a text given to it as positive) of all rows; empty without a mask."""
+    Args:
+        config: the loss and its keys.
+        widths: over which the loss is taken.
+        in_batch: False where some data set's queries have no negatives but their own hard ones.
+        num_positives: the most positives of a query; each is a term of its own, a query's terms together weigh 1.
+        dp_group: data-parallel ranks, without context parallelism.
+    """
 
-
-def gather_pool(batch: EmbedBatch, group: dist.ProcessGroup, device: torch.device, *, ids: bool) -> Pool:
-    """Counts and, if `ids`, text hashes of all ranks' rows: one all-gather of one padded int64 message."""
-    pairs = torch.stack([batch.query_ids[batch.positive_query], batch.positive_ids], dim=1)
-    sizes = (batch.capacity.documents, 2 * batch.capacity.positives) if ids else (0, 0)
-    message = torch.zeros(2 + sum(sizes), dtype=torch.int64)
-    message[0], message[1] = batch.num_documents, len(pairs)
-    if ids:
-        message[2 : 2 + batch.num_documents] = batch.document_ids
-        message[2 + sizes[0] : 2 + sizes[0] + pairs.numel()] = pairs.flatten()
-    gathered = gather_padded(message.to(device), len(message), group)
-    counts, documents, given = gathered.split([2, *sizes], dim=1)
-    given = given.unflatten(1, (-1, 2))
-    return Pool(num_documents=counts[:, 0], document_ids=documents[_filled(documents.shape[1], counts[:, 0])],
-                given=given[_filled(given.shape[1], counts[:, 1])])
-
-
-def _filled(capacity: int, counts: Tensor) -> Tensor:
-    """[ranks, capacity] bool, true at the first counts[rank] places of a rank."""
-    return torch.arange(capacity, device=counts.device) < counts[:, None]
-
-
-class InfoNCE(Objective[EmbedBatch]):
-    """InfoNCE of the local queries against the documents of all data-parallel ranks."""
-
-    names = ("loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin", "masked_fraction",
-             "negatives_per_query")
-
-    def __init__(self, config: ObjectiveConfig, dp_group: dist.ProcessGroup) -> None:
+    def __init__(self, config: ObjectiveConfig, widths: tuple[Width, ...], *, normalize: bool, in_batch: bool,
+                 num_positives: int, dp_group: dist.ProcessGroup) -> None:
+        self.names = NAMES + width_names(widths)
         self.couples_batch = config.couples_batch
-        self.temperature = config.temperature
+        self.contrast = Contrast(
+            temperature=config.temperature, directions=config.directions, joint=config.partition == "joint",
+            margin=config.mask_margin, relative=config.mask_margin_type == "relative", hardness=config.hardness,
+            hardness_strength=config.hardness_strength, bias=config.bias if config.loss == "sigmoid" else None)
+        self.widths = widths
+        self.normalize = normalize
         self.mask_duplicates = config.mask_duplicates
+        self.private = config.hard_negatives == "private"
+        self.in_batch = in_batch
         self.dp_group = dp_group
+        self.needs_queries = any(direction.endswith("query") for direction in config.directions)
+        # Without any of these, no column is left out but the row's own positive.
+        self.needs_owners = (self.private or not in_batch or num_positives > 1 or len(config.directions) > 1
+                             or config.hardness in ("in_batch_negatives", "hard_negatives"))
 
     def total(self, batch: EmbedBatch) -> float:
         """Queries of the global batch: every data-parallel rank has as many."""
@@ -69,52 +61,93 @@ class InfoNCE(Objective[EmbedBatch]):
     def __call__(self, rows: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
         """As the base class says; `rows` are the queries, then the documents.
 
-        Ranks may differ in their numbers of rows, but not in `batch.capacity`. One all-gather of the documents and one
-        reduce-scatter of their gradients over the data-parallel group, and two small collectives (counts and text
-        hashes; sums), whatever the number of micro-batches.
+        Ranks may differ in their numbers of rows, but not in `batch.capacity`. One all-gather of rows and one
+        reduce-scatter of their gradients over the data-parallel group, and two small collectives (counts, text hashes
+        and owners; sums), whatever the number of micro-batches, directions and widths.
         """
-        group, device = self.dp_group, rows.device
+        group = self.dp_group
         query, document = rows[: batch.num_queries], rows[batch.num_queries :]
-        pool = gather_pool(batch, group, device, ids=self.mask_duplicates)
-        gathered = gather_padded(document, batch.capacity.documents, group)
-        valid = _filled(batch.capacity.documents, pool.num_documents)
-        ragged = not bool(valid.all())
-        candidates = gathered[valid] if ragged else gathered.flatten(0, 1)
-        positive_index = batch.positive_index.to(device) + int(pool.num_documents[: group.rank()].sum())
-        excluded = duplicate_mask(batch.query_ids.to(device), positive_index, pool.document_ids,
-                                  pool.given).tile if self.mask_duplicates else None
-        sums, grad_query, grad_candidates = info_nce_gradients(
-            query, candidates, positive_index, self.temperature, total=total, excluded=excluded)
-        grad_gathered = grad_candidates.view_as(gathered) if not ragged else torch.zeros_like(gathered)
-        if ragged:
-            grad_gathered[valid] = grad_candidates
-        grad_document = scatter_sum(grad_gathered, group)[: batch.num_documents]
-        return LossGradient(sums=Sums(names=self.names, values=sum_over(_ratios(sums, batch.num_queries), group)),
-                            rows=torch.cat([grad_query, grad_document]))
+        pool = gather_pool(batch, group, rows.device, ids=self.mask_duplicates, owners=self.needs_owners)
+        gathered = gather_rows(document, query if self.needs_queries else None, batch.capacity, pool, group)
+        terms = _Terms.of(batch, pool, group.rank(), rows.device)
+        masks = self._masks(batch, pool, terms)
+        values: list[Tensor] = []
+        grad_rows = grad_document = grad_query = None
+        for width in self.widths:
+            mine, documents = (shorten(part, width, normalize=self.normalize) for part in (query, gathered.document))
+            queries = None if gathered.query is None else shorten(gathered.query, width, normalize=self.normalize)
+            found = contrast_gradients(
+                mine.rows[terms.query], dataclasses.replace(
+                    masks, document=documents.rows, query=None if queries is None else queries.rows),
+                self.contrast, total=total, weights=terms.weights)
+            values.append(_ratios(found.sums, batch.num_queries, len(terms.query)))
+            anchors = torch.zeros_like(mine.rows).index_add_(0, terms.query, found.rows)
+            grad_rows = mine.add_gradient(grad_rows, anchors, width.weight)
+            grad_document = documents.add_gradient(grad_document, found.document, width.weight)
+            if queries is not None and found.query is not None:
+                grad_query = queries.add_gradient(grad_query, found.query, width.weight)
+        assert grad_rows is not None and grad_document is not None
+        own_document, own_query = gathered.return_gradients(grad_document, grad_query)
+        if own_query is not None:
+            grad_rows = grad_rows + own_query
+        return LossGradient(
+            sums=Sums(names=self.names, values=sum_over(over_widths(values, self.widths), group)),
+            rows=torch.cat([grad_rows, own_document]))
+
+    def _masks(self, batch: EmbedBatch, pool: Pool, terms: "_Terms") -> Candidates:
+        """The candidates without their vectors."""
+        nothing = torch.empty(0)
+        excluded = owners = None
+        if self.needs_owners:
+            alone = None if batch.in_batch is None else ~batch.in_batch.to(pool.owner.device)[terms.query]
+            owners = Owners(row_query=terms.number, positive_index=terms.positive, owner=pool.owner,
+                            is_positive=pool.is_positive, num_queries=int(pool.num_queries.sum()),
+                            directions=self.contrast.directions, private=self.private, alone=alone)
+        if self.mask_duplicates:
+            row_ids = batch.query_ids.to(pool.document_ids.device)[terms.query]
+            documents = duplicate_mask(row_ids, terms.positive, pool.document_ids, pool.given)
+            excluded = documents.tile
+            if owners is not None:
+                answers = None
+                if "document_to_query" in self.contrast.directions:
+                    answers = answered_queries(pool.document_ids[terms.positive], terms.number, pool.query_ids,
+                                               pool.given)
+                excluded = duplicates_over(self.contrast.directions, documents, owners.first_positive, answers)
+        return Candidates(
+            document=nothing, positive_index=terms.positive, query_index=terms.number, excluded=excluded,
+            left_out=None if owners is None else owners.left_out, own=None if owners is None else owners.own)
 
 
-def _ratios(sums: InfoNCESums, queries: int) -> Tensor:
-    """[7, 2] float64: sums and divisors in the order of InfoNCE.names."""
-    per_query = torch.stack([sums.loss, sums.correct, sums.positive_similarity, sums.negative_similarity, sums.margin,
-                             sums.masked, sums.negatives])
-    divisors = torch.full_like(per_query, queries)
-    divisors[InfoNCE.names.index("masked_fraction")] = sums.masked + sums.negatives
-    return torch.stack([per_query, divisors], dim=1)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Terms:
+    """A term of the loss is a local query with one of its positives."""
+
+    query: Tensor
+    """[terms] int64, local number of the query."""
+    number: Tensor
+    """[terms] int64, its number over all ranks."""
+    positive: Tensor
+    """[terms] int64, the positive's number over all ranks."""
+    weights: Tensor | None
+    """[terms] float32, 1 / (positives of the query); null: 1 everywhere."""
+
+    @staticmethod
+    def of(batch: EmbedBatch, pool: Pool, rank: int, device: torch.device) -> "_Terms":
+        document = batch.is_positive.nonzero()[:, 0]
+        query = batch.document_query[document]
+        weights = None
+        if len(query) > batch.num_queries:
+            weights = (1.0 / torch.bincount(query, minlength=batch.num_queries).float())[query].to(device)
+        return _Terms(
+            query=query.to(device), number=query.to(device) + int(pool.num_queries[:rank].sum()),
+            positive=document.to(device) + int(pool.num_documents[:rank].sum()), weights=weights)
 
 
-def split_by_micro_batch(batch: EmbedBatch) -> list[EmbedBatch]:
-    """One EmbedBatch per micro-batch, its rows renumbered: queries in order, then their documents."""
-    parts = []
-    for micro in batch.micro_batches:
-        rows = micro.kept_rows.sort().values
-        queries, documents = rows[rows < batch.num_queries], rows[rows >= batch.num_queries] - batch.num_queries
-        given = torch.isin(batch.positive_query, queries)
-        parts.append(EmbedBatch(
-            micro_batches=(micro,), num_queries=len(queries), num_documents=len(documents),
-            positive_index=torch.searchsorted(documents, batch.positive_index[queries]),
-            document_query=torch.searchsorted(queries, batch.document_query[documents]),
-            query_ids=batch.query_ids[queries],
-            positive_query=torch.searchsorted(queries, batch.positive_query[given]),
-            positive_ids=batch.positive_ids[given], document_ids=batch.document_ids[documents], num_truncated=0,
-            capacity=batch.micro_capacity, micro_capacity=batch.micro_capacity))
-    return parts
+def _ratios(sums: InfoNCESums, queries: int, terms: int) -> Tensor:
+    """[7, 2] float64: sums and divisors in the order of NAMES."""
+    ordered = torch.stack([sums.loss, sums.correct, sums.positive_similarity, sums.negative_similarity, sums.margin,
+                           sums.masked, sums.negatives])
+    divisors = torch.full_like(ordered, terms)
+    divisors[0] = queries
+    divisors[NAMES.index("masked_fraction")] = sums.masked + sums.negatives
+    return torch.stack([ordered, divisors], dim=1)

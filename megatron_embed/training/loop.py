@@ -90,6 +90,9 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
                               "rows of that step")
         done, last = step + 1, step + 1 == train_steps
         seconds = time.perf_counter() - start
+        if loaded.batch.data_set is not None:
+            metrics |= {f"{loaded.batch.data_set}/{name}": value for name, value in metrics.items()
+                        if name not in ("grad_norm", "learning_rate")}
         metrics |= {"tokens_per_second": loaded.tokens / seconds,
                     "padding_fraction": 1.0 - loaded.tokens / loaded.padded_tokens, "step_seconds": seconds}
         writer.step(done, metrics, log=done % config.logging.every_steps == 0 or last)

@@ -1,12 +1,15 @@
 """What a step asks of a loss. The step itself, its two passes and its metrics know no more of one than this."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from megatron_embed.batch import StepBatch
+from megatron_embed.losses.matryoshka import Width
 
 Batch = TypeVar("Batch", bound=StepBatch)
 
@@ -34,6 +37,20 @@ class LossGradient:
     """Over these rows of all data-parallel ranks."""
     rows: Tensor
     """[rows/dp, dim], gradient of (the summed loss of these rows of all ranks / total) on this rank's rows."""
+
+
+def width_names(widths: Sequence[Width]) -> tuple[str, ...]:
+    """Names of the losses at each width: `loss@64`; none where rows are taken as they are."""
+    return tuple(f"loss@{width.dim}" for width in widths if width.dim is not None)
+
+
+def over_widths(values: Sequence[Tensor], widths: Sequence[Width]) -> Tensor:
+    """[names, 2] of a loss over several widths: the weighted sum of their losses, the other metrics of the first, the
+    widest; then the losses themselves. `values` are [names, 2] each, `loss` first."""
+    combined = values[0].clone()
+    combined[0, 0] = sum(value[0, 0] * width.weight for value, width in zip(values, widths, strict=True))
+    losses = [value[:1] for value, width in zip(values, widths, strict=True) if width.dim is not None]
+    return torch.cat([combined, *losses])
 
 
 class Objective(ABC, Generic[Batch]):

@@ -1,11 +1,19 @@
-"""InfoNCE against Sentence Transformers' loss; the closed-form gradient against autograd; the sums against loops."""
+"""InfoNCE against Sentence Transformers' loss and formulas written out; the closed-form gradient against autograd."""
+
+import itertools
+import math
 
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from megatron_embed.losses import info_nce as module
-from megatron_embed.losses.info_nce import info_nce, info_nce_gradients
+from megatron_embed.losses.duplicates import duplicate_mask
+from megatron_embed.losses.info_nce import Candidates, Contrast, contrast_gradients, contrast_loss, info_nce
+from megatron_embed.losses.negatives import Owners, answered_queries, duplicates_over
+
+Q2D, Q2Q, D2D, D2Q = ("query_to_document", "query_to_query", "document_to_document", "document_to_query")
+ALL = (Q2D, Q2Q, D2Q, D2D)
 
 
 def random_batch(rows=6, candidates=17, dim=5, dtype=torch.float64, seed=0, excluded=False):
@@ -23,15 +31,18 @@ def random_batch(rows=6, candidates=17, dim=5, dtype=torch.float64, seed=0, excl
     return query.to(dtype), document.to(dtype), positive, mask
 
 
-def tiles(mask):
-    """The mask as info_nce_gradients asks for it."""
-    return None if mask is None else lambda first, last: mask[first:last]
+def gradients(query, document, positive, temperature, total, mask=None):
+    """(sums, gradients of queries and documents) of the plain case."""
+    excluded = None if mask is None else lambda first, last: mask[first:last]
+    found = contrast_gradients(query, Candidates(document=document, positive_index=positive, excluded=excluded),
+                               Contrast(temperature=temperature), total=total)
+    return found.sums, found.rows, found.document
 
 
-def by_autograd(query, document, positive, temperature, total_rows, excluded):
+def by_autograd(query, document, positive, temperature, total, excluded):
     query, document = query.clone().requires_grad_(), document.clone().requires_grad_()
     loss = info_nce(query, document, positive, temperature, excluded) * len(query)
-    return (loss.detach(), *torch.autograd.grad(loss / total_rows, (query, document)))
+    return (loss.detach(), *torch.autograd.grad(loss / total, (query, document)))
 
 
 def test_value_and_gradients_are_those_of_sentence_transformers():
@@ -43,14 +54,18 @@ def test_value_and_gradients_are_those_of_sentence_transformers():
     peer_gradients = torch.autograd.grad(peer_loss, (query, document))
     # Queries' positives first, then their hard negatives: the order does not matter to the loss.
     loss = info_nce(query, document, torch.arange(7), 0.05)
-    gradients = torch.autograd.grad(loss, (query, document))
+    ours = torch.autograd.grad(loss, (query, document))
     assert loss > 0.3
     torch.testing.assert_close(loss, peer_loss, rtol=1e-12, atol=0)
-    # Its cosine similarity differentiates through the norm; ours takes unit vectors, so only tangents can agree.
-    for ours, theirs, vectors in zip(gradients, peer_gradients, (query, document), strict=True):
-        tangent = ours - (ours * vectors).sum(dim=1, keepdim=True) * vectors
-        assert theirs.abs().max() > 0.01
-        torch.testing.assert_close(tangent, theirs, rtol=0, atol=1e-12)
+    assert_tangents_agree(ours, peer_gradients, (query, document), 1e-12)
+
+
+def assert_tangents_agree(ours, theirs, vectors, tolerance):
+    """A cosine's gradient goes through the norm, ours takes unit vectors: what lies along a vector may differ."""
+    for found, wanted, vector in zip(ours, theirs, vectors, strict=True):
+        tangent = found - (found * vector).sum(dim=1, keepdim=True) * vector
+        assert wanted.abs().max() > 0.01
+        torch.testing.assert_close(tangent, wanted, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
@@ -62,21 +77,21 @@ def test_closed_form_gradients_equal_autograd(monkeypatch, dtype, tolerance, til
         monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
     query, document, positive, mask = random_batch(dtype=dtype, excluded=excluded)
     before = query.clone(), document.clone()
-    sums, *gradients = info_nce_gradients(query, document, positive, temperature, total=11, excluded=tiles(mask))
+    sums, *found = gradients(query, document, positive, temperature, 11, mask)
     exact = random_batch(excluded=excluded)
     loss, *expected = by_autograd(*exact[:3], temperature, 11, exact[3])
     torch.testing.assert_close(sums.loss, loss, rtol=tolerance, atol=0)
-    for found, wanted in zip(gradients, expected, strict=True):
+    for ours, wanted in zip(found, expected, strict=True):
         assert wanted.norm() > 0.01
-        assert found.dtype == dtype
-        assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
+        assert ours.dtype == dtype
+        assert (ours.double() - wanted).norm() <= tolerance * wanted.norm()
     assert torch.equal(query, before[0])
     assert torch.equal(document, before[1])
 
 
 def test_one_candidate_has_no_loss_and_no_gradient():
     query, document, *_ = random_batch(1, 2)
-    sums, grad_query, grad_document = info_nce_gradients(query, document[:1], torch.tensor([0]), 0.05, total=1)
+    sums, grad_query, grad_document = gradients(query, document[:1], torch.tensor([0]), 0.05, 1)
     assert not grad_query.any()
     assert not grad_document.any()
     assert sums.stacked().isfinite().all()
@@ -87,8 +102,7 @@ def test_one_candidate_has_no_loss_and_no_gradient():
 @pytest.mark.parametrize("candidates", [0, 4])
 def test_no_rows_have_no_loss_and_no_gradient(candidates):
     query, document, positive, _ = random_batch(4, 8)
-    sums, grad_query, grad_document = info_nce_gradients(query[:0], document[:candidates], positive[:0], 0.05,
-                                                         total=3)
+    sums, grad_query, grad_document = gradients(query[:0], document[:candidates], positive[:0], 0.05, 3)
     assert not sums.stacked().any()
     assert grad_query.shape == (0, 5)
     assert torch.equal(grad_document, torch.zeros(candidates, 5, dtype=torch.float64))
@@ -98,7 +112,7 @@ def test_row_with_all_negatives_excluded_has_no_loss_and_counts_none():
     query, document, positive, _ = random_batch(3, 8)
     mask = torch.zeros(3, 8, dtype=torch.bool)
     mask[1] = torch.arange(8) != positive[1]
-    sums, grad_query, _ = info_nce_gradients(query, document, positive, 0.05, total=3, excluded=tiles(mask))
+    sums, grad_query, _ = gradients(query, document, positive, 0.05, 3, mask)
     assert sums.stacked().isfinite().all()
     assert not grad_query[1].any()
     assert grad_query[0].any()
@@ -131,7 +145,7 @@ def test_sums_are_what_their_names_say(monkeypatch, tile, excluded):
     query, document, positive, mask = random_batch(9, 12, excluded=excluded, seed=3)
     query[:4] += 2 * document[positive[:4]]
     query = torch.nn.functional.normalize(query, dim=1)
-    sums, *_ = info_nce_gradients(query, document, positive, 0.1, total=9, excluded=tiles(mask))
+    sums, *_ = gradients(query, document, positive, 0.1, 9, mask)
     expected = naive_sums(query, document, positive, 0.1, mask)
     assert 0 < expected[1] < 9
     assert sums.stacked().dtype == torch.float64
@@ -141,10 +155,10 @@ def test_sums_are_what_their_names_say(monkeypatch, tile, excluded):
 def test_duplicate_of_the_positive_is_not_counted_as_correct():
     query, document, positive, _ = random_batch(2, 6)
     query[0] = document[positive[0]]
-    sums, *_ = info_nce_gradients(query, document, positive, 0.05, total=2)
+    sums, *_ = gradients(query, document, positive, 0.05, 2)
     alone = float(sums.correct)
     document = torch.cat([document, document[positive[:1]]])
-    sums, *_ = info_nce_gradients(query, document, positive, 0.05, total=2)
+    sums, *_ = gradients(query, document, positive, 0.05, 2)
     assert float(sums.correct) == alone - 1
 
 
@@ -153,3 +167,229 @@ def test_half_precision_inputs_give_a_float32_loss():
     loss = info_nce(query, document, positive, 0.05)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, info_nce(query.float(), document.float(), positive, 0.05))
+
+
+class Groups:
+    """Queries with documents of their own, positives first; texts that repeat over them; all as a loss wants it."""
+
+    def __init__(self, rows=6, negatives=2, seed=5, dim=6, positives=1):
+        generator = torch.Generator().manual_seed(seed)
+        group = positives + negatives
+        self.rows, self.group = rows, group
+        self.query = torch.nn.functional.normalize(
+            torch.randn(rows, dim, generator=generator, dtype=torch.float64) + 0.5, dim=1)
+        self.document = torch.nn.functional.normalize(
+            torch.randn(rows * group, dim, generator=generator, dtype=torch.float64) + 0.5, dim=1)
+        self.owner = torch.repeat_interleave(torch.arange(rows), group)
+        self.is_positive = torch.arange(group).repeat(rows) < positives
+        self.query_ids = torch.arange(rows) + 100
+        self.query_ids[rows - 1] = self.query_ids[0]
+        self.document_ids = torch.arange(rows * group) + 1000
+        self.document_ids[group] = self.document_ids[2 * group]  # queries 1 and 2 share their positive
+        self.document_ids[4 * group + 1] = self.document_ids[3 * group]  # 4's hard negative is the positive of 3
+        self.given = torch.stack([self.query_ids[self.owner[self.is_positive]], self.document_ids[self.is_positive]],
+                                 dim=1)
+
+    def candidates(self, directions, *, private=False, masked=False, alone=None):
+        """(each row's query, what it is compared with)."""
+        positive = self.is_positive.nonzero()[:, 0]
+        row_query = self.owner[positive]
+        owners = Owners(row_query=row_query, positive_index=positive, owner=self.owner, is_positive=self.is_positive,
+                        num_queries=self.rows, directions=directions, private=private,
+                        alone=None if alone is None else alone[row_query])
+        documents = duplicate_mask(self.query_ids[row_query], positive, self.document_ids, self.given)
+        answers = answered_queries(self.document_ids[positive], row_query, self.query_ids, self.given)
+        excluded = duplicates_over(directions, documents, owners.first_positive, answers)
+        return row_query, Candidates(
+            document=self.document, positive_index=positive, query=self.query, query_index=row_query,
+            left_out=owners.left_out, excluded=excluded if masked else None, own=owners.own)
+
+
+def both_ways(groups, contrast, *, weights=None, total=7.0, dtype=torch.float64, **choices):
+    """(loss by autograd, closed form): each (value, gradients of queries and documents)."""
+    row_query, candidates = groups.candidates(contrast.directions, **choices)
+    leaves = groups.query.clone().requires_grad_(), groups.document.clone().requires_grad_()
+    loss = contrast_loss(leaves[0][row_query], replaced(candidates, *leaves), contrast, total=total, weights=weights)
+    expected = (loss.detach(), *torch.autograd.grad(loss, leaves))
+    query, document = groups.query.to(dtype), groups.document.to(dtype)
+    found = contrast_gradients(query[row_query], replaced(candidates, query, document), contrast, total=total,
+                               weights=None if weights is None else weights.to(dtype))
+    grad_query = torch.zeros_like(query).index_add_(0, row_query, found.rows) + found.query
+    return expected, (found.sums.loss / total, grad_query, found.document), found
+
+
+def replaced(candidates, query, document):
+    return Candidates(**{**vars(candidates), "query": query, "document": document})
+
+
+def assert_close(expected, found, tolerance):
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=tolerance, atol=0)
+    for ours, wanted in zip(found[1:], expected[1:], strict=True):
+        assert wanted.norm() > 1e-3
+        assert (ours.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+CONTRASTS = [Contrast(temperature=0.2, directions=directions, **more) for directions, more in [
+    ((Q2D,), {}), (ALL, {}), ((Q2D, Q2Q, D2D), {"margin": 0.1}), (ALL, {"margin": 0.2, "relative": True}),
+    ((Q2D, D2Q), {"joint": False}), ((Q2D, D2Q), {"joint": False, "margin": -0.05, "relative": True}),
+    ((Q2D,), {"hardness": "in_batch_negatives", "hardness_strength": 9.0}),
+    ((Q2D, Q2Q), {"hardness": "hard_negatives", "hardness_strength": 5.0}),
+    ((Q2D,), {"hardness": "all_negatives", "hardness_strength": 2.0}), ((Q2D,), {"bias": -2.0})]]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("tile", [None, 50])
+@pytest.mark.parametrize("private, masked", [(False, False), (True, True)])
+@pytest.mark.parametrize("number", range(len(CONTRASTS)))
+def test_closed_form_of_every_variant_equals_autograd(monkeypatch, number, private, masked, tile, dtype, tolerance):
+    if tile is not None:
+        monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+    groups, alone = Groups(positives=2 if masked else 1), torch.tensor([False, True, False, False, True, False])
+    weights = torch.linspace(0.3, 1.2, int(groups.is_positive.sum()), dtype=torch.float64)
+    expected, found, _ = both_ways(groups, CONTRASTS[number], weights=weights, dtype=dtype, private=private,
+                                   masked=masked, alone=alone if masked else None)
+    assert_close(expected, found, tolerance)
+
+
+@pytest.mark.parametrize("number", range(len(CONTRASTS)))
+def test_gradient_of_the_scale_equals_a_difference(number):
+    groups = Groups()
+    bias = CONTRASTS[number].bias
+
+    def loss(log_scale, shift=0.0):
+        contrast = Contrast(**{**vars(CONTRASTS[number]), "temperature": 0.2 * math.exp(-log_scale),
+                               "bias": None if bias is None else bias + shift})
+        return float(both_ways(groups, contrast)[0][0])
+
+    *_, found = both_ways(groups, CONTRASTS[number])
+    step = 1e-5
+    assert float(found.log_scale) == pytest.approx((loss(step) - loss(-step)) / (2 * step), rel=1e-6)
+    assert abs(float(found.log_scale)) > 1e-3
+    wanted = 0.0 if bias is None else (loss(0.0, step) - loss(0.0, -step)) / (2 * step)
+    assert float(found.bias) == pytest.approx(wanted, rel=1e-6)
+
+
+DIRECTIONS = [(Q2D,), (Q2D, Q2Q), (Q2D, D2Q), (Q2D, D2D), ALL]
+
+
+@pytest.mark.parametrize("directions, joint, hardness", [
+    *[(directions, True, None) for directions in DIRECTIONS], ((Q2D, D2Q), False, None),
+    *[((Q2D,), True, name) for name in ("in_batch_negatives", "hard_negatives", "all_negatives")]])
+def test_directions_and_hardness_are_those_of_sentence_transformers(directions, joint, hardness):
+    groups, names = Groups(), {Q2D: "query_to_doc", Q2Q: "query_to_query", D2Q: "doc_to_query", D2D: "doc_to_doc"}
+    peer = MultipleNegativesRankingLoss(
+        model=None, scale=5.0, directions=tuple(names[direction] for direction in directions),
+        partition_mode="joint" if joint else "per_direction", hardness_mode=hardness,
+        hardness_strength=0.0 if hardness is None else 4.0)
+    leaves = groups.query.clone().requires_grad_(), groups.document.clone().requires_grad_()
+    loss = peer.compute_loss_from_embeddings([leaves[0], *(leaves[1][place::3] for place in range(3))], None)
+    theirs = torch.autograd.grad(loss, leaves)
+    contrast = Contrast(temperature=0.2, directions=directions, joint=joint, hardness=hardness,
+                        hardness_strength=0.0 if hardness is None else 4.0)
+    _, (value, *ours), _ = both_ways(groups, contrast, total=6.0)
+    assert value == pytest.approx(loss.item(), rel=1e-12)
+    assert_tangents_agree(ours, theirs, (groups.query, groups.document), 1e-12)
+
+
+def qwen3_loss(groups, temperature, margin):
+    """The formula of the Qwen3-Embedding report (Zhang et al. 2025, arXiv:2506.05176, section 3), term by term, with
+    d_j the positives of the batch: m_ij is 0 if s_ij > s(q_i, d_i+) + 0.1 or d_j is d_i+; s_ij is the score of q_i with
+    d_j or q_j."""
+    query, document = groups.query, groups.document
+    positive = [row * groups.group for row in range(groups.rows)]
+    text = [int(groups.document_ids[place]) for place in range(len(document))]
+    total, kept, dropped = 0.0, 0, 0
+    for i in range(groups.rows):
+        # q_0 and q_5 are one query: the positives of both are right for either.
+        right = {text[positive[j]] for j in range(groups.rows) if groups.query_ids[j] == groups.query_ids[i]}
+        own = float(query[i] @ document[positive[i]])
+        terms = [own]
+
+        def add(mask_score, is_right, score, own=own, terms=terms):
+            masked = mask_score > own + margin or is_right
+            if not masked:
+                terms.append(score)
+            return masked
+
+        masked = []
+        for place in range(positive[i] + 1, positive[i] + groups.group):  # d_{i,k}^-
+            score = float(query[i] @ document[place])
+            masked.append(add(score, text[place] in right, score))
+        for j in range(groups.rows):
+            if j == i:
+                continue
+            is_right = text[positive[j]] in right
+            asked, answered = float(query[i] @ query[j]), float(query[i] @ document[positive[j]])
+            masked.append(add(asked, is_right, asked))
+            masked.append(add(answered, is_right, answered))
+            masked.append(add(answered, is_right, float(document[positive[i]] @ document[positive[j]])))
+        kept, dropped = kept + len(masked) - sum(masked), dropped + sum(masked)
+        total += math.log(sum(math.exp(term / temperature) for term in terms)) - own / temperature
+    return total / groups.rows, kept, dropped
+
+
+def test_five_terms_with_masks_are_the_formula_of_the_qwen3_embedding_report():
+    groups = Groups(rows=8, negatives=3, dim=4)
+    expected, kept, dropped = qwen3_loss(groups, 0.2, 0.1)
+    contrast = Contrast(temperature=0.2, directions=(Q2D, Q2Q, D2D), margin=0.1)
+    (loss, *_), (value, *_), found = both_ways(groups, contrast, total=8.0, private=True, masked=True)
+    assert dropped > 10
+    assert float(value) == pytest.approx(expected, rel=1e-12)
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    assert (found.sums.negatives, found.sums.masked) == (kept, dropped)
+    unmasked = both_ways(groups, Contrast(temperature=0.2, directions=(Q2D, Q2Q, D2D)), total=8.0, private=True)
+    assert float(unmasked[1][0]) > expected + 0.01
+
+
+@pytest.mark.parametrize("directions", DIRECTIONS)
+def test_a_duplicated_positive_costs_nothing_with_the_mask(directions):
+    """Another row with the same query and positive, and another whose positive is the same, change no row's loss."""
+    groups, contrast = Groups(), Contrast(temperature=0.2, directions=directions)
+    repeated = Groups()
+    for name in ("query", "query_ids"):
+        setattr(repeated, name, torch.cat([getattr(groups, name), getattr(groups, name)[3:4]]))
+    for name in ("document", "document_ids", "is_positive"):
+        setattr(repeated, name, torch.cat([getattr(groups, name), getattr(groups, name)[9:10]]))
+    repeated.owner = torch.cat([groups.owner, torch.tensor([6])])
+    repeated.rows = 7
+    repeated.given = torch.cat([groups.given, groups.given[3:4]])
+
+    def first_rows(which):
+        row_query, candidates = which.candidates(directions, masked=True)
+        weights = (row_query == 3).double()
+        return float(contrast_loss(which.query[row_query], candidates, contrast, total=1.0, weights=weights))
+
+    assert first_rows(repeated) == pytest.approx(first_rows(groups), rel=1e-12)
+    row_query, candidates = repeated.candidates(directions)
+    weights = (row_query == 3).double()
+    assert float(contrast_loss(repeated.query[row_query], candidates, contrast, total=1.0,
+                               weights=weights)) > first_rows(groups) + 0.05
+
+
+def test_private_hard_negatives_and_queries_that_stand_alone_by_loops():
+    groups, alone = Groups(positives=2), torch.tensor([False, False, True, False, False, False])
+    logits = groups.query @ groups.document.T / 0.2
+    expected, terms = 0.0, 0
+    for i, place in itertools.product(range(6), range(2)):
+        row = [float(logits[i, column]) for column in range(len(groups.document))
+               if column == 4 * i + place or (groups.owner[column] == i and not groups.is_positive[column])
+               or (not alone[i] and groups.owner[column] != i and groups.is_positive[column])]
+        assert len(row) == (3 if alone[i] else 13)
+        expected += 0.5 * (math.log(sum(map(math.exp, row))) - float(logits[i, 4 * i + place]))
+        terms += 1
+    _, (value, *_), found = both_ways(groups, Contrast(temperature=0.2), total=6.0, private=True, alone=alone,
+                                      weights=torch.full((terms,), 0.5, dtype=torch.float64))
+    assert float(value) == pytest.approx(expected / 6, rel=1e-12)
+    assert found.sums.masked == 0
+    assert found.sums.negatives == 10 * 12 + 2 * 2
+
+
+def test_sigmoid_is_the_pseudocode_of_siglip():
+    """Zhai et al. 2023 (arXiv:2303.15343), algorithm 1."""
+    groups = Groups(negatives=0)
+    logits = groups.query @ groups.document.T / 0.2 - 3.0
+    labels = 2 * torch.eye(6, dtype=torch.float64) - torch.ones(6, 6, dtype=torch.float64)
+    expected = -torch.nn.functional.logsigmoid(labels * logits).sum() / 6
+    (loss, *_), (value, *_), _ = both_ways(groups, Contrast(temperature=0.2, bias=-3.0), total=6.0)
+    assert float(value) == pytest.approx(float(expected), rel=1e-12)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-12)

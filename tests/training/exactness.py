@@ -78,7 +78,7 @@ def build(config):
     opened = open_model(config)
     topology = opened.topology
     wrapped = wrap_in_ddp(opened.chunks, config, topology)
-    objective = build_objective(config, topology.dp_group)
+    objective = build_objective(config, topology.dp_group, topology.device)
     dropout = config.training.hidden_dropout > 0 or config.training.attention_dropout > 0
     gradients = GradCache(chunks=wrapped, models=opened.chunks, topology=topology, objective=objective,
                           kernel=attention_kernel(config), has_dropout=dropout)

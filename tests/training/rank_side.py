@@ -61,7 +61,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     wrapped = wrap_in_ddp(chunks, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     group = topology.groups.tp if case.sabotage == "group" else topology.dp_group
-    objective = build_objective(config, group)
+    objective = build_objective(config, group, topology.device)
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
                           kernel="sdpa", has_dropout=False)
     records = open_records(config.data.train)

@@ -1,0 +1,9 @@
+"""The check that every setting's rule is written with."""
+
+from megatron_embed.errors import ConfigError
+
+
+def require(condition: bool, key: str, value: object, rule: str) -> None:
+    """Raises ConfigError that names the key, its value and the rule, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key} = {value!r}: {rule}")

@@ -1,0 +1,144 @@
+"""The settings of the loss, and which of them a loss takes."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_embed.config.checks import require
+
+Loss = Literal["info_nce", "sigmoid", "cosine_similarity", "contrastive", "online_contrastive", "cosent", "angle",
+               "triplet", "margin_mse", "kl_distillation", "pointwise", "listwise", "margin_ranking", "ranknet",
+               "lambda_loss"]
+Direction = Literal["query_to_document", "query_to_query", "document_to_document", "document_to_query"]
+
+CONTRASTIVE = ("info_nce", "sigmoid")
+"""Losses of queries against all documents."""
+PAIRS = ("cosine_similarity", "contrastive", "online_contrastive", "cosent", "angle")
+"""Losses of pairs with a score."""
+OWN_DOCUMENTS = ("triplet", "margin_mse", "kl_distillation")
+"""Losses of a query with its own positive and hard negatives."""
+EMBEDDING_LOSSES = CONTRASTIVE + PAIRS + OWN_DOCUMENTS
+"""Values of `objective.loss` for `task: embedding`."""
+RERANK_LOSSES = ("pointwise", "listwise", "margin_ranking", "ranknet", "lambda_loss", "kl_distillation")
+"""Values of `objective.loss` for `task: reranker`, over the documents of each query."""
+_TAKEN_BY = {
+    "temperature": ("info_nce", "sigmoid", "cosent", "angle", "kl_distillation"),
+    "negatives": CONTRASTIVE, "hard_negatives": CONTRASTIVE, "mask_duplicates": CONTRASTIVE,
+    "mask_margin": CONTRASTIVE, "mask_margin_type": CONTRASTIVE, "directions": ("info_nce",),
+    "partition": ("info_nce",), "hardness": ("info_nce",), "hardness_strength": ("info_nce",), "bias": ("sigmoid",),
+    "margin": ("contrastive", "online_contrastive", "triplet"), "teacher_temperature": ("kl_distillation",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    loss: Loss = "info_nce"
+    """Formulas, papers and when to use which: docs/objectives.md."""
+    temperature: float = 0.02
+    """Divides the similarity; no unit, > 0. Larger is softer."""
+    negatives: Literal["global_batch", "micro_batch"] = "global_batch"
+    """global_batch: every document of the optimizer step, whatever the layout (two passes where a step has several
+    micro-batches). micro_batch: the documents of one micro-batch over the data-parallel ranks (one pass)."""
+    hard_negatives: Literal["shared", "private"] = "shared"
+    """shared: a query's hard negatives are negatives of all queries. private: of that query alone."""
+    directions: tuple[Direction, ...] = ("query_to_document",)
+    """What the softmax is over, beside a query's similarities to documents: those to other queries (query_to_query), of
+    its positive to other queries' documents (document_to_document), and of its positive to all queries
+    (document_to_query)."""
+    partition: Literal["joint", "per_direction"] = "joint"
+    """joint: one softmax over all directions. per_direction: one each for query_to_document and document_to_query, of
+    which the mean counts."""
+    mask_duplicates: bool = False
+    """True: a document whose text is given as a positive to a query is no negative of that query, wherever among the
+    candidates it lies: in whatever row that has the same query text, first positive or not, of the global batch (with
+    negatives: micro_batch, of the micro-batches that are computed together). The same for queries that share a
+    positive, in the directions to queries."""
+    mask_margin: float | None = None
+    """What is more similar than the positive by more than this is no negative; null: off. Qwen3-Embedding: 0.1.
+    Negative values also leave out what is a little less similar."""
+    mask_margin_type: Literal["absolute", "relative"] = "absolute"
+    """absolute: similarity > positive + mask_margin. relative: similarity > positive + mask_margin * |positive|."""
+    hardness: Literal["in_batch_negatives", "hard_negatives", "all_negatives"] | None = None
+    """Which negatives weigh more the more similar they are: hardness_strength * similarity, without gradient, is added
+    to their logits. in_batch_negatives: documents of other queries. hard_negatives: a query's own. null: none."""
+    hardness_strength: float = 0.0
+    """No unit, >= 0; 9 in Lan et al. 2025 (in-batch negatives), 5 in EmbeddingGemma (hard negatives)."""
+    bias: float = -10.0
+    """Of the loss sigmoid, added to similarity / temperature; no unit. About -log(documents per query's batch)."""
+    margin: float | None = None
+    """contrastive, online_contrastive: the cosine distance that negatives should have (null: 0.5). triplet: how much
+    further the negative should be than the positive, Euclidean (null: 5; unit vectors are at most 2 apart)."""
+    teacher_temperature: float | None = None
+    """Divides the teacher's scores in kl_distillation, > 0; null: as temperature."""
+    matryoshka_weights: tuple[float, ...] = ()
+    """Of the loss at each of embedding.matryoshka_dims, in their order; empty: 1 each."""
+
+    @property
+    def rows(self) -> Literal["contrastive", "pairs"]:
+        """Of which kind the training rows must be: a query with its documents, or a pair with a score."""
+        return "pairs" if self.loss in PAIRS else "contrastive"
+
+    @property
+    def needs_teacher_scores(self) -> bool:
+        """Whether each row must bring a teacher's scores."""
+        return self.loss in ("margin_mse", "kl_distillation")
+
+    @property
+    def needs_own_negatives(self) -> bool:
+        """Whether each row must bring a hard negative of its own."""
+        return self.loss in OWN_DOCUMENTS
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether the loss of a row depends on rows of other micro-batches of the step. If not, a step is one pass and
+        a row shares the micro-batch of those that it is compared with."""
+        if self.loss in CONTRASTIVE:
+            return self.negatives == "global_batch"
+        return self.loss in ("online_contrastive", "cosent", "angle")
+
+    def __post_init__(self) -> None:
+        values = vars(self)
+        for field in dataclasses.fields(self):
+            losses, value = _TAKEN_BY.get(field.name), values[field.name]
+            require(losses is None or self.loss in losses or value == field.default, f"objective.{field.name}", value,
+                    f"has no effect with loss = {self.loss!r}, only with {', '.join(losses or ())}; remove it")
+        for key in ("temperature", "teacher_temperature"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"objective.{key}", value, "must be > 0; usual: 0.01 to 0.1")
+        self._check_contrast()
+        require(self.margin is None or self.margin >= 0, "objective.margin", self.margin, "must be >= 0 or null")
+        require(all(weight > 0 for weight in self.matryoshka_weights), "objective.matryoshka_weights",
+                list(self.matryoshka_weights), "must be > 0 each")
+
+    def _check_contrast(self) -> None:
+        directions = self.directions
+        require("query_to_document" in directions and len(set(directions)) == len(directions), "objective.directions",
+                list(directions), "must hold query_to_document, and nothing twice")
+        require(self.partition == "joint" or set(directions) == {"query_to_document", "document_to_query"},
+                "objective.partition", self.partition, "needs objective.directions = [query_to_document, "
+                "document_to_query]; in the other directions there is no positive to be told from the rest")
+        require(self.mask_margin_type == "absolute" or self.mask_margin is not None, "objective.mask_margin_type",
+                self.mask_margin_type, "has no effect without objective.mask_margin; set that, or remove it")
+        require(self.hardness_strength >= 0, "objective.hardness_strength", self.hardness_strength, "must be >= 0")
+        require((self.hardness is None) == (self.hardness_strength == 0), "objective.hardness_strength",
+                self.hardness_strength, f"does not go with objective.hardness = {self.hardness!r}; set both or neither")
+
+    def check_against(self, *, num_positives: int, num_negatives: int, in_batch: bool) -> None:
+        """Raises ConfigError where the section `data` does not go with the loss.
+
+        Args:
+            num_positives, num_negatives: of a query.
+            in_batch: whether `in_batch_negatives` is true in every entry of `data.train`.
+        """
+        if self.loss not in CONTRASTIVE:
+            require(num_positives == 1, "data.num_positives", num_positives,
+                    f"objective.loss = {self.loss!r} takes one positive per query; set it to 1")
+            require(in_batch, "data.train.in_batch_negatives", False,
+                    f"objective.loss = {self.loss!r} has no in-batch negatives; remove it")
+        require(in_batch or num_negatives > 0, "data.num_negatives", num_negatives,
+                "without in-batch negatives (data.train.in_batch_negatives = False) a query needs hard ones; set it to "
+                "1 or more")
+        require(self.loss not in OWN_DOCUMENTS or num_negatives > 0, "data.num_negatives", num_negatives,
+                f"objective.loss = {self.loss!r} compares a query's positive with its own hard negatives; set it to 1 "
+                "or more")
+        require(self.loss not in PAIRS or num_negatives == 0, "data.num_negatives", num_negatives,
+                f"objective.loss = {self.loss!r} takes pairs, which have no negatives; set it to 0")

@@ -1,0 +1,113 @@
+"""Losses of labelled pairs: each pair by itself, or all pairs of the global batch together."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_embed.batch import EmbedBatch
+from megatron_embed.config.objective import ObjectiveConfig
+from megatron_embed.losses import pairwise
+from megatron_embed.losses.matryoshka import Width, cut
+from megatron_embed.parallel.collectives import gather_padded, sum_over
+from megatron_embed.training.objective import LossGradient, Objective, Sums, over_widths, width_names
+from megatron_embed.training.splitting import split_by_micro_batch
+
+NAMES = ("loss", "similarity", "positive_similarity", "negative_similarity")
+MARGIN = 0.5
+"""Sentence Transformers' default for both losses that have one."""
+
+
+class Pairs(Objective[EmbedBatch]):
+    """A loss of the similarity of each pair to its label.
+
+    `cosine_similarity` and `contrastive` are means over the pairs of the global batch. `cosent` and `angle` are one
+    log-sum-exp over all of its pairs of pairs, `online_contrastive` a sum over its hard pairs: their total is 1.
+    `positive_similarity` and `negative_similarity` are of the pairs whose label is above or below 0.5; `cosent` and
+    `angle`, whose labels may have any range, do not have them.
+    """
+
+    def __init__(self, config: ObjectiveConfig, widths: tuple[Width, ...], *, normalize: bool,
+                 dp_group: dist.ProcessGroup) -> None:
+        graded = config.loss in ("cosent", "angle")
+        self.own_names = NAMES[:2] if graded else NAMES
+        self.names = self.own_names + width_names(widths)
+        self.couples_batch = config.couples_batch
+        self.config = config
+        self.margin = MARGIN if config.margin is None else config.margin
+        self.similarity: Callable[[Tensor, Tensor], Tensor] = (
+            pairwise.angle_similarity if config.loss == "angle" else pairwise.cosine)
+        self.widths = widths
+        self.normalize = normalize
+        self.dp_group = dp_group
+
+    def total(self, batch: EmbedBatch) -> float:
+        """Pairs of the global batch, of which every data-parallel rank has as many; 1 if the loss is one of them all.
+        """
+        return 1.0 if self.couples_batch else float(batch.num_queries * self.dp_group.size())
+
+    def split(self, batch: EmbedBatch) -> list[EmbedBatch]:
+        return split_by_micro_batch(batch)
+
+    def __call__(self, rows: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
+        """As the base class says; `rows` are the first texts of the pairs, then the second ones.
+
+        One all-reduce of the sums and, for a loss of all pairs together, one all-gather of similarities at all widths
+        and labels.
+        """
+        assert batch.scores is not None, "rows without scores are refused before training"
+        label, pairs = batch.scores.to(rows.device), batch.num_queries
+        with torch.enable_grad():
+            leaf = rows.detach().requires_grad_()
+            sides = leaf[:pairs], leaf[pairs:][batch.positive_index.to(rows.device)]
+            similarity = torch.stack([self.similarity(*(cut(side, width, normalize=self.normalize) for side in sides))
+                                      for width in self.widths])
+        found = self._together if self.couples_batch else self._apart
+        losses, gradients = found(similarity.detach().double(), label, batch.capacity.queries)
+        weights = torch.tensor([width.weight for width in self.widths], device=rows.device)
+        (gradient,) = torch.autograd.grad(similarity, leaf, (gradients.to(rows.dtype) * weights[:, None]) / total)
+        values = [_values(loss, similarity[number].detach().double(), label)[: len(self.own_names)]
+                  for number, loss in enumerate(losses)]
+        return LossGradient(
+            sums=Sums(names=self.names, values=sum_over(over_widths(values, self.widths), self.dp_group)),
+            rows=gradient)
+
+    def _apart(self, similarity: Tensor, label: Tensor, capacity: int) -> tuple[list[tuple[Tensor, int]], Tensor]:
+        """(per width: summed loss of these pairs and their number, [widths, pairs] gradient of the sums)."""
+        with torch.enable_grad():
+            leaf = similarity.requires_grad_()
+            terms = (pairwise.cosine_similarity(leaf, label) if self.config.loss == "cosine_similarity"
+                     else pairwise.contrastive(leaf, label, self.margin))
+            (gradient,) = torch.autograd.grad(terms.sum(), leaf)
+        return [(loss, len(label)) for loss in terms.detach().sum(dim=1)], gradient
+
+    def _together(self, similarity: Tensor, label: Tensor, capacity: int) -> tuple[list[tuple[Tensor, int]], Tensor]:
+        """The same of all ranks' pairs together: a loss that every rank computes, and the first one reports."""
+        group, pairs = self.dp_group, len(label)
+        held = torch.ones_like(label)
+        gathered = gather_padded(torch.stack([held, label, *similarity], dim=1), capacity, group)
+        valid = gathered[:, :, 0] > 0
+        start = int(valid[: group.rank()].sum())
+        every = gathered[valid]
+        with torch.enable_grad():
+            leaf = every[:, 2:].clone().requires_grad_()
+            losses = [self._loss_of_all(column, every[:, 1]) for column in leaf.unbind(dim=1)]
+            (gradient,) = torch.autograd.grad(sum(losses), leaf)
+        reports = group.rank() == 0
+        return ([(loss.detach() * reports, int(reports)) for loss in losses],
+                gradient[start : start + pairs].T.contiguous())
+
+    def _loss_of_all(self, similarity: Tensor, label: Tensor) -> Tensor:
+        if self.config.loss == "online_contrastive":
+            return pairwise.online_contrastive(similarity, label, self.margin)[0]
+        return pairwise.cosent(similarity, label, self.config.temperature)
+
+
+def _values(loss: tuple[Tensor, int], similarity: Tensor, label: Tensor) -> Tensor:
+    """[4, 2] float64: sums and divisors in the order of NAMES."""
+    rows = [(loss[0], loss[1]), (similarity.sum(), len(label))]
+    for chosen in (label > 0.5, label < 0.5):
+        rows.append((similarity[chosen].sum(), int(chosen.sum())))
+    return torch.tensor([[float(total), float(count)] for total, count in rows], dtype=torch.float64,
+                        device=similarity.device)
