@@ -120,6 +120,7 @@ class PairTokenizer:
         self._length_key = length_key
         pad = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
         self.pad_token_id: int = next((i for i in pad if i is not None and i >= 0), 0)
+        self._frame = self._count_frame()
 
     def tokenize(self, pairs: Sequence[Pair]) -> TokenizedPairs:
         """Token ids of each pair, at most `max_length`.
@@ -133,9 +134,8 @@ class PairTokenizer:
 
     def check_room(self, pairs: Sequence[Pair]) -> None:
         """Raises what `tokenize` would, at little cost: a query that is short in bytes has few tokens."""
-        frame = self._frame()
-        long = [pair for pair in pairs if frame + len(pair.query.encode()) + len((pair.instruction or "").encode())
-                >= self.max_length]
+        long = [pair for pair in pairs if self._frame + len(pair.query.encode())
+                + len((pair.instruction or "").encode()) >= self.max_length]
         self.tokenize(long)
 
     def token_of(self, word: str, key: str) -> int:
@@ -152,7 +152,7 @@ class PairTokenizer:
                               "known one; choose another word")
         return int(ids[0])
 
-    def _frame(self) -> int:
+    def _count_frame(self) -> int:
         """Tokens that every pair has besides query and document, about (words at the seams may differ by one)."""
         empty = Pair(query="", document="")
         with self._lock:
