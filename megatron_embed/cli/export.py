@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch.distributed as dist
@@ -39,8 +40,10 @@ PROBES = {
 
 
 def is_bidirectional_decoder(shape: ModelShape, bidirectional: bool = False) -> bool:
-    """Whether the stock library would run the model as another one: it knows decoders with causal attention alone."""
-    return (shape.bidirectional or bidirectional) and shape.rotary_base is not None
+    """Whether the installed Transformers would run the model as another one: up to 5.1 it knows decoders with causal
+    attention alone; then it reads `is_causal` of config.json."""
+    old = tuple(map(int, version("transformers").split(".")[:2])) < (5, 2)
+    return old and (shape.bidirectional or bidirectional) and shape.rotary_base is not None
 
 
 def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
@@ -107,7 +110,8 @@ def export_checkpoint(source: str, destination: str) -> str:
                               "`train` wrote")
     if is_bidirectional_decoder(model_shape(open_checkpoint(source).hf)):
         raise CheckpointError(f"{source}: its tokens attend to the whole text (model.bidirectional), and Sentence "
-                              "Transformers runs such models causally, with other vectors; use --format hf, or "
+                              "Transformers runs such models causally, with other vectors, on transformers before 5.2: "
+                              "upgrade it, use --format hf, or "
                               "`megatron-embed encode` on the checkpoint")
     # One length for both roles, as Sentence Transformers knows it, so that it cuts no text elsewhere than we do.
     longest = max(open_checkpoint(source).info.max_lengths.values(), default=None)

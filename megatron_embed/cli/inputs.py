@@ -172,7 +172,8 @@ def check_export(config: RunConfig, model: ModelDirectory) -> None:
     require_writable("checkpoint.export_at_end", str(target.parent))
     if is_bidirectional_decoder(model.shape, config.model.bidirectional):
         raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: Sentence Transformers runs "
-                          f"{model.shape.family} models causally, so a bidirectional one differs there; set it to null")
+                          f"{model.shape.family} models causally on transformers before 5.2, so a bidirectional one "
+                          "differs there; upgrade it, or set it to null")
 
 
 def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
