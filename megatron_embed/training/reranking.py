@@ -26,7 +26,7 @@ class Reranking(Objective[RerankBatch]):
     couples_batch = False
 
     def __init__(self, loss: str, config: RerankerConfig, dp_group: dist.ProcessGroup) -> None:
-        """`loss`: one of config.schema.RERANK_LOSSES."""
+        """`loss`: one of config.objective.RERANK_LOSSES."""
         self.loss = loss_of(loss, config)
         self.distils = loss == "kl_distillation"
         self.dp_group = dp_group
