@@ -15,6 +15,7 @@ from megatron_embed.batch import EmbedBatch, MicroBatch
 from megatron_embed.config.schema import (
     DataConfig,
     EmbeddingConfig,
+    LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -59,14 +60,15 @@ def save_model(path: Path, kind: str, *, tokenizer: bool = False, **settings: An
 def run_config(directory: str, *, parallel: dict[str, Any] | None = None, training: dict[str, Any] | None = None,
                objective: dict[str, Any] | None = None, pooling: str = "mean", normalize: bool = True,
                bidirectional: bool = False, dtype: str = "float32", distributed: bool = True,
-               matryoshka_dims: tuple[int, ...] = (), data: dict[str, Any] | None = None) -> RunConfig:
+               matryoshka_dims: tuple[int, ...] = (), data: dict[str, Any] | None = None,
+               lora: dict[str, Any] | None = None) -> RunConfig:
     """float32 and mean pooling unless said otherwise."""
     return RunConfig(
         model=ModelConfig(path=directory, dtype=dtype, bidirectional=bidirectional),
         embedding=EmbeddingConfig(pooling=pooling, normalize=normalize, matryoshka_dims=matryoshka_dims),
         objective=ObjectiveConfig(**objective or {}), data=DataConfig(**data or {}),
         parallel=ParallelConfig(**parallel or {}), training=TrainingConfig(**training or {}),
-        optimizer=OptimizerConfig(distributed=distributed))
+        optimizer=OptimizerConfig(distributed=distributed), lora=LoraConfig(**lora or {}))
 
 
 def layout(tp: int = 1, pp: int = 1, cp: int = 1, *, sp: bool | str = "auto", vpp: int | None = None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from megatron_embed.checkpoint.files import (
     write_atomically,
 )
 from megatron_embed.errors import CheckpointError, UserError
+from megatron_embed.models.adapters import is_adapter
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.parallel.collectives import raise_first
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, dist_checkpointing
@@ -157,16 +158,18 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
     return step
 
 
-def load_model(checkpoint: Path, models: Sequence[EmbeddingModel], *, with_head: bool = True) -> None:
+def load_model(checkpoint: Path, models: Sequence[EmbeddingModel], *, with_head: bool = True,
+               with_adapters: bool = True) -> None:
     """Restores the parameters alone, from a converted or a training checkpoint, at any layout. Called by all ranks.
 
-    `with_head`: a reranker's head too; else it stays as it is.
+    `with_head`: a reranker's head too; `with_adapters`: LoRA adapters too; else they stay as they are.
     """
-    state = model_state(models)
-    if not with_head:
-        state = {chunk: {name: value for name, value in values.items() if not name.startswith(HEAD)}
-                 for chunk, values in state.items()}
-    _load_models(models, _load({"model": state}, checkpoint)["model"], with_head=with_head)
+    def kept(name: str) -> bool:
+        return (with_head or not name.startswith(HEAD)) and (with_adapters or not is_adapter(name))
+
+    state = {chunk: {name: value for name, value in values.items() if kept(name)}
+             for chunk, values in model_state(models).items()}
+    _load_models(models, _load({"model": state}, checkpoint)["model"], kept)
 
 
 def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -181,13 +184,13 @@ def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     return loaded
 
 
-def _load_models(models: Sequence[EmbeddingModel], loaded: dict[str, dict[str, torch.Tensor]], *,
-                 with_head: bool = True) -> None:
+def _load_models(models: Sequence[EmbeddingModel], loaded: dict[str, dict[str, torch.Tensor]],
+                 kept: Callable[[str], bool] = lambda name: True) -> None:
+    """`kept`: of names that begin `model.`, those that must be there."""
     for number, model in enumerate(models):
         tensors = {name.removeprefix("model."): value for name, value in loaded[f"chunk{number}"].items()}
         missing, unexpected = model.load_state_dict(tensors, strict=False)
-        missing = [name for name in missing if not name.endswith(EXTRA_STATE)
-                   and (with_head or not f"model.{name}".startswith(HEAD))]
+        missing = [name for name in missing if not name.endswith(EXTRA_STATE) and kept(f"model.{name}")]
         if missing or unexpected:
             raise CheckpointError(f"checkpoint and model differ: {(missing or unexpected)[0]!r} and "
                                   f"{len(missing) + len(unexpected) - 1} more tensors; it belongs to another model")

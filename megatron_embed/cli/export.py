@@ -88,7 +88,8 @@ def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts:
     error: UserError | None = None
     if dist.get_rank() == 0:
         try:
-            logger.info("exported %s", megatron_to_hf(checkpoint, destination, finish=compare))
+            merge = open_checkpoint(checkpoint).info.adapters is not None
+            logger.info("exported %s", megatron_to_hf(checkpoint, destination, merge_lora=merge, finish=compare))
         except UserError as found:
             error = found
         except OSError as found:
@@ -97,8 +98,10 @@ def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts:
     raise_first(error)
 
 
-def export_checkpoint(source: str, destination: str) -> str:
+def export_checkpoint(source: str, destination: str, *, merge_lora: bool) -> str:
     """Sentence Transformers directory of a checkpoint, compared with the checkpoint's own vectors; the report.
+
+    `merge_lora`: its adapters are written into the weights; the vectors compared are those of the model with adapters.
 
     One process, in the checkpoint's dtype; pooling, prompts and length are those that the checkpoint carries.
 
@@ -136,5 +139,5 @@ def export_checkpoint(source: str, destination: str) -> str:
                                                         minimum_cosine=MINIMUM_COSINE[dtype])
             lines.append(f"{role}: {report}")
 
-    report = megatron_to_hf(source, destination, finish=finish)
+    report = megatron_to_hf(source, destination, merge_lora=merge_lora, finish=finish)
     return "\n".join([*lines, str(report)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_embed.cli.export import is_bidirectional_decoder
-from megatron_embed.cli.model import ModelDirectory, blaming, find_model
+from megatron_embed.cli.model import ModelDirectory, adapters_of, blaming, find_model
 from megatron_embed.cli.reranker import head_spec, open_pair_tokenizer, reranker_settings
 from megatron_embed.cli.resume import Standing, check_resumable, is_exported, standing
 from megatron_embed.config.schema import RunConfig
@@ -71,6 +71,9 @@ def read_inputs(config: RunConfig) -> Inputs:
     _, world_size, _ = launched_rank()
     check_batch_sizes(config, check_world_size(config.parallel, world_size))
     check_divisible(model.shape, config.parallel)
+    if adapters_of(config.lora, model) is not None and config.task == "reranker":
+        raise ConfigError(f"lora.rank = {config.lora.rank}: adapters are for embedding models; with task: reranker "
+                          "train all weights (rank 0), from a model without adapters")
     check_token_budget(config)
     attention_kernel(config)
     if config.task == "embedding":

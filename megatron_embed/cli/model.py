@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,16 @@ import torch
 
 from megatron_embed.checkpoint.state import load_model
 from megatron_embed.config.load import config_of_overrides
-from megatron_embed.config.schema import EmbeddingConfig, RunConfig
+from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
+from megatron_embed.convert.adapters import parts_by_linear, resolve_modules
 from megatron_embed.convert.layout import is_checkpoint, open_checkpoint
+from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
+from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.source import HFDirectory, hf_weight_shards
 from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.models.adapters import Adapters, AdapterSettings, is_adapter
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model, padded_vocabulary
 from megatron_embed.models.families import ModelShape, model_shape
@@ -48,6 +52,12 @@ class ModelDirectory:
     """Null: the directory does not say how it is asked as a reranker."""
     max_lengths: dict[str, int]
     """Tokens by role, of a training checkpoint; empty otherwise."""
+    name: str
+    """Of the model without adapters, for others to find it: its whole path, or the hub's name."""
+    adapters: AdapterSettings | None = None
+    """Of a PEFT directory, or a checkpoint that holds some."""
+    peft: Path | None = None
+    """The PEFT directory; `path` is then its base model's."""
 
     def pooling(self, wanted: Pooling | None) -> Pooling:
         """What was asked for, else what the directory says, else lasttoken."""
@@ -82,11 +92,50 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
     """
     with blaming(key, path):
         folder = local_directory(path)
+        if is_peft_directory(folder) and not is_checkpoint(folder):
+            return _find_adapted(folder)
         opened = open_checkpoint(folder) if is_checkpoint(folder) else None
         hf = folder if opened is None else opened.hf
         return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf,
                               shape=model_shape(hf), saved=read_saved_settings(hf), reranker=read_reranker_settings(hf),
-                              max_lengths={} if opened is None else opened.info.max_lengths)
+                              max_lengths={} if opened is None else opened.info.max_lengths,
+                              name=str(folder.resolve()) if Path(path).expanduser().is_dir() else path,
+                              adapters=None if opened is None else opened.info.adapters)
+
+
+def _find_adapted(folder: Path) -> ModelDirectory:
+    """The base model of a PEFT directory, with the adapters; pooling and prompts are the directory's if it has any."""
+    base = find_model(base_of(folder), f"{folder / CONFIG_FILE}: base_model_name_or_path")
+    if base.adapters is not None:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: base_model_name_or_path = {base.name!r} has adapters itself; "
+                              "merge them first (convert megatron-to-hf --merge-lora, or PEFT's merge_and_unload)")
+    with PeftAdapter(folder, rules_for(base.shape.family), base.shape) as adapter:
+        settings = dataclasses.replace(adapter.settings, base_model=base.name)
+    own = read_saved_settings(folder, base.hf) if (folder / "modules.json").is_file() else base.saved
+    return dataclasses.replace(base, adapters=settings, peft=folder, saved=own)
+
+
+def adapters_of(config: LoraConfig, model: ModelDirectory) -> AdapterSettings | None:
+    """The adapters of a run: new ones as `lora` says, or those that the model has. No communication.
+
+    Raises:
+        ConfigError: the model's are others than `lora` says, `lora` says nothing that has an effect, or it names
+            linear layers that the model does not have.
+    """
+    if config.rank == 0:
+        if model.adapters is None and config.dropout:
+            raise ConfigError(f"lora.dropout = {config.dropout}: does nothing while lora.rank is 0 and model.path "
+                              "holds no adapters; set the rank, or remove this")
+        return model.adapters
+    wanted = AdapterSettings(
+        rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora, base_model=model.name,
+        modules=resolve_modules(rules_for(model.shape.family), config.target_modules, "lora.target_modules"))
+    if model.adapters is not None and dataclasses.replace(model.adapters, base_model=model.name) != wanted:
+        found = model.adapters
+        raise ConfigError(f"lora.rank = {config.rank}: model.path holds adapters of rank {found.rank}, alpha "
+                          f"{found.alpha:g}, on {', '.join(found.modules)}, and `lora` says otherwise; leave lora.rank "
+                          "at 0 to go on with them")
+    return wanted if model.adapters is None else model.adapters
 
 
 @contextlib.contextmanager
@@ -118,7 +167,7 @@ def role_lengths(model: ModelDirectory, wanted: int | None, *, by_role: bool) ->
 
 def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topology, head_spec: HeadSpec | None = None,
                       *, with_head: bool = False) -> list[EmbeddingModel]:
-    """This rank's model chunks with their weights.
+    """This rank's model chunks with their weights; adapters that the model does not have yet as they are drawn.
 
     Each rank reads only its own slices of a Hugging Face directory, or its own shards of a checkpoint.
 
@@ -128,21 +177,43 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     """
     model_parallel_cuda_manual_seed(config.training.seed)
     pooling = model.pooling(config.embedding.pooling) if head_spec is None else head_pooling(model.shape)
-    chunks = build_model(config, model.shape, topology, pooling, head_spec)
+    settings = adapters_of(config.lora, model)
+    adapters = None if settings is None else Adapters(
+        rank=settings.rank, scale=settings.scale, dropout=config.lora.dropout, seed=config.training.seed,
+        parts=parts_by_linear(rules_for(model.shape.family), settings.modules))
+    chunks = build_model(config, model.shape, topology, pooling, head_spec, adapters)
     if model.checkpoint is not None:
-        load_model(model.checkpoint, chunks, with_head=with_head)
-        return chunks
+        load_model(model.checkpoint, chunks, with_head=with_head,
+                   with_adapters=model.adapters is not None and model.peft is None)
+    else:
+        _load_hf_weights(model, chunks, topology)
+    if model.peft is not None:
+        _load_peft_weights(model.peft, model, chunks, topology)
+    return chunks
+
+
+def _load_hf_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel], topology: Topology) -> None:
     with HFDirectory(model.hf) as source, torch.no_grad():
         for chunk in chunks:
             parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
-                          if not name.startswith("head.")}
+                          if not name.startswith("head.") and not is_adapter(name)}
             shards = hf_weight_shards(source, source.family, names=parameters, tp_rank=topology.tp_rank,
                                       tp_size=topology.tp_size, etp_rank=topology.groups.expt_tp.rank(),
                                       etp_size=topology.groups.expt_tp.size(),
                                       padded_vocab_size=padded_vocabulary(model.shape.vocab_size, topology.tp_size))
             for name, shard in shards:
                 parameters[name].copy_(shard)
-    return chunks
+
+
+def _load_peft_weights(path: Path, model: ModelDirectory, chunks: Sequence[EmbeddingModel],
+                       topology: Topology) -> None:
+    etp = topology.groups.expt_tp
+    with PeftAdapter(path, rules_for(model.shape.family), model.shape) as source, torch.no_grad():
+        for chunk in chunks:
+            parameters = {name: parameter for name, parameter in chunk.global_parameters().items() if is_adapter(name)}
+            for name, shard in source.shards(parameters, tp_rank=topology.tp_rank, tp_size=topology.tp_size,
+                                             etp_rank=etp.rank(), etp_size=etp.size()):
+                parameters[name].copy_(shard)
 
 
 def open_encoder(args: argparse.Namespace, *, prompts: bool,

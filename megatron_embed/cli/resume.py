@@ -9,13 +9,15 @@ from typing import Any
 from megatron_embed.checkpoint.files import latest_checkpoint, write_atomically
 from megatron_embed.checkpoint.state import steps_done
 from megatron_embed.cli.export import PROBES
-from megatron_embed.cli.model import ModelDirectory
+from megatron_embed.cli.model import ModelDirectory, adapters_of
 from megatron_embed.config.load import read_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.convert.layout import open_checkpoint
 from megatron_embed.data.pairs import Pair, PairTokenizer
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import RecordSet
 from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import read_saved_settings
 
@@ -119,9 +121,19 @@ def _check_model(config: RunConfig, checkpoint: Path, model: ModelDirectory) -> 
         name = different[0]
         raise _refusal(checkpoint, "model.path", config.model.path,
                        f"another model ({name} = {now[name]!r}, this run began with {before[name]!r})")
+    adapters, had = adapters_of(config.lora, model), open_checkpoint(checkpoint).info.adapters
+    if _computed(adapters) != _computed(had):
+        raise _refusal(checkpoint, "lora.rank", config.lora.rank, f"this run began with {_computed(had)}")
     pooling, was = model.pooling(config.embedding.pooling), read_saved_settings(checkpoint / "hf").pooling
     if was is not None and pooling != was:
         raise _refusal(checkpoint, "embedding.pooling", pooling, f"this run began with {was!r}")
+
+
+def _computed(adapters: AdapterSettings | None) -> str:
+    """What adapters compute, in words."""
+    if adapters is None:
+        return "no adapters"
+    return f"adapters of rank {adapters.rank}, scale {adapters.scale:g}, on {', '.join(adapters.modules)}"
 
 
 def _check_tokenizer(config: RunConfig, checkpoint: Path, model: ModelDirectory,

@@ -11,7 +11,7 @@ from megatron_embed.checkpoint.lock import sole_writer
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, on_rank_0, save_checkpoint
 from megatron_embed.cli.export import write_settings
 from megatron_embed.cli.inputs import Inputs, log_directory, output_directories, read_inputs
-from megatron_embed.cli.model import blaming, load_model_chunks
+from megatron_embed.cli.model import adapters_of, blaming, load_model_chunks
 from megatron_embed.cli.reranker import load_reranker_chunks
 from megatron_embed.cli.resume import DATA_FILE, Standing, describe_rows, moved_on
 from megatron_embed.cli.tasks import embedding_task, reranker_task
@@ -60,8 +60,7 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology) -> dict[str
     first_step = resume(inputs.standing, state)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology,
                           objective=build_objective(config, topology.dp_group, topology.device),
-                          kernel=attention_kernel(config),
-                          has_dropout=config.training.hidden_dropout > 0 or config.training.attention_dropout > 0)
+                          kernel=attention_kernel(config), has_dropout=has_dropout(config))
     trainer = Trainer(chunks=wrapped, gradients=gradients, optimizer=optimizer, scheduler=scheduler)
     build_task = reranker_task if config.task == "reranker" else embedding_task
     task = build_task(config, inputs, topology, models, wrapped)
@@ -91,6 +90,12 @@ def load_models(config: RunConfig, inputs: Inputs, topology: Topology) -> list[E
         if inputs.head is None:
             return load_model_chunks(inputs.model, config, topology)
         return load_reranker_chunks(inputs.model, config, topology, inputs.head)
+
+
+def has_dropout(config: RunConfig) -> bool:
+    """Whether anything in the model draws random numbers in a step."""
+    training = config.training
+    return training.hidden_dropout > 0 or training.attention_dropout > 0 or config.lora.dropout > 0
 
 
 def resume(standing: Standing, state: TrainingState) -> int:
@@ -126,7 +131,8 @@ def write_assets(assets: Path, config: RunConfig, inputs: Inputs) -> None:
     source = inputs.standing.checkpoint or inputs.model.checkpoint or inputs.model.path
     write_companions(source, assets, dtype=config.model.dtype, max_lengths={
         "query": config.data.query_max_length, "document": config.data.document_max_length},
-        head=None if inputs.head is None else inputs.head.kind)
+        head=None if inputs.head is None else inputs.head.kind,
+        adapters=adapters_of(config.lora, inputs.model))
     if inputs.settings is not None:
         write_reranker_settings(assets / "hf", inputs.settings)
     else:

@@ -224,6 +224,35 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on linear layers; all other weights are frozen."""
+
+    rank: int = 0
+    """Inner width of every adapter. 0: none, or those that model.path holds (a PEFT directory, or a checkpoint of such
+    a run)."""
+    alpha: float = 32.0
+    """An adapter's output is scaled by alpha / rank, > 0."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+    dropout: float = 0.0
+    """Of the adapters' inputs, in [0, 1)."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Which linear layers, by their Hugging Face names or the ends of them, as PEFT reads them: q_proj,
+    attention.self.query, ...; all-linear: every one inside the layers."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "lora.rank", self.rank, "must be >= 0")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "must be > 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must be in [0, 1)")
+        require(bool(self.target_modules), "lora.target_modules", list(self.target_modules),
+                 "must name a linear layer, or all-linear")
+        for key, value, default in (("alpha", self.alpha, 32.0), ("use_rslora", self.use_rslora, False),
+                                    ("target_modules", self.target_modules, ("all-linear",))):
+            require(self.rank > 0 or value == default, f"lora.{key}", value,
+                     "does nothing while lora.rank is 0; set the rank, or remove this")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     directory: str | None = None
     """Training state goes here and a run resumes from here; null: nothing is saved."""
@@ -286,6 +315,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

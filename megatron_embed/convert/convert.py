@@ -29,6 +29,7 @@ from megatron_embed.convert.layout import (
     write_companions,
     write_json,
 )
+from megatron_embed.convert.merged import MergedReader
 from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.safetensors_file import SafetensorsFile, bytes_of
 from megatron_embed.convert.sharded import Announced, ShardedWriter, parse_size
@@ -98,7 +99,7 @@ def hf_to_megatron(src: str | Path, dst: str | Path) -> ConversionReport:
                                 dtype=info.dtype, seconds=time.monotonic() - started)
 
 
-def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5GB",
+def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5GB", merge_lora: bool = False,
                    finish: Callable[[Path], object] | None = None,
                    reranker: RerankerFormat | None = None) -> ConversionReport:
     """Write the Hugging Face directory `dst` of the checkpoint `src`, in the dtype of the checkpoint.
@@ -106,11 +107,13 @@ def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5
     Args:
         src: one of our checkpoints, or a training run's directory (its newest one is taken).
         max_shard_size: largest safetensors file, e.g. "5GB".
+        merge_lora: write W + scale * B A where a linear layer has an adapter.
         finish: called with the complete directory before it gets its name, e.g. to add an export's files and to compare
             it with the trained model; if it raises, nothing is left behind.
         reranker: how the head of a reranker's checkpoint is written; must be given for one.
     Raises:
-        CheckpointError: `src` is no complete checkpoint, `dst` cannot be written, or it reads back differently.
+        CheckpointError: `src` is no complete checkpoint, `dst` cannot be written, or it reads back differently; there
+            are adapters and they are not to be merged, or the other way round.
     """
     started = time.monotonic()
     shard_bytes = parse_size(max_shard_size)
@@ -118,7 +121,7 @@ def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5
     _refuse_inside(Path(dst), checkpoint.path)
     shape, family = model_shape(checkpoint.hf), rules_for(checkpoint.info.family)
     carried_file = checkpoint.hf / CARRIED_FILE
-    with DcpReader(checkpoint.model) as reader, ExitStack() as open_files:
+    with _reader(checkpoint, family, shape, merge_lora) as reader, ExitStack() as open_files:
         rows = _rows(family, shape)
         _check_checkpoint(reader, rows, checkpoint.model)
         carried = open_files.enter_context(closing(SafetensorsFile(carried_file))) if carried_file.is_file() else None
@@ -133,6 +136,19 @@ def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5
                 finish(work)
     return ConversionReport(destination=Path(dst), tensors=len(plan.announced), total_bytes=plan.total_bytes,
                             dtype=str(plan.dtype).removeprefix("torch."), seconds=time.monotonic() - started)
+
+
+def _reader(checkpoint: CheckpointDirectory, family: Family, shape: ModelShape, merge_lora: bool) -> DcpReader:
+    """The checkpoint's tensors, with the adapters merged if it has any."""
+    settings = checkpoint.info.adapters
+    if settings is not None and not merge_lora:
+        raise CheckpointError(f"{checkpoint.path}: holds LoRA adapters (rank {settings.rank}); add --merge-lora to "
+                              "write them into the weights, or take --format peft for the adapters alone")
+    if settings is None:
+        if merge_lora:
+            raise CheckpointError(f"{checkpoint.path}: holds no adapters to merge; leave out --merge-lora")
+        return DcpReader(checkpoint.model)
+    return MergedReader(checkpoint.model, family, shape, settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
+from megatron_embed.convert.adapters import settings_of
 from megatron_embed.convert.heads import CarriedFile
 from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.safetensors_file import SafetensorsWriter, bytes_of
 from megatron_embed.convert.source import HFDirectory
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.adapters import AdapterSettings
 
 CARRIED_FILE = "carried.safetensors"
 FORMAT = 1
@@ -51,7 +53,14 @@ class CheckpointInfo:
     """Tokens of the roles `query` and `document` in training; empty: sentence_bert_config.json's one holds for all."""
     head: Literal["yes_no", "score"] | None = None
     """Which reranker's head was trained with the model; null: none."""
+    lora: dict[str, Any] | None = None
+    """Of a model with adapters: the fields of AdapterSettings."""
     format: int = FORMAT
+
+    @property
+    def adapters(self) -> AdapterSettings | None:
+        """What the adapters compute; null without any."""
+        return None if self.lora is None else settings_of(self.lora)
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,7 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
             raise CheckpointError(f"{file}: format = {values['format']!r}, this version reads {FORMAT}; "
                                   "convert it with the version that wrote it")
         info = CheckpointInfo(**values)
+        info.adapters  # noqa: B018 - a damaged file is found here
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: not readable ({error!r}); take another checkpoint") from error
     return CheckpointDirectory(path, info)
@@ -110,7 +120,8 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
 
 def write_companions(source: str | Path, directory: Path, *, dtype: str | None = None,
                      max_lengths: dict[str, int] | None = None,
-                     head: Literal["yes_no", "score"] | None = None) -> CheckpointInfo:
+                     head: Literal["yes_no", "score"] | None = None,
+                     adapters: AdapterSettings | None = None) -> CheckpointInfo:
     """Write everything of a checkpoint that is not `model/`: `megatron_embed.json` and `hf/`.
 
     Args:
@@ -119,6 +130,7 @@ def write_companions(source: str | Path, directory: Path, *, dtype: str | None =
         dtype: of the weights in its `model/`; null: the source's.
         max_lengths: tokens by role; null: the source's.
         head: of the reranker that `model/` holds.
+        adapters: those in `model/`; null: the source's.
     Raises:
         CheckpointError: `source` is neither.
     """
@@ -133,9 +145,10 @@ def write_companions(source: str | Path, directory: Path, *, dtype: str | None =
         with HFDirectory(source) as opened:
             info = _companions_of_hf(opened, directory / "hf")
     info = replace(info, dtype=dtype or info.dtype,
-                   max_lengths=info.max_lengths if max_lengths is None else max_lengths, head=head)
+                   max_lengths=info.max_lengths if max_lengths is None else max_lengths, head=head,
+                   lora=info.lora if adapters is None else asdict(adapters))
     write_json(directory / INFO_FILE, {key: value for key, value in asdict(info).items()
-                                       if key != "head" or value is not None})
+                                       if key not in ("head", "lora") or value is not None})
     return info
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError
+from megatron_embed.models.adapters import Adapters
 from megatron_embed.models.attention import PackedSequences, attention_window, context_chunks, group_segments
 from megatron_embed.models.backbone import (
     EncoderEmbedding,
@@ -22,6 +23,7 @@ from megatron_embed.models.backbone import (
 )
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.heads import HeadSpec, PairHead
+from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.models.rope import rotary_angles, rotary_frequencies
@@ -128,6 +130,10 @@ class EmbeddingModel(LanguageModule):
         hidden = None
         if self.pre_process:
             hidden = self.embedding(batch.token_ids, batch.position_ids, batch.token_types)
+        if hidden is not None and self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+            # Of frozen embeddings nothing needs a gradient, and recomputation gives none to a layer whose input needs
+            # none, nor to the adapters in it.
+            hidden = hidden if hidden.requires_grad else hidden.requires_grad_()
         return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(batch),
                             packed_seq_params=batch.packed,
                             padding_mask=batch.padding if self.shape.num_experts else None)
@@ -139,15 +145,15 @@ class EmbeddingModel(LanguageModule):
     def global_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Parameters of this rank by name, layers and experts counted over the whole model, not from
         this rank's first."""
+        return {self.global_name(name): parameter for name, parameter in self.named_parameters()}
+
+    def global_name(self, name: str) -> str:
+        """Name of a parameter of this rank, layers and experts counted over the whole model."""
         first = self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
         experts = self.shape.num_experts // self.topology.sizes.expert_model_parallel_size
         first_expert = experts * self.topology.groups.ep.rank() if self.shape.num_experts else 0
-
-        def renumber(name: str) -> str:
-            name = re.sub(r"^decoder\.layers\.(\d+)", lambda match: f"decoder.layers.{int(match[1]) + first}", name)
-            return re.sub(r"local_experts\.(\d+)", lambda match: f"local_experts.{int(match[1]) + first_expert}", name)
-
-        return {renumber(name): parameter for name, parameter in self.named_parameters()}
+        name = re.sub(r"^decoder\.layers\.(\d+)", lambda match: f"decoder.layers.{int(match[1]) + first}", name)
+        return re.sub(r"local_experts\.(\d+)", lambda match: f"local_experts.{int(match[1]) + first_expert}", name)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's sharded state under the layers' global numbers; LanguageModule's own form insists on logits."""
@@ -178,9 +184,11 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
 
 
 def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling,
-                head_spec: HeadSpec | None = None) -> list[EmbeddingModel]:
+                head_spec: HeadSpec | None = None, adapters: Adapters | None = None) -> list[EmbeddingModel]:
     """This rank's model chunks (one without interleaving), uninitialized, in `model.dtype`, on the device; with a
     reranker's head on the last one if asked for.
+
+    With `adapters` all but these is frozen, and they are drawn.
 
     Raises:
         ConfigError: the layout does not divide the model.
@@ -193,6 +201,8 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     for stage in stages:
         chunk = EmbeddingModel(transformer, shape, topology, pooling=pooling, normalize=config.embedding.normalize,
                                bidirectional=bidirectional, vp_stage=stage, head_spec=head_spec)
+        if adapters is not None:
+            add_adapters(chunk, adapters, shape, chunk.global_name)
         mark_tensor_parallel(chunk)
         mark_expert_copies(chunk, config.parallel)
         add_bias_in_product(chunk)

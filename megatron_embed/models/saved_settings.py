@@ -74,14 +74,16 @@ def _pooling(path: Path, config: dict[str, Any]) -> Pooling | None:
     return active[0]  # type: ignore[no-any-return]
 
 
-def read_saved_settings(directory: str | Path) -> SavedSettings:
+def read_saved_settings(directory: str | Path, base: Path | None = None) -> SavedSettings:
     """Settings of a Hugging Face or Sentence Transformers directory.
 
+    Args:
+        base: where config.json lies instead (a PEFT adapter has none).
     Raises:
         CheckpointError: a module or pooling that we do not compute, or a broken file.
     """
     folder = Path(directory)
-    hf = read_hf_config(folder)
+    hf = read_hf_config(base or folder)
     dtype = hf.get("dtype") or hf.get("torch_dtype")
     common = {"dtype": dtype if isinstance(dtype, str) else None, "max_length": _max_length(folder)}
     if not (folder / "modules.json").is_file():

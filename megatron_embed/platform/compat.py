@@ -67,6 +67,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 MEGATRON_VERSION = importlib.metadata.version("megatron-core")
 

@@ -309,3 +309,4 @@ def install() -> None:
     if cpu_linear.is_available():
         layers = importlib.import_module("megatron.core.tensor_parallel.layers")
         vars(layers)["LinearWithGradAccumulationAndAsyncCommunication"] = cpu_linear.OneDnnLinear
+        vars(layers)["LinearWithFrozenWeight"] = cpu_linear.OneDnnFrozenLinear

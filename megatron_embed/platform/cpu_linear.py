@@ -68,6 +68,29 @@ class OneDnnLinear(torch.autograd.Function):
         return grad_inputs, grad_weight, grad_bias, None, None, None, None, None, None
 
 
+class OneDnnFrozenLinear(torch.autograd.Function):
+    """In place of Megatron's LinearWithFrozenWeight, with its arguments; same values.
+
+    An all-reduce of the input's gradient over the tensor-parallel group, if asked for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, allreduce_dgrad: bool,
+                tp_group: dist.ProcessGroup) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.allreduce_dgrad = allreduce_dgrad
+        ctx.tp_group = tp_group
+        return product(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        grad_inputs = product(grad_output, weight.t())
+        if ctx.allreduce_dgrad:
+            dist.all_reduce(grad_inputs, group=ctx.tp_group)
+        return grad_inputs, None, None, None, None
+
+
 def _gathered(inputs: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[tokens/tp, ...] -> [tokens, ...] over the tensor-parallel group."""
     total = inputs.new_empty(inputs.shape[0] * group.size(), *inputs.shape[1:])

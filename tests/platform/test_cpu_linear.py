@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.platform import cpu_linear
-from megatron_embed.platform.cpu_linear import OneDnnLinear
+from megatron_embed.platform.cpu_linear import OneDnnFrozenLinear, OneDnnLinear
 from tests.ranks import run_on_ranks
 
 
@@ -25,6 +25,18 @@ def test_equals_torchs_linear(inner, outer, bias, dtype, tolerance):
     for ours, theirs in zip(*results, strict=True):
         assert ours.shape == theirs.shape and theirs.norm() > 1
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(16)])
+def test_frozen_weights_give_the_same_output_and_input_gradient(bias):
+    generator = torch.Generator().manual_seed(1)
+    inputs, weight, grad = (torch.randn(shape, generator=generator) for shape in ((7, 1, 48), (16, 48), (7, 1, 16)))
+    inputs.requires_grad_()
+    output, expected = OneDnnFrozenLinear.apply(inputs, weight, bias, False, None), torch.nn.functional.linear(
+        inputs, weight, bias)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(output, inputs, grad), torch.autograd.grad(expected, inputs, grad),
+                               rtol=1e-5, atol=1e-5)
 
 
 def test_no_rows_give_a_zero_gradient():
@@ -71,3 +83,4 @@ def test_megatron_uses_it():
     from megatron.core.tensor_parallel import layers
 
     assert layers.LinearWithGradAccumulationAndAsyncCommunication is OneDnnLinear
+    assert layers.LinearWithFrozenWeight is OneDnnFrozenLinear

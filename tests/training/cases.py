@@ -100,6 +100,8 @@ class Case:
     """Steps; their gradients must all be right."""
     recompute: Literal["none", "selective", "full"] = "none"
     sabotage: Sabotage | None = None
+    adapters: bool = False
+    """The model has LoRA adapters, and nothing else is trained."""
 
     @property
     def model(self) -> str:
@@ -109,7 +111,7 @@ class Case:
     @property
     def truth(self) -> str:
         """Name of the reference; only the auxiliary loss and negatives of a micro-batch depend on the micro-batches."""
-        name = f"{self.kind}-{self.rows}"
+        name = f"{self.kind}-{self.rows}{'-lora' if self.adapters else ''}"
         if self.aux or self.negatives == "micro_batch":
             rounds = f"-by{self.layout.pp}" if self.layout.vpp > 1 else ""
             name += f"-{self.aux:g}-{self.negatives}-{self.layout.dp}x{self.micro_batches}-{self.tokens}{rounds}"
@@ -119,6 +121,7 @@ class Case:
         words = [self.kind, str(self.layout), f"{self.tokens} tokens" if self.tokens else f"M{self.micro_batches}"]
         words += ["micro-batch negatives"] if self.negatives == "micro_batch" else []
         words += ["distributed"] if self.distributed else []
+        words += ["adapters"] if self.adapters else []
         words += [f"aux {self.aux:g}"] if self.aux else []
         words += [self.rows] if self.rows != "short" else []
         words += [f"recompute {self.recompute}"] if self.recompute != "none" else []
@@ -212,7 +215,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
     """The run of a case on the models and rows in `folder`."""
     rows, layout = ROWS[case.rows], case.layout
     return RunConfig(
-        model=ModelConfig(path=str(folder / case.model), dtype="float32"),
+        model=ModelConfig(path=str(folder / (f"{case.model}-lora" if case.adapters else case.model)), dtype="float32"),
         embedding=EmbeddingConfig(pooling=POOLINGS[case.kind]),
         objective=ObjectiveConfig(temperature=rows.temperature, negatives=case.negatives, mask_duplicates=rows.masked),
         data=DataConfig(train=(TrainFile(path=str(folder / f"{case.rows}.jsonl")),), shuffle=False,

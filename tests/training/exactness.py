@@ -68,6 +68,7 @@ class Built(Opened):
 
 def build(config):
     """The model in DDP with its GradCache, and this rank's batch of the rows. Called by all ranks."""
+    from megatron_embed.cli.training import has_dropout
     from megatron_embed.models.encoder import attention_kernel
     from megatron_embed.parallel.topology import token_alignment
     from megatron_embed.training.build import build_objective
@@ -79,9 +80,8 @@ def build(config):
     topology = opened.topology
     wrapped = wrap_in_ddp(opened.chunks, config, topology)
     objective = build_objective(config, topology.dp_group, topology.device)
-    dropout = config.training.hidden_dropout > 0 or config.training.attention_dropout > 0
     gradients = GradCache(chunks=wrapped, models=opened.chunks, topology=topology, objective=objective,
-                          kernel=attention_kernel(config), has_dropout=dropout)
+                          kernel=attention_kernel(config), has_dropout=has_dropout(config))
     share = ROWS // topology.dp_size
     records = real_records(ROWS)[topology.dp_rank * share : (topology.dp_rank + 1) * share]
     batch = batch_of(config.model.path, records, micro_batch_size=config.training.micro_batch_size,

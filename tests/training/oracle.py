@@ -22,6 +22,7 @@ from megatron_embed.data.records import Record, open_records
 from megatron_embed.models.pooling_names import Pooling
 from tests.ranks import run_on_ranks
 from tests.toys import MINI_EN, MINILM
+from tests.training.adapter_truth import save_gradients, with_adapter, write_adapter
 from tests.training.cases import BOUND, KINDS, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
 from tests.training.parts import Part, excluded_pairs, micro_batches_of, pools_of
 from tests.training.rank_side import Found, run_cases, tokenizer_of
@@ -103,6 +104,8 @@ class Oracle:
             save_model(self.folder / case.kind, case.kind, self.folder / "short.jsonl")
         if case.rows == "long" and not (self.folder / case.model).exists():
             _save_long_model(self.folder, case.kind)
+        if case.adapters and not (self.folder / f"{case.model}-lora").exists():
+            write_adapter(self.folder / f"{case.model}-lora", self.folder / case.model)
         if case.truth not in self._truths:
             self._truths[case.truth] = _compute_truth(case, self.folder)
         return self._truths[case.truth]
@@ -231,6 +234,8 @@ def _compute_truth(case: Case, folder: Path) -> Truth:
     records, tokenizer = _records(folder / f"{case.rows}.jsonl", case.rows), tokenizer_of(folder / case.model, rows)
     model = transformers.AutoModel.from_pretrained(folder / case.model, dtype=torch.float64).eval()
     model.config._experts_implementation = "eager"  # the default's grouped product has no float64
+    if case.adapters:
+        model = with_adapter(model, folder / f"{case.model}-lora")
     routers = _RouterLogits()
     routers.watch(model)
     query, document, positive = _embed_rows(model, routers, records, tokenizer, POOLINGS[case.kind])
@@ -251,6 +256,9 @@ def _compute_truth(case: Case, folder: Path) -> Truth:
     total.backward()
     highest = sum(len(queries) * math.log(len(documents)) for queries, documents in pools) / len(query)
     assert 0.3 < float(loss.detach()) < highest, f"{case.truth}: loss {float(loss.detach())}"
+    if case.adapters:
+        norm = save_gradients(model, folder / f"{case.model}-lora", folder / f"truth-{case.truth}")
+        return Truth(loss=float(loss.detach()), candidates=max(len(documents) for _, documents in pools), norm=norm)
     with torch.no_grad():
         gradients = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                      for name, parameter in model.named_parameters()}

@@ -87,7 +87,8 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
         optimizer.prepare_grads()
         norm = float(optimizer.get_grad_norm())
         gather_shards(wrapped)
-        squares.append(compare(chunks, topology, folder / f"truth-{case.truth}"))
+        squares.append((compare_adapters if case.adapters else compare)(
+            chunks, topology, folder / f"truth-{case.truth}"))
     return Found(squares=squares, losses=losses, norm=norm,
                   tokens=max(part.num_tokens for part in batch.micro_batches), bins=bins)
 
@@ -156,4 +157,28 @@ def compare(chunks: Sequence[Any], topology: Any, truth: Path) -> dict[tuple[str
                 difference = parameters[name].main_grad.double() - shard.double()
                 found[name, place] = (float(difference.square().sum()), float(shard.double().square().sum()))
             assert {name for name, _ in found} >= parameters.keys()
+    return found
+
+
+def compare_adapters(chunks: Sequence[Any], topology: Any, truth: Path) -> dict[tuple[str, int], tuple[float, float]]:
+    """The same of the adapters, against a PEFT directory of gradients; nothing else may have any."""
+    from megatron_embed.convert.peft import PeftAdapter
+    from megatron_embed.convert.rules.lookup import rules_for
+
+    found, etp = {}, topology.groups.expt_tp
+    for chunk in chunks:
+        parameters = chunk.global_parameters()
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        assert all(".lora." in name for name in trained)
+        assert all(parameter.grad is None and not hasattr(parameter, "main_grad")
+                   for name, parameter in parameters.items() if name not in trained)
+        with PeftAdapter(truth, rules_for(chunk.shape.family), chunk.shape) as source:
+            whole = dict(source.shards(trained, tp_rank=0, tp_size=1, etp_rank=0, etp_size=1))
+            for name, shard in source.shards(trained, tp_rank=topology.tp_rank, tp_size=topology.tp_size,
+                                             etp_rank=etp.rank(), etp_size=etp.size()):
+                assert trained[name].shape == shard.shape, name
+                place = (etp.rank() if "experts" in name else topology.tp_rank) if (
+                    shard.numel() < whole[name].numel()) else 0
+                difference = trained[name].main_grad.double() - shard.double()
+                found[name, place] = (float(difference.square().sum()), float(shard.double().square().sum()))
     return found

@@ -1,0 +1,250 @@
+"""PEFT's adapter directories, read and written: `adapter_config.json` and `adapter_model.safetensors`."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from megatron_embed.convert.adapters import AdapterTensor, adapter_tensors, linear_rules, peft_targets
+from megatron_embed.convert.dcp import DcpReader
+from megatron_embed.convert.family import Family
+from megatron_embed.convert.layout import copy_files, open_checkpoint, read_json, staging, write_json
+from megatron_embed.convert.rules.lookup import rules_for
+from megatron_embed.convert.safetensors_file import SafetensorsFile, SafetensorsWriter
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.adapters import AdapterSettings
+from megatron_embed.models.families import ModelShape, model_shape
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "base_model_name_or_path")
+_HARMLESS = ("arrow_config", "auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode",
+             "init_lora_weights", "lora_dropout", "lora_ga_config", "loftq_config", "megatron_config", "megatron_core",
+             "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type")
+"""Keys that change nothing about what trained adapters compute, or say with other words what their tensors say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftReport:
+    """What an export did; `str()` is the line for the user."""
+
+    destination: Path
+    tensors: int
+    total_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (f"{self.destination}: {self.tensors} adapter tensors, {self.total_bytes / 1e6:.2f} MB, in "
+                f"{self.seconds:.1f} s; every tensor read back bit-equal")
+
+
+def is_peft_directory(path: str | Path) -> bool:
+    """Whether `path` holds a PEFT adapter."""
+    return (Path(path) / CONFIG_FILE).is_file()
+
+
+def base_of(path: Path) -> str:
+    """What `adapter_config.json` names as its base model. Raises CheckpointError if it names none."""
+    base = read_json(path / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{path / CONFIG_FILE}: base_model_name_or_path = {base!r} must name the directory of "
+                              "the model that the adapter belongs to; write it there")
+    return base
+
+
+class PeftAdapter:
+    """A PEFT adapter directory for a model of the given family and shape, checked on opening."""
+
+    settings: AdapterSettings
+
+    def __init__(self, path: Path, family: Family, shape: ModelShape) -> None:
+        """Open `path` and compare its tensors with the model's linear layers.
+
+        Raises:
+            CheckpointError: no LoRA adapter, one that computes what we do not, or tensors that are unknown, missing or
+                of another shape.
+        """
+        self.path = path
+        values = self._config()
+        file = path / WEIGHTS_FILE
+        if not file.is_file():
+            raise CheckpointError(f"{path}: no {WEIGHTS_FILE}; save the adapter with safe_serialization=True")
+        self._file = SafetensorsFile(file)
+        try:
+            stored = self._used(family)
+            modules = self._modules(stored, family)
+            self.settings = AdapterSettings(
+                rank=values["r"], alpha=float(values["lora_alpha"]), use_rslora=bool(values.get("use_rslora")),
+                modules=modules, base_model=base_of(path))
+            self.tensors = {tensor.ours: tensor
+                            for tensor in adapter_tensors(family, shape, modules, self.settings.rank)}
+            self._stored = {tensor.ours: self._checked(stored, tensor) for tensor in self.tensors.values()}
+        except BaseException:
+            self.close()
+            raise
+        unknown = set(stored.values()) - set(self._stored.values())
+        if unknown:
+            self.close()
+            raise CheckpointError(f"{file}: tensor {min(unknown)} lies outside the model's {shape.num_layers} layers "
+                                  f"and {shape.num_experts} experts ({len(unknown)} such); use the base model that the "
+                                  "adapter was made for")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the weights' file."""
+        self._file.close()
+
+    def shards(self, names: Iterable[str], *, tp_rank: int, tp_size: int, etp_rank: int,
+               etp_size: int) -> Iterator[tuple[str, Tensor]]:
+        """This rank's share of each of our adapter parameters `names`, in the dtype of the file."""
+        for name in names:
+            tensor, stored = self.tensors[name], self._stored[name]
+            rank, size = (etp_rank, etp_size) if tensor.is_expert else (tp_rank, tp_size)
+            if tensor.shard_dim is None or size == 1:
+                yield name, self._file.read(stored)
+            else:
+                width = tensor.shape[tensor.shard_dim] // size
+                yield name, self._file.read_slice(stored, tensor.shard_dim, rank * width, (rank + 1) * width)
+
+    def _config(self) -> dict[str, Any]:
+        file = self.path / CONFIG_FILE
+        values = read_json(file)
+        if values.get("peft_type") != "LORA":
+            raise CheckpointError(f"{file}: peft_type = {values.get('peft_type')!r} is not supported; LORA is")
+        for key, value in values.items():
+            if key not in (*_READ, *_HARMLESS) and value not in (None, False, "none", [], {}):
+                raise CheckpointError(f"{file}: {key} = {value!r} is not supported; merge the adapter with PEFT's "
+                                      "merge_and_unload, and give the merged model")
+        for key in ("r", "lora_alpha"):
+            if not isinstance(values.get(key), int | float) or not values[key] > 0:
+                raise CheckpointError(f"{file}: {key} = {values.get(key)!r} must be a number above 0")
+        return values
+
+    def _used(self, family: Family) -> dict[str, str]:
+        """Full name -> name in the file, of the tensors that change embeddings (not those of a head)."""
+        stored = {_full_name(name, family): name for name in self._file.entries}
+        heads = sorted(name for full, name in stored.items() if family.is_carried(full))
+        if heads:
+            logger.info("%s: %s and %d more tensors adapt a head that embeddings do not use; they are left out",
+                        self.path, heads[0], len(heads) - 1)
+        return {full: name for full, name in stored.items() if not family.is_carried(full)}
+
+    def _modules(self, stored: dict[str, str], family: Family) -> tuple[str, ...]:
+        """The adapted linears, as patterns."""
+        known, found = linear_rules(family), set()
+        for full, name in stored.items():
+            pattern = _pattern(full.removesuffix(".A").removesuffix(".B"), known)
+            if pattern is None:
+                raise CheckpointError(f"{self.path / WEIGHTS_FILE}: tensor {name} is no adapter of a linear layer that "
+                                      f"the {family.name} weight table knows; merge the adapter with PEFT's "
+                                      "merge_and_unload, and give the merged model")
+            found.add(pattern)
+        return tuple(name for name in known if name in found)
+
+    def _checked(self, stored: dict[str, str], tensor: AdapterTensor) -> str:
+        """Name in the file of a tensor, which is there and has the right shape."""
+        name = stored.get(f"{tensor.module}.{tensor.matrix}")
+        if name is None:
+            raise CheckpointError(f"{self.path / WEIGHTS_FILE}: no lora_{tensor.matrix} of {tensor.module}; adapters "
+                                  "on some layers or experts alone are not supported: merge with PEFT")
+        found = self._file.entries[name].shape
+        if found != tensor.shape:
+            raise CheckpointError(f"{self.path / WEIGHTS_FILE}: {name} has shape {list(found)}, but the base model and "
+                                  f"r ask for {list(tensor.shape)}; use the base model that the adapter was made for")
+        return name
+
+
+def _full_name(stored: str, family: Family) -> str:
+    """`<full Hugging Face module name>.A` or `.B` of a tensor's name in PEFT's file."""
+    name = stored.removeprefix(_PREFIX)
+    for matrix in "AB":
+        name = name.replace(f".lora_{matrix}.weight", f".{matrix}")
+    return family.full_name(name, prefixed=name.startswith(family.prefix))
+
+
+def _pattern(module: str, known: Iterable[str]) -> str | None:
+    """The linear among `known`, `*` and `#` for numbers, that a full module name belongs to."""
+    for pattern in known:
+        words, others = module.split("."), pattern.split(".")
+        if len(words) == len(others) and all(
+                other == word or (other in "*#" and word.isdecimal())
+                for word, other in zip(words, others, strict=True)):
+            return pattern
+    return None
+
+
+def write_peft(src: str | Path, dst: str | Path) -> PeftReport:
+    """Write the PEFT adapter directory `dst` of the checkpoint `src`, in the dtype of the checkpoint.
+
+    Beside the adapter stand the tokenizer and Sentence Transformers' files, so that Sentence Transformers loads the
+    directory, too.
+
+    Raises:
+        CheckpointError: `src` holds no adapters, `dst` cannot be written, or it reads back differently.
+    """
+    started = time.monotonic()
+    checkpoint = open_checkpoint(src)
+    settings = checkpoint.info.adapters
+    if settings is None:
+        raise CheckpointError(f"{src}: holds no adapters; --format peft is for what a run with lora.rank > 0 wrote")
+    family, shape = rules_for(checkpoint.info.family), model_shape(checkpoint.hf)
+    tensors = list(adapter_tensors(family, shape, settings.modules, settings.rank))
+    with DcpReader(checkpoint.model) as reader:
+        places = {tensor.ours: family.checkpoint_place(tensor.ours) for tensor in tensors}
+        names = {tensor.ours: _peft_name(tensor, family) for tensor in tensors}
+        entries = [(names[tensor.ours], reader.dtype(places[tensor.ours][0]), tensor.shape) for tensor in tensors]
+        total = sum(tensor.shape[0] * tensor.shape[1] * entry[1].itemsize
+                    for tensor, entry in zip(tensors, entries, strict=True))
+        with staging(dst, total + (64 << 20)) as work:
+            copy_files(checkpoint.hf, work)
+            (work / "config.json").unlink(missing_ok=True)  # The base model's: PEFT's readers take it from there.
+            with SafetensorsWriter(work / WEIGHTS_FILE, entries) as writer:
+                for name, place in places.items():
+                    writer.write(names[name], reader.read(*place))
+            write_json(work / CONFIG_FILE, _config_of(settings, family))
+            _verify(work, family, shape, settings, {name: reader.read(*place) for name, place in places.items()})
+    return PeftReport(destination=Path(dst), tensors=len(tensors), total_bytes=total,
+                      seconds=time.monotonic() - started)
+
+
+def _peft_name(tensor: AdapterTensor, family: Family) -> str:
+    """As AutoModel's classes name the module: without the prefix that it has under a head."""
+    return f"{_PREFIX}{tensor.module.removeprefix(family.prefix)}.lora_{tensor.matrix}.weight"
+
+
+def _config_of(settings: AdapterSettings, family: Family) -> dict[str, Any]:
+    """Contents of adapter_config.json."""
+    alpha = settings.alpha
+    return {
+        "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": settings.base_model,
+        "r": settings.rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "use_rslora": settings.use_rslora,
+        # Training's dropout is over, and PEFT refuses to load experts' adapters that name one.
+        "lora_dropout": 0.0, "target_modules": peft_targets(family, settings.modules), "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None,
+        "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False, "revision": None}
+
+
+def _verify(directory: Path, family: Family, shape: ModelShape, settings: AdapterSettings,
+            expected: dict[str, Tensor]) -> None:
+    """What was written reads back as the same adapter."""
+    with PeftAdapter(directory, family, shape) as written:
+        same = written.settings == settings and all(
+            tensor.equal(expected[name]) and tensor.dtype == expected[name].dtype
+            for name, tensor in written.shards(expected, tp_rank=0, tp_size=1, etp_rank=0, etp_size=1))
+    if not same:
+        raise CheckpointError(f"{directory}: reads back differently from what was written; check the disk and try "
+                              "again")

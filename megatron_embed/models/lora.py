@@ -1,0 +1,258 @@
+"""Low-rank adapters on Megatron's tensor-parallel linears (Hu et al. 2021, arXiv:2106.09685): W x + scale * B A x.
+
+A fused linear has one pair of matrices for each Hugging Face module in it, so that PEFT's files hold exactly what is
+trained. The modules of one fused linear drop the same inputs.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as functional
+from torch import Tensor
+
+from megatron_embed.models.adapters import Adapters
+from megatron_embed.models.families import ModelShape
+from megatron_embed.platform.compat import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    get_cuda_rng_tracker,
+    make_sharded_tensors_for_checkpoint,
+    tensor_parallel,
+)
+
+
+class SumGradients(torch.autograd.Function):
+    """The input; its gradient is summed over the group (one all-reduce in the backward pass).
+
+    Megatron's copy_to_tensor_model_parallel_region loses the sum of a gradient that is not contiguous.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class Pair(torch.nn.Module):
+    """The two matrices of one Hugging Face module, zero until they are drawn or loaded.
+
+    A is [rank, inputs], of a row-parallel linear [rank, inputs/tp]; B is [outputs, rank], of a column-parallel one
+    [outputs/tp, rank].
+    """
+
+    def __init__(self, rank: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.A = torch.nn.Parameter(torch.zeros(rank, inputs))
+        self.B = torch.nn.Parameter(torch.zeros(outputs, rank))
+
+
+class Lora(torch.nn.Module):
+    """Adapters of one linear, by the last word of each Hugging Face module. Subclasses know how it is split."""
+
+    def __init__(self, linear: ColumnParallelLinear | RowParallelLinear, adapters: Adapters) -> None:
+        super().__init__()
+        self.scale = adapters.scale
+        self.dropout = adapters.dropout
+        self.group = linear.tp_group
+        self.is_split = linear.tp_group.size() > 1
+        self.is_expert = linear.is_expert
+        self.sequence_parallel = linear.sequence_parallel
+
+    def mark(self, split: torch.nn.Parameter, dim: int, copied: torch.nn.Parameter, linear: torch.nn.Module) -> None:
+        """Sets the attributes by which Megatron reduces gradients and counts them once in the norm.
+
+        Args:
+            split: the matrix of which each tensor-parallel rank holds a share along `dim`.
+            copied: the matrix that all of them hold.
+        """
+        for parameter in (split, copied):
+            parameter.allreduce = linear.weight.allreduce  # type: ignore[attr-defined]
+        tensor_parallel.set_tensor_model_parallel_attributes(split, True, dim, 1)
+        if self.is_expert:
+            # The norm of experts is summed over their own tensor-parallel ranks, but Megatron looks for copies on the
+            # dense layers' ones.
+            tensor_parallel.set_tensor_model_parallel_attributes(copied, True, 0, 1)
+            copied.shared = self.group.rank() > 0  # type: ignore[attr-defined]
+        elif self.is_split:
+            copied.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    def pairs(self) -> dict[str, Pair]:
+        return {name: pair for name, pair in self.named_children() if isinstance(pair, Pair)}
+
+    def dropped(self, inputs: Tensor) -> Tensor:
+        """The inputs of an adapter after dropout."""
+        return functional.dropout(inputs, self.dropout, self.training) if self.dropout else inputs
+
+
+class ColumnLora(Lora):
+    """Adapters of a linear whose outputs are split: B is split with them, every rank holds all of A."""
+
+    def __init__(self, linear: ColumnParallelLinear, adapters: Adapters, parts: tuple[str | None, ...],
+                 widths: tuple[int, ...]) -> None:
+        """`widths`: outputs of each part that lie together; the parts take turns until all outputs are filled."""
+        super().__init__(linear, adapters)
+        self.turns = linear.output_size_per_partition // sum(widths)
+        self.parts = tuple(zip(parts, widths, strict=True))
+        for name, width in self.parts:
+            if name is not None:
+                pair = Pair(adapters.rank, linear.input_size, self.turns * width)
+                self.add_module(name, pair)
+                self.mark(pair.B, 0, pair.A, linear)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[tokens/tp, ..., inputs] (all tokens without sequence parallelism) -> [tokens, ..., outputs/tp].
+
+        Over the tensor-parallel group: with sequence parallelism an all-gather of [tokens/tp, rank] (backward, a
+        reduce-scatter), else an all-reduce of its gradient; in experts an all-reduce of A's gradient.
+        """
+        pairs = self.pairs()
+        down = torch.cat([pair.A for pair in pairs.values()])
+        if self.is_split and self.is_expert:
+            down = SumGradients.apply(down, self.group)
+        inner = functional.linear(self.dropped(inputs), down) * self.scale
+        if self.is_split and not self.is_expert:
+            inner = (tensor_parallel.gather_from_sequence_parallel_region(inner, group=self.group)
+                     if self.sequence_parallel else SumGradients.apply(inner, self.group))
+        inners = dict(zip(pairs, inner.chunk(len(pairs), dim=-1), strict=True))
+        outputs = []
+        for name, width in self.parts:
+            if name is None:
+                outputs.append(inner.new_zeros(*inner.shape[:-1], self.turns, width))
+            else:
+                outputs.append(functional.linear(inners[name], pairs[name].B).unflatten(-1, (self.turns, width)))
+        return torch.cat(outputs, dim=-1).flatten(-2)
+
+
+class RowLora(Lora):
+    """Adapters of a linear whose inputs are split: A is split with them, every rank holds all of B."""
+
+    def __init__(self, linear: RowParallelLinear, adapters: Adapters, name: str) -> None:
+        super().__init__(linear, adapters)
+        pair = Pair(adapters.rank, linear.input_size_per_partition, linear.output_size)
+        self.add_module(name, pair)
+        self.mark(pair.A, 1, pair.B, linear)
+
+    def dropped(self, inputs: Tensor) -> Tensor:
+        """Every rank has inputs of its own here, so its own random numbers too (under sequence parallelism the whole
+        block runs with them)."""
+        if not self.is_split or self.is_expert or self.sequence_parallel or not self.dropout:
+            return super().dropped(inputs)
+        with get_cuda_rng_tracker().fork():
+            return super().dropped(inputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[tokens, ..., inputs/tp] -> [tokens/tp, ..., outputs] (all tokens without sequence parallelism).
+
+        Over the tensor-parallel group: a reduce-scatter of [tokens, rank] (backward, an all-gather), without sequence
+        parallelism an all-reduce; in experts, whose outputs are summed later, an all-reduce of B's gradient.
+        """
+        (pair,) = self.pairs().values()
+        inner = functional.linear(self.dropped(inputs), pair.A) * self.scale
+        up: Tensor = pair.B
+        if self.is_split and self.is_expert:
+            up = SumGradients.apply(up, self.group)
+        elif self.is_split:
+            inner = (tensor_parallel.reduce_scatter_to_sequence_parallel_region(inner, group=self.group)
+                     if self.sequence_parallel
+                     else tensor_parallel.reduce_from_tensor_model_parallel_region(inner, group=self.group))
+        return functional.linear(inner, up)
+
+
+class LoraColumnParallelLinear(ColumnParallelLinear):
+    """A ColumnParallelLinear with adapters; its own parameters keep their names."""
+
+    lora: ColumnLora
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As the linear's, with the adapters' share added."""
+        output, bias = super().forward(input_, *args, **kwargs)
+        return output + self.lora(input_), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """The linear's, B split with the outputs."""
+        return _sharded(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), ("B", 0), prefix,
+                        sharded_offsets, metadata)
+
+
+class LoraRowParallelLinear(RowParallelLinear):
+    """A RowParallelLinear with an adapter; its own parameters keep their names."""
+
+    lora: RowLora
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As the linear's, with the adapter's share added."""
+        output, bias = super().forward(input_)
+        return output + self.lora(input_), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """The linear's, A split with the inputs."""
+        return _sharded(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), ("A", 1), prefix,
+                        sharded_offsets, metadata)
+
+
+def _sharded(linear: Any, state: dict, split: tuple[str, int], prefix: str, sharded_offsets: tuple,
+             metadata: dict | None) -> dict:
+    """The sharded state of a linear with its adapters' parameters split as they are, not copied."""
+    assert metadata is not None
+    matrix, axis = split
+    own = {f"lora.{name}": tensor for name, tensor in linear.lora.state_dict(prefix="", keep_vars=True).items()}
+    return state | make_sharded_tensors_for_checkpoint(
+        own, prefix, {name: axis for name in own if name.endswith(f".{matrix}")}, sharded_offsets,
+        tp_group=linear.tp_group, dp_cp_group=metadata["dp_cp_group"])
+
+
+def add_adapters(model: torch.nn.Module, adapters: Adapters, shape: ModelShape,
+                 global_name: Callable[[str], str]) -> None:
+    """Freezes the model and gives its linears the adapters, drawn as PEFT draws them: A uniform, B zero.
+
+    A rank's share of A is cut from the whole matrix, whose numbers follow from the seed and its name alone: every
+    layout begins with the same. No communication.
+
+    Args:
+        global_name: name of a parameter of this rank -> name with layers and experts counted over the whole model.
+    """
+    model.requires_grad_(False)
+    for name, linear in list(model.named_modules()):
+        pattern = re.sub(r"\.layers\.\d+\.", ".layers.*.", name, count=1)
+        parts = adapters.parts.get(re.sub(r"\.local_experts\.\d+\.", ".local_experts.#.", pattern, count=1))
+        if parts is None:
+            continue
+        # Like torch's own parametrizations: the class changes, the linear's parameters and their names stay.
+        if isinstance(linear, ColumnParallelLinear):
+            linear.lora = ColumnLora(linear, adapters, parts, _widths(parts, shape, linear.output_size_per_partition))
+            linear.__class__ = LoraColumnParallelLinear
+        else:
+            assert isinstance(linear, RowParallelLinear) and len(parts) == 1 and parts[0] is not None
+            linear.lora = RowLora(linear, adapters, parts[0])
+            linear.__class__ = LoraRowParallelLinear
+        for part, pair in linear.lora.pairs().items():
+            _draw(pair.A, linear, f"{adapters.seed} {global_name(f'{name}.lora.{part}.A')}")
+
+
+def _widths(parts: tuple[str | None, ...], shape: ModelShape, outputs: int) -> tuple[int, ...]:
+    """Outputs of each part of a column-parallel linear that lie together: per query group in attention."""
+    if len(parts) == 3:
+        heads = shape.num_attention_heads // shape.num_query_groups
+        return (heads * shape.head_dim, shape.head_dim, shape.head_dim)
+    return (outputs // len(parts),) * len(parts)
+
+
+@torch.no_grad()
+def _draw(matrix: torch.nn.Parameter, linear: torch.nn.Module, seed: str) -> None:
+    """This rank's share of A, uniform within 1 / sqrt(inputs) (Kaiming's with a = sqrt(5), torch's of a Linear)."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
+    whole = torch.empty(matrix.shape[0], linear.input_size)
+    bound = linear.input_size**-0.5
+    whole.uniform_(-bound, bound, generator=generator)
+    rank = linear.tp_group.rank() if whole.shape != matrix.shape else 0
+    matrix.copy_(whole[:, rank * matrix.shape[1]:(rank + 1) * matrix.shape[1]])

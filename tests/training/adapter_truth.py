@@ -1,0 +1,97 @@
+"""What PEFT computes with LoRA adapters, and their gradients: the reference for ours.
+
+Adapters are written by hand in PEFT's format with one pair of matrices per linear layer and expert; PEFT loads them.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+RANK, ALPHA = 4, 6
+TARGETS = {
+    "bert": {"encoder.layer.{}.attention.self.query": "hh", "encoder.layer.{}.attention.self.value": "hh",
+             "encoder.layer.{}.attention.output.dense": "hh", "encoder.layer.{}.intermediate.dense": "hf",
+             "encoder.layer.{}.output.dense": "fh"},
+    "qwen3": {"layers.{}.self_attn.q_proj": "hq", "layers.{}.self_attn.k_proj": "hk",
+              "layers.{}.self_attn.v_proj": "hk", "layers.{}.self_attn.o_proj": "qh", "layers.{}.mlp.gate_proj": "hf",
+              "layers.{}.mlp.up_proj": "hf", "layers.{}.mlp.down_proj": "fh"},
+    "qwen3_moe": {"layers.{}.self_attn.k_proj": "hk", "layers.{}.self_attn.o_proj": "qh",
+                  **{f"layers.{{}}.mlp.experts.{expert}.{name}": sizes for expert in range(4)
+                     for name, sizes in (("gate_proj", "he"), ("up_proj", "he"), ("down_proj", "eh"))}}}
+"""Names under AutoModel, `{}` the layer, and their inputs and outputs: hidden, query, key, ffn, expert's ffn."""
+PEFT_TARGETS = {"bert": ["query", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
+                "qwen3": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+                "qwen3_moe": ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+
+
+def write_adapter(path: Path, base: Path) -> Path:
+    """A PEFT directory for the model in `base`, with random numbers in both matrices."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    head = config.get("head_dim", hidden // heads)
+    sizes = {"h": hidden, "q": heads * head, "k": config.get("num_key_value_heads", heads) * head,
+             "f": config["intermediate_size"], "e": config.get("moe_intermediate_size", 0)}
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, (inputs, outputs) in TARGETS[config["model_type"]].items():
+            for matrix, shape in (("A", (RANK, sizes[inputs])), ("B", (sizes[outputs], RANK))):
+                numbers = torch.randn(*shape, generator=generator) * 0.1
+                tensors[f"base_model.model.{name.format(layer)}.lora_{matrix}.weight"] = numbers
+    return _write(path, tensors, base, config["model_type"])
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], base: Path, kind: str) -> Path:
+    path.mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "base_model_name_or_path": str(base), "r": RANK, "lora_alpha": ALPHA,
+        "target_modules": PEFT_TARGETS[kind], "task_type": "FEATURE_EXTRACTION"}), encoding="utf-8")
+    return path
+
+
+def with_adapter(model: Any, path: Path) -> Any:
+    """The Transformers model with PEFT's adapters in it, which alone are trained, in float64."""
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(model, str(path), is_trainable=True)
+    assert any(parameter.requires_grad for parameter in loaded.parameters())
+    return loaded.base_model.model.double().eval()
+
+
+def save_gradients(model: Any, adapter: Path, target: Path) -> float:
+    """Writes the gradients of an adapter like the adapter; gives their L2 norm."""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name for name in gradients)
+    dead = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
+    assert not dead, f"gradients that are 0 prove nothing: {dead}"
+    kind = model.config.model_type
+    tensors = {}
+    for name in load_file(adapter / "adapter_model.safetensors"):
+        module, matrix = name.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".lora_", 1)
+        if ".experts." in module:
+            tensors[name] = _of_expert(gradients, module, matrix)
+        else:
+            tensors[name] = gradients[f"{module}.lora_{matrix}.default.weight"]
+    base = Path(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    _write(target, {name: tensor.float() for name, tensor in tensors.items()}, base, kind)
+    return math.sqrt(sum(float(tensor.square().sum()) for tensor in tensors.values()))
+
+
+def _of_expert(gradients: dict[str, torch.Tensor], module: str, matrix: str) -> torch.Tensor:
+    """An expert's share of what PEFT holds for all of a layer, gate and up together.
+
+    PEFT's A is [experts * rank, inputs], expert by expert, its B [outputs, rank * experts], rank by rank; of gate and
+    up the ranks and the outputs follow each other, and the blocks of B that would mix them stay 0.
+    """
+    experts, expert, part = module.rsplit(".", 2)
+    stored = gradients[f"{experts}.{'' if part == 'down_proj' else 'base_layer.'}lora_{matrix}.default.weight"]
+    first = RANK if part == "up_proj" else 0
+    if matrix == "A":
+        return stored.unflatten(0, (4, -1))[int(expert), first:first + RANK]
+    block = stored.unflatten(1, (-1, 4))[:, first:first + RANK, int(expert)]
+    return block if part == "down_proj" else block.chunk(2)[part == "up_proj"]
