@@ -5,13 +5,13 @@ import traceback
 from collections.abc import Sequence
 
 from megatron_embed import __version__
-from megatron_embed.cli import convert, doctor, encode, evaluate, merge, mine, train
+from megatron_embed.cli import convert, data, doctor, encode, evaluate, merge, mine, train
 from megatron_embed.cli.common import Parser, clear_status, process_rank, setup_logging, write_status
 from megatron_embed.errors import UserError
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
 COMMANDS = {"train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
-            "merge": merge, "doctor": doctor}
+            "merge": merge, "data": data, "doctor": doctor}
 
 
 def build_parser() -> Parser:

@@ -15,7 +15,7 @@ from megatron_embed.data.mixture import Sampler, build_sampler
 from megatron_embed.data.pairs import PairTokenizer
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.record import require_fields
-from megatron_embed.data.records import RecordSet, open_records
+from megatron_embed.data.records import RecordSet, hold_out, open_records, validation_shares
 from megatron_embed.data.rerank import check_rerank_records
 from megatron_embed.data.tokenless import refuse_tokenless_rows
 from megatron_embed.errors import ConfigError
@@ -40,6 +40,9 @@ class Inputs:
 
     model: ModelDirectory
     records: RecordSet
+    """To train on."""
+    validation: RecordSet | None
+    """Held out; null without `data.validation_fraction`."""
     tokenizer: RoleTokenizer | PairTokenizer
     """Of texts, or of a reranker's pairs."""
     sampler: Sampler
@@ -69,7 +72,8 @@ def read_inputs(config: RunConfig) -> Inputs:
                           "data")
     model = find_model(config.model.path)
     _, world_size, _ = launched_rank()
-    check_batch_sizes(config, check_world_size(config.parallel, world_size))
+    dp_size = check_world_size(config.parallel, world_size)
+    check_batch_sizes(config, dp_size)
     check_divisible(model.shape, config.parallel)
     if adapters_of(config.lora, model) is not None and config.task == "reranker":
         raise ConfigError(f"lora.rank = {config.lora.rank}: adapters are for embedding models; with task: reranker "
@@ -84,13 +88,14 @@ def read_inputs(config: RunConfig) -> Inputs:
     tokenizer: RoleTokenizer | PairTokenizer
     if config.task == "reranker":
         settings, tokenizer, head = open_reranker(config, model)
-        records = open_rerank_records(config, tokenizer)
+        everything = open_rerank_records(config, tokenizer)
     else:
         tokenizer = open_tokenizer(config, model)
-        records = open_records(config.data.train, config.objective.rows)
-        require_fields(records, config.objective.loss, teacher_scores=config.objective.needs_teacher_scores,
+        everything = open_records(config.data.train, config.objective.rows)
+        require_fields(everything, config.objective.loss, teacher_scores=config.objective.needs_teacher_scores,
                        negatives=config.objective.needs_own_negatives)
-        refuse_tokenless_rows(records, tokenizer, config.data.num_negatives, config.data.num_positives)
+        refuse_tokenless_rows(everything, tokenizer, config.data.num_negatives, config.data.num_positives)
+    records, validation = divided(config, everything, dp_size)
     sampler = build_sampler(records, config.data, global_batch_size=config.training.global_batch_size,
                             seed=config.training.seed)
     steps = number_of_steps(config, sampler)
@@ -105,11 +110,20 @@ def read_inputs(config: RunConfig) -> Inputs:
     found = standing(config)
     if found.checkpoint is not None:
         check_resumable(config, found.checkpoint, model, tokenizer, records)
-    inputs = Inputs(model=model, records=records, tokenizer=tokenizer, sampler=sampler, retrieval=retrieval,
-                    reranking=reranking, settings=settings, head=head, train_steps=steps, standing=found)
+    inputs = Inputs(model=model, records=records, validation=validation, tokenizer=tokenizer, sampler=sampler,
+                    retrieval=retrieval, reranking=reranking, settings=settings, head=head, train_steps=steps,
+                    standing=found)
     if config.checkpoint.export_at_end is not None and not inputs.nothing_left(config):
         check_export(config, model)
     return inputs
+
+
+def divided(config: RunConfig, records: RecordSet, dp_size: int) -> tuple[RecordSet, RecordSet | None]:
+    """The rows to train on, and those held out, if any, which the ranks can share."""
+    kept, held = hold_out(records, config.data.validation_fraction, config.training.seed)
+    if held is not None:
+        validation_shares(held, global_batch_size=config.training.global_batch_size, dp_rank=0, dp_size=dp_size)
+    return kept, held
 
 
 def open_reranker(config: RunConfig, model: ModelDirectory) -> tuple[RerankerSettings, PairTokenizer, HeadSpec]:

@@ -25,7 +25,7 @@ from megatron_embed.evaluation.reranking import RerankData, ScorePairs, evaluate
 from megatron_embed.evaluation.retrieval import evaluate_retrieval
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
 from megatron_embed.parallel.topology import Topology, token_alignment
-from megatron_embed.training.agreement import agree_on_bins, agree_on_rerank_bins
+from megatron_embed.training.agreement import agree_on_bins, agree_on_rerank_bins, agree_on_shares
 
 NUM_EXPORT_ROWS = 64
 """Training rows on whose texts an export is compared with the model in memory."""
@@ -38,6 +38,8 @@ class Task:
     loader: StepLoader[Any]
     agree: Callable[[Any], Any]
     """Gives all data-parallel ranks as many micro-batches, of one size; for token budgets."""
+    agree_on_shares: Callable[[Any], Any]
+    """The same where ranks differ in their numbers of rows."""
     evaluate: Callable[[], dict[str, float]] | None
     """Null: there is nothing to evaluate on."""
     export: Callable[[int], None]
@@ -73,6 +75,7 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
                      note=functools.partial(record_export, directory, target, steps))
 
     return Task(loader=loader, agree=agree, export=export,
+                agree_on_shares=functools.partial(agree_on_shares, topology=topology, whole_groups=whole_groups),
                 evaluate=evaluate if inputs.retrieval or inputs.reranking else None)
 
 
@@ -97,7 +100,8 @@ def reranker_task(config: RunConfig, inputs: Inputs, topology: Topology, models:
                         note=functools.partial(record_export, directory, target, steps))
 
     evaluate = functools.partial(rerank_all, inputs.reranking, scorer.raw_scores)
-    return Task(loader=loader, agree=agree, export=export, evaluate=evaluate if inputs.reranking else None)
+    return Task(loader=loader, agree=agree, agree_on_shares=agree, export=export,
+                evaluate=evaluate if inputs.reranking else None)
 
 
 def _export_places(config: RunConfig) -> tuple[str, str]:

@@ -1,10 +1,13 @@
 """Builds a run in order (topology, data, model, objective, optimizer, loop) and carries it out."""
 
 import contextlib
+import functools
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_embed.checkpoint.files import remove_unfinished
 from megatron_embed.checkpoint.lock import sole_writer
@@ -14,10 +17,11 @@ from megatron_embed.cli.inputs import Inputs, log_directory, output_directories,
 from megatron_embed.cli.model import adapters_of, blaming, load_model_chunks
 from megatron_embed.cli.reranker import load_reranker_chunks
 from megatron_embed.cli.resume import DATA_FILE, Standing, describe_rows, moved_on
-from megatron_embed.cli.tasks import embedding_task, reranker_task
+from megatron_embed.cli.tasks import Task, embedding_task, reranker_task
 from megatron_embed.config.load import save_resolved
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.layout import write_companions
+from megatron_embed.data.records import validation_shares
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
 from megatron_embed.models.reranker_settings import RERANKER_FILE, write_reranker_settings
 from megatron_embed.parallel.collectives import raise_first, smallest
@@ -28,6 +32,7 @@ from megatron_embed.training.loop import Hooks, train
 from megatron_embed.training.metrics import MetricsWriter
 from megatron_embed.training.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_embed.training.step import Trainer
+from megatron_embed.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +78,8 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology) -> dict[str
         save_checkpoint(config.checkpoint.directory, step, state, assets=assets, keep=config.checkpoint.keep)
 
     hooks = Hooks(load_batch=task.loader.batch,
-                  agree=None if config.training.micro_batch_tokens is None else task.agree, evaluate=task.evaluate,
+                  agree=None if config.training.micro_batch_tokens is None else task.agree,
+                  evaluate=evaluation_of(config, inputs, topology, gradients, task),
                   save=save if config.checkpoint.directory is not None else None)
     for model in models:
         model.train()
@@ -82,6 +88,27 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology) -> dict[str
     if config.checkpoint.export_at_end is not None:
         task.export(max(first_step, inputs.train_steps))
     return metrics
+
+
+def evaluation_of(config: RunConfig, inputs: Inputs, topology: Topology, gradients: GradCache[Any],
+                  task: Task) -> Callable[[], dict[str, float]] | None:
+    """The task's evaluation, with the objective over the rows that are held out; null where there is neither.
+
+    Called by all ranks.
+    """
+    records = inputs.validation
+    if records is None:
+        return task.evaluate
+    shares = validation_shares(records, global_batch_size=config.training.global_batch_size, dp_rank=topology.dp_rank,
+                               dp_size=topology.dp_size)
+    validation = Validation(gradients, [functools.partial(task.loader.build, records, rows, 0) for rows in shares],
+                            task.agree_on_shares)
+    logger.info("%d rows are held out for validation, %d are trained on", len(records), len(inputs.records))
+
+    def evaluate() -> dict[str, float]:
+        return {**validation(), **({} if task.evaluate is None else task.evaluate())}
+
+    return evaluate
 
 
 def load_models(config: RunConfig, inputs: Inputs, topology: Topology) -> list[EmbeddingModel]:

@@ -117,6 +117,9 @@ class DataConfig:
     num_positives: int = 1
     """Positives per query, taken from the row in order; a row with fewer contributes what it has. Each is a term of the
     loss, for which the query's others are no negatives; a query's terms together weigh 1."""
+    validation_fraction: float = 0.0
+    """Share of each entry's rows that is kept from training; at every evaluation the objective's metrics are taken over
+    them. 0: none."""
     num_negatives: int = 0
     """Hard negatives per query, taken from the row in order; a row with fewer contributes what it has."""
     query_max_length: int = 512
@@ -132,6 +135,8 @@ class DataConfig:
         require(self.num_positives >= 1, "data.num_positives", self.num_positives, "must be >= 1")
         require(self.num_negatives >= 0, "data.num_negatives", self.num_negatives, "must be >= 0")
         require(self.sampling_temperature >= 1, "data.sampling_temperature", self.sampling_temperature, "must be >= 1")
+        require(0 <= self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
+                "must be in [0, 1); usual: 0.01")
         if self.mixed_batches or not self.shuffle:
             rule = ("has no effect with mixed_batches: true or shuffle: false, which take the rows as they are; "
                     "remove it")

@@ -175,18 +175,18 @@ def recognise(row: Row, source: str) -> Format:
 
 
 class RowReader:
-    """Rows of one `data.train` entry to records of one kind; the first row decides the format of all.
+    """Rows of one `data.train` entry to records of one kind (null: as they come); the first row decides the format.
 
     Attributes:
         format: null before the first row.
         ignored: keys met that no one looks at.
     """
 
-    def __init__(self, file: TrainFile, kind: Kind) -> None:
+    def __init__(self, file: TrainFile, kind: Kind | None) -> None:
         self.format: Format | None = None
         self.ignored: set[str] = set()
         self._file = file
-        self._kind: Kind = kind
+        self._kind = kind
         self._corpus = None if file.corpus is None else Corpus(file.corpus, key="data.train.corpus")
 
     def read(self, row: Row, source: str) -> AnyRecord:
@@ -212,7 +212,9 @@ class RowReader:
 
     def finished(self, record: AnyRecord) -> AnyRecord:
         """The record as the objective takes it, with what the entry says of all of its rows."""
-        record, file = of_kind(record, self._kind), self._file
+        file = self._file
+        if self._kind is not None:
+            record = of_kind(record, self._kind)
         if file.query_prompt is None and file.document_prompt is None and file.instruction is None:
             return record
         return replace(record, query_prompt=file.query_prompt, document_prompt=file.document_prompt,

@@ -61,8 +61,9 @@ class StepLoader(ABC, Generic[Batch]):
         self._next: tuple[int, Future[Batch]] | None = None
 
     @abstractmethod
-    def batch_of(self, records: Sequence[Any], rows: Sequence[int], step: int) -> Batch:
-        """The batch of this rank's records of a step; `rows` are their numbers in the whole data. In the thread."""
+    def batch_of(self, records: Sequence[Any], rows: Sequence[int], entries: Sequence[int], step: int) -> Batch:
+        """The batch of this rank's records of a step; `rows` are their numbers in the whole data, `entries` those of
+        their data sets. In the thread."""
 
     def rows(self, step: int) -> list[int]:
         """The row numbers in the whole data of this rank's queries in step `step`."""
@@ -94,17 +95,24 @@ class StepLoader(ABC, Generic[Batch]):
         self.close()
 
     def _build(self, step: int) -> Batch:
-        rows = self.rows(step)
-        try:
-            records = [self._records[row] for row in rows]
-        except OSError as error:  # a disk that fails under way; the loop tells the other ranks of a UserError
-            raise DataError(f"data.train: a row of step {step + 1} cannot be read ({error.strerror or error}); look at "
-                            "the disk, then start the run again") from error
-        batch = self.batch_of(records, rows, step)
+        batch = self.build(self._records, self.rows(step), step)
         entries = {self._records.file_of(row) for row in self._sampler.rows_of_step(step)}
         if len(self._names) > 1 and len(entries) == 1:
             return replace(batch, data_set=self._names[entries.pop()])
         return batch
+
+    def build(self, records: RecordSet, rows: Sequence[int], step: int) -> Batch:
+        """The batch of some rows, made as those of a step are.
+
+        Raises:
+            DataError: a row cannot be read.
+        """
+        try:
+            found = [records[row] for row in rows]
+        except OSError as error:  # a disk that fails under way; the loop tells the other ranks of a UserError
+            raise DataError(f"data.train: a row of step {step + 1} cannot be read ({error.strerror or error}); look at "
+                            "the disk, then start the run again") from error
+        return self.batch_of(found, rows, [records.file_of(row) for row in rows], step)
 
 
 class BatchLoader(StepLoader[EmbedBatch]):
@@ -151,9 +159,8 @@ class BatchLoader(StepLoader[EmbedBatch]):
         self._num_positives = num_positives
         self._in_batch = None if all(in_batch) else tuple(in_batch)
 
-    def batch_of(self, records: Sequence[Any], rows: Sequence[int], step: int) -> EmbedBatch:
-        in_batch = None if self._in_batch is None else torch.tensor(
-            [self._in_batch[self._records.file_of(row)] for row in rows])
+    def batch_of(self, records: Sequence[Any], rows: Sequence[int], entries: Sequence[int], step: int) -> EmbedBatch:
+        in_batch = None if self._in_batch is None else torch.tensor([self._in_batch[entry] for entry in entries])
         return build_embed_batch(
             records, self._tokenizer, num_positives=self._num_positives, in_batch=in_batch,
             micro_batch_size=self._micro_batch_size, num_negatives=self._num_negatives, alignment=self._alignment,
@@ -190,7 +197,7 @@ class RerankLoader(StepLoader[RerankBatch]):
         self._constant_tokens = constant_tokens
         self._micro_batch_tokens = micro_batch_tokens
 
-    def batch_of(self, records: Sequence[Any], rows: Sequence[int], step: int) -> RerankBatch:
+    def batch_of(self, records: Sequence[Any], rows: Sequence[int], entries: Sequence[int], step: int) -> RerankBatch:
         seeds = [None if self._seed is None else (self._seed, step, row) for row in rows]
         chosen = [choose_negatives(record, self._num_negatives, seed)
                   for record, seed in zip(records, seeds, strict=True)]

@@ -147,6 +147,14 @@ class RoleTokenizer:
                 rows[index] = rows[index] + self._eos
         return TokenizedRows(token_ids=rows, num_truncated=num_truncated)
 
+    def count_tokens(self, texts: Sequence[str], role: Role, instructions: Sequence[str | None] | None = None,
+                     prompts: Sequence[str | None] | None = None) -> list[int]:
+        """Length of each text in tokens before any cut, prompt, special tokens and EOS included; as in `tokenize`."""
+        none = [None] * len(texts)
+        filled = [self.fill_prompt(role, instruction, prompt) + text for text, instruction, prompt
+                  in zip(texts, instructions or none, prompts or none, strict=True)]
+        return [len(ids) + len(self._eos) for ids in self._ids(filled, special=True)] if texts else []
+
     def takes_instructions(self, query_prompt: str | None) -> bool:
         """Whether this prompt of a data set (null: the queries') has a place for an instruction."""
         return _PLACEHOLDER in (self._prompts["query"] if query_prompt is None else query_prompt)

@@ -19,7 +19,7 @@ from megatron_embed.data.record import AnyRecord, Kind, Record, Records, RerankR
 from megatron_embed.errors import ConfigError, DataError
 
 __all__ = ["AnyRecord", "Kind", "Record", "RecordFile", "RecordSet", "RerankRecord", "hold_out", "open_records",
-           "place_of_text", "read_texts", "text_id"]
+           "place_of_text", "read_texts", "text_id", "validation_shares"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class RecordFile(_Source):
         DataError: a row cannot be used (`FILE:LINE: ` and the reason), or there is no row.
     """
 
-    def __init__(self, file: str | TrainFile, kind: Kind = "contrastive", key: str = "data.train") -> None:
+    def __init__(self, file: str | TrainFile, kind: Kind | None = "contrastive", key: str = "data.train") -> None:
         super().__init__(TrainFile(path=file) if isinstance(file, str) else file)
         self._reader = RowReader(self.file, kind)
         self._rows = open_rows(self.path, key)
@@ -87,7 +87,7 @@ class RecordFile(_Source):
 class BeirFile(_Source):
     """The training queries of a BEIR folder, validated whole at construction."""
 
-    def __init__(self, file: TrainFile, kind: Kind = "contrastive", key: str = "data.train") -> None:
+    def __init__(self, file: TrainFile, kind: Kind | None = "contrastive", key: str = "data.train") -> None:
         super().__init__(file)
         self._reader = RowReader(file, kind)
         self._rows = BeirRows(file.path, key)
@@ -171,8 +171,9 @@ class RecordSet(Records[AnyRecord]):
         return self.files[file][index - self.first_row(file)]
 
 
-def open_records(files: tuple[TrainFile, ...], kind: Kind = "contrastive") -> RecordSet:
-    """The rows of `data.train`, every file validated whole: `Record`s, or `RerankRecord`s where `kind` is rerank.
+def open_records(files: tuple[TrainFile, ...], kind: Kind | None = "contrastive") -> RecordSet:
+    """The rows of `data.train`, every file validated whole: `Record`s, or `RerankRecord`s where `kind` is rerank, or
+    each as it comes where it is null.
 
     Raises:
         ConfigError: a file cannot be opened.
@@ -205,6 +206,26 @@ def hold_out(records: RecordSet, fraction: float, seed: int) -> tuple[RecordSet,
         held.append(_Part(file, np.flatnonzero(is_held)))
         kept.append(_Part(file, np.flatnonzero(~is_held)))
     return RecordSet(kept), RecordSet(held)
+
+
+def validation_shares(records: RecordSet, *, global_batch_size: int, dp_rank: int, dp_size: int) -> list[list[int]]:
+    """Row numbers of this rank's share of every validation batch; the ranks' shares differ by one row at most.
+
+    A batch is of one entry, whose rows are divided evenly, in order, over as few batches as hold `global_batch_size`
+    rows each: a query has about as many negatives in all of them.
+
+    Raises:
+        ConfigError: an entry has fewer rows than there are ranks.
+    """
+    shares: list[list[int]] = []
+    for number, file in enumerate(records.files):
+        if len(file) < dp_size:
+            raise ConfigError(f"data.validation_fraction: {len(file)} rows of {file.path} are held out, fewer than the "
+                              f"{dp_size} data-parallel ranks that share them; raise it")
+        num_batches = min(-(-len(file) // global_batch_size), len(file) // dp_size)
+        for rows in np.array_split(records.first_row(number) + np.arange(len(file)), num_batches):
+            shares.append(np.array_split(rows, dp_size)[dp_rank].tolist())
+    return shares
 
 
 def _report_ignored(path: str, ignored: set[str]) -> None:

@@ -1,5 +1,7 @@
 """What data-parallel ranks agree on before a step whose micro-batches are filled by tokens."""
 
+from dataclasses import replace
+
 from megatron_embed.batch import Capacity, EmbedBatch, RerankBatch
 from megatron_embed.data.packing import fill_bins
 from megatron_embed.data.rerank import fill_rerank_bins
@@ -20,8 +22,14 @@ def agree_on_bins(batch: EmbedBatch, topology: Topology, *, whole_groups: bool) 
     return fill_bins(batch, _whole_rounds(count, topology), Capacity(*capacity), whole_groups=whole_groups)
 
 
+def agree_on_shares(batch: EmbedBatch, topology: Topology, *, whole_groups: bool) -> EmbedBatch:
+    """The same for shares that differ in their numbers of rows: one more small all-reduce over the group."""
+    capacity = Capacity(*largest_of_each([*batch.capacity], topology.dp_group))
+    return agree_on_bins(replace(batch, capacity=capacity), topology, whole_groups=whole_groups)
+
+
 def agree_on_rerank_bins(batch: RerankBatch, topology: Topology) -> RerankBatch:
-    """The same for a reranker's batch, whose queries always stay whole."""
+    """As `agree_on_bins` for a reranker's batch, whose queries always stay whole; its shares may differ."""
     count = largest(len(batch.micro_batches), topology.dp_group)
     return fill_rerank_bins(batch, _whole_rounds(count, topology))
 

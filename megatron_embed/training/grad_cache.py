@@ -80,6 +80,22 @@ class GradCache(Generic[Batch]):
         values = run_schedule(self.chunks, batches, self.topology, objective, forward_only=False)
         return self._told(torch.stack(values).sum(dim=0) if values else None)
 
+    def evaluate(self, batch: Batch) -> Sums:
+        """The objective's metrics over these rows: the first pass alone, no gradient."""
+        model = self.models[0]
+        batches = [to_device(micro, self.topology, model.pooling, kernel=self.kernel, causal=model.causal)
+                   for micro in batch.micro_batches]
+        rows = embed(self.chunks, batches, self.topology)
+        if rows is None:
+            return self._told(None)
+        total = self.objective.total(batch)
+        if self.objective.couples_batch:
+            return self._told(self.objective(rows, batch, total=total).sums.values)
+        parts = zip(self.objective.split(batch), batches, strict=True)
+        values = [self.objective(rows[micro.kept_rows.sort().values.to(rows.device)], part, total=total).sums.values
+                  for part, micro in parts]
+        return self._told(torch.stack(values).sum(dim=0))
+
     def _loss(self, embeddings: Tensor | None, batch: Batch) -> LossGradient | None:
         """The objective's answer on the last stage, nothing elsewhere."""
         if embeddings is None:

@@ -44,12 +44,14 @@ class Loaded:
     """Real tokens of the step over all data-parallel ranks."""
     padded_tokens: float
     """The same, padding included."""
+    truncated_fraction: float
+    """Share of the step's texts that were cut to their role's length."""
 
 
 def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | None = None) -> Loaded:
     """The batch of a step, or on every rank the error of the lowest rank that has none.
 
-    One all-reduce of three numbers over the world; an error alone costs another collective. The world and not the
+    One all-reduce of five numbers over the world; an error alone costs another collective. The world and not the
     data-parallel group: a file may change between two twins that read the same rows.
 
     `error`: what this rank alone has met since the last step.
@@ -62,8 +64,9 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | 
     micro_batches = () if batch is None else batch.micro_batches
     real = sum(micro.num_tokens for micro in micro_batches)
     padded = sum(micro.token_ids.numel() for micro in micro_batches)
-    counts = torch.tensor([real, padded, error is not None], dtype=torch.float64, device=topology.device)
-    real_sum, padded_sum, failed = sum_over(counts, dist.group.WORLD).tolist()
+    texts, cut = sum(micro.num_sequences for micro in micro_batches), 0 if batch is None else batch.num_truncated
+    counts = torch.tensor([real, padded, texts, cut, error is not None], dtype=torch.float64, device=topology.device)
+    real_sum, padded_sum, texts_sum, cut_sum, failed = sum_over(counts, dist.group.WORLD).tolist()
     if failed:
         raise_first(error)
     assert batch is not None
@@ -71,7 +74,8 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | 
     if hooks.agree is not None:
         batch = hooks.agree(batch)
         padded_sum = sum(micro.token_ids.numel() for micro in batch.micro_batches) * topology.world_size
-    return Loaded(batch=batch, tokens=real_sum / twins, padded_tokens=padded_sum / twins)
+    return Loaded(batch=batch, tokens=real_sum / twins, padded_tokens=padded_sum / twins,
+                  truncated_fraction=cut_sum / texts_sum)
 
 
 def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWriter, topology: Topology, *,
@@ -94,7 +98,8 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
             metrics |= {f"{loaded.batch.data_set}/{name}": value for name, value in metrics.items()
                         if name not in ("grad_norm", "learning_rate")}
         metrics |= {"tokens_per_second": loaded.tokens / seconds,
-                    "padding_fraction": 1.0 - loaded.tokens / loaded.padded_tokens, "step_seconds": seconds}
+                    "padding_fraction": 1.0 - loaded.tokens / loaded.padded_tokens, "step_seconds": seconds,
+                    "truncated_fraction": loaded.truncated_fraction}
         writer.step(done, metrics, log=done % config.logging.every_steps == 0 or last)
         if hooks.evaluate is not None and (done % config.evaluation.every_steps == 0 or last):
             writer.evaluation(done, {f"eval/{name}": value for name, value in hooks.evaluate().items()})

@@ -154,3 +154,31 @@ def test_directories_without_a_usable_tokenizer_are_refused(tmp_path: Path, mini
     make(str(no_eos), add_eos=False)
     with pytest.raises(CheckpointError, match="its tokenizer names no eos_token, which last-token pooling needs"):
         make(str(no_eos))
+
+
+def test_prompts_of_a_data_set_come_in_place_of_the_roles(bpe_dir: str):
+    """Row by row, under truncation too, with the EOS kept and the instruction in its place."""
+    settings = {"add_eos": True, "query_max_length": 24, "document_max_length": 12}
+    tokenizer = RoleTokenizer(bpe_dir, query_prompt="global: ", document_prompt="text: ", **settings)
+    texts, prompts = ["one", "two " * 30, "three"], ["{instruction} -> ", "set: ", None]
+    found = tokenizer.tokenize(texts, "query", ["find", "unused", "unused"], prompts)
+    for row, (text, prompt) in enumerate(zip(texts, ["find -> ", "set: ", "global: "], strict=True)):
+        alone = RoleTokenizer(bpe_dir, query_prompt=prompt, **settings)
+        assert found.token_ids[row] == alone.tokenize([text], "query").token_ids[0]
+        assert found.token_ids[row][-1] == tokenizer.eos_token_id
+    assert (found.num_truncated, len(found.token_ids[1])) == (1, 24)
+    assert tokenizer.count_tokens(texts, "query", ["find"] * 3, prompts)[::2] == [
+        len(found.token_ids[0]), len(found.token_ids[2])]
+    assert tokenizer.count_tokens(texts, "query", ["find"] * 3, prompts)[1] > 24
+    without = tokenizer.tokenize(["a"], "document", prompts=[""]).token_ids[0]
+    assert without == RoleTokenizer(bpe_dir, **settings).tokenize(["a"], "document").token_ids[0]
+    assert without != tokenizer.tokenize(["a"], "document").token_ids[0]
+
+
+def test_prompts_of_a_data_set_are_checked_before_the_first_step(bpe_dir: str):
+    tokenizer = RoleTokenizer(bpe_dir, add_eos=False, query_max_length=9, document_max_length=9)
+    tokenizer.check_prompts({None: "rows.jsonl:1", "x": "rows.jsonl:2"}, "q: ", "d: ")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: data.query_prompt = .* needs an instruction"):
+        tokenizer.check_prompts({None: "rows.jsonl:1"}, "{instruction}: ")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: data.document_max_length = 9 tokens: the prompt"):
+        tokenizer.check_prompts({None: "rows.jsonl:1"}, None, "far too long for nine tokens of this tokenizer: ")

@@ -1,0 +1,75 @@
+"""`data check CONFIG.yaml [section.key=value ...]` or `data check FILE...`"""
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from megatron_embed.cli.common import path, positive_int, write_output
+from megatron_embed.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from megatron_embed.config.schema import RunConfig
+    from megatron_embed.data.prompts import Role, RoleTokenizer
+
+HELP = "look at training data before a run: counts, lengths, duplicates, what is cut"
+_DEFAULT_LENGTH = 512
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("check",), help="check: read every row, count what it holds")
+    parser.add_argument("inputs", nargs="+", type=path, metavar="CONFIG.yaml|FILE",
+                        help="a run's configuration and section.key=value, or data sets as in data.train")
+    parser.add_argument("--model", metavar="DIR", type=path, help="counts tokens of FILEs with this model's tokenizer")
+    parser.add_argument("--max-length", type=positive_int, default=_DEFAULT_LENGTH, metavar="TOKENS",
+                        help=f"with FILEs: texts longer than this count as cut; default: {_DEFAULT_LENGTH}")
+    parser.add_argument("--json", action="store_true", help="one JSON array in place of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what the data hold; a row that cannot be used ends it with its file and line."""
+    from megatron_embed.data.check import check_records, describe
+    from megatron_embed.data.loader import check_prompts
+    from megatron_embed.data.records import open_records
+
+    config = _config_of(args)
+    records = open_records(config.data.train, kind=None)
+    tokenizer = _tokenizer(args, config)
+    if tokenizer is not None:
+        check_prompts(records, tokenizer)
+    lengths: dict[Role, int] = {"query": config.data.query_max_length, "document": config.data.document_max_length}
+    found = check_records(records, num_negatives=config.data.num_negatives if _is_config(args) else None,
+                          num_positives=config.data.num_positives, tokenizer=tokenizer, max_lengths=lengths)
+    write_output(json.dumps(found, ensure_ascii=False) if args.json else "\n".join(map(describe, found)))
+    return 0
+
+
+def _is_config(args: argparse.Namespace) -> bool:
+    return bool(args.inputs[0].endswith((".yaml", ".yml")))
+
+
+def _config_of(args: argparse.Namespace) -> "RunConfig":
+    """The run's settings, or those that the options make."""
+    from megatron_embed.config.load import load_config
+    from megatron_embed.config.schema import DataConfig, ModelConfig, RunConfig, TrainFile
+
+    if not _is_config(args):
+        files = tuple(TrainFile(path=name) for name in args.inputs)
+        return RunConfig(model=ModelConfig(path=args.model or "none"), data=DataConfig(
+            train=files, query_max_length=args.max_length, document_max_length=args.max_length))
+    if args.model is not None or args.max_length != _DEFAULT_LENGTH:
+        raise UserError(f"{args.inputs[0]} says which model and which lengths; leave --model and --max-length out, or "
+                        "write model.path=DIR behind it")
+    config = load_config(args.inputs[0], args.inputs[1:])
+    if not config.data.train:
+        raise ConfigError("data.train = []: there is nothing to look at; add `train: [FILE.jsonl]` under data")
+    return config
+
+
+def _tokenizer(args: argparse.Namespace, config: "RunConfig") -> "RoleTokenizer | None":
+    """The run's, or that of --model; null where neither is given."""
+    if not _is_config(args) and args.model is None:
+        return None
+    from megatron_embed.cli.inputs import open_tokenizer
+    from megatron_embed.cli.model import find_model
+
+    return open_tokenizer(config, find_model(config.model.path))

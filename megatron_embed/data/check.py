@@ -1,0 +1,121 @@
+"""What training data hold, counted before anyone pays for a run."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_embed.data.prompts import Role, RoleTokenizer
+from megatron_embed.data.record import AnyRecord, Record, documents_in_use, text_id
+from megatron_embed.data.records import RecordSet
+
+_AT_ONCE = 2048
+_SMALLEST_BIN = 16
+_ALL = 2**31
+
+Counts = dict[str, Any]
+
+
+def check_records(records: RecordSet, *, num_negatives: int | None, num_positives: int, tokenizer: RoleTokenizer | None,
+                  max_lengths: dict[Role, int]) -> list[Counts]:
+    """Per entry, what `describe` prints; see docs/data.md for the words.
+
+    Args:
+        records: opened, so every row can be used.
+        num_negatives: of the run; null: all negatives are looked at.
+        num_positives: of the run.
+        tokenizer: null: no tokens are counted.
+        max_lengths: tokens at which a text of a role is cut.
+    """
+    return [_check_entry(file, (num_negatives, num_positives), tokenizer, max_lengths) for file in records.files]
+
+
+def _check_entry(file: Sequence[AnyRecord], used: tuple[int | None, int], tokenizer: RoleTokenizer | None,
+                 max_lengths: dict[Role, int]) -> Counts:
+    hashes: dict[str, list[int]] = {"query": [], "first positive": []}
+    lengths: dict[Role, list[int]] = {"query": [], "document": []}
+    names = ("pairs with a score", "lists with labels", "rows without negatives",
+             "rows with fewer negatives than data.num_negatives", "rows whose positive is one of their negatives")
+    counts = {"rows": len(file), **dict.fromkeys(names, 0)}
+    for part in _parts(file):
+        for record in part:
+            hashes["query"].append(text_id(record.query))
+            if not isinstance(record, Record):
+                counts["lists with labels"] += 1
+                continue
+            hashes["first positive"].append(text_id(record.positive[0]))
+            if record.score is not None:
+                counts["pairs with a score"] += 1
+                continue
+            counts["rows without negatives"] += not record.negatives
+            counts["rows with fewer negatives than data.num_negatives"] += len(record.negatives) < (used[0] or 0)
+            counts["rows whose positive is one of their negatives"] += not set(record.positive).isdisjoint(
+                record.negatives)
+        if tokenizer is not None:
+            _count_tokens(part, used, tokenizer, lengths)
+    result: Counts = {"path": file[0].source.rpartition(":")[0], **counts,
+                      "rows whose query an earlier row has": _repeated(hashes["query"]),
+                      "rows that share their positive with another": _shared(hashes["first positive"])}
+    if tokenizer is not None:
+        result |= {f"{role} tokens": _distribution(np.array(found, dtype=np.int64), max_lengths[role])
+                   for role, found in lengths.items()}
+    return result
+
+
+def _parts(file: Sequence[AnyRecord]) -> Iterator[list[AnyRecord]]:
+    rows = iter(file)
+    while part := list(islice(rows, _AT_ONCE)):
+        yield part
+
+
+def _count_tokens(part: Sequence[AnyRecord], used: tuple[int | None, int], tokenizer: RoleTokenizer,
+                  lengths: dict[Role, list[int]]) -> None:
+    """Adds the length of every text of these rows that training uses."""
+    lengths["query"] += tokenizer.count_tokens(
+        [record.query for record in part], "query", [record.instruction for record in part],
+        [record.query_prompt for record in part])
+    documents = [(text, record.document_prompt) for record in part
+                 for text in documents_in_use(record, _ALL if used[0] is None else used[0], used[1])]
+    lengths["document"] += tokenizer.count_tokens([text for text, _ in documents], "document",
+                                                  prompts=[prompt for _, prompt in documents])
+
+
+def _repeated(hashes: list[int]) -> int:
+    return len(hashes) - len(set(hashes))
+
+
+def _shared(hashes: list[int]) -> int:
+    _, occurrences = np.unique(np.array(hashes, dtype=np.int64), return_counts=True)
+    return int(occurrences[occurrences > 1].sum())
+
+
+def _distribution(lengths: NDArray[np.int64], max_length: int) -> Counts:
+    """Of lengths before any cut; the histogram's bins are doubled, each named by its largest length."""
+    if not lengths.size:
+        return {"texts": 0}
+    median, p95, p99 = (int(value) for value in np.percentile(lengths, [50, 95, 99], method="higher"))
+    histogram, low, high = {}, -1, _SMALLEST_BIN
+    while low < lengths.max():
+        histogram[f"<= {high}"] = int(((lengths > low) & (lengths <= high)).sum())
+        low, high = high, 2 * high
+    return {"texts": len(lengths), "mean": round(float(lengths.mean()), 1), "median": median, "p95": p95, "p99": p99,
+            "longest": int(lengths.max()), "cut": int((lengths > max_length).sum()), "at": max_length,
+            "without tokens": int((lengths == 0).sum()), "histogram": histogram}
+
+
+def describe(counts: Counts) -> str:
+    """The counts of one entry as lines of text; zeros of what need not be are left out."""
+    lines = [f"{counts['path']}: {counts['rows']} rows"]
+    for name, value in counts.items():
+        if isinstance(value, dict) and value["texts"]:
+            lines.append(f"  {name}: mean {value['mean']}, median {value['median']}, 95% {value['p95']}, 99% "
+                         f"{value['p99']}, longest {value['longest']}; {value['cut']} of {value['texts']} texts are "
+                         f"cut at {value['at']}, {value['without tokens']} have no tokens")
+            most = max(value["histogram"].values())
+            lines += [f"    {bin_:>9} {number:>9} {'#' * -(-40 * number // most)}"
+                      for bin_, number in value["histogram"].items()]
+        elif name not in ("path", "rows") and not isinstance(value, dict) and value:
+            lines.append(f"  {name}: {value} ({value / counts['rows']:.1%})")
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""`data.validation_fraction`: the metrics of held-out rows, against the formula, under several layouts."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from transformers import AutoModel, AutoTokenizer
+
+from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.records import hold_out, open_records
+from tests.cli.test_refusals import assert_refused, command, settings
+from tests.ranks import run_on_ranks
+from tests.toys import MAX_LENGTH, MINI_EN, layout, save_model
+
+FRACTION, SEED, BATCH = 0.033, 7, 16
+KEYS = ("loss", "margin", "positive_similarity", "negative_similarity", "in_batch_accuracy")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "bert", "bert", tokenizer=True)
+
+
+def configured(folder, model, **sections):
+    """One step that changes no weight, then an evaluation."""
+    values = settings(model, folder / "run")
+    values["data"] |= {"num_negatives": 1, "validation_fraction": FRACTION}
+    values["training"] = {"global_batch_size": BATCH, "micro_batch_size": 4, "train_steps": 1, "learning_rate": 1e-30,
+                          "seed": SEED}
+    values["objective"] = {"temperature": 0.1}
+    values["checkpoint"] = {}
+    values["logging"]["directory"] = str(folder / "run")
+    for section, keys in sections.items():
+        values[section] = values.get(section, {}) | keys
+    folder.mkdir(exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return str(folder / "run.yaml")
+
+
+def evaluated(folder):
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    (found,) = [line for line in lines if "eval/loss" in line]
+    return {key: found[f"eval/{key}"] for key in KEYS}
+
+
+@torch.no_grad()
+def expected(model):
+    """Means over 3 batches of 11 rows: every document of a batch is a candidate for each of its queries."""
+    held = hold_out(open_records((TrainFile(path=str(MINI_EN)),)), FRACTION, SEED)[1]
+    assert len(held) == 33
+    tokenizer, encoder = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+
+    def embed(texts):
+        tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        states, mask = encoder(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
+        return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
+
+    sums = dict.fromkeys(KEYS, 0.0)
+    for first in (0, 11, 22):
+        rows = held[first:first + 11]
+        groups = [(row.positive[0], *row.negatives[:1]) for row in rows]
+        positive = torch.tensor([sum(len(group) for group in groups[:number]) for number in range(11)])
+        similarity = embed([row.query for row in rows]) @ embed([text for group in groups for text in group]).T
+        right = similarity[range(11), positive]
+        wrong = similarity.scatter(1, positive[:, None], float("nan"))
+        hardest = wrong.nan_to_num(-9).max(1).values
+        sums["loss"] += F.cross_entropy(similarity / 0.1, positive, reduction="sum").item()
+        sums["positive_similarity"] += right.sum().item()
+        sums["negative_similarity"] += wrong.nanmean(1).sum().item()
+        sums["margin"] += (right - hardest).sum().item()
+        sums["in_batch_accuracy"] += (right > hardest).sum().item()
+    return {key: total / 33 for key, total in sums.items()}
+
+
+LAYOUTS = [
+    ("one", 1, layout(), {}), ("dp2, shares of 6 and 5", 2, layout(), {}), ("pp2", 2, layout(pp=2), {}),
+    ("dp2, unequal micro-batches", 2, layout(), {"micro_batch_size": 1}),
+    ("dp2, token budget", 2, layout(), {"micro_batch_tokens": 128})]
+
+
+def test_metrics_of_held_out_rows_are_the_formulas_under_every_layout(model, tmp_path):
+    truth = expected(model)
+    assert truth["loss"] > 0.5
+    assert truth["margin"] < 0.5
+    for number, (name, ranks, sizes, training) in enumerate(LAYOUTS):
+        path = configured(tmp_path / str(number), model, parallel=sizes, training=training)
+        results = run_on_ranks(command, ranks, ["train", path])
+        assert [code for code, *_ in results] == [0] * ranks, results[0][2]
+        assert evaluated(tmp_path / str(number)) == pytest.approx(truth, rel=1e-4, abs=1e-5), name
+
+
+def test_negatives_of_a_micro_batch_stay_there_in_validation(model, tmp_path):
+    """Micro-batches of one query and its two documents: fewer negatives, so a smaller loss."""
+    path = configured(tmp_path / "run", model, objective={"negatives": "micro_batch", "temperature": 0.1},
+                      training={"micro_batch_size": 1})
+    ((code, _, err, _),) = run_on_ranks(command, 1, ["train", path])
+    assert code == 0, err
+    assert 0 < evaluated(tmp_path / "run")["loss"] < 0.6 * expected(model)["loss"]
+
+
+def test_fewer_held_out_rows_than_ranks_are_refused_on_all(model, tmp_path):
+    path = configured(tmp_path / "run", model, data={"validation_fraction": 0.0001})
+    assert_refused(run_on_ranks(command, 2, ["train", path]), "data.validation_fraction", "1 rows of", "raise it")
