@@ -39,8 +39,8 @@ def run_settings(directory, folder, head="yes_no", **sections):
     values = {
         "task": "reranker", "model": {"path": directory, "dtype": "float32"}, "reranker": {"head": head},
         "objective": {"loss": "lambda_loss"},
-        "data": {"train": [lists(folder / "lists.jsonl")], "num_negatives": 1, "query_max_length": 150,
-                 "document_max_length": 100},
+        "data": {"train": [lists(folder / "lists.jsonl")], "num_negatives": 1, "query_max_length": 200,
+                 "document_max_length": 250},  # no probe is cut
         "training": {"global_batch_size": 8, "micro_batch_size": 4, "train_steps": 2, "learning_rate": 1e-3},
         "checkpoint": {"directory": str(folder / "run")}, "logging": {"every_steps": 1, "tensorboard": False}}
     for section, keys in sections.items():
