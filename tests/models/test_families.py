@@ -55,7 +55,6 @@ def assert_close(models, layout, expected, names, **settings):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_token_states_equal_transformers(models, expected, layout):
     assert all(states.std() > 0.5 for states in expected.values())
-    assert any(1 in text for text in texts()), "no text spells out RoBERTa's padding token"
     assert_close(models, layout, expected, names_of(layout))
 
 
