@@ -28,6 +28,8 @@ CORE = [
     "tensorboard>=2.16",
     # Megatron-Core's checkpoint writer imports it without declaring it.
     "psutil>=5.9",
+    # Checksums of what a conversion writes and reads back; `datasets` brings it as well.
+    "xxhash>=3.4",
     "tqdm>=4.66",
     "scipy>=1.11",
     "pytrec-eval-terrier>=0.5.6",

@@ -36,7 +36,7 @@ THIRD_PARTY = {
     "data": {"torch", "numpy", "datasets", "pyarrow", "tokenizers", "transformers", "tqdm"},
     "models": {"torch"},
     "losses": {"torch"},
-    "convert": {"torch", "numpy", "safetensors", "transformers", "sentence_transformers", "tqdm"},
+    "convert": {"torch", "numpy", "safetensors", "transformers", "sentence_transformers", "tqdm", "psutil", "xxhash"},
     "checkpoint": {"torch", "numpy"},
     "evaluation": {"torch", "numpy", "pytrec_eval", "scipy", "tqdm", "mteb"},
     "mining": {"torch", "numpy", "bm25s", "tqdm"},

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from megatron_embed.cli.model import ModelDirectory, find_model
 from megatron_embed.cli.reranker import head_spec, open_pair_tokenizer, open_scorer, saved_settings
-from megatron_embed.convert.convert import RerankerFormat, megatron_to_hf
+from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.convert.cross_encoder import export_cross_encoder
+from megatron_embed.convert.plan import RerankerFormat
 from megatron_embed.convert.verify_reranker import ScoreReport, compare_with_cross_encoder
 from megatron_embed.data.pairs import Pair, PairTokenizer
 from megatron_embed.errors import CheckpointError, UserError
@@ -46,11 +47,13 @@ def reranker_export(model: ModelDirectory, classification: bool) -> tuple[Rerank
 
 
 def write_reranker(source: str, destination: str, model: ModelDirectory, *, classification: bool,
-                   compare: Callable[[Path, RerankerFormat], None], max_shard_size: str = "5GB") -> str:
+                   compare: Callable[[Path, RerankerFormat], None], max_shard_size: str = "5GB",
+                   dtype: str | None = None) -> str:
     """Writes a checkpoint's reranker with all files of a cross-encoder; the report.
 
     Args:
         compare: called with the complete directory before it gets its name; if it raises, nothing is left behind.
+        dtype: of the written weights; null: the checkpoint's.
     """
     settings, tokenizer, spec = reranker_export(model, classification)
     token_ids = spec.token_ids if spec.kind == "yes_no" else None
@@ -65,16 +68,19 @@ def write_reranker(source: str, destination: str, model: ModelDirectory, *, clas
         write_reranker_settings(directory, dataclasses.replace(settings, head="score") if classification else settings)
         compare(directory, form)
 
-    return str(megatron_to_hf(source, destination, max_shard_size=max_shard_size, finish=finish, reranker=form))
+    return str(megatron_to_hf(source, destination, max_shard_size=max_shard_size, dtype=dtype, finish=finish,
+                              reranker=form))
 
 
 def export_reranker_checkpoint(source: str, destination: str, *, classification: bool, max_shard_size: str = "5GB",
+                               dtype: str | None = None,
                                left_out: Callable[[Path], str] = lambda directory: "") -> str:
     """A checkpoint's reranker as *ForSequenceClassification or *ForCausalLM, compared in float32; the report.
 
     One process.
 
     Args:
+        dtype: of the written weights; null: the checkpoint's.
         left_out: called with the complete directory; why it is not compared, empty if it is.
     Raises:
         CheckpointError: no reranker's checkpoint, or a library scores pairs otherwise; nothing is left behind.
@@ -89,10 +95,11 @@ def export_reranker_checkpoint(source: str, destination: str, *, classification:
         arguments = argparse.Namespace(model=source, dtype="float32", max_length=None, overrides=[])
         scorer, _, _ = open_scorer(arguments)
         pairs = comparable([Pair(query=query, document=document) for query, document in PROBE_PAIRS], scorer.tokenizer)
-        lines.append(str(compare_pairs(directory, pairs, scorer.raw_scores(pairs), scorer.tokenizer, form, "float32")))
+        lines.append(str(compare_pairs(directory, pairs, scorer.raw_scores(pairs), scorer.tokenizer, form,
+                                       "bfloat16" if dtype == "bfloat16" else "float32")))
 
     report = write_reranker(source, destination, model, classification=classification, compare=compare,
-                            max_shard_size=max_shard_size)
+                            max_shard_size=max_shard_size, dtype=dtype)
     return "\n".join([*lines, report])
 
 

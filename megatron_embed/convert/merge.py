@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.convert import checksum
 from megatron_embed.convert.layout import copy_files, is_checkpoint, staging, write_json
 from megatron_embed.convert.merge_match import require_mergeable
+from megatron_embed.convert.safetensors_file import checksum
 from megatron_embed.convert.sharded import ShardedWriter, parse_size
 from megatron_embed.convert.source import HFDirectory
 from megatron_embed.errors import CheckpointError, ConfigError
@@ -87,7 +87,7 @@ def merge_models(models: Sequence[str | Path], destination: str | Path, *, metho
             write_json(work / MERGE_FILE, _provenance(method, models, numbers, base))
             announced = [(first.stored_names[name], first.entry(name).dtype, first.entry(name).shape)
                          for name in full_names]
-            checksums = {}
+            checksums: dict[str, bytes] = {}
             with ShardedWriter(work, announced, shard_bytes) as writer:
                 for name in _progress(full_names, "merging"):
                     merged = merge_tensor(name, opened, origin, method, numbers)
@@ -247,7 +247,7 @@ def _provenance(method: Method, models: Sequence[str | Path], weights: Sequence[
             "base": None if base is None else str(base)}
 
 
-def _verify(directory: Path, checksums: dict[str, int]) -> None:
+def _verify(directory: Path, checksums: dict[str, bytes]) -> None:
     """What was written reads back as it was, and is a model again."""
     with HFDirectory(directory) as written:
         for name in _progress(list(checksums), "verifying"):

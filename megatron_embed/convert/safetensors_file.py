@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import xxhash
 from torch import Tensor
 
 from megatron_embed.errors import CheckpointError
@@ -32,6 +33,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
         return memoryview(b"")
     data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(data)
+
+
+def checksum(tensor: Tensor) -> bytes:
+    """XXH3-128 of a tensor's bytes: finds what disks and programs do to data, not what an adversary does."""
+    return xxhash.xxh3_128_digest(bytes_of(tensor.contiguous()))
 
 
 def fill(descriptor: int, target: memoryview, offset: int) -> int:
@@ -130,16 +136,32 @@ class SafetensorsFile:
         header = bytearray(length)
         self._fill(memoryview(header), 8)
         try:
-            tensors = json.loads(header)
+            tensors = json.loads(header, object_pairs_hook=_without_repetition)
             tensors.pop("__metadata__", None)
             entries = {name: _entry(self.path, name, value, 8 + length) for name, value in tensors.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path}: header is not readable ({error}): {remedy}") from error
-        end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
-        if end > size:
-            raise CheckpointError(f"{self.path}: truncated: {size} bytes, but its header promises {end}; "
+        end = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+            if entry.offset != end:
+                raise CheckpointError(f"{self.path}: {name} begins at byte {entry.offset}, but what is before it ends "
+                                      f"at byte {end}; fetch the file again")
+            end += entry.nbytes
+        if end != size:
+            what = "truncated" if end > size else "more than its tensors"
+            raise CheckpointError(f"{self.path}: {what}: {size} bytes, but its header promises {end}; "
                                   "fetch the file again")
         return entries
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ; `json` alone keeps the last of several and drops the others in silence."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key} stands there twice")
+        values[key] = value
+    return values
 
 
 def _entry(path: Path, name: str, value: Mapping[str, Any], data_start: int) -> TensorEntry:

@@ -108,11 +108,16 @@ class HFDirectory:
                                       "fetch index and shards of one revision")
 
     def _name_tensors(self) -> None:
-        stored = {name: file for file in self._files.values() for name in file.entries}
-        self.prefixed = any(name.startswith(self.family.prefix) for name in stored)
-        self.stored_names, self._where = {}, {}
-        for name, file in stored.items():
+        stored = [(name, file) for file in self._files.values() for name in file.entries]
+        self.prefixed = any(name.startswith(self.family.prefix) for name, _ in stored)
+        self.stored_names = {}
+        self._where: dict[str, SafetensorsFile] = {}
+        for name, file in stored:
             full = self.family.full_name(name, prefixed=self.prefixed)
+            if full in self._where:
+                raise CheckpointError(f"{file.path}: tensor {name} is also in {self._where[full].path.name} (as "
+                                      f"{self.stored_names[full]}), and one of the two would be lost; fetch index and "
+                                      "shards of one revision into an empty directory")
             self.stored_names[full] = name
             self._where[full] = file
         self.carried = tuple(sorted(name for name in self.stored_names if self.family.is_carried(name)))

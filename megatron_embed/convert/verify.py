@@ -1,20 +1,26 @@
 """Is an export the model that was trained? The stock library answers, on real text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_embed.convert.layout import read_json
+from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.safetensors_file import first_line
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.families import model_shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonReport:
     """How close two libraries' vectors of the same texts are; `str()` is the line for the user."""
 
+    library: str
     texts: int
     minimum_cosine: float
     mean_cosine: float
@@ -22,7 +28,7 @@ class ComparisonReport:
     """Largest absolute difference of one component."""
 
     def __str__(self) -> str:
-        return (f"Sentence Transformers gives the same vectors for {self.texts} texts: cosine >= "
+        return (f"{self.library} gives the same vectors for {self.texts} texts: cosine >= "
                 f"{self.minimum_cosine:.6f} (mean {self.mean_cosine:.6f}), largest difference "
                 f"{self.max_difference:.1e}")
 
@@ -42,36 +48,129 @@ def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[st
     Raises:
         CheckpointError: the library cannot load the directory, or a text's cosine is lower (NaN included).
     """
-    their_vectors = _encode(Path(directory), texts, prompt_name, dtype).double()
-    our_vectors = our_vectors.detach().cpu().double()
-    if their_vectors.shape != our_vectors.shape:
-        raise CheckpointError(f"{directory}: Sentence Transformers gives vectors of shape {list(their_vectors.shape)}, "
-                              f"the trained model {list(our_vectors.shape)}; the export must not be used")
-    cosine = torch.nn.functional.cosine_similarity(their_vectors, our_vectors, dim=1)
+    return _compare(directory, "Sentence Transformers", texts, _encode(Path(directory), texts, prompt_name, dtype),
+                    our_vectors, minimum_cosine)
+
+
+def compare_with_transformers(directory: Path, rows: Sequence[Sequence[int]], texts: Sequence[str],
+                              our_vectors: Tensor, *, minimum_cosine: float,
+                              bidirectional: bool = False) -> ComparisonReport:
+    """Load `directory` with Transformers' Auto class for its architecture and compare mean token vectors with ours.
+
+    Args:
+        directory: the export.
+        rows: token ids of each text.
+        texts: what they stand for, for messages.
+        our_vectors: [texts, hidden_size], mean of the last layer's tokens, of the trained model.
+        minimum_cosine: of every single text.
+        bidirectional: a decoder whose tokens attend to the whole text.
+    Raises:
+        CheckpointError: the library cannot load the directory or misses one of its tensors, or a cosine is lower.
+    """
+    try:
+        model = _load_model(directory)
+        vectors = torch.stack([_mean_of_tokens(model, ids, bidirectional) for ids in rows])
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{directory}: Transformers cannot use it ({first_line(error)}); "
+                              "the export must not be used") from error
+    return _compare(directory, "Transformers", texts, vectors, our_vectors, minimum_cosine)
+
+
+def _compare(directory: str | Path, library: str, texts: Sequence[str], theirs: Tensor, ours: Tensor,
+             minimum_cosine: float) -> ComparisonReport:
+    """The report on two [texts, dim] tensors, or a CheckpointError."""
+    theirs, ours = theirs.double(), ours.detach().cpu().double()
+    if theirs.shape != ours.shape:
+        raise CheckpointError(f"{directory}: {library} gives vectors of shape {list(theirs.shape)}, "
+                              f"the trained model {list(ours.shape)}; the export must not be used")
+    cosine = torch.nn.functional.cosine_similarity(theirs, ours, dim=1)
     worst = int(torch.nan_to_num(cosine, nan=-2.0).argmin())
     if not cosine[worst] >= minimum_cosine:
-        raise CheckpointError(f"{directory}: Sentence Transformers' vector of text {worst} ({texts[worst][:40]!r}) has "
+        raise CheckpointError(f"{directory}: {library}' vector of text {worst} ({texts[worst][:40]!r}) has "
                               f"cosine {cosine[worst]:.6f} to the trained model's, below {minimum_cosine}; "
                               "the export must not be used")
-    return ComparisonReport(texts=len(texts), minimum_cosine=float(cosine.min()), mean_cosine=float(cosine.mean()),
-                            max_difference=float((their_vectors - our_vectors).abs().max()))
+    return ComparisonReport(library=library, texts=len(texts), minimum_cosine=float(cosine.min()),
+                            mean_cosine=float(cosine.mean()), max_difference=float((theirs - ours).abs().max()))
 
 
-def _encode(directory: Path, texts: Sequence[str], prompt_name: str | None, dtype: str) -> Tensor:
-    """Vectors of the stock library, [texts, dim] float32."""
-    from sentence_transformers import SentenceTransformer
+def _load_model(directory: Path) -> Any:
+    """The export in Transformers, in its own dtype; every tensor of the backbone must have come from its files."""
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForPreTraining,
+        AutoModelForSequenceClassification,
+    )
+
+    classes = {"ForCausalLM": AutoModelForCausalLM, "ForMaskedLM": AutoModelForMaskedLM,
+               "ForPreTraining": AutoModelForPreTraining,
+               "ForSequenceClassification": AutoModelForSequenceClassification}
+    architecture = (read_json(directory / "config.json").get("architectures") or [""])[0]
+    auto = next((cls for end, cls in classes.items() if architecture.endswith(end)), AutoModel)
+    with _without_bars():
+        model, info = auto.from_pretrained(str(directory), local_files_only=True, dtype="auto",
+                                           output_loading_info=True)
+    family = rules_for(model_shape(directory).family)
+    names = [*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    wrong = [name for name in sorted(names)
+             if not family.is_carried(family.full_name(name, prefixed=name.startswith(family.prefix)))]
+    if wrong:
+        raise CheckpointError(f"{directory}: Transformers' {auto.__name__} does not find, or does not know, {wrong[0]} "
+                              f"({len(wrong)} such); the export must not be used")
+    return model.eval()
+
+
+def _mean_of_tokens(model: Any, ids: Sequence[int], bidirectional: bool) -> Tensor:
+    """[hidden_size] float32: the mean over the tokens of one text, computed alone."""
+    mask = torch.ones(1, len(ids), dtype=torch.int64)
+    if bidirectional:
+        # A mask of four dimensions is taken as it is, zero where a token may look: no option turns off causality.
+        mask = torch.zeros(1, 1, len(ids), len(ids), dtype=model.dtype)
+    with torch.inference_mode():
+        hidden = model.base_model(input_ids=torch.tensor([list(ids)]), attention_mask=mask).last_hidden_state
+    return torch.as_tensor(hidden[0].float().mean(0))
+
+
+def weight_bytes(directory: Path) -> int:
+    """Size of the safetensors files of a directory."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def available_memory() -> int:
+    """Bytes of memory that a process could take now without swapping."""
+    import psutil  # type: ignore[import-untyped]
+
+    return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Transformers' progress bars are off meanwhile."""
     from transformers.utils import logging as transformers_logging
 
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model = SentenceTransformer(str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": dtype})
-        vectors: Tensor = model.encode(list(texts), prompt_name=prompt_name, convert_to_tensor=True,
-                                       show_progress_bar=False)
-    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
-        raise CheckpointError(f"{directory}: Sentence Transformers cannot use it ({first_line(error)}); "
-                              "the export must not be used") from error
+        yield
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _encode(directory: Path, texts: Sequence[str], prompt_name: str | None, dtype: str) -> Tensor:
+    """Vectors of the stock library, [texts, dim] float32."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        with _without_bars():
+            model = SentenceTransformer(str(directory), device="cpu", local_files_only=True,
+                                        model_kwargs={"dtype": dtype})
+            vectors: Tensor = model.encode(list(texts), prompt_name=prompt_name, convert_to_tensor=True,
+                                           show_progress_bar=False)
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        raise CheckpointError(f"{directory}: Sentence Transformers cannot use it ({first_line(error)}); "
+                              "the export must not be used") from error
     return vectors.float()

@@ -148,7 +148,7 @@ def test_an_export_that_differs_leaves_nothing_behind(trained, tmp_path, monkeyp
 
 def export_wrongly(source, destination):
     """With yes and no exchanged in what is written."""
-    import megatron_embed.convert.convert as module
+    import megatron_embed.convert.plan as module
 
     original = module.HeadExport
 

@@ -58,6 +58,21 @@ def add_index(path, change):
     (path / INDEX_FILE).write_text(json.dumps(index))
 
 
+def append(file, data):
+    with file.open("ab") as stream:
+        stream.write(data)
+
+
+def repeat_in_a_second_shard(path):
+    """Two shards of which the second holds one tensor of the first again, as after a download of two revisions."""
+    tensors = tensors_of(path)
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    (path / "model.safetensors").rename(path / first)
+    save_file({"norm.weight": tensors["norm.weight"]}, path / second)
+    weight_map = dict.fromkeys(tensors, first) | {"norm.weight": second}
+    (path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+
+
 REFUSALS = {
     "no directory": (shutil.rmtree, "no such directory"),
     "no config": (lambda path: (path / "config.json").unlink(), "no config.json"),
@@ -89,6 +104,10 @@ REFUSALS = {
                       r"index.json: model-00001-of-00001.safetensors is missing; it holds 35 of 35 tensors"),
     "index names more": (lambda path: add_index(path, lambda index, shard: index["weight_map"].update(more=shard.name)),
                          "more should be in model-00001-of-00001.safetensors but is not"),
+    "tensor in two shards": (lambda path: repeat_in_a_second_shard(path),
+                             r"model-00002-of-00002.safetensors: tensor norm.weight is also in model-00001-of-00002"),
+    "bytes behind the tensors": (lambda path: append(path / "model.safetensors", b"\0" * 8),
+                                 r"model.safetensors: more than its tensors: \d+ bytes, but its header promises \d+"),
     "index without map": (lambda path: add_index(path, lambda index, shard: index.pop("weight_map")),
                           "no usable weight_map"),
     "index leaves the directory": (
@@ -107,6 +126,28 @@ def test_refusals(name, tmp_path):
         HFDirectory(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_a_tensor_under_its_old_and_its_new_name_is_refused(tmp_path):
+    path = save_toy(tmp_path / "model", "BertModel")
+    edit_tensors(path, lambda tensors: tensors.update({
+        "embeddings.LayerNorm.gamma": tensors["embeddings.LayerNorm.weight"].clone()}))
+    with pytest.raises(CheckpointError, match=r"LayerNorm.\w+ is also in .*LayerNorm.\w+.*of the two would be lost"):
+        HFDirectory(path)
+
+
+@pytest.mark.parametrize("header, match", [
+    ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+     '"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}', "a stands there twice"),
+    ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+     '"b": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}}', "b begins at byte .*ends at byte"),
+    ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+     '"b": {"dtype": "F32", "shape": [1], "data_offsets": [12, 16]}}', "b begins at byte .*ends at byte")])
+def test_headers_that_promise_a_byte_twice_or_never_are_refused(header, match, tmp_path):
+    text = header.encode()
+    (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 16)
+    with pytest.raises(CheckpointError, match=match):
+        SafetensorsFile(tmp_path / "x")
 
 
 def test_an_entry_whose_bytes_do_not_fit_its_shape_is_refused(tmp_path):

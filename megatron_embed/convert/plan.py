@@ -1,0 +1,212 @@
+"""What a conversion to Hugging Face writes: the rows of the table, the tensors to come, and a reranker's head."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_embed.convert.ahead import ahead
+from megatron_embed.convert.dcp import DcpReader
+from megatron_embed.convert.family import Family
+from megatron_embed.convert.heads import HeadExport, read_head
+from megatron_embed.convert.layout import CheckpointDirectory, open_carried
+from megatron_embed.convert.safetensors_file import SafetensorsFile, checksum
+from megatron_embed.convert.sharded import Announced, ShardedWriter
+from megatron_embed.convert.source import largest_dtype
+from megatron_embed.convert.transforms import Context, PadVocabulary, Transform, nbytes
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.families import ModelShape
+
+HEAD_KEYS = "model.head."
+"""Beginning of the keys of a reranker's head in a checkpoint."""
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+WRITTEN_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Dtypes that a model can be written in, by their names; null: as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankerFormat:
+    """Which Hugging Face model a reranker's checkpoint becomes."""
+
+    kind: Literal["yes_no", "score"]
+    """Of its head."""
+    classification: bool
+    """*ForSequenceClassification; else *ForCausalLM."""
+    token_ids: tuple[int, int] | None
+    """Of yes and no; null for a score head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of the table for one layer and expert: a parameter of ours, and where a checkpoint keeps it."""
+
+    rule: Transform
+    context: Context
+    key: str
+    index: int | None
+    """Along the first axis of the checkpoint's tensor; null: the parameter is the whole tensor."""
+
+    @property
+    def name(self) -> str:
+        return self.context.name(self.rule.ours)
+
+    @property
+    def count(self) -> int | None:
+        """Length of the checkpoint tensor's axis of experts; null without one."""
+        return None if self.index is None else self.context.shape.num_experts
+
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the checkpoint's tensor, without vocabulary padding."""
+        shape = self.rule.ours_shape(self.context)
+        return shape if self.count is None else (self.count, *shape)
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What was written, as checksums by name."""
+
+    ours: dict[str, bytes]
+    """Of our parameters, without vocabulary padding."""
+    others: dict[str, bytes]
+    """Of the tensors that no row makes, by their names in the files."""
+
+
+class Plan:
+    """The tensors of a Hugging Face directory to come: announced first (a header precedes its data), then written."""
+
+    def __init__(self, reader: DcpReader, rows: list[Row], checkpoint: CheckpointDirectory,
+                 family: Family, carried: SafetensorsFile | None, head: HeadExport | None,
+                 dtype: torch.dtype | None) -> None:
+        info = checkpoint.info
+        self._reader, self._rows, self._carried, self._head = reader, rows, carried, head
+        self._wanted = dtype
+        # A model with a head names its backbone's tensors with the prefix, whatever it was made of.
+        self._prefix = "" if info.prefixed or head is not None else family.prefix
+        self._copies = {embedding: copy for copy, embedding in info.tied_copies.items()
+                        if head is None or head.keeps(copy)}
+        self._passed: dict[str, str] = {}
+        """Tensors that pass through: name to be -> name in the carried file."""
+        for name in () if carried is None else carried.entries:
+            full = family.full_name(name, prefixed=info.prefixed)
+            if head is None or head.keeps(full):
+                self._passed[name if head is None else full] = name
+        self.announced: list[Announced] = []
+        for row in rows:
+            written = self._written_dtype(reader.dtype(row.key))
+            for name, words in zip(row.rule.hf_names(row.context), row.rule.hf_shapes(), strict=True):
+                self.announced += [(stored, written, row.context.sizes(words)) for stored in self._stored(name)]
+        self.dtype = largest_dtype((dtype, nbytes(shape, dtype)) for _, dtype, shape in self.announced)
+        for name, stored in self._passed.items():
+            assert carried is not None
+            entry = carried.entries[stored]
+            self.announced.append((name, self._written_dtype(entry.dtype), entry.shape))
+        if head is not None:
+            self.announced += [(name, self._written_dtype(tensor.dtype), tuple(tensor.shape))
+                               for name, tensor in head.added.items()]
+        self.total_bytes = sum(nbytes(shape, dtype) for _, dtype, shape in self.announced)
+
+    def write(self, directory: Path, max_shard_bytes: int) -> Checksums:
+        """Write everything; gives the checksums of our tensors and of the others, as they were written."""
+        checksums = Checksums({}, {})
+        with ShardedWriter(directory, self.announced, max_shard_bytes) as writer:
+            jobs = [partial(self._read, row) for row in self._rows]
+            for row, (tensor, found) in zip(progress(self._rows, "writing"), ahead(jobs), strict=True):
+                checksums.ours[row.name] = found
+                for name, part in row.rule.to_hf(tensor, row.context).items():
+                    for stored in self._stored(name):
+                        writer.write(stored, part)
+            for name, tensor in self._others():
+                checksums.others[name] = checksum(tensor)
+                writer.write(name, tensor)
+        return checksums
+
+    def _others(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that no row makes, one at a time, as they will be written."""
+        for name, stored in self._passed.items():
+            assert self._carried is not None
+            tensor = self._carried.read(stored)
+            yield name, self._cast(tensor if self._head is None else self._head.edited(name, tensor))
+        if self._head is not None:
+            for name, tensor in self._head.added.items():
+                yield name, self._cast(tensor)
+
+    def _read(self, row: Row) -> tuple[Tensor, bytes]:
+        """One of our parameters as it will be written, and its checksum without vocabulary padding."""
+        tensor = self._cast(self._reader.read(row.key, row.index))
+        return tensor, checksum(tensor[:row.rule.ours_shape(row.context)[0]])
+
+    def _written_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self._wanted if self._wanted is not None and dtype.is_floating_point else dtype
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._written_dtype(tensor.dtype))
+
+    def _stored(self, name: str) -> list[str]:
+        """Names in the file of a full name: its own, and that of a head that repeats it."""
+        return [name.removeprefix(self._prefix), *([self._copies[name]] if name in self._copies else [])]
+
+
+def rows_of(family: Family, shape: ModelShape) -> list[Row]:
+    """Every row of the table with what it must know, in the order of writing."""
+    rows = []
+    for rule, context in family.rows(shape):
+        key, index = family.checkpoint_place(context.name(rule.ours))
+        rows.append(Row(rule=rule, context=context, key=key, index=index))
+    return rows
+
+
+def head_of(reader: DcpReader, checkpoint: CheckpointDirectory, family: Family, shape: ModelShape,
+             reranker: RerankerFormat | None) -> HeadExport | None:
+    """The head of a reranker's checkpoint; null for any other."""
+    if reranker is None:
+        if checkpoint.info.head is not None:
+            raise CheckpointError(f"{checkpoint.path}: is a reranker's checkpoint (head {checkpoint.info.head}); use "
+                                  "--format cross-encoder or --format hf")
+        return None
+    keys = [key for key in reader.keys() if key.startswith(HEAD_KEYS)]  # noqa: SIM118  a reader is no mapping
+    head = {key.removeprefix(HEAD_KEYS): reader.read(key) for key in keys}
+    if not head and reranker.kind == "yes_no" and shape.tie_word_embeddings:
+        assert reranker.token_ids is not None
+        embeddings = reader.read(family.checkpoint_place(WORD_EMBEDDINGS)[0])
+        head = {"weight": embeddings[list(reranker.token_ids)]}
+    if not head:
+        with open_carried(checkpoint) as carried:
+            head = read_head(carried, family.name, reranker.kind, reranker.token_ids, str(checkpoint.path))
+    if "weight" not in head:
+        raise CheckpointError(f"{checkpoint.path}: has no classifier, so it is no reranker yet; train it with task: "
+                              "reranker first")
+    return HeadExport(family.name, reranker.kind, head=head, token_ids=reranker.token_ids,
+                      classification=reranker.classification)
+
+
+def progress(rows: list[Row], what: str) -> Iterable[Row]:
+    """The rows, with a progress bar if someone is watching."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    bar: Iterable[Row] = tqdm(rows, desc=what, unit="tensor", disable=not sys.stderr.isatty())
+    return bar
+
+
+def check_checkpoint(reader: DcpReader, rows: list[Row], directory: Path) -> None:
+    """The checkpoint's model tensors are exactly those of the table, each of the right shape."""
+    keys = set(reader.keys())
+    unnamed = {key for key in keys if key.startswith("model.") and not key.startswith(HEAD_KEYS)}
+    for row in rows:
+        key = row.key
+        if key not in keys:
+            raise CheckpointError(f"{directory}: {key} is missing; a model with num_hidden_layers = "
+                                  f"{row.context.shape.num_layers} (hf/config.json) has it: take another checkpoint")
+        unnamed.discard(key)
+        found, expected = reader.shape(key), row.stored_shape()
+        padded = isinstance(row.rule, PadVocabulary) and len(found) == len(expected) and found[0] > expected[0]
+        if found != expected and not (padded and found[1:] == expected[1:]):
+            raise CheckpointError(f"{directory}: {key} has shape {list(found)}, but hf/config.json says "
+                                  f"{list(expected)}; use the config.json that belongs to this checkpoint")
+    if unnamed:
+        raise CheckpointError(f"{directory}: {min(unnamed)} is unknown to the weight table ({len(unnamed)} such); "
+                              "hf/config.json must be of this model")
