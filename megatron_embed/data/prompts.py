@@ -31,12 +31,17 @@ class TokenizedRows:
     """Texts that were cut to the maximum length."""
 
 
+def has_tokenizer_files(directory: Path) -> bool:
+    """Whether a model directory holds a vocabulary; without one Transformers makes an empty tokenizer, silently."""
+    return any((directory / name).is_file() for name in _VOCABULARY_FILES)
+
+
 def load_tokenizer(model_dir: str) -> Any:
     """The tokenizer of a model directory; never fetched. Raises CheckpointError if there is no usable one."""
     directory = Path(model_dir)
     if not directory.is_dir():
         raise CheckpointError(f"{model_dir}: no such directory; name a model directory with tokenizer files")
-    if not any((directory / name).is_file() for name in _VOCABULARY_FILES):
+    if not has_tokenizer_files(directory):
         raise CheckpointError(f"{model_dir}: no tokenizer files; copy tokenizer.json and tokenizer_config.json of the "
                               "model into it")
     try:
