@@ -8,7 +8,7 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 # One thread per process: a test runs up to eight ranks, and their threads would only fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
 
-.PHONY: env demo lint format test test-all clean
+.PHONY: env demo lint format slurm test test-all clean
 
 env: $(STAMP)
 
@@ -30,10 +30,14 @@ lint: env
 format: env
 	$(VENV)/bin/ruff check --fix .
 
-test: lint
+# What the tests of launch/ need. Debian's packages where this is root with apt-get; elsewhere those tests say so.
+slurm:
+	@tools/local_slurm.sh install
+
+test: lint slurm
 	$(PYTEST)
 
-test-all: lint
+test-all: lint slurm
 	$(PYTEST) -m "slow or not slow"
 
 clean:

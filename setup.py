@@ -54,6 +54,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_embed", "megatron_embed.*"]),
+    package_data={"megatron_embed": ["planning/shapes/*/*/config.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-embed = megatron_embed.__main__:main"]},

@@ -5,13 +5,22 @@ import traceback
 from collections.abc import Sequence
 
 from megatron_embed import __version__
-from megatron_embed.cli import convert, data, doctor, encode, evaluate, merge, mine, train
-from megatron_embed.cli.common import Parser, clear_status, process_rank, setup_logging, write_status
-from megatron_embed.errors import UserError
+from megatron_embed.cli import convert, data, doctor, encode, evaluate, merge, mine, plan, train
+from megatron_embed.cli.common import (
+    PREEMPTED,
+    Parser,
+    clear_status,
+    leaves_status,
+    process_rank,
+    report_lost_rank,
+    setup_logging,
+    write_status,
+)
+from megatron_embed.errors import LostRankError, PreemptedError, UserError
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
 COMMANDS = {"train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
-            "merge": merge, "data": data, "doctor": doctor}
+            "merge": merge, "data": data, "plan": plan, "doctor": doctor}
 
 
 def build_parser() -> Parser:
@@ -29,11 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Bad input is one line on stderr, from rank 0 alone: every rank raises it alike.
     """
-    rank = process_rank()
-    if rank == 0:
+    if leaves_status():
         clear_status()
-    code, message = _run(argv, rank)
-    if rank == 0:
+    code, message = _run(argv, process_rank())
+    if leaves_status():
         write_status(code, message)
     return code
 
@@ -49,6 +57,12 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
         if rank == 0:
             sys.stderr.write(f"megatron-embed: error: {message}\n")
         return 2, message
+    except PreemptedError as stop:
+        return PREEMPTED, str(stop)
+    except LostRankError as error:
+        if error.speaker:
+            report_lost_rank(str(error))
+        return 1, str(error)
     except KeyboardInterrupt:
         return 130, "interrupted"
     except SystemExit as error:

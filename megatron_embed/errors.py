@@ -1,4 +1,4 @@
-"""What a user can get wrong: each error's text names file, line, key, value and the remedy."""
+"""What a user can get wrong: each error's text names file, line, key, value and the remedy. And how else runs end."""
 
 
 class UserError(Exception):
@@ -29,3 +29,16 @@ class TokenlessTextError(UserError, ValueError):
     def __reduce__(self) -> tuple[type["TokenlessTextError"], tuple[int, str, str]]:
         """For the way to another rank."""
         return type(self), (self.row, self.place, self.text)
+
+
+class PreemptedError(Exception):
+    """The run was asked to stop and has saved its state: not a failure. The command line exits with 75."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank of the run is gone, so this one cannot go on; the text names it. Exit code 1."""
+
+    def __init__(self, message: str, *, speaker: bool) -> None:
+        """`speaker`: this rank is the one that prints the message."""
+        self.speaker = speaker
+        super().__init__(message)

@@ -21,10 +21,11 @@ MAY_IMPORT = {
     "checkpoint": {"config", "parallel", "models", "platform"},
     "evaluation": {"config", "parallel", "data", "models"},
     "mining": {"config", "parallel", "data", "evaluation"},
+    "planning": {"config", "models"},
     "training": {"config", "parallel", "platform", "data", "models", "losses", "checkpoint"},
     "cli": {
         "config", "platform", "parallel", "data", "models", "losses", "convert", "checkpoint", "evaluation", "training",
-        "mining",
+        "mining", "planning",
     },
 }
 EVERYONE = {"errors", "batch", "__version__"}
@@ -40,12 +41,13 @@ THIRD_PARTY = {
     "checkpoint": {"torch", "numpy"},
     "evaluation": {"torch", "numpy", "pytrec_eval", "scipy", "tqdm", "mteb"},
     "mining": {"torch", "numpy", "bm25s", "tqdm"},
+    "planning": set(),
     "training": {"torch", "numpy", "tensorboard", "tqdm"},
     "cli": {"torch", "numpy", "huggingface_hub", "tqdm"},
 }
 
 OPEN_WITHOUT_MEGATRON = ("errors", "batch", "config", "data", "losses", "convert.rules", "convert.transforms",
-                         "models.families")
+                         "models.families", "planning")
 
 GETATTR_CEILING = 13
 """Calls of getattr and hasattr in the package. Lower it when one goes; raising it needs a reason in the commit."""

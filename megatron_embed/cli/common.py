@@ -13,6 +13,8 @@ from megatron_embed.errors import UserError
 logger = logging.getLogger(__name__)
 
 STATUS_FILE_VARIABLE = "MEGATRON_EMBED_STATUS_FILE"
+PREEMPTED = 75
+"""Exit code of a run that was asked to stop and has saved its state (EX_TEMPFAIL): start it again, and it goes on."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,6 +27,11 @@ class Parser(argparse.ArgumentParser):
 def process_rank() -> int:
     """Rank of this process from torchrun's variables, else srun's, else 0; known before any library is loaded."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def leaves_status() -> bool:
+    """Whether this process leaves the status file of its node: the first rank on it."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or process_rank()) == 0
 
 
 def setup_logging(rank: int) -> None:
@@ -58,12 +65,21 @@ def write_status(exit_code: int, message: str) -> None:
     name = os.environ.get(STATUS_FILE_VARIABLE)
     if not name:
         return
-    unfinished = Path(f"{name}.tmp")
+    unfinished = Path(f"{name}.{process_rank()}.tmp")  # nodes may share the directory
     try:
         unfinished.write_text(json.dumps({"exit_code": exit_code, "message": message}) + "\n", encoding="utf-8")
         unfinished.replace(name)
     except OSError as error:
         logger.warning("%s = %r: cannot write the status: %s", STATUS_FILE_VARIABLE, name, error.strerror)
+
+
+def report_lost_rank(message: str) -> None:
+    """One line on stderr, from the rank that speaks for all; it leaves the status too where it is another's task,
+    who may be gone."""
+    sys.stderr.write(f"megatron-embed: error: {message}\n")
+    sys.stderr.flush()
+    if not leaves_status():
+        write_status(1, message)
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:

@@ -1,20 +1,115 @@
-"""`doctor`"""
+"""`doctor`, and `doctor --config CONFIG.yaml --ranks N`"""
 
 import argparse
+import os
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
 
-from megatron_embed.cli.common import write_output
+from megatron_embed.cli.common import add_overrides, positive_int, write_output
+from megatron_embed.errors import ConfigError, UserError
 
-HELP = "versions and backends of this machine, what is missing and how to get it"
+if TYPE_CHECKING:
+    from megatron_embed.config.schema import RunConfig
+    from megatron_embed.platform.doctor import Finding
+
+HELP = "versions and backends of this machine, what is missing and how to get it; with --config: can a run start here"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    parser.add_argument("--config", metavar="CONFIG.yaml",
+                        help="check instead what this run needs: layout, GPUs, output directories, free disk")
+    parser.add_argument("--ranks", type=positive_int, metavar="N", default=1, help="ranks of the run; default: 1")
+    parser.add_argument("--ranks-per-node", type=positive_int, metavar="N", help="default: --ranks")
+    parser.add_argument("--min-free-gib", type=positive_int, metavar="GIB", default=1,
+                        help="free space that the output directories must have; default: 1")
+    add_overrides(parser, "", "section.key=value")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what was found; 0 if training can run here, else 1."""
     from megatron_embed.platform.doctor import examine, report
 
-    findings = examine()
+    if args.config is None:
+        if args.overrides:
+            raise UserError(f"{args.overrides[0]} is a setting of a configuration; name one with --config")
+        findings = examine()
+    else:
+        from megatron_embed.config.load import load_config
+
+        findings = examine_run(load_config(args.config, args.overrides), args)
     write_output(report(findings))
     return 1 if any(finding.remedy for finding in findings) else 0
+
+
+def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Finding]":
+    """Whether this run can start here. Quick: every node of a job asks it, and no library is loaded if all is well."""
+    directories = {"checkpoint.directory": config.checkpoint.directory, "logging.directory": config.logging.directory}
+    return [_layout(config, args.ranks), _devices(args.ranks_per_node or args.ranks),
+            *(_directory(key, directory, args.min_free_gib) for key, directory in directories.items()
+              if directory is not None)]
+
+
+def _layout(config: "RunConfig", ranks: int) -> "Finding":
+    from megatron_embed.planning.layouts import check_possible, describe
+    from megatron_embed.planning.memory import grid_of
+    from megatron_embed.planning.shapes import find_shape
+    from megatron_embed.platform.doctor import Finding
+
+    shape = find_shape(config.model.path)
+    try:
+        check_possible(config, shape, ranks)
+    except ConfigError:
+        from megatron_embed.cli.plan import explain_impossible
+
+        try:
+            explain_impossible(config, shape, ranks)
+        except ConfigError as better:
+            error = better
+        return Finding(name="layout", value=f"does not fit {ranks} ranks", remedy=str(error))
+    return Finding(name="layout", value=f"{ranks} ranks, {describe(config.parallel)}; {grid_of(config, ranks).dp} of "
+                   "them data-parallel", note="" if shape else "the model is not here: not compared with its shape")
+
+
+def _devices(ranks_per_node: int) -> "Finding":
+    from megatron_embed.platform.doctor import Finding
+
+    there, promised = visible_gpus(), int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    value = f"{there} GPUs for {ranks_per_node} ranks on this node"
+    if there and there < ranks_per_node:
+        return Finding(name="devices", value=value, remedy=f"start {there} ranks per node, one per GPU, or ask for "
+                       f"{ranks_per_node} GPUs")
+    if promised > there:
+        return Finding(name="devices", value=value, remedy=f"Slurm gave this node {promised} GPUs and the driver lists "
+                       f"{there}: look at nvidia-smi")
+    return Finding(name="devices", value=value, note="" if there else "CPU ranks")
+
+
+def visible_gpus() -> int:
+    """GPUs that the driver lists, less those that CUDA_VISIBLE_DEVICES hides."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return 0
+    listed = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, check=False).stdout
+    there = sum(line.startswith("GPU ") for line in listed.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return there if visible is None else min(there, sum(bool(name.strip()) for name in visible.split(",")))
+
+
+def _directory(key: str, directory: str, min_free_gib: int) -> "Finding":
+    from megatron_embed.platform.doctor import Finding
+
+    try:
+        os.makedirs(directory, exist_ok=True)
+        probe = os.path.join(directory, f".doctor-{os.uname().nodename}-{os.getpid()}")
+        with open(probe, "w", encoding="utf-8"):
+            os.remove(probe)
+    except OSError as error:
+        return Finding(name=key, value=directory, remedy=f"{key} = {directory!r}: cannot be written "
+                       f"({error.strerror}); choose a directory that can")
+    free = shutil.disk_usage(directory).free / 2**30
+    value = f"{directory}, {free:.0f} GiB free"
+    if free < min_free_gib:
+        return Finding(name=key, value=value, remedy=f"less than {min_free_gib} GiB are free; make room, or choose "
+                       "another disk")
+    return Finding(name=key, value=value)

@@ -172,7 +172,11 @@ def check_widths(config: RunConfig, model: ModelDirectory) -> None:
 
 
 def check_outputs(config: RunConfig) -> None:
-    """Checkpoints and metrics can be written."""
+    """Checkpoints and metrics can be written, and there are checkpoints where the run must leave one."""
+    minutes = config.training.exit_duration_minutes
+    if minutes is not None and config.checkpoint.directory is None:
+        raise ConfigError(f"training.exit_duration_minutes = {minutes:g}: there would be nothing to go on from; set "
+                          "checkpoint.directory")
     for key, directory in output_directories(config).items():
         require_writable(key, directory)
 

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; 0 when the last step is done."""
+    """Train; 0 when the last step is done. A PreemptedError ends the command with exit code 75."""
     from megatron_embed.config.load import load_with_places
 
     config, place_of = load_with_places(args.config, args.overrides)  # Refused before the libraries are loaded.

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from megatron_embed.checkpoint.files import remove_unfinished
 from megatron_embed.checkpoint.lock import sole_writer
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, on_rank_0, save_checkpoint
+from megatron_embed.cli.common import leaves_status, report_lost_rank, write_status
 from megatron_embed.cli.export import write_settings
 from megatron_embed.cli.inputs import Inputs, log_directory, output_directories, read_inputs
 from megatron_embed.cli.model import adapters_of, blaming, load_model_chunks
@@ -25,13 +27,16 @@ from megatron_embed.data.records import validation_shares
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
 from megatron_embed.models.reranker_settings import RERANKER_FILE, write_reranker_settings
 from megatron_embed.parallel.collectives import raise_first, smallest
+from megatron_embed.parallel.liveness import watched
 from megatron_embed.parallel.topology import Topology, initialize
 from megatron_embed.training.build import build_objective
 from megatron_embed.training.grad_cache import GradCache
+from megatron_embed.training.health import Health
 from megatron_embed.training.loop import Hooks, train
 from megatron_embed.training.metrics import MetricsWriter
 from megatron_embed.training.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_embed.training.step import Trainer
+from megatron_embed.training.stopping import StopRequest
 from megatron_embed.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -40,9 +45,31 @@ def run_training(config: RunConfig) -> dict[str, float]:
     """A whole run, resumed if `checkpoint.directory` holds a checkpoint. Returns the last step's metrics.
 
     Empty where there was no step left; a run that is complete, its export included, touches nothing.
+
+    Raises:
+        PreemptedError: a signal or the time budget ended the run, once its state was saved.
+        LostRankError: another rank is gone.
     """
-    inputs = read_inputs(config)
-    topology = initialize(config.parallel)
+    stop = StopRequest(config.training.exit_duration_minutes)
+    # Without checkpoints there is nothing to save: a signal then ends the process as it ends any other.
+    with contextlib.nullcontext() if config.checkpoint.directory is None else stop.listening():
+        inputs = read_inputs(config)
+        topology = initialize(config.parallel)
+        with watched(topology, leave_at_once):
+            return guarded_run(config, inputs, topology, stop)
+
+
+def leave_at_once(message: str, speaker: bool) -> None:
+    """Ends a process whose main thread waits for a rank that is gone."""
+    if speaker:
+        report_lost_rank(message)
+    if leaves_status():
+        write_status(1, message)
+    os._exit(1)
+
+
+def guarded_run(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopRequest) -> dict[str, float]:
+    """The run, unless it is complete, as the sole writer of its directories."""
     if smallest(int(inputs.nothing_left(config))):  # Agreed: the disk may answer one rank sooner than another.
         logger.info("%s has %d steps of %d: the run is complete%s; nothing to do", inputs.standing.checkpoint,
                     inputs.standing.steps, inputs.train_steps,
@@ -52,10 +79,10 @@ def run_training(config: RunConfig) -> dict[str, float]:
         for key, directory in output_directories(config).items():
             locks.enter_context(sole_writer(key, directory))
         raise_first(moved_on(config, inputs.standing))
-        return carry_out(config, inputs, topology)
+        return carry_out(config, inputs, topology, stop)
 
 
-def carry_out(config: RunConfig, inputs: Inputs, topology: Topology) -> dict[str, float]:
+def carry_out(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopRequest) -> dict[str, float]:
     """The run itself, from the newest checkpoint on. Called by all ranks; returns the last step's metrics."""
     models = load_models(config, inputs, topology)
     wrapped = wrap_in_ddp(models, config, topology)
@@ -80,11 +107,14 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology) -> dict[str
     hooks = Hooks(load_batch=task.loader.batch,
                   agree=None if config.training.micro_batch_tokens is None else task.agree,
                   evaluate=evaluation_of(config, inputs, topology, gradients, task),
-                  save=save if config.checkpoint.directory is not None else None)
+                  save=save if config.checkpoint.directory is not None else None, stop=stop)
+    health = Health(config, functools.partial(sources_of_step, inputs), log_directory(config),
+                    active=topology.rank == 0)
     for model in models:
         model.train()
     with task.loader:
-        metrics = train(config, trainer, hooks, writer, topology, first_step=first_step, train_steps=inputs.train_steps)
+        metrics = train(config, trainer, hooks, writer, topology, health, first_step=first_step,
+                        train_steps=inputs.train_steps)
     if config.checkpoint.export_at_end is not None:
         task.export(max(first_step, inputs.train_steps))
     return metrics
@@ -123,6 +153,11 @@ def has_dropout(config: RunConfig) -> bool:
     """Whether anything in the model draws random numbers in a step."""
     training = config.training
     return training.hidden_dropout > 0 or training.attention_dropout > 0 or config.lora.dropout > 0
+
+
+def sources_of_step(inputs: Inputs, step: int) -> list[str]:
+    """FILE:LINE of every row of a step, from 0."""
+    return [inputs.records[row].source for row in inputs.sampler.rows_of_step(step)]
 
 
 def resume(standing: Standing, state: TrainingState) -> int:

@@ -203,6 +203,12 @@ class TrainingConfig:
     attention_dropout: float = 0.0
     moe_aux_loss_coefficient: float = 1.0e-3
     """Weight of the load-balancing loss of a mixture of experts, per micro-batch; 0 is off."""
+    exit_duration_minutes: float | None = None
+    """Minutes from its start after which a run saves and ends with exit code 75, to be started again; null: no limit. A
+    batch system's time limit less what a step and a checkpoint take."""
+    max_skipped_steps: int = 10
+    """Steps in a row without a finite loss and gradient: each leaves the parameters as they were and is counted; one
+    more ends the run. 0: the first one does."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, selective (core attention), full (every layer)."""
     seed: int = 1234
@@ -211,7 +217,7 @@ class TrainingConfig:
         for key in ("global_batch_size", "micro_batch_size"):
             require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "must be >= 1")
         for key in ("min_learning_rate", "warmup_steps", "weight_decay", "clip_grad", "moe_aux_loss_coefficient",
-                    "seed"):
+                    "max_skipped_steps", "seed"):
             require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "must be >= 0")
         require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "must be > 0")
         require(self.min_learning_rate <= self.learning_rate, "training.min_learning_rate", self.min_learning_rate,
@@ -223,6 +229,8 @@ class TrainingConfig:
                  self.micro_batch_tokens, "must be >= 1 or null")
         require(self.train_steps is None or self.train_steps >= 1, "training.train_steps", self.train_steps,
                  "must be >= 1 or null")
+        require(self.exit_duration_minutes is None or self.exit_duration_minutes > 0, "training.exit_duration_minutes",
+                self.exit_duration_minutes, "must be > 0 or null")
         require(self.epochs is None or self.epochs > 0, "training.epochs", self.epochs, "must be > 0 or null")
         require(self.train_steps is None or self.epochs is None, "training.epochs", self.epochs,
                  f"training.train_steps = {self.train_steps} is set too; keep one of them")
@@ -303,9 +311,13 @@ class LoggingConfig:
     every_steps: int = 10
     """Optimizer steps between log lines, > 0."""
     tensorboard: bool = True
+    spike_deviations: float = 8.0
+    """A loss or gradient norm so many standard deviations above the mean of the last 100 steps is reported with the
+    files and lines of the step's rows; 0 is off."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, "logging.every_steps", self.every_steps, "must be >= 1")
+        require(self.spike_deviations >= 0, "logging.spike_deviations", self.spike_deviations, "must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)

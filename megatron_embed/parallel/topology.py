@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
-from megatron_embed.errors import ConfigError
+from megatron_embed.errors import ConfigError, LostRankError
 from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, parallel_state
 
 
@@ -22,6 +22,9 @@ class Topology:
     groups: ProcessGroupCollection
     device: torch.device
     sizes: ParallelConfig
+    rendezvous: tuple[str, int] | None = None
+    """Host and port of the run's key-value store; null for one rank, or where someone else started the process
+    group."""
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
@@ -116,18 +119,27 @@ def _first_slurm_host(nodelist: str) -> str:
     return match.group(1) + (match.group(2) or "")
 
 
-def _init_process_group(rank: int, world_size: int, timeout: datetime.timedelta) -> None:
+def _init_process_group(rank: int, world_size: int, timeout: datetime.timedelta) -> tuple[str, int] | None:
+    """Starts it. Returns host and port of its store, null for one rank."""
     backend = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo"
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
+        return None
     env = os.environ
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = _first_slurm_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
     if "MASTER_PORT" not in env:
         # Jobs that share a node must not share a port; ids that follow each other get ports far apart.
         env["MASTER_PORT"] = str(20000 + int(env.get("SLURM_JOB_ID", 0)) * 7 % 20000)
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LostRankError(f"not all of {world_size} ranks met at {host}:{port} within parallel.timeout_seconds = "
+                            f"{timeout.seconds} ({reason}); look at the logs of the ranks that did not start",
+                            speaker=rank == 0) from error
+    return host, port
 
 
 def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
@@ -219,8 +231,9 @@ def initialize(sizes: ParallelConfig) -> Topology:
     if HAS_CUDA:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    rendezvous = None
     if not dist.is_initialized():
-        _init_process_group(rank, world_size, datetime.timedelta(seconds=sizes.timeout_seconds))
+        rendezvous = _init_process_group(rank, world_size, datetime.timedelta(seconds=sizes.timeout_seconds))
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -233,7 +246,8 @@ def initialize(sizes: ParallelConfig) -> Topology:
         distributed_timeout_minutes=max(1, sizes.timeout_seconds // 60),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Topology(rank=rank, world_size=world_size, groups=groups, device=device, sizes=sizes)
+    return Topology(rank=rank, world_size=world_size, groups=groups, device=device, sizes=sizes,
+                    rendezvous=rendezvous)
 
 
 def shutdown() -> None:

@@ -1,7 +1,5 @@
 """The loop around the step: clocks, logs, evaluations, checkpoints."""
 
-import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +9,14 @@ import torch.distributed as dist
 
 from megatron_embed.batch import StepBatch
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.errors import ConfigError, UserError
-from megatron_embed.parallel.collectives import raise_first, sum_over
+from megatron_embed.errors import PreemptedError, UserError
+from megatron_embed.parallel.collectives import largest, raise_first, sum_over
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.heap import HeapWatch
+from megatron_embed.training.health import Health
 from megatron_embed.training.metrics import MetricsWriter
 from megatron_embed.training.step import Trainer, seed_step, train_step
-
-logger = logging.getLogger(__name__)
+from megatron_embed.training.stopping import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +31,8 @@ class Hooks:
     """Gives all data-parallel ranks as many micro-batches, of one size; null where they have as many."""
     save: Callable[[int, bool], None] | None
     """(steps done, whether it is the last) -> writes a checkpoint."""
+    stop: StopRequest
+    """Whether this rank wants to stop early; ranks may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,16 @@ class Loaded:
     """The same, padding included."""
     truncated_fraction: float
     """Share of the step's texts that were cut to their role's length."""
+    signalled: bool
+    """Whether some rank was told to stop."""
+    time_is_up: bool
+    """Whether some rank has spent its time."""
 
 
 def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | None = None) -> Loaded:
     """The batch of a step, or on every rank the error of the lowest rank that has none.
 
-    One all-reduce of five numbers over the world; an error alone costs another collective. The world and not the
+    One all-reduce of seven numbers over the world; an error alone costs another collective. The world and not the
     data-parallel group: a file may change between two twins that read the same rows.
 
     `error`: what this rank alone has met since the last step.
@@ -65,8 +69,10 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | 
     real = sum(micro.num_tokens for micro in micro_batches)
     padded = sum(micro.token_ids.numel() for micro in micro_batches)
     texts, cut = sum(micro.num_sequences for micro in micro_batches), 0 if batch is None else batch.num_truncated
-    counts = torch.tensor([real, padded, texts, cut, error is not None], dtype=torch.float64, device=topology.device)
-    real_sum, padded_sum, texts_sum, cut_sum, failed = sum_over(counts, dist.group.WORLD).tolist()
+    counts = torch.tensor([real, padded, texts, cut, hooks.stop.signalled, hooks.stop.time_is_up, error is not None],
+                          dtype=torch.float64, device=topology.device)
+    real_sum, padded_sum, texts_sum, cut_sum, signalled, time_is_up, failed = sum_over(
+        counts, dist.group.WORLD).tolist()
     if failed:
         raise_first(error)
     assert batch is not None
@@ -75,23 +81,28 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | 
         batch = hooks.agree(batch)
         padded_sum = sum(micro.token_ids.numel() for micro in batch.micro_batches) * topology.world_size
     return Loaded(batch=batch, tokens=real_sum / twins, padded_tokens=padded_sum / twins,
-                  truncated_fraction=cut_sum / texts_sum)
+                  truncated_fraction=cut_sum / texts_sum, signalled=signalled > 0, time_is_up=time_is_up > 0)
 
 
-def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWriter, topology: Topology, *,
-          first_step: int, train_steps: int) -> dict[str, float]:
-    """Optimizer steps first_step .. train_steps - 1. Returns the last step's metrics (empty if there was none)."""
+def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWriter, topology: Topology,
+          health: Health, *, first_step: int, train_steps: int) -> dict[str, float]:
+    """Optimizer steps first_step .. train_steps - 1. Returns the last step's metrics (empty if there was none).
+
+    Raises:
+        PreemptedError: on every rank, once the step under way is done and saved, if some rank was asked to stop.
+        ConfigError: losses that are not finite, see Health.
+    """
     metrics: dict[str, float] = {}
-    heap = HeapWatch()
+    heap, saved, logged_skips = HeapWatch(), first_step, 0
     for step in range(first_step, train_steps):
         start = time.perf_counter()
         loaded = load_agreed(hooks, step, topology, writer.error)
+        # At least one step per start: a run whose time is always up too early would be started again for ever.
+        if loaded.signalled or (loaded.time_is_up and step > first_step):
+            leave_early(hooks, writer, step, saved)
         seed_step(config.training.seed, step, topology)
         metrics = train_step(loaded.batch, trainer)
-        if not math.isfinite(metrics["loss"]):
-            raise ConfigError(f"training.learning_rate = {config.training.learning_rate}: the loss became "
-                              f"{metrics['loss']} in step {step + 1}; lower it, raise warmup_steps, or look at the "
-                              "rows of that step")
+        health.after_step(step, metrics, skipped=bool(metrics.pop("skipped")))
         done, last = step + 1, step + 1 == train_steps
         seconds = time.perf_counter() - start
         if loaded.batch.data_set is not None:
@@ -100,12 +111,32 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
         metrics |= {"tokens_per_second": loaded.tokens / seconds,
                     "padding_fraction": 1.0 - loaded.tokens / loaded.padded_tokens, "step_seconds": seconds,
                     "truncated_fraction": loaded.truncated_fraction}
-        writer.step(done, metrics, log=done % config.logging.every_steps == 0 or last)
-        if hooks.evaluate is not None and (done % config.evaluation.every_steps == 0 or last):
+        log = done % config.logging.every_steps == 0 or last
+        writer.step(done, {**metrics, "skipped_steps": health.skipped - logged_skips}, log=log)
+        logged_skips = health.skipped if log else logged_skips
+        if hooks.evaluate is not None and evaluation_due(config, hooks, done, last):
             writer.evaluation(done, {f"eval/{name}": value for name, value in hooks.evaluate().items()})
         if hooks.save is not None and (done % config.checkpoint.save_every_steps == 0 or last):
             hooks.save(done, last)
+            saved = done
         heap.after_step()
     writer.close()
     raise_first(writer.error)
     return metrics
+
+
+def evaluation_due(config: RunConfig, hooks: Hooks, done: int, last: bool) -> bool:
+    """Whether to evaluate after so many steps: not if some rank is about to stop. Then one more small all-reduce."""
+    if last or done % config.evaluation.every_steps:
+        return last
+    return not largest(int(hooks.stop.signalled or hooks.stop.time_is_up), dist.group.WORLD)
+
+
+def leave_early(hooks: Hooks, writer: MetricsWriter, done: int, saved: int) -> None:
+    """Saves after `done` steps, unless that was `saved` last, and raises PreemptedError. Called by all ranks."""
+    if hooks.save is not None and done != saved:
+        hooks.save(done, False)
+    writer.close()
+    raise_first(writer.error)
+    raise PreemptedError(f"stopped after {done} steps ({hooks.stop.reason()}), saved; "
+                         "start the run again and it goes on")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +79,9 @@ class MetricsWriter:
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         with self._noting_errors():
             if self.file is not None:
-                self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+                # JSON has no NaN.
+                known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+                self.file.write(json.dumps({"step": step, **known}) + "\n")
                 self.file.flush()
             if self.board is not None:
                 for name, value in metrics.items():

@@ -1,5 +1,6 @@
 """AdamW over Megatron's DistributedDataParallel buffers, and the learning-rate schedule."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,6 +95,22 @@ def build_optimizer(config: RunConfig, wrapped: Sequence[torch.nn.Module], topol
         # Infinity instead of Megatron's 0: the norm is still computed, for the log, and nothing is clipped.
         clip_grad=training.clip_grad or float("inf"), use_distributed_optimizer=config.optimizer.distributed)
     return get_megatron_optimizer(settings, list(wrapped), use_gloo_process_groups=True, pg_collection=None)
+
+
+def update(optimizer: MegatronOptimizer, loss: float) -> tuple[float, bool]:
+    """One optimizer step, unless the loss or the gradient is not finite: then parameters and moments stay as they are.
+
+    Returns:
+        (norm of the whole model's gradient before clipping, whether there was a step). Equal on all ranks.
+    """
+    if not math.isfinite(loss):
+        return math.nan, False
+    # Megatron computes the norm again in `step`; without loss scaling it has no way to be told of it, or to stop there.
+    optimizer.prepare_grads()
+    if not math.isfinite(optimizer.get_grad_norm()):
+        return math.inf, False
+    _, grad_norm, _ = optimizer.step()
+    return float(grad_norm), True
 
 
 def build_scheduler(optimizer: MegatronOptimizer, training: TrainingConfig,

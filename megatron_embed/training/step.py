@@ -10,6 +10,7 @@ from megatron_embed.batch import StepBatch
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, model_parallel_cuda_manual_seed
 from megatron_embed.training.grad_cache import GradCache
+from megatron_embed.training.optimizer import update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +36,16 @@ def train_step(batch: StepBatch, trainer: Trainer) -> dict[str, float]:
     """One optimizer step over `global_batch_size` queries, every document of which is a candidate for every query.
 
     Returns:
-        Means over the global batch (losses/info_nce.py), `grad_norm` of the whole model before clipping, and the
-        `learning_rate` used. Equal on all ranks.
+        Means over the global batch (losses/info_nce.py), `grad_norm` of the whole model before clipping, the
+        `learning_rate` used, and `skipped`: 1 if loss or gradient was not finite and nothing was updated, else 0.
+        Equal on all ranks.
     """
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     sums = trainer.gradients(batch)                                  # both passes; reduced over all ranks
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
-    _, grad_norm, _ = trainer.optimizer.step()                       # clip, update, gather updated parameters
-    trainer.scheduler.step(increment=1)
-    return {**sums.metrics(), "grad_norm": float(grad_norm), "learning_rate": learning_rate}
+    metrics = sums.metrics()
+    grad_norm, updated = update(trainer.optimizer, metrics["loss"])  # clip, update, gather updated parameters
+    trainer.scheduler.step(increment=1)                              # a function of the step, skipped or not
+    return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": float(not updated)}

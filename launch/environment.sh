@@ -1,0 +1,37 @@
+# Sourced by every launch script: settings of a run's processes that are no hyper-parameters. What the environment
+# already says stays as it is. All of them are harmless on CPU ranks.
+# shellcheck shell=bash
+
+# Megatron orders tensor-parallel communication and compute by CUDA's submission order.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+# Packed bins of ever new sizes fragment the caching allocator: without it a 70B run that fits runs out of memory.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+# A collective that fails ends the process instead of hanging it.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+# Otherwise tensors used by NCCL's streams are freed late, and memory grows.
+export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
+# NVLink SHARP takes memory on every GPU of a node and brings nothing to messages of a few MB.
+export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"
+# On a link that flaps: about 2 s instead of 0.5 s before a retransmission gives up.
+export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-19}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+export PYTHONUNBUFFERED=1
+
+LAUNCH_VARIABLES=(CUDA_DEVICE_MAX_CONNECTIONS PYTORCH_CUDA_ALLOC_CONF TORCH_NCCL_ASYNC_ERROR_HANDLING
+    TORCH_NCCL_AVOID_RECORD_STREAMS NCCL_NVLS_ENABLE NCCL_IB_TIMEOUT OMP_NUM_THREADS TOKENIZERS_PARALLELISM
+    PYTHONUNBUFFERED)
+
+# Prints NAME=VALUE of every variable that these scripts set.
+print_environment() {
+    local name
+    for name in "${LAUNCH_VARIABLES[@]}"; do
+        printf 'export %s=%q\n' "$name" "${!name}"
+    done
+}
+
+# Prints a command so that it can be pasted into a shell.
+print_command() {
+    printf '%q ' "$@"
+    printf '\n'
+}

@@ -1,0 +1,100 @@
+# Sourced by the .sbatch files: what a job does, from its checks to its end. Srun-native: one task per GPU, which finds
+# rank and world size in SLURM_*; torchrun would kill the ranks 30 seconds after the batch system's SIGTERM.
+# shellcheck shell=bash
+
+# shellcheck source=launch/environment.sh
+source "$HOME_OF_REPOSITORY/launch/environment.sh"
+
+# Settings of the job; give them before `sbatch`, e.g. RUN_DIR=runs/a CONTAINER_IMAGE=nvcr.io#nvidia/pytorch:25.10-py3
+PYTHON=${PYTHON:-python}
+RUN_DIR=${RUN_DIR:-runs/${SLURM_JOB_NAME:-megatron-embed}} # checkpoints, metrics, DONE
+CONTAINER_IMAGE=${CONTAINER_IMAGE:-}                         # pyxis/enroot; empty: bare nodes
+CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-$PWD:$PWD}
+MAX_RESTARTS=${MAX_RESTARTS:-100} # a job is requeued at most so often
+MIN_FREE_GIB=${MIN_FREE_GIB:-10}  # on the disk of RUN_DIR; three checkpoints of a model take 42 bytes a parameter
+
+# Runs the job: run_job [--dry-run] CONFIG.yaml [section.key=value ...]. Its exit code is the job's.
+run_job() {
+    local dry_run=false
+    if [[ ${1:-} == --dry-run ]]; then
+        dry_run=true
+        shift
+        SLURM_NTASKS=${SLURM_NTASKS:-$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$0")}
+    fi
+    if (($# == 0)); then
+        echo "CONFIG.yaml is missing: sbatch $0 CONFIG.yaml [section.key=value ...]" >&2
+        return 2
+    fi
+    # The first node's name; jobs that share a node must not share a port, nor may one and its successor.
+    if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]]; then
+        read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    fi
+    export MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE} MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} * 7 % 20000))}
+    # Compiled kernels: local, a shared file system is no place for them.
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -un)}
+    LAUNCH_VARIABLES+=(MASTER_ADDR MASTER_PORT TRITON_CACHE_DIR)
+    local container=()
+    if [[ -n $CONTAINER_IMAGE ]]; then
+        container=(--container-image "$CONTAINER_IMAGE" --container-mounts "$CONTAINER_MOUNTS" --container-workdir "$PWD"
+            --no-container-mount-home)
+    fi
+    local once_per_node=(srun --ntasks-per-node=1 --ntasks="${SLURM_NNODES:-1}" "${container[@]}")
+    local check=("${once_per_node[@]}" "$PYTHON" -m megatron_embed doctor --config "$1" --ranks "${SLURM_NTASKS:-1}"
+        --ranks-per-node "$((${SLURM_NTASKS:-1} / ${SLURM_NNODES:-1}))" --min-free-gib "$MIN_FREE_GIB"
+        "checkpoint.directory=$RUN_DIR" "${@:2}")
+    # --kill-on-bad-exit=0: ranks that have saved end one after the other with 75; the first must not kill the others.
+    # One that crashes ends the others too: they notice within parallel.timeout_seconds.
+    local train=(srun --kill-on-bad-exit=0 "${container[@]}" "$PYTHON" -m megatron_embed train "$1"
+        "checkpoint.directory=$RUN_DIR" "${@:2}")
+    if $dry_run; then
+        grep '^#SBATCH' "$0"
+        print_environment
+        print_command "${check[@]}"
+        print_command "${train[@]}"
+        return 0
+    fi
+    if [[ -e $RUN_DIR/DONE ]]; then
+        echo "$RUN_DIR/DONE is there: the run is complete; remove it to go on with more steps"
+        return 0
+    fi
+    echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start number $((${SLURM_RESTART_COUNT:-0} + 1)), $(date --iso-8601=seconds)"
+    "${check[@]}" || return
+    # Slurm's signals are for the ranks, which save and end. The shell and srun must live until then: the SIGTERM of a
+    # requeue reaches them as well, and an srun that takes it kills its tasks.
+    trap '' TERM USR1
+    mkdir -p "$RUN_DIR"
+    export MEGATRON_EMBED_STATUS_FILE=$RUN_DIR/.status
+    rm -f "$MEGATRON_EMBED_STATUS_FILE"
+    local code=0
+    "${train[@]}" || code=$?
+    # An srun that gave up waiting for a step that Slurm killed says 0: only the ranks' own word makes a run complete.
+    if ((code == 0)) && ! grep -qs '"exit_code": 0' "$MEGATRON_EMBED_STATUS_FILE"; then
+        echo "srun ended with 0, but the ranks did not say that they ended well" >&2
+        code=1
+    fi
+    finish "$code"
+}
+
+# What follows from the ranks' exit code.
+finish() {
+    case $1 in
+        0)
+            date --iso-8601=seconds >"$RUN_DIR/DONE"
+            echo "the run is complete"
+            ;;
+        75)
+            if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
+                echo "saved, and not requeued again: MAX_RESTARTS = $MAX_RESTARTS" >&2
+                return 75
+            fi
+            echo "saved; requeueing job $SLURM_JOB_ID"
+            # Fails if Slurm is requeueing the job already.
+            scontrol requeue "$SLURM_JOB_ID" || true
+            return 75
+            ;;
+        *)
+            echo "the run failed with exit code $1" >&2
+            return "$1"
+            ;;
+    esac
+}

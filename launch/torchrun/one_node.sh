@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# A run on all GPUs of this machine (or --nproc-per-node ranks of it):
+#
+#   launch/torchrun/one_node.sh [--nproc-per-node 8] [--dry-run] CONFIG.yaml [section.key=value ...]
+#
+# Started again after exit code 75 or a crash, it goes on from its last checkpoint.
+set -euo pipefail
+exec "$(dirname "${BASH_SOURCE[0]}")/node.sh" "$@"

@@ -1,0 +1,122 @@
+"""`plan CONFIG.yaml --gpus N [--gpu h100]`"""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from megatron_embed.cli.common import add_overrides, positive_int, write_output
+
+if TYPE_CHECKING:
+    from megatron_embed.config.schema import RunConfig
+    from megatron_embed.models.families import ModelShape
+    from megatron_embed.planning.hardware import GPU
+    from megatron_embed.planning.layouts import Plan
+
+HELP = "memory per GPU and step time of a layout, and the layouts that fit; exit code 2 if the given one does not"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from megatron_embed.planning.hardware import GPUS
+
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
+    parser.add_argument("--gpus", required=True, type=positive_int, metavar="N", help="GPUs, eight to a node")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="default: h100")
+    add_overrides(parser, "", "section.key=value")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the layout needs and which others fit; 0 if it fits, else 2. Needs no hub and no weights."""
+    from megatron_embed.config.load import load_config
+    from megatron_embed.planning.hardware import GPUS
+    from megatron_embed.planning.layouts import check_possible, is_possible, plan_layout, propose
+    from megatron_embed.planning.shapes import shape_of
+
+    config, gpu = load_config(args.config, args.overrides), GPUS[args.gpu]
+    shape = shape_of(config.model.path)
+    if not is_possible(config, shape, args.gpus):
+        explain_impossible(config, shape, args.gpus)
+        check_possible(config, shape, args.gpus)
+    given = plan_layout(config, shape, args.gpus, gpu)
+    write_output(report(given, shape, args.gpus, gpu))
+    write_output(proposals(propose(config, shape, args.gpus, gpu), args.gpus))
+    return 0 if given.fits else 2
+
+
+def explain_impossible(config: "RunConfig", shape: "ModelShape | None", gpus: int) -> None:
+    """Raises the error that training would raise."""
+    from megatron_embed.models.backbone import check_divisible
+    from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, check_world_size
+
+    check_batch_sizes(config, check_world_size(config.parallel, gpus))
+    if shape is not None:
+        check_divisible(shape, config.parallel)
+    check_token_budget(config)
+
+
+def report(plan: "Plan", shape: "ModelShape", gpus: int, gpu: "GPU") -> str:
+    """The given layout, in words."""
+    from megatron_embed.planning.flops import model_flops, passes, step_tokens
+    from megatron_embed.planning.layouts import describe
+    from megatron_embed.planning.memory import GIB, grid_of
+    from megatron_embed.planning.parameters import active_matrix_parameters, total_parameters
+
+    config, memory, time = plan.config, plan.memory, plan.time
+    grid = grid_of(config, gpus)
+    active = f", {active_matrix_parameters(shape) / 1e9:.2f} billion at work per token" if shape.num_experts else ""
+    forwards, _ = passes(config, grid)
+    flops = model_flops(config, shape)
+    utilization = flops / gpus / time.total / (gpu.peak_tflops * 1e12)
+    parts = {"parameters": memory.parameters, "gradients (float32)": memory.gradients,
+             "optimizer": memory.optimizer, "activations": memory.activations,
+             "embeddings and loss": memory.loss, "reserve": memory.reserve, "together": memory.total}
+    lines = [
+        f"{config.model.path}: {total_parameters(shape) / 1e9:.2f} billion parameters{active}",
+        f"{gpus} x {gpu.name}, {describe(config.parallel)}: {grid.dp} data-parallel ranks, {grid.num_microbatches} "
+        f"micro-batches of up to {grid.micro_batch_tokens:,} tokens on each, recompute {config.training.recompute}",
+        "", f"Memory of a GPU of pipeline stage {plan.stage}, which needs most, in GiB",
+        *(f"  {name:<20} {size / GIB:7.1f}" for name, size in parts.items()),
+        f"  {'of':<20} {gpu.memory_gib:7.1f}   {'it fits' if plan.fits else 'IT DOES NOT FIT'}", "",
+        f"One step: {config.training.global_batch_size:,} queries, at most {step_tokens(config):,} tokens, "
+        f"{flops / 1e15:.3g} PFLOP of the model, {forwards} forward passes; expected seconds"]
+    lines += [f"  {name:<20} {seconds:7.2f}" for name, seconds in {
+        "compute": time.compute, "tensor-parallel": time.tensor, "context-parallel": time.context,
+        "expert-parallel": time.expert, "pipeline bubble": time.bubble, "data-parallel": time.data,
+        "optimizer": time.optimizer, "together": time.total}.items() if seconds >= 0.005]
+    lines.append(f"  that is {utilization:.0%} of the peak (model FLOPs; an estimate to compare layouts with, no "
+                 "measurement)")
+    if not plan.fits:
+        lines += ["", advice(plan)]
+    return "\n".join(lines)
+
+
+def advice(plan: "Plan") -> str:
+    """What to change where a layout does not fit."""
+    memory = plan.memory
+    fixed = memory.parameters + memory.gradients + memory.optimizer
+    if memory.activations > fixed:
+        return ("Most of it are activations: lower training.micro_batch_size (the gradient cache keeps the batch), "
+                "then set training.recompute: full, then raise parallel.tensor_model_parallel_size.")
+    if memory.loss > fixed:
+        return "Most of it are the gathered documents: lower training.global_batch_size or data.num_negatives."
+    return ("Most of it is the model: raise parallel.tensor_model_parallel_size up to 8, then "
+            "parallel.pipeline_model_parallel_size; more data-parallel ranks share only the optimizer's part.")
+
+
+def proposals(plans: "list[Plan]", gpus: int) -> str:
+    """A table of the layouts that fit, best first."""
+    from megatron_embed.planning.layouts import describe
+    from megatron_embed.planning.memory import GIB, grid_of
+
+    if not plans:
+        return "\nNo layout fits: more GPUs, GPUs with more memory, or shorter texts are needed."
+    rows = [("layout", "micro-batch", "recompute", "GiB", "s/step")]
+    for plan in plans:
+        training = plan.config.training
+        micro = (f"{training.micro_batch_size} queries" if training.micro_batch_tokens is None
+                 else f"{training.micro_batch_tokens} tokens")
+        sizes = f"{describe(plan.config.parallel)} dp{grid_of(plan.config, gpus).dp}"
+        rows.append((sizes.removeprefix("data-parallel only "), micro, training.recompute,
+                     f"{plan.memory.total / GIB:.1f}", f"{plan.time.total:.2f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    table = ["  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+             for row in rows]
+    return "\nLayouts that fit, fastest first\n" + "\n".join(table)

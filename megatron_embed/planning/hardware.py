@@ -1,0 +1,32 @@
+"""What the GPUs of the table offer a run, as their makers state it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPU:
+    """One GPU of a node of eight that NVLink connects, with a network adapter of its own."""
+
+    name: str
+    memory_gib: float
+    """What a process can allocate."""
+    peak_tflops: float
+    """bfloat16, dense, 10^12 FLOP/s."""
+    memory_gb_per_second: float
+    nvlink_gb_per_second: float
+    """One direction, all links together."""
+    network_gb_per_second: float
+    """One direction, per GPU."""
+
+
+GPUS = {
+    "a100": GPU(name="A100 SXM 80 GB", memory_gib=79, peak_tflops=312, memory_gb_per_second=2039,
+                nvlink_gb_per_second=300, network_gb_per_second=25),
+    "h100": GPU(name="H100 SXM 80 GB", memory_gib=79, peak_tflops=989, memory_gb_per_second=3350,
+                nvlink_gb_per_second=450, network_gb_per_second=50),
+    "h200": GPU(name="H200 SXM 141 GB", memory_gib=139, peak_tflops=989, memory_gb_per_second=4800,
+                nvlink_gb_per_second=450, network_gb_per_second=50),
+    "b200": GPU(name="B200 SXM 180 GB", memory_gib=178, peak_tflops=2250, memory_gb_per_second=7700,
+                nvlink_gb_per_second=900, network_gb_per_second=50),
+}
+GPUS_PER_NODE = 8

@@ -1,0 +1,122 @@
+"""Layouts of a run on a number of GPUs: which are possible, which fit, which should be fastest."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_embed.config.schema import ParallelConfig, RunConfig
+from megatron_embed.errors import ConfigError
+from megatron_embed.models.families import ModelShape
+from megatron_embed.planning.flops import StepTime, step_time
+from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
+from megatron_embed.planning.memory import Memory, grid_of, worst_stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A layout and what it costs."""
+
+    config: RunConfig
+    stage: int
+    """The pipeline stage that needs most memory."""
+    memory: Memory
+    time: StepTime
+    fits: bool
+
+
+def plan_layout(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU) -> Plan:
+    """What one possible layout costs."""
+    grid = grid_of(config, gpus)
+    stage, memory = worst_stage(config, shape, grid)
+    return Plan(config=config, stage=stage, memory=memory, time=step_time(config, shape, grid, gpu),
+                fits=memory.total <= gpu.memory_gib * 2**30)
+
+
+def is_possible(config: RunConfig, shape: ModelShape | None, gpus: int) -> bool:
+    """Whether training would start with this layout; its own words say why not (cli/plan.py asks for them).
+
+    `shape` null: the model is not known, and only the sizes are compared with each other.
+    """
+    sizes, training = config.parallel, config.training
+    tp, pp, cp = (sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size)
+    virtual = sizes.virtual_pipeline_model_parallel_size or 1
+    if gpus % (tp * pp * cp) or gpus % (sizes.expert_model_parallel_size * sizes.expert_tensor_parallel_size * pp):
+        return False
+    if (virtual > 1 and pp == 1) or (shape is not None and not divides(sizes, shape)):
+        return False
+    dp = gpus // (tp * pp * cp)
+    if training.micro_batch_tokens is not None:
+        return training.global_batch_size % dp == 0
+    if training.global_batch_size % (training.micro_batch_size * dp):
+        return False
+    return virtual == 1 or training.global_batch_size // (training.micro_batch_size * dp) % pp == 0
+
+
+def divides(sizes: ParallelConfig, shape: ModelShape) -> bool:
+    """Whether a layout splits the model evenly."""
+    tp, ep, etp = (sizes.tensor_model_parallel_size, sizes.expert_model_parallel_size,
+                   sizes.expert_tensor_parallel_size)
+    stages = sizes.pipeline_model_parallel_size * (sizes.virtual_pipeline_model_parallel_size or 1)
+    if shape.num_layers % stages or shape.num_attention_heads % tp or shape.num_query_groups % tp:
+        return False
+    if shape.hidden_size % tp:
+        return False
+    if shape.num_experts:
+        return shape.num_experts % ep == 0 and shape.ffn_hidden_size % etp == 0
+    return shape.ffn_hidden_size % tp == 0 and ep == 1 and etp == 1
+
+
+def propose(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, most: int = 5) -> list[Plan]:
+    """The layouts that fit, fastest first, no two of one set of parallel sizes. The global batch stays as it is."""
+    best: dict[ParallelConfig, Plan] = {}
+    for candidate in candidates(config, shape, gpus):
+        found = plan_layout(candidate, shape, gpus, gpu)
+        sizes = candidate.parallel
+        if found.fits and (sizes not in best or found.time.total < best[sizes].time.total):
+            best[sizes] = found
+    return sorted(best.values(), key=lambda found: found.time.total)[:most]
+
+
+def candidates(config: RunConfig, shape: ModelShape, gpus: int) -> Iterator[RunConfig]:
+    """Every possible variation of tensor, pipeline and expert parallelism, micro-batch and recomputation."""
+    powers = [2**power for power in range(gpus.bit_length()) if 2**power <= gpus]
+    tensor = [size for size in powers if size <= GPUS_PER_NODE]
+    pipeline = [size for size in range(1, min(gpus, shape.num_layers) + 1) if gpus % size == 0 and
+                shape.num_layers % size == 0 and size <= 16]
+    expert = [size for size in powers if shape.num_experts and shape.num_experts % size == 0] or [1]
+    for tp, pp, ep, recompute in itertools.product(tensor, pipeline, expert, ("none", "full")):
+        for virtual in (None, *(size for size in (2, 4, 5) if pp > 1 and shape.num_layers % (pp * size) == 0)):
+            sizes = dataclasses.replace(
+                config.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+                expert_model_parallel_size=ep, virtual_pipeline_model_parallel_size=virtual)
+            for micro in micro_batches(config):
+                training = dataclasses.replace(config.training, recompute=recompute, **micro)
+                candidate = dataclasses.replace(config, parallel=sizes, training=training)
+                if is_possible(candidate, shape, gpus):
+                    yield candidate
+
+
+def micro_batches(config: RunConfig) -> list[dict[str, int]]:
+    """The micro-batch as it is, and smaller and larger by powers of two."""
+    tokens, size = config.training.micro_batch_tokens, config.training.micro_batch_size
+    if tokens is not None:
+        least = max(config.data.query_max_length, config.data.document_max_length)
+        return [{"micro_batch_tokens": tokens * factor // 4} for factor in (1, 2, 4, 8)
+                if tokens * factor % 4 == 0 and tokens * factor // 4 >= least]
+    return [{"micro_batch_size": 2**power} for power in range(8) if 2**power <= max(16 * size, 1)]
+
+
+def describe(sizes: ParallelConfig) -> str:
+    """The sizes that are not 1, in words of two letters; what is left of the ranks is data-parallel."""
+    values = {"tp": sizes.tensor_model_parallel_size, "pp": sizes.pipeline_model_parallel_size,
+              "vpp": sizes.virtual_pipeline_model_parallel_size or 1, "cp": sizes.context_parallel_size,
+              "ep": sizes.expert_model_parallel_size, "etp": sizes.expert_tensor_parallel_size}
+    return " ".join(f"{name}{value}" for name, value in values.items() if value > 1) or "data-parallel only"
+
+
+def check_possible(config: RunConfig, shape: ModelShape | None, gpus: int) -> None:
+    """Raises ConfigError if the layout is not possible and nothing else has said why."""
+    if not is_possible(config, shape, gpus):
+        raise ConfigError(f"parallel: {describe(config.parallel)} is not possible for this model on {gpus} GPUs; see "
+                          "the layouts that `plan` proposes")

@@ -1,0 +1,157 @@
+"""What a rank of a layout must hold, in bytes, before anyone pays for it.
+
+Parameters, gradients and optimizer state are counted: they are what Megatron's buffers hold
+(tests/planning/test_memory.py compares). Activations are an estimate of what autograd keeps with this package's layers,
+checked on the CPU against what it did keep; not measured on a GPU.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megatron_embed.config.schema import RunConfig
+from megatron_embed.models.families import ModelShape
+from megatron_embed.planning.parameters import Parameters, stage_parameters
+
+GIB = 2**30
+RESERVE_BYTES = 3 * GIB
+"""CUDA context and NCCL's buffers of half a dozen process groups."""
+FRAGMENTATION = 0.06
+"""Part of everything else that the allocator loses to holes, with expandable segments."""
+LOSS_TILE_ELEMENTS = 1 << 24
+"""Similarities of one tile; losses/info_nce.py."""
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Sizes of a layout that follow from its ranks."""
+
+    gpus: int
+    dp: int
+    """Data-parallel ranks."""
+    dense_copies: int
+    """Ranks over which optimizer state of dense parameters is sharded: data- and context-parallel."""
+    expert_copies: int
+    num_microbatches: int
+    """Per data-parallel rank and step."""
+    micro_batch_tokens: int
+    """Of one micro-batch, all its context-parallel ranks together; the most that the settings allow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one rank."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    """Embeddings of the step, the documents gathered from all ranks with their gradient, and one tile."""
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.loss + self.reserve
+
+
+def grid_of(config: RunConfig, gpus: int) -> Grid:
+    """The grid of a layout that fits `gpus` ranks."""
+    sizes, training = config.parallel, config.training
+    pp, cp = sizes.pipeline_model_parallel_size, sizes.context_parallel_size
+    dp = gpus // (sizes.tensor_model_parallel_size * pp * cp)
+    expert_copies = gpus // (sizes.expert_model_parallel_size * sizes.expert_tensor_parallel_size * pp)
+    tokens = tokens_per_query(config)
+    if training.micro_batch_tokens is not None:
+        micro = training.micro_batch_tokens
+        count = max(1, math.ceil(training.global_batch_size // dp * tokens / micro))
+    else:
+        micro = training.micro_batch_size * tokens
+        count = training.global_batch_size // (training.micro_batch_size * dp)
+    return Grid(gpus=gpus, dp=dp, dense_copies=dp * cp, expert_copies=expert_copies, num_microbatches=max(1, count),
+                micro_batch_tokens=micro)
+
+
+def tokens_per_query(config: RunConfig) -> int:
+    """Tokens of a query and its documents where none is shorter than allowed."""
+    return config.data.query_max_length + (1 + config.data.num_negatives) * config.data.document_max_length
+
+
+def optimizer_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
+    """Two moments in float32, and float32 main parameters where the model's own are not; shared by the copies."""
+    each = 8 if config.model.dtype == "float32" else 12
+    if not config.optimizer.distributed:
+        return each * parameters.total
+    return each * (parameters.dense // grid.dense_copies + parameters.expert // grid.expert_copies)
+
+
+def layer_activation_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """What autograd keeps of one layer per token of a micro-batch, on one of its tensor-parallel ranks."""
+    element, tp = DTYPE_BYTES[config.model.dtype], config.parallel.tensor_model_parallel_size
+    hidden, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    key = shape.num_query_groups * shape.head_dim
+    # Of a norm: its input in float32, its result before the weight, and after it.
+    norm = (4 + 2 * element if element == 2 else 3 * element) if shape.norm == "RMSNorm" else 2 * element
+    # The projection (which the values keep alive), attention's result, and rotated copies of queries and keys.
+    attention = element * (query + 2 * key) + element * query
+    if shape.rotary_base is not None:
+        attention += element * (query + key)
+    if shape.qk_layernorm:
+        attention += (4 + element if element == 2 else 2 * element) * (query + key)
+    widths = 5 if shape.gated else 2
+    if shape.num_experts:
+        # Tokens are copied to each of their experts; weighted and returned. The router's scores are float32.
+        chosen = shape.experts_per_token * tp / config.parallel.expert_tensor_parallel_size
+        mlp = chosen * element * (widths * shape.ffn_hidden_size + 3 * hidden) + 12 * shape.num_experts
+    else:
+        mlp = element * widths * shape.ffn_hidden_size
+    return (2 * norm * hidden + attention + mlp) / tp
+
+
+def activation_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> int:
+    """Of all micro-batches that a stage has under way, and of the largest temporary ones."""
+    sizes = config.parallel
+    pp, virtual = sizes.pipeline_model_parallel_size, sizes.virtual_pipeline_model_parallel_size or 1
+    tokens = grid.micro_batch_tokens / sizes.context_parallel_size
+    element = DTYPE_BYTES[config.model.dtype]
+    # 1F1B: a stage has as many under way as there are stages from it to the end; interleaving adds a part of a round.
+    under_way = min(pp - stage, grid.num_microbatches) + (0 if virtual == 1 else (pp - 1) / virtual)
+    layers = shape.num_layers / pp
+    layer = layer_activation_bytes(config, shape) * tokens
+    boundary = tokens * shape.hidden_size * element / sizes.tensor_model_parallel_size
+    if config.training.recompute == "full":
+        kept = under_way * layers * boundary + layer
+    else:
+        kept = under_way * layers * layer
+    first = shape.ffn_hidden_size * (2 if shape.gated else 1) / sizes.tensor_model_parallel_size
+    temporary = 2 * tokens * (first + shape.hidden_size) * element
+    return int(kept + under_way * boundary + temporary)
+
+
+def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> int:
+    """On the last stage: embeddings of this rank's rows, all documents and their gradient, one tile of similarities."""
+    if stage != config.parallel.pipeline_model_parallel_size - 1:
+        return 0
+    queries, documents = config.training.global_batch_size, config.training.global_batch_size * (
+        1 + config.data.num_negatives)
+    width = 4 * shape.hidden_size
+    own = (queries + documents) // grid.dp * width * 2
+    return own + 3 * documents * width + 8 * min(LOSS_TILE_ELEMENTS, queries // grid.dp * documents)
+
+
+def stage_memory(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> Memory:
+    """Of one rank of pipeline stage `stage`."""
+    parameters = stage_parameters(shape, config.parallel, stage)
+    known = {
+        "parameters": DTYPE_BYTES[config.model.dtype] * parameters.total,
+        "gradients": 4 * parameters.total,
+        "optimizer": optimizer_bytes(config, parameters, grid),
+        "activations": activation_bytes(config, shape, grid, stage),
+        "loss": loss_bytes(config, shape, grid, stage)}
+    return Memory(**known, reserve=RESERVE_BYTES + int(FRAGMENTATION * sum(known.values())))
+
+
+def worst_stage(config: RunConfig, shape: ModelShape, grid: Grid) -> tuple[int, Memory]:
+    """The pipeline stage whose ranks need most, and what they need."""
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    return max(((stage, stage_memory(config, shape, grid, stage)) for stage in stages), key=lambda item: item[1].total)

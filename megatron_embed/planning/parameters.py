@@ -1,0 +1,89 @@
+"""How many parameters a rank holds."""
+
+from dataclasses import dataclass
+
+from megatron_embed.config.schema import ParallelConfig
+from megatron_embed.models.families import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Parameters of some layers, split by who holds copies of them."""
+
+    dense: int = 0
+    """Copied over data- and context-parallel ranks."""
+    expert: int = 0
+    """Of experts, copied over fewer: the expert-data-parallel ranks."""
+
+    def __add__(self, other: "Parameters") -> "Parameters":
+        return Parameters(dense=self.dense + other.dense, expert=self.expert + other.expert)
+
+    def __mul__(self, times: int) -> "Parameters":
+        return Parameters(dense=self.dense * times, expert=self.expert * times)
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert
+
+
+def norm_parameters(shape: ModelShape, width: int) -> int:
+    """Weight, and bias where it is a LayerNorm."""
+    return width * (2 if shape.norm == "LayerNorm" else 1)
+
+
+def layer_parameters(shape: ModelShape, sizes: ParallelConfig) -> Parameters:
+    """Of one layer on one rank. What tensor parallelism does not split (norms, row biases, routers) counts whole."""
+    tp, hidden = sizes.tensor_model_parallel_size, shape.hidden_size
+    query, key = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+    dense = hidden * (query + 2 * key) // tp + query // tp * hidden + 2 * norm_parameters(shape, hidden)
+    if shape.add_qkv_bias or shape.add_bias_linear:
+        dense += (query + 2 * key) // tp
+    if shape.add_bias_linear:
+        dense += hidden
+    if shape.qk_layernorm:
+        dense += 2 * norm_parameters(shape, shape.head_dim)
+    first = shape.ffn_hidden_size * (2 if shape.gated else 1)
+    if shape.num_experts:
+        etp = sizes.expert_tensor_parallel_size
+        each = (first * hidden + shape.ffn_hidden_size * hidden) // etp
+        experts = shape.num_experts // sizes.expert_model_parallel_size
+        return Parameters(dense=dense + hidden * shape.num_experts, expert=each * experts)
+    dense += (first * hidden + shape.ffn_hidden_size * hidden) // tp
+    if shape.add_bias_linear:
+        dense += first // tp + hidden
+    return Parameters(dense=dense)
+
+
+def embedding_parameters(shape: ModelShape, tp_size: int) -> int:
+    """Word embedding, its vocabulary padded to a multiple of `tp_size`, and what stands beside it in encoders."""
+    words = -(-shape.vocab_size // tp_size) * shape.hidden_size
+    if shape.rotary_base is not None:
+        return words
+    others = (shape.max_position_embeddings + shape.type_vocab_size) * shape.hidden_size
+    return words + others + norm_parameters(shape, shape.hidden_size)
+
+
+def stage_parameters(shape: ModelShape, sizes: ParallelConfig, stage: int) -> Parameters:
+    """Of one rank of pipeline stage `stage` (from 0)."""
+    stages = sizes.pipeline_model_parallel_size
+    result = layer_parameters(shape, sizes) * (shape.num_layers // stages)
+    if stage == 0:
+        result += Parameters(dense=embedding_parameters(shape, sizes.tensor_model_parallel_size))
+    if stage == stages - 1 and not shape.post_norm:
+        result += Parameters(dense=norm_parameters(shape, shape.hidden_size))
+    return result
+
+
+def total_parameters(shape: ModelShape) -> int:
+    """Of the whole backbone: those of the Hugging Face model without a language-model head or pooler."""
+    return stage_parameters(shape, ParallelConfig(), 0).total
+
+
+def active_matrix_parameters(shape: ModelShape) -> int:
+    """Parameters of the matrices that one token is multiplied with: layers, the chosen experts alone, no embedding."""
+    hidden, heads = shape.hidden_size, shape.num_attention_heads
+    attention = hidden * shape.head_dim * (heads + 2 * shape.num_query_groups) + heads * shape.head_dim * hidden
+    mlp = (3 if shape.gated else 2) * hidden * shape.ffn_hidden_size
+    if shape.num_experts:
+        mlp = mlp * shape.experts_per_token + hidden * shape.num_experts
+    return shape.num_layers * (attention + mlp)

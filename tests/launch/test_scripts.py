@@ -1,0 +1,179 @@
+"""The launch scripts without a cluster: what they would run, which exit codes they give, and where signals go."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.toys import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
+SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), *(REPOSITORY / "tools").glob("*.sh")])
+
+# Stands in for `python -m torch.distributed.run ... -m megatron_embed train ...`: a worker below it, which leaves its
+# exit code in the status file, as ours do; torchrun itself always says 1.
+TORCHRUN = """#!/usr/bin/env bash
+echo "$@" >>"$STUB_LOG"
+leave() { printf '{"exit_code": %s, "message": "a \\\\"word\\\\""}\\n' "$1" >"$MEGATRON_EMBED_STATUS_FILE"; exit "$1"; }
+case $STUB in
+    0) exit 0 ;;
+    killed) exit 1 ;;
+    wait)
+        (trap 'leave 75' TERM USR1; echo started >>"$STUB_LOG"; while true; do sleep 0.05; done) &
+        trap 'echo torchrun was signalled >>"$STUB_LOG"; exit 143' TERM USR1
+        wait $! || exit 1 ;;
+    *) (leave "$STUB") || exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """The environment of a run whose python is the stub."""
+    for name, text in {"python": TORCHRUN, "ssh": "#!/bin/sh\nshift\nexec sh -c \"$*\"\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return os.environ | {"PYTHON": str(tmp_path / "python"), "SSH": str(tmp_path / "ssh"),
+                         "STUB_LOG": str(tmp_path / "log"), "TMPDIR": str(tmp_path)}
+
+
+def run(*command, env=None):
+    return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, check=False, timeout=60,
+                          cwd=REPOSITORY)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_and_are_executable(script):
+    assert run("bash", "-n", script).returncode == 0
+    sourced = script.name in ("environment.sh", "job.sh")
+    assert os.access(script, os.X_OK) != (sourced or script.suffix == ".sbatch")
+
+
+def test_scripts_pass_shellcheck():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed: `make slurm` as root on Debian installs it")
+    found = run("shellcheck", "-x", *SCRIPTS)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("left, code", [("0", 0), ("2", 2), ("75", 75), ("killed", 1)])
+def test_torchrun_script_gives_the_workers_exit_code(stub, left, code):
+    result = run(LAUNCH / "torchrun" / "one_node.sh", "--nproc-per-node", "2", "run.yaml",
+                 "data.query_prompt=a b", env=stub | {"STUB": left})
+    assert result.returncode == code, result.stderr
+    called = Path(stub["STUB_LOG"]).read_text()
+    assert called == ("-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 0 -m megatron_embed "
+                      "train run.yaml data.query_prompt=a b\n")
+    assert not [name for name in os.listdir(stub["TMPDIR"]) if "status" in name]
+
+
+@pytest.mark.parametrize("script, number", [
+    ("node", signal.SIGTERM), ("node", signal.SIGUSR1), ("hostfile", signal.SIGTERM)])
+def test_signals_go_to_the_workers_and_not_to_torchrun(stub, tmp_path, script, number):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 slots=1\n# a comment\n\nlocalhost slots=1\n")
+    command = [LAUNCH / "torchrun" / "node.sh", "run.yaml"] if script == "node" else [
+        LAUNCH / "torchrun" / "hostfile.sh", hosts, "run.yaml"]
+    process = subprocess.Popen(list(map(str, command)), env=stub | {"STUB": "wait"}, cwd=REPOSITORY)
+    try:
+        nodes, deadline = 1 if script == "node" else 2, time.monotonic() + 60
+        log = tmp_path / "log"
+        while not log.exists() or log.read_text().count("started") < nodes:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 75
+        assert "torchrun was signalled" not in log.read_text()
+        if script == "hostfile":
+            calls = [line for line in log.read_text().splitlines() if "torch.distributed.run" in line]
+            pattern = r"--nnodes 2 --node-rank (\d) --master-addr 127.0.0.1 --master-port 29500"
+            assert sorted(re.findall(pattern, call)[0] for call in calls) == ["0", "1"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_torchrun_scripts_refuse_what_cannot_run(stub, tmp_path):
+    node = LAUNCH / "torchrun" / "node.sh"
+    for arguments, words in [((), "CONFIG.yaml is missing"), (("--nodes", "2", "a.yaml"), "unknown option --nodes"),
+                             (("--nnodes", "2", "a.yaml"), "--master-port is missing")]:
+        result = run(node, *arguments, env=stub)
+        assert result.returncode == 2
+        assert words in result.stderr
+    empty = tmp_path / "hosts"
+    empty.write_text("# nobody\n")
+    result = run(LAUNCH / "torchrun" / "hostfile.sh", empty, "a.yaml", env=stub)
+    assert (result.returncode, result.stderr.strip().endswith("names no host")) == (2, True)
+
+
+def test_dry_runs(stub, tmp_path):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    result = run("bash", LAUNCH / "slurm" / "train.sbatch", "--dry-run", "configs/a.yaml", "data.query_prompt=a b",
+                 env=clean | {"CONTAINER_IMAGE": "image", "RUN_DIR": "runs/a", "PYTHON": "python"})
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    for line in ("#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=TERM@300",
+                 "export CUDA_DEVICE_MAX_CONNECTIONS=1", "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+                 "export MASTER_ADDR=FIRST_NODE", "export MASTER_PORT=20000"):
+        assert line in lines
+    check, train = lines[-2:]
+    container = (f"--container-image image --container-mounts {REPOSITORY}:{REPOSITORY} --container-workdir "
+                 f"{REPOSITORY} --no-container-mount-home")
+    assert check.startswith(f"srun --ntasks-per-node=1 --ntasks=1 {container} python -m megatron_embed doctor --config "
+                            "configs/a.yaml --ranks 8 --ranks-per-node 8 ")
+    assert train == (f"srun --kill-on-bad-exit=0 {container} python -m megatron_embed train configs/a.yaml "
+                     "checkpoint.directory=runs/a data.query_prompt=a\\ b ")
+    seeds = run("bash", LAUNCH / "slurm" / "seeds.sbatch", "--dry-run", "a.yaml",
+                env=clean | {"SLURM_ARRAY_TASK_ID": "7"})
+    assert seeds.stdout.rstrip().endswith("checkpoint.directory=runs/megatron-embed/seed_7 training.seed=7")
+    sweep = run("bash", LAUNCH / "slurm" / "sweep.sbatch", "--dry-run", "x/a.yaml", "x/b.yaml", "training.seed=3",
+                env=clean | {"SLURM_ARRAY_TASK_ID": "1"})
+    assert sweep.stdout.rstrip().endswith("train x/b.yaml checkpoint.directory=runs/megatron-embed/b training.seed=3")
+    beyond = run("bash", LAUNCH / "slurm" / "sweep.sbatch", "a.yaml", env=clean | {"SLURM_ARRAY_TASK_ID": "1"})
+    assert (beyond.returncode, "array task 1, but there are 1 files" in beyond.stderr) == (2, True)
+    node = run(LAUNCH / "torchrun" / "node.sh", "--dry-run", "--nproc-per-node", "4", "a.yaml",
+               env=stub | {"STUB": "0"})
+    assert node.stdout.rstrip().endswith("--nproc-per-node 4 --max-restarts 0 -m megatron_embed train a.yaml")
+    assert not (tmp_path / "log").exists()
+
+
+SRUN = """#!/usr/bin/env bash
+echo "srun $*" >>"$STUB_LOG"
+case $* in *" doctor "*) exit "$STUB_DOCTOR" ;; esac
+[[ $STUB_TRAIN == gave_up ]] && exit 0
+printf '{"exit_code": %s, "message": ""}\n' "$STUB_TRAIN" >"$MEGATRON_EMBED_STATUS_FILE"
+exit "$STUB_TRAIN"
+"""
+
+
+@pytest.mark.parametrize("doctor, train, restarts, code, requeued", [
+    (0, 0, 0, 0, False), (0, 75, 3, 75, True), (0, 75, 100, 75, False), (0, 2, 0, 2, False), (0, 1, 0, 1, False),
+    (1, 0, 0, 1, False), (0, "gave_up", 0, 1, False)])
+def test_job_ends_as_its_ranks_do(tmp_path, doctor, train, restarts, code, requeued):
+    for name, text in {"srun": SRUN, "scontrol": '#!/bin/sh\necho "scontrol $*" >>"$STUB_LOG"\necho node1\n'}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    run_directory = tmp_path / "run"
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "STUB_LOG": str(tmp_path / "log"), "STUB_DOCTOR": str(doctor),
+        "STUB_TRAIN": str(train), "RUN_DIR": str(run_directory), "SLURM_JOB_ID": "12",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2", "SLURM_NTASKS": "16", "SLURM_RESTART_COUNT": str(restarts),
+        "SLURM_SUBMIT_DIR": str(REPOSITORY)}
+    result = run("bash", LAUNCH / "slurm" / "train.sbatch", "a.yaml", env=environment)
+    assert result.returncode == code, result.stderr
+    log = (tmp_path / "log").read_text()
+    assert ("scontrol requeue 12" in log) == requeued
+    assert ("megatron_embed train" in log) == (doctor == 0)
+    assert "srun --ntasks-per-node=1 --ntasks=2 " in log
+    assert "--ranks 16 --ranks-per-node 8 " in log
+    assert (run_directory / "DONE").exists() == (code == 0)
+    if code == 0:
+        again = run("bash", LAUNCH / "slurm" / "train.sbatch", "a.yaml", env=environment)
+        assert (again.returncode, "the run is complete" in again.stdout) == (0, True)
+        assert (tmp_path / "log").read_text().count("srun") == log.count("srun")

@@ -1,0 +1,152 @@
+"""A rank that is gone is named, by every other one, and one of them speaks."""
+
+import datetime
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+import yaml
+
+from megatron_embed.errors import CheckpointError
+from megatron_embed.parallel import liveness
+from megatron_embed.parallel.liveness import LifeWatch, is_connection_error
+from tests.checkpoint.test_resume import configuration
+from tests.toys import REPOSITORY, save_model
+
+GLOO = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3041")
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """A store with nobody in it, and a faster clock."""
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(liveness, "SUSPECT_SECONDS", 1.5)
+    monkeypatch.setattr(liveness, "GRACE_SECONDS", 1.0)
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
+                         timeout=datetime.timedelta(seconds=30))
+
+
+def watches(store, ranks, world_size, silence_seconds=60.0, on_loss=None):
+    return [LifeWatch("127.0.0.1", store.port, rank=rank, world_size=world_size, silence_seconds=silence_seconds,
+                      on_loss=on_loss or (lambda message, speaker: None)) for rank in ranks]
+
+
+def explained(found):
+    """(message, whether it speaks) of every rank whose collective failed, all at once."""
+    answers = {}
+    threads = [threading.Thread(target=lambda rank=rank, watch=watch: answers.__setitem__(
+        rank, watch.explain(GLOO, 600))) for rank, watch in enumerate(found)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [(str(answers[rank]), answers[rank].speaker) for rank in range(len(found))]
+
+
+def test_silent_rank_is_named_by_all_and_the_lowest_speaks(store):
+    found = watches(store, (0, 1, 3), 4)
+    time.sleep(0.5)
+    start = time.monotonic()
+    answers = explained(found)
+    assert time.monotonic() - start < 10
+    assert all(message.startswith("rank 2 is gone: no sign of life for ") for message, _ in answers)
+    assert [speaker for _, speaker in answers] == [True, False, False]
+
+
+def test_error_of_another_rank_is_told(store):
+    found = watches(store, (0, 1, 2), 3)
+    time.sleep(0.3)
+    found[1].close(f"{liveness.FAILED} OutOfMemoryError: no room for 2 GiB")
+    answers = explained([found[0], found[2]])
+    assert all("rank 1 ended with OutOfMemoryError: no room for 2 GiB" in message for message, _ in answers)
+    assert [speaker for _, speaker in answers] == [True, False]
+
+
+def test_main_thread_that_hangs_is_ended_by_the_watch(store):
+    """Nobody's collective fails: the silence alone is enough."""
+    lost = []
+    found = watches(store, (0, 1), 3, silence_seconds=1.5, on_loss=lambda *loss: lost.append(loss))
+    deadline = time.monotonic() + 15
+    while len(lost) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sorted(speaker for _, speaker in lost) == [False, True]
+    assert all(message.startswith("rank 2 is gone: ") for message, _ in lost)
+    for watch in found:
+        watch.close(liveness.DONE)
+
+
+def test_rank_0_that_ends_well_alarms_nobody(store):
+    lost = []
+    found = watches(store, (0, 1), 2, silence_seconds=1.0, on_loss=lambda *loss: lost.append(loss))
+    time.sleep(0.5)
+    found[0].close(liveness.DONE)
+    time.sleep(2.5)
+    assert not lost
+    found[1].close(liveness.DONE)
+
+
+def test_nobody_is_gone(store):
+    found = watches(store, (0, 1), 2)
+    answers = explained(found)
+    assert all("though every rank lives" in message and "parallel.timeout_seconds = 600" in message
+               for message, _ in answers)
+
+
+def test_connection_errors_are_told_from_others():
+    assert is_connection_error(GLOO)
+    assert not is_connection_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_connection_error(CheckpointError("damaged"))
+    try:
+        try:
+            raise GLOO
+        except RuntimeError as error:
+            raise CheckpointError("cannot be saved") from error
+    except CheckpointError as error:
+        assert is_connection_error(error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_killed_rank_ends_the_other_with_a_line_that_names_it(tmp_path, victim):
+    """Plain processes, no launcher that would end them: SIGKILL in the middle of training."""
+    model = save_model(tmp_path / "model", "qwen3", tokenizer=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(configuration(model, tmp_path / "run", train_steps=100000)))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    status = tmp_path / "status"
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "MEGATRON_EMBED_STATUS_FILE": str(status)}
+        ranks.append(subprocess.Popen(
+            [sys.executable, "-m", "megatron_embed", "train", str(tmp_path / "run.yaml")], cwd=REPOSITORY,
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_text():
+            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
+            time.sleep(0.2)
+        ranks[victim].send_signal(signal.SIGKILL)
+        start = time.monotonic()
+        _, err = ranks[1 - victim].communicate(timeout=120)
+        assert ranks[1 - victim].returncode == 1
+        assert time.monotonic() - start < 60
+        line = err.strip().splitlines()[-1]
+        assert line.startswith(f"megatron-embed: error: rank {victim}"), err
+        assert "gone" in line
+        assert "goes on from its last checkpoint" in line
+        assert '"exit_code": 1' in status.read_text()
+        assert "Traceback" not in err
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()

@@ -1,0 +1,136 @@
+"""A run that is asked to stop: what it leaves, and that it goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from megatron_embed.checkpoint.files import step_directories
+from megatron_embed.training.stopping import StopRequest
+from tests.checkpoint.test_resume import configuration, curve, train
+from tests.cli.test_refusals import assert_refused, command
+from tests.ranks import run_on_ranks
+from tests.toys import layout, save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", tokenizer=True)
+
+
+def interrupted(path, at_step, rank, number):
+    """(exit code, message left for a launcher) of `train`; `rank` gets a signal while step `at_step` is computed."""
+    import torch.distributed as dist
+
+    from megatron_embed.__main__ import main
+    from megatron_embed.training import loop
+
+    original = loop.train_step
+    steps = []
+
+    def train_step(batch, trainer):
+        steps.append(None)
+        if len(steps) == at_step and dist.get_rank() == rank:
+            os.kill(os.getpid(), number)
+        return original(batch, trainer)
+
+    status = f"{path}.status"
+    os.environ["MEGATRON_EMBED_STATUS_FILE"] = status
+    loop.train_step = train_step
+    try:
+        code = main(["train", path])
+    finally:
+        loop.train_step = original
+    return code, json.loads(open(status).read())["message"] if dist.get_rank() == 0 else None
+
+
+def write(path, values):
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.mark.parametrize("number, sizes, rank", [
+    (signal.SIGTERM, layout(), 1), (signal.SIGUSR1, layout(2), 0), (signal.SIGTERM, layout(pp=2), 0)],
+    ids=["term_dp2", "usr1_tp2", "term_pp2"])
+def test_signal_on_one_rank_stops_all_and_the_run_goes_on(model, tmp_path, number, sizes, rank):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    settings = {"parallel": sizes, "train_steps": 5, "warmup_steps": 2, "hidden_dropout": 0.1,
+                "checkpoint": {"save_every_steps": 100}}
+    run_on_ranks(train, 2, configuration(model, straight, **settings))
+    path = write(tmp_path / "run.yaml", configuration(model, stopped, **settings))
+    results = run_on_ranks(interrupted, 2, path, 2, rank, number)
+    assert [code for code, _ in results] == [75, 75]
+    assert "stopped after 2 steps (" in results[0][1]
+    if rank == 0:
+        assert signal.Signals(number).name in results[0][1]
+    assert list(step_directories(stopped)) == [2]
+    assert len(curve(stopped)) == 2
+    assert run_on_ranks(command, 2, ["train", path])[0][0] == 0
+    assert curve(stopped) == curve(straight)
+    assert len(set(curve(straight))) == 5
+
+
+def test_time_budget_stops_after_one_step_at_least(model, tmp_path):
+    path = write(tmp_path / "run.yaml", configuration(model, tmp_path / "run", train_steps=3,
+                                                      exit_duration_minutes=1e-6))
+    for done in (1, 2):
+        results = run_on_ranks(command, 2, ["train", path])
+        assert [code for code, *_ in results] == [75, 75], results[0][2]
+        assert list(step_directories(tmp_path / "run")) == list(range(1, done + 1))
+    assert run_on_ranks(command, 2, ["train", path])[0][0] == 0
+    assert len(curve(tmp_path / "run")) == 3
+
+
+def test_time_budget_without_a_place_to_save_is_refused(model, tmp_path):
+    values = configuration(model, tmp_path / "run", train_steps=3, exit_duration_minutes=5)
+    values["checkpoint"] = {}
+    path = write(tmp_path / "run.yaml", values)
+    assert_refused(run_on_ranks(command, 1, ["train", path]), "training.exit_duration_minutes = 5: ",
+                   "nothing to go on from; set checkpoint.directory")
+
+
+WAIT = """
+import signal, sys, time
+sys.path.insert(0, {repository!r})
+from megatron_embed.training.stopping import StopRequest
+stop = StopRequest(None)
+with stop.listening():
+    print("listening", flush=True)
+    while not stop.signalled:
+        time.sleep(0.01)
+    print(stop.reason(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_second_signal_ends_the_process_at_once(tmp_path):
+    from tests.toys import REPOSITORY
+
+    process = subprocess.Popen([sys.executable, "-c", WAIT.format(repository=str(REPOSITORY))], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"listening\n"
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)  # so close to the first that it is the same request
+        assert process.stdout.readline() in (b"SIGTERM\n", b"SIGUSR1\n")  # the kernel orders those that wait
+        time.sleep(0.7)
+        assert process.poll() is None
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == 128 + signal.SIGTERM
+        assert time.monotonic() - start < 2
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    with StopRequest(None).listening():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before

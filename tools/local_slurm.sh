@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# A real Slurm on this machine's loopback, for tests: munged, slurmctld and two slurmd (node1, node2). As root, on Debian
+# or Ubuntu.
+#
+#   tools/local_slurm.sh install          # slurm-wlm, munge and shellcheck by apt-get, unless they are there
+#   tools/local_slurm.sh start DIR        # everything it writes lies in DIR; then: export SLURM_CONF=DIR/slurm.conf
+#   tools/local_slurm.sh stop DIR
+#
+# Jobs find each other at 127.0.0.1: sbatch --export=ALL,MASTER_ADDR=127.0.0.1 --gpus-per-node=0 --nodes=2 ...
+set -euo pipefail
+export PATH="$PATH:/usr/sbin:/sbin"
+
+install() {
+    if command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v shellcheck >/dev/null; then
+        return
+    fi
+    if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
+        echo "Slurm is not installed, and only root with apt-get can: the tests that need it are left out" >&2
+        return
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    # A policy that forbids it: the packages' own services are not wanted, and containers have no systemd.
+    local policy=/usr/sbin/policy-rc.d made=false
+    if [[ ! -e $policy ]]; then
+        printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" && made=true
+    fi
+    apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends slurm-wlm munge shellcheck >/dev/null 2>&1 ||
+        echo "apt-get could not install slurm-wlm, munge and shellcheck: tests that need them are left out" >&2
+    if $made; then
+        rm -f "$policy"
+    fi
+}
+
+configuration() {
+    local directory=$1 port=$2 host
+    host=$(hostname)
+    cat <<END
+ClusterName=local
+SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$port
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+# cred_expire: a requeued job waits that long before it starts again (2 minutes by default).
+AuthInfo=socket=$directory/munge.socket,cred_expire=5
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SwitchType=switch/none
+MpiDefault=none
+ReturnToService=2
+StateSaveLocation=$directory/state
+SlurmdSpoolDir=$directory/spool.%n
+SlurmctldPidFile=$directory/slurmctld.pid
+SlurmdPidFile=$directory/slurmd.%n.pid
+SlurmctldLogFile=$directory/slurmctld.log
+SlurmdLogFile=$directory/slurmd.%n.log
+SlurmctldTimeout=300
+SlurmdTimeout=300
+SchedulerParameters=sched_interval=5,batch_sched_delay=1
+SlurmdParameters=config_overrides
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+# Between SIGTERM and SIGKILL; 30 s by default, which a machine that is busy otherwise may need for a small model.
+KillWait=600
+NodeName=node1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=2
+NodeName=node2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=2
+PartitionName=local Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
+END
+}
+
+start() {
+    local directory=$1 port
+    mkdir -p "$directory/state" "$directory/spool.node1" "$directory/spool.node2"
+    chmod 755 "$directory"
+    port=$((20000 + $$ % 20000))
+    configuration "$directory" "$port" >"$directory/slurm.conf"
+    dd if=/dev/urandom of="$directory/munge.key" bs=1024 count=1 status=none
+    chmod 400 "$directory/munge.key"
+    munged --force --key-file="$directory/munge.key" --socket="$directory/munge.socket" \
+        --pid-file="$directory/munged.pid" --log-file="$directory/munged.log" --seed-file="$directory/munge.seed" \
+        --origin=127.0.0.1 2>"$directory/munged.err" || { cat "$directory/munged.err" >&2 && return 1; }
+    export SLURM_CONF=$directory/slurm.conf
+    slurmctld -c -f "$SLURM_CONF"
+    slurmd -N node1 -f "$SLURM_CONF"
+    slurmd -N node2 -f "$SLURM_CONF"
+    local attempt
+    for attempt in {1..60}; do
+        if [[ $(sinfo -h -N -t idle -o %N 2>/dev/null | wc -l) == 2 ]]; then
+            return
+        fi
+        sleep 0.5
+    done
+    echo "no two idle nodes after $((attempt / 2)) s; see the logs in $directory" >&2
+    return 1
+}
+
+stop() {
+    local directory=$1 file attempt pids=()
+    export SLURM_CONF=$directory/slurm.conf
+    scancel --user=root --signal=KILL --full 2>/dev/null || true
+    scancel --user=root 2>/dev/null || true
+    for attempt in {1..40}; do # a slurmd waits for its steps, and they for it
+        if [[ -z $(squeue -h 2>/dev/null) ]]; then
+            break
+        fi
+        sleep 0.5
+    done
+    for file in "$directory"/slurmd.*.pid "$directory/slurmctld.pid" "$directory/munged.pid"; do
+        if [[ -s $file ]]; then
+            pids+=("$(cat "$file")")
+        fi
+    done
+    kill "${pids[@]}" 2>/dev/null || true
+    for attempt in {1..20}; do
+        kill -0 "${pids[@]}" 2>/dev/null || return 0
+        sleep 0.25
+    done
+    kill -KILL "${pids[@]}" 2>/dev/null || true
+}
+
+case ${1:-} in
+    install) install ;;
+    start) start "$(realpath -m "${2:?DIR is missing}")" ;;
+    stop) stop "$(realpath -m "${2:?DIR is missing}")" ;;
+    *) sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2 && exit 2 ;;
+esac
