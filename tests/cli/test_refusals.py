@@ -148,7 +148,7 @@ def test_model_directory_that_is_none(write, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"model_type": "gpt2"}, ["config.json", "model_type = 'gpt2'", "bert, qwen3"]),
+    ({"model_type": "gpt2"}, ["config.json", "model_type = 'gpt2'", "bert, roberta"]),
     ({"auto_map": {"AutoModel": "m.M"}}, ["auto_map", "never run"]),
     ({"hidden_size": None}, ["config.json"]),
 ])
