@@ -34,8 +34,9 @@ format: env
 slurm:
 	@tools/local_slurm.sh install
 
+# Two processes, a file of tests to one of them, each with a pool of ranks of its own.
 test: lint slurm
-	$(PYTEST)
+	$(PYTEST) -n 2 --dist loadfile
 
 test-all: lint slurm
 	$(PYTEST) -m "slow or not slow"
