@@ -225,7 +225,7 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
                              max_seqlen=int(micro_batch.cu_seqlens.diff().max()), window=window)
     if kernel != "flash":
         packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, device, window),
-                            tokens // topology.cp_size)
+                            tokens // topology.cp_size, keys_are_local=topology.cp_size == 1)
     first_position = 0 if shape is None else shape.position_offset
     plan = local_plan(pooling_plan(micro_batch, pooling, device), chunks)
     padding = _held(torch.arange(tokens) >= micro_batch.num_tokens, chunks)

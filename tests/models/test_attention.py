@@ -150,7 +150,7 @@ def test_attention_equals_a_plain_softmax(causal, groups):
     query, key, value = (torch.randn(tokens, count, 8, generator=generator, dtype=torch.float64, requires_grad=True)
                          for count in (4, groups, groups))
     packed = PackedSequences(cu_seqlens=bounds, max_seqlen=int(bounds.diff().max()), num_tokens=int(bounds[-1]))
-    packed.index_groups(group_segments(bounds, context_chunks(tokens, 0, 1), causal, CPU), tokens)
+    packed.index_groups(group_segments(bounds, context_chunks(tokens, 0, 1), causal, CPU), tokens, keys_are_local=True)
     module = attention_module(causal, 4, groups, 8)
     found = module(query[:, None], key[:, None], value[:, None], None, packed_seq_params=packed)[:, 0]
     expected = naive(query, key, value, bounds, causal)
@@ -170,7 +170,7 @@ def test_bfloat16_is_the_plain_softmax_rounded_once(causal):
     generator = torch.Generator().manual_seed(0)
     exact = [torch.randn(tokens, count, 8, generator=generator).bfloat16().double() for count in (4, 2, 2)]
     packed = PackedSequences(cu_seqlens=bounds, max_seqlen=int(bounds.diff().max()), num_tokens=int(bounds[-1]))
-    packed.index_groups(group_segments(bounds, context_chunks(tokens, 0, 1), causal, CPU), tokens)
+    packed.index_groups(group_segments(bounds, context_chunks(tokens, 0, 1), causal, CPU), tokens, keys_are_local=True)
     module, weights = attention_module(causal, 4, 2, 8), torch.randn(tokens, 32, generator=generator).bfloat16()
 
     def gradients(attention, dtype):
@@ -194,7 +194,7 @@ def test_rank_whose_share_is_padding_computes_zeros_and_a_zero_gradient(causal):
     chunks = context_chunks(tokens, 1, cp_size)
     assert min(start for start, _ in chunks) >= 3
     packed = PackedSequences(cu_seqlens=bounds, num_tokens=3, max_seqlen=3)
-    packed.index_groups(group_segments(bounds, chunks, causal, CPU), tokens // cp_size)
+    packed.index_groups(group_segments(bounds, chunks, causal, CPU), tokens // cp_size, keys_are_local=False)
     query = torch.randn(tokens // cp_size, 1, 2, 4, requires_grad=True)
     key, value = (torch.randn(tokens, 1, 2, 4, requires_grad=True) for _ in range(2))
     output = attention_module(causal, 2, 2, 4)(query, key, value, None, packed_seq_params=packed)
@@ -209,7 +209,7 @@ def test_rank_whose_share_is_padding_computes_zeros_and_a_zero_gradient(causal):
 def test_a_bin_prepared_for_another_window_is_not_computed():
     bounds = torch.tensor([0, 5], dtype=torch.int32)
     packed = PackedSequences(cu_seqlens=bounds, num_tokens=5, max_seqlen=5, window=attention_window(4, True))
-    packed.index_groups(group_segments(bounds, context_chunks(5, 0, 1), True, CPU), 5)
+    packed.index_groups(group_segments(bounds, context_chunks(5, 0, 1), True, CPU), 5, keys_are_local=True)
     states = torch.randn(5, 1, 2, 4)
     with pytest.raises(AssertionError, match="prepared for another attention window"):
         attention_module(True, 2, 2, 4)(states, states, states, None, packed_seq_params=packed)
