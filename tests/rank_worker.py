@@ -1,10 +1,11 @@
-"""The worker's side of tests/ranks.py: serve calls one after another, each in a clean world."""
+"""The other side of tests/ranks.py: forks workers, which serve calls one after another, each in a clean world."""
 
 import contextlib
 import ctypes
 import datetime
 import faulthandler
 import gc
+import importlib
 import os
 import pickle
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 import traceback
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 from typing import Any
 
 import torch
@@ -19,12 +21,69 @@ import torch.distributed as dist
 
 from tests.ranks import STACK_SIGNAL, Call, Report
 
+IMPORTED = ("megatron_embed.cli.training", "torch.distributed.checkpoint", "transformers.models.bert.modeling_bert",
+            "transformers.models.qwen3.modeling_qwen3")
+"""What most calls need; all workers share it."""
 
-def serve(descriptor: int, parent: int, stacks_file: str) -> None:
-    """Answer calls until the other end of the pipe is closed. `parent` is the process to die with."""
+
+def nurse(descriptor: int, parent: int) -> None:
+    """Forks workers until the other end of the pipe is closed. `parent` is the process to die with.
+
+    Nothing here may start a thread: a fork takes only the one that forks along.
+    """
     _die_with(parent)
+    for module in IMPORTED:
+        importlib.import_module(module)
     torch.set_num_threads(1)
     gc.freeze()  # Else every call's collection walks through all of torch: 90 ms instead of 5.
+    connection, codes = Connection(descriptor), dict[int, int]()
+    while True:
+        try:
+            request, *arguments = connection.recv()
+        except EOFError:
+            return
+        if request == "fork":
+            connection.send(_fork(connection, *arguments))
+            continue
+        (worker,) = arguments
+        if worker not in codes:
+            process, status = os.waitpid(worker, 0 if request == "wait" else os.WNOHANG)
+            if process:
+                codes[worker] = os.waitstatus_to_exitcode(status)
+        connection.send(codes[worker] if request == "wait" else int(worker in codes))
+
+
+def _fork(nursery: Connection, output: str, stacks_file: str) -> int:
+    """Starts a worker in a session of its own, which is there when this returns. Returns its process number."""
+    descriptor, parent, (ready, tell) = recv_handle(nursery), os.getpid(), os.pipe()
+    worker = os.fork()
+    if worker:
+        os.close(descriptor)
+        os.close(tell)
+        os.read(ready, 1)
+        os.close(ready)
+        return worker
+    try:
+        os.setsid()
+        nursery.close()
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        for standard in (1, 2):
+            os.dup2(file, standard)
+        os.write(tell, b"1")
+        for opened in (file, ready, tell):
+            os.close(opened)
+        _serve(descriptor, parent, stacks_file)
+    except BaseException:  # noqa: BLE001  a fork must not run what its parent has still to do
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _serve(descriptor: int, parent: int, stacks_file: str) -> None:
+    """Answers calls until the other end of the pipe is closed."""
+    _die_with(parent)
     connection = Connection(descriptor)
     with open(stacks_file, "w", encoding="utf-8") as stacks:
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
@@ -32,7 +91,7 @@ def serve(descriptor: int, parent: int, stacks_file: str) -> None:
             try:
                 message = connection.recv_bytes()
             except EOFError:
-                return
+                os._exit(0)
             _answer(connection, message)
 
 

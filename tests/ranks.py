@@ -1,7 +1,8 @@
 """Many ranks on one machine: gloo worker processes that are started once and serve the whole test session.
 
-A worker costs seconds to start (it imports torch), a call to waiting workers milliseconds. Every call sees a world of
-exactly `world_size` ranks: a process group of its own, torchrun's variables, seeded torch; all is undone afterwards.
+A first process imports torch and the rest, which takes seconds; the workers are forks of it and cost milliseconds, and
+so does a call to them. Every call sees a world of exactly `world_size` ranks: a process group of its own, torchrun's
+variables, seeded torch; all is undone afterwards.
 """
 
 import atexit
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.reduction import send_handle
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +57,10 @@ class Report:
     finished: float = 0.0
 
 
-class _Worker:
-    """One process, its pipe, and the files that it writes."""
+class _Nursery:
+    """The process whose forks the workers are; it has imported what they need and never computes itself."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.output, self.stacks = folder / "output", folder / "stacks"
+    def __init__(self) -> None:
         self.connection, remote = Pipe()
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
@@ -70,13 +70,46 @@ class _Worker:
         if sys.platform == "linux":
             # Gloo otherwise asks for the address of the host name, which some sandboxes cannot resolve.
             environment["GLOO_SOCKET_IFNAME"] = "lo"
-        command = f"from tests.rank_worker import serve; serve({remote.fileno()}, {os.getpid()}, {str(self.stacks)!r})"
-        with self.output.open("wb") as output:
-            # A session of its own, so that Ctrl-C reaches pytest alone.
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", command], pass_fds=[remote.fileno()], env=environment, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        command = f"from tests.rank_worker import nurse; nurse({remote.fileno()}, {os.getpid()})"
+        # A session of its own, so that Ctrl-C reaches pytest alone.
+        self.process = subprocess.Popen([sys.executable, "-c", command], pass_fds=[remote.fileno()], env=environment,
+                                        stdin=subprocess.DEVNULL, start_new_session=True)
+        remote.close()
+
+    def fork(self, remote: Connection, output: Path, stacks: Path) -> int:
+        """Starts a worker at the other end of `remote`. Returns its process number."""
+        self.connection.send(("fork", str(output), str(stacks)))
+        send_handle(self.connection, remote.fileno(), self.process.pid)
+        return self._answer()
+
+    def exit_code(self, worker: int) -> int:
+        """Waits for the end of a worker."""
+        self.connection.send(("wait", worker))
+        return self._answer()
+
+    def has_ended(self, worker: int) -> bool:
+        self.connection.send(("ended", worker))
+        return bool(self._answer())
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+
+    def _answer(self) -> int:
+        answer = self.connection.recv()
+        assert isinstance(answer, int)
+        return answer
+
+
+class _Worker:
+    """One process, its pipe, and the files that it writes."""
+
+    def __init__(self, folder: Path, nursery: _Nursery) -> None:
+        folder.mkdir()
+        self.output, self.stacks, self.nursery = folder / "output", folder / "stacks", nursery
+        self.connection, remote = Pipe()
+        self.process = nursery.fork(remote, self.output, self.stacks)
         remote.close()
 
     def receive(self) -> Report:
@@ -85,13 +118,13 @@ class _Worker:
             assert isinstance(report, Report)
             return report
         except (EOFError, ConnectionResetError):
-            code = self.process.wait()
+            code = self.nursery.exit_code(self.process)
             text = f"the worker process died with exit code {code}; the end of its output:\n{self._end_of_output()}"
             return Report(error=RuntimeError(text), text=text, finished=time.monotonic())
 
     def stack(self) -> str:
         """Ask for the Python stacks and return them."""
-        os.kill(self.process.pid, STACK_SIGNAL)
+        os.kill(self.process, STACK_SIGNAL)
         deadline, size = time.monotonic() + 2.0, -1
         while time.monotonic() < deadline:
             time.sleep(0.1)
@@ -104,10 +137,12 @@ class _Worker:
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             # The whole session: a checkpoint's writer has started a process of its own, which would live on.
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()
-        self.process.wait()
+            os.killpg(self.process, signal.SIGKILL)
+        self.nursery.exit_code(self.process)
         self.connection.close()
+
+    def has_ended(self) -> bool:
+        return self.nursery.has_ended(self.process)
 
     def _end_of_output(self) -> str:
         return self.output.read_text(encoding="utf-8", errors="replace")[-4000:]
@@ -118,6 +153,7 @@ class RankPool:
 
     def __init__(self) -> None:
         self._workers: dict[int, _Worker] = {}
+        self._nursery: _Nursery | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="ranks_"))
         self._numbers = itertools.count()
 
@@ -134,7 +170,8 @@ class RankPool:
         ]  # fmt: skip
         for rank in range(world_size):
             if rank not in self._workers:
-                self._workers[rank] = _Worker(self._folder / f"worker{next(self._numbers)}")
+                self._nursery = self._nursery or _Nursery()
+                self._workers[rank] = _Worker(self._folder / f"worker{next(self._numbers)}", self._nursery)
         for rank, message in enumerate(messages):
             with contextlib.suppress(BrokenPipeError):  # It died between two calls: receive() says how.
                 self._workers[rank].connection.send_bytes(message)
@@ -164,7 +201,7 @@ class RankPool:
                 assert isinstance(connection, Connection)
                 rank = pending[connection]
                 reports[rank] = self._workers[rank].receive()
-                if self._workers[rank].process.poll() is not None:
+                if self._workers[rank].has_ended():
                     self._kill([rank])
             if not failed and any(report.error is not None for report in reports.values()):
                 failed, deadline = True, min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -185,6 +222,9 @@ class RankPool:
     def shutdown(self) -> None:
         """End every worker and delete their files; the pool starts new ones if it is used again."""
         self._kill(self._workers)
+        if self._nursery is not None:
+            self._nursery.end()
+            self._nursery = None
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
 
