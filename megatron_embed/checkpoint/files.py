@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 INFO_FILE = "megatron_embed.json"
+BEST = "best"
+"""In a run's directory: a link to its best checkpoint, which `remove_old` leaves alone."""
 _STEP = re.compile(r"step_(\d+)$")
 
 
@@ -84,9 +86,10 @@ def replace_directory(new: Path, target: Path) -> None:
 
 
 def remove_old(directory: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` training checkpoints (0 keeps all)."""
+    """Deletes all but the newest `keep` training checkpoints (0 keeps all), and the best."""
+    best = (directory / BEST).resolve()
     complete = list(step_directories(directory).values())
-    for old in complete[:-keep] if keep else []:
+    for old in [path for path in complete[:-keep] if path.resolve() != best] if keep else []:
         hidden = old.with_name(f".{old.name}.old.tmp")  # first, so that a kill leaves nothing that looks whole
         old.rename(hidden)
         shutil.rmtree(hidden)

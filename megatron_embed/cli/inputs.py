@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +18,10 @@ from megatron_embed.data.records import RecordSet, hold_out, open_records, valid
 from megatron_embed.data.rerank import check_rerank_records
 from megatron_embed.data.tokenless import refuse_tokenless_rows
 from megatron_embed.errors import ConfigError
-from megatron_embed.evaluation.beir import BeirData, load_beir, refuse_tokenless_texts
-from megatron_embed.evaluation.reranking import RerankData, load_rerank_file
+from megatron_embed.evaluation.beir import load_beir, refuse_tokenless_texts
+from megatron_embed.evaluation.reranking import load_rerank_file
+from megatron_embed.evaluation.sts import load_sts, refuse_tokenless_pairs
+from megatron_embed.evaluation.suite import Suite
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.models.heads import HeadSpec
@@ -46,8 +47,8 @@ class Inputs:
     tokenizer: RoleTokenizer | PairTokenizer
     """Of texts, or of a reranker's pairs."""
     sampler: Sampler
-    retrieval: Sequence[BeirData]
-    reranking: Sequence[RerankData]
+    suite: Suite
+    """All that the run is evaluated on."""
     settings: RerankerSettings | None
     """How a reranker is asked; null for an embedding model."""
     head: HeadSpec | None
@@ -102,16 +103,12 @@ def read_inputs(config: RunConfig) -> Inputs:
     if config.training.warmup_steps >= steps:
         raise ConfigError(f"training.warmup_steps = {config.training.warmup_steps} must be below the {steps} training "
                           "steps")
-    retrieval = [load_beir(directory, config.evaluation.split) for directory in config.evaluation.retrieval]
-    for data in retrieval:
-        assert isinstance(tokenizer, RoleTokenizer), "a reranker searches nothing"
-        refuse_tokenless_texts(data, tokenizer)
-    reranking = [load_rerank_file(file, "evaluation.reranking") for file in config.evaluation.reranking]
+    suite = open_suite(config, tokenizer)
     found = standing(config)
     if found.checkpoint is not None:
         check_resumable(config, found.checkpoint, model, tokenizer, records)
     inputs = Inputs(model=model, records=records, validation=validation, tokenizer=tokenizer, sampler=sampler,
-                    retrieval=retrieval, reranking=reranking, settings=settings, head=head, train_steps=steps,
+                    suite=suite, settings=settings, head=head, train_steps=steps,
                     standing=found)
     if config.checkpoint.export_at_end is not None and not inputs.nothing_left(config):
         check_export(config, model)
@@ -124,6 +121,22 @@ def divided(config: RunConfig, records: RecordSet, dp_size: int) -> tuple[Record
     if held is not None:
         validation_shares(held, global_batch_size=config.training.global_batch_size, dp_rank=0, dp_size=dp_size)
     return kept, held
+
+
+def open_suite(config: RunConfig, tokenizer: RoleTokenizer | PairTokenizer) -> Suite:
+    """The evaluation sets, every text of which the tokenizer can take, and a metric to compare checkpoints by."""
+    suite = Suite(retrieval=[load_beir(directory, config.evaluation.split)
+                             for directory in config.evaluation.retrieval],
+                  sts=[load_sts(path) for path in config.evaluation.sts],
+                  reranking=[load_rerank_file(file, "evaluation.reranking") for file in config.evaluation.reranking])
+    for data in suite.retrieval:
+        assert isinstance(tokenizer, RoleTokenizer), "a reranker searches nothing"
+        refuse_tokenless_texts(data, tokenizer)
+    for pairs in suite.sts:
+        assert isinstance(tokenizer, RoleTokenizer), "a reranker compares no vectors"
+        refuse_tokenless_pairs(pairs, tokenizer)
+    suite.best_metric(config.evaluation.best_metric)
+    return suite
 
 
 def open_reranker(config: RunConfig, model: ModelDirectory) -> tuple[RerankerSettings, PairTokenizer, HeadSpec]:
@@ -204,8 +217,10 @@ def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
             str(model.hf), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
             query_prompt=config.data.query_prompt, document_prompt=config.data.document_prompt,
             query_max_length=config.data.query_max_length, document_max_length=config.data.document_max_length)
-    if tokenizer.needs_instructions and (config.evaluation.retrieval or config.checkpoint.export_at_end):
-        key = "evaluation.retrieval" if config.evaluation.retrieval else "checkpoint.export_at_end"
+    asked = {"evaluation.retrieval": config.evaluation.retrieval, "evaluation.sts": config.evaluation.sts,
+             "checkpoint.export_at_end": config.checkpoint.export_at_end}
+    if tokenizer.needs_instructions and any(asked.values()):
+        key = next(key for key, value in asked.items() if value)
         raise ConfigError(f"data.query_prompt = {config.data.query_prompt!r}: {key} has no instruction to put into it; "
                           "write the instruction out, or evaluate and export afterwards")
     return tokenizer

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from megatron_embed.batch import EmbedBatch, RerankBatch
 from megatron_embed.cli.export import PROBES, export_model
 from megatron_embed.cli.export_reranker import PROBE_PAIRS, comparable, export_reranker
-from megatron_embed.cli.inputs import Inputs
+from megatron_embed.cli.inputs import Inputs, log_directory
 from megatron_embed.cli.reranker import scorer_of
 from megatron_embed.cli.resume import record_export
 from megatron_embed.config.schema import RunConfig
@@ -19,14 +20,17 @@ from megatron_embed.data.pairs import Pair, PairTokenizer
 from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.data.records import RecordSet, RerankRecord
 from megatron_embed.data.rerank import pairs_of
-from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.reranking import RerankData, ScorePairs, evaluate_reranking, similarity_of_pairs
-from megatron_embed.evaluation.retrieval import evaluate_retrieval
+from megatron_embed.evaluation.suite import together
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
+from megatron_embed.parallel.collectives import raise_first
 from megatron_embed.parallel.topology import Topology, token_alignment
 from megatron_embed.training.agreement import agree_on_bins, agree_on_rerank_bins, agree_on_shares
+from megatron_embed.training.metrics import write_projector
 
+NUM_PROJECTOR_TEXTS = 300
+"""Of each evaluation set, half of them queries."""
 NUM_EXPORT_ROWS = 64
 """Training rows on whose texts an export is compared with the model in memory."""
 
@@ -42,6 +46,8 @@ class Task:
     """The same where ranks differ in their numbers of rows."""
     evaluate: Callable[[], dict[str, float]] | None
     """Null: there is nothing to evaluate on."""
+    show: Callable[[], None] | None
+    """After the last step: a sheet of vectors for TensorBoard. Null: there are no vectors."""
     export: Callable[[int], None]
     """Writes `checkpoint.export_at_end` from the newest checkpoint, which has so many optimizer steps."""
 
@@ -67,16 +73,20 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
 
     def evaluate() -> dict[str, float]:
         score = functools.partial(similarity_of_pairs, encoder.encode, similarity=similarity)
-        return {**evaluate_all(inputs.retrieval, encoder, similarity), **rerank_all(inputs.reranking, score)}
+        metrics = inputs.suite.evaluate(encoder.encode, similarity, group=dist.group.WORLD, device=topology.device)
+        return {**metrics, **rerank_all(inputs.suite.reranking, score)}
+
+    def show() -> None:
+        show_in_projector(config, inputs, encoder, topology)
 
     def export(steps: int) -> None:
         directory, target = _export_places(config)
         export_model(directory, target, encoder, comparable_texts(inputs.records, tokenizer), config.model.dtype,
                      note=functools.partial(record_export, directory, target, steps))
 
-    return Task(loader=loader, agree=agree, export=export,
+    return Task(loader=loader, agree=agree, export=export, show=show,
                 agree_on_shares=functools.partial(agree_on_shares, topology=topology, whole_groups=whole_groups),
-                evaluate=evaluate if inputs.retrieval or inputs.reranking else None)
+                evaluate=evaluate if inputs.suite else None)
 
 
 def reranker_task(config: RunConfig, inputs: Inputs, topology: Topology, models: Sequence[EmbeddingModel],
@@ -99,9 +109,9 @@ def reranker_task(config: RunConfig, inputs: Inputs, topology: Topology, models:
         export_reranker(directory, target, scorer, comparable_pairs(inputs.records, tokenizer), config.model.dtype,
                         note=functools.partial(record_export, directory, target, steps))
 
-    evaluate = functools.partial(rerank_all, inputs.reranking, scorer.raw_scores)
-    return Task(loader=loader, agree=agree, agree_on_shares=agree, export=export,
-                evaluate=evaluate if inputs.reranking else None)
+    evaluate = functools.partial(rerank_all, inputs.suite.reranking, scorer.raw_scores)
+    return Task(loader=loader, agree=agree, agree_on_shares=agree, export=export, show=None,
+                evaluate=evaluate if inputs.suite else None)
 
 
 def _export_places(config: RunConfig) -> tuple[str, str]:
@@ -125,20 +135,18 @@ def comparable_pairs(records: RecordSet, tokenizer: PairTokenizer) -> list[Pair]
     return comparable([*pairs, *(Pair(query=query, document=document) for query, document in PROBE_PAIRS)], tokenizer)
 
 
-def evaluate_all(sets: Sequence[BeirData], encoder: TextEncoder,
-                 similarity: Literal["cosine", "dot"]) -> dict[str, float]:
-    """Retrieval metrics of every set, prefixed by its name where there are several. Called by all ranks."""
-    results: dict[str, float] = {}
-    for data in sets:
-        metrics = evaluate_retrieval(encoder.encode, data, similarity=similarity)
-        results.update(metrics if len(sets) == 1 else {f"{data.name}/{key}": value for key, value in metrics.items()})
-    return results
-
-
 def rerank_all(sets: Sequence[RerankData], score: ScorePairs) -> dict[str, float]:
-    """Reranking metrics of every set, `rerank/ndcg@10` and so on, with the set's name where there are several."""
-    results: dict[str, float] = {}
-    for data in sets:
-        prefix = "rerank" if len(sets) == 1 else f"rerank/{data.name}"
-        results.update({f"{prefix}/{key}": value for key, value in evaluate_reranking(score, data).items()})
-    return results
+    """Reranking metrics, `rerank/ndcg@10` and so on: the mean over the sets, each set's own where there are several."""
+    results = together([(data.name, evaluate_reranking(score, data)) for data in sets])
+    return {f"rerank/{name}": value for name, value in results.items()}
+
+
+def show_in_projector(config: RunConfig, inputs: Inputs, encoder: TextEncoder, topology: Topology) -> None:
+    """A sheet of evaluated texts for TensorBoard's projector, where there is TensorBoard. Called by all ranks."""
+    directory, samples = log_directory(config), inputs.suite.samples(NUM_PROJECTOR_TEXTS)
+    if directory is None or not config.logging.tensorboard or not samples:
+        return
+    vectors = [encoder.encode(texts, role) for _, role, texts in samples]
+    labels = [(name, role, text) for name, role, texts in samples for text in texts]
+    raise_first(write_projector(directory, torch.cat(vectors), labels, inputs.train_steps)
+                if topology.rank == 0 else None)

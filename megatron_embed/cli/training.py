@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import remove_unfinished
 from megatron_embed.checkpoint.lock import sole_writer
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, on_rank_0, save_checkpoint
@@ -97,16 +98,20 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopR
     build_task = reranker_task if config.task == "reranker" else embedding_task
     task = build_task(config, inputs, topology, models, wrapped)
     assets = prepare_assets(config, inputs)
+    best = best_checkpoint(config, inputs, first_step)
     writer = MetricsWriter(log_directory(config), tensorboard=config.logging.tensorboard,
                            train_steps=inputs.train_steps, first_step=first_step, active=topology.rank == 0)
 
     def save(step: int, last: bool) -> None:
         assert config.checkpoint.directory is not None and assets is not None
         save_checkpoint(config.checkpoint.directory, step, state, assets=assets, keep=config.checkpoint.keep)
+        if best is not None:
+            best.mark(step, config.checkpoint.keep)
 
     hooks = Hooks(load_batch=task.loader.batch,
                   agree=None if config.training.micro_batch_tokens is None else task.agree,
                   evaluate=evaluation_of(config, inputs, topology, gradients, task),
+                  is_best=None if best is None else best.improves,
                   save=save if config.checkpoint.directory is not None else None, stop=stop)
     health = Health(config, functools.partial(sources_of_step, inputs), log_directory(config),
                     active=topology.rank == 0)
@@ -115,6 +120,8 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopR
     with task.loader:
         metrics = train(config, trainer, hooks, writer, topology, health, first_step=first_step,
                         train_steps=inputs.train_steps)
+    if metrics and task.show is not None:
+        task.show()
     if config.checkpoint.export_at_end is not None:
         task.export(max(first_step, inputs.train_steps))
     return metrics
@@ -139,6 +146,14 @@ def evaluation_of(config: RunConfig, inputs: Inputs, topology: Topology, gradien
         return {**validation(), **({} if task.evaluate is None else task.evaluate())}
 
     return evaluate
+
+
+def best_checkpoint(config: RunConfig, inputs: Inputs, first_step: int) -> BestCheckpoint | None:
+    """What keeps the best checkpoint; null where there are no checkpoints or no metrics."""
+    if config.checkpoint.directory is None or not inputs.suite:
+        return None
+    return BestCheckpoint(config.checkpoint.directory, inputs.suite.best_metric(config.evaluation.best_metric),
+                          first_step)
 
 
 def load_models(config: RunConfig, inputs: Inputs, topology: Topology) -> list[EmbeddingModel]:

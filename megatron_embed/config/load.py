@@ -110,7 +110,8 @@ def _with_home(config: RunConfig) -> RunConfig:
         checkpoint=replace(config.checkpoint, directory=home(config.checkpoint.directory),
                            export_at_end=home(config.checkpoint.export_at_end)),
         evaluation=replace(config.evaluation, retrieval=tuple(map(os.path.expanduser, config.evaluation.retrieval)),
-                           reranking=tuple(map(os.path.expanduser, config.evaluation.reranking))),
+                           reranking=tuple(map(os.path.expanduser, config.evaluation.reranking)),
+                           sts=tuple(map(os.path.expanduser, config.evaluation.sts))),
         logging=replace(config.logging, directory=home(config.logging.directory)))
 
 

@@ -293,6 +293,11 @@ class EvaluationConfig:
     """Files of lists, rows {"query", "documents": [...], "labels": [...]} or {"query", "docs": [{"text", "label"}]}."""
     split: str = "test"
     """Which qrels file of a BEIR folder."""
+    sts: tuple[str, ...] = ()
+    """JSONL files of pairs {"text_a", "text_b", "score"}: Pearson and Spearman of cosine (or dot product) and score."""
+    best_metric: str | None = None
+    """The checkpoint with the largest value of this metric stays beside the newest ones, and `best` points at it; null:
+    ndcg@10, or spearman or rerank/ndcg@10 where there is no retrieval."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, "evaluation.every_steps", self.every_steps, "must be >= 1")
@@ -368,5 +373,7 @@ def _check_reranker_run(config: RunConfig) -> None:
             "a reranker gives scores, which have no widths; remove it")
     require(not config.evaluation.retrieval, "evaluation.retrieval", list(config.evaluation.retrieval),
             "a reranker searches no corpus; give evaluation.reranking files of lists")
+    require(not config.evaluation.sts, "evaluation.sts", list(config.evaluation.sts),
+            "a reranker gives no vectors to compare; give evaluation.reranking files of lists")
     require(not config.model.bidirectional, "model.bidirectional", config.model.bidirectional,
             "the stock classes run a reranker's decoder causally; set it to false")

@@ -31,6 +31,8 @@ class Hooks:
     """Gives all data-parallel ranks as many micro-batches, of one size; null where they have as many."""
     save: Callable[[int, bool], None] | None
     """(steps done, whether it is the last) -> writes a checkpoint."""
+    is_best: Callable[[dict[str, float]], bool] | None
+    """Whether these metrics are the run's best so far; then a checkpoint is saved as well. Null: nobody asks."""
     stop: StopRequest
     """Whether this rank wants to stop early; ranks may differ."""
 
@@ -114,9 +116,8 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
         log = done % config.logging.every_steps == 0 or last
         writer.step(done, {**metrics, "skipped_steps": health.skipped - logged_skips}, log=log)
         logged_skips = health.skipped if log else logged_skips
-        if hooks.evaluate is not None and evaluation_due(config, hooks, done, last):
-            writer.evaluation(done, {f"eval/{name}": value for name, value in hooks.evaluate().items()})
-        if hooks.save is not None and (done % config.checkpoint.save_every_steps == 0 or last):
+        best = evaluation_due(config, hooks, done, last) and evaluate(hooks, writer, done)
+        if hooks.save is not None and (done % config.checkpoint.save_every_steps == 0 or last or best):
             hooks.save(done, last)
             saved = done
         heap.after_step()
@@ -125,8 +126,18 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
     return metrics
 
 
+def evaluate(hooks: Hooks, writer: MetricsWriter, done: int) -> bool:
+    """Evaluates and writes the metrics down; whether they are the best so far. Called by all ranks."""
+    assert hooks.evaluate is not None
+    results = hooks.evaluate()
+    writer.evaluation(done, {f"eval/{name}": value for name, value in results.items()})
+    return hooks.is_best is not None and hooks.is_best(results)
+
+
 def evaluation_due(config: RunConfig, hooks: Hooks, done: int, last: bool) -> bool:
     """Whether to evaluate after so many steps: not if some rank is about to stop. Then one more small all-reduce."""
+    if hooks.evaluate is None:
+        return False
     if last or done % config.evaluation.every_steps:
         return last
     return not largest(int(hooks.stop.signalled or hooks.stop.time_is_up), dist.group.WORLD)

@@ -4,11 +4,13 @@ import contextlib
 import json
 import logging
 import math
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from torch import Tensor
 from tqdm import tqdm
 
 from megatron_embed.errors import ConfigError, UserError
@@ -96,6 +98,26 @@ class MetricsWriter:
             self.error = self.error or ConfigError(
                 f"logging.directory = {self.directory!r}: the run's metrics cannot be written ({reason}); look at the "
                 "disk, or name another directory")
+
+
+def write_projector(directory: str, vectors: Tensor, labels: Sequence[tuple[str, str, str]],
+                    step: int) -> UserError | None:
+    """Gives TensorBoard's projector [texts, dim] with (set, role, text) of each, in place of what an earlier start of
+    the run gave it; the error if it cannot be written."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    rows = [[name, role, " ".join(text.split())[:120]] for name, role, text in labels]  # a line each, no tabs
+    folder = Path(directory) / "tensorboard"
+    try:
+        shutil.rmtree(folder / f"{step:05d}" / "evaluation", ignore_errors=True)
+        (folder / "projector_config.pbtxt").unlink(missing_ok=True)
+        with SummaryWriter(str(folder)) as board:
+            board.add_embedding(vectors, metadata=rows, metadata_header=["set", "role", "text"], global_step=step,
+                                tag="evaluation")
+    except OSError as error:
+        return ConfigError(f"logging.directory = {directory!r}: the projector's sheet cannot be written "
+                           f"({error.strerror or error}); look at the disk, or name another directory")
+    return None
 
 
 def move_aside(path: Path) -> None:

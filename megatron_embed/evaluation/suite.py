@@ -1,0 +1,94 @@
+"""Everything that a run is evaluated on, and the metrics by name."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_embed.data.prompts import Role
+from megatron_embed.errors import ConfigError
+from megatron_embed.evaluation.beir import BeirData
+from megatron_embed.evaluation.reranking import CUTOFFS as RERANK_CUTOFFS
+from megatron_embed.evaluation.reranking import RerankData
+from megatron_embed.evaluation.retrieval import CUTOFFS, Embed, Similarity, evaluate_retrieval
+from megatron_embed.evaluation.sts import StsData, evaluate_sts
+
+RETRIEVAL_METRICS = ("map", *(f"{name}@{k}" for k in CUTOFFS for name in ("ndcg", "mrr", "recall", "precision")))
+STS_METRICS = ("pearson", "spearman")
+RERANK_METRICS = ("map", *(f"{name}@{k}" for k in RERANK_CUTOFFS for name in ("ndcg", "mrr")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """The sets of a run. A metric's plain name is the mean over the sets that have it; `SET/name` is of one of them."""
+
+    retrieval: Sequence[BeirData]
+    sts: Sequence[StsData]
+    reranking: Sequence[RerankData]
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return bool(self.retrieval or self.sts or self.reranking)
+
+    def metric_names(self) -> list[str]:
+        """Every metric that an evaluation of the sets gives."""
+        names: list[str] = []
+        kinds: tuple[tuple[str, Sequence[BeirData | StsData | RerankData], Sequence[str]], ...] = (
+            ("", self.retrieval, RETRIEVAL_METRICS), ("", self.sts, STS_METRICS),
+            ("rerank/", self.reranking, RERANK_METRICS))
+        for prefix, sets, metrics in kinds:
+            if sets:
+                names += [f"{prefix}{metric}" for metric in metrics]
+            if len(sets) > 1:
+                names += [f"{prefix}{data.name}/{metric}" for data in sets for metric in metrics]
+        return names
+
+    def best_metric(self, wanted: str | None) -> str:
+        """The metric by which checkpoints are compared: the wanted one, else ndcg@10, spearman or rerank/ndcg@10.
+
+        Raises:
+            ConfigError: no set has the wanted one.
+        """
+        if wanted is None:
+            return "ndcg@10" if self.retrieval else "spearman" if self.sts else "rerank/ndcg@10"
+        if not self:
+            raise ConfigError(f"evaluation.best_metric = {wanted!r}: there is nothing to evaluate; name a set in "
+                              "evaluation.retrieval, sts or reranking, or leave it out")
+        names = self.metric_names()
+        if wanted not in names:
+            near = difflib.get_close_matches(wanted, names, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+            raise ConfigError(f"evaluation.best_metric = {wanted!r}: not among the metrics of the run's evaluation "
+                              f"sets; {meant}")
+        return wanted
+
+    def samples(self, size: int) -> list[tuple[str, Role, list[str]]]:
+        """(set, role, texts) of up to `size` texts of each set, to look at their vectors: queries, then documents."""
+        half = size // 2
+        taken: list[tuple[str, Role, list[str]]] = []
+        for data in self.retrieval:
+            judged = {document for labels in data.qrels.values() for document, label in labels.items() if label > 0}
+            documents = [text for name, text in zip(data.document_ids, data.document_texts, strict=True)
+                         if name in judged]
+            taken += [(data.name, "query", data.query_texts[:half]), (data.name, "document", documents[:half])]
+        for pairs in self.sts:
+            taken += [(pairs.name, role, texts[:half]) for role, texts in pairs.texts.items()]
+        return [sample for sample in taken if sample[2]]
+
+    def evaluate(self, embed: Embed, similarity: Similarity, *, group: dist.ProcessGroup | None = None,
+                 device: torch.device | None = None) -> dict[str, float]:
+        """Metrics of retrieval and pairs by name. Called by all ranks of the group; see evaluate_retrieval."""
+        of_retrieval = [(data.name, evaluate_retrieval(embed, data, similarity=similarity, group=group, device=device))
+                        for data in self.retrieval]
+        of_sts = [(data.name, evaluate_sts(embed, data, similarity=similarity)) for data in self.sts]
+        return together(of_retrieval) | together(of_sts)
+
+
+def together(results: Sequence[tuple[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Means over the sets, and each set's own metrics where there are several."""
+    if len(results) < 2:
+        return dict(results[0][1]) if results else {}
+    means = {name: sum(metrics[name] for _, metrics in results) / len(results) for name in results[0][1]}
+    return means | {f"{data}/{name}": value for data, metrics in results for name, value in metrics.items()}

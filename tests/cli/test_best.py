@@ -1,0 +1,68 @@
+"""A run that is evaluated on texts and pairs: its best checkpoint, its curves, its sheet for the projector."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.cli.test_commands import evaluated, small_beir  # noqa: F401  a fixture
+from tests.cli.test_refusals import assert_refused, command, settings
+from tests.ranks import run_on_ranks
+from tests.toys import MINI_EN, save_model
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    rows = [json.loads(line) for line in MINI_EN.read_text().splitlines()[:20]]
+    path = tmp_path_factory.mktemp("sts") / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"text_a": row["query"], "text_b": row["positive"][0], "score": number % 5})
+                            + "\n" for number, row in enumerate(rows)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", tokenizer=True)
+
+
+def write(folder, model, small_beir, pairs, **evaluation):  # noqa: F811
+    values = settings(model, folder / "run")
+    values["training"] |= {"train_steps": 4, "learning_rate": 3e-2, "lr_decay_style": "constant"}
+    values["checkpoint"] |= {"keep": 1, "save_every_steps": 100}
+    values["evaluation"] = {"retrieval": [str(small_beir)], "sts": [pairs], "every_steps": 1, **evaluation}
+    values["logging"]["tensorboard"] = True
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return str(folder / "run.yaml")
+
+
+def test_best_checkpoint_and_projector(model, small_beir, pairs, tmp_path):  # noqa: F811
+    config, run = write(tmp_path, model, small_beir, pairs), tmp_path / "run"
+    results = run_on_ranks(command, 2, ["train", config])
+    assert [code for code, *_ in results] == [0, 0], results[0][2]
+    assert results[0][1] == ""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    values = {line["step"]: line["eval/ndcg@10"] for line in lines if "eval/ndcg@10" in line}
+    assert len(values) == 4 and len(set(values.values())) > 1
+    assert all("eval/spearman" in line for line in lines if "eval/ndcg@10" in line)
+    best = max(values, key=values.get)
+    assert os.readlink(run / "best") == f"step_{best:06d}"
+    assert {path.name for path in run.glob("step_*")} == {f"step_{best:06d}", "step_000004"}
+    assert evaluated(["--model", str(run / "best"), "--data", str(small_beir)], 1)["ndcg@10"] == pytest.approx(
+        values[best], abs=1e-6)
+    sheet = run / "tensorboard" / "00004" / "evaluation"
+    vectors = np.loadtxt(sheet / "tensors.tsv", delimiter="\t")
+    header, *labels = (sheet / "metadata.tsv").read_text().splitlines()
+    assert header == "set\trole\ttext" and len(labels) == len(vectors) > 40
+    assert vectors.shape[1] == 32 and np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-4)
+    assert {tuple(label.split("\t")[:2]) for label in labels} == {
+        ("few", "query"), ("few", "document"), ("pairs", "query"), ("pairs", "document")}
+
+
+def test_metrics_that_no_set_has_are_refused(model, small_beir, pairs, tmp_path):  # noqa: F811
+    config = write(tmp_path, model, small_beir, pairs, best_metric="spearmen")
+    assert_refused(run_on_ranks(command, 1, ["train", config]), "evaluation.best_metric = 'spearmen'",
+                   "did you mean 'spearman'?")
+    config = write(tmp_path, model, small_beir, pairs, best_metric="spearman", retrieval=[], sts=[])
+    assert_refused(run_on_ranks(command, 1, ["train", config]), "there is nothing to evaluate")
