@@ -4,9 +4,18 @@ import argparse
 import functools
 import json
 import os
+from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int, write_output
 from megatron_embed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from megatron_embed.evaluation.second_stage import SecondStage
+    from megatron_embed.parallel.topology import Topology
 
 HELP = "metrics of retrieval, of pairs with scores, or of ranked lists, as one JSON object in the last line of stdout"
 
@@ -23,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--two-stage", type=positive_int, metavar="N",
                         help="measure search by vectors of this width whose best candidates are ordered by full ones "
                              "as well, as two_stage_N/...")
+    parser.add_argument("--reranker", metavar="DIR", type=path,
+                        help="measure search whose best candidates this reranker orders as well, as reranked/...")
+    parser.add_argument("--reranker-weight", type=weights, default=(), metavar="W,W",
+                        help="measure orders by (1 - W) * similarity + W * reranker's score as well, both scaled to "
+                             "0..1 within the candidates, as reranked_W/...")
     parser.add_argument("--candidates", type=positive_int, metavar="N",
                         help="documents per query that the first of two stages finds; default: 100")
     add_encoding_arguments(parser)
@@ -33,10 +47,26 @@ def dims(text: str) -> tuple[int, ...]:
     return tuple(positive_int(part.strip()) for part in text.split(","))
 
 
+def weights(text: str) -> tuple[float, ...]:
+    """Weights such as 0.25,0.5."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < weight < 1 for weight in found):
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers between 0 and 1 (1 is the reranker alone, which is "
+                                         "measured anyway)")
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the metrics from rank 0; prompts are the directory's."""
-    if args.candidates is not None and args.two_stage is None:
-        raise ConfigError(f"--candidates {args.candidates}: only search in two stages has candidates; add --two-stage")
+    if args.candidates is not None and args.two_stage is None and args.reranker is None:
+        raise ConfigError(f"--candidates {args.candidates}: only search in two stages has candidates; add --two-stage "
+                          "or --reranker")
+    if args.reranker_weight and args.reranker is None:
+        raise ConfigError(f"--reranker-weight {','.join(map(str, args.reranker_weight))}: there is no reranker; add "
+                          "--reranker")
     if not os.path.isfile(args.data):
         metrics, rank = evaluate_beir(args)
     elif holds_pairs(args.data):
@@ -71,14 +101,32 @@ def evaluate_beir(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     encoder, model, topology = open_encoder(args, prompts=True)
     widths = Widths(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100)
     widths.check(encoder.dim)
+    second_stage = None if args.reranker is None else open_second_stage(args, data.query_texts, topology)
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
-    return evaluate_retrieval(encode, data, similarity=model.saved.similarity, widths=widths, group=dist.group.WORLD,
-                              device=topology.device), topology.rank
+    return evaluate_retrieval(encode, data, similarity=model.saved.similarity, widths=widths, second_stage=second_stage,
+                              group=dist.group.WORLD, device=topology.device), topology.rank
+
+
+def open_second_stage(args: argparse.Namespace, queries: "Sequence[str]", topology: "Topology") -> "SecondStage":
+    """The reranker, once it is known to have room for every query; its own scores, since probabilities may tie."""
+    from megatron_embed.cli.reranker import open_scorer
+    from megatron_embed.data.pairs import Pair
+    from megatron_embed.evaluation.second_stage import SecondStage
+
+    scorer, _, _ = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
+                               topology=topology)
+    scorer.tokenizer.check_room([Pair(query=query, document="...") for query in queries])
+
+    def score(pairs: "Sequence[tuple[str, str]]") -> "Tensor":
+        return scorer.raw_scores([Pair(query=query, document=document) for query, document in pairs],
+                                 show_progress=topology.rank == 0)
+
+    return SecondStage(score=score, candidates=args.candidates or 100, weights=args.reranker_weight)
 
 
 def evaluate_pairs(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     """(correlations of an embedding model's similarities with the scores of a file of pairs, this rank)."""
-    refuse(args, "pairs", "split", "two_stage")
+    refuse(args, "pairs", "split", "two_stage", "reranker")
     from megatron_embed.evaluation.sts import load_sts
 
     data = load_sts(args.data, "--data")
@@ -92,7 +140,7 @@ def evaluate_pairs(args: argparse.Namespace) -> tuple[dict[str, float], int]:
 
 def evaluate_lists(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     """(metrics of a reranker, or of an embedding model's similarities, on a file of lists, this rank)."""
-    refuse(args, "lists", "split", "two_stage", "dims")
+    refuse(args, "lists", "split", "two_stage", "dims", "reranker")
     from megatron_embed.evaluation.reranking import evaluate_reranking, load_rerank_file, similarity_of_pairs
 
     data = load_rerank_file(args.data)
@@ -100,7 +148,8 @@ def evaluate_lists(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     from megatron_embed.cli.reranker import is_reranker, open_scorer
 
     if is_reranker(find_model(args.model, "--model")):
-        scorer, _, topology = open_scorer(args)
+        scorer, _, topology = open_scorer(args.model, max_length=args.max_length, dtype=args.dtype,
+                                          overrides=args.overrides)
         score = functools.partial(scorer.raw_scores, show_progress=topology.rank == 0)
         return evaluate_reranking(score, data), topology.rank
     encoder, model, topology = open_encoder(args, prompts=True)

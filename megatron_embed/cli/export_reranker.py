@@ -1,6 +1,5 @@
 """From a reranker's checkpoint to a cross-encoder, compared with the model before the directory gets its name."""
 
-import argparse
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
@@ -92,8 +91,7 @@ def export_reranker_checkpoint(source: str, destination: str, *, classification:
         if reason := left_out(directory):
             lines.append(reason)
             return
-        arguments = argparse.Namespace(model=source, dtype="float32", max_length=None, overrides=[])
-        scorer, _, _ = open_scorer(arguments)
+        scorer, _, _ = open_scorer(source, dtype="float32")
         pairs = comparable([Pair(query=query, document=document) for query, document in PROBE_PAIRS], scorer.tokenizer)
         lines.append(str(compare_pairs(directory, pairs, scorer.raw_scores(pairs), scorer.tokenizer, form,
                                        "bfloat16" if dtype == "bfloat16" else "float32")))

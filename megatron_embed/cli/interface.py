@@ -97,7 +97,7 @@ def open_any(directory: str, *, pooling: str | None, max_length: int | None, dty
     if is_reranker(find_model(directory, "--model")):
         if pooling is not None or not normalize:
             raise ConfigError(f"{directory}: a reranker, which has no use for pooling or normalize; leave them out")
-        scorer, model, _ = open_scorer(args)
+        scorer, model, _ = open_scorer(directory, max_length=max_length, dtype=dtype)
         return Reranker(scorer, model)
     encoder, model, _ = open_encoder(args, prompts=True)
     return Embedder(encoder, model)

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from megatron_embed.data.prompts import Role
     from megatron_embed.data.records import Record
     from megatron_embed.evaluation.encode import TextEncoder
+    from megatron_embed.evaluation.score import PairScorer
     from megatron_embed.mining.cache import VectorSource
     from megatron_embed.mining.filters import MiningOptions
     from megatron_embed.mining.task import Mined, MiningTask
+    from megatron_embed.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", metavar="FILE.jsonl", type=path,
                         help='documents to search, rows {"text": ..., "title"?: ...}; default: those of --data')
     parser.add_argument("--output", required=True, metavar="OUT.jsonl", type=path, help="the rows with their negatives")
+    parser.add_argument("--reranker", metavar="DIR", type=path,
+                        help="judge the candidates with this reranker: order, bounds, margins and written scores are "
+                             "by its scores")
     parser.add_argument("--num-negatives", type=int, default=3, metavar="N", help="of each query; default: 3")
     parser.add_argument("--range-min", type=int, default=0, metavar="N",
                         help="best candidates to skip, positives not counted; default: 0")
     parser.add_argument("--range-max", type=int, metavar="N",
                         help="candidates to look at; default: range-min + num-negatives + most positives of a query, "
-                             "with 10 * num-negatives if --max-score or a margin is set")
+                             "with 10 * num-negatives if --max-score, a margin or --reranker is set")
     for name, what in (("--max-score", "leave out candidates with a higher score"),
                        ("--min-score", "leave out candidates with a lower score"),
                        ("--absolute-margin", "leave out candidates above the lowest positive's score - M"),
@@ -63,25 +68,21 @@ def run(args: argparse.Namespace) -> int:
     options = MiningOptions(
         num_negatives=args.num_negatives, range_min=args.range_min, range_max=args.range_max, max_score=args.max_score,
         min_score=args.min_score, absolute_margin=args.absolute_margin, relative_margin=args.relative_margin,
-        sampling=args.sampling, seed=args.seed)
+        sampling=args.sampling, seed=args.seed, judged=args.reranker is not None)
     check_output(args.output)
     by_words = args.model == "bm25"
     if by_words:
         refuse_vector_options(args)
-        if process_rank() != 0:  # One process counts words; the others have nothing to do.
+        if process_rank() != 0 and not options.judged:  # One process counts words; the others have nothing to do.
             return 0
     records = list(RecordFile(args.data, key="--data"))
     corpus = None if args.corpus is None else read_corpus(args.corpus)
     prompts = [""] * len(records) if by_words else query_prompts(args, records)
     task = build_task(records, prompts, corpus)
     if by_words:
-        from megatron_embed.mining.bm25 import mine_bm25
-
-        error = write_rows_whole(args.output, records, task, mine_bm25(task, options, show_progress=True), options)
-        if error is not None:
-            raise error
-        return 0
-    mine_with_model(args, records, task, options)
+        mine_by_words(args, records, task, options)
+    else:
+        mine_with_model(args, records, task, options)
     return 0
 
 
@@ -95,9 +96,11 @@ def check_output(output: str) -> None:
 
 def refuse_vector_options(args: argparse.Namespace) -> None:
     """Raises ConfigError for an option that BM25 would ignore."""
-    given = {"--pooling": args.pooling, "--max-length": args.max_length, "--dtype": args.dtype,
-             "--query-prompt": args.query_prompt, "--document-prompt": args.document_prompt, "--cache": args.cache,
-             "--no-normalize": args.no_normalize or None, "parallel.*": args.overrides or None}
+    given = {"--pooling": args.pooling, "--max-length": args.max_length, "--query-prompt": args.query_prompt,
+             "--document-prompt": args.document_prompt, "--cache": args.cache,
+             "--no-normalize": args.no_normalize or None}
+    if args.reranker is None:
+        given |= {"--dtype": args.dtype, "parallel.*": args.overrides or None}
     for key, value in given.items():
         if value is not None:
             raise ConfigError(f"{key}: BM25 compares words and has no use for it; leave it out")
@@ -119,6 +122,45 @@ def query_prompts(args: argparse.Namespace, records: "Sequence[Record]") -> list
     return [prompt.replace("{instruction}", record.instruction or "") for record in records]
 
 
+def mine_by_words(args: argparse.Namespace, records: "Sequence[Record]", task: "MiningTask",
+                  options: "MiningOptions") -> None:
+    """Ranks by BM25 and writes, in one process; on all ranks together where a reranker judges."""
+    from megatron_embed.mining.bm25 import mine_bm25
+
+    if not options.judged:
+        mined = mine_bm25(task, options, show_progress=True)
+        error = write_rows_whole(args.output, records, task, mined, options)
+        if error is not None:
+            raise error
+        return
+    from megatron_embed.parallel.collectives import raise_first
+
+    scorer, topology = open_judge(args, records, task)
+    mined = judged(scorer, mine_bm25(task, options, show_progress=topology.rank == 0), records, task, options)
+    raise_first(write_rows_whole(args.output, records, task, mined, options) if topology.rank == 0 else None)
+
+
+def open_judge(args: argparse.Namespace, records: "Sequence[Record]", task: "MiningTask",
+               topology: "Topology | None" = None) -> "tuple[PairScorer, Topology]":
+    """The reranker, on all ranks, once it is known to have room for every query."""
+    from megatron_embed.cli.reranker import open_scorer
+    from megatron_embed.mining.judge import pair_of
+
+    scorer, _, topology = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
+                                      topology=topology)
+    scorer.tokenizer.check_room([pair_of(task, records, query, task.positives[query][0])
+                                 for query in range(len(task.queries))])
+    return scorer, topology
+
+
+def judged(scorer: "PairScorer", found: "Sequence[Mined]", records: "Sequence[Record]", task: "MiningTask",
+           options: "MiningOptions") -> "list[Mined]":
+    """The candidates by the reranker's scores. Called by all ranks."""
+    from megatron_embed.mining.judge import judge
+
+    return judge(found, task, records, scorer.score, options, show_progress=scorer.topology.rank == 0)
+
+
 def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task: "MiningTask",
                     options: "MiningOptions") -> None:
     """Embeds, searches and writes, on all ranks together."""
@@ -135,6 +177,7 @@ def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task:
     if args.document_prompt is not None:
         given["document"] = args.document_prompt
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given)
+    scorer = open_judge(args, records, task, topology)[0] if options.judged else None
     source = vector_source(args, encoder)
     scale = functools.partial(normalize, dim=-1) if model.saved.similarity == "cosine" else torch.clone
     role: Role = "query"
@@ -147,7 +190,11 @@ def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task:
     except TokenlessTextError as error:
         place = place_of(role, error.row, records, task, args.corpus)
         raise TokenlessTextError(error.row, place, error.text) from None
-    raise_first(None if mined is None else write_rows_whole(args.output, records, task, mined, options))
+    if scorer is not None:
+        assert mined is not None, "all ranks have the candidates"
+        mined = judged(scorer, mined, records, task, options)
+    own = None if topology.rank else mined
+    raise_first(None if own is None else write_rows_whole(args.output, records, task, own, options))
 
 
 def vector_source(args: argparse.Namespace, encoder: "TextEncoder") -> "VectorSource":

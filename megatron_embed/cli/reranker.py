@@ -1,9 +1,9 @@
 """Opening a reranker for any command: settings, prompt, head and weights, and the scorer over all ranks."""
 
-import argparse
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -70,13 +70,13 @@ def is_reranker(model: ModelDirectory) -> bool:
     return head == "score" or (head == "yes_no" and model.saved.pooling is None)
 
 
-def saved_settings(model: ModelDirectory) -> RerankerSettings:
+def saved_settings(model: ModelDirectory, key: str = "--model") -> RerankerSettings:
     """How the reranker of a directory is asked: what it says itself, else what its architecture lets one infer."""
     if model.reranker is not None:
         return model.reranker
     head = head_of_architecture(model.hf)
     if head is None:
-        raise ConfigError(f"--model {model.path}: is no reranker: its config.json names neither a "
+        raise ConfigError(f"{key} {model.path}: is no reranker: its config.json names neither a "
                           "*ForSequenceClassification nor a *ForCausalLM, and there is no reranker.json; give a model "
                           "trained with task: reranker, or a cross-encoder")
     return reranker_settings(RerankerConfig(head=head), model,
@@ -139,32 +139,35 @@ def _carried_tensors(model: ModelDirectory) -> HFDirectory | CarriedFile:
     return HFDirectory(model.hf) if model.checkpoint is None else open_carried(open_checkpoint(model.checkpoint))
 
 
-def open_scorer(args: argparse.Namespace) -> tuple[PairScorer, ModelDirectory, Topology]:
-    """The reranker that `evaluate` names, ready on all ranks.
+def open_scorer(directory: str, *, key: str = "--model", max_length: int | None = None, dtype: str | None = None,
+                overrides: Sequence[str] = (),
+                topology: Topology | None = None) -> tuple[PairScorer, ModelDirectory, Topology]:
+    """The reranker of a directory, ready on all ranks; what is not given is what the directory says.
 
     Args:
-        args: --model, --max-length, --dtype and parallel.* overrides; what is not given is what the directory says.
+        key: the option that names the directory, for messages.
+        overrides: parallel.* settings.
+        topology: of these settings, if another model is open already.
     Raises:
         UserError: it is no reranker, or cannot be loaded.
     """
-    model = find_model(args.model, "--model")
-    settings = saved_settings(model)
-    if args.max_length is not None:
+    model = find_model(directory, key)
+    settings = saved_settings(model, key)
+    if max_length is not None:
         limit = model.shape.longest_text
-        if args.max_length > limit:
-            raise ConfigError(f"--max-length {args.max_length} is longer than the model's {limit} positions; lower it "
+        if max_length > limit:
+            raise ConfigError(f"--max-length {max_length} is longer than the model's {limit} positions; lower it "
                               "to that or less")
-        settings = dataclasses.replace(settings, max_length=args.max_length)
+        settings = dataclasses.replace(settings, max_length=max_length)
     known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
-    config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
-                                  *args.overrides])
+    config = config_of_overrides([f"model.path={json.dumps(directory)}", f"model.dtype={dtype or known}", *overrides])
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)
     check_divisible(model.shape, config.parallel)
-    with blaming("--model", args.model):
-        tokenizer = open_pair_tokenizer(settings, model, "--max-length")
+    with blaming(key, directory):
+        tokenizer = open_pair_tokenizer(settings, model, "--max-length" if key == "--model" else "its max_length")
         spec = head_spec(settings, tokenizer)
-        topology = initialize(config.parallel)
+        topology = topology or initialize(config.parallel)
         chunks = load_reranker_chunks(model, config, topology, spec)
     return scorer_of(chunks, chunks, topology, tokenizer, config, settings.activation), model, topology
 

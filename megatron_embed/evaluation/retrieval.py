@@ -16,6 +16,7 @@ from megatron_embed.data.prompts import Role
 from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.search import StreamedSearch
+from megatron_embed.evaluation.second_stage import SecondStage, reordered
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
@@ -102,15 +103,16 @@ def evaluate_retrieval(
     k: int = 1000,
     similarity: Similarity = "cosine",
     widths: Widths | None = None,
+    second_stage: SecondStage | None = None,
     chunk: int = 8192,
     group: dist.ProcessGroup | None = None,
     device: torch.device | None = None,
 ) -> dict[str, float]:
     """`retrieval_metrics` of exact search with these embeddings over the whole corpus.
 
-    Names of a truncated width begin with `dim_WIDTH/`, of two stages with `two_stage_WIDTH/`. No document is skipped
-    for having the query's own id. `map` is over the k documents found. Documents are embedded, searched and let go in
-    blocks: the corpus may be larger than memory.
+    Names of a truncated width begin with `dim_WIDTH/`, of two stages with `two_stage_WIDTH/`, of a reranker's order
+    with `reranked/`. No document is skipped for having the query's own id. `map` is over the k documents found.
+    Documents are embedded, searched and let go in blocks: the corpus may be larger than memory.
 
     Args:
         embed: texts and their role -> [texts, dim], rows in the order of the texts. Called by all ranks of the group,
@@ -120,6 +122,7 @@ def evaluate_retrieval(
             that BEIR and MTEB use for `map`.
         similarity: cosine scales every row to unit length in float32 first.
         widths: further rankings by parts of the vectors.
+        second_stage: further rankings, of the best documents by a reranker.
         chunk: documents scored at once.
         device: where the search runs; null: where the vectors are.
         group: ranks that share the queries among them; one all-gather of the queries' metrics over it. null: none do.
@@ -146,8 +149,14 @@ def evaluate_retrieval(
             ranking.add(documents)
     names = [data.document_ids[index] for index in order]
     metrics: dict[str, float] = {}
-    for prefix, ranking in rankings.items():
-        mine = _metrics_of(ranking, data.query_ids[rank::size], names, data.qrels)
+    found = {prefix: ranking.search.result() for prefix, ranking in rankings.items()}
+    if second_stage is not None:
+        scores, indices = (part[:, : second_stage.candidates] for part in found[""])
+        again = reordered(second_stage, scores, indices, data.query_texts,
+                          [data.document_texts[number] for number in order], group)
+        found |= {prefix: (judged, indices) for prefix, judged in again.items()}
+    for prefix, ranking in found.items():
+        mine = _metrics_of(*ranking, data.query_ids[rank::size], names, data.qrels)
         metrics |= {f"{prefix}{name}": value for name, value in _means(_of_all_ranks(mine, data, group)).items()}
     return metrics
 
@@ -185,10 +194,9 @@ def _scaled(embeddings: Tensor, similarity: Similarity) -> Tensor:
     return normalize(embeddings, dim=-1) if similarity == "cosine" else embeddings
 
 
-def _metrics_of(ranking: _Ranking, query_ids: Sequence[str], document_ids: Sequence[str],
+def _metrics_of(scores: Tensor, indices: Tensor, query_ids: Sequence[str], document_ids: Sequence[str],
                 qrels: Qrels) -> dict[str, dict[str, float]]:
     """Metrics of each of these queries; a run of QUERIES_PER_BLOCK of them is held at a time."""
-    scores, indices = ranking.search.result()
     per_query: dict[str, dict[str, float]] = {}
     for start in range(0, len(query_ids), QUERIES_PER_BLOCK):
         block = slice(start, start + QUERIES_PER_BLOCK)

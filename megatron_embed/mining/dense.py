@@ -16,7 +16,8 @@ from megatron_embed.mining.task import Mined
 def mine_vectors(queries: Tensor, documents: Iterable[Tensor], positives: Sequence[Sequence[int]],
                  options: MiningOptions, *, group: dist.ProcessGroup | None = None, chunk: int = 8192,
                  num_documents: int | None = None, show_progress: bool = False) -> list[Mined] | None:
-    """Negatives of every query by largest dot product, exact; null on all ranks of the group but the first.
+    """Negatives of every query by largest dot product, exact; null on all ranks of the group but the first, unless a
+    reranker shall judge them.
 
     Memory: the queries' vectors, one block of documents, and scores of 512 queries with `chunk` documents.
 
@@ -47,7 +48,7 @@ def mine_vectors(queries: Tensor, documents: Iterable[Tensor], positives: Sequen
         chosen = choose(candidates, frozenset(positives[number]), positive_scores[place], options, last_rank=last_rank,
                         query=number)
         mined.append(Mined(positive_scores=positive_scores[place], negatives=chosen))
-    return _gathered(mined, len(queries), group)
+    return _gathered(mined, len(queries), group, everywhere=options.judged)
 
 
 class _PositivePairs:
@@ -79,12 +80,17 @@ class _PositivePairs:
         return [values[end - count:end] for end, count in zip(ends, self._counts.tolist(), strict=True)]
 
 
-def _gathered(mined: list[Mined], queries: int, group: dist.ProcessGroup | None) -> list[Mined] | None:
-    """Every query's, on the first rank of the group."""
+def _gathered(mined: list[Mined], queries: int, group: dist.ProcessGroup | None, *,
+              everywhere: bool) -> list[Mined] | None:
+    """Every query's, on the first rank of the group, or on all of them."""
     if group is None or group.size() == 1:
         return mined
-    shares: list[list[Mined]] | None = [[] for _ in range(group.size())] if group.rank() == 0 else None
-    dist.gather_object(mined, shares, dst=dist.get_global_rank(group, 0), group=group)
-    if shares is None:
-        return None
+    shares: list[list[Mined]] = [[] for _ in range(group.size())]
+    if everywhere:
+        dist.all_gather_object(shares, mined, group=group)
+    else:
+        first = group.rank() == 0
+        dist.gather_object(mined, shares if first else None, dst=dist.get_global_rank(group, 0), group=group)
+        if not first:
+            return None
     return [shares[number % len(shares)][number // len(shares)] for number in range(queries)]

@@ -32,6 +32,8 @@ class MiningOptions:
     sampling: Literal["top", "random"] = "top"
     seed: int = 1234
     """For sampling: random."""
+    judged: bool = False
+    """A reranker scores the candidates afterwards: the search passes all of them on, and the filters wait."""
 
     def __post_init__(self) -> None:
         for key, value, least in (("num-negatives", self.num_negatives, 1), ("range-min", self.range_min, 0),
@@ -48,14 +50,15 @@ class MiningOptions:
                               f"--num-negatives {self.num_negatives}; raise it to {least} or more")
 
     def last_rank(self, most_positives: int) -> int:
-        """`range_max`, or its default: room for the positives, and ten candidates a negative where some are filtered.
+        """`range_max`, or its default: room for the positives, and ten candidates a negative where some are filtered
+        or a reranker chooses among them.
 
         `min_score` alone counts as no filter: below it there is nothing to be found further down.
         """
         if self.range_max is not None:
             return self.range_max
         filtered = (self.max_score, self.absolute_margin, self.relative_margin) != (None, None, None)
-        return self.range_min + self.num_negatives * (10 if filtered else 1) + most_positives
+        return self.range_min + self.num_negatives * (10 if filtered or self.judged else 1) + most_positives
 
 
 Candidate = tuple[int, float]
@@ -64,7 +67,7 @@ Candidate = tuple[int, float]
 
 def choose(candidates: Sequence[Candidate], positives: Collection[int], positive_scores: Sequence[float],
            options: MiningOptions, *, last_rank: int, query: int) -> list[Candidate]:
-    """The negatives of one query, best first.
+    """The negatives of one query, best first; all candidates but the positives where they are still to be judged.
 
     Args:
         candidates: the best `last_rank` + most positives documents, best first.
@@ -73,6 +76,8 @@ def choose(candidates: Sequence[Candidate], positives: Collection[int], positive
         last_rank: candidates left after the filters that are looked at, `range_min` of them skipped.
         query: number of the query, for sampling: random.
     """
+    if options.judged:
+        return [(document, score) for document, score in candidates if document not in positives]
     threshold = _threshold(positive_scores, options)
     lowest = -float("inf") if options.min_score is None else options.min_score
     left = [(document, score) for document, score in candidates

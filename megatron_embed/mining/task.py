@@ -20,6 +20,8 @@ class MiningTask:
     queries: list[str]
     """With their prompts in front: what is embedded, or tokenized for BM25."""
     query_of_row: list[int]
+    row_of_query: list[int]
+    """The first row that asks it."""
     documents: list[str]
     """The corpus, and every positive that it lacks."""
     positives: list[list[int]]
@@ -33,7 +35,7 @@ class MiningTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Mined:
-    """What was found for one query."""
+    """What was found for one query, with its scores."""
 
     positive_scores: list[float]
     """In the order of the task's positives."""
@@ -56,11 +58,15 @@ def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: Iterab
     positives_of: dict[str, dict[int, None]] = {}
     for record in records:
         positives_of.setdefault(record.query, {}).update(dict.fromkeys(number_of[text] for text in record.positive))
-    asked: dict[tuple[str, str], int] = {}
-    query_of_row = [asked.setdefault((prompt, record.query), len(asked))
+    asked: dict[tuple[str, str, str | None], int] = {}
+    query_of_row = [asked.setdefault((prompt, record.query, record.instruction), len(asked))
                     for prompt, record in zip(prompts, records, strict=True)]
-    return MiningTask(queries=[prompt + query for prompt, query in asked], query_of_row=query_of_row,
-                      documents=documents, positives=[list(positives_of[query]) for _, query in asked])
+    first_row: dict[int, int] = {}
+    for row, query in enumerate(query_of_row):
+        first_row.setdefault(query, row)
+    return MiningTask(queries=[prompt + text for prompt, text, _ in asked], query_of_row=query_of_row,
+                      row_of_query=list(first_row.values()), documents=documents,
+                      positives=[list(positives_of[text]) for _, text, _ in asked])
 
 
 def read_corpus(path: str, key: str = "--corpus") -> list[str]:

@@ -4,14 +4,17 @@ import json
 
 import numpy as np
 import pytest
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from megatron_embed.__main__ import main
+from megatron_embed.evaluation.beir import load_beir
+from megatron_embed.evaluation.retrieval import retrieval_metrics
 from tests.cli.test_commands import evaluated, small_beir  # noqa: F401  a fixture
 from tests.cli.test_mine import model  # noqa: F401  a fixture
+from tests.cli.test_mine_judge import cross_encoder  # noqa: F401  a fixture
 from tests.cli.test_refusals import command
 from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN
+from tests.toys import MINI_EN, MINILM
 
 
 def test_widths_and_two_stages(model, small_beir):  # noqa: F811
@@ -25,6 +28,26 @@ def test_widths_and_two_stages(model, small_beir):  # noqa: F811
     assert one["two_stage_8/recall@100"] < one["recall@100"] == 1.0
     whole = evaluated(arguments[:4], 1)
     assert whole == pytest.approx({name: value for name, value in one.items() if "/" not in name}, abs=1e-9)
+
+
+def test_a_reranker_orders_the_candidates(model, cross_encoder, small_beir):  # noqa: F811
+    """The numbers of the stock libraries: the best seven of Sentence Transformers, ordered by its CrossEncoder."""
+    arguments = ["--model", str(model), "--data", str(small_beir), "--reranker", str(cross_encoder), "--candidates",
+                 "7", "--reranker-weight", "0.5"]
+    one, two = evaluated(arguments, 1), evaluated(arguments, 2)
+    assert one == pytest.approx(two, abs=1e-6)
+    assert {name.rpartition("/")[0] for name in one} == {"", "reranked", "reranked_0.5"}
+    data, stock = load_beir(str(small_beir)), SentenceTransformer(str(model), device="cpu")
+    judge, run = CrossEncoder(str(cross_encoder), device="cpu"), {}
+    similarity = stock.encode(data.query_texts) @ stock.encode(data.document_texts).T
+    for row, (query, text) in enumerate(zip(data.query_ids, data.query_texts, strict=True)):
+        best = np.argsort(-similarity[row])[:7]
+        scores = judge.predict([(text, data.document_texts[number]) for number in best])
+        run[query] = {data.document_ids[number]: float(score) for number, score in zip(best, scores, strict=True)}
+    expected = retrieval_metrics(data.qrels, run)
+    assert {name.removeprefix("reranked/"): value for name, value in one.items()
+            if name.startswith("reranked/")} == pytest.approx(expected, abs=1e-6)
+    assert one["reranked/ndcg@10"] != one["ndcg@10"] != one["reranked_0.5/ndcg@10"]
 
 
 def test_pairs(model, tmp_path):  # noqa: F811
@@ -44,7 +67,10 @@ def test_pairs(model, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("arguments, words", [
     (["--dims", "64"], "--dims 64: the model's vectors have 32 numbers; choose 1 to 32"),
     (["--dims", "8,x"], "'x' is no whole number above 0"),
-    (["--candidates", "5"], "--candidates 5: only search in two stages has candidates; add --two-stage"),
+    (["--candidates", "5"], "--candidates 5: only search in two stages has candidates; add --two-stage or --reranker"),
+    (["--reranker-weight", "0.5"], "--reranker-weight 0.5: there is no reranker; add --reranker"),
+    (["--reranker-weight", "1"], "'1' are no numbers between 0 and 1"),
+    (["--reranker", str(MINILM)], "is no reranker"),
 ])
 def test_refusals(arguments, words, model, small_beir):  # noqa: F811
     given = ["evaluate", "--model", str(model), "--data", str(small_beir), *arguments]
@@ -56,7 +82,7 @@ def test_refusals(arguments, words, model, small_beir):  # noqa: F811
 def test_a_file_of_pairs_has_no_split(model, tmp_path, capsys):  # noqa: F811
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"text_a": "a", "text_b": "b", "score": 1}\n')
-    for option in (["--split", "dev"], ["--two-stage", "8"]):
+    for option in (["--split", "dev"], ["--two-stage", "8"], ["--reranker", "dir"]):
         assert main(["evaluate", "--model", str(model), "--data", str(path), *option]) == 2
         assert f"{option[0]} {option[1]}: a file of pairs has no use for it" in capsys.readouterr().err
     assert main(["evaluate", "--model", str(model), "--data", str(path)]) == 2

@@ -126,6 +126,21 @@ def test_export_scores_lists_as_the_run_did(trained):
     assert json.loads(own) == pytest.approx(json.loads(exported), abs=1e-6)
 
 
+def test_a_run_and_its_export_judge_candidates_alike(trained):
+    rows = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()[:12]]
+    data, found = trained / "train.jsonl", []
+    data.write_text("".join(json.dumps({"query": row["query"], "positive": [row["positive"][0][:200]]}) + "\n"
+                            for row in rows))
+    for name in ("run", "export"):
+        run(["mine", "--model", "bm25", "--reranker", str(trained / name), "--data", str(data), "--num-negatives", "2",
+             "--output", str(trained / f"{name}.jsonl"), "--max-score", "0.99"])
+        found.append([json.loads(line) for line in (trained / f"{name}.jsonl").read_text().splitlines()])
+    assert sum(len(row["negatives"]) for row in found[0]) > 6
+    for one, other in zip(*found, strict=True):
+        assert one["negatives"] == other["negatives"]
+        assert one["teacher_scores"] == pytest.approx(other["teacher_scores"], abs=1e-5)
+
+
 def export_in_worker(source, destination, classification):
     try:
         return export_reranker_checkpoint(source, destination, classification=classification)

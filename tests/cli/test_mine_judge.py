@@ -1,0 +1,91 @@
+"""`mine --reranker`: rows as the stock libraries choose them, by our checkpoints, cross-encoders and causal models."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.util import mine_hard_negatives
+
+from megatron_embed.__main__ import main
+from megatron_embed.data.pairs import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate
+from megatron_embed.data.records import RecordFile
+from tests.cli.test_mine import data, mined, model  # noqa: F401  fixtures
+from tests.reranker_toys import save_reranker
+from tests.toys import BERT, MINILM, save_model
+
+
+@pytest.fixture(scope="module")
+def cross_encoder(tmp_path_factory):
+    """A BertForSequenceClassification with random weights whose probabilities differ."""
+    path = tmp_path_factory.mktemp("models") / "cross-encoder"
+    save_model(path, "bert", tokenizer=True)
+    torch.manual_seed(4)
+    config = transformers.BertConfig(**BERT, vocab_size=30522, num_labels=1)
+    stock = transformers.BertForSequenceClassification(config)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.add_(torch.randn_like(parameter) * (1.0 if len(parameter) == 30522 else 0.2))
+    stock.save_pretrained(path)
+    return path
+
+
+def test_equals_sentence_transformers(model, cross_encoder, data, tmp_path):  # noqa: F811
+    output = tmp_path / "mined.jsonl"
+    mined(["--model", model, "--reranker", cross_encoder, "--data", data, "--output", output, "--num-negatives", 2,
+           "--relative-margin", 0.05], 2)
+    stock, judge = SentenceTransformer(str(model), device="cpu"), CrossEncoder(str(cross_encoder), device="cpu")
+    records = list(RecordFile(str(data)))
+    documents = list(dict.fromkeys(text for record in records for text in (*record.positive, *record.negatives)))
+    pairs = Dataset.from_dict({"anchor": [record.query for record in records],
+                               "positive": [record.positive[0] for record in records]})
+    assert all(len(record.positive) == 1 for record in records)
+    expected = {}
+    for row in mine_hard_negatives(pairs, stock, cross_encoder=judge, corpus=documents, num_negatives=2,
+                                   relative_margin=0.05, verbose=False):
+        expected.setdefault(row["anchor"], []).append(row["negative"])
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(expected) > 20
+    assert {row["query"]: row["negatives"] for row in rows if row["negatives"]} == expected
+    asked = [(row["query"], text) for row in rows for text in (*row["positive"], *row["negatives"])]
+    scores = [score for row in rows for score in row["teacher_scores"]]
+    assert scores == pytest.approx(judge.predict(asked), abs=1e-4) and max(scores) - min(scores) > 0.1
+
+
+def test_a_causal_reranker_judges_words(data, tmp_path):  # noqa: F811
+    """A directory as Qwen3-Reranker's, after BM25, on two ranks: log odds of yes at the last token, as probability."""
+    directory = save_reranker(tmp_path / "causal", "Qwen3ForCausalLM")
+    output = tmp_path / "mined.jsonl"
+    mined(["--model", "bm25", "--reranker", directory, "--data", data, "--output", output, "--num-negatives", 1,
+           "--range-max", 2, "parallel.tensor_model_parallel_size=2"], 2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    yes, no = (tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no"))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sum(bool(row["negatives"]) for row in rows) > 50
+    template, checked = PairTemplate(text=QWEN3_RERANKER_TEMPLATE), 0
+    for row in rows[:8]:
+        for text, score in zip((*row["positive"], *row["negatives"]), row["teacher_scores"], strict=True):
+            pair = Pair(query=row["query"], document=text, instruction=row.get("instruction"))
+            ids = tokenizer(template.fill(pair)[0], add_special_tokens=False, return_tensors="pt").input_ids
+            if ids.shape[1] > 512:
+                continue
+            with torch.no_grad():
+                logits = stock(ids).logits[0, -1]
+            assert score == pytest.approx(float((logits[yes] - logits[no]).sigmoid()), abs=1e-4)
+            checked += 1
+    assert checked > 4
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--reranker", str(MINILM)], "--reranker"),
+    (["--reranker", "nowhere"], "--reranker = 'nowhere'"),
+    (["--pooling", "mean", "--reranker", str(MINILM)], "--pooling: BM25 compares words"),
+])
+def test_refusals(arguments, words, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    assert main(["mine", "--model", "bm25", "--data", str(data), "--output", "mined.jsonl", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
