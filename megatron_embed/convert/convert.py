@@ -1,19 +1,18 @@
 """Hugging Face directory -> Megatron checkpoint and back: a family's table run either way, one tensor at a time.
 
-No model is built. What is written is read back and compared before the destination gets its name.
+No model is built; tensors move from file to file in blocks. What is written is read back and compared before the
+destination gets its name.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_embed.convert.ahead import ahead
+from megatron_embed.convert.copying import Copy, copy_and_verify
 from megatron_embed.convert.dcp import DcpReader, DcpWriter
 from megatron_embed.convert.family import Family
 from megatron_embed.convert.layout import (
@@ -29,7 +28,6 @@ from megatron_embed.convert.layout import (
 from megatron_embed.convert.merged import MergedReader
 from megatron_embed.convert.plan import (
     WRITTEN_DTYPES,
-    Checksums,
     Plan,
     RerankerFormat,
     Row,
@@ -40,7 +38,8 @@ from megatron_embed.convert.plan import (
 )
 from megatron_embed.convert.report import ConversionReport, peak_memory
 from megatron_embed.convert.rules.lookup import rules_for
-from megatron_embed.convert.safetensors_file import SafetensorsFile, checksum
+from megatron_embed.convert.runs import Run
+from megatron_embed.convert.safetensors_file import SafetensorsFile
 from megatron_embed.convert.sharded import parse_size
 from megatron_embed.convert.source import HFDirectory
 from megatron_embed.errors import CheckpointError
@@ -62,17 +61,12 @@ def hf_to_megatron(src: str | Path, dst: str | Path) -> ConversionReport:
         total = sum(source.entry(name).nbytes for name in source.stored_names)
         rows = rows_of(source.family, source.shape)
         with staging(dst, total + _ROOM_FOR_FILES) as work:
-            carried: dict[str, bytes] = {}
-            info = write_companions(source.path, work,
-                                    note=lambda name, tensor: carried.update({name: checksum(tensor)}))
+            info = write_companions(source.path, work)
             (work / "model").mkdir()
-            reader = _ChecksummedReader(source)
-            jobs = [partial(row.rule.to_ours, reader, row.context) for row in rows]
+            places: list[Run] = []
             with DcpWriter(work / "model") as writer:
-                for row, tensor in zip(progress(rows, "writing"), ahead(jobs), strict=True):
-                    writer.add(row.key, tensor, index=row.index, count=row.count)
-            _verify_megatron(work / "model", rows, reader.checksums)
-            _verify_carried(work / "hf" / CARRIED_FILE, carried)
+                copy_and_verify(_ways_to_megatron(source, rows, writer, places))
+            _verify_megatron(work / "model", rows, places)
         return ConversionReport(destination=Path(dst), tensors=len(source.stored_names), total_bytes=total,
                                 dtype=info.dtype, seconds=time.monotonic() - started, peak_bytes=peak_memory())
 
@@ -110,7 +104,7 @@ def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5
         with staging(dst, plan.total_bytes + _ROOM_FOR_FILES) as work:
             copy_files(checkpoint.hf, work)
             _write_dtype(work / "config.json", plan.dtype)
-            _verify_hf(work, rows, plan.write(work, shard_bytes), shape)
+            _verify_hf(work, plan.write(work, shard_bytes), shape)
             if finish is not None:
                 finish(work)
     return ConversionReport(destination=Path(dst), tensors=len(plan.announced), total_bytes=plan.total_bytes,
@@ -131,21 +125,19 @@ def _reader(checkpoint: CheckpointDirectory, family: Family, shape: ModelShape, 
     return MergedReader(checkpoint.model, family, shape, settings)
 
 
-class _ChecksummedReader:
-    """Reads whole tensors of a Hugging Face directory and notes a checksum of each."""
-
-    def __init__(self, source: HFDirectory) -> None:
-        self._source = source
-        self.checksums: dict[str, bytes] = {}
-
-    def read(self, name: str) -> Tensor:
-        tensor = self._source.read(name)
-        self.checksums[name] = checksum(tensor)
-        return tensor
-
-    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        assert (start, stop) == (0, self._source.entry(name).shape[dim]), "only a rank's share reads parts of a tensor"
-        return self.read(name)
+def _ways_to_megatron(source: HFDirectory, rows: list[Row], writer: DcpWriter, places: list[Run]) -> Iterator[Copy]:
+    """Every Hugging Face tensor's way into the checkpoint; `places` gets each row's, in turn."""
+    for row in progress(rows, "converting"):
+        names = row.rule.hf_names(row.context)
+        dtype = source.entry(names[0]).dtype
+        for name in names:
+            if source.entry(name).dtype != dtype:
+                raise CheckpointError(f"{source.path}: {names[0]} is {dtype} and {name} {source.entry(name).dtype}, "
+                                      "but they become one tensor; save the model in one dtype")
+        ours = writer.place(row.key, dtype, row.rule.ours_shape(row.context), index=row.index, count=row.count)
+        places.append(ours)
+        for part, name in enumerate(names):
+            yield Copy(name=name, source=[source.run(name)], target=row.in_ours(part, ours))
 
 
 def _refuse_inside(dst: Path, src: Path) -> None:
@@ -153,44 +145,29 @@ def _refuse_inside(dst: Path, src: Path) -> None:
         raise CheckpointError(f"{dst}: lies inside the source {src}; name a directory outside it")
 
 
-def _verify_megatron(directory: Path, rows: list[Row], checksums: dict[str, bytes]) -> None:
-    """What was written, turned back into Hugging Face tensors, has the checksums of what was read."""
+def _verify_megatron(directory: Path, rows: list[Row], places: list[Run]) -> None:
+    """A reader finds every parameter, with its shape, at the place that was read back."""
     with DcpReader(directory) as reader:
         check_checkpoint(reader, rows, directory)
-        seen = set()
-        jobs = [partial(reader.read, row.key, row.index) for row in rows]
-        for row, tensor in zip(progress(rows, "verifying"), ahead(jobs), strict=True):
-            for name, part in row.rule.to_hf(tensor, row.context).items():
-                _require_equal(directory, name, checksum(part) == checksums[name])
-                seen.add(name)
-        assert seen == set(checksums), seen ^ set(checksums)
+        for row, place in zip(rows, places, strict=True):
+            _require_there(directory, row.name, reader.runs(row.key, row.index), place)
 
 
-def _verify_carried(file: Path, checksums: dict[str, bytes]) -> None:
-    """The tensors that pass through are in `file` as they were read."""
-    if not checksums:
-        return
-    with closing(SafetensorsFile(file)) as carried:
-        for name, expected in checksums.items():
-            _require_equal(file, name, checksum(carried.read(name)) == expected)
-
-
-def _verify_hf(directory: Path, rows: list[Row], checksums: Checksums, shape: ModelShape) -> None:
-    """What was written, turned back into our tensors, has the checksums of the checkpoint's."""
+def _verify_hf(directory: Path, places: dict[str, Run], shape: ModelShape) -> None:
+    """A reader finds every tensor, with its shape, at the place that was read back, and nothing else."""
     with HFDirectory(directory) as written:
         assert written.shape == shape, "config.json changed its meaning on the way"
-        jobs = [partial(row.rule.to_ours, written, row.context) for row in rows]
-        for row, tensor in zip(progress(rows, "verifying"), ahead(jobs), strict=True):
-            _require_equal(directory, row.name, checksum(tensor) == checksums.ours[row.name])
-        full_names = {stored: full for full, stored in written.stored_names.items()}
-        for name, expected in checksums.others.items():
-            _require_equal(directory, name, checksum(written.read(full_names[name])) == expected)
+        assert {*written.stored_names.values()} == places.keys(), "a tensor was lost or added on the way"
+        for name, stored in written.stored_names.items():
+            _require_there(directory, stored, [written.run(name)], places[stored])
 
 
-def _require_equal(where: Path, name: str, equal: bool) -> None:
-    if not equal:
-        raise CheckpointError(f"{where}: {name} reads back differently from what was written; "
-                              "check the disk and try again")
+def _require_there(where: Path, name: str, found: list[Run] | None, expected: Run) -> None:
+    """One run in the same file."""
+    if found is None or [(run.file.name, run.start, run.length) for run in found] != [
+            (expected.file.name, expected.start, expected.length)]:
+        raise CheckpointError(f"{where}: {name} reads back differently from what was written; check the disk and try "
+                              "again")
 
 
 def _write_dtype(config_file: Path, dtype: torch.dtype) -> None:

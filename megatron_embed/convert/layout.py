@@ -11,17 +11,16 @@ A training run's directory holds step_XXXXXX/ directories of this layout and `la
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
 from megatron_embed.convert.adapters import settings_of
+from megatron_embed.convert.copying import Copy, copy_and_verify
 from megatron_embed.convert.heads import CarriedFile
 from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.safetensors_file import SafetensorsWriter, bytes_of
@@ -123,8 +122,7 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
 def write_companions(source: str | Path, directory: Path, *, dtype: str | None = None,
                      max_lengths: dict[str, int] | None = None,
                      head: Literal["yes_no", "score"] | None = None,
-                     adapters: AdapterSettings | None = None,
-                     note: Callable[[str, Tensor], object] = lambda name, tensor: None) -> CheckpointInfo:
+                     adapters: AdapterSettings | None = None) -> CheckpointInfo:
     """Write everything of a checkpoint that is not `model/`: `megatron_embed.json` and `hf/`.
 
     Args:
@@ -134,7 +132,6 @@ def write_companions(source: str | Path, directory: Path, *, dtype: str | None =
         max_lengths: tokens by role; null: the source's.
         head: of the reranker that `model/` holds.
         adapters: those in `model/`; null: the source's.
-        note: called with each tensor that is carried over from a Hugging Face directory, by its file's own name.
     Raises:
         CheckpointError: `source` is neither.
     """
@@ -147,7 +144,7 @@ def write_companions(source: str | Path, directory: Path, *, dtype: str | None =
             shutil.copyfile(checkpoint.hf / CARRIED_FILE, directory / "hf" / CARRIED_FILE)
     else:
         with HFDirectory(source) as opened:
-            info = _companions_of_hf(opened, directory / "hf", note)
+            info = _companions_of_hf(opened, directory / "hf")
     info = replace(info, dtype=dtype or info.dtype,
                    max_lengths=info.max_lengths if max_lengths is None else max_lengths, head=head,
                    lora=info.lora if adapters is None else asdict(adapters))
@@ -229,7 +226,7 @@ def staging(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _companions_of_hf(source: HFDirectory, hf: Path, note: Callable[[str, Tensor], object]) -> CheckpointInfo:
+def _companions_of_hf(source: HFDirectory, hf: Path) -> CheckpointInfo:
     """Fill `hf` from a Hugging Face directory."""
     copy_files(source.path, hf)
     tied = {head: embedding for head, embedding in source.family.tied
@@ -238,10 +235,8 @@ def _companions_of_hf(source: HFDirectory, hf: Path, note: Callable[[str, Tensor
     if carried:
         entries = [(source.stored_names[name], source.entry(name).dtype, source.entry(name).shape) for name in carried]
         with SafetensorsWriter(hf / CARRIED_FILE, entries) as writer:
-            for name in carried:
-                tensor = source.read(name)
-                note(source.stored_names[name], tensor)
-                writer.write(source.stored_names[name], tensor)
+            copy_and_verify(Copy(name=stored, source=[source.run(name)], target=[writer.place(stored)])
+                            for name, stored in ((name, source.stored_names[name]) for name in carried))
     return CheckpointInfo(
         family=source.family.name, dtype=str(source.dtype()).removeprefix("torch."), prefixed=source.prefixed,
         source_architectures=read_json(source.path / "config.json").get("architectures") or [], tied_copies=tied)

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_embed.convert.adapters import adapter_tensors
 from megatron_embed.convert.dcp import DcpReader
 from megatron_embed.convert.family import Family
+from megatron_embed.convert.runs import Run
 from megatron_embed.convert.transforms import Context, Transform
 from megatron_embed.models.adapters import AdapterSettings, is_adapter
 from megatron_embed.models.families import ModelShape
@@ -38,6 +39,10 @@ class MergedReader(DcpReader):
         """Keys of the tensors, without the adapters'."""
         every = super().keys()
         return tuple(key for key in every if not is_adapter(key))
+
+    def runs(self, key: str, index: int | None = None) -> list[Run] | None:
+        """As in the files; null also for linears with adapters, which `read` computes."""
+        return None if (key, index) in self._rows else super().runs(key, index)
 
     def read(self, key: str, index: int | None = None) -> Tensor:
         """The tensor `key`, or that `index` of it; linears with their adapters merged."""

@@ -1,21 +1,23 @@
 """What a conversion to Hugging Face writes: the rows of the table, the tensors to come, and a reranker's head."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.ahead import ahead
+from megatron_embed.convert.copying import Copy, copy_and_verify
 from megatron_embed.convert.dcp import DcpReader
 from megatron_embed.convert.family import Family
 from megatron_embed.convert.heads import HeadExport, read_head
 from megatron_embed.convert.layout import CheckpointDirectory, open_carried
-from megatron_embed.convert.safetensors_file import SafetensorsFile, checksum
+from megatron_embed.convert.runs import Run, head_of_runs
+from megatron_embed.convert.safetensors_file import SafetensorsFile
 from megatron_embed.convert.sharded import Announced, ShardedWriter
 from megatron_embed.convert.source import largest_dtype
 from megatron_embed.convert.transforms import Context, PadVocabulary, Transform, nbytes
@@ -60,20 +62,23 @@ class Row:
         """Length of the checkpoint tensor's axis of experts; null without one."""
         return None if self.index is None else self.context.shape.num_experts
 
+    def in_hf(self, parts: Sequence[Run]) -> list[Run]:
+        """Where the parameter's bytes lie, in its order, in its Hugging Face tensors `parts`."""
+        widths = [part.length // self.context.sizes(words)[0]
+                  for part, words in zip(parts, self.rule.hf_shapes(), strict=True)]
+        return [parts[piece.part].part(piece.theirs * widths[piece.part], piece.rows * widths[piece.part])
+                for piece in self.rule.pieces(self.context)]
+
+    def in_ours(self, part: int, ours: Run) -> list[Run]:
+        """Where the bytes of Hugging Face tensor `part` lie, in its order, in the parameter `ours`."""
+        width = ours.length // self.rule.ours_shape(self.context)[0]
+        return [ours.part(piece.ours * width, piece.rows * width)
+                for piece in self.rule.pieces(self.context) if piece.part == part]
+
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the checkpoint's tensor, without vocabulary padding."""
         shape = self.rule.ours_shape(self.context)
         return shape if self.count is None else (self.count, *shape)
-
-
-@dataclass(frozen=True)
-class Checksums:
-    """What was written, as checksums by name."""
-
-    ours: dict[str, bytes]
-    """Of our parameters, without vocabulary padding."""
-    others: dict[str, bytes]
-    """Of the tensors that no row makes, by their names in the files."""
 
 
 class Plan:
@@ -110,35 +115,56 @@ class Plan:
                                for name, tensor in head.added.items()]
         self.total_bytes = sum(nbytes(shape, dtype) for _, dtype, shape in self.announced)
 
-    def write(self, directory: Path, max_shard_bytes: int) -> Checksums:
-        """Write everything; gives the checksums of our tensors and of the others, as they were written."""
-        checksums = Checksums({}, {})
-        with ShardedWriter(directory, self.announced, max_shard_bytes) as writer:
-            jobs = [partial(self._read, row) for row in self._rows]
-            for row, (tensor, found) in zip(progress(self._rows, "writing"), ahead(jobs), strict=True):
-                checksums.ours[row.name] = found
-                for name, part in row.rule.to_hf(tensor, row.context).items():
-                    for stored in self._stored(name):
-                        writer.write(stored, part)
-            for name, tensor in self._others():
-                checksums.others[name] = checksum(tensor)
-                writer.write(name, tensor)
-        return checksums
+    def write(self, directory: Path, max_shard_bytes: int) -> dict[str, Run]:
+        """Write everything and read it back; gives the place of each tensor by its stored name.
 
-    def _others(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that no row makes, one at a time, as they will be written."""
+        Raises:
+            CheckpointError: something reads back differently, or the checkpoint is damaged.
+        """
+        places: dict[str, Run] = {}
+        with ShardedWriter(directory, self.announced, max_shard_bytes) as writer:
+            def placed(*names: str) -> list[Run]:
+                places.update((name, writer.place(name)) for name in names)
+                return [places[name] for name in names]
+
+            def done(copy: Copy) -> None:
+                for name in copy.writes:
+                    writer.done(name)
+
+            copy_and_verify(chain(self._of_rows(placed), self._others(placed)), done)
+        return places
+
+    def _of_rows(self, placed: Callable[..., list[Run]]) -> Iterator[Copy]:
+        """Our parameters' ways into the files."""
+        for row in progress(self._rows, "converting"):
+            names = (self._stored(name) for name in row.rule.hf_names(row.context))
+            for stored in zip(*names, strict=True):  # a second time for an embedding that a head repeats
+                yield Copy(name=row.name, source=self._source(row), target=row.in_hf(placed(*stored)), writes=stored)
+
+    def _source(self, row: Row) -> Sequence[Run] | Callable[[], Tensor]:
+        """Where one of our parameters comes from, vocabulary padding left out."""
+        shape, dtype = row.rule.ours_shape(row.context), self._reader.dtype(row.key)
+        runs = self._reader.runs(row.key, row.index) if self._written_dtype(dtype) == dtype else None
+        if runs is not None:
+            return head_of_runs(runs, nbytes(shape, dtype))
+        return lambda: self._cast(self._reader.read(row.key, row.index))[:shape[0]]
+
+    def _others(self, placed: Callable[..., list[Run]]) -> Iterator[Copy]:
+        """The ways of the tensors that no row makes."""
         for name, stored in self._passed.items():
-            assert self._carried is not None
-            tensor = self._carried.read(stored)
-            yield name, self._cast(tensor if self._head is None else self._head.edited(name, tensor))
+            yield Copy(name=name, source=self._passing(name, stored), target=placed(name), writes=(name,))
         if self._head is not None:
             for name, tensor in self._head.added.items():
-                yield name, self._cast(tensor)
+                yield Copy(name=name, source=partial(self._cast, tensor), target=placed(name), writes=(name,))
 
-    def _read(self, row: Row) -> tuple[Tensor, bytes]:
-        """One of our parameters as it will be written, and its checksum without vocabulary padding."""
-        tensor = self._cast(self._reader.read(row.key, row.index))
-        return tensor, checksum(tensor[:row.rule.ours_shape(row.context)[0]])
+    def _passing(self, name: str, stored: str) -> Sequence[Run] | Callable[[], Tensor]:
+        """Where a tensor of the carried file comes from, as it will be written."""
+        carried, head = self._carried, self._head
+        assert carried is not None
+        dtype = carried.entries[stored].dtype
+        if head is None and self._written_dtype(dtype) == dtype:
+            return [carried.run(stored)]
+        return lambda: self._cast(carried.read(stored) if head is None else head.edited(name, carried.read(stored)))
 
     def _written_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self._wanted if self._wanted is not None and dtype.is_floating_point else dtype

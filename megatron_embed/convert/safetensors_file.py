@@ -3,6 +3,7 @@
 A mapped file counts as resident memory once touched: `safetensors.safe_open` would show a whole shard as used.
 """
 
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from megatron_embed.convert.runs import Run, fill, pour
 from megatron_embed.errors import CheckpointError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -23,8 +25,6 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 """The format's own names."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LARGEST_CALL = 1 << 30
-"""Bytes of one read or write call; Linux moves at most 2 GiB less a page."""
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -38,17 +38,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def checksum(tensor: Tensor) -> bytes:
     """XXH3-128 of a tensor's bytes: finds what disks and programs do to data, not what an adversary does."""
     return xxhash.xxh3_128_digest(bytes_of(tensor.contiguous()))
-
-
-def fill(descriptor: int, target: memoryview, offset: int) -> int:
-    """Read from `offset` of an open file until `target` is full or the file ends; gives the bytes read."""
-    done = 0
-    while done < len(target):
-        count = os.preadv(descriptor, [target[done:done + _LARGEST_CALL]], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done
 
 
 def first_line(error: BaseException) -> str:
@@ -81,7 +70,7 @@ class SafetensorsFile:
         """
         self.path = path
         try:
-            self._file = path.open("rb", buffering=0)
+            self._file = io.FileIO(str(path))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
         try:
@@ -92,6 +81,11 @@ class SafetensorsFile:
 
     def close(self) -> None:
         self._file.close()
+
+    def run(self, name: str) -> Run:
+        """Where the tensor's bytes lie."""
+        entry = self.entries[name]
+        return Run(self._file, entry.offset, entry.nbytes)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor."""
@@ -194,7 +188,7 @@ class SafetensorsWriter:
         self._header = header
         self._start = 8 + len(text)
         self._pending = {name for name, _, _ in tensors}
-        self._file = path.open("wb", buffering=0)
+        self._file = io.FileIO(str(path), "w+")
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -202,11 +196,14 @@ class SafetensorsWriter:
         entry = self._header[name]
         if list(tensor.shape) != entry["shape"] or _NAMES[tensor.dtype] != entry["dtype"]:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not what was announced: {entry}")
-        data, offset = bytes_of(tensor.detach().contiguous()), self._start + entry["data_offsets"][0]
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._file.fileno(), data[done:done + _LARGEST_CALL], offset + done)
+        place = self.place(name)
+        pour(place.file.fileno(), bytes_of(tensor.detach().contiguous()), place.start)
+
+    def place(self, name: str) -> Run:
+        """Where an announced tensor's bytes belong; the caller puts them there before the file is closed."""
+        start, stop = self._header[name]["data_offsets"]
         self._pending.discard(name)
+        return Run(self._file, self._start + start, stop - start)
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_embed.convert.layout import write_json
+from megatron_embed.convert.runs import Run
 from megatron_embed.convert.safetensors_file import SafetensorsWriter
 from megatron_embed.convert.source import INDEX_FILE, SINGLE_FILE
 from megatron_embed.errors import CheckpointError
@@ -38,14 +39,26 @@ class ShardedWriter:
         self._open: dict[int, SafetensorsWriter] = {}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put one announced tensor in its file; a file is synced and closed with its last tensor."""
+        """Put one announced tensor in its file."""
+        self._writer(name).write(name, tensor)
+        self.done(name)
+
+    def place(self, name: str) -> Run:
+        """Where an announced tensor's bytes belong; the caller puts them there, then says `done`."""
+        return self._writer(name).place(name)
+
+    def done(self, name: str) -> None:
+        """A tensor is in its place; a file is synced and closed with its last tensor."""
         number = self._shard_of[name]
-        if number not in self._open:
-            self._open[number] = SafetensorsWriter(self._directory / self._file_name(number), self._shards[number])
-        self._open[number].write(name, tensor)
         self._left[number] -= 1
         if not self._left[number]:
             self._open.pop(number).__exit__(None)
+
+    def _writer(self, name: str) -> SafetensorsWriter:
+        number = self._shard_of[name]
+        if number not in self._open:
+            self._open[number] = SafetensorsWriter(self._directory / self._file_name(number), self._shards[number])
+        return self._open[number]
 
     def __enter__(self) -> Self:
         return self
@@ -55,10 +68,10 @@ class ShardedWriter:
         for writer in self._open.values():
             writer.__exit__(kind)
         if kind is None:
+            assert not any(self._left), "announced and never written"
             self._write_index()
 
     def _write_index(self) -> None:
-        assert not any(self._left), "announced and never written"
         if len(self._shards) > 1:
             size = sum(math.prod(shape) * dtype.itemsize for shard in self._shards for _, dtype, shape in shard)
             weight_map = {name: self._file_name(number) for name, number in sorted(self._shard_of.items())}

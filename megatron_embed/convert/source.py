@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_embed.convert.family import Family
 from megatron_embed.convert.rules.lookup import rules_for
+from megatron_embed.convert.runs import Run
 from megatron_embed.convert.safetensors_file import SafetensorsFile, TensorEntry
 from megatron_embed.convert.transforms import CONFIG_KEYS, Context
 from megatron_embed.errors import CheckpointError
@@ -70,6 +71,10 @@ class HFDirectory:
     def entry(self, name: str) -> TensorEntry:
         """Dtype, shape and size of a tensor."""
         return self._where[name].entries[self.stored_names[name]]
+
+    def run(self, name: str) -> Run:
+        """Where the tensor's bytes lie."""
+        return self._where[name].run(self.stored_names[name])
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, in the dtype of its file."""

@@ -88,6 +88,19 @@ def per_rank(total: int, what: str, tp_size: int) -> int:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Rows that lie together on both sides. A bias has rows of one number."""
+
+    part: int
+    """Which of the row's Hugging Face tensors, counted from 0."""
+    theirs: int
+    """First row in that tensor."""
+    ours: int
+    """First row in our parameter, or in a rank's share of it."""
+    rows: int
+
+
+@dataclass(frozen=True)
 class Transform(ABC):
     """One row of a table. Subclasses say how the tensors of `hf` make up the parameter `ours`, and back."""
 
@@ -114,18 +127,26 @@ class Transform(ABC):
         """Shape of the whole parameter."""
 
     @abstractmethod
+    def pieces(self, context: Context, tp_rank: int = 0, tp_size: int = 1) -> tuple[Piece, ...]:
+        """What the share of tensor-parallel rank `tp_rank` (of an expert: expert-tensor-parallel) consists of.
+
+        In the order of our rows; each Hugging Face tensor's rows come in its own order, too.
+
+        Raises:
+            CheckpointError: the parameter cannot be split over `tp_size` ranks.
+        """
+
     def shard(self, reader: TensorReader, context: Context, tp_rank: int, tp_size: int) -> Tensor:
-        """The share of tensor-parallel rank `tp_rank` (of an expert: expert-tensor-parallel), in the dtype of the file.
+        """The share of tensor-parallel rank `tp_rank`, as `pieces` says, in the dtype of the file.
 
         Reads only the slices it needs.
 
         Raises:
             CheckpointError: the parameter cannot be split over `tp_size` ranks.
         """
-
-    @abstractmethod
-    def to_hf(self, tensor: Tensor, context: Context) -> dict[str, Tensor]:
-        """Hugging Face tensors of the whole parameter; views of it where possible."""
+        names, pieces = self.hf_names(context), self.pieces(context, tp_rank, tp_size)
+        read = [reader.read_slice(names[piece.part], 0, piece.theirs, piece.theirs + piece.rows) for piece in pieces]
+        return read[0] if len(read) == 1 else torch.cat(read)
 
     def to_ours(self, reader: TensorReader, context: Context) -> Tensor:
         """The whole parameter, in the dtype of the file."""
@@ -145,17 +166,24 @@ class Rename(Transform):
     def ours_shape(self, context: Context) -> tuple[int, ...]:
         return context.sizes(self.shape)
 
-    def shard(self, reader: TensorReader, context: Context, tp_rank: int, tp_size: int) -> Tensor:
-        (name,) = self.hf_names(context)
-        if self.shard_dim is None or tp_size == 1:
-            return reader.read(name)
-        word = self.shape.split()[self.shard_dim]
-        size = per_rank(context.size(word), CONFIG_KEYS[word], tp_size)
-        return reader.read_slice(name, self.shard_dim, tp_rank * size, (tp_rank + 1) * size)
+    def pieces(self, context: Context, tp_rank: int = 0, tp_size: int = 1) -> tuple[Piece, ...]:
+        rows = context.size(self.shape.split()[0])
+        if self.shard_dim != 0 or tp_size == 1:
+            return (Piece(0, 0, 0, rows),)
+        rows = self._width(context, tp_size)
+        return (Piece(0, tp_rank * rows, 0, rows),)
 
-    def to_hf(self, tensor: Tensor, context: Context) -> dict[str, Tensor]:
-        (name,) = self.hf_names(context)
-        return {name: tensor}
+    def shard(self, reader: TensorReader, context: Context, tp_rank: int, tp_size: int) -> Tensor:
+        if self.shard_dim != 1 or tp_size == 1:
+            return super().shard(reader, context, tp_rank, tp_size)
+        (name,), width = self.hf_names(context), self._width(context, tp_size)
+        return reader.read_slice(name, 1, tp_rank * width, (tp_rank + 1) * width)
+
+    def _width(self, context: Context, tp_size: int) -> int:
+        """Of one rank's share along `shard_dim`."""
+        assert self.shard_dim is not None
+        word = self.shape.split()[self.shard_dim]
+        return per_rank(context.size(word), CONFIG_KEYS[word], tp_size)
 
 
 @dataclass(frozen=True)
@@ -174,28 +202,17 @@ class FuseQKV(Transform):
     def ours_shape(self, context: Context) -> tuple[int, ...]:
         return (context.size("query_size") + 2 * context.size("key_value_size"), *context.sizes(self.columns))
 
-    def shard(self, reader: TensorReader, context: Context, tp_rank: int, tp_size: int) -> Tensor:
+    def pieces(self, context: Context, tp_rank: int = 0, tp_size: int = 1) -> tuple[Piece, ...]:
         shape = context.shape
         groups = per_rank(shape.num_query_groups, "config.json: num_key_value_heads", tp_size)
         heads = shape.num_attention_heads // shape.num_query_groups
-        fused: Tensor | None = None
+        pieces = []
         position = 0
-        for name, per_group in zip(self.hf_names(context), (heads, 1, 1), strict=True):
-            rows = groups * per_group * shape.head_dim
-            part = reader.read_slice(name, 0, tp_rank * rows, (tp_rank + 1) * rows)
-            if fused is None:
-                fused = part.new_empty(groups, heads + 2, shape.head_dim, *part.shape[1:])
-            fused[:, position:position + per_group] = part.view(groups, per_group, shape.head_dim, *part.shape[1:])
-            position += per_group
-        assert fused is not None
-        return fused.flatten(0, 2)
-
-    def to_hf(self, tensor: Tensor, context: Context) -> dict[str, Tensor]:
-        shape = context.shape
-        heads = shape.num_attention_heads // shape.num_query_groups
-        grouped = tensor.view(shape.num_query_groups, heads + 2, shape.head_dim, *tensor.shape[1:])
-        parts = torch.split(grouped, [heads, 1, 1], dim=1)
-        return {name: part.flatten(0, 2) for name, part in zip(self.hf_names(context), parts, strict=True)}
+        for group in range(tp_rank * groups, (tp_rank + 1) * groups):
+            for part, rows in enumerate((heads * shape.head_dim, shape.head_dim, shape.head_dim)):
+                pieces.append(Piece(part, group * rows, position, rows))
+                position += rows
+        return tuple(pieces)
 
 
 @dataclass(frozen=True)
@@ -211,20 +228,10 @@ class FuseGateUp(Transform):
         rows, *columns = context.sizes(self.shape)
         return (2 * rows, *columns)
 
-    def shard(self, reader: TensorReader, context: Context, tp_rank: int, tp_size: int) -> Tensor:
+    def pieces(self, context: Context, tp_rank: int = 0, tp_size: int = 1) -> tuple[Piece, ...]:
         word = self.shape.split()[0]
         rows = per_rank(context.size(word), f"config.json: {CONFIG_KEYS[word]}", tp_size)
-        fused: Tensor | None = None
-        for half, name in enumerate(self.hf_names(context)):
-            part = reader.read_slice(name, 0, tp_rank * rows, (tp_rank + 1) * rows)
-            if fused is None:
-                fused = part.new_empty(2 * rows, *part.shape[1:])
-            fused[half * rows:(half + 1) * rows] = part
-        assert fused is not None
-        return fused
-
-    def to_hf(self, tensor: Tensor, context: Context) -> dict[str, Tensor]:
-        return dict(zip(self.hf_names(context), tensor.chunk(2, dim=0), strict=True))
+        return tuple(Piece(half, tp_rank * rows, half * rows, rows) for half in range(2))
 
 
 @dataclass(frozen=True)
@@ -240,18 +247,19 @@ class PadVocabulary(Transform):
         vocabulary, *columns = context.sizes(self.shape)
         return (max(vocabulary, context.padded_vocab_size or 0), *columns)
 
-    def shard(self, reader: TensorReader, context: Context, tp_rank: int, tp_size: int) -> Tensor:
-        (name,) = self.hf_names(context)
-        vocabulary, *columns = context.sizes(self.shape)
-        rows = per_rank(self.ours_shape(context)[0], "padded_vocab_size", tp_size)
+    def pieces(self, context: Context, tp_rank: int = 0, tp_size: int = 1) -> tuple[Piece, ...]:
+        vocabulary, rows = context.size(self.shape.split()[0]), self._rows(context, tp_size)
         start = min(tp_rank * rows, vocabulary)
-        part = reader.read_slice(name, 0, start, min(start + rows, vocabulary))
-        missing = rows - part.shape[0]
-        return torch.cat([part, part.new_zeros(missing, *columns)]) if missing else part
+        return (Piece(0, start, 0, min(start + rows, vocabulary) - start),)
 
-    def to_hf(self, tensor: Tensor, context: Context) -> dict[str, Tensor]:
-        (name,) = self.hf_names(context)
-        return {name: tensor[:context.shape.vocab_size]}
+    def shard(self, reader: TensorReader, context: Context, tp_rank: int, tp_size: int) -> Tensor:
+        part = super().shard(reader, context, tp_rank, tp_size)
+        missing = self._rows(context, tp_size) - part.shape[0]
+        return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+
+    def _rows(self, context: Context, tp_size: int) -> int:
+        """Of one rank, padding included."""
+        return per_rank(self.ours_shape(context)[0], "padded_vocab_size", tp_size)
 
 
 def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -9,10 +9,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_embed.convert import convert
+from megatron_embed.convert import copying
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_embed.convert.dcp import DcpReader, DcpWriter
 from megatron_embed.convert.layout import is_checkpoint, open_checkpoint, write_companions
+from megatron_embed.convert.safetensors_file import SafetensorsWriter
+from megatron_embed.convert.sharded import parse_size
 from megatron_embed.errors import CheckpointError
 from tests.convert.toy import MINILM, assert_bit_equal, edit_config, edit_tensors, save_toy, tensors_of
 
@@ -249,16 +251,16 @@ def test_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     (OSError(28, "No space left on device"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)])
 def test_a_failure_in_the_middle_leaves_nothing(error, caught, tmp_path, monkeypatch):
     source = save_toy(tmp_path / "source", "BertModel")
-    plain_add, calls = DcpWriter.add, []
+    plain_place, calls = DcpWriter.place, []
 
-    def failing_add(self, key, tensor, **place):
+    def failing_place(self, key, *tensor, **place):
         calls.append(key)
         if len(calls) == 10:
             assert {path.name for path in tmp_path.iterdir()} == {"source", f".out.writing-{os.getpid()}"}
             raise error
-        plain_add(self, key, tensor, **place)
+        return plain_place(self, key, *tensor, **place)
 
-    monkeypatch.setattr(DcpWriter, "add", failing_add)
+    monkeypatch.setattr(DcpWriter, "place", failing_place)
     with pytest.raises(caught):
         hf_to_megatron(source, tmp_path / "out")
     assert len(calls) == 10
@@ -285,25 +287,63 @@ def test_what_reads_back_differently_is_refused(direction, tmp_path, monkeypatch
     hf_to_megatron(source, tmp_path / "megatron")
     before = sorted(path.name for path in tmp_path.iterdir())
 
-    weight = bytes(tensors_of(source)["layers.1.mlp.down_proj.weight"].view(torch.uint8).numpy())
+    verify = copying._verify
 
-    def damage(function, *, name):
-        def damaged(directory, *args):
-            with (directory / name).open("r+b") as stream:
-                stream.seek(stream.read().index(weight) + 50)
-                stream.write(bytes([weight[50] ^ 16]))
-            return function(directory, *args)
-        return damaged
+    def damaged(copy, *args):
+        """One bit flips between writing a tensor and reading it back."""
+        if copy.name.endswith(("layers.1.mlp.down_proj.weight", "layers.1.mlp.linear_fc2.weight")):
+            file, place = copy.target[0].file, copy.target[0].start + 50
+            os.pwrite(file.fileno(), bytes([os.pread(file.fileno(), 1, place)[0] ^ 16]), place)
+        verify(copy, *args)
 
+    monkeypatch.setattr(copying, "_verify", damaged)
     if direction == "to megatron":
-        monkeypatch.setattr(convert, "_verify_megatron", damage(convert._verify_megatron, name="__0_0.distcp"))
         with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight reads back differently"):
             hf_to_megatron(source, tmp_path / "out")
     else:
-        monkeypatch.setattr(convert, "_verify_hf", damage(convert._verify_hf, name="model.safetensors"))
         with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.linear_fc2\.weight reads back differently"):
             megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("direction", ["to megatron", "to hf"])
+def test_a_description_that_points_elsewhere_is_refused(direction, tmp_path, monkeypatch):
+    """The bytes are right, but a reader would look for two tensors in each other's place."""
+    source = save_toy(tmp_path / "source", "Qwen3Model")
+    hf_to_megatron(source, tmp_path / "megatron")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    if direction == "to megatron":
+        close = DcpWriter.close
+
+        def swapped(self):
+            first, second = (self._tensors[f"model.decoder.layers.{layer}.mlp.linear_fc2.weight"].pieces for layer in
+                             range(2))
+            first[:], second[:] = second[:], first[:]
+            close(self)
+
+        monkeypatch.setattr(DcpWriter, "close", swapped)
+        with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.linear_fc2\.weight reads back differently"):
+            hf_to_megatron(source, tmp_path / "out")
+    else:
+        place = SafetensorsWriter.place
+
+        def swapped(self, name):
+            numbers = {"layers.0.mlp.down_proj.weight": "1", "layers.1.mlp.down_proj.weight": "0"}
+            return place(self, name if name not in numbers else f"layers.{numbers[name]}.mlp.down_proj.weight")
+
+        monkeypatch.setattr(SafetensorsWriter, "place", swapped)
+        with pytest.raises(CheckpointError, match=r"layers\.\d\.mlp\.down_proj\.weight reads back differently"):
+            megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_parts_of_one_parameter_that_differ_in_dtype_are_refused(tmp_path):
+    source = save_toy(tmp_path / "source", "Qwen3Model")
+    edit_tensors(source, lambda tensors: tensors.update({
+        "layers.1.self_attn.k_proj.weight": tensors["layers.1.self_attn.k_proj.weight"].bfloat16()}))
+    with pytest.raises(CheckpointError, match=r"q_proj.weight is torch.float32 and .*k_proj.weight torch.bfloat16"):
+        hf_to_megatron(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("change, match", [
@@ -336,7 +376,7 @@ def test_a_hugging_face_directory_needs_no_conversion_back(tmp_path):
 
 @pytest.mark.parametrize("size", ["5", "12MB", "0.5 GiB"])
 def test_sizes(size, tmp_path):
-    assert convert.parse_size(size) == {"5": 5, "12MB": 12_000_000, "0.5 GiB": 1 << 29}[size]
+    assert parse_size(size) == {"5": 5, "12MB": 12_000_000, "0.5 GiB": 1 << 29}[size]
 
 
 @pytest.mark.parametrize("size", ["five", "0GB", "-1GB", "5XB", ""])

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from megatron_embed.convert.dcp import DcpReader, DcpWriter
+from megatron_embed.convert.safetensors_file import bytes_of
 from megatron_embed.errors import CheckpointError
 from tests.ranks import run_on_ranks
 
@@ -54,7 +55,7 @@ def test_own_round_trip(tmp_path):
 
 def test_tensors_larger_than_one_system_call(tmp_path, monkeypatch):
     """Linux moves less than 2 GiB per call; here the limit is 100 bytes."""
-    monkeypatch.setattr("megatron_embed.convert.safetensors_file._LARGEST_CALL", 100)
+    monkeypatch.setattr("megatron_embed.convert.runs._LARGEST_CALL", 100)
     tensors = some_tensors()
     assert max(tensor.nbytes for tensor in tensors.values()) > 400
     assert_equal(read_all(write(tmp_path / "x", tensors)), tensors)
@@ -141,6 +142,49 @@ def test_ours_reads_what_torch_saved_on_two_ranks(tmp_path):
     assert_equal(found, {"model.rows": tensors["model.a.weight"], "model.columns": tensors["model.a.weight"],
                          "model.uneven": tensors["model.ids"], "model.whole": tensors["model.a.bias"],
                          "model.cube": torch.ones(2, 4, 3)})
+
+
+def bytes_at(runs):
+    return b"".join(os.pread(run.file.fileno(), run.length, run.start) for run in runs)
+
+
+def test_where_the_numbers_lie(tmp_path):
+    """Of what we wrote, and of what torch saved on two ranks: row by row, or nowhere."""
+    tensors = {**some_tensors(), "model.large": torch.randn(300, 100), "model.none": torch.zeros(0, 3)}
+    with DcpReader(write(tmp_path / "ours", tensors)) as reader:
+        assert {key: bytes_at(reader.runs(key)) for key in tensors} == {
+            key: bytes(bytes_of(tensor)) for key, tensor in tensors.items()}
+        assert bytes_at(reader.runs("model.a.weight", 3)) == bytes(bytes_of(tensors["model.a.weight"][3]))
+    run_on_ranks(save_with_torch, 2, tmp_path / "x")
+    with DcpReader(tmp_path / "x") as reader:
+        for key, pieces in (("model.rows", 2), ("model.uneven", 2), ("model.whole", 1)):
+            runs = reader.runs(key)
+            assert len(runs) == pieces
+            assert bytes_at(runs) == bytes(bytes_of(reader.read(key)))
+        assert reader.runs("model.columns") is None
+        assert reader.runs("model.cube") is None
+        assert bytes_at(reader.runs("model.rows", 8)) == bytes(bytes_of(tensors["model.a.weight"][8]))
+
+
+def test_numbers_that_are_not_row_by_row_have_no_place(tmp_path):
+    """A transposed tensor is saved with its strides; `read` knows what to make of them."""
+    torch_dcp.save({"a": torch.randn(4, 6).t(), "b": torch.ones(3)}, checkpoint_id=tmp_path / "x", no_dist=True)
+    with DcpReader(tmp_path / "x") as reader:
+        assert reader.runs("b") is not None
+        stored = reader.read("a")
+        assert reader.runs("a") is None or bytes_at(reader.runs("a")) == bytes(bytes_of(stored.contiguous()))
+
+
+def test_a_tensor_of_many_slices_is_found_slice_by_slice(tmp_path):
+    tensors = torch.randn(100, 4, 3)
+    (tmp_path / "x").mkdir()
+    with DcpWriter(tmp_path / "x") as writer:
+        for index in torch.randperm(100).tolist():
+            writer.add("experts", tensors[index], index=index, count=100)
+    with DcpReader(tmp_path / "x") as reader:
+        assert all(bytes_at(reader.runs("experts", index)) == bytes(bytes_of(tensors[index])) for index in range(100))
+        assert reader.runs("experts") is None  # more pieces than files may be open
+        assert torch.equal(reader.read("experts"), tensors)
 
 
 def test_metadata_that_names_code_runs_none(tmp_path):

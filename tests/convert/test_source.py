@@ -178,7 +178,7 @@ def test_written_files_are_aligned_for_mixed_dtypes_and_read_by_safetensors(tmp_
 
 def test_tensors_larger_than_one_system_call(tmp_path, monkeypatch):
     """Linux moves less than 2 GiB per call; here the limit is 7 bytes."""
-    monkeypatch.setattr("megatron_embed.convert.safetensors_file._LARGEST_CALL", 7)
+    monkeypatch.setattr("megatron_embed.convert.runs._LARGEST_CALL", 7)
     tensor = torch.randn(5, 3)
     with SafetensorsWriter(tmp_path / "x", [("a", tensor.dtype, (5, 3))]) as writer:
         writer.write("a", tensor)

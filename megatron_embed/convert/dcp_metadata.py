@@ -1,0 +1,151 @@
+"""What describes a `torch_dist` checkpoint, its file `.metadata`: a pickle of torch.distributed.checkpoint's classes.
+
+It is read without them: importing that package takes three seconds of a processor, twice what torch itself takes, and a
+checkpoint from elsewhere must not be able to run code.
+"""
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+METADATA_FILE = ".metadata"
+MEGATRON_FILE = "metadata.json"
+COMMON_FILE = "common.pt"
+_BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
+             "common_backend": "torch", "common_backend_version": 1}
+
+
+class ChunkStorageMetadata:
+    """A piece of a tensor that is stored by itself."""
+
+    offsets: torch.Size
+    sizes: torch.Size
+
+    def has(self, index: int) -> bool:
+        """Whether it holds some of slice `index` along the first axis."""
+        return self.offsets[0] <= index < self.offsets[0] + self.sizes[0]
+
+
+class TensorProperties:
+    """Its state is a tuple."""
+
+    dtype: torch.dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = state[0]
+
+
+class TensorStorageMetadata:
+    """A tensor: of what kind it is and which pieces it is in."""
+
+    properties: TensorProperties
+    size: torch.Size
+    chunks: list[ChunkStorageMetadata]
+
+
+class MetadataIndex:
+    """Names a piece."""
+
+    fqn: str
+    offset: torch.Size | None = None
+
+
+class StorageInfo:
+    """Where a piece lies."""
+
+    relative_path: str
+    offset: int
+    length: int
+    transform_descriptors: ClassVar[Any] = None
+    """Absent from the pickle where there are none, as a rule."""
+
+
+class Metadata:
+    """The whole description."""
+
+    state_dict_metadata: Mapping[str, Any]
+    storage_data: Mapping[MetadataIndex, StorageInfo]
+
+
+class _Ignored:
+    """Stands for any object of the metadata that is not needed to read tensors; holds nothing, does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+    def __setstate__(self, state: object) -> None: ...
+    def __setitem__(self, key: object, value: object) -> None: ...
+    def append(self, value: object) -> None: ...
+    def extend(self, values: object) -> None: ...
+    def add(self, value: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of a tensor that was written."""
+
+    offsets: torch.Size
+    sizes: torch.Size
+    start: int
+    """First byte in the file."""
+    length: int
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor that was written into one file."""
+
+    dtype: torch.dtype
+    size: torch.Size
+    pieces: list[Piece] = field(default_factory=list)
+
+
+def write_description(directory: Path, file: str, tensors: Mapping[str, WrittenTensor]) -> None:
+    """Write the files that make a checkpoint of `file`, synced to the disk; `.metadata` last."""
+    from torch.distributed.checkpoint import filesystem
+    from torch.distributed.checkpoint import metadata as dcp
+
+    described: dict[str, dcp.STORAGE_TYPES] = {}
+    storage: dict[dcp.MetadataIndex, Any] = {}
+    for key, tensor in tensors.items():
+        chunks = [dcp.ChunkStorageMetadata(offsets=piece.offsets, sizes=piece.sizes) for piece in tensor.pieces]
+        described[key] = dcp.TensorStorageMetadata(
+            properties=dcp.TensorProperties(dtype=tensor.dtype), size=tensor.size, chunks=chunks)
+        for number, piece in enumerate(tensor.pieces):
+            storage[dcp.MetadataIndex(key, piece.offsets, number)] = filesystem._StorageInfo(
+                relative_path=file, offset=piece.start, length=piece.length)
+    metadata = dcp.Metadata(state_dict_metadata=described, planner_data={key: (key,) for key in described},
+                            storage_data=storage, storage_meta=dcp.StorageMeta())
+    common = io.BytesIO()
+    torch.save({}, common)
+    for name, data in ((COMMON_FILE, common.getvalue()), (MEGATRON_FILE, json.dumps(_BACKENDS).encode()),
+                       (METADATA_FILE, pickle.dumps(metadata))):
+        with (directory / name).open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Builds the classes above and nothing else."""
+
+    _CLASSES: ClassVar[dict[str, Any]] = {
+        "Metadata": Metadata, "TensorStorageMetadata": TensorStorageMetadata, "TensorProperties": TensorProperties,
+        "ChunkStorageMetadata": ChunkStorageMetadata, "MetadataIndex": MetadataIndex, "_StorageInfo": StorageInfo}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("torch.distributed.checkpoint.") and name in self._CLASSES:
+            return self._CLASSES[name]
+        if module == "torch" and name == "Size":
+            return torch.Size
+        if module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype):
+            return torch.__dict__[name]
+        return _Ignored
