@@ -51,7 +51,7 @@ PROBES = {
 """Texts of several scripts and lengths on which an exported checkpoint is compared."""
 
 
-def is_bidirectional_decoder(shape: ModelShape, bidirectional: bool = False) -> bool:
+def stock_runs_causally(shape: ModelShape, bidirectional: bool = False) -> bool:
     """Whether the installed Transformers would run the model as another one: up to 5.1 it knows decoders with causal
     attention alone; then it reads `is_causal` of config.json."""
     old = tuple(map(int, version("transformers").split(".")[:2])) < (5, 2)
@@ -151,11 +151,9 @@ def export_cross_encoder_model(source: str, destination: str, options: ExportOpt
 
 
 def _export_reranker(source: str, destination: str, options: ExportOptions, *, classification: bool) -> str:
-    if options.merge_lora:
-        raise ConfigError(f"--merge-lora: {source} is to be a reranker, and those have no adapters; leave it out")
     return export_reranker_checkpoint(
         source, destination, classification=classification, max_shard_size=options.max_shard_size, dtype=options.dtype,
-        left_out=lambda directory: why_not_compared(directory, options))
+        merge_lora=options.merge_lora, left_out=lambda directory: why_not_compared(directory, options))
 
 
 def export_peft(source: str, destination: str, options: ExportOptions) -> str:
@@ -198,7 +196,7 @@ def _compare_hf(source: str, directory: Path) -> str:
     del encoder  # its memory goes before the stock library takes as much
     return str(compare_with_transformers(
         directory, [ids for ids in rows if ids], texts, vectors, minimum_cosine=_bound(model, directory),
-        bidirectional=is_bidirectional_decoder(model.shape)))
+        bidirectional=stock_runs_causally(model.shape)))
 
 
 def _probes() -> list[str]:
@@ -220,7 +218,7 @@ def export_sentence_transformers_model(source: str, destination: str, options: E
         CheckpointError: not a checkpoint, or the export differs from it; nothing is left behind.
     """
     checkpoint = open_checkpoint(source)
-    if is_bidirectional_decoder(model_shape(checkpoint.hf)):
+    if stock_runs_causally(model_shape(checkpoint.hf)):
         raise CheckpointError(f"{source}: its tokens attend to the whole text (model.bidirectional), and Sentence "
                               "Transformers runs such models causally, with other vectors, on transformers before 5.2: "
                               "upgrade it, use --format hf, or "

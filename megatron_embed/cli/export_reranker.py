@@ -47,12 +47,13 @@ def reranker_export(model: ModelDirectory, classification: bool) -> tuple[Rerank
 
 def write_reranker(source: str, destination: str, model: ModelDirectory, *, classification: bool,
                    compare: Callable[[Path, RerankerFormat], None], max_shard_size: str = "5GB",
-                   dtype: str | None = None) -> str:
+                   dtype: str | None = None, merge_lora: bool = False) -> str:
     """Writes a checkpoint's reranker with all files of a cross-encoder; the report.
 
     Args:
         compare: called with the complete directory before it gets its name; if it raises, nothing is left behind.
         dtype: of the written weights; null: the checkpoint's.
+        merge_lora: write the checkpoint's adapters into the weights.
     """
     settings, tokenizer, spec = reranker_export(model, classification)
     token_ids = spec.token_ids if spec.kind == "yes_no" else None
@@ -68,11 +69,11 @@ def write_reranker(source: str, destination: str, model: ModelDirectory, *, clas
         compare(directory, form)
 
     return str(megatron_to_hf(source, destination, max_shard_size=max_shard_size, dtype=dtype, finish=finish,
-                              reranker=form))
+                              reranker=form, merge_lora=merge_lora))
 
 
 def export_reranker_checkpoint(source: str, destination: str, *, classification: bool, max_shard_size: str = "5GB",
-                               dtype: str | None = None,
+                               dtype: str | None = None, merge_lora: bool = False,
                                left_out: Callable[[Path], str] = lambda directory: "") -> str:
     """A checkpoint's reranker as *ForSequenceClassification or *ForCausalLM, compared in float32; the report.
 
@@ -80,6 +81,8 @@ def export_reranker_checkpoint(source: str, destination: str, *, classification:
 
     Args:
         dtype: of the written weights; null: the checkpoint's.
+        merge_lora: write the checkpoint's adapters into the weights; the scores compared are those of the model with
+            adapters.
         left_out: called with the complete directory; why it is not compared, empty if it is.
     Raises:
         CheckpointError: no reranker's checkpoint, or a library scores pairs otherwise; nothing is left behind.
@@ -97,7 +100,7 @@ def export_reranker_checkpoint(source: str, destination: str, *, classification:
                                        "bfloat16" if dtype == "bfloat16" else "float32")))
 
     report = write_reranker(source, destination, model, classification=classification, compare=compare,
-                            max_shard_size=max_shard_size, dtype=dtype)
+                            max_shard_size=max_shard_size, dtype=dtype, merge_lora=merge_lora)
     return "\n".join([*lines, report])
 
 
@@ -121,8 +124,9 @@ def export_reranker(checkpoint: str, destination: str, scorer: PairScorer, pairs
     error: UserError | None = None
     if dist.get_rank() == 0:
         try:
-            logger.info("exported %s", write_reranker(checkpoint, destination, find_model(checkpoint),
-                                                      classification=True, compare=compare))
+            model = find_model(checkpoint)
+            logger.info("exported %s", write_reranker(checkpoint, destination, model, classification=True,
+                                                      compare=compare, merge_lora=model.adapters is not None))
         except UserError as found:
             error = found
         except OSError as found:

@@ -11,8 +11,10 @@ import torch
 from megatron_embed.cli.model import ModelDirectory, blaming, find_model, load_model_chunks
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import RerankerConfig, RunConfig
-from megatron_embed.convert.heads import CarriedFile, read_head
+from megatron_embed.convert.heads import CarriedFile, read_head, score_names
 from megatron_embed.convert.layout import open_carried, open_checkpoint
+from megatron_embed.convert.peft import PeftAdapter
+from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.source import HFDirectory
 from megatron_embed.data.pairs import (
     QWEN3_RERANKER_INSTRUCTION,
@@ -20,7 +22,7 @@ from megatron_embed.data.pairs import (
     PairTemplate,
     PairTokenizer,
 )
-from megatron_embed.errors import ConfigError
+from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel
@@ -89,7 +91,8 @@ def open_pair_tokenizer(settings: RerankerSettings, model: ModelDirectory,
     template = None
     if settings.template is not None:
         template = PairTemplate(text=settings.template, instruction=settings.instruction)
-    return PairTokenizer(str(model.hf), template=template, max_length=settings.max_length, length_key=length_key)
+    return PairTokenizer(str(model.hf), template=template, max_length=settings.max_length, length_key=length_key,
+                         vocab_size=model.shape.vocab_size)
 
 
 def head_spec(settings: RerankerSettings, tokenizer: PairTokenizer) -> HeadSpec:
@@ -108,30 +111,46 @@ def load_reranker_chunks(model: ModelDirectory, config: RunConfig, topology: Top
                          spec: HeadSpec) -> list[EmbeddingModel]:
     """This rank's model chunks with their weights, the head on the last one: the checkpoint's or the directory's, new
     where that has none."""
+    adapted = _head_of_adapter(model, spec)  # on every rank, so that what does not fit is refused by all
     trained = None if model.checkpoint is None else open_checkpoint(model.checkpoint).info.head
     if trained is not None and trained != spec.kind:
         raise ConfigError(f"reranker.head = {spec.kind!r}: {model.path} is a reranker with the head {trained}; set it "
                           "to that, or begin from the model that it was made of")
     chunks = load_model_chunks(model, config, topology, spec, with_head=trained is not None)
-    if trained is None and chunks[-1].head is not None and not spec.is_tied(model.shape):
-        _load_head(chunks[-1], model, config.training.seed, spec)
+    head = chunks[-1].head
+    if head is not None and not spec.is_tied(model.shape):
+        found = adapted if trained is not None else {**_head_of_directory(model, spec), **adapted}
+        parameters = dict(head.named_parameters())
+        with torch.no_grad():
+            for name, tensor in found.items():
+                parameters[name].copy_(tensor)
+        new = [name for name in parameters if name not in found and trained is None]
+        initialize_head(parameters, new, config.training.seed, model.shape.initializer_range)
+        if new:
+            logger.info("%s has no %s: the reranker's head begins with new weights there", model.peft or model.path,
+                        ", ".join(new))
     return chunks
 
 
-def _load_head(chunk: EmbeddingModel, model: ModelDirectory, seed: int, spec: HeadSpec) -> None:
-    """The head of a directory, each part that it has."""
-    assert chunk.head is not None
-    parameters = dict(chunk.head.named_parameters())
+def _head_of_directory(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.Tensor]:
+    """The head's tensors that a model directory has, by our names."""
     with _carried_tensors(model) as source:
-        found = read_head(source, model.shape.family, spec.kind,
-                          spec.token_ids if spec.kind == "yes_no" else None, str(model.path))
-    with torch.no_grad():
-        for name, tensor in found.items():
-            parameters[name].copy_(tensor)
-    new = [name for name in parameters if name not in found]
-    initialize_head(parameters, new, seed, model.shape.initializer_range)
-    if new:
-        logger.info("%s has no %s: the reranker's head begins with new weights there", model.path, ", ".join(new))
+        return read_head(source, model.shape.family, spec.kind,
+                         spec.token_ids if spec.kind == "yes_no" else None, str(model.path))
+
+
+def _head_of_adapter(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.Tensor]:
+    """The head's tensors that a PEFT directory holds, by our names. Raises CheckpointError for others."""
+    if model.peft is None:
+        return {}
+    names = score_names(model.shape.family) if spec.kind == "score" else {}
+    with PeftAdapter(model.peft, rules_for(model.shape.family), model.shape) as adapter:
+        others = sorted(set(adapter.head) - set(names.values()))
+        if others:
+            raise CheckpointError(f"{model.peft}: holds {others[0]}, which is no part of a reranker with the head "
+                                  f"{spec.kind}; merge the adapter with PEFT's merge_and_unload, or choose the other "
+                                  "reranker.head")
+        return {ours: adapter.read_head(name) for ours, name in names.items() if name in adapter.head}
 
 
 def _carried_tensors(model: ModelDirectory) -> HFDirectory | CarriedFile:

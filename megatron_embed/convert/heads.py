@@ -23,6 +23,8 @@ SCORE_NAMES: Mapping[str, Mapping[str, str]] = {
     "roberta": _ROBERTA, "xlm-roberta": _ROBERTA}
 """By family: our name -> the full Hugging Face name of *ForSequenceClassification. Decoders: DECODER_SCORE."""
 DECODER_SCORE: Mapping[str, str] = {"weight": "score.weight"}
+_SAVED_MODULES: Mapping[str, tuple[str, ...]] = {
+    "bert": ("classifier", "pooler"), "roberta": ("classifier",), "xlm-roberta": ("classifier",)}
 CLASSES: Mapping[str, str] = {
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "qwen2": "Qwen2", "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3Moe", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral"}
@@ -83,6 +85,11 @@ class CarriedFile:
 def score_names(family: str) -> Mapping[str, str]:
     """Our names of a score head -> the family's Hugging Face names."""
     return SCORE_NAMES.get(family, DECODER_SCORE)
+
+
+def saved_modules(family: str) -> list[str]:
+    """The modules that a score head consists of, as PEFT's `modules_to_save` names them."""
+    return list(_SAVED_MODULES.get(family, ("score",)))
 
 
 def read_head(source: HeadSource, family: str, kind: Literal["yes_no", "score"], token_ids: tuple[int, int] | None,

@@ -1,31 +1,33 @@
 """PEFT's adapter directories, read and written: `adapter_config.json` and `adapter_model.safetensors`."""
 
-import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
 from megatron_embed.convert.adapters import AdapterTensor, adapter_tensors, linear_rules, peft_targets
 from megatron_embed.convert.dcp import DcpReader
 from megatron_embed.convert.family import Family
+from megatron_embed.convert.heads import saved_modules, score_names
 from megatron_embed.convert.layout import copy_files, open_checkpoint, read_json, staging, write_json
+from megatron_embed.convert.plan import HEAD_KEYS
 from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.safetensors_file import SafetensorsFile, SafetensorsWriter
+from megatron_embed.convert.transforms import nbytes
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import ModelShape, model_shape
 
-logger = logging.getLogger(__name__)
-
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_TASK_TYPES = {None: "FEATURE_EXTRACTION", "score": "SEQ_CLS", "yes_no": "CAUSAL_LM"}
+"""By the head of the checkpoint: which of PEFT's models the adapter is for."""
 
-_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "base_model_name_or_path")
+_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "base_model_name_or_path", "modules_to_save")
 _HARMLESS = ("arrow_config", "auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode",
              "init_lora_weights", "lora_dropout", "lora_ga_config", "loftq_config", "megatron_config", "megatron_core",
              "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type")
@@ -64,6 +66,9 @@ class PeftAdapter:
     """A PEFT adapter directory for a model of the given family and shape, checked on opening."""
 
     settings: AdapterSettings
+    head: dict[str, str]
+    """Full Hugging Face name -> name in the file, of tensors that are no part of the backbone: a reranker's classifier,
+    adapters of a language-model head."""
 
     def __init__(self, path: Path, family: Family, shape: ModelShape) -> None:
         """Open `path` and compare its tensors with the model's linear layers.
@@ -119,6 +124,15 @@ class PeftAdapter:
                 width = tensor.shape[tensor.shard_dim] // size
                 yield name, self._file.read_slice(stored, tensor.shard_dim, rank * width, (rank + 1) * width)
 
+    def stored_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that has a use, by its name in the file."""
+        for name in (*self._stored.values(), *self.head.values()):
+            yield name, self._file.read(name)
+
+    def read_head(self, name: str) -> Tensor:
+        """One of the tensors of `head`, in the dtype of the file."""
+        return self._file.read(self.head[name])
+
     def _config(self) -> dict[str, Any]:
         file = self.path / CONFIG_FILE
         values = read_json(file)
@@ -134,13 +148,10 @@ class PeftAdapter:
         return values
 
     def _used(self, family: Family) -> dict[str, str]:
-        """Full name -> name in the file, of the tensors that change embeddings (not those of a head)."""
+        """Full name -> name in the file, of the tensors that change token states; the others become `head`."""
         stored = {_full_name(name, family): name for name in self._file.entries}
-        heads = sorted(name for full, name in stored.items() if family.is_carried(full))
-        if heads:
-            logger.info("%s: %s and %d more tensors adapt a head that embeddings do not use; they are left out",
-                        self.path, heads[0], len(heads) - 1)
-        return {full: name for full, name in stored.items() if not family.is_carried(full)}
+        self.head = {full: name for full, name in stored.items() if family.is_carried(full)}
+        return {full: name for full, name in stored.items() if full not in self.head}
 
     def _modules(self, stored: dict[str, str], family: Family) -> tuple[str, ...]:
         """The adapted linears, as patterns."""
@@ -190,7 +201,8 @@ def write_peft(src: str | Path, dst: str | Path) -> PeftReport:
     """Write the PEFT adapter directory `dst` of the checkpoint `src`, in the dtype of the checkpoint.
 
     Beside the adapter stand the tokenizer and Sentence Transformers' files, so that Sentence Transformers loads the
-    directory, too.
+    directory, too. A reranker's classifier, which was trained whole, lies in it as PEFT's `modules_to_save`; its
+    adapter is one for *ForSequenceClassification, or of a yes/no head for *ForCausalLM.
 
     Raises:
         CheckpointError: `src` holds no adapters, `dst` cannot be written, or it reads back differently.
@@ -202,49 +214,52 @@ def write_peft(src: str | Path, dst: str | Path) -> PeftReport:
         raise CheckpointError(f"{src}: holds no adapters; --format peft is for what a run with lora.rank > 0 wrote")
     family, shape = rules_for(checkpoint.info.family), model_shape(checkpoint.hf)
     tensors = list(adapter_tensors(family, shape, settings.modules, settings.rank))
+    prefix = "" if checkpoint.info.head is None else family.prefix
+    places = {_peft_name(tensor, family, prefix): family.checkpoint_place(tensor.ours) for tensor in tensors}
+    if checkpoint.info.head == "score":
+        places |= {_PREFIX + name: (HEAD_KEYS + ours, None) for ours, name in score_names(family.name).items()}
     with DcpReader(checkpoint.model) as reader:
-        places = {tensor.ours: family.checkpoint_place(tensor.ours) for tensor in tensors}
-        names = {tensor.ours: _peft_name(tensor, family) for tensor in tensors}
-        entries = [(names[tensor.ours], reader.dtype(places[tensor.ours][0]), tensor.shape) for tensor in tensors]
-        total = sum(tensor.shape[0] * tensor.shape[1] * entry[1].itemsize
-                    for tensor, entry in zip(tensors, entries, strict=True))
+        entries = [(name, reader.dtype(key), reader.shape(key) if index is None else reader.shape(key)[1:])
+                   for name, (key, index) in places.items()]
+        total = sum(nbytes(shape, dtype) for _, dtype, shape in entries)
         with staging(dst, total + (64 << 20)) as work:
             copy_files(checkpoint.hf, work)
             (work / "config.json").unlink(missing_ok=True)  # The base model's: PEFT's readers take it from there.
             with SafetensorsWriter(work / WEIGHTS_FILE, entries) as writer:
                 for name, place in places.items():
-                    writer.write(names[name], reader.read(*place))
-            write_json(work / CONFIG_FILE, _config_of(settings, family))
+                    writer.write(name, reader.read(*place))
+            write_json(work / CONFIG_FILE, _config_of(settings, family, checkpoint.info.head))
             _verify(work, family, shape, settings, {name: reader.read(*place) for name, place in places.items()})
-    return PeftReport(destination=Path(dst), tensors=len(tensors), total_bytes=total,
+    return PeftReport(destination=Path(dst), tensors=len(places), total_bytes=total,
                       seconds=time.monotonic() - started)
 
 
-def _peft_name(tensor: AdapterTensor, family: Family) -> str:
-    """As AutoModel's classes name the module: without the prefix that it has under a head."""
-    return f"{_PREFIX}{tensor.module.removeprefix(family.prefix)}.lora_{tensor.matrix}.weight"
+def _peft_name(tensor: AdapterTensor, family: Family, prefix: str) -> str:
+    """As Transformers' classes name the module: AutoModel's without the prefix that it has under a head."""
+    return f"{_PREFIX}{prefix}{tensor.module.removeprefix(family.prefix)}.lora_{tensor.matrix}.weight"
 
 
-def _config_of(settings: AdapterSettings, family: Family) -> dict[str, Any]:
+def _config_of(settings: AdapterSettings, family: Family, head: Literal["yes_no", "score"] | None) -> dict[str, Any]:
     """Contents of adapter_config.json."""
     alpha = settings.alpha
     return {
-        "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": settings.base_model,
+        "peft_type": "LORA", "task_type": _TASK_TYPES[head], "base_model_name_or_path": settings.base_model,
         "r": settings.rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "use_rslora": settings.use_rslora,
         # Training's dropout is over, and PEFT refuses to load experts' adapters that name one.
         "lora_dropout": 0.0, "target_modules": peft_targets(family, settings.modules), "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "modules_to_save": None,
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "modules_to_save": saved_modules(family.name) if head == "score" else None,
         "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False, "revision": None}
 
 
 def _verify(directory: Path, family: Family, shape: ModelShape, settings: AdapterSettings,
             expected: dict[str, Tensor]) -> None:
-    """What was written reads back as the same adapter."""
+    """What was written reads back as the same adapter: its settings, and every tensor of the file."""
     with PeftAdapter(directory, family, shape) as written:
-        same = written.settings == settings and all(
-            tensor.equal(expected[name]) and tensor.dtype == expected[name].dtype
-            for name, tensor in written.shards(expected, tp_rank=0, tp_size=1, etp_rank=0, etp_size=1))
+        read = dict(written.stored_tensors())
+        same = written.settings == settings and read.keys() == expected.keys() and all(
+            tensor.equal(expected[name]) and tensor.dtype == expected[name].dtype for name, tensor in read.items())
     if not same:
         raise CheckpointError(f"{directory}: reads back differently from what was written; check the disk and try "
                               "again")

@@ -188,7 +188,7 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     """This rank's model chunks (one without interleaving), uninitialized, in `model.dtype`, on the device; with a
     reranker's head on the last one if asked for.
 
-    With `adapters` all but these is frozen, and they are drawn.
+    With `adapters` all but these and a reranker's classifier is frozen, and they are drawn.
 
     Raises:
         ConfigError: the layout does not divide the model.
@@ -203,6 +203,9 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
                                bidirectional=bidirectional, vp_stage=stage, head_spec=head_spec)
         if adapters is not None:
             add_adapters(chunk, adapters, shape, chunk.global_name)
+            if chunk.head is not None and chunk.head.spec.kind == "score":
+                # As PEFT's modules_to_save: a classifier may be new. Yes and no are rows of a trained head, and stay.
+                chunk.head.requires_grad_(True)
         mark_tensor_parallel(chunk)
         mark_expert_copies(chunk, config.parallel)
         add_bias_in_product(chunk)

@@ -184,14 +184,6 @@ def test_dropout_of_no_adapters_is_refused(model, tmp_path):
     assert_refused(run_on_ranks(command, 1, ["train", str(tmp_path / "run.yaml")]), "lora.dropout = 0.1", "no adapters")
 
 
-def test_rerankers_have_no_adapters(model, tmp_path):
-    values = yaml.safe_load(configuration(model, tmp_path / "run").read_text())
-    values |= {"task": "reranker", "objective": {"loss": "pointwise"}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    assert_refused(run_on_ranks(command, 1, ["train", str(tmp_path / "run.yaml")]), "lora.rank = 4",
-                   "adapters are for embedding models")
-
-
 def test_a_run_keeps_its_adapters(model, trained, tmp_path):
     resumed = go_back(trained[0], tmp_path / "run", 2)
     for lora in ({"rank": 8}, {"target_modules": ["q_proj"]}, {"alpha": 32}):

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from megatron_embed.checkpoint.files import step_directories
 from megatron_embed.cli import export
-from megatron_embed.cli.export import is_bidirectional_decoder
+from megatron_embed.cli.export import stock_runs_causally
 from megatron_embed.models.families import model_shape
 from tests.cli.test_refusals import assert_refused, command, settings
 from tests.ranks import run_on_ranks
@@ -173,9 +173,9 @@ def test_old_transformers_that_would_run_a_bidirectional_decoder_causally_is_tol
     shape = model_shape(model)
     for installed, expected in (("5.1.3", True), ("5.2.0", False), ("5.23.0", False)):
         monkeypatch.setattr(export, "version", lambda name, installed=installed: installed)
-        assert is_bidirectional_decoder(shape, True) is expected
-        assert not is_bidirectional_decoder(shape, False)
-        assert not is_bidirectional_decoder(model_shape(MINILM), True)
+        assert stock_runs_causally(shape, True) is expected
+        assert not stock_runs_causally(shape, False)
+        assert not stock_runs_causally(model_shape(MINILM), True)
 
 
 def test_bfloat16_run_resumes_bit_for_bit_and_tensorboard_holds_its_curve(model, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from megatron_embed.batch import RerankBatch
 from megatron_embed.config.schema import (
@@ -29,6 +30,7 @@ from megatron_embed.data.record import RerankRecord
 from megatron_embed.data.rerank import build_rerank_batch, pairs_of
 from megatron_embed.losses.rerank import pad_groups
 from tests.toys import MINI_EN, MINILM
+from tests.training.adapter_truth import save_gradients, with_adapter, write_adapter
 
 SIZES = (1, 16, 2, 5, 3, 1, 7, 4)
 """Documents of each query."""
@@ -60,16 +62,23 @@ class Case:
     tokens: int | None = None
     distributed: bool = True
     sabotage: str | None = None
+    adapters: bool = False
+    """The model has LoRA adapters, and besides them a classifier alone is trained."""
 
     def __str__(self) -> str:
         sizes = [f"{key.removesuffix('_parallel_size')}={size}" for key, size in self.parallel.items()
                  if size not in (None, 1)]
-        words = [self.model, self.loss, *sizes, f"ranks={self.ranks}", f"micro={self.tokens or self.micro_batch_size}"]
+        name = f"{self.model}-adapters" if self.adapters else self.model
+        words = [name, self.loss, *sizes, f"ranks={self.ranks}", f"micro={self.tokens or self.micro_batch_size}"]
         return "-".join([*words, self.sabotage] if self.sabotage else words)
 
     @property
     def head(self) -> str:
         return "score" if self.model in ("score", "encoder") else "yes_no"
+
+    @property
+    def directory(self) -> str:
+        return f"{self.model}-lora" if self.adapters else self.model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +145,8 @@ def compute_truth(case: Case, folder: Path) -> Truth:
     assert 0 < rows.num_truncated < len(rows.token_ids)
     model = getattr(transformers, MODELS[case.model][1]).from_pretrained(directory, dtype=torch.float64).eval()
     model.config._experts_implementation = "eager"  # the default's grouped product has no float64
+    if case.adapters:
+        model = with_adapter(model, _adapter_of(case, folder))
     yes, no = tokenizer.token_of(YES, "yes"), tokenizer.token_of(NO, "no")
     scores = []
     for number, ids in enumerate(rows.token_ids):
@@ -151,6 +162,10 @@ def compute_truth(case: Case, folder: Path) -> Truth:
         padded, pad_groups(torch.tensor(targets, dtype=torch.float64), SIZES)[0], valid).mean
     loss.backward()
     assert float(torch.stack(scores).detach().std()) > 0.1
+    path = folder / f"truth-{case.directory}-{case.loss}"
+    if case.adapters:
+        norm = save_gradients(model, folder / case.directory, path)
+        return Truth(loss=float(loss.detach()), norm=norm, gradients=str(path))
     with torch.no_grad():
         gradients = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                      for name, parameter in model.named_parameters()}
@@ -159,14 +174,26 @@ def compute_truth(case: Case, folder: Path) -> Truth:
         for name, parameter in model.named_parameters():
             parameter.copy_(gradients[name])
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
-    path = folder / f"truth-{case.model}-{case.loss}"
     model.float().save_pretrained(path)
     return Truth(loss=float(loss.detach()), norm=norm, gradients=str(path))
 
 
+def _adapter_of(case: Case, folder: Path) -> Path:
+    """A PEFT directory for the model of a case, its classifier in it, if it has one; made when first asked for."""
+    path = folder / case.directory
+    if path.exists():
+        return path
+    if case.head == "yes_no":
+        return write_adapter(path, folder / case.model, "CAUSAL_LM", "model.")
+    stored = load_file(folder / case.model / "model.safetensors")
+    head = {name: tensor + 0.1 for name, tensor in stored.items() if name.startswith(("score", "classifier"))
+            or ".pooler." in name}
+    return write_adapter(path, folder / case.model, "SEQ_CLS", "bert." if case.model == "encoder" else "model.", head)
+
+
 def run_config(case: Case, folder: str) -> RunConfig:
     return RunConfig(
-        task="reranker", model=ModelConfig(path=str(Path(folder) / case.model), dtype="float32"),
+        task="reranker", model=ModelConfig(path=str(Path(folder) / case.directory), dtype="float32"),
         reranker=RerankerConfig(head=case.head), objective=ObjectiveConfig(loss=case.loss),
         parallel=ParallelConfig(**case.parallel),
         training=TrainingConfig(global_batch_size=len(SIZES), micro_batch_size=case.micro_batch_size,
@@ -229,10 +256,13 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
 
 def _squares(chunks: Any, topology: Any, gradients: str, spec: Any) -> dict[tuple[str, int], tuple[float, float]]:
     from megatron_embed.convert.heads import read_head
+    from megatron_embed.convert.peft import is_peft_directory
     from megatron_embed.convert.source import HFDirectory, hf_weight_shards
     from megatron_embed.models.encoder import padded_vocabulary
 
     found: dict[tuple[str, int], tuple[float, float]] = {}
+    if is_peft_directory(gradients):
+        return _squares_of_adapters(chunks, topology, Path(gradients), spec)
     with HFDirectory(Path(gradients)) as source:
         for chunk in chunks:
             parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
@@ -249,6 +279,32 @@ def _squares(chunks: Any, topology: Any, gradients: str, spec: Any) -> dict[tupl
                                      spec.token_ids if spec.kind == "yes_no" else None, gradients)
                 for name, parameter in chunk.head.named_parameters():
                     found[f"head.{name}", 0] = _pair(parameter, expected[name])
+    return found
+
+
+def _squares_of_adapters(chunks: Any, topology: Any, gradients: Path,
+                         spec: Any) -> dict[tuple[str, int], tuple[float, float]]:
+    from megatron_embed.convert.heads import score_names
+    from megatron_embed.convert.peft import PeftAdapter
+    from megatron_embed.convert.rules.lookup import rules_for
+
+    found: dict[tuple[str, int], tuple[float, float]] = {}
+    for chunk in chunks:
+        parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
+                      if parameter.requires_grad}
+        adapters = [name for name in parameters if not name.startswith("head.")]
+        assert all(".lora." in name for name in adapters)
+        with PeftAdapter(gradients, rules_for(chunk.shape.family), chunk.shape) as source:
+            whole = dict(source.shards(adapters, tp_rank=0, tp_size=1, etp_rank=0, etp_size=1))
+            for name, shard in source.shards(adapters, tp_rank=topology.tp_rank, tp_size=topology.tp_size, etp_rank=0,
+                                             etp_size=1):
+                place = topology.tp_rank if shard.numel() < whole[name].numel() else 0
+                found[name, place] = _pair(parameters[name], shard)
+            if chunk.head is not None and spec.kind == "score":
+                for name, stored in score_names(chunk.shape.family).items():
+                    if f"head.{name}" in parameters:
+                        found[f"head.{name}", 0] = _pair(parameters[f"head.{name}"], source.read_head(stored))
+            assert chunk.head is None or (spec.kind == "score") == any(name.startswith("head.") for name in parameters)
     return found
 
 

@@ -23,7 +23,7 @@ def truths(folder):
     found = {}
 
     def truth(case):
-        key = case.model, case.loss
+        key = case.directory, case.loss
         if key not in found:
             found[key] = compute_truth(case, folder)
         return found[key]
@@ -56,6 +56,9 @@ FAST = [
     Case(model="untied", loss="listwise", parallel=layout(cp=2), ranks=2, micro_batch_size=4),
     Case(model="score", loss="ranknet", parallel=layout(tp=2), ranks=2, micro_batch_size=4),
     Case(model="encoder", loss="pointwise", parallel=layout(cp=2), ranks=2),
+    Case(model="tied", loss="lambda_loss", adapters=True, micro_batch_size=4),
+    Case(model="score", loss="ranknet", parallel=layout(tp=2), ranks=2, micro_batch_size=4, adapters=True),
+    Case(model="encoder", loss="pointwise", parallel=layout(pp=2), ranks=2, micro_batch_size=4, adapters=True),
 ]
 
 MORE = [
@@ -72,7 +75,12 @@ MORE = [
     Case(model="encoder", loss="listwise", parallel=layout(pp=2), ranks=4, micro_batch_size=2),
     Case(model="experts", loss="lambda_loss", parallel=layout(ep=2), ranks=2, micro_batch_size=2),
     Case(model="experts", loss="listwise", parallel=layout(tp=2), ranks=2, micro_batch_size=4),
-    Case(model="experts", loss="ranknet", parallel=layout(pp=2, ep=2), ranks=4, micro_batch_size=2)]
+    Case(model="experts", loss="ranknet", parallel=layout(pp=2, ep=2), ranks=4, micro_batch_size=2),
+    Case(model="tied", loss="lambda_loss", parallel=layout(tp=2, pp=2), ranks=4, micro_batch_size=4, adapters=True),
+    Case(model="untied", loss="listwise", parallel=layout(pp=2), ranks=2, micro_batch_size=4, adapters=True),
+    Case(model="score", loss="listwise", parallel=layout(cp=2), ranks=2, micro_batch_size=4, adapters=True),
+    Case(model="score", loss="listwise", ranks=2, micro_batch_size=2, adapters=True, distributed=False),
+    Case(model="encoder", loss="listwise", parallel=layout(tp=2), ranks=2, micro_batch_size=4, adapters=True)]
 
 
 @pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
