@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_embed.cli.export import is_bidirectional_decoder
+from megatron_embed.cli.export import stock_runs_causally
 from megatron_embed.cli.model import ModelDirectory, adapters_of, blaming, find_model
 from megatron_embed.cli.reranker import head_spec, open_pair_tokenizer, reranker_settings
 from megatron_embed.cli.resume import Standing, check_resumable, is_exported, standing
@@ -76,9 +76,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     dp_size = check_world_size(config.parallel, world_size)
     check_batch_sizes(config, dp_size)
     check_divisible(model.shape, config.parallel)
-    if adapters_of(config.lora, model) is not None and config.task == "reranker":
-        raise ConfigError(f"lora.rank = {config.lora.rank}: adapters are for embedding models; with task: reranker "
-                          "train all weights (rank 0), from a model without adapters")
+    adapters_of(config.lora, model)
     check_token_budget(config)
     attention_kernel(config)
     if config.task == "embedding":
@@ -204,7 +202,7 @@ def check_export(config: RunConfig, model: ModelDirectory) -> None:
         raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: lies in checkpoint.directory, whose "
                           "folders come and go; choose a directory beside it")
     require_writable("checkpoint.export_at_end", str(target.parent))
-    if is_bidirectional_decoder(model.shape, config.model.bidirectional):
+    if stock_runs_causally(model.shape, config.model.bidirectional):
         raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: Sentence Transformers runs "
                           f"{model.shape.family} models causally on transformers before 5.2, so a bidirectional one "
                           "differs there; upgrade it, or set it to null")
@@ -216,7 +214,8 @@ def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
         tokenizer = RoleTokenizer(
             str(model.hf), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
             query_prompt=config.data.query_prompt, document_prompt=config.data.document_prompt,
-            query_max_length=config.data.query_max_length, document_max_length=config.data.document_max_length)
+            query_max_length=config.data.query_max_length, document_max_length=config.data.document_max_length,
+            vocab_size=model.shape.vocab_size)
     asked = {"evaluation.retrieval": config.evaluation.retrieval, "evaluation.sts": config.evaluation.sts,
              "checkpoint.export_at_end": config.checkpoint.export_at_end}
     if tokenizer.needs_instructions and any(asked.values()):

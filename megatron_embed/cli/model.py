@@ -112,7 +112,8 @@ def _find_adapted(folder: Path) -> ModelDirectory:
     with PeftAdapter(folder, rules_for(base.shape.family), base.shape) as adapter:
         settings = dataclasses.replace(adapter.settings, base_model=base.name)
     own = read_saved_settings(folder, base.hf) if (folder / "modules.json").is_file() else base.saved
-    return dataclasses.replace(base, adapters=settings, peft=folder, saved=own)
+    return dataclasses.replace(base, adapters=settings, peft=folder, saved=own,
+                               reranker=read_reranker_settings(folder) or base.reranker)
 
 
 def adapters_of(config: LoraConfig, model: ModelDirectory) -> AdapterSettings | None:
@@ -188,7 +189,7 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     else:
         _load_hf_weights(model, chunks, topology)
     if model.peft is not None:
-        _load_peft_weights(model.peft, model, chunks, topology)
+        _load_peft_weights(model.peft, model, chunks, topology, with_head=head_spec is not None)
     return chunks
 
 
@@ -206,9 +207,12 @@ def _load_hf_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel], to
 
 
 def _load_peft_weights(path: Path, model: ModelDirectory, chunks: Sequence[EmbeddingModel],
-                       topology: Topology) -> None:
+                       topology: Topology, *, with_head: bool) -> None:
     etp = topology.groups.expt_tp
     with PeftAdapter(path, rules_for(model.shape.family), model.shape) as source, torch.no_grad():
+        if source.head and not with_head:
+            logger.info("%s: %s and %d more tensors belong to a head that embeddings do not use; they are left out",
+                        path, min(source.head), len(source.head) - 1)
         for chunk in chunks:
             parameters = {name: parameter for name, parameter in chunk.global_parameters().items() if is_adapter(name)}
             for name, shard in source.shards(parameters, tp_rank=topology.tp_rank, tp_size=topology.tp_size,
@@ -242,7 +246,8 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
         tokenizer = RoleTokenizer(
             str(model.hf), add_eos=config.embedding.pooling == "lasttoken", query_prompt=texts.get("query", ""),
             document_prompt=texts.get("document", ""), query_max_length=lengths["query"],
-            document_max_length=lengths["document"], length_keys=("--max-length", "--max-length"))
+            document_max_length=lengths["document"], length_keys=("--max-length", "--max-length"),
+            vocab_size=model.shape.vocab_size)
         topology = initialize(config.parallel)
         chunks = load_model_chunks(model, config, topology)
     encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.shape.hidden_size,

@@ -99,17 +99,19 @@ class PairTokenizer:
         template: null for encoders, which know pairs.
         max_length: tokens of a pair, everything included.
         length_key: the setting or option that the length came from, for messages.
+        vocab_size: rows of the model's word embeddings; null: ids are not compared with it.
 
     Attributes:
         pad_token_id: an id that may fill padding.
 
     Raises:
-        CheckpointError: no usable tokenizer, or one that does not say where in the text its tokens are.
+        CheckpointError: no usable tokenizer, one of more tokens than the model knows, or one that does not say where in
+            the text its tokens are.
     """
 
     def __init__(self, model_dir: str, *, template: PairTemplate | None, max_length: int,
-                 length_key: str = "reranker.max_length") -> None:
-        self._tokenizer: Any = load_tokenizer(model_dir)
+                 length_key: str = "reranker.max_length", vocab_size: int | None = None) -> None:
+        self._tokenizer: Any = load_tokenizer(model_dir, vocab_size)
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"{model_dir}: its tokenizer is a slow one, which does not say where the document's "
                                   "tokens are; save it once with Transformers as tokenizer.json")

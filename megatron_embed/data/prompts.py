@@ -36,8 +36,14 @@ def has_tokenizer_files(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _VOCABULARY_FILES)
 
 
-def load_tokenizer(model_dir: str) -> Any:
-    """The tokenizer of a model directory; never fetched. Raises CheckpointError if there is no usable one."""
+def load_tokenizer(model_dir: str, vocab_size: int | None) -> Any:
+    """The tokenizer of a model directory; never fetched.
+
+    Args:
+        vocab_size: rows of the model's word embeddings; null: ids are not compared with it.
+    Raises:
+        CheckpointError: there is no usable one, or it knows a token that the model has no row for.
+    """
     directory = Path(model_dir)
     if not directory.is_dir():
         raise CheckpointError(f"{model_dir}: no such directory; name a model directory with tokenizer files")
@@ -45,11 +51,20 @@ def load_tokenizer(model_dir: str) -> Any:
         raise CheckpointError(f"{model_dir}: no tokenizer files; copy tokenizer.json and tokenizer_config.json of the "
                               "model into it")
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
         first_line = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{model_dir}: the tokenizer cannot be loaded: {first_line}; copy tokenizer.json and "
                               "tokenizer_config.json of the model into it") from error
+    if vocab_size is not None:
+        # Refused here, before the first text: a rank that holds no such row would look up zeros, another would fail.
+        token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if largest >= vocab_size:
+            raise CheckpointError(f"{model_dir}: its tokenizer gives {shortened(token)} the id {largest}, but the "
+                                  f"model ends at id {vocab_size - 1} (config.json: vocab_size = {vocab_size}); copy "
+                                  "the model's own tokenizer there, or give the model more rows (Transformers: "
+                                  "resize_token_embeddings)")
+    return tokenizer
 
 
 class RoleTokenizer:
@@ -65,6 +80,7 @@ class RoleTokenizer:
         query_max_length: tokens, prompt and special tokens included.
         document_max_length: tokens, prompt and special tokens included.
         length_keys: the settings or options that the two lengths came from, for messages.
+        vocab_size: rows of the model's word embeddings; null: ids are not compared with it.
 
     Attributes:
         pad_token_id: an id that may fill padding: the tokenizer's pad, else its EOS, else 0.
@@ -72,14 +88,16 @@ class RoleTokenizer:
         model_max_length: longest sequence the tokenizer's files allow, in tokens; None if they name none.
 
     Raises:
-        CheckpointError: the directory holds no usable tokenizer, or no EOS where one is to be added.
+        CheckpointError: the directory holds no usable tokenizer, one of more tokens than the model knows, or no EOS
+            where one is to be added.
         ConfigError: a prompt leaves no room for text.
     """
 
     def __init__(self, model_dir: str, *, add_eos: bool, query_prompt: str = "", document_prompt: str = "",
                  query_max_length: int, document_max_length: int,
-                 length_keys: tuple[str, str] = ("data.query_max_length", "data.document_max_length")) -> None:
-        self._tokenizer = load_tokenizer(model_dir)
+                 length_keys: tuple[str, str] = ("data.query_max_length", "data.document_max_length"),
+                 vocab_size: int | None = None) -> None:
+        self._tokenizer = load_tokenizer(model_dir, vocab_size)
         # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.
         self._lock = threading.Lock()
         self._prompts: dict[Role, str] = {"query": query_prompt, "document": document_prompt}

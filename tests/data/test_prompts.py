@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from megatron_embed.data.pairs import PairTokenizer
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.errors import CheckpointError, ConfigError
 from tests.data.conftest import MINI_EN, MINI_ZH, real_texts
@@ -182,3 +183,14 @@ def test_prompts_of_a_data_set_are_checked_before_the_first_step(bpe_dir: str):
         tokenizer.check_prompts({None: "rows.jsonl:1"}, "{instruction}: ")
     with pytest.raises(ConfigError, match=r"rows\.jsonl:1: data.document_max_length = 9 tokens: the prompt"):
         tokenizer.check_prompts({None: "rows.jsonl:1"}, None, "far too long for nine tokens of this tokenizer: ")
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_rows_is_refused(minilm_dir):
+    size = max(AutoTokenizer.from_pretrained(minilm_dir).get_vocab().values()) + 1
+    lengths = {"add_eos": False, "query_max_length": 9, "document_max_length": 9}
+    assert RoleTokenizer(minilm_dir, vocab_size=size, **lengths).tokenize(["a"], "query").token_ids
+    with pytest.raises(CheckpointError, match=rf"the id {size - 1}, but the model ends at id {size - 2} .*vocab_size = "
+                                              rf"{size - 1}\); copy the model's own tokenizer"):
+        RoleTokenizer(minilm_dir, vocab_size=size - 1, **lengths)
+    with pytest.raises(CheckpointError, match="ends at id"):
+        PairTokenizer(minilm_dir, template=None, max_length=9, vocab_size=size - 1)
