@@ -331,11 +331,13 @@ class PackedAttention(MegatronModule):
         parts = zip(packed.groups, query.split([group.queries.numel() for group in packed.groups]),
                     key.split([group.keys.numel() for group in packed.groups]),
                     value.split([group.keys.numel() for group in packed.groups]), strict=True)
+        # Heads are split, so each rank draws its own numbers. With sequence parallelism the whole block does; a fork
+        # inside that fork would draw others when a layer is run again for its backward pass.
+        fork = get_cuda_rng_tracker().fork if dropout and not self.config.sequence_parallel else contextlib.nullcontext
         outputs = []
         for group, *tensors in parts:
             q, k, v = (x.view(group.count, -1, heads, head_dim).transpose(1, 2) for x in tensors)
-            fork = get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
-            with fork:
+            with fork():
                 out = functional.scaled_dot_product_attention(q, k, v, group.mask, dropout, group.is_causal,
                                                               scale=self.scale)
             outputs.append(out.transpose(1, 2).reshape(group.count * group.query_length, heads * head_dim).to(dtype))

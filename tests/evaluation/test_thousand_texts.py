@@ -51,6 +51,5 @@ def test_vectors_equal_sentence_transformers(expected, parallel, micro_batch_tok
     texts, vectors = expected
     found = run_on_ranks(_encode, parallel["tensor_model_parallel_size"], texts, parallel, micro_batch_tokens,
                          timeout_seconds=600.0)
-    error = max(float((rank - vectors).abs().max()) for rank in found)
-    print(f"largest difference of {NUM_TEXTS} vectors: {error:.1e}")
-    assert error <= 1e-5  # measured: 2.4e-7
+    for rank in found:
+        assert (rank - vectors).abs().max() <= 1e-5  # measured: 2.4e-7

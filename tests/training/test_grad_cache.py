@@ -1,5 +1,7 @@
 """The gradient of a step equals one process on the whole batch, for every layout and number of micro-batches."""
 
+import math
+
 import pytest
 import torch
 
@@ -75,8 +77,8 @@ def test_micro_batch_negatives_equal_the_mean_of_the_micro_batches_losses(models
     assert compare(models["bert"], expected, ranks, layout(), size, negatives="micro_batch") <= 1e-5
 
 
-def outputs_of_both_passes(config, dropout_seed=None, replay=True):
-    """Embeddings that the last stage produced, one entry per micro-batch and pass; null on the other stages."""
+def both_passes(config, dropout_seed=None, replay=True):
+    """(embeddings that the last stage produced, one entry per micro-batch and pass; this rank's gradients)."""
     import megatron_embed.training.grad_cache as grad_cache
     from megatron_embed.training.step import seed_step
 
@@ -91,31 +93,46 @@ def outputs_of_both_passes(config, dropout_seed=None, replay=True):
         built.gradients(batch)
     finally:
         grad_cache.set_all_rng_states = original
-    return seen if built.topology.is_last_stage else None
+    return seen, {name: parameter.main_grad.clone() for chunk in built.chunks
+                  for name, parameter in chunk.global_parameters().items()}
 
 
-def outputs_of_runs(runs):
-    return [outputs_of_both_passes(*run) for run in runs]
+def both_passes_of_runs(runs):
+    return [both_passes(*run) for run in runs]
 
 
-@pytest.mark.parametrize("dropout", ["hidden", "attention"])
-@pytest.mark.parametrize("sizes", [layout(), layout(pp=2), layout(2)], ids=["one", "pp2", "tp2"])
+@pytest.mark.parametrize("sizes", [layout(), layout(pp=2), layout(2), layout(2, sp=False), layout(cp=2)],
+                         ids=["one", "pp2", "tp2", "tp2nosp", "cp2"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_second_pass_drops_what_the_first_dropped(models, kind, sizes, dropout):
-    def config(recompute, rate):
-        training = {"global_batch_size": ROWS, "micro_batch_size": 3, "recompute": recompute}
-        return run_config(models[kind], parallel=sizes, training=training | {f"{dropout}_dropout": rate},
-                          objective=objective_settings())
+def test_second_pass_and_recomputation_drop_what_the_first_dropped(models, kind, sizes):
+    def config(recompute, hidden=0.2, attention=0.2):
+        return run_config(models[kind], parallel=sizes, objective=objective_settings(),
+                          training={"global_batch_size": ROWS, "micro_batch_size": 3, "recompute": recompute,
+                                    "hidden_dropout": hidden, "attention_dropout": attention})
 
     modes = ("none", "selective", "full")
-    runs = [(config(mode, 0.2), None, replay) for replay in (True, False) for mode in modes]
-    runs += [(config("none", 0.0), None, True), (config("none", 0.2), 8, True)]
-    ranks = sizes["pipeline_model_parallel_size"] * sizes["tensor_model_parallel_size"]
-    *seen, without, other = run_on_ranks(outputs_of_runs, ranks, runs)[-1]
+    runs = [(config(mode), None, True) for mode in modes] + [(config("none"), None, False)]
+    others = {"attention dropout was off": (config("none", attention=0.0), None, True),
+              "hidden dropout was off": (config("none", hidden=0.0), None, True),
+              "the seed does not reach the dropout": (config("none"), 8, True)}
+    ranks = math.prod(list(sizes.values())[:3])
+    answers = run_on_ranks(both_passes_of_runs, ranks, runs + list(others.values()))
+    seen = [outputs for outputs, _ in answers[-1]]
     for outputs, (_, _, replay) in zip(seen, runs, strict=False):
         assert len(outputs) == 8
         for first, second in zip(outputs[:4], outputs[4:], strict=True):
             assert torch.equal(first, second) == replay
-    assert all(torch.equal(seen[0][0], outputs[0]) for outputs in seen[1:]), "recomputation changes the first pass"
-    assert (seen[0][0] - without[0]).abs().max() > 0.01, "dropout was off"
-    assert (seen[0][0] - other[0]).abs().max() > 0.01, "the seed does not reach the dropout"
+    assert all(torch.equal(seen[0][0], outputs[0]) for outputs in seen[1:4]), "recomputation changes the first pass"
+    for reason, outputs in zip(others, seen[4:], strict=True):
+        assert (seen[0][0] - outputs[0]).abs().max() > 0.01, reason
+    for answer in answers:
+        (_, expected), *recomputed, (_, without_replay) = answer[:4]
+        for _, gradients in recomputed:
+            assert difference(gradients, expected) <= 1e-5
+        assert difference(without_replay, expected) > 0.1
+
+
+def difference(gradients, expected):
+    whole = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
+    return max(float((gradients[name] - gradient).norm()) / max(float(gradient.norm()), 1e-6 * whole)
+               for name, gradient in expected.items())
