@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from megatron_embed.models.families import ModelShape
     from megatron_embed.planning.hardware import GPU
     from megatron_embed.planning.layouts import Plan
+    from megatron_embed.planning.parameters import Parts
 
 HELP = "memory per GPU and step time of a layout, and the layouts that fit; exit code 2 if the given one does not"
 
@@ -35,10 +36,22 @@ def run(args: argparse.Namespace) -> int:
     if not is_possible(config, shape, args.gpus):
         explain_impossible(config, shape, args.gpus)
         check_possible(config, shape, args.gpus)
-    given = plan_layout(config, shape, args.gpus, gpu)
-    write_output(report(given, shape, args.gpus, gpu))
-    write_output(proposals(propose(config, shape, args.gpus, gpu), args.gpus))
+    parts = adapted_parts(config, shape)
+    given = plan_layout(config, shape, args.gpus, gpu, parts)
+    write_output(report(given, shape, args.gpus, gpu, parts))
+    write_output(proposals(propose(config, shape, args.gpus, gpu, parts), args.gpus))
     return 0 if given.fits else 2
+
+
+def adapted_parts(config: "RunConfig", shape: "ModelShape") -> "Parts | None":
+    """Linear layers that get adapters by section `lora`; null: every parameter is trained."""
+    if config.lora.rank == 0:
+        return None
+    from megatron_embed.convert.adapters import parts_by_linear, resolve_modules
+    from megatron_embed.convert.rules.lookup import rules_for
+
+    family = rules_for(shape.family)
+    return parts_by_linear(family, resolve_modules(family, config.lora.target_modules, "lora.target_modules"))
 
 
 def explain_impossible(config: "RunConfig", shape: "ModelShape | None", gpus: int) -> None:
@@ -52,31 +65,32 @@ def explain_impossible(config: "RunConfig", shape: "ModelShape | None", gpus: in
     check_token_budget(config)
 
 
-def report(plan: "Plan", shape: "ModelShape", gpus: int, gpu: "GPU") -> str:
+def report(plan: "Plan", shape: "ModelShape", gpus: int, gpu: "GPU", parts: "Parts | None") -> str:
     """The given layout, in words."""
-    from megatron_embed.planning.flops import model_flops, passes, step_tokens
+    from megatron_embed.planning.flops import forward_passes, model_flops, step_tokens
     from megatron_embed.planning.layouts import describe
     from megatron_embed.planning.memory import GIB, grid_of
-    from megatron_embed.planning.parameters import active_matrix_parameters, total_parameters
+    from megatron_embed.planning.parameters import active_matrix_parameters, held_parameters, total_parameters
 
     config, memory, time = plan.config, plan.memory, plan.time
     grid = grid_of(config, gpus)
     active = f", {active_matrix_parameters(shape) / 1e9:.2f} billion at work per token" if shape.num_experts else ""
-    forwards, _ = passes(config, grid)
-    flops = model_flops(config, shape)
+    forwards, flops = forward_passes(config, grid), model_flops(config, shape, parts)
+    trained = held_parameters(config, shape, plan.stage, parts).trained.total
+    adapters = "" if parts is None else f", adapters of rank {config.lora.rank}: {trained / 1e6:.1f} million on a rank"
     utilization = flops / gpus / time.total / (gpu.peak_tflops * 1e12)
     parts = {"parameters": memory.parameters, "gradients (float32)": memory.gradients,
              "optimizer": memory.optimizer, "activations": memory.activations,
              "embeddings and loss": memory.loss, "reserve": memory.reserve, "together": memory.total}
     lines = [
-        f"{config.model.path}: {total_parameters(shape) / 1e9:.2f} billion parameters{active}",
+        f"{config.model.path}: {total_parameters(shape) / 1e9:.2f} billion parameters{active}{adapters}",
         f"{gpus} x {gpu.name}, {describe(config.parallel)}: {grid.dp} data-parallel ranks, {grid.num_microbatches} "
         f"micro-batches of up to {grid.micro_batch_tokens:,} tokens on each, recompute {config.training.recompute}",
         "", f"Memory of a GPU of pipeline stage {plan.stage}, which needs most, in GiB",
         *(f"  {name:<20} {size / GIB:7.1f}" for name, size in parts.items()),
         f"  {'of':<20} {gpu.memory_gib:7.1f}   {'it fits' if plan.fits else 'IT DOES NOT FIT'}", "",
         f"One step: {config.training.global_batch_size:,} queries, at most {step_tokens(config):,} tokens, "
-        f"{flops / 1e15:.3g} PFLOP of the model, {forwards} forward passes; expected seconds"]
+        f"{flops / 1e15:.3g} PFLOP of the model, forward passes: {forwards}; expected seconds"]
     lines += [f"  {name:<20} {seconds:7.2f}" for name, seconds in {
         "compute": time.compute, "tensor-parallel": time.tensor, "context-parallel": time.context,
         "expert-parallel": time.expert, "pipeline bubble": time.bubble, "data-parallel": time.data,

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_embed.config.schema import ParallelConfig, TrainingConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.attention import PackedAttention, attention_window
-from megatron_embed.models.families import ModelShape
+from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.parallel.topology import uses_sequence_parallel, virtual_size
 from megatron_embed.platform.compat import (
     MLP,
@@ -202,13 +202,10 @@ def _nearest_divisor(value: int, wanted: int) -> int:
 def pipeline_layout(num_layers: int, stages: int) -> list[list[str]] | None:
     """Megatron's `pipeline_model_parallel_layout` of layers that do not divide by the stages, virtual ones included;
     null where they do.
-
-    The last stages take one layer more: the first holds the embeddings and, under 1F1B, the most micro-batches.
     """
-    least, rest = divmod(num_layers, stages)
-    if not rest:
+    if num_layers % stages == 0:
         return None
-    layout = [["decoder"] * (least + (stage >= stages - rest)) for stage in range(stages)]
+    layout = [["decoder"] * layers for layers in layers_by_stage(num_layers, stages)]
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 

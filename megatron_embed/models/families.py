@@ -321,3 +321,10 @@ def model_shape(directory: str | Path) -> ModelShape:
     except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
         raise CheckpointError(f"{file}: a value is not of the kind that a {kind} model has there ({error}); download "
                               "the file again") from error
+
+
+def layers_by_stage(num_layers: int, stages: int) -> list[int]:
+    """Layers of each pipeline stage, virtual ones counted. Where they do not divide, the last stages take one more: the
+    first holds the embeddings and, under 1F1B, the most micro-batches."""
+    least, rest = divmod(num_layers, stages)
+    return [least + (stage >= stages - rest) for stage in range(stages)]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
-from megatron_embed.planning.memory import DTYPE_BYTES, Grid
-from megatron_embed.planning.parameters import active_matrix_parameters, stage_parameters
+from megatron_embed.planning.memory import DTYPE_BYTES, Grid, texts_per_query, tokens_per_query
+from megatron_embed.planning.parameters import Parts, active_matrix_parameters, held_parameters
 
 EFFICIENCY = 0.55
 """Part of the peak that large matrix products reach, communication not counted (41-48 % all in is what Megatron-LM
@@ -42,61 +42,72 @@ class StepTime:
         return (self.compute + self.tensor + self.context + self.expert + self.bubble + self.data + self.optimizer)
 
 
-def forward_flops_per_token(shape: ModelShape, length: int) -> float:
-    """Of one forward pass through all layers, for a token of a text of `length` tokens.
+def forward_flops(shape: ModelShape, tokens: float, squared_lengths: float, *, causal: bool) -> float:
+    """Of one forward pass through all layers over texts of `tokens` tokens, the squares of whose lengths sum to
+    `squared_lengths`.
 
-    Two per parameter of a matrix; attention's two products with `length` keys, half of them where it is causal.
+    Two per token and parameter of a matrix; attention's two products of every query with every key, half of them where
+    it is causal. Norms, rotations and pooling are not counted, nor the word embedding.
     """
-    keys = length if shape.bidirectional else length / 2
-    return 2.0 * active_matrix_parameters(shape) + 4.0 * shape.num_layers * shape.num_attention_heads * \
-        shape.head_dim * keys
+    pairs = squared_lengths / 2 if causal else squared_lengths
+    return 2.0 * active_matrix_parameters(shape) * tokens + 4.0 * shape.num_layers * shape.num_attention_heads * \
+        shape.head_dim * pairs
 
 
-def passes(config: RunConfig, grid: Grid) -> tuple[int, int]:
-    """(forward passes, backward passes, each twice a forward) of a step: two passes read every micro-batch twice."""
-    forwards = 2 if grid.num_microbatches > 1 and config.objective.couples_batch else 1
-    return forwards + (config.training.recompute == "full"), 1
+def forward_passes(config: RunConfig, grid: Grid) -> int:
+    """Of a step: a loss that couples the batch reads every micro-batch twice; recomputation adds one."""
+    return (2 if grid.num_microbatches > 1 and config.objective.couples_batch else 1) + (
+        config.training.recompute == "full")
+
+
+BACKWARD_COST, BACKWARD_COST_FROZEN = 2, 1
+"""A backward pass in forward passes: gradients of inputs and of weights; of frozen weights, those of inputs alone."""
+
+
+def backward_cost(parts: Parts | None) -> int:
+    """Of a run that trains all parameters, or adapters on the linear layers `parts`."""
+    return BACKWARD_COST if parts is None else BACKWARD_COST_FROZEN
 
 
 def step_tokens(config: RunConfig) -> int:
     """Tokens of the global batch where no text is shorter than allowed."""
-    per_query = config.data.query_max_length + (1 + config.data.num_negatives) * config.data.document_max_length
-    return config.training.global_batch_size * per_query
+    return config.training.global_batch_size * tokens_per_query(config)
 
 
-def model_flops(config: RunConfig, shape: ModelShape) -> float:
+def model_flops(config: RunConfig, shape: ModelShape, parts: Parts | None = None) -> float:
     """Of one optimizer step with one forward and one backward pass: what a model FLOP utilization counts."""
-    queries = config.training.global_batch_size
-    flops = queries * config.data.query_max_length * forward_flops_per_token(shape, config.data.query_max_length)
-    documents = queries * (1 + config.data.num_negatives) * config.data.document_max_length
-    return 3.0 * (flops + documents * forward_flops_per_token(shape, config.data.document_max_length))
+    causal = not (shape.bidirectional or config.model.bidirectional)
+    forward = sum(number * forward_flops(shape, tokens, tokens**2, causal=causal)
+                  for number, tokens in texts_per_query(config))
+    return config.training.global_batch_size * forward * (1.0 + backward_cost(parts))
 
 
-def step_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU) -> StepTime:
+def step_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU, parts: Parts | None = None) -> StepTime:
     """Seconds of one optimizer step on `grid.gpus` GPUs of eight to a node."""
     sizes = config.parallel
     tp, pp, cp = (sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size)
-    forwards, backwards = passes(config, grid)
+    forwards, backward = forward_passes(config, grid), backward_cost(parts)
     rank_tokens = grid.micro_batch_tokens / cp
     efficiency = (EXPERT_EFFICIENCY if shape.num_experts else EFFICIENCY) * \
         rank_tokens / (rank_tokens + TOKENS_FOR_HALF * tp**0.5)
-    compute = model_flops(config, shape) / 3.0 * (forwards + 2 * backwards) / grid.gpus / (
+    compute = model_flops(config, shape, parts) / (1 + backward) * (forwards + backward) / grid.gpus / (
         gpu.peak_tflops * 1e12 * efficiency)
     # Bytes that a rank sends per layer, micro-batch and pass of the hidden states of its tokens.
     state = rank_tokens * shape.hidden_size * DTYPE_BYTES[config.model.dtype]
     rounds = grid.num_microbatches * shape.num_layers / pp
-    tensor = rounds * (4 * forwards + 6 * backwards) * state * (tp - 1) / tp / _bandwidth(gpu, tp)
+    tensor = rounds * (4 * forwards + 6) * state * (tp - 1) / tp / _bandwidth(gpu, tp)
     keys = state / shape.hidden_size * 2 * shape.num_query_groups * shape.head_dim / tp
-    context = rounds * (forwards + 2 * backwards) * keys * (cp - 1) / _bandwidth(gpu, tp * cp)
+    context = rounds * (forwards + 2) * keys * (cp - 1) / _bandwidth(gpu, tp * cp)
     ep = sizes.expert_model_parallel_size
-    expert = rounds * 2 * (forwards + backwards) * state / tp * shape.experts_per_token * (ep - 1) / ep / _bandwidth(
+    expert = rounds * 2 * (forwards + 1) * state / tp * shape.experts_per_token * (ep - 1) / ep / _bandwidth(
         gpu, ep * sizes.expert_tensor_parallel_size)
     virtual = sizes.virtual_pipeline_model_parallel_size or 1
     bubble = (compute + tensor + context + expert) * (pp - 1) / (virtual * grid.num_microbatches)
-    held = stage_parameters(shape, sizes, 0).total
+    held = held_parameters(config, shape, 0, parts).trained.total
     moved = held * (4 + DTYPE_BYTES[config.model.dtype]) * (grid.dp * cp - 1) / (grid.dp * cp)
-    documents = config.training.global_batch_size * (1 + config.data.num_negatives) * shape.hidden_size * 4 * 2
-    data = (moved + documents) / _bandwidth(gpu, grid.gpus)
+    documents = 0 if config.task == "reranker" else config.training.global_batch_size * (
+        config.data.num_positives + config.data.num_negatives)
+    data = (moved + documents * shape.hidden_size * 4 * 2) / _bandwidth(gpu, grid.gpus)
     optimizer = held * 24 / (grid.dp * cp if config.optimizer.distributed else 1) / (gpu.memory_gb_per_second * 1e9)
     return StepTime(compute=compute, tensor=tensor, context=context, expert=expert, bubble=bubble, data=data,
                     optimizer=optimizer)

@@ -30,3 +30,14 @@ GPUS = {
                 nvlink_gb_per_second=900, network_gb_per_second=50),
 }
 GPUS_PER_NODE = 8
+
+
+def gpu_named(device_name: str) -> GPU | None:
+    """The entry of a device's name as the driver gives it, "NVIDIA H100 80GB HBM3"; null: not in the table.
+
+    Cards with the same chip on PCI Express have another peak.
+    """
+    words = device_name.upper().split()
+    if any(word.startswith(("PCIE", "NVL")) for word in words):
+        return None
+    return next((gpu for key, gpu in GPUS.items() if any(word.startswith(key.upper()) for word in words)), None)

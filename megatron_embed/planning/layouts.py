@@ -11,6 +11,7 @@ from megatron_embed.models.families import ModelShape
 from megatron_embed.planning.flops import StepTime, step_time
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
 from megatron_embed.planning.memory import Memory, grid_of, worst_stage
+from megatron_embed.planning.parameters import Parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +26,11 @@ class Plan:
     fits: bool
 
 
-def plan_layout(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU) -> Plan:
-    """What one possible layout costs."""
+def plan_layout(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, parts: Parts | None = None) -> Plan:
+    """What one possible layout costs. `parts`: linear layers with adapters, which alone are trained."""
     grid = grid_of(config, gpus)
-    stage, memory = worst_stage(config, shape, grid)
-    return Plan(config=config, stage=stage, memory=memory, time=step_time(config, shape, grid, gpu),
+    stage, memory = worst_stage(config, shape, grid, parts)
+    return Plan(config=config, stage=stage, memory=memory, time=step_time(config, shape, grid, gpu, parts),
                 fits=memory.total <= gpu.memory_gib * 2**30)
 
 
@@ -54,24 +55,26 @@ def is_possible(config: RunConfig, shape: ModelShape | None, gpus: int) -> bool:
 
 
 def divides(sizes: ParallelConfig, shape: ModelShape) -> bool:
-    """Whether a layout splits the model evenly."""
+    """Whether a layout can split the model; its layers need not divide by the stages."""
     tp, ep, etp = (sizes.tensor_model_parallel_size, sizes.expert_model_parallel_size,
                    sizes.expert_tensor_parallel_size)
     stages = sizes.pipeline_model_parallel_size * (sizes.virtual_pipeline_model_parallel_size or 1)
-    if shape.num_layers % stages or shape.num_attention_heads % tp or shape.num_query_groups % tp:
+    if shape.num_layers < stages or shape.num_attention_heads % tp or shape.num_query_groups % tp:
         return False
-    if shape.hidden_size % tp:
+    if shape.hidden_size % tp and sizes.sequence_parallel:
         return False
     if shape.num_experts:
-        return shape.num_experts % ep == 0 and shape.ffn_hidden_size % etp == 0
+        return shape.num_experts % ep == 0 and shape.ffn_hidden_size % etp == 0 and (
+            tp == 1 or bool(sizes.sequence_parallel))
     return shape.ffn_hidden_size % tp == 0 and ep == 1 and etp == 1
 
 
-def propose(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, most: int = 5) -> list[Plan]:
+def propose(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, parts: Parts | None = None,
+            most: int = 5) -> list[Plan]:
     """The layouts that fit, fastest first, no two of one set of parallel sizes. The global batch stays as it is."""
     best: dict[ParallelConfig, Plan] = {}
     for candidate in candidates(config, shape, gpus):
-        found = plan_layout(candidate, shape, gpus, gpu)
+        found = plan_layout(candidate, shape, gpus, gpu, parts)
         sizes = candidate.parallel
         if found.fits and (sizes not in best or found.time.total < best[sizes].time.total):
             best[sizes] = found

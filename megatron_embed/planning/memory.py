@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
-from megatron_embed.planning.parameters import Parameters, stage_parameters
+from megatron_embed.planning.parameters import Parameters, Parts, held_parameters, stage_layers
 
 GIB = 2**30
 RESERVE_BYTES = 3 * GIB
@@ -72,9 +72,21 @@ def grid_of(config: RunConfig, gpus: int) -> Grid:
                 micro_batch_tokens=micro)
 
 
+def texts_per_query(config: RunConfig) -> list[tuple[int, int]]:
+    """(number, tokens) of the texts that belong to a query, none of them shorter than allowed.
+
+    Of a reranker its pairs: of a row with one positive and as many negatives as are taken.
+    """
+    data = config.data
+    if config.task == "reranker":
+        pair = config.reranker.max_length or data.query_max_length + data.document_max_length
+        return [(1 + data.num_negatives, pair)]
+    return [(1, data.query_max_length), (data.num_positives + data.num_negatives, data.document_max_length)]
+
+
 def tokens_per_query(config: RunConfig) -> int:
-    """Tokens of a query and its documents where none is shorter than allowed."""
-    return config.data.query_max_length + (1 + config.data.num_negatives) * config.data.document_max_length
+    """Tokens of a query with its documents, or of its pairs of a reranker, where none is shorter than allowed."""
+    return sum(number * tokens for number, tokens in texts_per_query(config))
 
 
 def optimizer_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
@@ -85,8 +97,11 @@ def optimizer_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> in
     return each * (parameters.dense // grid.dense_copies + parameters.expert // grid.expert_copies)
 
 
-def layer_activation_bytes(config: RunConfig, shape: ModelShape) -> float:
-    """What autograd keeps of one layer per token of a micro-batch, on one of its tensor-parallel ranks."""
+def layer_activation_bytes(config: RunConfig, shape: ModelShape, parts: Parts | None = None) -> float:
+    """What autograd keeps of one layer per token of a micro-batch, on one of its tensor-parallel ranks.
+
+    Adapters keep what their linear's weight would have kept, its input, and the narrow product between the two.
+    """
     element, tp = DTYPE_BYTES[config.model.dtype], config.parallel.tensor_model_parallel_size
     hidden, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     key = shape.num_query_groups * shape.head_dim
@@ -105,10 +120,14 @@ def layer_activation_bytes(config: RunConfig, shape: ModelShape) -> float:
         mlp = chosen * element * (widths * shape.ffn_hidden_size + 3 * hidden) + 12 * shape.num_experts
     else:
         mlp = element * widths * shape.ffn_hidden_size
-    return (2 * norm * hidden + attention + mlp) / tp
+    kept = (2 * norm * hidden + attention + mlp) / tp
+    for name, modules in (parts or {}).items():
+        copies = shape.experts_per_token / config.parallel.expert_tensor_parallel_size if ".experts." in name else 1
+        kept += copies * element * config.lora.rank * sum(module is not None for module in modules)
+    return kept
 
 
-def activation_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> int:
+def activation_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int, parts: Parts | None = None) -> int:
     """Of all micro-batches that a stage has under way, and of the largest temporary ones."""
     sizes = config.parallel
     pp, virtual = sizes.pipeline_model_parallel_size, sizes.virtual_pipeline_model_parallel_size or 1
@@ -116,8 +135,8 @@ def activation_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: in
     element = DTYPE_BYTES[config.model.dtype]
     # 1F1B: a stage has as many under way as there are stages from it to the end; interleaving adds a part of a round.
     under_way = min(pp - stage, grid.num_microbatches) + (0 if virtual == 1 else (pp - 1) / virtual)
-    layers = shape.num_layers / pp
-    layer = layer_activation_bytes(config, shape) * tokens
+    layers = stage_layers(shape, sizes, stage)
+    layer = layer_activation_bytes(config, shape, parts) * tokens
     boundary = tokens * shape.hidden_size * element / sizes.tensor_model_parallel_size
     if config.training.recompute == "full":
         kept = under_way * layers * boundary + layer
@@ -129,29 +148,33 @@ def activation_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: in
 
 
 def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> int:
-    """On the last stage: embeddings of this rank's rows, all documents and their gradient, one tile of similarities."""
-    if stage != config.parallel.pipeline_model_parallel_size - 1:
+    """On the last stage: embeddings of this rank's rows, all documents and their gradient, one tile of similarities.
+
+    A reranker's scores are nothing beside them.
+    """
+    if stage != config.parallel.pipeline_model_parallel_size - 1 or config.task == "reranker":
         return 0
     queries, documents = config.training.global_batch_size, config.training.global_batch_size * (
-        1 + config.data.num_negatives)
+        config.data.num_positives + config.data.num_negatives)
     width = 4 * shape.hidden_size
     own = (queries + documents) // grid.dp * width * 2
     return own + 3 * documents * width + 8 * min(LOSS_TILE_ELEMENTS, queries // grid.dp * documents)
 
 
-def stage_memory(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> Memory:
-    """Of one rank of pipeline stage `stage`."""
-    parameters = stage_parameters(shape, config.parallel, stage)
+def stage_memory(config: RunConfig, shape: ModelShape, grid: Grid, stage: int, parts: Parts | None = None) -> Memory:
+    """Of one rank of pipeline stage `stage`. `parts`: linear layers with adapters, which alone are trained."""
+    held = held_parameters(config, shape, stage, parts)
     known = {
-        "parameters": DTYPE_BYTES[config.model.dtype] * parameters.total,
-        "gradients": 4 * parameters.total,
-        "optimizer": optimizer_bytes(config, parameters, grid),
-        "activations": activation_bytes(config, shape, grid, stage),
+        "parameters": DTYPE_BYTES[config.model.dtype] * held.total,
+        "gradients": 4 * held.trained.total,
+        "optimizer": optimizer_bytes(config, held.trained, grid),
+        "activations": activation_bytes(config, shape, grid, stage, parts),
         "loss": loss_bytes(config, shape, grid, stage)}
     return Memory(**known, reserve=RESERVE_BYTES + int(FRAGMENTATION * sum(known.values())))
 
 
-def worst_stage(config: RunConfig, shape: ModelShape, grid: Grid) -> tuple[int, Memory]:
+def worst_stage(config: RunConfig, shape: ModelShape, grid: Grid, parts: Parts | None = None) -> tuple[int, Memory]:
     """The pipeline stage whose ranks need most, and what they need."""
     stages = range(config.parallel.pipeline_model_parallel_size)
-    return max(((stage, stage_memory(config, shape, grid, stage)) for stage in stages), key=lambda item: item[1].total)
+    found = ((stage, stage_memory(config, shape, grid, stage, parts)) for stage in stages)
+    return max(found, key=lambda item: item[1].total)

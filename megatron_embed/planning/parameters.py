@@ -1,9 +1,13 @@
 """How many parameters a rank holds."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_embed.config.schema import ParallelConfig
-from megatron_embed.models.families import ModelShape
+from megatron_embed.config.schema import ParallelConfig, RunConfig
+from megatron_embed.models.families import ModelShape, layers_by_stage
+
+Parts = Mapping[str, tuple[str | None, ...]]
+"""Linear layers with adapters, by their names in one layer: `parts` of models/adapters.py's Adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +67,77 @@ def embedding_parameters(shape: ModelShape, tp_size: int) -> int:
     return words + others + norm_parameters(shape, shape.hidden_size)
 
 
+def stage_layers(shape: ModelShape, sizes: ParallelConfig, stage: int) -> int:
+    """Layers on pipeline stage `stage` (from 0), all its virtual stages together."""
+    stages, virtual = sizes.pipeline_model_parallel_size, sizes.virtual_pipeline_model_parallel_size or 1
+    return sum(layers_by_stage(shape.num_layers, stages * virtual)[stage::stages])
+
+
 def stage_parameters(shape: ModelShape, sizes: ParallelConfig, stage: int) -> Parameters:
-    """Of one rank of pipeline stage `stage` (from 0)."""
+    """Of one rank of pipeline stage `stage` (from 0); a reranker's head and adapters are not among them."""
     stages = sizes.pipeline_model_parallel_size
-    result = layer_parameters(shape, sizes) * (shape.num_layers // stages)
+    result = layer_parameters(shape, sizes) * stage_layers(shape, sizes, stage)
     if stage == 0:
         result += Parameters(dense=embedding_parameters(shape, sizes.tensor_model_parallel_size))
     if stage == stages - 1 and not shape.post_norm:
         result += Parameters(dense=norm_parameters(shape, shape.hidden_size))
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Parameters of one rank."""
+
+    frozen: Parameters
+    trained: Parameters
+    """Those that have a gradient and optimizer state."""
+
+    @property
+    def total(self) -> int:
+        return self.frozen.total + self.trained.total
+
+
+def held_parameters(config: RunConfig, shape: ModelShape, stage: int, parts: Parts | None = None) -> Held:
+    """Of one rank of pipeline stage `stage` (from 0). `parts`: the run trains adapters on these linear layers."""
+    sizes = config.parallel
+    whole = stage_parameters(shape, sizes, stage)
+    if stage == sizes.pipeline_model_parallel_size - 1:
+        whole += Parameters(dense=head_parameters(config, shape))
+    if parts is None:
+        return Held(frozen=Parameters(), trained=whole)
+    adapters = adapter_parameters(shape, sizes, config.lora.rank, parts) * stage_layers(shape, sizes, stage)
+    return Held(frozen=whole, trained=adapters)
+
+
+def head_parameters(config: RunConfig, shape: ModelShape) -> int:
+    """Of a reranker's head, which every tensor-parallel rank of the last stage holds whole; 0 without one."""
+    hidden = shape.hidden_size
+    if config.task != "reranker" or (config.reranker.head == "yes_no" and shape.tie_word_embeddings):
+        return 0
+    if config.reranker.head == "yes_no":
+        return 2 * hidden
+    # Encoders have a dense layer before the linear, and biases.
+    return hidden * (hidden + 2) + 1 if shape.post_norm else hidden
+
+
+def adapter_parameters(shape: ModelShape, sizes: ParallelConfig, rank: int, parts: Parts) -> Parameters:
+    """Of the adapters of one layer on one rank: a matrix is split where its linear is (models/lora.py)."""
+    result = Parameters()
+    query, key = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+    for name, modules in parts.items():
+        is_expert, hidden, width = ".experts." in name, shape.hidden_size, shape.ffn_hidden_size
+        split = sizes.expert_tensor_parallel_size if is_expert else sizes.tensor_model_parallel_size
+        if name.endswith(("linear_proj", "linear_fc2")):
+            inputs = query if name.endswith("linear_proj") else width
+            count = rank * (inputs // split + hidden)
+        else:
+            outputs = (query, key, key) if name.endswith("linear_qkv") else (width,) * len(modules)
+            count = sum(rank * (hidden + size // split)
+                        for module, size in zip(modules, outputs, strict=True) if module is not None)
+        if is_expert:
+            result += Parameters(expert=count * (shape.num_experts // sizes.expert_model_parallel_size))
+        else:
+            result += Parameters(dense=count)
     return result
 
 

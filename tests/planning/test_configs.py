@@ -6,16 +6,21 @@ import re
 import pytest
 import torch
 
+from megatron_embed.cli.plan import adapted_parts
 from megatron_embed.config.load import load_config
+from megatron_embed.convert.adapters import adapter_tensors, resolve_modules
+from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.planning.hardware import GPUS
 from megatron_embed.planning.layouts import is_possible, plan_layout
 from megatron_embed.planning.memory import grid_of
-from megatron_embed.planning.parameters import stage_parameters, total_parameters
-from megatron_embed.planning.shapes import shape_of
+from megatron_embed.planning.parameters import adapter_parameters, held_parameters, stage_parameters, total_parameters
+from megatron_embed.planning.shapes import known_models, shape_of
 from tests.ranks import run_on_ranks
 from tests.toys import REPOSITORY
 
 FILES = sorted((REPOSITORY / "configs").glob("*h100.yaml"))
+LARGEST = 512
+"""Ranks that the configurations of the largest clusters are built for, too, with more replicas."""
 
 
 def gpus_of(path):
@@ -23,8 +28,12 @@ def gpus_of(path):
 
 
 def test_there_are_configurations():
-    assert len(FILES) >= 8
-    assert {gpus_of(path) for path in FILES} >= {8, 16, 32, 64}
+    assert {gpus_of(path) for path in FILES} == {8, 16, 32, 64}
+    configs = [load_config(str(path), []) for path in FILES]
+    assert {config.task for config in configs if config.lora.rank == 0} == {"embedding", "reranker"}
+    assert sum(config.lora.rank > 0 for config in configs) >= 5
+    # tests/planning/test_parameters.py counts every one of these in Transformers' model.
+    assert {config.model.path for config in configs} == set(known_models())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -32,7 +41,7 @@ def test_it_fits_and_its_name_says_its_layout(path):
     config, gpus = load_config(str(path), []), gpus_of(path)
     shape = shape_of(config.model.path)
     assert is_possible(config, shape, gpus)
-    plan = plan_layout(config, shape, gpus, GPUS["h100"])
+    plan = plan_layout(config, shape, gpus, GPUS["h100"], adapted_parts(config, shape))
     assert plan.fits
     named = {name: int(size) for name, size in re.findall(r"_(tp|pp|cp|ep|dp)(\d+)", path.stem)}
     sizes = config.parallel
@@ -46,14 +55,20 @@ def test_it_fits_and_its_name_says_its_layout(path):
 
 
 def stages_on_meta(config, gpus):
-    """Parameters of a rank of each pipeline stage of a world of `gpus` ranks, built without memory."""
+    """Parameters of a rank of each pipeline stage of a world of `gpus` ranks, built without memory: (frozen dense,
+    frozen expert, trained dense, trained expert)."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from megatron_embed.models.adapters import Adapters
     from megatron_embed.models.encoder import build_model
+    from megatron_embed.models.heads import HeadSpec
     from megatron_embed.parallel.topology import initialize, shutdown
 
     shape, counts = shape_of(config.model.path), []
+    parts = adapted_parts(config, shape)
+    adapters = None if parts is None else Adapters(rank=config.lora.rank, scale=1.0, dropout=0.0, seed=1, parts=parts)
+    head = HeadSpec(kind=config.reranker.head, true_token_id=1, false_token_id=0) if config.task == "reranker" else None
     stages = config.parallel.pipeline_model_parallel_size
     new_group = dist.new_group
     # Megatron asks for gloo twins of some groups: fake as well.
@@ -65,11 +80,13 @@ def stages_on_meta(config, gpus):
             topology = dataclasses.replace(initialize(config.parallel), device=torch.device("meta"))
             assert topology.pp_rank == stage
             with torch.device("meta"):
-                chunks = build_model(config, shape, topology, "lasttoken")
+                chunks = build_model(config, shape, topology, "lasttoken", head, adapters)
             named = [item for chunk in chunks for item in chunk.named_parameters()]
             assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for _, parameter in named)
-            counts.append(tuple(sum(parameter.numel() for name, parameter in named if ("experts" in name) == expert)
-                                for expert in (False, True)))
+            counts.append(tuple(
+                sum(parameter.numel() for name, parameter in named
+                    if parameter.requires_grad == trained and ("experts" in name) == expert)
+                for trained in (False, True) for expert in (False, True)))
             shutdown()
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     finally:
@@ -77,16 +94,24 @@ def stages_on_meta(config, gpus):
     return counts
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_rank_of_each_stage_is_built_at_the_full_world_size(path):
-    config, gpus = load_config(str(path), []), gpus_of(path)
-    shape = shape_of(config.model.path)
+@pytest.mark.parametrize("path, gpus", [(path, gpus_of(path)) for path in FILES] + [
+    (path, LARGEST) for path in FILES if gpus_of(path) == 64],
+    ids=lambda value: value if isinstance(value, int) else value.stem)
+def test_a_rank_of_each_stage_is_built_at_the_full_world_size(path, gpus):
+    config = load_config(str(path), [])
+    shape, sizes = shape_of(config.model.path), config.parallel
+    parts = adapted_parts(config, shape)
     (counts,) = run_on_ranks(stages_on_meta, 1, config, gpus)
-    expected = [stage_parameters(shape, config.parallel, stage) for stage in range(len(counts))]
-    assert counts == [(stage.dense, stage.expert) for stage in expected]
+    expected = [held_parameters(config, shape, stage, parts) for stage in range(len(counts))]
+    assert counts == [(held.frozen.dense, held.frozen.expert, held.trained.dense, held.trained.expert)
+                      for held in expected]
     # Put together again, the shards are the model: what tensor parallelism copies is known from one rank's share.
-    sizes = config.parallel
     alone = dataclasses.replace(sizes, tensor_model_parallel_size=1, expert_model_parallel_size=1,
                                 expert_tensor_parallel_size=1)
     whole = sum(stage_parameters(shape, alone, stage).total for stage in range(len(counts)))
     assert whole == total_parameters(shape)
+    if parts is not None:
+        family = rules_for(shape.family)
+        tensors = adapter_tensors(family, shape, resolve_modules(family, ["all-linear"], "lora"), config.lora.rank)
+        assert adapter_parameters(shape, alone, config.lora.rank, parts).total * shape.num_layers == sum(
+            tensor.shape[0] * tensor.shape[1] for tensor in tensors)

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from megatron_embed.cli.plan import adapted_parts
 from megatron_embed.planning.memory import grid_of, layer_activation_bytes, stage_memory
 from megatron_embed.planning.shapes import shape_of
 from tests.planning.test_parameters import BERT, MOE, QWEN3
@@ -13,21 +14,32 @@ from tests.ranks import run_on_ranks
 from tests.toys import layout, pack_all, random_texts, run_config
 
 
+def build(config, topology):
+    """This rank's chunks, with adapters if `lora` asks for them."""
+    from megatron_embed.models.adapters import Adapters
+    from megatron_embed.models.encoder import build_model
+
+    shape = shape_of(config.model.path)
+    parts = adapted_parts(config, shape)
+    adapters = None if parts is None else Adapters(rank=config.lora.rank, scale=1.0, dropout=0.0, seed=1, parts=parts)
+    return build_model(config, shape, topology, "mean", adapters=adapters)
+
+
 def allocated(config):
     """(bytes that this rank's buffers and optimizer hold by kind, what the formula says)."""
     import torch.distributed as dist
 
-    from megatron_embed.models.encoder import build_model
     from megatron_embed.parallel.topology import initialize
     from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
 
     topology, shape = initialize(config.parallel), shape_of(config.model.path)
-    models = build_model(config, shape, topology, "mean")
+    models = build(config, topology)
     wrapped = wrap_in_ddp(models, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     for chunk in wrapped:
         for parameter in chunk.parameters():
-            parameter.main_grad.fill_(1e-3)
+            if parameter.requires_grad:
+                parameter.main_grad.fill_(1e-3)
     optimizer.step()
     state = set()
     for part in optimizer.chained_optimizers:
@@ -42,30 +54,45 @@ def allocated(config):
         "parameters": sum(parameter.nbytes for model in models for parameter in model.parameters()),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         "optimizer": sum(tensor.nbytes for tensor in state)}
-    expected = stage_memory(config, shape, grid_of(config, dist.get_world_size()), topology.pp_rank)
+    expected = stage_memory(config, shape, grid_of(config, dist.get_world_size()), topology.pp_rank,
+                            adapted_parts(config, shape))
     return measured, {name: getattr(expected, name) for name in measured}
 
 
+LAYOUTS = (layout(), layout(2), layout(pp=2), layout(cp=2), layout() | {"expert_model_parallel_size": 2})
+
+
 def random_case(seed):
-    """(config.json, layout, training dtype, whether the optimizer is distributed) of a small model."""
-    draw = random.Random(seed)
-    values = dict(draw.choice([BERT, QWEN3, MOE]))
+    """(config.json, layout, training dtype, whether the optimizer is distributed, section lora) of a small model.
+
+    Layouts take turns, the rest is drawn.
+    """
+    draw, sizes = random.Random(seed), LAYOUTS[seed % len(LAYOUTS)]
+    values = dict(MOE if "expert_model_parallel_size" in sizes else draw.choice([BERT, QWEN3, MOE]))
     heads = draw.choice([4, 8])
     values |= {"hidden_size": 32 * draw.randint(2, 6), "num_attention_heads": heads,
-               "num_hidden_layers": 2 * draw.randint(1, 3), "vocab_size": draw.randint(1000, 4000)}
+               "num_hidden_layers": draw.randint(2, 6), "vocab_size": draw.randint(1000, 4000)}
     if values["model_type"] == "bert":
         values["hidden_size"] = 32 * heads
-    sizes = draw.choice([layout(), layout(2), layout(pp=2), layout(cp=2)])
-    if values["model_type"] == "qwen3_moe" and draw.random() < 0.6:
-        sizes = layout() | {"expert_model_parallel_size": 2}
-    return values, sizes, draw.choice(["float32", "bfloat16"]), draw.random() < 0.7
+    settings = values, sizes, draw.choice(["float32", "bfloat16"]), draw.random() < 0.7
+    return *settings, {"rank": 16} if draw.random() < 0.3 else {}
+
+
+def test_cases_cover_every_kind_of_parallelism():
+    cases = [random_case(seed) for seed in range(10)]
+    for sizes in LAYOUTS:
+        assert {distributed for _, other, _, distributed, _ in cases if other == sizes} >= {True}, sizes
+    assert {distributed for _, _, _, distributed, _ in cases} == {True, False}
+    assert {values["model_type"] for values, *_ in cases} == {"bert", "qwen3", "qwen3_moe"}
+    assert {dtype for _, _, dtype, _, _ in cases} == {"float32", "bfloat16"}
+    assert any(lora for *_, lora in cases)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_buffers_hold_what_is_counted(seed, tmp_path):
-    values, sizes, dtype, distributed = random_case(seed)
+    values, sizes, dtype, distributed, lora = random_case(seed)
     (tmp_path / "config.json").write_text(json.dumps(values))
-    config = run_config(str(tmp_path), parallel=sizes, dtype=dtype, distributed=distributed)
+    config = run_config(str(tmp_path), parallel=sizes, dtype=dtype, distributed=distributed, lora=lora)
     results = run_on_ranks(allocated, 2, config)
     for measured, expected in results:
         for name in ("parameters", "gradients"):
@@ -83,11 +110,11 @@ def kept(config, tokens):
     Of attention what flash kernels keep, its inputs and its result: the CPU's kernels keep float32 copies besides.
     """
     from megatron_embed.models.attention import PackedAttention
-    from megatron_embed.models.encoder import attention_kernel, build_model, to_device
+    from megatron_embed.models.encoder import attention_kernel, to_device
     from megatron_embed.parallel.topology import initialize
 
     topology = initialize(config.parallel)
-    (model,) = build_model(config, shape_of(config.model.path), topology, "mean")
+    (model,) = build(config, topology)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.02)
@@ -118,21 +145,23 @@ def kept(config, tokens):
     return sum(size for size, _ in storages.values())
 
 
-def per_layer(values, folder, tokens=256):
+def per_layer(values, folder, tokens=256, lora=None):
     sizes = []
     for layers in (1, 3):
         path = folder / str(layers)
         path.mkdir()
         (path / "config.json").write_text(json.dumps(values | {"num_hidden_layers": layers, "vocab_size": 103,
                                                                "max_position_embeddings": 256}))
-        config = run_config(str(path), dtype="bfloat16")
+        config = run_config(str(path), dtype="bfloat16", lora=lora)
         sizes.append(run_on_ranks(kept, 1, config, tokens)[0])
     return (sizes[1] - sizes[0]) / 2 / tokens, config
 
 
-@pytest.mark.parametrize("values", [BERT, QWEN3], ids=["bert", "qwen3"])
-def test_activations_of_a_layer_within_a_fifth(values, tmp_path):
+@pytest.mark.parametrize("values, lora", [(BERT, None), (QWEN3, None), (QWEN3, {"rank": 8})],
+                         ids=["bert", "qwen3", "qwen3 with adapters"])
+def test_activations_of_a_layer_within_a_fifth(values, lora, tmp_path):
     wide = values | {"hidden_size": 128, "num_attention_heads": 8, "intermediate_size": 256,
                      "moe_intermediate_size": 96}
-    measured, config = per_layer(wide, tmp_path)
-    assert layer_activation_bytes(config, shape_of(config.model.path)) == pytest.approx(measured, rel=0.2)
+    measured, config = per_layer(wide, tmp_path, lora=lora)
+    shape = shape_of(config.model.path)
+    assert layer_activation_bytes(config, shape, adapted_parts(config, shape)) == pytest.approx(measured, rel=0.2)
