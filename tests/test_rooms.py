@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "evaluation": {"config", "parallel", "data", "models"},
     "mining": {"config", "parallel", "data", "evaluation"},
     "planning": {"config", "models"},
-    "training": {"config", "parallel", "platform", "data", "models", "losses", "checkpoint"},
+    "training": {"config", "parallel", "platform", "data", "models", "losses", "checkpoint", "planning"},
     "cli": {
         "config", "platform", "parallel", "data", "models", "losses", "convert", "checkpoint", "evaluation", "training",
         "mining", "planning",
@@ -42,7 +42,7 @@ THIRD_PARTY = {
     "evaluation": {"torch", "numpy", "pytrec_eval", "scipy", "tqdm", "mteb"},
     "mining": {"torch", "numpy", "bm25s", "tqdm"},
     "planning": set(),
-    "training": {"torch", "numpy", "tensorboard", "tqdm"},
+    "training": {"torch", "numpy", "tensorboard", "tqdm", "wandb"},
     "cli": {"torch", "numpy", "huggingface_hub", "tqdm"},
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_embed.checkpoint.files import BEST, remove_old, sync_directory, write_atomically
-from megatron_embed.checkpoint.state import on_rank_0
+from megatron_embed.checkpoint.save import on_rank_0
 from megatron_embed.errors import CheckpointError
 from megatron_embed.parallel.collectives import share_from_first
 

@@ -1,31 +1,18 @@
-"""Training state as Megatron's sharded checkpoints: saved and loaded by all ranks, resumable at another layout."""
+"""Training state as Megatron's sharded tensors: loaded by all ranks at any layout. Saving: save.py."""
 
 import json
-import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_embed.checkpoint.files import (
-    link_tree,
-    remove_old,
-    replace_directory,
-    sync_tree,
-    write_atomically,
-)
-from megatron_embed.errors import CheckpointError, UserError
+from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import is_adapter
 from megatron_embed.models.encoder import EmbeddingModel
-from megatron_embed.parallel.collectives import raise_first
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, dist_checkpointing
-
-logger = logging.getLogger(__name__)
 
 EXTRA_STATE = "._extra_state"
 HEAD = "model.head."
@@ -59,79 +46,11 @@ CONFIGURED = ("betas", "eps", "max_lr", "min_lr")
 """What Megatron saves with the groups of parameters, and the configuration decides: a resumed run may change it."""
 
 
-def _sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
+def sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
+    """Model and optimizer. Communicates over the data-parallel group, where the optimizer is distributed."""
     model = model_state(state.models)
     optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=SHARDING)
     return {"model": model, "optimizer": optimizer}
-
-
-def save_checkpoint(directory: str, step: int, state: TrainingState, *, assets: Path, keep: int) -> Path:
-    """Writes DIRECTORY/step_NNNNNN and points `latest` at it. Called by all ranks; communicates over the world.
-
-    A run killed at any instant leaves the previous checkpoint, or this one, complete; so does a full disk.
-
-    Args:
-        step: optimizer steps done.
-        assets: folder with megatron_embed.json, config.yaml and hf/ (configuration, tokenizer, untrained tensors).
-        keep: newest checkpoints kept; 0 keeps all.
-    Raises:
-        CheckpointError: it cannot be written; what there was of it is removed.
-    """
-    folder = Path(directory)
-    target, temporary = folder / f"step_{step:06d}", folder / f".step_{step:06d}.tmp"
-
-    def complete() -> None:
-        link_tree(assets, temporary)
-        (temporary / TRAINER_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
-        sync_tree(temporary)
-        replace_directory(temporary, target)
-        write_atomically(folder / "latest", target.name + "\n")
-        remove_old(folder, keep)
-        logger.info("saved %s", target)
-
-    try:
-        on_rank_0((temporary / "model").mkdir, target, parents=True)
-        sharded = _sharded_state(state, is_loading=False)
-        sharded["scheduler"] = state.scheduler.state_dict()
-        _save_shards(sharded, temporary, target)
-        on_rank_0(complete, target)
-    except CheckpointError:
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return target
-
-
-def on_rank_0(action: Callable[..., object], target: Path, **options: object) -> None:
-    """`action` on rank 0, which writes `target`; its error is raised on every rank, a CheckpointError if a file's.
-
-    Called by all ranks; one all-gather over the world, before which no rank goes on.
-    """
-    error: UserError | None = None
-    if dist.get_rank() == 0:
-        try:
-            action(**options)
-        except UserError as found:
-            error = found
-        except OSError as found:
-            error = _not_written(target, found.strerror or str(found))
-    raise_first(error)
-
-
-def _save_shards(sharded: dict[str, Any], temporary: Path, target: Path) -> None:
-    """Every rank's tensors. A rank that cannot write its own tells the others; rank 0 knows the reason."""
-    try:
-        dist_checkpointing.save(sharded, str(temporary / "model"), content_metadata=SHARDING)
-    except CheckpointException as error:
-        reasons = [str(failure[0]).strip().splitlines()[-1] for failure in error.failures.values()]
-        raise _not_written(target, reasons[0] if reasons else "see rank 0") from error
-    except OSError as error:
-        raise _not_written(target, error.strerror or str(error)) from error
-
-
-def _not_written(target: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint.directory = {str(target.parent)!r}: {target.name} could not be written "
-                           f"({reason}); make room or name another disk; what was complete before still is")
 
 
 def steps_done(checkpoint: Path) -> int:
@@ -147,7 +66,7 @@ def steps_done(checkpoint: Path) -> int:
 def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
     """Restores model, optimizer and schedule, at any layout. Called by all ranks. Returns the optimizer steps done."""
     step = steps_done(checkpoint)
-    sharded = _sharded_state(state, is_loading=True)
+    sharded = sharded_state(state, is_loading=True)
     loaded = _load(sharded, checkpoint)
     _load_models(state.models, loaded["model"])
     configured = [{key: group[key] for key in CONFIGURED} for group in state.optimizer.param_groups]

@@ -1,5 +1,6 @@
 """What a run reads and checks before its first collective, on every rank alike."""
 
+import importlib.util
 import os
 import tempfile
 from dataclasses import dataclass
@@ -188,6 +189,11 @@ def check_outputs(config: RunConfig) -> None:
     if minutes is not None and config.checkpoint.directory is None:
         raise ConfigError(f"training.exit_duration_minutes = {minutes:g}: there would be nothing to go on from; set "
                           "checkpoint.directory")
+    if config.logging.wandb and log_directory(config) is None:
+        raise ConfigError("logging.wandb = True: the run has no directory; set logging.directory")
+    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("logging.wandb = True: the package wandb is not installed; pip install wandb, or set it to "
+                          "false")
     for key, directory in output_directories(config).items():
         require_writable(key, directory)
 

@@ -13,7 +13,8 @@ from typing import Any
 from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import remove_unfinished
 from megatron_embed.checkpoint.lock import sole_writer
-from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, on_rank_0, save_checkpoint
+from megatron_embed.checkpoint.save import Saver, on_rank_0
+from megatron_embed.checkpoint.state import TrainingState, load_checkpoint
 from megatron_embed.cli.common import leaves_status, report_lost_rank, write_status
 from megatron_embed.cli.export import write_settings
 from megatron_embed.cli.inputs import Inputs, log_directory, output_directories, read_inputs
@@ -21,7 +22,7 @@ from megatron_embed.cli.model import adapters_of, blaming, load_model_chunks
 from megatron_embed.cli.reranker import load_reranker_chunks
 from megatron_embed.cli.resume import DATA_FILE, Standing, describe_rows, moved_on
 from megatron_embed.cli.tasks import Task, embedding_task, reranker_task
-from megatron_embed.config.load import save_resolved
+from megatron_embed.config.load import save_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.layout import write_companions
 from megatron_embed.data.records import validation_shares
@@ -100,19 +101,16 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopR
     assets = prepare_assets(config, inputs)
     best = best_checkpoint(config, inputs, first_step)
     writer = MetricsWriter(log_directory(config), tensorboard=config.logging.tensorboard,
-                           train_steps=inputs.train_steps, first_step=first_step, active=topology.rank == 0)
-
-    def save(step: int, last: bool) -> None:
-        assert config.checkpoint.directory is not None and assets is not None
-        save_checkpoint(config.checkpoint.directory, step, state, assets=assets, keep=config.checkpoint.keep)
-        if best is not None:
-            best.mark(step, config.checkpoint.keep)
-
+                           train_steps=inputs.train_steps, first_step=first_step, active=topology.rank == 0,
+                           wandb_settings=to_dict(config) if config.logging.wandb else None)
+    saver = None
+    if config.checkpoint.directory is not None and assets is not None:
+        saver = Saver(config.checkpoint.directory, state, assets=assets, keep=config.checkpoint.keep,
+                      background=config.checkpoint.async_save, on_complete=None if best is None else best.mark)
     hooks = Hooks(load_batch=task.loader.batch,
                   agree=None if config.training.micro_batch_tokens is None else task.agree,
                   evaluate=evaluation_of(config, inputs, topology, gradients, task),
-                  is_best=None if best is None else best.improves,
-                  save=save if config.checkpoint.directory is not None else None, stop=stop)
+                  is_best=None if best is None else best.improves, saver=saver, stop=stop)
     health = Health(config, functools.partial(sources_of_step, inputs), log_directory(config),
                     active=topology.rank == 0)
     for model in models:

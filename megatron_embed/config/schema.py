@@ -273,6 +273,9 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep: int = 3
     """Newest checkpoints kept; 0 keeps all."""
+    async_save: bool = False
+    """True: tensors are copied to host memory and written while training goes on, at the price of that memory; a
+    checkpoint is complete some steps later. The last one, and that of a run that stops early, are waited for."""
     export_at_end: str | None = None
     """Directory for a Sentence Transformers export of the final model; null: none."""
 
@@ -281,6 +284,8 @@ class CheckpointConfig:
         require(self.keep >= 0, "checkpoint.keep", self.keep, "must be >= 0")
         require(self.export_at_end is None or self.directory is not None, "checkpoint.export_at_end",
                  self.export_at_end, "the export is made from a checkpoint; set checkpoint.directory")
+        require(not self.async_save or self.directory is not None, "checkpoint.async_save", self.async_save,
+                "there is nothing to save; set checkpoint.directory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +321,8 @@ class LoggingConfig:
     every_steps: int = 10
     """Optimizer steps between log lines, > 0."""
     tensorboard: bool = True
+    wandb: bool = False
+    """A run at Weights & Biases, too; needs its package. WANDB_PROJECT, WANDB_MODE and the like hold."""
     spike_deviations: float = 8.0
     """A loss or gradient norm so many standard deviations above the mean of the last 100 steps is reported with the
     files and lines of the step's rows; 0 is off."""

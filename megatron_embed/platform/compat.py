@@ -69,6 +69,10 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_embed.platform import writer
+
+writer.install()
+
 MEGATRON_VERSION = importlib.metadata.version("megatron-core")
 
 

@@ -33,10 +33,7 @@ class GradCache(Generic[Batch]):
 
     def __call__(self, batch: Batch) -> Sums:
         """Gradients of one step, by two passes, or by one where no row's loss depends on other micro-batches."""
-        model = self.models[0]
-        batches = [to_device(micro, self.topology, model.pooling, kernel=self.kernel, causal=model.causal,
-                             shape=model.shape)
-                   for micro in batch.micro_batches]
+        batches = self._on_device(batch)
         if len(batches) == 1 or not self.objective.couples_batch:
             return self.one_pass(batch, batches)
         return self.two_pass(batch, batches)
@@ -82,9 +79,7 @@ class GradCache(Generic[Batch]):
 
     def evaluate(self, batch: Batch) -> Sums:
         """The objective's metrics over these rows: the first pass alone, no gradient."""
-        model = self.models[0]
-        batches = [to_device(micro, self.topology, model.pooling, kernel=self.kernel, causal=model.causal)
-                   for micro in batch.micro_batches]
+        batches = self._on_device(batch)
         rows = embed(self.chunks, batches, self.topology)
         if rows is None:
             return self._told(None)
@@ -95,6 +90,11 @@ class GradCache(Generic[Batch]):
         values = [self.objective(rows[micro.kept_rows.sort().values.to(rows.device)], part, total=total).sums.values
                   for part, micro in parts]
         return self._told(torch.stack(values).sum(dim=0))
+
+    def _on_device(self, batch: Batch) -> list[DeviceMicroBatch]:
+        model = self.models[0]
+        return [to_device(micro, self.topology, model.pooling, kernel=self.kernel, causal=model.causal,
+                          shape=model.shape) for micro in batch.micro_batches]
 
     def _loss(self, embeddings: Tensor | None, batch: Batch) -> LossGradient | None:
         """The objective's answer on the last stage, nothing elsewhere."""

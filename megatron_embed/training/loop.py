@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.batch import StepBatch
+from megatron_embed.checkpoint.save import Saver
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import PreemptedError, UserError
 from megatron_embed.parallel.collectives import largest, raise_first, sum_over
@@ -17,6 +18,7 @@ from megatron_embed.training.health import Health
 from megatron_embed.training.metrics import MetricsWriter
 from megatron_embed.training.step import Trainer, seed_step, train_step
 from megatron_embed.training.stopping import StopRequest
+from megatron_embed.training.throughput import Throughput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,8 @@ class Hooks:
     """Metrics by name, equal on all ranks."""
     agree: Callable[[StepBatch], StepBatch] | None
     """Gives all data-parallel ranks as many micro-batches, of one size; null where they have as many."""
-    save: Callable[[int, bool], None] | None
-    """(steps done, whether it is the last) -> writes a checkpoint."""
+    saver: Saver | None
+    """Writes checkpoints."""
     is_best: Callable[[dict[str, float]], bool] | None
     """Whether these metrics are the run's best so far; then a checkpoint is saved as well. Null: nobody asks."""
     stop: StopRequest
@@ -46,6 +48,8 @@ class Loaded:
     """Real tokens of the step over all data-parallel ranks."""
     padded_tokens: float
     """The same, padding included."""
+    squared_lengths: float
+    """Sum over the step's texts of the squares of their lengths in tokens."""
     truncated_fraction: float
     """Share of the step's texts that were cut to their role's length."""
     signalled: bool
@@ -57,7 +61,7 @@ class Loaded:
 def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | None = None) -> Loaded:
     """The batch of a step, or on every rank the error of the lowest rank that has none.
 
-    One all-reduce of seven numbers over the world; an error alone costs another collective. The world and not the
+    One all-reduce of eight numbers over the world; an error alone costs another collective. The world and not the
     data-parallel group: a file may change between two twins that read the same rows.
 
     `error`: what this rank alone has met since the last step.
@@ -70,10 +74,11 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | 
     micro_batches = () if batch is None else batch.micro_batches
     real = sum(micro.num_tokens for micro in micro_batches)
     padded = sum(micro.token_ids.numel() for micro in micro_batches)
+    squares = sum(int(micro.cu_seqlens.diff().square().sum()) for micro in micro_batches)
     texts, cut = sum(micro.num_sequences for micro in micro_batches), 0 if batch is None else batch.num_truncated
-    counts = torch.tensor([real, padded, texts, cut, hooks.stop.signalled, hooks.stop.time_is_up, error is not None],
-                          dtype=torch.float64, device=topology.device)
-    real_sum, padded_sum, texts_sum, cut_sum, signalled, time_is_up, failed = sum_over(
+    counts = torch.tensor([real, padded, squares, texts, cut, hooks.stop.signalled, hooks.stop.time_is_up,
+                           error is not None], dtype=torch.float64, device=topology.device)
+    real_sum, padded_sum, squares_sum, texts_sum, cut_sum, signalled, time_is_up, failed = sum_over(
         counts, dist.group.WORLD).tolist()
     if failed:
         raise_first(error)
@@ -83,7 +88,8 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | 
         batch = hooks.agree(batch)
         padded_sum = sum(micro.token_ids.numel() for micro in batch.micro_batches) * topology.world_size
     return Loaded(batch=batch, tokens=real_sum / twins, padded_tokens=padded_sum / twins,
-                  truncated_fraction=cut_sum / texts_sum, signalled=signalled > 0, time_is_up=time_is_up > 0)
+                  squared_lengths=squares_sum / twins, truncated_fraction=cut_sum / texts_sum,
+                  signalled=signalled > 0, time_is_up=time_is_up > 0)
 
 
 def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWriter, topology: Topology,
@@ -95,7 +101,7 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
         ConfigError: losses that are not finite, see Health.
     """
     metrics: dict[str, float] = {}
-    heap, saved, logged_skips = HeapWatch(), first_step, 0
+    heap, throughput, saved, logged_skips = HeapWatch(), Throughput(trainer.gradients.models, topology), first_step, 0
     for step in range(first_step, train_steps):
         start = time.perf_counter()
         loaded = load_agreed(hooks, step, topology, writer.error)
@@ -110,17 +116,22 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
         if loaded.batch.data_set is not None:
             metrics |= {f"{loaded.batch.data_set}/{name}": value for name, value in metrics.items()
                         if name not in ("grad_norm", "learning_rate")}
-        metrics |= {"tokens_per_second": loaded.tokens / seconds,
-                    "padding_fraction": 1.0 - loaded.tokens / loaded.padded_tokens, "step_seconds": seconds,
-                    "truncated_fraction": loaded.truncated_fraction}
+        metrics |= throughput.of_step(tokens=loaded.tokens, squared_lengths=loaded.squared_lengths,
+                                      padded_tokens=loaded.padded_tokens, seconds=seconds)
+        metrics |= {"truncated_fraction": loaded.truncated_fraction}
         log = done % config.logging.every_steps == 0 or last
-        writer.step(done, {**metrics, "skipped_steps": health.skipped - logged_skips}, log=log)
+        memory = throughput.memory() if log else {}
+        writer.step(done, {**metrics, **memory, "skipped_steps": health.skipped - logged_skips}, log=log)
         logged_skips = health.skipped if log else logged_skips
         best = evaluation_due(config, hooks, done, last) and evaluate(hooks, writer, done)
-        if hooks.save is not None and (done % config.checkpoint.save_every_steps == 0 or last or best):
-            hooks.save(done, last)
-            saved = done
+        if hooks.saver is not None:
+            hooks.saver.poll()
+            if done % config.checkpoint.save_every_steps == 0 or last or best:
+                hooks.saver.save(done)
+                saved = done
         heap.after_step()
+    if hooks.saver is not None:
+        hooks.saver.finish()
     writer.close()
     raise_first(writer.error)
     return metrics
@@ -129,6 +140,8 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
 def evaluate(hooks: Hooks, writer: MetricsWriter, done: int) -> bool:
     """Evaluates and writes the metrics down; whether they are the best so far. Called by all ranks."""
     assert hooks.evaluate is not None
+    if hooks.saver is not None:
+        hooks.saver.finish()  # the checkpoint in the making may be the best so far, by what is known before
     results = hooks.evaluate()
     writer.evaluation(done, {f"eval/{name}": value for name, value in results.items()})
     return hooks.is_best is not None and hooks.is_best(results)
@@ -145,8 +158,10 @@ def evaluation_due(config: RunConfig, hooks: Hooks, done: int, last: bool) -> bo
 
 def leave_early(hooks: Hooks, writer: MetricsWriter, done: int, saved: int) -> None:
     """Saves after `done` steps, unless that was `saved` last, and raises PreemptedError. Called by all ranks."""
-    if hooks.save is not None and done != saved:
-        hooks.save(done, False)
+    if hooks.saver is not None:
+        if done != saved:
+            hooks.saver.save(done)
+        hooks.saver.finish()
     writer.close()
     raise_first(writer.error)
     raise PreemptedError(f"stopped after {done} steps ({hooks.stop.reason()}), saved; "

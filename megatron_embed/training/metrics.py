@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, the log, a progress bar on a terminal."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, the log, a progress bar on a terminal."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_embed.errors import ConfigError, UserError
+from megatron_embed.training.dashboards import CUSTOM_SCALARS, open_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +29,12 @@ class MetricsWriter:
     kept in `error`, which the loop tells them of before the next step.
     """
 
-    def __init__(self, directory: str | None, *, tensorboard: bool, train_steps: int, first_step: int,
-                 active: bool) -> None:
+    def __init__(self, directory: str | None, *, tensorboard: bool, train_steps: int, first_step: int, active: bool,
+                 wandb_settings: dict[str, Any] | None = None) -> None:
+        """`wandb_settings`: the resolved configuration, for a run at Weights & Biases; null: none is made."""
         self.file: TextIO | None = None
         self.board: Any = None
+        self.wandb: Any = None
         self.bar: tqdm[Any] | None = None
         self.error: UserError | None = None
         self.directory = directory
@@ -40,6 +43,8 @@ class MetricsWriter:
         if directory is not None:
             with self._noting_errors():
                 self._open(Path(directory), tensorboard, first_step)
+            if self.error is None and wandb_settings is not None:
+                self.wandb = open_wandb(Path(directory), wandb_settings)
         if sys.stderr.isatty():
             self.bar = tqdm(total=train_steps, initial=first_step, unit="step", file=sys.stderr)
 
@@ -65,6 +70,8 @@ class MetricsWriter:
             if sink is not None:
                 with self._noting_errors():
                     sink.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
     def _open(self, directory: Path, tensorboard: bool, first_step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -77,6 +84,7 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+            self.board.add_custom_scalars(CUSTOM_SCALARS)
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         with self._noting_errors():
@@ -85,9 +93,12 @@ class MetricsWriter:
                 known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
                 self.file.write(json.dumps({"step": step, **known}) + "\n")
                 self.file.flush()
+            named = {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}
             if self.board is not None:
-                for name, value in metrics.items():
-                    self.board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+                for name, value in named.items():
+                    self.board.add_scalar(name, value, step)
+            if self.wandb is not None:
+                self.wandb.log(named, step=step)
 
     @contextlib.contextmanager
     def _noting_errors(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from tests.toys import MINI_EN, MINILM, layout, save_model
 BEIR = MINI_EN.parent / "beir"
 METRICS = {"step", "loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin",
            "masked_fraction", "negatives_per_query", "grad_norm", "learning_rate", "tokens_per_second",
-           "padding_fraction", "step_seconds", "truncated_fraction", "skipped_steps"}
+           "padding_fraction", "step_seconds", "truncated_fraction", "skipped_steps", "tflops_per_rank", "memory_gib"}
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def test_budget_changes_no_number_but_the_padding(model, tmp_path, name, paralle
     rows.write_text("".join(json.dumps(row) + "\n" for row in source), encoding="utf-8")
     by_size = metrics_of_run(model, tmp_path / "size", rows, parallel, micro_batch_size=2)
     by_tokens = metrics_of_run(model, tmp_path / "tokens", rows, parallel, micro_batch_tokens=BUDGET)
-    speed = {"tokens_per_second", "step_seconds", "padding_fraction"}
+    speed = {"tokens_per_second", "step_seconds", "padding_fraction", "tflops_per_rank", "memory_gib"}
     for ours, plain in zip(by_tokens, by_size, strict=True):
         assert ours["masked_fraction"] == plain["masked_fraction"] > 0
         assert plain["loss"] > 0.3
@@ -56,6 +56,9 @@ def test_budget_changes_no_number_but_the_padding(model, tmp_path, name, paralle
     # Every bin that was run is counted, those of the agreement included: real tokens of a step are the same.
     real = [line["tokens_per_second"] * line["step_seconds"] for line in (by_size[0], by_tokens[0])]
     assert real[1] == pytest.approx(real[0])
+    flops = [line["tflops_per_rank"] * line["step_seconds"] for line in (by_size[0], by_tokens[0])]
+    assert flops[1] == pytest.approx(flops[0])
+    assert by_tokens[0]["memory_gib"] > 0.1
     bins = real[1] / (1 - by_tokens[0]["padding_fraction"]) / BUDGET
     assert bins == pytest.approx(round(bins))
     assert round(bins) % 2 == 0

@@ -44,7 +44,7 @@ def disk_full_at(place, rank):
     """On one rank, once there is a checkpoint, the writing of this part of the next one finds no room."""
     import torch.distributed as dist
 
-    from megatron_embed.checkpoint import state
+    from megatron_embed.checkpoint import save
     from megatron_embed.platform.compat import dist_checkpointing  # noqa: F401  loads the module patched below
 
     if place == "tensors":
@@ -52,7 +52,7 @@ def disk_full_at(place, rank):
 
         name = "_write_item"
     else:
-        owner, name = state, place
+        owner, name = save, place
     original = getattr(owner, name)
 
     def fail(*args, **options):
@@ -74,9 +74,11 @@ def train_on_full_disk(arguments, run, place, rank):
         return command(arguments)
 
 
-@pytest.mark.parametrize("place, rank", [("tensors", 1), ("tensors", 0), ("link_tree", 0), ("write_atomically", 0)])
-def test_disk_that_fills_up_during_a_save_ends_all_ranks_alike(model, tmp_path, place, rank):
-    path = config_file(tmp_path, model, training={"train_steps": 4}, checkpoint={"save_every_steps": 2},
+@pytest.mark.parametrize("place, rank, background", [
+    ("tensors", 1, False), ("tensors", 0, True), ("link_tree", 0, False), ("write_atomically", 0, False)])
+def test_disk_that_fills_up_during_a_save_ends_all_ranks_alike(model, tmp_path, place, rank, background):
+    path = config_file(tmp_path, model, training={"train_steps": 4},
+                       checkpoint={"save_every_steps": 2, "async_save": background},
                        parallel=layout(2))  # data-parallel replicas leave the writing to the first of them
     results = run_on_ranks(train_on_full_disk, 2, ["train", path], str(tmp_path / "run"), place, rank)
     assert [code for code, *_ in results] == [2, 2]

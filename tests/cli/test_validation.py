@@ -91,6 +91,30 @@ def test_metrics_of_held_out_rows_are_the_formulas_under_every_layout(model, tmp
         assert evaluated(tmp_path / str(number)) == pytest.approx(truth, rel=1e-4, abs=1e-5), name
 
 
+def test_positions_and_windows_of_a_family_hold_in_validation(tmp_path):
+    """RoBERTa numbers positions from behind its padding token; a Mistral token sees a few of those before it."""
+    from transformers import MistralConfig, MistralModel, RobertaConfig, RobertaModel
+
+    common = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "intermediate_size": 48}
+    roberta = RobertaModel(RobertaConfig(**common, max_position_embeddings=130, type_vocab_size=1,
+                                         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    mistral = MistralModel(MistralConfig(**common, num_key_value_heads=2, sliding_window=6))
+    for family in (roberta, mistral):
+        directory = save_model(tmp_path / family.config.model_type, "bert", tokenizer=True)
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / family.config.model_type / name).unlink()
+        with torch.no_grad():
+            for parameter in family.parameters():
+                parameter.mul_(20.0 if parameter.dim() > 1 else 1.0)
+        family.save_pretrained(directory)
+        path = configured(tmp_path / f"{family.config.model_type}_run", directory)
+        ((code, _, err, _),) = run_on_ranks(command, 1, ["train", path])
+        assert code == 0, err
+        found = evaluated(tmp_path / f"{family.config.model_type}_run")
+        assert found == pytest.approx(expected(directory), rel=1e-3, abs=1e-4), family.config.model_type
+
+
 def test_negatives_of_a_micro_batch_stay_there_in_validation(model, tmp_path):
     """Micro-batches of one query and its two documents: fewer negatives, so a smaller loss."""
     path = configured(tmp_path / "run", model, objective={"negatives": "micro_batch", "temperature": 0.1},

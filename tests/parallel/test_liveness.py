@@ -1,5 +1,6 @@
 """A rank that is gone is named, by every other one, and one of them speaks."""
 
+import dataclasses
 import datetime
 import os
 import signal
@@ -8,15 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 import yaml
 
-from megatron_embed.errors import CheckpointError
+from megatron_embed.config.schema import ParallelConfig
+from megatron_embed.errors import CheckpointError, LostRankError
 from megatron_embed.parallel import liveness
 from megatron_embed.parallel.liveness import LifeWatch, is_connection_error
 from tests.checkpoint.test_resume import configuration
+from tests.ranks import run_on_ranks
 from tests.toys import REPOSITORY, save_model
 
 GLOO = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3041")
@@ -109,6 +113,39 @@ def test_connection_errors_are_told_from_others():
             raise CheckpointError("cannot be saved") from error
     except CheckpointError as error:
         assert is_connection_error(error)
+
+
+def lose_rank_1(port, told):
+    """Collectives, in the middle of which SIGKILL ends rank 1; rank 0 writes what it is told."""
+    from unittest import mock
+
+    import torch
+
+    from megatron_embed.parallel.topology import initialize
+
+    topology = dataclasses.replace(initialize(ParallelConfig(timeout_seconds=60)), rendezvous=("127.0.0.1", port))
+    with mock.patch.multiple(liveness, BEAT_SECONDS=0.1, SUSPECT_SECONDS=1.5):
+        try:
+            with liveness.watched(topology, lambda message, speaker: None):
+                for turn in range(10**6):
+                    if turn == 3 and topology.rank == 1:
+                        time.sleep(0.5)
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    dist.all_reduce(torch.ones(3), group=topology.dp_group)
+        except LostRankError as error:
+            Path(told).write_text(f"{error} {error.speaker}")
+
+
+def test_kill_of_a_rank_is_told_by_the_other(tmp_path):
+    """The worker that dies is a real one, SIGKILL real, and what rank 0 notices is what gloo says of it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="died with exit code -9"):
+        run_on_ranks(lose_rank_1, 2, store.port, str(tmp_path / "told"))
+    assert time.monotonic() - start < 30
+    told = (tmp_path / "told").read_text()
+    assert told.startswith("rank 1 is gone: no sign of life for ")
+    assert told.endswith("it goes on from its last checkpoint True")
 
 
 @pytest.mark.slow

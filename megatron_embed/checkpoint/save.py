@@ -1,0 +1,182 @@
+"""Saving training state as Megatron's sharded checkpoints, at once or behind the training steps that follow."""
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_embed.checkpoint.files import link_tree, remove_old, replace_directory, sync_tree, write_atomically
+from megatron_embed.checkpoint.state import SHARDING, TRAINER_FILE, TrainingState, sharded_state
+from megatron_embed.errors import CheckpointError, UserError
+from megatron_embed.parallel.collectives import raise_first, smallest
+from megatron_embed.platform.compat import dist_checkpointing
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes a run's checkpoints, DIRECTORY/step_NNNNNN, and points `latest` at the newest. Every method is called by
+    all ranks alike.
+
+    A run killed at any instant leaves the previous checkpoint, or this one, complete; so does a full disk.
+
+    Args:
+        assets: folder with megatron_embed.json, config.yaml and hf/ (configuration, tokenizer, untrained tensors).
+        keep: newest checkpoints kept; 0 keeps all.
+        background: tensors are copied to host memory, and written while training goes on. One checkpoint at a time.
+        on_complete: called by all ranks with (steps of a checkpoint that is complete, keep).
+    """
+
+    def __init__(self, directory: str, state: TrainingState, *, assets: Path, keep: int, background: bool,
+                 on_complete: Callable[[int, int], None] | None) -> None:
+        self._directory = Path(directory)
+        self._state = state
+        self._assets = assets
+        self._keep = keep
+        self._background = background
+        self._on_complete = on_complete
+        self._pending: _Pending | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+
+    def save(self, step: int) -> None:
+        """A checkpoint of the state after `step` optimizer steps; in the background one is begun, after the end of the
+        one before it.
+
+        Communicates over the world.
+
+        Raises:
+            CheckpointError: on every rank; it cannot be written, and what there was of it is removed. In the
+                background: that of the one before.
+        """
+        self.finish()
+        pending = _Pending(self._directory, step)
+        with pending.removed_on_error():
+            on_rank_0((pending.temporary / "model").mkdir, pending.target, parents=True)
+            sharded = sharded_state(self._state, is_loading=False)
+            sharded["scheduler"] = self._state.scheduler.state_dict()
+            pending.begin(sharded, self._thread)
+        self._pending = pending
+        if not self._background:
+            self.finish()
+
+    def poll(self) -> None:
+        """Completes a checkpoint that all ranks have written. While there is one, a small all-reduce over the world."""
+        if self._pending is not None and smallest(int(self._pending.is_written)):
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the checkpoint in the making, if any, and completes it. Raises CheckpointError, as `save`."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with pending.removed_on_error():
+                pending.end()
+                on_rank_0(lambda: self._complete(pending), pending.target)
+            if self._on_complete is not None:
+                self._on_complete(pending.step, self._keep)
+
+    def _complete(self, pending: "_Pending") -> None:
+        """On rank 0, once all tensors are there: temporary name, fsync, rename, `latest` last."""
+        link_tree(self._assets, pending.temporary)
+        (pending.temporary / TRAINER_FILE).write_text(json.dumps({"step": pending.step}), encoding="utf-8")
+        sync_tree(pending.temporary)
+        replace_directory(pending.temporary, pending.target)
+        write_atomically(self._directory / "latest", pending.target.name + "\n")
+        remove_old(self._directory, self._keep)
+        logger.info("saved %s", pending.target)
+
+
+class _Pending:
+    """A checkpoint in the making."""
+
+    def __init__(self, directory: Path, step: int) -> None:
+        self.step = step
+        self.target = directory / f"step_{step:06d}"
+        self.temporary = directory / f".step_{step:06d}.tmp"
+        self._request: Any = None
+        self._written: Future[None] | None = None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's tensors are, or could not be."""
+        return self._written is None or self._written.done()
+
+    @contextlib.contextmanager
+    def removed_on_error(self) -> Iterator[None]:
+        """Errors of the file system become a CheckpointError; rank 0 removes what there is. A rank that cannot write
+        tells the others; rank 0 knows the reason."""
+        try:
+            try:
+                yield
+            except CheckpointException as error:
+                reasons = [str(failure[0]).strip().splitlines()[-1] for failure in error.failures.values()]
+                raise not_written(self.target, reasons[0] if reasons else "see rank 0") from error
+            except OSError as error:
+                raise not_written(self.target, error.strerror or str(error)) from error
+        except CheckpointError:
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
+
+    def begin(self, sharded: dict[str, Any], thread: ThreadPoolExecutor | None) -> None:
+        """Plans who writes what, which communicates, and writes this rank's share, in `thread` if there is one."""
+        self._request = dist_checkpointing.save(sharded, str(self.temporary / "model"), content_metadata=SHARDING,
+                                                async_sharded_save=True)
+        if self._request.async_fn is None:
+            return
+        rank, buckets, results = self._request.async_fn_args
+        on_host = self._request.preload_fn()
+        if thread is None:
+            self._request.async_fn(rank, on_host, results)
+        else:
+            self._written = thread.submit(self._request.async_fn, rank, copied(buckets, on_host), results)
+
+    def end(self) -> None:
+        """Waits for all ranks, then rank 0 writes the metadata. Communicates over the world."""
+        if self._written is not None:
+            self._written.result()
+        dist.barrier()
+        for finalize in self._request.finalize_fns:
+            finalize()
+
+
+def copied(buckets: list[Any], on_host: list[Any]) -> list[Any]:
+    """Megatron's buckets of tensors with copies of those that lay on the host and are the living ones still.
+
+    The next optimizer step changes parameters and moments in place: without copies a checkpoint would hold a mixture of
+    two steps.
+    """
+    result = []
+    for (_, _, (_, living)), (file, key, (others, staged)) in zip(buckets, on_host, strict=True):
+        tensors = [(item, tensor.clone() if original.device == tensor.device else tensor)
+                   for (_, original), (item, tensor) in zip(living, staged, strict=True)]
+        result.append((file, key, (others, tensors)))
+    return result
+
+
+def on_rank_0(action: Callable[..., object], target: Path, **options: object) -> None:
+    """`action` on rank 0, which writes `target`; its error is raised on every rank, a CheckpointError if a file's.
+
+    Called by all ranks; one all-gather over the world, before which no rank goes on.
+    """
+    error: UserError | None = None
+    if dist.get_rank() == 0:
+        try:
+            action(**options)
+        except UserError as found:
+            error = found
+        except OSError as found:
+            error = not_written(target, found.strerror or str(found))
+    raise_first(error)
+
+
+def not_written(target: Path, reason: str) -> CheckpointError:
+    """The error of a checkpoint that has no room."""
+    return CheckpointError(f"checkpoint.directory = {str(target.parent)!r}: {target.name} could not be written "
+                           f"({reason}); make room or name another disk; what was complete before still is")

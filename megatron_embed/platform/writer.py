@@ -1,0 +1,51 @@
+"""Megatron's checkpoint writer in threads instead of processes.
+
+As released (0.16.1, dist_checkpointing/strategies/filesystem_async.py) a save starts a manager process, which imports
+everything again (306 MB on a CPU rank, seconds), and forks the rank, with its communication threads and page
+tables, once for each file. A rank that is killed leaves them behind. Serializing a tensor and writing it release the
+interpreter lock, so threads write as fast.
+"""
+
+import queue
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+Results = dict[int, Any] | Exception
+
+
+def install() -> None:
+    """Replaces the two functions that start processes."""
+    writer: Any = filesystem_async.FileSystemWriterAsync
+    writer.write_preloaded_data_multiproc = staticmethod(write_in_threads)
+    vars(filesystem_async)["_get_write_results_queue"] = queue.Queue
+
+
+def write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any],
+                     results: "queue.Queue[Results]") -> None:
+    """Writes each bucket to its file, all at once; puts what was written by bucket, or the first error, into `results`.
+
+    No communication.
+    """
+    with ThreadPoolExecutor(len(buckets), thread_name_prefix="checkpoint-writer") as pool:
+        written: list[Future[Any]] = [
+            pool.submit(_write_bucket, transforms, use_msc, number, bucket) for number, bucket in enumerate(buckets)]
+    found: dict[int, Any] = {}
+    for number, future in enumerate(written):
+        values = future.result()
+        if isinstance(values, Exception):
+            results.put(values)
+            return
+        found[number] = values
+    results.put(found)
+
+
+def _write_bucket(transforms: list[Any], use_msc: bool, number: int, bucket: Any) -> Any:
+    """Megatron's own function for one file: what was written, or its error."""
+    answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    under_way: queue.Queue[int] = queue.Queue()
+    under_way.put(number)
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+        transforms, number, bucket, answers, under_way, True, **({"use_msc": True} if use_msc else {}))
+    return answers.get()[1]
