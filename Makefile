@@ -7,6 +7,7 @@ PIP_VERSION := 26.3
 PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile
 # One thread per process: a test runs up to eight ranks, and their threads would only fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+SHELL_SCRIPTS := .ci/run $(shell find launch tools -name '*.sh' -o -name '*.sbatch')
 
 .PHONY: env demo lint format slurm test test-all clean
 
@@ -26,19 +27,21 @@ demo: env
 lint: env
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	@if command -v shellcheck >/dev/null; then shellcheck -x $(SHELL_SCRIPTS); \
+	else echo "shellcheck is not installed: the shell scripts are not checked" >&2; fi
 
 format: env
 	$(VENV)/bin/ruff check --fix .
 
-# What the tests of launch/ need. Debian's packages where this is root with apt-get; elsewhere those tests say so.
+# What the tests of launch/ need: Debian's packages, as root or with sudo. Elsewhere those tests say so.
 slurm:
 	@tools/local_slurm.sh install
 
 # Two processes, a file of tests to one of them, each with a pool of ranks of its own.
-test: lint slurm
+test: slurm lint
 	$(PYTEST) -n 2 --dist loadfile
 
-test-all: lint slurm
+test-all: slurm lint
 	$(PYTEST) -m "slow or not slow"
 
 clean:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine's loopback, for tests: munged, slurmctld and two slurmd (node1, node2). As root, on Debian
-# or Ubuntu.
+# A real Slurm on this machine's loopback, for tests: munged, slurmctld and two slurmd (node1, node2), all of them as the
+# user who starts them. On Debian or Ubuntu.
 #
-#   tools/local_slurm.sh install          # slurm-wlm, munge and shellcheck by apt-get, unless they are there
+#   tools/local_slurm.sh install          # slurm-wlm, munge and shellcheck by apt-get, as root or with sudo, if missing
 #   tools/local_slurm.sh start DIR        # everything it writes lies in DIR; then: export SLURM_CONF=DIR/slurm.conf
 #   tools/local_slurm.sh stop DIR
 #
@@ -14,32 +14,38 @@ install() {
     if command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v shellcheck >/dev/null; then
         return
     fi
-    if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
-        echo "Slurm is not installed, and only root with apt-get can: the tests that need it are left out" >&2
+    local sudo=()
+    if [[ $(id -u) != 0 ]] && sudo -n true 2>/dev/null; then
+        sudo=(sudo -n)
+    elif [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
+        echo "SLURM IS NOT INSTALLED, and only root (or sudo) with apt-get can: the tests that need it are left out" >&2
         return
     fi
-    export DEBIAN_FRONTEND=noninteractive
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive bash "$0" packages
+}
+
+packages() {
     # A policy that forbids it: the packages' own services are not wanted, and containers have no systemd.
     local policy=/usr/sbin/policy-rc.d made=false
     if [[ ! -e $policy ]]; then
         printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" && made=true
     fi
     apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends slurm-wlm munge shellcheck >/dev/null 2>&1 ||
-        echo "apt-get could not install slurm-wlm, munge and shellcheck: tests that need them are left out" >&2
+        echo "APT-GET COULD NOT INSTALL slurm-wlm, munge and shellcheck: tests that need them are left out" >&2
     if $made; then
         rm -f "$policy"
     fi
 }
 
 configuration() {
-    local directory=$1 port=$2 host
-    host=$(hostname)
+    local directory=$1 port=$2 host user
+    host=$(hostname) user=$(id -un)
     cat <<END
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$port
-SlurmUser=root
-SlurmdUser=root
+SlurmUser=$user
+SlurmdUser=$user
 AuthType=auth/munge
 # cred_expire: a requeued job waits that long before it starts again (2 minutes by default).
 AuthInfo=socket=$directory/munge.socket,cred_expire=5
@@ -99,8 +105,8 @@ start() {
 stop() {
     local directory=$1 file attempt pids=()
     export SLURM_CONF=$directory/slurm.conf
-    scancel --user=root --signal=KILL --full 2>/dev/null || true
-    scancel --user=root 2>/dev/null || true
+    scancel --user="$(id -un)" --signal=KILL --full 2>/dev/null || true
+    scancel --user="$(id -un)" 2>/dev/null || true
     for attempt in {1..40}; do # a slurmd waits for its steps, and they for it
         if [[ -z $(squeue -h 2>/dev/null) ]]; then
             break
@@ -122,6 +128,7 @@ stop() {
 
 case ${1:-} in
     install) install ;;
+    packages) packages ;;
     start) start "$(realpath -m "${2:?DIR is missing}")" ;;
     stop) stop "$(realpath -m "${2:?DIR is missing}")" ;;
     *) sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2 && exit 2 ;;

@@ -1,4 +1,5 @@
-"""The command line with a second of sleep per training step while a file exists: stands in for a slow model.
+"""The command line with some sleep per training step while a file exists, as many seconds as it says: stands in for a
+slow model.
 
     python paced.py FILE -m megatron_embed train ...
 """
@@ -19,7 +20,7 @@ def main() -> int:
 
         def train_step(*args, **kwargs):
             if file.exists():
-                time.sleep(1.0)
+                time.sleep(float(file.read_text()))
             return original(*args, **kwargs)
 
         loop.train_step = train_step
