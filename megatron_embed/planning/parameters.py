@@ -100,13 +100,15 @@ class Held:
 def held_parameters(config: RunConfig, shape: ModelShape, stage: int, parts: Parts | None = None) -> Held:
     """Of one rank of pipeline stage `stage` (from 0). `parts`: the run trains adapters on these linear layers."""
     sizes = config.parallel
-    whole = stage_parameters(shape, sizes, stage)
+    whole, head = stage_parameters(shape, sizes, stage), Parameters()
     if stage == sizes.pipeline_model_parallel_size - 1:
-        whole += Parameters(dense=head_parameters(config, shape))
+        head = Parameters(dense=head_parameters(config, shape))
     if parts is None:
-        return Held(frozen=Parameters(), trained=whole)
+        return Held(frozen=Parameters(), trained=whole + head)
     adapters = adapter_parameters(shape, sizes, config.lora.rank, parts) * stage_layers(shape, sizes, stage)
-    return Held(frozen=whole, trained=adapters)
+    if config.reranker.head == "score":
+        return Held(frozen=whole, trained=adapters + head)
+    return Held(frozen=whole + head, trained=adapters)  # a trained head's rows for yes and no stay
 
 
 def head_parameters(config: RunConfig, shape: ModelShape) -> int:
