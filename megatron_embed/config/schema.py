@@ -81,6 +81,11 @@ class TrainFile:
     path: str
     """A JSONL file (.jsonl, .json, either with .gz or .zst), a Parquet or Arrow file, a BEIR folder, a directory that
     `datasets` saved, or a data set of the hub (org/name, org/name:config/split). Formats: docs/data.md."""
+    streaming: bool = False
+    """Of a data set of the hub, True: every process takes its rows as they come and keeps them in a temporary file,
+    instead of fetching the whole set into the cache of `datasets` first."""
+    rows: int | None = None
+    """How many of a stream, its first ones, >= 1; null: all."""
     instruction: str | None = None
     """Replaces `{instruction}` in the query's prompt for the rows of this file that carry none of their own."""
     query_prompt: str | None = None
@@ -97,6 +102,9 @@ class TrainFile:
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.train.path", self.path, "must name a file")
+        require(self.rows is None or self.rows >= 1, "data.train.rows", self.rows, "must be >= 1 or null")
+        require(self.rows is None or self.streaming, "data.train.rows", self.rows,
+                "has no effect without streaming: true; set that, or remove it")
         require(self.weight > 0, "data.train.weight", self.weight, "must be > 0; remove a file that is not to be used")
         require("{instruction}" not in (self.document_prompt or ""), "data.train.document_prompt",
                  self.document_prompt, "only a query's prompt can hold {instruction}; write the document's prompt out")

@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,12 @@ from megatron_embed.data.jsonl import ENDINGS, is_compressed, open_jsonl, parse_
 from megatron_embed.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 TABLE_ENDINGS = (".parquet", ".arrow")
 HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[^/:]+)(/(?P<split>[^/:]+))?)?")
+_LOCAL_NAME = re.compile(r"(?P<repository>[^:]+)(:(?P<config>[^/:]+)(/(?P<split>[^/:]+))?)?")
+"""The same of a directory that holds a copy of a data set of the hub."""
 _COPY_BYTES = 1 << 20
 _TABLE_ROWS = 1000
 
@@ -63,7 +66,17 @@ class RawRows(ABC):
         """Rows; known once `scan` has ended."""
 
 
-class JsonlRows(RawRows):
+class _Held(RawRows):
+    """Rows behind a descriptor of this object's own, which ends with it."""
+
+    _descriptor: int | None = None
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+class JsonlRows(_Held):
     """The rows of a JSONL file. Memory: 16 bytes per row.
 
     A compressed file is unpacked into a nameless temporary file (TMPDIR) at the first access by number.
@@ -72,7 +85,6 @@ class JsonlRows(RawRows):
     def __init__(self, path: str, key: str) -> None:
         self.path = path
         self._key = key
-        self._descriptor: int | None = None
 
     def scan(self) -> Iterator[tuple[Row, str]]:
         starts, numbers, end = [], [], 0
@@ -94,12 +106,6 @@ class JsonlRows(RawRows):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_descriptor": None}
-
-    def __del__(self) -> None:
-        # An exception in __init__ can come before the attribute exists.
-        descriptor = self.__dict__.get("_descriptor")
-        if descriptor is not None:
-            os.close(descriptor)
 
     def row(self, index: int) -> tuple[Row, str]:
         source = f"{self.path}:{self._numbers[index]}"
@@ -161,23 +167,106 @@ class TableRows(RawRows):
         return self._table[index], f"{self.path}:{index + 1}"
 
 
+class StreamedRows(_Held):
+    """Rows of a data set of the hub that are fetched while they are read, in place of the whole set.
+
+    They are kept as JSON in a nameless temporary file (TMPDIR) of this process. Memory: 8 bytes per row.
+    """
+
+    def __init__(self, path: str, stream: "IterableDataset") -> None:
+        self.path = path
+        self._stream = stream
+
+    def scan(self) -> Iterator[tuple[Row, str]]:
+        digest, ends = hashlib.blake2b(digest_size=16), array("q", [0])
+        try:
+            with tempfile.TemporaryFile() as kept:
+                for row, source in self._fetched():
+                    yield row, source
+                    digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+                    ends.append(ends[-1] + kept.write(json.dumps(row, default=repr).encode()))
+                kept.flush()
+                self._descriptor = os.dup(kept.fileno())
+        except OSError as error:
+            raise DataError(f"{self.path}:{len(ends)}: cannot be kept in {tempfile.gettempdir()}: {error.strerror}; "
+                            "make room there, set TMPDIR to another directory, or give fewer `rows`") from None
+        self._ends, self.digest = ends, digest.hexdigest()
+
+    def _fetched(self) -> Iterator[tuple[Row, str]]:
+        rows, number = iter(self._stream), 0
+        while True:
+            number += 1
+            source = f"{self.path}:{number}"
+            try:
+                row = next(rows, None)
+            except Exception as error:  # of datasets, pyarrow, fsspec and the hub's client, as in `_open_table`
+                raise DataError(f"{source}: cannot be fetched: {_first_line(error)}; look at the network, then start "
+                                "the run again") from error
+            if row is None:
+                return
+            yield row, source
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def row(self, index: int) -> tuple[Row, str]:
+        assert self._descriptor is not None, "scan comes first"
+        start = self._ends[index]
+        raw = os.pread(self._descriptor, self._ends[index + 1] - start, start)
+        row: Row = json.loads(raw)
+        return row, f"{self.path}:{index + 1}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _is_saved(path: str) -> bool:
+    """Whether the path is a directory that `datasets` saved."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def is_hub_name(path: str) -> bool:
     """Whether the path names a data set of the hub (org/name, org/name:config, org/name:config/split)."""
     return (HUB_NAME.fullmatch(path) is not None and not os.path.exists(path)
             and not path.endswith((*ENDINGS, *TABLE_ENDINGS)))
 
 
-def open_rows(path: str, key: str) -> RawRows:
+def is_copy_of_hub(path: str) -> bool:
+    """Whether the path is a directory with a copy of a data set of the hub: one with a README.md, which they all have.
+    It takes :config/split as the hub's names do."""
+    name = _LOCAL_NAME.fullmatch(path)
+    return name is not None and (Path(name["repository"]) / "README.md").is_file()
+
+
+def nothing_to_stream(path: str, key: str) -> ConfigError:
+    """The refusal of `streaming` for what lies on this machine."""
+    return ConfigError(f"{key}.streaming = True: {path!r} is no data set of the hub, and what lies on this machine "
+                       "needs no fetching; remove it")
+
+
+def open_rows(path: str, key: str, *, streaming: bool = False, rows: int | None = None) -> RawRows:
     """The rows of a JSONL file, a Parquet or Arrow file, a directory that `datasets` saved, or a hub data set.
 
+    Args:
+        key: names the path in messages.
+        streaming: take the rows of a hub data set as they come, in place of fetching it first.
+        rows: of a stream, how many at most; null: all.
     Raises:
         ConfigError: naming `key`, if it is none of these or cannot be opened.
     """
-    is_directory = os.path.isdir(path)
-    if is_directory and not any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    is_saved = _is_saved(path)
+    is_remote = not is_saved and (is_copy_of_hub(path) or is_hub_name(path))
+    if streaming and not is_remote:
+        raise nothing_to_stream(path, key)
+    if streaming:
+        stream = _open_table(path, key, streaming=True)
+        return StreamedRows(path, stream if rows is None else stream.take(rows))
+    if os.path.isdir(path) and not is_saved and not is_remote:
         raise ConfigError(f"{key} = {path!r}: a directory that is neither a BEIR folder (corpus.jsonl, queries.jsonl, "
-                          "qrels/train.tsv) nor saved by `datasets`; name one file per entry")
-    if is_directory or path.endswith(TABLE_ENDINGS) or is_hub_name(path):
+                          "qrels/train.tsv) nor saved by `datasets` nor a copy of a data set of the hub (with its "
+                          "README.md); name one file per entry")
+    if is_saved or path.endswith(TABLE_ENDINGS) or is_remote:
         return TableRows(path, _open_table(path, key))
     if not path.endswith(ENDINGS):
         raise ConfigError(f"{key} = {path!r}: not a file of rows by its name; readable are "
@@ -186,20 +275,21 @@ def open_rows(path: str, key: str) -> RawRows:
     return JsonlRows(path, key)
 
 
-def _open_table(path: str, key: str) -> "Dataset":
+def _open_table(path: str, key: str, *, streaming: bool = False) -> Any:
+    """A `Dataset`, or an `IterableDataset` if it is to be streamed."""
     if path.endswith(TABLE_ENDINGS) and not os.path.exists(path):
         raise ConfigError(f"{key} = {path!r}: no such file; the current directory is {str(Path.cwd())!r}")
     import datasets
 
     try:
-        table: Any = _load_table(path)
+        table: Any = _load_stream(path) if streaming else _load_table(path)
     except Exception as error:  # all of them: datasets, pyarrow and the hub's client have no common class of errors
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"{key} = {path!r}: cannot be read: {reason}; name a .parquet or .arrow file, a directory "
-                          "that `datasets` saved, or a data set of the hub (org/name:config/split)") from error
+        raise ConfigError(f"{key} = {path!r}: cannot be read: {_first_line(error)}; name a .parquet or "
+                          ".arrow file, a directory that `datasets` saved, or a data set of the hub "
+                          "(org/name:config/split)") from error
     if isinstance(table, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise ConfigError(f"{key} = {path!r}: holds the splits {', '.join(table)}; name the directory of one of them")
-    return table.with_format(None)
+    return table if streaming else table.with_format(None)
 
 
 def _load_table(path: str) -> Any:
@@ -210,8 +300,21 @@ def _load_table(path: str) -> Any:
         return datasets.Dataset.from_parquet(path, keep_in_memory=False)
     if path.endswith(".arrow"):
         return datasets.Dataset.from_file(path)
-    if os.path.isdir(path):
+    if _is_saved(path):
         return datasets.load_from_disk(path, keep_in_memory=False)
-    name = HUB_NAME.fullmatch(path)
+    repository, config, split = _named(path)
+    return datasets.load_dataset(repository, config, split=split)
+
+
+def _load_stream(path: str) -> Any:
+    import datasets
+
+    repository, config, split = _named(path)
+    return datasets.load_dataset(repository, config, split=split, streaming=True)
+
+
+def _named(path: str) -> tuple[str, str | None, str]:
+    """Repository, configuration and split of a data set of the hub or a copy of one."""
+    name = _LOCAL_NAME.fullmatch(path)
     assert name is not None
-    return datasets.load_dataset(name["repository"], name["config"], split=name["split"] or "train")
+    return name["repository"], name["config"], name["split"] or "train"

@@ -14,7 +14,7 @@ from megatron_embed.data.beir import BeirRows, is_beir_folder
 from megatron_embed.data.fields import check_keys
 from megatron_embed.data.formats import RowReader
 from megatron_embed.data.jsonl import check_text, parse_object, read_lines
-from megatron_embed.data.raw_rows import open_rows
+from megatron_embed.data.raw_rows import nothing_to_stream, open_rows
 from megatron_embed.data.record import AnyRecord, Kind, Record, Records, RerankRecord, text_id
 from megatron_embed.errors import ConfigError, DataError
 
@@ -57,7 +57,7 @@ class _Source(Records[AnyRecord]):
 class RecordFile(_Source):
     """The rows of one file or table, validated whole at construction and read again at each access.
 
-    Memory: 16 bytes per row of a JSONL file, none of a table: either may be larger than memory.
+    Memory: 16 bytes per row of a JSONL file, 8 of a stream, none of a table: all may be larger than memory.
 
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
@@ -67,7 +67,7 @@ class RecordFile(_Source):
     def __init__(self, file: str | TrainFile, kind: Kind | None = "contrastive", key: str = "data.train") -> None:
         super().__init__(TrainFile(path=file) if isinstance(file, str) else file)
         self._reader = RowReader(self.file, kind)
-        self._rows = open_rows(self.path, key)
+        self._rows = open_rows(self.path, key, streaming=self.file.streaming, rows=self.file.rows)
         for row, source in self._rows.scan():
             self._note(self._reader.read(row, source))
         if self._reader.format is None:
@@ -89,6 +89,8 @@ class BeirFile(_Source):
 
     def __init__(self, file: TrainFile, kind: Kind | None = "contrastive", key: str = "data.train") -> None:
         super().__init__(file)
+        if file.streaming:
+            raise nothing_to_stream(file.path, key)
         self._reader = RowReader(file, kind)
         self._rows = BeirRows(file.path, key)
         self.digest = self._rows.digest

@@ -12,7 +12,7 @@ from tests.ranks import run_on_ranks
 from tests.toys import save_model
 
 TRAINED = ("swift-response", "swift-messages", "flag-embedding", "tevatron-passages", "tevatron-ids", "st-anchor",
-           "dpr", "nemo", "beir", "parquet", "zst")
+           "dpr", "nemo", "beir", "parquet", "saved", "arrow", "gz", "zst", "streamed")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_training_on_every_format_gives_the_losses_of_ours(model, tmp_path):
     for name in TRAINED:
         (tmp_path / name).mkdir()
         file = {key: value for key, value in dataclasses.asdict(FORMATS[name](tmp_path / name, our_rows())).items()
-                if key in ("path", "corpus") and value is not None}
+                if key in ("path", "corpus", "streaming") and value}
         prompt = prompts["instructed" if name in WITH_INSTRUCTION else "plain"]
         paths.append(configured(tmp_path / name, model, file, prompt))
     (results,) = run_on_ranks(trained, 1, paths)

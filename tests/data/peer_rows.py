@@ -106,6 +106,28 @@ def arrow_file(folder: Path, rows: Rows) -> TrainFile:
     return TrainFile(path=str(path))
 
 
+def hub_copy(folder: Path, rows: Rows) -> TrainFile:
+    """A directory as the hub holds data sets: two configurations, one of two files, one without a split to train on."""
+    import datasets
+
+    repository = folder / "repository"
+    for name in ("data", "de"):
+        (repository / name).mkdir(parents=True)
+    half = len(rows) // 2
+    for number, part in enumerate((rows[:half], rows[half:])):
+        file = repository / "data" / f"train-{number:05d}-of-00002.parquet"
+        datasets.Dataset.from_list(columns(part)).to_parquet(file)
+    datasets.Dataset.from_list(columns(rows[half:])).to_parquet(repository / "de" / "rows.parquet")
+    (repository / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n"
+        "- config_name: de\n  data_files:\n  - split: dev\n    path: de/rows.parquet\n---\n# Rows\n", encoding="utf-8")
+    return TrainFile(path=str(repository))
+
+
+def streamed(folder: Path, rows: Rows) -> TrainFile:
+    return TrainFile(path=hub_copy(folder, rows).path, streaming=True)
+
+
 def packed(ending: str) -> Callable[[Path, Rows], TrainFile]:
     def write(folder: Path, rows: Rows) -> TrainFile:
         import pyarrow
@@ -149,5 +171,5 @@ FORMATS: dict[str, Callable[[Path, Rows], TrainFile]] = {
     "docs": as_lines(lambda i, q, p, n: {"query": q, "docs": [{"text": p, "label": 1}, {"text": n, "label": 0}]}),
     "st-list": as_lines(lambda i, q, p, n: {"query": q, "docs": [n, p], "labels": [0, 1]}),
     "beir": beir, "parquet": parquet, "saved": saved_arrow, "arrow": arrow_file, "gz": packed(".gz"),
-    "zst": packed(".zst")}
+    "zst": packed(".zst"), "hub-copy": hub_copy, "streamed": streamed}
 WITH_INSTRUCTION = {"swift-system", "swift-messages", "flag-embedding", "parquet", "gz", "zst"}

@@ -286,3 +286,47 @@ def test_fuzz_each_row_is_read_right_or_refused_with_its_line(write_rows: WriteR
         assert record.instruction == expected.get("instruction")
     assert num_read > 30
     assert num_refused > 150
+
+
+def _texts_in(value: object) -> list[str]:
+    """Every string of a JSON value."""
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for part in parts for text in _texts_in(part)]
+
+
+PEER = [{"query": "什么", "pos": ["a \"b\"", "d"], "neg": ["é"], "pos_scores": [1, 2.5], "neg_scores": [-1]},
+        {"messages": [{"role": "user", "content": "q"}], "positive_messages": [[{"role": "user", "content": "p"}]]},
+        {"query": "q", "positive_passages": [{"docid": "1", "title": "t", "text": "p"}], "negative_passages": []},
+        {"sentence1": "一", "sentence2": "b", "score": 0.5}, {"text_a": "一", "text_b": "b", "score": 0.5}]
+
+
+@pytest.mark.parametrize("good", PEER, ids=lambda row: "-".join(row)[:20])
+def test_fuzz_of_rows_of_other_formats(good: dict[str, object], write_rows: WriteRows):
+    """Damaged between good ones, with CRLF: read, as three rows or (blank) two, or refused with the row's line."""
+    generator, kind = random.Random(1), "pairs" if "score" in good else "contrastive"
+    num_read = num_refused = 0
+    for _ in range(100):
+        raw = _damaged(good, generator)
+        if generator.random() < 0.2 and kind == "pairs":
+            score = generator.choice([float("nan"), float("-inf"), "0.5", None, [1]])
+            raw = json.dumps({**good, "score": score}).encode()
+        path = write_rows([good, raw + b"\r", good])
+        try:
+            records = RecordFile(path, kind)
+        except DataError as error:
+            assert str(error).startswith(f"{path}:2: "), error
+            assert "\n" not in str(error)
+            num_refused += 1
+            continue
+        num_read += 1
+        assert len(records) == (3 if raw.strip() else 2)
+        if raw.strip():
+            row, record = json.loads(raw), records[1]
+            assert record.score == (row["score"] if kind == "pairs" else None)
+            with_titles = "positive_passages" in row  # a title and its text are put together
+            texts = {record.query} if with_titles else {record.query, *record.positive, *record.negatives}
+            assert texts <= set(_texts_in(row))
+    assert num_read > 5
+    assert num_refused > 50
