@@ -1,6 +1,7 @@
 """`data.validation_fraction`: the metrics of held-out rows, against the formula, under several layouts."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -39,10 +40,17 @@ def configured(folder, model, **sections):
     return str(folder / "run.yaml")
 
 
-def evaluated(folder):
+def evaluated(folder, keys=KEYS):
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     (found,) = [line for line in lines if "eval/loss" in line]
-    return {key: found[f"eval/{key}"] for key in KEYS}
+    return {key: found[f"eval/{key}"] for key in keys}
+
+
+def embedded(tokenizer, encoder, texts):
+    """Mean pooling, unit length."""
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+    states, mask = encoder(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
+    return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 
 
 @torch.no_grad()
@@ -52,17 +60,14 @@ def expected(model):
     assert len(held) == 33
     tokenizer, encoder = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
 
-    def embed(texts):
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
-        states, mask = encoder(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
-        return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
-
     sums = dict.fromkeys(KEYS, 0.0)
     for first in (0, 11, 22):
         rows = held[first:first + 11]
         groups = [(row.positive[0], *row.negatives[:1]) for row in rows]
         positive = torch.tensor([sum(len(group) for group in groups[:number]) for number in range(11)])
-        similarity = embed([row.query for row in rows]) @ embed([text for group in groups for text in group]).T
+        query, document = (embedded(tokenizer, encoder, texts) for texts in (
+            [row.query for row in rows], [text for group in groups for text in group]))
+        similarity = query @ document.T
         right = similarity[range(11), positive]
         wrong = similarity.scatter(1, positive[:, None], float("nan"))
         hardest = wrong.nan_to_num(-9).max(1).values
@@ -113,6 +118,55 @@ def test_positions_and_windows_of_a_family_hold_in_validation(tmp_path):
         assert code == 0, err
         found = evaluated(tmp_path / f"{family.config.model_type}_run")
         assert found == pytest.approx(expected(directory), rel=1e-3, abs=1e-4), family.config.model_type
+
+
+def write_scored(path, loss):
+    """Rows of the sample: pairs with a score, or with a negative and a teacher's scores."""
+    rows = []
+    for number, line in enumerate(MINI_EN.read_text(encoding="utf-8").splitlines()[:60]):
+        row = json.loads(line)
+        score = math.sin(number)
+        rows.append({"text_a": row["query"], "text_b": row["positive"][0], "score": score} if loss == "cosent" else
+                    {"query": row["query"], "positive": row["positive"][0], "negatives": row["negatives"][:1],
+                     "teacher_scores": [score, math.cos(number)]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@torch.no_grad()
+def expected_of(model, path, loss):
+    """Means over two batches of `cosent`, each one number, or over all queries of `kl_distillation`, written out."""
+    held = hold_out(open_records((TrainFile(path=str(path)),), "pairs" if loss == "cosent" else "contrastive"), 0.3,
+                    SEED)[1]
+    assert BATCH < len(held) <= 2 * BATCH
+    tokenizer, encoder = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+    query = embedded(tokenizer, encoder, [row.query for row in held])
+    positive = embedded(tokenizer, encoder, [row.positive[0] for row in held])
+    similarity = (query * positive).sum(dim=1)
+    if loss == "cosent":
+        label, found = torch.tensor([row.score for row in held]), []
+        for part in torch.arange(len(held)).tensor_split(2):
+            gap = (similarity[part][None, :] - similarity[part][:, None]) / 0.1
+            above = label[part][:, None] > label[part][None, :]
+            found.append(torch.log1p(gap[above].exp().sum()))
+        return torch.stack(found).mean().item()
+    negative = (query * embedded(tokenizer, encoder, [row.negatives[0] for row in held])).sum(dim=1)
+    student = torch.stack([similarity, negative], dim=1) / 0.1
+    teacher = torch.tensor([row.teacher_scores for row in held]) / 0.1
+    return 0.01 * F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean").item()
+
+
+@pytest.mark.parametrize("loss", ["cosent", "kl_distillation"])
+def test_other_losses_on_held_out_rows(model, tmp_path, loss):
+    path = tmp_path / "rows.jsonl"
+    write_scored(path, loss)
+    truth = expected_of(model, path, loss)
+    assert truth > 1e-3
+    for number, (ranks, sizes) in enumerate([(1, layout()), (2, layout())]):
+        config = configured(tmp_path / str(number), model, parallel=sizes, objective={"loss": loss}, data={
+            "train": [str(path)], "validation_fraction": 0.3, "num_negatives": int(loss == "kl_distillation")})
+        results = run_on_ranks(command, ranks, ["train", config])
+        assert [code for code, *_ in results] == [0] * ranks, results[0][2]
+        assert evaluated(tmp_path / str(number), ("loss",))["loss"] == pytest.approx(truth, rel=1e-4), ranks
 
 
 def test_negatives_of_a_micro_batch_stay_there_in_validation(model, tmp_path):
