@@ -61,6 +61,8 @@ class Saver:
             on_rank_0((pending.temporary / "model").mkdir, pending.target, parents=True)
             sharded = sharded_state(self._state, is_loading=False)
             sharded["scheduler"] = self._state.scheduler.state_dict()
+            if self._state.learned is not None:
+                sharded["learned"] = self._state.learned.state_dict()
             pending.begin(sharded, self._thread)
         self._pending = pending
         if not self._background:

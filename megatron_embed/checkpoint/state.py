@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -23,6 +23,16 @@ SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_f
 """Megatron 0.16.1's default for the distributed optimizer raises on save; this one resumes at another layout."""
 
 
+class Stateful(Protocol):
+    """A part of a run that is plain numbers, the same on every rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be remembered."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
     """All that a run must remember. Rows and dropout are functions of seed and step, so they need no state."""
@@ -30,6 +40,8 @@ class TrainingState:
     models: Sequence[EmbeddingModel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    learned: Stateful | None = None
+    """Numbers of the loss that are trained; null: none."""
 
 
 def model_state(models: Sequence[EmbeddingModel]) -> dict[str, dict[str, Any]]:
@@ -74,6 +86,11 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
     for group, settings in zip(state.optimizer.param_groups, configured, strict=True):
         group.update(settings)
     state.scheduler.load_state_dict(loaded["scheduler"])
+    if state.learned is not None:
+        if "learned" not in loaded:
+            raise CheckpointError(f"{checkpoint}: holds no learned temperature, so the run began without "
+                                  "objective.learnable_temperature; set it to false, or start a new run")
+        state.learned.load_state_dict(loaded["learned"])
     return step
 
 

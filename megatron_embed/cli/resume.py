@@ -31,9 +31,10 @@ EXPORT_FILE = "export.json"
 FIXED = ("task", "reranker.head", "reranker.template", "reranker.instruction", "reranker.true_token",
          "reranker.false_token", "reranker.max_length", "embedding.normalize", "data.shuffle", "data.mixed_batches",
          "data.sampling_temperature", "data.validation_fraction", "data.num_negatives", "data.num_positives",
-         "training.global_batch_size", "training.seed", "optimizer.distributed")
-"""What a run keeps for life: a step's rows follow from these (and the data), its embeddings from `normalize`, and the
-layout of the optimizer's state, which Megatron cannot translate, from the last."""
+         "training.global_batch_size", "training.seed", "optimizer.distributed", "objective.learnable_temperature")
+"""What a run keeps for life: a step's rows follow from these (and the data), its embeddings from `normalize`, the
+layout of the optimizer's state, which Megatron cannot translate, from `distributed`, and what there is to save from the
+last."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ def check_resumable(config: RunConfig, checkpoint: Path, model: ModelDirectory,
     before, now = _flat(read_resolved(file)), _flat(to_dict(config))
     # Without the distributed optimizer its state has no main parameters where the model is float32 itself.
     fixed = FIXED if config.optimizer.distributed else (*FIXED, "model.dtype")
+    if config.objective.learnable_temperature:  # they are where it began, and the checkpoint knows where it is
+        fixed = (*fixed, "objective.temperature", "objective.bias")
     for key in fixed:
         if key in before and before[key] != now[key]:
             raise _refusal(checkpoint, key, now[key], f"this run began with {_shown(before[key])}")

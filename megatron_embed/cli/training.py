@@ -90,10 +90,10 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopR
     wrapped = wrap_in_ddp(models, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     scheduler = build_scheduler(optimizer, config.training, inputs.train_steps)
-    state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler)
+    objective = build_objective(config, topology.dp_group, topology.device)
+    state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler, learned=objective.learned)
     first_step = resume(inputs.standing, state)
-    gradients = GradCache(chunks=wrapped, models=models, topology=topology,
-                          objective=build_objective(config, topology.dp_group, topology.device),
+    gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
                           kernel=attention_kernel(config), has_dropout=has_dropout(config))
     trainer = Trainer(chunks=wrapped, gradients=gradients, optimizer=optimizer, scheduler=scheduler)
     build_task = reranker_task if config.task == "reranker" else embedding_task

@@ -21,11 +21,14 @@ EMBEDDING_LOSSES = CONTRASTIVE + PAIRS + OWN_DOCUMENTS
 """Values of `objective.loss` for `task: embedding`."""
 RERANK_LOSSES = ("pointwise", "listwise", "margin_ranking", "ranknet", "lambda_loss", "kl_distillation")
 """Values of `objective.loss` for `task: reranker`, over the documents of each query."""
+SMALLEST_LEARNED = 0.01
+"""Temperature of info_nce below which learning does not go, as in CLIP, whose logits are at most 100 similarities."""
 _TAKEN_BY = {
     "temperature": ("info_nce", "sigmoid", "cosent", "angle", "kl_distillation"),
     "negatives": CONTRASTIVE, "hard_negatives": CONTRASTIVE, "mask_duplicates": CONTRASTIVE,
     "mask_margin": CONTRASTIVE, "mask_margin_type": CONTRASTIVE, "directions": ("info_nce",),
     "partition": ("info_nce",), "hardness": ("info_nce",), "hardness_strength": ("info_nce",), "bias": ("sigmoid",),
+    "learnable_temperature": CONTRASTIVE, "temperature_learning_rate": CONTRASTIVE,
     "margin": ("contrastive", "online_contrastive", "triplet"), "teacher_temperature": ("kl_distillation",)}
 
 
@@ -35,6 +38,12 @@ class ObjectiveConfig:
     """Formulas, papers and when to use which: docs/objectives.md."""
     temperature: float = 0.02
     """Divides the similarity; no unit, > 0. Larger is softer."""
+    learnable_temperature: bool = False
+    """True: log(1 / temperature), and the bias of the loss sigmoid, are trained from the values given here on; that of
+    info_nce stays >= 0.01, as in CLIP. They are the run's: checkpoints hold them, exported models do not."""
+    temperature_learning_rate: float | None = None
+    """Of what learnable_temperature trains, which moves by about this much per step, > 0; null: as
+    training.learning_rate. It is scheduled with that one."""
     negatives: Literal["global_batch", "micro_batch"] = "global_batch"
     """global_batch: every document of the optimizer step, whatever the layout (two passes where a step has several
     micro-batches). micro_batch: the documents of one micro-batch over the data-parallel ranks (one pass)."""
@@ -104,10 +113,20 @@ class ObjectiveConfig:
         for key in ("temperature", "teacher_temperature"):
             value = getattr(self, key)
             require(value is None or value > 0, f"objective.{key}", value, "must be > 0; usual: 0.01 to 0.1")
+        self._check_learned()
         self._check_contrast()
         require(self.margin is None or self.margin >= 0, "objective.margin", self.margin, "must be >= 0 or null")
         require(all(weight > 0 for weight in self.matryoshka_weights), "objective.matryoshka_weights",
                 list(self.matryoshka_weights), "must be > 0 each")
+
+    def _check_learned(self) -> None:
+        rate = self.temperature_learning_rate
+        require(rate is None or rate > 0, "objective.temperature_learning_rate", rate, "must be > 0 or null")
+        require(rate is None or self.learnable_temperature, "objective.temperature_learning_rate", rate,
+                "has no effect without objective.learnable_temperature: true; set that, or remove it")
+        require(not self.learnable_temperature or self.loss == "sigmoid" or self.temperature >= SMALLEST_LEARNED,
+                "objective.temperature", self.temperature, f"must be >= {SMALLEST_LEARNED} where it is learned, "
+                "which goes no lower (CLIP's bound)")
 
     def _check_contrast(self) -> None:
         directions = self.directions

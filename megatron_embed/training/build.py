@@ -9,6 +9,7 @@ from megatron_embed.config.objective import CONTRASTIVE, PAIRS
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.losses.matryoshka import widths_of
 from megatron_embed.training.contrastive import Contrastive
+from megatron_embed.training.learned import LearnedScale
 from megatron_embed.training.objective import Objective
 from megatron_embed.training.own_documents import OwnDocuments
 from megatron_embed.training.pairs import Pairs
@@ -28,4 +29,4 @@ def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torc
     return Contrastive(
         config.objective, widths, normalize=normalize,
         in_batch=all(file.in_batch_negatives for file in config.data.train), num_positives=config.data.num_positives,
-        dp_group=dp_group)
+        dp_group=dp_group, learned=LearnedScale(config) if config.objective.learnable_temperature else None)

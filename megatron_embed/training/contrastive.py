@@ -14,6 +14,7 @@ from megatron_embed.losses.matryoshka import Width, shorten
 from megatron_embed.losses.negatives import Owners, answered_queries, duplicates_over
 from megatron_embed.parallel.collectives import sum_over
 from megatron_embed.training.gathering import Pool, gather_pool, gather_rows
+from megatron_embed.training.learned import LearnedScale
 from megatron_embed.training.objective import LossGradient, Objective, Sums, over_widths, width_names
 from megatron_embed.training.splitting import split_by_micro_batch
 
@@ -30,11 +31,13 @@ class Contrastive(Objective[EmbedBatch]):
         in_batch: False where some data set's queries have no negatives but their own hard ones.
         num_positives: the most positives of a query; each is a term of its own, a query's terms together weigh 1.
         dp_group: data-parallel ranks, without context parallelism.
+        learned: the temperature and bias in place of the configured ones; null: those.
     """
 
     def __init__(self, config: ObjectiveConfig, widths: tuple[Width, ...], *, normalize: bool, in_batch: bool,
-                 num_positives: int, dp_group: dist.ProcessGroup) -> None:
-        self.names = NAMES + width_names(widths)
+                 num_positives: int, dp_group: dist.ProcessGroup, learned: LearnedScale | None = None) -> None:
+        self.learned = learned
+        self.names = NAMES + width_names(widths) + (() if learned is None else learned.names)
         self.couples_batch = config.couples_batch
         self.contrast = Contrast(
             temperature=config.temperature, directions=config.directions, joint=config.partition == "joint",
@@ -70,8 +73,9 @@ class Contrastive(Objective[EmbedBatch]):
         pool = gather_pool(batch, group, rows.device, ids=self.mask_duplicates, owners=self.needs_owners)
         gathered = gather_rows(document, query if self.needs_queries else None, batch.capacity, pool, group)
         terms = _Terms.of(batch, pool, group.rank(), rows.device)
-        masks = self._masks(batch, pool, terms)
+        masks, contrast = self._masks(batch, pool, terms), self._contrast()
         values: list[Tensor] = []
+        of_scale: list[Tensor] = []
         grad_rows = grad_document = grad_query = None
         for width in self.widths:
             mine, documents = (shorten(part, width, normalize=self.normalize) for part in (query, gathered.document))
@@ -79,8 +83,9 @@ class Contrastive(Objective[EmbedBatch]):
             found = contrast_gradients(
                 mine.rows[terms.query], dataclasses.replace(
                     masks, document=documents.rows, query=None if queries is None else queries.rows),
-                self.contrast, total=total, weights=terms.weights)
+                contrast, total=total, weights=terms.weights)
             values.append(_ratios(found.sums, batch.num_queries, len(terms.query)))
+            of_scale.append(torch.stack([found.log_scale, found.bias]) * width.weight)
             anchors = torch.zeros_like(mine.rows).index_add_(0, terms.query, found.rows)
             grad_rows = mine.add_gradient(grad_rows, anchors, width.weight)
             grad_document = documents.add_gradient(grad_document, found.document, width.weight)
@@ -90,9 +95,18 @@ class Contrastive(Objective[EmbedBatch]):
         own_document, own_query = gathered.return_gradients(grad_document, grad_query)
         if own_query is not None:
             grad_rows = grad_rows + own_query
-        return LossGradient(
-            sums=Sums(names=self.names, values=sum_over(over_widths(values, self.widths), group)),
-            rows=torch.cat([grad_rows, own_document]))
+        parts = [over_widths(values, self.widths)]
+        if self.learned is not None:
+            # What was divided by the terms of the whole batch is to be a mean over queries, as all metrics are.
+            parts.append(_scale_ratios(self.learned, torch.stack(of_scale).sum(dim=0) * total, batch.num_queries))
+        return LossGradient(sums=Sums(names=self.names, values=sum_over(torch.cat(parts), group)),
+                            rows=torch.cat([grad_rows, own_document]))
+
+    def _contrast(self) -> Contrast:
+        """The settings, with the temperature and bias of this step."""
+        if self.learned is None:
+            return self.contrast
+        return dataclasses.replace(self.contrast, temperature=self.learned.temperature, bias=self.learned.bias)
 
     def _masks(self, batch: EmbedBatch, pool: Pool, terms: "_Terms") -> Candidates:
         """The candidates without their vectors."""
@@ -151,3 +165,14 @@ def _ratios(sums: InfoNCESums, queries: int, terms: int) -> Tensor:
     divisors[0] = queries
     divisors[NAMES.index("masked_fraction")] = sums.masked + sums.negatives
     return torch.stack([ordered, divisors], dim=1)
+
+
+def _scale_ratios(learned: LearnedScale, gradient: Tensor, queries: int) -> Tensor:
+    """[2 or 4, 2] float64: sums and divisors in the order of `learned.names`.
+
+    `gradient`: [2] float64 with respect to log scale and bias, summed over these queries.
+    """
+    rows = [(learned.temperature * queries, queries), (float(gradient[0]), queries)]
+    if learned.bias is not None:
+        rows += [(learned.bias * queries, queries), (float(gradient[1]), queries)]
+    return torch.tensor(rows, dtype=torch.float64, device=gradient.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_embed.batch import StepBatch
 from megatron_embed.losses.matryoshka import Width
+from megatron_embed.training.learned import LearnedScale
 
 Batch = TypeVar("Batch", bound=StepBatch)
 
@@ -60,10 +61,12 @@ class Objective(ABC, Generic[Batch]):
         names: of the metrics, in the order of `Sums.values`.
         couples_batch: whether a row's loss depends on rows of other micro-batches. Then a step of several micro-batches
             takes two passes; else one, in which `split` says what a micro-batch holds.
+        learned: numbers of the loss that are trained; null: none.
     """
 
     names: tuple[str, ...]
     couples_batch: bool
+    learned: LearnedScale | None = None
 
     @abstractmethod
     def total(self, batch: Batch) -> float:

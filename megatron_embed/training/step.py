@@ -47,5 +47,8 @@ def train_step(batch: StepBatch, trainer: Trainer) -> dict[str, float]:
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
     metrics = sums.metrics()
     grad_norm, updated = update(trainer.optimizer, metrics["loss"])  # clip, update, gather updated parameters
+    learned = trainer.gradients.objective.learned
+    if learned is not None and updated:
+        learned.step(metrics, learning_rate)
     trainer.scheduler.step(increment=1)                              # a function of the step, skipped or not
     return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate, "skipped": float(not updated)}

@@ -13,6 +13,7 @@ from megatron_embed.checkpoint.files import latest_checkpoint, step_directories
 from tests.ranks import run_on_ranks
 from tests.toys import MAX_LENGTH, MINI_EN, layout, save_model
 
+LEARNED = {"learnable_temperature": True, "temperature_learning_rate": 0.05}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
@@ -21,11 +22,11 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", tokenizer=True)
 
 
-def configuration(model, directory, *, parallel=None, distributed=True, checkpoint=None, **training):
+def configuration(model, directory, *, parallel=None, distributed=True, checkpoint=None, objective=None, **training):
     """Plain values of a run on real rows, as a YAML file would hold them."""
     return {
         "model": {"path": model, "dtype": "float32"}, "embedding": {"pooling": "mean"},
-        "objective": {"temperature": 0.3},
+        "objective": {"temperature": 0.3, **(objective or {})},
         "data": {"train": [str(MINI_EN)], "num_negatives": 1, "query_max_length": MAX_LENGTH,
                  "document_max_length": MAX_LENGTH},
         "parallel": parallel or layout(), "optimizer": {"distributed": distributed},
@@ -51,6 +52,12 @@ def curve(directory):
     return [(line["loss"], line["grad_norm"], line["learning_rate"], line["margin"]) for line in lines]
 
 
+def temperatures(directory):
+    """By step, what a run that trains its temperature must repeat."""
+    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["temperature"] for line in lines]
+
+
 def go_back(directory, target, step):
     """A copy of a run as it was after `step`."""
     shutil.copytree(directory, target)
@@ -73,8 +80,9 @@ def export(directory, target):
     (2, layout(cp=2), False)], ids=["one", "dp2", "dp2_plain", "tp2", "pp2", "cp2_plain"])
 def test_resumed_run_repeats_the_curve_bit_for_bit(model, tmp_path, ranks, sizes, distributed):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    learned = sizes == layout(pp=2) or (ranks == 2 and not distributed)
     settings = {"parallel": sizes, "distributed": distributed, "checkpoint": {"save_every_steps": 3, "keep": 0},
-                "train_steps": 6, "warmup_steps": 2, **DROPOUT}
+                "train_steps": 6, "warmup_steps": 2, "objective": LEARNED if learned else {}, **DROPOUT}
     run_on_ranks(train, ranks, configuration(model, straight, **settings))
     expected = curve(straight)
     assert len(expected) == 6
@@ -82,6 +90,9 @@ def test_resumed_run_repeats_the_curve_bit_for_bit(model, tmp_path, ranks, sizes
     go_back(straight, resumed, 3)
     run_on_ranks(train, ranks, configuration(model, resumed, **settings))
     assert curve(resumed) == expected
+    if learned:
+        assert temperatures(resumed) == temperatures(straight)
+        assert len(set(temperatures(straight))) == 5  # the second step still has the first value: warm-up begins at 0
     one, other = export(straight, tmp_path / "one"), export(resumed, tmp_path / "other")
     start = load_file(f"{model}/model.safetensors")
     assert one.keys() == other.keys()

@@ -25,6 +25,10 @@ ALL = ("query_to_document", "query_to_query", "document_to_document", "document_
     ({"loss": "cosine_similarity", "temperature": 0.1}, "has no effect with loss = 'cosine_similarity'"),
     ({"loss": "contrastive", "margin": -0.1}, "objective.margin = -0.1: must be >= 0 or null"),
     ({"loss": "kl_distillation", "teacher_temperature": 0.0}, "objective.teacher_temperature = 0.0: must be > 0"),
+    ({"learnable_temperature": True, "temperature": 0.009}, "objective.temperature = 0.009: must be >= 0.01 where it"),
+    ({"temperature_learning_rate": 0.1}, "has no effect without objective.learnable_temperature: true"),
+    ({"learnable_temperature": True, "temperature_learning_rate": 0.0}, "temperature_learning_rate = 0.0: must be > 0"),
+    ({"loss": "cosent", "learnable_temperature": True}, "only with info_nce, sigmoid; remove it"),
     ({"loss": "sigmoid", "hardness": "all_negatives", "hardness_strength": 1.0}, "has no effect with loss = 'sigmoid'"),
 ])
 def test_settings_of_the_loss_that_do_not_go_together(settings, words):

@@ -8,7 +8,7 @@ import torch.nn.functional as functional
 from megatron_embed.batch import Capacity, EmbedBatch
 from tests.ranks import run_on_ranks
 from tests.training.exactness import ROWS
-from tests.training.test_losses import LOSSES, TEACHER, settings_of
+from tests.training.loss_truth import LOSSES, TEACHER, settings_of
 from tests.training.test_objective import config_of
 
 DIM = 32
@@ -67,7 +67,7 @@ def test_gradients_of_rows_are_those_of_one_process(ranks):
         query, positive, negative = rows_of_all()
         leaves = [query.double().requires_grad_(), positive.double().requires_grad_()]
         others = {row: vector.double().requires_grad_() for row, vector in negative.items() if loss.num_negatives}
-        value = loss.reference(*leaves, others)
+        value = loss.reference(*leaves, others, *loss.leaves())
         grad_query, grad_positive, *grad_negative = torch.autograd.grad(
             value, [*leaves, *others.values()], allow_unused=True)
         of_negative = dict(zip(others, grad_negative, strict=True))
