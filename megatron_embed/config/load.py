@@ -212,12 +212,15 @@ def _described(annotation: Any) -> str:
 
 
 def _nearest(target: Any, key: str) -> str:
-    """A remedy for an unknown key: the nearest of its own section, else of all sections, else what there is."""
+    """A remedy for an unknown key: the same in another section, else the nearest of its own, else of all sections, else
+    what there is."""
     own = [field.name for field in dataclasses.fields(target)]
-    if near := difflib.get_close_matches(key, own, n=1):
-        return f"did you mean '{near[0]}'?"
     dotted = list(_dotted_keys(RunConfig, ""))
     by_name = {name.rpartition(".")[2]: name for name in reversed(dotted)}
+    if key in by_name:
+        return f"did you mean '{by_name[key]}'?"
+    if near := difflib.get_close_matches(key, own, n=1):
+        return f"did you mean '{near[0]}'?"
     if near := difflib.get_close_matches(key, by_name, n=1, cutoff=0.75):
         return f"did you mean '{by_name[near[0]]}'?"
     return f"known here: {', '.join(own)}"
