@@ -48,7 +48,7 @@ def assert_refused(results, *words):
 
 
 def test_every_format_has_its_function():
-    from megatron_embed.cli.export import EXPORTERS
+    from megatron_embed.cli.exporters import EXPORTERS
 
     assert EXPORTERS.keys() == FORMATS.keys()
 
@@ -81,7 +81,7 @@ def test_shards_and_dtype_are_what_was_asked_for(checkpoints, tmp_path):
 
 
 def convert_with_little_memory(arguments):
-    with mock.patch("megatron_embed.cli.export.available_memory", return_value=1000):
+    with mock.patch("megatron_embed.cli.exporters.available_memory", return_value=1000):
         return command(arguments)
 
 
@@ -160,17 +160,17 @@ DAMAGES = {
 
 def convert_spoiled(arguments, spoil):
     """The command, with the finished directory damaged right before the comparison."""
-    from megatron_embed.cli import export
+    from megatron_embed.cli import exporters
 
     with ExitStack() as patches:
         for name in ("compare_with_transformers", "compare_with_sentence_transformers"):
-            compare = vars(export)[name]
+            compare = vars(exporters)[name]
 
             def spoiled(directory, *args, compare=compare, **kwargs):
                 spoil(directory)
                 return compare(directory, *args, **kwargs)
 
-            patches.enter_context(mock.patch.object(export, name, spoiled))
+            patches.enter_context(mock.patch.object(exporters, name, spoiled))
         return command(arguments)
 
 
