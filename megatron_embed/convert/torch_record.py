@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.runs import Run, fill
+from megatron_embed.convert.runs import Run, fill, pour
 
 
 class TorchRecord(io.RawIOBase):
@@ -80,27 +80,31 @@ def _bytes_at(run: Run) -> bytes:
 def save_without_numbers(file: io.FileIO, dtype: torch.dtype, shape: torch.Size) -> TorchRecord:
     """Write a tensor's record at the end of `file`, with a hole where its numbers belong."""
     start = file.seek(0, os.SEEK_END)
-    holes: Any = _WithHoles(file)
+    written: Any = _WithHoles()
     with _without_crc32():
         # The memory that it is given is never touched, so it takes none.
-        torch.save(torch.empty(shape, dtype=dtype), holes)
-    return TorchRecord(file, start, file.tell() - start)
+        torch.save(torch.empty(shape, dtype=dtype), written)
+    # Not by torch: what a write raises in there, such as a full disk, it turns into an error about positions.
+    for place, data in written.pieces:
+        pour(file.fileno(), memoryview(data), start + place)
+    return TorchRecord(file, start, written.length)
 
 
 class _WithHoles:
-    """Writes into `file` and leaves out what is long, which of one tensor's `torch.save` are its numbers alone."""
+    """What `torch.save` writes for one tensor but for what is long: that is its numbers alone."""
 
     _LONGEST = 1 << 16
     """Bytes; the description of a tensor has some hundred."""
 
-    def __init__(self, file: io.FileIO) -> None:
-        self._file = file
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, bytes]] = []
+        """Where each begins, and its bytes."""
+        self.length = 0
 
     def write(self, data: memoryview | bytes) -> int:
-        if len(data) > self._LONGEST:
-            self._file.seek(len(data), os.SEEK_CUR)
-        else:
-            self._file.write(data)
+        if len(data) <= self._LONGEST:
+            self.pieces.append((self.length, bytes(data)))
+        self.length += len(data)
         return len(data)
 
     def flush(self) -> None: ...

@@ -76,6 +76,21 @@ def test_an_unfinished_checkpoint_is_none(tmp_path):
         DcpReader(tmp_path / "x")
 
 
+def test_a_full_disk_is_what_it_is(tmp_path):
+    """Also where torch writes: the limit stops the second tensor's description."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "x").mkdir()
+    with pytest.raises(OSError, match="File too large"), DcpWriter(tmp_path / "x") as writer:
+        writer.add("a", torch.zeros(1000))
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+            writer.place("b", torch.float32, (1000,))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_torch_loads_ours(tmp_path):
     tensors = some_tensors()
     write(tmp_path / "x", tensors)
