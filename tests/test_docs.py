@@ -1,0 +1,38 @@
+"""docs/troubleshooting.md speaks of messages that the package has."""
+
+import ast
+import re
+
+from tests.toys import REPOSITORY
+
+LEAST = 12
+"""Characters of a piece of a message that are looked for."""
+
+
+def messages():
+    """Every text of the package, its places left empty, one to a line."""
+    found = []
+    for path in (REPOSITORY / "megatron_embed").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def quoted_pieces(text):
+    """Parts of the messages in the first column, without numbers and what is left out."""
+    for row in re.findall(r"^\| (.*?) \|", text, re.MULTILINE):
+        for message in re.findall(r"`([^`]*)`", row):
+            if " " in message:
+                yield from re.split(r"\.\.\.|\d+|'[^']*'|[A-Z]{4,}|nan|\w+Error| = | \(|\)", message)
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    known = messages()
+    text = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    pieces = [piece for piece in quoted_pieces(text) if len(piece.strip()) >= LEAST]
+    assert len(pieces) > 20
+    missing = [piece for piece in pieces if piece.strip() not in known]
+    assert not missing
