@@ -44,7 +44,8 @@ def write_model(directory, layers):
 
 def peak_of(arguments):
     """Largest resident memory of a process, in bytes; with no arguments that of one that only loads the libraries."""
-    command = ["-m", "megatron_embed", *arguments] if arguments else ["-c", "import megatron_embed.cli.exporters, torch.distributed.checkpoint"]
+    libraries = "import megatron_embed.cli.exporters, torch.distributed.checkpoint"
+    command = ["-m", "megatron_embed", *arguments] if arguments else ["-c", libraries]
     # A small process starts it: the kernel counts what the parent holds as the child's first peak.
     script = ("import os, subprocess, sys; process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL); "
               "_, status, usage = os.wait4(process.pid, 0); print(os.waitstatus_to_exitcode(status), usage.ru_maxrss)")
