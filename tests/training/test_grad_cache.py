@@ -94,7 +94,7 @@ def both_passes(config, dropout_seed=None, replay=True):
     finally:
         grad_cache.set_all_rng_states = original
     return seen, {name: parameter.main_grad.clone() for chunk in built.chunks
-                  for name, parameter in chunk.global_parameters().items()}
+                  for name, parameter in chunk.global_parameters().items() if parameter.requires_grad}
 
 
 def both_passes_of_runs(runs):

@@ -13,7 +13,7 @@ from tests.training.cases import KINDS, Case, Layout
 from tests.training.exactness import ROWS, objective_settings
 from tests.training.oracle import Oracle
 from tests.training.oracle import save_model as save_experts
-from tests.training.test_grad_cache import outputs_of_runs
+from tests.training.test_grad_cache import both_passes_of_runs, difference
 
 FAST = (
     Case(kind="qwen3", layout=Layout(), micro_batches=2, adapters=True),
@@ -101,8 +101,10 @@ def test_second_pass_drops_what_the_first_dropped(adapted, sizes):
 
     runs = [(config(0.3), None, True), (config(0.3, "full"), None, True), (config(0.3), None, False),
             (config(0.0), None, True)]
-    replayed, recomputed, forgotten, without = run_on_ranks(
-        outputs_of_runs, sizes["tensor_model_parallel_size"], runs)[-1]
+    answers = run_on_ranks(both_passes_of_runs, sizes["tensor_model_parallel_size"], runs)
+    (replayed, gradients), (recomputed, again), (forgotten, _), (without, _) = answers[-1]
+    assert any(gradient.any() for gradient in gradients.values())
+    assert difference(again, gradients) <= 1e-5
     for outputs in (replayed, recomputed):
         assert all(torch.equal(first, second) for first, second in zip(outputs[:2], outputs[2:], strict=True))
     assert not torch.equal(forgotten[0], forgotten[2])
