@@ -14,6 +14,16 @@ from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, par
 
 
 @dataclass(frozen=True, kw_only=True)
+class Twins:
+    """Tensor- and context-parallel ranks of one replica: each ends the model with the embeddings of all its rows."""
+
+    group: dist.ProcessGroup
+    """The twins of this rank."""
+    everyone: dist.ProcessGroup
+    """All replicas' twins, of one pipeline stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Topology:
     """Where this rank stands in the process grid. A group of one rank is the identity."""
 
@@ -30,6 +40,10 @@ class Topology:
     def dp_group(self) -> dist.ProcessGroup:
         """Replicas that hold different rows; without context parallelism, so no row is counted twice."""
         return self.groups.dp
+
+    @property
+    def twins(self) -> Twins:
+        return Twins(group=self.groups.tp_cp, everyone=self.groups.tp_dp_cp)
 
     @property
     def dp_rank(self) -> int:

@@ -8,16 +8,24 @@ import torch.distributed as dist
 from megatron_embed.config.objective import CONTRASTIVE, PAIRS
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.losses.matryoshka import widths_of
+from megatron_embed.parallel.topology import Twins
 from megatron_embed.training.contrastive import Contrastive
 from megatron_embed.training.learned import LearnedScale
 from megatron_embed.training.objective import Objective
 from megatron_embed.training.own_documents import OwnDocuments
 from megatron_embed.training.pairs import Pairs
 from megatron_embed.training.reranking import Reranking
+from megatron_embed.training.sharing import Shared
 
 
-def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torch.device) -> Objective[Any]:
-    """The objective of `config.objective` over the ranks of `dp_group`: data-parallel ranks, without context."""
+def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torch.device,
+                    twins: Twins | None = None) -> Objective[Any]:
+    """The objective of `config.objective`.
+
+    Args:
+        dp_group: data-parallel ranks, without context parallelism.
+        twins: tensor- and context-parallel ranks, to share a loss over the global batch among; null: there are none.
+    """
     if config.task == "reranker":
         return Reranking(config.objective.loss, config.reranker, dp_group)
     loss, normalize = config.objective.loss, config.embedding.normalize
@@ -26,7 +34,11 @@ def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torc
         return Pairs(config.objective, widths, normalize=normalize, dp_group=dp_group)
     if loss not in CONTRASTIVE:
         return OwnDocuments(config.objective, widths, normalize=normalize, dp_group=dp_group, device=device)
-    return Contrastive(
+    if twins is not None and twins.group.size() == 1:
+        twins = None
+    contrastive = Contrastive(
         config.objective, widths, normalize=normalize,
         in_batch=all(file.in_batch_negatives for file in config.data.train), num_positives=config.data.num_positives,
-        dp_group=dp_group, learned=LearnedScale(config) if config.objective.learnable_temperature else None)
+        dp_group=dp_group if twins is None else twins.everyone,
+        learned=LearnedScale(config) if config.objective.learnable_temperature else None)
+    return contrastive if twins is None else Shared(contrastive, twins, dp_group.size())

@@ -61,7 +61,8 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     wrapped = wrap_in_ddp(chunks, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     group = topology.groups.tp if case.sabotage == "group" else topology.dp_group
-    objective = build_objective(config, group, topology.device)
+    twins = topology.twins if group is topology.dp_group else None
+    objective = build_objective(config, group, topology.device, twins)
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
                           kernel="sdpa", has_dropout=False)
     records = open_records(config.data.train)

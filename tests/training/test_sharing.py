@@ -1,0 +1,90 @@
+"""The loss shared out among the twins of a replica: that of one process, and no row travels twice."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import run_on_ranks
+from tests.toys import layout, run_config, save_model
+from tests.training.exactness import ROWS, build, objective_settings
+from tests.training.test_objective import VARIANTS, config_of, variant_batch, variants_on_ranks
+
+
+def variants_on_twins(replicas):
+    """As variants_on_ranks, by ranks of which each replica's hold the same rows."""
+    from megatron_embed.parallel.topology import Twins
+    from megatron_embed.training.build import build_objective
+    from megatron_embed.training.sharing import Shared
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    number = world // replicas
+    groups = [dist.new_group(list(range(start, start + number))) for start in range(0, world, number)]
+    across = [dist.new_group(list(range(twin, world, number))) for twin in range(number)]
+    twins = Twins(group=groups[rank // number], everyone=dist.group.WORLD)
+    found = []
+    for variant in VARIANTS:
+        rows, batch = variant_batch(rank // number, variant)
+        objective = build_objective(config_of(*variant), across[rank % number], torch.device("cpu"), twins)
+        assert isinstance(objective, Shared)
+        assert objective.total(batch) == batch.num_queries * replicas
+        result = objective(rows, batch, total=6.0)
+        found.append(SimpleNamespace(metrics=result.sums.metrics(), rows=result.rows, queries=batch.num_queries))
+    return found
+
+
+@pytest.mark.parametrize("replicas, twins", [(2, 2), (1, 4)], ids=["two replicas", "more twins than queries"])
+def test_every_variant_is_that_of_one_process(replicas, twins):
+    (whole,) = run_on_ranks(variants_on_ranks, 1, replicas)
+    ranks = run_on_ranks(variants_on_twins, replicas * twins, replicas)
+    for number, (metrics, gradient, _) in enumerate(whole):
+        parts = [rank[number] for rank in ranks]
+        for part, first in zip(parts, (parts[rank - rank % twins] for rank in range(len(parts))), strict=True):
+            assert torch.equal(part.rows, first.rows), "twins disagree"
+        firsts = parts[::twins]
+        ours = torch.cat([part.rows[: part.queries] for part in firsts]
+                         + [part.rows[part.queries:] for part in firsts])
+        assert gradient.norm() > 0.01
+        assert (ours - gradient).norm() <= 1e-5 * gradient.norm(), VARIANTS[number]
+        for part in parts:
+            assert part.metrics == pytest.approx(metrics, rel=1e-5), VARIANTS[number]
+
+
+def messages_of_loss(config):
+    """[(collective, elements of the larger side)] over the twins and over everyone during one step's gradients."""
+    built, batch = build(config)
+    twins = built.topology.twins
+    names, calls = ("all_gather_into_tensor", "reduce_scatter_tensor"), {"twins": [], "everyone": []}
+    originals = {name: vars(dist)[name] for name in names}
+
+    def count(name, original):
+        def call(first, *args, **kwargs):
+            for known, group in (("twins", twins.group), ("everyone", twins.everyone)):
+                if kwargs.get("group") is group:
+                    calls[known].append((name, max(first.numel(), args[0].numel())))
+            return original(first, *args, **kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(dist, name, count(name, original))
+    try:
+        built.gradients(batch)
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return calls
+
+
+@pytest.mark.parametrize("sizes", [layout(2), layout(cp=2)], ids=["tp2", "cp2"])
+def test_no_row_travels_twice(tmp_path, sizes):
+    directory = save_model(tmp_path / "model", "bert", tokenizer=True)
+    hidden, documents = 32, ROWS * 2
+    config = run_config(directory, parallel=sizes, objective=objective_settings(), distributed=False,
+                        training={"global_batch_size": ROWS, "micro_batch_size": 3})
+    for calls in run_on_ranks(messages_of_loss, 2, config):
+        # Both twins' numbers, then each document of the global batch once; their gradients; the gradient of a part.
+        assert calls["everyone"] == [("all_gather_into_tensor", 2 * 3), ("all_gather_into_tensor", documents * hidden),
+                                     ("reduce_scatter_tensor", documents * hidden)]
+        assert calls["twins"] == [("all_gather_into_tensor", (documents + ROWS) * hidden)]
