@@ -192,7 +192,8 @@ def all_losses_on_rank(config, directories):
         batch = dataclasses.replace(batch, scores=None if loss.scores is None else loss.scores[mine],
                                     teacher_scores=TEACHER[place])
         gradients = dataclasses.replace(built.gradients,
-                                        objective=build_objective(chosen, topology.dp_group, topology.device))
+                                        objective=build_objective(chosen, topology.dp_group, topology.device,
+                                                                  topology.twins))
         for chunk in built.wrapped:
             chunk.zero_grad_buffer()
         sums = gradients(batch)
