@@ -7,8 +7,8 @@
 A checkpoint of random bfloat16 weights in shards is written first. Then, `--rounds` times in turn: `cp -r
 --reflink=never` of the source, `convert` of the source; for both directions. Every side is a process of its own, its
 files are on the disk (fsync) when its clock stops, and what it reads is not in the page cache when it starts. The clock
-of `convert` includes the start of Python, and reading back and comparing every tensor that it wrote (from the page
-cache, where the memory is large enough). Peak memory is the process's maximum resident set as the kernel reports it. At
+of `convert` includes the start of Python, and reading back and comparing every tensor that it wrote, from the page
+cache. Peak memory is the process's maximum resident set as the kernel reports it. At
 the end the `safetensors` library compares the last result with the source, tensor by tensor. On a busy machine look at
 the CPU seconds beside the load: a copy asks for few, so it loses less than a conversion does.
 """
