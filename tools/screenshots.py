@@ -13,7 +13,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-PAGES = {"tensorboard_time_series": "timeseries", "tensorboard_custom_scalars": "custom_scalars"}
+PAGES = {"tensorboard_time_series": ("timeseries", "1440,1500"),
+         "tensorboard_custom_scalars": ("custom_scalars", "1240,3300")}
+"""Name of the picture -> page, and the window that shows all of it, in pixels."""
 LARGEST_BYTES = 300_000
 
 
@@ -37,7 +39,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("logdir", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--size", default="1440,1500", help="of the window, in pixels")
     arguments = parser.parse_args()
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
@@ -51,16 +52,16 @@ def main() -> int:
                                str(port), "--host", "127.0.0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(address, server)
-        for name, page in PAGES.items():
+        for name, (page, size) in PAGES.items():
             picture = arguments.output / f"{name}.png"
             subprocess.run([browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-                            f"--window-size={arguments.size}", "--virtual-time-budget=30000",
+                            f"--window-size={size}", "--virtual-time-budget=30000",
                             f"--screenshot={picture}", f"{address}/#{page}"],
                            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=180)
-            size = picture.stat().st_size
-            print(f"{picture}: {size:,} bytes")
-            if size > LARGEST_BYTES:
-                sys.exit(f"{picture} is larger than {LARGEST_BYTES:,} bytes: make the window smaller with --size")
+            length = picture.stat().st_size
+            print(f"{picture}: {length:,} bytes")
+            if length > LARGEST_BYTES:
+                sys.exit(f"{picture} is larger than {LARGEST_BYTES:,} bytes: make its window smaller")
     finally:
         server.terminate()
         server.wait()
