@@ -168,7 +168,7 @@ class ParallelConfig:
     sequence_parallel: bool | Literal["auto"] = "auto"
     """auto: on exactly when tensor_model_parallel_size > 1."""
     timeout_seconds: int = 600
-    """Longest wait of one collective before the run stops with an error, > 0."""
+    """Longest wait of one collective before the run stops with an error, > 0, at most 1000000 (eleven days)."""
 
     def __post_init__(self) -> None:
         for key in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor"):
@@ -177,7 +177,9 @@ class ParallelConfig:
         virtual = self.virtual_pipeline_model_parallel_size
         require(virtual is None or virtual >= 1, "parallel.virtual_pipeline_model_parallel_size", virtual,
                  "must be >= 1 or null")
-        require(self.timeout_seconds > 0, "parallel.timeout_seconds", self.timeout_seconds, "must be > 0")
+        # The libraries below count milliseconds, some in 32 bits.
+        require(0 < self.timeout_seconds <= 1_000_000, "parallel.timeout_seconds", self.timeout_seconds,
+                "must be > 0 and <= 1000000, which is eleven days")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +196,7 @@ class TrainingConfig:
     train_steps: int | None = None
     """Optimizer steps; null: from `epochs`, or 1000 if that is null too."""
     epochs: float | None = None
-    """Passes over the training rows; not together with train_steps."""
+    """Passes over the training rows, > 0, at most 1000000; not together with train_steps."""
     learning_rate: float = 1.0e-5
     min_learning_rate: float = 0.0
     warmup_steps: int = 0
@@ -220,6 +222,7 @@ class TrainingConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, selective (core attention), full (every layer)."""
     seed: int = 1234
+    """Of the order of the rows, dropout and new parameters; from 0 to 2^62."""
 
     def __post_init__(self) -> None:
         for key in ("global_batch_size", "micro_batch_size"):
@@ -239,7 +242,10 @@ class TrainingConfig:
                  "must be >= 1 or null")
         require(self.exit_duration_minutes is None or self.exit_duration_minutes > 0, "training.exit_duration_minutes",
                 self.exit_duration_minutes, "must be > 0 or null")
-        require(self.epochs is None or self.epochs > 0, "training.epochs", self.epochs, "must be > 0 or null")
+        require(self.epochs is None or 0 < self.epochs <= 1_000_000, "training.epochs", self.epochs,
+                "must be > 0 and <= 1000000, or null")
+        # Generators take 64 bits, and what tells ranks and tensors apart is added.
+        require(self.seed <= 2**62, "training.seed", self.seed, f"must be <= {2**62}")
         require(self.train_steps is None or self.epochs is None, "training.epochs", self.epochs,
                  f"training.train_steps = {self.train_steps} is set too; keep one of them")
 

@@ -125,12 +125,12 @@ class BatchLoader(StepLoader[EmbedBatch]):
         dp_rank: this rank's place on the data axis.
         dp_size: ranks on the data axis.
         micro_batch_size: queries per rank per micro-batch; not used with a token budget.
-        num_negatives: hard negatives per query.
+        num_negatives: hard negatives per query; more than any row has are as many as the row with the most has.
         alignment: tokens; every micro-batch is a multiple of it.
         constant_tokens: all micro-batches of a step have one size.
         micro_batch_tokens: token budget of a micro-batch; null: none. Ranks' numbers of micro-batches then differ.
         whole_groups: under a budget, a query shares the micro-batch of its documents.
-        num_positives: positives per query.
+        num_positives: positives per query, likewise.
         in_batch: per entry of the records, whether its queries have other negatives than their own; none: all have.
 
     Raises:
@@ -151,12 +151,13 @@ class BatchLoader(StepLoader[EmbedBatch]):
         super().__init__(records, sampler, dp_rank=dp_rank, dp_size=dp_size)
         self._tokenizer = tokenizer
         self._micro_batch_size = micro_batch_size
-        self._num_negatives = num_negatives
+        # Messages have room for what is asked for: never more of it than there is. All ranks read the same rows.
+        self._num_negatives = min(num_negatives, records.most_negatives)
         self._alignment = alignment
         self._constant_tokens = constant_tokens
         self._micro_batch_tokens = micro_batch_tokens
         self._whole_groups = whole_groups
-        self._num_positives = num_positives
+        self._num_positives = min(num_positives, records.most_positives)
         self._in_batch = None if all(in_batch) else tuple(in_batch)
 
     def batch_of(self, records: Sequence[Any], rows: Sequence[int], entries: Sequence[int], step: int) -> EmbedBatch:

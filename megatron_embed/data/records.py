@@ -32,6 +32,7 @@ class _Source(Records[AnyRecord]):
         instructions: each distinct instruction (None: rows without one), with the source of its first row.
         digest: hash of the rows; blank lines and line endings do not count.
         most_positives: positives of the row that has the most.
+        most_negatives: negatives of the row that has the most; 0 where rows are lists with labels.
         most_documents: documents of the row that has the most.
     """
 
@@ -43,12 +44,14 @@ class _Source(Records[AnyRecord]):
         self.file = file
         self.instructions: dict[str | None, str] = {}
         self.most_positives = 0
+        self.most_negatives = 0
         self.most_documents = 0
 
     def _note(self, record: AnyRecord) -> None:
         self.instructions.setdefault(record.instruction, record.source)
         if isinstance(record, Record):
             self.most_positives = max(self.most_positives, len(record.positive))
+            self.most_negatives = max(self.most_negatives, len(record.negatives))
             self.most_documents = max(self.most_documents, len(record.positive) + len(record.negatives))
         else:
             self.most_documents = max(self.most_documents, len(record.documents))
@@ -115,7 +118,8 @@ class _Part(_Source):
     def __init__(self, whole: _Source, rows: NDArray[np.int64]) -> None:
         super().__init__(whole.file)
         self.instructions, self.digest = whole.instructions, whole.digest
-        self.most_positives, self.most_documents = whole.most_positives, whole.most_documents
+        self.most_positives, self.most_negatives = whole.most_positives, whole.most_negatives
+        self.most_documents = whole.most_documents
         self._whole = whole
         self._numbers = rows
 
@@ -149,6 +153,11 @@ class RecordSet(Records[AnyRecord]):
     def most_positives(self) -> int:
         """Positives of the row that has the most."""
         return max(file.most_positives for file in self.files)
+
+    @property
+    def most_negatives(self) -> int:
+        """Negatives of the row that has the most; held-out rows count with those that are kept."""
+        return max(file.most_negatives for file in self.files)
 
     @property
     def most_documents(self) -> int:

@@ -78,11 +78,13 @@ class RowRunner:
 
     def _run_share(self, bins: Sequence[MicroBatch], num_items: int) -> Tensor:
         """[num_items, dim] of this rank's items; empty before the last stage."""
-        # All ranks run as many bins as the busiest, or an expert-parallel all-to-all would wait for ever.
+        # Where experts lie on several ranks, all of these run as many bins as the busiest, or an exchange of tokens
+        # would wait for ever. Ranks of one replica have the same bins; the data-parallel group joins the replicas.
         batches = [to_device(micro, self.topology, self.pooling, kernel=self.kernel, causal=self.causal,
                              shape=self.shape)
                    for micro in bins]
-        if self.topology.sizes.expert_model_parallel_size > 1:
+        sizes = self.topology.sizes
+        if sizes.expert_model_parallel_size * sizes.expert_tensor_parallel_size > 1:
             needed = largest(len(batches), self.topology.dp_group)
             batches += [batches[0]] * (needed - len(batches))
         if len(self.chunks) > 1:  # the interleaved schedule runs whole rounds of the pipeline

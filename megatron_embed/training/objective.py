@@ -25,9 +25,10 @@ class Sums:
     """[names, 2] float64: per metric, a sum and the number that it is divided by."""
 
     def metrics(self) -> dict[str, float]:
-        """The means; a metric that nothing contributed to is left out."""
-        return {name: total / count for name, (total, count) in zip(self.names, self.values.tolist(), strict=True)
-                if count}
+        """The means; a metric that nothing contributed to is left out, but for the loss, which then is 0."""
+        return {name: total / count if count else 0.0
+                for name, (total, count) in zip(self.names, self.values.tolist(), strict=True)
+                if count or name == "loss"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from tests.cli.test_refusals import assert_refused, command, settings
@@ -139,3 +140,25 @@ def test_fewer_texts_than_ranks_with_experts_on_both(tmp_path):
         vectors.append(np.load(output))
     assert vectors[0].shape[0] == 1
     assert np.abs(vectors[0] - vectors[1]).max() < 1e-5
+
+
+def encoded(model, texts, overrides):
+    """Vectors of the texts, in bins of one or two of them."""
+    from megatron_embed.__main__ import build_parser
+    from megatron_embed.cli.model import open_encoder
+
+    encoder, _, _ = open_encoder(build_parser().parse_args(
+        ["encode", "--model", model, "--pooling", "mean", "--input", "-", "--output", "-", *overrides]), prompts=False)
+    encoder.micro_batch_tokens = 24
+    return encoder.encode(texts, "document")
+
+
+def test_ranks_with_fewer_bins_take_part_where_experts_are_split(tmp_path):
+    """Experts cut among ranks of different data exchange tokens just as experts that lie on one rank each do."""
+    experts = str(save_moe(tmp_path / "experts", "qwen3_moe"))
+    texts = ["a text of about twenty tokens that fills a bin of its own for certain " + str(row) for row in range(3)]
+    (truth,) = run_on_ranks(encoded, 1, experts, texts, [])
+    assert truth.abs().amax(dim=1).min() > 0
+    for key in ("expert_model", "expert_tensor"):
+        for vectors in run_on_ranks(encoded, 2, experts, texts, [f"parallel.{key}_parallel_size=2"]):
+            torch.testing.assert_close(vectors, truth, rtol=1e-5, atol=1e-6)

@@ -241,6 +241,19 @@ def test_two_stages_train_what_one_rank_does(tmp_path):
         torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("loss, label", [("ranknet", 1), ("margin_ranking", 1), ("lambda_loss", 1), ("listwise", 0)])
+def test_a_batch_without_a_term_has_the_loss_0(tied_model, tmp_path, loss, label):
+    """No pair of labels that differ, no document that is relevant: the step goes by, and nothing moves."""
+    rows = [{"query": f"q{row}", "documents": ["one", "two"], "labels": [label, label]} for row in range(8)]
+    (tmp_path / "equal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = run_settings(tied_model, tmp_path, objective={"loss": loss}, checkpoint={"directory": None},
+                          logging={"directory": str(tmp_path / "log")},
+                          data={"train": [str(tmp_path / "equal.jsonl")], "num_negatives": 0})
+    run(["train", config])
+    metrics = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"], line["grad_norm"]) for line in metrics] == [(1, 0.0, 0.0), (2, 0.0, 0.0)]
+
+
 REFUSALS = [
     ({"objective": {"loss": "info_nce"}}, ConfigError, "objective.loss = 'info_nce': is no loss of task: reranker"),
     ({"objective": {"loss": "pointwise"}}, DataError, "label 2: objective.loss = pointwise takes labels from 0 to 1"),

@@ -10,7 +10,7 @@ import torch
 from megatron_embed.config.schema import TrainFile
 from megatron_embed.data.loader import BatchLoader
 from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.records import RecordSet, open_records, text_id
+from megatron_embed.data.records import RecordSet, hold_out, open_records, text_id
 from megatron_embed.data.sampler import GlobalBatchSampler
 from megatron_embed.errors import ConfigError, DataError
 from tests.data.conftest import MINI_ZH
@@ -29,10 +29,10 @@ def mini_zh() -> RecordSet:
 
 
 def make(records: RecordSet, tokenizer: RoleTokenizer, *, size: int = 8, shuffle: bool = True, dp_rank: int = 0,
-         dp_size: int = 1, micro_batch_size: int = 2) -> BatchLoader:
+         dp_size: int = 1, micro_batch_size: int = 2, num_negatives: int = 1, num_positives: int = 1) -> BatchLoader:
     sampler = GlobalBatchSampler(records, global_batch_size=size, shuffle=shuffle, seed=1)
     return BatchLoader(records, sampler, tokenizer, dp_rank=dp_rank, dp_size=dp_size, micro_batch_size=micro_batch_size,
-                       num_negatives=1, alignment=8, constant_tokens=False)
+                       num_negatives=num_negatives, num_positives=num_positives, alignment=8, constant_tokens=False)
 
 
 def loader_threads() -> list[str]:
@@ -88,6 +88,24 @@ def test_the_next_step_is_prepared_in_the_background(mini_zh: RecordSet, tokeniz
     assert [step for step, _ in built][:3] == [0, 1, 2]
     assert len(built) <= 4  # nothing was built twice
     assert all(name.startswith("batch-loader") for _, name in built)
+
+
+def test_messages_have_no_room_for_what_no_row_has(write_rows: WriteRows, tokenizer: RoleTokenizer):
+    """The capacity is of the data, whichever file a step's rows are of."""
+    short = write_rows([{"query": f"q{row}", "positive": f"p{row}", "negatives": ["n"]} for row in range(4)], "a.jsonl")
+    long = write_rows([{"query": f"r{row}", "positive": ["p", "o"], "negatives": ["n1", "n2", "n3"]}
+                       for row in range(4)], "b.jsonl")
+    records = open_records((TrainFile(path=short), TrainFile(path=long)))
+    assert records.most_negatives == 3
+    kept, held = hold_out(records, 0.4, seed=1)
+    assert held is not None and kept.most_negatives == held.most_negatives == 3
+    for dp_rank in range(2):
+        with make(records, tokenizer, size=4, dp_rank=dp_rank, dp_size=2, micro_batch_size=1, shuffle=False,
+                  num_negatives=10**9, num_positives=10**9) as loader:
+            batches = [loader.batch(step) for step in range(2)]
+        assert [batch.num_documents for batch in batches] == [4, 10]
+        assert {batch.capacity for batch in batches} == {(2, 10, 4)}
+        assert {batch.micro_capacity for batch in batches} == {(1, 5, 2)}
 
 
 def test_an_error_in_the_background_reaches_the_caller(write_rows: WriteRows, tokenizer: RoleTokenizer):
