@@ -8,6 +8,10 @@ from pathlib import Path
 INFO_FILE = "megatron_embed.json"
 BEST = "best"
 """In a run's directory: a link to its best checkpoint, which `remove_old` leaves alone."""
+LATEST = "latest"
+"""In a run's directory: a file that names its newest checkpoint. Who writes another one's name goes back to that."""
+ABANDONED = ".abandoned"
+"""What a checkpoint's name ends in once its run went back to one before it."""
 _STEP = re.compile(r"step_(\d+)$")
 
 
@@ -53,13 +57,44 @@ def step_directories(directory: Path) -> dict[int, Path]:
 def latest_checkpoint(directory: str | Path) -> Path | None:
     """The training checkpoint that `latest` names, else the newest complete one; null if there is none."""
     folder = Path(directory)
-    pointer = folder / "latest"
-    if pointer.is_file():
-        named = folder / pointer.read_text(encoding="utf-8").strip()
-        if (named / INFO_FILE).is_file():
-            return named
+    named = _target_of_latest(folder)
+    if named is not None:
+        return named
     complete = step_directories(folder)
     return complete[max(complete)] if complete else None
+
+
+def _target_of_latest(folder: Path) -> Path | None:
+    """The complete checkpoint that `latest` names, if it does."""
+    pointer = folder / LATEST
+    if not pointer.is_file():
+        return None
+    named = folder / pointer.read_text(encoding="utf-8").strip()
+    return named if (named / INFO_FILE).is_file() else None
+
+
+def set_aside_after(directory: Path, step: int) -> list[str]:
+    """Renames the checkpoints of more than `step` steps, which a run that goes on from `step` leaves behind, so that no
+    one takes them for its own: `step_000500.abandoned`, or with a number behind it where there is one already.
+
+    A `best` among them is no longer pointed at. Gives their new names; nothing is deleted. Only before training starts.
+    """
+    moved = []
+    for number, folder in step_directories(directory).items():
+        if number <= step:
+            continue
+        target, count = folder.with_name(folder.name + ABANDONED), 1
+        while target.exists():
+            count += 1
+            target = folder.with_name(f"{folder.name}{ABANDONED}-{count}")
+        best = directory / BEST
+        if best.is_symlink() and best.resolve() == folder.resolve():
+            best.unlink()
+        folder.rename(target)
+        moved.append(target.name)
+    if moved:
+        sync_directory(directory)
+    return moved
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -86,10 +121,10 @@ def replace_directory(new: Path, target: Path) -> None:
 
 
 def remove_old(directory: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` training checkpoints (0 keeps all), and the best."""
-    best = (directory / BEST).resolve()
+    """Deletes all but the newest `keep` training checkpoints (0 keeps all), the best, and the one `latest` names."""
+    kept = (directory / BEST).resolve(), (_target_of_latest(directory) or directory).resolve()
     complete = list(step_directories(directory).values())
-    for old in [path for path in complete[:-keep] if path.resolve() != best] if keep else []:
+    for old in [path for path in complete[:-keep] if path.resolve() not in kept] if keep else []:
         hidden = old.with_name(f".{old.name}.old.tmp")  # first, so that a kill leaves nothing that looks whole
         old.rename(hidden)
         shutil.rmtree(hidden)

@@ -12,7 +12,14 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_embed.checkpoint.files import link_tree, remove_old, replace_directory, sync_tree, write_atomically
+from megatron_embed.checkpoint.files import (
+    LATEST,
+    link_tree,
+    remove_old,
+    replace_directory,
+    sync_tree,
+    write_atomically,
+)
 from megatron_embed.checkpoint.state import SHARDING, TRAINER_FILE, TrainingState, sharded_state
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.parallel.collectives import raise_first, smallest
@@ -89,7 +96,7 @@ class Saver:
         (pending.temporary / TRAINER_FILE).write_text(json.dumps({"step": pending.step}), encoding="utf-8")
         sync_tree(pending.temporary)
         replace_directory(pending.temporary, pending.target)
-        write_atomically(self._directory / "latest", pending.target.name + "\n")
+        write_atomically(self._directory / LATEST, pending.target.name + "\n")
         remove_old(self._directory, self._keep)
         logger.info("saved %s", pending.target)
 

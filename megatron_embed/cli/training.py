@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.checkpoint.best import BestCheckpoint
-from megatron_embed.checkpoint.files import remove_unfinished
+from megatron_embed.checkpoint.files import remove_unfinished, set_aside_after
 from megatron_embed.checkpoint.lock import sole_writer
 from megatron_embed.checkpoint.save import Saver, on_rank_0
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint
@@ -183,13 +183,18 @@ def resume(standing: Standing, state: TrainingState) -> int:
 
 
 def prepare_assets(config: RunConfig, inputs: Inputs) -> Path | None:
-    """Rank 0 lays the files that every checkpoint carries beside its tensors; written anew at each start."""
+    """Rank 0 lays the files that every checkpoint carries beside its tensors; written anew at each start. Checkpoints
+    that the run leaves behind, because it goes back to one before them, are put aside."""
     if config.checkpoint.directory is None:
         return None
     assets = Path(config.checkpoint.directory) / ".assets"
 
     def write() -> None:
         remove_unfinished(assets.parent)
+        abandoned = set_aside_after(assets.parent, inputs.standing.steps)
+        if abandoned:
+            logger.warning("the run goes back to %d steps: checkpoints of more are put aside as %s in %s, for you to "
+                           "delete", inputs.standing.steps, ", ".join(abandoned), assets.parent)
         write_assets(assets, config, inputs)
 
     on_rank_0(write, assets)

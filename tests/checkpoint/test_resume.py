@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_embed.checkpoint.files import latest_checkpoint, step_directories
+from megatron_embed.checkpoint.files import latest_checkpoint, remove_old, step_directories
 from tests.ranks import run_on_ranks
 from tests.toys import MAX_LENGTH, MINI_EN, layout, save_model
 
@@ -165,6 +165,28 @@ def test_a_kill_before_latest_moves_is_survived(model, finished, tmp_path):
     assert curve(directory) == curve(finished[0])
     assert latest_checkpoint(directory).name == "step_000004"
     assert not [entry for entry in directory.iterdir() if entry.name.endswith(".tmp")]
+
+
+def test_going_back_keeps_what_is_saved_then(model, finished, tmp_path):
+    """`latest` written by hand: the run goes on from there, and what it leaves behind is put aside, whole."""
+    directory = shutil.copytree(finished[0], tmp_path / "run")
+    (directory / "latest").write_text("step_000001\n")
+    (directory / "best").symlink_to("step_000003")
+    (directory / "step_000004.abandoned").mkdir()  # of another time
+    settings = finished[1] | {"train_steps": 3, "checkpoint": {"save_every_steps": 1, "keep": 2}}
+    run_on_ranks(train, 1, configuration(model, directory, **settings))
+    assert list(step_directories(directory)) == [2, 3]
+    assert latest_checkpoint(directory).name == "step_000003"
+    aside = [directory / name for name in ("step_000002.abandoned", "step_000003.abandoned", "step_000004.abandoned-2")]
+    assert all((folder / "megatron_embed.json").is_file() for folder in aside)
+    assert not (directory / "best").is_symlink()
+
+
+def test_what_latest_names_is_not_removed(finished, tmp_path):
+    directory = shutil.copytree(finished[0], tmp_path / "run")
+    (directory / "latest").write_text("step_000002\n")
+    remove_old(directory, 1)
+    assert list(step_directories(directory)) == [2, 4]
 
 
 def test_log_line_cut_short_by_a_kill_is_written_again(model, finished, tmp_path):
