@@ -17,10 +17,14 @@ from megatron_embed.cli.common import (
     write_status,
 )
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
+from megatron_embed.parallel.launch import launched_rank
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
 COMMANDS = {"train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
             "merge": merge, "data": data, "plan": plan, "doctor": doctor}
+
+OF_MANY_RANKS = ("train", "encode", "evaluate", "mine")
+"""Commands whose ranks work together; one that fails before they meet tells the others."""
 
 
 def build_parser() -> Parser:
@@ -36,7 +40,8 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 2 bad configuration or data, 75 preempted, 130 interrupted, else 1.
 
-    Bad input is one line on stderr, from rank 0 alone: every rank raises it alike.
+    Bad input is one line on stderr, from rank 0 alone: every rank raises it alike, or is told before they start
+    together. Another rank prints only what rank 0 cannot.
     """
     if leaves_status():
         clear_status()
@@ -48,14 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
     """Exit code and message of one command."""
+    meeting = None
     try:
         setup_logging(rank)
         args = build_parser().parse_args(argv)
+        if args.command in OF_MANY_RANKS and launched_rank()[1] > 1:
+            from megatron_embed.parallel.meeting import open_meeting
+
+            meeting = open_meeting()
         return COMMANDS[args.command].run(args), ""
     except UserError as error:
         message = " ".join(str(error).split())
         if rank == 0:
             sys.stderr.write(f"megatron-embed: error: {message}\n")
+            sys.stderr.flush()
+        if meeting is not None and meeting.refuse(message):
+            sys.stderr.write(f"megatron-embed: error: rank {rank}: {message}\n")
         return 2, message
     except PreemptedError as stop:
         return PREEMPTED, str(stop)

@@ -27,11 +27,11 @@ from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.models.heads import HeadSpec
 from megatron_embed.models.reranker_settings import RerankerSettings
+from megatron_embed.parallel.launch import launched_rank
 from megatron_embed.parallel.topology import (
     check_batch_sizes,
     check_token_budget,
     check_world_size,
-    launched_rank,
     token_alignment,
 )
 

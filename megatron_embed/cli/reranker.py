@@ -28,7 +28,8 @@ from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel
 from megatron_embed.models.heads import HeadSpec, initialize_head, is_encoder
 from megatron_embed.models.reranker_settings import RerankerSettings, head_of_architecture
-from megatron_embed.parallel.topology import Topology, check_world_size, initialize, launched_rank
+from megatron_embed.parallel.launch import launched_rank
+from megatron_embed.parallel.topology import Topology, check_world_size, initialize
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,6 @@
 """From sizes to process groups. The only module that touches Megatron's `parallel_state`."""
 
 import datetime
-import os
-import re
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +8,8 @@ import torch.distributed as dist
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError, LostRankError
+from megatron_embed.parallel.launch import launched_rank, rendezvous_address, source_of_world_size
+from megatron_embed.parallel.meeting import Meeting
 from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, parallel_state
 
 
@@ -114,45 +114,22 @@ def token_alignment(sizes: ParallelConfig) -> int:
     return shares * (2 * sizes.context_parallel_size if sizes.context_parallel_size > 1 else 1)
 
 
-def launched_rank() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's variables, else from srun's (several tasks), else (0, 1, 0)."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
-    return 0, 1, 0
-
-
-def _first_slurm_host(nodelist: str) -> str:
-    """`node[03-05,9]` or `a,b` -> the first host's name."""
-    match = re.match(r"([^\[,]+)(?:\[([0-9]+))?", nodelist)
-    if match is None:
-        raise ConfigError(f"SLURM_JOB_NODELIST = {nodelist!r} names no host; set MASTER_ADDR to the first node's "
-                          "address")
-    return match.group(1) + (match.group(2) or "")
-
-
-def _init_process_group(rank: int, world_size: int, timeout: datetime.timedelta) -> tuple[str, int] | None:
-    """Starts it. Returns host and port of its store, null for one rank."""
-    backend = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo"
+def _init_process_group(rank: int, world_size: int, timeout_seconds: int) -> tuple[str, int] | None:
+    """Starts it, once every rank is there. Returns host and port of its store, null for one rank."""
+    backend, timeout = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo", datetime.timedelta(seconds=timeout_seconds)
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return None
-    env = os.environ
-    if "MASTER_ADDR" not in env:
-        env["MASTER_ADDR"] = _first_slurm_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
-    if "MASTER_PORT" not in env:
-        # Jobs that share a node must not share a port; ids that follow each other get ports far apart.
-        env["MASTER_PORT"] = str(20000 + int(env.get("SLURM_JOB_ID", 0)) * 7 % 20000)
-    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    host, port = rendezvous_address()
     try:
+        meeting = Meeting(rank, world_size)
+        meeting.arrive(timeout_seconds)
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LostRankError(f"not all of {world_size} ranks met at {host}:{port} within parallel.timeout_seconds = "
-                            f"{timeout.seconds} ({reason}); look at the logs of the ranks that did not start",
-                            speaker=rank == 0) from error
+        raise LostRankError(f"{world_size} ranks ({source_of_world_size()}) cannot start a process group at "
+                            f"{host}:{port} within parallel.timeout_seconds = {timeout_seconds} ({reason}); look at "
+                            "the logs of the other ranks", speaker=rank == 0) from error
     return host, port
 
 
@@ -235,7 +212,8 @@ def check_token_budget(config: RunConfig) -> None:
 def initialize(sizes: ParallelConfig) -> Topology:
     """Starts the process group if none runs, then builds every group of the layout.
 
-    Communicates over the world. Raises ConfigError, before the first collective, if the world size does not fit.
+    Communicates over the world. Raises ConfigError, before the first collective, if the world size does not fit, and
+    the error of another rank that met one before it came here.
     """
     rank, world_size, local_rank = launched_rank()
     if dist.is_initialized():
@@ -247,7 +225,7 @@ def initialize(sizes: ParallelConfig) -> Topology:
         torch.cuda.set_device(device)
     rendezvous = None
     if not dist.is_initialized():
-        rendezvous = _init_process_group(rank, world_size, datetime.timedelta(seconds=sizes.timeout_seconds))
+        rendezvous = _init_process_group(rank, world_size, sizes.timeout_seconds)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

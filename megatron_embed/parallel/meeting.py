@@ -1,0 +1,139 @@
+"""Before there is a process group the ranks meet: an error that one of them met on its way is told to all."""
+
+import contextlib
+import datetime
+import os
+import socket
+import time
+
+import torch.distributed as dist
+
+from megatron_embed.errors import LostRankError, UserError
+from megatron_embed.parallel.launch import launched_rank, rendezvous_address, source_of_world_size
+
+ALL_HERE = "all here"
+CONNECT_SECONDS = 20.0
+"""How long a rank with an error waits for rank 0's store, which is there as soon as rank 0 has loaded its libraries."""
+SPEAK_SECONDS = 5.0
+"""How long it then waits for rank 0 to print the error, before it does so itself."""
+LINGER_SECONDS = 10.0
+"""How long rank 0 leaves its store open after an error, for ranks that come later with the same one."""
+
+
+class Meeting:
+    """The run's key-value store, and who has arrived there. Rank 0 hosts it, unless torchrun's agent does.
+
+    The first rank with an error decides, or else the last one to arrive: one value, which all ranks wait for. Small
+    messages to one process, three per rank; no collective.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        """Starts the store if this rank hosts it; RuntimeError if it cannot. Any number of times in a process."""
+        self._rank, self._world_size = rank, world_size
+        self._address = rendezvous_address()
+        self._hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._store = self._open(CONNECT_SECONDS) if self._hosts else None
+
+    def arrive(self, timeout_seconds: int) -> None:
+        """Returns once every rank has arrived.
+
+        Raises:
+            UserError: the error of a rank that will not come, on every rank that did.
+            LostRankError: not all came in time.
+        """
+        host, port = self._address
+        store = None
+        try:
+            store = self._open(timeout_seconds)
+            store.set(f"here/{self._rank}", "")
+            if store.add("arrived", 1) == self._world_size:
+                store.compare_set("verdict", "", ALL_HERE)
+            verdict = store.get("verdict").decode()
+        except dist.DistError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise LostRankError(
+                f"not all of {self._world_size} ranks ({source_of_world_size()}) met at {host}:{port} within "
+                f"parallel.timeout_seconds = {timeout_seconds} ({self._absent(store) or reason}); look at the logs of "
+                "the ranks that did not start", speaker=self._rank == 0) from error
+        if verdict != ALL_HERE:
+            raise UserError(verdict)
+
+    def refuse(self, message: str) -> bool:
+        """Tells all ranks the error because of which this one does not come. Rank 0 has printed its own by then.
+
+        Returns whether this rank shall print it, since rank 0 cannot be reached or does not know it yet.
+        """
+        if dist.is_initialized():  # then every rank has the error alike
+            return False
+        if not self._hosts and not _answers(*self._address):
+            return self._rank != 0
+        try:
+            store = self._open(CONNECT_SECONDS)
+            mine = f"rank {self._rank}: {message}"
+            is_first = store.compare_set("verdict", "", mine).decode() == mine
+            if self._rank == 0:
+                store.set("printed", "")
+                self._linger(store)
+                return False
+            return not self._is_printed(store) and is_first
+        except dist.DistError:
+            return self._rank != 0
+
+    def _open(self, timeout_seconds: float) -> dist.Store:
+        host, port = self._address
+        store = dist.TCPStore(host, port, self._world_size, self._hosts, wait_for_workers=False, multi_tenant=True,
+                              timeout=datetime.timedelta(seconds=timeout_seconds))
+        return dist.PrefixStore(f"meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    def _absent(self, store: dist.Store | None) -> str:
+        """Who has not arrived, in words; empty if the store does not say."""
+        if store is None:
+            return ""
+        try:
+            absent = [rank for rank in range(self._world_size) if not store.check([f"here/{rank}"])]
+        except dist.DistError:
+            return ""
+        names = ", ".join(map(str, absent[:8])) + (f" and {len(absent) - 8} more" if absent[8:] else "")
+        return f"without rank{'s' if absent[1:] else ''} {names}" if absent else ""
+
+    def _is_printed(self, store: dist.Store) -> bool:
+        try:
+            store.wait(["printed"], datetime.timedelta(seconds=SPEAK_SECONDS))
+        except dist.DistError:
+            return False
+        finally:
+            with contextlib.suppress(dist.DistError):
+                store.add("heard", 1)
+        return True
+
+    def _linger(self, store: dist.Store) -> None:
+        """Until the other ranks have read what they need, if the store ends with this process."""
+        deadline = time.monotonic() + LINGER_SECONDS
+        while self._hosts and store.add("heard", 0) < self._world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def open_meeting() -> Meeting | None:
+    """The meeting of this process's run; null for one rank, or where the process group is there already.
+
+    Opened early, so that ranks that fail early can tell.
+    """
+    rank, world_size, _ = launched_rank()
+    if world_size == 1 or dist.is_initialized():
+        return None
+    try:
+        return Meeting(rank, world_size)
+    except (dist.DistError, UserError):  # a port that is taken, a host without a name: the start tells, and how
+        return None
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether something listens there within CONNECT_SECONDS. Quieter than torch's own attempts."""
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, port), timeout=2.0).close()
+            return True
+        except OSError:
+            time.sleep(0.2)
+    return False
