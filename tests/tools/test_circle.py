@@ -1,0 +1,39 @@
+"""The cut of the data that the life cycle is shown on: no test query and no held-out row is trained on."""
+
+import argparse
+import importlib.util
+import json
+
+from megatron_embed.evaluation.beir import load_beir
+from tests.toys import REPOSITORY
+
+spec = importlib.util.spec_from_file_location("circle", REPOSITORY / "tools" / "circle.py")
+circle = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(circle)
+
+
+def test_the_cut_is_disjoint_and_whole(tmp_path):
+    args = argparse.Namespace(data=str(REPOSITORY / "examples" / "data" / "mini_zh"), held_out=50, rows=200,
+                              queries=40, documents=150)
+    for name in ("one", "two"):
+        circle.cut_data(args, tmp_path / name)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
+    assert len(files) == 7
+    assert all((tmp_path / "one" / file).read_text() == (tmp_path / "two" / file).read_text() for file in files)
+    rows = [json.loads(line) for line in (tmp_path / "one" / "train.jsonl").read_text().splitlines()]
+    test, held = load_beir(str(tmp_path / "one" / "test")), load_beir(str(tmp_path / "one" / "held_out"))
+    asked, read = {row["query"] for row in rows}, {text for row in rows for text in row["positive"]}
+    assert len(rows) == 200 and len(held.query_ids) == 50 and len(test.query_ids) == 40
+    assert not asked & {*held.query_texts, *test.query_texts}
+    needed = {document for judged in test.qrels.values() for document in judged}
+    assert len(test.document_ids) == 150 and needed <= set(test.document_ids)
+    assert not read & {text for name, text in zip(test.document_ids, test.document_texts, strict=True)
+                       if name in needed}
+
+
+def test_the_table_gives_means_over_the_seeds():
+    scores = dict.fromkeys(circle.STAGES, 0.5) | {"baseline": 0.25, "weight": 0.4}
+    lines = circle.table({1: scores, 2: scores | {"merged": 0.7}}).splitlines()
+    assert len(lines) == len(circle.STAGES) + 4
+    assert lines[2].endswith("| 0.2500 | +0.0000 | 0.2500, 0.2500 |")
+    assert "| slerp of both trained models | 0.6000 | +0.3500 | 0.5000, 0.7000 |" in lines

