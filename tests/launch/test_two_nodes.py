@@ -18,7 +18,7 @@ from tests.ranks import run_on_ranks
 from tests.toys import REPOSITORY, save_model
 
 pytestmark = pytest.mark.slow
-STEPS = 300
+STEPS = 80
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ class Nodes:
 
     def ends(self):
         """(exit code, stderr) of both."""
-        errors = [script.communicate(timeout=180)[1] for script in self.scripts]
+        errors = [script.communicate(timeout=400)[1] for script in self.scripts]
         return [(script.returncode, text) for script, text in zip(self.scripts, errors, strict=True)]
 
 
