@@ -80,7 +80,8 @@ MORE = [
     Case(model="untied", loss="listwise", parallel=layout(pp=2), ranks=2, micro_batch_size=4, adapters=True),
     Case(model="score", loss="listwise", parallel=layout(cp=2), ranks=2, micro_batch_size=4, adapters=True),
     Case(model="score", loss="listwise", ranks=2, micro_batch_size=2, adapters=True, distributed=False),
-    Case(model="encoder", loss="listwise", parallel=layout(tp=2), ranks=2, micro_batch_size=4, adapters=True)]
+    # Not listwise: it knows no bias of all scores, whose gradient would be rounding errors alone.
+    Case(model="encoder", loss="pointwise", parallel=layout(tp=2), ranks=2, micro_batch_size=4, adapters=True)]
 
 
 @pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
