@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -83,6 +84,9 @@ def test_requeue_and_time_limit_do_not_show_in_the_result(slurm, tmp_path):
     overrides = [f"model.path={model}", f"training.train_steps={STEPS}", "training.epochs=null",
                  "training.hidden_dropout=0.1", "evaluation.retrieval=[]", "checkpoint.export_at_end=null",
                  "logging.tensorboard=false"]
+    with socket.socket() as listener:  # job.sh's own port follows from the job's number: 1 in every fresh cluster
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/launch/paced.py {pace} "$@"\n')
     python.chmod(0o755)
@@ -93,8 +97,8 @@ def test_requeue_and_time_limit_do_not_show_in_the_result(slurm, tmp_path):
             ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1",
              "--time=60", f"--output={log}", "launch/slurm/train.sbatch", DEMO, *overrides],
             cwd=REPOSITORY, capture_output=True, text=True, check=True,
-            env=slurm | {"PYTHON": str(python), "RUN_DIR": str(run), "MASTER_ADDR": "127.0.0.1", "MIN_FREE_GIB": "1",
-                         "PYTHONPATH": str(REPOSITORY)}).stdout.strip()
+            env=slurm | {"PYTHON": str(python), "RUN_DIR": str(run), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                         "MIN_FREE_GIB": "1", "PYTHONPATH": str(REPOSITORY)}).stdout.strip()
 
     number = submit()
     metrics = run / "metrics.jsonl"
