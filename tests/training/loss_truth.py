@@ -34,7 +34,7 @@ def of_pairs(peer, label):
 
 
 def nested(query, positive, negative):
-    peer = peers.MultipleNegativesRankingLoss(None, scale=10.0, directions=PEER_NAMES)
+    peer = peers.MultipleNegativesRankingLoss(None, scale=20.0, directions=PEER_NAMES)
     return sum(weight * peer.compute_loss_from_embeddings([shrink(query, dim), shrink(positive, dim)], None)
                for dim, weight in ((32, 1.0), (8, 0.5)))
 
@@ -99,7 +99,7 @@ class Loss:
 
 
 LOSSES = {
-    "info_nce": Loss({"temperature": 0.1, "directions": ALL, "matryoshka_weights": (1.0, 0.5)}, nested, dims=(32, 8)),
+    "info_nce": Loss({"temperature": 0.05, "directions": ALL, "matryoshka_weights": (1.0, 0.5)}, nested, dims=(32, 8)),
     "sigmoid": Loss({"temperature": 0.2, "bias": -3.0}, sigmoid),
     "cosine_similarity": Loss({}, of_pairs(peers.CosineSimilarityLoss(None), SCORES), SCORES),
     "contrastive": Loss({"margin": 0.9}, of_pairs(peers.ContrastiveLoss(None, margin=0.9), BINARY), BINARY),
