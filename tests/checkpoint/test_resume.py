@@ -76,8 +76,9 @@ def export(directory, target):
 
 
 @pytest.mark.parametrize("ranks, sizes, distributed", [
-    (1, layout(), True), (2, layout(), True), (2, layout(), False), (2, layout(2), True), (2, layout(pp=2), True),
-    (2, layout(cp=2), False)], ids=["one", "dp2", "dp2_plain", "tp2", "pp2", "cp2_plain"])
+    pytest.param(1, layout(), True, marks=pytest.mark.slow), (2, layout(), True), (2, layout(), False),
+    (2, layout(2), True), (2, layout(pp=2), True), (2, layout(cp=2), False)],
+    ids=["one", "dp2", "dp2_plain", "tp2", "pp2", "cp2_plain"])
 def test_resumed_run_repeats_the_curve_bit_for_bit(model, tmp_path, ranks, sizes, distributed):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     learned = sizes == layout(pp=2) or (ranks == 2 and not distributed)

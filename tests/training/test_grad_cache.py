@@ -101,10 +101,15 @@ def both_passes_of_runs(runs):
     return [both_passes(*run) for run in runs]
 
 
-@pytest.mark.parametrize("sizes", [layout(), layout(pp=2), layout(2), layout(2, sp=False), layout(cp=2)],
-                         ids=["one", "pp2", "tp2", "tp2nosp", "cp2"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_second_pass_and_recomputation_drop_what_the_first_dropped(models, kind, sizes):
+PLACES = {"one": layout(), "pp2": layout(pp=2), "tp2": layout(2), "tp2nosp": layout(2, sp=False), "cp2": layout(cp=2)}
+
+
+@pytest.mark.parametrize("kind, place", [
+    pytest.param(kind, place, marks=() if kind == "qwen3" or place == "tp2" else pytest.mark.slow)
+    for kind in KINDS for place in PLACES])
+def test_second_pass_and_recomputation_drop_what_the_first_dropped(models, kind, place):
+    sizes = PLACES[place]
+
     def config(recompute, hidden=0.2, attention=0.2):
         return run_config(models[kind], parallel=sizes, objective=objective_settings(),
                           training={"global_batch_size": ROWS, "micro_batch_size": 3, "recompute": recompute,
