@@ -37,10 +37,10 @@ format: env
 slurm:
 	@tools/local_slurm.sh install
 
-# Two processes, a file of tests to one of them, each with a pool of ranks of its own. In the files' order: the longest
-# single test is alone in its file and would come last.
+# Three processes, a file of tests to one of them, each with a pool of ranks of its own: of two, both cores wait often. In
+# the files' order: the longest single test is alone in its file and would come last.
 test: slurm lint
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-all: slurm lint
 	$(PYTEST) -m "slow or not slow"
