@@ -160,8 +160,7 @@ def require_writable(key: str, directory: str) -> None:
     """Makes the directory and tries a file in it. Raises ConfigError naming the key."""
     try:
         os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise ConfigError(f"{key} = {directory!r}: cannot be written ({error.strerror}); choose a directory that "
                           "can") from error

@@ -25,11 +25,9 @@ class TensorReader(Protocol):
 
     def read(self, name: str) -> Tensor:
         """The whole tensor."""
-        ...
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Indices `start` to `stop` of `dim`, reading no other bytes."""
-        ...
 
 
 CONFIG_KEYS: Mapping[str, str] = {

@@ -120,15 +120,8 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
     _refuse_empty(document_tokens, documents, [records[query].source for query in owner.tolist()])
 
     token_ids = query_tokens.token_ids + document_tokens.token_ids
-    ends = len(records) + np.cumsum(sizes)
-    rows = [[row, *range(end - size, end)] for row, (end, size) in enumerate(zip(ends, sizes, strict=True))]
-    if micro_batch_tokens is None:
-        bins = [sorted(chain.from_iterable(rows[start : start + micro_batch_size]))
-                for start in range(0, len(records), micro_batch_size)]
-    elif whole_groups:
-        bins = bins_of_groups(rows, [len(ids) for ids in token_ids], micro_batch_tokens)
-    else:
-        bins = bins_of_rows([len(ids) for ids in token_ids], micro_batch_tokens)
+    bins = _bins([len(ids) for ids in token_ids], sizes, micro_batch_size=micro_batch_size,
+                 micro_batch_tokens=micro_batch_tokens, whole_groups=whole_groups)
     most_queries = max(sum(row < len(records) for row in bin_) for bin_ in bins)
     positives = [record.positive[:most_positives] for record in records]
     return EmbedBatch(
@@ -153,6 +146,24 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, *, mi
         capacity=_capacity(len(records), num_positives + num_negatives, most_positives),
         micro_capacity=_capacity(most_queries, num_positives + num_negatives, most_positives),
     )
+
+
+def _bins(lengths: list[int], sizes: np.ndarray, *, micro_batch_size: int, micro_batch_tokens: int | None,
+          whole_groups: bool) -> list[list[int]]:
+    """Row numbers of each micro-batch, for `build_embed_batch`.
+
+    Args:
+        lengths: tokens of every row: the queries, then their documents.
+        sizes: [queries] int64, documents of each query.
+    """
+    if micro_batch_tokens is not None and not whole_groups:
+        return bins_of_rows(lengths, micro_batch_tokens)
+    ends = len(sizes) + np.cumsum(sizes)
+    rows = [[row, *range(end - size, end)] for row, (end, size) in enumerate(zip(ends, sizes, strict=True))]
+    if micro_batch_tokens is not None:
+        return bins_of_groups(rows, lengths, micro_batch_tokens)
+    return [sorted(chain.from_iterable(rows[start : start + micro_batch_size]))
+            for start in range(0, len(rows), micro_batch_size)]
 
 
 def fill_bins(batch: EmbedBatch, count: int, micro_capacity: Capacity, *, whole_groups: bool) -> EmbedBatch:

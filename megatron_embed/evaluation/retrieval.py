@@ -1,7 +1,7 @@
 """Retrieval over a BEIR set, and the metrics of trec_eval: nDCG@k, MRR@k, recall@k, precision@k, MAP."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -140,11 +140,7 @@ def evaluate_retrieval(
     widths.check(queries.shape[1])
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     rankings = _rankings(queries[rank::size].to(device or queries.device), k, similarity, widths, chunk)
-    for start in range(0, len(order), DOCUMENTS_AT_ONCE * size):
-        block = order[start : start + DOCUMENTS_AT_ONCE * size]
-        ids = [data.document_ids[index] for index in block]
-        documents = _checked(_embedded(embed, [data.document_texts[index] for index in block], "document", ids, data),
-                             "document", data.name)
+    for documents in _document_blocks(embed, data, order, DOCUMENTS_AT_ONCE * size):
         for ranking in rankings.values():
             ranking.add(documents)
     names = [data.document_ids[index] for index in order]
@@ -159,6 +155,15 @@ def evaluate_retrieval(
         mine = _metrics_of(*ranking, data.query_ids[rank::size], names, data.qrels)
         metrics |= {f"{prefix}{name}": value for name, value in _means(_of_all_ranks(mine, data, group)).items()}
     return metrics
+
+
+def _document_blocks(embed: Embed, data: BeirData, order: list[int], size: int) -> Iterator[Tensor]:
+    """[up to `size`, dim] of the documents in this order; each block is embedded by all ranks when it is asked for."""
+    for start in range(0, len(order), size):
+        block = order[start : start + size]
+        ids = [data.document_ids[index] for index in block]
+        yield _checked(_embedded(embed, [data.document_texts[index] for index in block], "document", ids, data),
+                       "document", data.name)
 
 
 @dataclass(frozen=True, kw_only=True)

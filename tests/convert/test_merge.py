@@ -233,6 +233,9 @@ def test_same_tokenizer_in_another_spelling_is_accepted(models, tmp_path):
     values = {"model": {"vocab": {"a": 0}, "merges": [["a", "b"]]}, "padding": {"length": 3}, "version": "1.0"}
     (other / "tokenizer.json").write_text(json.dumps(values))
     merge_models([first, other], tmp_path / "merged", method="linear")
+    merge_models([first, second], tmp_path / "expected", method="linear")
+    for name, tensor in load_file(tmp_path / "expected" / "model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[name], tensor)
 
 
 def test_values_that_are_not_finite_are_refused(models, tmp_path):

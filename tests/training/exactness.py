@@ -160,3 +160,29 @@ def relative_error(per_rank):
 
 def objective_settings(**settings):
     return dataclasses.asdict(ObjectiveConfig(temperature=TEMPERATURE, **settings))
+
+
+COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "reduce_scatter", "all_reduce",
+               "broadcast")
+
+
+def counted_step(built, batch):
+    """The collectives of one step's gradients: [(name, elements of the larger side, group)], in order."""
+    calls, originals = [], {name: vars(dist)[name] for name in COLLECTIVES}
+
+    def count(name, original):
+        def call(first, *args, **kwargs):
+            tensors = [value for value in (first, *args) if isinstance(value, torch.Tensor)]
+            calls.append((name, max(tensor.numel() for tensor in tensors), kwargs.get("group")))
+            return original(first, *args, **kwargs)
+
+        return call
+
+    for name, original in originals.items():
+        setattr(dist, name, count(name, original))
+    try:
+        built.gradients(batch)
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return calls

@@ -14,7 +14,7 @@ from megatron_embed.config.schema import DataConfig, EmbeddingConfig, ModelConfi
 from megatron_embed.losses.info_nce import info_nce
 from tests.ranks import run_on_ranks
 from tests.toys import layout, run_config, save_model
-from tests.training.exactness import ROWS, build, objective_settings
+from tests.training.exactness import ROWS, build, counted_step, objective_settings
 
 DIM = 7
 QUERIES = 3
@@ -178,29 +178,8 @@ def test_every_variant_is_the_same_over_ranks(world_size):
     assert any(metrics["masked_fraction"] > 0.05 for metrics, *_ in whole)
 
 
-def counted_step(config):
-    """Calls of the collectives during one step's gradients: [(name, elements of the larger side)]."""
-    built, batch = build(config)
-    calls = []
-    originals = {name: vars(dist)[name] for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_gather",
-                                                     "reduce_scatter", "all_reduce", "broadcast")}
-
-    def count(name, original):
-        def call(first, *args, **kwargs):
-            tensors = [value for value in (first, *args) if isinstance(value, torch.Tensor)]
-            calls.append((name, max(tensor.numel() for tensor in tensors)))
-            return original(first, *args, **kwargs)
-
-        return call
-
-    for name, original in originals.items():
-        setattr(dist, name, count(name, original))
-    try:
-        built.gradients(batch)
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-    return calls
+def collectives_of_step(config):
+    return [(name, elements) for name, elements, _ in counted_step(*build(config))]
 
 
 @pytest.mark.parametrize("masked, more", [(False, False), (True, False), (True, True)])
@@ -214,7 +193,7 @@ def test_one_gather_and_one_reduce_scatter_per_step(tmp_path, masked, more):
                             matryoshka_dims=(32, 8) if more else (),
                             distributed=False, training={"global_batch_size": ROWS,
                                                          "micro_batch_size": micro_batch_size})
-        for calls in run_on_ranks(counted_step, 2, config):
+        for calls in run_on_ranks(collectives_of_step, 2, config):
             gathers = [elements for name, elements in calls if name in ("all_gather_into_tensor", "all_gather")]
             scatters = [elements for name, elements in calls if name in ("reduce_scatter_tensor", "reduce_scatter")]
             # Of each rank: its numbers of documents, queries and positives; with a mask hashes of documents, queries

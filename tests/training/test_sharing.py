@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.ranks import run_on_ranks
 from tests.toys import layout, run_config, save_model
-from tests.training.exactness import ROWS, build, objective_settings
+from tests.training.exactness import ROWS, build, counted_step, objective_settings
 from tests.training.test_objective import VARIANTS, config_of, variant_batch, variants_on_ranks
 
 
@@ -54,27 +54,9 @@ def test_every_variant_is_that_of_one_process(replicas, twins):
 def messages_of_loss(config):
     """[(collective, elements of the larger side)] over the twins and over everyone during one step's gradients."""
     built, batch = build(config)
-    twins = built.topology.twins
-    names, calls = ("all_gather_into_tensor", "reduce_scatter_tensor"), {"twins": [], "everyone": []}
-    originals = {name: vars(dist)[name] for name in names}
-
-    def count(name, original):
-        def call(first, *args, **kwargs):
-            for known, group in (("twins", twins.group), ("everyone", twins.everyone)):
-                if kwargs.get("group") is group:
-                    calls[known].append((name, max(first.numel(), args[0].numel())))
-            return original(first, *args, **kwargs)
-
-        return call
-
-    for name, original in originals.items():
-        setattr(dist, name, count(name, original))
-    try:
-        built.gradients(batch)
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-    return calls
+    twins, calls = built.topology.twins, counted_step(built, batch)
+    return {name: [(collective, size) for collective, size, used in calls if used is group]
+            for name, group in (("twins", twins.group), ("everyone", twins.everyone))}
 
 
 @pytest.mark.parametrize("sizes", [layout(2), layout(cp=2)], ids=["tp2", "cp2"])
@@ -84,7 +66,8 @@ def test_no_row_travels_twice(tmp_path, sizes):
     config = run_config(directory, parallel=sizes, objective=objective_settings(), distributed=False,
                         training={"global_batch_size": ROWS, "micro_batch_size": 3})
     for calls in run_on_ranks(messages_of_loss, 2, config):
-        # Both twins' numbers, then each document of the global batch once; their gradients; the gradient of a part.
+        # Both twins' numbers, then each document of the global batch once; their gradients; the gradient of a part;
+        # and the step's sums.
         assert calls["everyone"] == [("all_gather_into_tensor", 2 * 3), ("all_gather_into_tensor", documents * hidden),
-                                     ("reduce_scatter_tensor", documents * hidden)]
+                                     ("reduce_scatter_tensor", documents * hidden), ("all_reduce", 14)]
         assert calls["twins"] == [("all_gather_into_tensor", (documents + ROWS) * hidden)]
