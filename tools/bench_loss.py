@@ -40,7 +40,7 @@ def plain(query: Tensor, document: Tensor, positives: Tensor) -> tuple[float, Te
     query, document = query.clone().requires_grad_(), document.clone().requires_grad_()
     loss = info_nce(query, document, positives, TEMPERATURE)
     grad_query, grad_document = torch.autograd.grad(loss, (query, document))
-    return float(loss), grad_query, grad_document
+    return loss.item(), grad_query, grad_document
 
 
 def relative(one: Tensor, other: Tensor) -> float:

@@ -1,6 +1,6 @@
 """The demonstration: evaluate, train with two ranks, evaluate, export, load the export with Sentence Transformers.
 
-    python tools/demo.py            leaves demo/export/, demo/run/ and demo/result.json
+    python tools/demo.py            leaves demo/export/, demo/run/, demo/result.json and demo/why.png
 """
 
 import importlib.util
@@ -10,9 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/minilm_22m_embed_dp2_cpu.yaml"
@@ -41,23 +39,6 @@ def run(*arguments: str, capture: bool = False) -> str:
     return finished.stdout or ""
 
 
-def score_in_sentence_transformers(directory: Path) -> float:
-    """nDCG@10 of the exported model, embedded by the stock library alone."""
-    from sentence_transformers import SentenceTransformer
-    from torch import Tensor
-
-    from megatron_embed.evaluation.beir import load_beir
-    from megatron_embed.evaluation.retrieval import evaluate_retrieval
-
-    model = SentenceTransformer(str(directory), device="cpu")
-
-    def embed(texts: Sequence[str], role: Literal["query", "document"]) -> Tensor:
-        encode = model.encode_query if role == "query" else model.encode_document
-        return encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
-
-    return evaluate_retrieval(embed, load_beir(str(ROOT / BEIR)))["ndcg@10"]
-
-
 def main() -> None:
     started = time.monotonic()
     demo = ROOT / "demo"
@@ -74,9 +55,18 @@ def main() -> None:
     rows = [json.loads(line) for line in (demo / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     after = next(row["eval/ndcg@10"] for row in reversed(rows) if "eval/ndcg@10" in row)
     say(f"3/4 nDCG@10 {after:.4f}; exported to demo/export")
-    export = score_in_sentence_transformers(demo / "export")
     say("4/4 the export, embedded by Sentence Transformers alone")
+    # These take seconds to import: not before there is something to see.
+    from demo_picture import draw, in_sentence_transformers
+
+    from megatron_embed.evaluation.beir import load_beir
+
+    data = load_beir(str(ROOT / BEIR))
+    found_before = in_sentence_transformers(model, data, MAX_LENGTH)
+    found_after = in_sentence_transformers(str(demo / "export"), data, MAX_LENGTH)
+    export = found_after.ndcg
     steps = [row for row in rows if "loss" in row]
+    draw(demo / "why.png", steps, found_before, found_after)
     result = {"before": before, "after": after, "export": export, "first_loss": steps[0]["loss"],
               "last_loss": steps[-1]["loss"], "seconds": round(time.monotonic() - started, 1)}
     (demo / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -87,6 +77,7 @@ def main() -> None:
   after 20 steps on {RANKS} ranks              {after:.4f}   ({after - before:+.4f})
   the export in Sentence Transformers    {export:.4f}
 
+  Why:     demo/why.png
   Curves:  tensorboard --logdir demo/run
   Use it:
     from sentence_transformers import SentenceTransformer
