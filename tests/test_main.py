@@ -11,7 +11,7 @@ import pytest
 from megatron_embed import __main__ as command_line
 from megatron_embed.__main__ import main
 from megatron_embed.cli import common
-from megatron_embed.errors import DataError
+from megatron_embed.errors import DataError, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +112,20 @@ def test_arguments_reach_the_command():
     assert (args.direction, args.source, args.destination) == ("megatron-to-hf", "a", "b")
     assert args.format == "sentence-transformers"
     assert parse(["train", "run.yaml", "training.seed=1", "a.b=c"]).overrides == ["training.seed=1", "a.b=c"]
+
+
+def test_settings_may_stand_behind_options():
+    parse = command_line.build_parser().parse_args
+    for words in ("run.yaml --gpus 8 a.b=c d.e=f", "--gpus 8 run.yaml a.b=c d.e=f", "run.yaml a.b=c --gpus 8 d.e=f"):
+        args = parse(["plan", *words.split()])
+        assert (args.config, args.gpus, args.overrides) == ("run.yaml", 8, ["a.b=c", "d.e=f"]), words
+    assert parse(["data", "check", "run.yaml", "--json", "a.b=c"]).inputs == ["run.yaml", "a.b=c"]
+    assert parse(["encode", "parallel.a=2", "--model", "m", "--input", "i", "--output", "o", "parallel.b=3"]
+                 ).overrides == ["parallel.a=2", "parallel.b=3"]
+    with pytest.raises(UserError, match="'nonsense' is no setting; write section.key=value; see `megatron-embed plan"):
+        parse(["plan", "run.yaml", "--gpus", "8", "nonsense"])
+    with pytest.raises(UserError, match="unrecognized arguments: --gpuu h100"):
+        parse(["plan", "run.yaml", "--gpus", "8", "--gpuu", "h100"])
 
 
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])

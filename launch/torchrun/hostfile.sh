@@ -4,7 +4,8 @@
 #
 #   launch/torchrun/hostfile.sh HOSTFILE [--master-port 29500] [--dry-run] CONFIG.yaml [section.key=value ...]
 #
-# SIGTERM and SIGUSR1 go to every node. The exit code is node 0's.
+# SIGTERM and SIGUSR1 go to every node. The exit code is node 0's. Of this shell's environment PYTHON goes along, and what
+# begins with NCCL_, GLOO_, UCX_, TORCH_ or PYTORCH_.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 read -ra ssh <<<"${SSH:-ssh -o BatchMode=yes}"
@@ -31,13 +32,17 @@ if ((${#hosts[@]} == 0)); then
 fi
 
 # What node I runs, as one word for ssh; its process number goes to a file, so that a signal can follow.
-pid_file="/tmp/megatron-embed-$(id -un)-$$"
+run_id="$(id -un)-$(date +%s)-$$"
+pid_file="/tmp/megatron-embed-$run_id"
 node_command() {
     local options=(--nnodes "${#hosts[@]}" --node-rank "$1" --master-addr "${MASTER_ADDR:-${hosts[0]}}"
-        --master-port "$port")
+        --master-port "$port" --run-id "$run_id")
     [[ -n ${slots[$1]} ]] && options+=(--nproc-per-node "${slots[$1]}")
-    local line
-    printf -v line '%q ' env "PYTHON=${PYTHON:-python}" "$here/node.sh" "${options[@]}" "${@:2}"
+    local line name variables=("PYTHON=${PYTHON:-python}")
+    while read -r name; do
+        [[ $name =~ ^(NCCL|GLOO|UCX|TORCH|PYTORCH)_ ]] && variables+=("$name=${!name}")
+    done < <(compgen -e)
+    printf -v line '%q ' env "${variables[@]}" "$here/node.sh" "${options[@]}" "${@:2}"
     printf 'cd %q && echo $$ >%s-%d && exec %s' "$PWD" "$pid_file" "$1" "$line"
 }
 if $dry_run; then

@@ -4,7 +4,8 @@
 #
 #   launch/torchrun/node.sh --nnodes N --node-rank I --master-addr HOST --master-port 29500 CONFIG.yaml [section.key=value ...]
 #
-# Options: --nproc-per-node G (default: the node's GPUs, else 1), --dry-run (print what would run).
+# Options: --nproc-per-node G (default: the node's GPUs, else 1), --run-id NAME (the same on every node: keeps runs apart
+# that are given one address and port by mistake), --dry-run (print what would run).
 # SIGTERM and SIGUSR1 to this script let the run finish its step, save and end with exit code 75. It hands them to the
 # workers itself: torchrun would kill them 30 seconds after a SIGTERM, and does not survive SIGUSR1.
 # Exit codes are the workers' own: 0 done, 2 bad configuration or data, 75 saved and to be started again, else 1.
@@ -15,7 +16,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../environment.sh"
 python=${PYTHON:-python}
 
-nnodes=1 node_rank=0 master_addr=127.0.0.1 master_port="" nproc="" dry_run=false
+nnodes=1 node_rank=0 master_addr=127.0.0.1 master_port="" nproc="" run_id="" dry_run=false
 while [[ ${1:-} == --* ]]; do
     case $1 in
         --nnodes) nnodes=$2 && shift 2 ;;
@@ -23,6 +24,7 @@ while [[ ${1:-} == --* ]]; do
         --master-addr) master_addr=$2 && shift 2 ;;
         --master-port) master_port=$2 && shift 2 ;;
         --nproc-per-node) nproc=$2 && shift 2 ;;
+        --run-id) run_id=$2 && shift 2 ;;
         --dry-run) dry_run=true && shift ;;
         *) echo "$0: unknown option $1; see the comment at its top" >&2 && exit 2 ;;
     esac
@@ -39,6 +41,7 @@ if [[ -z $nproc ]]; then
 fi
 if [[ -n $master_port ]]; then
     where=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" --master-port "$master_port")
+    [[ -n $run_id ]] && where+=(--rdzv-id "$run_id")
 elif ((nnodes == 1)); then
     where=(--standalone) # a free port of its own: several runs may share the node
 else

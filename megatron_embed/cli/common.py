@@ -5,8 +5,9 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_embed.errors import UserError
 
@@ -18,7 +19,27 @@ PREEMPTED = 75
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad arguments are a UserError like every other bad input: one line, from one rank, exit code 2."""
+    """Bad arguments are a UserError like every other bad input: one line, from one rank, exit code 2.
+
+    Attributes:
+        rest: name and type of the positional argument that also takes what stands behind options: argparse itself ends
+            it at the first one, as in `plan run.yaml --gpus 8 training.micro_batch_size=4`. null: none does.
+    """
+
+    rest: tuple[str, Callable[[str], str]] | None = None
+
+    def parse_known_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
+                         namespace: argparse.Namespace | None = None) -> tuple[argparse.Namespace, list[str]]:
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if self.rest is None or any(text.startswith("-") for text in unknown):
+            return namespace, unknown
+        name, convert = self.rest
+        values: dict[str, Any] = vars(namespace)
+        try:
+            values[name] = [*values[name], *map(convert, unknown)]
+        except argparse.ArgumentTypeError as error:
+            self.error(str(error))
+        return namespace, []
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -109,6 +130,8 @@ def add_overrides(parser: argparse.ArgumentParser, prefix: str, metavar: str) ->
         raise argparse.ArgumentTypeError(f"{text!r} is no setting; write {metavar}")
 
     parser.add_argument("overrides", nargs="*", type=override, metavar=metavar, help="a setting of the configuration")
+    assert isinstance(parser, Parser)
+    parser.rest = "overrides", override
 
 
 def path(text: str) -> str:

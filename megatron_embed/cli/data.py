@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from megatron_embed.cli.common import path, positive_int, write_output
+from megatron_embed.cli.common import Parser, path, positive_int, write_output
 from megatron_embed.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("check",), help="check: read every row, count what it holds")
     parser.add_argument("inputs", nargs="+", type=path, metavar="CONFIG.yaml|FILE",
                         help="a run's configuration and section.key=value, or data sets as in data.train")
+    assert isinstance(parser, Parser)
+    parser.rest = "inputs", path
     parser.add_argument("--model", metavar="DIR", type=path, help="counts tokens of FILEs with this model's tokenizer")
     parser.add_argument("--max-length", type=positive_int, default=_DEFAULT_LENGTH, metavar="TOKENS",
                         help=f"with FILEs: texts longer than this count as cut; default: {_DEFAULT_LENGTH}")

@@ -51,6 +51,7 @@ def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Finding]
 
 
 def _layout(config: "RunConfig", ranks: int) -> "Finding":
+    from megatron_embed.parallel.topology import check_token_budget
     from megatron_embed.planning.layouts import check_possible, describe
     from megatron_embed.planning.memory import grid_of
     from megatron_embed.planning.shapes import find_shape
@@ -59,11 +60,12 @@ def _layout(config: "RunConfig", ranks: int) -> "Finding":
     shape = find_shape(config.model.path)
     try:
         check_possible(config, shape, ranks)
+        check_token_budget(config, documents=1)
     except ConfigError:
         from megatron_embed.cli.plan import explain_impossible
 
         try:
-            explain_impossible(config, shape, ranks)
+            explain_impossible(config, shape, ranks, documents=1)
         except ConfigError as better:
             error = better
         return Finding(name="layout", value=f"does not fit {ranks} ranks", remedy=str(error))

@@ -78,7 +78,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     check_batch_sizes(config, dp_size)
     check_divisible(model.shape, config.parallel)
     adapters_of(config.lora, model)
-    check_token_budget(config)
+    check_token_budget(config, documents=1)  # that much it must hold whatever the rows are
     attention_kernel(config)
     if config.task == "embedding":
         check_lengths(config, model)
@@ -94,6 +94,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         everything = open_records(config.data.train, config.objective.rows)
         require_fields(everything, config.objective.loss, teacher_scores=config.objective.needs_teacher_scores,
                        negatives=config.objective.needs_own_negatives)
+        check_token_budget(config, everything.most_in_use(config.data.num_positives, config.data.num_negatives))
         refuse_tokenless_rows(everything, tokenizer, config.data.num_negatives, config.data.num_positives)
     records, validation = divided(config, everything, dp_size)
     sampler = build_sampler(records, config.data, global_batch_size=config.training.global_batch_size,

@@ -1,6 +1,8 @@
 """`plan CONFIG.yaml --gpus N [--gpu h100]`"""
 
 import argparse
+import dataclasses
+import os
 from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_overrides, positive_int, write_output
@@ -27,20 +29,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print what the layout needs and which others fit; 0 if it fits, else 2. Needs no hub and no weights."""
     from megatron_embed.config.load import load_config
+    from megatron_embed.parallel.topology import check_token_budget
     from megatron_embed.planning.hardware import GPUS
     from megatron_embed.planning.layouts import check_possible, is_possible, plan_layout, propose
     from megatron_embed.planning.shapes import shape_of
 
     config, gpu = load_config(args.config, args.overrides), GPUS[args.gpu]
     shape = shape_of(config.model.path)
+    config, rows = with_rows_at_hand(config)
     if not is_possible(config, shape, args.gpus):
         explain_impossible(config, shape, args.gpus)
         check_possible(config, shape, args.gpus)
+    check_token_budget(config)
     parts = adapted_parts(config, shape)
     given = plan_layout(config, shape, args.gpus, gpu, parts)
-    write_output(report(given, shape, args.gpus, gpu, parts))
+    write_output(report(given, shape, args.gpus, gpu, parts, rows))
     write_output(proposals(propose(config, shape, args.gpus, gpu, parts), args.gpus))
     return 0 if given.fits else 2
+
+
+def with_rows_at_hand(config: "RunConfig") -> "tuple[RunConfig, str]":
+    """The configuration with no more documents per query than its rows have, and a line that says how many.
+
+    Unchanged where an entry of `data.train` is not a file or folder of this machine: nothing is fetched.
+
+    Raises:
+        DataError: a row cannot be used.
+    """
+    data = config.data
+    if not data.train or not all(os.path.exists(os.path.expanduser(file.path)) for file in data.train):
+        documents = f"{data.num_positives} positive and {data.num_negatives} negative documents"
+        if config.task == "reranker" and not data.num_negatives:
+            documents = "1 document, since data.num_negatives = 0 takes what a row has: set it to that"
+        return config, f"The rows of data.train are not here: each query is taken to have {documents}."
+    from megatron_embed.data.records import open_records
+
+    if config.task == "reranker":
+        records = open_records(data.train, "rerank")
+        documents = records.most_in_list(data.num_negatives)
+        found = dataclasses.replace(data, num_negatives=documents - 1)
+        return dataclasses.replace(config, data=found), (
+            f"{len(records):,} rows of data.train, with up to {documents} documents each in use.")
+    records = open_records(data.train, config.objective.rows)
+    needed = config.objective.needs_own_negatives or not all(file.in_batch_negatives for file in data.train)
+    found = dataclasses.replace(data, num_positives=min(data.num_positives, records.most_positives),
+                                num_negatives=max(int(needed), min(data.num_negatives, records.most_negatives)))
+    return dataclasses.replace(config, data=found), (
+        f"{len(records):,} rows of data.train, with up to {found.num_positives} positive and {found.num_negatives} "
+        "negative documents each in use.")
 
 
 def adapted_parts(config: "RunConfig", shape: "ModelShape") -> "Parts | None":
@@ -54,19 +90,20 @@ def adapted_parts(config: "RunConfig", shape: "ModelShape") -> "Parts | None":
     return parts_by_linear(family, resolve_modules(family, config.lora.target_modules, "lora.target_modules"))
 
 
-def explain_impossible(config: "RunConfig", shape: "ModelShape | None", gpus: int) -> None:
-    """Raises the error that training would raise."""
+def explain_impossible(config: "RunConfig", shape: "ModelShape | None", gpus: int,
+                       documents: int | None = None) -> None:
+    """Raises the error that training would raise. `documents`: as in check_token_budget."""
     from megatron_embed.models.backbone import check_divisible
     from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, check_world_size
 
     check_batch_sizes(config, check_world_size(config.parallel, gpus))
     if shape is not None:
         check_divisible(shape, config.parallel)
-    check_token_budget(config)
+    check_token_budget(config, documents)
 
 
-def report(plan: "Plan", shape: "ModelShape", gpus: int, gpu: "GPU", parts: "Parts | None") -> str:
-    """The given layout, in words."""
+def report(plan: "Plan", shape: "ModelShape", gpus: int, gpu: "GPU", parts: "Parts | None", rows: str) -> str:
+    """The given layout, in words. `rows`: what is known of the data."""
     from megatron_embed.planning.flops import forward_passes, model_flops, step_tokens
     from megatron_embed.planning.layouts import describe
     from megatron_embed.planning.memory import GIB, grid_of
@@ -86,7 +123,7 @@ def report(plan: "Plan", shape: "ModelShape", gpus: int, gpu: "GPU", parts: "Par
         f"{config.model.path}: {total_parameters(shape) / 1e9:.2f} billion parameters{active}{adapters}",
         f"{gpus} x {gpu.name}, {describe(config.parallel)}: {grid.dp} data-parallel ranks, {grid.num_microbatches} "
         f"micro-batches of up to {grid.micro_batch_tokens:,} tokens on each, recompute {config.training.recompute}",
-        "", f"Memory of a GPU of pipeline stage {plan.stage}, which needs most, in GiB",
+        rows, "", f"Memory of a GPU of pipeline stage {plan.stage}, which needs most, in GiB",
         *(f"  {name:<20} {size / GIB:7.1f}" for name, size in parts.items()),
         f"  {'of':<20} {gpu.memory_gib:7.1f}   {'it fits' if plan.fits else 'IT DOES NOT FIT'}", "",
         f"One step: {config.training.global_batch_size:,} queries, at most {step_tokens(config):,} tokens, "

@@ -31,7 +31,7 @@ class _Source(Records[AnyRecord]):
         path: as it was given.
         instructions: each distinct instruction (None: rows without one), with the source of its first row.
         digest: hash of the rows; blank lines and line endings do not count.
-        most_positives: positives of the row that has the most.
+        most_positives: positives of the row that has the most, of lists documents with a label above 0.
         most_negatives: negatives of the row that has the most; 0 where rows are lists with labels.
         most_documents: documents of the row that has the most.
     """
@@ -54,6 +54,7 @@ class _Source(Records[AnyRecord]):
             self.most_negatives = max(self.most_negatives, len(record.negatives))
             self.most_documents = max(self.most_documents, len(record.positive) + len(record.negatives))
         else:
+            self.most_positives = max(self.most_positives, sum(label > 0 for label in record.labels))
             self.most_documents = max(self.most_documents, len(record.documents))
 
 
@@ -163,6 +164,14 @@ class RecordSet(Records[AnyRecord]):
     def most_documents(self) -> int:
         """Documents of the row that has the most."""
         return max(file.most_documents for file in self.files)
+
+    def most_in_use(self, num_positives: int, num_negatives: int) -> int:
+        """Documents that a step takes of a row, at most, of the first so many positives and negatives of each."""
+        return min(num_positives, self.most_positives) + min(num_negatives, self.most_negatives)
+
+    def most_in_list(self, num_negatives: int) -> int:
+        """Of lists with labels: documents that a step takes of a row, at most; 0: all negatives."""
+        return min(self.most_documents, self.most_positives + num_negatives) if num_negatives else self.most_documents
 
     @property
     def digest(self) -> str:

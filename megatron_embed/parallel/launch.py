@@ -31,15 +31,38 @@ def source_of_world_size() -> str:
     return "torchrun's WORLD_SIZE" if "RANK" in os.environ and "WORLD_SIZE" in os.environ else "srun's SLURM_NTASKS"
 
 
+def run_name() -> str:
+    """What sets this start of this run apart from every other one that meets at the same address: the launcher's number
+    for it, and how often it was started again. Equal on all ranks.
+
+    Two jobs with one MASTER_PORT, or a requeued one whose first rank 0 still lives, share a key-value store: under one
+    name the ranks of one would take the word of the other's.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        # Not Slurm's numbers, which a node that was reached by ssh does not have.
+        return f"torchrun-{env.get('TORCHELASTIC_RUN_ID', '')}-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return "-".join(["slurm", *(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))])
+
+
+def launcher_names_runs() -> bool:
+    """Whether two runs that meet at one address have different names: not those that somebody started by hand with RANK
+    and WORLD_SIZE, nor torchrun's without --rdzv-id."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return os.environ.get("TORCHELASTIC_RUN_ID", "none") not in ("", "none")
+    return True
+
+
 def rendezvous_address() -> tuple[str, int]:
     """Host and port of the run's key-value store: MASTER_ADDR and MASTER_PORT, under Slurm the first node and a port
-    that follows from the job's number; then both are set."""
+    that follows from the numbers of job and step; then both are set."""
     env = os.environ
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = _first_slurm_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
     if "MASTER_PORT" not in env:
-        # Jobs that share a node must not share a port; ids that follow each other get ports far apart.
-        env["MASTER_PORT"] = str(20000 + int(env.get("SLURM_JOB_ID", 0)) * 7 % 20000)
+        # Jobs that share a node must not share a port, nor must seven steps of a job.
+        number = int(env.get("SLURM_JOB_ID", 0)) * 7 + int(env.get("SLURM_STEP_ID", 0)) % 7
+        env["MASTER_PORT"] = str(20000 + number % 20000)
     return env["MASTER_ADDR"], int(env["MASTER_PORT"])
 
 

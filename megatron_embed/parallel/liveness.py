@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch.distributed as dist
 
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
+from megatron_embed.parallel.launch import run_name
 from megatron_embed.parallel.topology import Topology
 
 BEAT_SECONDS = 1.0
@@ -114,7 +114,7 @@ class LifeWatch:
         try:
             client = dist.TCPStore(*self._address, is_master=False, wait_for_workers=False,
                                    timeout=datetime.timedelta(seconds=max(10.0, self._silence_seconds)))
-            store = dist.PrefixStore(f"life/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
+            store = dist.PrefixStore(f"life/{run_name()}", client)
             if self._rank == 0:
                 for rank in range(1, self._world_size):
                     store.set(f"beat/{rank}", f"0 {ALIVE}")

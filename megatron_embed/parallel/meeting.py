@@ -8,8 +8,14 @@ import time
 
 import torch.distributed as dist
 
-from megatron_embed.errors import LostRankError, UserError
-from megatron_embed.parallel.launch import launched_rank, rendezvous_address, source_of_world_size
+from megatron_embed.errors import ConfigError, LostRankError, UserError
+from megatron_embed.parallel.launch import (
+    launched_rank,
+    launcher_names_runs,
+    rendezvous_address,
+    run_name,
+    source_of_world_size,
+)
 
 ALL_HERE = "all here"
 CONNECT_SECONDS = 20.0
@@ -28,11 +34,23 @@ class Meeting:
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
-        """Starts the store if this rank hosts it; RuntimeError if it cannot. Any number of times in a process."""
+        """Starts the store if this rank hosts it. Any number of times in a process.
+
+        Raises:
+            ConfigError: its port is another process's.
+            DistError: it cannot, for another reason.
+        """
         self._rank, self._world_size = rank, world_size
         self._address = rendezvous_address()
         self._hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._store = self._open(CONNECT_SECONDS) if self._hosts else None
+        try:
+            self._store = self._open(CONNECT_SECONDS) if self._hosts else None
+        except dist.DistError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            host, port = self._address
+            raise ConfigError(f"MASTER_PORT = {port}: another process of {host} listens there, perhaps another run's; "
+                              "choose another port for this run, or wait for the end of the other") from error
 
     def arrive(self, timeout_seconds: int) -> None:
         """Returns once every rank has arrived.
@@ -58,6 +76,10 @@ class Meeting:
         if verdict != ALL_HERE:
             raise UserError(verdict)
 
+    def group_store(self, timeout_seconds: int) -> dist.Store:
+        """Where the process group of those who have arrived finds its addresses; no other run looks there."""
+        return dist.PrefixStore("group", self._open(timeout_seconds))
+
     def refuse(self, message: str) -> bool:
         """Tells all ranks the error because of which this one does not come. Rank 0 has printed its own by then.
 
@@ -80,10 +102,7 @@ class Meeting:
             return self._rank != 0
 
     def _open(self, timeout_seconds: float) -> dist.Store:
-        host, port = self._address
-        store = dist.TCPStore(host, port, self._world_size, self._hosts, wait_for_workers=False, multi_tenant=True,
-                              timeout=datetime.timedelta(seconds=timeout_seconds))
-        return dist.PrefixStore(f"meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return _store_at(self._address, self._hosts, timeout_seconds)
 
     def _absent(self, store: dist.Store | None) -> str:
         """Who has not arrived, in words; empty if the store does not say."""
@@ -125,6 +144,26 @@ def open_meeting() -> Meeting | None:
         return Meeting(rank, world_size)
     except (dist.DistError, UserError):  # a port that is taken, a host without a name: the start tells, and how
         return None
+
+
+def tell_through_another_store(message: str) -> None:
+    """Tells the other ranks, who wait in the store of the run that has the port, why rank 0 cannot open one.
+
+    Nothing where runs have no names: the word would be the other run's.
+    """
+    if not launcher_names_runs():
+        return
+    with contextlib.suppress(dist.DistError):  # what listens there is no store
+        store = _store_at(rendezvous_address(), False, SPEAK_SECONDS)
+        store.compare_set("verdict", "", message)
+        store.set("printed", "")
+
+
+def _store_at(address: tuple[str, int], hosts: bool, timeout_seconds: float) -> dist.Store:
+    """This run's part of the key-value store at an address."""
+    store = dist.TCPStore(*address, None, hosts, wait_for_workers=False, multi_tenant=True,
+                          timeout=datetime.timedelta(seconds=timeout_seconds))
+    return dist.PrefixStore(f"meeting/{run_name()}", store)
 
 
 def _answers(host: str, port: int) -> bool:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError, LostRankError
 from megatron_embed.parallel.launch import launched_rank, rendezvous_address, source_of_world_size
-from megatron_embed.parallel.meeting import Meeting
+from megatron_embed.parallel.meeting import Meeting, tell_through_another_store
 from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, parallel_state
 
 
@@ -115,7 +115,12 @@ def token_alignment(sizes: ParallelConfig) -> int:
 
 
 def _init_process_group(rank: int, world_size: int, timeout_seconds: int) -> tuple[str, int] | None:
-    """Starts it, once every rank is there. Returns host and port of its store, null for one rank."""
+    """Starts it, once every rank is there. Returns host and port of its store, null for one rank.
+
+    Raises:
+        ConfigError: on every rank, the port is another process's.
+        LostRankError: not all ranks came, or they do not reach each other.
+    """
     backend, timeout = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo", datetime.timedelta(seconds=timeout_seconds)
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -124,7 +129,11 @@ def _init_process_group(rank: int, world_size: int, timeout_seconds: int) -> tup
     try:
         meeting = Meeting(rank, world_size)
         meeting.arrive(timeout_seconds)
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(backend, store=meeting.group_store(timeout_seconds), rank=rank, world_size=world_size,
+                                timeout=timeout)
+    except ConfigError as error:
+        tell_through_another_store(str(error))
+        raise
     except dist.DistError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LostRankError(f"{world_size} ranks ({source_of_world_size()}) cannot start a process group at "
@@ -185,8 +194,11 @@ def check_batch_sizes(config: RunConfig, dp_size: int) -> int | None:
     return num_microbatches
 
 
-def check_token_budget(config: RunConfig) -> None:
-    """Raises ConfigError, naming the nearest valid value, if `training.micro_batch_tokens` cannot hold what it must."""
+def check_token_budget(config: RunConfig, documents: int | None = None) -> None:
+    """Raises ConfigError, naming the nearest valid value, if `training.micro_batch_tokens` cannot hold what it must.
+
+    `documents`: the most that a query of the data has; null where they are not known: what the settings allow.
+    """
     budget, alignment = config.training.micro_batch_tokens, token_alignment(config.parallel)
     if budget is None:
         return
@@ -195,10 +207,11 @@ def check_token_budget(config: RunConfig) -> None:
         query = document = 1
     least, what = max(query, document), f"max(query_max_length, document_max_length) = max({query}, {document})"
     if config.task == "embedding" and not config.objective.couples_batch:
-        documents = config.data.num_positives + config.data.num_negatives
+        allowed = config.data.num_positives + config.data.num_negatives
+        count = "(num_positives + num_negatives)" if documents is None else "(documents of a query in data.train)"
+        documents = allowed if documents is None else documents
         least = query + documents * document
-        what = (f"query_max_length + (num_positives + num_negatives) * document_max_length = {query} + {documents} * "
-                f"{document}")
+        what = f"query_max_length + {count} * document_max_length = {query} + {documents} * {document}"
     least = -(-least // alignment) * alignment
     if budget < least:
         raise ConfigError(f"training.micro_batch_tokens = {budget} is less than {what}, what must fit into one "

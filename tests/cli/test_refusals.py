@@ -244,7 +244,8 @@ def test_micro_batches_that_do_not_fill_an_interleaved_pipeline(write, training,
     (49, {"context_parallel_size": 2}, {}, ["not a multiple of 4", "nearest valid: 48"]),
     (47, {"tensor_model_parallel_size": 2}, {}, ["less than max", "nearest valid: 48"]),
     (95, {}, {"negatives": "micro_batch"},
-     ["query_max_length + (num_positives + num_negatives) * document_max_length = 48 + 1 * 48", "nearest valid: 96"]),
+     ["query_max_length + (documents of a query in data.train) * document_max_length = 48 + 1 * 48",
+      "nearest valid: 96"]),
 ])
 def test_token_budget_that_cannot_hold_what_it_must(write, budget, parallel, objective, words):
     path = write(training={"micro_batch_tokens": budget}, parallel=parallel, objective=objective)

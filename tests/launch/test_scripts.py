@@ -91,8 +91,10 @@ def test_signals_go_to_the_workers_and_not_to_torchrun(stub, tmp_path, script, n
         assert "torchrun was signalled" not in log.read_text()
         if script == "hostfile":
             calls = [line for line in log.read_text().splitlines() if "torch.distributed.run" in line]
-            pattern = r"--nnodes 2 --node-rank (\d) --master-addr 127.0.0.1 --master-port 29500"
-            assert sorted(re.findall(pattern, call)[0] for call in calls) == ["0", "1"]
+            pattern = (r"--nnodes 2 --node-rank (\d) --master-addr 127.0.0.1 --master-port 29500 --rdzv-id (\S+) "
+                       "--nproc-per-node 1 ")
+            nodes, names = zip(*(re.findall(pattern, call)[0] for call in calls), strict=True)
+            assert (sorted(nodes), len(set(names))) == (["0", "1"], 1)
     finally:
         process.kill()
         process.wait()
@@ -139,6 +141,13 @@ def test_dry_runs(stub, tmp_path):
     node = run(LAUNCH / "torchrun" / "node.sh", "--dry-run", "--nproc-per-node", "4", "a.yaml",
                env=stub | {"STUB": "0"})
     assert node.stdout.rstrip().endswith("--nproc-per-node 4 --max-restarts 0 -m megatron_embed train a.yaml")
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=4\n")
+    hosts = run(LAUNCH / "torchrun" / "hostfile.sh", tmp_path / "hosts", "--dry-run", "a.yaml",
+                env=stub | {"STUB": "0", "NCCL_SOCKET_IFNAME": "eth 0", "WANDB_API_KEY": "secret"})
+    lines = hosts.stdout.splitlines()
+    assert lines[::2] == ["# on a", "# on b"]
+    assert all(r"NCCL_SOCKET_IFNAME=eth\ 0 " in line and "secret" not in line for line in lines[1::2])
+    assert "--nproc-per-node 8 a.yaml" in lines[1] and "--node-rank 1 --master-addr a " in lines[3]
     assert not (tmp_path / "log").exists()
 
 

@@ -2,7 +2,25 @@
 
 import pytest
 
-from megatron_embed.parallel.launch import launched_rank, rendezvous_address, source_of_world_size
+from megatron_embed.parallel.launch import (
+    launched_rank,
+    launcher_names_runs,
+    rendezvous_address,
+    run_name,
+    source_of_world_size,
+)
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+             "TORCHELASTIC_RESTART_COUNT", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_PROCID", "SLURM_NTASKS",
+             "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST")
+
+
+def set_only(monkeypatch, variables):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
 
 BATCH_STEP = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7",
               "SLURM_JOB_NODELIST": "node[03-05,9]"}
@@ -19,11 +37,34 @@ BATCH_STEP = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "S
     ({**BATCH_STEP, "SLURM_STEP_ID": "4294967290"}, (0, 1, 0)),  # SLURM_INTERACTIVE_STEP
 ], ids=["alone", "torchrun", "srun", "srun_of_one", "batch_script", "batch_number", "interactive_shell"])
 def test_ranks_are_what_the_launcher_started(monkeypatch, variables, expected):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "MASTER_ADDR", "MASTER_PORT", *BATCH_STEP):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    set_only(monkeypatch, variables)
     assert launched_rank() == expected
     if expected[1] > 1:
         assert source_of_world_size() == ("torchrun's WORLD_SIZE" if "RANK" in variables else "srun's SLURM_NTASKS")
         assert rendezvous_address() == ("node03", 20049)
+
+
+def test_every_start_of_every_run_has_a_name_of_its_own(monkeypatch):
+    srun = {**BATCH_STEP, "SLURM_STEP_ID": "0"}
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "a"}
+    by_hand, names = {"RANK": "0", "WORLD_SIZE": "2"}, []
+    for variables in (srun, srun | {"SLURM_JOB_ID": "8"}, srun | {"SLURM_STEP_ID": "1"},
+                      srun | {"SLURM_RESTART_COUNT": "1"}, torchrun, torchrun | {"TORCHELASTIC_RUN_ID": "b"},
+                      torchrun | {"TORCHELASTIC_RESTART_COUNT": "1"}, by_hand):
+        set_only(monkeypatch, variables)
+        names.append(run_name())
+        assert launcher_names_runs() == (variables != by_hand)
+        # Equal on all ranks, and on a node of torchrun's that was reached by ssh out of a Slurm job.
+        ranks = {"RANK": "1", "SLURM_JOB_ID": "7"} if "RANK" in variables else {"SLURM_PROCID": "1"}
+        set_only(monkeypatch, variables | ranks)
+        assert run_name() == names[-1]
+    assert len(set(names)) == len(names)
+
+
+def test_steps_of_a_job_have_ports_of_their_own(monkeypatch):
+    ports = []
+    for job in ("7", "8"):
+        for step in range(7):
+            set_only(monkeypatch, {**BATCH_STEP, "SLURM_JOB_ID": job, "SLURM_STEP_ID": str(step)})
+            ports.append(rendezvous_address()[1])
+    assert len(set(ports)) == 14

@@ -1,14 +1,19 @@
 """An error that one rank meets before the process group exists ends all ranks, and one of them prints it."""
 
+import os
 import socket
 import threading
 import time
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from megatron_embed.errors import LostRankError, UserError
+from megatron_embed.config.schema import ParallelConfig
+from megatron_embed.errors import ConfigError, LostRankError, UserError
 from megatron_embed.parallel import meeting
 from megatron_embed.parallel.meeting import Meeting
+from tests.ranks import run_on_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +24,8 @@ def address(monkeypatch):
         port = listener.getsockname()[1]
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    for name in ("USE_AGENT_STORE", "RUN_ID", "RESTART_COUNT"):
+        monkeypatch.delenv(f"TORCHELASTIC_{name}", raising=False)
     monkeypatch.setattr(meeting, "CONNECT_SECONDS", 3.0)
     monkeypatch.setattr(meeting, "SPEAK_SECONDS", 10.0)
     return f"127.0.0.1:{port}"
@@ -90,3 +96,94 @@ def test_who_did_not_come_is_named(address):
     found, _ = together({"timeout_seconds": 2}, {"timeout_seconds": 2})
     assert all(answer.startswith(f"lost: not all of 3 ranks (torchrun's WORLD_SIZE) met at {address} within "
                                  "parallel.timeout_seconds = 2 (without rank 2)") for answer in found), found
+
+
+def agent_store(monkeypatch, address):
+    """A store that no rank hosts, as torchrun's."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return dist.TCPStore("127.0.0.1", int(address.rpartition(":")[2]), is_master=True, wait_for_workers=False)
+
+
+def test_runs_that_share_a_store_do_not_take_each_others_word(monkeypatch, address):
+    store = agent_store(monkeypatch, address)
+    for name, restart in (("a", "0"), ("b", "0"), ("a", "1")):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        # Somebody is missing: those who came for another run, or before, do not count.
+        found, _ = together({"timeout_seconds": 1}, {"timeout_seconds": 1})
+        assert all("(without rank 2)" in answer for answer in found), (name, restart, found)
+        # And then it comes.
+        assert together({}, {}, {})[0][2] == "went on"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "c")
+    assert together({}, {"refuses": "no rows"}, {})[0][0] == ["rank 1: no rows"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "d")
+    assert together({}, {}, {})[0] == ["went on"] * 3
+    del store
+
+
+def groups_of_two_runs(port):
+    """Ranks 0 and 1 are one run, 2 and 3 another, at one store: (sum over the run, its world size)."""
+    from megatron_embed.parallel.topology import initialize, shutdown
+
+    number = dist.get_rank()
+    dist.destroy_process_group()
+    os.environ |= {"RANK": str(number % 2), "WORLD_SIZE": "2", "MASTER_PORT": str(port),
+                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": f"run {number // 2}"}
+    topology, value = initialize(ParallelConfig(timeout_seconds=60)), torch.tensor([10.0 ** number])
+    dist.all_reduce(value, group=topology.dp_group)
+    shutdown()
+    return value.item(), topology.world_size
+
+
+def test_process_groups_of_two_runs_at_one_store():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert run_on_ranks(groups_of_two_runs, 4, store.port) == [(11.0, 2)] * 2 + [(1100.0, 2)] * 2
+
+
+def port_is_taken(port):
+    """(error of rank 0, whether it is in the store) of ranks started by hand and by srun; what one that waits is told.
+
+    In a worker, which has Megatron loaded. A store of this process would be shared, not refused: hence the mock.
+    """
+    from unittest import mock
+
+    from megatron_embed.parallel.topology import _init_process_group
+
+    dist.destroy_process_group()
+    other = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    original, told = meeting._store_at, []
+
+    def store_at(place, hosts, timeout_seconds):
+        if hosts:
+            raise dist.DistNetworkError("listen: EADDRINUSE, message: address already in use")
+        return original(place, hosts, timeout_seconds)
+
+    def start():
+        with pytest.raises(ConfigError) as caught:
+            _init_process_group(0, 3, 20)
+        return str(caught.value), other.check([f"meeting/{meeting.run_name()}/verdict"])
+
+    def wait():
+        try:
+            Meeting(1, 3).arrive(20)
+        except UserError as error:
+            told.append(str(error))
+
+    os.environ["MASTER_PORT"] = str(port)
+    with mock.patch.object(meeting, "_store_at", store_at):
+        by_hand = start()
+        del os.environ["RANK"]
+        os.environ["SLURM_JOB_ID"] = "12"
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        by_srun = start()
+        waiting.join()
+    return by_hand, by_srun, told
+
+
+def test_port_of_another_run_is_told_to_all(address):
+    """Under srun, whose rank 0 hosts the store: the others wait in the other run's, which hears nothing of it."""
+    port = int(address.rpartition(":")[2])
+    words = (f"MASTER_PORT = {port}: another process of 127.0.0.1 listens there, perhaps another run's; choose another "
+             "port for this run, or wait for the end of the other")
+    assert run_on_ranks(port_is_taken, 1, port) == [((words, False), (words, True), [words])]

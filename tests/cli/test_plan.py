@@ -1,0 +1,122 @@
+"""The command `plan`: its exit codes, its table of GPUs, and what it counts of the rows."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from megatron_embed.__main__ import main
+from megatron_embed.planning.hardware import GPUS
+from tests.test_main import _one_rank  # noqa: F401  without a launcher's variables
+from tests.toys import REPOSITORY
+
+LARGE = str(REPOSITORY / "configs" / "qwen3_8b_embed_tp2_8xh100.yaml")
+
+
+def plan(capsys, *arguments):
+    """(exit code, stdout, stderr)"""
+    code = main(["plan", *arguments])
+    return code, *capsys.readouterr()
+
+
+def number_after(name, text):
+    return float(re.search(rf"^\s+{name}\s+([0-9.]+)", text, re.MULTILINE).group(1))
+
+
+@pytest.mark.parametrize("name, fits", [("a100", True), ("h100", True), ("h200", True), ("b200", True)])
+def test_every_gpu_of_the_table(capsys, name, fits):
+    code, out, _ = plan(capsys, LARGE, "--gpus", "8", "--gpu", name)
+    assert code == (0 if fits else 2)
+    assert f"8 x {GPUS[name].name}, tp2: 4 data-parallel ranks" in out
+    assert number_after("of", out) == GPUS[name].memory_gib
+    assert ("it fits" in out) == fits
+    # The parts are the whole, and the layout itself is among those proposed or slower than five others that fit.
+    parts = ("parameters", r"gradients \(float32\)", "optimizer", "activations", "embeddings and loss", "reserve")
+    memory = out[out.index("Memory of a GPU"):out.index("One step:")]
+    assert sum(number_after(part, memory) for part in parts) == pytest.approx(number_after("together", memory), abs=0.4)
+    step = out[out.index("One step:"):]
+    assert number_after("together", step) > number_after("compute", step) > 0.0
+    table = out[out.index("Layouts that fit, fastest first"):].splitlines()[2:]
+    seconds = [float(line.split()[-1]) for line in table]
+    assert len(seconds) == 5 and seconds == sorted(seconds)
+    assert all(float(line.split()[-2]) <= GPUS[name].memory_gib for line in table)
+
+
+def test_memory_decides_and_the_remedy_works(capsys):
+    """A batch that is too large for the H100 and not for the H200; what the advice names makes it fit."""
+    wide = [LARGE, "--gpus", "8", "training.micro_batch_size=4"]
+    code, out, _ = plan(capsys, *wide, "--gpu", "h100")
+    assert code == 2 and "IT DOES NOT FIT" in out and "lower training.micro_batch_size" in out
+    assert plan(capsys, *wide, "--gpu", "h200")[0] == 0
+    assert plan(capsys, *wide, "--gpu", "h100", "training.recompute=full")[0] == 0
+    code, out, _ = plan(capsys, LARGE, "--gpus", "8", "model.path=Qwen/Qwen3-32B",
+                        "parallel.tensor_model_parallel_size=1", "training.micro_batch_size=1")
+    assert code == 2 and "Most of it is the model" in out
+
+
+def test_layout_that_is_impossible_is_told_as_training_tells_it(capsys):
+    code, out, err = plan(capsys, LARGE, "--gpus", "8", "parallel.tensor_model_parallel_size=16")
+    assert (code, out) == (2, "")
+    assert "parallel.tensor_model_parallel_size = 16: world size = 8 is not a multiple" in err
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Writes rows and a configuration that names them; gives its path."""
+
+    def write(rows, **sections):
+        (tmp_path / "config.json").write_text(json.dumps({
+            "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": 1000,
+            "max_position_embeddings": 512}))
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = {"model": {"path": str(tmp_path)}, "data": {"train": [str(tmp_path / "rows.jsonl")],
+                  "query_max_length": 32, "document_max_length": 128},
+                  "training": {"global_batch_size": 64, "micro_batch_size": 8}}
+        for section, keys in sections.items():
+            values[section] = {**values.get(section, {}), **keys} if isinstance(keys, dict) else keys
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    return write
+
+
+def tokens(out):
+    """Of the largest micro-batch, as the report says it."""
+    return int(re.search(r"micro-batches of up to ([0-9,]+) tokens", out).group(1).replace(",", ""))
+
+
+def test_documents_are_those_of_the_rows(capsys, small):
+    rows = [{"query": "q", "positive": ["a"], "negatives": ["b"] * count} for count in (0, 3, 1)]
+    for wanted, counted in ((2, 2), (3, 3), (50, 3)):
+        code, out, _ = plan(capsys, small(rows, data={"num_negatives": wanted}), "--gpus", "1")
+        assert code == 0
+        assert f"3 rows of data.train, with up to 1 positive and {counted} negative documents each in use." in out
+        assert tokens(out) == 8 * (32 + (1 + counted) * 128)
+    code, out, _ = plan(capsys, small(rows, data={"num_negatives": 50, "train": ["gone.jsonl"]}), "--gpus", "1")
+    assert "The rows of data.train are not here: each query is taken to have 1 positive and 50 negative" in out
+    assert tokens(out) == 8 * (32 + 51 * 128)
+
+
+def test_token_budget_is_compared_with_the_rows(capsys, small):
+    rows = [{"query": "q", "positive": ["a"], "negatives": ["b"]}]
+    settings = {"data": {"num_negatives": 7}, "objective": {"negatives": "micro_batch"}}
+    code, out, _ = plan(capsys, small(rows, training={"micro_batch_tokens": 288}, **settings), "--gpus", "1")
+    assert code == 0 and "of up to 288 tokens" in out
+    code, _, err = plan(capsys, small(rows, training={"micro_batch_tokens": 287}, **settings), "--gpus", "1")
+    assert code == 2 and "nearest valid: 288" in err
+
+
+def test_lists_of_a_reranker(capsys, small):
+    rows = [{"query": "q", "documents": ["a", "b", "c", "d"], "labels": labels}
+            for labels in ([1, 0, 0, 0], [1, 1, 0, 0])]
+    task = {"task": "reranker", "objective": {"loss": "listwise"}, "reranker": {"max_length": 100}}
+    for wanted, documents in ((0, 4), (1, 3), (9, 4)):
+        code, out, _ = plan(capsys, small(rows, data={"num_negatives": wanted}, **task), "--gpus", "1")
+        assert code == 0, out
+        assert f"2 rows of data.train, with up to {documents} documents each in use." in out
+        assert tokens(out) == 8 * documents * 100
+    code, out, _ = plan(capsys, small(rows, data={"train": ["gone.jsonl"]}, **task), "--gpus", "1")
+    assert "taken to have 1 document, since data.num_negatives = 0 takes what a row has" in out
