@@ -34,6 +34,7 @@ from megatron_embed.parallel.topology import (
     check_world_size,
     token_alignment,
 )
+from megatron_embed.training.optimizer import check_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     dp_size = check_world_size(config.parallel, world_size)
     check_batch_sizes(config, dp_size)
     check_divisible(model.shape, config.parallel)
-    adapters_of(config.lora, model)
+    adapters = adapters_of(config.lora, model)
     check_token_budget(config, documents=1)  # that much it must hold whatever the rows are
     attention_kernel(config)
     if config.task == "embedding":
@@ -96,6 +97,8 @@ def read_inputs(config: RunConfig) -> Inputs:
                        negatives=config.objective.needs_own_negatives)
         check_token_budget(config, everything.most_in_use(config.data.num_positives, config.data.num_negatives))
         refuse_tokenless_rows(everything, tokenizer, config.data.num_negatives, config.data.num_positives)
+    check_optimizer(config, has_adapters=adapters is not None,
+                    has_tied_head=head is not None and head.is_tied(model.shape))
     records, validation = divided(config, everything, dp_size)
     sampler = build_sampler(records, config.data, global_batch_size=config.training.global_batch_size,
                             seed=config.training.seed)

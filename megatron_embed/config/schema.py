@@ -5,6 +5,7 @@ from typing import Literal
 
 from megatron_embed.config.checks import require
 from megatron_embed.config.objective import EMBEDDING_LOSSES, RERANK_LOSSES, ObjectiveConfig
+from megatron_embed.config.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,12 +324,6 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    distributed: bool = True
-    """Shard optimizer state over the data-parallel ranks (ZeRO-1)."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     directory: str | None = None
     """For metrics.jsonl and TensorBoard; null: checkpoint.directory, and if that is null too, nothing is written."""
@@ -370,6 +365,7 @@ class RunConfig:
                 f"is no loss of task: {self.task}; choose one of {', '.join(losses)}")
         if self.task == "reranker":
             _check_reranker_run(self)
+        self.optimizer.check_against(task=self.task, lora_rank=self.lora.rank)
         weights, dims = self.objective.matryoshka_weights, self.embedding.matryoshka_dims
         require(not weights or len(weights) == len(dims), "objective.matryoshka_weights", list(weights),
                 f"must have one weight per width of embedding.matryoshka_dims = {list(dims)}")

@@ -107,11 +107,14 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
         loaded = load_agreed(hooks, step, topology, writer.error)
         # At least one step per start: a run whose time is always up too early would be started again for ever.
         if loaded.signalled or (loaded.time_is_up and step > first_step):
+            trainer.complete_parameters()
             leave_early(hooks, writer, step, saved)
         seed_step(config.training.seed, step, topology)
         metrics = train_step(loaded.batch, trainer)
         health.after_step(step, metrics, skipped=bool(metrics.pop("skipped")))
         done, last = step + 1, step + 1 == train_steps
+        if last or done % config.evaluation.every_steps == 0 or done % config.checkpoint.save_every_steps == 0:
+            trainer.complete_parameters()  # for the evaluation, the checkpoint, the export
         seconds = time.perf_counter() - start
         if loaded.batch.data_set is not None:
             metrics |= {f"{loaded.batch.data_set}/{name}": value for name, value in metrics.items()

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from megatron_embed.config.optimizer import OWN_READERS
 from megatron_embed.config.schema import RunConfig, TrainingConfig
+from megatron_embed.errors import ConfigError
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel
 from megatron_embed.models.heads import return_tied_gradients
 from megatron_embed.models.passes import tied_parts
@@ -21,6 +23,7 @@ from megatron_embed.platform.compat import (
     get_megatron_optimizer,
     use_torch_adam,
 )
+from megatron_embed.training.overlap import assert_gathered, hold_back_until_last
 
 
 class AdamW(torch.optim.AdamW):
@@ -61,18 +64,38 @@ class AdamW(torch.optim.AdamW):
             del values["step"]
 
 
-def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: Topology) -> list[torch.nn.Module]:
-    """The chunks in Megatron's DistributedDataParallel, gradients in float32, and the schedule's hooks set."""
+def check_optimizer(config: RunConfig, *, has_adapters: bool, has_tied_head: bool) -> None:
+    """Raises ConfigError if section `optimizer` asks for what this model cannot have. No communication."""
+    asked = config.optimizer
+    if asked.overlap_grad_reduce and has_tied_head:
+        raise ConfigError("optimizer.overlap_grad_reduce = True: the head's yes and no are rows of the word "
+                          "embeddings, whose gradient is whole only after the backward passes; set it to false")
+    if asked.overlap_param_gather and has_adapters:
+        raise ConfigError(f"optimizer.overlap_param_gather = True: {OWN_READERS}")
+
+
+def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: Topology,
+                bucket_size: int | None = None) -> list[torch.nn.Module]:
+    """The chunks in Megatron's DistributedDataParallel, gradients in float32, and the schedule's hooks set.
+
+    `bucket_size`: parameters of a bucket, where communication overlaps computation; null: see the settings.
+    """
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=config.optimizer.distributed,
-        check_for_nan_in_grad=False)
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed, check_for_nan_in_grad=False,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather, bucket_size=bucket_size)
     wrapped = [DistributedDataParallel(config=chunk.config, ddp_config=ddp_config, module=chunk,
                                        disable_bucketing=number > 0, pg_collection=topology.groups)
                for number, chunk in enumerate(chunks)]
+    if config.optimizer.overlap_grad_reduce:
+        hold_back_until_last(wrapped)
     tied = tied_parts(chunks)
 
     def finalize(*arguments: Any, **options: Any) -> None:
+        if config.optimizer.overlap_param_gather:
+            assert_gathered(wrapped)
         if tied is not None:
+            assert not config.optimizer.overlap_grad_reduce, "some gradients may be reduced already"
             return_tied_gradients(*tied, topology)
         finalize_model_grads(*arguments, **options)
 

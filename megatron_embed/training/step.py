@@ -11,6 +11,7 @@ from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, model_parallel_cuda_manual_seed
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.optimizer import update
+from megatron_embed.training.overlap import complete_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,10 @@ class Trainer:
     gradients: GradCache
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+
+    def complete_parameters(self) -> None:
+        """Every rank has all parameters as the last step left them. Called by all ranks; see training/overlap.py."""
+        complete_parameters(self.chunks)
 
 
 def seed_step(seed: int, step: int, topology: Topology) -> None:

@@ -102,6 +102,8 @@ class Case:
     sabotage: Sabotage | None = None
     adapters: bool = False
     """The model has LoRA adapters, and nothing else is trained."""
+    overlap: bool = False
+    """Gradients are reduced and parameters gathered behind the computation, in small buckets."""
 
     @property
     def model(self) -> str:
@@ -122,6 +124,7 @@ class Case:
         words += ["micro-batch negatives"] if self.negatives == "micro_batch" else []
         words += ["distributed"] if self.distributed else []
         words += ["adapters"] if self.adapters else []
+        words += ["overlapped"] if self.overlap else []
         words += [f"aux {self.aux:g}"] if self.aux else []
         words += [self.rows] if self.rows != "short" else []
         words += [f"recompute {self.recompute}"] if self.recompute != "none" else []
@@ -230,4 +233,5 @@ def run_config(case: Case, folder: Path) -> RunConfig:
             global_batch_size=rows.count, micro_batch_size=rows.count // (layout.dp * max(1, case.micro_batches)),
             micro_batch_tokens=case.tokens,
             moe_aux_loss_coefficient=case.aux, recompute=case.recompute),
-        optimizer=OptimizerConfig(distributed=case.distributed))
+        optimizer=OptimizerConfig(distributed=case.distributed, overlap_grad_reduce=case.overlap,
+                                  overlap_param_gather=case.overlap))

@@ -1,0 +1,67 @@
+"""What keeps gradients and parameters right while they are communicated behind the computation.
+
+Megatron's DistributedDataParallel does the work: a bucket of gradients is reduced once all of them have been computed,
+a bucket of parameters is gathered when the first forward pass comes to it. With two passes per step the gathers belong
+to the first pass; the second finds everything in place.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_embed.platform.compat import DistributedDataParallel
+
+
+class HeldBack:
+    """Context in which a chunk sums up gradients and sends none.
+
+    Megatron's own (`DistributedDataParallel.no_sync`) is a generator, and a pipeline's forward-only pass enters it
+    without leaving it: whenever Python gets round to clearing it away, which may be amid the backward passes, its end
+    lets unfinished gradients go. This one ends where it is left.
+    """
+
+    def __init__(self, chunk: DistributedDataParallel) -> None:
+        self.groups = _bucket_groups(chunk)
+
+    def __enter__(self) -> None:
+        for group in self.groups:
+            group.is_last_microbatch = False
+
+    def __exit__(self, *error: object) -> None:
+        for group in self.groups:
+            group.is_last_microbatch = True
+
+
+def hold_back_until_last(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Tells Megatron's schedules how to keep gradients back until a step's last micro-batch."""
+    contexts = [functools.partial(HeldBack, chunk) for chunk in wrapped]
+    wrapped[0].config.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
+
+
+def assert_gathered(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Stops a run whose forward passes used parameters that had not been gathered. For `overlap_param_gather`.
+
+    Megatron waits for a bucket before the call of a module that holds one of its parameters. A module that reads those
+    of another would read what they were a step ago.
+    """
+    for chunk in wrapped:
+        for group in _bucket_groups(chunk):
+            assert group.param_gather_dispatched and group.param_gather_handle is None, \
+                f"{next(iter(group.params)).shape} and others were not gathered before they were used"
+
+
+def complete_parameters(wrapped: Sequence[torch.nn.Module]) -> None:
+    """Brings every rank's parameters up to date now instead of during the next forward pass.
+
+    Called by all ranks before anything but a training step reads parameters: checkpoints, evaluations. With
+    `overlap_param_gather` one all-gather of each bucket over its data-parallel group, else nothing.
+    """
+    for chunk in wrapped:
+        if isinstance(chunk, DistributedDataParallel) and chunk.use_forward_hook:
+            chunk.start_param_sync(force_sync=True)
+
+
+def _bucket_groups(chunk: DistributedDataParallel) -> list[Any]:
+    return [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
