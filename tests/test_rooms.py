@@ -35,7 +35,7 @@ THIRD_PARTY = {
     "platform": {"torch", "megatron", "packaging"},
     "parallel": {"torch"},
     "data": {"torch", "numpy", "datasets", "pyarrow", "tokenizers", "transformers", "tqdm"},
-    "models": {"torch"},
+    "models": {"torch", "transformer_engine"},
     "losses": {"torch"},
     "convert": {"torch", "numpy", "safetensors", "transformers", "sentence_transformers", "tqdm", "psutil", "xxhash"},
     "checkpoint": {"torch", "numpy"},

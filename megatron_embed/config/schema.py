@@ -12,10 +12,10 @@ from megatron_embed.config.optimizer import OptimizerConfig
 class ModelConfig:
     path: str
     """Hugging Face directory, one of our checkpoints, or a hub name."""
-    attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """auto: flash in half precision on a GPU, else sdpa. flash: torch's variable-length flash kernels (GPU).
-    sdpa: torch's scaled_dot_product_attention over groups of similarly long sequences (CPU included, there in
-    float32)."""
+    attention: Literal["auto", "te", "flash", "sdpa"] = "auto"
+    """auto: flash in half precision on a GPU, else sdpa. flash: torch's variable-length flash kernels (GPU). te:
+    Transformer Engine's (GPU). sdpa: torch's scaled_dot_product_attention over groups of similarly long sequences (CPU
+    included, there in float32)."""
     bidirectional: bool = False
     """True lets every token of a decoder attend to the whole sequence. Encoder families always do."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_embed.config.schema import ParallelConfig, TrainingConfig
 from megatron_embed.errors import ConfigError
-from megatron_embed.models.attention import PackedAttention, attention_window
+from megatron_embed.models.attention import attention_window
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.parallel.topology import uses_sequence_parallel, virtual_size
 from megatron_embed.platform.compat import (
@@ -17,6 +17,7 @@ from megatron_embed.platform.compat import (
     ColumnParallelLinear,
     IdentityOp,
     LanguageModelEmbedding,
+    MegatronModule,
     MLPSubmodules,
     ModuleSpec,
     MoELayer,
@@ -259,12 +260,12 @@ def _expert_settings(shape: ModelShape, training: TrainingConfig) -> dict[str, o
 
 
 def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool, pp_rank: int,
-               vp_stage: int | None) -> TransformerBlockSubmodules:
+               vp_stage: int | None, core_attention: type[MegatronModule]) -> TransformerBlockSubmodules:
     """Layer and norm classes of the backbone, one entry per layer of this pipeline stage."""
     norm = LayerNorm if shape.norm == "LayerNorm" else RMSNorm
     qk_norm = norm if shape.qk_layernorm else None
     mask = AttnMaskType.no_mask if bidirectional else AttnMaskType.causal
-    core = ModuleSpec(module=PackedAttention,
+    core = ModuleSpec(module=core_attention,
                       params={"window": attention_window(shape.sliding_window, not bidirectional)})
     attention = ModuleSpec(
         module=SelfAttention, params={"attn_mask_type": mask},

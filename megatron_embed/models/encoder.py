@@ -12,7 +12,13 @@ from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.adapters import Adapters
-from megatron_embed.models.attention import PackedSequences, attention_window, context_chunks, group_segments
+from megatron_embed.models.attention import (
+    PackedAttention,
+    PackedSequences,
+    attention_window,
+    context_chunks,
+    group_segments,
+)
 from megatron_embed.models.backbone import (
     EncoderEmbedding,
     add_bias_in_product,
@@ -27,9 +33,11 @@ from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.models.rope import rotary_angles, rotary_frequencies
+from megatron_embed.models.te_attention import TransformerEngineAttention
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import (
     HAS_CUDA,
+    HAS_TRANSFORMER_ENGINE,
     LanguageModelEmbedding,
     LanguageModule,
     MegatronModule,
@@ -38,7 +46,9 @@ from megatron_embed.platform.compat import (
     TransformerConfig,
 )
 
-AttentionKernel = Literal["flash", "sdpa"]
+AttentionKernel = Literal["flash", "sdpa", "te"]
+CORE_ATTENTION: dict[AttentionKernel, type[MegatronModule]] = {
+    "flash": PackedAttention, "sdpa": PackedAttention, "te": TransformerEngineAttention}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -73,7 +83,7 @@ class EmbeddingModel(LanguageModule):
 
     def __init__(self, config: TransformerConfig, shape: ModelShape, topology: Topology, *, pooling: Pooling,
                  normalize: bool, bidirectional: bool, vp_stage: int | None = None,
-                 head_spec: HeadSpec | None = None) -> None:
+                 head_spec: HeadSpec | None = None, kernel: AttentionKernel = "sdpa") -> None:
         super().__init__(config=config, pg_collection=topology.groups)
         self.shape = shape
         self.topology = topology
@@ -92,7 +102,8 @@ class EmbeddingModel(LanguageModule):
         # No buffer: it stays float32 whatever the model's dtype.
         self.rotary_frequencies = None if shape.rotary_base is None else rotary_frequencies(shape)
         self.decoder = TransformerBlock(
-            config=config, spec=block_spec(config, shape, bidirectional, topology.pp_rank, vp_stage),
+            config=config, spec=block_spec(config, shape, bidirectional, topology.pp_rank, vp_stage,
+                                           core_attention=CORE_ATTENTION[kernel]),
             post_layer_norm=not shape.post_norm, pre_process=self.pre_process, post_process=self.post_process,
             pg_collection=topology.groups, vp_stage=vp_stage)
         self.head = None
@@ -167,19 +178,27 @@ def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
 
 
 def attention_kernel(config: RunConfig) -> AttentionKernel:
-    """What attention runs on: torch's variable-length flash kernels, or its general attention.
+    """What attention runs on: torch's variable-length flash kernels, its general attention, or, if asked for,
+    Transformer Engine.
 
     Raises:
-        ConfigError: flash is asked for where it cannot run.
+        ConfigError: flash or te is asked for where it cannot run.
     """
     half, wanted = config.model.dtype != "float32", config.model.attention
     other = (f"training.attention_dropout = {config.training.attention_dropout}" if config.training.attention_dropout
              else f"parallel.context_parallel_size = {config.parallel.context_parallel_size}"
              if config.parallel.context_parallel_size > 1 else None)
-    if wanted == "flash" and not (HAS_CUDA and half):
-        raise ConfigError("model.attention = 'flash' needs a GPU and model.dtype = bfloat16; use 'auto' or 'sdpa' here")
-    if wanted == "flash" and other is not None:
-        raise ConfigError(f"model.attention = 'flash' does not go with {other}; use 'auto' or 'sdpa'")
+    if wanted in ("flash", "te"):
+        if not (HAS_CUDA and half):
+            raise ConfigError(f"model.attention = {wanted!r} needs a GPU and model.dtype = bfloat16; use 'auto' or "
+                              "'sdpa' here")
+        if wanted == "te" and not HAS_TRANSFORMER_ENGINE:
+            raise ConfigError("model.attention = 'te': Transformer Engine is not installed; pip install "
+                              "'megatron_embed[gpu]', or use 'auto'")
+        if other is not None:
+            raise ConfigError(f"model.attention = {wanted!r} does not go with {other}; use 'auto' or 'sdpa'")
+    if wanted == "te":
+        return "te"
     return "flash" if wanted != "sdpa" and other is None and half and HAS_CUDA else "sdpa"
 
 
@@ -191,16 +210,16 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     With `adapters` all but these and a reranker's classifier is frozen, and they are drawn.
 
     Raises:
-        ConfigError: the layout does not divide the model.
+        ConfigError: the layout does not divide the model, or `model.attention` cannot run here.
     """
     dtype = DTYPES[config.model.dtype]
     transformer = megatron_config(shape, config.parallel, config.training, dtype)
-    bidirectional = shape.bidirectional or config.model.bidirectional
+    bidirectional, kernel = shape.bidirectional or config.model.bidirectional, attention_kernel(config)
     stages: list[int | None] = [None] if topology.num_model_chunks == 1 else list(range(topology.num_model_chunks))
     chunks = []
     for stage in stages:
         chunk = EmbeddingModel(transformer, shape, topology, pooling=pooling, normalize=config.embedding.normalize,
-                               bidirectional=bidirectional, vp_stage=stage, head_spec=head_spec)
+                               bidirectional=bidirectional, vp_stage=stage, head_spec=head_spec, kernel=kernel)
         if adapters is not None:
             add_adapters(chunk, adapters, shape, chunk.global_name)
             if chunk.head is not None and chunk.head.spec.kind == "score":
@@ -226,7 +245,7 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
     chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)
     packed = PackedSequences(cu_seqlens=micro_batch.cu_seqlens.to(device), num_tokens=micro_batch.num_tokens,
                              max_seqlen=int(micro_batch.cu_seqlens.diff().max()), window=window)
-    if kernel != "flash":
+    if kernel == "sdpa":
         packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, device, window),
                             tokens // topology.cp_size, keys_are_local=topology.cp_size == 1)
     first_position = 0 if shape is None else shape.position_offset

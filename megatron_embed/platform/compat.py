@@ -7,6 +7,7 @@ use `parallel_state`.
 
 # ruff: noqa: E402, F401
 import importlib.metadata
+import importlib.util
 import os
 import warnings
 
@@ -21,6 +22,7 @@ for _message in ("Transformer Engine and Apex are not installed", "Apex is not i
     warnings.filterwarnings("ignore", message=_message)
 
 HAS_CUDA = torch.cuda.is_available()
+HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 if not HAS_CUDA:
     from megatron_embed.platform import cpu
 
