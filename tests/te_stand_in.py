@@ -88,15 +88,74 @@ class DotProductAttention(torch.nn.Module):
                                                        scale=self.softmax_scale).transpose(0, 1)
 
 
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW in float32 over state of the dtypes asked for, with Transformer Engine's names for it."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, *,
+                 bias_correction=True, adam_w_mode=True, capturable=False, master_weights=False,
+                 master_weight_dtype=torch.float32, exp_avg_dtype=torch.float32, exp_avg_sq_dtype=torch.float32,
+                 use_decoupled_grad=False, store_param_remainders=False, set_grad_none=None):
+        assert not amsgrad and not capturable and set_grad_none is None and adam_w_mode and bias_correction
+        assert master_weights and master_weight_dtype == torch.float32 and not store_param_remainders
+        assert use_decoupled_grad, "gradients and parameters differ in dtype"
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (beta1, beta2), step = group["betas"], group["step"]
+            for parameter in group["params"]:
+                state, gradient = self.state[parameter], parameter.decoupled_grad
+                assert gradient.dtype == torch.float32
+                if not state:
+                    state |= {name: torch.zeros_like(parameter, dtype=dtype) for name, dtype in self.dtypes.items()}
+                    state["master_param"] = parameter.float()
+                average = state["exp_avg"].float().lerp(gradient, 1 - beta1)
+                square = state["exp_avg_sq"].float().lerp(gradient**2, 1 - beta2)
+                update = average / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
+                main = state["master_param"]
+                main.sub_(group["lr"] * (update + group["weight_decay"] * main))
+                parameter.copy_(main)
+                state["exp_avg"].copy_(average)
+                state["exp_avg_sq"].copy_(square)
+
+
 @contextlib.contextmanager
 def installed():
-    """Within it `import transformer_engine.pytorch` finds these classes."""
-    package, pytorch = types.ModuleType("transformer_engine"), types.ModuleType("transformer_engine.pytorch")
-    package.pytorch, pytorch.DotProductAttention = pytorch, DotProductAttention
-    assert not any(name.startswith("transformer_engine") for name in sys.modules), "the real one is there"
-    sys.modules |= {"transformer_engine": package, "transformer_engine.pytorch": pytorch}
+    """Within it `import transformer_engine` finds these classes, and Megatron that it is version 2.3."""
+    from megatron.core import utils
+
+    names = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers")
+    assert not any(name.startswith(names[0]) for name in sys.modules), "the real one is there"
+    package, pytorch, optimizers = (types.ModuleType(name) for name in names)
+    package.__version__, package.pytorch, pytorch.optimizers = "2.3.0", pytorch, optimizers
+    pytorch.DotProductAttention, optimizers.FusedAdam = DotProductAttention, FusedAdam
+    sys.modules |= dict(zip(names, (package, pytorch, optimizers), strict=True))
+    known, utils._te_version = utils._te_version, None
     try:
         yield
     finally:
-        for name in ("transformer_engine", "transformer_engine.pytorch"):
+        utils._te_version = known
+        for name in names:
             del sys.modules[name]
+
+
+@contextlib.contextmanager
+def fused_adam():
+    """Within it Megatron builds the FusedAdam above, as where Transformer Engine was there when it was imported."""
+    from megatron_embed.platform.compat import distrib_optimizer, megatron_optimizer
+
+    settings = ((megatron_optimizer, {"Adam": FusedAdam, "USING_PYTORCH_OPTIMIZER": False}),
+                (distrib_optimizer, {"Adam": FusedAdam, "HAVE_APEX_OR_TE": True, "USING_TE_OPTIMIZER": True,
+                                     "USING_APEX_OPTIMIZER": False}))
+    originals = [{name: vars(module)[name] for name in values} for module, values in settings]
+    for module, values in settings:
+        vars(module).update(values)
+    try:
+        with installed():
+            yield
+    finally:
+        for (module, _), values in zip(settings, originals, strict=True):
+            vars(module).update(values)

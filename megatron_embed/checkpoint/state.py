@@ -56,12 +56,23 @@ def model_state(models: Sequence[EmbeddingModel]) -> dict[str, dict[str, Any]]:
 
 CONFIGURED = ("betas", "eps", "max_lr", "min_lr")
 """What Megatron saves with the groups of parameters, and the configuration decides: a resumed run may change it."""
+OFFLOADING = ("offload_fraction", "cpu_optimizer_cls", "gpu_optimizer_cls", "param_update_in_fp32", "pin_cpu_grads",
+              "pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d")
+"""What Megatron's offloaded optimizer has in its groups. Two are classes, which torch refuses to load."""
 
 
 def sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
-    """Model and optimizer. Communicates over the data-parallel group, where the optimizer is distributed."""
+    """Model and optimizer. Communicates over the data-parallel group, where the optimizer is distributed.
+
+    Nothing says where the optimizer's state lay: a run may go on elsewhere.
+    """
     model = model_state(state.models)
     optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=SHARDING)
+    parts = [optimizer] if "optimizer" in optimizer else list(optimizer.values())
+    for part in parts:
+        for group in part["optimizer"]["param_groups"] if "optimizer" in part else ():
+            for key in OFFLOADING:
+                group.pop(key, None)
     return {"model": model, "optimizer": optimizer}
 
 

@@ -125,7 +125,8 @@ def report(plan: "Plan", shape: "ModelShape", gpus: int, gpu: "GPU", parts: "Par
         f"micro-batches of up to {grid.micro_batch_tokens:,} tokens on each, recompute {config.training.recompute}",
         rows, "", f"Memory of a GPU of pipeline stage {plan.stage}, which needs most, in GiB",
         *(f"  {name:<20} {size / GIB:7.1f}" for name, size in parts.items()),
-        f"  {'of':<20} {gpu.memory_gib:7.1f}   {'it fits' if plan.fits else 'IT DOES NOT FIT'}", "",
+        f"  {'of':<20} {gpu.memory_gib:7.1f}   {'it fits' if plan.fits else 'IT DOES NOT FIT'}",
+        *([f"  {'host, per GPU':<20} {memory.host / GIB:7.1f}   the optimizer's share"] if memory.host else []), "",
         f"One step: {config.training.global_batch_size:,} queries, at most {step_tokens(config):,} tokens, "
         f"{flops / 1e15:.3g} PFLOP of the model, forward passes: {forwards}; expected seconds"]
     lines += [f"  {name:<20} {seconds:7.2f}" for name, seconds in {

@@ -365,7 +365,7 @@ class RunConfig:
                 f"is no loss of task: {self.task}; choose one of {', '.join(losses)}")
         if self.task == "reranker":
             _check_reranker_run(self)
-        self.optimizer.check_against(task=self.task, lora_rank=self.lora.rank)
+        self.optimizer.check_against(task=self.task, dtype=self.model.dtype, lora_rank=self.lora.rank)
         weights, dims = self.objective.matryoshka_weights, self.embedding.matryoshka_dims
         require(not weights or len(weights) == len(dims), "objective.matryoshka_weights", list(weights),
                 f"must have one weight per width of embedding.matryoshka_dims = {list(dims)}")

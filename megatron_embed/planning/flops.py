@@ -20,6 +20,9 @@ the tensor-parallel size, which makes the matrices narrower."""
 EXPERT_EFFICIENCY = 0.35
 """The same for experts, whose products are small, one after the other."""
 
+HOST_GB_PER_SECOND = 25
+"""What one of a node's eight GPUs can count on between it and host memory, and of host memory itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
@@ -108,7 +111,10 @@ def step_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU, parts:
     documents = 0 if config.task == "reranker" else config.training.global_batch_size * (
         config.data.num_positives + config.data.num_negatives)
     data = (moved + documents * shape.hidden_size * 4 * 2) / _bandwidth(gpu, grid.gpus)
-    optimizer = held * 24 / (grid.dp * cp if config.optimizer.distributed else 1) / (gpu.memory_gb_per_second * 1e9)
+    # An update reads gradient, main parameter and moments and writes the latter; offloaded, six bytes travel besides.
+    share = held / (grid.dp * cp if config.optimizer.distributed else 1)
+    optimizer = (share * 30 / (HOST_GB_PER_SECOND * 1e9) if config.optimizer.cpu_offload
+                 else share * 24 / (gpu.memory_gb_per_second * 1e9))
     return StepTime(compute=compute, tensor=tensor, context=context, expert=expert, bubble=bubble, data=data,
                     optimizer=optimizer)
 

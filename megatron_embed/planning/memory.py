@@ -49,9 +49,12 @@ class Memory:
     loss: int
     """Embeddings of the step, the documents gathered from all ranks with their gradient, and one tile."""
     reserve: int
+    host: int = 0
+    """In the host's memory, not the GPU's: the optimizer's share where it is offloaded."""
 
     @property
     def total(self) -> int:
+        """On the GPU."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.loss + self.reserve
 
 
@@ -89,12 +92,24 @@ def tokens_per_query(config: RunConfig) -> int:
     return sum(number * tokens for number, tokens in texts_per_query(config))
 
 
-def optimizer_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
-    """Two moments in float32, and float32 main parameters where the model's own are not; shared by the copies."""
-    each = 8 if config.model.dtype == "float32" else 12
+def optimizer_share(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
+    """Parameters that a rank updates: the copies share them, if the optimizer is distributed."""
     if not config.optimizer.distributed:
-        return each * parameters.total
-    return each * (parameters.dense // grid.dense_copies + parameters.expert // grid.expert_copies)
+        return parameters.total
+    return parameters.dense // grid.dense_copies + parameters.expert // grid.expert_copies
+
+
+def optimizer_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
+    """On the GPU: two moments in float32, and float32 main parameters where the model's own are not."""
+    if config.optimizer.cpu_offload:
+        return 0
+    each = 8 if config.model.dtype == "float32" else 10 if config.optimizer.precision_aware else 12
+    return each * optimizer_share(config, parameters, grid)
+
+
+def host_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
+    """In host memory: main parameters, their gradients and two moments, all in float32, if they are offloaded."""
+    return 16 * optimizer_share(config, parameters, grid) if config.optimizer.cpu_offload else 0
 
 
 def layer_activation_bytes(config: RunConfig, shape: ModelShape, parts: Parts | None = None) -> float:
@@ -170,7 +185,8 @@ def stage_memory(config: RunConfig, shape: ModelShape, grid: Grid, stage: int, p
         "optimizer": optimizer_bytes(config, held.trained, grid),
         "activations": activation_bytes(config, shape, grid, stage, parts),
         "loss": loss_bytes(config, shape, grid, stage)}
-    return Memory(**known, reserve=RESERVE_BYTES + int(FRAGMENTATION * sum(known.values())))
+    return Memory(**known, reserve=RESERVE_BYTES + int(FRAGMENTATION * sum(known.values())),
+                  host=host_bytes(config, held.trained, grid))
 
 
 def worst_stage(config: RunConfig, shape: ModelShape, grid: Grid, parts: Parts | None = None) -> tuple[int, Memory]:

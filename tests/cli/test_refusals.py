@@ -173,6 +173,16 @@ def test_model_without_a_tokenizer(write, model, tmp_path):
     assert_refused(run_on_ranks(command, 1, ["train", write(model={"path": str(other)})]), str(other), "tokenizer")
 
 
+@pytest.mark.parametrize("section, key, value, words", [
+    ("model", "attention", "te", ["model.attention = 'te' needs a GPU", "use 'auto' or 'sdpa'"]),
+    ("optimizer", "cpu_offload", True, ["optimizer.cpu_offload = True", "no GPU here", "set it to false"]),
+    ("optimizer", "precision_aware", True, ["optimizer.precision_aware = True needs a GPU", "pip install"])])
+def test_what_needs_a_gpu(write, section, key, value, words):
+    path = write(**{"model": {"dtype": "bfloat16"}, section: {"dtype": "bfloat16", key: value} if section == "model"
+                    else {key: value}})
+    assert_refused(run_on_ranks(command, 2, ["train", path]), f"{path}:{line_of(path, key)}", *words)
+
+
 @pytest.mark.parametrize("section, key", [("checkpoint", "directory"), ("logging", "directory")])
 def test_output_directory_that_cannot_be_written(write, tmp_path, section, key):
     (tmp_path / "file").write_text("")

@@ -52,7 +52,7 @@ NOT_REACHED = (
                why="only the combined 1F1B schedule uses them (overlap_moe_expert_parallel_comm)"),
     NotReached(module="pipeline_parallel.schedules", functions=("forward_step",),
                why="torch.autocast runs only with ModelParallelConfig.enable_autocast, which stays False"),
-    NotReached(module="optimizer.cpu_offloading.", why="OptimizerConfig.optimizer_cpu_offload stays False"),
+    NotReached(module="optimizer.cpu_offloading.", why="optimizer.cpu_offload is refused without CUDA"),
     NotReached(module="models.common.embeddings.yarn_rotary_pos_embedding", why="rotary positions are never yarn's"),
     NotReached(module="extensions.transformer_engine", why="our layers are torch's and Megatron's, not its"),
     NotReached(module="dist_checkpointing.strategies.async_utils", why="saves are synchronous"),

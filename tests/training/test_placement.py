@@ -1,0 +1,235 @@
+"""Where the optimizer's state lies, and in what: the same weights from host memory, the formula's if rounded.
+
+Neither can run without a GPU. What runs here are Megatron's own classes, told that the model's buffers lie on one, and
+a stand-in for Transformer Engine's FusedAdam with its signature and its way of keeping state.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+
+from megatron_embed.config.load import config_of_overrides
+from megatron_embed.config.schema import OptimizerConfig
+from megatron_embed.errors import ConfigError
+from megatron_embed.planning.memory import grid_of, stage_memory
+from megatron_embed.planning.shapes import shape_of
+from megatron_embed.training import optimizer as optimizer_module
+from megatron_embed.training.optimizer import check_optimizer
+from tests import te_stand_in
+from tests.ranks import run_on_ranks
+from tests.toys import open_model, run_config, save_model
+from tests.training.test_optimizer import decays, gradient_of
+
+STEPS = 4
+OFFLOADED, AWARE = ({"distributed": True, key: True} for key in ("cpu_offload", "precision_aware"))
+TRAINING = {"lr_decay_style": "constant", "learning_rate": 0.01, "weight_decay": 0.1, "adam_beta2": 0.99,
+            "adam_eps": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "bert", "bert")
+
+
+@contextlib.contextmanager
+def buffers_on_a_gpu(wrapped):
+    """Within it tensors in the model's buffers say that they are CUDA's; copies of them do not."""
+    ranges = [(buffer.param_data.data_ptr(), buffer.param_data.data_ptr() + buffer.param_data.nbytes)
+              for chunk in wrapped for buffer in chunk.buffers]
+    torch.Tensor.is_cuda = property(lambda tensor: any(start <= tensor.data_ptr() < end for start, end in ranges))
+    try:
+        yield
+    finally:
+        del torch.Tensor.is_cuda
+    assert not wrapped[0].buffers[0].param_data.is_cuda
+
+
+def open_optimizer(config):
+    """(this rank's parameters by name, its chunks, its optimizer)."""
+    from megatron_embed.training.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
+
+    opened = open_model(config)
+    wrapped = wrap_in_ddp(opened.chunks, config, opened.topology)
+    with buffers_on_a_gpu(wrapped):
+        optimizer = build_optimizer(config, wrapped, opened.topology)
+    scheduler = build_scheduler(optimizer, config.training, 1000)
+    return opened, wrapped, optimizer, scheduler
+
+
+def stepped(opened, optimizer, steps):
+    """(parameters after these steps, gradient norms), with gradients that names and steps decide."""
+    parameters, norms = dict(opened.chunks[0].named_parameters()), []
+    for step in steps:
+        optimizer.zero_grad()
+        for name, parameter in parameters.items():
+            parameter.main_grad.copy_(gradient_of(name, parameter.shape, step))
+        optimizer.prepare_grads()
+        optimizer.get_grad_norm()
+        _, norm, _ = optimizer.step()
+        norms.append(float(norm))
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}, norms
+
+
+def offloaded_and_plain(config, folder):
+    """(per way through STEPS steps: both halves of them, between which there was a checkpoint, and what the offloaded
+    state weighs; the second half from the plain run's checkpoint, offloaded; the other way round)."""
+    from megatron_embed.checkpoint.state import TrainingState, sharded_state
+    from megatron_embed.platform.compat import dist_checkpointing
+
+    results = []
+    for number, settings in enumerate(({"distributed": True}, OFFLOADED)):
+        placed = dataclasses.replace(config, optimizer=OptimizerConfig(**settings))
+        opened, wrapped, optimizer, scheduler = open_optimizer(placed)
+        with buffers_on_a_gpu(wrapped):
+            half = stepped(opened, optimizer, range(STEPS // 2))
+        state = TrainingState(models=opened.chunks, optimizer=optimizer, scheduler=scheduler)
+        path = f"{folder}/{number}"
+        os.makedirs(path, exist_ok=True)
+        dist_checkpointing.save(sharded_state(state, is_loading=False), path)
+        with buffers_on_a_gpu(wrapped):
+            whole = stepped(opened, optimizer, range(STEPS // 2, STEPS))
+        results.append((half, whole, weight_of(optimizer) if settings is OFFLOADED else 0))
+    return results, resumed(config, f"{folder}/0", OFFLOADED), resumed(config, f"{folder}/1", {"distributed": True})
+
+
+def resumed(config, path, settings):
+    """(parameters from a checkpoint that the other kind of run wrote, the second half of the steps)."""
+    from megatron_embed.checkpoint.state import TrainingState, _load_models, sharded_state
+    from megatron_embed.platform.compat import dist_checkpointing
+
+    opened, wrapped, optimizer, scheduler = open_optimizer(
+        dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
+    with torch.no_grad():
+        for parameter in opened.chunks[0].parameters():
+            parameter.add_(1.0)
+    state = TrainingState(models=opened.chunks, optimizer=optimizer, scheduler=scheduler)
+    with buffers_on_a_gpu(wrapped):
+        sharded = sharded_state(state, is_loading=True)
+    loaded = dist_checkpointing.load(sharded, path)
+    with buffers_on_a_gpu(wrapped):
+        _load_models(state.models, loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        half = {name: parameter.detach().clone() for name, parameter in opened.chunks[0].named_parameters()}
+        return half, stepped(opened, optimizer, range(STEPS // 2, STEPS))
+
+
+def weight_of(optimizer):
+    """Bytes in host memory."""
+    found = 0
+    for part in optimizer.chained_optimizers:
+        hybrid = part.optimizer
+        assert hybrid.gpu_optimizer is None, "some of it stayed on the GPU"
+        for inner in hybrid.sub_optimizers:
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    moments = [inner.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
+                    found += sum(tensor.nbytes for tensor in [parameter, parameter.grad, *moments])
+                    assert {tensor.dtype for tensor in [parameter, *moments]} == {torch.float32}
+    return found
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_offloaded_weights_equal_the_others(bert, tmp_path, ranks):
+    config = run_config(bert, dtype="bfloat16", training=TRAINING)
+    start = run_on_ranks(start_of, 1, config)[0]
+    everywhere = run_on_ranks(offloaded_and_plain, ranks, config, str(tmp_path), timeout_seconds=120)
+    for (plain, offloaded), to_offloaded, to_plain in everywhere:
+        for half, others in ((plain[0], offloaded[0]), (plain[1], offloaded[1]), (plain[1], to_offloaded[1]),
+                             (plain[1], to_plain[1])):
+            assert others[1] == pytest.approx(half[1], rel=1e-6)
+            for name, weight in half[0].items():
+                assert weight.dtype == torch.bfloat16
+                torch.testing.assert_close(others[0][name], weight, rtol=2**-8, atol=1e-6, msg=name)
+        for name, weight in plain[0][0].items():
+            assert torch.equal(to_offloaded[0][name], weight), "resumed with other parameters than were saved"
+        assert sum(not torch.equal(weight, start[name]) for name, weight in plain[1][0].items()) > 20
+    shape = shape_of(config.model.path)
+    expected = stage_memory(dataclasses.replace(config, optimizer=OptimizerConfig(**OFFLOADED)), shape,
+                            grid_of(config, ranks), 0)
+    assert sum(places[0][1][2] for places in everywhere) / ranks == pytest.approx(expected.host, rel=0.02)
+    assert expected.optimizer == 0
+
+
+def start_of(config):
+    return {name: parameter.detach().clone() for name, parameter in open_model(config).chunks[0].named_parameters()}
+
+
+def aware(config):
+    """(parameters and norms after STEPS steps, dtypes of the state, its bytes)."""
+    with te_stand_in.fused_adam():
+        opened, _, optimizer, _ = open_optimizer(config)
+        found = stepped(opened, optimizer, range(STEPS))
+    states = [state for part in optimizer.chained_optimizers for state in part.optimizer.state.values()]
+    return (found, {name: {state[name].dtype for state in states} for name in states[0]},
+            sum(tensor.nbytes for state in states for tensor in state.values()))
+
+
+def by_formula(config):
+    """AdamW written out, in float32 but for the first moment, which is rounded to bfloat16 after every step."""
+    training, start = config.training, start_of(config)
+    main = {name: weight.float() for name, weight in start.items()}
+    first, second = ({name: torch.zeros_like(weight) for name, weight in main.items()} for _ in range(2))
+    for step in range(STEPS):
+        gradients = {name: gradient_of(name, weight.shape, step) for name, weight in main.items()}
+        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        for name, weight in main.items():
+            gradient = gradients[name] * min(1.0, training.clip_grad / (float(norm) + 1e-6))
+            average = first[name] * training.adam_beta1 + gradient * (1 - training.adam_beta1)
+            second[name] = second[name] * training.adam_beta2 + gradient**2 * (1 - training.adam_beta2)
+            corrected = second[name] / (1 - training.adam_beta2**(step + 1))
+            update = average / (1 - training.adam_beta1**(step + 1)) / (corrected.sqrt() + training.adam_eps)
+            decay = training.weight_decay if decays(name, weight) else 0.0
+            main[name] = weight - training.learning_rate * (update + decay * weight)
+            first[name] = average.bfloat16().float()
+    return {name: weight.bfloat16() for name, weight in main.items()}
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_moments_in_bfloat16_follow_the_formula(bert, ranks):
+    config = run_config(bert, dtype="bfloat16", training=TRAINING)
+    (expected,) = run_on_ranks(by_formula, 1, config)
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(**AWARE))
+    results = run_on_ranks(aware, ranks, config)
+    planned = stage_memory(config, shape_of(config.model.path), grid_of(config, ranks), 0).optimizer
+    assert sum(size for *_, size in results) / ranks == pytest.approx(planned, rel=0.02)
+    for (found, _), dtypes, _ in results:
+        assert dtypes == {"exp_avg": {torch.bfloat16}, "exp_avg_sq": {torch.float32}, "master_param": {torch.float32}}
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=2**-7, atol=1e-6, msg=name)
+        different = sum(int((found[name] != weight).sum()) for name, weight in expected.items())
+        assert different < 0.01 * sum(weight.numel() for weight in expected.values())
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"cpu_offload": True, "distributed": False}, "optimizer.cpu_offload = True: Megatron has it for the distributed"),
+    ({"precision_aware": True, "distributed": False}, "optimizer.precision_aware = True: Megatron has it for the dist"),
+    ({"precision_aware": True, "cpu_offload": True}, "set one of them to false")])
+def test_settings_that_do_not_go_together_are_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        OptimizerConfig(**settings)
+
+
+@pytest.mark.parametrize("key", ["cpu_offload", "precision_aware"])
+def test_a_float32_model_is_refused(key):
+    with pytest.raises(ConfigError, match=f"optimizer.{key} = True: a model in model.dtype: float32"):
+        config_of_overrides(["model.path=m", "model.dtype=float32", f"optimizer.{key}={json.dumps(True)}"])
+
+
+def test_a_machine_that_has_no_place_for_it_is_refused(monkeypatch):
+    config = run_config("m", dtype="bfloat16")
+    offloaded, moments = (dataclasses.replace(config, optimizer=OptimizerConfig(**asked))
+                          for asked in (OFFLOADED, AWARE))
+    for asked, words in ((offloaded, "cpu_offload = True: there is no GPU here"),
+                         (moments, "precision_aware = True needs a GPU and Transformer Engine")):
+        with pytest.raises(ConfigError, match=words):
+            check_optimizer(asked, has_adapters=False, has_tied_head=False)
+    monkeypatch.setattr(optimizer_module, "HAS_CUDA", True)
+    check_optimizer(offloaded, has_adapters=True, has_tied_head=True)
+    with pytest.raises(ConfigError, match=r"pip install 'megatron_embed\[gpu\]' on a GPU"):
+        check_optimizer(moments, has_adapters=False, has_tied_head=False)
+    monkeypatch.setattr(optimizer_module, "HAS_TRANSFORMER_ENGINE", True)
+    check_optimizer(moments, has_adapters=True, has_tied_head=True)
