@@ -117,19 +117,20 @@ def report(plan: "Plan", shape: "ModelShape", gpus: int, gpu: "GPU", parts: "Par
     adapters = "" if parts is None else f", adapters of rank {config.lora.rank}: {trained / 1e6:.1f} million on a rank"
     utilization = flops / gpus / time.total / (gpu.peak_tflops * 1e12)
     parts = {"parameters": memory.parameters, "gradients (float32)": memory.gradients,
-             "optimizer": memory.optimizer, "activations": memory.activations,
+             "optimizer": memory.optimizer, "activations (estimate)": memory.activations,
              "embeddings and loss": memory.loss, "reserve": memory.reserve, "together": memory.total}
     lines = [
         f"{config.model.path}: {total_parameters(shape) / 1e9:.2f} billion parameters{active}{adapters}",
         f"{gpus} x {gpu.name}, {describe(config.parallel)}: {grid.dp} data-parallel ranks, {grid.num_microbatches} "
         f"micro-batches of up to {grid.micro_batch_tokens:,} tokens on each, recompute {config.training.recompute}",
         rows, "", f"Memory of a GPU of pipeline stage {plan.stage}, which needs most, in GiB",
-        *(f"  {name:<20} {size / GIB:7.1f}" for name, size in parts.items()),
-        f"  {'of':<20} {gpu.memory_gib:7.1f}   {'it fits' if plan.fits else 'IT DOES NOT FIT'}",
-        *([f"  {'host, per GPU':<20} {memory.host / GIB:7.1f}   the optimizer's share"] if memory.host else []), "",
+        *(f"  {name:<22} {size / GIB:7.1f}" for name, size in parts.items()),
+        f"  {'of':<22} {gpu.memory_gib:7.1f}   {'it fits' if plan.fits else 'IT DOES NOT FIT'}",
+        *([f"  {'host, per GPU':<22} {memory.host / GIB:7.1f}   the optimizer's share"] if memory.host else []),
+        "  (counted, but for activations: compared with what CPU ranks allocate, not measured on a GPU)", "",
         f"One step: {config.training.global_batch_size:,} queries, at most {step_tokens(config):,} tokens, "
         f"{flops / 1e15:.3g} PFLOP of the model, forward passes: {forwards}; expected seconds"]
-    lines += [f"  {name:<20} {seconds:7.2f}" for name, seconds in {
+    lines += [f"  {name:<22} {seconds:7.2f}" for name, seconds in {
         "compute": time.compute, "tensor-parallel": time.tensor, "context-parallel": time.context,
         "expert-parallel": time.expert, "pipeline bubble": time.bubble, "data-parallel": time.data,
         "optimizer": time.optimizer, "together": time.total}.items() if seconds >= 0.005]

@@ -1,8 +1,8 @@
 """What a rank of a layout must hold, in bytes, before anyone pays for it.
 
 Parameters, gradients and optimizer state are counted: they are what Megatron's buffers hold
-(tests/planning/test_memory.py compares). Activations are an estimate of what autograd keeps with this package's layers,
-checked on the CPU against what it did keep; not measured on a GPU.
+(tests/planning/test_memory.py compares). Activations are an estimate, compared with what a step allocates on CPU ranks
+(tests/planning/test_activations.py); not measured on a GPU.
 """
 
 import math

@@ -138,6 +138,8 @@ def test_dry_runs(stub, tmp_path):
     assert sweep.stdout.rstrip().endswith("train x/b.yaml checkpoint.directory=runs/megatron-embed/b training.seed=3")
     beyond = run("bash", LAUNCH / "slurm" / "sweep.sbatch", "a.yaml", env=clean | {"SLURM_ARRAY_TASK_ID": "1"})
     assert (beyond.returncode, "array task 1, but there are 1 files" in beyond.stderr) == (2, True)
+    twice = run("bash", LAUNCH / "slurm" / "sweep.sbatch", "--dry-run", "x/a.yaml", "y/a.yaml", "x/b.yaml", env=clean)
+    assert (twice.returncode, "two files are named a: " in twice.stderr) == (2, True)
     node = run(LAUNCH / "torchrun" / "node.sh", "--dry-run", "--nproc-per-node", "4", "a.yaml",
                env=stub | {"STUB": "0"})
     assert node.stdout.rstrip().endswith("--nproc-per-node 4 --max-restarts 0 -m megatron_embed train a.yaml")

@@ -1,4 +1,4 @@
-"""Bytes of parameters, gradients and optimizer as Megatron's buffers hold them; activations as autograd keeps them."""
+"""Bytes of parameters, gradients and optimizer as Megatron's buffers hold them."""
 
 import json
 import random
@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron_embed.cli.plan import adapted_parts
-from megatron_embed.planning.memory import grid_of, layer_activation_bytes, stage_memory
+from megatron_embed.planning.memory import grid_of, stage_memory
 from megatron_embed.planning.shapes import shape_of
 from tests.planning.test_parameters import BERT, MOE, QWEN3
 from tests.ranks import run_on_ranks
-from tests.toys import layout, pack_all, random_texts, run_config
+from tests.toys import layout, run_config
 
 
 def build(config, topology):
@@ -102,66 +102,3 @@ def test_buffers_hold_what_is_counted(seed, tmp_path):
         mean = [sum(result[side][name] for result in results) for side in (0, 1)]
         assert mean[0] == pytest.approx(mean[1], rel=0.02)
         assert mean[0] > 0
-
-
-def kept(config, tokens):
-    """Bytes that autograd keeps of a forward pass, parameters not counted.
-
-    Of attention what flash kernels keep, its inputs and its result: the CPU's kernels keep float32 copies besides.
-    """
-    from megatron_embed.models.attention import PackedAttention
-    from megatron_embed.models.encoder import attention_kernel, to_device
-    from megatron_embed.parallel.topology import initialize
-
-    topology = initialize(config.parallel)
-    (model,) = build(config, topology)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.02)
-    micro = to_device(pack_all(random_texts([tokens // 4] * 4), config), topology, "mean",
-                      kernel=attention_kernel(config), causal=model.causal)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    storages = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes(), tensor
-        return tensor
-
-    def forward(self, query, key, value, *args, **options):
-        for tensor in (query, key, value):
-            keep(tensor)
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            return original(self, query, key, value, *args, **options)
-
-    original, PackedAttention.forward = PackedAttention.forward, forward
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = model(micro)
-    finally:
-        PackedAttention.forward = original
-    assert output.requires_grad
-    return sum(size for size, _ in storages.values())
-
-
-def per_layer(values, folder, tokens=256, lora=None):
-    sizes = []
-    for layers in (1, 3):
-        path = folder / str(layers)
-        path.mkdir()
-        (path / "config.json").write_text(json.dumps(values | {"num_hidden_layers": layers, "vocab_size": 103,
-                                                               "max_position_embeddings": 256}))
-        config = run_config(str(path), dtype="bfloat16", lora=lora)
-        sizes.append(run_on_ranks(kept, 1, config, tokens)[0])
-    return (sizes[1] - sizes[0]) / 2 / tokens, config
-
-
-@pytest.mark.parametrize("values, lora", [(BERT, None), (QWEN3, None), (QWEN3, {"rank": 8})],
-                         ids=["bert", "qwen3", "qwen3 with adapters"])
-def test_activations_of_a_layer_within_a_fifth(values, lora, tmp_path):
-    wide = values | {"hidden_size": 128, "num_attention_heads": 8, "intermediate_size": 256,
-                     "moe_intermediate_size": 96}
-    measured, config = per_layer(wide, tmp_path, lora=lora)
-    shape = shape_of(config.model.path)
-    assert layer_activation_bytes(config, shape, adapted_parts(config, shape)) == pytest.approx(measured, rel=0.2)

@@ -1,0 +1,166 @@
+"""tools/gpu_check.sh without a GPU: its table says what is true, its time is kept, and all of it runs on CPU ranks."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.toys import REPOSITORY
+
+SCRIPT = REPOSITORY / "tools" / "gpu_check.sh"
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location("gpu_check", REPOSITORY / "tools" / "gpu_check.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["gpu_check"]
+
+
+def curve(factor=1.0, steps=8, **values):
+    return [{"loss": factor * (3.0 - 0.1 * step), **values} for step in range(steps)]
+
+
+def table_of(text):
+    """{check: (result, verdict)}"""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {what: (result, verdict) for what, result, verdict in rows}
+
+
+def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys):
+    answers = {
+        "reference": curve(), "float32": curve(1.0005), "bfloat16_sdpa": curve(1.06),
+        "float32_full_recomputation": tool.OutOfTimeError(), "float32_micro_batches_by_tokens": curve(1.002),
+        "float32_DP_2": RuntimeError("NCCL error"), "float32_TP_2": curve(steps=7)}
+
+    def train(self, overrides, log, *, ranks=1, cuda=None):
+        assert cuda is not True
+        if log == "resumed":
+            return curve(steps=3 if any("exit_duration" in text for text in overrides) else 8)
+        answer = answers.get(log, curve(tokens_per_second=10.0, memory_gib=1.0))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(tool.Machine, "train", train)
+    monkeypatch.setattr(tool.Machine, "run", lambda self, command, environment: (0, "the report of doctor", ""))
+    output = tmp_path / "table.md"
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--cpu", "--output", str(output)])
+    assert tool.main() == 1
+    printed = capsys.readouterr().out
+    assert "the report of doctor" in printed and "5 do not" not in printed
+    table = table_of(output.read_text())
+    verdicts = {what: verdict for what, (_, verdict) in table.items()}
+    assert verdicts == {
+        "check": "holds", "CPU, float32: what the others are compared with": "yes", "float32": "yes",
+        "bfloat16, sdpa": "NO", "float32, full recomputation": "not run", "float32, micro-batches by tokens": "NO",
+        "float32, stopped by its time budget and resumed": "yes", "float32, DP 2": "NO",
+        "float32, DP 2, whole optimizer": "yes", "float32, TP 2": "NO", "float32, PP 2": "yes", "float32, CP 2": "yes",
+        "Qwen3 of toy size, float32, ranks: 2, recompute none": "yes",
+        "Qwen3 of toy size, float32, ranks: 2, recompute full": "yes", "tests marked gpu or multi_gpu": "not run"}
+    assert "within 6.0e-02 of the CPU's (allowed 5e-02)" in table["bfloat16, sdpa"][0]
+    assert table["float32, DP 2"][0] == "FAILED: NCCL error"
+    assert table["float32, full recomputation"][0] == "no time left"
+    assert table["float32, TP 2"][0].startswith("7 steps in place of 8")
+    assert table_of(printed) == table
+    assert "8 hold, 4 do not, 2 were not run" in printed
+
+
+def test_one_gpu_leaves_layouts_out_and_nothing_is_claimed_without_a_reference(tool, monkeypatch, tmp_path):
+    machine = tool.Machine(cuda=True, ranks=1, deadline=time.monotonic() + 60, folder=tmp_path)
+    asked = []
+    monkeypatch.setattr(tool.Machine, "train", lambda self, overrides, log, **options: asked.append(log) or curve())
+    table = tool.Table("title", None)
+    tool.compare_curves("model", machine, table)
+    found = {what: (result, verdict) for what, result, verdict in table.rows}
+    assert found["float32, TP 2"] == ("needs 2 GPUs, here 1", "not run")
+    assert found["bfloat16, flash"][1] == "yes"
+    assert not [log for log in asked if log.endswith("_2")]
+    monkeypatch.setattr(tool.Machine, "train", lambda self, *args, **options: curve(steps=1))
+    table = tool.Table("title", None)
+    tool.compare_curves("model", machine, table)
+    assert [verdict for *_, verdict in table.rows] == ["NO"]
+
+
+def test_measured_memory_is_compared_with_the_plan(tool, monkeypatch, tmp_path):
+    """On a GPU the activations may differ by a fifth: here they are the plan's own, then half as much again."""
+    from megatron_embed.config.load import load_config
+    from megatron_embed.planning.memory import GIB, grid_of, worst_stage
+    from megatron_embed.planning.shapes import shape_of
+
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "qwen3", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512, "vocab_size": 1000,
+        "max_position_embeddings": 512}))
+    overrides = [f"model.path={tmp_path}", "model.dtype=bfloat16"]
+    config = load_config(str(REPOSITORY / tool.DEMO), [*tool.CURVE, *overrides])
+    _, planned = worst_stage(config, shape_of(str(tmp_path)), grid_of(config, 1))
+    machine = tool.Machine(cuda=True, ranks=1, deadline=time.monotonic() + 60, folder=tmp_path)
+    for factor, holds in ((1.0, True), (1.15, True), (1.5, False)):
+        held = planned.total - planned.reserve + (factor - 1.0) * planned.activations
+        monkeypatch.setattr(tool.Machine, "train", lambda self, *args, held=held, **options: curve(
+            memory_gib=held / GIB, tokens_per_second=1e6, tflops_per_rank=100.0, mfu=0.4))
+        text, verdict = tool.beside_plan(overrides, "log", machine)
+        assert verdict == holds
+        assert f"{factor:.2f} of the plan's" in text and "40.0% of the peak" in text
+
+
+def test_a_command_ends_with_the_time(tool, tmp_path):
+    machine = tool.Machine(cuda=False, ranks=2, deadline=time.monotonic() + 3, folder=tmp_path)
+    assert machine.run([sys.executable, "-c", "import os; print(os.environ['A'])"], {"A": "b"}) == (0, "b\n", "")
+    started = time.monotonic()
+    with pytest.raises(tool.OutOfTimeError):
+        machine.run(["sleep", "60"], {})
+    with pytest.raises(tool.OutOfTimeError):
+        machine.run(["sleep", "60"], {})
+    assert time.monotonic() - started < 10
+
+
+def test_reason_of_a_log(tool):
+    log = ("Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: CUDA out of memory\nE1125 failed\n"
+           "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \nlast")
+    assert tool.reason_of(log) == "torch.OutOfMemoryError: CUDA out of memory"
+    assert tool.reason_of("noise\nmegatron-embed: error: no rows\nValueError: x") == "megatron-embed: error: no rows"
+    assert tool.reason_of("a\nb") == "b"
+
+
+def test_wheels_are_unpacked_for_the_interpreter(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "$PYTHONPATH: $*" >>"$STUB_LOG"\n'
+                      "[[ $1 == tools/* ]] && exit 7\nexit 0\n")
+    python.chmod(0o755)
+    (tmp_path / "wheels").mkdir()
+    environment = os.environ | {"PYTHON": str(python), "STUB_LOG": str(tmp_path / "log"), "PYTHONPATH": "before",
+                                "TMPDIR": str(tmp_path)}
+    command = [str(SCRIPT), "--wheels", str(tmp_path / "wheels"), "--cpu", "--minutes", "3"]
+    empty = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (empty.returncode, "no .whl file there" in empty.stderr) == (2, True)
+    for name in ("a", "b"):
+        (tmp_path / "wheels" / f"{name}.whl").touch()
+    assert subprocess.run(command, env=environment, check=False).returncode == 7
+    pip, check = (tmp_path / "log").read_text().splitlines()
+    site = re.search(r"--target (\S+) ", pip).group(1)
+    assert pip.startswith("before: -m pip install -q --no-index --no-deps ") and pip.endswith("a.whl " + str(
+        tmp_path / "wheels" / "b.whl"))
+    assert check == f"{site}:before: tools/gpu_check.py --cpu --minutes 3"
+    assert not os.path.exists(site)
+
+
+@pytest.mark.slow
+def test_the_whole_script_on_cpu_ranks(tmp_path):
+    output = tmp_path / "table.md"
+    done = subprocess.run([str(SCRIPT), "--cpu", "--minutes", "30", "--output", str(output)], capture_output=True,
+                          text=True, check=False, env=os.environ | {
+                              "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = [verdict for _, verdict in table_of(output.read_text()).values()]
+    assert verdicts == ["holds"] + ["yes"] * 13 + ["not run"]
+    assert not output.with_suffix(".failures.log").exists()
