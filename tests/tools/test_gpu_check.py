@@ -35,7 +35,17 @@ def table_of(text):
     return {what: (result, verdict) for what, result, verdict in rows}
 
 
-def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def decoder(tmp_path):
+    """A directory that says the shape of a small model."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "qwen3", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512, "vocab_size": 1000,
+        "max_position_embeddings": 512}))
+    return tmp_path
+
+
+def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys, decoder):
     answers = {
         "reference": curve(), "float32": curve(1.0005), "bfloat16_sdpa": curve(1.06),
         "float32_full_recomputation": tool.OutOfTimeError(), "float32_micro_batches_by_tokens": curve(1.002),
@@ -52,6 +62,8 @@ def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(tool.Machine, "train", train)
     monkeypatch.setattr(tool.Machine, "run", lambda self, command, environment: (0, "the report of doctor", ""))
+    monkeypatch.setattr(tool, "small_model", lambda *args: str(decoder))
+    monkeypatch.setattr(tool, "make_decoder", lambda *args: decoder)
     output = tmp_path / "table.md"
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--cpu", "--output", str(output)])
     assert tool.main() == 1
@@ -63,7 +75,8 @@ def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys):
         "check": "holds", "CPU, float32: what the others are compared with": "yes", "float32": "yes",
         "bfloat16, sdpa": "NO", "float32, full recomputation": "not run", "float32, micro-batches by tokens": "NO",
         "float32, stopped by its time budget and resumed": "yes", "float32, DP 2": "NO",
-        "float32, DP 2, whole optimizer": "yes", "float32, TP 2": "NO", "float32, PP 2": "yes", "float32, CP 2": "yes",
+        "float32, DP 2, whole optimizer": "yes", "float32, DP 2, overlapped": "yes", "float32, TP 2": "NO",
+        "float32, PP 2": "yes", "float32, CP 2": "yes",
         "Qwen3 of toy size, float32, ranks: 2, recompute none": "yes",
         "Qwen3 of toy size, float32, ranks: 2, recompute full": "yes", "tests marked gpu or multi_gpu": "not run"}
     assert "within 6.0e-02 of the CPU's (allowed 5e-02)" in table["bfloat16, sdpa"][0]
@@ -71,7 +84,7 @@ def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys):
     assert table["float32, full recomputation"][0] == "no time left"
     assert table["float32, TP 2"][0].startswith("7 steps in place of 8")
     assert table_of(printed) == table
-    assert "8 hold, 4 do not, 2 were not run" in printed
+    assert "9 hold, 4 do not, 2 were not run" in printed
 
 
 def test_one_gpu_leaves_layouts_out_and_nothing_is_claimed_without_a_reference(tool, monkeypatch, tmp_path):
@@ -83,26 +96,26 @@ def test_one_gpu_leaves_layouts_out_and_nothing_is_claimed_without_a_reference(t
     found = {what: (result, verdict) for what, result, verdict in table.rows}
     assert found["float32, TP 2"] == ("needs 2 GPUs, here 1", "not run")
     assert found["bfloat16, flash"][1] == "yes"
+    assert found["bfloat16, te"] == ("Transformer Engine is not installed", "not run")
     assert not [log for log in asked if log.endswith("_2")]
+    table = tool.Table("title", None, "TP 2|flash")
+    tool.compare_curves("model", machine, table)
+    assert [what for what, *_ in table.rows][1:] == ["bfloat16, flash", "float32, TP 2"]
     monkeypatch.setattr(tool.Machine, "train", lambda self, *args, **options: curve(steps=1))
     table = tool.Table("title", None)
     tool.compare_curves("model", machine, table)
     assert [verdict for *_, verdict in table.rows] == ["NO"]
 
 
-def test_measured_memory_is_compared_with_the_plan(tool, monkeypatch, tmp_path):
+def test_measured_memory_is_compared_with_the_plan(tool, monkeypatch, tmp_path, decoder):
     """On a GPU the activations may differ by a fifth: here they are the plan's own, then half as much again."""
     from megatron_embed.config.load import load_config
     from megatron_embed.planning.memory import GIB, grid_of, worst_stage
     from megatron_embed.planning.shapes import shape_of
 
-    (tmp_path / "config.json").write_text(json.dumps({
-        "model_type": "qwen3", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512, "vocab_size": 1000,
-        "max_position_embeddings": 512}))
-    overrides = [f"model.path={tmp_path}", "model.dtype=bfloat16"]
+    overrides = [f"model.path={decoder}", "model.dtype=bfloat16"]
     config = load_config(str(REPOSITORY / tool.DEMO), [*tool.CURVE, *overrides])
-    _, planned = worst_stage(config, shape_of(str(tmp_path)), grid_of(config, 1))
+    _, planned = worst_stage(config, shape_of(str(decoder)), grid_of(config, 1))
     machine = tool.Machine(cuda=True, ranks=1, deadline=time.monotonic() + 60, folder=tmp_path)
     for factor, holds in ((1.0, True), (1.15, True), (1.5, False)):
         held = planned.total - planned.reserve + (factor - 1.0) * planned.activations
@@ -162,5 +175,5 @@ def test_the_whole_script_on_cpu_ranks(tmp_path):
                               "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     verdicts = [verdict for _, verdict in table_of(output.read_text()).values()]
-    assert verdicts == ["holds"] + ["yes"] * 13 + ["not run"]
+    assert verdicts == ["holds"] + ["yes"] * 14 + ["not run"]
     assert not output.with_suffix(".failures.log").exists()
