@@ -10,16 +10,17 @@ from tqdm import tqdm
 
 from megatron_embed.evaluation.search import StreamedSearch
 from megatron_embed.mining.filters import MiningOptions, choose
-from megatron_embed.mining.task import Mined
+from megatron_embed.mining.task import Mined, MinedRows
 
 
 def mine_vectors(queries: Tensor, documents: Iterable[Tensor], positives: Sequence[Sequence[int]],
                  options: MiningOptions, *, group: dist.ProcessGroup | None = None, chunk: int = 8192,
-                 num_documents: int | None = None, show_progress: bool = False) -> list[Mined] | None:
+                 num_documents: int | None = None, show_progress: bool = False) -> MinedRows | None:
     """Negatives of every query by largest dot product, exact; null on all ranks of the group but the first, unless a
     reranker shall judge them.
 
-    Memory: the queries' vectors, one block of documents, and scores of 512 queries with `chunk` documents.
+    Memory: the queries' vectors, one block of documents, scores of 512 queries with `chunk` documents, and 12 bytes for
+    each candidate that is passed on.
 
     Args:
         queries: [queries, dim], on the device that shall search.
@@ -42,7 +43,7 @@ def mine_vectors(queries: Tensor, documents: Iterable[Tensor], positives: Sequen
             bar.update(len(block))
     scores, indices = search.result()
     positive_scores = pairs.result()
-    mined = []
+    mined = MinedRows()
     for place, number in enumerate(own):
         candidates = list(zip(indices[place].tolist(), scores[place].tolist(), strict=True))
         chosen = choose(candidates, frozenset(positives[number]), positive_scores[place], options, last_rank=last_rank,
@@ -80,12 +81,12 @@ class _PositivePairs:
         return [values[end - count:end] for end, count in zip(ends, self._counts.tolist(), strict=True)]
 
 
-def _gathered(mined: list[Mined], queries: int, group: dist.ProcessGroup | None, *,
-              everywhere: bool) -> list[Mined] | None:
+def _gathered(mined: MinedRows, queries: int, group: dist.ProcessGroup | None, *,
+              everywhere: bool) -> MinedRows | None:
     """Every query's, on the first rank of the group, or on all of them."""
     if group is None or group.size() == 1:
         return mined
-    shares: list[list[Mined]] = [[] for _ in range(group.size())]
+    shares = [MinedRows() for _ in range(group.size())]
     if everywhere:
         dist.all_gather_object(shares, mined, group=group)
     else:
@@ -93,4 +94,7 @@ def _gathered(mined: list[Mined], queries: int, group: dist.ProcessGroup | None,
         dist.gather_object(mined, shares if first else None, dst=dist.get_global_rank(group, 0), group=group)
         if not first:
             return None
-    return [shares[number % len(shares)][number // len(shares)] for number in range(queries)]
+    whole = MinedRows()
+    for number in range(queries):
+        whole.append(shares[number % len(shares)][number // len(shares)])
+    return whole
