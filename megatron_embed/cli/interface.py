@@ -1,13 +1,14 @@
 """What `megatron_embed.load` gives: the models of the command line, from Python."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 
 from megatron_embed.cli.model import ModelDirectory, find_model, open_encoder
 from megatron_embed.cli.reranker import is_reranker, open_scorer
+from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.pairs import Pair
 from megatron_embed.data.prompts import Role
 from megatron_embed.errors import ConfigError
@@ -42,14 +43,15 @@ class Embedder:
             role: whose prompt and maximum length the directory's files give: "query" or "document".
             show_progress: a bar, if stderr is a terminal.
         Raises:
-            ConfigError: another role.
+            ConfigError: another role, or something that is no text.
             TokenlessTextError: a text without tokens.
+            UserError: a vector that is not finite.
         """
         if role not in ("query", "document"):
             raise ConfigError(f"role = {role!r}: must be 'query' or 'document'")
         one = isinstance(texts, str)
-        vectors = self._encoder.encode([texts] if isinstance(texts, str) else list(texts), role,
-                                       show_progress=show_progress).numpy()
+        given = checked_texts([texts] if isinstance(texts, str) else texts, "texts")
+        vectors = self._encoder.encode(given, role, show_progress=show_progress).numpy()
         return vectors[0] if one else vectors
 
     def rerank(self, query: str, documents: Sequence[str]) -> np.ndarray:
@@ -73,14 +75,38 @@ class Reranker:
             documents: any number of them.
             instruction: in place of the directory's own.
             show_progress: a bar, if stderr is a terminal.
+        Raises:
+            ConfigError: something that is no text, or one text in place of the documents.
+            DataError: a query that leaves no room for its document.
+            UserError: a score that is not finite.
         """
-        pairs = [Pair(query=query, document=document, instruction=instruction) for document in documents]
+        if isinstance(documents, str):
+            raise ConfigError(f"documents = {shortened(documents)}: one text, where a list of them is expected; write "
+                              "[text]")
+        checked_texts([query], "query")
+        pairs = [Pair(query=query, document=document, instruction=instruction)
+                 for document in checked_texts(documents, "documents")]
         return self._scorer.score(pairs, show_progress=show_progress).numpy()
 
     def encode(self, texts: str | Sequence[str], role: Role = "document") -> np.ndarray:
         """Raises ConfigError: a reranker has no vectors."""
         raise ConfigError(f"{self._model.path}: a reranker, which scores pairs and gives no vectors; use rerank(query, "
                           "documents), or load an embedding model")
+
+
+def checked_texts(texts: Iterable[str], name: str) -> list[str]:
+    """The texts. Raises ConfigError for what is no text, or half a surrogate pair, which no tokenizer takes."""
+    found = list(texts)
+    for place, text in enumerate(found):
+        if not isinstance(text, str):
+            raise ConfigError(f"{name}[{place}] = {shortened(text)} is a {type(text).__name__}; it must be a string")
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ConfigError(f"{name}[{place}] = {shortened(text)}: half a surrogate pair at character "
+                                  f"{error.start + 1}; give the whole character") from None
+    return found
 
 
 def open_any(directory: str, *, pooling: str | None, max_length: int | None, dtype: str | None,

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from megatron_embed.batch import MicroBatch
 from megatron_embed.data.packing import build_encode_batches
 from megatron_embed.data.prompts import Role, RoleTokenizer
-from megatron_embed.errors import TokenlessTextError
+from megatron_embed.errors import TokenlessTextError, UserError
 from megatron_embed.models.encoder import AttentionKernel, to_device
 from megatron_embed.models.passes import embed, unwrapped
 from megatron_embed.models.pooling_names import Pooling
@@ -22,6 +22,15 @@ Item = TypeVar("Item")
 
 TEXTS_AT_ONCE = 4096
 """Texts tokenized and packed together; bounds memory for large corpora while lengths still sort well."""
+
+
+def require_finite(rows: Tensor, what: str) -> Tensor:
+    """The rows, [rows, dim]. Raises UserError if a number in them is not finite: it would win every comparison."""
+    bad = int((~torch.isfinite(rows).all(dim=-1)).sum())
+    if bad:
+        raise UserError(f"{bad} of {len(rows)} {what} are not finite; the model has diverged or overflowed: take an "
+                        "earlier checkpoint, or a wider --dtype")
+    return rows
 
 
 class RowRunner:
@@ -112,6 +121,7 @@ class TextEncoder(RowRunner):
 
         Raises:
             TokenlessTextError: for a text without tokens, on every rank alike.
+            UserError: a vector that is not finite, on every rank alike.
         """
 
         def pack(part: Sequence[str]) -> tuple[tuple[MicroBatch, ...], int | None]:
@@ -119,7 +129,7 @@ class TextEncoder(RowRunner):
 
         bar = tqdm(total=len(texts), unit="text", desc=f"encode {role}", disable=None if show_progress else True)
         try:
-            return self.rows_of(texts, pack, bar)
+            return require_finite(self.rows_of(texts, pack, bar), f"{role} embeddings")
         except TokenlessTextError as error:
             raise TokenlessTextError(error.row, f"{role} text number {error.row + 1}", error.text) from None
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from megatron_embed.batch import MicroBatch
 from megatron_embed.data.pairs import Pair, PairTokenizer
 from megatron_embed.data.rerank import build_score_batches
-from megatron_embed.evaluation.encode import RowRunner
+from megatron_embed.evaluation.encode import RowRunner, require_finite
 from megatron_embed.models.encoder import AttentionKernel
 from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.parallel.topology import Topology, token_alignment
@@ -40,10 +40,11 @@ class PairScorer(RowRunner):
 
         Raises:
             DataError: a query leaves no room for its document, on every rank alike.
+            UserError: a score that is not finite, on every rank alike.
         """
         self.tokenizer.check_room(pairs)
         bar: tqdm[Any] = tqdm(total=len(pairs), unit="pair", desc="score", disable=None if show_progress else True)
-        return self.rows_of(pairs, self._pack, bar)[:, 0]
+        return require_finite(self.rows_of(pairs, self._pack, bar), "scores of pairs")[:, 0]
 
     def score(self, pairs: Sequence[Pair], *, show_progress: bool = False) -> Tensor:
         """The same behind the reranker's activation: probabilities, for sigmoid."""

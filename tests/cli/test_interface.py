@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from tests.ranks import REPOSITORY
 from tests.toys import BERT, MINILM, save_model
 
-TEXTS = ["What is tea?", "Tea is a drink.", "Der Zug fährt nach Köln.", "茶是一种饮料。"]
+TEXTS = ["What is tea?", "Tea is a drink.", "Der Zug fährt nach Köln.", "茶是一种饮料。", "\U00020bb7野家 \U0001f600"]
 SCRIPT = """
 import json, sys
 import megatron_embed
@@ -32,15 +32,17 @@ refusals = []
 for action in (lambda: model.rerank("a", ["b"]), lambda: model.encode(texts, role="passage"),
                lambda: megatron_embed.load("/nowhere/at/all"), lambda: megatron_embed.load(minilm, pooling="max"),
                lambda: megatron_embed.load(minilm, max_length=100000), lambda: scorer.encode("a"),
-               lambda: megatron_embed.load(reranker, pooling="cls")):
+               lambda: megatron_embed.load(reranker, pooling="cls"), lambda: model.encode(["a", 1]),
+               lambda: model.encode("a\\ud800"), lambda: scorer.rerank("a", "b"), lambda: scorer.rerank(None, ["b"])):
     try:
         action()
     except (ConfigError, CheckpointError) as error:
         refusals.append(str(error))
+empty = [list(model.encode([]).shape), list(scorer.rerank("a", []).shape)]
 np.savez(output, first=model.encode(texts, role="query"), one=one, second=second.encode(texts),
          third=third.encode(texts), scores=scorer.rerank(texts[0], texts[1:]))
 print(json.dumps({"light": light, "dim": model.dim, "similarity": model.similarity, "refusals": refusals,
-                  "dtype": str(one.dtype)}))
+                  "empty": empty, "dtype": str(one.dtype)}))
 """
 
 
@@ -72,7 +74,7 @@ def test_one_process_loads_several_models(tmp_path):
     for name in ("first", "third"):
         assert vectors[name] == pytest.approx(expected, abs=1e-5)
     assert vectors["one"] == pytest.approx(expected[0], abs=1e-5)
-    assert vectors["second"].shape == (4, 32)
+    assert vectors["second"].shape == (5, 32) and told["empty"] == [[0, 384], [0]]
     assert np.linalg.norm(vectors["second"], axis=1).min() > 1.5  # not normalized
     scores = CrossEncoder(reranker, device="cpu").predict([(TEXTS[0], text) for text in TEXTS[1:]])
     assert vectors["scores"].dtype == np.float32 and vectors["scores"] == pytest.approx(scores, abs=1e-4)
@@ -80,6 +82,8 @@ def test_one_process_loads_several_models(tmp_path):
     words = ("an embedding model, which gives vectors and no scores of pairs; load a reranker",
              "role = 'passage': must be 'query' or 'document'", "no such directory",
              "pooling = 'max': must be one of", "--max-length 100000 is longer than the model's 512 positions",
-             "a reranker, which scores pairs and gives no vectors", "has no use for pooling or normalize")
+             "a reranker, which scores pairs and gives no vectors", "has no use for pooling or normalize",
+             "texts[1] = 1 is a int; it must be a string", "texts[0] = 'a\\ud800': half a surrogate pair at character "
+             "2", "documents = 'b': one text, where a list of them is expected", "query[0] = None is a NoneType")
     for refusal, word in zip(told["refusals"], words, strict=True):
         assert word in refusal

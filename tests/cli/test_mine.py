@@ -146,3 +146,20 @@ def test_a_full_disk_leaves_nothing(data, tmp_path, monkeypatch, capsys):
     assert main(["mine", "--model", "bm25", "--data", str(data), "--output", str(tmp_path / "mined.jsonl")]) == 2
     assert "could not be written (No space left on device)" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_vectors_that_are_not_finite_are_refused(model, data, tmp_path):
+    """NaN would rank above every number, and become a negative's score in the output."""
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["encoder.layer.0.output.dense.bias"][3] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "What is tea?"}\n')
+    for output, given in (("mined.jsonl", ["mine", "--data", str(data)]),
+                          ("vectors.npy", ["encode", "--input", str(texts)])):
+        code, _, err, _ = run_on_ranks(command, 1, [*given, "--model", str(broken), "--output",
+                                                    str(tmp_path / output)])[0]
+        assert code == 2 and "embeddings are not finite; the model has diverged or overflowed" in err, err
+        assert not list(tmp_path.glob(f"{output}*"))
