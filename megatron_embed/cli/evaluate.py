@@ -1,16 +1,17 @@
 """`evaluate --model DIR --data BEIR_DIR|FILE.jsonl`"""
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int, write_output
-from megatron_embed.errors import ConfigError
+from megatron_embed.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "0..1 within the candidates, as reranked_W/...")
     parser.add_argument("--candidates", type=positive_int, metavar="N",
                         help="documents per query that the first of two stages finds; default: 100")
+    parser.add_argument("--per-query", metavar="FILE.jsonl", type=path,
+                        help="write the metrics of every query of a folder as well, a row each")
     add_encoding_arguments(parser)
 
 
@@ -92,19 +95,50 @@ def evaluate_beir(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     """(metrics of an embedding model on a BEIR folder, this rank)."""
     from megatron_embed.evaluation.beir import load_beir
 
+    if args.per_query is not None:
+        check_per_query(args.per_query)
     data = load_beir(args.data, args.split or "test")
     import torch.distributed as dist
 
     from megatron_embed.cli.model import open_encoder
-    from megatron_embed.evaluation.retrieval import Widths, evaluate_retrieval
+    from megatron_embed.evaluation.retrieval import Widths, evaluate_queries, mean_metrics
+    from megatron_embed.parallel.collectives import raise_first
 
     encoder, model, topology = open_encoder(args, prompts=True)
     widths = Widths(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100)
     widths.check(encoder.dim)
     second_stage = None if args.reranker is None else open_second_stage(args, data.query_texts, topology)
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
-    return evaluate_retrieval(encode, data, similarity=model.saved.similarity, widths=widths, second_stage=second_stage,
-                              group=dist.group.WORLD, device=topology.device), topology.rank
+    per_query = evaluate_queries(encode, data, similarity=model.saved.similarity, widths=widths,
+                                 second_stage=second_stage, group=dist.group.WORLD, device=topology.device)
+    if args.per_query is not None:
+        raise_first(write_queries(args.per_query, per_query) if topology.rank == 0 else None)
+    return mean_metrics(per_query), topology.rank
+
+
+def check_per_query(output: str) -> None:
+    """Raises ConfigError for a file that could not be written once the metrics are known."""
+    folder = os.path.dirname(os.path.abspath(output))
+    writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
+    if os.path.isdir(output) or not output.endswith(".jsonl") or not writable:
+        raise ConfigError(f"--per-query {output}: must be a .jsonl file, itself no directory, in a directory that "
+                          "exists and can be written")
+
+
+def write_queries(output: str, per_query: "Mapping[str, Mapping[str, float]]") -> UserError | None:
+    """Writes a row `{"query": id, metric: value, ...}` for each query, all or none; gives the error if it cannot."""
+    temporary = f"{output}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for query, metrics in per_query.items():
+                file.write(json.dumps({"query": query, **metrics}, ensure_ascii=False) + "\n")
+        os.replace(temporary, output)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        return ConfigError(f"--per-query {output}: could not be written ({error.strerror or error}); make room or name "
+                           "another disk")
+    return None
 
 
 def open_second_stage(args: argparse.Namespace, queries: "Sequence[str]", topology: "Topology") -> "SecondStage":
@@ -126,7 +160,7 @@ def open_second_stage(args: argparse.Namespace, queries: "Sequence[str]", topolo
 
 def evaluate_pairs(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     """(correlations of an embedding model's similarities with the scores of a file of pairs, this rank)."""
-    refuse(args, "pairs", "split", "two_stage", "reranker")
+    refuse(args, "pairs", "split", "two_stage", "reranker", "per_query")
     from megatron_embed.evaluation.sts import load_sts
 
     data = load_sts(args.data, "--data")
@@ -140,7 +174,7 @@ def evaluate_pairs(args: argparse.Namespace) -> tuple[dict[str, float], int]:
 
 def evaluate_lists(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     """(metrics of a reranker, or of an embedding model's similarities, on a file of lists, this rank)."""
-    refuse(args, "lists", "split", "two_stage", "dims", "reranker")
+    refuse(args, "lists", "split", "two_stage", "dims", "reranker", "per_query")
     from megatron_embed.evaluation.reranking import evaluate_reranking, load_rerank_file, similarity_of_pairs
 
     data = load_rerank_file(args.data)

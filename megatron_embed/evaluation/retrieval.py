@@ -70,10 +70,10 @@ def retrieval_metrics(qrels: Qrels, run: Run, *, ks: Sequence[int] = CUTOFFS) ->
         run: query id -> document id -> score, larger is better.
         ks: the cuts, each >= 1.
     """
-    return _means(metrics_per_query(qrels, run, ks=ks))
+    return mean_metrics(metrics_per_query(qrels, run, ks=ks))
 
 
-def _means(per_query: dict[str, dict[str, float]]) -> dict[str, float]:
+def mean_metrics(per_query: dict[str, dict[str, float]]) -> dict[str, float]:
     """The mean over queries of each metric."""
     names = next(iter(per_query.values()))
     return {name: math.fsum(values[name] for values in per_query.values()) / len(per_query) for name in names}
@@ -108,7 +108,24 @@ def evaluate_retrieval(
     group: dist.ProcessGroup | None = None,
     device: torch.device | None = None,
 ) -> dict[str, float]:
-    """`retrieval_metrics` of exact search with these embeddings over the whole corpus.
+    """The means over all queries of `evaluate_queries`, which says what the arguments are."""
+    return mean_metrics(evaluate_queries(embed, data, k=k, similarity=similarity, widths=widths,
+                                         second_stage=second_stage, chunk=chunk, group=group, device=device))
+
+
+def evaluate_queries(
+    embed: Embed,
+    data: BeirData,
+    *,
+    k: int = 1000,
+    similarity: Similarity = "cosine",
+    widths: Widths | None = None,
+    second_stage: SecondStage | None = None,
+    chunk: int = 8192,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
+) -> dict[str, dict[str, float]]:
+    """Metrics of each query by exact search with these embeddings over the whole corpus, in the order of the set.
 
     Names of a truncated width begin with `dim_WIDTH/`, of two stages with `two_stage_WIDTH/`, of a reranker's order
     with `reranked/`. No document is skipped for having the query's own id. `map` is over the k documents found.
@@ -125,9 +142,10 @@ def evaluate_retrieval(
         second_stage: further rankings, of the best documents by a reranker.
         chunk: documents scored at once.
         device: where the search runs; null: where the vectors are.
-        group: ranks that share the queries among them; one all-gather of the queries' metrics over it. null: none do.
+        group: ranks that share the queries among them; one all-gather of the queries' metrics for each ranking over
+            it. null: none do.
     Returns:
-        The same numbers on every rank, whatever the number of ranks.
+        Query id -> metric -> value; the same numbers on every rank, whatever the number of ranks.
     Raises:
         UserError: an embedding that is not finite, or a text without tokens.
     """
@@ -144,16 +162,17 @@ def evaluate_retrieval(
         for ranking in rankings.values():
             ranking.add(documents)
     names = [data.document_ids[index] for index in order]
-    metrics: dict[str, float] = {}
     found = {prefix: ranking.search.result() for prefix, ranking in rankings.items()}
     if second_stage is not None:
         scores, indices = (part[:, : second_stage.candidates] for part in found[""])
         again = reordered(second_stage, scores, indices, data.query_texts,
                           [data.document_texts[number] for number in order], group)
         found |= {prefix: (judged, indices) for prefix, judged in again.items()}
+    metrics: dict[str, dict[str, float]] = {query: {} for query in data.query_ids}
     for prefix, ranking in found.items():
         mine = _metrics_of(*ranking, data.query_ids[rank::size], names, data.qrels)
-        metrics |= {f"{prefix}{name}": value for name, value in _means(_of_all_ranks(mine, data, group)).items()}
+        for query, values in _of_all_ranks(mine, data, group).items():
+            metrics[query] |= {f"{prefix}{name}": value for name, value in values.items()}
     return metrics
 
 

@@ -30,12 +30,15 @@ def test_widths_and_two_stages(model, small_beir):  # noqa: F811
     assert whole == pytest.approx({name: value for name, value in one.items() if "/" not in name}, abs=1e-9)
 
 
-def test_a_reranker_orders_the_candidates(model, cross_encoder, small_beir):  # noqa: F811
+def test_a_reranker_orders_the_candidates(model, cross_encoder, small_beir, tmp_path):  # noqa: F811
     """The numbers of the stock libraries: the best seven of Sentence Transformers, ordered by its CrossEncoder."""
     arguments = ["--model", str(model), "--data", str(small_beir), "--reranker", str(cross_encoder), "--candidates",
-                 "7", "--reranker-weight", "0.5"]
+                 "7", "--reranker-weight", "0.5", "--per-query", str(tmp_path / "queries.jsonl")]
     one, two = evaluated(arguments, 1), evaluated(arguments, 2)
     assert one == pytest.approx(two, abs=1e-6)
+    rows = [json.loads(line) for line in (tmp_path / "queries.jsonl").read_text().splitlines()]
+    assert [row.pop("query") for row in rows] == load_beir(str(small_beir)).query_ids
+    assert {name: np.mean([row[name] for row in rows]) for name in two} == pytest.approx(two, abs=1e-12)
     assert {name.rpartition("/")[0] for name in one} == {"", "reranked", "reranked_0.5"}
     data, stock = load_beir(str(small_beir)), SentenceTransformer(str(model), device="cpu")
     judge, run = CrossEncoder(str(cross_encoder), device="cpu"), {}
@@ -71,6 +74,7 @@ def test_pairs(model, tmp_path):  # noqa: F811
     (["--reranker-weight", "0.5"], "--reranker-weight 0.5: there is no reranker; add --reranker"),
     (["--reranker-weight", "1"], "'1' are no numbers between 0 and 1"),
     (["--reranker", str(MINILM)], "is no reranker"),
+    (["--per-query", "missing/queries.jsonl"], "--per-query missing/queries.jsonl: must be a .jsonl file, itself no"),
 ])
 def test_refusals(arguments, words, model, small_beir):  # noqa: F811
     given = ["evaluate", "--model", str(model), "--data", str(small_beir), *arguments]
@@ -87,3 +91,19 @@ def test_a_file_of_pairs_has_no_split(model, tmp_path, capsys):  # noqa: F811
         assert f"{option[0]} {option[1]}: a file of pairs has no use for it" in capsys.readouterr().err
     assert main(["evaluate", "--model", str(model), "--data", str(path)]) == 2
     assert "1 rows with 1 different scores" in capsys.readouterr().err
+
+
+def test_one_document_and_a_query_without_a_relevant_one(model, cross_encoder, tmp_path):  # noqa: F811
+    """Fewer documents than any cut, width or candidate list asks for; characters beyond the basic plane."""
+    (tmp_path / "qrels").mkdir()
+    rows = {"corpus.jsonl": [{"_id": "d", "title": "\U00020bb7", "text": "\U00020bb7\u91ce\u5bb6 \U0001f600"}],
+            "queries.jsonl": [{"_id": "q1", "text": "\U0001f600"}, {"_id": "q2", "text": "tea"}]}
+    for name, lines in rows.items():
+        (tmp_path / name).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    (tmp_path / "qrels" / "test.tsv").write_text("q1\td\t2\nq2\td\t0\n")
+    found = evaluated(["--model", str(model), "--data", str(tmp_path), "--dims", "4", "--two-stage", "8", "--reranker",
+                       str(cross_encoder), "--reranker-weight", "0.5", "--candidates", "5"], 2)
+    assert len(found) == 5 * 21
+    for name, value in found.items():
+        k = int(name.partition("@")[2] or 1)
+        assert value == (0.5 / k if "precision" in name else 0.5), name
