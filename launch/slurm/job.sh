@@ -25,11 +25,12 @@ run_job() {
         echo "CONFIG.yaml is missing: sbatch $0 CONFIG.yaml [section.key=value ...]" >&2
         return 2
     fi
-    # The first node's name; jobs that share a node must not share a port, nor may one and its successor.
+    # The first node's name; jobs that share a node must not share a port, nor may one and its successor. Below 32768,
+    # where Linux takes ports of outgoing connections from.
     if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]]; then
         read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     fi
-    export MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE} MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} * 7 % 20000))}
+    export MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE} MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} * 7 % 12750))}
     # Compiled kernels: local, a shared file system is no place for them.
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -un)}
     LAUNCH_VARIABLES+=(MASTER_ADDR MASTER_PORT TRITON_CACHE_DIR)

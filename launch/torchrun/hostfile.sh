@@ -4,7 +4,7 @@
 #
 #   launch/torchrun/hostfile.sh HOSTFILE [--master-port 29500] [--dry-run] CONFIG.yaml [section.key=value ...]
 #
-# SIGTERM and SIGUSR1 go to every node. The exit code is node 0's. Of this shell's environment PYTHON goes along, and what
+# SIGTERM, SIGUSR1 and Ctrl-C (as SIGTERM) go to every node. The exit code is node 0's. Of this shell's environment PYTHON goes along, and what
 # begins with NCCL_, GLOO_, UCX_, TORCH_ or PYTORCH_.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -66,7 +66,7 @@ pass_on() {
     done
 }
 interrupted=false
-trap 'interrupted=true; pass_on TERM' TERM
+trap 'interrupted=true; pass_on TERM' TERM INT
 trap 'interrupted=true; pass_on USR1' USR1
 codes=()
 for pid in "${pids[@]}"; do

@@ -6,8 +6,8 @@
 #
 # Options: --nproc-per-node G (default: the node's GPUs, else 1), --run-id NAME (the same on every node: keeps runs apart
 # that are given one address and port by mistake), --dry-run (print what would run).
-# SIGTERM and SIGUSR1 to this script let the run finish its step, save and end with exit code 75. It hands them to the
-# workers itself: torchrun would kill them 30 seconds after a SIGTERM, and does not survive SIGUSR1.
+# SIGTERM, SIGUSR1, Ctrl-C and a closed terminal let the run finish its step, save and end with exit code 75. This script
+# hands them to the workers itself: torchrun would kill them 30 seconds after a SIGTERM, and does not survive SIGUSR1.
 # Exit codes are the workers' own: 0 done, 2 bad configuration or data, 75 saved and to be started again, else 1.
 # torchrun turns each of the last three into 1; the workers leave theirs in a status file.
 set -euo pipefail
@@ -61,7 +61,8 @@ export MEGATRON_EMBED_STATUS_FILE=$status
 rm "$status"
 trap 'rm -f "$status"' EXIT
 
-"${command[@]}" &
+# In a session of its own: a terminal's Ctrl-C would reach torchrun too, which gives its workers 30 seconds.
+setsid "${command[@]}" &
 agent=$!
 # The workers are torchrun's children; before it has started any, there is nothing to save.
 # shellcheck disable=SC2317  # called by the traps
@@ -76,7 +77,7 @@ pass_on() {
     fi
 }
 interrupted=false
-trap 'interrupted=true; pass_on TERM' TERM
+trap 'interrupted=true; pass_on TERM' TERM INT HUP
 trap 'interrupted=true; pass_on USR1' USR1
 while true; do # a signal ends `wait`, not the run
     interrupted=false code=0

@@ -9,6 +9,11 @@ _LARGEST_STEP = 0xFFFFFFF0
 """Slurm's numbers from here on are no steps of srun's: the batch script's, an interactive shell's."""
 
 
+FIRST_PORT, PORTS = 20000, 12750
+"""Below 32768, where Linux takes ports of outgoing connections from: one of those would be taken now and then. As in
+launch/slurm/job.sh."""
+
+
 def launched_rank() -> tuple[int, int, int]:
     """(rank, world size, local rank) from torchrun's variables, else from srun's (several tasks), else (0, 1, 0)."""
     env = os.environ
@@ -62,7 +67,7 @@ def rendezvous_address() -> tuple[str, int]:
     if "MASTER_PORT" not in env:
         # Jobs that share a node must not share a port, nor must seven steps of a job.
         number = int(env.get("SLURM_JOB_ID", 0)) * 7 + int(env.get("SLURM_STEP_ID", 0)) % 7
-        env["MASTER_PORT"] = str(20000 + number % 20000)
+        env["MASTER_PORT"] = str(FIRST_PORT + number % PORTS)
     return env["MASTER_ADDR"], int(env["MASTER_PORT"])
 
 

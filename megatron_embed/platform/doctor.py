@@ -1,5 +1,6 @@
 """What this machine offers a run: versions, backends, what is missing and how to get it."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import os
@@ -81,12 +82,28 @@ def cpu_features(cpuinfo: str = "/proc/cpuinfo") -> tuple[list[str], str]:
 def _requirements() -> list[Finding]:
     """The packages that setup.py asks for, each with the range it asks for."""
     try:
-        texts = importlib.metadata.requires(DISTRIBUTION) or []
+        texts, notes = importlib.metadata.requires(DISTRIBUTION) or [], []
     except importlib.metadata.PackageNotFoundError:
-        return [Finding(name="requirements", value="unknown", remedy="install this package: pip install -e .")]
+        setup = Path(__file__).resolve().parents[2] / "setup.py"
+        texts = requirements_of(setup)
+        if not texts:
+            return [Finding(name="requirements", value="unknown", remedy="install this package: pip install -e .")]
+        notes = [Finding(name="installation", value=f"none: runs from {setup.parent}",
+                         note="as `python -m megatron_embed`; the command megatron-embed comes with pip install -e .")]
     requirements = [Requirement(text) for text in texts]
     core = [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
-    return [check_requirement(item) for item in core]
+    return [*notes, *(check_requirement(item) for item in core)]
+
+
+def requirements_of(setup: Path) -> list[str]:
+    """What a setup.py asks for in its list CORE; empty where there is none."""
+    if not setup.is_file():
+        return []
+    for node in ast.parse(setup.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(isinstance(name, ast.Name) and name.id == "CORE"
+                                                for name in node.targets):
+            return [str(text) for text in ast.literal_eval(node.value)]
+    return []
 
 
 def check_requirement(requirement: Requirement) -> Finding:

@@ -73,13 +73,16 @@ def test_torchrun_script_gives_the_workers_exit_code(stub, left, code):
 
 
 @pytest.mark.parametrize("script, number", [
-    ("node", signal.SIGTERM), ("node", signal.SIGUSR1), ("hostfile", signal.SIGTERM)])
+    ("node", signal.SIGTERM), ("node", signal.SIGUSR1), ("node", signal.SIGINT), ("hostfile", signal.SIGTERM),
+    ("hostfile", signal.SIGINT)])
 def test_signals_go_to_the_workers_and_not_to_torchrun(stub, tmp_path, script, number):
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 slots=1\n# a comment\n\nlocalhost slots=1\n")
     command = [LAUNCH / "torchrun" / "node.sh", "run.yaml"] if script == "node" else [
         LAUNCH / "torchrun" / "hostfile.sh", hosts, "run.yaml"]
-    process = subprocess.Popen(list(map(str, command)), env=stub | {"STUB": "wait"}, cwd=REPOSITORY)
+    # A pytest in the background ignores SIGINT, and so would all that it starts.
+    process = subprocess.Popen(list(map(str, command)), env=stub | {"STUB": "wait"}, cwd=REPOSITORY,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         nodes, deadline = 1 if script == "node" else 2, time.monotonic() + 60
         log = tmp_path / "log"

@@ -63,8 +63,9 @@ def test_every_start_of_every_run_has_a_name_of_its_own(monkeypatch):
 
 def test_steps_of_a_job_have_ports_of_their_own(monkeypatch):
     ports = []
-    for job in ("7", "8"):
+    for job in ("7", "8", "7000000"):
         for step in range(7):
             set_only(monkeypatch, {**BATCH_STEP, "SLURM_JOB_ID": job, "SLURM_STEP_ID": str(step)})
             ports.append(rendezvous_address()[1])
-    assert len(set(ports)) == 14
+    assert len(set(ports)) == 21
+    assert all(20000 <= port < 32768 for port in ports)

@@ -1,10 +1,20 @@
 """What `doctor` says of a machine, a package out of range, and an apex that is not NVIDIA's."""
 
+import importlib.metadata
+
 import pytest
 from packaging.requirements import Requirement
 
 from megatron_embed.__main__ import main
-from megatron_embed.platform.doctor import Finding, check_requirement, cpu_features, examine, report
+from megatron_embed.platform.doctor import (
+    Finding,
+    check_requirement,
+    cpu_features,
+    examine,
+    report,
+    requirements_of,
+)
+from tests.toys import REPOSITORY
 
 
 @pytest.fixture
@@ -30,6 +40,22 @@ def test_requirements_are_compared_with_what_is_installed(requirement, value, re
     finding = check_requirement(Requirement(requirement))
     assert value in finding.value
     assert finding.remedy == remedy
+
+
+def test_checkout_that_is_not_installed_is_examined_all_the_same(monkeypatch, tmp_path, findings):
+    """As on a machine without network, where the sources and some wheels were carried."""
+    def requires(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    found = {finding.name: finding for finding in examine()}
+    assert "runs from" in found["installation"].value and not found["installation"].remedy
+    assert len(requirements_of(REPOSITORY / "setup.py")) > 10
+    assert {name: found[name] for name in ("torch", "megatron-core", "transformers", "psutil")} == {
+        name: findings[name] for name in ("torch", "megatron-core", "transformers", "psutil")}
+    assert requirements_of(tmp_path / "setup.py") == []
+    (tmp_path / "setup.py").write_text("OTHER = ['numpy']\n")
+    assert requirements_of(tmp_path / "setup.py") == []
 
 
 @pytest.mark.parametrize("nvidia", [False, True])
