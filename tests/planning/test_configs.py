@@ -115,3 +115,37 @@ def test_a_rank_of_each_stage_is_built_at_the_full_world_size(path, gpus):
         tensors = adapter_tensors(family, shape, resolve_modules(family, ["all-linear"], "lora"), config.lora.rank)
         assert adapter_parameters(shape, alone, config.lora.rank, parts).total * shape.num_layers == sum(
             tensor.shape[0] * tensor.shape[1] for tensor in tensors)
+
+
+SIZES = {"TP": "parallel.tensor_model_parallel_size", "PP": "parallel.pipeline_model_parallel_size"}
+
+
+def planned(path, gpus, *overrides):
+    """A line of the tables of docs/parallelism.md: GiB by kind, and whether it fits."""
+    config = load_config(str(path), list(overrides))
+    shape = shape_of(config.model.path)
+    plan = plan_layout(config, shape, gpus, GPUS["h100"], adapted_parts(config, shape))
+    memory = plan.memory
+    parts = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.loss, memory.total)
+    return [*(f"{size / 2**30:.1f}" for size in parts), "yes" if plan.fits else "no"]
+
+
+def test_tables_of_the_documentation_are_those_of_plan():
+    first = next(path for path in FILES if path.stem == "qwen3_8b_embed_tp2_8xh100")
+    checked, adapters = 0, []
+    for line in (REPOSITORY / "docs" / "parallelism.md").read_text().splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        adapters = ["lora.rank=16"] if "`lora.rank: 16`" in line else adapters
+        path = REPOSITORY / "configs" / f"{name.strip('`')}.yaml"
+        if path in FILES:
+            assert cells == planned(path, gpus_of(path)), name
+        elif len(cells) == 7 and re.match(r"(DP|TP|PP) \d", name):
+            overrides = [f"{SIZES[key]}={size}" for key, size in re.findall(r"(TP|PP) (\d+)", name)]
+            overrides += [f"training.micro_batch_size={size}" for size in re.findall(r"(\d+) quer", name)]
+            overrides += [] if "TP" in name else [f"{SIZES['TP']}=1"]
+            overrides += ["training.recompute=full"] if "recompute full" in name else []
+            assert cells == planned(first, 8, *overrides, *adapters), name
+        else:
+            continue
+        checked += 1
+    assert checked == 20
