@@ -196,15 +196,16 @@ def measure_memory(model: str, machine: Machine, table: Table) -> None:
     """Speed and memory of a decoder of random weights on all ranks, over texts of full length, beside `plan`."""
     path, rows = make_decoder(model, machine), machine.folder / "long.jsonl"
     words = " ".join(json.loads(line)["positive"][0] for line in SAMPLE.read_text("utf-8").splitlines())
-    size = 16 * TEXT_TOKENS
-    texts = [words[start:start + size] for start in range(0, len(words) - size, 997)]
-    rows.write_text("".join(json.dumps({"query": first, "positive": [second]}) + "\n"
-                            for first, second in zip(texts[::2], texts[1::2], strict=False)), encoding="utf-8")
-    dtype = "bfloat16" if machine.cuda else "float32"
-    for recompute in ("none", "full"):
+    size, dtype = 16 * TEXT_TOKENS, "bfloat16" if machine.cuda else "float32"
+    # Enough of them that activations, and not the optimizer's temporaries, are what a step takes most of.
+    micro_batches = {"none": 16, "full": 64} if machine.cuda else {"none": 4, "full": 4}
+    starts = [997 * number % (len(words) - size) for number in range(4 * max(micro_batches.values()) * machine.ranks)]
+    rows.write_text("".join(json.dumps({"query": words[first:first + size], "positive": [words[second:second + size]]})
+                            + "\n" for first, second in zip(starts[::2], starts[1::2], strict=True)), encoding="utf-8")
+    for recompute, micro in micro_batches.items():
         overrides = [f"model.path={path}", f"model.dtype={dtype}", f"data.train=[{rows}]", "data.num_negatives=0",
-                     f"training.recompute={recompute}", f"training.global_batch_size={32 * machine.ranks}",
-                     f"training.micro_batch_size={16 if machine.cuda else 4}",
+                     f"training.recompute={recompute}", f"training.global_batch_size={2 * micro * machine.ranks}",
+                     f"training.micro_batch_size={micro}",
                      f"data.query_max_length={TEXT_TOKENS}", f"data.document_max_length={TEXT_TOKENS}"]
         name = (f"Qwen3 of {'0.6 billion' if machine.cuda else 'toy size'}, {dtype}, ranks: {machine.ranks}, recompute "
                 f"{recompute}")
