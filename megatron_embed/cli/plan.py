@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_overrides, positive_int, write_output
+from megatron_embed.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
@@ -44,8 +45,19 @@ def run(args: argparse.Namespace) -> int:
     parts = adapted_parts(config, shape)
     given = plan_layout(config, shape, args.gpus, gpu, parts)
     write_output(report(given, shape, args.gpus, gpu, parts, rows))
-    write_output(proposals(propose(config, shape, args.gpus, gpu, parts), args.gpus))
+    write_output(proposals(propose(config, shape, args.gpus, gpu, parts, accepts=budget_holds), args.gpus))
     return 0 if given.fits else 2
+
+
+def budget_holds(config: "RunConfig") -> bool:
+    """Whether training would take the layout's token budget, if there is one."""
+    from megatron_embed.parallel.topology import check_token_budget
+
+    try:
+        check_token_budget(config)
+    except ConfigError:
+        return False
+    return True
 
 
 def with_rows_at_hand(config: "RunConfig") -> "tuple[RunConfig, str]":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
@@ -70,13 +70,18 @@ def divides(sizes: ParallelConfig, shape: ModelShape) -> bool:
 
 
 def propose(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, parts: Parts | None = None,
-            most: int = 5) -> list[Plan]:
-    """The layouts that fit, fastest first, no two of one set of parallel sizes. The global batch stays as it is."""
+            most: int = 5, accepts: Callable[[RunConfig], bool] = lambda candidate: True) -> list[Plan]:
+    """The layouts that fit, fastest first, no two of one set of parallel sizes. The global batch stays as it is.
+
+    `accepts`: what else training asks of a configuration.
+    """
     best: dict[ParallelConfig, Plan] = {}
     for candidate in candidates(config, shape, gpus):
         found = plan_layout(candidate, shape, gpus, gpu, parts)
         sizes = candidate.parallel
-        if found.fits and (sizes not in best or found.time.total < best[sizes].time.total):
+        if not found.fits or not accepts(candidate):
+            continue
+        if sizes not in best or found.time.total < best[sizes].time.total:
             best[sizes] = found
     return sorted(best.values(), key=lambda found: found.time.total)[:most]
 

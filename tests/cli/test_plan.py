@@ -68,7 +68,7 @@ def small(tmp_path):
     def write(rows, **sections):
         (tmp_path / "config.json").write_text(json.dumps({
             "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab_size": 1000,
+            "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 128, "vocab_size": 1000,
             "max_position_embeddings": 512}))
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         values = {"model": {"path": str(tmp_path)}, "data": {"train": [str(tmp_path / "rows.jsonl")],
@@ -107,6 +107,12 @@ def test_token_budget_is_compared_with_the_rows(capsys, small):
     assert code == 0 and "of up to 288 tokens" in out
     code, _, err = plan(capsys, small(rows, training={"micro_batch_tokens": 287}, **settings), "--gpus", "1")
     assert code == 2 and "nearest valid: 288" in err
+    # What is proposed would be taken: four tensor-parallel ranks get equal shares of 4 * 73 tokens, of 289 they do not.
+    for budget, is_proposed in ((292, True), (289, False)):
+        code, out, _ = plan(capsys, small(rows, training={"micro_batch_tokens": budget}, **settings), "--gpus", "4")
+        layouts = re.findall(r"^  (\S.*?)  +\d+ tokens ", out, re.MULTILINE)
+        assert code == 0 and any(name.startswith("dp4") for name in layouts)
+        assert any(name.startswith("tp4") for name in layouts) == is_proposed, out
 
 
 def test_lists_of_a_reranker(capsys, small):
