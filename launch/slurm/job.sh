@@ -25,12 +25,13 @@ run_job() {
         echo "CONFIG.yaml is missing: sbatch $0 CONFIG.yaml [section.key=value ...]" >&2
         return 2
     fi
-    # The first node's name; jobs that share a node must not share a port, nor may one and its successor. Below 32768,
-    # where Linux takes ports of outgoing connections from.
+    # The first node's name. Jobs that share a node must not share a port, nor must seven starts of a job: a rank 0 of
+    # before that does not end would hold it. Below 32768, where Linux takes ports of outgoing connections from.
     if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]]; then
         read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     fi
-    export MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE} MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} * 7 % 12750))}
+    local number=$((${SLURM_JOB_ID:-0} * 7 + ${SLURM_RESTART_COUNT:-0} % 7))
+    export MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE} MASTER_PORT=${MASTER_PORT:-$((20000 + number % 12750))}
     # Compiled kernels: local, a shared file system is no place for them.
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -un)}
     LAUNCH_VARIABLES+=(MASTER_ADDR MASTER_PORT TRITON_CACHE_DIR)

@@ -65,8 +65,10 @@ def rendezvous_address() -> tuple[str, int]:
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = _first_slurm_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
     if "MASTER_PORT" not in env:
-        # Jobs that share a node must not share a port, nor must seven steps of a job.
-        number = int(env.get("SLURM_JOB_ID", 0)) * 7 + int(env.get("SLURM_STEP_ID", 0)) % 7
+        # Jobs that share a node must not share a port, nor must seven steps or starts of a job: a rank 0 of before that
+        # does not end would hold it.
+        job, step, start = (int(env.get(f"SLURM_{name}", 0)) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+        number = job * 7 + (step + start) % 7
         env["MASTER_PORT"] = str(FIRST_PORT + number % PORTS)
     return env["MASTER_ADDR"], int(env["MASTER_PORT"])
 

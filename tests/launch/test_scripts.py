@@ -133,6 +133,10 @@ def test_dry_runs(stub, tmp_path):
                             "configs/a.yaml --ranks 8 --ranks-per-node 8 ")
     assert train == (f"srun --kill-on-bad-exit=0 {container} python -m megatron_embed train configs/a.yaml "
                      "checkpoint.directory=runs/a data.query_prompt=a\\ b ")
+    for job, start, port in ((7, 0, 20049), (7, 2, 20051), (7, 7, 20049), (8, 0, 20056), (1822, 0, 20004)):
+        again = run("bash", LAUNCH / "slurm" / "train.sbatch", "--dry-run", "a.yaml", env=clean | {
+            "SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(start), "MASTER_ADDR": "a"})
+        assert f"export MASTER_PORT={port}" in again.stdout.splitlines()
     seeds = run("bash", LAUNCH / "slurm" / "seeds.sbatch", "--dry-run", "a.yaml",
                 env=clean | {"SLURM_ARRAY_TASK_ID": "7"})
     assert seeds.stdout.rstrip().endswith("checkpoint.directory=runs/megatron-embed/seed_7 training.seed=7")

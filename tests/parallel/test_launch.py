@@ -61,11 +61,13 @@ def test_every_start_of_every_run_has_a_name_of_its_own(monkeypatch):
     assert len(set(names)) == len(names)
 
 
-def test_steps_of_a_job_have_ports_of_their_own(monkeypatch):
+@pytest.mark.parametrize("name", ["STEP_ID", "RESTART_COUNT"])
+def test_steps_and_starts_of_a_job_have_ports_of_their_own(monkeypatch, name):
     ports = []
     for job in ("7", "8", "7000000"):
-        for step in range(7):
-            set_only(monkeypatch, {**BATCH_STEP, "SLURM_JOB_ID": job, "SLURM_STEP_ID": str(step)})
+        for number in range(7):
+            set_only(monkeypatch, {**BATCH_STEP, "SLURM_STEP_ID": "0", "SLURM_JOB_ID": job,
+                                   f"SLURM_{name}": str(number)})
             ports.append(rendezvous_address()[1])
     assert len(set(ports)) == 21
     assert all(20000 <= port < 32768 for port in ports)
