@@ -168,10 +168,13 @@ def compare_curves(model: str, machine: Machine, table: Table) -> None:
     curve("bfloat16, sdpa", BFLOAT16, half, "model.attention=sdpa")
     if machine.cuda:
         curve("bfloat16, flash", BFLOAT16, half, "model.attention=flash")
-        if importlib.util.find_spec("transformer_engine") is None:
-            table.add("bfloat16, te", "Transformer Engine is not installed")
-        else:
-            curve("bfloat16, te", BFLOAT16, half, "model.attention=te")
+        curve("bfloat16, optimizer in host memory", BFLOAT16, half, "optimizer.cpu_offload=true")
+        for name, setting in {"te": "model.attention=te",
+                              "precision-aware optimizer": "optimizer.precision_aware=true"}.items():
+            if importlib.util.find_spec("transformer_engine") is None:
+                table.add(f"bfloat16, {name}", "Transformer Engine is not installed")
+            else:
+                curve(f"bfloat16, {name}", BFLOAT16, half, setting)
     curve("float32, full recomputation", FLOAT32, float32, "training.recompute=full")
     curve("float32, micro-batches by tokens", FLOAT32, float32, "training.micro_batch_tokens=1024")
     table.add("float32, stopped by its time budget and resumed", lambda: resumed([*chosen, float32], machine, expected))
