@@ -144,10 +144,13 @@ def installed():
 
 @contextlib.contextmanager
 def fused_adam():
-    """Within it Megatron builds the FusedAdam above, as where Transformer Engine was there when it was imported."""
+    """Within it Megatron has the FusedAdam above, as where Transformer Engine was there when it was imported, and there
+    is a GPU."""
+    from megatron_embed.platform import compat
     from megatron_embed.platform.compat import distrib_optimizer, megatron_optimizer
 
-    settings = ((megatron_optimizer, {"Adam": FusedAdam, "USING_PYTORCH_OPTIMIZER": False}),
+    settings = ((compat, {"HAS_CUDA": True}),
+                (megatron_optimizer, {"Adam": FusedAdam, "USING_PYTORCH_OPTIMIZER": False}),
                 (distrib_optimizer, {"Adam": FusedAdam, "HAVE_APEX_OR_TE": True, "USING_TE_OPTIMIZER": True,
                                      "USING_APEX_OPTIMIZER": False}))
     originals = [{name: vars(module)[name] for name in values} for module, values in settings]

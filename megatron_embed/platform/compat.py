@@ -79,12 +79,13 @@ MEGATRON_VERSION = importlib.metadata.version("megatron-core")
 
 
 def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
-    """Makes Megatron build `adam_class` where neither Transformer Engine nor Apex offers a fused Adam.
+    """Makes Megatron build `adam_class` where neither Transformer Engine nor Apex offers a fused Adam, or there is no
+    CUDA, which theirs need.
 
     `adam_class` takes Apex's arguments (`adam_w_mode`) and keeps `step` in its parameter groups, as they do: Megatron's
     fully reshardable optimizer checkpoints look for it there (torch's AdamW keeps one per parameter).
     """
-    if megatron_optimizer.USING_PYTORCH_OPTIMIZER or megatron_optimizer.Adam is adam_class:
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER or not HAS_CUDA or megatron_optimizer.Adam is adam_class:
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
         megatron_optimizer.Adam = adam_class
         # The distributed optimizer then reads `step` from the groups, as from Apex's.

@@ -204,6 +204,34 @@ def test_moments_in_bfloat16_follow_the_formula(bert, ranks):
         assert different < 0.01 * sum(weight.numel() for weight in expected.values())
 
 
+def kinds_of_adam(config):
+    """Classes of the optimizer where a fused Adam is installed, with a GPU and without."""
+    from megatron_embed.platform import compat
+    from megatron_embed.training.optimizer import AdamW
+
+    class ForGpus(te_stand_in.FusedAdam):
+        """As Apex's: takes the same arguments, and raises without CUDA only when it is built."""
+
+        def __init__(self, params, **settings):
+            torch.optim.Optimizer.__init__(self, params, {})
+
+    original, found = te_stand_in.FusedAdam, []
+    te_stand_in.FusedAdam = ForGpus
+    try:
+        for has_cuda in (True, False):
+            with te_stand_in.fused_adam():
+                compat.HAS_CUDA = has_cuda
+                _, _, optimizer, _ = open_optimizer(config)
+            found.append({type(part.optimizer) for part in optimizer.chained_optimizers})
+    finally:
+        te_stand_in.FusedAdam = original
+    return found == [{ForGpus}, {AdamW}]
+
+
+def test_a_fused_adam_is_left_alone_without_cuda(bert):
+    assert run_on_ranks(kinds_of_adam, 1, run_config(bert, training=TRAINING)) == [True]
+
+
 @pytest.mark.parametrize("settings, words", [
     ({"cpu_offload": True, "distributed": False}, "optimizer.cpu_offload = True: Megatron has it for the distributed"),
     ({"precision_aware": True, "distributed": False}, "optimizer.precision_aware = True: Megatron has it for the dist"),
