@@ -122,11 +122,12 @@ def test_replicas_that_are_split_train_the_same_weights(models, sizes, first_sta
 @pytest.mark.parametrize("sizes", [layout(pp=2, vpp=2), layout(cp=2)], ids=["vpp2", "cp2"])
 @pytest.mark.parametrize("distributed", [True, False])
 def test_the_other_layouts_train_the_same_weights(models, sizes, distributed):
-    config = config_for(models["qwen3"], sizes, recompute="full" if distributed else "none")
+    # Six micro-batches: the interleaved pipeline wants an even number.
+    config = config_for(models["qwen3"], sizes, recompute="full" if distributed else "none", micro_batch_size=1)
     settings = [OFF, GRADIENTS, BOTH] if distributed else [
         {**one, "distributed": False} for one in (OFF, GRADIENTS)]
     check_alike(run_on_ranks(three_steps, 4, config, settings), exactly=False,
-                first_stage=range(2) if "vpp" in str(sizes) else range(4))
+                first_stage=range(4 // sizes["pipeline_model_parallel_size"]))
 
 
 OVERLAPPED = [
