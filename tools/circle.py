@@ -126,6 +126,7 @@ def run_forked(arguments: Sequence[str]) -> tuple[int, str]:
     if child == 0:
         os.close(reading)
         os.dup2(writing, 1)
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8")  # without what this process has not written yet
         code = run_command(arguments)
         sys.stdout.flush()
         os._exit(code)

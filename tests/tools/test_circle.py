@@ -5,6 +5,7 @@ import importlib.util
 import json
 import statistics
 
+import megatron_embed
 from megatron_embed.evaluation.beir import load_beir
 from tests.toys import REPOSITORY
 
@@ -47,3 +48,11 @@ def test_the_gain_is_over_queries_of_means_over_seeds():
     words = circle.gain("reranked", by_seed)
     assert f": +0.1500, 95 % interval {0.15 - 1.96 * error:+.4f} to {0.15 + 1.96 * error:+.4f} (4 queries, " in words
     assert words.endswith(f"t = {0.15 / error:.2f})")
+
+
+def test_a_command_in_a_child_gives_its_code_and_its_output(monkeypatch, capfd):
+    monkeypatch.setattr(circle, "LIBRARIES", ())
+    assert circle.run_forked(["--version"]) == (0, f"megatron-embed {megatron_embed.__version__}\n")
+    assert circle.run_forked(["evaluate", "--model", "nowhere", "--data", "nowhere"]) == (2, "")
+    out, err = capfd.readouterr()
+    assert out == "" and "megatron-embed: error: " in err
