@@ -76,7 +76,9 @@ class Machine:
               cuda: bool | None = None) -> list[dict[str, Any]]:
         """Metrics by step of a run, which ends by itself or stops and saves. Raises RuntimeError with its error."""
         cuda = self.cuda if cuda is None else cuda
-        environment = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)), "HF_HUB_OFFLINE": "1",
+        # One in trials of the script: threads of a tiny model wait for each other, ten times as long on a busy machine.
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks) if self.cuda else 1
+        environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
                        **({} if cuda else {"CUDA_VISIBLE_DEVICES": ""})}
         launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         code, _, err = self.run([sys.executable, *launcher, "-m", "megatron_embed", "train", DEMO, *CURVE, *overrides,
