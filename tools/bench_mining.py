@@ -2,8 +2,8 @@
 
 import argparse
 import json
-import resource
 import time
+from pathlib import Path
 
 import torch
 from torch.nn.functional import normalize
@@ -13,8 +13,9 @@ from megatron_embed.mining.filters import MiningOptions
 
 
 def resident_mib() -> float:
-    """The most that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The most that this process has held so far. Not getrusage's: there it begins with what the parent held."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def main() -> None:
