@@ -98,12 +98,40 @@ class FusedAdam(torch.optim.Optimizer):
         assert not amsgrad and not capturable and set_grad_none is None and adam_w_mode and bias_correction
         assert master_weights and master_weight_dtype == torch.float32 and not store_param_remainders
         assert use_decoupled_grad, "gradients and parameters differ in dtype"
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype}
+        super().__init__(params, {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps,
+                                  "weight_decay": weight_decay})
+        self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": master_weight_dtype}
+
+    def get_unscaled_state(self, param, state_name):
+        assert self.state[param][state_name].dtype == self.dtypes[state_name]
+        return self.state[param][state_name].float()
+
+    def set_scaled_state(self, param, state_name, unscaled_state):
+        assert unscaled_state.dtype == torch.float32
+        state = self.state[param]
+        if state_name not in state:
+            state[state_name] = torch.empty_like(param, dtype=self.dtypes[state_name])
+        state[state_name].copy_(unscaled_state)
+
+    def state_dict(self):
+        found = super().state_dict()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        found["state"] = {number: {name: self.get_unscaled_state(parameters[number], name) for name in state}
+                          for number, state in found["state"].items()}
+        return found
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, state in state_dict["state"].items():
+            self.state[parameters[number]] = {}
+            for name, value in state.items():
+                self.set_scaled_state(parameters[number], name, value.float())
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
+            assert group["bias_correction"]
             group["step"] = group.get("step", 0) + 1
             (beta1, beta2), step = group["betas"], group["step"]
             for parameter in group["params"]:
@@ -111,7 +139,7 @@ class FusedAdam(torch.optim.Optimizer):
                 assert gradient.dtype == torch.float32
                 if not state:
                     state |= {name: torch.zeros_like(parameter, dtype=dtype) for name, dtype in self.dtypes.items()}
-                    state["master_param"] = parameter.float()
+                    state["master_param"].copy_(parameter)
                 average = state["exp_avg"].float().lerp(gradient, 1 - beta1)
                 square = state["exp_avg_sq"].float().lerp(gradient**2, 1 - beta2)
                 update = average / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])

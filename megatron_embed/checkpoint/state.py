@@ -92,10 +92,7 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
     sharded = sharded_state(state, is_loading=True)
     loaded = _load(sharded, checkpoint)
     _load_models(state.models, loaded["model"])
-    configured = [{key: group[key] for key in CONFIGURED} for group in state.optimizer.param_groups]
-    state.optimizer.load_state_dict(loaded["optimizer"])
-    for group, settings in zip(state.optimizer.param_groups, configured, strict=True):
-        group.update(settings)
+    load_optimizer(state.optimizer, loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
     if state.learned is not None:
         if "learned" not in loaded:
@@ -103,6 +100,19 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
                                   "objective.learnable_temperature; set it to false, or start a new run")
         state.learned.load_state_dict(loaded["learned"])
     return step
+
+
+def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Its state and its groups as they were saved, but for what the configuration decides. No communication.
+
+    Another class of optimizer may have saved them (torch's, Transformer Engine's, one in host memory). What this one
+    alone keeps in its groups stays: without, Transformer Engine's FusedAdam stops for want of `bias_correction`, and
+    torch's, which takes null for what is missing, is no longer fused.
+    """
+    own = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(loaded)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update({key: value for key, value in settings.items() if key in CONFIGURED or group.get(key) is None})
 
 
 def load_model(checkpoint: Path, models: Sequence[EmbeddingModel], *, with_head: bool = True,

@@ -74,31 +74,34 @@ def stepped(opened, optimizer, steps):
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}, norms
 
 
-def offloaded_and_plain(config, folder):
-    """(per way through STEPS steps: both halves of them, between which there was a checkpoint, and what the offloaded
-    state weighs; the second half from the plain run's checkpoint, offloaded; the other way round)."""
+def halves(config, path, settings):
+    """(parameters and norms after the first half of STEPS, which a checkpoint keeps; after all of them; optimizer)."""
     from megatron_embed.checkpoint.state import TrainingState, sharded_state
     from megatron_embed.platform.compat import dist_checkpointing
 
-    results = []
-    for number, settings in enumerate(({"distributed": True}, OFFLOADED)):
-        placed = dataclasses.replace(config, optimizer=OptimizerConfig(**settings))
-        opened, wrapped, optimizer, scheduler = open_optimizer(placed)
-        with buffers_on_a_gpu(wrapped):
-            half = stepped(opened, optimizer, range(STEPS // 2))
-        state = TrainingState(models=opened.chunks, optimizer=optimizer, scheduler=scheduler)
-        path = f"{folder}/{number}"
-        os.makedirs(path, exist_ok=True)
-        dist_checkpointing.save(sharded_state(state, is_loading=False), path)
-        with buffers_on_a_gpu(wrapped):
-            whole = stepped(opened, optimizer, range(STEPS // 2, STEPS))
-        results.append((half, whole, weight_of(optimizer) if settings is OFFLOADED else 0))
-    return results, resumed(config, f"{folder}/0", OFFLOADED), resumed(config, f"{folder}/1", {"distributed": True})
+    opened, wrapped, optimizer, scheduler = open_optimizer(
+        dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
+    with buffers_on_a_gpu(wrapped):
+        half = stepped(opened, optimizer, range(STEPS // 2))
+    state = TrainingState(models=opened.chunks, optimizer=optimizer, scheduler=scheduler)
+    os.makedirs(path, exist_ok=True)
+    dist_checkpointing.save(sharded_state(state, is_loading=False), path)
+    with buffers_on_a_gpu(wrapped):
+        return half, stepped(opened, optimizer, range(STEPS // 2, STEPS)), optimizer
+
+
+def offloaded_and_plain(config, folder):
+    """(per way through STEPS steps: both halves of them, between which there was a checkpoint, and what the offloaded
+    state weighs; the second half from the plain run's checkpoint, offloaded; the other way round; from its own)."""
+    *plain, _ = halves(config, f"{folder}/0", {"distributed": True})
+    *offloaded, optimizer = halves(config, f"{folder}/1", OFFLOADED)
+    return ([(*plain, 0), (*offloaded, weight_of(optimizer))], resumed(config, f"{folder}/0", OFFLOADED),
+            resumed(config, f"{folder}/1", {"distributed": True}), resumed(config, f"{folder}/1", OFFLOADED))
 
 
 def resumed(config, path, settings):
     """(parameters from a checkpoint that the other kind of run wrote, the second half of the steps)."""
-    from megatron_embed.checkpoint.state import TrainingState, _load_models, sharded_state
+    from megatron_embed.checkpoint.state import TrainingState, _load_models, load_optimizer, sharded_state
     from megatron_embed.platform.compat import dist_checkpointing
 
     opened, wrapped, optimizer, scheduler = open_optimizer(
@@ -112,9 +115,12 @@ def resumed(config, path, settings):
     loaded = dist_checkpointing.load(sharded, path)
     with buffers_on_a_gpu(wrapped):
         _load_models(state.models, loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(optimizer, loaded["optimizer"])
         half = {name: parameter.detach().clone() for name, parameter in opened.chunks[0].named_parameters()}
-        return half, stepped(opened, optimizer, range(STEPS // 2, STEPS))
+        whole = stepped(opened, optimizer, range(STEPS // 2, STEPS))
+    for group in optimizer.param_groups:
+        assert group.get("fused", True), "the update is not torch's fused one"
+    return half, whole
 
 
 def weight_of(optimizer):
@@ -137,7 +143,7 @@ def test_offloaded_weights_equal_the_others(bert, tmp_path, ranks):
     config = run_config(bert, dtype="bfloat16", training=TRAINING)
     start = run_on_ranks(start_of, 1, config)[0]
     everywhere = run_on_ranks(offloaded_and_plain, ranks, config, str(tmp_path), timeout_seconds=120)
-    for (plain, offloaded), to_offloaded, to_plain in everywhere:
+    for (plain, offloaded), to_offloaded, to_plain, again in everywhere:
         for half, others in ((plain[0], offloaded[0]), (plain[1], offloaded[1]), (plain[1], to_offloaded[1]),
                              (plain[1], to_plain[1])):
             assert others[1] == pytest.approx(half[1], rel=1e-6)
@@ -146,6 +152,8 @@ def test_offloaded_weights_equal_the_others(bert, tmp_path, ranks):
                 torch.testing.assert_close(others[0][name], weight, rtol=2**-8, atol=1e-6, msg=name)
         for name, weight in plain[0][0].items():
             assert torch.equal(to_offloaded[0][name], weight), "resumed with other parameters than were saved"
+            assert torch.equal(again[1][0][name], offloaded[1][0][name]), "an interrupted run ends elsewhere"
+        assert again[1][1] == offloaded[1][1]
         assert sum(not torch.equal(weight, start[name]) for name, weight in plain[1][0].items()) > 20
     shape = shape_of(config.model.path)
     expected = stage_memory(dataclasses.replace(config, optimizer=OptimizerConfig(**OFFLOADED)), shape,
@@ -230,6 +238,29 @@ def kinds_of_adam(config):
 
 def test_a_fused_adam_is_left_alone_without_cuda(bert):
     assert run_on_ranks(kinds_of_adam, 1, run_config(bert, training=TRAINING)) == [True]
+
+
+def aware_and_plain(config, folder):
+    """(halves of a run with moments in bfloat16, of one that went on from its checkpoint; of a plain run, of one that
+    went on with moments in bfloat16 from its checkpoint; the other way round)."""
+    plain = halves(config, f"{folder}/0", {"distributed": True})[:2]
+    with te_stand_in.fused_adam():
+        own = halves(config, f"{folder}/1", AWARE)[:2]
+        resumes = resumed(config, f"{folder}/1", AWARE), resumed(config, f"{folder}/0", AWARE)
+    return own, resumes[0], plain, resumes[1], resumed(config, f"{folder}/1", {"distributed": True})
+
+
+def test_moments_in_bfloat16_are_resumed(bert, tmp_path):
+    config = run_config(bert, dtype="bfloat16", training=TRAINING)
+    for own, again, plain, to_aware, to_plain in run_on_ranks(aware_and_plain, 2, config, str(tmp_path)):
+        assert again[1][1] == own[1][1]
+        for name, weight in own[1][0].items():
+            assert torch.equal(again[0][name], own[0][0][name]) and torch.equal(to_plain[0][name], own[0][0][name])
+            assert torch.equal(again[1][0][name], weight), "an interrupted run ends elsewhere"
+            assert torch.equal(to_aware[0][name], plain[0][0][name])
+            for found in (to_aware, to_plain, plain):
+                torch.testing.assert_close(found[1][0][name], weight, rtol=2**-7, atol=1e-4, msg=name)
+        assert sum(not torch.equal(weight, own[0][0][name]) for name, weight in own[1][0].items()) > 20
 
 
 @pytest.mark.parametrize("settings, words", [
