@@ -185,6 +185,8 @@ def compare_curves(model: str, machine: Machine, table: Table) -> None:
                                              "optimizer.overlap_param_gather=true"),
                         "TP 2": ("parallel.tensor_model_parallel_size=2",),
                         "PP 2": ("parallel.pipeline_model_parallel_size=2",),
+                        "PP 2, interleaved": ("parallel.pipeline_model_parallel_size=2",
+                                              "parallel.virtual_pipeline_model_parallel_size=2"),
                         "CP 2": ("parallel.context_parallel_size=2",)}.items():
         curve(f"float32, {name}", FLOAT32, float32, *sizes, ranks=2)
 

@@ -76,7 +76,7 @@ def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys, decod
         "bfloat16, sdpa": "NO", "float32, full recomputation": "not run", "float32, micro-batches by tokens": "NO",
         "float32, stopped by its time budget and resumed": "yes", "float32, DP 2": "NO",
         "float32, DP 2, whole optimizer": "yes", "float32, DP 2, overlapped": "yes", "float32, TP 2": "NO",
-        "float32, PP 2": "yes", "float32, CP 2": "yes",
+        "float32, PP 2": "yes", "float32, PP 2, interleaved": "yes", "float32, CP 2": "yes",
         "Qwen3 of toy size, float32, ranks: 2, recompute none": "yes",
         "Qwen3 of toy size, float32, ranks: 2, recompute full": "yes", "tests marked gpu or multi_gpu": "not run"}
     assert "within 6.0e-02 of the CPU's (allowed 5e-02)" in table["bfloat16, sdpa"][0]
@@ -84,7 +84,7 @@ def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys, decod
     assert table["float32, full recomputation"][0] == "no time left"
     assert table["float32, TP 2"][0].startswith("7 steps in place of 8")
     assert table_of(printed) == table
-    assert "9 hold, 4 do not, 2 were not run" in printed
+    assert "10 hold, 4 do not, 2 were not run" in printed
 
 
 def test_one_gpu_leaves_layouts_out_and_nothing_is_claimed_without_a_reference(tool, monkeypatch, tmp_path):
@@ -96,7 +96,9 @@ def test_one_gpu_leaves_layouts_out_and_nothing_is_claimed_without_a_reference(t
     found = {what: (result, verdict) for what, result, verdict in table.rows}
     assert found["float32, TP 2"] == ("needs 2 GPUs, here 1", "not run")
     assert found["bfloat16, flash"][1] == "yes"
-    assert found["bfloat16, te"] == ("Transformer Engine is not installed", "not run")
+    assert found["bfloat16, optimizer in host memory"][1] == "yes"
+    for name in ("te", "precision-aware optimizer"):
+        assert found[f"bfloat16, {name}"] == ("Transformer Engine is not installed", "not run")
     assert not [log for log in asked if log.endswith("_2")]
     table = tool.Table("title", None, "TP 2|flash")
     tool.compare_curves("model", machine, table)
