@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import OptimizerConfig
-from megatron_embed.errors import ConfigError
+from megatron_embed.errors import ConfigError, PreemptedError
 from megatron_embed.training.optimizer import check_optimizer
-from tests.checkpoint.test_resume import configuration, curve, train
+from tests.checkpoint.test_resume import configuration, curve, export, train
 from tests.ranks import run_on_ranks
 from tests.toys import layout, run_config, save_model
 from tests.training.cases import KINDS, Case, Layout
@@ -163,6 +163,25 @@ def test_a_run_writes_the_same_checkpoint(models, tmp_path):
     start = load_file(f"{models['bert']}/model.safetensors")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert any(not torch.equal(wanted[name], start[name]) for name in wanted.keys() & start.keys())
+
+
+def interrupted(values):
+    """Runs until the time is up, after the first step."""
+    with pytest.raises(PreemptedError, match="stopped after 1 steps"):
+        train(values)
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_early_saves_what_all_ranks_updated(models, tmp_path):
+    found = []
+    for name, settings in (("off", OFF), ("on", BOTH)):
+        values = configuration(models["bert"], tmp_path / name, train_steps=3, exit_duration_minutes=1e-6)
+        values["optimizer"] = settings
+        run_on_ranks(interrupted, 2, values)
+        found.append(export(tmp_path / name, tmp_path / f"{name}-export"))
+    start = load_file(f"{models['bert']}/model.safetensors")
+    assert all(torch.equal(found[1][name], found[0][name]) for name in found[0])
+    assert any(not torch.equal(found[0][name], start[name]) for name in found[0].keys() & start.keys())
 
 
 @pytest.mark.parametrize("settings, words", [
