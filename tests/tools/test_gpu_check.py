@@ -177,5 +177,5 @@ def test_the_whole_script_on_cpu_ranks(tmp_path):
                               "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     verdicts = [verdict for _, verdict in table_of(output.read_text()).values()]
-    assert verdicts == ["holds"] + ["yes"] * 14 + ["not run"]
+    assert verdicts == ["holds"] + ["yes"] * 15 + ["not run"]
     assert not output.with_suffix(".failures.log").exists()
