@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Finding]":
     """Whether this run can start here. Quick: every node of a job asks it, and no library is loaded if all is well."""
     directories = {"checkpoint.directory": config.checkpoint.directory, "logging.directory": config.logging.directory}
-    return [_layout(config, args.ranks), _devices(args.ranks_per_node or args.ranks),
+    return [_layout(config, args.ranks), _devices(config, args.ranks_per_node or args.ranks),
             *(_directory(key, directory, args.min_free_gib) for key, directory in directories.items()
               if directory is not None)]
 
@@ -73,7 +73,7 @@ def _layout(config: "RunConfig", ranks: int) -> "Finding":
                    "them data-parallel", note="" if shape else "the model is not here: not compared with its shape")
 
 
-def _devices(ranks_per_node: int) -> "Finding":
+def _devices(config: "RunConfig", ranks_per_node: int) -> "Finding":
     from megatron_embed.platform.doctor import Finding
 
     there, promised = visible_gpus(), int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
@@ -84,6 +84,13 @@ def _devices(ranks_per_node: int) -> "Finding":
     if promised > there:
         return Finding(name="devices", value=value, remedy=f"Slurm gave this node {promised} GPUs and the driver lists "
                        f"{there}: look at nvidia-smi")
+    asks = {"model.attention": config.model.attention in ("flash", "te"),
+            "optimizer.cpu_offload": config.optimizer.cpu_offload,
+            "optimizer.precision_aware": config.optimizer.precision_aware}
+    if not there and any(asks.values()):
+        keys = " and ".join(key for key, asked in asks.items() if asked)
+        return Finding(name="devices", value=value, remedy=f"{keys} needs GPUs: start where there "
+                       "are some, or leave it out")
     return Finding(name="devices", value=value, note="" if there else "CPU ranks")
 
 

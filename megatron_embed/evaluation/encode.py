@@ -29,7 +29,7 @@ def require_finite(rows: Tensor, what: str) -> Tensor:
     bad = int((~torch.isfinite(rows).all(dim=-1)).sum())
     if bad:
         raise UserError(f"{bad} of {len(rows)} {what} are not finite; the model has diverged or overflowed: take an "
-                        "earlier checkpoint, or a wider --dtype")
+                        "earlier checkpoint, or a wider dtype")
     return rows
 
 

@@ -7,7 +7,6 @@ use `parallel_state`.
 
 # ruff: noqa: E402, F401
 import importlib.metadata
-import importlib.util
 import os
 import warnings
 
@@ -22,7 +21,6 @@ for _message in ("Transformer Engine and Apex are not installed", "Apex is not i
     warnings.filterwarnings("ignore", message=_message)
 
 HAS_CUDA = torch.cuda.is_available()
-HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 if not HAS_CUDA:
     from megatron_embed.platform import cpu
 
@@ -37,6 +35,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
+from megatron.core.extensions.transformer_engine import HAVE_TE as HAS_TRANSFORMER_ENGINE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding

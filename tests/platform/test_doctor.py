@@ -92,3 +92,17 @@ def test_command_prints_the_report_and_its_exit_code_tells(monkeypatch, capsys, 
     monkeypatch.setattr("megatron_embed.platform.doctor.examine", lambda: [Finding(name="a", value="1", remedy=remedy)])
     assert main(["doctor"]) == code
     assert "a  1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("override", "gpus", "remedy"), [
+    (None, 0, ""), ("model.attention=te", 0, "model.attention needs GPUs"),
+    ("optimizer.cpu_offload=true", 0, "optimizer.cpu_offload needs GPUs"), ("optimizer.cpu_offload=true", 8, "")])
+def test_run_that_needs_a_gpu_is_told_so_before_it_starts(monkeypatch, tmp_path, capsys, override, gpus, remedy):
+    monkeypatch.setattr("megatron_embed.cli.doctor.visible_gpus", lambda: gpus)
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    config = tmp_path / "run.yaml"
+    config.write_text("model: {path: none}\ndata: {train: [none.jsonl]}\ntraining: {global_batch_size: 64}\n"
+                      f"checkpoint: {{directory: {tmp_path}/run}}\n")
+    code = main(["doctor", "--config", str(config), "--ranks", "8", *([override] if override else [])])
+    said = capsys.readouterr().out
+    assert code == (1 if remedy else 0) and remedy in said and ("needs GPUs" in said) == bool(remedy)
