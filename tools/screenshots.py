@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
-PAGES = {"tensorboard_time_series": ("timeseries", "1440,1500"),
-         "tensorboard_custom_scalars": ("custom_scalars", "1240,3300")}
+TAGS = "train/(loss|in_batch_accuracy|margin|grad_norm|positive_similarity|negative_similarity)$"
+PAGES = {"tensorboard_scalars": (f"#scalars&tagFilter={urllib.parse.quote(TAGS)}", "1240,1040"),
+         "tensorboard_custom_scalars": ("#custom_scalars", "1240,3300")}
 """Name of the picture -> page, and the window that shows all of it, in pixels."""
 LARGEST_BYTES = 300_000
 
@@ -56,7 +58,7 @@ def main() -> int:
             picture = arguments.output / f"{name}.png"
             subprocess.run([browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                             f"--window-size={size}", "--virtual-time-budget=30000",
-                            f"--screenshot={picture}", f"{address}/#{page}"],
+                            f"--screenshot={picture}", f"{address}/{page}"],
                            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=180)
             length = picture.stat().st_size
             print(f"{picture}: {length:,} bytes")
