@@ -154,6 +154,7 @@ def test_hang_ends_by_timeout_with_every_stack_and_the_pool_recovers(pool):
     assert not pool._workers
 
 
+@pytest.mark.slow
 def test_stuck_rank_beside_a_failed_one_is_killed_after_the_grace_time(pool):
     pool.run(sum_of_ranks, 2, (0.0,), {}, 60.0)
     started = time.monotonic()
@@ -167,6 +168,7 @@ def start_a_child():
     return subprocess.Popen(["sleep", "600"]).pid
 
 
+@pytest.mark.slow
 def test_what_a_worker_started_ends_with_it(pool):
     (child,) = pool.run(start_a_child, 1, (), {}, 60.0)
     assert state_of(child) != "Z"
