@@ -1,11 +1,11 @@
 """`encode --model DIR --input FILE.jsonl --output FILE.npy`"""
 
 import argparse
-import contextlib
 import os
 from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path
+from megatron_embed.cli.whole_file import write_whole
 from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
 
 if TYPE_CHECKING:
@@ -50,15 +50,4 @@ def write_vectors(output: str, vectors: "Tensor") -> UserError | None:
     """Writes [texts, dim] as a .npy file, whole or not at all; gives the error if it cannot."""
     import numpy as np
 
-    temporary = f"{output}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            np.save(file, vectors.numpy())
-        os.replace(temporary, output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        # numpy's own about a short write has no strerror.
-        return ConfigError(f"--output {output}: could not be written ({error.strerror or error}); make room or name "
-                           "another disk")
-    return None
+    return write_whole("--output", output, lambda file: np.save(file, vectors.numpy()), binary=True)

@@ -1,13 +1,13 @@
 """`evaluate --model DIR --data BEIR_DIR|FILE.jsonl`"""
 
 import argparse
-import contextlib
 import functools
 import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int, write_output
+from megatron_embed.cli.whole_file import check_jsonl, write_whole
 from megatron_embed.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def evaluate_beir(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     from megatron_embed.evaluation.beir import load_beir
 
     if args.per_query is not None:
-        check_per_query(args.per_query)
+        check_jsonl("--per-query", args.per_query)
     data = load_beir(args.data, args.split or "test")
     import torch.distributed as dist
 
@@ -116,29 +116,13 @@ def evaluate_beir(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     return mean_metrics(per_query), topology.rank
 
 
-def check_per_query(output: str) -> None:
-    """Raises ConfigError for a file that could not be written once the metrics are known."""
-    folder = os.path.dirname(os.path.abspath(output))
-    writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
-    if os.path.isdir(output) or not output.endswith(".jsonl") or not writable:
-        raise ConfigError(f"--per-query {output}: must be a .jsonl file, itself no directory, in a directory that "
-                          "exists and can be written")
-
-
 def write_queries(output: str, per_query: "Mapping[str, Mapping[str, float]]") -> UserError | None:
     """Writes a row `{"query": id, metric: value, ...}` for each query, all or none; gives the error if it cannot."""
-    temporary = f"{output}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for query, metrics in per_query.items():
-                file.write(json.dumps({"query": query, **metrics}, ensure_ascii=False) + "\n")
-        os.replace(temporary, output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        return ConfigError(f"--per-query {output}: could not be written ({error.strerror or error}); make room or name "
-                           "another disk")
-    return None
+    def write(file: TextIO) -> None:
+        for query, metrics in per_query.items():
+            file.write(json.dumps({"query": query, **metrics}, ensure_ascii=False) + "\n")
+
+    return write_whole("--per-query", output, write)
 
 
 def open_second_stage(args: argparse.Namespace, queries: "Sequence[str]", topology: "Topology") -> "SecondStage":

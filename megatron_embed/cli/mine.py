@@ -1,14 +1,13 @@
 """`mine --model DIR|bm25 --data TRAIN.jsonl [--corpus FILE] --output OUT.jsonl`"""
 
 import argparse
-import contextlib
 import functools
 import logging
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_encoding_arguments, path, process_rank
+from megatron_embed.cli.whole_file import check_jsonl, write_whole
 from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         num_negatives=args.num_negatives, range_min=args.range_min, range_max=args.range_max, max_score=args.max_score,
         min_score=args.min_score, absolute_margin=args.absolute_margin, relative_margin=args.relative_margin,
         sampling=args.sampling, seed=args.seed, judged=args.reranker is not None)
-    check_output(args.output)
+    check_jsonl("--output", args.output)
     by_words = args.model == "bm25"
     if by_words:
         refuse_vector_options(args)
@@ -84,14 +83,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         mine_with_model(args, records, task, options)
     return 0
-
-
-def check_output(output: str) -> None:
-    folder = os.path.dirname(os.path.abspath(output))
-    writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
-    if os.path.isdir(output) or not output.endswith(".jsonl") or not writable:
-        raise ConfigError(f"--output {output}: must be a .jsonl file, itself no directory, in a directory that exists "
-                          "and can be written")
 
 
 def refuse_vector_options(args: argparse.Namespace) -> None:
@@ -233,18 +224,9 @@ def write_rows_whole(output: str, records: "Sequence[Record]", task: "MiningTask
     if not any(counts):
         return ConfigError(f"--output {output}: no candidate of any row passes the filters; loosen the score bounds "
                            "and margins, lower --range-min, or give a larger --corpus")
-    temporary = f"{output}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            write_rows(file, records, task, mined)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        return ConfigError(f"--output {output}: could not be written ({error.strerror or error}); make room or name "
-                           "another disk")
+    error = write_whole("--output", output, lambda file: write_rows(file, records, task, mined))
+    if error is not None:
+        return error
     logger.info("%s: %d rows, %d negatives from %d documents; %d rows have fewer than %d, %d of them none", output,
                 len(records), sum(counts), len(task.documents), sum(count < options.num_negatives for count in counts),
                 options.num_negatives, counts.count(0))
