@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_embed.models.encoder import DeviceMicroBatch, EmbeddingModel
 from megatron_embed.models.heads import HeadSpec, PairHead, fetch_tied_rows
 from megatron_embed.parallel.topology import Topology, virtual_size
-from megatron_embed.platform.compat import DistributedDataParallel, get_forward_backward_func
+from megatron_embed.platform.compat import DistributedDataParallel, forget_router_losses, get_forward_backward_func
 
 LossFunction = Callable[..., Any]
 
@@ -43,6 +43,7 @@ def run_schedule(
     tied = tied_parts(chunks)
     if tied is not None:
         fetch_tied_rows(*tied, topology)
+    forget_router_losses()
     iterators = [iter(list(enumerate(batches))) for _ in chunks]
     schedule = get_forward_backward_func(topology.pp_size, virtual_size(topology.sizes))
     return schedule(

@@ -9,6 +9,7 @@ use `parallel_state`.
 import importlib.metadata
 import os
 import warnings
+from typing import Any
 
 import torch
 
@@ -56,6 +57,11 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+
+try:
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker  # 0.17 and later
+except ImportError:
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker, track_moe_metrics
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
@@ -89,3 +95,39 @@ def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
         megatron_optimizer.Adam = adam_class
         # The distributed optimizer then reads `step` from the groups, as from Apex's.
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def forget_router_losses() -> None:
+    """Drops what the routers of mixtures of experts have recorded in this process.
+
+    Megatron adds it up in one table of the process, made as long as the first model's layers: without this, a second
+    model with more layers would end in an IndexError.
+    """
+    _router_losses().clear()
+
+
+def router_losses(num_layers: int, micro_batches: int) -> dict[str, float]:
+    """Auxiliary losses that the routers recorded since the last call of `forget_router_losses`, without coefficient.
+
+    Args:
+        num_layers: of the whole model, every one a mixture of experts.
+        micro_batches: of this rank, over which the mean is taken.
+    Returns:
+        Megatron's name of each (`load_balancing_loss`: Fedus et al. 2021, arXiv:2101.03961, equation 4; 1 where all
+        experts get as many tokens) -> its mean over layers, micro-batches and data-parallel ranks; empty if none was
+        recorded. Communicates over the pipeline, tensor- and context-parallel and data-parallel groups.
+    """
+    found: dict[str, torch.Tensor] = {}
+    if _router_losses():
+        report = {"loss_scale": 1 / micro_batches, "iteration": 0, "total_loss_dict": found, "num_layers": num_layers}
+        if "get_moe_metrics_tracker" in globals():
+            get_moe_metrics_tracker().report(**report)
+        else:
+            track_moe_metrics(**report)
+    return {name: float(value) for name, value in found.items()}
+
+
+def _router_losses() -> dict[str, Any]:
+    if "get_moe_metrics_tracker" in globals():
+        return get_moe_metrics_tracker().metrics
+    return get_moe_layer_wise_logging_tracker()

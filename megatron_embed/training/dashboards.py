@@ -9,6 +9,7 @@ CUSTOM_SCALARS = {
         "loss": ["Multiline", [r"train/loss$", r"eval/loss$"]],
         "gradient norm": ["Multiline", [r"train/grad_norm$"]],
         "learning rate": ["Multiline", [r"train/learning_rate$"]],
+        "balance of the experts": ["Multiline", [r"train/load_balancing_loss$"]],
         "skipped steps": ["Multiline", [r"train/skipped_steps$"]]},
     "Retrieval": {
         "held-out retrieval": ["Multiline", [r"eval/.*(ndcg|mrr|recall|map)[^/]*$"]],

@@ -8,7 +8,12 @@ import torch
 
 from megatron_embed.batch import StepBatch
 from megatron_embed.parallel.topology import Topology
-from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, model_parallel_cuda_manual_seed
+from megatron_embed.platform.compat import (
+    MegatronOptimizer,
+    OptimizerParamScheduler,
+    model_parallel_cuda_manual_seed,
+    router_losses,
+)
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.optimizer import update
 from megatron_embed.training.overlap import complete_parameters
@@ -41,7 +46,8 @@ def train_step(batch: StepBatch, trainer: Trainer) -> dict[str, float]:
     """One optimizer step over `global_batch_size` queries, every document of which is a candidate for every query.
 
     Returns:
-        Means over the global batch (losses/info_nce.py), `grad_norm` of the whole model before clipping, the
+        Means over the global batch (losses/info_nce.py), those of a mixture of experts' auxiliary loss (see
+        `router_losses`) if its coefficient is not 0, `grad_norm` of the whole model before clipping, the
         `learning_rate` used, and `skipped`: 1 if loss or gradient was not finite and nothing was updated, else 0.
         Equal on all ranks.
     """
@@ -50,7 +56,7 @@ def train_step(batch: StepBatch, trainer: Trainer) -> dict[str, float]:
     trainer.optimizer.zero_grad()
     sums = trainer.gradients(batch)                                  # both passes; reduced over all ranks
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
-    metrics = sums.metrics()
+    metrics = sums.metrics() | router_losses(trainer.gradients.models[0].config.num_layers, len(batch.micro_batches))
     grad_norm, updated = update(trainer.optimizer, metrics["loss"])  # clip, update, gather updated parameters
     learned = trainer.gradients.objective.learned
     if learned is not None and updated:

@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from tests.ranks import run_on_ranks
-from tests.toys import layout, run_config, save_model
-from tests.training.exactness import ROWS, build, objective_settings, truth
+from tests.toys import layout, real_records, run_config, save_model, toy_tokenizer
+from tests.training import oracle
+from tests.training.exactness import NUM_NEGATIVES, ROWS, build, objective_settings, truth
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,74 @@ def test_loss_curve_is_the_same_under_every_layout(model):
         one = found if one is None else one
         assert one[0, 0] - one[-1, 0] > 0.1
         torch.testing.assert_close(found, one, rtol=1e-4, atol=0)
+
+
+def balance_of(directory, rows):
+    """Mean over micro-batches of `rows` rows and layers of E * sum_e f_e * P_e, by Transformers, a text at a time."""
+    model, tokenizer = transformers.AutoModel.from_pretrained(directory).eval(), toy_tokenizer(directory)
+    records, found = real_records(ROWS), []
+    logits = {layer: [] for layer in range(len(model.layers))}
+    for number, layer in enumerate(model.layers):
+        layer.mlp.gate.register_forward_hook(
+            lambda module, inputs, output, number=number: logits[number].append(
+                torch.nn.functional.linear(inputs[0].reshape(-1, inputs[0].shape[-1]), module.weight)))
+    for first in range(0, ROWS, rows):
+        mine = records[first : first + rows]
+        texts = tokenizer.tokenize([record.query for record in mine], "query").token_ids + tokenizer.tokenize(
+            [text for record in mine for text in (record.positive[0], *record.negatives[:NUM_NEGATIVES])],
+            "document").token_ids
+        with torch.no_grad():
+            for ids in texts:
+                model(torch.tensor([ids]))
+        for layer in logits.values():
+            probabilities = torch.cat(layer).softmax(dim=-1)
+            experts = probabilities.shape[1]
+            chosen = probabilities.topk(model.config.num_experts_per_tok).indices
+            share = torch.bincount(chosen.flatten(), minlength=experts) / chosen.numel()
+            found.append(experts * float(share @ probabilities.mean(dim=0)))
+            layer.clear()
+    return sum(found) / len(found)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return str(oracle.save_model(tmp_path_factory.mktemp("models") / "moe", "qwen3_moe"))
+
+
+@pytest.mark.parametrize("ranks, sizes", [
+    (1, layout()), (2, layout()), (2, layout(2)), (2, layout(pp=2)), (2, layout(cp=2)),
+    (2, layout() | {"expert_model_parallel_size": 2})], ids=["one", "dp2", "tp2", "pp2", "cp2", "ep2"])
+def test_balance_of_the_experts_is_reported(experts, ranks, sizes):
+    config = run_config(experts, parallel=sizes, objective=objective_settings(),
+                        training={"global_batch_size": ROWS, "micro_batch_size": 3, "moe_aux_loss_coefficient": 0.1})
+    expected = balance_of(experts, 3)
+    assert expected > 1.01
+    for metrics in run_on_ranks(steps, ranks, config, 2):
+        assert metrics[0]["load_balancing_loss"] == pytest.approx(expected, rel=1e-5)
+        # A step's own value, and not the sum over steps: the weights have hardly moved.
+        assert metrics[1]["load_balancing_loss"] == pytest.approx(expected, rel=0.02)
+
+
+def test_only_an_auxiliary_loss_is_reported(model, experts):
+    training = {"global_batch_size": ROWS, "micro_batch_size": 3, "moe_aux_loss_coefficient": 0.0}
+    for directory in (model, experts):
+        ((metrics,),) = run_on_ranks(steps, 1, run_config(directory, objective=objective_settings(),
+                                                          training=training), 1)
+        assert "load_balancing_loss" not in metrics
+
+
+def two_models(small, large):
+    return steps(small, 1)[0], steps(large, 1)[0]
+
+
+def test_a_process_may_train_a_model_with_more_layers_after_another(experts, tmp_path):
+    """Megatron's table of auxiliary losses is one for the process, as long as the first model that used it."""
+    config = transformers.AutoConfig.from_pretrained(experts)
+    config.num_hidden_layers += 2
+    torch.manual_seed(4)
+    larger = tmp_path / "larger"
+    transformers.AutoModel.from_config(config).save_pretrained(larger)
+    transformers.AutoTokenizer.from_pretrained(experts).save_pretrained(larger)
+    settings = {"objective": objective_settings(), "training": {"global_batch_size": ROWS, "micro_batch_size": 3}}
+    ((_, metrics),) = run_on_ranks(two_models, 1, run_config(experts, **settings), run_config(str(larger), **settings))
+    assert metrics["load_balancing_loss"] == pytest.approx(balance_of(larger, 3), rel=1e-5)
