@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from megatron_embed.batch import StepBatch
+from megatron_embed.models.passes import unwrapped
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import (
     MegatronOptimizer,
@@ -56,7 +57,7 @@ def train_step(batch: StepBatch, trainer: Trainer) -> dict[str, float]:
     trainer.optimizer.zero_grad()
     sums = trainer.gradients(batch)                                  # both passes; reduced over all ranks
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
-    metrics = sums.metrics() | router_losses(trainer.gradients.models[0].config.num_layers, len(batch.micro_batches))
+    metrics = sums.metrics() | router_losses(unwrapped(trainer.chunks[0]).config.num_layers, len(batch.micro_batches))
     grad_norm, updated = update(trainer.optimizer, metrics["loss"])  # clip, update, gather updated parameters
     learned = trainer.gradients.objective.learned
     if learned is not None and updated:
