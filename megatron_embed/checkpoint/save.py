@@ -23,7 +23,7 @@ from megatron_embed.checkpoint.files import (
 from megatron_embed.checkpoint.state import SHARDING, TRAINER_FILE, TrainingState, sharded_state
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.parallel.collectives import raise_first, smallest
-from megatron_embed.platform.compat import dist_checkpointing
+from megatron_embed.platform.compat import ASYNC_SAVE, dist_checkpointing, write_common_file
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class Saver:
 
     def _complete(self, pending: "_Pending") -> None:
         """On rank 0, once all tensors are there: temporary name, fsync, rename, `latest` last."""
+        write_common_file(pending.temporary / "model")
         link_tree(self._assets, pending.temporary)
         (pending.temporary / TRAINER_FILE).write_text(json.dumps({"step": pending.step}), encoding="utf-8")
         sync_tree(pending.temporary)
@@ -136,7 +137,7 @@ class _Pending:
     def begin(self, sharded: dict[str, Any], thread: ThreadPoolExecutor | None) -> None:
         """Plans who writes what, which communicates, and writes this rank's share, in `thread` if there is one."""
         self._request = dist_checkpointing.save(sharded, str(self.temporary / "model"), content_metadata=SHARDING,
-                                                async_sharded_save=True)
+                                                **ASYNC_SAVE)
         if self._request.async_fn is None:
             return
         rank, buckets, results = self._request.async_fn_args

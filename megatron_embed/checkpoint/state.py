@@ -56,6 +56,8 @@ def model_state(models: Sequence[EmbeddingModel]) -> dict[str, dict[str, Any]]:
 
 CONFIGURED = ("betas", "eps", "max_lr", "min_lr")
 """What Megatron saves with the groups of parameters, and the configuration decides: a resumed run may change it."""
+KINDS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""Keys by which groups of parameters differ, whatever the configuration says."""
 OFFLOADING = ("offload_fraction", "cpu_optimizer_cls", "gpu_optimizer_cls", "param_update_in_fp32", "pin_cpu_grads",
               "pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d")
 """What Megatron's offloaded optimizer has in its groups. Two are classes, which torch refuses to load."""
@@ -110,9 +112,24 @@ def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None
     torch's, which takes null for what is missing, is no longer fused.
     """
     own = [dict(group) for group in optimizer.param_groups]
+    _configure_groups(loaded, own)
     optimizer.load_state_dict(loaded)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update({key: value for key, value in settings.items() if key in CONFIGURED or group.get(key) is None})
+
+
+def _configure_groups(loaded: Any, own: Sequence[dict[str, Any]]) -> None:
+    """Gives all groups in what was `loaded` the learning rates of the `own` group of their kind.
+
+    Megatron from 0.19 on finds a group by these too: after a change it would end in a KeyError.
+    """
+    if isinstance(loaded, dict):
+        for group in loaded.get("param_groups", ()):
+            alike = [other for other in own if all(other.get(key) == group.get(key) for key in KINDS)]
+            group.update({key: other[key] for other in alike for key in ("max_lr", "min_lr") if key in other})
+    for part in loaded.values() if isinstance(loaded, dict) else loaded if isinstance(loaded, list | tuple) else ():
+        if isinstance(part, dict | list | tuple):
+            _configure_groups(part, own)
 
 
 def load_model(checkpoint: Path, models: Sequence[EmbeddingModel], *, with_head: bool = True,

@@ -7,8 +7,11 @@ use `parallel_state`.
 
 # ruff: noqa: E402, F401
 import importlib.metadata
+import inspect
+import logging
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ for _message in ("Transformer Engine and Apex are not installed", "Apex is not i
                  "When using sequence parallelism", "full scope is deprecated",
                  "`load_state_dict` is deprecated",
                  "The .grad attribute of a Tensor that is not a leaf",
+                 "MimoModelConfig is experimental",
+                 "torch.distributed is disabled, unavailable or uninitialized",
                  "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"):
     warnings.filterwarnings("ignore", message=_message)
 
@@ -80,7 +85,17 @@ from megatron_embed.platform import writer
 
 writer.install()
 
+# What 0.19 logs on every rank and step about its own plans.
+for _name, _message in (("distributed.distributed_data_parallel", "full_param_layout not provided"),
+                        ("dist_checkpointing.strategies.torch", "async save is deprecated")):
+    logging.getLogger(f"megatron.core.{_name}").addFilter(
+        lambda record, message=_message: message not in record.getMessage())  # type: ignore[misc]
+
 MEGATRON_VERSION = importlib.metadata.version("megatron-core")
+ASYNC_SAVE: dict[str, Any] = {"async_sharded_save": True}
+"""Arguments of `dist_checkpointing.save` for one that the caller carries out."""
+if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+    ASYNC_SAVE["async_strategy"] = "mcore"  # the other one needs nvidia-resiliency-ext
 
 
 def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
@@ -95,6 +110,17 @@ def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
         megatron_optimizer.Adam = adam_class
         # The distributed optimizer then reads `step` from the groups, as from Apex's.
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def write_common_file(folder: Path) -> None:
+    """Gives a checkpoint's tensors (`folder` holds metadata.json) the file that 0.16 wants what is no tensor in.
+
+    0.19 keeps it among the tensors, and reads the file where there is one. With it, a run of either version goes on
+    with the other. No communication.
+    """
+    file = folder / "common.pt"
+    if not file.exists():
+        torch.save(dist_checkpointing.load_common_state_dict(str(folder)), file)
 
 
 def forget_router_losses() -> None:

@@ -39,7 +39,9 @@ class OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, gradient_accumulation_fusion: bool,
                 allreduce_dgrad: bool, sequence_parallel: bool, grad_output_buffer: list[Tensor] | None,
-                wgrad_deferral_limit: int | None, tp_group: dist.ProcessGroup) -> Tensor:
+                wgrad_deferral_limit: int | None, tp_group: dist.ProcessGroup, gtp_remat_size: int = 1) -> Tensor:
+        # The last one since Megatron-Core 0.19: weights gathered when they are needed, which is never asked for.
+        assert gtp_remat_size == 1
         assert not gradient_accumulation_fusion and grad_output_buffer is None, "CUDA-only forms of the gradient"
         ctx.save_for_backward(inputs, weight)
         ctx.has_bias = bias is not None
@@ -65,7 +67,7 @@ class OneDnnLinear(torch.autograd.Function):
         grad_bias = rows.sum(dim=0) if ctx.has_bias else None
         if work is not None:
             work.wait()
-        return grad_inputs, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_inputs, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
 class OneDnnFrozenLinear(torch.autograd.Function):

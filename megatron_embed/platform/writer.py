@@ -1,9 +1,9 @@
 """Megatron's checkpoint writer in threads instead of processes.
 
-As released (0.16.1, dist_checkpointing/strategies/filesystem_async.py) a save starts a manager process, which imports
-everything again (306 MB on a CPU rank, seconds), and forks the rank, with its communication threads and page
-tables, once for each file. A rank that is killed leaves them behind. Serializing a tensor and writing it release the
-interpreter lock, so threads write as fast.
+As released (dist_checkpointing/strategies/filesystem_async.py) a save starts a manager process, which imports
+everything again (306 MB on a CPU rank, seconds), and 0.16 forks the rank, with its communication threads and page
+tables, once for each file (0.19 has threads). A rank that is killed leaves them behind. Serializing a tensor and
+writing it release the interpreter lock, so threads write as fast.
 """
 
 import queue
@@ -16,10 +16,14 @@ Results = dict[int, Any] | Exception
 
 
 def install() -> None:
-    """Replaces the two functions that start processes."""
+    """Replaces the two functions that start processes, by either of their names (0.16's, 0.19's)."""
     writer: Any = filesystem_async.FileSystemWriterAsync
-    writer.write_preloaded_data_multiproc = staticmethod(write_in_threads)
-    vars(filesystem_async)["_get_write_results_queue"] = queue.Queue
+    write = next(name for name in ("write_preloaded_data_multiproc", "write_preloaded_data_multithread")
+                 if hasattr(writer, name))
+    setattr(writer, write, staticmethod(write_in_threads))
+    results = next(name for name in ("_get_write_results_queue", "get_write_results_queue")
+                   if hasattr(filesystem_async, name))
+    vars(filesystem_async)[results] = queue.Queue
 
 
 def write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any],

@@ -35,8 +35,8 @@ class AdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
-                 adam_w_mode: bool = True) -> None:
-        assert adam_w_mode, "plain Adam with L2 regularization is never asked for"
+                 adam_w_mode: bool = True, capturable: bool = False) -> None:
+        assert adam_w_mode and not capturable, "neither L2 regularization nor CUDA graphs are ever asked for"
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
     @torch.no_grad()

@@ -80,7 +80,7 @@ def test_background_saves_hold_what_others_hold(model, tmp_path):
     assert list(ones) == list(others) == [2, 4, 5]
     for step, checkpoint in ones.items():
         files = tensor_files(checkpoint)
-        assert len(files) >= 2
+        assert files
         assert files == tensor_files(others[step])
     assert tensor_files(others[2]) != tensor_files(others[4]) != tensor_files(others[5])
     assert (behind / "latest").read_text() == "step_000005\n"

@@ -77,5 +77,5 @@ def _call_needs(node: ast.Call) -> Iterator[str]:
         yield f"{callee}(pin_memory=)"
     if _text(keywords.get("device")).startswith("cuda"):
         yield f"{callee}(device=)"
-    if callee not in _NAMES_ONLY and any(_text(argument).startswith("cuda") for argument in node.args):
+    if callee not in _NAMES_ONLY and any(_text(argument).partition(":")[0] == "cuda" for argument in node.args):
         yield f"{callee}(cuda)"
