@@ -69,7 +69,7 @@ def losses(pythons: Sequence[str], model: str, layout: dict[str, int], dtype: st
         values["training"]["train_steps"] = number * STEPS // len(pythons)
         (folder / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
         done = subprocess.run(
-            [python, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port", "0", "-m",
+            [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "-m",
              "megatron_embed", "train", str(folder / "run.yaml")], cwd=REPOSITORY, capture_output=True, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}, check=False)
         if done.returncode:

@@ -60,7 +60,7 @@ def launcher_names_runs() -> bool:
 
 def rendezvous_address() -> tuple[str, int]:
     """Host and port of the run's key-value store: MASTER_ADDR and MASTER_PORT, under Slurm the first node and a port
-    that follows from the numbers of job and step; then both are set."""
+    that follows from the numbers of job and step; then both are set. ConfigError if they cannot be."""
     env = os.environ
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = _first_slurm_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
@@ -70,7 +70,12 @@ def rendezvous_address() -> tuple[str, int]:
         job, step, start = (int(env.get(f"SLURM_{name}", 0)) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
         number = job * 7 + (step + start) % 7
         env["MASTER_PORT"] = str(FIRST_PORT + number % PORTS)
-    return env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    port = env["MASTER_PORT"]
+    # torchrun --master-port 0 hands the zero on: every rank would open or seek another port, and wait for ever.
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise ConfigError(f"MASTER_PORT = {port!r} is no port that ranks can meet at; give one from 1024 to 65535 "
+                          "(torchrun: --master-port), or torchrun --standalone, which finds one")
+    return env["MASTER_ADDR"], int(port)
 
 
 def _first_slurm_host(nodelist: str) -> str:

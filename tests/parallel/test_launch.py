@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_embed.errors import ConfigError
 from megatron_embed.parallel.launch import (
     launched_rank,
     launcher_names_runs,
@@ -71,3 +72,10 @@ def test_steps_and_starts_of_a_job_have_ports_of_their_own(monkeypatch, name):
             ports.append(rendezvous_address()[1])
     assert len(set(ports)) == 21
     assert all(20000 <= port < 32768 for port in ports)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "", "http"])
+def test_what_is_no_port_is_refused(monkeypatch, port):
+    set_only(monkeypatch, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    with pytest.raises(ConfigError, match=f"MASTER_PORT = '{port}' is no port that ranks can meet at"):
+        rendezvous_address()
