@@ -63,7 +63,8 @@ def losses(pythons: Sequence[str], model: str, layout: dict[str, int], dtype: st
                  "query_max_length": 32, "document_max_length": 64},
         "training": {"global_batch_size": 16, "micro_batch_size": 4, "learning_rate": 1.0e-3,
                      "lr_decay_style": "constant", "hidden_dropout": 0.1, "attention_dropout": 0.1},
-        "checkpoint": {"directory": str(folder)}, "logging": {"directory": str(folder / "logs"), "every_steps": 1, "tensorboard": False}}
+        "checkpoint": {"directory": str(folder)},
+        "logging": {"directory": str(folder / "logs"), "every_steps": 1, "tensorboard": False}}
     folder.mkdir(parents=True)
     for number, python in enumerate(pythons, start=1):
         values["training"]["train_steps"] = number * STEPS // len(pythons)
