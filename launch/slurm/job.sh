@@ -10,6 +10,7 @@ PYTHON=${PYTHON:-python}
 RUN_DIR=${RUN_DIR:-runs/${SLURM_JOB_NAME:-megatron-embed}} # checkpoints, metrics, DONE
 CONTAINER_IMAGE=${CONTAINER_IMAGE:-}                         # pyxis/enroot; empty: bare nodes
 CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-$PWD:$PWD}
+SUBDIRECTORY=''                   # set by the array files: a folder of its own for each of their runs
 MAX_RESTARTS=${MAX_RESTARTS:-100} # a job is requeued at most so often
 MIN_FREE_GIB=${MIN_FREE_GIB:-10}  # on the disk of RUN_DIR; three checkpoints of a model take 42 bytes a parameter
 
@@ -24,6 +25,13 @@ run_job() {
     if (($# == 0)); then
         echo "CONFIG.yaml is missing: sbatch $0 CONFIG.yaml [section.key=value ...]" >&2
         return 2
+    fi
+    # Of runs that share a configuration each has its own folder of every
+    # output directory: two that wrote one export or one log would end each other.
+    local where=("checkpoint.directory=$RUN_DIR")
+    if [[ -n $SUBDIRECTORY ]]; then
+        where+=(--subdirectory "$SUBDIRECTORY")
+        RUN_DIR=$RUN_DIR/$SUBDIRECTORY
     fi
     # The first node's name. Jobs that share a node must not share a port, nor must seven starts of a job: a rank 0 of
     # before that does not end would hold it. Below 32768, where Linux takes ports of outgoing connections from.
@@ -43,14 +51,16 @@ run_job() {
     local once_per_node=(srun --ntasks-per-node=1 --ntasks="${SLURM_NNODES:-1}" "${container[@]}")
     local check=("${once_per_node[@]}" "$PYTHON" -m megatron_embed doctor --config "$1" --ranks "${SLURM_NTASKS:-1}"
         --ranks-per-node "$((${SLURM_NTASKS:-1} / ${SLURM_NNODES:-1}))" --min-free-gib "$MIN_FREE_GIB"
-        "checkpoint.directory=$RUN_DIR" "${@:2}")
+        "${where[@]}" "${@:2}")
     # --kill-on-bad-exit=0: ranks that have saved end one after the other with 75; the first must not kill the others.
     # One that crashes ends the others too: they notice within parallel.timeout_seconds.
     local train=(srun --kill-on-bad-exit=0 "${container[@]}" "$PYTHON" -m megatron_embed train "$1"
-        "checkpoint.directory=$RUN_DIR" "${@:2}")
+        "${where[@]}" "${@:2}")
     if $dry_run; then
         grep '^#SBATCH' "$0"
         print_environment
+        [[ -n $SUBDIRECTORY ]] && echo "# outputs: a folder $SUBDIRECTORY in each of checkpoint.directory," \
+            "logging.directory and checkpoint.export_at_end that the configuration sets"
         print_command "${check[@]}"
         print_command "${train[@]}"
         return 0

@@ -1,15 +1,19 @@
 """What every command shares: argument groups, the rank of this process, logging, output, and the status file."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_embed.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_embed.config.schema import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +136,33 @@ def add_overrides(parser: argparse.ArgumentParser, prefix: str, metavar: str) ->
     parser.add_argument("overrides", nargs="*", type=override, metavar=metavar, help="a setting of the configuration")
     assert isinstance(parser, Parser)
     parser.rest = "overrides", override
+
+
+def add_subdirectory(parser: argparse.ArgumentParser) -> None:
+    """For runs of one configuration beside each other; see in_subdirectory."""
+    parser.add_argument("--subdirectory", metavar="NAME", type=folder_name,
+                        help="write into a folder of this name in checkpoint.directory, logging.directory and "
+                             "checkpoint.export_at_end, whichever are set: for runs that share a configuration")
+
+
+def in_subdirectory(config: "RunConfig", name: str | None) -> "RunConfig":
+    """The run with every output directory that it sets one folder deeper; unchanged if `name` is null."""
+    if name is None:
+        return config
+
+    def deeper(directory: str | None) -> str | None:
+        return None if directory is None else os.path.join(directory, name)
+
+    checkpoint = dataclasses.replace(config.checkpoint, directory=deeper(config.checkpoint.directory),
+                                     export_at_end=deeper(config.checkpoint.export_at_end))
+    logging_section = dataclasses.replace(config.logging, directory=deeper(config.logging.directory))
+    return dataclasses.replace(config, checkpoint=checkpoint, logging=logging_section)
+
+
+def folder_name(text: str) -> str:
+    if text in ("", ".", "..") or "/" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder")
+    return text
 
 
 def path(text: str) -> str:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
-from megatron_embed.cli.common import add_overrides, positive_int, write_output
+from megatron_embed.cli.common import add_overrides, add_subdirectory, in_subdirectory, positive_int, write_output
 from megatron_embed.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks-per-node", type=positive_int, metavar="N", help="default: --ranks")
     parser.add_argument("--min-free-gib", type=positive_int, metavar="GIB", default=1,
                         help="free space that the output directories must have; default: 1")
+    add_subdirectory(parser)
     add_overrides(parser, "", "section.key=value")
 
 
@@ -31,13 +32,15 @@ def run(args: argparse.Namespace) -> int:
     from megatron_embed.platform.doctor import examine, report
 
     if args.config is None:
-        if args.overrides:
-            raise UserError(f"{args.overrides[0]} is a setting of a configuration; name one with --config")
+        given = args.overrides[0] if args.overrides else args.subdirectory and f"--subdirectory {args.subdirectory}"
+        if given:
+            raise UserError(f"{given} is a setting of a configuration; name one with --config")
         findings = examine()
     else:
         from megatron_embed.config.load import load_config
 
-        findings = examine_run(load_config(args.config, args.overrides), args)
+        config = in_subdirectory(load_config(args.config, args.overrides), args.subdirectory)
+        findings = examine_run(config, args)
     write_output(report(findings))
     return 1 if any(finding.remedy for finding in findings) else 0
 

@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from megatron_embed.cli.common import add_overrides
+from megatron_embed.cli.common import add_overrides, add_subdirectory, in_subdirectory
 from megatron_embed.errors import CheckpointError, ConfigError
 
 HELP = "train a model; resumes by itself if checkpoint.directory holds a checkpoint"
@@ -11,6 +11,7 @@ HELP = "train a model; resumes by itself if checkpoint.directory holds a checkpo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
+    add_subdirectory(parser)
     add_overrides(parser, "", "section.key=value")
 
 
@@ -19,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_embed.config.load import load_with_places
 
     config, place_of = load_with_places(args.config, args.overrides)  # Refused before the libraries are loaded.
+    config = in_subdirectory(config, args.subdirectory)
     from megatron_embed.cli.training import run_training
 
     try:

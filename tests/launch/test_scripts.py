@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_embed.__main__ import build_parser, main
+from megatron_embed.cli.common import in_subdirectory
+from megatron_embed.config.load import load_config
 from tests.toys import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
@@ -139,10 +143,12 @@ def test_dry_runs(stub, tmp_path):
         assert f"export MASTER_PORT={port}" in again.stdout.splitlines()
     seeds = run("bash", LAUNCH / "slurm" / "seeds.sbatch", "--dry-run", "a.yaml",
                 env=clean | {"SLURM_ARRAY_TASK_ID": "7"})
-    assert seeds.stdout.rstrip().endswith("checkpoint.directory=runs/megatron-embed/seed_7 training.seed=7")
+    assert seeds.stdout.rstrip().endswith(
+        "train a.yaml checkpoint.directory=runs/megatron-embed --subdirectory seed_7 training.seed=7")
     sweep = run("bash", LAUNCH / "slurm" / "sweep.sbatch", "--dry-run", "x/a.yaml", "x/b.yaml", "training.seed=3",
                 env=clean | {"SLURM_ARRAY_TASK_ID": "1"})
-    assert sweep.stdout.rstrip().endswith("train x/b.yaml checkpoint.directory=runs/megatron-embed/b training.seed=3")
+    assert sweep.stdout.rstrip().endswith(
+        "train x/b.yaml checkpoint.directory=runs/megatron-embed --subdirectory b training.seed=3")
     beyond = run("bash", LAUNCH / "slurm" / "sweep.sbatch", "a.yaml", env=clean | {"SLURM_ARRAY_TASK_ID": "1"})
     assert (beyond.returncode, "array task 1, but there are 1 files" in beyond.stderr) == (2, True)
     twice = run("bash", LAUNCH / "slurm" / "sweep.sbatch", "--dry-run", "x/a.yaml", "y/a.yaml", "x/b.yaml", env=clean)
@@ -158,6 +164,47 @@ def test_dry_runs(stub, tmp_path):
     assert all(r"NCCL_SOCKET_IFNAME=eth\ 0 " in line and "secret" not in line for line in lines[1::2])
     assert "--nproc-per-node 8 a.yaml" in lines[1] and "--node-rank 1 --master-addr a " in lines[3]
     assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("script, options", [
+    ("seeds.sbatch", ["a.yaml"]), ("sweep.sbatch", ["a.yaml", "b.yaml"])])
+@pytest.mark.parametrize("sets", [
+    ["checkpoint.export_at_end"], ["logging.directory"], ["checkpoint.export_at_end", "logging.directory"], []])
+def test_runs_of_an_array_share_no_output(tmp_path, script, options, sets):
+    """What the trainer makes of the very arguments that the array's tasks give it, and the doctor of them."""
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).write_text("\n".join(["model: {path: m}", "data: {train: [rows.jsonl]}", *(
+            f"{key.partition('.')[0]}: {{{key.partition('.')[2]}: {tmp_path / key}}}" for key in sets)]))
+    found = []
+    for task in (0, 1):
+        environment = os.environ | {"SLURM_ARRAY_TASK_ID": str(task), "RUN_DIR": str(tmp_path / "run")}
+        result = run("bash", LAUNCH / "slurm" / script, "--dry-run", *(tmp_path / name for name in options),
+                     f"training.train_steps={task + 1}", env=environment)
+        assert result.returncode == 0, result.stderr
+        seen = []
+        for line in result.stdout.splitlines()[-2:]:
+            args = build_parser().parse_args(shlex.split(line.split("-m megatron_embed ")[1]))
+            config = in_subdirectory(load_config(args.config, args.overrides), args.subdirectory)
+            seen.append({"checkpoint.directory": config.checkpoint.directory,
+                         "logging.directory": config.logging.directory,
+                         "checkpoint.export_at_end": config.checkpoint.export_at_end})
+        assert seen[0] == seen[1]
+        found.append(seen[0])
+    name = {"seeds.sbatch": "seed_0", "sweep.sbatch": "a"}[script]
+    assert found[0]["checkpoint.directory"] == str(tmp_path / "run" / name)
+    for key in ("checkpoint.directory", "logging.directory", "checkpoint.export_at_end"):
+        if key in (*sets, "checkpoint.directory"):
+            assert found[0][key] != found[1][key]
+        else:
+            assert found[0][key] is found[1][key] is None
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b"])
+def test_subdirectory_is_the_name_of_a_folder(name, capsys):
+    assert main(["train", "a.yaml", "--subdirectory", name]) == 2
+    assert "is no name of a folder" in capsys.readouterr().err
+    assert main(["doctor", "--subdirectory", "a"]) == 2
+    assert "name one with --config" in capsys.readouterr().err
 
 
 SRUN = """#!/usr/bin/env bash
