@@ -131,7 +131,8 @@ def open_suite(config: RunConfig, tokenizer: RoleTokenizer | PairTokenizer) -> S
     suite = Suite(retrieval=[load_beir(directory, config.evaluation.split)
                              for directory in config.evaluation.retrieval],
                   sts=[load_sts(path) for path in config.evaluation.sts],
-                  reranking=[load_rerank_file(file, "evaluation.reranking") for file in config.evaluation.reranking])
+                  reranking=[load_rerank_file(file, "evaluation.reranking") for file in config.evaluation.reranking],
+                  dims=config.embedding.matryoshka_dims)
     for data in suite.retrieval:
         assert isinstance(tokenizer, RoleTokenizer), "a reranker searches nothing"
         refuse_tokenless_texts(data, tokenizer)

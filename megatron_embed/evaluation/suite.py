@@ -12,7 +12,7 @@ from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.reranking import CUTOFFS as RERANK_CUTOFFS
 from megatron_embed.evaluation.reranking import RerankData
-from megatron_embed.evaluation.retrieval import CUTOFFS, Embed, Similarity, evaluate_retrieval
+from megatron_embed.evaluation.retrieval import CUTOFFS, Embed, Similarity, Widths, evaluate_retrieval
 from megatron_embed.evaluation.sts import StsData, evaluate_sts
 
 RETRIEVAL_METRICS = ("map", *(f"{name}@{k}" for k in CUTOFFS for name in ("ndcg", "mrr", "recall", "precision")))
@@ -27,6 +27,8 @@ class Suite:
     retrieval: Sequence[BeirData]
     sts: Sequence[StsData]
     reranking: Sequence[RerankData]
+    dims: tuple[int, ...] = ()
+    """Truncated widths that retrieval and pairs are measured at too, as `dim_WIDTH/name`."""
 
     def __bool__(self) -> bool:
         """Whether there is anything to evaluate."""
@@ -35,14 +37,16 @@ class Suite:
     def metric_names(self) -> list[str]:
         """Every metric that an evaluation of the sets gives."""
         names: list[str] = []
-        kinds: tuple[tuple[str, Sequence[BeirData | StsData | RerankData], Sequence[str]], ...] = (
-            ("", self.retrieval, RETRIEVAL_METRICS), ("", self.sts, STS_METRICS),
-            ("rerank/", self.reranking, RERANK_METRICS))
-        for prefix, sets, metrics in kinds:
+        widths = ("", *(f"dim_{width}/" for width in self.dims))
+        kinds: tuple[tuple[str, Sequence[BeirData | StsData | RerankData], Sequence[str], Sequence[str]], ...] = (
+            ("", self.retrieval, widths, RETRIEVAL_METRICS), ("", self.sts, widths, STS_METRICS),
+            ("rerank/", self.reranking, ("",), RERANK_METRICS))
+        for prefix, sets, measured, metrics in kinds:
+            own = [f"{width}{metric}" for width in measured for metric in metrics]
             if sets:
-                names += [f"{prefix}{metric}" for metric in metrics]
+                names += [f"{prefix}{metric}" for metric in own]
             if len(sets) > 1:
-                names += [f"{prefix}{data.name}/{metric}" for data in sets for metric in metrics]
+                names += [f"{prefix}{data.name}/{metric}" for data in sets for metric in own]
         return names
 
     def best_metric(self, wanted: str | None) -> str:
@@ -80,9 +84,11 @@ class Suite:
     def evaluate(self, embed: Embed, similarity: Similarity, *, group: dist.ProcessGroup | None = None,
                  device: torch.device | None = None) -> dict[str, float]:
         """Metrics of retrieval and pairs by name. Called by all ranks of the group; see evaluate_retrieval."""
-        of_retrieval = [(data.name, evaluate_retrieval(embed, data, similarity=similarity, group=group, device=device))
+        widths = Widths(dims=self.dims)
+        of_retrieval = [(data.name, evaluate_retrieval(embed, data, similarity=similarity, widths=widths, group=group,
+                                                       device=device))
                         for data in self.retrieval]
-        of_sts = [(data.name, evaluate_sts(embed, data, similarity=similarity)) for data in self.sts]
+        of_sts = [(data.name, evaluate_sts(embed, data, similarity=similarity, dims=self.dims)) for data in self.sts]
         return together(of_retrieval) | together(of_sts)
 
 

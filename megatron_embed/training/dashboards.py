@@ -4,30 +4,53 @@ import os
 from pathlib import Path
 from typing import Any
 
+_BOTH = r"(train|eval)/"
+_SET = r"(?!train/|eval/).*/"
+"""Of the steps whose rows are of one entry of `data.train`."""
+_FULL, _CUT = r"eval/(?!.*dim_\d+/).*", r"eval/(.*/)?dim_\d+/"
+_LEARNED = r"(temperature|bias|log_scale_gradient|bias_gradient)$"
+
 CUSTOM_SCALARS = {
     "Loss": {
-        "loss": ["Multiline", [r"train/loss$", r"eval/loss$"]],
+        "loss": ["Multiline", [_BOTH + r"loss$"]],
+        "loss at each width": ["Multiline", [_BOTH + r"loss@\d+$"]],
         "gradient norm": ["Multiline", [r"train/grad_norm$"]],
         "learning rate": ["Multiline", [r"train/learning_rate$"]],
+        "trained temperature and bias": ["Multiline", [_BOTH + _LEARNED]],
         "balance of the experts": ["Multiline", [r"train/load_balancing_loss$"]],
         "skipped steps": ["Multiline", [r"train/skipped_steps$"]]},
     "Retrieval": {
-        "held-out retrieval": ["Multiline", [r"eval/.*(ndcg|mrr|recall|map)[^/]*$"]],
-        "accuracy within a batch": ["Multiline", [r"train/(in_batch_)?accuracy$"]],
-        "similarities": ["Multiline", [r"(train|eval)/(positive|negative)_similarity$"]],
-        "margin": ["Multiline", [r"train/margin$", r"eval/margin$"]],
-        "masked negatives": ["Multiline", [r"train/masked_fraction$"]]},
+        "held-out retrieval": ["Multiline", [_FULL + r"(ndcg|mrr|recall|map)[^/]*$"]],
+        "held-out retrieval, precision": ["Multiline", [_FULL + r"precision@\d+$"]],
+        "held-out retrieval by truncated vectors": ["Multiline", [_CUT + r"(ndcg|mrr|recall|map)[^/]*$"]],
+        "held-out retrieval by truncated vectors, precision": ["Multiline", [_CUT + r"precision@\d+$"]],
+        "held-out pairs": ["Multiline", [_FULL + r"(spearman|pearson)$"]],
+        "held-out pairs by truncated vectors": ["Multiline", [_CUT + r"(spearman|pearson)$"]],
+        "accuracy within a batch": ["Multiline", [_BOTH + r"(in_batch_)?accuracy$"]],
+        "similarities": ["Multiline", [_BOTH + r"((positive|negative)_)?similarity$"]],
+        "scores": ["Multiline", [_BOTH + r"(positive|negative)_score$"]],
+        "margin": ["Multiline", [_BOTH + r"margin$"]],
+        "negatives of a query": ["Multiline", [_BOTH + r"negatives_per_query$"]],
+        "masked negatives": ["Multiline", [_BOTH + r"masked_fraction$"]]},
     "Throughput": {
         "tokens per second": ["Multiline", [r"train/tokens_per_second$"]],
         "TFLOP/s per rank": ["Multiline", [r"train/tflops_per_rank$"]],
         "share of the GPU's peak": ["Multiline", [r"train/mfu$"]],
         "seconds per step": ["Multiline", [r"train/step_seconds$"]],
-        "padding": ["Multiline", [r"train/padding_fraction$"]]},
+        "padding": ["Multiline", [r"train/padding_fraction$"]],
+        "texts that are cut": ["Multiline", [r"train/truncated_fraction$"]]},
     "Memory": {"GiB of the largest rank": ["Multiline", [r"train/memory_gib$"]]},
     "Data sets": {
-        "loss": ["Multiline", [r"(?!train/|eval/).*/loss$"]],
-        "accuracy within a batch": ["Multiline", [r"(?!train/|eval/).*/(in_batch_)?accuracy$"]],
-        "margin": ["Multiline", [r"(?!train/|eval/).*/margin$"]]},
+        "loss": ["Multiline", [_SET + r"loss$"]],
+        "loss at each width": ["Multiline", [_SET + r"loss@\d+$"]],
+        "trained temperature and bias": ["Multiline", [_SET + _LEARNED]],
+        "balance of the experts": ["Multiline", [_SET + r"load_balancing_loss$"]],
+        "accuracy within a batch": ["Multiline", [_SET + r"(in_batch_)?accuracy$"]],
+        "similarities": ["Multiline", [_SET + r"((positive|negative)_)?similarity$"]],
+        "scores": ["Multiline", [_SET + r"(positive|negative)_score$"]],
+        "margin": ["Multiline", [_SET + r"margin$"]],
+        "negatives of a query": ["Multiline", [_SET + r"negatives_per_query$"]],
+        "masked negatives": ["Multiline", [_SET + r"masked_fraction$"]]},
 }
 """Groups of charts, each of the tags that a regular expression matches from the beginning."""
 WANDB_ID_FILE = "wandb_id"

@@ -11,6 +11,7 @@ from tests.cli.test_commands import evaluated, small_beir  # noqa: F401  a fixtu
 from tests.cli.test_refusals import assert_refused, command, settings
 from tests.ranks import run_on_ranks
 from tests.toys import MINI_EN, save_model
+from tests.training.test_dashboards import charts_of
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,8 @@ def write(folder, model, small_beir, pairs, **evaluation):  # noqa: F811
     values["training"] |= {"train_steps": 4, "learning_rate": 3e-2, "lr_decay_style": "constant"}
     values["checkpoint"] |= {"keep": 1, "save_every_steps": 100}
     values["evaluation"] = {"retrieval": [str(small_beir)], "sts": [pairs], "every_steps": 1, **evaluation}
+    values["embedding"]["matryoshka_dims"] = [32, 8]
+    values["data"]["validation_fraction"] = 0.02
     values["logging"]["tensorboard"] = True
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return str(folder / "run.yaml")
@@ -49,8 +52,8 @@ def test_best_checkpoint_and_projector(model, small_beir, pairs, tmp_path):  # n
     best = max(values, key=values.get)
     assert os.readlink(run / "best") == f"step_{best:06d}"
     assert {path.name for path in run.glob("step_*")} == {f"step_{best:06d}", "step_000004"}
-    assert evaluated(["--model", str(run / "best"), "--data", str(small_beir)], 1)["ndcg@10"] == pytest.approx(
-        values[best], abs=1e-6)
+    assert_found_again(run, lines, best, small_beir, pairs)
+    assert_charted(lines)
     sheet = run / "tensorboard" / "00004" / "evaluation"
     vectors = np.loadtxt(sheet / "tensors.tsv", delimiter="\t")
     header, *labels = (sheet / "metadata.tsv").read_text().splitlines()
@@ -58,6 +61,24 @@ def test_best_checkpoint_and_projector(model, small_beir, pairs, tmp_path):  # n
     assert vectors.shape[1] == 32 and np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-4)
     assert {tuple(label.split("\t")[:2]) for label in labels} == {
         ("few", "query"), ("few", "document"), ("pairs", "query"), ("pairs", "document")}
+
+
+def assert_found_again(run, lines, step, small_beir, pairs):  # noqa: F811
+    """The run logged what `evaluate` finds, names and values, at every width of its loss."""
+    (logged,) = [line for line in lines if line["step"] == step and "eval/ndcg@10" in line]
+    found = {}
+    for data in (str(small_beir), pairs):
+        found |= evaluated(["--model", str(run / "best"), "--data", data, "--dims", "32,8"], 1)
+    assert found["dim_8/ndcg@10"] != found["dim_32/ndcg@10"] == found["ndcg@10"]
+    assert found["dim_8/spearman"] != found["dim_32/spearman"]
+    for name, value in found.items():
+        assert logged[f"eval/{name}"] == pytest.approx(value, abs=1e-6), name
+
+
+def assert_charted(lines):
+    tags = {name if "/" in name else f"train/{name}" for line in lines for name in line} - {"train/step"}
+    assert {"train/loss@8", "eval/loss@8", "eval/dim_8/precision@10", "eval/dim_32/pearson"} < tags
+    assert [tag for tag in sorted(tags) if len(charts_of(tag)) != 1] == []
 
 
 def test_metrics_that_no_set_has_are_refused(model, small_beir, pairs, tmp_path):  # noqa: F811

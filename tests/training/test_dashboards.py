@@ -3,19 +3,26 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_embed.config.schema import CheckpointConfig, LoggingConfig, ModelConfig, RunConfig
+from megatron_embed.config.schema import CheckpointConfig, LoggingConfig, ModelConfig, ObjectiveConfig, RunConfig
 from megatron_embed.errors import ConfigError
+from megatron_embed.evaluation.suite import Suite
+from megatron_embed.losses.matryoshka import widths_of
 from megatron_embed.planning.flops import forward_flops
 from megatron_embed.planning.hardware import GPUS, gpu_named
 from megatron_embed.planning.shapes import shape_of
+from megatron_embed.training import contrastive, own_documents, pairs
 from megatron_embed.training.dashboards import CUSTOM_SCALARS
+from megatron_embed.training.learned import LearnedScale
 from megatron_embed.training.metrics import MetricsWriter
+from megatron_embed.training.objective import width_names
+from megatron_embed.training.reranking import Reranking
 from tests.planning.test_parameters import BERT, MOE, QWEN3
 
 METRICS = {"loss": 1.5, "in_batch_accuracy": 0.5, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0,
@@ -40,13 +47,52 @@ def charts_of(tag):
             if any(re.match(pattern, tag) for pattern in patterns)]
 
 
-@pytest.mark.parametrize("tag, group", [
-    ("train/loss", "Loss"), ("eval/loss", "Loss"), ("train/grad_norm", "Loss"), ("eval/mini_zh/ndcg@10", "Retrieval"),
-    ("eval/ndcg@10", "Retrieval"), ("train/in_batch_accuracy", "Retrieval"), ("train/positive_similarity", "Retrieval"),
-    ("train/tokens_per_second", "Throughput"), ("train/mfu", "Throughput"), ("train/tflops_per_rank", "Throughput"),
-    ("train/memory_gib", "Memory"), ("zh/loss", "Data sets"), ("data/zh/margin", "Data sets")])
-def test_every_kind_of_metric_has_one_chart(tag, group):
-    assert [found for found, _ in charts_of(tag)] == [group]
+OF_A_STEP = {"grad_norm": "Loss", "learning_rate": "Loss", "load_balancing_loss": "Loss", "skipped_steps": "Loss",
+             "tokens_per_second": "Throughput", "tflops_per_rank": "Throughput", "mfu": "Throughput",
+             "step_seconds": "Throughput", "padding_fraction": "Throughput", "truncated_fraction": "Throughput",
+             "memory_gib": "Memory"}
+
+
+def metrics_of_the_objectives():
+    """All that an objective can be asked for, over two widths; and what of that is trained."""
+    config = RunConfig(model=ModelConfig(path="x"), objective=ObjectiveConfig(loss="sigmoid",
+                                                                              learnable_temperature=True))
+    learned = LearnedScale(config).names
+    return {*contrastive.NAMES, *own_documents.NAMES, *pairs.NAMES, *Reranking.names, *learned,
+            *width_names(widths_of((64, 32), ()))}, learned
+
+
+def metrics_of_the_evaluation():
+    """All that two sets of each kind give, at two more widths."""
+    suite = Suite(dims=(64, 32), **{kind: [SimpleNamespace(name=name) for name in ("mini_zh", "dim_sum")]
+                                    for kind in ("retrieval", "sts", "reranking")})
+    return suite.metric_names()
+
+
+def test_every_kind_of_metric_has_one_chart():
+    """What a step, an objective and an evaluation are found to give, not a list of what has a chart."""
+    objectives, learned = metrics_of_the_objectives()
+    assert {"loss", "loss@32", "margin", "similarity", "positive_score", "bias_gradient"} < objectives
+    groups = {f"train/{name}": group for name, group in OF_A_STEP.items()}
+    for name in objectives:
+        group = "Loss" if name.startswith("loss") or name in learned else "Retrieval"
+        groups |= {f"train/{name}": group, f"eval/{name}": group, f"zh/{name}": "Data sets",
+                   f"data/zh/{name}": "Data sets"}
+    groups["zh/load_balancing_loss"] = "Data sets"
+    evaluation = metrics_of_the_evaluation()
+    assert {"ndcg@10", "dim_32/precision@10", "mini_zh/spearman", "mini_zh/dim_64/pearson", "rerank/map"} < {
+        *evaluation}
+    groups |= {f"eval/{name}": "Retrieval" for name in evaluation}
+    assert {tag: [group for group, _ in charts_of(tag)] for tag in groups} == {
+        tag: [group] for tag, group in groups.items()}
+
+
+@pytest.mark.parametrize("tag, chart", [
+    ("eval/few/dim_16/ndcg@10", "held-out retrieval by truncated vectors"), ("eval/spearman", "held-out pairs"),
+    ("eval/dim_sum/ndcg@10", "held-out retrieval"), ("eval/dim_16/pearson", "held-out pairs by truncated vectors"),
+    ("train/loss@64", "loss at each width"), ("eval/precision@10", "held-out retrieval, precision")])
+def test_widths_and_kinds_have_charts_of_their_own(tag, chart):
+    assert [found for _, found in charts_of(tag)] == [chart]
 
 
 def test_tensorboard_gets_the_scalars_and_their_groups(tmp_path):
