@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if tokenizer is not None:
         check_prompts(records, tokenizer)
     lengths: dict[Role, int] = {"query": config.data.query_max_length, "document": config.data.document_max_length}
-    found = check_records(records, num_negatives=config.data.num_negatives if _is_config(args) else None,
+    found = check_records(records, num_negatives=
+                          config.data.num_negatives if _is_config(args) and not config.data.draws_documents else None,
                           num_positives=config.data.num_positives, tokenizer=tokenizer, max_lengths=lengths)
     write_output(json.dumps(found, ensure_ascii=False) if args.json else "\n".join(map(describe, found)))
     return 0
@@ -51,8 +52,9 @@ def _is_config(args: argparse.Namespace) -> bool:
 
 def _config_of(args: argparse.Namespace) -> "RunConfig":
     """The run's settings, or those that the options make."""
+    from megatron_embed.config.data import DataConfig, TrainFile
     from megatron_embed.config.load import load_config
-    from megatron_embed.config.schema import DataConfig, ModelConfig, RunConfig, TrainFile
+    from megatron_embed.config.schema import ModelConfig, RunConfig
 
     if not _is_config(args):
         files = tuple(TrainFile(path=name) for name in args.inputs)

@@ -10,11 +10,11 @@ from megatron_embed.cli.export import stock_runs_causally
 from megatron_embed.cli.model import ModelDirectory, adapters_of, blaming, find_model
 from megatron_embed.cli.reranker import head_spec, open_pair_tokenizer, reranker_settings
 from megatron_embed.cli.resume import Standing, check_resumable, is_exported, standing
-from megatron_embed.config.schema import RunConfig
+from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.data.mixture import Sampler, build_sampler
 from megatron_embed.data.pairs import PairTokenizer
 from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.record import require_fields
+from megatron_embed.data.record import ANY_NUMBER, require_fields
 from megatron_embed.data.records import RecordSet, hold_out, open_records, validation_shares
 from megatron_embed.data.rerank import check_rerank_records
 from megatron_embed.data.tokenless import refuse_tokenless_rows
@@ -96,16 +96,16 @@ def read_inputs(config: RunConfig) -> Inputs:
         require_fields(everything, config.objective.loss, teacher_scores=config.objective.needs_teacher_scores,
                        negatives=config.objective.needs_own_negatives)
         check_token_budget(config, everything.most_in_use(config.data.num_positives, config.data.num_negatives))
-        refuse_tokenless_rows(everything, tokenizer, config.data.num_negatives, config.data.num_positives)
+        taken = config.data.num_negatives, config.data.num_positives
+        refuse_tokenless_rows(everything, tokenizer, *((ANY_NUMBER, ANY_NUMBER) if config.data.draws_documents
+                                                       else taken))
     check_optimizer(config, has_adapters=adapters is not None,
                     has_tied_head=head is not None and head.is_tied(model.shape))
     records, validation = divided(config, everything, dp_size)
     sampler = build_sampler(records, config.data, global_batch_size=config.training.global_batch_size,
                             seed=config.training.seed)
     steps = number_of_steps(config, sampler)
-    if config.training.warmup_steps >= steps:
-        raise ConfigError(f"training.warmup_steps = {config.training.warmup_steps} must be below the {steps} training "
-                          "steps")
+    check_schedule(config.training, steps)
     suite = open_suite(config, tokenizer)
     found = standing(config)
     if found.checkpoint is not None:
@@ -116,6 +116,18 @@ def read_inputs(config: RunConfig) -> Inputs:
     if config.checkpoint.export_at_end is not None and not inputs.nothing_left(config):
         check_export(config, model)
     return inputs
+
+
+def check_schedule(training: TrainingConfig, train_steps: int) -> None:
+    """Raises ConfigError if the learning rate's phases have no room in so many steps."""
+    warmup, decay = training.warmup(train_steps), training.final_decay(train_steps)
+    if warmup >= train_steps:
+        key, value = ("warmup_ratio", training.warmup_ratio) if training.warmup_ratio else ("warmup_steps", warmup)
+        raise ConfigError(f"training.{key} = {value}: the {warmup} steps of warmup must be fewer than the "
+                          f"{train_steps} training steps")
+    if warmup + decay > train_steps:
+        raise ConfigError(f"training.wsd_decay_ratio = {training.wsd_decay_ratio}: {decay} steps of decay and {warmup} "
+                          f"of warmup are more than the {train_steps} training steps; lower one of them")
 
 
 def divided(config: RunConfig, records: RecordSet, dp_size: int) -> tuple[RecordSet, RecordSet | None]:

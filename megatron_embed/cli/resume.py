@@ -31,6 +31,7 @@ EXPORT_FILE = "export.json"
 FIXED = ("task", "reranker.head", "reranker.template", "reranker.instruction", "reranker.true_token",
          "reranker.false_token", "reranker.max_length", "embedding.normalize", "data.shuffle", "data.mixed_batches",
          "data.sampling_temperature", "data.validation_fraction", "data.num_negatives", "data.num_positives",
+         "data.document_sampling",
          "training.global_batch_size", "training.seed", "optimizer.distributed", "objective.learnable_temperature")
 """What a run keeps for life: a step's rows follow from these (and the data), its embeddings from `normalize`, the
 layout of the optimizer's state, which Megatron cannot translate, from `distributed`, and what there is to save from the

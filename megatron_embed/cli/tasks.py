@@ -65,7 +65,8 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
         micro_batch_size=config.training.micro_batch_size, num_negatives=config.data.num_negatives,
         num_positives=config.data.num_positives, in_batch=[file.in_batch_negatives for file in config.data.train],
         alignment=token_alignment(config.parallel), constant_tokens=topology.pp_size > 1,
-        micro_batch_tokens=config.training.micro_batch_tokens, whole_groups=whole_groups)
+        micro_batch_tokens=config.training.micro_batch_tokens, whole_groups=whole_groups,
+        seed=config.training.seed if config.data.draws_documents else None)
     similarity: Literal["cosine", "dot"] = "cosine" if config.embedding.normalize else "dot"
 
     def agree(batch: EmbedBatch) -> EmbedBatch:
@@ -95,10 +96,12 @@ def reranker_task(config: RunConfig, inputs: Inputs, topology: Topology, models:
     tokenizer = inputs.tokenizer
     assert isinstance(tokenizer, PairTokenizer) and inputs.settings is not None
     scorer = scorer_of(wrapped, models, topology, tokenizer, config, inputs.settings.activation)
+    sampling = config.data.document_sampling
+    draws = config.data.shuffle if sampling is None else sampling == "random"
     loader = RerankLoader(
         inputs.records, inputs.sampler, tokenizer, dp_rank=topology.dp_rank, dp_size=topology.dp_size,
         micro_batch_size=config.training.micro_batch_size, num_negatives=config.data.num_negatives,
-        seed=config.training.seed if config.data.shuffle else None, alignment=token_alignment(config.parallel),
+        seed=config.training.seed if draws else None, alignment=token_alignment(config.parallel),
         constant_tokens=topology.pp_size > 1, micro_batch_tokens=config.training.micro_batch_tokens)
 
     def agree(batch: RerankBatch) -> RerankBatch:

@@ -1,9 +1,12 @@
 """Every setting of a run: its type, unit, range and default. Defaults live here and nowhere else."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_embed.config.checks import require
+from megatron_embed.config.data import DataConfig
+from megatron_embed.config.data import TrainFile as TrainFile
 from megatron_embed.config.objective import EMBEDDING_LOSSES, RERANK_LOSSES, ObjectiveConfig
 from megatron_embed.config.optimizer import OptimizerConfig
 
@@ -78,86 +81,6 @@ class RerankerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainFile:
-    path: str
-    """A JSONL file (.jsonl, .json, either with .gz or .zst), a Parquet or Arrow file, a BEIR folder, a directory that
-    `datasets` saved, or a data set of the hub (org/name, org/name:config/split). Formats: docs/data.md."""
-    streaming: bool = False
-    """Of a data set of the hub, True: every process takes its rows as they come and keeps them in a temporary file,
-    instead of fetching the whole set into the cache of `datasets` first."""
-    rows: int | None = None
-    """How many of a stream, its first ones, >= 1; null: all."""
-    instruction: str | None = None
-    """Replaces `{instruction}` in the query's prompt for the rows of this file that carry none of their own."""
-    query_prompt: str | None = None
-    """In place of `data.query_prompt` for the rows of this file."""
-    document_prompt: str | None = None
-    """In place of `data.document_prompt` for the rows of this file."""
-    corpus: str | None = None
-    """File of rows `{"docid", "title"?, "text"}`, where the rows of `path` name their documents by id."""
-    in_batch_negatives: bool = True
-    """False: queries of this file have no negatives but their own hard ones, as for labels of classes, which many rows
-    share."""
-    weight: float = 1.0
-    """How often this file's turn comes, relative to its share by rows; no unit, > 0."""
-
-    def __post_init__(self) -> None:
-        require(bool(self.path), "data.train.path", self.path, "must name a file")
-        require(self.rows is None or self.rows >= 1, "data.train.rows", self.rows, "must be >= 1 or null")
-        require(self.rows is None or self.streaming, "data.train.rows", self.rows,
-                "has no effect without streaming: true; set that, or remove it")
-        require(self.weight > 0, "data.train.weight", self.weight, "must be > 0; remove a file that is not to be used")
-        require("{instruction}" not in (self.document_prompt or ""), "data.train.document_prompt",
-                 self.document_prompt, "only a query's prompt can hold {instruction}; write the document's prompt out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    train: tuple[TrainFile, ...] = ()
-    """Files of rows; a plain string is short for {path: STRING}."""
-    shuffle: bool = True
-    """False: step k takes rows k*global_batch_size ... in file order. True: a seeded permutation per epoch with no
-    query or document twice in a global batch, each global batch from one entry of `train`."""
-    mixed_batches: bool = False
-    """True: with `shuffle`, a global batch takes rows of all entries of `train`."""
-    sampling_temperature: float = 1.0
-    """Over the entries of `train`: the turns of one with n rows are as weight * n^(1/sampling_temperature); no unit,
-    >= 1. 1: by rows; larger: more evenly."""
-    num_positives: int = 1
-    """Positives per query, taken from the row in order; a row with fewer contributes what it has. Each is a term of the
-    loss, for which the query's others are no negatives; a query's terms together weigh 1."""
-    validation_fraction: float = 0.0
-    """Share of each entry's rows that is kept from training; at every evaluation the objective's metrics are taken over
-    them. 0: none."""
-    num_negatives: int = 0
-    """Hard negatives per query, taken from the row in order; a row with fewer contributes what it has."""
-    query_max_length: int = 512
-    """Tokens, special tokens and prompt included."""
-    document_max_length: int = 512
-    """Tokens, special tokens and prompt included."""
-    query_prompt: str = ""
-    """Exact prefix of a query, trailing space included."""
-    document_prompt: str = ""
-    """Exact prefix of a document, trailing space included."""
-
-    def __post_init__(self) -> None:
-        require(self.num_positives >= 1, "data.num_positives", self.num_positives, "must be >= 1")
-        require(self.num_negatives >= 0, "data.num_negatives", self.num_negatives, "must be >= 0")
-        require(self.sampling_temperature >= 1, "data.sampling_temperature", self.sampling_temperature, "must be >= 1")
-        require(0 <= self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
-                "must be in [0, 1); usual: 0.01")
-        if self.mixed_batches or not self.shuffle:
-            rule = ("has no effect with mixed_batches: true or shuffle: false, which take the rows as they are; "
-                    "remove it")
-            require(self.sampling_temperature == 1, "data.sampling_temperature", self.sampling_temperature, rule)
-            for file in self.train:
-                require(file.weight == 1, "data.train.weight", file.weight, rule)
-        for role in ("query", "document"):
-            value = getattr(self, f"{role}_max_length")
-            require(value >= 4, f"data.{role}_max_length", value, "must be >= 4 tokens")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -202,7 +125,13 @@ class TrainingConfig:
     min_learning_rate: float = 0.0
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly from 0."""
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: float = 0.0
+    """The same as a share of all steps, rounded up, in [0, 1); not together with warmup_steps."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "wsd"] = "cosine"
+    """After the warmup, to min_learning_rate at the last step (inverse-square-root: at least that). wsd: constant, then
+    linear over the last `wsd_decay_ratio` of the steps (Hu et al. 2024, arXiv:2404.06395)."""
+    wsd_decay_ratio: float = 0.1
+    """Share of all steps, rounded up, in (0, 1]; of wsd alone."""
     weight_decay: float = 0.01
     """Decoupled (AdamW); not applied to biases and norms."""
     clip_grad: float = 1.0
@@ -225,12 +154,26 @@ class TrainingConfig:
     seed: int = 1234
     """Of the order of the rows, dropout and new parameters; from 0 to 2^62."""
 
+    def warmup(self, train_steps: int) -> int:
+        """Steps of the warmup of a run of so many."""
+        return self.warmup_steps or math.ceil(round(self.warmup_ratio * train_steps, 6))
+
+    def final_decay(self, train_steps: int) -> int:
+        """Steps of the decay at the end of a run of so many; 0 without a stable phase before it."""
+        return math.ceil(round(self.wsd_decay_ratio * train_steps, 6)) if self.lr_decay_style == "wsd" else 0
+
     def __post_init__(self) -> None:
         for key in ("global_batch_size", "micro_batch_size"):
             require(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "must be >= 1")
         for key in ("min_learning_rate", "warmup_steps", "weight_decay", "clip_grad", "moe_aux_loss_coefficient",
                     "max_skipped_steps", "seed"):
             require(getattr(self, key) >= 0, f"training.{key}", getattr(self, key), "must be >= 0")
+        require(0 <= self.warmup_ratio < 1, "training.warmup_ratio", self.warmup_ratio, "must be in [0, 1)")
+        require(not (self.warmup_ratio and self.warmup_steps), "training.warmup_ratio", self.warmup_ratio,
+                f"training.warmup_steps = {self.warmup_steps} is set too; keep one of them")
+        require(0 < self.wsd_decay_ratio <= 1, "training.wsd_decay_ratio", self.wsd_decay_ratio, "must be in (0, 1]")
+        require(self.wsd_decay_ratio == 0.1 or self.lr_decay_style == "wsd", "training.wsd_decay_ratio",
+                self.wsd_decay_ratio, "has no effect without lr_decay_style: wsd; set that, or remove it")
         require(self.learning_rate > 0, "training.learning_rate", self.learning_rate, "must be > 0")
         require(self.min_learning_rate <= self.learning_rate, "training.min_learning_rate", self.min_learning_rate,
                  f"must be <= learning_rate = {self.learning_rate}")
@@ -369,6 +312,9 @@ class RunConfig:
         weights, dims = self.objective.matryoshka_weights, self.embedding.matryoshka_dims
         require(not weights or len(weights) == len(dims), "objective.matryoshka_weights", list(weights),
                 f"must have one weight per width of embedding.matryoshka_dims = {list(dims)}")
+        require(self.data.document_sampling is None or self.objective.rows != "pairs", "data.document_sampling",
+                self.data.document_sampling, f"has no effect with pairs, which objective.loss = {self.objective.loss} "
+                "takes; remove it")
         if self.task == "embedding":
             self.objective.check_against(num_positives=self.data.num_positives, num_negatives=self.data.num_negatives,
                                          in_batch=all(file.in_batch_negatives for file in self.data.train))

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from megatron_embed.config.schema import TrainFile
+from megatron_embed.config.data import TrainFile
 from megatron_embed.data import peers
 from megatron_embed.data.corpus import Corpus
 from megatron_embed.data.fields import (

@@ -16,6 +16,7 @@ from megatron_embed.data.mixture import Sampler
 from megatron_embed.data.packing import build_embed_batch
 from megatron_embed.data.pairs import PairTokenizer
 from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.record import drawn
 from megatron_embed.data.records import RecordSet
 from megatron_embed.data.rerank import build_rerank_batch, choose_negatives
 from megatron_embed.errors import ConfigError, DataError
@@ -132,6 +133,7 @@ class BatchLoader(StepLoader[EmbedBatch]):
         whole_groups: under a budget, a query shares the micro-batch of its documents.
         num_positives: positives per query, likewise.
         in_batch: per entry of the records, whether its queries have other negatives than their own; none: all have.
+        seed: of the draw of a row's documents, from it, the row and the step alone; null: the first of the row.
 
     Raises:
         ConfigError: the batch sizes do not divide, or an instruction is missing or too long.
@@ -140,7 +142,7 @@ class BatchLoader(StepLoader[EmbedBatch]):
     def __init__(self, records: RecordSet, sampler: Sampler, tokenizer: RoleTokenizer, *, dp_rank: int,
                  dp_size: int, micro_batch_size: int, num_negatives: int, alignment: int,
                  constant_tokens: bool, micro_batch_tokens: int | None = None, whole_groups: bool = False,
-                 num_positives: int = 1, in_batch: Sequence[bool] = ()) -> None:
+                 num_positives: int = 1, in_batch: Sequence[bool] = (), seed: int | None = None) -> None:
         group = micro_batch_size * dp_size
         total = sampler.global_batch_size
         if micro_batch_tokens is None and total % group:
@@ -159,8 +161,11 @@ class BatchLoader(StepLoader[EmbedBatch]):
         self._whole_groups = whole_groups
         self._num_positives = min(num_positives, records.most_positives)
         self._in_batch = None if all(in_batch) else tuple(in_batch)
+        self._seed = seed
 
     def batch_of(self, records: Sequence[Any], rows: Sequence[int], entries: Sequence[int], step: int) -> EmbedBatch:
+        if self._seed is not None:
+            records = [drawn(record, (self._seed, step, row)) for record, row in zip(records, rows, strict=True)]
         in_batch = None if self._in_batch is None else torch.tensor([self._in_batch[entry] for entry in entries])
         return build_embed_batch(
             records, self._tokenizer, num_positives=self._num_positives, in_batch=in_batch,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_embed.config.schema import DataConfig
+from megatron_embed.config.data import DataConfig
+from megatron_embed.data.record import ANY_NUMBER
 from megatron_embed.data.records import RecordSet
 from megatron_embed.data.sampler import GlobalBatchSampler
 from megatron_embed.errors import ConfigError
@@ -89,10 +90,11 @@ def build_sampler(records: RecordSet, config: DataConfig, *, global_batch_size: 
     Raises:
         ConfigError: the global batch is larger than the data it comes from.
     """
+    num_negatives = ANY_NUMBER if config.draws_documents else config.num_negatives
     if len(records.files) == 1 or config.mixed_batches or not config.shuffle:
         return GlobalBatchSampler(records, global_batch_size=global_batch_size, shuffle=config.shuffle, seed=seed,
-                                  num_negatives=config.num_negatives)
+                                  num_negatives=num_negatives)
     shares = turn_shares([len(file) for file in records.files], [file.file.weight for file in records.files],
                          config.sampling_temperature)
     return MixtureSampler(records, shares=shares, global_batch_size=global_batch_size, seed=seed,
-                          num_negatives=config.num_negatives)
+                          num_negatives=num_negatives)

@@ -3,8 +3,10 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, overload
+
+import numpy as np
 
 from megatron_embed.errors import DataError
 
@@ -19,7 +21,7 @@ class Record:
     query: str
     """`text_a` of a pair."""
     positive: tuple[str, ...]
-    """At least one; training takes the first. Of a pair: `text_b` alone."""
+    """At least one. Of a pair: `text_b` alone."""
     negatives: tuple[str, ...]
     """Hard negatives, best first; may be empty."""
     instruction: str | None
@@ -124,6 +126,30 @@ def require_fields(records: Iterable[AnyRecord], loss: str, *, teacher_scores: b
         if negatives and isinstance(record, Record) and not record.negatives:
             raise DataError(f"{record.source}: negatives is empty, and objective.loss = {loss!r} compares the positive "
                             "with hard negatives; add one (megatron-embed mine finds some), or remove the row")
+
+
+ANY_NUMBER = 2**31 - 1
+"""In place of a number of documents: as many as a row has."""
+_DRAW = 0xD0C5
+"""Sets the draw of documents apart from other uses of the run's seed."""
+
+
+def drawn(record: Record, seed: Sequence[int]) -> Record:
+    """The record with its positives, and its negatives, in random order, with their scores and ids.
+
+    The first ones of each are then a draw without replacement, and the others are still known as the row's own.
+
+    Args:
+        seed: equal numbers, equal order.
+    """
+    generator = np.random.Generator(np.random.PCG64([_DRAW, *seed]))
+    split, documents = len(record.positive), (*record.positive, *record.negatives)
+    order = [*generator.permutation(split).tolist(), *(generator.permutation(len(record.negatives)) + split).tolist()]
+    scores, ids = record.teacher_scores, record.document_ids
+    return replace(record, positive=tuple(documents[place] for place in order[:split]),
+                   negatives=tuple(documents[place] for place in order[split:]),
+                   teacher_scores=None if scores is None else tuple(scores[place] for place in order),
+                   document_ids=None if ids is None else tuple(ids[place] for place in order))
 
 
 def documents_in_use(record: AnyRecord, num_negatives: int, num_positives: int = 1) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from itertools import accumulate, islice
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_embed.config.schema import TrainFile
+from megatron_embed.config.data import TrainFile
 from megatron_embed.data.beir import BeirRows, is_beir_folder
 from megatron_embed.data.fields import check_keys
 from megatron_embed.data.formats import RowReader

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megatron_embed.config.schema import TrainFile
+from megatron_embed.config.data import TrainFile
 from megatron_embed.data.pairs import Pair
 from megatron_embed.data.prompts import Role
 from megatron_embed.data.record import RerankRecord

@@ -161,10 +161,12 @@ def update(optimizer: MegatronOptimizer, loss: float) -> tuple[float, bool]:
 
 def build_scheduler(optimizer: MegatronOptimizer, training: TrainingConfig,
                     train_steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then constant, linear or cosine to `min_learning_rate`; one unit per optimizer step."""
+    """Linear warm-up from 0, then `lr_decay_style`; one unit per optimizer step."""
     return OptimizerParamScheduler(
         optimizer, init_lr=0.0, max_lr=training.learning_rate, min_lr=training.min_learning_rate,
-        lr_warmup_steps=training.warmup_steps, lr_decay_steps=train_steps, lr_decay_style=training.lr_decay_style,
+        lr_warmup_steps=training.warmup(train_steps), lr_decay_steps=train_steps,
+        lr_decay_style="WSD" if training.lr_decay_style == "wsd" else training.lr_decay_style,
+        wsd_decay_steps=training.final_decay(train_steps), lr_wsd_decay_style="linear",
         start_wd=training.weight_decay, end_wd=training.weight_decay, wd_incr_steps=train_steps,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)

@@ -129,6 +129,11 @@ def test_bad_row_is_named_by_file_and_line(write, tmp_path, kind):
     (2, {"global_batch_size": 12}, ["training.global_batch_size = 12", "= 4 * 2 = 8", "next valid: 16"]),
     (1, {"global_batch_size": 4096}, ["training.global_batch_size = 4096", "larger than the 1000 rows"]),
     (1, {"warmup_steps": 2}, ["training.warmup_steps = 2", "2 training steps"]),
+    (1, {"warmup_ratio": 0.9}, ["training.warmup_ratio = 0.9", "the 2 steps", "2 training steps"]),
+    (1, {"warmup_steps": 1, "warmup_ratio": 0.1}, ["training.warmup_ratio = 0.1", "warmup_steps = 1 is set too"]),
+    (1, {"wsd_decay_ratio": 0.2}, ["training.wsd_decay_ratio = 0.2", "has no effect without lr_decay_style: wsd"]),
+    (1, {"wsd_decay_ratio": 0.9, "lr_decay_style": "wsd", "warmup_steps": 1},
+     ["training.wsd_decay_ratio = 0.9", "more than the 2 training steps"]),
     (1, {"micro_batch_size": 0}, ["training.micro_batch_size = 0", ">= 1"]),
 ])
 def test_batch_sizes_that_do_not_divide(write, ranks, training, words):

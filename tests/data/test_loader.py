@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_embed.config.schema import TrainFile
+from megatron_embed.config.schema import DataConfig, TrainFile
 from megatron_embed.data.loader import BatchLoader
+from megatron_embed.data.mixture import build_sampler
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import RecordSet, hold_out, open_records, text_id
 from megatron_embed.data.sampler import GlobalBatchSampler
@@ -29,10 +30,12 @@ def mini_zh() -> RecordSet:
 
 
 def make(records: RecordSet, tokenizer: RoleTokenizer, *, size: int = 8, shuffle: bool = True, dp_rank: int = 0,
-         dp_size: int = 1, micro_batch_size: int = 2, num_negatives: int = 1, num_positives: int = 1) -> BatchLoader:
+         dp_size: int = 1, micro_batch_size: int = 2, num_negatives: int = 1, num_positives: int = 1,
+         seed: int | None = None) -> BatchLoader:
     sampler = GlobalBatchSampler(records, global_batch_size=size, shuffle=shuffle, seed=1)
     return BatchLoader(records, sampler, tokenizer, dp_rank=dp_rank, dp_size=dp_size, micro_batch_size=micro_batch_size,
-                       num_negatives=num_negatives, num_positives=num_positives, alignment=8, constant_tokens=False)
+                       num_negatives=num_negatives, num_positives=num_positives, alignment=8, constant_tokens=False,
+                       seed=seed)
 
 
 def loader_threads() -> list[str]:
@@ -140,3 +143,60 @@ def test_instructions_are_checked_before_the_first_step(write_rows: WriteRows, b
         assert loader.batch(0).num_queries == 2
     with caplog.at_level(logging.WARNING), make(open_records((TrainFile(path=path),)), tokenizer, size=2):
         assert "carry instructions that no prompt uses: data.query_prompt has no {instruction}" in caplog.text
+
+
+def listed(rows: int, write_rows: WriteRows) -> RecordSet:
+    """Rows of 3 positives and 5 negatives, with scores that tell them apart."""
+    return open_records((TrainFile(path=write_rows([
+        {"query": f"query {row}", "positive": [f"right {row} {place}" for place in range(3)],
+         "negatives": [f"wrong {row} {place}" for place in range(5)],
+         "teacher_scores": [float(10 * row + place) for place in range(8)],
+         "positive_ids": [f"p{row}-{place}" for place in range(3)],
+         "negative_ids": [f"n{row}-{place}" for place in range(5)]} for row in range(rows)])),))
+
+
+def test_documents_are_drawn_anew_from_seed_row_and_step(tokenizer: RoleTokenizer, write_rows: WriteRows):
+    records = listed(8, write_rows)
+    texts = {text_id(text): text for record in records for text in (*record.positive, *record.negatives)}
+    scores = {text: score for record in records
+              for text, score in zip((*record.positive, *record.negatives), record.teacher_scores or (), strict=True)}
+    taken: dict[str, int] = dict.fromkeys(texts.values(), 0)
+    with make(records, tokenizer, num_negatives=2, num_positives=2, seed=3) as loader:
+        for step in range(60):
+            batch, rows = loader.batch(step), loader.rows(step)
+            assert batch.document_ids is not None and batch.teacher_scores is not None
+            names = [texts[int(name)] for name in batch.document_ids.flatten().tolist() if int(name) in texts]
+            assert len(names) == len(set(names)) == 8 * 4
+            for place, row in enumerate(rows):
+                mine = names[4 * place : 4 * place + 4]
+                assert {text.rsplit(" ", 1)[0] for text in mine[:2]} == {f"right {row}"}
+                assert {text.rsplit(" ", 1)[0] for text in mine[2:]} == {f"wrong {row}"}
+            found = batch.teacher_scores.flatten().tolist()
+            assert [scores[name] for name in names] == found[: len(names)]
+            # All positives of the row are known as such, those that were not drawn too.
+            assert batch.positive_ids is not None
+            known = {texts[int(name)] for name in batch.positive_ids.flatten().tolist() if int(name) in texts}
+            assert known == {text for row in rows for text in records[row].positive}
+            for name in names:
+                taken[name] += 1
+    for text, count in taken.items():  # 60 times 2 of 3, and 2 of 5
+        assert (28 < count < 52) if text.startswith("right") else (12 < count < 38), (text, count)
+    with make(records, tokenizer, num_negatives=2, num_positives=2, seed=3) as again, \
+            make(records, tokenizer, num_negatives=2, num_positives=2, seed=4) as other:
+        step = again.batch(7).document_ids
+        assert step is not None and other.batch(7).document_ids is not None
+        with make(records, tokenizer, num_negatives=2, num_positives=2, seed=3) as loader:
+            assert torch.equal(step, loader.batch(7).document_ids)  # type: ignore[arg-type]
+        assert not torch.equal(step, other.batch(7).document_ids)  # type: ignore[arg-type]
+
+
+def test_any_document_of_a_row_may_be_drawn(mini_zh: RecordSet, write_rows: WriteRows):
+    shared = [{"query": f"query {row}", "positive": [f"right {row}"], "negatives": [f"wrong {row}", "shared"]}
+              for row in range(2)] + [
+                  {"query": f"other {row}", "positive": [f"fine {row}"], "negatives": []} for row in range(2)]
+    records = open_records((TrainFile(path=write_rows(shared)),))
+    for sampling, apart in (("first", False), ("random", True)):
+        sampler = build_sampler(records, DataConfig(num_negatives=1, document_sampling=sampling),
+                                global_batch_size=2, seed=1)
+        steps = [set(sampler.rows_of_step(step)) for step in range(40)]
+        assert ({0, 1} not in steps) == apart

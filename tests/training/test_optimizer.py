@@ -137,9 +137,10 @@ def learning_rates(steps, **settings):
     return rates
 
 
-def rates_of_transformers(name, steps, warmup):
+def rates_of_transformers(name, steps, warmup, **settings):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
-    scheduler = transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    scheduler = transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps,
+                                           scheduler_specific_kwargs=settings)
     rates = []
     for _ in range(steps):
         rates.append(scheduler.get_last_lr()[0])
@@ -155,6 +156,24 @@ def test_schedules_are_those_of_transformers(style, peer, warmup):
     rates = learning_rates(20, lr_decay_style=style, warmup_steps=warmup)
     assert rates == pytest.approx(rates_of_transformers(peer, 20, warmup), abs=1e-9)
     assert (rates[0] == 0) == (warmup > 0)
+
+
+def test_decay_with_the_square_root_is_that_of_transformers():
+    rates = learning_rates(20, lr_decay_style="inverse-square-root", warmup_steps=4)
+    assert rates == pytest.approx(rates_of_transformers("inverse_sqrt", 20, 4), abs=1e-9)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_stable_phase_and_decay_are_those_of_transformers(warmup):
+    rates = learning_rates(20, lr_decay_style="wsd", wsd_decay_ratio=0.25, warmup_steps=warmup)
+    assert rates == pytest.approx(rates_of_transformers(
+        "warmup_stable_decay", 20, warmup, num_decay_steps=5, decay_type="linear"), abs=1e-9)
+    assert rates.count(2e-3) == 16 - warmup
+
+
+def test_warmup_may_be_a_share_of_the_steps():
+    assert learning_rates(20, warmup_ratio=0.16) == learning_rates(20, warmup_steps=4)
+    assert learning_rates(30, warmup_ratio=0.1) == learning_rates(30, warmup_steps=3)  # 0.1 * 30 is above 3 in floats
 
 
 def test_decay_ends_at_the_minimum():
