@@ -1,6 +1,7 @@
-"""docs/troubleshooting.md speaks of messages that the package has."""
+"""Pages of docs/ that follow from the code say what the code says."""
 
 import ast
+import importlib.util
 import re
 
 from tests.toys import REPOSITORY
@@ -36,3 +37,15 @@ def test_troubleshooting_quotes_messages_that_exist():
     assert len(pieces) > 20
     missing = [piece for piece in pieces if piece.strip() not in known]
     assert not missing
+
+
+def test_every_setting_is_on_the_page_of_settings_and_explained():
+    tool = REPOSITORY / "tools" / "settings_page.py"
+    spec = importlib.util.spec_from_file_location("settings_page", tool)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == module.page(), "docs/settings.md is not up to date: python tools/settings_page.py"
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) > 80
+    assert [key for key, meaning in rows if not meaning.strip()] == []

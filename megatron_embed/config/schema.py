@@ -83,12 +83,18 @@ class RerankerConfig:
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     tensor_model_parallel_size: int = 1
+    """Ranks that divide every layer's matrices among them. Ranks beyond this size times the next and the context's are
+    data-parallel."""
     pipeline_model_parallel_size: int = 1
+    """Stages that the layers are divided into, one per rank."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline rank (interleaved schedule); null or 1: off."""
     context_parallel_size: int = 1
+    """Ranks that divide the tokens of every text among them."""
     expert_model_parallel_size: int = 1
+    """Ranks, of the data-, context- and tensor-parallel ones, that divide a mixture's experts among them."""
     expert_tensor_parallel_size: int = 1
+    """Ranks that divide every expert's matrices among them."""
     sequence_parallel: bool | Literal["auto"] = "auto"
     """auto: on exactly when tensor_model_parallel_size > 1."""
     timeout_seconds: int = 600
@@ -122,7 +128,9 @@ class TrainingConfig:
     epochs: float | None = None
     """Passes over the training rows, > 0, at most 1000000; not together with train_steps."""
     learning_rate: float = 1.0e-5
+    """The highest, after the warmup; > 0."""
     min_learning_rate: float = 0.0
+    """Where the decay ends; >= 0."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly from 0."""
     warmup_ratio: float = 0.0
@@ -137,10 +145,15 @@ class TrainingConfig:
     clip_grad: float = 1.0
     """Largest norm of the whole model's gradient; 0 is off."""
     adam_beta1: float = 0.9
+    """Decay of AdamW's mean of gradients, in [0, 1)."""
     adam_beta2: float = 0.999
+    """Decay of AdamW's mean of squared gradients, in [0, 1)."""
     adam_eps: float = 1.0e-8
+    """Added to the root of the latter, > 0."""
     hidden_dropout: float = 0.0
+    """Of the outputs of attention and MLP, and of embeddings where the family has it, in [0, 1)."""
     attention_dropout: float = 0.0
+    """Of attention weights, in [0, 1)."""
     moe_aux_loss_coefficient: float = 1.0e-3
     """Weight of the load-balancing loss of a mixture of experts, per micro-batch; 0 is off."""
     exit_duration_minutes: float | None = None
@@ -273,6 +286,7 @@ class LoggingConfig:
     every_steps: int = 10
     """Optimizer steps between log lines, > 0."""
     tensorboard: bool = True
+    """Curves, and with evaluation sets a sheet for the projector, in DIRECTORY/tensorboard."""
     wandb: bool = False
     """A run at Weights & Biases, too; needs its package. WANDB_PROJECT, WANDB_MODE and the like hold."""
     spike_deviations: float = 8.0
