@@ -102,7 +102,8 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopR
     best = best_checkpoint(config, inputs, first_step)
     writer = MetricsWriter(log_directory(config), tensorboard=config.logging.tensorboard,
                            train_steps=inputs.train_steps, first_step=first_step, active=topology.rank == 0,
-                           wandb_settings=to_dict(config) if config.logging.wandb else None)
+                           wandb_settings=to_dict(config) if config.logging.wandb else None,
+                           main_metric=inputs.suite.best_metric(config.evaluation.best_metric))
     saver = None
     if config.checkpoint.directory is not None and assets is not None:
         saver = Saver(config.checkpoint.directory, state, assets=assets, keep=config.checkpoint.keep,

@@ -146,7 +146,7 @@ def evaluate(hooks: Hooks, writer: MetricsWriter, done: int) -> bool:
     if hooks.saver is not None:
         hooks.saver.finish()  # the checkpoint in the making may be the best so far, by what is known before
     results = hooks.evaluate()
-    writer.evaluation(done, {f"eval/{name}": value for name, value in results.items()})
+    writer.evaluation(done, results)
     return hooks.is_best is not None and hooks.is_best(results)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.training.dashboards import CUSTOM_SCALARS, open_wandb
@@ -20,24 +22,33 @@ logger = logging.getLogger(__name__)
 
 LOGGED = ("in_batch_accuracy", "accuracy", "masked_fraction", "grad_norm")
 """Metrics that a log line gives beside the loss, if the objective has them."""
+LOGGED_OF_EVALUATIONS = ("loss", "ndcg@10", "spearman")
+"""Metrics of the held-out rows, of retrieval and lists, and of pairs that a log line gives, of each set; those of
+truncated vectors are in the files alone."""
 
 
 class MetricsWriter:
     """Writes on one rank; on the others (`active` false) every call does nothing.
 
     A file that cannot be written (a full disk) is no error of a call: the other ranks would wait for this one. It is
-    kept in `error`, which the loop tells them of before the next step.
+    kept in `error`, which the loop tells them of before the next step. Under a progress bar log lines are written
+    above it.
     """
 
     def __init__(self, directory: str | None, *, tensorboard: bool, train_steps: int, first_step: int, active: bool,
-                 wandb_settings: dict[str, Any] | None = None) -> None:
-        """`wandb_settings`: the resolved configuration, for a run at Weights & Biases; null: none is made."""
+                 wandb_settings: dict[str, Any] | None = None, main_metric: str | None = None) -> None:
+        """`wandb_settings`: the resolved configuration, for a run at Weights & Biases; null: none is made.
+
+        `main_metric`: of evaluations, by which checkpoints are compared; their log line begins with it.
+        """
         self.file: TextIO | None = None
         self.board: Any = None
         self.wandb: Any = None
         self.bar: tqdm[Any] | None = None
         self.error: UserError | None = None
         self.directory = directory
+        self._active, self._main_metric = active, main_metric
+        self._above_bar = contextlib.ExitStack()
         if not active:
             return
         if directory is not None:
@@ -47,6 +58,7 @@ class MetricsWriter:
                 self.wandb = open_wandb(Path(directory), wandb_settings)
         if sys.stderr.isatty():
             self.bar = tqdm(total=train_steps, initial=first_step, unit="step", file=sys.stderr)
+            self._above_bar.enter_context(logging_redirect_tqdm())
 
     def step(self, step: int, metrics: dict[str, float], *, log: bool) -> None:
         """After optimizer step number `step` (from 1). `log`: whether this is one of `logging.every_steps`."""
@@ -55,17 +67,24 @@ class MetricsWriter:
             self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", lr=f"{metrics['learning_rate']:.2e}", refresh=False)
         if log:
             self._write(step, metrics)
-            if self.bar is None and self.file is not None:
+            if self._active and self.bar is None:
                 words = [f"{name.replace('_', ' ')} {metrics[name]:.3f}" for name in LOGGED if name in metrics]
                 logger.info("step %d  loss %.4f  %s  lr %.2e  %.0f tokens/s", step, metrics["loss"], "  ".join(words),
                             metrics["learning_rate"], metrics["tokens_per_second"])
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Results of an evaluation after optimizer step `step`, keys already prefixed `eval/`."""
-        self._write(step, metrics)
+        """Results of an evaluation after optimizer step `step`, by name; they are written as `eval/NAME`."""
+        self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
+        if self._active:
+            shown = [name for name in metrics if name.rpartition("/")[2] in LOGGED_OF_EVALUATIONS
+                     and not re.search(r"(^|/)dim_\d+/", name) and name != self._main_metric]
+            if self._main_metric is not None and self._main_metric in metrics:
+                shown.insert(0, self._main_metric)
+            logger.info("step %d  evaluation: %s", step, "  ".join(f"{name} {metrics[name]:.4f}" for name in shown))
 
     def close(self) -> None:
         """Flushes and closes what is open."""
+        self._above_bar.close()
         for sink in (self.file, self.board, self.bar):
             if sink is not None:
                 with self._noting_errors():
