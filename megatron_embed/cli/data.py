@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_embed.data.records import open_records
 
     config = _config_of(args)
-    records = open_records(config.data.train, kind=None)
+    records = open_records(config.data.files, kind=None)
     tokenizer = _tokenizer(args, config)
     if tokenizer is not None:
         check_prompts(records, tokenizer)

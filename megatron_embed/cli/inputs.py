@@ -92,7 +92,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         everything = open_rerank_records(config, tokenizer)
     else:
         tokenizer = open_tokenizer(config, model)
-        everything = open_records(config.data.train, config.objective.rows)
+        everything = open_records(config.data.files, config.objective.rows)
         require_fields(everything, config.objective.loss, teacher_scores=config.objective.needs_teacher_scores,
                        negatives=config.objective.needs_own_negatives)
         check_token_budget(config, everything.most_in_use(config.data.num_positives, config.data.num_negatives))
@@ -131,8 +131,12 @@ def check_schedule(training: TrainingConfig, train_steps: int) -> None:
 
 
 def divided(config: RunConfig, records: RecordSet, dp_size: int) -> tuple[RecordSet, RecordSet | None]:
-    """The rows to train on, and those held out, if any, which the ranks can share."""
-    kept, held = hold_out(records, config.data.validation_fraction, config.training.seed)
+    """The rows of all files: those to train on, and those held out, if any, which the ranks can share."""
+    if config.data.validation:
+        count = len(config.data.train)
+        kept, held = RecordSet(records.files[:count]), RecordSet(records.files[count:])
+    else:
+        kept, held = hold_out(records, config.data.validation_fraction, config.training.seed)
     if held is not None:
         validation_shares(held, global_batch_size=config.training.global_batch_size, dp_rank=0, dp_size=dp_size)
     return kept, held
@@ -165,8 +169,8 @@ def open_reranker(config: RunConfig, model: ModelDirectory) -> tuple[RerankerSet
 
 
 def open_rerank_records(config: RunConfig, tokenizer: PairTokenizer) -> RecordSet:
-    """The rows of `data.train` as lists of labelled documents, each one that the loss can take."""
-    records = open_records(config.data.train, "rerank")
+    """The rows of all files as lists of labelled documents, each one that the loss can take."""
+    records = open_records(config.data.files, "rerank")
     check_rerank_records(records, tokenizer, loss=config.objective.loss, num_negatives=config.data.num_negatives,
                          micro_batch_tokens=config.training.micro_batch_tokens,
                          alignment=token_alignment(config.parallel))

@@ -63,10 +63,10 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
     loader = BatchLoader(
         inputs.records, inputs.sampler, tokenizer, dp_rank=topology.dp_rank, dp_size=topology.dp_size,
         micro_batch_size=config.training.micro_batch_size, num_negatives=config.data.num_negatives,
-        num_positives=config.data.num_positives, in_batch=[file.in_batch_negatives for file in config.data.train],
+        num_positives=config.data.num_positives, in_batch=config.data.all_in_batch,
         alignment=token_alignment(config.parallel), constant_tokens=topology.pp_size > 1,
         micro_batch_tokens=config.training.micro_batch_tokens, whole_groups=whole_groups,
-        seed=config.training.seed if config.data.draws_documents else None)
+        seed=config.training.seed if config.data.draws_documents else None, others=inputs.validation)
     similarity: Literal["cosine", "dot"] = "cosine" if config.embedding.normalize else "dot"
 
     def agree(batch: EmbedBatch) -> EmbedBatch:

@@ -62,6 +62,9 @@ class DataConfig:
     validation_fraction: float = 0.0
     """Share of each entry's rows that is kept from training; at every evaluation the objective's metrics are taken over
     them. 0: none."""
+    validation: tuple[TrainFile, ...] = ()
+    """Files of rows that are not trained on, as in `train`, in place of a share of those; at every evaluation the
+    objective's metrics are taken over them."""
     num_negatives: int = 0
     """Hard negatives per query, the first of the row or drawn (document_sampling); a row with fewer contributes what it
     has."""
@@ -75,6 +78,16 @@ class DataConfig:
     """Exact prefix of a document, trailing space included."""
 
     @property
+    def files(self) -> tuple[TrainFile, ...]:
+        """All of them: those to train on, then those to validate on."""
+        return (*self.train, *self.validation)
+
+    @property
+    def all_in_batch(self) -> bool:
+        """Whether every file's queries have in-batch negatives."""
+        return all(file.in_batch_negatives for file in self.files)
+
+    @property
     def draws_documents(self) -> bool:
         """Whether an embedding model's steps draw: any document of a row may then come."""
         return self.document_sampling == "random"
@@ -85,6 +98,11 @@ class DataConfig:
         require(self.sampling_temperature >= 1, "data.sampling_temperature", self.sampling_temperature, "must be >= 1")
         require(0 <= self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
                 "must be in [0, 1); usual: 0.01")
+        require(not (self.validation and self.validation_fraction), "data.validation_fraction",
+                self.validation_fraction, "data.validation is set too; keep one of them")
+        for file in self.validation:
+            require(file.weight == 1, "data.validation.weight", file.weight,
+                    "has no effect on rows that are not trained on; remove it")
         if self.mixed_batches or not self.shuffle:
             rule = ("has no effect with mixed_batches: true or shuffle: false, which take the rows as they are; "
                     "remove it")

@@ -103,11 +103,12 @@ def _with_home(config: RunConfig) -> RunConfig:
         return None if path is None else os.path.expanduser(path)
 
     replace = dataclasses.replace
-    files = tuple(replace(file, path=os.path.expanduser(file.path), corpus=home(file.corpus))
-                  for file in config.data.train)
+    train, validation = (
+        tuple(replace(file, path=os.path.expanduser(file.path), corpus=home(file.corpus)) for file in files)
+        for files in (config.data.train, config.data.validation))
     return replace(
         config, model=replace(config.model, path=os.path.expanduser(config.model.path)),
-        data=replace(config.data, train=files),
+        data=replace(config.data, train=train, validation=validation),
         checkpoint=replace(config.checkpoint, directory=home(config.checkpoint.directory),
                            export_at_end=home(config.checkpoint.export_at_end)),
         evaluation=replace(config.evaluation, retrieval=tuple(map(os.path.expanduser, config.evaluation.retrieval)),

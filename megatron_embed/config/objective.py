@@ -146,7 +146,7 @@ class ObjectiveConfig:
 
         Args:
             num_positives, num_negatives: of a query.
-            in_batch: whether `in_batch_negatives` is true in every entry of `data.train`.
+            in_batch: whether `in_batch_negatives` is true in every entry of `data.train` and `data.validation`.
         """
         if self.loss not in CONTRASTIVE:
             require(num_positives == 1, "data.num_positives", num_positives,

@@ -331,20 +331,20 @@ class RunConfig:
                 "takes; remove it")
         if self.task == "embedding":
             self.objective.check_against(num_positives=self.data.num_positives, num_negatives=self.data.num_negatives,
-                                         in_batch=all(file.in_batch_negatives for file in self.data.train))
+                                         in_batch=self.data.all_in_batch)
 
 
 def _check_reranker_run(config: RunConfig) -> None:
     """Refuses settings of embedding models that a reranker has no use for."""
     for role, prompt in (("query", config.data.query_prompt), ("document", config.data.document_prompt)):
         require(not prompt, f"data.{role}_prompt", prompt, "a reranker's prompt is reranker.template; write it there")
-    for file in config.data.train:
+    for file in config.data.files:
         given = file.query_prompt or file.document_prompt
         require(not given, "data.train.query_prompt", given, "a reranker's prompt is reranker.template, one for all "
                 "files; give the file an instruction instead")
     require(config.data.num_positives == 1, "data.num_positives", config.data.num_positives,
             "a reranker takes all positives of a row; remove it")
-    require(all(file.in_batch_negatives for file in config.data.train), "data.train.in_batch_negatives", False,
+    require(config.data.all_in_batch, "data.train.in_batch_negatives", False,
             "a reranker has no in-batch negatives; remove it")
     require(not config.embedding.matryoshka_dims, "embedding.matryoshka_dims", list(config.embedding.matryoshka_dims),
             "a reranker gives scores, which have no widths; remove it")

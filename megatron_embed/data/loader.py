@@ -12,6 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 
 from megatron_embed.batch import EmbedBatch, RerankBatch, StepBatch
+from megatron_embed.config.data import TrainFile
 from megatron_embed.data.mixture import Sampler
 from megatron_embed.data.packing import build_embed_batch
 from megatron_embed.data.pairs import PairTokenizer
@@ -62,9 +63,9 @@ class StepLoader(ABC, Generic[Batch]):
         self._next: tuple[int, Future[Batch]] | None = None
 
     @abstractmethod
-    def batch_of(self, records: Sequence[Any], rows: Sequence[int], entries: Sequence[int], step: int) -> Batch:
-        """The batch of this rank's records of a step; `rows` are their numbers in the whole data, `entries` those of
-        their data sets. In the thread."""
+    def batch_of(self, records: Sequence[Any], rows: Sequence[int], files: Sequence[TrainFile], step: int) -> Batch:
+        """The batch of this rank's records of a step; `rows` are their numbers in the whole data, `files` the files
+        that they are of. In the thread."""
 
     def rows(self, step: int) -> list[int]:
         """The row numbers in the whole data of this rank's queries in step `step`."""
@@ -113,7 +114,7 @@ class StepLoader(ABC, Generic[Batch]):
         except OSError as error:  # a disk that fails under way; the loop tells the other ranks of a UserError
             raise DataError(f"data.train: a row of step {step + 1} cannot be read ({error.strerror or error}); look at "
                             "the disk, then start the run again") from error
-        return self.batch_of(found, rows, [records.file_of(row) for row in rows], step)
+        return self.batch_of(found, rows, [records.files[records.file_of(row)].file for row in rows], step)
 
 
 class BatchLoader(StepLoader[EmbedBatch]):
@@ -132,8 +133,9 @@ class BatchLoader(StepLoader[EmbedBatch]):
         micro_batch_tokens: token budget of a micro-batch; null: none. Ranks' numbers of micro-batches then differ.
         whole_groups: under a budget, a query shares the micro-batch of its documents.
         num_positives: positives per query, likewise.
-        in_batch: per entry of the records, whether its queries have other negatives than their own; none: all have.
+        in_batch: whether the queries of every file have other negatives than their own.
         seed: of the draw of a row's documents, from it, the row and the step alone; null: the first of the row.
+        others: further records that `build` is given, if any: messages have room for their documents too.
 
     Raises:
         ConfigError: the batch sizes do not divide, or an instruction is missing or too long.
@@ -142,7 +144,8 @@ class BatchLoader(StepLoader[EmbedBatch]):
     def __init__(self, records: RecordSet, sampler: Sampler, tokenizer: RoleTokenizer, *, dp_rank: int,
                  dp_size: int, micro_batch_size: int, num_negatives: int, alignment: int,
                  constant_tokens: bool, micro_batch_tokens: int | None = None, whole_groups: bool = False,
-                 num_positives: int = 1, in_batch: Sequence[bool] = (), seed: int | None = None) -> None:
+                 num_positives: int = 1, in_batch: bool = True, seed: int | None = None,
+                 others: RecordSet | None = None) -> None:
         group = micro_batch_size * dp_size
         total = sampler.global_batch_size
         if micro_batch_tokens is None and total % group:
@@ -154,23 +157,26 @@ class BatchLoader(StepLoader[EmbedBatch]):
         self._tokenizer = tokenizer
         self._micro_batch_size = micro_batch_size
         # Messages have room for what is asked for: never more of it than there is. All ranks read the same rows.
-        self._num_negatives = min(num_negatives, records.most_negatives)
+        every = [records] if others is None else [records, others]
+        self._most_positives = max(part.most_positives for part in every)
+        self._num_negatives = min(num_negatives, max(part.most_negatives for part in every))
         self._alignment = alignment
         self._constant_tokens = constant_tokens
         self._micro_batch_tokens = micro_batch_tokens
         self._whole_groups = whole_groups
-        self._num_positives = min(num_positives, records.most_positives)
-        self._in_batch = None if all(in_batch) else tuple(in_batch)
+        self._num_positives = min(num_positives, self._most_positives)
+        self._in_batch = in_batch
         self._seed = seed
 
-    def batch_of(self, records: Sequence[Any], rows: Sequence[int], entries: Sequence[int], step: int) -> EmbedBatch:
+    def batch_of(self, records: Sequence[Any], rows: Sequence[int], files: Sequence[TrainFile],
+                 step: int) -> EmbedBatch:
         if self._seed is not None:
             records = [drawn(record, (self._seed, step, row)) for record, row in zip(records, rows, strict=True)]
-        in_batch = None if self._in_batch is None else torch.tensor([self._in_batch[entry] for entry in entries])
+        in_batch = None if self._in_batch else torch.tensor([file.in_batch_negatives for file in files])
         return build_embed_batch(
             records, self._tokenizer, num_positives=self._num_positives, in_batch=in_batch,
             micro_batch_size=self._micro_batch_size, num_negatives=self._num_negatives, alignment=self._alignment,
-            constant_tokens=self._constant_tokens, most_positives=self._records.most_positives,
+            constant_tokens=self._constant_tokens, most_positives=self._most_positives,
             micro_batch_tokens=self._micro_batch_tokens, whole_groups=self._whole_groups)
 
 
@@ -203,7 +209,8 @@ class RerankLoader(StepLoader[RerankBatch]):
         self._constant_tokens = constant_tokens
         self._micro_batch_tokens = micro_batch_tokens
 
-    def batch_of(self, records: Sequence[Any], rows: Sequence[int], entries: Sequence[int], step: int) -> RerankBatch:
+    def batch_of(self, records: Sequence[Any], rows: Sequence[int], files: Sequence[TrainFile],
+                 step: int) -> RerankBatch:
         seeds = [None if self._seed is None else (self._seed, step, row) for row in rows]
         chosen = [choose_negatives(record, self._num_negatives, seed)
                   for record, seed in zip(records, seeds, strict=True)]

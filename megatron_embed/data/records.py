@@ -240,8 +240,8 @@ def validation_shares(records: RecordSet, *, global_batch_size: int, dp_rank: in
     shares: list[list[int]] = []
     for number, file in enumerate(records.files):
         if len(file) < dp_size:
-            raise ConfigError(f"data.validation_fraction: {len(file)} rows of {file.path} are held out, fewer than the "
-                              f"{dp_size} data-parallel ranks that share them; raise it")
+            raise ConfigError(f"{len(file)} rows of {file.path} are held out for validation, fewer than the {dp_size} "
+                              "data-parallel ranks that share them; raise data.validation_fraction, or add rows")
         num_batches = min(-(-len(file) // global_batch_size), len(file) // dp_size)
         for rows in np.array_split(records.first_row(number) + np.arange(len(file)), num_batches):
             shares.append(np.array_split(rows, dp_size)[dp_rank].tolist())

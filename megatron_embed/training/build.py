@@ -38,7 +38,7 @@ def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torc
         twins = None
     contrastive = Contrastive(
         config.objective, widths, normalize=normalize,
-        in_batch=all(file.in_batch_negatives for file in config.data.train), num_positives=config.data.num_positives,
+        in_batch=config.data.all_in_batch, num_positives=config.data.num_positives,
         dp_group=dp_group if twins is None else twins.everyone,
         learned=LearnedScale(config) if config.objective.learnable_temperature else None)
     return contrastive if twins is None else Shared(contrastive, twins, dp_group.size())

@@ -96,6 +96,38 @@ def test_metrics_of_held_out_rows_are_the_formulas_under_every_layout(model, tmp
         assert evaluated(tmp_path / str(number)) == pytest.approx(truth, rel=1e-4, abs=1e-5), name
 
 
+def test_rows_of_their_own_files_are_validated_as_held_out_ones_are(model, tmp_path):
+    lines = MINI_EN.read_text(encoding="utf-8").splitlines(keepends=True)
+    held = {row.source.rpartition(":")[2] for row in hold_out(open_records((TrainFile(path=str(MINI_EN)),)), FRACTION,
+                                                              SEED)[1]}
+    wider = json.dumps({"query": "which?", "positive": [f"answer {number}" for number in range(9)],
+                        "negatives": ["no"] * 9}) + "\n"
+    for name, mine in (("train", False), ("held", True)):
+        text = "".join(line for number, line in enumerate(lines, 1) if (str(number) in held) == mine)
+        (tmp_path / f"{name}.jsonl").write_text(text + ("" if mine else wider), encoding="utf-8")
+    data = {"train": [str(tmp_path / "train.jsonl")], "validation": [str(tmp_path / "held.jsonl")],
+            "validation_fraction": 0.0}
+    path = configured(tmp_path / "run", model, data=data)
+    assert [code for code, *_ in run_on_ranks(command, 2, ["train", path])] == [0, 0]
+    assert evaluated(tmp_path / "run") == pytest.approx(expected(model), rel=1e-4, abs=1e-5)
+    # The other way round, validated rows have more documents than any that is trained on.
+    path = configured(tmp_path / "wide", model, data=data | {"train": data["validation"], "validation": data["train"],
+                                                             "num_positives": 9})
+    assert [code for code, *_ in run_on_ranks(command, 2, ["train", path])] == [0, 0]
+    assert evaluated(tmp_path / "wide")["loss"] > 0
+
+
+@pytest.mark.parametrize("data, words", [
+    ({"validation": [str(MINI_EN)]}, ["data.validation_fraction = 0.033", "data.validation is set too"]),
+    ({"validation": ["gone.jsonl"], "validation_fraction": 0.0}, ["gone.jsonl"]),
+    ({"validation": [{"path": str(MINI_EN), "weight": 2.0}], "validation_fraction": 0.0},
+     ["data.validation.weight = 2.0", "not trained on"])])
+def test_what_cannot_be_validated_on_is_refused(model, tmp_path, data, words):
+    path = configured(tmp_path / "run", model, data=data)
+    results = run_on_ranks(command, 1, ["train", path])
+    assert_refused(results, "", *words)
+
+
 def test_positions_and_windows_of_a_family_hold_in_validation(tmp_path):
     """RoBERTa numbers positions from behind its padding token; a Mistral token sees a few of those before it."""
     from transformers import MistralConfig, MistralModel, RobertaConfig, RobertaModel
@@ -180,4 +212,4 @@ def test_negatives_of_a_micro_batch_stay_there_in_validation(model, tmp_path):
 
 def test_fewer_held_out_rows_than_ranks_are_refused_on_all(model, tmp_path):
     path = configured(tmp_path / "run", model, data={"validation_fraction": 0.0001})
-    assert_refused(run_on_ranks(command, 2, ["train", path]), "data.validation_fraction", "1 rows of", "raise it")
+    assert_refused(run_on_ranks(command, 2, ["train", path]), "", "1 rows of", "raise data.validation_fraction")

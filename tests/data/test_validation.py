@@ -87,5 +87,5 @@ def test_ranks_share_every_batch_evenly(sets: RecordSet, size: int, dp_size: int
 def test_fewer_rows_than_ranks_are_refused(sets: RecordSet):
     held = hold_out(sets, 0.002, seed=3)[1]
     assert held is not None
-    with pytest.raises(ConfigError, match=r"data.validation_fraction: 2 rows of .* are held out, fewer than the 4"):
+    with pytest.raises(ConfigError, match=r"2 rows of .* are held out for validation, fewer than the 4"):
         validation_shares(held, global_batch_size=8, dp_rank=0, dp_size=4)
