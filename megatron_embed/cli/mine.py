@@ -11,6 +11,7 @@ from megatron_embed.cli.whole_file import check_jsonl, write_whole
 from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
 
 if TYPE_CHECKING:
+    from megatron_embed.cli.model import ModelDirectory
     from megatron_embed.data.prompts import Role
     from megatron_embed.data.records import Record
     from megatron_embed.evaluation.encode import TextEncoder
@@ -169,7 +170,7 @@ def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task:
         given["document"] = args.document_prompt
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given)
     scorer = open_judge(args, records, task, topology)[0] if options.judged else None
-    source = vector_source(args, encoder)
+    source = vector_source(args, encoder, model)
     scale = functools.partial(normalize, dim=-1) if model.saved.similarity == "cosine" else torch.clone
     role: Role = "query"
     try:
@@ -188,20 +189,20 @@ def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task:
     raise_first(None if own is None else write_rows_whole(args.output, records, task, own, options))
 
 
-def vector_source(args: argparse.Namespace, encoder: "TextEncoder") -> "VectorSource":
+def vector_source(args: argparse.Namespace, encoder: "TextEncoder", model: "ModelDirectory") -> "VectorSource":
     """The encoder, behind the cache if one was named. Called by all ranks."""
-    from megatron_embed.cli.model import find_model
-    from megatron_embed.mining.cache import VectorCache, VectorSource, directory_digest
+    from megatron_embed import __version__
+    from megatron_embed.mining.cache import VectorCache, VectorSource, model_digest
     from megatron_embed.parallel.collectives import share_from_first
 
     if args.cache is None:
         return VectorSource(encoder, None, "", {})
     rank = encoder.topology.rank
     cache = VectorCache(args.cache, rank=rank)
-    model = find_model(args.model, "--model")
-    digest = share_from_first(directory_digest(model.checkpoint or model.path) if rank == 0 else "")
-    settings = {"pooling": args.pooling, "max_length": args.max_length, "dtype": args.dtype,
-                "normalize": not args.no_normalize}
+    digest = share_from_first(model_digest(model.read_from) if rank == 0 else "")
+    # What was not given is what the directories say, and the digest is of all that they say.
+    settings = {"version": __version__, "pooling": encoder.pooling, "causal": encoder.causal,
+                "max_length": args.max_length, "dtype": args.dtype, "normalize": not args.no_normalize}
     return VectorSource(encoder, cache, digest, settings)
 
 

@@ -60,6 +60,12 @@ class ModelDirectory:
     peft: Path | None = None
     """The PEFT directory; `path` is then its base model's."""
 
+    @property
+    def read_from(self) -> tuple[Path, ...]:
+        """Every directory whose files decide what the model computes."""
+        base = self.checkpoint or self.path
+        return (base,) if self.peft is None else (base, self.peft)
+
     def pooling(self, wanted: Pooling | None) -> Pooling:
         """What was asked for, else what the directory says, else lasttoken."""
         return wanted or self.saved.pooling or "lasttoken"

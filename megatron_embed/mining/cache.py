@@ -23,25 +23,38 @@ _NOT_READ = (".bin", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".md", ".lock")
 _READ_BYTES = 1 << 24
 
 
-def directory_digest(directory: Path) -> str:
-    """Hash of every file that may decide a model's vectors: names and contents, hidden files left out."""
+def model_digest(directories: Sequence[Path]) -> str:
+    """Hash of every file that may decide a model's vectors: names and contents, hidden files left out.
+
+    Args:
+        directories: all that the model is read from; links to directories in them are followed.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(directory.rglob("*")):
-        relative = path.relative_to(directory)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or not path.is_file() or path.suffix in _NOT_READ:
-            continue
-        digest.update(f"{relative.as_posix()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while data := file.read(_READ_BYTES):
-                digest.update(data)
+    for number, directory in enumerate(directories):
+        for path in _files(directory):
+            digest.update(f"{number}\0{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while data := file.read(_READ_BYTES):
+                    digest.update(data)
     return digest.hexdigest()
 
 
-def vectors_name(model_digest: str, settings: Mapping[str, object], texts: Sequence[str]) -> str:
-    """File name for the vectors of these texts, in order, by this model under these settings."""
+def _files(directory: Path) -> list[Path]:
+    """What is read, in a fixed order; a directory that a link leads back to is looked at once."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(directory, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            found += [Path(folder, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    return sorted(path for path in found if path.suffix not in _NOT_READ and path.is_file())
+
+
+def vectors_name(model: str, settings: Mapping[str, object], texts: Sequence[str]) -> str:
+    """File name for the vectors of these texts, in order, by the model of this digest under these settings."""
     digest = hashlib.blake2b(digest_size=20)
-    digest.update(json.dumps([model_digest, settings], sort_keys=True).encode())
+    digest.update(json.dumps([model, settings], sort_keys=True).encode())
     for text in texts:
         data = text.encode("utf-8")
         digest.update(len(data).to_bytes(8, "little") + data)
@@ -98,11 +111,11 @@ class VectorCache:
 class VectorSource:
     """Vectors of texts in blocks: computed, or read if they were computed before. Called by all ranks together."""
 
-    def __init__(self, encoder: TextEncoder, cache: VectorCache | None, model_digest: str,
+    def __init__(self, encoder: TextEncoder, cache: VectorCache | None, digest: str,
                  settings: Mapping[str, object]) -> None:
-        """`settings`: what else decides the vectors, JSON values; the prompts are added."""
+        """`digest`: the model's. `settings`: what else decides the vectors, JSON values; the prompts are added."""
         self._encoder, self._cache = encoder, cache
-        self._model_digest, self._settings = model_digest, settings
+        self._digest, self._settings = digest, settings
 
     def blocks(self, role: Role, texts: Sequence[str]) -> Iterator[Tensor]:
         """Blocks of [texts, dim] float32 on the CPU, the same on every rank.
@@ -113,7 +126,7 @@ class VectorSource:
         if self._cache is None:
             return self._encoded(role, texts)
         settings = {**self._settings, "role": role, "prompt": self._encoder.tokenizer.fill_prompt(role)}
-        name = vectors_name(self._model_digest, settings, texts)
+        name = vectors_name(self._digest, settings, texts)
         return self._cache.blocks(name, len(texts), lambda: self._encoded(role, texts))
 
     def _encoded(self, role: Role, texts: Sequence[str]) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """`mine` on one and two ranks: the same rows as the library's search, a cache that knows its model, refusals."""
 
+import itertools
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from megatron_embed.data.records import RecordFile
 from tests.cli.test_refusals import command
 from tests.ranks import run_on_ranks
 from tests.toys import MINI_EN, MINILM, save_model
+from tests.training.adapter_truth import write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,27 @@ def test_cache_is_used_and_never_for_another_model(model, data, tmp_path):
     assert len(list(cache.iterdir())) == 4
     mined(["--model", model, *arguments, tmp_path / "prompt.jsonl", "--document-prompt", "passage: "])
     assert len(list(cache.iterdir())) == 5
+
+
+def test_cache_keeps_adapters_of_one_base_apart(model, data, tmp_path):
+    """Base, two adapters of it, and an adapter of the same tensors with another scale, into one cache."""
+    models = {"base": model, "a": write_adapter(tmp_path / "a", model)}
+    models["b"] = shutil.copytree(models["a"], tmp_path / "b")
+    tensors = load_file(models["a"] / "adapter_model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, models["b"] / "adapter_model.safetensors")
+    models["scaled"] = shutil.copytree(models["a"], tmp_path / "scaled")
+    settings = json.loads((models["a"] / "adapter_config.json").read_text())
+    (models["scaled"] / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 12}))
+    scores = {}
+    for name, path in models.items():
+        arguments = ["--model", path, "--data", data, "--output", tmp_path / "out.jsonl"]
+        mined(arguments)
+        alone = (tmp_path / "out.jsonl").read_text()
+        mined([*arguments, "--cache", tmp_path / "cache"])
+        assert (tmp_path / "out.jsonl").read_text() == alone, name
+        scores[name] = [json.loads(line)["teacher_scores"] for line in alone.splitlines()]
+    assert all(scores[one] != scores[other] for one, other in itertools.combinations(models, 2))
+    assert len(list((tmp_path / "cache").iterdir())) == 2 * len(models)
 
 
 def test_bm25_writes_from_one_process(data, tmp_path):
