@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="TRAIN.jsonl", type=path,
                         help="rows with query and positive; negatives that they have are replaced")
     parser.add_argument("--corpus", metavar="FILE.jsonl", type=path,
-                        help='documents to search, rows {"text": ..., "title"?: ...}; default: those of --data')
+                        help='documents to search, rows {"text": ..., "title"?: ..., "_id"?: ...}; default: those of '
+                             "--data")
     parser.add_argument("--output", required=True, metavar="OUT.jsonl", type=path, help="the rows with their negatives")
     parser.add_argument("--reranker", metavar="DIR", type=path,
                         help="judge the candidates with this reranker: order, bounds, margins and written scores are "
@@ -76,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
         if process_rank() != 0 and not options.judged:  # One process counts words; the others have nothing to do.
             return 0
     records = list(RecordFile(args.data, key="--data"))
-    corpus = None if args.corpus is None else read_corpus(args.corpus)
+    corpus, names = (None, []) if args.corpus is None else read_corpus(args.corpus)
     prompts = [""] * len(records) if by_words else query_prompts(args, records)
-    task = build_task(records, prompts, corpus)
+    task = build_task(records, prompts, corpus, names)
     if by_words:
         mine_by_words(args, records, task, options)
     else:

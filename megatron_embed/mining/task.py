@@ -2,16 +2,19 @@
 
 import json
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TextIO, overload
 
-from megatron_embed.data.fields import titled
+from megatron_embed.data.corpus import ID_KEYS
+from megatron_embed.data.fields import Row, name_of, titled
 from megatron_embed.data.jsonl import parse_object, read_lines
-from megatron_embed.data.record import Record
+from megatron_embed.data.record import Record, text_id
 from megatron_embed.errors import DataError
 from megatron_embed.mining.filters import Candidate
+
+_64_BITS = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,8 @@ class MiningTask:
     """The corpus, and every positive that it lacks."""
     positives: list[list[int]]
     """By query: numbers of the documents that are a positive of any row with its text; at least one."""
+    names: dict[int, str] = field(default_factory=dict)
+    """By document: its id, where a row or the corpus has one."""
 
     @property
     def most_positives(self) -> int:
@@ -78,13 +83,15 @@ class MinedRows(Sequence[Mined]):
                      negatives=list(zip(self._documents[own], self._scores[own], strict=True)))
 
 
-def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: Iterable[str] | None) -> MiningTask:
+def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: Sequence[str] | None,
+               corpus_names: Sequence[str | None] = ()) -> MiningTask:
     """Queries, documents and positives of the rows.
 
     Args:
         records: the rows.
         prompts: of each row's query. Rows with one query text share their positives, whatever their prompts.
         corpus: what is searched; null: every positive and negative of the rows.
+        corpus_names: the ids of its documents, null where one has none.
     """
     own = chain.from_iterable(record.positive for record in records)
     if corpus is None:
@@ -102,29 +109,61 @@ def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: Iterab
         first_row.setdefault(query, row)
     return MiningTask(queries=[prompt + text for prompt, text, _ in asked], query_of_row=query_of_row,
                       row_of_query=list(first_row.values()), documents=documents,
-                      positives=[list(positives_of[text]) for _, text, _ in asked])
+                      positives=[list(positives_of[text]) for _, text, _ in asked],
+                      names=_names(records, number_of, zip(corpus or (), corpus_names, strict=False)))
 
 
-def read_corpus(path: str, key: str = "--corpus") -> list[str]:
-    """The documents of rows `{"text": str, "title"?: str}`: `title + " " + text` where the title is not empty.
+def _names(records: Sequence[Record], number_of: Mapping[str, int],
+           of_corpus: Iterable[tuple[str, str | None]]) -> dict[int, str]:
+    """Each document's first id, the rows' before the corpus's."""
+    names: dict[int, str] = {}
+    for record in records:
+        for text, name in zip((*record.positive, *record.negatives), record.document_ids or (), strict=False):
+            if text in number_of:
+                names.setdefault(number_of[text], name)
+    for text, given in of_corpus:
+        if given is not None:
+            names.setdefault(number_of[text], given)
+    return names
+
+
+def read_corpus(path: str, key: str = "--corpus") -> tuple[list[str], list[str | None]]:
+    """(documents, their ids) of rows `{"text": str, "title"?: str, "_id"?: str}`.
+
+    A document is `title + " " + text` where the title is not empty. Its id may also be called `docid` or `id`, and be
+    an integer; null where there is none.
 
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
         DataError: a row cannot be used, or there is no row.
     """
-    texts = []
+    texts: list[str] = []
+    names: list[str | None] = []
     for line in read_lines(path, key):
         source = f"{path}:{line.number}"
-        texts.append(titled(parse_object(line.raw, source), "", source))
+        row = parse_object(line.raw, source)
+        texts.append(titled(row, "", source))
+        names.append(_optional_name(row, source))
     if not texts:
         raise DataError(f'{path}:1: no rows; a row is one line such as {{"text": "..."}}')
-    return texts
+    return texts, names
+
+
+def _optional_name(row: Row, source: str) -> str | None:
+    """The id of a row, null where it has none."""
+    for key in ID_KEYS:
+        value = row.get(key)
+        if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and value.strip()):
+            return name_of(value, key, source)
+    return None
 
 
 def write_rows(file: TextIO, records: Sequence[Record], task: MiningTask, mined: Sequence[Mined]) -> None:
     """One row for each row, in order: the mined negatives in place of its own, and the scores of both kinds.
 
-    `teacher_scores` holds the row's positives first, then the negatives.
+    `teacher_scores` holds the row's positives first, then the negatives. A row of whose documents any has an id gets
+    `positive_ids` and `negative_ids`: the row's own, those of the rows and the corpus, and for a document without one
+    a hash of its text, which keeps apart what equal texts do anyway.
     """
     number_of = {text: number for number, text in enumerate(task.documents)}
     for record, query in zip(records, task.query_of_row, strict=True):
@@ -136,4 +175,19 @@ def write_rows(file: TextIO, records: Sequence[Record], task: MiningTask, mined:
             row["instruction"] = record.instruction
         row["teacher_scores"] = [*(score_of[number_of[text]] for text in record.positive),
                                  *(score for _, score in found.negatives)]
+        ids = _ids_of(record, [number_of[text] for text in record.positive], found, task)
+        if ids is not None:
+            row["positive_ids"], row["negative_ids"] = ids[:len(record.positive)], ids[len(record.positive):]
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _ids_of(record: Record, positives: Sequence[int], found: Mined, task: MiningTask) -> list[str] | None:
+    """Of the row's positives, then of its mined negatives; null where none has one."""
+    numbers = [*positives, *(number for number, _ in found.negatives)]
+    known: list[str | None] = [task.names.get(number) for number in numbers]
+    if record.document_ids is not None:
+        known[:len(positives)] = record.document_ids[:len(positives)]
+    if not any(name is not None for name in known):
+        return None
+    return [f"text:{text_id(task.documents[number]) & _64_BITS:016x}" if name is None else name
+            for number, name in zip(numbers, known, strict=True)]

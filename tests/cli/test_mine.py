@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from megatron_embed.__main__ import main
+from megatron_embed.data.record import shared_keys, text_id
 from megatron_embed.data.records import RecordFile
 from tests.cli.test_refusals import command
 from tests.ranks import run_on_ranks
@@ -143,6 +144,36 @@ def test_bm25_writes_from_one_process(data, tmp_path):
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(rows) == 60
     assert rows[0]["negatives"][0] == f"Echo {query}"
+
+
+def test_ids_of_documents_survive(tmp_path):
+    """Rows with ids, with a corpus that names its documents and one that does not; what is written is read again."""
+    train, corpus, output = tmp_path / "train.jsonl", tmp_path / "corpus.jsonl", tmp_path / "mined.jsonl"
+    rows = [{"query": "red apple", "positive": ["apple pie", "apple"], "positive_ids": ["p1", 7]},
+            {"query": "blue car", "positive": "a car", "negatives": ["blue apple"], "positive_ids": ["c"],
+             "negative_ids": ["other"]},
+            {"query": "a car wash", "positive": "wash"}]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = [{"_id": "d1", "text": "red apple tree"}, {"docid": 2, "title": "blue", "text": "apple"},
+                 {"id": "d3", "text": "a car"}, {"_id": "", "text": "car wash of a car"}]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in documents))
+    arguments = ["mine", "--model", "bm25", "--data", str(train), "--output", str(output), "--num-negatives", "2"]
+    assert main([*arguments, "--corpus", str(corpus)]) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert found[0]["negatives"] == ["red apple tree", "blue apple"]
+    assert (found[0]["positive_ids"], found[0]["negative_ids"]) == (["p1", "7"], ["d1", "other"])
+    assert found[1]["negatives"] == ["blue apple", "car wash of a car"]
+    hashed = f"text:{text_id('car wash of a car') % 2**64:016x}"
+    assert (found[1]["positive_ids"], found[1]["negative_ids"]) == (["c"], ["other", hashed])
+    assert found[2]["negatives"] == ["car wash of a car", "a car"]
+    assert found[2]["negative_ids"] == [hashed, "c"] and found[2]["positive_ids"][0].startswith("text:")
+    assert [record.document_ids for record in RecordFile(str(output))] == [
+        (*row["positive_ids"], *row["negative_ids"]) for row in found]
+    assert not shared_keys(RecordFile(str(output))[0], 2).isdisjoint(shared_keys(RecordFile(str(output))[1], 2))
+    # Without any id nothing is invented.
+    train.write_text("".join(json.dumps({key: row[key] for key in ("query", "positive")}) + "\n" for row in rows))
+    assert main(arguments) == 0
+    assert "_ids" not in output.read_text()
 
 
 @pytest.mark.parametrize("arguments, words", [
