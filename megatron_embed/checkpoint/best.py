@@ -1,52 +1,107 @@
-"""The best checkpoint of a run so far: which one it is, by what, and that it stays."""
+"""The best checkpoint of a run so far: which one it is, by what, that it stays, and how long ago that was."""
 
 import json
 import logging
+import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_embed.checkpoint.files import BEST, remove_old, sync_directory, write_atomically
 from megatron_embed.checkpoint.save import on_rank_0
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.parallel.collectives import share_from_first
 
 logger = logging.getLogger(__name__)
 
 VALUE_FILE = "best.json"
 """In the best checkpoint: its step, metric and value. So moving the pointer moves all of them at once."""
+EVALUATIONS_FILE = "evaluations.json"
+"""In a run's directory: the steps that were evaluated since the best one, and by what metric that is the best."""
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Of losses, and of the similarity to documents that do not belong to the query."""
+    return re.fullmatch(r"(.*/)?(loss(@\d+)?|negative_similarity)", metric) is not None
 
 
 class BestCheckpoint:
-    """Where a run stands with its best metric. Larger is better; a value that is only equaled stays with the first."""
+    """Where a run stands with its best metric. A value that is only equaled stays with the first."""
 
-    def __init__(self, directory: str, metric: str, first_step: int) -> None:
-        """What `directory` says, unless it was by another metric or of a step that this run has yet to do."""
-        self._directory, self._metric = Path(directory), metric
-        self._value = -float("inf")
+    def __init__(self, directory: str, metric: str, first_step: int, *, patience: int | None = None) -> None:
+        """What `directory` says, unless it was by another metric or of a step that this run has yet to do.
+
+        `patience`: evaluations without a better value after which the run is over; null: it never is. No communication.
+        """
+        self._directory, self._metric, self._patience = Path(directory), metric, patience
+        self._sign = -1.0 if smaller_is_better(metric) else 1.0
+        self._value = -math.inf * self._sign
+        self._step: int | None = None
         self._pending = False
-        file = self._directory / BEST / VALUE_FILE
+        known = self._read(self._directory / BEST / VALUE_FILE, f"remove {self._directory / BEST}, and the best is "
+                           "sought anew", {"step": int, "metric": str, "value": float})
+        if known is not None and known["metric"] == metric and known["step"] <= first_step:
+            self._step, self._value = known["step"], known["value"]
+        known = self._read(self._directory / EVALUATIONS_FILE, "remove it, and evaluations are counted anew",
+                           {"metric": str, "steps": list})
+        self._waited: list[int] = []
+        if known is not None and known["metric"] == metric:
+            self._waited = [step for step in known["steps"] if (self._step or 0) < step <= first_step]
+
+    @staticmethod
+    def _read(file: Path, remedy: str, types: dict[str, type]) -> dict[str, Any] | None:
+        """The values of a small file of ours; null where there is none."""
         if not file.is_file():
-            return
+            return None
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
-            step, name, value = int(known["step"]), str(known["metric"]), float(known["value"])
+            return {key: type_(known[key]) for key, type_ in types.items()}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file}: not readable ({error!r}); remove {self._directory / BEST}, and the best is "
-                                  "sought anew") from error
-        if name == metric and step <= first_step:
-            self._value = value
+            raise CheckpointError(f"{file}: not readable ({error!r}); {remedy}") from error
 
-    def improves(self, metrics: Mapping[str, float]) -> bool:
-        """Whether this evaluation is the best so far; then the next `mark` names the checkpoint that has it.
+    @property
+    def is_over(self) -> bool:
+        """Whether the run ends here: as many evaluations as its patience gave nothing better."""
+        return self._patience is not None and len(self._waited) >= self._patience
 
-        Called by all ranks, which take the value of rank 0: one broadcast over the world.
+    @property
+    def checkpoint(self) -> tuple[Path, int]:
+        """The best checkpoint and its steps, once it is saved.
+
+        Raises:
+            CheckpointError: there is none by this metric.
         """
+        if self._step is None:
+            raise CheckpointError(f"checkpoint.export = 'best': no evaluation of the run in {self._directory} gave a "
+                                  f"best checkpoint by {self._metric}; set it to last")
+        return self._directory / f"step_{self._step:06d}", self._step
+
+    def improves(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether this evaluation after `step` steps is the best so far; then the next `mark` names the checkpoint that
+        has it.
+
+        Called by all ranks, which take the value of rank 0: one broadcast over the world, and see on_rank_0.
+
+        Raises:
+            ConfigError: the evaluation has no such metric, on every rank.
+        """
+        if self._metric not in metrics:
+            raise ConfigError(f"evaluation.best_metric = {self._metric!r}: nothing contributed to it in the evaluation "
+                              f"after {step} steps; choose one of {', '.join(metrics)}")
         value = float(share_from_first(repr(float(metrics[self._metric]))))
-        if value > self._value:
-            self._value, self._pending = value, True
-            return True
-        return False
+        better = value * self._sign > self._value * self._sign
+        if better:
+            self._step, self._value, self._pending = step, value, True
+        self._waited = [] if better else [*self._waited, step]
+        if not better:  # a better one lets the older steps be ignored, once its checkpoint is complete
+            on_rank_0(lambda: write_atomically(self._directory / EVALUATIONS_FILE, json.dumps(
+                {"metric": self._metric, "steps": self._waited}) + "\n"), self._directory / BEST)
+            if self.is_over:
+                logger.info("%s has not been better than %.4f (step %s) for %d evaluations: the run ends", self._metric,
+                            self._value, self._step, len(self._waited))
+        return better
 
     def mark(self, step: int, keep: int) -> None:
         """After a checkpoint was saved: points `best` at it, if it is, and lets the former best go.

@@ -64,8 +64,8 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
 
 def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts: Sequence[str], dtype: str,
                  note: Callable[[], None]) -> None:
-    """Writes `destination` from the newest checkpoint, if Sentence Transformers gives the vectors of the model in
-    memory.
+    """Writes `destination` from a checkpoint, of a run from the newest, if Sentence Transformers gives the vectors of
+    the model in memory.
 
     Called by all ranks; every rank raises what rank 0 met. `note` is called on rank 0 when nothing is left to do but
     to give the export its name.

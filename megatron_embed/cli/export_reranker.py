@@ -106,8 +106,8 @@ def export_reranker_checkpoint(source: str, destination: str, *, classification:
 
 def export_reranker(checkpoint: str, destination: str, scorer: PairScorer, pairs: Sequence[Pair], dtype: str,
                     note: Callable[[], None]) -> None:
-    """Writes `destination`, a cross-encoder, from the newest checkpoint, if the stock libraries give the scores of the
-    model in memory.
+    """Writes `destination`, a cross-encoder, from a checkpoint, of a run from the newest, if the stock libraries give
+    the scores of the model in memory.
 
     Called by all ranks; every rank raises what rank 0 met. `note` is called on rank 0 when nothing is left to do but to
     give the export its name.

@@ -34,6 +34,7 @@ from megatron_embed.parallel.topology import (
     check_world_size,
     token_alignment,
 )
+from megatron_embed.training.build import metric_names
 from megatron_embed.training.optimizer import check_optimizer
 
 
@@ -58,10 +59,15 @@ class Inputs:
     train_steps: int
     standing: Standing
 
+    @property
+    def last_step(self) -> int:
+        """The optimizer step after which the run ends, unless it ends early."""
+        return self.standing.steps if self.standing.ended_early else self.train_steps
+
     def nothing_left(self, config: RunConfig) -> bool:
         """Whether every step is done, and the export made if one is wanted."""
         exported = config.checkpoint.export_at_end is None or is_exported(config, self.standing.steps)
-        return self.standing.steps >= self.train_steps and exported
+        return self.standing.steps >= self.last_step and exported
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -155,7 +161,8 @@ def open_suite(config: RunConfig, tokenizer: RoleTokenizer | PairTokenizer) -> S
     for pairs in suite.sts:
         assert isinstance(tokenizer, RoleTokenizer), "a reranker compares no vectors"
         refuse_tokenless_pairs(pairs, tokenizer)
-    suite.best_metric(config.evaluation.best_metric)
+    suite.require_metric(config.evaluation.best_metric,
+                         metric_names(config) if config.data.validation_fraction else ())
     return suite
 
 
@@ -223,7 +230,7 @@ def check_export(config: RunConfig, model: ModelDirectory) -> None:
     target, directory = Path(config.checkpoint.export_at_end or ""), Path(config.checkpoint.directory or ".")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: exists already, and not as the export of this "
-                          "run's last step; remove it or choose another name")
+                          f"run's {config.checkpoint.export} step; remove it or choose another name")
     if target.resolve() == directory.resolve() or directory.resolve() in target.resolve().parents:
         raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: lies in checkpoint.directory, whose "
                           "folders come and go; choose a directory beside it")

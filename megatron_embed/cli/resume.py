@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import latest_checkpoint, write_atomically
 from megatron_embed.checkpoint.state import steps_done
 from megatron_embed.cli.export import PROBES
@@ -17,6 +18,7 @@ from megatron_embed.data.pairs import Pair, PairTokenizer
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import RecordSet
 from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import read_saved_settings
@@ -46,12 +48,27 @@ class Standing:
     """The newest one; null: a new run."""
     steps: int
     """Optimizer steps done."""
+    ended_early: bool
+    """Whether that was the run's last step, by `evaluation.patience`."""
 
 
 def standing(config: RunConfig) -> Standing:
     """What `checkpoint.directory` holds. No communication. Raises CheckpointError for a damaged checkpoint."""
     checkpoint = None if config.checkpoint.directory is None else latest_checkpoint(config.checkpoint.directory)
-    return Standing(checkpoint=checkpoint, steps=0 if checkpoint is None else steps_done(checkpoint))
+    steps = 0 if checkpoint is None else steps_done(checkpoint)
+    best = best_checkpoint(config, steps) if config.evaluation.patience is not None and steps else None
+    return Standing(checkpoint=checkpoint, steps=steps, ended_early=best is not None and best.is_over)
+
+
+def best_checkpoint(config: RunConfig, steps: int) -> BestCheckpoint | None:
+    """Where a run of so many steps stands with its best checkpoint; null where there are no checkpoints or no metrics.
+
+    No communication. Raises CheckpointError for a damaged one.
+    """
+    metric = best_metric(config)
+    if config.checkpoint.directory is None or metric is None:
+        return None
+    return BestCheckpoint(config.checkpoint.directory, metric, steps, patience=config.evaluation.patience)
 
 
 def describe_rows(records: RecordSet) -> dict[str, Any]:
@@ -180,16 +197,18 @@ def is_exported(config: RunConfig, steps: int) -> bool:
     if target is None or directory is None or not (Path(target) / "modules.json").is_file():
         return False
     file = Path(directory) / EXPORT_FILE
-    return file.is_file() and file.read_text(encoding="utf-8") == _export_record(target, steps)
+    return file.is_file() and file.read_text(encoding="utf-8") == _export_record(config, steps)
 
 
-def record_export(directory: str, target: str, steps: int) -> None:
-    """Notes, just before an export gets its name, that it will be this run's."""
-    write_atomically(Path(directory) / EXPORT_FILE, _export_record(target, steps))
+def record_export(config: RunConfig, steps: int) -> None:
+    """Notes, just before an export gets its name, that it will be this run's, which has done so many steps."""
+    write_atomically(Path(config.checkpoint.directory or "") / EXPORT_FILE, _export_record(config, steps))
 
 
-def _export_record(target: str, steps: int) -> str:
-    return json.dumps({"directory": str(Path(target).resolve()), "steps": steps}) + "\n"
+def _export_record(config: RunConfig, steps: int) -> str:
+    best = {"of": best_metric(config)} if config.checkpoint.export == "best" else {}
+    return json.dumps({"directory": str(Path(config.checkpoint.export_at_end or "").resolve()), "steps": steps,
+                       **best}) + "\n"
 
 
 def moved_on(config: RunConfig, found: Standing) -> CheckpointError | None:

@@ -48,8 +48,9 @@ class Task:
     """Null: there is nothing to evaluate on."""
     show: Callable[[], None] | None
     """After the last step: a sheet of vectors for TensorBoard. Null: there are no vectors."""
-    export: Callable[[int], None]
-    """Writes `checkpoint.export_at_end` from the newest checkpoint, which has so many optimizer steps."""
+    export: Callable[[str, int], None]
+    """(checkpoint, steps): writes `checkpoint.export_at_end` from the checkpoint whose weights the model holds; the
+    run has done so many steps."""
 
 
 def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models: Sequence[EmbeddingModel],
@@ -80,10 +81,10 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
     def show() -> None:
         show_in_projector(config, inputs, encoder, topology)
 
-    def export(steps: int) -> None:
-        directory, target = _export_places(config)
-        export_model(directory, target, encoder, comparable_texts(inputs.records, tokenizer), config.model.dtype,
-                     note=functools.partial(record_export, directory, target, steps))
+    def export(checkpoint: str, steps: int) -> None:
+        export_model(checkpoint, config.checkpoint.export_at_end or "", encoder,
+                     comparable_texts(inputs.records, tokenizer), config.model.dtype,
+                     note=functools.partial(record_export, config, steps))
 
     return Task(loader=loader, agree=agree, export=export, show=show,
                 agree_on_shares=functools.partial(agree_on_shares, topology=topology, whole_groups=whole_groups),
@@ -107,20 +108,14 @@ def reranker_task(config: RunConfig, inputs: Inputs, topology: Topology, models:
     def agree(batch: RerankBatch) -> RerankBatch:
         return agree_on_rerank_bins(batch, topology)
 
-    def export(steps: int) -> None:
-        directory, target = _export_places(config)
-        export_reranker(directory, target, scorer, comparable_pairs(inputs.records, tokenizer), config.model.dtype,
-                        note=functools.partial(record_export, directory, target, steps))
+    def export(checkpoint: str, steps: int) -> None:
+        export_reranker(checkpoint, config.checkpoint.export_at_end or "", scorer,
+                        comparable_pairs(inputs.records, tokenizer), config.model.dtype,
+                        note=functools.partial(record_export, config, steps))
 
     evaluate = functools.partial(rerank_all, inputs.suite.reranking, scorer.raw_scores)
     return Task(loader=loader, agree=agree, agree_on_shares=agree, export=export, show=None,
                 evaluate=evaluate if inputs.suite else None)
-
-
-def _export_places(config: RunConfig) -> tuple[str, str]:
-    directory, target = config.checkpoint.directory, config.checkpoint.export_at_end
-    assert directory is not None and target is not None
-    return directory, target
 
 
 def comparable_texts(records: RecordSet, tokenizer: RoleTokenizer) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,19 @@ from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import remove_unfinished, set_aside_after
 from megatron_embed.checkpoint.lock import sole_writer
 from megatron_embed.checkpoint.save import Saver, on_rank_0
-from megatron_embed.checkpoint.state import TrainingState, load_checkpoint
+from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, load_model
 from megatron_embed.cli.common import leaves_status, report_lost_rank, write_status
 from megatron_embed.cli.export import write_settings
 from megatron_embed.cli.inputs import Inputs, log_directory, output_directories, read_inputs
 from megatron_embed.cli.model import adapters_of, blaming, load_model_chunks
 from megatron_embed.cli.reranker import load_reranker_chunks
-from megatron_embed.cli.resume import DATA_FILE, Standing, describe_rows, moved_on
+from megatron_embed.cli.resume import DATA_FILE, Standing, best_checkpoint, describe_rows, moved_on, standing
 from megatron_embed.cli.tasks import Task, embedding_task, reranker_task
 from megatron_embed.config.load import save_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.layout import write_companions
 from megatron_embed.data.records import validation_shares
+from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
 from megatron_embed.models.reranker_settings import RERANKER_FILE, write_reranker_settings
 from megatron_embed.parallel.collectives import raise_first, smallest
@@ -73,8 +74,9 @@ def leave_at_once(message: str, speaker: bool) -> None:
 def guarded_run(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopRequest) -> dict[str, float]:
     """The run, unless it is complete, as the sole writer of its directories."""
     if smallest(int(inputs.nothing_left(config))):  # Agreed: the disk may answer one rank sooner than another.
-        logger.info("%s has %d steps of %d: the run is complete%s; nothing to do", inputs.standing.checkpoint,
+        logger.info("%s has %d steps of %d%s: the run is complete%s; nothing to do", inputs.standing.checkpoint,
                     inputs.standing.steps, inputs.train_steps,
+                    " and evaluation.patience ended it" if inputs.standing.ended_early else "",
                     f" and {config.checkpoint.export_at_end} is its export" if config.checkpoint.export_at_end else "")
         return {}
     with contextlib.ExitStack() as locks:
@@ -99,11 +101,11 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopR
     build_task = reranker_task if config.task == "reranker" else embedding_task
     task = build_task(config, inputs, topology, models, wrapped)
     assets = prepare_assets(config, inputs)
-    best = best_checkpoint(config, inputs, first_step)
+    best = best_checkpoint(config, first_step)
     writer = MetricsWriter(log_directory(config), tensorboard=config.logging.tensorboard,
-                           train_steps=inputs.train_steps, first_step=first_step, active=topology.rank == 0,
+                           train_steps=inputs.last_step, first_step=first_step, active=topology.rank == 0,
                            wandb_settings=to_dict(config) if config.logging.wandb else None,
-                           main_metric=inputs.suite.best_metric(config.evaluation.best_metric))
+                           main_metric=best_metric(config))
     saver = None
     if config.checkpoint.directory is not None and assets is not None:
         saver = Saver(config.checkpoint.directory, state, assets=assets, keep=config.checkpoint.keep,
@@ -111,19 +113,36 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopR
     hooks = Hooks(load_batch=task.loader.batch,
                   agree=None if config.training.micro_batch_tokens is None else task.agree,
                   evaluate=evaluation_of(config, inputs, topology, gradients, task),
-                  is_best=None if best is None else best.improves, saver=saver, stop=stop)
+                  is_best=None if best is None else best.improves,
+                  is_over=lambda: best is not None and best.is_over, saver=saver, stop=stop)
     health = Health(config, functools.partial(sources_of_step, inputs), log_directory(config),
                     active=topology.rank == 0)
     for model in models:
         model.train()
     with task.loader:
         metrics = train(config, trainer, hooks, writer, topology, health, first_step=first_step,
-                        train_steps=inputs.train_steps)
+                        train_steps=inputs.last_step)
     if metrics and task.show is not None:
         task.show()
     if config.checkpoint.export_at_end is not None:
-        task.export(max(first_step, inputs.train_steps))
+        steps = standing(config).steps
+        task.export(checkpoint_to_export(config, best, models, steps), steps)
     return metrics
+
+
+def checkpoint_to_export(config: RunConfig, best: BestCheckpoint | None, models: Sequence[EmbeddingModel],
+                         steps: int) -> str:
+    """The checkpoint that `checkpoint.export` names, whose weights the model now holds. Called by all ranks.
+
+    `steps`: of the newest checkpoint, whose weights it holds before.
+    """
+    if config.checkpoint.export == "last" or best is None:
+        return config.checkpoint.directory or ""
+    checkpoint, best_step = best.checkpoint
+    logger.info("the export is of %s", checkpoint)
+    if best_step != steps:
+        load_model(checkpoint, models)
+    return str(checkpoint)
 
 
 def evaluation_of(config: RunConfig, inputs: Inputs, topology: Topology, gradients: GradCache[Any],
@@ -145,14 +164,6 @@ def evaluation_of(config: RunConfig, inputs: Inputs, topology: Topology, gradien
         return {**validation(), **({} if task.evaluate is None else task.evaluate())}
 
     return evaluate
-
-
-def best_checkpoint(config: RunConfig, inputs: Inputs, first_step: int) -> BestCheckpoint | None:
-    """What keeps the best checkpoint; null where there are no checkpoints or no metrics."""
-    if config.checkpoint.directory is None or not inputs.suite:
-        return None
-    return BestCheckpoint(config.checkpoint.directory, inputs.suite.best_metric(config.evaluation.best_metric),
-                          first_step)
 
 
 def load_models(config: RunConfig, inputs: Inputs, topology: Topology) -> list[EmbeddingModel]:

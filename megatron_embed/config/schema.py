@@ -7,6 +7,7 @@ from typing import Literal
 from megatron_embed.config.checks import require
 from megatron_embed.config.data import DataConfig
 from megatron_embed.config.data import TrainFile as TrainFile
+from megatron_embed.config.keeping import CheckpointConfig, EvaluationConfig
 from megatron_embed.config.objective import EMBEDDING_LOSSES, RERANK_LOSSES, ObjectiveConfig
 from megatron_embed.config.optimizer import OptimizerConfig
 
@@ -237,49 +238,6 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    directory: str | None = None
-    """Training state goes here and a run resumes from here; null: nothing is saved."""
-    save_every_steps: int = 500
-    """Optimizer steps between checkpoints; the last step is always saved."""
-    keep: int = 3
-    """Newest checkpoints kept; 0 keeps all."""
-    async_save: bool = False
-    """True: tensors are copied to host memory and written while training goes on, at the price of that memory; a
-    checkpoint is complete some steps later. The last one, and that of a run that stops early, are waited for."""
-    export_at_end: str | None = None
-    """Directory for a Sentence Transformers export of the final model; null: none."""
-
-    def __post_init__(self) -> None:
-        require(self.save_every_steps >= 1, "checkpoint.save_every_steps", self.save_every_steps, "must be >= 1")
-        require(self.keep >= 0, "checkpoint.keep", self.keep, "must be >= 0")
-        require(self.export_at_end is None or self.directory is not None, "checkpoint.export_at_end",
-                 self.export_at_end, "the export is made from a checkpoint; set checkpoint.directory")
-        require(not self.async_save or self.directory is not None, "checkpoint.async_save", self.async_save,
-                "there is nothing to save; set checkpoint.directory")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    every_steps: int = 500
-    """Optimizer steps between evaluations; the last step is always evaluated."""
-    retrieval: tuple[str, ...] = ()
-    """BEIR folders (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv)."""
-    reranking: tuple[str, ...] = ()
-    """Files of lists, rows {"query", "documents": [...], "labels": [...]} or {"query", "docs": [{"text", "label"}]}."""
-    split: str = "test"
-    """Which qrels file of a BEIR folder."""
-    sts: tuple[str, ...] = ()
-    """JSONL files of pairs {"text_a", "text_b", "score"}: Pearson and Spearman of cosine (or dot product) and score."""
-    best_metric: str | None = None
-    """The checkpoint with the largest value of this metric stays beside the newest ones, and `best` points at it; null:
-    ndcg@10, or spearman or rerank/ndcg@10 where there is no retrieval."""
-
-    def __post_init__(self) -> None:
-        require(self.every_steps >= 1, "evaluation.every_steps", self.every_steps, "must be >= 1")
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     directory: str | None = None
     """For metrics.jsonl and TensorBoard; null: checkpoint.directory, and if that is null too, nothing is written."""
@@ -329,9 +287,21 @@ class RunConfig:
         require(self.data.document_sampling is None or self.objective.rows != "pairs", "data.document_sampling",
                 self.data.document_sampling, f"has no effect with pairs, which objective.loss = {self.objective.loss} "
                 "takes; remove it")
+        _check_evaluated(self)
         if self.task == "embedding":
             self.objective.check_against(num_positives=self.data.num_positives, num_negatives=self.data.num_negatives,
                                          in_batch=self.data.all_in_batch)
+
+
+def _check_evaluated(config: RunConfig) -> None:
+    """Refuses what asks for the best of a run that measures nothing, or keeps nothing."""
+    rule = ("there is nothing to evaluate, so no best checkpoint; name a set in evaluation.retrieval, sts or "
+            "reranking, or set data.validation_fraction")
+    measured = config.evaluation.names_sets or config.data.validation_fraction > 0
+    require(measured or config.checkpoint.export == "last", "checkpoint.export", config.checkpoint.export, rule)
+    require(measured or config.evaluation.patience is None, "evaluation.patience", config.evaluation.patience, rule)
+    require(config.checkpoint.directory is not None or config.evaluation.patience is None, "evaluation.patience",
+            config.evaluation.patience, "a run that ends early keeps its best checkpoint; set checkpoint.directory")
 
 
 def _check_reranker_run(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.prompts import Role
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData
@@ -17,6 +18,8 @@ from megatron_embed.evaluation.sts import StsData, evaluate_sts
 
 RETRIEVAL_METRICS = ("map", *(f"{name}@{k}" for k in CUTOFFS for name in ("ndcg", "mrr", "recall", "precision")))
 STS_METRICS = ("pearson", "spearman")
+PREFIX = "eval/"
+"""Of a metric's name in files and on dashboards."""
 RERANK_METRICS = ("map", *(f"{name}@{k}" for k in RERANK_CUTOFFS for name in ("ndcg", "mrr")))
 
 
@@ -49,24 +52,19 @@ class Suite:
                 names += [f"{prefix}{data.name}/{metric}" for data in sets for metric in own]
         return names
 
-    def best_metric(self, wanted: str | None) -> str:
-        """The metric by which checkpoints are compared: the wanted one, else ndcg@10, spearman or rerank/ndcg@10.
-
-        Raises:
-            ConfigError: no set has the wanted one.
-        """
+    def require_metric(self, wanted: str | None, of_held_out: Sequence[str]) -> None:
+        """Refuses an `evaluation.best_metric` that no evaluation of the run gives; `of_held_out`: rows' metrics."""
         if wanted is None:
-            return "ndcg@10" if self.retrieval else "spearman" if self.sts else "rerank/ndcg@10"
-        if not self:
+            return
+        names = [*of_held_out, *self.metric_names()]
+        if not names:
             raise ConfigError(f"evaluation.best_metric = {wanted!r}: there is nothing to evaluate; name a set in "
-                              "evaluation.retrieval, sts or reranking, or leave it out")
-        names = self.metric_names()
-        if wanted not in names:
-            near = difflib.get_close_matches(wanted, names, n=1)
-            meant = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
-            raise ConfigError(f"evaluation.best_metric = {wanted!r}: not among the metrics of the run's evaluation "
-                              f"sets; {meant}")
-        return wanted
+                              "evaluation.retrieval, sts or reranking, set data.validation_fraction, or leave it out")
+        if wanted.removeprefix(PREFIX) not in names:
+            near = difflib.get_close_matches(wanted.removeprefix(PREFIX), names, n=1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"evaluation.best_metric = {wanted!r}: not among the metrics of this run's evaluations; "
+                              f"{meant}there are {', '.join(names)}")
 
     def samples(self, size: int) -> list[tuple[str, Role, list[str]]]:
         """(set, role, texts) of up to `size` texts of each set, to look at their vectors: queries, then documents."""
@@ -90,6 +88,16 @@ class Suite:
                         for data in self.retrieval]
         of_sts = [(data.name, evaluate_sts(embed, data, similarity=similarity, dims=self.dims)) for data in self.sts]
         return together(of_retrieval) | together(of_sts)
+
+
+def best_metric(config: RunConfig) -> str | None:
+    """The metric by which checkpoints are compared; null where nothing is evaluated."""
+    evaluation = config.evaluation
+    if evaluation.best_metric is not None:
+        return evaluation.best_metric.removeprefix(PREFIX)
+    if evaluation.names_sets:
+        return "ndcg@10" if evaluation.retrieval else "spearman" if evaluation.sts else "rerank/ndcg@10"
+    return "loss" if config.data.validation_fraction else None
 
 
 def together(results: Sequence[tuple[str, Mapping[str, float]]]) -> dict[str, float]:

@@ -33,8 +33,11 @@ class Hooks:
     """Gives all data-parallel ranks as many micro-batches, of one size; null where they have as many."""
     saver: Saver | None
     """Writes checkpoints."""
-    is_best: Callable[[dict[str, float]], bool] | None
-    """Whether these metrics are the run's best so far; then a checkpoint is saved as well. Null: nobody asks."""
+    is_best: Callable[[int, dict[str, float]], bool] | None
+    """Whether these metrics, after so many steps, are the run's best so far; then a checkpoint is saved as well. Null:
+    nobody asks."""
+    is_over: Callable[[], bool]
+    """After an evaluation: whether the run ends with this step, equal on all ranks."""
     stop: StopRequest
     """Whether this rank wants to stop early; ranks may differ."""
 
@@ -94,7 +97,8 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | 
 
 def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWriter, topology: Topology,
           health: Health, *, first_step: int, train_steps: int) -> dict[str, float]:
-    """Optimizer steps first_step .. train_steps - 1. Returns the last step's metrics (empty if there was none).
+    """Optimizer steps first_step .. train_steps - 1, fewer if `hooks.is_over`. Returns the last step's metrics (empty
+    if there was none).
 
     Raises:
         PreemptedError: on every rank, once the step under way is done and saved, if some rank was asked to stop.
@@ -126,12 +130,16 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
         memory = throughput.memory() if log else {}
         writer.step(done, {**metrics, **memory, "skipped_steps": health.skipped - logged_skips}, log=log)
         logged_skips = health.skipped if log else logged_skips
-        best = evaluation_due(config, hooks, done, last) and evaluate(hooks, writer, done)
+        evaluated = evaluation_due(config, hooks, done, last)
+        best = evaluated and evaluate(hooks, writer, done)
+        over = evaluated and hooks.is_over()
         if hooks.saver is not None:
             hooks.saver.poll()
-            if done % config.checkpoint.save_every_steps == 0 or last or best:
+            if done % config.checkpoint.save_every_steps == 0 or last or best or over:
                 hooks.saver.save(done)
                 saved = done
+        if over:
+            break
         heap.after_step()
     if hooks.saver is not None:
         hooks.saver.finish()
@@ -147,7 +155,7 @@ def evaluate(hooks: Hooks, writer: MetricsWriter, done: int) -> bool:
         hooks.saver.finish()  # the checkpoint in the making may be the best so far, by what is known before
     results = hooks.evaluate()
     writer.evaluation(done, results)
-    return hooks.is_best is not None and hooks.is_best(results)
+    return hooks.is_best is not None and hooks.is_best(done, results)
 
 
 def evaluation_due(config: RunConfig, hooks: Hooks, done: int, last: bool) -> bool:

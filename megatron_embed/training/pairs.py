@@ -19,6 +19,11 @@ MARGIN = 0.5
 """Sentence Transformers' default for both losses that have one."""
 
 
+def own_names(loss: str) -> tuple[str, ...]:
+    """The metrics of a loss of pairs, at whatever widths."""
+    return NAMES[:2] if loss in ("cosent", "angle") else NAMES
+
+
 class Pairs(Objective[EmbedBatch]):
     """A loss of the similarity of each pair to its label.
 
@@ -30,8 +35,7 @@ class Pairs(Objective[EmbedBatch]):
 
     def __init__(self, config: ObjectiveConfig, widths: tuple[Width, ...], *, normalize: bool,
                  dp_group: dist.ProcessGroup) -> None:
-        graded = config.loss in ("cosent", "angle")
-        self.own_names = NAMES[:2] if graded else NAMES
+        self.own_names = own_names(config.loss)
         self.names = self.own_names + width_names(widths)
         self.couples_batch = config.couples_batch
         self.config = config

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import INFO_FILE, remove_old
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, ConfigError
 from tests.ranks import run_on_ranks
 
 
@@ -16,18 +16,21 @@ def save(folder, step):
     (folder / f"step_{step:06d}" / INFO_FILE).write_text("{}")
 
 
-def follow(folder, values, first_step=0, metric="ndcg@10", keep=1):
+def follow(folder, values, first_step=0, metric="ndcg@10", keep=1, patience=None):
     """A run whose evaluation after each step gives these values; gives the steps that were the best so far."""
-    best, found = BestCheckpoint(str(folder), metric, first_step), []
+    best, found = BestCheckpoint(str(folder), metric, first_step, patience=patience), []
     for step, value in enumerate(values, first_step + 1):
-        improved = best.improves({metric: value, "map": 1.0})
+        improved = best.improves(step, {metric: value, "map": 1.0})
         if improved or step % 2 == 0:
             save(folder, step)
             remove_old(folder, keep)
             best.mark(step, keep)
         if improved:
             found.append(step)
-    return found, sorted(path.name for path in folder.iterdir()), os.readlink(folder / "best")
+        if best.is_over:
+            found.append("over")
+            break
+    return found, sorted(path.name for path in folder.glob("[!e]*")), os.readlink(folder / "best")
 
 
 def test_best_is_kept_beside_the_newest(tmp_path):
@@ -56,3 +59,66 @@ def test_a_broken_value_is_refused(tmp_path):
     (tmp_path / "best" / "best.json").write_text('{"step": ')
     with pytest.raises(CheckpointError, match=r"best.json: not readable .*; remove .*best, and the best is sought"):
         BestCheckpoint(str(tmp_path), "ndcg@10", 1)
+
+
+@pytest.mark.parametrize("metric, first", [("loss", 2), ("loss@64", 2), ("negative_similarity", 2), ("margin", 1),
+                                           ("few/ndcg@10", 1)])
+def test_of_losses_the_smallest_is_the_best(tmp_path, metric, first):
+    found, _, target = run_on_ranks(follow, 1, tmp_path, [0.5, 0.3, 0.4, 0.3, float("nan")], metric=metric)[0]
+    assert found == ([1, 2] if first == 2 else [1]) and target == f"step_{first:06d}"
+
+
+def test_a_run_ends_after_as_many_evaluations_without_gain(tmp_path):
+    """On every rank alike, whatever the value that it has itself."""
+    results = run_on_ranks(follow_one_of_two, 2, tmp_path, [0.1, 0.3, 0.3, 0.2, 0.4, 0.1, float("nan"), 0.4, 0.9], 3)
+    assert results == [[1, 2, 5, "over"]] * 2
+    assert sorted(path.name for path in tmp_path.iterdir())[-1] == "step_000008"
+
+
+def follow_one_of_two(folder, values, patience):
+    import torch.distributed as dist
+
+    best, found = BestCheckpoint(str(folder), "ndcg@10", 0, patience=patience), []
+    for step, value in enumerate(values, 1):
+        improved = best.improves(step, {"ndcg@10": value if dist.get_rank() == 0 else -value})
+        if dist.get_rank() == 0:
+            save(folder, step)
+        best.mark(step, 0)
+        found += [step] if improved else []
+        if best.is_over:
+            return [*found, "over"]
+    return found
+
+
+@pytest.mark.parametrize("interrupted", [2, 3, 4])
+def test_patience_survives_an_interruption(tmp_path, interrupted):
+    """Wherever the run goes on from, even before what it had evaluated already, it ends with the same step."""
+    values = [0.1, 0.3, 0.2, 0.25, 0.1, 0.9]
+    run_on_ranks(follow, 1, tmp_path, values[:interrupted], patience=3, keep=0)
+    for first in (interrupted, 2):
+        left = values[first:]
+        assert run_on_ranks(judged, 1, tmp_path, left, first)[0] == [False] * (4 - first) + [True], first
+
+
+def judged(folder, values, first_step):
+    best, found = BestCheckpoint(str(folder), "ndcg@10", first_step, patience=3), []
+    for step, value in enumerate(values, first_step + 1):
+        best.improves(step, {"ndcg@10": value})
+        found.append(best.is_over)
+        if best.is_over:
+            assert BestCheckpoint(str(folder), "ndcg@10", step, patience=3).is_over  # a second start
+            assert not BestCheckpoint(str(folder), "ndcg@10", step, patience=4).is_over
+            assert not BestCheckpoint(str(folder), "map", step, patience=3).is_over
+            break
+    return found
+
+
+def test_a_metric_that_nothing_contributed_to_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"best_metric = 'margin': nothing contributed .* after 1 steps; choose one "
+                                          r"of loss"):
+        BestCheckpoint(str(tmp_path), "margin", 0).improves(1, {"loss": 1.0})
+
+
+def test_no_best_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no evaluation of the run .* by ndcg@10; set it to last"):
+        assert BestCheckpoint(str(tmp_path), "ndcg@10", 4).checkpoint

@@ -27,12 +27,13 @@ def test_every_loss_is_that_of_one_process(known, name):
 
 def pairs_on_rank(name):
     """(metrics, gradient) of a loss over pairs of which this rank has one or two, ranks differ."""
-    from megatron_embed.training.build import build_objective
+    from megatron_embed.training.build import build_objective, metric_names
     from tests.training.test_objective import config_of, variant_batch
 
     rows, batch = variant_batch(dist.get_rank(), ({}, {}))
     batch = dataclasses.replace(batch, scores=torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)[:batch.num_queries])
     objective = build_objective(config_of({"loss": name}), dist.group.WORLD, torch.device("cpu"))
+    assert metric_names(config_of({"loss": name})) == objective.names
     return objective(rows, batch, total=objective.total(batch)).sums.metrics()
 
 

@@ -1,0 +1,65 @@
+"""Settings of what a run measures, and of what it keeps for that."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_embed.config.checks import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    directory: str | None = None
+    """Training state goes here and a run resumes from here; null: nothing is saved."""
+    save_every_steps: int = 500
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints kept; 0 keeps all."""
+    async_save: bool = False
+    """True: tensors are copied to host memory and written while training goes on, at the price of that memory; a
+    checkpoint is complete some steps later. The last one, and that of a run that stops early, are waited for."""
+    export_at_end: str | None = None
+    """Directory for a Sentence Transformers export, of a reranker for one of a cross-encoder; null: none."""
+    export: Literal["last", "best"] = "last"
+    """Of which checkpoint `export_at_end` is: the last, or the one with the best `evaluation.best_metric`."""
+
+    def __post_init__(self) -> None:
+        require(self.save_every_steps >= 1, "checkpoint.save_every_steps", self.save_every_steps, "must be >= 1")
+        require(self.keep >= 0, "checkpoint.keep", self.keep, "must be >= 0")
+        require(self.export_at_end is None or self.directory is not None, "checkpoint.export_at_end",
+                 self.export_at_end, "the export is made from a checkpoint; set checkpoint.directory")
+        require(self.export == "last" or self.export_at_end is not None, "checkpoint.export", self.export,
+                "nothing is exported; set checkpoint.export_at_end")
+        require(not self.async_save or self.directory is not None, "checkpoint.async_save", self.async_save,
+                "there is nothing to save; set checkpoint.directory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    every_steps: int = 500
+    """Optimizer steps between evaluations; the last step is always evaluated."""
+    retrieval: tuple[str, ...] = ()
+    """BEIR folders (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv)."""
+    reranking: tuple[str, ...] = ()
+    """Files of lists, rows {"query", "documents": [...], "labels": [...]} or {"query", "docs": [{"text", "label"}]}."""
+    split: str = "test"
+    """Which qrels file of a BEIR folder."""
+    sts: tuple[str, ...] = ()
+    """JSONL files of pairs {"text_a", "text_b", "score"}: Pearson and Spearman of cosine (or dot product) and score."""
+    best_metric: str | None = None
+    """The checkpoint with the best value of this metric stays beside the newest ones, and `best` points at it: any that
+    an evaluation logs as `eval/NAME`. Of `loss`, `loss@WIDTH` and `negative_similarity` the smallest value is the best,
+    of all others the largest. null: ndcg@10; spearman or rerank/ndcg@10 where there is no retrieval, loss where there
+    are only held-out rows."""
+    patience: int | None = None
+    """After so many evaluations in a row without a better `best_metric` the run ends as if train_steps were reached;
+    >= 1; null: never."""
+
+    @property
+    def names_sets(self) -> bool:
+        """Whether there is any set beside held-out rows."""
+        return bool(self.retrieval or self.sts or self.reranking)
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 1, "evaluation.every_steps", self.every_steps, "must be >= 1")
+        require(self.patience is None or self.patience >= 1, "evaluation.patience", self.patience,
+                "must be >= 1 evaluations, or null")
