@@ -162,7 +162,7 @@ def open_suite(config: RunConfig, tokenizer: RoleTokenizer | PairTokenizer) -> S
         assert isinstance(tokenizer, RoleTokenizer), "a reranker compares no vectors"
         refuse_tokenless_pairs(pairs, tokenizer)
     suite.require_metric(config.evaluation.best_metric,
-                         metric_names(config) if config.data.validation_fraction else ())
+                         metric_names(config) if config.data.validates else ())
     return suite
 
 

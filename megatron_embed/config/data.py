@@ -83,6 +83,11 @@ class DataConfig:
         return (*self.train, *self.validation)
 
     @property
+    def validates(self) -> bool:
+        """Whether the objective's metrics are taken over rows that are not trained on."""
+        return bool(self.validation_fraction or self.validation)
+
+    @property
     def all_in_batch(self) -> bool:
         """Whether every file's queries have in-batch negatives."""
         return all(file.in_batch_negatives for file in self.files)

@@ -296,8 +296,8 @@ class RunConfig:
 def _check_evaluated(config: RunConfig) -> None:
     """Refuses what asks for the best of a run that measures nothing, or keeps nothing."""
     rule = ("there is nothing to evaluate, so no best checkpoint; name a set in evaluation.retrieval, sts or "
-            "reranking, or set data.validation_fraction")
-    measured = config.evaluation.names_sets or config.data.validation_fraction > 0
+            "reranking, or set data.validation_fraction or data.validation")
+    measured = config.evaluation.names_sets or config.data.validates
     require(measured or config.checkpoint.export == "last", "checkpoint.export", config.checkpoint.export, rule)
     require(measured or config.evaluation.patience is None, "evaluation.patience", config.evaluation.patience, rule)
     require(config.checkpoint.directory is not None or config.evaluation.patience is None, "evaluation.patience",

@@ -59,7 +59,8 @@ class Suite:
         names = [*of_held_out, *self.metric_names()]
         if not names:
             raise ConfigError(f"evaluation.best_metric = {wanted!r}: there is nothing to evaluate; name a set in "
-                              "evaluation.retrieval, sts or reranking, set data.validation_fraction, or leave it out")
+                              "evaluation.retrieval, sts or reranking, set data.validation_fraction or "
+                              "data.validation, or leave it out")
         if wanted.removeprefix(PREFIX) not in names:
             near = difflib.get_close_matches(wanted.removeprefix(PREFIX), names, n=1)
             meant = f"did you mean {near[0]!r}? " if near else ""
@@ -97,7 +98,7 @@ def best_metric(config: RunConfig) -> str | None:
         return evaluation.best_metric.removeprefix(PREFIX)
     if evaluation.names_sets:
         return "ndcg@10" if evaluation.retrieval else "spearman" if evaluation.sts else "rerank/ndcg@10"
-    return "loss" if config.data.validation_fraction else None
+    return "loss" if config.data.validates else None
 
 
 def together(results: Sequence[tuple[str, Mapping[str, float]]]) -> dict[str, float]:
