@@ -153,4 +153,5 @@ def test_metrics_that_no_set_has_are_refused(model, small_beir, pairs, tmp_path)
     assert_refused(run_on_ranks(command, 1, ["train", config]), "evaluation.best_metric = 'spearmen'",
                    "did you mean 'spearman'?")
     config = write(tmp_path, model, small_beir, pairs, best_metric="spearman", retrieval=[], sts=[])
-    assert_refused(run_on_ranks(command, 1, ["train", config, "data.validation_fraction=0"]), "there is nothing to evaluate")
+    assert_refused(run_on_ranks(command, 1, ["train", config, "data.validation_fraction=0"]),
+                   "there is nothing to evaluate")
