@@ -1,6 +1,7 @@
 """Documents that are named by an id: rows `{"docid" or "_id", "title"?, "text"}`, looked up without holding them."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,65 @@ def read_named_text(row: Row, source: str) -> NamedText:
         has_title = isinstance(title, str) and bool(title.strip())
         return NamedText(name, f"{check_text(title, 'title', source)} {row['text']}" if has_title else row["text"])
     return NamedText(name, titled(row, "", source))
+
+
+class DocumentsOnDisk(Sequence[str]):
+    """The texts of a file of documents, in its order, each read when it is asked for. Memory: 16 bytes per document.
+
+    Attributes:
+        names: their ids, which are held beside these.
+
+    Raises:
+        ConfigError: the file cannot be opened; the message names `key`.
+        DataError: a row cannot be used, an id occurs twice, or there is no row; at an access: the file was changed.
+    """
+
+    def __init__(self, path: str, key: str) -> None:
+        self._rows = open_rows(path, key)
+        names: dict[str, None] = {}
+        for row, source in self._rows.scan():
+            name = read_named_text(row, source).name
+            if name in names:
+                raise DataError(f"{source}: _id = {shortened(name)}: an earlier line has this id; ids are unique in a "
+                                "file")
+            names[name] = None
+        if not names:
+            raise DataError(f"{path}:1: no rows; expected one JSON object per line")
+        self.names = list(names)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return Picked(self, range(len(self))[index])
+        return read_named_text(*self._rows.row(range(len(self))[index])).text
+
+
+class Picked(Sequence[str]):
+    """Some of the texts of a sequence, which is asked for a text when this one is, and for nothing when this is cut."""
+
+    def __init__(self, texts: Sequence[str], numbers: Sequence[int]) -> None:
+        """`numbers`: of the texts, in the wanted order."""
+        self._texts, self._numbers = texts, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return Picked(self._texts, self._numbers[index])
+        return self._texts[self._numbers[index]]
 
 
 class Corpus:

@@ -1,11 +1,11 @@
 """A BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) -> BeirData, validated whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_embed.data.beir import read_qrels, require_split
-from megatron_embed.data.corpus import read_named_text
+from megatron_embed.data.corpus import DocumentsOnDisk, read_named_text
 from megatron_embed.data.jsonl import parse_object, read_lines, shortened
 from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.data.tokenless import first_tokenless
@@ -22,8 +22,9 @@ class BeirData:
     name: str
     """Of the folder; of the folder above it where it is just called `beir`."""
     document_ids: list[str]
-    document_texts: list[str]
-    """`title + " " + text` where the title is not empty; in the order of the file, as the ids."""
+    document_texts: Sequence[str]
+    """`title + " " + text` where the title is not empty; in the order of the file, as the ids. Read from the file,
+    which must stay as it is, when they are asked for."""
     query_ids: list[str]
     query_texts: list[str]
     """In the order of the file, as the ids."""
@@ -49,22 +50,24 @@ def load_beir(directory: str, split: str = "test") -> BeirData:
         split: train, dev, test or another name of a file in qrels/.
     Raises:
         DataError: a file is missing, or a line is wrong (then it begins `FILE:LINE: `).
+    Memory: the queries and the judgements; of a document its id and 16 bytes.
     """
     folder = Path(directory)
     for path in (folder / name for name in FILES.values()):
         if not path.is_file():
             raise DataError(f"{path}: no such file; a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
     qrels_path = require_split(folder, split)
-    documents = _read_texts(folder / FILES["document"])
+    texts = DocumentsOnDisk(str(folder / FILES["document"]), "BEIR folder")
     queries = _read_texts(folder / FILES["query"])
-    qrels = {query: judged.labels for query, judged in read_qrels(qrels_path, queries, documents).items()}
+    judged = read_qrels(qrels_path, queries, frozenset(texts.names))
+    qrels = {query: found.labels for query, found in judged.items()}
     query_ids = [query for query in queries if query in qrels]
     place = folder.resolve()
     return BeirData(
         directory=directory,
         name=place.parent.name if place.name == "beir" else place.name,
-        document_ids=list(documents),
-        document_texts=list(documents.values()),
+        document_ids=texts.names,
+        document_texts=texts,
         query_ids=query_ids,
         query_texts=[queries[query] for query in query_ids],
         qrels=qrels,
@@ -83,7 +86,7 @@ def refuse_tokenless_texts(data: BeirData, tokenizer: RoleTokenizer) -> None:
 
 
 def _read_texts(path: Path) -> dict[str, str]:
-    """id -> text, with the title in front, of each row."""
+    """id -> text, with the title in front, of each row; all of them held."""
     texts: dict[str, str] = {}
     for line in read_lines(str(path), "BEIR folder"):
         source = f"{path}:{line.number}"

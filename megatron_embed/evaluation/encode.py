@@ -11,14 +11,16 @@ from tqdm import tqdm
 from megatron_embed.batch import MicroBatch
 from megatron_embed.data.packing import build_encode_batches
 from megatron_embed.data.prompts import Role, RoleTokenizer
-from megatron_embed.errors import TokenlessTextError, UserError
+from megatron_embed.errors import DataError, TokenlessTextError, UserError
 from megatron_embed.models.encoder import AttentionKernel, to_device
 from megatron_embed.models.passes import embed, unwrapped
 from megatron_embed.models.pooling_names import Pooling
-from megatron_embed.parallel.collectives import gather_padded, largest, send_from_last, smallest
+from megatron_embed.parallel.collectives import gather_padded, largest, raise_first, send_from_last, smallest
 from megatron_embed.parallel.topology import Topology, token_alignment
 
 Item = TypeVar("Item")
+
+Pack = Callable[[Sequence[Item]], tuple[tuple[MicroBatch, ...], int | None]]
 
 TEXTS_AT_ONCE = 4096
 """Texts tokenized and packed together; bounds memory for large corpora while lengths still sort well."""
@@ -47,8 +49,7 @@ class RowRunner:
         self.causal = causal
         self.shape = unwrapped(chunks[0]).shape
 
-    def rows_of(self, items: Sequence[Item],
-                pack: Callable[[Sequence[Item]], tuple[tuple[MicroBatch, ...], int | None]],
+    def rows_of(self, items: Sequence[Item], pack: Pack[Item],
                 bar: "tqdm[Any]") -> Tensor:
         """What the model gives for each item, [items, dim] float32 on the CPU of every rank, in order.
 
@@ -57,10 +58,12 @@ class RowRunner:
         world. Dropout is off meanwhile.
 
         Args:
+            items: a sequence that reads its items from a file is asked for this rank's share alone.
             pack: some items -> their bins (rows are numbered as the items), and the first of them without tokens.
             bar: counts items; closed at the end.
         Raises:
             TokenlessTextError: for the first item without tokens of these 4096, on every rank alike.
+            DataError: an item cannot be read from its file any more, on every rank alike.
         """
         size, rank = self.topology.dp_size, self.topology.dp_rank
         result = torch.empty(len(items), self.dim)
@@ -71,8 +74,11 @@ class RowRunner:
                 capacity = -(-len(part) // size)
                 share = part[rank::size]
                 # A rank without items runs the first one for nothing: the experts it holds are asked by others.
-                bins, bad = pack(share or part[:1])
-                row = smallest(len(part) if bad is None else bad * size + rank)
+                bins, bad, error = _packed(pack, share or part[:1])
+                wrong = len(part) if bad is None else bad * size + rank
+                row = smallest(wrong if error is None else -1)
+                if row < 0:
+                    raise_first(error)
                 if row < len(part):
                     raise TokenlessTextError(first + row, f"text number {first + row + 1}", str(part[row]))
                 rows = self._run_share(bins, len(share))
@@ -104,6 +110,14 @@ class RowRunner:
         return rows[:num_items]
 
 
+def _packed(pack: Pack[Item], items: Sequence[Item]) -> tuple[tuple[MicroBatch, ...], int | None, DataError | None]:
+    """What `pack` gives, and what kept it from reading the items: the other ranks would wait."""
+    try:
+        return *pack(items), None
+    except DataError as error:
+        return (), None, error
+
+
 class TextEncoder(RowRunner):
     """A loaded embedding model with its tokenizer. Every method is called by all ranks together."""
 
@@ -125,7 +139,7 @@ class TextEncoder(RowRunner):
         """
 
         def pack(part: Sequence[str]) -> tuple[tuple[MicroBatch, ...], int | None]:
-            return self._pack_share(part, role)
+            return self._pack_share(list(part), role)
 
         bar = tqdm(total=len(texts), unit="text", desc=f"encode {role}", disable=None if show_progress else True)
         try:

@@ -1,6 +1,7 @@
 """Retrieval over a BEIR set, and the metrics of trec_eval: nDCG@k, MRR@k, recall@k, precision@k, MAP."""
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from megatron_embed.data.corpus import Picked
 from megatron_embed.data.prompts import Role
 from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
 from megatron_embed.evaluation.beir import BeirData
@@ -20,7 +22,7 @@ from megatron_embed.evaluation.second_stage import SecondStage, reordered
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
-Embed = Callable[[list[str], Role], Tensor]
+Embed = Callable[[Sequence[str], Role], Tensor]
 Similarity = Literal["cosine", "dot"]
 
 CUTOFFS = (1, 3, 5, 10, 100)
@@ -129,11 +131,13 @@ def evaluate_queries(
 
     Names of a truncated width begin with `dim_WIDTH/`, of two stages with `two_stage_WIDTH/`, of a reranker's order
     with `reranked/`. No document is skipped for having the query's own id. `map` is over the k documents found.
-    Documents are embedded, searched and let go in blocks: the corpus may be larger than memory.
+    Documents are read, embedded, searched and let go in blocks: the corpus may be larger than memory. Held are the
+    queries with their best documents, and the ids.
 
     Args:
         embed: texts and their role -> [texts, dim], rows in the order of the texts. Called by all ranks of the group,
-            once for the queries and once for each block of documents.
+            once for the queries and once for each block of documents; these are no list, but a sequence that reads a
+            text when it is asked for one.
         data: corpus, queries and relevance.
         k: documents retrieved per query (all if the corpus is smaller), >= 100 for `recall@100`; 1000 is the depth
             that BEIR and MTEB use for `map`.
@@ -153,7 +157,7 @@ def evaluate_queries(
         raise ValueError(f"k = {k}: the metrics look at the first {max(CUTOFFS)} documents")
     widths = widths or Widths()
     # Ascending ids turn search's rule for equal scores into trec_eval's, at the cut too.
-    order = sorted(range(len(data.document_ids)), key=data.document_ids.__getitem__)
+    order = array("q", sorted(range(len(data.document_ids)), key=data.document_ids.__getitem__))
     queries = _checked(_embedded(embed, data.query_texts, "query", data.query_ids, data), "query", data.name)
     widths.check(queries.shape[1])
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
@@ -161,12 +165,12 @@ def evaluate_queries(
     for documents in _document_blocks(embed, data, order, DOCUMENTS_AT_ONCE * size):
         for ranking in rankings.values():
             ranking.add(documents)
-    names = [data.document_ids[index] for index in order]
+    names = Picked(data.document_ids, order)
     found = {prefix: ranking.search.result() for prefix, ranking in rankings.items()}
     if second_stage is not None:
         scores, indices = (part[:, : second_stage.candidates] for part in found[""])
         again = reordered(second_stage, scores, indices, data.query_texts,
-                          [data.document_texts[number] for number in order], group)
+                          Picked(data.document_texts, order), group)
         found |= {prefix: (judged, indices) for prefix, judged in again.items()}
     metrics: dict[str, dict[str, float]] = {query: {} for query in data.query_ids}
     for prefix, ranking in found.items():
@@ -176,13 +180,12 @@ def evaluate_queries(
     return metrics
 
 
-def _document_blocks(embed: Embed, data: BeirData, order: list[int], size: int) -> Iterator[Tensor]:
+def _document_blocks(embed: Embed, data: BeirData, order: Sequence[int], size: int) -> Iterator[Tensor]:
     """[up to `size`, dim] of the documents in this order; each block is embedded by all ranks when it is asked for."""
     for start in range(0, len(order), size):
         block = order[start : start + size]
-        ids = [data.document_ids[index] for index in block]
-        yield _checked(_embedded(embed, [data.document_texts[index] for index in block], "document", ids, data),
-                       "document", data.name)
+        texts, ids = Picked(data.document_texts, block), Picked(data.document_ids, block)
+        yield _checked(_embedded(embed, texts, "document", ids, data), "document", data.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +243,7 @@ def _of_all_ranks(mine: dict[str, dict[str, float]], data: BeirData,
     return {query: shares[number % len(shares)][query] for number, query in enumerate(data.query_ids)}
 
 
-def _embedded(embed: Embed, texts: list[str], role: Role, ids: Sequence[str], data: BeirData) -> Tensor:
+def _embedded(embed: Embed, texts: Sequence[str], role: Role, ids: Sequence[str], data: BeirData) -> Tensor:
     """`embed(texts, role)`; an error about a text names its line."""
     try:
         return embed(texts, role)

@@ -73,9 +73,9 @@ class Suite:
         taken: list[tuple[str, Role, list[str]]] = []
         for data in self.retrieval:
             judged = {document for labels in data.qrels.values() for document, label in labels.items() if label > 0}
-            documents = [text for name, text in zip(data.document_ids, data.document_texts, strict=True)
-                         if name in judged]
-            taken += [(data.name, "query", data.query_texts[:half]), (data.name, "document", documents[:half])]
+            relevant = [number for number, name in enumerate(data.document_ids) if name in judged][:half]
+            taken += [(data.name, "query", data.query_texts[:half]),
+                      (data.name, "document", [data.document_texts[number] for number in relevant])]
         for pairs in self.sts:
             taken += [(pairs.name, role, texts[:half]) for role, texts in pairs.texts.items()]
         return [sample for sample in taken if sample[2]]

@@ -42,7 +42,7 @@ def test_a_reranker_orders_the_candidates(model, cross_encoder, small_beir, tmp_
     assert {name.rpartition("/")[0] for name in one} == {"", "reranked", "reranked_0.5"}
     data, stock = load_beir(str(small_beir)), SentenceTransformer(str(model), device="cpu")
     judge, run = CrossEncoder(str(cross_encoder), device="cpu"), {}
-    similarity = stock.encode(data.query_texts) @ stock.encode(data.document_texts).T
+    similarity = stock.encode(data.query_texts) @ stock.encode(list(data.document_texts)).T
     for row, (query, text) in enumerate(zip(data.query_ids, data.query_texts, strict=True)):
         best = np.argsort(-similarity[row])[:7]
         scores = judge.predict([(text, data.document_texts[number]) for number in best])

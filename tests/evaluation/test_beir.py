@@ -1,12 +1,18 @@
 """load_beir: what it reads, and its refusals, each with the words of its message."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_embed.data.corpus import Picked
 from megatron_embed.errors import DataError
 from megatron_embed.evaluation.beir import load_beir
+from megatron_embed.evaluation.retrieval import evaluate_retrieval
+from tests.ranks import run_on_ranks
+from tests.toys import open_model, run_config, save_model, toy_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 CORPUS = [{"_id": "d1", "title": "Tea", "text": "is hot"}, {"_id": "d2", "title": "", "text": "ice"}]
@@ -28,7 +34,7 @@ def test_titles_judged_queries_and_graded_labels(tmp_path):
     data = load_beir(write_folder(tmp_path / "teas"))
     assert data.name == "teas"
     assert data.document_ids == ["d1", "d2"]
-    assert data.document_texts == ["Tea is hot", "ice"]
+    assert list(data.document_texts) == ["Tea is hot", "ice"]
     assert data.query_ids == ["q1", "q2"]
     assert data.query_texts == ["warm?", "cold?"]
     assert data.qrels == {"q1": {"d1": 1, "d2": 0}, "q2": {"d2": 2}}
@@ -47,7 +53,7 @@ def test_integer_ids_absent_titles_and_headers(tmp_path, header):
                      [{"_id": 1, "text": "q"}], header + "1\t7\t1\n\n1\t8\t-1\r\n")
     )
     assert data.document_ids == ["7", "8"]
-    assert data.document_texts == ["a", "b"]
+    assert list(data.document_texts) == ["a", "b"]
     assert data.qrels == {"1": {"7": 1, "8": -1}}
 
 
@@ -122,3 +128,65 @@ def test_missing_files_say_what_is_there(tmp_path):
         load_beir(folder)
     with pytest.raises(DataError, match=r"nowhere/corpus\.jsonl: no such file"):
         load_beir(str(tmp_path / "nowhere"))
+
+
+def test_texts_stay_on_the_disk(tmp_path):
+    """12 MB of texts: what is held is far less, parts are views, and what is read is what the file says."""
+    rows = [{"_id": f"d{number}", "title": f"t{number}", "text": f"{number} " * 1000} for number in range(2000)]
+    folder = write_folder(tmp_path, rows, qrels="q1\td1\t1\n")
+    tracemalloc.start()
+    try:
+        data = load_beir(folder)
+        part = data.document_texts[::-1][:1000]
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 1_500_000 < sum(len(row["text"]) for row in rows)
+    assert (len(part), part[0], part[-1]) == (1000, f"t1999 {rows[1999]['text']}", f"t1000 {rows[1000]['text']}")
+
+
+def test_a_corpus_that_changes_is_refused(tmp_path):
+    data = load_beir(write_folder(tmp_path))
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "d1", "text": "other"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"corpus\.jsonl:1: the file was changed after it was checked"):
+        evaluate_retrieval(lambda texts, role: torch.ones(len(list(texts)), 2), data)
+
+
+class Read(list):
+    """Texts that know which of them were read; text 5 is gone where it is told so."""
+
+    def __init__(self, texts, *, gone=False):
+        super().__init__(texts)
+        self.read, self.gone = [], gone
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Picked(self, range(len(self))[index])
+        if index == 5 and self.gone:
+            raise DataError("corpus.jsonl:6: the file was changed")
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def _encoded(directory, gone):
+    """(shape, texts that this rank read), or the error that it met."""
+    from megatron_embed.cli.model import find_model
+    from megatron_embed.evaluation.encode import TextEncoder
+
+    opened = open_model(run_config(directory))
+    encoder = TextEncoder(opened.chunks, opened.topology, toy_tokenizer(directory), pooling="mean",
+                          dim=find_model(directory).shape.hidden_size, kernel="sdpa", causal=False)
+    texts = Read([f"text {number}" for number in range(10)], gone=gone)
+    try:
+        vectors = encoder.encode(texts, "document")
+    except DataError as error:
+        return str(error)
+    assert vectors.equal(encoder.encode(list(texts), "document"))
+    return tuple(vectors.shape), texts.read
+
+
+def test_ranks_read_their_share_and_fail_together(tmp_path):
+    """Texts 1, 3, ... are the second rank's; the first meets no error of its own."""
+    directory = save_model(tmp_path / "bert", "bert", tokenizer=True)
+    assert run_on_ranks(_encoded, 2, directory, False) == [((10, 32), [0, 2, 4, 6, 8]), ((10, 32), [1, 3, 5, 7, 9])]
+    assert run_on_ranks(_encoded, 2, directory, True) == ["corpus.jsonl:6: the file was changed"] * 2
