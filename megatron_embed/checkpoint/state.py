@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -12,7 +12,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import is_adapter
 from megatron_embed.models.encoder import EmbeddingModel
+from megatron_embed.parallel.collectives import raise_first
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, dist_checkpointing
+
+Found = TypeVar("Found")
 
 EXTRA_STATE = "._extra_state"
 HEAD = "model.head."
@@ -92,8 +95,8 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
     """Restores model, optimizer and schedule, at any layout. Called by all ranks. Returns the optimizer steps done."""
     step = steps_done(checkpoint)
     sharded = sharded_state(state, is_loading=True)
-    loaded = _load(sharded, checkpoint)
-    _load_models(state.models, loaded["model"])
+    loaded = _agreed(lambda: _load(sharded, checkpoint))
+    _agreed(lambda: _load_models(state.models, loaded["model"]))
     load_optimizer(state.optimizer, loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
     if state.learned is not None:
@@ -143,7 +146,29 @@ def load_model(checkpoint: Path, models: Sequence[EmbeddingModel], *, with_head:
 
     state = {chunk: {name: value for name, value in values.items() if kept(name)}
              for chunk, values in model_state(models).items()}
-    _load_models(models, _load({"model": state}, checkpoint)["model"], kept)
+    loaded = _agreed(lambda: _load({"model": state}, checkpoint))["model"]
+    _agreed(lambda: _load_models(models, loaded, kept))
+
+
+def _agreed(load: Callable[[], Found]) -> Found:
+    """What `load` gives on this rank, or on every rank the error of the lowest that has one: since 0.18 Megatron tells
+    the others nothing of a file that one rank cannot read. Called by all ranks."""
+    found: Found | None = None
+    error: CheckpointError | None = None
+    try:
+        found = load()
+    except CheckpointError as caught:
+        error = caught
+    raise_first(error)
+    return cast(Found, found)
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in one line; of several ranks' failures, which torch wraps, the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -152,9 +177,8 @@ def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(folder))
     except (Exception, CheckpointException) as error:
         # Plain exceptions of many kinds for missing files and mismatched shapes; torch's own is no Exception.
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder}: cannot be loaded into this model ({first_line}); it is damaged or belongs to "
-                              "another model") from error
+        raise CheckpointError(f"{folder}: cannot be loaded into this model ({reason_of(error)}); it is damaged or "
+                              "belongs to another model") from error
     return loaded
 
 

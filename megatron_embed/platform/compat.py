@@ -8,6 +8,7 @@ use `parallel_state`.
 # ruff: noqa: E402, F401
 import importlib.metadata
 import inspect
+import io
 import logging
 import os
 import warnings
@@ -22,6 +23,7 @@ for _message in ("Transformer Engine and Apex are not installed", "Apex is not i
                  "`load_state_dict` is deprecated",
                  "The .grad attribute of a Tensor that is not a leaf",
                  "MimoModelConfig is experimental",
+                 "The argument order of load has been changed", "Please use DTensor instead",
                  "torch.distributed is disabled, unavailable or uninitialized",
                  "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"):
     warnings.filterwarnings("ignore", message=_message)
@@ -85,9 +87,12 @@ from megatron_embed.platform import writer
 
 writer.install()
 
-# What 0.19 logs on every rank and step about its own plans.
+# What 0.19 logs on every rank about its own plans, and either version on a CPU, whose one random stream is both.
 for _name, _message in (("distributed.distributed_data_parallel", "full_param_layout not provided"),
-                        ("dist_checkpointing.strategies.torch", "async save is deprecated")):
+                        ("dist_checkpointing.strategies.torch", "async save is deprecated"),
+                        ("dist_checkpointing.strategies.common", "load_common is deprecated"),
+                        ("transformer.transformer_layer", "Rewrapping ModuleSpec"),
+                        *([] if HAS_CUDA else [("tensor_parallel.random", "CPU RNG state changed within GPU RNG")])):
     logging.getLogger(f"megatron.core.{_name}").addFilter(
         lambda record, message=_message: message not in record.getMessage())  # type: ignore[misc]
 
@@ -120,7 +125,9 @@ def write_common_file(folder: Path) -> None:
     """
     file = folder / "common.pt"
     if not file.exists():
-        torch.save(dist_checkpointing.load_common_state_dict(str(folder)), file)
+        content = io.BytesIO()
+        torch.save(dist_checkpointing.load_common_state_dict(str(folder)), content)
+        file.write_bytes(content.getvalue())  # its error on a full disk is an OSError; torch.save has a RuntimeError
 
 
 def forget_router_losses() -> None:

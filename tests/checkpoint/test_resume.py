@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_embed.checkpoint.files import latest_checkpoint, remove_old, step_directories
+from megatron_embed.errors import CheckpointError
 from tests.ranks import run_on_ranks
 from tests.toys import MAX_LENGTH, MINI_EN, layout, save_model
 
@@ -241,3 +242,23 @@ def test_latest_moves_after_the_checkpoint_is_complete(model, tmp_path):
     (order,) = run_on_ranks(saved_in_what_order, 1, values)
     assert [name for name in order if name == "latest" or name.startswith("step_")] == [
         "step_000001", "latest", "step_000002", "latest"]
+
+
+def error_of(values):
+    with pytest.raises(CheckpointError) as caught:
+        train(values)
+    return str(caught.value)
+
+
+def test_a_file_that_one_rank_alone_cannot_read_is_told_of_on_all(model, tmp_path):
+    directory = tmp_path / "run"
+    settings = {"parallel": layout(pp=2), "train_steps": 2, "checkpoint": {"save_every_steps": 2}}
+    run_on_ranks(train, 2, configuration(model, directory, **settings))
+    written = directory / "step_000002" / "model"
+    file = min(written.glob("__1_*.distcp"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    told = run_on_ranks(error_of, 2, configuration(model, directory, **settings | {"train_steps": 4}))
+    assert told[0] == told[1]
+    assert told[0].startswith(f"{written}: cannot be loaded into this model (")
+    assert "damaged" in told[0]
+    assert "dict_keys" not in told[0]
