@@ -63,12 +63,12 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
 
 
 def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts: Sequence[str], dtype: str,
-                 note: Callable[[], None]) -> None:
+                 note: Callable[[Path], None]) -> None:
     """Writes `destination` from a checkpoint, of a run from the newest, if Sentence Transformers gives the vectors of
     the model in memory.
 
-    Called by all ranks; every rank raises what rank 0 met. `note` is called on rank 0 when nothing is left to do but
-    to give the export its name.
+    Called by all ranks; every rank raises what rank 0 met. `note` is called on rank 0, with the directory, when nothing
+    is left to do but to give the export its name.
 
     Raises:
         CheckpointError: the export differs from the model, or cannot be written; nothing is left behind.
@@ -81,7 +81,7 @@ def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts:
             report = compare_with_sentence_transformers(directory, texts, vectors[role], prompt_name=role,
                                                         minimum_cosine=MINIMUM_COSINE[dtype])
             logger.info("%s vectors: %s", role, report)
-        note()
+        note(directory)
 
     error: UserError | None = None
     if dist.get_rank() == 0:

@@ -105,12 +105,12 @@ def export_reranker_checkpoint(source: str, destination: str, *, classification:
 
 
 def export_reranker(checkpoint: str, destination: str, scorer: PairScorer, pairs: Sequence[Pair], dtype: str,
-                    note: Callable[[], None]) -> None:
+                    note: Callable[[Path], None]) -> None:
     """Writes `destination`, a cross-encoder, from a checkpoint, of a run from the newest, if the stock libraries give
     the scores of the model in memory.
 
-    Called by all ranks; every rank raises what rank 0 met. `note` is called on rank 0 when nothing is left to do but to
-    give the export its name.
+    Called by all ranks; every rank raises what rank 0 met. `note` is called on rank 0, with the directory, when nothing
+    is left to do but to give the export its name.
 
     Raises:
         CheckpointError: the export differs from the model, or cannot be written; nothing is left behind.
@@ -119,7 +119,7 @@ def export_reranker(checkpoint: str, destination: str, scorer: PairScorer, pairs
 
     def compare(directory: Path, form: RerankerFormat) -> None:
         logger.info("%s", compare_pairs(directory, pairs, scores, scorer.tokenizer, form, dtype))
-        note()
+        note(directory)
 
     error: UserError | None = None
     if dist.get_rank() == 0:

@@ -3,12 +3,15 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from megatron_embed.batch import EmbedBatch, RerankBatch
+from megatron_embed.checkpoint.state import steps_done
+from megatron_embed.cli.card import write_card
 from megatron_embed.cli.export import PROBES, export_model
 from megatron_embed.cli.export_reranker import PROBE_PAIRS, comparable, export_reranker
 from megatron_embed.cli.inputs import Inputs, log_directory
@@ -84,7 +87,7 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
     def export(checkpoint: str, steps: int) -> None:
         export_model(checkpoint, config.checkpoint.export_at_end or "", encoder,
                      comparable_texts(inputs.records, tokenizer), config.model.dtype,
-                     note=functools.partial(record_export, config, steps))
+                     note=functools.partial(_note_export, config, checkpoint, steps, inputs.model.shape.hidden_size))
 
     return Task(loader=loader, agree=agree, export=export, show=show,
                 agree_on_shares=functools.partial(agree_on_shares, topology=topology, whole_groups=whole_groups),
@@ -111,11 +114,18 @@ def reranker_task(config: RunConfig, inputs: Inputs, topology: Topology, models:
     def export(checkpoint: str, steps: int) -> None:
         export_reranker(checkpoint, config.checkpoint.export_at_end or "", scorer,
                         comparable_pairs(inputs.records, tokenizer), config.model.dtype,
-                        note=functools.partial(record_export, config, steps))
+                        note=functools.partial(_note_export, config, checkpoint, steps, None))
 
     evaluate = functools.partial(rerank_all, inputs.suite.reranking, scorer.raw_scores)
     return Task(loader=loader, agree=agree, agree_on_shares=agree, export=export, show=None,
                 evaluate=evaluate if inputs.suite else None)
+
+
+def _note_export(config: RunConfig, checkpoint: str, steps: int, dim: int | None, directory: Path) -> None:
+    """Puts the model card into a finished export of the run, which has done so many steps, and notes that it is its."""
+    exported = steps if config.checkpoint.export == "last" else steps_done(Path(checkpoint))
+    write_card(directory, config, step=exported, dim=dim)
+    record_export(config, steps)
 
 
 def comparable_texts(records: RecordSet, tokenizer: RoleTokenizer) -> list[str]:

@@ -79,6 +79,9 @@ def test_training_leaves_metrics_checkpoints_and_an_export(trained):
     assert saved["training"]["train_steps"] == 3
     assert saved["training"]["clip_grad"] == 1.0
     assert (export / "modules.json").is_file()
+    card = (export / "README.md").read_text(encoding="utf-8")
+    assert "| optimizer steps | 3 |" in card
+    assert f"| ndcg@10 | {evaluations[-1]['eval/ndcg@10']:.4f} |" in card
 
 
 def evaluated(arguments, ranks):
