@@ -35,7 +35,8 @@ def write_card(directory: Path, config: RunConfig, *, step: int, dim: int | None
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in _head(config).items()), "---", "",
              f"# {directory_title(config)}", "", _what(config, dim), "", "## Use", "",
              _EMBEDDING_USE if config.task == "embedding" else _RERANKER_USE, "", *_prompts(config), "## Training", "",
-             "| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in _training(config, step)), ""]
+             "| setting | value |", "|---|---|",
+             *(f"| {name} | {value} |" for name, value in _training(config, step)), ""]
     metrics = _evaluation(config, step)
     if metrics:
         lines += [f"## Evaluation after step {step}", "", "| metric | value |", "|---|---|",
