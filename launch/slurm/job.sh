@@ -12,7 +12,8 @@ CONTAINER_IMAGE=${CONTAINER_IMAGE:-}                         # pyxis/enroot; emp
 CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-$PWD:$PWD}
 SUBDIRECTORY=''                   # set by the array files: a folder of its own for each of their runs
 MAX_RESTARTS=${MAX_RESTARTS:-100} # a job is requeued at most so often
-MIN_FREE_GIB=${MIN_FREE_GIB:-10}  # on the disk of RUN_DIR; three checkpoints of a model take 42 bytes a parameter
+PREFLIGHT=${PREFLIGHT:-yes}       # no: the job does not ask first whether the run can start
+MIN_FREE_GIB=${MIN_FREE_GIB:-1}   # on the disks of the outputs, however little the run writes
 
 # Runs the job: run_job [--dry-run] CONFIG.yaml [section.key=value ...]. Its exit code is the job's.
 run_job() {
@@ -61,7 +62,7 @@ run_job() {
         print_environment
         [[ -n $SUBDIRECTORY ]] && echo "# outputs: a folder $SUBDIRECTORY in each of checkpoint.directory," \
             "logging.directory and checkpoint.export_at_end that the configuration sets"
-        print_command "${check[@]}"
+        [[ $PREFLIGHT != no ]] && print_command "${check[@]}"
         print_command "${train[@]}"
         return 0
     fi
@@ -70,7 +71,9 @@ run_job() {
         return 0
     fi
     echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start number $((${SLURM_RESTART_COUNT:-0} + 1)), $(date --iso-8601=seconds)"
-    "${check[@]}" || return
+    if [[ $PREFLIGHT != no ]]; then
+        "${check[@]}" || return
+    fi
     # Slurm's signals are for the ranks, which save and end. The shell and srun must live until then: the SIGTERM of a
     # requeue reaches them as well, and an srun that takes it kills its tasks.
     trap '' TERM USR1

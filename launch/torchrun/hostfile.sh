@@ -4,7 +4,7 @@
 #
 #   launch/torchrun/hostfile.sh HOSTFILE [--master-port 29500] [--dry-run] CONFIG.yaml [section.key=value ...]
 #
-# SIGTERM, SIGUSR1 and Ctrl-C (as SIGTERM) go to every node. The exit code is node 0's. Of this shell's environment PYTHON goes along, and what
+# SIGTERM, SIGUSR1 and Ctrl-C (as SIGTERM) go to every node. The exit code is node 0's. Of this shell's environment PYTHON and PREFLIGHT go along, and what
 # begins with NCCL_, GLOO_, UCX_, TORCH_ or PYTORCH_.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -31,14 +31,20 @@ if ((${#hosts[@]} == 0)); then
     exit 2
 fi
 
+ranks=0 # of all hosts; empty where one of them does not say its own
+for count in "${slots[@]}"; do
+    [[ -n $ranks && -n $count ]] && ranks=$((ranks + count)) || ranks=""
+done
+
 # What node I runs, as one word for ssh; its process number goes to a file, so that a signal can follow.
 run_id="$(id -un)-$(date +%s)-$$"
 pid_file="/tmp/megatron-embed-$run_id"
 node_command() {
     local options=(--nnodes "${#hosts[@]}" --node-rank "$1" --master-addr "${MASTER_ADDR:-${hosts[0]}}"
         --master-port "$port" --run-id "$run_id")
+    [[ -n $ranks ]] && options+=(--ranks "$ranks")
     [[ -n ${slots[$1]} ]] && options+=(--nproc-per-node "${slots[$1]}")
-    local line name variables=("PYTHON=${PYTHON:-python}")
+    local line name variables=("PYTHON=${PYTHON:-python}" "PREFLIGHT=${PREFLIGHT:-yes}")
     while read -r name; do
         [[ $name =~ ^(NCCL|GLOO|UCX|TORCH|PYTORCH)_ ]] && variables+=("$name=${!name}")
     done < <(compgen -e)

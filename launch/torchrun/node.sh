@@ -5,7 +5,9 @@
 #   launch/torchrun/node.sh --nnodes N --node-rank I --master-addr HOST --master-port 29500 CONFIG.yaml [section.key=value ...]
 #
 # Options: --nproc-per-node G (default: the node's GPUs, else 1), --run-id NAME (the same on every node: keeps runs apart
-# that are given one address and port by mistake), --dry-run (print what would run).
+# that are given one address and port by mistake), --ranks N (of all nodes; default: as many on each as here), --dry-run
+# (print what would run). First it asks `doctor --config` whether the run can start here (layout, GPUs, output
+# directories, free disk) and ends with its code if not; PREFLIGHT=no leaves that out.
 # SIGTERM, SIGUSR1, Ctrl-C and a closed terminal let the run finish its step, save and end with exit code 75. This script
 # hands them to the workers itself: torchrun would kill them 30 seconds after a SIGTERM, and does not survive SIGUSR1.
 # Exit codes are the workers' own: 0 done, 2 bad configuration or data, 75 saved and to be started again, else 1.
@@ -16,7 +18,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/../environment.sh"
 python=${PYTHON:-python}
 
-nnodes=1 node_rank=0 master_addr=127.0.0.1 master_port="" nproc="" run_id="" dry_run=false
+nnodes=1 node_rank=0 master_addr=127.0.0.1 master_port="" nproc="" ranks="" run_id="" dry_run=false
 while [[ ${1:-} == --* ]]; do
     case $1 in
         --nnodes) nnodes=$2 && shift 2 ;;
@@ -24,6 +26,7 @@ while [[ ${1:-} == --* ]]; do
         --master-addr) master_addr=$2 && shift 2 ;;
         --master-port) master_port=$2 && shift 2 ;;
         --nproc-per-node) nproc=$2 && shift 2 ;;
+        --ranks) ranks=$2 && shift 2 ;;
         --run-id) run_id=$2 && shift 2 ;;
         --dry-run) dry_run=true && shift ;;
         *) echo "$0: unknown option $1; see the comment at its top" >&2 && exit 2 ;;
@@ -50,10 +53,17 @@ else
 fi
 command=("$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$nproc" --max-restarts 0
     -m megatron_embed train "$@")
+check=("$python" -m megatron_embed doctor --config "$1" --ranks "${ranks:-$((nnodes * nproc))}" --ranks-per-node "$nproc"
+    "${@:2}")
 if $dry_run; then
     print_environment
+    [[ ${PREFLIGHT:-yes} != no ]] && print_command "${check[@]}"
     print_command "${command[@]}"
     exit 0
+fi
+
+if [[ ${PREFLIGHT:-yes} != no ]]; then
+    "${check[@]}" >&2 || exit
 fi
 
 status=$(mktemp "${TMPDIR:-/tmp}/megatron-embed-status.XXXXXX")

@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=positive_int, metavar="N", default=1, help="ranks of the run; default: 1")
     parser.add_argument("--ranks-per-node", type=positive_int, metavar="N", help="default: --ranks")
     parser.add_argument("--min-free-gib", type=positive_int, metavar="GIB", default=1,
-                        help="free space that the output directories must have; default: 1")
+                        help="free space that the disks of the output directories must have, however little the run "
+                             "writes; default: 1")
     add_subdirectory(parser)
     add_overrides(parser, "", "section.key=value")
 
@@ -47,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
 def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Finding]":
     """Whether this run can start here. Quick: every node of a job asks it, and no library is loaded if all is well."""
-    directories = {"checkpoint.directory": config.checkpoint.directory, "logging.directory": config.logging.directory}
+    from megatron_embed.cli.disk import examine_outputs
+
     return [_layout(config, args.ranks), _devices(config, args.ranks_per_node or args.ranks),
-            *(_directory(key, directory, args.min_free_gib) for key, directory in directories.items()
-              if directory is not None)]
+            *examine_outputs(config, args.min_free_gib)]
 
 
 def _layout(config: "RunConfig", ranks: int) -> "Finding":
@@ -106,22 +107,3 @@ def visible_gpus() -> int:
     there = sum(line.startswith("GPU ") for line in listed.splitlines())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return there if visible is None else min(there, sum(bool(name.strip()) for name in visible.split(",")))
-
-
-def _directory(key: str, directory: str, min_free_gib: int) -> "Finding":
-    from megatron_embed.platform.doctor import Finding
-
-    try:
-        os.makedirs(directory, exist_ok=True)
-        probe = os.path.join(directory, f".doctor-{os.uname().nodename}-{os.getpid()}")
-        with open(probe, "w", encoding="utf-8"):
-            os.remove(probe)
-    except OSError as error:
-        return Finding(name=key, value=directory, remedy=f"{key} = {directory!r}: cannot be written "
-                       f"({error.strerror}); choose a directory that can")
-    free = shutil.disk_usage(directory).free / 2**30
-    value = f"{directory}, {free:.0f} GiB free"
-    if free < min_free_gib:
-        return Finding(name=key, value=value, remedy=f"less than {min_free_gib} GiB are free; make room, or choose "
-                       "another disk")
-    return Finding(name=key, value=value)

@@ -5,6 +5,7 @@ import os
 from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path
+from megatron_embed.cli.watching import ranks_watched
 from megatron_embed.cli.whole_file import write_whole
 from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
 
@@ -37,12 +38,13 @@ def run(args: argparse.Namespace) -> int:
     from megatron_embed.cli.model import open_encoder
     from megatron_embed.parallel.collectives import raise_first
 
-    encoder, _, topology = open_encoder(args, prompts=args.role is not None)
-    try:
-        vectors = encoder.encode(texts, args.role or "document", show_progress=topology.rank == 0)
-    except TokenlessTextError as error:
-        raise TokenlessTextError(error.row, place_of_text(args.input, error.row), error.text) from None
-    raise_first(write_vectors(args.output, vectors) if topology.rank == 0 else None)
+    with ranks_watched() as start:
+        encoder, _, topology = open_encoder(args, prompts=args.role is not None, start=start)
+        try:
+            vectors = encoder.encode(texts, args.role or "document", show_progress=topology.rank == 0)
+        except TokenlessTextError as error:
+            raise TokenlessTextError(error.row, place_of_text(args.input, error.row), error.text) from None
+        raise_first(write_vectors(args.output, vectors) if topology.rank == 0 else None)
     return 0
 
 

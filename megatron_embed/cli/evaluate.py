@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int, write_output
+from megatron_embed.cli.watching import Start, ranks_watched
 from megatron_embed.cli.whole_file import check_jsonl, write_whole
 from megatron_embed.errors import ConfigError, UserError
 
@@ -70,12 +71,13 @@ def run(args: argparse.Namespace) -> int:
     if args.reranker_weight and args.reranker is None:
         raise ConfigError(f"--reranker-weight {','.join(map(str, args.reranker_weight))}: there is no reranker; add "
                           "--reranker")
-    if not os.path.isfile(args.data):
-        metrics, rank = evaluate_beir(args)
-    elif holds_pairs(args.data):
-        metrics, rank = evaluate_pairs(args)
-    else:
-        metrics, rank = evaluate_lists(args)
+    with ranks_watched() as start:
+        if not os.path.isfile(args.data):
+            metrics, rank = evaluate_beir(args, start)
+        elif holds_pairs(args.data):
+            metrics, rank = evaluate_pairs(args, start)
+        else:
+            metrics, rank = evaluate_lists(args, start)
     if rank == 0:
         write_output(json.dumps(metrics))
     return 0
@@ -91,7 +93,7 @@ def holds_pairs(file: str) -> bool:
     return first is not None and "text_a" in parse_object(first.raw, f"{file}:{first.number}")
 
 
-def evaluate_beir(args: argparse.Namespace) -> tuple[dict[str, float], int]:
+def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(metrics of an embedding model on a BEIR folder, this rank)."""
     from megatron_embed.evaluation.beir import load_beir
 
@@ -104,7 +106,7 @@ def evaluate_beir(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     from megatron_embed.evaluation.retrieval import Widths, evaluate_queries, mean_metrics
     from megatron_embed.parallel.collectives import raise_first
 
-    encoder, model, topology = open_encoder(args, prompts=True)
+    encoder, model, topology = open_encoder(args, prompts=True, start=start)
     widths = Widths(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100)
     widths.check(encoder.dim)
     second_stage = None if args.reranker is None else open_second_stage(args, data.query_texts, topology)
@@ -142,7 +144,7 @@ def open_second_stage(args: argparse.Namespace, queries: "Sequence[str]", topolo
     return SecondStage(score=score, candidates=args.candidates or 100, weights=args.reranker_weight)
 
 
-def evaluate_pairs(args: argparse.Namespace) -> tuple[dict[str, float], int]:
+def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(correlations of an embedding model's similarities with the scores of a file of pairs, this rank)."""
     refuse(args, "pairs", "split", "two_stage", "reranker", "per_query")
     from megatron_embed.evaluation.sts import load_sts
@@ -151,12 +153,12 @@ def evaluate_pairs(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     from megatron_embed.cli.model import open_encoder
     from megatron_embed.evaluation.sts import evaluate_sts
 
-    encoder, model, topology = open_encoder(args, prompts=True)
+    encoder, model, topology = open_encoder(args, prompts=True, start=start)
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
     return evaluate_sts(encode, data, similarity=model.saved.similarity, dims=args.dims), topology.rank
 
 
-def evaluate_lists(args: argparse.Namespace) -> tuple[dict[str, float], int]:
+def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(metrics of a reranker, or of an embedding model's similarities, on a file of lists, this rank)."""
     refuse(args, "lists", "split", "two_stage", "dims", "reranker", "per_query")
     from megatron_embed.evaluation.reranking import evaluate_reranking, load_rerank_file, similarity_of_pairs
@@ -167,10 +169,10 @@ def evaluate_lists(args: argparse.Namespace) -> tuple[dict[str, float], int]:
 
     if is_reranker(find_model(args.model, "--model")):
         scorer, _, topology = open_scorer(args.model, max_length=args.max_length, dtype=args.dtype,
-                                          overrides=args.overrides)
+                                          overrides=args.overrides, start=start)
         score = functools.partial(scorer.raw_scores, show_progress=topology.rank == 0)
         return evaluate_reranking(score, data), topology.rank
-    encoder, model, topology = open_encoder(args, prompts=True)
+    encoder, model, topology = open_encoder(args, prompts=True, start=start)
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
     score = functools.partial(similarity_of_pairs, encode, similarity=model.saved.similarity)
     return evaluate_reranking(score, data), topology.rank

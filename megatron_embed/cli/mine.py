@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_encoding_arguments, path, process_rank
+from megatron_embed.cli.watching import Start, ranks_watched
 from megatron_embed.cli.whole_file import check_jsonl, write_whole
 from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
 
@@ -80,10 +81,11 @@ def run(args: argparse.Namespace) -> int:
     corpus, names = (None, []) if args.corpus is None else read_corpus(args.corpus)
     prompts = [""] * len(records) if by_words else query_prompts(args, records)
     task = build_task(records, prompts, corpus, names)
-    if by_words:
-        mine_by_words(args, records, task, options)
-    else:
-        mine_with_model(args, records, task, options)
+    with ranks_watched() as start:
+        if by_words:
+            mine_by_words(args, records, task, options, start)
+        else:
+            mine_with_model(args, records, task, options, start)
     return 0
 
 
@@ -116,7 +118,7 @@ def query_prompts(args: argparse.Namespace, records: "Sequence[Record]") -> list
 
 
 def mine_by_words(args: argparse.Namespace, records: "Sequence[Record]", task: "MiningTask",
-                  options: "MiningOptions") -> None:
+                  options: "MiningOptions", start: Start) -> None:
     """Ranks by BM25 and writes, in one process; on all ranks together where a reranker judges."""
     from megatron_embed.mining.bm25 import mine_bm25
 
@@ -128,19 +130,19 @@ def mine_by_words(args: argparse.Namespace, records: "Sequence[Record]", task: "
         return
     from megatron_embed.parallel.collectives import raise_first
 
-    scorer, topology = open_judge(args, records, task)
+    scorer, topology = open_judge(args, records, task, start)
     mined = judged(scorer, mine_bm25(task, options, show_progress=topology.rank == 0), records, task, options)
     raise_first(write_rows_whole(args.output, records, task, mined, options) if topology.rank == 0 else None)
 
 
 def open_judge(args: argparse.Namespace, records: "Sequence[Record]", task: "MiningTask",
-               topology: "Topology | None" = None) -> "tuple[PairScorer, Topology]":
+               start: Start, topology: "Topology | None" = None) -> "tuple[PairScorer, Topology]":
     """The reranker, on all ranks, once it is known to have room for every query."""
     from megatron_embed.cli.reranker import open_scorer
     from megatron_embed.mining.judge import pair_of
 
     scorer, _, topology = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
-                                      topology=topology)
+                                      topology=topology, start=start)
     scorer.tokenizer.check_room([pair_of(task, records, query, task.positives[query][0])
                                  for query in range(len(task.queries))])
     return scorer, topology
@@ -155,7 +157,7 @@ def judged(scorer: "PairScorer", found: "Sequence[Mined]", records: "Sequence[Re
 
 
 def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task: "MiningTask",
-                    options: "MiningOptions") -> None:
+                    options: "MiningOptions", start: Start) -> None:
     """Embeds, searches and writes, on all ranks together."""
     import torch
     import torch.distributed as dist
@@ -169,8 +171,8 @@ def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task:
     given: dict[Role, str] = {"query": ""}
     if args.document_prompt is not None:
         given["document"] = args.document_prompt
-    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given)
-    scorer = open_judge(args, records, task, topology)[0] if options.judged else None
+    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given, start=start)
+    scorer = open_judge(args, records, task, start, topology)[0] if options.judged else None
     source = vector_source(args, encoder, model)
     scale = functools.partial(normalize, dim=-1) if model.saved.similarity == "cosine" else torch.clone
     role: Role = "query"

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_embed.checkpoint.state import load_model
+from megatron_embed.cli.watching import Start
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
 from megatron_embed.convert.adapters import parts_by_linear, resolve_modules
@@ -228,7 +229,8 @@ def _load_peft_weights(path: Path, model: ModelDirectory, chunks: Sequence[Embed
 
 
 def open_encoder(args: argparse.Namespace, *, prompts: bool,
-                 given_prompts: dict[Role, str] | None = None) -> tuple[TextEncoder, ModelDirectory, Topology]:
+                 given_prompts: dict[Role, str] | None = None,
+                 start: Start = initialize) -> tuple[TextEncoder, ModelDirectory, Topology]:
     """The model that `encode`, `evaluate` and `mine` name, ready on all ranks.
 
     Args:
@@ -236,6 +238,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
             what the directory says (dtype: float32 if it says nothing we compute in).
         prompts: put the directory's prompts before the texts.
         given_prompts: in place of the directory's.
+        start: makes the process groups.
     """
     model = find_model(args.model, "--model")
     known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
@@ -255,7 +258,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
             document_prompt=texts.get("document", ""), query_max_length=lengths["query"],
             document_max_length=lengths["document"], length_keys=("--max-length", "--max-length"),
             vocab_size=model.shape.vocab_size)
-        topology = initialize(config.parallel)
+        topology = start(config.parallel)
         chunks = load_model_chunks(model, config, topology)
     encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.shape.hidden_size,
                           kernel=attention_kernel(config),

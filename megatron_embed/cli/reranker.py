@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from megatron_embed.cli.model import ModelDirectory, blaming, find_model, load_model_chunks
+from megatron_embed.cli.watching import Start
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import RerankerConfig, RunConfig
 from megatron_embed.convert.heads import CarriedFile, read_head, score_names
@@ -160,14 +161,14 @@ def _carried_tensors(model: ModelDirectory) -> HFDirectory | CarriedFile:
 
 
 def open_scorer(directory: str, *, key: str = "--model", max_length: int | None = None, dtype: str | None = None,
-                overrides: Sequence[str] = (),
-                topology: Topology | None = None) -> tuple[PairScorer, ModelDirectory, Topology]:
+                overrides: Sequence[str] = (), topology: Topology | None = None,
+                start: Start = initialize) -> tuple[PairScorer, ModelDirectory, Topology]:
     """The reranker of a directory, ready on all ranks; what is not given is what the directory says.
 
     Args:
         key: the option that names the directory, for messages.
         overrides: parallel.* settings.
-        topology: of these settings, if another model is open already.
+        topology: of these settings, if another model is open already; else `start` makes the process groups.
     Raises:
         UserError: it is no reranker, or cannot be loaded.
     """
@@ -187,7 +188,7 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
     with blaming(key, directory):
         tokenizer = open_pair_tokenizer(settings, model, "--max-length" if key == "--model" else "its max_length")
         spec = head_spec(settings, tokenizer)
-        topology = topology or initialize(config.parallel)
+        topology = topology or start(config.parallel)
         chunks = load_reranker_chunks(model, config, topology, spec)
     return scorer_of(chunks, chunks, topology, tokenizer, config, settings.activation), model, topology
 

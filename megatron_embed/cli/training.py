@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +14,13 @@ from megatron_embed.checkpoint.files import remove_unfinished, set_aside_after
 from megatron_embed.checkpoint.lock import sole_writer
 from megatron_embed.checkpoint.save import Saver, on_rank_0
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, load_model
-from megatron_embed.cli.common import leaves_status, report_lost_rank, write_status
 from megatron_embed.cli.export import write_settings
 from megatron_embed.cli.inputs import Inputs, log_directory, output_directories, read_inputs
 from megatron_embed.cli.model import adapters_of, blaming, load_model_chunks
 from megatron_embed.cli.reranker import load_reranker_chunks
 from megatron_embed.cli.resume import DATA_FILE, Standing, best_checkpoint, describe_rows, moved_on, standing
 from megatron_embed.cli.tasks import Task, embedding_task, reranker_task
+from megatron_embed.cli.watching import leave_at_once
 from megatron_embed.config.load import save_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.layout import write_companions
@@ -60,15 +59,6 @@ def run_training(config: RunConfig) -> dict[str, float]:
         topology = initialize(config.parallel)
         with watched(topology, leave_at_once):
             return guarded_run(config, inputs, topology, stop)
-
-
-def leave_at_once(message: str, speaker: bool) -> None:
-    """Ends a process whose main thread waits for a rank that is gone."""
-    if speaker:
-        report_lost_rank(message)
-    if leaves_status():
-        write_status(1, message)
-    os._exit(1)
 
 
 def guarded_run(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopRequest) -> dict[str, float]:

@@ -27,18 +27,20 @@ ALIVE, SUSPECT, DONE, FAILED = "alive", "suspect", "done", "failed"
 
 
 @contextlib.contextmanager
-def watched(topology: Topology, on_loss: Callable[[str, bool], None]) -> Iterator[None]:
+def watched(topology: Topology, on_loss: Callable[[str, bool], None], advice: str = ADVICE) -> Iterator[None]:
     """Meanwhile the end of another rank becomes a LostRankError that names it, within `parallel.timeout_seconds`.
 
     Args:
         on_loss: called by a thread with (message, whether this rank speaks for all) if the main thread hangs all the
             same; must end the process.
+        advice: the message's end, what to do then.
     """
     if topology.rendezvous is None:
         yield
         return
     watch = LifeWatch(*topology.rendezvous, rank=topology.rank, world_size=topology.world_size,
-                      silence_seconds=min(LONGEST_SILENCE_SECONDS, topology.sizes.timeout_seconds / 2), on_loss=on_loss)
+                      silence_seconds=min(LONGEST_SILENCE_SECONDS, topology.sizes.timeout_seconds / 2), on_loss=on_loss,
+                      advice=advice)
     try:
         yield
     except Exception as error:
@@ -76,12 +78,13 @@ class LifeWatch:
     """
 
     def __init__(self, host: str, port: int, *, rank: int, world_size: int, silence_seconds: float,
-                 on_loss: Callable[[str, bool], None]) -> None:
+                 on_loss: Callable[[str, bool], None], advice: str = ADVICE) -> None:
         self._address = (host, port)
         self._rank = rank
         self._world_size = world_size
         self._silence_seconds = silence_seconds
         self._on_loss = on_loss
+        self._advice = advice
         self._state = ALIVE
         self._beats = 0
         self._heard: dict[int, tuple[str, float]] = {}
@@ -130,7 +133,7 @@ class LifeWatch:
                 return
             host, port = self._address
             self._decide(f"rank 0, or the launcher on its node, is gone: the run's store at {host}:{port} does not "
-                         f"answer ({first_line(error)}){ADVICE}", lowest_alive=1)
+                         f"answer ({first_line(error)}){self._advice}", lowest_alive=1)
         if not self._closing.wait(GRACE_SECONDS) and self._loss is not None:
             self._on_loss(*self._loss)
 
@@ -153,7 +156,8 @@ class LifeWatch:
         if message:
             self._decide(message, lowest_alive=int(lowest_alive))
         elif self._silence(0, beat) > self._silence_seconds and not self._rank_0_is_done:
-            self._decide(f"rank 0 is gone: no sign of life for {self._silence_seconds:.0f} s{ADVICE}", lowest_alive=1)
+            self._decide(f"rank 0 is gone: no sign of life for {self._silence_seconds:.0f} s{self._advice}",
+                         lowest_alive=1)
 
     def _judge(self, beats: dict[int, str]) -> tuple[str, int]:
         """Rank 0's opinion: the message, empty if all is well, and the lowest rank that is alive."""
@@ -164,12 +168,13 @@ class LifeWatch:
         gone = [rank for rank, seconds in silent.items() if seconds > limit and states[rank] in (ALIVE, SUSPECT)]
         lowest_alive = min((rank for rank in beats if rank not in gone and rank not in failed), default=0)
         if failed:
-            return f"rank {failed[0]} ended with {states[failed[0]].removeprefix(FAILED).strip()}{ADVICE}", lowest_alive
+            error = states[failed[0]].removeprefix(FAILED).strip()
+            return f"rank {failed[0]} ended with {error}{self._advice}", lowest_alive
         if gone:
             names = ", ".join(map(str, gone[:8])) + (f" and {len(gone) - 8} more" if gone[8:] else "")
             verb = f"rank {names} is" if len(gone) == 1 else f"ranks {names} are"
             seconds = max(silent[rank] for rank in gone)
-            return f"{verb} gone: no sign of life for {seconds:.0f} s{ADVICE}", lowest_alive
+            return f"{verb} gone: no sign of life for {seconds:.0f} s{self._advice}", lowest_alive
         return "", lowest_alive
 
     def _silence(self, rank: int, beat: str) -> float:

@@ -23,6 +23,7 @@ SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), *(REPOSITORY
 # exit code in the status file, as ours do; torchrun itself always says 1.
 TORCHRUN = """#!/usr/bin/env bash
 echo "$@" >>"$STUB_LOG"
+case $* in *" doctor "*) echo "a report"; exit "${STUB_DOCTOR:-0}" ;; esac
 leave() { printf '{"exit_code": %s, "message": "a \\\\"word\\\\""}\\n' "$1" >"$MEGATRON_EMBED_STATUS_FILE"; exit "$1"; }
 case $STUB in
     0) exit 0 ;;
@@ -71,9 +72,23 @@ def test_torchrun_script_gives_the_workers_exit_code(stub, left, code):
                  "data.query_prompt=a b", env=stub | {"STUB": left})
     assert result.returncode == code, result.stderr
     called = Path(stub["STUB_LOG"]).read_text()
-    assert called == ("-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 0 -m megatron_embed "
+    assert called == ("-m megatron_embed doctor --config run.yaml --ranks 2 --ranks-per-node 2 data.query_prompt=a b\n"
+                      "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 0 -m megatron_embed "
                       "train run.yaml data.query_prompt=a b\n")
+    assert (result.stdout, result.stderr) == ("", "a report\n")
     assert not [name for name in os.listdir(stub["TMPDIR"]) if "status" in name]
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_run_that_cannot_start_is_not_started(stub, tmp_path, code):
+    environment = stub | {"STUB": "0", "STUB_DOCTOR": str(code)}
+    script = LAUNCH / "torchrun" / "one_node.sh"
+    assert run(script, "--nproc-per-node", "2", "run.yaml", env=environment).returncode == code
+    assert "torch.distributed.run" not in (tmp_path / "log").read_text()
+    (tmp_path / "log").unlink()
+    assert run(script, "--nproc-per-node", "2", "run.yaml", env=environment | {"PREFLIGHT": "no"}).returncode == 0
+    assert "doctor" not in (tmp_path / "log").read_text()
+    assert "torch.distributed.run" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("script, number", [
@@ -162,7 +177,7 @@ def test_dry_runs(stub, tmp_path):
     lines = hosts.stdout.splitlines()
     assert lines[::2] == ["# on a", "# on b"]
     assert all(r"NCCL_SOCKET_IFNAME=eth\ 0 " in line and "secret" not in line for line in lines[1::2])
-    assert "--nproc-per-node 8 a.yaml" in lines[1] and "--node-rank 1 --master-addr a " in lines[3]
+    assert "--ranks 12 --nproc-per-node 8 a.yaml" in lines[1] and "--node-rank 1 --master-addr a " in lines[3]
     assert not (tmp_path / "log").exists()
 
 

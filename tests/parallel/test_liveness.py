@@ -2,11 +2,14 @@
 
 import dataclasses
 import datetime
+import json
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -20,6 +23,7 @@ from megatron_embed.errors import CheckpointError, LostRankError
 from megatron_embed.parallel import liveness
 from megatron_embed.parallel.liveness import LifeWatch, is_connection_error
 from tests.checkpoint.test_resume import configuration
+from tests.cli.test_refusals import command
 from tests.ranks import run_on_ranks
 from tests.toys import REPOSITORY, save_model
 
@@ -146,6 +150,118 @@ def test_kill_of_a_rank_is_told_by_the_other(tmp_path):
     told = (tmp_path / "told").read_text()
     assert told.startswith("rank 1 is gone: no sign of life for ")
     assert told.endswith("it goes on from its last checkpoint True")
+
+
+def lose_rank_1_in(arguments, port, told):
+    """A command whose rank 1 is killed once the ranks have met; rank 0 writes how it ended."""
+    from unittest import mock
+
+    from megatron_embed.cli import model
+    from megatron_embed.parallel import topology
+
+    initialize, load, rank = topology.initialize, model.load_model_chunks, dist.get_rank()
+
+    def load_or_die(*given, **named):
+        time.sleep(0.5)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(*given, **named)
+
+    with mock.patch.object(topology, "initialize", lambda sizes: dataclasses.replace(
+            initialize(sizes), rendezvous=("127.0.0.1", port))), mock.patch.object(
+            model, "load_model_chunks", load_or_die), mock.patch.multiple(
+            liveness, BEAT_SECONDS=0.1, SUSPECT_SECONDS=1.0):
+        code, _, err, _ = command(arguments)
+    Path(told).write_text(f"{code} {err}")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Rows for every command, and a model."""
+    folder = tmp_path_factory.mktemp("small")
+    model = save_model(folder / "model", "bert", tokenizer=True)
+    rows = [{"query": f"what is {word}", "positive": [f"it is {word}"]} for word in ("red", "blue", "green", "black")]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": row["query"]}) + "\n" for row in rows))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(
+        {"text_a": row["query"], "text_b": row["positive"][0], "score": number}) + "\n"
+        for number, row in enumerate(rows)))
+    return model, folder
+
+
+@pytest.mark.parametrize("arguments", [
+    ["encode", "--input", "texts.jsonl", "--output", "out.npy"],
+    pytest.param(["evaluate", "--data", "pairs.jsonl"], marks=pytest.mark.slow),
+    pytest.param(["mine", "--data", "rows.jsonl", "--output", "out.jsonl", "--num-negatives", "1"],
+                 marks=pytest.mark.slow)],
+    ids=lambda arguments: arguments[0])
+def test_commands_tell_which_rank_was_killed(small, tmp_path, arguments):
+    model, folder = small
+    named = [str((tmp_path if text.startswith("out") else folder) / text) if "." in text else text
+             for text in arguments]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(RuntimeError, match="died with exit code -9"):
+        run_on_ranks(lose_rank_1_in, 2, [*named, "--model", model], store.port, str(tmp_path / "told"))
+    code, _, err = (tmp_path / "told").read_text().partition(" ")
+    line = err.strip().splitlines()[-1]
+    assert (code, line.startswith("megatron-embed: error: rank 1 is gone: no sign of life for ")) == ("1", True), err
+    assert line.endswith("Look at its log, then start the command again")
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["told"]
+
+
+class Screen:
+    """A terminal, without which no progress is shown, and what was written to it."""
+
+    def __init__(self):
+        self._keyboard, self.terminal = pty.openpty()
+        termios.tcsetwinsize(self.terminal, (24, 100))  # else there is no room for a bar
+        self._parts = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        while part := os.read(self._keyboard, 4096):
+            self._parts.append(part)
+
+    def text(self):
+        time.sleep(0.2)
+        return b"".join(self._parts).decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_killed_rank_ends_encode_with_a_line_that_names_it(small, tmp_path, victim):
+    """Plain processes and a real SIGKILL, while texts become vectors."""
+    model, _ = small
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"number {number} " * 60}) + "\n"
+                                                  for number in range(20_000)))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    logs, ranks = [Screen(), Screen()], []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        ranks.append(subprocess.Popen(
+            [sys.executable, "-m", "megatron_embed", "encode", "--model", model, "--input",
+             str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "out.npy")], cwd=REPOSITORY,
+            env=environment, stdout=logs[rank].terminal, stderr=logs[rank].terminal, start_new_session=True))
+    try:
+        deadline = time.monotonic() + 120
+        while "%|" not in logs[0].text():
+            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks), logs[0].text()
+            time.sleep(0.2)
+        ranks[victim].send_signal(signal.SIGKILL)
+        assert ranks[1 - victim].wait(timeout=120) == 1
+        text = logs[1 - victim].text()
+        line = text.strip().splitlines()[-1]
+        assert line.startswith(f"megatron-embed: error: rank {victim}") and "gone" in line, text
+        assert "Traceback" not in text and not (tmp_path / "out.npy").exists()
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 @pytest.mark.slow
