@@ -17,7 +17,7 @@ from megatron_embed.cli.common import (
     write_status,
 )
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
-from megatron_embed.parallel.launch import launched_rank
+from megatron_embed.parallel.launch import launched_rank, source_of_world_size
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
 COMMANDS = {"train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
@@ -25,6 +25,9 @@ COMMANDS = {"train": train, "convert": convert, "encode": encode, "evaluate": ev
 
 OF_MANY_RANKS = ("train", "encode", "evaluate", "mine")
 """Commands whose ranks work together; one that fails before they meet tells the others."""
+
+OF_ONE_PROCESS = ("convert", "merge", "data", "plan")
+"""Several ranks would each do all of it, and write each other's files. `doctor` is for every node by itself."""
 
 
 def build_parser() -> Parser:
@@ -51,12 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def refuse_several_ranks(command: str) -> None:
+    """Raises UserError, on every rank alike, where a launcher started several."""
+    ranks = launched_rank()[1]
+    if ranks > 1:
+        raise UserError(f"{command} is the work of one process, and {source_of_world_size()} says {ranks} ranks; start "
+                        "it once, without a launcher")
+
+
 def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
     """Exit code and message of one command."""
     meeting = None
     try:
         setup_logging(rank)
         args = build_parser().parse_args(argv)
+        if args.command in OF_ONE_PROCESS:
+            refuse_several_ranks(args.command)
         if args.command in OF_MANY_RANKS and launched_rank()[1] > 1:
             from megatron_embed.parallel.meeting import open_meeting
 

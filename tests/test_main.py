@@ -128,6 +128,24 @@ def test_settings_may_stand_behind_options():
         parse(["plan", "run.yaml", "--gpus", "8", "--gpuu", "h100"])
 
 
+@pytest.mark.parametrize("arguments", ["convert hf-to-megatron a b", "merge --method linear a b --output c",
+                                       "data check a.yaml", "plan a.yaml --gpus 8"])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_work_of_one_process_is_refused_on_several_ranks(monkeypatch, capsys, arguments, rank):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments.split()) == 2
+    err = capsys.readouterr().err
+    command = arguments.split()[0]
+    assert err == ("" if rank == "1" else f"megatron-embed: error: {command} is the work of one process, and "
+                   "torchrun's WORLD_SIZE says 2 ranks; start it once, without a launcher\n")
+
+
+def test_every_command_says_how_many_ranks_it_has():
+    kinds = (*command_line.OF_MANY_RANKS, *command_line.OF_ONE_PROCESS, "doctor")
+    assert sorted(kinds) == sorted(command_line.COMMANDS)
+
+
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
 def test_only_rank_0_prints_and_every_rank_ends_with_2(doctor_that, monkeypatch, capsys, tmp_path, variable):
     doctor_that(raising(DataError("a.jsonl:3: no\nquery; add one")))

@@ -66,6 +66,14 @@ run_job() {
         print_command "${train[@]}"
         return 0
     fi
+    # RUN_DIR's default is the job's name, which two configurations may share.
+    local config owner=$RUN_DIR/.launched_config
+    config=$(realpath -m "$1")
+    if [[ -e $owner && $(<"$owner") != "$config" ]]; then
+        echo "RUN_DIR = $RUN_DIR is the directory of $(<"$owner"), not of $config: set RUN_DIR, or give the job a name" \
+            "of its own (--job-name); if the file has only moved, remove $owner" >&2
+        return 2
+    fi
     if [[ -e $RUN_DIR/DONE ]]; then
         echo "$RUN_DIR/DONE is there: the run is complete; remove it to go on with more steps"
         return 0
@@ -78,6 +86,7 @@ run_job() {
     # requeue reaches them as well, and an srun that takes it kills its tasks.
     trap '' TERM USR1
     mkdir -p "$RUN_DIR"
+    echo "$config" >"$owner"
     export MEGATRON_EMBED_STATUS_FILE=$RUN_DIR/.status
     rm -f "$MEGATRON_EMBED_STATUS_FILE"
     local code=0

@@ -6,7 +6,7 @@ A model of the step, not a measurement: nothing here has been compared with a GP
 from dataclasses import dataclass
 
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.models.families import ModelShape
+from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
 from megatron_embed.planning.memory import DTYPE_BYTES, Grid, texts_per_query, tokens_per_query
 from megatron_embed.planning.parameters import Parts, active_matrix_parameters, held_parameters
@@ -97,14 +97,17 @@ def step_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU, parts:
         gpu.peak_tflops * 1e12 * efficiency)
     # Bytes that a rank sends per layer, micro-batch and pass of the hidden states of its tokens.
     state = rank_tokens * shape.hidden_size * DTYPE_BYTES[config.model.dtype]
-    rounds = grid.num_microbatches * shape.num_layers / pp
+    # Stages, virtual ones too, take turns: all wait for the one with most layers.
+    virtual = sizes.virtual_pipeline_model_parallel_size or 1
+    most = max(layers_by_stage(shape.num_layers, pp * virtual)) * virtual
+    compute *= most * pp / shape.num_layers
+    rounds = grid.num_microbatches * most
     tensor = rounds * (4 * forwards + 6) * state * (tp - 1) / tp / _bandwidth(gpu, tp)
     keys = state / shape.hidden_size * 2 * shape.num_query_groups * shape.head_dim / tp
     context = rounds * (forwards + 2) * keys * (cp - 1) / _bandwidth(gpu, tp * cp)
     ep = sizes.expert_model_parallel_size
     expert = rounds * 2 * (forwards + 1) * state / tp * shape.experts_per_token * (ep - 1) / ep / _bandwidth(
         gpu, ep * sizes.expert_tensor_parallel_size)
-    virtual = sizes.virtual_pipeline_model_parallel_size or 1
     bubble = (compute + tensor + context + expert) * (pp - 1) / (virtual * grid.num_microbatches)
     held = held_parameters(config, shape, 0, parts).trained.total
     moved = held * (4 + DTYPE_BYTES[config.model.dtype]) * (grid.dp * cp - 1) / (grid.dp * cp)

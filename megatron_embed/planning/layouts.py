@@ -87,14 +87,16 @@ def propose(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, parts: Pa
 
 
 def candidates(config: RunConfig, shape: ModelShape, gpus: int) -> Iterator[RunConfig]:
-    """Every possible variation of tensor, pipeline and expert parallelism, micro-batch and recomputation."""
+    """Every possible variation of tensor, pipeline and expert parallelism, micro-batch and recomputation.
+
+    Layers need not divide by the stages. Context parallelism stays as it is.
+    """
     powers = [2**power for power in range(gpus.bit_length()) if 2**power <= gpus]
     tensor = [size for size in powers if size <= GPUS_PER_NODE]
-    pipeline = [size for size in range(1, min(gpus, shape.num_layers) + 1) if gpus % size == 0 and
-                shape.num_layers % size == 0 and size <= 16]
+    pipeline = [size for size in range(1, min(gpus, shape.num_layers, 16) + 1) if gpus % size == 0]
     expert = [size for size in powers if shape.num_experts and shape.num_experts % size == 0] or [1]
     for tp, pp, ep, recompute in itertools.product(tensor, pipeline, expert, ("none", "full")):
-        for virtual in (None, *(size for size in (2, 4, 5) if pp > 1 and shape.num_layers % (pp * size) == 0)):
+        for virtual in (None, *(size for size in (2, 4, 5) if pp > 1 and pp * size <= shape.num_layers)):
             sizes = dataclasses.replace(
                 config.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
                 expert_model_parallel_size=ep, virtual_pipeline_model_parallel_size=virtual)

@@ -1,5 +1,6 @@
 """The command `plan`: its exit codes, its table of GPUs, and what it counts of the rows."""
 
+import dataclasses
 import json
 import re
 
@@ -7,7 +8,10 @@ import pytest
 import yaml
 
 from megatron_embed.__main__ import main
+from megatron_embed.config.load import load_config
 from megatron_embed.planning.hardware import GPUS
+from megatron_embed.planning.layouts import candidates, plan_layout
+from megatron_embed.planning.shapes import shape_of
 from tests.test_main import _one_rank  # noqa: F401  without a launcher's variables
 from tests.toys import REPOSITORY
 
@@ -126,3 +130,19 @@ def test_lists_of_a_reranker(capsys, small):
         assert tokens(out) == 8 * documents * 100
     code, out, _ = plan(capsys, small(rows, data={"train": ["gone.jsonl"]}, **task), "--gpus", "1")
     assert "taken to have 1 document, since data.num_negatives = 0 takes what a row has" in out
+
+
+def test_stages_need_not_divide_the_layers(capsys):
+    """36 layers in stages of 4 and 5: proposed where there is no other way, and dearer than their share."""
+    config, shape, gpu = load_config(LARGE, []), shape_of(load_config(LARGE, []).model.path), GPUS["h100"]
+    found = {candidate.parallel.pipeline_model_parallel_size: candidate for candidate in candidates(config, shape, 8)}
+    assert found.keys() == {1, 2, 4, 8} and shape.num_layers % 8
+    assert any(candidate.parallel.virtual_pipeline_model_parallel_size == 2 and
+               candidate.parallel.pipeline_model_parallel_size == 8 for candidate in candidates(config, shape, 16))
+    even, uneven = (plan_layout(with_stages(config, pp), shape, 8, gpu).time.compute for pp in (4, 8))
+    assert uneven / even == pytest.approx(5 * 8 / 36)
+
+
+def with_stages(config, size):
+    parallel = dataclasses.replace(config.parallel, tensor_model_parallel_size=1, pipeline_model_parallel_size=size)
+    return dataclasses.replace(config, parallel=parallel)

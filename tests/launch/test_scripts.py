@@ -256,4 +256,8 @@ def test_job_ends_as_its_ranks_do(tmp_path, doctor, train, restarts, code, reque
     if code == 0:
         again = run("bash", LAUNCH / "slurm" / "train.sbatch", "a.yaml", env=environment)
         assert (again.returncode, "the run is complete" in again.stdout) == (0, True)
+        other = run("bash", LAUNCH / "slurm" / "train.sbatch", "b.yaml", env=environment)
+        assert other.returncode == 2
+        assert (f"RUN_DIR = {run_directory} is the directory of {REPOSITORY}/a.yaml, not of {REPOSITORY}/b.yaml: set "
+                "RUN_DIR") in other.stderr
         assert (tmp_path / "log").read_text().count("srun") == log.count("srun")
