@@ -5,6 +5,7 @@ import os
 from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path
+from megatron_embed.cli.prompts import add_prompt_arguments, given_prompts
 from megatron_embed.cli.watching import ranks_watched
 from megatron_embed.cli.whole_file import write_whole
 from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
@@ -17,11 +18,13 @@ HELP = "texts to vectors"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
-    parser.add_argument("--input", required=True, metavar="FILE.jsonl", type=path, help='rows {"text": ...}')
+    parser.add_argument("--input", required=True, metavar="FILE.jsonl", type=path,
+                        help='rows {"text": ..., "title"?: ...}; a title stands before its text, as evaluate reads it')
     parser.add_argument("--output", required=True, metavar="FILE.npy", type=path,
                         help="float32 vectors, one row per text")
     parser.add_argument("--role", choices=("query", "document"),
-                        help="put the directory's prompt for this role before every text; default: no prompt")
+                        help="put this role's prompt before every text; default: no prompt")
+    add_prompt_arguments(parser)
     add_encoding_arguments(parser)
 
 
@@ -38,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_embed.cli.model import open_encoder
     from megatron_embed.parallel.collectives import raise_first
 
+    prompts = given_prompts(args, () if args.role is None else (args.role,))
     with ranks_watched() as start:
-        encoder, _, topology = open_encoder(args, prompts=args.role is not None, start=start)
+        encoder, _, topology = open_encoder(args, prompts=args.role is not None, given_prompts=prompts, start=start)
         try:
             vectors = encoder.encode(texts, args.role or "document", show_progress=topology.rank == 0)
         except TokenlessTextError as error:

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int, write_output
+from megatron_embed.cli.prompts import add_prompt_arguments, given_prompts, refuse_prompts
 from megatron_embed.cli.watching import Start, ranks_watched
 from megatron_embed.cli.whole_file import check_jsonl, write_whole
 from megatron_embed.errors import ConfigError, UserError
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="documents per query that the first of two stages finds; default: 100")
     parser.add_argument("--per-query", metavar="FILE.jsonl", type=path,
                         help="write the metrics of every query of a folder as well, a row each")
+    add_prompt_arguments(parser)
     add_encoding_arguments(parser)
 
 
@@ -64,7 +66,7 @@ def weights(text: str) -> tuple[float, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the metrics from rank 0; prompts are the directory's."""
+    """Print the metrics from rank 0."""
     if args.candidates is not None and args.two_stage is None and args.reranker is None:
         raise ConfigError(f"--candidates {args.candidates}: only search in two stages has candidates; add --two-stage "
                           "or --reranker")
@@ -106,7 +108,7 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     from megatron_embed.evaluation.retrieval import Widths, evaluate_queries, mean_metrics
     from megatron_embed.parallel.collectives import raise_first
 
-    encoder, model, topology = open_encoder(args, prompts=True, start=start)
+    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
     widths = Widths(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100)
     widths.check(encoder.dim)
     second_stage = None if args.reranker is None else open_second_stage(args, data.query_texts, topology)
@@ -153,7 +155,7 @@ def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
     from megatron_embed.cli.model import open_encoder
     from megatron_embed.evaluation.sts import evaluate_sts
 
-    encoder, model, topology = open_encoder(args, prompts=True, start=start)
+    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
     return evaluate_sts(encode, data, similarity=model.saved.similarity, dims=args.dims), topology.rank
 
@@ -168,11 +170,12 @@ def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
     from megatron_embed.cli.reranker import is_reranker, open_scorer
 
     if is_reranker(find_model(args.model, "--model")):
+        refuse_prompts(args, f"{args.model} is a reranker, which reads query and document in its own template")
         scorer, _, topology = open_scorer(args.model, max_length=args.max_length, dtype=args.dtype,
                                           overrides=args.overrides, start=start)
         score = functools.partial(scorer.raw_scores, show_progress=topology.rank == 0)
         return evaluate_reranking(score, data), topology.rank
-    encoder, model, topology = open_encoder(args, prompts=True, start=start)
+    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
     score = functools.partial(similarity_of_pairs, encode, similarity=model.saved.similarity)
     return evaluate_reranking(score, data), topology.rank

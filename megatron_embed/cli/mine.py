@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_encoding_arguments, path, process_rank
+from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.cli.watching import Start, ranks_watched
 from megatron_embed.cli.whole_file import check_jsonl, write_whole
 from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
@@ -53,9 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampling", choices=("top", "random"), default="top",
                         help="the best candidates that are left, or any of them; default: top")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="for --sampling random; default: 1234")
-    parser.add_argument("--query-prompt", metavar="TEXT",
-                        help="before every query; {instruction} in it is the row's; default: the directory's")
-    parser.add_argument("--document-prompt", metavar="TEXT", help="before every document; default: the directory's")
+    add_prompt_arguments(parser, "{instruction} in it is the row's; ")
     parser.add_argument("--cache", metavar="DIR", type=path,
                         help="keep vectors here, for the same texts, prompts and weights another time")
     add_encoding_arguments(parser)

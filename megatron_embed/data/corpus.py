@@ -37,11 +37,20 @@ def read_named_text(row: Row, source: str) -> NamedText:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise DataError(f"{source}: {key} = {shortened(value)}: must be a non-empty string or an integer")
     name = name_of(value, key, source)
-    if isinstance(row["text"], str) and not row["text"].strip():
-        title = row.get("title")
-        has_title = isinstance(title, str) and bool(title.strip())
-        return NamedText(name, f"{check_text(title, 'title', source)} {row['text']}" if has_title else row["text"])
-    return NamedText(name, titled(row, "", source))
+    return NamedText(name, text_of_document(row, source))
+
+
+def text_of_document(row: Row, source: str) -> str:
+    """`title + " " + text` of a row where the title is not empty, else its text; may be empty itself.
+
+    Raises:
+        DataError: beginning with `source`.
+    """
+    if not isinstance(row["text"], str) or row["text"].strip():
+        return titled(row, "", source)
+    title = row.get("title")
+    has_title = isinstance(title, str) and bool(title.strip())
+    return f"{check_text(title, 'title', source)} {row['text']}" if has_title else row["text"]
 
 
 class DocumentsOnDisk(Sequence[str]):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_embed.config.data import TrainFile
 from megatron_embed.data.beir import BeirRows, is_beir_folder
+from megatron_embed.data.corpus import text_of_document
 from megatron_embed.data.fields import check_keys
 from megatron_embed.data.formats import RowReader
 from megatron_embed.data.jsonl import check_text, parse_object, read_lines
@@ -254,21 +255,25 @@ def _report_ignored(path: str, ignored: set[str]) -> None:
 
 
 def read_texts(path: str, key: str = "--input") -> list[str]:
-    """The texts of rows `{"text": str}`, in file order.
+    """The texts of rows `{"text": str, "title"?: str}`, in file order: `title + " " + text` where there is one.
 
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
         DataError: a row cannot be used, or there is no row.
     """
-    texts, ignored = [], set[str]()
+    texts, ignored, with_title = [], set[str](), 0
     for line in read_lines(path, key):
         source = f"{path}:{line.number}"
         row = parse_object(line.raw, source)
         check_keys(row, ("text",), ("text",), source)
-        texts.append(check_text(row["text"], "text", source))
-        ignored.update(row.keys() - {"text"})
+        text = text_of_document(row, source)
+        texts.append(text if text.strip() else check_text(text, "text", source))
+        with_title += text != row["text"]
+        ignored.update(row.keys() - {"text", "title"})
     if not texts:
         raise DataError(f'{path}:1: no rows; a row is one line such as {{"text": "..."}}')
+    if with_title:
+        logger.info("%s: %d of %d rows have a title, which stands before their text", path, with_title, len(texts))
     _report_ignored(path, ignored)
     return texts
 

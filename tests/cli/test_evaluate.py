@@ -1,6 +1,7 @@
 """`evaluate` at several widths, in two stages, and on pairs; the same numbers on one rank and two."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -65,6 +66,51 @@ def test_pairs(model, tmp_path):  # noqa: F811
     expected = np.corrcoef((first * second).sum(axis=1), [pair["score"] for pair in pairs])[0, 1]
     assert found.keys() == {"pearson", "spearman", "dim_8/pearson", "dim_8/spearman"}
     assert found["pearson"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_given_prompts_take_the_place_of_the_directorys(model, small_beir, tmp_path):  # noqa: F811
+    """As if the texts began with them; a directory's own are replaced, and one with an open place is refused."""
+    own = shutil.copytree(model, tmp_path / "own")
+    settings = json.loads((own / "config_sentence_transformers.json").read_text())
+    (own / "config_sentence_transformers.json").write_text(json.dumps(settings | {"prompts": {
+        "query": "Instruct: {instruction} Query: ", "document": "passage: "}}))
+    prompts = ["--query-prompt", "Instruct: find the capital Query: ", "--document-prompt", "text of a book: "]
+    written = shutil.copytree(small_beir, tmp_path / "written")
+    for name, prompt in (("queries", prompts[1]), ("corpus", prompts[3])):
+        rows = [json.loads(line) for line in (written / f"{name}.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["text"], row["title"] = f"{prompt}{row.get('title') or ''} {row['text']}", ""
+        (written / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = evaluated(["--model", str(model), "--data", str(written)], 1)
+    found = evaluated(["--model", str(own), "--data", str(small_beir), *prompts], 1)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert found != pytest.approx(evaluated(["--model", str(model), "--data", str(small_beir)], 1), abs=1e-6)
+    for extra, words in (([], "the prompt of the directory, 'Instruct: {instruction} Query: ', has a place for an"),
+                         (["--query-prompt", "{instruction}"], "the prompt given, '{instruction}', has a place for an"),
+                         (["--query-prompt", "", "--document-prompt", "{instruction}"], "documents have no instr")):
+        code, _, err, _ = run_on_ranks(command, 1, ["evaluate", "--model", str(own), "--data", str(small_beir),
+                                                    *extra])[0]
+        assert code == 2 and words in err
+
+
+def test_encode_takes_the_prompt_of_its_role(model, tmp_path):  # noqa: F811
+    """The vectors of texts with the prompt in front, by the stock library; another role's prompt is refused."""
+    (tmp_path / "texts.jsonl").write_text('{"text": "a river"}\n{"text": "tea", "title": "Assam"}\n')
+    given = ["encode", "--model", str(model), "--input", str(tmp_path / "texts.jsonl"), "--output",
+             str(tmp_path / "vectors.npy"), "--query-prompt", "find: "]
+    assert run_on_ranks(command, 1, [*given, "--role", "query"])[0][0] == 0
+    stock = SentenceTransformer(str(model), device="cpu").encode(["find: a river", "find: Assam tea"])
+    assert np.abs(np.load(tmp_path / "vectors.npy") - stock).max() < 1e-5
+    for role in ([], ["--role", "document"]):
+        code, _, err, _ = run_on_ranks(command, 1, [*given, *role])[0]
+        assert code == 2 and "--query-prompt 'find: ': no text here is a query; leave it out, or add --role" in err
+
+
+def test_a_reranker_takes_no_prompt(cross_encoder, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "lists.jsonl").write_text('{"query": "a", "documents": ["b", "c"], "labels": [1, 0]}\n')
+    assert main(["evaluate", "--model", str(cross_encoder), "--data", str(tmp_path / "lists.jsonl"),
+                 "--document-prompt", "passage: "]) == 2
+    assert "--document-prompt 'passage: ': " in (err := capsys.readouterr().err) and "is a reranker" in err
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.corpus import read_named_text
+from megatron_embed.data.raw_rows import open_rows
 from megatron_embed.data.records import Record, RecordFile, open_records, read_texts, text_id
 from megatron_embed.errors import ConfigError, DataError
 from tests.data.conftest import MINI_ZH
@@ -234,6 +236,16 @@ def test_read_texts(write_rows: WriteRows, caplog: pytest.LogCaptureFixture):
             read_texts(write_rows([{"text": "a"}, row]))
     with pytest.raises(DataError, match="rows.jsonl:1: no rows"):
         read_texts(write_rows([]))
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        rows = [{"_id": number, "text": "tea", "title": title} for number, title in enumerate(["T", "", None, " "])]
+        path = write_rows([*rows, {"_id": "4", "title": "T", "text": ""}])
+        assert read_texts(path) == ["T tea", "tea", "tea", "tea", "T "]
+        assert read_texts(path) == [read_named_text(*row).text for row in open_rows(path, "--input").scan()]
+    assert "2 of 5 rows have a title, which stands before their text" in caplog.text
+    assert "ignored keys: _id" in caplog.text
+    with pytest.raises(DataError, match="rows.jsonl:1: title = 1 is a JSON number"):
+        read_texts(write_rows([{"text": "a", "title": 1}]))
     with pytest.raises(ConfigError, match="--input = 'gone.jsonl': no such file"):
         read_texts("gone.jsonl")
 
