@@ -62,8 +62,11 @@ def _acquire(key: str, path: Path) -> TextIOWrapper:
     except OSError as error:
         logger.warning("%s: this file system has no locks (%s); take care that no other run writes there", path,
                        error.strerror)
-    file.seek(0)
-    file.truncate()
-    file.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
-    file.flush()
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"host {socket.gethostname()}, process {os.getpid()}\n".encode())
+    except OSError as error:
+        file.close()
+        raise ConfigError(f"{key} = {str(path.parent)!r}: {path} cannot be written ({error.strerror}); make room "
+                          "there, or choose another directory") from error
     return file

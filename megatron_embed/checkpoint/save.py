@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,9 @@ from megatron_embed.parallel.collectives import raise_first, smallest
 from megatron_embed.platform.compat import ASYNC_SAVE, dist_checkpointing, write_common_file
 
 logger = logging.getLogger(__name__)
+
+SMALLEST_ROOM = 1 << 20
+"""Bytes that a disk must take before a checkpoint is begun."""
 
 
 class Saver:
@@ -65,7 +69,7 @@ class Saver:
         self.finish()
         pending = _Pending(self._directory, step)
         with pending.removed_on_error():
-            on_rank_0((pending.temporary / "model").mkdir, pending.target, parents=True)
+            on_rank_0(lambda: make_room(pending.temporary / "model"), pending.target)
             sharded = sharded_state(self._state, is_loading=False)
             sharded["scheduler"] = self._state.scheduler.state_dict()
             if self._state.learned is not None:
@@ -154,6 +158,21 @@ class _Pending:
         dist.barrier()
         for finalize in self._request.finalize_fns:
             finalize()
+
+
+def make_room(folder: Path) -> None:
+    """Makes a folder that has a little room: what Megatron writes first, torch.save, meets a full disk with an error of
+    its own (RuntimeError: iostream error) that the other ranks would not learn of. OSError if there is none."""
+    folder.mkdir(parents=True)
+    probe = folder / ".room"
+    try:
+        with probe.open("wb", buffering=0) as file:
+            left = SMALLEST_ROOM
+            while left:
+                left -= file.write(b"\0" * left)
+            os.fsync(file.fileno())
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def copied(buckets: list[Any], on_host: list[Any]) -> list[Any]:
