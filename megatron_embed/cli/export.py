@@ -14,7 +14,7 @@ from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.convert.export import export_sentence_transformers
 from megatron_embed.convert.layout import open_checkpoint
 from megatron_embed.convert.verify import compare_with_sentence_transformers
-from megatron_embed.data.prompts import Role
+from megatron_embed.data.prompts import Role, fill_template
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.models.families import ModelShape
@@ -45,10 +45,12 @@ def stock_runs_causally(shape: ModelShape, bidirectional: bool = False) -> bool:
 
 
 def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
-    """Sentence Transformers files beside a checkpoint's configuration, as this run pools, normalizes and prompts."""
+    """Sentence Transformers files beside a checkpoint's configuration, as this run pools, normalizes and prompts: with
+    `embedding.instruction` in its place, since that library takes a prompt as it stands."""
     export_sentence_transformers(
         hf, pooling=model.pooling(config.embedding.pooling), normalize=config.embedding.normalize,
-        query_prompt=config.data.query_prompt, document_prompt=config.data.document_prompt,
+        query_prompt=fill_template(config.data.query_prompt, config.embedding.instruction),
+        document_prompt=config.data.document_prompt,
         max_seq_length=max(config.data.query_max_length, config.data.document_max_length),
         embedding_dimension=model.shape.hidden_size)
     facts: dict[str, object] = {}

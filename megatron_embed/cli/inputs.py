@@ -1,15 +1,19 @@
 """What a run reads and checks before its first collective, on every rank alike."""
 
+import dataclasses
 import importlib.util
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_embed.cli.export import stock_runs_causally
 from megatron_embed.cli.model import ModelDirectory, adapters_of, blaming, find_model
 from megatron_embed.cli.reranker import head_spec, open_pair_tokenizer, reranker_settings
 from megatron_embed.cli.resume import Standing, check_resumable, is_exported, standing
+from megatron_embed.config.keeping import EvaluationSet
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.data.mixture import Sampler, build_sampler
 from megatron_embed.data.pairs import PairTokenizer
@@ -19,9 +23,9 @@ from megatron_embed.data.records import RecordSet, hold_out, open_records, valid
 from megatron_embed.data.rerank import check_rerank_records
 from megatron_embed.data.tokenless import refuse_tokenless_rows
 from megatron_embed.errors import ConfigError
-from megatron_embed.evaluation.beir import load_beir, refuse_tokenless_texts
+from megatron_embed.evaluation.beir import BeirData, load_beir, refuse_tokenless_texts
 from megatron_embed.evaluation.reranking import load_rerank_file
-from megatron_embed.evaluation.sts import load_sts, refuse_tokenless_pairs
+from megatron_embed.evaluation.sts import StsData, load_sts, refuse_tokenless_pairs
 from megatron_embed.evaluation.suite import Suite
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
@@ -36,6 +40,8 @@ from megatron_embed.parallel.topology import (
 )
 from megatron_embed.training.build import metric_names
 from megatron_embed.training.optimizer import check_optimizer
+
+Set = TypeVar("Set", BeirData, StsData)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,20 +156,49 @@ def divided(config: RunConfig, records: RecordSet, dp_size: int) -> tuple[Record
 
 def open_suite(config: RunConfig, tokenizer: RoleTokenizer | PairTokenizer) -> Suite:
     """The evaluation sets, every text of which the tokenizer can take, and a metric to compare checkpoints by."""
-    suite = Suite(retrieval=[load_beir(directory, config.evaluation.split)
-                             for directory in config.evaluation.retrieval],
-                  sts=[load_sts(path) for path in config.evaluation.sts],
+    suite = Suite(retrieval=[named(load_beir(item.path, config.evaluation.split), item)
+                             for item in config.evaluation.retrieval],
+                  sts=[named(load_sts(item.path), item) for item in config.evaluation.sts],
                   reranking=[load_rerank_file(file, "evaluation.reranking") for file in config.evaluation.reranking],
                   dims=config.embedding.matryoshka_dims)
+    for key, sets in (("retrieval", config.evaluation.retrieval), ("sts", config.evaluation.sts)):
+        check_instructions(f"evaluation.{key}", sets, config, tokenizer)
     for data in suite.retrieval:
         assert isinstance(tokenizer, RoleTokenizer), "a reranker searches nothing"
         refuse_tokenless_texts(data, tokenizer)
     for pairs in suite.sts:
         assert isinstance(tokenizer, RoleTokenizer), "a reranker compares no vectors"
         refuse_tokenless_pairs(pairs, tokenizer)
+    refuse_equal_names("evaluation.retrieval", suite.retrieval)
+    refuse_equal_names("evaluation.sts", suite.sts)
     suite.require_metric(config.evaluation.best_metric,
                          metric_names(config) if config.data.validates else ())
     return suite
+
+
+def named(data: Set, item: EvaluationSet) -> Set:
+    """The set with what its entry in the configuration says of it."""
+    return dataclasses.replace(data, instruction=item.instruction, name=item.name or data.name)
+
+
+def refuse_equal_names(key: str, sets: Sequence[BeirData | StsData]) -> None:
+    """Raises ConfigError where one set's metrics would hide another's."""
+    names = [data.name for data in sets]
+    for name in (name for name in names if names.count(name) > 1):
+        raise ConfigError(f"{key} = {names}: two sets are called {name!r}; give one another name: "
+                          "{path: ..., name: ...}")
+
+
+def check_instructions(key: str, sets: Sequence[EvaluationSet], config: RunConfig,
+                       tokenizer: RoleTokenizer | PairTokenizer) -> None:
+    """Every set has an instruction if the prompt has a place for one, and it leaves room for text."""
+    for item in sets:
+        assert isinstance(tokenizer, RoleTokenizer), "a reranker compares no vectors"
+        if tokenizer.needs_instructions and item.instruction is None:
+            raise ConfigError(f"{key} = {item.path!r}: data.query_prompt = {config.data.query_prompt!r} needs an "
+                              "instruction and the set has none; write {path: ..., instruction: ...}, or set "
+                              "embedding.instruction for all")
+        tokenizer.check_prompts({item.instruction: f"{key} = {item.path!r}"})
 
 
 def open_reranker(config: RunConfig, model: ModelDirectory) -> tuple[RerankerSettings, PairTokenizer, HeadSpec]:
@@ -248,13 +283,13 @@ def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
             str(model.hf), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
             query_prompt=config.data.query_prompt, document_prompt=config.data.document_prompt,
             query_max_length=config.data.query_max_length, document_max_length=config.data.document_max_length,
-            vocab_size=model.shape.vocab_size)
-    asked = {"evaluation.retrieval": config.evaluation.retrieval, "evaluation.sts": config.evaluation.sts,
+            vocab_size=model.shape.vocab_size, instruction=config.embedding.instruction)
+    asked = {"evaluation.reranking": config.evaluation.reranking,
              "checkpoint.export_at_end": config.checkpoint.export_at_end}
     if tokenizer.needs_instructions and any(asked.values()):
-        key = next(key for key, value in asked.items() if value)
-        raise ConfigError(f"data.query_prompt = {config.data.query_prompt!r}: {key} has no instruction to put into it; "
-                          "write the instruction out, or evaluate and export afterwards")
+        key, value = next((key, value) for key, value in asked.items() if value)
+        raise ConfigError(f"{key} = {value!r}: data.query_prompt = {config.data.query_prompt!r} needs an instruction; "
+                          "set embedding.instruction")
     return tokenizer
 
 

@@ -25,6 +25,7 @@ from megatron_embed.data.records import RecordSet, RerankRecord
 from megatron_embed.data.rerank import pairs_of
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.reranking import RerankData, ScorePairs, evaluate_reranking, similarity_of_pairs
+from megatron_embed.evaluation.retrieval import Embed
 from megatron_embed.evaluation.suite import together
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
 from megatron_embed.parallel.collectives import raise_first
@@ -76,9 +77,12 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
     def agree(batch: EmbedBatch) -> EmbedBatch:
         return agree_on_bins(batch, topology, whole_groups=whole_groups)
 
+    def embed_for(instruction: str | None) -> Embed:
+        return functools.partial(encoder.encode, instruction=instruction)
+
     def evaluate() -> dict[str, float]:
         score = functools.partial(similarity_of_pairs, encoder.encode, similarity=similarity)
-        metrics = inputs.suite.evaluate(encoder.encode, similarity, group=dist.group.WORLD, device=topology.device)
+        metrics = inputs.suite.evaluate(embed_for, similarity, group=dist.group.WORLD, device=topology.device)
         return {**metrics, **rerank_all(inputs.suite.reranking, score)}
 
     def show() -> None:
@@ -154,7 +158,7 @@ def show_in_projector(config: RunConfig, inputs: Inputs, encoder: TextEncoder, t
     directory, samples = log_directory(config), inputs.suite.samples(NUM_PROJECTOR_TEXTS)
     if directory is None or not config.logging.tensorboard or not samples:
         return
-    vectors = [encoder.encode(texts, role) for _, role, texts in samples]
-    labels = [(name, role, text) for name, role, texts in samples for text in texts]
+    vectors = [encoder.encode(texts, role, instruction=data.instruction) for data, role, texts in samples]
+    labels = [(data.name, role, text) for data, role, texts in samples for text in texts]
     raise_first(write_projector(directory, torch.cat(vectors), labels, inputs.train_steps)
                 if topology.rank == 0 else None)

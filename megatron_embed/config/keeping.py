@@ -34,16 +34,31 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    path: str
+    """A BEIR folder, or a file of pairs."""
+    instruction: str | None = None
+    """In place of `{instruction}` in `data.query_prompt` for this set; null: embedding.instruction."""
+    name: str | None = None
+    """In the names of metrics; null: of the folder or file."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "evaluation.path", self.path, "must name a folder or file")
+        require(self.name is None or (self.name != "" and "/" not in self.name), "evaluation.name", self.name,
+                "must be a word without a slash, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     every_steps: int = 500
     """Optimizer steps between evaluations; the last step is always evaluated."""
-    retrieval: tuple[str, ...] = ()
+    retrieval: tuple[EvaluationSet, ...] = ()
     """BEIR folders (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv)."""
     reranking: tuple[str, ...] = ()
     """Files of lists, rows {"query", "documents": [...], "labels": [...]} or {"query", "docs": [{"text", "label"}]}."""
     split: str = "test"
     """Which qrels file of a BEIR folder."""
-    sts: tuple[str, ...] = ()
+    sts: tuple[EvaluationSet, ...] = ()
     """JSONL files of pairs {"text_a", "text_b", "score"}: Pearson and Spearman of cosine (or dot product) and score."""
     best_metric: str | None = None
     """The checkpoint with the best value of this metric stays beside the newest ones, and `best` points at it: any that

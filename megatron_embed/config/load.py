@@ -13,11 +13,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from megatron_embed.config.data import TrainFile
+from megatron_embed.config.keeping import EvaluationSet
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.config.tree import Dumper, Node, overridden, place_of, plain_scalar, read_file, read_override
 from megatron_embed.errors import ConfigError
 
-SHORTHAND: dict[Any, str] = {TrainFile: "path"}
+SHORTHAND: dict[Any, str] = {TrainFile: "path", EvaluationSet: "path"}
 """A plain text in place of one of these mappings is the value of this key."""
 
 _LONGEST_VALUE = 100
@@ -102,6 +103,9 @@ def _with_home(config: RunConfig) -> RunConfig:
     def home(path: str | None) -> str | None:
         return None if path is None else os.path.expanduser(path)
 
+    def sets(items: tuple[EvaluationSet, ...]) -> tuple[EvaluationSet, ...]:
+        return tuple(replace(item, path=os.path.expanduser(item.path)) for item in items)
+
     replace = dataclasses.replace
     train, validation = (
         tuple(replace(file, path=os.path.expanduser(file.path), corpus=home(file.corpus)) for file in files)
@@ -111,9 +115,9 @@ def _with_home(config: RunConfig) -> RunConfig:
         data=replace(config.data, train=train, validation=validation),
         checkpoint=replace(config.checkpoint, directory=home(config.checkpoint.directory),
                            export_at_end=home(config.checkpoint.export_at_end)),
-        evaluation=replace(config.evaluation, retrieval=tuple(map(os.path.expanduser, config.evaluation.retrieval)),
+        evaluation=replace(config.evaluation, retrieval=sets(config.evaluation.retrieval),
                            reranking=tuple(map(os.path.expanduser, config.evaluation.reranking)),
-                           sts=tuple(map(os.path.expanduser, config.evaluation.sts))),
+                           sts=sets(config.evaluation.sts)),
         logging=replace(config.logging, directory=home(config.logging.directory)))
 
 

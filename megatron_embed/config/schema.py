@@ -38,6 +38,9 @@ class EmbeddingConfig:
     matryoshka_dims: tuple[int, ...] = ()
     """Widths over which the loss is taken, largest first: rows cut to each and, with `normalize`, brought back to unit
     length. Empty: the whole width alone."""
+    instruction: str | None = None
+    """In place of `{instruction}` in a query's prompt for rows, files and evaluation sets without one of their own, and
+    for good in the prompt of checkpoints and exports; null: all of them must have their own."""
 
     def __post_init__(self) -> None:
         dims = self.matryoshka_dims
@@ -294,7 +297,16 @@ class RunConfig:
 
 
 def _check_evaluated(config: RunConfig) -> None:
-    """Refuses what asks for the best of a run that measures nothing, or keeps nothing."""
+    """Refuses what asks for the best of a run that measures nothing, or keeps nothing; and instructions without use."""
+    prompts = [config.data.query_prompt, *(file.query_prompt or "" for file in config.data.files)]
+    require(config.embedding.instruction is None or any("{instruction}" in prompt for prompt in prompts),
+            "embedding.instruction", config.embedding.instruction,
+            "no prompt has a place for it; put {instruction} into data.query_prompt, or leave it out")
+    for kind, sets in (("retrieval", config.evaluation.retrieval), ("sts", config.evaluation.sts)):
+        for item in sets:
+            require(item.instruction is None or "{instruction}" in config.data.query_prompt,
+                    f"evaluation.{kind}.instruction", item.instruction,
+                    "data.query_prompt has no place for it; put {instruction} into that, or leave it out")
     rule = ("there is nothing to evaluate, so no best checkpoint; name a set in evaluation.retrieval, sts or "
             "reranking, or set data.validation_fraction or data.validation")
     measured = config.evaluation.names_sets or config.data.validates
@@ -318,9 +330,12 @@ def _check_reranker_run(config: RunConfig) -> None:
             "a reranker has no in-batch negatives; remove it")
     require(not config.embedding.matryoshka_dims, "embedding.matryoshka_dims", list(config.embedding.matryoshka_dims),
             "a reranker gives scores, which have no widths; remove it")
-    require(not config.evaluation.retrieval, "evaluation.retrieval", list(config.evaluation.retrieval),
+    require(not config.evaluation.retrieval, "evaluation.retrieval",
+            [item.path for item in config.evaluation.retrieval],
             "a reranker searches no corpus; give evaluation.reranking files of lists")
-    require(not config.evaluation.sts, "evaluation.sts", list(config.evaluation.sts),
+    require(config.embedding.instruction is None, "embedding.instruction", config.embedding.instruction,
+            "a reranker's is reranker.instruction; write it there")
+    require(not config.evaluation.sts, "evaluation.sts", [item.path for item in config.evaluation.sts],
             "a reranker gives no vectors to compare; give evaluation.reranking files of lists")
     require(not config.model.bidirectional, "model.bidirectional", config.model.bidirectional,
             "the stock classes run a reranker's decoder causally; set it to false")

@@ -257,7 +257,8 @@ def _refuse_empty(rows: TokenizedRows, texts: Sequence[str], sources: Sequence[s
 
 
 def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokenizer, *, micro_batch_tokens: int,
-                         alignment: int, constant_tokens: bool, sort: bool = True) -> tuple[MicroBatch, ...]:
+                         alignment: int, constant_tokens: bool, sort: bool = True,
+                         instruction: str | None = None) -> tuple[MicroBatch, ...]:
     """Bins for inference; `rows` are the texts' indices.
 
     Args:
@@ -268,10 +269,11 @@ def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokeni
         alignment: tokens; every bin is a multiple of it.
         constant_tokens: all bins get the size of the largest.
         sort: longest first, so that equally long texts meet and memory peaks at once; else the texts' order.
+        instruction: for a prompt with a place for it; null: the tokenizer's.
     Raises:
         TokenlessTextError: for the first text without tokens.
     """
-    tokenized = tokenizer.tokenize(texts, role)
+    tokenized = tokenizer.tokenize(texts, role, [instruction] * len(texts))
     lengths = [len(ids) for ids in tokenized.token_ids]
     if tokenized.num_truncated:
         logger.info("%d of %d %s texts cut to the maximum length", tokenized.num_truncated, len(texts), role)

@@ -67,6 +67,11 @@ def load_tokenizer(model_dir: str, vocab_size: int | None) -> Any:
     return tokenizer
 
 
+def fill_template(prompt: str, instruction: str | None) -> str:
+    """The prompt with the instruction in its place, if there is one."""
+    return prompt if instruction is None else prompt.replace(_PLACEHOLDER, instruction)
+
+
 class RoleTokenizer:
     """Texts to the ids of `AutoTokenizer.from_pretrained(model_dir)(prompt + text)`, cut to the role's length.
 
@@ -81,6 +86,7 @@ class RoleTokenizer:
         document_max_length: tokens, prompt and special tokens included.
         length_keys: the settings or options that the two lengths came from, for messages.
         vocab_size: rows of the model's word embeddings; null: ids are not compared with it.
+        instruction: where a text comes without one and its prompt has a place for it; null: that is an error.
 
     Attributes:
         pad_token_id: an id that may fill padding: the tokenizer's pad, else its EOS, else 0.
@@ -96,7 +102,8 @@ class RoleTokenizer:
     def __init__(self, model_dir: str, *, add_eos: bool, query_prompt: str = "", document_prompt: str = "",
                  query_max_length: int, document_max_length: int,
                  length_keys: tuple[str, str] = ("data.query_max_length", "data.document_max_length"),
-                 vocab_size: int | None = None) -> None:
+                 vocab_size: int | None = None, instruction: str | None = None) -> None:
+        self._instruction = instruction
         self._tokenizer = load_tokenizer(model_dir, vocab_size)
         # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.
         self._lock = threading.Lock()
@@ -127,8 +134,8 @@ class RoleTokenizer:
 
     @property
     def needs_instructions(self) -> bool:
-        """Whether the query prompt is filled per row."""
-        return _PLACEHOLDER in self._prompts["query"]
+        """Whether every query needs an instruction of its own."""
+        return _PLACEHOLDER in self._prompts["query"] and self._instruction is None
 
     def always_adds_tokens(self, role: Role, prompt: str | None = None) -> bool:
         """Whether special tokens, the EOS, the prompt or an instruction give every text of the role a token.
@@ -201,7 +208,7 @@ class RoleTokenizer:
                 raise ConfigError(f"{source}: {error}") from None
 
     def fill_prompt(self, role: Role, instruction: str | None = None, prompt: str | None = None) -> str:
-        """The role's prompt, or `prompt` in its place, with the instruction in it.
+        """The role's prompt, or `prompt` in its place, with the instruction, or the tokenizer's, in it.
 
         Raises:
             ConfigError: the prompt has a place for an instruction and there is none.
@@ -210,10 +217,12 @@ class RoleTokenizer:
             prompt = self._prompts[role]
         if _PLACEHOLDER not in prompt:
             return prompt
+        instruction = self._instruction if instruction is None else instruction
         if instruction is None:
             raise ConfigError(f"data.query_prompt = {shortened(prompt)} needs an instruction and the row has none; "
-                              "give the row an 'instruction', or its data.train entry one for all of its rows")
-        return prompt.replace(_PLACEHOLDER, instruction)
+                              "give the row an 'instruction', or its data.train entry one for all of its rows, "
+                              "or set embedding.instruction")
+        return fill_template(prompt, instruction)
 
     def _check_room(self, role: Role, prompt: str) -> None:
         """Refuse a prompt that leaves no room for text; each prompt is tokenized once."""

@@ -30,6 +30,8 @@ class BeirData:
     """In the order of the file, as the ids."""
     qrels: dict[str, dict[str, int]]
     """query id -> document id -> label; labels are graded, 0 (or less) is judged not relevant. One entry per query."""
+    instruction: str | None = None
+    """For the queries' prompt; null: the tokenizer's."""
 
     def place_of(self, role: Role, row_id: str) -> str:
         """FILE:LINE of a query or document; reads the file again."""

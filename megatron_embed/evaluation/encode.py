@@ -129,9 +129,11 @@ class TextEncoder(RowRunner):
         self.tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens
 
-    def encode(self, texts: Sequence[str], role: Role, *,
+    def encode(self, texts: Sequence[str], role: Role, *, instruction: str | None = None,
                show_progress: bool = False) -> Tensor:
         """[texts, dim] float32 on the CPU of every rank, in the order of `texts`. Communicates as `rows_of` does.
+
+        `instruction`: for a prompt with a place for it; null: the tokenizer's.
 
         Raises:
             TokenlessTextError: for a text without tokens, on every rank alike.
@@ -139,7 +141,7 @@ class TextEncoder(RowRunner):
         """
 
         def pack(part: Sequence[str]) -> tuple[tuple[MicroBatch, ...], int | None]:
-            return self._pack_share(list(part), role)
+            return self._pack_share(list(part), role, instruction)
 
         bar = tqdm(total=len(texts), unit="text", desc=f"encode {role}", disable=None if show_progress else True)
         try:
@@ -147,12 +149,14 @@ class TextEncoder(RowRunner):
         except TokenlessTextError as error:
             raise TokenlessTextError(error.row, f"{role} text number {error.row + 1}", error.text) from None
 
-    def _pack_share(self, texts: Sequence[str], role: Role) -> tuple[tuple[MicroBatch, ...], int | None]:
+    def _pack_share(self, texts: Sequence[str], role: Role,
+                    instruction: str | None) -> tuple[tuple[MicroBatch, ...], int | None]:
         """This rank's bins, and the number of its first text without tokens if there is one."""
         try:
             return build_encode_batches(
                 texts, role, self.tokenizer, micro_batch_tokens=self.micro_batch_tokens,
-                alignment=token_alignment(self.topology.sizes), constant_tokens=self.topology.pp_size > 1), None
+                alignment=token_alignment(self.topology.sizes), constant_tokens=self.topology.pp_size > 1,
+                instruction=instruction), None
         except TokenlessTextError as error:
             return (), error.row
 

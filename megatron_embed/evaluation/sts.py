@@ -31,6 +31,8 @@ class StsData:
     scores: list[float]
     lines: list[int]
     """Number of each row's line in the file."""
+    instruction: str | None = None
+    """For the queries' prompt; null: the tokenizer's."""
 
     def place_of(self, row: int) -> str:
         """FILE:LINE of a row."""

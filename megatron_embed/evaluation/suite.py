@@ -1,7 +1,7 @@
 """Everything that a run is evaluated on, and the metrics by name."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,27 +67,31 @@ class Suite:
             raise ConfigError(f"evaluation.best_metric = {wanted!r}: not among the metrics of this run's evaluations; "
                               f"{meant}there are {', '.join(names)}")
 
-    def samples(self, size: int) -> list[tuple[str, Role, list[str]]]:
+    def samples(self, size: int) -> list[tuple[BeirData | StsData, Role, list[str]]]:
         """(set, role, texts) of up to `size` texts of each set, to look at their vectors: queries, then documents."""
         half = size // 2
-        taken: list[tuple[str, Role, list[str]]] = []
+        taken: list[tuple[BeirData | StsData, Role, list[str]]] = []
         for data in self.retrieval:
             judged = {document for labels in data.qrels.values() for document, label in labels.items() if label > 0}
             relevant = [number for number, name in enumerate(data.document_ids) if name in judged][:half]
-            taken += [(data.name, "query", data.query_texts[:half]),
-                      (data.name, "document", [data.document_texts[number] for number in relevant])]
+            taken += [(data, "query", data.query_texts[:half]),
+                      (data, "document", [data.document_texts[number] for number in relevant])]
         for pairs in self.sts:
-            taken += [(pairs.name, role, texts[:half]) for role, texts in pairs.texts.items()]
+            taken += [(pairs, role, texts[:half]) for role, texts in pairs.texts.items()]
         return [sample for sample in taken if sample[2]]
 
-    def evaluate(self, embed: Embed, similarity: Similarity, *, group: dist.ProcessGroup | None = None,
-                 device: torch.device | None = None) -> dict[str, float]:
-        """Metrics of retrieval and pairs by name. Called by all ranks of the group; see evaluate_retrieval."""
+    def evaluate(self, embed_for: Callable[[str | None], Embed], similarity: Similarity, *,
+                 group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> dict[str, float]:
+        """Metrics of retrieval and pairs by name. Called by all ranks of the group; see evaluate_retrieval.
+
+        `embed_for`: a set's instruction, or null, to what embeds its texts.
+        """
         widths = Widths(dims=self.dims)
-        of_retrieval = [(data.name, evaluate_retrieval(embed, data, similarity=similarity, widths=widths, group=group,
-                                                       device=device))
+        of_retrieval = [(data.name, evaluate_retrieval(embed_for(data.instruction), data, similarity=similarity,
+                                                       widths=widths, group=group, device=device))
                         for data in self.retrieval]
-        of_sts = [(data.name, evaluate_sts(embed, data, similarity=similarity, dims=self.dims)) for data in self.sts]
+        of_sts = [(data.name, evaluate_sts(embed_for(data.instruction), data, similarity=similarity, dims=self.dims))
+                  for data in self.sts]
         return together(of_retrieval) | together(of_sts)
 
 

@@ -48,7 +48,7 @@ def test_every_type_is_read(load):
     assert config.parallel.virtual_pipeline_model_parallel_size == 2
     training = config.training
     assert (training.learning_rate, training.min_learning_rate, training.adam_eps) == (1e-5, 2e-7, 1e-6)
-    assert config.evaluation.retrieval == ("one", "two")
+    assert [item.path for item in config.evaluation.retrieval] == ["one", "two"]
 
 
 @pytest.mark.parametrize("train", ["a.jsonl", "[a.jsonl]", "{path: a.jsonl}", "[{path: a.jsonl}]"])
