@@ -63,8 +63,8 @@ class EvaluationConfig:
     best_metric: str | None = None
     """The checkpoint with the best value of this metric stays beside the newest ones, and `best` points at it: any that
     an evaluation logs as `eval/NAME`. Of `loss`, `loss@WIDTH` and `negative_similarity` the smallest value is the best,
-    of all others the largest. null: ndcg@10; spearman or rerank/ndcg@10 where there is no retrieval, loss where there
-    are only held-out rows."""
+    of all others the largest. null: ndcg@10; spearman or rerank/ndcg@10 where there is no retrieval; of held-out
+    rows alone loss, where `patience` or checkpoint.export: best needs it."""
     patience: int | None = None
     """After so many evaluations in a row without a better `best_metric` the run ends as if train_steps were reached;
     >= 1; null: never."""

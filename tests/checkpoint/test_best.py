@@ -1,13 +1,17 @@
 """The best checkpoint is named and kept, whatever becomes of the others."""
 
+import dataclasses
 import os
 
 import pytest
 
 from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import INFO_FILE, remove_old
+from megatron_embed.cli.resume import best_checkpoint
+from megatron_embed.config.keeping import CheckpointConfig, EvaluationConfig, EvaluationSet
 from megatron_embed.errors import CheckpointError, ConfigError
 from tests.ranks import run_on_ranks
+from tests.toys import run_config
 
 
 def save(folder, step):
@@ -122,3 +126,16 @@ def test_a_metric_that_nothing_contributed_to_is_refused(tmp_path):
 def test_no_best_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no evaluation of the run .* by ndcg@10; set it to last"):
         assert BestCheckpoint(str(tmp_path), "ndcg@10", 4).checkpoint
+
+
+@pytest.mark.parametrize("evaluation, checkpoint, kept", [
+    ({}, {}, None), ({"patience": 2}, {}, "loss"), ({"best_metric": "eval/loss"}, {}, "loss"),
+    ({}, {"export": "best", "export_at_end": "export"}, "loss"),
+    ({"sts": (EvaluationSet(path="pairs"),)}, {}, "spearman")])
+def test_the_best_of_held_out_rows_alone_is_kept_where_it_is_asked_for(tmp_path, evaluation, checkpoint, kept):
+    """Their loss falls at nearly every evaluation, and each gain is a save."""
+    config = dataclasses.replace(
+        run_config("m", data={"validation_fraction": 0.1}), evaluation=EvaluationConfig(**evaluation),
+        checkpoint=CheckpointConfig(directory=str(tmp_path), **checkpoint))
+    found = best_checkpoint(config, 0)
+    assert (None if found is None else found._metric) == kept
