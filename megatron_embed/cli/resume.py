@@ -61,15 +61,13 @@ def standing(config: RunConfig) -> Standing:
 
 
 def best_checkpoint(config: RunConfig, steps: int) -> BestCheckpoint | None:
-    """Where a run of so many steps stands with its best checkpoint; null where there are no checkpoints or no metrics,
-    or held-out rows alone and nothing that asks for the best: their loss falls at nearly every evaluation.
+    """Where a run of so many steps stands with its best checkpoint; null where there are no checkpoints, or none is
+    the best.
 
     No communication. Raises CheckpointError for a damaged one.
     """
-    metric, evaluation = best_metric(config), config.evaluation
-    asked = (evaluation.names_sets or evaluation.best_metric is not None or evaluation.patience is not None
-             or config.checkpoint.export == "best")
-    if config.checkpoint.directory is None or metric is None or not asked:
+    metric = best_metric(config)
+    if config.checkpoint.directory is None or metric is None or not config.keeps_best:
         return None
     return BestCheckpoint(config.checkpoint.directory, metric, steps, patience=config.evaluation.patience)
 

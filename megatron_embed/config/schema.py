@@ -277,6 +277,15 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best checkpoint stays beside the newest. Of held-out rows alone only where something asks for it:
+        their loss falls at nearly every evaluation, and each gain is a save."""
+        evaluation = self.evaluation
+        asked = (evaluation.best_metric is not None or evaluation.patience is not None
+                 or self.checkpoint.export == "best")
+        return evaluation.names_sets or (self.data.validates and asked)
+
     def __post_init__(self) -> None:
         losses = RERANK_LOSSES if self.task == "reranker" else EMBEDDING_LOSSES
         require(self.objective.loss in losses, "objective.loss", self.objective.loss,

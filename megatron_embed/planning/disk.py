@@ -10,7 +10,8 @@ from megatron_embed.planning.parameters import Held, Parts, held_parameters
 
 
 def checkpoint_bytes(config: RunConfig, shape: ModelShape, parts: Parts | None = None) -> int:
-    """Of one checkpoint's tensors: every parameter once, and what the optimizer knows of those that are trained.
+    """Of one checkpoint's tensors: every parameter once, and what the optimizer knows of those that are trained; not
+    the files' own 2 KB for each of these.
 
     Args:
         parts: linear layers with adapters, which alone are trained; the frozen weights are saved with them.
@@ -36,9 +37,9 @@ def checkpoints_at_once(config: RunConfig) -> int:
     """Most checkpoints that lie on the disk together: those that are kept, the one that is being written, and the best
     where there is one; fewer if the run ends before. Two, where epochs are counted and all are kept.
     """
-    keep, suite, steps = config.checkpoint.keep, config.evaluation, total_steps(config)
+    keep, steps = config.checkpoint.keep, total_steps(config)
     saved = None if steps is None else math.ceil(steps / config.checkpoint.save_every_steps)
-    at_once = keep + 1 + bool(suite.retrieval or suite.sts or suite.reranking) if keep else saved or 2
+    at_once = keep + 1 + config.keeps_best if keep else saved or 2
     return at_once if saved is None else min(at_once, saved)
 
 

@@ -10,6 +10,7 @@ import yaml
 from megatron_embed.__main__ import main
 from megatron_embed.cli.plan import adapted_parts
 from megatron_embed.config.load import load_config
+from megatron_embed.convert.dcp import DcpReader
 from megatron_embed.planning.disk import checkpoint_bytes, checkpoints_at_once, export_bytes
 from megatron_embed.planning.shapes import shape_of
 from tests.cli.test_refusals import command, settings
@@ -42,7 +43,9 @@ def test_files_are_as_large_as_is_said(model, tmp_path, overrides):
     assert run_on_ranks(command, ranks, ["train", str(path), *given])[0][0] == 0
     config, shape = load_config(str(path), given), shape_of(model)
     expected = checkpoint_bytes(config, shape, adapted_parts(config, shape))
-    assert size(tmp_path / "run" / "step_000001", ".distcp") == pytest.approx(expected, rel=0.01)
+    with DcpReader(tmp_path / "run" / "step_000001" / "model") as reader:
+        headers = 2000 * len(list(reader.keys()))  # zip's, which are 2 % of so small a model's adapters
+    assert 0 <= size(tmp_path / "run" / "step_000001", ".distcp") - expected < max(headers, 0.01 * expected)
     assert size(tmp_path / "export", ".safetensors") == pytest.approx(export_bytes(config, shape), rel=0.01)
 
 
