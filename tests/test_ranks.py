@@ -179,6 +179,7 @@ def test_what_a_worker_started_ends_with_it(pool):
     assert state_of(child) == "Z"
 
 
+@pytest.mark.slow
 def test_workers_die_with_their_parent(tmp_path):
     script = (
         "import os, signal, threading, time; from tests.ranks import run_on_ranks\n"

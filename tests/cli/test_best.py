@@ -95,6 +95,7 @@ def ending_early(folder, model, pairs, **checkpoint):
     return str(folder / "run.yaml")
 
 
+@pytest.mark.slow
 def test_a_run_without_gain_ends_early_and_its_best_is_exported(model, pairs, tmp_path):
     """As often as it is started, and wherever it goes on from; what is exported is the best, not the last."""
     config, run, export = ending_early(tmp_path, model, pairs), tmp_path / "run", tmp_path / "export"

@@ -33,6 +33,7 @@ def write(folder, model, **sections):
     return str(folder / "run.yaml")
 
 
+@pytest.mark.slow
 def test_each_set_is_asked_with_its_instruction_and_the_export_with_the_default(model, small_beir, pairs,  # noqa: F811
                                                                                 tmp_path):
     """What the run logs of a set is what `evaluate` finds with the export, once that has the set's prompt written out;

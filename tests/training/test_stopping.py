@@ -55,8 +55,8 @@ def write(path, values):
 
 
 @pytest.mark.parametrize("number, sizes, rank", [
-    pytest.param(signal.SIGTERM, layout(), 1, marks=pytest.mark.slow), (signal.SIGUSR1, layout(2), 0),
-    (signal.SIGTERM, layout(pp=2), 0)],
+    pytest.param(signal.SIGTERM, layout(), 1, marks=pytest.mark.slow), pytest.param(
+        signal.SIGUSR1, layout(2), 0, marks=pytest.mark.slow), (signal.SIGTERM, layout(pp=2), 0)],
     ids=["term_dp2", "usr1_tp2", "term_pp2"])
 def test_signal_on_one_rank_stops_all_and_the_run_goes_on(model, tmp_path, number, sizes, rank):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
