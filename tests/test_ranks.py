@@ -136,6 +136,7 @@ def pool(monkeypatch):
     pool._folder.rmdir()
 
 
+@pytest.mark.slow
 def test_hang_ends_by_timeout_with_every_stack_and_the_pool_recovers(pool):
     pool.run(sum_of_ranks, 2, (0.0,), {}, 60.0)
     started = time.monotonic()

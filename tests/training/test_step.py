@@ -72,6 +72,7 @@ def curves(config):
     return [(step["loss"], step["grad_norm"]) for step in steps(config, 6)]
 
 
+@pytest.mark.slow
 def test_loss_curve_is_the_same_under_every_layout(model):
     training = {"global_batch_size": ROWS, "micro_batch_size": 3, "learning_rate": 1e-3}
     one = None
