@@ -1,5 +1,6 @@
 """Documents that are named by an id: rows `{"docid" or "_id", "title"?, "text"}`, looked up without holding them."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, overload
 
@@ -53,7 +54,24 @@ def text_of_document(row: Row, source: str) -> str:
     return f"{check_text(title, 'title', source)} {row['text']}" if has_title else row["text"]
 
 
-class DocumentsOnDisk(Sequence[str]):
+class LazyTexts(Sequence[str]):
+    """A sequence given by `__len__` and `_text`; a part of it asks it for a text when it is asked for that one."""
+
+    @abstractmethod
+    def _text(self, number: int) -> str:
+        """Text `number`, 0 <= number < len(self)."""
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        numbers = range(len(self))[index]
+        return Picked(self, numbers) if isinstance(numbers, range) else self._text(numbers)
+
+
+class DocumentsOnDisk(LazyTexts):
     """The texts of a file of documents, in its order, each read when it is asked for. Memory: 16 bytes per document.
 
     Attributes:
@@ -80,18 +98,11 @@ class DocumentsOnDisk(Sequence[str]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        if isinstance(index, slice):
-            return Picked(self, range(len(self))[index])
-        return read_named_text(*self._rows.row(range(len(self))[index])).text
+    def _text(self, number: int) -> str:
+        return read_named_text(*self._rows.row(number)).text
 
 
-class Picked(Sequence[str]):
+class Picked(LazyTexts):
     """Some of the texts of a sequence, which is asked for a text when this one is, and for nothing when this is cut."""
 
     def __init__(self, texts: Sequence[str], numbers: Sequence[int]) -> None:
@@ -101,15 +112,8 @@ class Picked(Sequence[str]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        if isinstance(index, slice):
-            return Picked(self._texts, self._numbers[index])
-        return self._texts[self._numbers[index]]
+    def _text(self, number: int) -> str:
+        return self._texts[self._numbers[number]]
 
 
 class Corpus:
