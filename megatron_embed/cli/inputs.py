@@ -31,6 +31,7 @@ from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.models.heads import HeadSpec
 from megatron_embed.models.reranker_settings import RerankerSettings
+from megatron_embed.objectives.build import metric_names
 from megatron_embed.parallel.launch import launched_rank
 from megatron_embed.parallel.topology import (
     check_batch_sizes,
@@ -38,7 +39,6 @@ from megatron_embed.parallel.topology import (
     check_world_size,
     token_alignment,
 )
-from megatron_embed.training.build import metric_names
 from megatron_embed.training.optimizer import check_optimizer
 
 Set = TypeVar("Set", BeirData, StsData)

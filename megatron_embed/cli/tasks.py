@@ -30,7 +30,7 @@ from megatron_embed.evaluation.suite import together
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
 from megatron_embed.parallel.collectives import raise_first
 from megatron_embed.parallel.topology import Topology, token_alignment
-from megatron_embed.training.agreement import agree_on_bins, agree_on_rerank_bins, agree_on_shares
+from megatron_embed.training.bin_sync import agree_on_bins, agree_on_rerank_bins, agree_on_shares
 from megatron_embed.training.metrics import write_projector
 
 NUM_PROJECTOR_TEXTS = 300

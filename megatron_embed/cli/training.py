@@ -28,10 +28,10 @@ from megatron_embed.data.records import validation_shares
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
 from megatron_embed.models.reranker_settings import RERANKER_FILE, write_reranker_settings
+from megatron_embed.objectives.build import build_objective
 from megatron_embed.parallel.collectives import raise_first, smallest
 from megatron_embed.parallel.liveness import watched
 from megatron_embed.parallel.topology import Topology, initialize
-from megatron_embed.training.build import build_objective
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.health import Health
 from megatron_embed.training.loop import Hooks, train

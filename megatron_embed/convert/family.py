@@ -62,7 +62,7 @@ class Family:
             if rule.ours == pattern:
                 return rule, int(layer.group(1)) if layer else None, int(expert.group(1)) if expert else None
         raise CheckpointError(f"{name}: no row of the {self.name} weight table makes this parameter; "
-                              f"add one to megatron_embed/convert/rules/{self.name.replace('-', '_')}.py")
+                              f"add one to megatron_embed/convert/tables/{self.name.replace('-', '_')}.py")
 
     def is_carried(self, name: str) -> bool:
         """Whether the tensor of this full Hugging Face name passes through untouched."""

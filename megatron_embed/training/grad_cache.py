@@ -9,10 +9,10 @@ from torch import Tensor
 
 from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, EmbeddingModel, to_device
 from megatron_embed.models.passes import embed, run_schedule
+from megatron_embed.objectives.base import Batch, LossGradient, Objective, Sums
 from megatron_embed.parallel.collectives import send_from_last
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import get_all_rng_states, set_all_rng_states
-from megatron_embed.training.objective import Batch, LossGradient, Objective, Sums
 from megatron_embed.training.scaling import surrogate_factor
 
 

@@ -6,9 +6,9 @@ from typing import Generic
 import torch
 
 from megatron_embed.errors import UserError
+from megatron_embed.objectives.base import Batch, Sums
 from megatron_embed.parallel.collectives import raise_first
 from megatron_embed.training.grad_cache import GradCache
-from megatron_embed.training.objective import Batch, Sums
 
 
 class Validation(Generic[Batch]):

@@ -70,8 +70,8 @@ def build(config):
     """The model in DDP with its GradCache, and this rank's batch of the rows. Called by all ranks."""
     from megatron_embed.cli.training import has_dropout
     from megatron_embed.models.encoder import attention_kernel
+    from megatron_embed.objectives.build import build_objective
     from megatron_embed.parallel.topology import token_alignment
-    from megatron_embed.training.build import build_objective
     from megatron_embed.training.grad_cache import GradCache
     from megatron_embed.training.optimizer import wrap_in_ddp
     from megatron_embed.training.step import seed_step

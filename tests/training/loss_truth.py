@@ -175,8 +175,8 @@ def truths(folder: Path):
 
 def all_losses_on_rank(config, directories):
     """By loss: (metrics, squares of this rank's parameters) of one step."""
+    from megatron_embed.objectives.build import build_objective
     from megatron_embed.parallel.topology import token_alignment
-    from megatron_embed.training.build import build_objective
 
     built, _ = build(config)
     topology, found = built.topology, {}

@@ -45,9 +45,9 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     from megatron_embed.data.loader import BatchLoader
     from megatron_embed.data.sampler import GlobalBatchSampler
     from megatron_embed.models.backbone import check_divisible
+    from megatron_embed.objectives.build import build_objective
     from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, token_alignment
-    from megatron_embed.training.agreement import agree_on_bins
-    from megatron_embed.training.build import build_objective
+    from megatron_embed.training.bin_sync import agree_on_bins
     from megatron_embed.training.grad_cache import GradCache
     from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
     from megatron_embed.training.step import seed_step
@@ -96,7 +96,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
 
 def _with_sabotage(sabotage: Sabotage | None, gradients: Any, batch: Any) -> Any:
     """A step's gradients, with a deliberate mistake if asked for."""
-    import megatron_embed.training.contrastive as objective
+    import megatron_embed.objectives.contrastive as objective
     import megatron_embed.training.grad_cache as module
 
     factor, schedule, gather = module.surrogate_factor, module.run_schedule, objective.gather_pool

@@ -137,7 +137,7 @@ def tokenizer_of(directory: str | Path, model: str) -> PairTokenizer:
 
 def compute_truth(case: Case, folder: Path) -> Truth:
     """One process, float64, one pair at a time, autograd through the whole stock model."""
-    from megatron_embed.training.reranking import loss_of
+    from megatron_embed.objectives.reranking import loss_of
 
     directory, lists = folder / case.model, records(case.loss)
     tokenizer = tokenizer_of(directory, case.model)
@@ -207,9 +207,9 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
     from megatron_embed.cli.reranker import load_reranker_chunks
     from megatron_embed.models.encoder import attention_kernel
     from megatron_embed.models.heads import HeadSpec
+    from megatron_embed.objectives.build import build_objective
     from megatron_embed.parallel.topology import initialize, token_alignment
-    from megatron_embed.training.agreement import agree_on_rerank_bins
-    from megatron_embed.training.build import build_objective
+    from megatron_embed.training.bin_sync import agree_on_rerank_bins
     from megatron_embed.training.grad_cache import GradCache
     from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
     from megatron_embed.training.step import seed_step

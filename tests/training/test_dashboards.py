@@ -14,15 +14,17 @@ from megatron_embed.config.schema import CheckpointConfig, LoggingConfig, ModelC
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.suite import Suite
 from megatron_embed.losses.matryoshka import widths_of
+from megatron_embed.objectives import contrastive
+from megatron_embed.objectives import hard_negatives as own_documents
+from megatron_embed.objectives import labelled_pairs as pairs
+from megatron_embed.objectives.base import width_names
+from megatron_embed.objectives.learned_scale import LearnedScale
+from megatron_embed.objectives.reranking import Reranking
 from megatron_embed.planning.flops import forward_flops
 from megatron_embed.planning.hardware import GPUS, gpu_named
 from megatron_embed.planning.shapes import shape_of
-from megatron_embed.training import contrastive, own_documents, pairs
 from megatron_embed.training.dashboards import CUSTOM_SCALARS
-from megatron_embed.training.learned import LearnedScale
 from megatron_embed.training.metrics import MetricsWriter
-from megatron_embed.training.objective import width_names
-from megatron_embed.training.reranking import Reranking
 from tests.planning.test_parameters import BERT, MOE, QWEN3
 
 METRICS = {"loss": 1.5, "in_batch_accuracy": 0.5, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0,

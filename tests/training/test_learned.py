@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_embed.training.learned import LearnedScale
+from megatron_embed.objectives.learned_scale import LearnedScale
 from tests.toys import run_config
 
 GRADIENTS = [(0.3, -2.0), (-0.1, 0.5), (0.02, 0.1), (4.0, -0.3), (-0.2, 0.0)]

@@ -48,7 +48,7 @@ def batch_of_rank(rank, ranks, name):
 
 def gradients_on_rank(ranks):
     """By loss: (its value, [queries, dim] gradient, [documents, dim] gradient) of this rank's share."""
-    from megatron_embed.training.build import build_objective
+    from megatron_embed.objectives.build import build_objective
 
     found = {}
     for name, loss in LOSSES.items():

@@ -27,7 +27,7 @@ def test_every_loss_is_that_of_one_process(known, name):
 
 def pairs_on_rank(name):
     """(metrics, gradient) of a loss over pairs of which this rank has one or two, ranks differ."""
-    from megatron_embed.training.build import build_objective, metric_names
+    from megatron_embed.objectives.build import build_objective, metric_names
     from tests.training.test_objective import config_of, variant_batch
 
     rows, batch = variant_batch(dist.get_rank(), ({}, {}))

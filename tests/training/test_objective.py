@@ -53,7 +53,7 @@ def config_of(objective=None, data=None, dims=()):
 
 
 def objective_on_rank(ragged, masked, total):
-    from megatron_embed.training.build import build_objective
+    from megatron_embed.objectives.build import build_objective
 
     embeddings, batch = batch_of_rank(dist.get_rank(), ragged)
     objective = build_objective(config_of({"temperature": 0.1, "mask_duplicates": masked}), dist.group.WORLD,
@@ -146,7 +146,7 @@ def together(parts):
 
 def variants_on_ranks(world):
     """[(metrics, gradient in the order of `together`)] of every variant: this rank's share, or all of it."""
-    from megatron_embed.training.build import build_objective
+    from megatron_embed.objectives.build import build_objective
 
     found = []
     for variant in VARIANTS:
@@ -211,7 +211,7 @@ def test_one_gather_and_one_reduce_scatter_per_step(tmp_path, masked, more):
 
 
 def test_metrics_are_means_over_the_batch():
-    from megatron_embed.training.objective import Sums
+    from megatron_embed.objectives.base import Sums
 
     values = torch.tensor([[8.0, 4.0], [10.0, 40.0], [0.0, 0.0]], dtype=torch.float64)
     assert Sums(names=("loss", "masked_fraction", "of_nothing"), values=values).metrics() == {

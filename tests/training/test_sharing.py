@@ -14,9 +14,9 @@ from tests.training.test_objective import VARIANTS, config_of, variant_batch, va
 
 def variants_on_twins(replicas):
     """As variants_on_ranks, by ranks of which each replica's hold the same rows."""
+    from megatron_embed.objectives.build import build_objective
+    from megatron_embed.objectives.replica_split import Shared
     from megatron_embed.parallel.topology import Twins
-    from megatron_embed.training.build import build_objective
-    from megatron_embed.training.sharing import Shared
 
     world, rank = dist.get_world_size(), dist.get_rank()
     number = world // replicas

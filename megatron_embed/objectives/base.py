@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_embed.batch import StepBatch
 from megatron_embed.losses.matryoshka import Width
-from megatron_embed.training.learned import LearnedScale
+from megatron_embed.objectives.learned_scale import LearnedScale
 
 Batch = TypeVar("Batch", bound=StepBatch)
 

@@ -8,15 +8,17 @@ import torch.distributed as dist
 from megatron_embed.config.objective import CONTRASTIVE, PAIRS
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.losses.matryoshka import widths_of
+from megatron_embed.objectives import contrastive
+from megatron_embed.objectives import hard_negatives as own_documents
+from megatron_embed.objectives import labelled_pairs as pairs
+from megatron_embed.objectives.base import Objective, width_names
+from megatron_embed.objectives.contrastive import Contrastive
+from megatron_embed.objectives.hard_negatives import OwnDocuments
+from megatron_embed.objectives.labelled_pairs import Pairs
+from megatron_embed.objectives.learned_scale import LearnedScale
+from megatron_embed.objectives.replica_split import Shared
+from megatron_embed.objectives.reranking import Reranking
 from megatron_embed.parallel.topology import Twins
-from megatron_embed.training import contrastive, own_documents, pairs
-from megatron_embed.training.contrastive import Contrastive
-from megatron_embed.training.learned import LearnedScale
-from megatron_embed.training.objective import Objective, width_names
-from megatron_embed.training.own_documents import OwnDocuments
-from megatron_embed.training.pairs import Pairs
-from megatron_embed.training.reranking import Reranking
-from megatron_embed.training.sharing import Shared
 
 
 def metric_names(config: RunConfig) -> tuple[str, ...]:

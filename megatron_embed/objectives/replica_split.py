@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from megatron_embed.batch import Capacity, EmbedBatch
+from megatron_embed.objectives.base import LossGradient, Objective
+from megatron_embed.objectives.splitting import part_of
 from megatron_embed.parallel.collectives import gather_padded
 from megatron_embed.parallel.topology import Twins
-from megatron_embed.training.objective import LossGradient, Objective
-from megatron_embed.training.splitting import part_of
 
 
 class Shared(Objective[EmbedBatch]):

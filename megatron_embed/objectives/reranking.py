@@ -11,8 +11,8 @@ from megatron_embed.batch import RerankBatch
 from megatron_embed.config.schema import RerankerConfig
 from megatron_embed.losses import rerank
 from megatron_embed.losses.rerank import LossSum, pad_groups
+from megatron_embed.objectives.base import LossGradient, Objective, Sums
 from megatron_embed.parallel.collectives import sum_over
-from megatron_embed.training.objective import LossGradient, Objective, Sums
 
 Loss = Callable[[Tensor, Tensor, Tensor], LossSum]
 """([queries, most] scores, labels or teacher's scores, which are real) -> the loss of these queries."""

@@ -12,11 +12,11 @@ from megatron_embed.losses.duplicates import duplicate_mask
 from megatron_embed.losses.info_nce import Candidates, Contrast, InfoNCESums, contrast_gradients
 from megatron_embed.losses.matryoshka import Width, shorten
 from megatron_embed.losses.negatives import Owners, answered_queries, duplicates_over
+from megatron_embed.objectives.base import LossGradient, Objective, Sums, over_widths, width_names
+from megatron_embed.objectives.gathering import Pool, gather_pool, gather_rows
+from megatron_embed.objectives.learned_scale import LearnedScale
+from megatron_embed.objectives.splitting import split_by_micro_batch
 from megatron_embed.parallel.collectives import sum_over
-from megatron_embed.training.gathering import Pool, gather_pool, gather_rows
-from megatron_embed.training.learned import LearnedScale
-from megatron_embed.training.objective import LossGradient, Objective, Sums, over_widths, width_names
-from megatron_embed.training.splitting import split_by_micro_batch
 
 NAMES = ("loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin", "masked_fraction",
          "negatives_per_query")

@@ -10,9 +10,9 @@ from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.objective import ObjectiveConfig
 from megatron_embed.losses import pairwise
 from megatron_embed.losses.matryoshka import Width, cut
+from megatron_embed.objectives.base import LossGradient, Objective, Sums, over_widths, width_names
+from megatron_embed.objectives.splitting import split_by_micro_batch
 from megatron_embed.parallel.collectives import gather_padded, sum_over
-from megatron_embed.training.objective import LossGradient, Objective, Sums, over_widths, width_names
-from megatron_embed.training.splitting import split_by_micro_batch
 
 NAMES = ("loss", "similarity", "positive_similarity", "negative_similarity")
 MARGIN = 0.5

@@ -10,9 +10,9 @@ from megatron_embed.config.objective import ObjectiveConfig
 from megatron_embed.losses.distill import kl_distillation, margin_mse
 from megatron_embed.losses.matryoshka import Width, cut
 from megatron_embed.losses.pairwise import triplet
+from megatron_embed.objectives.base import LossGradient, Objective, Sums, over_widths, width_names
+from megatron_embed.objectives.splitting import split_by_micro_batch
 from megatron_embed.parallel.collectives import sum_over
-from megatron_embed.training.objective import LossGradient, Objective, Sums, over_widths, width_names
-from megatron_embed.training.splitting import split_by_micro_batch
 
 NAMES = ("loss", "accuracy", "positive_similarity", "negative_similarity", "margin", "negatives_per_query")
 TRIPLET_MARGIN = 5.0
