@@ -51,7 +51,7 @@ class MicroBatch:
         return self.rows.numel()
 
     @property
-    def kept_rows(self) -> Tensor:
+    def valid_rows(self) -> Tensor:
         """The rows whose embeddings count: all, or none of a repeated micro-batch."""
         return self.rows[:0] if self.repeated else self.rows
 

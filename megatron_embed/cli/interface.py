@@ -15,7 +15,7 @@ from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.models.encoder import DTYPES
-from megatron_embed.models.pooling_names import POOLINGS
+from megatron_embed.names import POOLINGS
 
 
 class Embedder:

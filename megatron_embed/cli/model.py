@@ -28,9 +28,9 @@ from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model, padded_vocabulary
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.heads import HeadSpec, head_pooling
-from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, read_saved_settings
+from megatron_embed.names import Pooling
 from megatron_embed.parallel.launch import launched_rank
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed

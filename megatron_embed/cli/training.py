@@ -82,7 +82,7 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopR
     wrapped = wrap_in_ddp(models, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     scheduler = build_scheduler(optimizer, config.training, inputs.train_steps)
-    objective = build_objective(config, topology.dp_group, topology.device, topology.twins)
+    objective = build_objective(config, topology.dp_group, topology.device, topology.model_parallel_groups)
     state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler, learned=objective.learned)
     first_step = resume(inputs.standing, state)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,

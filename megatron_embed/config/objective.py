@@ -5,19 +5,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_embed.config.checks import require
+from megatron_embed.names import Direction, Hardness
 
 Loss = Literal["info_nce", "sigmoid", "cosine_similarity", "contrastive", "online_contrastive", "cosent", "angle",
                "triplet", "margin_mse", "kl_distillation", "pointwise", "listwise", "margin_ranking", "ranknet",
                "lambda_loss"]
-Direction = Literal["query_to_document", "query_to_query", "document_to_document", "document_to_query"]
 
 CONTRASTIVE = ("info_nce", "sigmoid")
 """Losses of queries against all documents."""
-PAIRS = ("cosine_similarity", "contrastive", "online_contrastive", "cosent", "angle")
+LABELLED_PAIRS = ("cosine_similarity", "contrastive", "online_contrastive", "cosent", "angle")
 """Losses of pairs with a score."""
-OWN_DOCUMENTS = ("triplet", "margin_mse", "kl_distillation")
+WITH_HARD_NEGATIVES = ("triplet", "margin_mse", "kl_distillation")
 """Losses of a query with its own positive and hard negatives."""
-EMBEDDING_LOSSES = CONTRASTIVE + PAIRS + OWN_DOCUMENTS
+EMBEDDING_LOSSES = CONTRASTIVE + LABELLED_PAIRS + WITH_HARD_NEGATIVES
 """Values of `objective.loss` for `task: embedding`."""
 RERANK_LOSSES = ("pointwise", "listwise", "margin_ranking", "ranknet", "lambda_loss", "kl_distillation")
 """Values of `objective.loss` for `task: reranker`, over the documents of each query."""
@@ -66,7 +66,7 @@ class ObjectiveConfig:
     Negative values also leave out what is a little less similar."""
     mask_margin_type: Literal["absolute", "relative"] = "absolute"
     """absolute: similarity > positive + mask_margin. relative: similarity > positive + mask_margin * |positive|."""
-    hardness: Literal["in_batch_negatives", "hard_negatives", "all_negatives"] | None = None
+    hardness: Hardness | None = None
     """Which negatives weigh more the more similar they are: hardness_strength * similarity, without gradient, is added
     to their logits. in_batch_negatives: documents of other queries. hard_negatives: a query's own. null: none."""
     hardness_strength: float = 0.0
@@ -84,7 +84,7 @@ class ObjectiveConfig:
     @property
     def rows(self) -> Literal["contrastive", "pairs"]:
         """Of which kind the training rows must be: a query with its documents, or a pair with a score."""
-        return "pairs" if self.loss in PAIRS else "contrastive"
+        return "pairs" if self.loss in LABELLED_PAIRS else "contrastive"
 
     @property
     def needs_teacher_scores(self) -> bool:
@@ -94,7 +94,7 @@ class ObjectiveConfig:
     @property
     def needs_own_negatives(self) -> bool:
         """Whether each row must bring a hard negative of its own."""
-        return self.loss in OWN_DOCUMENTS
+        return self.loss in WITH_HARD_NEGATIVES
 
     @property
     def couples_batch(self) -> bool:
@@ -156,8 +156,8 @@ class ObjectiveConfig:
         require(in_batch or num_negatives > 0, "data.num_negatives", num_negatives,
                 "without in-batch negatives (data.train.in_batch_negatives = False) a query needs hard ones; set it to "
                 "1 or more")
-        require(self.loss not in OWN_DOCUMENTS or num_negatives > 0, "data.num_negatives", num_negatives,
+        require(self.loss not in WITH_HARD_NEGATIVES or num_negatives > 0, "data.num_negatives", num_negatives,
                 f"objective.loss = {self.loss!r} compares a query's positive with its own hard negatives; set it to 1 "
                 "or more")
-        require(self.loss not in PAIRS or num_negatives == 0, "data.num_negatives", num_negatives,
+        require(self.loss not in LABELLED_PAIRS or num_negatives == 0, "data.num_negatives", num_negatives,
                 f"objective.loss = {self.loss!r} takes pairs, which have no negatives; set it to 0")

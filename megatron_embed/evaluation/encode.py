@@ -14,7 +14,7 @@ from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.errors import DataError, TokenlessTextError, UserError
 from megatron_embed.models.encoder import AttentionKernel, to_device
 from megatron_embed.models.passes import embed, unwrapped
-from megatron_embed.models.pooling_names import Pooling
+from megatron_embed.names import Pooling
 from megatron_embed.parallel.collectives import gather_padded, largest, raise_first, send_from_last, smallest
 from megatron_embed.parallel.topology import Topology, token_alignment
 

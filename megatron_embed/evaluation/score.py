@@ -12,7 +12,7 @@ from megatron_embed.data.pairs import Pair, PairTokenizer
 from megatron_embed.data.rerank import build_score_batches
 from megatron_embed.evaluation.encode import RowRunner, require_finite
 from megatron_embed.models.encoder import AttentionKernel
-from megatron_embed.models.pooling_names import Pooling
+from megatron_embed.names import Pooling
 from megatron_embed.parallel.topology import Topology, token_alignment
 
 Activation = Literal["sigmoid", "identity"]

@@ -1,4 +1,4 @@
-"""Any loss over several widths of the same rows (Kusupati et al. 2022, arXiv:2205.13147)."""
+"""Any loss over several leading parts of the same embeddings (Kusupati et al. 2022, arXiv:2205.13147)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,41 +8,41 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Width:
-    """One width of a loss."""
+class MatryoshkaDim:
+    """One dimension of a loss."""
 
     dim: int | None
-    """Leading dimensions of a row; null: the rows as they are."""
+    """Leading components of an embedding; None: the embeddings as they are."""
     weight: float
 
 
-def widths_of(dims: Sequence[int], weights: Sequence[float]) -> tuple[Width, ...]:
-    """The widths of a loss: those given, with their weights or 1 each; without any, the rows as they are."""
+def matryoshka_dims(dims: Sequence[int], weights: Sequence[float]) -> tuple[MatryoshkaDim, ...]:
+    """The dimensions of a loss: those given, with their weights or 1 each; without any, the whole embeddings."""
     if not dims:
-        return (Width(dim=None, weight=1.0),)
-    return tuple(Width(dim=dim, weight=weight)
+        return (MatryoshkaDim(dim=None, weight=1.0),)
+    return tuple(MatryoshkaDim(dim=dim, weight=weight)
                  for dim, weight in zip(dims, weights or [1.0] * len(dims), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shortened:
-    """Rows cut to a width and, if normalized ones are asked for, brought back to unit length."""
+class Truncated:
+    """Embeddings truncated to a dimension and, if normalized ones are asked for, brought back to unit length."""
 
-    rows: Tensor
-    """[rows, width]."""
+    embeddings: Tensor
+    """[rows, truncated dim]."""
     length: Tensor | None
-    """[rows, 1], what the cut rows were divided by; null: nothing."""
+    """[rows, 1], what the truncated embeddings were divided by; None: nothing."""
     whole_dim: int
-    """Of the rows before the cut."""
+    """Dimension before the truncation."""
 
     def add_gradient(self, into: Tensor | None, gradient: Tensor, weight: float) -> Tensor:
-        """[rows, dim], `into` (null: 0) + weight * the gradient of the whole rows, given that of the shortened ones.
+        """[rows, dim], `into` (None: 0) + weight * the gradient of the whole embeddings, given that of the truncated.
 
         Through u = c / |c| it is (g - (g . u) u) / |c|.
         """
         if self.length is not None:
-            along = (gradient * self.rows).sum(dim=1, keepdim=True)
-            gradient = (gradient - along * self.rows) / self.length
+            along = (gradient * self.embeddings).sum(dim=1, keepdim=True)
+            gradient = (gradient - along * self.embeddings) / self.length
         if into is None and gradient.shape[1] == self.whole_dim:
             return gradient if weight == 1.0 else gradient * weight
         if into is None:
@@ -51,19 +51,20 @@ class Shortened:
         return into
 
 
-def shorten(rows: Tensor, width: Width, *, normalize: bool) -> Shortened:
-    """[rows, dim] rows at a width; the whole rows are taken as they are, without normalization."""
-    if width.dim is None:
-        return Shortened(rows=rows, length=None, whole_dim=rows.shape[1])
-    cut = rows[:, : width.dim]
+def truncate(embeddings: Tensor, matryoshka: MatryoshkaDim, *, normalize: bool) -> Truncated:
+    """[rows, dim] embeddings at a dimension; whole embeddings are taken as they are, without normalization."""
+    if matryoshka.dim is None:
+        return Truncated(embeddings=embeddings, length=None, whole_dim=embeddings.shape[1])
+    leading = embeddings[:, : matryoshka.dim]
     if not normalize:
-        return Shortened(rows=cut.contiguous(), length=None, whole_dim=rows.shape[1])
-    length = cut.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    return Shortened(rows=cut / length, length=length, whole_dim=rows.shape[1])
+        return Truncated(embeddings=leading.contiguous(), length=None, whole_dim=embeddings.shape[1])
+    length = leading.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return Truncated(embeddings=leading / length, length=length, whole_dim=embeddings.shape[1])
 
 
-def cut(rows: Tensor, width: Width, *, normalize: bool) -> Tensor:
-    """The same with a graph, for losses by autograd."""
-    if width.dim is None:
-        return rows
-    return functional.normalize(rows[:, : width.dim], dim=1) if normalize else rows[:, : width.dim]
+def truncate_with_graph(embeddings: Tensor, matryoshka: MatryoshkaDim, *, normalize: bool) -> Tensor:
+    """[rows, truncated dim], differentiable, for losses by autograd."""
+    if matryoshka.dim is None:
+        return embeddings
+    leading = embeddings[:, : matryoshka.dim]
+    return functional.normalize(leading, dim=1) if normalize else leading

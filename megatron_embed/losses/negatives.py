@@ -1,4 +1,4 @@
-"""Which columns of InfoNCE are no negatives of a row: by whom a document was given, and by equal texts."""
+"""The columns of InfoNCE that are not negatives of a row: by the query a document was given for, and by equal texts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,49 +7,50 @@ import torch
 from torch import Tensor
 
 from megatron_embed.losses.duplicates import DuplicateMask, duplicate_mask
-from megatron_embed.losses.info_nce import Direction, MaskTile
+from megatron_embed.losses.info_nce import MaskTile
+from megatron_embed.names import Direction
 
 
 @dataclass(frozen=True, kw_only=True)
-class Owners:
-    """For which query each document was given, and what follows: the columns that never were meant as negatives.
+class IgnoredColumns:
+    """The columns that were never meant as negatives, from the query that each document was given for.
 
     Queries are numbered over all ranks, in the order of the ranks. A row is a query with one of its positives.
     """
 
     row_query: Tensor
-    """[rows] int64, number of each row's query."""
+    """[rows] int64, index of each row's query."""
     positive_index: Tensor
     """[rows] int64, column of each row's positive."""
-    owner: Tensor
-    """[candidates] int64, ascending, number of the query that each document was given for."""
+    document_query: Tensor
+    """[candidates] int64, ascending, index of the query that each document was given for."""
     is_positive: Tensor
     """[candidates] bool, true for the positives."""
     num_queries: int
     directions: tuple[Direction, ...]
     private: bool
     """Hard negatives are negatives of their own query alone."""
-    alone: Tensor | None
-    """[rows] bool, true where nothing but the query's own hard negatives are negatives; null: nowhere."""
+    own_negatives_only: Tensor | None
+    """[rows] bool, true where only the query's own hard negatives are negatives; None: nowhere."""
 
     def own(self, first: int, last: int) -> Tensor:
         """[last - first, candidates] bool, true where the document was given for the row's query."""
-        return self.owner == self.row_query[first:last, None]
+        return self.document_query == self.row_query[first:last, None]
 
-    def left_out(self, first: int, last: int) -> Tensor:
+    def tile(self, first: int, last: int) -> Tensor:
         """[last - first, columns] bool: other positives of the query, the query itself as a column of queries, its own
         documents as columns of its positive; others' hard negatives if they are private; all but its own hard
-        negatives if it is alone."""
-        own, rows = self.own(first, last), torch.arange(last - first, device=self.owner.device)
+        negatives where only these count."""
+        own, rows = self.own(first, last), torch.arange(last - first, device=self.document_query.device)
         document = own & self.is_positive
         if self.private:
             document |= ~own & ~self.is_positive
         own_query = torch.arange(self.num_queries, device=own.device) == self.row_query[first:last, None]
         other_query = torch.zeros_like(own_query)
-        if self.alone is not None:
-            alone = self.alone[first:last, None]
-            document |= ~own & alone
-            other_query = ~own_query & alone
+        if self.own_negatives_only is not None:
+            own_only = self.own_negatives_only[first:last, None]
+            document |= ~own & own_only
+            other_query = ~own_query & own_only
         parts = {"query_to_document": document.index_put((rows, self.positive_index[first:last]),
                                                          torch.zeros((), dtype=torch.bool, device=own.device)),
                  "query_to_query": own_query | other_query, "document_to_document": document | own,
@@ -59,7 +60,8 @@ class Owners:
     @property
     def first_positive(self) -> Tensor:
         """[queries] int64, column of each query's first document, which is its first positive."""
-        return torch.searchsorted(self.owner, torch.arange(self.num_queries, device=self.owner.device))
+        return torch.searchsorted(self.document_query,
+                                  torch.arange(self.num_queries, device=self.document_query.device))
 
 
 def duplicates_over(directions: tuple[Direction, ...], documents: DuplicateMask, first_positive: Tensor,
@@ -70,7 +72,7 @@ def duplicates_over(directions: tuple[Direction, ...], documents: DuplicateMask,
     column of the row's positive, if some row gives it that positive.
 
     Args:
-        directions: as in `Contrast`.
+        directions: as in `ContrastiveSettings`.
         documents: rows against documents.
         first_positive: [queries] int64, column of each query's first positive.
         answers: rows' positives against queries; needed by `document_to_query`.
@@ -90,11 +92,11 @@ def duplicates_over(directions: tuple[Direction, ...], documents: DuplicateMask,
 
 
 def answered_queries(row_text: Tensor, row_query: Tensor, query_ids: Tensor, given: Tensor) -> DuplicateMask:
-    """Which queries have a row's positive as a positive, the row's own query apart.
+    """The queries that have a row's positive as a positive, apart from the row's own query.
 
     Args:
         row_text: [rows] int64, hash of the text of each row's positive.
-        row_query: [rows] int64, number of each row's query.
+        row_query: [rows] int64, index of each row's query.
         query_ids: [queries] int64, hash of each query's text, over all ranks.
         given: [pairs, 2] int64, hashes of a query's text and of a text given to it as positive.
     """

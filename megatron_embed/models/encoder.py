@@ -31,9 +31,9 @@ from megatron_embed.models.families import ModelShape
 from megatron_embed.models.heads import HeadSpec, PairHead
 from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
-from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.models.rope import rotary_angles, rotary_frequencies
 from megatron_embed.models.te_attention import TransformerEngineAttention
+from megatron_embed.names import Pooling
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import (
     HAS_CUDA,
@@ -73,7 +73,7 @@ class DeviceMicroBatch:
     """[sequences] int64 on the CPU, local row numbers."""
     first_position: int
     """Number of a text's first position."""
-    kept_rows: Tensor
+    valid_rows: Tensor
     """[sequences] int64 on the CPU, the same; empty if the micro-batch is a repeated one."""
 
 
@@ -261,7 +261,7 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
         token_ids=_held(micro_batch.token_ids, chunks)[None].to(device),
         position_ids=_held(_positions(micro_batch, first_position), chunks)[None].to(device), num_tokens=tokens,
         packed=packed, first_position=first_position,
-        padding=padding[None].to(device), plan=plan, rows=micro_batch.rows, kept_rows=micro_batch.kept_rows)
+        padding=padding[None].to(device), plan=plan, rows=micro_batch.rows, valid_rows=micro_batch.valid_rows)
 
 
 def _positions(micro_batch: MicroBatch, first: int) -> Tensor:

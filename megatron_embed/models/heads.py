@@ -16,7 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_embed.models.families import ModelShape
-from megatron_embed.models.pooling_names import Pooling
+from megatron_embed.names import Pooling
 from megatron_embed.parallel.topology import Topology
 
 

@@ -84,7 +84,7 @@ def embed(chunks: Sequence[torch.nn.Module], batches: Sequence[DeviceMicroBatch]
         outputs = run_schedule(chunks, batches, topology, collect, forward_only=True)
     if not topology.is_last_stage:
         return None
-    kept = [batch.kept_rows for batch in batches]
+    kept = [batch.valid_rows for batch in batches]
     embeddings = torch.cat([output[: len(rows)] for output, rows in zip(outputs, kept, strict=True)])
     rows = torch.cat(kept).to(embeddings.device)
     # Inference repeats micro-batches whose rows it keeps: they count once.

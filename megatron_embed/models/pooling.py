@@ -8,7 +8,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_embed.batch import MicroBatch
-from megatron_embed.models.pooling_names import Pooling
+from megatron_embed.names import Pooling
 from megatron_embed.platform.compat import tensor_parallel
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import read_hf_config
-from megatron_embed.models.pooling_names import POOLINGS, Pooling
+from megatron_embed.names import POOLINGS, Pooling
 
 _LEGACY_FLAGS: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean",

@@ -1,4 +1,4 @@
-"""What a step asks of a loss. The step itself, its two passes and its metrics know no more of one than this."""
+"""The interface between a step and its loss: the step, its two passes and its metrics know no more of it than this."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_embed.batch import StepBatch
-from megatron_embed.losses.matryoshka import Width
+from megatron_embed.losses.matryoshka import MatryoshkaDim
 from megatron_embed.objectives.learned_scale import LearnedScale
 
 Batch = TypeVar("Batch", bound=StepBatch)
@@ -20,7 +20,7 @@ class Sums:
     """Sums over the global batch, from which the step's metrics are means."""
 
     names: tuple[str, ...]
-    """Of the metrics, `loss` among them."""
+    """Names of the metrics, `loss` among them."""
     values: Tensor
     """[names, 2] float64: per metric, a sum and the number that it is divided by."""
 
@@ -33,25 +33,25 @@ class Sums:
 
 @dataclass(frozen=True, kw_only=True)
 class LossGradient:
-    """What an objective makes of some rows."""
+    """Loss sums, and the gradient of the loss with respect to this rank's embeddings."""
 
     sums: Sums
     """Over these rows of all data-parallel ranks."""
-    rows: Tensor
-    """[rows/dp, dim], gradient of (the summed loss of these rows of all ranks / total) on this rank's rows."""
+    embeddings: Tensor
+    """[rows/dp, dim], gradient of (the summed loss of these rows of all ranks / total)."""
 
 
-def width_names(widths: Sequence[Width]) -> tuple[str, ...]:
-    """Names of the losses at each width: `loss@64`; none where rows are taken as they are."""
-    return tuple(f"loss@{width.dim}" for width in widths if width.dim is not None)
+def matryoshka_names(dims: Sequence[MatryoshkaDim]) -> tuple[str, ...]:
+    """Names of the losses at each dimension: `loss@64`; none for whole embeddings."""
+    return tuple(f"loss@{matryoshka.dim}" for matryoshka in dims if matryoshka.dim is not None)
 
 
-def over_widths(values: Sequence[Tensor], widths: Sequence[Width]) -> Tensor:
-    """[names, 2] of a loss over several widths: the weighted sum of their losses, the other metrics of the first, the
-    widest; then the losses themselves. `values` are [names, 2] each, `loss` first."""
+def combine_dims(values: Sequence[Tensor], dims: Sequence[MatryoshkaDim]) -> Tensor:
+    """[names, 2] of a loss over several dimensions: the weighted sum of their losses, the other metrics of the first,
+    the largest; then the losses themselves. `values` are [names, 2] each, `loss` first."""
     combined = values[0].clone()
-    combined[0, 0] = sum(value[0, 0] * width.weight for value, width in zip(values, widths, strict=True))
-    losses = [value[:1] for value, width in zip(values, widths, strict=True) if width.dim is not None]
+    combined[0, 0] = sum(value[0, 0] * matryoshka.weight for value, matryoshka in zip(values, dims, strict=True))
+    losses = [value[:1] for value, matryoshka in zip(values, dims, strict=True) if matryoshka.dim is not None]
     return torch.cat([combined, *losses])
 
 
@@ -62,7 +62,7 @@ class Objective(ABC, Generic[Batch]):
         names: of the metrics, in the order of `Sums.values`.
         couples_batch: whether a row's loss depends on rows of other micro-batches. Then a step of several micro-batches
             takes two passes; else one, in which `split` says what a micro-batch holds.
-        learned: numbers of the loss that are trained; null: none.
+        learned: trained numbers of the loss; None: none.
     """
 
     names: tuple[str, ...]
@@ -79,11 +79,11 @@ class Objective(ABC, Generic[Batch]):
         """One batch per micro-batch, its rows renumbered from 0 in the order that they had. No communication."""
 
     @abstractmethod
-    def __call__(self, rows: Tensor, batch: Batch, *, total: float) -> LossGradient:
-        """Loss of the batch over all data-parallel ranks, which all call it, and its gradient on this rank's rows.
+    def __call__(self, embeddings: Tensor, batch: Batch, *, total: float) -> LossGradient:
+        """Loss of the batch over all data-parallel ranks, which all call it, and its gradient.
 
         Args:
-            rows: [rows/dp, dim] float32, what the model gave for the rows as numbered in `batch`; detached.
+            embeddings: [rows/dp, dim] float32, the model's output for the rows as numbered in `batch`; detached.
             batch: a whole share of the step, or a part of it that `split` made.
-            total: what `total` said of the whole batch.
+            total: the return value of `total` for the whole batch.
         """

@@ -1,60 +1,58 @@
-"""The objective that a run's settings ask for."""
+"""The objective of a configuration."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_embed.config.objective import CONTRASTIVE, PAIRS
+from megatron_embed.config.objective import CONTRASTIVE, LABELLED_PAIRS
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.losses.matryoshka import widths_of
-from megatron_embed.objectives import contrastive
-from megatron_embed.objectives import hard_negatives as own_documents
-from megatron_embed.objectives import labelled_pairs as pairs
-from megatron_embed.objectives.base import Objective, width_names
+from megatron_embed.losses.matryoshka import matryoshka_dims
+from megatron_embed.objectives import contrastive, hard_negatives, labelled_pairs
+from megatron_embed.objectives.base import Objective, matryoshka_names
 from megatron_embed.objectives.contrastive import Contrastive
-from megatron_embed.objectives.hard_negatives import OwnDocuments
-from megatron_embed.objectives.labelled_pairs import Pairs
+from megatron_embed.objectives.hard_negatives import HardNegatives
+from megatron_embed.objectives.labelled_pairs import LabelledPairs
 from megatron_embed.objectives.learned_scale import LearnedScale
-from megatron_embed.objectives.replica_split import Shared
+from megatron_embed.objectives.replica_split import ReplicaSplit
 from megatron_embed.objectives.reranking import Reranking
-from megatron_embed.parallel.topology import Twins
+from megatron_embed.parallel.topology import ModelParallelGroups
 
 
 def metric_names(config: RunConfig) -> tuple[str, ...]:
-    """The names of the metrics of `build_objective`'s objective, which takes a group of ranks."""
+    """The names of the metrics of the configuration's objective, without building it."""
     if config.task == "reranker":
         return Reranking.names
-    widths = width_names(widths_of(config.embedding.matryoshka_dims, config.objective.matryoshka_weights))
-    if config.objective.loss in PAIRS:
-        return pairs.own_names(config.objective.loss) + widths
+    dims = matryoshka_names(matryoshka_dims(config.embedding.matryoshka_dims, config.objective.matryoshka_weights))
+    if config.objective.loss in LABELLED_PAIRS:
+        return labelled_pairs.metric_names(config.objective.loss) + dims
     if config.objective.loss not in CONTRASTIVE:
-        return own_documents.NAMES + widths
+        return hard_negatives.NAMES + dims
     learned = LearnedScale(config).names if config.objective.learnable_temperature else ()
-    return contrastive.NAMES + widths + learned
+    return contrastive.NAMES + dims + learned
 
 
 def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torch.device,
-                    twins: Twins | None = None) -> Objective[Any]:
+                    groups: ModelParallelGroups | None = None) -> Objective[Any]:
     """The objective of `config.objective`.
 
     Args:
         dp_group: data-parallel ranks, without context parallelism.
-        twins: tensor- and context-parallel ranks, to share a loss over the global batch among; null: there are none.
+        groups: to split a loss over the global batch among the tensor- and context-parallel ranks of a replica; None:
+            each of them computes all of it.
     """
     if config.task == "reranker":
         return Reranking(config.objective.loss, config.reranker, dp_group)
     loss, normalize = config.objective.loss, config.embedding.normalize
-    widths = widths_of(config.embedding.matryoshka_dims, config.objective.matryoshka_weights)
-    if loss in PAIRS:
-        return Pairs(config.objective, widths, normalize=normalize, dp_group=dp_group)
+    dims = matryoshka_dims(config.embedding.matryoshka_dims, config.objective.matryoshka_weights)
+    if loss in LABELLED_PAIRS:
+        return LabelledPairs(config.objective, dims, normalize=normalize, dp_group=dp_group)
     if loss not in CONTRASTIVE:
-        return OwnDocuments(config.objective, widths, normalize=normalize, dp_group=dp_group, device=device)
-    if twins is not None and twins.group.size() == 1:
-        twins = None
+        return HardNegatives(config.objective, dims, normalize=normalize, dp_group=dp_group, device=device)
+    if groups is not None and groups.tp_cp.size() == 1:
+        groups = None
     objective = Contrastive(
-        config.objective, widths, normalize=normalize,
-        in_batch=config.data.all_in_batch, num_positives=config.data.num_positives,
-        dp_group=dp_group if twins is None else twins.everyone,
+        config.objective, dims, normalize=normalize, in_batch=config.data.all_in_batch,
+        num_positives=config.data.num_positives, dp_group=dp_group if groups is None else groups.tp_dp_cp,
         learned=LearnedScale(config) if config.objective.learnable_temperature else None)
-    return objective if twins is None else Shared(objective, twins, dp_group.size())
+    return objective if groups is None else ReplicaSplit(objective, groups.tp_cp, dp_group.size())

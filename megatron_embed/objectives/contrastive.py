@@ -1,4 +1,4 @@
-"""InfoNCE and SigLIP's sigmoid loss over the global batch: the only place that sees other ranks' rows."""
+"""InfoNCE and SigLIP's sigmoid loss over the global batch: the only place that sees other ranks' embeddings."""
 
 import dataclasses
 
@@ -9,17 +9,24 @@ from torch import Tensor
 from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.objective import ObjectiveConfig
 from megatron_embed.losses.duplicates import duplicate_mask
-from megatron_embed.losses.info_nce import Candidates, Contrast, InfoNCESums, contrast_gradients
-from megatron_embed.losses.matryoshka import Width, shorten
-from megatron_embed.losses.negatives import Owners, answered_queries, duplicates_over
-from megatron_embed.objectives.base import LossGradient, Objective, Sums, over_widths, width_names
-from megatron_embed.objectives.gathering import Pool, gather_pool, gather_rows
+from megatron_embed.losses.info_nce import (
+    Candidates,
+    ContrastiveSettings,
+    InfoNCESums,
+    MaskTile,
+    contrastive_gradients,
+)
+from megatron_embed.losses.matryoshka import MatryoshkaDim, Truncated, truncate
+from megatron_embed.losses.negatives import IgnoredColumns, answered_queries, duplicates_over
+from megatron_embed.objectives.base import LossGradient, Objective, Sums, combine_dims, matryoshka_names
+from megatron_embed.objectives.gathering import GatheredEmbeddings, GlobalBatchIds, gather_embeddings, gather_ids
 from megatron_embed.objectives.learned_scale import LearnedScale
 from megatron_embed.objectives.splitting import split_by_micro_batch
 from megatron_embed.parallel.collectives import sum_over
 
 NAMES = ("loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin", "masked_fraction",
          "negatives_per_query")
+"""In the order of InfoNCESums."""
 
 
 class Contrastive(Objective[EmbedBatch]):
@@ -27,32 +34,32 @@ class Contrastive(Objective[EmbedBatch]):
 
     Args:
         config: the loss and its keys.
-        widths: over which the loss is taken.
+        dims: matryoshka dimensions over which the loss is taken.
         in_batch: False where some data set's queries have no negatives but their own hard ones.
         num_positives: the most positives of a query; each is a term of its own, a query's terms together weigh 1.
         dp_group: data-parallel ranks, without context parallelism.
-        learned: the temperature and bias in place of the configured ones; null: those.
+        learned: the temperature and bias in place of the configured ones; None: those.
     """
 
-    def __init__(self, config: ObjectiveConfig, widths: tuple[Width, ...], *, normalize: bool, in_batch: bool,
+    def __init__(self, config: ObjectiveConfig, dims: tuple[MatryoshkaDim, ...], *, normalize: bool, in_batch: bool,
                  num_positives: int, dp_group: dist.ProcessGroup, learned: LearnedScale | None = None) -> None:
         self.learned = learned
-        self.names = NAMES + width_names(widths) + (() if learned is None else learned.names)
+        self.names = NAMES + matryoshka_names(dims) + (() if learned is None else learned.names)
         self.couples_batch = config.couples_batch
-        self.contrast = Contrast(
+        self.settings = ContrastiveSettings(
             temperature=config.temperature, directions=config.directions, joint=config.partition == "joint",
             margin=config.mask_margin, relative=config.mask_margin_type == "relative", hardness=config.hardness,
             hardness_strength=config.hardness_strength, bias=config.bias if config.loss == "sigmoid" else None)
-        self.widths = widths
+        self.dims = dims
         self.normalize = normalize
         self.mask_duplicates = config.mask_duplicates
         self.private = config.hard_negatives == "private"
         self.in_batch = in_batch
         self.dp_group = dp_group
         self.needs_queries = any(direction.endswith("query") for direction in config.directions)
-        # Without any of these, no column is left out but the row's own positive.
-        self.needs_owners = (self.private or not in_batch or num_positives > 1 or len(config.directions) > 1
-                             or config.hardness in ("in_batch_negatives", "hard_negatives"))
+        # Without any of these, no column is ignored but the row's own positive.
+        self.needs_document_queries = (self.private or not in_batch or num_positives > 1 or len(config.directions) > 1
+                                       or config.hardness in ("in_batch_negatives", "hard_negatives"))
 
     def total(self, batch: EmbedBatch) -> float:
         """Queries of the global batch: every data-parallel rank has as many."""
@@ -61,75 +68,67 @@ class Contrastive(Objective[EmbedBatch]):
     def split(self, batch: EmbedBatch) -> list[EmbedBatch]:
         return split_by_micro_batch(batch)
 
-    def __call__(self, rows: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
-        """As the base class says; `rows` are the queries, then the documents.
+    def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
+        """As the base class says; `embeddings` are those of the queries, then of the documents.
 
-        Ranks may differ in their numbers of rows, but not in `batch.capacity`. One all-gather of rows and one
-        reduce-scatter of their gradients over the data-parallel group, and two small collectives (counts, text hashes
-        and owners; sums), whatever the number of micro-batches, directions and widths.
+        Ranks may differ in their numbers of rows, but not in `batch.capacity`. One all-gather of embeddings and one
+        reduce-scatter of their gradients over the data-parallel group, and two small collectives (numbers of rows, text
+        hashes and documents' queries; sums), whatever the number of micro-batches, directions and dimensions.
         """
-        group = self.dp_group
-        query, document = rows[: batch.num_queries], rows[batch.num_queries :]
-        pool = gather_pool(batch, group, rows.device, ids=self.mask_duplicates, owners=self.needs_owners)
-        gathered = gather_rows(document, query if self.needs_queries else None, batch.capacity, pool, group)
-        terms = _Terms.of(batch, pool, group.rank(), rows.device)
-        masks, contrast = self._masks(batch, pool, terms), self._contrast()
-        values: list[Tensor] = []
-        of_scale: list[Tensor] = []
-        grad_rows = grad_document = grad_query = None
-        for width in self.widths:
-            mine, documents = (shorten(part, width, normalize=self.normalize) for part in (query, gathered.document))
-            queries = None if gathered.query is None else shorten(gathered.query, width, normalize=self.normalize)
-            found = contrast_gradients(
-                mine.rows[terms.query], dataclasses.replace(
-                    masks, document=documents.rows, query=None if queries is None else queries.rows),
-                contrast, total=total, weights=terms.weights)
-            values.append(_ratios(found.sums, batch.num_queries, len(terms.query)))
-            of_scale.append(torch.stack([found.log_scale, found.bias]) * width.weight)
-            anchors = torch.zeros_like(mine.rows).index_add_(0, terms.query, found.rows)
-            grad_rows = mine.add_gradient(grad_rows, anchors, width.weight)
-            grad_document = documents.add_gradient(grad_document, found.document, width.weight)
-            if queries is not None and found.query is not None:
-                grad_query = queries.add_gradient(grad_query, found.query, width.weight)
-        assert grad_rows is not None and grad_document is not None
-        own_document, own_query = gathered.return_gradients(grad_document, grad_query)
-        if own_query is not None:
-            grad_rows = grad_rows + own_query
-        parts = [over_widths(values, self.widths)]
-        if self.learned is not None:
-            # What was divided by the terms of the whole batch is to be a mean over queries, as all metrics are.
-            parts.append(_scale_ratios(self.learned, torch.stack(of_scale).sum(dim=0) * total, batch.num_queries))
-        return LossGradient(sums=Sums(names=self.names, values=sum_over(torch.cat(parts), group)),
-                            rows=torch.cat([grad_rows, own_document]))
+        group, query, document = self.dp_group, embeddings[: batch.num_queries], embeddings[batch.num_queries :]
+        ids = gather_ids(batch, group, embeddings.device, texts=self.mask_duplicates,
+                         document_queries=self.needs_document_queries)
+        gathered = gather_embeddings(document, query if self.needs_queries else None, batch.capacity, ids, group)
+        terms = _Terms.of(batch, ids, group.rank(), embeddings.device)
+        losses = _LossOverDims(query, gathered, terms, self._columns(batch, ids, terms), self._settings(),
+                               total=total, normalize=self.normalize)
+        for matryoshka in self.dims:
+            losses.add(matryoshka)
+        gradient = losses.gradient()
+        return LossGradient(sums=self._sums(losses, batch, total), embeddings=gradient)
 
-    def _contrast(self) -> Contrast:
+    def _settings(self) -> ContrastiveSettings:
         """The settings, with the temperature and bias of this step."""
         if self.learned is None:
-            return self.contrast
-        return dataclasses.replace(self.contrast, temperature=self.learned.temperature, bias=self.learned.bias)
+            return self.settings
+        return dataclasses.replace(self.settings, temperature=self.learned.temperature, bias=self.learned.bias)
 
-    def _masks(self, batch: EmbedBatch, pool: Pool, terms: "_Terms") -> Candidates:
+    def _sums(self, losses: "_LossOverDims", batch: EmbedBatch, total: float) -> Sums:
+        """The metrics over all ranks: one all-reduce."""
+        values = [_ratios(sums, batch.num_queries, len(losses.terms.query)) for sums in losses.sums]
+        parts = [combine_dims(values, self.dims)]
+        if self.learned is not None:
+            # The gradient was divided by the terms of the whole batch, and metrics are means over queries.
+            grad_scale = torch.stack(losses.grad_scale).sum(dim=0) * total
+            parts.append(_scale_ratios(self.learned, grad_scale, batch.num_queries))
+        return Sums(names=self.names, values=sum_over(torch.cat(parts), self.dp_group))
+
+    def _columns(self, batch: EmbedBatch, ids: GlobalBatchIds, terms: "_Terms") -> Candidates:
         """The candidates without their vectors."""
-        nothing = torch.empty(0)
-        excluded = owners = None
-        if self.needs_owners:
-            alone = None if batch.in_batch is None else ~batch.in_batch.to(pool.owner.device)[terms.query]
-            owners = Owners(row_query=terms.number, positive_index=terms.positive, owner=pool.owner,
-                            is_positive=pool.is_positive, num_queries=int(pool.num_queries.sum()),
-                            directions=self.contrast.directions, private=self.private, alone=alone)
-        if self.mask_duplicates:
-            row_ids = batch.query_ids.to(pool.document_ids.device)[terms.query]
-            documents = duplicate_mask(row_ids, terms.positive, pool.document_ids, pool.given)
-            excluded = documents.tile
-            if owners is not None:
-                answers = None
-                if "document_to_query" in self.contrast.directions:
-                    answers = answered_queries(pool.document_ids[terms.positive], terms.number, pool.query_ids,
-                                               pool.given)
-                excluded = duplicates_over(self.contrast.directions, documents, owners.first_positive, answers)
+        ignored = self._ignored(batch, ids, terms) if self.needs_document_queries else None
         return Candidates(
-            document=nothing, positive_index=terms.positive, query_index=terms.number, excluded=excluded,
-            left_out=None if owners is None else owners.left_out, own=None if owners is None else owners.own)
+            document=torch.empty(0), positive_index=terms.positive, query_index=terms.query_index,
+            excluded=self._duplicates(batch, ids, terms, ignored) if self.mask_duplicates else None,
+            ignored=None if ignored is None else ignored.tile, own=None if ignored is None else ignored.own)
+
+    def _ignored(self, batch: EmbedBatch, ids: GlobalBatchIds, terms: "_Terms") -> IgnoredColumns:
+        own_only = None if batch.in_batch is None else ~batch.in_batch.to(ids.document_query.device)[terms.query]
+        return IgnoredColumns(
+            row_query=terms.query_index, positive_index=terms.positive, document_query=ids.document_query,
+            is_positive=ids.is_positive, num_queries=int(ids.num_queries.sum()), directions=self.settings.directions,
+            private=self.private, own_negatives_only=own_only)
+
+    def _duplicates(self, batch: EmbedBatch, ids: GlobalBatchIds, terms: "_Terms",
+                    ignored: IgnoredColumns | None) -> MaskTile:
+        """The mask of columns whose text some row gives to the row's query as a positive."""
+        row_ids = batch.query_ids.to(ids.document_ids.device)[terms.query]
+        documents = duplicate_mask(row_ids, terms.positive, ids.document_ids, ids.given)
+        if ignored is None:
+            return documents.tile
+        answers = None
+        if "document_to_query" in self.settings.directions:
+            answers = answered_queries(ids.document_ids[terms.positive], terms.query_index, ids.query_ids, ids.given)
+        return duplicates_over(self.settings.directions, documents, ignored.first_positive, answers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,42 +136,86 @@ class _Terms:
     """A term of the loss is a local query with one of its positives."""
 
     query: Tensor
-    """[terms] int64, local number of the query."""
-    number: Tensor
-    """[terms] int64, its number over all ranks."""
+    """[terms] int64, local index of the query."""
+    query_index: Tensor
+    """[terms] int64, the query's index over all ranks."""
     positive: Tensor
-    """[terms] int64, the positive's number over all ranks."""
+    """[terms] int64, the positive's index over all ranks."""
     weights: Tensor | None
-    """[terms] float32, 1 / (positives of the query); null: 1 everywhere."""
+    """[terms] float32, 1 / (positives of the query); None: 1 everywhere."""
 
     @staticmethod
-    def of(batch: EmbedBatch, pool: Pool, rank: int, device: torch.device) -> "_Terms":
+    def of(batch: EmbedBatch, ids: GlobalBatchIds, rank: int, device: torch.device) -> "_Terms":
         document = batch.is_positive.nonzero()[:, 0]
         query = batch.document_query[document]
         weights = None
         if len(query) > batch.num_queries:
             weights = (1.0 / torch.bincount(query, minlength=batch.num_queries).float())[query].to(device)
         return _Terms(
-            query=query.to(device), number=query.to(device) + int(pool.num_queries[:rank].sum()),
-            positive=document.to(device) + int(pool.num_documents[:rank].sum()), weights=weights)
+            query=query.to(device), query_index=query.to(device) + int(ids.num_queries[:rank].sum()),
+            positive=document.to(device) + int(ids.num_documents[:rank].sum()), weights=weights)
 
 
-def _ratios(sums: InfoNCESums, queries: int, terms: int) -> Tensor:
+class _LossOverDims:
+    """Sums and gradients of the loss, added up over matryoshka dimensions.
+
+    Args:
+        query: [queries/dp, dim], this rank's queries.
+        gathered: the columns' embeddings, of all ranks.
+        columns: the columns without their embeddings.
+    """
+
+    def __init__(self, query: Tensor, gathered: GatheredEmbeddings, terms: _Terms, columns: Candidates,
+                 settings: ContrastiveSettings, *, total: float, normalize: bool) -> None:
+        self.query, self.gathered, self.terms, self.columns = query, gathered, terms, columns
+        self.settings, self.total, self.normalize = settings, total, normalize
+        self.sums: list[InfoNCESums] = []
+        self.grad_scale: list[Tensor] = []
+        """Per dimension [2] float64, weighted gradient with respect to log scale and bias."""
+        self.grad_query: Tensor | None = None
+        self.grad_document: Tensor | None = None
+        self.grad_query_columns: Tensor | None = None
+
+    def add(self, matryoshka: MatryoshkaDim) -> None:
+        query, documents = self._truncate(self.query, matryoshka), self._truncate(self.gathered.document, matryoshka)
+        queries = None if self.gathered.query is None else self._truncate(self.gathered.query, matryoshka)
+        candidates = dataclasses.replace(self.columns, document=documents.embeddings,
+                                         query=None if queries is None else queries.embeddings)
+        grad = contrastive_gradients(query.embeddings[self.terms.query], candidates, self.settings, total=self.total,
+                                     weights=self.terms.weights)
+        self.sums.append(grad.sums)
+        self.grad_scale.append(torch.stack([grad.log_scale, grad.bias]) * matryoshka.weight)
+        grad_query = torch.zeros_like(query.embeddings).index_add_(0, self.terms.query, grad.anchor)
+        self.grad_query = query.add_gradient(self.grad_query, grad_query, matryoshka.weight)
+        self.grad_document = documents.add_gradient(self.grad_document, grad.document, matryoshka.weight)
+        if queries is not None and grad.query is not None:
+            self.grad_query_columns = queries.add_gradient(self.grad_query_columns, grad.query, matryoshka.weight)
+
+    def gradient(self) -> Tensor:
+        """[rows/dp, dim] of this rank's queries and documents, complete over all ranks: one reduce-scatter."""
+        assert self.grad_query is not None and self.grad_document is not None
+        own_document, own_query = self.gathered.return_gradients(self.grad_document, self.grad_query_columns)
+        grad_query = self.grad_query if own_query is None else self.grad_query + own_query
+        return torch.cat([grad_query, own_document])
+
+    def _truncate(self, embeddings: Tensor, matryoshka: MatryoshkaDim) -> Truncated:
+        return truncate(embeddings, matryoshka, normalize=self.normalize)
+
+
+def _ratios(sums: InfoNCESums, num_queries: int, num_terms: int) -> Tensor:
     """[7, 2] float64: sums and divisors in the order of NAMES."""
-    ordered = torch.stack([sums.loss, sums.correct, sums.positive_similarity, sums.negative_similarity, sums.margin,
-                           sums.masked, sums.negatives])
-    divisors = torch.full_like(ordered, terms)
-    divisors[0] = queries
+    divisors = torch.full((len(NAMES),), num_terms, dtype=torch.float64, device=sums.loss.device)
+    divisors[NAMES.index("loss")] = num_queries
     divisors[NAMES.index("masked_fraction")] = sums.masked + sums.negatives
-    return torch.stack([ordered, divisors], dim=1)
+    return torch.stack([torch.stack(sums), divisors], dim=1)
 
 
-def _scale_ratios(learned: LearnedScale, gradient: Tensor, queries: int) -> Tensor:
+def _scale_ratios(learned: LearnedScale, gradient: Tensor, num_queries: int) -> Tensor:
     """[2 or 4, 2] float64: sums and divisors in the order of `learned.names`.
 
     `gradient`: [2] float64 with respect to log scale and bias, summed over these queries.
     """
-    rows = [(learned.temperature * queries, queries), (float(gradient[0]), queries)]
+    rows = [(learned.temperature * num_queries, num_queries), (float(gradient[0]), num_queries)]
     if learned.bias is not None:
-        rows += [(learned.bias * queries, queries), (float(gradient[1]), queries)]
+        rows += [(learned.bias * num_queries, num_queries), (float(gradient[1]), num_queries)]
     return torch.tensor(rows, dtype=torch.float64, device=gradient.device)

@@ -1,4 +1,4 @@
-"""Losses of labelled pairs: each pair by itself, or all pairs of the global batch together."""
+"""Losses of labelled pairs (STS): each pair by itself, or all pairs of the global batch together."""
 
 from collections.abc import Callable
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.objective import ObjectiveConfig
 from megatron_embed.losses import pairwise
-from megatron_embed.losses.matryoshka import Width, cut
-from megatron_embed.objectives.base import LossGradient, Objective, Sums, over_widths, width_names
+from megatron_embed.losses.matryoshka import MatryoshkaDim, truncate_with_graph
+from megatron_embed.objectives.base import LossGradient, Objective, Sums, combine_dims, matryoshka_names
 from megatron_embed.objectives.splitting import split_by_micro_batch
 from megatron_embed.parallel.collectives import gather_padded, sum_over
 
@@ -19,12 +19,12 @@ MARGIN = 0.5
 """Sentence Transformers' default for both losses that have one."""
 
 
-def own_names(loss: str) -> tuple[str, ...]:
-    """The metrics of a loss of pairs, at whatever widths."""
+def metric_names(loss: str) -> tuple[str, ...]:
+    """The metrics of a loss of pairs, apart from those at matryoshka dimensions."""
     return NAMES[:2] if loss in ("cosent", "angle") else NAMES
 
 
-class Pairs(Objective[EmbedBatch]):
+class LabelledPairs(Objective[EmbedBatch]):
     """A loss of the similarity of each pair to its label.
 
     `cosine_similarity` and `contrastive` are means over the pairs of the global batch. `cosent` and `angle` are one
@@ -33,16 +33,16 @@ class Pairs(Objective[EmbedBatch]):
     `angle`, whose labels may have any range, do not have them.
     """
 
-    def __init__(self, config: ObjectiveConfig, widths: tuple[Width, ...], *, normalize: bool,
+    def __init__(self, config: ObjectiveConfig, dims: tuple[MatryoshkaDim, ...], *, normalize: bool,
                  dp_group: dist.ProcessGroup) -> None:
-        self.own_names = own_names(config.loss)
-        self.names = self.own_names + width_names(widths)
+        self.base_names = metric_names(config.loss)
+        self.names = self.base_names + matryoshka_names(dims)
         self.couples_batch = config.couples_batch
         self.config = config
         self.margin = MARGIN if config.margin is None else config.margin
         self.similarity: Callable[[Tensor, Tensor], Tensor] = (
             pairwise.angle_similarity if config.loss == "angle" else pairwise.cosine)
-        self.widths = widths
+        self.dims = dims
         self.normalize = normalize
         self.dp_group = dp_group
 
@@ -54,31 +54,32 @@ class Pairs(Objective[EmbedBatch]):
     def split(self, batch: EmbedBatch) -> list[EmbedBatch]:
         return split_by_micro_batch(batch)
 
-    def __call__(self, rows: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
-        """As the base class says; `rows` are the first texts of the pairs, then the second ones.
+    def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
+        """As the base class says; `embeddings` are those of the pairs' first texts, then of the second ones.
 
-        One all-reduce of the sums and, for a loss of all pairs together, one all-gather of similarities at all widths
-        and labels.
+        One all-reduce of the sums and, for a loss of all pairs together, one all-gather of similarities at all
+        dimensions and labels.
         """
         assert batch.scores is not None, "rows without scores are refused before training"
-        label, pairs = batch.scores.to(rows.device), batch.num_queries
+        label, pairs = batch.scores.to(embeddings.device), batch.num_queries
         with torch.enable_grad():
-            leaf = rows.detach().requires_grad_()
-            sides = leaf[:pairs], leaf[pairs:][batch.positive_index.to(rows.device)]
-            similarity = torch.stack([self.similarity(*(cut(side, width, normalize=self.normalize) for side in sides))
-                                      for width in self.widths])
-        found = self._together if self.couples_batch else self._apart
-        losses, gradients = found(similarity.detach().double(), label, batch.capacity.queries)
-        weights = torch.tensor([width.weight for width in self.widths], device=rows.device)
-        (gradient,) = torch.autograd.grad(similarity, leaf, (gradients.to(rows.dtype) * weights[:, None]) / total)
-        values = [_values(loss, similarity[number].detach().double(), label)[: len(self.own_names)]
-                  for number, loss in enumerate(losses)]
+            leaf = embeddings.detach().requires_grad_()
+            sides = leaf[:pairs], leaf[pairs:][batch.positive_index.to(embeddings.device)]
+            similarity = torch.stack([
+                self.similarity(*(truncate_with_graph(side, matryoshka, normalize=self.normalize) for side in sides))
+                for matryoshka in self.dims])
+        loss_of = self._over_all_pairs if self.couples_batch else self._per_pair
+        losses, gradients = loss_of(similarity.detach().double(), label, batch.capacity.queries)
+        weights = torch.tensor([matryoshka.weight for matryoshka in self.dims], device=embeddings.device)
+        (gradient,) = torch.autograd.grad(similarity, leaf, (gradients.to(embeddings.dtype) * weights[:, None]) / total)
+        values = [_values(loss, row.detach().double(), label)[: len(self.base_names)]
+                  for loss, row in zip(losses, similarity, strict=True)]
         return LossGradient(
-            sums=Sums(names=self.names, values=sum_over(over_widths(values, self.widths), self.dp_group)),
-            rows=gradient)
+            sums=Sums(names=self.names, values=sum_over(combine_dims(values, self.dims), self.dp_group)),
+            embeddings=gradient)
 
-    def _apart(self, similarity: Tensor, label: Tensor, capacity: int) -> tuple[list[tuple[Tensor, int]], Tensor]:
-        """(per width: summed loss of these pairs and their number, [widths, pairs] gradient of the sums)."""
+    def _per_pair(self, similarity: Tensor, label: Tensor, capacity: int) -> tuple[list[tuple[Tensor, int]], Tensor]:
+        """(per dimension: summed loss of these pairs and their number, [dimensions, pairs] gradient of the sums)."""
         with torch.enable_grad():
             leaf = similarity.requires_grad_()
             terms = (pairwise.cosine_similarity(leaf, label) if self.config.loss == "cosine_similarity"
@@ -86,17 +87,18 @@ class Pairs(Objective[EmbedBatch]):
             (gradient,) = torch.autograd.grad(terms.sum(), leaf)
         return [(loss, len(label)) for loss in terms.detach().sum(dim=1)], gradient
 
-    def _together(self, similarity: Tensor, label: Tensor, capacity: int) -> tuple[list[tuple[Tensor, int]], Tensor]:
-        """The same of all ranks' pairs together: a loss that every rank computes, and the first one reports."""
+    def _over_all_pairs(self, similarity: Tensor, label: Tensor,
+                        capacity: int) -> tuple[list[tuple[Tensor, int]], Tensor]:
+        """The same for one loss over all ranks' pairs, which every rank computes and rank 0 of the group reports."""
         group, pairs = self.dp_group, len(label)
-        held = torch.ones_like(label)
-        gathered = gather_padded(torch.stack([held, label, *similarity], dim=1), capacity, group)
+        real = torch.ones_like(label)
+        gathered = gather_padded(torch.stack([real, label, *similarity], dim=1), capacity, group)
         valid = gathered[:, :, 0] > 0
         start = int(valid[: group.rank()].sum())
-        every = gathered[valid]
+        of_all_ranks = gathered[valid]
         with torch.enable_grad():
-            leaf = every[:, 2:].clone().requires_grad_()
-            losses = [self._loss_of_all(column, every[:, 1]) for column in leaf.unbind(dim=1)]
+            leaf = of_all_ranks[:, 2:].clone().requires_grad_()
+            losses = [self._loss_of_all(column, of_all_ranks[:, 1]) for column in leaf.unbind(dim=1)]
             (gradient,) = torch.autograd.grad(sum(losses), leaf)
         reports = group.rank() == 0
         return ([(loss.detach() * reports, int(reports)) for loss in losses],
@@ -111,7 +113,7 @@ class Pairs(Objective[EmbedBatch]):
 def _values(loss: tuple[Tensor, int], similarity: Tensor, label: Tensor) -> Tensor:
     """[4, 2] float64: sums and divisors in the order of NAMES."""
     rows = [(loss[0], loss[1]), (similarity.sum(), len(label))]
-    for chosen in (label > 0.5, label < 0.5):
-        rows.append((similarity[chosen].sum(), int(chosen.sum())))
+    for selected in (label > 0.5, label < 0.5):
+        rows.append((similarity[selected].sum(), int(selected.sum())))
     return torch.tensor([[float(total), float(count)] for total, count in rows], dtype=torch.float64,
                         device=similarity.device)

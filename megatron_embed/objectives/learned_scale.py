@@ -1,4 +1,4 @@
-"""A temperature and a bias that are trained: few numbers, the same on every rank, with an optimizer of their own."""
+"""A trained temperature and bias: few numbers, the same on every rank, with an optimizer of their own."""
 
 import math
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class LearnedScale:
     def __init__(self, config: RunConfig) -> None:
         objective, training = config.objective, config.training
         self._has_bias = objective.loss == "sigmoid"
-        # SigLIP bounds its scale by nothing: that of its published models is about 117.
+        # SigLIP does not bound its scale: that of its published models is about 117.
         self._largest = math.inf if self._has_bias else -math.log(SMALLEST_LEARNED)
         self._values = [-math.log(objective.temperature), *([objective.bias] if self._has_bias else [])]
         self._means, self._squares, self._steps = [0.0] * len(self._values), [0.0] * len(self._values), 0
@@ -35,12 +35,12 @@ class LearnedScale:
 
     @property
     def temperature(self) -> float:
-        """What divides the similarity."""
+        """Divides the similarity."""
         return math.exp(-self._values[0])
 
     @property
     def bias(self) -> float | None:
-        """What is added to the logits; null of a loss that has none."""
+        """Added to the logits; None for a loss that has none."""
         return self._values[1] if self._has_bias else None
 
     def step(self, metrics: Mapping[str, float], learning_rate: float) -> None:
@@ -55,12 +55,12 @@ class LearnedScale:
             return
         self._steps += 1
         (beta1, beta2), rate = self._betas, learning_rate * self._rate
-        for place, gradient in enumerate(gradients):
-            self._means[place] = beta1 * self._means[place] + (1 - beta1) * gradient
-            self._squares[place] = beta2 * self._squares[place] + (1 - beta2) * gradient * gradient
-            mean = self._means[place] / (1 - beta1**self._steps)
-            root = math.sqrt(self._squares[place] / (1 - beta2**self._steps))
-            self._values[place] -= rate * mean / (root + self._eps)
+        for index, gradient in enumerate(gradients):
+            self._means[index] = beta1 * self._means[index] + (1 - beta1) * gradient
+            self._squares[index] = beta2 * self._squares[index] + (1 - beta2) * gradient * gradient
+            mean = self._means[index] / (1 - beta1**self._steps)
+            root = math.sqrt(self._squares[index] / (1 - beta2**self._steps))
+            self._values[index] -= rate * mean / (root + self._eps)
         self._values[0] = min(self._values[0], self._largest)
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,6 +69,6 @@ class LearnedScale:
                 "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state_dict` gave."""
+        """Restores the return value of `state_dict`."""
         self._values, self._means = list(state["values"]), list(state["means"])
         self._squares, self._steps = list(state["squares"]), int(state["steps"])

@@ -1,4 +1,4 @@
-"""A reranker's losses as a step asks for them: nothing couples queries, so one pass is enough."""
+"""Losses of a reranker: no query depends on another, so one pass is enough."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -45,9 +45,9 @@ class Reranking(Objective[RerankBatch]):
         bounds = [0, *accumulate(batch.group_sizes)]
         parts = []
         for micro in batch.micro_batches:
-            rows = micro.kept_rows.sort().values
-            held = set(rows.tolist())
-            queries = [query for query in range(batch.num_queries) if bounds[query] in held]
+            rows = micro.valid_rows.sort().values
+            row_set = set(rows.tolist())
+            queries = [query for query in range(batch.num_queries) if bounds[query] in row_set]
             sizes = tuple(batch.group_sizes[query] for query in queries)
             assert sum(sizes) == len(rows), "a query's documents share a micro-batch"
             teacher = batch.teacher_scores
@@ -56,21 +56,22 @@ class Reranking(Objective[RerankBatch]):
                 labels=batch.labels[rows], teacher_scores=None if teacher is None else teacher[rows], num_truncated=0))
         return parts
 
-    def __call__(self, rows: Tensor, batch: RerankBatch, *, total: float) -> LossGradient:
-        """As the base class says; `rows` are scores [documents, 1]. One all-reduce of ten numbers."""
-        values, gradient = torch.zeros(len(self.names), 2, dtype=torch.float64, device=rows.device), rows
+    def __call__(self, embeddings: Tensor, batch: RerankBatch, *, total: float) -> LossGradient:
+        """As the base class says; `embeddings` are scores [documents, 1]. One all-reduce of ten numbers."""
+        device, gradient = embeddings.device, embeddings
+        values = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
         if batch.num_queries:
             with torch.enable_grad():
-                scores = rows[:, 0].detach().requires_grad_(True)
+                scores = embeddings[:, 0].detach().requires_grad_(True)
                 padded, valid = pad_groups(scores, batch.group_sizes)
-                targets, _ = pad_groups(self._targets(batch).to(rows.device), batch.group_sizes)
+                targets, _ = pad_groups(self._targets(batch).to(device), batch.group_sizes)
                 loss = self.loss(padded, targets, valid)
                 (gradient,) = torch.autograd.grad(loss.total / total, scores)
             gradient = gradient[:, None]
-            labels, _ = pad_groups(batch.labels.to(rows.device), batch.group_sizes)
+            labels, _ = pad_groups(batch.labels.to(device), batch.group_sizes)
             values = torch.cat([torch.stack([loss.total.detach(), loss.terms]).double()[None],
                                 _statistics(padded.detach(), labels, valid)])
-        return LossGradient(sums=Sums(names=self.names, values=sum_over(values, self.dp_group)), rows=gradient)
+        return LossGradient(sums=Sums(names=self.names, values=sum_over(values, self.dp_group)), embeddings=gradient)
 
     def _targets(self, batch: RerankBatch) -> Tensor:
         """[documents] labels, or the teacher's scores."""

@@ -1,4 +1,4 @@
-"""Parts of an embedding batch: its micro-batches, for losses that need no other, or some of its queries."""
+"""Parts of an embedding batch: one per micro-batch, for losses within a micro-batch, or some of its queries."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ def split_by_micro_batch(batch: EmbedBatch) -> list[EmbedBatch]:
     """One EmbedBatch per micro-batch, its rows renumbered: queries in order, then their documents."""
     parts = []
     for micro in batch.micro_batches:
-        rows = micro.kept_rows.sort().values
+        rows = micro.valid_rows.sort().values
         queries, documents = rows[rows < batch.num_queries], rows[rows >= batch.num_queries] - batch.num_queries
         parts.append(part_of(batch, queries, documents, micro_batches=(micro,), capacity=batch.micro_capacity))
     return parts
@@ -21,9 +21,9 @@ def part_of(batch: EmbedBatch, queries: Tensor, documents: Tensor, *, micro_batc
     """The rows of some queries, renumbered from 0.
 
     Args:
-        queries: [queries of the part] int64, their numbers, ascending.
-        documents: [documents of the part] int64, the numbers of all of their documents, ascending.
-        micro_batches: that the part's rows come from.
+        queries: [queries of the part] int64, their indices, ascending.
+        documents: [documents of the part] int64, the indices of all of their documents, ascending.
+        micro_batches: those that hold the part's rows.
         capacity: the most that any rank's part holds.
     """
     given = torch.isin(batch.positive_query, queries)
@@ -34,9 +34,9 @@ def part_of(batch: EmbedBatch, queries: Tensor, documents: Tensor, *, micro_batc
         is_positive=batch.is_positive[documents], query_ids=batch.query_ids[queries],
         positive_query=torch.searchsorted(queries, batch.positive_query[given]),
         positive_ids=batch.positive_ids[given], document_ids=batch.document_ids[documents], num_truncated=0,
-        in_batch=_of(batch.in_batch, queries), scores=_of(batch.scores, queries),
-        teacher_scores=_of(batch.teacher_scores, documents), capacity=capacity, micro_capacity=batch.micro_capacity)
+        in_batch=_select(batch.in_batch, queries), scores=_select(batch.scores, queries),
+        teacher_scores=_select(batch.teacher_scores, documents), capacity=capacity, micro_capacity=batch.micro_capacity)
 
 
-def _of(values: Tensor | None, rows: Tensor) -> Tensor | None:
+def _select(values: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if values is None else values[rows]

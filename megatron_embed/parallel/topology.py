@@ -14,13 +14,13 @@ from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, par
 
 
 @dataclass(frozen=True, kw_only=True)
-class Twins:
-    """Tensor- and context-parallel ranks of one replica: each ends the model with the embeddings of all its rows."""
+class ModelParallelGroups:
+    """The ranks of one pipeline stage that share a replica's rows, and those of all replicas."""
 
-    group: dist.ProcessGroup
-    """The twins of this rank."""
-    everyone: dist.ProcessGroup
-    """All replicas' twins, of one pipeline stage."""
+    tp_cp: dist.ProcessGroup
+    """Tensor- and context-parallel ranks of one replica: each ends the model with the embeddings of all its rows."""
+    tp_dp_cp: dist.ProcessGroup
+    """The same ranks of all replicas."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class Topology:
         return self.groups.dp
 
     @property
-    def twins(self) -> Twins:
-        return Twins(group=self.groups.tp_cp, everyone=self.groups.tp_dp_cp)
+    def model_parallel_groups(self) -> ModelParallelGroups:
+        return ModelParallelGroups(tp_cp=self.groups.tp_cp, tp_dp_cp=self.groups.tp_dp_cp)
 
     @property
     def dp_rank(self) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_embed.config.objective import CONTRASTIVE, OWN_DOCUMENTS, PAIRS, ObjectiveConfig
+from megatron_embed.config.objective import CONTRASTIVE, LABELLED_PAIRS, WITH_HARD_NEGATIVES, ObjectiveConfig
 from megatron_embed.config.schema import DataConfig, EmbeddingConfig, ModelConfig, RunConfig, TrainFile
 from megatron_embed.errors import ConfigError
 
@@ -56,6 +56,6 @@ def test_settings_that_do_not_go_with_other_sections(objective, data, dims, word
 def test_which_losses_couple_the_batch():
     assert all(ObjectiveConfig(loss=loss).couples_batch for loss in CONTRASTIVE)
     assert not any(ObjectiveConfig(loss=loss, negatives="micro_batch").couples_batch for loss in CONTRASTIVE)
-    assert [loss for loss in PAIRS if ObjectiveConfig(loss=loss).couples_batch] == ["online_contrastive", "cosent",
-                                                                                    "angle"]
-    assert not any(ObjectiveConfig(loss=loss).couples_batch for loss in OWN_DOCUMENTS)
+    assert [loss for loss in LABELLED_PAIRS if ObjectiveConfig(loss=loss).couples_batch] == [
+        "online_contrastive", "cosent", "angle"]
+    assert not any(ObjectiveConfig(loss=loss).couples_batch for loss in WITH_HARD_NEGATIVES)

@@ -108,8 +108,8 @@ def test_bins_that_cannot_be_divided_are_repeated(build):
     for micro in filled.micro_batches[2:]:
         assert torch.equal(micro.token_ids, filled.micro_batches[0].token_ids)
         assert micro.num_tokens > 0
-        assert micro.kept_rows.numel() == 0
-    assert filled.micro_batches[0].kept_rows.numel() > 0
+        assert micro.valid_rows.numel() == 0
+    assert filled.micro_batches[0].valid_rows.numel() > 0
     rows = batch.num_rows
     filled = fill_bins(build(slice(0, 2)), rows + 2, Capacity(2, 6, 2), whole_groups=False)
     assert [micro.repeated for micro in filled.micro_batches] == [False] * rows + [True] * 2

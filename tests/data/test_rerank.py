@@ -76,7 +76,7 @@ def test_a_query_stays_whole(tokenizer, tokens):
     for filled in (batch, fill_rerank_bins(batch, count + 1), fill_rerank_bins(batch, 9)):
         assert len({micro.token_ids.numel() for micro in filled.micro_batches}) == 1
         owner = torch.repeat_interleave(torch.arange(len(SIZES)), torch.tensor(SIZES))
-        held = [micro.kept_rows.tolist() for micro in filled.micro_batches]
+        held = [micro.valid_rows.tolist() for micro in filled.micro_batches]
         assert sorted(row for rows in held for row in rows) == list(range(sum(SIZES)))
         queries = [set(owner[rows].tolist()) for rows in held]
         assert sum(map(len, queries)) == len(SIZES)

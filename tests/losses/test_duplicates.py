@@ -5,7 +5,7 @@ import torch
 
 from megatron_embed.losses import info_nce as module
 from megatron_embed.losses.duplicates import duplicate_mask
-from megatron_embed.losses.info_nce import Candidates, Contrast, contrast_gradients
+from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings, contrastive_gradients
 
 BIG = 2**63 - 5
 
@@ -62,8 +62,8 @@ def test_no_part_of_the_mask_is_larger_than_a_tile(monkeypatch):
         sizes.append(last - first)
         return mask.tile(first, last)
 
-    sums = contrast_gradients(query, Candidates(document=document, positive_index=ids[1], excluded=tile),
-                              Contrast(temperature=0.5), total=9).sums
+    sums = contrastive_gradients(query, Candidates(document=document, positive_index=ids[1], excluded=tile),
+                              ContrastiveSettings(temperature=0.5), total=9).sums
     assert sizes == [2, 2, 2, 2, 1]
     assert sums.masked == by_loops(*ids).sum() > 0
     assert max(value.numel() for value in vars(mask).values() if isinstance(value, torch.Tensor)) < 9 * 23 / 4

@@ -9,8 +9,9 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from megatron_embed.losses import info_nce as module
 from megatron_embed.losses.duplicates import duplicate_mask
-from megatron_embed.losses.info_nce import Candidates, Contrast, contrast_gradients, contrast_loss, info_nce
-from megatron_embed.losses.negatives import Owners, answered_queries, duplicates_over
+from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings, contrastive_gradients, info_nce
+from megatron_embed.losses.negatives import IgnoredColumns, answered_queries, duplicates_over
+from tests.losses.reference import contrastive_loss
 
 Q2D, Q2Q, D2D, D2Q = ("query_to_document", "query_to_query", "document_to_document", "document_to_query")
 ALL = (Q2D, Q2Q, D2Q, D2D)
@@ -34,9 +35,9 @@ def random_batch(rows=6, candidates=17, dim=5, dtype=torch.float64, seed=0, excl
 def gradients(query, document, positive, temperature, total, mask=None):
     """(sums, gradients of queries and documents) of the plain case."""
     excluded = None if mask is None else lambda first, last: mask[first:last]
-    found = contrast_gradients(query, Candidates(document=document, positive_index=positive, excluded=excluded),
-                               Contrast(temperature=temperature), total=total)
-    return found.sums, found.rows, found.document
+    found = contrastive_gradients(query, Candidates(document=document, positive_index=positive, excluded=excluded),
+                               ContrastiveSettings(temperature=temperature), total=total)
+    return found.sums, found.anchor, found.document
 
 
 def by_autograd(query, document, positive, temperature, total, excluded):
@@ -94,7 +95,7 @@ def test_one_candidate_has_no_loss_and_no_gradient():
     sums, grad_query, grad_document = gradients(query, document[:1], torch.tensor([0]), 0.05, 1)
     assert not grad_query.any()
     assert not grad_document.any()
-    assert sums.stacked().isfinite().all()
+    assert torch.stack(sums).isfinite().all()
     assert (sums.loss, sums.correct, sums.negatives, sums.margin) == (0, 1, 0, 0)
     assert sums.positive_similarity == pytest.approx(float(query[0] @ document[0]))
 
@@ -103,7 +104,7 @@ def test_one_candidate_has_no_loss_and_no_gradient():
 def test_no_rows_have_no_loss_and_no_gradient(candidates):
     query, document, positive, _ = random_batch(4, 8)
     sums, grad_query, grad_document = gradients(query[:0], document[:candidates], positive[:0], 0.05, 3)
-    assert not sums.stacked().any()
+    assert not torch.stack(sums).any()
     assert grad_query.shape == (0, 5)
     assert torch.equal(grad_document, torch.zeros(candidates, 5, dtype=torch.float64))
 
@@ -113,7 +114,7 @@ def test_row_with_all_negatives_excluded_has_no_loss_and_counts_none():
     mask = torch.zeros(3, 8, dtype=torch.bool)
     mask[1] = torch.arange(8) != positive[1]
     sums, grad_query, _ = gradients(query, document, positive, 0.05, 3, mask)
-    assert sums.stacked().isfinite().all()
+    assert torch.stack(sums).isfinite().all()
     assert not grad_query[1].any()
     assert grad_query[0].any()
     assert (sums.negatives, sums.masked) == (14, 7)
@@ -134,7 +135,7 @@ def naive_sums(query, document, positive, temperature, excluded):
         margin += at_positive - float(similarity[others].max())
         negatives += len(others)
         masked += 0 if excluded is None else int(excluded[row].sum())
-    return torch.tensor([loss, correct, positive_similarity, negative_similarity, margin, negatives, masked],
+    return torch.tensor([loss, correct, positive_similarity, negative_similarity, margin, masked, negatives],
                         dtype=torch.float64)
 
 
@@ -148,18 +149,18 @@ def test_sums_are_what_their_names_say(monkeypatch, tile, excluded):
     sums, *_ = gradients(query, document, positive, 0.1, 9, mask)
     expected = naive_sums(query, document, positive, 0.1, mask)
     assert 0 < expected[1] < 9
-    assert sums.stacked().dtype == torch.float64
-    torch.testing.assert_close(sums.stacked(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.stack(sums).dtype == torch.float64
+    torch.testing.assert_close(torch.stack(sums), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_duplicate_of_the_positive_is_not_counted_as_correct():
     query, document, positive, _ = random_batch(2, 6)
     query[0] = document[positive[0]]
     sums, *_ = gradients(query, document, positive, 0.05, 2)
-    alone = float(sums.correct)
+    own_only = float(sums.correct)
     document = torch.cat([document, document[positive[:1]]])
     sums, *_ = gradients(query, document, positive, 0.05, 2)
-    assert float(sums.correct) == alone - 1
+    assert float(sums.correct) == own_only - 1
 
 
 def test_half_precision_inputs_give_a_float32_loss():
@@ -180,41 +181,42 @@ class Groups:
             torch.randn(rows, dim, generator=generator, dtype=torch.float64) + 0.5, dim=1)
         self.document = torch.nn.functional.normalize(
             torch.randn(rows * group, dim, generator=generator, dtype=torch.float64) + 0.5, dim=1)
-        self.owner = torch.repeat_interleave(torch.arange(rows), group)
+        self.document_query = torch.repeat_interleave(torch.arange(rows), group)
         self.is_positive = torch.arange(group).repeat(rows) < positives
         self.query_ids = torch.arange(rows) + 100
         self.query_ids[rows - 1] = self.query_ids[0]
         self.document_ids = torch.arange(rows * group) + 1000
         self.document_ids[group] = self.document_ids[2 * group]  # queries 1 and 2 share their positive
         self.document_ids[4 * group + 1] = self.document_ids[3 * group]  # 4's hard negative is the positive of 3
-        self.given = torch.stack([self.query_ids[self.owner[self.is_positive]], self.document_ids[self.is_positive]],
-                                 dim=1)
+        self.given = torch.stack([self.query_ids[self.document_query[self.is_positive]],
+                                  self.document_ids[self.is_positive]], dim=1)
 
-    def candidates(self, directions, *, private=False, masked=False, alone=None):
+    def candidates(self, directions, *, private=False, masked=False, own_only=None):
         """(each row's query, what it is compared with)."""
         positive = self.is_positive.nonzero()[:, 0]
-        row_query = self.owner[positive]
-        owners = Owners(row_query=row_query, positive_index=positive, owner=self.owner, is_positive=self.is_positive,
-                        num_queries=self.rows, directions=directions, private=private,
-                        alone=None if alone is None else alone[row_query])
+        row_query = self.document_query[positive]
+        ignored = IgnoredColumns(
+            row_query=row_query, positive_index=positive, document_query=self.document_query,
+            is_positive=self.is_positive, num_queries=self.rows, directions=directions, private=private,
+            own_negatives_only=None if own_only is None else own_only[row_query])
         documents = duplicate_mask(self.query_ids[row_query], positive, self.document_ids, self.given)
         answers = answered_queries(self.document_ids[positive], row_query, self.query_ids, self.given)
-        excluded = duplicates_over(directions, documents, owners.first_positive, answers)
+        excluded = duplicates_over(directions, documents, ignored.first_positive, answers)
         return row_query, Candidates(
             document=self.document, positive_index=positive, query=self.query, query_index=row_query,
-            left_out=owners.left_out, excluded=excluded if masked else None, own=owners.own)
+            ignored=ignored.tile, excluded=excluded if masked else None, own=ignored.own)
 
 
-def both_ways(groups, contrast, *, weights=None, total=7.0, dtype=torch.float64, **choices):
+def both_ways(groups, settings, *, weights=None, total=7.0, dtype=torch.float64, **choices):
     """(loss by autograd, closed form): each (value, gradients of queries and documents)."""
-    row_query, candidates = groups.candidates(contrast.directions, **choices)
+    row_query, candidates = groups.candidates(settings.directions, **choices)
     leaves = groups.query.clone().requires_grad_(), groups.document.clone().requires_grad_()
-    loss = contrast_loss(leaves[0][row_query], replaced(candidates, *leaves), contrast, total=total, weights=weights)
+    loss = contrastive_loss(leaves[0][row_query], replaced(candidates, *leaves), settings, total=total, weights=weights)
     expected = (loss.detach(), *torch.autograd.grad(loss, leaves))
     query, document = groups.query.to(dtype), groups.document.to(dtype)
-    found = contrast_gradients(query[row_query], replaced(candidates, query, document), contrast, total=total,
+    found = contrastive_gradients(query[row_query], replaced(candidates, query, document), settings, total=total,
                                weights=None if weights is None else weights.to(dtype))
-    grad_query = torch.zeros_like(query).index_add_(0, row_query, found.rows) + found.query
+    grad_query = torch.zeros_like(query).index_add_(0, row_query, found.anchor) + found.query
     return expected, (found.sums.loss / total, grad_query, found.document), found
 
 
@@ -229,7 +231,7 @@ def assert_close(expected, found, tolerance):
         assert (ours.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
-CONTRASTS = [Contrast(temperature=0.2, directions=directions, **more) for directions, more in [
+ALL_SETTINGS = [ContrastiveSettings(temperature=0.2, directions=directions, **more) for directions, more in [
     ((Q2D,), {}), (ALL, {}), ((Q2D, Q2Q, D2D), {"margin": 0.1}), (ALL, {"margin": 0.2, "relative": True}),
     ((Q2D, D2Q), {"joint": False}), ((Q2D, D2Q), {"joint": False, "margin": -0.05, "relative": True}),
     ((Q2D,), {"hardness": "in_batch_negatives", "hardness_strength": 9.0}),
@@ -240,28 +242,28 @@ CONTRASTS = [Contrast(temperature=0.2, directions=directions, **more) for direct
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("tile", [None, 50])
 @pytest.mark.parametrize("private, masked", [(False, False), (True, True)])
-@pytest.mark.parametrize("number", range(len(CONTRASTS)))
+@pytest.mark.parametrize("number", range(len(ALL_SETTINGS)))
 def test_closed_form_of_every_variant_equals_autograd(monkeypatch, number, private, masked, tile, dtype, tolerance):
     if tile is not None:
         monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
-    groups, alone = Groups(positives=2 if masked else 1), torch.tensor([False, True, False, False, True, False])
+    groups, own_only = Groups(positives=2 if masked else 1), torch.tensor([False, True, False, False, True, False])
     weights = torch.linspace(0.3, 1.2, int(groups.is_positive.sum()), dtype=torch.float64)
-    expected, found, _ = both_ways(groups, CONTRASTS[number], weights=weights, dtype=dtype, private=private,
-                                   masked=masked, alone=alone if masked else None)
+    expected, found, _ = both_ways(groups, ALL_SETTINGS[number], weights=weights, dtype=dtype, private=private,
+                                   masked=masked, own_only=own_only if masked else None)
     assert_close(expected, found, tolerance)
 
 
-@pytest.mark.parametrize("number", range(len(CONTRASTS)))
+@pytest.mark.parametrize("number", range(len(ALL_SETTINGS)))
 def test_gradient_of_the_scale_equals_a_difference(number):
     groups = Groups()
-    bias = CONTRASTS[number].bias
+    bias = ALL_SETTINGS[number].bias
 
     def loss(log_scale, shift=0.0):
-        contrast = Contrast(**{**vars(CONTRASTS[number]), "temperature": 0.2 * math.exp(-log_scale),
+        settings = ContrastiveSettings(**{**vars(ALL_SETTINGS[number]), "temperature": 0.2 * math.exp(-log_scale),
                                "bias": None if bias is None else bias + shift})
-        return float(both_ways(groups, contrast)[0][0])
+        return float(both_ways(groups, settings)[0][0])
 
-    *_, found = both_ways(groups, CONTRASTS[number])
+    *_, found = both_ways(groups, ALL_SETTINGS[number])
     step = 1e-5
     assert float(found.log_scale) == pytest.approx((loss(step) - loss(-step)) / (2 * step), rel=1e-6)
     assert abs(float(found.log_scale)) > 1e-3
@@ -284,9 +286,9 @@ def test_directions_and_hardness_are_those_of_sentence_transformers(directions, 
     leaves = groups.query.clone().requires_grad_(), groups.document.clone().requires_grad_()
     loss = peer.compute_loss_from_embeddings([leaves[0], *(leaves[1][place::3] for place in range(3))], None)
     theirs = torch.autograd.grad(loss, leaves)
-    contrast = Contrast(temperature=0.2, directions=directions, joint=joint, hardness=hardness,
+    settings = ContrastiveSettings(temperature=0.2, directions=directions, joint=joint, hardness=hardness,
                         hardness_strength=0.0 if hardness is None else 4.0)
-    _, (value, *ours), _ = both_ways(groups, contrast, total=6.0)
+    _, (value, *ours), _ = both_ways(groups, settings, total=6.0)
     assert value == pytest.approx(loss.item(), rel=1e-12)
     assert_tangents_agree(ours, theirs, (groups.query, groups.document), 1e-12)
 
@@ -331,54 +333,55 @@ def qwen3_loss(groups, temperature, margin):
 def test_five_terms_with_masks_are_the_formula_of_the_qwen3_embedding_report():
     groups = Groups(rows=8, negatives=3, dim=4)
     expected, kept, dropped = qwen3_loss(groups, 0.2, 0.1)
-    contrast = Contrast(temperature=0.2, directions=(Q2D, Q2Q, D2D), margin=0.1)
-    (loss, *_), (value, *_), found = both_ways(groups, contrast, total=8.0, private=True, masked=True)
+    settings = ContrastiveSettings(temperature=0.2, directions=(Q2D, Q2Q, D2D), margin=0.1)
+    (loss, *_), (value, *_), found = both_ways(groups, settings, total=8.0, private=True, masked=True)
     assert dropped > 10
     assert float(value) == pytest.approx(expected, rel=1e-12)
     assert float(loss) == pytest.approx(expected, rel=1e-12)
     assert (found.sums.negatives, found.sums.masked) == (kept, dropped)
-    unmasked = both_ways(groups, Contrast(temperature=0.2, directions=(Q2D, Q2Q, D2D)), total=8.0, private=True)
+    unmasked = both_ways(groups, ContrastiveSettings(temperature=0.2, directions=(Q2D, Q2Q, D2D)), total=8.0,
+                         private=True)
     assert float(unmasked[1][0]) > expected + 0.01
 
 
 @pytest.mark.parametrize("directions", DIRECTIONS)
 def test_a_duplicated_positive_costs_nothing_with_the_mask(directions):
     """Another row with the same query and positive, and another whose positive is the same, change no row's loss."""
-    groups, contrast = Groups(), Contrast(temperature=0.2, directions=directions)
+    groups, settings = Groups(), ContrastiveSettings(temperature=0.2, directions=directions)
     repeated = Groups()
     for name in ("query", "query_ids"):
         setattr(repeated, name, torch.cat([getattr(groups, name), getattr(groups, name)[3:4]]))
     for name in ("document", "document_ids", "is_positive"):
         setattr(repeated, name, torch.cat([getattr(groups, name), getattr(groups, name)[9:10]]))
-    repeated.owner = torch.cat([groups.owner, torch.tensor([6])])
+    repeated.document_query = torch.cat([groups.document_query, torch.tensor([6])])
     repeated.rows = 7
     repeated.given = torch.cat([groups.given, groups.given[3:4]])
 
     def first_rows(which):
         row_query, candidates = which.candidates(directions, masked=True)
         weights = (row_query == 3).double()
-        return float(contrast_loss(which.query[row_query], candidates, contrast, total=1.0, weights=weights))
+        return float(contrastive_loss(which.query[row_query], candidates, settings, total=1.0, weights=weights))
 
     assert first_rows(repeated) == pytest.approx(first_rows(groups), rel=1e-12)
     row_query, candidates = repeated.candidates(directions)
     weights = (row_query == 3).double()
-    assert float(contrast_loss(repeated.query[row_query], candidates, contrast, total=1.0,
+    assert float(contrastive_loss(repeated.query[row_query], candidates, settings, total=1.0,
                                weights=weights)) > first_rows(groups) + 0.05
 
 
-def test_private_hard_negatives_and_queries_that_stand_alone_by_loops():
-    groups, alone = Groups(positives=2), torch.tensor([False, False, True, False, False, False])
+def test_private_hard_negatives_and_queries_that_stand_own_only_by_loops():
+    groups, own_only = Groups(positives=2), torch.tensor([False, False, True, False, False, False])
     logits = groups.query @ groups.document.T / 0.2
     expected, terms = 0.0, 0
     for i, place in itertools.product(range(6), range(2)):
         row = [float(logits[i, column]) for column in range(len(groups.document))
-               if column == 4 * i + place or (groups.owner[column] == i and not groups.is_positive[column])
-               or (not alone[i] and groups.owner[column] != i and groups.is_positive[column])]
-        assert len(row) == (3 if alone[i] else 13)
+               if column == 4 * i + place or (groups.document_query[column] == i and not groups.is_positive[column])
+               or (not own_only[i] and groups.document_query[column] != i and groups.is_positive[column])]
+        assert len(row) == (3 if own_only[i] else 13)
         expected += 0.5 * (math.log(sum(map(math.exp, row))) - float(logits[i, 4 * i + place]))
         terms += 1
-    _, (value, *_), found = both_ways(groups, Contrast(temperature=0.2), total=6.0, private=True, alone=alone,
-                                      weights=torch.full((terms,), 0.5, dtype=torch.float64))
+    _, (value, *_), found = both_ways(groups, ContrastiveSettings(temperature=0.2), total=6.0, private=True,
+                                      own_only=own_only, weights=torch.full((terms,), 0.5, dtype=torch.float64))
     assert float(value) == pytest.approx(expected / 6, rel=1e-12)
     assert found.sums.masked == 0
     assert found.sums.negatives == 10 * 12 + 2 * 2
@@ -390,6 +393,6 @@ def test_sigmoid_is_the_pseudocode_of_siglip():
     logits = groups.query @ groups.document.T / 0.2 - 3.0
     labels = 2 * torch.eye(6, dtype=torch.float64) - torch.ones(6, 6, dtype=torch.float64)
     expected = -torch.nn.functional.logsigmoid(labels * logits).sum() / 6
-    (loss, *_), (value, *_), _ = both_ways(groups, Contrast(temperature=0.2, bias=-3.0), total=6.0)
+    (loss, *_), (value, *_), _ = both_ways(groups, ContrastiveSettings(temperature=0.2, bias=-3.0), total=6.0)
     assert float(value) == pytest.approx(float(expected), rel=1e-12)
     assert float(loss) == pytest.approx(float(expected), rel=1e-12)

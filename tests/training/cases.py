@@ -15,7 +15,7 @@ from megatron_embed.config.schema import (
     TrainFile,
     TrainingConfig,
 )
-from megatron_embed.models.pooling_names import Pooling
+from megatron_embed.names import Pooling
 
 BOUND = 1e-5
 LOSS_BOUND = 2e-6

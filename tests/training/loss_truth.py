@@ -193,7 +193,7 @@ def all_losses_on_rank(config, directories):
                                     teacher_scores=TEACHER[place])
         gradients = dataclasses.replace(built.gradients,
                                         objective=build_objective(chosen, topology.dp_group, topology.device,
-                                                                  topology.twins))
+                                                                  topology.model_parallel_groups))
         for chunk in built.wrapped:
             chunk.zero_grad_buffer()
         sums = gradients(batch)

@@ -19,7 +19,7 @@ import transformers
 from megatron_embed.config.schema import TrainFile
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import Record, open_records
-from megatron_embed.models.pooling_names import Pooling
+from megatron_embed.names import Pooling
 from tests.ranks import run_on_ranks
 from tests.toys import MINI_EN, MINILM
 from tests.training.adapter_truth import save_gradients, with_adapter, write_adapter

@@ -61,8 +61,8 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     wrapped = wrap_in_ddp(chunks, config, topology, bucket_size=3000 if case.overlap else None)
     optimizer = build_optimizer(config, wrapped, topology)
     group = topology.groups.tp if case.sabotage == "group" else topology.dp_group
-    twins = topology.twins if group is topology.dp_group else None
-    objective = build_objective(config, group, topology.device, twins)
+    split = topology.model_parallel_groups if group is topology.dp_group else None
+    objective = build_objective(config, group, topology.device, split)
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
                           kernel="sdpa", has_dropout=False)
     records = open_records(config.data.train)
@@ -99,19 +99,19 @@ def _with_sabotage(sabotage: Sabotage | None, gradients: Any, batch: Any) -> Any
     import megatron_embed.objectives.contrastive as objective
     import megatron_embed.training.grad_cache as module
 
-    factor, schedule, gather = module.surrogate_factor, module.run_schedule, objective.gather_pool
+    factor, schedule, gather = module.surrogate_factor, module.run_schedule, objective.gather_ids
 
     def swapped(chunks: Any, batches: Any, topology: Any, loss_of: Any, *, forward_only: bool) -> Any:
         order = [1, 0, *range(2, len(batches))]
         return schedule(chunks, batches, topology, lambda number: loss_of(order[number]), forward_only=forward_only)
 
     def ids_of_another_rank(*args: Any, **kwargs: Any) -> Any:
-        pool = gather(*args, **kwargs)
-        return dataclasses.replace(pool, document_ids=pool.document_ids.roll(int(pool.num_documents[0])))
+        ids = gather(*args, **kwargs)
+        return dataclasses.replace(ids, document_ids=ids.document_ids.roll(int(ids.num_documents[0])))
 
     try:
         if sabotage == "mask":
-            objective.gather_pool = ids_of_another_rank
+            objective.gather_ids = ids_of_another_rank
         if sabotage == "factor":
             module.surrogate_factor = lambda *sizes: 1.001 * factor(*sizes)
         if sabotage == "order":
@@ -119,7 +119,7 @@ def _with_sabotage(sabotage: Sabotage | None, gradients: Any, batch: Any) -> Any
                 schedule if forward_only else swapped)(*args, forward_only=forward_only)
         return gradients(batch)
     finally:
-        module.surrogate_factor, module.run_schedule, objective.gather_pool = factor, schedule, gather
+        module.surrogate_factor, module.run_schedule, objective.gather_ids = factor, schedule, gather
 
 
 def gather_shards(wrapped: Sequence[Any]) -> None:

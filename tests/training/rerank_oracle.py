@@ -225,7 +225,8 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
     wrapped = wrap_in_ddp(chunks, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     step = GradCache(chunks=wrapped, models=chunks, topology=topology,
-                     objective=build_objective(config, topology.dp_group, topology.device, topology.twins),
+                     objective=build_objective(config, topology.dp_group, topology.device,
+                                               topology.model_parallel_groups),
                      kernel=attention_kernel(config),
                      has_dropout=False)
     share = len(SIZES) // topology.dp_size

@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_embed.config.schema import CheckpointConfig, LoggingConfig, ModelConfig, ObjectiveConfig, RunConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.suite import Suite
-from megatron_embed.losses.matryoshka import widths_of
+from megatron_embed.losses.matryoshka import matryoshka_dims
 from megatron_embed.objectives import contrastive
 from megatron_embed.objectives import hard_negatives as own_documents
 from megatron_embed.objectives import labelled_pairs as pairs
-from megatron_embed.objectives.base import width_names
+from megatron_embed.objectives.base import matryoshka_names
 from megatron_embed.objectives.learned_scale import LearnedScale
 from megatron_embed.objectives.reranking import Reranking
 from megatron_embed.planning.flops import forward_flops
@@ -61,7 +61,7 @@ def metrics_of_the_objectives():
                                                                               learnable_temperature=True))
     learned = LearnedScale(config).names
     return {*contrastive.NAMES, *own_documents.NAMES, *pairs.NAMES, *Reranking.names, *learned,
-            *width_names(widths_of((64, 32), ()))}, learned
+            *matryoshka_names(matryoshka_dims((64, 32), ()))}, learned
 
 
 def metrics_of_the_evaluation():

@@ -56,7 +56,8 @@ def gradients_on_rank(ranks):
         config = config_of(settings_of(name), {"num_negatives": loss.num_negatives}, loss.dims)
         objective = build_objective(config, dist.group.WORLD, torch.device("cpu"))
         result = objective(rows, batch, total=objective.total(batch))
-        found[name] = (result.sums.metrics()["loss"], result.rows[: batch.num_queries], result.rows[batch.num_queries:])
+        gradient = result.embeddings
+        found[name] = (result.sums.metrics()["loss"], gradient[: batch.num_queries], gradient[batch.num_queries:])
     return found
 
 

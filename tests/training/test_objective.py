@@ -59,7 +59,7 @@ def objective_on_rank(ragged, masked, total):
     objective = build_objective(config_of({"temperature": 0.1, "mask_duplicates": masked}), dist.group.WORLD,
                                 torch.device("cpu"))
     found = objective(embeddings, batch, total=total)
-    return found.sums, found.rows
+    return found.sums, found.embeddings
 
 
 def whole_mask(batches, positive):
@@ -154,7 +154,7 @@ def variants_on_ranks(world):
         rows, batch = together(parts) if dist.get_world_size() == 1 else parts[dist.get_rank()]
         objective = build_objective(config_of(*variant), dist.group.WORLD, torch.device("cpu"))
         result = objective(rows, batch, total=6.0)
-        found.append((result.sums.metrics(), result.rows, batch.num_queries))
+        found.append((result.sums.metrics(), result.embeddings, batch.num_queries))
     return found
 
 

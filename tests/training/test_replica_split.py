@@ -1,4 +1,4 @@
-"""The loss shared out among the twins of a replica: that of one process, and no row travels twice."""
+"""The loss split over a replica's ranks: that of one process, and no embedding is sent twice."""
 
 from types import SimpleNamespace
 
@@ -12,37 +12,37 @@ from tests.training.exactness import ROWS, build, counted_step, objective_settin
 from tests.training.test_objective import VARIANTS, config_of, variant_batch, variants_on_ranks
 
 
-def variants_on_twins(replicas):
+def variants_on_replicas(replicas):
     """As variants_on_ranks, by ranks of which each replica's hold the same rows."""
     from megatron_embed.objectives.build import build_objective
-    from megatron_embed.objectives.replica_split import Shared
-    from megatron_embed.parallel.topology import Twins
+    from megatron_embed.objectives.replica_split import ReplicaSplit
+    from megatron_embed.parallel.topology import ModelParallelGroups
 
     world, rank = dist.get_world_size(), dist.get_rank()
     number = world // replicas
     groups = [dist.new_group(list(range(start, start + number))) for start in range(0, world, number)]
-    across = [dist.new_group(list(range(twin, world, number))) for twin in range(number)]
-    twins = Twins(group=groups[rank // number], everyone=dist.group.WORLD)
+    across = [dist.new_group(list(range(offset, world, number))) for offset in range(number)]
+    split = ModelParallelGroups(tp_cp=groups[rank // number], tp_dp_cp=dist.group.WORLD)
     found = []
     for variant in VARIANTS:
         rows, batch = variant_batch(rank // number, variant)
-        objective = build_objective(config_of(*variant), across[rank % number], torch.device("cpu"), twins)
-        assert isinstance(objective, Shared)
+        objective = build_objective(config_of(*variant), across[rank % number], torch.device("cpu"), split)
+        assert isinstance(objective, ReplicaSplit)
         assert objective.total(batch) == batch.num_queries * replicas
         result = objective(rows, batch, total=6.0)
-        found.append(SimpleNamespace(metrics=result.sums.metrics(), rows=result.rows, queries=batch.num_queries))
+        found.append(SimpleNamespace(metrics=result.sums.metrics(), rows=result.embeddings, queries=batch.num_queries))
     return found
 
 
-@pytest.mark.parametrize("replicas, twins", [(2, 2), (1, 4)], ids=["two replicas", "more twins than queries"])
-def test_every_variant_is_that_of_one_process(replicas, twins):
+@pytest.mark.parametrize("replicas, size", [(2, 2), (1, 4)], ids=["two replicas", "more ranks than queries"])
+def test_every_variant_is_that_of_one_process(replicas, size):
     (whole,) = run_on_ranks(variants_on_ranks, 1, replicas)
-    ranks = run_on_ranks(variants_on_twins, replicas * twins, replicas)
+    ranks = run_on_ranks(variants_on_replicas, replicas * size, replicas)
     for number, (metrics, gradient, _) in enumerate(whole):
         parts = [rank[number] for rank in ranks]
-        for part, first in zip(parts, (parts[rank - rank % twins] for rank in range(len(parts))), strict=True):
-            assert torch.equal(part.rows, first.rows), "twins disagree"
-        firsts = parts[::twins]
+        for part, first in zip(parts, (parts[rank - rank % size] for rank in range(len(parts))), strict=True):
+            assert torch.equal(part.rows, first.rows), "ranks of a replica disagree"
+        firsts = parts[::size]
         ours = torch.cat([part.rows[: part.queries] for part in firsts]
                          + [part.rows[part.queries:] for part in firsts])
         assert gradient.norm() > 0.01
@@ -52,22 +52,22 @@ def test_every_variant_is_that_of_one_process(replicas, twins):
 
 
 def messages_of_loss(config):
-    """[(collective, elements of the larger side)] over the twins and over everyone during one step's gradients."""
+    """[(collective, elements of the larger side)] of one step, over a replica's ranks and over all replicas."""
     built, batch = build(config)
-    twins, calls = built.topology.twins, counted_step(built, batch)
+    groups, calls = built.topology.model_parallel_groups, counted_step(built, batch)
     return {name: [(collective, size) for collective, size, used in calls if used is group]
-            for name, group in (("twins", twins.group), ("everyone", twins.everyone))}
+            for name, group in (("tp_cp", groups.tp_cp), ("tp_dp_cp", groups.tp_dp_cp))}
 
 
 @pytest.mark.parametrize("sizes", [layout(2), layout(cp=2)], ids=["tp2", "cp2"])
-def test_no_row_travels_twice(tmp_path, sizes):
+def test_no_embedding_is_sent_twice(tmp_path, sizes):
     directory = save_model(tmp_path / "model", "bert", tokenizer=True)
     hidden, documents = 32, ROWS * 2
     config = run_config(directory, parallel=sizes, objective=objective_settings(), distributed=False,
                         training={"global_batch_size": ROWS, "micro_batch_size": 3})
     for calls in run_on_ranks(messages_of_loss, 2, config):
-        # Both twins' numbers, then each document of the global batch once; their gradients; the gradient of a part;
-        # and the step's sums.
-        assert calls["everyone"] == [("all_gather_into_tensor", 2 * 3), ("all_gather_into_tensor", documents * hidden),
+        # Both ranks' numbers of rows, then each document of the global batch once; their gradients; the gradient of a
+        # part; and the step's sums.
+        assert calls["tp_dp_cp"] == [("all_gather_into_tensor", 2 * 3), ("all_gather_into_tensor", documents * hidden),
                                      ("reduce_scatter_tensor", documents * hidden), ("all_reduce", 14)]
-        assert calls["twins"] == [("all_gather_into_tensor", (documents + ROWS) * hidden)]
+        assert calls["tp_cp"] == [("all_gather_into_tensor", (documents + ROWS) * hidden)]
