@@ -195,7 +195,8 @@ def trace(tree: Path) -> dict[str, list[str]]:
         (folder / "tracer.py").write_text(TRACER, encoding="utf-8")
         subprocess.run([sys.executable, str(folder / "tracer.py"), str(tree), str(folder / "files.json"),
                         "megatron-embed", "train", str(folder / "run.yaml")],
-                       check=True, cwd=folder, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+                       check=True, cwd=folder, capture_output=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
         files: dict[str, list[str]] = json.loads((folder / "files.json").read_text(encoding="utf-8"))
         return files
 

