@@ -36,10 +36,6 @@ class MicroBatch:
     """[sequences + 1] int32, cumulative sequence lengths, from 0."""
     rows: Tensor
     """[sequences] int64, the local row number of each sequence."""
-    is_query: Tensor
-    """[sequences] bool, true where the sequence is a query."""
-    prompt_lengths: Tensor
-    """[sequences] int64, leading tokens that pooling must skip (0 unless prompts are excluded from pooling)."""
     token_types: Tensor | None = None
     """[tokens] int64, 0 in the padding; null: 0 everywhere."""
     repeated: bool = False

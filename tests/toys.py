@@ -23,7 +23,7 @@ from megatron_embed.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_embed.data.packing import build_embed_batch, pack
+from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch, pack
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import Record, RecordFile
 
@@ -106,7 +106,7 @@ def pack_all(ids: Sequence[list[int]], config: RunConfig, tokens: int | None = N
     """One bin of all sequences, rows numbered in order, aligned for the layout."""
     from megatron_embed.parallel.topology import token_alignment
 
-    return pack(ids, list(range(len(ids))), [True] * len(ids), tokens=tokens,
+    return pack(ids, list(range(len(ids))), tokens=tokens,
                 alignment=token_alignment(config.parallel), pad_token_id=0)
 
 
@@ -122,6 +122,6 @@ def real_records(rows: int) -> list[Record]:
 
 
 def batch_of(directory: str, records: Sequence[Record], *, micro_batch_size: int, num_negatives: int, alignment: int,
-             constant_tokens: bool) -> EmbedBatch:
-    return build_embed_batch(records, toy_tokenizer(directory), micro_batch_size=micro_batch_size,
-                             num_negatives=num_negatives, alignment=alignment, constant_tokens=constant_tokens)
+             uniform_size: bool) -> EmbedBatch:
+    packing = PackingSpec(micro_batch_size=micro_batch_size, alignment=alignment, uniform_size=uniform_size)
+    return build_embed_batch(records, toy_tokenizer(directory), packing, DocumentsPerQuery(negatives=num_negatives))

@@ -68,7 +68,7 @@ def main() -> None:
             if sum(map(len, chosen)) + len(ids) > size:
                 break
             chosen.append(ids)
-        packed = pack(chosen, list(range(len(chosen))), [False] * len(chosen), tokens=None, alignment=1,
+        packed = pack(chosen, list(range(len(chosen))), tokens=None, alignment=1,
                       pad_token_id=tokenizer.pad_token_id)
         batches[size] = to_device(packed, topology, "mean", kernel=attention_kernel(config), causal=model.causal,
                                   shape=model.shape)

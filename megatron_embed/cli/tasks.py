@@ -1,5 +1,6 @@
 """What of a run depends on what it trains: rows to batches, the evaluations, the export."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from megatron_embed.cli.reranker import scorer_of
 from megatron_embed.cli.resume import record_export
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.loader import BatchLoader, RerankLoader, StepLoader
+from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec
 from megatron_embed.data.pairs import Pair, PairTokenizer
 from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.data.records import RecordSet, RerankRecord
@@ -64,18 +66,17 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
     assert isinstance(tokenizer, RoleTokenizer)
     encoder = TextEncoder(wrapped, topology, tokenizer, pooling=models[0].pooling, dim=inputs.model.shape.hidden_size,
                           kernel=attention_kernel(config), causal=models[0].causal)
-    whole_groups = not config.objective.couples_batch
+    keep_groups_together = not config.objective.couples_batch
     loader = BatchLoader(
-        inputs.records, inputs.sampler, tokenizer, dp_rank=topology.dp_rank, dp_size=topology.dp_size,
-        micro_batch_size=config.training.micro_batch_size, num_negatives=config.data.num_negatives,
-        num_positives=config.data.num_positives, in_batch=config.data.all_in_batch,
-        alignment=token_alignment(config.parallel), constant_tokens=topology.pp_size > 1,
-        micro_batch_tokens=config.training.micro_batch_tokens, whole_groups=whole_groups,
-        seed=config.training.seed if config.data.draws_documents else None, others=inputs.validation)
+        inputs.records, inputs.sampler, tokenizer,
+        dataclasses.replace(packing_of(config), keep_groups_together=keep_groups_together),
+        DocumentsPerQuery(positives=config.data.num_positives, negatives=config.data.num_negatives),
+        dp_rank=topology.dp_rank, dp_size=topology.dp_size, in_batch=config.data.all_in_batch,
+        seed=config.training.seed if config.data.draws_documents else None, validation=inputs.validation)
     similarity: Literal["cosine", "dot"] = "cosine" if config.embedding.normalize else "dot"
 
     def agree(batch: EmbedBatch) -> EmbedBatch:
-        return agree_on_bins(batch, topology, whole_groups=whole_groups)
+        return agree_on_bins(batch, topology, keep_groups_together=keep_groups_together)
 
     def embed_for(instruction: str | None) -> Embed:
         return functools.partial(encoder.encode, instruction=instruction)
@@ -94,8 +95,16 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
                      note=functools.partial(_note_export, config, checkpoint, steps, inputs.model.shape.hidden_size))
 
     return Task(loader=loader, agree=agree, export=export, show=show,
-                agree_on_shares=functools.partial(agree_on_shares, topology=topology, whole_groups=whole_groups),
+                agree_on_shares=functools.partial(agree_on_shares, topology=topology,
+                                                  keep_groups_together=keep_groups_together),
                 evaluate=evaluate if inputs.suite else None)
+
+
+def packing_of(config: RunConfig) -> PackingSpec:
+    """How the rows of a run are packed: sizes, alignment and budget."""
+    return PackingSpec(
+        micro_batch_size=config.training.micro_batch_size, micro_batch_tokens=config.training.micro_batch_tokens,
+        alignment=token_alignment(config.parallel), uniform_size=config.parallel.pipeline_model_parallel_size > 1)
 
 
 def reranker_task(config: RunConfig, inputs: Inputs, topology: Topology, models: Sequence[EmbeddingModel],
@@ -107,10 +116,9 @@ def reranker_task(config: RunConfig, inputs: Inputs, topology: Topology, models:
     sampling = config.data.document_sampling
     draws = config.data.shuffle if sampling is None else sampling == "random"
     loader = RerankLoader(
-        inputs.records, inputs.sampler, tokenizer, dp_rank=topology.dp_rank, dp_size=topology.dp_size,
-        micro_batch_size=config.training.micro_batch_size, num_negatives=config.data.num_negatives,
-        seed=config.training.seed if draws else None, alignment=token_alignment(config.parallel),
-        constant_tokens=topology.pp_size > 1, micro_batch_tokens=config.training.micro_batch_tokens)
+        inputs.records, inputs.sampler, tokenizer, packing_of(config), dp_rank=topology.dp_rank,
+        dp_size=topology.dp_size, num_negatives=config.data.num_negatives,
+        seed=config.training.seed if draws else None)
 
     def agree(batch: RerankBatch) -> RerankBatch:
         return agree_on_rerank_bins(batch, topology)

@@ -14,7 +14,7 @@ import torch
 from megatron_embed.batch import EmbedBatch, RerankBatch, StepBatch
 from megatron_embed.config.data import TrainFile
 from megatron_embed.data.mixture import Sampler
-from megatron_embed.data.packing import build_embed_batch
+from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch
 from megatron_embed.data.pairs import PairTokenizer
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.record import drawn
@@ -123,48 +123,38 @@ class BatchLoader(StepLoader[EmbedBatch]):
     Args:
         records: all training rows.
         sampler: over the same records.
-        tokenizer: of the model that is trained.
-        dp_rank: this rank's place on the data axis.
-        dp_size: ranks on the data axis.
-        micro_batch_size: queries per rank per micro-batch; not used with a token budget.
-        num_negatives: hard negatives per query; more than any row has are as many as the row with the most has.
-        alignment: tokens; every micro-batch is a multiple of it.
-        constant_tokens: all micro-batches of a step have one size.
-        micro_batch_tokens: token budget of a micro-batch; null: none. Ranks' numbers of micro-batches then differ.
-        whole_groups: under a budget, a query shares the micro-batch of its documents.
-        num_positives: positives per query, likewise.
+        tokenizer: that of the model in training.
+        packing: how rows are packed; with a token budget, ranks' numbers of micro-batches differ.
+        documents: positives and hard negatives per query; more than any row has are as many as the row with the most
+            has. `most_positives` is counted here.
+        dp_rank, dp_size: this rank's index on the data-parallel axis, and the ranks on it.
         in_batch: whether the queries of every file have other negatives than their own.
-        seed: of the draw of a row's documents, from it, the row and the step alone; null: the first of the row.
-        others: further records that `build` is given, if any: messages have room for their documents too.
+        seed: for sampling a row's documents, from it, the row and the step alone; None: the first of the row.
+        validation: further records that `build` is given, if any: messages have room for their documents too.
 
     Raises:
         ConfigError: the batch sizes do not divide, or an instruction is missing or too long.
     """
 
-    def __init__(self, records: RecordSet, sampler: Sampler, tokenizer: RoleTokenizer, *, dp_rank: int,
-                 dp_size: int, micro_batch_size: int, num_negatives: int, alignment: int,
-                 constant_tokens: bool, micro_batch_tokens: int | None = None, whole_groups: bool = False,
-                 num_positives: int = 1, in_batch: bool = True, seed: int | None = None,
-                 others: RecordSet | None = None) -> None:
-        group = micro_batch_size * dp_size
+    def __init__(self, records: RecordSet, sampler: Sampler, tokenizer: RoleTokenizer, packing: PackingSpec,
+                 documents: DocumentsPerQuery, *, dp_rank: int, dp_size: int, in_batch: bool = True,
+                 seed: int | None = None, validation: RecordSet | None = None) -> None:
+        group = packing.micro_batch_size * dp_size
         total = sampler.global_batch_size
-        if micro_batch_tokens is None and total % group:
+        if packing.micro_batch_tokens is None and total % group:
             raise ConfigError(f"training.global_batch_size = {total} is not a multiple of micro_batch_size * "
-                              f"data_parallel_size = {micro_batch_size} * {dp_size}; next valid: "
+                              f"data_parallel_size = {packing.micro_batch_size} * {dp_size}; next valid: "
                               f"{-(-total // group) * group}")
         check_prompts(records, tokenizer)
         super().__init__(records, sampler, dp_rank=dp_rank, dp_size=dp_size)
         self._tokenizer = tokenizer
-        self._micro_batch_size = micro_batch_size
+        self._packing = packing
         # Messages have room for what is asked for: never more of it than there is. All ranks read the same rows.
-        every = [records] if others is None else [records, others]
-        self._most_positives = max(part.most_positives for part in every)
-        self._num_negatives = min(num_negatives, max(part.most_negatives for part in every))
-        self._alignment = alignment
-        self._constant_tokens = constant_tokens
-        self._micro_batch_tokens = micro_batch_tokens
-        self._whole_groups = whole_groups
-        self._num_positives = min(num_positives, self._most_positives)
+        sets = [records] if validation is None else [records, validation]
+        most_positives = max(part.most_positives for part in sets)
+        self._documents = DocumentsPerQuery(
+            positives=min(documents.positives, most_positives), most_positives=most_positives,
+            negatives=min(documents.negatives, max(part.most_negatives for part in sets)))
         self._in_batch = in_batch
         self._seed = seed
 
@@ -173,47 +163,33 @@ class BatchLoader(StepLoader[EmbedBatch]):
         if self._seed is not None:
             records = [drawn(record, (self._seed, step, row)) for record, row in zip(records, rows, strict=True)]
         in_batch = None if self._in_batch else torch.tensor([file.in_batch_negatives for file in files])
-        return build_embed_batch(
-            records, self._tokenizer, num_positives=self._num_positives, in_batch=in_batch,
-            micro_batch_size=self._micro_batch_size, num_negatives=self._num_negatives, alignment=self._alignment,
-            constant_tokens=self._constant_tokens, most_positives=self._most_positives,
-            micro_batch_tokens=self._micro_batch_tokens, whole_groups=self._whole_groups)
+        return build_embed_batch(records, self._tokenizer, self._packing, self._documents, in_batch=in_batch)
 
 
 class RerankLoader(StepLoader[RerankBatch]):
-    """Batches of a reranker; each time that a row comes its negatives are drawn anew, from seed, row and step alone.
+    """Batches of a reranker; each time that a row comes its negatives are sampled again, from seed, row and step alone.
 
     Args:
         records: all training rows, RerankRecords.
         sampler: over the same records.
-        tokenizer: of the model that is trained, with its prompt.
-        dp_rank: this rank's place on the data axis.
-        dp_size: ranks on the data axis.
-        micro_batch_size: queries per rank per micro-batch; not used with a token budget.
+        tokenizer: that of the model in training, with its prompt.
+        packing: how pairs are packed.
+        dp_rank, dp_size: this rank's index on the data-parallel axis, and the ranks on it.
         num_negatives: documents with label 0 per query; 0: all of the row.
-        seed: of the draw; null: the first ones of the row.
-        alignment: tokens; every micro-batch is a multiple of it.
-        constant_tokens: all micro-batches of a step have one size.
-        micro_batch_tokens: token budget of a micro-batch; null: none.
+        seed: for sampling; None: the first ones of the row.
     """
 
-    def __init__(self, records: RecordSet, sampler: Sampler, tokenizer: PairTokenizer, *, dp_rank: int,
-                 dp_size: int, micro_batch_size: int, num_negatives: int, seed: int | None, alignment: int,
-                 constant_tokens: bool, micro_batch_tokens: int | None = None) -> None:
+    def __init__(self, records: RecordSet, sampler: Sampler, tokenizer: PairTokenizer, packing: PackingSpec, *,
+                 dp_rank: int, dp_size: int, num_negatives: int, seed: int | None) -> None:
         super().__init__(records, sampler, dp_rank=dp_rank, dp_size=dp_size)
         self._tokenizer = tokenizer
-        self._micro_batch_size = micro_batch_size
+        self._packing = packing
         self._num_negatives = num_negatives
         self._seed = seed
-        self._alignment = alignment
-        self._constant_tokens = constant_tokens
-        self._micro_batch_tokens = micro_batch_tokens
 
     def batch_of(self, records: Sequence[Any], rows: Sequence[int], files: Sequence[TrainFile],
                  step: int) -> RerankBatch:
         seeds = [None if self._seed is None else (self._seed, step, row) for row in rows]
-        chosen = [choose_negatives(record, self._num_negatives, seed)
-                  for record, seed in zip(records, seeds, strict=True)]
-        return build_rerank_batch(
-            chosen, self._tokenizer, micro_batch_size=self._micro_batch_size, alignment=self._alignment,
-            constant_tokens=self._constant_tokens, micro_batch_tokens=self._micro_batch_tokens)
+        sampled = [choose_negatives(record, self._num_negatives, seed)
+                   for record, seed in zip(records, seeds, strict=True)]
+        return build_rerank_batch(sampled, self._tokenizer, self._packing)

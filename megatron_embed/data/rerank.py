@@ -8,9 +8,15 @@ import numpy as np
 import torch
 
 from megatron_embed.batch import MicroBatch, RerankBatch
-from megatron_embed.data.bins import bins_of_groups
-from megatron_embed.data.packing import divide_bins, pack, round_up
-from megatron_embed.data.pairs import Pair, PairTokenizer, TokenizedPairs
+from megatron_embed.data.packing import (
+    PackingSpec,
+    bins_of_groups,
+    pack_bins,
+    pack_longest_first,
+    round_up,
+    split_micro_batches,
+)
+from megatron_embed.data.pairs import Pair, PairTokenizer
 from megatron_embed.data.record import RerankRecord
 from megatron_embed.errors import ConfigError, DataError, TokenlessTextError
 
@@ -87,17 +93,13 @@ def _check_labels(record: RerankRecord, loss: str) -> None:
                         "per document")
 
 
-def build_rerank_batch(records: Sequence[RerankRecord], tokenizer: PairTokenizer, *, micro_batch_size: int,
-                       alignment: int, constant_tokens: bool, micro_batch_tokens: int | None = None) -> RerankBatch:
+def build_rerank_batch(records: Sequence[RerankRecord], tokenizer: PairTokenizer, packing: PackingSpec) -> RerankBatch:
     """The batch of these rows, each a query with all of its documents.
 
     Args:
         records: this data-parallel rank's share of the step, in order; negatives are sampled already.
-        tokenizer: of the model that is trained.
-        micro_batch_size: queries per micro-batch; the last one may be smaller. Not used with a token budget.
-        alignment: tokens; every bin is a multiple of it.
-        constant_tokens: all bins get the size of the largest, for pipelines, whose messages have one shape.
-        micro_batch_tokens: tokens of every bin; null: no budget.
+        tokenizer: that of the model in training.
+        packing: how the pairs are packed; a query's documents always share a micro-batch.
     Raises:
         DataError: a query leaves no room for its document.
     """
@@ -105,15 +107,11 @@ def build_rerank_batch(records: Sequence[RerankRecord], tokenizer: PairTokenizer
     tokenized = tokenizer.tokenize(list(chain.from_iterable(pairs_of(record) for record in records)))
     lengths = [len(ids) for ids in tokenized.token_ids]
     groups = [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-    if micro_batch_tokens is None:
-        bins = [list(chain.from_iterable(groups[start : start + micro_batch_size]))
-                for start in range(0, len(groups), micro_batch_size)]
-    else:
-        bins = bins_of_groups(groups, lengths, micro_batch_tokens)
     teachers = [record.teacher_scores for record in records]
     return RerankBatch(
-        micro_batches=pack_pairs(bins, tokenized, alignment=alignment, constant_tokens=constant_tokens,
-                                 pad_token_id=tokenizer.pad_token_id, tokens=micro_batch_tokens),
+        micro_batches=pack_bins(bins_of_groups(groups, lengths, packing), tokenized.token_ids, packing,
+                                tokenizer.pad_token_id, token_types=tokenized.token_types,
+                                tokens=packing.micro_batch_tokens),
         num_queries=len(records), num_documents=sum(sizes), group_sizes=tuple(sizes),
         labels=torch.tensor([label for record in records for label in record.labels], dtype=torch.float32),
         teacher_scores=None if any(scores is None for scores in teachers) else torch.tensor(
@@ -121,50 +119,29 @@ def build_rerank_batch(records: Sequence[RerankRecord], tokenizer: PairTokenizer
         num_truncated=tokenized.num_truncated)
 
 
-def fill_rerank_bins(batch: RerankBatch, count: int) -> RerankBatch:
+def split_rerank_to_count(batch: RerankBatch, count: int) -> RerankBatch:
     """The same rows in exactly `count` micro-batches of the same size, agreed by all ranks; a query stays whole.
 
-    As `fill_bins`: large micro-batches are divided, and if none can be, the first is run again.
+    As `split_to_count`: large micro-batches are split, and if none can be, the first is run again.
     """
-    owner = [query for query, size in enumerate(batch.group_sizes) for _ in range(size)]
-    return replace(batch, micro_batches=divide_bins(batch.micro_batches, count, owner.__getitem__))
+    query_of_row = [query for query, size in enumerate(batch.group_sizes) for _ in range(size)]
+    return replace(batch, micro_batches=split_micro_batches(batch.micro_batches, count, query_of_row.__getitem__))
 
 
-def pack_pairs(bins: Sequence[Sequence[int]], pairs: TokenizedPairs, *, alignment: int, constant_tokens: bool,
-               pad_token_id: int, tokens: int | None = None) -> tuple[MicroBatch, ...]:
-    """Bins of pair numbers to micro-batches, of `tokens` each if given."""
-    if tokens is None and constant_tokens:
-        tokens = round_up(max(sum(len(pairs.token_ids[row]) for row in rows) for rows in bins), alignment)
-    return tuple(
-        pack([pairs.token_ids[row] for row in rows], rows, [False] * len(rows), tokens=tokens, alignment=alignment,
-             pad_token_id=pad_token_id,
-             token_types=None if pairs.token_types is None else [pairs.token_types[row] for row in rows])
-        for rows in bins)
-
-
-def build_score_batches(pairs: Sequence[Pair], tokenizer: PairTokenizer, *, micro_batch_tokens: int, alignment: int,
-                        constant_tokens: bool) -> tuple[MicroBatch, ...]:
-    """Bins for inference, longest pairs first; `rows` are the pairs' numbers.
+def build_score_batches(pairs: Sequence[Pair], tokenizer: PairTokenizer,
+                        packing: PackingSpec) -> tuple[MicroBatch, ...]:
+    """Micro-batches for inference, longest pairs first; `rows` are the pairs' indices.
 
     Args:
-        micro_batch_tokens: tokens of a bin, padding included; a pair that is longer has a bin of its own.
-        alignment, constant_tokens: as in `build_rerank_batch`.
+        packing: with a token budget; a pair that is longer has a micro-batch of its own.
     Raises:
         DataError: a query leaves no room for its document.
         TokenlessTextError: for the first pair without tokens.
     """
     tokenized = tokenizer.tokenize(pairs)
     lengths = [len(ids) for ids in tokenized.token_ids]
-    room = micro_batch_tokens // alignment * alignment
-    bins: list[list[int]] = []
-    filled = 0
-    for row in sorted(range(len(pairs)), key=lambda row: -lengths[row]):
-        if not lengths[row]:
+    for row, length in enumerate(lengths):
+        if not length:
             raise TokenlessTextError(row, f"pair number {row + 1}", pairs[row].document)
-        if not bins or filled + lengths[row] > room:
-            bins.append([])
-            filled = 0
-        bins[-1].append(row)
-        filled += lengths[row]
-    return pack_pairs(bins, tokenized, alignment=alignment, constant_tokens=constant_tokens,
-                      pad_token_id=tokenizer.pad_token_id)
+    return pack_bins(pack_longest_first(lengths, packing), tokenized.token_ids, packing, tokenizer.pad_token_id,
+                     token_types=tokenized.token_types)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_embed.batch import MicroBatch
-from megatron_embed.data.packing import build_encode_batches
+from megatron_embed.data.packing import PackingSpec, build_encode_batches
 from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.errors import DataError, TokenlessTextError, UserError
 from megatron_embed.models.encoder import AttentionKernel, to_device
@@ -152,11 +152,10 @@ class TextEncoder(RowRunner):
     def _pack_share(self, texts: Sequence[str], role: Role,
                     instruction: str | None) -> tuple[tuple[MicroBatch, ...], int | None]:
         """This rank's bins, and the number of its first text without tokens if there is one."""
+        packing = PackingSpec(micro_batch_tokens=self.micro_batch_tokens,
+                              alignment=token_alignment(self.topology.sizes), uniform_size=self.topology.pp_size > 1)
         try:
-            return build_encode_batches(
-                texts, role, self.tokenizer, micro_batch_tokens=self.micro_batch_tokens,
-                alignment=token_alignment(self.topology.sizes), constant_tokens=self.topology.pp_size > 1,
-                instruction=instruction), None
+            return build_encode_batches(texts, role, self.tokenizer, packing, instruction=instruction), None
         except TokenlessTextError as error:
             return (), error.row
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_embed.batch import MicroBatch
+from megatron_embed.data.packing import PackingSpec
 from megatron_embed.data.pairs import Pair, PairTokenizer
 from megatron_embed.data.rerank import build_score_batches
 from megatron_embed.evaluation.encode import RowRunner, require_finite
@@ -53,6 +54,6 @@ class PairScorer(RowRunner):
 
     def _pack(self, pairs: Sequence[Pair]) -> tuple[tuple[MicroBatch, ...], None]:
         """This rank's bins. A pair has tokens: those of the template, or an encoder's special ones."""
-        return build_score_batches(
-            pairs, self.tokenizer, micro_batch_tokens=self.micro_batch_tokens,
-            alignment=token_alignment(self.topology.sizes), constant_tokens=self.topology.pp_size > 1), None
+        packing = PackingSpec(micro_batch_tokens=self.micro_batch_tokens,
+                              alignment=token_alignment(self.topology.sizes), uniform_size=self.topology.pp_size > 1)
+        return build_score_batches(pairs, self.tokenizer, packing), None

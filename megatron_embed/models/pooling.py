@@ -38,8 +38,6 @@ def pooling_plan(micro_batch: MicroBatch, pooling: Pooling, device: torch.device
         sequences = torch.repeat_interleave(torch.arange(count), lengths)
         tokens = torch.arange(sequences.numel())
         offsets = tokens - starts[sequences]
-        kept = offsets >= micro_batch.prompt_lengths[sequences]
-        tokens, sequences, offsets = tokens[kept], sequences[kept], offsets[kept]
         weights = offsets.float() + 1.0 if pooling == "weightedmean" else torch.ones(tokens.numel())
         weights = weights / torch.zeros(count).index_add(0, sequences, weights)[sequences]
     return PoolingPlan(tokens=tokens.to(device), sequences=sequences.to(device), weights=weights.to(device),

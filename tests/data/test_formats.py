@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_embed.config.schema import TrainFile
-from megatron_embed.data.packing import build_embed_batch
+from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.record import Record, RerankRecord
 from megatron_embed.data.records import RecordFile, RecordSet, open_records
@@ -27,8 +27,8 @@ def written(name: str, folder: Path) -> RecordSet:
 def batch_tensors(records: RecordSet, minilm_dir: str, prompt: str) -> list[torch.Tensor]:
     tokenizer = RoleTokenizer(minilm_dir, add_eos=False, query_max_length=48, document_max_length=64,
                               query_prompt=prompt)
-    batch = build_embed_batch(list(records), tokenizer, micro_batch_size=4, num_negatives=1, alignment=8,
-                              constant_tokens=False)
+    batch = build_embed_batch(list(records), tokenizer, PackingSpec(micro_batch_size=4, alignment=8),
+                              DocumentsPerQuery(negatives=1))
     return [*(micro.token_ids for micro in batch.micro_batches), *(micro.rows for micro in batch.micro_batches),
             batch.positive_index, batch.document_query, batch.query_ids, batch.document_ids]
 

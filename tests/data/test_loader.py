@@ -10,6 +10,7 @@ import torch
 from megatron_embed.config.schema import DataConfig, TrainFile
 from megatron_embed.data.loader import BatchLoader
 from megatron_embed.data.mixture import build_sampler
+from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import RecordSet, hold_out, open_records, text_id
 from megatron_embed.data.sampler import GlobalBatchSampler
@@ -33,9 +34,9 @@ def make(records: RecordSet, tokenizer: RoleTokenizer, *, size: int = 8, shuffle
          dp_size: int = 1, micro_batch_size: int = 2, num_negatives: int = 1, num_positives: int = 1,
          seed: int | None = None) -> BatchLoader:
     sampler = GlobalBatchSampler(records, global_batch_size=size, shuffle=shuffle, seed=1)
-    return BatchLoader(records, sampler, tokenizer, dp_rank=dp_rank, dp_size=dp_size, micro_batch_size=micro_batch_size,
-                       num_negatives=num_negatives, num_positives=num_positives, alignment=8, constant_tokens=False,
-                       seed=seed)
+    return BatchLoader(records, sampler, tokenizer, PackingSpec(micro_batch_size=micro_batch_size, alignment=8),
+                       DocumentsPerQuery(negatives=num_negatives, positives=num_positives), dp_rank=dp_rank,
+                       dp_size=dp_size, seed=seed)
 
 
 def loader_threads() -> list[str]:

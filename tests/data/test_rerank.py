@@ -7,9 +7,10 @@ import torch
 
 from megatron_embed.config.schema import TrainFile
 from megatron_embed.data.loader import RerankLoader
+from megatron_embed.data.packing import PackingSpec
 from megatron_embed.data.pairs import PairTemplate, PairTokenizer
 from megatron_embed.data.records import RerankRecord, open_records
-from megatron_embed.data.rerank import build_rerank_batch, choose_negatives, fill_rerank_bins, group_size, pairs_of
+from megatron_embed.data.rerank import build_rerank_batch, choose_negatives, group_size, pairs_of, split_rerank_to_count
 from megatron_embed.data.sampler import GlobalBatchSampler
 from tests.toys import MINILM
 
@@ -51,8 +52,8 @@ def test_loader_draws_by_row_and_step_whatever_the_ranks(tmp_path, tokenizer):
     sampler = GlobalBatchSampler(records, global_batch_size=4, shuffle=True, seed=3)
 
     def pairs(rank, ranks, step):
-        with RerankLoader(records, sampler, tokenizer, dp_rank=rank, dp_size=ranks, micro_batch_size=1, num_negatives=2,
-                          seed=3, alignment=1, constant_tokens=False) as loader:
+        with RerankLoader(records, sampler, tokenizer, PackingSpec(), dp_rank=rank, dp_size=ranks, num_negatives=2,
+                          seed=3) as loader:
             batch = loader.batch(step)
         assert batch.group_sizes == (3,) * (4 // ranks) and batch.labels.tolist() == [1, 0, 0] * (4 // ranks)
         return [micro.token_ids.tolist() for micro in batch.micro_batches]
@@ -69,11 +70,11 @@ def test_loader_draws_by_row_and_step_whatever_the_ranks(tmp_path, tokenizer):
 @pytest.mark.parametrize("tokens", [None, 96])
 def test_a_query_stays_whole(tokenizer, tokens):
     records = [record(size) for size in SIZES]
-    batch = build_rerank_batch(records, tokenizer, micro_batch_size=2, alignment=4, constant_tokens=True,
-                               micro_batch_tokens=tokens)
+    packing = PackingSpec(micro_batch_size=2, alignment=4, uniform_size=True, micro_batch_tokens=tokens)
+    batch = build_rerank_batch(records, tokenizer, packing)
     assert batch.group_sizes == SIZES and batch.num_documents == sum(SIZES) == len(batch.labels)
     count = len(batch.micro_batches)
-    for filled in (batch, fill_rerank_bins(batch, count + 1), fill_rerank_bins(batch, 9)):
+    for filled in (batch, split_rerank_to_count(batch, count + 1), split_rerank_to_count(batch, 9)):
         assert len({micro.token_ids.numel() for micro in filled.micro_batches}) == 1
         owner = torch.repeat_interleave(torch.arange(len(SIZES)), torch.tensor(SIZES))
         held = [micro.valid_rows.tolist() for micro in filled.micro_batches]
@@ -85,8 +86,7 @@ def test_a_query_stays_whole(tokenizer, tokens):
 
 def test_token_types_reach_the_micro_batch():
     encoder = PairTokenizer(str(MINILM), template=None, max_length=32)
-    batch = build_rerank_batch([record(2, teacher=False)], encoder, micro_batch_size=1, alignment=16,
-                               constant_tokens=False)
+    batch = build_rerank_batch([record(2, teacher=False)], encoder, PackingSpec(alignment=16))
     (micro,) = batch.micro_batches
     rows = encoder.tokenize(pairs_of(record(2)))
     assert micro.token_types[: micro.num_tokens].tolist() == rows.token_types[0] + rows.token_types[1]

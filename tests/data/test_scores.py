@@ -20,7 +20,7 @@ def records_of(tmp_path, rows, kind="contrastive"):
 
 def batch(records, num_negatives):
     return batch_of(str(MINILM), list(records), micro_batch_size=2, num_negatives=num_negatives, alignment=1,
-                    constant_tokens=False)
+                    uniform_size=False)
 
 
 def test_pairs_bring_their_scores(tmp_path):

@@ -135,7 +135,7 @@ def embeddings(config, ids, bins, poolings=None):
 def pack_bin(ids, numbers, tokens, alignment):
     from megatron_embed.data.packing import pack
 
-    return pack([ids[number] for number in numbers], numbers, [True] * len(numbers), tokens=tokens,
+    return pack([ids[number] for number in numbers], numbers, tokens=tokens,
                 alignment=alignment, pad_token_id=0)
 
 

@@ -86,7 +86,7 @@ def build(config):
     records = real_records(ROWS)[topology.dp_rank * share : (topology.dp_rank + 1) * share]
     batch = batch_of(config.model.path, records, micro_batch_size=config.training.micro_batch_size,
                      num_negatives=NUM_NEGATIVES, alignment=token_alignment(config.parallel),
-                     constant_tokens=topology.pp_size > 1)
+                     uniform_size=topology.pp_size > 1)
     for chunk in wrapped:
         chunk.train()
         chunk.zero_grad_buffer()

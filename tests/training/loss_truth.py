@@ -187,7 +187,7 @@ def all_losses_on_rank(config, directories):
                             data={"num_negatives": loss.num_negatives})
         batch = batch_of(config.model.path, rows_of_truth()[mine],
                          micro_batch_size=config.training.micro_batch_size, num_negatives=loss.num_negatives,
-                         alignment=token_alignment(config.parallel), constant_tokens=topology.pp_size > 1)
+                         alignment=token_alignment(config.parallel), uniform_size=topology.pp_size > 1)
         place = 2 * (batch.document_query + mine.start) + (~batch.is_positive).long()
         batch = dataclasses.replace(batch, scores=None if loss.scores is None else loss.scores[mine],
                                     teacher_scores=TEACHER[place])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_embed.data.packing import build_embed_batch, fill_bins
+from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch, split_to_count
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import Record
 from tests.training.cases import NUM_NEGATIVES, Case
@@ -36,17 +36,17 @@ def micro_batches_of(case: Case, records: Sequence[Record], tokenizer: RoleToken
         size = share // case.micro_batches
         return [[Part(texts=tuple(range(texts[first], texts[first + size])), repeated=False)
                  for first in mine[::size]] for mine in rows]
-    whole_groups = case.negatives == "micro_batch"
-    batches = [build_embed_batch(
-        [records[row] for row in mine], tokenizer, micro_batch_size=1, num_negatives=NUM_NEGATIVES, alignment=1,
-        constant_tokens=False, micro_batch_tokens=case.tokens, whole_groups=whole_groups) for mine in rows]
+    keep_groups_together = case.negatives == "micro_batch"
+    batches = [build_embed_batch([records[row] for row in mine], tokenizer,
+                                 PackingSpec(micro_batch_tokens=case.tokens, keep_groups_together=keep_groups_together),
+                                 DocumentsPerQuery(negatives=NUM_NEGATIVES)) for mine in rows]
     count = max(len(batch.micro_batches) for batch in batches)
     count += -count % (case.layout.pp if case.layout.vpp > 1 else 1)
     parts = []
     for mine, batch in zip(rows, batches, strict=True):
         numbers = [texts[row] for row in mine]
         numbers += [texts[row] + place for row in mine for place in range(1, texts[row + 1] - texts[row])]
-        filled = fill_bins(batch, count, batch.micro_capacity, whole_groups=whole_groups)
+        filled = split_to_count(batch, count, batch.micro_capacity, keep_groups_together=keep_groups_together)
         parts.append([Part(texts=tuple(numbers[row] for row in micro.rows.tolist()), repeated=micro.repeated)
                       for micro in filled.micro_batches])
     return parts

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec
 from megatron_embed.data.prompts import RoleTokenizer
 from megatron_embed.data.records import open_records
 from tests.training.cases import NUM_NEGATIVES, ROWS, Case, Rows, Sabotage, run_config
@@ -68,15 +69,17 @@ def _run_case(case: Case, folder: Path, topology: Any) -> Found:
     records = open_records(config.data.train)
     sampler = GlobalBatchSampler(records, global_batch_size=config.training.global_batch_size, shuffle=False, seed=1,
                                  num_negatives=NUM_NEGATIVES)
-    with BatchLoader(records, sampler, tokenizer_of(folder / case.model, ROWS[case.rows]), dp_rank=topology.dp_rank,
-                     dp_size=topology.dp_size, micro_batch_size=config.training.micro_batch_size,
-                     num_negatives=NUM_NEGATIVES, alignment=token_alignment(config.parallel),
-                     constant_tokens=topology.pp_size > 1, micro_batch_tokens=case.tokens,
-                     whole_groups=case.negatives == "micro_batch") as loader:
+    packing = PackingSpec(
+        micro_batch_size=config.training.micro_batch_size, alignment=token_alignment(config.parallel),
+        uniform_size=topology.pp_size > 1, micro_batch_tokens=case.tokens,
+        keep_groups_together=case.negatives == "micro_batch")
+    with BatchLoader(records, sampler, tokenizer_of(folder / case.model, ROWS[case.rows]), packing,
+                     DocumentsPerQuery(negatives=NUM_NEGATIVES), dp_rank=topology.dp_rank,
+                     dp_size=topology.dp_size) as loader:
         batch = loader.batch(0)
     bins = len(batch.micro_batches)
     if case.tokens is not None:
-        batch = agree_on_bins(batch, topology, whole_groups=case.negatives == "micro_batch")
+        batch = agree_on_bins(batch, topology, keep_groups_together=case.negatives == "micro_batch")
     squares, losses = [], []
     for _ in range(case.repeats):
         for chunk in wrapped:

@@ -25,6 +25,7 @@ from megatron_embed.config.schema import (
     RunConfig,
     TrainingConfig,
 )
+from megatron_embed.data.packing import PackingSpec
 from megatron_embed.data.pairs import PairTokenizer
 from megatron_embed.data.record import RerankRecord
 from megatron_embed.data.rerank import build_rerank_batch, pairs_of
@@ -230,10 +231,10 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
                      kernel=attention_kernel(config),
                      has_dropout=False)
     share = len(SIZES) // topology.dp_size
+    packing = PackingSpec(micro_batch_size=case.micro_batch_size, alignment=token_alignment(config.parallel),
+                          uniform_size=topology.pp_size > 1, micro_batch_tokens=case.tokens)
     batch: RerankBatch = build_rerank_batch(
-        records(case.loss)[topology.dp_rank * share : (topology.dp_rank + 1) * share], tokenizer,
-        micro_batch_size=case.micro_batch_size, alignment=token_alignment(config.parallel),
-        constant_tokens=topology.pp_size > 1, micro_batch_tokens=case.tokens)
+        records(case.loss)[topology.dp_rank * share : (topology.dp_rank + 1) * share], tokenizer, packing)
     if case.tokens is not None:
         batch = agree_on_rerank_bins(batch, topology)
     if case.sabotage == "labels":
