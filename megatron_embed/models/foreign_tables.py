@@ -183,9 +183,8 @@ ADAPTER_CONFIG = FileTable(
         "modules_to_save": honoured("modules trained whole: a reranker's classifier; others are refused by their "
                                     "tensors"),
         "init_lora_weights": honoured(
-            "an initialization under which the base's weights are others than those of base_model_name_or_path: PEFT "
-            "changes them when it loads the adapter (pissa, olora, corda, loftq), or needs those that training left "
-            "(lora_ga)", *_INITIALIZATIONS,
+            "what the adapter began with; under pissa, olora, corda, loftq and lora_ga the base's weights were changed "
+            "with it, and PEFT changes them again when it loads the adapter, or cannot", *_INITIALIZATIONS,
             remedy="load it with PEFT once and write it anew, with save_pretrained(..., "
                    "path_initial_model_for_weight_conversion=...) as an adapter of the unchanged base, or with "
                    "merge_and_unload as a whole model"),
