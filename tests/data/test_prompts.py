@@ -200,7 +200,8 @@ def test_added_tokens_without_a_row_are_harmless_until_a_text_holds_one(minilm_d
     directory = shutil.copytree(minilm_dir, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(minilm_dir)
     size = len(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<mark>"], "pad_token": "<fill>"})
+    tokenizer.add_tokens(["<mark>"], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": "<fill>"})
     tokenizer.save_pretrained(directory)
     lengths = {"add_eos": False, "query_max_length": 9, "document_max_length": 9, "vocab_size": size}
     own = RoleTokenizer(str(directory), **lengths)
