@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_embed.cli.export import stock_runs_causally
+from megatron_embed.cli.inherit import inherited
 from megatron_embed.cli.model import ModelDirectory, adapters_of, blaming, find_model
 from megatron_embed.cli.reranker import head_spec, open_pair_tokenizer, reranker_settings
 from megatron_embed.cli.resume import Standing, check_resumable, is_exported, standing
@@ -17,7 +18,7 @@ from megatron_embed.config.keeping import EvaluationSet
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.data.mixture import Sampler, build_sampler
 from megatron_embed.data.pairs import PairTokenizer
-from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.prompts import Role, RoleTokenizer, TextFormat
 from megatron_embed.data.record import ANY_NUMBER, require_fields
 from megatron_embed.data.records import RecordSet, hold_out, open_records, validation_shares
 from megatron_embed.data.rerank import check_rerank_records
@@ -48,6 +49,8 @@ Set = TypeVar("Set", BeirData, StsData)
 class Inputs:
     """What is read and checked before the first collective, on every rank alike."""
 
+    config: RunConfig
+    """With the model directory's own settings where it had null for them."""
     model: ModelDirectory
     records: RecordSet
     """To train on."""
@@ -86,6 +89,8 @@ def read_inputs(config: RunConfig) -> Inputs:
         raise ConfigError("data.train = []: training needs at least one file of rows; add `train: [FILE.jsonl]` under "
                           "data")
     model = find_model(config.model.path)
+    found = standing(config)
+    config = inherited(config, model, found.checkpoint)
     _, world_size, _ = launched_rank()
     dp_size = check_world_size(config.parallel, world_size)
     check_batch_sizes(config, dp_size)
@@ -119,12 +124,10 @@ def read_inputs(config: RunConfig) -> Inputs:
     steps = number_of_steps(config, sampler)
     check_schedule(config.training, steps)
     suite = open_suite(config, tokenizer)
-    found = standing(config)
     if found.checkpoint is not None:
         check_resumable(config, found.checkpoint, model, tokenizer, records)
-    inputs = Inputs(model=model, records=records, validation=validation, tokenizer=tokenizer, sampler=sampler,
-                    suite=suite, settings=settings, head=head, train_steps=steps,
-                    standing=found)
+    inputs = Inputs(config=config, model=model, records=records, validation=validation, tokenizer=tokenizer,
+                    sampler=sampler, suite=suite, settings=settings, head=head, train_steps=steps, standing=found)
     if config.checkpoint.export_at_end is not None and not inputs.nothing_left(config):
         check_export(config, model)
     return inputs
@@ -204,7 +207,7 @@ def check_instructions(key: str, sets: Sequence[EvaluationSet], config: RunConfi
 def open_reranker(config: RunConfig, model: ModelDirectory) -> tuple[RerankerSettings, PairTokenizer, HeadSpec]:
     """How the run's reranker is asked, its tokenizer and its head."""
     settings = reranker_settings(config.reranker, model,
-                                 longest=config.data.query_max_length + config.data.document_max_length)
+                                 longest=config.data.max_length("query") + config.data.max_length("document"))
     with blaming("model.path", config.model.path):
         tokenizer = open_pair_tokenizer(settings, model)
     return settings, tokenizer, head_spec(settings, tokenizer)
@@ -231,7 +234,8 @@ def require_writable(key: str, directory: str) -> None:
 
 def check_lengths(config: RunConfig, model: ModelDirectory) -> None:
     """No role is longer than the model's positions."""
-    for role, length in (("query", config.data.query_max_length), ("document", config.data.document_max_length)):
+    roles: tuple[Role, ...] = ("query", "document")
+    for role, length in ((role, config.data.max_length(role)) for role in roles):
         if length > model.shape.longest_text:
             raise ConfigError(f"data.{role}_max_length = {length} is longer than the model's "
                               f"{model.shape.longest_text} positions; lower it to that or less")
@@ -281,8 +285,9 @@ def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
     with blaming("model.path", config.model.path):
         tokenizer = RoleTokenizer(
             str(model.hf), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
-            query_prompt=config.data.query_prompt, document_prompt=config.data.document_prompt,
-            query_max_length=config.data.query_max_length, document_max_length=config.data.document_max_length,
+            text_format=training_format(model), query_prompt=config.data.prompt("query"),
+            document_prompt=config.data.prompt("document"), query_max_length=config.data.max_length("query"),
+            document_max_length=config.data.max_length("document"),
             vocab_size=model.shape.vocab_size, instruction=config.embedding.instruction)
     asked = {"evaluation.reranking": config.evaluation.reranking,
              "checkpoint.export_at_end": config.checkpoint.export_at_end}
@@ -291,6 +296,11 @@ def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
         raise ConfigError(f"{key} = {value!r}: data.query_prompt = {config.data.query_prompt!r} needs an instruction; "
                           "set embedding.instruction")
     return tokenizer
+
+
+def training_format(model: ModelDirectory) -> TextFormat:
+    """How texts become ids in training: as the directory says, but cut at the end, so that no prompt is lost."""
+    return dataclasses.replace(model.text_format, truncation_side="right")
 
 
 def number_of_steps(config: RunConfig, sampler: Sampler) -> int:

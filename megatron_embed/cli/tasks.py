@@ -73,7 +73,7 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
         DocumentsPerQuery(positives=config.data.num_positives, negatives=config.data.num_negatives),
         dp_rank=topology.dp_rank, dp_size=topology.dp_size, in_batch=config.data.all_in_batch,
         seed=config.training.seed if config.data.draws_documents else None, validation=inputs.validation)
-    similarity: Literal["cosine", "dot"] = "cosine" if config.embedding.normalize else "dot"
+    similarity: Literal["cosine", "dot"] = "cosine" if config.embedding.unit_length else "dot"
 
     def agree(batch: EmbedBatch) -> EmbedBatch:
         return agree_on_bins(batch, topology, keep_groups_together=keep_groups_together)

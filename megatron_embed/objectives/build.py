@@ -43,7 +43,7 @@ def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torc
     """
     if config.task == "reranker":
         return Reranking(config.objective.loss, config.reranker, dp_group)
-    loss, normalize = config.objective.loss, config.embedding.normalize
+    loss, normalize = config.objective.loss, config.embedding.unit_length
     dims = matryoshka_dims(config.embedding.matryoshka_dims, config.objective.matryoshka_weights)
     if loss in LABELLED_PAIRS:
         return LabelledPairs(config.objective, dims, normalize=normalize, dp_group=dp_group)

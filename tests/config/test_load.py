@@ -87,7 +87,7 @@ def test_overrides_win_and_later_ones_over_earlier(load):
         ("training: {recompute: ful}\n", "run.yaml:2: training.recompute = 'ful': expected one of none, "
                                          "selective, full; did you mean 'full'?"),
         ("model: 5\n", "run.yaml:2: key 'model' is set twice, first at run.yaml:1; keep one"),
-        ("data: {query_prompt: 5}\n", "run.yaml:2: data.query_prompt = 5: expected text; put it in quotes"),
+        ("data: {query_prompt: 5}\n", "run.yaml:2: data.query_prompt = 5: expected text or null; put it in quotes"),
         ("data: {shuffle: 1}\n", "run.yaml:2: data.shuffle = 1: expected true or false; the default is true"),
         ("data: {train: 3}\n", "run.yaml:2: data.train = 3: expected text or a mapping; write the path alone"),
         ("data: {train: null}\n", "run.yaml:2: data.train = null: expected a list of: text or a mapping"),
