@@ -11,8 +11,9 @@ from typing import TypeVar
 
 from megatron_embed.cli.export import stock_runs_causally
 from megatron_embed.cli.model import ModelDirectory, adapters_of, blaming, find_model
-from megatron_embed.cli.reranker import head_spec, open_pair_tokenizer, reranker_settings
+from megatron_embed.cli.reranker import check_last_token, head_spec, open_pair_tokenizer, reranker_settings
 from megatron_embed.cli.resume import Standing, check_resumable, is_exported, standing
+from megatron_embed.config.data import DataConfig
 from megatron_embed.config.keeping import EvaluationSet
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.data.mixture import Sampler, build_sampler
@@ -30,7 +31,7 @@ from megatron_embed.evaluation.suite import Suite
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.models.heads import HeadSpec
-from megatron_embed.models.reranker_settings import RerankerSettings
+from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.parallel.launch import launched_rank
 from megatron_embed.parallel.topology import (
     check_batch_sizes,
@@ -202,11 +203,26 @@ def check_instructions(key: str, sets: Sequence[EvaluationSet], config: RunConfi
 
 
 def open_reranker(config: RunConfig, model: ModelDirectory) -> tuple[RerankerSettings, PairTokenizer, HeadSpec]:
-    """How the run's reranker is asked, its tokenizer and its head."""
-    settings = reranker_settings(config.reranker, model,
-                                 longest=config.data.query_max_length + config.data.document_max_length)
+    """How the run's reranker is asked, its tokenizer and its head. A run that goes on is asked as it was."""
+    checkpoint = standing(config).checkpoint
+    begun = None if checkpoint is None else read_reranker_settings(checkpoint / "hf")
+    if begun is not None:
+        model = dataclasses.replace(model, reranker=begun)
+    data, unset = config.data, DataConfig()
+    lengths = (data.query_max_length, data.document_max_length)
+    settings = reranker_settings(
+        config.reranker, model, longest=sum(lengths),
+        lengths_are_set=lengths != (unset.query_max_length, unset.document_max_length))
     with blaming("model.path", config.model.path):
         tokenizer = open_pair_tokenizer(settings, model)
+    if config.reranker.template is None:
+        check_last_token(settings, tokenizer, f"model.path = {config.model.path!r}: its template")
+    else:
+        check_last_token(settings, tokenizer, "reranker.template")
+    if config.checkpoint.export_at_end is not None and not tokenizer.can_pad:
+        raise ConfigError(f"checkpoint.export_at_end = {config.checkpoint.export_at_end!r}: the tokenizer of "
+                          f"{config.model.path} names neither pad_token nor eos_token, without which the stock "
+                          "libraries form no batch; set pad_token in its tokenizer_config.json")
     return settings, tokenizer, head_spec(settings, tokenizer)
 
 

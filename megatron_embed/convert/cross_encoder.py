@@ -8,7 +8,7 @@ pair over; plain ChatML would render it to nothing.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,23 @@ _MODULES = {"Transformer": "sentence_transformers.base.modules.transformer.Trans
 
 def export_cross_encoder(directory: str | Path, *, family: str, classification: bool, pieces: Sequence[str] | None,
                          instruction: str, token_ids: tuple[int, int] | None, activation: str,
-                         max_length: int) -> None:
+                         max_length: int, prompts: Mapping[str, str], default_prompt: str | None,
+                         encoder: bool) -> None:
     """Add to a Hugging Face directory, in place, what makes it a cross-encoder.
 
     Args:
         directory: holds config.json, weights and tokenizer; module files from an earlier life are replaced.
         family: `model_type` of config.json.
         classification: *ForSequenceClassification; else *ForCausalLM.
-        pieces: the prompt: literal, place, literal, ... (data.pairs.PairTemplate.pieces); null: an encoder, whose
-            tokenizer knows pairs.
+        pieces: the prompt: literal, place, literal, ... (data.pairs.PairTemplate.pieces); None: query and document are
+            a pair of texts, whatever chat template the tokenizer has.
         instruction: where the reader gives none.
         token_ids: of yes and no; needed for *ForCausalLM.
         activation: sigmoid or identity.
         max_length: tokens of a pair, everything included.
+        prompts: of a pair of texts, by name.
+        default_prompt: the name of the one that every pair gets.
+        encoder: the family is one of encoders.
     Raises:
         CheckpointError: the tokenizer cannot be loaded, or the family has no such class.
     """
@@ -45,7 +49,7 @@ def export_cross_encoder(directory: str | Path, *, family: str, classification: 
     complete_tokenizer(directory, needs_eos=False)
     for name in module_directories(directory):
         shutil.rmtree(directory / name, ignore_errors=True)
-    _write_config(directory, family, classification, activation, decoder=pieces is not None)
+    _write_config(directory, family, classification, activation, decoder=not encoder)
     if pieces is not None:
         (directory / _CHAT_TEMPLATE).write_text(chat_template(pieces, instruction), encoding="utf-8")
         _drop_other_templates(directory)
@@ -69,7 +73,7 @@ def export_cross_encoder(directory: str | Path, *, family: str, classification: 
         for index, (path, kind) in enumerate(modules)])
     write_json(directory / "config_sentence_transformers.json", {
         "__version__": library_versions(), "model_type": "CrossEncoder", "activation_fn": _ACTIVATIONS[activation],
-        "prompts": {}, "default_prompt_name": None})
+        "prompts": dict(prompts), "default_prompt_name": default_prompt})
 
 
 def chat_template(pieces: Sequence[str], instruction: str) -> str:
@@ -98,6 +102,8 @@ def _literal(text: str) -> str:
 def _write_config(directory: Path, family: str, classification: bool, activation: str, *, decoder: bool) -> None:
     """Class, one output, and what servers look for, into config.json."""
     config = read_json(directory / "config.json")
+    for key in ("sbert_ce_default_activation_function", "sentence_transformers"):
+        config.pop(key, None)  # the activation that the model came with
     config["architectures"] = [architecture(family, "ForSequenceClassification" if classification else "ForCausalLM")]
     if classification:
         tokenizer = load_export_tokenizer(directory)
