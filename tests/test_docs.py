@@ -39,11 +39,25 @@ def test_troubleshooting_quotes_messages_that_exist():
     assert not missing
 
 
-def test_every_setting_is_on_the_page_of_settings_and_explained():
-    tool = REPOSITORY / "tools" / "settings_page.py"
-    spec = importlib.util.spec_from_file_location("settings_page", tool)
+def tool_named(name: str):
+    """A module of tools/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_page_of_model_directories_says_what_the_tables_say():
+    page = (REPOSITORY / "docs" / "model_directories.md").read_text(encoding="utf-8")
+    assert page == tool_named("directories_page").page(), (
+        "docs/model_directories.md is not up to date: python tools/directories_page.py")
+    rows = re.findall(r"^\| `([^`]+)` \| (honoured|harmless|refused) \|.*\| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) > 100
+    assert [key for key, _, about in rows if not about.strip()] == []
+
+
+def test_every_setting_is_on_the_page_of_settings_and_explained():
+    module = tool_named("settings_page")
     page = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")
     assert page == module.page(), "docs/settings.md is not up to date: python tools/settings_page.py"
     rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", page, re.MULTILINE)

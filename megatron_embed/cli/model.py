@@ -20,7 +20,7 @@ from megatron_embed.convert.layout import is_checkpoint, open_checkpoint
 from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
 from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.source import HFDirectory, hf_weight_shards
-from megatron_embed.data.prompts import Role, RoleTokenizer
+from megatron_embed.data.prompts import Role, RoleTokenizer, TextFormat, has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.models.adapters import Adapters, AdapterSettings, is_adapter
@@ -30,7 +30,7 @@ from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.heads import HeadSpec, head_pooling
 from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
-from megatron_embed.models.saved_settings import SavedSettings, read_saved_settings
+from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_modules, read_saved_settings
 from megatron_embed.parallel.launch import launched_rank
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
@@ -62,14 +62,27 @@ class ModelDirectory:
     """The PEFT directory; `path` is then its base model's."""
 
     @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer lies: an adapter may have its own."""
+        return self.peft if self.peft is not None and has_tokenizer_files(self.peft) else self.hf
+
+    @property
+    def text_format(self) -> TextFormat:
+        """How its texts become token ids, beside the tokenizer."""
+        saved, chat = self.saved, self.saved.chat
+        return TextFormat(lower_case=saved.lower_case, truncation_side=saved.truncation_side,
+                          chat_content=None if chat is None else chat.content,
+                          chat_variables={} if chat is None else chat.variables)
+
+    @property
     def read_from(self) -> tuple[Path, ...]:
         """Every directory whose files decide what the model computes."""
         base = self.checkpoint or self.path
         return (base,) if self.peft is None else (base, self.peft)
 
     def pooling(self, wanted: Pooling | None) -> Pooling:
-        """What was asked for, else what the directory says, else lasttoken."""
-        return wanted or self.saved.pooling or "lasttoken"
+        """What was asked for, else what the directory says, else mean of an encoder and lasttoken of a decoder."""
+        return wanted or self.saved.pooling or default_pooling(self.shape)
 
 
 def local_directory(path: str) -> Path:
@@ -104,6 +117,7 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
             return _find_adapted(folder)
         opened = open_checkpoint(folder) if is_checkpoint(folder) else None
         hf = folder if opened is None else opened.hf
+        read_modules(hf)  # first: a transformer in a folder of its own leaves no config.json here
         return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf,
                               shape=model_shape(hf), saved=read_saved_settings(hf), reranker=read_reranker_settings(hf),
                               max_lengths={} if opened is None else opened.info.max_lengths,
@@ -119,7 +133,9 @@ def _find_adapted(folder: Path) -> ModelDirectory:
                               "merge them first (convert megatron-to-hf --merge-lora, or PEFT's merge_and_unload)")
     with PeftAdapter(folder, rules_for(base.shape.family), base.shape) as adapter:
         settings = dataclasses.replace(adapter.settings, base_model=base.name)
-    own = read_saved_settings(folder, base.hf) if (folder / "modules.json").is_file() else base.saved
+    own = read_saved_settings(folder, base.hf)
+    if not (folder / "modules.json").is_file():  # it has no more than a tokenizer
+        own = dataclasses.replace(base.saved, adds_eos=own.adds_eos, truncation_side=own.truncation_side)
     return dataclasses.replace(base, adapters=settings, peft=folder, saved=own,
                                reranker=read_reranker_settings(folder) or base.reranker)
 
@@ -171,7 +187,8 @@ def role_lengths(model: ModelDirectory, wanted: int | None, *, by_role: bool) ->
     if wanted is None and by_role and model.max_lengths:
         return {"query": model.max_lengths["query"], "document": model.max_lengths["document"]}
     length = wanted or min(model.saved.max_length or limit, limit)
-    return {"query": length, "document": length}
+    own = model.saved.role_lengths if wanted is None and by_role else {}
+    return {"query": min(own.get("query", length), limit), "document": min(own.get("document", length), limit)}
 
 
 def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topology, head_spec: HeadSpec | None = None,
@@ -236,7 +253,8 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
     Args:
         args: --model, --pooling, --max-length, --dtype, --no-normalize and parallel.* overrides; what is not given is
             what the directory says (dtype: float32 if it says nothing we compute in).
-        prompts: put the directory's prompts before the texts.
+        prompts: put the directory's prompts before the texts; else every text is a document, and has the directory's
+            default prompt if it names one.
         given_prompts: in place of the directory's.
         start: makes the process groups.
     """
@@ -250,11 +268,13 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)
     check_divisible(model.shape, config.parallel)
-    texts = {**model.saved.prompts, **(given_prompts or {})} if prompts else {}
+    own = model.saved.prompts if prompts else {"document": model.saved.default_prompt}
+    texts = {**own, **(given_prompts or {})}
     lengths = role_lengths(model, args.max_length, by_role=prompts)
     with blaming("--model", args.model):
         tokenizer = RoleTokenizer(
-            str(model.hf), add_eos=config.embedding.pooling == "lasttoken", query_prompt=texts.get("query", ""),
+            str(model.tokenizer_directory), add_eos=config.embedding.pooling == "lasttoken" and model.saved.adds_eos,
+            text_format=dataclasses.replace(model.text_format, tell_role=prompts), query_prompt=texts.get("query", ""),
             document_prompt=texts.get("document", ""), query_max_length=lengths["query"],
             document_max_length=lengths["document"], length_keys=("--max-length", "--max-length"),
             vocab_size=model.shape.vocab_size)

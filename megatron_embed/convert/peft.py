@@ -20,18 +20,13 @@ from megatron_embed.convert.transforms import nbytes
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import ModelShape, model_shape
+from megatron_embed.models.foreign_tables import ADAPTER_CONFIG
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _TASK_TYPES = {None: "FEATURE_EXTRACTION", "score": "SEQ_CLS", "yes_no": "CAUSAL_LM"}
 """By the head of the checkpoint: which of PEFT's models the adapter is for."""
-
-_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "base_model_name_or_path", "modules_to_save")
-_HARMLESS = ("arrow_config", "auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode",
-             "init_lora_weights", "lora_dropout", "lora_ga_config", "loftq_config", "megatron_config", "megatron_core",
-             "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type")
-"""Keys that change nothing about what trained adapters compute, or say with other words what their tensors say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +133,7 @@ class PeftAdapter:
         values = read_json(file)
         if values.get("peft_type") != "LORA":
             raise CheckpointError(f"{file}: peft_type = {values.get('peft_type')!r} is not supported; LORA is")
-        for key, value in values.items():
-            if key not in (*_READ, *_HARMLESS) and value not in (None, False, "none", [], {}):
-                raise CheckpointError(f"{file}: {key} = {value!r} is not supported; merge the adapter with PEFT's "
-                                      "merge_and_unload, and give the merged model")
+        ADAPTER_CONFIG.check(file, values)
         for key in ("r", "lora_alpha"):
             if not isinstance(values.get(key), int | float) or not values[key] > 0:
                 raise CheckpointError(f"{file}: {key} = {values.get(key)!r} must be a number above 0")

@@ -1,13 +1,15 @@
 """Role and instruction to prompt, prompt and text to token ids."""
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
+from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.errors import CheckpointError, ConfigError
 
@@ -29,6 +31,22 @@ class TokenizedRows:
     """Per text: prompt and special tokens included, nothing padded."""
     num_truncated: int
     """Texts that were cut to the maximum length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFormat:
+    """What a model directory's files say about the way from a text to token ids, beside its tokenizer."""
+
+    lower_case: bool = False
+    """Lowercase every text, unless the tokenizer does so itself."""
+    truncation_side: Literal["left", "right"] = "right"
+    """Where a text that is too long loses tokens. left: at its beginning, the prompt included."""
+    chat_content: Literal["flat", "structured", "auto"] | None = None
+    """How the tokenizer's chat template, into which every text is put, takes a message's content; None: no template."""
+    chat_variables: Mapping[str, Any] = field(default_factory=dict)
+    """For that template, beside the messages."""
+    tell_role: bool = True
+    """Whether that template learns, as `task`, which role a text has."""
 
 
 def has_tokenizer_files(directory: Path) -> bool:
@@ -72,10 +90,22 @@ def fill_template(prompt: str, instruction: str | None) -> str:
     return prompt if instruction is None else prompt.replace(_PLACEHOLDER, instruction)
 
 
+def add_lowercase(tokenizer: Any) -> None:
+    """Makes a fast tokenizer lowercase every text before all else, unless it does so already."""
+    own = tokenizer.backend_tokenizer.normalizer
+    steps = [] if own is None else list(own) if isinstance(own, normalizers.Sequence) else [own]
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+
+
+_PLAIN = TextFormat()
+
+
 class RoleTokenizer:
     """Texts to the ids of `AutoTokenizer.from_pretrained(model_dir)(prompt + text)`, cut to the role's length.
 
     Truncation takes tokens from the end of the text only: the prompt and the special tokens on both sides stay.
+    A directory may say otherwise, see TextFormat.
 
     Args:
         model_dir: directory with tokenizer files; never a hub name.
@@ -87,6 +117,7 @@ class RoleTokenizer:
         length_keys: the settings or options that the two lengths came from, for messages.
         vocab_size: rows of the model's word embeddings; null: ids are not compared with it.
         instruction: where a text comes without one and its prompt has a place for it; null: that is an error.
+        text_format: what the directory says beside its tokenizer.
 
     Attributes:
         pad_token_id: an id that may fill padding: the tokenizer's pad, else its EOS, else 0.
@@ -102,9 +133,16 @@ class RoleTokenizer:
     def __init__(self, model_dir: str, *, add_eos: bool, query_prompt: str = "", document_prompt: str = "",
                  query_max_length: int, document_max_length: int,
                  length_keys: tuple[str, str] = ("data.query_max_length", "data.document_max_length"),
-                 vocab_size: int | None = None, instruction: str | None = None) -> None:
+                 vocab_size: int | None = None, instruction: str | None = None,
+                 text_format: TextFormat = _PLAIN) -> None:
         self._instruction = instruction
         self._tokenizer = load_tokenizer(model_dir, vocab_size)
+        if text_format.lower_case:
+            add_lowercase(self._tokenizer)
+        self._cuts_left = text_format.truncation_side == "left"
+        self._chat = None if text_format.chat_content is None else ChatTemplate(
+            self._tokenizer, model_dir, content=text_format.chat_content, variables=text_format.chat_variables,
+            tell_role=text_format.tell_role)
         # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.
         self._lock = threading.Lock()
         self._prompts: dict[Role, str] = {"query": query_prompt, "document": document_prompt}
@@ -118,9 +156,10 @@ class RoleTokenizer:
         longest = self._tokenizer.model_max_length
         self.model_max_length: int | None = longest if longest <= _LARGEST_REAL_LENGTH else None
 
-        self._num_prefix, self._suffix = self._special_tokens(model_dir)
+        # Around a chat template the tokenizer puts nothing of its own.
+        self._num_prefix, self._suffix = (0, []) if self._chat is not None else self._special_tokens(model_dir)
         self._eos: list[int] = []
-        if add_eos and not self._suffix:
+        if add_eos and not self._suffix and self._chat is None:
             if self.eos_token_id is None:
                 raise CheckpointError(f"{model_dir}: its tokenizer names no eos_token, which last-token pooling needs; "
                                       "set it in tokenizer_config.json or choose another pooling, such as mean")
@@ -145,6 +184,8 @@ class RoleTokenizer:
         prompt = self._prompts[role] if prompt is None else prompt
         if self._num_prefix or self._suffix or self._eos or _PLACEHOLDER in prompt:
             return True
+        if self._chat is not None:
+            return bool(self._ids_of([prompt], [""], role)[0])
         return bool(prompt) and bool(self._ids([prompt], special=False)[0])
 
     def tokenize(self, texts: Sequence[str], role: Role, instructions: Sequence[str | None] | None = None,
@@ -166,12 +207,12 @@ class RoleTokenizer:
                   for instruction, prompt in zip(instructions or none, prompts or none, strict=True)]
         for prefix in set(filled):
             self._check_room(role, prefix)
-        rows = self._ids([prefix + text for prefix, text in zip(filled, texts, strict=True)], special=True)
+        rows = self._ids_of(filled, texts, role)
         limit = self._max_lengths[role] - len(self._eos)
         num_truncated = 0
         for index, ids in enumerate(rows):
             if len(ids) > limit:
-                rows[index] = ids[:limit - len(self._suffix)] + self._suffix
+                rows[index] = self._cut(ids, limit, filled[index], role)
                 num_truncated += 1
             if self._eos:
                 rows[index] = rows[index] + self._eos
@@ -181,9 +222,9 @@ class RoleTokenizer:
                      prompts: Sequence[str | None] | None = None) -> list[int]:
         """Length of each text in tokens before any cut, prompt, special tokens and EOS included; as in `tokenize`."""
         none = [None] * len(texts)
-        filled = [self.fill_prompt(role, instruction, prompt) + text for text, instruction, prompt
-                  in zip(texts, instructions or none, prompts or none, strict=True)]
-        return [len(ids) + len(self._eos) for ids in self._ids(filled, special=True)] if texts else []
+        filled = [self.fill_prompt(role, instruction, prompt)
+                  for instruction, prompt in zip(instructions or none, prompts or none, strict=True)]
+        return [len(ids) + len(self._eos) for ids in self._ids_of(filled, texts, role)] if texts else []
 
     def takes_instructions(self, query_prompt: str | None) -> bool:
         """Whether this prompt of a data set (null: the queries') has a place for an instruction."""
@@ -229,7 +270,9 @@ class RoleTokenizer:
         if (role, prompt) in self._checked:
             return
         used = self._num_prefix + len(self._suffix) + len(self._eos)
-        if prompt:
+        if self._chat is not None:
+            used += len(self._ids_of([prompt], [""], role)[0])
+        elif prompt:
             used += len(self._ids([prompt], special=False)[0])
         if used >= self._max_lengths[role]:
             key = self._length_keys[role]
@@ -237,6 +280,24 @@ class RoleTokenizer:
                               f"special tokens take {used} of them, which leaves none for text; raise {key} or shorten "
                               f"the {role}'s prompt")
         self._checked.add((role, prompt))
+
+    def _ids_of(self, prompts: Sequence[str], texts: Sequence[str], role: Role) -> list[list[int]]:
+        """Uncut ids of each prompt with its text, without an EOS that the tokenizer does not add."""
+        if self._chat is None:
+            return self._ids([prompt + text for prompt, text in zip(prompts, texts, strict=True)], special=True)
+        filled = [self._chat.fill(prompt, text, role) for prompt, text in zip(prompts, texts, strict=True)]
+        return self._ids(filled, special=False)
+
+    def _cut(self, ids: list[int], limit: int, prompt: str, role: Role) -> list[int]:
+        """`limit` of the ids: without the end, or the beginning, of the text."""
+        suffix = self._suffix if self._chat is None else self._chat.suffix(prompt, role)[-limit:]
+        if self._chat is not None:  # as Sentence Transformers does: cut, then the template's end over the cut one
+            kept = ids[-limit:] if self._cuts_left else ids[:limit]
+            return kept[:limit - len(suffix)] + suffix
+        if not self._cuts_left:
+            return ids[:limit - len(suffix)] + suffix
+        end = len(ids) - len(suffix)
+        return ids[:self._num_prefix] + ids[end - (limit - self._num_prefix - len(suffix)):end] + suffix
 
     def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
         with self._lock:

@@ -1,0 +1,240 @@
+"""The keys of every settings file of a foreign model directory: what Sentence Transformers 2 to 6, Transformers and
+PEFT write and read, and what becomes of it here."""
+
+from megatron_embed.models.foreign_files import FileTable, Key, harmless, honoured, nested, refused
+
+_LOADING = {
+    "add_pooling_layer": harmless("whether BERT's pooler is built, which embeddings do not use"),
+    "attn_implementation": harmless("which kernel computes attention"),
+    "cache_dir": harmless("where the hub's files are kept"),
+    "device_map": harmless("on which device the model is"),
+    "dtype": harmless("the dtype of the computation, which --dtype and config.json say here"),
+    "low_cpu_mem_usage": harmless("how the weights are read"),
+    "revision": harmless("of the hub's files"),
+    "torch_dtype": harmless("the older name of dtype"),
+    "trust_remote_code": harmless("Sentence Transformers strikes it out; code of a directory is never run here"),
+    "unpad_inputs": harmless("how a batch is laid out in memory"),
+    "use_memory_efficient_attention": harmless("which kernel computes attention"),
+    "use_safetensors": harmless("how the weights are read"),
+}
+_TOKENIZER_LOADING = {
+    "model_max_length": honoured("longest text in tokens, before max_seq_length"),
+    "padding_side": harmless("where a batch is padded; nothing is padded here"),
+    "revision": harmless("of the hub's files"),
+    "trust_remote_code": harmless("Sentence Transformers strikes it out; code of a directory is never run here"),
+    "truncation_side": honoured("at which end a text that is too long loses its tokens", "left", "right"),
+    "use_fast": harmless("which implementation of the same tokenizer"),
+}
+_CONFIG_LOADING = {
+    "revision": harmless("of the hub's files"),
+    "trust_remote_code": harmless("Sentence Transformers strikes it out; code of a directory is never run here"),
+    "use_cache": harmless("whether keys and values are kept for generation"),
+}
+_FORWARD = {
+    "method": honoured("the model's method that is called with the tokens", "forward"),
+    "method_output_name": honoured("which of its outputs is taken", "last_hidden_state", "logits"),
+}
+_PROCESSING = {
+    "common": refused("arguments of the tokenizer's call for every kind of input", {}, {"return_tensors": "pt"}),
+    "text": nested("arguments of the tokenizer's call", {
+        "padding": harmless("how a batch is padded; nothing is padded here"),
+        "truncation": honoured("whether a text that is too long is cut", True, "longest_first"),
+        "max_length": honoured("longest text in tokens, before every other length"),
+        "logits_to_keep": harmless("of a model that gives logits"),
+    }),
+    "chat_template": honoured("variables of the chat template, with the modality message"),
+    "audio": harmless("of sounds"), "image": harmless("of pictures"), "video": harmless("of films"),
+}
+
+SENTENCE_BERT_CONFIG = FileTable(
+    file="sentence_bert_config.json",
+    about="Settings of Sentence Transformers' module Transformer. Its older names, sentence_roberta_config.json and "
+          "the like, are read alike.",
+    keys={
+        "max_seq_length": honoured("longest text in tokens, special tokens included; None: the tokenizer's"),
+        "do_lower_case": honoured("lowercases every text, unless the tokenizer does so itself", True, False, None),
+        "transformer_task": honoured("which class of Transformers holds the model", "feature-extraction",
+                                     "sequence-classification", "text-generation"),
+        "modality_config": nested("by kind of input, which method of the model takes it", {
+            "text": nested("of texts", _FORWARD),
+            "message": nested("of chats: every text is put into the chat template as the user's message, and its "
+                              "prompt as the system's", {
+                                  **_FORWARD, "format": honoured("how the template takes a message's content", "flat",
+                                                                 "structured", "auto")}),
+            **{kind: harmless("of other kinds of input than texts")
+               for kind in ("image", "audio", "video", "image+text", "text+image", "audio+text", "text+audio",
+                            "video+text", "text+video")},
+        }),
+        "module_output_name": honoured("what the module gives", "token_embeddings", "scores", "causal_logits"),
+        "processing_kwargs": nested("arguments of the tokenizer's call, by kind of input", _PROCESSING),
+        "query_length": honoured("longest query in tokens, in place of max_seq_length"),
+        "document_length": honoured("longest document in tokens, in place of max_seq_length"),
+        "query_expansion": refused("ColBERT's padding of queries with mask tokens"),
+        "unpad_inputs": harmless("how a batch is laid out in memory"),
+        "model_args": nested("arguments of loading the model", _LOADING),
+        "model_kwargs": nested("the newer name of model_args", _LOADING),
+        "tokenizer_args": nested("arguments of loading the tokenizer", _TOKENIZER_LOADING),
+        "processor_kwargs": nested("the newer name of tokenizer_args", _TOKENIZER_LOADING),
+        "config_args": nested("arguments of loading config.json", _CONFIG_LOADING),
+        "config_kwargs": nested("the newer name of config_args", _CONFIG_LOADING),
+        "tokenizer_name_or_path": refused("a tokenizer from elsewhere", remedy="copy its files into the directory, and "
+                                          "remove the key"),
+        "cache_dir": harmless("where the hub's files are kept"),
+        "backend": harmless("Sentence Transformers puts its caller's in its place"),
+    })
+
+CONFIG_SENTENCE_TRANSFORMERS = FileTable(
+    file="config_sentence_transformers.json", about="Settings of a whole model of Sentence Transformers.",
+    keys={
+        "__version__": harmless("versions that wrote the directory"),
+        "model_type": honoured("which class of Sentence Transformers the directory is for", "SentenceTransformer",
+                               "CrossEncoder", None),
+        "prompts": honoured("texts before a text: query for queries; document, else passage, else corpus, for "
+                            "documents"),
+        "default_prompt_name": honoured("the prompt of texts without a role"),
+        "similarity_fn_name": honoured("what compares vectors; dot_product is an older name of dot", "cosine", "dot",
+                                       "dot_product", None,
+                                       remedy="vectors are ranked by cosine or dot product here: write one of these, "
+                                              "if the model may be used so"),
+        "truncate_dim": refused("leaves out the numbers of every vector from this one on",
+                                remedy="remove the key: vectors then have their whole width, and evaluate --dims "
+                                       "measures shorter ones"),
+        "requirements": harmless("versions of packages that the stock library asks for"),
+        "activation_fn": honoured("of a cross-encoder: what makes a score of its output"),
+        "keep_in_fp32_modules": harmless("of a cross-encoder: modules that stay in float32"),
+    })
+
+MODULES = FileTable(
+    file="modules.json",
+    about="The modules of a model, in their order: Transformer, then Pooling, then perhaps Normalize; of a reranker, "
+          "Transformer, then perhaps LogitScore. Others, Dense among them, and a Transformer in a folder of its own "
+          "(0_Transformer) are refused by name. A Dropout does nothing outside training.",
+    keys={
+        "idx": harmless("the module's number"),
+        "name": harmless("the module's name"),
+        "path": honoured("the module's folder"),
+        "type": honoured("the module's class, of Sentence Transformers itself"),
+        "kwargs": harmless("names of arguments of the caller that the module takes; none is given here"),
+    })
+
+POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_weightedmean_tokens": "weightedmean", "pooling_mode_lasttoken": "lasttoken"}
+"""The older spelling: flag -> pooling."""
+
+POOLING = FileTable(
+    file="1_Pooling/config.json", about="How the vectors of a text's tokens become one.",
+    keys={
+        "pooling_mode": honoured("the pooling: cls, mean, weightedmean or lasttoken; several at once, and max and "
+                                 "mean_sqrt_len_tokens, are refused"),
+        **{flag: honoured(f"the older spelling of {name}; without any that is true, mean", True, False, None)
+           for flag, name in POOLING_FLAGS.items()},
+        "pooling_mode_max_tokens": refused("the largest number of all tokens", False),
+        "pooling_mode_mean_sqrt_len_tokens": refused("the sum over the root of the number of tokens", False),
+        "include_prompt": honoured("whether the prompt's tokens are pooled too; false is refused where there are "
+                                   "prompts", True, False, None),
+        "embedding_dimension": harmless("the width of the vectors, which config.json says"),
+        "word_embedding_dimension": harmless("the older name of embedding_dimension"),
+    })
+
+NORMALIZE = FileTable(
+    file="2_Normalize/config.json", about="The module that scales vectors to unit length; often without a file.",
+    keys={
+        "module_input_name": honoured("what is scaled", "sentence_embedding"),
+        "module_output_name": honoured("where it goes", "sentence_embedding", None),
+    })
+
+TOKENIZER_CONFIG = FileTable(
+    file="tokenizer_config.json", closed=False,
+    about="Read by Transformers' AutoTokenizer, which makes the token ids here as there. Only keys that change what is "
+          "done with them are listed; all others are its business.",
+    keys={
+        "model_max_length": honoured("longest text in tokens where sentence_bert_config.json names no length; at most "
+                                     "the model's positions"),
+        "truncation_side": honoured("at which end a text that is too long loses its tokens; a training run cuts at the "
+                                    "end, and writes right", "left", "right", None),
+        "padding_side": harmless("where a batch is padded; nothing is padded here"),
+        "add_eos_token": honoured("with last-token pooling, an EOS at the end, also where Transformers 5 no longer "
+                                  "adds it; without the key none is added that the tokenizer does not add itself"),
+        "chat_template": honoured("with the modality message of sentence_bert_config.json; also in "
+                                  "chat_template.jinja"),
+    })
+
+CONFIG_BLOCK = FileTable(
+    file="config.json: sentence_transformers", about="What Sentence Transformers 4 and 5 write for a cross-encoder.",
+    keys={
+        "activation_fn": honoured("what makes a score of the model's output"),
+        "version": harmless("of the library that wrote it"),
+    })
+
+_INITIALIZATIONS: tuple[object, ...] = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
+"""Those that leave the base's weights alone, so that a trained adapter means the same whatever it began with."""
+
+ADAPTER_CONFIG = FileTable(
+    file="adapter_config.json", about="PEFT's settings of an adapter. Supported is LORA on linear layers.",
+    unset=(None, False, "none", [], {}), remedy="merge the adapter with PEFT's merge_and_unload, and give the merged "
+                                                "model",
+    keys={
+        "peft_type": honoured("the method", "LORA"),
+        "r": honoured("inner width"),
+        "lora_alpha": honoured("scales the adapter's output by lora_alpha / r"),
+        "use_rslora": honoured("scales by lora_alpha / sqrt(r) instead", True, False, None),
+        "base_model_name_or_path": honoured("the model that the adapter belongs to"),
+        "modules_to_save": honoured("modules trained whole: a reranker's classifier; others are refused by their "
+                                    "tensors"),
+        "init_lora_weights": honoured(
+            "what the adapter began with; under pissa, olora, corda, loftq and lora_ga the base's weights were changed "
+            "with it, and PEFT changes them again when it loads the adapter, or cannot", *_INITIALIZATIONS,
+            remedy="load it with PEFT once and write it anew, with save_pretrained(..., "
+                   "path_initial_model_for_weight_conversion=...) as an adapter of the unchanged base, or with "
+                   "merge_and_unload as a whole model"),
+        "arrow_config": refused("routes every token among several adapters"),
+        "lora_dropout": harmless("of training; a new run's is lora.dropout"),
+        "target_modules": harmless("the adapted modules, which the tensors say too"),
+        "exclude_modules": harmless("modules without an adapter, which the tensors say too"),
+        "task_type": harmless("PEFT's class around the model"),
+        "auto_mapping": harmless("the class that the adapter was made on"),
+        "inference_mode": harmless("whether the adapter is trained on"),
+        "peft_version": harmless("the version that wrote it"),
+        "revision": harmless("of the base model on the hub"),
+        "corda_config": harmless("of an initialization, see init_lora_weights"),
+        "eva_config": harmless("of an initialization, see init_lora_weights"),
+        "loftq_config": harmless("of an initialization, see init_lora_weights"),
+        "lora_ga_config": harmless("of an initialization, see init_lora_weights"),
+        "megatron_config": harmless("of PEFT's own layers for Megatron"),
+        "megatron_core": harmless("of PEFT's own layers for Megatron"),
+        "qalora_group_size": harmless("of use_qalora, which is refused"),
+        "runtime_config": harmless("how PEFT computes it"),
+        "ensure_weight_tying": harmless("of adapters on embeddings, which are refused by their tensors"),
+        "fan_in_fan_out": refused("weights stored transposed", False),
+        "bias": refused("biases that were trained too", "none"),
+        "rank_pattern": refused("other inner widths for some layers", {}),
+        "alpha_pattern": refused("other scales for some layers", {}),
+        "layers_to_transform": refused("adapters on some layers alone", []),
+        "layers_pattern": refused("adapters on some layers alone", []),
+        "layer_replication": refused("layers that are there several times", []),
+        "use_dora": refused("DoRA's magnitudes", False),
+        "use_qalora": refused("adapters of pooled inputs", False),
+        "use_bdlora": refused("block-diagonal adapters", False),
+        "lora_bias": refused("a bias within the adapter", False),
+        "target_parameters": refused("adapters of parameters that are no modules", []),
+        "trainable_token_indices": refused("rows of the embedding that were trained too", [], {}),
+        "alora_invocation_tokens": refused("an adapter that is on behind certain tokens alone", []),
+        "velora_config": refused("VeLoRA's compressed activations"),
+        "monteclora_config": refused("sampled adapters"),
+        "kasa_config": refused("KaSA, which cuts the base's weights down"),
+    })
+
+TABLES: tuple[FileTable, ...] = (SENTENCE_BERT_CONFIG, CONFIG_SENTENCE_TRANSFORMERS, MODULES, POOLING, NORMALIZE,
+                                 TOKENIZER_CONFIG, CONFIG_BLOCK, ADAPTER_CONFIG)
+"""In the page's order."""
+
+
+def flat_keys(keys: "dict[str, Key]", prefix: str = "") -> "dict[str, Key]":
+    """Keys of a table by dotted name, those of nested objects after their object."""
+    found: dict[str, Key] = {}
+    for name, key in keys.items():
+        found[f"{prefix}{name}"] = key
+        if key.nested is not None:
+            found |= flat_keys(dict(key.nested), f"{prefix}{name}.")
+    return found
