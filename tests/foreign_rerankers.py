@@ -14,8 +14,8 @@ DOCUMENTS = ("The quick brown fox", "HELLO World of things", "a fox " * 60 + " e
 ACTIVATION = {"sigmoid": "torch.nn.modules.activation.Sigmoid", "identity": "torch.nn.modules.linear.Identity"}
 PLAIN_JINJA = ("{{ 'Task: judge. Q=' ~ (messages|selectattr('role','equalto','query')|list|first).content ~ ' D=' ~ "
                "(messages|selectattr('role','equalto','document')|list|first).content ~ ' Answer:' }}")
-PROMPTED_JINJA = """{%- set instruction = messages | selectattr("role", "eq", "system") | map(attribute="content") | first
- | default("Given a query, retrieve", true) -%}
+PROMPTED_JINJA = """{%- set given = messages | selectattr("role", "eq", "system") | map(attribute="content") | first -%}
+{%- set instruction = given | default("Given a query, retrieve", true) -%}
 <|im_start|>system
 Judge "yes" or "no".<|im_end|>
 <Instruct>: {{ instruction }}
@@ -63,7 +63,7 @@ def decoder(path, kind="Qwen3ForSequenceClassification", *, jinja=None):
 
 
 def saved(path, *, message=None, answers=None, settings=None, **values):
-    """The files that Sentence Transformers adds. `answers`: of a LogitScore; `values`: of the whole model's settings."""
+    """The files that Sentence Transformers adds. `answers`: of a LogitScore; `values`: of the whole model."""
     how = {"method": "forward", "method_output_name": "logits"}
     modules = [("", "base.modules.transformer.Transformer")]
     if answers is not None:

@@ -66,7 +66,7 @@ def write_reranker(source: str, destination: str, model: ModelDirectory, *, clas
             instruction=settings.instruction, token_ids=token_ids, activation=settings.activation,
             max_length=settings.max_length, prompts=settings.prompts,
             default_prompt=settings.default_prompt if settings.template is None else None,
-            encoder=is_encoder(model.shape))
+            encoder=is_encoder(model.shape), lower_case=settings.lower_case)
         write_reranker_settings(directory, dataclasses.replace(settings, head="score") if classification else settings)
         compare(directory, form)
 

@@ -72,7 +72,7 @@ def inherited(model: ModelDirectory, *, reading: bool, own_template: bool = True
             instruction=QWEN3_RERANKER_INSTRUCTION if template is None else template.instruction,
             true_token=true, false_token=false, activation=files.activation or "sigmoid",
             max_length=min(files.max_length or limit, limit), prompts=files.prompts,
-            default_prompt=files.default_prompt),
+            default_prompt=files.default_prompt, lower_case=files.lower_case),
         says=says, foreign_pad=-1 if files.pad_token_id is None else files.pad_token_id)
 
 

@@ -127,7 +127,8 @@ def open_pair_tokenizer(settings: RerankerSettings, model: ModelDirectory, lengt
     if settings.template is not None:
         template = PairTemplate(text=settings.template, instruction=settings.instruction)
     tokenizer = PairTokenizer(str(model.hf), template=template, max_length=settings.max_length, length_key=length_key,
-                              vocab_size=model.shape.vocab_size, prompt=settings.prompt, token_types=encoder)
+                              vocab_size=model.shape.vocab_size, prompt=settings.prompt, token_types=encoder,
+                              lower_case=settings.lower_case)
     if settings.head == "score" and not encoder:
         tokenizer.unread = tokenizer.pad_token_id if foreign_pad is None else foreign_pad
     return tokenizer

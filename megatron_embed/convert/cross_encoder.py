@@ -26,7 +26,7 @@ _MODULES = {"Transformer": "sentence_transformers.base.modules.transformer.Trans
 def export_cross_encoder(directory: str | Path, *, family: str, classification: bool, pieces: Sequence[str] | None,
                          instruction: str, token_ids: tuple[int, int] | None, activation: str,
                          max_length: int, prompts: Mapping[str, str], default_prompt: str | None,
-                         encoder: bool) -> None:
+                         encoder: bool, lower_case: bool = False) -> None:
     """Add to a Hugging Face directory, in place, what makes it a cross-encoder.
 
     Args:
@@ -42,6 +42,7 @@ def export_cross_encoder(directory: str | Path, *, family: str, classification: 
         prompts: of a pair of texts, by name.
         default_prompt: the name of the one that every pair gets.
         encoder: the family is one of encoders.
+        lower_case: texts are lowercased before the tokenizer's own normalization.
     Raises:
         CheckpointError: the tokenizer cannot be loaded, or the family has no such class.
     """
@@ -60,7 +61,8 @@ def export_cross_encoder(directory: str | Path, *, family: str, classification: 
         modalities["message"] = {**modality, "format": "flat"}
     write_json(directory / "sentence_bert_config.json", {
         "transformer_task": "sequence-classification" if classification else "text-generation",
-        "modality_config": modalities, "module_output_name": output, "max_seq_length": max_length})
+        "modality_config": modalities, "module_output_name": output, "max_seq_length": max_length,
+        **({"do_lower_case": True} if lower_case else {})})
     modules = [("", "Transformer")]
     if not classification:
         assert token_ids is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_embed.data.jsonl import shortened
-from megatron_embed.data.prompts import load_tokenizer
+from megatron_embed.data.prompts import add_lowercase, load_tokenizer
 from megatron_embed.errors import CheckpointError, ConfigError, DataError
 
 QWEN3_RERANKER_TEMPLATE = (
@@ -104,6 +104,7 @@ class PairTokenizer:
         token_types: whether the model takes them.
         unread: a token that is left out at the end of every pair, since the model's stock class reads its score before
             it; None: the last token is read whatever it is.
+        lower_case: what is read, unless the tokenizer does so itself.
 
     Attributes:
         pad_token_id: an id that may fill padding.
@@ -116,17 +117,19 @@ class PairTokenizer:
 
     def __init__(self, model_dir: str, *, template: PairTemplate | None, max_length: int,
                  length_key: str = "reranker.max_length", vocab_size: int | None = None, prompt: str = "",
-                 token_types: bool = True, unread: int | None = None) -> None:
+                 token_types: bool = True, unread: int | None = None, lower_case: bool = False) -> None:
         self._tokenizer: Any = load_tokenizer(model_dir, vocab_size)
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"{model_dir}: its tokenizer is a slow one, which does not say where the document's "
                                   "tokens are; save it once with Transformers as tokenizer.json")
+        if lower_case:
+            add_lowercase(self._tokenizer)
         # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.
         self._lock = threading.Lock()
         self.template = template
         self.max_length = max_length
         self._length_key = length_key
-        self._prompt, self._token_types, self.unread = prompt, token_types, unread
+        self._prompt, self._token_types, self.unread, self._lower_case = prompt, token_types, unread, lower_case
         pad = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
         self.can_pad = any(i is not None and i >= 0 for i in pad)
         self.pad_token_id: int = next((i for i in pad if i is not None and i >= 0), 0)
@@ -168,7 +171,8 @@ class PairTokenizer:
     def with_directory(self, model_dir: str) -> "PairTokenizer":
         """The same of another directory's tokenizer."""
         return PairTokenizer(model_dir, template=self.template, max_length=self.max_length, unread=self.unread,
-                             length_key=self._length_key, prompt=self._prompt, token_types=self._token_types)
+                             length_key=self._length_key, prompt=self._prompt, token_types=self._token_types,
+                             lower_case=self._lower_case)
 
     def token_of(self, word: str, key: str) -> int:
         """The id of a word that is a single token.

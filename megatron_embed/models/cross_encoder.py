@@ -51,6 +51,8 @@ class CrossEncoderFiles:
     """Further variables of the chat template."""
     token_ids: tuple[int, int] | None = None
     """yes_no: ids of the two answers; None: those of yes and no."""
+    lower_case: bool = False
+    """Every text is lowercased before the tokenizer's own normalization."""
     pad_token_id: int | None = None
     """Of config.json: a decoder's classifier reads its last token that is another one."""
 
@@ -102,6 +104,7 @@ def read_cross_encoder(directory: str | Path, config_directory: str | Path | Non
         activation=_activation(folder / "config_sentence_transformers.json", "activation_fn",
                                values.get("activation_fn")) or _activation_of_config(base, config),
         prompts=prompts, default_prompt=default, message=_message(*module, task),
+        lower_case=bool(module[1].get("do_lower_case")),
         chat_arguments=_chat_arguments(*module), pad_token_id=pad_token_id,
         max_length=_saved_length(*module) or _length(folder / "tokenizer_config.json", "model_max_length"))
 
@@ -288,9 +291,6 @@ def _saved_length(file: Path, values: Mapping[str, Any]) -> int | None:
     if others:
         raise CheckpointError(f"{file}: processor_kwargs.{others[0]} is not supported; write it into "
                               "tokenizer_config.json")
-    if values.get("do_lower_case"):
-        raise CheckpointError(f"{file}: do_lower_case = {values['do_lower_case']!r} is not supported for a "
-                              "cross-encoder; put a Lowercase normalizer into tokenizer.json")
     lengths = (("processing_kwargs.text.max_length", (processing.get("text") or {}).get("max_length")),
                ("processor_kwargs.model_max_length", processor.get("model_max_length")),
                ("max_seq_length", values.get("max_seq_length")))

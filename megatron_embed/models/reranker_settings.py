@@ -29,6 +29,8 @@ class RerankerSettings:
     """Of a pair of texts, by name, as CrossEncoder knows them."""
     default_prompt: str | None = None
     """The name of the one that stands before every query."""
+    lower_case: bool = False
+    """Lowercase what is read, unless the tokenizer does so itself."""
 
     @property
     def prompt(self) -> str:

@@ -13,6 +13,8 @@ from tests.ranks import run_on_ranks
 
 IDENTITY, SIGMOID = toys.ACTIVATION["identity"], toys.ACTIVATION["sigmoid"]
 LONG_QUERY = "what is a quick fox and why " * 20
+LONG = ("no activation", "max_seq_length", "decoder without template")
+"""The cases that are scored for it, too."""
 
 
 def own_scores(cases):
@@ -40,7 +42,6 @@ def without_padding_token(path):
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     toys.edit(path / "tokenizer_config.json", pad_token="<|im_end|>")
     toys.edit(path / "config.json", pad_token_id=number)
-    return path
 
 
 def answers(path):
@@ -49,7 +50,7 @@ def answers(path):
 
     decoder(path, "Qwen3ForCausalLM", jinja=toys.PROMPTED_JINJA)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    ids = [tokenizer("1", add_special_tokens=False).input_ids[0], tokenizer(" no", add_special_tokens=False).input_ids[0]]
+    ids = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("1", " no")]
     return saved(path, message="flat", answers=ids, activation_fn=IDENTITY,
                  settings={"processing_kwargs": {"chat_template": {"add_generation_prompt": True}}})
 
@@ -71,9 +72,9 @@ EQUAL = {
         encoder(path), prompts={"a": "judge: ", "b": "other: "}, default_prompt_name="a"),
     "prompts without a default": lambda path: saved(encoder(path), prompts={"a": "judge: "}),
     "max_seq_length": lambda path: saved(encoder(path), settings={"max_seq_length": 24}),
-    "model_max_length": lambda path: (encoder(path), toys.edit(path / "tokenizer_config.json", model_max_length=20))[0],
-    "truncation at the left": lambda path: (
-        encoder(path), toys.edit(path / "tokenizer_config.json", truncation_side="left", model_max_length=20))[0],
+    "model_max_length": lambda path: toys.edit(encoder(path) / "tokenizer_config.json", model_max_length=20),
+    "truncation at the left": lambda path: toys.edit(
+        encoder(path) / "tokenizer_config.json", truncation_side="left", model_max_length=20),
     "decoder without template": decoder,
     "decoder without template, saved": lambda path: saved(decoder(path), activation_fn=IDENTITY),
     "template that is not used": lambda path: saved(decoder(path, jinja=toys.PLAIN_JINJA)),
@@ -121,14 +122,14 @@ REFUSED = {
     "message without a template": (
         lambda path: saved(decoder(path), message="flat"), ("modality message", "no chat template")),
     "other modules": (
-        lambda path: (saved(encoder(path)), (path / "modules.json").write_text(json.dumps(
+        lambda path: (saved(encoder(path)) / "modules.json").write_text(json.dumps(
             [{"type": "sentence_transformers.base.modules.transformer.Transformer", "path": ""},
-             {"type": "mine.Dense", "path": "2"}])))[0], ("modules.json", "Dense")),
+             {"type": "mine.Dense", "path": "2"}])), ("modules.json", "Dense")),
     "one answer alone": (
         lambda path: saved(decoder(path, "Qwen3ForCausalLM"), answers=(5, None)), ("false_token_id = None",)),
     "answer outside the folder": (
-        lambda path: (answers(path), (path / "modules.json").write_text(
-            (path / "modules.json").read_text().replace("1_LogitScore", "../other")))[0], ("path = '../other'",)),
+        lambda path: (answers(path) / "modules.json").write_text(
+            (path / "modules.json").read_text().replace("1_LogitScore", "../other")), ("path = '../other'",)),
     "arguments of the tokenizer": (
         lambda path: saved(encoder(path), settings={"processing_kwargs": {"text": {"truncation": False}}}),
         ("processing_kwargs.text.truncation",)),
@@ -140,19 +141,18 @@ def scored(tmp_path_factory):
     """By name: what our model gives, and the directory."""
     folder = tmp_path_factory.mktemp("foreign")
     builders = EQUAL | {name: build for name, (build, _) in REFUSED.items()}
-    places = {name: build(folder / f"{number:02}") for number, (name, build) in enumerate(builders.items())}
     places = {name: folder / f"{number:02}" for number, name in enumerate(builders)}
+    for name, build in builders.items():
+        build(places[name])
     cases = [(str(places[name]), toys.QUERY) for name in builders]
-    long = [name for name in ("no activation", "max_seq_length", "decoder without template")]
-    cases += [(str(places[name]), LONG_QUERY) for name in long]
+    cases += [(str(places[name]), LONG_QUERY) for name in LONG]
     (found,) = run_on_ranks(own_scores, 1, cases)
-    names = [*builders, *(f"{name}, long query" for name in long)]
+    names = [*builders, *(f"{name}, long query" for name in LONG)]
     return {name: (scores, directory, query)
             for name, scores, (directory, query) in zip(names, found, cases, strict=True)}
 
 
-@pytest.mark.parametrize("name", [*EQUAL, "no activation, long query", "max_seq_length, long query",
-                                  "decoder without template, long query"])
+@pytest.mark.parametrize("name", [*EQUAL, *(f"{name}, long query" for name in LONG)])
 def test_scores_are_the_stock_librarys(scored, name):
     ours, directory, query = scored[name]
     assert not isinstance(ours, str), ours
