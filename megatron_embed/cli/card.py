@@ -69,13 +69,14 @@ def _what(config: RunConfig, dim: int | None) -> str:
         return f"A reranker: scores a query with a document; {by}"
     widths = config.embedding.matryoshka_dims
     also = f" Trained to be cut to {', '.join(map(str, widths))} numbers as well." if widths else ""
-    unit = "unit vectors, compared by their cosine" if config.embedding.normalize else "compared by their dot product"
+    unit = ("unit vectors, compared by their cosine" if config.embedding.unit_length
+            else "compared by their dot product")
     return f"An embedding model: texts to vectors of {dim} numbers ({unit}); {by}{also}"
 
 
 def _prompts(config: RunConfig) -> list[str]:
-    found = [f"- {role}: `{prompt!r}`" for role, prompt in (("query", config.data.query_prompt),
-                                                            ("document", config.data.document_prompt)) if prompt]
+    found = [f"- {role}: `{prompt!r}`" for role, prompt in (("query", config.data.prompt("query")),
+                                                            ("document", config.data.prompt("document"))) if prompt]
     return ["Prompts, which `encode_query` and `encode_document` put before a text:", "", *found, ""] if found else []
 
 
@@ -92,7 +93,7 @@ def _training(config: RunConfig, step: int) -> list[tuple[str, object]]:
                  ("hard negatives per query", data.num_negatives)]
     rows += [("optimizer steps", step), ("queries per step", training.global_batch_size),
              ("learning rate", f"{training.learning_rate:g}, {training.lr_decay_style}"),
-             ("maximum tokens of query / document", f"{data.query_max_length} / {data.document_max_length}"),
+             ("maximum tokens of query / document", f"{data.max_length('query')} / {data.max_length('document')}"),
              ("dtype", config.model.dtype), ("seed", training.seed)]
     if config.lora.rank:
         rows.append(("adapters (merged)", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}"))

@@ -9,7 +9,7 @@ from megatron_embed.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
-    from megatron_embed.data.prompts import Role, RoleTokenizer
+    from megatron_embed.data.prompts import Role
 
 HELP = "look at training data before a run: counts, lengths, duplicates, what is cut"
 _DEFAULT_LENGTH = 512
@@ -29,16 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what the data hold; a row that cannot be used ends it with its file and line."""
+    from megatron_embed.cli.inherit import inherited
+    from megatron_embed.cli.inputs import open_tokenizer
+    from megatron_embed.cli.model import find_model
     from megatron_embed.data.check import check_records, describe
     from megatron_embed.data.loader import check_prompts
     from megatron_embed.data.records import open_records
 
-    config = _config_of(args)
+    config, model = _config_of(args), None
+    if _is_config(args) or args.model is not None:
+        model = find_model(config.model.path)
+        config = inherited(config, model)
     records = open_records(config.data.files, kind=None)
-    tokenizer = _tokenizer(args, config)
+    tokenizer = None if model is None else open_tokenizer(config, model)
     if tokenizer is not None:
         check_prompts(records, tokenizer)
-    lengths: dict[Role, int] = {"query": config.data.query_max_length, "document": config.data.document_max_length}
+    roles: tuple[Role, ...] = ("query", "document")
+    lengths = {role: config.data.max_length(role) for role in roles}
     found = check_records(records, num_negatives=
                           config.data.num_negatives if _is_config(args) and not config.data.draws_documents else None,
                           num_positives=config.data.num_positives, tokenizer=tokenizer, max_lengths=lengths)
@@ -67,13 +74,3 @@ def _config_of(args: argparse.Namespace) -> "RunConfig":
     if not config.data.train:
         raise ConfigError("data.train = []: there is nothing to look at; add `train: [FILE.jsonl]` under data")
     return config
-
-
-def _tokenizer(args: argparse.Namespace, config: "RunConfig") -> "RoleTokenizer | None":
-    """The run's, or that of --model; null where neither is given."""
-    if not _is_config(args) and args.model is None:
-        return None
-    from megatron_embed.cli.inputs import open_tokenizer
-    from megatron_embed.cli.model import find_model
-
-    return open_tokenizer(config, find_model(config.model.path))

@@ -1,5 +1,6 @@
 """From a run's last checkpoint to a directory that the stock libraries load, compared before it gets its name."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -47,12 +48,16 @@ def stock_runs_causally(shape: ModelShape, bidirectional: bool = False) -> bool:
 def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
     """Sentence Transformers files beside a checkpoint's configuration, as this run pools, normalizes and prompts: with
     `embedding.instruction` in its place, since that library takes a prompt as it stands."""
+    pooling, unit_length, saved = model.pooling(config.embedding.pooling), config.embedding.unit_length, model.saved
+    roles: tuple[Role, ...] = ("query", "document")
+    lengths = {role: config.data.max_length(role) for role in roles}
     export_sentence_transformers(
-        hf, pooling=model.pooling(config.embedding.pooling), normalize=config.embedding.normalize,
-        query_prompt=fill_template(config.data.query_prompt, config.embedding.instruction),
-        document_prompt=config.data.document_prompt,
-        max_seq_length=max(config.data.query_max_length, config.data.document_max_length),
-        embedding_dimension=model.shape.hidden_size)
+        hf, pooling=pooling, normalize=unit_length, needs_eos=pooling == "lasttoken" and saved.chat is None,
+        query_prompt=fill_template(config.data.prompt("query"), config.embedding.instruction),
+        document_prompt=config.data.prompt("document"), max_seq_length=max(lengths.values()),
+        embedding_dimension=model.shape.hidden_size, saved=dataclasses.replace(
+            saved, truncation_side="right", similarity=saved.similarity if unit_length else "dot",
+            role_lengths=dict(lengths) if saved.role_lengths else {}))
     facts: dict[str, object] = {}
     if config.model.bidirectional and not model.shape.bidirectional:
         facts["is_causal"] = False

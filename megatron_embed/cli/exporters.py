@@ -22,7 +22,7 @@ from megatron_embed.convert.verify import (
 )
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
 from megatron_embed.models.families import model_shape
-from megatron_embed.models.saved_settings import read_saved_settings
+from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
 
 _WORKING_COPIES = 2.5
 """Memory, in sizes of the export, that comparing takes: our model while it is loaded, then the library's."""
@@ -161,10 +161,12 @@ def export_sentence_transformers_model(source: str, destination: str, options: E
         # One length for both roles, as Sentence Transformers knows it, so that it cuts no text elsewhere than we do.
         longest = max(checkpoint.info.max_lengths.values(), default=saved.max_length or shape.longest_text)
         longest = min(longest, shape.longest_text)
+        pooling = saved.pooling or default_pooling(shape)
         export_sentence_transformers(
-            directory, pooling=saved.pooling or "lasttoken", normalize=saved.normalize is not False,
+            directory, pooling=pooling, normalize=saved.normalize is not False, saved=saved,
             query_prompt=saved.prompts.get("query", ""), document_prompt=saved.prompts.get("document", ""),
-            max_seq_length=longest, embedding_dimension=shape.hidden_size)
+            max_seq_length=longest, embedding_dimension=shape.hidden_size,
+            needs_eos=pooling == "lasttoken" and saved.adds_eos and saved.chat is None)
         left_out = why_not_compared(directory, options)
         lines.extend([left_out] if left_out else _compare_sentence_transformers(source, directory, longest))
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_embed.cli.export import stock_runs_causally
+from megatron_embed.cli.inherit import inherited
 from megatron_embed.cli.model import ModelDirectory, adapters_of, blaming, find_model
 from megatron_embed.cli.reranker import check_last_token, head_spec, open_pair_tokenizer, reranker_settings
 from megatron_embed.cli.resume import Standing, check_resumable, is_exported, standing
-from megatron_embed.config.data import DataConfig
 from megatron_embed.config.keeping import EvaluationSet
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.data.mixture import Sampler, build_sampler
 from megatron_embed.data.pairs import PairTokenizer
-from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.prompts import Role, RoleTokenizer, TextFormat
 from megatron_embed.data.record import ANY_NUMBER, require_fields
 from megatron_embed.data.records import RecordSet, hold_out, open_records, validation_shares
 from megatron_embed.data.rerank import check_rerank_records
@@ -49,6 +49,8 @@ Set = TypeVar("Set", BeirData, StsData)
 class Inputs:
     """What is read and checked before the first collective, on every rank alike."""
 
+    config: RunConfig
+    """With the model directory's own settings where it had null for them."""
     model: ModelDirectory
     records: RecordSet
     """To train on."""
@@ -87,6 +89,8 @@ def read_inputs(config: RunConfig) -> Inputs:
         raise ConfigError("data.train = []: training needs at least one file of rows; add `train: [FILE.jsonl]` under "
                           "data")
     model = find_model(config.model.path)
+    found, asked = standing(config), config.data
+    config = inherited(config, model, found.checkpoint)
     _, world_size, _ = launched_rank()
     dp_size = check_world_size(config.parallel, world_size)
     check_batch_sizes(config, dp_size)
@@ -101,7 +105,9 @@ def read_inputs(config: RunConfig) -> Inputs:
     settings = head = None
     tokenizer: RoleTokenizer | PairTokenizer
     if config.task == "reranker":
-        settings, tokenizer, head = open_reranker(config, model)
+        settings, tokenizer, head = open_reranker(
+            config, model, found.checkpoint,
+            lengths_are_set=asked.query_max_length is not None or asked.document_max_length is not None)
         everything = open_rerank_records(config, tokenizer)
     else:
         tokenizer = open_tokenizer(config, model)
@@ -120,12 +126,10 @@ def read_inputs(config: RunConfig) -> Inputs:
     steps = number_of_steps(config, sampler)
     check_schedule(config.training, steps)
     suite = open_suite(config, tokenizer)
-    found = standing(config)
     if found.checkpoint is not None:
         check_resumable(config, found.checkpoint, model, tokenizer, records)
-    inputs = Inputs(model=model, records=records, validation=validation, tokenizer=tokenizer, sampler=sampler,
-                    suite=suite, settings=settings, head=head, train_steps=steps,
-                    standing=found)
+    inputs = Inputs(config=config, model=model, records=records, validation=validation, tokenizer=tokenizer,
+                    sampler=sampler, suite=suite, settings=settings, head=head, train_steps=steps, standing=found)
     if config.checkpoint.export_at_end is not None and not inputs.nothing_left(config):
         check_export(config, model)
     return inputs
@@ -202,17 +206,20 @@ def check_instructions(key: str, sets: Sequence[EvaluationSet], config: RunConfi
         tokenizer.check_prompts({item.instruction: f"{key} = {item.path!r}"})
 
 
-def open_reranker(config: RunConfig, model: ModelDirectory) -> tuple[RerankerSettings, PairTokenizer, HeadSpec]:
-    """How the run's reranker is asked, its tokenizer and its head. A run that goes on is asked as it was."""
-    checkpoint = standing(config).checkpoint
+def open_reranker(config: RunConfig, model: ModelDirectory, checkpoint: Path | None, *,
+                  lengths_are_set: bool) -> tuple[RerankerSettings, PairTokenizer, HeadSpec]:
+    """How the run's reranker is asked, its tokenizer and its head.
+
+    Args:
+        checkpoint: the newest one of a run that goes on, which is asked as it was.
+        lengths_are_set: the configuration has a length for queries or documents.
+    """
     begun = None if checkpoint is None else read_reranker_settings(checkpoint / "hf")
     if begun is not None:
         model = dataclasses.replace(model, reranker=begun)
-    data, unset = config.data, DataConfig()
-    lengths = (data.query_max_length, data.document_max_length)
     settings = reranker_settings(
-        config.reranker, model, longest=sum(lengths),
-        lengths_are_set=lengths != (unset.query_max_length, unset.document_max_length))
+        config.reranker, model, longest=config.data.max_length("query") + config.data.max_length("document"),
+        lengths_are_set=lengths_are_set)
     with blaming("model.path", config.model.path):
         tokenizer = open_pair_tokenizer(settings, model)
     if config.reranker.template is None:
@@ -247,7 +254,8 @@ def require_writable(key: str, directory: str) -> None:
 
 def check_lengths(config: RunConfig, model: ModelDirectory) -> None:
     """No role is longer than the model's positions."""
-    for role, length in (("query", config.data.query_max_length), ("document", config.data.document_max_length)):
+    roles: tuple[Role, ...] = ("query", "document")
+    for role, length in ((role, config.data.max_length(role)) for role in roles):
         if length > model.shape.longest_text:
             raise ConfigError(f"data.{role}_max_length = {length} is longer than the model's "
                               f"{model.shape.longest_text} positions; lower it to that or less")
@@ -297,8 +305,9 @@ def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
     with blaming("model.path", config.model.path):
         tokenizer = RoleTokenizer(
             str(model.hf), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
-            query_prompt=config.data.query_prompt, document_prompt=config.data.document_prompt,
-            query_max_length=config.data.query_max_length, document_max_length=config.data.document_max_length,
+            text_format=training_format(model), query_prompt=config.data.prompt("query"),
+            document_prompt=config.data.prompt("document"), query_max_length=config.data.max_length("query"),
+            document_max_length=config.data.max_length("document"),
             vocab_size=model.shape.vocab_size, instruction=config.embedding.instruction)
     asked = {"evaluation.reranking": config.evaluation.reranking,
              "checkpoint.export_at_end": config.checkpoint.export_at_end}
@@ -307,6 +316,11 @@ def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
         raise ConfigError(f"{key} = {value!r}: data.query_prompt = {config.data.query_prompt!r} needs an instruction; "
                           "set embedding.instruction")
     return tokenizer
+
+
+def training_format(model: ModelDirectory) -> TextFormat:
+    """How texts become ids in training: as the directory says, but cut at the end, so that no prompt is lost."""
+    return dataclasses.replace(model.text_format, truncation_side="right")
 
 
 def number_of_steps(config: RunConfig, sampler: Sampler) -> int:

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     config, gpu = load_config(args.config, args.overrides), GPUS[args.gpu]
     shape = shape_of(config.model.path)
-    config, rows = with_rows_at_hand(config)
+    config, rows = with_rows_at_hand(with_lengths_at_hand(config, shape))
     if not is_possible(config, shape, args.gpus):
         explain_impossible(config, shape, args.gpus)
         check_possible(config, shape, args.gpus)
@@ -58,6 +58,19 @@ def budget_holds(config: "RunConfig") -> bool:
     except ConfigError:
         return False
     return True
+
+
+def with_lengths_at_hand(config: "RunConfig", shape: "ModelShape") -> "RunConfig":
+    """The configuration with the lengths of its model's directory where it has null for them and that is here."""
+    folder = os.path.expanduser(config.model.path)
+    if config.task == "reranker" or not os.path.isfile(os.path.join(folder, "config.json")):
+        return config
+    from megatron_embed.models.saved_settings import read_saved_settings, trained_lengths
+
+    lengths = trained_lengths(read_saved_settings(folder), shape.longest_text, {})
+    return dataclasses.replace(config, data=dataclasses.replace(
+        config.data, query_max_length=config.data.query_max_length or lengths["query"],
+        document_max_length=config.data.document_max_length or lengths["document"]))
 
 
 def with_rows_at_hand(config: "RunConfig") -> "tuple[RunConfig, str]":

@@ -175,8 +175,9 @@ def _check_tokenizer(config: RunConfig, checkpoint: Path, model: ModelDirectory,
         return
     saved = RoleTokenizer(
         str(checkpoint / "hf"), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
-        document_prompt=config.data.document_prompt, query_max_length=config.data.query_max_length,
-        document_max_length=config.data.document_max_length)
+        text_format=dataclasses.replace(model.text_format, truncation_side="right"),
+        document_prompt=config.data.prompt("document"), query_max_length=config.data.max_length("query"),
+        document_max_length=config.data.max_length("document"))
     if saved.tokenize(texts, "document").token_ids != tokenizer.tokenize(texts, "document").token_ids:
         raise _other_tokenizer(config, checkpoint)
 

@@ -72,7 +72,7 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
         alignment=token_alignment(config.parallel), constant_tokens=topology.pp_size > 1,
         micro_batch_tokens=config.training.micro_batch_tokens, whole_groups=whole_groups,
         seed=config.training.seed if config.data.draws_documents else None, others=inputs.validation)
-    similarity: Literal["cosine", "dot"] = "cosine" if config.embedding.normalize else "dot"
+    similarity: Literal["cosine", "dot"] = "cosine" if config.embedding.unit_length else "dot"
 
     def agree(batch: EmbedBatch) -> EmbedBatch:
         return agree_on_bins(batch, topology, whole_groups=whole_groups)

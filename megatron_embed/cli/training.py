@@ -56,6 +56,7 @@ def run_training(config: RunConfig) -> dict[str, float]:
     # Without checkpoints there is nothing to save: a signal then ends the process as it ends any other.
     with contextlib.nullcontext() if config.checkpoint.directory is None else stop.listening():
         inputs = read_inputs(config)
+        config = inputs.config
         topology = initialize(config.parallel)
         with watched(topology, leave_at_once):
             return guarded_run(config, inputs, topology, stop)
@@ -212,7 +213,7 @@ def write_assets(assets: Path, config: RunConfig, inputs: Inputs) -> None:
     assets.mkdir(parents=True)
     source = inputs.standing.checkpoint or inputs.model.checkpoint or inputs.model.path
     write_companions(source, assets, dtype=config.model.dtype, max_lengths={
-        "query": config.data.query_max_length, "document": config.data.document_max_length},
+        "query": config.data.max_length("query"), "document": config.data.max_length("document")},
         head=None if inputs.head is None else inputs.head.kind,
         adapters=adapters_of(config.lora, inputs.model))
     if inputs.settings is not None:

@@ -5,6 +5,9 @@ from typing import Literal
 
 from megatron_embed.config.checks import require
 
+DEFAULT_LENGTH = 512
+"""Tokens of a text where neither the run nor its model says how many."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFile:
@@ -68,14 +71,24 @@ class DataConfig:
     num_negatives: int = 0
     """Hard negatives per query, the first of the row or drawn (document_sampling); a row with fewer contributes what it
     has."""
-    query_max_length: int = 512
-    """Tokens, special tokens and prompt included."""
-    document_max_length: int = 512
-    """Tokens, special tokens and prompt included."""
-    query_prompt: str = ""
-    """Exact prefix of a query, trailing space included."""
-    document_prompt: str = ""
-    """Exact prefix of a document, trailing space included."""
+    query_max_length: int | None = None
+    """Tokens, special tokens and prompt included. null: the length that the model directory says it was trained with
+    (sentence_bert_config.json, or a checkpoint's own), else 512; at most the model's positions."""
+    document_max_length: int | None = None
+    """The same of a document."""
+    query_prompt: str | None = None
+    """Exact prefix of a query, trailing space included. null: the model directory's, if it has one; "": none."""
+    document_prompt: str | None = None
+    """Exact prefix of a document, trailing space included. null: the model directory's, if it has one; "": none."""
+
+    def max_length(self, role: Literal["query", "document"]) -> int:
+        """Tokens of a role; 512 where they are the model directory's and that has not been read."""
+        length = self.query_max_length if role == "query" else self.document_max_length
+        return DEFAULT_LENGTH if length is None else length
+
+    def prompt(self, role: Literal["query", "document"]) -> str:
+        """Of a role; none where it is the model directory's and that has not been read."""
+        return (self.query_prompt if role == "query" else self.document_prompt) or ""
 
     @property
     def files(self) -> tuple[TrainFile, ...]:
@@ -116,4 +129,4 @@ class DataConfig:
                 require(file.weight == 1, "data.train.weight", file.weight, rule)
         for role in ("query", "document"):
             value = getattr(self, f"{role}_max_length")
-            require(value >= 4, f"data.{role}_max_length", value, "must be >= 4 tokens")
+            require(value is None or value >= 4, f"data.{role}_max_length", value, "must be >= 4 tokens")

@@ -32,15 +32,22 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingConfig:
     pooling: Literal["lasttoken", "mean", "cls", "weightedmean"] | None = None
-    """null: what the model directory's Sentence Transformers files say, else lasttoken."""
-    normalize: bool = True
-    """Scale embeddings to unit length, in float32. False: the objective takes plain dot products."""
+    """null: what the model directory's Sentence Transformers files say, else mean of an encoder and lasttoken of a
+    decoder."""
+    normalize: bool | None = None
+    """Scale embeddings to unit length, in float32. False: the objective takes plain dot products. null: true, unless
+    the model directory compares vectors by dot product and does not scale them."""
     matryoshka_dims: tuple[int, ...] = ()
     """Widths over which the loss is taken, largest first: rows cut to each and, with `normalize`, brought back to unit
     length. Empty: the whole width alone."""
     instruction: str | None = None
     """In place of `{instruction}` in a query's prompt for rows, files and evaluation sets without one of their own, and
     for good in the prompt of checkpoints and exports; null: all of them must have their own."""
+
+    @property
+    def unit_length(self) -> bool:
+        """`normalize`, true where it is not known."""
+        return self.normalize is not False
 
     def __post_init__(self) -> None:
         dims = self.matryoshka_dims
@@ -311,15 +318,8 @@ class RunConfig:
 
 def _check_evaluated(config: RunConfig) -> None:
     """Refuses what asks for the best of a run that measures nothing, or keeps nothing; and instructions without use."""
-    prompts = [config.data.query_prompt, *(file.query_prompt or "" for file in config.data.files)]
-    require(config.embedding.instruction is None or any("{instruction}" in prompt for prompt in prompts),
-            "embedding.instruction", config.embedding.instruction,
-            "no prompt has a place for it; put {instruction} into data.query_prompt, or leave it out")
-    for kind, sets in (("retrieval", config.evaluation.retrieval), ("sts", config.evaluation.sts)):
-        for item in sets:
-            require(item.instruction is None or "{instruction}" in config.data.query_prompt,
-                    f"evaluation.{kind}.instruction", item.instruction,
-                    "data.query_prompt has no place for it; put {instruction} into that, or leave it out")
+    if config.data.query_prompt is not None:  # else it is the model directory's, and this is asked again
+        _check_instructions(config, config.data.query_prompt)
     rule = ("there is nothing to evaluate, so no best checkpoint; name a set in evaluation.retrieval, sts or "
             "reranking, or set data.validation_fraction or data.validation")
     measured = config.evaluation.names_sets or config.data.validates
@@ -327,6 +327,19 @@ def _check_evaluated(config: RunConfig) -> None:
     require(measured or config.evaluation.patience is None, "evaluation.patience", config.evaluation.patience, rule)
     require(config.checkpoint.directory is not None or config.evaluation.patience is None, "evaluation.patience",
             config.evaluation.patience, "a run that ends early keeps its best checkpoint; set checkpoint.directory")
+
+
+def _check_instructions(config: RunConfig, query_prompt: str) -> None:
+    """Refuses instructions that no prompt has a place for."""
+    prompts = [query_prompt, *(file.query_prompt or "" for file in config.data.files)]
+    require(config.embedding.instruction is None or any("{instruction}" in prompt for prompt in prompts),
+            "embedding.instruction", config.embedding.instruction,
+            "no prompt has a place for it; put {instruction} into data.query_prompt, or leave it out")
+    for kind, sets in (("retrieval", config.evaluation.retrieval), ("sts", config.evaluation.sts)):
+        for item in sets:
+            require(item.instruction is None or "{instruction}" in query_prompt,
+                    f"evaluation.{kind}.instruction", item.instruction,
+                    "data.query_prompt has no place for it; put {instruction} into that, or leave it out")
 
 
 def _check_reranker_run(config: RunConfig) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from megatron_embed.convert.layout import module_directories, read_json, write_json
 from megatron_embed.convert.safetensors_file import first_line
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.pooling_names import Pooling
+from megatron_embed.models.saved_settings import SavedSettings
 
 POOLING_FLAGS = {
     "cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens",
@@ -24,24 +26,29 @@ _POOLING_DIRECTORY, _NORMALIZE_DIRECTORY = "1_Pooling", "2_Normalize"
 _PROBE = "a text"
 
 
-def export_sentence_transformers(directory: str | Path, *, pooling: Literal["lasttoken", "mean", "cls", "weightedmean"],
-                                 normalize: bool, query_prompt: str, document_prompt: str, max_seq_length: int,
-                                 embedding_dimension: int) -> None:
+def export_sentence_transformers(directory: str | Path, *, pooling: Pooling, normalize: bool, query_prompt: str,
+                                 document_prompt: str, max_seq_length: int, embedding_dimension: int,
+                                 needs_eos: bool | None = None, saved: SavedSettings | None = None) -> None:
     """Add to a Hugging Face directory, in place, what Sentence Transformers needs to compute our embeddings.
 
     Args:
         directory: holds config.json, weights and tokenizer; module files from an earlier life are replaced.
         pooling: how token vectors become one.
-        normalize: whether vectors get unit length (then similarity is cosine, else dot).
+        normalize: whether vectors get unit length.
         query_prompt: exact prefix of a query, applied by `encode_query`.
         document_prompt: exact prefix of a document, applied by `encode_document`.
         max_seq_length: tokens, special tokens included.
         embedding_dimension: width of the token vectors.
+        needs_eos: whether the tokenizer has to put an EOS behind every text; None: with last-token pooling.
+        saved: all else that the model's directory shall say: its similarity, where texts are cut, their lowercasing,
+            their chat template, other prompts, lengths by role. None: cosine of unit vectors, else dot products.
     Raises:
         CheckpointError: the tokenizer cannot be loaded, or cannot be made to add the EOS that last-token pooling needs.
     """
     directory = Path(directory)
-    complete_tokenizer(directory, needs_eos=pooling == "lasttoken")
+    saved = saved or SavedSettings(similarity="cosine" if normalize else "dot")
+    complete_tokenizer(directory, needs_eos=pooling == "lasttoken" if needs_eos is None else needs_eos)
+    _set_truncation_side(directory, saved.truncation_side)
     for name in module_directories(directory):
         shutil.rmtree(directory / name, ignore_errors=True)
     modules = [("", "Transformer"), (_POOLING_DIRECTORY, "Pooling")]
@@ -57,12 +64,34 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Literal["las
     if normalize:
         # An empty directory would be lost by git and the hub, and readers look for this module's.
         write_json(directory / _NORMALIZE_DIRECTORY / "config.json", {})
-    # The text reaches the tokenizer as it was given in training, which does its own lowercasing if any.
-    write_json(directory / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
+    write_json(directory / "sentence_bert_config.json", {
+        "max_seq_length": max_seq_length, "do_lower_case": saved.lower_case,
+        **{f"{role}_length": length for role, length in saved.role_lengths.items()}, **_chat_settings(saved)})
+    others = {name: text for name, text in saved.named_prompts.items() if name not in ("passage", "corpus")}
+    default = saved.default_prompt_name
     write_json(directory / "config_sentence_transformers.json", {
         "__version__": library_versions(), "model_type": "SentenceTransformer",
-        "prompts": {"query": query_prompt, "document": document_prompt}, "default_prompt_name": None,
-        "similarity_fn_name": "cosine" if normalize else "dot"})
+        "prompts": {**others, "query": query_prompt, "document": document_prompt},
+        "default_prompt_name": "document" if default in ("passage", "corpus") else default,
+        "similarity_fn_name": saved.similarity})
+
+
+def _chat_settings(saved: SavedSettings) -> dict[str, Any]:
+    """What makes Sentence Transformers put every text into the chat template; without it, it puts none there."""
+    if saved.chat is None:
+        return {}
+    kind = {"method": "forward", "method_output_name": "last_hidden_state"}
+    variables = {"processing_kwargs": {"chat_template": dict(saved.chat.variables)}} if saved.chat.variables else {}
+    return {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings", **variables,
+            "modality_config": {"text": kind, "message": {**kind, "format": saved.chat.content}}}
+
+
+def _set_truncation_side(directory: Path, side: Literal["left", "right"]) -> None:
+    """The end at which the directory's tokenizer cuts a text that is too long."""
+    file = directory / "tokenizer_config.json"
+    values = read_json(file) if file.is_file() else {}
+    if values.get("truncation_side", "right") != side:
+        write_json(file, {**values, "truncation_side": side})
 
 
 def library_versions() -> dict[str, str]:

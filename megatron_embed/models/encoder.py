@@ -218,7 +218,7 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     stages: list[int | None] = [None] if topology.num_model_chunks == 1 else list(range(topology.num_model_chunks))
     chunks = []
     for stage in stages:
-        chunk = EmbeddingModel(transformer, shape, topology, pooling=pooling, normalize=config.embedding.normalize,
+        chunk = EmbeddingModel(transformer, shape, topology, pooling=pooling, normalize=config.embedding.unit_length,
                                bidirectional=bidirectional, vp_stage=stage, head_spec=head_spec, kernel=kernel)
         if adapters is not None:
             add_adapters(chunk, adapters, shape, chunk.global_name)

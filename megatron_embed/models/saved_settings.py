@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_embed.config.data import DEFAULT_LENGTH
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape, read_hf_config
 from megatron_embed.models.foreign_files import shown_value
@@ -90,6 +91,17 @@ class SavedSettings:
 def default_pooling(shape: ModelShape) -> Pooling:
     """Of a directory that does not say how it pools: the mean where every token sees the whole text, else the last."""
     return "mean" if shape.bidirectional else "lasttoken"
+
+
+def trained_lengths(saved: SavedSettings, longest: int, by_role: Mapping[str, int]) -> dict[str, int]:
+    """Tokens of `query` and `document` that a model was trained with; 512 where nothing says how many.
+
+    Args:
+        longest: the model's positions.
+        by_role: of a checkpoint of ours, which knows.
+    """
+    return {role: min(by_role.get(role) or saved.role_lengths.get(role) or saved.stated_length or DEFAULT_LENGTH,
+                      longest) for role in ("query", "document")}
 
 
 def _json(path: Path) -> Any:

@@ -202,7 +202,7 @@ def check_token_budget(config: RunConfig, documents: int | None = None) -> None:
     budget, alignment = config.training.micro_batch_tokens, token_alignment(config.parallel)
     if budget is None:
         return
-    query, document = config.data.query_max_length, config.data.document_max_length
+    query, document = config.data.max_length("query"), config.data.max_length("document")
     if config.task == "reranker":  # how long a pair and large a group may be follows from model and rows
         query = document = 1
     least, what = max(query, document), f"max(query_max_length, document_max_length) = max({query}, {document})"

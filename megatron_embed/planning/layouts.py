@@ -111,7 +111,7 @@ def micro_batches(config: RunConfig) -> list[dict[str, int]]:
     """The micro-batch as it is, and smaller and larger by powers of two."""
     tokens, size = config.training.micro_batch_tokens, config.training.micro_batch_size
     if tokens is not None:
-        least = max(config.data.query_max_length, config.data.document_max_length)
+        least = max(config.data.max_length("query"), config.data.max_length("document"))
         return [{"micro_batch_tokens": tokens * factor // 4} for factor in (1, 2, 4, 8)
                 if tokens * factor % 4 == 0 and tokens * factor // 4 >= least]
     return [{"micro_batch_size": 2**power} for power in range(8) if 2**power <= max(16 * size, 1)]

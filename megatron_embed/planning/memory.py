@@ -82,9 +82,9 @@ def texts_per_query(config: RunConfig) -> list[tuple[int, int]]:
     """
     data = config.data
     if config.task == "reranker":
-        pair = config.reranker.max_length or data.query_max_length + data.document_max_length
+        pair = config.reranker.max_length or data.max_length("query") + data.max_length("document")
         return [(1 + data.num_negatives, pair)]
-    return [(1, data.query_max_length), (data.num_positives + data.num_negatives, data.document_max_length)]
+    return [(1, data.max_length("query")), (data.num_positives + data.num_negatives, data.max_length("document"))]
 
 
 def tokens_per_query(config: RunConfig) -> int:

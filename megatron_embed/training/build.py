@@ -42,7 +42,7 @@ def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torc
     """
     if config.task == "reranker":
         return Reranking(config.objective.loss, config.reranker, dp_group)
-    loss, normalize = config.objective.loss, config.embedding.normalize
+    loss, normalize = config.objective.loss, config.embedding.unit_length
     widths = widths_of(config.embedding.matryoshka_dims, config.objective.matryoshka_weights)
     if loss in PAIRS:
         return Pairs(config.objective, widths, normalize=normalize, dp_group=dp_group)

@@ -23,7 +23,7 @@ def trained(model, folder, **sections):
     """The export of one step that moves nothing."""
     folder.mkdir()
     config = run_settings(str(model), folder, head=None, training={"train_steps": 1, "learning_rate": 1e-30}, data={
-        "query_max_length": 512, "document_max_length": 512},
+        "query_max_length": None, "document_max_length": None},
         checkpoint={"directory": str(folder / "run"), "export_at_end": str(folder / "export")}, **sections)
     ((code, _, err, _),) = run_on_ranks(command, 1, ["train", config])
     assert code == 0, err
@@ -66,7 +66,7 @@ def test_what_is_set_takes_the_place_of_the_directorys(tmp_path, caplog):
     caplog.set_level(logging.INFO, "megatron_embed")
     model = saved(decoder(tmp_path / "model", jinja=toys.PLAIN_JINJA), message="flat", activation_fn=IDENTITY,
                   settings={"max_seq_length": 300})
-    unset = {"query_max_length": 512, "document_max_length": 512}
+    unset = {"query_max_length": None, "document_max_length": None}
     kept = settings_of(tmp_path, model, data=unset)
     assert (kept.head, kept.activation, kept.max_length) == ("score", "identity", 300)
     assert kept.template == "Task: judge. Q={query} D={document} Answer:"

@@ -1,0 +1,329 @@
+"""Somebody else's model directories: the vectors of the stock library, or a refusal that names file, key and value."""
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from tests.ranks import run_on_ranks
+from tests.toys import MINILM, save_model
+
+LONG = "a " * 40 + "long tail of words that is cut somewhere because it goes on and on until the end"
+TEXTS = ["The quick brown fox", "HELLO World, Ünïcode", "量子计算的历史", LONG]
+FLAT = ("{% for m in messages %}{{ m.role }}: {{ m.content }} end\n{% endfor %}"
+        "{% if add_generation_prompt %}answer:{% endif %}")
+PARTS = ("{% for m in messages %}[{{ m.role }}] {{ m.content[0].text | trim }} .{% endfor %}"
+         "{% if task %}{{ task }}{% endif %}")
+KIND = {"method": "forward", "method_output_name": "last_hidden_state"}
+
+
+def write(path, values):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
+
+
+def change(path, **values):
+    write(path, {**json.loads(path.read_text(encoding="utf-8")), **values})
+
+
+def chat(content, **more):
+    """sentence_bert_config.json of a model of chats."""
+    return {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings", "max_seq_length": 24,
+            "modality_config": {"text": KIND, "message": {**KIND, "format": content}}, **more}
+
+
+@functools.cache
+def model_of(kind):
+    """A plain Hugging Face directory, made once."""
+    path = Path(tempfile.mkdtemp()) / kind
+    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    return Path(save_model(path, kind, tokenizer=True, num_hidden_layers=2))
+
+
+def save_directory(path, *, kind="bert", pooling="mean", normalize=True, sbert=None, settings=None):
+    """A Sentence Transformers directory as versions 2 to 5 wrote it."""
+    shutil.copytree(model_of(kind), path)
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if normalize else [])]
+    write(path / "modules.json", [{"idx": index, "name": str(index), "path": folder,
+                                   "type": f"sentence_transformers.models.{kind}"}
+                                  for index, (folder, kind) in enumerate(modules)])
+    write(path / "1_Pooling" / "config.json", pooling if isinstance(pooling, dict) else {
+        "word_embedding_dimension": 32, **{f"pooling_mode_{name}": name == pooling + "_token" * (pooling == "cls")
+                                           + "_tokens" * (pooling in ("mean", "weightedmean"))
+                                           for name in ("cls_token", "mean_tokens", "max_tokens", "weightedmean_tokens",
+                                                        "mean_sqrt_len_tokens", "lasttoken")}})
+    write(path / "sentence_bert_config.json", sbert or {"max_seq_length": 16, "do_lower_case": False})
+    write(path / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None, **(settings or {})})
+    return path
+
+
+def cased(path):
+    """The tokenizer no longer lowercases, and its vocabulary knows letters of both cases."""
+    values = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    values["normalizer"]["lowercase"] = False
+    write(path / "tokenizer.json", values)
+    change(path / "tokenizer_config.json", do_lower_case=False)
+    return path
+
+
+def without_sep(path):
+    """The tokenizer puts nothing around a text, as those of decoders."""
+    values = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    values["post_processor"] = None
+    write(path / "tokenizer.json", values)
+    write(path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]",
+                                           "eos_token": "[SEP]", "unk_token": "[UNK]"})
+    (path / "special_tokens_map.json").unlink()
+    return path
+
+
+def left(path):
+    change(path / "tokenizer_config.json", truncation_side="left")
+    return path
+
+
+def with_template(path, template, in_config=False):
+    if in_config:
+        change(path / "tokenizer_config.json", chat_template=template)
+    else:
+        write(path / "chat_template.jinja", template)
+    return path
+
+
+PROMPTS = {"prompts": {"query": "query: ", "document": "text: ", "task": "Task: "}}
+HONOURED = {
+    "plain": save_directory,
+    "lower-case": lambda path: cased(save_directory(path, sbert={"max_seq_length": 16, "do_lower_case": True})),
+    "lower-case-twice": lambda path: save_directory(path, sbert={"max_seq_length": 16, "do_lower_case": True}),
+    "cased": lambda path: cased(save_directory(path)),
+    "left": lambda path: left(save_directory(path)),
+    "left-prompts": lambda path: left(save_directory(path, settings=PROMPTS)),
+    "left-by-argument": lambda path: save_directory(path, sbert={
+        "max_seq_length": 16, "tokenizer_args": {"truncation_side": "left"}}),
+    "left-last-token": lambda path: left(without_sep(save_directory(path, kind="qwen3", pooling="lasttoken"))),
+    "no-eos": lambda path: without_sep(save_directory(path, kind="qwen3", pooling="lasttoken")),
+    "no-eos-mean": lambda path: without_sep(save_directory(path, kind="qwen3")),
+    "chat": lambda path: with_template(save_directory(path, sbert=chat("flat"), settings=PROMPTS), FLAT),
+    "chat-parts": lambda path: with_template(save_directory(path, sbert=chat("structured"), settings=PROMPTS), PARTS),
+    "chat-auto": lambda path: with_template(save_directory(path, sbert=chat("auto")), PARTS, in_config=True),
+    "chat-last-token": lambda path: with_template(without_sep(save_directory(
+        path, kind="qwen3", pooling="lasttoken", settings=PROMPTS, sbert=chat(
+            "flat", processing_kwargs={"chat_template": {"add_generation_prompt": True}}))), FLAT),
+    "template-without-message": lambda path: with_template(save_directory(path), FLAT),
+    "default-prompt": lambda path: save_directory(path, settings={**PROMPTS, "default_prompt_name": "task"}),
+    "lengths-by-role": lambda path: save_directory(path, sbert={"max_seq_length": 30, "query_length": 8,
+                                                                "document_length": 20}),
+    "length-of-arguments": lambda path: save_directory(path, sbert={
+        "max_seq_length": 30, "processor_kwargs": {"model_max_length": 12}, "model_args": {"torch_dtype": "float32"}}),
+    "length-of-the-call": lambda path: save_directory(path, sbert={
+        "max_seq_length": 30, "query_length": 9, "processing_kwargs": {"text": {"max_length": 11}}}),
+    "older-name": lambda path: (save_directory(path) / "sentence_bert_config.json").rename(
+        path / "sentence_roberta_config.json"),
+    "no-pooling-named": lambda path: save_directory(path, pooling={"word_embedding_dimension": 32}),
+    "new-spelling": lambda path: save_directory(path, pooling={
+        "embedding_dimension": 32, "pooling_mode": ["cls"], "include_prompt": True}),
+    "both-spellings": lambda path: save_directory(path, pooling={
+        "embedding_dimension": 32, "pooling_mode": "cls", "pooling_mode_mean_tokens": True}),
+    "dropout": lambda path: write(save_directory(path, normalize=False) / "modules.json", [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling",
+         "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling", "kwargs": []},
+        {"idx": 2, "name": "2", "path": "2_Dropout", "type": "sentence_transformers.models.Dropout"}]) or write(
+            path / "2_Dropout" / "config.json", {"dropout": 0.1}),
+}
+RAW = ("raw-encoder",)
+
+
+def vectors_of(directories):
+    """Both roles' vectors of each directory, in a worker."""
+    import megatron_embed
+
+    found = {}
+    for name, directory in directories.items():
+        model = megatron_embed.load(directory)
+        found[name] = {role: model.encode(TEXTS, role) for role in ("query", "document")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("foreign")
+    for name, save in HONOURED.items():
+        save(folder / name)
+    shutil.copytree(model_of("bert"), folder / "raw-encoder")
+    return {name: str(folder / name) for name in (*HONOURED, *RAW)}
+
+
+@pytest.fixture(scope="module")
+def ours(directories):
+    (found,) = run_on_ranks(vectors_of, 1, directories)
+    return found
+
+
+@pytest.mark.parametrize("name", [*HONOURED, *RAW])
+def test_vectors_are_the_stock_library_s(directories, ours, name):
+    stock = SentenceTransformer(directories[name], device="cpu")
+    for role, encode in (("query", stock.encode_query), ("document", stock.encode_document)):
+        expected = encode(TEXTS, batch_size=1, normalize_embeddings=name in RAW)
+        np.testing.assert_allclose(ours[name][role], expected, atol=2e-6)
+
+
+def test_the_cases_differ_from_the_plain_directory(ours):
+    for name in ("cased", "left", "chat", "lengths-by-role", "length-of-arguments", "new-spelling"):
+        assert abs(ours[name]["query"] - ours["plain"]["query"]).max() > 1e-3, name
+    assert abs(ours["cased"]["query"] - ours["lower-case"]["query"]).max() > 1e-3
+
+
+def encode_command(arguments):
+    from tests.cli.test_refusals import command
+
+    return command(arguments)
+
+
+def test_texts_without_a_role_have_the_default_prompt(directories, tmp_path):
+    write(tmp_path / "texts.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    for name in ("default-prompt", "chat-parts"):
+        output = tmp_path / f"{name}.npy"
+        ((code, _, err, _),) = run_on_ranks(encode_command, 1, [
+            "encode", "--model", directories[name], "--input", str(tmp_path / "texts.jsonl"), "--output", str(output)])
+        assert code == 0, err
+        expected = SentenceTransformer(directories[name], device="cpu").encode(TEXTS, batch_size=1)
+        np.testing.assert_allclose(np.load(output), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_add_eos_token_is_honoured(tmp_path, added):
+    """Transformers 4 appended it, and so was the model trained; 5 no longer does, nor Sentence Transformers on it."""
+    path = without_sep(save_directory(tmp_path / "model", kind="qwen3", pooling="lasttoken"))
+    change(path / "tokenizer_config.json", add_eos_token=added)
+    ids = token_ids(path, ["a b"])
+    assert (ids[0][-1] == 102) == added  # [SEP]
+
+
+def token_ids(path, texts):
+    from megatron_embed.cli.model import find_model
+    from megatron_embed.data.prompts import RoleTokenizer
+
+    model = find_model(str(path))
+    tokenizer = RoleTokenizer(str(model.tokenizer_directory), text_format=model.text_format, query_max_length=24,
+                              add_eos=model.saved.pooling == "lasttoken" and model.saved.adds_eos,
+                              document_max_length=24, query_prompt=model.saved.prompts.get("query", ""))
+    return tokenizer.tokenize(texts, "query").token_ids
+
+
+@pytest.mark.parametrize("name", ["chat", "chat-parts", "chat-last-token"])
+def test_ids_in_a_chat_template_are_the_stock_library_s(directories, name):
+    stock = SentenceTransformer(directories[name], device="cpu")
+    texts = [*TEXTS, " spaces ", "{{ messages }}", *(("a " * count).strip() for count in range(1, 24))]
+    expected = [stock.preprocess([text], prompt=stock.prompts["query"], task="query")["input_ids"][0].tolist()
+                for text in texts]
+    assert token_ids(directories[name], texts) == expected
+
+
+REFUSED = {
+    "euclidean": (dict(settings={"similarity_fn_name": "euclidean"}),
+                  ["config_sentence_transformers.json", "similarity_fn_name = 'euclidean'", "cosine or dot"]),
+    "manhattan": (dict(settings={"similarity_fn_name": "manhattan"}), ["similarity_fn_name = 'manhattan'"]),
+    "maxsim": (dict(settings={"similarity_fn_name": "maxsim"}), ["similarity_fn_name = 'maxsim'"]),
+    "truncate-dim": (dict(settings={"truncate_dim": 16}), ["truncate_dim = 16", "--dims"]),
+    "sparse": (dict(settings={"model_type": "SparseEncoder"}), ["model_type = 'SparseEncoder'"]),
+    "colbert": (dict(settings={"query_prefix": "[Q] "}), ["query_prefix = '[Q] '", "does not know"]),
+    "default-prompt": (dict(settings={"default_prompt_name": "none"}), ["default_prompt_name = 'none'"]),
+    "prompts": (dict(settings={"prompts": {"query": 1}}), ["prompts = {'query': 1}", "must map names to texts"]),
+    "unknown": (dict(sbert={"max_seq_length": 16, "pool_twice": True}),
+                ["sentence_bert_config.json: pool_twice = True", "does not know", "remove the key"]),
+    "expansion": (dict(sbert={"query_expansion": {"strategy": "fixed", "length": 32}}), ["query_expansion = {"]),
+    "task": (dict(sbert={"transformer_task": "fill-mask"}), ["transformer_task = 'fill-mask'"]),
+    "logits": (dict(sbert={"module_output_name": "scores"}), ["module_output_name = 'scores'", "token_embeddings"]),
+    "method": (dict(sbert={"modality_config": {"text": {"method": "get_text_features"}}}),
+               ["modality_config.text.method = 'get_text_features'"]),
+    "pictures": (dict(sbert={"modality_config": {"image": KIND}}), ["takes no texts"]),
+    "no-template": (dict(sbert=chat("flat")), ["modality message", "no chat template"]),
+    "arguments": (dict(sbert={"model_args": {"num_hidden_layers": 1}}), ["model_args.num_hidden_layers = 1"]),
+    "no-special-tokens": (dict(sbert={"processing_kwargs": {"text": {"add_special_tokens": False}}}),
+                          ["processing_kwargs.text.add_special_tokens = False"]),
+    "length": (dict(sbert={"max_seq_length": -1}), ["max_seq_length = -1", "above 0"]),
+    "length-of-text": (dict(sbert={"max_seq_length": "16"}), ["max_seq_length = '16'"]),
+    "max": (dict(pooling={"word_embedding_dimension": 32, "pooling_mode_max_tokens": True}),
+            ["1_Pooling/config.json", "pooling_mode_max_tokens = True"]),
+    "two-poolings": (dict(pooling={"pooling_mode": ["cls", "mean"]}), ["pooling ['cls', 'mean'] is not supported"]),
+    "new-pooling": (dict(pooling={"pooling_mode": "mean", "temperature": 2}), ["temperature = 2"]),
+    "prompt-left-out": (dict(pooling={"pooling_mode": "mean", "include_prompt": False}, settings=PROMPTS),
+                        ["include_prompt = false"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_file_key_and_value(tmp_path, name):
+    from megatron_embed.cli.model import find_model
+    from megatron_embed.data.prompts import RoleTokenizer
+    from megatron_embed.errors import CheckpointError
+
+    settings, words = REFUSED[name]
+    path = save_directory(tmp_path / "model", **settings)
+    with pytest.raises(CheckpointError) as error:
+        model = find_model(str(path))
+        RoleTokenizer(str(path), add_eos=False, query_max_length=16, document_max_length=16,
+                      text_format=model.text_format)
+    for word in words:
+        assert word in str(error.value)
+
+
+MODULES = {
+    "Dense": ({"type": "sentence_transformers.models.Dense", "path": "2_Dense"}, "sentence_transformers.models.Dense"),
+    "own code": ({"type": "custom_st.Transformer", "path": ""}, "custom_st.Transformer"),
+    "weights": ({"type": "sentence_transformers.models.WeightedLayerPooling", "path": "1_W"}, "WeightedLayerPooling"),
+    "second pooling": ({"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}, "in this order"),
+    "key": ({"type": "sentence_transformers.models.Normalize", "path": "", "device": "cpu"}, "device = 'cpu'"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_that_are_not_computed_are_refused_by_name(tmp_path, name):
+    from megatron_embed.cli.model import find_model
+    from megatron_embed.errors import CheckpointError
+
+    module, word = MODULES[name]
+    path = save_directory(tmp_path / "model", normalize=False)
+    values = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+    write(path / "modules.json", [*values, {"idx": 2, "name": "2", **module}])
+    with pytest.raises(CheckpointError, match=r"modules\.json.*") as error:
+        find_model(str(path))
+    assert word in str(error.value)
+
+
+def test_a_transformer_in_its_own_folder_is_refused(tmp_path):
+    from megatron_embed.cli.model import find_model
+    from megatron_embed.errors import CheckpointError
+
+    path = save_directory(tmp_path / "model")
+    values = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+    values[0]["path"] = "0_Transformer"
+    write(path / "modules.json", values)
+    (path / "0_Transformer").mkdir()
+    shutil.move(path / "config.json", path / "0_Transformer")
+    with pytest.raises(CheckpointError, match=r"path = '0_Transformer'.*move the files"):
+        find_model(str(path))
+
+
+def test_a_module_that_normalizes_something_else_is_refused(tmp_path):
+    from megatron_embed.cli.model import find_model
+    from megatron_embed.errors import CheckpointError
+
+    path = save_directory(tmp_path / "model")
+    write(path / "2_Normalize" / "config.json", {"module_input_name": "token_embeddings"})
+    with pytest.raises(CheckpointError, match="module_input_name = 'token_embeddings'"):
+        find_model(str(path))
+
+
+def test_published_directory_passes():
+    from megatron_embed.models.saved_settings import read_saved_settings
+
+    saved = read_saved_settings(MINILM)
+    assert (saved.pooling, saved.normalize, saved.similarity) == ("mean", True, "cosine")
