@@ -75,7 +75,8 @@ class FileTable:
 
     def _check(self, path: Path, values: Mapping[str, Any], keys: Mapping[str, Key], prefix: str) -> None:
         for name, value in values.items():
-            key, shown = keys.get(name), f"{path}: {prefix}{name} = {shown_value(value)}"
+            word = name if name.isprintable() else repr(name)
+            key, shown = keys.get(name), f"{path}: {prefix}{word} = {shown_value(value)}"
             if key is None:
                 if self.closed and not _is_among(value, self.unset):
                     raise CheckpointError(f"{shown}: a key that this version does not know, so what it changes would "

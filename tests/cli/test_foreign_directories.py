@@ -327,3 +327,59 @@ def test_published_directory_passes():
 
     saved = read_saved_settings(MINILM)
     assert (saved.pooling, saved.normalize, saved.similarity) == ("mean", True, "cosine")
+
+
+def save_adapter(path, init):
+    from tests.training.adapter_truth import write_adapter
+
+    path.mkdir(parents=True)
+    write_adapter(path, model_of("qwen3"))
+    change(path / "adapter_config.json", init_lora_weights=init, loftq_config={"loftq_bits": 4, "loftq_iter": 1})
+    return path
+
+
+def peft_vectors(path):
+    """Token vectors of the adapted model as PEFT loads it."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(model_of("qwen3"), dtype=torch.float32), path).eval()
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[5, 6, 7, 8]])).last_hidden_state.numpy()
+
+
+def test_initializations_that_leave_the_base_alone_pass(tmp_path):
+    from megatron_embed.cli.model import find_model
+
+    expected = peft_vectors(save_adapter(tmp_path / "true", True))
+    for init in (False, "gaussian", "eva", "orthogonal", "mica", None):
+        path = save_adapter(tmp_path / str(init), init)
+        if init != "eva":  # which PEFT loads with its own settings alone
+            np.testing.assert_allclose(peft_vectors(path), expected, atol=1e-6, err_msg=str(init))
+        assert find_model(str(path)).adapters == find_model(str(tmp_path / "true")).adapters
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "new"])
+def test_initializations_that_change_the_base_are_refused(tmp_path, init):
+    from megatron_embed.cli.model import find_model
+    from megatron_embed.errors import CheckpointError
+
+    path = save_adapter(tmp_path / "adapter", init)
+    if init in ("pissa", "pissa_niter_4", "olora"):
+        expected = peft_vectors(save_adapter(tmp_path / "true", True))
+        assert abs(peft_vectors(path) - expected).max() > 1e-2
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: init_lora_weights = '{init}'.*merge_and_unload"):
+        find_model(str(path))
+
+
+def test_an_adapter_s_own_tokenizer_is_read(tmp_path):
+    from megatron_embed.cli.model import find_model
+
+    path = save_adapter(tmp_path / "adapter", True)
+    assert find_model(str(path)).tokenizer_directory == model_of("qwen3")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_of("qwen3") / name, path)
+    change(path / "tokenizer_config.json", truncation_side="left", add_eos_token=True)
+    model = find_model(str(path))
+    assert (model.tokenizer_directory, model.saved.truncation_side, model.saved.adds_eos) == (path, "left", True)
