@@ -27,7 +27,8 @@ class Inherited:
     """Names of the fields that are the directory's own; the others are defaults: of a causal language model, which is
     no reranker yet, the prompt, and the length where none but that of its positions is written down."""
     foreign_pad: int | None = None
-    """Of another library's classifier of a decoder: it reads its last token that is another one. -1: the last one."""
+    """Of another library's model: a decoder's classifier reads its last token that is another one. -1: the last one.
+    None: the model is ours."""
 
 
 ALL = frozenset(field.name for field in dataclasses.fields(RerankerSettings))

@@ -120,15 +120,15 @@ def open_pair_tokenizer(settings: RerankerSettings, model: ModelDirectory, lengt
     """The model's tokenizer with the reranker's prompt and length.
 
     Args:
-        foreign_pad: the padding token that a decoder's config.json names, where it counts; else the one that an export
-            names, the tokenizer's.
+        foreign_pad: of another library's model, which is used as it is: the padding token of config.json; None: that
+            of an export, the tokenizer's.
     """
     template, encoder = None, is_encoder(model.shape)
     if settings.template is not None:
         template = PairTemplate(text=settings.template, instruction=settings.instruction)
     tokenizer = PairTokenizer(str(model.hf), template=template, max_length=settings.max_length, length_key=length_key,
                               vocab_size=model.shape.vocab_size, prompt=settings.prompt, token_types=encoder,
-                              lower_case=settings.lower_case)
+                              lower_case=settings.lower_case, own_truncation_side=foreign_pad is not None)
     if settings.head == "score" and not encoder:
         tokenizer.unread = tokenizer.pad_token_id if foreign_pad is None else foreign_pad
     return tokenizer

@@ -54,10 +54,20 @@ def export_cross_encoder(directory: str | Path, *, family: str, classification: 
     if pieces is not None:
         (directory / _CHAT_TEMPLATE).write_text(chat_template(pieces, instruction), encoding="utf-8")
         _drop_other_templates(directory)
+    _write_modules(directory, token_ids, max_length, classification=classification, chat=pieces is not None,
+                   lower_case=lower_case)
+    write_json(directory / "config_sentence_transformers.json", {
+        "__version__": library_versions(), "model_type": "CrossEncoder", "activation_fn": _ACTIVATIONS[activation],
+        "prompts": dict(prompts), "default_prompt_name": default_prompt})
+
+
+def _write_modules(directory: Path, token_ids: tuple[int, int] | None, max_length: int, *, classification: bool,
+                   chat: bool, lower_case: bool) -> None:
+    """modules.json and the settings of each module. `chat`: pairs go through the tokenizer's chat template."""
     output = "scores" if classification else "causal_logits"
     modality: dict[str, Any] = {"method": "forward", "method_output_name": "logits"}
     modalities = {"text": modality}
-    if pieces is not None:
+    if chat:
         modalities["message"] = {**modality, "format": "flat"}
     write_json(directory / "sentence_bert_config.json", {
         "transformer_task": "sequence-classification" if classification else "text-generation",
@@ -73,9 +83,6 @@ def export_cross_encoder(directory: str | Path, *, family: str, classification: 
     write_json(directory / "modules.json", [
         {"idx": index, "name": str(index), "path": path, "type": _MODULES[kind]}
         for index, (path, kind) in enumerate(modules)])
-    write_json(directory / "config_sentence_transformers.json", {
-        "__version__": library_versions(), "model_type": "CrossEncoder", "activation_fn": _ACTIVATIONS[activation],
-        "prompts": dict(prompts), "default_prompt_name": default_prompt})
 
 
 def chat_template(pieces: Sequence[str], instruction: str) -> str:

@@ -105,6 +105,7 @@ class PairTokenizer:
         unread: a token that is left out at the end of every pair, since the model's stock class reads its score before
             it; None: the last token is read whatever it is.
         lower_case: what is read, unless the tokenizer does so itself.
+        own_truncation_side: a pair of texts loses tokens where the tokenizer's files say, else at the ends.
 
     Attributes:
         pad_token_id: an id that may fill padding.
@@ -117,11 +118,14 @@ class PairTokenizer:
 
     def __init__(self, model_dir: str, *, template: PairTemplate | None, max_length: int,
                  length_key: str = "reranker.max_length", vocab_size: int | None = None, prompt: str = "",
-                 token_types: bool = True, unread: int | None = None, lower_case: bool = False) -> None:
+                 token_types: bool = True, unread: int | None = None, lower_case: bool = False,
+                 own_truncation_side: bool = False) -> None:
         self._tokenizer: Any = load_tokenizer(model_dir, vocab_size)
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"{model_dir}: its tokenizer is a slow one, which does not say where the document's "
                                   "tokens are; save it once with Transformers as tokenizer.json")
+        if not own_truncation_side:
+            self._tokenizer.truncation_side = "right"
         if lower_case:
             add_lowercase(self._tokenizer)
         # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import read_hf_config
+from megatron_embed.models.foreign_tables import CONFIG_BLOCK, LOGIT_SCORE
 
 Activation = Literal["sigmoid", "identity"]
 MessageFormat = Literal["flat", "structured", "auto"]
@@ -157,6 +158,7 @@ def _activation_of_config(base: Path, config: Mapping[str, Any]) -> Activation |
     if block is not None and not isinstance(block, dict):
         raise CheckpointError(f"{base / 'config.json'}: sentence_transformers = {block!r}: must be an object; remove "
                               "it, or restore the file")
+    CONFIG_BLOCK.check(base / "config.json", block or {})
     if block and "activation_fn" in block:
         return _activation(base / "config.json", "sentence_transformers.activation_fn", block["activation_fn"])
     key = "sbert_ce_default_activation_function"
@@ -226,14 +228,12 @@ def _check_modules(folder: Path, task: str) -> tuple[int, int] | None:
 
 def _answers(file: Path) -> tuple[int, int]:
     values = _object(file)
+    LOGIT_SCORE.check(file, values)
     ids = values.get("true_token_id"), values.get("false_token_id")
     for key, token in zip(("true_token_id", "false_token_id"), ids, strict=True):
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
             raise CheckpointError(f"{file}: {key} = {token!r}: a score is the difference of two tokens' logits; write "
                                   "the token's id")
-    read = values.get("module_input_name", "causal_logits")
-    if read != "causal_logits":
-        raise CheckpointError(f"{file}: module_input_name = {read!r} must be causal_logits; correct it")
     return ids  # type: ignore[return-value]
 
 
