@@ -28,6 +28,7 @@ from megatron_embed.data.pairs import (
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.models.backbone import check_divisible
+from megatron_embed.models.cross_encoder import is_saved_cross_encoder
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel
 from megatron_embed.models.heads import HeadSpec, initialize_head, is_encoder
 from megatron_embed.models.reranker_settings import RerankerSettings, head_of_architecture
@@ -93,7 +94,7 @@ def _check_settings(config: RerankerConfig, model: ModelDirectory) -> None:
 
 def is_reranker(model: ModelDirectory) -> bool:
     """Whether a directory's files say that it is a reranker and no embedding model."""
-    if model.reranker is not None:
+    if model.reranker is not None or is_saved_cross_encoder(model.hf):
         return True
     head = head_of_architecture(model.hf)
     # Embedding models of decoder families are *ForCausalLM by name, too; they say how they pool.

@@ -48,12 +48,27 @@ def read_reranker_settings(directory: str | Path) -> RerankerSettings | None:
         settings = RerankerSettings(**values)
         if settings.head not in ("yes_no", "score") or settings.activation not in ("sigmoid", "identity"):
             raise ValueError(f"head = {settings.head!r}, activation = {settings.activation!r}")
-        if settings.default_prompt is not None and settings.default_prompt not in settings.prompts:
-            raise ValueError(f"default_prompt = {settings.default_prompt!r}, prompts = {settings.prompts!r}")
+        _check_types(settings)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: not readable ({error}); restore it, or remove it and set reranker.* anew"
                               ) from error
     return settings
+
+
+def _check_types(settings: RerankerSettings) -> None:
+    """Raises ValueError for a value that is none of its field's: the file may be somebody else's."""
+    prompts = settings.prompts
+    good = {
+        "template": settings.template is None or isinstance(settings.template, str),
+        **{name: isinstance(value, str) for name, value in asdict(settings).items()
+           if name in ("instruction", "true_token", "false_token")},
+        "max_length": type(settings.max_length) is int and settings.max_length > 0,
+        "prompts": isinstance(prompts, dict) and all(isinstance(text, str) for text in prompts.values()),
+        "default_prompt": settings.default_prompt is None or (
+            isinstance(prompts, dict) and settings.default_prompt in prompts),
+        "lower_case": isinstance(settings.lower_case, bool)}
+    for name in (name for name, is_good in good.items() if not is_good):
+        raise ValueError(f"{name} = {asdict(settings)[name]!r}")
 
 
 def write_reranker_settings(directory: str | Path, settings: RerankerSettings) -> None:

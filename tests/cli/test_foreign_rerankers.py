@@ -44,6 +44,16 @@ def without_padding_token(path):
     toys.edit(path / "config.json", pad_token_id=number)
 
 
+def encoder_with_case(path):
+    """A tokenizer that tells upper from lower case."""
+    encoder(path)
+    tokenizer = toys.read(path / "tokenizer.json")
+    tokenizer["normalizer"]["lowercase"] = False
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    toys.edit(path / "tokenizer_config.json", do_lower_case=False)
+    return path
+
+
 def answers(path):
     """A causal language model with a LogitScore of other words than yes and no."""
     import transformers
@@ -75,6 +85,7 @@ EQUAL = {
     "model_max_length": lambda path: toys.edit(encoder(path) / "tokenizer_config.json", model_max_length=20),
     "truncation at the left": lambda path: toys.edit(
         encoder(path) / "tokenizer_config.json", truncation_side="left", model_max_length=20),
+    "lowercased": lambda path: saved(encoder_with_case(path), settings={"do_lower_case": True}),
     "decoder without template": decoder,
     "decoder without template, saved": lambda path: saved(decoder(path), activation_fn=IDENTITY),
     "template that is not used": lambda path: saved(decoder(path, jinja=toys.PLAIN_JINJA)),
@@ -130,6 +141,12 @@ REFUSED = {
     "answer outside the folder": (
         lambda path: (answers(path) / "modules.json").write_text(
             (path / "modules.json").read_text().replace("1_LogitScore", "../other")), ("path = '../other'",)),
+    "our own file, damaged": (
+        lambda path: toys.edit(encoder(path) / "reranker.json", head="score", template=7, instruction="",
+                               true_token="a", false_token="b", max_length=20, activation="identity"),
+        ("reranker.json: not readable (template = 7)",)),
+    "no classifier at all": (
+        lambda path: saved(encoder(path, architectures=["BertModel"])), ("architectures = ['BertModel']",)),
     "arguments of the tokenizer": (
         lambda path: saved(encoder(path), settings={"processing_kwargs": {"text": {"truncation": False}}}),
         ("processing_kwargs.text.truncation",)),
