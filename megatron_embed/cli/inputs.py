@@ -215,10 +215,10 @@ def open_reranker(config: RunConfig, model: ModelDirectory, checkpoint: Path | N
         lengths_are_set: the configuration has a length for queries or documents.
     """
     begun = None if checkpoint is None else read_reranker_settings(checkpoint / "hf")
-    if begun is not None:
-        model = dataclasses.replace(model, reranker=begun)
+    asked = model if begun is None or checkpoint is None else dataclasses.replace(
+        model, reranker=begun, path=checkpoint, peft=None)
     settings = reranker_settings(
-        config.reranker, model, longest=config.data.max_length("query") + config.data.max_length("document"),
+        config.reranker, asked, longest=config.data.max_length("query") + config.data.max_length("document"),
         lengths_are_set=lengths_are_set)
     with blaming("model.path", config.model.path):
         tokenizer = open_pair_tokenizer(settings, model)

@@ -55,7 +55,8 @@ def reranker_settings(config: RerankerConfig, model: ModelDirectory, *, longest:
     """
     encoder, limit = is_encoder(model.shape), model.shape.longest_text
     _check_settings(config, model)
-    found = inherited(model, reading=False, own_template=config.template is None)
+    with blaming("model.path", str(model.path)):
+        found = inherited(model, reading=False, own_template=config.template is None)
     settings = RerankerSettings(
         head="score" if encoder else "yes_no", template=None if encoder else QWEN3_RERANKER_TEMPLATE,
         instruction=QWEN3_RERANKER_INSTRUCTION, true_token="yes", false_token="no", activation="sigmoid",
@@ -70,12 +71,20 @@ def reranker_settings(config: RerankerConfig, model: ModelDirectory, *, longest:
     settings = dataclasses.replace(settings, **given)
     if "template" in given:
         settings = dataclasses.replace(settings, prompts={}, default_prompt=None)
-    taken = [f"{name} = {shortened(value)}" for name, value in dataclasses.asdict(settings).items()
-             if name in says and name not in given and value]
-    if taken:
-        logger.info("taken from %s, since the configuration says nothing of them: reranker.%s",
-                    model.peft or model.path, ", ".join(taken))
+    log_taken(settings, says - given.keys(), model)
     return settings
+
+
+def log_taken(settings: RerankerSettings, taken: frozenset[str], model: ModelDirectory) -> None:
+    """One line of those of the fields that have an effect."""
+    without = {"instruction"} if "{instruction}" not in (settings.template or "") else set()
+    without |= {"true_token", "false_token"} if settings.head == "score" else set()
+    without |= {"prompts"} | ({"default_prompt"} if not settings.prompt else set())
+    without |= set() if settings.lower_case else {"lower_case"}
+    words = [f"{name} = {shortened(value)}" for name, value in dataclasses.asdict(settings).items()
+             if name in taken - without]
+    if words:
+        logger.info("not set, so as %s says: reranker.%s", model.peft or model.path, ", ".join(words))
 
 
 def _check_settings(config: RerankerConfig, model: ModelDirectory) -> None:

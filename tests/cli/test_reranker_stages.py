@@ -70,7 +70,7 @@ def test_what_is_set_takes_the_place_of_the_directorys(tmp_path, caplog):
     kept = settings_of(tmp_path, model, data=unset)
     assert (kept.head, kept.activation, kept.max_length) == ("score", "identity", 300)
     assert kept.template == "Task: judge. Q={query} D={document} Answer:"
-    (line,) = (message for message in caplog.messages if "taken from" in message)
+    (line,) = (message for message in caplog.messages if "not set, so as" in message)
     for words in (str(model), "reranker.head = 'score'", "activation = 'identity'", "max_length = 300", "D={document}"):
         assert words in line
     caplog.clear()
