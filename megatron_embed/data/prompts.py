@@ -54,11 +54,12 @@ def has_tokenizer_files(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _VOCABULARY_FILES)
 
 
-def load_tokenizer(model_dir: str, vocab_size: int | None) -> Any:
+def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: bool = False) -> Any:
     """The tokenizer of a model directory; never fetched.
 
     Args:
         vocab_size: rows of the model's word embeddings; null: ids are not compared with it.
+        added_may_exceed: tokens that were added to the vocabulary may have no row; the caller looks at the ids then.
     Raises:
         CheckpointError: there is no usable one, or it knows a token that the model has no row for.
     """
@@ -76,7 +77,9 @@ def load_tokenizer(model_dir: str, vocab_size: int | None) -> Any:
                               "tokenizer_config.json of the model into it") from error
     if vocab_size is not None:
         # Refused here, before the first text: a rank that holds no such row would look up zeros, another would fail.
-        token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        added = set(tokenizer.added_tokens_decoder) if added_may_exceed else set()
+        ids = ((token, number) for token, number in tokenizer.get_vocab().items() if number not in added)
+        token, largest = max(ids, key=lambda item: item[1], default=("", -1))
         if largest >= vocab_size:
             raise CheckpointError(f"{model_dir}: its tokenizer gives {shortened(token)} the id {largest}, but the "
                                   f"model ends at id {vocab_size - 1} (config.json: vocab_size = {vocab_size}); copy "
@@ -136,7 +139,9 @@ class RoleTokenizer:
                  vocab_size: int | None = None, instruction: str | None = None,
                  text_format: TextFormat = _PLAIN) -> None:
         self._instruction = instruction
-        self._tokenizer = load_tokenizer(model_dir, vocab_size)
+        self._tokenizer = load_tokenizer(model_dir, vocab_size, added_may_exceed=True)
+        exceeds = vocab_size is not None and max(self._tokenizer.get_vocab().values(), default=0) >= vocab_size
+        self._model_dir, self._vocab_size = model_dir, vocab_size if exceeds else None
         if text_format.lower_case:
             add_lowercase(self._tokenizer)
         self._cuts_left = text_format.truncation_side == "left"
@@ -151,7 +156,8 @@ class RoleTokenizer:
         self._checked: set[tuple[Role, str]] = set()
 
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
-        pad = next((i for i in (self._tokenizer.pad_token_id, self.eos_token_id) if i is not None and i >= 0), 0)
+        pad = next((i for i in (self._tokenizer.pad_token_id, self.eos_token_id)
+                    if i is not None and 0 <= i < (self._vocab_size or i + 1)), 0)
         self.pad_token_id: int = pad
         longest = self._tokenizer.model_max_length
         self.model_max_length: int | None = longest if longest <= _LARGEST_REAL_LENGTH else None
@@ -163,6 +169,7 @@ class RoleTokenizer:
             if self.eos_token_id is None:
                 raise CheckpointError(f"{model_dir}: its tokenizer names no eos_token, which last-token pooling needs; "
                                       "set it in tokenizer_config.json or choose another pooling, such as mean")
+            self._require_rows([[self.eos_token_id]])
             self._eos = [self.eos_token_id]
         if _PLACEHOLDER in document_prompt:
             raise ConfigError(f"data.document_prompt = {document_prompt!r}: only data.query_prompt can hold "
@@ -304,7 +311,21 @@ class RoleTokenizer:
             # verbose=False: no warning about sequences that are longer than the model's; they are cut afterwards.
             encoded = self._tokenizer(texts, add_special_tokens=special, padding=False, truncation=False,
                                       return_attention_mask=False, return_token_type_ids=False, verbose=False)
-        return list(encoded["input_ids"])
+        ids = list(encoded["input_ids"])
+        self._require_rows(ids)
+        return ids
+
+    def _require_rows(self, rows: Sequence[Sequence[int]]) -> None:
+        """Refuses ids that the model has no row for: a rank without it would look up zeros, another would fail."""
+        if self._vocab_size is None:
+            return
+        largest = max((max(ids, default=0) for ids in rows), default=0)
+        if largest >= self._vocab_size:
+            token = self._tokenizer.convert_ids_to_tokens(largest)
+            raise CheckpointError(f"{self._model_dir}: a text holds {shortened(token)}, to which its tokenizer gives "
+                                  f"the id {largest}, but the model ends at id {self._vocab_size - 1} (config.json: "
+                                  f"vocab_size = {self._vocab_size}); copy the model's own tokenizer there, or give "
+                                  "the model more rows (Transformers: resize_token_embeddings)")
 
     def _special_tokens(self, model_dir: str) -> tuple[int, list[int]]:
         """How many tokens the tokenizer puts before a text, and which ones after it."""

@@ -194,3 +194,18 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_rows_is_refused(minilm_di
         RoleTokenizer(minilm_dir, vocab_size=size - 1, **lengths)
     with pytest.raises(CheckpointError, match="ends at id"):
         PairTokenizer(minilm_dir, template=None, max_length=9, vocab_size=size - 1)
+
+
+def test_added_tokens_without_a_row_are_harmless_until_a_text_holds_one(minilm_dir, tmp_path):
+    directory = shutil.copytree(minilm_dir, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(minilm_dir)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<mark>"], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": "<fill>"})
+    tokenizer.save_pretrained(directory)
+    lengths = {"add_eos": False, "query_max_length": 9, "document_max_length": 9, "vocab_size": size}
+    own = RoleTokenizer(str(directory), **lengths)
+    assert own.tokenize(["a b"], "query") == RoleTokenizer(minilm_dir, **lengths).tokenize(["a b"], "query")
+    assert own.pad_token_id < size
+    with pytest.raises(CheckpointError, match=rf"a text holds '<mark>'.* id {size}\D.* vocab_size = {size}\)"):
+        own.tokenize(["a", "a <mark>"], "query")
