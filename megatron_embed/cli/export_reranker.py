@@ -17,7 +17,7 @@ from megatron_embed.convert.verify_reranker import ScoreReport, compare_with_cro
 from megatron_embed.data.pairs import Pair, PairTokenizer
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.evaluation.score import PairScorer
-from megatron_embed.models.heads import HeadSpec
+from megatron_embed.models.heads import HeadSpec, is_encoder
 from megatron_embed.models.reranker_settings import RerankerSettings, write_reranker_settings
 from megatron_embed.parallel.collectives import raise_first
 
@@ -64,7 +64,9 @@ def write_reranker(source: str, destination: str, model: ModelDirectory, *, clas
             directory, family=model.shape.family, classification=classification,
             pieces=None if tokenizer.template is None else tokenizer.template.pieces(),
             instruction=settings.instruction, token_ids=token_ids, activation=settings.activation,
-            max_length=settings.max_length)
+            max_length=settings.max_length, prompts=settings.prompts,
+            default_prompt=settings.default_prompt if settings.template is None else None,
+            encoder=is_encoder(model.shape), lower_case=settings.lower_case)
         write_reranker_settings(directory, dataclasses.replace(settings, head="score") if classification else settings)
         compare(directory, form)
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from megatron_embed.cli.export import stock_runs_causally
 from megatron_embed.cli.inherit import inherited
 from megatron_embed.cli.model import ModelDirectory, adapters_of, blaming, find_model
-from megatron_embed.cli.reranker import head_spec, open_pair_tokenizer, reranker_settings
+from megatron_embed.cli.reranker import check_last_token, head_spec, open_pair_tokenizer, reranker_settings
 from megatron_embed.cli.resume import Standing, check_resumable, is_exported, standing
 from megatron_embed.config.keeping import EvaluationSet
 from megatron_embed.config.schema import RunConfig, TrainingConfig
@@ -31,7 +31,7 @@ from megatron_embed.evaluation.suite import Suite
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.models.heads import HeadSpec
-from megatron_embed.models.reranker_settings import RerankerSettings
+from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.objectives.build import metric_names
 from megatron_embed.parallel.launch import launched_rank
 from megatron_embed.parallel.topology import (
@@ -89,7 +89,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         raise ConfigError("data.train = []: training needs at least one file of rows; add `train: [FILE.jsonl]` under "
                           "data")
     model = find_model(config.model.path)
-    found = standing(config)
+    found, asked = standing(config), config.data
     config = inherited(config, model, found.checkpoint)
     _, world_size, _ = launched_rank()
     dp_size = check_world_size(config.parallel, world_size)
@@ -105,7 +105,9 @@ def read_inputs(config: RunConfig) -> Inputs:
     settings = head = None
     tokenizer: RoleTokenizer | PairTokenizer
     if config.task == "reranker":
-        settings, tokenizer, head = open_reranker(config, model)
+        settings, tokenizer, head = open_reranker(
+            config, model, found.checkpoint,
+            lengths_are_set=asked.query_max_length is not None or asked.document_max_length is not None)
         everything = open_rerank_records(config, tokenizer)
     else:
         tokenizer = open_tokenizer(config, model)
@@ -204,12 +206,30 @@ def check_instructions(key: str, sets: Sequence[EvaluationSet], config: RunConfi
         tokenizer.check_prompts({item.instruction: f"{key} = {item.path!r}"})
 
 
-def open_reranker(config: RunConfig, model: ModelDirectory) -> tuple[RerankerSettings, PairTokenizer, HeadSpec]:
-    """How the run's reranker is asked, its tokenizer and its head."""
-    settings = reranker_settings(config.reranker, model,
-                                 longest=config.data.max_length("query") + config.data.max_length("document"))
+def open_reranker(config: RunConfig, model: ModelDirectory, checkpoint: Path | None, *,
+                  lengths_are_set: bool) -> tuple[RerankerSettings, PairTokenizer, HeadSpec]:
+    """How the run's reranker is asked, its tokenizer and its head.
+
+    Args:
+        checkpoint: the newest one of a run that goes on, which is asked as it was.
+        lengths_are_set: the configuration has a length for queries or documents.
+    """
+    begun = None if checkpoint is None else read_reranker_settings(checkpoint / "hf")
+    asked = model if begun is None or checkpoint is None else dataclasses.replace(
+        model, reranker=begun, path=checkpoint, peft=None)
+    settings = reranker_settings(
+        config.reranker, asked, longest=config.data.max_length("query") + config.data.max_length("document"),
+        lengths_are_set=lengths_are_set)
     with blaming("model.path", config.model.path):
         tokenizer = open_pair_tokenizer(settings, model)
+    if config.reranker.template is None:
+        check_last_token(settings, tokenizer, f"model.path = {config.model.path!r}: its template")
+    else:
+        check_last_token(settings, tokenizer, "reranker.template")
+    if config.checkpoint.export_at_end is not None and not tokenizer.can_pad:
+        raise ConfigError(f"checkpoint.export_at_end = {config.checkpoint.export_at_end!r}: the tokenizer of "
+                          f"{config.model.path} names neither pad_token nor eos_token, without which the stock "
+                          "libraries form no batch; set pad_token in its tokenizer_config.json")
     return settings, tokenizer, head_spec(settings, tokenizer)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from megatron_embed.cli.foreign_reranker import Inherited, inherited
 from megatron_embed.cli.model import ModelDirectory, blaming, find_model, load_model_chunks
 from megatron_embed.cli.watching import Start
 from megatron_embed.config.load import config_of_overrides
@@ -17,6 +18,7 @@ from megatron_embed.convert.layout import open_carried, open_checkpoint
 from megatron_embed.convert.peft import PeftAdapter
 from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.source import HFDirectory
+from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.pairs import (
     QWEN3_RERANKER_INSTRUCTION,
     QWEN3_RERANKER_TEMPLATE,
@@ -26,6 +28,7 @@ from megatron_embed.data.pairs import (
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.models.backbone import check_divisible
+from megatron_embed.models.cross_encoder import is_saved_cross_encoder
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel
 from megatron_embed.models.heads import HeadSpec, initialize_head, is_encoder
 from megatron_embed.models.reranker_settings import RerankerSettings, head_of_architecture
@@ -34,40 +37,73 @@ from megatron_embed.parallel.topology import Topology, check_world_size, initial
 
 logger = logging.getLogger(__name__)
 
+INHERITED = ("head", "template", "instruction", "true_token", "false_token", "max_length", "activation")
+"""Settings of section `reranker` that null leaves to the model directory."""
 
-def reranker_settings(config: RerankerConfig, model: ModelDirectory, *, longest: int) -> RerankerSettings:
-    """What the settings ask for; what they leave out is what the directory says, else Qwen3-Reranker's.
+
+def reranker_settings(config: RerankerConfig, model: ModelDirectory, *, longest: int,
+                      lengths_are_set: bool = True) -> RerankerSettings:
+    """How a reranker is trained: what the settings ask for; what they leave out is what the directory says, else our
+    defaults. The log says what was taken.
 
     Args:
-        longest: tokens of a pair where neither says; cut to the model's positions.
+        longest: tokens of a pair where nothing else says; cut to the model's positions.
+        lengths_are_set: the run asks for `longest`, whatever the directory says.
     Raises:
         ConfigError: a setting that does not go with the model.
+        CheckpointError: the directory says what is not computed.
     """
-    saved, encoder = model.reranker, is_encoder(model.shape)
+    encoder, limit = is_encoder(model.shape), model.shape.longest_text
+    _check_settings(config, model)
+    with blaming("model.path", str(model.path)):
+        found = inherited(model, reading=False, own_template=config.template is None)
+    settings = RerankerSettings(
+        head="score" if encoder else "yes_no", template=None if encoder else QWEN3_RERANKER_TEMPLATE,
+        instruction=QWEN3_RERANKER_INSTRUCTION, true_token="yes", false_token="no", activation="sigmoid",
+        max_length=min(limit, longest))
+    says: frozenset[str] = frozenset()
+    if found is not None:
+        says = found.says - ({"max_length"} if lengths_are_set else set())
+        length = min(limit, found.settings.max_length if "max_length" in says else longest)
+        settings = dataclasses.replace(found.settings, max_length=length)
+    asked = dataclasses.asdict(config)
+    given = {name: asked[name] for name in INHERITED if asked[name] is not None}
+    settings = dataclasses.replace(settings, **given)
+    if "template" in given:
+        settings = dataclasses.replace(settings, prompts={}, default_prompt=None)
+    log_taken(settings, says - given.keys(), model)
+    return settings
+
+
+def log_taken(settings: RerankerSettings, taken: frozenset[str], model: ModelDirectory) -> None:
+    """One line of those of the fields that have an effect."""
+    without = {"instruction"} if "{instruction}" not in (settings.template or "") else set()
+    without |= {"true_token", "false_token"} if settings.head == "score" else set()
+    without |= {"prompts"} | ({"default_prompt"} if not settings.prompt else set())
+    without |= set() if settings.lower_case else {"lower_case"}
+    words = [f"{name} = {shortened(value)}" for name, value in dataclasses.asdict(settings).items()
+             if name in taken - without]
+    if words:
+        logger.info("not set, so as %s says: reranker.%s", model.peft or model.path, ", ".join(words))
+
+
+def _check_settings(config: RerankerConfig, model: ModelDirectory) -> None:
+    """Refuses settings that do not go with the model's family or its positions."""
+    encoder, limit = is_encoder(model.shape), model.shape.longest_text
     if encoder and config.head == "yes_no":
         raise ConfigError(f"reranker.head = 'yes_no': a {model.shape.family} model has no language-model head to "
                           "answer with; set it to score")
     if encoder and config.template is not None:
         raise ConfigError(f"reranker.template = {config.template[:40]!r}: a {model.shape.family} model reads query and "
                           "document as a pair of texts, as the stock cross-encoders do; set it to null")
-    template = None
-    if not encoder:
-        template = config.template or (saved.template if saved else None) or QWEN3_RERANKER_TEMPLATE
-    limit = model.shape.longest_text
     if config.max_length is not None and config.max_length > limit:
         raise ConfigError(f"reranker.max_length = {config.max_length} is longer than the model's {limit} positions; "
                           "lower it to that or less")
-    return RerankerSettings(
-        head=config.head, template=template,
-        instruction=config.instruction or (saved.instruction if saved else QWEN3_RERANKER_INSTRUCTION),
-        true_token=config.true_token or (saved.true_token if saved else "yes"),
-        false_token=config.false_token or (saved.false_token if saved else "no"),
-        max_length=config.max_length or min(limit, longest), activation=config.activation)
 
 
 def is_reranker(model: ModelDirectory) -> bool:
     """Whether a directory's files say that it is a reranker and no embedding model."""
-    if model.reranker is not None:
+    if model.reranker is not None or is_saved_cross_encoder(model.hf):
         return True
     head = head_of_architecture(model.hf)
     # Embedding models of decoder families are *ForCausalLM by name, too; they say how they pool.
@@ -75,26 +111,49 @@ def is_reranker(model: ModelDirectory) -> bool:
 
 
 def saved_settings(model: ModelDirectory, key: str = "--model") -> RerankerSettings:
-    """How the reranker of a directory is asked: what it says itself, else what its architecture lets one infer."""
-    if model.reranker is not None:
-        return model.reranker
-    head = head_of_architecture(model.hf)
-    if head is None:
+    """How the reranker of a directory is asked: what it says itself, else what CrossEncoder would do."""
+    return _saved(model, key).settings
+
+
+def _saved(model: ModelDirectory, key: str) -> Inherited:
+    with blaming(key, str(model.path)):
+        found = inherited(model, reading=True)
+    if found is None:
         raise ConfigError(f"{key} {model.path}: is no reranker: its config.json names neither a "
                           "*ForSequenceClassification nor a *ForCausalLM, and there is no reranker.json; give a model "
                           "trained with task: reranker, or a cross-encoder")
-    return reranker_settings(RerankerConfig(head=head), model,
-                             longest=model.saved.max_length or model.shape.longest_text)
+    return found
 
 
-def open_pair_tokenizer(settings: RerankerSettings, model: ModelDirectory,
-                        length_key: str = "reranker.max_length") -> PairTokenizer:
-    """The model's tokenizer with the reranker's prompt and length."""
-    template = None
+def open_pair_tokenizer(settings: RerankerSettings, model: ModelDirectory, length_key: str = "reranker.max_length", *,
+                        foreign_pad: int | None = None) -> PairTokenizer:
+    """The model's tokenizer with the reranker's prompt and length.
+
+    Args:
+        foreign_pad: of another library's model, which is used as it is: the padding token of config.json; None: that
+            of an export, the tokenizer's.
+    """
+    template, encoder = None, is_encoder(model.shape)
     if settings.template is not None:
         template = PairTemplate(text=settings.template, instruction=settings.instruction)
-    return PairTokenizer(str(model.hf), template=template, max_length=settings.max_length, length_key=length_key,
-                         vocab_size=model.shape.vocab_size)
+    tokenizer = PairTokenizer(str(model.hf), template=template, max_length=settings.max_length, length_key=length_key,
+                              vocab_size=model.shape.vocab_size, prompt=settings.prompt, token_types=encoder,
+                              lower_case=settings.lower_case, own_truncation_side=foreign_pad is not None)
+    if settings.head == "score" and not encoder:
+        tokenizer.unread = tokenizer.pad_token_id if foreign_pad is None else foreign_pad
+    return tokenizer
+
+
+def check_last_token(settings: RerankerSettings, tokenizer: PairTokenizer, key: str) -> None:
+    """Raises ConfigError, beginning with `key`, for a template whose last token the tokenizer pads with: the stock
+    class would read the score before it."""
+    if tokenizer.template is None or tokenizer.template.pieces()[-1] == "":
+        return
+    if tokenizer.last_token() == tokenizer.pad_token_id:
+        raise ConfigError(f"{key} = {shortened(settings.template or '')}: its last token is the one that the tokenizer "
+                          "pads with, and the stock class of an export reads the score at the last token that is no "
+                          "padding, which is another one; let the template end otherwise, or give "
+                          "tokenizer_config.json another pad_token")
 
 
 def head_spec(settings: RerankerSettings, tokenizer: PairTokenizer) -> HeadSpec:
@@ -173,7 +232,8 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
         UserError: it is no reranker, or cannot be loaded.
     """
     model = find_model(directory, key)
-    settings = saved_settings(model, key)
+    found = _saved(model, key)
+    settings = found.settings
     if max_length is not None:
         limit = model.shape.longest_text
         if max_length > limit:
@@ -186,7 +246,8 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
     check_world_size(config.parallel, world_size)
     check_divisible(model.shape, config.parallel)
     with blaming(key, directory):
-        tokenizer = open_pair_tokenizer(settings, model, "--max-length" if key == "--model" else "its max_length")
+        tokenizer = open_pair_tokenizer(settings, model, "--max-length" if key == "--model" else "its max_length",
+                                        foreign_pad=found.foreign_pad)
         spec = head_spec(settings, tokenizer)
         topology = topology or start(config.parallel)
         chunks = load_reranker_chunks(model, config, topology, spec)

@@ -21,6 +21,7 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import model_shape
+from megatron_embed.models.reranker_settings import read_reranker_settings
 from megatron_embed.models.saved_settings import read_saved_settings
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,13 @@ def check_resumable(config: RunConfig, checkpoint: Path, model: ModelDirectory,
     fixed = FIXED if config.optimizer.distributed else (*FIXED, "model.dtype")
     if config.objective.learnable_temperature:  # they are where it began, and the checkpoint knows where it is
         fixed = (*fixed, "objective.temperature", "objective.bias")
+    asked = read_reranker_settings(checkpoint / "hf") if config.task == "reranker" else None
     for key in fixed:
+        section, _, name = key.partition(".")
+        if section == "reranker" and asked is not None:
+            if now[key] is None:
+                continue  # what the run began with
+            before[key] = dataclasses.asdict(asked)[name]
         if key in before and before[key] != now[key]:
             raise _refusal(checkpoint, key, now[key], f"this run began with {_shown(before[key])}")
     weights = [file.weight for file in config.data.train]
@@ -163,8 +170,7 @@ def _check_tokenizer(config: RunConfig, checkpoint: Path, model: ModelDirectory,
     texts = [text for texts in PROBES.values() for text in texts]
     if isinstance(tokenizer, PairTokenizer):
         pairs = [Pair(query="a", document=text) for text in texts]
-        before = PairTokenizer(str(checkpoint / "hf"), template=tokenizer.template, max_length=tokenizer.max_length)
-        if before.tokenize(pairs) != tokenizer.tokenize(pairs):
+        if tokenizer.with_directory(str(checkpoint / "hf")).tokenize(pairs) != tokenizer.tokenize(pairs):
             raise _other_tokenizer(config, checkpoint)
         return
     saved = RoleTokenizer(

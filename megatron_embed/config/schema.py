@@ -57,12 +57,14 @@ class EmbeddingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RerankerConfig:
-    head: Literal["yes_no", "score"] = "yes_no"
+    head: Literal["yes_no", "score"] | None = None
     """yes_no: difference of the logits of two words at the last token. score: a linear of one output; in
-    encoders, which have no other head, behind a dense layer with tanh."""
+    encoders, which have no other head, behind a dense layer with tanh. null: the model directory's if it is a reranker,
+    else yes_no for decoders and score for encoders."""
     template: str | None = None
     """The prompt around a pair, with the places {query} and {document} and, if wanted, {instruction}, and every special
-    token written out. null: what the model directory says, else Qwen3-Reranker's; encoders take none."""
+    token written out. null: what the model directory says (a cross-encoder's chat template; without one, query and
+    document are a pair of texts), else Qwen3-Reranker's; encoders take none."""
     instruction: str | None = None
     """Of rows and files without one of their own; null: what the model directory says, else Qwen3-Reranker's."""
     true_token: str | None = None
@@ -71,15 +73,17 @@ class RerankerConfig:
     false_token: str | None = None
     """The same, else no."""
     max_length: int | None = None
-    """Tokens of a pair, prompt and special tokens included; what is longer loses the end of its document, never query,
-    instruction or what follows the document. null: data.query_max_length + data.document_max_length, at most the
-    model's positions."""
+    """Tokens of a pair, prompt and special tokens included. In a template what is longer loses the end of its document,
+    never query, instruction or what follows the document; of a pair of texts the longer one is cut, as CrossEncoder
+    does. null: data.query_max_length + data.document_max_length if either is set, else what a reranker's directory
+    says, else that sum; at most the model's positions."""
     temperature: float = 1.0
     """Divides the scores in listwise and kl_distillation; no unit, > 0."""
     margin: float = 1.0
     """Of margin_ranking, in units of the score; >= 0."""
-    activation: Literal["sigmoid", "identity"] = "sigmoid"
-    """What exports and scores apply to the head's output; losses and rankings take the output itself."""
+    activation: Literal["sigmoid", "identity"] | None = None
+    """What exports and scores apply to the head's output; losses and rankings take the output itself. null: what the
+    model directory says, else sigmoid."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "reranker.temperature", self.temperature, "must be > 0")

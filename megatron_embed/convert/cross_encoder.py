@@ -8,7 +8,7 @@ pair over; plain ChatML would render it to nothing.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,24 @@ _MODULES = {"Transformer": "sentence_transformers.base.modules.transformer.Trans
 
 def export_cross_encoder(directory: str | Path, *, family: str, classification: bool, pieces: Sequence[str] | None,
                          instruction: str, token_ids: tuple[int, int] | None, activation: str,
-                         max_length: int) -> None:
+                         max_length: int, prompts: Mapping[str, str], default_prompt: str | None,
+                         encoder: bool, lower_case: bool = False) -> None:
     """Add to a Hugging Face directory, in place, what makes it a cross-encoder.
 
     Args:
         directory: holds config.json, weights and tokenizer; module files from an earlier life are replaced.
         family: `model_type` of config.json.
         classification: *ForSequenceClassification; else *ForCausalLM.
-        pieces: the prompt: literal, place, literal, ... (data.pairs.PairTemplate.pieces); null: an encoder, whose
-            tokenizer knows pairs.
+        pieces: the prompt: literal, place, literal, ... (data.pairs.PairTemplate.pieces); None: query and document are
+            a pair of texts, whatever chat template the tokenizer has.
         instruction: where the reader gives none.
         token_ids: of yes and no; needed for *ForCausalLM.
         activation: sigmoid or identity.
         max_length: tokens of a pair, everything included.
+        prompts: of a pair of texts, by name.
+        default_prompt: the name of the one that every pair gets.
+        encoder: the family is one of encoders.
+        lower_case: texts are lowercased before the tokenizer's own normalization.
     Raises:
         CheckpointError: the tokenizer cannot be loaded, or the family has no such class.
     """
@@ -45,18 +50,29 @@ def export_cross_encoder(directory: str | Path, *, family: str, classification: 
     complete_tokenizer(directory, needs_eos=False)
     for name in module_directories(directory):
         shutil.rmtree(directory / name, ignore_errors=True)
-    _write_config(directory, family, classification, activation, decoder=pieces is not None)
+    _write_config(directory, family, classification, activation, decoder=not encoder)
     if pieces is not None:
         (directory / _CHAT_TEMPLATE).write_text(chat_template(pieces, instruction), encoding="utf-8")
         _drop_other_templates(directory)
+    _write_modules(directory, token_ids, max_length, classification=classification, chat=pieces is not None,
+                   lower_case=lower_case)
+    write_json(directory / "config_sentence_transformers.json", {
+        "__version__": library_versions(), "model_type": "CrossEncoder", "activation_fn": _ACTIVATIONS[activation],
+        "prompts": dict(prompts), "default_prompt_name": default_prompt})
+
+
+def _write_modules(directory: Path, token_ids: tuple[int, int] | None, max_length: int, *, classification: bool,
+                   chat: bool, lower_case: bool) -> None:
+    """modules.json and the settings of each module. `chat`: pairs go through the tokenizer's chat template."""
     output = "scores" if classification else "causal_logits"
     modality: dict[str, Any] = {"method": "forward", "method_output_name": "logits"}
     modalities = {"text": modality}
-    if pieces is not None:
+    if chat:
         modalities["message"] = {**modality, "format": "flat"}
     write_json(directory / "sentence_bert_config.json", {
         "transformer_task": "sequence-classification" if classification else "text-generation",
-        "modality_config": modalities, "module_output_name": output, "max_seq_length": max_length})
+        "modality_config": modalities, "module_output_name": output, "max_seq_length": max_length,
+        **({"do_lower_case": True} if lower_case else {})})
     modules = [("", "Transformer")]
     if not classification:
         assert token_ids is not None
@@ -67,9 +83,6 @@ def export_cross_encoder(directory: str | Path, *, family: str, classification: 
     write_json(directory / "modules.json", [
         {"idx": index, "name": str(index), "path": path, "type": _MODULES[kind]}
         for index, (path, kind) in enumerate(modules)])
-    write_json(directory / "config_sentence_transformers.json", {
-        "__version__": library_versions(), "model_type": "CrossEncoder", "activation_fn": _ACTIVATIONS[activation],
-        "prompts": {}, "default_prompt_name": None})
 
 
 def chat_template(pieces: Sequence[str], instruction: str) -> str:
@@ -98,6 +111,8 @@ def _literal(text: str) -> str:
 def _write_config(directory: Path, family: str, classification: bool, activation: str, *, decoder: bool) -> None:
     """Class, one output, and what servers look for, into config.json."""
     config = read_json(directory / "config.json")
+    for key in ("sbert_ce_default_activation_function", "sentence_transformers"):
+        config.pop(key, None)  # the activation that the model came with
     config["architectures"] = [architecture(family, "ForSequenceClassification" if classification else "ForCausalLM")]
     if classification:
         tokenizer = load_export_tokenizer(directory)

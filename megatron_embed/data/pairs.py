@@ -1,4 +1,4 @@
-"""Query and document to the one text that a reranker reads, and that text to token ids; only the document is cut."""
+"""Query and document to what a reranker reads, one text or a pair of texts, and that to token ids, cut to length."""
 
 import threading
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_embed.data.jsonl import shortened
-from megatron_embed.data.prompts import load_tokenizer
+from megatron_embed.data.prompts import add_lowercase, load_tokenizer
 from megatron_embed.errors import CheckpointError, ConfigError, DataError
 
 QWEN3_RERANKER_TEMPLATE = (
@@ -41,7 +41,7 @@ class TokenizedPairs:
     token_types: list[list[int]] | None
     """Per pair, as long as its ids; null: the tokenizer knows none."""
     num_truncated: int
-    """Pairs whose document was cut."""
+    """Pairs that were cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +92,24 @@ class PairTokenizer:
 
     With a template: the ids of the filled text without further special tokens, as a chat template is tokenized; tokens
     are taken from the end of the document until the pair fits. Without: what the tokenizer makes of two texts (special
-    tokens and token types included), `truncation="only_second"`.
+    tokens and token types included), the longer of which is cut, as CrossEncoder does (`truncation="longest_first"`).
 
     Args:
         model_dir: directory with tokenizer files; never a hub name.
-        template: null for encoders, which know pairs.
+        template: None: the model reads pairs of texts.
         max_length: tokens of a pair, everything included.
         length_key: the setting or option that the length came from, for messages.
-        vocab_size: rows of the model's word embeddings; null: ids are not compared with it.
+        vocab_size: rows of the model's word embeddings; None: ids are not compared with it.
+        prompt: before every query of a pair of texts.
+        token_types: whether the model takes them.
+        unread: a token that is left out at the end of every pair, since the model's stock class reads its score before
+            it; None: the last token is read whatever it is.
+        lower_case: what is read, unless the tokenizer does so itself.
+        own_truncation_side: a pair of texts loses tokens where the tokenizer's files say, else at the ends.
 
     Attributes:
         pad_token_id: an id that may fill padding.
+        can_pad: whether the tokenizer names a token for that.
 
     Raises:
         CheckpointError: no usable tokenizer, one of more tokens than the model knows, or one that does not say where in
@@ -110,17 +117,25 @@ class PairTokenizer:
     """
 
     def __init__(self, model_dir: str, *, template: PairTemplate | None, max_length: int,
-                 length_key: str = "reranker.max_length", vocab_size: int | None = None) -> None:
+                 length_key: str = "reranker.max_length", vocab_size: int | None = None, prompt: str = "",
+                 token_types: bool = True, unread: int | None = None, lower_case: bool = False,
+                 own_truncation_side: bool = False) -> None:
         self._tokenizer: Any = load_tokenizer(model_dir, vocab_size)
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"{model_dir}: its tokenizer is a slow one, which does not say where the document's "
                                   "tokens are; save it once with Transformers as tokenizer.json")
+        if not own_truncation_side:
+            self._tokenizer.truncation_side = "right"
+        if lower_case:
+            add_lowercase(self._tokenizer)
         # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.
         self._lock = threading.Lock()
         self.template = template
         self.max_length = max_length
         self._length_key = length_key
+        self._prompt, self._token_types, self.unread, self._lower_case = prompt, token_types, unread, lower_case
         pad = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        self.can_pad = any(i is not None and i >= 0 for i in pad)
         self.pad_token_id: int = next((i for i in pad if i is not None and i >= 0), 0)
         self._frame = self._count_frame()
 
@@ -132,13 +147,36 @@ class PairTokenizer:
         """
         if not pairs:
             return TokenizedPairs(token_ids=[], token_types=None, num_truncated=0)
-        return self._with_template(pairs, self.template) if self.template is not None else self._as_pairs(pairs)
+        rows = self._rows(pairs)
+        return rows if self.unread is None else _without_last(rows, self.unread)
 
-    def check_room(self, pairs: Sequence[Pair]) -> None:
-        """Raises what `tokenize` would, at little cost: a query that is short in bytes has few tokens."""
+    def check_room(self, pairs: Sequence[Pair], *, strict: bool = False) -> None:
+        """Raises what `tokenize` would, at little cost: a query that is short in bytes has few tokens.
+
+        `strict`: also where it is a pair of texts, which has both of them cut then.
+        """
         long = [pair for pair in pairs if self._frame + len(pair.query.encode())
                 + len((pair.instruction or "").encode()) >= self.max_length]
-        self.tokenize(long)
+        if self.template is not None:
+            self.tokenize(long)
+        elif strict and long:
+            with self._lock:
+                alone = self._tokenizer([self._prompt + pair.query for pair in long], [""] * len(long), padding=False,
+                                        truncation=False, verbose=False)
+            for pair, ids in zip(long, alone["input_ids"], strict=True):
+                if len(ids) >= self.max_length:
+                    raise self._no_room(pair, len(ids))
+
+    def last_token(self) -> int:
+        """The token that ends a pair with a short document, where it is left out, too."""
+        rows = self._rows([Pair(query="a", document="b")])
+        return rows.token_ids[0][-1]
+
+    def with_directory(self, model_dir: str) -> "PairTokenizer":
+        """The same of another directory's tokenizer."""
+        return PairTokenizer(model_dir, template=self.template, max_length=self.max_length, unread=self.unread,
+                             length_key=self._length_key, prompt=self._prompt, token_types=self._token_types,
+                             lower_case=self._lower_case)
 
     def token_of(self, word: str, key: str) -> int:
         """The id of a word that is a single token.
@@ -159,8 +197,12 @@ class PairTokenizer:
         empty = Pair(query="", document="")
         with self._lock:
             if self.template is None:
-                return len(self._tokenizer("", "").input_ids)
+                return len(self._tokenizer(self._prompt, "").input_ids)
             return len(self._tokenizer(self.template.fill(empty)[0], add_special_tokens=False).input_ids) + 2
+
+    def _rows(self, pairs: Sequence[Pair]) -> TokenizedPairs:
+        """With every token, read or not."""
+        return self._with_template(pairs, self.template) if self.template is not None else self._as_pairs(pairs)
 
     def _with_template(self, pairs: Sequence[Pair], template: PairTemplate) -> TokenizedPairs:
         filled = [template.fill(pair) for pair in pairs]
@@ -185,22 +227,31 @@ class PairTokenizer:
         return TokenizedPairs(token_ids=rows, token_types=None, num_truncated=truncated)
 
     def _as_pairs(self, pairs: Sequence[Pair]) -> TokenizedPairs:
-        queries, documents = [pair.query for pair in pairs], [pair.document for pair in pairs]
+        queries, documents = [self._prompt + pair.query for pair in pairs], [pair.document for pair in pairs]
         with self._lock:
-            alone = self._tokenizer(queries, [""] * len(queries), padding=False, truncation=False, verbose=False)
             whole = self._tokenizer(queries, documents, padding=False, truncation=False, verbose=False)
-            for pair, ids in zip(pairs, alone["input_ids"], strict=True):
-                if len(ids) >= self.max_length:
-                    raise self._no_room(pair, len(ids))
-            encoded = self._tokenizer(queries, documents, padding=False, truncation="only_second",
-                                      max_length=self.max_length, verbose=False)
-        truncated = sum(len(ids) > self.max_length for ids in whole["input_ids"])
-        return TokenizedPairs(token_ids=list(encoded["input_ids"]),
-                              token_types=list(encoded["token_type_ids"]) if "token_type_ids" in encoded else None,
-                              num_truncated=truncated)
+            truncated = sum(len(ids) > self.max_length for ids in whole["input_ids"])
+            if truncated:
+                if self.max_length <= self._tokenizer.num_special_tokens_to_add(pair=True):
+                    raise ConfigError(f"{self._length_key} = {self.max_length} tokens: the tokenizer's special tokens "
+                                      "alone take as many; raise it")
+                whole = self._tokenizer(queries, documents, padding=False, truncation="longest_first",
+                                        max_length=self.max_length, verbose=False)
+        types = self._token_types and "token_type_ids" in whole
+        return TokenizedPairs(token_ids=list(whole["input_ids"]), num_truncated=truncated,
+                              token_types=list(whole["token_type_ids"]) if types else None)
 
     def _no_room(self, pair: Pair, used: int) -> Exception:
         place = f"{pair.source}: " if pair.source else ""
         return DataError(f"{place}the query {shortened(pair.query)} with the prompt around it takes {used} of "
                          f"{self._length_key} = {self.max_length} tokens, which leaves none for the document; raise "
                          "it, or shorten the query")
+
+
+def _without_last(rows: TokenizedPairs, token: int) -> TokenizedPairs:
+    """The same without that token at the ends: what a model that looks back alone gives before it is the same."""
+    kept = []
+    for ids in rows.token_ids:
+        end = next((place for place in range(len(ids), 0, -1) if ids[place - 1] != token), min(1, len(ids)))
+        kept.append(ids[:end])
+    return TokenizedPairs(token_ids=kept, token_types=None, num_truncated=rows.num_truncated)

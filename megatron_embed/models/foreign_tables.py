@@ -100,7 +100,8 @@ CONFIG_SENTENCE_TRANSFORMERS = FileTable(
                                 remedy="remove the key: vectors then have their whole width, and evaluate --dims "
                                        "measures shorter ones"),
         "requirements": harmless("versions of packages that the stock library asks for"),
-        "activation_fn": honoured("of a cross-encoder: what makes a score of its output"),
+        "activation_fn": honoured("of a cross-encoder: what makes a score of its output, before what config.json says; "
+                                  "torch's Sigmoid and Identity, others are refused and none is imported"),
         "keep_in_fp32_modules": harmless("of a cross-encoder: modules that stay in float32"),
     })
 
@@ -163,8 +164,34 @@ TOKENIZER_CONFIG = FileTable(
 CONFIG_BLOCK = FileTable(
     file="config.json: sentence_transformers", about="What Sentence Transformers 4 and 5 write for a cross-encoder.",
     keys={
-        "activation_fn": honoured("what makes a score of the model's output"),
+        "activation_fn": honoured("what makes a score of the model's output: torch's Sigmoid and Identity, others are "
+                                  "refused and none is imported; None: Sigmoid"),
         "version": harmless("of the library that wrote it"),
+    })
+
+RERANKER_CONFIG = FileTable(
+    file="config.json of a reranker", closed=False,
+    about="What decides how a *ForSequenceClassification or *ForCausalLM scores a pair. Without modules.json of a "
+          "CrossEncoder it is all that counts beside the tokenizer, whose chat template, if it has one, must carry "
+          "the roles query and document.",
+    keys={
+        "architectures": honoured("which head: a classifier's, or the logits of two words"),
+        "id2label": honoured("of a classifier: its outputs, of which there must be one"),
+        "num_labels": honoured("the same", 1, None),
+        "pad_token_id": honoured("of a decoder's classifier: the score is read at the last token that is another one"),
+        "sbert_ce_default_activation_function": honoured("activation_fn as Sentence Transformers before 4 wrote it"),
+        "problem_type": harmless("which loss Transformers takes"),
+        "classifier_dropout": harmless("of training"),
+        "use_sep_token": harmless("of vLLM"),
+    })
+
+LOGIT_SCORE = FileTable(
+    file="1_LogitScore/config.json", about="Of a cross-encoder that is a causal language model: the answers whose "
+                                           "logits, one less the other, are the score.",
+    keys={
+        "true_token_id": honoured("the token of yes"),
+        "false_token_id": honoured("the token of no; None, for the logit of yes alone, is refused"),
+        "module_input_name": honoured("where the logits come from", "causal_logits", None),
     })
 
 _INITIALIZATIONS: tuple[object, ...] = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
@@ -229,7 +256,7 @@ ADAPTER_CONFIG = FileTable(
     })
 
 TABLES: tuple[FileTable, ...] = (SENTENCE_BERT_CONFIG, CONFIG_SENTENCE_TRANSFORMERS, MODULES, POOLING, NORMALIZE,
-                                 TOKENIZER_CONFIG, CONFIG_BLOCK, ADAPTER_CONFIG)
+                                 TOKENIZER_CONFIG, RERANKER_CONFIG, CONFIG_BLOCK, LOGIT_SCORE, ADAPTER_CONFIG)
 """In the page's order."""
 
 

@@ -1,7 +1,7 @@
 """What a reranker's directory says about its head, prompt and length: reranker.json, or what its files suggest."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,17 +18,28 @@ class RerankerSettings:
 
     head: Literal["yes_no", "score"]
     template: str | None
-    """With the places {instruction}, {query} and {document}; null: query and document are a pair of texts."""
+    """With the places {instruction}, {query} and {document}; None: query and document are a pair of texts."""
     instruction: str
     true_token: str
     false_token: str
     max_length: int
     """Tokens of a pair, everything included."""
     activation: Literal["sigmoid", "identity"]
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Of a pair of texts, by name, as CrossEncoder knows them."""
+    default_prompt: str | None = None
+    """The name of the one that stands before every query."""
+    lower_case: bool = False
+    """Lowercase what is read, unless the tokenizer does so itself."""
+
+    @property
+    def prompt(self) -> str:
+        """What stands before the query of a pair of texts."""
+        return "" if self.default_prompt is None or self.template is not None else self.prompts[self.default_prompt]
 
 
 def read_reranker_settings(directory: str | Path) -> RerankerSettings | None:
-    """Contents of `DIRECTORY/reranker.json`, null if there is none. Raises CheckpointError if it is damaged."""
+    """Contents of `DIRECTORY/reranker.json`, None if there is none. Raises CheckpointError if it is damaged."""
     file = Path(directory) / RERANKER_FILE
     if not file.is_file():
         return None
@@ -37,10 +48,27 @@ def read_reranker_settings(directory: str | Path) -> RerankerSettings | None:
         settings = RerankerSettings(**values)
         if settings.head not in ("yes_no", "score") or settings.activation not in ("sigmoid", "identity"):
             raise ValueError(f"head = {settings.head!r}, activation = {settings.activation!r}")
+        _check_types(settings)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: not readable ({error}); restore it, or remove it and set reranker.* anew"
                               ) from error
     return settings
+
+
+def _check_types(settings: RerankerSettings) -> None:
+    """Raises ValueError for a value that is none of its field's: the file may be somebody else's."""
+    prompts = settings.prompts
+    good = {
+        "template": settings.template is None or isinstance(settings.template, str),
+        **{name: isinstance(value, str) for name, value in asdict(settings).items()
+           if name in ("instruction", "true_token", "false_token")},
+        "max_length": type(settings.max_length) is int and settings.max_length > 0,
+        "prompts": isinstance(prompts, dict) and all(isinstance(text, str) for text in prompts.values()),
+        "default_prompt": settings.default_prompt is None or (
+            isinstance(prompts, dict) and settings.default_prompt in prompts),
+        "lower_case": isinstance(settings.lower_case, bool)}
+    for name in (name for name, is_good in good.items() if not is_good):
+        raise ValueError(f"{name} = {asdict(settings)[name]!r}")
 
 
 def write_reranker_settings(directory: str | Path, settings: RerankerSettings) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.models.families import ModelShape, layers_by_stage
@@ -106,17 +107,22 @@ def held_parameters(config: RunConfig, shape: ModelShape, stage: int, parts: Par
     if parts is None:
         return Held(frozen=Parameters(), trained=whole + head)
     adapters = adapter_parameters(shape, sizes, config.lora.rank, parts) * stage_layers(shape, sizes, stage)
-    if config.reranker.head == "score":
+    if head_kind(config, shape) == "score":
         return Held(frozen=whole, trained=adapters + head)
     return Held(frozen=whole + head, trained=adapters)  # a trained head's rows for yes and no stay
 
 
+def head_kind(config: RunConfig, shape: ModelShape) -> Literal["yes_no", "score"]:
+    """Of a reranker: what is asked for, else the family's: another one that the directory has differs by a row."""
+    return config.reranker.head or ("score" if shape.post_norm else "yes_no")
+
+
 def head_parameters(config: RunConfig, shape: ModelShape) -> int:
     """Of a reranker's head, which every tensor-parallel rank of the last stage holds whole; 0 without one."""
-    hidden = shape.hidden_size
-    if config.task != "reranker" or (config.reranker.head == "yes_no" and shape.tie_word_embeddings):
+    hidden, kind = shape.hidden_size, head_kind(config, shape)
+    if config.task != "reranker" or (kind == "yes_no" and shape.tie_word_embeddings):
         return 0
-    if config.reranker.head == "yes_no":
+    if kind == "yes_no":
         return 2 * hidden
     # Encoders have a dense layer before the linear, and biases.
     return hidden * (hidden + 2) + 1 if shape.post_norm else hidden

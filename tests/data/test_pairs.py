@@ -1,4 +1,4 @@
-"""Pairs to ids: those of the stock libraries, and nothing but the document is ever cut."""
+"""Pairs to ids: those of the stock libraries. In a template nothing but the document is ever cut."""
 
 import jinja2.sandbox
 import pytest
@@ -72,12 +72,36 @@ def test_encoders_take_a_pair_of_texts():
     stock = AutoTokenizer.from_pretrained(str(MINILM))
     rows = tokenizer.tokenize(PAIRS)
     for pair, ids, types in zip(PAIRS, rows.token_ids, rows.token_types, strict=True):
-        encoded = stock(pair.query, pair.document, truncation="only_second", max_length=16)
+        encoded = stock(pair.query, pair.document, truncation="longest_first", max_length=16)
         assert (ids, types) == (encoded.input_ids, encoded.token_type_ids)
         assert 1 in types and len(ids) <= 16
     assert rows.num_truncated == 2
-    with pytest.raises(DataError, match="leaves none"):
-        tokenizer.tokenize([Pair(query="word " * 20, document="a document")])
+    long = Pair(query="word " * 20, document="a document")
+    assert tokenizer.tokenize([long]).token_ids == [stock("word " * 20, "a document", truncation=True,
+                                                          max_length=16).input_ids]
+    tokenizer.check_room([long])
+    with pytest.raises(DataError, match="leaves none"):  # before training
+        tokenizer.check_room([long], strict=True)
+    with pytest.raises(ConfigError, match="special tokens alone"):
+        PairTokenizer(str(MINILM), template=None, max_length=3).tokenize([long])
+
+
+def test_a_prompt_stands_before_the_query_of_a_pair():
+    stock = AutoTokenizer.from_pretrained(str(MINILM))
+    rows = PairTokenizer(str(MINILM), template=None, max_length=64, prompt="judge: ").tokenize(PAIRS)
+    assert rows.token_ids == [stock("judge: " + pair.query, pair.document).input_ids for pair in PAIRS]
+
+
+def test_an_unread_token_is_left_out_at_the_end_alone(bpe):
+    stock = AutoTokenizer.from_pretrained(bpe)
+    pad = stock.pad_token_id
+    tokenizer = PairTokenizer(bpe, template=None, max_length=64, unread=pad, token_types=False)
+    ends = Pair(query="a<|endoftext|>b", document="c<|endoftext|><|endoftext|>")
+    rows = tokenizer.tokenize([ends, Pair(query="<|endoftext|>", document="<|endoftext|>")])
+    whole = stock(ends.query, ends.document).input_ids
+    assert whole[-2:] == [pad, pad] and whole.count(pad) == 3
+    assert rows.token_ids == [whole[:-2], [pad]]  # where there is nothing else, the stock class reads the first
+    assert tokenizer.last_token() == stock("b").input_ids[-1]
 
 
 @pytest.mark.parametrize("text, message", [
