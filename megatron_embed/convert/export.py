@@ -7,11 +7,10 @@ tokenizer's chat template.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_embed.convert.layout import module_directories, read_json, write_json
+from megatron_embed.convert.layout import drop_standard_modules, read_json, write_json
 from megatron_embed.convert.safetensors_file import first_line
 from megatron_embed.errors import CheckpointError
 
@@ -42,8 +41,7 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Literal["las
     """
     directory = Path(directory)
     complete_tokenizer(directory, needs_eos=pooling == "lasttoken")
-    for name in module_directories(directory):
-        shutil.rmtree(directory / name, ignore_errors=True)
+    drop_standard_modules(directory)
     modules = [("", "Transformer"), (_POOLING_DIRECTORY, "Pooling")]
     modules += [(_NORMALIZE_DIRECTORY, "Normalize")] if normalize else []
     write_json(directory / "modules.json", [

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import read_hf_config
 from megatron_embed.models.pooling_names import POOLINGS, Pooling
+from megatron_embed.models.st_modules import read_modules
 
 _LEGACY_FLAGS: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean",
@@ -49,18 +50,6 @@ def _object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _modules(path: Path) -> list[dict[str, str]]:
-    """The modules of a modules.json, each with its type and its folder."""
-    modules = _json(path)
-    good = isinstance(modules, list) and all(
-        isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
-        for module in modules)
-    if not good:
-        raise CheckpointError(f"{path}: must hold a list of modules, each with 'type' and 'path'; fetch the file again")
-    assert isinstance(modules, list)
-    return modules
-
-
 def _pooling(path: Path, config: dict[str, Any]) -> Pooling | None:
     """The one pooling that a 1_Pooling/config.json switches on, in either spelling."""
     mode = config.get("pooling_mode")
@@ -89,17 +78,15 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     if not (folder / "modules.json").is_file():
         return SavedSettings(**common)
     pooling, normalize, include_prompt = None, False, True
-    modules = _modules(folder / "modules.json")
-    for module in modules:
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            path = folder / module["path"] / "config.json"
+    for module in read_modules(folder / "modules.json"):
+        if module.kind == "Pooling":
+            path = folder / module.path / "config.json"
             pooling, include_prompt = _pooling(path, _object(path)), _object(path).get("include_prompt", True)
-        elif kind == "Normalize":
+        elif module.kind == "Normalize":
             normalize = True
-        elif kind not in ("Transformer", "LogitScore"):  # the latter is a reranker's, see reranker_settings.py
-            raise CheckpointError(f"{folder / 'modules.json'}: module {module['type']!r} is not supported; "
-                                  "Transformer, Pooling and Normalize are")
+        elif module.kind not in ("Transformer", "LogitScore"):  # the latter is a reranker's, see reranker_settings.py
+            raise CheckpointError(f"{folder / 'modules.json'}: module {module.type!r} is not supported; Transformer, "
+                                  "Pooling and Normalize of Sentence Transformers are, under its own full names")
     settings = _object(folder / "config_sentence_transformers.json")
     prompts = settings.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
