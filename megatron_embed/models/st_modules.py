@@ -30,8 +30,8 @@ STOCK_TYPES: dict[str, Kind] = {
     **{f"sentence_transformers.{place}": "LogitScore" for place in (
         "cross_encoder.modules.LogitScore", "cross_encoder.modules.logit_score.LogitScore")},
 }
-"""Full names under which Sentence Transformers, from 2 to 6, writes the modules that we compute. A class of the same last
-name from another package is another class."""
+"""Full names under which Sentence Transformers, from 2 to 6, writes the modules that we compute. A class of the same
+last name from another package is another class."""
 
 
 @dataclass(frozen=True, kw_only=True)
