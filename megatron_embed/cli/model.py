@@ -27,6 +27,7 @@ from megatron_embed.models.adapters import Adapters, AdapterSettings, is_adapter
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model, padded_vocabulary
 from megatron_embed.models.families import ModelShape, model_shape
+from megatron_embed.models.foreign_files import check_files, check_tokenizer_names
 from megatron_embed.models.heads import HeadSpec, head_pooling
 from megatron_embed.models.pooling_names import Pooling
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
@@ -100,10 +101,12 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
     """
     with blaming(key, path):
         folder = local_directory(path)
+        check_files(folder)
         if is_peft_directory(folder) and not is_checkpoint(folder):
             return _find_adapted(folder)
         opened = open_checkpoint(folder) if is_checkpoint(folder) else None
         hf = folder if opened is None else opened.hf
+        check_tokenizer_names(hf)
         return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf,
                               shape=model_shape(hf), saved=read_saved_settings(hf), reranker=read_reranker_settings(hf),
                               max_lengths={} if opened is None else opened.info.max_lengths,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from megatron_embed.convert.layout import drop_standard_modules, read_json, write_json
 from megatron_embed.convert.safetensors_file import first_line
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.foreign_files import check_tokenizer_names
 
 POOLING_FLAGS = {
     "cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens",
@@ -75,9 +76,10 @@ def load_export_tokenizer(directory: Path) -> Any:
     """The directory's tokenizer as Transformers loads it. Raises CheckpointError if it cannot."""
     from transformers import AutoTokenizer
 
+    check_tokenizer_names(directory)
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
         raise CheckpointError(f"{directory}: tokenizer cannot be loaded ({first_line(error)}); "
                               "put the tokenizer files of the model there") from error
 

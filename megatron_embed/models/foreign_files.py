@@ -5,6 +5,7 @@ before anything in it is read; what is then opened is opened by `open_regular`.
 """
 
 import io
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ MARKS = ("config.json", "modules.json", "adapter_config.json", "megatron_embed.j
 NOT_READ = (".git", ".cache")
 """Folders of other programs, which no reader enters."""
 _MOST_FILES = 200_000
+_TOKENIZER_FILES = ("tokenizer_file", "vocab_file", "merges_file", "spm_file", "fast_tokenizer_files")
+"""Keys of tokenizer_config.json that Transformers takes for files to read."""
 
 
 def plain_name(name: object, said_by: str) -> str:
@@ -60,6 +63,26 @@ def check_files(directory: str | Path) -> None:
             _check_link(Path(entry.path), allowed)
         elif not entry.is_dir(follow_symlinks=False) and not entry.is_file(follow_symlinks=False):
             raise _refusal(Path(entry.path), _kind(entry.stat(follow_symlinks=False).st_mode))
+
+
+def check_tokenizer_names(directory: str | Path) -> None:
+    """No file outside of the directory is taken for the tokenizer's, as Transformers does if tokenizer_config.json
+    names one that exists. Paths of the author's own machine, which many files still hold, lead nowhere and do no harm.
+
+    Raises:
+        CheckpointError: there is such a file.
+    """
+    folder = Path(directory)
+    file = folder / "tokenizer_config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return  # the tokenizer's own reader speaks of it
+    for key in _TOKENIZER_FILES if isinstance(values, dict) else ():
+        named = values.get(key)
+        for name in named if isinstance(named, list) else [named]:
+            if isinstance(name, str) and os.path.lexists(folder / name) and Path(name).name != name:
+                plain_name(name, f"{file}: {key}")
 
 
 def open_regular(path: Path) -> io.FileIO:
