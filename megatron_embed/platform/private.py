@@ -13,9 +13,7 @@ def private_folder() -> Path:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
-            if stat.S_IMODE(found.st_mode) != 0o700:
-                folder.chmod(0o700)
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
             return folder
     except OSError:
         pass
