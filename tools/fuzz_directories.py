@@ -12,7 +12,9 @@ The same seed and number make the same case: `--only 17 --keep DIR` looks at one
 
 import argparse
 import collections
+import contextlib
 import importlib
+import io
 import json
 import os
 import pickle
@@ -305,7 +307,9 @@ def add_pickle(case: Path, rng: random.Random) -> str:
     if rng.random() < 0.5:
         file.write_bytes(pickle.dumps({"state_dict": trap}))
     else:
-        torch.save({"model": trap}, file)
+        content = io.BytesIO()  # torch.save itself wants file names of its own kind
+        torch.save({"model": trap}, content)
+        file.write_bytes(content.getvalue())
     return f"code in {file.name}"
 
 
@@ -503,7 +507,10 @@ def main() -> int:
     args = parser.parse_args()
     numbers = range(args.first, args.first + args.count) if args.only is None else [args.only]
 
+    outcomes: list[Outcome] = []
+
     def tell(outcome: Outcome) -> None:
+        outcomes.append(outcome)
         if outcome.faults or args.verbose or args.only is not None:
             sys.stdout.write(f"{outcome.number}: {', '.join(outcome.faults) or outcome.code} | {outcome.what} | "
                              f"{outcome.message}\n")
@@ -513,7 +520,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        outcomes = fuzz(numbers, args.seed, folder, keep=args.only is not None, tell=tell)
+        with contextlib.suppress(KeyboardInterrupt):
+            fuzz(numbers, args.seed, folder, keep=args.only is not None, tell=tell)
     codes = collections.Counter(outcome.code for outcome in outcomes)
     faulty = [outcome for outcome in outcomes if outcome.faults]
     sys.stdout.write(
