@@ -246,3 +246,13 @@ def test_tensors_that_share_bytes_are_refused(tmp_path):
     file.write_bytes(file.read_bytes().replace(b"[8,16]", b"[4,12]"))
     with pytest.raises(CheckpointError, match="b begins at byte"):
         SafetensorsFile(file)
+
+
+def test_an_adapter_that_names_itself_ends(model, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n')
+    (model / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(model)}))
+    ((code, _, err, _),) = run_on_ranks(command, 1, [
+        "encode", "--model", str(model), "--input", str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "v.npy")])
+    assert (code, "Traceback" in err) == (2, False), err
+    assert "has adapters itself; merge them first" in err
