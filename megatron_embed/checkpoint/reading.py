@@ -8,6 +8,7 @@ torch's and Megatron's own, such as plans of who wrote what).
 
 import json
 import pickle
+import re
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -84,7 +85,7 @@ def check_description(folder: Path) -> None:
         except (AttributeError, TypeError) as error:
             raise CheckpointError(f"{file}: not readable as torch_dist metadata ({error}); take another checkpoint"
                                   ) from error
-    _readable(folder / COMMON_FILE, lambda opened: torch.load(opened, map_location="cpu", weights_only=True))
+    _readable(folder / COMMON_FILE, _load_plain)
 
 
 def install() -> None:
@@ -102,11 +103,21 @@ def install() -> None:
 def _checked(load_bytes: Callable[..., Any]) -> Callable[..., Any]:
     """torch's own for one object, once a reading that allows no code has seen the same bytes."""
     def load(planner: Any, read_item: Any, value: Any) -> Any:
-        torch.load(value, map_location="cpu", weights_only=True)
+        _load_plain(value)
         value.seek(0)
         return load_bytes(planner, read_item, value)
 
     return load
+
+
+def _load_plain(file: Any) -> Any:
+    """`torch.load` of plain values and tensors. torch's own message about others advises to run their code."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"\b(?:GLOBAL|global|class|function) ([\w.]+)", str(error))
+        what = f"names {named.group(1)}" if named else "is damaged, or names more than plain values"
+        raise pickle.UnpicklingError(f"it {what}, and code that a checkpoint names is never run") from error
 
 
 def _readable(file: Path, read: Callable[[Any], Any]) -> Any:

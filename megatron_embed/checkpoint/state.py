@@ -173,7 +173,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    # torch goes on with the advice to run the file's code.
+    return lines[0].partition(". In PyTorch 2.6")[0] if lines else type(error).__name__
 
 
 def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
