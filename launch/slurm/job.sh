@@ -41,9 +41,7 @@ run_job() {
     fi
     local number=$((${SLURM_JOB_ID:-0} * 7 + ${SLURM_RESTART_COUNT:-0} % 7))
     export MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE} MASTER_PORT=${MASTER_PORT:-$((20000 + number % 12750))}
-    # Compiled kernels: local, a shared file system is no place for them.
-    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$(id -un)}
-    LAUNCH_VARIABLES+=(MASTER_ADDR MASTER_PORT TRITON_CACHE_DIR)
+    LAUNCH_VARIABLES+=(MASTER_ADDR MASTER_PORT)
     local container=()
     if [[ -n $CONTAINER_IMAGE ]]; then
         container=(--container-image "$CONTAINER_IMAGE" --container-mounts "$CONTAINER_MOUNTS" --container-workdir "$PWD"

@@ -38,7 +38,9 @@ done
 
 # What node I runs, as one word for ssh; its process number goes to a file, so that a signal can follow.
 run_id="$(id -un)-$(date +%s)-$$"
-pid_file="/tmp/megatron-embed-$run_id"
+# A name that nobody can guess, where nobody else can have put a file or link: noclobber refuses one that is there.
+secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+pid_file="/tmp/megatron-embed-$secret"
 node_command() {
     local options=(--nnodes "${#hosts[@]}" --node-rank "$1" --master-addr "${MASTER_ADDR:-${hosts[0]}}"
         --master-port "$port" --run-id "$run_id")
@@ -49,7 +51,7 @@ node_command() {
         [[ $name =~ ^(NCCL|GLOO|UCX|TORCH|PYTORCH)_ ]] && variables+=("$name=${!name}")
     done < <(compgen -e)
     printf -v line '%q ' env "${variables[@]}" "$here/node.sh" "${options[@]}" "${@:2}"
-    printf 'cd %q && echo $$ >%s-%d && exec %s' "$PWD" "$pid_file" "$1" "$line"
+    printf 'cd %q && (umask 077 && set -C && echo $$ >%s-%d) && exec %s' "$PWD" "$pid_file" "$1" "$line"
 }
 if $dry_run; then
     for node in "${!hosts[@]}"; do

@@ -66,10 +66,11 @@ if [[ ${PREFLIGHT:-yes} != no ]]; then
     "${check[@]}" >&2 || exit
 fi
 
-status=$(mktemp "${TMPDIR:-/tmp}/megatron-embed-status.XXXXXX")
+# In a folder that nobody else may write to.
+status_folder=$(mktemp -d "${TMPDIR:-/tmp}/megatron-embed-status.XXXXXX")
+status=$status_folder/status
 export MEGATRON_EMBED_STATUS_FILE=$status
-rm "$status"
-trap 'rm -f "$status"' EXIT
+trap 'rm -rf "$status_folder"' EXIT
 
 # In a session of its own: a terminal's Ctrl-C would reach torchrun too, which gives its workers 30 seconds.
 setsid "${command[@]}" &

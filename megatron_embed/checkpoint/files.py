@@ -1,9 +1,15 @@
 """Where a checkpoint's files lie and how they become complete: temporary name, fsync, rename, `latest` last."""
 
+import logging
 import os
 import re
 import shutil
 from pathlib import Path
+
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.file_checks import plain_name
+
+logger = logging.getLogger(__name__)
 
 INFO_FILE = "megatron_embed.json"
 BEST = "best"
@@ -13,6 +19,10 @@ LATEST = "latest"
 ABANDONED = ".abandoned"
 """What a checkpoint's name ends in once its run went back to one before it."""
 _STEP = re.compile(r"step_(\d+)$")
+_UNFINISHED = re.compile(r"\.step_\d+(\.old)?\.tmp")
+_LONGEST_NAME = 4096
+MARK_FILE = ".made-by-megatron-embed"
+"""In a folder that a later start of a run may remove."""
 
 
 def sync_directory(directory: Path) -> None:
@@ -36,7 +46,8 @@ def sync_tree(directory: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a small text file as a whole, or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x", encoding="utf-8") as file:  # x: a link that somebody put there is not followed
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -69,7 +80,11 @@ def _target_of_latest(folder: Path) -> Path | None:
     pointer = folder / LATEST
     if not pointer.is_file():
         return None
-    named = folder / pointer.read_text(encoding="utf-8").strip()
+    with pointer.open("rb") as file:
+        said = file.read(_LONGEST_NAME).decode(errors="replace").strip()
+    if not said:
+        return None
+    named = folder / plain_name(said, f"{pointer}: the checkpoint that it names")
     return named if (named / INFO_FILE).is_file() else None
 
 
@@ -84,7 +99,7 @@ def set_aside_after(directory: Path, step: int) -> list[str]:
         if number <= step:
             continue
         target, count = folder.with_name(folder.name + ABANDONED), 1
-        while target.exists():
+        while os.path.lexists(target):
             count += 1
             target = folder.with_name(f"{folder.name}{ABANDONED}-{count}")
         best = directory / BEST
@@ -107,27 +122,70 @@ def link_tree(source: Path, target: Path) -> None:
             shutil.copy2(one, other)
         return other
 
-    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns(MARK_FILE))
 
 
 def replace_directory(new: Path, target: Path) -> None:
     """Gives a complete folder its final name. An older one of that name is deleted once the new one has it."""
     old = target.with_name(f".{target.name}.old.tmp")
-    if target.exists():
+    if os.path.lexists(target):
         target.rename(old)
     new.rename(target)
     sync_directory(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(old)
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder of ours, or a link to one but not what it leads to; one that cannot be deleted is a warning, for
+    no run should end because of it."""
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s: cannot be removed (%s); the run goes on: remove it by hand", folder,
+                       error.strerror or error)
+
+
+def make_marked(folder: Path) -> None:
+    """Makes an empty folder with our mark in place of an earlier one.
+
+    Raises:
+        CheckpointError: what is there does not carry the mark, so it may be somebody's own.
+    """
+    if os.path.lexists(folder):
+        ours = folder.is_dir() and not folder.is_symlink() and (
+            (folder / MARK_FILE).is_file() or (folder / INFO_FILE).is_file() or not any(folder.iterdir()))
+        if not ours:
+            raise CheckpointError(f"{folder}: was not made by megatron-embed, which needs this name for files of its "
+                                  "own; move it away, or choose another checkpoint.directory")
+        for entry in folder.iterdir():  # the mark last, so that a kill leaves a folder that is known as ours
+            if entry.name not in (MARK_FILE, INFO_FILE):
+                remove = shutil.rmtree if entry.is_dir() and not entry.is_symlink() else os.unlink
+                remove(entry)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARK_FILE).touch()
 
 
 def remove_old(directory: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` training checkpoints (0 keeps all), the best, and the one `latest` names."""
+    """Deletes all but the newest `keep` training checkpoints (0 keeps all), the best, and the one `latest` names.
+
+    Of one that was moved away and linked back the link goes, and what it leads to stays.
+    """
     kept = (directory / BEST).resolve(), (_target_of_latest(directory) or directory).resolve()
     complete = list(step_directories(directory).values())
     for old in [path for path in complete[:-keep] if path.resolve() not in kept] if keep else []:
         hidden = old.with_name(f".{old.name}.old.tmp")  # first, so that a kill leaves nothing that looks whole
-        old.rename(hidden)
-        shutil.rmtree(hidden)
+        try:
+            old.rename(hidden)
+        except OSError as error:
+            logger.warning("%s: an old checkpoint that cannot be removed (%s); the run goes on: remove it by hand", old,
+                           error.strerror or error)
+        else:
+            remove_folder(hidden)
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -136,5 +194,5 @@ def remove_unfinished(directory: Path) -> None:
     Only names that we alone make; a folder `step_N` without our mark may be somebody else's.
     """
     for entry in directory.iterdir() if directory.is_dir() else ():
-        if entry.is_dir() and entry.name.startswith(".step_") and entry.name.endswith(".tmp"):
-            shutil.rmtree(entry)
+        if _UNFINISHED.fullmatch(entry.name):
+            remove_folder(entry)

@@ -1,10 +1,12 @@
 """One run at a time writes a checkpoint directory."""
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
@@ -17,6 +19,7 @@ from megatron_embed.parallel.collectives import raise_first
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
+_LONGEST_NOTE = 500
 
 
 @contextlib.contextmanager
@@ -47,7 +50,12 @@ def sole_writer(key: str, directory: str) -> Iterator[None]:
 def _acquire(key: str, path: Path) -> TextIOWrapper:
     # A POSIX lock: unlike flock's it is not inherited by the processes that a checkpoint's writer forks.
     try:
-        file = path.open("a+", encoding="utf-8")
+        # A link or a pipe of that name is somebody else's: neither is followed, waited for or written to.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        file = os.fdopen(descriptor, "r+", encoding="utf-8")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            file.close()
+            raise OSError(errno.EINVAL, "it is no ordinary file")
     except OSError as error:
         raise ConfigError(f"{key} = {str(path.parent)!r}: {path} cannot be opened ({error.strerror}); "
                           "remove it if no run uses the directory, or choose another directory") from error
@@ -55,7 +63,7 @@ def _acquire(key: str, path: Path) -> TextIOWrapper:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        holder = file.read().strip() or "an unknown process"
+        holder = file.read(_LONGEST_NOTE).strip() or "an unknown process"
         file.close()
         raise ConfigError(f"{key} = {str(path.parent)!r}: another run writes there ({holder}); wait "
                           "until it ends, or choose another directory") from None

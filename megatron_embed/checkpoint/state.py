@@ -9,11 +9,15 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_embed.checkpoint.reading import check_description, install
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import is_adapter
 from megatron_embed.models.encoder import EmbeddingModel
+from megatron_embed.models.file_checks import check_files
 from megatron_embed.parallel.collectives import raise_first
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, dist_checkpointing
+
+install()
 
 Found = TypeVar("Found")
 
@@ -83,6 +87,7 @@ def sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
 
 def steps_done(checkpoint: Path) -> int:
     """Optimizer steps of a training checkpoint. No communication."""
+    check_files(checkpoint)
     file = checkpoint / TRAINER_FILE
     try:
         return int(json.loads(file.read_text(encoding="utf-8"))["step"])
@@ -168,11 +173,14 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    # torch goes on with the advice to run the file's code.
+    return lines[0].partition(". In PyTorch 2.6")[0] if lines else type(error).__name__
 
 
 def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     folder = checkpoint / "model"
+    check_files(checkpoint)
+    check_description(folder)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(folder))
     except (Exception, CheckpointException) as error:

@@ -92,7 +92,9 @@ def write_status(exit_code: int, message: str) -> None:
         return
     unfinished = Path(f"{name}.{process_rank()}.tmp")  # nodes may share the directory
     try:
-        unfinished.write_text(json.dumps({"exit_code": exit_code, "message": message}) + "\n", encoding="utf-8")
+        unfinished.unlink(missing_ok=True)
+        with unfinished.open("x", encoding="utf-8") as file:  # x: a link that somebody put there is not followed
+            file.write(json.dumps({"exit_code": exit_code, "message": message}) + "\n")
         unfinished.replace(name)
     except OSError as error:
         logger.warning("%s = %r: cannot write the status: %s", STATUS_FILE_VARIABLE, name, error.strerror)

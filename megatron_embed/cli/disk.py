@@ -42,7 +42,7 @@ def _writable(key: str, directory: str, place: Path) -> Finding:
     try:
         place.mkdir(parents=True, exist_ok=True)
         probe = place / f".doctor-{os.uname().nodename}-{os.getpid()}"
-        probe.touch()
+        probe.open("x").close()
         probe.unlink()
     except OSError as error:
         return Finding(name=key, value=directory, remedy=f"{key} = {directory!r}: cannot be written "

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron_embed.models.adapters import Adapters, AdapterSettings, is_adapter
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model, padded_vocabulary
 from megatron_embed.models.families import ModelShape, model_shape
+from megatron_embed.models.file_checks import check_files, check_tokenizer_names
 from megatron_embed.models.heads import HeadSpec, head_pooling
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_modules, read_saved_settings
@@ -87,7 +89,7 @@ class ModelDirectory:
 
 def local_directory(path: str) -> Path:
     """The directory itself, or a hub model's files in the local cache, fetched if need be. Raises CheckpointError."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if path and folder.is_dir():
         return folder
     if folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") != 1:
@@ -113,24 +115,29 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
     """
     with blaming(key, path):
         folder = local_directory(path)
+        check_files(folder)
         if is_peft_directory(folder) and not is_checkpoint(folder):
             return _find_adapted(folder)
         opened = open_checkpoint(folder) if is_checkpoint(folder) else None
         hf = folder if opened is None else opened.hf
+        check_tokenizer_names(hf)
         read_modules(hf)  # first: a transformer in a folder of its own leaves no config.json here
         return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf,
                               shape=model_shape(hf), saved=read_saved_settings(hf), reranker=read_reranker_settings(hf),
                               max_lengths={} if opened is None else opened.info.max_lengths,
-                              name=str(folder.resolve()) if Path(path).expanduser().is_dir() else path,
+                              name=str(folder.resolve()) if os.path.isdir(os.path.expanduser(path)) else path,
                               adapters=None if opened is None else opened.info.adapters)
 
 
 def _find_adapted(folder: Path) -> ModelDirectory:
     """The base model of a PEFT directory, with the adapters; pooling and prompts are the directory's if it has any."""
-    base = find_model(base_of(folder), f"{folder / CONFIG_FILE}: base_model_name_or_path")
-    if base.adapters is not None:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: base_model_name_or_path = {base.name!r} has adapters itself; "
-                              "merge them first (convert megatron-to-hf --merge-lora, or PEFT's merge_and_unload)")
+    key, named = f"{folder / CONFIG_FILE}: base_model_name_or_path", base_of(folder)
+    # Before it is read, which would never end where an adapter names itself.
+    adapted = os.path.isdir(named) and is_peft_directory(named) and not is_checkpoint(named)
+    base = None if adapted else find_model(named, key)
+    if base is None or base.adapters is not None:
+        raise CheckpointError(f"{key} = {(named if base is None else base.name)!r} has adapters itself; merge them "
+                              "first (convert megatron-to-hf --merge-lora, or PEFT's merge_and_unload)")
     with PeftAdapter(folder, rules_for(base.shape.family), base.shape) as adapter:
         settings = dataclasses.replace(adapter.settings, base_model=base.name)
     own = read_saved_settings(folder, base.hf)

@@ -4,13 +4,12 @@ import contextlib
 import functools
 import json
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_embed.checkpoint.best import BestCheckpoint
-from megatron_embed.checkpoint.files import remove_unfinished, set_aside_after
+from megatron_embed.checkpoint.files import make_marked, remove_unfinished, set_aside_after
 from megatron_embed.checkpoint.lock import sole_writer
 from megatron_embed.checkpoint.save import Saver, on_rank_0
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, load_model
@@ -209,8 +208,7 @@ def write_assets(assets: Path, config: RunConfig, inputs: Inputs) -> None:
 
     A resumed run takes its model's files from its checkpoint: those of model.path may be others by now.
     """
-    shutil.rmtree(assets, ignore_errors=True)
-    assets.mkdir(parents=True)
+    make_marked(assets)
     source = inputs.standing.checkpoint or inputs.model.checkpoint or inputs.model.path
     write_companions(source, assets, dtype=config.model.dtype, max_lengths={
         "query": config.data.max_length("query"), "document": config.data.max_length("document")},

@@ -22,7 +22,9 @@ def write_whole(option: str, output: str, write: Callable[[Any], object], *, bin
     cannot, and then leaves nothing behind."""
     temporary = f"{output}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb" if binary else "w", encoding=None if binary else "utf-8") as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        with open(temporary, "xb" if binary else "x", encoding=None if binary else "utf-8") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_embed.convert.export import complete_tokenizer, library_versions, load_export_tokenizer
 from megatron_embed.convert.heads import architecture
-from megatron_embed.convert.layout import module_directories, read_json, write_json
+from megatron_embed.convert.layout import drop_standard_modules, read_json, write_json
 
 _CHAT_TEMPLATE = "chat_template.jinja"
 _LOGIT_SCORE = "1_LogitScore"
@@ -48,8 +48,7 @@ def export_cross_encoder(directory: str | Path, *, family: str, classification: 
     """
     directory = Path(directory)
     complete_tokenizer(directory, needs_eos=False)
-    for name in module_directories(directory):
-        shutil.rmtree(directory / name, ignore_errors=True)
+    drop_standard_modules(directory)
     _write_config(directory, family, classification, activation, decoder=not encoder)
     if pieces is not None:
         (directory / _CHAT_TEMPLATE).write_text(chat_template(pieces, instruction), encoding="utf-8")

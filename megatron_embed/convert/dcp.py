@@ -5,10 +5,9 @@ process group. A conversion has neither: it streams.
 """
 
 import io
+import math
 import os
-import pickle
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from megatron_embed.checkpoint.reading import METADATA_FILE
 from megatron_embed.convert.dcp_metadata import (
-    METADATA_FILE,
     ChunkStorageMetadata,
     MetadataUnpickler,
     Piece,
@@ -30,6 +29,7 @@ from megatron_embed.convert.runs import Run, pour
 from megatron_embed.convert.safetensors_file import bytes_of, first_line
 from megatron_embed.convert.torch_record import TorchRecord, save_without_numbers
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.file_checks import open_regular, plain_name
 
 
 class DcpWriter:
@@ -106,13 +106,18 @@ class DcpReader:
         self._files: dict[Path, io.FileIO] = {}
         path = directory / METADATA_FILE
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 metadata = MetadataUnpickler(file).load()
             tensors, storage = metadata.state_dict_metadata, metadata.storage_data
+            for info in storage.values():
+                plain_name(info.relative_path, f"{path}: relative_path of a tensor")
+            _check_sizes(tensors.values())
         except FileNotFoundError as error:
             raise CheckpointError(f"{directory}: no {METADATA_FILE}, so this is no finished torch_dist checkpoint; "
                                   "give a directory that a save or conversion completed") from error
-        except (OSError, pickle.UnpicklingError, AttributeError, TypeError, ValueError, EOFError, IndexError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged pickle ends in errors of every kind
             raise CheckpointError(f"{path}: not readable as torch_dist metadata ({error}); "
                                   "is the file complete?") from error
         self._tensors = {key: value for key, value in tensors.items() if isinstance(value, TensorStorageMetadata)}
@@ -147,23 +152,21 @@ class DcpReader:
         entry = self._tensors[key]
         if index is None and len(entry.chunks) == 1 and entry.chunks[0].sizes == entry.size:
             return self._load(key, entry.chunks[0], "cpu")
-        whole = torch.empty(entry.size if index is None else entry.size[1:], dtype=entry.properties.dtype)
-        covered = 0
-        for chunk in entry.chunks:
-            offsets, sizes = chunk.offsets, chunk.sizes
-            if index is not None:
-                if not chunk.has(index):
-                    continue
-                offsets, sizes = offsets[1:], sizes[1:]
-            view = whole
-            for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-                view = view.narrow(dim, offset, size)
-            stored = self._load(key, chunk, "cpu")
-            view.copy_(stored if index is None else stored[index - chunk.offsets[0]])
-            covered += view.numel()
-        if covered != whole.numel():
-            raise CheckpointError(f"{self.directory}: {key}: chunks hold {covered} of {whole.numel()} numbers; "
+        first, whole_size = (0, entry.size) if index is None else (1, entry.size[1:])
+        chunks = [chunk for chunk in entry.chunks if index is None or chunk.has(index)]
+        covered = sum(math.prod(chunk.sizes[first:]) for chunk in chunks)
+        if covered != math.prod(whole_size):
+            raise CheckpointError(f"{self.directory}: {key}: chunks hold {covered} of {math.prod(whole_size)} numbers; "
                                   "was a rank's file lost? Take another checkpoint")
+        for chunk in chunks:  # before there is memory for what they promise
+            with self._record(key, chunk):
+                pass
+        whole = torch.empty(whole_size, dtype=entry.properties.dtype)
+        for chunk in chunks:
+            stored, view = self._load(key, chunk, "cpu"), whole
+            for dim, (offset, size) in enumerate(zip(chunk.offsets[first:], chunk.sizes[first:], strict=True)):
+                view = view.narrow(dim, offset, size)
+            view.copy_(stored if index is None else stored[index - chunk.offsets[0]])
         return whole
 
     def runs(self, key: str, index: int | None = None) -> list[Run] | None:
@@ -209,6 +212,13 @@ class DcpReader:
         if info is None or info.transform_descriptors:
             raise CheckpointError(f"{self.directory}: {key}: a piece is not stored, or is compressed; "
                                   "write it as plain torch_dist")
+        entry = self._tensors[key]
+        ends = (offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        if math.prod(chunk.sizes) * entry.properties.dtype.itemsize > info.length or len(chunk.sizes) != len(
+                entry.size) or any(end > size for end, size in zip(ends, entry.size, strict=True)):
+            raise CheckpointError(f"{self.directory}: {key}: a piece of {list(chunk.sizes)} numbers from "
+                                  f"{list(chunk.offsets)} on cannot be in {info.length} bytes of a tensor of "
+                                  f"{list(entry.size)}; take another checkpoint")
         path = self.directory / info.relative_path
         try:
             file = self._open(path)
@@ -216,7 +226,7 @@ class DcpReader:
                 raise CheckpointError(f"{path}: truncated: {key} ends at byte {info.offset + info.length}; "
                                       "take another checkpoint")
             yield TorchRecord(file, info.offset, info.length)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged record ends in errors of every kind
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path}: {key} is not readable ({first_line(error).split('. ')[0]}); "
@@ -224,8 +234,17 @@ class DcpReader:
 
     def _open(self, path: Path) -> io.FileIO:
         """The file, open until many others have been opened since."""
-        file = self._files.pop(path, None) or io.FileIO(str(path))
+        file = self._files.pop(path, None) or open_regular(path)
         self._files[path] = file
         if len(self._files) > self._MOST_OPEN:
             self._files.pop(next(iter(self._files))).close()
         return file
+
+
+def _check_sizes(tensors: Iterable[object]) -> None:
+    """No size is negative, so that none is read as another; raises ValueError."""
+    for tensor in tensors:
+        if isinstance(tensor, TensorStorageMetadata):
+            numbers = [*tensor.size, *(number for chunk in tensor.chunks for number in (*chunk.sizes, *chunk.offsets))]
+            if min(numbers, default=0) < 0:
+                raise ValueError("a tensor has a negative size")

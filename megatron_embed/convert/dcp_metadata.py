@@ -11,13 +11,12 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 
-METADATA_FILE = ".metadata"
-MEGATRON_FILE = "metadata.json"
-COMMON_FILE = "common.pt"
+from megatron_embed.checkpoint.reading import COMMON_FILE, MEGATRON_FILE, METADATA_FILE, NoCodeUnpickler
+
 _BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
              "common_backend": "torch", "common_backend_version": 1}
 
@@ -74,20 +73,6 @@ class Metadata:
     storage_data: Mapping[MetadataIndex, StorageInfo]
 
 
-class _Ignored:
-    """Stands for any object of the metadata that is not needed to read tensors; holds nothing, does nothing."""
-
-    def __new__(cls, *args: object, **kwargs: object) -> Self:
-        return super().__new__(cls)
-
-    def __init__(self, *args: object, **kwargs: object) -> None: ...
-    def __setstate__(self, state: object) -> None: ...
-    def __setitem__(self, key: object, value: object) -> None: ...
-    def append(self, value: object) -> None: ...
-    def extend(self, values: object) -> None: ...
-    def add(self, value: object) -> None: ...
-
-
 @dataclass(frozen=True)
 class Piece:
     """One piece of a tensor that was written."""
@@ -134,18 +119,9 @@ def write_description(directory: Path, file: str, tensors: Mapping[str, WrittenT
             os.fsync(stream.fileno())
 
 
-class MetadataUnpickler(pickle.Unpickler):
+class MetadataUnpickler(NoCodeUnpickler):
     """Builds the classes above and nothing else."""
 
-    _CLASSES: ClassVar[dict[str, Any]] = {
+    CLASSES: ClassVar[Mapping[str, Any]] = {
         "Metadata": Metadata, "TensorStorageMetadata": TensorStorageMetadata, "TensorProperties": TensorProperties,
         "ChunkStorageMetadata": ChunkStorageMetadata, "MetadataIndex": MetadataIndex, "_StorageInfo": StorageInfo}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("torch.distributed.checkpoint.") and name in self._CLASSES:
-            return self._CLASSES[name]
-        if module == "torch" and name == "Size":
-            return torch.Size
-        if module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype):
-            return torch.__dict__[name]
-        return _Ignored

@@ -7,13 +7,13 @@ tokenizer's chat template.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_embed.convert.layout import module_directories, read_json, write_json
+from megatron_embed.convert.layout import drop_standard_modules, read_json, write_json
 from megatron_embed.convert.safetensors_file import first_line
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.file_checks import check_tokenizer_names
 from megatron_embed.models.saved_settings import SavedSettings
 from megatron_embed.names import Pooling
 
@@ -49,8 +49,7 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Pooling, nor
     saved = saved or SavedSettings(similarity="cosine" if normalize else "dot")
     complete_tokenizer(directory, needs_eos=pooling == "lasttoken" if needs_eos is None else needs_eos)
     _set_truncation_side(directory, saved.truncation_side)
-    for name in module_directories(directory):
-        shutil.rmtree(directory / name, ignore_errors=True)
+    drop_standard_modules(directory)
     modules = [("", "Transformer"), (_POOLING_DIRECTORY, "Pooling")]
     modules += [(_NORMALIZE_DIRECTORY, "Normalize")] if normalize else []
     write_json(directory / "modules.json", [
@@ -106,9 +105,10 @@ def load_export_tokenizer(directory: Path) -> Any:
     """The directory's tokenizer as Transformers loads it. Raises CheckpointError if it cannot."""
     from transformers import AutoTokenizer
 
+    check_tokenizer_names(directory)
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
         raise CheckpointError(f"{directory}: tokenizer cannot be loaded ({first_line(error)}); "
                               "put the tokenizer files of the model there") from error
 

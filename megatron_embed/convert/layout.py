@@ -10,6 +10,7 @@ A training run's directory holds step_XXXXXX/ directories of this layout and `la
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,12 +28,16 @@ from megatron_embed.convert.safetensors_file import SafetensorsWriter, bytes_of
 from megatron_embed.convert.source import HFDirectory
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import AdapterSettings
+from megatron_embed.models.file_checks import check_files
+from megatron_embed.models.st_modules import read_modules
 
 CARRIED_FILE = "carried.safetensors"
 FORMAT = 1
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5",
             "*.msgpack", "*.ot", "*.gguf", "*.onnx*", "*.ckpt")
+_MODULE_FOLDER = re.compile(r"\d+_(Transformer|Pooling|Normalize|Dense|LogitScore)")
+"""Names that Sentence Transformers and our exports give to the folders of modules."""
 _SKIPPED_DIRECTORIES = ("onnx", "openvino", "original", "coreml", ".git", ".cache")
 
 
@@ -102,6 +107,7 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
     path = Path(path)
     if not (path / INFO_FILE).is_file():
         path = latest_checkpoint(path) or path
+    check_files(path)
     file = path / INFO_FILE
     if not file.is_file():
         hint = "; it is a Hugging Face directory already" if (path / "config.json").is_file() else ""
@@ -170,15 +176,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def module_directories(path: Path) -> Sequence[str]:
-    """Sub-directories that `modules.json` of a Sentence Transformers directory names, e.g. 1_Pooling; else none."""
+    """Sub-directories that `modules.json` of a Sentence Transformers directory names, e.g. 1_Pooling; else none.
+
+    Raises CheckpointError for one that is no plain name.
+    """
     file = path / "modules.json"
-    if not file.is_file():
-        return ()
-    try:
-        paths = [module["path"] for module in json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: not a list of modules ({error!r}); restore the file from its source") from error
-    return [name for name in paths if isinstance(name, str) and name and Path(name).parts[0] != ".."]
+    return [module.path for module in read_modules(file) if module.path] if file.is_file() else ()
 
 
 def copy_files(source: Path, destination: Path) -> None:
@@ -192,6 +195,16 @@ def copy_files(source: Path, destination: Path) -> None:
             if keeps_weights or not any(fnmatchcase(name, pattern) for pattern in _WEIGHTS):
                 (destination / relative).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(Path(folder) / name, destination / relative / name)
+
+
+def drop_standard_modules(directory: Path) -> None:
+    """Remove, from a directory that we are writing, the folders of an earlier export's modules.
+
+    Found by their usual names, not by what modules.json says: that is somebody else's file, and decides no removal.
+    """
+    for folder in directory.iterdir():
+        if _MODULE_FOLDER.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -18,12 +18,16 @@ from torch import Tensor
 
 from megatron_embed.convert.runs import Run, fill, pour
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.file_checks import open_regular
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 """The format's own names."""
+LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
+_LARGEST = 2**63 - 1
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -70,7 +74,7 @@ class SafetensorsFile:
         """
         self.path = path
         try:
-            self._file = io.FileIO(str(path))
+            self._file = open_regular(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
         try:
@@ -127,13 +131,16 @@ class SafetensorsFile:
         remedy = "is it a safetensors file? Git LFS pointers and interrupted downloads are not; fetch it again"
         if size < 8 or 8 + length > size:
             raise CheckpointError(f"{self.path}: no readable header in {size} bytes: {remedy}")
+        if length > LONGEST_HEADER:
+            raise CheckpointError(f"{self.path}: a header of {length} bytes, where the format allows {LONGEST_HEADER}: "
+                                  f"{remedy}")
         header = bytearray(length)
         self._fill(memoryview(header), 8)
         try:
             tensors = json.loads(header, object_pairs_hook=_without_repetition)
             tensors.pop("__metadata__", None)
             entries = {name: _entry(self.path, name, value, 8 + length) for name, value in tensors.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{self.path}: header is not readable ({error}): {remedy}") from error
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -160,14 +167,26 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, value: Mapping[str, Any], data_start: int) -> TensorEntry:
     """One header entry; its dtype must be known and its byte range must match its shape."""
-    if value["dtype"] not in DTYPES:
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
         raise CheckpointError(f"{path}: {name}: dtype {value['dtype']!r} is not supported; known: {', '.join(DTYPES)}")
+    for key in ("shape", "data_offsets"):
+        numbers = value[key]
+        if not isinstance(numbers, list) or not all(type(number) is int and 0 <= number <= _LARGEST
+                                                    for number in numbers):
+            raise CheckpointError(f"{path}: {name}: {key} = {_cut(numbers)} must be a list of whole numbers from 0 on; "
+                                  "fetch the file again")
     start, stop = value["data_offsets"]
     entry = TensorEntry(DTYPES[value["dtype"]], tuple(value["shape"]), data_start + start)
-    if start < 0 or stop - start != entry.nbytes:
+    if stop - start != entry.nbytes:
         raise CheckpointError(f"{path}: {name}: bytes {start} to {stop} cannot hold shape {list(entry.shape)} of "
                               f"{value['dtype']}; fetch the file again")
     return entry
+
+
+def _cut(value: object) -> str:
+    """A value from a file, short enough for a sentence."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 class SafetensorsWriter:

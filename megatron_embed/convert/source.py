@@ -15,6 +15,7 @@ from megatron_embed.convert.safetensors_file import SafetensorsFile, TensorEntry
 from megatron_embed.convert.transforms import CONFIG_KEYS, Context
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape, model_shape, read_hf_config
+from megatron_embed.models.file_checks import check_files, plain_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -46,6 +47,7 @@ class HFDirectory:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{path}: no such directory; give a Hugging Face model directory")
+        check_files(self.path)
         self.shape = model_shape(self.path)
         self.family = rules_for(self.shape.family)
         self._files: dict[str, SafetensorsFile] = {}
@@ -194,8 +196,10 @@ def _weight_map(index_file: Path) -> dict[str, str]:
     """Tensor name -> shard of an index file."""
     try:
         weight_map: Any = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()):
-            raise ValueError("a shard is not a plain file name")
+        for shard in set(weight_map.values()):
+            plain_name(shard, f"{index_file}: a file in weight_map")
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index_file}: no usable weight_map ({error!r}); fetch the file again") from error
     return dict(weight_map)

@@ -153,7 +153,8 @@ class _Writer:
             return
         try:
             if self._file is None:
-                self._file = self._temporary.open("wb")
+                self._temporary.unlink(missing_ok=True)
+                self._file = self._temporary.open("xb")  # x: a link that somebody put there is not followed
                 np.lib.format.write_array_header_1_0(
                     self._file, {"descr": "<f4", "fortran_order": False, "shape": (self._rows, block.shape[1])})
             self._file.write(block.cpu().numpy().astype("<f4").tobytes())

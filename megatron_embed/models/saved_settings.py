@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from megatron_embed.config.data import DEFAULT_LENGTH
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models import st_modules
 from megatron_embed.models.families import ModelShape, read_hf_config
 from megatron_embed.models.foreign_files import shown_value
 from megatron_embed.models.foreign_tables import (
     CONFIG_SENTENCE_TRANSFORMERS,
-    MODULES,
     NORMALIZE,
     POOLING,
     POOLING_FLAGS,
@@ -130,33 +130,23 @@ def read_modules(directory: Path) -> list[tuple[str, str]]:
     path = directory / "modules.json"
     if not path.is_file():
         return []
-    modules = _json(path)
-    good = isinstance(modules, list) and all(
-        isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
-        for module in modules)
-    if not good:
-        raise CheckpointError(f"{path}: must hold a list of modules, each with 'type' and 'path'; fetch the file again")
-    assert isinstance(modules, list)
-    found: list[tuple[str, str]] = []
-    for module in modules:
-        MODULES.check(path, module)
-        package, _, kind = module["type"].rpartition(".")
-        if package.partition(".")[0] != "sentence_transformers" or kind not in (
-                "Transformer", "Pooling", "Normalize", "Dropout", "LogitScore"):
-            raise CheckpointError(f"{path}: module {module['type']!r} is not supported; Transformer, Pooling and "
-                                  "Normalize of Sentence Transformers are")
-        if kind == "Transformer" and module["path"] not in ("", "."):
-            raise CheckpointError(f"{path}: path = {module['path']!r}: a transformer in a folder of its own is not "
+    modules: list[tuple[str, str]] = []
+    for module in st_modules.read_modules(path):
+        if module.kind is None:
+            raise CheckpointError(f"{path}: module {module.type!r} is not supported; Transformer, Pooling and "
+                                  "Normalize of Sentence Transformers are, under its own full names")
+        if module.kind == "Transformer" and module.path:
+            raise CheckpointError(f"{path}: path = {module.path!r}: a transformer in a folder of its own is not "
                                   "supported; move the files of that folder up beside modules.json, and write path "
                                   "= ''")
-        if kind != "Dropout":  # which does nothing outside training
-            found.append((kind, module["path"]))
-    order = [kind for kind, _ in found]
+        if module.kind != "Dropout":  # which does nothing outside training
+            modules.append((module.kind, module.path))
+    order = [kind for kind, _ in modules]
     if order not in (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"],
                      ["Transformer", "LogitScore"]):
         raise CheckpointError(f"{path}: the modules {', '.join(order) or '(none)'} are not supported in this order; "
                               "Transformer, Pooling and perhaps Normalize are")
-    return found
+    return modules
 
 
 def _pooling(path: Path) -> tuple[Pooling, bool]:

@@ -33,6 +33,10 @@ if not HAS_CUDA:
     from megatron_embed.platform import cpu
 
     cpu.install()
+else:
+    from megatron_embed.platform import private
+
+    private.keep_kernels_private()
 
 # Without it Megatron logs an INFO line per module from every rank.
 os.environ.setdefault("MEGATRON_LOGGING_LEVEL", "30")

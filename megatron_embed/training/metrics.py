@@ -174,5 +174,7 @@ def keep_until(path: Path, step: int) -> None:
             break
         kept.append(line + "\n")
     temporary = path.with_name(f".{path.name}.tmp")  # a kill leaves the old file or the new one
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x", encoding="utf-8") as file:  # x: a link that somebody put there is not followed
+        file.write("".join(kept))
     temporary.replace(path)

@@ -211,7 +211,8 @@ def test_metadata_that_names_code_runs_none(tmp_path):
     metadata = pickle.loads((tmp_path / "x" / ".metadata").read_bytes())
     metadata.planner_data = {"a": Trap(), "b": [{1, 2}, ("x", Trap())]}
     (tmp_path / "x" / ".metadata").write_bytes(pickle.dumps(metadata))
-    assert_equal(read_all(tmp_path / "x"), {"a": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"names posix\.mkdir, and code that a checkpoint names is never run"):
+        read_all(tmp_path / "x")
     assert not (tmp_path / "trap").exists()
     with pytest.raises(FileExistsError):  # The plain unpickler does run it, twice.
         pickle.loads((tmp_path / "x" / ".metadata").read_bytes())
@@ -233,6 +234,11 @@ def claim_more_rows(metadata):
     entry.size = torch.Size([4, 3])
 
 
+def claim_huge_piece(metadata):
+    entry = metadata.state_dict_metadata["a"]
+    entry.size = entry.chunks[0].sizes = torch.Size([10**6, 10**6])
+
+
 def claim_dtype(metadata):
     metadata.state_dict_metadata["a"].properties.dtype = torch.float16
 
@@ -243,6 +249,7 @@ def claim_dtype(metadata):
     (lambda path: (path / "__0_0.distcp").write_bytes(b"\0" * 9999), "a is not readable"),
     (lambda path: change_metadata(path, forget_piece), "a: a piece is not stored"),
     (lambda path: change_metadata(path, claim_more_rows), "chunks hold 6 of 12 numbers"),
+    (lambda path: change_metadata(path, claim_huge_piece), r"a piece of \[1000000, 1000000\] numbers .* cannot be in"),
     (lambda path: change_metadata(path, claim_dtype), "found torch.float32 .* described as torch.float16"),
 ])
 def test_damage_is_refused(damage, match, tmp_path):

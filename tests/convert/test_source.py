@@ -112,7 +112,7 @@ REFUSALS = {
                           "no usable weight_map"),
     "index leaves the directory": (
         lambda path: add_index(path, lambda index, shard: index["weight_map"].update(more="../x.safetensors")),
-        "no usable weight_map"),
+        r"a file in weight_map = '../x.safetensors': must be the plain name"),
 }
 
 

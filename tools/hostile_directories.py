@@ -1,0 +1,176 @@
+"""The hostile model directories and checkpoints of docs/security.md, one after the other: how each ends, what it does
+to a stranger's files, its peak memory and its seconds.
+
+    python tools/hostile_directories.py
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from fuzz_directories import MEMORY, PRELOADED, Trap, in_child, make_toys, tree
+
+SECONDS = 30
+
+
+def modules(name: str, kind: str = "sentence_transformers.models.Pooling") -> Callable[[Path], None]:
+    def write(case: Path) -> None:
+        (case / "model" / "modules.json").write_text(json.dumps([
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": name.format(case=case), "type": kind}]), encoding="utf-8")
+
+    return write
+
+
+def link(name: str, target: str) -> Callable[[Path], None]:
+    def write(case: Path) -> None:
+        (case / "model" / name).unlink(missing_ok=True)
+        (case / "model" / name).symlink_to(target.format(case=case))
+
+    return write
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def write(case: Path) -> None:
+        (case / "model" / name).unlink(missing_ok=True)
+        os.mkfifo(case / "model" / name)
+
+    return write
+
+
+def header(**changes: Any) -> Callable[[Path], None]:
+    """Changes the first tensor of the weights' header."""
+    def write(case: Path) -> None:
+        file = case / "model" / "model.safetensors"
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        values = json.loads(data[8:8 + length])
+        first = next(name for name in values if name != "__metadata__")
+        values[first] |= changes
+        text = json.dumps(values).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
+
+    return write
+
+
+def long_header(case: Path) -> None:
+    """A file of a terabyte, all of it a hole, that says to be header alone."""
+    file = case / "model" / "model.safetensors"
+    file.write_bytes((10**12 - 8).to_bytes(8, "little"))
+    os.truncate(file, 10**12)
+
+
+def code_in_metadata(case: Path) -> None:
+    file = next((case / "model").rglob(".metadata"))
+    file.write_bytes(pickle.dumps(Trap(str(case / "canary"))))
+
+
+def code_in_common(case: Path) -> None:
+    next((case / "model").rglob("common.pt")).write_bytes(pickle.dumps(Trap(str(case / "canary"))))
+
+
+def tensors_outside(case: Path) -> None:
+    file = next((case / "model").rglob(".metadata"))
+    metadata: Any = pickle.loads(file.read_bytes())
+    for info in metadata.storage_data.values():
+        shutil.copy(file.parent / info.relative_path, case / "outside" / info.relative_path)
+        info.relative_path = str(case / "outside" / info.relative_path)
+    file.write_bytes(pickle.dumps(metadata))
+
+
+def index_outside(case: Path) -> None:
+    file = case / "model" / "model.safetensors.index.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["weight_map"][min(values["weight_map"])] = str(case / "outside" / "kept")
+    file.write_text(json.dumps(values), encoding="utf-8")
+
+
+ENCODE, CONVERT, EXPORT, TRAIN = "encode", "convert", "export", "train"
+CASES: tuple[tuple[str, str, str, Callable[[Path], None]], ...] = (
+    ("`modules.json`: `path` is an absolute folder, `train`", "bert", TRAIN, modules("{case}/outside")),
+    ("`modules.json`: `path` is `1_Pooling/../../outside`, `train`", "bert", TRAIN, modules("1_Pooling/../../outside")),
+    ("`modules.json`: `path` is `.`, `train`", "bert", TRAIN, modules(".")),
+    ("`modules.json`: type `evil.Pooling`, `encode`", "bert", ENCODE, modules("1_Pooling", "evil.Pooling")),
+    ("weights' index names a file elsewhere, `convert`", "qwen3", CONVERT, index_outside),
+    ("`.metadata` with code, `encode`", "converted", ENCODE, code_in_metadata),
+    ("`.metadata` with code, `convert`", "converted", EXPORT, code_in_metadata),
+    ("`common.pt` with code, `encode`", "converted", ENCODE, code_in_common),
+    ("`.metadata`: tensors in an absolute path, `encode`", "converted", ENCODE, tensors_outside),
+    ("`.metadata` is a pipe, `encode`", "converted", ENCODE, pipe("model/.metadata")),
+    ("`config.json` is a link to `/dev/zero`, `encode`", "bert", ENCODE, link("config.json", "/dev/zero")),
+    ("`vocab.txt` is a link to a file outside, `convert`", "bert", CONVERT, link("vocab.txt", "{case}/outside/kept")),
+    ("`notes.txt` is a link to `/dev/zero`, `convert`", "bert", CONVERT, link("notes.txt", "/dev/zero")),
+    ("`notes.txt` is a pipe, `convert`", "bert", CONVERT, pipe("notes.txt")),
+    ("weights' header: a negative shape, `encode`", "bert", ENCODE, header(shape=[-1, -16])),
+    ("weights' header: a shape of fractions, `encode`", "bert", ENCODE, header(shape=[16.0], data_offsets=[0, 64.0])),
+    ("weights' header: a shape of booleans, `encode`", "bert", ENCODE, header(shape=[True, 16])),
+    ("weights' header: a terabyte long, in a sparse file, `convert`", "bert", CONVERT, long_header),
+)
+
+
+def arguments_of(kind: str, toys: Path, case: Path) -> list[str]:
+    """The command that is run on a case."""
+    model, output = str(case / "model"), case / "output"
+    if kind == ENCODE:
+        return ["encode", "--model", model, "--input", str(toys / "texts.jsonl"), "--output", str(output / "v.npy")]
+    if kind == CONVERT:
+        return ["convert", "hf-to-megatron", model, str(output / "made")]
+    if kind == EXPORT:
+        return ["convert", "megatron-to-hf", model, str(output / "made")]
+    config = case / "run.yaml"
+    config.write_text((toys / "run.yaml").read_text(encoding="utf-8").replace(
+        json.dumps(str(toys / "bert")), json.dumps(model)).replace(
+        json.dumps(str(toys / "run")), json.dumps(str(output / "run"))), encoding="utf-8")
+    return ["train", str(config)]
+
+
+def show(name: str, toy: Path, kind: str, spoil: Callable[[Path], None], case: Path) -> str:
+    """Runs one case in an empty folder; its row of the table."""
+    from megatron_embed.__main__ import main
+
+    for folder in ("outside", "output", "home"):
+        (case / folder).mkdir(parents=True)
+    (case / "outside" / "kept").write_text("somebody's own\n", encoding="utf-8")
+    shutil.copytree(toy, case / "model")
+    spoil(case)
+    arguments, before = arguments_of(kind, toy.parent, case), tree(case / "outside")
+    code, text, seconds, peak = in_child(lambda: main(arguments), case / "log", seconds=SECONDS, memory=MEMORY,
+                                         home=case / "home")
+    found = ["exit code " + str(code) if code >= 0 else f"no end in {SECONDS} s"]
+    if not (case / "outside").is_dir() or tree(case / "outside") != before:
+        found.append("**the other's files are gone**")
+    if os.path.lexists(case / "canary"):
+        found.append("**the code ran**")
+    if "Traceback" in text:
+        found.append("a traceback")
+    lines = [line for line in text.splitlines() if "error: " in line] if code == 2 else []
+    said = lines[-1].replace(str(case), "DIR")[:300] if lines else ""
+    return f"| {name} | {', '.join(found)} | {peak / 2**20:.0f} MiB | {seconds:.1f} | {said} |"
+
+
+def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    for module in PRELOADED:
+        importlib.import_module(module)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "toys").mkdir()
+        toys = make_toys(folder / "toys")
+        for number, (name, toy, kind, spoil) in enumerate(CASES):
+            sys.stdout.write(show(name, toys[toy], kind, spoil, folder / f"case_{number}") + "\n")
+            sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
