@@ -76,16 +76,17 @@ def stepped(opened, optimizer, steps):
 
 def halves(config, path, settings):
     """(parameters and norms after the first half of STEPS, which a checkpoint keeps; after all of them; optimizer)."""
-    from megatron_embed.checkpoint.state import TrainingState, sharded_state
+    from megatron_embed.checkpoint.optimizer_state import optimizer_to_save
+    from megatron_embed.checkpoint.state import model_state
     from megatron_embed.platform.compat import dist_checkpointing
 
-    opened, wrapped, optimizer, scheduler = open_optimizer(
+    opened, wrapped, optimizer, _ = open_optimizer(
         dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
     with buffers_on_a_gpu(wrapped):
         half = stepped(opened, optimizer, range(STEPS // 2))
-    state = TrainingState(models=opened.chunks, optimizer=optimizer, scheduler=scheduler)
     os.makedirs(path, exist_ok=True)
-    dist_checkpointing.save(sharded_state(state, is_loading=False), path)
+    model = model_state(opened.chunks)
+    dist_checkpointing.save({"model": model, "optimizer": optimizer_to_save(optimizer, model)}, path)
     with buffers_on_a_gpu(wrapped):
         return half, stepped(opened, optimizer, range(STEPS // 2, STEPS)), optimizer
 
@@ -101,21 +102,22 @@ def offloaded_and_plain(config, folder):
 
 def resumed(config, path, settings):
     """(parameters from a checkpoint that the other kind of run wrote, the second half of the steps)."""
-    from megatron_embed.checkpoint.state import TrainingState, _load_models, load_optimizer, sharded_state
+    from megatron_embed.checkpoint.optimizer_state import OptimizerRestore
+    from megatron_embed.checkpoint.state import _load_models, model_state
     from megatron_embed.platform.compat import dist_checkpointing
 
-    opened, wrapped, optimizer, scheduler = open_optimizer(
+    opened, wrapped, optimizer, _ = open_optimizer(
         dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
     with torch.no_grad():
         for parameter in opened.chunks[0].parameters():
             parameter.add_(1.0)
-    state = TrainingState(models=opened.chunks, optimizer=optimizer, scheduler=scheduler)
+    model = model_state(opened.chunks)
     with buffers_on_a_gpu(wrapped):
-        sharded = sharded_state(state, is_loading=True)
-    loaded = dist_checkpointing.load(sharded, path)
+        restore = OptimizerRestore(optimizer, model)
+    loaded = dist_checkpointing.load({"model": model, "tensors": restore.wanted(())}, path)
     with buffers_on_a_gpu(wrapped):
-        _load_models(state.models, loaded["model"])
-        load_optimizer(optimizer, loaded["optimizer"])
+        _load_models(opened.chunks, loaded["model"])
+        restore.load(loaded["tensors"], loaded["optimizer"])
         half = {name: parameter.detach().clone() for name, parameter in opened.chunks[0].named_parameters()}
         whole = stepped(opened, optimizer, range(STEPS // 2, STEPS))
     for group in optimizer.param_groups:
