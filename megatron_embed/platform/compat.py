@@ -132,7 +132,7 @@ def initialize_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """
     for part in optimizer.chained_optimizers:
         inner = part.optimizer
-        if inner is None or len(inner.state):
+        if len(inner.state):
             continue
         if isinstance(inner, HybridDeviceOptimizer):
             _initialize_offloaded(inner)

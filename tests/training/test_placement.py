@@ -125,6 +125,37 @@ def resumed(config, path, settings):
     return half, whole
 
 
+def saved_at_once(config, path, settings):
+    """(parameters and norms of a run that is saved before its first step and resumed, of one that is neither)."""
+    from megatron_embed.checkpoint.optimizer_state import optimizer_to_save
+    from megatron_embed.checkpoint.state import model_state
+    from megatron_embed.platform.compat import dist_checkpointing
+
+    context = te_stand_in.fused_adam() if settings == AWARE else contextlib.nullcontext()
+    with context:
+        opened, wrapped, optimizer, _ = open_optimizer(
+            dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
+        model = model_state(opened.chunks)
+        with buffers_on_a_gpu(wrapped):
+            os.makedirs(path, exist_ok=True)
+            dist_checkpointing.save({"model": model, "optimizer": optimizer_to_save(optimizer, model)}, path)
+            going_on = stepped(opened, optimizer, range(STEPS // 2, STEPS))
+        opened, wrapped, optimizer, _ = open_optimizer(
+            dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
+        with buffers_on_a_gpu(wrapped):
+            return resumed(config, path, settings)[1], going_on, stepped(opened, optimizer, range(STEPS // 2, STEPS))
+
+
+@pytest.mark.parametrize("settings", [OFFLOADED, AWARE], ids=["offloaded", "aware"])
+def test_a_save_before_the_first_step_holds_an_optimizer_that_made_none(bert, tmp_path, settings):
+    config = run_config(bert, dtype="bfloat16", training=TRAINING)
+    ((from_save, after_save, neither),) = run_on_ranks(saved_at_once, 1, config, str(tmp_path / "saved"), settings)
+    for found in (from_save, after_save):
+        assert found[1] == neither[1]
+        for name, weight in neither[0].items():
+            assert torch.equal(found[0][name], weight), name
+
+
 def weight_of(optimizer):
     """Bytes in host memory."""
     found = 0
