@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_embed.data.jsonl import shortened
 from megatron_embed.errors import DataError
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -14,6 +15,17 @@ WITH_BOUNDS = ("cosine_similarity", "contrastive", "online_contrastive")
 """Losses of pairs that do not take any score."""
 LARGEST_EXPONENT = np.finfo(np.float32).nmant + 1
 """Largest label of lambda_loss: up to 24 the gain 2^label - 1 of a whole label is exact in float32."""
+
+LARGEST_GRADE = 10**6
+"""Of a judgement, either side of 0: trec_eval counts documents per grade in a table as long as the highest one. Without
+room for that, as at 2^31, it says 0 for every metric."""
+
+
+def check_grade(grade: float, name: str, source: str) -> None:
+    """Refuses a judgement that ranking metrics cannot take. Raises DataError, beginning with `source`."""
+    if abs(grade) > LARGEST_GRADE:
+        raise DataError(f"{source}: {name} = {shortened(grade)}: ranking metrics take grades up to "
+                        f"{LARGEST_GRADE}; write grades such as 0 to 4")
 
 
 def check_score(score: float, loss: str, source: str) -> None:
