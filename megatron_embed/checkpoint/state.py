@@ -142,6 +142,8 @@ def _said_of(folder: Path) -> Iterator[None]:
     """What goes wrong within, reading `folder`, is a CheckpointError that names it."""
     try:
         yield
+    except CheckpointError:
+        raise
     except (Exception, CheckpointException) as error:
         # Plain exceptions of many kinds for missing files and mismatched shapes; torch's own is no Exception.
         raise CheckpointError(f"{folder}: cannot be loaded into this model ({reason_of(error)}); it is damaged or "
