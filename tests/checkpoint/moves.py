@@ -13,7 +13,7 @@ from tests.training.oracle import save_model as save_experts
 STEPS, STOP = 6, 3
 """Optimizer steps of a run, and after how many of them it moves."""
 BOUND = 1e-4
-"""Of the difference between a loss and the uninterrupted run's."""
+"""Largest difference between a loss and the uninterrupted run's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,14 +136,15 @@ def saved_at_once(config, path, settings):
         opened, wrapped, optimizer, _ = open_optimizer(
             dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
         model = model_state(opened.chunks)
+        os.makedirs(path, exist_ok=True)
+        dist_checkpointing.save({"model": model, "optimizer": optimizer_to_save(optimizer, model)}, path)
         with buffers_on_a_gpu(wrapped):
-            os.makedirs(path, exist_ok=True)
-            dist_checkpointing.save({"model": model, "optimizer": optimizer_to_save(optimizer, model)}, path)
             going_on = stepped(opened, optimizer, range(STEPS // 2, STEPS))
         opened, wrapped, optimizer, _ = open_optimizer(
             dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
         with buffers_on_a_gpu(wrapped):
-            return resumed(config, path, settings)[1], going_on, stepped(opened, optimizer, range(STEPS // 2, STEPS))
+            neither = stepped(opened, optimizer, range(STEPS // 2, STEPS))
+        return resumed(config, path, settings)[1], going_on, neither
 
 
 @pytest.mark.parametrize("settings", [OFFLOADED, AWARE], ids=["offloaded", "aware"])
