@@ -113,6 +113,11 @@ class FusedAdam(torch.optim.Optimizer):
             state[state_name] = torch.empty_like(param, dtype=self.dtypes[state_name])
         state[state_name].copy_(unscaled_state)
 
+    def initialize_state(self, param, store_param_remainders):
+        assert not store_param_remainders
+        self.state[param] = {name: torch.zeros_like(param, dtype=dtype) for name, dtype in self.dtypes.items()}
+        self.state[param]["master_param"].copy_(param)
+
     def state_dict(self):
         found = super().state_dict()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -138,8 +143,8 @@ class FusedAdam(torch.optim.Optimizer):
                 state, gradient = self.state[parameter], parameter.decoupled_grad
                 assert gradient.dtype == torch.float32
                 if not state:
-                    state |= {name: torch.zeros_like(parameter, dtype=dtype) for name, dtype in self.dtypes.items()}
-                    state["master_param"].copy_(parameter)
+                    self.initialize_state(parameter, False)
+                    state = self.state[parameter]
                 average = state["exp_avg"].float().lerp(gradient, 1 - beta1)
                 square = state["exp_avg_sq"].float().lerp(gradient**2, 1 - beta2)
                 update = average / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])

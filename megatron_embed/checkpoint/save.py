@@ -21,7 +21,8 @@ from megatron_embed.checkpoint.files import (
     sync_tree,
     write_atomically,
 )
-from megatron_embed.checkpoint.state import SHARDING, TRAINER_FILE, TrainingState, sharded_state
+from megatron_embed.checkpoint.optimizer_state import SHARDING, optimizer_to_save
+from megatron_embed.checkpoint.state import TRAINER_FILE, TrainingState, model_state
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.parallel.collectives import raise_first, smallest
 from megatron_embed.platform.compat import ASYNC_SAVE, dist_checkpointing, write_common_file
@@ -70,7 +71,8 @@ class Saver:
         pending = _Pending(self._directory, step)
         with pending.removed_on_error():
             on_rank_0(lambda: make_room(pending.temporary / "model"), pending.target)
-            sharded = sharded_state(self._state, is_loading=False)
+            model = model_state(self._state.models)
+            sharded = {"model": model, "optimizer": optimizer_to_save(self._state.optimizer, model)}
             sharded["scheduler"] = self._state.scheduler.state_dict()
             if self._state.learned is not None:
                 sharded["learned"] = self._state.learned.state_dict()

@@ -1,14 +1,17 @@
 """Training state as Megatron's sharded tensors: loaded by all ranks at any layout. Saving: save.py."""
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_embed.checkpoint.optimizer_state import OptimizerRestore
 from megatron_embed.checkpoint.reading import check_description, install
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import is_adapter
@@ -25,9 +28,8 @@ EXTRA_STATE = "._extra_state"
 HEAD = "model.head."
 """Beginning of the names of a reranker's head."""
 TRAINER_FILE = "trainer.json"
-
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
-"""Megatron 0.16.1's default for the distributed optimizer raises on save; this one resumes at another layout."""
+TENSORS = "optimizer_tensors"
+"""Where the optimizer's tensors are put when they are loaded, apart from what the checkpoint says of its groups."""
 
 
 class Stateful(Protocol):
@@ -61,30 +63,6 @@ def model_state(models: Sequence[EmbeddingModel]) -> dict[str, dict[str, Any]]:
     return state
 
 
-CONFIGURED = ("betas", "eps", "max_lr", "min_lr")
-"""What Megatron saves with the groups of parameters, and the configuration decides: a resumed run may change it."""
-KINDS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
-"""Keys by which groups of parameters differ, whatever the configuration says."""
-OFFLOADING = ("offload_fraction", "cpu_optimizer_cls", "gpu_optimizer_cls", "param_update_in_fp32", "pin_cpu_grads",
-              "pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d")
-"""What Megatron's offloaded optimizer has in its groups. Two are classes, which torch refuses to load."""
-
-
-def sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
-    """Model and optimizer. Communicates over the data-parallel group, where the optimizer is distributed.
-
-    Nothing says where the optimizer's state lay: a run may go on elsewhere.
-    """
-    model = model_state(state.models)
-    optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=SHARDING)
-    parts = [optimizer] if "optimizer" in optimizer else list(optimizer.values())
-    for part in parts:
-        for group in part["optimizer"]["param_groups"] if "optimizer" in part else ():
-            for key in OFFLOADING:
-                group.pop(key, None)
-    return {"model": model, "optimizer": optimizer}
-
-
 def steps_done(checkpoint: Path) -> int:
     """Optimizer steps of a training checkpoint. No communication."""
     check_files(checkpoint)
@@ -99,10 +77,12 @@ def steps_done(checkpoint: Path) -> int:
 def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
     """Restores model, optimizer and schedule, at any layout. Called by all ranks. Returns the optimizer steps done."""
     step = steps_done(checkpoint)
-    sharded = sharded_state(state, is_loading=True)
-    loaded = _agreed(lambda: _load(sharded, checkpoint))
+    model = model_state(state.models)
+    optimizer = OptimizerRestore(state.optimizer, model)
+    tensors = _agreed(lambda: optimizer.wanted(keys_of(checkpoint)))
+    loaded = _agreed(lambda: _load({"model": model, TENSORS: tensors}, checkpoint))
     _agreed(lambda: _load_models(state.models, loaded["model"]))
-    load_optimizer(state.optimizer, loaded["optimizer"])
+    _agreed(lambda: optimizer.load(loaded.get(TENSORS, {}), loaded["optimizer"]))
     state.scheduler.load_state_dict(loaded["scheduler"])
     if state.learned is not None:
         if "learned" not in loaded:
@@ -110,34 +90,6 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
                                   "objective.learnable_temperature; set it to false, or start a new run")
         state.learned.load_state_dict(loaded["learned"])
     return step
-
-
-def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Its state and its groups as they were saved, but for what the configuration decides. No communication.
-
-    Another class of optimizer may have saved them (torch's, Transformer Engine's, one in host memory). What this one
-    alone keeps in its groups stays: without, Transformer Engine's FusedAdam stops for want of `bias_correction`, and
-    torch's, which takes null for what is missing, is no longer fused.
-    """
-    own = [dict(group) for group in optimizer.param_groups]
-    _configure_groups(loaded, own)
-    optimizer.load_state_dict(loaded)
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update({key: value for key, value in settings.items() if key in CONFIGURED or group.get(key) is None})
-
-
-def _configure_groups(loaded: Any, own: Sequence[dict[str, Any]]) -> None:
-    """Gives all groups in what was `loaded` the learning rates of the `own` group of their kind.
-
-    Megatron from 0.19 on finds a group by these too: after a change it would end in a KeyError.
-    """
-    if isinstance(loaded, dict):
-        for group in loaded.get("param_groups", ()):
-            alike = [other for other in own if all(other.get(key) == group.get(key) for key in KINDS)]
-            group.update({key: other[key] for other in alike for key in ("max_lr", "min_lr") if key in other})
-    for part in loaded.values() if isinstance(loaded, dict) else loaded if isinstance(loaded, list | tuple) else ():
-        if isinstance(part, dict | list | tuple):
-            _configure_groups(part, own)
 
 
 def load_model(checkpoint: Path, models: Sequence[EmbeddingModel], *, with_head: bool = True,
@@ -177,17 +129,35 @@ def reason_of(error: BaseException) -> str:
     return lines[0].partition(". In PyTorch 2.6")[0] if lines else type(error).__name__
 
 
+def keys_of(checkpoint: Path) -> Collection[str]:
+    """Keys of what is stored in a checkpoint. No communication. Raises CheckpointError."""
+    folder = checkpoint / "model"
+    with _said_of(folder):
+        check_files(checkpoint)
+        check_description(folder)
+        return FileSystemReader(str(folder)).read_metadata().state_dict_metadata.keys()
+
+
 def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     folder = checkpoint / "model"
-    check_files(checkpoint)
-    check_description(folder)
-    try:
+    with _said_of(folder):
+        check_files(checkpoint)
+        check_description(folder)
         loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(folder))
+    return loaded
+
+
+@contextlib.contextmanager
+def _said_of(folder: Path) -> Iterator[None]:
+    """What goes wrong within, reading `folder`, is a CheckpointError that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
     except (Exception, CheckpointException) as error:
         # Plain exceptions of many kinds for missing files and mismatched shapes; torch's own is no Exception.
         raise CheckpointError(f"{folder}: cannot be loaded into this model ({reason_of(error)}); it is damaged or "
                               "belongs to another model") from error
-    return loaded
 
 
 def _load_models(models: Sequence[EmbeddingModel], loaded: dict[str, dict[str, torch.Tensor]],

@@ -17,6 +17,7 @@ from megatron_embed.cli.resume import Standing, check_resumable, is_exported, st
 from megatron_embed.config.keeping import EvaluationSet
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.data.mixture import Sampler, build_sampler
+from megatron_embed.data.numbers import WITH_BOUNDS
 from megatron_embed.data.pairs import PairTokenizer
 from megatron_embed.data.prompts import Role, RoleTokenizer, TextFormat
 from megatron_embed.data.record import ANY_NUMBER, require_fields
@@ -113,7 +114,8 @@ def read_inputs(config: RunConfig) -> Inputs:
         tokenizer = open_tokenizer(config, model)
         everything = open_records(config.data.files, config.objective.rows)
         require_fields(everything, config.objective.loss, teacher_scores=config.objective.needs_teacher_scores,
-                       negatives=config.objective.needs_own_negatives)
+                       negatives=config.objective.needs_own_negatives, labels=config.objective.loss in WITH_BOUNDS,
+                       teacher_temperature=config.objective.teacher_temperature or config.objective.temperature)
         check_token_budget(config, everything.most_in_use(config.data.num_positives, config.data.num_negatives))
         taken = config.data.num_negatives, config.data.num_positives
         refuse_tokenless_rows(everything, tokenizer, *((ANY_NUMBER, ANY_NUMBER) if config.data.draws_documents
@@ -236,7 +238,8 @@ def open_reranker(config: RunConfig, model: ModelDirectory, checkpoint: Path | N
 def open_rerank_records(config: RunConfig, tokenizer: PairTokenizer) -> RecordSet:
     """The rows of all files as lists of labelled documents, each one that the loss can take."""
     records = open_records(config.data.files, "rerank")
-    check_rerank_records(records, tokenizer, loss=config.objective.loss, num_negatives=config.data.num_negatives,
+    check_rerank_records(records, tokenizer, loss=config.objective.loss, temperature=config.objective.temperature,
+                         num_negatives=config.data.num_negatives,
                          micro_batch_tokens=config.training.micro_batch_tokens,
                          alignment=token_alignment(config.parallel))
     return records

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from megatron_embed.data.corpus import Corpus
 from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.numbers import check_grade
 from megatron_embed.data.record import Record
 from megatron_embed.errors import DataError
 
@@ -73,6 +74,7 @@ def read_qrels(path: Path, queries: Container[str], documents: Container[str]) -
             raise DataError(
                 f"{source}: score = {shortened(score)}: must be an integer (0 is judged not relevant)"
             ) from None
+        check_grade(label, "score", source)
         if query not in queries:
             raise DataError(f"{source}: query-id = {shortened(query)}: not in queries.jsonl")
         if document not in documents:

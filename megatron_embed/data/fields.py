@@ -5,6 +5,7 @@ import math
 from functools import lru_cache
 
 from megatron_embed.data.jsonl import check_text, json_type, shortened
+from megatron_embed.data.numbers import LARGEST
 from megatron_embed.errors import DataError
 
 Row = dict[str, object]
@@ -70,7 +71,7 @@ def optional_text(row: Row, name: str, source: str) -> str | None:
 
 
 def number(value: object, name: str, source: str) -> float:
-    """A finite number; a truth value is none."""
+    """A number that is finite in float32, in which losses are computed; a truth value is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{source}: {name} = {shortened(value)} is a JSON {json_type(value)}; it must be a number")
     try:
@@ -79,6 +80,12 @@ def number(value: object, name: str, source: str) -> float:
         result = math.inf
     if not math.isfinite(result):
         raise DataError(f"{source}: {name} = {shortened(value)} is not finite; correct the row or remove it")
+    if abs(result) > LARGEST:
+        raise DataError(f"{source}: {name} = {shortened(value)} is not finite in float32, in which losses are "
+                        f"computed: it may be at most {LARGEST:.4g}; correct the row or remove it")
+    if isinstance(value, int) and result != value:
+        raise DataError(f"{source}: {name} = {shortened(value)} has more digits than a floating-point number holds; "
+                        "round it, or remove the row")
     return result
 
 

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar, overload
 
 import numpy as np
 
+from megatron_embed.data.numbers import check_score, check_teacher
 from megatron_embed.errors import DataError
 
 Kind = Literal["contrastive", "pairs", "rerank"]
@@ -117,15 +118,28 @@ def _as_contrastive(record: RerankRecord) -> Record:
                   document_ids=None if ids is None else tuple(ids[place] for place in order))
 
 
-def require_fields(records: Iterable[AnyRecord], loss: str, *, teacher_scores: bool, negatives: bool) -> None:
-    """Raises DataError, beginning `FILE:LINE: `, for the first row without what the loss needs. Reads every row."""
-    for record in records if teacher_scores or negatives else ():
+def require_fields(records: Iterable[AnyRecord], loss: str, *, teacher_scores: bool, negatives: bool,
+                   labels: bool = False, teacher_temperature: float = 1.0) -> None:
+    """Refuses the first row without what the loss needs, or with numbers that it cannot use. Reads every row, if
+    anything is asked of them.
+
+    Args:
+        teacher_scores, negatives, labels: what the loss needs of a row.
+        teacher_temperature: divides a teacher's scores in kl_distillation.
+    Raises:
+        DataError: beginning `FILE:LINE: `.
+    """
+    for record in records if teacher_scores or negatives or labels else ():
         if teacher_scores and record.teacher_scores is None:
             raise DataError(f"{record.source}: teacher_scores is missing, which objective.loss = {loss!r} learns from; "
                             "give the row one number per text of positive, then of negatives, or choose another loss")
         if negatives and isinstance(record, Record) and not record.negatives:
             raise DataError(f"{record.source}: negatives is empty, and objective.loss = {loss!r} compares the positive "
                             "with hard negatives; add one (megatron-embed mine finds some), or remove the row")
+        if teacher_scores and record.teacher_scores is not None:
+            check_teacher(record.teacher_scores, loss, teacher_temperature, record.source)
+        if labels and isinstance(record, Record) and record.score is not None:
+            check_score(record.score, loss, record.source)
 
 
 ANY_NUMBER = 2**31 - 1

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_embed.batch import MicroBatch, RerankBatch
+from megatron_embed.data.numbers import check_labels, check_teacher
 from megatron_embed.data.packing import (
     PackingSpec,
     bins_of_groups,
@@ -59,17 +60,19 @@ def pairs_of(record: RerankRecord) -> list[Pair]:
             for document in record.documents]
 
 
-def check_rerank_records(records: Sequence[RerankRecord], tokenizer: PairTokenizer, *, loss: str, num_negatives: int,
-                         micro_batch_tokens: int | None, alignment: int) -> None:
+def check_rerank_records(records: Sequence[RerankRecord], tokenizer: PairTokenizer, *, loss: str, temperature: float,
+                         num_negatives: int, micro_batch_tokens: int | None, alignment: int) -> None:
     """Refuses, before the first step, rows that training could not use. No communication.
 
+    Args:
+        temperature: of the loss; divides a teacher's scores in kl_distillation.
     Raises:
         DataError: beginning FILE:LINE, for labels or teacher scores that the loss cannot take, or a query that leaves
             no room for a document.
         ConfigError: a group may not fit into `training.micro_batch_tokens`.
     """
     for record in records:
-        _check_labels(record, loss)
+        _check_numbers(record, loss, temperature)
         tokenizer.check_room(pairs_of(record)[:1], strict=True)
         largest = round_up(group_size(record, num_negatives) * tokenizer.max_length, alignment)
         if micro_batch_tokens is not None and largest > micro_batch_tokens:
@@ -79,18 +82,14 @@ def check_rerank_records(records: Sequence[RerankRecord], tokenizer: PairTokeniz
                               "data.num_negatives")
 
 
-def _check_labels(record: RerankRecord, loss: str) -> None:
-    highest, lowest = max(record.labels), min(record.labels)
-    if loss == "pointwise" and (highest > 1 or lowest < 0):
-        raise DataError(f"{record.source}: label {highest if highest > 1 else lowest:g}: objective.loss = pointwise "
-                        "takes labels from 0 to 1; divide by the highest grade, or choose listwise, ranknet or "
-                        "lambda_loss")
-    if loss in ("listwise", "lambda_loss") and lowest < 0:
-        raise DataError(f"{record.source}: label {lowest:g}: objective.loss = {loss} takes labels >= 0; write 0 for "
-                        "what is not relevant")
-    if loss == "kl_distillation" and record.teacher_scores is None:
+def _check_numbers(record: RerankRecord, loss: str, temperature: float) -> None:
+    check_labels(record.labels, loss, record.source)
+    if loss != "kl_distillation":
+        return
+    if record.teacher_scores is None:
         raise DataError(f"{record.source}: teacher_scores is missing; objective.loss = kl_distillation needs one score "
                         "per document")
+    check_teacher(record.teacher_scores, loss, temperature, record.source)
 
 
 def build_rerank_batch(records: Sequence[RerankRecord], tokenizer: PairTokenizer, packing: PackingSpec) -> RerankBatch:

@@ -9,7 +9,8 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megatron_embed.data.jsonl import check_text, parse_object, read_lines, shortened
+from megatron_embed.data.fields import number
+from megatron_embed.data.jsonl import check_text, parse_object, read_lines
 from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.data.tokenless import first_tokenless
 from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
@@ -57,19 +58,13 @@ def load_sts(path: str, key: str = "evaluation.sts") -> StsData:
                             "score")
         first.append(check_text(row["text_a"], "text_a", source))
         second.append(check_text(row["text_b"], "text_b", source))
-        scores.append(_score(row["score"], source))
+        scores.append(number(row["score"], "score", source))
         lines.append(line.number)
     if len(set(scores)) < 2:
         raise DataError(f"{path}:1: {len(scores)} rows with {len(set(scores))} different scores have no correlation; "
                         "give it pairs with different scores")
     name = Path(path).name.split(".")[0]
     return StsData(path=path, name=name, texts={"query": first, "document": second}, scores=scores, lines=lines)
-
-
-def _score(value: object, source: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{source}: score = {shortened(value)}: must be a finite number")
-    return float(value)
 
 
 def refuse_tokenless_pairs(data: StsData, tokenizer: RoleTokenizer) -> None:

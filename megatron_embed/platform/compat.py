@@ -43,7 +43,12 @@ os.environ.setdefault("MEGATRON_LOGGING_LEVEL", "30")
 
 import megatron.core.optimizer as megatron_optimizer
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+    ShardedTensor,
+)
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
@@ -53,6 +58,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
@@ -101,6 +107,8 @@ for _name, _message in (("distributed.distributed_data_parallel", "full_param_la
         lambda record, message=_message: message not in record.getMessage())  # type: ignore[misc]
 
 MEGATRON_VERSION = importlib.metadata.version("megatron-core")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's state of a parameter."""
 ASYNC_SAVE: dict[str, Any] = {"async_sharded_save": True}
 """Arguments of `dist_checkpointing.save` for one that the caller carries out."""
 if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
@@ -119,6 +127,38 @@ def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
         megatron_optimizer.Adam = adam_class
         # The distributed optimizer then reads `step` from the groups, as from Apex's.
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def initialize_optimizer_state(optimizer: MegatronOptimizer) -> None:
+    """Gives the optimizer the state of one that has made no step, where it has none: moments of zero, `step` 0.
+
+    Adam makes it in its first step, and a checkpoint needs it. No communication.
+    """
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        if len(inner.state):
+            continue
+        if isinstance(inner, HybridDeviceOptimizer):
+            _initialize_offloaded(inner)
+            continue
+        for group in inner.param_groups:
+            group.setdefault("step", 0)
+            for parameter in group["params"]:
+                if part.config.use_precision_aware_optimizer:
+                    inner.initialize_state(parameter, False)  # no remainders in place of main parameters
+                else:
+                    inner.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
+
+
+def _initialize_offloaded(optimizer: HybridDeviceOptimizer) -> None:
+    for inner in optimizer.sub_optimizers:
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                inner.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
+                if isinstance(inner, torch.optim.AdamW):  # one step per parameter, as it would make it itself
+                    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    inner.state[parameter] = {"step": step, **inner.state[parameter]}
+    optimizer._sync_sub_optimizers_state_to_hdo()
 
 
 def write_common_file(folder: Path) -> None:

@@ -139,8 +139,12 @@ def build_optimizer(config: RunConfig, wrapped: Sequence[torch.nn.Module], topol
     With `optimizer.distributed` its state is sharded over the data-parallel ranks.
     """
     use_torch_adam(AdamW)
-    return get_megatron_optimizer(optimizer_settings(config), list(wrapped), use_gloo_process_groups=True,
-                                  pg_collection=None)
+    optimizer = get_megatron_optimizer(optimizer_settings(config), list(wrapped), use_gloo_process_groups=True,
+                                       pg_collection=None)
+    # Where experts alone are trained (by their adapters) and are divided otherwise than the rest, Megatron makes an
+    # optimizer of nothing for the rest, on every rank, which ends in an AttributeError at the first save.
+    parts = [part for part in optimizer.chained_optimizers if part.optimizer is not None]
+    return optimizer if len(parts) == len(optimizer.chained_optimizers) else type(optimizer)(parts)
 
 
 def update(optimizer: MegatronOptimizer, loss: float) -> tuple[float, bool]:

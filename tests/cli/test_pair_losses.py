@@ -31,3 +31,8 @@ def test_pairs_train_over_two_ranks_and_other_rows_are_refused(tmp_path):
     values["objective"] = {"loss": "info_nce"}
     path.write_text(yaml.safe_dump(values))
     assert_refused(run_on_ranks(command, 2, ["train", str(path)]), f"{rows}:1", "pair with a score")
+    values["objective"] = {"loss": "cosine_similarity"}
+    path.write_text(yaml.safe_dump(values))
+    with rows.open("a") as file:
+        file.write(json.dumps({"text_a": "a 24", "text_b": "b", "score": 1e39}) + "\n")
+    assert_refused(run_on_ranks(command, 2, ["train", str(path)]), f"{rows}:25: score = 1e+39 is not finite in float32")

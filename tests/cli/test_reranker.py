@@ -287,6 +287,17 @@ def test_refusals(tied_model, tmp_path, sections, error, words):
     assert words in str(found.value)
 
 
+def test_labels_beyond_what_the_loss_can_take_are_refused_by_line(tied_model, tmp_path):
+    rows = tmp_path / "labels.jsonl"
+    rows.write_text("".join(json.dumps({"query": f"q {row}", "documents": ["a", "b", "c"], "labels": [best, 1, 0]})
+                            + "\n" for row, best in enumerate([4, 1000, 1000, 1000])))
+    path = run_settings(tied_model, tmp_path, data={"train": [str(rows)]})
+    ((code, _, err, _),) = run_on_ranks(command, 1, ["train", path])
+    assert code == 2
+    assert f"{rows}:2: label 1000: objective.loss = lambda_loss takes labels up to 24" in err
+    assert not list((tmp_path / "run").glob("step_*"))
+
+
 def test_encoders_refuse_what_they_cannot_be(tmp_path):
     from megatron_embed.cli.inputs import read_inputs
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.numbers import LARGEST_EXPONENT, check_labels
 from megatron_embed.data.record import require_fields
 from megatron_embed.data.records import open_records
 from megatron_embed.errors import DataError
@@ -56,3 +57,83 @@ def test_rows_without_what_the_loss_needs_are_refused(tmp_path, row, words):
         require_fields(records, "margin_mse", teacher_scores=True, negatives=True)
     assert str(caught.value).startswith(f"{path}:2: ")
     require_fields(records, "info_nce", teacher_scores=False, negatives=False)
+
+
+PAIR = {"text_a": "a", "text_b": "b"}
+LIST = {"query": "q", "documents": ["a", "b", "c"], "labels": [1, 1, 0]}
+
+
+@pytest.mark.parametrize("row, kind, words", [
+    (PAIR | {"score": 1e39}, "pairs", r"score = 1e\+39 is not finite in float32"),
+    (PAIR | {"score": -(10**39)}, "pairs", r"score = -10+ is not finite in float32"),
+    (PAIR | {"score": 2**53 + 1}, "pairs", "score = 9007199254740993 has more digits"),
+    (LIST | {"labels": [1e39, 1, 0]}, "rerank", r"labels\[0\] = 1e\+39 is not finite in float32"),
+    (ROW | {"teacher_scores": [1, 3.5e38]}, "contrastive", r"teacher_scores\[1\] = 3.5e\+38 is not finite in float32"),
+    (LIST | {"teacher_scores": [0, 0, -1e39]}, "rerank", r"teacher_scores\[2\] = -1e\+39 is not finite in float32"),
+])
+def test_numbers_that_float32_cannot_hold_are_refused(tmp_path, row, kind, words):
+    with pytest.raises(DataError, match=words) as caught:
+        list(records_of(tmp_path, [row], kind)[1])
+    assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:1: ")
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+def test_literals_that_are_no_finite_numbers_are_refused(tmp_path, literal):
+    (tmp_path / "rows.jsonl").write_text('{"text_a": "a", "text_b": "b", "score": ' + literal + "}\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: .*(not valid JSON|is not finite)"):
+        list(open_records((TrainFile(path=str(tmp_path / "rows.jsonl")),), "pairs"))
+
+
+@pytest.mark.parametrize("loss, score, words", [
+    ("cosine_similarity", 1e20, "the squared difference to a cosine is not finite in float32"),
+    ("cosine_similarity", -3.0, None), ("contrastive", 1.5, "takes scores from 0 to 1"),
+    ("contrastive", -0.1, "takes scores from 0 to 1"), ("contrastive", 0.5, None),
+    ("online_contrastive", 0.5, "takes the scores 0 and 1 alone"), ("online_contrastive", 1.0, None),
+    ("cosent", -3e38, None)])
+def test_scores_of_pairs_that_a_loss_cannot_take(tmp_path, loss, score, words):
+    path, records = records_of(tmp_path, [PAIR | {"score": 1}, PAIR | {"score": score}], "pairs")
+    if words is None:
+        require_fields(records, loss, teacher_scores=False, negatives=False, labels=True)
+        return
+    with pytest.raises(DataError, match=words) as caught:
+        require_fields(records, loss, teacher_scores=False, negatives=False, labels=True)
+    assert str(caught.value).startswith(f"{path}:2: ")
+
+
+@pytest.mark.parametrize("loss, scores, temperature, words", [
+    ("margin_mse", [1e19, -1e19], 1.0, "teacher_scores lie 2e.19 apart"), ("margin_mse", [1e18, -1e18], 1.0, None),
+    ("kl_distillation", [1e38, 0], 0.02, "not finite in float32 once they are divided by the temperature 0.02"),
+    ("kl_distillation", [3e38, -3e38], 1.0, "not finite in float32"), ("kl_distillation", [1e38, 0], 1.0, None)])
+def test_teacher_scores_that_a_loss_cannot_take(tmp_path, loss, scores, temperature, words):
+    path, records = records_of(tmp_path, [ROW | {"teacher_scores": scores}])
+    if words is None:
+        require_fields(records, loss, teacher_scores=True, negatives=True, teacher_temperature=temperature)
+        return
+    with pytest.raises(DataError, match=words) as caught:
+        require_fields(records, loss, teacher_scores=True, negatives=True, teacher_temperature=temperature)
+    assert str(caught.value).startswith(f"{path}:1: ")
+
+
+@pytest.mark.parametrize("loss, labels, words", [
+    ("lambda_loss", [1000, 1, 0], "label 1000: objective.loss = lambda_loss takes labels up to 24"),
+    ("lambda_loss", [128, 1, 0], "label 128: "), ("lambda_loss", [25, 1, 0], "label 25: "),
+    ("lambda_loss", [24, 1.5, 0], None), ("lambda_loss", [1, -1, 0], "label -1: .* takes labels >= 0"),
+    ("listwise", [3e38, 3e38, 0], "the labels sum up to 6e.38, which is not finite"), ("listwise", [1e38, 0, 0], None),
+    ("listwise", [1, -1e-3, 0], "label -0.001: .* takes labels >= 0"),
+    ("listwise", [1e-50, 0, 0], "label 1e-50 is 0 in float32"), ("ranknet", [2, 1e-44, 0], None),
+    ("ranknet", [16777217, 16777216, 0], "16777216.0 and 16777217.0 are the same number in float32"),
+    ("margin_ranking", [1, 1 + 1e-9, 0], "are the same number in float32"), ("ranknet", [-5, 1000, 1000], None)])
+def test_labels_that_a_loss_cannot_take(loss, labels, words):
+    if words is None:
+        check_labels(labels, loss, "rows.jsonl:7")
+        return
+    with pytest.raises(DataError, match=words) as caught:
+        check_labels(tuple(map(float, labels)), loss, "rows.jsonl:7")
+    assert str(caught.value).startswith("rows.jsonl:7: ")
+
+
+def test_the_largest_label_of_lambda_loss_has_an_exact_gain():
+    """As Sentence Transformers computes it (LambdaLoss: `torch.pow(2.0, labels) - 1`)."""
+    labels = torch.arange(LARGEST_EXPONENT + 2, dtype=torch.float32)
+    exact = [(torch.pow(2.0, label) - 1).item() == 2 ** int(label) - 1 for label in labels]
+    assert exact == [True] * (LARGEST_EXPONENT + 1) + [False]

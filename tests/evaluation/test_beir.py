@@ -86,6 +86,8 @@ def test_bad_rows(tmp_path, line, message):
         ("q1\td1", r"qrels/test\.tsv:5: 2 fields between tabs, expected 3"),
         ("q1 0 d1 1", r"qrels/test\.tsv:5: 1 fields between tabs, expected 3"),
         ("q1\td1\t3", r"qrels/test\.tsv:5: query 'q1', document 'd1': judged 3, but 1 on an earlier line"),
+        ("q1\td1\t2147483648", r"qrels/test\.tsv:5: score = 2147483648: ranking metrics take grades up to 1000000"),
+        ("q1\td1\t-1" + "0" * 400, r"qrels/test\.tsv:5: score = -10+.*: ranking metrics take grades up to 1000000"),
         ("query-id\tcorpus-id\tscore", r"qrels/test\.tsv:5: score = 'score': must be an integer"),
     ],
 )

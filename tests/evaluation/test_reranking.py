@@ -64,6 +64,9 @@ def test_refusals(data):
     (data / "half.jsonl").write_text('{"query": "a", "documents": ["b"], "labels": [0.5]}\n')
     with pytest.raises(DataError, match=r"half.jsonl:1: label 0.5: ranking metrics take whole numbers"):
         load_rerank_file(str(data / "half.jsonl"))
+    (data / "large.jsonl").write_text('{"query": "a", "documents": ["b"], "labels": [2147483648]}\n')
+    with pytest.raises(DataError, match=r"large.jsonl:1: label = 2147483648.0: ranking metrics take grades up to"):
+        load_rerank_file(str(data / "large.jsonl"))
     lists = load_rerank_file(str(data / "1.jsonl"))
     with pytest.raises(UserError, match="1 of 2 scores are not finite"):
         evaluate_reranking(lambda pairs: torch.tensor([0.3, math.nan]), lists)

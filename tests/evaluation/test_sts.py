@@ -70,7 +70,10 @@ def test_texts_have_the_roles_of_training():
 @pytest.mark.parametrize("lines, words", [
     (['{"text_a": "a", "text_b": "b"}'], "pairs.jsonl:1: the row lacks score; it needs text_a, text_b and score"),
     (['{"text_a": "a", "text_b": " ", "score": 1}'], "pairs.jsonl:1: text_b = .* is empty"),
-    (['{"text_a": "a", "text_b": "b", "score": "1"}'], "pairs.jsonl:1: score = '1': must be a finite number"),
+    (['{"text_a": "a", "text_b": "b", "score": "1"}'],
+     "pairs.jsonl:1: score = '1' is a JSON string; it must be a number"),
+    (['{"text_a": "a", "text_b": "b", "score": 1' + "0" * 400 + "}"], "pairs.jsonl:1: score = 10+.* is not finite"),
+    (['{"text_a": "a", "text_b": "b", "score": 1e39}'], "pairs.jsonl:1: score = 1e.39 is not finite in float32"),
     (['{"text_a": "a", "text_b": "b", "score": 1}', "", '{"text_a": "a", "text_b": "b", "score": true}'],
      "pairs.jsonl:3: score = True"),
     (['{"text_a": "a", "text_b": "b", "score": 1}'] * 3, "3 rows with 1 different scores have no correlation"),

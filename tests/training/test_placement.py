@@ -76,16 +76,17 @@ def stepped(opened, optimizer, steps):
 
 def halves(config, path, settings):
     """(parameters and norms after the first half of STEPS, which a checkpoint keeps; after all of them; optimizer)."""
-    from megatron_embed.checkpoint.state import TrainingState, sharded_state
+    from megatron_embed.checkpoint.optimizer_state import optimizer_to_save
+    from megatron_embed.checkpoint.state import model_state
     from megatron_embed.platform.compat import dist_checkpointing
 
-    opened, wrapped, optimizer, scheduler = open_optimizer(
+    opened, wrapped, optimizer, _ = open_optimizer(
         dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
     with buffers_on_a_gpu(wrapped):
         half = stepped(opened, optimizer, range(STEPS // 2))
-    state = TrainingState(models=opened.chunks, optimizer=optimizer, scheduler=scheduler)
     os.makedirs(path, exist_ok=True)
-    dist_checkpointing.save(sharded_state(state, is_loading=False), path)
+    model = model_state(opened.chunks)
+    dist_checkpointing.save({"model": model, "optimizer": optimizer_to_save(optimizer, model)}, path)
     with buffers_on_a_gpu(wrapped):
         return half, stepped(opened, optimizer, range(STEPS // 2, STEPS)), optimizer
 
@@ -101,26 +102,59 @@ def offloaded_and_plain(config, folder):
 
 def resumed(config, path, settings):
     """(parameters from a checkpoint that the other kind of run wrote, the second half of the steps)."""
-    from megatron_embed.checkpoint.state import TrainingState, _load_models, load_optimizer, sharded_state
+    from megatron_embed.checkpoint.optimizer_state import OptimizerRestore
+    from megatron_embed.checkpoint.state import _load_models, model_state
     from megatron_embed.platform.compat import dist_checkpointing
 
-    opened, wrapped, optimizer, scheduler = open_optimizer(
+    opened, wrapped, optimizer, _ = open_optimizer(
         dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
     with torch.no_grad():
         for parameter in opened.chunks[0].parameters():
             parameter.add_(1.0)
-    state = TrainingState(models=opened.chunks, optimizer=optimizer, scheduler=scheduler)
+    model = model_state(opened.chunks)
     with buffers_on_a_gpu(wrapped):
-        sharded = sharded_state(state, is_loading=True)
-    loaded = dist_checkpointing.load(sharded, path)
+        restore = OptimizerRestore(optimizer, model)
+    loaded = dist_checkpointing.load({"model": model, "tensors": restore.wanted(())}, path)
     with buffers_on_a_gpu(wrapped):
-        _load_models(state.models, loaded["model"])
-        load_optimizer(optimizer, loaded["optimizer"])
+        _load_models(opened.chunks, loaded["model"])
+        restore.load(loaded["tensors"], loaded["optimizer"])
         half = {name: parameter.detach().clone() for name, parameter in opened.chunks[0].named_parameters()}
         whole = stepped(opened, optimizer, range(STEPS // 2, STEPS))
     for group in optimizer.param_groups:
         assert group.get("fused", True), "the update is not torch's fused one"
     return half, whole
+
+
+def saved_at_once(config, path, settings):
+    """(parameters and norms of a run that is saved before its first step and resumed, of one that is neither)."""
+    from megatron_embed.checkpoint.optimizer_state import optimizer_to_save
+    from megatron_embed.checkpoint.state import model_state
+    from megatron_embed.platform.compat import dist_checkpointing
+
+    context = te_stand_in.fused_adam() if settings == AWARE else contextlib.nullcontext()
+    with context:
+        opened, wrapped, optimizer, _ = open_optimizer(
+            dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
+        model = model_state(opened.chunks)
+        os.makedirs(path, exist_ok=True)
+        dist_checkpointing.save({"model": model, "optimizer": optimizer_to_save(optimizer, model)}, path)
+        with buffers_on_a_gpu(wrapped):
+            going_on = stepped(opened, optimizer, range(STEPS // 2, STEPS))
+        opened, wrapped, optimizer, _ = open_optimizer(
+            dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
+        with buffers_on_a_gpu(wrapped):
+            neither = stepped(opened, optimizer, range(STEPS // 2, STEPS))
+        return resumed(config, path, settings)[1], going_on, neither
+
+
+@pytest.mark.parametrize("settings", [OFFLOADED, AWARE], ids=["offloaded", "aware"])
+def test_a_save_before_the_first_step_holds_an_optimizer_that_made_none(bert, tmp_path, settings):
+    config = run_config(bert, dtype="bfloat16", training=TRAINING)
+    ((from_save, after_save, neither),) = run_on_ranks(saved_at_once, 1, config, str(tmp_path / "saved"), settings)
+    for found in (from_save, after_save):
+        assert found[1] == neither[1]
+        for name, weight in neither[0].items():
+            assert torch.equal(found[0][name], weight), name
 
 
 def weight_of(optimizer):
