@@ -1,6 +1,5 @@
 """Training state as Megatron's sharded tensors: loaded by all ranks at any layout. Saving: save.py."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import is_adapter
 from megatron_embed.models.encoder import EmbeddingModel
@@ -85,8 +85,8 @@ def steps_done(checkpoint: Path) -> int:
     """Optimizer steps of a training checkpoint. No communication."""
     file = checkpoint / TRAINER_FILE
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return int(read_json_file(file)["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{file}: not readable ({error!r}); the checkpoint is damaged: remove {checkpoint}, and "
                               "the run goes on from the one before it") from error
 

@@ -11,6 +11,7 @@ from megatron_embed.checkpoint.files import latest_checkpoint, write_atomically
 from megatron_embed.checkpoint.state import steps_done
 from megatron_embed.cli.export import PROBES
 from megatron_embed.cli.model import ModelDirectory, adapters_of
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.load import read_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.layout import open_checkpoint
@@ -116,7 +117,7 @@ def _known_rows(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        known: dict[str, Any] = read_json_file(file)
         return {"rows": known["rows"], "digest": known["digest"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: not readable ({error!r}); the checkpoint is damaged: remove {file.parent}, and "

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_embed.data.corpus import Corpus
-from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.jsonl import numbered_lines, shortened
 from megatron_embed.data.record import Record
 from megatron_embed.errors import DataError
 
+LARGEST_LABEL = 1_000_000
+"""Of a judgement; trec_eval allocates a number for each grade up to the largest: 16 GB for 2**31 - 1."""
 HEADER = ["query-id", "corpus-id", "score"]
 
 
@@ -21,7 +23,7 @@ def is_beir_folder(path: str) -> bool:
 def _tsv_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     """(`FILE:LINE`, fields) of each line that is not blank; a byte order mark is dropped."""
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in numbered_lines(file, path):
             source = f"{path}:{number}"
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -73,6 +75,8 @@ def read_qrels(path: Path, queries: Container[str], documents: Container[str]) -
             raise DataError(
                 f"{source}: score = {shortened(score)}: must be an integer (0 is judged not relevant)"
             ) from None
+        if abs(label) > LARGEST_LABEL:
+            raise DataError(f"{source}: score = {shortened(score)}: must lie within {LARGEST_LABEL:,} of 0")
         if query not in queries:
             raise DataError(f"{source}: query-id = {shortened(query)}: not in queries.jsonl")
         if document not in documents:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from megatron_embed.config.data import TrainFile
+from megatron_embed.data.beir import LARGEST_LABEL
 from megatron_embed.data.pairs import Pair
 from megatron_embed.data.prompts import Role
 from megatron_embed.data.record import RerankRecord
@@ -48,6 +49,8 @@ def load_rerank_file(path: str, key: str = "--data") -> RerankData:
             if label != int(label):
                 raise DataError(f"{record.source}: label {label:g}: ranking metrics take whole numbers (0 is not "
                                 "relevant); round it, or give grades")
+            if abs(label) > LARGEST_LABEL:
+                raise DataError(f"{record.source}: label {label:g}: must lie within {LARGEST_LABEL:,} of 0")
     file = Path(path).resolve()
     return RerankData(name=f"{file.parent.name}_{file.name.split('.')[0]}", lists=lists)
 

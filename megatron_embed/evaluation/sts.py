@@ -67,9 +67,12 @@ def load_sts(path: str, key: str = "evaluation.sts") -> StsData:
 
 
 def _score(value: object, source: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{source}: score = {shortened(value)}: must be a finite number")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer of 309 digits and more
+        pass
+    raise DataError(f"{source}: score = {shortened(value)}: must be a finite number")
 
 
 def refuse_tokenless_pairs(data: StsData, tokenizer: RoleTokenizer) -> None:

@@ -1,10 +1,10 @@
 """What a model directory's Sentence Transformers files say about pooling, normalization, prompts and length."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import read_hf_config
 from megatron_embed.models.pooling_names import POOLINGS, Pooling
@@ -34,7 +34,7 @@ class SavedSettings:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json_file(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch the file again") from error
 
