@@ -14,8 +14,10 @@ from megatron_embed.cli.common import (
     process_rank,
     report_lost_rank,
     setup_logging,
+    write_error,
     write_status,
 )
+from megatron_embed.cli.foreign_text import one_line, printable
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
 from megatron_embed.parallel.launch import launched_rank, source_of_world_size
 
@@ -76,12 +78,11 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
             meeting = open_meeting()
         return COMMANDS[args.command].run(args), ""
     except UserError as error:
-        message = " ".join(str(error).split())
+        message = one_line(str(error))
         if rank == 0:
-            sys.stderr.write(f"megatron-embed: error: {message}\n")
-            sys.stderr.flush()
+            write_error(message)
         if meeting is not None and meeting.refuse(message):
-            sys.stderr.write(f"megatron-embed: error: rank {rank}: {message}\n")
+            write_error(f"rank {rank}: {message}")
         return 2, message
     except PreemptedError as stop:
         return PREEMPTED, str(stop)
@@ -94,10 +95,10 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
     except SystemExit as error:
         if isinstance(error.code, int) or error.code is None:
             return error.code or 0, ""
-        sys.stderr.write(f"{error.code}\n")
-        return 1, str(error.code)
+        sys.stderr.write(f"{printable(str(error.code))}\n")
+        return 1, printable(str(error.code))
     except Exception as error:  # noqa: BLE001  the last resort: whatever it is ends as a traceback and exit code 1
-        traceback.print_exc()
+        sys.stderr.write(printable(traceback.format_exc()))
         return 1, f"{type(error).__name__}: {error}"
 
 

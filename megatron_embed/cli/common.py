@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from megatron_embed.cli.foreign_text import LogFormatter, guard_records, one_line, printable
 from megatron_embed.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,14 +62,23 @@ def leaves_status() -> bool:
 
 def setup_logging(rank: int) -> None:
     """Log to stderr: our messages from INFO on at rank 0, warnings from everyone else and every other library."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-                        datefmt="%H:%M:%S")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    guard_records()
     logging.getLogger("megatron_embed").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def write_error(message: str) -> None:
+    """Write one line to stderr, at once."""
+    sys.stderr.write(f"megatron-embed: error: {one_line(message)}\n")
+    sys.stderr.flush()
 
 
 def write_output(text: str) -> None:
     """Write one result line to stdout, at once; nothing else goes there."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()
 
 
@@ -101,8 +111,7 @@ def write_status(exit_code: int, message: str) -> None:
 def report_lost_rank(message: str) -> None:
     """One line on stderr, from the rank that speaks for all; it leaves the status too where it is another's task,
     who may be gone."""
-    sys.stderr.write(f"megatron-embed: error: {message}\n")
-    sys.stderr.flush()
+    write_error(message)
     if not leaves_status():
         write_status(1, message)
 
