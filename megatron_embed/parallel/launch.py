@@ -36,6 +36,14 @@ def source_of_world_size() -> str:
     return "torchrun's WORLD_SIZE" if "RANK" in os.environ and "WORLD_SIZE" in os.environ else "srun's SLURM_NTASKS"
 
 
+def all_ranks_on_this_node() -> bool:
+    """Whether the launcher says that the run has no other node."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
+    return env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES")) == "1"
+
+
 def run_name() -> str:
     """What sets this start of this run apart from every other one that meets at the same address: the launcher's number
     for it, and how often it was started again. Equal on all ranks.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch.distributed as dist
 
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
-from megatron_embed.parallel.launch import run_name
+from megatron_embed.parallel.seal import Seal
 from megatron_embed.parallel.topology import Topology
 
 BEAT_SECONDS = 1.0
@@ -86,7 +86,9 @@ class LifeWatch:
         self._on_loss = on_loss
         self._advice = advice
         self._state = ALIVE
-        self._beats = 0
+        # Larger than those of an earlier watch: an old sign of life is none.
+        self._beats = time.time_ns() // 1_000_000
+        self._seal, self._latest = Seal(), dict[str, tuple[int, str]]()
         self._heard: dict[int, tuple[str, float]] = {}
         self._rank_0_is_done = False
         self._loss: tuple[str, bool] | None = None
@@ -117,10 +119,10 @@ class LifeWatch:
         try:
             client = dist.TCPStore(*self._address, is_master=False, wait_for_workers=False,
                                    timeout=datetime.timedelta(seconds=max(10.0, self._silence_seconds)))
-            store = dist.PrefixStore(f"life/{run_name()}", client)
+            store = dist.PrefixStore(self._seal.room("life"), client)
             if self._rank == 0:
                 for rank in range(1, self._world_size):
-                    store.set(f"beat/{rank}", f"0 {ALIVE}")
+                    store.set(f"beat/{rank}", self._seal.close(f"beat/{rank}", f"0 {ALIVE}"))
             while self._loss is None:
                 last = self._closing.is_set()
                 self._beat(store)
@@ -142,15 +144,16 @@ class LifeWatch:
         mine = f"{self._beats} {self._state}"
         if self._rank == 0:
             names = [f"beat/{rank}" for rank in range(1, self._world_size)]
-            beats = {0: mine, **{rank: beat.decode() for rank, beat in enumerate(store.multi_get(names), start=1)}}
+            beats = {0: mine, **{rank: self._last_word(f"beat/{rank}", beat, f"0 {ALIVE}")
+                                 for rank, beat in enumerate(store.multi_get(names), start=1)}}
             message, lowest_alive = self._judge(beats)
-            store.set("board", f"{mine}|{lowest_alive}|{message}")
+            store.set("board", self._seal.close("board", f"{mine.replace('|', '/')}|{lowest_alive}|{message}"))
             if message:
                 time.sleep(2 * BEAT_SECONDS)  # until all have read it: the store may end with this process
                 self._decide(message, lowest_alive=lowest_alive)
             return
-        store.set(f"beat/{self._rank}", mine)
-        board = store.get("board").decode()
+        store.set(f"beat/{self._rank}", self._seal.close(f"beat/{self._rank}", mine))
+        board = self._last_word("board", store.get("board"), f"0 {ALIVE}|0|")
         beat, lowest_alive, message = board.split("|", 2)
         self._rank_0_is_done = beat.endswith(DONE)
         if message:
@@ -158,6 +161,15 @@ class LifeWatch:
         elif self._silence(0, beat) > self._silence_seconds and not self._rank_0_is_done:
             self._decide(f"rank 0 is gone: no sign of life for {self._silence_seconds:.0f} s{self._advice}",
                          lowest_alive=1)
+
+    def _last_word(self, place: str, raw: bytes, default: str) -> str:
+        """What a rank of this run said there last: what is not signed, or older, is somebody else's."""
+        text = self._seal.open(place, raw)
+        number = "" if text is None else text.partition(" ")[0]
+        if text is not None and number.isdecimal() and len(number) < 20 and (
+                place not in self._latest or int(number) > self._latest[place][0]):
+            self._latest[place] = int(number), text
+        return self._latest[place][1] if place in self._latest else default
 
     def _judge(self, beats: dict[int, str]) -> tuple[str, int]:
         """Rank 0's opinion: the message, empty if all is well, and the lowest rank that is alive."""
