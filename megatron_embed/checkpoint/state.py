@@ -83,9 +83,25 @@ def sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
 
 def steps_done(checkpoint: Path) -> int:
     """Optimizer steps of a training checkpoint. No communication."""
+    return int(_trainer_values(checkpoint)["step"])
+
+
+def owes_evaluation(checkpoint: Path) -> bool:
+    """Whether the evaluation that was due at this training checkpoint was left out or broken off by a request to stop.
+    No communication."""
+    return bool(_trainer_values(checkpoint).get("evaluation_owed", False))
+
+
+def trainer_text(step: int, *, evaluation_owed: bool) -> str:
+    """Contents of TRAINER_FILE."""
+    return json.dumps({"step": step, **({"evaluation_owed": True} if evaluation_owed else {})})
+
+
+def _trainer_values(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / TRAINER_FILE
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["step"])
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return {**values, "step": int(values["step"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: not readable ({error!r}); the checkpoint is damaged: remove {checkpoint}, and "
                               "the run goes on from the one before it") from error

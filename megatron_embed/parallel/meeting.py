@@ -8,7 +8,7 @@ import time
 
 import torch.distributed as dist
 
-from megatron_embed.errors import ConfigError, LostRankError, UserError
+from megatron_embed.errors import ConfigError, LostRankError, PreemptedError, UserError
 from megatron_embed.parallel.launch import (
     launched_rank,
     launcher_names_runs,
@@ -18,12 +18,16 @@ from megatron_embed.parallel.launch import (
 )
 
 ALL_HERE = "all here"
+STOPPED = "asked to stop"
+"""The verdict of a rank that got a signal on its way: nobody need come."""
 CONNECT_SECONDS = 20.0
 """How long a rank with an error waits for rank 0's store, which is there as soon as rank 0 has loaded its libraries."""
 SPEAK_SECONDS = 5.0
 """How long it then waits for rank 0 to print the error, before it does so itself."""
 LINGER_SECONDS = 10.0
 """How long rank 0 leaves its store open after an error, for ranks that come later with the same one."""
+LEAVE_SECONDS = 1.5
+"""The same where it was asked to stop."""
 
 
 class Meeting:
@@ -57,6 +61,7 @@ class Meeting:
 
         Raises:
             UserError: the error of a rank that will not come, on every rank that did.
+            PreemptedError: a rank was asked to stop and has left, on every rank that came.
             LostRankError: not all came in time.
         """
         host, port = self._address
@@ -73,6 +78,10 @@ class Meeting:
                 f"not all of {self._world_size} ranks ({source_of_world_size()}) met at {host}:{port} within "
                 f"parallel.timeout_seconds = {timeout_seconds} ({self._absent(store) or reason}); look at the logs of "
                 "the ranks that did not start", speaker=self._rank == 0) from error
+        if verdict == STOPPED:
+            with contextlib.suppress(dist.DistError):
+                store.add("heard", 1)
+            raise PreemptedError("stopped (another rank was asked to) before there was anything to save")
         if verdict != ALL_HERE:
             raise UserError(verdict)
 
@@ -101,6 +110,23 @@ class Meeting:
         except dist.DistError:
             return self._rank != 0
 
+    def leave(self) -> None:
+        """Tells all ranks that this one was asked to stop, unless they have met: then it is LifeWatch's task.
+
+        Rank 0 waits a little until they have heard it, if the store ends with it.
+        """
+        with contextlib.suppress(dist.DistError, OSError):
+            if dist.is_initialized():
+                return
+            if not self._hosts:  # torch's own attempts would go on too long
+                socket.create_connection(self._address, timeout=LEAVE_SECONDS).close()
+            store = self._open(LEAVE_SECONDS)
+            store.compare_set("verdict", "", STOPPED)
+            if self._rank:
+                store.add("heard", 1)
+            else:
+                self._linger(store, LEAVE_SECONDS)
+
     def _open(self, timeout_seconds: float) -> dist.Store:
         return _store_at(self._address, self._hosts, timeout_seconds)
 
@@ -125,9 +151,9 @@ class Meeting:
                 store.add("heard", 1)
         return True
 
-    def _linger(self, store: dist.Store) -> None:
+    def _linger(self, store: dist.Store, seconds: float = LINGER_SECONDS) -> None:
         """Until the other ranks have read what they need, if the store ends with this process."""
-        deadline = time.monotonic() + LINGER_SECONDS
+        deadline = time.monotonic() + seconds
         while self._hosts and store.add("heard", 0) < self._world_size - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
 
