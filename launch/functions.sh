@@ -1,4 +1,5 @@
-# Sourced by the launch scripts: how they read their arguments and count GPUs. Changes nothing of the environment.
+# Sourced by the launch scripts: how they read their arguments and count GPUs.
+# Changes nothing of the environment.
 # shellcheck shell=bash
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     sed -n '/^# shellcheck/q;/^#/!q;s/^# \{0,1\}//p' "$0"
@@ -20,8 +21,9 @@ refuse() {
 
 # require_number OPTION VALUE LOWEST HIGHEST: refuses anything else.
 require_number() {
-    [[ $2 =~ ^(0|[1-9][0-9]{0,6})$ ]] && (($2 >= $3 && $2 <= $4)) ||
+    if ! [[ $2 =~ ^(0|[1-9][0-9]{0,6})$ ]] || (($2 < $3 || $2 > $4)); then
         refuse "$1 $2: must be a whole number from $3 to $4"
+    fi
 }
 
 # Prints how many GPUs CUDA gives one process of this machine: those of CUDA_VISIBLE_DEVICES up to the first name that

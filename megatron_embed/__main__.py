@@ -17,7 +17,7 @@ from megatron_embed import __version__
 from megatron_embed.cli import convert, data, doctor, encode, evaluate, merge, mine, plan, train
 from megatron_embed.cli.common import Parser, report_lost_rank, setup_logging
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
-from megatron_embed.parallel.launch import launched_rank, process_rank, source_of_world_size
+from megatron_embed.parallel.launch import launched_rank, process_rank, rendezvous_address, source_of_world_size
 from megatron_embed.parallel.status import PREEMPTED, clear_status, leaves_status, write_status
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
@@ -75,7 +75,8 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
         args = build_parser().parse_args(argv)
         if args.command in OF_ONE_PROCESS:
             refuse_several_ranks(args.command)
-        if args.command in OF_MANY_RANKS and launched_rank()[1] > 1:  # a variable that is no rank is refused here
+        if args.command in OF_MANY_RANKS and launched_rank()[1] > 1:
+            rendezvous_address()  # what is no rank, or no port, is refused before the libraries are loaded
             from megatron_embed.parallel.meeting import open_meeting
 
             meeting = open_meeting()

@@ -36,7 +36,7 @@ while [[ ${1:-} == -* ]]; do
     esac
 done
 require_number --master-port "$port" 1 65535
-(($# > 0)) && [[ -n $1 ]] || refuse "CONFIG.yaml is missing; see $0 --help"
+[[ -n ${1:-} ]] || refuse "CONFIG.yaml is missing; see $0 --help"
 [[ -f $hostfile && -r $hostfile ]] || refuse "$hostfile: no file that can be read; name a file of hosts, one per line"
 # hosts: as ssh is told; addresses: without the user; slots: empty where the line does not say.
 hosts=() addresses=() slots=() number=0
@@ -68,7 +68,8 @@ if [[ -n ${slots[*]//[[:space:]]/} ]] && ! $dry_run; then
     for node in "${!hosts[@]}"; do
         [[ -n ${slots[node]} ]] && continue
         printf -v question 'cd %q && %q --count-gpus' "$PWD" "$here/node.sh"
-        slots[node]=$("${ssh[@]}" "${hosts[node]}" "$question" </dev/null) && [[ ${slots[node]} =~ ^[1-9][0-9]*$ ]] ||
+        slots[node]=$("${ssh[@]}" "${hosts[node]}" "$question" </dev/null) || slots[node]=""
+        [[ ${slots[node]} =~ ^[1-9][0-9]*$ ]] ||
             refuse "${hosts[node]}: cannot count its GPUs by ssh; write slots=N behind it in $hostfile"
     done
 fi

@@ -55,7 +55,7 @@ def run(*command, env=None):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_parse_and_are_executable(script):
     assert run("bash", "-n", script).returncode == 0
-    sourced = script.name in ("environment.sh", "job.sh")
+    sourced = script.name in ("environment.sh", "functions.sh", "job.sh")
     assert os.access(script, os.X_OK) != (sourced or script.suffix == ".sbatch")
 
 
