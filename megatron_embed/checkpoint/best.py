@@ -95,7 +95,8 @@ class BestCheckpoint:
         better = value * self._sign > self._value * self._sign
         if better:
             self._step, self._value, self._pending = step, value, True
-        self._waited = [] if better else [*self._waited, step]
+        # A step is evaluated twice where a run was killed before its checkpoint said that this was done.
+        self._waited = [] if better else [*(other for other in self._waited if other != step), step]
         if not better:  # a better one lets the older steps be ignored, once its checkpoint is complete
             on_rank_0(lambda: write_atomically(self._directory / EVALUATIONS_FILE, json.dumps(
                 {"metric": self._metric, "steps": self._waited}) + "\n"), self._directory / BEST)

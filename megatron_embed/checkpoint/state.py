@@ -1,5 +1,6 @@
 """Training state as Megatron's sharded tensors: loaded by all ranks at any layout. Saving: save.py."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,25 @@ def sharded_state(state: TrainingState, is_loading: bool) -> dict[str, Any]:
 
 def steps_done(checkpoint: Path) -> int:
     """Optimizer steps of a training checkpoint. No communication."""
+    return int(_trainer_values(checkpoint)["step"])
+
+
+def owes_evaluation(checkpoint: Path) -> bool:
+    """Whether the evaluation that was due at this training checkpoint was left out or broken off by a request to stop.
+    No communication."""
+    return bool(_trainer_values(checkpoint).get("evaluation_owed", False))
+
+
+def trainer_text(step: int, *, evaluation_owed: bool) -> str:
+    """Contents of TRAINER_FILE."""
+    return json.dumps({"step": step, **({"evaluation_owed": True} if evaluation_owed else {})})
+
+
+def _trainer_values(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / TRAINER_FILE
     try:
-        return int(read_json_file(file)["step"])
+        values: dict[str, Any] = read_json_file(file)
+        return {**values, "step": int(values["step"])}
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{file}: not readable ({error!r}); the checkpoint is damaged: remove {checkpoint}, and "
                               "the run goes on from the one before it") from error

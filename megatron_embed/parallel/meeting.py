@@ -9,7 +9,7 @@ import time
 
 import torch.distributed as dist
 
-from megatron_embed.errors import ConfigError, LostRankError, UserError
+from megatron_embed.errors import ConfigError, LostRankError, PreemptedError, UserError
 from megatron_embed.parallel.launch import (
     all_ranks_on_this_node,
     launched_rank,
@@ -20,6 +20,8 @@ from megatron_embed.parallel.launch import (
 from megatron_embed.parallel.seal import SECRET_VARIABLE, Seal
 
 ALL_HERE = "all here"
+STOPPED = "asked to stop"
+"""The verdict of a rank that got a signal on its way: nobody need come."""
 CONNECT_SECONDS = 20.0
 """How long a rank with an error waits for rank 0's store, which is there as soon as rank 0 has loaded its libraries."""
 SPEAK_SECONDS = 5.0
@@ -28,6 +30,8 @@ POLL_SECONDS = 0.05
 LONGEST_QUEUE = 4096
 LINGER_SECONDS = 10.0
 """How long rank 0 leaves its store open after an error, for ranks that come later with the same one."""
+LEAVE_SECONDS = 1.5
+"""The same where it was asked to stop."""
 
 
 class Meeting:
@@ -63,6 +67,7 @@ class Meeting:
 
         Raises:
             UserError: the error of a rank that will not come, on every rank that did.
+            PreemptedError: a rank was asked to stop and has left, on every rank that came.
             LostRankError: not all came in time.
         """
         host, port = self._address
@@ -77,6 +82,10 @@ class Meeting:
                 f"not all of {self._world_size} ranks ({source_of_world_size()}) met at {host}:{port} within "
                 f"parallel.timeout_seconds = {timeout_seconds} ({self._absent(store) or reason}); look at the logs of "
                 "the ranks that did not start", speaker=self._rank == 0) from error
+        if verdict == STOPPED:
+            with contextlib.suppress(dist.DistError):
+                store.add("heard", 1)
+            raise PreemptedError("stopped (another rank was asked to) before there was anything to save")
         if verdict != ALL_HERE:
             raise UserError(verdict)
 
@@ -104,6 +113,23 @@ class Meeting:
             return not self._is_printed(store) and is_first
         except dist.DistError:
             return self._rank != 0
+
+    def leave(self) -> None:
+        """Tells all ranks that this one was asked to stop, unless they have met: then it is LifeWatch's task.
+
+        Rank 0 waits a little until they have heard it, if the store ends with it.
+        """
+        with contextlib.suppress(dist.DistError, OSError):
+            if dist.is_initialized():
+                return
+            if not self._hosts:  # torch's own attempts would go on too long
+                socket.create_connection(self._address, timeout=LEAVE_SECONDS).close()
+            store = self._open(LEAVE_SECONDS)
+            _decide(store, self._seal, STOPPED)
+            if self._rank:
+                store.add("heard", 1)
+            else:
+                self._linger(store, LEAVE_SECONDS)
 
     def _open(self, timeout_seconds: float, listener: int | None = None) -> dist.Store:
         return _store_at(self._address, self._hosts, timeout_seconds, listener)
@@ -153,9 +179,9 @@ class Meeting:
             with contextlib.suppress(dist.DistError):
                 store.add("heard", 1)
 
-    def _linger(self, store: dist.Store) -> None:
+    def _linger(self, store: dist.Store, seconds: float = LINGER_SECONDS) -> None:
         """Until the other ranks have read what they need, if the store ends with this process."""
-        deadline = time.monotonic() + LINGER_SECONDS
+        deadline = time.monotonic() + seconds
         while self._hosts and store.add("heard", 0) < self._world_size - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
 
