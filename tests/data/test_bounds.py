@@ -14,7 +14,7 @@ import pytest
 from megatron_embed.data import jsonl
 from megatron_embed.data.jsonl import parse_object
 from megatron_embed.data.records import RecordFile, read_texts
-from megatron_embed.errors import DataError
+from megatron_embed.errors import ConfigError, DataError
 from megatron_embed.evaluation.beir import load_beir
 from megatron_embed.evaluation.reranking import load_rerank_file
 from megatron_embed.evaluation.sts import load_sts
@@ -149,4 +149,18 @@ def test_damaged_file_still_names_its_line(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(ROW * 1000)[:-20])
     with pytest.raises(DataError, match=r"rows.jsonl.gz:\d+: cannot be read on"):
+        RecordFile(str(path))
+
+
+def test_parquet_that_says_how_large_it_is(tmp_path, monkeypatch):
+    from pyarrow import parquet, table
+
+    from megatron_embed.data import raw_rows
+
+    monkeypatch.setattr(raw_rows, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(table({"query": ["a"], "positive": ["x" * (2 << 20)]}), path, use_dictionary=False)
+    assert path.stat().st_size < 1 << 18
+    with pytest.raises(ConfigError, match=r"rows.parquet'?: cannot be read: row group 0 says that its 1 rows take"):
         RecordFile(str(path))
