@@ -1,6 +1,12 @@
 # Sourced by every launch script: settings of a run's processes that are no hyper-parameters. What the environment
 # already says stays as it is. All of them are harmless on CPU ranks.
 # shellcheck shell=bash
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+    sed -n '/^# shellcheck/q;/^#/!q;s/^# \{0,1\}//p' "$0"
+    [[ ${1:-} == --help || ${1:-} == -h ]] && exit 0
+    echo "$0: run the scripts of launch/torchrun or launch/slurm instead" >&2
+    exit 2
+fi
 
 # Megatron orders tensor-parallel communication and compute by CUDA's submission order.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

@@ -1,23 +1,25 @@
 """`megatron-embed COMMAND`, the same as `python -m megatron_embed COMMAND`."""
 
 import sys
+
+from megatron_embed.parallel import stop
+
+# Before anything else is imported: a signal that comes meanwhile shall end in 75 too. The installed command is a script
+# that imports this module.
+IS_THE_PROGRAM = __name__ == "__main__" or sys.argv[0].rpartition("/")[2] == "megatron-embed"
+if IS_THE_PROGRAM:
+    stop.start()
+
 import traceback
 from collections.abc import Sequence
 
 from megatron_embed import __version__
 from megatron_embed.cli import convert, data, doctor, encode, evaluate, merge, mine, plan, train
-from megatron_embed.cli.common import (
-    PREEMPTED,
-    Parser,
-    clear_status,
-    leaves_status,
-    process_rank,
-    report_lost_rank,
-    setup_logging,
-    write_status,
-)
+from megatron_embed.cli.common import Parser, report_lost_rank, setup_logging, write_error
+from megatron_embed.cli.foreign_text import one_line, printable
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
-from megatron_embed.parallel.launch import launched_rank, source_of_world_size
+from megatron_embed.parallel.launch import launched_rank, process_rank, rendezvous_address, source_of_world_size
+from megatron_embed.parallel.status import PREEMPTED, clear_status, leaves_status, write_status
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
 COMMANDS = {"train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
@@ -46,11 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Bad input is one line on stderr, from rank 0 alone: every rank raises it alike, or is told before they start
     together. Another rank prints only what rank 0 cannot.
     """
-    if leaves_status():
-        clear_status()
-    code, message = _run(argv, process_rank())
-    if leaves_status():
-        write_status(code, message)
+    with stop.listening():
+        if leaves_status():
+            clear_status()
+        code, message = _run(argv, process_rank())
+        stop.decided()
+        if leaves_status():
+            write_status(code, message)
+        if IS_THE_PROGRAM:
+            stop.ignore()
     return code
 
 
@@ -71,20 +77,22 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
         if args.command in OF_ONE_PROCESS:
             refuse_several_ranks(args.command)
         if args.command in OF_MANY_RANKS and launched_rank()[1] > 1:
+            rendezvous_address()  # what is no rank, or no port, is refused before the libraries are loaded
             from megatron_embed.parallel.meeting import open_meeting
 
             meeting = open_meeting()
+            if meeting is not None:
+                stop.add_farewell(meeting.leave)
         return COMMANDS[args.command].run(args), ""
     except UserError as error:
-        message = " ".join(str(error).split())
+        message = one_line(str(error))
         if rank == 0:
-            sys.stderr.write(f"megatron-embed: error: {message}\n")
-            sys.stderr.flush()
+            write_error(message)
         if meeting is not None and meeting.refuse(message):
-            sys.stderr.write(f"megatron-embed: error: rank {rank}: {message}\n")
+            write_error(f"rank {rank}: {message}")
         return 2, message
-    except PreemptedError as stop:
-        return PREEMPTED, str(stop)
+    except PreemptedError as end:
+        return PREEMPTED, str(end)
     except LostRankError as error:
         if error.speaker:
             report_lost_rank(str(error))
@@ -94,10 +102,10 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
     except SystemExit as error:
         if isinstance(error.code, int) or error.code is None:
             return error.code or 0, ""
-        sys.stderr.write(f"{error.code}\n")
-        return 1, str(error.code)
+        sys.stderr.write(f"{printable(str(error.code))}\n")
+        return 1, printable(str(error.code))
     except Exception as error:  # noqa: BLE001  the last resort: whatever it is ends as a traceback and exit code 1
-        traceback.print_exc()
+        sys.stderr.write(printable(traceback.format_exc()))
         return 1, f"{type(error).__name__}: {error}"
 
 

@@ -10,13 +10,13 @@ import pytest
 
 from megatron_embed import __main__ as command_line
 from megatron_embed.__main__ import main
-from megatron_embed.cli import common
 from megatron_embed.errors import DataError, UserError
+from megatron_embed.parallel import status
 
 
 @pytest.fixture(autouse=True)
 def _one_rank(monkeypatch):
-    for name in ("RANK", "SLURM_PROCID", common.STATUS_FILE_VARIABLE):
+    for name in ("RANK", "SLURM_PROCID", status.STATUS_FILE_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -149,7 +149,7 @@ def test_every_command_says_how_many_ranks_it_has():
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
 def test_only_rank_0_prints_and_every_rank_ends_with_2(doctor_that, monkeypatch, capsys, tmp_path, variable):
     doctor_that(raising(DataError("a.jsonl:3: no\nquery; add one")))
-    monkeypatch.setenv(common.STATUS_FILE_VARIABLE, str(tmp_path / "status"))
+    monkeypatch.setenv(status.STATUS_FILE_VARIABLE, str(tmp_path / "status"))
     monkeypatch.setenv(variable, "1")
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == ""
@@ -173,7 +173,7 @@ def test_only_rank_0_prints_and_every_rank_ends_with_2(doctor_that, monkeypatch,
 )
 def test_exit_codes_are_kept(doctor_that, monkeypatch, capsys, tmp_path, action, code, words):
     doctor_that(action)
-    monkeypatch.setenv(common.STATUS_FILE_VARIABLE, str(tmp_path / "status"))
+    monkeypatch.setenv(status.STATUS_FILE_VARIABLE, str(tmp_path / "status"))
     assert main(["doctor"]) == code
     assert capsys.readouterr().err == words
     assert json.loads((tmp_path / "status").read_text())["exit_code"] == code
@@ -188,21 +188,21 @@ def test_anything_else_is_a_traceback_and_exit_code_1(doctor_that, capsys):
 
 
 def test_a_killed_run_leaves_no_status_of_an_earlier_one(doctor_that, monkeypatch, tmp_path):
-    status = tmp_path / "status"
-    status.write_text('{"exit_code": 0, "message": ""}\n')
-    monkeypatch.setenv(common.STATUS_FILE_VARIABLE, str(status))
+    file = tmp_path / "status"
+    file.write_text('{"exit_code": 0, "message": ""}\n')
+    monkeypatch.setenv(status.STATUS_FILE_VARIABLE, str(file))
     seen = []
-    doctor_that(lambda args: seen.append(status.exists()) or 0)
+    doctor_that(lambda args: seen.append(file.exists()) or 0)
     monkeypatch.setenv("RANK", "1")
     assert main(["doctor"]) == 0
     monkeypatch.setenv("RANK", "0")
     assert main(["doctor"]) == 0
     assert seen == [True, False]
-    assert json.loads(status.read_text())["exit_code"] == 0
+    assert json.loads(file.read_text())["exit_code"] == 0
 
 
 def test_status_file_that_cannot_be_written_changes_nothing(doctor_that, monkeypatch, caplog, tmp_path):
     doctor_that(lambda args: 0)
-    monkeypatch.setenv(common.STATUS_FILE_VARIABLE, str(tmp_path / "absent" / "status"))
+    monkeypatch.setenv(status.STATUS_FILE_VARIABLE, str(tmp_path / "absent" / "status"))
     assert main(["doctor"]) == 0
     assert "cannot write the status" in caplog.text

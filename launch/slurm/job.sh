@@ -1,9 +1,17 @@
 # Sourced by the .sbatch files: what a job does, from its checks to its end. Srun-native: one task per GPU, which finds
 # rank and world size in SLURM_*; torchrun would kill the ranks 30 seconds after the batch system's SIGTERM.
 # shellcheck shell=bash
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+    sed -n '/^# shellcheck/q;/^#/!q;s/^# \{0,1\}//p' "$0"
+    [[ ${1:-} == --help || ${1:-} == -h ]] && exit 0
+    echo "$0: submit one of the .sbatch files beside it instead" >&2
+    exit 2
+fi
 
 # shellcheck source=launch/environment.sh
 source "$HOME_OF_REPOSITORY/launch/environment.sh"
+# shellcheck source=launch/functions.sh
+source "$HOME_OF_REPOSITORY/launch/functions.sh"
 
 # Settings of the job; give them before `sbatch`, e.g. RUN_DIR=runs/a CONTAINER_IMAGE=nvcr.io#nvidia/pytorch:25.10-py3
 PYTHON=${PYTHON:-python}
@@ -18,15 +26,33 @@ MIN_FREE_GIB=${MIN_FREE_GIB:-1}   # on the disks of the outputs, however little 
 # Runs the job: run_job [--dry-run] CONFIG.yaml [section.key=value ...]. Its exit code is the job's.
 run_job() {
     local dry_run=false
+    if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+        print_help "$0"
+        return 0
+    fi
     if [[ ${1:-} == --dry-run ]]; then
         dry_run=true
         shift
         SLURM_NTASKS=${SLURM_NTASKS:-$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$0")}
     fi
-    if (($# == 0)); then
+    if (($# == 0)) || [[ -z $1 ]]; then
         echo "CONFIG.yaml is missing: sbatch $0 CONFIG.yaml [section.key=value ...]" >&2
         return 2
     fi
+    if [[ $1 == -* ]]; then
+        echo "$0: unknown option $1; options of sbatch stand before the script's name, and of the script there are" \
+            "--dry-run and --help" >&2
+        return 2
+    fi
+    if ((${SLURM_HET_SIZE:-1} > 1)); then
+        echo "SLURM_HET_SIZE = $SLURM_HET_SIZE: a heterogeneous job, whose components srun would start apart; submit" \
+            "one job of equal components (its nodes may differ in their number of tasks)" >&2
+        return 2
+    fi
+    # Slurm's signals are for the ranks, which save and end. The script and srun must live until then: the SIGTERM of a
+    # requeue reaches them as well, and an srun that takes it kills its tasks.
+    signalled=false interrupted=false
+    trap 'signalled=true interrupted=true' TERM USR1
     # Of runs that share a configuration each has its own folder of every
     # output directory: two that wrote one export or one log would end each other.
     local where=("checkpoint.directory=$RUN_DIR")
@@ -49,7 +75,7 @@ run_job() {
     fi
     local once_per_node=(srun --ntasks-per-node=1 --ntasks="${SLURM_NNODES:-1}" "${container[@]}")
     local check=("${once_per_node[@]}" "$PYTHON" -m megatron_embed doctor --config "$1" --ranks "${SLURM_NTASKS:-1}"
-        --ranks-per-node "$((${SLURM_NTASKS:-1} / ${SLURM_NNODES:-1}))" --min-free-gib "$MIN_FREE_GIB"
+        --ranks-per-node "$(ranks_per_node)" --min-free-gib "$MIN_FREE_GIB"
         "${where[@]}" "${@:2}")
     # --kill-on-bad-exit=0: ranks that have saved end one after the other with 75; the first must not kill the others.
     # One that crashes ends the others too: they notice within parallel.timeout_seconds.
@@ -78,27 +104,74 @@ run_job() {
     fi
     echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start number $((${SLURM_RESTART_COUNT:-0} + 1)), $(date --iso-8601=seconds)"
     if [[ $PREFLIGHT != no ]]; then
-        "${check[@]}" || return
+        run_undisturbed "${check[@]}"
+        if $signalled; then
+            finish 75
+            return
+        fi
+        ((code == 0)) || return "$code"
     fi
-    # Slurm's signals are for the ranks, which save and end. The shell and srun must live until then: the SIGTERM of a
-    # requeue reaches them as well, and an srun that takes it kills its tasks.
-    trap '' TERM USR1
+    # Another one for each start: a word of before a requeue is none.
+    export MEGATRON_EMBED_SECRET=${MEGATRON_EMBED_SECRET:-$(new_secret)}
     mkdir -p "$RUN_DIR"
     echo "$config" >"$owner"
     export MEGATRON_EMBED_STATUS_FILE=$RUN_DIR/.status
     rm -f "$MEGATRON_EMBED_STATUS_FILE"
-    local code=0
-    "${train[@]}" || code=$?
+    run_undisturbed "${train[@]}"
     # An srun that gave up waiting for a step that Slurm killed says 0: only the ranks' own word makes a run complete.
     if ((code == 0)) && ! grep -qs '"exit_code": 0' "$MEGATRON_EMBED_STATUS_FILE"; then
         echo "srun ended with 0, but the ranks did not say that they ended well" >&2
         code=1
+        killed=true
     fi
     finish "$code"
 }
 
+# Runs a command that Slurm's signals do not reach, and waits for its end however many come. Its exit code is in $code,
+# and $killed says whether a signal ended it.
+run_undisturbed() {
+    (trap '' TERM USR1 && exec "$@") &
+    local process=$!
+    while true; do # a signal ends `wait`, not the command
+        interrupted=false code=0
+        wait "$process" || code=$?
+        $interrupted || break
+    done
+    killed=$( ((code > 128 && code < 160)) && echo true || echo false)
+}
+
+# Prints how many ranks each node has: one number, or Slurm's list, 8(x2),4, where they differ.
+ranks_per_node() {
+    local list=${SLURM_TASKS_PER_NODE:-}
+    if [[ -z $list ]]; then
+        echo "$((${SLURM_NTASKS:-1} / ${SLURM_NNODES:-1}))"
+    elif [[ $list =~ ^([0-9]+)(\(x[0-9]+\))?$ ]]; then
+        echo "${BASH_REMATCH[1]}"
+    else
+        echo "$list"
+    fi
+}
+
+# Whether ranks that were killed can go on after a requeue: Slurm wanted the node back (this script got its signal, or
+# Slurm says so), and the kill was its too: a SIGTERM that came before Python could listen, or a SIGKILL after there was
+# a complete checkpoint. Nobody requeues a run that ran out of memory: it would again.
+was_preempted() {
+    $killed || return 1
+    $signalled || scontrol show job "$SLURM_JOB_ID" 2>/dev/null |
+        grep -Eq 'JobState=PREEMPTED|PreemptTime=[0-9]' || return 1
+    if (($1 == 143 || $1 == 138)); then
+        return 0
+    fi
+    ! sacct -n -P -j "$SLURM_JOB_ID" -o State 2>/dev/null | grep -q OUT_OF_ME && [[ -s $RUN_DIR/latest ]]
+}
+
 # What follows from the ranks' exit code.
 finish() {
+    if (($1 != 75)) && was_preempted "$1"; then
+        echo "the ranks were killed (exit code $1) because Slurm wants the node back" >&2
+        finish 75
+        return
+    fi
     case $1 in
         0)
             date --iso-8601=seconds >"$RUN_DIR/DONE"

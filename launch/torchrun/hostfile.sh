@@ -1,36 +1,78 @@
 #!/usr/bin/env bash
-# A run on the hosts of a file, one per line, optionally with `slots=G` (ranks on it; default: its GPUs). The first host
-# is node 0. Needs ssh without a password, and this directory and the data at the same path on every host.
+# A run on the hosts of a file; the first one is node 0. Needs ssh without a password, and this directory and the data at
+# the same path on every host.
 #
 #   launch/torchrun/hostfile.sh HOSTFILE [--master-port 29500] [--dry-run] CONFIG.yaml [section.key=value ...]
+#
+# A line of HOSTFILE is `HOST [slots=N] [# comment]`: N ranks on it, a number from 1 on; default: its GPUs. HOST may be
+# user@name; the user is for ssh alone. Empty lines are skipped, and anything else is refused.
 #
 # SIGTERM, SIGUSR1 and Ctrl-C (as SIGTERM) go to every node. The exit code is node 0's. Of this shell's environment PYTHON and PREFLIGHT go along, and what
 # begins with NCCL_, GLOO_, UCX_, TORCH_ or PYTORCH_.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/functions.sh
+source "$here/../functions.sh"
 read -ra ssh <<<"${SSH:-ssh -o BatchMode=yes}"
 
-hostfile=${1:?HOSTFILE is missing; see the comment at the top}
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    print_help "${BASH_SOURCE[0]}"
+    exit 0
+fi
+[[ -n ${1:-} && ${1:-} != -* ]] || refuse "HOSTFILE is missing, the first argument; see $0 --help"
+hostfile=$1
 shift
 port=29500 dry_run=false
-while [[ ${1:-} == --* ]]; do
+while [[ ${1:-} == -* ]]; do
     case $1 in
-        --master-port) port=$2 && shift 2 ;;
+        --help | -h) print_help "${BASH_SOURCE[0]}" && exit 0 ;;
+        --master-port)
+            (($# > 1)) || refuse "--master-port needs a value; see $0 --help"
+            port=$2 && shift 2
+            ;;
+        --master-port=*) port=${1#*=} && shift ;;
         --dry-run) dry_run=true && shift ;;
-        *) echo "$0: unknown option $1; see the comment at its top" >&2 && exit 2 ;;
+        *) refuse "unknown option $1; see $0 --help" ;;
     esac
 done
-hosts=() slots=()
-while read -r host rest; do
-    [[ -z $host || $host == \#* ]] && continue
-    hosts+=("$host")
-    [[ ${rest:-} =~ slots=([0-9]+) ]] && slots+=("${BASH_REMATCH[1]}") || slots+=("")
+require_number --master-port "$port" 1 65535
+[[ -n ${1:-} ]] || refuse "CONFIG.yaml is missing; see $0 --help"
+[[ -f $hostfile && -r $hostfile ]] || refuse "$hostfile: no file that can be read; name a file of hosts, one per line"
+# hosts: as ssh is told; addresses: without the user; slots: empty where the line does not say.
+hosts=() addresses=() slots=() number=0
+name='[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|[0-9A-Fa-f:]*:[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*' # the latter: IPv6
+pattern="^(([A-Za-z0-9_][A-Za-z0-9._-]*@)?($name))([[:space:]]+slots=([1-9][0-9]{0,3}))?[[:space:]]*\$"
+while IFS= read -r line || [[ -n $line ]]; do
+    number=$((number + 1)) text=${line%$'\r'}
+    text=${text#"${text%%[![:space:]]*}"}
+    if [[ $text == \#* ]]; then
+        continue
+    fi
+    text=${text%%[[:space:]]#*}
+    if [[ -z ${text//[[:space:]]/} ]]; then
+        continue
+    fi
+    [[ $text =~ $pattern ]] || refuse "$hostfile:$number: ${line@Q}: a line is \`HOST [slots=N] [# comment]\`, N a \
+whole number from 1 to 9999, without blanks around the ="
+    address=${BASH_REMATCH[3]}
+    for other in "${!addresses[@]}"; do
+        [[ ${addresses[other],,} != "${address,,}" ]] || refuse "$hostfile:$number: $address is given twice; write \
+it once, with slots=N for its ranks"
+    done
+    hosts+=("${BASH_REMATCH[1]}") addresses+=("$address") slots+=("${BASH_REMATCH[6]}")
 done <"$hostfile"
-if ((${#hosts[@]} == 0)); then
-    echo "$0: $hostfile names no host" >&2
-    exit 2
-fi
+((${#hosts[@]} > 0)) || refuse "$hostfile names no host"
 
+# Where some lines say their ranks and some do not, the others' GPUs are counted: every node must know the number of all.
+if [[ -n ${slots[*]//[[:space:]]/} ]] && ! $dry_run; then
+    for node in "${!hosts[@]}"; do
+        [[ -n ${slots[node]} ]] && continue
+        printf -v question 'cd %q && %q --count-gpus' "$PWD" "$here/node.sh"
+        slots[node]=$("${ssh[@]}" -- "${hosts[node]}" "$question" </dev/null) || slots[node]=""
+        [[ ${slots[node]} =~ ^[1-9][0-9]*$ ]] ||
+            refuse "${hosts[node]}: cannot count its GPUs by ssh; write slots=N behind it in $hostfile"
+    done
+fi
 ranks=0 # of all hosts; empty where one of them does not say its own
 for count in "${slots[@]}"; do
     [[ -n $ranks && -n $count ]] && ranks=$((ranks + count)) || ranks=""
@@ -42,7 +84,7 @@ run_id="$(id -un)-$(date +%s)-$$"
 secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 pid_file="/tmp/megatron-embed-$secret"
 node_command() {
-    local options=(--nnodes "${#hosts[@]}" --node-rank "$1" --master-addr "${MASTER_ADDR:-${hosts[0]}}"
+    local options=(--nnodes "${#hosts[@]}" --node-rank "$1" --master-addr "${MASTER_ADDR:-${addresses[0]}}"
         --master-port "$port" --run-id "$run_id")
     [[ -n $ranks ]] && options+=(--ranks "$ranks")
     [[ -n ${slots[$1]} ]] && options+=(--nproc-per-node "${slots[$1]}")
@@ -51,7 +93,9 @@ node_command() {
         [[ $name =~ ^(NCCL|GLOO|UCX|TORCH|PYTORCH)_ ]] && variables+=("$name=${!name}")
     done < <(compgen -e)
     printf -v line '%q ' env "${variables[@]}" "$here/node.sh" "${options[@]}" "${@:2}"
-    printf 'cd %q && (umask 077 && set -C && echo $$ >%s-%d) && exec %s' "$PWD" "$pid_file" "$1" "$line"
+    # The secret comes by stdin: other users of the host can read arguments.
+    printf 'cd %q && read -r MEGATRON_EMBED_SECRET && export MEGATRON_EMBED_SECRET && ' "$PWD"
+    printf '(umask 077 && set -C && echo $$ >%s-%d) && exec %s' "$pid_file" "$1" "$line"
 }
 if $dry_run; then
     for node in "${!hosts[@]}"; do
@@ -61,16 +105,19 @@ if $dry_run; then
     done
     exit 0
 fi
+secret=${MEGATRON_EMBED_SECRET:-$(new_secret)}
 pids=()
 for node in "${!hosts[@]}"; do
-    "${ssh[@]}" "${hosts[$node]}" "$(node_command "$node" "$@")" &
+    "${ssh[@]}" -- "${hosts[$node]}" "$(node_command "$node" "$@")" <<<"$secret" &
     pids+=($!)
 done
 # shellcheck disable=SC2317  # called by the traps
 pass_on() {
     local node
     for node in "${!hosts[@]}"; do
-        "${ssh[@]}" "${hosts[$node]}" "kill -s $1 \$(cat $pid_file-$node)" || true
+        # A signal in the first seconds waits for the file; what then is not there has ended.
+        "${ssh[@]}" -- "${hosts[$node]}" "for i in 1 2 3 4 5 6; do test -s $pid_file-$node && break; sleep 0.5; done; \
+kill -s $1 \$(cat $pid_file-$node)" </dev/null &
     done
 }
 interrupted=false
@@ -86,6 +133,6 @@ for pid in "${pids[@]}"; do
     codes+=("$code")
 done
 for node in "${!hosts[@]}"; do
-    "${ssh[@]}" "${hosts[$node]}" "rm -f $pid_file-$node" || true
+    "${ssh[@]}" -- "${hosts[$node]}" "rm -f $pid_file-$node" || true
 done
 exit "${codes[0]}"

@@ -6,7 +6,7 @@
 #
 # Options: --nproc-per-node G (default: the node's GPUs, else 1), --run-id NAME (the same on every node: keeps runs apart
 # that are given one address and port by mistake), --ranks N (of all nodes; default: as many on each as here), --dry-run
-# (print what would run). First it asks `doctor --config` whether the run can start here (layout, GPUs, output
+# (print what would run), --count-gpus (print how many ranks the default would be here). First it asks `doctor --config` whether the run can start here (layout, GPUs, output
 # directories, free disk) and ends with its code if not; PREFLIGHT=no leaves that out.
 # SIGTERM, SIGUSR1, Ctrl-C and a closed terminal let the run finish its step, save and end with exit code 75. This script
 # hands them to the workers itself: torchrun would kill them 30 seconds after a SIGTERM, and does not survive SIGUSR1.
@@ -16,40 +16,58 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/environment.sh
 source "$here/../environment.sh"
+# shellcheck source=launch/functions.sh
+source "$here/../functions.sh"
 python=${PYTHON:-python}
 
 nnodes=1 node_rank=0 master_addr=127.0.0.1 master_port="" nproc="" ranks="" run_id="" dry_run=false
-while [[ ${1:-} == --* ]]; do
-    case $1 in
-        --nnodes) nnodes=$2 && shift 2 ;;
-        --node-rank) node_rank=$2 && shift 2 ;;
-        --master-addr) master_addr=$2 && shift 2 ;;
-        --master-port) master_port=$2 && shift 2 ;;
-        --nproc-per-node) nproc=$2 && shift 2 ;;
-        --ranks) ranks=$2 && shift 2 ;;
-        --run-id) run_id=$2 && shift 2 ;;
-        --dry-run) dry_run=true && shift ;;
-        *) echo "$0: unknown option $1; see the comment at its top" >&2 && exit 2 ;;
+while [[ ${1:-} == -* ]]; do
+    option=${1%%=*}
+    case $option in
+        --help | -h) print_help "${BASH_SOURCE[0]}" && exit 0 ;;
+        --dry-run) dry_run=true && shift && continue ;;
+        --count-gpus) default_ranks && exit 0 ;;
+        --nnodes | --node-rank | --master-addr | --master-port | --nproc-per-node | --ranks | --run-id) ;;
+        *) refuse "unknown option $1; see $0 --help" ;;
+    esac
+    if [[ $1 == *=* ]]; then
+        value=${1#*=}
+        shift
+    else
+        (($# > 1)) || refuse "$option needs a value; see $0 --help"
+        value=$2
+        shift 2
+    fi
+    [[ -n $value ]] || refuse "$option needs a value; see $0 --help"
+    case $option in
+        --nnodes) require_number "$option" "$value" 1 100000 && nnodes=$value ;;
+        --node-rank) require_number "$option" "$value" 0 100000 && node_rank=$value ;;
+        --master-addr) master_addr=$value ;;
+        --master-port) require_number "$option" "$value" 1 65535 && master_port=$value ;;
+        --nproc-per-node) require_number "$option" "$value" 1 100000 && nproc=$value ;;
+        --ranks) require_number "$option" "$value" 1 1000000 && ranks=$value ;;
+        --run-id) run_id=$value ;;
     esac
 done
-if (($# == 0)); then
-    echo "$0: CONFIG.yaml is missing; see the comment at its top" >&2
-    exit 2
+if (($# == 0)) || [[ -z $1 ]]; then
+    refuse "CONFIG.yaml is missing; see $0 --help"
+fi
+if ((node_rank >= nnodes)); then
+    refuse "--node-rank $node_rank of --nnodes $nnodes: nodes count from 0, so the last one is $((nnodes - 1))"
 fi
 if [[ -z $nproc ]]; then
-    nproc=1
-    if command -v nvidia-smi >/dev/null && gpus=$(nvidia-smi --list-gpus); then
-        nproc=$(grep -c . <<<"$gpus")
-    fi
+    nproc=$(default_ranks)
 fi
 if [[ -n $master_port ]]; then
     where=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" --master-port "$master_port")
     [[ -n $run_id ]] && where+=(--rdzv-id "$run_id")
 elif ((nnodes == 1)); then
-    where=(--standalone) # a free port of its own: several runs may share the node
+    # A free port of its own: several runs may share the node. Not --standalone: its rendezvous unpickles what anyone
+    # who reaches the port writes into it.
+    where=(--nnodes 1 --node-rank 0 --master-addr 127.0.0.1 --master-port "$(free_port)"
+        --rdzv-id "${run_id:-$(id -un)-$(date +%s)-$$}")
 else
-    echo "$0: --master-port is missing; every node needs the same one" >&2
-    exit 2
+    refuse "--master-port is missing; every node needs the same one"
 fi
 command=("$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$nproc" --max-restarts 0
     -m megatron_embed train "$@")
@@ -62,8 +80,49 @@ if $dry_run; then
     exit 0
 fi
 
+if ((nnodes == 1)); then # with several nodes hostfile.sh, or who starts them, gives all the same one
+    export MEGATRON_EMBED_SECRET=${MEGATRON_EMBED_SECRET:-$(new_secret)}
+fi
+
+# The workers are torchrun's children; before it has started any, there is nothing to save.
+signalled=false interrupted=false agent=""
+# shellcheck disable=SC2317  # called by the traps
+pass_on() {
+    signalled=true interrupted=true
+    [[ -n $agent ]] || return 0
+    local workers
+    workers=$(cat "/proc/$agent/task/"*/children 2>/dev/null || true)
+    if [[ -n ${workers// /} ]]; then
+        # shellcheck disable=SC2086  # one process number per word
+        kill -s "$1" $workers 2>/dev/null || true
+    else
+        kill -s TERM "$agent" 2>/dev/null || true
+    fi
+}
+trap 'pass_on TERM' TERM INT HUP
+trap 'pass_on USR1' USR1
+
+# Waits for $agent; its exit code is in $code.
+await() {
+    if $signalled; then # before there was a process to tell
+        pass_on TERM
+    fi
+    while true; do # a signal ends `wait`, not the run
+        interrupted=false code=0
+        wait "$agent" || code=$?
+        $interrupted || break
+    done
+}
+
 if [[ ${PREFLIGHT:-yes} != no ]]; then
-    "${check[@]}" >&2 || exit
+    "${check[@]}" >&2 &
+    agent=$!
+    await
+    if $signalled; then
+        exit 75
+    fi
+    ((code == 0)) || exit "$code"
+    agent=""
 fi
 
 # In a folder that nobody else may write to.
@@ -75,28 +134,13 @@ trap 'rm -rf "$status_folder"' EXIT
 # In a session of its own: a terminal's Ctrl-C would reach torchrun too, which gives its workers 30 seconds.
 setsid "${command[@]}" &
 agent=$!
-# The workers are torchrun's children; before it has started any, there is nothing to save.
-# shellcheck disable=SC2317  # called by the traps
-pass_on() {
-    local workers
-    workers=$(cat "/proc/$agent/task/"*/children 2>/dev/null || true)
-    if [[ -n ${workers// /} ]]; then
-        # shellcheck disable=SC2086  # one process number per word
-        kill -s "$1" $workers 2>/dev/null || true
-    else
-        kill -s TERM "$agent" 2>/dev/null || true
+await
+if ((code != 0)); then
+    if [[ -s $status ]]; then
+        left=$(sed -n 's/.*"exit_code": *\([0-9][0-9]*\).*/\1/p' "$status")
+        code=${left:-$code}
+    elif $signalled; then # no worker was there yet to say so
+        code=75
     fi
-}
-interrupted=false
-trap 'interrupted=true; pass_on TERM' TERM INT HUP
-trap 'interrupted=true; pass_on USR1' USR1
-while true; do # a signal ends `wait`, not the run
-    interrupted=false code=0
-    wait "$agent" || code=$?
-    $interrupted || break
-done
-if ((code != 0)) && [[ -s $status ]]; then
-    left=$(sed -n 's/.*"exit_code": *\([0-9][0-9]*\).*/\1/p' "$status")
-    code=${left:-$code}
 fi
 exit "$code"

@@ -5,4 +5,8 @@
 #
 # Started again after exit code 75 or a crash, it goes on from its last checkpoint.
 set -euo pipefail
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    sed -n '2,${/^#/!q;s/^# \{0,1\}//p}' "$0"
+    exit 0
+fi
 exec "$(dirname "${BASH_SOURCE[0]}")/node.sh" "$@"

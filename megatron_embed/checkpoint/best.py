@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_embed.checkpoint.files import BEST, remove_old, sync_directory, write_atomically
 from megatron_embed.checkpoint.save import on_rank_0
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.parallel.collectives import share_from_first
 
@@ -56,9 +57,9 @@ class BestCheckpoint:
         if not file.is_file():
             return None
         try:
-            known = json.loads(file.read_text(encoding="utf-8"))
+            known = read_json_file(file)
             return {key: type_(known[key]) for key, type_ in types.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{file}: not readable ({error!r}); {remedy}") from error
 
     @property
@@ -94,7 +95,8 @@ class BestCheckpoint:
         better = value * self._sign > self._value * self._sign
         if better:
             self._step, self._value, self._pending = step, value, True
-        self._waited = [] if better else [*self._waited, step]
+        # A step is evaluated twice where a run was killed before its checkpoint said that this was done.
+        self._waited = [] if better else [*(other for other in self._waited if other != step), step]
         if not better:  # a better one lets the older steps be ignored, once its checkpoint is complete
             on_rank_0(lambda: write_atomically(self._directory / EVALUATIONS_FILE, json.dumps(
                 {"metric": self._metric, "steps": self._waited}) + "\n"), self._directory / BEST)

@@ -1,7 +1,6 @@
 """Saving training state as Megatron's sharded checkpoints, at once or behind the training steps that follow."""
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -22,7 +21,7 @@ from megatron_embed.checkpoint.files import (
     write_atomically,
 )
 from megatron_embed.checkpoint.optimizer_state import SHARDING, optimizer_to_save
-from megatron_embed.checkpoint.state import TRAINER_FILE, TrainingState, model_state
+from megatron_embed.checkpoint.state import TRAINER_FILE, TrainingState, model_state, trainer_text
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.parallel.collectives import raise_first, smallest
 from megatron_embed.platform.compat import ASYNC_SAVE, dist_checkpointing, write_common_file
@@ -57,9 +56,9 @@ class Saver:
         self._pending: _Pending | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, evaluation_owed: bool = False) -> None:
         """A checkpoint of the state after `step` optimizer steps; in the background one is begun, after the end of the
-        one before it.
+        one before it. `evaluation_owed`: the evaluation due at this step is still to be made.
 
         Communicates over the world.
 
@@ -68,7 +67,7 @@ class Saver:
                 background: that of the one before.
         """
         self.finish()
-        pending = _Pending(self._directory, step)
+        pending = _Pending(self._directory, step, evaluation_owed=evaluation_owed)
         with pending.removed_on_error():
             on_rank_0(lambda: make_room(pending.temporary / "model"), pending.target)
             model = model_state(self._state.models)
@@ -80,6 +79,15 @@ class Saver:
         self._pending = pending
         if not self._background:
             self.finish()
+
+    def mark_evaluation(self, step: int, *, owed: bool) -> None:
+        """Notes in the checkpoint of this step whether its evaluation is still to be made. Called by all ranks; see
+        on_rank_0."""
+        self.finish()
+        target = self._directory / f"step_{step:06d}"
+        on_rank_0(lambda: write_atomically(target / TRAINER_FILE, trainer_text(step, evaluation_owed=owed)), target)
+        if not owed and self._on_complete is not None:
+            self._on_complete(step, self._keep)
 
     def poll(self) -> None:
         """Completes a checkpoint that all ranks have written. While there is one, a small all-reduce over the world."""
@@ -100,7 +108,8 @@ class Saver:
         """On rank 0, once all tensors are there: temporary name, fsync, rename, `latest` last."""
         write_common_file(pending.temporary / "model")
         link_tree(self._assets, pending.temporary)
-        (pending.temporary / TRAINER_FILE).write_text(json.dumps({"step": pending.step}), encoding="utf-8")
+        (pending.temporary / TRAINER_FILE).write_text(
+            trainer_text(pending.step, evaluation_owed=pending.evaluation_owed), encoding="utf-8")
         sync_tree(pending.temporary)
         replace_directory(pending.temporary, pending.target)
         write_atomically(self._directory / LATEST, pending.target.name + "\n")
@@ -111,8 +120,8 @@ class Saver:
 class _Pending:
     """A checkpoint in the making."""
 
-    def __init__(self, directory: Path, step: int) -> None:
-        self.step = step
+    def __init__(self, directory: Path, step: int, *, evaluation_owed: bool) -> None:
+        self.step, self.evaluation_owed = step, evaluation_owed
         self.target = directory / f"step_{step:06d}"
         self.temporary = directory / f".step_{step:06d}.tmp"
         self._request: Any = None

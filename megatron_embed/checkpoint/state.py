@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.checkpoint.optimizer_state import OptimizerRestore
 from megatron_embed.checkpoint.reading import check_description, install
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import is_adapter
 from megatron_embed.models.encoder import EmbeddingModel
@@ -65,11 +66,27 @@ def model_state(models: Sequence[EmbeddingModel]) -> dict[str, dict[str, Any]]:
 
 def steps_done(checkpoint: Path) -> int:
     """Optimizer steps of a training checkpoint. No communication."""
+    return int(_trainer_values(checkpoint)["step"])
+
+
+def owes_evaluation(checkpoint: Path) -> bool:
+    """Whether the evaluation that was due at this training checkpoint was left out or broken off by a request to stop.
+    No communication."""
+    return bool(_trainer_values(checkpoint).get("evaluation_owed", False))
+
+
+def trainer_text(step: int, *, evaluation_owed: bool) -> str:
+    """Contents of TRAINER_FILE."""
+    return json.dumps({"step": step, **({"evaluation_owed": True} if evaluation_owed else {})})
+
+
+def _trainer_values(checkpoint: Path) -> dict[str, Any]:
     check_files(checkpoint)
     file = checkpoint / TRAINER_FILE
     try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        values: dict[str, Any] = read_json_file(file)
+        return {**values, "step": int(values["step"])}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{file}: not readable ({error!r}); the checkpoint is damaged: remove {checkpoint}, and "
                               "the run goes on from the one before it") from error
 

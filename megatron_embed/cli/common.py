@@ -1,25 +1,19 @@
-"""What every command shares: argument groups, the rank of this process, logging, output, and the status file."""
+"""What every command shares: argument groups, logging, and output."""
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from megatron_embed.cli.foreign_text import LogFormatter, guard_records, one_line, printable
 from megatron_embed.errors import UserError
+from megatron_embed.parallel.status import leaves_status, write_status
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
-
-logger = logging.getLogger(__name__)
-
-STATUS_FILE_VARIABLE = "MEGATRON_EMBED_STATUS_FILE"
-PREEMPTED = 75
-"""Exit code of a run that was asked to stop and has saved its state (EX_TEMPFAIL): start it again, and it goes on."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,62 +43,32 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-def process_rank() -> int:
-    """Rank of this process from torchrun's variables, else srun's, else 0; known before any library is loaded."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-
-
-def leaves_status() -> bool:
-    """Whether this process leaves the status file of its node: the first rank on it."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or process_rank()) == 0
-
-
 def setup_logging(rank: int) -> None:
     """Log to stderr: our messages from INFO on at rank 0, warnings from everyone else and every other library."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-                        datefmt="%H:%M:%S")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    guard_records()
     logging.getLogger("megatron_embed").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def write_error(message: str) -> None:
+    """Write one line to stderr, at once."""
+    sys.stderr.write(f"megatron-embed: error: {one_line(message)}\n")
+    sys.stderr.flush()
 
 
 def write_output(text: str) -> None:
     """Write one result line to stdout, at once; nothing else goes there."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()
-
-
-def clear_status() -> None:
-    """Removes what an earlier run left there: a run that is killed must not look like one that ended well."""
-    name = os.environ.get(STATUS_FILE_VARIABLE)
-    if name:
-        try:
-            Path(name).unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("%s = %r: cannot remove an earlier status: %s", STATUS_FILE_VARIABLE, name, error.strerror)
-
-
-def write_status(exit_code: int, message: str) -> None:
-    """Leave exit code and message in the file that MEGATRON_EMBED_STATUS_FILE names, if it names one.
-
-    For launch scripts: torchrun turns every worker's failure into exit code 1.
-    """
-    name = os.environ.get(STATUS_FILE_VARIABLE)
-    if not name:
-        return
-    unfinished = Path(f"{name}.{process_rank()}.tmp")  # nodes may share the directory
-    try:
-        unfinished.unlink(missing_ok=True)
-        with unfinished.open("x", encoding="utf-8") as file:  # x: a link that somebody put there is not followed
-            file.write(json.dumps({"exit_code": exit_code, "message": message}) + "\n")
-        unfinished.replace(name)
-    except OSError as error:
-        logger.warning("%s = %r: cannot write the status: %s", STATUS_FILE_VARIABLE, name, error.strerror)
 
 
 def report_lost_rank(message: str) -> None:
     """One line on stderr, from the rank that speaks for all; it leaves the status too where it is another's task,
     who may be gone."""
-    sys.stderr.write(f"megatron-embed: error: {message}\n")
-    sys.stderr.flush()
+    write_error(message)
     if not leaves_status():
         write_status(1, message)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 from typing import TYPE_CHECKING
@@ -20,12 +21,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="CONFIG.yaml",
                         help="check instead what this run needs: layout, GPUs, output directories, free disk")
     parser.add_argument("--ranks", type=positive_int, metavar="N", default=1, help="ranks of the run; default: 1")
-    parser.add_argument("--ranks-per-node", type=positive_int, metavar="N", help="default: --ranks")
+    parser.add_argument("--ranks-per-node", type=ranks_of_node, metavar="N",
+                        help="also as Slurm lists it where nodes differ, 8(x2),4; default: --ranks")
     parser.add_argument("--min-free-gib", type=positive_int, metavar="GIB", default=1,
                         help="free space that the disks of the output directories must have, however little the run "
                              "writes; default: 1")
     add_subdirectory(parser)
     add_overrides(parser, "", "section.key=value")
+
+
+def ranks_of_node(text: str) -> int:
+    """The ranks of this node: a number, or this node's of a list such as `8(x2),4` (SLURM_TASKS_PER_NODE)."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([1-9][0-9]{0,5})(?:\(x([1-9][0-9]{0,5})\))?", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number above 0, and no list such as 8(x2),4")
+        counts += [int(match.group(1))] * int(match.group(2) or 1)
+    node = os.environ.get("SLURM_NODEID", "")
+    return counts[int(node)] if node.isdecimal() and int(node) < len(counts) else max(counts)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,6 +95,8 @@ def _devices(config: "RunConfig", ranks_per_node: int) -> "Finding":
     from megatron_embed.platform.doctor import Finding
 
     there, promised = visible_gpus(), int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if there and "SLURM_GPUS_PER_TASK" in os.environ:  # this task sees its own alone, as every other one
+        return Finding(name="devices", value=f"{there} GPUs for each rank (--gpus-per-task)")
     value = f"{there} GPUs for {ranks_per_node} ranks on this node"
     if there and there < ranks_per_node:
         return Finding(name="devices", value=value, remedy=f"start {there} ranks per node, one per GPU, or ask for "
@@ -99,11 +115,29 @@ def _devices(config: "RunConfig", ranks_per_node: int) -> "Finding":
 
 
 def visible_gpus() -> int:
-    """GPUs that the driver lists, less those that CUDA_VISIBLE_DEVICES hides."""
+    """GPUs that CUDA gives one process: those of CUDA_VISIBLE_DEVICES up to the first name that is no device, and one
+    alone where a MIG device is among them. As count_gpus in launch/functions.sh."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return 0
     listed = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, check=False).stdout
-    there = sum(line.startswith("GPU ") for line in listed.splitlines())
+    uuids: list[str] = []
+    divided: set[int] = set()
+    for line in listed.splitlines():
+        if re.match(r"GPU \d+:", line):
+            uuids.append(line.partition("(UUID: ")[2].rstrip().removesuffix(")"))
+        elif re.match(r" +MIG ", line) and uuids:
+            divided.add(len(uuids) - 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return there if visible is None else min(there, sum(bool(name.strip()) for name in visible.split(",")))
+    if visible is None:
+        return 1 if divided else len(uuids)
+    count = 0
+    for name in (name.strip() for name in visible.split(",")):
+        found = [number for number, uuid in enumerate(uuids)
+                 if name == str(number) or (name.startswith("GPU-") and uuid.startswith(name))]
+        if name.startswith("MIG-") or (found and found[0] in divided):
+            return max(count, 1)
+        if not found:
+            break
+        count += 1
+    return count

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_embed.cli.model import ModelDirectory
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.convert.export import export_sentence_transformers
@@ -65,7 +66,7 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
         facts["matryoshka_dimensions"] = sorted(config.embedding.matryoshka_dims)  # what vLLM lets a request ask for
     if facts:
         file = hf / "config.json"
-        values = {**json.loads(file.read_text(encoding="utf-8")), **facts}
+        values = {**read_json_file(file), **facts}
         file.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 

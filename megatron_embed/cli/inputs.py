@@ -75,9 +75,9 @@ class Inputs:
         return self.standing.steps if self.standing.ended_early else self.train_steps
 
     def nothing_left(self, config: RunConfig) -> bool:
-        """Whether every step is done, and the export made if one is wanted."""
+        """Whether every step is done, evaluated where that is due, and the export made if one is wanted."""
         exported = config.checkpoint.export_at_end is None or is_exported(config, self.standing.steps)
-        return self.standing.steps >= self.last_step and exported
+        return self.standing.steps >= self.last_step and exported and not self.standing.evaluation_owed
 
 
 def read_inputs(config: RunConfig) -> Inputs:

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_embed.cli.common import add_encoding_arguments, path, process_rank
+from megatron_embed.cli.common import add_encoding_arguments, path
 from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.cli.watching import Start, ranks_watched
 from megatron_embed.cli.whole_file import check_jsonl, write_whole
 from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
+from megatron_embed.parallel.launch import process_rank
 
 if TYPE_CHECKING:
     from megatron_embed.cli.model import ModelDirectory

@@ -8,9 +8,10 @@ from typing import Any
 
 from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import latest_checkpoint, write_atomically
-from megatron_embed.checkpoint.state import steps_done
+from megatron_embed.checkpoint.state import owes_evaluation, steps_done
 from megatron_embed.cli.export import PROBES
 from megatron_embed.cli.model import ModelDirectory, adapters_of
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.load import read_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.layout import open_checkpoint
@@ -51,6 +52,8 @@ class Standing:
     """Optimizer steps done."""
     ended_early: bool
     """Whether that was the run's last step, by `evaluation.patience`."""
+    evaluation_owed: bool = False
+    """Whether a request to stop came in the way of the evaluation that was due after these steps."""
 
 
 def standing(config: RunConfig) -> Standing:
@@ -58,7 +61,8 @@ def standing(config: RunConfig) -> Standing:
     checkpoint = None if config.checkpoint.directory is None else latest_checkpoint(config.checkpoint.directory)
     steps = 0 if checkpoint is None else steps_done(checkpoint)
     best = best_checkpoint(config, steps) if config.evaluation.patience is not None and steps else None
-    return Standing(checkpoint=checkpoint, steps=steps, ended_early=best is not None and best.is_over)
+    return Standing(checkpoint=checkpoint, steps=steps, ended_early=best is not None and best.is_over,
+                    evaluation_owed=checkpoint is not None and owes_evaluation(checkpoint))
 
 
 def best_checkpoint(config: RunConfig, steps: int) -> BestCheckpoint | None:
@@ -123,7 +127,7 @@ def _known_rows(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        known: dict[str, Any] = read_json_file(file)
         return {"rows": known["rows"], "digest": known["digest"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: not readable ({error!r}); the checkpoint is damaged: remove {file.parent}, and "

@@ -30,6 +30,7 @@ from megatron_embed.models.reranker_settings import RERANKER_FILE, write_reranke
 from megatron_embed.objectives.build import build_objective
 from megatron_embed.parallel.collectives import raise_first, smallest
 from megatron_embed.parallel.liveness import watched
+from megatron_embed.parallel.stop import finishing
 from megatron_embed.parallel.topology import Topology, initialize
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.health import Health
@@ -52,13 +53,11 @@ def run_training(config: RunConfig) -> dict[str, float]:
         LostRankError: another rank is gone.
     """
     stop = StopRequest(config.training.exit_duration_minutes)
-    # Without checkpoints there is nothing to save: a signal then ends the process as it ends any other.
-    with contextlib.nullcontext() if config.checkpoint.directory is None else stop.listening():
-        inputs = read_inputs(config)
-        config = inputs.config
-        topology = initialize(config.parallel)
-        with watched(topology, leave_at_once):
-            return guarded_run(config, inputs, topology, stop)
+    inputs = read_inputs(config)
+    config = inputs.config
+    topology = initialize(config.parallel)
+    with watched(topology, leave_at_once):
+        return guarded_run(config, inputs, topology, stop)
 
 
 def guarded_run(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopRequest) -> dict[str, float]:
@@ -109,9 +108,10 @@ def carry_out(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopR
                     active=topology.rank == 0)
     for model in models:
         model.train()
-    with task.loader:
+    # Without checkpoints there is nothing to finish: the ranks then leave at once.
+    with task.loader, contextlib.nullcontext() if saver is None else finishing():
         metrics = train(config, trainer, hooks, writer, topology, health, first_step=first_step,
-                        train_steps=inputs.last_step)
+                        train_steps=inputs.last_step, evaluation_owed=inputs.standing.evaluation_owed)
     if metrics and task.show is not None:
         task.show()
     if config.checkpoint.export_at_end is not None:

@@ -5,7 +5,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from megatron_embed.cli.common import leaves_status, report_lost_rank, write_status
+from megatron_embed.cli.common import report_lost_rank
+from megatron_embed.parallel.status import leaves_status, write_status
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import ParallelConfig

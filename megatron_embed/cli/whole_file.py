@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_embed.errors import ConfigError, UserError
+from megatron_embed.parallel.stop import finishing
 
 
 def check_jsonl(option: str, output: str) -> None:
@@ -19,7 +20,16 @@ def check_jsonl(option: str, output: str) -> None:
 
 def write_whole(option: str, output: str, write: Callable[[Any], object], *, binary: bool = False) -> UserError | None:
     """Hands an open file to `write` and puts it in the place of `output` once it is on the disk; gives the error if it
-    cannot, and then leaves nothing behind."""
+    cannot, and then leaves nothing behind.
+
+    Raises:
+        PreemptedError: afterwards, if the process was asked to stop meanwhile.
+    """
+    with finishing():
+        return _write_whole(option, output, write, binary=binary)
+
+
+def _write_whole(option: str, output: str, write: Callable[[Any], object], *, binary: bool) -> UserError | None:
     temporary = f"{output}.{os.getpid()}.tmp"
     try:
         with contextlib.suppress(FileNotFoundError):

@@ -10,12 +10,29 @@ from megatron_embed.errors import ConfigError
 
 COMMAND_LINE = "command line"
 
+LARGEST_FILE = 1 << 20
+"""Bytes of a configuration; the longest that ships has 2 KB."""
+MOST_VALUES = 20_000
+"""Values of a configuration, aliases written out: nine of nine of nine ..., nine deep, are 400 million in 255 bytes."""
+
 # YAML 1.1 reads `1e-5` as text because it has no dot; everybody who writes it in a configuration means the number.
 _EXPONENT_WITHOUT_DOT = re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
 
 
 class Loader(yaml.SafeLoader):
     """YAML's plain types, and numbers such as `1e-5`."""
+
+    values_written, values_read = 0, 0
+    """So far, as the text has them and with aliases written out."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As the base; counted."""
+        self.values_written += 1
+        if self.values_written > MOST_VALUES:
+            mark = self.get_mark()
+            raise yaml.MarkedYAMLError(None, None, f"more than {MOST_VALUES:,} values", mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
 
 class Dumper(yaml.SafeDumper):
@@ -39,15 +56,17 @@ def read_file(path: str) -> Node:
     """The mapping that a YAML file holds.
 
     Raises:
-        ConfigError: no such file, unreadable, empty, not YAML, not a mapping, or a key that is set twice.
+        ConfigError: no such file, unreadable, empty, too long, not YAML, not a mapping, or a key that is set twice.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
+            text = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}; name a YAML file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not YAML: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
+    if len(text) > LARGEST_FILE:
+        raise ConfigError(f"{path}: longer than {LARGEST_FILE:,} characters; name a YAML file of settings")
     node = _compose(text, path)
     if node is None:
         raise ConfigError(f"{path}: the configuration is empty; it needs at least `model: {{path: DIRECTORY}}`")
@@ -111,6 +130,8 @@ def _compose(text: str, source: str, prefix: str = "") -> Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = _place(source, mark.line) if mark else source
+        if str(error.problem).startswith("more than"):
+            raise ConfigError(f"{place}: {prefix}{error.problem}; name a YAML file of settings") from None
         remedy = "indent with spaces" if "\\t" in str(error.problem) else "quote texts that hold `: `, `#`, brackets"
         raise ConfigError(f"{place}: {prefix}not YAML: {error.problem or error.context}; {remedy}") from None
     except RecursionError:
@@ -129,6 +150,10 @@ def _read(loader: Loader, node: yaml.Node, source: str, keys: tuple[str, ...], a
     name = ".".join(keys)
     if any(node is ancestor for ancestor in above):
         raise ConfigError(f"{place}: {name}: an alias that contains itself; write the value out")
+    loader.values_read += 1 + (len(node.value) // 64 if isinstance(node, yaml.ScalarNode) else 0)
+    if loader.values_read > MOST_VALUES:
+        raise ConfigError(f"{place}: {f'{name}: ' if name else ''}more than {MOST_VALUES:,} values, each alias counted "
+                          "as what it stands for; write out the values you need")
     above = (*above, node)
     if isinstance(node, yaml.SequenceNode):
         return Node([_read(loader, item, source, keys, above) for item in node.value], place)
@@ -136,7 +161,8 @@ def _read(loader: Loader, node: yaml.Node, source: str, keys: tuple[str, ...], a
         try:
             return Node(loader.construct_object(node), place)
         except (yaml.YAMLError, ValueError):
-            raise ConfigError(f"{place}: {name} = {node.value!r}: no plain YAML value; put it in quotes") from None
+            shown = repr(node.value[:100])
+            raise ConfigError(f"{place}: {name} = {shown}: no plain YAML value; put it in quotes") from None
     children: dict[str, Node] = {}
     for key_node, value_node in node.value:
         key_place = _place(source, key_node.start_mark.line)

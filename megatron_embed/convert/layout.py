@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.convert.adapters import settings_of
 from megatron_embed.convert.copying import Copy, copy_and_verify
 from megatron_embed.convert.heads import CarriedFile
@@ -114,7 +115,7 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
         raise CheckpointError(f"{path}: no {INFO_FILE}, so this is no checkpoint of megatron-embed{hint}; "
                               "give what `convert hf-to-megatron` or `train` wrote")
     try:
-        values: Any = json.loads(file.read_text(encoding="utf-8"))
+        values: Any = read_json_file(file)
         if values["format"] != FORMAT:
             raise CheckpointError(f"{file}: format = {values['format']!r}, this version reads {FORMAT}; "
                                   "convert it with the version that wrote it")
@@ -167,7 +168,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError if the file holds none."""
     try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
+        value: Any = read_json_file(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); restore the file from its source") from error
     if not isinstance(value, dict):

@@ -1,6 +1,5 @@
 """A Hugging Face directory as tensors: which there are, that they fit config.json, reading them whole or in slices."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -8,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from megatron_embed.config.json_file import LARGEST_INDEX, read_json_file
 from megatron_embed.convert.family import Family
 from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.runs import Run
@@ -195,7 +195,7 @@ def hf_weight_shards(source: HFDirectory, rules: Family, *, names: Iterable[str]
 def _weight_map(index_file: Path) -> dict[str, str]:
     """Tensor name -> shard of an index file."""
     try:
-        weight_map: Any = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: Any = read_json_file(index_file, LARGEST_INDEX)["weight_map"]
         for shard in set(weight_map.values()):
             plain_name(shard, f"{index_file}: a file in weight_map")
     except CheckpointError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_embed.data.corpus import Corpus
-from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.jsonl import numbered_lines, shortened
 from megatron_embed.data.numbers import check_grade
 from megatron_embed.data.record import Record
 from megatron_embed.errors import DataError
@@ -22,7 +22,7 @@ def is_beir_folder(path: str) -> bool:
 def _tsv_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     """(`FILE:LINE`, fields) of each line that is not blank; a byte order mark is dropped."""
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in numbered_lines(file, path):
             source = f"{path}:{number}"
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")

@@ -9,10 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn, cast
 
+from megatron_embed.config.json_file import refuse_deep_value, refuse_many_brackets, too_deep
 from megatron_embed.errors import ConfigError, DataError
 
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
+LONGEST_LINE = 64 << 20
+"""Bytes of a line, after decompression."""
+MOST_BLANK_LINES = 1_000_000
+"""Blank lines in a row: 3 GB of them fit into a compressed file of 3 MB."""
 ENDINGS = tuple(name + packing for packing in ("", ".gz", ".zst") for name in (".jsonl", ".json"))
 
 
@@ -71,25 +76,43 @@ def read_lines(path: str, key: str) -> Iterator[Line]:
 
     Raises:
         ConfigError: the file cannot be opened.
-        DataError: it breaks off or its compression is damaged.
+        DataError: see `numbered_lines`.
     """
-    number = start = 0
+    start = 0
     with open_jsonl(path, key) as file:
-        while True:
-            number += 1
-            try:
-                raw = file.readline()
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataError(f"{path}:{number}: cannot be read on: {error}; the file is damaged or incomplete, "
-                                "make it again") from None
-            if not raw:
-                return
+        for number, raw in numbered_lines(file, path):
             end = start + len(raw)
             if number == 1 and raw.startswith(_BOM):
                 raw, start = raw[len(_BOM):], len(_BOM)
             if raw.strip(_BLANK):
                 yield Line(number, start, raw)
             start = end
+
+
+def numbered_lines(file: BinaryIO, path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Every line of an open file with its number, from 1, blank ones too. Memory: the line.
+
+    Raises:
+        DataError: a line is longer than LONGEST_LINE, blank lines do not end, the file breaks off or its compression is
+            damaged.
+    """
+    number = num_blank = 0
+    while True:
+        number += 1
+        try:
+            raw = file.readline(LONGEST_LINE + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}:{number}: cannot be read on: {error}; the file is damaged or incomplete, "
+                            "make it again") from None
+        if not raw:
+            return
+        if len(raw) > LONGEST_LINE:
+            raise DataError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; a line holds one row, so "
+                            "divide its text, or make the file again with one row a line")
+        num_blank = 0 if raw.strip(_BLANK) else num_blank + 1
+        if num_blank > MOST_BLANK_LINES:
+            raise DataError(f"{path}:{number}: more than {MOST_BLANK_LINES:,} blank lines in a row; remove them")
+        yield number, raw
 
 
 class _RefusedError(Exception):
@@ -124,12 +147,16 @@ def parse_object(raw: bytes, source: str) -> dict[str, object]:
         raise DataError(f"{source}: not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line; "
                         "save the file as UTF-8") from None
     try:
+        refuse_many_brackets(raw)
         row = _DECODER.decode(text)
+        refuse_deep_value(row, raw)
     except json.JSONDecodeError as error:
         near = shortened(text[max(0, error.pos - 20):error.pos + 20].strip("\r\n"))
         raise DataError(f"{source}: not valid JSON: {error.msg} at character {error.pos + 1}, near {near}; "
                         "a line holds exactly one JSON object") from None
-    except (_RefusedError, ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
+    except RecursionError:
+        raise DataError(f"{source}: {too_deep()}; correct the line") from None
+    except (_RefusedError, ValueError) as error:  # ValueError: an integer of thousands of digits, many brackets
         raise DataError(f"{source}: {error}; correct the line") from None
     if not isinstance(row, dict):
         raise DataError(f"{source}: a JSON {json_type(row)}, {shortened(row)}, where one JSON object per line is "

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
+from megatron_embed.config.json_file import LARGEST_FILE
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.errors import CheckpointError, ConfigError
@@ -19,6 +20,10 @@ _PLACEHOLDER = "{instruction}"
 # Transformers builds an empty vocabulary, without a word, for a directory that has only a config.json.
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
                      "spiece.model", "tekken.json", "tiktoken.model")
+_LARGEST_VOCABULARY = 256 << 20
+"""Bytes; the largest published have 35 MB."""
+_OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+                "chat_template.json")
 # Transformers' "no limit" is 1e30; no real limit comes near this number.
 _LARGEST_REAL_LENGTH = 10**9
 
@@ -69,6 +74,7 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
     if not has_tokenizer_files(directory):
         raise CheckpointError(f"{model_dir}: no tokenizer files; copy tokenizer.json and tokenizer_config.json of the "
                               "model into it")
+    _refuse_large_files(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
@@ -86,6 +92,16 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
                                   "the model's own tokenizer there, or give the model more rows (Transformers: "
                                   "resize_token_embeddings)")
     return tokenizer
+
+
+def _refuse_large_files(directory: Path) -> None:
+    """Raises CheckpointError if a file that Transformers would read whole is no tokenizer's by its size."""
+    limits = dict.fromkeys((*_VOCABULARY_FILES, "merges.txt"), _LARGEST_VOCABULARY) | dict.fromkeys(
+        _OTHER_FILES, LARGEST_FILE)
+    for name, limit in limits.items():
+        file = directory / name
+        if file.is_file() and file.stat().st_size > limit:
+            raise CheckpointError(f"{file}: longer than {limit >> 20} MiB, too long for a tokenizer; fetch it again")
 
 
 def fill_template(prompt: str, instruction: str | None) -> str:

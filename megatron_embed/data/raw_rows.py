@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_embed.data.fields import Row
-from megatron_embed.data.jsonl import ENDINGS, is_compressed, open_jsonl, parse_object, read_lines
+from megatron_embed.data.jsonl import ENDINGS, LONGEST_LINE, is_compressed, open_jsonl, parse_object, read_lines
 from megatron_embed.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -153,7 +153,11 @@ class TableRows(RawRows):
     def scan(self) -> Iterator[tuple[Row, str]]:
         digest = hashlib.blake2b(digest_size=16)
         for start in range(0, len(self._table), _TABLE_ROWS):
-            columns = self._table[start:start + _TABLE_ROWS]
+            try:
+                columns = self._table[start:start + _TABLE_ROWS]
+            except Exception as error:  # pyarrow's errors have no common class, MemoryError among them
+                raise DataError(f"{self.path}:{start + 1}: cannot be read: {_first_line(error)}; the file is damaged, "
+                                "make it again") from error
             for place, values in enumerate(zip(*columns.values(), strict=True)):
                 row = dict(zip(columns, values, strict=True))
                 digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
@@ -297,6 +301,7 @@ def _load_table(path: str) -> Any:
     import datasets
 
     if path.endswith(".parquet"):
+        _refuse_large_rows(path)
         return datasets.Dataset.from_parquet(path, keep_in_memory=False)
     if path.endswith(".arrow"):
         return datasets.Dataset.from_file(path)
@@ -304,6 +309,18 @@ def _load_table(path: str) -> Any:
         return datasets.load_from_disk(path, keep_in_memory=False)
     repository, config, split = _named(path)
     return datasets.load_dataset(repository, config, split=split)
+
+
+def _refuse_large_rows(path: str) -> None:
+    """Raises ValueError if rows of a Parquet file are, by what it says of itself, longer than a line may be."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_metadata(path)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if not 0 <= group.total_byte_size <= LONGEST_LINE * max(1, group.num_rows):
+            raise ValueError(f"row group {number} says that its {group.num_rows} rows take {group.total_byte_size:,} "
+                             f"bytes, more than {LONGEST_LINE >> 20} MiB each")
 
 
 def _load_stream(path: str) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -12,16 +13,26 @@ from megatron_embed.batch import MicroBatch
 from megatron_embed.data.packing import PackingSpec, build_encode_batches
 from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.errors import DataError, TokenlessTextError, UserError
-from megatron_embed.models.encoder import AttentionKernel, to_device
+from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, to_device
 from megatron_embed.models.passes import embed, unwrapped
 from megatron_embed.names import Pooling
-from megatron_embed.parallel.collectives import gather_padded, largest, raise_first, send_from_last, smallest
+from megatron_embed.parallel import stop
+from megatron_embed.parallel.collectives import (
+    gather_padded,
+    largest,
+    leave_if_asked,
+    raise_first,
+    send_from_last,
+    smallest,
+)
 from megatron_embed.parallel.topology import Topology, token_alignment
 
 Item = TypeVar("Item")
 
 Pack = Callable[[Sequence[Item]], tuple[tuple[MicroBatch, ...], int | None]]
 
+BATCHES_AT_ONCE = 8
+"""Times the pipeline's size: batches between two looks at a request to stop."""
 TEXTS_AT_ONCE = 4096
 """Texts tokenized and packed together; bounds memory for large corpora while lengths still sort well."""
 
@@ -55,7 +66,8 @@ class RowRunner:
 
         Called by all ranks. Each data-parallel rank runs every dp_size-th item; one all-gather over the data-parallel
         group and one broadcast over the pipeline per 4096 items of a rank, and one all-reduce of an integer over the
-        world. Dropout is off meanwhile.
+        world. Dropout is off meanwhile. A training run's evaluation is broken off between two batches if some rank is
+        asked to stop: what is left is skipped, and the ranks agree before anything of it is used.
 
         Args:
             items: a sequence that reads its items from a file is asked for this rank's share alone.
@@ -64,12 +76,14 @@ class RowRunner:
         Raises:
             TokenlessTextError: for the first item without tokens of these 4096, on every rank alike.
             DataError: an item cannot be read from its file any more, on every rank alike.
+            PreemptedError: some rank was asked to stop, on every rank alike.
         """
         size, rank = self.topology.dp_size, self.topology.dp_rank
         result = torch.empty(len(items), self.dim)
         block = TEXTS_AT_ONCE * size
         with bar, _evaluation_mode(self.chunks):
             for first in range(0, len(items), block):
+                leave_if_asked()
                 part = items[first : first + block]
                 capacity = -(-len(part) // size)
                 share = part[rank::size]
@@ -89,6 +103,7 @@ class RowRunner:
                 gathered = send_from_last(gathered, self.topology.groups.pp)
                 result[first : first + len(part)] = gathered.transpose(0, 1).reshape(-1, self.dim)[: len(part)].cpu()
                 bar.update(len(part))
+            leave_if_asked()
         return result
 
     def _run_share(self, bins: Sequence[MicroBatch], num_items: int) -> Tensor:
@@ -104,10 +119,33 @@ class RowRunner:
             batches += [batches[0]] * (needed - len(batches))
         if len(self.chunks) > 1:  # the interleaved schedule runs whole rounds of the pipeline
             batches += [batches[0]] * (-len(batches) % self.topology.pp_size)
+        if stop.held():
+            return self._run_until_asked(batches, num_items)
         rows = embed(self.chunks, batches, self.topology)
         if rows is None:
             return torch.zeros(0, self.dim, device=self.topology.device)
         return rows[:num_items]
+
+    def _run_until_asked(self, batches: Sequence[DeviceMicroBatch], num_items: int) -> Tensor:
+        """The same a few batches at a time, until somebody is asked to stop; zeros from there on.
+
+        Where a model lies on several ranks, these agree before each time: one small all-reduce over the world.
+        """
+        topology = self.topology
+        alone = topology.world_size == topology.dp_size and topology.sizes.expert_model_parallel_size == 1 and (
+            topology.sizes.expert_tensor_parallel_size == 1)
+        at_once = 1 if topology.pp_size == 1 else BATCHES_AT_ONCE * topology.pp_size
+        times = -(-len(batches) // at_once)
+        result = torch.zeros(max(num_items, 1), self.dim, device=topology.device)
+        for start in range(0, at_once * (times if alone else largest(times, dist.group.WORLD)), at_once):
+            if stop.asked() if alone else smallest(-int(stop.asked())) < 0:
+                break
+            some = batches[start : start + at_once]
+            rows = embed(self.chunks, some, topology) if some else None
+            if rows is not None:
+                kept = torch.cat([batch.valid_rows for batch in some]).to(rows.device)
+                result.index_copy_(0, kept, rows[kept])
+        return result[:num_items] if topology.is_last_stage else result[:0]
 
 
 def _packed(pack: Pack[Item], items: Sequence[Item]) -> tuple[tuple[MicroBatch, ...], int | None, DataError | None]:

@@ -5,12 +5,12 @@ other directory counts by its config.json and its tokenizer alone: the library r
 Nothing that a file names is imported.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import read_hf_config
 from megatron_embed.models.foreign_tables import CONFIG_BLOCK, LOGIT_SCORE
@@ -115,7 +115,7 @@ def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json_file(path)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch the file again") from error
     if not isinstance(values, dict):
@@ -209,7 +209,7 @@ def _check_modules(folder: Path, task: str) -> tuple[int, int] | None:
     """Ids of the two answers, of a LogitScore. Raises CheckpointError for modules other than it and Transformer."""
     file = folder / "modules.json"
     try:
-        modules = [(str(module["type"]), module["path"]) for module in json.loads(file.read_text(encoding="utf-8"))]
+        modules = [(str(module["type"]), module["path"]) for module in read_json_file(file)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a list of modules ({error!r}); restore the file from its source") from error
     wanted = ["Transformer"] if task == "sequence-classification" else ["Transformer", "LogitScore"]

@@ -4,12 +4,12 @@ Imports neither torch nor Megatron.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 
 FamilyName = Literal["bert", "roberta", "xlm-roberta", "qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral"]
@@ -79,8 +79,17 @@ class ModelShape:
         for key in ("hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "head_dim",
                     "ffn_hidden_size", "vocab_size", "max_position_embeddings"):
             value = getattr(self, key)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise CheckpointError(f"{key} = {value!r} must be a positive integer")
+        if self.num_layers * max(1, self.num_experts) > MOST_MLPS:
+            raise CheckpointError(f"{self.num_layers} layers of {self.num_experts} experts are more than {MOST_MLPS:,} "
+                                  "MLPs, which no model has")
+        if self.num_experts and not self.experts_per_token <= self.num_experts:
+            raise CheckpointError(f"num_experts_per_tok = {self.experts_per_token} is more than the {self.num_experts} "
+                                  "experts")
+        if self.position_offset >= self.max_position_embeddings:
+            raise CheckpointError(f"max_position_embeddings = {self.max_position_embeddings} leaves no position after "
+                                  f"pad_token_id = {self.position_offset - 1}")
         if self.num_attention_heads % self.num_query_groups:
             raise CheckpointError(f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                                   f"num_key_value_heads = {self.num_query_groups}")
@@ -93,8 +102,49 @@ class ModelShape:
         return self.max_position_embeddings - self.position_offset
 
 
+MOST_MLPS = 2**17
+"""Layers times experts; the largest open models have 23 thousand."""
+
+LARGEST: dict[str, int] = {
+    "hidden_size": 2**20, "num_hidden_layers": 2**12, "num_attention_heads": 2**16, "num_key_value_heads": 2**16,
+    "head_dim": 2**16, "intermediate_size": 2**24, "moe_intermediate_size": 2**24, "vocab_size": 2**26,
+    "max_position_embeddings": 2**31, "original_max_position_embeddings": 2**31, "sliding_window": 2**31,
+    "num_experts": 2**16, "num_local_experts": 2**16, "num_experts_per_tok": 2**16, "type_vocab_size": 2**16,
+    "pad_token_id": 2**26}
+"""Whole numbers of config.json, and what none of them exceeds: far above every model, far below what would keep a
+machine busy before its weights are looked at."""
+_MAY_BE_ZERO = ("type_vocab_size", "pad_token_id")
+_FINITE = ("layer_norm_eps", "rms_norm_eps", "initializer_range", "rope_theta", "factor", "low_freq_factor",
+           "high_freq_factor")
+_TRUTHS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob")
+
+
+def _check_value(key: str, value: object, file: str) -> None:
+    """Raises CheckpointError if a value of config.json that is read is not of its key's kind."""
+    if key in LARGEST:
+        least = 0 if key in _MAY_BE_ZERO else 1
+        if type(value) is not int or not least <= value <= LARGEST[key]:
+            raise CheckpointError(f"{file}: {key} = {_shown(value)} must be a whole number from {least} to "
+                                  f"{LARGEST[key]:,}; fetch the file again")
+    elif key in _FINITE:
+        if type(value) not in (int, float) or not 0 <= value < 1e30:  # type: ignore[operator]  # nan is neither
+            raise CheckpointError(f"{file}: {key} = {_shown(value)} must be a finite number, not below 0; fetch the "
+                                  "file again")
+    elif key in _TRUTHS and type(value) is not bool:
+        raise CheckpointError(f"{file}: {key} = {_shown(value)} must be true or false; fetch the file again")
+
+
+def _shown(value: object) -> str:
+    """The value as text of bounded length."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a number of more than 30 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
 class _HFConfig:
-    """A `config.json` whose missing keys are refused with the file's name."""
+    """A `config.json` whose missing keys, and values of another kind than their key's, are refused with the file's
+    name."""
 
     def __init__(self, values: Mapping[str, Any], file: str) -> None:
         self.values = values
@@ -104,16 +154,20 @@ class _HFConfig:
         if key not in self.values:
             raise CheckpointError(f"{self.file}: key {key!r} is missing; a {self.values.get('model_type')} model needs "
                                   "it")
+        _check_value(key, self.values[key], self.file)
         return self.values[key]
 
     def get(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
-        return default if value is None else value
+        if value is None:
+            return default
+        _check_value(key, value, self.file)
+        return value
 
     def refuse_unless(self, key: str, allowed: tuple[Any, ...], why: str) -> None:
         value = self.values.get(key)
         if value not in allowed:
-            raise CheckpointError(f"{self.file}: {key} = {value!r} is not supported: {why}")
+            raise CheckpointError(f"{self.file}: {key} = {_shown(value)} is not supported: {why}")
 
 
 _ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh", "relu", "silu"]] = {
@@ -123,7 +177,7 @@ _ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh", "relu", "silu"]] = {
 def _activation(config: _HFConfig, default: str) -> Literal["gelu", "gelu_tanh", "relu", "silu"]:
     name = config.get("hidden_act", default)
     if name not in _ACTIVATIONS:
-        raise CheckpointError(f"{config.file}: hidden_act = {name!r} is not supported; known: "
+        raise CheckpointError(f"{config.file}: hidden_act = {_shown(name)} is not supported; known: "
                               f"{', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
@@ -162,16 +216,22 @@ def _rope(config: _HFConfig, default: float) -> tuple[float, RopeScaling | None]
     `rope_parameters`."""
     parameters = config.get("rope_scaling", {}) or config.get("rope_parameters", {})
     kind = parameters.get("rope_type", parameters.get("type")) or "default"
+    if not isinstance(parameters, dict):
+        raise CheckpointError(f"{config.file}: rope_scaling = {_shown(parameters)} must be an object; fetch the file "
+                              "again")
+    for key in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if parameters.get(key) is not None:
+            _check_value(key, parameters[key], config.file)
     base = float(parameters.get("rope_theta", config.get("rope_theta", default)))
     for partial in (parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor", None)):
         if partial not in (None, 1):
-            raise CheckpointError(f"{config.file}: partial_rotary_factor = {partial!r} is not supported; "
+            raise CheckpointError(f"{config.file}: partial_rotary_factor = {_shown(partial)} is not supported; "
                                   f"a {config['model_type']} model rotates its heads whole")
     if kind == "default":
         return base, None
     if kind not in ("linear", "llama3"):
-        raise CheckpointError(f"{config.file}: rope type {kind!r} is not supported (default, linear and llama3 are); "
-                              "remove it if your sequences fit the original length")
+        raise CheckpointError(f"{config.file}: rope type {_shown(kind)} is not supported (default, linear and llama3 "
+                              "are); remove it if your sequences fit the original length")
     keys = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
     missing = [key for key in keys if key not in parameters]
     if missing:
@@ -199,14 +259,15 @@ def _decoder(config: _HFConfig, family: FamilyName, *, key_value_heads: int | No
     """
     layer_types = set(config.get("layer_types", []))
     if not layer_types <= {"full_attention" if sliding_window is None else "sliding_attention"}:
-        raise CheckpointError(f"{config.file}: layer_types = {sorted(layer_types)} is not supported; "
+        raise CheckpointError(f"{config.file}: layer_types = {_shown(sorted(layer_types))} is not supported; "
                               "all layers of a model must attend alike, over whole sequences or one sliding_window")
     heads = config["num_attention_heads"]
     base, scaling = _rope(config, rotary_base)
     return ModelShape(
         family=family, hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
         num_attention_heads=heads,
-        num_query_groups=config.values.get("num_key_value_heads", key_value_heads) or heads,
+        num_query_groups=config.get(
+            "num_key_value_heads", heads if "num_key_value_heads" in config.values else key_value_heads or heads),
         head_dim=config.get("head_dim", head_dim or config["hidden_size"] // heads), ffn_hidden_size=config[ffn],
         vocab_size=config["vocab_size"], max_position_embeddings=config["max_position_embeddings"], norm="RMSNorm",
         norm_eps=config.get("rms_norm_eps", norm_eps), activation=_activation(config, "silu"), gated=True,
@@ -267,7 +328,8 @@ def _llama(config: _HFConfig) -> ModelShape:
 
 def _mistral(config: _HFConfig) -> ModelShape:
     # A config.json without the key has a window (Mistral 7B v0.1's), one with null has none.
-    return _decoder(config, "mistral", key_value_heads=8, sliding_window=config.values.get("sliding_window", 4096))
+    return _decoder(config, "mistral", key_value_heads=8, sliding_window=config.get(
+        "sliding_window", None if "sliding_window" in config.values else 4096))
 
 
 def _mixtral(config: _HFConfig) -> ModelShape:
@@ -290,7 +352,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory}: no config.json, so this is no model directory; "
                               "give a Hugging Face directory or a checkpoint made by `megatron-embed`")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json_file(file)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error}); download the file again") from error
     if not isinstance(values, dict):
@@ -310,9 +372,9 @@ def model_shape(directory: str | Path) -> ModelShape:
     if values.get("auto_map"):
         raise CheckpointError(f"{file}: auto_map asks for code that comes with the model (trust_remote_code), which is "
                               f"never run; use a release of one of these families: {', '.join(FAMILIES)}")
-    if kind not in FAMILIES:
-        raise CheckpointError(f"{file}: model_type = {kind!r} is not supported; give a model of one of these families: "
-                              f"{', '.join(FAMILIES)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise CheckpointError(f"{file}: model_type = {_shown(kind)} is not supported; give a model of one of these "
+                              f"families: {', '.join(FAMILIES)}")
     try:
         return FAMILIES[kind](_HFConfig(values, file))
     except CheckpointError as error:

@@ -5,12 +5,12 @@ before anything in it is read; what is then opened is opened by `open_regular`.
 """
 
 import io
-import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 
 MARKS = ("config.json", "modules.json", "adapter_config.json", "megatron_embed.json")
@@ -75,7 +75,7 @@ def check_tokenizer_names(directory: str | Path) -> None:
     folder = Path(directory)
     file = folder / "tokenizer_config.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        values = read_json_file(file) if file.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return  # the tokenizer's own reader speaks of it
     for key in _TOKENIZER_FILES if isinstance(values, dict) else ():

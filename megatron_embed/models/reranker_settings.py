@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import read_hf_config
 
@@ -44,7 +45,7 @@ def read_reranker_settings(directory: str | Path) -> RerankerSettings | None:
     if not file.is_file():
         return None
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        values: dict[str, Any] = read_json_file(file)
         settings = RerankerSettings(**values)
         if settings.head not in ("yes_no", "score") or settings.activation not in ("sigmoid", "identity"):
             raise ValueError(f"head = {settings.head!r}, activation = {settings.activation!r}")

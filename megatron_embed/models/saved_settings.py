@@ -3,13 +3,13 @@
 Every key of these files is looked up in foreign_tables.py: nothing that changes the vectors is left out in silence.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_embed.config.data import DEFAULT_LENGTH
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models import st_modules
 from megatron_embed.models.families import ModelShape, read_hf_config
@@ -106,7 +106,7 @@ def trained_lengths(saved: SavedSettings, longest: int, by_role: Mapping[str, in
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json_file(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch the file again") from error
 

@@ -4,11 +4,11 @@
 the model's files lie where Transformers finds them; every other module has a folder.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import plain_name
 from megatron_embed.models.foreign_tables import MODULES
@@ -58,8 +58,8 @@ def read_modules(file: Path) -> list[Module]:
         CheckpointError: it is not readable, no list of modules, or a folder is no plain name.
     """
     try:
-        listed: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        listed: Any = read_json_file(file)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error}); fetch the file again") from error
     good = isinstance(listed, list) and all(
         isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)

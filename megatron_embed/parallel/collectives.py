@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_embed.errors import UserError
+from megatron_embed.errors import PreemptedError, UserError
+from megatron_embed.parallel import stop
 
 
 def gather_padded(rows: Tensor, capacity: int, group: dist.ProcessGroup) -> Tensor:
@@ -66,6 +67,16 @@ def smallest(value: int) -> int:
     tensor = torch.tensor([value], dtype=torch.int64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
     return int(tensor)
+
+
+def leave_if_asked() -> None:
+    """Inside of what is being finished (`stop.finishing`): raises PreemptedError, on every rank of the world alike, if
+    some rank was asked to stop. Elsewhere a rank that is asked has left by itself, and this does nothing.
+
+    Called by all ranks; one small all-reduce over the world.
+    """
+    if stop.held() and smallest(-int(stop.asked())) < 0:
+        raise PreemptedError(f"stopped ({stop.reason() or 'another rank was asked to'}) between two batches")
 
 
 def share_from_first(text: str) -> str:

@@ -15,13 +15,104 @@ launch/slurm/job.sh."""
 
 
 def launched_rank() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's variables, else from srun's (several tasks), else (0, 1, 0)."""
+    """(rank, world size, local rank) from torchrun's variables, else from srun's or mpirun's (several tasks), else
+    (0, 1, 0).
+
+    Where RANK and WORLD_SIZE come without LOCAL_RANK the local rank is srun's or mpirun's, else follows from
+    LOCAL_WORLD_SIZE, else from the number of visible GPUs (see `topology.device_of`); until then it is the rank.
+
+    Raises:
+        ConfigError: a variable is empty, no number, or contradicts another; or the job is a heterogeneous one.
+    """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if is_task_of_srun() and int(env.get("SLURM_NTASKS", 1)) > 1:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+    if _is_torchruns():
+        rank, size = _number("RANK"), _number("WORLD_SIZE")
+        if not rank < size:
+            raise ConfigError(f"RANK = {rank} and WORLD_SIZE = {size}: ranks count from 0, so the last one is "
+                              "WORLD_SIZE - 1; set both to what the launcher means, or unset both for one rank")
+        return rank, size, _local_rank(rank)
+    if is_task_of_srun():
+        size = _number("SLURM_NTASKS", 1)
+        if size > 1:
+            _refuse_heterogeneous()
+            return _number("SLURM_PROCID"), size, _number("SLURM_LOCALID", 0)
+        return 0, 1, 0
+    lone = [name for name in ("RANK", "WORLD_SIZE") if name in env]
+    if lone and (lone[0] == "RANK" or env["WORLD_SIZE"] != "1"):
+        other = "WORLD_SIZE" if lone[0] == "RANK" else "RANK"
+        raise ConfigError(f"{lone[0]} = {env[lone[0]]!r} without {other}: set {other} as well (and LOCAL_RANK, the "
+                          f"rank's number on its node), or unset {lone[0]} for one rank")
+    if _number("OMPI_COMM_WORLD_SIZE", 1) > 1:
+        return (_number("OMPI_COMM_WORLD_RANK"), _number("OMPI_COMM_WORLD_SIZE"),
+                _number("OMPI_COMM_WORLD_LOCAL_RANK", 0))
     return 0, 1, 0
+
+
+def knows_local_rank() -> bool:
+    """Whether some launcher says which rank of its node this is."""
+    env = os.environ
+    return not _is_torchruns() or "LOCAL_WORLD_SIZE" in env or any(
+        name in env for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")) or (
+            is_task_of_srun() and "SLURM_LOCALID" in env)
+
+
+def _local_rank(rank: int) -> int:
+    """Of a process with RANK and WORLD_SIZE."""
+    if "LOCAL_RANK" in os.environ:
+        local, beside = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE", rank + _number("LOCAL_RANK") + 1)
+        if not local < beside:
+            raise ConfigError(f"LOCAL_RANK = {local} and LOCAL_WORLD_SIZE = {beside}: a node's ranks count from 0; set "
+                              "both to what the launcher means")
+        return local
+    if is_task_of_srun() and "SLURM_LOCALID" in os.environ:
+        return _number("SLURM_LOCALID")
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        return _number("OMPI_COMM_WORLD_LOCAL_RANK")
+    return rank % max(1, _number("LOCAL_WORLD_SIZE", rank + 1))
+
+
+def _number(name: str, default: int | None = None) -> int:
+    """A variable's value, a whole number from 0 on. Raises ConfigError, naming it."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not (text.isascii() and text.isdecimal()):
+        raise ConfigError(f"{name} {'is not set' if text is None else f'= {text!r}'}: must be a whole number from 0 "
+                          "on, which the launcher sets; unset it, with RANK, WORLD_SIZE and LOCAL_RANK, for one rank")
+    return int(text)
+
+
+def _number_or_none(*names: str) -> int | None:
+    """The first of these variables that is a number; None if none is. Raises nothing."""
+    for name in names:
+        text = os.environ.get(name, "")
+        if text.isascii() and text.isdecimal():
+            return int(text)
+    return None
+
+
+def _is_torchruns() -> bool:
+    """Whether there are RANK and WORLD_SIZE, set by torchrun or by hand."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _refuse_heterogeneous() -> None:
+    size = os.environ.get("SLURM_HET_SIZE", "")
+    if size.isdecimal() and int(size) > 1:
+        raise ConfigError(f"SLURM_HET_SIZE = {size}: a heterogeneous job, whose components number their tasks each "
+                          "from 0; submit one job of equal components (nodes may differ in their number of tasks)")
+
+
+def process_rank() -> int:
+    """Rank of this process, known before any library is loaded; 0 where a variable is no number, which `launched_rank`
+    refuses."""
+    return _number_or_none("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") or 0
+
+
+def first_on_node() -> bool:
+    """Whether this is the first rank of its node."""
+    local = _number_or_none("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+    return (process_rank() if local is None else local) == 0
 
 
 def is_task_of_srun() -> bool:
@@ -33,7 +124,17 @@ def is_task_of_srun() -> bool:
 
 def source_of_world_size() -> str:
     """Which variable of which launcher says how many ranks there are."""
-    return "torchrun's WORLD_SIZE" if "RANK" in os.environ and "WORLD_SIZE" in os.environ else "srun's SLURM_NTASKS"
+    if _is_torchruns():
+        return "torchrun's WORLD_SIZE"
+    return "srun's SLURM_NTASKS" if is_task_of_srun() else "mpirun's OMPI_COMM_WORLD_SIZE"
+
+
+def all_ranks_on_this_node() -> bool:
+    """Whether the launcher says that the run has no other node."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
+    return env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES")) == "1"
 
 
 def run_name() -> str:
@@ -44,7 +145,7 @@ def run_name() -> str:
     name the ranks of one would take the word of the other's.
     """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
+    if _is_torchruns():
         # Not Slurm's numbers, which a node that was reached by ssh does not have.
         return f"torchrun-{env.get('TORCHELASTIC_RUN_ID', '')}-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return "-".join(["slurm", *(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))])
@@ -53,7 +154,7 @@ def run_name() -> str:
 def launcher_names_runs() -> bool:
     """Whether two runs that meet at one address have different names: not those that somebody started by hand with RANK
     and WORLD_SIZE, nor torchrun's without --rdzv-id."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _is_torchruns():
         return os.environ.get("TORCHELASTIC_RUN_ID", "none") not in ("", "none")
     return True
 
@@ -62,19 +163,19 @@ def rendezvous_address() -> tuple[str, int]:
     """Host and port of the run's key-value store: MASTER_ADDR and MASTER_PORT, under Slurm the first node and a port
     that follows from the numbers of job and step; then both are set. ConfigError if they cannot be."""
     env = os.environ
-    if "MASTER_ADDR" not in env:
+    if not env.get("MASTER_ADDR", "").strip():  # an empty one is none
         env["MASTER_ADDR"] = _first_slurm_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
     if "MASTER_PORT" not in env:
         # Jobs that share a node must not share a port, nor must seven steps or starts of a job: a rank 0 of before that
         # does not end would hold it.
-        job, step, start = (int(env.get(f"SLURM_{name}", 0)) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+        job, step, start = (_number(f"SLURM_{name}", 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
         number = job * 7 + (step + start) % 7
         env["MASTER_PORT"] = str(FIRST_PORT + number % PORTS)
     port = env["MASTER_PORT"]
     # torchrun --master-port 0 hands the zero on: every rank would open or seek another port, and wait for ever.
-    if not (port.isdecimal() and 0 < int(port) < 2**16):
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
         raise ConfigError(f"MASTER_PORT = {port!r} is no port that ranks can meet at; give one from 1024 to 65535 "
-                          "(torchrun: --master-port), or torchrun --standalone, which finds one")
+                          "(torchrun: --master-port), or start it by launch/torchrun/one_node.sh, which finds one")
     return env["MASTER_ADDR"], int(port)
 
 
@@ -82,6 +183,6 @@ def _first_slurm_host(nodelist: str) -> str:
     """`node[03-05,9]` or `a,b` -> the first host's name."""
     match = re.match(r"([^\[,]+)(?:\[([0-9]+))?", nodelist)
     if match is None:
-        raise ConfigError(f"SLURM_JOB_NODELIST = {nodelist!r} names no host; set MASTER_ADDR to the first node's "
-                          "address")
+        raise ConfigError(f"MASTER_ADDR is not set, and SLURM_JOB_NODELIST = {nodelist!r} names no host; set "
+                          "MASTER_ADDR to the first node's address")
     return match.group(1) + (match.group(2) or "")

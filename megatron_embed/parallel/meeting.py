@@ -2,35 +2,44 @@
 
 import contextlib
 import datetime
+import ipaddress
 import os
 import socket
 import time
 
 import torch.distributed as dist
 
-from megatron_embed.errors import ConfigError, LostRankError, UserError
+from megatron_embed.errors import ConfigError, LostRankError, PreemptedError, UserError
 from megatron_embed.parallel.launch import (
+    all_ranks_on_this_node,
     launched_rank,
     launcher_names_runs,
     rendezvous_address,
-    run_name,
     source_of_world_size,
 )
+from megatron_embed.parallel.seal import SECRET_VARIABLE, Seal
 
 ALL_HERE = "all here"
+STOPPED = "asked to stop"
+"""The verdict of a rank that got a signal on its way: nobody need come."""
 CONNECT_SECONDS = 20.0
 """How long a rank with an error waits for rank 0's store, which is there as soon as rank 0 has loaded its libraries."""
 SPEAK_SECONDS = 5.0
 """How long it then waits for rank 0 to print the error, before it does so itself."""
+POLL_SECONDS = 0.05
+LONGEST_QUEUE = 4096
 LINGER_SECONDS = 10.0
 """How long rank 0 leaves its store open after an error, for ranks that come later with the same one."""
+LEAVE_SECONDS = 1.5
+"""The same where it was asked to stop."""
 
 
 class Meeting:
     """The run's key-value store, and who has arrived there. Rank 0 hosts it, unless torchrun's agent does.
 
-    The first rank with an error decides, or else the last one to arrive: one value, which all ranks wait for. Small
-    messages to one process, three per rank; no collective.
+    The first rank with an error decides, or else rank 0 once all have arrived: one value, which all ranks wait for.
+    Small messages to one process, three per rank; no collective. What is not signed by a rank of this run is ignored,
+    where the launcher gave the ranks a secret.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -41,10 +50,11 @@ class Meeting:
             DistError: it cannot, for another reason.
         """
         self._rank, self._world_size = rank, world_size
-        self._address = rendezvous_address()
+        self._address, self._seal = rendezvous_address(), Seal()
         self._hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
-            self._store = self._open(CONNECT_SECONDS) if self._hosts else None
+            listener = listening_socket(*self._address) if self._hosts else None
+            self._store = self._open(CONNECT_SECONDS, listener) if self._hosts else None
         except dist.DistError as error:
             if "EADDRINUSE" not in str(error):
                 raise
@@ -57,22 +67,25 @@ class Meeting:
 
         Raises:
             UserError: the error of a rank that will not come, on every rank that did.
+            PreemptedError: a rank was asked to stop and has left, on every rank that came.
             LostRankError: not all came in time.
         """
         host, port = self._address
         store = None
         try:
             store = self._open(timeout_seconds)
-            store.set(f"here/{self._rank}", "")
-            if store.add("arrived", 1) == self._world_size:
-                store.compare_set("verdict", "", ALL_HERE)
-            verdict = store.get("verdict").decode()
+            store.set(f"here/{self._rank}", self._seal.close(f"here/{self._rank}", "here"))
+            verdict = self._verdict(store, time.monotonic() + timeout_seconds)
         except dist.DistError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LostRankError(
                 f"not all of {self._world_size} ranks ({source_of_world_size()}) met at {host}:{port} within "
                 f"parallel.timeout_seconds = {timeout_seconds} ({self._absent(store) or reason}); look at the logs of "
                 "the ranks that did not start", speaker=self._rank == 0) from error
+        if verdict == STOPPED:
+            with contextlib.suppress(dist.DistError):
+                store.add("heard", 1)
+            raise PreemptedError("stopped (another rank was asked to) before there was anything to save")
         if verdict != ALL_HERE:
             raise UserError(verdict)
 
@@ -92,42 +105,83 @@ class Meeting:
         try:
             store = self._open(CONNECT_SECONDS)
             mine = f"rank {self._rank}: {message}"
-            is_first = store.compare_set("verdict", "", mine).decode() == mine
+            is_first = _decide(store, self._seal, mine) == mine
             if self._rank == 0:
-                store.set("printed", "")
+                store.set("printed", self._seal.close("printed", ""))
                 self._linger(store)
                 return False
             return not self._is_printed(store) and is_first
         except dist.DistError:
             return self._rank != 0
 
-    def _open(self, timeout_seconds: float) -> dist.Store:
-        return _store_at(self._address, self._hosts, timeout_seconds)
+    def leave(self) -> None:
+        """Tells all ranks that this one was asked to stop, unless they have met: then it is LifeWatch's task.
+
+        Rank 0 waits a little until they have heard it, if the store ends with it.
+        """
+        with contextlib.suppress(dist.DistError, OSError):
+            if dist.is_initialized():
+                return
+            if not self._hosts:  # torch's own attempts would go on too long
+                socket.create_connection(self._address, timeout=LEAVE_SECONDS).close()
+            store = self._open(LEAVE_SECONDS)
+            _decide(store, self._seal, STOPPED)
+            if self._rank:
+                store.add("heard", 1)
+            else:
+                self._linger(store, LEAVE_SECONDS)
+
+    def _open(self, timeout_seconds: float, listener: int | None = None) -> dist.Store:
+        return _store_at(self._address, self._hosts, timeout_seconds, listener)
+
+    def _verdict(self, store: dist.Store, deadline: float) -> str:
+        """What was decided. Raises DistError if nothing is until then."""
+        names = [f"here/{rank}" for rank in range(self._world_size)]
+        while True:
+            if self._rank == 0 and not store.check(["verdict"]):
+                if store.check(names) and all(self._seal.open(name, raw) == "here"
+                                              for name, raw in zip(names, store.multi_get(names), strict=True)):
+                    return _decide(store, self._seal, ALL_HERE)
+            elif (word := self._seal.open("verdict", store.get("verdict"))) is not None:
+                return word
+            elif self._rank == 0:  # somebody else's; it is written over
+                store.delete_key("verdict")
+            if time.monotonic() > deadline:
+                raise dist.DistError("no answer")
+            time.sleep(POLL_SECONDS)
 
     def _absent(self, store: dist.Store | None) -> str:
         """Who has not arrived, in words; empty if the store does not say."""
         if store is None:
             return ""
         try:
-            absent = [rank for rank in range(self._world_size) if not store.check([f"here/{rank}"])]
+            names = [f"here/{rank}" for rank in range(self._world_size)]
+            absent = [rank for rank, name in enumerate(names) if not store.check([name])]
+            strange = [rank for rank, name in enumerate(names)
+                       if rank not in absent and self._seal.open(name, store.get(name)) is None]
         except dist.DistError:
             return ""
-        names = ", ".join(map(str, absent[:8])) + (f" and {len(absent) - 8} more" if absent[8:] else "")
-        return f"without rank{'s' if absent[1:] else ''} {names}" if absent else ""
+        if strange and not absent:
+            return (f"what is said in the name of rank {strange[0]} is not signed with this run's "
+                    f"{SECRET_VARIABLE}; who else reaches the port?")
+        if self._seal.is_used and len(absent) == self._world_size - 1:
+            return f"without all others; is {SECRET_VARIABLE} the same on every rank?"
+        numbers = ", ".join(map(str, absent[:8])) + (f" and {len(absent) - 8} more" if absent[8:] else "")
+        return f"without rank{'s' if absent[1:] else ''} {numbers}" if absent else ""
 
     def _is_printed(self, store: dist.Store) -> bool:
         try:
             store.wait(["printed"], datetime.timedelta(seconds=SPEAK_SECONDS))
+            return self._seal.open("printed", store.get("printed")) is not None
         except dist.DistError:
             return False
         finally:
             with contextlib.suppress(dist.DistError):
                 store.add("heard", 1)
-        return True
 
-    def _linger(self, store: dist.Store) -> None:
+    def _linger(self, store: dist.Store, seconds: float = LINGER_SECONDS) -> None:
         """Until the other ranks have read what they need, if the store ends with this process."""
-        deadline = time.monotonic() + LINGER_SECONDS
+        deadline = time.monotonic() + seconds
         while self._hosts and store.add("heard", 0) < self._world_size - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -154,16 +208,57 @@ def tell_through_another_store(message: str) -> None:
     if not launcher_names_runs():
         return
     with contextlib.suppress(dist.DistError):  # what listens there is no store
-        store = _store_at(rendezvous_address(), False, SPEAK_SECONDS)
-        store.compare_set("verdict", "", message)
-        store.set("printed", "")
+        store, seal = _store_at(rendezvous_address(), False, SPEAK_SECONDS), Seal()
+        _decide(store, seal, message)
+        store.set("printed", seal.close("printed", ""))
 
 
-def _store_at(address: tuple[str, int], hosts: bool, timeout_seconds: float) -> dist.Store:
-    """This run's part of the key-value store at an address."""
+def listening_socket(host: str, port: int) -> int | None:
+    """The descriptor of a socket that listens at MASTER_ADDR and on no other interface.
+
+    None, and torch listens on all of them, where other nodes may find another address behind its name: a name, and
+    ranks on several nodes; where it is no address of this node (a service of a cluster); and where the port is taken
+    (a store of this process is shared, another's is refused by torch).
+    """
+    if not (_is_address(host) or all_ranks_on_this_node()):
+        return None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(LONGEST_QUEUE)
+            return listener.detach()
+    except OSError:
+        return None
+
+
+def _is_address(host: str) -> bool:
+    """Whether it is a number, not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _decide(store: dist.Store, seal: Seal, word: str) -> str:
+    """Makes a word the verdict if there is none; gives the verdict. What no rank of this run signed is written over."""
+    mine, expected = seal.close("verdict", word), b""
+    for _ in range(10):
+        found = store.compare_set("verdict", expected, mine)  # type: ignore[arg-type]  # bytes are taken
+        known = seal.open("verdict", found)
+        if known is not None:
+            return known
+        expected = b"" if found == expected else found  # gone in the meantime, or somebody else's
+    raise dist.DistError("somebody else writes this run's verdict again and again")
+
+
+def _store_at(address: tuple[str, int], hosts: bool, timeout_seconds: float, listener: int | None = None) -> dist.Store:
+    """This run's part of the key-value store at an address; `listener`: the socket of the one that is hosted here."""
     store = dist.TCPStore(*address, None, hosts, wait_for_workers=False, multi_tenant=True,
-                          timeout=datetime.timedelta(seconds=timeout_seconds))
-    return dist.PrefixStore(f"meeting/{run_name()}", store)
+                          timeout=datetime.timedelta(seconds=timeout_seconds), master_listen_fd=listener)
+    return dist.PrefixStore(Seal().room("meeting"), store)
 
 
 def _answers(host: str, port: int) -> bool:

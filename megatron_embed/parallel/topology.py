@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError, LostRankError
-from megatron_embed.parallel.launch import launched_rank, rendezvous_address, source_of_world_size
+from megatron_embed.parallel.launch import knows_local_rank, launched_rank, rendezvous_address, source_of_world_size
 from megatron_embed.parallel.meeting import Meeting, tell_through_another_store
 from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, parallel_state
 
@@ -222,6 +222,22 @@ def check_token_budget(config: RunConfig, documents: int | None = None) -> None:
                           f"and context-parallel ranks need for equal shares; nearest valid: {nearest}")
 
 
+def device_of(local_rank: int, visible: int, *, is_known: bool) -> int:
+    """The index of a rank's GPU among those it sees: its local rank; 0 where it sees one alone, its own
+    (`--gpus-per-task=1`). `is_known`: a launcher said which rank of the node this is; else nodes have equal shares.
+
+    Two ranks on one GPU are NCCL's to refuse. Raises ConfigError for a rank that has no GPU.
+    """
+    if visible == 1:
+        return 0
+    if not is_known:
+        return local_rank % visible
+    if local_rank >= visible:
+        raise ConfigError(f"LOCAL_RANK = {local_rank}, counted from 0, and {visible} GPUs are visible on its node "
+                          "(CUDA_VISIBLE_DEVICES); start one rank per GPU")
+    return local_rank
+
+
 def initialize(sizes: ParallelConfig) -> Topology:
     """Starts the process group if none runs, then builds every group of the layout.
 
@@ -234,7 +250,7 @@ def initialize(sizes: ParallelConfig) -> Topology:
     check_world_size(sizes, world_size)
     device = torch.device("cpu")
     if HAS_CUDA:
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", device_of(local_rank, torch.cuda.device_count(), is_known=knows_local_rank()))
         torch.cuda.set_device(device)
     rendezvous = None
     if not dist.is_initialized():

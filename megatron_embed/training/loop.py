@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -96,9 +97,11 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | 
 
 
 def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWriter, topology: Topology,
-          health: Health, *, first_step: int, train_steps: int) -> dict[str, float]:
+          health: Health, *, first_step: int, train_steps: int, evaluation_owed: bool = False) -> dict[str, float]:
     """Optimizer steps first_step .. train_steps - 1, fewer if `hooks.is_over`. Returns the last step's metrics (empty
     if there was none).
+
+    `evaluation_owed`: the run stopped before it had evaluated what it goes on from; that comes first.
 
     Raises:
         PreemptedError: on every rank, once the step under way is done and saved, if some rank was asked to stop.
@@ -106,6 +109,8 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
     """
     metrics: dict[str, float] = {}
     heap, throughput, saved, logged_skips = HeapWatch(), Throughput(trainer.gradients.models, topology), first_step, 0
+    if evaluation_owed and make_up_for_evaluation(hooks, writer, first_step):
+        train_steps = first_step
     for step in range(first_step, train_steps):
         start = time.perf_counter()
         loaded = load_agreed(hooks, step, topology, writer.error)
@@ -131,7 +136,7 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
         writer.step(done, {**metrics, **memory, "skipped_steps": health.skipped - logged_skips}, log=log)
         logged_skips = health.skipped if log else logged_skips
         evaluated = evaluation_due(config, hooks, done, last)
-        best = evaluated and evaluate(hooks, writer, done)
+        best = evaluated and evaluate(hooks, writer, done, saved, last)
         over = evaluated and hooks.is_over()
         if hooks.saver is not None:
             hooks.saver.poll()
@@ -148,30 +153,49 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
     return metrics
 
 
-def evaluate(hooks: Hooks, writer: MetricsWriter, done: int) -> bool:
-    """Evaluates and writes the metrics down; whether they are the best so far. Called by all ranks."""
+def make_up_for_evaluation(hooks: Hooks, writer: MetricsWriter, done: int) -> bool:
+    """The evaluation that was due after `done` steps, whose checkpoint this run goes on from; whether the run is over
+    by it. Called by all ranks."""
+    if hooks.evaluate is not None:
+        evaluate(hooks, writer, done, done, True)
+    if hooks.saver is not None:
+        hooks.saver.mark_evaluation(done, owed=False)
+    return hooks.evaluate is not None and hooks.is_over()
+
+
+def evaluate(hooks: Hooks, writer: MetricsWriter, done: int, saved: int, last: bool) -> bool:
+    """Evaluates and writes the metrics down; whether they are the best so far. Called by all ranks.
+
+    The evaluation is left out, or broken off between two batches, if some rank is asked to stop, and the run stops
+    here; its checkpoint says that it is owed. After the `last` step it is made although the time is up.
+
+    Raises:
+        PreemptedError: on every rank, then.
+    """
     assert hooks.evaluate is not None
+    if largest(int(hooks.stop.signalled or (hooks.stop.time_is_up and not last)), dist.group.WORLD):
+        leave_early(hooks, writer, done, saved, evaluation_owed=True)
     if hooks.saver is not None:
         hooks.saver.finish()  # the checkpoint in the making may be the best so far, by what is known before
-    results = hooks.evaluate()
+    try:
+        results = hooks.evaluate()
+    except PreemptedError:
+        leave_early(hooks, writer, done, saved, evaluation_owed=True)
     writer.evaluation(done, results)
     return hooks.is_best is not None and hooks.is_best(done, results)
 
 
 def evaluation_due(config: RunConfig, hooks: Hooks, done: int, last: bool) -> bool:
-    """Whether to evaluate after so many steps: not if some rank is about to stop. Then one more small all-reduce."""
-    if hooks.evaluate is None:
-        return False
-    if last or done % config.evaluation.every_steps:
-        return last
-    return not largest(int(hooks.stop.signalled or hooks.stop.time_is_up), dist.group.WORLD)
+    """Whether to evaluate after so many steps."""
+    return hooks.evaluate is not None and (last or done % config.evaluation.every_steps == 0)
 
 
-def leave_early(hooks: Hooks, writer: MetricsWriter, done: int, saved: int) -> None:
+def leave_early(hooks: Hooks, writer: MetricsWriter, done: int, saved: int, *,
+                evaluation_owed: bool = False) -> NoReturn:
     """Saves after `done` steps, unless that was `saved` last, and raises PreemptedError. Called by all ranks."""
     if hooks.saver is not None:
         if done != saved:
-            hooks.saver.save(done)
+            hooks.saver.save(done, evaluation_owed=evaluation_owed)
         hooks.saver.finish()
     writer.close()
     raise_first(writer.error)

@@ -7,7 +7,7 @@ import torch
 
 from megatron_embed.errors import UserError
 from megatron_embed.objectives.base import Batch, Sums
-from megatron_embed.parallel.collectives import raise_first
+from megatron_embed.parallel.collectives import leave_if_asked, raise_first
 from megatron_embed.training.grad_cache import GradCache
 
 
@@ -35,13 +35,20 @@ class Validation(Generic[Batch]):
         self.batches = [agree(batch) for batch in batches]
 
     def __call__(self) -> dict[str, float]:
-        """The metrics by name; dropout is off meanwhile. Communicates as the first pass and the objective do."""
+        """The metrics by name; dropout is off meanwhile. Communicates as the first pass and the objective do.
+
+        Raises:
+            PreemptedError: on every rank, between two batches, if a run that saves itself is asked to stop.
+        """
         chunks = self.gradients.chunks
         was_training = [chunk.training for chunk in chunks]
         for chunk in chunks:
             chunk.eval()
         try:
-            found = [self.gradients.evaluate(batch) for batch in self.batches]
+            found = []
+            for batch in self.batches:
+                leave_if_asked()
+                found.append(self.gradients.evaluate(batch))
         finally:
             for chunk, training in zip(chunks, was_training, strict=True):
                 chunk.train(training)

@@ -23,6 +23,7 @@ SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), *(REPOSITORY
 # exit code in the status file, as ours do; torchrun itself always says 1.
 TORCHRUN = """#!/usr/bin/env bash
 echo "$@" >>"$STUB_LOG"
+echo "${MEGATRON_EMBED_SECRET:-none}" >>"$STUB_LOG.secrets"
 case $* in *" doctor "*) echo "a report"; exit "${STUB_DOCTOR:-0}" ;; esac
 leave() { printf '{"exit_code": %s, "message": "a \\\\"word\\\\""}\\n' "$1" >"$MEGATRON_EMBED_STATUS_FILE"; exit "$1"; }
 case $STUB in
@@ -40,7 +41,7 @@ esac
 @pytest.fixture
 def stub(tmp_path):
     """The environment of a run whose python is the stub."""
-    for name, text in {"python": TORCHRUN, "ssh": "#!/bin/sh\nshift\nexec sh -c \"$*\"\n"}.items():
+    for name, text in {"python": TORCHRUN, "ssh": "#!/bin/sh\nshift 2\nexec sh -c \"$*\"\n"}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     return os.environ | {"PYTHON": str(tmp_path / "python"), "SSH": str(tmp_path / "ssh"),
@@ -55,7 +56,7 @@ def run(*command, env=None):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_parse_and_are_executable(script):
     assert run("bash", "-n", script).returncode == 0
-    sourced = script.name in ("environment.sh", "job.sh")
+    sourced = script.name in ("environment.sh", "functions.sh", "job.sh")
     assert os.access(script, os.X_OK) != (sourced or script.suffix == ".sbatch")
 
 
@@ -72,9 +73,12 @@ def test_torchrun_script_gives_the_workers_exit_code(stub, left, code):
                  "data.query_prompt=a b", env=stub | {"STUB": left})
     assert result.returncode == code, result.stderr
     called = Path(stub["STUB_LOG"]).read_text()
-    assert called == ("-m megatron_embed doctor --config run.yaml --ranks 2 --ranks-per-node 2 data.query_prompt=a b\n"
-                      "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 0 -m megatron_embed "
-                      "train run.yaml data.query_prompt=a b\n")
+    assert re.fullmatch(
+        "-m megatron_embed doctor --config run.yaml --ranks 2 --ranks-per-node 2 data.query_prompt=a b\n"
+        r"-m torch.distributed.run --nnodes 1 --node-rank 0 --master-addr 127.0.0.1 --master-port \d{5} --rdzv-id \S+ "
+        "--nproc-per-node 2 --max-restarts 0 -m megatron_embed train run.yaml data.query_prompt=a b\n", called)
+    secrets = Path(stub["STUB_LOG"] + ".secrets").read_text().split()
+    assert re.fullmatch("[0-9a-f]{64}", secrets[-1])
     assert (result.stdout, result.stderr) == ("", "a report\n")
     assert not [name for name in os.listdir(stub["TMPDIR"]) if "status" in name]
 
@@ -117,6 +121,9 @@ def test_signals_go_to_the_workers_and_not_to_torchrun(stub, tmp_path, script, n
                        "--nproc-per-node 1 ")
             nodes, names = zip(*(re.findall(pattern, call)[0] for call in calls), strict=True)
             assert (sorted(nodes), len(set(names))) == (["0", "1"], 1)
+            secrets = set((tmp_path / "log.secrets").read_text().split())
+            assert len(secrets) == 1 and re.fullmatch("[0-9a-f]{64}", secret := secrets.pop())
+            assert secret not in log.read_text() + " ".join(run(*command[:2], "--dry-run", "run.yaml", env=stub).stdout)
     finally:
         process.kill()
         process.wait()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import ConfigError, LostRankError, UserError
 from megatron_embed.parallel import meeting
+from megatron_embed.parallel.launch import run_name
 from megatron_embed.parallel.meeting import Meeting
 from tests.ranks import run_on_ranks
 
@@ -153,15 +154,15 @@ def port_is_taken(port):
     other = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     original, told = meeting._store_at, []
 
-    def store_at(place, hosts, timeout_seconds):
+    def store_at(place, hosts, timeout_seconds, listener=None):
         if hosts:
             raise dist.DistNetworkError("listen: EADDRINUSE, message: address already in use")
-        return original(place, hosts, timeout_seconds)
+        return original(place, hosts, timeout_seconds, listener)
 
     def start():
         with pytest.raises(ConfigError) as caught:
             _init_process_group(0, 3, 20)
-        return str(caught.value), other.check([f"meeting/{meeting.run_name()}/verdict"])
+        return str(caught.value), other.check([f"meeting/{run_name()}/verdict"])
 
     def wait():
         try:

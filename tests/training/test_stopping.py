@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_embed.checkpoint.files import step_directories
-from megatron_embed.training.stopping import StopRequest
+from megatron_embed.parallel import stop
 from tests.checkpoint.test_resume import configuration, curve, train
 from tests.cli.test_refusals import assert_refused, command
 from tests.ranks import run_on_ranks
@@ -95,36 +95,48 @@ def test_time_budget_without_a_place_to_save_is_refused(model, tmp_path):
                    "nothing to go on from; set checkpoint.directory")
 
 
-WAIT = """
-import signal, sys, time
+HELD = """
+import sys, time
 sys.path.insert(0, {repository!r})
+from megatron_embed.errors import PreemptedError
+from megatron_embed.parallel import stop
 from megatron_embed.training.stopping import StopRequest
-stop = StopRequest(None)
-with stop.listening():
-    print("listening", flush=True)
-    while not stop.signalled:
-        time.sleep(0.01)
-    print(stop.reason(), flush=True)
-    time.sleep(60)
+stop.start()
+try:
+    with stop.finishing():
+        print("finishing", flush=True)
+        while not StopRequest(None).signalled:
+            time.sleep(0.01)
+        print(StopRequest(None).reason(), flush=True)
+        sys.stdin.readline()
+        print("finished", flush=True)
+except PreemptedError as error:
+    stop.decided()
+    print(error, flush=True)
+    sys.exit(75)
 """
 
 
-def test_second_signal_ends_the_process_at_once(tmp_path):
+def test_signals_while_something_is_finished_do_not_break_it():
     from tests.toys import REPOSITORY
 
-    process = subprocess.Popen([sys.executable, "-c", WAIT.format(repository=str(REPOSITORY))], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", HELD.format(repository=str(REPOSITORY))], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"listening\n"
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == b"finishing\n"
         process.send_signal(signal.SIGUSR1)
-        process.send_signal(signal.SIGTERM)  # so close to the first that it is the same request
-        assert process.stdout.readline() in (b"SIGTERM\n", b"SIGUSR1\n")  # the kernel orders those that wait
-        time.sleep(0.7)
+        assert process.stdout.readline() == b"SIGUSR1\n"
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            time.sleep(0.1)
+            process.send_signal(number)
+        time.sleep(0.1)
         assert process.poll() is None
-        start = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 128 + signal.SIGTERM
-        assert time.monotonic() - start < 2
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"finished\n"
+        assert process.stdout.readline() == b"stopped (SIGUSR1); start the command again\n"
+        assert process.wait(timeout=10) == 75
     finally:
         process.kill()
         process.communicate()
@@ -132,6 +144,9 @@ def test_second_signal_ends_the_process_at_once(tmp_path):
 
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
-    with StopRequest(None).listening():
+    with stop.listening():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+        with stop.listening():  # once is enough
+            pass
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before

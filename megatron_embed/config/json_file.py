@@ -1,0 +1,69 @@
+"""JSON that somebody else wrote, read within bounds: bytes, brackets and depth."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+LARGEST_FILE = 16 << 20
+"""Bytes of a model directory's JSON file; config.json with 100,000 labels has 4 MB."""
+LARGEST_INDEX = 64 << 20
+"""The same of an index of weights, which has a line for each tensor; the largest published have 10 MB."""
+DEEPEST = 100
+"""Levels of brackets. Python's own limit is its stack's, so that a value may be read and then not be printed."""
+MOST_BRACKETS = 1_000_000
+"""Lists and objects of one text; each takes 64 bytes and more in memory, and two on the disk."""
+
+
+def read_json_file(path: str | Path, largest: int = LARGEST_FILE) -> Any:
+    """The value that a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+        ValueError: not UTF-8, not JSON, longer than `largest` bytes, or nested too deeply; the text says which.
+    """
+    # Without waiting: nobody may ever write into a FIFO.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("not a regular file")
+        raw = file.read(largest + 1)
+    if len(raw) > largest:
+        raise ValueError(f"longer than {largest >> 20} MiB, which no such file is")
+    refuse_many_brackets(raw)
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise too_deep() from None
+    refuse_deep_value(value, raw)
+    return value
+
+
+def refuse_many_brackets(raw: bytes) -> None:
+    """Raises ValueError where a JSON text would become many times larger in memory. Brackets in texts count too."""
+    if raw.count(b"[") + raw.count(b"{") > MOST_BRACKETS:
+        raise ValueError(f"more than {MOST_BRACKETS:,} brackets")
+
+
+def refuse_deep_value(value: object, raw: bytes) -> None:
+    """Raises ValueError if the value of this JSON text is nested more than DEEPEST levels deep."""
+    if raw.count(b"[") + raw.count(b"{") <= DEEPEST:
+        return
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST + 1:
+            raise too_deep()
+        inner: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner.extend(item.values())
+            elif isinstance(item, list):
+                inner.extend(item)
+        level = inner
+
+
+def too_deep() -> ValueError:
+    """The error about brackets in brackets."""
+    return ValueError(f"nested more than {DEEPEST} levels deep")

@@ -1,0 +1,249 @@
+"""A run of two ranks that gets SIGTERM at random moments, and goes on as if nothing had happened.
+
+    python tools/signal_test.py [--moments 20] [--seconds 5] [--documents 6000]
+
+Both ranks are started as srun starts them (its variables, no launcher in between), each as the first of a node of its
+own, and both get the signal at once. The moments are drawn evenly from half a second after the start to the end of the
+last evaluation. Each time: both ranks' exit codes and status files must say 75 within so many seconds, and the run that
+is started again must end with the curve of the run that was left alone, bit for bit, evaluations included.
+
+The table goes to docs/signal_test.md; exit code 1 if any moment fails. With --rank 0 or --rank 1 that rank alone gets
+the signal, and the other one learns it from it.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+RANKS, QUERIES = 2, 100
+VOLATILE = ("tokens_per_second", "seconds", "flops", "mfu", "memory", "padding")
+LONGEST_SECONDS = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one signal did."""
+
+    moment: float
+    doing: str
+    codes: list[int]
+    statuses: list[int]
+    seconds: list[float]
+    same: bool
+
+    def is_right(self, limit: float) -> bool:
+        return (self.codes == self.statuses == [75] * RANKS and max(self.seconds) <= limit) and self.same
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--documents", type=int, default=6000)
+    parser.add_argument("--rank", type=int, choices=range(RANKS))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", default=str(REPOSITORY / "docs" / "signal_test.md"))
+    return parser.parse_args()
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    with (REPOSITORY / "examples" / "data" / "mini_en" / "train.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def write_benchmark(folder: Path, documents: int) -> str:
+    """A BEIR folder with so many documents: the training rows' own, over and over."""
+    (folder / "qrels").mkdir(parents=True)
+    found = list(rows())
+    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(documents):
+            positive = found[number % len(found)]["positive"]
+            text = positive if isinstance(positive, str) else positive[0]
+            file.write(json.dumps({"_id": f"d{number}", "title": "", "text": f"{text} {number}"}) + "\n")
+    with (folder / "queries.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(QUERIES):
+            file.write(json.dumps({"_id": f"q{number}", "text": found[number]["query"]}) + "\n")
+    judgements = "".join(f"q{number}\td{number}\t1\n" for number in range(QUERIES))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judgements, encoding="utf-8")
+    return str(folder)
+
+
+def write_configuration(folder: Path, model: str, benchmark: str) -> Path:
+    values = {
+        "model": {"path": model, "dtype": "float32"}, "embedding": {"pooling": "mean"},
+        "objective": {"temperature": 0.1},
+        "data": {"train": [str(REPOSITORY / "examples" / "data" / "mini_en" / "train.jsonl")], "num_negatives": 1,
+                 "query_max_length": 32, "document_max_length": 64, "validation_fraction": 0.05},
+        "training": {"global_batch_size": 16, "micro_batch_size": 4, "train_steps": 8, "warmup_steps": 2,
+                     "learning_rate": 1.0e-3, "hidden_dropout": 0.1, "attention_dropout": 0.1},
+        "evaluation": {"retrieval": [benchmark], "every_steps": 4},
+        "checkpoint": {"directory": str(folder / "run"), "save_every_steps": 3, "keep": 2},
+        "logging": {"every_steps": 1, "tensorboard": False}}
+    folder.mkdir(parents=True)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def start(configuration: Path) -> list[subprocess.Popen[bytes]]:
+    """Both ranks, as srun starts them on two nodes of one task each."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    started = []
+    for rank in range(RANKS):
+        status = configuration.parent / f"status_{rank}"
+        status.unlink(missing_ok=True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
+        environment |= {
+            "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "SLURM_JOB_ID": "7",
+            "SLURM_STEP_ID": "0", "SLURM_NTASKS": str(RANKS), "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0",
+            "SLURM_NODEID": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "PYTHONPATH": str(REPOSITORY), "MEGATRON_EMBED_STATUS_FILE": str(status)}
+        with (configuration.parent / f"log_{rank}").open("ab") as log:
+            started.append(subprocess.Popen(
+                [sys.executable, "-m", "megatron_embed", "train", str(configuration)], cwd=REPOSITORY, env=environment,
+                stdout=log, stderr=log, start_new_session=True))
+    return started
+
+
+def ends(processes: list[subprocess.Popen[bytes]], since: float) -> list[float]:
+    """Seconds until each ended; one that does not is killed."""
+    found: dict[int, float] = {}
+    try:
+        while len(found) < len(processes) and time.monotonic() - since < LONGEST_SECONDS:
+            for number, process in enumerate(processes):
+                if number not in found and process.poll() is not None:
+                    found[number] = time.monotonic() - since
+            time.sleep(0.005)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    return [found.get(number, LONGEST_SECONDS) for number in range(len(processes))]
+
+
+def curve(configuration: Path) -> list[dict[str, Any]]:
+    """Every line of the metrics, without what a clock or the memory says."""
+    lines = (configuration.parent / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{name: value for name, value in json.loads(line).items() if not any(word in name for word in VOLATILE)}
+            for line in lines]
+
+
+def log_of(configuration: Path) -> str:
+    return (configuration.parent / "log_0").read_text(encoding="utf-8")
+
+
+def status_of(configuration: Path, rank: int) -> int:
+    try:
+        return int(json.loads((configuration.parent / f"status_{rank}").read_text(encoding="utf-8"))["exit_code"])
+    except (OSError, ValueError, KeyError):
+        return -1
+
+
+def last_words(configuration: Path) -> str:
+    """What the run said last before it was asked to stop, or how it left."""
+    message = (configuration.parent / "status_0")
+    return json.loads(message.read_text(encoding="utf-8"))["message"] if message.is_file() else "no status"
+
+
+def interrupt(configuration: Path, moment: float, rank: int | None) -> tuple[list[int], list[int], list[float], str]:
+    """Codes, codes of the status files, seconds from the signal to each rank's end, and what rank 0 said."""
+    began = time.monotonic()
+    processes = start(configuration)
+    time.sleep(max(0.0, began + moment - time.monotonic()))
+    sent = time.monotonic()
+    for number, process in enumerate(processes):
+        if rank in (None, number) and process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    seconds = ends(processes, sent)
+    codes = [process.returncode for process in processes]
+    return codes, [status_of(configuration, number) for number in range(RANKS)], seconds, last_words(configuration)
+
+
+def run_to_the_end(configuration: Path) -> float:
+    """Seconds it took; ends the program if it fails."""
+    began = time.monotonic()
+    processes = start(configuration)
+    seconds = ends(processes, began)
+    if any(process.returncode for process in processes):
+        sys.exit(log_of(configuration)[-3000:])
+    return max(seconds)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    from tools.kill_storm import write_model
+
+    chance = random.Random(arguments.seed)
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        model, benchmark = write_model(root / "model"), write_benchmark(root / "beir", arguments.documents)
+        straight = write_configuration(root / "straight", model, benchmark)
+        whole = run_to_the_end(straight)
+        expected = curve(straight)
+        print(f"left alone: {whole:.1f} s, {len(expected)} lines of metrics", flush=True)
+        while len(outcomes) < arguments.moments:
+            moment = chance.uniform(0.5, whole - 0.5)
+            path = write_configuration(root / f"run_{chance.getrandbits(40):x}", model, benchmark)
+            codes, statuses, seconds, message = interrupt(path, moment, arguments.rank)
+            if codes == [0] * RANKS:
+                print(f"{moment:.1f} s: the run was over; another moment", flush=True)
+                continue
+            run_to_the_end(path)
+            outcome = Outcome(moment=moment, doing=message, codes=codes, statuses=statuses, seconds=seconds,
+                              same=curve(path) == expected)
+            outcomes.append(outcome)
+            print(f"{len(outcomes)}: {line_of(outcome)}{'' if outcome.is_right(arguments.seconds) else '  WRONG'}",
+                  flush=True)
+    right = sum(outcome.is_right(arguments.seconds) for outcome in outcomes)
+    slowest = max(max(outcome.seconds) for outcome in outcomes)
+    result = (f"{right} of {len(outcomes)} moments right: 75 from both ranks and in both status files within "
+              f"{arguments.seconds:g} s, the same curve bit for bit; slowest end {slowest:.2f} s, codes 75: "
+              f"{sum(outcome.codes == [75] * RANKS for outcome in outcomes)}, equal curves: "
+              f"{sum(outcome.same for outcome in outcomes)}")
+    print(result)
+    write_page(Path(arguments.output), arguments, whole, result, outcomes)
+    return 0 if right == len(outcomes) else 1
+
+
+def line_of(outcome: Outcome) -> str:
+    seconds = " and ".join(f"{value:.2f}" for value in outcome.seconds)
+    return (f"{outcome.moment:.1f} s | {outcome.doing} | {outcome.codes} | {outcome.statuses} | {seconds} | "
+            f"{'equal' if outcome.same else 'DIFFERENT'}")
+
+
+def write_page(path: Path, arguments: argparse.Namespace, whole: float, result: str, outcomes: list[Outcome]) -> None:
+    told = "both ranks" if arguments.rank is None else f"rank {arguments.rank} alone"
+    table = "\n".join(f"| {number} | {line_of(outcome)} |" for number, outcome in enumerate(outcomes, 1))
+    path.write_text(
+        f"# Asked to stop at any moment\n\nTwo ranks, started as srun starts them; SIGTERM to {told} at random "
+        "moments; the same command starts the run again.\nRegenerate with\n\n    python tools/signal_test.py\n\n"
+        f"{datetime.date.today()}, torch {torch.__version__}, {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[2]:.1f} (15 minutes); the run that was left alone took {whole:.1f} s.\n\n{result}.\n\n"
+        "| | moment | status of rank 0 | codes | in status files | seconds to the end | curve after going on |\n"
+        f"|---|---|---|---|---|---|---|\n{table}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
