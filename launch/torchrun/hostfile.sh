@@ -101,11 +101,6 @@ if $dry_run; then
     done
     exit 0
 fi
-pids=()
-for node in "${!hosts[@]}"; do
-    "${ssh[@]}" "${hosts[$node]}" "$(node_command "$node" "$@")" &
-    pids+=($!)
-done
 # shellcheck disable=SC2317  # called by the traps
 pass_on() {
     local node
@@ -115,16 +110,17 @@ pass_on() {
 kill -s $1 \$(cat $pid_file-$node)" </dev/null &
     done
 }
-interrupted=false
-trap 'interrupted=true; pass_on TERM' TERM INT
-trap 'interrupted=true; pass_on USR1' USR1
+trap 'pass_on TERM' TERM INT
+trap 'pass_on USR1' USR1
+pids=()
+for node in "${!hosts[@]}"; do
+    "${ssh[@]}" "${hosts[$node]}" "$(node_command "$node" "$@")" &
+    pids+=($!)
+done
 codes=()
 for pid in "${pids[@]}"; do
-    while true; do # a signal ends `wait`, not the run
-        interrupted=false code=0
-        wait "$pid" || code=$?
-        $interrupted || break
-    done
+    code=0
+    await "$pid" || code=$?
     codes+=("$code")
 done
 for node in "${!hosts[@]}"; do
