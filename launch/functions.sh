@@ -94,3 +94,15 @@ free_port() {
     do :; done
     echo "$port"
 }
+
+# await PROCESS: waits for its end, however many signals come, and gives its exit code. Looks twice a second: a `wait`
+# that a signal breaks off while the process ends makes bash (5.2) forget the code.
+await() {
+    local never
+    exec {never}<> <(:)
+    while kill -0 "$1" 2>/dev/null; do
+        read -r -t 0.5 -u "$never" || true
+    done
+    exec {never}>&-
+    wait "$1" 2>/dev/null
+}

@@ -70,14 +70,18 @@ def refuse_several_ranks(command: str) -> None:
 
 def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
     """Exit code and message of one command."""
-    meeting = None
+    meeting, speaks = None, rank == 0
     try:
         setup_logging(rank)
         args = build_parser().parse_args(argv)
+        speaks = True  # rank 0 may know nothing of what is wrong with another one's variables
+        several = args.command != "doctor" and launched_rank()[1] > 1
+        if args.command in OF_MANY_RANKS and several:
+            rendezvous_address()  # what is no port is refused before the libraries are loaded
+        speaks = rank == 0
         if args.command in OF_ONE_PROCESS:
             refuse_several_ranks(args.command)
-        if args.command in OF_MANY_RANKS and launched_rank()[1] > 1:
-            rendezvous_address()  # what is no rank, or no port, is refused before the libraries are loaded
+        if args.command in OF_MANY_RANKS and several:
             from megatron_embed.parallel.meeting import open_meeting
 
             meeting = open_meeting()
@@ -86,7 +90,7 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
         return COMMANDS[args.command].run(args), ""
     except UserError as error:
         message = one_line(str(error))
-        if rank == 0:
+        if speaks:
             write_error(message)
         if meeting is not None and meeting.refuse(message):
             write_error(f"rank {rank}: {message}")

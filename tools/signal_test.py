@@ -216,15 +216,18 @@ def main() -> int:
             outcomes.append(outcome)
             print(f"{len(outcomes)}: {line_of(outcome)}{'' if outcome.is_right(arguments.seconds) else '  WRONG'}",
                   flush=True)
-    right = sum(outcome.is_right(arguments.seconds) for outcome in outcomes)
+            write_page(Path(arguments.output), arguments, whole, summary_of(outcomes, arguments.seconds), outcomes)
+    print(summary_of(outcomes, arguments.seconds))
+    return 0 if all(outcome.is_right(arguments.seconds) for outcome in outcomes) else 1
+
+
+def summary_of(outcomes: list[Outcome], limit: float) -> str:
+    right = sum(outcome.is_right(limit) for outcome in outcomes)
     slowest = max(max(outcome.seconds) for outcome in outcomes)
-    result = (f"{right} of {len(outcomes)} moments right: 75 from both ranks and in both status files within "
-              f"{arguments.seconds:g} s, the same curve bit for bit; slowest end {slowest:.2f} s, codes 75: "
-              f"{sum(outcome.codes == [75] * RANKS for outcome in outcomes)}, equal curves: "
-              f"{sum(outcome.same for outcome in outcomes)}")
-    print(result)
-    write_page(Path(arguments.output), arguments, whole, result, outcomes)
-    return 0 if right == len(outcomes) else 1
+    return (f"{right} of {len(outcomes)} moments right: 75 from both ranks and in both status files within {limit:g} "
+            f"s, the same curve bit for bit; slowest end {slowest:.2f} s, codes 75: "
+            f"{sum(outcome.codes == [75] * RANKS for outcome in outcomes)}, equal curves: "
+            f"{sum(outcome.same for outcome in outcomes)}")
 
 
 def line_of(outcome: Outcome) -> str:
@@ -239,8 +242,8 @@ def write_page(path: Path, arguments: argparse.Namespace, whole: float, result: 
     path.write_text(
         f"# Asked to stop at any moment\n\nTwo ranks, started as srun starts them; SIGTERM to {told} at random "
         "moments; the same command starts the run again.\nRegenerate with\n\n    python tools/signal_test.py\n\n"
-        f"{datetime.date.today()}, torch {torch.__version__}, {os.cpu_count()} cores, load "
-        f"{os.getloadavg()[2]:.1f} (15 minutes); the run that was left alone took {whole:.1f} s.\n\n{result}.\n\n"
+        f"{datetime.date.today()}, {arguments.documents} documents, torch {torch.__version__}, {os.cpu_count()} cores, "
+        f"load {os.getloadavg()[2]:.1f} (15 minutes); the run that was left alone took {whole:.1f} s.\n\n{result}.\n\n"
         "| | moment | status of rank 0 | codes | in status files | seconds to the end | curve after going on |\n"
         f"|---|---|---|---|---|---|---|\n{table}\n", encoding="utf-8")
 

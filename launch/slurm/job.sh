@@ -51,8 +51,8 @@ run_job() {
     fi
     # Slurm's signals are for the ranks, which save and end. The script and srun must live until then: the SIGTERM of a
     # requeue reaches them as well, and an srun that takes it kills its tasks.
-    signalled=false interrupted=false
-    trap 'signalled=true interrupted=true' TERM USR1
+    signalled=false
+    trap 'signalled=true' TERM USR1
     # Of runs that share a configuration each has its own folder of every
     # output directory: two that wrote one export or one log would end each other.
     local where=("checkpoint.directory=$RUN_DIR")
@@ -131,12 +131,8 @@ run_job() {
 # and $killed says whether a signal ended it.
 run_undisturbed() {
     (trap '' TERM USR1 && exec "$@") &
-    local process=$!
-    while true; do # a signal ends `wait`, not the command
-        interrupted=false code=0
-        wait "$process" || code=$?
-        $interrupted || break
-    done
+    code=0
+    await "$!" || code=$?
     killed=$( ((code > 128 && code < 160)) && echo true || echo false)
 }
 

@@ -81,8 +81,7 @@ done
 # What node I runs, as one word for ssh; its process number goes to a file, so that a signal can follow.
 run_id="$(id -un)-$(date +%s)-$$"
 # A name that nobody can guess, where nobody else can have put a file or link: noclobber refuses one that is there.
-secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-pid_file="/tmp/megatron-embed-$secret"
+pid_file="/tmp/megatron-embed-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"
 node_command() {
     local options=(--nnodes "${#hosts[@]}" --node-rank "$1" --master-addr "${MASTER_ADDR:-${addresses[0]}}"
         --master-port "$port" --run-id "$run_id")
@@ -106,11 +105,6 @@ if $dry_run; then
     exit 0
 fi
 secret=${MEGATRON_EMBED_SECRET:-$(new_secret)}
-pids=()
-for node in "${!hosts[@]}"; do
-    "${ssh[@]}" -- "${hosts[$node]}" "$(node_command "$node" "$@")" <<<"$secret" &
-    pids+=($!)
-done
 # shellcheck disable=SC2317  # called by the traps
 pass_on() {
     local node
@@ -120,16 +114,17 @@ pass_on() {
 kill -s $1 \$(cat $pid_file-$node)" </dev/null &
     done
 }
-interrupted=false
-trap 'interrupted=true; pass_on TERM' TERM INT
-trap 'interrupted=true; pass_on USR1' USR1
+trap 'pass_on TERM' TERM INT
+trap 'pass_on USR1' USR1
+pids=()
+for node in "${!hosts[@]}"; do
+    "${ssh[@]}" -- "${hosts[$node]}" "$(node_command "$node" "$@")" <<<"$secret" &
+    pids+=($!)
+done
 codes=()
 for pid in "${pids[@]}"; do
-    while true; do # a signal ends `wait`, not the run
-        interrupted=false code=0
-        wait "$pid" || code=$?
-        $interrupted || break
-    done
+    code=0
+    await "$pid" || code=$?
     codes+=("$code")
 done
 for node in "${!hosts[@]}"; do

@@ -85,10 +85,10 @@ if ((nnodes == 1)); then # with several nodes hostfile.sh, or who starts them, g
 fi
 
 # The workers are torchrun's children; before it has started any, there is nothing to save.
-signalled=false interrupted=false agent=""
+signalled=false agent=""
 # shellcheck disable=SC2317  # called by the traps
 pass_on() {
-    signalled=true interrupted=true
+    signalled=true
     [[ -n $agent ]] || return 0
     local workers
     workers=$(cat "/proc/$agent/task/"*/children 2>/dev/null || true)
@@ -103,21 +103,18 @@ trap 'pass_on TERM' TERM INT HUP
 trap 'pass_on USR1' USR1
 
 # Waits for $agent; its exit code is in $code.
-await() {
+await_agent() {
     if $signalled; then # before there was a process to tell
         pass_on TERM
     fi
-    while true; do # a signal ends `wait`, not the run
-        interrupted=false code=0
-        wait "$agent" || code=$?
-        $interrupted || break
-    done
+    code=0
+    await "$agent" || code=$?
 }
 
 if [[ ${PREFLIGHT:-yes} != no ]]; then
     "${check[@]}" >&2 &
     agent=$!
-    await
+    await_agent
     if $signalled; then
         exit 75
     fi
@@ -134,7 +131,7 @@ trap 'rm -rf "$status_folder"' EXIT
 # In a session of its own: a terminal's Ctrl-C would reach torchrun too, which gives its workers 30 seconds.
 setsid "${command[@]}" &
 agent=$!
-await
+await_agent
 if ((code != 0)); then
     if [[ -s $status ]]; then
         left=$(sed -n 's/.*"exit_code": *\([0-9][0-9]*\).*/\1/p' "$status")

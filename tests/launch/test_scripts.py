@@ -232,23 +232,43 @@ def test_subdirectory_is_the_name_of_a_folder(name, capsys):
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >>"$STUB_LOG"
 case $* in *" doctor "*) exit "$STUB_DOCTOR" ;; esac
+[[ -n $STUB_SIGNAL ]] && kill -s "$STUB_SIGNAL" "$PPID"
+[[ -n $STUB_LATEST ]] && echo step_000003 >"$RUN_DIR/latest"
 [[ $STUB_TRAIN == gave_up ]] && exit 0
+[[ $STUB_TRAIN -gt 128 ]] && exit "$STUB_TRAIN"
 printf '{"exit_code": %s, "message": ""}\n' "$STUB_TRAIN" >"$MEGATRON_EMBED_STATUS_FILE"
 exit "$STUB_TRAIN"
 """
 
 
-@pytest.mark.parametrize("doctor, train, restarts, code, requeued", [
-    (0, 0, 0, 0, False), (0, 75, 3, 75, True), (0, 75, 100, 75, False), (0, 2, 0, 2, False), (0, 1, 0, 1, False),
-    (1, 0, 0, 1, False), (0, "gave_up", 0, 1, False)])
-def test_job_ends_as_its_ranks_do(tmp_path, doctor, train, restarts, code, requeued):
-    for name, text in {"srun": SRUN, "scontrol": '#!/bin/sh\necho "scontrol $*" >>"$STUB_LOG"\necho node1\n'}.items():
+SCONTROL = """#!/bin/sh
+echo "scontrol $*" >>"$STUB_LOG"
+case $* in "show job"*) echo "JobId=12 JobState=$STUB_STATE PreemptTime=None" ;; *) echo node1 ;; esac
+"""
+
+
+@pytest.mark.parametrize("doctor, train, restarts, code, requeued, happened", [
+    (0, 0, 0, 0, False, {}), (0, 75, 3, 75, True, {}), (0, 75, 100, 75, False, {}), (0, 2, 0, 2, False, {}),
+    (0, 1, 0, 1, False, {}), (1, 0, 0, 1, False, {}), (0, "gave_up", 0, 1, False, {}),
+    # Killed: requeued where Slurm wanted the node back and there is something to go on from, or nothing was begun.
+    (0, 137, 0, 137, False, {"STUB_LATEST": "yes"}),
+    (0, 137, 0, 75, True, {"STUB_LATEST": "yes", "STUB_SIGNAL": "TERM"}),
+    (0, 137, 0, 137, False, {"STUB_SIGNAL": "TERM"}),
+    (0, 137, 0, 75, True, {"STUB_LATEST": "yes", "STUB_STATE": "PREEMPTED"}),
+    (0, 137, 0, 137, False, {"STUB_LATEST": "yes", "STUB_SIGNAL": "TERM", "STUB_SACCT": "OUT_OF_MEMORY"}),
+    (0, 143, 0, 75, True, {"STUB_SIGNAL": "USR1"}), (0, 143, 0, 143, False, {"STUB_LATEST": "yes"}),
+    (0, "gave_up", 0, 75, True, {"STUB_LATEST": "yes", "STUB_SIGNAL": "TERM"}),
+    (0, 137, 100, 75, False, {"STUB_LATEST": "yes", "STUB_SIGNAL": "TERM"}),
+    (0, 1, 0, 1, False, {"STUB_LATEST": "yes", "STUB_SIGNAL": "TERM"}), (0, 0, 0, 0, False, {"STUB_SIGNAL": "TERM"})])
+def test_job_ends_as_its_ranks_do(tmp_path, doctor, train, restarts, code, requeued, happened):
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "sacct": '#!/bin/sh\necho "$STUB_SACCT"\n'}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     run_directory = tmp_path / "run"
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "STUB_LOG": str(tmp_path / "log"), "STUB_DOCTOR": str(doctor),
-        "STUB_TRAIN": str(train), "RUN_DIR": str(run_directory), "SLURM_JOB_ID": "12",
+        "STUB_TRAIN": str(train), "RUN_DIR": str(run_directory), "SLURM_JOB_ID": "12", "STUB_SIGNAL": "",
+        "STUB_LATEST": "", "STUB_STATE": "RUNNING", "STUB_SACCT": "RUNNING", **happened,
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NNODES": "2", "SLURM_NTASKS": "16", "SLURM_RESTART_COUNT": str(restarts),
         "SLURM_SUBMIT_DIR": str(REPOSITORY)}
@@ -260,7 +280,7 @@ def test_job_ends_as_its_ranks_do(tmp_path, doctor, train, restarts, code, reque
     assert "srun --ntasks-per-node=1 --ntasks=2 " in log
     assert "--ranks 16 --ranks-per-node 8 " in log
     assert (run_directory / "DONE").exists() == (code == 0)
-    if code == 0:
+    if code == 0 and not happened:
         again = run("bash", LAUNCH / "slurm" / "train.sbatch", "a.yaml", env=environment)
         assert (again.returncode, "the run is complete" in again.stdout) == (0, True)
         other = run("bash", LAUNCH / "slurm" / "train.sbatch", "b.yaml", env=environment)
@@ -268,3 +288,37 @@ def test_job_ends_as_its_ranks_do(tmp_path, doctor, train, restarts, code, reque
         assert (f"RUN_DIR = {run_directory} is the directory of {REPOSITORY}/a.yaml, not of {REPOSITORY}/b.yaml: set "
                 "RUN_DIR") in other.stderr
         assert (tmp_path / "log").read_text().count("srun") == log.count("srun")
+
+
+@pytest.mark.parametrize("tasks, listed", [("8(x2)", "8"), ("8(x2),4", r"8\(x2\)\,4"), ("3,1", r"3\,1"), ("5", "5")])
+def test_job_tells_every_node_its_own_number_of_ranks(tasks, listed):
+    environment = os.environ | {"SLURM_TASKS_PER_NODE": tasks, "SLURM_NTASKS": "20", "SLURM_NNODES": "3"}
+    result = run("bash", LAUNCH / "slurm" / "train.sbatch", "--dry-run", "a.yaml", env=environment)
+    assert f"--ranks 20 --ranks-per-node {listed} " in result.stdout, result.stderr
+
+
+def test_heterogeneous_job_is_refused():
+    result = run("bash", LAUNCH / "slurm" / "train.sbatch", "a.yaml", env=os.environ | {"SLURM_HET_SIZE": "2"})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "SLURM_HET_SIZE = 2: a heterogeneous job" in result.stderr
+
+
+@pytest.mark.parametrize("when, number", [("doctor", signal.SIGTERM), ("doctor", signal.SIGUSR1),
+                                          ("torch.distributed.run", signal.SIGTERM)])
+def test_node_that_is_told_before_it_has_workers_ends_with_75(stub, tmp_path, when, number):
+    """In the preflight, and while torchrun loads its libraries."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >>"$STUB_LOG"\n'
+                                     'case $* in *" $WHEN "*) exec sleep 60 ;; esac\n')
+    process = subprocess.Popen([LAUNCH / "torchrun" / "node.sh", "run.yaml"], env=stub | {"WHEN": when}, cwd=REPOSITORY)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "log").exists() or f" {when} " not in (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.1)  # the stub has become `sleep`
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 75
+        assert ("torch.distributed.run" in (tmp_path / "log").read_text()) == (when != "doctor")
+    finally:
+        process.kill()
+        process.wait()

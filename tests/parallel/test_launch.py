@@ -2,23 +2,30 @@
 
 import pytest
 
+from megatron_embed.__main__ import main
 from megatron_embed.errors import ConfigError
 from megatron_embed.parallel.launch import (
+    first_on_node,
+    knows_local_rank,
     launched_rank,
     launcher_names_runs,
+    process_rank,
     rendezvous_address,
     run_name,
     source_of_world_size,
 )
+from megatron_embed.parallel.topology import device_of
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
              "TORCHELASTIC_RESTART_COUNT", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_PROCID", "SLURM_NTASKS",
-             "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST")
+             "SLURM_LOCALID", "SLURM_HET_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+             "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST")
 
 
 def set_only(monkeypatch, variables):
     for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back, whoever sets it meanwhile
+        monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
@@ -79,3 +86,55 @@ def test_what_is_no_port_is_refused(monkeypatch, port):
     set_only(monkeypatch, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
     with pytest.raises(ConfigError, match=f"MASTER_PORT = '{port}' is no port that ranks can meet at"):
         rendezvous_address()
+
+
+SRUN = {**BATCH_STEP, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
+
+
+@pytest.mark.parametrize("variables, expected, known", [
+    ({"RANK": "3", "WORLD_SIZE": "8", **SRUN, "SLURM_LOCALID": "1"}, (3, 8, 1), True),  # a wrapper under srun
+    ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8, 3), False),  # by hand
+    ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}, (3, 8, 1), True),
+    ({"RANK": "3", "WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, (3, 8, 2), True),
+    ({"RANK": "3", **SRUN}, (3, 8, 3), True), ({"WORLD_SIZE": "1"}, (0, 1, 0), True),
+    ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, (1, 2, 1), True),
+    ({"SLURM_HET_SIZE": "1", **SRUN}, (3, 8, 3), True)])
+def test_local_rank_is_found_where_it_is_not_given(monkeypatch, variables, expected, known):
+    set_only(monkeypatch, variables)
+    assert launched_rank() == expected
+    assert knows_local_rank() == known
+    assert process_rank() == expected[0] and first_on_node() == (expected[2] == 0)
+
+
+@pytest.mark.parametrize("variables, words", [
+    ({"RANK": "", "WORLD_SIZE": ""}, "RANK = ''"), ({"RANK": "worker-3", "WORLD_SIZE": "8"}, "RANK = 'worker-3'"),
+    ({"RANK": "-1", "WORLD_SIZE": "8"}, "RANK = '-1'"), ({"RANK": "3", "WORLD_SIZE": ""}, "WORLD_SIZE = ''"),
+    ({"RANK": "8", "WORLD_SIZE": "8"}, "RANK = 8 and WORLD_SIZE = 8"),
+    ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE = 0"),
+    ({"RANK": "\u0663", "WORLD_SIZE": "8"}, "RANK = "), ({"RANK": "1.0", "WORLD_SIZE": "8"}, "RANK = '1.0'"),
+    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK = 'x'"),
+    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": ""}, "LOCAL_RANK = ''"),
+    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK = 2"),
+    ({"RANK": "3"}, "RANK = '3' without WORLD_SIZE"), ({"WORLD_SIZE": "8"}, "WORLD_SIZE = '8' without RANK"),
+    ({**SRUN, "SLURM_HET_SIZE": "2"}, "SLURM_HET_SIZE = 2: a heterogeneous job"),
+    ({**SRUN, "SLURM_NTASKS": "many"}, "SLURM_NTASKS = 'many'"),
+    ({"OMPI_COMM_WORLD_RANK": "x", "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK = 'x'"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "0x50"}, "MASTER_PORT = '0x50'"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "", "MASTER_PORT": "29500"}, "MASTER_ADDR is not set")])
+def test_odd_variables_are_a_sentence_and_exit_code_2(monkeypatch, capsys, variables, words):
+    """Of the command line as a whole, before any library is loaded."""
+    set_only(monkeypatch, variables)
+    assert main(["encode", "--model", "absent", "--input", "absent.jsonl", "--output", "out.npy"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("megatron-embed: error: ") and words in line and "absent" not in line
+
+
+@pytest.mark.parametrize("local, visible, known, index", [
+    (0, 1, True, 0), (3, 1, True, 0), (3, 8, True, 3), (3, 1, False, 0), (5, 4, False, 1), (8, 8, True, None),
+    (1, 0, True, None)])
+def test_device_is_one_of_those_that_are_visible(local, visible, known, index):
+    if index is None:
+        with pytest.raises(ConfigError, match=f"LOCAL_RANK = {local}, .*{visible} GPUs are visible"):
+            device_of(local, visible, is_known=known)
+    else:
+        assert device_of(local, visible, is_known=known) == index

@@ -76,6 +76,62 @@ def test_signal_on_one_rank_stops_all_and_the_run_goes_on(model, tmp_path, numbe
     assert len(set(curve(straight))) == 5
 
 
+def interrupted_in_evaluation(path):
+    """(exit code, batches run) of `train`; rank 1 gets a signal while its first batch of texts is embedded."""
+    import torch.distributed as dist
+
+    from megatron_embed.__main__ import main
+    from megatron_embed.evaluation import encode
+
+    original, calls = encode.embed, []
+
+    def embed(chunks, batches, topology):
+        calls.append(len(batches))
+        if len(calls) == 1 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        return original(chunks, batches, topology)
+
+    encode.embed = embed
+    try:
+        return main(["train", path]), len(calls)
+    finally:
+        encode.embed = original
+
+
+def test_evaluation_is_broken_off_and_made_up_for(model, tmp_path):
+    """The run goes on with the evaluation that it owes: its metrics, and what is best, are as if nothing had been."""
+    beir = tmp_path / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    for name, letter in (("corpus", "d"), ("queries", "q")):
+        (beir / f"{name}.jsonl").write_text("".join(
+            json.dumps({"_id": f"{letter}{number}", "title": "", "text": f"text {number} of {name}"}) + "\n"
+            for number in range(40)))
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(
+        f"q{number}\td{number}\t1\n" for number in range(40)))
+    paths = {}
+    for name in ("straight", "stopped"):
+        values = configuration(model, tmp_path / name, train_steps=3, checkpoint={"save_every_steps": 100})
+        values["evaluation"] = {"retrieval": [str(beir)], "every_steps": 2}
+        paths[name] = write(tmp_path / f"{name}.yaml", values)
+    assert run_on_ranks(command, 2, ["train", paths["straight"]])[0][0] == 0
+    results = run_on_ranks(interrupted_in_evaluation, 2, paths["stopped"])
+    assert [code for code, _ in results] == [75, 75]
+    assert results[1][1] == 1
+    (saved,) = step_directories(tmp_path / "stopped").values()
+    assert json.loads((saved / "trainer.json").read_text()) == {"step": 2, "evaluation_owed": True}
+    assert run_on_ranks(command, 2, ["train", paths["stopped"]])[0][0] == 0
+
+    def lines(name):
+        return [{key: value for key, value in json.loads(line).items() if key.startswith(("eval/", "step", "loss"))}
+                for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    assert lines("stopped") == lines("straight")
+    assert sum("eval/" in "".join(line) for line in lines("stopped")) == 2
+    assert all(json.loads((folder / "trainer.json").read_text()) == {"step": step}
+               for step, folder in step_directories(tmp_path / "stopped").items())
+
+
 def test_time_budget_stops_after_one_step_at_least(model, tmp_path):
     path = write(tmp_path / "run.yaml", configuration(model, tmp_path / "run", train_steps=3,
                                                       exit_duration_minutes=1e-6))
