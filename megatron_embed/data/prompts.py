@@ -9,14 +9,12 @@ from typing import Any, Literal
 from transformers import AutoTokenizer
 
 from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
 
 Role = Literal["query", "document"]
 
 _PLACEHOLDER = "{instruction}"
-# Transformers builds an empty vocabulary, without a word, for a directory that has only a config.json.
-_VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
-                     "spiece.model", "tekken.json", "tiktoken.model")
 # Transformers' "no limit" is 1e30; no real limit comes near this number.
 _LARGEST_REAL_LENGTH = 10**9
 
@@ -29,11 +27,6 @@ class TokenizedRows:
     """Per text: prompt and special tokens included, nothing padded."""
     num_truncated: int
     """Texts that were cut to the maximum length."""
-
-
-def has_tokenizer_files(directory: Path) -> bool:
-    """Whether a model directory holds a vocabulary; without one Transformers makes an empty tokenizer, silently."""
-    return any((directory / name).is_file() for name in _VOCABULARY_FILES)
 
 
 def load_tokenizer(model_dir: str, vocab_size: int | None) -> Any:
