@@ -18,7 +18,8 @@ HELP = "versions and backends of this machine, what is missing and how to get it
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="CONFIG.yaml",
-                        help="check instead what this run needs: layout, GPUs, output directories, free disk")
+                        help="check instead what this run needs: layout, GPUs, model, tokenizer, data, evaluation sets, "
+                             "packages, output directories, free disk")
     parser.add_argument("--ranks", type=positive_int, metavar="N", default=1, help="ranks of the run; default: 1")
     parser.add_argument("--ranks-per-node", type=positive_int, metavar="N", help="default: --ranks")
     parser.add_argument("--min-free-gib", type=positive_int, metavar="GIB", default=1,
@@ -57,7 +58,6 @@ def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Finding]
 
 def _layout(config: "RunConfig", ranks: int) -> "Finding":
     from megatron_embed.cli.preflight import readable_shape
-    from megatron_embed.parallel.topology import check_token_budget
     from megatron_embed.planning.layouts import check_possible, describe
     from megatron_embed.planning.memory import grid_of
     from megatron_embed.platform.doctor import Finding
@@ -65,7 +65,10 @@ def _layout(config: "RunConfig", ranks: int) -> "Finding":
     shape = readable_shape(config.model.path)
     try:
         check_possible(config, shape, ranks)
-        check_token_budget(config, documents=1)
+        if config.training.micro_batch_tokens is not None:
+            from megatron_embed.parallel.topology import check_token_budget
+
+            check_token_budget(config, documents=1)
     except ConfigError:
         from megatron_embed.cli.plan import explain_impossible
 
