@@ -18,8 +18,8 @@ HELP = "versions and backends of this machine, what is missing and how to get it
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="CONFIG.yaml",
-                        help="check instead what this run needs: layout, GPUs, model, tokenizer, data, evaluation sets, "
-                             "packages, output directories, free disk")
+                        help="check instead what this run needs: layout, GPUs, model, tokenizer, data, evaluation "
+                             "sets, packages, output directories, free disk")
     parser.add_argument("--ranks", type=positive_int, metavar="N", default=1, help="ranks of the run; default: 1")
     parser.add_argument("--ranks-per-node", type=positive_int, metavar="N", help="default: --ranks")
     parser.add_argument("--min-free-gib", type=positive_int, metavar="GIB", default=1,
