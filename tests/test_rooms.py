@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "parallel", "models", "platform"},
     "evaluation": {"config", "parallel", "data", "models"},
     "mining": {"config", "parallel", "data", "evaluation"},
-    "planning": {"config", "models"},
+    "planning": {"config", "models", "checkpoint"},
     "objectives": {"config", "losses", "parallel"},
     "training": {"config", "parallel", "platform", "data", "models", "objectives", "checkpoint", "planning"},
     "cli": {

@@ -20,6 +20,10 @@ Every key of the YAML file that `megatron-embed train` reads, and that `plan`, `
 too. On the command line a key is given as `section.key=value`. An unknown key, a value of another type or out of range
 ends the program with exit code 2 and one line that names file, line and key; settings that would have no effect are
 refused alike. Made from `megatron_embed/config/` by `tools/settings_page.py`.
+
+Values are those of YAML 1.2 in the file and on the command line: `010` is 10 (octal is `0o10`), `1e-5` and `.5` are
+numbers, `true` and `false` are the only truth values; `yes`, `on`, `1:30`, `1_000` and dates are text. Merge keys
+(`<<`) and `%YAML 1.1` are refused, as is a key that is set twice.
 """
 
 

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_embed.config.load import read_resolved
 from megatron_embed.platform.doctor import Finding
 
 if TYPE_CHECKING:
@@ -87,14 +86,14 @@ def _wanted(config: "RunConfig") -> dict[str, tuple[int, str]]:
 def _trained(config: "RunConfig") -> "tuple[ModelShape | None, Parts | None]":
     """Shape of the model, and the linear layers whose adapters are trained; no shape where either is not known."""
     from megatron_embed.cli.plan import adapted_parts
-    from megatron_embed.planning.shapes import find_shape
+    from megatron_embed.cli.preflight import readable_shape
+    from megatron_embed.planning.shapes import has_adapters
 
-    shape = find_shape(config.model.path)
+    shape = readable_shape(config.model.path)
     if shape is None:
         return None, None
-    resolved = Path(config.model.path) / "config.yaml"
-    if config.lora.rank == 0 and resolved.is_file() and read_resolved(resolved).get("lora", {}).get("rank"):
-        return None, None  # a checkpoint of adapters, which are trained on
+    if config.lora.rank == 0 and has_adapters(config.model.path):
+        return None, None  # which are trained on
     return shape, adapted_parts(config, shape)
 
 

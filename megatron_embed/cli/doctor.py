@@ -19,7 +19,8 @@ HELP = "versions and backends of this machine, what is missing and how to get it
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="CONFIG.yaml",
-                        help="check instead what this run needs: layout, GPUs, output directories, free disk")
+                        help="check instead what this run needs: layout, GPUs, model, tokenizer, data, evaluation "
+                             "sets, packages, output directories, free disk")
     parser.add_argument("--ranks", type=positive_int, metavar="N", default=1, help="ranks of the run; default: 1")
     parser.add_argument("--ranks-per-node", type=ranks_of_node, metavar="N",
                         help="also as Slurm lists it where nodes differ, 8(x2),4; default: --ranks")
@@ -63,22 +64,25 @@ def run(args: argparse.Namespace) -> int:
 def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Finding]":
     """Whether this run can start here. Quick: every node of a job asks it, and no library is loaded if all is well."""
     from megatron_embed.cli.disk import examine_outputs
+    from megatron_embed.cli.preflight import examine_inputs
 
-    return [_layout(config, args.ranks), _devices(config, args.ranks_per_node or args.ranks),
+    return [_layout(config, args.ranks), _devices(config, args.ranks_per_node or args.ranks), *examine_inputs(config),
             *examine_outputs(config, args.min_free_gib)]
 
 
 def _layout(config: "RunConfig", ranks: int) -> "Finding":
-    from megatron_embed.parallel.topology import check_token_budget
+    from megatron_embed.cli.preflight import readable_shape
     from megatron_embed.planning.layouts import check_possible, describe
     from megatron_embed.planning.memory import grid_of
-    from megatron_embed.planning.shapes import find_shape
     from megatron_embed.platform.doctor import Finding
 
-    shape = find_shape(config.model.path)
+    shape = readable_shape(config.model.path)
     try:
         check_possible(config, shape, ranks)
-        check_token_budget(config, documents=1)
+        if config.training.micro_batch_tokens is not None:
+            from megatron_embed.parallel.topology import check_token_budget
+
+            check_token_budget(config, documents=1)
     except ConfigError:
         from megatron_embed.cli.plan import explain_impossible
 

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              '{"text_a", "text_b", "score"}, for an embedding model; or a file of lists {"query", '
                              '"documents": [...], "labels": [...]}, for a reranker as well')
     parser.add_argument("--split", help="which qrels file of a folder; default: test")
+    parser.add_argument("--drop-own-id", action="store_true",
+                        help="leave the document with the query's own id out of its rankings, as BEIR and MTEB do for "
+                             "ArguAna and Quora")
     parser.add_argument("--dims", type=dims, default=(), metavar="N,N",
                         help="measure vectors cut to these widths as well, as dim_N/...")
     parser.add_argument("--two-stage", type=positive_int, metavar="N",
@@ -101,7 +104,7 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
 
     if args.per_query is not None:
         check_jsonl("--per-query", args.per_query)
-    data = load_beir(args.data, args.split or "test")
+    data = load_beir(args.data, args.split or "test", drop_own_id=args.drop_own_id)
     import torch.distributed as dist
 
     from megatron_embed.cli.model import open_encoder
@@ -148,7 +151,7 @@ def open_second_stage(args: argparse.Namespace, queries: "Sequence[str]", topolo
 
 def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(correlations of an embedding model's similarities with the scores of a file of pairs, this rank)."""
-    refuse(args, "pairs", "split", "two_stage", "reranker", "per_query")
+    refuse(args, "pairs", "split", "drop_own_id", "two_stage", "reranker", "per_query")
     from megatron_embed.evaluation.sts import load_sts
 
     data = load_sts(args.data, "--data")
@@ -162,7 +165,7 @@ def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
 
 def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(metrics of a reranker, or of an embedding model's similarities, on a file of lists, this rank)."""
-    refuse(args, "lists", "split", "two_stage", "dims", "reranker", "per_query")
+    refuse(args, "lists", "split", "drop_own_id", "two_stage", "dims", "reranker", "per_query")
     from megatron_embed.evaluation.reranking import evaluate_reranking, load_rerank_file, similarity_of_pairs
 
     data = load_rerank_file(args.data)
@@ -187,5 +190,6 @@ def refuse(args: argparse.Namespace, kind: str, *options: str) -> None:
         value = vars(args)[name]
         if value:
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            raise ConfigError(f"--{name.replace('_', '-')} {shown}: a file of {kind} has no use for it; leave it out, "
-                              "or name a BEIR folder as --data")
+            given = f"--{name.replace('_', '-')}" + ("" if value is True else f" {shown}")
+            raise ConfigError(f"{given}: a file of {kind} has no use for it; leave it out, or name a BEIR folder as "
+                              "--data")

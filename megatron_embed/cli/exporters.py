@@ -90,7 +90,7 @@ def why_not_compared(directory: Path, options: ExportOptions) -> str:
     """The line of the report that says why an export is not loaded; empty if it is."""
     if not options.compare:
         return "not loaded with the stock library and compared on texts (--no-compare)"
-    from megatron_embed.data.prompts import has_tokenizer_files
+    from megatron_embed.data.vocabulary import has_tokenizer_files
 
     if not has_tokenizer_files(directory):
         return "not compared on texts: there are no tokenizer files"

@@ -163,7 +163,8 @@ def divided(config: RunConfig, records: RecordSet, dp_size: int) -> tuple[Record
 
 def open_suite(config: RunConfig, tokenizer: RoleTokenizer | PairTokenizer) -> Suite:
     """The evaluation sets, every text of which the tokenizer can take, and a metric to compare checkpoints by."""
-    suite = Suite(retrieval=[named(load_beir(item.path, config.evaluation.split), item)
+    suite = Suite(retrieval=[named(load_beir(item.path, config.evaluation.split,
+                                             drop_own_id=config.evaluation.drop_own_id), item)
                              for item in config.evaluation.retrieval],
                   sts=[named(load_sts(item.path), item) for item in config.evaluation.sts],
                   reranking=[load_rerank_file(file, "evaluation.reranking") for file in config.evaluation.reranking],

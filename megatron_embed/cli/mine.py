@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        ("--absolute-margin", "leave out candidates above the lowest positive's score - M"),
                        ("--relative-margin", "leave out candidates above score - |score| * M of the lowest positive")):
         parser.add_argument(name, type=float, metavar="S" if "score" in name else "M", help=what)
+    parser.add_argument("--mine-query-text", action="store_true",
+                        help="let a document whose text is the query's be its negative; default: such a document is "
+                             "left out")
     parser.add_argument("--sampling", choices=("top", "random"), default="top",
                         help="the best candidates that are left, or any of them; default: top")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="for --sampling random; default: 1234")
@@ -78,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
         if process_rank() != 0 and not options.judged:  # One process counts words; the others have nothing to do.
             return 0
     records = list(RecordFile(args.data, key="--data"))
-    corpus, names = (None, []) if args.corpus is None else read_corpus(args.corpus)
+    corpus = None if args.corpus is None else read_corpus(args.corpus)
     prompts = [""] * len(records) if by_words else query_prompts(args, records)
-    task = build_task(records, prompts, corpus, names)
+    task = build_task(records, prompts, corpus, mine_query_text=args.mine_query_text)
     with ranks_watched() as start:
         if by_words:
             mine_by_words(args, records, task, options, start)
@@ -180,8 +183,9 @@ def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task:
         queries = scale(torch.cat(list(source.blocks(role, task.queries)))).to(topology.device)
         role = "document"
         documents = (scale(block) for block in source.blocks(role, task.documents))
-        mined = mine_vectors(queries, documents, task.positives, options, group=dist.group.WORLD,
-                             num_documents=len(task.documents), show_progress=topology.rank == 0)
+        mined = mine_vectors(queries, documents, task.positives, options, excluded=task.excluded,
+                             group=dist.group.WORLD, num_documents=len(task.documents),
+                             show_progress=topology.rank == 0)
     except TokenlessTextError as error:
         place = place_of(role, error.row, records, task, args.corpus)
         raise TokenlessTextError(error.row, place, error.text) from None

@@ -21,7 +21,8 @@ from megatron_embed.convert.layout import is_checkpoint, open_checkpoint
 from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
 from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.source import HFDirectory, hf_weight_shards
-from megatron_embed.data.prompts import Role, RoleTokenizer, TextFormat, has_tokenizer_files
+from megatron_embed.data.prompts import Role, RoleTokenizer, TextFormat
+from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.models.adapters import Adapters, AdapterSettings, is_adapter

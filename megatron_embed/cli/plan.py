@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_overrides, positive_int, write_output
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
 
     config, gpu = load_config(args.config, args.overrides), GPUS[args.gpu]
     shape = shape_of(config.model.path)
-    config, rows = with_rows_at_hand(with_lengths_at_hand(config, shape))
+    config = with_adapters_of_model(with_lengths_at_hand(config, shape), shape)
+    config, rows = with_rows_at_hand(config)
     if not is_possible(config, shape, args.gpus):
         explain_impossible(config, shape, args.gpus)
         check_possible(config, shape, args.gpus)
@@ -102,6 +104,34 @@ def with_rows_at_hand(config: "RunConfig") -> "tuple[RunConfig, str]":
     return dataclasses.replace(config, data=found), (
         f"{len(records):,} rows of data.train, with up to {found.num_positives} positive and {found.num_negatives} "
         "negative documents each in use.")
+
+
+def with_adapters_of_model(config: "RunConfig", shape: "ModelShape") -> "RunConfig":
+    """The configuration with section `lora` as training takes it from a PEFT directory, or a checkpoint of adapters.
+
+    Raises:
+        CheckpointError: adapters that training would refuse.
+    """
+    from megatron_embed.planning.shapes import checkpoint_at, has_adapters
+
+    if config.lora.rank or not has_adapters(config.model.path):
+        return config
+    checkpoint = checkpoint_at(config.model.path)
+    from megatron_embed.convert.layout import open_checkpoint
+    from megatron_embed.convert.peft import PeftAdapter
+    from megatron_embed.convert.rules.lookup import rules_for
+
+    if checkpoint is None:
+        with PeftAdapter(Path(config.model.path).expanduser(), rules_for(shape.family), shape) as adapter:
+            found = adapter.settings
+    else:
+        saved = open_checkpoint(checkpoint).info.adapters
+        if saved is None:
+            return config
+        found = saved
+    lora = dataclasses.replace(config.lora, rank=found.rank, alpha=found.alpha, use_rslora=found.use_rslora,
+                               target_modules=found.modules)
+    return dataclasses.replace(config, lora=lora)
 
 
 def adapted_parts(config: "RunConfig", shape: "ModelShape") -> "Parts | None":

@@ -58,6 +58,9 @@ class EvaluationConfig:
     """Files of lists, rows {"query", "documents": [...], "labels": [...]} or {"query", "docs": [{"text", "label"}]}."""
     split: str = "test"
     """Which qrels file of a BEIR folder."""
+    drop_own_id: bool = False
+    """True: the document with a query's own id is left out of the query's rankings in `retrieval`, as BEIR and MTEB do
+    for sets whose queries are documents themselves (ArguAna, Quora)."""
     sts: tuple[EvaluationSet, ...] = ()
     """JSONL files of pairs {"text_a", "text_b", "score"}: Pearson and Spearman of cosine (or dot product) and score."""
     best_metric: str | None = None
@@ -76,5 +79,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, "evaluation.every_steps", self.every_steps, "must be >= 1")
+        require(not self.drop_own_id or bool(self.retrieval), "evaluation.drop_own_id", self.drop_own_id,
+                "nothing is searched; name a BEIR folder in evaluation.retrieval, or remove it")
         require(self.patience is None or self.patience >= 1, "evaluation.patience", self.patience,
                 "must be >= 1 evaluations, or null")

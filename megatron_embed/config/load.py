@@ -193,6 +193,8 @@ def _remedy(annotation: Any, value: object, default: Any) -> str:
         return f"write {int(value)}"
     if isinstance(value, str) and type(plain_scalar(value)) in {int, float, bool} & set(members):
         return "remove the quotes"
+    if isinstance(value, str) and (spelling := _in_yaml_1_2(value, members)):
+        return f"write {spelling}"
     if annotation in SHORTHAND:
         return f"write the {SHORTHAND[annotation]} alone, or {{{SHORTHAND[annotation]}: ...}}"
     if dataclasses.is_dataclass(annotation):
@@ -200,6 +202,14 @@ def _remedy(annotation: Any, value: object, default: Any) -> str:
     if default not in (dataclasses.MISSING, None):
         return f"the default is {_yaml(default)}"
     return "give it such a value"
+
+
+def _in_yaml_1_2(text: str, members: tuple[Any, ...]) -> str:
+    """A value that YAML 1.1 spells so, as YAML 1.2 spells it; empty where there is none of these types."""
+    if bool in members and text.lower() in ("yes", "on", "y", "no", "off", "n"):
+        return "true" if text.lower() in ("yes", "on", "y") else "false"
+    plain = text.replace("_", "")
+    return plain if "_" in text and type(plain_scalar(plain)) in {int, float} & set(members) else ""
 
 
 def _described(annotation: Any) -> str:

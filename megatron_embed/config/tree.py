@@ -15,12 +15,18 @@ LARGEST_FILE = 1 << 20
 MOST_VALUES = 20_000
 """Values of a configuration, aliases written out: nine of nine of nine ..., nine deep, are 400 million in 255 bytes."""
 
-# YAML 1.1 reads `1e-5` as text because it has no dot; everybody who writes it in a configuration means the number.
-_EXPONENT_WITHOUT_DOT = re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_CORE_SCHEMA = (
+    ("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)\Z"), ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")),
+    (_INT, re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z"), list("-+0123456789")),
+    (_FLOAT, re.compile(r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+                        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"), list("-+.0123456789")))
+"""Which plain texts are no text, with their first characters: YAML 1.2.2, section 10.3.2."""
 
 
 class Loader(yaml.SafeLoader):
-    """YAML's plain types, and numbers such as `1e-5`."""
+    """The plain types of YAML 1.2 (PyYAML's own are those of 1.1: `010` is 8 there, `1:30` is 90, `on` is true)."""
 
     values_written, values_read = 0, 0
     """So far, as the text has them and with aliases written out."""
@@ -35,12 +41,30 @@ class Loader(yaml.SafeLoader):
         return node
 
 
+Loader.yaml_implicit_resolvers = {}  # none of the base class's
+
+
 class Dumper(yaml.SafeDumper):
-    """Writes what Loader reads back as the same value: a text such as "1e5" gets its quotes."""
+    """Writes what Loader reads back as the same value: a text that is a number or truth value in YAML 1.1 or 1.2 gets
+    its quotes."""
 
 
 for _class in (Loader, Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT_WITHOUT_DOT, list("-+0123456789"))
+    for _tag, _pattern, _first in _CORE_SCHEMA:
+        _class.add_implicit_resolver(_tag, _pattern, _first)
+
+
+def _whole_number(loader: Loader, node: yaml.ScalarNode) -> int:
+    text = node.value
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+def _number(loader: Loader, node: yaml.ScalarNode) -> float:
+    return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+Loader.add_constructor(_INT, _whole_number)
+Loader.add_constructor(_FLOAT, _number)
 
 
 @dataclass(frozen=True)
@@ -92,12 +116,18 @@ def read_override(argument: str) -> tuple[list[str], Node]:
 
 
 def plain_scalar(text: str) -> object:
-    """Null, truth value or number as YAML reads it; any other text stays text."""
-    try:
-        value = yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError):
+    """`None`, truth value or number as YAML 1.2 reads it; any other text stays text, blanks and all."""
+    plain = text.strip()
+    tag = next((tag for tag, pattern, _ in _CORE_SCHEMA if pattern.match(plain)), None)
+    if tag is None:
         return text
-    return value if value is None or isinstance(value, bool | int | float) else text
+    loader = Loader("")
+    try:
+        return loader.construct_object(yaml.ScalarNode(tag, plain))
+    except ValueError:  # an integer of thousands of digits
+        return text
+    finally:
+        loader.dispose()
 
 
 def overridden(tree: Node, keys: Sequence[str], value: Node) -> Node:
@@ -124,6 +154,10 @@ def _compose(text: str, source: str, prefix: str = "") -> Node | None:
         loader = Loader(text)
         try:
             root = loader.get_single_node()
+            if loader.yaml_version not in (None, (1, 2)):
+                version = ".".join(map(str, loader.yaml_version))
+                raise ConfigError(f"{source}: {prefix}%YAML {version}: configurations are YAML 1.2, in which 010 is 10 "
+                                  "and yes is text; remove the line")
             return None if root is None else _read(loader, root, source, (), ())
         finally:
             loader.dispose()
@@ -169,6 +203,9 @@ def _read(loader: Loader, node: yaml.Node, source: str, keys: tuple[str, ...], a
         if not isinstance(key_node, yaml.ScalarNode):
             raise ConfigError(f"{key_place}: a key of {name or 'the file'} is no plain text; write `key: value`")
         key = key_node.value
+        if key == "<<" and key_node.style is None:
+            raise ConfigError(f"{key_place}: {name or 'the file'}: merge keys (`<<`) do not belong to YAML 1.2; write "
+                              "the keys out")
         dotted = ".".join((*keys, key))
         if key in children:
             raise ConfigError(f"{key_place}: key '{dotted}' is set twice, first at {children[key].place}; keep one")

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ def _tsv_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
             except UnicodeDecodeError as error:
                 raise DataError(f"{source}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
             if line.strip():
-                yield source, [field.strip() for field in line.split("\t")]
+                yield source, line.rstrip("\r\n").split("\t")
 
 
 def require_split(folder: Path, split: str) -> Path:
@@ -55,19 +56,37 @@ class Judged(NamedTuple):
     """Document id -> label, in the order of the file; 0 or less is judged not relevant."""
 
 
-def read_qrels(path: Path, queries: Container[str], documents: Container[str]) -> dict[str, Judged]:
+@dataclass(kw_only=True)
+class MissingTexts:
+    """Judgements of ids that the folder has no text for, as some published sets have them."""
+
+    documents: list[str] = field(default_factory=list)
+    """FILE:LINE of each judgement of a document that the corpus lacks; the query has a text."""
+    queries: dict[str, str] = field(default_factory=dict)
+    """Query id -> FILE:LINE of its first judgement."""
+
+
+def read_qrels(path: Path, queries: Container[str], documents: Container[str],
+               missing: MissingTexts | None = None) -> dict[str, Judged]:
     """Query id -> its judgements, in the order of the file.
 
+    Args:
+        queries: ids that have a text.
+        documents: ids that have a text.
+        missing: takes note of judgements whose document has none, which are kept, and of queries that have none, which
+            are left out; None: both are refused.
     Raises:
-        DataError: a line is none, names an id that is in neither file, or says again something else; or there is none.
+        DataError: a line is not a judgement, names an id that has no text, or contradicts an earlier line; or there is
+            no judgement.
     """
     qrels: dict[str, Judged] = {}
     for number, (source, fields) in enumerate(_tsv_lines(path)):
-        if number == 0 and fields == HEADER:
+        if number == 0 and [name.strip() for name in fields] == HEADER:
             continue
         if len(fields) != 3:
             raise DataError(f"{source}: {len(fields)} fields between tabs, expected 3: {', '.join(HEADER)}")
-        query, document, score = fields
+        query, document = _id_in(fields[0], queries), _id_in(fields[1], documents)
+        score = fields[2].strip()
         try:
             label = int(score)
         except ValueError:
@@ -75,9 +94,14 @@ def read_qrels(path: Path, queries: Container[str], documents: Container[str]) -
                 f"{source}: score = {shortened(score)}: must be an integer (0 is judged not relevant)"
             ) from None
         check_grade(label, "score", source)
+        if query not in queries and missing is not None:
+            missing.queries.setdefault(query, source)
+            continue
         if query not in queries:
             raise DataError(f"{source}: query-id = {shortened(query)}: not in queries.jsonl")
-        if document not in documents:
+        if document not in documents and missing is not None:
+            missing.documents.append(source)
+        elif document not in documents:
             raise DataError(f"{source}: corpus-id = {shortened(document)}: not in corpus.jsonl")
         labels = qrels.setdefault(query, Judged(source, {})).labels
         if labels.setdefault(document, label) != label:
@@ -85,9 +109,17 @@ def read_qrels(path: Path, queries: Container[str], documents: Container[str]) -
                 f"{source}: query {shortened(query)}, document {shortened(document)}: judged {label}, but "
                 f"{labels[document]} on an earlier line; keep one"
             )
+    if missing is not None and missing.queries and not qrels:
+        raise DataError(f"{path}:1: none of the {len(missing.queries)} judged queries is in queries.jsonl; the files "
+                        "belong to different sets, or spell their ids differently")
     if not qrels:
         raise DataError(f"{path}:1: no judgements; expected lines of {', '.join(HEADER)}")
     return qrels
+
+
+def _id_in(name: str, ids: Container[str]) -> str:
+    """The id as it stands in the file if there is such a one, else without blanks around it."""
+    return name if name in ids else name.strip()
 
 
 class _Row(NamedTuple):

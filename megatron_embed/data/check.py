@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_embed.data.prompts import Role, RoleTokenizer
-from megatron_embed.data.record import AnyRecord, Record, documents_in_use, text_id
+from megatron_embed.data.record import AnyRecord, Record, documents_in_use, id_on_both_sides, text_id
 from megatron_embed.data.records import RecordSet
 
 _AT_ONCE = 2048
@@ -37,11 +37,13 @@ def _check_entry(file: Sequence[AnyRecord], used: tuple[int | None, int], tokeni
     hashes: dict[str, list[int]] = {"query": [], "first positive": []}
     lengths: dict[Role, list[int]] = {"query": [], "document": []}
     names = ("pairs with a score", "lists with labels", "rows without negatives",
-             "rows with fewer negatives than data.num_negatives", "rows whose positive is one of their negatives")
+             "rows with fewer negatives than data.num_negatives", "rows whose positive is one of their negatives",
+             "rows with one id for a positive and a negative (training refuses them)")
     counts = {"rows": len(file), **dict.fromkeys(names, 0)}
     for part in _parts(file):
         for record in part:
             hashes["query"].append(text_id(record.query))
+            counts[names[-1]] += id_on_both_sides(record) is not None
             if not isinstance(record, Record):
                 counts["lists with labels"] += 1
                 continue

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from megatron_embed.data.jsonl import check_text, json_type, shortened
 from megatron_embed.data.numbers import LARGEST
+from megatron_embed.data.record import id_from_text
 from megatron_embed.errors import DataError
 
 Row = dict[str, object]
@@ -130,17 +131,22 @@ def titled(row: Row, name: str, source: str) -> str:
 
 def passages(value: object, name: str, source: str,
              id_keys: tuple[str, ...] = ("docid",)) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Texts of `[{"title"?, "text"}, ...]`, and their ids if each has one under one of `id_keys`."""
+    """Texts of `[{"title"?, "text"}, ...]`, and their ids if any has one under one of `id_keys`; the others' are made
+    from their texts."""
     if not isinstance(value, list):
         raise DataError(f"{source}: {name} = {shortened(value)}: it must be a list of passages such as "
                         '{"title": ..., "text": ...}')
-    found, ids = [], []
+    found: list[str] = []
+    ids: list[str | None] = []
     for index, passage in enumerate(value):
         place = f"{name}[{index}]"
         if not isinstance(passage, dict):
             raise DataError(f"{source}: {place} = {shortened(passage)} is a JSON {json_type(passage)}; it must be a "
                             'passage such as {"title": ..., "text": ...}')
         found.append(titled(passage, place, source))
-        ids += [name_of(passage[key], f"{place}.{key}", source) for key in id_keys
-                if passage.get(key) not in (None, "")][:1]
-    return tuple(found), tuple(ids) if len(ids) == len(found) else None
+        ids.append(next((name_of(passage[key], f"{place}.{key}", source) for key in id_keys
+                         if passage.get(key) not in (None, "")), None))
+    if found and not any(name is not None for name in ids):
+        return tuple(found), None
+    return tuple(found), tuple(id_from_text(text) if name is None else name
+                               for name, text in zip(ids, found, strict=True))

@@ -83,6 +83,9 @@ def _read_ours(row: Row, source: str) -> Record:
     scores = optional_numbers(row, "teacher_scores", source, len(positive) + len(negatives),
                               "texts of positive and negatives")
     ids = None
+    if row.get("positive_ids") is None and row.get("negative_ids"):
+        raise DataError(f"{source}: negative_ids = {shortened(row['negative_ids'])} is given without positive_ids; "
+                        "give both, one id for each text, or neither")
     if row.get("positive_ids") is not None:
         found = [names(row.get(key) or [], key, source) for key in ("positive_ids", "negative_ids")]
         for key, given, of in zip(("positive", "negative"), found, (positive, negatives), strict=True):

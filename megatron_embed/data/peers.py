@@ -18,15 +18,22 @@ from megatron_embed.data.fields import (
     titled,
 )
 from megatron_embed.data.jsonl import check_text, json_type, shortened
-from megatron_embed.data.record import Record, RerankRecord
+from megatron_embed.data.record import Record, RerankRecord, id_from_text
 from megatron_embed.errors import DataError
 
 NEGATIVE_COLUMN = re.compile(r"negative(_\d+)?")
 LABEL_COLUMNS = ("label", "labels", "score", "scores")
 
 
-def _ids(positive: tuple[str, ...] | None, negatives: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    return None if positive is None or negatives is None else (*positive, *negatives)
+_Passages = tuple[tuple[str, ...], tuple[str, ...] | None]
+"""Texts and their ids."""
+
+
+def _ids(*parts: _Passages) -> tuple[str, ...] | None:
+    """The ids of all parts; where some have none, ids made from their texts. None where no part has any."""
+    if not any(ids for _, ids in parts):
+        return None
+    return tuple(name for texts, ids in parts for name in (map(id_from_text, texts) if ids is None else ids))
 
 
 def _require_some(documents: tuple[str, ...], name: str, source: str) -> None:
@@ -110,18 +117,28 @@ def read_flag_embedding(row: Row, source: str) -> Record:
         raise DataError(f"{source}: {given}_scores is given without {missing}_scores; give both or neither")
     scores = None if of_positive is None else (*of_positive, *(of_negatives or ()))
     prompt = row.get("prompt")
+    ids = _ids((positive, _flag_ids(row.get("pos_id"), positive)), (negatives, _flag_ids(row.get("neg_id"), negatives)))
     return Record(query=check_text(row["query"], "query", source), positive=positive, negatives=negatives,
-                  teacher_scores=scores, source=source,
+                  teacher_scores=scores, source=source, document_ids=ids,
                   instruction=None if prompt in (None, "") else check_text(prompt, "prompt", source))
+
+
+def _flag_ids(value: object, found: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Ids of these texts, None unless the list has one for each: files in the wild have other things there too."""
+    if not isinstance(value, list) or len(value) != len(found):
+        return None
+    ids = tuple(str(item) for item in value if (isinstance(item, int) and not isinstance(item, bool))
+                or (isinstance(item, str) and item.strip()))
+    return ids if len(ids) == len(found) else None
 
 
 def read_tevatron_passages(row: Row, source: str) -> Record:
     """Tevatron's older rows: positive_passages and negative_passages with title and text."""
-    positive, positive_ids = passages(row["positive_passages"], "positive_passages", source)
-    _require_some(positive, "positive_passages", source)
-    negatives, negative_ids = passages(row.get("negative_passages") or [], "negative_passages", source)
-    return Record(query=check_text(row["query"], "query", source), positive=positive, negatives=negatives,
-                  instruction=None, source=source, document_ids=_ids(positive_ids, negative_ids))
+    positive = passages(row["positive_passages"], "positive_passages", source)
+    _require_some(positive[0], "positive_passages", source)
+    negatives = passages(row.get("negative_passages") or [], "negative_passages", source)
+    return Record(query=check_text(row["query"], "query", source), positive=positive[0],
+                  negatives=negatives[0], instruction=None, source=source, document_ids=_ids(positive, negatives))
 
 
 def read_tevatron_ids(row: Row, source: str) -> Record:
@@ -182,12 +199,13 @@ def _teacher_scores(value: object, name: str, source: str, num_positive: int, nu
 def read_dpr(row: Row, source: str) -> Record:
     """DPR's rows: positive_ctxs, hard_negative_ctxs, and negative_ctxs behind these."""
     keys = ("passage_id", "psg_id")
-    positive, positive_ids = passages(row["positive_ctxs"], "positive_ctxs", source, keys)
-    _require_some(positive, "positive_ctxs", source)
-    hard, hard_ids = passages(row.get("hard_negative_ctxs") or [], "hard_negative_ctxs", source, keys)
-    easy, easy_ids = passages(row.get("negative_ctxs") or [], "negative_ctxs", source, keys)
-    return Record(query=check_text(row["question"], "question", source), positive=positive, negatives=(*hard, *easy),
-                  instruction=None, source=source, document_ids=_ids(positive_ids, _ids(hard_ids, easy_ids)))
+    positive = passages(row["positive_ctxs"], "positive_ctxs", source, keys)
+    _require_some(positive[0], "positive_ctxs", source)
+    hard = passages(row.get("hard_negative_ctxs") or [], "hard_negative_ctxs", source, keys)
+    easy = passages(row.get("negative_ctxs") or [], "negative_ctxs", source, keys)
+    return Record(query=check_text(row["question"], "question", source), positive=positive[0],
+                  negatives=(*hard[0], *easy[0]), instruction=None, source=source,
+                  document_ids=_ids(positive, hard, easy))
 
 
 def read_pos_doc(row: Row, source: str) -> Record:

@@ -12,14 +12,12 @@ from transformers import AutoTokenizer
 from megatron_embed.config.json_file import LARGEST_FILE
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.vocabulary import VOCABULARY_FILES, has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
 
 Role = Literal["query", "document"]
 
 _PLACEHOLDER = "{instruction}"
-# Transformers builds an empty vocabulary, without a word, for a directory that has only a config.json.
-_VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
-                     "spiece.model", "tekken.json", "tiktoken.model")
 _LARGEST_VOCABULARY = 256 << 20
 """Bytes; the largest published have 35 MB."""
 _OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -52,11 +50,6 @@ class TextFormat:
     """For that template, beside the messages."""
     tell_role: bool = True
     """Whether that template learns, as `task`, which role a text has."""
-
-
-def has_tokenizer_files(directory: Path) -> bool:
-    """Whether a model directory holds a vocabulary; without one Transformers makes an empty tokenizer, silently."""
-    return any((directory / name).is_file() for name in _VOCABULARY_FILES)
 
 
 def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: bool = False) -> Any:
@@ -96,7 +89,7 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
 
 def _refuse_large_files(directory: Path) -> None:
     """Raises CheckpointError if a file that Transformers would read whole is no tokenizer's by its size."""
-    limits = dict.fromkeys((*_VOCABULARY_FILES, "merges.txt"), _LARGEST_VOCABULARY) | dict.fromkeys(
+    limits = dict.fromkeys((*VOCABULARY_FILES, "merges.txt"), _LARGEST_VOCABULARY) | dict.fromkeys(
         _OTHER_FILES, LARGEST_FILE)
     for name, limit in limits.items():
         file = directory / name

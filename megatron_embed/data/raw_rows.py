@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from megatron_embed.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+RowsKind = Literal["jsonl", "table", "hub"]
+"""How rows are read: by our own reader, by `datasets` from this machine, or by `datasets` as a data set of the hub."""
 TABLE_ENDINGS = (".parquet", ".arrow")
 HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[^/:]+)(/(?P<split>[^/:]+))?)?")
 _LOCAL_NAME = re.compile(r"(?P<repository>[^:]+)(:(?P<config>[^/:]+)(/(?P<split>[^/:]+))?)?")
@@ -259,24 +261,46 @@ def open_rows(path: str, key: str, *, streaming: bool = False, rows: int | None 
     Raises:
         ConfigError: naming `key`, if it is none of these or cannot be opened.
     """
+    kind = _kind_of(path, key, streaming=streaming)
+    if streaming:
+        stream = _open_table(path, key, streaming=True)
+        return StreamedRows(path, stream if rows is None else stream.take(rows))
+    return JsonlRows(path, key) if kind == "jsonl" else TableRows(path, _open_table(path, key))
+
+
+def require_rows(path: str, key: str, *, streaming: bool = False) -> RowsKind:
+    """How `open_rows` would read them; opens what is a file, reads and fetches nothing, loads no library.
+
+    Raises:
+        ConfigError: naming `key`, if there is nothing that could be read.
+    """
+    kind = _kind_of(path, key, streaming=streaming)
+    if kind == "jsonl":
+        open_jsonl(path, key).close()
+    elif kind == "table" and not (os.access(path, os.R_OK) or is_copy_of_hub(path)):
+        what = "cannot be read" if os.path.exists(path) else "no such file"
+        raise ConfigError(f"{key} = {path!r}: {what}; the current directory is {str(Path.cwd())!r}")
+    return kind
+
+
+def _kind_of(path: str, key: str, *, streaming: bool) -> RowsKind:
     is_saved = _is_saved(path)
     is_remote = not is_saved and (is_copy_of_hub(path) or is_hub_name(path))
     if streaming and not is_remote:
         raise nothing_to_stream(path, key)
-    if streaming:
-        stream = _open_table(path, key, streaming=True)
-        return StreamedRows(path, stream if rows is None else stream.take(rows))
     if os.path.isdir(path) and not is_saved and not is_remote:
         raise ConfigError(f"{key} = {path!r}: a directory that is neither a BEIR folder (corpus.jsonl, queries.jsonl, "
                           "qrels/train.tsv) nor saved by `datasets` nor a copy of a data set of the hub (with its "
                           "README.md); name one file per entry")
-    if is_saved or path.endswith(TABLE_ENDINGS) or is_remote:
-        return TableRows(path, _open_table(path, key))
+    if is_remote:
+        return "table" if is_copy_of_hub(path) else "hub"
+    if is_saved or path.endswith(TABLE_ENDINGS):
+        return "table"
     if not path.endswith(ENDINGS):
         raise ConfigError(f"{key} = {path!r}: not a file of rows by its name; readable are "
                           f"{', '.join((*ENDINGS, *TABLE_ENDINGS))}, a directory that `datasets` saved, and a data set "
                           "of the hub (org/name:config/split)")
-    return JsonlRows(path, key)
+    return "jsonl"
 
 
 def _open_table(path: str, key: str, *, streaming: bool = False) -> Any:

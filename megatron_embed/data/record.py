@@ -8,6 +8,7 @@ from typing import Literal, TypeVar, overload
 
 import numpy as np
 
+from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.numbers import check_score, check_teacher
 from megatron_embed.errors import DataError
 
@@ -71,6 +72,25 @@ def text_id(text: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def id_from_text(text: str) -> str:
+    """An id for a document without one among others that have some: it keeps apart what equal texts do anyway."""
+    return f"text:{text_id(text) & ((1 << 64) - 1):016x}"
+
+
+def id_on_both_sides(record: AnyRecord) -> str | None:
+    """An id that a positive and a negative of the row share, None where there is none."""
+    if record.document_ids is None:
+        return None
+    if isinstance(record, Record):
+        is_positive = [True] * len(record.positive) + [False] * len(record.negatives)
+    else:
+        is_positive = [label > 0 for label in record.labels]
+    sides: tuple[set[str], set[str]] = (set(), set())
+    for name, side in zip(record.document_ids, is_positive, strict=True):
+        sides[side].add(name)
+    return min(sides[0] & sides[1], default=None)
+
+
 def of_kind(record: AnyRecord, kind: Kind) -> AnyRecord:
     """The record as an objective of this kind takes it.
 
@@ -78,8 +98,11 @@ def of_kind(record: AnyRecord, kind: Kind) -> AnyRecord:
     the documents of a list with labels above 0 as positives, the highest first, and the others as negatives.
 
     Raises:
-        DataError: the row cannot be read so.
+        DataError: the row cannot be read so, or has a document of one id as a positive and as a negative.
     """
+    if (name := id_on_both_sides(record)) is not None:
+        raise DataError(f"{record.source}: id {shortened(name)} is that of a positive and of a negative; a document "
+                        "cannot be both, so remove it from one of them")
     if kind == "rerank":
         return record if isinstance(record, RerankRecord) else _as_list(record)
     if isinstance(record, Record) and (record.score is not None) == (kind == "pairs"):

@@ -1,15 +1,18 @@
 """A BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) -> BeirData, validated whole."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_embed.data.beir import read_qrels, require_split
+from megatron_embed.data.beir import MissingTexts, read_qrels, require_split
 from megatron_embed.data.corpus import DocumentsOnDisk, read_named_text
 from megatron_embed.data.jsonl import parse_object, read_lines, shortened
 from megatron_embed.data.prompts import Role, RoleTokenizer
 from megatron_embed.data.tokenless import first_tokenless
 from megatron_embed.errors import DataError, TokenlessTextError
+
+logger = logging.getLogger(__name__)
 
 FILES: dict[Role, str] = {"document": "corpus.jsonl", "query": "queries.jsonl"}
 
@@ -29,9 +32,12 @@ class BeirData:
     query_texts: list[str]
     """In the order of the file, as the ids."""
     qrels: dict[str, dict[str, int]]
-    """query id -> document id -> label; labels are graded, 0 (or less) is judged not relevant. One entry per query."""
+    """query id -> document id -> label; labels are graded, 0 (or less) is judged not relevant. One entry per query. May
+    name documents that the corpus lacks, which no search finds: they count in the ideal ranking and in recall."""
     instruction: str | None = None
     """For the queries' prompt; null: the tokenizer's."""
+    drop_own_id: bool = False
+    """Whether the document with a query's own id is left out of the query's rankings."""
 
     def place_of(self, role: Role, row_id: str) -> str:
         """FILE:LINE of a query or document; reads the file again."""
@@ -43,15 +49,21 @@ class BeirData:
         raise DataError(f"{path}: _id = {shortened(row_id)} is gone; keep the file until the run ends")
 
 
-def load_beir(directory: str, split: str = "test") -> BeirData:
+def load_beir(directory: str, split: str = "test", *, drop_own_id: bool = False) -> BeirData:
     """The corpus, the queries and the relevance labels of one split.
 
     Args:
         directory: holds corpus.jsonl and queries.jsonl, rows `{"_id", "text", "title"?}`, and qrels/SPLIT.tsv, lines
             `query-id TAB corpus-id TAB score` below an optional header of these words.
         split: train, dev, test or another name of a file in qrels/.
+        drop_own_id: for sets whose queries are documents themselves, such as ArguAna and Quora: each query's own is
+            left out of its rankings, as BEIR and MTEB do.
     Raises:
-        DataError: a file is missing, or a line is wrong (then it begins `FILE:LINE: `).
+        DataError: a file is missing, a line is wrong (then it begins `FILE:LINE: `), or no document with a label above
+            0 is in the corpus.
+
+    Judgements of documents that the corpus lacks are kept; queries without a text are left out, as pytrec_eval leaves
+    out a query that no ranking answers. A warning counts both.
     Memory: the queries and the judgements; of a document its id and 16 bytes.
     """
     folder = Path(directory)
@@ -61,9 +73,14 @@ def load_beir(directory: str, split: str = "test") -> BeirData:
     qrels_path = require_split(folder, split)
     texts = DocumentsOnDisk(str(folder / FILES["document"]), "BEIR folder")
     queries = _read_texts(folder / FILES["query"])
-    judged = read_qrels(qrels_path, queries, frozenset(texts.names))
+    missing, known = MissingTexts(), frozenset(texts.names)
+    judged = read_qrels(qrels_path, queries, known, missing)
     qrels = {query: found.labels for query, found in judged.items()}
     query_ids = [query for query in queries if query in qrels]
+    _report_missing(qrels_path, qrels, known, missing)
+    if drop_own_id:
+        logger.info("%s: %d of %d queries have a document of their own id, which is left out of their rankings",
+                    directory, len(known.intersection(query_ids)), len(query_ids))
     place = folder.resolve()
     return BeirData(
         directory=directory,
@@ -73,7 +90,27 @@ def load_beir(directory: str, split: str = "test") -> BeirData:
         query_ids=query_ids,
         query_texts=[queries[query] for query in query_ids],
         qrels=qrels,
+        drop_own_id=drop_own_id,
     )
+
+
+def _report_missing(path: Path, qrels: dict[str, dict[str, int]], documents: frozenset[str],
+                    missing: MissingTexts) -> None:
+    """Counts in the log what the folder lacks. Raises DataError if no relevant document is there to be found."""
+    if missing.documents:
+        relevant = {name for labels in qrels.values() for name, label in labels.items() if label > 0}
+        if relevant and relevant.isdisjoint(documents):
+            raise DataError(f"{path}:1: none of the {len(relevant)} documents with a label above 0 is in "
+                            f"{FILES['document']}; the files belong to different sets, or spell their ids differently")
+        logger.warning("%s: %d judgements name a document that %s lacks, the first at line %s; they count as never "
+                       "found", path, len(missing.documents), FILES["document"], _line(missing.documents[0]))
+    if missing.queries:
+        logger.warning("%s: left out %d queries that %s lacks, the first at line %s", path, len(missing.queries),
+                       FILES["query"], _line(next(iter(missing.queries.values()))))
+
+
+def _line(source: str) -> str:
+    return source.rpartition(":")[2]
 
 
 def refuse_tokenless_texts(data: BeirData, tokenizer: RoleTokenizer) -> None:

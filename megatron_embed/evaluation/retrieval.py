@@ -130,9 +130,9 @@ def evaluate_queries(
     """Metrics of each query by exact search with these embeddings over the whole corpus, in the order of the set.
 
     Names of a truncated width begin with `dim_WIDTH/`, of two stages with `two_stage_WIDTH/`, of a reranker's order
-    with `reranked/`. No document is skipped for having the query's own id. `map` is over the k documents found.
-    Documents are read, embedded, searched and let go in blocks: the corpus may be larger than memory. Held are the
-    queries with their best documents, and the ids.
+    with `reranked/`. Where the set says so, the document with the query's own id is in no ranking. `map` is over the k
+    documents found. Documents are read, embedded, searched and let go in blocks: the corpus may be larger than memory.
+    Held are the queries with their best documents, and the ids.
 
     Args:
         embed: texts and their role -> [texts, dim], rows in the order of the texts. Called by all ranks of the group,
@@ -161,12 +161,15 @@ def evaluate_queries(
     queries = _checked(_embedded(embed, data.query_texts, "query", data.query_ids, data), "query", data.name)
     widths.check(queries.shape[1])
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    rankings = _rankings(queries[rank::size].to(device or queries.device), k, similarity, widths, chunk)
+    own = _own_documents(data, order)[rank::size] if data.drop_own_id else None
+    rankings = _rankings(queries[rank::size].to(device or queries.device), k, similarity, widths, own, chunk)
     for documents in _document_blocks(embed, data, order, DOCUMENTS_AT_ONCE * size):
         for ranking in rankings.values():
             ranking.add(documents)
     names = Picked(data.document_ids, order)
     found = {prefix: ranking.search.result() for prefix, ranking in rankings.items()}
+    if data.drop_own_id:
+        found = {prefix: _without_last(*ranking) for prefix, ranking in found.items()}
     if second_stage is not None:
         scores, indices = (part[:, : second_stage.candidates] for part in found[""])
         again = reordered(second_stage, scores, indices, data.query_texts,
@@ -174,7 +177,7 @@ def evaluate_queries(
         found |= {prefix: (judged, indices) for prefix, judged in again.items()}
     metrics: dict[str, dict[str, float]] = {query: {} for query in data.query_ids}
     for prefix, ranking in found.items():
-        mine = _metrics_of(*ranking, data.query_ids[rank::size], names, data.qrels)
+        mine = _metrics_of(*ranking, data.query_ids[rank::size], names, data)
         for query, values in _of_all_ranks(mine, data, group).items():
             metrics[query] |= {f"{prefix}{name}": value for name, value in values.items()}
     return metrics
@@ -203,15 +206,36 @@ class _Ranking:
         self.search.add(short, _scaled(documents, self.similarity) if self.full else None)
 
 
-def _rankings(queries: Tensor, k: int, similarity: Similarity, widths: Widths, chunk: int) -> dict[str, _Ranking]:
-    """Every ranking that was asked for, by the prefix of its metrics."""
+def _own_documents(data: BeirData, order: Sequence[int]) -> Tensor:
+    """[queries] int64: place in this order of the document that has the query's id, -1 where there is none."""
+    asked = set(data.query_ids)
+    places = {data.document_ids[number]: place for place, number in enumerate(order)
+              if data.document_ids[number] in asked}
+    return torch.tensor([places.get(query, -1) for query in data.query_ids])
+
+
+def _without_last(scores: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The ranking, with an excluded document at its end replaced by a second copy of the one before it: rows stay of
+    one length, and neither the range of their scores nor their metrics change."""
+    if scores.shape[1] > 1:
+        excluded = torch.isneginf(scores[:, -1])
+        for values in (scores, indices):
+            values[excluded, -1] = values[excluded, -2]
+    return scores, indices
+
+
+def _rankings(queries: Tensor, k: int, similarity: Similarity, widths: Widths, own: Tensor | None,
+              chunk: int) -> dict[str, _Ranking]:
+    """Every ranking that was asked for, by the prefix of its metrics. `own`: [queries], documents to leave out."""
     full_width = queries.shape[1]
     wanted = {"": full_width} | {f"dim_{width}/": width for width in widths.dims}
-    rankings = {prefix: _Ranking(search=StreamedSearch(_scaled(queries[:, :width], similarity), k, chunk=chunk),
-                                 width=width, full=False, similarity=similarity) for prefix, width in wanted.items()}
+    rankings = {}
+    for prefix, width in wanted.items():
+        search = StreamedSearch(_scaled(queries[:, :width], similarity), k, excluded=own, chunk=chunk)
+        rankings[prefix] = _Ranking(search=search, width=width, full=False, similarity=similarity)
     if widths.two_stage is not None:
         search = StreamedSearch(_scaled(queries[:, : widths.two_stage], similarity), widths.candidates, chunk=chunk,
-                                full_queries=_scaled(queries, similarity))
+                                excluded=own, full_queries=_scaled(queries, similarity))
         rankings[f"two_stage_{widths.two_stage}/"] = _Ranking(search=search, width=widths.two_stage, full=True,
                                                               similarity=similarity)
     return rankings
@@ -222,14 +246,16 @@ def _scaled(embeddings: Tensor, similarity: Similarity) -> Tensor:
 
 
 def _metrics_of(scores: Tensor, indices: Tensor, query_ids: Sequence[str], document_ids: Sequence[str],
-                qrels: Qrels) -> dict[str, dict[str, float]]:
+                data: BeirData) -> dict[str, dict[str, float]]:
     """Metrics of each of these queries; a run of QUERIES_PER_BLOCK of them is held at a time."""
     per_query: dict[str, dict[str, float]] = {}
     for start in range(0, len(query_ids), QUERIES_PER_BLOCK):
         block = slice(start, start + QUERIES_PER_BLOCK)
         rows = zip(query_ids[block], indices[block].tolist(), scores[block].tolist(), strict=True)
         run = {query: {document_ids[i]: s for i, s in zip(found, values, strict=True)} for query, found, values in rows}
-        per_query.update(metrics_per_query({query: qrels[query] for query in run}, run))
+        if data.drop_own_id:  # The search gives it where there is no other document.
+            run = {query: {name: s for name, s in found.items() if name != query} for query, found in run.items()}
+        per_query.update(metrics_per_query({query: data.qrels[query] for query in run}, run))
     return per_query
 
 

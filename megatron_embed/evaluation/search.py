@@ -35,8 +35,16 @@ class StreamedSearch:
     communication.
     """
 
-    def __init__(self, queries: Tensor, k: int, *, full_queries: Tensor | None = None, chunk: int = 8192) -> None:
-        """`queries` [queries, dim]; `full_queries` [queries, full dim] where the found documents get other scores."""
+    def __init__(self, queries: Tensor, k: int, *, full_queries: Tensor | None = None, excluded: Tensor | None = None,
+                 chunk: int = 8192) -> None:
+        """
+        Args:
+            queries: [queries, dim].
+            full_queries: [queries, full dim] where the found documents get other scores.
+            excluded: [queries] int64, index of a document that is not to be found, -1: none. Its score is minus
+                infinity: it comes last where no more than k documents there are.
+        """
+        self._excluded = None if excluded is None else excluded.to(queries.device)
         self._queries, self._full_queries = queries.float(), None if full_queries is None else full_queries.float()
         self._k, self._chunk = k, chunk
         self._seen = self._found = 0
@@ -70,6 +78,7 @@ class StreamedSearch:
         queries, columns = self._queries[rows], self._found + len(documents)
         keys, scores, spare = (part[: len(queries), :columns] for part in (room.keys, room.scores, room.spare))
         torch.mm(queries, documents.T, out=scores[:, self._found :])
+        self._exclude(rows, scores[:, self._found :])
         keys[:, : self._found] = known
         _pack(scores[:, self._found :], self._seen, out=keys[:, self._found :], spare=spare[:, self._found :])
         found = keys.topk(best.shape[1], dim=1)
@@ -78,7 +87,16 @@ class StreamedSearch:
             assert full_documents is not None
             scores[:, : self._found] = self._full_scores[rows, : self._found]
             torch.mm(self._full_queries[rows], full_documents.T, out=scores[:, self._found :])
+            self._exclude(rows, scores[:, self._found :])
             self._full_scores[rows] = scores.gather(1, found.indices)
+
+    def _exclude(self, rows: slice, scores: Tensor) -> None:
+        """Sets the scores of excluded documents among those of the chunk, [queries, chunk]."""
+        if self._excluded is None:
+            return
+        columns = self._excluded[rows] - self._seen
+        here = torch.nonzero((columns >= 0) & (columns < scores.shape[1])).squeeze(1)
+        scores[here, columns[here]] = -torch.inf
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Scores [queries, min(k, documents)] float32 and indices int64, best first; in two stages, by full score."""

@@ -50,7 +50,7 @@ def mine_bm25(task: MiningTask, options: MiningOptions, *, show_progress: bool =
     index.index([bm25_tokens(text) for text in tqdm(task.documents, desc="tokenize", unit="document",
                                                     disable=None if show_progress else True)], show_progress=False)
     last_rank = options.last_rank(task.most_positives)
-    depth = min(last_rank + task.most_positives, len(task.documents))
+    depth = min(last_rank + task.most_excluded, len(task.documents))
     mined = []
     for number, text in enumerate(tqdm(task.queries, desc="search", unit="query",
                                        disable=None if show_progress else True)):
@@ -63,7 +63,7 @@ def mine_bm25(task: MiningTask, options: MiningOptions, *, show_progress: bool =
             found = [(int(document), float(value)) for document, value in zip(documents, values, strict=True)
                      if value > 0]
             positive_scores = [float(scores[document]) for document in task.positives[number]]
-        chosen = choose(found, frozenset(task.positives[number]), positive_scores, options, last_rank=last_rank,
+        chosen = choose(found, frozenset(task.excluded[number]), positive_scores, options, last_rank=last_rank,
                         query=number)
         mined.append(Mined(positive_scores=positive_scores, negatives=chosen))
     return mined

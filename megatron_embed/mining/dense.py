@@ -14,8 +14,9 @@ from megatron_embed.mining.task import Mined, MinedRows
 
 
 def mine_vectors(queries: Tensor, documents: Iterable[Tensor], positives: Sequence[Sequence[int]],
-                 options: MiningOptions, *, group: dist.ProcessGroup | None = None, chunk: int = 8192,
-                 num_documents: int | None = None, show_progress: bool = False) -> MinedRows | None:
+                 options: MiningOptions, *, excluded: Sequence[Sequence[int]] | None = None,
+                 group: dist.ProcessGroup | None = None, chunk: int = 8192, num_documents: int | None = None,
+                 show_progress: bool = False) -> MinedRows | None:
     """Negatives of every query by largest dot product, exact; null on all ranks of the group but the first, unless a
     reranker shall judge them.
 
@@ -27,14 +28,16 @@ def mine_vectors(queries: Tensor, documents: Iterable[Tensor], positives: Sequen
         documents: blocks [any number, dim]; document numbers count through them. The same on all ranks.
         positives: documents of each query that are its positives, at least one.
         options: which candidates pass.
+        excluded: documents of each query that are never its negatives, its positives among them; None: only these.
         group: ranks that divide the queries among them; one gather of the results over it. null: none do.
         num_documents: of all blocks together, for the progress bar.
         show_progress: a bar, if stderr is a terminal.
     """
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     own = range(rank, len(queries), size)
+    excluded = positives if excluded is None else excluded
     last_rank = options.last_rank(max(len(numbers) for numbers in positives))
-    search = StreamedSearch(queries[rank::size], last_rank + max(len(numbers) for numbers in positives), chunk=chunk)
+    search = StreamedSearch(queries[rank::size], last_rank + max(len(numbers) for numbers in excluded), chunk=chunk)
     pairs = _PositivePairs(queries[rank::size], [positives[number] for number in own])
     with tqdm(total=num_documents, unit="document", desc="search", disable=None if show_progress else True) as bar:
         for block in documents:
@@ -46,7 +49,7 @@ def mine_vectors(queries: Tensor, documents: Iterable[Tensor], positives: Sequen
     mined = MinedRows()
     for place, number in enumerate(own):
         candidates = list(zip(indices[place].tolist(), scores[place].tolist(), strict=True))
-        chosen = choose(candidates, frozenset(positives[number]), positive_scores[place], options, last_rank=last_rank,
+        chosen = choose(candidates, frozenset(excluded[number]), positive_scores[place], options, last_rank=last_rank,
                         query=number)
         mined.append(Mined(positive_scores=positive_scores[place], negatives=chosen))
     return _gathered(mined, len(queries), group, everywhere=options.judged)

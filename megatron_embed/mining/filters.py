@@ -65,23 +65,23 @@ Candidate = tuple[int, float]
 """Number of a document, and its score for the query."""
 
 
-def choose(candidates: Sequence[Candidate], positives: Collection[int], positive_scores: Sequence[float],
+def choose(candidates: Sequence[Candidate], excluded: Collection[int], positive_scores: Sequence[float],
            options: MiningOptions, *, last_rank: int, query: int) -> list[Candidate]:
-    """The negatives of one query, best first; all candidates but the positives where they are still to be judged.
+    """The negatives of one query, best first; all candidates but the excluded where they are still to be judged.
 
     Args:
-        candidates: the best `last_rank` + most positives documents, best first.
-        positives: documents that are never negatives of this query.
-        positive_scores: of the same; the lowest is what margins are measured from.
+        candidates: the best `last_rank` + most excluded documents, best first.
+        excluded: documents that are never negatives of this query, its positives among them.
+        positive_scores: of the positives; the lowest is what margins are measured from.
         last_rank: candidates left after the filters that are looked at, `range_min` of them skipped.
         query: number of the query, for sampling: random.
     """
     if options.judged:
-        return [(document, score) for document, score in candidates if document not in positives]
+        return [(document, score) for document, score in candidates if document not in excluded]
     threshold = _threshold(positive_scores, options)
     lowest = -float("inf") if options.min_score is None else options.min_score
     left = [(document, score) for document, score in candidates
-            if document not in positives and lowest <= score <= threshold]
+            if document not in excluded and lowest <= score <= threshold]
     left = left[options.range_min:last_rank]
     if options.sampling == "top" or len(left) <= options.num_negatives:
         return left[:options.num_negatives]

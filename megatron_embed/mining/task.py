@@ -2,19 +2,18 @@
 
 import json
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import TextIO, overload
+from itertools import chain, zip_longest
+from typing import NamedTuple, TextIO, overload
 
 from megatron_embed.data.corpus import ID_KEYS
 from megatron_embed.data.fields import Row, name_of, titled
 from megatron_embed.data.jsonl import parse_object, read_lines
-from megatron_embed.data.record import Record, text_id
+from megatron_embed.data.record import Record, id_from_text
 from megatron_embed.errors import DataError
+from megatron_embed.mining.exclusions import Forms, NamedDocument, never_negatives, plain
 from megatron_embed.mining.filters import Candidate
-
-_64_BITS = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +29,8 @@ class MiningTask:
     """The corpus, and every positive that it lacks."""
     positives: list[list[int]]
     """By query: numbers of the documents that are a positive of any row with its text; at least one."""
+    excluded: list[list[int]]
+    """By query: its positives, then other documents that are never its negatives."""
     names: dict[int, str] = field(default_factory=dict)
     """By document: its id, where a row or the corpus has one."""
 
@@ -37,6 +38,22 @@ class MiningTask:
     def most_positives(self) -> int:
         """Positives of the query that has the most."""
         return max(len(numbers) for numbers in self.positives)
+
+    @property
+    def most_excluded(self) -> int:
+        """Documents that are left out for the query with most of these."""
+        return max(len(numbers) for numbers in self.excluded)
+
+
+class CorpusTexts(NamedTuple):
+    """The documents of a file."""
+
+    texts: list[str]
+    """`title + " " + text` where the title is not empty."""
+    names: Sequence[str | None] = ()
+    """Their ids."""
+    title_lengths: Sequence[int] = ()
+    """Characters of the title in front, with the blank behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,24 +100,30 @@ class MinedRows(Sequence[Mined]):
                      negatives=list(zip(self._documents[own], self._scores[own], strict=True)))
 
 
-def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: Sequence[str] | None,
-               corpus_names: Sequence[str | None] = ()) -> MiningTask:
+def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: CorpusTexts | None, *,
+               mine_query_text: bool = False) -> MiningTask:
     """Queries, documents and positives of the rows.
 
     Args:
         records: the rows.
         prompts: of each row's query. Rows with one query text share their positives, whatever their prompts.
-        corpus: what is searched; null: every positive and negative of the rows.
-        corpus_names: the ids of its documents, null where one has none.
+        corpus: what is searched; None: every positive and negative of the rows.
+        mine_query_text: whether a document that equals the query's text may be a negative.
     """
     own = chain.from_iterable(record.positive for record in records)
     if corpus is None:
         own = chain(own, chain.from_iterable(record.negatives for record in records))
-    documents = list(dict.fromkeys(chain(corpus or (), own)))
+    documents = list(dict.fromkeys(chain(() if corpus is None else corpus.texts, own)))
     number_of = {text: number for number, text in enumerate(documents)}
     positives_of: dict[str, dict[int, None]] = {}
+    forms_of: dict[str, Forms] = {}
     for record in records:
         positives_of.setdefault(record.query, {}).update(dict.fromkeys(number_of[text] for text in record.positive))
+        forms = forms_of.setdefault(record.query, Forms())
+        forms.whole.update(map(plain, record.positive))
+        forms.names.update((record.document_ids or ())[:len(record.positive)])
+    excluded_of = never_negatives(lambda: _named_documents(records, corpus, number_of), positives_of, forms_of,
+                                  query_too=not mine_query_text)
     asked: dict[tuple[str, str, str | None], int] = {}
     query_of_row = [asked.setdefault((prompt, record.query, record.instruction), len(asked))
                     for prompt, record in zip(prompts, records, strict=True)]
@@ -110,25 +133,32 @@ def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: Sequen
     return MiningTask(queries=[prompt + text for prompt, text, _ in asked], query_of_row=query_of_row,
                       row_of_query=list(first_row.values()), documents=documents,
                       positives=[list(positives_of[text]) for _, text, _ in asked],
-                      names=_names(records, number_of, zip(corpus or (), corpus_names, strict=False)))
+                      excluded=[excluded_of[text] for _, text, _ in asked],
+                      names=_names(_named_documents(records, corpus, number_of)))
 
 
-def _names(records: Sequence[Record], number_of: Mapping[str, int],
-           of_corpus: Iterable[tuple[str, str | None]]) -> dict[int, str]:
-    """Each document's first id, the rows' before the corpus's."""
-    names: dict[int, str] = {}
+def _named_documents(records: Sequence[Record], corpus: CorpusTexts | None,
+                     number_of: Mapping[str, int]) -> Iterator[NamedDocument]:
+    """The documents of the task as the rows have them, then as the corpus has them."""
     for record in records:
-        for text, name in zip((*record.positive, *record.negatives), record.document_ids or (), strict=False):
+        for text, name in zip_longest((*record.positive, *record.negatives), record.document_ids or ()):
             if text in number_of:
-                names.setdefault(number_of[text], name)
-    for text, given in of_corpus:
-        if given is not None:
-            names.setdefault(number_of[text], given)
+                yield NamedDocument(number_of[text], text, 0, name)
+    for text, name, length in () if corpus is None else zip_longest(*corpus):
+        yield NamedDocument(number_of[text], text, length or 0, name)
+
+
+def _names(documents: Iterable[NamedDocument]) -> dict[int, str]:
+    """Each document's first id."""
+    names: dict[int, str] = {}
+    for document in documents:
+        if document.name is not None:
+            names.setdefault(document.number, document.name)
     return names
 
 
-def read_corpus(path: str, key: str = "--corpus") -> tuple[list[str], list[str | None]]:
-    """(documents, their ids) of rows `{"text": str, "title"?: str, "_id"?: str}`.
+def read_corpus(path: str, key: str = "--corpus") -> CorpusTexts:
+    """The documents of rows `{"text": str, "title"?: str, "_id"?: str}`.
 
     A document is `title + " " + text` where the title is not empty. Its id may also be called `docid` or `id`, and be
     an integer; null where there is none.
@@ -139,14 +169,16 @@ def read_corpus(path: str, key: str = "--corpus") -> tuple[list[str], list[str |
     """
     texts: list[str] = []
     names: list[str | None] = []
+    title_lengths = array("q")
     for line in read_lines(path, key):
         source = f"{path}:{line.number}"
         row = parse_object(line.raw, source)
         texts.append(titled(row, "", source))
         names.append(_optional_name(row, source))
+        title_lengths.append(len(texts[-1]) - len(str(row["text"])))
     if not texts:
         raise DataError(f'{path}:1: no rows; a row is one line such as {{"text": "..."}}')
-    return texts, names
+    return CorpusTexts(texts, names, title_lengths)
 
 
 def _optional_name(row: Row, source: str) -> str | None:
@@ -189,5 +221,5 @@ def _ids_of(record: Record, positives: Sequence[int], found: Mined, task: Mining
         known[:len(positives)] = record.document_ids[:len(positives)]
     if not any(name is not None for name in known):
         return None
-    return [f"text:{text_id(task.documents[number]) & _64_BITS:016x}" if name is None else name
+    return [id_from_text(task.documents[number]) if name is None else name
             for number, name in zip(numbers, known, strict=True)]

@@ -1,8 +1,11 @@
 """Shapes of models by hub name, so that planning needs neither hub nor weights."""
 
+import json
+import os
 from pathlib import Path
 
-from megatron_embed.errors import ConfigError
+from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
+from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.families import ModelShape, model_shape
 
 FOLDER = Path(__file__).with_name("shapes")
@@ -14,15 +17,97 @@ def known_models() -> list[str]:
     return sorted(file.parent.relative_to(FOLDER).as_posix() for file in FOLDER.glob("*/*/config.json"))
 
 
-def find_shape(path: str) -> ModelShape | None:
-    """The shape of a local directory (a checkpoint's too), or of a hub name that ships; null if it is neither.
+ADAPTER_FILE = "adapter_config.json"
+"""Of a PEFT directory."""
+
+
+def checkpoint_at(path: str) -> Path | None:
+    """The checkpoint of ours at `path`, or the newest one of the run whose directory it is; None if there is none."""
+    folder = Path(path).expanduser()
+    return folder if (folder / INFO_FILE).is_file() else latest_checkpoint(folder)
+
+
+def model_files(path: str) -> Path | None:
+    """The directory with config.json and tokenizer of the model that training reads from `path`; None if there is none.
+
+    `path` is a Hugging Face directory, a checkpoint, a run's directory (its newest checkpoint), a PEFT directory (its
+    base model), or a hub name in the hub's cache on this machine. No library is loaded, nothing is fetched.
 
     Raises:
-        CheckpointError: a family that is not supported.
+        CheckpointError: a PEFT directory that names no base model, or one with adapters of its own.
     """
-    for folder in (Path(path).expanduser(), Path(path).expanduser() / "hf", FOLDER / path):
-        if path and (folder / "config.json").is_file():
-            return model_shape(folder)
+    folder = Path(path).expanduser()
+    if not path or not folder.is_dir():
+        return _cached(path)
+    checkpoint = checkpoint_at(path)
+    if checkpoint is not None:
+        folder = checkpoint / "hf"
+    elif (folder / ADAPTER_FILE).is_file():
+        base = base_model(folder)
+        if (Path(base).expanduser() / ADAPTER_FILE).is_file():
+            raise CheckpointError(f"{folder / ADAPTER_FILE}: base_model_name_or_path = {base!r} has adapters itself; "
+                                  "merge them first (PEFT's merge_and_unload)")
+        return model_files(base)
+    elif (folder / "hf" / "config.json").is_file():
+        folder = folder / "hf"
+    return folder if (folder / "config.json").is_file() else None
+
+
+def has_adapters(path: str) -> bool:
+    """Whether the model at `path` has adapters: a PEFT directory, or a checkpoint of a run that trained some."""
+    checkpoint = checkpoint_at(path)
+    if checkpoint is None:
+        return (Path(path).expanduser() / ADAPTER_FILE).is_file()
+    try:
+        return bool(json.loads((checkpoint / INFO_FILE).read_text(encoding="utf-8")).get("lora"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def base_model(folder: Path) -> str:
+    """What a PEFT directory names as its base model. Raises CheckpointError if it names none."""
+    file = folder / ADAPTER_FILE
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{file}: base_model_name_or_path must name the directory of the model that the adapter "
+                              "belongs to; write it there")
+    return base
+
+
+def hub_cache() -> Path:
+    """Where the hub's client keeps what it fetched."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def _cached(name: str) -> Path | None:
+    """The files of a hub model in the cache."""
+    folder = hub_cache() / f"models--{name.replace('/', '--')}"
+    try:
+        revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    snapshot = folder / "snapshots" / revision
+    return snapshot if (snapshot / "config.json").is_file() else None
+
+
+def find_shape(path: str) -> ModelShape | None:
+    """The shape of the model that training reads from `path` (see `model_files`), or of a hub name that ships, or that
+    an adapter here names as its base; None if it is neither.
+
+    Raises:
+        CheckpointError: a family that is not supported, or a PEFT directory that cannot be used.
+    """
+    folder = model_files(path)
+    name, local = path, Path(path).expanduser()
+    if folder is None and path and (local / ADAPTER_FILE).is_file():
+        name = base_model(local)
+    for place in (folder, FOLDER / name):
+        if place is not None and name and (place / "config.json").is_file():
+            return model_shape(place)
     return None
 
 
@@ -34,6 +119,7 @@ def shape_of(path: str) -> ModelShape:
     """
     shape = find_shape(path)
     if shape is None:
-        raise ConfigError(f"model.path = {path!r}: no directory with a config.json, and no model whose shape ships "
-                          f"with this package; give a directory or one of {', '.join(known_models())}")
+        raise ConfigError(f"model.path = {path!r}: not a directory with a model (Hugging Face, PEFT, a checkpoint or "
+                          "a run), and not a model whose shape comes with this package; give a directory or one of "
+                          f"{', '.join(known_models())}")
     return shape

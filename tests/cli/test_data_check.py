@@ -38,6 +38,7 @@ def test_counts_of_rows(rows, capsys):
     assert found == {
         "path": rows, "rows": 4, "pairs with a score": 0, "lists with labels": 0, "rows without negatives": 1,
         "rows with fewer negatives than data.num_negatives": 0, "rows whose positive is one of their negatives": 1,
+        "rows with one id for a positive and a negative (training refuses them)": 0,
         "rows whose query an earlier row has": 1, "rows that share their positive with another": 2}
     assert checked(capsys, rows).splitlines() == [
         f"{rows}: 4 rows", "  rows without negatives: 1 (25.0%)",

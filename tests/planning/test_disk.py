@@ -68,7 +68,9 @@ def asked(tmp_path, monkeypatch, capsys):
     def ask(free_gib, *overrides, **checkpoint):
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**15, 0, int(free_gib * GIB)))
-        values = {"model": {"path": "Qwen/Qwen3-Embedding-8B"}, "data": {"train": ["rows.jsonl"]},
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        (tmp_path / "rows.jsonl").write_text('{"query": "a", "positive": "b"}\n')
+        values = {"model": {"path": "Qwen/Qwen3-Embedding-8B"}, "data": {"train": [str(tmp_path / "rows.jsonl")]},
                   "training": {"train_steps": 10000}, "checkpoint": {"directory": str(tmp_path / "run"), **checkpoint}}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
         code = main(["doctor", "--config", str(tmp_path / "run.yaml"), "--ranks", "8", *overrides])

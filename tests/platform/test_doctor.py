@@ -101,7 +101,10 @@ def test_run_that_needs_a_gpu_is_told_so_before_it_starts(monkeypatch, tmp_path,
     monkeypatch.setattr("megatron_embed.cli.doctor.visible_gpus", lambda: gpus)
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
     config = tmp_path / "run.yaml"
-    config.write_text("model: {path: none}\ndata: {train: [none.jsonl]}\ntraining: {global_batch_size: 64}\n"
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    (tmp_path / "rows.jsonl").write_text('{"query": "a", "positive": "b"}\n')
+    config.write_text(f"model: {{path: org/model}}\ndata: {{train: [{tmp_path}/rows.jsonl]}}\n"
+                      "training: {global_batch_size: 64}\n"
                       f"checkpoint: {{directory: {tmp_path}/run}}\n")
     code = main(["doctor", "--config", str(config), "--ranks", "8", *([override] if override else [])])
     said = capsys.readouterr().out
