@@ -1,6 +1,7 @@
 """`doctor`, and `doctor --config CONFIG.yaml --ranks N`"""
 
 import argparse
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -49,9 +50,20 @@ def run(args: argparse.Namespace) -> int:
 def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Finding]":
     """Whether this run can start here. Quick: every node of a job asks it, and no library is loaded if all is well."""
     from megatron_embed.cli.disk import examine_outputs
-
+    config = _with_local_dtype(config)
     return [_layout(config, args.ranks), _devices(config, args.ranks_per_node or args.ranks),
             *examine_outputs(config, args.min_free_gib)]
+
+
+def _with_local_dtype(config: "RunConfig") -> "RunConfig":
+    """The same with what `model.dtype: auto` is where all nodes are like this one."""
+    from megatron_embed.platform.precision import processor_has_bf16
+
+    if config.model.dtype != "auto":
+        return config
+    has_bf16 = visible_gpus() > 0 or processor_has_bf16()
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, dtype="bfloat16" if has_bf16 else "float32"))
 
 
 def _layout(config: "RunConfig", ranks: int) -> "Finding":
