@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_embed.convert.convert import megatron_to_hf
-from megatron_embed.convert.export import export_sentence_transformers
-from megatron_embed.convert.layout import open_checkpoint
+from megatron_embed.convert.export import cut_on_the_right, export_sentence_transformers
+from megatron_embed.convert.layout import CheckpointDirectory, open_checkpoint
 from megatron_embed.convert.peft import write_peft
 from megatron_embed.convert.verify import (
+    ExpectedSettings,
     available_memory,
-    compare_with_sentence_transformers,
     compare_with_transformers,
     weight_bytes,
 )
@@ -164,31 +164,37 @@ def export_sentence_transformers_model(source: str, destination: str, options: E
         export_sentence_transformers(
             directory, pooling=saved.pooling or "lasttoken", normalize=saved.normalize is not False,
             query_prompt=saved.prompts.get("query", ""), document_prompt=saved.prompts.get("document", ""),
-            max_seq_length=longest, embedding_dimension=shape.hidden_size)
+            max_seq_length=longest, embedding_dimension=shape.hidden_size, similarity=saved.similarity)
+        _keep_training_cut(checkpoint, directory)
+        expected = ExpectedSettings(
+            prompts={role: saved.prompts.get(role, "") for role in ("query", "document")}, max_seq_length=longest,
+            similarity=saved.similarity, dtype=options.dtype or checkpoint.info.dtype)
         left_out = why_not_compared(directory, options)
-        lines.extend([left_out] if left_out else _compare_sentence_transformers(source, directory, longest))
+        lines.extend([left_out] if left_out else _compare_sentence_transformers(source, directory, expected))
 
     report = megatron_to_hf(source, destination, max_shard_size=options.max_shard_size, dtype=options.dtype,
                             merge_lora=options.merge_lora, finish=finish)
     return "\n".join([*lines, str(report)])
 
 
-def _compare_sentence_transformers(source: str, directory: Path, longest: int) -> list[str]:
+def _keep_training_cut(checkpoint: CheckpointDirectory, directory: Path) -> None:
+    """What was trained here was cut on the right, whatever an older version left in the tokenizer's files."""
+    if checkpoint.info.max_lengths:
+        cut_on_the_right(directory)
+
+
+def _compare_sentence_transformers(source: str, directory: Path, expected: ExpectedSettings) -> list[str]:
     """Vectors of both roles of the checkpoint and of the export; the lines of the report."""
+    from megatron_embed.cli.export import export_probes
     from megatron_embed.cli.model import open_encoder
 
-    arguments = argparse.Namespace(model=source, dtype=None, pooling=None, max_length=longest, no_normalize=False,
-                                   overrides=[])
+    arguments = argparse.Namespace(model=source, dtype=None, pooling=None, max_length=expected.max_seq_length,
+                                   no_normalize=False, overrides=[])
     encoder, model, _ = open_encoder(arguments, prompts=True)
-    roles: tuple[Literal["query", "document"], ...] = ("query", "document")
-    vectors = {role: encoder.encode(_probes(), role) for role in roles}
+    probes = export_probes(encoder, _probes(), expected.max_seq_length)
     del encoder
-    lines = []
-    for role in roles:
-        report = compare_with_sentence_transformers(directory, _probes(), vectors[role], prompt_name=role,
-                                                    minimum_cosine=_bound(model.saved.dtype, directory))
-        lines.append(f"{role}: {report}")
-    return lines
+    minimum_cosine = _bound(model.saved.dtype, directory)
+    return [f"{probe.role}: {probe.compare(directory, expected, minimum_cosine)}" for probe in probes]
 
 
 EXPORTERS: dict[str, Callable[[str, str, ExportOptions], str]] = {

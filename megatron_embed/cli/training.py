@@ -31,6 +31,7 @@ from megatron_embed.cli.tasks import Task, embedding_task, reranker_task
 from megatron_embed.cli.watching import leave_at_once
 from megatron_embed.config.load import save_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.convert.export import cut_on_the_right
 from megatron_embed.convert.layout import write_companions
 from megatron_embed.data.records import validation_shares
 from megatron_embed.evaluation.suite import best_metric
@@ -231,5 +232,6 @@ def write_assets(assets: Path, config: RunConfig, inputs: Inputs) -> None:
         (assets / "hf" / RERANKER_FILE).unlink(missing_ok=True)
         with blaming("model.path", config.model.path):
             write_settings(assets / "hf", config, inputs.model)
+    cut_on_the_right(assets / "hf")
     save_resolved(config, assets / "config.yaml")
     (assets / DATA_FILE).write_text(json.dumps(describe_rows(inputs.records)), encoding="utf-8")

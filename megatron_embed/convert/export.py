@@ -26,17 +26,18 @@ _PROBE = "a text"
 
 def export_sentence_transformers(directory: str | Path, *, pooling: Literal["lasttoken", "mean", "cls", "weightedmean"],
                                  normalize: bool, query_prompt: str, document_prompt: str, max_seq_length: int,
-                                 embedding_dimension: int) -> None:
+                                 embedding_dimension: int, similarity: Literal["cosine", "dot"] | None = None) -> None:
     """Add to a Hugging Face directory, in place, what Sentence Transformers needs to compute our embeddings.
 
     Args:
         directory: holds config.json, weights and tokenizer; module files from an earlier life are replaced.
         pooling: how token vectors become one.
-        normalize: whether vectors get unit length (then similarity is cosine, else dot).
+        normalize: whether vectors get unit length.
         query_prompt: exact prefix of a query, applied by `encode_query`.
         document_prompt: exact prefix of a document, applied by `encode_document`.
         max_seq_length: tokens, special tokens included.
         embedding_dimension: width of the token vectors.
+        similarity: how vectors are compared; None: by their cosine if they are normalized, else by their dot product.
     Raises:
         CheckpointError: the tokenizer cannot be loaded, or cannot be made to add the EOS that last-token pooling needs.
     """
@@ -62,7 +63,24 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Literal["las
     write_json(directory / "config_sentence_transformers.json", {
         "__version__": library_versions(), "model_type": "SentenceTransformer",
         "prompts": {"query": query_prompt, "document": document_prompt}, "default_prompt_name": None,
-        "similarity_fn_name": "cosine" if normalize else "dot"})
+        "similarity_fn_name": similarity or ("cosine" if normalize else "dot")})
+
+
+def cut_on_the_right(directory: Path) -> None:
+    """Make the stored tokenizer take tokens from the end of what is too long, as training does.
+
+    A tokenizer of another life may say `left`, which the stock libraries follow.
+    """
+    file = directory / "tokenizer_config.json"
+    values = read_json(file) if file.is_file() else {}
+    if values.get("truncation_side") != "right":
+        write_json(file, {**values, "truncation_side": "right"})
+    file = directory / "tokenizer.json"
+    values = read_json(file) if file.is_file() else {}
+    truncation = values.get("truncation")
+    if isinstance(truncation, dict) and truncation.get("direction") != "Right":
+        values["truncation"] = {**truncation, "direction": "Right"}
+        file.write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def library_versions() -> dict[str, str]:
