@@ -74,7 +74,8 @@ def write_reranker(source: str, destination: str, model: ModelDirectory, *, clas
 
 def export_reranker_checkpoint(source: str, destination: str, *, classification: bool, max_shard_size: str = "5GB",
                                dtype: str | None = None, merge_lora: bool = False,
-                               left_out: Callable[[Path], str] = lambda directory: "") -> str:
+                               left_out: Callable[[Path], str] = lambda directory: "",
+                               note: Callable[[Path], None] = lambda directory: None) -> str:
     """A checkpoint's reranker as *ForSequenceClassification or *ForCausalLM, compared in float32; the report.
 
     One process.
@@ -84,6 +85,7 @@ def export_reranker_checkpoint(source: str, destination: str, *, classification:
         merge_lora: write the checkpoint's adapters into the weights; the scores compared are those of the model with
             adapters.
         left_out: called with the complete directory; why it is not compared, empty if it is.
+        note: called with the complete directory before it is compared.
     Raises:
         CheckpointError: no reranker's checkpoint, or a library scores pairs otherwise; nothing is left behind.
     """
@@ -91,6 +93,7 @@ def export_reranker_checkpoint(source: str, destination: str, *, classification:
     lines: list[str] = []
 
     def compare(directory: Path, form: RerankerFormat) -> None:
+        note(directory)
         if reason := left_out(directory):
             lines.append(reason)
             return

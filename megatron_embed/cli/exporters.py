@@ -5,21 +5,17 @@ compares imports them.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_embed.cli.card import write_converted_card
 from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.convert.export import cut_on_the_right, export_sentence_transformers
 from megatron_embed.convert.layout import CheckpointDirectory, open_checkpoint
-from megatron_embed.convert.peft import write_peft
-from megatron_embed.convert.verify import (
-    ExpectedSettings,
-    available_memory,
-    compare_with_transformers,
-    weight_bytes,
-)
+from megatron_embed.convert.verify import ExpectedSettings, available_memory, compare_with_transformers, weight_bytes
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import read_saved_settings
@@ -56,6 +52,7 @@ def export_hf(source: str, destination: str, options: ExportOptions) -> str:
     lines: list[str] = []
 
     def finish(directory: Path) -> None:
+        write_converted_card(directory, source=source, destination=destination, kind="hf")
         lines.append(why_not_compared(directory, options) or _compare_hf(source, directory))
 
     report = megatron_to_hf(source, destination, max_shard_size=options.max_shard_size, dtype=options.dtype,
@@ -73,17 +70,21 @@ def _export_reranker(source: str, destination: str, options: ExportOptions, *, c
 
     return export_reranker_checkpoint(
         source, destination, classification=classification, max_shard_size=options.max_shard_size, dtype=options.dtype,
-        merge_lora=options.merge_lora, left_out=lambda directory: why_not_compared(directory, options))
+        merge_lora=options.merge_lora, left_out=lambda directory: why_not_compared(directory, options),
+        note=functools.partial(write_converted_card, source=source, destination=destination, kind="cross-encoder"))
 
 
 def export_peft(source: str, destination: str, options: ExportOptions) -> str:
     """The LoRA adapters of a checkpoint in PEFT's files, in the checkpoint's dtype; the report."""
     given = {"--merge-lora": options.merge_lora, "--dtype": options.dtype is not None,
-             "--no-compare": not options.compare,
              "--max-shard-size": options.max_shard_size != ExportOptions.max_shard_size}
     for name in (name for name, is_given in given.items() if is_given):
         raise ConfigError(f"{name}: --format peft writes the adapters apart from the weights; leave one out")
-    return str(write_peft(source, destination))
+    from megatron_embed.cli.export_peft import export_adapters
+
+    return export_adapters(source, destination, compare=options.compare, too_large=_why_no_memory,
+                           note=functools.partial(write_converted_card, source=source, destination=destination,
+                                                  kind="peft"))
 
 
 def why_not_compared(directory: Path, options: ExportOptions) -> str:
@@ -94,6 +95,11 @@ def why_not_compared(directory: Path, options: ExportOptions) -> str:
 
     if not has_tokenizer_files(directory):
         return "not compared on texts: there are no tokenizer files"
+    return _why_no_memory(directory)
+
+
+def _why_no_memory(directory: Path) -> str:
+    """The line of the report that says that a model cannot be loaded twice; empty if it can."""
     needed, available = _WORKING_COPIES * weight_bytes(directory), available_memory()
     if needed > available:
         return (f"not loaded with the stock library and compared on texts: that takes {needed / 1e9:.1f} GB of memory, "
@@ -166,6 +172,7 @@ def export_sentence_transformers_model(source: str, destination: str, options: E
             query_prompt=saved.prompts.get("query", ""), document_prompt=saved.prompts.get("document", ""),
             max_seq_length=longest, embedding_dimension=shape.hidden_size, similarity=saved.similarity)
         _keep_training_cut(checkpoint, directory)
+        write_converted_card(directory, source=source, destination=destination, kind="sentence-transformers")
         expected = ExpectedSettings(
             prompts={role: saved.prompts.get(role, "") for role in ("query", "document")}, max_seq_length=longest,
             similarity=saved.similarity, dtype=options.dtype or checkpoint.info.dtype)

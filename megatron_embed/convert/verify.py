@@ -79,9 +79,9 @@ def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[st
         _require_settings(directory, model, expected, in_its_dtype=dtype == "auto")
     for (text, ids), theirs in zip(cut, found, strict=True):
         if list(ids) != theirs:
-            raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of a text of "
-                                  f"{len(text)} characters ({text[:40]!r}...), the trained model {len(ids)}, or others; "
-                                  "the export must not be used")
+            raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of {text[:40]!r}..., "
+                                  f"{len(text)} characters, and the trained model {len(ids)}, or others; the export "
+                                  "must not be used")
     return _compare(directory, "Sentence Transformers", texts, vectors, our_vectors, minimum_cosine)
 
 
@@ -122,7 +122,7 @@ def compare_with_transformers(directory: Path, rows: Sequence[Sequence[int]], te
     """
     try:
         model = _load_model(directory)
-        vectors = torch.stack([_mean_of_tokens(model, ids, bidirectional) for ids in rows])
+        vectors = torch.stack([mean_of_tokens(model, ids, bidirectional) for ids in rows])
     except CheckpointError:
         raise
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, AttributeError) as error:
@@ -169,7 +169,7 @@ def _load_model(directory: Path) -> Any:
                "ForSequenceClassification": AutoModelForSequenceClassification}
     architecture = (read_json(directory / "config.json").get("architectures") or [""])[0]
     auto = next((cls for end, cls in classes.items() if architecture.endswith(end)), AutoModel)
-    with _without_bars():
+    with without_bars():
         model, info = auto.from_pretrained(str(directory), local_files_only=True, dtype="auto",
                                            output_loading_info=True)
     family = rules_for(model_shape(directory).family)
@@ -182,7 +182,7 @@ def _load_model(directory: Path) -> Any:
     return model.eval()
 
 
-def _mean_of_tokens(model: Any, ids: Sequence[int], bidirectional: bool) -> Tensor:
+def mean_of_tokens(model: Any, ids: Sequence[int], bidirectional: bool) -> Tensor:
     """[hidden_size] float32: the mean over the tokens of one text, computed alone."""
     mask = torch.ones(1, len(ids), dtype=torch.int64)
     if bidirectional:
@@ -206,7 +206,7 @@ def available_memory() -> int:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Transformers' progress bars are off meanwhile."""
     from transformers.utils import logging as transformers_logging
 
@@ -230,7 +230,7 @@ def _load_sentence_transformer(directory: Path, dtype: str) -> Any:
 def _using(directory: Path) -> Iterator[None]:
     """Without progress bars; whatever Sentence Transformers raises about the directory is a CheckpointError."""
     try:
-        with _without_bars():
+        with without_bars():
             yield
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         raise CheckpointError(f"{directory}: Sentence Transformers cannot use it ({first_line(error)}); "

@@ -33,9 +33,9 @@ if not HAS_CUDA:
     from megatron_embed.platform import cpu
 
     cpu.install()
-    from megatron_embed.platform.cpu_linear import linear
+    from megatron_embed.platform.cpu_linear import linear as plain_linear
 else:
-    from torch.nn.functional import linear
+    from torch.nn.functional import linear as plain_linear
 
 # Without it Megatron logs an INFO line per module from every rank.
 os.environ.setdefault("MEGATRON_LOGGING_LEVEL", "30")

@@ -160,17 +160,17 @@ DAMAGES = {
 
 def convert_spoiled(arguments, spoil):
     """The command, with the finished directory damaged right before the comparison."""
-    from megatron_embed.cli import exporters
+    from megatron_embed.cli import export, exporters
 
     with ExitStack() as patches:
-        for name in ("compare_with_transformers", "compare_with_sentence_transformers"):
-            compare = vars(exporters)[name]
+        for module, name in ((exporters, "compare_with_transformers"), (export, "compare_with_sentence_transformers")):
+            compare = vars(module)[name]
 
             def spoiled(directory, *args, compare=compare, **kwargs):
                 spoil(directory)
                 return compare(directory, *args, **kwargs)
 
-            patches.enter_context(mock.patch.object(exporters, name, spoiled))
+            patches.enter_context(mock.patch.object(module, name, spoiled))
         return command(arguments)
 
 
