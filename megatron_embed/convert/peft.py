@@ -271,7 +271,8 @@ def _config_of(settings: AdapterSettings, family: Family, head: Literal["yes_no"
         "use_rslora": settings.use_rslora,
         # PEFT refuses to load experts' adapters that name one.
         "lora_dropout": 0.0 if has_experts else dropout,
-        "target_modules": peft_targets(family, settings.modules), "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "target_modules": peft_targets(family, settings.modules), "bias": "none", "fan_in_fan_out": False,
+        "inference_mode": True, "init_lora_weights": True,
         "modules_to_save": saved_modules(family.name) if head == "score" else None,
         "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False, "revision": None}
 

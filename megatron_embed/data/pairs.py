@@ -134,6 +134,14 @@ class PairTokenizer:
             return TokenizedPairs(token_ids=[], token_types=None, num_truncated=0)
         return self._with_template(pairs, self.template) if self.template is not None else self._as_pairs(pairs)
 
+    def count_tokens(self, pair: Pair) -> int:
+        """Length of a pair in tokens before any cut, prompt and special tokens included; as in `tokenize`."""
+        with self._lock:
+            if self.template is None:
+                return len(self._tokenizer(pair.query, pair.document, verbose=False).input_ids)
+            text, _, _ = self.template.fill(pair)
+            return len(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
     def check_room(self, pairs: Sequence[Pair]) -> None:
         """Raises what `tokenize` would, at little cost: a query that is short in bytes has few tokens."""
         long = [pair for pair in pairs if self._frame + len(pair.query.encode())

@@ -142,6 +142,7 @@ def test_training_goes_on_from_a_peft_directory(model, adapter, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     one, other = (json.loads((folder / "adapter_config.json").read_text()) for folder in (adapter, tmp_path / "again"))
+    assert (one.pop("lora_dropout"), other.pop("lora_dropout")) == (0.1, 0.0), "each as its run trained"
     assert one == other
     assert one["base_model_name_or_path"] == str(Path(model).resolve())
     assert sorted(one["target_modules"]) == sorted(TARGETS)
