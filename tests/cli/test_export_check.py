@@ -123,6 +123,8 @@ def test_the_export_of_a_base_that_cuts_on_the_left_cuts_as_training_did(tmp_pat
     assert "document vectors: Sentence Transformers gives the same vectors" in err
     assert "the same tokens of 3 texts at the maximum length, 24 tokens" in err  # the shorter role's: one that fits
     assert "the same tokens of 1 texts at the maximum length, 12 tokens" in err
+    resolved = yaml.safe_load((tmp_path / "run" / "step_000001" / "config.yaml").read_text())
+    assert resolved["model"]["dtype"] == "float32"
     text = " ".join(f"word{number}" for number in range(60))
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": text}) + "\n")
     arguments = ["encode", "--model", str(tmp_path / "run"), "--input", str(tmp_path / "texts.jsonl"), "--output",
