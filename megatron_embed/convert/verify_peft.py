@@ -69,8 +69,8 @@ def compare_with_peft(directory: Path, base: Path, token_ids: Sequence[Sequence[
     worst = float(torch.nan_to_num((theirs - ours).abs() / scale, nan=torch.inf).max())
     if not worst <= TOLERANCE[head]:
         raise CheckpointError(f"{directory}: PEFT's values differ from the trained model's by up to {worst:.1e}, more "
-                              f"than {TOLERANCE[head]:.0e}; is {base} still the model that the run began with? The "
-                              "export must not be used")
+                              f"than {TOLERANCE[head]:.0e}; the export must not be used: put the model that the run "
+                              f"began with back at {base}, and convert again")
     return PeftComparison(texts=len(token_ids), worst=worst, head=head)
 
 

@@ -133,3 +133,28 @@ def test_float32_is_not_touched():
     with mock.patch.object(cpu_linear, "has_native_bf16", return_value=False):
         narrow = cpu_linear.product(left, right)
     assert torch.equal(narrow, cpu_linear.product(left, right))
+
+
+def test_plans_are_for_gpus_and_the_doctor_looks_at_this_machine():
+    from megatron_embed.cli import doctor
+    from megatron_embed.planning.disk import checkpoint_bytes
+    from megatron_embed.planning.shapes import shape_of
+
+    auto, half, full = (run_config("Qwen/Qwen3-Embedding-0.6B", dtype=dtype)
+                        for dtype in ("auto", "bfloat16", "float32"))
+    shape = shape_of(auto.model.path)
+    assert checkpoint_bytes(auto, shape) == checkpoint_bytes(half, shape) < checkpoint_bytes(full, shape)
+    for gpus, has_bf16, expected in ((0, False, full), (0, True, half), (1, False, half)):
+        with mock.patch.object(doctor, "visible_gpus", return_value=gpus), mock.patch.object(
+                precision, "processor_has_bf16", return_value=has_bf16):
+            assert doctor._with_local_dtype(auto) == expected
+            assert doctor._with_local_dtype(full) == full
+
+
+def test_commands_take_auto():
+    from megatron_embed.__main__ import build_parser
+
+    for command in (["encode", "--model", "m", "--input", "i", "--output", "o"],
+                    ["evaluate", "--model", "m", "--data", "d"],
+                    ["mine", "--model", "m", "--data", "d", "--output", "o"]):
+        assert build_parser().parse_args([*command, "--dtype", "auto"]).dtype == "auto"
