@@ -18,7 +18,8 @@ def load(directory: str, *, pooling: str | None = None, max_length: int | None =
         directory: Hugging Face or Sentence Transformers directory, one of our checkpoints, or a hub name.
         pooling: null: what the directory says, else lasttoken.
         max_length: longest text in tokens, special tokens included; null: what the directory says.
-        dtype: float32 or bfloat16, of the computation; null: what the directory says, else float32.
+        dtype: auto, float32 or bfloat16, of the computation; None: what the directory says, else float32. auto:
+            bfloat16 where the GPU or processor has instructions for it, else float32.
         normalize: unit vectors, unless the directory says otherwise; False: as the pooling gives them.
     Raises:
         UserError: there is no such model, or it cannot do that.

@@ -88,13 +88,13 @@ def run_ours(settings: Settings, output: Path, *, layout: Layout, micro_batch_si
     return _run(command, output, threads=settings.threads, ranks=layout.ranks)
 
 
-def our_command(settings: Settings, output: Path, *, layout: Layout, micro_batch_size: int, dtype: str = "float32",
-                export: bool = False, negatives: str = "global_batch") -> list[str]:
-    """Writes our side's configuration; the command that trains it."""
+def our_command(settings: Settings, output: Path, *, layout: Layout, micro_batch_size: int,
+                dtype: str | None = "float32", export: bool = False, negatives: str = "global_batch") -> list[str]:
+    """Writes our side's configuration (`dtype`: None leaves it out); the command that trains it."""
     output.mkdir(parents=True)
     checkpoint = {"directory": str(output / "checkpoints"), "export_at_end": str(output / "model"), "keep": 1}
     config = {
-        "model": {"path": settings.model, "dtype": dtype},
+        "model": {"path": settings.model, **({} if dtype is None else {"dtype": dtype})},
         "objective": {"loss": "info_nce", "temperature": settings.temperature, "negatives": negatives},
         "data": {"train": [settings.data], "shuffle": False, "num_negatives": settings.num_negatives,
                  "query_max_length": settings.max_length, "document_max_length": settings.max_length},

@@ -84,8 +84,9 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
                         help="default: what the directory says")
     parser.add_argument("--max-length", type=positive_int, metavar="TOKENS",
                         help="longest text, special tokens included; default: what the directory says")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"),
-                        help="of the computation; default: what the directory says, else float32")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
+                        help="of the computation; auto: bfloat16 where every rank's GPU or processor has instructions "
+                             "for it, else float32; default: what the directory says, else float32")
     parser.add_argument("--no-normalize", action="store_true",
                         help="vectors as the pooling gives them instead of unit length")
     add_overrides(parser, "parallel.", "parallel.KEY=VALUE")

@@ -1,6 +1,7 @@
 """`doctor`, and `doctor --config CONFIG.yaml --ranks N`"""
 
 import argparse
+import dataclasses
 import os
 import re
 import shutil
@@ -66,8 +67,20 @@ def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Finding]
     from megatron_embed.cli.disk import examine_outputs
     from megatron_embed.cli.preflight import examine_inputs
 
+    config = _with_local_dtype(config)
     return [_layout(config, args.ranks), _devices(config, args.ranks_per_node or args.ranks), *examine_inputs(config),
             *examine_outputs(config, args.min_free_gib)]
+
+
+def _with_local_dtype(config: "RunConfig") -> "RunConfig":
+    """The same with what `model.dtype: auto` is where all nodes are like this one."""
+    from megatron_embed.platform.precision import processor_has_bf16
+
+    if config.model.dtype != "auto":
+        return config
+    has_bf16 = visible_gpus() > 0 or processor_has_bf16()
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, dtype="bfloat16" if has_bf16 else "float32"))
 
 
 def _layout(config: "RunConfig", ranks: int) -> "Finding":

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_embed.cli.model import ModelDirectory
 from megatron_embed.config.json_file import read_json_file
@@ -15,12 +17,13 @@ from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.convert.export import export_sentence_transformers
 from megatron_embed.convert.layout import open_checkpoint
-from megatron_embed.convert.verify import compare_with_sentence_transformers
-from megatron_embed.data.prompts import Role, fill_template
+from megatron_embed.convert.verify import ExpectedSettings, compare_with_sentence_transformers
+from megatron_embed.data.prompts import Role, RoleTokenizer, fill_template
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.models.families import ModelShape
 from megatron_embed.parallel.collectives import raise_first
+from megatron_embed.platform.precision import processor_has_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,59 @@ PROBES = {
              "SELECT name FROM users WHERE age > 30 ORDER BY name;"),
 }
 """Texts of several scripts and lengths on which an exported checkpoint is compared."""
+
+
+LONGEST_COMPUTED = 1024
+"""Tokens up to which texts of the maximum length are put through the models, here and in the stock library, which
+computes on the CPU. Of longer ones the ids alone are compared: what models make of equal ids is known by then."""
+
+_LAST_TOKENS = (" a", ".", " the", " 1", "的", " x y", " to be", ", or", " a b c")
+"""One of them after a text gives it the number of tokens that is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthProbes:
+    """Texts at the border of a maximum length."""
+
+    fitting: tuple[str, ...]
+    """Of exactly that many tokens, prompt and special tokens included; empty: none was found."""
+    too_long: tuple[str, ...]
+    """Of one token more, if one was found, and of about twice as many."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.fitting + self.too_long
+
+
+def length_probes(count: Callable[[str], int], limit: int) -> LengthProbes:
+    """Texts of `limit` tokens, of one more and of about twice as many, by `count`, which tells tokens of a text."""
+    words = " ".join(text for texts in PROBES.values() for text in texts).split()
+
+    def first_words(number: int) -> str:
+        return " ".join(words[place % len(words)] for place in range(number))
+
+    low, high = 0, 1
+    while count(first_words(high)) <= limit:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(first_words(middle)) <= limit else (low, middle)
+    ends = ("", *_LAST_TOKENS, *(first + last for first in _LAST_TOKENS for last in _LAST_TOKENS))
+    found = dict[int, str]()
+    for text in (first_words(number) + end for number in range(low, max(low - 4, 0), -1) for end in ends):
+        if not {limit, limit + 1} <= found.keys():
+            found.setdefault(count(text), text)
+    return LengthProbes(fitting=tuple(found[size] for size in (limit,) if size in found),
+                        too_long=(*(found[size] for size in (limit + 1,) if size in found), first_words(2 * high)))
+
+
+def border_texts(tokenizer: RoleTokenizer, role: Role, longest: int) -> LengthProbes:
+    """Texts at the border of a role's maximum length, with its prompt; none of those that are cut where the export,
+    which knows one length for all, cuts at `longest`."""
+    limit = tokenizer.max_length(role)
+    probes = length_probes(lambda text: tokenizer.count_tokens([text], role)[0], limit)
+    return probes if limit == longest else LengthProbes(fitting=probes.fitting, too_long=())
 
 
 def stock_runs_causally(shape: ModelShape, bidirectional: bool = False) -> bool:
@@ -70,8 +126,46 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
         file.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoleProbe:
+    """Texts of a role with what the trained model makes of them."""
+
+    role: Role
+    texts: list[str]
+    vectors: Tensor
+    """[texts, dim]"""
+    cut: list[tuple[str, list[int]]]
+    """Texts at the border of the maximum length, and the ids of their tokens."""
+
+    def compare(self, directory: Path, settings: ExpectedSettings, minimum_cosine: float) -> str:
+        """Asks Sentence Transformers; the report. Raises CheckpointError for another model."""
+        # The library runs on this processor, where bfloat16 without instructions for it takes 25 times as long.
+        slow = settings.dtype == "bfloat16" and not processor_has_bf16()
+        report = compare_with_sentence_transformers(
+            directory, self.texts, self.vectors, prompt_name=self.role, minimum_cosine=minimum_cosine,
+            expected=settings, cut=self.cut, dtype="float32" if slow else "auto")
+        lengths = sorted({len(ids) for _, ids in self.cut})
+        return f"{report}; the same tokens of {len(self.cut)} texts at the maximum length, {lengths[-1]} tokens"
+
+
+def export_probes(encoder: TextEncoder, texts: Sequence[str], longest: int) -> list[RoleProbe]:
+    """The vectors of `texts`, and of texts that are as long as the role allows or longer. Called by all ranks.
+
+    `longest`: tokens at which the export cuts texts of either role.
+    """
+    roles: tuple[Role, ...] = ("query", "document")
+    found = []
+    for role in roles:
+        border = list(border_texts(encoder.tokenizer, role, longest).texts)
+        whole = [*texts, *(border if encoder.tokenizer.max_length(role) <= LONGEST_COMPUTED else [])]
+        ids = encoder.tokenizer.tokenize(border, role).token_ids
+        found.append(RoleProbe(role=role, texts=whole, vectors=encoder.encode(whole, role),
+                               cut=list(zip(border, ids, strict=True))))
+    return found
+
+
 def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts: Sequence[str], dtype: str,
-                 note: Callable[[Path], None]) -> None:
+                 settings: ExpectedSettings, note: Callable[[Path], None]) -> None:
     """Writes `destination` from a checkpoint, of a run from the newest, if Sentence Transformers gives the vectors of
     the model in memory.
 
@@ -81,14 +175,11 @@ def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts:
     Raises:
         CheckpointError: the export differs from the model, or cannot be written; nothing is left behind.
     """
-    roles: tuple[Role, ...] = ("query", "document")
-    vectors = {role: encoder.encode(texts, role) for role in roles}
+    probes = export_probes(encoder, texts, settings.max_seq_length)
 
     def compare(directory: Path) -> None:
-        for role in roles:
-            report = compare_with_sentence_transformers(directory, texts, vectors[role], prompt_name=role,
-                                                        minimum_cosine=MINIMUM_COSINE[dtype])
-            logger.info("%s vectors: %s", role, report)
+        for probe in probes:
+            logger.info("%s vectors: %s", probe.role, probe.compare(directory, settings, MINIMUM_COSINE[dtype]))
         note(directory)
 
     error: UserError | None = None

@@ -3,11 +3,13 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_embed.cli.export import LONGEST_COMPUTED, length_probes
 from megatron_embed.cli.model import ModelDirectory, find_model
 from megatron_embed.cli.reranker import head_spec, open_pair_tokenizer, open_scorer, saved_settings
 from megatron_embed.convert.convert import megatron_to_hf
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.3}
 """Of a score in the stock libraries, which compute in float32, against ours, relative to max(1, |score|)."""
+RESTORES_PROMPTS = (6, 2)
+"""The version of Sentence Transformers from which a prompt that is cut keeps what follows the document."""
 PROBE_PAIRS = (
     ("What is the capital of France?", "Paris is the capital and largest city of France."),
     ("What is the capital of France?", "Gradient checkpointing trades computation for memory."),
@@ -76,7 +80,8 @@ def write_reranker(source: str, destination: str, model: ModelDirectory, *, clas
 
 def export_reranker_checkpoint(source: str, destination: str, *, classification: bool, max_shard_size: str = "5GB",
                                dtype: str | None = None, merge_lora: bool = False,
-                               left_out: Callable[[Path], str] = lambda directory: "") -> str:
+                               left_out: Callable[[Path], str] = lambda directory: "",
+                               note: Callable[[Path], None] = lambda directory: None) -> str:
     """A checkpoint's reranker as *ForSequenceClassification or *ForCausalLM, compared in float32; the report.
 
     One process.
@@ -86,6 +91,7 @@ def export_reranker_checkpoint(source: str, destination: str, *, classification:
         merge_lora: write the checkpoint's adapters into the weights; the scores compared are those of the model with
             adapters.
         left_out: called with the complete directory; why it is not compared, empty if it is.
+        note: called with the complete directory before it is compared.
     Raises:
         CheckpointError: no reranker's checkpoint, or a library scores pairs otherwise; nothing is left behind.
     """
@@ -93,11 +99,13 @@ def export_reranker_checkpoint(source: str, destination: str, *, classification:
     lines: list[str] = []
 
     def compare(directory: Path, form: RerankerFormat) -> None:
+        note(directory)
         if reason := left_out(directory):
             lines.append(reason)
             return
         scorer, _, _ = open_scorer(source, dtype="float32")
         pairs = comparable([Pair(query=query, document=document) for query, document in PROBE_PAIRS], scorer.tokenizer)
+        pairs += border_pairs(scorer.tokenizer)
         lines.append(str(compare_pairs(directory, pairs, scorer.raw_scores(pairs), scorer.tokenizer, form,
                                        "bfloat16" if dtype == "bfloat16" else "float32")))
 
@@ -117,6 +125,7 @@ def export_reranker(checkpoint: str, destination: str, scorer: PairScorer, pairs
     Raises:
         CheckpointError: the export differs from the model, or cannot be written; nothing is left behind.
     """
+    pairs = [*pairs, *border_pairs(scorer.tokenizer)]
     scores = scorer.raw_scores(pairs)
 
     def compare(directory: Path, form: RerankerFormat) -> None:
@@ -138,9 +147,26 @@ def export_reranker(checkpoint: str, destination: str, scorer: PairScorer, pairs
 
 
 def comparable(pairs: Sequence[Pair], tokenizer: PairTokenizer) -> list[Pair]:
-    """The pairs that are not cut (the stock libraries cut pairs of texts elsewhere), under the default instruction."""
+    """The pairs that are not cut (see border_pairs for those that are), under the default instruction."""
     plain = [dataclasses.replace(pair, instruction=None) for pair in pairs]
     return [pair for pair in plain if not tokenizer.tokenize([pair]).num_truncated]
+
+
+def border_pairs(tokenizer: PairTokenizer) -> list[Pair]:
+    """Pairs of exactly the maximum length, of one token more and of about twice as many, those that the stock library
+    cuts where we do; none where they are too long to be computed on a CPU.
+
+    An encoder's tokenizer cuts the longer text of a pair, so the document must stay the longer one. A decoder's prompt
+    loses its end, which Sentence Transformers puts back since RESTORES_PROMPTS.
+    """
+    query, limit = PROBE_PAIRS[0][0], tokenizer.max_length
+    frame = tokenizer.count_tokens(Pair(query=query, document=""))
+    if limit > LONGEST_COMPUTED or limit <= frame:
+        return []
+    probes = length_probes(lambda text: tokenizer.count_tokens(Pair(query=query, document=text)), limit)
+    stock_cuts_alike = (limit >= 2 * frame if tokenizer.template is None else
+                        tuple(map(int, version("sentence-transformers").split(".")[:2])) >= RESTORES_PROMPTS)
+    return [Pair(query=query, document=text) for text in (probes.texts if stock_cuts_alike else probes.fitting)]
 
 
 def compare_pairs(directory: Path, pairs: Sequence[Pair], scores: Tensor, tokenizer: PairTokenizer,

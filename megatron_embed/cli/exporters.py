@@ -5,21 +5,17 @@ compares imports them.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_embed.cli.card import write_converted_card
 from megatron_embed.convert.convert import megatron_to_hf
-from megatron_embed.convert.export import export_sentence_transformers
-from megatron_embed.convert.layout import open_checkpoint
-from megatron_embed.convert.peft import write_peft
-from megatron_embed.convert.verify import (
-    available_memory,
-    compare_with_sentence_transformers,
-    compare_with_transformers,
-    weight_bytes,
-)
+from megatron_embed.convert.export import cut_on_the_right, export_sentence_transformers
+from megatron_embed.convert.layout import CheckpointDirectory, open_checkpoint
+from megatron_embed.convert.verify import ExpectedSettings, available_memory, compare_with_transformers, weight_bytes
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
@@ -56,6 +52,7 @@ def export_hf(source: str, destination: str, options: ExportOptions) -> str:
     lines: list[str] = []
 
     def finish(directory: Path) -> None:
+        write_converted_card(directory, source=source, destination=destination, kind="hf")
         lines.append(why_not_compared(directory, options) or _compare_hf(source, directory))
 
     report = megatron_to_hf(source, destination, max_shard_size=options.max_shard_size, dtype=options.dtype,
@@ -73,17 +70,21 @@ def _export_reranker(source: str, destination: str, options: ExportOptions, *, c
 
     return export_reranker_checkpoint(
         source, destination, classification=classification, max_shard_size=options.max_shard_size, dtype=options.dtype,
-        merge_lora=options.merge_lora, left_out=lambda directory: why_not_compared(directory, options))
+        merge_lora=options.merge_lora, left_out=lambda directory: why_not_compared(directory, options),
+        note=functools.partial(write_converted_card, source=source, destination=destination, kind="cross-encoder"))
 
 
 def export_peft(source: str, destination: str, options: ExportOptions) -> str:
     """The LoRA adapters of a checkpoint in PEFT's files, in the checkpoint's dtype; the report."""
     given = {"--merge-lora": options.merge_lora, "--dtype": options.dtype is not None,
-             "--no-compare": not options.compare,
              "--max-shard-size": options.max_shard_size != ExportOptions.max_shard_size}
     for name in (name for name, is_given in given.items() if is_given):
         raise ConfigError(f"{name}: --format peft writes the adapters apart from the weights; leave one out")
-    return str(write_peft(source, destination))
+    from megatron_embed.cli.export_peft import export_adapters
+
+    return export_adapters(source, destination, compare=options.compare, too_large=_why_no_memory,
+                           note=functools.partial(write_converted_card, source=source, destination=destination,
+                                                  kind="peft"))
 
 
 def why_not_compared(directory: Path, options: ExportOptions) -> str:
@@ -94,6 +95,11 @@ def why_not_compared(directory: Path, options: ExportOptions) -> str:
 
     if not has_tokenizer_files(directory):
         return "not compared on texts: there are no tokenizer files"
+    return _why_no_memory(directory)
+
+
+def _why_no_memory(directory: Path) -> str:
+    """The line of the report that says that a model cannot be loaded twice; empty if it can."""
     needed, available = _WORKING_COPIES * weight_bytes(directory), available_memory()
     if needed > available:
         return (f"not loaded with the stock library and compared on texts: that takes {needed / 1e9:.1f} GB of memory, "
@@ -167,30 +173,37 @@ def export_sentence_transformers_model(source: str, destination: str, options: E
             query_prompt=saved.prompts.get("query", ""), document_prompt=saved.prompts.get("document", ""),
             max_seq_length=longest, embedding_dimension=shape.hidden_size,
             needs_eos=pooling == "lasttoken" and saved.adds_eos and saved.chat is None)
+        _keep_training_cut(checkpoint, directory)
+        write_converted_card(directory, source=source, destination=destination, kind="sentence-transformers")
+        expected = ExpectedSettings(
+            prompts={role: saved.prompts.get(role, "") for role in ("query", "document")}, max_seq_length=longest,
+            similarity=saved.similarity, dtype=options.dtype or checkpoint.info.dtype)
         left_out = why_not_compared(directory, options)
-        lines.extend([left_out] if left_out else _compare_sentence_transformers(source, directory, longest))
+        lines.extend([left_out] if left_out else _compare_sentence_transformers(source, directory, expected))
 
     report = megatron_to_hf(source, destination, max_shard_size=options.max_shard_size, dtype=options.dtype,
                             merge_lora=options.merge_lora, finish=finish)
     return "\n".join([*lines, str(report)])
 
 
-def _compare_sentence_transformers(source: str, directory: Path, longest: int) -> list[str]:
+def _keep_training_cut(checkpoint: CheckpointDirectory, directory: Path) -> None:
+    """What was trained here was cut on the right, whatever an older version left in the tokenizer's files."""
+    if checkpoint.info.max_lengths:
+        cut_on_the_right(directory)
+
+
+def _compare_sentence_transformers(source: str, directory: Path, expected: ExpectedSettings) -> list[str]:
     """Vectors of both roles of the checkpoint and of the export; the lines of the report."""
+    from megatron_embed.cli.export import export_probes
     from megatron_embed.cli.model import open_encoder
 
-    arguments = argparse.Namespace(model=source, dtype=None, pooling=None, max_length=longest, no_normalize=False,
-                                   overrides=[])
+    arguments = argparse.Namespace(model=source, dtype=None, pooling=None, max_length=expected.max_seq_length,
+                                   no_normalize=False, overrides=[])
     encoder, model, _ = open_encoder(arguments, prompts=True)
-    roles: tuple[Literal["query", "document"], ...] = ("query", "document")
-    vectors = {role: encoder.encode(_probes(), role) for role in roles}
+    probes = export_probes(encoder, _probes(), expected.max_seq_length)
     del encoder
-    lines = []
-    for role in roles:
-        report = compare_with_sentence_transformers(directory, _probes(), vectors[role], prompt_name=role,
-                                                    minimum_cosine=_bound(model.saved.dtype, directory))
-        lines.append(f"{role}: {report}")
-    return lines
+    minimum_cosine = _bound(model.saved.dtype, directory)
+    return [f"{probe.role}: {probe.compare(directory, expected, minimum_cosine)}" for probe in probes]
 
 
 EXPORTERS: dict[str, Callable[[str, str, ExportOptions], str]] = {

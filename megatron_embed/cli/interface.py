@@ -114,8 +114,8 @@ def open_any(directory: str, *, pooling: str | None, max_length: int | None, dty
     """See `megatron_embed.load`."""
     if pooling is not None and pooling not in POOLINGS:
         raise ConfigError(f"pooling = {pooling!r}: must be one of {', '.join(POOLINGS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype = {dtype!r}: must be one of auto, {', '.join(DTYPES)}")
     if max_length is not None and max_length < 1:
         raise ConfigError(f"max_length = {max_length}: must be at least 1")
     args = argparse.Namespace(model=directory, pooling=pooling, max_length=max_length, dtype=dtype,

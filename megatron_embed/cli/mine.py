@@ -208,8 +208,10 @@ def vector_source(args: argparse.Namespace, encoder: "TextEncoder", model: "Mode
     cache = VectorCache(args.cache, rank=rank)
     digest = share_from_first(model_digest(model.read_from) if rank == 0 else "")
     # What was not given is what the directories say, and the digest is of all that they say.
+    # What `auto` is depends on the machine.
+    dtype = str(next(encoder.chunks[0].parameters()).dtype) if args.dtype == "auto" else args.dtype
     settings = {"version": __version__, "pooling": encoder.pooling, "causal": encoder.causal,
-                "max_length": args.max_length, "dtype": args.dtype, "normalize": not args.no_normalize}
+                "max_length": args.max_length, "dtype": dtype, "normalize": not args.no_normalize}
     return VectorSource(encoder, cache, digest, settings)
 
 

@@ -31,6 +31,7 @@ from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kern
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, check_tokenizer_names
 from megatron_embed.models.heads import HeadSpec, head_pooling
+from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_modules, read_saved_settings
 from megatron_embed.names import Pooling
@@ -287,6 +288,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
             document_max_length=lengths["document"], length_keys=("--max-length", "--max-length"),
             vocab_size=model.shape.vocab_size)
         topology = start(config.parallel)
+        config = with_settled_dtype(config)
         chunks = load_model_chunks(model, config, topology)
     encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.shape.hidden_size,
                           kernel=attention_kernel(config),

@@ -31,6 +31,7 @@ from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.cross_encoder import is_saved_cross_encoder
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel
 from megatron_embed.models.heads import HeadSpec, initialize_head, is_encoder
+from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.models.reranker_settings import RerankerSettings, head_of_architecture
 from megatron_embed.parallel.launch import launched_rank
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
@@ -250,6 +251,7 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
                                         foreign_pad=found.foreign_pad)
         spec = head_spec(settings, tokenizer)
         topology = topology or start(config.parallel)
+        config = with_settled_dtype(config)
         chunks = load_reranker_chunks(model, config, topology, spec)
     return scorer_of(chunks, chunks, topology, tokenizer, config, settings.activation), model, topology
 

@@ -82,6 +82,17 @@ def describe_rows(records: RecordSet) -> dict[str, Any]:
     return {"rows": len(records), "digest": records.digest}
 
 
+def with_known_dtype(config: RunConfig, checkpoint: Path | None) -> RunConfig:
+    """The same with the checkpoint's dtype in place of `auto`: a run that goes on elsewhere stays what it was.
+
+    No communication. Raises CheckpointError for a damaged checkpoint.
+    """
+    known = None if checkpoint is None else open_checkpoint(checkpoint).info.dtype
+    if config.model.dtype != "auto" or known not in ("float32", "bfloat16"):
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=known))
+
+
 def check_resumable(config: RunConfig, checkpoint: Path, model: ModelDirectory,
                     tokenizer: RoleTokenizer | PairTokenizer, records: RecordSet) -> None:
     """Refuses what would make the rest of the run another run; logs every other change of the configuration.
@@ -89,6 +100,7 @@ def check_resumable(config: RunConfig, checkpoint: Path, model: ModelDirectory,
     Raises:
         ConfigError: naming key, new and old value.
     """
+    config = with_known_dtype(config, checkpoint)
     file = checkpoint / "config.yaml"
     before, now = _flat(read_resolved(file)), _flat(to_dict(config))
     # Without the distributed optimizer its state has no main parameters where the model is float32 itself.

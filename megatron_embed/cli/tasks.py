@@ -19,6 +19,7 @@ from megatron_embed.cli.inputs import Inputs, log_directory
 from megatron_embed.cli.reranker import scorer_of
 from megatron_embed.cli.resume import record_export
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.convert.verify import ExpectedSettings
 from megatron_embed.data.loader import BatchLoader, RerankLoader, StepLoader
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec
 from megatron_embed.data.pairs import Pair, PairTokenizer
@@ -92,6 +93,7 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
     def export(checkpoint: str, steps: int) -> None:
         export_model(checkpoint, config.checkpoint.export_at_end or "", encoder,
                      comparable_texts(inputs.records, tokenizer), config.model.dtype,
+                     expected_settings(config, tokenizer),
                      note=functools.partial(_note_export, config, checkpoint, steps, inputs.model.shape.hidden_size))
 
     return Task(loader=loader, agree=agree, export=export, show=show,
@@ -140,9 +142,22 @@ def _note_export(config: RunConfig, checkpoint: str, steps: int, dim: int | None
     record_export(config, steps)
 
 
-def comparable_texts(records: RecordSet, tokenizer: RoleTokenizer) -> list[str]:
-    """Training texts that neither role cuts: Sentence Transformers knows one maximum length, we know one per role."""
+def expected_settings(config: RunConfig, tokenizer: RoleTokenizer) -> ExpectedSettings:
+    """What Sentence Transformers must say of the run's export."""
     roles: tuple[Role, ...] = ("query", "document")
+    return ExpectedSettings(
+        prompts={role: tokenizer.fill_prompt(role) for role in roles},
+        max_seq_length=max(tokenizer.max_length(role) for role in roles),
+        similarity="cosine" if config.embedding.normalize else "dot", dtype=config.model.dtype,
+        matryoshka_dims=config.embedding.matryoshka_dims or None)
+
+
+def comparable_texts(records: RecordSet, tokenizer: RoleTokenizer) -> list[str]:
+    """Training texts that no role cuts whose maximum length is the shorter one: Sentence Transformers knows the longer
+    one alone."""
+    both: tuple[Role, ...] = ("query", "document")
+    longest = max(tokenizer.max_length(role) for role in both)
+    roles = [role for role in both if tokenizer.max_length(role) < longest]
     some = [records[number] for number in range(min(len(records), NUM_EXPORT_ROWS))]
     texts = [*(record.query for record in some), *(text for texts in PROBES.values() for text in texts)]
     return [text for text in texts if not any(tokenizer.tokenize([text], role).num_truncated for role in roles)]

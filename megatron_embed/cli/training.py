@@ -17,15 +17,25 @@ from megatron_embed.cli.export import write_settings
 from megatron_embed.cli.inputs import Inputs, log_directory, output_directories, read_inputs
 from megatron_embed.cli.model import adapters_of, blaming, load_model_chunks
 from megatron_embed.cli.reranker import load_reranker_chunks
-from megatron_embed.cli.resume import DATA_FILE, Standing, best_checkpoint, describe_rows, moved_on, standing
+from megatron_embed.cli.resume import (
+    DATA_FILE,
+    Standing,
+    best_checkpoint,
+    describe_rows,
+    moved_on,
+    standing,
+    with_known_dtype,
+)
 from megatron_embed.cli.tasks import Task, embedding_task, reranker_task
 from megatron_embed.cli.watching import leave_at_once
 from megatron_embed.config.load import save_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.convert.export import cut_on_the_right
 from megatron_embed.convert.layout import write_companions
 from megatron_embed.data.records import validation_shares
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
+from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.models.reranker_settings import RERANKER_FILE, write_reranker_settings
 from megatron_embed.objectives.build import build_objective
 from megatron_embed.parallel.collectives import raise_first, smallest
@@ -57,6 +67,7 @@ def run_training(config: RunConfig) -> dict[str, float]:
     config = inputs.config
     topology = initialize(config.parallel)
     with watched(topology, leave_at_once):
+        config = with_settled_dtype(with_known_dtype(config, inputs.standing.checkpoint))
         return guarded_run(config, inputs, topology, stop)
 
 
@@ -220,5 +231,6 @@ def write_assets(assets: Path, config: RunConfig, inputs: Inputs) -> None:
         (assets / "hf" / RERANKER_FILE).unlink(missing_ok=True)
         with blaming("model.path", config.model.path):
             write_settings(assets / "hf", config, inputs.model)
+    cut_on_the_right(assets / "hf")
     save_resolved(config, assets / "config.yaml")
     (assets / DATA_FILE).write_text(json.dumps(describe_rows(inputs.records)), encoding="utf-8")

@@ -44,7 +44,7 @@ class OptimizerConfig:
     def check_against(self, *, task: str, dtype: str, lora_rank: int) -> None:
         """Raises ConfigError where the rest of the run does not go with these settings."""
         for key, on in self._placement.items():
-            require(not on or dtype == "bfloat16", f"optimizer.{key}", on, f"a model in model.dtype: {dtype} has no "
+            require(not on or dtype != "float32", f"optimizer.{key}", on, f"a model in model.dtype: {dtype} has no "
                     "other main parameters; set that to bfloat16, or this to false")
         require(not self.overlap_param_gather or (task == "embedding" and not lora_rank),
                 "optimizer.overlap_param_gather", self.overlap_param_gather, OWN_READERS)

@@ -22,8 +22,11 @@ class ModelConfig:
     included, there in float32)."""
     bidirectional: bool = False
     """True lets every token of a decoder attend to the whole sequence. Encoder families always do."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of parameters and activations; the optimizer keeps float32 main parameters either way."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of parameters and activations; the optimizer keeps float32 main parameters either way. auto: bfloat16 on GPUs and
+    on processors with instructions for it (AVX512-BF16, AMX-BF16 or ARM's, unless ATEN_CPU_CAPABILITY,
+    ONEDNN_MAX_CPU_ISA or MKL_ENABLE_INSTRUCTIONS forbids them), if every rank has them; else float32. A run that goes
+    on keeps the dtype of its checkpoint. bfloat16 on another processor: products are computed in float32."""
 
     def __post_init__(self) -> None:
         require(bool(self.path), "model.path", self.path, "must name a model directory")

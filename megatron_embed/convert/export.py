@@ -85,12 +85,26 @@ def _chat_settings(saved: SavedSettings) -> dict[str, Any]:
             "modality_config": {"text": kind, "message": {**kind, "format": saved.chat.content}}}
 
 
+def cut_on_the_right(directory: Path) -> None:
+    """Make the stored tokenizer take tokens from the end of what is too long, as training does.
+
+    A tokenizer of another life may say `left`, which the stock libraries follow.
+    """
+    _set_truncation_side(directory, "right")
+
+
 def _set_truncation_side(directory: Path, side: Literal["left", "right"]) -> None:
     """The end at which the directory's tokenizer cuts a text that is too long."""
     file = directory / "tokenizer_config.json"
     values = read_json(file) if file.is_file() else {}
-    if values.get("truncation_side", "right") != side:
+    if values.get("truncation_side") != side:
         write_json(file, {**values, "truncation_side": side})
+    file = directory / "tokenizer.json"
+    values = read_json(file) if file.is_file() else {}
+    truncation = values.get("truncation")
+    if isinstance(truncation, dict) and truncation.get("direction") != side.capitalize():
+        values["truncation"] = {**truncation, "direction": side.capitalize()}
+        file.write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def library_versions() -> dict[str, str]:

@@ -1,18 +1,26 @@
 """PEFT's adapter directories, read and written: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from torch import Tensor
 
+from megatron_embed.config.load import read_resolved
 from megatron_embed.convert.adapters import AdapterTensor, adapter_tensors, linear_rules, peft_targets
 from megatron_embed.convert.dcp import DcpReader
 from megatron_embed.convert.family import Family
 from megatron_embed.convert.heads import saved_modules, score_names
-from megatron_embed.convert.layout import copy_files, open_checkpoint, read_json, staging, write_json
+from megatron_embed.convert.layout import (
+    CheckpointDirectory,
+    copy_files,
+    open_checkpoint,
+    read_json,
+    staging,
+    write_json,
+)
 from megatron_embed.convert.plan import HEAD_KEYS
 from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.safetensors_file import SafetensorsFile, SafetensorsWriter
@@ -189,12 +197,14 @@ def _pattern(module: str, known: Iterable[str]) -> str | None:
     return None
 
 
-def write_peft(src: str | Path, dst: str | Path) -> PeftReport:
+def write_peft(src: str | Path, dst: str | Path, *, finish: Callable[[Path], object] | None = None) -> PeftReport:
     """Write the PEFT adapter directory `dst` of the checkpoint `src`, in the dtype of the checkpoint.
 
     Beside the adapter stand the tokenizer and Sentence Transformers' files, so that Sentence Transformers loads the
     directory, too. A reranker's classifier, which was trained whole, lies in it as PEFT's `modules_to_save`; its
     adapter is one for *ForSequenceClassification, or of a yes/no head for *ForCausalLM.
+
+    `finish` is called with the complete directory before it gets its name; if it raises, nothing is left behind.
 
     Raises:
         CheckpointError: `src` holds no adapters, `dst` cannot be written, or it reads back differently.
@@ -220,8 +230,11 @@ def write_peft(src: str | Path, dst: str | Path) -> PeftReport:
             with SafetensorsWriter(work / WEIGHTS_FILE, entries) as writer:
                 for name, place in places.items():
                     writer.write(name, reader.read(*place))
-            write_json(work / CONFIG_FILE, _config_of(settings, family, checkpoint.info.head))
+            write_json(work / CONFIG_FILE, _config_of(settings, family, checkpoint.info.head,
+                                                      dropout=dropout_of(checkpoint)))
             _verify(work, family, shape, settings, {name: reader.read(*place) for name, place in places.items()})
+            if finish is not None:
+                finish(work)
     return PeftReport(destination=Path(dst), tensors=len(places), total_bytes=total,
                       seconds=time.monotonic() - started)
 
@@ -231,16 +244,27 @@ def _peft_name(tensor: AdapterTensor, family: Family, prefix: str) -> str:
     return f"{_PREFIX}{prefix}{tensor.module.removeprefix(family.prefix)}.lora_{tensor.matrix}.weight"
 
 
-def _config_of(settings: AdapterSettings, family: Family, head: Literal["yes_no", "score"] | None) -> dict[str, Any]:
+def dropout_of(checkpoint: CheckpointDirectory) -> float:
+    """The adapters' dropout in the run that wrote a checkpoint; 0 where no run is known."""
+    file = checkpoint.path / "config.yaml"
+    lora = read_resolved(file).get("lora") if file.is_file() else None
+    value = lora.get("dropout") if isinstance(lora, dict) else None
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _config_of(settings: AdapterSettings, family: Family, head: Literal["yes_no", "score"] | None, *,
+               dropout: float) -> dict[str, Any]:
     """Contents of adapter_config.json."""
     alpha = settings.alpha
+    has_experts = any("#" in module for module in settings.modules)
     return {
         "peft_type": "LORA", "task_type": _TASK_TYPES[head], "base_model_name_or_path": settings.base_model,
         "r": settings.rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "use_rslora": settings.use_rslora,
-        # Training's dropout is over, and PEFT refuses to load experts' adapters that name one.
-        "lora_dropout": 0.0, "target_modules": peft_targets(family, settings.modules), "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        # PEFT refuses to load experts' adapters that name one.
+        "lora_dropout": 0.0 if has_experts else dropout,
+        "target_modules": peft_targets(family, settings.modules), "bias": "none", "fan_in_fan_out": False,
+        "inference_mode": True, "init_lora_weights": True,
         "modules_to_save": saved_modules(family.name) if head == "score" else None,
         "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False, "revision": None}
 

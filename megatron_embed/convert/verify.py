@@ -1,10 +1,11 @@
 """Is an export the model that was trained? The stock library answers, on real text."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,9 +34,24 @@ class ComparisonReport:
                 f"{self.max_difference:.1e}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpectedSettings:
+    """What Sentence Transformers must say of an export once it has loaded it."""
+
+    prompts: Mapping[str, str]
+    """By role, as they stand before a text."""
+    max_seq_length: int
+    similarity: Literal["cosine", "dot"]
+    dtype: str
+    """Of the weights: float32, bfloat16, ..."""
+    matryoshka_dims: tuple[int, ...] | None = None
+    """In any order; None: whatever the directory says."""
+
+
 def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[str], our_vectors: Tensor, *,
-                                       minimum_cosine: float, prompt_name: str | None = None,
-                                       dtype: str = "auto") -> ComparisonReport:
+                                       minimum_cosine: float, prompt_name: str | None = None, dtype: str = "auto",
+                                       expected: ExpectedSettings | None = None,
+                                       cut: Sequence[tuple[str, Sequence[int]]] = ()) -> ComparisonReport:
     """Encode `texts` with `SentenceTransformer(directory)` on the CPU and compare with our vectors.
 
     Args:
@@ -45,11 +61,48 @@ def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[st
         minimum_cosine: of every single text; 0.9999 in float32, 0.999 in bfloat16.
         prompt_name: the export's prompt that our vectors were computed with: "query", "document" or null for none.
         dtype: that the library loads the model in; auto: the directory's own.
+        expected: what the library must say of the model; None: nothing is asked.
+        cut: texts and the ids of their tokens, prompt, special tokens and the cut to the maximum length included.
     Raises:
-        CheckpointError: the library cannot load the directory, or a text's cosine is lower (NaN included).
+        CheckpointError: the library cannot load the directory, says something else of it or cuts a text elsewhere, or a
+            text's cosine is lower (NaN included), or its vector has another length.
     """
-    return _compare(directory, "Sentence Transformers", texts, _encode(Path(directory), texts, prompt_name, dtype),
-                    our_vectors, minimum_cosine)
+    directory = Path(directory)
+    with _using(directory):
+        model = _load_sentence_transformer(directory, dtype)
+        prefix = "" if prompt_name is None else (model.prompts or {}).get(prompt_name) or ""
+        found = [model.tokenizer(prefix + text, truncation=True, max_length=model.max_seq_length).input_ids
+                 for text, _ in cut]
+        vectors: Tensor = model.encode(list(texts), prompt_name=prompt_name, convert_to_tensor=True,
+                                       show_progress_bar=False).float()
+    if expected is not None:
+        _require_settings(directory, model, expected, in_its_dtype=dtype == "auto")
+    for (text, ids), theirs in zip(cut, found, strict=True):
+        if list(ids) != theirs:
+            raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of {text[:40]!r}..., "
+                                  f"{len(text)} characters, and the trained model {len(ids)}, or others; the export "
+                                  "must not be used")
+    return _compare(directory, "Sentence Transformers", texts, vectors, our_vectors, minimum_cosine)
+
+
+def _require_settings(directory: Path, model: Any, expected: ExpectedSettings, *, in_its_dtype: bool) -> None:
+    """Raises CheckpointError where a loaded model says something else than `expected`."""
+    wanted: dict[str, object] = {
+        **{f"the prompt {role!r}": text for role, text in expected.prompts.items()},
+        "max_seq_length": expected.max_seq_length, "similarity_fn_name": expected.similarity}
+    found: dict[str, object] = {
+        **{f"the prompt {role!r}": (model.prompts or {}).get(role) for role in expected.prompts},
+        "max_seq_length": model.max_seq_length, "similarity_fn_name": model.similarity_fn_name}
+    if expected.matryoshka_dims is not None:
+        wanted["matryoshka_dimensions"] = sorted(expected.matryoshka_dims)
+        found["matryoshka_dimensions"] = model[0].auto_model.config.to_dict().get("matryoshka_dimensions")
+    if in_its_dtype:
+        wanted["dtype"] = expected.dtype
+        found["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    for key, value in wanted.items():
+        if found[key] != value:
+            raise CheckpointError(f"{directory}: Sentence Transformers reads {key} = {found[key]!r}, the trained model "
+                                  f"has {value!r}; the export must not be used")
 
 
 def compare_with_transformers(directory: Path, rows: Sequence[Sequence[int]], texts: Sequence[str],
@@ -69,7 +122,7 @@ def compare_with_transformers(directory: Path, rows: Sequence[Sequence[int]], te
     """
     try:
         model = _load_model(directory)
-        vectors = torch.stack([_mean_of_tokens(model, ids, bidirectional) for ids in rows])
+        vectors = torch.stack([mean_of_tokens(model, ids, bidirectional) for ids in rows])
     except CheckpointError:
         raise
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, AttributeError) as error:
@@ -91,6 +144,12 @@ def _compare(directory: str | Path, library: str, texts: Sequence[str], theirs: 
         raise CheckpointError(f"{directory}: {library}' vector of text {worst} ({texts[worst][:40]!r}) has "
                               f"cosine {cosine[worst]:.6f} to the trained model's, below {minimum_cosine}; "
                               "the export must not be used")
+    # The cosine does not see lengths: vectors that were not normalized, or that were and should not be.
+    lengths = theirs.norm(dim=1) / ours.norm(dim=1)
+    odd = int((lengths - 1).abs().argmax())
+    if not abs(lengths[odd] - 1) <= math.sqrt(2 - 2 * minimum_cosine):
+        raise CheckpointError(f"{directory}: {library}' vector of text {odd} ({texts[odd][:40]!r}) is "
+                              f"{lengths[odd]:.6f} times as long as the trained model's; the export must not be used")
     return ComparisonReport(library=library, texts=len(texts), minimum_cosine=float(cosine.min()),
                             mean_cosine=float(cosine.mean()), max_difference=float((theirs - ours).abs().max()))
 
@@ -110,7 +169,7 @@ def _load_model(directory: Path) -> Any:
                "ForSequenceClassification": AutoModelForSequenceClassification}
     architecture = (read_json(directory / "config.json").get("architectures") or [""])[0]
     auto = next((cls for end, cls in classes.items() if architecture.endswith(end)), AutoModel)
-    with _without_bars():
+    with without_bars():
         model, info = auto.from_pretrained(str(directory), local_files_only=True, dtype="auto",
                                            output_loading_info=True)
     family = rules_for(model_shape(directory).family)
@@ -123,7 +182,7 @@ def _load_model(directory: Path) -> Any:
     return model.eval()
 
 
-def _mean_of_tokens(model: Any, ids: Sequence[int], bidirectional: bool) -> Tensor:
+def mean_of_tokens(model: Any, ids: Sequence[int], bidirectional: bool) -> Tensor:
     """[hidden_size] float32: the mean over the tokens of one text, computed alone."""
     mask = torch.ones(1, len(ids), dtype=torch.int64)
     if bidirectional:
@@ -147,7 +206,7 @@ def available_memory() -> int:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Transformers' progress bars are off meanwhile."""
     from transformers.utils import logging as transformers_logging
 
@@ -160,17 +219,19 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _encode(directory: Path, texts: Sequence[str], prompt_name: str | None, dtype: str) -> Tensor:
-    """Vectors of the stock library, [texts, dim] float32."""
+def _load_sentence_transformer(directory: Path, dtype: str) -> Any:
+    """The export in the stock library, on the CPU."""
     from sentence_transformers import SentenceTransformer
 
+    return SentenceTransformer(str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": dtype})
+
+
+@contextmanager
+def _using(directory: Path) -> Iterator[None]:
+    """Without progress bars; whatever Sentence Transformers raises about the directory is a CheckpointError."""
     try:
-        with _without_bars():
-            model = SentenceTransformer(str(directory), device="cpu", local_files_only=True,
-                                        model_kwargs={"dtype": dtype})
-            vectors: Tensor = model.encode(list(texts), prompt_name=prompt_name, convert_to_tensor=True,
-                                           show_progress_bar=False)
+        with without_bars():
+            yield
     except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         raise CheckpointError(f"{directory}: Sentence Transformers cannot use it ({first_line(error)}); "
                               "the export must not be used") from error
-    return vectors.float()

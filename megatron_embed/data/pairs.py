@@ -150,6 +150,14 @@ class PairTokenizer:
         rows = self._rows(pairs)
         return rows if self.unread is None else _without_last(rows, self.unread)
 
+    def count_tokens(self, pair: Pair) -> int:
+        """Length of a pair in tokens before any cut, prompt and special tokens included; as in `tokenize`."""
+        with self._lock:
+            if self.template is None:
+                return len(self._tokenizer(pair.query, pair.document, verbose=False).input_ids)
+            text, _, _ = self.template.fill(pair)
+            return len(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
     def check_room(self, pairs: Sequence[Pair], *, strict: bool = False) -> None:
         """Raises what `tokenize` would, at little cost: a query that is short in bytes has few tokens.
 

@@ -192,6 +192,10 @@ class RoleTokenizer:
         """Whether every query needs an instruction of its own."""
         return _PLACEHOLDER in self._prompts["query"] and self._instruction is None
 
+    def max_length(self, role: Role) -> int:
+        """Tokens of the role's longest text, prompt and special tokens included."""
+        return self._max_lengths[role]
+
     def always_adds_tokens(self, role: Role, prompt: str | None = None) -> bool:
         """Whether special tokens, the EOS, the prompt or an instruction give every text of the role a token.
 

@@ -21,6 +21,7 @@ from megatron_embed.platform.compat import (
     RowParallelLinear,
     get_cuda_rng_tracker,
     make_sharded_tensors_for_checkpoint,
+    plain_linear,
     tensor_parallel,
 )
 
@@ -119,7 +120,7 @@ class ColumnLora(Lora):
         down = torch.cat([pair.A for pair in pairs.values()])
         if self.is_split and self.is_expert:
             down = SumGradients.apply(down, self.group)
-        inner = functional.linear(self.dropped(inputs), down) * self.scale
+        inner = plain_linear(self.dropped(inputs), down) * self.scale
         if self.is_split and not self.is_expert:
             inner = (tensor_parallel.gather_from_sequence_parallel_region(inner, group=self.group)
                      if self.sequence_parallel else SumGradients.apply(inner, self.group))
@@ -129,7 +130,7 @@ class ColumnLora(Lora):
             if name is None:
                 outputs.append(inner.new_zeros(*inner.shape[:-1], self.turns, width))
             else:
-                outputs.append(functional.linear(inners[name], pairs[name].B).unflatten(-1, (self.turns, width)))
+                outputs.append(plain_linear(inners[name], pairs[name].B).unflatten(-1, (self.turns, width)))
         return torch.cat(outputs, dim=-1).flatten(-2)
 
 
@@ -157,7 +158,7 @@ class RowLora(Lora):
         parallelism an all-reduce; in experts, whose outputs are summed later, an all-reduce of B's gradient.
         """
         (pair,) = self.pairs().values()
-        inner = functional.linear(self.dropped(inputs), pair.A) * self.scale
+        inner = plain_linear(self.dropped(inputs), pair.A) * self.scale
         up: Tensor = pair.B
         if self.is_split and self.is_expert:
             up = SumGradients.apply(up, self.group)
@@ -165,7 +166,7 @@ class RowLora(Lora):
             inner = (tensor_parallel.reduce_scatter_to_sequence_parallel_region(inner, group=self.group)
                      if self.sequence_parallel
                      else tensor_parallel.reduce_from_tensor_model_parallel_region(inner, group=self.group))
-        return functional.linear(inner, up)
+        return plain_linear(inner, up)
 
 
 class LoraColumnParallelLinear(ColumnParallelLinear):

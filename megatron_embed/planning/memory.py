@@ -19,7 +19,8 @@ FRAGMENTATION = 0.06
 """Part of everything else that the allocator loses to holes, with expandable segments."""
 LOSS_TILE_ELEMENTS = 1 << 24
 """Similarities of one tile; losses/info_nce.py."""
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}
+"""Of a parameter; what `auto` is on the GPUs that plans are made for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,10 @@ if not HAS_CUDA:
     from megatron_embed.platform import cpu
 
     cpu.install()
+    from megatron_embed.platform.cpu_linear import linear as plain_linear
 else:
+    from torch.nn.functional import linear as plain_linear
+
     from megatron_embed.platform import private
 
     private.keep_kernels_private()

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from megatron_embed.platform import cpu_linear
+from megatron_embed.platform.precision import has_native_bf16
 
 FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "randint",
              "randperm", "tensor", "zeros", "zeros_like")
@@ -306,7 +307,7 @@ def install() -> None:
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         vars(buffers)[name] = _skip_alone(vars(buffers)[name])
-    if cpu_linear.is_available():
+    if cpu_linear.is_available() or not has_native_bf16():
         layers = importlib.import_module("megatron.core.tensor_parallel.layers")
         vars(layers)["LinearWithGradAccumulationAndAsyncCommunication"] = cpu_linear.OneDnnLinear
         vars(layers)["LinearWithFrozenWeight"] = cpu_linear.OneDnnFrozenLinear

@@ -12,6 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from megatron_embed import __version__
+from megatron_embed.platform.precision import processor_has_bf16, why_not_bf16
 
 DISTRIBUTION = "megatron_embed"
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -54,8 +55,7 @@ def report(findings: list[Finding]) -> str:
 def _host() -> list[Finding]:
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     features, model = cpu_features()
-    bf16 = {"avx512_bf16", "amx_bf16"} & set(features)
-    note = "" if bf16 else "no bfloat16 instructions: model.dtype float32 is the faster one on this CPU"
+    note = "" if processor_has_bf16() else f"model.dtype = auto is float32 on this CPU: {why_not_bf16()}"
     return [
         Finding(name="megatron_embed", value=f"{__version__}, {Path(__file__).resolve().parent.parent}"),
         Finding(name="python", value=f"{platform.python_version()}, {platform.platform()}",

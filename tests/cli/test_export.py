@@ -60,6 +60,11 @@ def test_a_plain_export_is_loaded_and_compared(checkpoints, tmp_path):
         assert report.startswith(f"{tmp_path / name}: ")
         for words in (" tensors, ", " GB/s), peak memory ", "every tensor read back bit-equal"):
             assert words in report
+        card = (tmp_path / name / "README.md").read_text()
+        own = checkpoints / name / "hf" / "README.md"
+        for words in ["AutoModel.from_pretrained", f"# {name}\n", "does not say how it was trained"]:
+            assert words in card or own.is_file()
+        assert not own.is_file() or card == own.read_text(), "a model that was not trained keeps its card"
 
 
 def test_shards_and_dtype_are_what_was_asked_for(checkpoints, tmp_path):
@@ -160,17 +165,17 @@ DAMAGES = {
 
 def convert_spoiled(arguments, spoil):
     """The command, with the finished directory damaged right before the comparison."""
-    from megatron_embed.cli import exporters
+    from megatron_embed.cli import export, exporters
 
     with ExitStack() as patches:
-        for name in ("compare_with_transformers", "compare_with_sentence_transformers"):
-            compare = vars(exporters)[name]
+        for module, name in ((exporters, "compare_with_transformers"), (export, "compare_with_sentence_transformers")):
+            compare = vars(module)[name]
 
             def spoiled(directory, *args, compare=compare, **kwargs):
                 spoil(directory)
                 return compare(directory, *args, **kwargs)
 
-            patches.enter_context(mock.patch.object(exporters, name, spoiled))
+            patches.enter_context(mock.patch.object(module, name, spoiled))
         return command(arguments)
 
 

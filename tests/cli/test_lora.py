@@ -142,6 +142,7 @@ def test_training_goes_on_from_a_peft_directory(model, adapter, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     one, other = (json.loads((folder / "adapter_config.json").read_text()) for folder in (adapter, tmp_path / "again"))
+    assert (one.pop("lora_dropout"), other.pop("lora_dropout")) == (0.1, 0.0), "each as its run trained"
     assert one == other
     assert one["base_model_name_or_path"] == str(Path(model).resolve())
     assert sorted(one["target_modules"]) == sorted(TARGETS)
@@ -189,6 +190,27 @@ def test_a_run_keeps_its_adapters(model, trained, tmp_path):
     for lora in ({"rank": 8}, {"target_modules": ["q_proj"]}, {"alpha": 32}):
         path = configuration(model, resumed, **lora)
         assert_refused(run_on_ranks(command, 1, ["train", str(path)]), "lora.rank", "adapters of rank 4, scale 4")
+
+
+def test_an_adapter_of_another_model_is_refused_and_removed(model, trained, adapter, tmp_path):
+    """Its base model is no longer the one that the run began with: PEFT's vectors are others."""
+    assert json.loads((adapter / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+    base = shutil.copytree(model, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {"layers.1.mlp.up_proj.weight": -weights["layers.1.mlp.up_proj.weight"]},
+              base / "model.safetensors", metadata={"format": "pt"})
+    run = shutil.copytree(trained[0] / "step_000004", tmp_path / "run")
+    info = json.loads((run / "megatron_embed.json").read_text())
+    info["lora"]["base_model"] = str(base)
+    (run / "megatron_embed.json").write_text(json.dumps(info))
+    arguments = ["convert", "megatron-to-hf", str(run), str(tmp_path / "out"), "--format", "peft"]
+    assert_refused(run_on_ranks(command, 1, arguments), "PEFT's values differ", "the export must not be used")
+    assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+    shutil.rmtree(base)
+    assert "not loaded with PEFT and compared on texts: its base model" in call(*arguments)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in ("library_name: \"peft\"", "PeftModel.from_pretrained(base", "| optimizer steps | 4 |", "rank 4"):
+        assert words in card
 
 
 def test_adapters_are_never_lost_in_a_conversion(model, trained, tmp_path):

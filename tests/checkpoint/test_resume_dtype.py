@@ -1,0 +1,31 @@
+"""`model.dtype: auto`: a new run takes what the processor has, one that goes on keeps its checkpoint's dtype."""
+
+from unittest import mock
+
+from megatron_embed.config.load import read_resolved
+from tests.checkpoint.test_resume import configuration, train
+from tests.ranks import run_on_ranks
+from tests.toys import save_model
+
+
+def train_elsewhere(values):
+    """On a processor without bfloat16 instructions."""
+    with mock.patch("megatron_embed.models.precision.has_native_bf16", return_value=False):
+        return train(values)
+
+
+def dtype_of(directory, step):
+    return read_resolved(directory / f"step_{step:06d}" / "config.yaml")["model"]["dtype"]
+
+
+def test_a_run_that_goes_on_keeps_its_dtype(tmp_path):
+    model = save_model(tmp_path / "qwen3", "qwen3", tokenizer=True)
+    values = configuration(model, tmp_path / "run", train_steps=1)
+    values["model"]["dtype"] = "bfloat16"
+    run_on_ranks(train, 1, values)
+    values["model"]["dtype"], values["training"]["train_steps"] = "auto", 2
+    run_on_ranks(train_elsewhere, 1, values)
+    assert [dtype_of(tmp_path / "run", step) for step in (1, 2)] == ["bfloat16", "bfloat16"]
+    values["checkpoint"]["directory"], values["training"]["train_steps"] = str(tmp_path / "new"), 1
+    run_on_ranks(train_elsewhere, 1, values)
+    assert dtype_of(tmp_path / "new", 1) == "float32"
