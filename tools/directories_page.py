@@ -27,7 +27,8 @@ A key that is not listed is refused by its name, unless its value says nothing (
 
 A directory without `modules.json`: an encoder (BERT, XLM-RoBERTa) pools `mean`, as Sentence Transformers does; a
 decoder `lasttoken`, or `mean` if its `config.json` says `is_causal: false`. Vectors have unit length unless
-`--no-normalize` is given.
+`--no-normalize` is given. A chat template is applied only where `sentence_bert_config.json` asks for it, with the
+modality `message`; Sentence Transformers 6 also applies one where there is no `modules.json`.
 """
 
 

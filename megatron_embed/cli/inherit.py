@@ -56,6 +56,9 @@ def _of_directory(config: RunConfig, model: ModelDirectory) -> dict[str, Any]:
 
 
 def _log(config: RunConfig, model: ModelDirectory, taken: dict[str, object]) -> None:
+    if model.saved.truncation_side == "left":
+        logger.info("%s says truncation_side: left; training cuts texts at their end, so that no prompt is lost, and "
+                    "exports say right", model.tokenizer_directory)
     if taken:
         logger.info("not set, so as %s says or by default: %s", model.peft or model.path,
                     ", ".join(f"{key} = {value!r}" for key, value in taken.items()))

@@ -15,7 +15,7 @@ _VOCABULARY_FILES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model",
 """Compared where a directory has no tokenizer.json."""
 _NOT_IDS = ("truncation", "padding", "version")
 """Of tokenizer.json: what programs set on saving, and what leaves the ids of a text as they are."""
-_SETTINGS = ("pooling", "normalize", "similarity", "prompts")
+_SETTINGS = ("pooling", "normalize", "similarity", "prompts", "lower_case", "chat")
 """Of a Sentence Transformers directory: with another one, vectors of a merged model would mean nothing."""
 
 

@@ -103,7 +103,15 @@ def fill_template(prompt: str, instruction: str | None) -> str:
 
 
 def add_lowercase(tokenizer: Any) -> None:
-    """Makes a fast tokenizer lowercase every text before all else, unless it does so already."""
+    """Makes a fast tokenizer lowercase every text before all else, unless it does so already.
+
+    Raises:
+        CheckpointError: it is a slow one.
+    """
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{tokenizer.name_or_path}: sentence_bert_config.json says do_lower_case = True, and the "
+                              "tokenizer is a slow one, which cannot be made to; save it once with Transformers as "
+                              "tokenizer.json")
     own = tokenizer.backend_tokenizer.normalizer
     steps = [] if own is None else list(own) if isinstance(own, normalizers.Sequence) else [own]
     if not any(isinstance(step, normalizers.Lowercase) for step in steps):
