@@ -144,6 +144,12 @@ def _files(model: Path, *suffixes: str) -> list[Path]:
                   and (not suffixes or path.name.endswith(suffixes)))
 
 
+def _write(file: Path, text: str) -> None:
+    """In place of a file, or of the link or pipe that an earlier change put there."""
+    file.unlink(missing_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
 def _home_of_tokenizer(model: Path) -> Path:
     """Where the Hugging Face files lie: the directory itself, or the hf/ of a checkpoint."""
     return next((file.parent for file in _files(model) if file.name == "tokenizer_config.json"), model)
@@ -233,9 +239,9 @@ def change_module(case: Path, rng: random.Random) -> str:
     kind = rng.choice(["sentence_transformers.models.Pooling", "evil.Transformer", "os.system", "Pooling",
                        "sentence_transformers.models.Normalize"])
     path = elsewhere(case, rng)
-    (folder / "modules.json").write_text(json.dumps([
+    _write(folder / "modules.json", json.dumps([
         {"idx": 0, "name": "0", "path": rng.choice(["", "", path]), "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": path, "type": kind}]), encoding="utf-8")
+        {"idx": 1, "name": "1", "path": path, "type": kind}]))
     return f"modules.json: {kind} in {path!r}"
 
 
@@ -317,13 +323,13 @@ def add_python(case: Path, rng: random.Random) -> str:
     """Code that comes with the model."""
     model = case / "model"
     folder = _home_of_tokenizer(model)
-    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(case / 'canary')!r})\n", encoding="utf-8")
+    _write(folder / "evil.py", f"import os\nos.mkdir({str(case / 'canary')!r})\n")
     name = rng.choice(["config.json", "tokenizer_config.json"])
     values = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
     values["auto_map"] = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoTokenizer": ["evil.T", None]}
     if name == "tokenizer_config.json":
         values["tokenizer_class"] = rng.choice(["T", "evil.T", values.get("tokenizer_class")])
-    (folder / name).write_text(json.dumps(values), encoding="utf-8")
+    _write(folder / name, json.dumps(values))
     return f"auto_map in {name}"
 
 

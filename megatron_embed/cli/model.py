@@ -19,6 +19,7 @@ from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
 from megatron_embed.convert.adapters import parts_by_linear, resolve_modules
 from megatron_embed.convert.layout import is_checkpoint, open_checkpoint
 from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
+from megatron_embed.convert.plan import check_sizes
 from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.source import HFDirectory, hf_weight_shards
 from megatron_embed.data.prompts import Role, RoleTokenizer, TextFormat
@@ -210,6 +211,7 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
         head_spec: of a reranker.
         with_head: whether the checkpoint holds the head's weights; else they are left as they are.
     """
+    _check_sizes(model)
     model_parallel_cuda_manual_seed(config.training.seed)
     pooling = model.pooling(config.embedding.pooling) if head_spec is None else head_pooling(model.shape)
     settings = adapters_of(config.lora, model)
@@ -225,6 +227,14 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     if model.peft is not None:
         _load_peft_weights(model.peft, model, chunks, topology, with_head=head_spec is not None)
     return chunks
+
+
+def _check_sizes(model: ModelDirectory) -> None:
+    """The weights have the sizes of config.json, before memory is taken for them. Reads headers alone."""
+    if model.checkpoint is None:
+        HFDirectory(model.hf).close()
+    else:
+        check_sizes(model.checkpoint / "model", rules_for(model.shape.family), model.shape)
 
 
 def _load_hf_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel], topology: Topology) -> None:

@@ -179,11 +179,13 @@ class Plan:
 
 def rows_of(family: Family, shape: ModelShape) -> list[Row]:
     """Every row of the table with what it must know, in the order of writing."""
-    rows = []
+    return list(_rows(family, shape))
+
+
+def _rows(family: Family, shape: ModelShape) -> Iterator[Row]:
     for rule, context in family.rows(shape):
         key, index = family.checkpoint_place(context.name(rule.ours))
-        rows.append(Row(rule=rule, context=context, key=key, index=index))
-    return rows
+        yield Row(rule=rule, context=context, key=key, index=index)
 
 
 def head_of(reader: DcpReader, checkpoint: CheckpointDirectory, family: Family, shape: ModelShape,
@@ -223,16 +225,31 @@ def check_checkpoint(reader: DcpReader, rows: list[Row], directory: Path) -> Non
     keys = set(reader.keys())
     unnamed = {key for key in keys if key.startswith("model.") and not key.startswith(HEAD_KEYS)}
     for row in rows:
-        key = row.key
-        if key not in keys:
-            raise CheckpointError(f"{directory}: {key} is missing; a model with num_hidden_layers = "
-                                  f"{row.context.shape.num_layers} (hf/config.json) has it: take another checkpoint")
-        unnamed.discard(key)
-        found, expected = reader.shape(key), row.stored_shape()
-        padded = isinstance(row.rule, PadVocabulary) and len(found) == len(expected) and found[0] > expected[0]
-        if found != expected and not (padded and found[1:] == expected[1:]):
-            raise CheckpointError(f"{directory}: {key} has shape {list(found)}, but hf/config.json says "
-                                  f"{list(expected)}; use the config.json that belongs to this checkpoint")
+        _check_row(reader, keys, row, directory)
+        unnamed.discard(row.key)
     if unnamed:
         raise CheckpointError(f"{directory}: {min(unnamed)} is unknown to the weight table ({len(unnamed)} such); "
                               "hf/config.json must be of this model")
+
+
+def check_sizes(directory: Path, family: Family, shape: ModelShape) -> None:
+    """config.json's sizes are those of the checkpoint's tensors, found before memory is taken for a model of that size.
+
+    `directory`: of the tensors. Reads their description alone; other tensors, such as adapters, may be there.
+    """
+    with DcpReader(directory) as reader:
+        keys = set(reader.keys())
+        for row in _rows(family, shape):
+            _check_row(reader, keys, row, directory)
+
+
+def _check_row(reader: DcpReader, keys: set[str], row: Row, directory: Path) -> None:
+    """The checkpoint has the row's tensor, of the right shape."""
+    if row.key not in keys:
+        raise CheckpointError(f"{directory}: {row.key} is missing; a model with num_hidden_layers = "
+                              f"{row.context.shape.num_layers} (hf/config.json) has it: take another checkpoint")
+    found, expected = reader.shape(row.key), row.stored_shape()
+    padded = isinstance(row.rule, PadVocabulary) and len(found) == len(expected) and found[0] > expected[0]
+    if found != expected and not (padded and found[1:] == expected[1:]):
+        raise CheckpointError(f"{directory}: {row.key} has shape {list(found)}, but hf/config.json says "
+                              f"{list(expected)}; use the config.json that belongs to this checkpoint")
