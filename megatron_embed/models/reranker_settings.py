@@ -38,6 +38,8 @@ def read_reranker_settings(directory: str | Path) -> RerankerSettings | None:
         settings = RerankerSettings(**values)
         if settings.head not in ("yes_no", "score") or settings.activation not in ("sigmoid", "identity"):
             raise ValueError(f"head = {settings.head!r}, activation = {settings.activation!r}")
+        if type(settings.max_length) is not int or not 0 < settings.max_length <= 10**9:
+            raise ValueError(f"max_length = {str(settings.max_length)[:40]} is no whole number from 1 to 10**9")
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: not readable ({error}); restore it, or remove it and set reranker.* anew"
                               ) from error
