@@ -143,8 +143,10 @@ class PeftAdapter:
             raise CheckpointError(f"{file}: peft_type = {values.get('peft_type')!r} is not supported; LORA is")
         ADAPTER_CONFIG.check(file, values)
         for key in ("r", "lora_alpha"):
-            if not isinstance(values.get(key), int | float) or not values[key] > 0:
-                raise CheckpointError(f"{file}: {key} = {values.get(key)!r} must be a number above 0")
+            if type(values.get(key)) not in ((int,) if key == "r" else (int, float)) or not 0 < values[key] <= 2**20:
+                what = "whole number" if key == "r" else "number"
+                raise CheckpointError(f"{file}: {key} = {str(values.get(key))[:40]} must be a {what} above 0, at most "
+                                      "2**20")
         return values
 
     def _used(self, family: Family) -> dict[str, str]:

@@ -49,6 +49,8 @@ def read_reranker_settings(directory: str | Path) -> RerankerSettings | None:
         settings = RerankerSettings(**values)
         if settings.head not in ("yes_no", "score") or settings.activation not in ("sigmoid", "identity"):
             raise ValueError(f"head = {settings.head!r}, activation = {settings.activation!r}")
+        if type(settings.max_length) is not int or not 0 < settings.max_length <= 10**9:
+            raise ValueError(f"max_length = {str(settings.max_length)[:40]} is no whole number from 1 to 10**9")
         _check_types(settings)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: not readable ({error}); restore it, or remove it and set reranker.* anew"
@@ -63,7 +65,6 @@ def _check_types(settings: RerankerSettings) -> None:
         "template": settings.template is None or isinstance(settings.template, str),
         **{name: isinstance(value, str) for name, value in asdict(settings).items()
            if name in ("instruction", "true_token", "false_token")},
-        "max_length": type(settings.max_length) is int and settings.max_length > 0,
         "prompts": isinstance(prompts, dict) and all(isinstance(text, str) for text in prompts.values()),
         "default_prompt": settings.default_prompt is None or (
             isinstance(prompts, dict) and settings.default_prompt in prompts),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_embed.config.json_file import DEEPEST, LARGEST_FILE, read_json_file
+from megatron_embed.convert.peft import PeftAdapter
+from megatron_embed.convert.rules.lookup import rules_for
 from megatron_embed.convert.source import HFDirectory
 from megatron_embed.data.prompts import load_tokenizer
 from megatron_embed.errors import CheckpointError
@@ -158,3 +160,23 @@ def test_fifo_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(OSError, match="not a regular file"):
         read_json_file(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("r", 10**9), ("r", 2.5), ("r", True), ("r", math.nan), ("r", -1), ("lora_alpha", math.inf),
+    ("lora_alpha", math.nan), ("lora_alpha", 10**400), ("lora_alpha", "8"), ("lora_alpha", True)])
+def test_numbers_of_adapters_are_checked_before_their_tensors(tmp_path, key, value):
+    values = {"peft_type": "LORA", "r": 8, "lora_alpha": 16} | {key: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"adapter_config.json: {key} = .* above 0, at most") as caught:
+        PeftAdapter(tmp_path, rules_for("qwen3"), None)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", [10**30, 1e30, True, -1, "512", [], None])
+def test_length_of_a_reranker_is_a_length(tmp_path, value):
+    (tmp_path / "reranker.json").write_text(json.dumps({
+        "head": "score", "template": None, "instruction": "", "true_token": "yes", "false_token": "no",
+        "max_length": value, "activation": "sigmoid"}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="reranker.json: not readable .*max_length = "):
+        read_reranker_settings(tmp_path)
