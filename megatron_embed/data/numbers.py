@@ -17,8 +17,8 @@ LARGEST_EXPONENT = np.finfo(np.float32).nmant + 1
 """Largest label of lambda_loss: up to 24 the gain 2^label - 1 of a whole label is exact in float32."""
 
 LARGEST_GRADE = 10**6
-"""Largest judgement, either side of 0: trec_eval counts documents per grade in a table as long as the highest one. Without
-room for that, as at 2^31, it says 0 for every metric."""
+"""Largest judgement, either side of 0: trec_eval counts documents per grade in a table as long as the highest one.
+Without room for that, as at 2^31, it says 0 for every metric."""
 
 
 def check_grade(grade: float, name: str, source: str) -> None:
