@@ -30,7 +30,7 @@ HEAD = "model.head."
 """Beginning of the names of a reranker's head."""
 TRAINER_FILE = "trainer.json"
 TENSORS = "optimizer_tensors"
-"""Where the optimizer's tensors are put when they are loaded, apart from what the checkpoint says of its groups."""
+"""Key of the optimizer's tensors while they are loaded, apart from what the checkpoint says of its groups."""
 
 
 class Stateful(Protocol):
