@@ -107,6 +107,19 @@ def _noted(number: int, frame: FrameType | None) -> None:
     """Python's part of the handler; the listening thread is told by the interpreter's own, whatever this one does."""
 
 
+def _forget_in_child() -> None:
+    """A fork shares the socket: what ends it (multiprocessing does so with SIGTERM) is no request to its parent."""
+    global _listener
+    if _listener is not None:
+        _listener = None
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
 def start() -> None:
     """Listens from now on, to the end of the process. Main thread only."""
     global _listener

@@ -118,6 +118,20 @@ def test_output_under_way_is_completed_first(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["out", "status"]
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_signal_to_a_fork_is_none_to_its_parent():
+    """multiprocessing ends its workers so."""
+    with stop.listening():
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+        time.sleep(0.1)
+        assert not stop.asked()
+
+
 @pytest.fixture
 def listening(monkeypatch):
     """Signals are requests, which wait; a faster clock."""
