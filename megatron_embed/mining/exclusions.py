@@ -1,8 +1,8 @@
 """Documents that are never negatives of a query although no row calls them positive: other forms of a positive, and the
 query itself.
 
-A document is another form of a positive if both have an id in common, or if their texts are equal, with or without the
-title of one of them, apart from blanks.
+A document is another form of a positive if both have an id in common, or if their texts are equal apart from blanks,
+with or without the positive's title, or, where the positive has no id, without the document's.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -31,24 +31,24 @@ class NamedDocument(NamedTuple):
 class Forms:
     """What other forms of some documents are known by."""
 
-    whole: set[str] = field(default_factory=set)
-    """Texts with their title, if any: compared with documents as they are and without their titles."""
-    untitled: set[str] = field(default_factory=set)
-    """Texts without their title: compared with documents as they are, since other documents may only share them."""
+    texts: set[str] = field(default_factory=set)
+    """With and without a title: compared with documents as they are, since other documents may share a text alone."""
+    nameless: set[str] = field(default_factory=set)
+    """Whole texts of documents without an id: compared with documents without their titles."""
     names: set[str] = field(default_factory=set)
 
     def add(self, document: NamedDocument) -> None:
         """The forms of one more document."""
-        whole, untitled = document.forms
-        self.whole.add(whole)
-        self.untitled.add(untitled)
+        self.texts.update(document.forms)
         if document.name is not None:
             self.names.add(document.name)
+        else:
+            self.nameless.add(document.forms[0])
 
     def merge(self, other: "Forms") -> None:
         """The forms of both."""
-        self.whole |= other.whole
-        self.untitled |= other.untitled
+        self.texts |= other.texts
+        self.nameless |= other.nameless
         self.names |= other.names
 
 
@@ -59,7 +59,7 @@ def plain(text: str) -> str:
 
 def never_negatives(documents: Callable[[], Iterator[NamedDocument]], positives: Mapping[str, Collection[int]],
                     positive_forms: Mapping[str, Forms], *, query_too: bool) -> dict[str, list[int]]:
-    """By query: its positives, then all documents that are other forms of these, or of the query where `query_too`.
+    """By query: its positives, then all other forms of these, and documents equal to the query where `query_too`.
 
     Args:
         documents: gives all of them anew at each call; it is called three times, and nothing of the others is held.
@@ -74,7 +74,7 @@ def never_negatives(documents: Callable[[], Iterator[NamedDocument]], positives:
             forms_of.setdefault(document.number, Forms()).add(document)
     all_forms = {}
     for query, numbers in meant.items():
-        all_forms[query] = Forms(whole={plain(query)} if query_too else set())
+        all_forms[query] = Forms(texts={plain(query)} if query_too else set())
         for number in numbers & forms_of.keys():
             all_forms[query].merge(forms_of[number])
     found = _Matches(documents(), all_forms.values())
@@ -94,16 +94,16 @@ class _Matches:
         self._by_name: dict[str, set[int]] = {}
         for document in documents:
             whole, untitled = document.forms
-            if whole in every.whole or whole in every.untitled:
+            if whole in every.texts:
                 self._by_whole.setdefault(whole, set()).add(document.number)
-            if untitled in every.whole:
+            if untitled in every.nameless:
                 self._by_untitled.setdefault(untitled, set()).add(document.number)
             if document.name is not None and document.name in every.names:
                 self._by_name.setdefault(document.name, set()).add(document.number)
 
     def of(self, forms: Forms) -> set[int]:
         """Numbers of the documents that have one of these forms."""
-        lists = [*(self._by_whole.get(text, ()) for text in (*forms.whole, *forms.untitled)),
-                 *(self._by_untitled.get(text, ()) for text in forms.whole),
+        lists = [*(self._by_whole.get(text, ()) for text in forms.texts),
+                 *(self._by_untitled.get(text, ()) for text in forms.nameless),
                  *(self._by_name.get(name, ()) for name in forms.names)]
         return set().union(*lists)

@@ -12,7 +12,7 @@ from megatron_embed.data.fields import Row, name_of, titled
 from megatron_embed.data.jsonl import parse_object, read_lines
 from megatron_embed.data.record import Record, id_from_text
 from megatron_embed.errors import DataError
-from megatron_embed.mining.exclusions import Forms, NamedDocument, never_negatives, plain
+from megatron_embed.mining.exclusions import Forms, NamedDocument, never_negatives
 from megatron_embed.mining.filters import Candidate
 
 
@@ -120,8 +120,8 @@ def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: Corpus
     for record in records:
         positives_of.setdefault(record.query, {}).update(dict.fromkeys(number_of[text] for text in record.positive))
         forms = forms_of.setdefault(record.query, Forms())
-        forms.whole.update(map(plain, record.positive))
-        forms.names.update((record.document_ids or ())[:len(record.positive)])
+        for text, name in zip_longest(record.positive, (record.document_ids or ())[:len(record.positive)]):
+            forms.add(NamedDocument(number_of[text], text, 0, name))
     excluded_of = never_negatives(lambda: _named_documents(records, corpus, number_of), positives_of, forms_of,
                                   query_too=not mine_query_text)
     asked: dict[tuple[str, str, str | None], int] = {}

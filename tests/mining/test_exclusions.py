@@ -73,10 +73,10 @@ OTHERS = [{"_id": number, "text": text} for number, text in enumerate(CAPITALS, 
     ([{**ROW, "positive": [f"France {PARIS}"]}],
      [{"_id": "7", "title": "France", "text": PARIS}, {"_id": "8", "text": PARIS}]),
     ([{**ROW, "positive_ids": ["7"]}],
-     [{"_id": "7", "text": "La capitale"}, {"_id": "8", "text": "La  capitale"}, {"_id": "9", "title": "capital of",
-                                                                                    "text": "La capitale"}]),
+     [{"_id": "7", "title": "La", "text": "capital city"}, {"_id": "8", "text": "La  capital city"},
+      {"_id": "9", "text": "capital city"}]),
     # The query itself.
-    ([ROW], [{"_id": "7", "text": "capital of  France"}, {"_id": "8", "title": "Question", "text": ROW["query"]}]),
+    ([ROW], [{"_id": "7", "text": "capital of  France"}, {"_id": "8", "title": "capital", "text": "of France"}]),
 ])
 def test_other_forms_of_a_positive_are_left_out(tmp_path, rows, corpus):
     assert sorted(mined(tmp_path, rows, [*corpus, *OTHERS])) == CAPITALS
@@ -87,6 +87,8 @@ def test_a_common_text_under_other_titles_is_another_document(tmp_path):
               {"_id": "2", "title": "Spain", "text": "capital: see below"}]
     rows = [{**ROW, "positive": ["France capital: see below"], "positive_ids": ["1"]}]
     assert mined(tmp_path, rows, corpus) == ["Spain capital: see below"]
+    rows = [{**ROW, "positive": ["capital: see below"], "positive_ids": ["3"]}]  # and ids that differ say so
+    assert mined(tmp_path, rows, corpus) == ["Spain capital: see below", "France capital: see below"][::-1]
 
 
 def test_ids_of_other_rows_count_without_a_corpus(tmp_path):
