@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,14 +44,18 @@ def test_tokens_are_those_of_transformers(model):
     assert 0 <= tokenizer.pad_token_id < VOCABULARY
 
 
-def test_it_is_converted_and_exported_with_the_end_that_last_token_pooling_reads(model, tmp_path):
-    megatron, export = tmp_path / "megatron", tmp_path / "export"
-    for arguments in (["hf-to-megatron", str(model), str(megatron)],
+@pytest.mark.parametrize("asked", [True, False])
+def test_it_is_exported_with_the_end_that_the_directory_asks_for(model, tmp_path, asked):
+    source, megatron, export = shutil.copytree(model, tmp_path / "hf"), tmp_path / "megatron", tmp_path / "export"
+    file = source / "tokenizer_config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps({**values, "add_eos_token": asked}), encoding="utf-8")
+    for arguments in (["hf-to-megatron", str(source), str(megatron)],
                       ["megatron-to-hf", str(megatron), str(export), "--format", "sentence-transformers"]):
         ((code, _, err, _),) = run_on_ranks(command, 1, ["convert", *arguments])
         assert code == 0, err
     plain, exported = (AutoTokenizer.from_pretrained(directory) for directory in (model, export))
     for text in TEXTS:
-        assert exported(text).input_ids == [*plain(text).input_ids, 2]
+        assert exported(text).input_ids == [*plain(text).input_ids, *([2] if asked else [])]
     assert exported.pad_token_id == 2
     assert (Path(export) / "tokenizer.model").is_file()
