@@ -123,8 +123,9 @@ def test_evaluation_is_broken_off_and_made_up_for(model, tmp_path):
     assert run_on_ranks(command, 2, ["train", paths["stopped"]])[0][0] == 0
 
     def lines(name):
+        text = (tmp_path / name / "metrics.jsonl").read_text()
         return [{key: value for key, value in json.loads(line).items()
-                 if key in ("step", "loss") or key.startswith("eval/")} for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+                 if key in ("step", "loss") or key.startswith("eval/")} for line in text.splitlines()]
 
     assert lines("stopped") == lines("straight")
     assert sum("eval/" in "".join(line) for line in lines("stopped")) == 2
