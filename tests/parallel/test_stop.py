@@ -122,10 +122,14 @@ def test_output_under_way_is_completed_first(tmp_path):
 def test_signal_to_a_fork_is_none_to_its_parent():
     """multiprocessing ends its workers so."""
     with stop.listening():
+        reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
+            os.write(writer, b"x")
             time.sleep(60)
             os._exit(0)
+        os.read(reader, 1)
+        os.close(reader), os.close(writer)
         os.kill(pid, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
         time.sleep(0.1)
