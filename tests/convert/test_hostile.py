@@ -78,7 +78,7 @@ def test_no_reader_follows_a_module_elsewhere(model, tmp_path, name):
     assert read_saved_settings(model).pooling == "mean"
     write_modules(model, pooling(name.format(victim=tmp_path / "victim")))
     export_cross_encoder(model, family="bert", classification=True, pieces=None, instruction="", token_ids=None,
-                         activation="sigmoid", max_length=8)
+                         activation="sigmoid", max_length=8, prompts={}, default_prompt=None, encoder=True)
     assert files_below(tmp_path / "victim") == before
     assert (model / "model.safetensors").is_file()
 
@@ -124,7 +124,7 @@ def test_what_sentence_transformers_writes_is_known():
         path = name.rpartition(".")[0].replace(".", "/") + ".py"
         if path in installed and f"class {kind}(" in installed[path].read_text():
             found.add(kind)
-    assert found == {"Transformer", "Pooling", "Normalize", "LogitScore"}
+    assert found == {"Transformer", "Pooling", "Normalize", "Dropout", "LogitScore"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "1_Pooling"])
