@@ -110,7 +110,7 @@ BOTH = [
     {"query": "q", "pos": ["a"], "neg": ["b"], "pos_id": ["7"], "neg_id": [7]}]
 
 
-@pytest.mark.parametrize("row", BOTH, ids=[next(iter(set(row) - {"query", "question"})) for row in BOTH])
+@pytest.mark.parametrize("row", BOTH, ids=[list(row)[1] for row in BOTH])
 def test_an_id_on_both_sides_is_refused_with_its_line_and_counted(tmp_path, capsys, row):
     """By training of both kinds and by mining; `data check` counts it."""
     path = write(tmp_path / "rows.jsonl", [row])
