@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_embed.cli.interface import Embedder, Reranker
+    from megatron_embed.api import Embedder, Reranker
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,6 @@ def load(directory: str, *, pooling: str | None = None, max_length: int | None =
     Raises:
         UserError: there is no such model, or it cannot do that.
     """
-    from megatron_embed.cli.interface import open_any
+    from megatron_embed.api import open_any
 
     return open_any(directory, pooling=pooling, max_length=max_length, dtype=dtype, normalize=normalize)

@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_embed.parallel import stop
+from megatron_embed.platform import stop_signal as stop
 
 # Before anything else is imported: a signal that comes meanwhile shall end in 75 too. The installed command is a script
 # that imports this module.
@@ -15,11 +15,12 @@ from collections.abc import Sequence
 
 from megatron_embed import __version__
 from megatron_embed.cli import convert, data, doctor, encode, evaluate, merge, mine, plan, train
-from megatron_embed.cli.common import Parser, report_lost_rank, setup_logging, write_error
-from megatron_embed.cli.foreign_text import one_line, printable
+from megatron_embed.cli.common import Parser, setup_logging
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
-from megatron_embed.parallel.launch import launched_rank, process_rank, rendezvous_address, source_of_world_size
-from megatron_embed.parallel.status import PREEMPTED, clear_status, leaves_status, write_status
+from megatron_embed.parallel.watching import report_lost_rank
+from megatron_embed.platform.launcher import launched_rank, process_rank, rendezvous_address, source_of_world_size
+from megatron_embed.platform.status import PREEMPTED, clear_status, leaves_status, write_status
+from megatron_embed.platform.terminal_text import one_line, printable, write_error
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
 COMMANDS = {"train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
@@ -82,7 +83,7 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
         if args.command in OF_ONE_PROCESS:
             refuse_several_ranks(args.command)
         if args.command in OF_MANY_RANKS and several:
-            from megatron_embed.parallel.meeting import open_meeting
+            from megatron_embed.parallel.rendezvous import open_meeting
 
             meeting = open_meeting()
             if meeting is not None:

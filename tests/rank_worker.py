@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from tests.ranks import STACK_SIGNAL, Call, Report
 
-IMPORTED = ("megatron_embed.cli.training", "torch.distributed.checkpoint", "transformers.models.bert.modeling_bert",
+IMPORTED = ("megatron_embed.run.assemble", "torch.distributed.checkpoint", "transformers.models.bert.modeling_bert",
             "transformers.models.qwen3.modeling_qwen3")
 """What most calls need; all workers share it."""
 

@@ -11,7 +11,7 @@ import pytest
 from megatron_embed import __main__ as command_line
 from megatron_embed.__main__ import main
 from megatron_embed.errors import DataError, UserError
-from megatron_embed.parallel import status
+from megatron_embed.platform import status
 
 
 @pytest.fixture(autouse=True)

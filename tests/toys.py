@@ -23,9 +23,9 @@ from megatron_embed.config.schema import (
     RunConfig,
     TrainingConfig,
 )
+from megatron_embed.data.dataset import Record, RecordFile
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch, pack
-from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.records import Record, RecordFile
+from megatron_embed.data.tokenizer import RoleTokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MINI_EN = REPOSITORY / "examples" / "data" / "mini_en" / "train.jsonl"
@@ -88,7 +88,7 @@ class Opened:
 
 def open_model(config: RunConfig) -> Opened:
     """The weights of `config.model.path` under its layout. Called by all ranks, in a worker."""
-    from megatron_embed.cli.model import find_model, load_model_chunks
+    from megatron_embed.loading.model_directory import find_model, load_model_chunks
     from megatron_embed.parallel.topology import initialize
 
     topology = initialize(config.parallel)

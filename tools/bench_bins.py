@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_embed.cli.model import find_model, load_model_chunks
 from megatron_embed.config.schema import ModelConfig, RunConfig, TrainFile
+from megatron_embed.data.dataset import open_records
 from megatron_embed.data.packing import pack
-from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.records import open_records
+from megatron_embed.data.tokenizer import RoleTokenizer
+from megatron_embed.loading.model_directory import find_model, load_model_chunks
 from megatron_embed.models.encoder import DeviceMicroBatch, EmbeddingModel, attention_kernel, to_device
 from megatron_embed.parallel.topology import initialize
 

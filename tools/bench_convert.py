@@ -77,8 +77,8 @@ def make_checkpoint(directory: Path, config: dict[str, object], max_shard_size: 
     import numpy as np
     import torch
 
-    from megatron_embed.convert.rules.lookup import rules_for
-    from megatron_embed.convert.sharded import Announced, ShardedWriter, parse_size
+    from megatron_embed.convert.storage.sharded import Announced, ShardedWriter, parse_size
+    from megatron_embed.convert.tables.lookup import rules_for
     from megatron_embed.models.families import model_shape
 
     directory.mkdir(parents=True)

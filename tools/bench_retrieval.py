@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_embed.data.prompts import Role
+from megatron_embed.data.tokenizer import Role
 from megatron_embed.evaluation.beir import load_beir
 from megatron_embed.evaluation.retrieval import evaluate_retrieval
 

@@ -31,7 +31,7 @@ STAGES = {"baseline": "the model to begin with", "trained": "trained with negati
           "reranked": "the same, its best candidates ordered by the reranker",
           "mixed": "the same, ordered by reranker and similarity together",
           "merged": "slerp of both trained models"}
-LIBRARIES = ("megatron_embed.cli.training", "megatron_embed.cli.export_reranker", "megatron_embed.mining.dense",
+LIBRARIES = ("megatron_embed.run.assemble", "megatron_embed.export.reranker", "megatron_embed.mining.dense",
              "megatron_embed.evaluation.retrieval", "sentence_transformers")
 """What the commands load."""
 BLOCK = 20

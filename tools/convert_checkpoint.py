@@ -61,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def command_of(args: argparse.Namespace) -> list[str]:
     """The `megatron-embed` arguments that do the same. Raises ConfigError if the options contradict the directory."""
-    from megatron_embed.convert.layout import is_checkpoint, open_checkpoint
+    from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
     from megatron_embed.models.families import model_shape
 
     to_hf = is_checkpoint(args.load_dir)

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from megatron_embed.data.prompts import Role
+from megatron_embed.data.tokenizer import Role
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.retrieval import evaluate_retrieval
 

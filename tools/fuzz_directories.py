@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-PRELOADED = ("megatron_embed.cli.model", "megatron_embed.cli.training", "megatron_embed.cli.exporters",
+PRELOADED = ("megatron_embed.loading.model_directory", "megatron_embed.run.assemble", "megatron_embed.export.formats",
              "megatron_embed.evaluation.encode", "sentence_transformers", "transformers.models.bert.modeling_bert",
              "torch.distributed.checkpoint")
 SECONDS = 60
@@ -72,7 +72,7 @@ def make_toys(folder: Path) -> dict[str, Path]:
 
     from megatron_embed.__main__ import main
     from megatron_embed.convert.convert import hf_to_megatron
-    from megatron_embed.convert.export import export_sentence_transformers
+    from megatron_embed.export.sentence_transformers import export_sentence_transformers
     from tests.toys import MINI_EN, save_model
 
     torch.manual_seed(0)

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_embed.cli.foreign_text import LogFormatter, guard_records, one_line, printable
 from megatron_embed.errors import UserError
-from megatron_embed.parallel.status import leaves_status, write_status
+from megatron_embed.platform.terminal_text import LogFormatter, guard_records, printable
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
@@ -53,24 +52,10 @@ def setup_logging(rank: int) -> None:
     logging.getLogger("megatron_embed").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def write_error(message: str) -> None:
-    """Write one line to stderr, at once."""
-    sys.stderr.write(f"megatron-embed: error: {one_line(message)}\n")
-    sys.stderr.flush()
-
-
 def write_output(text: str) -> None:
     """Write one result line to stdout, at once; nothing else goes there."""
     sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()
-
-
-def report_lost_rank(message: str) -> None:
-    """One line on stderr, from the rank that speaks for all; it leaves the status too where it is another's task,
-    who may be gone."""
-    write_error(message)
-    if not leaves_status():
-        write_status(1, message)
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:

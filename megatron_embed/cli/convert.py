@@ -13,7 +13,7 @@ FORMATS = {
     "cross-encoder": "a reranker for CrossEncoder and servers",
     "peft": "the LoRA adapters alone",
 }
-"""What a checkpoint can be written as; each has its function in cli/exporters.py."""
+"""What a checkpoint can be written as; each has its function in export/formats.py."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
                                   "take it as it is, or convert its base model")
         write_output(str(hf_to_megatron(args.source, args.destination)))
         return 0
-    from megatron_embed.cli.exporters import EXPORTERS, ExportOptions
+    from megatron_embed.export.formats import EXPORTERS, ExportOptions
 
     options = ExportOptions(max_shard_size=args.max_shard_size, dtype=args.dtype, compare=not args.no_compare,
                             merge_lora=args.merge_lora)

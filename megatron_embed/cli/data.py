@@ -9,7 +9,7 @@ from megatron_embed.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
-    from megatron_embed.data.prompts import Role
+    from megatron_embed.data.tokenizer import Role
 
 HELP = "look at training data before a run: counts, lengths, duplicates, what is cut"
 _DEFAULT_LENGTH = 512
@@ -29,12 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what the data hold; a row that cannot be used ends it with its file and line."""
-    from megatron_embed.cli.inherit import inherited
-    from megatron_embed.cli.inputs import open_tokenizer
-    from megatron_embed.cli.model import find_model
     from megatron_embed.data.check import check_records, describe
+    from megatron_embed.data.dataset import open_records
     from megatron_embed.data.loader import check_prompts
-    from megatron_embed.data.records import open_records
+    from megatron_embed.loading.model_directory import find_model
+    from megatron_embed.run.inherit import inherited
+    from megatron_embed.run.preflight import open_tokenizer
 
     config, model = _config_of(args), None
     if _is_config(args) or args.model is not None:

@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
 
 def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Finding]":
     """Whether this run can start here. Quick: every node of a job asks it, and no library is loaded if all is well."""
-    from megatron_embed.cli.disk import examine_outputs
-    from megatron_embed.cli.preflight import examine_inputs
+    from megatron_embed.run.disk_check import examine_outputs
+    from megatron_embed.run.input_checks import examine_inputs
 
     config = _with_local_dtype(config)
     return [_layout(config, args.ranks), _devices(config, args.ranks_per_node or args.ranks), *examine_inputs(config),
@@ -84,10 +84,10 @@ def _with_local_dtype(config: "RunConfig") -> "RunConfig":
 
 
 def _layout(config: "RunConfig", ranks: int) -> "Finding":
-    from megatron_embed.cli.preflight import readable_shape
     from megatron_embed.planning.layouts import check_possible, describe
     from megatron_embed.planning.memory import grid_of
     from megatron_embed.platform.doctor import Finding
+    from megatron_embed.run.input_checks import readable_shape
 
     shape = readable_shape(config.model.path)
     try:
@@ -97,7 +97,7 @@ def _layout(config: "RunConfig", ranks: int) -> "Finding":
 
             check_token_budget(config, documents=1)
     except ConfigError:
-        from megatron_embed.cli.plan import explain_impossible
+        from megatron_embed.planning.advice import explain_impossible
 
         try:
             explain_impossible(config, shape, ranks, documents=1)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path
 from megatron_embed.cli.prompts import add_prompt_arguments, given_prompts
-from megatron_embed.cli.watching import ranks_watched
-from megatron_embed.cli.whole_file import write_whole
 from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
+from megatron_embed.parallel.watching import ranks_watched
+from megatron_embed.platform.atomic_file import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write [texts, dim] float32, in the order of the rows; nothing half-written is left behind."""
-    from megatron_embed.data.records import place_of_text, read_texts
+    from megatron_embed.data.dataset import place_of_text, read_texts
 
     texts = read_texts(args.input)
     folder = os.path.dirname(os.path.abspath(args.output))
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if os.path.isdir(args.output) or not args.output.endswith(".npy") or not writable:
         raise ConfigError(f"--output {args.output}: must be a .npy file, itself no directory, in a directory that "
                           "exists and can be written")
-    from megatron_embed.cli.model import open_encoder
+    from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.parallel.collectives import raise_first
 
     prompts = given_prompts(args, () if args.role is None else (args.role,))

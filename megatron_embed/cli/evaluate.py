@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, TextIO
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int, write_output
 from megatron_embed.cli.prompts import add_prompt_arguments, given_prompts, refuse_prompts
-from megatron_embed.cli.watching import Start, ranks_watched
-from megatron_embed.cli.whole_file import check_jsonl, write_whole
 from megatron_embed.errors import ConfigError, UserError
+from megatron_embed.parallel.watching import Start, ranks_watched
+from megatron_embed.platform.atomic_file import check_jsonl, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -107,8 +107,8 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     data = load_beir(args.data, args.split or "test", drop_own_id=args.drop_own_id)
     import torch.distributed as dist
 
-    from megatron_embed.cli.model import open_encoder
     from megatron_embed.evaluation.retrieval import Widths, evaluate_queries, mean_metrics
+    from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.parallel.collectives import raise_first
 
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
@@ -134,9 +134,9 @@ def write_queries(output: str, per_query: "Mapping[str, Mapping[str, float]]") -
 
 def open_second_stage(args: argparse.Namespace, queries: "Sequence[str]", topology: "Topology") -> "SecondStage":
     """The reranker, once it is known to have room for every query; its own scores, since probabilities may tie."""
-    from megatron_embed.cli.reranker import open_scorer
-    from megatron_embed.data.pairs import Pair
+    from megatron_embed.data.pair_tokenizer import Pair
     from megatron_embed.evaluation.second_stage import SecondStage
+    from megatron_embed.loading.reranker import open_scorer
 
     scorer, _, _ = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
                                topology=topology)
@@ -155,8 +155,8 @@ def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
     from megatron_embed.evaluation.sts import load_sts
 
     data = load_sts(args.data, "--data")
-    from megatron_embed.cli.model import open_encoder
     from megatron_embed.evaluation.sts import evaluate_sts
+    from megatron_embed.loading.model_directory import open_encoder
 
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
@@ -169,8 +169,8 @@ def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
     from megatron_embed.evaluation.reranking import evaluate_reranking, load_rerank_file, similarity_of_pairs
 
     data = load_rerank_file(args.data)
-    from megatron_embed.cli.model import find_model, open_encoder
-    from megatron_embed.cli.reranker import is_reranker, open_scorer
+    from megatron_embed.loading.model_directory import find_model, open_encoder
+    from megatron_embed.loading.reranker import is_reranker, open_scorer
 
     if is_reranker(find_model(args.model, "--model")):
         refuse_prompts(args, f"{args.model} is a reranker, which reads query and document in its own template")

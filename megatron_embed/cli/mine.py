@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_encoding_arguments, path
 from megatron_embed.cli.prompts import add_prompt_arguments
-from megatron_embed.cli.watching import Start, ranks_watched
-from megatron_embed.cli.whole_file import check_jsonl, write_whole
 from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
-from megatron_embed.parallel.launch import process_rank
+from megatron_embed.parallel.watching import Start, ranks_watched
+from megatron_embed.platform.atomic_file import check_jsonl, write_whole
+from megatron_embed.platform.launcher import process_rank
 
 if TYPE_CHECKING:
-    from megatron_embed.cli.model import ModelDirectory
-    from megatron_embed.data.prompts import Role
-    from megatron_embed.data.records import Record
+    from megatron_embed.data.dataset import Record
+    from megatron_embed.data.tokenizer import Role
     from megatron_embed.evaluation.encode import TextEncoder
     from megatron_embed.evaluation.score import PairScorer
+    from megatron_embed.loading.model_directory import ModelDirectory
     from megatron_embed.mining.cache import VectorSource
     from megatron_embed.mining.filters import MiningOptions
     from megatron_embed.mining.task import Mined, MiningTask
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write a row with negatives for every row; nothing half-written is left behind."""
-    from megatron_embed.data.records import RecordFile
+    from megatron_embed.data.dataset import RecordFile
     from megatron_embed.mining.filters import MiningOptions
     from megatron_embed.mining.task import build_task, read_corpus
 
@@ -106,7 +106,7 @@ def refuse_vector_options(args: argparse.Namespace) -> None:
 
 def query_prompts(args: argparse.Namespace, records: "Sequence[Record]") -> list[str]:
     """Each row's prompt: --query-prompt, else the directory's, with the row's instruction in its place."""
-    from megatron_embed.cli.model import find_model
+    from megatron_embed.loading.model_directory import find_model
 
     prompt = args.query_prompt
     if prompt is None:
@@ -141,7 +141,7 @@ def mine_by_words(args: argparse.Namespace, records: "Sequence[Record]", task: "
 def open_judge(args: argparse.Namespace, records: "Sequence[Record]", task: "MiningTask",
                start: Start, topology: "Topology | None" = None) -> "tuple[PairScorer, Topology]":
     """The reranker, on all ranks, once it is known to have room for every query."""
-    from megatron_embed.cli.reranker import open_scorer
+    from megatron_embed.loading.reranker import open_scorer
     from megatron_embed.mining.judge import pair_of
 
     scorer, _, topology = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
@@ -166,7 +166,7 @@ def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task:
     import torch.distributed as dist
     from torch.nn.functional import normalize
 
-    from megatron_embed.cli.model import open_encoder
+    from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.mining.dense import mine_vectors
     from megatron_embed.parallel.collectives import raise_first
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_embed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_embed.data.prompts import Role
+    from megatron_embed.data.tokenizer import Role
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser, about_queries: str = "") -> None:
@@ -26,7 +26,7 @@ def given_prompts(args: argparse.Namespace, roles: "Sequence[Role]" = ("query", 
         ConfigError: one was given for another role, or the query's, given or the directory's, has a place for an
             instruction, which these texts do not carry.
     """
-    from megatron_embed.cli.model import find_model
+    from megatron_embed.loading.model_directory import find_model
 
     values = {"query": args.query_prompt, "document": args.document_prompt}
     for role, value in values.items():

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
 
     config, place_of = load_with_places(args.config, args.overrides)  # Refused before the libraries are loaded.
     config = in_subdirectory(config, args.subdirectory)
-    from megatron_embed.cli.training import run_training
+    from megatron_embed.run.assemble import run_training
 
     try:
         run_training(config)

@@ -13,9 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from megatron_embed.config.data import TrainFile
-from megatron_embed.config.keeping import EvaluationSet
+from megatron_embed.config.evaluation import EvaluationSet
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.config.tree import Dumper, Node, overridden, place_of, plain_scalar, read_file, read_override
+from megatron_embed.config.yaml_tree import Dumper, Node, overridden, place_of, plain_scalar, read_file, read_override
 from megatron_embed.errors import ConfigError
 
 SHORTHAND: dict[Any, str] = {TrainFile: "path", EvaluationSet: "path"}

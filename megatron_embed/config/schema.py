@@ -7,7 +7,7 @@ from typing import Literal
 from megatron_embed.config.checks import require
 from megatron_embed.config.data import DataConfig
 from megatron_embed.config.data import TrainFile as TrainFile
-from megatron_embed.config.keeping import CheckpointConfig, EvaluationConfig
+from megatron_embed.config.evaluation import CheckpointConfig, EvaluationConfig
 from megatron_embed.config.objective import EMBEDDING_LOSSES, RERANK_LOSSES, ObjectiveConfig
 from megatron_embed.config.optimizer import OptimizerConfig
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_embed.convert.family import Family
-from megatron_embed.convert.transforms import Rename, Transform, expand_braces
+from megatron_embed.convert.tables.family import Family
+from megatron_embed.convert.tables.transforms import Rename, Transform, expand_braces
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import ModelShape

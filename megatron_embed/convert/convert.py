@@ -12,10 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_embed.convert.copying import Copy, copy_and_verify
-from megatron_embed.convert.dcp import DcpReader, DcpWriter
-from megatron_embed.convert.family import Family
-from megatron_embed.convert.layout import (
+from megatron_embed.convert.checkpoint_directory import (
     CARRIED_FILE,
     CheckpointDirectory,
     copy_files,
@@ -25,8 +22,17 @@ from megatron_embed.convert.layout import (
     write_companions,
     write_json,
 )
-from megatron_embed.convert.merged import MergedReader
-from megatron_embed.convert.plan import (
+from megatron_embed.convert.hf_directory import HFDirectory
+from megatron_embed.convert.lora_merge import MergedReader
+from megatron_embed.convert.report import ConversionReport, peak_memory
+from megatron_embed.convert.storage.byte_range import Run
+from megatron_embed.convert.storage.copying import Copy, copy_and_verify
+from megatron_embed.convert.storage.safetensors_file import SafetensorsFile
+from megatron_embed.convert.storage.sharded import parse_size
+from megatron_embed.convert.storage.torch_dist import DcpReader, DcpWriter
+from megatron_embed.convert.tables.family import Family
+from megatron_embed.convert.tables.lookup import rules_for
+from megatron_embed.convert.to_hf import (
     WRITTEN_DTYPES,
     Plan,
     RerankerFormat,
@@ -36,12 +42,6 @@ from megatron_embed.convert.plan import (
     progress,
     rows_of,
 )
-from megatron_embed.convert.report import ConversionReport, peak_memory
-from megatron_embed.convert.rules.lookup import rules_for
-from megatron_embed.convert.runs import Run
-from megatron_embed.convert.safetensors_file import SafetensorsFile
-from megatron_embed.convert.sharded import parse_size
-from megatron_embed.convert.source import HFDirectory
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape, model_shape
 

@@ -10,8 +10,8 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.family import Family
-from megatron_embed.convert.safetensors_file import SafetensorsFile, TensorEntry
+from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, TensorEntry
+from megatron_embed.convert.tables.family import Family
 from megatron_embed.errors import CheckpointError
 
 LM_HEAD = "lm_head.weight"

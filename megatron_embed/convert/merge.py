@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.layout import copy_files, is_checkpoint, staging, write_json
+from megatron_embed.convert.checkpoint_directory import copy_files, is_checkpoint, staging, write_json
+from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.merge_match import require_mergeable
-from megatron_embed.convert.safetensors_file import checksum
-from megatron_embed.convert.sharded import ShardedWriter, parse_size
-from megatron_embed.convert.source import HFDirectory
+from megatron_embed.convert.storage.safetensors_file import checksum
+from megatron_embed.convert.storage.sharded import ShardedWriter, parse_size
 from megatron_embed.errors import CheckpointError, ConfigError
 
 Method = Literal["linear", "slerp", "multi_slerp", "task_arithmetic"]

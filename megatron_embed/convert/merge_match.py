@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.convert.layout import module_directories, read_json
-from megatron_embed.convert.source import HFDirectory
+from megatron_embed.convert.checkpoint_directory import module_directories, read_json
+from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.saved_settings import read_saved_settings
 

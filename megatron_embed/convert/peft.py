@@ -10,10 +10,7 @@ from torch import Tensor
 
 from megatron_embed.config.load import read_resolved
 from megatron_embed.convert.adapters import AdapterTensor, adapter_tensors, linear_rules, peft_targets
-from megatron_embed.convert.dcp import DcpReader
-from megatron_embed.convert.family import Family
-from megatron_embed.convert.heads import saved_modules, score_names
-from megatron_embed.convert.layout import (
+from megatron_embed.convert.checkpoint_directory import (
     CheckpointDirectory,
     copy_files,
     open_checkpoint,
@@ -21,10 +18,13 @@ from megatron_embed.convert.layout import (
     staging,
     write_json,
 )
-from megatron_embed.convert.plan import HEAD_KEYS
-from megatron_embed.convert.rules.lookup import rules_for
-from megatron_embed.convert.safetensors_file import SafetensorsFile, SafetensorsWriter
-from megatron_embed.convert.transforms import nbytes
+from megatron_embed.convert.heads import saved_modules, score_names
+from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter
+from megatron_embed.convert.storage.torch_dist import DcpReader
+from megatron_embed.convert.tables.family import Family
+from megatron_embed.convert.tables.lookup import rules_for
+from megatron_embed.convert.tables.transforms import nbytes
+from megatron_embed.convert.to_hf import HEAD_KEYS
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import ModelShape, model_shape

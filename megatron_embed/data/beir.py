@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from megatron_embed.data.corpus import Corpus
 from megatron_embed.data.jsonl import numbered_lines, shortened
-from megatron_embed.data.numbers import check_grade
-from megatron_embed.data.record import Record
+from megatron_embed.data.number_checks import check_grade
+from megatron_embed.data.records import Record
 from megatron_embed.errors import DataError
 
 HEADER = ["query-id", "corpus-id", "score"]

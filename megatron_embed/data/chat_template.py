@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_embed.data.jsonl import shortened
-from megatron_embed.data.pairs import PLACES, Pair, PairTemplate
+from megatron_embed.data.pair_tokenizer import PLACES, Pair, PairTemplate
 from megatron_embed.errors import CheckpointError, ConfigError
 
 _STRUCTURED = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")

@@ -7,10 +7,10 @@ from typing import NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_embed.data.fields import Row, name_of, titled
 from megatron_embed.data.jsonl import check_text, shortened
-from megatron_embed.data.raw_rows import open_rows
-from megatron_embed.data.record import text_id
+from megatron_embed.data.records import text_id
+from megatron_embed.data.row_fields import Row, name_of, titled
+from megatron_embed.data.row_source import open_rows
 from megatron_embed.errors import DataError
 
 ID_KEYS = ("_id", "docid", "id")

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from megatron_embed.config.data import TrainFile
-from megatron_embed.data import peers
+from megatron_embed.data import foreign_formats as peers
 from megatron_embed.data.corpus import Corpus
-from megatron_embed.data.fields import (
+from megatron_embed.data.jsonl import check_text, shortened
+from megatron_embed.data.records import AnyRecord, Kind, Record, RerankRecord, of_kind
+from megatron_embed.data.row_fields import (
     Row,
     check_keys,
     names,
@@ -18,8 +20,6 @@ from megatron_embed.data.fields import (
     optional_texts,
     some_texts,
 )
-from megatron_embed.data.jsonl import check_text, shortened
-from megatron_embed.data.record import AnyRecord, Kind, Record, RerankRecord, of_kind
 from megatron_embed.errors import DataError
 
 

@@ -13,13 +13,13 @@ import torch
 
 from megatron_embed.batch import EmbedBatch, RerankBatch, StepBatch
 from megatron_embed.config.data import TrainFile
+from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.mixture import Sampler
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch
-from megatron_embed.data.pairs import PairTokenizer
-from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.record import drawn
-from megatron_embed.data.records import RecordSet
-from megatron_embed.data.rerank import build_rerank_batch, choose_negatives
+from megatron_embed.data.pair_batches import build_rerank_batch, choose_negatives
+from megatron_embed.data.pair_tokenizer import PairTokenizer
+from megatron_embed.data.records import drawn
+from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_embed.config.data import DataConfig
-from megatron_embed.data.record import ANY_NUMBER
-from megatron_embed.data.records import RecordSet
+from megatron_embed.data.dataset import RecordSet
+from megatron_embed.data.records import ANY_NUMBER
 from megatron_embed.data.sampler import GlobalBatchSampler
 from megatron_embed.errors import ConfigError
 

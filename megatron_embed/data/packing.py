@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from megatron_embed.batch import Capacity, EmbedBatch, MicroBatch
-from megatron_embed.data.prompts import Role, RoleTokenizer, TokenizedRows
-from megatron_embed.data.record import Record, text_id
+from megatron_embed.data.records import Record, text_id
+from megatron_embed.data.tokenizer import Role, RoleTokenizer, TokenizedRows
 from megatron_embed.errors import DataError, TokenlessTextError
 
 logger = logging.getLogger(__name__)

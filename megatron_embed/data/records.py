@@ -1,283 +1,230 @@
-"""`data.train` opened: every file validated whole, rows read again one at a time, some held out for validation."""
+"""What a row of training data is once it is read: the types that sampler, packing and objectives share."""
 
 import hashlib
-import logging
-from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate, islice
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_embed.config.data import TrainFile
-from megatron_embed.data.beir import BeirRows, is_beir_folder
-from megatron_embed.data.corpus import text_of_document
-from megatron_embed.data.fields import check_keys
-from megatron_embed.data.formats import RowReader
-from megatron_embed.data.jsonl import check_text, parse_object, read_lines
-from megatron_embed.data.raw_rows import nothing_to_stream, open_rows
-from megatron_embed.data.record import AnyRecord, Kind, Record, Records, RerankRecord, text_id
-from megatron_embed.errors import ConfigError, DataError
+from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.number_checks import check_score, check_teacher
+from megatron_embed.errors import DataError
 
-__all__ = ["AnyRecord", "Kind", "Record", "RecordFile", "RecordSet", "RerankRecord", "hold_out", "open_records",
-           "place_of_text", "read_texts", "text_id", "validation_shares"]
-
-logger = logging.getLogger(__name__)
+Kind = Literal["contrastive", "pairs", "rerank"]
+"""What an objective takes: a query with positives and hard negatives, a pair with a score, a list with labels."""
 
 
-class _Source(Records[AnyRecord]):
-    """Records of one `data.train` entry.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One query with the documents it was given, or (`score` set) a pair of texts with its label."""
 
-    Attributes:
-        path: as it was given.
-        instructions: each distinct instruction (None: rows without one), with the source of its first row.
-        digest: hash of the rows; blank lines and line endings do not count.
-        most_positives: positives of the row that has the most, of lists documents with a label above 0.
-        most_negatives: negatives of the row that has the most; 0 where rows are lists with labels.
-        most_documents: documents of the row that has the most.
-    """
-
-    path: str
-    digest: str
-
-    def __init__(self, file: TrainFile) -> None:
-        self.path = file.path
-        self.file = file
-        self.instructions: dict[str | None, str] = {}
-        self.most_positives = 0
-        self.most_negatives = 0
-        self.most_documents = 0
-
-    def _note(self, record: AnyRecord) -> None:
-        self.instructions.setdefault(record.instruction, record.source)
-        if isinstance(record, Record):
-            self.most_positives = max(self.most_positives, len(record.positive))
-            self.most_negatives = max(self.most_negatives, len(record.negatives))
-            self.most_documents = max(self.most_documents, len(record.positive) + len(record.negatives))
-        else:
-            self.most_positives = max(self.most_positives, sum(label > 0 for label in record.labels))
-            self.most_documents = max(self.most_documents, len(record.documents))
+    query: str
+    """`text_a` of a pair."""
+    positive: tuple[str, ...]
+    """At least one. Of a pair: `text_b` alone."""
+    negatives: tuple[str, ...]
+    """Hard negatives, best first; may be empty."""
+    instruction: str | None
+    """Replaces `{instruction}` in the query's prompt."""
+    source: str
+    """FILE:LINE (FILE:ROW of a table), for messages."""
+    score: float | None = None
+    """Of a pair, as it stands in the row; null: no pair."""
+    teacher_scores: tuple[float, ...] | None = None
+    """A teacher's score of each text of `positive`, then of `negatives`; null: none were given."""
+    document_ids: tuple[str, ...] | None = None
+    """The row's own names of `positive`, then of `negatives`, unique in its file; null: none were given."""
+    query_prompt: str | None = None
+    """Of the row's data set, in place of `data.query_prompt`."""
+    document_prompt: str | None = None
+    """Of the row's data set, in place of `data.document_prompt`."""
 
 
-class RecordFile(_Source):
-    """The rows of one file or table, validated whole at construction and read again at each access.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RerankRecord:
+    """One query with a list of labelled documents, a group for a reranker."""
 
-    Memory: 16 bytes per row of a JSONL file, 8 of a stream, none of a table: all may be larger than memory.
-
-    Raises:
-        ConfigError: the file cannot be opened; the message names `key`.
-        DataError: a row cannot be used (`FILE:LINE: ` and the reason), or there is no row.
-    """
-
-    def __init__(self, file: str | TrainFile, kind: Kind | None = "contrastive", key: str = "data.train") -> None:
-        super().__init__(TrainFile(path=file) if isinstance(file, str) else file)
-        self._reader = RowReader(self.file, kind)
-        self._rows = open_rows(self.path, key, streaming=self.file.streaming, rows=self.file.rows)
-        for row, source in self._rows.scan():
-            self._note(self._reader.read(row, source))
-        if self._reader.format is None:
-            raise DataError(f"{self.path}:1: no rows; a row is one line such as "
-                            '{"query": "...", "positive": ["..."], "negatives": ["..."]}')
-        self.digest = self._rows.digest
-        logger.info("%s: %d rows of the format %s", self.path, len(self), self._reader.format.name)
-        _report_ignored(self.path, self._reader.ignored)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def _record(self, index: int) -> AnyRecord:
-        return self._reader.read(*self._rows.row(index))
+    query: str
+    documents: tuple[str, ...]
+    """At least one, in the row's order."""
+    labels: tuple[float, ...]
+    """One per document, 0 or less: not relevant; may be graded."""
+    instruction: str | None
+    source: str
+    """FILE:LINE (FILE:ROW of a table), for messages."""
+    teacher_scores: tuple[float, ...] | None = None
+    """A teacher's score of each document; null: none were given."""
+    document_ids: tuple[str, ...] | None = None
+    """The row's own names of the documents, unique in its file; null: none were given."""
+    query_prompt: str | None = None
+    document_prompt: str | None = None
 
 
-class BeirFile(_Source):
-    """The training queries of a BEIR folder, validated whole at construction."""
-
-    def __init__(self, file: TrainFile, kind: Kind | None = "contrastive", key: str = "data.train") -> None:
-        super().__init__(file)
-        if file.streaming:
-            raise nothing_to_stream(file.path, key)
-        self._reader = RowReader(file, kind)
-        self._rows = BeirRows(file.path, key)
-        self.digest = self._rows.digest
-        for index in range(len(self._rows)):
-            self._note(self._record(index))
-        logger.info("%s: %d rows of the format BEIR (corpus.jsonl, queries.jsonl, qrels/train.tsv)", file.path,
-                    len(self))
-        if self._rows.num_without_positive:
-            logger.warning("%s: left out %d queries without a document of a score above 0", file.path,
-                           self._rows.num_without_positive)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def _record(self, index: int) -> AnyRecord:
-        return self._reader.finished(self._rows.record(index))
+AnyRecord = Record | RerankRecord
+Item = TypeVar("Item")
 
 
-class _Part(_Source):
-    """Some of an entry's records."""
-
-    def __init__(self, whole: _Source, rows: NDArray[np.int64]) -> None:
-        super().__init__(whole.file)
-        self.instructions, self.digest = whole.instructions, whole.digest
-        self.most_positives, self.most_negatives = whole.most_positives, whole.most_negatives
-        self.most_documents = whole.most_documents
-        self._whole = whole
-        self._numbers = rows
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def _record(self, index: int) -> AnyRecord:
-        return self._whole[int(self._numbers[index])]
+def text_id(text: str) -> int:
+    """Signed 64-bit hash of a text: equal text, equal number, on every machine and in every run."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
-class RecordSet(Records[AnyRecord]):
-    """The rows of several entries, one entry after the other."""
-
-    def __init__(self, files: Sequence[_Source]) -> None:
-        self.files = tuple(files)
-        self._ends = list(accumulate(len(file) for file in self.files))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    @property
-    def instructions(self) -> dict[str | None, str]:
-        """Each distinct instruction (None: rows without one), with the source of its first row."""
-        first: dict[str | None, str] = {}
-        for file in self.files:
-            for instruction, source in file.instructions.items():
-                first.setdefault(instruction, source)
-        return first
-
-    @property
-    def most_positives(self) -> int:
-        """Positives of the row that has the most."""
-        return max(file.most_positives for file in self.files)
-
-    @property
-    def most_negatives(self) -> int:
-        """Negatives of the row that has the most; held-out rows count with those that are kept."""
-        return max(file.most_negatives for file in self.files)
-
-    @property
-    def most_documents(self) -> int:
-        """Documents of the row that has the most."""
-        return max(file.most_documents for file in self.files)
-
-    def most_in_use(self, num_positives: int, num_negatives: int) -> int:
-        """Documents that a step takes of a row, at most, of the first so many positives and negatives of each."""
-        return min(num_positives, self.most_positives) + min(num_negatives, self.most_negatives)
-
-    def most_in_list(self, num_negatives: int) -> int:
-        """Of lists with labels: documents that a step takes of a row, at most; 0: all negatives."""
-        return min(self.most_documents, self.most_positives + num_negatives) if num_negatives else self.most_documents
-
-    @property
-    def digest(self) -> str:
-        """Hash of all lines: equal rows in equal order, equal digest, if the files divide them alike."""
-        return hashlib.blake2b("".join(file.digest for file in self.files).encode(), digest_size=16).hexdigest()
-
-    def file_of(self, index: int) -> int:
-        """Number of the entry, from 0, that row `index` belongs to."""
-        return bisect_right(self._ends, index)
-
-    def first_row(self, file: int) -> int:
-        """Row number of the first row of entry `file`."""
-        return self._ends[file - 1] if file else 0
-
-    def _record(self, index: int) -> AnyRecord:
-        file = self.file_of(index)
-        return self.files[file][index - self.first_row(file)]
+def id_from_text(text: str) -> str:
+    """An id for a document without one among others that have some: it keeps apart what equal texts do anyway."""
+    return f"text:{text_id(text) & ((1 << 64) - 1):016x}"
 
 
-def open_records(files: tuple[TrainFile, ...], kind: Kind | None = "contrastive") -> RecordSet:
-    """The rows of `data.train`, every file validated whole: `Record`s, or `RerankRecord`s where `kind` is rerank, or
-    each as it comes where it is null.
+def id_on_both_sides(record: AnyRecord) -> str | None:
+    """An id that a positive and a negative of the row share, None where there is none."""
+    if record.document_ids is None:
+        return None
+    if isinstance(record, Record):
+        is_positive = [True] * len(record.positive) + [False] * len(record.negatives)
+    else:
+        is_positive = [label > 0 for label in record.labels]
+    sides: tuple[set[str], set[str]] = (set(), set())
+    for name, side in zip(record.document_ids, is_positive, strict=True):
+        sides[side].add(name)
+    return min(sides[0] & sides[1], default=None)
+
+
+def of_kind(record: AnyRecord, kind: Kind) -> AnyRecord:
+    """The record as an objective of this kind takes it.
+
+    A reranker takes positives as label 1 and negatives as 0, and a pair as a list of one. A contrastive objective takes
+    the documents of a list with labels above 0 as positives, the highest first, and the others as negatives.
 
     Raises:
-        ConfigError: a file cannot be opened.
-        DataError: a row cannot be used.
+        DataError: the row cannot be read so, or has a document of one id as a positive and as a negative.
     """
-    return RecordSet([BeirFile(file, kind) if is_beir_folder(file.path) else RecordFile(file, kind) for file in files])
+    if (name := id_on_both_sides(record)) is not None:
+        raise DataError(f"{record.source}: id {shortened(name)} is that of a positive and of a negative; a document "
+                        "cannot be both, so remove it from one of them")
+    if kind == "rerank":
+        return record if isinstance(record, RerankRecord) else _as_list(record)
+    if isinstance(record, Record) and (record.score is not None) == (kind == "pairs"):
+        return record
+    if kind == "pairs":
+        raise DataError(f"{record.source}: the row is no pair with a score, which this objective.loss needs; give it "
+                        "rows such as {\"text_a\": ..., \"text_b\": ..., \"score\": 0.8}, or choose another loss, such "
+                        "as info_nce")
+    if isinstance(record, Record):
+        raise DataError(f"{record.source}: the row is a pair with a score, and this objective.loss takes a query with "
+                        "its positives; choose a loss of pairs, such as cosent, or other rows")
+    return _as_contrastive(record)
 
 
-def hold_out(records: RecordSet, fraction: float, seed: int) -> tuple[RecordSet, RecordSet | None]:
-    """(rows to train on, rows to validate on), the latter a fraction of each entry; null where the fraction is 0.
+def _as_list(record: Record) -> RerankRecord:
+    documents = (*record.positive, *record.negatives)
+    if record.score is None:
+        labels = (1.0,) * len(record.positive) + (0.0,) * len(record.negatives)
+    else:
+        labels = (record.score,)
+    return RerankRecord(query=record.query, documents=documents, labels=labels, instruction=record.instruction,
+                        source=record.source, teacher_scores=record.teacher_scores, document_ids=record.document_ids)
 
-    Which rows follows from their queries' texts and the seed alone: rows with one query stay together, and a run that
-    is resumed, under whatever layout, holds out the same.
 
+def _as_contrastive(record: RerankRecord) -> Record:
+    order = sorted(range(len(record.labels)), key=lambda place: -max(record.labels[place], 0.0))
+    num_positive = sum(label > 0 for label in record.labels)
+    if not num_positive:
+        raise DataError(f"{record.source}: no document of the row has a label above 0, so it has no positive; remove "
+                        "the row, or train a reranker with it")
+    documents = tuple(record.documents[place] for place in order)
+    scores, ids = record.teacher_scores, record.document_ids
+    return Record(query=record.query, positive=documents[:num_positive], negatives=documents[num_positive:],
+                  instruction=record.instruction, source=record.source,
+                  teacher_scores=None if scores is None else tuple(scores[place] for place in order),
+                  document_ids=None if ids is None else tuple(ids[place] for place in order))
+
+
+def require_fields(records: Iterable[AnyRecord], loss: str, *, teacher_scores: bool, negatives: bool,
+                   labels: bool = False, teacher_temperature: float = 1.0) -> None:
+    """Refuses the first row without what the loss needs, or with numbers that it cannot use. Reads every row, if
+    anything is asked of them.
+
+    Args:
+        teacher_scores, negatives, labels: what the loss needs of a row.
+        teacher_temperature: divides a teacher's scores in kl_distillation.
     Raises:
-        ConfigError: an entry has too few different queries to give to both.
+        DataError: beginning `FILE:LINE: `.
     """
-    if not fraction:
-        return records, None
-    kept, held = [], []
-    for file in records.files:
-        marks = np.array([text_id(f"{seed}\0{record.query}") for record in file], dtype=np.int64)
-        ordered = np.sort(marks)
-        wanted = max(1, round(fraction * len(marks)))
-        is_held = marks <= ordered[wanted - 1]
-        if is_held.all():
-            raise ConfigError(f"data.validation_fraction = {fraction}: {file.path} has {len(file)} rows and "
-                              f"{len(np.unique(marks))} different queries, too few to train and to validate on; set it "
-                              "to 0 or add rows")
-        held.append(_Part(file, np.flatnonzero(is_held)))
-        kept.append(_Part(file, np.flatnonzero(~is_held)))
-    return RecordSet(kept), RecordSet(held)
+    for record in records if teacher_scores or negatives or labels else ():
+        if teacher_scores and record.teacher_scores is None:
+            raise DataError(f"{record.source}: teacher_scores is missing, which objective.loss = {loss!r} learns from; "
+                            "give the row one number per text of positive, then of negatives, or choose another loss")
+        if negatives and isinstance(record, Record) and not record.negatives:
+            raise DataError(f"{record.source}: negatives is empty, and objective.loss = {loss!r} compares the positive "
+                            "with hard negatives; add one (megatron-embed mine finds some), or remove the row")
+        if teacher_scores and record.teacher_scores is not None:
+            check_teacher(record.teacher_scores, loss, teacher_temperature, record.source)
+        if labels and isinstance(record, Record) and record.score is not None:
+            check_score(record.score, loss, record.source)
 
 
-def validation_shares(records: RecordSet, *, global_batch_size: int, dp_rank: int, dp_size: int) -> list[list[int]]:
-    """Row numbers of this rank's share of every validation batch; the ranks' shares differ by one row at most.
+ANY_NUMBER = 2**31 - 1
+"""In place of a number of documents: as many as a row has."""
+_DRAW = 0xD0C5
+"""Sets the draw of documents apart from other uses of the run's seed."""
 
-    A batch is of one entry, whose rows are divided evenly, in order, over as few batches as hold `global_batch_size`
-    rows each: a query has about as many negatives in all of them.
 
-    Raises:
-        ConfigError: an entry has fewer rows than there are ranks.
+def drawn(record: Record, seed: Sequence[int]) -> Record:
+    """The record with its positives, and its negatives, in random order, with their scores and ids.
+
+    The first ones of each are then a draw without replacement, and the others are still known as the row's own.
+
+    Args:
+        seed: equal numbers, equal order.
     """
-    shares: list[list[int]] = []
-    for number, file in enumerate(records.files):
-        if len(file) < dp_size:
-            raise ConfigError(f"{len(file)} rows of {file.path} are held out for validation, fewer than the {dp_size} "
-                              "data-parallel ranks that share them; raise data.validation_fraction, or add rows")
-        num_batches = min(-(-len(file) // global_batch_size), len(file) // dp_size)
-        for rows in np.array_split(records.first_row(number) + np.arange(len(file)), num_batches):
-            shares.append(np.array_split(rows, dp_size)[dp_rank].tolist())
-    return shares
+    generator = np.random.Generator(np.random.PCG64([_DRAW, *seed]))
+    split, documents = len(record.positive), (*record.positive, *record.negatives)
+    order = [*generator.permutation(split).tolist(), *(generator.permutation(len(record.negatives)) + split).tolist()]
+    scores, ids = record.teacher_scores, record.document_ids
+    return replace(record, positive=tuple(documents[place] for place in order[:split]),
+                   negatives=tuple(documents[place] for place in order[split:]),
+                   teacher_scores=None if scores is None else tuple(scores[place] for place in order),
+                   document_ids=None if ids is None else tuple(ids[place] for place in order))
 
 
-def _report_ignored(path: str, ignored: set[str]) -> None:
-    if ignored:
-        logger.info("%s: ignored keys: %s", path, ", ".join(sorted(ignored)))
+def documents_in_use(record: AnyRecord, num_negatives: int, num_positives: int = 1) -> tuple[str, ...]:
+    """The documents that a step embeds or scores: the first positives and the first negatives, or the whole list."""
+    if isinstance(record, RerankRecord):
+        return record.documents
+    return (*record.positive[:num_positives], *record.negatives[:num_negatives])
 
 
-def read_texts(path: str, key: str = "--input") -> list[str]:
-    """The texts of rows `{"text": str, "title"?: str}`, in file order: `title + " " + text` where there is one.
+def shared_keys(record: AnyRecord, num_negatives: int) -> set[str]:
+    """What no two rows of a global batch should share: query, positives, negatives in use, and the ids of these.
 
-    Raises:
-        ConfigError: the file cannot be opened; the message names `key`.
-        DataError: a row cannot be used, or there is no row.
+    Only the query of a list with labels: a reranker compares documents of one list alone.
     """
-    texts, ignored, with_title = [], set[str](), 0
-    for line in read_lines(path, key):
-        source = f"{path}:{line.number}"
-        row = parse_object(line.raw, source)
-        check_keys(row, ("text",), ("text",), source)
-        text = text_of_document(row, source)
-        texts.append(text if text.strip() else check_text(text, "text", source))
-        with_title += text != row["text"]
-        ignored.update(row.keys() - {"text", "title"})
-    if not texts:
-        raise DataError(f'{path}:1: no rows; a row is one line such as {{"text": "..."}}')
-    if with_title:
-        logger.info("%s: %d of %d rows have a title, which stands before their text", path, with_title, len(texts))
-    _report_ignored(path, ignored)
-    return texts
+    if isinstance(record, RerankRecord):
+        return {record.query}
+    keys = {record.query, *record.positive, *record.negatives[:num_negatives]}
+    if record.document_ids is not None:
+        file = record.source.rpartition(":")[0]
+        keys.update(f"\0{file}\0{name}" for name in record.document_ids[:len(record.positive) + num_negatives])
+    return keys
 
 
-def place_of_text(path: str, row: int, key: str = "--input") -> str:
-    """FILE:LINE of text `row`, from 0, of `read_texts`; reads the file again."""
-    return f"{path}:{next(islice(read_lines(path, key), row, None)).number}"
+class Records(Sequence[Item]):
+    """A sequence given by `__len__` and `_record`."""
+
+    @abstractmethod
+    def _record(self, index: int) -> Item:
+        """Record `index`, 0 <= index < len(self)."""
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self._record(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self._record(index % len(self))

@@ -12,7 +12,7 @@ from itertools import chain, islice
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_embed.data.record import AnyRecord, shared_keys, text_id
+from megatron_embed.data.records import AnyRecord, shared_keys, text_id
 from megatron_embed.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megatron_embed.data.beir import MissingTexts, read_qrels, require_split
 from megatron_embed.data.corpus import DocumentsOnDisk, read_named_text
+from megatron_embed.data.empty_texts import first_tokenless
 from megatron_embed.data.jsonl import parse_object, read_lines, shortened
-from megatron_embed.data.prompts import Role, RoleTokenizer
-from megatron_embed.data.tokenless import first_tokenless
+from megatron_embed.data.tokenizer import Role, RoleTokenizer
 from megatron_embed.errors import DataError, TokenlessTextError
 
 logger = logging.getLogger(__name__)

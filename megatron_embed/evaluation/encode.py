@@ -11,12 +11,11 @@ from tqdm import tqdm
 
 from megatron_embed.batch import MicroBatch
 from megatron_embed.data.packing import PackingSpec, build_encode_batches
-from megatron_embed.data.prompts import Role, RoleTokenizer
+from megatron_embed.data.tokenizer import Role, RoleTokenizer
 from megatron_embed.errors import DataError, TokenlessTextError, UserError
 from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, to_device
 from megatron_embed.models.passes import embed, unwrapped
 from megatron_embed.names import Pooling
-from megatron_embed.parallel import stop
 from megatron_embed.parallel.collectives import (
     gather_padded,
     largest,
@@ -26,6 +25,7 @@ from megatron_embed.parallel.collectives import (
     smallest,
 )
 from megatron_embed.parallel.topology import Topology, token_alignment
+from megatron_embed.platform import stop_signal as stop
 
 Item = TypeVar("Item")
 

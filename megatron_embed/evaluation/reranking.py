@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from megatron_embed.config.data import TrainFile
-from megatron_embed.data.numbers import check_grade
-from megatron_embed.data.pairs import Pair
-from megatron_embed.data.prompts import Role
-from megatron_embed.data.record import RerankRecord
-from megatron_embed.data.records import RecordFile
-from megatron_embed.data.rerank import pairs_of
+from megatron_embed.data.dataset import RecordFile
+from megatron_embed.data.number_checks import check_grade
+from megatron_embed.data.pair_batches import pairs_of
+from megatron_embed.data.pair_tokenizer import Pair
+from megatron_embed.data.records import RerankRecord
+from megatron_embed.data.tokenizer import Role
 from megatron_embed.errors import DataError, UserError
 from megatron_embed.evaluation.retrieval import Embed, retrieval_metrics
 

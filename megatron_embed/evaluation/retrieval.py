@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from megatron_embed.data.corpus import Picked
-from megatron_embed.data.prompts import Role
+from megatron_embed.data.tokenizer import Role
 from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.search import StreamedSearch

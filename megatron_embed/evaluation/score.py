@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from megatron_embed.batch import MicroBatch
 from megatron_embed.data.packing import PackingSpec
-from megatron_embed.data.pairs import Pair, PairTokenizer
-from megatron_embed.data.rerank import build_score_batches
+from megatron_embed.data.pair_batches import build_score_batches
+from megatron_embed.data.pair_tokenizer import Pair, PairTokenizer
 from megatron_embed.evaluation.encode import RowRunner, require_finite
 from megatron_embed.models.encoder import AttentionKernel
 from megatron_embed.names import Pooling

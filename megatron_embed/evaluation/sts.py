@@ -9,10 +9,10 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megatron_embed.data.fields import number
+from megatron_embed.data.empty_texts import first_tokenless
 from megatron_embed.data.jsonl import check_text, parse_object, read_lines
-from megatron_embed.data.prompts import Role, RoleTokenizer
-from megatron_embed.data.tokenless import first_tokenless
+from megatron_embed.data.row_fields import number
+from megatron_embed.data.tokenizer import Role, RoleTokenizer
 from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
 from megatron_embed.evaluation.retrieval import Embed, Similarity
 

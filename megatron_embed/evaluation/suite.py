@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.data.prompts import Role
+from megatron_embed.data.tokenizer import Role
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.reranking import CUTOFFS as RERANK_CUTOFFS

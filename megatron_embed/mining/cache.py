@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_embed.data.prompts import Role
+from megatron_embed.data.tokenizer import Role
 from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.parallel.collectives import raise_first, smallest

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from megatron_embed.data.pairs import Pair
-from megatron_embed.data.record import Record
+from megatron_embed.data.pair_tokenizer import Pair
+from megatron_embed.data.records import Record
 from megatron_embed.errors import UserError
 from megatron_embed.evaluation.reranking import ScorePairs
 from megatron_embed.mining.filters import MiningOptions, choose

@@ -8,9 +8,9 @@ from itertools import chain, zip_longest
 from typing import NamedTuple, TextIO, overload
 
 from megatron_embed.data.corpus import ID_KEYS
-from megatron_embed.data.fields import Row, name_of, titled
 from megatron_embed.data.jsonl import parse_object, read_lines
-from megatron_embed.data.record import Record, id_from_text
+from megatron_embed.data.records import Record, id_from_text
+from megatron_embed.data.row_fields import Row, name_of, titled
 from megatron_embed.errors import DataError
 from megatron_embed.mining.exclusions import Forms, NamedDocument, never_negatives
 from megatron_embed.mining.filters import Candidate

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_embed.errors import PreemptedError, UserError
-from megatron_embed.parallel import stop
+from megatron_embed.platform import stop_signal as stop
 
 
 def gather_padded(rows: Tensor, capacity: int, group: dist.ProcessGroup) -> Tensor:

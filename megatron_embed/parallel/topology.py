@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError, LostRankError
-from megatron_embed.parallel.launch import knows_local_rank, launched_rank, rendezvous_address, source_of_world_size
-from megatron_embed.parallel.meeting import Meeting, tell_through_another_store
+from megatron_embed.parallel.rendezvous import Meeting, tell_through_another_store
 from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, parallel_state
+from megatron_embed.platform.launcher import knows_local_rank, launched_rank, rendezvous_address, source_of_world_size
 
 
 @dataclass(frozen=True, kw_only=True)

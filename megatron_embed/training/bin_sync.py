@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from megatron_embed.batch import Capacity, EmbedBatch, RerankBatch
 from megatron_embed.data.packing import split_to_count
-from megatron_embed.data.rerank import split_rerank_to_count
+from megatron_embed.data.pair_batches import split_rerank_to_count
 from megatron_embed.parallel.collectives import largest, largest_of_each
 from megatron_embed.parallel.topology import Topology
 

@@ -2,7 +2,7 @@
 
 import time
 
-from megatron_embed.parallel import stop
+from megatron_embed.platform import stop_signal as stop
 
 
 class StopRequest:

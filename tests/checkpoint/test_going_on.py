@@ -221,7 +221,7 @@ def test_checkpoint_that_another_run_wrote_meanwhile(write, begun, tmp_path):
 
 def command_while_another_ends(arguments, directory):
     """`command`, where the newest checkpoint is another one when the lock is had."""
-    from megatron_embed.cli import training
+    from megatron_embed.run import assemble as training
 
     original = training.initialize
 

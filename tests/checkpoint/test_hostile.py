@@ -28,7 +28,7 @@ from megatron_embed.checkpoint.lock import _acquire
 from megatron_embed.checkpoint.reading import check_description, install
 from megatron_embed.cli.common import STATUS_FILE_VARIABLE, write_status
 from megatron_embed.convert.convert import hf_to_megatron
-from megatron_embed.convert.dcp import DcpReader, DcpWriter
+from megatron_embed.convert.storage.torch_dist import DcpReader, DcpWriter
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.platform import private
 from tests.cli.test_refusals import command

@@ -38,8 +38,8 @@ def configuration(model, directory, *, parallel=None, distributed=True, checkpoi
 
 def train(values):
     """Called by all ranks."""
-    from megatron_embed.cli.training import run_training
     from megatron_embed.config.load import config_of_overrides
+    from megatron_embed.run.assemble import run_training
 
     overrides = [f"{section}.{key}={json.dumps(value)}" for section, keys in values.items()
                  for key, value in keys.items()]

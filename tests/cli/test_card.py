@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 
 from megatron_embed import __version__
-from megatron_embed.cli.card import write_card
 from megatron_embed.config.schema import CheckpointConfig, LoraConfig, RerankerConfig, TrainFile
+from megatron_embed.export.model_card import write_card
 from tests.toys import MINI_EN, run_config
 
 

@@ -145,7 +145,7 @@ def test_fewer_texts_than_ranks_with_experts_on_both(tmp_path):
 def encoded(model, texts, overrides):
     """Vectors of the texts, in bins of one or two of them."""
     from megatron_embed.__main__ import build_parser
-    from megatron_embed.cli.model import open_encoder
+    from megatron_embed.loading.model_directory import open_encoder
 
     encoder, _, _ = open_encoder(build_parser().parse_args(
         ["encode", "--model", model, "--pooling", "mean", "--input", "-", "--output", "-", *overrides]), prompts=False)

@@ -48,7 +48,7 @@ def assert_refused(results, *words):
 
 
 def test_every_format_has_its_function():
-    from megatron_embed.cli.exporters import EXPORTERS
+    from megatron_embed.export.formats import EXPORTERS
 
     assert EXPORTERS.keys() == FORMATS.keys()
 
@@ -86,7 +86,7 @@ def test_shards_and_dtype_are_what_was_asked_for(checkpoints, tmp_path):
 
 
 def convert_with_little_memory(arguments):
-    with mock.patch("megatron_embed.cli.exporters.available_memory", return_value=1000):
+    with mock.patch("megatron_embed.export.formats.available_memory", return_value=1000):
         return command(arguments)
 
 
@@ -165,7 +165,8 @@ DAMAGES = {
 
 def convert_spoiled(arguments, spoil):
     """The command, with the finished directory damaged right before the comparison."""
-    from megatron_embed.cli import export, exporters
+    from megatron_embed.export import embedding as export
+    from megatron_embed.export import formats as exporters
 
     with ExitStack() as patches:
         for module, name in ((exporters, "compare_with_transformers"), (export, "compare_with_sentence_transformers")):

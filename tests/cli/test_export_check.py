@@ -9,11 +9,11 @@ import pytest
 import yaml
 from sentence_transformers import SentenceTransformer
 
-from megatron_embed.cli.export import LengthProbes, export_probes, length_probes
-from megatron_embed.cli.model import open_encoder
-from megatron_embed.convert.export import cut_on_the_right, export_sentence_transformers
-from megatron_embed.convert.verify import ExpectedSettings
 from megatron_embed.errors import CheckpointError
+from megatron_embed.export.embedding import LengthProbes, export_probes, length_probes
+from megatron_embed.export.sentence_transformers import cut_on_the_right, export_sentence_transformers
+from megatron_embed.export.verify import ExpectedSettings
+from megatron_embed.loading.model_directory import open_encoder
 from tests.cli.test_refusals import command, settings
 from tests.ranks import run_on_ranks
 from tests.toys import save_model

@@ -207,8 +207,8 @@ def test_add_eos_token_is_honoured(tmp_path, added):
 
 
 def token_ids(path, texts):
-    from megatron_embed.cli.model import find_model
-    from megatron_embed.data.prompts import RoleTokenizer
+    from megatron_embed.data.tokenizer import RoleTokenizer
+    from megatron_embed.loading.model_directory import find_model
 
     model = find_model(str(path))
     tokenizer = RoleTokenizer(str(model.tokenizer_directory), text_format=model.text_format, query_max_length=24,
@@ -261,9 +261,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_file_key_and_value(tmp_path, name):
-    from megatron_embed.cli.model import find_model
-    from megatron_embed.data.prompts import RoleTokenizer
+    from megatron_embed.data.tokenizer import RoleTokenizer
     from megatron_embed.errors import CheckpointError
+    from megatron_embed.loading.model_directory import find_model
 
     settings, words = REFUSED[name]
     path = save_directory(tmp_path / "model", **settings)
@@ -286,8 +286,8 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_that_are_not_computed_are_refused_by_name(tmp_path, name):
-    from megatron_embed.cli.model import find_model
     from megatron_embed.errors import CheckpointError
+    from megatron_embed.loading.model_directory import find_model
 
     module, word = MODULES[name]
     path = save_directory(tmp_path / "model", normalize=False)
@@ -299,8 +299,8 @@ def test_modules_that_are_not_computed_are_refused_by_name(tmp_path, name):
 
 
 def test_a_transformer_in_its_own_folder_is_refused(tmp_path):
-    from megatron_embed.cli.model import find_model
     from megatron_embed.errors import CheckpointError
+    from megatron_embed.loading.model_directory import find_model
 
     path = save_directory(tmp_path / "model")
     values = json.loads((path / "modules.json").read_text(encoding="utf-8"))
@@ -313,8 +313,8 @@ def test_a_transformer_in_its_own_folder_is_refused(tmp_path):
 
 
 def test_a_module_that_normalizes_something_else_is_refused(tmp_path):
-    from megatron_embed.cli.model import find_model
     from megatron_embed.errors import CheckpointError
+    from megatron_embed.loading.model_directory import find_model
 
     path = save_directory(tmp_path / "model")
     write(path / "2_Normalize" / "config.json", {"module_input_name": "token_embeddings"})
@@ -350,7 +350,7 @@ def peft_vectors(path):
 
 
 def test_initializations_that_leave_the_base_alone_pass(tmp_path):
-    from megatron_embed.cli.model import find_model
+    from megatron_embed.loading.model_directory import find_model
 
     expected = peft_vectors(save_adapter(tmp_path / "true", True))
     for init in (False, "gaussian", "eva", "orthogonal", "mica", None):
@@ -362,8 +362,8 @@ def test_initializations_that_leave_the_base_alone_pass(tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "new"])
 def test_initializations_that_change_the_base_are_refused(tmp_path, init):
-    from megatron_embed.cli.model import find_model
     from megatron_embed.errors import CheckpointError
+    from megatron_embed.loading.model_directory import find_model
 
     path = save_adapter(tmp_path / "adapter", init)
     if init in ("pissa", "pissa_niter_4", "olora"):
@@ -374,7 +374,7 @@ def test_initializations_that_change_the_base_are_refused(tmp_path, init):
 
 
 def test_an_adapter_s_own_tokenizer_is_read(tmp_path):
-    from megatron_embed.cli.model import find_model
+    from megatron_embed.loading.model_directory import find_model
 
     path = save_adapter(tmp_path / "adapter", True)
     assert find_model(str(path)).tokenizer_directory == model_of("qwen3")

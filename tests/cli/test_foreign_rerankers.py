@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megatron_embed.cli.interface import open_any
+from megatron_embed.api import open_any
 from megatron_embed.errors import UserError
 from tests import foreign_rerankers as toys
 from tests.foreign_rerankers import decoder, encoder, saved

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_embed.__main__ import main
 from megatron_embed.cli.common import setup_logging, write_output
-from megatron_embed.cli.foreign_text import LogFormatter, continued, guard_records, one_line, printable
+from megatron_embed.platform.terminal_text import LogFormatter, continued, guard_records, one_line, printable
 from tests.toys import REPOSITORY
 
 ESCAPES = {

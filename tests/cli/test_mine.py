@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from megatron_embed.__main__ import main
-from megatron_embed.data.record import shared_keys, text_id
-from megatron_embed.data.records import RecordFile
+from megatron_embed.data.dataset import RecordFile
+from megatron_embed.data.records import shared_keys, text_id
 from tests.cli.test_refusals import command
 from tests.ranks import run_on_ranks
 from tests.toys import MINI_EN, MINILM, save_model

@@ -10,8 +10,8 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
 from megatron_embed.__main__ import main
-from megatron_embed.data.pairs import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate
-from megatron_embed.data.records import RecordFile
+from megatron_embed.data.dataset import RecordFile
+from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate
 from tests.cli.test_mine import data, mined, model  # noqa: F401  fixtures
 from tests.reranker_toys import save_reranker
 from tests.toys import BERT, MINILM, save_model

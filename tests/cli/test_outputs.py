@@ -14,8 +14,8 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from megatron_embed.checkpoint.files import step_directories
-from megatron_embed.cli import export
-from megatron_embed.cli.export import stock_runs_causally
+from megatron_embed.export import embedding as export
+from megatron_embed.export.embedding import stock_runs_causally
 from megatron_embed.models.families import model_shape
 from tests.cli.test_refusals import assert_refused, command, settings
 from tests.ranks import run_on_ranks

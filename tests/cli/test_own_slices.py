@@ -18,7 +18,7 @@ SPLIT = {"qwen3": ("embed_tokens", "_proj."),
 
 def bytes_read(directory, tp_size):
     """Bytes that this rank reads while it opens the model, by `preadv`, headers included."""
-    from megatron_embed.cli.model import open_encoder
+    from megatron_embed.loading.model_directory import open_encoder
 
     read, plain = [], os.preadv
 
@@ -36,7 +36,7 @@ def bytes_read(directory, tp_size):
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3, sharded", "bert"])
 def test_two_ranks_read_half_each(name, tmp_path):
-    from megatron_embed.convert.source import HFDirectory
+    from megatron_embed.convert.hf_directory import HFDirectory
 
     directory = str(MINILM)
     if name != "bert":

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from megatron_embed.cli.export_reranker import PROBE_PAIRS, export_reranker_checkpoint
 from megatron_embed.config.load import load_config
-from megatron_embed.data.pairs import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate
+from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate
 from megatron_embed.errors import CheckpointError, ConfigError, DataError
+from megatron_embed.export.reranker import PROBE_PAIRS, export_reranker_checkpoint
 from tests.cli.test_refusals import command
 from tests.ranks import run_on_ranks
 from tests.reranker_toys import save_reranker
@@ -163,7 +163,7 @@ def test_an_export_that_differs_leaves_nothing_behind(trained, tmp_path, monkeyp
 
 def export_wrongly(source, destination):
     """With yes and no exchanged in what is written."""
-    import megatron_embed.convert.plan as module
+    import megatron_embed.convert.to_hf as module
 
     original = module.HeadExport
 
@@ -275,7 +275,7 @@ def tied_model(tmp_path_factory):
 
 @pytest.mark.parametrize("sections, error, words", REFUSALS, ids=lambda value: str(value)[:40])
 def test_refusals(tied_model, tmp_path, sections, error, words):
-    from megatron_embed.cli.inputs import read_inputs
+    from megatron_embed.run.preflight import read_inputs
 
     path = run_settings(tied_model, tmp_path)
     values = yaml.safe_load((tmp_path / "run.yaml").read_text())
@@ -299,7 +299,7 @@ def test_labels_beyond_what_the_loss_can_take_are_refused_by_line(tied_model, tm
 
 
 def test_encoders_refuse_what_they_cannot_be(tmp_path):
-    from megatron_embed.cli.inputs import read_inputs
+    from megatron_embed.run.preflight import read_inputs
 
     for reranker, words in (({"head": "yes_no"}, "has no language-model head"),
                             ({"head": "score", "template": "{query} {document}"}, "query and document as a pair")):

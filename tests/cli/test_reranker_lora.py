@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from megatron_embed.cli.export_reranker import PROBE_PAIRS
+from megatron_embed.export.reranker import PROBE_PAIRS
 from tests.cli.test_refusals import assert_refused, command
 from tests.cli.test_reranker import prompt, run, run_settings
 from tests.ranks import run_on_ranks

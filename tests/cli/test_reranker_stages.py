@@ -4,10 +4,10 @@ import logging
 
 import pytest
 
-from megatron_embed.cli.inputs import read_inputs
 from megatron_embed.config.load import load_config
-from megatron_embed.data.pairs import QWEN3_RERANKER_TEMPLATE
+from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_TEMPLATE
 from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.run.preflight import read_inputs
 from tests import foreign_rerankers as toys
 from tests.cli.test_foreign_rerankers import own_scores
 from tests.cli.test_refusals import command

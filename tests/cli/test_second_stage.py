@@ -75,8 +75,8 @@ def test_two_stages_without_settings_say_what_the_directory_says(tmp_path, save)
 
 
 def inherited(config, directory, checkpoint=None):
-    from megatron_embed.cli.inherit import inherited
-    from megatron_embed.cli.model import find_model
+    from megatron_embed.loading.model_directory import find_model
+    from megatron_embed.run.inherit import inherited
 
     return inherited(config, find_model(str(directory)), checkpoint)
 

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModel, AutoTokenizer
 
 from megatron_embed.config.schema import TrainFile
-from megatron_embed.data.records import hold_out, open_records
+from megatron_embed.data.dataset import hold_out, open_records
 from tests.cli.test_refusals import assert_refused, command, settings
 from tests.ranks import run_on_ranks
 from tests.toys import MAX_LENGTH, MINI_EN, layout, save_model

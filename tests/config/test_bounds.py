@@ -6,7 +6,7 @@ import time
 import pytest
 
 from megatron_embed.config.load import config_of_overrides, load_config, read_resolved
-from megatron_embed.config.tree import LARGEST_FILE, read_file
+from megatron_embed.config.yaml_tree import LARGEST_FILE, read_file
 from megatron_embed.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_embed.config.load import load_config, save_resolved
-from megatron_embed.config.tree import plain_scalar, read_file, read_override
+from megatron_embed.config.yaml_tree import plain_scalar, read_file, read_override
 from megatron_embed.errors import ConfigError
 
 SCALARS = [

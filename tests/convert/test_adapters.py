@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from megatron_embed.convert.adapters import linear_rules, parts_by_linear, peft_targets, resolve_modules
-from megatron_embed.convert.rules.lookup import rules_for
+from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import ConfigError
 from tests.toys import BERT, QWEN3
 

@@ -9,12 +9,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_embed.convert import copying
+from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint, write_companions
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
-from megatron_embed.convert.dcp import DcpReader, DcpWriter
-from megatron_embed.convert.layout import is_checkpoint, open_checkpoint, write_companions
-from megatron_embed.convert.safetensors_file import SafetensorsWriter
-from megatron_embed.convert.sharded import parse_size
+from megatron_embed.convert.storage import copying
+from megatron_embed.convert.storage.safetensors_file import SafetensorsWriter
+from megatron_embed.convert.storage.sharded import parse_size
+from megatron_embed.convert.storage.torch_dist import DcpReader, DcpWriter
 from megatron_embed.errors import CheckpointError
 from tests.convert.toy import MINILM, assert_bit_equal, edit_config, edit_tensors, save_toy, tensors_of
 
@@ -241,7 +241,8 @@ def test_unwritable_or_unwise_destinations_are_refused(tmp_path):
 def test_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     source = save_toy(tmp_path / "source", "BertModel")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("megatron_embed.convert.layout.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("megatron_embed.convert.checkpoint_directory.shutil.disk_usage",
+                        lambda path: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match=r"0.00 GB free, 0.07 GB needed; make room"):
         hf_to_megatron(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -6,12 +6,12 @@ import threading
 import pytest
 import torch
 
-from megatron_embed.convert import copying
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
-from megatron_embed.convert.copying import Copy, copy_and_verify
-from megatron_embed.convert.dcp import DcpReader
-from megatron_embed.convert.runs import Run
-from megatron_embed.convert.safetensors_file import SafetensorsFile
+from megatron_embed.convert.storage import copying
+from megatron_embed.convert.storage.byte_range import Run
+from megatron_embed.convert.storage.copying import Copy, copy_and_verify
+from megatron_embed.convert.storage.safetensors_file import SafetensorsFile
+from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.errors import CheckpointError
 from tests.convert.toy import assert_bit_equal, save_toy, tensors_of
 

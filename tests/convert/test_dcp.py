@@ -9,8 +9,8 @@ import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from megatron_embed.convert.dcp import DcpReader, DcpWriter
-from megatron_embed.convert.safetensors_file import bytes_of
+from megatron_embed.convert.storage.safetensors_file import bytes_of
+from megatron_embed.convert.storage.torch_dist import DcpReader, DcpWriter
 from megatron_embed.errors import CheckpointError
 from tests.ranks import run_on_ranks
 
@@ -55,7 +55,7 @@ def test_own_round_trip(tmp_path):
 
 def test_tensors_larger_than_one_system_call(tmp_path, monkeypatch):
     """Linux moves less than 2 GiB per call; here the limit is 100 bytes."""
-    monkeypatch.setattr("megatron_embed.convert.runs._LARGEST_CALL", 100)
+    monkeypatch.setattr("megatron_embed.convert.storage.byte_range._LARGEST_CALL", 100)
     tensors = some_tensors()
     assert max(tensor.nbytes for tensor in tensors.values()) > 400
     assert_equal(read_all(write(tmp_path / "x", tensors)), tensors)

@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, AutoTokenizer
 
-from megatron_embed.convert.export import export_sentence_transformers
-from megatron_embed.convert.verify import compare_with_sentence_transformers
 from megatron_embed.errors import CheckpointError
+from megatron_embed.export.sentence_transformers import export_sentence_transformers
+from megatron_embed.export.verify import compare_with_sentence_transformers
 from tests.convert.toy import MINILM, save_toy
 
 TEXTS = ["alpha beta", "gamma", "beta beta alpha gamma delta alpha beta gamma alpha beta gamma", "delta alpha"]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_embed.convert.cross_encoder import export_cross_encoder
-from megatron_embed.convert.export import export_sentence_transformers, load_export_tokenizer
-from megatron_embed.convert.layout import copy_files, open_checkpoint
-from megatron_embed.convert.safetensors_file import LONGEST_HEADER, SafetensorsFile
-from megatron_embed.convert.source import HFDirectory
+from megatron_embed.convert.checkpoint_directory import copy_files, open_checkpoint
+from megatron_embed.convert.hf_directory import HFDirectory
+from megatron_embed.convert.storage.safetensors_file import LONGEST_HEADER, SafetensorsFile
 from megatron_embed.errors import CheckpointError
+from megatron_embed.export.cross_encoder import export_cross_encoder
+from megatron_embed.export.sentence_transformers import export_sentence_transformers, load_export_tokenizer
 from megatron_embed.models.file_checks import check_files, open_regular, plain_name
 from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.models.st_modules import STOCK_TYPES, read_modules

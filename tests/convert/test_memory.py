@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_embed.convert.rules.lookup import rules_for
-from megatron_embed.convert.transforms import Context
+from megatron_embed.convert.tables.lookup import rules_for
+from megatron_embed.convert.tables.transforms import Context
 from megatron_embed.models.families import model_shape
 from tests.convert.toy import assert_bit_equal, tensors_of
 
@@ -44,7 +44,7 @@ def write_model(directory, layers):
 
 def peak_of(arguments):
     """Largest resident memory of a process, in bytes; with no arguments that of one that only loads the libraries."""
-    libraries = "import megatron_embed.cli.exporters, torch.distributed.checkpoint"
+    libraries = "import megatron_embed.export.formats, torch.distributed.checkpoint"
     command = ["-m", "megatron_embed", *arguments] if arguments else ["-c", libraries]
     # A small process starts it: the kernel counts what the parent holds as the child's first peak.
     script = ("import os, subprocess, sys; process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL); "

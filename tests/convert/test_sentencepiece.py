@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.tokenizer import RoleTokenizer
 from tests.cli.test_refusals import command
 from tests.convert.toy import edit_config
 from tests.families import save_family

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_embed.convert.safetensors_file import SafetensorsFile, SafetensorsWriter
-from megatron_embed.convert.source import INDEX_FILE, HFDirectory, is_hf_directory
+from megatron_embed.convert.hf_directory import INDEX_FILE, HFDirectory, is_hf_directory
+from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter
 from megatron_embed.errors import CheckpointError
 from tests.convert.toy import MINILM, edit_config, edit_tensors, save_toy, tensors_of
 
@@ -178,7 +178,7 @@ def test_written_files_are_aligned_for_mixed_dtypes_and_read_by_safetensors(tmp_
 
 def test_tensors_larger_than_one_system_call(tmp_path, monkeypatch):
     """Linux moves less than 2 GiB per call; here the limit is 7 bytes."""
-    monkeypatch.setattr("megatron_embed.convert.runs._LARGEST_CALL", 7)
+    monkeypatch.setattr("megatron_embed.convert.storage.byte_range._LARGEST_CALL", 7)
     tensor = torch.randn(5, 3)
     with SafetensorsWriter(tmp_path / "x", [("a", tensor.dtype, (5, 3))]) as writer:
         writer.write("a", tensor)

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_embed.convert.rules.lookup import rules_for
-from megatron_embed.convert.source import HFDirectory, hf_weight_shards
-from megatron_embed.convert.transforms import Context, FuseGateUp, FuseQKV, PadVocabulary, Rename, expand_braces
+from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
+from megatron_embed.convert.tables.lookup import rules_for
+from megatron_embed.convert.tables.transforms import Context, FuseGateUp, FuseQKV, PadVocabulary, Rename, expand_braces
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import model_shape
 from tests.convert.toy import save_toy

@@ -8,6 +8,7 @@ import torch
 
 from megatron_embed.batch import Capacity
 from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.dataset import open_records
 from megatron_embed.data.packing import (
     DocumentsPerQuery,
     PackingSpec,
@@ -17,8 +18,7 @@ from megatron_embed.data.packing import (
     padding_fraction,
     split_to_count,
 )
-from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.records import open_records
+from megatron_embed.data.tokenizer import RoleTokenizer
 from tests.data.conftest import MINI_EN
 
 BUDGET = 608

@@ -12,8 +12,8 @@ import pyarrow
 import pytest
 
 from megatron_embed.data import jsonl
+from megatron_embed.data.dataset import RecordFile, read_texts
 from megatron_embed.data.jsonl import parse_object
-from megatron_embed.data.records import RecordFile, read_texts
 from megatron_embed.errors import ConfigError, DataError
 from megatron_embed.evaluation.beir import load_beir
 from megatron_embed.evaluation.reranking import load_rerank_file
@@ -47,7 +47,7 @@ def write_bomb(path, size, filling=b"x", before=ROW):
 
 READ = """
 import resource, sys
-from megatron_embed.data.records import RecordFile
+from megatron_embed.data.dataset import RecordFile
 from megatron_embed.errors import DataError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -155,7 +155,7 @@ def test_damaged_file_still_names_its_line(tmp_path):
 def test_parquet_that_says_how_large_it_is(tmp_path, monkeypatch):
     from pyarrow import parquet, table
 
-    from megatron_embed.data import raw_rows
+    from megatron_embed.data import row_source as raw_rows
 
     monkeypatch.setattr(raw_rows, "LONGEST_LINE", 1 << 20)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

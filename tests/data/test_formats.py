@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.dataset import RecordFile, RecordSet, open_records
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch
-from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.record import Record, RerankRecord
-from megatron_embed.data.records import RecordFile, RecordSet, open_records
+from megatron_embed.data.records import Record, RerankRecord
+from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import ConfigError, DataError
 from tests.data.peer_rows import FORMATS, INSTRUCTION, WITH_INSTRUCTION, as_lines, message, our_rows
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from megatron_embed.config.schema import DataConfig, TrainFile
+from megatron_embed.data.dataset import RecordSet, hold_out, open_records, text_id
 from megatron_embed.data.loader import BatchLoader
 from megatron_embed.data.mixture import build_sampler
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec
-from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.records import RecordSet, hold_out, open_records, text_id
 from megatron_embed.data.sampler import GlobalBatchSampler
+from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import ConfigError, DataError
 from tests.data.conftest import MINI_ZH
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from megatron_embed.config.schema import DataConfig, TrainFile
+from megatron_embed.data.dataset import RecordSet, open_records
 from megatron_embed.data.mixture import MixtureSampler, build_sampler, turn_shares
-from megatron_embed.data.records import RecordSet, open_records
 from megatron_embed.data.sampler import GlobalBatchSampler
 from megatron_embed.errors import ConfigError
 from tests.data.conftest import MINI_EN, MINI_ZH

@@ -6,6 +6,7 @@ import torch
 
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.dataset import Record, open_records, text_id
 from megatron_embed.data.packing import (
     DocumentsPerQuery,
     PackingSpec,
@@ -14,8 +15,7 @@ from megatron_embed.data.packing import (
     pack,
     padding_fraction,
 )
-from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.records import Record, open_records, text_id
+from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import ConfigError, DataError, UserError
 from tests.data.conftest import MINI_EN, MINI_ZH, real_texts
 

@@ -4,9 +4,9 @@ import jinja2.sandbox
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_embed.convert.cross_encoder import chat_template
-from megatron_embed.data.pairs import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate, PairTokenizer
+from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate, PairTokenizer
 from megatron_embed.errors import ConfigError, DataError
+from megatron_embed.export.cross_encoder import chat_template
 from tests.reranker_toys import save_bpe_tokenizer
 from tests.toys import MINILM
 

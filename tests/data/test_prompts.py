@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_embed.data.pairs import PairTokenizer
-from megatron_embed.data.prompts import RoleTokenizer
+from megatron_embed.data.pair_tokenizer import PairTokenizer
+from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import CheckpointError, ConfigError
 from tests.data.conftest import MINI_EN, MINI_ZH, real_texts
 

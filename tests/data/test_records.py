@@ -13,8 +13,8 @@ import pytest
 
 from megatron_embed.config.schema import TrainFile
 from megatron_embed.data.corpus import read_named_text
-from megatron_embed.data.raw_rows import open_rows
-from megatron_embed.data.records import Record, RecordFile, open_records, read_texts, text_id
+from megatron_embed.data.dataset import Record, RecordFile, open_records, read_texts, text_id
+from megatron_embed.data.row_source import open_rows
 from megatron_embed.errors import ConfigError, DataError
 from tests.data.conftest import MINI_ZH
 
@@ -215,7 +215,7 @@ def test_text_id_is_the_same_in_every_process():
     assert len({text_id(str(number)) for number in range(10_000)}) == 10_000
     assert {text_id(str(number)) < 0 for number in range(100)} == {False, True}
     assert all(-(2**63) <= text_id(str(number)) < 2**63 for number in range(100))
-    program = "from megatron_embed.data.records import text_id; print(text_id('équipe'))"
+    program = "from megatron_embed.data.dataset import text_id; print(text_id('équipe'))"
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
                            env={**os.environ, "PYTHONHASHSEED": "5"})
     # `printf équipe | b2sum -l 64`, read as a little-endian signed number.

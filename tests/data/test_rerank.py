@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.dataset import RerankRecord, open_records
 from megatron_embed.data.loader import RerankLoader
 from megatron_embed.data.packing import PackingSpec
-from megatron_embed.data.pairs import PairTemplate, PairTokenizer
-from megatron_embed.data.records import RerankRecord, open_records
-from megatron_embed.data.rerank import build_rerank_batch, choose_negatives, group_size, pairs_of, split_rerank_to_count
+from megatron_embed.data.pair_batches import (
+    build_rerank_batch,
+    choose_negatives,
+    group_size,
+    pairs_of,
+    split_rerank_to_count,
+)
+from megatron_embed.data.pair_tokenizer import PairTemplate, PairTokenizer
 from megatron_embed.data.sampler import GlobalBatchSampler
 from tests.toys import MINILM
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megatron_embed.config.schema import TrainFile
-from megatron_embed.data.numbers import LARGEST_EXPONENT, check_labels
-from megatron_embed.data.record import require_fields
-from megatron_embed.data.records import open_records
+from megatron_embed.data.dataset import open_records
+from megatron_embed.data.number_checks import LARGEST_EXPONENT, check_labels
+from megatron_embed.data.records import require_fields
 from megatron_embed.errors import DataError
 from tests.toys import MINILM, batch_of
 

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from megatron_embed.config.schema import TrainFile
-from megatron_embed.data.records import RecordFile, open_records
+from megatron_embed.data.dataset import RecordFile, open_records
 from megatron_embed.errors import ConfigError, DataError
 from tests.data.peer_rows import beir, hub_copy, our_rows
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.tokenless import first_tokenless
+from megatron_embed.data.empty_texts import first_tokenless
+from megatron_embed.data.tokenizer import RoleTokenizer
 
 BLANK = "\u200b"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_embed.config.schema import DataConfig, TrainFile
-from megatron_embed.data.records import RecordSet, hold_out, open_records, validation_shares
+from megatron_embed.data.dataset import RecordSet, hold_out, open_records, validation_shares
 from megatron_embed.errors import ConfigError
 from tests.data.conftest import MINI_EN, MINI_ZH
 

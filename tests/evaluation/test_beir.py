@@ -170,8 +170,8 @@ class Read(list):
 
 def _encoded(directory, gone):
     """(shape, texts that this rank read), or the error that it met."""
-    from megatron_embed.cli.model import find_model
     from megatron_embed.evaluation.encode import TextEncoder
+    from megatron_embed.loading.model_directory import find_model
 
     opened = open_model(run_config(directory))
     encoder = TextEncoder(opened.chunks, opened.topology, toy_tokenizer(directory), pooling="mean",

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from megatron_embed.data.rerank import pairs_of
+from megatron_embed.data.pair_batches import pairs_of
 from megatron_embed.errors import DataError, UserError
 from megatron_embed.evaluation.reranking import evaluate_reranking, load_rerank_file, similarity_of_pairs
 

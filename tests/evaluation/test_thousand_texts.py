@@ -28,10 +28,10 @@ def expected():
 
 
 def _encode(texts, parallel, micro_batch_tokens):
-    from megatron_embed.cli.model import find_model, load_model_chunks
     from megatron_embed.config.schema import EmbeddingConfig, ModelConfig, ParallelConfig, RunConfig
-    from megatron_embed.data.prompts import RoleTokenizer
+    from megatron_embed.data.tokenizer import RoleTokenizer
     from megatron_embed.evaluation.encode import TextEncoder
+    from megatron_embed.loading.model_directory import find_model, load_model_chunks
     from megatron_embed.parallel.topology import initialize
 
     config = RunConfig(model=ModelConfig(path=str(MINILM), dtype="float32"), parallel=ParallelConfig(**parallel),

@@ -71,8 +71,8 @@ def wait_until(condition, what, log, seconds=400):
 
 def train_demo(overrides):
     """The same run without Slurm. Called by all ranks."""
-    from megatron_embed.cli.training import run_training
     from megatron_embed.config.load import load_config
+    from megatron_embed.run.assemble import run_training
 
     run_training(load_config(str(REPOSITORY / DEMO), overrides))
 

@@ -6,7 +6,7 @@ import bm25s
 import numpy as np
 import pytest
 
-from megatron_embed.data.records import RecordFile
+from megatron_embed.data.dataset import RecordFile
 from megatron_embed.mining.bm25 import bm25_tokens, mine_bm25
 from megatron_embed.mining.filters import MiningOptions
 from megatron_embed.mining.task import CorpusTexts, build_task

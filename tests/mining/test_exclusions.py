@@ -8,7 +8,7 @@ import torch
 
 from megatron_embed.__main__ import main
 from megatron_embed.config.data import TrainFile
-from megatron_embed.data.records import RecordFile, open_records
+from megatron_embed.data.dataset import RecordFile, open_records
 from megatron_embed.errors import DataError
 from megatron_embed.mining.bm25 import mine_bm25
 from megatron_embed.mining.dense import mine_vectors

@@ -12,7 +12,7 @@ from datasets import Dataset
 from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_cos_sim
 from torch.nn.functional import normalize
 
-from megatron_embed.data.records import Record
+from megatron_embed.data.dataset import Record
 from megatron_embed.errors import ConfigError
 from megatron_embed.mining.dense import mine_vectors
 from megatron_embed.mining.filters import MiningOptions

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_embed.config.json_file import DEEPEST, LARGEST_FILE, read_json_file
+from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.peft import PeftAdapter
-from megatron_embed.convert.rules.lookup import rules_for
-from megatron_embed.convert.source import HFDirectory
-from megatron_embed.data.prompts import load_tokenizer
+from megatron_embed.convert.tables.lookup import rules_for
+from megatron_embed.data.tokenizer import load_tokenizer
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models import families
 from megatron_embed.models.families import FAMILIES, LARGEST, model_shape

@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
+from megatron_embed.convert.checkpoint_directory import write_companions
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
-from megatron_embed.convert.dcp import DcpReader
-from megatron_embed.convert.layout import write_companions
+from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.families import model_shape

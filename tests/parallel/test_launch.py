@@ -4,7 +4,8 @@ import pytest
 
 from megatron_embed.__main__ import main
 from megatron_embed.errors import ConfigError
-from megatron_embed.parallel.launch import (
+from megatron_embed.parallel.topology import device_of
+from megatron_embed.platform.launcher import (
     first_on_node,
     knows_local_rank,
     launched_rank,
@@ -14,7 +15,6 @@ from megatron_embed.parallel.launch import (
     run_name,
     source_of_world_size,
 )
-from megatron_embed.parallel.topology import device_of
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
              "TORCHELASTIC_RESTART_COUNT", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_PROCID", "SLURM_NTASKS",

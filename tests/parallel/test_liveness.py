@@ -20,8 +20,8 @@ import yaml
 
 from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import CheckpointError, LostRankError
-from megatron_embed.parallel import liveness
-from megatron_embed.parallel.liveness import LifeWatch, is_connection_error
+from megatron_embed.parallel import heartbeat as liveness
+from megatron_embed.parallel.heartbeat import LifeWatch, is_connection_error
 from tests.checkpoint.test_resume import configuration
 from tests.cli.test_refusals import command
 from tests.ranks import run_on_ranks
@@ -156,7 +156,7 @@ def lose_rank_1_in(arguments, port, told):
     """A command whose rank 1 is killed once the ranks have met; rank 0 writes how it ended."""
     from unittest import mock
 
-    from megatron_embed.cli import model
+    from megatron_embed.loading import model_directory as model
     from megatron_embed.parallel import topology
 
     initialize, load, rank = topology.initialize, model.load_model_chunks, dist.get_rank()

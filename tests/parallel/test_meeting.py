@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import ConfigError, LostRankError, UserError
-from megatron_embed.parallel import meeting
-from megatron_embed.parallel.launch import run_name
-from megatron_embed.parallel.meeting import Meeting
+from megatron_embed.parallel import rendezvous as meeting
+from megatron_embed.parallel.rendezvous import Meeting
+from megatron_embed.platform.launcher import run_name
 from tests.ranks import run_on_ranks
 
 

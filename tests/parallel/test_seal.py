@@ -9,10 +9,11 @@ import pytest
 import torch.distributed as dist
 
 from megatron_embed.errors import LostRankError, UserError
-from megatron_embed.parallel import liveness, meeting
-from megatron_embed.parallel.liveness import LifeWatch
-from megatron_embed.parallel.meeting import ALL_HERE, Meeting, listening_socket
-from megatron_embed.parallel.seal import SECRET_VARIABLE, Seal
+from megatron_embed.parallel import heartbeat as liveness
+from megatron_embed.parallel import rendezvous as meeting
+from megatron_embed.parallel.heartbeat import LifeWatch
+from megatron_embed.parallel.rendezvous import ALL_HERE, Meeting, listening_socket
+from megatron_embed.parallel.signing import SECRET_VARIABLE, Seal
 
 SECRET = "0123456789abcdef" * 4
 

@@ -13,10 +13,11 @@ import pytest
 import torch.distributed as dist
 
 from megatron_embed.errors import PreemptedError
-from megatron_embed.parallel import liveness, stop
-from megatron_embed.parallel.liveness import LifeWatch
-from megatron_embed.parallel.meeting import STOPPED, Meeting
-from megatron_embed.parallel.status import STATUS_FILE_VARIABLE
+from megatron_embed.parallel import heartbeat as liveness
+from megatron_embed.parallel.heartbeat import LifeWatch
+from megatron_embed.parallel.rendezvous import STOPPED, Meeting
+from megatron_embed.platform import stop_signal as stop
+from megatron_embed.platform.status import STATUS_FILE_VARIABLE
 from tests.toys import REPOSITORY
 
 GLOO = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3041")
@@ -69,8 +70,9 @@ def child(work, status):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("command, place", [
-    (["train", "{config}"], "megatron_embed.cli.training.read_inputs"),  # rows, model, checkpoints: all wait alike
-    (["encode", "--model", "m", "--input", "{rows}", "--output", "{out}.npy"], "megatron_embed.cli.model.open_encoder"),
+    (["train", "{config}"], "megatron_embed.run.assemble.read_inputs"),  # rows, model, checkpoints: all wait alike
+    (["encode", "--model", "m", "--input", "{rows}", "--output", "{out}.npy"],
+     "megatron_embed.loading.model_directory.open_encoder"),
     (["evaluate", "--model", "m", "--data", "{config}"], "megatron_embed.cli.evaluate.holds_pairs"),
     (["mine", "--model", "m", "--data", "{rows}", "--output", "{out}.jsonl"], "megatron_embed.cli.mine.query_prompts")])
 def test_commands_obey_while_they_load_and_read(monkeypatch, tmp_path, command, place):
@@ -93,7 +95,7 @@ def test_commands_obey_while_they_load_and_read(monkeypatch, tmp_path, command, 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_output_under_way_is_completed_first(tmp_path):
-    from megatron_embed.cli.whole_file import write_whole
+    from megatron_embed.platform.atomic_file import write_whole
 
     def write(tell, file):
         file.write("half, ")

@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from megatron_embed.cli.plan import adapted_parts
+from megatron_embed.planning.advice import adapted_parts
 from megatron_embed.planning.memory import activation_bytes, grid_of
 from megatron_embed.planning.shapes import shape_of
 from tests.planning.test_memory import build

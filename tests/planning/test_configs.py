@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-from megatron_embed.cli.plan import adapted_parts
 from megatron_embed.config.load import load_config
 from megatron_embed.convert.adapters import adapter_tensors, resolve_modules
-from megatron_embed.convert.rules.lookup import rules_for
+from megatron_embed.convert.tables.lookup import rules_for
+from megatron_embed.planning.advice import adapted_parts
 from megatron_embed.planning.hardware import GPUS
 from megatron_embed.planning.layouts import is_possible, plan_layout
 from megatron_embed.planning.memory import grid_of

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from megatron_embed.__main__ import main
-from megatron_embed.cli.plan import adapted_parts
 from megatron_embed.config.load import load_config
-from megatron_embed.convert.dcp import DcpReader
+from megatron_embed.convert.storage.torch_dist import DcpReader
+from megatron_embed.planning.advice import adapted_parts
 from megatron_embed.planning.disk import checkpoint_bytes, checkpoints_at_once, export_bytes
 from megatron_embed.planning.shapes import shape_of
 from tests.cli.test_refusals import command, settings

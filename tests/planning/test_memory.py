@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from megatron_embed.cli.plan import adapted_parts
+from megatron_embed.planning.advice import adapted_parts
 from megatron_embed.planning.memory import grid_of, stage_memory
 from megatron_embed.planning.shapes import shape_of
 from tests.planning.test_parameters import BERT, MOE, QWEN3

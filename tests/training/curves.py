@@ -21,7 +21,7 @@ def loss_curve(folder: Path, layout: Layout) -> list[float]:
 
 
 def _run_curve(folder: str, layout: Layout, logs: str) -> None:
-    from megatron_embed.cli.training import run_training
+    from megatron_embed.run.assemble import run_training
 
     base = run_config(Case(kind="qwen3", layout=layout, micro_batches=2, distributed=True), Path(folder))
     training = dataclasses.replace(base.training, train_steps=CURVE_STEPS, learning_rate=1e-3,

@@ -68,10 +68,10 @@ class Built(Opened):
 
 def build(config):
     """The model in DDP with its GradCache, and this rank's batch of the rows. Called by all ranks."""
-    from megatron_embed.cli.training import has_dropout
     from megatron_embed.models.encoder import attention_kernel
     from megatron_embed.objectives.build import build_objective
     from megatron_embed.parallel.topology import token_alignment
+    from megatron_embed.run.assemble import has_dropout
     from megatron_embed.training.grad_cache import GradCache
     from megatron_embed.training.optimizer import wrap_in_ddp
     from megatron_embed.training.step import seed_step
@@ -109,7 +109,7 @@ def gather_shards(wrapped):
 
 def squares(built, gradients_directory):
     """By parameter name: squared L2 norms of (difference to the truth, the truth), this rank's shard."""
-    from megatron_embed.convert.source import HFDirectory, hf_weight_shards
+    from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
     from megatron_embed.models.encoder import padded_vocabulary
 
     topology, found = built.topology, {}

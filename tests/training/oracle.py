@@ -17,8 +17,8 @@ import torch
 import transformers
 
 from megatron_embed.config.schema import TrainFile
-from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.records import Record, open_records
+from megatron_embed.data.dataset import Record, open_records
+from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.names import Pooling
 from tests.ranks import run_on_ranks
 from tests.toys import MINI_EN, MINILM

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_embed.data.dataset import Record
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch, split_to_count
-from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.records import Record
+from megatron_embed.data.tokenizer import RoleTokenizer
 from tests.training.cases import NUM_NEGATIVES, Case
 
 

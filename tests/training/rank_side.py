@@ -8,9 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_embed.data.dataset import open_records
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec
-from megatron_embed.data.prompts import RoleTokenizer
-from megatron_embed.data.records import open_records
+from megatron_embed.data.tokenizer import RoleTokenizer
 from tests.training.cases import NUM_NEGATIVES, ROWS, Case, Rows, Sabotage, run_config
 
 
@@ -42,9 +42,9 @@ def run_cases(cases: Sequence[Case], folder: str) -> list[Found]:
 
 
 def _run_case(case: Case, folder: Path, topology: Any) -> Found:
-    from megatron_embed.cli.model import find_model, load_model_chunks
     from megatron_embed.data.loader import BatchLoader
     from megatron_embed.data.sampler import GlobalBatchSampler
+    from megatron_embed.loading.model_directory import find_model, load_model_chunks
     from megatron_embed.models.backbone import check_divisible
     from megatron_embed.objectives.build import build_objective
     from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, token_alignment
@@ -142,7 +142,7 @@ def compare(chunks: Sequence[Any], topology: Any, truth: Path) -> dict[tuple[str
 
     Rows that pad the vocabulary are compared with 0.
     """
-    from megatron_embed.convert.source import HFDirectory, hf_weight_shards
+    from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
     from megatron_embed.models.encoder import padded_vocabulary
 
     found, etp = {}, topology.groups.expt_tp
@@ -167,7 +167,7 @@ def compare(chunks: Sequence[Any], topology: Any, truth: Path) -> dict[tuple[str
 def compare_adapters(chunks: Sequence[Any], topology: Any, truth: Path) -> dict[tuple[str, int], tuple[float, float]]:
     """The same of the adapters, against a PEFT directory of gradients; nothing else may have any."""
     from megatron_embed.convert.peft import PeftAdapter
-    from megatron_embed.convert.rules.lookup import rules_for
+    from megatron_embed.convert.tables.lookup import rules_for
 
     found, etp = {}, topology.groups.expt_tp
     for chunk in chunks:

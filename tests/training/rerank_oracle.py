@@ -26,9 +26,9 @@ from megatron_embed.config.schema import (
     TrainingConfig,
 )
 from megatron_embed.data.packing import PackingSpec
-from megatron_embed.data.pairs import PairTokenizer
-from megatron_embed.data.record import RerankRecord
-from megatron_embed.data.rerank import build_rerank_batch, pairs_of
+from megatron_embed.data.pair_batches import build_rerank_batch, pairs_of
+from megatron_embed.data.pair_tokenizer import PairTokenizer
+from megatron_embed.data.records import RerankRecord
 from megatron_embed.losses.rerank import pad_groups
 from tests.toys import MINI_EN, MINILM
 from tests.training.adapter_truth import save_gradients, with_adapter, write_adapter
@@ -130,7 +130,7 @@ def records(loss: str) -> list[RerankRecord]:
 
 
 def tokenizer_of(directory: str | Path, model: str) -> PairTokenizer:
-    from megatron_embed.data.pairs import PairTemplate
+    from megatron_embed.data.pair_tokenizer import PairTemplate
 
     template = None if model == "encoder" else PairTemplate(text=TEMPLATE, instruction="judge the document")
     return PairTokenizer(str(directory), template=template, max_length=MAX_LENGTH)
@@ -204,8 +204,8 @@ def run_config(case: Case, folder: str) -> RunConfig:
 
 def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
     """On every rank: one real step; squares of (difference, reference) by parameter and shard, the loss, the norm."""
-    from megatron_embed.cli.model import find_model
-    from megatron_embed.cli.reranker import load_reranker_chunks
+    from megatron_embed.loading.model_directory import find_model
+    from megatron_embed.loading.reranker import load_reranker_chunks
     from megatron_embed.models.encoder import attention_kernel
     from megatron_embed.models.heads import HeadSpec
     from megatron_embed.objectives.build import build_objective
@@ -258,8 +258,8 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
 
 def _squares(chunks: Any, topology: Any, gradients: str, spec: Any) -> dict[tuple[str, int], tuple[float, float]]:
     from megatron_embed.convert.heads import read_head
+    from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
     from megatron_embed.convert.peft import is_peft_directory
-    from megatron_embed.convert.source import HFDirectory, hf_weight_shards
     from megatron_embed.models.encoder import padded_vocabulary
 
     found: dict[tuple[str, int], tuple[float, float]] = {}
@@ -288,7 +288,7 @@ def _squares_of_adapters(chunks: Any, topology: Any, gradients: Path,
                          spec: Any) -> dict[tuple[str, int], tuple[float, float]]:
     from megatron_embed.convert.heads import score_names
     from megatron_embed.convert.peft import PeftAdapter
-    from megatron_embed.convert.rules.lookup import rules_for
+    from megatron_embed.convert.tables.lookup import rules_for
 
     found: dict[tuple[str, int], tuple[float, float]] = {}
     for chunk in chunks:

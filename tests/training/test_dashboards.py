@@ -135,7 +135,7 @@ def test_weights_and_biases_gets_the_same_and_goes_on_with_its_run(tmp_path, mon
 
 
 def test_weights_and_biases_without_its_package_or_a_directory_is_refused(tmp_path):
-    from megatron_embed.cli.inputs import check_outputs
+    from megatron_embed.run.preflight import check_outputs
 
     config = RunConfig(model=ModelConfig(path="x"), checkpoint=CheckpointConfig(directory=str(tmp_path)),
                        logging=LoggingConfig(wandb=True))

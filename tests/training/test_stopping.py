@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_embed.checkpoint.files import step_directories
-from megatron_embed.parallel import stop
+from megatron_embed.platform import stop_signal as stop
 from tests.checkpoint.test_resume import configuration, curve, train
 from tests.cli.test_refusals import assert_refused, command
 from tests.ranks import run_on_ranks
@@ -156,7 +156,7 @@ HELD = """
 import sys, time
 sys.path.insert(0, {repository!r})
 from megatron_embed.errors import PreemptedError
-from megatron_embed.parallel import stop
+from megatron_embed.platform import stop_signal as stop
 from megatron_embed.training.stopping import StopRequest
 stop.start()
 try:

@@ -1,0 +1,129 @@
+"""What `megatron_embed.load` gives: the models of the command line, from Python."""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.pair_tokenizer import Pair
+from megatron_embed.data.tokenizer import Role
+from megatron_embed.errors import ConfigError
+from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.evaluation.score import PairScorer
+from megatron_embed.loading.model_directory import ModelDirectory, find_model, open_encoder
+from megatron_embed.loading.reranker import is_reranker, open_scorer
+from megatron_embed.models.encoder import DTYPES
+from megatron_embed.names import POOLINGS
+
+
+class Embedder:
+    """Texts to vectors. Under several ranks every method is called by all of them together."""
+
+    def __init__(self, encoder: TextEncoder, model: ModelDirectory) -> None:
+        self._encoder, self._model = encoder, model
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a vector."""
+        return self._encoder.dim
+
+    @property
+    def similarity(self) -> Literal["cosine", "dot"]:
+        """What the directory says its vectors are compared by."""
+        return self._model.saved.similarity
+
+    def encode(self, texts: str | Sequence[str], role: Role = "document", *,
+               show_progress: bool = False) -> np.ndarray:
+        """float32 vectors, [texts, dim] in the order of the texts, or [dim] of a single one.
+
+        Args:
+            texts: any number, or one string.
+            role: whose prompt and maximum length the directory's files give: "query" or "document".
+            show_progress: a bar, if stderr is a terminal.
+        Raises:
+            ConfigError: another role, or something that is no text.
+            TokenlessTextError: a text without tokens.
+            UserError: a vector that is not finite.
+        """
+        if role not in ("query", "document"):
+            raise ConfigError(f"role = {role!r}: must be 'query' or 'document'")
+        one = isinstance(texts, str)
+        given = checked_texts([texts] if isinstance(texts, str) else texts, "texts")
+        vectors = self._encoder.encode(given, role, show_progress=show_progress).numpy()
+        return vectors[0] if one else vectors
+
+    def rerank(self, query: str, documents: Sequence[str]) -> np.ndarray:
+        """Raises ConfigError: an embedding model scores no pairs."""
+        raise ConfigError(f"{self._model.path}: an embedding model, which gives vectors and no scores of pairs; load a "
+                          "reranker to rerank, or compare encode(query, 'query') with encode(documents)")
+
+
+class Reranker:
+    """Scores of query and document. Under several ranks every method is called by all of them together."""
+
+    def __init__(self, scorer: PairScorer, model: ModelDirectory) -> None:
+        self._scorer, self._model = scorer, model
+
+    def rerank(self, query: str, documents: Sequence[str], *, instruction: str | None = None,
+               show_progress: bool = False) -> np.ndarray:
+        """float32 scores, [documents] in the order of the documents; larger is more relevant.
+
+        Args:
+            query: one query.
+            documents: any number of them.
+            instruction: in place of the directory's own.
+            show_progress: a bar, if stderr is a terminal.
+        Raises:
+            ConfigError: something that is no text, or one text in place of the documents.
+            DataError: a query that leaves no room for its document.
+            UserError: a score that is not finite.
+        """
+        if isinstance(documents, str):
+            raise ConfigError(f"documents = {shortened(documents)}: one text, where a list of them is expected; write "
+                              "[text]")
+        checked_texts([query], "query")
+        pairs = [Pair(query=query, document=document, instruction=instruction)
+                 for document in checked_texts(documents, "documents")]
+        return self._scorer.score(pairs, show_progress=show_progress).numpy()
+
+    def encode(self, texts: str | Sequence[str], role: Role = "document") -> np.ndarray:
+        """Raises ConfigError: a reranker has no vectors."""
+        raise ConfigError(f"{self._model.path}: a reranker, which scores pairs and gives no vectors; use rerank(query, "
+                          "documents), or load an embedding model")
+
+
+def checked_texts(texts: Iterable[str], name: str) -> list[str]:
+    """The texts. Raises ConfigError for what is no text, or half a surrogate pair, which no tokenizer takes."""
+    found = list(texts)
+    for place, text in enumerate(found):
+        if not isinstance(text, str):
+            raise ConfigError(f"{name}[{place}] = {shortened(text)} is a {type(text).__name__}; it must be a string")
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ConfigError(f"{name}[{place}] = {shortened(text)}: half a surrogate pair at character "
+                                  f"{error.start + 1}; give the whole character") from None
+    return found
+
+
+def open_any(directory: str, *, pooling: str | None, max_length: int | None, dtype: str | None,
+             normalize: bool) -> Embedder | Reranker:
+    """See `megatron_embed.load`."""
+    if pooling is not None and pooling not in POOLINGS:
+        raise ConfigError(f"pooling = {pooling!r}: must be one of {', '.join(POOLINGS)}")
+    if dtype is not None and dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype = {dtype!r}: must be one of auto, {', '.join(DTYPES)}")
+    if max_length is not None and max_length < 1:
+        raise ConfigError(f"max_length = {max_length}: must be at least 1")
+    args = argparse.Namespace(model=directory, pooling=pooling, max_length=max_length, dtype=dtype,
+                              no_normalize=not normalize, overrides=[])
+    if is_reranker(find_model(directory, "--model")):
+        if pooling is not None or not normalize:
+            raise ConfigError(f"{directory}: a reranker, which has no use for pooling or normalize; leave them out")
+        scorer, model, _ = open_scorer(directory, max_length=max_length, dtype=dtype)
+        return Reranker(scorer, model)
+    encoder, model, _ = open_encoder(args, prompts=True)
+    return Embedder(encoder, model)

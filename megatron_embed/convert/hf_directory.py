@@ -1,0 +1,220 @@
+"""A Hugging Face directory as tensors: which there are, that they fit config.json, reading them whole or in slices."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from megatron_embed.config.json_file import LARGEST_INDEX, read_json_file
+from megatron_embed.convert.storage.byte_range import Run
+from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, TensorEntry
+from megatron_embed.convert.tables.family import Family
+from megatron_embed.convert.tables.lookup import rules_for
+from megatron_embed.convert.tables.transforms import CONFIG_KEYS, Context
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.families import ModelShape, model_shape, read_hf_config
+from megatron_embed.models.file_checks import check_files, plain_name
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class HFDirectory:
+    """A Hugging Face model directory, checked on opening. A `TensorReader`: names are the tables' full names.
+
+    Nothing but headers is read until a tensor is asked for, and a slice reads its own bytes only.
+    """
+
+    path: Path
+    shape: ModelShape
+    family: Family
+    prefixed: bool
+    """Whether the files name the backbone's tensors with the family's prefix."""
+    stored_names: dict[str, str]
+    """Full name -> name in the file, for every tensor of the directory."""
+    carried: tuple[str, ...]
+    """Full names of the tensors that pass through a conversion untouched."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open `path` and compare its tensors with the family's table.
+
+        Raises:
+            CheckpointError: no model directory, unknown or self-coded model, weights missing, truncated or only in
+                `.bin`, a tensor that no row names, one that a row needs and is missing, a shape unlike config.json's.
+        """
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{path}: no such directory; give a Hugging Face model directory")
+        check_files(self.path)
+        self.shape = model_shape(self.path)
+        self.family = rules_for(self.shape.family)
+        self._files: dict[str, SafetensorsFile] = {}
+        try:
+            self._open_files()
+            self._name_tensors()
+            self._check_tensors()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the weight files."""
+        for file in self._files.values():
+            file.close()
+
+    def entry(self, name: str) -> TensorEntry:
+        """Dtype, shape and size of a tensor."""
+        return self._where[name].entries[self.stored_names[name]]
+
+    def run(self, name: str) -> Run:
+        """Where the tensor's bytes lie."""
+        return self._where[name].run(self.stored_names[name])
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, in the dtype of its file."""
+        return self._where[name].read(self.stored_names[name])
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Indices `start` to `stop` of `dim` (0, or 1 of a matrix); no other bytes are read."""
+        return self._where[name].read_slice(self.stored_names[name], dim, start, stop)
+
+    def weight_files(self) -> tuple[Path, ...]:
+        """The safetensors files that hold the tensors."""
+        return tuple(file.path for file in self._files.values())
+
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype that holds most bytes of the tensors we use."""
+        entries = (self.entry(name) for name in self.stored_names if name not in self.carried)
+        return largest_dtype((entry.dtype, entry.nbytes) for entry in entries)
+
+    def _open_files(self) -> None:
+        index_file = self.path / INDEX_FILE
+        if (self.path / SINGLE_FILE).is_file():
+            self._files[SINGLE_FILE] = SafetensorsFile(self.path / SINGLE_FILE)
+            return
+        if not index_file.is_file():
+            raise CheckpointError(_no_weights(self.path))
+        weight_map = _weight_map(index_file)
+        for shard in dict.fromkeys(weight_map.values()):
+            if not (self.path / shard).is_file():
+                count = sum(file == shard for file in weight_map.values())
+                raise CheckpointError(f"{index_file}: {shard} is missing; it holds {count} of {len(weight_map)} "
+                                      "tensors: fetch it into the same directory")
+            self._files[shard] = SafetensorsFile(self.path / shard)
+        for name, shard in weight_map.items():
+            if name not in self._files[shard].entries:
+                raise CheckpointError(f"{index_file}: {name} should be in {shard} but is not; "
+                                      "fetch index and shards of one revision")
+
+    def _name_tensors(self) -> None:
+        stored = [(name, file) for file in self._files.values() for name in file.entries]
+        self.prefixed = any(name.startswith(self.family.prefix) for name, _ in stored)
+        self.stored_names = {}
+        self._where: dict[str, SafetensorsFile] = {}
+        for name, file in stored:
+            full = self.family.full_name(name, prefixed=self.prefixed)
+            if full in self._where:
+                raise CheckpointError(f"{file.path}: tensor {name} is also in {self._where[full].path.name} (as "
+                                      f"{self.stored_names[full]}), and one of the two would be lost; fetch index and "
+                                      "shards of one revision into an empty directory")
+            self.stored_names[full] = name
+            self._where[full] = file
+        self.carried = tuple(sorted(name for name in self.stored_names if self.family.is_carried(name)))
+
+    def _check_tensors(self) -> None:
+        unnamed = set(self.stored_names) - set(self.carried)
+        for rule, context in self.family.rows(self.shape):
+            for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True):
+                self._check_tensor(name, words, context)
+                unnamed.discard(name)
+        if unnamed:
+            first = min(unnamed)
+            raise CheckpointError(
+                f"{self._where[first].path}: tensor {self.stored_names[first]} is unknown to the {self.family.name} "
+                f"weight table ({len(unnamed)} such); is config.json (num_hidden_layers = {self.shape.num_layers}) of "
+                "this model, and are quantized or adapter weights merged?")
+
+    def _check_tensor(self, name: str, words: str, context: Context) -> None:
+        """A tensor that a row needs is there, with the shape that config.json asks for."""
+        if name not in self.stored_names:
+            raise CheckpointError(
+                f"{self.path}: tensor {self._spell(name)} is missing; a {self.family.name} model with "
+                f"num_hidden_layers = {self.shape.num_layers} has it: fetch the weights again or mend config.json")
+        expected, found = context.sizes(words), self.entry(name).shape
+        if found != expected:
+            keys = ", ".join(f"{CONFIG_KEYS[word]} = {context.size(word)}" for word in words.split())
+            raise CheckpointError(
+                f"{self._where[name].path}: {self.stored_names[name]} has shape {list(found)}, but config.json says "
+                f"{list(expected)} ({keys}); use the config.json that belongs to these weights")
+
+    def _spell(self, name: str) -> str:
+        """A full name as this directory's files would write it."""
+        return name if self.prefixed else name.removeprefix(self.family.prefix)
+
+
+def largest_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """The floating-point dtype with most bytes among (dtype, bytes) pairs; float32 if there is none."""
+    totals: dict[torch.dtype, int] = {torch.float32: 0}
+    for dtype, size in sizes:
+        if dtype.is_floating_point:
+            totals[dtype] = totals.get(dtype, 0) + size
+    return max(totals, key=lambda dtype: totals[dtype])
+
+
+def hf_weight_shards(source: HFDirectory, rules: Family, *, names: Iterable[str], tp_rank: int, tp_size: int,
+                     padded_vocab_size: int, etp_rank: int = 0, etp_size: int = 1) -> Iterator[tuple[str, Tensor]]:
+    """This rank's shard of each of our parameters `names`, straight from the safetensors slices that hold it.
+
+    Args:
+        source: the directory, open.
+        rules: the family's table.
+        names: our parameter names, with layers and experts counted over the whole model, not from this rank's first.
+        tp_rank: tensor-parallel rank, 0 <= tp_rank < tp_size.
+        padded_vocab_size: rows of the whole word embeddings, at least the vocabulary's, divisible by tp_size.
+        etp_rank, etp_size: expert-tensor-parallel rank and ranks, over which experts are split instead.
+    Yields:
+        (name, tensor in the dtype of the file). No communication.
+    Raises:
+        CheckpointError: a name that the table does not make, or a size that `tp_size` does not divide.
+    """
+    for name in names:
+        rule, layer, expert = rules.rule_for(name)
+        context = Context(shape=source.shape, layer=layer, expert=expert, padded_vocab_size=padded_vocab_size)
+        rank, size = (etp_rank, etp_size) if rule.is_expert else (tp_rank, tp_size)
+        yield name, rule.shard(source, context, rank, size)
+
+
+def _weight_map(index_file: Path) -> dict[str, str]:
+    """Tensor name -> shard of an index file."""
+    try:
+        weight_map: Any = read_json_file(index_file, LARGEST_INDEX)["weight_map"]
+        for shard in set(weight_map.values()):
+            plain_name(shard, f"{index_file}: a file in weight_map")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index_file}: no usable weight_map ({error!r}); fetch the file again") from error
+    return dict(weight_map)
+
+
+def _no_weights(path: Path) -> str:
+    """Why there is nothing to read in `path`, and the way out."""
+    binaries = sorted(file.name for pattern in ("*model*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    if binaries:
+        return (f"{path}: weights only in {binaries[0]}, a pickle that is not opened here; write safetensors once: "
+                f"python -c \"from transformers import AutoModel; "
+                f"AutoModel.from_pretrained('{path}').save_pretrained('{path}')\"")
+    return f"{path}: no {SINGLE_FILE} and no {INDEX_FILE}, so there are no weights; fetch them into this directory"
+
+
+def is_hf_directory(path: Path) -> bool:
+    """Whether `path` looks like a Hugging Face model: it has a config.json with a model_type."""
+    return (path / "config.json").is_file() and "model_type" in read_hf_config(path)

@@ -1,7 +1,0 @@
-"""Weights of Qwen2 and Qwen2.5 decoders, gte-Qwen2 among them: Llama's names, with biases of query, key and value."""
-
-from dataclasses import replace
-
-from megatron_embed.convert.rules.llama import LLAMA
-
-QWEN2 = replace(LLAMA, name="qwen2")

@@ -1,0 +1,237 @@
+"""Safetensors files read by `pread` and written at known offsets: memory holds one tensor, never a mapped file.
+
+A mapped file counts as resident memory once touched: `safetensors.safe_open` would show a whole shard as used.
+"""
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import xxhash
+from torch import Tensor
+
+from megatron_embed.convert.storage.byte_range import Run, fill, pour
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.file_checks import open_regular
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+"""The format's own names."""
+LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
+_LARGEST = 2**63 - 1
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's own memory as bytes, no copy. The tensor must be contiguous and on the CPU."""
+    if not tensor.numel():
+        return memoryview(b"")
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def checksum(tensor: Tensor) -> bytes:
+    """XXH3-128 of a tensor's bytes: finds what disks and programs do to data, not what an adversary does."""
+    return xxhash.xxh3_128_digest(bytes_of(tensor.contiguous()))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """First byte in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsFile:
+    """A safetensors file opened for reading; `entries` is its header, by tensor name."""
+
+    def __init__(self, path: Path) -> None:
+        """Read and check the header.
+
+        Raises:
+            CheckpointError: no safetensors file, or shorter than its header says (an interrupted download).
+        """
+        self.path = path
+        try:
+            self._file = open_regular(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
+        try:
+            self.entries = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        self._file.close()
+
+    def run(self, name: str) -> Run:
+        """Where the tensor's bytes lie."""
+        entry = self.entries[name]
+        return Run(self._file, entry.offset, entry.nbytes)
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        entry = self.entries[name]
+        return self._read_bytes(entry.offset, entry.nbytes).view(entry.dtype).reshape(entry.shape)
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Rows (`dim` 0) or columns (`dim` 1 of a matrix) `start` to `stop`; no other byte is read."""
+        entry = self.entries[name]
+        shape = (*entry.shape[:dim], stop - start, *entry.shape[dim + 1:])
+        if dim == 0:
+            row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+            return self._read_bytes(entry.offset + start * row, (stop - start) * row).view(entry.dtype).reshape(shape)
+        if dim != 1 or len(entry.shape) != 2:
+            raise ValueError(f"slices of dim {dim} of a tensor of shape {entry.shape} are not read")
+        rows, width = entry.shape[0], entry.shape[1] * entry.dtype.itemsize
+        piece = (stop - start) * entry.dtype.itemsize
+        data = torch.empty(rows * piece, dtype=torch.uint8)
+        for row in range(rows):
+            offset = entry.offset + row * width + start * entry.dtype.itemsize
+            self._fill(bytes_of(data[row * piece:(row + 1) * piece]), offset)
+        return data.view(entry.dtype).reshape(shape)
+
+    def _read_bytes(self, offset: int, length: int) -> Tensor:
+        data = torch.empty(length, dtype=torch.uint8)
+        self._fill(bytes_of(data), offset)
+        return data
+
+    def _fill(self, target: memoryview, offset: int) -> None:
+        """Read exactly len(target) bytes from `offset`."""
+        done = fill(self._file.fileno(), target, offset)
+        if done < len(target):
+            raise CheckpointError(f"{self.path}: ended at byte {offset + done} while it was read; "
+                                  "leave it alone during a conversion")
+
+    def _read_header(self) -> dict[str, TensorEntry]:
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little") if size >= 8 else size
+        remedy = "is it a safetensors file? Git LFS pointers and interrupted downloads are not; fetch it again"
+        if size < 8 or 8 + length > size:
+            raise CheckpointError(f"{self.path}: no readable header in {size} bytes: {remedy}")
+        if length > LONGEST_HEADER:
+            raise CheckpointError(f"{self.path}: a header of {length} bytes, where the format allows {LONGEST_HEADER}: "
+                                  f"{remedy}")
+        header = bytearray(length)
+        self._fill(memoryview(header), 8)
+        try:
+            tensors = json.loads(header, object_pairs_hook=_without_repetition)
+            tensors.pop("__metadata__", None)
+            entries = {name: _entry(self.path, name, value, 8 + length) for name, value in tensors.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: header is not readable ({error}): {remedy}") from error
+        end = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+            if entry.offset != end:
+                raise CheckpointError(f"{self.path}: {name} begins at byte {entry.offset}, but what is before it ends "
+                                      f"at byte {end}; fetch the file again")
+            end += entry.nbytes
+        if end != size:
+            what = "truncated" if end > size else "more than its tensors"
+            raise CheckpointError(f"{self.path}: {what}: {size} bytes, but its header promises {end}; "
+                                  "fetch the file again")
+        return entries
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ; `json` alone keeps the last of several and drops the others in silence."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key} stands there twice")
+        values[key] = value
+    return values
+
+
+def _entry(path: Path, name: str, value: Mapping[str, Any], data_start: int) -> TensorEntry:
+    """One header entry; its dtype must be known and its byte range must match its shape."""
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
+        raise CheckpointError(f"{path}: {name}: dtype {value['dtype']!r} is not supported; known: {', '.join(DTYPES)}")
+    for key in ("shape", "data_offsets"):
+        numbers = value[key]
+        if not isinstance(numbers, list) or not all(type(number) is int and 0 <= number <= _LARGEST
+                                                    for number in numbers):
+            raise CheckpointError(f"{path}: {name}: {key} = {_cut(numbers)} must be a list of whole numbers from 0 on; "
+                                  "fetch the file again")
+    start, stop = value["data_offsets"]
+    entry = TensorEntry(DTYPES[value["dtype"]], tuple(value["shape"]), data_start + start)
+    if stop - start != entry.nbytes:
+        raise CheckpointError(f"{path}: {name}: bytes {start} to {stop} cannot hold shape {list(entry.shape)} of "
+                              f"{value['dtype']}; fetch the file again")
+    return entry
+
+
+def _cut(value: object) -> str:
+    """A value from a file, short enough for a sentence."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+class SafetensorsWriter:
+    """A safetensors file whose tensors, announced with dtype and shape, may then be written in any order."""
+
+    def __init__(self, path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+        # Widest elements first: readers view the bytes in place, so a tensor must start at a multiple of its element.
+        ordered = sorted(tensors, key=lambda tensor: -tensor[1].itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, dtype, shape in ordered:
+            length = math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + length]}
+            position += length
+        text = json.dumps(header, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.total_bytes = position
+        self._header = header
+        self._start = 8 + len(text)
+        self._pending = {name for name, _, _ in tensors}
+        self._file = io.FileIO(str(path), "w+")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put an announced tensor in its place."""
+        entry = self._header[name]
+        if list(tensor.shape) != entry["shape"] or _NAMES[tensor.dtype] != entry["dtype"]:
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not what was announced: {entry}")
+        place = self.place(name)
+        pour(place.file.fileno(), bytes_of(tensor.detach().contiguous()), place.start)
+
+    def place(self, name: str) -> Run:
+        """Where an announced tensor's bytes belong; the caller puts them there before the file is closed."""
+        start, stop = self._header[name]["data_offsets"]
+        self._pending.discard(name)
+        return Run(self._file, self._start + start, stop - start)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        """Sync to the disk and close; every announced tensor must have been written."""
+        try:
+            if kind is None:
+                assert not self._pending, f"announced and never written: {sorted(self._pending)}"
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()

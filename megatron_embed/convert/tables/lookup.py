@@ -1,0 +1,26 @@
+"""The known weight tables, by `model_type`."""
+
+from megatron_embed.convert.tables.bert import BERT
+from megatron_embed.convert.tables.family import Family
+from megatron_embed.convert.tables.llama import LLAMA
+from megatron_embed.convert.tables.mistral import MISTRAL
+from megatron_embed.convert.tables.mixtral import MIXTRAL
+from megatron_embed.convert.tables.qwen2 import QWEN2
+from megatron_embed.convert.tables.qwen3 import QWEN3
+from megatron_embed.convert.tables.qwen3_moe import QWEN3_MOE
+from megatron_embed.convert.tables.xlm_roberta import ROBERTA, XLM_ROBERTA
+from megatron_embed.errors import CheckpointError
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (
+    BERT, ROBERTA, XLM_ROBERTA, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL)}
+
+
+def rules_for(family: str) -> Family:
+    """Weight table of a family.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if family not in FAMILIES:
+        raise CheckpointError(f"model_type = {family!r} has no weight table; known: {', '.join(FAMILIES)}")
+    return FAMILIES[family]

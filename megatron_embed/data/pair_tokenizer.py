@@ -1,0 +1,265 @@
+"""Query and document to what a reranker reads, one text or a pair of texts, and that to token ids, cut to length."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.tokenizer import add_lowercase, load_tokenizer
+from megatron_embed.errors import CheckpointError, ConfigError, DataError
+
+QWEN3_RERANKER_TEMPLATE = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}<|im_end|>\n<|im_start|>assistant\n"
+    "<think>\n\n</think>\n\n")
+"""The prompt that Qwen3-Reranker was trained with (its model card)."""
+QWEN3_RERANKER_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+"""Its default instruction."""
+PLACES = ("instruction", "query", "document")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """What a reranker judges."""
+
+    query: str
+    document: str
+    instruction: str | None = None
+    """null: the default one."""
+    source: str = ""
+    """FILE:LINE, for messages; empty: not from a file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedPairs:
+    """Token ids of some pairs."""
+
+    token_ids: list[list[int]]
+    """Per pair, nothing padded."""
+    token_types: list[list[int]] | None
+    """Per pair, as long as its ids; null: the tokenizer knows none."""
+    num_truncated: int
+    """Pairs that were cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairTemplate:
+    """A reranker's prompt around a pair: text with the places `{instruction}`, `{query}` and `{document}`.
+
+    Raises:
+        ConfigError: beginning `reranker.template`, if query or document are missing or a place occurs twice.
+    """
+
+    text: str
+    instruction: str = QWEN3_RERANKER_INSTRUCTION
+    """Where a pair has none of its own."""
+
+    def __post_init__(self) -> None:
+        for place in PLACES:
+            count = self.text.count("{" + place + "}")
+            if count > 1 or (count == 0 and place != "instruction"):
+                raise ConfigError(f"reranker.template = {shortened(self.text)}: {{{place}}} occurs {count} times; "
+                                  "write {query} and {document} once each, and {instruction} at most once")
+        if self.text.index("{document}") < self.text.index("{query}"):
+            raise ConfigError(f"reranker.template = {shortened(self.text)}: {{document}} comes before {{query}}; "
+                              "exports and servers put the query first")
+
+    def pieces(self) -> list[str]:
+        """The text in order: literal, name of a place, literal, ... (an even place in the list is a literal)."""
+        found, rest = [], self.text
+        for _ in range(sum("{" + place + "}" in self.text for place in PLACES)):
+            start, place = min((rest.index("{" + name + "}"), name) for name in PLACES if "{" + name + "}" in rest)
+            found += [rest[:start], place]
+            rest = rest[start + len(place) + 2:]
+        return [*found, rest]
+
+    def fill(self, pair: Pair) -> tuple[str, int, int]:
+        """The whole text, and where in it the document begins and ends (characters)."""
+        values = {"instruction": self.instruction if pair.instruction is None else pair.instruction,
+                  "query": pair.query, "document": pair.document}
+        text, start = "", 0
+        for number, piece in enumerate(self.pieces()):
+            if piece == "document" and number % 2:
+                start = len(text)
+            text += values[piece] if number % 2 else piece
+        return text, start, start + len(pair.document)
+
+
+class PairTokenizer:
+    """Pairs to the ids that the stock libraries make of them.
+
+    With a template: the ids of the filled text without further special tokens, as a chat template is tokenized; tokens
+    are taken from the end of the document until the pair fits. Without: what the tokenizer makes of two texts (special
+    tokens and token types included), the longer of which is cut, as CrossEncoder does (`truncation="longest_first"`).
+
+    Args:
+        model_dir: directory with tokenizer files; never a hub name.
+        template: None: the model reads pairs of texts.
+        max_length: tokens of a pair, everything included.
+        length_key: the setting or option that the length came from, for messages.
+        vocab_size: rows of the model's word embeddings; None: ids are not compared with it.
+        prompt: before every query of a pair of texts.
+        token_types: whether the model takes them.
+        unread: a token that is left out at the end of every pair, since the model's stock class reads its score before
+            it; None: the last token is read whatever it is.
+        lower_case: what is read, unless the tokenizer does so itself.
+        own_truncation_side: a pair of texts loses tokens where the tokenizer's files say, else at the ends.
+
+    Attributes:
+        pad_token_id: an id that may fill padding.
+        can_pad: whether the tokenizer names a token for that.
+
+    Raises:
+        CheckpointError: no usable tokenizer, one of more tokens than the model knows, or one that does not say where in
+            the text its tokens are.
+    """
+
+    def __init__(self, model_dir: str, *, template: PairTemplate | None, max_length: int,
+                 length_key: str = "reranker.max_length", vocab_size: int | None = None, prompt: str = "",
+                 token_types: bool = True, unread: int | None = None, lower_case: bool = False,
+                 own_truncation_side: bool = False) -> None:
+        self._tokenizer: Any = load_tokenizer(model_dir, vocab_size)
+        if not self._tokenizer.is_fast:
+            raise CheckpointError(f"{model_dir}: its tokenizer is a slow one, which does not say where the document's "
+                                  "tokens are; save it once with Transformers as tokenizer.json")
+        if not own_truncation_side:
+            self._tokenizer.truncation_side = "right"
+        if lower_case:
+            add_lowercase(self._tokenizer)
+        # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.
+        self._lock = threading.Lock()
+        self.template = template
+        self.max_length = max_length
+        self._length_key = length_key
+        self._prompt, self._token_types, self.unread, self._lower_case = prompt, token_types, unread, lower_case
+        pad = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        self.can_pad = any(i is not None and i >= 0 for i in pad)
+        self.pad_token_id: int = next((i for i in pad if i is not None and i >= 0), 0)
+        self._frame = self._count_frame()
+
+    def tokenize(self, pairs: Sequence[Pair]) -> TokenizedPairs:
+        """Token ids of each pair, at most `max_length`.
+
+        Raises:
+            DataError: beginning with the pair's source, if no token is left of its document, which has some.
+        """
+        if not pairs:
+            return TokenizedPairs(token_ids=[], token_types=None, num_truncated=0)
+        rows = self._rows(pairs)
+        return rows if self.unread is None else _without_last(rows, self.unread)
+
+    def count_tokens(self, pair: Pair) -> int:
+        """Length of a pair in tokens before any cut, prompt and special tokens included; as in `tokenize`."""
+        with self._lock:
+            if self.template is None:
+                return len(self._tokenizer(pair.query, pair.document, verbose=False).input_ids)
+            text, _, _ = self.template.fill(pair)
+            return len(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def check_room(self, pairs: Sequence[Pair], *, strict: bool = False) -> None:
+        """Raises what `tokenize` would, at little cost: a query that is short in bytes has few tokens.
+
+        `strict`: also where it is a pair of texts, which has both of them cut then.
+        """
+        long = [pair for pair in pairs if self._frame + len(pair.query.encode())
+                + len((pair.instruction or "").encode()) >= self.max_length]
+        if self.template is not None:
+            self.tokenize(long)
+        elif strict and long:
+            with self._lock:
+                alone = self._tokenizer([self._prompt + pair.query for pair in long], [""] * len(long), padding=False,
+                                        truncation=False, verbose=False)
+            for pair, ids in zip(long, alone["input_ids"], strict=True):
+                if len(ids) >= self.max_length:
+                    raise self._no_room(pair, len(ids))
+
+    def last_token(self) -> int:
+        """The token that ends a pair with a short document, where it is left out, too."""
+        rows = self._rows([Pair(query="a", document="b")])
+        return rows.token_ids[0][-1]
+
+    def with_directory(self, model_dir: str) -> "PairTokenizer":
+        """The same of another directory's tokenizer."""
+        return PairTokenizer(model_dir, template=self.template, max_length=self.max_length, unread=self.unread,
+                             length_key=self._length_key, prompt=self._prompt, token_types=self._token_types,
+                             lower_case=self._lower_case)
+
+    def token_of(self, word: str, key: str) -> int:
+        """The id of a word that is a single token.
+
+        Raises:
+            ConfigError: beginning with `key`, if it is several, or none.
+        """
+        with self._lock:
+            ids = self._tokenizer(word, add_special_tokens=False).input_ids
+        unknown = self._tokenizer.unk_token_id
+        if len(ids) != 1 or (ids[0] == unknown and word != self._tokenizer.unk_token):
+            raise ConfigError(f"{key} = {word!r}: is {len(ids)} tokens ({ids}) in this tokenizer, and must be a single "
+                              "known one; choose another word")
+        return int(ids[0])
+
+    def _count_frame(self) -> int:
+        """Tokens that every pair has besides query and document, about (words at the seams may differ by one)."""
+        empty = Pair(query="", document="")
+        with self._lock:
+            if self.template is None:
+                return len(self._tokenizer(self._prompt, "").input_ids)
+            return len(self._tokenizer(self.template.fill(empty)[0], add_special_tokens=False).input_ids) + 2
+
+    def _rows(self, pairs: Sequence[Pair]) -> TokenizedPairs:
+        """With every token, read or not."""
+        return self._with_template(pairs, self.template) if self.template is not None else self._as_pairs(pairs)
+
+    def _with_template(self, pairs: Sequence[Pair], template: PairTemplate) -> TokenizedPairs:
+        filled = [template.fill(pair) for pair in pairs]
+        with self._lock:
+            encoded = self._tokenizer([text for text, _, _ in filled], add_special_tokens=False, padding=False,
+                                      truncation=False, return_offsets_mapping=True, return_attention_mask=False,
+                                      return_token_type_ids=False, verbose=False)
+        rows, truncated = [], 0
+        for pair, ids, offsets, (_, start, end) in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], filled,
+                                                       strict=True):
+            surplus = len(ids) - self.max_length
+            if surplus > 0:
+                # A token that reaches over an end of the document belongs to what surrounds it, and stays.
+                inside = [place for place, (first, last) in enumerate(offsets)
+                          if first >= start and last <= end and last > first]
+                if surplus >= len(inside):
+                    raise self._no_room(pair, len(ids) - len(inside))
+                dropped = set(inside[-surplus:])
+                ids = [token for place, token in enumerate(ids) if place not in dropped]
+                truncated += 1
+            rows.append(ids)
+        return TokenizedPairs(token_ids=rows, token_types=None, num_truncated=truncated)
+
+    def _as_pairs(self, pairs: Sequence[Pair]) -> TokenizedPairs:
+        queries, documents = [self._prompt + pair.query for pair in pairs], [pair.document for pair in pairs]
+        with self._lock:
+            whole = self._tokenizer(queries, documents, padding=False, truncation=False, verbose=False)
+            truncated = sum(len(ids) > self.max_length for ids in whole["input_ids"])
+            if truncated:
+                if self.max_length <= self._tokenizer.num_special_tokens_to_add(pair=True):
+                    raise ConfigError(f"{self._length_key} = {self.max_length} tokens: the tokenizer's special tokens "
+                                      "alone take as many; raise it")
+                whole = self._tokenizer(queries, documents, padding=False, truncation="longest_first",
+                                        max_length=self.max_length, verbose=False)
+        types = self._token_types and "token_type_ids" in whole
+        return TokenizedPairs(token_ids=list(whole["input_ids"]), num_truncated=truncated,
+                              token_types=list(whole["token_type_ids"]) if types else None)
+
+    def _no_room(self, pair: Pair, used: int) -> Exception:
+        place = f"{pair.source}: " if pair.source else ""
+        return DataError(f"{place}the query {shortened(pair.query)} with the prompt around it takes {used} of "
+                         f"{self._length_key} = {self.max_length} tokens, which leaves none for the document; raise "
+                         "it, or shorten the query")
+
+
+def _without_last(rows: TokenizedPairs, token: int) -> TokenizedPairs:
+    """The same without that token at the ends: what a model that looks back alone gives before it is the same."""
+    kept = []
+    for ids in rows.token_ids:
+        end = next((place for place in range(len(ids), 0, -1) if ids[place - 1] != token), min(1, len(ids)))
+        kept.append(ids[:end])
+    return TokenizedPairs(token_ids=kept, token_types=None, num_truncated=rows.num_truncated)

@@ -1,0 +1,361 @@
+"""Rows of a file or table as plain objects, with their place: read once in order, then one at a time again.
+
+JSONL is read by our own reader, so that every complaint names a line; Parquet, Arrow and hub names by `datasets`.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_embed.data.jsonl import ENDINGS, LONGEST_LINE, is_compressed, open_jsonl, parse_object, read_lines
+from megatron_embed.data.row_fields import Row
+from megatron_embed.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+RowsKind = Literal["jsonl", "table", "hub"]
+"""How rows are read: by our own reader, by `datasets` from this machine, or by `datasets` as a data set of the hub."""
+TABLE_ENDINGS = (".parquet", ".arrow")
+HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[^/:]+)(/(?P<split>[^/:]+))?)?")
+_LOCAL_NAME = re.compile(r"(?P<repository>[^:]+)(:(?P<config>[^/:]+)(/(?P<split>[^/:]+))?)?")
+"""The same of a directory that holds a copy of a data set of the hub."""
+_COPY_BYTES = 1 << 20
+_TABLE_ROWS = 1000
+
+
+class RawRows(ABC):
+    """Rows of one file or table.
+
+    Attributes:
+        path: as it was given.
+        digest: hash of the rows, once `scan` has ended.
+    """
+
+    path: str
+    digest: str
+
+    @abstractmethod
+    def scan(self) -> Iterator[tuple[Row, str]]:
+        """Every row in order, with its FILE:LINE (a table: FILE:ROW, from 1). To be run through once, first of all.
+
+        Raises:
+            ConfigError: the file cannot be opened.
+            DataError: a line cannot be read.
+        """
+
+    @abstractmethod
+    def row(self, index: int) -> tuple[Row, str]:
+        """Row `index`, from 0, and its place.
+
+        Raises:
+            DataError: the file changed since `scan`, or is gone.
+        """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Rows; known once `scan` has ended."""
+
+
+class _Held(RawRows):
+    """Rows behind a descriptor of this object's own, which ends with it."""
+
+    _descriptor: int | None = None
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+class JsonlRows(_Held):
+    """The rows of a JSONL file. Memory: 16 bytes per row.
+
+    A compressed file is unpacked into a nameless temporary file (TMPDIR) at the first access by number.
+    """
+
+    def __init__(self, path: str, key: str) -> None:
+        self.path = path
+        self._key = key
+
+    def scan(self) -> Iterator[tuple[Row, str]]:
+        starts, numbers, end = [], [], 0
+        digest = hashlib.blake2b(digest_size=16)
+        for line in read_lines(self.path, self._key):
+            digest.update(line.raw.strip() + b"\n")
+            source = f"{self.path}:{line.number}"
+            yield parse_object(line.raw, source), source
+            starts.append(line.start)
+            numbers.append(line.number)
+            end = line.start + len(line.raw)
+        self._starts: NDArray[np.int64] = np.array([*starts, end], dtype=np.int64)
+        self._numbers: NDArray[np.int64] = np.array(numbers, dtype=np.int64)
+        self._stamp = _stamp(os.stat(self.path))
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_descriptor": None}
+
+    def row(self, index: int) -> tuple[Row, str]:
+        source = f"{self.path}:{self._numbers[index]}"
+        try:
+            if self._descriptor is None:
+                self._descriptor = self._open()
+            # What is unpacked is a copy; the file itself is looked at.
+            unchanged = is_compressed(self.path) or _stamp(os.fstat(self._descriptor)) == self._stamp
+            # pread keeps no position: threads and forked processes may share the descriptor.
+            start = int(self._starts[index])
+            raw = os.pread(self._descriptor, int(self._starts[index + 1]) - start, start)
+        except OSError as error:
+            raise DataError(f"{source}: cannot be read again: {error.strerror}; "
+                            "keep the file until the run ends") from None
+        if not unchanged:
+            raise DataError(f"{source}: the file was changed after it was checked; start the run again")
+        return parse_object(raw, source), source
+
+    def _open(self) -> int:
+        if not is_compressed(self.path):
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        if _stamp(os.stat(self.path)) != self._stamp:
+            raise DataError(f"{self.path}:1: the file was changed after it was checked; start the run again")
+        try:
+            with open_jsonl(self.path, self._key) as packed, tempfile.TemporaryFile() as unpacked:
+                shutil.copyfileobj(packed, unpacked, _COPY_BYTES)
+                unpacked.flush()
+                return os.dup(unpacked.fileno())
+        except OSError as error:
+            raise DataError(f"{self.path}:1: cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}; make "
+                            "room there, set TMPDIR to another directory, or unpack the file") from None
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+class TableRows(RawRows):
+    """The rows of a table, memory-mapped by `datasets` from its Arrow files (of Parquet: from its cache of them)."""
+
+    def __init__(self, path: str, table: "Dataset") -> None:
+        self.path = path
+        self._table = table
+
+    def scan(self) -> Iterator[tuple[Row, str]]:
+        digest = hashlib.blake2b(digest_size=16)
+        for start in range(0, len(self._table), _TABLE_ROWS):
+            try:
+                columns = self._table[start:start + _TABLE_ROWS]
+            except Exception as error:  # pyarrow's errors have no common class, MemoryError among them
+                raise DataError(f"{self.path}:{start + 1}: cannot be read: {_first_line(error)}; the file is damaged, "
+                                "make it again") from error
+            for place, values in enumerate(zip(*columns.values(), strict=True)):
+                row = dict(zip(columns, values, strict=True))
+                digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+                yield row, f"{self.path}:{start + place + 1}"
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def row(self, index: int) -> tuple[Row, str]:
+        return self._table[index], f"{self.path}:{index + 1}"
+
+
+class StreamedRows(_Held):
+    """Rows of a data set of the hub that are fetched while they are read, in place of the whole set.
+
+    They are kept as JSON in a nameless temporary file (TMPDIR) of this process. Memory: 8 bytes per row.
+    """
+
+    def __init__(self, path: str, stream: "IterableDataset") -> None:
+        self.path = path
+        self._stream = stream
+
+    def scan(self) -> Iterator[tuple[Row, str]]:
+        digest, ends = hashlib.blake2b(digest_size=16), array("q", [0])
+        try:
+            with tempfile.TemporaryFile() as kept:
+                for row, source in self._fetched():
+                    yield row, source
+                    digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+                    ends.append(ends[-1] + kept.write(json.dumps(row, default=repr).encode()))
+                kept.flush()
+                self._descriptor = os.dup(kept.fileno())
+        except OSError as error:
+            raise DataError(f"{self.path}:{len(ends)}: cannot be kept in {tempfile.gettempdir()}: {error.strerror}; "
+                            "make room there, set TMPDIR to another directory, or give fewer `rows`") from None
+        self._ends, self.digest = ends, digest.hexdigest()
+
+    def _fetched(self) -> Iterator[tuple[Row, str]]:
+        rows, number = iter(self._stream), 0
+        while True:
+            number += 1
+            source = f"{self.path}:{number}"
+            try:
+                row = next(rows, None)
+            except Exception as error:  # of datasets, pyarrow, fsspec and the hub's client, as in `_open_table`
+                raise DataError(f"{source}: cannot be fetched: {_first_line(error)}; look at the network, then start "
+                                "the run again") from error
+            if row is None:
+                return
+            yield row, source
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def row(self, index: int) -> tuple[Row, str]:
+        assert self._descriptor is not None, "scan comes first"
+        start = self._ends[index]
+        raw = os.pread(self._descriptor, self._ends[index + 1] - start, start)
+        row: Row = json.loads(raw)
+        return row, f"{self.path}:{index + 1}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _is_saved(path: str) -> bool:
+    """Whether the path is a directory that `datasets` saved."""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether the path names a data set of the hub (org/name, org/name:config, org/name:config/split)."""
+    return (HUB_NAME.fullmatch(path) is not None and not os.path.exists(path)
+            and not path.endswith((*ENDINGS, *TABLE_ENDINGS)))
+
+
+def is_copy_of_hub(path: str) -> bool:
+    """Whether the path is a directory with a copy of a data set of the hub: one with a README.md, which they all have.
+    It takes :config/split as the hub's names do."""
+    name = _LOCAL_NAME.fullmatch(path)
+    return name is not None and (Path(name["repository"]) / "README.md").is_file()
+
+
+def nothing_to_stream(path: str, key: str) -> ConfigError:
+    """The refusal of `streaming` for what lies on this machine."""
+    return ConfigError(f"{key}.streaming = True: {path!r} is no data set of the hub, and what lies on this machine "
+                       "needs no fetching; remove it")
+
+
+def open_rows(path: str, key: str, *, streaming: bool = False, rows: int | None = None) -> RawRows:
+    """The rows of a JSONL file, a Parquet or Arrow file, a directory that `datasets` saved, or a hub data set.
+
+    Args:
+        key: names the path in messages.
+        streaming: take the rows of a hub data set as they come, in place of fetching it first.
+        rows: of a stream, how many at most; null: all.
+    Raises:
+        ConfigError: naming `key`, if it is none of these or cannot be opened.
+    """
+    kind = _kind_of(path, key, streaming=streaming)
+    if streaming:
+        stream = _open_table(path, key, streaming=True)
+        return StreamedRows(path, stream if rows is None else stream.take(rows))
+    return JsonlRows(path, key) if kind == "jsonl" else TableRows(path, _open_table(path, key))
+
+
+def require_rows(path: str, key: str, *, streaming: bool = False) -> RowsKind:
+    """How `open_rows` would read them; opens what is a file, reads and fetches nothing, loads no library.
+
+    Raises:
+        ConfigError: naming `key`, if there is nothing that could be read.
+    """
+    kind = _kind_of(path, key, streaming=streaming)
+    if kind == "jsonl":
+        open_jsonl(path, key).close()
+    elif kind == "table" and not (os.access(path, os.R_OK) or is_copy_of_hub(path)):
+        what = "cannot be read" if os.path.exists(path) else "no such file"
+        raise ConfigError(f"{key} = {path!r}: {what}; the current directory is {str(Path.cwd())!r}")
+    return kind
+
+
+def _kind_of(path: str, key: str, *, streaming: bool) -> RowsKind:
+    is_saved = _is_saved(path)
+    is_remote = not is_saved and (is_copy_of_hub(path) or is_hub_name(path))
+    if streaming and not is_remote:
+        raise nothing_to_stream(path, key)
+    if os.path.isdir(path) and not is_saved and not is_remote:
+        raise ConfigError(f"{key} = {path!r}: a directory that is neither a BEIR folder (corpus.jsonl, queries.jsonl, "
+                          "qrels/train.tsv) nor saved by `datasets` nor a copy of a data set of the hub (with its "
+                          "README.md); name one file per entry")
+    if is_remote:
+        return "table" if is_copy_of_hub(path) else "hub"
+    if is_saved or path.endswith(TABLE_ENDINGS):
+        return "table"
+    if not path.endswith(ENDINGS):
+        raise ConfigError(f"{key} = {path!r}: not a file of rows by its name; readable are "
+                          f"{', '.join((*ENDINGS, *TABLE_ENDINGS))}, a directory that `datasets` saved, and a data set "
+                          "of the hub (org/name:config/split)")
+    return "jsonl"
+
+
+def _open_table(path: str, key: str, *, streaming: bool = False) -> Any:
+    """A `Dataset`, or an `IterableDataset` if it is to be streamed."""
+    if path.endswith(TABLE_ENDINGS) and not os.path.exists(path):
+        raise ConfigError(f"{key} = {path!r}: no such file; the current directory is {str(Path.cwd())!r}")
+    import datasets
+
+    try:
+        table: Any = _load_stream(path) if streaming else _load_table(path)
+    except Exception as error:  # all of them: datasets, pyarrow and the hub's client have no common class of errors
+        raise ConfigError(f"{key} = {path!r}: cannot be read: {_first_line(error)}; name a .parquet or "
+                          ".arrow file, a directory that `datasets` saved, or a data set of the hub "
+                          "(org/name:config/split)") from error
+    if isinstance(table, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise ConfigError(f"{key} = {path!r}: holds the splits {', '.join(table)}; name the directory of one of them")
+    return table if streaming else table.with_format(None)
+
+
+def _load_table(path: str) -> Any:
+    """What `datasets` makes of a path; tables stay on the disk."""
+    import datasets
+
+    if path.endswith(".parquet"):
+        _refuse_large_rows(path)
+        return datasets.Dataset.from_parquet(path, keep_in_memory=False)
+    if path.endswith(".arrow"):
+        return datasets.Dataset.from_file(path)
+    if _is_saved(path):
+        return datasets.load_from_disk(path, keep_in_memory=False)
+    repository, config, split = _named(path)
+    return datasets.load_dataset(repository, config, split=split)
+
+
+def _refuse_large_rows(path: str) -> None:
+    """Raises ValueError if rows of a Parquet file are, by what it says of itself, longer than a line may be."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_metadata(path)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if not 0 <= group.total_byte_size <= LONGEST_LINE * max(1, group.num_rows):
+            raise ValueError(f"row group {number} says that its {group.num_rows} rows take {group.total_byte_size:,} "
+                             f"bytes, more than {LONGEST_LINE >> 20} MiB each")
+
+
+def _load_stream(path: str) -> Any:
+    import datasets
+
+    repository, config, split = _named(path)
+    return datasets.load_dataset(repository, config, split=split, streaming=True)
+
+
+def _named(path: str) -> tuple[str, str | None, str]:
+    """Repository, configuration and split of a data set of the hub or a copy of one."""
+    name = _LOCAL_NAME.fullmatch(path)
+    assert name is not None
+    return name["repository"], name["config"], name["split"] or "train"

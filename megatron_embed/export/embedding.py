@@ -1,0 +1,195 @@
+"""From a run's last checkpoint to a directory that the stock libraries load, compared before it gets its name."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_embed.config.json_file import read_json_file
+from megatron_embed.config.schema import RunConfig
+from megatron_embed.convert.checkpoint_directory import open_checkpoint
+from megatron_embed.convert.convert import megatron_to_hf
+from megatron_embed.data.tokenizer import Role, RoleTokenizer, fill_template
+from megatron_embed.errors import CheckpointError, UserError
+from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.export.sentence_transformers import export_sentence_transformers
+from megatron_embed.export.verify import ExpectedSettings, compare_with_sentence_transformers
+from megatron_embed.loading.model_directory import ModelDirectory
+from megatron_embed.models.families import ModelShape
+from megatron_embed.parallel.collectives import raise_first
+from megatron_embed.platform.precision import processor_has_bf16
+
+logger = logging.getLogger(__name__)
+
+MINIMUM_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
+"""Between the exported model in the stock library and ours in memory, for every text."""
+
+PROBES = {
+    "en": ("What is the capital of France?", "A short text.",
+           "Gradient checkpointing trades computation for memory: activations are dropped in the forward pass and "
+           "computed again when the backward pass needs them, so that longer sequences or larger batches fit on the "
+           "same device."),
+    "zh": ("深度学习是什么？", "向量检索把文本变成向量，再按相似度排序。"),
+    "code": ("def mean(values):\n    return sum(values) / len(values)",
+             "SELECT name FROM users WHERE age > 30 ORDER BY name;"),
+}
+"""Texts of several scripts and lengths on which an exported checkpoint is compared."""
+
+
+LONGEST_COMPUTED = 1024
+"""Tokens up to which texts of the maximum length are put through the models, here and in the stock library, which
+computes on the CPU. Of longer ones the ids alone are compared: what models make of equal ids is known by then."""
+
+_LAST_TOKENS = (" a", ".", " the", " 1", "的", " x y", " to be", ", or", " a b c")
+"""One of them after a text gives it the number of tokens that is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthProbes:
+    """Texts at the border of a maximum length."""
+
+    fitting: tuple[str, ...]
+    """Of exactly that many tokens, prompt and special tokens included; empty: none was found."""
+    too_long: tuple[str, ...]
+    """Of one token more, if one was found, and of about twice as many."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.fitting + self.too_long
+
+
+def length_probes(count: Callable[[str], int], limit: int) -> LengthProbes:
+    """Texts of `limit` tokens, of one more and of about twice as many, by `count`, which tells tokens of a text."""
+    words = " ".join(text for texts in PROBES.values() for text in texts).split()
+
+    def first_words(number: int) -> str:
+        return " ".join(words[place % len(words)] for place in range(number))
+
+    low, high = 0, 1
+    while count(first_words(high)) <= limit:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(first_words(middle)) <= limit else (low, middle)
+    ends = ("", *_LAST_TOKENS, *(first + last for first in _LAST_TOKENS for last in _LAST_TOKENS))
+    found = dict[int, str]()
+    for text in (first_words(number) + end for number in range(low, max(low - 4, 0), -1) for end in ends):
+        if not {limit, limit + 1} <= found.keys():
+            found.setdefault(count(text), text)
+    return LengthProbes(fitting=tuple(found[size] for size in (limit,) if size in found),
+                        too_long=(*(found[size] for size in (limit + 1,) if size in found), first_words(2 * high)))
+
+
+def border_texts(tokenizer: RoleTokenizer, role: Role, longest: int) -> LengthProbes:
+    """Texts at the border of a role's maximum length, with its prompt; none of those that are cut where the export,
+    which knows one length for all, cuts at `longest`."""
+    limit = tokenizer.max_length(role)
+    probes = length_probes(lambda text: tokenizer.count_tokens([text], role)[0], limit)
+    return probes if limit == longest else LengthProbes(fitting=probes.fitting, too_long=())
+
+
+def stock_runs_causally(shape: ModelShape, bidirectional: bool = False) -> bool:
+    """Whether the installed Transformers would run the model as another one: up to 5.1 it knows decoders with causal
+    attention alone; then it reads `is_causal` of config.json."""
+    old = tuple(map(int, version("transformers").split(".")[:2])) < (5, 2)
+    return old and (shape.bidirectional or bidirectional) and shape.rotary_base is not None
+
+
+def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
+    """Sentence Transformers files beside a checkpoint's configuration, as this run pools, normalizes and prompts: with
+    `embedding.instruction` in its place, since that library takes a prompt as it stands."""
+    pooling, unit_length, saved = model.pooling(config.embedding.pooling), config.embedding.unit_length, model.saved
+    roles: tuple[Role, ...] = ("query", "document")
+    lengths = {role: config.data.max_length(role) for role in roles}
+    export_sentence_transformers(
+        hf, pooling=pooling, normalize=unit_length, needs_eos=pooling == "lasttoken" and saved.chat is None,
+        query_prompt=fill_template(config.data.prompt("query"), config.embedding.instruction),
+        document_prompt=config.data.prompt("document"), max_seq_length=max(lengths.values()),
+        embedding_dimension=model.shape.hidden_size, saved=dataclasses.replace(
+            saved, truncation_side="right", similarity=saved.similarity if unit_length else "dot",
+            role_lengths=dict(lengths) if saved.role_lengths else {}))
+    facts: dict[str, object] = {}
+    if config.model.bidirectional and not model.shape.bidirectional:
+        facts["is_causal"] = False
+    if config.embedding.matryoshka_dims:
+        facts["matryoshka_dimensions"] = sorted(config.embedding.matryoshka_dims)  # what vLLM lets a request ask for
+    if facts:
+        file = hf / "config.json"
+        values = {**read_json_file(file), **facts}
+        file.write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleProbe:
+    """Texts of a role with what the trained model makes of them."""
+
+    role: Role
+    texts: list[str]
+    vectors: Tensor
+    """[texts, dim]"""
+    cut: list[tuple[str, list[int]]]
+    """Texts at the border of the maximum length, and the ids of their tokens."""
+
+    def compare(self, directory: Path, settings: ExpectedSettings, minimum_cosine: float) -> str:
+        """Asks Sentence Transformers; the report. Raises CheckpointError for another model."""
+        # The library runs on this processor, where bfloat16 without instructions for it takes 25 times as long.
+        slow = settings.dtype == "bfloat16" and not processor_has_bf16()
+        report = compare_with_sentence_transformers(
+            directory, self.texts, self.vectors, prompt_name=self.role, minimum_cosine=minimum_cosine,
+            expected=settings, cut=self.cut, dtype="float32" if slow else "auto")
+        lengths = sorted({len(ids) for _, ids in self.cut})
+        return f"{report}; the same tokens of {len(self.cut)} texts at the maximum length, {lengths[-1]} tokens"
+
+
+def export_probes(encoder: TextEncoder, texts: Sequence[str], longest: int) -> list[RoleProbe]:
+    """The vectors of `texts`, and of texts that are as long as the role allows or longer. Called by all ranks.
+
+    `longest`: tokens at which the export cuts texts of either role.
+    """
+    roles: tuple[Role, ...] = ("query", "document")
+    found = []
+    for role in roles:
+        border = list(border_texts(encoder.tokenizer, role, longest).texts)
+        whole = [*texts, *(border if encoder.tokenizer.max_length(role) <= LONGEST_COMPUTED else [])]
+        ids = encoder.tokenizer.tokenize(border, role).token_ids
+        found.append(RoleProbe(role=role, texts=whole, vectors=encoder.encode(whole, role),
+                               cut=list(zip(border, ids, strict=True))))
+    return found
+
+
+def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts: Sequence[str], dtype: str,
+                 settings: ExpectedSettings, note: Callable[[Path], None]) -> None:
+    """Writes `destination` from a checkpoint, of a run from the newest, if Sentence Transformers gives the vectors of
+    the model in memory.
+
+    Called by all ranks; every rank raises what rank 0 met. `note` is called on rank 0, with the directory, when nothing
+    is left to do but to give the export its name.
+
+    Raises:
+        CheckpointError: the export differs from the model, or cannot be written; nothing is left behind.
+    """
+    probes = export_probes(encoder, texts, settings.max_seq_length)
+
+    def compare(directory: Path) -> None:
+        for probe in probes:
+            logger.info("%s vectors: %s", probe.role, probe.compare(directory, settings, MINIMUM_COSINE[dtype]))
+        note(directory)
+
+    error: UserError | None = None
+    if dist.get_rank() == 0:
+        try:
+            merge = open_checkpoint(checkpoint).info.adapters is not None
+            logger.info("exported %s", megatron_to_hf(checkpoint, destination, merge_lora=merge, finish=compare))
+        except UserError as found:
+            error = found
+        except OSError as found:
+            error = CheckpointError(f"{destination}: the export cannot be written ({found.strerror or found}); look at "
+                                    "the disk, then start the run again: it goes on from its checkpoint")
+    raise_first(error)

@@ -1,0 +1,216 @@
+"""README.md of an exported model: what it is, how it is used, how it was trained and how well it did."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_embed import __version__
+from megatron_embed.config.load import load_config
+from megatron_embed.config.schema import RunConfig
+from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_checkpoint
+from megatron_embed.errors import ConfigError
+from megatron_embed.models.families import model_shape
+from megatron_embed.models.saved_settings import read_saved_settings
+
+Kind = Literal["hf", "sentence-transformers", "cross-encoder", "peft"]
+
+_EMBEDDING_USE = """```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("PATH")
+queries = model.encode_query(["what is asked"])
+documents = model.encode_document(["what may answer it", "something else"])
+print(model.similarity(queries, documents))
+```"""
+_PLAIN_USE = """```python
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModel.from_pretrained("PATH")
+states = model(**tokenizer(["a text"], return_tensors="pt")).last_hidden_state  # HOW
+```"""
+_PEFT_USE = """```python
+from peft import PeftConfig, PeftModel
+from transformers import AUTO
+
+base = AUTO.from_pretrained(PeftConfig.from_pretrained("PATH").base_model_name_or_pathMORE)
+model = PeftModel.from_pretrained(base, "PATH")
+```"""
+_AUTO = {None: ("AutoModel", ""), "score": ("AutoModelForSequenceClassification", ", num_labels=1"),
+         "yes_no": ("AutoModelForCausalLM", "")}
+_RERANKER_USE = """```python
+from sentence_transformers import CrossEncoder
+
+model = CrossEncoder("PATH")
+print(model.predict([("what is asked", "what may answer it"), ("what is asked", "something else")]))
+```"""
+
+
+def write_card(directory: Path, config: RunConfig, *, step: int, dim: int | None, title: str | None = None,
+               use: str | None = None, library: str = "sentence-transformers") -> None:
+    """Puts README.md into a complete export, in place of the one that came with the model it was trained from.
+
+    Args:
+        step: optimizer steps of the exported weights; the evaluation after them is quoted, if there was one.
+        dim: width of the vectors; null: a reranker.
+        title: None: the name of `checkpoint.export_at_end`.
+        use: how it is loaded; None: as Sentence Transformers does.
+        library: that loads it, by the hub's name.
+    """
+    use = use or (_EMBEDDING_USE if config.task == "embedding" else _RERANKER_USE)
+    prompts = _saved_prompts(directory) or {role: config.data.prompt(role) for role in ("query", "document")}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in _head(config, library).items()), "---", "",
+             f"# {title or directory_title(config)}", "", _what(config, dim), "", "## Use", "", use, "",
+             *_prompts(prompts), "## Training", "",
+             "| setting | value |", "|---|---|",
+             *(f"| {name} | {value} |" for name, value in _training(config, step)), ""]
+    metrics = _evaluation(config, step)
+    if metrics:
+        lines += [f"## Evaluation after step {step}", "", "| metric | value |", "|---|---|",
+                  *(f"| {name} | {value:.4f} |" for name, value in metrics.items()), ""]
+    (directory / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def write_converted_card(directory: Path, *, source: str, destination: str, kind: Kind) -> None:
+    """Puts README.md into what `convert` makes of a checkpoint: of the run that wrote it, else of the model as it came.
+
+    A model that was not trained here keeps the card that it came with.
+
+    Args:
+        directory: complete but for its card.
+        source: the checkpoint.
+        destination: the name that the directory will have.
+        kind: whose files they are.
+    """
+    checkpoint = open_checkpoint(source)
+    info, title, file = checkpoint.info, Path(destination).absolute().name, checkpoint.path / "config.yaml"
+    library = {"hf": "transformers", "peft": "peft"}.get(kind, "sentence-transformers")
+    dim = model_shape(checkpoint.hf).hidden_size if info.head is None else None
+    pooling = read_saved_settings(checkpoint.hf).pooling if info.head is None else None
+    use = _use(kind, info.head, pooling)
+    config = _run_of(file)
+    if config is not None:
+        from megatron_embed.checkpoint.state import steps_done  # loads Megatron, which comparing does anyway
+
+        write_card(directory, config, step=steps_done(checkpoint.path), dim=dim, title=title, use=use, library=library)
+    elif file.is_file() or not (directory / "README.md").is_file():
+        (directory / "README.md").write_text(_unknown_run(checkpoint, directory, title, use, library, dim),
+                                              encoding="utf-8")
+
+
+def _run_of(file: Path) -> RunConfig | None:
+    """The configuration beside a checkpoint; None where there is none, or another version's."""
+    try:
+        return load_config(str(file), []) if file.is_file() else None
+    except ConfigError:
+        return None
+
+
+def _use(kind: Kind, head: str | None, pooling: str | None) -> str:
+    """How it is loaded."""
+    if kind == "peft":
+        auto, more = _AUTO[head]
+        return _PEFT_USE.replace("AUTO", auto).replace("MORE", more)
+    if kind == "hf" and head is None:
+        how = f"their pooling to one vector: {pooling}" if pooling else "token vectors"
+        return _PLAIN_USE.replace("HOW", how)
+    return _EMBEDDING_USE if head is None else _RERANKER_USE
+
+
+def _unknown_run(checkpoint: CheckpointDirectory, directory: Path, title: str, use: str, library: str,
+                 dim: int | None) -> str:
+    """The card of a model of whose training nothing is known."""
+    kind = "sentence-similarity" if dim else "text-ranking"
+    if library == "transformers" and dim:
+        kind = "feature-extraction"
+    head = {"library_name": library, "pipeline_tag": kind, "tags": ["megatron-embed"]}
+    what = f"vectors of {dim} numbers" if dim else "scores of a query with a document"
+    rows = [("architecture", ", ".join(checkpoint.info.source_architectures) or checkpoint.info.family),
+            ("dtype of the checkpoint", checkpoint.info.dtype)]
+    return "\n".join([
+        "---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {title}", "",
+        f"Texts to {what}; converted by megatron_embed {__version__} from a checkpoint that does not say how it was "
+        "trained.", "", "## Use", "", use, "", *_prompts(_saved_prompts(directory)), "## Model", "",
+        "| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""])
+
+
+def _saved_prompts(directory: Path) -> dict[str, str]:
+    """Those that Sentence Transformers finds in a directory, by role."""
+    file = directory / "config_sentence_transformers.json"
+    prompts = json.loads(file.read_text(encoding="utf-8")).get("prompts") if file.is_file() else None
+    return {role: prompts[role] for role in ("query", "document") if prompts.get(role)} if prompts else {}
+
+
+def directory_title(config: RunConfig) -> str:
+    """The name that the export's directory will have; without one, the model's."""
+    return Path(config.checkpoint.export_at_end or config.model.path).name
+
+
+def _is_local(path: str) -> bool:
+    return os.path.exists(path)
+
+
+def _head(config: RunConfig, library: str) -> dict[str, Any]:
+    """What hubs read. A directory of this machine is no model's name."""
+    kind = "sentence-similarity" if config.task == "embedding" else "text-ranking"
+    base = {} if _is_local(config.model.path) else {"base_model": config.model.path}
+    tags = [library, "feature-extraction" if config.task == "embedding" else "cross-encoder",
+            "megatron-embed"]
+    return {"library_name": library, "pipeline_tag": kind, "tags": tags, **base}
+
+
+def _what(config: RunConfig, dim: int | None) -> str:
+    base = Path(config.model.path).name if _is_local(config.model.path) else config.model.path
+    by = f"fine-tuned from {base} by megatron_embed {__version__}."
+    if dim is None:
+        return f"A reranker: scores a query with a document; {by}"
+    widths = config.embedding.matryoshka_dims
+    also = f" Trained to be cut to {', '.join(map(str, widths))} numbers as well." if widths else ""
+    unit = ("unit vectors, compared by their cosine" if config.embedding.unit_length
+            else "compared by their dot product")
+    return f"An embedding model: texts to vectors of {dim} numbers ({unit}); {by}{also}"
+
+
+def _prompts(prompts: Mapping[str, str]) -> list[str]:
+    found = [f"- {role}: `{prompt!r}`" for role, prompt in prompts.items() if prompt]
+    return ["Prompts, which `encode_query` and `encode_document` put before a text:", "", *found, ""] if found else []
+
+
+def _training(config: RunConfig, step: int) -> list[tuple[str, object]]:
+    training, parallel, data = config.training, config.parallel, config.data
+    sizes = {"tensor": parallel.tensor_model_parallel_size, "pipeline": parallel.pipeline_model_parallel_size,
+             "context": parallel.context_parallel_size, "expert": parallel.expert_model_parallel_size}
+    layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    rows: list[tuple[str, object]] = [
+        ("data", ", ".join(Path(file.path).name if _is_local(file.path) else file.path for file in data.train)),
+        ("loss", config.objective.loss)]
+    if config.task == "embedding":
+        rows += [("temperature", config.objective.temperature), ("negatives", config.objective.negatives),
+                 ("hard negatives per query", data.num_negatives)]
+    rows += [("optimizer steps", step), ("queries per step", training.global_batch_size),
+             ("learning rate", f"{training.learning_rate:g}, {training.lr_decay_style}"),
+             ("maximum tokens of query / document", f"{data.max_length('query')} / {data.max_length('document')}"),
+             ("dtype", config.model.dtype), ("seed", training.seed)]
+    if config.lora.rank:
+        rows.append(("adapters (merged)", f"rank {config.lora.rank}, alpha {config.lora.alpha:g}"))
+    return rows + ([("model-parallel layout", layout)] if layout else [])
+
+
+def _evaluation(config: RunConfig, step: int) -> dict[str, float]:
+    """Metrics of the run's evaluation after so many steps, as metrics.jsonl has them; empty if there was none."""
+    folder = config.logging.directory or config.checkpoint.directory
+    file = None if folder is None else Path(folder) / "metrics.jsonl"
+    if file is None or not file.is_file():
+        return {}
+    found: dict[str, float] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue  # cut short by a kill; the run wrote it again
+        if values.get("step") == step:
+            found |= {name.removeprefix("eval/"): value for name, value in values.items()
+                      if name.startswith("eval/") and value is not None}
+    return found

@@ -1,0 +1,237 @@
+"""Is an export the model that was trained? The stock library answers, on real text."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_embed.convert.checkpoint_directory import read_json
+from megatron_embed.convert.storage.safetensors_file import first_line
+from megatron_embed.convert.tables.lookup import rules_for
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.families import model_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonReport:
+    """How close two libraries' vectors of the same texts are; `str()` is the line for the user."""
+
+    library: str
+    texts: int
+    minimum_cosine: float
+    mean_cosine: float
+    max_difference: float
+    """Largest absolute difference of one component."""
+
+    def __str__(self) -> str:
+        return (f"{self.library} gives the same vectors for {self.texts} texts: cosine >= "
+                f"{self.minimum_cosine:.6f} (mean {self.mean_cosine:.6f}), largest difference "
+                f"{self.max_difference:.1e}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedSettings:
+    """What Sentence Transformers must say of an export once it has loaded it."""
+
+    prompts: Mapping[str, str]
+    """By role, as they stand before a text."""
+    max_seq_length: int
+    similarity: Literal["cosine", "dot"]
+    dtype: str
+    """Of the weights: float32, bfloat16, ..."""
+    matryoshka_dims: tuple[int, ...] | None = None
+    """In any order; None: whatever the directory says."""
+
+
+def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[str], our_vectors: Tensor, *,
+                                       minimum_cosine: float, prompt_name: str | None = None, dtype: str = "auto",
+                                       expected: ExpectedSettings | None = None,
+                                       cut: Sequence[tuple[str, Sequence[int]]] = ()) -> ComparisonReport:
+    """Encode `texts` with `SentenceTransformer(directory)` on the CPU and compare with our vectors.
+
+    Args:
+        directory: the export.
+        texts: real texts, without prompt.
+        our_vectors: [texts, embedding_dim], any float dtype, of the trained model.
+        minimum_cosine: of every single text; 0.9999 in float32, 0.999 in bfloat16.
+        prompt_name: the export's prompt that our vectors were computed with: "query", "document" or null for none.
+        dtype: that the library loads the model in; auto: the directory's own.
+        expected: what the library must say of the model; None: nothing is asked.
+        cut: texts and the ids of their tokens, prompt, special tokens and the cut to the maximum length included.
+    Raises:
+        CheckpointError: the library cannot load the directory, says something else of it or cuts a text elsewhere, or a
+            text's cosine is lower (NaN included), or its vector has another length.
+    """
+    directory = Path(directory)
+    with _using(directory):
+        model = _load_sentence_transformer(directory, dtype)
+        prefix = "" if prompt_name is None else (model.prompts or {}).get(prompt_name) or ""
+        found = [model.tokenizer(prefix + text, truncation=True, max_length=model.max_seq_length).input_ids
+                 for text, _ in cut]
+        vectors: Tensor = model.encode(list(texts), prompt_name=prompt_name, convert_to_tensor=True,
+                                       show_progress_bar=False).float()
+    if expected is not None:
+        _require_settings(directory, model, expected, in_its_dtype=dtype == "auto")
+    for (text, ids), theirs in zip(cut, found, strict=True):
+        if list(ids) != theirs:
+            raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of {text[:40]!r}..., "
+                                  f"{len(text)} characters, and the trained model {len(ids)}, or others; the export "
+                                  "must not be used")
+    return _compare(directory, "Sentence Transformers", texts, vectors, our_vectors, minimum_cosine)
+
+
+def _require_settings(directory: Path, model: Any, expected: ExpectedSettings, *, in_its_dtype: bool) -> None:
+    """Raises CheckpointError where a loaded model says something else than `expected`."""
+    wanted: dict[str, object] = {
+        **{f"the prompt {role!r}": text for role, text in expected.prompts.items()},
+        "max_seq_length": expected.max_seq_length, "similarity_fn_name": expected.similarity}
+    found: dict[str, object] = {
+        **{f"the prompt {role!r}": (model.prompts or {}).get(role) for role in expected.prompts},
+        "max_seq_length": model.max_seq_length, "similarity_fn_name": model.similarity_fn_name}
+    if expected.matryoshka_dims is not None:
+        wanted["matryoshka_dimensions"] = sorted(expected.matryoshka_dims)
+        found["matryoshka_dimensions"] = model[0].auto_model.config.to_dict().get("matryoshka_dimensions")
+    if in_its_dtype:
+        wanted["dtype"] = expected.dtype
+        found["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    for key, value in wanted.items():
+        if found[key] != value:
+            raise CheckpointError(f"{directory}: Sentence Transformers reads {key} = {found[key]!r}, the trained model "
+                                  f"has {value!r}; the export must not be used")
+
+
+def compare_with_transformers(directory: Path, rows: Sequence[Sequence[int]], texts: Sequence[str],
+                              our_vectors: Tensor, *, minimum_cosine: float,
+                              bidirectional: bool = False) -> ComparisonReport:
+    """Load `directory` with Transformers' Auto class for its architecture and compare mean token vectors with ours.
+
+    Args:
+        directory: the export.
+        rows: token ids of each text.
+        texts: what they stand for, for messages.
+        our_vectors: [texts, hidden_size], mean of the last layer's tokens, of the trained model.
+        minimum_cosine: of every single text.
+        bidirectional: a decoder whose tokens attend to the whole text.
+    Raises:
+        CheckpointError: the library cannot load the directory or misses one of its tensors, or a cosine is lower.
+    """
+    try:
+        model = _load_model(directory)
+        vectors = torch.stack([mean_of_tokens(model, ids, bidirectional) for ids in rows])
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{directory}: Transformers cannot use it ({first_line(error)}); "
+                              "the export must not be used") from error
+    return _compare(directory, "Transformers", texts, vectors, our_vectors, minimum_cosine)
+
+
+def _compare(directory: str | Path, library: str, texts: Sequence[str], theirs: Tensor, ours: Tensor,
+             minimum_cosine: float) -> ComparisonReport:
+    """The report on two [texts, dim] tensors, or a CheckpointError."""
+    theirs, ours = theirs.double(), ours.detach().cpu().double()
+    if theirs.shape != ours.shape:
+        raise CheckpointError(f"{directory}: {library} gives vectors of shape {list(theirs.shape)}, "
+                              f"the trained model {list(ours.shape)}; the export must not be used")
+    cosine = torch.nn.functional.cosine_similarity(theirs, ours, dim=1)
+    worst = int(torch.nan_to_num(cosine, nan=-2.0).argmin())
+    if not cosine[worst] >= minimum_cosine:
+        raise CheckpointError(f"{directory}: {library}' vector of text {worst} ({texts[worst][:40]!r}) has "
+                              f"cosine {cosine[worst]:.6f} to the trained model's, below {minimum_cosine}; "
+                              "the export must not be used")
+    # The cosine does not see lengths: vectors that were not normalized, or that were and should not be.
+    lengths = theirs.norm(dim=1) / ours.norm(dim=1)
+    odd = int((lengths - 1).abs().argmax())
+    if not abs(lengths[odd] - 1) <= math.sqrt(2 - 2 * minimum_cosine):
+        raise CheckpointError(f"{directory}: {library}' vector of text {odd} ({texts[odd][:40]!r}) is "
+                              f"{lengths[odd]:.6f} times as long as the trained model's; the export must not be used")
+    return ComparisonReport(library=library, texts=len(texts), minimum_cosine=float(cosine.min()),
+                            mean_cosine=float(cosine.mean()), max_difference=float((theirs - ours).abs().max()))
+
+
+def _load_model(directory: Path) -> Any:
+    """The export in Transformers, in its own dtype; every tensor of the backbone must have come from its files."""
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForPreTraining,
+        AutoModelForSequenceClassification,
+    )
+
+    classes = {"ForCausalLM": AutoModelForCausalLM, "ForMaskedLM": AutoModelForMaskedLM,
+               "ForPreTraining": AutoModelForPreTraining,
+               "ForSequenceClassification": AutoModelForSequenceClassification}
+    architecture = (read_json(directory / "config.json").get("architectures") or [""])[0]
+    auto = next((cls for end, cls in classes.items() if architecture.endswith(end)), AutoModel)
+    with without_bars():
+        model, info = auto.from_pretrained(str(directory), local_files_only=True, dtype="auto",
+                                           output_loading_info=True)
+    family = rules_for(model_shape(directory).family)
+    names = [*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    wrong = [name for name in sorted(names)
+             if not family.is_carried(family.full_name(name, prefixed=name.startswith(family.prefix)))]
+    if wrong:
+        raise CheckpointError(f"{directory}: Transformers' {auto.__name__} does not find, or does not know, {wrong[0]} "
+                              f"({len(wrong)} such); the export must not be used")
+    return model.eval()
+
+
+def mean_of_tokens(model: Any, ids: Sequence[int], bidirectional: bool) -> Tensor:
+    """[hidden_size] float32: the mean over the tokens of one text, computed alone."""
+    mask = torch.ones(1, len(ids), dtype=torch.int64)
+    if bidirectional:
+        # A mask of four dimensions is taken as it is, zero where a token may look: no option turns off causality.
+        mask = torch.zeros(1, 1, len(ids), len(ids), dtype=model.dtype)
+    with torch.inference_mode():
+        hidden = model.base_model(input_ids=torch.tensor([list(ids)]), attention_mask=mask).last_hidden_state
+    return torch.as_tensor(hidden[0].float().mean(0))
+
+
+def weight_bytes(directory: Path) -> int:
+    """Size of the safetensors files of a directory."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def available_memory() -> int:
+    """Bytes of memory that a process could take now without swapping."""
+    import psutil  # type: ignore[import-untyped]
+
+    return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Transformers' progress bars are off meanwhile."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_sentence_transformer(directory: Path, dtype: str) -> Any:
+    """The export in the stock library, on the CPU."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": dtype})
+
+
+@contextmanager
+def _using(directory: Path) -> Iterator[None]:
+    """Without progress bars; whatever Sentence Transformers raises about the directory is a CheckpointError."""
+    try:
+        with without_bars():
+            yield
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        raise CheckpointError(f"{directory}: Sentence Transformers cannot use it ({first_line(error)}); "
+                              "the export must not be used") from error

@@ -1,0 +1,306 @@
+"""Opening a model for any command: a Hugging Face directory or one of our checkpoints -> this rank's chunks, loaded."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_embed.checkpoint.state import load_model
+from megatron_embed.config.load import config_of_overrides
+from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
+from megatron_embed.convert.adapters import parts_by_linear, resolve_modules
+from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
+from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
+from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
+from megatron_embed.convert.tables.lookup import rules_for
+from megatron_embed.convert.to_hf import check_sizes
+from megatron_embed.data.tokenizer import Role, RoleTokenizer, TextFormat
+from megatron_embed.data.vocabulary import has_tokenizer_files
+from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.models.adapters import Adapters, AdapterSettings, is_adapter
+from megatron_embed.models.backbone import check_divisible
+from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model, padded_vocabulary
+from megatron_embed.models.families import ModelShape, model_shape
+from megatron_embed.models.file_checks import check_files, check_tokenizer_names
+from megatron_embed.models.heads import HeadSpec, head_pooling
+from megatron_embed.models.precision import with_settled_dtype
+from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
+from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_modules, read_saved_settings
+from megatron_embed.names import Pooling
+from megatron_embed.parallel.topology import Topology, check_world_size, initialize
+from megatron_embed.parallel.watching import Start
+from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
+from megatron_embed.platform.launcher import launched_rank
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDirectory:
+    """A model as it lies on disk."""
+
+    path: Path
+    """As given, or where the hub's files were put."""
+    checkpoint: Path | None
+    """Our checkpoint, or null for a Hugging Face directory."""
+    hf: Path
+    """config.json, tokenizer and Sentence Transformers files."""
+    shape: ModelShape
+    saved: SavedSettings
+    reranker: RerankerSettings | None
+    """Null: the directory does not say how it is asked as a reranker."""
+    max_lengths: dict[str, int]
+    """Tokens by role, of a training checkpoint; empty otherwise."""
+    name: str
+    """Of the model without adapters, for others to find it: its whole path, or the hub's name."""
+    adapters: AdapterSettings | None = None
+    """Of a PEFT directory, or a checkpoint that holds some."""
+    peft: Path | None = None
+    """The PEFT directory; `path` is then its base model's."""
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer lies: an adapter may have its own."""
+        return self.peft if self.peft is not None and has_tokenizer_files(self.peft) else self.hf
+
+    @property
+    def text_format(self) -> TextFormat:
+        """How its texts become token ids, beside the tokenizer."""
+        saved, chat = self.saved, self.saved.chat
+        return TextFormat(lower_case=saved.lower_case, truncation_side=saved.truncation_side,
+                          chat_content=None if chat is None else chat.content,
+                          chat_variables={} if chat is None else chat.variables)
+
+    @property
+    def read_from(self) -> tuple[Path, ...]:
+        """Every directory whose files decide what the model computes."""
+        base = self.checkpoint or self.path
+        return (base,) if self.peft is None else (base, self.peft)
+
+    def pooling(self, wanted: Pooling | None) -> Pooling:
+        """What was asked for, else what the directory says, else mean of an encoder and lasttoken of a decoder."""
+        return wanted or self.saved.pooling or default_pooling(self.shape)
+
+
+def local_directory(path: str) -> Path:
+    """The directory itself, or a hub model's files in the local cache, fetched if need be. Raises CheckpointError."""
+    folder = Path(os.path.expanduser(path))
+    if path and folder.is_dir():
+        return folder
+    if folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        what = "a file" if path and folder.exists() else "no such directory"
+        raise CheckpointError(f"{what}; give a model directory or a hub name such as Qwen/Qwen3-Embedding-0.6B")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            path, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.pt"]))
+    except Exception as error:
+        # The hub client raises its own, requests' and OS errors alike; to the user all mean: not here and not fetched.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"no such directory, and as a hub name it could not be fetched ({reason}); correct the "
+                              "path, or check the name and the network") from error
+
+
+def find_model(path: str, key: str = "model.path") -> ModelDirectory:
+    """Reads what a model directory says, without touching its weights. No communication.
+
+    Raises:
+        CheckpointError: beginning with `key`, the setting or option that names the directory.
+    """
+    with blaming(key, path):
+        folder = local_directory(path)
+        check_files(folder)
+        if is_peft_directory(folder) and not is_checkpoint(folder):
+            return _find_adapted(folder)
+        opened = open_checkpoint(folder) if is_checkpoint(folder) else None
+        hf = folder if opened is None else opened.hf
+        check_tokenizer_names(hf)
+        read_modules(hf)  # first: a transformer in a folder of its own leaves no config.json here
+        return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf,
+                              shape=model_shape(hf), saved=read_saved_settings(hf), reranker=read_reranker_settings(hf),
+                              max_lengths={} if opened is None else opened.info.max_lengths,
+                              name=str(folder.resolve()) if os.path.isdir(os.path.expanduser(path)) else path,
+                              adapters=None if opened is None else opened.info.adapters)
+
+
+def _find_adapted(folder: Path) -> ModelDirectory:
+    """The base model of a PEFT directory, with the adapters; pooling and prompts are the directory's if it has any."""
+    key, named = f"{folder / CONFIG_FILE}: base_model_name_or_path", base_of(folder)
+    # Before it is read, which would never end where an adapter names itself.
+    adapted = os.path.isdir(named) and is_peft_directory(named) and not is_checkpoint(named)
+    base = None if adapted else find_model(named, key)
+    if base is None or base.adapters is not None:
+        raise CheckpointError(f"{key} = {(named if base is None else base.name)!r} has adapters itself; merge them "
+                              "first (convert megatron-to-hf --merge-lora, or PEFT's merge_and_unload)")
+    with PeftAdapter(folder, rules_for(base.shape.family), base.shape) as adapter:
+        settings = dataclasses.replace(adapter.settings, base_model=base.name)
+    own = read_saved_settings(folder, base.hf)
+    if not (folder / "modules.json").is_file():  # it has no more than a tokenizer
+        own = dataclasses.replace(base.saved, adds_eos=own.adds_eos, truncation_side=own.truncation_side)
+    return dataclasses.replace(base, adapters=settings, peft=folder, saved=own,
+                               reranker=read_reranker_settings(folder) or base.reranker)
+
+
+def adapters_of(config: LoraConfig, model: ModelDirectory) -> AdapterSettings | None:
+    """The adapters of a run: new ones as `lora` says, or those that the model has. No communication.
+
+    Raises:
+        ConfigError: the model's are others than `lora` says, `lora` says nothing that has an effect, or it names
+            linear layers that the model does not have.
+    """
+    if config.rank == 0:
+        if model.adapters is None and config.dropout:
+            raise ConfigError(f"lora.dropout = {config.dropout}: does nothing while lora.rank is 0 and model.path "
+                              "holds no adapters; set the rank, or remove this")
+        return model.adapters
+    wanted = AdapterSettings(
+        rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora, base_model=model.name,
+        modules=resolve_modules(rules_for(model.shape.family), config.target_modules, "lora.target_modules"))
+    if model.adapters is not None and dataclasses.replace(model.adapters, base_model=model.name) != wanted:
+        found = model.adapters
+        raise ConfigError(f"lora.rank = {config.rank}: model.path holds adapters of rank {found.rank}, alpha "
+                          f"{found.alpha:g}, on {', '.join(found.modules)}, and `lora` says otherwise; leave lora.rank "
+                          "at 0 to go on with them")
+    return wanted if model.adapters is None else model.adapters
+
+
+@contextlib.contextmanager
+def blaming(key: str, path: str) -> Iterator[None]:
+    """Errors about a model's files begin with the setting or option that names the model."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{key} = {path!r}: {error}") from error
+
+
+def role_lengths(model: ModelDirectory, wanted: int | None, *, by_role: bool) -> dict[Role, int]:
+    """Longest text in tokens: what was asked for, else what the directory says.
+
+    Args:
+        by_role: a training checkpoint knows a length for each role; else the longer one holds for all texts.
+    Raises:
+        ConfigError: `wanted` is longer than the model's positions.
+    """
+    limit = model.shape.longest_text
+    if wanted is not None and wanted > limit:
+        raise ConfigError(f"--max-length {wanted} is longer than the model's {limit} positions; lower it to that or "
+                          "less")
+    if wanted is None and by_role and model.max_lengths:
+        return {"query": model.max_lengths["query"], "document": model.max_lengths["document"]}
+    length = wanted or min(model.saved.max_length or limit, limit)
+    own = model.saved.role_lengths if wanted is None and by_role else {}
+    return {"query": min(own.get("query", length), limit), "document": min(own.get("document", length), limit)}
+
+
+def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topology, head_spec: HeadSpec | None = None,
+                      *, with_head: bool = False) -> list[EmbeddingModel]:
+    """This rank's model chunks with their weights; adapters that the model does not have yet as they are drawn.
+
+    Each rank reads only its own slices of a Hugging Face directory, or its own shards of a checkpoint.
+
+    Args:
+        head_spec: of a reranker.
+        with_head: whether the checkpoint holds the head's weights; else they are left as they are.
+    """
+    _check_sizes(model)
+    model_parallel_cuda_manual_seed(config.training.seed)
+    pooling = model.pooling(config.embedding.pooling) if head_spec is None else head_pooling(model.shape)
+    settings = adapters_of(config.lora, model)
+    adapters = None if settings is None else Adapters(
+        rank=settings.rank, scale=settings.scale, dropout=config.lora.dropout, seed=config.training.seed,
+        parts=parts_by_linear(rules_for(model.shape.family), settings.modules))
+    chunks = build_model(config, model.shape, topology, pooling, head_spec, adapters)
+    if model.checkpoint is not None:
+        load_model(model.checkpoint, chunks, with_head=with_head,
+                   with_adapters=model.adapters is not None and model.peft is None)
+    else:
+        _load_hf_weights(model, chunks, topology)
+    if model.peft is not None:
+        _load_peft_weights(model.peft, model, chunks, topology, with_head=head_spec is not None)
+    return chunks
+
+
+def _check_sizes(model: ModelDirectory) -> None:
+    """The weights have the sizes of config.json, before memory is taken for them. Reads headers alone."""
+    if model.checkpoint is None:
+        HFDirectory(model.hf).close()
+    else:
+        check_sizes(model.checkpoint / "model", rules_for(model.shape.family), model.shape)
+
+
+def _load_hf_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel], topology: Topology) -> None:
+    with HFDirectory(model.hf) as source, torch.no_grad():
+        for chunk in chunks:
+            parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
+                          if not name.startswith("head.") and not is_adapter(name)}
+            shards = hf_weight_shards(source, source.family, names=parameters, tp_rank=topology.tp_rank,
+                                      tp_size=topology.tp_size, etp_rank=topology.groups.expt_tp.rank(),
+                                      etp_size=topology.groups.expt_tp.size(),
+                                      padded_vocab_size=padded_vocabulary(model.shape.vocab_size, topology.tp_size))
+            for name, shard in shards:
+                parameters[name].copy_(shard)
+
+
+def _load_peft_weights(path: Path, model: ModelDirectory, chunks: Sequence[EmbeddingModel],
+                       topology: Topology, *, with_head: bool) -> None:
+    etp = topology.groups.expt_tp
+    with PeftAdapter(path, rules_for(model.shape.family), model.shape) as source, torch.no_grad():
+        if source.head and not with_head:
+            logger.info("%s: %s and %d more tensors belong to a head that embeddings do not use; they are left out",
+                        path, min(source.head), len(source.head) - 1)
+        for chunk in chunks:
+            parameters = {name: parameter for name, parameter in chunk.global_parameters().items() if is_adapter(name)}
+            for name, shard in source.shards(parameters, tp_rank=topology.tp_rank, tp_size=topology.tp_size,
+                                             etp_rank=etp.rank(), etp_size=etp.size()):
+                parameters[name].copy_(shard)
+
+
+def open_encoder(args: argparse.Namespace, *, prompts: bool,
+                 given_prompts: dict[Role, str] | None = None,
+                 start: Start = initialize) -> tuple[TextEncoder, ModelDirectory, Topology]:
+    """The model that `encode`, `evaluate` and `mine` name, ready on all ranks.
+
+    Args:
+        args: --model, --pooling, --max-length, --dtype, --no-normalize and parallel.* overrides; what is not given is
+            what the directory says (dtype: float32 if it says nothing we compute in).
+        prompts: put the directory's prompts before the texts; else every text is a document, and has the directory's
+            default prompt if it names one.
+        given_prompts: in place of the directory's.
+        start: makes the process groups.
+    """
+    model = find_model(args.model, "--model")
+    known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
+    config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
+                                  *args.overrides])
+    normalize = not args.no_normalize and model.saved.normalize is not False
+    embedding = EmbeddingConfig(pooling=model.pooling(args.pooling), normalize=normalize)
+    config = dataclasses.replace(config, embedding=embedding)
+    _, world_size, _ = launched_rank()
+    check_world_size(config.parallel, world_size)
+    check_divisible(model.shape, config.parallel)
+    own = model.saved.prompts if prompts else {"document": model.saved.default_prompt}
+    texts = {**own, **(given_prompts or {})}
+    lengths = role_lengths(model, args.max_length, by_role=prompts)
+    with blaming("--model", args.model):
+        tokenizer = RoleTokenizer(
+            str(model.tokenizer_directory), add_eos=config.embedding.pooling == "lasttoken" and model.saved.adds_eos,
+            text_format=dataclasses.replace(model.text_format, tell_role=prompts), query_prompt=texts.get("query", ""),
+            document_prompt=texts.get("document", ""), query_max_length=lengths["query"],
+            document_max_length=lengths["document"], length_keys=("--max-length", "--max-length"),
+            vocab_size=model.shape.vocab_size)
+        topology = start(config.parallel)
+        config = with_settled_dtype(config)
+        chunks = load_model_chunks(model, config, topology)
+    encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.shape.hidden_size,
+                          kernel=attention_kernel(config),
+                          causal=chunks[0].causal)
+    return encoder, model, topology

@@ -1,0 +1,263 @@
+"""Opening a reranker for any command: settings, prompt, head and weights, and the scorer over all ranks."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from megatron_embed.config.load import config_of_overrides
+from megatron_embed.config.schema import RerankerConfig, RunConfig
+from megatron_embed.convert.checkpoint_directory import open_carried, open_checkpoint
+from megatron_embed.convert.heads import CarriedFile, read_head, score_names
+from megatron_embed.convert.hf_directory import HFDirectory
+from megatron_embed.convert.peft import PeftAdapter
+from megatron_embed.convert.tables.lookup import rules_for
+from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.pair_tokenizer import (
+    QWEN3_RERANKER_INSTRUCTION,
+    QWEN3_RERANKER_TEMPLATE,
+    PairTemplate,
+    PairTokenizer,
+)
+from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.evaluation.score import PairScorer
+from megatron_embed.loading.foreign_reranker import Inherited, inherited
+from megatron_embed.loading.model_directory import ModelDirectory, blaming, find_model, load_model_chunks
+from megatron_embed.models.backbone import check_divisible
+from megatron_embed.models.cross_encoder import is_saved_cross_encoder
+from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel
+from megatron_embed.models.heads import HeadSpec, initialize_head, is_encoder
+from megatron_embed.models.precision import with_settled_dtype
+from megatron_embed.models.reranker_settings import RerankerSettings, head_of_architecture
+from megatron_embed.parallel.topology import Topology, check_world_size, initialize
+from megatron_embed.parallel.watching import Start
+from megatron_embed.platform.launcher import launched_rank
+
+logger = logging.getLogger(__name__)
+
+INHERITED = ("head", "template", "instruction", "true_token", "false_token", "max_length", "activation")
+"""Settings of section `reranker` that null leaves to the model directory."""
+
+
+def reranker_settings(config: RerankerConfig, model: ModelDirectory, *, longest: int,
+                      lengths_are_set: bool = True) -> RerankerSettings:
+    """How a reranker is trained: what the settings ask for; what they leave out is what the directory says, else our
+    defaults. The log says what was taken.
+
+    Args:
+        longest: tokens of a pair where nothing else says; cut to the model's positions.
+        lengths_are_set: the run asks for `longest`, whatever the directory says.
+    Raises:
+        ConfigError: a setting that does not go with the model.
+        CheckpointError: the directory says what is not computed.
+    """
+    encoder, limit = is_encoder(model.shape), model.shape.longest_text
+    _check_settings(config, model)
+    with blaming("model.path", str(model.path)):
+        found = inherited(model, reading=False, own_template=config.template is None)
+    settings = RerankerSettings(
+        head="score" if encoder else "yes_no", template=None if encoder else QWEN3_RERANKER_TEMPLATE,
+        instruction=QWEN3_RERANKER_INSTRUCTION, true_token="yes", false_token="no", activation="sigmoid",
+        max_length=min(limit, longest))
+    says: frozenset[str] = frozenset()
+    if found is not None:
+        says = found.says - ({"max_length"} if lengths_are_set else set())
+        length = min(limit, found.settings.max_length if "max_length" in says else longest)
+        settings = dataclasses.replace(found.settings, max_length=length)
+    asked = dataclasses.asdict(config)
+    given = {name: asked[name] for name in INHERITED if asked[name] is not None}
+    settings = dataclasses.replace(settings, **given)
+    if "template" in given:
+        settings = dataclasses.replace(settings, prompts={}, default_prompt=None)
+    log_taken(settings, says - given.keys(), model)
+    return settings
+
+
+def log_taken(settings: RerankerSettings, taken: frozenset[str], model: ModelDirectory) -> None:
+    """One line of those of the fields that have an effect."""
+    without = {"instruction"} if "{instruction}" not in (settings.template or "") else set()
+    without |= {"true_token", "false_token"} if settings.head == "score" else set()
+    without |= {"prompts"} | ({"default_prompt"} if not settings.prompt else set())
+    without |= set() if settings.lower_case else {"lower_case"}
+    words = [f"{name} = {shortened(value)}" for name, value in dataclasses.asdict(settings).items()
+             if name in taken - without]
+    if words:
+        logger.info("not set, so as %s says: reranker.%s", model.peft or model.path, ", ".join(words))
+
+
+def _check_settings(config: RerankerConfig, model: ModelDirectory) -> None:
+    """Refuses settings that do not go with the model's family or its positions."""
+    encoder, limit = is_encoder(model.shape), model.shape.longest_text
+    if encoder and config.head == "yes_no":
+        raise ConfigError(f"reranker.head = 'yes_no': a {model.shape.family} model has no language-model head to "
+                          "answer with; set it to score")
+    if encoder and config.template is not None:
+        raise ConfigError(f"reranker.template = {config.template[:40]!r}: a {model.shape.family} model reads query and "
+                          "document as a pair of texts, as the stock cross-encoders do; set it to null")
+    if config.max_length is not None and config.max_length > limit:
+        raise ConfigError(f"reranker.max_length = {config.max_length} is longer than the model's {limit} positions; "
+                          "lower it to that or less")
+
+
+def is_reranker(model: ModelDirectory) -> bool:
+    """Whether a directory's files say that it is a reranker and no embedding model."""
+    if model.reranker is not None or is_saved_cross_encoder(model.hf):
+        return True
+    head = head_of_architecture(model.hf)
+    # Embedding models of decoder families are *ForCausalLM by name, too; they say how they pool.
+    return head == "score" or (head == "yes_no" and model.saved.pooling is None)
+
+
+def saved_settings(model: ModelDirectory, key: str = "--model") -> RerankerSettings:
+    """How the reranker of a directory is asked: what it says itself, else what CrossEncoder would do."""
+    return _saved(model, key).settings
+
+
+def _saved(model: ModelDirectory, key: str) -> Inherited:
+    with blaming(key, str(model.path)):
+        found = inherited(model, reading=True)
+    if found is None:
+        raise ConfigError(f"{key} {model.path}: is no reranker: its config.json names neither a "
+                          "*ForSequenceClassification nor a *ForCausalLM, and there is no reranker.json; give a model "
+                          "trained with task: reranker, or a cross-encoder")
+    return found
+
+
+def open_pair_tokenizer(settings: RerankerSettings, model: ModelDirectory, length_key: str = "reranker.max_length", *,
+                        foreign_pad: int | None = None) -> PairTokenizer:
+    """The model's tokenizer with the reranker's prompt and length.
+
+    Args:
+        foreign_pad: of another library's model, which is used as it is: the padding token of config.json; None: that
+            of an export, the tokenizer's.
+    """
+    template, encoder = None, is_encoder(model.shape)
+    if settings.template is not None:
+        template = PairTemplate(text=settings.template, instruction=settings.instruction)
+    tokenizer = PairTokenizer(str(model.hf), template=template, max_length=settings.max_length, length_key=length_key,
+                              vocab_size=model.shape.vocab_size, prompt=settings.prompt, token_types=encoder,
+                              lower_case=settings.lower_case, own_truncation_side=foreign_pad is not None)
+    if settings.head == "score" and not encoder:
+        tokenizer.unread = tokenizer.pad_token_id if foreign_pad is None else foreign_pad
+    return tokenizer
+
+
+def check_last_token(settings: RerankerSettings, tokenizer: PairTokenizer, key: str) -> None:
+    """Raises ConfigError, beginning with `key`, for a template whose last token the tokenizer pads with: the stock
+    class would read the score before it."""
+    if tokenizer.template is None or tokenizer.template.pieces()[-1] == "":
+        return
+    if tokenizer.last_token() == tokenizer.pad_token_id:
+        raise ConfigError(f"{key} = {shortened(settings.template or '')}: its last token is the one that the tokenizer "
+                          "pads with, and the stock class of an export reads the score at the last token that is no "
+                          "padding, which is another one; let the template end otherwise, or give "
+                          "tokenizer_config.json another pad_token")
+
+
+def head_spec(settings: RerankerSettings, tokenizer: PairTokenizer) -> HeadSpec:
+    """The head with its token ids, which must be single tokens."""
+    if settings.head == "score":
+        return HeadSpec(kind="score")
+    true = tokenizer.token_of(settings.true_token, "reranker.true_token")
+    false = tokenizer.token_of(settings.false_token, "reranker.false_token")
+    if true == false:
+        raise ConfigError(f"reranker.false_token = {settings.false_token!r}: is the token of reranker.true_token; the "
+                          "score would always be 0")
+    return HeadSpec(kind="yes_no", true_token_id=true, false_token_id=false)
+
+
+def load_reranker_chunks(model: ModelDirectory, config: RunConfig, topology: Topology,
+                         spec: HeadSpec) -> list[EmbeddingModel]:
+    """This rank's model chunks with their weights, the head on the last one: the checkpoint's or the directory's, new
+    where that has none."""
+    adapted = _head_of_adapter(model, spec)  # on every rank, so that what does not fit is refused by all
+    trained = None if model.checkpoint is None else open_checkpoint(model.checkpoint).info.head
+    if trained is not None and trained != spec.kind:
+        raise ConfigError(f"reranker.head = {spec.kind!r}: {model.path} is a reranker with the head {trained}; set it "
+                          "to that, or begin from the model that it was made of")
+    chunks = load_model_chunks(model, config, topology, spec, with_head=trained is not None)
+    head = chunks[-1].head
+    if head is not None and not spec.is_tied(model.shape):
+        found = adapted if trained is not None else {**_head_of_directory(model, spec), **adapted}
+        parameters = dict(head.named_parameters())
+        with torch.no_grad():
+            for name, tensor in found.items():
+                parameters[name].copy_(tensor)
+        new = [name for name in parameters if name not in found and trained is None]
+        initialize_head(parameters, new, config.training.seed, model.shape.initializer_range)
+        if new:
+            logger.info("%s has no %s: the reranker's head begins with new weights there", model.peft or model.path,
+                        ", ".join(new))
+    return chunks
+
+
+def _head_of_directory(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.Tensor]:
+    """The head's tensors that a model directory has, by our names."""
+    with _carried_tensors(model) as source:
+        return read_head(source, model.shape.family, spec.kind,
+                         spec.token_ids if spec.kind == "yes_no" else None, str(model.path))
+
+
+def _head_of_adapter(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.Tensor]:
+    """The head's tensors that a PEFT directory holds, by our names. Raises CheckpointError for others."""
+    if model.peft is None:
+        return {}
+    names = score_names(model.shape.family) if spec.kind == "score" else {}
+    with PeftAdapter(model.peft, rules_for(model.shape.family), model.shape) as adapter:
+        others = sorted(set(adapter.head) - set(names.values()))
+        if others:
+            raise CheckpointError(f"{model.peft}: holds {others[0]}, which is no part of a reranker with the head "
+                                  f"{spec.kind}; merge the adapter with PEFT's merge_and_unload, or choose the other "
+                                  "reranker.head")
+        return {ours: adapter.read_head(name) for ours, name in names.items() if name in adapter.head}
+
+
+def _carried_tensors(model: ModelDirectory) -> HFDirectory | CarriedFile:
+    """The tensors of a directory that no layer of ours uses; to be closed."""
+    return HFDirectory(model.hf) if model.checkpoint is None else open_carried(open_checkpoint(model.checkpoint))
+
+
+def open_scorer(directory: str, *, key: str = "--model", max_length: int | None = None, dtype: str | None = None,
+                overrides: Sequence[str] = (), topology: Topology | None = None,
+                start: Start = initialize) -> tuple[PairScorer, ModelDirectory, Topology]:
+    """The reranker of a directory, ready on all ranks; what is not given is what the directory says.
+
+    Args:
+        key: the option that names the directory, for messages.
+        overrides: parallel.* settings.
+        topology: of these settings, if another model is open already; else `start` makes the process groups.
+    Raises:
+        UserError: it is no reranker, or cannot be loaded.
+    """
+    model = find_model(directory, key)
+    found = _saved(model, key)
+    settings = found.settings
+    if max_length is not None:
+        limit = model.shape.longest_text
+        if max_length > limit:
+            raise ConfigError(f"--max-length {max_length} is longer than the model's {limit} positions; lower it "
+                              "to that or less")
+        settings = dataclasses.replace(settings, max_length=max_length)
+    known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
+    config = config_of_overrides([f"model.path={json.dumps(directory)}", f"model.dtype={dtype or known}", *overrides])
+    _, world_size, _ = launched_rank()
+    check_world_size(config.parallel, world_size)
+    check_divisible(model.shape, config.parallel)
+    with blaming(key, directory):
+        tokenizer = open_pair_tokenizer(settings, model, "--max-length" if key == "--model" else "its max_length",
+                                        foreign_pad=found.foreign_pad)
+        spec = head_spec(settings, tokenizer)
+        topology = topology or start(config.parallel)
+        config = with_settled_dtype(config)
+        chunks = load_reranker_chunks(model, config, topology, spec)
+    return scorer_of(chunks, chunks, topology, tokenizer, config, settings.activation), model, topology
+
+
+def scorer_of(chunks: list[torch.nn.Module], models: list[EmbeddingModel], topology: Topology,
+              tokenizer: PairTokenizer, config: RunConfig, activation: Literal["sigmoid", "identity"]) -> PairScorer:
+    """The scorer of loaded chunks (`models` are the same, not wrapped by DDP)."""
+    return PairScorer(chunks, topology, tokenizer, pooling=models[0].pooling, kernel=attention_kernel(config),
+                      causal=models[0].causal, activation=activation)

@@ -1,0 +1,47 @@
+"""The status file: exit code and message that a process leaves for the script that started it."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from megatron_embed.platform.launcher import first_on_node, process_rank
+
+logger = logging.getLogger(__name__)
+
+STATUS_FILE_VARIABLE = "MEGATRON_EMBED_STATUS_FILE"
+PREEMPTED = 75
+"""Exit code of a run that was asked to stop and has saved its state (EX_TEMPFAIL): start it again, and it goes on."""
+
+
+def leaves_status() -> bool:
+    """Whether this process leaves the status file of its node: the first rank on it."""
+    return first_on_node()
+
+
+def clear_status() -> None:
+    """Removes what an earlier run left there: a run that is killed must not look like one that ended well."""
+    name = os.environ.get(STATUS_FILE_VARIABLE)
+    if name:
+        try:
+            Path(name).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s = %r: cannot remove an earlier status: %s", STATUS_FILE_VARIABLE, name, error.strerror)
+
+
+def write_status(exit_code: int, message: str) -> None:
+    """Leave exit code and message in the file that MEGATRON_EMBED_STATUS_FILE names, if it names one.
+
+    For launch scripts: torchrun turns every worker's failure into exit code 1.
+    """
+    name = os.environ.get(STATUS_FILE_VARIABLE)
+    if not name:
+        return
+    unfinished = Path(f"{name}.{process_rank()}.tmp")  # nodes may share the directory
+    try:
+        unfinished.unlink(missing_ok=True)
+        with unfinished.open("x", encoding="utf-8") as file:  # x: a link that somebody put there is not followed
+            file.write(json.dumps({"exit_code": exit_code, "message": message}) + "\n")
+        unfinished.replace(name)
+    except OSError as error:
+        logger.warning("%s = %r: cannot write the status: %s", STATUS_FILE_VARIABLE, name, error.strerror)

@@ -1,0 +1,118 @@
+"""What `doctor --config` says of a run's output directories and their disks."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_embed.platform.doctor import Finding
+
+if TYPE_CHECKING:
+    from megatron_embed.config.schema import RunConfig
+    from megatron_embed.models.families import ModelShape
+    from megatron_embed.planning.parameters import Parts
+
+GIB = 2**30
+
+
+def examine_outputs(config: "RunConfig", min_free_gib: int) -> list[Finding]:
+    """Whether each output directory can be written, and whether each of their disks has room for what is to come.
+
+    Args:
+        min_free_gib: what must be free on every disk, however little the run writes.
+    """
+    directories = {"checkpoint.directory": config.checkpoint.directory, "logging.directory": config.logging.directory,
+                   "checkpoint.export_at_end": config.checkpoint.export_at_end}
+    findings, disks = [], dict[int, dict[str, Path]]()
+    for key, directory in directories.items():
+        if directory is None:
+            continue
+        place = Path(directory).resolve().parent if key == "checkpoint.export_at_end" else Path(directory)
+        found = _writable(key, directory, place) if key != "checkpoint.export_at_end" else _export(config, place)
+        findings.append(found)
+        if not found.remedy:
+            disks.setdefault(os.stat(place).st_dev, {})[key] = place
+    wanted = _wanted(config)
+    return findings + [_room(places, wanted, min_free_gib) for places in disks.values()]
+
+
+def _writable(key: str, directory: str, place: Path) -> Finding:
+    """Whether a file can be made in `place`, which is made if it is not there."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        probe = place / f".doctor-{os.uname().nodename}-{os.getpid()}"
+        probe.open("x").close()
+        probe.unlink()
+    except OSError as error:
+        return Finding(name=key, value=directory, remedy=f"{key} = {directory!r}: cannot be written "
+                       f"({error.strerror}); choose a directory that can")
+    return Finding(name=key, value=directory)
+
+
+def _export(config: "RunConfig", place: Path) -> Finding:
+    """Whether the export can be written beside its name, and whether that is free."""
+    key, target = "checkpoint.export_at_end", config.checkpoint.export_at_end or ""
+    if os.path.exists(target) and not (os.path.isdir(target) and not os.listdir(target)) and not _steps_there(config):
+        return Finding(name=key, value=target, remedy=f"{key} = {target!r}: exists already, and the run has no "
+                       "checkpoint yet; remove it or choose another name")
+    return _writable(key, target, place)
+
+
+def _steps_there(config: "RunConfig") -> list[int]:
+    """Steps of the complete checkpoints that the run has."""
+    from megatron_embed.checkpoint.files import step_directories
+
+    return list(step_directories(Path(config.checkpoint.directory or os.devnull)))
+
+
+def _wanted(config: "RunConfig") -> dict[str, tuple[int, str]]:
+    """Bytes that the run is going to write, with their derivation, by setting; empty where the model is not known."""
+    from megatron_embed.planning.disk import checkpoint_bytes, checkpoints_at_once, export_bytes, total_steps
+
+    shape, parts = _trained(config)
+    if shape is None:
+        return {}
+    steps, there = total_steps(config), _steps_there(config)
+    if steps is not None and there and there[-1] >= steps:
+        return {}
+    each, export = checkpoint_bytes(config, shape, parts), export_bytes(config, shape)
+    count = checkpoints_at_once(config)
+    more = max(1, count - len(there))
+    what = f"{count} checkpoints of {_size(each)}" if count > 1 else f"1 checkpoint of {_size(each)}"
+    return {"checkpoint.directory": (more * each, what + (f", {len(there)} of them there" if there else "")),
+            "checkpoint.export_at_end": (export, f"an export of {_size(export)}")}
+
+
+def _trained(config: "RunConfig") -> "tuple[ModelShape | None, Parts | None]":
+    """Shape of the model, and the linear layers whose adapters are trained; no shape where either is not known."""
+    from megatron_embed.planning.advice import adapted_parts
+    from megatron_embed.planning.shapes import has_adapters
+    from megatron_embed.run.input_checks import readable_shape
+
+    shape = readable_shape(config.model.path)
+    if shape is None:
+        return None, None
+    if config.lora.rank == 0 and has_adapters(config.model.path):
+        return None, None  # which are trained on
+    return shape, adapted_parts(config, shape)
+
+
+def _room(places: dict[str, Path], wanted: dict[str, tuple[int, str]], min_free_gib: int) -> Finding:
+    """Whether the disk that these directories lie on has room for what is written to them."""
+    free = min(shutil.disk_usage(place).free for place in places.values())
+    parts = [wanted[key] for key in places if key in wanted]
+    needed, where = sum(size for size, _ in parts), next(iter(places.values()))
+    name, value = "free disk", f"{_size(free)} for {' and '.join(places)}"
+    said = " and ".join(words for _, words in parts)
+    if needed > free:
+        return Finding(name=name, value=value, remedy=f"{where}: the run writes {_size(needed)} ({said}) and "
+                       f"{_size(free)} are free; make room, choose another disk, or lower checkpoint.keep")
+    if free < min_free_gib * GIB:
+        return Finding(name=name, value=value, remedy=f"{where}: less than {min_free_gib} GiB are free; make room, or "
+                       "choose another disk")
+    note = "" if parts else "how much the run writes is not known" if not wanted else ""
+    return Finding(name=name, value=f"{value}; the run writes {_size(needed)}: {said}" if parts else value, note=note)
+
+
+def _size(number: int) -> str:
+    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / 2**20:.0f} MiB"

@@ -1,0 +1,197 @@
+"""What `doctor --config` says of all that a run reads: the model, its tokenizer, data, evaluation sets, packages.
+
+Looks at names and sizes of files only. Every node of a job asks it, so torch and Transformers stay unloaded.
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_embed.data.beir import is_beir_folder, require_split
+from megatron_embed.data.jsonl import ENDINGS, open_jsonl
+from megatron_embed.data.row_source import RowsKind, require_rows
+from megatron_embed.data.vocabulary import has_tokenizer_files
+from megatron_embed.errors import CheckpointError, ConfigError, DataError, UserError
+from megatron_embed.planning.shapes import (
+    ADAPTER_FILE,
+    base_model,
+    checkpoint_at,
+    find_shape,
+    hub_cache,
+    model_files,
+)
+from megatron_embed.platform.doctor import Finding
+
+if TYPE_CHECKING:
+    from megatron_embed.config.data import TrainFile
+    from megatron_embed.config.schema import RunConfig
+    from megatron_embed.models.families import ModelShape
+
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+_FETCHED = "on the hub, not on this machine: fetched when the run starts"
+
+
+def examine_inputs(config: "RunConfig") -> list[Finding]:
+    """Whether everything is there that training reads before its first step."""
+    findings = [_finding("model.path", config.model.path, lambda: _model(config.model.path))]
+    if not findings[0].remedy and (files := model_files(config.model.path)) is not None:
+        findings.append(_finding("tokenizer", str(files), lambda: _tokenizer(files)))
+    if not config.data.train:
+        findings.append(Finding(name="data.train", value="[]", remedy="data.train = []: training needs at least one "
+                                "file of rows; add `train: [FILE.jsonl]` under data"))
+    for key, files_of_rows in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        for file in files_of_rows:
+            findings.append(_finding(key, file.path, lambda file=file, key=key: _rows(file, key)))
+            if (corpus := file.corpus) is not None:
+                findings.append(_finding(f"{key}.corpus", corpus, lambda corpus=corpus, key=key: _note_of(
+                    corpus, require_rows(corpus, f"{key}.corpus"), f"{key}.corpus")))
+    return [*findings, *_evaluation(config), *_packages(config)]
+
+
+def _evaluation(config: "RunConfig") -> Iterator[Finding]:
+    evaluation = config.evaluation
+    for item in evaluation.retrieval:
+        yield _finding("evaluation.retrieval", item.path, lambda path=item.path: _retrieval(path, evaluation.split))
+    for item in evaluation.sts:
+        yield _finding("evaluation.sts", item.path, lambda path=item.path: _readable(path, "evaluation.sts"))
+    for path in evaluation.reranking:
+        yield _finding("evaluation.reranking", path, lambda path=path: _note_of(
+            path, require_rows(path, "evaluation.reranking"), "evaluation.reranking"))
+
+
+def _finding(key: str, value: str, examine: Callable[[], str]) -> Finding:
+    """What `examine` says, a note, or raises, a remedy."""
+    try:
+        return Finding(name=key, value=value, note=examine())
+    except UserError as error:
+        text = str(error)
+        return Finding(name=key, value=value, remedy=text if text.startswith(key) else f"{key} = {value!r}: {text}")
+
+
+def _model(path: str) -> str:
+    """Raises CheckpointError if training could not open the model."""
+    folder = Path(path).expanduser()
+    files, checkpoint = model_files(path), checkpoint_at(path)
+    if not folder.is_dir() and files is None:
+        return _on_the_hub(path)
+    if checkpoint is None and (folder / ADAPTER_FILE).is_file():
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise CheckpointError("no adapter_model.safetensors; save the adapter with safe_serialization=True")
+        base = base_model(folder)
+        try:
+            return _model(base)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder / ADAPTER_FILE}: base_model_name_or_path = {base!r}: {error}") from None
+    if files is None:
+        raise CheckpointError("no config.json, so this is not a model directory; give a Hugging Face or PEFT "
+                              "directory, a checkpoint or a run's directory")
+    find_shape(path)
+    if checkpoint is None:
+        _weights(files)
+    elif not (checkpoint / "model" / ".metadata").is_file():
+        raise CheckpointError(f"{checkpoint}: no model/.metadata, so the checkpoint has no weights; take another one")
+    return ""
+
+
+def readable_shape(path: str) -> "ModelShape | None":
+    """The model's shape, None where it is not known or cannot be read (which `examine_inputs` tells)."""
+    try:
+        return find_shape(path)
+    except CheckpointError:
+        return None
+
+
+def _on_the_hub(name: str) -> str:
+    """Raises CheckpointError where a name that is not a directory here cannot be fetched either."""
+    if Path(name).expanduser().exists():
+        raise CheckpointError("a file; give a model directory or a hub name such as Qwen/Qwen3-Embedding-0.6B")
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1 or os.path.isdir(name.partition("/")[0]):
+        raise CheckpointError("no such directory; give a model directory or a hub name such as "
+                              "Qwen/Qwen3-Embedding-0.6B")
+    if _offline():
+        raise CheckpointError(f"no such directory, and as a hub name it is not in the cache {str(hub_cache())!r}, and "
+                              f"{_offline()} forbids to fetch it; fetch it before, or give a directory")
+    return _FETCHED
+
+
+def _offline() -> str:
+    """The variable that keeps the hub's client off the network; empty where none does."""
+    return next((name for name in _OFFLINE if os.environ.get(name, "").lower() in ("1", "on", "yes", "true")), "")
+
+
+def _weights(folder: Path) -> None:
+    """Raises CheckpointError if a safetensors file of the model is missing."""
+    if (folder / "model.safetensors").is_file():
+        return
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{folder}: no model.safetensors and no {index.name}; fetch the weights, as safetensors")
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in shards if not (folder / name).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not readable ({error!r}); fetch it again") from None
+    if missing:
+        raise CheckpointError(f"{index}: {missing[0]} is missing ({len(missing)} of {len(shards)} files); fetch it "
+                              "into the same directory")
+
+
+def _tokenizer(folder: Path) -> str:
+    if not has_tokenizer_files(folder):
+        raise CheckpointError("no tokenizer files; copy tokenizer.json and tokenizer_config.json of the model into it")
+    return ""
+
+
+def _rows(file: "TrainFile", key: str) -> str:
+    """Raises ConfigError or DataError if an entry of `data.train` names nothing that can be opened."""
+    if is_beir_folder(file.path):
+        require_split(Path(file.path), "train")
+        return ""
+    return _note_of(file.path, require_rows(file.path, key, streaming=file.streaming), key)
+
+
+def _note_of(path: str, kind: RowsKind, key: str) -> str:
+    if kind != "hub":
+        return ""
+    name = path.partition(":")[0]
+    if os.path.isdir(name.partition("/")[0]):
+        raise ConfigError(f"{key} = {path!r}: no such file or directory; the current directory is {os.getcwd()!r}")
+    return _FETCHED
+
+
+def _readable(path: str, key: str) -> str:
+    open_jsonl(path, key).close()
+    return ""
+
+
+def _retrieval(path: str, split: str) -> str:
+    if not is_beir_folder(path):
+        raise DataError("no corpus.jsonl and queries.jsonl; a BEIR folder holds these and qrels/SPLIT.tsv")
+    require_split(Path(path), split)
+    return ""
+
+
+def _packages(config: "RunConfig") -> Iterator[Finding]:
+    """Packages that this configuration needs beside those that every run does, and that are missing."""
+    paths = [file.path for file in config.data.files]
+    needed = {
+        "wandb": ("logging.wandb = True", config.logging.wandb, "pip install wandb, or set it to false"),
+        "transformer_engine": (
+            "model.attention = 'te'" if config.model.attention == "te" else "optimizer.precision_aware = True",
+            config.model.attention == "te" or config.optimizer.precision_aware, "pip install 'megatron_embed[gpu]'"),
+        "datasets": ("data.train", any(not (path.endswith(ENDINGS) or is_beir_folder(path)) for path in paths),
+                     "pip install datasets"),
+        "pyarrow": ("data.train", any(path.endswith(".zst") for path in paths), "pip install pyarrow"),
+        "tensorboard": ("logging.tensorboard = True", config.logging.tensorboard, "pip install tensorboard"),
+        "pytrec_eval": ("evaluation", bool(config.evaluation.retrieval or config.evaluation.reranking),
+                        "pip install pytrec-eval-terrier"),
+        "scipy": ("evaluation.sts", bool(config.evaluation.sts), "pip install scipy"),
+        "sentence_transformers": ("checkpoint.export_at_end", config.checkpoint.export_at_end is not None,
+                                  "pip install sentence-transformers"),
+    }
+    for package, (key, is_needed, remedy) in needed.items():
+        if is_needed and importlib.util.find_spec(package) is None:
+            yield Finding(name=package, value="not installed", remedy=f"{key} needs the package {package}: {remedy}")
