@@ -83,9 +83,9 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
         if args.command in OF_ONE_PROCESS:
             refuse_several_ranks(args.command)
         if args.command in OF_MANY_RANKS and several:
-            from megatron_embed.parallel.rendezvous import open_meeting
+            from megatron_embed.parallel.rendezvous import open_rendezvous
 
-            meeting = open_meeting()
+            meeting = open_rendezvous()
             if meeting is not None:
                 stop.add_farewell(meeting.leave)
         return COMMANDS[args.command].run(args), ""

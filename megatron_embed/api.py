@@ -44,7 +44,7 @@ class Embedder:
             show_progress: a bar, if stderr is a terminal.
         Raises:
             ConfigError: another role, or something that is no text.
-            TokenlessTextError: a text without tokens.
+            EmptyTextError: a text without tokens.
             UserError: a vector that is not finite.
         """
         if role not in ("query", "document"):

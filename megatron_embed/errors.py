@@ -17,7 +17,7 @@ class CheckpointError(UserError, RuntimeError):
     """A model directory or checkpoint that cannot be read, written or converted."""
 
 
-class TokenlessTextError(UserError, ValueError):
+class EmptyTextError(UserError, ValueError):
     """A text that the tokenizer turns into nothing; whoever knows where the text came from says that instead."""
 
     def __init__(self, row: int, place: str, text: str) -> None:
@@ -26,7 +26,7 @@ class TokenlessTextError(UserError, ValueError):
         super().__init__(f"{place}: the text {text[:40]!r} has no tokens in this tokenizer; remove it, or choose a "
                          "pooling that adds an EOS (lasttoken)")
 
-    def __reduce__(self) -> tuple[type["TokenlessTextError"], tuple[int, str, str]]:
+    def __reduce__(self) -> tuple[type["EmptyTextError"], tuple[int, str, str]]:
         """For the way to another rank."""
         return type(self), (self.row, self.place, self.text)
 

@@ -13,7 +13,7 @@ from megatron_embed.checkpoint.files import BEST, remove_old, sync_directory, wr
 from megatron_embed.checkpoint.save import on_rank_0
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError, ConfigError
-from megatron_embed.parallel.collectives import share_from_first
+from megatron_embed.parallel.collectives import broadcast_from_rank0
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class BestCheckpoint:
         if self._metric not in metrics:
             raise ConfigError(f"evaluation.best_metric = {self._metric!r}: nothing contributed to it in the evaluation "
                               f"after {step} steps; choose one of {', '.join(metrics)}")
-        value = float(share_from_first(repr(float(metrics[self._metric]))))
+        value = float(broadcast_from_rank0(repr(float(metrics[self._metric]))))
         better = value * self._sign > self._value * self._sign
         if better:
             self._step, self._value, self._pending = step, value, True

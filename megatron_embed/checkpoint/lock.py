@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_embed.errors import ConfigError, UserError
-from megatron_embed.parallel.collectives import raise_first
+from megatron_embed.parallel.collectives import raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ _LONGEST_NOTE = 500
 
 
 @contextlib.contextmanager
-def sole_writer(key: str, directory: str) -> Iterator[None]:
+def directory_lock(key: str, directory: str) -> Iterator[None]:
     """Rank 0 holds DIRECTORY/.lock meanwhile. Called by all ranks; one all-gather over the world.
 
     `key` names the directory in messages, e.g. "checkpoint.directory".
@@ -40,7 +40,7 @@ def sole_writer(key: str, directory: str) -> Iterator[None]:
         except UserError as found:
             error = found
     try:
-        raise_first(error)
+        raise_on_all_ranks(error)
         yield
     finally:
         if file is not None:

@@ -23,7 +23,7 @@ from megatron_embed.checkpoint.files import (
 from megatron_embed.checkpoint.optimizer_state import SHARDING, optimizer_to_save
 from megatron_embed.checkpoint.state import TRAINER_FILE, TrainingState, model_state, trainer_text
 from megatron_embed.errors import CheckpointError, UserError
-from megatron_embed.parallel.collectives import raise_first, smallest
+from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
 from megatron_embed.platform.compat import ASYNC_SAVE, dist_checkpointing, write_common_file
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def on_rank_0(action: Callable[..., object], target: Path, **options: object) ->
             error = found
         except OSError as found:
             error = not_written(target, found.strerror or str(found))
-    raise_first(error)
+    raise_on_all_ranks(error)
 
 
 def not_written(target: Path, reason: str) -> CheckpointError:

@@ -18,7 +18,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import is_adapter
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.models.file_checks import check_files
-from megatron_embed.parallel.collectives import raise_first
+from megatron_embed.parallel.collectives import raise_on_all_ranks
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, dist_checkpointing
 
 install()
@@ -133,7 +133,7 @@ def _agreed(load: Callable[[], Found]) -> Found:
         found = load()
     except CheckpointError as caught:
         error = caught
-    raise_first(error)
+    raise_on_all_ranks(error)
     return cast(Found, found)
 
 

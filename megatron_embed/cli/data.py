@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     roles: tuple[Role, ...] = ("query", "document")
     lengths = {role: config.data.max_length(role) for role in roles}
     found = check_records(records, num_negatives=
-                          config.data.num_negatives if _is_config(args) and not config.data.draws_documents else None,
+                          config.data.num_negatives if _is_config(args) and not config.data.samples_documents else None,
                           num_positives=config.data.num_positives, tokenizer=tokenizer, max_lengths=lengths)
     write_output(json.dumps(found, ensure_ascii=False) if args.json else "\n".join(map(describe, found)))
     return 0

@@ -13,7 +13,7 @@ from megatron_embed.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
-    from megatron_embed.platform.doctor import Finding
+    from megatron_embed.platform.doctor import Check
 
 HELP = "versions and backends of this machine, what is missing and how to get it; with --config: can a run start here"
 
@@ -46,13 +46,13 @@ def ranks_of_node(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was found; 0 if training can run here, else 1."""
-    from megatron_embed.platform.doctor import examine, report
+    from megatron_embed.platform.doctor import report, run_checks
 
     if args.config is None:
         given = args.overrides[0] if args.overrides else args.subdirectory and f"--subdirectory {args.subdirectory}"
         if given:
             raise UserError(f"{given} is a setting of a configuration; name one with --config")
-        findings = examine()
+        findings = run_checks()
     else:
         from megatron_embed.config.load import load_config
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(finding.remedy for finding in findings) else 0
 
 
-def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Finding]":
+def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Check]":
     """Whether this run can start here. Quick: every node of a job asks it, and no library is loaded if all is well."""
     from megatron_embed.run.disk_check import examine_outputs
     from megatron_embed.run.input_checks import examine_inputs
@@ -83,10 +83,10 @@ def _with_local_dtype(config: "RunConfig") -> "RunConfig":
         config, model=dataclasses.replace(config.model, dtype="bfloat16" if has_bf16 else "float32"))
 
 
-def _layout(config: "RunConfig", ranks: int) -> "Finding":
+def _layout(config: "RunConfig", ranks: int) -> "Check":
     from megatron_embed.planning.layouts import check_possible, describe
     from megatron_embed.planning.memory import grid_of
-    from megatron_embed.platform.doctor import Finding
+    from megatron_embed.platform.doctor import Check
     from megatron_embed.run.input_checks import readable_shape
 
     shape = readable_shape(config.model.path)
@@ -103,32 +103,32 @@ def _layout(config: "RunConfig", ranks: int) -> "Finding":
             explain_impossible(config, shape, ranks, documents=1)
         except ConfigError as better:
             error = better
-        return Finding(name="layout", value=f"does not fit {ranks} ranks", remedy=str(error))
-    return Finding(name="layout", value=f"{ranks} ranks, {describe(config.parallel)}; {grid_of(config, ranks).dp} of "
+        return Check(name="layout", value=f"does not fit {ranks} ranks", remedy=str(error))
+    return Check(name="layout", value=f"{ranks} ranks, {describe(config.parallel)}; {grid_of(config, ranks).dp} of "
                    "them data-parallel", note="" if shape else "the model is not here: not compared with its shape")
 
 
-def _devices(config: "RunConfig", ranks_per_node: int) -> "Finding":
-    from megatron_embed.platform.doctor import Finding
+def _devices(config: "RunConfig", ranks_per_node: int) -> "Check":
+    from megatron_embed.platform.doctor import Check
 
     there, promised = visible_gpus(), int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     if there and "SLURM_GPUS_PER_TASK" in os.environ:  # this task sees its own alone, as every other one
-        return Finding(name="devices", value=f"{there} GPUs for each rank (--gpus-per-task)")
+        return Check(name="devices", value=f"{there} GPUs for each rank (--gpus-per-task)")
     value = f"{there} GPUs for {ranks_per_node} ranks on this node"
     if there and there < ranks_per_node:
-        return Finding(name="devices", value=value, remedy=f"start {there} ranks per node, one per GPU, or ask for "
+        return Check(name="devices", value=value, remedy=f"start {there} ranks per node, one per GPU, or ask for "
                        f"{ranks_per_node} GPUs")
     if promised > there:
-        return Finding(name="devices", value=value, remedy=f"Slurm gave this node {promised} GPUs and the driver lists "
+        return Check(name="devices", value=value, remedy=f"Slurm gave this node {promised} GPUs and the driver lists "
                        f"{there}: look at nvidia-smi")
     asks = {"model.attention": config.model.attention in ("flash", "te"),
             "optimizer.cpu_offload": config.optimizer.cpu_offload,
             "optimizer.precision_aware": config.optimizer.precision_aware}
     if not there and any(asks.values()):
         keys = " and ".join(key for key, asked in asks.items() if asked)
-        return Finding(name="devices", value=value, remedy=f"{keys} needs GPUs: start where there "
+        return Check(name="devices", value=value, remedy=f"{keys} needs GPUs: start where there "
                        "are some, or leave it out")
-    return Finding(name="devices", value=value, note="" if there else "CPU ranks")
+    return Check(name="devices", value=value, note="" if there else "CPU ranks")
 
 
 def visible_gpus() -> int:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path
 from megatron_embed.cli.prompts import add_prompt_arguments, given_prompts
-from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
+from megatron_embed.errors import ConfigError, EmptyTextError, UserError
 from megatron_embed.parallel.watching import ranks_watched
-from megatron_embed.platform.atomic_file import write_whole
+from megatron_embed.platform.atomic_file import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,16 +39,16 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--output {args.output}: must be a .npy file, itself no directory, in a directory that "
                           "exists and can be written")
     from megatron_embed.loading.model_directory import open_encoder
-    from megatron_embed.parallel.collectives import raise_first
+    from megatron_embed.parallel.collectives import raise_on_all_ranks
 
     prompts = given_prompts(args, () if args.role is None else (args.role,))
     with ranks_watched() as start:
         encoder, _, topology = open_encoder(args, prompts=args.role is not None, given_prompts=prompts, start=start)
         try:
             vectors = encoder.encode(texts, args.role or "document", show_progress=topology.rank == 0)
-        except TokenlessTextError as error:
-            raise TokenlessTextError(error.row, place_of_text(args.input, error.row), error.text) from None
-        raise_first(write_vectors(args.output, vectors) if topology.rank == 0 else None)
+        except EmptyTextError as error:
+            raise EmptyTextError(error.row, place_of_text(args.input, error.row), error.text) from None
+        raise_on_all_ranks(write_vectors(args.output, vectors) if topology.rank == 0 else None)
     return 0
 
 
@@ -56,4 +56,4 @@ def write_vectors(output: str, vectors: "Tensor") -> UserError | None:
     """Writes [texts, dim] as a .npy file, whole or not at all; gives the error if it cannot."""
     import numpy as np
 
-    return write_whole("--output", output, lambda file: np.save(file, vectors.numpy()), binary=True)
+    return write_atomic("--output", output, lambda file: np.save(file, vectors.numpy()), binary=True)

@@ -10,7 +10,7 @@ from megatron_embed.cli.common import add_encoding_arguments, add_model_argument
 from megatron_embed.cli.prompts import add_prompt_arguments, given_prompts, refuse_prompts
 from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.parallel.watching import Start, ranks_watched
-from megatron_embed.platform.atomic_file import check_jsonl, write_whole
+from megatron_embed.platform.atomic_file import check_jsonl, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -109,7 +109,7 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
 
     from megatron_embed.evaluation.retrieval import Widths, evaluate_queries, mean_metrics
     from megatron_embed.loading.model_directory import open_encoder
-    from megatron_embed.parallel.collectives import raise_first
+    from megatron_embed.parallel.collectives import raise_on_all_ranks
 
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
     widths = Widths(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100)
@@ -119,7 +119,7 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     per_query = evaluate_queries(encode, data, similarity=model.saved.similarity, widths=widths,
                                  second_stage=second_stage, group=dist.group.WORLD, device=topology.device)
     if args.per_query is not None:
-        raise_first(write_queries(args.per_query, per_query) if topology.rank == 0 else None)
+        raise_on_all_ranks(write_queries(args.per_query, per_query) if topology.rank == 0 else None)
     return mean_metrics(per_query), topology.rank
 
 
@@ -129,7 +129,7 @@ def write_queries(output: str, per_query: "Mapping[str, Mapping[str, float]]") -
         for query, metrics in per_query.items():
             file.write(json.dumps({"query": query, **metrics}, ensure_ascii=False) + "\n")
 
-    return write_whole("--per-query", output, write)
+    return write_atomic("--per-query", output, write)
 
 
 def open_second_stage(args: argparse.Namespace, queries: "Sequence[str]", topology: "Topology") -> "SecondStage":

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_encoding_arguments, path
 from megatron_embed.cli.prompts import add_prompt_arguments
-from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
+from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
 from megatron_embed.parallel.watching import Start, ranks_watched
-from megatron_embed.platform.atomic_file import check_jsonl, write_whole
+from megatron_embed.platform.atomic_file import check_jsonl, write_atomic
 from megatron_embed.platform.launcher import process_rank
 
 if TYPE_CHECKING:
@@ -131,11 +131,11 @@ def mine_by_words(args: argparse.Namespace, records: "Sequence[Record]", task: "
         if error is not None:
             raise error
         return
-    from megatron_embed.parallel.collectives import raise_first
+    from megatron_embed.parallel.collectives import raise_on_all_ranks
 
     scorer, topology = open_judge(args, records, task, start)
     mined = judged(scorer, mine_bm25(task, options, show_progress=topology.rank == 0), records, task, options)
-    raise_first(write_rows_whole(args.output, records, task, mined, options) if topology.rank == 0 else None)
+    raise_on_all_ranks(write_rows_whole(args.output, records, task, mined, options) if topology.rank == 0 else None)
 
 
 def open_judge(args: argparse.Namespace, records: "Sequence[Record]", task: "MiningTask",
@@ -168,7 +168,7 @@ def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task:
 
     from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.mining.dense import mine_vectors
-    from megatron_embed.parallel.collectives import raise_first
+    from megatron_embed.parallel.collectives import raise_on_all_ranks
 
     # Queries carry their prompts already.
     given: dict[Role, str] = {"query": ""}
@@ -186,27 +186,27 @@ def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task:
         mined = mine_vectors(queries, documents, task.positives, options, excluded=task.excluded,
                              group=dist.group.WORLD, num_documents=len(task.documents),
                              show_progress=topology.rank == 0)
-    except TokenlessTextError as error:
+    except EmptyTextError as error:
         place = place_of(role, error.row, records, task, args.corpus)
-        raise TokenlessTextError(error.row, place, error.text) from None
+        raise EmptyTextError(error.row, place, error.text) from None
     if scorer is not None:
         assert mined is not None, "all ranks have the candidates"
         mined = judged(scorer, mined, records, task, options)
     own = None if topology.rank else mined
-    raise_first(None if own is None else write_rows_whole(args.output, records, task, own, options))
+    raise_on_all_ranks(None if own is None else write_rows_whole(args.output, records, task, own, options))
 
 
 def vector_source(args: argparse.Namespace, encoder: "TextEncoder", model: "ModelDirectory") -> "VectorSource":
     """The encoder, behind the cache if one was named. Called by all ranks."""
     from megatron_embed import __version__
     from megatron_embed.mining.cache import VectorCache, VectorSource, model_digest
-    from megatron_embed.parallel.collectives import share_from_first
+    from megatron_embed.parallel.collectives import broadcast_from_rank0
 
     if args.cache is None:
         return VectorSource(encoder, None, "", {})
     rank = encoder.topology.rank
     cache = VectorCache(args.cache, rank=rank)
-    digest = share_from_first(model_digest(model.read_from) if rank == 0 else "")
+    digest = broadcast_from_rank0(model_digest(model.read_from) if rank == 0 else "")
     # What was not given is what the directories say, and the digest is of all that they say.
     # What `auto` is depends on the machine.
     dtype = str(next(encoder.chunks[0].parameters()).dtype) if args.dtype == "auto" else args.dtype
@@ -234,7 +234,7 @@ def write_rows_whole(output: str, records: "Sequence[Record]", task: "MiningTask
     if not any(counts):
         return ConfigError(f"--output {output}: no candidate of any row passes the filters; loosen the score bounds "
                            "and margins, lower --range-min, or give a larger --corpus")
-    error = write_whole("--output", output, lambda file: write_rows(file, records, task, mined))
+    error = write_atomic("--output", output, lambda file: write_rows(file, records, task, mined))
     if error is not None:
         return error
     logger.info("%s: %d rows, %d negatives from %d documents; %d rows have fewer than %d, %d of them none", output,

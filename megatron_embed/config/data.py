@@ -106,7 +106,7 @@ class DataConfig:
         return all(file.in_batch_negatives for file in self.files)
 
     @property
-    def draws_documents(self) -> bool:
+    def samples_documents(self) -> bool:
         """Whether an embedding model's steps draw: any document of a row may then come."""
         return self.document_sampling == "random"
 

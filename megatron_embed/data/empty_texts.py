@@ -6,7 +6,7 @@ from typing import TypeVar
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.records import documents_in_use
 from megatron_embed.data.tokenizer import Role, RoleTokenizer
-from megatron_embed.errors import TokenlessTextError
+from megatron_embed.errors import EmptyTextError
 
 Label = TypeVar("Label")
 
@@ -15,7 +15,7 @@ _UNKNOWN = "\ue000"
 _AT_ONCE = 1024
 
 
-def first_tokenless(texts: Iterable[tuple[Label, str]], role: Role, tokenizer: RoleTokenizer,
+def first_empty_text(texts: Iterable[tuple[Label, str]], role: Role, tokenizer: RoleTokenizer,
                     prompt: str | None = None) -> tuple[Label, str] | None:
     """The first labelled text that has no tokens, null if all have some.
 
@@ -44,9 +44,9 @@ def _first_empty(texts: list[tuple[Label, str]], role: Role, tokenizer: RoleToke
     return next((item for item, ids in zip(texts, rows, strict=True) if not ids), None)
 
 
-def refuse_tokenless_rows(records: RecordSet, tokenizer: RoleTokenizer, num_negatives: int,
+def refuse_empty_rows(records: RecordSet, tokenizer: RoleTokenizer, num_negatives: int,
                           num_positives: int = 1) -> None:
-    """Raises TokenlessTextError, beginning `FILE:LINE: `, if a text that training uses has no tokens.
+    """Raises EmptyTextError, beginning `FILE:LINE: `, if a text that training uses has no tokens.
 
     No communication. Reads every row where the tokenizer may give no tokens.
     """
@@ -57,6 +57,6 @@ def refuse_tokenless_rows(records: RecordSet, tokenizer: RoleTokenizer, num_nega
         roles: tuple[tuple[Role, Iterable[tuple[int, str]], str | None], ...] = (
             ("query", queries, file.file.query_prompt), ("document", documents, file.file.document_prompt))
         for role, texts, prompt in roles:
-            if (found := first_tokenless(texts, role, tokenizer, prompt)) is not None:
+            if (found := first_empty_text(texts, role, tokenizer, prompt)) is not None:
                 row, text = found
-                raise TokenlessTextError(row, file[row].source, text)
+                raise EmptyTextError(row, file[row].source, text)

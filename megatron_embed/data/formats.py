@@ -8,7 +8,7 @@ from megatron_embed.config.data import TrainFile
 from megatron_embed.data import foreign_formats as peers
 from megatron_embed.data.corpus import Corpus
 from megatron_embed.data.jsonl import check_text, shortened
-from megatron_embed.data.records import AnyRecord, Kind, Record, RerankRecord, of_kind
+from megatron_embed.data.records import AnyRecord, Kind, Record, RerankRecord, as_kind
 from megatron_embed.data.row_fields import (
     Row,
     check_keys,
@@ -160,7 +160,7 @@ FORMATS = (
 )
 
 
-def recognise(row: Row, source: str) -> Format:
+def detect_format(row: Row, source: str) -> Format:
     """The format of a file whose first row this is.
 
     Raises:
@@ -199,7 +199,7 @@ class RowReader:
             DataError: beginning with `source`, naming the field, its value and the remedy.
         """
         if self.format is None:
-            self.format = recognise(row, source)
+            self.format = detect_format(row, source)
             self._check_corpus(self.format, source)
         form = self.format
         if not form.has_required(row) and (other := next((other for other in FORMATS if other.fits(row)), None)):
@@ -217,7 +217,7 @@ class RowReader:
         """The record as the objective takes it, with what the entry says of all of its rows."""
         file = self._file
         if self._kind is not None:
-            record = of_kind(record, self._kind)
+            record = as_kind(record, self._kind)
         if file.query_prompt is None and file.document_prompt is None and file.instruction is None:
             return record
         return replace(record, query_prompt=file.query_prompt, document_prompt=file.document_prompt,

@@ -16,9 +16,9 @@ from megatron_embed.config.data import TrainFile
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.mixture import Sampler
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch
-from megatron_embed.data.pair_batches import build_rerank_batch, choose_negatives
+from megatron_embed.data.pair_batches import build_rerank_batch, sample_negatives
 from megatron_embed.data.pair_tokenizer import PairTokenizer
-from megatron_embed.data.records import drawn
+from megatron_embed.data.records import sampled_documents
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import ConfigError, DataError
 
@@ -161,7 +161,8 @@ class BatchLoader(StepLoader[EmbedBatch]):
     def batch_of(self, records: Sequence[Any], rows: Sequence[int], files: Sequence[TrainFile],
                  step: int) -> EmbedBatch:
         if self._seed is not None:
-            records = [drawn(record, (self._seed, step, row)) for record, row in zip(records, rows, strict=True)]
+            records = [sampled_documents(record, (self._seed, step, row))
+                       for record, row in zip(records, rows, strict=True)]
         in_batch = None if self._in_batch else torch.tensor([file.in_batch_negatives for file in files])
         return build_embed_batch(records, self._tokenizer, self._packing, self._documents, in_batch=in_batch)
 
@@ -190,6 +191,6 @@ class RerankLoader(StepLoader[RerankBatch]):
     def batch_of(self, records: Sequence[Any], rows: Sequence[int], files: Sequence[TrainFile],
                  step: int) -> RerankBatch:
         seeds = [None if self._seed is None else (self._seed, step, row) for row in rows]
-        sampled = [choose_negatives(record, self._num_negatives, seed)
+        sampled = [sample_negatives(record, self._num_negatives, seed)
                    for record, seed in zip(records, seeds, strict=True)]
         return build_rerank_batch(sampled, self._tokenizer, self._packing)

@@ -90,7 +90,7 @@ def build_sampler(records: RecordSet, config: DataConfig, *, global_batch_size: 
     Raises:
         ConfigError: the global batch is larger than the data it comes from.
     """
-    num_negatives = ANY_NUMBER if config.draws_documents else config.num_negatives
+    num_negatives = ANY_NUMBER if config.samples_documents else config.num_negatives
     if len(records.files) == 1 or config.mixed_batches or not config.shuffle:
         return GlobalBatchSampler(records, global_batch_size=global_batch_size, shuffle=config.shuffle, seed=seed,
                                   num_negatives=num_negatives)

@@ -12,7 +12,7 @@ import torch
 from megatron_embed.batch import Capacity, EmbedBatch, MicroBatch
 from megatron_embed.data.records import Record, text_id
 from megatron_embed.data.tokenizer import Role, RoleTokenizer, TokenizedRows
-from megatron_embed.errors import DataError, TokenlessTextError
+from megatron_embed.errors import DataError, EmptyTextError
 
 logger = logging.getLogger(__name__)
 
@@ -344,7 +344,7 @@ def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokeni
         packing: with a token budget; a text that is longer has a micro-batch of its own.
         instruction: for a prompt that needs one; None: the tokenizer's.
     Raises:
-        TokenlessTextError: for the first text without tokens.
+        EmptyTextError: for the first text without tokens.
     """
     tokenized = tokenizer.tokenize(texts, role, [instruction] * len(texts))
     if tokenized.num_truncated:
@@ -352,7 +352,7 @@ def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokeni
     lengths = [len(ids) for ids in tokenized.token_ids]
     for row, length in enumerate(lengths):
         if not length:
-            raise TokenlessTextError(row, f"{role} text number {row + 1}", texts[row])
+            raise EmptyTextError(row, f"{role} text number {row + 1}", texts[row])
     return pack_bins(pack_longest_first(lengths, packing), tokenized.token_ids, packing, tokenizer.pad_token_id)
 
 

@@ -19,13 +19,13 @@ from megatron_embed.data.packing import (
 )
 from megatron_embed.data.pair_tokenizer import Pair, PairTokenizer
 from megatron_embed.data.records import RerankRecord
-from megatron_embed.errors import ConfigError, DataError, TokenlessTextError
+from megatron_embed.errors import ConfigError, DataError, EmptyTextError
 
 _SAMPLING = 0x5A17
 """Sets the draw of negatives apart from other uses of the run's seed."""
 
 
-def choose_negatives(record: RerankRecord, num_negatives: int, seed: Sequence[int] | None) -> RerankRecord:
+def sample_negatives(record: RerankRecord, num_negatives: int, seed: Sequence[int] | None) -> RerankRecord:
     """The record with at most `num_negatives` of its documents that are not relevant (label 0 or less).
 
     Every relevant document stays, and the order. 0: all negatives stay.
@@ -48,7 +48,7 @@ def choose_negatives(record: RerankRecord, num_negatives: int, seed: Sequence[in
 
 
 def group_size(record: RerankRecord, num_negatives: int) -> int:
-    """Documents that `choose_negatives` leaves."""
+    """Documents that `sample_negatives` leaves."""
     positives = sum(label > 0 for label in record.labels)
     negatives = len(record.labels) - positives
     return positives + (min(negatives, num_negatives) if num_negatives else negatives)
@@ -135,12 +135,12 @@ def build_score_batches(pairs: Sequence[Pair], tokenizer: PairTokenizer,
         packing: with a token budget; a pair that is longer has a micro-batch of its own.
     Raises:
         DataError: a query leaves no room for its document.
-        TokenlessTextError: for the first pair without tokens.
+        EmptyTextError: for the first pair without tokens.
     """
     tokenized = tokenizer.tokenize(pairs)
     lengths = [len(ids) for ids in tokenized.token_ids]
     for row, length in enumerate(lengths):
         if not length:
-            raise TokenlessTextError(row, f"pair number {row + 1}", pairs[row].document)
+            raise EmptyTextError(row, f"pair number {row + 1}", pairs[row].document)
     return pack_bins(pack_longest_first(lengths, packing), tokenized.token_ids, packing, tokenizer.pad_token_id,
                      token_types=tokenized.token_types)

@@ -91,7 +91,7 @@ def id_on_both_sides(record: AnyRecord) -> str | None:
     return min(sides[0] & sides[1], default=None)
 
 
-def of_kind(record: AnyRecord, kind: Kind) -> AnyRecord:
+def as_kind(record: AnyRecord, kind: Kind) -> AnyRecord:
     """The record as an objective of this kind takes it.
 
     A reranker takes positives as label 1 and negatives as 0, and a pair as a list of one. A contrastive objective takes
@@ -171,7 +171,7 @@ _DRAW = 0xD0C5
 """Sets the draw of documents apart from other uses of the run's seed."""
 
 
-def drawn(record: Record, seed: Sequence[int]) -> Record:
+def sampled_documents(record: Record, seed: Sequence[int]) -> Record:
     """The record with its positives, and its negatives, in random order, with their scores and ids.
 
     The first ones of each are then a draw without replacement, and the others are still known as the row's own.

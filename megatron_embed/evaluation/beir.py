@@ -7,10 +7,10 @@ from pathlib import Path
 
 from megatron_embed.data.beir import MissingTexts, read_qrels, require_split
 from megatron_embed.data.corpus import DocumentsOnDisk, read_named_text
-from megatron_embed.data.empty_texts import first_tokenless
+from megatron_embed.data.empty_texts import first_empty_text
 from megatron_embed.data.jsonl import parse_object, read_lines, shortened
 from megatron_embed.data.tokenizer import Role, RoleTokenizer
-from megatron_embed.errors import DataError, TokenlessTextError
+from megatron_embed.errors import DataError, EmptyTextError
 
 logger = logging.getLogger(__name__)
 
@@ -113,15 +113,15 @@ def _line(source: str) -> str:
     return source.rpartition(":")[2]
 
 
-def refuse_tokenless_texts(data: BeirData, tokenizer: RoleTokenizer) -> None:
-    """Raises TokenlessTextError, beginning `FILE:LINE: `, where that can be found before the set is embedded."""
+def refuse_empty_texts(data: BeirData, tokenizer: RoleTokenizer) -> None:
+    """Raises EmptyTextError, beginning `FILE:LINE: `, where that can be found before the set is embedded."""
     texts: dict[Role, Iterator[tuple[str, str]]] = {
         "query": zip(data.query_ids, data.query_texts, strict=True),
         "document": zip(data.document_ids, data.document_texts, strict=True)}
     for role, labelled in texts.items():
-        if (found := first_tokenless(labelled, role, tokenizer)) is not None:
+        if (found := first_empty_text(labelled, role, tokenizer)) is not None:
             row_id, text = found
-            raise TokenlessTextError(0, data.place_of(role, row_id), text)
+            raise EmptyTextError(0, data.place_of(role, row_id), text)
 
 
 def _read_texts(path: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from megatron_embed.batch import MicroBatch
 from megatron_embed.data.packing import PackingSpec, build_encode_batches
 from megatron_embed.data.tokenizer import Role, RoleTokenizer
-from megatron_embed.errors import DataError, TokenlessTextError, UserError
+from megatron_embed.errors import DataError, EmptyTextError, UserError
 from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, to_device
 from megatron_embed.models.passes import embed, unwrapped
 from megatron_embed.names import Pooling
@@ -20,7 +20,7 @@ from megatron_embed.parallel.collectives import (
     gather_padded,
     largest,
     leave_if_asked,
-    raise_first,
+    raise_on_all_ranks,
     send_from_last,
     smallest,
 )
@@ -74,7 +74,7 @@ class RowRunner:
             pack: some items -> their bins (rows are numbered as the items), and the first of them without tokens.
             bar: counts items; closed at the end.
         Raises:
-            TokenlessTextError: for the first item without tokens of these 4096, on every rank alike.
+            EmptyTextError: for the first item without tokens of these 4096, on every rank alike.
             DataError: an item cannot be read from its file any more, on every rank alike.
             PreemptedError: some rank was asked to stop, on every rank alike.
         """
@@ -92,9 +92,9 @@ class RowRunner:
                 wrong = len(part) if bad is None else bad * size + rank
                 row = smallest(wrong if error is None else -1)
                 if row < 0:
-                    raise_first(error)
+                    raise_on_all_ranks(error)
                 if row < len(part):
-                    raise TokenlessTextError(first + row, f"text number {first + row + 1}", str(part[row]))
+                    raise EmptyTextError(first + row, f"text number {first + row + 1}", str(part[row]))
                 rows = self._run_share(bins, len(share))
                 if self.topology.is_last_stage:
                     gathered = gather_padded(rows, capacity, self.topology.dp_group)
@@ -174,7 +174,7 @@ class TextEncoder(RowRunner):
         `instruction`: for a prompt with a place for it; null: the tokenizer's.
 
         Raises:
-            TokenlessTextError: for a text without tokens, on every rank alike.
+            EmptyTextError: for a text without tokens, on every rank alike.
             UserError: a vector that is not finite, on every rank alike.
         """
 
@@ -184,8 +184,8 @@ class TextEncoder(RowRunner):
         bar = tqdm(total=len(texts), unit="text", desc=f"encode {role}", disable=None if show_progress else True)
         try:
             return require_finite(self.rows_of(texts, pack, bar), f"{role} embeddings")
-        except TokenlessTextError as error:
-            raise TokenlessTextError(error.row, f"{role} text number {error.row + 1}", error.text) from None
+        except EmptyTextError as error:
+            raise EmptyTextError(error.row, f"{role} text number {error.row + 1}", error.text) from None
 
     def _pack_share(self, texts: Sequence[str], role: Role,
                     instruction: str | None) -> tuple[tuple[MicroBatch, ...], int | None]:
@@ -194,7 +194,7 @@ class TextEncoder(RowRunner):
                               alignment=token_alignment(self.topology.sizes), uniform_size=self.topology.pp_size > 1)
         try:
             return build_encode_batches(texts, role, self.tokenizer, packing, instruction=instruction), None
-        except TokenlessTextError as error:
+        except EmptyTextError as error:
             return (), error.row
 
 

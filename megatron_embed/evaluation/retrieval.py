@@ -15,10 +15,10 @@ from torch.nn.functional import normalize
 
 from megatron_embed.data.corpus import Picked
 from megatron_embed.data.tokenizer import Role
-from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
+from megatron_embed.errors import ConfigError, EmptyTextError, UserError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.search import StreamedSearch
-from megatron_embed.evaluation.second_stage import SecondStage, reordered
+from megatron_embed.evaluation.second_stage import SecondStage, reranked
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
@@ -172,7 +172,7 @@ def evaluate_queries(
         found = {prefix: _without_last(*ranking) for prefix, ranking in found.items()}
     if second_stage is not None:
         scores, indices = (part[:, : second_stage.candidates] for part in found[""])
-        again = reordered(second_stage, scores, indices, data.query_texts,
+        again = reranked(second_stage, scores, indices, data.query_texts,
                           Picked(data.document_texts, order), group)
         found |= {prefix: (judged, indices) for prefix, judged in again.items()}
     metrics: dict[str, dict[str, float]] = {query: {} for query in data.query_ids}
@@ -273,8 +273,8 @@ def _embedded(embed: Embed, texts: Sequence[str], role: Role, ids: Sequence[str]
     """`embed(texts, role)`; an error about a text names its line."""
     try:
         return embed(texts, role)
-    except TokenlessTextError as error:
-        raise TokenlessTextError(error.row, data.place_of(role, ids[error.row]), error.text) from None
+    except EmptyTextError as error:
+        raise EmptyTextError(error.row, data.place_of(role, ids[error.row]), error.text) from None
 
 
 def _checked(embeddings: Tensor, role: str, name: str) -> Tensor:

@@ -29,7 +29,7 @@ class SecondStage:
     query."""
 
 
-def reordered(stage: SecondStage, scores: Tensor, indices: Tensor, queries: Sequence[str], documents: Sequence[str],
+def reranked(stage: SecondStage, scores: Tensor, indices: Tensor, queries: Sequence[str], documents: Sequence[str],
               group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     """[this rank's queries, candidates] new scores of the documents found, by the prefix of the ranking's metrics.
 

@@ -9,11 +9,11 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megatron_embed.data.empty_texts import first_tokenless
+from megatron_embed.data.empty_texts import first_empty_text
 from megatron_embed.data.jsonl import check_text, parse_object, read_lines
 from megatron_embed.data.row_fields import number
 from megatron_embed.data.tokenizer import Role, RoleTokenizer
-from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
+from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
 from megatron_embed.evaluation.retrieval import Embed, Similarity
 
 FIELDS: dict[Role, str] = {"query": "text_a", "document": "text_b"}
@@ -68,12 +68,12 @@ def load_sts(path: str, key: str = "evaluation.sts") -> StsData:
 
 
 def refuse_tokenless_pairs(data: StsData, tokenizer: RoleTokenizer) -> None:
-    """Raises TokenlessTextError, beginning `FILE:LINE: `, where that can be found before the set is embedded."""
+    """Raises EmptyTextError, beginning `FILE:LINE: `, where that can be found before the set is embedded."""
     for role, texts in data.texts.items():
         labelled = ((str(row), text) for row, text in enumerate(texts))
-        if (found := first_tokenless(labelled, role, tokenizer)) is not None:
+        if (found := first_empty_text(labelled, role, tokenizer)) is not None:
             row, text = found
-            raise TokenlessTextError(0, data.place_of(int(row)), text)
+            raise EmptyTextError(0, data.place_of(int(row)), text)
 
 
 def evaluate_sts(embed: Embed, data: StsData, *, similarity: Similarity = "cosine",
@@ -123,5 +123,5 @@ def _embedded(embed: Embed, data: StsData, role: Role) -> Tensor:
     """`embed` of one side; an error about a text names its line."""
     try:
         return embed(data.texts[role], role)
-    except TokenlessTextError as error:
-        raise TokenlessTextError(error.row, data.place_of(error.row), error.text) from None
+    except EmptyTextError as error:
+        raise EmptyTextError(error.row, data.place_of(error.row), error.text) from None

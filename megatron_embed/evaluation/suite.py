@@ -24,7 +24,7 @@ RERANK_METRICS = ("map", *(f"{name}@{k}" for k in RERANK_CUTOFFS for name in ("n
 
 
 @dataclass(frozen=True, kw_only=True)
-class Suite:
+class EvaluationSuite:
     """The sets of a run. A metric's plain name is the mean over the sets that have it; `SET/name` is of one of them."""
 
     retrieval: Sequence[BeirData]

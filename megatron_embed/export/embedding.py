@@ -22,7 +22,7 @@ from megatron_embed.export.sentence_transformers import export_sentence_transfor
 from megatron_embed.export.verify import ExpectedSettings, compare_with_sentence_transformers
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.families import ModelShape
-from megatron_embed.parallel.collectives import raise_first
+from megatron_embed.parallel.collectives import raise_on_all_ranks
 from megatron_embed.platform.precision import processor_has_bf16
 
 logger = logging.getLogger(__name__)
@@ -192,4 +192,4 @@ def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts:
         except OSError as found:
             error = CheckpointError(f"{destination}: the export cannot be written ({found.strerror or found}); look at "
                                     "the disk, then start the run again: it goes on from its checkpoint")
-    raise_first(error)
+    raise_on_all_ranks(error)

@@ -21,7 +21,7 @@ from megatron_embed.loading.model_directory import ModelDirectory, find_model
 from megatron_embed.loading.reranker import head_spec, open_pair_tokenizer, open_scorer, saved_settings
 from megatron_embed.models.heads import HeadSpec, is_encoder
 from megatron_embed.models.reranker_settings import RerankerSettings, write_reranker_settings
-from megatron_embed.parallel.collectives import raise_first
+from megatron_embed.parallel.collectives import raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def export_reranker(checkpoint: str, destination: str, scorer: PairScorer, pairs
         except OSError as found:
             error = CheckpointError(f"{destination}: the export cannot be written ({found.strerror or found}); look at "
                                     "the disk, then start the run again: it goes on from its checkpoint")
-    raise_first(error)
+    raise_on_all_ranks(error)
 
 
 def comparable(pairs: Sequence[Pair], tokenizer: PairTokenizer) -> list[Pair]:

@@ -116,7 +116,7 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
     Raises:
         CheckpointError: beginning with `key`, the setting or option that names the directory.
     """
-    with blaming(key, path):
+    with error_context(key, path):
         folder = local_directory(path)
         check_files(folder)
         if is_peft_directory(folder) and not is_checkpoint(folder):
@@ -174,7 +174,7 @@ def adapters_of(config: LoraConfig, model: ModelDirectory) -> AdapterSettings | 
 
 
 @contextlib.contextmanager
-def blaming(key: str, path: str) -> Iterator[None]:
+def error_context(key: str, path: str) -> Iterator[None]:
     """Errors about a model's files begin with the setting or option that names the model."""
     try:
         yield
@@ -290,7 +290,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
     own = model.saved.prompts if prompts else {"document": model.saved.default_prompt}
     texts = {**own, **(given_prompts or {})}
     lengths = role_lengths(model, args.max_length, by_role=prompts)
-    with blaming("--model", args.model):
+    with error_context("--model", args.model):
         tokenizer = RoleTokenizer(
             str(model.tokenizer_directory), add_eos=config.embedding.pooling == "lasttoken" and model.saved.adds_eos,
             text_format=dataclasses.replace(model.text_format, tell_role=prompts), query_prompt=texts.get("query", ""),

@@ -25,7 +25,7 @@ from megatron_embed.data.pair_tokenizer import (
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.loading.foreign_reranker import Inherited, inherited
-from megatron_embed.loading.model_directory import ModelDirectory, blaming, find_model, load_model_chunks
+from megatron_embed.loading.model_directory import ModelDirectory, error_context, find_model, load_model_chunks
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.cross_encoder import is_saved_cross_encoder
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel
@@ -56,7 +56,7 @@ def reranker_settings(config: RerankerConfig, model: ModelDirectory, *, longest:
     """
     encoder, limit = is_encoder(model.shape), model.shape.longest_text
     _check_settings(config, model)
-    with blaming("model.path", str(model.path)):
+    with error_context("model.path", str(model.path)):
         found = inherited(model, reading=False, own_template=config.template is None)
     settings = RerankerSettings(
         head="score" if encoder else "yes_no", template=None if encoder else QWEN3_RERANKER_TEMPLATE,
@@ -117,7 +117,7 @@ def saved_settings(model: ModelDirectory, key: str = "--model") -> RerankerSetti
 
 
 def _saved(model: ModelDirectory, key: str) -> Inherited:
-    with blaming(key, str(model.path)):
+    with error_context(key, str(model.path)):
         found = inherited(model, reading=True)
     if found is None:
         raise ConfigError(f"{key} {model.path}: is no reranker: its config.json names neither a "
@@ -246,7 +246,7 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)
     check_divisible(model.shape, config.parallel)
-    with blaming(key, directory):
+    with error_context(key, directory):
         tokenizer = open_pair_tokenizer(settings, model, "--max-length" if key == "--model" else "its max_length",
                                         foreign_pad=found.foreign_pad)
         spec = head_spec(settings, tokenizer)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_embed.data.tokenizer import Role
-from megatron_embed.errors import ConfigError, TokenlessTextError, UserError
+from megatron_embed.errors import ConfigError, EmptyTextError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
-from megatron_embed.parallel.collectives import raise_first, smallest
+from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
 
 ROWS_AT_ONCE = 4096
 """Vectors of a block, per rank."""
@@ -73,7 +73,7 @@ class VectorCache:
                 self._directory.mkdir(parents=True, exist_ok=True)
             except OSError as found:
                 error = self._unwritable(found)
-        raise_first(error)
+        raise_on_all_ranks(error)
 
     def blocks(self, name: str, rows: int, compute: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
         """Blocks of [rows, dim] float32: read where all ranks see them, else computed and written by rank 0.
@@ -101,7 +101,7 @@ class VectorCache:
         finally:
             if writer is not None:
                 writer.close()
-        raise_first(error)
+        raise_on_all_ranks(error)
 
     def _unwritable(self, error: OSError | None) -> ConfigError:
         reason = "" if error is None else f" ({error.strerror or error})"
@@ -121,7 +121,7 @@ class VectorSource:
         """Blocks of [texts, dim] float32 on the CPU, the same on every rank.
 
         Raises:
-            TokenlessTextError: with the number of the text among all of them.
+            EmptyTextError: with the number of the text among all of them.
         """
         if self._cache is None:
             return self._encoded(role, texts)
@@ -135,8 +135,8 @@ class VectorSource:
         for start in range(0, len(texts), step):
             try:
                 yield self._encoder.encode(texts[start:start + step], role, show_progress=topology.rank == 0)
-            except TokenlessTextError as error:
-                raise TokenlessTextError(start + error.row, str(error), error.text) from None
+            except EmptyTextError as error:
+                raise EmptyTextError(start + error.row, str(error), error.text) from None
 
 
 class _Writer:

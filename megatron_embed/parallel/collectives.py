@@ -79,7 +79,7 @@ def leave_if_asked() -> None:
         raise PreemptedError(f"stopped ({stop.reason() or 'another rank was asked to'}) between two batches")
 
 
-def share_from_first(text: str) -> str:
+def broadcast_from_rank0(text: str) -> str:
     """What rank 0 of the world holds, on every rank. One broadcast of an object."""
     values = [text]
     if dist.get_world_size() > 1:
@@ -87,7 +87,7 @@ def share_from_first(text: str) -> str:
     return values[0]
 
 
-def raise_first(error: UserError | None) -> None:
+def raise_on_all_ranks(error: UserError | None) -> None:
     """Raises, on every rank of the world, the error of the lowest rank that has one; returns if none has.
 
     Called by all ranks; one all-gather of objects over the world.

@@ -46,7 +46,7 @@ def watched(topology: Topology, on_loss: Callable[[str, bool], None], advice: st
     if topology.rendezvous is None:
         yield
         return
-    watch = LifeWatch(*topology.rendezvous, rank=topology.rank, world_size=topology.world_size,
+    watch = HeartbeatMonitor(*topology.rendezvous, rank=topology.rank, world_size=topology.world_size,
                       silence_seconds=min(LONGEST_SILENCE_SECONDS, topology.sizes.timeout_seconds / 2), on_loss=on_loss,
                       advice=advice)
     stop.add_farewell(watch.leave)
@@ -88,7 +88,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-class LifeWatch:
+class HeartbeatMonitor:
     """A thread that gives signs of life every second, and learns from rank 0, who watches all, if a rank has none.
 
     One small message per rank and second, to a connection of its own: one that the main thread waits on would be

@@ -34,7 +34,7 @@ LEAVE_SECONDS = 1.5
 """The same where it was asked to stop."""
 
 
-class Meeting:
+class Rendezvous:
     """The run's key-value store, and who has arrived there. Rank 0 hosts it, unless torchrun's agent does.
 
     The first rank with an error decides, or else rank 0 once all have arrived: one value, which all ranks wait for.
@@ -115,7 +115,7 @@ class Meeting:
             return self._rank != 0
 
     def leave(self) -> None:
-        """Tells all ranks that this one was asked to stop, unless they have met: then it is LifeWatch's task.
+        """Tells all ranks that this one was asked to stop, unless they have met: then it is HeartbeatMonitor's task.
 
         Rank 0 waits a little until they have heard it, if the store ends with it.
         """
@@ -186,7 +186,7 @@ class Meeting:
             time.sleep(0.05)
 
 
-def open_meeting() -> Meeting | None:
+def open_rendezvous() -> Rendezvous | None:
     """The meeting of this process's run; null for one rank, or where the process group is there already.
 
     Opened early, so that ranks that fail early can tell.
@@ -195,7 +195,7 @@ def open_meeting() -> Meeting | None:
     if world_size == 1 or dist.is_initialized():
         return None
     try:
-        return Meeting(rank, world_size)
+        return Rendezvous(rank, world_size)
     except (dist.DistError, UserError):  # a port that is taken, a host without a name: the start tells, and how
         return None
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError, LostRankError
-from megatron_embed.parallel.rendezvous import Meeting, tell_through_another_store
+from megatron_embed.parallel.rendezvous import Rendezvous, tell_through_another_store
 from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, parallel_state
 from megatron_embed.platform.launcher import knows_local_rank, launched_rank, rendezvous_address, source_of_world_size
 
@@ -127,7 +127,7 @@ def _init_process_group(rank: int, world_size: int, timeout_seconds: int) -> tup
         return None
     host, port = rendezvous_address()
     try:
-        meeting = Meeting(rank, world_size)
+        meeting = Rendezvous(rank, world_size)
         meeting.arrive(timeout_seconds)
         dist.init_process_group(backend, store=meeting.group_store(timeout_seconds), rank=rank, world_size=world_size,
                                 timeout=timeout)

@@ -31,13 +31,13 @@ def ranks_watched() -> Iterator[Start]:
             from megatron_embed.parallel.topology import initialize
 
             topology = initialize(sizes)
-            watches.enter_context(watched(topology, leave_at_once, ADVICE))
+            watches.enter_context(watched(topology, abort, ADVICE))
             return topology
 
         yield start
 
 
-def leave_at_once(message: str, speaker: bool) -> None:
+def abort(message: str, speaker: bool) -> None:
     """Ends a process whose main thread waits for a rank that is gone."""
     if speaker:
         report_lost_rank(message)

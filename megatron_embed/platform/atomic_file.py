@@ -18,7 +18,7 @@ def check_jsonl(option: str, output: str) -> None:
                           "and can be written")
 
 
-def write_whole(option: str, output: str, write: Callable[[Any], object], *, binary: bool = False) -> UserError | None:
+def write_atomic(option: str, output: str, write: Callable[[Any], object], *, binary: bool = False) -> UserError | None:
     """Hands an open file to `write` and puts it in the place of `output` once it is on the disk; gives the error if it
     cannot, and then leaves nothing behind.
 

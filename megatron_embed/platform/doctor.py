@@ -23,7 +23,7 @@ GPU_PACKAGES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Check:
     """One line of the report. A remedy marks what must be put right before a run; a note is only for information."""
 
     name: str
@@ -32,12 +32,12 @@ class Finding:
     remedy: str = ""
 
 
-def examine() -> list[Finding]:
+def run_checks() -> list[Check]:
     """Everything that can be said about this machine; never raises because something is missing."""
     return [*_host(), *_requirements(), *_torch(), *_megatron(), *_gpu_packages(), _apex()]
 
 
-def report(findings: list[Finding]) -> str:
+def report(findings: list[Check]) -> str:
     """A table, then what is to be done."""
     width = max(len(finding.name) for finding in findings)
     lines = []
@@ -52,16 +52,16 @@ def report(findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _host() -> list[Finding]:
+def _host() -> list[Check]:
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     features, model = cpu_features()
     note = "" if processor_has_bf16() else f"model.dtype = auto is float32 on this CPU: {why_not_bf16()}"
     return [
-        Finding(name="megatron_embed", value=f"{__version__}, {Path(__file__).resolve().parent.parent}"),
-        Finding(name="python", value=f"{platform.python_version()}, {platform.platform()}",
+        Check(name="megatron_embed", value=f"{__version__}, {Path(__file__).resolve().parent.parent}"),
+        Check(name="python", value=f"{platform.python_version()}, {platform.platform()}",
                 remedy="" if sys.version_info >= (3, 11) else "install Python 3.11 or later"),
-        Finding(name="cpu", value=f"{model}, {cpus} usable cores"),
-        Finding(name="cpu features", value=" ".join(features) or "none of " + " ".join(CPU_FEATURES), note=note),
+        Check(name="cpu", value=f"{model}, {cpus} usable cores"),
+        Check(name="cpu features", value=" ".join(features) or "none of " + " ".join(CPU_FEATURES), note=note),
     ]
 
 
@@ -79,7 +79,7 @@ def cpu_features(cpuinfo: str = "/proc/cpuinfo") -> tuple[list[str], str]:
     return [name for name in CPU_FEATURES if name in flags], values.get("model name", platform.machine())
 
 
-def _requirements() -> list[Finding]:
+def _requirements() -> list[Check]:
     """The packages that setup.py asks for, each with the range it asks for."""
     try:
         texts, notes = importlib.metadata.requires(DISTRIBUTION) or [], []
@@ -87,8 +87,8 @@ def _requirements() -> list[Finding]:
         setup = Path(__file__).resolve().parents[2] / "setup.py"
         texts = requirements_of(setup)
         if not texts:
-            return [Finding(name="requirements", value="unknown", remedy="install this package: pip install -e .")]
-        notes = [Finding(name="installation", value=f"none: runs from {setup.parent}",
+            return [Check(name="requirements", value="unknown", remedy="install this package: pip install -e .")]
+        notes = [Check(name="installation", value=f"none: runs from {setup.parent}",
                          note="as `python -m megatron_embed`; the command megatron-embed comes with pip install -e .")]
     requirements = [Requirement(text) for text in texts]
     core = [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
@@ -106,61 +106,61 @@ def requirements_of(setup: Path) -> list[str]:
     return []
 
 
-def check_requirement(requirement: Requirement) -> Finding:
+def check_requirement(requirement: Requirement) -> Check:
     """Whether a package is installed in the version range asked for."""
     remedy = f"pip install '{requirement}'"
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name=requirement.name, value="missing", remedy=remedy)
+        return Check(name=requirement.name, value="missing", remedy=remedy)
     if not requirement.specifier.contains(version, prereleases=True):
-        return Finding(name=requirement.name, value=f"{version}, outside {requirement.specifier}", remedy=remedy)
-    return Finding(name=requirement.name, value=version)
+        return Check(name=requirement.name, value=f"{version}, outside {requirement.specifier}", remedy=remedy)
+    return Check(name=requirement.name, value=version)
 
 
-def _torch() -> list[Finding]:
+def _torch() -> list[Check]:
     try:
         import torch
         import torch.distributed as dist
     except (ImportError, OSError) as error:
-        return [Finding(name="torch backends", value=f"torch cannot be imported: {error}",
+        return [Check(name="torch backends", value=f"torch cannot be imported: {error}",
                         remedy="reinstall torch; on a machine without GPU its CPU build is enough")]
     available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
     backends = [name for name, there in available.items() if there]
-    findings = [Finding(name="process groups", value=" ".join(backends) or "none",
+    findings = [Check(name="process groups", value=" ".join(backends) or "none",
                         remedy="" if backends else "install a torch build with torch.distributed")]
     if not torch.cuda.is_available():
         build = torch.version.cuda
         reason = f"torch is built for CUDA {build}, but finds no device or driver" if build else "torch's CPU build"
         note = f"{reason}; runs use the CPU, gloo and sdpa attention"
-        return [*findings, Finding(name="gpu", value="none", note=note)]
+        return [*findings, Check(name="gpu", value="none", note=note)]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        findings.append(Finding(name=f"gpu {index}", value=f"{device.name}, {device.total_memory / 2**30:.0f} GiB, "
+        findings.append(Check(name=f"gpu {index}", value=f"{device.name}, {device.total_memory / 2**30:.0f} GiB, "
                                 f"compute capability {device.major}.{device.minor}, CUDA {torch.version.cuda}"))
     if dist.is_nccl_available():
-        findings.append(Finding(name="nccl", value=".".join(map(str, torch.cuda.nccl.version()))))
+        findings.append(Check(name="nccl", value=".".join(map(str, torch.cuda.nccl.version()))))
     return findings
 
 
-def _megatron() -> list[Finding]:
+def _megatron() -> list[Check]:
     """Whether Megatron-Core can be imported here, with our adapter where there is no CUDA."""
     try:
         from megatron_embed.platform import compat
     except Exception as error:  # noqa: BLE001  a broken installation can raise anything
-        return [Finding(name="megatron-core import", value=f"{type(error).__name__}: {error}",
+        return [Check(name="megatron-core import", value=f"{type(error).__name__}: {error}",
                         remedy="reinstall megatron-core in the range above, and remove what broke it")]
-    return [Finding(name="megatron-core import", value="on CUDA" if compat.HAS_CUDA else "with the CPU adapter")]
+    return [Check(name="megatron-core import", value="on CUDA" if compat.HAS_CUDA else "with the CPU adapter")]
 
 
-def _gpu_packages() -> list[Finding]:
+def _gpu_packages() -> list[Check]:
     findings = []
     for module, advice in GPU_PACKAGES.items():
         name = module.replace("_", "-")
         if importlib.util.find_spec(module) is None:
-            findings.append(Finding(name=name, value="not installed", note=advice))
+            findings.append(Check(name=name, value="not installed", note=advice))
         else:
-            findings.append(Finding(name=name, value=_version_of(name)))
+            findings.append(Check(name=name, value=_version_of(name)))
     return findings
 
 
@@ -171,13 +171,13 @@ def _version_of(distribution: str) -> str:
         return "version unknown"
 
 
-def _apex() -> Finding:
+def _apex() -> Check:
     """NVIDIA's apex, or the unrelated project of that name, which Megatron-Core mistakes for it."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        return Finding(name="apex", value="not installed", note="not needed; the package index's apex is not NVIDIA's")
+        return Check(name="apex", value="not installed", note="not needed; the package index's apex is not NVIDIA's")
     places = [Path(place) for place in spec.submodule_search_locations or []]
     if any((place / "optimizers").is_dir() and (place / "multi_tensor_apply").is_dir() for place in places):
-        return Finding(name="apex", value=f"NVIDIA's, {places[0]}")
-    return Finding(name="apex", value=f"the wrong package, {spec.origin or places}",
+        return Check(name="apex", value=f"NVIDIA's, {places[0]}")
+    return Check(name="apex", value=f"the wrong package, {spec.origin or places}",
                    remedy="pip uninstall apex: it is not NVIDIA's, and Megatron-Core breaks on it")

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import make_marked, remove_unfinished, set_aside_after
-from megatron_embed.checkpoint.lock import sole_writer
+from megatron_embed.checkpoint.lock import directory_lock
 from megatron_embed.checkpoint.save import Saver, on_rank_0
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, load_model
 from megatron_embed.config.load import save_resolved, to_dict
@@ -20,24 +20,24 @@ from megatron_embed.data.dataset import validation_shares
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.export.embedding import write_settings
 from megatron_embed.export.sentence_transformers import cut_on_the_right
-from megatron_embed.loading.model_directory import adapters_of, blaming, load_model_chunks
+from megatron_embed.loading.model_directory import adapters_of, error_context, load_model_chunks
 from megatron_embed.loading.reranker import load_reranker_chunks
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
 from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.models.reranker_settings import RERANKER_FILE, write_reranker_settings
 from megatron_embed.objectives.build import build_objective
-from megatron_embed.parallel.collectives import raise_first, smallest
+from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
 from megatron_embed.parallel.heartbeat import watched
 from megatron_embed.parallel.topology import Topology, initialize
-from megatron_embed.parallel.watching import leave_at_once
+from megatron_embed.parallel.watching import abort
 from megatron_embed.platform.stop_signal import finishing
 from megatron_embed.run.preflight import Inputs, log_directory, output_directories, read_inputs
 from megatron_embed.run.resume import (
     DATA_FILE,
     Standing,
     best_checkpoint,
+    changed_since_check,
     describe_rows,
-    moved_on,
     standing,
     with_known_dtype,
 )
@@ -66,14 +66,14 @@ def run_training(config: RunConfig) -> dict[str, float]:
     inputs = read_inputs(config)
     config = inputs.config
     topology = initialize(config.parallel)
-    with watched(topology, leave_at_once):
+    with watched(topology, abort):
         config = with_settled_dtype(with_known_dtype(config, inputs.standing.checkpoint))
         return guarded_run(config, inputs, topology, stop)
 
 
 def guarded_run(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopRequest) -> dict[str, float]:
     """The run, unless it is complete, as the sole writer of its directories."""
-    if smallest(int(inputs.nothing_left(config))):  # Agreed: the disk may answer one rank sooner than another.
+    if smallest(int(inputs.is_complete(config))):  # Agreed: the disk may answer one rank sooner than another.
         logger.info("%s has %d steps of %d%s: the run is complete%s; nothing to do", inputs.standing.checkpoint,
                     inputs.standing.steps, inputs.train_steps,
                     " and evaluation.patience ended it" if inputs.standing.ended_early else "",
@@ -81,12 +81,12 @@ def guarded_run(config: RunConfig, inputs: Inputs, topology: Topology, stop: Sto
         return {}
     with contextlib.ExitStack() as locks:
         for key, directory in output_directories(config).items():
-            locks.enter_context(sole_writer(key, directory))
-        raise_first(moved_on(config, inputs.standing))
-        return carry_out(config, inputs, topology, stop)
+            locks.enter_context(directory_lock(key, directory))
+        raise_on_all_ranks(changed_since_check(config, inputs.standing))
+        return run_training_task(config, inputs, topology, stop)
 
 
-def carry_out(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopRequest) -> dict[str, float]:
+def run_training_task(config: RunConfig, inputs: Inputs, topology: Topology, stop: StopRequest) -> dict[str, float]:
     """The run itself, from the newest checkpoint on. Called by all ranks; returns the last step's metrics."""
     models = load_models(config, inputs, topology)
     wrapped = wrap_in_ddp(models, config, topology)
@@ -169,7 +169,7 @@ def evaluation_of(config: RunConfig, inputs: Inputs, topology: Topology, gradien
 
 def load_models(config: RunConfig, inputs: Inputs, topology: Topology) -> list[EmbeddingModel]:
     """This rank's model chunks with their weights, a reranker's with its head."""
-    with blaming("model.path", config.model.path):
+    with error_context("model.path", config.model.path):
         if inputs.head is None:
             return load_model_chunks(inputs.model, config, topology)
         return load_reranker_chunks(inputs.model, config, topology, inputs.head)
@@ -229,7 +229,7 @@ def write_assets(assets: Path, config: RunConfig, inputs: Inputs) -> None:
         write_reranker_settings(assets / "hf", inputs.settings)
     else:
         (assets / "hf" / RERANKER_FILE).unlink(missing_ok=True)
-        with blaming("model.path", config.model.path):
+        with error_context("model.path", config.model.path):
             write_settings(assets / "hf", config, inputs.model)
     cut_on_the_right(assets / "hf")
     save_resolved(config, assets / "config.yaml")

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_embed.platform.doctor import Finding
+from megatron_embed.platform.doctor import Check
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-def examine_outputs(config: "RunConfig", min_free_gib: int) -> list[Finding]:
+def examine_outputs(config: "RunConfig", min_free_gib: int) -> list[Check]:
     """Whether each output directory can be written, and whether each of their disks has room for what is to come.
 
     Args:
@@ -36,7 +36,7 @@ def examine_outputs(config: "RunConfig", min_free_gib: int) -> list[Finding]:
     return findings + [_room(places, wanted, min_free_gib) for places in disks.values()]
 
 
-def _writable(key: str, directory: str, place: Path) -> Finding:
+def _writable(key: str, directory: str, place: Path) -> Check:
     """Whether a file can be made in `place`, which is made if it is not there."""
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -44,16 +44,16 @@ def _writable(key: str, directory: str, place: Path) -> Finding:
         probe.open("x").close()
         probe.unlink()
     except OSError as error:
-        return Finding(name=key, value=directory, remedy=f"{key} = {directory!r}: cannot be written "
+        return Check(name=key, value=directory, remedy=f"{key} = {directory!r}: cannot be written "
                        f"({error.strerror}); choose a directory that can")
-    return Finding(name=key, value=directory)
+    return Check(name=key, value=directory)
 
 
-def _export(config: "RunConfig", place: Path) -> Finding:
+def _export(config: "RunConfig", place: Path) -> Check:
     """Whether the export can be written beside its name, and whether that is free."""
     key, target = "checkpoint.export_at_end", config.checkpoint.export_at_end or ""
     if os.path.exists(target) and not (os.path.isdir(target) and not os.listdir(target)) and not _steps_there(config):
-        return Finding(name=key, value=target, remedy=f"{key} = {target!r}: exists already, and the run has no "
+        return Check(name=key, value=target, remedy=f"{key} = {target!r}: exists already, and the run has no "
                        "checkpoint yet; remove it or choose another name")
     return _writable(key, target, place)
 
@@ -97,7 +97,7 @@ def _trained(config: "RunConfig") -> "tuple[ModelShape | None, Parts | None]":
     return shape, adapted_parts(config, shape)
 
 
-def _room(places: dict[str, Path], wanted: dict[str, tuple[int, str]], min_free_gib: int) -> Finding:
+def _room(places: dict[str, Path], wanted: dict[str, tuple[int, str]], min_free_gib: int) -> Check:
     """Whether the disk that these directories lie on has room for what is written to them."""
     free = min(shutil.disk_usage(place).free for place in places.values())
     parts = [wanted[key] for key in places if key in wanted]
@@ -105,13 +105,13 @@ def _room(places: dict[str, Path], wanted: dict[str, tuple[int, str]], min_free_
     name, value = "free disk", f"{_size(free)} for {' and '.join(places)}"
     said = " and ".join(words for _, words in parts)
     if needed > free:
-        return Finding(name=name, value=value, remedy=f"{where}: the run writes {_size(needed)} ({said}) and "
+        return Check(name=name, value=value, remedy=f"{where}: the run writes {_size(needed)} ({said}) and "
                        f"{_size(free)} are free; make room, choose another disk, or lower checkpoint.keep")
     if free < min_free_gib * GIB:
-        return Finding(name=name, value=value, remedy=f"{where}: less than {min_free_gib} GiB are free; make room, or "
+        return Check(name=name, value=value, remedy=f"{where}: less than {min_free_gib} GiB are free; make room, or "
                        "choose another disk")
     note = "" if parts else "how much the run writes is not known" if not wanted else ""
-    return Finding(name=name, value=f"{value}; the run writes {_size(needed)}: {said}" if parts else value, note=note)
+    return Check(name=name, value=f"{value}; the run writes {_size(needed)}: {said}" if parts else value, note=note)
 
 
 def _size(number: int) -> str:

@@ -23,7 +23,7 @@ from megatron_embed.planning.shapes import (
     hub_cache,
     model_files,
 )
-from megatron_embed.platform.doctor import Finding
+from megatron_embed.platform.doctor import Check
 
 if TYPE_CHECKING:
     from megatron_embed.config.data import TrainFile
@@ -34,41 +34,41 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _FETCHED = "on the hub, not on this machine: fetched when the run starts"
 
 
-def examine_inputs(config: "RunConfig") -> list[Finding]:
+def examine_inputs(config: "RunConfig") -> list[Check]:
     """Whether everything is there that training reads before its first step."""
-    findings = [_finding("model.path", config.model.path, lambda: _model(config.model.path))]
+    findings = [_check("model.path", config.model.path, lambda: _model(config.model.path))]
     if not findings[0].remedy and (files := model_files(config.model.path)) is not None:
-        findings.append(_finding("tokenizer", str(files), lambda: _tokenizer(files)))
+        findings.append(_check("tokenizer", str(files), lambda: _tokenizer(files)))
     if not config.data.train:
-        findings.append(Finding(name="data.train", value="[]", remedy="data.train = []: training needs at least one "
+        findings.append(Check(name="data.train", value="[]", remedy="data.train = []: training needs at least one "
                                 "file of rows; add `train: [FILE.jsonl]` under data"))
     for key, files_of_rows in (("data.train", config.data.train), ("data.validation", config.data.validation)):
         for file in files_of_rows:
-            findings.append(_finding(key, file.path, lambda file=file, key=key: _rows(file, key)))
+            findings.append(_check(key, file.path, lambda file=file, key=key: _rows(file, key)))
             if (corpus := file.corpus) is not None:
-                findings.append(_finding(f"{key}.corpus", corpus, lambda corpus=corpus, key=key: _note_of(
+                findings.append(_check(f"{key}.corpus", corpus, lambda corpus=corpus, key=key: _note_of(
                     corpus, require_rows(corpus, f"{key}.corpus"), f"{key}.corpus")))
     return [*findings, *_evaluation(config), *_packages(config)]
 
 
-def _evaluation(config: "RunConfig") -> Iterator[Finding]:
+def _evaluation(config: "RunConfig") -> Iterator[Check]:
     evaluation = config.evaluation
     for item in evaluation.retrieval:
-        yield _finding("evaluation.retrieval", item.path, lambda path=item.path: _retrieval(path, evaluation.split))
+        yield _check("evaluation.retrieval", item.path, lambda path=item.path: _retrieval(path, evaluation.split))
     for item in evaluation.sts:
-        yield _finding("evaluation.sts", item.path, lambda path=item.path: _readable(path, "evaluation.sts"))
+        yield _check("evaluation.sts", item.path, lambda path=item.path: _readable(path, "evaluation.sts"))
     for path in evaluation.reranking:
-        yield _finding("evaluation.reranking", path, lambda path=path: _note_of(
+        yield _check("evaluation.reranking", path, lambda path=path: _note_of(
             path, require_rows(path, "evaluation.reranking"), "evaluation.reranking"))
 
 
-def _finding(key: str, value: str, examine: Callable[[], str]) -> Finding:
-    """What `examine` says, a note, or raises, a remedy."""
+def _check(key: str, value: str, examine: Callable[[], str]) -> Check:
+    """The note that `examine` returns, or the remedy that it raises."""
     try:
-        return Finding(name=key, value=value, note=examine())
+        return Check(name=key, value=value, note=examine())
     except UserError as error:
         text = str(error)
-        return Finding(name=key, value=value, remedy=text if text.startswith(key) else f"{key} = {value!r}: {text}")
+        return Check(name=key, value=value, remedy=text if text.startswith(key) else f"{key} = {value!r}: {text}")
 
 
 def _model(path: str) -> str:
@@ -174,7 +174,7 @@ def _retrieval(path: str, split: str) -> str:
     return ""
 
 
-def _packages(config: "RunConfig") -> Iterator[Finding]:
+def _packages(config: "RunConfig") -> Iterator[Check]:
     """Packages that this configuration needs beside those that every run does, and that are missing."""
     paths = [file.path for file in config.data.files]
     needed = {
@@ -194,4 +194,4 @@ def _packages(config: "RunConfig") -> Iterator[Finding]:
     }
     for package, (key, is_needed, remedy) in needed.items():
         if is_needed and importlib.util.find_spec(package) is None:
-            yield Finding(name=package, value="not installed", remedy=f"{key} needs the package {package}: {remedy}")
+            yield Check(name=package, value="not installed", remedy=f"{key} needs the package {package}: {remedy}")

@@ -12,7 +12,7 @@ from typing import TypeVar
 from megatron_embed.config.evaluation import EvaluationSet
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.data.dataset import RecordSet, hold_out, open_records, validation_shares
-from megatron_embed.data.empty_texts import refuse_tokenless_rows
+from megatron_embed.data.empty_texts import refuse_empty_rows
 from megatron_embed.data.mixture import Sampler, build_sampler
 from megatron_embed.data.number_checks import WITH_BOUNDS
 from megatron_embed.data.pair_batches import check_rerank_records
@@ -20,12 +20,12 @@ from megatron_embed.data.pair_tokenizer import PairTokenizer
 from megatron_embed.data.records import ANY_NUMBER, require_fields
 from megatron_embed.data.tokenizer import Role, RoleTokenizer, TextFormat
 from megatron_embed.errors import ConfigError
-from megatron_embed.evaluation.beir import BeirData, load_beir, refuse_tokenless_texts
+from megatron_embed.evaluation.beir import BeirData, load_beir, refuse_empty_texts
 from megatron_embed.evaluation.reranking import load_rerank_file
 from megatron_embed.evaluation.sts import StsData, load_sts, refuse_tokenless_pairs
-from megatron_embed.evaluation.suite import Suite
+from megatron_embed.evaluation.suite import EvaluationSuite
 from megatron_embed.export.embedding import stock_runs_causally
-from megatron_embed.loading.model_directory import ModelDirectory, adapters_of, blaming, find_model
+from megatron_embed.loading.model_directory import ModelDirectory, adapters_of, error_context, find_model
 from megatron_embed.loading.reranker import check_last_token, head_spec, open_pair_tokenizer, reranker_settings
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
@@ -60,7 +60,7 @@ class Inputs:
     tokenizer: RoleTokenizer | PairTokenizer
     """Of texts, or of a reranker's pairs."""
     sampler: Sampler
-    suite: Suite
+    suite: EvaluationSuite
     """All that the run is evaluated on."""
     settings: RerankerSettings | None
     """How a reranker is asked; null for an embedding model."""
@@ -74,7 +74,7 @@ class Inputs:
         """The optimizer step after which the run ends, unless it ends early."""
         return self.standing.steps if self.standing.ended_early else self.train_steps
 
-    def nothing_left(self, config: RunConfig) -> bool:
+    def is_complete(self, config: RunConfig) -> bool:
         """Whether every step is done, evaluated where that is due, and the export made if one is wanted."""
         exported = config.checkpoint.export_at_end is None or is_exported(config, self.standing.steps)
         return self.standing.steps >= self.last_step and exported and not self.standing.evaluation_owed
@@ -118,7 +118,7 @@ def read_inputs(config: RunConfig) -> Inputs:
                        teacher_temperature=config.objective.teacher_temperature or config.objective.temperature)
         check_token_budget(config, everything.most_in_use(config.data.num_positives, config.data.num_negatives))
         taken = config.data.num_negatives, config.data.num_positives
-        refuse_tokenless_rows(everything, tokenizer, *((ANY_NUMBER, ANY_NUMBER) if config.data.draws_documents
+        refuse_empty_rows(everything, tokenizer, *((ANY_NUMBER, ANY_NUMBER) if config.data.samples_documents
                                                        else taken))
     check_optimizer(config, has_adapters=adapters is not None,
                     has_tied_head=head is not None and head.is_tied(model.shape))
@@ -132,7 +132,7 @@ def read_inputs(config: RunConfig) -> Inputs:
         check_resumable(config, found.checkpoint, model, tokenizer, records)
     inputs = Inputs(config=config, model=model, records=records, validation=validation, tokenizer=tokenizer,
                     sampler=sampler, suite=suite, settings=settings, head=head, train_steps=steps, standing=found)
-    if config.checkpoint.export_at_end is not None and not inputs.nothing_left(config):
+    if config.checkpoint.export_at_end is not None and not inputs.is_complete(config):
         check_export(config, model)
     return inputs
 
@@ -161,9 +161,9 @@ def divided(config: RunConfig, records: RecordSet, dp_size: int) -> tuple[Record
     return kept, held
 
 
-def open_suite(config: RunConfig, tokenizer: RoleTokenizer | PairTokenizer) -> Suite:
+def open_suite(config: RunConfig, tokenizer: RoleTokenizer | PairTokenizer) -> EvaluationSuite:
     """The evaluation sets, every text of which the tokenizer can take, and a metric to compare checkpoints by."""
-    suite = Suite(retrieval=[named(load_beir(item.path, config.evaluation.split,
+    suite = EvaluationSuite(retrieval=[named(load_beir(item.path, config.evaluation.split,
                                              drop_own_id=config.evaluation.drop_own_id), item)
                              for item in config.evaluation.retrieval],
                   sts=[named(load_sts(item.path), item) for item in config.evaluation.sts],
@@ -173,7 +173,7 @@ def open_suite(config: RunConfig, tokenizer: RoleTokenizer | PairTokenizer) -> S
         check_instructions(f"evaluation.{key}", sets, config, tokenizer)
     for data in suite.retrieval:
         assert isinstance(tokenizer, RoleTokenizer), "a reranker searches nothing"
-        refuse_tokenless_texts(data, tokenizer)
+        refuse_empty_texts(data, tokenizer)
     for pairs in suite.sts:
         assert isinstance(tokenizer, RoleTokenizer), "a reranker compares no vectors"
         refuse_tokenless_pairs(pairs, tokenizer)
@@ -223,7 +223,7 @@ def open_reranker(config: RunConfig, model: ModelDirectory, checkpoint: Path | N
     settings = reranker_settings(
         config.reranker, asked, longest=config.data.max_length("query") + config.data.max_length("document"),
         lengths_are_set=lengths_are_set)
-    with blaming("model.path", config.model.path):
+    with error_context("model.path", config.model.path):
         tokenizer = open_pair_tokenizer(settings, model)
     if config.reranker.template is None:
         check_last_token(settings, tokenizer, f"model.path = {config.model.path!r}: its template")
@@ -306,7 +306,7 @@ def check_export(config: RunConfig, model: ModelDirectory) -> None:
 
 def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
     """The model's tokenizer with this run's prompts and lengths."""
-    with blaming("model.path", config.model.path):
+    with error_context("model.path", config.model.path):
         tokenizer = RoleTokenizer(
             str(model.hf), add_eos=model.pooling(config.embedding.pooling) == "lasttoken",
             text_format=training_format(model), query_prompt=config.data.prompt("query"),

@@ -235,7 +235,7 @@ def _export_record(config: RunConfig, steps: int) -> str:
                        **best}) + "\n"
 
 
-def moved_on(config: RunConfig, found: Standing) -> CheckpointError | None:
+def changed_since_check(config: RunConfig, found: Standing) -> CheckpointError | None:
     """The error of a rank whose newest checkpoint is no longer what it was when the run was checked."""
     try:
         now = standing(config)

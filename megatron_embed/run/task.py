@@ -29,7 +29,7 @@ from megatron_embed.export.reranker import PROBE_PAIRS, comparable, export_reran
 from megatron_embed.export.verify import ExpectedSettings
 from megatron_embed.loading.reranker import scorer_of
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
-from megatron_embed.parallel.collectives import raise_first
+from megatron_embed.parallel.collectives import raise_on_all_ranks
 from megatron_embed.parallel.topology import Topology, token_alignment
 from megatron_embed.run.preflight import Inputs, log_directory
 from megatron_embed.run.resume import record_export
@@ -73,7 +73,7 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
         dataclasses.replace(packing_of(config), keep_groups_together=keep_groups_together),
         DocumentsPerQuery(positives=config.data.num_positives, negatives=config.data.num_negatives),
         dp_rank=topology.dp_rank, dp_size=topology.dp_size, in_batch=config.data.all_in_batch,
-        seed=config.training.seed if config.data.draws_documents else None, validation=inputs.validation)
+        seed=config.training.seed if config.data.samples_documents else None, validation=inputs.validation)
     similarity: Literal["cosine", "dot"] = "cosine" if config.embedding.unit_length else "dot"
 
     def agree(batch: EmbedBatch) -> EmbedBatch:
@@ -183,5 +183,5 @@ def show_in_projector(config: RunConfig, inputs: Inputs, encoder: TextEncoder, t
         return
     vectors = [encoder.encode(texts, role, instruction=data.instruction) for data, role, texts in samples]
     labels = [(data.name, role, text) for data, role, texts in samples for text in texts]
-    raise_first(write_projector(directory, torch.cat(vectors), labels, inputs.train_steps)
+    raise_on_all_ranks(write_projector(directory, torch.cat(vectors), labels, inputs.train_steps)
                 if topology.rank == 0 else None)

@@ -12,7 +12,7 @@ from megatron_embed.batch import StepBatch
 from megatron_embed.checkpoint.save import Saver
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import PreemptedError, UserError
-from megatron_embed.parallel.collectives import largest, raise_first, sum_over
+from megatron_embed.parallel.collectives import largest, raise_on_all_ranks, sum_over
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.heap import HeapWatch
 from megatron_embed.training.health import Health
@@ -85,7 +85,7 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology, error: UserError | 
     real_sum, padded_sum, squares_sum, texts_sum, cut_sum, signalled, time_is_up, failed = sum_over(
         counts, dist.group.WORLD).tolist()
     if failed:
-        raise_first(error)
+        raise_on_all_ranks(error)
     assert batch is not None
     twins = topology.world_size // topology.dp_size
     if hooks.agree is not None:
@@ -149,7 +149,7 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, writer: MetricsWrit
     if hooks.saver is not None:
         hooks.saver.finish()
     writer.close()
-    raise_first(writer.error)
+    raise_on_all_ranks(writer.error)
     return metrics
 
 
@@ -198,6 +198,6 @@ def leave_early(hooks: Hooks, writer: MetricsWriter, done: int, saved: int, *,
             hooks.saver.save(done, evaluation_owed=evaluation_owed)
         hooks.saver.finish()
     writer.close()
-    raise_first(writer.error)
+    raise_on_all_ranks(writer.error)
     raise PreemptedError(f"stopped after {done} steps ({hooks.stop.reason()}), saved; "
                          "start the run again and it goes on")

@@ -25,7 +25,7 @@ from megatron_embed.platform.compat import (
     get_megatron_optimizer,
     use_torch_adam,
 )
-from megatron_embed.training.overlap import assert_gathered, hold_back_until_last
+from megatron_embed.training.overlap import assert_gathered, no_sync_until_last_microbatch
 
 
 class AdamW(torch.optim.AdamW):
@@ -95,7 +95,7 @@ def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: T
                                        disable_bucketing=number > 0, pg_collection=topology.groups)
                for number, chunk in enumerate(chunks)]
     if config.optimizer.overlap_grad_reduce:
-        hold_back_until_last(wrapped)
+        no_sync_until_last_microbatch(wrapped)
     tied = tied_parts(chunks)
 
     def finalize(*arguments: Any, **options: Any) -> None:

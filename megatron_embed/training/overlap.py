@@ -14,7 +14,7 @@ import torch
 from megatron_embed.platform.compat import DistributedDataParallel
 
 
-class HeldBack:
+class NoSync:
     """Context in which a chunk sums up gradients and sends none.
 
     Megatron's own (`DistributedDataParallel.no_sync`) is a generator, and a pipeline's forward-only pass enters it
@@ -34,9 +34,9 @@ class HeldBack:
             group.is_last_microbatch = True
 
 
-def hold_back_until_last(wrapped: Sequence[DistributedDataParallel]) -> None:
+def no_sync_until_last_microbatch(wrapped: Sequence[DistributedDataParallel]) -> None:
     """Tells Megatron's schedules how to keep gradients back until a step's last micro-batch."""
-    contexts = [functools.partial(HeldBack, chunk) for chunk in wrapped]
+    contexts = [functools.partial(NoSync, chunk) for chunk in wrapped]
     wrapped[0].config.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron_embed.errors import UserError
 from megatron_embed.objectives.base import Batch, Sums
-from megatron_embed.parallel.collectives import leave_if_asked, raise_first
+from megatron_embed.parallel.collectives import leave_if_asked, raise_on_all_ranks
 from megatron_embed.training.grad_cache import GradCache
 
 
@@ -31,7 +31,7 @@ class Validation(Generic[Batch]):
             batches = [build() for build in builders]
         except UserError as found:
             error = found
-        raise_first(error)
+        raise_on_all_ranks(error)
         self.batches = [agree(batch) for batch in batches]
 
     def __call__(self) -> dict[str, float]:

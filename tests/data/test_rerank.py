@@ -11,9 +11,9 @@ from megatron_embed.data.loader import RerankLoader
 from megatron_embed.data.packing import PackingSpec
 from megatron_embed.data.pair_batches import (
     build_rerank_batch,
-    choose_negatives,
     group_size,
     pairs_of,
+    sample_negatives,
     split_rerank_to_count,
 )
 from megatron_embed.data.pair_tokenizer import PairTemplate, PairTokenizer
@@ -38,16 +38,16 @@ def record(size=8, teacher=True):
 def test_negatives_are_drawn_anew_and_positives_stay():
     whole, drawn = record(), set()
     for step in range(40):
-        chosen = choose_negatives(whole, 2, (7, step, 3))
-        assert chosen == choose_negatives(whole, 2, (7, step, 3))
+        chosen = sample_negatives(whole, 2, (7, step, 3))
+        assert chosen == sample_negatives(whole, 2, (7, step, 3))
         places = [whole.documents.index(document) for document in chosen.documents]
         assert places == sorted(places) and {1, 4} <= set(places) and len(places) == 4 == group_size(whole, 2)
         assert chosen.labels == tuple(whole.labels[place] for place in places)
         assert chosen.teacher_scores == tuple(float(place) for place in places)
         drawn |= set(places)
     assert drawn == set(range(len(LABELS)))
-    assert choose_negatives(whole, 2, None).documents == tuple(whole.documents[place] for place in (0, 1, 2, 4))
-    assert choose_negatives(whole, 0, (1,)) is whole and choose_negatives(whole, 6, (1,)) is whole
+    assert sample_negatives(whole, 2, None).documents == tuple(whole.documents[place] for place in (0, 1, 2, 4))
+    assert sample_negatives(whole, 0, (1,)) is whole and sample_negatives(whole, 6, (1,)) is whole
 
 
 def test_loader_draws_by_row_and_step_whatever_the_ranks(tmp_path, tokenizer):

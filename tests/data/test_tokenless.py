@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_embed.data.empty_texts import first_tokenless
+from megatron_embed.data.empty_texts import first_empty_text
 from megatron_embed.data.tokenizer import RoleTokenizer
 
 BLANK = "\u200b"
@@ -33,16 +33,16 @@ def open_tokenizer(directory, **settings):
 def test_the_first_text_without_tokens(directory, before):
     texts = [(f"line {number}", "..." if number % 2 else "a strange text") for number in range(before)]
     texts += [("bad", BLANK), ("good", "a"), ("worse", BLANK * 2)]
-    assert first_tokenless(texts, "document", open_tokenizer(directory)) == ("bad", BLANK)
+    assert first_empty_text(texts, "document", open_tokenizer(directory)) == ("bad", BLANK)
     del texts[-1], texts[-2]
-    assert first_tokenless(texts[:-1], "document", open_tokenizer(directory)) is None
+    assert first_empty_text(texts[:-1], "document", open_tokenizer(directory)) is None
 
 
 def test_only_texts_without_letters_are_tokenized(directory, monkeypatch):
     tokenizer, seen = open_tokenizer(directory), []
     original = tokenizer.tokenize
     monkeypatch.setattr(tokenizer, "tokenize", lambda texts, role, **_: seen.extend(texts) or original(texts, role))
-    assert first_tokenless([(0, "a b"), (1, "?!"), (2, "深度"), (3, "7")], "query", tokenizer) is None
+    assert first_empty_text([(0, "a b"), (1, "?!"), (2, "深度"), (3, "7")], "query", tokenizer) is None
     assert seen[1:] == ["?!"]
 
 
@@ -54,10 +54,10 @@ def test_nothing_is_read_where_every_text_gets_a_token(directory, settings):
 
     tokenizer = open_tokenizer(directory, **settings)
     assert tokenizer.tokenize([BLANK], "document").token_ids[0]
-    assert first_tokenless(unread(), "document", tokenizer) is None
+    assert first_empty_text(unread(), "document", tokenizer) is None
 
 
 def test_an_empty_prompt_of_the_other_role_helps_nobody(directory):
     tokenizer = open_tokenizer(directory, query_prompt="a ")
-    assert first_tokenless([(0, BLANK)], "query", tokenizer) is None
-    assert first_tokenless([(0, BLANK)], "document", tokenizer) == (0, BLANK)
+    assert first_empty_text([(0, BLANK)], "query", tokenizer) is None
+    assert first_empty_text([(0, BLANK)], "document", tokenizer) == (0, BLANK)

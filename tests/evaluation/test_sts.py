@@ -9,7 +9,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
-from megatron_embed.errors import ConfigError, DataError, TokenlessTextError, UserError
+from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
 from megatron_embed.evaluation.sts import StsData, correlations, evaluate_sts, load_sts
 from tests.toys import MINI_EN, MINILM
 
@@ -95,7 +95,7 @@ def test_what_cannot_be_measured_is_refused():
         evaluate_sts(lambda texts, role: torch.randn(3, 4), data, dims=[5])
 
     def fail(texts, role):
-        raise TokenlessTextError(1, "somewhere", texts[1])
+        raise EmptyTextError(1, "somewhere", texts[1])
 
-    with pytest.raises(TokenlessTextError, match="pairs.jsonl:2: the text"):
+    with pytest.raises(EmptyTextError, match="pairs.jsonl:2: the text"):
         evaluate_sts(fail, data)

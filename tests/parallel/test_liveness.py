@@ -21,7 +21,7 @@ import yaml
 from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import CheckpointError, LostRankError
 from megatron_embed.parallel import heartbeat as liveness
-from megatron_embed.parallel.heartbeat import LifeWatch, is_connection_error
+from megatron_embed.parallel.heartbeat import HeartbeatMonitor, is_connection_error
 from tests.checkpoint.test_resume import configuration
 from tests.cli.test_refusals import command
 from tests.ranks import run_on_ranks
@@ -41,7 +41,7 @@ def store(monkeypatch):
 
 
 def watches(store, ranks, world_size, silence_seconds=60.0, on_loss=None):
-    return [LifeWatch("127.0.0.1", store.port, rank=rank, world_size=world_size, silence_seconds=silence_seconds,
+    return [HeartbeatMonitor("127.0.0.1", store.port, rank=rank, world_size=world_size, silence_seconds=silence_seconds,
                       on_loss=on_loss or (lambda message, speaker: None)) for rank in ranks]
 
 

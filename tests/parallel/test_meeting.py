@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import ConfigError, LostRankError, UserError
 from megatron_embed.parallel import rendezvous as meeting
-from megatron_embed.parallel.rendezvous import Meeting
+from megatron_embed.parallel.rendezvous import Rendezvous
 from megatron_embed.platform.launcher import run_name
 from tests.ranks import run_on_ranks
 
@@ -37,7 +37,7 @@ def rank_that(rank, refuses=None, after=0.0, timeout_seconds=20, held=None):
 
     One that arrives keeps the store, in `held`: the process group would need it.
     """
-    here = Meeting(rank, 3)
+    here = Rendezvous(rank, 3)
     time.sleep(after)
     message = refuses
     if message is None:
@@ -166,7 +166,7 @@ def port_is_taken(port):
 
     def wait():
         try:
-            Meeting(1, 3).arrive(20)
+            Rendezvous(1, 3).arrive(20)
         except UserError as error:
             told.append(str(error))
 

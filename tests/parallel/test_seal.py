@@ -11,8 +11,8 @@ import torch.distributed as dist
 from megatron_embed.errors import LostRankError, UserError
 from megatron_embed.parallel import heartbeat as liveness
 from megatron_embed.parallel import rendezvous as meeting
-from megatron_embed.parallel.heartbeat import LifeWatch
-from megatron_embed.parallel.rendezvous import ALL_HERE, Meeting, listening_socket
+from megatron_embed.parallel.heartbeat import HeartbeatMonitor
+from megatron_embed.parallel.rendezvous import ALL_HERE, Rendezvous, listening_socket
 from megatron_embed.parallel.signing import SECRET_VARIABLE, Seal
 
 SECRET = "0123456789abcdef" * 4
@@ -49,7 +49,7 @@ def ranks_that_arrive(timeout_seconds=5, ranks=(0, 1, 2)):
 
     def arrive(rank):
         try:
-            Meeting(rank, 3).arrive(timeout_seconds)
+            Rendezvous(rank, 3).arrive(timeout_seconds)
             answers[rank] = "went on"
         except (UserError, LostRankError) as error:
             answers[rank] = str(error)
@@ -107,7 +107,7 @@ def test_stranger_does_not_stand_for_a_rank(agent):
 
 def test_error_of_a_rank_of_the_run_is_heard(agent):
     printed = []
-    threading.Thread(target=lambda: printed.append(Meeting(1, 3).refuse("no rows"))).start()
+    threading.Thread(target=lambda: printed.append(Rendezvous(1, 3).refuse("no rows"))).start()
     assert ranks_that_arrive(ranks=(0, 2)) == ["rank 1: no rows"] * 2
 
 
@@ -116,7 +116,7 @@ def test_other_secret_on_one_rank_is_told(monkeypatch, agent):
 
     def arrive(rank, secret):
         monkeypatch.setenv(SECRET_VARIABLE, secret)
-        here = Meeting(rank, 2)
+        here = Rendezvous(rank, 2)
         room = Seal().room("meeting")
         monkeypatch.setattr(here, "_open", lambda seconds, listener=None: dist.PrefixStore(room, dist.TCPStore(
             *here._address, None, False, wait_for_workers=False, timeout=datetime.timedelta(seconds=seconds))))
@@ -141,7 +141,7 @@ def fast(monkeypatch):
 def test_strangers_signs_of_life_are_ignored(agent, port, fast):
     """Neither the news that a rank failed or that the run stops, nor, of a silent rank, an old sign again and again."""
     losses = []
-    watches = [LifeWatch("127.0.0.1", port, rank=rank, world_size=3, silence_seconds=4.0,
+    watches = [HeartbeatMonitor("127.0.0.1", port, rank=rank, world_size=3, silence_seconds=4.0,
                          on_loss=lambda *loss: losses.append(loss)) for rank in (0, 1, 2)]
     time.sleep(0.5)
     room = dist.PrefixStore(Seal().room("life"), agent)
@@ -181,7 +181,7 @@ def test_store_of_rank_0_listens_at_the_address_alone_where_all_ranks_find_it_th
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     for name, value in {"MASTER_ADDR": address, **environment}.items():
         monkeypatch.setenv(name, value)
-    held = [Meeting(0, 3), Meeting(0, 3)]  # the second shares it
+    held = [Rendezvous(0, 3), Rendezvous(0, 3)]  # the second shares it
     loopback = {"0100007F", "00000000000000000000000001000000"}
     found = listening(port)
     assert found and all((place in loopback) == alone for place in found)

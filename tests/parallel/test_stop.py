@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from megatron_embed.errors import PreemptedError
 from megatron_embed.parallel import heartbeat as liveness
-from megatron_embed.parallel.heartbeat import LifeWatch
-from megatron_embed.parallel.rendezvous import STOPPED, Meeting
+from megatron_embed.parallel.heartbeat import HeartbeatMonitor
+from megatron_embed.parallel.rendezvous import STOPPED, Rendezvous
 from megatron_embed.platform import stop_signal as stop
 from megatron_embed.platform.status import STATUS_FILE_VARIABLE
 from tests.toys import REPOSITORY
@@ -95,7 +95,7 @@ def test_commands_obey_while_they_load_and_read(monkeypatch, tmp_path, command, 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_output_under_way_is_completed_first(tmp_path):
-    from megatron_embed.platform.atomic_file import write_whole
+    from megatron_embed.platform.atomic_file import write_atomic
 
     def write(tell, file):
         file.write("half, ")
@@ -109,7 +109,7 @@ def test_output_under_way_is_completed_first(tmp_path):
     def work(tell):
         with stop.listening():
             try:
-                write_whole("--output", str(tmp_path / "out"), lambda file: write(tell, file))
+                write_atomic("--output", str(tmp_path / "out"), lambda file: write(tell, file))
             except PreemptedError:
                 return 75
         return 1
@@ -152,7 +152,7 @@ def listening(monkeypatch):
 def test_rank_that_leaves_makes_a_preemption_of_the_others_broken_collectives(listening, leaver):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
                           timeout=datetime.timedelta(seconds=30))
-    found = [LifeWatch("127.0.0.1", store.port, rank=rank, world_size=3, silence_seconds=60.0,
+    found = [HeartbeatMonitor("127.0.0.1", store.port, rank=rank, world_size=3, silence_seconds=60.0,
                        on_loss=lambda message, speaker: None) for rank in range(3)]
     ends = []
     others = [threading.Thread(target=lambda watch=watch: ends.append(watch.explain(GLOO, 600)))
@@ -173,7 +173,7 @@ def test_request_of_one_rank_reaches_all_while_they_work(listening):
     """A rank that is asked and finishes something says so with its signs of life, and nobody takes it for lost."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
                           timeout=datetime.timedelta(seconds=30))
-    watch = LifeWatch("127.0.0.1", store.port, rank=0, world_size=2, silence_seconds=60.0,
+    watch = HeartbeatMonitor("127.0.0.1", store.port, rank=0, world_size=2, silence_seconds=60.0,
                       on_loss=lambda message, speaker: None)
     life = dist.PrefixStore(f"life/{liveness.run_name()}", store)
     life.get("board")
@@ -195,7 +195,7 @@ def test_ranks_that_come_to_a_meeting_where_one_has_left_are_preempted(monkeypat
         port = listener.getsockname()[1]
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
-    first, second, third = (Meeting(rank, 3) for rank in range(3))
+    first, second, third = (Rendezvous(rank, 3) for rank in range(3))
     second.leave()
     for meeting in (third, first):
         with pytest.raises(PreemptedError, match="another rank was asked to"):

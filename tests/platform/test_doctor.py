@@ -7,19 +7,19 @@ from packaging.requirements import Requirement
 
 from megatron_embed.__main__ import main
 from megatron_embed.platform.doctor import (
-    Finding,
+    Check,
     check_requirement,
     cpu_features,
-    examine,
     report,
     requirements_of,
+    run_checks,
 )
 from tests.toys import REPOSITORY
 
 
 @pytest.fixture
 def findings():
-    return {finding.name: finding for finding in examine()}
+    return {finding.name: finding for finding in run_checks()}
 
 
 def test_this_machine_can_run(findings):
@@ -48,7 +48,7 @@ def test_checkout_that_is_not_installed_is_examined_all_the_same(monkeypatch, tm
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "requires", requires)
-    found = {finding.name: finding for finding in examine()}
+    found = {finding.name: finding for finding in run_checks()}
     assert "runs from" in found["installation"].value and not found["installation"].remedy
     assert len(requirements_of(REPOSITORY / "setup.py")) > 10
     assert {name: found[name] for name in ("torch", "megatron-core", "transformers", "psutil")} == {
@@ -68,7 +68,7 @@ def test_apex_is_known_by_what_is_in_it(tmp_path, monkeypatch, nvidia):
         (package / "multi_tensor_apply").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     # Only looked up, never imported: Megatron-Core was imported long before this test.
-    finding = next(finding for finding in examine() if finding.name == "apex")
+    finding = next(finding for finding in run_checks() if finding.name == "apex")
     assert ("wrong package" in finding.value) is not nvidia
     assert ("pip uninstall apex" in finding.remedy) is not nvidia
 
@@ -82,14 +82,15 @@ def test_cpu_features_are_read_from_cpuinfo(tmp_path):
 
 
 def test_report_marks_problems_and_ends_with_what_to_do():
-    lines = report([Finding(name="a", value="1"), Finding(name="bb", value="2", note="by the way"),
-                    Finding(name="c", value="3", remedy="install it")]).splitlines()
+    lines = report([Check(name="a", value="1"), Check(name="bb", value="2", note="by the way"),
+                    Check(name="c", value="3", remedy="install it")]).splitlines()
     assert lines == ["ok a   1", "-- bb  2  (by the way)", "!! c   3", "", "c: install it", "1 thing(s) to put right"]
 
 
 @pytest.mark.parametrize("remedy, code", [("", 0), ("install it", 1)])
 def test_command_prints_the_report_and_its_exit_code_tells(monkeypatch, capsys, remedy, code):
-    monkeypatch.setattr("megatron_embed.platform.doctor.examine", lambda: [Finding(name="a", value="1", remedy=remedy)])
+    checks = [Check(name="a", value="1", remedy=remedy)]
+    monkeypatch.setattr("megatron_embed.platform.doctor.run_checks", lambda: checks)
     assert main(["doctor"]) == code
     assert "a  1" in capsys.readouterr().out
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_embed.config.schema import CheckpointConfig, LoggingConfig, ModelConfig, ObjectiveConfig, RunConfig
 from megatron_embed.errors import ConfigError
-from megatron_embed.evaluation.suite import Suite
+from megatron_embed.evaluation.suite import EvaluationSuite
 from megatron_embed.losses.matryoshka import matryoshka_dims
 from megatron_embed.objectives import contrastive
 from megatron_embed.objectives import hard_negatives as own_documents
@@ -66,7 +66,7 @@ def metrics_of_the_objectives():
 
 def metrics_of_the_evaluation():
     """All that two sets of each kind give, at two more widths."""
-    suite = Suite(dims=(64, 32), **{kind: [SimpleNamespace(name=name) for name in ("mini_zh", "dim_sum")]
+    suite = EvaluationSuite(dims=(64, 32), **{kind: [SimpleNamespace(name=name) for name in ("mini_zh", "dim_sum")]
                                     for kind in ("retrieval", "sts", "reranking")})
     return suite.metric_names()
 

@@ -119,11 +119,11 @@ def first_weights(config):
 
 
 def test_every_layout_begins_with_the_same_adapters(adapted):
-    def drawn(base, sizes, ranks, seed=1234):
+    def sampled_documents(base, sizes, ranks, seed=1234):
         config = run_config(base, parallel=sizes, lora={"rank": 4}, training={"seed": seed})
         return run_on_ranks(first_weights, ranks, config)
 
-    (whole,) = drawn(adapted["qwen3"][0], layout(), 1)
+    (whole,) = sampled_documents(adapted["qwen3"][0], layout(), 1)
     assert len(whole) == 4 * 7 * 2
     for name, matrix in whole.items():
         if name.endswith(".B"):
@@ -134,13 +134,13 @@ def test_every_layout_begins_with_the_same_adapters(adapted):
         assert matrix.std() == pytest.approx(bound / 3**0.5, rel=0.2), name
     matrices = [matrix.flatten()[:32] for name, matrix in whole.items() if name.endswith(".A")]
     assert len({tuple(matrix.tolist()) for matrix in matrices}) == len(matrices), "two adapters began alike"
-    shards = drawn(adapted["qwen3"][0], layout(2), 2)
+    shards = sampled_documents(adapted["qwen3"][0], layout(2), 2)
     for name, matrix in whole.items():
         split = name.endswith(".A") and (".linear_proj." in name or ".linear_fc2." in name)
         shares = matrix.chunk(2, dim=1) if split else [matrix, matrix]
         if name.endswith(".A"):
             assert all(torch.equal(found[name], share) for found, share in zip(shards, shares, strict=True)), name
-    (other,) = drawn(adapted["qwen3"][0], layout(), 1, seed=5)
+    (other,) = sampled_documents(adapted["qwen3"][0], layout(), 1, seed=5)
     assert not any(torch.equal(other[name], matrix) for name, matrix in whole.items() if name.endswith(".A"))
 
 
