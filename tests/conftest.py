@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ranks import shutdown_ranks
+from tests.helpers.ranks import shutdown_ranks
 
 
 @pytest.fixture(scope="session", autouse=True)

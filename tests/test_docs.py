@@ -4,7 +4,7 @@ import ast
 import importlib.util
 import re
 
-from tests.toys import REPOSITORY
+from tests.helpers.toys import REPOSITORY
 
 LEAST = 12
 """Characters of a piece of a message that are looked for."""

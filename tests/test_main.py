@@ -12,12 +12,7 @@ from megatron_embed import __main__ as command_line
 from megatron_embed.__main__ import main
 from megatron_embed.errors import DataError, UserError
 from megatron_embed.platform import status
-
-
-@pytest.fixture(autouse=True)
-def _one_rank(monkeypatch):
-    for name in ("RANK", "SLURM_PROCID", status.STATUS_FILE_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
+from tests.helpers.launcher_variables import _one_rank  # noqa: F401  fixtures
 
 
 @pytest.fixture

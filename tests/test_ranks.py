@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_embed.errors import ConfigError
 from megatron_embed.platform.compat import parallel_state  # before any module of Megatron's
-from tests.ranks import REPOSITORY, RankPool, run_on_ranks
+from tests.helpers.ranks import REPOSITORY, RankPool, run_on_ranks
 
 
 def sum_of_ranks(offset, scale=1.0):
@@ -129,7 +129,7 @@ def test_only_module_level_functions_can_be_sent():
 
 @pytest.fixture
 def pool(monkeypatch):
-    monkeypatch.setattr("tests.ranks.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("tests.helpers.ranks.GRACE_SECONDS", 0.5)
     pool = RankPool()
     yield pool
     pool.shutdown()
@@ -183,7 +183,7 @@ def test_what_a_worker_started_ends_with_it(pool):
 @pytest.mark.slow
 def test_workers_die_with_their_parent(tmp_path):
     script = (
-        "import os, signal, threading, time; from tests.ranks import run_on_ranks\n"
+        "import os, signal, threading, time; from tests.helpers.ranks import run_on_ranks\n"
         "print(run_on_ranks(os.getpid, 1)[0], flush=True)\n"
         "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
         "run_on_ranks(time.sleep, 1, 60)  # It hangs, and so does not see that the pipe is closed."

@@ -22,8 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from megatron_embed.platform.compat import MEGATRON_VERSION  # noqa: E402
-from tests.ranks import shutdown_ranks  # noqa: E402
-from tests.training.cases import (  # noqa: E402
+from tests.helpers.cases import (  # noqa: E402
     BOUND,
     CURVE_BOUND,
     CURVE_LAYOUTS,
@@ -33,8 +32,9 @@ from tests.training.cases import (  # noqa: E402
     Case,
     all_cases,
 )
-from tests.training.curves import loss_curve  # noqa: E402
-from tests.training.oracle import Oracle, Outcome  # noqa: E402
+from tests.helpers.curves import loss_curve  # noqa: E402
+from tests.helpers.oracle import Oracle, Outcome  # noqa: E402
+from tests.helpers.ranks import shutdown_ranks  # noqa: E402
 
 STEPS_PER_POOL = 40
 """Then new workers: gloo threads of old process groups stay behind, hundreds after 200 cases, and take both cores."""

@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
-from tests.convert.toy import tensors_of  # noqa: E402
-from tests.families import (  # noqa: E402
+from tests.helpers.convert_toys import tensors_of  # noqa: E402
+from tests.helpers.families import (  # noqa: E402
     BOUND,
     DECODERS,
     FAMILIES,
@@ -30,7 +30,7 @@ from tests.families import (  # noqa: E402
     save_family,
     texts,
 )
-from tests.ranks import shutdown_ranks  # noqa: E402
+from tests.helpers.ranks import shutdown_ranks  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 TABLE = re.compile(r"(?<=<!-- table -->\n).*?(?=\n<!-- end of table -->)", re.DOTALL)

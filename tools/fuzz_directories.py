@@ -73,7 +73,7 @@ def make_toys(folder: Path) -> dict[str, Path]:
     from megatron_embed.__main__ import main
     from megatron_embed.convert.convert import hf_to_megatron
     from megatron_embed.export.sentence_transformers import export_sentence_transformers
-    from tests.toys import MINI_EN, save_model
+    from tests.helpers.toys import MINI_EN, save_model
 
     torch.manual_seed(0)
     small = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}

@@ -22,8 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from megatron_embed.platform.compat import MEGATRON_VERSION  # noqa: E402
-from tests.ranks import shutdown_ranks  # noqa: E402
-from tests.training.loss_truth import (  # noqa: E402
+from tests.helpers.loss_truth import (  # noqa: E402
     GRADIENT_BOUND,
     LAYOUTS,
     LOSSES,
@@ -32,6 +31,7 @@ from tests.training.loss_truth import (  # noqa: E402
     errors_under,
     truths,
 )
+from tests.helpers.ranks import shutdown_ranks  # noqa: E402
 
 BEGIN, END = "<!-- table of tools/loss_exactness.py -->\n", "<!-- end of the table -->\n"
 

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from megatron_embed.platform.compat import MEGATRON_VERSION  # noqa: E402
 from tests.checkpoint.moves import ALL_MODULES, BOUND, EXPERTS_ALONE, LAYOUTS, STEPS, STOP, Kind, Moves  # noqa: E402
-from tests.ranks import shutdown_ranks  # noqa: E402
+from tests.helpers.ranks import shutdown_ranks  # noqa: E402
 
 Pair = tuple[str, str]
 MOVES_PER_POOL = 20

@@ -1,7 +1,7 @@
 """Attention over packed sequences by Transformer Engine: cuDNN's or flash attention's kernels, as it finds best.
 
 Not run on a GPU yet. Its arguments are tested on the CPU against a stand-in with Transformer Engine's signature and
-checks (tests/te_stand_in.py). It has no weights, so checkpoints go with every kind of attention.
+checks (tests/helpers/te_stand_in.py). It has no weights, so checkpoints go with every kind of attention.
 """
 
 import math

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoint.test_resume import configuration, curve, go_back, train
-from tests.ranks import run_on_ranks
-from tests.toys import layout, save_model
-from tests.training.oracle import save_model as save_experts
+from tests.helpers.oracle import save_model as save_experts
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import configuration, curve, go_back, train
+from tests.helpers.toys import layout, save_model
 
 STEPS, STOP = 6, 3
 """Optimizer steps of a run, and after how many of them it moves."""

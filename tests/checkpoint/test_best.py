@@ -10,8 +10,8 @@ from megatron_embed.checkpoint.files import INFO_FILE, remove_old
 from megatron_embed.config.evaluation import CheckpointConfig, EvaluationConfig, EvaluationSet
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.run.resume import best_checkpoint
-from tests.ranks import run_on_ranks
-from tests.toys import run_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import run_config
 
 
 def save(folder, step):

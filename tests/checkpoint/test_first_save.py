@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from tests.checkpoint.test_resume import configuration, curve, go_back, train
-from tests.ranks import run_on_ranks
-from tests.toys import layout, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import configuration, curve, go_back, train
+from tests.helpers.toys import layout, save_model
 
 
 @pytest.fixture(scope="module")

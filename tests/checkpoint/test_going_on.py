@@ -13,10 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_embed.checkpoint.files import step_directories
-from tests.checkpoint.test_resume import configuration, curve, train
-from tests.cli.test_refusals import assert_refused, command
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN, MINILM, layout, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import assert_refused, command
+from tests.helpers.runs import configuration, curve, train
+from tests.helpers.toys import MINI_EN, MINILM, layout, save_model
 
 
 @pytest.fixture(scope="module")

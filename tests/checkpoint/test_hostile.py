@@ -31,9 +31,9 @@ from megatron_embed.convert.convert import hf_to_megatron
 from megatron_embed.convert.storage.torch_dist import DcpReader, DcpWriter
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.platform import private
-from tests.cli.test_refusals import command
-from tests.ranks import run_on_ranks
-from tests.toys import save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
+from tests.helpers.toys import save_model
 
 
 class Trap:

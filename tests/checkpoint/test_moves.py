@@ -10,8 +10,8 @@ import pytest
 
 from megatron_embed.checkpoint.optimizer_state import CHAINED
 from tests.checkpoint.moves import ALL_MODULES, BOUND, EXPERTS_ALONE, LAYOUTS, STOP, Kind, Moves
-from tests.checkpoint.test_resume import curve, go_back, train
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import curve, go_back, train
 
 
 @pytest.fixture(scope="module")

@@ -11,69 +11,25 @@ from safetensors.torch import load_file
 
 from megatron_embed.checkpoint.files import latest_checkpoint, remove_old, step_directories
 from megatron_embed.errors import CheckpointError
-from tests.ranks import run_on_ranks
-from tests.toys import MAX_LENGTH, MINI_EN, layout, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import (
+    DROPOUT,
+    configuration,
+    curve,
+    export,
+    go_back,
+    model,  # noqa: F401  fixtures
+    train,
+)
+from tests.helpers.toys import layout
 
 LEARNED = {"learnable_temperature": True, "temperature_learning_rate": 0.05}
-DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", tokenizer=True)
-
-
-def configuration(model, directory, *, parallel=None, distributed=True, checkpoint=None, objective=None, **training):
-    """Plain values of a run on real rows, as a YAML file would hold them."""
-    return {
-        "model": {"path": model, "dtype": "float32"}, "embedding": {"pooling": "mean"},
-        "objective": {"temperature": 0.3, **(objective or {})},
-        "data": {"train": [str(MINI_EN)], "num_negatives": 1, "query_max_length": MAX_LENGTH,
-                 "document_max_length": MAX_LENGTH},
-        "parallel": parallel or layout(), "optimizer": {"distributed": distributed},
-        "training": {"global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3, **training},
-        "checkpoint": {"directory": str(directory), **(checkpoint or {})},
-        "logging": {"every_steps": 1, "tensorboard": False}}
-
-
-def train(values):
-    """Called by all ranks."""
-    from megatron_embed.config.load import config_of_overrides
-    from megatron_embed.run.assemble import run_training
-
-    overrides = [f"{section}.{key}={json.dumps(value)}" for section, keys in values.items()
-                 for key, value in keys.items()]
-    return run_training(config_of_overrides(overrides))
-
-
-def curve(directory):
-    """By step, what a resumed run must repeat."""
-    lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [(line["loss"], line["grad_norm"], line["learning_rate"], line["margin"]) for line in lines]
 
 
 def temperatures(directory):
     """By step, what a run that trains its temperature must repeat."""
     lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["temperature"] for line in lines]
-
-
-def go_back(directory, target, step):
-    """A copy of a run as it was after `step`."""
-    shutil.copytree(directory, target)
-    for number, folder in step_directories(target).items():
-        if number > step:
-            shutil.rmtree(folder)
-    (target / "latest").write_text(f"step_{step:06d}\n")
-    return target
-
-
-def export(directory, target):
-    from megatron_embed.convert.convert import megatron_to_hf
-
-    megatron_to_hf(directory, target)
-    return load_file(target / "model.safetensors")
 
 
 @pytest.mark.parametrize("ranks, sizes, distributed", [

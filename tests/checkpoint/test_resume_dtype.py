@@ -3,9 +3,9 @@
 from unittest import mock
 
 from megatron_embed.config.load import read_resolved
-from tests.checkpoint.test_resume import configuration, train
-from tests.ranks import run_on_ranks
-from tests.toys import save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import configuration, train
+from tests.helpers.toys import save_model
 
 
 def train_elsewhere(values):

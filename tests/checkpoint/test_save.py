@@ -7,9 +7,9 @@ import pytest
 
 from megatron_embed.checkpoint.files import step_directories
 from megatron_embed.errors import PreemptedError
-from tests.checkpoint.test_resume import DROPOUT, configuration, curve, train
-from tests.ranks import run_on_ranks
-from tests.toys import save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import DROPOUT, configuration, curve, train
+from tests.helpers.toys import save_model
 
 
 @pytest.fixture(scope="module")

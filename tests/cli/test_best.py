@@ -8,21 +8,13 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.checkpoint.test_resume import go_back
-from tests.cli.test_commands import evaluated, small_beir  # noqa: F401  a fixture
-from tests.cli.test_refusals import assert_refused, command, settings
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN, save_model
-from tests.training.test_dashboards import charts_of
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    rows = [json.loads(line) for line in MINI_EN.read_text().splitlines()[:20]]
-    path = tmp_path_factory.mktemp("sts") / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"text_a": row["query"], "text_b": row["positive"][0], "score": number % 5})
-                            + "\n" for number, row in enumerate(rows)))
-    return str(path)
+from tests.helpers.charts import charts_of
+from tests.helpers.commands import evaluated, small_beir  # noqa: F401  a fixture
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import assert_refused, command, settings
+from tests.helpers.runs import go_back
+from tests.helpers.scored_pairs import pairs  # noqa: F401  fixtures
+from tests.helpers.toys import save_model
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +22,7 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", tokenizer=True)
 
 
-def write(folder, model, small_beir, pairs, **evaluation):  # noqa: F811
+def write(folder, model, small_beir, pairs, **evaluation):
     values = settings(model, folder / "run")
     values["training"] |= {"train_steps": 4, "learning_rate": 3e-2, "lr_decay_style": "constant"}
     values["checkpoint"] |= {"keep": 1, "save_every_steps": 100}
@@ -42,7 +34,7 @@ def write(folder, model, small_beir, pairs, **evaluation):  # noqa: F811
     return str(folder / "run.yaml")
 
 
-def test_best_checkpoint_and_projector(model, small_beir, pairs, tmp_path):  # noqa: F811
+def test_best_checkpoint_and_projector(model, small_beir, pairs, tmp_path):
     config, run = write(tmp_path, model, small_beir, pairs), tmp_path / "run"
     results = run_on_ranks(command, 2, ["train", config])
     assert [code for code, *_ in results] == [0, 0], results[0][2]
@@ -65,7 +57,7 @@ def test_best_checkpoint_and_projector(model, small_beir, pairs, tmp_path):  # n
         ("few", "query"), ("few", "document"), ("pairs", "query"), ("pairs", "document")}
 
 
-def assert_found_again(run, lines, step, small_beir, pairs):  # noqa: F811
+def assert_found_again(run, lines, step, small_beir, pairs):
     """The run logged what `evaluate` finds, names and values, at every width of its loss."""
     (logged,) = [line for line in lines if line["step"] == step and "eval/ndcg@10" in line]
     found = {}
@@ -149,7 +141,7 @@ def test_the_best_of_a_run_that_measures_nothing_is_refused(model, pairs, tmp_pa
                    "there is nothing to evaluate")
 
 
-def test_metrics_that_no_set_has_are_refused(model, small_beir, pairs, tmp_path):  # noqa: F811
+def test_metrics_that_no_set_has_are_refused(model, small_beir, pairs, tmp_path):
     config = write(tmp_path, model, small_beir, pairs, best_metric="spearmen")
     assert_refused(run_on_ranks(command, 1, ["train", config]), "evaluation.best_metric = 'spearmen'",
                    "did you mean 'spearman'?")

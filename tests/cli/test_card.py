@@ -9,7 +9,7 @@ import yaml
 from megatron_embed import __version__
 from megatron_embed.config.schema import CheckpointConfig, LoraConfig, RerankerConfig, TrainFile
 from megatron_embed.export.model_card import write_card
-from tests.toys import MINI_EN, run_config
+from tests.helpers.toys import MINI_EN, run_config
 
 
 def written(folder, config, **options):

@@ -10,11 +10,14 @@ import yaml
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from tests.cli.test_refusals import command, settings
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN, MINILM, layout, save_model
+from tests.helpers.commands import (
+    evaluated,
+    small_beir,  # noqa: F401  fixtures
+)
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command, settings
+from tests.helpers.toys import MINI_EN, MINILM, layout, save_model
 
-BEIR = MINI_EN.parent / "beir"
 METRICS = {"step", "loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin",
            "masked_fraction", "negatives_per_query", "grad_norm", "learning_rate", "tokens_per_second",
            "padding_fraction", "step_seconds", "truncated_fraction", "skipped_steps", "tflops_per_rank", "memory_gib"}
@@ -23,24 +26,6 @@ METRICS = {"step", "loss", "in_batch_accuracy", "positive_similarity", "negative
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", tokenizer=True)
-
-
-@pytest.fixture(scope="module")
-def small_beir(tmp_path_factory):
-    """Forty documents and the queries that ask for them."""
-    folder = tmp_path_factory.mktemp("beir") / "few"
-    (folder / "qrels").mkdir(parents=True)
-    header, *judgements = (BEIR / "qrels" / "test.tsv").read_text().splitlines()
-    documents = (BEIR / "corpus.jsonl").read_text().splitlines()[:40]
-    known = {json.loads(line)["_id"] for line in documents}
-    kept = [line for line in judgements if line.split("\t")[1] in known]
-    assert len(kept) >= 10
-    asked = {line.split("\t")[0] for line in kept}
-    queries = [line for line in (BEIR / "queries.jsonl").read_text().splitlines() if json.loads(line)["_id"] in asked]
-    (folder / "corpus.jsonl").write_text("\n".join(documents) + "\n")
-    (folder / "queries.jsonl").write_text("\n".join(queries) + "\n")
-    (folder / "qrels" / "test.tsv").write_text("\n".join([header, *kept]) + "\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +67,6 @@ def test_training_leaves_metrics_checkpoints_and_an_export(trained):
     card = (export / "README.md").read_text(encoding="utf-8")
     assert "| optimizer steps | 3 |" in card
     assert f"| ndcg@10 | {evaluations[-1]['eval/ndcg@10']:.4f} |" in card
-
-
-def evaluated(arguments, ranks):
-    results = run_on_ranks(command, ranks, ["evaluate", *arguments])
-    assert all(code == 0 for code, *_ in results), results[0][2]
-    assert all(out == "" for _, out, *_ in results[1:])
-    return json.loads(results[0][1].splitlines()[-1])
 
 
 def test_run_checkpoint_and_export_evaluate_to_the_last_score_of_training(trained, small_beir):

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from megatron_embed.__main__ import main
-from tests.toys import MINI_EN, MINILM, REPOSITORY
+from tests.helpers.toys import MINI_EN, MINILM, REPOSITORY
 
 ROWS = [
     {"query": "a b c", "positive": ["p one"], "negatives": ["n one", "n two"]},

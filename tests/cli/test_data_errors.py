@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from tests.cli.test_refusals import assert_refused, command, settings
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN, layout, save_model
-from tests.training.oracle import save_model as save_moe
+from tests.helpers.oracle import save_model as save_moe
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import assert_refused, command, settings
+from tests.helpers.toys import MINI_EN, layout, save_model
 
 BLANK = "\u200b\u200b"
 """Two zero-width blanks, which the tokenizer below drops."""

@@ -10,15 +10,15 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from megatron_embed.__main__ import main
 from megatron_embed.evaluation.beir import load_beir
 from megatron_embed.evaluation.retrieval import retrieval_metrics
-from tests.cli.test_commands import evaluated, small_beir  # noqa: F401  a fixture
-from tests.cli.test_mine import model  # noqa: F401  a fixture
-from tests.cli.test_mine_judge import cross_encoder  # noqa: F401  a fixture
-from tests.cli.test_refusals import command
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN, MINILM
+from tests.helpers.commands import evaluated, small_beir  # noqa: F401  a fixture
+from tests.helpers.cross_encoders import cross_encoder  # noqa: F401  a fixture
+from tests.helpers.mining_runs import model  # noqa: F401  a fixture
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
+from tests.helpers.toys import MINI_EN, MINILM
 
 
-def test_widths_and_two_stages(model, small_beir):  # noqa: F811
+def test_widths_and_two_stages(model, small_beir):
     arguments = ["--model", str(model), "--data", str(small_beir), "--dims", "4,16", "--two-stage", "8",
                  "--candidates", "10"]
     one, two = evaluated(arguments, 1), evaluated(arguments, 2)
@@ -31,7 +31,7 @@ def test_widths_and_two_stages(model, small_beir):  # noqa: F811
     assert whole == pytest.approx({name: value for name, value in one.items() if "/" not in name}, abs=1e-9)
 
 
-def test_a_reranker_orders_the_candidates(model, cross_encoder, small_beir, tmp_path):  # noqa: F811
+def test_a_reranker_orders_the_candidates(model, cross_encoder, small_beir, tmp_path):
     """The numbers of the stock libraries: the best seven of Sentence Transformers, ordered by its CrossEncoder."""
     arguments = ["--model", str(model), "--data", str(small_beir), "--reranker", str(cross_encoder), "--candidates",
                  "7", "--reranker-weight", "0.5", "--per-query", str(tmp_path / "queries.jsonl")]
@@ -54,7 +54,7 @@ def test_a_reranker_orders_the_candidates(model, cross_encoder, small_beir, tmp_
     assert one["reranked/ndcg@10"] != one["ndcg@10"] != one["reranked_0.5/ndcg@10"]
 
 
-def test_pairs(model, tmp_path):  # noqa: F811
+def test_pairs(model, tmp_path):
     rows = [json.loads(line) for line in MINI_EN.read_text().splitlines()[:30]]
     pairs = [{"text_a": row["query"], "text_b": row["positive"][0], "score": number % 7}
              for number, row in enumerate(rows)]
@@ -68,7 +68,7 @@ def test_pairs(model, tmp_path):  # noqa: F811
     assert found["pearson"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_given_prompts_take_the_place_of_the_directorys(model, small_beir, tmp_path):  # noqa: F811
+def test_given_prompts_take_the_place_of_the_directorys(model, small_beir, tmp_path):
     """As if the texts began with them; a directory's own are replaced, and one with an open place is refused."""
     own = shutil.copytree(model, tmp_path / "own")
     settings = json.loads((own / "config_sentence_transformers.json").read_text())
@@ -93,7 +93,7 @@ def test_given_prompts_take_the_place_of_the_directorys(model, small_beir, tmp_p
         assert code == 2 and words in err
 
 
-def test_encode_takes_the_prompt_of_its_role(model, tmp_path):  # noqa: F811
+def test_encode_takes_the_prompt_of_its_role(model, tmp_path):
     """The vectors of texts with the prompt in front, by the stock library; another role's prompt is refused."""
     (tmp_path / "texts.jsonl").write_text('{"text": "a river"}\n{"text": "tea", "title": "Assam"}\n')
     given = ["encode", "--model", str(model), "--input", str(tmp_path / "texts.jsonl"), "--output",
@@ -106,7 +106,7 @@ def test_encode_takes_the_prompt_of_its_role(model, tmp_path):  # noqa: F811
         assert code == 2 and "--query-prompt 'find: ': no text here is a query; leave it out, or add --role" in err
 
 
-def test_a_reranker_takes_no_prompt(cross_encoder, tmp_path, capsys):  # noqa: F811
+def test_a_reranker_takes_no_prompt(cross_encoder, tmp_path, capsys):
     (tmp_path / "lists.jsonl").write_text('{"query": "a", "documents": ["b", "c"], "labels": [1, 0]}\n')
     assert main(["evaluate", "--model", str(cross_encoder), "--data", str(tmp_path / "lists.jsonl"),
                  "--document-prompt", "passage: "]) == 2
@@ -122,14 +122,14 @@ def test_a_reranker_takes_no_prompt(cross_encoder, tmp_path, capsys):  # noqa: F
     (["--reranker", str(MINILM)], "is no reranker"),
     (["--per-query", "missing/queries.jsonl"], "--per-query missing/queries.jsonl: must be a .jsonl file, itself no"),
 ])
-def test_refusals(arguments, words, model, small_beir):  # noqa: F811
+def test_refusals(arguments, words, model, small_beir):
     given = ["evaluate", "--model", str(model), "--data", str(small_beir), *arguments]
     code, out, err, _ = run_on_ranks(command, 1, given)[0]
     assert (code, out) == (2, "")
     assert words in err
 
 
-def test_a_file_of_pairs_has_no_split(model, tmp_path, capsys):  # noqa: F811
+def test_a_file_of_pairs_has_no_split(model, tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"text_a": "a", "text_b": "b", "score": 1}\n')
     for option in (["--split", "dev"], ["--two-stage", "8"], ["--reranker", "dir"]):
@@ -139,7 +139,7 @@ def test_a_file_of_pairs_has_no_split(model, tmp_path, capsys):  # noqa: F811
     assert "1 rows with 1 different scores" in capsys.readouterr().err
 
 
-def test_one_document_and_a_query_without_a_relevant_one(model, cross_encoder, tmp_path):  # noqa: F811
+def test_one_document_and_a_query_without_a_relevant_one(model, cross_encoder, tmp_path):
     """Fewer documents than any cut, width or candidate list asks for; characters beyond the basic plane."""
     (tmp_path / "qrels").mkdir()
     rows = {"corpus.jsonl": [{"_id": "d", "title": "\U00020bb7", "text": "\U00020bb7\u91ce\u5bb6 \U0001f600"}],

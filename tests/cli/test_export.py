@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from megatron_embed.cli.convert import FORMATS
 from megatron_embed.convert.convert import hf_to_megatron
-from tests.cli.test_refusals import command
-from tests.convert.toy import MINILM, save_toy
-from tests.ranks import run_on_ranks
-from tests.toys import save_model
+from tests.helpers.convert_toys import MINILM, save_toy
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
+from tests.helpers.toys import save_model
 
 
 @pytest.fixture(scope="module")

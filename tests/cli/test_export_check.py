@@ -14,9 +14,9 @@ from megatron_embed.export.embedding import LengthProbes, export_probes, length_
 from megatron_embed.export.sentence_transformers import cut_on_the_right, export_sentence_transformers
 from megatron_embed.export.verify import ExpectedSettings
 from megatron_embed.loading.model_directory import open_encoder
-from tests.cli.test_refusals import command, settings
-from tests.ranks import run_on_ranks
-from tests.toys import save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command, settings
+from tests.helpers.toys import save_model
 
 LENGTH = 24
 PROMPTS = {"query": "ask: ", "document": ""}

@@ -1,66 +1,31 @@
 """Somebody else's model directories: the vectors of the stock library, or a refusal that names file, key and value."""
 
-import atexit
-import functools
 import json
 import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from tests.ranks import run_on_ranks
-from tests.toys import MINILM, save_model
+from tests.helpers.foreign_directories_helpers import (
+    FLAT,
+    KIND,
+    change,
+    chat,
+    left,
+    model_of,
+    save_directory,
+    with_template,
+    without_sep,
+    write,
+)
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import MINILM
 
 LONG = "a " * 40 + "long tail of words that is cut somewhere because it goes on and on until the end"
 TEXTS = ["The quick brown fox", "HELLO World, Ünïcode", "量子计算的历史", LONG]
-FLAT = ("{% for m in messages %}{{ m.role }}: {{ m.content }} end\n{% endfor %}"
-        "{% if add_generation_prompt %}answer:{% endif %}")
 PARTS = ("{% for m in messages %}[{{ m.role }}] {{ m.content[0].text | trim }} .{% endfor %}"
          "{% if task %}{{ task }}{% endif %}")
-KIND = {"method": "forward", "method_output_name": "last_hidden_state"}
-
-
-def write(path, values):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
-
-
-def change(path, **values):
-    write(path, {**json.loads(path.read_text(encoding="utf-8")), **values})
-
-
-def chat(content, **more):
-    """sentence_bert_config.json of a model of chats."""
-    return {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings", "max_seq_length": 24,
-            "modality_config": {"text": KIND, "message": {**KIND, "format": content}}, **more}
-
-
-@functools.cache
-def model_of(kind):
-    """A plain Hugging Face directory, made once."""
-    path = Path(tempfile.mkdtemp()) / kind
-    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
-    return Path(save_model(path, kind, tokenizer=True, num_hidden_layers=2))
-
-
-def save_directory(path, *, kind="bert", pooling="mean", normalize=True, sbert=None, settings=None):
-    """A Sentence Transformers directory as versions 2 to 5 wrote it."""
-    shutil.copytree(model_of(kind), path)
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if normalize else [])]
-    write(path / "modules.json", [{"idx": index, "name": str(index), "path": folder,
-                                   "type": f"sentence_transformers.models.{kind}"}
-                                  for index, (folder, kind) in enumerate(modules)])
-    write(path / "1_Pooling" / "config.json", pooling if isinstance(pooling, dict) else {
-        "word_embedding_dimension": 32, **{f"pooling_mode_{name}": name == pooling + "_token" * (pooling == "cls")
-                                           + "_tokens" * (pooling in ("mean", "weightedmean"))
-                                           for name in ("cls_token", "mean_tokens", "max_tokens", "weightedmean_tokens",
-                                                        "mean_sqrt_len_tokens", "lasttoken")}})
-    write(path / "sentence_bert_config.json", sbert or {"max_seq_length": 16, "do_lower_case": False})
-    write(path / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None, **(settings or {})})
-    return path
 
 
 def cased(path):
@@ -69,30 +34,6 @@ def cased(path):
     values["normalizer"]["lowercase"] = False
     write(path / "tokenizer.json", values)
     change(path / "tokenizer_config.json", do_lower_case=False)
-    return path
-
-
-def without_sep(path):
-    """The tokenizer puts nothing around a text, as those of decoders."""
-    values = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
-    values["post_processor"] = None
-    write(path / "tokenizer.json", values)
-    write(path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]",
-                                           "eos_token": "[SEP]", "unk_token": "[UNK]"})
-    (path / "special_tokens_map.json").unlink()
-    return path
-
-
-def left(path):
-    change(path / "tokenizer_config.json", truncation_side="left")
-    return path
-
-
-def with_template(path, template, in_config=False):
-    if in_config:
-        change(path / "tokenizer_config.json", chat_template=template)
-    else:
-        write(path / "chat_template.jinja", template)
     return path
 
 
@@ -181,7 +122,7 @@ def test_the_cases_differ_from_the_plain_directory(ours):
 
 
 def encode_command(arguments):
-    from tests.cli.test_refusals import command
+    from tests.helpers.refusals import command
 
     return command(arguments)
 
@@ -330,7 +271,7 @@ def test_published_directory_passes():
 
 
 def save_adapter(path, init):
-    from tests.training.adapter_truth import write_adapter
+    from tests.helpers.adapter_truth import write_adapter
 
     path.mkdir(parents=True)
     write_adapter(path, model_of("qwen3"))

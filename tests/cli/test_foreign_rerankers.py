@@ -5,28 +5,15 @@ import json
 
 import pytest
 
-from megatron_embed.api import open_any
-from megatron_embed.errors import UserError
-from tests import foreign_rerankers as toys
-from tests.foreign_rerankers import decoder, encoder, saved
-from tests.ranks import run_on_ranks
+from tests.helpers import foreign_rerankers as toys
+from tests.helpers.foreign_rerankers import decoder, encoder, saved
+from tests.helpers.foreign_rerankers_helpers import own_scores
+from tests.helpers.ranks import run_on_ranks
 
 IDENTITY, SIGMOID = toys.ACTIVATION["identity"], toys.ACTIVATION["sigmoid"]
 LONG_QUERY = "what is a quick fox and why " * 20
 LONG = ("no activation", "max_seq_length", "decoder without template")
 """The cases that are scored for it, too."""
-
-
-def own_scores(cases):
-    """Of every (directory, query), or the sentence that refuses it."""
-    found = []
-    for directory, query in cases:
-        try:
-            model = open_any(directory, pooling=None, max_length=None, dtype=None, normalize=True)
-            found.append(model.rerank(query, toys.DOCUMENTS).tolist())
-        except UserError as error:
-            found.append(str(error))
-    return found
 
 
 def without_padding_token(path):

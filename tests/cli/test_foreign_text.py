@@ -11,7 +11,7 @@ import pytest
 from megatron_embed.__main__ import main
 from megatron_embed.cli.common import setup_logging, write_output
 from megatron_embed.platform.terminal_text import LogFormatter, continued, guard_records, one_line, printable
-from tests.toys import REPOSITORY
+from tests.helpers.toys import REPOSITORY
 
 ESCAPES = {
     "colour": ("\x1b[31mred", "\\u001b[31mred"), "title": ("\x1b]0;owned\x07", "\\u001b]0;owned\\u0007"),

@@ -6,10 +6,10 @@ import json
 import pytest
 import yaml
 
-from tests.cli.test_refusals import command, settings
-from tests.data.peer_rows import FORMATS, WITH_INSTRUCTION, lines, our_rows
-from tests.ranks import run_on_ranks
-from tests.toys import save_model
+from tests.helpers.foreign_rows import FORMATS, WITH_INSTRUCTION, lines, our_rows
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command, settings
+from tests.helpers.toys import save_model
 
 TRAINED = ("swift-response", "swift-messages", "flag-embedding", "tevatron-passages", "tevatron-ids", "st-anchor",
            "dpr", "nemo", "beir", "parquet", "saved", "arrow", "gz", "zst", "streamed")

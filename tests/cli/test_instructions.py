@@ -7,11 +7,11 @@ import pytest
 import yaml
 from sentence_transformers import SentenceTransformer
 
-from tests.cli.test_best import pairs  # noqa: F401  a fixture
-from tests.cli.test_commands import evaluated, small_beir  # noqa: F401  a fixture
-from tests.cli.test_refusals import assert_refused, command, settings
-from tests.ranks import run_on_ranks
-from tests.toys import save_model
+from tests.helpers.commands import evaluated, small_beir  # noqa: F401  a fixture
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import assert_refused, command, settings
+from tests.helpers.scored_pairs import pairs  # noqa: F401  a fixture
+from tests.helpers.toys import save_model
 
 TEMPLATE = "Instruct: {instruction}\nQuery:"
 DEFAULT, OTHER = "Given a question, find the passage that answers it", "refute the claim with a scientific document"
@@ -34,7 +34,7 @@ def write(folder, model, **sections):
 
 
 @pytest.mark.slow
-def test_each_set_is_asked_with_its_instruction_and_the_export_with_the_default(model, small_beir, pairs,  # noqa: F811
+def test_each_set_is_asked_with_its_instruction_and_the_export_with_the_default(model, small_beir, pairs,
                                                                                 tmp_path):
     """What the run logs of a set is what `evaluate` finds with the export, once that has the set's prompt written out;
     the export itself is loaded by Sentence Transformers and compared before it gets its name."""
@@ -77,7 +77,7 @@ def test_each_set_is_asked_with_its_instruction_and_the_export_with_the_default(
      ["two sets are called 'few'", "name: ...}"]),
     ({"evaluation": {"retrieval": [{"path": "BEIR", "instructions": "x"}]}},
      ["evaluation.retrieval.instructions", "did you mean 'instruction'?"])])
-def test_refusals_name_the_way_out(model, small_beir, pairs, tmp_path, sections, words):  # noqa: F811
+def test_refusals_name_the_way_out(model, small_beir, pairs, tmp_path, sections, words):
     text = json.dumps({"embedding": {"instruction": None}} | sections)
     sections = json.loads(text.replace("BEIR", str(small_beir)).replace("PAIRS", pairs))
     rows = tmp_path / "rows.jsonl"

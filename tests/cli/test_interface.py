@@ -11,8 +11,8 @@ import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import BertConfig, BertForSequenceClassification
 
-from tests.ranks import REPOSITORY
-from tests.toys import BERT, MINILM, save_model
+from tests.helpers.ranks import REPOSITORY
+from tests.helpers.toys import BERT, MINILM, save_model
 
 TEXTS = ["What is tea?", "Tea is a drink.", "Der Zug fährt nach Köln.", "茶是一种饮料。", "\U00020bb7野家 \U0001f600"]
 SCRIPT = """

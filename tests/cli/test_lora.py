@@ -11,12 +11,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from tests.checkpoint.test_resume import curve, go_back
-from tests.cli.test_refusals import assert_refused, command, settings
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN, save_model
-from tests.training.adapter_truth import write_adapter
-from tests.training.oracle import save_model as save_experts
+from tests.helpers.adapter_truth import write_adapter
+from tests.helpers.oracle import save_model as save_experts
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import assert_refused, command, settings
+from tests.helpers.runs import curve, go_back
+from tests.helpers.toys import MINI_EN, save_model
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 TEXTS = [json.loads(line)["query"] for line in MINI_EN.read_text(encoding="utf-8").splitlines()[:12]]

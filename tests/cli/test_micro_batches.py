@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from tests.cli.test_refusals import command, settings
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN, layout, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command, settings
+from tests.helpers.toys import MINI_EN, layout, save_model
 
 STEPS = 2
 BUDGET = 128

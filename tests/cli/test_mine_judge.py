@@ -12,27 +12,13 @@ from sentence_transformers.util import mine_hard_negatives
 from megatron_embed.__main__ import main
 from megatron_embed.data.dataset import RecordFile
 from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate
-from tests.cli.test_mine import data, mined, model  # noqa: F401  fixtures
-from tests.reranker_toys import save_reranker
-from tests.toys import BERT, MINILM, save_model
+from tests.helpers.cross_encoders import cross_encoder  # noqa: F401  fixtures
+from tests.helpers.mining_runs import data, mined, model  # noqa: F401  fixtures
+from tests.helpers.reranker_toys import save_reranker
+from tests.helpers.toys import MINILM
 
 
-@pytest.fixture(scope="module")
-def cross_encoder(tmp_path_factory):
-    """A BertForSequenceClassification with random weights whose probabilities differ."""
-    path = tmp_path_factory.mktemp("models") / "cross-encoder"
-    save_model(path, "bert", tokenizer=True)
-    torch.manual_seed(4)
-    config = transformers.BertConfig(**BERT, vocab_size=30522, num_labels=1)
-    stock = transformers.BertForSequenceClassification(config)
-    with torch.no_grad():
-        for parameter in stock.parameters():
-            parameter.add_(torch.randn_like(parameter) * (1.0 if len(parameter) == 30522 else 0.2))
-    stock.save_pretrained(path)
-    return path
-
-
-def test_equals_sentence_transformers(model, cross_encoder, data, tmp_path):  # noqa: F811
+def test_equals_sentence_transformers(model, cross_encoder, data, tmp_path):
     output = tmp_path / "mined.jsonl"
     mined(["--model", model, "--reranker", cross_encoder, "--data", data, "--output", output, "--num-negatives", 2,
            "--relative-margin", 0.05], 2)
@@ -54,7 +40,7 @@ def test_equals_sentence_transformers(model, cross_encoder, data, tmp_path):  # 
     assert scores == pytest.approx(judge.predict(asked), abs=1e-4) and max(scores) - min(scores) > 0.1
 
 
-def test_a_causal_reranker_judges_words(data, tmp_path):  # noqa: F811
+def test_a_causal_reranker_judges_words(data, tmp_path):
     """A directory as Qwen3-Reranker's, after BM25, on two ranks: log odds of yes at the last token, as probability."""
     directory = save_reranker(tmp_path / "causal", "Qwen3ForCausalLM")
     output = tmp_path / "mined.jsonl"
@@ -84,7 +70,7 @@ def test_a_causal_reranker_judges_words(data, tmp_path):  # noqa: F811
     (["--reranker", "nowhere"], "--reranker = 'nowhere'"),
     (["--pooling", "mean", "--reranker", str(MINILM)], "--pooling: BM25 compares words"),
 ])
-def test_refusals(arguments, words, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_refusals(arguments, words, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["mine", "--model", "bm25", "--data", str(data), "--output", "mined.jsonl", *arguments]) == 2
     assert words in capsys.readouterr().err

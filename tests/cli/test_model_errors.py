@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.cli.test_refusals import assert_refused, command, line_of, settings
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN, MINILM, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import assert_refused, command, line_of, settings
+from tests.helpers.toys import MINI_EN, MINILM, save_model
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from megatron_embed.checkpoint.files import step_directories
 from megatron_embed.export import embedding as export
 from megatron_embed.export.embedding import stock_runs_causally
 from megatron_embed.models.families import model_shape
-from tests.cli.test_refusals import assert_refused, command, settings
-from tests.ranks import run_on_ranks
-from tests.toys import MINILM, layout, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import assert_refused, command, settings
+from tests.helpers.toys import MINILM, layout, save_model
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from unittest import mock
 
 import pytest
 
-from tests.convert.toy import MINILM
-from tests.ranks import run_on_ranks
-from tests.toys import save_model
+from tests.helpers.convert_toys import MINILM
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import save_model
 
 SPLIT = {"qwen3": ("embed_tokens", "_proj."),
          "bert": ("word_embeddings", "query", "key", "value", "intermediate.dense", "attention.output.dense.weight",

@@ -4,9 +4,9 @@ import json
 
 import yaml
 
-from tests.cli.test_refusals import assert_refused, command, settings
-from tests.ranks import run_on_ranks
-from tests.toys import layout, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import assert_refused, command, settings
+from tests.helpers.toys import layout, save_model
 
 
 def test_pairs_train_over_two_ranks_and_other_rows_are_refused(tmp_path):

@@ -12,8 +12,8 @@ from megatron_embed.config.load import load_config
 from megatron_embed.planning.hardware import GPUS
 from megatron_embed.planning.layouts import candidates, plan_layout
 from megatron_embed.planning.shapes import shape_of
-from tests.test_main import _one_rank  # noqa: F401  without a launcher's variables
-from tests.toys import REPOSITORY
+from tests.helpers.launcher_variables import _one_rank  # noqa: F401  without a launcher's variables
+from tests.helpers.toys import REPOSITORY
 
 LARGE = str(REPOSITORY / "configs" / "qwen3_8b_embed_tp2_8xh100.yaml")
 

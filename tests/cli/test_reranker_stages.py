@@ -8,13 +8,13 @@ from megatron_embed.config.load import load_config
 from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_TEMPLATE
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.run.preflight import read_inputs
-from tests import foreign_rerankers as toys
-from tests.cli.test_foreign_rerankers import own_scores
-from tests.cli.test_refusals import command
-from tests.cli.test_reranker import run_settings
-from tests.foreign_rerankers import decoder, encoder, saved
-from tests.ranks import run_on_ranks
-from tests.reranker_toys import save_reranker
+from tests.helpers import foreign_rerankers as toys
+from tests.helpers.foreign_rerankers import decoder, encoder, saved
+from tests.helpers.foreign_rerankers_helpers import own_scores
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
+from tests.helpers.reranker_runs import run_settings
+from tests.helpers.reranker_toys import save_reranker
 
 IDENTITY = toys.ACTIVATION["identity"]
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from tests.cli.test_foreign_directories import (
+from tests.helpers.foreign_directories_helpers import (
     FLAT,
     change,
     chat,
@@ -16,9 +16,9 @@ from tests.cli.test_foreign_directories import (
     without_sep,
     write,
 )
-from tests.cli.test_refusals import command
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN, run_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
+from tests.helpers.toys import MINI_EN, run_config
 
 FILES = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.checkpoint.test_resume import go_back
-from tests.cli.test_refusals import command, settings
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command, settings
+from tests.helpers.runs import go_back
+from tests.helpers.toys import MINI_EN, save_model
 
 STEPS = 6
 """Of the 8 of an epoch."""

@@ -11,9 +11,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from megatron_embed.config.schema import TrainFile
 from megatron_embed.data.dataset import hold_out, open_records
-from tests.cli.test_refusals import assert_refused, command, settings
-from tests.ranks import run_on_ranks
-from tests.toys import MAX_LENGTH, MINI_EN, layout, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import assert_refused, command, settings
+from tests.helpers.toys import MAX_LENGTH, MINI_EN, layout, save_model
 
 FRACTION, SEED, BATCH = 0.033, 7, 16
 KEYS = ("loss", "margin", "positive_similarity", "negative_similarity", "in_batch_accuracy")

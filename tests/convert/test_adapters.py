@@ -8,7 +8,7 @@ import transformers
 from megatron_embed.convert.adapters import linear_rules, parts_by_linear, peft_targets, resolve_modules
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import ConfigError
-from tests.toys import BERT, QWEN3
+from tests.helpers.toys import BERT, QWEN3
 
 ATTENTION = "model.layers.*.self_attn."
 

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from megatron_embed.convert.storage.safetensors_file import bytes_of
 from megatron_embed.convert.storage.torch_dist import DcpReader, DcpWriter
 from megatron_embed.errors import CheckpointError
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 
 def some_tensors():

@@ -19,9 +19,9 @@ from megatron_embed.export.sentence_transformers import export_sentence_transfor
 from megatron_embed.models.file_checks import check_files, open_regular, plain_name
 from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.models.st_modules import STOCK_TYPES, read_modules
-from tests.cli.test_refusals import command
-from tests.ranks import run_on_ranks
-from tests.toys import save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
+from tests.helpers.toys import save_model
 
 ELSEWHERE = ("/", "..", ".", "", "../victim", "1_Pooling/../../victim", "./1_Pooling", "a/b", "1_Pooling/",
              "..\\victim", "a\0b", "a\nb")

@@ -10,11 +10,11 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megatron_embed.data.tokenizer import RoleTokenizer
-from tests.cli.test_refusals import command
-from tests.convert.toy import edit_config
-from tests.families import save_family
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN
+from tests.helpers.convert_toys import edit_config
+from tests.helpers.families import save_family
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
+from tests.helpers.toys import MINI_EN
 
 VOCABULARY = 400
 TEXTS = ("What is the capital of France?", "  two  spaces", "深度学习")

@@ -18,7 +18,7 @@ from megatron_embed.errors import ConfigError, DataError
 from megatron_embed.evaluation.beir import load_beir
 from megatron_embed.evaluation.reranking import load_rerank_file
 from megatron_embed.evaluation.sts import load_sts
-from tests.toys import REPOSITORY
+from tests.helpers.toys import REPOSITORY
 
 ROW = b'{"query": "a", "positive": "b"}\n'
 

@@ -15,7 +15,7 @@ from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_em
 from megatron_embed.data.records import Record, RerankRecord
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import ConfigError, DataError
-from tests.data.peer_rows import FORMATS, INSTRUCTION, WITH_INSTRUCTION, as_lines, message, our_rows
+from tests.helpers.foreign_rows import FORMATS, INSTRUCTION, WITH_INSTRUCTION, as_lines, message, our_rows
 
 WriteRows = Callable[..., str]
 

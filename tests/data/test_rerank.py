@@ -18,7 +18,7 @@ from megatron_embed.data.pair_batches import (
 )
 from megatron_embed.data.pair_tokenizer import PairTemplate, PairTokenizer
 from megatron_embed.data.sampler import GlobalBatchSampler
-from tests.toys import MINILM
+from tests.helpers.toys import MINILM
 
 LABELS = (0, 2, 0, 0, 1, 0, -1, 0)
 SIZES = (1, 8, 3, 5)

@@ -10,7 +10,7 @@ from megatron_embed.data.dataset import open_records
 from megatron_embed.data.number_checks import LARGEST_EXPONENT, check_labels
 from megatron_embed.data.records import require_fields
 from megatron_embed.errors import DataError
-from tests.toys import MINILM, batch_of
+from tests.helpers.toys import MINILM, batch_of
 
 
 def records_of(tmp_path, rows, kind="contrastive"):

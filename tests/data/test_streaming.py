@@ -11,7 +11,7 @@ import pytest
 from megatron_embed.config.schema import TrainFile
 from megatron_embed.data.dataset import RecordFile, open_records
 from megatron_embed.errors import ConfigError, DataError
-from tests.data.peer_rows import beir, hub_copy, our_rows
+from tests.helpers.foreign_rows import beir, hub_copy, our_rows
 
 
 def in_place_of_the_hub(monkeypatch: pytest.MonkeyPatch, rows: Any) -> list[tuple[Any, ...]]:

@@ -1,6 +1,5 @@
 """load_beir: what it reads, and its refusals, each with the words of its message."""
 
-import json
 import tracemalloc
 from pathlib import Path
 
@@ -11,23 +10,11 @@ from megatron_embed.data.corpus import Picked
 from megatron_embed.errors import DataError
 from megatron_embed.evaluation.beir import load_beir
 from megatron_embed.evaluation.retrieval import evaluate_retrieval
-from tests.ranks import run_on_ranks
-from tests.toys import open_model, run_config, save_model, toy_tokenizer
+from tests.helpers.beir_helpers import CORPUS, QRELS, write_folder
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import open_model, run_config, save_model, toy_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
-CORPUS = [{"_id": "d1", "title": "Tea", "text": "is hot"}, {"_id": "d2", "title": "", "text": "ice"}]
-QUERIES = [{"_id": "q1", "text": "warm?"}, {"_id": "q2", "text": "cold?"}, {"_id": "q3", "text": "unjudged"}]
-QRELS = "query-id\tcorpus-id\tscore\nq2\td2\t2\nq1\td1\t1\nq1\td2\t0\n"
-
-
-def write_folder(folder: Path, corpus=CORPUS, queries=QUERIES, qrels: str = QRELS) -> str:
-    """A BEIR folder; rows that are strings are written as they are."""
-    (folder / "qrels").mkdir(parents=True)
-    for name, rows in (("corpus", corpus), ("queries", queries)):
-        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "qrels" / "test.tsv").write_text(qrels, encoding="utf-8")
-    return str(folder)
 
 
 def test_titles_judged_queries_and_graded_labels(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from tests.toys import MINI_EN, MINILM
+from tests.helpers.toys import MINI_EN, MINILM
 
 mteb = pytest.importorskip("mteb")
 

@@ -20,10 +20,10 @@ from megatron_embed.errors import ConfigError, DataError
 from megatron_embed.evaluation.beir import load_beir
 from megatron_embed.evaluation.retrieval import Widths, evaluate_retrieval, retrieval_metrics
 from megatron_embed.evaluation.second_stage import SecondStage
-from tests.cli.test_commands import evaluated
-from tests.evaluation.test_beir import CORPUS, QUERIES, write_folder
-from tests.evaluation.test_second_stage import embed, score
-from tests.toys import MINI_EN, MINILM
+from tests.helpers.beir_helpers import CORPUS, QUERIES, write_folder
+from tests.helpers.commands import evaluated
+from tests.helpers.second_stage_helpers import embed, score
+from tests.helpers.toys import MINI_EN, MINILM
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 MEASURES = {"ndcg_cut.10": "ndcg@10", "recall.100": "recall@100", "map": "map", "P.5": "precision@5"}

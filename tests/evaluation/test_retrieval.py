@@ -18,7 +18,7 @@ from megatron_embed.evaluation.retrieval import (
     retrieval_metrics,
 )
 from megatron_embed.evaluation.search import StreamedSearch, search
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TREC_NAMES = {"map": "map", "ndcg@10": "ndcg_cut_10", "ndcg@100": "ndcg_cut_100", "recall@100": "recall_100",

@@ -1,6 +1,5 @@
 """A reranker's order of the documents found, against formulas written out; the same on every number of ranks."""
 
-import zlib
 
 import pytest
 import torch
@@ -10,21 +9,9 @@ from megatron_embed.errors import UserError
 from megatron_embed.evaluation.beir import load_beir
 from megatron_embed.evaluation.retrieval import evaluate_retrieval, retrieval_metrics
 from megatron_embed.evaluation.second_stage import SecondStage
-from tests.cli.test_commands import small_beir  # noqa: F401  a fixture
-from tests.ranks import run_on_ranks
-
-
-def vector(text):
-    generator = torch.Generator().manual_seed(sum(text.encode()) % 10007)
-    return torch.randn(8, generator=generator)
-
-
-def embed(texts, role):
-    return torch.stack([vector(text) for text in texts])
-
-
-def score(pairs):
-    return torch.tensor([zlib.crc32(f"{query}|{document}".encode()) / 2**28 for query, document in pairs])
+from tests.helpers.commands import small_beir  # noqa: F401  a fixture
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.second_stage_helpers import embed, score, vector
 
 
 def brute_force(data, candidates, weight):
@@ -48,7 +35,7 @@ def measured(folder):
         score=score, candidates=7, weights=(0.25, 0.5)))
 
 
-def test_orders_are_the_formulas(small_beir, monkeypatch):  # noqa: F811
+def test_orders_are_the_formulas(small_beir, monkeypatch):
     monkeypatch.setattr("megatron_embed.evaluation.second_stage.PAIRS_AT_ONCE", 20)
     data = load_beir(str(small_beir))
     found = evaluate_retrieval(embed, data, second_stage=SecondStage(score=score, candidates=7, weights=(0.25, 0.5)))
@@ -61,13 +48,13 @@ def test_orders_are_the_formulas(small_beir, monkeypatch):  # noqa: F811
     assert plain == pytest.approx(evaluate_retrieval(embed, data), abs=1e-9)
 
 
-def test_ranks_share_the_queries(small_beir):  # noqa: F811
+def test_ranks_share_the_queries(small_beir):
     first, second = run_on_ranks(measured, 2, small_beir)
     assert first == second
     assert first == pytest.approx(run_on_ranks(measured, 1, small_beir)[0], abs=1e-9)
 
 
-def test_equal_scores_leave_the_other_order(small_beir):  # noqa: F811
+def test_equal_scores_leave_the_other_order(small_beir):
     """A reranker that has no opinion changes nothing where its weight is below 1."""
     data = load_beir(str(small_beir))
     found = evaluate_retrieval(embed, data, second_stage=SecondStage(
@@ -75,7 +62,7 @@ def test_equal_scores_leave_the_other_order(small_beir):  # noqa: F811
     assert found["reranked_0.9/ndcg@10"] == pytest.approx(found["ndcg@10"], abs=1e-9)
 
 
-def test_scores_that_are_not_finite_are_refused(small_beir):  # noqa: F811
+def test_scores_that_are_not_finite_are_refused(small_beir):
     stage = SecondStage(score=lambda pairs: torch.full((len(pairs),), float("inf")), candidates=3)
     with pytest.raises(UserError, match="--reranker: .* scores are not finite"):
         evaluate_retrieval(embed, load_beir(str(small_beir)), second_stage=stage)

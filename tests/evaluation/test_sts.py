@@ -11,7 +11,7 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 
 from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
 from megatron_embed.evaluation.sts import StsData, correlations, evaluate_sts, load_sts
-from tests.toys import MINI_EN, MINILM
+from tests.helpers.toys import MINI_EN, MINILM
 
 FIXTURE = Path(__file__).parent / "fixtures" / "sts_correlation.json.xz"
 

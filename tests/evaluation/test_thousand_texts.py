@@ -6,8 +6,8 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN, MINILM, layout
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import MINI_EN, MINILM, layout
 
 pytestmark = pytest.mark.slow
 NUM_TEXTS = 1000

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from transformers import AutoConfig, AutoTokenizer
 
-from tests.cli.test_refusals import settings
-from tests.families import save_family
-from tests.toys import REPOSITORY, save_model
+from tests.helpers.families import save_family
+from tests.helpers.refusals import settings
+from tests.helpers.toys import REPOSITORY, save_model
 
 DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]
 PAIRS = [pytest.param("cuda", marks=pytest.mark.multi_gpu), pytest.param("cpu", marks=pytest.mark.slow)]

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from megatron_embed.cli.doctor import ranks_of_node, visible_gpus
-from tests.toys import REPOSITORY
+from tests.helpers.toys import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
 HOSTFILE, NODE = LAUNCH / "torchrun" / "hostfile.sh", LAUNCH / "torchrun" / "node.sh"

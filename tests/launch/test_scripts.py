@@ -14,7 +14,7 @@ import pytest
 from megatron_embed.__main__ import build_parser, main
 from megatron_embed.cli.common import in_subdirectory
 from megatron_embed.config.load import load_config
-from tests.toys import REPOSITORY
+from tests.helpers.toys import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), *(REPOSITORY / "tools").glob("*.sh")])

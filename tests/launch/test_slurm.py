@@ -11,9 +11,9 @@ import time
 import pytest
 
 from megatron_embed.checkpoint.files import step_directories
-from tests.checkpoint.test_resume import curve
-from tests.ranks import run_on_ranks
-from tests.toys import REPOSITORY, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import curve
+from tests.helpers.toys import REPOSITORY, save_model
 
 STEPS = 40
 PACE = 2.0
@@ -88,7 +88,7 @@ def test_requeue_and_time_limit_do_not_show_in_the_result(slurm, tmp_path):
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/launch/paced.py {pace} "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/helpers/paced.py {pace} "$@"\n')
     python.chmod(0o755)
     pace.write_text(str(PACE))
 

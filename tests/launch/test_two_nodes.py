@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from megatron_embed.checkpoint.files import step_directories
-from tests.checkpoint.test_resume import configuration, curve, train
-from tests.ranks import run_on_ranks
-from tests.toys import REPOSITORY, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import configuration, curve, train
+from tests.helpers.toys import REPOSITORY, save_model
 
 pytestmark = pytest.mark.slow
 STEPS = 80

@@ -5,7 +5,7 @@ import torch
 from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MarginMSELoss
 
 from megatron_embed.losses.distill import kl_distillation, margin_mse
-from tests.losses.test_pairwise import TOLERANCES, assert_equal, value_and_gradients, vectors
+from tests.helpers.loss_values import TOLERANCES, assert_equal, value_and_gradients, vectors
 
 
 def teacher(columns):

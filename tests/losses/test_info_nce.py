@@ -11,7 +11,7 @@ from megatron_embed.losses import info_nce as module
 from megatron_embed.losses.duplicates import duplicate_mask
 from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings, contrastive_gradients, info_nce
 from megatron_embed.losses.negatives import IgnoredColumns, answered_queries, duplicates_over
-from tests.losses.reference import contrastive_loss
+from tests.helpers.contrastive_reference import contrastive_loss
 
 Q2D, Q2Q, D2D, D2Q = ("query_to_document", "query_to_query", "document_to_document", "document_to_query")
 ALL = (Q2D, Q2Q, D2Q, D2D)

@@ -15,16 +15,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 
 from megatron_embed.losses import pairwise
-
-TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-5)]
-
-
-def vectors(count, rows=9, dim=7, seed=0):
-    """Not of unit length; neighbours resemble each other, so that labels can be right or wrong."""
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
-    return [base + 0.7 * torch.randn(rows, dim, generator=generator, dtype=torch.float64) for _ in range(count)]
-
+from tests.helpers.loss_values import TOLERANCES, assert_equal, value_and_gradients, vectors
 
 GRADED = torch.tensor([0.125, 0.875, 0.375, 0.875, 0.0, 1.0, 0.375, 0.75, 0.25], dtype=torch.float64)
 """Exact in float32, to which the peer's cosine_similarity brings them."""
@@ -47,19 +38,6 @@ CASES = {
                lambda a, b, label: pairwise.cosent(pairwise.cosine(a, b), label, 0.05)),
     "angle": (AnglELoss(model=None, scale=10.0), GRADED,
               lambda a, b, label: pairwise.cosent(pairwise.angle_similarity(a, b), label, 0.1))}
-
-
-def value_and_gradients(loss, *rows):
-    leaves = [part.clone().requires_grad_() for part in rows]
-    value = loss(*leaves)
-    return value.detach(), torch.autograd.grad(value, leaves)
-
-
-def assert_equal(ours, theirs, tolerance):
-    torch.testing.assert_close(ours[0].double(), theirs[0].double(), rtol=tolerance, atol=0)
-    for found, wanted in zip(ours[1], theirs[1], strict=True):
-        assert wanted.norm() > 1e-3
-        assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
 @pytest.mark.parametrize("dtype, tolerance", TOLERANCES)

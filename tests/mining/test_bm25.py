@@ -10,8 +10,8 @@ from megatron_embed.data.dataset import RecordFile
 from megatron_embed.mining.bm25 import bm25_tokens, mine_bm25
 from megatron_embed.mining.filters import MiningOptions
 from megatron_embed.mining.task import CorpusTexts, build_task
-from tests.mining.test_vectors import record
-from tests.ranks import REPOSITORY
+from tests.helpers.given_vectors import record
+from tests.helpers.ranks import REPOSITORY
 
 MINI = REPOSITORY / "examples" / "data"
 

@@ -11,7 +11,7 @@ from megatron_embed.mining import judge as judging
 from megatron_embed.mining.dense import mine_vectors
 from megatron_embed.mining.filters import MiningOptions
 from megatron_embed.mining.task import CorpusTexts, build_task
-from tests.mining.test_vectors import CORPUS, GivenVectors, record, rows, theirs
+from tests.helpers.given_vectors import CORPUS, GivenVectors, record, rows, theirs
 
 OPTIONS = {
     "max score": {"max_score": 0.6},

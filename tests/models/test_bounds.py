@@ -18,7 +18,7 @@ from megatron_embed.models import families
 from megatron_embed.models.families import FAMILIES, LARGEST, model_shape
 from megatron_embed.models.reranker_settings import read_reranker_settings
 from megatron_embed.models.saved_settings import read_saved_settings
-from tests.toys import save_model
+from tests.helpers.toys import save_model
 
 BASE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

@@ -13,8 +13,8 @@ from megatron_embed.models.backbone import check_divisible, pipeline_layout
 from megatron_embed.models.families import FAMILIES as READERS
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.rope import rotary_frequencies
-from tests.convert.toy import edit_config
-from tests.families import (
+from tests.helpers.convert_toys import edit_config
+from tests.helpers.families import (
     BOUND,
     DECODER,
     DECODERS,
@@ -27,8 +27,8 @@ from tests.families import (
     save_family,
     texts,
 )
-from tests.ranks import run_on_ranks
-from tests.toys import open_model, pack_all, random_texts, run_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import open_model, pack_all, random_texts, run_config
 
 
 @pytest.fixture(scope="module")

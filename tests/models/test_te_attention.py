@@ -17,9 +17,9 @@ from megatron_embed.models.attention import (
 from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.models.te_attention import TransformerEngineAttention
 from megatron_embed.platform.compat import AttnMaskType, TransformerConfig
-from tests import te_stand_in
-from tests.ranks import run_on_ranks
-from tests.toys import layout, open_model, pack_all, random_texts, run_config, save_model
+from tests.helpers import te_stand_in
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import layout, open_model, pack_all, random_texts, run_config, save_model
 
 HEADS, HEAD_DIM = 4, 8
 LENGTHS = (5, 1, 17, 9, 5, 30)

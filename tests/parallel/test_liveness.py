@@ -22,10 +22,10 @@ from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import CheckpointError, LostRankError
 from megatron_embed.parallel import heartbeat as liveness
 from megatron_embed.parallel.heartbeat import HeartbeatMonitor, is_connection_error
-from tests.checkpoint.test_resume import configuration
-from tests.cli.test_refusals import command
-from tests.ranks import run_on_ranks
-from tests.toys import REPOSITORY, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
+from tests.helpers.runs import configuration
+from tests.helpers.toys import REPOSITORY, save_model
 
 GLOO = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3041")
 

@@ -14,7 +14,7 @@ from megatron_embed.errors import ConfigError, LostRankError, UserError
 from megatron_embed.parallel import rendezvous as meeting
 from megatron_embed.parallel.rendezvous import Rendezvous
 from megatron_embed.platform.launcher import run_name
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from megatron_embed.parallel.heartbeat import HeartbeatMonitor
 from megatron_embed.parallel.rendezvous import STOPPED, Rendezvous
 from megatron_embed.platform import stop_signal as stop
 from megatron_embed.platform.status import STATUS_FILE_VARIABLE
-from tests.toys import REPOSITORY
+from tests.helpers.toys import REPOSITORY
 
 GLOO = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3041")
 

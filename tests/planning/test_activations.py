@@ -13,10 +13,10 @@ import torch
 from megatron_embed.planning.advice import adapted_parts
 from megatron_embed.planning.memory import activation_bytes, grid_of
 from megatron_embed.planning.shapes import shape_of
-from tests.planning.test_memory import build
-from tests.planning.test_parameters import BERT, MOE, QWEN3
-from tests.ranks import run_on_ranks
-from tests.toys import layout, pack_all, random_texts, run_config
+from tests.helpers.built_ranks import build
+from tests.helpers.planned_models import BERT, MOE, QWEN3
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import layout, pack_all, random_texts, run_config
 
 
 class LikeFlash(torch.autograd.Function):

@@ -15,8 +15,8 @@ from megatron_embed.planning.layouts import is_possible, plan_layout
 from megatron_embed.planning.memory import grid_of
 from megatron_embed.planning.parameters import adapter_parameters, held_parameters, stage_parameters, total_parameters
 from megatron_embed.planning.shapes import known_models, shape_of
-from tests.ranks import run_on_ranks
-from tests.toys import REPOSITORY
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import REPOSITORY
 
 FILES = sorted((REPOSITORY / "configs").glob("*h100.yaml"))
 LARGEST = 512

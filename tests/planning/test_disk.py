@@ -13,10 +13,10 @@ from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.planning.advice import adapted_parts
 from megatron_embed.planning.disk import checkpoint_bytes, checkpoints_at_once, export_bytes
 from megatron_embed.planning.shapes import shape_of
-from tests.cli.test_refusals import command, settings
-from tests.ranks import run_on_ranks
-from tests.test_main import _one_rank  # noqa: F401  without a launcher's variables
-from tests.toys import save_model
+from tests.helpers.launcher_variables import _one_rank  # noqa: F401  without a launcher's variables
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command, settings
+from tests.helpers.toys import save_model
 
 GIB = 2**30
 

@@ -9,20 +9,10 @@ import torch
 from megatron_embed.planning.advice import adapted_parts
 from megatron_embed.planning.memory import grid_of, stage_memory
 from megatron_embed.planning.shapes import shape_of
-from tests.planning.test_parameters import BERT, MOE, QWEN3
-from tests.ranks import run_on_ranks
-from tests.toys import layout, run_config
-
-
-def build(config, topology):
-    """This rank's chunks, with adapters if `lora` asks for them."""
-    from megatron_embed.models.adapters import Adapters
-    from megatron_embed.models.encoder import build_model
-
-    shape = shape_of(config.model.path)
-    parts = adapted_parts(config, shape)
-    adapters = None if parts is None else Adapters(rank=config.lora.rank, scale=1.0, dropout=0.0, seed=1, parts=parts)
-    return build_model(config, shape, topology, "mean", adapters=adapters)
+from tests.helpers.built_ranks import build
+from tests.helpers.planned_models import BERT, MOE, QWEN3
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import layout, run_config
 
 
 def allocated(config):

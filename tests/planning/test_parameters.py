@@ -10,16 +10,9 @@ from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.planning.parameters import stage_parameters, total_parameters
 from megatron_embed.planning.shapes import FOLDER, known_models, shape_of
-from tests.ranks import run_on_ranks
-from tests.toys import layout, run_config
-
-BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": 103, "hidden_act": "gelu"}
-QWEN3 = {"model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "max_position_embeddings": 64,
-         "vocab_size": 103, "hidden_act": "silu"}
-MOE = QWEN3 | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-               "norm_topk_prob": True}
+from tests.helpers.planned_models import BERT, MOE, QWEN3
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import layout, run_config
 
 
 def hf_parameters(values):

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from megatron_embed.platform import compat, cpu
-from tests.checkpoint.test_resume import configuration, train
-from tests.platform.cuda_sites import Site, find_sites
-from tests.ranks import run_on_ranks
-from tests.toys import save_model
+from tests.helpers.cuda_sites import Site, find_sites
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import configuration, train
+from tests.helpers.toys import save_model
 
 pytestmark = pytest.mark.skipif(compat.HAS_CUDA, reason="the adapter is for machines without CUDA")
 

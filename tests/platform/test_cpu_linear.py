@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from megatron_embed.platform import cpu_linear
 from megatron_embed.platform.cpu_linear import OneDnnFrozenLinear, OneDnnLinear
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 1e-2)])

@@ -14,7 +14,7 @@ from megatron_embed.platform.doctor import (
     requirements_of,
     run_checks,
 )
-from tests.toys import REPOSITORY
+from tests.helpers.toys import REPOSITORY
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch
 
 from megatron_embed.platform import cpu_linear, precision
 from megatron_embed.platform.cpu_linear import OneDnnFrozenLinear, OneDnnLinear, WidenedLinear
-from tests.ranks import run_on_ranks
-from tests.toys import run_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import run_config
 
 
 @pytest.mark.parametrize("variable", ["ATEN_CPU_CAPABILITY=avx2", "ATEN_CPU_CAPABILITY=default",

@@ -7,7 +7,7 @@ import statistics
 
 import megatron_embed
 from megatron_embed.evaluation.beir import load_beir
-from tests.toys import REPOSITORY
+from tests.helpers.toys import REPOSITORY
 
 spec = importlib.util.spec_from_file_location("circle", REPOSITORY / "tools" / "circle.py")
 circle = importlib.util.module_from_spec(spec)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from megatron_embed.evaluation.beir import BeirData
-from tests.toys import REPOSITORY
+from tests.helpers.toys import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 from demo_picture import draw, searched

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.toys import REPOSITORY
+from tests.helpers.toys import REPOSITORY
 
 
 def run(*arguments):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.toys import REPOSITORY
+from tests.helpers.toys import REPOSITORY
 
 SCRIPT = REPOSITORY / "tools" / "gpu_check.sh"
 

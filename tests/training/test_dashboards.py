@@ -1,7 +1,6 @@
 """What dashboards are told, and the FLOPs of a step against a count of Transformers' own model."""
 
 import json
-import re
 import sys
 from types import SimpleNamespace
 
@@ -25,7 +24,8 @@ from megatron_embed.planning.hardware import GPUS, gpu_named
 from megatron_embed.planning.shapes import shape_of
 from megatron_embed.training.dashboards import CUSTOM_SCALARS
 from megatron_embed.training.metrics import MetricsWriter
-from tests.planning.test_parameters import BERT, MOE, QWEN3
+from tests.helpers.charts import charts_of
+from tests.helpers.planned_models import BERT, MOE, QWEN3
 
 METRICS = {"loss": 1.5, "in_batch_accuracy": 0.5, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_second": 10.0,
            "memory_gib": 1.0, "zh/loss": 2.0}
@@ -42,11 +42,6 @@ def init(**options):
     calls.append(("init", options))
     return Run()
 """
-
-
-def charts_of(tag):
-    return [(group, chart) for group, charts in CUSTOM_SCALARS.items() for chart, (_, patterns) in charts.items()
-            if any(re.match(pattern, tag) for pattern in patterns)]
 
 
 OF_A_STEP = {"grad_norm": "Loss", "learning_rate": "Loss", "load_balancing_loss": "Loss", "skipped_steps": "Loss",

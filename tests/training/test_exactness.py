@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 
-from tests.training.cases import BOUND, CURVE_BOUND, CURVE_LAYOUTS, KINDS, ROWS, Case, Layout, all_cases
-from tests.training.curves import loss_curve
-from tests.training.oracle import Oracle
+from tests.helpers.cases import BOUND, CURVE_BOUND, CURVE_LAYOUTS, KINDS, ROWS, Case, Layout, all_cases
+from tests.helpers.curves import loss_curve
+from tests.helpers.oracle import Oracle
 
 FAST = (
     Case(kind="qwen3", layout=Layout(dp=2), micro_batches=2, rows="masked", distributed=True),

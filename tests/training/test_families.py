@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.training.cases import OTHER_KINDS, Case, Layout
-from tests.training.oracle import Oracle
+from tests.helpers.cases import OTHER_KINDS, Case, Layout
+from tests.helpers.oracle import Oracle
 
 LAYOUTS = (Layout(), Layout(tp=2), Layout(pp=2))
 SPECIAL = (

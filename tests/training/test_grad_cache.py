@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from tests.ranks import run_on_ranks
-from tests.toys import layout, run_config, save_model
-from tests.training.exactness import ROWS, build, gradients_of_step, objective_settings, relative_error, truth
+from tests.helpers.exactness import ROWS, gradients_of_step, objective_settings, relative_error, truth
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import layout, run_config, save_model
+from tests.helpers.two_passes import both_passes_of_runs, difference
 
 KINDS = ("bert", "qwen3")
 
@@ -79,30 +80,6 @@ def test_micro_batch_negatives_equal_the_mean_of_the_micro_batches_losses(models
     assert compare(models["bert"], expected, ranks, layout(), size, negatives="micro_batch") <= 1e-5
 
 
-def both_passes(config, dropout_seed=None, replay=True):
-    """(embeddings that the last stage produced, one entry per micro-batch and pass; this rank's gradients)."""
-    import megatron_embed.training.grad_cache as grad_cache
-    from megatron_embed.training.step import seed_step
-
-    built, batch = build(config)
-    if dropout_seed is not None:
-        seed_step(dropout_seed, 0, built.topology)
-    seen, original = [], grad_cache.set_all_rng_states
-    built.chunks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
-    if not replay:
-        grad_cache.set_all_rng_states = lambda *states: None
-    try:
-        built.gradients(batch)
-    finally:
-        grad_cache.set_all_rng_states = original
-    return seen, {name: parameter.main_grad.clone() for chunk in built.chunks
-                  for name, parameter in chunk.global_parameters().items() if parameter.requires_grad}
-
-
-def both_passes_of_runs(runs):
-    return [both_passes(*run) for run in runs]
-
-
 PLACES = {"one": layout(), "pp2": layout(pp=2), "tp2": layout(2), "tp2nosp": layout(2, sp=False), "cp2": layout(cp=2)}
 ALWAYS = ("qwen3 pp2", "bert tp2", "bert cp2")
 
@@ -140,7 +117,3 @@ def test_second_pass_and_recomputation_drop_what_the_first_dropped(models, kind,
         assert difference(without_replay, expected) > 0.1
 
 
-def difference(gradients, expected):
-    whole = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
-    return max(float((gradients[name] - gradient).norm()) / max(float(gradient.norm()), 1e-6 * whole)
-               for name, gradient in expected.items())

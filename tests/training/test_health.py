@@ -8,9 +8,9 @@ import torch
 
 from megatron_embed.errors import ConfigError
 from megatron_embed.training.health import REPORT_FILE, Health, deviations
-from tests.checkpoint.test_resume import configuration, curve, train
-from tests.ranks import run_on_ranks
-from tests.toys import layout, run_config, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import configuration, curve, train
+from tests.helpers.toys import layout, run_config, save_model
 
 
 @pytest.fixture(scope="module")

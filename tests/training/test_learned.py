@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_embed.objectives.learned_scale import LearnedScale
-from tests.toys import run_config
+from tests.helpers.toys import run_config
 
 GRADIENTS = [(0.3, -2.0), (-0.1, 0.5), (0.02, 0.1), (4.0, -0.3), (-0.2, 0.0)]
 RATES = [0.0, 1e-3, 2e-3, 1.5e-3, 1e-3]

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import run_on_ranks
-from tests.toys import MINILM, layout, open_model, run_config, save_model
-from tests.training.adapter_truth import write_adapter
-from tests.training.cases import KINDS, Case, Layout
-from tests.training.exactness import ROWS, objective_settings
-from tests.training.oracle import Oracle
-from tests.training.oracle import save_model as save_experts
-from tests.training.test_grad_cache import both_passes_of_runs, difference
+from tests.helpers.adapter_truth import write_adapter
+from tests.helpers.cases import KINDS, Case, Layout
+from tests.helpers.exactness import ROWS, objective_settings
+from tests.helpers.oracle import Oracle
+from tests.helpers.oracle import save_model as save_experts
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import MINILM, layout, open_model, run_config, save_model
+from tests.helpers.two_passes import both_passes_of_runs, difference
 
 FAST = (
     Case(kind="qwen3", layout=Layout(), micro_batches=2, adapters=True),

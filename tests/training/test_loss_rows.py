@@ -6,10 +6,10 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 
 from megatron_embed.batch import Capacity, EmbedBatch
-from tests.ranks import run_on_ranks
-from tests.training.exactness import ROWS
-from tests.training.loss_truth import LOSSES, TEACHER, settings_of
-from tests.training.test_objective import config_of
+from tests.helpers.exactness import ROWS
+from tests.helpers.loss_truth import LOSSES, TEACHER, settings_of
+from tests.helpers.objective_variants import config_of
+from tests.helpers.ranks import run_on_ranks
 
 DIM = 32
 

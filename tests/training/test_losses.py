@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import run_on_ranks
-from tests.training.loss_truth import GRADIENT_BOUND, LAYOUTS, LOSSES, VALUE_BOUND, errors_under, truths
+from tests.helpers.loss_truth import GRADIENT_BOUND, LAYOUTS, LOSSES, VALUE_BOUND, errors_under, truths
+from tests.helpers.ranks import run_on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_every_loss_is_that_of_one_process(known, name):
 def pairs_on_rank(name):
     """(metrics, gradient) of a loss over pairs of which this rank has one or two, ranks differ."""
     from megatron_embed.objectives.build import build_objective, metric_names
-    from tests.training.test_objective import config_of, variant_batch
+    from tests.helpers.objective_variants import config_of, variant_batch
 
     rows, batch = variant_batch(dist.get_rank(), ({}, {}))
     batch = dataclasses.replace(batch, scores=torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)[:batch.num_queries])

@@ -8,8 +8,9 @@ import torch
 import transformers
 
 from megatron_embed.config.schema import TrainingConfig
-from tests.ranks import run_on_ranks
-from tests.toys import layout, open_model, run_config, save_model
+from tests.helpers.optimizer_state import decays, gradient_of
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import layout, open_model, run_config, save_model
 
 STEPS = 5
 TRAINING = {"lr_decay_style": "constant", "learning_rate": 0.01, "weight_decay": 0.1, "adam_beta2": 0.99,
@@ -19,11 +20,6 @@ TRAINING = {"lr_decay_style": "constant", "learning_rate": 0.01, "weight_decay":
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "bert", "bert")
-
-
-def gradient_of(name, shape, step):
-    generator = torch.Generator().manual_seed(sum(name.encode()) + 1000 * step)
-    return torch.randn(shape, generator=generator) * (step + 1)
 
 
 def open_optimizer(config):
@@ -66,10 +62,6 @@ def by_torch(config):
         norms.append(float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), limit)))
         optimizer.step()
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}, norms
-
-
-def decays(name, parameter):
-    return parameter.dim() > 1 and "norm" not in name and not name.endswith("bias")
 
 
 @pytest.mark.parametrize("clip_grad", [0.0, 1.0])

@@ -11,12 +11,12 @@ from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import OptimizerConfig
 from megatron_embed.errors import ConfigError, PreemptedError
 from megatron_embed.training.optimizer import check_optimizer
-from tests.checkpoint.test_resume import configuration, curve, export, train
-from tests.ranks import run_on_ranks
-from tests.toys import layout, run_config, save_model
-from tests.training.cases import KINDS, Case, Layout
-from tests.training.exactness import ROWS, build, gather_shards, objective_settings
-from tests.training.oracle import Oracle
+from tests.helpers.cases import KINDS, Case, Layout
+from tests.helpers.exactness import ROWS, build, gather_shards, objective_settings
+from tests.helpers.oracle import Oracle
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import configuration, curve, export, train
+from tests.helpers.toys import layout, run_config, save_model
 
 BUCKET = 3000
 """Parameters; the toys have ten times as many, so there is something to overlap."""

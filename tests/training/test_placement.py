@@ -19,10 +19,10 @@ from megatron_embed.planning.memory import grid_of, stage_memory
 from megatron_embed.planning.shapes import shape_of
 from megatron_embed.training import optimizer as optimizer_module
 from megatron_embed.training.optimizer import check_optimizer
-from tests import te_stand_in
-from tests.ranks import run_on_ranks
-from tests.toys import open_model, run_config, save_model
-from tests.training.test_optimizer import decays, gradient_of
+from tests.helpers import te_stand_in
+from tests.helpers.optimizer_state import decays, gradient_of
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import open_model, run_config, save_model
 
 STEPS = 4
 OFFLOADED, AWARE = ({"distributed": True, key: True} for key in ("cpu_offload", "precision_aware"))

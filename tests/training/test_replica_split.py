@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import run_on_ranks
-from tests.toys import layout, run_config, save_model
-from tests.training.exactness import ROWS, build, counted_step, objective_settings
-from tests.training.test_objective import VARIANTS, config_of, variant_batch, variants_on_ranks
+from tests.helpers.exactness import ROWS, build, counted_step, objective_settings
+from tests.helpers.objective_variants import VARIANTS, config_of, variant_batch, variants_on_ranks
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import layout, run_config, save_model
 
 
 def variants_on_replicas(replicas):

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from tests.ranks import run_on_ranks
-from tests.training.rerank_oracle import MAX_LENGTH, MODELS, Case, compute_truth, error_of, run_case, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.rerank_oracle import MAX_LENGTH, MODELS, Case, compute_truth, error_of, run_case, save_model
 
 BOUND = 1e-5
 

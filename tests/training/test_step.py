@@ -8,10 +8,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.ranks import run_on_ranks
-from tests.toys import layout, real_records, run_config, save_model, toy_tokenizer
-from tests.training import oracle
-from tests.training.exactness import NUM_NEGATIVES, ROWS, build, objective_settings, truth
+from tests.helpers import oracle
+from tests.helpers.exactness import NUM_NEGATIVES, ROWS, build, objective_settings, truth
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import layout, real_records, run_config, save_model, toy_tokenizer
 
 
 @pytest.fixture(scope="module")

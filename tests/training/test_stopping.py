@@ -12,10 +12,10 @@ import yaml
 
 from megatron_embed.checkpoint.files import step_directories
 from megatron_embed.platform import stop_signal as stop
-from tests.checkpoint.test_resume import configuration, curve, train
-from tests.cli.test_refusals import assert_refused, command
-from tests.ranks import run_on_ranks
-from tests.toys import layout, save_model
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import assert_refused, command
+from tests.helpers.runs import configuration, curve, train
+from tests.helpers.toys import layout, save_model
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ except PreemptedError as error:
 
 
 def test_signals_while_something_is_finished_do_not_break_it():
-    from tests.toys import REPOSITORY
+    from tests.helpers.toys import REPOSITORY
 
     process = subprocess.Popen([sys.executable, "-c", HELD.format(repository=str(REPOSITORY))], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.reranker_toys import save_reranker
-from tests.toys import MINILM
+from tests.helpers.reranker_toys import save_reranker
+from tests.helpers.toys import MINILM
 
 QUERY = "what is a quick fox"
 DOCUMENTS = ("The quick brown fox", "HELLO World of things", "a fox " * 60 + " end of document")

@@ -12,9 +12,9 @@ import transformers
 from sentence_transformers.sentence_transformer import losses as peers
 from sentence_transformers.sentence_transformer.losses.matryoshka import shrink
 
-from tests.ranks import run_on_ranks
-from tests.toys import batch_of, layout, real_records, run_config, save_model, toy_tokenizer
-from tests.training.exactness import ROWS, build, gather_shards, relative_error, squares
+from tests.helpers.exactness import ROWS, build, gather_shards, relative_error, squares
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import batch_of, layout, real_records, run_config, save_model, toy_tokenizer
 
 SCORES = torch.tensor([0.5, 0.125, 1.0, 0.75, 0.25, 0.0, 1.0, 0.375, 0.625, 0.875, 0.5, 0.25], dtype=torch.float64)
 BINARY = (SCORES > 0.45).double()

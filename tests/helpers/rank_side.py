@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_embed.data.dataset import open_records
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec
 from megatron_embed.data.tokenizer import RoleTokenizer
-from tests.training.cases import NUM_NEGATIVES, ROWS, Case, Rows, Sabotage, run_config
+from tests.helpers.cases import NUM_NEGATIVES, ROWS, Case, Rows, Sabotage, run_config
 
 
 def tokenizer_of(directory: Path, rows: Rows) -> RoleTokenizer:

@@ -24,7 +24,7 @@ from multiprocessing.reduction import send_handle
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 300.0
 """Counts a worker's start, which took two minutes where the libraries had to come from a cold disk."""
 GRACE_SECONDS = 5.0
@@ -70,7 +70,7 @@ class _Nursery:
         if sys.platform == "linux":
             # Gloo otherwise asks for the address of the host name, which some sandboxes cannot resolve.
             environment["GLOO_SOCKET_IFNAME"] = "lo"
-        command = f"from tests.rank_worker import nurse; nurse({remote.fileno()}, {os.getpid()})"
+        command = f"from tests.helpers.rank_worker import nurse; nurse({remote.fileno()}, {os.getpid()})"
         # A session of its own, so that Ctrl-C reaches pytest alone.
         self.process = subprocess.Popen([sys.executable, "-c", command], pass_fds=[remote.fileno()], env=environment,
                                         stdin=subprocess.DEVNULL, start_new_session=True)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import transformers
 
 from megatron_embed.config.schema import ObjectiveConfig
-from tests.toys import Opened, batch_of, open_model, real_records, toy_tokenizer
+from tests.helpers.toys import Opened, batch_of, open_model, real_records, toy_tokenizer
 
 ROWS = 12
 NUM_NEGATIVES = 1

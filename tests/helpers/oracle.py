@@ -20,12 +20,12 @@ from megatron_embed.config.schema import TrainFile
 from megatron_embed.data.dataset import Record, open_records
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.names import Pooling
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN, MINILM
-from tests.training.adapter_truth import save_gradients, with_adapter, write_adapter
-from tests.training.cases import BOUND, KINDS, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
-from tests.training.parts import Part, excluded_pairs, micro_batches_of, pools_of
-from tests.training.rank_side import Found, run_cases, tokenizer_of
+from tests.helpers.adapter_truth import save_gradients, with_adapter, write_adapter
+from tests.helpers.cases import BOUND, KINDS, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
+from tests.helpers.parts import Part, excluded_pairs, micro_batches_of, pools_of
+from tests.helpers.rank_side import Found, run_cases, tokenizer_of
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import MINI_EN, MINILM
 
 VOCABULARY = 30522
 _DECODER = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,

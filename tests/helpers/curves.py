@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 from megatron_embed.config.schema import LoggingConfig, TrainFile
-from tests.ranks import run_on_ranks
-from tests.toys import MINI_EN
-from tests.training.cases import CURVE_STEPS, Case, Layout, run_config
+from tests.helpers.cases import CURVE_STEPS, Case, Layout, run_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.toys import MINI_EN
 
 
 def loss_curve(folder: Path, layout: Layout) -> list[float]:

@@ -1,4 +1,4 @@
-"""The other side of tests/ranks.py: forks workers, which serve calls one after another, each in a clean world."""
+"""The other side of ranks.py: forks workers, which serve calls one after another, each in a clean world."""
 
 import contextlib
 import ctypes
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.ranks import STACK_SIGNAL, Call, Report
+from tests.helpers.ranks import STACK_SIGNAL, Call, Report
 
 IMPORTED = ("megatron_embed.run.assemble", "torch.distributed.checkpoint", "transformers.models.bert.modeling_bert",
             "transformers.models.qwen3.modeling_qwen3")

@@ -30,8 +30,8 @@ from megatron_embed.data.pair_batches import build_rerank_batch, pairs_of
 from megatron_embed.data.pair_tokenizer import PairTokenizer
 from megatron_embed.data.records import RerankRecord
 from megatron_embed.losses.rerank import pad_groups
-from tests.toys import MINI_EN, MINILM
-from tests.training.adapter_truth import save_gradients, with_adapter, write_adapter
+from tests.helpers.adapter_truth import save_gradients, with_adapter, write_adapter
+from tests.helpers.toys import MINI_EN, MINILM
 
 SIZES = (1, 16, 2, 5, 3, 1, 7, 4)
 """Documents of each query."""
@@ -214,7 +214,7 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
     from megatron_embed.training.grad_cache import GradCache
     from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
     from megatron_embed.training.step import seed_step
-    from tests.training.exactness import gather_shards
+    from tests.helpers.exactness import gather_shards
 
     config = run_config(case, folder)
     topology = initialize(config.parallel)
