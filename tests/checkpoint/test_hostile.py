@@ -26,11 +26,11 @@ from megatron_embed.checkpoint.files import (
 )
 from megatron_embed.checkpoint.lock import _acquire
 from megatron_embed.checkpoint.reading import check_description, install
-from megatron_embed.cli.common import STATUS_FILE_VARIABLE, write_status
 from megatron_embed.convert.convert import hf_to_megatron
 from megatron_embed.convert.storage.torch_dist import DcpReader, DcpWriter
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.platform import private
+from megatron_embed.platform.status import STATUS_FILE_VARIABLE, write_status
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.toys import save_model
