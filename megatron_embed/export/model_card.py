@@ -10,7 +10,7 @@ from megatron_embed import __version__
 from megatron_embed.config.load import load_config
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_checkpoint
-from megatron_embed.errors import ConfigError
+from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import read_saved_settings
 
@@ -88,7 +88,7 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
     info, title, file = checkpoint.info, Path(destination).absolute().name, checkpoint.path / "config.yaml"
     library = {"hf": "transformers", "peft": "peft"}.get(kind, "sentence-transformers")
     dim = model_shape(checkpoint.hf).hidden_size if info.head is None else None
-    pooling = read_saved_settings(checkpoint.hf).pooling if info.head is None else None
+    pooling = _pooling_of(checkpoint.hf) if info.head is None else None
     use = _use(kind, info.head, pooling)
     config = _run_of(file)
     if config is not None:
@@ -98,6 +98,14 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
     elif file.is_file() or not (directory / "README.md").is_file():
         (directory / "README.md").write_text(_unknown_run(checkpoint, directory, title, use, library, dim),
                                               encoding="utf-8")
+
+
+def _pooling_of(hf: Path) -> str | None:
+    """The pooling of a directory; None where it names none, or modules that pass through without being computed."""
+    try:
+        return read_saved_settings(hf).pooling
+    except CheckpointError:
+        return None
 
 
 def _run_of(file: Path) -> RunConfig | None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,19 +71,27 @@ def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[st
     directory = Path(directory)
     with _using(directory):
         model = _load_sentence_transformer(directory, dtype)
-        prefix = "" if prompt_name is None else (model.prompts or {}).get(prompt_name) or ""
-        found = [model.tokenizer(prefix + text, truncation=True, max_length=model.max_seq_length).input_ids
-                 for text, _ in cut]
-        vectors: Tensor = model.encode(list(texts), prompt_name=prompt_name, convert_to_tensor=True,
-                                       show_progress_bar=False).float()
+        stock_ids = [_stock_ids(model, text, prompt_name) for text, _ in cut]
+        encode = {None: model.encode, "query": model.encode_query, "document": model.encode_document}[prompt_name]
+        vectors: Tensor = encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float()
     if expected is not None:
         _require_settings(directory, model, expected, in_its_dtype=dtype == "auto")
-    for (text, ids), theirs in zip(cut, found, strict=True):
+    for (text, ids), theirs in zip(cut, stock_ids, strict=True):
         if list(ids) != theirs:
             raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of {text[:40]!r}..., "
                                   f"{len(text)} characters, and the trained model {len(ids)}, or others; the export "
                                   "must not be used")
     return _compare(directory, "Sentence Transformers", texts, vectors, our_vectors, minimum_cosine)
+
+
+def _stock_ids(model: Any, text: str, role: str | None) -> list[int]:
+    """Token ids of a text as the library makes them: with the role's prompt, cut, and in the chat template if any."""
+    prompt = "" if role is None else (model.prompts or {}).get(role) or ""
+    if int(version("sentence-transformers").partition(".")[0]) < 6:
+        ids: list[int] = model.tokenizer(prompt + text, truncation=True, max_length=model.max_seq_length).input_ids
+        return ids
+    features = model.preprocess([text], prompt=prompt or None, task=role)
+    return [int(token) for token in features["input_ids"][0]]
 
 
 def _require_settings(directory: Path, model: Any, expected: ExpectedSettings, *, in_its_dtype: bool) -> None:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 def with_lengths_at_hand(config: "RunConfig", shape: "ModelShape") -> "RunConfig":
     """The configuration with the lengths of its model's directory where it has null for them and that is here."""
-    folder = os.path.expanduser(config.model.path)
-    if config.task == "reranker" or not os.path.isfile(os.path.join(folder, "config.json")):
+    from megatron_embed.planning.shapes import model_files
+
+    folder = model_files(config.model.path)
+    if config.task == "reranker" or folder is None:
         return config
     from megatron_embed.models.saved_settings import read_saved_settings, trained_lengths
 

@@ -17,6 +17,7 @@ from megatron_embed.parallel import heartbeat as liveness
 from megatron_embed.parallel.heartbeat import HeartbeatMonitor
 from megatron_embed.parallel.rendezvous import STOPPED, Rendezvous
 from megatron_embed.platform import stop_signal as stop
+from megatron_embed.platform.launcher import run_name
 from megatron_embed.platform.status import STATUS_FILE_VARIABLE
 from tests.helpers.toys import REPOSITORY
 
@@ -175,7 +176,7 @@ def test_request_of_one_rank_reaches_all_while_they_work(listening):
                           timeout=datetime.timedelta(seconds=30))
     watch = HeartbeatMonitor("127.0.0.1", store.port, rank=0, world_size=2, silence_seconds=60.0,
                       on_loss=lambda message, speaker: None)
-    life = dist.PrefixStore(f"life/{liveness.run_name()}", store)
+    life = dist.PrefixStore(f"life/{run_name()}", store)
     life.get("board")
     assert not stop.asked()
     life.set("beat/1", f"7 {liveness.STOPPING}")
