@@ -59,13 +59,13 @@ def write_card(directory: Path, config: RunConfig, *, step: int, dim: int | None
         use: how it is loaded; None: as Sentence Transformers does.
         library: that loads it, by the hub's name.
     """
-    use = use or (_EMBEDDING_USE if config.task == "embedding" else _RERANKER_USE)
+    use = use or (_RERANKER_USE if dim is None else _EMBEDDING_USE)
     prompts = _saved_prompts(directory) or {role: config.data.prompt(role) for role in ("query", "document")}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in _head(config, library).items()), "---", "",
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in _head(config, library, dim).items()), "---", "",
              f"# {title or directory_title(config)}", "", _what(config, dim), "", "## Use", "", use, "",
              *_prompts(prompts), "## Training", "",
              "| setting | value |", "|---|---|",
-             *(f"| {name} | {value} |" for name, value in _training(config, step)), ""]
+             *(f"| {name} | {value} |" for name, value in _training(config, step, dim)), ""]
     metrics = _evaluation(config, step)
     if metrics:
         lines += [f"## Evaluation after step {step}", "", "| metric | value |", "|---|---|",
@@ -160,12 +160,11 @@ def _is_local(path: str) -> bool:
     return os.path.exists(path)
 
 
-def _head(config: RunConfig, library: str) -> dict[str, Any]:
-    """What hubs read. A directory of this machine is no model's name."""
-    kind = "sentence-similarity" if config.task == "embedding" else "text-ranking"
+def _head(config: RunConfig, library: str, dim: int | None) -> dict[str, Any]:
+    """Metadata for hubs, which name the base model unless it is a directory of this machine."""
+    kind = "text-ranking" if dim is None else "sentence-similarity"
     base = {} if _is_local(config.model.path) else {"base_model": config.model.path}
-    tags = [library, "feature-extraction" if config.task == "embedding" else "cross-encoder",
-            "megatron-embed"]
+    tags = [library, "cross-encoder" if dim is None else "feature-extraction", "megatron-embed"]
     return {"library_name": library, "pipeline_tag": kind, "tags": tags, **base}
 
 
@@ -186,7 +185,7 @@ def _prompts(prompts: Mapping[str, str]) -> list[str]:
     return ["Prompts, which `encode_query` and `encode_document` put before a text:", "", *found, ""] if found else []
 
 
-def _training(config: RunConfig, step: int) -> list[tuple[str, object]]:
+def _training(config: RunConfig, step: int, dim: int | None) -> list[tuple[str, object]]:
     training, parallel, data = config.training, config.parallel, config.data
     sizes = {"tensor": parallel.tensor_model_parallel_size, "pipeline": parallel.pipeline_model_parallel_size,
              "context": parallel.context_parallel_size, "expert": parallel.expert_model_parallel_size}
@@ -194,7 +193,7 @@ def _training(config: RunConfig, step: int) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
         ("data", ", ".join(Path(file.path).name if _is_local(file.path) else file.path for file in data.train)),
         ("loss", config.objective.loss)]
-    if config.task == "embedding":
+    if dim is not None:
         rows += [("temperature", config.objective.temperature), ("negatives", config.objective.negatives),
                  ("hard negatives per query", data.num_negatives)]
     rows += [("optimizer steps", step), ("queries per step", training.global_batch_size),
@@ -208,8 +207,7 @@ def _training(config: RunConfig, step: int) -> list[tuple[str, object]]:
 
 def _evaluation(config: RunConfig, step: int) -> dict[str, float]:
     """Metrics of the run's evaluation after so many steps, as metrics.jsonl has them; empty if there was none."""
-    folder = config.logging.directory or config.checkpoint.directory
-    file = None if folder is None else Path(folder) / "metrics.jsonl"
+    file = None if config.log_directory is None else Path(config.log_directory) / "metrics.jsonl"
     if file is None or not file.is_file():
         return {}
     found: dict[str, float] = {}

@@ -95,16 +95,16 @@ def read_cross_encoder(directory: str | Path, config_directory: str | Path | Non
     values = _object(folder / "config_sentence_transformers.json")
     prompts, default = _prompts(folder / "config_sentence_transformers.json", values)
     module = _transformer_config(folder)
-    task = _task(module[0], module[1])
-    if task == "sequence-classification" and head != "score":
+    transformer_task = _task(module[0], module[1])
+    if transformer_task == "sequence-classification" and head != "score":
         raise CheckpointError(f"{base / 'config.json'}: architectures = {config.get('architectures')!r}: modules.json "
                               "makes a classifier of it, and there is none; save the trained classifier's config.json")
-    token_ids = _check_modules(folder, task)
+    token_ids = _check_modules(folder, transformer_task)
     return CrossEncoderFiles(
-        is_saved=True, head="score" if task == "sequence-classification" else "yes_no", token_ids=token_ids,
+        is_saved=True, head="score" if transformer_task == "sequence-classification" else "yes_no", token_ids=token_ids,
         activation=_activation(folder / "config_sentence_transformers.json", "activation_fn",
                                values.get("activation_fn")) or _activation_of_config(base, config),
-        prompts=prompts, default_prompt=default, message=_message(*module, task),
+        prompts=prompts, default_prompt=default, message=_message(*module, transformer_task),
         lower_case=bool(module[1].get("do_lower_case")),
         chat_arguments=_chat_arguments(*module), pad_token_id=pad_token_id,
         max_length=_saved_length(*module) or _length(folder / "tokenizer_config.json", "model_max_length"))
@@ -205,20 +205,21 @@ def _task(file: Path, values: Mapping[str, Any]) -> Literal["sequence-classifica
     return task  # type: ignore[no-any-return]
 
 
-def _check_modules(folder: Path, task: str) -> tuple[int, int] | None:
+def _check_modules(folder: Path, transformer_task: str) -> tuple[int, int] | None:
     """Ids of the two answers, of a LogitScore. Raises CheckpointError for modules other than it and Transformer."""
     file = folder / "modules.json"
     try:
         modules = [(str(module["type"]), module["path"]) for module in read_json_file(file)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a list of modules ({error!r}); restore the file from its source") from error
-    wanted = ["Transformer"] if task == "sequence-classification" else ["Transformer", "LogitScore"]
+    wanted = ["Transformer"] if transformer_task == "sequence-classification" else ["Transformer", "LogitScore"]
     kinds = [kind.rpartition(".")[2] for kind, _ in modules]
     known = all(kind.startswith("sentence_transformers.") for kind, _ in modules)
     if not known or kinds != wanted or modules[0][1] != "":
         raise CheckpointError(f"{file}: modules {[kind for kind, _ in modules]} are not supported for a cross-encoder "
-                              f"with transformer_task = {task!r}; {' and '.join(wanted)} of Sentence Transformers are")
-    if task == "sequence-classification":
+                              f"with transformer_task = {transformer_task!r}; {' and '.join(wanted)} of Sentence "
+                              "Transformers are")
+    if transformer_task == "sequence-classification":
         return None
     name = modules[1][1]
     if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
@@ -237,7 +238,7 @@ def _answers(file: Path) -> tuple[int, int]:
     return ids  # type: ignore[return-value]
 
 
-def _message(file: Path, values: Mapping[str, Any], task: str) -> MessageFormat | None:
+def _message(file: Path, values: Mapping[str, Any], transformer_task: str) -> MessageFormat | None:
     """How pairs reach the chat template; None: they are pairs of texts."""
     modalities = values.get("modality_config")
     if modalities is None:
