@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
 from megatron_embed.config.json_file import read_json_file
-from megatron_embed.convert.adapters import settings_of
-from megatron_embed.convert.heads import CarriedFile
+from megatron_embed.convert.adapter_names import settings_of
+from megatron_embed.convert.head_tensors import PassthroughFile
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.storage.copying import Copy, copy_and_verify
 from megatron_embed.convert.storage.safetensors_file import SafetensorsWriter, bytes_of
@@ -32,7 +32,7 @@ from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.file_checks import check_files
 from megatron_embed.models.st_modules import read_modules
 
-CARRIED_FILE = "carried.safetensors"
+PASSTHROUGH_FILE = "carried.safetensors"
 FORMAT = 1
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5",
@@ -88,9 +88,9 @@ class CheckpointDirectory:
         return self.path / "model"
 
 
-def open_carried(checkpoint: CheckpointDirectory) -> CarriedFile:
+def open_passthrough(checkpoint: CheckpointDirectory) -> PassthroughFile:
     """The tensors that a checkpoint carries along beside those that are trained; to be closed."""
-    return CarriedFile(checkpoint.hf / CARRIED_FILE, rules_for(checkpoint.info.family),
+    return PassthroughFile(checkpoint.hf / PASSTHROUGH_FILE, rules_for(checkpoint.info.family),
                        prefixed=checkpoint.info.prefixed)
 
 
@@ -126,7 +126,7 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
     return CheckpointDirectory(path, info)
 
 
-def write_companions(source: str | Path, directory: Path, *, dtype: str | None = None,
+def write_sidecar_files(source: str | Path, directory: Path, *, dtype: str | None = None,
                      max_lengths: dict[str, int] | None = None,
                      head: Literal["yes_no", "score"] | None = None,
                      adapters: AdapterSettings | None = None) -> CheckpointInfo:
@@ -147,8 +147,8 @@ def write_companions(source: str | Path, directory: Path, *, dtype: str | None =
         checkpoint = open_checkpoint(source)
         info = checkpoint.info
         copy_files(checkpoint.hf, directory / "hf")
-        if (checkpoint.hf / CARRIED_FILE).is_file():
-            shutil.copyfile(checkpoint.hf / CARRIED_FILE, directory / "hf" / CARRIED_FILE)
+        if (checkpoint.hf / PASSTHROUGH_FILE).is_file():
+            shutil.copyfile(checkpoint.hf / PASSTHROUGH_FILE, directory / "hf" / PASSTHROUGH_FILE)
     else:
         with HFDirectory(source) as opened:
             info = _companions_of_hf(opened, directory / "hf")
@@ -244,13 +244,13 @@ def _companions_of_hf(source: HFDirectory, hf: Path) -> CheckpointInfo:
     """Fill `hf` from a Hugging Face directory."""
     copy_files(source.path, hf)
     tied = {head: embedding for head, embedding in source.family.tied
-            if source.shape.tie_word_embeddings and head in source.carried and _same_bytes(source, head, embedding)}
-    carried = [name for name in source.carried if name not in tied]
-    if carried:
-        entries = [(source.stored_names[name], source.entry(name).dtype, source.entry(name).shape) for name in carried]
-        with SafetensorsWriter(hf / CARRIED_FILE, entries) as writer:
-            copy_and_verify(Copy(name=stored, source=[source.run(name)], target=[writer.place(stored)])
-                            for name, stored in ((name, source.stored_names[name]) for name in carried))
+            if source.shape.tie_word_embeddings and head in source.passthrough and _same_bytes(source, head, embedding)}
+    passthrough = [name for name in source.passthrough if name not in tied]
+    if passthrough:
+        entries = [(source.stored_names[name], source.entry(name).dtype, source.entry(name).shape) for name in passthrough]
+        with SafetensorsWriter(hf / PASSTHROUGH_FILE, entries) as writer:
+            copy_and_verify(Copy(name=stored, source=[source.byte_range(name)], target=[writer.reserve(stored)])
+                            for name, stored in ((name, source.stored_names[name]) for name in passthrough))
     return CheckpointInfo(
         family=source.family.name, dtype=str(source.dtype()).removeprefix("torch."), prefixed=source.prefixed,
         source_architectures=read_json(source.path / "config.json").get("architectures") or [], tied_copies=tied)

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 from megatron_embed.convert.checkpoint_directory import (
-    CARRIED_FILE,
+    PASSTHROUGH_FILE,
     CheckpointDirectory,
     copy_files,
     open_checkpoint,
     read_json,
     staging,
-    write_companions,
+    write_sidecar_files,
     write_json,
 )
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.lora_merge import MergedReader
 from megatron_embed.convert.report import ConversionReport, peak_memory
-from megatron_embed.convert.storage.byte_range import Run
+from megatron_embed.convert.storage.byte_range import ByteRange
 from megatron_embed.convert.storage.copying import Copy, copy_and_verify
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile
 from megatron_embed.convert.storage.sharded import parse_size
@@ -34,13 +34,13 @@ from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.to_hf import (
     WRITTEN_DTYPES,
-    Plan,
+    HFWriter,
     RerankerFormat,
-    Row,
+    StoredParameter,
     check_checkpoint,
     head_of,
     progress,
-    rows_of,
+    stored_parameters,
 )
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape, model_shape
@@ -59,11 +59,11 @@ def hf_to_megatron(src: str | Path, dst: str | Path) -> ConversionReport:
     with HFDirectory(src) as source:
         _refuse_inside(Path(dst), source.path)
         total = sum(source.entry(name).nbytes for name in source.stored_names)
-        rows = rows_of(source.family, source.shape)
+        rows = stored_parameters(source.family, source.shape)
         with staging(dst, total + _ROOM_FOR_FILES) as work:
-            info = write_companions(source.path, work)
+            info = write_sidecar_files(source.path, work)
             (work / "model").mkdir()
-            places: list[Run] = []
+            places: list[ByteRange] = []
             with DcpWriter(work / "model") as writer:
                 copy_and_verify(_ways_to_megatron(source, rows, writer, places))
             _verify_megatron(work / "model", rows, places)
@@ -94,20 +94,20 @@ def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5
     checkpoint = open_checkpoint(src)
     _refuse_inside(Path(dst), checkpoint.path)
     shape, family = model_shape(checkpoint.hf), rules_for(checkpoint.info.family)
-    carried_file = checkpoint.hf / CARRIED_FILE
+    carried_file = checkpoint.hf / PASSTHROUGH_FILE
     with _reader(checkpoint, family, shape, merge_lora) as reader, ExitStack() as open_files:
-        rows = rows_of(family, shape)
+        rows = stored_parameters(family, shape)
         check_checkpoint(reader, rows, checkpoint.model)
-        carried = open_files.enter_context(closing(SafetensorsFile(carried_file))) if carried_file.is_file() else None
+        passthrough = open_files.enter_context(closing(SafetensorsFile(carried_file))) if carried_file.is_file() else None
         head = head_of(reader, checkpoint, family, shape, reranker)
-        plan = Plan(reader, rows, checkpoint, family, carried, head, WRITTEN_DTYPES[dtype])
+        plan = HFWriter(reader, rows, checkpoint, family, passthrough, head, WRITTEN_DTYPES[dtype])
         with staging(dst, plan.total_bytes + _ROOM_FOR_FILES) as work:
             copy_files(checkpoint.hf, work)
             _write_dtype(work / "config.json", plan.dtype)
             _verify_hf(work, plan.write(work, shard_bytes), shape)
             if finish is not None:
                 finish(work)
-    return ConversionReport(destination=Path(dst), tensors=len(plan.announced), total_bytes=plan.total_bytes,
+    return ConversionReport(destination=Path(dst), tensors=len(plan.declared), total_bytes=plan.total_bytes,
                             dtype=str(plan.dtype).removeprefix("torch."), seconds=time.monotonic() - started,
                             peak_bytes=peak_memory())
 
@@ -125,7 +125,7 @@ def _reader(checkpoint: CheckpointDirectory, family: Family, shape: ModelShape, 
     return MergedReader(checkpoint.model, family, shape, settings)
 
 
-def _ways_to_megatron(source: HFDirectory, rows: list[Row], writer: DcpWriter, places: list[Run]) -> Iterator[Copy]:
+def _ways_to_megatron(source: HFDirectory, rows: list[StoredParameter], writer: DcpWriter, places: list[ByteRange]) -> Iterator[Copy]:
     """Every Hugging Face tensor's way into the checkpoint; `places` gets each row's, in turn."""
     for row in progress(rows, "converting"):
         names = row.rule.hf_names(row.context)
@@ -134,10 +134,10 @@ def _ways_to_megatron(source: HFDirectory, rows: list[Row], writer: DcpWriter, p
             if source.entry(name).dtype != dtype:
                 raise CheckpointError(f"{source.path}: {names[0]} is {dtype} and {name} {source.entry(name).dtype}, "
                                       "but they become one tensor; save the model in one dtype")
-        ours = writer.place(row.key, dtype, row.rule.ours_shape(row.context), index=row.index, count=row.count)
+        ours = writer.reserve(row.key, dtype, row.rule.ours_shape(row.context), index=row.index, count=row.count)
         places.append(ours)
         for part, name in enumerate(names):
-            yield Copy(name=name, source=[source.run(name)], target=row.in_ours(part, ours))
+            yield Copy(name=name, source=[source.byte_range(name)], target=row.in_ours(part, ours))
 
 
 def _refuse_inside(dst: Path, src: Path) -> None:
@@ -145,24 +145,24 @@ def _refuse_inside(dst: Path, src: Path) -> None:
         raise CheckpointError(f"{dst}: lies inside the source {src}; name a directory outside it")
 
 
-def _verify_megatron(directory: Path, rows: list[Row], places: list[Run]) -> None:
+def _verify_megatron(directory: Path, rows: list[StoredParameter], places: list[ByteRange]) -> None:
     """A reader finds every parameter, with its shape, at the place that was read back."""
     with DcpReader(directory) as reader:
         check_checkpoint(reader, rows, directory)
         for row, place in zip(rows, places, strict=True):
-            _require_there(directory, row.name, reader.runs(row.key, row.index), place)
+            _require_there(directory, row.name, reader.byte_ranges(row.key, row.index), place)
 
 
-def _verify_hf(directory: Path, places: dict[str, Run], shape: ModelShape) -> None:
+def _verify_hf(directory: Path, places: dict[str, ByteRange], shape: ModelShape) -> None:
     """A reader finds every tensor, with its shape, at the place that was read back, and nothing else."""
     with HFDirectory(directory) as written:
         assert written.shape == shape, "config.json changed its meaning on the way"
         assert {*written.stored_names.values()} == places.keys(), "a tensor was lost or added on the way"
         for name, stored in written.stored_names.items():
-            _require_there(directory, stored, [written.run(name)], places[stored])
+            _require_there(directory, stored, [written.byte_range(name)], places[stored])
 
 
-def _require_there(where: Path, name: str, found: list[Run] | None, expected: Run) -> None:
+def _require_there(where: Path, name: str, found: list[ByteRange] | None, expected: ByteRange) -> None:
     """One run in the same file."""
     if found is None or [(run.file.name, run.start, run.length) for run in found] != [
             (expected.file.name, expected.start, expected.length)]:

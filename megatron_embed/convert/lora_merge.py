@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.adapters import adapter_tensors
-from megatron_embed.convert.storage.byte_range import Run
+from megatron_embed.convert.adapter_names import adapter_tensors
+from megatron_embed.convert.storage.byte_range import ByteRange
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.transforms import Context, Transform
@@ -29,20 +29,20 @@ class MergedReader(DcpReader):
         self._scale = settings.scale
         self._pairs: dict[str, dict[str, Place]] = {}
         for tensor in adapter_tensors(family, shape, settings.modules, settings.rank):
-            self._pairs.setdefault(tensor.module, {})[tensor.matrix] = family.checkpoint_place(tensor.ours)
+            self._pairs.setdefault(tensor.module, {})[tensor.matrix] = family.checkpoint_key(tensor.ours)
         self._rows: dict[Place, tuple[Transform, Context]] = {}
-        for rule, context in family.rows(shape):
+        for rule, context in family.applied_rules(shape):
             if any(name.removesuffix(".weight") in self._pairs for name in rule.hf_names(context)):
-                self._rows[family.checkpoint_place(context.name(rule.ours))] = (rule, context)
+                self._rows[family.checkpoint_key(context.name(rule.ours))] = (rule, context)
 
     def keys(self) -> tuple[str, ...]:
         """Keys of the tensors, without the adapters'."""
         every = super().keys()
         return tuple(key for key in every if not is_adapter(key))
 
-    def runs(self, key: str, index: int | None = None) -> list[Run] | None:
+    def byte_ranges(self, key: str, index: int | None = None) -> list[ByteRange] | None:
         """As in the files; null also for linears with adapters, which `read` computes."""
-        return None if (key, index) in self._rows else super().runs(key, index)
+        return None if (key, index) in self._rows else super().byte_ranges(key, index)
 
     def read(self, key: str, index: int | None = None) -> Tensor:
         """The tensor `key`, or that `index` of it; linears with their adapters merged."""

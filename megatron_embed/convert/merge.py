@@ -85,10 +85,10 @@ def merge_models(models: Sequence[str | Path], destination: str | Path, *, metho
         with staging(destination, total + _ROOM_FOR_FILES) as work:
             copy_files(first.path, work)
             write_json(work / MERGE_FILE, _provenance(method, models, numbers, base))
-            announced = [(first.stored_names[name], first.entry(name).dtype, first.entry(name).shape)
+            declared = [(first.stored_names[name], first.entry(name).dtype, first.entry(name).shape)
                          for name in full_names]
             checksums: dict[str, bytes] = {}
-            with ShardedWriter(work, announced, shard_bytes) as writer:
+            with ShardedWriter(work, declared, shard_bytes) as writer:
                 for name in _progress(full_names, "merging"):
                     merged = merge_tensor(name, opened, origin, method, numbers)
                     checksums[name] = checksum(merged)

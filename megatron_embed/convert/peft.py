@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from megatron_embed.config.load import read_resolved
-from megatron_embed.convert.adapters import AdapterTensor, adapter_tensors, linear_rules, peft_targets
+from megatron_embed.convert.adapter_names import AdapterTensor, adapter_tensors, linear_rules, peft_targets
 from megatron_embed.convert.checkpoint_directory import (
     CheckpointDirectory,
     copy_files,
@@ -18,7 +18,7 @@ from megatron_embed.convert.checkpoint_directory import (
     staging,
     write_json,
 )
-from megatron_embed.convert.heads import saved_modules, score_names
+from megatron_embed.convert.head_tensors import saved_modules, score_names
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.convert.tables.family import Family
@@ -152,7 +152,7 @@ class PeftAdapter:
     def _used(self, family: Family) -> dict[str, str]:
         """Full name -> name in the file, of the tensors that change token states; the others become `head`."""
         stored = {_full_name(name, family): name for name in self._file.entries}
-        self.head = {full: name for full, name in stored.items() if family.is_carried(full)}
+        self.head = {full: name for full, name in stored.items() if family.is_passthrough(full)}
         return {full: name for full, name in stored.items() if full not in self.head}
 
     def _modules(self, stored: dict[str, str], family: Family) -> tuple[str, ...]:
@@ -219,7 +219,7 @@ def write_peft(src: str | Path, dst: str | Path, *, finish: Callable[[Path], obj
     family, shape = rules_for(checkpoint.info.family), model_shape(checkpoint.hf)
     tensors = list(adapter_tensors(family, shape, settings.modules, settings.rank))
     prefix = "" if checkpoint.info.head is None else family.prefix
-    places = {_peft_name(tensor, family, prefix): family.checkpoint_place(tensor.ours) for tensor in tensors}
+    places = {_peft_name(tensor, family, prefix): family.checkpoint_key(tensor.ours) for tensor in tensors}
     if checkpoint.info.head == "score":
         places |= {_PREFIX + name: (HEAD_KEYS + ours, None) for ours, name in score_names(family.name).items()}
     with DcpReader(checkpoint.model) as reader:

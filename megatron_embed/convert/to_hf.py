@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_carried
-from megatron_embed.convert.heads import HeadExport, read_head
+from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_passthrough
+from megatron_embed.convert.head_tensors import HeadExport, read_head
 from megatron_embed.convert.hf_directory import largest_dtype
-from megatron_embed.convert.storage.byte_range import Run, head_of_runs
+from megatron_embed.convert.storage.byte_range import ByteRange, take
 from megatron_embed.convert.storage.copying import Copy, copy_and_verify
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile
-from megatron_embed.convert.storage.sharded import Announced, ShardedWriter
+from megatron_embed.convert.storage.sharded import DeclaredTensor, ShardedWriter
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.transforms import Context, PadVocabulary, Transform, nbytes
@@ -44,7 +44,7 @@ class RerankerFormat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class StoredParameter:
     """One row of the table for one layer and expert: a parameter of ours, and where a checkpoint keeps it."""
 
     rule: Transform
@@ -62,18 +62,18 @@ class Row:
         """Length of the checkpoint tensor's axis of experts; null without one."""
         return None if self.index is None else self.context.shape.num_experts
 
-    def in_hf(self, parts: Sequence[Run]) -> list[Run]:
+    def in_hf(self, parts: Sequence[ByteRange]) -> list[ByteRange]:
         """Where the parameter's bytes lie, in its order, in its Hugging Face tensors `parts`."""
         widths = [part.length // self.context.sizes(words)[0]
                   for part, words in zip(parts, self.rule.hf_shapes(), strict=True)]
         return [parts[piece.part].part(piece.theirs * widths[piece.part], piece.rows * widths[piece.part])
-                for piece in self.rule.pieces(self.context)]
+                for piece in self.rule.row_ranges(self.context)]
 
-    def in_ours(self, part: int, ours: Run) -> list[Run]:
+    def in_ours(self, part: int, ours: ByteRange) -> list[ByteRange]:
         """Where the bytes of Hugging Face tensor `part` lie, in its order, in the parameter `ours`."""
         width = ours.length // self.rule.ours_shape(self.context)[0]
         return [ours.part(piece.ours * width, piece.rows * width)
-                for piece in self.rule.pieces(self.context) if piece.part == part]
+                for piece in self.rule.row_ranges(self.context) if piece.part == part]
 
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the checkpoint's tensor, without vocabulary padding."""
@@ -81,50 +81,50 @@ class Row:
         return shape if self.count is None else (self.count, *shape)
 
 
-class Plan:
-    """The tensors of a Hugging Face directory to come: announced first (a header precedes its data), then written."""
+class HFWriter:
+    """The tensors of a Hugging Face directory to come: declared first (a header precedes its data), then written."""
 
-    def __init__(self, reader: DcpReader, rows: list[Row], checkpoint: CheckpointDirectory,
-                 family: Family, carried: SafetensorsFile | None, head: HeadExport | None,
+    def __init__(self, reader: DcpReader, rows: list[StoredParameter], checkpoint: CheckpointDirectory,
+                 family: Family, passthrough: SafetensorsFile | None, head: HeadExport | None,
                  dtype: torch.dtype | None) -> None:
         info = checkpoint.info
-        self._reader, self._rows, self._carried, self._head = reader, rows, carried, head
+        self._reader, self._rows, self._carried, self._head = reader, rows, passthrough, head
         self._wanted = dtype
         # A model with a head names its backbone's tensors with the prefix, whatever it was made of.
         self._prefix = "" if info.prefixed or head is not None else family.prefix
         self._copies = {embedding: copy for copy, embedding in info.tied_copies.items()
                         if head is None or head.keeps(copy)}
         self._passed: dict[str, str] = {}
-        """Tensors that pass through: name to be -> name in the carried file."""
-        for name in () if carried is None else carried.entries:
+        """Tensors that pass through: name to be -> name in the passthrough file."""
+        for name in () if passthrough is None else passthrough.entries:
             full = family.full_name(name, prefixed=info.prefixed)
             if head is None or head.keeps(full):
                 self._passed[name if head is None else full] = name
-        self.announced: list[Announced] = []
+        self.declared: list[DeclaredTensor] = []
         for row in rows:
             written = self._written_dtype(reader.dtype(row.key))
             for name, words in zip(row.rule.hf_names(row.context), row.rule.hf_shapes(), strict=True):
-                self.announced += [(stored, written, row.context.sizes(words)) for stored in self._stored(name)]
-        self.dtype = largest_dtype((dtype, nbytes(shape, dtype)) for _, dtype, shape in self.announced)
+                self.declared += [(stored, written, row.context.sizes(words)) for stored in self._stored(name)]
+        self.dtype = largest_dtype((dtype, nbytes(shape, dtype)) for _, dtype, shape in self.declared)
         for name, stored in self._passed.items():
-            assert carried is not None
-            entry = carried.entries[stored]
-            self.announced.append((name, self._written_dtype(entry.dtype), entry.shape))
+            assert passthrough is not None
+            entry = passthrough.entries[stored]
+            self.declared.append((name, self._written_dtype(entry.dtype), entry.shape))
         if head is not None:
-            self.announced += [(name, self._written_dtype(tensor.dtype), tuple(tensor.shape))
+            self.declared += [(name, self._written_dtype(tensor.dtype), tuple(tensor.shape))
                                for name, tensor in head.added.items()]
-        self.total_bytes = sum(nbytes(shape, dtype) for _, dtype, shape in self.announced)
+        self.total_bytes = sum(nbytes(shape, dtype) for _, dtype, shape in self.declared)
 
-    def write(self, directory: Path, max_shard_bytes: int) -> dict[str, Run]:
+    def write(self, directory: Path, max_shard_bytes: int) -> dict[str, ByteRange]:
         """Write everything and read it back; gives the place of each tensor by its stored name.
 
         Raises:
             CheckpointError: something reads back differently, or the checkpoint is damaged.
         """
-        places: dict[str, Run] = {}
-        with ShardedWriter(directory, self.announced, max_shard_bytes) as writer:
-            def placed(*names: str) -> list[Run]:
-                places.update((name, writer.place(name)) for name in names)
+        places: dict[str, ByteRange] = {}
+        with ShardedWriter(directory, self.declared, max_shard_bytes) as writer:
+            def placed(*names: str) -> list[ByteRange]:
+                places.update((name, writer.reserve(name)) for name in names)
                 return [places[name] for name in names]
 
             def done(copy: Copy) -> None:
@@ -134,22 +134,22 @@ class Plan:
             copy_and_verify(chain(self._of_rows(placed), self._others(placed)), done)
         return places
 
-    def _of_rows(self, placed: Callable[..., list[Run]]) -> Iterator[Copy]:
+    def _of_rows(self, placed: Callable[..., list[ByteRange]]) -> Iterator[Copy]:
         """Our parameters' ways into the files."""
         for row in progress(self._rows, "converting"):
             names = (self._stored(name) for name in row.rule.hf_names(row.context))
             for stored in zip(*names, strict=True):  # a second time for an embedding that a head repeats
                 yield Copy(name=row.name, source=self._source(row), target=row.in_hf(placed(*stored)), writes=stored)
 
-    def _source(self, row: Row) -> Sequence[Run] | Callable[[], Tensor]:
+    def _source(self, row: StoredParameter) -> Sequence[ByteRange] | Callable[[], Tensor]:
         """Where one of our parameters comes from, vocabulary padding left out."""
         shape, dtype = row.rule.ours_shape(row.context), self._reader.dtype(row.key)
-        runs = self._reader.runs(row.key, row.index) if self._written_dtype(dtype) == dtype else None
+        runs = self._reader.byte_ranges(row.key, row.index) if self._written_dtype(dtype) == dtype else None
         if runs is not None:
-            return head_of_runs(runs, nbytes(shape, dtype))
+            return take(runs, nbytes(shape, dtype))
         return lambda: self._cast(self._reader.read(row.key, row.index))[:shape[0]]
 
-    def _others(self, placed: Callable[..., list[Run]]) -> Iterator[Copy]:
+    def _others(self, placed: Callable[..., list[ByteRange]]) -> Iterator[Copy]:
         """The ways of the tensors that no row makes."""
         for name, stored in self._passed.items():
             yield Copy(name=name, source=self._passing(name, stored), target=placed(name), writes=(name,))
@@ -157,14 +157,14 @@ class Plan:
             for name, tensor in self._head.added.items():
                 yield Copy(name=name, source=partial(self._cast, tensor), target=placed(name), writes=(name,))
 
-    def _passing(self, name: str, stored: str) -> Sequence[Run] | Callable[[], Tensor]:
-        """Where a tensor of the carried file comes from, as it will be written."""
-        carried, head = self._carried, self._head
-        assert carried is not None
-        dtype = carried.entries[stored].dtype
+    def _passing(self, name: str, stored: str) -> Sequence[ByteRange] | Callable[[], Tensor]:
+        """Where a tensor of the passthrough file comes from, as it will be written."""
+        passthrough, head = self._carried, self._head
+        assert passthrough is not None
+        dtype = passthrough.entries[stored].dtype
         if head is None and self._written_dtype(dtype) == dtype:
-            return [carried.run(stored)]
-        return lambda: self._cast(carried.read(stored) if head is None else head.edited(name, carried.read(stored)))
+            return [passthrough.byte_range(stored)]
+        return lambda: self._cast(passthrough.read(stored) if head is None else head.edited(name, passthrough.read(stored)))
 
     def _written_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self._wanted if self._wanted is not None and dtype.is_floating_point else dtype
@@ -177,15 +177,15 @@ class Plan:
         return [name.removeprefix(self._prefix), *([self._copies[name]] if name in self._copies else [])]
 
 
-def rows_of(family: Family, shape: ModelShape) -> list[Row]:
+def stored_parameters(family: Family, shape: ModelShape) -> list[StoredParameter]:
     """Every row of the table with what it must know, in the order of writing."""
     return list(_rows(family, shape))
 
 
-def _rows(family: Family, shape: ModelShape) -> Iterator[Row]:
-    for rule, context in family.rows(shape):
-        key, index = family.checkpoint_place(context.name(rule.ours))
-        yield Row(rule=rule, context=context, key=key, index=index)
+def _rows(family: Family, shape: ModelShape) -> Iterator[StoredParameter]:
+    for rule, context in family.applied_rules(shape):
+        key, index = family.checkpoint_key(context.name(rule.ours))
+        yield StoredParameter(rule=rule, context=context, key=key, index=index)
 
 
 def head_of(reader: DcpReader, checkpoint: CheckpointDirectory, family: Family, shape: ModelShape,
@@ -200,11 +200,11 @@ def head_of(reader: DcpReader, checkpoint: CheckpointDirectory, family: Family, 
     head = {key.removeprefix(HEAD_KEYS): reader.read(key) for key in keys}
     if not head and reranker.kind == "yes_no" and shape.tie_word_embeddings:
         assert reranker.token_ids is not None
-        embeddings = reader.read(family.checkpoint_place(WORD_EMBEDDINGS)[0])
+        embeddings = reader.read(family.checkpoint_key(WORD_EMBEDDINGS)[0])
         head = {"weight": embeddings[list(reranker.token_ids)]}
     if not head:
-        with open_carried(checkpoint) as carried:
-            head = read_head(carried, family.name, reranker.kind, reranker.token_ids, str(checkpoint.path))
+        with open_passthrough(checkpoint) as passthrough:
+            head = read_head(passthrough, family.name, reranker.kind, reranker.token_ids, str(checkpoint.path))
     if "weight" not in head:
         raise CheckpointError(f"{checkpoint.path}: has no classifier, so it is no reranker yet; train it with task: "
                               "reranker first")
@@ -212,15 +212,15 @@ def head_of(reader: DcpReader, checkpoint: CheckpointDirectory, family: Family, 
                       classification=reranker.classification)
 
 
-def progress(rows: list[Row], what: str) -> Iterable[Row]:
+def progress(rows: list[StoredParameter], what: str) -> Iterable[StoredParameter]:
     """The rows, with a progress bar if someone is watching."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    bar: Iterable[Row] = tqdm(rows, desc=what, unit="tensor", disable=not sys.stderr.isatty())
+    bar: Iterable[StoredParameter] = tqdm(rows, desc=what, unit="tensor", disable=not sys.stderr.isatty())
     return bar
 
 
-def check_checkpoint(reader: DcpReader, rows: list[Row], directory: Path) -> None:
+def check_checkpoint(reader: DcpReader, rows: list[StoredParameter], directory: Path) -> None:
     """The checkpoint's model tensors are exactly those of the table, each of the right shape."""
     keys = set(reader.keys())
     unnamed = {key for key in keys if key.startswith("model.") and not key.startswith(HEAD_KEYS)}
@@ -243,7 +243,7 @@ def check_sizes(directory: Path, family: Family, shape: ModelShape) -> None:
             _check_row(reader, keys, row, directory)
 
 
-def _check_row(reader: DcpReader, keys: set[str], row: Row, directory: Path) -> None:
+def _check_row(reader: DcpReader, keys: set[str], row: StoredParameter, directory: Path) -> None:
     """The checkpoint has the row's tensor, of the right shape."""
     if row.key not in keys:
         raise CheckpointError(f"{directory}: {row.key} is missing; a model with num_hidden_layers = "

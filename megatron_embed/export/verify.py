@@ -175,7 +175,7 @@ def _load_model(directory: Path) -> Any:
     family = rules_for(model_shape(directory).family)
     names = [*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])]
     wrong = [name for name in sorted(names)
-             if not family.is_carried(family.full_name(name, prefixed=name.startswith(family.prefix)))]
+             if not family.is_passthrough(family.full_name(name, prefixed=name.startswith(family.prefix)))]
     if wrong:
         raise CheckpointError(f"{directory}: Transformers' {auto.__name__} does not find, or does not know, {wrong[0]} "
                               f"({len(wrong)} such); the export must not be used")

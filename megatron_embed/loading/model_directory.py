@@ -15,7 +15,7 @@ import torch
 from megatron_embed.checkpoint.state import load_model
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
-from megatron_embed.convert.adapters import parts_by_linear, resolve_modules
+from megatron_embed.convert.adapter_names import parts_by_linear, resolve_modules
 from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
 from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory

@@ -15,7 +15,7 @@ from megatron_embed.checkpoint.save import Saver, on_rank_0
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, load_model
 from megatron_embed.config.load import save_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.convert.checkpoint_directory import write_companions
+from megatron_embed.convert.checkpoint_directory import write_sidecar_files
 from megatron_embed.data.dataset import validation_shares
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.export.embedding import write_settings
@@ -221,7 +221,7 @@ def write_assets(assets: Path, config: RunConfig, inputs: Inputs) -> None:
     """
     make_marked(assets)
     source = inputs.standing.checkpoint or inputs.model.checkpoint or inputs.model.path
-    write_companions(source, assets, dtype=config.model.dtype, max_lengths={
+    write_sidecar_files(source, assets, dtype=config.model.dtype, max_lengths={
         "query": config.data.max_length("query"), "document": config.data.max_length("document")},
         head=None if inputs.head is None else inputs.head.kind,
         adapters=adapters_of(config.lora, inputs.model))

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint, write_companions
+from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint, write_sidecar_files
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_embed.convert.storage import copying
 from megatron_embed.convert.storage.safetensors_file import SafetensorsWriter
@@ -93,8 +93,8 @@ def test_checkpoint_layout_and_keys(tmp_path):
         "tied_copies": {}, "max_lengths": {}, "format": 1}
     files = {path.name for path in (tmp_path / "megatron" / "hf").iterdir()}
     assert files == {"config.json", "generation_config.json", "tokenizer.json", "carried.safetensors"}
-    with safe_open(tmp_path / "megatron" / "hf" / "carried.safetensors", "pt") as carried:
-        assert list(carried.keys()) == ["lm_head.weight"]
+    with safe_open(tmp_path / "megatron" / "hf" / "carried.safetensors", "pt") as passthrough:
+        assert list(passthrough.keys()) == ["lm_head.weight"]
     with DcpReader(tmp_path / "megatron" / "model") as reader:
         keys = set(reader.keys())
         assert reader.shape("model.embedding.word_embeddings.weight") == (103, 24)
@@ -168,7 +168,7 @@ def rewrite_model(megatron, destination, change, *, pad_to=None, extra=()):
                 writer.add(key, tensor)
             for key in extra:
                 writer.add(key, torch.zeros(3))
-    write_companions(megatron, destination, dtype=dtype)
+    write_sidecar_files(megatron, destination, dtype=dtype)
     return destination
 
 
@@ -208,7 +208,7 @@ def test_a_config_without_dtype_gets_one_only_when_it_is_not_float32(tmp_path):
 
 def test_companions_of_a_hugging_face_directory(tmp_path):
     (tmp_path / "step").mkdir()
-    info = write_companions(save_toy(tmp_path / "source", "BertModel"), tmp_path / "step", dtype="bfloat16")
+    info = write_sidecar_files(save_toy(tmp_path / "source", "BertModel"), tmp_path / "step", dtype="bfloat16")
     assert (info.family, info.dtype, info.prefixed) == ("bert", "bfloat16", False)
     assert (tmp_path / "step" / "hf" / "carried.safetensors").is_file()
 
@@ -252,7 +252,7 @@ def test_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     (OSError(28, "No space left on device"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)])
 def test_a_failure_in_the_middle_leaves_nothing(error, caught, tmp_path, monkeypatch):
     source = save_toy(tmp_path / "source", "BertModel")
-    plain_place, calls = DcpWriter.place, []
+    plain_place, calls = DcpWriter.reserve, []
 
     def failing_place(self, key, *tensor, **place):
         calls.append(key)
@@ -261,7 +261,7 @@ def test_a_failure_in_the_middle_leaves_nothing(error, caught, tmp_path, monkeyp
             raise error
         return plain_place(self, key, *tensor, **place)
 
-    monkeypatch.setattr(DcpWriter, "place", failing_place)
+    monkeypatch.setattr(DcpWriter, "reserve", failing_place)
     with pytest.raises(caught):
         hf_to_megatron(source, tmp_path / "out")
     assert len(calls) == 10
@@ -326,13 +326,13 @@ def test_a_description_that_points_elsewhere_is_refused(direction, tmp_path, mon
         with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.linear_fc2\.weight reads back differently"):
             hf_to_megatron(source, tmp_path / "out")
     else:
-        place = SafetensorsWriter.place
+        place = SafetensorsWriter.reserve
 
         def swapped(self, name):
             numbers = {"layers.0.mlp.down_proj.weight": "1", "layers.1.mlp.down_proj.weight": "0"}
             return place(self, name if name not in numbers else f"layers.{numbers[name]}.mlp.down_proj.weight")
 
-        monkeypatch.setattr(SafetensorsWriter, "place", swapped)
+        monkeypatch.setattr(SafetensorsWriter, "reserve", swapped)
         with pytest.raises(CheckpointError, match=r"layers\.\d\.mlp\.down_proj\.weight reads back differently"):
             megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == before

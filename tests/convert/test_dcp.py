@@ -86,7 +86,7 @@ def test_a_full_disk_is_what_it_is(tmp_path):
         writer.add("a", torch.zeros(1000))
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-            writer.place("b", torch.float32, (1000,))
+            writer.reserve("b", torch.float32, (1000,))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -167,27 +167,27 @@ def test_where_the_numbers_lie(tmp_path):
     """Of what we wrote, and of what torch saved on two ranks: row by row, or nowhere."""
     tensors = {**some_tensors(), "model.large": torch.randn(300, 100), "model.none": torch.zeros(0, 3)}
     with DcpReader(write(tmp_path / "ours", tensors)) as reader:
-        assert {key: bytes_at(reader.runs(key)) for key in tensors} == {
+        assert {key: bytes_at(reader.byte_ranges(key)) for key in tensors} == {
             key: bytes(bytes_of(tensor)) for key, tensor in tensors.items()}
-        assert bytes_at(reader.runs("model.a.weight", 3)) == bytes(bytes_of(tensors["model.a.weight"][3]))
+        assert bytes_at(reader.byte_ranges("model.a.weight", 3)) == bytes(bytes_of(tensors["model.a.weight"][3]))
     run_on_ranks(save_with_torch, 2, tmp_path / "x")
     with DcpReader(tmp_path / "x") as reader:
         for key, pieces in (("model.rows", 2), ("model.uneven", 2), ("model.whole", 1)):
-            runs = reader.runs(key)
+            runs = reader.byte_ranges(key)
             assert len(runs) == pieces
             assert bytes_at(runs) == bytes(bytes_of(reader.read(key)))
-        assert reader.runs("model.columns") is None
-        assert reader.runs("model.cube") is None
-        assert bytes_at(reader.runs("model.rows", 8)) == bytes(bytes_of(tensors["model.a.weight"][8]))
+        assert reader.byte_ranges("model.columns") is None
+        assert reader.byte_ranges("model.cube") is None
+        assert bytes_at(reader.byte_ranges("model.rows", 8)) == bytes(bytes_of(tensors["model.a.weight"][8]))
 
 
 def test_numbers_that_are_not_row_by_row_have_no_place(tmp_path):
     """A transposed tensor is saved with its strides; `read` knows what to make of them."""
     torch_dcp.save({"a": torch.randn(4, 6).t(), "b": torch.ones(3)}, checkpoint_id=tmp_path / "x", no_dist=True)
     with DcpReader(tmp_path / "x") as reader:
-        assert reader.runs("b") is not None
+        assert reader.byte_ranges("b") is not None
         stored = reader.read("a")
-        assert reader.runs("a") is None or bytes_at(reader.runs("a")) == bytes(bytes_of(stored.contiguous()))
+        assert reader.byte_ranges("a") is None or bytes_at(reader.byte_ranges("a")) == bytes(bytes_of(stored.contiguous()))
 
 
 def test_a_tensor_of_many_slices_is_found_slice_by_slice(tmp_path):
@@ -197,8 +197,8 @@ def test_a_tensor_of_many_slices_is_found_slice_by_slice(tmp_path):
         for index in torch.randperm(100).tolist():
             writer.add("experts", tensors[index], index=index, count=100)
     with DcpReader(tmp_path / "x") as reader:
-        assert all(bytes_at(reader.runs("experts", index)) == bytes(bytes_of(tensors[index])) for index in range(100))
-        assert reader.runs("experts") is None  # more pieces than files may be open
+        assert all(bytes_at(reader.byte_ranges("experts", index)) == bytes(bytes_of(tensors[index])) for index in range(100))
+        assert reader.byte_ranges("experts") is None  # more pieces than files may be open
         assert torch.equal(reader.read("experts"), tensors)
 
 

@@ -31,7 +31,7 @@ def write_model(directory, layers):
     shape = model_shape(directory)
     generator = np.random.default_rng(0)
     tensors = {}
-    for rule, context in rules_for("qwen3").rows(shape):
+    for rule, context in rules_for("qwen3").applied_rules(shape):
         assert isinstance(context, Context)
         for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True):
             sizes = context.sizes(words)

@@ -18,7 +18,7 @@ from tests.helpers.convert_toys import MINILM, edit_config, edit_tensors, save_t
 def test_real_directory():
     with HFDirectory(MINILM) as source:
         assert (source.family.name, source.prefixed, source.dtype()) == ("bert", False, torch.float32)
-        assert source.carried == ("bert.embeddings.position_ids", "bert.pooler.dense.bias", "bert.pooler.dense.weight")
+        assert source.passthrough == ("bert.embeddings.position_ids", "bert.pooler.dense.bias", "bert.pooler.dense.weight")
         assert len(source.stored_names) == 104
         assert source.stored_names["bert.embeddings.LayerNorm.bias"] == "embeddings.LayerNorm.bias"
 
@@ -162,8 +162,8 @@ def test_an_entry_whose_bytes_do_not_fit_its_shape_is_refused(tmp_path):
 def test_written_files_are_aligned_for_mixed_dtypes_and_read_by_safetensors(tmp_path):
     tensors = {"half": torch.randn(3).bfloat16(), "flag": torch.tensor([True, False, True]), "ids": torch.arange(5),
                "full": torch.randn(2, 3), "none": torch.zeros(0, 4), "scalar": torch.tensor(2.5)}
-    announced = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with SafetensorsWriter(tmp_path / "x", announced) as writer:
+    declared = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with SafetensorsWriter(tmp_path / "x", declared) as writer:
         for name in reversed(tensors):
             writer.write(name, tensors[name])
     with safe_open(tmp_path / "x", "pt") as file:
@@ -190,7 +190,7 @@ def test_tensors_larger_than_one_system_call(tmp_path, monkeypatch):
 
 def test_a_wrong_tensor_is_not_written(tmp_path):
     writer = SafetensorsWriter(tmp_path / "x", [("a", torch.float32, (2,))])
-    with pytest.raises(ValueError, match="is not what was announced"):
+    with pytest.raises(ValueError, match="is not what was declared"):
         writer.write("a", torch.zeros(3))
     with pytest.raises(AssertionError, match="never written"):
         writer.__exit__(None)

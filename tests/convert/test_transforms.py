@@ -60,10 +60,10 @@ def split_as_the_model_does(rule, whole, rank, size, shape):
 
 
 def back_to_hf(rule, whole, context):
-    """The Hugging Face tensors of a whole parameter, as `pieces` says."""
+    """The Hugging Face tensors of a whole parameter, as `row_ranges` says."""
     tensors = {name: torch.full(context.sizes(words), torch.nan)
                for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True)}
-    for piece in rule.pieces(replace(context, padded_vocab_size=None)):
+    for piece in rule.row_ranges(replace(context, padded_vocab_size=None)):
         target = tensors[rule.hf_names(context)[piece.part]]
         target[piece.theirs:piece.theirs + piece.rows] = whole[piece.ours:piece.ours + piece.rows]
     return tensors
@@ -127,19 +127,19 @@ def test_expand_braces():
 def test_a_rank_reads_only_its_share_of_the_files(kind, tmp_path, monkeypatch):
     source = HFDirectory(save_toy(tmp_path, kind))
     family = rules_for(source.shape.family)
-    rows = list(family.rows(source.shape))
+    rows = list(family.applied_rules(source.shape))
     names = [context.name(rule.ours) for rule, context in rows]
     whole = dict(hf_weight_shards(source, family, names=names, tp_rank=0, tp_size=1, padded_vocab_size=104))
     assert list(whole) == names
 
     read_bytes = []
-    plain_fill = type(source._files["model.safetensors"])._fill
+    plain_fill = type(source._files["model.safetensors"])._read_into
 
     def counting_fill(file, target, offset):
         read_bytes.append(len(target))
         plain_fill(file, target, offset)
 
-    monkeypatch.setattr(type(source._files["model.safetensors"]), "_fill", counting_fill)
+    monkeypatch.setattr(type(source._files["model.safetensors"]), "_read_into", counting_fill)
     for rank in range(2):
         read_bytes.clear()
         shards = dict(hf_weight_shards(source, family, names=names, tp_rank=rank, tp_size=2, padded_vocab_size=104,

@@ -257,7 +257,7 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
 
 
 def _squares(chunks: Any, topology: Any, gradients: str, spec: Any) -> dict[tuple[str, int], tuple[float, float]]:
-    from megatron_embed.convert.heads import read_head
+    from megatron_embed.convert.head_tensors import read_head
     from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
     from megatron_embed.convert.peft import is_peft_directory
     from megatron_embed.models.encoder import padded_vocabulary
@@ -286,7 +286,7 @@ def _squares(chunks: Any, topology: Any, gradients: str, spec: Any) -> dict[tupl
 
 def _squares_of_adapters(chunks: Any, topology: Any, gradients: Path,
                          spec: Any) -> dict[tuple[str, int], tuple[float, float]]:
-    from megatron_embed.convert.heads import score_names
+    from megatron_embed.convert.head_tensors import score_names
     from megatron_embed.convert.peft import PeftAdapter
     from megatron_embed.convert.tables.lookup import rules_for
 

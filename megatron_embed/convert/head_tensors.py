@@ -1,15 +1,16 @@
-"""A reranker's head in Hugging Face's names: which tensors it is read from, and which ones it is written to.
+"""Tensors of a reranker's head under Hugging Face's names: reading them from a model, writing them to an export.
 
 Our names (without `head.`): weight [1 or 2, hidden], bias [1], dense.weight [hidden, hidden], dense.bias [hidden].
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
+from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, TensorEntry
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.errors import CheckpointError
@@ -21,41 +22,30 @@ SCORE_NAMES: Mapping[str, Mapping[str, str]] = {
     "bert": {"weight": "classifier.weight", "bias": "classifier.bias", "dense.weight": "bert.pooler.dense.weight",
              "dense.bias": "bert.pooler.dense.bias"},
     "roberta": _ROBERTA, "xlm-roberta": _ROBERTA}
-"""By family: our name -> the full Hugging Face name of *ForSequenceClassification. Decoders: DECODER_SCORE."""
+"""Family -> {our name: full name in *ForSequenceClassification}. Decoders: DECODER_SCORE."""
 DECODER_SCORE: Mapping[str, str] = {"weight": "score.weight"}
 _SAVED_MODULES: Mapping[str, tuple[str, ...]] = {
     "bert": ("classifier", "pooler"), "roberta": ("classifier",), "xlm-roberta": ("classifier",)}
 CLASSES: Mapping[str, str] = {
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "qwen2": "Qwen2", "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3Moe", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral"}
-"""By family: what the names of its Transformers classes begin with."""
-_OF_OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.")
-"""Beginnings of tensors that *ForSequenceClassification has none of, unless they are its own."""
+"""Family -> beginning of the names of its Transformers classes."""
+_OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.")
+"""Prefixes of tensors that *ForSequenceClassification does not have, except those of its own head."""
 
 
-class HeadSource(Protocol):
-    """Where a head's tensors come from, by full Hugging Face names: an HFDirectory or a CarriedFile."""
-
-    @property
-    def carried(self) -> tuple[str, ...]:
-        """The tensors that no layer of the backbone uses."""
-
-    def entry(self, name: str) -> TensorEntry: ...
-    def read(self, name: str) -> Tensor: ...
-    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor: ...
-
-
-class CarriedFile:
-    """The tensors that a checkpoint carries along, by their full names; closed as a context manager."""
+class PassthroughFile:
+    """A checkpoint's passthrough tensors, by their full names; a context manager."""
 
     def __init__(self, file: Path, family: Family, *, prefixed: bool) -> None:
-        """`file` need not exist: then there are none."""
+        """`file` may be absent: then there are none."""
         self._file = SafetensorsFile(file) if file.is_file() else None
         stored = () if self._file is None else self._file.entries
         self._stored = {family.full_name(name, prefixed=prefixed): name for name in stored}
 
     @property
-    def carried(self) -> tuple[str, ...]:
+    def passthrough(self) -> tuple[str, ...]:
+        """Full names of the tensors."""
         return tuple(self._stored)
 
     def entry(self, name: str) -> TensorEntry:
@@ -91,34 +81,34 @@ def saved_modules(family: str) -> list[str]:
     return list(_SAVED_MODULES.get(family, ("score",)))
 
 
-def read_head(source: HeadSource, family: str, kind: Literal["yes_no", "score"], token_ids: tuple[int, int] | None,
-              place: str) -> dict[str, Tensor]:
-    """The head's tensors that a model directory has, by our names; those it lacks are new (or, yes_no, tied).
+def read_head(source: HFDirectory | PassthroughFile, family: str, kind: Literal["yes_no", "score"], token_ids: tuple[int, int] | None,
+              path: str) -> dict[str, Tensor]:
+    """The head's tensors that a model directory has, by our names; the others are new (or, yes_no, tied).
 
     Args:
         source: the directory's tensors.
-        token_ids: of yes and no.
-        place: the directory, for messages.
+        token_ids: ids of yes and no.
+        path: the directory, for messages.
     Raises:
-        CheckpointError: a yes_no head without lm_head, or a classifier of another number of outputs.
+        CheckpointError: a yes_no head without lm_head, or a classifier with more than one output.
     """
     if kind == "yes_no":
-        if LM_HEAD not in source.carried:
-            raise CheckpointError(f"{place}: no {LM_HEAD}, and its word embeddings are not tied to one, so there are "
+        if LM_HEAD not in source.passthrough:
+            raise CheckpointError(f"{path}: no {LM_HEAD}, and its word embeddings are not tied to one, so there are "
                                   "no rows for yes and no; take a model with a language-model head, or reranker.head: "
                                   "score")
         assert token_ids is not None
         rows = [source.read_slice(LM_HEAD, 0, token, token + 1) for token in token_ids]
         return {"weight": torch.cat(rows)}
     names = score_names(family)
-    if names["weight"] in source.carried and source.entry(names["weight"]).shape[0] != 1:
-        raise CheckpointError(f"{place}: {names['weight']} has {source.entry(names['weight']).shape[0]} outputs, and a "
-                              "reranker's score is one; take a model with num_labels = 1, or one without a classifier")
-    return {ours: source.read(name) for ours, name in names.items() if name in source.carried}
+    if names["weight"] in source.passthrough and source.entry(names["weight"]).shape[0] != 1:
+        raise CheckpointError(f"{path}: {names['weight']} has {source.entry(names['weight']).shape[0]} outputs, but a "
+                              "reranker has one score; take a model with num_labels = 1, or one without a classifier")
+    return {ours: source.read(name) for ours, name in names.items() if name in source.passthrough}
 
 
 def architecture(family: str, kind: Literal["ForCausalLM", "ForSequenceClassification"]) -> str:
-    """Name of the Transformers class. Raises CheckpointError for a family that has none."""
+    """Name of the Transformers class. Raises CheckpointError for a family without one."""
     if family not in CLASSES or (kind == "ForCausalLM" and family in SCORE_NAMES):
         raise CheckpointError(f"a {family} model has no {kind} export; use --format cross-encoder")
     return CLASSES[family] + kind
@@ -128,39 +118,39 @@ class HeadExport:
     """The head of a trained reranker as tensors of a Hugging Face model with that head.
 
     Attributes:
-        added: full Hugging Face name -> tensor, those that the backbone's table does not write.
+        added: full Hugging Face name -> tensor that the backbone's table does not write.
     """
 
     def __init__(self, family: str, kind: Literal["yes_no", "score"], *, head: Mapping[str, Tensor],
                  token_ids: tuple[int, int] | None, classification: bool) -> None:
         """
         Args:
-            head: by our names; of a yes_no head the two rows, tied or not, as "weight".
-            token_ids: of yes and no.
-            classification: a *ForSequenceClassification model; else *ForCausalLM, of a yes_no head alone.
+            head: tensors by our names; "weight" of a yes_no head holds the two rows, tied or not.
+            token_ids: ids of yes and no.
+            classification: write a *ForSequenceClassification model; else *ForCausalLM, for a yes_no head only.
         """
         self._classification = classification
         self._token_ids = token_ids
         self._rows: Tensor | None = None
         if not classification:
-            assert kind == "yes_no", "a score head has no place in a causal language model"
+            assert kind == "yes_no", "a causal language model cannot hold a score head"
             self.added: dict[str, Tensor] = {}
             self._rows = head["weight"]
         elif kind == "yes_no":
             rows = head["weight"].float()
-            # Kept in float32: rounded to bfloat16 the difference of two rows alike would lose what was learned.
+            # Kept in float32: rounded to bfloat16, the difference of two similar rows would lose what was learned.
             self.added = {DECODER_SCORE["weight"]: rows[:1] - rows[1:]}
         else:
             self.added = {name: head[ours] for ours, name in score_names(family).items()}
 
     def keeps(self, name: str) -> bool:
-        """Whether a tensor that training did not use belongs into the export, too."""
+        """Whether the export also contains a tensor that training did not use."""
         if name in self.added:
             return False
-        return not (self._classification and name.startswith(_OF_OTHER_HEADS))
+        return not (self._classification and name.startswith(_OTHER_HEADS))
 
     def edited(self, name: str, tensor: Tensor) -> Tensor:
-        """Such a tensor, with the trained rows in their places."""
+        """Such a tensor with the trained rows inserted."""
         if name != LM_HEAD or self._rows is None:
             return tensor
         assert self._token_ids is not None
