@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, TensorEntry
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.errors import CheckpointError
+from megatron_embed.names import HeadKind
 
 LM_HEAD = "lm_head.weight"
 _ROBERTA = {"weight": "classifier.out_proj.weight", "bias": "classifier.out_proj.bias",
@@ -91,7 +92,7 @@ def saved_modules(family: str) -> list[str]:
     return list(_SAVED_MODULES.get(family, ("score",)))
 
 
-def read_head(source: HeadSource, family: str, kind: Literal["yes_no", "score"], token_ids: tuple[int, int] | None,
+def read_head(source: HeadSource, family: str, kind: HeadKind, token_ids: tuple[int, int] | None,
               place: str) -> dict[str, Tensor]:
     """The head's tensors that a model directory has, by our names; those it lacks are new (or, yes_no, tied).
 
@@ -131,7 +132,7 @@ class HeadExport:
         added: full Hugging Face name -> tensor, those that the backbone's table does not write.
     """
 
-    def __init__(self, family: str, kind: Literal["yes_no", "score"], *, head: Mapping[str, Tensor],
+    def __init__(self, family: str, kind: HeadKind, *, head: Mapping[str, Tensor],
                  token_ids: tuple[int, int] | None, classification: bool) -> None:
         """
         Args:
