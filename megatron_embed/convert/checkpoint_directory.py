@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
 from megatron_embed.config.json_file import read_json_file
@@ -31,6 +31,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.file_checks import check_files
 from megatron_embed.models.st_modules import read_modules
+from megatron_embed.names import HeadKind
 
 PASSTHROUGH_FILE = "carried.safetensors"
 FORMAT = 1
@@ -58,7 +59,7 @@ class CheckpointInfo:
     """Heads that the source stores although they are tied: name -> the embedding that they repeat."""
     max_lengths: dict[str, int] = field(default_factory=dict)
     """Tokens of the roles `query` and `document` in training; empty: sentence_bert_config.json's one holds for all."""
-    head: Literal["yes_no", "score"] | None = None
+    head: HeadKind | None = None
     """Which reranker's head was trained with the model; null: none."""
     lora: dict[str, Any] | None = None
     """Of a model with adapters: the fields of AdapterSettings."""
@@ -128,7 +129,7 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
 
 def write_sidecar_files(source: str | Path, directory: Path, *, dtype: str | None = None,
                      max_lengths: dict[str, int] | None = None,
-                     head: Literal["yes_no", "score"] | None = None,
+                     head: HeadKind | None = None,
                      adapters: AdapterSettings | None = None) -> CheckpointInfo:
     """Write everything of a checkpoint that is not `model/`: `megatron_embed.json` and `hf/`.
 

@@ -14,6 +14,7 @@ from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, TensorEntry
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.errors import CheckpointError
+from megatron_embed.names import HeadKind
 
 LM_HEAD = "lm_head.weight"
 _ROBERTA = {"weight": "classifier.out_proj.weight", "bias": "classifier.out_proj.bias",
@@ -81,7 +82,7 @@ def saved_modules(family: str) -> list[str]:
     return list(_SAVED_MODULES.get(family, ("score",)))
 
 
-def read_head(source: HFDirectory | PassthroughFile, family: str, kind: Literal["yes_no", "score"], token_ids: tuple[int, int] | None,
+def read_head(source: HFDirectory | PassthroughFile, family: str, kind: HeadKind, token_ids: tuple[int, int] | None,
               path: str) -> dict[str, Tensor]:
     """The head's tensors that a model directory has, by our names; the others are new (or, yes_no, tied).
 
@@ -121,7 +122,7 @@ class HeadExport:
         added: full Hugging Face name -> tensor that the backbone's table does not write.
     """
 
-    def __init__(self, family: str, kind: Literal["yes_no", "score"], *, head: Mapping[str, Tensor],
+    def __init__(self, family: str, kind: HeadKind, *, head: Mapping[str, Tensor],
                  token_ids: tuple[int, int] | None, classification: bool) -> None:
         """
         Args:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,7 @@ from megatron_embed.convert.merge_match import require_mergeable
 from megatron_embed.convert.storage.safetensors_file import checksum
 from megatron_embed.convert.storage.sharded import ShardedWriter, parse_size
 from megatron_embed.errors import CheckpointError, ConfigError
-
-Method = Literal["linear", "slerp", "multi_slerp", "task_arithmetic"]
-METHODS: tuple[Method, ...] = ("linear", "slerp", "multi_slerp", "task_arithmetic")
+from megatron_embed.names import MergeMethod
 
 MERGE_FILE = "megatron_embed_merge.json"
 """In a merged directory: what it was made of."""
@@ -42,7 +40,7 @@ class MergeReport:
     """What a merge did; `str()` is the line for the user."""
 
     destination: Path
-    method: Method
+    method: MergeMethod
     models: int
     tensors: int
     total_bytes: int
@@ -54,7 +52,7 @@ class MergeReport:
                 f"{self.total_bytes / 1e9:.2f} GB, in {self.seconds:.1f} s; every tensor read back bit-equal")
 
 
-def merge_models(models: Sequence[str | Path], destination: str | Path, *, method: Method,
+def merge_models(models: Sequence[str | Path], destination: str | Path, *, method: MergeMethod,
                  weights: Sequence[float] | None = None, base: str | Path | None = None,
                  max_shard_size: str = "5GB") -> MergeReport:
     """Write the Hugging Face directory `destination`: the merged weights, everything else from the first model.
@@ -98,7 +96,7 @@ def merge_models(models: Sequence[str | Path], destination: str | Path, *, metho
                        total_bytes=total, seconds=time.monotonic() - started)
 
 
-def checked_weights(method: Method, count: int, weights: Sequence[float] | None, *,
+def checked_weights(method: MergeMethod, count: int, weights: Sequence[float] | None, *,
                     has_base: bool) -> tuple[float, ...]:
     """One weight per model. Raises ConfigError for what the method cannot use."""
     if count < (1 if method == "task_arithmetic" else 2):
@@ -122,7 +120,7 @@ def checked_weights(method: Method, count: int, weights: Sequence[float] | None,
     return numbers
 
 
-def coefficients(method: Method, weights: Sequence[float], gram: Tensor) -> Tensor:
+def coefficients(method: MergeMethod, weights: Sequence[float], gram: Tensor) -> Tensor:
     """What each model's tensor is multiplied with, [models] float64.
 
     linear: the weights, scaled to sum 1 (model soups, Wortsman et al. 2022, arXiv:2203.05482).
@@ -164,7 +162,7 @@ def _slerp(share: float, gram: Tensor, lengths: Tensor) -> Tensor:
     return torch.tensor(sines, dtype=torch.float64) / math.sin(angle)
 
 
-def merge_tensor(name: str, models: Sequence[HFDirectory], base: HFDirectory | None, method: Method,
+def merge_tensor(name: str, models: Sequence[HFDirectory], base: HFDirectory | None, method: MergeMethod,
                  weights: Sequence[float]) -> Tensor:
     """One merged tensor, in the dtype and shape of the first model's. Raises CheckpointError naming it."""
     entry = models[0].entry(name)
@@ -241,7 +239,7 @@ def _open(path: str | Path) -> HFDirectory:
     return HFDirectory(path)
 
 
-def _provenance(method: Method, models: Sequence[str | Path], weights: Sequence[float],
+def _provenance(method: MergeMethod, models: Sequence[str | Path], weights: Sequence[float],
                 base: str | Path | None) -> dict[str, Any]:
     return {"method": method, "models": [str(model) for model in models], "weights": list(weights),
             "base": None if base is None else str(base)}

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.foreign_tables import ADAPTER_CONFIG
+from megatron_embed.names import HeadKind
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -254,7 +255,7 @@ def dropout_of(checkpoint: CheckpointDirectory) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _config_of(settings: AdapterSettings, family: Family, head: Literal["yes_no", "score"] | None, *,
+def _config_of(settings: AdapterSettings, family: Family, head: HeadKind | None, *,
                dropout: float) -> dict[str, Any]:
     """Contents of adapter_config.json."""
     alpha = settings.alpha

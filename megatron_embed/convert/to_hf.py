@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.transforms import Context, PadVocabulary, Transform, nbytes
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape
+from megatron_embed.names import HeadKind
 
 HEAD_KEYS = "model.head."
 """Beginning of the keys of a reranker's head in a checkpoint."""
@@ -35,7 +35,7 @@ WRITTEN_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat
 class RerankerFormat:
     """Which Hugging Face model a reranker's checkpoint becomes."""
 
-    kind: Literal["yes_no", "score"]
+    kind: HeadKind
     """Of its head."""
     classification: bool
     """*ForSequenceClassification; else *ForCausalLM."""

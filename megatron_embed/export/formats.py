@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_checkpoint
 from megatron_embed.convert.convert import megatron_to_hf
@@ -19,6 +18,7 @@ from megatron_embed.export.sentence_transformers import cut_on_the_right, export
 from megatron_embed.export.verify import ExpectedSettings, available_memory, compare_with_transformers, weight_bytes
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
+from megatron_embed.names import ExportFormat, ModelDtype
 
 _WORKING_COPIES = 2.5
 """Memory, in sizes of the export, that comparing takes: our model while it is loaded, then the library's."""
@@ -30,7 +30,7 @@ class ExportOptions:
 
     max_shard_size: str = "5GB"
     """Of one weight file."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: ModelDtype | None = None
     """Of the written weights; null: the checkpoint's."""
     compare: bool = True
     """Load the result with the stock library and compare it with the checkpoint on texts."""
@@ -206,7 +206,7 @@ def _compare_sentence_transformers(source: str, directory: Path, expected: Expec
     return [f"{probe.role}: {probe.compare(directory, expected, minimum_cosine)}" for probe in probes]
 
 
-EXPORTERS: dict[str, Callable[[str, str, ExportOptions], str]] = {
+EXPORTERS: dict[ExportFormat, Callable[[str, str, ExportOptions], str]] = {
     "hf": export_hf, "sentence-transformers": export_sentence_transformers_model,
     "cross-encoder": export_cross_encoder_model, "peft": export_peft}
 """The function of each of cli/convert.py's FORMATS: (checkpoint, destination, options) to the report."""

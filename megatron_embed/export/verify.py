@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from megatron_embed.convert.storage.safetensors_file import first_line
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import model_shape
+from megatron_embed.names import Similarity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class ExpectedSettings:
     prompts: Mapping[str, str]
     """By role, as they stand before a text."""
     max_seq_length: int
-    similarity: Literal["cosine", "dot"]
+    similarity: Similarity
     dtype: str
     """Of the weights: float32, bfloat16, ..."""
     matryoshka_dims: tuple[int, ...] | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_embed.convert.storage.safetensors_file import first_line
 from megatron_embed.errors import CheckpointError
 from megatron_embed.export.verify import mean_of_tokens, without_bars
+from megatron_embed.names import HeadKind
 
 TOLERANCE = {None: 1e-5, "score": 1e-4, "yes_no": 1e-4}
 """By the head of the checkpoint, both sides in float32: of a component of a unit vector, or of a score relative to
@@ -23,7 +24,7 @@ class PeftComparison:
 
     texts: int
     worst: float
-    head: Literal["score", "yes_no"] | None
+    head: HeadKind | None
 
     def __str__(self) -> str:
         what = "scores" if self.head else "vectors"
@@ -32,7 +33,7 @@ class PeftComparison:
 
 
 def compare_with_peft(directory: Path, base: Path, token_ids: Sequence[Sequence[int]], ours: Tensor, *, dtype: str,
-                      head: Literal["score", "yes_no"] | None = None, answers: tuple[int, int] | None = None,
+                      head: HeadKind | None = None, answers: tuple[int, int] | None = None,
                       token_types: Sequence[Sequence[int]] | None = None,
                       bidirectional: bool = False) -> PeftComparison:
     """Load `directory` with PEFT on `base`, on the CPU in float32, and compare with the trained model.
@@ -74,7 +75,7 @@ def compare_with_peft(directory: Path, base: Path, token_ids: Sequence[Sequence[
     return PeftComparison(texts=len(token_ids), worst=worst, head=head)
 
 
-def _load(directory: Path, base: Path, dtype: str, head: Literal["score", "yes_no"] | None) -> Any:
+def _load(directory: Path, base: Path, dtype: str, head: HeadKind | None) -> Any:
     """The base model with the adapter, in float32."""
     from peft import PeftModel
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -21,7 +21,7 @@ from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
 from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.to_hf import check_sizes
-from megatron_embed.data.tokenizer import Role, RoleTokenizer, TextFormat
+from megatron_embed.data.tokenizer import RoleTokenizer, TextFormat
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
@@ -34,7 +34,7 @@ from megatron_embed.models.heads import HeadSpec, head_pooling
 from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_modules, read_saved_settings
-from megatron_embed.names import Pooling
+from megatron_embed.names import Pooling, Role
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
 from megatron_embed.parallel.watching import Start
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
@@ -32,6 +31,7 @@ from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kern
 from megatron_embed.models.heads import HeadSpec, initialize_head, is_encoder
 from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.models.reranker_settings import RerankerSettings, head_of_architecture
+from megatron_embed.names import Activation
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
 from megatron_embed.parallel.watching import Start
 from megatron_embed.platform.launcher import launched_rank
@@ -257,7 +257,7 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
 
 
 def scorer_of(chunks: list[torch.nn.Module], models: list[EmbeddingModel], topology: Topology,
-              tokenizer: PairTokenizer, config: RunConfig, activation: Literal["sigmoid", "identity"]) -> PairScorer:
+              tokenizer: PairTokenizer, config: RunConfig, activation: Activation) -> PairScorer:
     """The scorer of loaded chunks (`models` are the same, not wrapped by DDP)."""
     return PairScorer(chunks, topology, tokenizer, pooling=models[0].pooling, kernel=attention_kernel(config),
                       causal=models[0].causal, activation=activation)

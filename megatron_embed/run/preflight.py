@@ -18,7 +18,7 @@ from megatron_embed.data.number_checks import WITH_BOUNDS
 from megatron_embed.data.pair_batches import check_rerank_records
 from megatron_embed.data.pair_tokenizer import PairTokenizer
 from megatron_embed.data.records import ANY_NUMBER, require_fields
-from megatron_embed.data.tokenizer import Role, RoleTokenizer, TextFormat
+from megatron_embed.data.tokenizer import RoleTokenizer, TextFormat
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData, load_beir, refuse_empty_texts
 from megatron_embed.evaluation.reranking import load_rerank_file
@@ -31,6 +31,7 @@ from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.models.heads import HeadSpec
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
+from megatron_embed.names import Role
 from megatron_embed.objectives.build import metric_names
 from megatron_embed.parallel.topology import (
     check_batch_sizes,

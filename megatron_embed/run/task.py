@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from megatron_embed.data.loader import BatchLoader, RerankLoader, StepLoader
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec
 from megatron_embed.data.pair_batches import pairs_of
 from megatron_embed.data.pair_tokenizer import Pair, PairTokenizer
-from megatron_embed.data.tokenizer import Role, RoleTokenizer
+from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.reranking import RerankData, ScorePairs, evaluate_reranking, similarity_of_pairs
 from megatron_embed.evaluation.retrieval import Embed
@@ -29,6 +29,7 @@ from megatron_embed.export.reranker import PROBE_PAIRS, comparable, export_reran
 from megatron_embed.export.verify import ExpectedSettings
 from megatron_embed.loading.reranker import scorer_of
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
+from megatron_embed.names import Role, Similarity
 from megatron_embed.parallel.collectives import raise_on_all_ranks
 from megatron_embed.parallel.topology import Topology, token_alignment
 from megatron_embed.run.preflight import Inputs, log_directory
@@ -74,7 +75,7 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
         DocumentsPerQuery(positives=config.data.num_positives, negatives=config.data.num_negatives),
         dp_rank=topology.dp_rank, dp_size=topology.dp_size, in_batch=config.data.all_in_batch,
         seed=config.training.seed if config.data.samples_documents else None, validation=inputs.validation)
-    similarity: Literal["cosine", "dot"] = "cosine" if config.embedding.unit_length else "dot"
+    similarity: Similarity = "cosine" if config.embedding.unit_length else "dot"
 
     def agree(batch: EmbedBatch) -> EmbedBatch:
         return agree_on_bins(batch, topology, keep_groups_together=keep_groups_together)
