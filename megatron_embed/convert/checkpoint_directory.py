@@ -1,11 +1,11 @@
-"""Our checkpoint directory, and how any directory comes into being: under a temporary name, synced, then renamed.
+"""Our checkpoint directory, and writing any directory safely: under a temporary name, synced, then renamed.
 
-    DIR/megatron_embed.json     what this is, see CheckpointInfo
-    DIR/hf/                     every file of the Hugging Face source that holds no weights
+    DIR/megatron_embed.json     description, see CheckpointInfo
+    DIR/hf/                     every file of the Hugging Face source except weights
     DIR/hf/carried.safetensors  tensors that training does not use (pooler, lm_head), under the source's own names
     DIR/model/                  torch_dist checkpoint, keys `model.<parameter>`; training keeps its optimizer here too
 
-A training run's directory holds step_XXXXXX/ directories of this layout and `latest`, a text file naming the newest.
+A training run's directory holds step_XXXXXX/ directories of this layout and `latest`, a text file with the name of the newest.
 """
 
 import json
@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
+from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint, sync_directory, sync_tree
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.convert.adapter_names import settings_of
 from megatron_embed.convert.head_tensors import PassthroughFile
@@ -39,7 +39,9 @@ FORMAT = 1
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5",
             "*.msgpack", "*.ot", "*.gguf", "*.onnx*", "*.ckpt")
 _MODULE_FOLDER = re.compile(r"\d+_(Transformer|Pooling|Normalize|Dense|LogitScore)")
-"""Names that Sentence Transformers and our exports give to the folders of modules."""
+"""Names of module folders, as Sentence Transformers and our exports write them."""
+_SIDECAR_BYTES = 64 << 20
+"""Bytes allowed for config, tokenizer and headers in the check of free disk space."""
 _SKIPPED_DIRECTORIES = ("onnx", "openvino", "original", "coreml", ".git", ".cache")
 
 
@@ -50,24 +52,24 @@ class CheckpointInfo:
     family: str
     """Name of the weight table."""
     dtype: str
-    """Of the model's weights: float32, bfloat16, ..."""
+    """Dtype of the model's weights: float32, bfloat16, ..."""
     source_architectures: list[str]
     """`architectures` of the Hugging Face config that the model came with."""
     prefixed: bool
     """Whether the source's files name the backbone's tensors with the family's prefix."""
     tied_copies: dict[str, str] = field(default_factory=dict)
-    """Heads that the source stores although they are tied: name -> the embedding that they repeat."""
+    """Tied heads that the source stores as copies: name -> embedding that it repeats."""
     max_lengths: dict[str, int] = field(default_factory=dict)
-    """Tokens of the roles `query` and `document` in training; empty: sentence_bert_config.json's one holds for all."""
+    """Longest text of each role in training, in tokens; empty: sentence_bert_config.json's value holds for all."""
     head: HeadKind | None = None
-    """Which reranker's head was trained with the model; null: none."""
+    """Kind of the reranker's head that was trained with the model; None: none."""
     lora: dict[str, Any] | None = None
-    """Of a model with adapters: the fields of AdapterSettings."""
+    """Fields of AdapterSettings, for a model with adapters."""
     format: int = FORMAT
 
     @property
     def adapters(self) -> AdapterSettings | None:
-        """What the adapters compute; null without any."""
+        """Settings of the adapters; None without any."""
         return None if self.lora is None else settings_of(self.lora)
 
 
@@ -90,7 +92,7 @@ class CheckpointDirectory:
 
 
 def open_passthrough(checkpoint: CheckpointDirectory) -> PassthroughFile:
-    """The tensors that a checkpoint carries along beside those that are trained; to be closed."""
+    """The tensors that a checkpoint keeps unchanged beside the trained ones; the caller closes them."""
     return PassthroughFile(checkpoint.hf / PASSTHROUGH_FILE, rules_for(checkpoint.info.family),
                        prefixed=checkpoint.info.prefixed)
 
@@ -113,15 +115,15 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
     file = path / INFO_FILE
     if not file.is_file():
         hint = "; it is a Hugging Face directory already" if (path / "config.json").is_file() else ""
-        raise CheckpointError(f"{path}: no {INFO_FILE}, so this is no checkpoint of megatron-embed{hint}; "
-                              "give what `convert hf-to-megatron` or `train` wrote")
+        raise CheckpointError(f"{path}: no {INFO_FILE}, so this is not a checkpoint of megatron-embed{hint}; "
+                              "give a directory that `convert hf-to-megatron` or `train` wrote")
     try:
         values: Any = read_json_file(file)
         if values["format"] != FORMAT:
-            raise CheckpointError(f"{file}: format = {values['format']!r}, this version reads {FORMAT}; "
+            raise CheckpointError(f"{file}: format = {values['format']!r}, but this version reads {FORMAT}; "
                                   "convert it with the version that wrote it")
         info = CheckpointInfo(**values)
-        info.adapters  # noqa: B018 - a damaged file is found here
+        info.adapters  # noqa: B018 - raises for a damaged file
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: not readable ({error!r}); take another checkpoint") from error
     return CheckpointDirectory(path, info)
@@ -131,15 +133,15 @@ def write_sidecar_files(source: str | Path, directory: Path, *, dtype: str | Non
                      max_lengths: dict[str, int] | None = None,
                      head: HeadKind | None = None,
                      adapters: AdapterSettings | None = None) -> CheckpointInfo:
-    """Write everything of a checkpoint that is not `model/`: `megatron_embed.json` and `hf/`.
+    """Write the sidecar files of a checkpoint, everything beside `model/`: `megatron_embed.json` and `hf/`.
 
     Args:
         source: the Hugging Face directory or the checkpoint of ours that the model came from.
         directory: the checkpoint being written; exists.
-        dtype: of the weights in its `model/`; null: the source's.
-        max_lengths: tokens by role; null: the source's.
-        head: of the reranker that `model/` holds.
-        adapters: those in `model/`; null: the source's.
+        dtype: dtype of the weights in its `model/`; None: the source's.
+        max_lengths: tokens by role; None: the source's.
+        head: kind of the reranker's head in `model/`.
+        adapters: settings of the adapters in `model/`; None: the source's.
     Raises:
         CheckpointError: `source` is neither.
     """
@@ -152,7 +154,7 @@ def write_sidecar_files(source: str | Path, directory: Path, *, dtype: str | Non
             shutil.copyfile(checkpoint.hf / PASSTHROUGH_FILE, directory / "hf" / PASSTHROUGH_FILE)
     else:
         with HFDirectory(source) as opened:
-            info = _companions_of_hf(opened, directory / "hf")
+            info = _write_hf_files(opened, directory / "hf")
     info = replace(info, dtype=dtype or info.dtype,
                    max_lengths=info.max_lengths if max_lengths is None else max_lengths, head=head,
                    lora=info.lora if adapters is None else asdict(adapters))
@@ -180,14 +182,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def module_directories(path: Path) -> Sequence[str]:
     """Sub-directories that `modules.json` of a Sentence Transformers directory names, e.g. 1_Pooling; else none.
 
-    Raises CheckpointError for one that is no plain name.
+    Raises CheckpointError for one that is not a plain name.
     """
     file = path / "modules.json"
     return [module.path for module in read_modules(file) if module.path] if file.is_file() else ()
 
 
 def copy_files(source: Path, destination: Path) -> None:
-    """Copy every file that holds no weights of the transformer; modules of Sentence Transformers keep theirs."""
+    """Copy every file except weights of the transformer; modules of Sentence Transformers keep theirs."""
     modules = module_directories(source)
     for folder, folders, files in os.walk(source):
         relative = Path(folder).relative_to(source)
@@ -200,9 +202,9 @@ def copy_files(source: Path, destination: Path) -> None:
 
 
 def drop_standard_modules(directory: Path) -> None:
-    """Remove, from a directory that we are writing, the folders of an earlier export's modules.
+    """Remove the folders of an earlier export's modules from a directory that is being written.
 
-    Found by their usual names, not by what modules.json says: that is somebody else's file, and decides no removal.
+    They are found by their usual names: modules.json may come from elsewhere and must not decide what is removed.
     """
     for folder in directory.iterdir():
         if _MODULE_FOLDER.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
@@ -210,8 +212,8 @@ def drop_standard_modules(directory: Path) -> None:
 
 
 @contextmanager
-def staging(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
-    """A new directory beside `destination` that takes its name when the block ends well, and vanishes when it does not.
+def staging(destination: str | Path, tensor_bytes: int) -> Iterator[Path]:
+    """A temporary directory beside `destination` that is renamed to it if the block succeeds, and removed if it fails.
 
     Raises:
         CheckpointError: `destination` is in use, its parent cannot be written, or the disk is too small or fails.
@@ -227,38 +229,39 @@ def staging(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
         raise CheckpointError(f"{destination.parent}: cannot be written ({error.strerror}); "
                               "name a directory that can") from error
     try:
-        free = shutil.disk_usage(work).free
+        free, needed_bytes = shutil.disk_usage(work).free, tensor_bytes + _SIDECAR_BYTES
         if free < needed_bytes:
             raise CheckpointError(f"{destination.parent}: {free / 1e9:.2f} GB free, {needed_bytes / 1e9:.2f} GB "
-                                  "needed; make room or name another disk")
+                                  "needed; free some space or name another disk")
         yield work
-        _sync_tree(work)
+        sync_tree(work)
         work.rename(destination)
-        _sync(destination.parent)
+        sync_directory(destination.parent)
     except OSError as error:
         raise CheckpointError(f"{destination}: not written ({error}); nothing was left behind") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _companions_of_hf(source: HFDirectory, hf: Path) -> CheckpointInfo:
-    """Fill `hf` from a Hugging Face directory."""
+def _write_hf_files(source: HFDirectory, hf: Path) -> CheckpointInfo:
+    """Fill `hf` from a Hugging Face directory and return its description."""
     copy_files(source.path, hf)
     tied = {head: embedding for head, embedding in source.family.tied
             if source.shape.tie_word_embeddings and head in source.passthrough and _same_bytes(source, head, embedding)}
-    passthrough = [name for name in source.passthrough if name not in tied]
-    if passthrough:
-        entries = [(source.stored_names[name], source.entry(name).dtype, source.entry(name).shape) for name in passthrough]
-        with SafetensorsWriter(hf / PASSTHROUGH_FILE, entries) as writer:
+    stored_names = {name: source.stored_names[name] for name in source.passthrough if name not in tied}
+    if stored_names:
+        declared = [(stored, source.entry(name).dtype, source.entry(name).shape)
+                    for name, stored in stored_names.items()]
+        with SafetensorsWriter(hf / PASSTHROUGH_FILE, declared) as writer:
             copy_and_verify(Copy(name=stored, source=[source.byte_range(name)], target=[writer.reserve(stored)])
-                            for name, stored in ((name, source.stored_names[name]) for name in passthrough))
+                            for name, stored in stored_names.items())
     return CheckpointInfo(
         family=source.family.name, dtype=str(source.dtype()).removeprefix("torch."), prefixed=source.prefixed,
         source_architectures=read_json(source.path / "config.json").get("architectures") or [], tied_copies=tied)
 
 
 def _same_bytes(source: HFDirectory, first: str, second: str) -> bool:
-    """Whether two tensors are equal bit for bit, compared in blocks so that neither is held whole."""
+    """Whether two tensors are bit-equal; compares blocks, so that memory holds neither of them whole."""
     entry = source.entry(first)
     if (entry.dtype, entry.shape) != (source.entry(second).dtype, source.entry(second).shape):
         return False
@@ -267,19 +270,3 @@ def _same_bytes(source: HFDirectory, first: str, second: str) -> bool:
         bytes_of(source.read_slice(first, 0, start, min(start + rows, entry.shape[0])))
         == bytes_of(source.read_slice(second, 0, start, min(start + rows, entry.shape[0])))
         for start in range(0, entry.shape[0], rows))
-
-
-def _sync_tree(path: Path) -> None:
-    """Every file and directory under `path` is on the disk afterwards."""
-    for folder, _, files in os.walk(path, topdown=False):
-        for name in files:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,6 @@ from torch import Tensor
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape
 
-
 ReadSlice = Callable[[str, int, int, int], Tensor]
 """(full Hugging Face name, dim, start, stop) -> indices `start` to `stop` of `dim`; reads no other bytes."""
 CONFIG_KEYS: Mapping[str, str] = {
