@@ -5,7 +5,7 @@
     DIR/hf/carried.safetensors  tensors that training does not use (pooler, lm_head), under the source's own names
     DIR/model/                  torch_dist checkpoint, keys `model.<parameter>`; training keeps its optimizer here too
 
-A training run's directory holds step_XXXXXX/ directories of this layout and `latest`, a text file with the name of the newest.
+A training run's directory holds step_XXXXXX/ directories of this layout and `latest`, a text file that names one of them.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Megatron's `torch_dist` checkpoint format (torch.distributed.checkpoint's), one tensor at a time, without ranks.
 
 `save` of torch.distributed.checkpoint and of megatron.core.dist_checkpointing needs the whole state dict and a process
-group. A conversion has neither: it streams.
+group; a conversion streams its tensors.
 """
 
 import io
