@@ -5,7 +5,7 @@
     DIR/hf/carried.safetensors  tensors that training does not use (pooler, lm_head), under the source's own names
     DIR/model/                  torch_dist checkpoint, keys `model.<parameter>`; training keeps its optimizer here too
 
-A training run's directory holds step_XXXXXX/ directories of this layout and `latest`, a text file that names one of them.
+A training run's directory holds step_XXXXXX/ directories of this layout and `latest`, a file that names the newest.
 """
 
 import json
@@ -17,15 +17,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from torch import Tensor
 
 from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint, sync_directory, sync_tree
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.convert.adapter_names import settings_of
-from megatron_embed.convert.head_tensors import PassthroughFile
 from megatron_embed.convert.hf_directory import HFDirectory
+from megatron_embed.convert.storage.byte_range import ByteRange
 from megatron_embed.convert.storage.copying import Copy, copy_and_verify
-from megatron_embed.convert.storage.safetensors_file import SafetensorsWriter, bytes_of
+from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry, bytes_of
+from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import AdapterSettings
@@ -89,6 +92,51 @@ class CheckpointDirectory:
     def model(self) -> Path:
         """The torch_dist checkpoint."""
         return self.path / "model"
+
+
+class PassthroughFile:
+    """A checkpoint's passthrough tensors, by their full names; a context manager."""
+
+    stored_names: dict[str, str]
+    """Full name -> name in the file."""
+
+    def __init__(self, file: Path, family: Family, *, prefixed: bool) -> None:
+        """`file` may be absent: then there are none."""
+        self._file = SafetensorsFile(file) if file.is_file() else None
+        stored = () if self._file is None else self._file.entries
+        self.stored_names = {family.full_name(name, prefixed=prefixed): name for name in stored}
+
+    @property
+    def passthrough(self) -> tuple[str, ...]:
+        """Full names of the tensors."""
+        return tuple(self.stored_names)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Dtype, shape and size of a tensor."""
+        assert self._file is not None
+        return self._file.entries[self.stored_names[name]]
+
+    def byte_range(self, name: str) -> ByteRange:
+        """The range of the tensor's bytes."""
+        assert self._file is not None
+        return self._file.byte_range(self.stored_names[name])
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        assert self._file is not None
+        return self._file.read(self.stored_names[name])
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Indices `start` to `stop` of `dim`."""
+        assert self._file is not None
+        return self._file.read_slice(self.stored_names[name], dim, start, stop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def open_passthrough(checkpoint: CheckpointDirectory) -> PassthroughFile:

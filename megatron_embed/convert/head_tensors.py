@@ -4,16 +4,13 @@ Our names (without `head.`): weight [1 or 2, hidden], bias [1], dense.weight [hi
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_embed.convert.checkpoint_directory import PassthroughFile
 from megatron_embed.convert.hf_directory import HFDirectory
-from megatron_embed.convert.storage.byte_range import ByteRange
-from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, TensorEntry
-from megatron_embed.convert.tables.family import Family
 from megatron_embed.errors import CheckpointError
 from megatron_embed.names import HeadKind
 
@@ -34,51 +31,6 @@ CLASSES: Mapping[str, str] = {
 """Family -> beginning of the names of its Transformers classes."""
 _OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.")
 """Prefixes of tensors that *ForSequenceClassification does not have, except those of its own head."""
-
-
-class PassthroughFile:
-    """A checkpoint's passthrough tensors, by their full names; a context manager."""
-
-    stored_names: dict[str, str]
-    """Full name -> name in the file."""
-
-    def __init__(self, file: Path, family: Family, *, prefixed: bool) -> None:
-        """`file` may be absent: then there are none."""
-        self._file = SafetensorsFile(file) if file.is_file() else None
-        stored = () if self._file is None else self._file.entries
-        self.stored_names = {family.full_name(name, prefixed=prefixed): name for name in stored}
-
-    @property
-    def passthrough(self) -> tuple[str, ...]:
-        """Full names of the tensors."""
-        return tuple(self.stored_names)
-
-    def entry(self, name: str) -> TensorEntry:
-        """Dtype, shape and size of a tensor."""
-        assert self._file is not None
-        return self._file.entries[self.stored_names[name]]
-
-    def byte_range(self, name: str) -> ByteRange:
-        """The range of the tensor's bytes."""
-        assert self._file is not None
-        return self._file.byte_range(self.stored_names[name])
-
-    def read(self, name: str) -> Tensor:
-        """The whole tensor."""
-        assert self._file is not None
-        return self._file.read(self.stored_names[name])
-
-    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Indices `start` to `stop` of `dim`."""
-        assert self._file is not None
-        return self._file.read_slice(self.stored_names[name], dim, start, stop)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        if self._file is not None:
-            self._file.close()
 
 
 def score_names(family: str) -> Mapping[str, str]:

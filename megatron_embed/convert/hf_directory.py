@@ -166,13 +166,12 @@ def largest_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
     return max(totals, key=lambda dtype: totals[dtype])
 
 
-def hf_weight_shards(source: HFDirectory, rules: Family, *, names: Iterable[str], tp_rank: int, tp_size: int,
+def hf_weight_shards(source: HFDirectory, *, names: Iterable[str], tp_rank: int, tp_size: int,
                      padded_vocab_size: int, etp_rank: int = 0, etp_size: int = 1) -> Iterator[tuple[str, Tensor]]:
     """This rank's shard of each of our parameters `names`, read from the slices of the files that hold it.
 
     Args:
         source: the directory, open.
-        rules: the family's weight table.
         names: our parameter names; layers and experts are counted over the whole model, not on this rank.
         tp_rank: tensor-parallel rank, 0 <= tp_rank < tp_size.
         padded_vocab_size: rows of the whole word embeddings, at least the vocabulary's, divisible by tp_size.
@@ -183,7 +182,7 @@ def hf_weight_shards(source: HFDirectory, rules: Family, *, names: Iterable[str]
         CheckpointError: a name that no rule makes, or a size that `tp_size` does not divide.
     """
     for name in names:
-        rule, layer, expert = rules.rule_for(name)
+        rule, layer, expert = source.family.rule_for(name)
         context = Context(shape=source.shape, layer=layer, expert=expert, padded_vocab_size=padded_vocab_size)
         rank, size = (etp_rank, etp_size) if rule.is_expert else (tp_rank, tp_size)
         yield name, rule.shard(source.read_slice, context, rank, size)

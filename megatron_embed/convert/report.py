@@ -1,4 +1,4 @@
-"""What a conversion shows: a progress bar meanwhile, one line at the end."""
+"""Output of a conversion for the user: a progress bar, and one line at the end."""
 
 import resource
 import sys

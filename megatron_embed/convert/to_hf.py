@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_embed.checkpoint.reading import HEAD_KEYS
-from megatron_embed.convert.checkpoint_directory import CheckpointDirectory
-from megatron_embed.convert.head_tensors import HeadExport, PassthroughFile, read_head
+from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, PassthroughFile
+from megatron_embed.convert.head_tensors import HeadExport, read_head
 from megatron_embed.convert.hf_directory import largest_dtype
 from megatron_embed.convert.report import progress
 from megatron_embed.convert.storage.byte_range import ByteRange, take
@@ -32,7 +32,7 @@ WRITTEN_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat
 
 @dataclass(frozen=True, kw_only=True)
 class RerankerFormat:
-    """Which Hugging Face model a reranker's checkpoint becomes."""
+    """Kind of Hugging Face model that a reranker's checkpoint is written as."""
 
     kind: HeadKind
     """Kind of its head."""

@@ -242,7 +242,7 @@ def _load_hf_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel], to
         for chunk in chunks:
             parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
                           if not name.startswith("head.") and not is_adapter(name)}
-            shards = hf_weight_shards(source, source.family, names=parameters, tp_rank=topology.tp_rank,
+            shards = hf_weight_shards(source, names=parameters, tp_rank=topology.tp_rank,
                                       tp_size=topology.tp_size, etp_rank=topology.groups.expt_tp.rank(),
                                       etp_size=topology.groups.expt_tp.size(),
                                       padded_vocab_size=padded_vocabulary(model.shape.vocab_size, topology.tp_size))

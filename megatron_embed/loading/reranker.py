@@ -9,8 +9,8 @@ import torch
 
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import RerankerConfig, RunConfig
-from megatron_embed.convert.checkpoint_directory import open_checkpoint, open_passthrough
-from megatron_embed.convert.head_tensors import PassthroughFile, read_head, score_names
+from megatron_embed.convert.checkpoint_directory import PassthroughFile, open_checkpoint, open_passthrough
+from megatron_embed.convert.head_tensors import read_head, score_names
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.peft import PeftAdapter
 from megatron_embed.convert.tables.lookup import rules_for

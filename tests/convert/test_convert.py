@@ -349,7 +349,7 @@ def test_parts_of_one_parameter_that_differ_in_dtype_are_refused(tmp_path):
 
 @pytest.mark.parametrize("change, match", [
     (lambda path: (path / "megatron_embed.json").unlink(), "no megatron_embed.json, so this is not a checkpoint"),
-    (lambda path: (path / "megatron_embed.json").write_text('{"format": 2}'), "format = 2, this version reads 1"),
+    (lambda path: (path / "megatron_embed.json").write_text('{"format": 2}'), "format = 2, but this version reads 1"),
     (lambda path: (path / "megatron_embed.json").write_text("{"), "megatron_embed.json: not readable"),
     (lambda path: (path / "megatron_embed.json").write_text('{"format": 1, "famly": "bert"}'), "famly"),
     (lambda path: (path / "model" / ".metadata").unlink(), r"no \.metadata, so this is not a complete torch_dist"),

@@ -119,7 +119,7 @@ def test_a_rank_reads_only_its_share_of_the_files(kind, tmp_path, monkeypatch):
     family = rules_for(source.shape.family)
     rows = list(family.applied_rules(source.shape))
     names = [context.name(rule.ours) for rule, context in rows]
-    whole = dict(hf_weight_shards(source, family, names=names, tp_rank=0, tp_size=1, padded_vocab_size=104))
+    whole = dict(hf_weight_shards(source, names=names, tp_rank=0, tp_size=1, padded_vocab_size=104))
     assert list(whole) == names
 
     read_bytes = []
@@ -132,7 +132,7 @@ def test_a_rank_reads_only_its_share_of_the_files(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(type(source._files["model.safetensors"]), "_read_into", counting_fill)
     for rank in range(2):
         read_bytes.clear()
-        shards = dict(hf_weight_shards(source, family, names=names, tp_rank=rank, tp_size=2, padded_vocab_size=104,
+        shards = dict(hf_weight_shards(source, names=names, tp_rank=rank, tp_size=2, padded_vocab_size=104,
                                        etp_rank=rank, etp_size=2))
         padding_bytes = (104 - source.shape.vocab_size) * source.shape.hidden_size * 4 if rank == 1 else 0
         assert sum(read_bytes) == sum(shard.nbytes for shard in shards.values()) - padding_bytes
@@ -147,7 +147,7 @@ def test_a_parameter_outside_the_table_is_refused(tmp_path):
     name = "decoder.layers.1.mlp.linear_fc9.weight"
     with HFDirectory(save_toy(tmp_path, "Qwen3Model")) as source, \
             pytest.raises(CheckpointError, match=f"{name}: no rule of the qwen3 weight table"):
-        list(hf_weight_shards(source, rules_for("qwen3"), names=[name], tp_rank=0, tp_size=1, padded_vocab_size=103))
+        list(hf_weight_shards(source, names=[name], tp_rank=0, tp_size=1, padded_vocab_size=103))
 
 
 def test_an_unknown_family_is_refused():

@@ -270,9 +270,9 @@ def _squares(chunks: Any, topology: Any, gradients: str, spec: Any) -> dict[tupl
             parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
                           if not name.startswith("head.")}
             padded = padded_vocabulary(chunk.shape.vocab_size, topology.tp_size)
-            whole = dict(hf_weight_shards(source, source.family, names=parameters, tp_rank=0, tp_size=1,
+            whole = dict(hf_weight_shards(source, names=parameters, tp_rank=0, tp_size=1,
                                           padded_vocab_size=padded))
-            for name, shard in hf_weight_shards(source, source.family, names=parameters, tp_rank=topology.tp_rank,
+            for name, shard in hf_weight_shards(source, names=parameters, tp_rank=topology.tp_rank,
                                                 tp_size=topology.tp_size, padded_vocab_size=padded):
                 place = topology.tp_rank if shard.numel() < whole[name].numel() else 0
                 found[name, place] = _pair(parameters[name], shard)
