@@ -106,7 +106,7 @@ def peft_targets(family: Family, modules: Sequence[str]) -> list[str]:
     return sorted(set(targets))
 
 
-def settings_of(values: Mapping[str, object]) -> AdapterSettings:
+def adapter_settings(values: Mapping[str, object]) -> AdapterSettings:
     """AdapterSettings from `dataclasses.asdict` or JSON. Raises TypeError for other fields."""
     modules = values["modules"]
     if not isinstance(modules, list | tuple):

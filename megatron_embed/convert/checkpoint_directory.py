@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint, sync_directory, sync_tree
 from megatron_embed.config.json_file import read_json_file
-from megatron_embed.convert.adapter_names import settings_of
+from megatron_embed.convert.adapter_names import adapter_settings
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.storage.byte_range import ByteRange
 from megatron_embed.convert.storage.copying import Copy, copy_and_verify
@@ -73,7 +73,7 @@ class CheckpointInfo:
     @property
     def adapters(self) -> AdapterSettings | None:
         """Settings of the adapters; None without any."""
-        return None if self.lora is None else settings_of(self.lora)
+        return None if self.lora is None else adapter_settings(self.lora)
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,9 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
 
 
 def write_sidecar_files(source: str | Path, directory: Path, *, dtype: str | None = None,
-                     max_lengths: dict[str, int] | None = None,
-                     head: HeadKind | None = None,
-                     adapters: AdapterSettings | None = None) -> CheckpointInfo:
+                        max_lengths: dict[str, int] | None = None,
+                        head: HeadKind | None = None,
+                        adapters: AdapterSettings | None = None) -> CheckpointInfo:
     """Write the sidecar files of a checkpoint, everything beside `model/`: `megatron_embed.json` and `hf/`.
 
     Args:

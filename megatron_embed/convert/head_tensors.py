@@ -106,13 +106,13 @@ class HeadExport:
             self.added = {name: head[ours] for ours, name in score_names(family).items()}
 
     def keeps(self, name: str) -> bool:
-        """Whether the export also contains a tensor that training did not use."""
+        """Whether the export contains this passthrough tensor."""
         if name in self.added:
             return False
         return not (self._classification and name.startswith(_OTHER_HEADS))
 
     def edited(self, name: str, tensor: Tensor) -> Tensor:
-        """Such a tensor with the trained rows inserted."""
+        """A passthrough tensor with the trained rows inserted."""
         if name != LM_HEAD or self._rows is None:
             return tensor
         assert self._token_ids is not None

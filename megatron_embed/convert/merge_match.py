@@ -68,8 +68,7 @@ def _same_tensors(first: HFDirectory, other: HFDirectory, *, dtypes: bool) -> No
                            f"{list(two.shape)} in the second", "merge models of the same shape")
         if one.dtype != two.dtype and (dtypes or not two.dtype.is_floating_point):
             raise _refusal(first.path, other.path, f"{name} is {_dtype_name(one.dtype)} in the first and "
-                           f"{_dtype_name(two.dtype)} "
-                           "in the second", "export both in one dtype")
+                           f"{_dtype_name(two.dtype)} in the second", "export both in one dtype")
 
 
 def _dtype_name(dtype: object) -> str:
