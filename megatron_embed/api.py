@@ -2,20 +2,18 @@
 
 import argparse
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.pair_tokenizer import Pair
-from megatron_embed.data.tokenizer import Role
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.loading.model_directory import ModelDirectory, find_model, open_encoder
 from megatron_embed.loading.reranker import is_reranker, open_scorer
 from megatron_embed.models.encoder import DTYPES
-from megatron_embed.names import POOLINGS
+from megatron_embed.names import POOLINGS, Role, Similarity
 
 
 class Embedder:
@@ -30,7 +28,7 @@ class Embedder:
         return self._encoder.dim
 
     @property
-    def similarity(self) -> Literal["cosine", "dot"]:
+    def similarity(self) -> Similarity:
         """What the directory says its vectors are compared by."""
         return self._model.saved.similarity
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_embed.data.tokenizer import Role
 from megatron_embed.evaluation.beir import load_beir
 from megatron_embed.evaluation.retrieval import evaluate_retrieval
+from megatron_embed.names import Role
 
 QUERIES = 100
 

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from megatron_embed.data.tokenizer import Role
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.retrieval import evaluate_retrieval
+from megatron_embed.names import Role
 
 BEFORE, AFTER = "#c0653a", "#2c6e9b"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_embed.errors import UserError
+from megatron_embed.names import MODEL_DTYPES, POOLINGS
 from megatron_embed.platform.terminal_text import LogFormatter, guard_records, printable
 
 if TYPE_CHECKING:
@@ -65,11 +66,11 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
     """How texts become vectors; the defaults are what the model directory says."""
-    parser.add_argument("--pooling", choices=("lasttoken", "mean", "cls", "weightedmean"),
+    parser.add_argument("--pooling", choices=POOLINGS,
                         help="default: what the directory says")
     parser.add_argument("--max-length", type=positive_int, metavar="TOKENS",
                         help="longest text, special tokens included; default: what the directory says")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
+    parser.add_argument("--dtype", choices=("auto", *MODEL_DTYPES),
                         help="of the computation; auto: bfloat16 where every rank's GPU or processor has instructions "
                              "for it, else float32; default: what the directory says, else float32")
     parser.add_argument("--no-normalize", action="store_true",

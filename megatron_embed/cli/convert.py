@@ -4,10 +4,11 @@ import argparse
 
 from megatron_embed.cli.common import path, write_output
 from megatron_embed.errors import CheckpointError
+from megatron_embed.names import MODEL_DTYPES, ExportFormat
 
 HELP = "convert a model between Hugging Face directories and our checkpoints"
 
-FORMATS = {
+FORMATS: dict[ExportFormat, str] = {
     "hf": "weights, configuration, tokenizer: the architecture that the model came with",
     "sentence-transformers": "with pooling, normalization and prompts as well, in the layout that every server reads",
     "cross-encoder": "a reranker for CrossEncoder and servers",
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()) + "; default: hf")
     to_hf.add_argument("--max-shard-size", metavar="SIZE", default="5GB",
                        help="largest weight file, e.g. 5GB or 512MiB; default: 5GB")
-    to_hf.add_argument("--dtype", choices=("float32", "bfloat16"),
+    to_hf.add_argument("--dtype", choices=MODEL_DTYPES,
                        help="of the written weights; default: the checkpoint's, bit for bit")
     to_hf.add_argument("--no-compare", action="store_true",
                        help="do not load the result with the stock library and compare it with the checkpoint on "

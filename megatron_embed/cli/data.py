@@ -9,7 +9,7 @@ from megatron_embed.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
-    from megatron_embed.data.tokenizer import Role
+    from megatron_embed.names import Role
 
 HELP = "look at training data before a run: counts, lengths, duplicates, what is cut"
 _DEFAULT_LENGTH = 512

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path
 from megatron_embed.cli.prompts import add_prompt_arguments, given_prompts
 from megatron_embed.errors import ConfigError, EmptyTextError, UserError
+from megatron_embed.names import ROLES
 from megatron_embed.parallel.watching import ranks_watched
 from megatron_embed.platform.atomic_file import write_atomic
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='rows {"text": ..., "title"?: ...}; a title stands before its text, as evaluate reads it')
     parser.add_argument("--output", required=True, metavar="FILE.npy", type=path,
                         help="float32 vectors, one row per text")
-    parser.add_argument("--role", choices=("query", "document"),
+    parser.add_argument("--role", choices=ROLES,
                         help="put this role's prompt before every text; default: no prompt")
     add_prompt_arguments(parser)
     add_encoding_arguments(parser)

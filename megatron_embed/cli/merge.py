@@ -3,6 +3,7 @@
 import argparse
 
 from megatron_embed.cli.common import path, write_output
+from megatron_embed.names import MERGE_METHODS
 
 HELP = "several trained models to one, tensor by tensor"
 
@@ -10,7 +11,7 @@ HELP = "several trained models to one, tensor by tensor"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", type=path,
                         help="Hugging Face or Sentence Transformers directories of one architecture")
-    parser.add_argument("--method", required=True, choices=("linear", "slerp", "multi_slerp", "task_arithmetic"))
+    parser.add_argument("--method", required=True, choices=MERGE_METHODS)
     parser.add_argument("--weights", nargs="+", type=float, metavar="W",
                         help="one per model; default: all equal (task_arithmetic: 1 each)")
     parser.add_argument("--base", metavar="DIR", type=path,

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING
 from megatron_embed.cli.common import add_encoding_arguments, path
 from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
+from megatron_embed.names import NEGATIVE_SAMPLINGS
 from megatron_embed.parallel.watching import Start, ranks_watched
 from megatron_embed.platform.atomic_file import check_jsonl, write_atomic
 from megatron_embed.platform.launcher import process_rank
 
 if TYPE_CHECKING:
     from megatron_embed.data.dataset import Record
-    from megatron_embed.data.tokenizer import Role
     from megatron_embed.evaluation.encode import TextEncoder
     from megatron_embed.evaluation.score import PairScorer
     from megatron_embed.loading.model_directory import ModelDirectory
     from megatron_embed.mining.cache import VectorSource
     from megatron_embed.mining.filters import MiningOptions
     from megatron_embed.mining.task import Mined, MiningTask
+    from megatron_embed.names import Role
     from megatron_embed.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mine-query-text", action="store_true",
                         help="let a document whose text is the query's be its negative; default: such a document is "
                              "left out")
-    parser.add_argument("--sampling", choices=("top", "random"), default="top",
+    parser.add_argument("--sampling", choices=NEGATIVE_SAMPLINGS, default="top",
                         help="the best candidates that are left, or any of them; default: top")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="for --sampling random; default: 1234")
     add_prompt_arguments(parser, "{instruction} in it is the row's; ")

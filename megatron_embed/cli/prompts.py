@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_embed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_embed.data.tokenizer import Role
+    from megatron_embed.names import Role
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser, about_queries: str = "") -> None:

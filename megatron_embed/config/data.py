@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_embed.config.checks import require
+from megatron_embed.names import ROLES, Role
 
 DEFAULT_LENGTH = 512
 """Tokens of a text where neither the run nor its model says how many."""
@@ -81,12 +82,12 @@ class DataConfig:
     document_prompt: str | None = None
     """Exact prefix of a document, trailing space included. null: the model directory's, if it has one; "": none."""
 
-    def max_length(self, role: Literal["query", "document"]) -> int:
+    def max_length(self, role: Role) -> int:
         """Tokens of a role; 512 where they are the model directory's and that has not been read."""
         length = self.query_max_length if role == "query" else self.document_max_length
         return DEFAULT_LENGTH if length is None else length
 
-    def prompt(self, role: Literal["query", "document"]) -> str:
+    def prompt(self, role: Role) -> str:
         """Of a role; none where it is the model directory's and that has not been read."""
         return (self.query_prompt if role == "query" else self.document_prompt) or ""
 
@@ -127,6 +128,6 @@ class DataConfig:
             require(self.sampling_temperature == 1, "data.sampling_temperature", self.sampling_temperature, rule)
             for file in self.train:
                 require(file.weight == 1, "data.train.weight", file.weight, rule)
-        for role in ("query", "document"):
+        for role in ROLES:
             value = getattr(self, f"{role}_max_length")
             require(value is None or value >= 4, f"data.{role}_max_length", value, "must be >= 4 tokens")

@@ -11,6 +11,7 @@ from megatron_embed.config.evaluation import CheckpointConfig, EvaluationConfig
 from megatron_embed.config.objective import EMBEDDING_LOSSES, RERANK_LOSSES, ObjectiveConfig
 from megatron_embed.config.optimizer import OptimizerConfig
 from megatron_embed.config.workload import WORKLOADS, Workload
+from megatron_embed.names import Activation, HeadKind, ModelDtype, Pooling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class ModelConfig:
     included, there in float32)."""
     bidirectional: bool = False
     """True lets every token of a decoder attend to the whole sequence. Encoder families always do."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", ModelDtype] = "auto"
     """Of parameters and activations; the optimizer keeps float32 main parameters either way. auto: bfloat16 on GPUs and
     on processors with instructions for it (AVX512-BF16, AMX-BF16 or ARM's, unless ATEN_CPU_CAPABILITY,
     ONEDNN_MAX_CPU_ISA or MKL_ENABLE_INSTRUCTIONS forbids them), if every rank has them; else float32. A run that goes
@@ -35,7 +36,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingConfig:
-    pooling: Literal["lasttoken", "mean", "cls", "weightedmean"] | None = None
+    pooling: Pooling | None = None
     """null: what the model directory's Sentence Transformers files say, else mean of an encoder and lasttoken of a
     decoder."""
     normalize: bool | None = None
@@ -61,7 +62,7 @@ class EmbeddingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RerankerConfig:
-    head: Literal["yes_no", "score"] | None = None
+    head: HeadKind | None = None
     """yes_no: difference of the logits of two words at the last token. score: a linear of one output; in
     encoders, which have no other head, behind a dense layer with tanh. null: the model directory's if it is a reranker,
     else yes_no for decoders and score for encoders."""
@@ -85,7 +86,7 @@ class RerankerConfig:
     """Divides the scores in listwise and kl_distillation; no unit, > 0."""
     margin: float = 1.0
     """Of margin_ranking, in units of the score; >= 0."""
-    activation: Literal["sigmoid", "identity"] | None = None
+    activation: Activation | None = None
     """What exports and scores apply to the head's output; losses and rankings take the output itself. null: what the
     model directory says, else sigmoid."""
 

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import normalizers
 from transformers import AutoTokenizer
@@ -14,8 +14,7 @@ from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.vocabulary import VOCABULARY_FILES, has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
-
-Role = Literal["query", "document"]
+from megatron_embed.names import MessageFormat, Role, TruncationSide
 
 _PLACEHOLDER = "{instruction}"
 _LARGEST_VOCABULARY = 256 << 20
@@ -42,9 +41,9 @@ class TextFormat:
 
     lower_case: bool = False
     """Lowercase every text, unless the tokenizer does so itself."""
-    truncation_side: Literal["left", "right"] = "right"
+    truncation_side: TruncationSide = "right"
     """Where a text that is too long loses tokens. left: at its beginning, the prompt included."""
-    chat_content: Literal["flat", "structured", "auto"] | None = None
+    chat_content: MessageFormat | None = None
     """How the tokenizer's chat template, into which every text is put, takes a message's content; None: no template."""
     chat_variables: Mapping[str, Any] = field(default_factory=dict)
     """For that template, beside the messages."""

@@ -9,8 +9,9 @@ from megatron_embed.data.beir import MissingTexts, read_qrels, require_split
 from megatron_embed.data.corpus import DocumentsOnDisk, read_named_text
 from megatron_embed.data.empty_texts import first_empty_text
 from megatron_embed.data.jsonl import parse_object, read_lines, shortened
-from megatron_embed.data.tokenizer import Role, RoleTokenizer
+from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import DataError, EmptyTextError
+from megatron_embed.names import Role
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from megatron_embed.batch import MicroBatch
 from megatron_embed.data.packing import PackingSpec, build_encode_batches
-from megatron_embed.data.tokenizer import Role, RoleTokenizer
+from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import DataError, EmptyTextError, UserError
 from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, to_device
 from megatron_embed.models.passes import embed, unwrapped
-from megatron_embed.names import Pooling
+from megatron_embed.names import Pooling, Role
 from megatron_embed.parallel.collectives import (
     gather_padded,
     largest,

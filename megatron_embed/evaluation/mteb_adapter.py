@@ -10,8 +10,7 @@ from mteb.types import PromptType
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megatron_embed.data.tokenizer import Role
-from megatron_embed.evaluation.retrieval import Similarity
+from megatron_embed.names import Role, Similarity
 
 Encode = Callable[[list[str], Role], "np.ndarray | Tensor"]
 

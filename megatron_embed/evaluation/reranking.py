@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +14,9 @@ from megatron_embed.data.number_checks import check_grade
 from megatron_embed.data.pair_batches import pairs_of
 from megatron_embed.data.pair_tokenizer import Pair
 from megatron_embed.data.records import RerankRecord
-from megatron_embed.data.tokenizer import Role
 from megatron_embed.errors import DataError, UserError
 from megatron_embed.evaluation.retrieval import Embed, retrieval_metrics
+from megatron_embed.names import Role, Similarity
 
 CUTOFFS = (1, 3, 5, 10)
 _MEASURES = ("ndcg", "mrr")
@@ -54,7 +53,7 @@ def load_rerank_file(path: str, key: str = "--data") -> RerankData:
     return RerankData(name=f"{file.parent.name}_{file.name.split('.')[0]}", lists=lists)
 
 
-def similarity_of_pairs(encode: Embed, pairs: Sequence[Pair], *, similarity: Literal["cosine", "dot"]) -> Tensor:
+def similarity_of_pairs(encode: Embed, pairs: Sequence[Pair], *, similarity: Similarity) -> Tensor:
     """[pairs] similarity of query and document: what an embedding model says of lists. Every text is encoded once."""
     texts: dict[Role, list[str]] = {"query": list(dict.fromkeys(pair.query for pair in pairs)),
                                     "document": list(dict.fromkeys(pair.document for pair in pairs))}

@@ -4,7 +4,6 @@ import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy
 import pytrec_eval
@@ -14,16 +13,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from megatron_embed.data.corpus import Picked
-from megatron_embed.data.tokenizer import Role
 from megatron_embed.errors import ConfigError, EmptyTextError, UserError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.search import StreamedSearch
 from megatron_embed.evaluation.second_stage import SecondStage, reranked
+from megatron_embed.names import Role, Similarity
 
 Qrels = dict[str, dict[str, int]]
 Run = dict[str, dict[str, float]]
 Embed = Callable[[Sequence[str], Role], Tensor]
-Similarity = Literal["cosine", "dot"]
 
 CUTOFFS = (1, 3, 5, 10, 100)
 QUERIES_PER_BLOCK = 512

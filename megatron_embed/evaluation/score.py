@@ -1,7 +1,7 @@
 """Pairs of query and document to a reranker's scores over all ranks, as encode.py makes vectors of texts."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,8 @@ from megatron_embed.data.pair_batches import build_score_batches
 from megatron_embed.data.pair_tokenizer import Pair, PairTokenizer
 from megatron_embed.evaluation.encode import RowRunner, require_finite
 from megatron_embed.models.encoder import AttentionKernel
-from megatron_embed.names import Pooling
+from megatron_embed.names import Activation, Pooling
 from megatron_embed.parallel.topology import Topology, token_alignment
-
-Activation = Literal["sigmoid", "identity"]
 
 
 class PairScorer(RowRunner):

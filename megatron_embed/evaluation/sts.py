@@ -12,9 +12,10 @@ from torch.nn.functional import normalize
 from megatron_embed.data.empty_texts import first_empty_text
 from megatron_embed.data.jsonl import check_text, parse_object, read_lines
 from megatron_embed.data.row_fields import number
-from megatron_embed.data.tokenizer import Role, RoleTokenizer
+from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
-from megatron_embed.evaluation.retrieval import Embed, Similarity
+from megatron_embed.evaluation.retrieval import Embed
+from megatron_embed.names import Role, Similarity
 
 FIELDS: dict[Role, str] = {"query": "text_a", "document": "text_b"}
 """A pair's texts have the roles that they have in training."""

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.data.tokenizer import Role
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.reranking import CUTOFFS as RERANK_CUTOFFS
 from megatron_embed.evaluation.reranking import RerankData
-from megatron_embed.evaluation.retrieval import CUTOFFS, Embed, Similarity, Widths, evaluate_retrieval
+from megatron_embed.evaluation.retrieval import CUTOFFS, Embed, Widths, evaluate_retrieval
 from megatron_embed.evaluation.sts import StsData, evaluate_sts
+from megatron_embed.names import Role, Similarity
 
 RETRIEVAL_METRICS = ("map", *(f"{name}@{k}" for k in CUTOFFS for name in ("ndcg", "mrr", "recall", "precision")))
 STS_METRICS = ("pearson", "spearman")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.convert.checkpoint_directory import drop_standard_modules, read_json, write_json
-from megatron_embed.convert.heads import architecture
+from megatron_embed.convert.head_tensors import architecture
 from megatron_embed.export.sentence_transformers import complete_tokenizer, library_versions, load_export_tokenizer
 
 _CHAT_TEMPLATE = "chat_template.jinja"

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_embed import __version__
 from megatron_embed.config.load import load_config
@@ -13,8 +13,7 @@ from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, ope
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import read_saved_settings
-
-Kind = Literal["hf", "sentence-transformers", "cross-encoder", "peft"]
+from megatron_embed.names import ExportFormat
 
 _EMBEDDING_USE = """```python
 from sentence_transformers import SentenceTransformer
@@ -73,7 +72,7 @@ def write_card(directory: Path, config: RunConfig, *, step: int, dim: int | None
     (directory / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def write_converted_card(directory: Path, *, source: str, destination: str, kind: Kind) -> None:
+def write_converted_card(directory: Path, *, source: str, destination: str, kind: ExportFormat) -> None:
     """Puts README.md into what `convert` makes of a checkpoint: of the run that wrote it, else of the model as it came.
 
     A model that was not trained here keeps the card that it came with.
@@ -116,7 +115,7 @@ def _run_of(file: Path) -> RunConfig | None:
         return None
 
 
-def _use(kind: Kind, head: str | None, pooling: str | None) -> str:
+def _use(kind: ExportFormat, head: str | None, pooling: str | None) -> str:
     """How it is loaded."""
     if kind == "peft":
         auto, more = _AUTO[head]

@@ -8,14 +8,14 @@ tokenizer's chat template.
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_embed.convert.checkpoint_directory import drop_standard_modules, read_json, write_json
 from megatron_embed.convert.storage.safetensors_file import first_line
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import check_tokenizer_names
 from megatron_embed.models.saved_settings import SavedSettings
-from megatron_embed.names import Pooling
+from megatron_embed.names import Pooling, TruncationSide
 
 POOLING_FLAGS = {
     "cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens",
@@ -93,7 +93,7 @@ def cut_on_the_right(directory: Path) -> None:
     _set_truncation_side(directory, "right")
 
 
-def _set_truncation_side(directory: Path, side: Literal["left", "right"]) -> None:
+def _set_truncation_side(directory: Path, side: TruncationSide) -> None:
     """The end at which the directory's tokenizer cuts a text that is too long."""
     file = directory / "tokenizer_config.json"
     values = read_json(file) if file.is_file() else {}

@@ -20,6 +20,7 @@ from megatron_embed.convert.storage.safetensors_file import first_line
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import model_shape
+from megatron_embed.names import Similarity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class ExpectedSettings:
     prompts: Mapping[str, str]
     """By role, as they stand before a text."""
     max_seq_length: int
-    similarity: Literal["cosine", "dot"]
+    similarity: Similarity
     dtype: str
     """Of the weights: float32, bfloat16, ..."""
     matryoshka_dims: tuple[int, ...] | None = None
@@ -195,7 +196,7 @@ def _load_model(directory: Path) -> Any:
     family = rules_for(model_shape(directory).family)
     names = [*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])]
     wrong = [name for name in sorted(names)
-             if not family.is_carried(family.full_name(name, prefixed=name.startswith(family.prefix)))]
+             if not family.is_passthrough(family.full_name(name, prefixed=name.startswith(family.prefix)))]
     if wrong:
         raise CheckpointError(f"{directory}: Transformers' {auto.__name__} does not find, or does not know, {wrong[0]} "
                               f"({len(wrong)} such); the export must not be used")

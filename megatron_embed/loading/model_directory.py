@@ -15,13 +15,13 @@ import torch
 from megatron_embed.checkpoint.state import load_model
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
-from megatron_embed.convert.adapters import parts_by_linear, resolve_modules
+from megatron_embed.convert.adapter_names import parts_by_linear, resolve_modules
 from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
 from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.to_hf import check_sizes
-from megatron_embed.data.tokenizer import Role, RoleTokenizer, TextFormat
+from megatron_embed.data.tokenizer import RoleTokenizer, TextFormat
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
@@ -34,7 +34,7 @@ from megatron_embed.models.heads import HeadSpec, head_pooling
 from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_modules, read_saved_settings
-from megatron_embed.names import Pooling
+from megatron_embed.names import Pooling, Role
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
 from megatron_embed.parallel.watching import Start
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
@@ -242,7 +242,7 @@ def _load_hf_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel], to
         for chunk in chunks:
             parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
                           if not name.startswith("head.") and not is_adapter(name)}
-            shards = hf_weight_shards(source, source.family, names=parameters, tp_rank=topology.tp_rank,
+            shards = hf_weight_shards(source, names=parameters, tp_rank=topology.tp_rank,
                                       tp_size=topology.tp_size, etp_rank=topology.groups.expt_tp.rank(),
                                       etp_size=topology.groups.expt_tp.size(),
                                       padded_vocab_size=padded_vocabulary(model.shape.vocab_size, topology.tp_size))

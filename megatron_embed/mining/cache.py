@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_embed.data.tokenizer import Role
 from megatron_embed.errors import ConfigError, EmptyTextError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.names import Role
 from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
 
 ROWS_AT_ONCE = 4096

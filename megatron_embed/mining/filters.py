@@ -6,9 +6,9 @@ The rules are those of Sentence Transformers' `mine_hard_negatives`.
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_embed.errors import ConfigError
+from megatron_embed.names import NegativeSampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class MiningOptions:
     """A candidate above the positive's score - margin is left out."""
     relative_margin: float | None = None
     """A candidate above score - |score| * margin of the positive is left out; right for negative scores too."""
-    sampling: Literal["top", "random"] = "top"
+    sampling: NegativeSampling = "top"
     seed: int = 1234
     """For sampling: random."""
     judged: bool = False

@@ -14,9 +14,7 @@ from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import read_hf_config
 from megatron_embed.models.foreign_tables import CONFIG_BLOCK, LOGIT_SCORE
-
-Activation = Literal["sigmoid", "identity"]
-MessageFormat = Literal["flat", "structured", "auto"]
+from megatron_embed.names import Activation, HeadKind, MessageFormat
 
 _PLACES = {"Sigmoid": ("torch.nn", "torch.nn.modules", "torch.nn.modules.activation"),
            "Identity": ("torch.nn", "torch.nn.modules", "torch.nn.modules.linear")}
@@ -38,7 +36,7 @@ class CrossEncoderFiles:
 
     is_saved: bool
     """Whether Sentence Transformers saved it as a CrossEncoder."""
-    head: Literal["yes_no", "score"]
+    head: HeadKind
     activation: Activation | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     """By name."""
@@ -123,7 +121,7 @@ def _object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _head(config: Mapping[str, Any]) -> Literal["yes_no", "score"] | None:
+def _head(config: Mapping[str, Any]) -> HeadKind | None:
     names = config.get("architectures") or [""]
     if str(names[0]).endswith("ForSequenceClassification"):
         return "score"

@@ -8,7 +8,7 @@ the head therefore take 1/cp of their gradient.
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_embed.models.families import ModelShape
-from megatron_embed.names import Pooling
+from megatron_embed.names import HeadKind, Pooling
 from megatron_embed.parallel.topology import Topology
 
 
@@ -24,7 +24,7 @@ from megatron_embed.parallel.topology import Topology
 class HeadSpec:
     """Which head a reranker has."""
 
-    kind: Literal["yes_no", "score"]
+    kind: HeadKind
     true_token_id: int | None = None
     """yes_no: rows of the language-model head; the score is the difference of their logits."""
     false_token_id: int | None = None

@@ -2,9 +2,9 @@
 
 import dataclasses
 import logging
-from typing import Literal
 
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.names import ModelDtype
 from megatron_embed.parallel.collectives import smallest
 from megatron_embed.platform.precision import has_native_bf16, why_not_bf16
 
@@ -26,6 +26,6 @@ def with_settled_dtype(config: RunConfig) -> RunConfig:
             logger.info("model.dtype = bfloat16: %s, so parameters and activations are bfloat16 and products are "
                         "computed in float32; model.dtype = auto would take float32", reason)
         return config
-    dtype: Literal["float32", "bfloat16"] = "bfloat16" if everywhere else "float32"
+    dtype: ModelDtype = "bfloat16" if everywhere else "float32"
     logger.info("model.dtype = auto: %s%s", dtype, "" if everywhere else f" ({reason})")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))

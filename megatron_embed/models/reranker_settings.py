@@ -3,11 +3,12 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import read_hf_config
+from megatron_embed.names import ACTIVATIONS, HEAD_KINDS, Activation, HeadKind
 
 RERANKER_FILE = "reranker.json"
 """Beside config.json, in our checkpoints' hf/ and in exports."""
@@ -17,7 +18,7 @@ RERANKER_FILE = "reranker.json"
 class RerankerSettings:
     """How a reranker is asked."""
 
-    head: Literal["yes_no", "score"]
+    head: HeadKind
     template: str | None
     """With the places {instruction}, {query} and {document}; None: query and document are a pair of texts."""
     instruction: str
@@ -25,7 +26,7 @@ class RerankerSettings:
     false_token: str
     max_length: int
     """Tokens of a pair, everything included."""
-    activation: Literal["sigmoid", "identity"]
+    activation: Activation
     prompts: dict[str, str] = field(default_factory=dict)
     """Of a pair of texts, by name, as CrossEncoder knows them."""
     default_prompt: str | None = None
@@ -47,7 +48,7 @@ def read_reranker_settings(directory: str | Path) -> RerankerSettings | None:
     try:
         values: dict[str, Any] = read_json_file(file)
         settings = RerankerSettings(**values)
-        if settings.head not in ("yes_no", "score") or settings.activation not in ("sigmoid", "identity"):
+        if settings.head not in HEAD_KINDS or settings.activation not in ACTIVATIONS:
             raise ValueError(f"head = {settings.head!r}, activation = {settings.activation!r}")
         if type(settings.max_length) is not int or not 0 < settings.max_length <= 10**9:
             raise ValueError(f"max_length = {str(settings.max_length)[:40]} is no whole number from 1 to 10**9")
@@ -79,7 +80,7 @@ def write_reranker_settings(directory: str | Path, settings: RerankerSettings) -
         json.dumps(asdict(settings), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def head_of_architecture(directory: str | Path) -> Literal["yes_no", "score"] | None:
+def head_of_architecture(directory: str | Path) -> HeadKind | None:
     """The head that a Hugging Face model of this `architectures` has; null if it is neither."""
     names = read_hf_config(directory).get("architectures") or [""]
     if str(names[0]).endswith("ForSequenceClassification"):

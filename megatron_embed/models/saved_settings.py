@@ -6,7 +6,7 @@ Every key of these files is looked up in foreign_tables.py: nothing that changes
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_embed.config.data import DEFAULT_LENGTH
 from megatron_embed.config.json_file import read_json_file
@@ -22,7 +22,7 @@ from megatron_embed.models.foreign_tables import (
     SENTENCE_BERT_CONFIG,
     TOKENIZER_CONFIG,
 )
-from megatron_embed.names import POOLINGS, Pooling
+from megatron_embed.names import POOLINGS, ROLES, MessageFormat, Pooling, Similarity, TruncationSide
 
 _TRANSFORMER_FILES = tuple(
     f"sentence_{kind}_config.json"
@@ -40,7 +40,7 @@ _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 class ChatFormat:
     """How every text is put into the tokenizer's chat template."""
 
-    content: Literal["flat", "structured", "auto"]
+    content: MessageFormat
     """A message's content: the text itself, or a list of one part that holds it; auto: as the template looks."""
     variables: Mapping[str, Any] = field(default_factory=dict)
     """For the template, beside the messages."""
@@ -58,14 +58,14 @@ class SavedSettings:
     """The same, but for the tokenizer's, which is what it allows and not what the model was trained with."""
     role_lengths: dict[str, int] = field(default_factory=dict)
     """Tokens of the roles `query` and `document`, where one has a length of its own."""
-    similarity: Literal["cosine", "dot"] = "cosine"
+    similarity: Similarity = "cosine"
     prompts: dict[str, str] = field(default_factory=dict)
     """By role; `passage` and `corpus` count as document."""
     named_prompts: dict[str, str] = field(default_factory=dict)
     """All of them, by name."""
     default_prompt_name: str | None = None
     """Of texts without a role."""
-    truncation_side: Literal["left", "right"] = "right"
+    truncation_side: TruncationSide = "right"
     """Where a text that is too long loses its tokens."""
     lower_case: bool = False
     """Every text is lowercased before the tokenizer's own normalization."""
@@ -101,7 +101,7 @@ def trained_lengths(saved: SavedSettings, longest: int, by_role: Mapping[str, in
         by_role: of a checkpoint of ours, which knows.
     """
     return {role: min(by_role.get(role) or saved.role_lengths.get(role) or saved.stated_length or DEFAULT_LENGTH,
-                      longest) for role in ("query", "document")}
+                      longest) for role in ROLES}
 
 
 def _json(path: Path) -> Any:
@@ -203,7 +203,7 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     if not include_prompt and any([*prompts.values(), named.get(default or "")]):
         raise CheckpointError(f"{folder}: include_prompt = false in its pooling is not supported together with "
                               "prompts; set it to true, or empty the prompts in config_sentence_transformers.json")
-    similarity: Literal["cosine", "dot"] = (
+    similarity: Similarity = (
         "dot" if settings.get("similarity_fn_name") in ("dot", "dot_product") else "cosine")
     return SavedSettings(
         pooling=pooling, normalize=normalize, prompts=prompts, named_prompts=named, default_prompt_name=default,
@@ -262,11 +262,11 @@ class _Transformer:
         allowed = length if isinstance(length, int) and 0 < length < _NO_LIMIT else None
         self.max_length = self.stated_length or allowed
         self.role_lengths = {}
-        for role in ("query", "document"):
+        for role in ROLES:
             length = self._length(self.values, f"{role}_length", f"{role}_length")
             if length is not None and whole is None:
                 self.role_lengths[role] = length
-        self.truncation_side: Literal["left", "right"] = (
+        self.truncation_side: TruncationSide = (
             loading.get("truncation_side") or tokenizer.get("truncation_side") or "right")
         self.lower_case = self.values.get("do_lower_case") is True
         self.chat = self._chat(calling.get("chat_template") or {}) if known else None

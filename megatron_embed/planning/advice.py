@@ -90,7 +90,7 @@ def adapted_parts(config: "RunConfig", shape: "ModelShape") -> "Parts | None":
     """Linear layers that get adapters by section `lora`; null: every parameter is trained."""
     if config.lora.rank == 0:
         return None
-    from megatron_embed.convert.adapters import parts_by_linear, resolve_modules
+    from megatron_embed.convert.adapter_names import parts_by_linear, resolve_modules
     from megatron_embed.convert.tables.lookup import rules_for
 
     family = rules_for(shape.family)

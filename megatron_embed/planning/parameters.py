@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.models.families import ModelShape, layers_by_stage
+from megatron_embed.names import HeadKind
 
 Parts = Mapping[str, tuple[str | None, ...]]
 """Linear layers with adapters, by their names in one layer: `parts` of models/adapters.py's Adapters."""
@@ -112,7 +112,7 @@ def held_parameters(config: RunConfig, shape: ModelShape, stage: int, parts: Par
     return Held(frozen=whole + head, trained=adapters)  # a trained head's rows for yes and no stay
 
 
-def head_kind(config: RunConfig, shape: ModelShape) -> Literal["yes_no", "score"]:
+def head_kind(config: RunConfig, shape: ModelShape) -> HeadKind:
     """Of a reranker: what is asked for, else the family's: another one that the directory has differs by a row."""
     return config.reranker.head or ("score" if shape.post_norm else "yes_no")
 

@@ -15,7 +15,7 @@ from megatron_embed.checkpoint.save import Saver, on_rank_0
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, load_model
 from megatron_embed.config.load import save_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.convert.checkpoint_directory import write_companions
+from megatron_embed.convert.checkpoint_directory import write_sidecar_files
 from megatron_embed.data.dataset import validation_shares
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.export.sentence_transformers import cut_on_the_right
@@ -230,7 +230,7 @@ def write_assets(assets: Path, inputs: Inputs) -> None:
     make_marked(assets)
     config, task = inputs.config, inputs.task
     source = inputs.resume_state.checkpoint or task.model.checkpoint or task.model.path
-    write_companions(source, assets, dtype=config.model.dtype, max_lengths={
+    write_sidecar_files(source, assets, dtype=config.model.dtype, max_lengths={
         "query": config.data.max_length("query"), "document": config.data.max_length("document")},
         head=None if task.head is None else task.head.kind, adapters=adapters_of(config.lora, task.model))
     task.write_settings(assets / "hf")
