@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from megatron_embed.config.json_file import read_json_object
 from megatron_embed.convert.checkpoint_directory import (
     CARRIED_FILE,
     CheckpointDirectory,
     copy_files,
     open_checkpoint,
-    read_json,
     staging,
     write_companions,
     write_json,
@@ -172,7 +172,7 @@ def _require_there(where: Path, name: str, found: list[Run] | None, expected: Ru
 
 def _write_dtype(config_file: Path, dtype: torch.dtype) -> None:
     """Make config.json name the dtype of the weights, under the key that it uses already."""
-    config: dict[str, Any] = read_json(config_file)
+    config: dict[str, Any] = read_json_object(config_file)
     name = str(dtype).removeprefix("torch.")
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     if not keys and dtype == torch.float32:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_embed.config.json_file import read_json_file
+from megatron_embed.config.json_file import read_json_object
 from megatron_embed.errors import CheckpointError
 
 FamilyName = Literal["bert", "roberta", "xlm-roberta", "qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "mixtral"]
@@ -349,15 +349,9 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     """Contents of `DIRECTORY/config.json`. Raises CheckpointError if it is missing or no JSON object."""
     file = Path(directory) / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{directory}: no config.json, so this is no model directory; "
+        raise CheckpointError(f"{directory}: no config.json, so this is not a model directory; "
                               "give a Hugging Face directory or a checkpoint made by `megatron-embed`")
-    try:
-        values = read_json_file(file)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error}); download the file again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: must hold a JSON object, not {type(values).__name__}; download the file again")
-    return values
+    return read_json_object(file)
 
 
 def model_shape(directory: str | Path) -> ModelShape:

@@ -22,8 +22,8 @@ from megatron_embed.export.embedding import write_settings
 from megatron_embed.export.sentence_transformers import cut_on_the_right
 from megatron_embed.loading.model_directory import adapters_of, error_context, load_model_chunks
 from megatron_embed.loading.reranker import load_reranker_chunks
+from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
-from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.models.reranker_settings import RERANKER_FILE, write_reranker_settings
 from megatron_embed.objectives.build import build_objective
 from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
@@ -67,7 +67,7 @@ def run_training(config: RunConfig) -> dict[str, float]:
     config = inputs.config
     topology = initialize(config.parallel)
     with watched(topology, abort):
-        config = with_settled_dtype(with_known_dtype(config, inputs.standing.checkpoint))
+        config = resolve_dtype(with_known_dtype(config, inputs.standing.checkpoint))
         return guarded_run(config, inputs, topology, stop)
 
 

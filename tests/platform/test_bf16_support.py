@@ -47,7 +47,7 @@ def test_what_the_kernel_says(flags, has, tmp_path):
 
 def test_a_process_of_its_own_under_the_variable():
     """As torch sees it: its own kernels and the module agree."""
-    program = ("import json, torch; from megatron_embed.platform.precision import has_native_bf16, why_not_bf16; "
+    program = ("import json, torch; from megatron_embed.platform.bf16_support import has_native_bf16, why_not_bf16; "
                "print(json.dumps([has_native_bf16(), torch.backends.cpu.get_cpu_capability(), why_not_bf16()]))")
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "CUDA_VISIBLE_DEVICES": ""}
     output = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True).stdout
@@ -61,7 +61,7 @@ def settled(wanted, without):
 
     import torch.distributed as dist
 
-    from megatron_embed.models import precision as module
+    from megatron_embed.models import auto_dtype as module
 
     lines = []
     handler = logging.Handler()
@@ -70,7 +70,7 @@ def settled(wanted, without):
     level, module.logger.level = module.logger.level, logging.INFO
     try:
         with mock.patch.object(module, "has_native_bf16", return_value=dist.get_rank() not in without):
-            return module.with_settled_dtype(run_config("m", dtype=wanted)).model.dtype, lines
+            return module.resolve_dtype(run_config("m", dtype=wanted)).model.dtype, lines
     finally:
         module.logger.removeHandler(handler)
         module.logger.level = level
