@@ -36,8 +36,8 @@ from megatron_embed.models.modules_json import supported_modules
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
 from megatron_embed.names import Pooling, Role
+from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
-from megatron_embed.parallel.watching import Start
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
 from megatron_embed.platform.launcher import launched_rank
 

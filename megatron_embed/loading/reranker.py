@@ -32,8 +32,8 @@ from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kern
 from megatron_embed.models.heads import HeadSpec, initialize_head, is_encoder
 from megatron_embed.models.reranker_settings import RerankerSettings, head_of_architecture
 from megatron_embed.names import Activation
+from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
-from megatron_embed.parallel.watching import Start
 from megatron_embed.platform.launcher import launched_rank
 
 logger = logging.getLogger(__name__)

@@ -223,7 +223,7 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
         if adapters is not None:
             add_adapters(chunk, adapters, shape, chunk.global_name)
             if chunk.head is not None and chunk.head.spec.kind == "score":
-                # Like PEFT's modules_to_save: a classifier may be new. The rows of a yes_no head are not, and stay frozen.
+                # Like PEFT's modules_to_save: a classifier may be new. The rows of a yes_no head are not: frozen.
                 chunk.head.requires_grad_(True)
         mark_tensor_parallel(chunk)
         mark_expert_copies(chunk, config.parallel)
