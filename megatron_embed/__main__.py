@@ -87,7 +87,7 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
 
             rendezvous = open_rendezvous()
             if rendezvous is not None:
-                stop.add_farewell(rendezvous.report_stop)
+                stop.add_exit_action(rendezvous.report_stop)
         return COMMANDS[args.command].run(args), ""
     except UserError as error:
         message = one_line(str(error))
