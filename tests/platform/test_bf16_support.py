@@ -78,9 +78,9 @@ def settled(wanted, without):
 
 def test_all_ranks_choose_alike():
     for without, dtype in ([(), "bfloat16"], [(1,), "float32"], [(0, 1), "float32"]):
-        found = run_on_ranks(settled, 2, "auto", without)
-        assert [name for name, _ in found] == [dtype, dtype]
-        assert all(len(lines) == 1 and f"model.dtype = auto: {dtype}" in lines[0] for _, lines in found)
+        by_rank = run_on_ranks(settled, 2, "auto", without)
+        assert [name for name, _ in by_rank] == [dtype, dtype]
+        assert all(len(lines) == 1 and f"model.dtype = auto: {dtype}" in lines[0] for _, lines in by_rank)
     assert "another rank has no such instructions" in run_on_ranks(settled, 2, "auto", (1,))[0][1][0]
     for name, lines in run_on_ranks(settled, 2, "bfloat16", (1,)):
         assert name == "bfloat16"
