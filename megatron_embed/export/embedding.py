@@ -22,7 +22,7 @@ from megatron_embed.export.write import export, export_on_rank_0
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import Role
-from megatron_embed.platform.precision import processor_has_bf16
+from megatron_embed.platform.bf16_support import processor_has_bf16
 
 MINIMUM_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
 """Between the exported model in the stock library and ours in memory, for every text."""

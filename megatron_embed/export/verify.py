@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.checkpoint_directory import read_json
+from megatron_embed.config.json_file import read_json_object
 from megatron_embed.convert.storage.safetensors_file import first_line
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError
@@ -190,7 +190,7 @@ def _load_model(directory: Path) -> Any:
     classes = {"ForCausalLM": AutoModelForCausalLM, "ForMaskedLM": AutoModelForMaskedLM,
                "ForPreTraining": AutoModelForPreTraining,
                "ForSequenceClassification": AutoModelForSequenceClassification}
-    architecture = (read_json(directory / "config.json").get("architectures") or [""])[0]
+    architecture = (read_json_object(directory / "config.json").get("architectures") or [""])[0]
     auto = next((cls for end, cls in classes.items() if architecture.endswith(end)), AutoModel)
     model, info = auto.from_pretrained(str(directory), local_files_only=True, dtype="auto", output_loading_info=True)
     family = rules_for(model_shape(directory).family)

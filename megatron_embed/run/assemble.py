@@ -20,12 +20,12 @@ from megatron_embed.data.dataset import validation_shares
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.export.sentence_transformers import cut_on_the_right
 from megatron_embed.loading.model_directory import adapters_of, error_context
+from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
-from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
-from megatron_embed.parallel.heartbeat import watched
+from megatron_embed.parallel.heartbeat import monitor_ranks
+from megatron_embed.parallel.lost_rank import abort
 from megatron_embed.parallel.topology import Topology, initialize
-from megatron_embed.parallel.watching import abort
 from megatron_embed.platform.stop_signal import finishing
 from megatron_embed.run.preflight import output_directories, read_inputs
 from megatron_embed.run.resume import (
@@ -62,9 +62,9 @@ def run_training(config: RunConfig) -> dict[str, float]:
     stop = StopRequest(config.training.exit_duration_minutes)
     inputs = read_inputs(config)
     topology = initialize(inputs.config.parallel)
-    with watched(topology, abort):
+    with monitor_ranks(topology, abort):
         # The ranks agree on the dtype, so it is settled after the process groups.
-        inputs.task.config = with_settled_dtype(with_known_dtype(inputs.config, inputs.resume_state.checkpoint))
+        inputs.task.config = resolve_dtype(with_known_dtype(inputs.config, inputs.resume_state.checkpoint))
         return run_unless_complete(inputs, topology, stop)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_embed.errors import CheckpointError
-from megatron_embed.models.foreign_files import FileTable, harmless, honoured, nested, refused, shown_value
-from megatron_embed.models.foreign_tables import (
+from megatron_embed.models.key_table import FileTable, harmless, honoured, nested, refused, shown_value
+from megatron_embed.models.known_keys import (
     ADAPTER_CONFIG,
     CONFIG_SENTENCE_TRANSFORMERS,
     MODULES,
@@ -53,9 +53,7 @@ def test_refuses(values, message):
 
 def test_an_open_table_passes_other_keys():
     dataclasses.replace(TABLE, closed=False).check(FILE, {"new": 1, "side": "left"})
-    open_tables = (TOKENIZER_CONFIG, RERANKER_CONFIG)
-    assert not any(table.closed for table in open_tables)
-    assert all(table.closed for table in TABLES if table not in open_tables)
+    assert [table for table in TABLES if not table.closed] == [TOKENIZER_CONFIG, RERANKER_CONFIG]
 
 
 def test_a_long_value_is_cut():
@@ -63,8 +61,8 @@ def test_a_long_value_is_cut():
 
 
 def parameters(function):
-    found = inspect.signature(function).parameters.values()
-    return {value.name for value in found if value.kind is not value.VAR_KEYWORD} - {"self"}
+    signature = inspect.signature(function).parameters.values()
+    return {value.name for value in signature if value.kind is not value.VAR_KEYWORD} - {"self"}
 
 
 def test_tables_know_every_key_of_the_installed_libraries():
