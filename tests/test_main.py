@@ -80,10 +80,10 @@ def test_bad_configuration_is_one_line_and_exit_code_2(tmp_path, text, words):
         ([], "COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "CONFIG.yaml"),
-        (["train", "a.yaml", "seed"], "'seed' is no setting; write section.key=value"),
+        (["train", "a.yaml", "seed"], "'seed' is not a setting; write section.key=value"),
         (["encode", "--model", "a"], "--input, --output"),
         (["encode", "--model", "a", "--input", "b", "--output", "c", "training.seed=1"], "write parallel.KEY=VALUE"),
-        (["evaluate", "--model", "a", "--data", "b", "--max-length", "0"], "'0' is no whole number above 0"),
+        (["evaluate", "--model", "a", "--data", "b", "--max-length", "0"], "'0' is not a whole number above 0"),
         (["convert", "megatron-to-hf", "a", "b", "--format", "x"], "invalid choice: 'x'"),
         (["convert", "hf-to-megatron", "a", "b", "--format", "hf"], "unrecognized arguments: --format hf"),
     ],
@@ -117,7 +117,7 @@ def test_settings_may_stand_behind_options():
     assert parse(["data", "check", "run.yaml", "--json", "a.b=c"]).inputs == ["run.yaml", "a.b=c"]
     assert parse(["encode", "parallel.a=2", "--model", "m", "--input", "i", "--output", "o", "parallel.b=3"]
                  ).overrides == ["parallel.a=2", "parallel.b=3"]
-    with pytest.raises(UserError, match="'nonsense' is no setting; write section.key=value; see `megatron-embed plan"):
+    with pytest.raises(UserError, match="'nonsense' is not a setting; write section.key=value; see `megatron-"):
         parse(["plan", "run.yaml", "--gpus", "8", "nonsense"])
     with pytest.raises(UserError, match="unrecognized arguments: --gpuu h100"):
         parse(["plan", "run.yaml", "--gpus", "8", "--gpuu", "h100"])

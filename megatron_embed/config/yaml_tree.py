@@ -69,11 +69,11 @@ Loader.add_constructor(_FLOAT, _number)
 
 @dataclass(frozen=True)
 class Node:
-    """A value and the place it was written at: `FILE:LINE`, or `command line`."""
+    """A value and where it was written: `FILE:LINE`, or `command line`."""
 
     value: "object | dict[str, Node] | list[Node]"
     """A scalar as YAML reads it, a dict of nodes by key, or a list of nodes."""
-    place: str
+    location: str
 
 
 def read_file(path: str) -> Node:
@@ -108,7 +108,7 @@ def read_override(argument: str) -> tuple[list[str], Node]:
     key, equals, text = argument.partition("=")
     keys = key.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"{COMMAND_LINE}: {argument!r} is no setting; write section.key=value")
+        raise ConfigError(f"{COMMAND_LINE}: {argument!r} is not a setting; write section.key=value")
     if not text.lstrip().startswith(("[", "{", '"', "'")):
         # Not read as a YAML document: `query: ` would become a mapping, and a prompt would lose its last blank.
         return keys, Node(plain_scalar(text), COMMAND_LINE)
@@ -134,18 +134,18 @@ def overridden(tree: Node, keys: Sequence[str], value: Node) -> Node:
     """The tree with the value at `keys`; sections on the way there are made."""
     if not keys:
         return value
-    children, place = (tree.value, tree.place) if isinstance(tree.value, dict) else ({}, COMMAND_LINE)
+    children, location = (tree.value, tree.location) if isinstance(tree.value, dict) else ({}, COMMAND_LINE)
     child = children.get(keys[0], Node({}, COMMAND_LINE))
-    return Node(children | {keys[0]: overridden(child, keys[1:], value)}, place)
+    return Node(children | {keys[0]: overridden(child, keys[1:], value)}, location)
 
 
-def place_of(tree: Node, dotted_key: str) -> str:
+def location_of(tree: Node, dotted_key: str) -> str:
     """Where a key was written, or the nearest section above it that was."""
     for key in dotted_key.split("."):
         if not isinstance(tree.value, dict) or key not in tree.value:
             break
         tree = tree.value[key]
-    return tree.place
+    return tree.location
 
 
 def _compose(text: str, source: str, prefix: str = "") -> Node | None:
@@ -163,52 +163,53 @@ def _compose(text: str, source: str, prefix: str = "") -> Node | None:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = _place(source, mark.line) if mark else source
+        location = _location(source, mark.line) if mark else source
         if str(error.problem).startswith("more than"):
-            raise ConfigError(f"{place}: {prefix}{error.problem}; name a YAML file of settings") from None
+            raise ConfigError(f"{location}: {prefix}{error.problem}; name a YAML file of settings") from None
         remedy = "indent with spaces" if "\\t" in str(error.problem) else "quote texts that hold `: `, `#`, brackets"
-        raise ConfigError(f"{place}: {prefix}not YAML: {error.problem or error.context}; {remedy}") from None
+        raise ConfigError(f"{location}: {prefix}not YAML: {error.problem or error.context}; {remedy}") from None
     except RecursionError:
         raise ConfigError(f"{source}: {prefix}nested too deeply for a configuration; remove the brackets") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: {prefix}not YAML: {' '.join(str(error).split())}; save it as text") from None
 
 
-def _place(source: str, line: int) -> str:
+def _location(source: str, line: int) -> str:
     return source if source == COMMAND_LINE else f"{source}:{line + 1}"
 
 
 def _read(loader: Loader, node: yaml.Node, source: str, keys: tuple[str, ...], above: tuple[yaml.Node, ...]) -> Node:
     """One YAML node and everything below it."""
-    place = _place(source, node.start_mark.line)
+    location = _location(source, node.start_mark.line)
     name = ".".join(keys)
     if any(node is ancestor for ancestor in above):
-        raise ConfigError(f"{place}: {name}: an alias that contains itself; write the value out")
+        raise ConfigError(f"{location}: {name}: an alias that contains itself; write the value out")
     loader.values_read += 1 + (len(node.value) // 64 if isinstance(node, yaml.ScalarNode) else 0)
     if loader.values_read > MOST_VALUES:
-        raise ConfigError(f"{place}: {f'{name}: ' if name else ''}more than {MOST_VALUES:,} values, each alias counted "
-                          "as what it stands for; write out the values you need")
+        raise ConfigError(f"{location}: {f'{name}: ' if name else ''}more than {MOST_VALUES:,} values, each alias "
+                          "counted as what it stands for; write out the values you need")
     above = (*above, node)
     if isinstance(node, yaml.SequenceNode):
-        return Node([_read(loader, item, source, keys, above) for item in node.value], place)
+        return Node([_read(loader, item, source, keys, above) for item in node.value], location)
     if isinstance(node, yaml.ScalarNode):
         try:
-            return Node(loader.construct_object(node), place)
+            return Node(loader.construct_object(node), location)
         except (yaml.YAMLError, ValueError):
             shown = repr(node.value[:100])
-            raise ConfigError(f"{place}: {name} = {shown}: no plain YAML value; put it in quotes") from None
+            raise ConfigError(f"{location}: {name} = {shown}: not a plain YAML value; put it in quotes") from None
     children: dict[str, Node] = {}
     for key_node, value_node in node.value:
-        key_place = _place(source, key_node.start_mark.line)
+        key_location = _location(source, key_node.start_mark.line)
         if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"{key_place}: a key of {name or 'the file'} is no plain text; write `key: value`")
+            raise ConfigError(f"{key_location}: a key of {name or 'the file'} is not plain text; write `key: value`")
         key = key_node.value
         if key == "<<" and key_node.style is None:
-            raise ConfigError(f"{key_place}: {name or 'the file'}: merge keys (`<<`) do not belong to YAML 1.2; write "
-                              "the keys out")
+            raise ConfigError(f"{key_location}: {name or 'the file'}: merge keys (`<<`) are not part of YAML 1.2; "
+                              "write the keys out")
         dotted = ".".join((*keys, key))
         if key in children:
-            raise ConfigError(f"{key_place}: key '{dotted}' is set twice, first at {children[key].place}; keep one")
+            raise ConfigError(f"{key_location}: key '{dotted}' is set twice, first at {children[key].location}; "
+                              "keep one")
         child = _read(loader, value_node, source, (*keys, key), above)
-        children[key] = Node(child.value, key_place)
-    return Node(children, place)
+        children[key] = Node(child.value, key_location)
+    return Node(children, location)

@@ -121,5 +121,5 @@ def shape_of(path: str) -> ModelShape:
     if shape is None:
         raise ConfigError(f"model.path = {path!r}: not a directory with a model (Hugging Face, PEFT, a checkpoint or "
                           "a run), and not a model whose shape comes with this package; give a directory or one of "
-                          f"{', '.join(known_models())}")
+                          f"{', '.join(known_models())}", key="model.path")
     return shape

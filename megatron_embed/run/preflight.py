@@ -88,7 +88,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     """
     if not config.data.train:
         raise ConfigError("data.train = []: training needs at least one file of rows; add `train: [FILE.jsonl]` under "
-                          "data")
+                          "data", key="data.train")
     model = find_model(config.model.path)
     found, asked = standing(config), config.data
     config = inherited(config, model, found.checkpoint)
@@ -143,10 +143,11 @@ def check_schedule(training: TrainingConfig, train_steps: int) -> None:
     if warmup >= train_steps:
         key, value = ("warmup_ratio", training.warmup_ratio) if training.warmup_ratio else ("warmup_steps", warmup)
         raise ConfigError(f"training.{key} = {value}: the {warmup} steps of warmup must be fewer than the "
-                          f"{train_steps} training steps")
+                          f"{train_steps} training steps", key=f"training.{key}")
     if warmup + decay > train_steps:
         raise ConfigError(f"training.wsd_decay_ratio = {training.wsd_decay_ratio}: {decay} steps of decay and {warmup} "
-                          f"of warmup are more than the {train_steps} training steps; lower one of them")
+                          f"of warmup are more than the {train_steps} training steps; lower one of them",
+                          key="training.wsd_decay_ratio")
 
 
 def divided(config: RunConfig, records: RecordSet, dp_size: int) -> tuple[RecordSet, RecordSet | None]:
@@ -194,7 +195,7 @@ def refuse_equal_names(key: str, sets: Sequence[BeirData | StsData]) -> None:
     names = [data.name for data in sets]
     for name in (name for name in names if names.count(name) > 1):
         raise ConfigError(f"{key} = {names}: two sets are called {name!r}; give one another name: "
-                          "{path: ..., name: ...}")
+                          "{path: ..., name: ...}", key=key)
 
 
 def check_instructions(key: str, sets: Sequence[EvaluationSet], config: RunConfig,
@@ -205,7 +206,7 @@ def check_instructions(key: str, sets: Sequence[EvaluationSet], config: RunConfi
         if tokenizer.needs_instructions and item.instruction is None:
             raise ConfigError(f"{key} = {item.path!r}: data.query_prompt = {config.data.query_prompt!r} needs an "
                               "instruction and the set has none; write {path: ..., instruction: ...}, or set "
-                              "embedding.instruction for all")
+                              "embedding.instruction for all", key=key)
         tokenizer.check_prompts({item.instruction: f"{key} = {item.path!r}"})
 
 
@@ -232,7 +233,8 @@ def open_reranker(config: RunConfig, model: ModelDirectory, checkpoint: Path | N
     if config.checkpoint.export_at_end is not None and not tokenizer.can_pad:
         raise ConfigError(f"checkpoint.export_at_end = {config.checkpoint.export_at_end!r}: the tokenizer of "
                           f"{config.model.path} names neither pad_token nor eos_token, without which the stock "
-                          "libraries form no batch; set pad_token in its tokenizer_config.json")
+                          "libraries form no batch; set pad_token in its tokenizer_config.json",
+                          key="checkpoint.export_at_end")
     return settings, tokenizer, head_spec(settings, tokenizer)
 
 
@@ -253,7 +255,7 @@ def require_writable(key: str, directory: str) -> None:
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise ConfigError(f"{key} = {directory!r}: cannot be written ({error.strerror}); choose a directory that "
-                          "can") from error
+                          "can", key=key) from error
 
 
 def check_lengths(config: RunConfig, model: ModelDirectory) -> None:
@@ -262,7 +264,8 @@ def check_lengths(config: RunConfig, model: ModelDirectory) -> None:
     for role, length in ((role, config.data.max_length(role)) for role in roles):
         if length > model.shape.longest_text:
             raise ConfigError(f"data.{role}_max_length = {length} is longer than the model's "
-                              f"{model.shape.longest_text} positions; lower it to that or less")
+                              f"{model.shape.longest_text} positions; lower it to that or less",
+                              key=f"data.{role}_max_length")
 
 
 def check_widths(config: RunConfig, model: ModelDirectory) -> None:
@@ -270,7 +273,7 @@ def check_widths(config: RunConfig, model: ModelDirectory) -> None:
     dims, width = config.embedding.matryoshka_dims, model.shape.hidden_size
     if dims and dims[0] > width:
         raise ConfigError(f"embedding.matryoshka_dims = {list(dims)}: the model's vectors have {width} dimensions; "
-                          "leave out what is wider")
+                          "leave out what is wider", key="embedding.matryoshka_dims")
 
 
 def check_outputs(config: RunConfig) -> None:
@@ -278,12 +281,12 @@ def check_outputs(config: RunConfig) -> None:
     minutes = config.training.exit_duration_minutes
     if minutes is not None and config.checkpoint.directory is None:
         raise ConfigError(f"training.exit_duration_minutes = {minutes:g}: there would be nothing to go on from; set "
-                          "checkpoint.directory")
+                          "checkpoint.directory", key="training.exit_duration_minutes")
     if config.logging.wandb and log_directory(config) is None:
-        raise ConfigError("logging.wandb = True: the run has no directory; set logging.directory")
+        raise ConfigError("logging.wandb = True: the run has no directory; set logging.directory", key="logging.wandb")
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logging.wandb = True: the package wandb is not installed; pip install wandb, or set it to "
-                          "false")
+                          "false", key="logging.wandb")
     for key, directory in output_directories(config).items():
         require_writable(key, directory)
 
@@ -293,15 +296,16 @@ def check_export(config: RunConfig, model: ModelDirectory) -> None:
     target, directory = Path(config.checkpoint.export_at_end or ""), Path(config.checkpoint.directory or ".")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: exists already, and not as the export of this "
-                          f"run's {config.checkpoint.export} step; remove it or choose another name")
+                          f"run's {config.checkpoint.export} step; remove it or choose another name",
+                          key="checkpoint.export_at_end")
     if target.resolve() == directory.resolve() or directory.resolve() in target.resolve().parents:
         raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: lies in checkpoint.directory, whose "
-                          "folders come and go; choose a directory beside it")
+                          "folders come and go; choose a directory beside it", key="checkpoint.export_at_end")
     require_writable("checkpoint.export_at_end", str(target.parent))
     if stock_runs_causally(model.shape, config.model.bidirectional):
         raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: Sentence Transformers runs "
                           f"{model.shape.family} models causally on transformers before 5.2, so a bidirectional one "
-                          "differs there; upgrade it, or set it to null")
+                          "differs there; upgrade it, or set it to null", key="checkpoint.export_at_end")
 
 
 def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
@@ -318,7 +322,7 @@ def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
     if tokenizer.needs_instructions and any(asked.values()):
         key, value = next((key, value) for key, value in asked.items() if value)
         raise ConfigError(f"{key} = {value!r}: data.query_prompt = {config.data.query_prompt!r} needs an instruction; "
-                          "set embedding.instruction")
+                          "set embedding.instruction", key=key)
     return tokenizer
 
 

@@ -115,7 +115,7 @@ def test_a_reranker_takes_no_prompt(cross_encoder, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--dims", "64"], "--dims 64: the model's vectors have 32 numbers; choose 1 to 32"),
-    (["--dims", "8,x"], "'x' is no whole number above 0"),
+    (["--dims", "8,x"], "'x' is not a whole number above 0"),
     (["--candidates", "5"], "--candidates 5: only search in two stages has candidates; add --two-stage or --reranker"),
     (["--reranker-weight", "0.5"], "--reranker-weight 0.5: there is no reranker; add --reranker"),
     (["--reranker-weight", "1"], "'1' are no numbers between 0 and 1"),
@@ -134,7 +134,7 @@ def test_a_file_of_pairs_has_no_split(model, tmp_path, capsys):
     path.write_text('{"text_a": "a", "text_b": "b", "score": 1}\n')
     for option in (["--split", "dev"], ["--two-stage", "8"], ["--reranker", "dir"]):
         assert main(["evaluate", "--model", str(model), "--data", str(path), *option]) == 2
-        assert f"{option[0]} {option[1]}: a file of pairs has no use for it" in capsys.readouterr().err
+        assert f"{option[0]} {option[1]}: has no effect on a file of pairs" in capsys.readouterr().err
     assert main(["evaluate", "--model", str(model), "--data", str(path)]) == 2
     assert "1 rows with 1 different scores" in capsys.readouterr().err
 

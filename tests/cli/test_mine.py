@@ -152,7 +152,7 @@ def test_ids_of_documents_survive(tmp_path):
     (["--output", "mined.txt"], "--output mined.txt: must be a .jsonl file"),
     (["--corpus", "nowhere.jsonl"], "--corpus = 'nowhere.jsonl': no such file"),
     (["--max-score", "-100"], "no candidate of any row passes the filters"),
-    (["--pooling", "mean"], "--pooling: BM25 compares words and has no use for it"),
+    (["--pooling", "mean"], "--pooling: has no effect with BM25"),
     (["--num-negatives", "0"], "--num-negatives 0: must be at least 1"),
     (["parallel.tensor_model_parallel_size=2"], "parallel.*: BM25 compares words"),
 ])
