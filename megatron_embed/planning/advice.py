@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_embed.errors import ConfigError
+from megatron_embed.planning.shapes import checkpoint_at, has_adapters, model_files
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
@@ -14,13 +15,18 @@ if TYPE_CHECKING:
 
 
 def with_lengths_at_hand(config: "RunConfig", shape: "ModelShape") -> "RunConfig":
-    """The configuration with the lengths of its model's directory where it has null for them and that is here."""
-    folder = os.path.expanduser(config.model.path)
-    if config.task == "reranker" or not os.path.isfile(os.path.join(folder, "config.json")):
+    """The configuration with the lengths of its model's directory, if that is here, in place of None.
+
+    A PEFT directory has those of its base model.
+    """
+    folder = Path(config.model.path).expanduser()
+    files = model_files(config.model.path) if folder.is_dir() else None
+    if config.task == "reranker" or files is None:
         return config
     from megatron_embed.models.saved_settings import read_saved_settings, trained_lengths
 
-    lengths = trained_lengths(read_saved_settings(folder), shape.longest_text, {})
+    saved = read_saved_settings(folder, files) if (folder / "modules.json").is_file() else read_saved_settings(files)
+    lengths = trained_lengths(saved, shape.longest_text, {})
     return dataclasses.replace(config, data=dataclasses.replace(
         config.data, query_max_length=config.data.query_max_length or lengths["query"],
         document_max_length=config.data.document_max_length or lengths["document"]))
@@ -63,8 +69,6 @@ def with_adapters_of_model(config: "RunConfig", shape: "ModelShape") -> "RunConf
     Raises:
         CheckpointError: adapters that training would refuse.
     """
-    from megatron_embed.planning.shapes import checkpoint_at, has_adapters
-
     if config.lora.rank or not has_adapters(config.model.path):
         return config
     checkpoint = checkpoint_at(config.model.path)
