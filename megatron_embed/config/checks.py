@@ -1,4 +1,4 @@
-"""The check that every setting's rule is written with."""
+"""The function that every rule of a setting is checked with."""
 
 from megatron_embed.errors import ConfigError
 

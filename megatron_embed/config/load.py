@@ -1,4 +1,4 @@
-"""A YAML file and dotted overrides to a RunConfig: closed, typed, and every refusal names its line."""
+"""Load a YAML file and dotted overrides as a RunConfig: closed, typed, and every refusal names its line."""
 
 import dataclasses
 import difflib
@@ -27,7 +27,7 @@ from megatron_embed.config.yaml_tree import (
 from megatron_embed.errors import ConfigError
 
 SHORTHAND: dict[Any, str] = {TrainFile: "path", EvaluationSet: "path"}
-"""A plain text in place of one of these mappings is the value of this key."""
+"""Key that a plain string in place of one of these mappings is the value of."""
 
 _LONGEST_VALUE = 100
 
@@ -38,7 +38,7 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
 
 
 def config_of_overrides(overrides: list[str]) -> RunConfig:
-    """Settings given on the command line alone. Raises ConfigError beginning `command line: `."""
+    """Settings from the command line only. Raises ConfigError beginning `command line: `."""
     tree = Node({}, "command line")
     for override in overrides:
         tree = overridden(tree, *read_override(override))
@@ -109,7 +109,7 @@ def save_resolved(config: RunConfig, path: str | Path) -> None:
 
 
 def read_resolved(path: str | Path) -> dict[str, Any]:
-    """What `save_resolved` wrote, as it stands: another version may have written it, with other keys.
+    """The values that `save_resolved` wrote, unchecked: another version may have written them, with other keys.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -121,7 +121,7 @@ def read_resolved(path: str | Path) -> dict[str, Any]:
 
 
 def _with_home(config: RunConfig) -> RunConfig:
-    """The same with `~` and `~user` at the beginning of paths written out, as a shell does."""
+    """The configuration with `~` and `~user` at the beginning of paths expanded, as a shell does."""
 
     def home(path: str | None) -> str | None:
         return None if path is None else os.path.expanduser(path)
@@ -180,7 +180,7 @@ def _value(annotation: Any, node: Node, name: str, root: Node, default: Any) -> 
             return _mapping(member, Node({SHORTHAND[member]: node}, node.location) if short else node, name, root)
         if get_origin(member) is tuple and node.value is not None:
             element = get_args(member)[0]
-            items = node.value if isinstance(node.value, list) else [node]  # One item may stand without its brackets.
+            items = node.value if isinstance(node.value, list) else [node]  # One item may be written without brackets.
             return tuple(_value(element, item, name, root, dataclasses.MISSING) for item in items)
         accepted, value = _scalar(member, node.value)
         if accepted:
@@ -189,13 +189,13 @@ def _value(annotation: Any, node: Node, name: str, root: Node, default: Any) -> 
 
 
 def _scalar(member: Any, value: object) -> tuple[bool, object]:
-    """Whether the value is one of this type, and the value as that type (a whole number is a number)."""
+    """(whether the value has this type, the value as that type); a whole number is also a float."""
     if get_origin(member) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(member)), value
     if member is float and type(value) in (int, float):
         assert isinstance(value, int | float)
         return math.isfinite(value), float(value)
-    return type(value) is member, value  # type() and not isinstance: a bool is no int here
+    return type(value) is member, value  # type() and not isinstance: a bool is not an int here
 
 
 def _wrong_type(annotation: Any, node: Node, name: str, default: Any) -> ConfigError:
@@ -228,7 +228,7 @@ def _remedy(annotation: Any, value: object, default: Any) -> str:
 
 
 def _in_yaml_1_2(text: str, members: tuple[Any, ...]) -> str:
-    """A value that YAML 1.1 spells so, as YAML 1.2 spells it; empty where there is none of these types."""
+    """The YAML 1.2 spelling of a YAML 1.1 value of one of these types; empty if there is none."""
     if bool in members and text.lower() in ("yes", "on", "y", "no", "off", "n"):
         return "true" if text.lower() in ("yes", "on", "y") else "false"
     plain = text.replace("_", "")
@@ -236,7 +236,7 @@ def _in_yaml_1_2(text: str, members: tuple[Any, ...]) -> str:
 
 
 def _described(annotation: Any) -> str:
-    """The type in the words of a reader of YAML."""
+    """The type in YAML's words."""
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_described(member) for member in get_args(annotation))
     if get_origin(annotation) is Literal:
@@ -251,8 +251,7 @@ def _described(annotation: Any) -> str:
 
 
 def _nearest(target: Any, key: str) -> str:
-    """A remedy for an unknown key: the same in another section, else the nearest of its own, else of all sections, else
-    what there is."""
+    """A remedy for an unknown key: the same key in another section, the nearest key, or the list of known keys."""
     own = [field.name for field in dataclasses.fields(target)]
     dotted = list(_dotted_keys(RunConfig, ""))
     by_name = {name.rpartition(".")[2]: name for name in reversed(dotted)}
@@ -284,7 +283,6 @@ def _yaml(value: object) -> str:
 
 def _shown(node: Node) -> str:
     """The value on one short line."""
-
     text = _yaml(_plain(node))
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."
 

@@ -1,4 +1,4 @@
-"""YAML text and `section.key=value` arguments as one tree in which every value knows where it was written."""
+"""Parse YAML text and `section.key=value` arguments into one tree in which every value has its location."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ COMMAND_LINE = "command line"
 LARGEST_FILE = 1 << 20
 """Bytes of a configuration; the longest that ships has 2 KB."""
 MOST_VALUES = 20_000
-"""Values of a configuration, aliases written out: nine of nine of nine ..., nine deep, are 400 million in 255 bytes."""
+"""Values of a configuration with aliases expanded: nested aliases make 400 million values of 255 bytes."""
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _CORE_SCHEMA = (
@@ -22,17 +22,17 @@ _CORE_SCHEMA = (
     (_INT, re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z"), list("-+0123456789")),
     (_FLOAT, re.compile(r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
                         r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"), list("-+.0123456789")))
-"""Which plain texts are no text, with their first characters: YAML 1.2.2, section 10.3.2."""
+"""Tags of plain scalars that are not strings, with patterns and first characters: YAML 1.2.2, section 10.3.2."""
 
 
 class Loader(yaml.SafeLoader):
     """The plain types of YAML 1.2 (PyYAML's own are those of 1.1: `010` is 8 there, `1:30` is 90, `on` is true)."""
 
     values_written, values_read = 0, 0
-    """So far, as the text has them and with aliases written out."""
+    """Counts so far: as written, and with aliases expanded."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """As the base; counted."""
+        """Count the node, then compose it as the base class does."""
         self.values_written += 1
         if self.values_written > MOST_VALUES:
             mark = self.get_mark()
@@ -41,12 +41,11 @@ class Loader(yaml.SafeLoader):
         return node
 
 
-Loader.yaml_implicit_resolvers = {}  # none of the base class's
+Loader.yaml_implicit_resolvers = {}  # without those of the base class
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes what Loader reads back as the same value: a text that is a number or truth value in YAML 1.1 or 1.2 gets
-    its quotes."""
+    """Write values so that Loader reads back the same; text that is a number or bool in YAML 1.1 or 1.2 is quoted."""
 
 
 for _class in (Loader, Dumper):
@@ -77,7 +76,7 @@ class Node:
 
 
 def read_file(path: str) -> Node:
-    """The mapping that a YAML file holds.
+    """The tree of a YAML file.
 
     Raises:
         ConfigError: no such file, unreadable, empty, too long, not YAML, not a mapping, or a key that is set twice.
@@ -100,23 +99,23 @@ def read_file(path: str) -> Node:
 def read_override(argument: str) -> tuple[list[str], Node]:
     """`training.learning_rate=1e-4` as (["training", "learning_rate"], node).
 
-    The value is a YAML scalar or a flow value (`[a, b]`, `{path: a}`); other text stands for itself, blanks and all.
+    The value is a YAML scalar or a flow value (`[a, b]`, `{path: a}`); other text is taken literally, with its spaces.
 
     Raises:
-        ConfigError: not of this form, or a flow value that does not end.
+        ConfigError: not of this form, or an unterminated flow value.
     """
     key, equals, text = argument.partition("=")
     keys = key.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"{COMMAND_LINE}: {argument!r} is not a setting; write section.key=value")
     if not text.lstrip().startswith(("[", "{", '"', "'")):
-        # Not read as a YAML document: `query: ` would become a mapping, and a prompt would lose its last blank.
+        # Not read as a YAML document: `query: ` would become a mapping, and a prompt would lose its trailing space.
         return keys, Node(plain_scalar(text), COMMAND_LINE)
     return keys, _compose(text, COMMAND_LINE, f"{key}={text}: ") or Node(None, COMMAND_LINE)
 
 
 def plain_scalar(text: str) -> object:
-    """`None`, truth value or number as YAML 1.2 reads it; any other text stays text, blanks and all."""
+    """`None`, bool or number as YAML 1.2 reads it; any other text unchanged, with its spaces."""
     plain = text.strip()
     tag = next((tag for tag, pattern, _ in _CORE_SCHEMA if pattern.match(plain)), None)
     if tag is None:
@@ -131,7 +130,7 @@ def plain_scalar(text: str) -> object:
 
 
 def overridden(tree: Node, keys: Sequence[str], value: Node) -> Node:
-    """The tree with the value at `keys`; sections on the way there are made."""
+    """The tree with the value at `keys`; missing sections are created."""
     if not keys:
         return value
     children, location = (tree.value, tree.location) if isinstance(tree.value, dict) else ({}, COMMAND_LINE)
@@ -140,7 +139,7 @@ def overridden(tree: Node, keys: Sequence[str], value: Node) -> Node:
 
 
 def location_of(tree: Node, dotted_key: str) -> str:
-    """Where a key was written, or the nearest section above it that was."""
+    """Location of a key, or of the nearest enclosing section that was written."""
     for key in dotted_key.split("."):
         if not isinstance(tree.value, dict) or key not in tree.value:
             break
@@ -149,7 +148,7 @@ def location_of(tree: Node, dotted_key: str) -> str:
 
 
 def _compose(text: str, source: str, prefix: str = "") -> Node | None:
-    """The tree of a YAML text, null if it holds nothing."""
+    """The tree of a YAML text; None if it is empty."""
     try:
         loader = Loader(text)
         try:
@@ -187,7 +186,7 @@ def _read(loader: Loader, node: yaml.Node, source: str, keys: tuple[str, ...], a
     loader.values_read += 1 + (len(node.value) // 64 if isinstance(node, yaml.ScalarNode) else 0)
     if loader.values_read > MOST_VALUES:
         raise ConfigError(f"{location}: {f'{name}: ' if name else ''}more than {MOST_VALUES:,} values, each alias "
-                          "counted as what it stands for; write out the values you need")
+                          "counted as what it stands for; write out the values that you need")
     above = (*above, node)
     if isinstance(node, yaml.SequenceNode):
         return Node([_read(loader, item, source, keys, above) for item in node.value], location)

@@ -215,7 +215,7 @@ def test_a_batch_without_a_term_has_the_loss_0(tied_model, tmp_path, loss, label
 
 
 REFUSALS = [
-    ({"objective": {"loss": "info_nce"}}, ConfigError, "objective.loss = 'info_nce': is no loss of task: reranker"),
+    ({"objective": {"loss": "info_nce"}}, ConfigError, "objective.loss = 'info_nce': is not a loss of task: reranker"),
     ({"objective": {"loss": "pointwise"}}, DataError, "label 2: objective.loss = pointwise takes labels from 0 to 1"),
     ({"objective": {"loss": "kl_distillation"}}, DataError, "teacher_scores is missing"),
     ({"reranker": {"template": "{query}"}}, ConfigError, "reranker.template"),
