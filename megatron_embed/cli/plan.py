@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_embed.config.load import load_config
     from megatron_embed.parallel.topology import check_token_budget
     from megatron_embed.planning.advice import (
-        adapted_parts,
+        adapted_linears,
         budget_holds,
         explain_impossible,
         with_adapters_of_model,
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         explain_impossible(config, shape, args.gpus)
         check_possible(config, shape, args.gpus)
     check_token_budget(config)
-    parts = adapted_parts(config, shape)
-    given = plan_layout(config, shape, args.gpus, gpu, parts)
-    write_output(report(given, shape, args.gpus, gpu, parts, rows))
-    write_output(proposals(propose(config, shape, args.gpus, gpu, parts, accepts=budget_holds), args.gpus))
+    adapted = adapted_linears(config, shape)
+    given = plan_layout(config, shape, args.gpus, gpu, adapted)
+    write_output(report(given, shape, args.gpus, gpu, adapted, rows))
+    write_output(proposals(propose(config, shape, args.gpus, gpu, adapted, accepts=budget_holds), args.gpus))
     return 0 if given.fits else 2

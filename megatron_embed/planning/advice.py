@@ -1,4 +1,4 @@
-"""A configuration as this machine's model and rows complete it, and why a layout is impossible."""
+"""A configuration completed from the model and rows on this machine, and the reason why a layout is impossible."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from megatron_embed.planning.shapes import checkpoint_at, has_adapters, model_fi
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
     from megatron_embed.models.families import ModelShape
-    from megatron_embed.planning.parameters import Parts
+    from megatron_embed.planning.parameters import AdaptedLinears
 
 
 def with_lengths_at_hand(config: "RunConfig", shape: "ModelShape") -> "RunConfig":
@@ -33,7 +33,7 @@ def with_lengths_at_hand(config: "RunConfig", shape: "ModelShape") -> "RunConfig
 
 
 def with_rows_at_hand(config: "RunConfig") -> "tuple[RunConfig, str]":
-    """The configuration with no more documents per query than its rows have, and a line that says how many.
+    """The configuration with no more documents per query than its rows have, and a sentence with their number.
 
     Unchanged where an entry of `data.train` is not a file or folder of this machine: nothing is fetched.
 
@@ -44,27 +44,27 @@ def with_rows_at_hand(config: "RunConfig") -> "tuple[RunConfig, str]":
     if not data.train or not all(os.path.exists(os.path.expanduser(file.path)) for file in data.train):
         documents = f"{data.num_positives} positive and {data.num_negatives} negative documents"
         if config.task == "reranker" and not data.num_negatives:
-            documents = "1 document, since data.num_negatives = 0 takes what a row has: set it to that"
-        return config, f"The rows of data.train are not here: each query is taken to have {documents}."
+            documents = "1 document, since data.num_negatives = 0 takes all that a row has: set it to their number"
+        return config, f"The rows of data.train are not here: each query is assumed to have {documents}."
     from megatron_embed.data.dataset import open_records
 
     if config.task == "reranker":
         records = open_records(data.train, "rerank")
         documents = records.most_in_list(data.num_negatives)
-        found = dataclasses.replace(data, num_negatives=documents - 1)
-        return dataclasses.replace(config, data=found), (
+        data = dataclasses.replace(data, num_negatives=documents - 1)
+        return dataclasses.replace(config, data=data), (
             f"{len(records):,} rows of data.train, with up to {documents} documents each in use.")
     records = open_records(data.train, config.objective.rows)
     needed = config.objective.needs_own_negatives or not all(file.in_batch_negatives for file in data.train)
-    found = dataclasses.replace(data, num_positives=min(data.num_positives, records.most_positives),
-                                num_negatives=max(int(needed), min(data.num_negatives, records.most_negatives)))
-    return dataclasses.replace(config, data=found), (
-        f"{len(records):,} rows of data.train, with up to {found.num_positives} positive and {found.num_negatives} "
+    data = dataclasses.replace(data, num_positives=min(data.num_positives, records.most_positives),
+                               num_negatives=max(int(needed), min(data.num_negatives, records.most_negatives)))
+    return dataclasses.replace(config, data=data), (
+        f"{len(records):,} rows of data.train, with up to {data.num_positives} positive and {data.num_negatives} "
         "negative documents each in use.")
 
 
 def with_adapters_of_model(config: "RunConfig", shape: "ModelShape") -> "RunConfig":
-    """The configuration with section `lora` as training takes it from a PEFT directory, or a checkpoint of adapters.
+    """The configuration with section `lora` from the PEFT directory or checkpoint that the model is.
 
     Raises:
         CheckpointError: adapters that training would refuse.
@@ -78,19 +78,19 @@ def with_adapters_of_model(config: "RunConfig", shape: "ModelShape") -> "RunConf
 
     if checkpoint is None:
         with PeftAdapter(Path(config.model.path).expanduser(), rules_for(shape.family), shape) as adapter:
-            found = adapter.settings
+            settings = adapter.settings
     else:
         saved = open_checkpoint(checkpoint).info.adapters
         if saved is None:
             return config
-        found = saved
-    lora = dataclasses.replace(config.lora, rank=found.rank, alpha=found.alpha, use_rslora=found.use_rslora,
-                               target_modules=found.modules)
+        settings = saved
+    lora = dataclasses.replace(config.lora, rank=settings.rank, alpha=settings.alpha,
+                               use_rslora=settings.use_rslora, target_modules=settings.modules)
     return dataclasses.replace(config, lora=lora)
 
 
-def adapted_parts(config: "RunConfig", shape: "ModelShape") -> "Parts | None":
-    """Linear layers that get adapters by section `lora`; null: every parameter is trained."""
+def adapted_linears(config: "RunConfig", shape: "ModelShape") -> "AdaptedLinears | None":
+    """Linear layers that get adapters by section `lora`; None: every parameter is trained."""
     if config.lora.rank == 0:
         return None
     from megatron_embed.convert.adapters import parts_by_linear, resolve_modules
@@ -102,7 +102,7 @@ def adapted_parts(config: "RunConfig", shape: "ModelShape") -> "Parts | None":
 
 def explain_impossible(config: "RunConfig", shape: "ModelShape | None", gpus: int,
                        documents: int | None = None) -> None:
-    """Raises the error that training would raise. `documents`: as in check_token_budget."""
+    """Raises the error that training would raise. `documents`: see check_token_budget."""
     from megatron_embed.models.backbone import check_divisible
     from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, check_world_size
 
@@ -113,7 +113,7 @@ def explain_impossible(config: "RunConfig", shape: "ModelShape | None", gpus: in
 
 
 def budget_holds(config: "RunConfig") -> bool:
-    """Whether training would take the layout's token budget, if there is one."""
+    """Whether training would accept the layout's token budget, if there is one."""
     from megatron_embed.parallel.topology import check_token_budget
 
     try:

@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from megatron_embed.planning.advice import adapted_parts
+from megatron_embed.planning.advice import adapted_linears
 from megatron_embed.planning.memory import activation_bytes, grid_of
 from megatron_embed.planning.shapes import shape_of
 from tests.helpers.built_ranks import build
@@ -93,7 +93,7 @@ def measured(config, tokens, micro_batches):
                if parameter.requires_grad)
     grid = dataclasses.replace(grid_of(config, dist.get_world_size()), num_microbatches=micro_batches,
                                micro_batch_tokens=tokens)
-    return found, activation_bytes(config, shape, grid, topology.pp_rank, adapted_parts(config, shape))
+    return found, activation_bytes(config, shape, grid, topology.pp_rank, adapted_linears(config, shape))
 
 
 WIDE = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 512, "moe_intermediate_size": 128,
