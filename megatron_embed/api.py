@@ -95,18 +95,18 @@ class Reranker:
 
 
 def checked_texts(texts: Iterable[str], name: str) -> list[str]:
-    """The texts. Raises ConfigError for what is no text, or half a surrogate pair, which no tokenizer takes."""
-    found = list(texts)
-    for place, text in enumerate(found):
+    """The texts. Raises ConfigError for an item that is not a string or has an unpaired surrogate."""
+    checked = list(texts)
+    for index, text in enumerate(checked):
         if not isinstance(text, str):
-            raise ConfigError(f"{name}[{place}] = {shortened(text)} is a {type(text).__name__}; it must be a string")
+            raise ConfigError(f"{name}[{index}] = {shortened(text)} is a {type(text).__name__}; it must be a string")
         if not text.isascii():
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise ConfigError(f"{name}[{place}] = {shortened(text)}: half a surrogate pair at character "
+                raise ConfigError(f"{name}[{index}] = {shortened(text)}: contains an unpaired surrogate at character "
                                   f"{error.start + 1}; give the whole character") from None
-    return found
+    return checked
 
 
 def open_any(directory: str, *, pooling: str | None, max_length: int | None, dtype: str | None,

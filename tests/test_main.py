@@ -132,12 +132,12 @@ def test_work_of_one_process_is_refused_on_several_ranks(monkeypatch, capsys, ar
     assert main(arguments.split()) == 2
     err = capsys.readouterr().err
     command = arguments.split()[0]
-    assert err == ("" if rank == "1" else f"megatron-embed: error: {command} is the work of one process, and "
+    assert err == ("" if rank == "1" else f"megatron-embed: error: {command} runs in one process, and "
                    "torchrun's WORLD_SIZE says 2 ranks; start it once, without a launcher\n")
 
 
 def test_every_command_says_how_many_ranks_it_has():
-    kinds = (*command_line.OF_MANY_RANKS, *command_line.OF_ONE_PROCESS, "doctor")
+    kinds = (*command_line.MULTI_RANK_COMMANDS, *command_line.SINGLE_PROCESS_COMMANDS, "doctor")
     assert sorted(kinds) == sorted(command_line.COMMANDS)
 
 

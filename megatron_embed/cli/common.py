@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def setup_logging(rank: int) -> None:
-    """Log to stderr: our messages from INFO on at rank 0, warnings from everyone else and every other library."""
+    """Log to stderr: messages of this package from INFO at rank 0, warnings of other ranks and all libraries."""
     logging.basicConfig(level=logging.WARNING)
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
@@ -49,7 +49,7 @@ def setup_logging(rank: int) -> None:
 
 
 def write_output(text: str) -> None:
-    """Write one result line to stdout, at once; nothing else goes there."""
+    """Write one result line to stdout and flush; nothing else is written there."""
     sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()
 

@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--candidates {args.candidates}: only search in two stages has candidates; add --two-stage "
                           "or --reranker", key="--candidates")
     if args.reranker_weight and args.reranker is None:
-        raise ConfigError(f"--reranker-weight {','.join(map(str, args.reranker_weight))}: there is no reranker; add "
-                          "--reranker", key="--reranker-weight")
+        raise ConfigError(f"--reranker-weight {','.join(map(str, args.reranker_weight))}: has no effect without "
+                          "--reranker; add that, or leave it out", key="--reranker-weight")
     from megatron_embed.run.evaluate import evaluate
 
     metrics, rank = evaluate(args)

@@ -121,7 +121,7 @@ def _saved(model: ModelDirectory, key: str) -> Inherited:
     with error_context(key, str(model.path)):
         found = inherited(model, reading=True)
     if found is None:
-        raise ConfigError(f"{key} {model.path}: is no reranker: its config.json names neither a "
+        raise ConfigError(f"{key} {model.path}: not a reranker: its config.json names neither a "
                           "*ForSequenceClassification nor a *ForCausalLM, and there is no reranker.json; give a model "
                           "trained with task: reranker, or a cross-encoder")
     return found

@@ -24,9 +24,9 @@ def test_plain_values(tmp_path, text, value):
     path = tmp_path / "run.yaml"
     path.write_text(f"a: {text}\nb: [{text or '~'}]\n")
     tree = read_file(str(path)).value
-    for found in (tree["a"].value, tree["b"].value[0].value, plain_scalar(text), read_override(f"a.b={text}")[1].value,
+    for parsed in (tree["a"].value, tree["b"].value[0].value, plain_scalar(text), read_override(f"a.b={text}")[1].value,
                   read_override(f"a.b=[{text or '~'}]")[1].value[0].value):
-        assert (type(found), found) == (type(value), value)
+        assert (type(parsed), parsed) == (type(value), value)
 
 
 @pytest.mark.parametrize("text, value", SCALARS)

@@ -71,7 +71,7 @@ def stages_on_meta(config, gpus):
     head = HeadSpec(kind=config.reranker.head, true_token_id=1, false_token_id=0) if config.task == "reranker" else None
     stages = config.parallel.pipeline_model_parallel_size
     new_group = dist.new_group
-    # Megatron asks for gloo twins of some groups: fake as well.
+    # Megatron also creates gloo versions of some groups: fake those as well.
     dist.new_group = lambda *args, **options: new_group(*args, **{**options, "backend": "fake"})
     try:
         for stage in range(stages):

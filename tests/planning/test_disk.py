@@ -63,11 +63,11 @@ def test_number_of_checkpoints(model, tmp_path, steps, every, keep, evaluated, c
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch, capsys):
-    """`doctor --config` of an 8B model on a disk with so much room: (exit code, stdout)."""
+    """`doctor --config` of an 8B model on a disk with so much free space: (exit code, stdout)."""
 
     def ask(free_gib, *overrides, **checkpoint):
         usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**15, 0, int(free_gib * GIB)))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**15, 0, int(free_gib * GIB)))
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         (tmp_path / "rows.jsonl").write_text('{"query": "a", "positive": "b"}\n')
         values = {"model": {"path": "Qwen/Qwen3-Embedding-8B"}, "data": {"train": [str(tmp_path / "rows.jsonl")]},
