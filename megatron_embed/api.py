@@ -43,7 +43,7 @@ class Embedder:
             role: whose prompt and maximum length the directory's files give: "query" or "document".
             show_progress: a bar, if stderr is a terminal.
         Raises:
-            ConfigError: another role, or something that is no text.
+            ConfigError: another role, or an item that is not a string.
             EmptyTextError: a text without tokens.
             UserError: a vector that is not finite.
         """
@@ -76,7 +76,7 @@ class Reranker:
             instruction: in place of the directory's own.
             show_progress: a bar, if stderr is a terminal.
         Raises:
-            ConfigError: something that is no text, or one text in place of the documents.
+            ConfigError: an item that is not a string, or one text in place of the documents.
             DataError: a query that leaves no room for its document.
             UserError: a score that is not finite.
         """
