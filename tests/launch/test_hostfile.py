@@ -127,7 +127,7 @@ def test_gpus_are_those_that_cuda_sees(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments, words", [
     ((HOSTFILE,), "HOSTFILE is missing"), ((HOSTFILE, "--dry-run", "hosts"), "HOSTFILE is missing"),
-    ((HOSTFILE, "/tmp", "a.yaml"), "no file that can be"), ((HOSTFILE, NODE), "CONFIG.yaml is missing"),
+    ((HOSTFILE, "/tmp", "a.yaml"), "not a readable file"), ((HOSTFILE, NODE), "CONFIG.yaml is missing"),
     ((HOSTFILE, NODE, "--master-port"), "--master-port needs a value"),
     ((HOSTFILE, NODE, "--master-port", "99999", "a.yaml"), "--master-port 99999: must be a whole number from 1 to"),
     ((HOSTFILE, NODE, "--port", "1", "a.yaml"), "unknown option --port"),
