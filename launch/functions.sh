@@ -1,4 +1,5 @@
-# Sourced by the launch scripts: functions that read arguments and count GPUs. Changes no environment variable.
+# Sourced by the launch scripts: functions that read arguments and count GPUs.
+# Changes no environment variable.
 # shellcheck shell=bash
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     sed -n '/^# shellcheck/q;/^#/!q;s/^# \{0,1\}//p' "$0"
