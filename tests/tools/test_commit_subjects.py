@@ -1,6 +1,7 @@
 """tools/check_commit_subjects.py: which subjects pass."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -42,5 +43,21 @@ def test_hook_reads_the_first_line_that_is_no_comment(tmp_path):
     assert "commit message 'Gathered the documents': must be `scope: imperative`" in ended.stderr
 
 
-def test_history_of_this_repository_passes():
-    assert subprocess.run([sys.executable, TOOL], check=False).returncode == 0
+def commit(repository, subject, date):
+    environment = os.environ | {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
+                                for what, value in (("NAME", "a"), ("EMAIL", "a@b"), ("DATE", date))}
+    subprocess.run(["git", "-C", repository, "commit", "-q", "--allow-empty", "-m", subject], env=environment, check=True)
+
+
+def test_commits_from_the_given_date_on_are_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subjects, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["check_commit_subjects.py"])
+    assert subjects.main() == 0  # no repository
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    commit(tmp_path, "what was before", "2026-11-28T12:00:00Z")
+    commit(tmp_path, "losses: gather documents once", "2026-11-29T12:00:00Z")
+    assert subjects.main() == 0
+    commit(tmp_path, "losses: gathered documents", "2026-11-30T12:00:00Z")
+    assert subjects.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'losses: gathered documents': must begin with an imperative" in line
