@@ -46,7 +46,8 @@ def test_hook_reads_the_first_line_that_is_no_comment(tmp_path):
 def commit(repository, subject, date):
     environment = os.environ | {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
                                 for what, value in (("NAME", "a"), ("EMAIL", "a@b"), ("DATE", date))}
-    subprocess.run(["git", "-C", repository, "commit", "-q", "--allow-empty", "-m", subject], env=environment, check=True)
+    subprocess.run(["git", "-C", repository, "commit", "-q", "--allow-empty", "-m", subject], env=environment,
+                   check=True)
 
 
 def test_commits_from_the_given_date_on_are_checked(tmp_path, monkeypatch, capsys):
