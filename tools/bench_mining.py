@@ -33,9 +33,9 @@ def main() -> None:
             vectors[start:start + 4096] = normalize(vectors[start:start + 4096], dim=1)
     positives = [[number] for number in range(args.vectors)]
     options = MiningOptions(num_negatives=args.num_negatives)
-    mine_vectors(queries[:8], documents[:8].split(4), positives[:8], options, chunk=4)  # libraries loaded
+    mine_vectors(queries[:8], documents[:8].split(4), positives[:8], options)  # libraries loaded
     before, start = resident_mib(), time.perf_counter()
-    mined = mine_vectors(queries, documents.split(4096), positives, options, chunk=args.chunk, show_progress=True)
+    mined = mine_vectors(queries, documents.split(4096), positives, options, show_progress=True)
     print(json.dumps({
         "vectors_mib": 2 * documents.nbytes / 2**20, "seconds": round(time.perf_counter() - start, 1),
         "peak_beyond_vectors_mib": round(resident_mib() - before, 1), "threads": torch.get_num_threads(),

@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from side_by_side import default_model
 
 from megatron_embed.evaluation.beir import BeirData, load_beir
-from megatron_embed.evaluation.retrieval import Widths, evaluate_retrieval
+from megatron_embed.evaluation.retrieval import Rankings, evaluate_retrieval
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,7 +57,7 @@ def ndcg(directory: str | Path, data: BeirData, widths: list[int]) -> dict[int, 
     """nDCG@10 of the directory in Sentence Transformers, by width, the whole one first."""
     model = SentenceTransformer(str(directory), device="cpu")
     metrics = evaluate_retrieval(lambda texts, role: model.encode(texts, convert_to_tensor=True), data,
-                                 widths=Widths(dims=tuple(widths[1:])))
+                                 rankings=Rankings(dims=tuple(widths[1:])))
     return {width: round(metrics[f"dim_{width}/ndcg@10" if number else "ndcg@10"], 4)
             for number, width in enumerate(widths)}
 
