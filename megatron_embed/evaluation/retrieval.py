@@ -101,31 +101,17 @@ class Rankings:
                 raise ConfigError(f"{key} {width}: the model's vectors have {full} dimensions; choose 1 to {full}")
 
 
-def evaluate_retrieval(
-    embed: Embed,
-    data: BeirData,
-    *,
-    k: int = 1000,
-    similarity: Similarity = "cosine",
-    rankings: Rankings | None = None,
-    group: dist.ProcessGroup | None = None,
-    device: torch.device | None = None,
-) -> dict[str, float]:
+def evaluate_retrieval(embed: Embed, data: BeirData, *, k: int = 1000, similarity: Similarity = "cosine",
+                       rankings: Rankings | None = None, group: dist.ProcessGroup | None = None,
+                       device: torch.device | None = None) -> dict[str, float]:
     """Means over all queries of `evaluate_queries`, which documents the arguments."""
     return mean_metrics(evaluate_queries(embed, data, k=k, similarity=similarity, rankings=rankings, group=group,
                                          device=device))
 
 
-def evaluate_queries(
-    embed: Embed,
-    data: BeirData,
-    *,
-    k: int = 1000,
-    similarity: Similarity = "cosine",
-    rankings: Rankings | None = None,
-    group: dist.ProcessGroup | None = None,
-    device: torch.device | None = None,
-) -> dict[str, dict[str, float]]:
+def evaluate_queries(embed: Embed, data: BeirData, *, k: int = 1000, similarity: Similarity = "cosine",
+                     rankings: Rankings | None = None, group: dist.ProcessGroup | None = None,
+                     device: torch.device | None = None) -> dict[str, dict[str, float]]:
     """Metrics of each query, in the order of the set, by exact search with these embeddings over the whole corpus.
 
     Metric names begin with `dim_WIDTH/` for a truncated width, `two_stage_WIDTH/` for two stages and `reranked/` for a
@@ -161,17 +147,24 @@ def evaluate_queries(
     for documents in _document_blocks(embed, data, order, DOCUMENTS_AT_ONCE * size):
         for search in searches.values():
             search.add(documents)
-    results = {prefix: search.search.result() for prefix, search in searches.items()}
-    if data.drop_own_id:
-        results = {prefix: _without_excluded(*result) for prefix, result in results.items()}
+    results = {prefix: search.result() for prefix, search in searches.items()}
     if (stage := rankings.rerank) is not None:
         scores, indices = (part[:, : stage.candidates] for part in results[""])
         new_scores = rerank_scores(stage, scores, indices, data.query_texts, Picked(data.document_texts, order), group)
         results |= {prefix: (values, indices) for prefix, values in new_scores.items()}
+    return _metrics_of_all_ranks(results, data, Picked(data.document_ids, order), group)
+
+
+def _metrics_of_all_ranks(results: dict[str, tuple[Tensor, Tensor]], data: BeirData, document_ids: Sequence[str],
+                          group: dist.ProcessGroup | None) -> dict[str, dict[str, float]]:
+    """Metrics of every query from each rank's scores and indices, in the order of the set.
+
+    This order makes their mean independent of the number of ranks.
+    """
+    rank, size = rank_and_size(group)
     metrics: dict[str, dict[str, float]] = {query: {} for query in data.query_ids}
-    names = Picked(data.document_ids, order)
     for prefix, result in results.items():
-        shares = gather_objects(_metrics_of(*result, data.query_ids[rank::size], names, data), group)
+        shares = gather_objects(_metrics_of(*result, data.query_ids[rank::size], document_ids, data), group)
         for index, query in enumerate(data.query_ids):
             metrics[query] |= {f"{prefix}{name}": value for name, value in shares[index % size][query].items()}
     return metrics
@@ -193,10 +186,17 @@ class _Search:
     full: bool
     """Whether the retrieved documents are scored again with full vectors."""
     similarity: Similarity
+    excludes: bool
+    """Whether queries have a document that they must not retrieve."""
 
     def add(self, documents: Tensor) -> None:
         short = _scaled(documents[:, : self.width], self.similarity)
         self.search.add(short, _scaled(documents, self.similarity) if self.full else None)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Scores and indices of the retrieved documents, best first."""
+        scores, indices = self.search.result()
+        return _without_excluded(scores, indices) if self.excludes else (scores, indices)
 
 
 def _own_documents(data: BeirData, order: Sequence[int]) -> Tensor:
@@ -223,13 +223,15 @@ def _searches(queries: Tensor, k: int, similarity: Similarity, rankings: Ranking
               excluded: Tensor | None) -> dict[str, _Search]:
     """Every search by the prefix of its metrics. `excluded`: [queries], a document that a query must not retrieve."""
     searches = {}
+    excludes = excluded is not None
     for prefix, width in {"": queries.shape[1], **{f"dim_{width}/": width for width in rankings.dims}}.items():
         search = StreamedSearch(_scaled(queries[:, :width], similarity), k, excluded=excluded)
-        searches[prefix] = _Search(search=search, width=width, full=False, similarity=similarity)
+        searches[prefix] = _Search(search=search, width=width, full=False, similarity=similarity, excludes=excludes)
     if (width := rankings.two_stage) is not None:
         search = StreamedSearch(_scaled(queries[:, :width], similarity), rankings.candidates, excluded=excluded,
                                 full_queries=_scaled(queries, similarity))
-        searches[f"two_stage_{width}/"] = _Search(search=search, width=width, full=True, similarity=similarity)
+        searches[f"two_stage_{width}/"] = _Search(search=search, width=width, full=True, similarity=similarity,
+                                                 excludes=excludes)
     return searches
 
 

@@ -182,7 +182,7 @@ class _Writer:
 
 
 def _open(path: Path, rows: int) -> "np.ndarray | None":
-    """The vectors as a memory-mapped file, or None if there is no file with that many rows."""
+    """The vectors as a memory-mapped file, or None without a file of that many rows."""
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):

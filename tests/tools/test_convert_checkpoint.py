@@ -45,8 +45,8 @@ def test_both_directions(tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--loader", "core"], "--loader core does not fit: --load-dir {source} is not a checkpoint of megatron-embed; give "
-                           "--loader hf"),
+    (["--loader", "core"], "--loader core does not fit: --load-dir {source} is not a checkpoint of megatron-embed; "
+                           "give --loader hf"),
     (["--saver", "hf"], "--saver hf does not fit: --load-dir {source} is not a checkpoint"),
     (["--model-type", "GPT"], "--model-type GPT does not fit: {source} holds a bert model; give --model-type BERT"),
     (["--model-type", "T5"], "invalid choice: 'T5'"),
