@@ -1,4 +1,4 @@
-"""Writes docs/model_directories.md: every key of a foreign model directory's settings files, read from the code.
+"""Write docs/model_directories.md from the code: every key of the settings files in a foreign model directory.
 
     python tools/directories_page.py
 """
@@ -35,7 +35,7 @@ modality `message`; Sentence Transformers 6 also applies one where there is no `
 
 
 def values_of(key: Key) -> str:
-    """The column of values."""
+    """Text of the column "values"."""
     if key.nested is not None:
         return "see its keys"
     if key.values is None or key.verdict == "harmless":
@@ -47,7 +47,7 @@ def values_of(key: Key) -> str:
 
 
 def section(table: FileTable) -> list[str]:
-    """One file's keys."""
+    """Section with the keys of one file."""
     lines = [f"## {table.file}", "", *textwrap.wrap(table.about, 118), "", "| key | | values | |", "|---|---|---|---|"]
     for name, key in flat_keys(dict(table.keys)).items():
         about = key.about.replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""Writes docs/settings.md: every key of a run's configuration with its type, default and meaning, read from the code.
+"""Write docs/settings.md from the code: every key of a run's configuration with its type, default and meaning.
 
     python tools/settings_page.py
 """
@@ -29,24 +29,24 @@ numbers, `true` and `false` are the only booleans; `yes`, `on`, `1:30`, `1_000` 
 """
 
 
-def words_of(kind: type[Any]) -> dict[str, str]:
-    """Field -> the text behind it in the class's source, on one line."""
+def docs_of(kind: type[Any]) -> dict[str, str]:
+    """Field -> its docstring in the class's source, on one line."""
     (node,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(node, ast.ClassDef)
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     last = None
     for part in node.body:
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
             last = part.target.id
         elif last is not None and isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
-            found[last] = " ".join(str(part.value.value).split())
+            docs[last] = " ".join(str(part.value.value).split())
         else:
             last = None
-    return found
+    return docs
 
 
 def type_name(kind: Any) -> str:
-    """A type in the words of YAML."""
+    """Name of a type in YAML's words."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in parts)
@@ -59,7 +59,7 @@ def type_name(kind: Any) -> str:
 
 
 def default_of(field: "dataclasses.Field[Any]") -> str:
-    """What holds where the key is left out, as YAML has it."""
+    """Default value in YAML's spelling."""
     if field.default is dataclasses.MISSING:
         return "required"
     if isinstance(field.default, tuple):
@@ -74,20 +74,20 @@ def default_of(field: "dataclasses.Field[Any]") -> str:
 
 
 def table(kind: type[Any]) -> list[str]:
-    """One section's keys."""
-    words, types = words_of(kind), typing.get_type_hints(kind)
+    """Table of a section's keys."""
+    docs, types = docs_of(kind), typing.get_type_hints(kind)
     rows = ["| key | value | default | |", "|---|---|---|---|"]
     for field in dataclasses.fields(kind):
-        meaning = words.get(field.name, "").replace("|", "\\|")
+        meaning = docs.get(field.name, "").replace("|", "\\|")
         rows.append(f"| `{field.name}` | {type_name(types[field.name])} | {default_of(field)} | {meaning} |")
     return rows
 
 
 def entries_of(kind: type[Any]) -> dict[str, type[Any]]:
-    """Keys of a section that are lists of mappings, with what describes one of these."""
+    """Keys of a section that are lists of mappings, with the dataclass of an entry."""
     parts = {name: typing.get_args(kind) for name, kind in typing.get_type_hints(kind).items()}
-    return {name: found for name, kinds in parts.items() for found in kinds if dataclasses.is_dataclass(found)
-            and isinstance(found, type)}
+    return {name: entry for name, kinds in parts.items() for entry in kinds if dataclasses.is_dataclass(entry)
+            and isinstance(entry, type)}
 
 
 def page() -> str:

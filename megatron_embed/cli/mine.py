@@ -73,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
     options = MiningOptions(
         num_negatives=args.num_negatives, range_min=args.range_min, range_max=args.range_max, max_score=args.max_score,
         min_score=args.min_score, absolute_margin=args.absolute_margin, relative_margin=args.relative_margin,
-        sampling=args.sampling, seed=args.seed, judged=args.reranker is not None)
+        sampling=args.sampling, seed=args.seed, reranked=args.reranker is not None)
     check_jsonl("--output", args.output)
     by_words = args.model == "bm25"
     if by_words:
         refuse_vector_options(args)
-        if process_rank() != 0 and not options.judged:  # One process counts words; the others have nothing to do.
+        if process_rank() != 0 and not options.reranked:  # One process counts words; the others have nothing to do.
             return 0
     records = list(RecordFile(args.data, key="--data"))
     corpus = None if args.corpus is None else read_corpus(args.corpus)
@@ -125,7 +125,7 @@ def mine_by_words(args: argparse.Namespace, records: "Sequence[Record]", task: "
     """Ranks by BM25 and writes, in one process; on all ranks together where a reranker judges."""
     from megatron_embed.mining.bm25 import mine_bm25
 
-    if not options.judged:
+    if not options.reranked:
         mined = mine_bm25(task, options, show_progress=True)
         error = write_rows_whole(args.output, records, task, mined, options)
         if error is not None:
@@ -142,7 +142,7 @@ def open_judge(args: argparse.Namespace, records: "Sequence[Record]", task: "Min
                start: Start, topology: "Topology | None" = None) -> "tuple[PairScorer, Topology]":
     """The reranker, on all ranks, once it is known to have room for every query."""
     from megatron_embed.loading.reranker import open_scorer
-    from megatron_embed.mining.judge import pair_of
+    from megatron_embed.mining.rerank_candidates import pair_of
 
     scorer, _, topology = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
                                       topology=topology, start=start)
@@ -154,9 +154,9 @@ def open_judge(args: argparse.Namespace, records: "Sequence[Record]", task: "Min
 def judged(scorer: "PairScorer", found: "Sequence[Mined]", records: "Sequence[Record]", task: "MiningTask",
            options: "MiningOptions") -> "list[Mined]":
     """The candidates by the reranker's scores. Called by all ranks."""
-    from megatron_embed.mining.judge import judge
+    from megatron_embed.mining.rerank_candidates import rerank_candidates
 
-    return judge(found, task, records, scorer.score, options, show_progress=scorer.topology.rank == 0)
+    return rerank_candidates(found, task, records, scorer.score, options, show_progress=scorer.topology.rank == 0)
 
 
 def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task: "MiningTask",
@@ -175,7 +175,7 @@ def mine_with_model(args: argparse.Namespace, records: "Sequence[Record]", task:
     if args.document_prompt is not None:
         given["document"] = args.document_prompt
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given, start=start)
-    scorer = open_judge(args, records, task, start, topology)[0] if options.judged else None
+    scorer = open_judge(args, records, task, start, topology)[0] if options.reranked else None
     source = vector_source(args, encoder, model)
     scale = functools.partial(normalize, dim=-1) if model.saved.similarity == "cosine" else torch.clone
     role: Role = "query"

@@ -22,7 +22,7 @@ from megatron_embed.data.tokenizer import Role, RoleTokenizer, TextFormat
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData, load_beir, refuse_empty_texts
 from megatron_embed.evaluation.reranking import load_rerank_file
-from megatron_embed.evaluation.sts import StsData, load_sts, refuse_tokenless_pairs
+from megatron_embed.evaluation.sts import StsData, load_sts, refuse_empty_pairs
 from megatron_embed.evaluation.suite import EvaluationSuite
 from megatron_embed.export.embedding import stock_runs_causally
 from megatron_embed.loading.model_directory import ModelDirectory, adapters_of, error_context, find_model
@@ -176,7 +176,7 @@ def open_suite(config: RunConfig, tokenizer: RoleTokenizer | PairTokenizer) -> E
         refuse_empty_texts(data, tokenizer)
     for pairs in suite.sts:
         assert isinstance(tokenizer, RoleTokenizer), "a reranker compares no vectors"
-        refuse_tokenless_pairs(pairs, tokenizer)
+        refuse_empty_pairs(pairs, tokenizer)
     refuse_equal_names("evaluation.retrieval", suite.retrieval)
     refuse_equal_names("evaluation.sts", suite.sts)
     suite.require_metric(config.evaluation.best_metric,

@@ -22,7 +22,7 @@ from megatron_embed.data.tokenizer import Role, RoleTokenizer
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.reranking import RerankData, ScorePairs, evaluate_reranking, similarity_of_pairs
 from megatron_embed.evaluation.retrieval import Embed
-from megatron_embed.evaluation.suite import together
+from megatron_embed.evaluation.suite import average
 from megatron_embed.export.embedding import PROBES, export_model
 from megatron_embed.export.model_card import write_card
 from megatron_embed.export.reranker import PROBE_PAIRS, comparable, export_reranker
@@ -172,7 +172,7 @@ def comparable_pairs(records: RecordSet, tokenizer: PairTokenizer) -> list[Pair]
 
 def rerank_all(sets: Sequence[RerankData], score: ScorePairs) -> dict[str, float]:
     """Reranking metrics, `rerank/ndcg@10` and so on: the mean over the sets, each set's own where there are several."""
-    results = together([(data.name, evaluate_reranking(score, data)) for data in sets])
+    results = average([(data.name, evaluate_reranking(score, data)) for data in sets])
     return {f"rerank/{name}": value for name, value in results.items()}
 
 

@@ -93,12 +93,12 @@ def test_one_gpu_leaves_layouts_out_and_nothing_is_claimed_without_a_reference(t
     monkeypatch.setattr(tool.Machine, "train", lambda self, overrides, log, **options: asked.append(log) or curve())
     table = tool.Table("title", None)
     tool.compare_curves("model", machine, table)
-    found = {what: (result, verdict) for what, result, verdict in table.rows}
-    assert found["float32, TP 2"] == ("needs 2 GPUs, here 1", "not run")
-    assert found["bfloat16, flash"][1] == "yes"
-    assert found["bfloat16, optimizer in host memory"][1] == "yes"
+    checks = {what: (result, verdict) for what, result, verdict in table.rows}
+    assert checks["float32, TP 2"] == ("needs 2 GPUs, here 1", "not run")
+    assert checks["bfloat16, flash"][1] == "yes"
+    assert checks["bfloat16, optimizer in host memory"][1] == "yes"
     for name in ("te", "precision-aware optimizer"):
-        assert found[f"bfloat16, {name}"] == ("Transformer Engine is not installed", "not run")
+        assert checks[f"bfloat16, {name}"] == ("Transformer Engine is not installed", "not run")
     assert not [log for log in asked if log.endswith("_2")]
     table = tool.Table("title", None, "TP 2|flash")
     tool.compare_curves("model", machine, table)
