@@ -48,6 +48,27 @@ def test_architecture_names_files_that_exist():
                                                                                  REPOSITORY))] == []
 
 
+def test_files_that_pages_name_exist():
+    pages = [*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "tools" / "README.md"]
+    named = {(page.name, name) for page in pages for name in re.findall(
+        r"`(?:python )?((?:tests|tools|launch|configs|examples|megatron_embed|docs)/[\w./]+)", page.read_text("utf-8"))}
+    named.discard(("conversion.md", "tools/checkpoint/convert.py"))  # Megatron-LM's
+    assert len(named) > 60
+    assert [entry for entry in sorted(named) if not (REPOSITORY / entry[1]).exists()] == []
+
+
+def test_links_between_pages_lead_somewhere():
+    broken = []
+    for page in [*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "tools" / "README.md"]:
+        for name, section in re.findall(r"\]\(([\w./-]*)(?:#([\w-]+))?\)", page.read_text("utf-8")):
+            file = page.parent / name if name else page
+            headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.MULTILINE) if section else []
+            known = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            if not file.exists() or (section and section not in known):
+                broken.append((page.name, name, section))
+    assert broken == []
+
+
 def test_readme_shows_every_package():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     tree = re.search(r"^megatron_embed/\n((?:  .*\n)+)", text, re.MULTILINE)[1]
