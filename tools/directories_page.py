@@ -12,23 +12,23 @@ from megatron_embed.models.foreign_tables import TABLES, flat_keys
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "model_directories.md"
-HEAD = """# What a model directory says
+HEAD = """# Settings files of model directories
 
-`train`, `encode`, `evaluate`, `mine`, `convert` and `megatron_embed.load` take directories that other programs wrote.
-Of every key in their settings files one of three things holds:
+`train`, `encode`, `evaluate`, `mine`, `convert` and `megatron_embed.load` accept directories that other programs wrote.
+Every key in their settings files belongs to one of three groups:
 
-* **honoured**: it has the effect that it has in the library that wrote it. Where values are listed, others are refused.
-* **harmless**: it changes nothing in the vectors or scores.
-* **refused**: its effect is not computed here. The program ends with exit code 2 and a sentence that names file, key,
-  value and the way out. At `null`, and the values listed, it has no effect and passes.
+* **honoured**: it has the same effect as in the library that wrote it. If values are listed, others are refused.
+* **harmless**: it does not change the vectors or scores.
+* **refused**: its effect is not implemented here. The program ends with exit code 2 and a message that names file, key,
+  value and remedy. With `null` or a listed value it has no effect and is accepted.
 
-A key that is not listed is refused by its name, unless its value says nothing (`null`, `[]`, `{}`). Made from
+A key that is not listed is refused, unless its value is empty (`null`, `[]`, `{}`). This page is generated from
 `megatron_embed/models/foreign_tables.py` by `tools/directories_page.py`.
 
-A directory without `modules.json`: an encoder (BERT, XLM-RoBERTa) pools `mean`, as Sentence Transformers does; a
-decoder `lasttoken`, or `mean` if its `config.json` says `is_causal: false`. Vectors have unit length unless
-`--no-normalize` is given. A chat template is applied only where `sentence_bert_config.json` asks for it, with the
-modality `message`; Sentence Transformers 6 also applies one where there is no `modules.json`.
+Without `modules.json`, an encoder (BERT, XLM-RoBERTa) uses `mean` pooling, as in Sentence Transformers; a decoder uses
+`lasttoken`, or `mean` if its `config.json` contains `is_causal: false`. Vectors are L2-normalized unless
+`--no-normalize` is given. A chat template is applied only if `sentence_bert_config.json` requests it with the modality
+`message`; Sentence Transformers 6 also applies one if there is no `modules.json`.
 """
 
 
@@ -40,7 +40,7 @@ def values_of(key: Key) -> str:
         return ""
     shown = ", ".join(f"`{json.dumps(value)}`" for value in key.values)
     if key.verdict == "refused":
-        return f"passes at {shown}" if shown else ""
+        return f"accepted: {shown}" if shown else ""
     return shown
 
 

@@ -16,14 +16,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "settings.md"
 HEAD = """# Settings of a run
 
-Every key of the YAML file that `megatron-embed train` reads, and that `plan`, `doctor --config` and `data check` read
-too. On the command line a key is given as `section.key=value`. An unknown key, a value of another type or out of range
-ends the program with exit code 2 and one line that names file, line and key; settings that would have no effect are
-refused alike. Made from `megatron_embed/config/` by `tools/settings_page.py`.
+Every key of the YAML file that `megatron-embed train`, `plan`, `doctor --config` and `data check` read. On the command
+line a key is set with `section.key=value`. An unknown key, a value of a wrong type or out of range ends the program with
+exit code 2 and one line with file, line and key; settings without any effect are refused too. This page is generated
+from `megatron_embed/config/` by `tools/settings_page.py`.
 
-Values are those of YAML 1.2 in the file and on the command line: `010` is 10 (octal is `0o10`), `1e-5` and `.5` are
-numbers, `true` and `false` are the only truth values; `yes`, `on`, `1:30`, `1_000` and dates are text. Merge keys
-(`<<`) and `%YAML 1.1` are refused, as is a key that is set twice.
+Values in the file and on the command line follow YAML 1.2: `010` is 10 (octal is `0o10`), `1e-5` and `.5` are numbers,
+`true` and `false` are the only booleans; `yes`, `on`, `1:30`, `1_000` and dates are text. Merge keys (`<<`),
+`%YAML 1.1` and a key that is set twice are refused.
 """
 
 
@@ -98,7 +98,7 @@ def page() -> str:
             assert isinstance(kind, type)
             lines += [f"## {field.name}", "", *table(kind), ""]
             for key, entry in entries_of(kind).items():
-                lines += [f"### An entry of `{field.name}.{key}`", "", "A plain text is short for `{path: TEXT}`.", "",
+                lines += [f"### An entry of `{field.name}.{key}`", "", "A string is short for `{path: STRING}`.", "",
                           *table(entry), ""]
     return "\n".join(lines)
 
