@@ -17,9 +17,9 @@ PAGE = REPOSITORY / "docs" / "settings.md"
 HEAD = """# Settings of a run
 
 Every key of the YAML file that `megatron-embed train`, `plan`, `doctor --config` and `data check` read. On the command
-line a key is set with `section.key=value`. An unknown key, a value of a wrong type or out of range ends the program with
-exit code 2 and one line with file, line and key; settings without any effect are refused too. This page is generated
-from `megatron_embed/config/` by `tools/settings_page.py`.
+line a key is set with `section.key=value`. An unknown key, a value of a wrong type or out of range ends the program
+with exit code 2 and one line with file, line and key; settings without any effect are refused too. This page is
+generated from `megatron_embed/config/` by `tools/settings_page.py`.
 
 Values in the file and on the command line follow YAML 1.2: `010` is 10 (octal is `0o10`), `1e-5` and `.5` are numbers,
 `true` and `false` are the only booleans; `yes`, `on`, `1:30`, `1_000` and dates are text. Merge keys (`<<`),
