@@ -69,7 +69,8 @@ def load_beir(directory: str, split: str = "test", *, drop_own_id: bool = False)
     folder = Path(directory)
     for path in (folder / name for name in FILES.values()):
         if not path.is_file():
-            raise DataError(f"{path}: no such file; a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
+            raise DataError(f"{path}: no such file; a BEIR folder contains corpus.jsonl, queries.jsonl and "
+                            "qrels/SPLIT.tsv")
     qrels_path = require_split(folder, split)
     texts = DocumentsOnDisk(str(folder / FILES["document"]), "BEIR folder")
     queries = _read_texts(folder / FILES["query"])

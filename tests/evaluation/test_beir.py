@@ -111,7 +111,7 @@ def test_missing_files_say_what_is_there(tmp_path):
     with pytest.raises(DataError, match=r"qrels/train\.tsv: no such file; splits that exist: dev, test$"):
         load_beir(folder, split="train")
     (tmp_path / "queries.jsonl").unlink()
-    with pytest.raises(DataError, match=r"queries\.jsonl: no such file; a BEIR folder holds"):
+    with pytest.raises(DataError, match=r"queries\.jsonl: no such file; a BEIR folder contains"):
         load_beir(folder)
     with pytest.raises(DataError, match=r"nowhere/corpus\.jsonl: no such file"):
         load_beir(str(tmp_path / "nowhere"))

@@ -112,7 +112,7 @@ BOTH = [
 
 @pytest.mark.parametrize("row", BOTH, ids=[list(row)[1] for row in BOTH])
 def test_an_id_on_both_sides_is_refused_with_its_line_and_counted(tmp_path, capsys, row):
-    """By training of both kinds and by mining; `data check` counts it."""
+    """Training of both kinds and mining refuse it; `data check` counts it."""
     path = write(tmp_path / "rows.jsonl", [row])
     for kind in ("contrastive", "rerank"):
         with pytest.raises(DataError, match=r"rows\.jsonl:1: id '7' is that of a positive and of a negative; a doc"):

@@ -25,12 +25,12 @@ OPTIONS = {
 
 
 def opinion(query, document):
-    """A probability of its own for every pair, that has little to do with the vectors'."""
+    """A probability for each pair, unrelated to the vectors."""
     return zlib.crc32(f"{query} {document}".encode()) / 2**32
 
 
 class Opinions:
-    """As much of a CrossEncoder as mining uses."""
+    """The part of a CrossEncoder that mining uses."""
 
     def predict(self, pairs, **options):
         assert options["convert_to_tensor"]

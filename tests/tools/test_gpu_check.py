@@ -89,8 +89,8 @@ def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys, decod
 
 def test_one_gpu_leaves_layouts_out_and_nothing_is_claimed_without_a_reference(tool, monkeypatch, tmp_path):
     machine = tool.Machine(cuda=True, ranks=1, deadline=time.monotonic() + 60, folder=tmp_path)
-    asked = []
-    monkeypatch.setattr(tool.Machine, "train", lambda self, overrides, log, **options: asked.append(log) or curve())
+    logs = []
+    monkeypatch.setattr(tool.Machine, "train", lambda self, overrides, log, **options: logs.append(log) or curve())
     table = tool.Table("title", None)
     tool.compare_curves("model", machine, table)
     checks = {what: (result, verdict) for what, result, verdict in table.rows}
@@ -99,7 +99,7 @@ def test_one_gpu_leaves_layouts_out_and_nothing_is_claimed_without_a_reference(t
     assert checks["bfloat16, optimizer in host memory"][1] == "yes"
     for name in ("te", "precision-aware optimizer"):
         assert checks[f"bfloat16, {name}"] == ("Transformer Engine is not installed", "not run")
-    assert not [log for log in asked if log.endswith("_2")]
+    assert not [log for log in logs if log.endswith("_2")]
     table = tool.Table("title", None, "TP 2|flash")
     tool.compare_curves("model", machine, table)
     assert [what for what, *_ in table.rows][1:] == ["bfloat16, flash", "float32, TP 2"]
