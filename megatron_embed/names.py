@@ -1,4 +1,4 @@
-"""Every closed set of names that several packages share, in the spelling of configurations and exports."""
+"""Names and constants that several packages share; closed sets in the spelling of configurations and exports."""
 
 from typing import Literal
 
@@ -19,3 +19,8 @@ Direction = Literal["query_to_document", "query_to_query", "document_to_document
 """What InfoNCE compares: the anchors, then the columns."""
 Hardness = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 """The negative documents that InfoNCE weights by their similarity."""
+
+HEAD_PREFIX = "model.head."
+"""Beginning of the checkpoint keys of a reranker's head."""
+LOSS_TILE_ELEMENTS = 1 << 24
+"""Similarities that a contrastive loss computes at once: 64 MiB of float32, whatever the number of candidates."""

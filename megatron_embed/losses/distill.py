@@ -24,12 +24,12 @@ def kl_distillation(student: Tensor, teacher: Tensor, valid: Tensor, temperature
     Args:
         student: [queries, most documents], similarities.
         teacher: [queries, most documents], scores.
-        valid: [queries, most documents] bool, false where there is no document.
+        valid: [queries, most documents] bool, false in the padding.
         temperature: divides the student's similarities, > 0.
         teacher_temperature: divides the teacher's scores, > 0.
     """
     absent = float("-inf")
-    found = torch.log_softmax((student / temperature).masked_fill(~valid, absent), dim=1).masked_fill(~valid, 0.0)
+    predicted = torch.log_softmax((student / temperature).masked_fill(~valid, absent), dim=1).masked_fill(~valid, 0.0)
     wanted = torch.log_softmax((teacher / teacher_temperature).masked_fill(~valid, absent), dim=1)
     weight = wanted.exp()
-    return (weight * (wanted.masked_fill(~valid, 0.0) - found)).sum(dim=1) * temperature**2
+    return (weight * (wanted.masked_fill(~valid, 0.0) - predicted)).sum(dim=1) * temperature**2

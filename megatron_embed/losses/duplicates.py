@@ -1,4 +1,4 @@
-"""Which candidates are no negatives of a query because some row gives it their text as a positive."""
+"""Mask of candidates that are not negatives of a query because some row gives it their text as a positive."""
 
 from dataclasses import dataclass
 
@@ -17,12 +17,12 @@ class DuplicateMask:
     positive_index: Tensor
     """[rows] int64, candidate that is each row's positive; never excluded."""
     candidate_text: Tensor
-    """[candidates] int64 >= 0, number of each candidate's text: equal text, equal number."""
+    """[candidates] int64 >= 0, index of each candidate's text: equal text, equal index."""
     num_texts: int
     given_text: Tensor
-    """[given] int64, numbers of the texts given as positives, those of one query text together."""
+    """[given] int64, indices of the texts given as positives, those of one query text together."""
     first_given: Tensor
-    """[rows] int64, where in `given_text` the texts of each row's query begin."""
+    """[rows] int64, first position in `given_text` of the texts of each row's query."""
     num_given: Tensor
     """[rows] int64, how many there are."""
 
@@ -48,10 +48,10 @@ def duplicate_mask(query_ids: Tensor, positive_index: Tensor, document_ids: Tens
     """
     texts, candidate_text = torch.unique(document_ids, return_inverse=True)
     pairs = torch.unique(given, dim=0)  # sorted by query, then by text
-    place = torch.searchsorted(texts, pairs[:, 1].contiguous()).clamp(max=max(0, len(texts) - 1))
-    known = texts[place] == pairs[:, 1]  # other positives of a row need not be among the candidates
+    text = torch.searchsorted(texts, pairs[:, 1].contiguous()).clamp(max=max(0, len(texts) - 1))
+    known = texts[text] == pairs[:, 1]  # other positives of a row need not be among the candidates
     queries = pairs[known, 0]
     first = torch.searchsorted(queries, query_ids)
     return DuplicateMask(
-        positive_index=positive_index, candidate_text=candidate_text, num_texts=len(texts), given_text=place[known],
+        positive_index=positive_index, candidate_text=candidate_text, num_texts=len(texts), given_text=text[known],
         first_given=first, num_given=torch.searchsorted(queries, query_ids, right=True) - first)

@@ -1,4 +1,4 @@
-"""The interface between a step and its loss: the step, its two passes and its metrics know no more of it than this."""
+"""The interface between a step and its loss: all that the step, its two passes and its metrics know of it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

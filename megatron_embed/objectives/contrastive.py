@@ -26,7 +26,7 @@ from megatron_embed.parallel.collectives import sum_over
 
 NAMES = ("loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin", "masked_fraction",
          "negatives_per_query")
-"""In the order of InfoNCESums."""
+"""Metrics in the order of InfoNCESums."""
 
 
 class Contrastive(Objective[EmbedBatch]):
@@ -69,7 +69,7 @@ class Contrastive(Objective[EmbedBatch]):
         return split_by_micro_batch(batch)
 
     def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
-        """As the base class says; `embeddings` are those of the queries, then of the documents.
+        """See Objective; `embeddings` are those of the queries, then of the documents.
 
         Ranks may differ in their numbers of rows, but not in `batch.capacity`. One all-gather of embeddings and one
         reduce-scatter of their gradients over the data-parallel group, and two small collectives (numbers of rows, text

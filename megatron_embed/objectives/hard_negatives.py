@@ -51,8 +51,7 @@ class HardNegatives(Objective[EmbedBatch]):
         return split_by_micro_batch(batch)
 
     def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
-        """As the base class says; `embeddings` are those of the queries, then of the documents. One all-reduce of the
-        sums."""
+        """See Objective; `embeddings` are those of the queries, then of the documents. One all-reduce of the sums."""
         values, leaf = [], embeddings.detach().requires_grad_()
         with torch.enable_grad():
             weighted = leaf.new_zeros(())

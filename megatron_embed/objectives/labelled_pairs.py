@@ -55,7 +55,7 @@ class LabelledPairs(Objective[EmbedBatch]):
         return split_by_micro_batch(batch)
 
     def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
-        """As the base class says; `embeddings` are those of the pairs' first texts, then of the second ones.
+        """See Objective; `embeddings` are those of the pairs' first texts, then of the second ones.
 
         One all-reduce of the sums and, for a loss of all pairs together, one all-gather of similarities at all
         dimensions and labels.

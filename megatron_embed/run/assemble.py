@@ -114,15 +114,15 @@ def run_training_task(config: RunConfig, inputs: Inputs, topology: Topology, sto
                   agree=None if config.training.micro_batch_tokens is None else task.agree,
                   evaluate=evaluation_of(config, inputs, topology, gradients, task),
                   is_best=None if best is None else best.improves,
-                  is_over=lambda: best is not None and best.is_over, saver=saver, stop=stop)
-    health = Health(config, functools.partial(sources_of_step, inputs), log_directory(config),
-                    active=topology.rank == 0)
+                  is_over=lambda: best is not None and best.is_over, saver=saver, stop=stop, writer=writer,
+                  health=Health(config, functools.partial(sources_of_step, inputs), log_directory(config),
+                                active=topology.rank == 0))
     for model in models:
         model.train()
     # Without checkpoints there is nothing to finish: the ranks then leave at once.
     with task.loader, contextlib.nullcontext() if saver is None else finishing():
-        metrics = train(config, trainer, hooks, writer, topology, health, first_step=first_step,
-                        train_steps=inputs.last_step, evaluation_owed=inputs.standing.evaluation_owed)
+        metrics = train(config, trainer, hooks, topology, first_step=first_step, train_steps=inputs.last_step,
+                        evaluation_owed=inputs.standing.evaluation_owed)
     if metrics and task.show is not None:
         task.show()
     if config.checkpoint.export_at_end is not None:

@@ -76,7 +76,7 @@ def train_on_full_disk(arguments, run, place, rank):
 
 @pytest.mark.parametrize("place, rank, background", [
     ("tensors", 1, False), ("tensors", 0, True), ("link_tree", 0, False), ("write_atomically", 0, False),
-    ("make_room", 0, False)])
+    ("make_folder_on_free_disk", 0, False)])
 def test_disk_that_fills_up_during_a_save_ends_all_ranks_alike(model, tmp_path, place, rank, background):
     path = config_file(tmp_path, model, training={"train_steps": 4},
                        checkpoint={"save_every_steps": 2, "async_save": background},
@@ -120,7 +120,7 @@ def test_a_lock_that_finds_no_room_is_refused_on_all_ranks(model, tmp_path):
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / ".lock").symlink_to("/dev/full")
     assert_refused(run_on_ranks(command, 2, ["train", path]), f"checkpoint.directory = {str(tmp_path / 'run')!r}",
-                   ".lock cannot be written", "make room")
+                   ".lock cannot be written", "free disk space")
 
 
 def encode_on_full_disk(arguments):

@@ -54,7 +54,7 @@ def test_equals_a_loop_over_texts_in_every_tile(seed):
 def test_no_part_of_the_mask_is_larger_than_a_tile(monkeypatch):
     ids = random_ids(1)
     mask, sizes = duplicate_mask(*ids), []
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 2 * 23)
+    monkeypatch.setattr(module, "LOSS_TILE_ELEMENTS", 2 * 23)
     generator = torch.Generator().manual_seed(2)
     query, document = torch.randn(9, 4, generator=generator), torch.randn(23, 4, generator=generator)
 

@@ -75,7 +75,7 @@ def assert_tangents_agree(ours, theirs, vectors, tolerance):
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 def test_closed_form_gradients_equal_autograd(monkeypatch, dtype, tolerance, tile, excluded, temperature):
     if tile is not None:
-        monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+        monkeypatch.setattr(module, "LOSS_TILE_ELEMENTS", tile)
     query, document, positive, mask = random_batch(dtype=dtype, excluded=excluded)
     before = query.clone(), document.clone()
     sums, *found = gradients(query, document, positive, temperature, 11, mask)
@@ -142,7 +142,7 @@ def naive_sums(query, document, positive, temperature, excluded):
 @pytest.mark.parametrize("excluded", [False, True])
 @pytest.mark.parametrize("tile", [17, 1 << 20])
 def test_sums_are_what_their_names_say(monkeypatch, tile, excluded):
-    monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(module, "LOSS_TILE_ELEMENTS", tile)
     query, document, positive, mask = random_batch(9, 12, excluded=excluded, seed=3)
     query[:4] += 2 * document[positive[:4]]
     query = torch.nn.functional.normalize(query, dim=1)
@@ -245,7 +245,7 @@ ALL_SETTINGS = [ContrastiveSettings(temperature=0.2, directions=directions, **mo
 @pytest.mark.parametrize("number", range(len(ALL_SETTINGS)))
 def test_closed_form_of_every_variant_equals_autograd(monkeypatch, number, private, masked, tile, dtype, tolerance):
     if tile is not None:
-        monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+        monkeypatch.setattr(module, "LOSS_TILE_ELEMENTS", tile)
     groups, own_only = Groups(positives=2 if masked else 1), torch.tensor([False, True, False, False, True, False])
     weights = torch.linspace(0.3, 1.2, int(groups.is_positive.sum()), dtype=torch.float64)
     expected, found, _ = both_ways(groups, ALL_SETTINGS[number], weights=weights, dtype=dtype, private=private,

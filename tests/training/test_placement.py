@@ -316,7 +316,7 @@ def test_a_machine_that_has_no_place_for_it_is_refused(monkeypatch):
     config = run_config("m", dtype="bfloat16")
     offloaded, moments = (dataclasses.replace(config, optimizer=OptimizerConfig(**asked))
                           for asked in (OFFLOADED, AWARE))
-    for asked, words in ((offloaded, "cpu_offload = True: there is no GPU here"),
+    for asked, words in ((offloaded, "cpu_offload = True: this machine has no GPU"),
                          (moments, "precision_aware = True needs a GPU and Transformer Engine")):
         with pytest.raises(ConfigError, match=words):
             check_optimizer(asked, has_adapters=False, has_tied_head=False)
