@@ -1,4 +1,4 @@
-"""Helpers of tests/training/test_objective.py and other tests."""
+"""Helpers of tests/objectives/test_contrastive.py and other tests."""
 
 import dataclasses
 import itertools

@@ -1,5 +1,5 @@
 """The temperature and bias that a run trains: Adam's steps, CLIP's bound, and what is remembered. Their gradients under
-every layout: tests/training/test_losses.py; a resumed run: tests/checkpoint/test_resume.py."""
+every layout: tests/objectives/test_losses.py; a resumed run: tests/checkpoint/test_resume.py."""
 
 import json
 import math
