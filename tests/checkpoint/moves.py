@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.oracle import save_model as save_experts
+from tests.helpers.embedding_reference import save_model as save_experts
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import configuration, curve, go_back, train
 from tests.helpers.toys import layout, save_model

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from megatron_embed.config.schema import RunConfig
+from tests.helpers.families import token_states, whole_bin
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.token_states import token_states, whole_bin
 from tests.helpers.toys import random_texts, run_config
 
 LENGTHS = (5, 17, 3, 40, 41, 2, 16, 61, 17)

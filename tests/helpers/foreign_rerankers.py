@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.helpers.reranker_toys import save_reranker
-from tests.helpers.toys import MINILM
+from tests.helpers.toys import MINILM, save_reranker
 
 QUERY = "what is a quick fox"
 DOCUMENTS = ("The quick brown fox", "HELLO World of things", "a fox " * 60 + " end of document")

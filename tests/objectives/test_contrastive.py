@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.losses.info_nce import info_nce
-from tests.helpers.exactness import ROWS, build, counted_step, objective_settings
 from tests.helpers.objective_variants import VARIANTS, batch_of_rank, config_of, variants_on_ranks
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.step_reference import ROWS, build, counted_step, objective_settings
 from tests.helpers.toys import layout, run_config, save_model
 
 

@@ -6,10 +6,10 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 
 from megatron_embed.batch import Capacity, EmbedBatch
-from tests.helpers.exactness import ROWS
-from tests.helpers.loss_truth import LOSSES, TEACHER, settings_of
+from tests.helpers.loss_reference import LOSSES, TEACHER, settings_of
 from tests.helpers.objective_variants import config_of
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.step_reference import ROWS
 
 DIM = 32
 

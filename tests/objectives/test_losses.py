@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers.loss_truth import GRADIENT_BOUND, LAYOUTS, LOSSES, VALUE_BOUND, errors_under, truths
+from tests.helpers.loss_reference import GRADIENT_BOUND, LAYOUTS, LOSSES, VALUE_BOUND, errors_under, references
 from tests.helpers.ranks import run_on_ranks
 
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
-    return truths(tmp_path_factory.mktemp("losses"))
+    return references(tmp_path_factory.mktemp("losses"))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

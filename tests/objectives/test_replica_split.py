@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers.exactness import ROWS, build, counted_step, objective_settings
 from tests.helpers.objective_variants import VARIANTS, config_of, variant_batch, variants_on_ranks
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.step_reference import ROWS, build, counted_step, objective_settings
 from tests.helpers.toys import layout, run_config, save_model
 
 

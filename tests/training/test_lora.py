@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.adapter_truth import write_adapter
-from tests.helpers.cases import KINDS, Case, Layout
-from tests.helpers.exactness import ROWS, objective_settings
-from tests.helpers.oracle import Oracle
-from tests.helpers.oracle import save_model as save_experts
+from tests.helpers.adapter_reference import write_adapter
+from tests.helpers.embedding_reference import EmbeddingReference
+from tests.helpers.embedding_reference import save_model as save_experts
+from tests.helpers.exactness_cases import KINDS, Case, Layout
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.step_reference import ROWS, both_passes_of_runs, difference, objective_settings
 from tests.helpers.toys import MINILM, layout, open_model, run_config, save_model
-from tests.helpers.two_passes import both_passes_of_runs, difference
 
 FAST = (
     Case(kind="qwen3", layout=Layout(), micro_batches=2, adapters=True),
@@ -36,7 +35,7 @@ FAST = (
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    return Oracle(tmp_path_factory.mktemp("oracle"))
+    return EmbeddingReference(tmp_path_factory.mktemp("oracle"))
 
 
 def by_layout(cases):

@@ -11,11 +11,12 @@ from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import OptimizerConfig
 from megatron_embed.errors import ConfigError, PreemptedError
 from megatron_embed.training.optimizer import check_optimizer
-from tests.helpers.cases import KINDS, Case, Layout
-from tests.helpers.exactness import ROWS, build, gather_shards, objective_settings
-from tests.helpers.oracle import Oracle
+from tests.helpers.embedding_reference import EmbeddingReference
+from tests.helpers.exactness_cases import KINDS, Case, Layout
+from tests.helpers.gradient_errors import gather_shards
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import configuration, curve, export, train
+from tests.helpers.step_reference import ROWS, build, objective_settings
 from tests.helpers.toys import layout, run_config, save_model
 
 BUCKET = 3000
@@ -148,7 +149,7 @@ def test_gradients_equal_one_process(oracle, case):
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    return Oracle(tmp_path_factory.mktemp("oracle"))
+    return EmbeddingReference(tmp_path_factory.mktemp("oracle"))
 
 
 def test_a_run_writes_the_same_checkpoint(models, tmp_path):

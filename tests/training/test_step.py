@@ -8,9 +8,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.helpers import oracle
-from tests.helpers.exactness import NUM_NEGATIVES, ROWS, build, objective_settings, truth
+from tests.helpers.embedding_reference import save_model as save_experts
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.step_reference import NUM_NEGATIVES, ROWS, build, objective_settings, reference
 from tests.helpers.toys import layout, real_records, run_config, save_model, toy_tokenizer
 
 
@@ -22,9 +22,9 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(model, tmp_path_factory):
     """(loss, norm of the gradient of the whole model)."""
-    found = truth(model, tmp_path_factory.mktemp("gradients"))
-    tensors = load_file(f"{found.gradients}/model.safetensors")
-    return found.loss, math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+    one_process = reference(model, tmp_path_factory.mktemp("gradients"))
+    tensors = load_file(f"{one_process.gradients}/model.safetensors")
+    return one_process.loss, math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
 
 
 def steps(config, count):
@@ -113,7 +113,7 @@ def balance_of(directory, rows):
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
-    return str(oracle.save_model(tmp_path_factory.mktemp("models") / "moe", "qwen3_moe"))
+    return str(save_experts(tmp_path_factory.mktemp("models") / "moe", "qwen3_moe"))
 
 
 @pytest.mark.parametrize("ranks, sizes", [
