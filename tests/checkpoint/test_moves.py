@@ -86,8 +86,8 @@ def test_a_checkpoint_without_a_kind_of_parameters_is_refused():
     Kind(), Kind(distributed=False), Kind(adapters=ALL_MODULES), Kind(distributed=False, adapters=ALL_MODULES),
     Kind(adapters=EXPERTS_ALONE), Kind(distributed=False, adapters=EXPERTS_ALONE)], ids=str)
 def test_experts_go_on_at_every_layout(moves, kind):
-    found = {pair: moves(kind).difference(*pair) for pair in itertools.permutations(LAYOUTS, 2)}
-    assert {pair: difference for pair, difference in found.items() if difference >= BOUND} == {}
+    differences = {pair: moves(kind).difference(*pair) for pair in itertools.permutations(LAYOUTS, 2)}
+    assert {pair: difference for pair, difference in differences.items() if difference >= BOUND} == {}
 
 
 @pytest.mark.slow

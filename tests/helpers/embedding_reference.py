@@ -26,7 +26,7 @@ from tests.helpers.embedding_reference_ranks import RankResult, run_cases, token
 from tests.helpers.exactness_cases import BOUND, KINDS, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
 from tests.helpers.gradient_errors import largest_error, save_gradients
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.toys import MINI_EN, MINILM
+from tests.helpers.toys import MINI_EN, copy_tokenizer
 
 VOCABULARY = 30522
 _DECODER = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -136,8 +136,7 @@ def save_model(path: Path, kind: Kind, rows: Path | None = None) -> Path:
             scale = 1.0 if len(parameter) == VOCABULARY or "gate.weight" in name else 0.1
             parameter.add_(torch.randn_like(parameter) * scale)
     path.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        shutil.copy(MINILM / name, path)
+    copy_tokenizer(path)
     model.config.save_pretrained(path)
     if rows is not None:
         records = _records(rows, "short")

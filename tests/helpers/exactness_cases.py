@@ -164,7 +164,8 @@ def all_cases() -> list[Case]:
             if layout not in SINGLE and len(_kinds(layout)) == 1:
                 chosen = counts[:1] + counts[-1:]
             cases += [Case(kind=kind, layout=layout, micro_batches=count,
-                           distributed=(index + kind_index + turn) % 2 == 0, rows="masked" if (index + turn) % 2 else "short")
+                           distributed=(index + kind_index + turn) % 2 == 0,
+                           rows="masked" if (index + turn) % 2 else "short")
                       for turn, count in enumerate(chosen)]
         if "qwen3_moe" in _kinds(layout):
             cases.append(Case(kind="qwen3_moe", layout=layout, micro_batches=counts[-1], aux=AUX_COEFFICIENT,

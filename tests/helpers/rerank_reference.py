@@ -5,7 +5,6 @@ The reference scores one pair at a time. Its gradients are saved as a model dire
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from tests.helpers.gradient_errors import (
     squared_errors,
     squared_errors_of_adapters,
 )
-from tests.helpers.toys import MINI_EN, MINILM
+from tests.helpers.toys import MINI_EN, copy_tokenizer
 
 SIZES = (1, 16, 2, 5, 3, 1, 7, 4)
 """Documents of each query."""
@@ -112,8 +111,7 @@ def save_model(folder: Path, name: str) -> Path:
             parameter.add_(torch.randn_like(parameter) * (0.5 if large else small))
     path = folder / name
     path.mkdir()
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        shutil.copy(MINILM / file, path)
+    copy_tokenizer(path)
     model.save_pretrained(path)
     return path
 

@@ -20,8 +20,8 @@ def test_margin_mse_is_that_of_sentence_transformers(dtype, tolerance):
 
     def ours(query, positive, *negatives):
         near, wanted = (query * positive).sum(dim=1), scores.to(dtype)
-        return torch.stack([margin_mse(near, (query * negative).sum(dim=1), wanted[:, 0], wanted[:, place + 1])
-                            for place, negative in enumerate(negatives)]).mean()
+        return torch.stack([margin_mse(near, (query * negative).sum(dim=1), wanted[:, 0], wanted[:, index + 1])
+                            for index, negative in enumerate(negatives)]).mean()
 
     assert_equal(value_and_gradients(ours, *(part.to(dtype) for part in rows)), theirs, tolerance)
 

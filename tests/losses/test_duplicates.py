@@ -47,8 +47,8 @@ def test_equals_a_loop_over_texts_in_every_tile(seed):
     assert expected.any(dim=1).sum() > 4
     assert not expected.all()
     for tile in (1, 2, 4, 9):
-        found = torch.cat([mask.tile(first, min(first + tile, 9)) for first in range(0, 9, tile)])
-        assert torch.equal(found, expected)
+        mask_by_tiles = torch.cat([mask.tile(first, min(first + tile, 9)) for first in range(0, 9, tile)])
+        assert torch.equal(mask_by_tiles, expected)
 
 
 def test_no_part_of_the_mask_is_larger_than_a_tile(monkeypatch):

@@ -18,9 +18,9 @@ def known(tmp_path_factory):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_loss_is_that_of_one_process(known, name):
-    found = errors_under(*known, *LAYOUTS[name])
-    assert found.keys() == LOSSES.keys()
-    for loss, error in found.items():
+    errors = errors_under(*known, *LAYOUTS[name])
+    assert errors.keys() == LOSSES.keys()
+    for loss, error in errors.items():
         assert error.value <= VALUE_BOUND, loss
         assert error.gradient <= GRADIENT_BOUND, loss
 

@@ -83,7 +83,7 @@ def test_the_matrix_is_large_enough():
 def test_a_deliberate_mistake_fails_the_comparison(oracle, case, sabotage, smallest):
     (outcome,) = oracle.run([dataclasses.replace(case, sabotage=sabotage)])
     assert not outcome.exact
-    # Tensor-parallel twins as candidates double every document: the gradient stays, the loss gains ln 2.
+    # Candidates of tensor-parallel ranks double every document: the gradient stays, the loss gains ln 2.
     assert max(outcome.error, outcome.loss_error) > max(smallest, BOUND)
 
 

@@ -1,4 +1,4 @@
-"""The gradient of a step equals one process on the whole batch, for every layout and number of micro-batches."""
+"""The gradient of a step equals one process on the whole batch, for every layout and index of micro-batches."""
 
 import math
 
@@ -60,8 +60,8 @@ def name_of(case):
 
 @pytest.mark.parametrize("kind, case", [
     # test_exactness.py has both kinds under every layout.
-    pytest.param(kind, case, id=f"{name_of(case)}-{kind}", marks=() if kind == "qwen3" or number % 4 == 0 else
-                 pytest.mark.slow) for kind in KINDS for number, case in enumerate(CASES)])
+    pytest.param(kind, case, id=f"{name_of(case)}-{kind}", marks=() if kind == "qwen3" or index % 4 == 0 else
+                 pytest.mark.slow) for kind in KINDS for index, case in enumerate(CASES)])
 def test_gradients_equal_one_process(models, references, kind, case):
     ranks, sizes, size, distributed = case
     error = compare(models[kind], references[kind], ranks, sizes, size, distributed=distributed)
@@ -91,11 +91,11 @@ PLACES = {"one": layout(), "pp2": layout(pp=2), "tp2": layout(2), "tp2nosp": lay
 ALWAYS = ("qwen3 pp2", "bert tp2", "bert cp2")
 
 
-@pytest.mark.parametrize("kind, place", [
-    pytest.param(kind, place, marks=() if f"{kind} {place}" in ALWAYS else pytest.mark.slow)
-    for kind in KINDS for place in PLACES])
-def test_second_pass_and_recomputation_drop_what_the_first_dropped(models, kind, place):
-    sizes = PLACES[place]
+@pytest.mark.parametrize("kind, layout_name", [
+    pytest.param(kind, layout_name, marks=() if f"{kind} {layout_name}" in ALWAYS else pytest.mark.slow)
+    for kind in KINDS for layout_name in PLACES])
+def test_second_pass_and_recomputation_drop_what_the_first_dropped(models, kind, layout_name):
+    sizes = PLACES[layout_name]
 
     def config(recompute, hidden=0.2, attention=0.2):
         return run_config(models[kind], parallel=sizes, objective=objective_settings(),
