@@ -8,9 +8,8 @@ import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from megatron_embed.losses import info_nce as module
-from megatron_embed.losses.duplicates import duplicate_mask
 from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings, contrastive_gradients, info_nce
-from megatron_embed.losses.negatives import IgnoredColumns, answered_queries, duplicates_over
+from megatron_embed.losses.negatives import IgnoredColumns, answered_queries, duplicate_mask, duplicates_over
 from tests.helpers.contrastive_reference import contrastive_loss
 
 Q2D, Q2Q, D2D, D2Q = ("query_to_document", "query_to_query", "document_to_document", "document_to_query")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_embed.losses import info_nce as module
-from megatron_embed.losses.duplicates import duplicate_mask
 from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings, contrastive_gradients
+from megatron_embed.losses.negatives import duplicate_mask
 
 BIG = 2**63 - 5
 

@@ -1,7 +1,18 @@
-"""Losses that teach a query's similarities to its own documents from a teacher's scores (autograd). All pure."""
+"""Losses of a query with its own positive and hard negatives: triplet loss, and distillation from a teacher (autograd).
+
+All pure: no communication.
+"""
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
+
+
+def triplet(anchor: Tensor, positive: Tensor, negative: Tensor, margin: float) -> Tensor:
+    """[triplets] max(0, |anchor - positive| - |anchor - negative| + margin), Euclidean (Schroff et al. 2015,
+    arXiv:1503.03832)."""
+    near, far = (torch.linalg.vector_norm(anchor - other, dim=1) for other in (positive, negative))
+    return functional.relu(near - far + margin)
 
 
 def margin_mse(positive: Tensor, negative: Tensor, teacher_positive: Tensor, teacher_negative: Tensor) -> Tensor:
