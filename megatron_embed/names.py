@@ -20,7 +20,5 @@ Direction = Literal["query_to_document", "query_to_query", "document_to_document
 Hardness = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 """The negative documents that InfoNCE weights by their similarity."""
 
-HEAD_PREFIX = "model.head."
-"""Beginning of the checkpoint keys of a reranker's head."""
 LOSS_TILE_ELEMENTS = 1 << 24
 """Similarities that a contrastive loss computes at once: 64 MiB of float32, whatever the number of candidates."""

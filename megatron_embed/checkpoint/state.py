@@ -12,13 +12,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.checkpoint.optimizer_state import OptimizerRestore
-from megatron_embed.checkpoint.reading import check_description, install
+from megatron_embed.checkpoint.reading import HEAD_KEYS, check_description, install
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import is_adapter
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.models.file_checks import check_files
-from megatron_embed.names import HEAD_PREFIX
 from megatron_embed.objectives.learned_scale import LearnedScale
 from megatron_embed.parallel.collectives import raise_on_all_ranks
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, dist_checkpointing
@@ -105,7 +104,7 @@ def load_model(checkpoint: Path, models: Sequence[EmbeddingModel], *, with_head:
     `with_head`: a reranker's head too; `with_adapters`: LoRA adapters too; else they stay as they are.
     """
     def kept(name: str) -> bool:
-        return (with_head or not name.startswith(HEAD_PREFIX)) and (with_adapters or not is_adapter(name))
+        return (with_head or not name.startswith(HEAD_KEYS)) and (with_adapters or not is_adapter(name))
 
     state = {chunk: {name: value for name, value in values.items() if kept(name)}
              for chunk, values in model_state(models).items()}

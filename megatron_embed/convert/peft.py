@@ -24,11 +24,11 @@ from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.tables.transforms import nbytes
+from megatron_embed.convert.to_hf import HEAD_KEYS
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.foreign_tables import ADAPTER_CONFIG
-from megatron_embed.names import HEAD_PREFIX
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -221,7 +221,7 @@ def write_peft(src: str | Path, dst: str | Path, *, finish: Callable[[Path], obj
     prefix = "" if checkpoint.info.head is None else family.prefix
     places = {_peft_name(tensor, family, prefix): family.checkpoint_place(tensor.ours) for tensor in tensors}
     if checkpoint.info.head == "score":
-        places |= {_PREFIX + name: (HEAD_PREFIX + ours, None) for ours, name in score_names(family.name).items()}
+        places |= {_PREFIX + name: (HEAD_KEYS + ours, None) for ours, name in score_names(family.name).items()}
     with DcpReader(checkpoint.model) as reader:
         entries = [(name, reader.dtype(key), reader.shape(key) if index is None else reader.shape(key)[1:])
                    for name, (key, index) in places.items()]

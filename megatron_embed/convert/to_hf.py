@@ -23,8 +23,9 @@ from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.transforms import Context, PadVocabulary, Transform, nbytes
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape
-from megatron_embed.names import HEAD_PREFIX
 
+HEAD_KEYS = "model.head."
+"""Beginning of the keys of a reranker's head in a checkpoint."""
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 WRITTEN_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtypes that a model can be written in, by their names; null: as it is."""
@@ -195,8 +196,8 @@ def head_of(reader: DcpReader, checkpoint: CheckpointDirectory, family: Family, 
             raise CheckpointError(f"{checkpoint.path}: is a reranker's checkpoint (head {checkpoint.info.head}); use "
                                   "--format cross-encoder or --format hf")
         return None
-    keys = [key for key in reader.keys() if key.startswith(HEAD_PREFIX)]  # noqa: SIM118  a reader is no mapping
-    head = {key.removeprefix(HEAD_PREFIX): reader.read(key) for key in keys}
+    keys = [key for key in reader.keys() if key.startswith(HEAD_KEYS)]  # noqa: SIM118  a reader is no mapping
+    head = {key.removeprefix(HEAD_KEYS): reader.read(key) for key in keys}
     if not head and reranker.kind == "yes_no" and shape.tie_word_embeddings:
         assert reranker.token_ids is not None
         embeddings = reader.read(family.checkpoint_place(WORD_EMBEDDINGS)[0])
@@ -222,7 +223,7 @@ def progress(rows: list[Row], what: str) -> Iterable[Row]:
 def check_checkpoint(reader: DcpReader, rows: list[Row], directory: Path) -> None:
     """The checkpoint's model tensors are exactly those of the table, each of the right shape."""
     keys = set(reader.keys())
-    unnamed = {key for key in keys if key.startswith("model.") and not key.startswith(HEAD_PREFIX)}
+    unnamed = {key for key in keys if key.startswith("model.") and not key.startswith(HEAD_KEYS)}
     for row in rows:
         _check_row(reader, keys, row, directory)
         unnamed.discard(row.key)

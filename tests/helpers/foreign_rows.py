@@ -21,7 +21,7 @@ def our_rows(count: int = 12) -> Rows:
         if len(texts) == 3 and not texts & seen:
             seen |= texts
             rows.append({"query": row["query"], "positive": row["positive"][:1], "negatives": row["negatives"][:1],
-                         "instruction": INSTRUCTION})
+                          "instruction": INSTRUCTION})
         if len(rows) == count:
             return rows
     raise AssertionError("the sample has too few rows")
@@ -38,8 +38,8 @@ def message(text: object, role: str = "user") -> dict[str, object]:
 def passage(text: str, index: int) -> dict[str, object]:
     """Title and text that together are `text`."""
     title, _, rest = text.partition(" ")
-    return {"docid": str(index), "title": title, "text": rest} if index % 2 else {"docid": str(index), "title": "",
-                                                                                   "text": text}
+    parts = {"title": title, "text": rest} if index % 2 else {"title": "", "text": text}
+    return {"docid": str(index), **parts}
 
 
 def texts(row: dict[str, object]) -> tuple[str, str, str]:
@@ -47,7 +47,7 @@ def texts(row: dict[str, object]) -> tuple[str, str, str]:
 
 
 def as_lines(make: Callable[[int, str, str, str], dict[str, object]]) -> Callable[[Path, Rows], TrainFile]:
-    """A JSONL file of the rows that `make` makes of (number, query, positive, negative)."""
+    """A JSONL file of the rows that `make` makes of (index, query, positive, negative)."""
     def write(folder: Path, rows: Rows) -> TrainFile:
         path = folder / "rows.jsonl"
         path.write_bytes(lines([make(index, *texts(row)) for index, row in enumerate(rows)]))
@@ -56,8 +56,8 @@ def as_lines(make: Callable[[int, str, str, str], dict[str, object]]) -> Callabl
 
 
 def tevatron_ids(folder: Path, rows: Rows) -> TrainFile:
-    corpus = [passage(text, 2 * row_index + index) for row_index, row in enumerate(rows)
-              for index, text in enumerate(texts(row)[1:])]
+    corpus = [passage(text, 2 * index + position) for index, row in enumerate(rows)
+              for position, text in enumerate(texts(row)[1:])]
     (folder / "corpus.jsonl").write_bytes(lines(corpus[::-1]))
     file = as_lines(lambda i, q, p, n: {"query_id": str(i), "query_text": q, "query_image": None,
                                         "positive_document_ids": [str(2 * i)],
@@ -67,18 +67,18 @@ def tevatron_ids(folder: Path, rows: Rows) -> TrainFile:
 
 def beir(folder: Path, rows: Rows) -> TrainFile:
     (folder / "qrels").mkdir()
-    documents, queries, qrels = [], [], ["query-id\tcorpus-id\tscore"]
+    documents, queries, judgements = [], [], ["query-id\tcorpus-id\tscore"]
     for index, row in enumerate(rows):
         query, positive, negative = texts(row)
         queries.append({"_id": f"q{index}", "text": query})
-        documents += [{**passage(text, index + copy), "_id": f"d{index}{copy}"}
-                      for copy, text in enumerate((negative, positive))]
-        qrels += [f"q{index}\td{index}0\t0", f"q{index}\td{index}1\t2"]
+        documents += [{**passage(text, index + position), "_id": f"d{index}{position}"}
+                      for position, text in enumerate((negative, positive))]
+        judgements += [f"q{index}\td{index}0\t0", f"q{index}\td{index}1\t2"]
     for document in documents:
         del document["docid"]
     (folder / "corpus.jsonl").write_bytes(lines(documents[::-1]))
-    (folder / "queries.jsonl").write_bytes(lines([*queries[::-1], {"_id": "not labelled", "text": "x"}]))
-    (folder / "qrels" / "train.tsv").write_text("\n".join(qrels) + "\n", encoding="utf-8")
+    (folder / "queries.jsonl").write_bytes(lines([*queries[::-1], {"_id": "without judgement", "text": "x"}]))
+    (folder / "qrels" / "train.tsv").write_text("\n".join(judgements) + "\n", encoding="utf-8")
     return TrainFile(path=str(folder))
 
 
@@ -114,8 +114,8 @@ def hub_copy(folder: Path, rows: Rows) -> TrainFile:
     for name in ("data", "de"):
         (repository / name).mkdir(parents=True)
     half = len(rows) // 2
-    for shard, part in enumerate((rows[:half], rows[half:])):
-        file = repository / "data" / f"train-{shard:05d}-of-00002.parquet"
+    for index, part in enumerate((rows[:half], rows[half:])):
+        file = repository / "data" / f"train-{index:05d}-of-00002.parquet"
         datasets.Dataset.from_list(columns(part)).to_parquet(file)
     datasets.Dataset.from_list(columns(rows[half:])).to_parquet(repository / "de" / "rows.parquet")
     (repository / "README.md").write_text(
