@@ -61,7 +61,7 @@ def test_a_run_that_goes_back_forgets_what_came_later(tmp_path):
 def test_a_broken_value_is_refused(tmp_path):
     run_on_ranks(follow, 1, tmp_path, [0.1])
     (tmp_path / "best" / "best.json").write_text('{"step": ')
-    with pytest.raises(CheckpointError, match=r"best.json: not readable .*; remove .*best, and the best is sought"):
+    with pytest.raises(CheckpointError, match=r"best.json: not readable .*; remove .*best, and the best is searched"):
         BestCheckpoint(str(tmp_path), "ndcg@10", 1)
 
 
@@ -73,7 +73,7 @@ def test_of_losses_the_smallest_is_the_best(tmp_path, metric, first):
 
 
 def test_a_run_ends_after_as_many_evaluations_without_gain(tmp_path):
-    """All ranks decide alike, whatever the value that it has itself."""
+    """All ranks decide alike, whatever value each of them has."""
     results = run_on_ranks(follow_one_of_two, 2, tmp_path, [0.1, 0.3, 0.3, 0.2, 0.4, 0.1, float("nan"), 0.4, 0.9], 3)
     assert results == [[1, 2, 5, "over"]] * 2
     assert sorted(path.name for path in tmp_path.iterdir())[-1] == "step_000008"
