@@ -22,7 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from megatron_embed.platform.compat import MEGATRON_VERSION  # noqa: E402
-from tests.helpers.cases import (  # noqa: E402
+from tests.helpers.curves import loss_curve  # noqa: E402
+from tests.helpers.embedding_reference import EmbeddingReference, Outcome  # noqa: E402
+from tests.helpers.exactness_cases import (  # noqa: E402
     BOUND,
     CURVE_BOUND,
     CURVE_LAYOUTS,
@@ -32,8 +34,6 @@ from tests.helpers.cases import (  # noqa: E402
     Case,
     all_cases,
 )
-from tests.helpers.curves import loss_curve  # noqa: E402
-from tests.helpers.oracle import Oracle, Outcome  # noqa: E402
 from tests.helpers.ranks import shutdown_ranks  # noqa: E402
 
 STEPS_PER_POOL = 40
@@ -80,8 +80,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_cases(oracle: Oracle, cases: Sequence[Case]) -> list[tuple[Case, Outcome]]:
-    """Run every case, layout by layout, with a line of progress each."""
+def run_cases(oracle: EmbeddingReference, cases: Sequence[Case]) -> list[tuple[Case, Outcome]]:
+    """Every case, layout by layout, a line of progress each."""
     results, steps = [], 0
     for _, group in itertools.groupby(cases, key=lambda case: case.layout):
         same_layout = list(group)
@@ -112,7 +112,8 @@ def table(results: Sequence[tuple[Case, Outcome]]) -> str:
         micro_batches = case.micro_batches or " or ".join(map(str, sorted(set(outcome.bins))))
         lines.append(
             f"| {MODELS[case.kind]} | {case.layout} | {case.layout.ranks} | {micro_batches} | "
-            f"{'yes' if case.distributed else 'no'} | {case.aux:g} | {outcome.tokens} | {outcome.truth.candidates} | "
+            f"{'yes' if case.distributed else 'no'} | {case.aux:g} | {outcome.tokens} | "
+            f"{outcome.reference.candidates} | "
             f"{outcome.loss:.4f} | {outcome.loss_error:.0e} | {outcome.norm_error:.0e} | {case.repeats} | "
             f"{outcome.error:.1e} | `{outcome.worst}` | {notes(case)} |")
     return "\n".join(lines)
@@ -133,7 +134,7 @@ def main() -> int:
     arguments = parse_arguments()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        oracle = Oracle(Path(name))
+        oracle = EmbeddingReference(Path(name))
         results = run_cases(oracle, [case for case in all_cases() if arguments.only in str(case)])
         exact = all(outcome.exact for _, outcome in results)
         if not arguments.only:

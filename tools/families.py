@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
-from tests.helpers.convert_toys import tensors_of  # noqa: E402
 from tests.helpers.families import (  # noqa: E402
     BOUND,
     DECODERS,
@@ -31,6 +30,7 @@ from tests.helpers.families import (  # noqa: E402
     texts,
 )
 from tests.helpers.ranks import shutdown_ranks  # noqa: E402
+from tests.helpers.tensor_files import tensors_of  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 TABLE = re.compile(r"(?<=<!-- table -->\n).*?(?=\n<!-- end of table -->)", re.DOTALL)

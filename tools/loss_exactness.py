@@ -22,14 +22,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from megatron_embed.platform.compat import MEGATRON_VERSION  # noqa: E402
-from tests.helpers.loss_truth import (  # noqa: E402
+from tests.helpers.loss_reference import (  # noqa: E402
     GRADIENT_BOUND,
     LAYOUTS,
     LOSSES,
     VALUE_BOUND,
     Error,
     errors_under,
-    truths,
+    references,
 )
 from tests.helpers.ranks import shutdown_ranks  # noqa: E402
 
@@ -58,7 +58,7 @@ def table(by_layout: dict[str, dict[str, Error]]) -> str:
 def main() -> int:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
-        known = truths(Path(folder))
+        known = references(Path(folder))
         by_layout = {name: errors_under(*known, *sizes) for name, sizes in LAYOUTS.items()}
     shutdown_ranks()
     errors = [error for by_loss in by_layout.values() for error in by_loss.values()]

@@ -1,4 +1,4 @@
-"""Helpers of tests/evaluation/test_rerank_stage.py and other tests."""
+"""Vectors and scores that are functions of the text alone."""
 
 import zlib
 

@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from tests.helpers.convert_toys import assert_bit_equal, save_toy, tensors_of
-from tests.helpers.toys import REPOSITORY
+from tests.helpers.tensor_files import assert_bit_equal, tensors_of
+from tests.helpers.toys import REPOSITORY, save_toy
 
 spec = importlib.util.spec_from_file_location("convert_checkpoint", REPOSITORY / "tools" / "convert_checkpoint.py")
 front = importlib.util.module_from_spec(spec)

@@ -6,10 +6,10 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 
 from megatron_embed.batch import Capacity, EmbedBatch
-from tests.helpers.exactness import ROWS
-from tests.helpers.loss_truth import LOSSES, TEACHER, settings_of
+from tests.helpers.loss_reference import LOSSES, TEACHER, settings_of
 from tests.helpers.objective_variants import config_of
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.step_reference import ROWS
 
 DIM = 32
 
@@ -47,18 +47,18 @@ def batch_of_rank(rank, ranks, name):
 
 
 def gradients_on_rank(ranks):
-    """By loss: (its value, [queries, dim] gradient, [documents, dim] gradient) of this rank's share."""
+    """For each loss (its value, [queries, dim] gradient, [documents, dim] gradient) of this rank's share."""
     from megatron_embed.objectives.build import build_objective
 
-    found = {}
+    results = {}
     for name, loss in LOSSES.items():
         rows, batch = batch_of_rank(dist.get_rank(), ranks, name)
         config = config_of(settings_of(name), {"num_negatives": loss.num_negatives}, loss.dims)
         objective = build_objective(config, dist.group.WORLD, torch.device("cpu"))
         result = objective(rows, batch, total=objective.total(batch))
         gradient = result.embeddings
-        found[name] = (result.sums.metrics()["loss"], gradient[: batch.num_queries], gradient[batch.num_queries:])
-    return found
+        results[name] = (result.sums.metrics()["loss"], gradient[: batch.num_queries], gradient[batch.num_queries:])
+    return results
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -78,8 +78,8 @@ def test_gradients_of_rows_are_those_of_one_process(ranks):
             assert part[name][0] == pytest.approx(value.item(), rel=2e-6), name
         # A cosine's gradient goes through the norm, a dot product's does not: compare what lies across the vectors.
         documents = torch.cat([batch_of_rank(rank, ranks, name)[0][ROWS // ranks:] for rank in range(ranks)]).double()
-        for number, wanted, vectors in ((1, grad_query, query.double()), (2, expected, documents)):
-            found = torch.cat([part[name][number] for part in results]).double()
-            found, wanted = (rows - (rows * vectors).sum(dim=1, keepdim=True) * vectors for rows in (found, wanted))
+        for index, wanted, vectors in ((1, grad_query, query.double()), (2, expected, documents)):
+            ours = torch.cat([part[name][index] for part in results]).double()
+            ours, wanted = (rows - (rows * vectors).sum(dim=1, keepdim=True) * vectors for rows in (ours, wanted))
             assert wanted.norm() > 1e-3, name
-            assert (found - wanted).norm() <= 1e-5 * wanted.norm(), name
+            assert (ours - wanted).norm() <= 1e-5 * wanted.norm(), name

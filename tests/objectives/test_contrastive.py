@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.losses.info_nce import info_nce
-from tests.helpers.exactness import ROWS, build, counted_step, objective_settings
 from tests.helpers.objective_variants import VARIANTS, batch_of_rank, config_of, variants_on_ranks
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.step_reference import ROWS, build, counted_step, objective_settings
 from tests.helpers.toys import layout, run_config, save_model
 
 
@@ -19,8 +19,8 @@ def objective_on_rank(ragged, masked, total):
     embeddings, batch = batch_of_rank(dist.get_rank(), ragged)
     objective = build_objective(config_of({"temperature": 0.1, "mask_duplicates": masked}), dist.group.WORLD,
                                 torch.device("cpu"))
-    found = objective(embeddings, batch, total=total)
-    return found.sums, found.embeddings
+    result = objective(embeddings, batch, total=total)
+    return result.sums, result.embeddings
 
 
 def whole_mask(batches, positive):
@@ -65,16 +65,16 @@ def test_ranks_agree_with_one_process(world_size, ragged, masked):
 def test_every_variant_is_the_same_over_ranks(world_size):
     (whole,), parts = run_on_ranks(variants_on_ranks, 1, world_size), run_on_ranks(variants_on_ranks, world_size,
                                                                                    world_size)
-    for number, (metrics, gradient, _) in enumerate(whole):
-        shares = [part[number] for part in parts]
+    for index, (metrics, gradient, _) in enumerate(whole):
+        shares = [part[index] for part in parts]
         ours = torch.cat([rows[:queries] for _, rows, queries in shares]
                          + [rows[queries:] for _, rows, queries in shares])
         assert gradient.norm() > 0.01
-        assert (ours - gradient).norm() <= 1e-5 * gradient.norm(), VARIANTS[number]
+        assert (ours - gradient).norm() <= 1e-5 * gradient.norm(), VARIANTS[index]
         for share, _, _ in shares:
-            assert share == pytest.approx(metrics, rel=1e-5), VARIANTS[number]
-        dims = VARIANTS[number][2]
-        weights = VARIANTS[number][0].get("matryoshka_weights", (1.0,) * len(dims))
+            assert share == pytest.approx(metrics, rel=1e-5), VARIANTS[index]
+        dims = VARIANTS[index][2]
+        weights = VARIANTS[index][0].get("matryoshka_weights", (1.0,) * len(dims))
         if dims:
             parts_of_loss = [metrics[f"loss@{dim}"] * weight for dim, weight in zip(dims, weights, strict=True)]
             assert metrics["loss"] == pytest.approx(sum(parts_of_loss), rel=1e-6)

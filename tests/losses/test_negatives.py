@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_embed.losses import info_nce as module
-from megatron_embed.losses.duplicates import duplicate_mask
 from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings, contrastive_gradients
+from megatron_embed.losses.negatives import duplicate_mask
 
 BIG = 2**63 - 5
 
@@ -47,14 +47,14 @@ def test_equals_a_loop_over_texts_in_every_tile(seed):
     assert expected.any(dim=1).sum() > 4
     assert not expected.all()
     for tile in (1, 2, 4, 9):
-        found = torch.cat([mask.tile(first, min(first + tile, 9)) for first in range(0, 9, tile)])
-        assert torch.equal(found, expected)
+        mask_by_tiles = torch.cat([mask.tile(first, min(first + tile, 9)) for first in range(0, 9, tile)])
+        assert torch.equal(mask_by_tiles, expected)
 
 
 def test_no_part_of_the_mask_is_larger_than_a_tile(monkeypatch):
     ids = random_ids(1)
     mask, sizes = duplicate_mask(*ids), []
-    monkeypatch.setattr(module, "TILE_ELEMENTS", 2 * 23)
+    monkeypatch.setattr(module, "LOSS_TILE_ELEMENTS", 2 * 23)
     generator = torch.Generator().manual_seed(2)
     query, document = torch.randn(9, 4, generator=generator), torch.randn(23, 4, generator=generator)
 

@@ -1,5 +1,5 @@
-"""Every loss over the parameters of a model: one process, where Transformers embeds text by text in float64 and
-Sentence Transformers' loss, or the formula written out, is the reference; and a step of ours under some layout."""
+"""A step of every loss under a layout, and its reference: one process, where Transformers embeds text by text in
+float64 and Sentence Transformers, or the formula written out, computes the loss."""
 
 import copy
 import dataclasses
@@ -12,14 +12,15 @@ import transformers
 from sentence_transformers.sentence_transformer import losses as peers
 from sentence_transformers.sentence_transformer.losses.matryoshka import shrink
 
-from tests.helpers.exactness import ROWS, build, gather_shards, relative_error, squares
+from tests.helpers.gradient_errors import gather_shards, largest_error, save_gradients, squared_errors
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.step_reference import ROWS, build
 from tests.helpers.toys import batch_of, layout, real_records, run_config, save_model, toy_tokenizer
 
 SCORES = torch.tensor([0.5, 0.125, 1.0, 0.75, 0.25, 0.0, 1.0, 0.375, 0.625, 0.875, 0.5, 0.25], dtype=torch.float64)
 BINARY = (SCORES > 0.45).double()
 TEACHER = torch.sin(torch.arange(2.0 * ROWS, dtype=torch.float64) * 1.7)
-"""Of each row's positive, then of its hard negative."""
+"""Teacher's scores of each row's positive, then of its hard negative."""
 ALL = ("query_to_document", "query_to_query", "document_to_document", "document_to_query")
 PEER_NAMES = ("query_to_doc", "query_to_query", "doc_to_doc", "doc_to_query")
 LAYOUTS = {
@@ -47,7 +48,7 @@ def sigmoid(query, positive, negative):
 
 
 def learned_info_nce(query, positive, negative, log_scale):
-    """Over two widths, as CLIP's: logits = exp(log_scale) * similarity."""
+    """InfoNCE over two dimensions, with CLIP's scale: logits = exp(log_scale) * similarity."""
     return sum(weight * functional.cross_entropy(log_scale.exp() * shrink(query, dim) @ shrink(positive, dim).T,
                                                  torch.arange(ROWS)) for dim, weight in ((32, 1.0), (8, 0.5)))
 
@@ -75,8 +76,8 @@ def divergences(query, positive, negative):
     for row in range(ROWS):
         documents = torch.cat([positive[row : row + 1], *([negative[row]] if row in negative else [])])
         wanted = torch.softmax(TEACHER[2 * row : 2 * row + len(documents)] / 0.7, dim=0)
-        found = torch.log_softmax(documents @ query[row] / 0.5, dim=0)
-        terms.append(functional.kl_div(found, wanted, reduction="sum") * 0.25)
+        predicted = torch.log_softmax(documents @ query[row] / 0.5, dim=0)
+        terms.append(functional.kl_div(predicted, wanted, reduction="sum") * 0.25)
     return torch.stack(terms).mean()
 
 
@@ -87,7 +88,7 @@ class Loss:
     scores: torch.Tensor | None = None
     dims: tuple[int, ...] = ()
     scale: tuple[float, ...] = ()
-    """Of a loss that trains them: log(1 / temperature), and the bias if there is one."""
+    """Values that the loss trains: log(1 / temperature), and the bias if there is one."""
 
     @property
     def num_negatives(self):
@@ -117,7 +118,7 @@ LOSSES = {
                                            learned_sigmoid, scale=(-math.log(0.2), -3.0))}
 
 
-def rows_of_truth():
+def reference_rows():
     """Real rows; two of three with another row's positive as hard negative, less alike than the sample's own."""
     records = real_records(ROWS)
     return [dataclasses.replace(record, negatives=records[(row + 4) % ROWS].positive[:1] if record.negatives else ())
@@ -136,61 +137,60 @@ def embedded(model, tokenizer, texts, role):
 
 
 @dataclasses.dataclass(frozen=True)
-class Truth:
+class Reference:
+    """Loss and gradients of one process."""
+
     value: float
     gradients: str
-    """A directory whose "weights" are the gradients."""
-    of_scale: list[float]
-    """Gradients of what the loss trains itself."""
+    """Model directory whose "weights" are the gradients; see gradient_errors.py."""
+    scale_gradients: list[float]
+    """Gradients of the numbers that the loss trains itself."""
 
 
-def truths(folder: Path):
-    """(the model's directory, by loss what one process finds), written below `folder`."""
+def references(folder: Path):
+    """(the model's directory, reference of each loss), written below `folder`."""
     # Of 32 dimensions, texts would be so alike (cosine 0.9) that float32 keeps too few digits of their differences.
     directory = save_model(folder / "model", "bert", tokenizer=True, hidden_size=64)
     model = transformers.AutoModel.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager").eval()
-    records, tokenizer = rows_of_truth(), toy_tokenizer(directory)
+    records, tokenizer = reference_rows(), toy_tokenizer(directory)
     query = embedded(model, tokenizer, [record.query for record in records], "query")
     positive = embedded(model, tokenizer, [record.positive[0] for record in records], "document")
     negative = {row: embedded(model, tokenizer, [record.negatives[0]], "document")
                 for row, record in enumerate(records) if record.negatives}
-    parameters, found = list(model.parameters()), {}
+    parameters, references_by_loss = list(model.parameters()), {}
     for name, loss in LOSSES.items():
         leaves = loss.leaves()
         value = loss.reference(query, positive, negative, *leaves)
         gradients = torch.autograd.grad(value, [*parameters, *leaves], retain_graph=True, allow_unused=True)
         holder = copy.deepcopy(model)
-        with torch.no_grad():
-            for parameter, gradient in zip(holder.parameters(), gradients[: len(parameters)], strict=True):
-                parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
-        norm = sum(float(gradient.square().sum()) for gradient in gradients if gradient is not None) ** 0.5
-        assert norm > 1e-3, f"{name} has no gradient"
-        place = folder / name.replace(", ", "-")
-        holder.float().save_pretrained(place)
-        of_scale = [float(gradient) for gradient in gradients[len(parameters) :]]
-        assert all(abs(gradient) > 1e-3 for gradient in of_scale), name
-        found[name] = Truth(float(value.detach()), str(place), of_scale)
-    return directory, found
+        for parameter, gradient in zip(holder.parameters(), gradients[: len(parameters)], strict=True):
+            parameter.grad = gradient
+        path = folder / name.replace(", ", "-")
+        assert save_gradients(holder, path, unused=("pooler",)) > 1e-3, f"{name} has no gradient"
+        scale_gradients = [float(gradient) for gradient in gradients[len(parameters) :]]
+        assert all(abs(gradient) > 1e-3 for gradient in scale_gradients), name
+        references_by_loss[name] = Reference(float(value.detach()), str(path), scale_gradients)
+    return directory, references_by_loss
 
 
 def all_losses_on_rank(config, directories):
-    """By loss: (metrics, squares of this rank's parameters) of one step."""
+    """(metrics, squared errors of this rank's parameters) of one step of each loss."""
     from megatron_embed.objectives.build import build_objective
     from megatron_embed.parallel.topology import token_alignment
 
     built, _ = build(config)
-    topology, found = built.topology, {}
+    topology, results = built.topology, {}
     share = ROWS // topology.dp_size
     mine = slice(topology.dp_rank * share, (topology.dp_rank + 1) * share)
     for name, loss in LOSSES.items():
         chosen = run_config(config.model.path, objective=settings_of(name), matryoshka_dims=loss.dims,
                             data={"num_negatives": loss.num_negatives})
-        batch = batch_of(config.model.path, rows_of_truth()[mine],
+        batch = batch_of(config.model.path, reference_rows()[mine],
                          micro_batch_size=config.training.micro_batch_size, num_negatives=loss.num_negatives,
                          alignment=token_alignment(config.parallel), uniform_size=topology.pp_size > 1)
-        place = 2 * (batch.document_query + mine.start) + (~batch.is_positive).long()
+        teacher_index = 2 * (batch.document_query + mine.start) + (~batch.is_positive).long()
         batch = dataclasses.replace(batch, scores=None if loss.scores is None else loss.scores[mine],
-                                    teacher_scores=TEACHER[place])
+                                    teacher_scores=TEACHER[teacher_index])
         gradients = dataclasses.replace(built.gradients,
                                         objective=build_objective(chosen, topology.dp_group, topology.device,
                                                                   topology.model_parallel_groups))
@@ -198,34 +198,35 @@ def all_losses_on_rank(config, directories):
             chunk.zero_grad_buffer()
         sums = gradients(batch)
         gather_shards(built.wrapped)
-        found[name] = (sums.metrics(), squares(built, directories[name]))
-    return found
+        results[name] = (sums.metrics(), squared_errors(built.chunks, topology, Path(directories[name])))
+    return results
 
 
 @dataclasses.dataclass(frozen=True)
 class Error:
-    """Of one loss under one layout, against one process; the worst of all ranks."""
+    """Error of one loss under one layout, against one process; the worst of all ranks."""
 
     value: float
     """Relative."""
     gradient: float
-    """As in docs/exactness.md; of what the loss trains itself, relative."""
+    """See docs/exactness.md; relative for the numbers that the loss trains itself."""
 
 
 def errors_under(directory, expected, ranks, sizes, micro_batch_size):
-    """By loss; the last three as in LAYOUTS."""
+    """The error of each loss. `ranks`, `sizes`, `micro_batch_size`: see LAYOUTS."""
     config = run_config(directory, parallel=sizes, distributed=False,
                         training={"global_batch_size": ROWS, "micro_batch_size": micro_batch_size})
-    per_rank = run_on_ranks(all_losses_on_rank, ranks, config, {name: truth.gradients
-                                                                for name, truth in expected.items()})
-    found = {}
-    for name, truth in expected.items():
-        metrics = [part[name][0] for part in per_rank]
-        of_scale = [[values[key] for key in ("log_scale_gradient", "bias_gradient") if key in values]
-                    for values in metrics]
-        assert all(len(part) == len(truth.of_scale) for part in of_scale), name
-        scale = [abs(one - wanted) / abs(wanted) for part in of_scale
-                 for one, wanted in zip(part, truth.of_scale, strict=True)]
-        found[name] = Error(max(abs(values["loss"] / truth.value - 1) for values in metrics),
-                            max(relative_error([part[name][1] for part in per_rank]), *scale, 0.0))
-    return found
+    per_rank = run_on_ranks(all_losses_on_rank, ranks, config,
+                            {name: reference.gradients for name, reference in expected.items()})
+    errors = {}
+    for name, reference in expected.items():
+        metrics = [result[name][0] for result in per_rank]
+        gradients = [[values[key] for key in ("log_scale_gradient", "bias_gradient") if key in values]
+                     for values in metrics]
+        assert all(len(part) == len(reference.scale_gradients) for part in gradients), name
+        scale = [abs(gradient - wanted) / abs(wanted) for part in gradients
+                 for gradient, wanted in zip(part, reference.scale_gradients, strict=True)]
+        gradient_error, _ = largest_error([result[name][1] for result in per_rank])
+        errors[name] = Error(max(abs(values["loss"] / reference.value - 1) for values in metrics),
+                             max(gradient_error, *scale, 0.0))
+    return errors

@@ -1,7 +1,18 @@
-"""Losses that teach a query's similarities to its own documents from a teacher's scores (autograd). All pure."""
+"""Losses of a query with its own positive and hard negatives: triplet loss, and distillation from a teacher (autograd).
+
+All pure: no communication.
+"""
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
+
+
+def triplet(anchor: Tensor, positive: Tensor, negative: Tensor, margin: float) -> Tensor:
+    """[triplets] max(0, |anchor - positive| - |anchor - negative| + margin), Euclidean (Schroff et al. 2015,
+    arXiv:1503.03832)."""
+    near, far = (torch.linalg.vector_norm(anchor - other, dim=1) for other in (positive, negative))
+    return functional.relu(near - far + margin)
 
 
 def margin_mse(positive: Tensor, negative: Tensor, teacher_positive: Tensor, teacher_negative: Tensor) -> Tensor:
@@ -24,12 +35,12 @@ def kl_distillation(student: Tensor, teacher: Tensor, valid: Tensor, temperature
     Args:
         student: [queries, most documents], similarities.
         teacher: [queries, most documents], scores.
-        valid: [queries, most documents] bool, false where there is no document.
+        valid: [queries, most documents] bool, false in the padding.
         temperature: divides the student's similarities, > 0.
         teacher_temperature: divides the teacher's scores, > 0.
     """
     absent = float("-inf")
-    found = torch.log_softmax((student / temperature).masked_fill(~valid, absent), dim=1).masked_fill(~valid, 0.0)
+    predicted = torch.log_softmax((student / temperature).masked_fill(~valid, absent), dim=1).masked_fill(~valid, 0.0)
     wanted = torch.log_softmax((teacher / teacher_temperature).masked_fill(~valid, absent), dim=1)
     weight = wanted.exp()
-    return (weight * (wanted.masked_fill(~valid, 0.0) - found)).sum(dim=1) * temperature**2
+    return (weight * (wanted.masked_fill(~valid, 0.0) - predicted)).sum(dim=1) * temperature**2

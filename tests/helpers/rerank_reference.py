@@ -1,13 +1,10 @@
 """Gradients of a reranker's step under a layout against one process: Transformers' own classes in float64.
 
-The reference scores one pair at a time. As in oracle.py its gradients are saved as a model directory, and the error of
-a case is the largest, over all parameters, of |g - g*| / max(|g*|, 1e-6 |G*|) in L2 norms.
+The reference scores one pair at a time. Its gradients are saved as a model directory; gradient_errors.py compares.
 """
 
 import dataclasses
 import json
-import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +27,17 @@ from megatron_embed.data.pair_batches import build_rerank_batch, pairs_of
 from megatron_embed.data.pair_tokenizer import PairTokenizer
 from megatron_embed.data.records import RerankRecord
 from megatron_embed.losses.rerank import pad_groups
-from tests.helpers.adapter_truth import save_gradients, with_adapter, write_adapter
-from tests.helpers.toys import MINI_EN, MINILM
+from tests.helpers.adapter_reference import save_adapter_gradients, with_adapter, write_adapter
+from tests.helpers.gradient_errors import (
+    SquaredErrors,
+    gather_shards,
+    largest_error,
+    save_gradients,
+    squared_error,
+    squared_errors,
+    squared_errors_of_adapters,
+)
+from tests.helpers.toys import MINI_EN, copy_tokenizer
 
 SIZES = (1, 16, 2, 5, 3, 1, 7, 4)
 """Documents of each query."""
@@ -83,7 +89,9 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Truth:
+class Reference:
+    """Loss and gradients of one process."""
+
     loss: float
     norm: float
     gradients: str
@@ -103,8 +111,7 @@ def save_model(folder: Path, name: str) -> Path:
             parameter.add_(torch.randn_like(parameter) * (0.5 if large else small))
     path = folder / name
     path.mkdir()
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        shutil.copy(MINILM / file, path)
+    copy_tokenizer(path)
     model.save_pretrained(path)
     return path
 
@@ -114,19 +121,19 @@ def records(loss: str) -> list[RerankRecord]:
     rows = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()]
     texts = [row["positive"][0].split(". ")[0] for row in rows]
     generator = torch.Generator().manual_seed(2)
-    found, used = [], 0
-    for number, size in enumerate(SIZES):
+    lists, used = [], 0
+    for index, size in enumerate(SIZES):
         labels = torch.randint(0, 4, (size,), generator=generator).double()
         labels[0] = 3.0
         if loss == "pointwise":
             labels = labels / 3
-        found.append(RerankRecord(
-            query=rows[number]["query"], documents=(texts[number], *texts[100 + used : 99 + used + size]),
-            labels=tuple(labels.tolist()), instruction="find the answer" if number % 2 else None,
-            source=f"rows:{number + 1}", teacher_scores=tuple(torch.randn(size, generator=generator).tolist())))
+        lists.append(RerankRecord(
+            query=rows[index]["query"], documents=(texts[index], *texts[100 + used : 99 + used + size]),
+            labels=tuple(labels.tolist()), instruction="find the answer" if index % 2 else None,
+            source=f"rows:{index + 1}", teacher_scores=tuple(torch.randn(size, generator=generator).tolist())))
         used += size
-    assert sum(len(record.documents) for record in found) == sum(SIZES)
-    return found
+    assert sum(len(record.documents) for record in lists) == sum(SIZES)
+    return lists
 
 
 def tokenizer_of(directory: str | Path, model: str) -> PairTokenizer:
@@ -136,7 +143,7 @@ def tokenizer_of(directory: str | Path, model: str) -> PairTokenizer:
     return PairTokenizer(str(directory), template=template, max_length=MAX_LENGTH)
 
 
-def compute_truth(case: Case, folder: Path) -> Truth:
+def compute_reference(case: Case, folder: Path) -> Reference:
     """One process, float64, one pair at a time, autograd through the whole stock model."""
     from megatron_embed.objectives.reranking import loss_of
 
@@ -150,10 +157,10 @@ def compute_truth(case: Case, folder: Path) -> Truth:
         model = with_adapter(model, _adapter_of(case, folder))
     yes, no = tokenizer.token_of(YES, "yes"), tokenizer.token_of(NO, "no")
     scores = []
-    for number, ids in enumerate(rows.token_ids):
+    for index, ids in enumerate(rows.token_ids):
         inputs = {"input_ids": torch.tensor([ids])}
         if rows.token_types is not None:
-            inputs["token_type_ids"] = torch.tensor([rows.token_types[number]])
+            inputs["token_type_ids"] = torch.tensor([rows.token_types[index]])
         logits = model(**inputs).logits[0]
         scores.append(logits[0] if case.head == "score" else logits[-1, yes] - logits[-1, no])
     targets = [value for record in lists for value in
@@ -163,20 +170,10 @@ def compute_truth(case: Case, folder: Path) -> Truth:
         padded, pad_groups(torch.tensor(targets, dtype=torch.float64), SIZES)[0], valid).mean
     loss.backward()
     assert float(torch.stack(scores).detach().std()) > 0.1
-    path = folder / f"truth-{case.directory}-{case.loss}"
-    if case.adapters:
-        norm = save_gradients(model, folder / case.directory, path)
-        return Truth(loss=float(loss.detach()), norm=norm, gradients=str(path))
-    with torch.no_grad():
-        gradients = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                     for name, parameter in model.named_parameters()}
-        dead = [name for name, gradient in gradients.items() if not gradient.any()]
-        assert not dead, f"gradients that are 0 prove nothing: {dead}"
-        for name, parameter in model.named_parameters():
-            parameter.copy_(gradients[name])
-    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
-    model.float().save_pretrained(path)
-    return Truth(loss=float(loss.detach()), norm=norm, gradients=str(path))
+    path = folder / f"gradients-{case.directory}-{case.loss}"
+    norm = (save_adapter_gradients(model, folder / case.directory, path) if case.adapters else
+            save_gradients(model, path))
+    return Reference(loss=float(loss.detach()), norm=norm, gradients=str(path))
 
 
 def _adapter_of(case: Case, folder: Path) -> Path:
@@ -203,18 +200,16 @@ def run_config(case: Case, folder: str) -> RunConfig:
 
 
 def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
-    """On every rank: one real step; squares of (difference, reference) by parameter and shard, the loss, the norm."""
+    """One real step: squared errors, metrics, gradient norm, number of micro-batches. Called by all ranks."""
     from megatron_embed.loading.model_directory import find_model
     from megatron_embed.loading.reranker import load_reranker_chunks
     from megatron_embed.models.encoder import attention_kernel
     from megatron_embed.models.heads import HeadSpec
     from megatron_embed.objectives.reranking import Reranking
-    from megatron_embed.parallel.topology import initialize, token_alignment
-    from megatron_embed.training.bin_sync import agree_on_rerank_bins
+    from megatron_embed.parallel.topology import initialize
     from megatron_embed.training.grad_cache import GradCache
     from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
     from megatron_embed.training.step import seed_step
-    from tests.helpers.exactness import gather_shards
 
     config = run_config(case, folder)
     topology = initialize(config.parallel)
@@ -229,15 +224,7 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
                      objective=Reranking(config.objective.loss, config.reranker, topology.dp_group),
                      kernel=attention_kernel(config),
                      has_dropout=False)
-    share = len(SIZES) // topology.dp_size
-    packing = PackingSpec(micro_batch_size=case.micro_batch_size, alignment=token_alignment(config.parallel),
-                          uniform_size=topology.pp_size > 1, micro_batch_tokens=case.tokens)
-    batch: RerankBatch = build_rerank_batch(
-        records(case.loss)[topology.dp_rank * share : (topology.dp_rank + 1) * share], tokenizer, packing)
-    if case.tokens is not None:
-        batch = agree_on_rerank_bins(batch, topology)
-    if case.sabotage == "labels":
-        batch = dataclasses.replace(batch, labels=batch.labels.roll(1))
+    batch = _batch_of_rank(case, config, topology, tokenizer)
     for chunk in wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -251,89 +238,69 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     gather_shards(wrapped)
-    return {"squares": _squares(chunks, topology, gradients, spec), "metrics": metrics, "norm": norm,
-            "micro_batches": len(batch.micro_batches)}
+    return {"squared_errors": _squared_errors(chunks, topology, Path(gradients), spec), "metrics": metrics,
+            "norm": norm, "micro_batches": len(batch.micro_batches)}
 
 
-def _squares(chunks: Any, topology: Any, gradients: str, spec: Any) -> dict[tuple[str, int], tuple[float, float]]:
-    from megatron_embed.convert.head_tensors import read_head
-    from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
+def _batch_of_rank(case: Case, config: RunConfig, topology: Any, tokenizer: PairTokenizer) -> RerankBatch:
+    from megatron_embed.parallel.topology import token_alignment
+    from megatron_embed.training.bin_sync import agree_on_rerank_bins
+
+    share = len(SIZES) // topology.dp_size
+    packing = PackingSpec(micro_batch_size=case.micro_batch_size, alignment=token_alignment(config.parallel),
+                          uniform_size=topology.pp_size > 1, micro_batch_tokens=case.tokens)
+    batch = build_rerank_batch(
+        records(case.loss)[topology.dp_rank * share : (topology.dp_rank + 1) * share], tokenizer, packing)
+    if case.tokens is not None:
+        batch = agree_on_rerank_bins(batch, topology)
+    if case.sabotage == "labels":
+        batch = dataclasses.replace(batch, labels=batch.labels.roll(1))
+    return batch
+
+
+def _squared_errors(chunks: Any, topology: Any, gradients: Path, spec: Any) -> SquaredErrors:
+    """Errors of this rank's parameters, its head included."""
     from megatron_embed.convert.peft import is_peft_directory
-    from megatron_embed.models.encoder import padded_vocabulary
 
-    found: dict[tuple[str, int], tuple[float, float]] = {}
     if is_peft_directory(gradients):
-        return _squares_of_adapters(chunks, topology, Path(gradients), spec)
-    with HFDirectory(Path(gradients)) as source:
+        return squared_errors_of_adapters(chunks, topology, gradients) | _adapted_head_errors(chunks, gradients, spec)
+    return squared_errors(chunks, topology, gradients) | _head_errors(chunks, gradients, spec)
+
+
+def _head_errors(chunks: Any, gradients: Path, spec: Any) -> SquaredErrors:
+    from megatron_embed.convert.head_tensors import read_head
+    from megatron_embed.convert.hf_directory import HFDirectory
+
+    errors: SquaredErrors = {}
+    with HFDirectory(gradients) as source:
         for chunk in chunks:
-            parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
-                          if not name.startswith("head.")}
-            padded = padded_vocabulary(chunk.shape.vocab_size, topology.tp_size)
-            whole = dict(hf_weight_shards(source, names=parameters, tp_rank=0, tp_size=1,
-                                          padded_vocab_size=padded))
-            for name, shard in hf_weight_shards(source, names=parameters, tp_rank=topology.tp_rank,
-                                                tp_size=topology.tp_size, padded_vocab_size=padded):
-                place = topology.tp_rank if shard.numel() < whole[name].numel() else 0
-                found[name, place] = _pair(parameters[name], shard)
             if chunk.head is not None and chunk.head.weight is not None:
                 expected = read_head(source, source.family.name, spec.kind,
-                                     spec.token_ids if spec.kind == "yes_no" else None, gradients)
+                                     spec.token_ids if spec.kind == "yes_no" else None, str(gradients))
                 for name, parameter in chunk.head.named_parameters():
-                    found[f"head.{name}", 0] = _pair(parameter, expected[name])
-    return found
+                    errors[f"head.{name}", 0] = squared_error(parameter, expected[name])
+    return errors
 
 
-def _squares_of_adapters(chunks: Any, topology: Any, gradients: Path,
-                         spec: Any) -> dict[tuple[str, int], tuple[float, float]]:
+def _adapted_head_errors(chunks: Any, gradients: Path, spec: Any) -> SquaredErrors:
+    """Errors of a classifier that is trained beside the adapters."""
     from megatron_embed.convert.head_tensors import score_names
     from megatron_embed.convert.peft import PeftAdapter
     from megatron_embed.convert.tables.lookup import rules_for
 
-    found: dict[tuple[str, int], tuple[float, float]] = {}
+    errors: SquaredErrors = {}
     for chunk in chunks:
-        parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
-                      if parameter.requires_grad}
-        adapters = [name for name in parameters if not name.startswith("head.")]
-        assert all(".lora." in name for name in adapters)
-        with PeftAdapter(gradients, rules_for(chunk.shape.family), chunk.shape) as source:
-            whole = dict(source.shards(adapters, tp_rank=0, tp_size=1, etp_rank=0, etp_size=1))
-            for name, shard in source.shards(adapters, tp_rank=topology.tp_rank, tp_size=topology.tp_size, etp_rank=0,
-                                             etp_size=1):
-                place = topology.tp_rank if shard.numel() < whole[name].numel() else 0
-                found[name, place] = _pair(parameters[name], shard)
-            if chunk.head is not None and spec.kind == "score":
+        trained = {name: parameter for name, parameter in chunk.global_parameters().items()
+                   if parameter.requires_grad and name.startswith("head.")}
+        assert chunk.head is None or (spec.kind == "score") == bool(trained)
+        if chunk.head is not None and spec.kind == "score":
+            with PeftAdapter(gradients, rules_for(chunk.shape.family), chunk.shape) as source:
                 for name, stored in score_names(chunk.shape.family).items():
-                    if f"head.{name}" in parameters:
-                        found[f"head.{name}", 0] = _pair(parameters[f"head.{name}"], source.read_head(stored))
-            assert chunk.head is None or (spec.kind == "score") == any(name.startswith("head.") for name in parameters)
-    return found
+                    if f"head.{name}" in trained:
+                        errors[f"head.{name}", 0] = squared_error(trained[f"head.{name}"], source.read_head(stored))
+    return errors
 
 
-def _pair(parameter: Any, expected: torch.Tensor) -> tuple[float, float]:
-    difference = parameter.main_grad.double() - expected.double()
-    return float(difference.square().sum()), float(expected.double().square().sum())
-
-
-def error_of(per_rank: list[dict[str, Any]], truth: Truth) -> tuple[float, str]:
-    """(largest relative error, its parameter); the shards of all ranks make up the whole model."""
-    shards: dict[tuple[str, int], tuple[float, float]] = {}
-    for rank in per_rank:
-        for key, pair in rank["squares"].items():
-            shards[key] = max(shards.get(key, (0.0, 0.0)), pair)
-    totals: dict[str, list[float]] = {}
-    for (name, _), pair in shards.items():
-        total = totals.setdefault(name, [0.0, 0.0])
-        total[0], total[1] = total[0] + pair[0], total[1] + pair[1]
-    whole = math.sqrt(sum(reference for _, reference in totals.values()))
-    assert math.isclose(whole, truth.norm, rel_tol=1e-5), (whole, truth.norm)
-    return max((math.sqrt(difference) / _size(math.sqrt(reference), whole), name)
-               for name, (difference, reference) in totals.items())
-
-
-def _size(gradient: float, whole: float) -> float:
-    """What an error is measured by.
-
-    A bias that shifts every score alike has no gradient under a loss of differences: 1e-17 of the whole in float64. The
-    rounding of a sum in float32 is 2e-9 of it, and no error of a layout.
-    """
-    return whole if gradient < 1e-12 * whole else max(gradient, 1e-6 * whole)
+def error_of(per_rank: list[dict[str, Any]], reference: Reference) -> tuple[float, str]:
+    """(largest relative error, its parameter)."""
+    return largest_error([rank["squared_errors"] for rank in per_rank], reference.norm, zero_gradients=True)

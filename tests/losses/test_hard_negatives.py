@@ -1,15 +1,25 @@
-"""Losses from a teacher's scores against Sentence Transformers' classes of the same names."""
+"""Triplet loss and losses from a teacher's scores against Sentence Transformers' classes of the same names."""
 
 import pytest
 import torch
-from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MarginMSELoss
+from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MarginMSELoss, TripletLoss
 
-from megatron_embed.losses.distill import kl_distillation, margin_mse
+from megatron_embed.losses.hard_negatives import kl_distillation, margin_mse, triplet
 from tests.helpers.loss_values import TOLERANCES, assert_equal, value_and_gradients, vectors
 
 
 def teacher(columns):
     return torch.randn(9, columns, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
+def test_triplet_is_that_of_sentence_transformers(dtype, tolerance):
+    rows, peer = vectors(3), TripletLoss(model=None, triplet_margin=0.8)
+    theirs = value_and_gradients(lambda *parts: peer.compute_loss_from_embeddings(list(parts), None), *rows)
+    ours = value_and_gradients(lambda *parts: triplet(*parts, 0.8).mean(), *(part.to(dtype) for part in rows))
+    assert_equal(ours, theirs, tolerance)
+    losses = triplet(*rows, 0.8)
+    assert 0 < int((losses == 0).sum()) < 9
 
 
 @pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
@@ -20,8 +30,8 @@ def test_margin_mse_is_that_of_sentence_transformers(dtype, tolerance):
 
     def ours(query, positive, *negatives):
         near, wanted = (query * positive).sum(dim=1), scores.to(dtype)
-        return torch.stack([margin_mse(near, (query * negative).sum(dim=1), wanted[:, 0], wanted[:, place + 1])
-                            for place, negative in enumerate(negatives)]).mean()
+        return torch.stack([margin_mse(near, (query * negative).sum(dim=1), wanted[:, 0], wanted[:, index + 1])
+                            for index, negative in enumerate(negatives)]).mean()
 
     assert_equal(value_and_gradients(ours, *(part.to(dtype) for part in rows)), theirs, tolerance)
 

@@ -6,49 +6,50 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers.exactness import ROWS, build, counted_step, objective_settings
 from tests.helpers.objective_variants import VARIANTS, config_of, variant_batch, variants_on_ranks
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.step_reference import ROWS, build, counted_step, objective_settings
 from tests.helpers.toys import layout, run_config, save_model
 
 
 def variants_on_replicas(replicas):
-    """As variants_on_ranks, by ranks of which each replica's hold the same rows."""
+    """The same as variants_on_ranks; the ranks of a replica hold the same rows."""
     from megatron_embed.objectives.build import build_objective
     from megatron_embed.objectives.replica_split import ReplicaSplit
     from megatron_embed.parallel.topology import ModelParallelGroups
 
     world, rank = dist.get_world_size(), dist.get_rank()
-    number = world // replicas
-    groups = [dist.new_group(list(range(start, start + number))) for start in range(0, world, number)]
-    across = [dist.new_group(list(range(offset, world, number))) for offset in range(number)]
-    split = ModelParallelGroups(tp_cp=groups[rank // number], tp_dp_cp=dist.group.WORLD)
-    found = []
+    replica_size = world // replicas
+    groups = [dist.new_group(list(range(start, start + replica_size))) for start in range(0, world, replica_size)]
+    across = [dist.new_group(list(range(offset, world, replica_size))) for offset in range(replica_size)]
+    split = ModelParallelGroups(tp_cp=groups[rank // replica_size], tp_dp_cp=dist.group.WORLD)
+    results = []
     for variant in VARIANTS:
-        rows, batch = variant_batch(rank // number, variant)
-        objective = build_objective(config_of(*variant), across[rank % number], torch.device("cpu"), split)
+        rows, batch = variant_batch(rank // replica_size, variant)
+        objective = build_objective(config_of(*variant), across[rank % replica_size], torch.device("cpu"), split)
         assert isinstance(objective, ReplicaSplit)
         assert objective.total(batch) == batch.num_queries * replicas
         result = objective(rows, batch, total=6.0)
-        found.append(SimpleNamespace(metrics=result.sums.metrics(), rows=result.embeddings, queries=batch.num_queries))
-    return found
+        results.append(SimpleNamespace(metrics=result.sums.metrics(), rows=result.embeddings,
+                                       queries=batch.num_queries))
+    return results
 
 
 @pytest.mark.parametrize("replicas, size", [(2, 2), (1, 4)], ids=["two replicas", "more ranks than queries"])
 def test_every_variant_is_that_of_one_process(replicas, size):
     (whole,) = run_on_ranks(variants_on_ranks, 1, replicas)
     ranks = run_on_ranks(variants_on_replicas, replicas * size, replicas)
-    for number, (metrics, gradient, _) in enumerate(whole):
-        parts = [rank[number] for rank in ranks]
+    for index, (metrics, gradient, _) in enumerate(whole):
+        parts = [rank[index] for rank in ranks]
         for part, first in zip(parts, (parts[rank - rank % size] for rank in range(len(parts))), strict=True):
             assert torch.equal(part.rows, first.rows), "ranks of a replica disagree"
         firsts = parts[::size]
         ours = torch.cat([part.rows[: part.queries] for part in firsts]
                          + [part.rows[part.queries:] for part in firsts])
         assert gradient.norm() > 0.01
-        assert (ours - gradient).norm() <= 1e-5 * gradient.norm(), VARIANTS[number]
+        assert (ours - gradient).norm() <= 1e-5 * gradient.norm(), VARIANTS[index]
         for part in parts:
-            assert part.metrics == pytest.approx(metrics, rel=1e-5), VARIANTS[number]
+            assert part.metrics == pytest.approx(metrics, rel=1e-5), VARIANTS[index]
 
 
 def messages_of_loss(config):

@@ -1,10 +1,10 @@
 """Gradients of one step under a layout against one process: Transformers' own model in float64, plain autograd.
 
-The reference embeds one text at a time and knows nothing of bins, ranks or passes. Its gradients are saved as a model
-directory, so that every rank reads the share that it must hold with the tables that its weights came with. The error of
-a case is the largest, over all parameters, of |g - g*| / max(|g*|, 1e-6 |G*|) in L2 norms, G* all gradients together.
+The reference embeds one text at a time, without bins, ranks or passes; it builds micro-batches and masks from the texts
+of the rows. Its gradients are saved as a model directory and compared by gradient_errors.py.
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -18,14 +18,15 @@ import transformers
 
 from megatron_embed.config.schema import TrainFile
 from megatron_embed.data.dataset import Record, open_records
+from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch, split_to_count
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.names import Pooling
-from tests.helpers.adapter_truth import save_gradients, with_adapter, write_adapter
-from tests.helpers.cases import BOUND, KINDS, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
-from tests.helpers.parts import Part, excluded_pairs, micro_batches_of, pools_of
-from tests.helpers.rank_side import Found, run_cases, tokenizer_of
+from tests.helpers.adapter_reference import save_adapter_gradients, with_adapter, write_adapter
+from tests.helpers.embedding_reference_ranks import RankResult, run_cases, tokenizer_of
+from tests.helpers.exactness_cases import BOUND, KINDS, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
+from tests.helpers.gradient_errors import largest_error, save_gradients
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.toys import MINI_EN, MINILM
+from tests.helpers.toys import MINI_EN, copy_tokenizer
 
 VOCABULARY = 30522
 _DECODER = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -52,8 +53,8 @@ _MODELS: dict[Kind, tuple[str, str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Truth:
-    """What one process finds."""
+class Reference:
+    """Loss and gradients of one process."""
 
     loss: float
     candidates: int
@@ -63,7 +64,7 @@ class Truth:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a case came to."""
+    """The result of a case."""
 
     error: float
     """Largest over the repeats."""
@@ -78,8 +79,8 @@ class Outcome:
     tokens: int
     """Real tokens of the largest micro-batch."""
     bins: tuple[int, ...]
-    """By rank: micro-batches before the ranks agreed on their number."""
-    truth: Truth
+    """Micro-batches of each rank before the ranks agreed on their number."""
+    reference: Reference
 
     @property
     def exact(self) -> bool:
@@ -87,7 +88,7 @@ class Outcome:
                 and self.norm_error <= BOUND)
 
 
-class Oracle:
+class EmbeddingReference:
     """Models, rows and references in a folder; made when first asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -96,27 +97,28 @@ class Oracle:
             _write_rows(folder / f"{name}.jsonl", rows)
         for kind in KINDS:
             save_model(folder / kind, kind, folder / "short.jsonl")
-        self._truths: dict[str, Truth] = {}
+        self._references: dict[str, Reference] = {}
 
-    def truth(self, case: Case) -> Truth:
-        """Loss and norm of the reference; its gradients lie in FOLDER/truth-NAME."""
+    def reference(self, case: Case) -> Reference:
+        """Loss and norm of the reference; its gradients lie in FOLDER/gradients-NAME."""
         if not (self.folder / case.kind).exists():
             save_model(self.folder / case.kind, case.kind, self.folder / "short.jsonl")
         if case.rows == "long" and not (self.folder / case.model).exists():
             _save_long_model(self.folder, case.kind)
         if case.adapters and not (self.folder / f"{case.model}-lora").exists():
             write_adapter(self.folder / f"{case.model}-lora", self.folder / case.model)
-        if case.truth not in self._truths:
-            self._truths[case.truth] = _compute_truth(case, self.folder)
-        return self._truths[case.truth]
+        if case.reference not in self._references:
+            self._references[case.reference] = _compute_reference(case, self.folder)
+        return self._references[case.reference]
 
     def run(self, cases: Sequence[Case], timeout_seconds: float = 600.0) -> list[Outcome]:
         """Outcomes of cases that share a layout, in one world."""
         assert len({case.layout for case in cases}) == 1
-        truths = [self.truth(case) for case in cases]
+        references = [self.reference(case) for case in cases]
         per_rank = run_on_ranks(run_cases, cases[0].layout.ranks, cases, str(self.folder),
                                 timeout_seconds=timeout_seconds)
-        return [_outcome([found[number] for found in per_rank], truth) for number, truth in enumerate(truths)]
+        return [_outcome([results[index] for results in per_rank], reference)
+                for index, reference in enumerate(references)]
 
 
 def save_model(path: Path, kind: Kind, rows: Path | None = None) -> Path:
@@ -134,8 +136,7 @@ def save_model(path: Path, kind: Kind, rows: Path | None = None) -> Path:
             scale = 1.0 if len(parameter) == VOCABULARY or "gate.weight" in name else 0.1
             parameter.add_(torch.randn_like(parameter) * scale)
     path.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        shutil.copy(MINILM / name, path)
+    copy_tokenizer(path)
     model.config.save_pretrained(path)
     if rows is not None:
         records = _records(rows, "short")
@@ -157,7 +158,7 @@ def _save_long_model(folder: Path, kind: Kind) -> None:
 
 def _records(path: Path, rows: str) -> list[Record]:
     records = open_records((TrainFile(path=str(path)),))
-    return [records[number] for number in range(ROWS[rows].count)]
+    return [records[row] for row in range(ROWS[rows].count)]
 
 
 Embeddings = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -186,9 +187,9 @@ def _embed_padded(model: torch.nn.Module, pooling: Pooling, records: Sequence[Re
            *tokenizer.tokenize([text for texts in documents for text in texts], "document").token_ids]
     lengths = torch.tensor([len(tokens) for tokens in ids])
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
-    places = torch.arange(padded.shape[1])
-    mask = places < lengths[:, None]
-    first, last = (places == 0).expand_as(mask), places == lengths[:, None] - 1
+    positions = torch.arange(padded.shape[1])
+    mask = positions < lengths[:, None]
+    first, last = (positions == 0).expand_as(mask), positions == lengths[:, None] - 1
     weights = {"lasttoken": last, "cls": first, "mean": mask}[pooling]
     states = model(padded, attention_mask=mask).last_hidden_state
     rows = torch.nn.functional.normalize((states * weights[:, :, None]).sum(dim=1), dim=1)
@@ -201,13 +202,13 @@ def _write_rows(path: Path, rows: Rows) -> None:
     source = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()]
     paragraphs = [row["positive"][0] if rows.joined > 1 else row["positive"][0].split(". ")[0] for row in source]
     written = []
-    for number in range(rows.count):
-        others = paragraphs[200 + 40 * number:]
-        documents = [" ".join([text, *others[(rows.joined - 1) * place:][:rows.joined - 1]])
-                     for place, text in enumerate([paragraphs[number], *others[:3]])]
-        most = rows.most_negatives[2 * number // rows.count]
-        written.append({"query": source[number]["query"], "positive": documents[:1],
-                        "negatives": documents[1:1 + min(number % 4, most)]})
+    for row in range(rows.count):
+        others = paragraphs[200 + 40 * row:]
+        documents = [" ".join([text, *others[(rows.joined - 1) * index:][:rows.joined - 1]])
+                     for index, text in enumerate([paragraphs[row], *others[:3]])]
+        most = rows.most_negatives[2 * row // rows.count]
+        written.append({"query": source[row]["query"], "positive": documents[:1],
+                        "negatives": documents[1:1 + min(row % 4, most)]})
     if rows.masked:
         _repeat_texts(written)
     path.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
@@ -216,19 +217,19 @@ def _write_rows(path: Path, rows: Rows) -> None:
 def _repeat_texts(rows: list[dict[str, Any]]) -> None:
     """Makes rows far from each other (so: of different ranks) share texts, in every way that a mask must see."""
     half = len(rows) // 2
-    for number in range(half):
-        row, other = rows[number], rows[number + half]
-        if number % 4 == 0:
+    for index in range(half):
+        row, other = rows[index], rows[index + half]
+        if index % 4 == 0:
             other["positive"] = row["positive"]
-        if number % 4 == 1:
+        if index % 4 == 1:
             other["query"] = row["query"]
-        if number % 4 == 2:
+        if index % 4 == 2:
             other["positive"] = other["positive"] + [row["negatives"][0]]
-        if number % 4 == 3:
+        if index % 4 == 3:
             row["negatives"][0], row["negatives"][1] = other["positive"][0], row["positive"][0]
 
 
-def _compute_truth(case: Case, folder: Path) -> Truth:
+def _compute_reference(case: Case, folder: Path) -> Reference:
     """One process, float64, one text at a time, InfoNCE by autograd, over all rows or each pool of negatives."""
     rows = ROWS[case.rows]
     records, tokenizer = _records(folder / f"{case.rows}.jsonl", case.rows), tokenizer_of(folder / case.model, rows)
@@ -255,20 +256,76 @@ def _compute_truth(case: Case, folder: Path) -> Truth:
                                                   model.config)
     total.backward()
     highest = sum(len(queries) * math.log(len(documents)) for queries, documents in pools) / len(query)
-    assert 0.3 < float(loss.detach()) < highest, f"{case.truth}: loss {float(loss.detach())}"
-    if case.adapters:
-        norm = save_gradients(model, folder / f"{case.model}-lora", folder / f"truth-{case.truth}")
-        return Truth(loss=float(loss.detach()), candidates=max(len(documents) for _, documents in pools), norm=norm)
-    with torch.no_grad():
-        gradients = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                     for name, parameter in model.named_parameters()}
-        dead = [name for name, gradient in gradients.items() if not gradient.any() and "pooler" not in name]
-        assert not dead, f"gradients that are 0 prove nothing: {dead}"
-        for name, parameter in model.named_parameters():
-            parameter.copy_(gradients[name])
-    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
-    model.float().save_pretrained(folder / f"truth-{case.truth}")
-    return Truth(loss=float(loss.detach()), candidates=max(len(documents) for _, documents in pools), norm=norm)
+    assert 0.3 < float(loss.detach()) < highest, f"{case.reference}: loss {float(loss.detach())}"
+    gradients = folder / f"gradients-{case.reference}"
+    norm = (save_adapter_gradients(model, folder / f"{case.model}-lora", gradients) if case.adapters else
+            save_gradients(model, gradients, unused=("pooler",)))
+    return Reference(loss=float(loss.detach()), candidates=max(len(documents) for _, documents in pools), norm=norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One micro-batch of one data-parallel rank."""
+
+    texts: tuple[int, ...]
+    """Indices of its texts; all texts are counted row by row: a query, then its documents."""
+    repeated: bool
+    """It only repeats a micro-batch, so that all ranks have as many."""
+
+
+def documents_of(record: Record) -> list[str]:
+    return [record.positive[0], *record.negatives[:NUM_NEGATIVES]]
+
+
+def micro_batches_of(case: Case, records: Sequence[Record], tokenizer: RoleTokenizer) -> list[list[Part]]:
+    """Micro-batches of each data-parallel rank. Under a token budget `data` packs them; nothing else of it is used."""
+    texts = list(itertools.accumulate((1 + len(documents_of(record)) for record in records), initial=0))
+    share = len(records) // case.layout.dp
+    rows = [range(rank * share, (rank + 1) * share) for rank in range(case.layout.dp)]
+    if case.tokens is None:
+        size = share // case.micro_batches
+        return [[Part(texts=tuple(range(texts[first], texts[first + size])), repeated=False)
+                 for first in mine[::size]] for mine in rows]
+    keep_groups_together = case.negatives == "micro_batch"
+    batches = [build_embed_batch([records[row] for row in mine], tokenizer,
+                                 PackingSpec(micro_batch_tokens=case.tokens, keep_groups_together=keep_groups_together),
+                                 DocumentsPerQuery(negatives=NUM_NEGATIVES)) for mine in rows]
+    count = max(len(batch.micro_batches) for batch in batches)
+    count += -count % (case.layout.pp if case.layout.vpp > 1 else 1)
+    parts = []
+    for mine, batch in zip(rows, batches, strict=True):
+        numbers = [texts[row] for row in mine]
+        numbers += [text for row in mine for text in range(texts[row] + 1, texts[row + 1])]
+        filled = split_to_count(batch, count, batch.micro_capacity, keep_groups_together=keep_groups_together)
+        parts.append([Part(texts=tuple(numbers[row] for row in micro.rows.tolist()), repeated=micro.repeated)
+                      for micro in filled.micro_batches])
+    return parts
+
+
+def pools_of(case: Case, micro_batches: Sequence[Sequence[Part]],
+             records: Sequence[Record]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(indices of queries, indices of the documents that they are compared with), each query once, ascending."""
+    is_query = [index == 0 for record in records for index in range(1 + len(documents_of(record)))]
+    queries = {text: index for index, text in enumerate(text for text, query in enumerate(is_query) if query)}
+    documents = {text: index for index, text in enumerate(text for text, query in enumerate(is_query) if not query)}
+    together = [set(queries) | set(documents)]
+    if case.negatives == "micro_batch":
+        together = [{text for part in parts if not part.repeated for text in part.texts}
+                    for parts in zip(*micro_batches, strict=True)]
+    pools = [tuple(torch.tensor(sorted(numbers[text] for text in texts & numbers.keys()))
+                   for numbers in (queries, documents)) for texts in together if texts]
+    assert sum(len(pool) for pool, _ in pools) == len(queries)
+    return pools
+
+
+def excluded_pairs(records: Sequence[Record]) -> torch.Tensor:
+    """[queries, documents] bool: documents whose text some row with the same query has as a positive, except a row's
+    own first positive."""
+    documents = [(row, index, text) for row, record in enumerate(records)
+                 for index, text in enumerate(documents_of(record))]
+    return torch.tensor([[
+        any(other.query == record.query and text in other.positive for other in records)
+        and (owner, index) != (row, 0) for owner, index, text in documents] for row, record in enumerate(records)])
 
 
 class _RouterLogits:
@@ -278,7 +335,7 @@ class _RouterLogits:
         self.texts: list[list[torch.Tensor]] = []
 
     def watch(self, model: torch.nn.Module) -> None:
-        """From now on every forward pass adds to the last text."""
+        """Add the logits of every later forward pass to the last text."""
         for name, module in model.named_modules():
             if name.endswith("mlp.gate"):
                 module.register_forward_hook(self._note)
@@ -296,12 +353,12 @@ def _embed_rows(model: torch.nn.Module, routers: "_RouterLogits | None", records
         positive.append(len(document))
         ids = [*tokenizer.tokenize([record.query], "query").token_ids,
                *tokenizer.tokenize(texts, "document").token_ids]
-        for number, tokens in enumerate(ids):
+        for index, tokens in enumerate(ids):
             if routers is not None:
                 routers.texts.append([])
             states = model(torch.tensor([tokens])).last_hidden_state[0]
             row = {"lasttoken": states[-1], "cls": states[0], "mean": states.mean(dim=0)}[pooling]
-            (document if number else query).append(torch.nn.functional.normalize(row, dim=0))
+            (document if index else query).append(torch.nn.functional.normalize(row, dim=0))
     return torch.stack(query), torch.stack(document), torch.tensor(positive)
 
 
@@ -319,27 +376,14 @@ def _auxiliary_loss(routers: _RouterLogits, micro_batches: Sequence[Part], confi
     return torch.stack(losses).sum() / len(micro_batches)
 
 
-def _outcome(found: Sequence[Found], truth: Truth) -> Outcome:
-    """Puts the ranks' shards together; of several copies of a shard the worst counts."""
-    errors = []
-    for repeat in range(len(found[0].squares)):
-        shards: dict[tuple[str, int], tuple[float, float]] = {}
-        for rank in found:
-            for key, pair in rank.squares[repeat].items():
-                shards[key] = max(shards.get(key, (0.0, 0.0)), pair)
-        totals: dict[str, list[float]] = {}
-        for (name, _), (difference, reference) in shards.items():
-            total = totals.setdefault(name, [0.0, 0.0])
-            total[0], total[1] = total[0] + difference, total[1] + reference
-        whole = math.sqrt(sum(reference for _, reference in totals.values()))
-        assert math.isclose(whole, truth.norm, rel_tol=1e-5), "the ranks' shards do not make up the whole model"
-        errors.append(max(((math.sqrt(difference) / max(math.sqrt(reference), 1e-6 * whole)
-                            if math.isfinite(difference) else math.inf), name)
-                          for name, (difference, reference) in totals.items()))
-    losses = [loss for rank in found for loss in rank.losses]
-    worst_loss = max(losses, key=lambda loss: abs(loss - truth.loss))
+def _outcome(results: Sequence[RankResult], reference: Reference) -> Outcome:
+    """The outcome of a case from all ranks' results."""
+    errors = [largest_error([rank.squared_errors[repeat] for rank in results], reference.norm)
+              for repeat in range(len(results[0].squared_errors))]
+    losses = [loss for rank in results for loss in rank.losses]
+    worst_loss = max(losses, key=lambda loss: abs(loss - reference.loss))
     return Outcome(
         error=max(errors)[0], worst=max(errors)[1], wrong_steps=sum(error > BOUND for error, _ in errors),
-        loss=worst_loss, loss_error=abs(worst_loss - truth.loss) / truth.loss,
-        norm_error=max(abs(rank.norm - truth.norm) for rank in found) / truth.norm,
-        tokens=max(rank.tokens for rank in found), bins=tuple(rank.bins for rank in found), truth=truth)
+        loss=worst_loss, loss_error=abs(worst_loss - reference.loss) / reference.loss,
+        norm_error=max(abs(rank.norm - reference.norm) for rank in results) / reference.norm,
+        tokens=max(rank.tokens for rank in results), bins=tuple(rank.bins for rank in results), reference=reference)

@@ -1,5 +1,5 @@
 """The temperature and bias that a run trains: Adam's steps, CLIP's bound, and what is remembered. Their gradients under
-every layout: tests/training/test_losses.py; a resumed run: tests/checkpoint/test_resume.py."""
+every layout: tests/objectives/test_losses.py; a resumed run: tests/checkpoint/test_resume.py."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from tests.helpers.toys import run_config
 
 GRADIENTS = [(0.3, -2.0), (-0.1, 0.5), (0.02, 0.1), (4.0, -0.3), (-0.2, 0.0)]
 RATES = [0.0, 1e-3, 2e-3, 1.5e-3, 1e-3]
-"""Of the model."""
+"""Learning rates of the model."""
 
 
 def scale(loss="sigmoid", **objective):

@@ -1,4 +1,4 @@
-"""What PEFT computes with LoRA adapters, and their gradients: the reference for ours.
+"""Reference for LoRA adapters: PEFT's own model and gradients.
 
 Adapters are written by hand in PEFT's format with one pair of matrices per linear layer and expert; PEFT loads them.
 """
@@ -83,18 +83,18 @@ def with_adapter(model: Any, path: Path) -> Any:
     return loaded.base_model.model.double().eval()
 
 
-def save_gradients(model: Any, adapter: Path, target: Path) -> float:
-    """Writes the gradients of an adapter, and of a head that is trained whole, like the adapter; gives their norm."""
+def save_adapter_gradients(model: Any, adapter: Path, target: Path) -> float:
+    """Save the gradients of an adapter, and of a head that is trained whole, like the adapter. Returns their norm."""
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or ".modules_to_save." in name for name in gradients)
-    dead = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
-    assert not dead, f"gradients that are 0 prove nothing: {dead}"
+    zero = [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
+    assert not zero, f"gradients that are 0 prove nothing: {zero}"
     tensors = {}
     for name in load_file(adapter / "adapter_model.safetensors"):
         own = name.removeprefix("base_model.model.")
         if ".lora_" not in own:
-            (found,) = (key for key in gradients if key.replace(".modules_to_save.default", "") == own)
-            tensors[name] = gradients[found]
+            (trained,) = (key for key in gradients if key.replace(".modules_to_save.default", "") == own)
+            tensors[name] = gradients[trained]
             continue
         module, matrix = own.removesuffix(".weight").rsplit(".lora_", 1)
         if ".experts." in module:

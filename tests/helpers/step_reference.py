@@ -1,4 +1,4 @@
-"""Gradients of a step under a layout, compared with one process: Transformers' own model in float64, plain autograd."""
+"""A training step of a toy model under a layout, and its reference: Transformers' model in float64, plain autograd."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ import torch.distributed as dist
 import transformers
 
 from megatron_embed.config.schema import ObjectiveConfig
+from tests.helpers.gradient_errors import gather_shards, save_gradients, squared_errors
 from tests.helpers.toys import Opened, batch_of, open_model, real_records, toy_tokenizer
 
 ROWS = 12
@@ -17,15 +18,15 @@ TEMPERATURE = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
-class Truth:
-    """What one process finds."""
+class Reference:
+    """Loss and gradients of one process."""
 
     loss: float
     gradients: str
-    """Directory in the model's own format whose "weights" are the gradients, so that every rank can read its shards."""
+    """Model directory whose "weights" are the gradients; see gradient_errors.py."""
 
 
-def truth(directory, folder, groups=None):
+def reference(directory, folder, groups=None):
     """Loss and gradients over the first ROWS rows: InfoNCE of whole `groups` of rows (all in one), averaged over them.
 
     Saves the gradients below `folder` through the Transformers model they belong to.
@@ -37,11 +38,8 @@ def truth(directory, folder, groups=None):
     loss.backward()
     candidates = [sum(1 + len(records[row].negatives[:NUM_NEGATIVES]) for row in group) for group in groups]
     assert 0.3 < float(loss.detach()) < sum(map(math.log, candidates)) / len(groups)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    model.float().save_pretrained(folder)
-    return Truth(loss=float(loss.detach()), gradients=str(folder))
+    save_gradients(model, folder, unused=("pooler",))
+    return Reference(loss=float(loss.detach()), gradients=str(folder))
 
 
 def _group_loss(model, tokenizer, records):
@@ -95,39 +93,8 @@ def build(config):
     return built, batch
 
 
-def gather_shards(wrapped):
-    """With the distributed optimizer each rank holds its shard of the summed gradients; afterwards all of them."""
-    for chunk in wrapped:
-        if not chunk.ddp_config.use_distributed_optimizer:
-            continue
-        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-            data_parallel = group.intra_distributed_optimizer_instance_group
-            for bucket in group.buckets:
-                shard = bucket.grad_data.chunk(data_parallel.size())[data_parallel.rank()].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, shard, group=data_parallel)
-
-
-def squares(built, gradients_directory):
-    """By parameter name: squared L2 norms of (difference to the truth, the truth), this rank's shard."""
-    from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
-    from megatron_embed.models.encoder import padded_vocabulary
-
-    topology, found = built.topology, {}
-    with HFDirectory(Path(gradients_directory)) as source:
-        for chunk in built.chunks:
-            parameters = chunk.global_parameters()
-            shards = hf_weight_shards(
-                source, names=parameters, tp_rank=topology.tp_rank, tp_size=topology.tp_size,
-                padded_vocab_size=padded_vocabulary(chunk.shape.vocab_size, topology.tp_size))
-            for name, shard in shards:
-                difference = parameters[name].main_grad.double() - shard.double()
-                found[name] = (float(difference.square().sum()), float(shard.double().square().sum()))
-            assert parameters.keys() <= found.keys()
-    return found
-
-
 def gradients_of_step(config, gradients_directory, wrong_factor=1.0):
-    """(mean loss, squares of every parameter of this rank) of one step's forward and backward passes."""
+    """(mean loss, squared errors of every parameter of this rank) of one step's forward and backward passes."""
     import megatron_embed.training.grad_cache as grad_cache
 
     built, batch = build(config)
@@ -138,24 +105,38 @@ def gradients_of_step(config, gradients_directory, wrong_factor=1.0):
     finally:
         grad_cache.surrogate_factor = original
     gather_shards(built.wrapped)
-    return sums.metrics()["loss"], squares(built, gradients_directory)
+    return sums.metrics()["loss"], squared_errors(built.chunks, built.topology, Path(gradients_directory))
 
 
-def relative_error(per_rank):
-    """max over tensors of |g - g*| / max(|g*|, 1e-6 |G*|), L2 norms, tensors put together from the ranks' shards.
+def both_passes(config, dropout_seed=None, replay=True):
+    """(embeddings that the last stage produced, one entry per micro-batch and pass; this rank's gradients)."""
+    import megatron_embed.training.grad_cache as grad_cache
+    from megatron_embed.training.step import seed_step
 
-    A tensor that several ranks hold counts as often in both norms.
-    """
-    totals: dict[str, list[float]] = {}
-    for part in per_rank:
-        for name, pair in part.items():
-            total = totals.setdefault(name, [0.0, 0.0])
-            total[0], total[1] = total[0] + pair[0], total[1] + pair[1]
-    whole = math.sqrt(sum(total for _, total in totals.values()))
-    assert whole > 0
-    nonzero = sum(total > 0 for _, total in totals.values())
-    assert nonzero >= 0.9 * len(totals), "gradients that are 0 prove nothing"
-    return max(math.sqrt(error) / max(math.sqrt(total), 1e-6 * whole) for error, total in totals.values())
+    built, batch = build(config)
+    if dropout_seed is not None:
+        seed_step(dropout_seed, 0, built.topology)
+    seen, original = [], grad_cache.set_all_rng_states
+    built.chunks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
+    if not replay:
+        grad_cache.set_all_rng_states = lambda *states: None
+    try:
+        built.gradients(batch)
+    finally:
+        grad_cache.set_all_rng_states = original
+    return seen, {name: parameter.main_grad.clone() for chunk in built.chunks
+                  for name, parameter in chunk.global_parameters().items() if parameter.requires_grad}
+
+
+def both_passes_of_runs(runs):
+    return [both_passes(*run) for run in runs]
+
+
+def difference(gradients, expected):
+    """Largest relative difference of two sets of gradients of one rank; see gradient_errors.py."""
+    whole = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
+    return max(float((gradients[name] - gradient).norm()) / max(float(gradient.norm()), 1e-6 * whole)
+               for name, gradient in expected.items())
 
 
 def objective_settings(**settings):

@@ -23,9 +23,9 @@ NUM_NEGATIVES = 3
 AUX_COEFFICIENT = 0.1
 Kind = Literal["qwen3", "bert", "qwen3_moe", "xlm-roberta", "qwen2", "llama", "mistral", "mixtral"]
 KINDS: tuple[Kind, ...] = ("qwen3", "bert", "qwen3_moe")
-"""Of the matrix."""
+"""Models of the matrix."""
 OTHER_KINDS: tuple[Kind, ...] = ("xlm-roberta", "qwen2", "llama", "mistral", "mixtral")
-"""With what the matrix does not hold: positions behind the padding id, biases, rope scaling, an attention window."""
+"""Models with other features: positions behind the padding id, biases, rope scaling, an attention window."""
 RECOMPUTE: tuple[Literal["selective", "full"], ...] = ("selective", "full")
 POOLINGS: dict[Kind, Pooling] = {
     "qwen3": "lasttoken", "bert": "cls", "qwen3_moe": "mean", "xlm-roberta": "mean", "qwen2": "mean",
@@ -34,7 +34,7 @@ POOLINGS: dict[Kind, Pooling] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Which rows a step takes."""
+    """The rows of a step."""
 
     count: int
     """Queries of the global batch; row r has r % 4 hard negatives, or as many as there may be."""
@@ -44,7 +44,7 @@ class Rows:
     """Paragraphs that make up a document."""
     temperature: float
     most_negatives: tuple[int, int] = (3, 3)
-    """Of the first and the second half of the rows."""
+    """Most hard negatives of a row in the first and the second half of the rows."""
     masked: bool = False
     """Queries, positives and documents repeat, and `objective.mask_duplicates` is on."""
 
@@ -111,7 +111,7 @@ class Case:
         return f"{self.kind}-long" if self.rows == "long" else self.kind
 
     @property
-    def truth(self) -> str:
+    def reference(self) -> str:
         """Name of the reference; only the auxiliary loss and negatives of a micro-batch depend on the micro-batches."""
         name = f"{self.kind}-{self.rows}{'-lora' if self.adapters else ''}"
         if self.aux or self.negatives == "micro_batch":
@@ -156,19 +156,20 @@ COMBINED = (
 def all_cases() -> list[Case]:
     """The matrix, cases of one layout together."""
     cases = []
-    for number, layout in enumerate((*SINGLE, *COMBINED)):
+    for index, layout in enumerate((*SINGLE, *COMBINED)):
         smallest = layout.pp if layout.vpp > 1 else 1
         counts = [count for count in (1, 2, 4) if count >= smallest and layout.dp * count <= ROWS["short"].count]
-        for place, kind in enumerate(_kinds(layout)):
-            chosen = counts if layout in SINGLE else [counts[(number + place) % len(counts)]]
+        for kind_index, kind in enumerate(_kinds(layout)):
+            chosen = counts if layout in SINGLE else [counts[(index + kind_index) % len(counts)]]
             if layout not in SINGLE and len(_kinds(layout)) == 1:
                 chosen = counts[:1] + counts[-1:]
-            cases += [Case(kind=kind, layout=layout, micro_batches=count, distributed=(number + place + turn) % 2 == 0,
-                           rows="masked" if (number + turn) % 2 else "short")
+            cases += [Case(kind=kind, layout=layout, micro_batches=count,
+                           distributed=(index + kind_index + turn) % 2 == 0,
+                           rows="masked" if (index + turn) % 2 else "short")
                       for turn, count in enumerate(chosen)]
         if "qwen3_moe" in _kinds(layout):
             cases.append(Case(kind="qwen3_moe", layout=layout, micro_batches=counts[-1], aux=AUX_COEFFICIENT,
-                              distributed=number % 2 == 1, rows="short" if number % 2 else "masked"))
+                              distributed=index % 2 == 1, rows="short" if index % 2 else "masked"))
     cases += [Case(kind=kind, layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=50) for kind in KINDS]
     cases += [Case(kind=kind, layout=Layout(cp=2), micro_batches=1, rows="long") for kind in KINDS]
     cases += [Case(kind=kind, layout=Layout(tp=2, pp=2), micro_batches=2, recompute=recompute)
@@ -183,9 +184,9 @@ TOKEN_LAYOUTS = (Layout(dp=2), Layout(dp=4), Layout(tp=2, dp=2), Layout(pp=2, dp
 
 def token_cases() -> list[Case]:
     """Bins filled by tokens, of which ranks have different numbers."""
-    cases = [Case(kind=kind, layout=layout, tokens=tokens, rows=rows, distributed=(number + turn) % 2 == 0)
-             for number, layout in enumerate(TOKEN_LAYOUTS) for turn, kind in enumerate(KINDS)
-             for tokens, rows in [((144, "masked"), (176, "short"), (128, "masked"))[(number + turn) % 3]]]
+    cases = [Case(kind=kind, layout=layout, tokens=tokens, rows=rows, distributed=(index + turn) % 2 == 0)
+             for index, layout in enumerate(TOKEN_LAYOUTS) for turn, kind in enumerate(KINDS)
+             for tokens, rows in [((144, "masked"), (176, "short"), (128, "masked"))[(index + turn) % 3]]]
     expert_layouts = (Layout(dp=2, ep=2), Layout(tp=2, dp=2, ep=2), Layout(pp=2, vpp=2, dp=2, ep=2))
     cases += [Case(kind="qwen3_moe", layout=layout, tokens=tokens, rows=rows, aux=aux) for layout in expert_layouts
               for tokens, rows, aux in ((128, "masked", 0.0), (176, "short", AUX_COEFFICIENT))]
@@ -198,9 +199,9 @@ def token_cases() -> list[Case]:
 
 def micro_batch_cases() -> list[Case]:
     """Negatives of one micro-batch over the data-parallel ranks, in one pass."""
-    cases = [Case(kind=kind, layout=layout, micro_batches=2 + 2 * (number % 2), negatives="micro_batch",
-                  rows="masked" if (number + turn) % 2 else "short", distributed=turn % 2 == 0)
-             for number, layout in enumerate((Layout(), *TOKEN_LAYOUTS, Layout(tp=2), Layout(pp=2), Layout(cp=2)))
+    cases = [Case(kind=kind, layout=layout, micro_batches=2 + 2 * (index % 2), negatives="micro_batch",
+                  rows="masked" if (index + turn) % 2 else "short", distributed=turn % 2 == 0)
+             for index, layout in enumerate((Layout(), *TOKEN_LAYOUTS, Layout(tp=2), Layout(pp=2), Layout(cp=2)))
              for turn, kind in enumerate(KINDS)]
     cases += [Case(kind=kind, layout=layout, tokens=tokens, negatives="micro_batch", rows=rows)
               for layout in (Layout(dp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vpp=2, dp=2))

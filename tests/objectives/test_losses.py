@@ -7,20 +7,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers.loss_truth import GRADIENT_BOUND, LAYOUTS, LOSSES, VALUE_BOUND, errors_under, truths
+from tests.helpers.loss_reference import GRADIENT_BOUND, LAYOUTS, LOSSES, VALUE_BOUND, errors_under, references
 from tests.helpers.ranks import run_on_ranks
 
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
-    return truths(tmp_path_factory.mktemp("losses"))
+    return references(tmp_path_factory.mktemp("losses"))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_loss_is_that_of_one_process(known, name):
-    found = errors_under(*known, *LAYOUTS[name])
-    assert found.keys() == LOSSES.keys()
-    for loss, error in found.items():
+    errors = errors_under(*known, *LAYOUTS[name])
+    assert errors.keys() == LOSSES.keys()
+    for loss, error in errors.items():
         assert error.value <= VALUE_BOUND, loss
         assert error.gradient <= GRADIENT_BOUND, loss
 
