@@ -86,7 +86,7 @@ class RecordFile(_Source):
         return len(self._rows)
 
     def _record(self, index: int) -> AnyRecord:
-        return self._reader.read(*self._rows.row(index))
+        return self._reader.read(*self._rows.row(index), trusted=self._rows.detects_changes)
 
 
 class BeirFile(_Source):
@@ -100,7 +100,7 @@ class BeirFile(_Source):
         self._rows = BeirRows(file.path, key)
         self.digest = self._rows.digest
         for index in range(len(self._rows)):
-            self._note(self._record(index))
+            self._note(self._reader.apply_defaults(self._rows.record(index)))
         logger.info("%s: %d rows of the format BEIR (corpus.jsonl, queries.jsonl, qrels/train.tsv)", file.path,
                     len(self))
         if self._rows.num_without_positive:
@@ -111,7 +111,7 @@ class BeirFile(_Source):
         return len(self._rows)
 
     def _record(self, index: int) -> AnyRecord:
-        return self._reader.finished(self._rows.record(index))
+        return self._reader.apply_defaults(self._rows.record(index), trusted=True)
 
 
 class _Part(_Source):
@@ -263,7 +263,7 @@ def read_texts(path: str, key: str = "--input") -> list[str]:
     """
     texts, ignored, with_title = [], set[str](), 0
     for line in read_lines(path, key):
-        source = f"{path}:{line.number}"
+        source = f"{path}:{line.line_number}"
         row = parse_object(line.raw, source)
         check_keys(row, ("text",), ("text",), source)
         text = text_of_document(row, source)
@@ -280,4 +280,4 @@ def read_texts(path: str, key: str = "--input") -> list[str]:
 
 def place_of_text(path: str, row: int, key: str = "--input") -> str:
     """FILE:LINE of text `row`, from 0, of `read_texts`; reads the file again."""
-    return f"{path}:{next(islice(read_lines(path, key), row, None)).number}"
+    return f"{path}:{next(islice(read_lines(path, key), row, None)).line_number}"

@@ -43,7 +43,7 @@ class BeirData:
         """FILE:LINE of a query or document; reads the file again."""
         path = str(Path(self.directory) / FILES[role])
         for line in read_lines(path, "BEIR folder"):
-            source = f"{path}:{line.number}"
+            source = f"{path}:{line.line_number}"
             if read_named_text(parse_object(line.raw, source), source).name == row_id:
                 return source
         raise DataError(f"{path}: _id = {shortened(row_id)} is gone; keep the file until the run ends")
@@ -128,7 +128,7 @@ def _read_texts(path: Path) -> dict[str, str]:
     """id -> text, with the title in front, of each row; all of them held."""
     texts: dict[str, str] = {}
     for line in read_lines(str(path), "BEIR folder"):
-        source = f"{path}:{line.number}"
+        source = f"{path}:{line.line_number}"
         name, text = read_named_text(parse_object(line.raw, source), source)
         if name in texts:
             raise DataError(f"{source}: _id = {shortened(name)}: an earlier line has this id; ids are unique in a file")

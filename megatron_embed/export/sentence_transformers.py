@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_embed.convert.checkpoint_directory import drop_standard_modules, read_json, write_json
-from megatron_embed.convert.storage.safetensors_file import first_line
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.models.file_checks import check_tokenizer_names
 from megatron_embed.models.saved_settings import SavedSettings
 from megatron_embed.names import Pooling

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_embed.convert.checkpoint_directory import read_json
-from megatron_embed.convert.storage.safetensors_file import first_line
 from megatron_embed.convert.tables.lookup import rules_for
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.models.families import model_shape
 
 

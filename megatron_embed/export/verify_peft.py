@@ -8,8 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.storage.safetensors_file import first_line
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.export.verify import mean_of_tokens, without_bars
 
 TOLERANCE = {None: 1e-5, "score": 1e-4, "yes_no": 1e-4}

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.storage.safetensors_file import first_line
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ("[" * 100_000, "nested more than 100 levels deep"),
     ('{"query": "a", "positive": ["b"], "n": ' + "9" * 5000 + "}", "digits"),
     (b'{"query": "caf\xe9", "positive": ["b"]}', "not UTF-8: byte 0xe9 at byte 15 of the line; save the file as UTF-8"),
-    (r'{"query": "a\ud83d", "positive": ["b"]}', r"query holds half a surrogate pair, \\ud83d, at character 2"),
+    (r'{"query": "a\ud83d", "positive": ["b"]}', r"query contains an unpaired surrogate, \\ud83d, at character 2"),
     ({"positive": ["b"]}, "query is missing; the row has 'positive'; add 'query'"),
     ({"query": "a"}, "positive is missing; the row has 'query'; add 'positive'"),
     ({}, "query is missing; the row has no keys"),

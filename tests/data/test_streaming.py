@@ -87,5 +87,5 @@ def test_what_lies_on_the_machine_is_not_streamed(tmp_path: Path):
     datasets.Dataset.from_list([{"query": "q", "positive": "p"}]).save_to_disk(tmp_path / "saved")
     (tmp_path / "beir").mkdir()
     for path in (str(tmp_path / "rows.jsonl"), str(tmp_path / "saved"), beir(tmp_path / "beir", our_rows(3)).path):
-        with pytest.raises(ConfigError, match=r"data\.train\.streaming = True: .* is no data set of the hub"):
+        with pytest.raises(ConfigError, match=r"data\.train\.streaming = True: .* is not a data set of the hub"):
             open_records((TrainFile(path=path, streaming=True),))
