@@ -13,11 +13,12 @@ from megatron_embed.config.evaluation import EvaluationSet
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.data.dataset import RecordSet, hold_out, open_records, validation_shares
 from megatron_embed.data.empty_texts import refuse_empty_rows
-from megatron_embed.data.mixture import Sampler, build_sampler
+from megatron_embed.data.mixture import build_sampler
 from megatron_embed.data.number_checks import WITH_BOUNDS
 from megatron_embed.data.pair_batches import check_rerank_records
 from megatron_embed.data.pair_tokenizer import PairTokenizer
 from megatron_embed.data.records import ANY_NUMBER, require_fields
+from megatron_embed.data.sampler import Sampler
 from megatron_embed.data.tokenizer import Role, RoleTokenizer, TextFormat
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData, load_beir, refuse_empty_texts

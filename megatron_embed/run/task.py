@@ -71,9 +71,9 @@ def embedding_task(config: RunConfig, inputs: Inputs, topology: Topology, models
     loader = BatchLoader(
         inputs.records, inputs.sampler, tokenizer,
         dataclasses.replace(packing_of(config), keep_groups_together=keep_groups_together),
-        DocumentsPerQuery(positives=config.data.num_positives, negatives=config.data.num_negatives),
-        dp_rank=topology.dp_rank, dp_size=topology.dp_size, in_batch=config.data.all_in_batch,
-        seed=config.training.seed if config.data.samples_documents else None, validation=inputs.validation)
+        DocumentsPerQuery(positives=config.data.num_positives, negatives=config.data.num_negatives,
+                          seed=config.training.seed if config.data.samples_documents else None),
+        dp_rank=topology.dp_rank, dp_size=topology.dp_size, validation=inputs.validation)
     similarity: Literal["cosine", "dot"] = "cosine" if config.embedding.unit_length else "dot"
 
     def agree(batch: EmbedBatch) -> EmbedBatch:

@@ -35,8 +35,8 @@ def make(records: RecordSet, tokenizer: RoleTokenizer, *, size: int = 8, shuffle
          seed: int | None = None) -> BatchLoader:
     sampler = GlobalBatchSampler(records, global_batch_size=size, shuffle=shuffle, seed=1)
     return BatchLoader(records, sampler, tokenizer, PackingSpec(micro_batch_size=micro_batch_size, alignment=8),
-                       DocumentsPerQuery(negatives=num_negatives, positives=num_positives), dp_rank=dp_rank,
-                       dp_size=dp_size, seed=seed)
+                       DocumentsPerQuery(negatives=num_negatives, positives=num_positives, seed=seed), dp_rank=dp_rank,
+                       dp_size=dp_size)
 
 
 def loader_threads() -> list[str]:
@@ -68,7 +68,6 @@ def test_steps_in_any_order_give_the_same_batches(mini_zh: RecordSet, tokenizer:
         forward = [loader.batch(step) for step in range(4)]
         total = sum(batch.num_truncated for batch in forward)
         assert total > 0
-        assert loader.truncated_rows == total  # without the batch prepared ahead
         again = {step: loader.batch(step) for step in (3, 1, 2, 0)}
     for step, batch in enumerate(forward):
         for ours, other in zip(batch.micro_batches, again[step].micro_batches, strict=True):
@@ -126,8 +125,8 @@ def test_an_error_in_the_background_reaches_the_caller(write_rows: WriteRows, to
 
 
 def test_batch_sizes_that_do_not_divide_are_refused(mini_zh: RecordSet, tokenizer: RoleTokenizer):
-    message = (r"training.global_batch_size = 10 is not a multiple of micro_batch_size \* data_parallel_size = 2 \* 2; "
-               "next valid: 12")
+    message = (r"training.global_batch_size = 10 is not a multiple of micro_batch_size \* data_parallel_size = "
+               r"2 \* 2 = 4; next valid: 12")
     with pytest.raises(ConfigError, match=message):
         make(mini_zh, tokenizer, size=10, dp_size=2)
 
