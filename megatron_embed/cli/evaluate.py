@@ -140,7 +140,7 @@ def open_second_stage(args: argparse.Namespace, queries: "Sequence[str]", topolo
 
     scorer, _, _ = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
                                topology=topology)
-    scorer.tokenizer.check_room([Pair(query=query, document="...") for query in queries])
+    scorer.tokenizer.check_query_length([Pair(query=query, document="...") for query in queries])
 
     def score(pairs: "Sequence[tuple[str, str]]") -> "Tensor":
         return scorer.raw_scores([Pair(query=query, document=document) for query, document in pairs],

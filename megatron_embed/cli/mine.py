@@ -14,7 +14,7 @@ from megatron_embed.platform.atomic_file import check_jsonl, write_atomic
 from megatron_embed.platform.launcher import process_rank
 
 if TYPE_CHECKING:
-    from megatron_embed.data.dataset import Record
+    from megatron_embed.data.records import Record
     from megatron_embed.data.tokenizer import Role
     from megatron_embed.evaluation.encode import TextEncoder
     from megatron_embed.evaluation.score import PairScorer
@@ -146,7 +146,7 @@ def open_judge(args: argparse.Namespace, records: "Sequence[Record]", task: "Min
 
     scorer, _, topology = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
                                       topology=topology, start=start)
-    scorer.tokenizer.check_room([pair_of(task, records, query, task.positives[query][0])
+    scorer.tokenizer.check_query_length([pair_of(task, records, query, task.positives[query][0])
                                  for query in range(len(task.queries))])
     return scorer, topology
 

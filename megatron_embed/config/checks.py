@@ -1,4 +1,4 @@
-"""The check that every setting's rule is written with."""
+"""The check that every setting's rule is written with, and that of the batch sizes."""
 
 from megatron_embed.errors import ConfigError
 

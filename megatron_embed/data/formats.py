@@ -1,4 +1,4 @@
-"""Which format a file's rows have, told by the keys of its first row, and rows to records."""
+"""The formats of rows, the detection of a file's format from the keys of its first row, and rows to records."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -15,18 +15,18 @@ from megatron_embed.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How the rows of one format look."""
+    """The keys of one format's rows, and the function that reads them."""
 
     name: str
-    """For the log and messages."""
+    """Used in the log and in messages."""
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     without_use: tuple[str, ...] = ()
-    """Keys that belong to the format and that training has no use for."""
+    """Keys that belong to the format and that training does not use."""
     columns: bool = False
-    """Whether there may be columns negative, negative_1, ..."""
+    """Whether a row may have columns negative, negative_1, ..."""
     needs_column: bool = False
-    """Whether there must be one of these or a label, and no `negatives`: else the row is one of ours."""
+    """Whether a row must have one of these columns or a label, and no `negatives`: otherwise it is one of ours."""
     names_documents: bool = False
     """The row names its documents by ids of a corpus."""
     read: Callable[[Fields], AnyRecord]
@@ -36,11 +36,11 @@ class Format:
         return (*self.required, *self.optional)
 
     def has_required(self, row: Iterable[str]) -> bool:
-        """Whether these keys hold all that a row needs."""
+        """Whether these are all the keys that a row needs."""
         return set(row).issuperset(self.required)
 
     def fits(self, row: Iterable[str]) -> bool:
-        """Whether a row with these keys is one."""
+        """Whether a row with these keys is of this format."""
         keys = set(row)
         if not self.has_required(keys):
             return False
@@ -48,7 +48,7 @@ class Format:
             key in foreign_formats.LABEL_COLUMNS or foreign_formats.NEGATIVE_COLUMN.fullmatch(key) for key in keys))
 
     def ignored(self, row: Row) -> set[str]:
-        """Keys of the row that nobody looks at."""
+        """Keys of the row that are not read."""
         extra = row.keys() - {*self.known, *self.without_use}
         return {key for key in extra if not (self.columns and foreign_formats.NEGATIVE_COLUMN.fullmatch(key))}
 
@@ -146,7 +146,7 @@ def detect_format(row: Row, source: str) -> Format:
     """The format of a file whose first row this is.
 
     Raises:
-        DataError: it has none; in the words of the nearest, of ours if none is near.
+        DataError: it has none; the message is about the nearest format, or ours if none is near.
     """
     for keys in ([key for key, value in row.items() if value is not None], row):
         for form in FORMATS:
@@ -160,11 +160,14 @@ def detect_format(row: Row, source: str) -> Format:
 
 
 class RowReader:
-    """Rows of one `data.train` entry to records of one kind (null: as they come); the first row decides the format.
+    """Rows of one `data.train` entry to records of one kind; the first row decides the format.
+
+    Args:
+        kind: None: records as the rows are written.
 
     Attributes:
-        format: null before the first row.
-        ignored: keys met that no one looks at.
+        format: None before the first row.
+        ignored: keys of rows that are not read.
     """
 
     def __init__(self, file: TrainFile, kind: Kind | None) -> None:
@@ -205,7 +208,7 @@ class RowReader:
         self.ignored |= form.ignored(row)
 
     def apply_defaults(self, record: AnyRecord, *, trusted: bool = False) -> AnyRecord:
-        """The record as the objective takes it, with what the entry says of all of its rows."""
+        """The record as the objective takes it, with the entry's prompts and instruction."""
         if self._kind is not None:
             if not trusted:
                 refuse_id_on_both_sides(record)

@@ -1,4 +1,4 @@
-"""JSONL files, plain or compressed (gzip, Zstandard), read line by line so that every complaint names file and line."""
+"""JSONL files, plain or compressed (gzip, Zstandard), read line by line so that every error names file and line."""
 
 import gzip
 import io

@@ -73,7 +73,7 @@ def check_rerank_records(records: Sequence[RerankRecord], tokenizer: PairTokeniz
     """
     for record in records:
         _check_numbers(record, loss, temperature)
-        tokenizer.check_room(pairs_of(record)[:1], strict=True)
+        tokenizer.check_query_length(pairs_of(record)[:1], strict=True)
         largest = round_up(group_size(record, num_negatives) * tokenizer.max_length, alignment)
         if micro_batch_tokens is not None and largest > micro_batch_tokens:
             raise ConfigError(f"training.micro_batch_tokens = {micro_batch_tokens} may not hold the "

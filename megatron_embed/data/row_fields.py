@@ -136,7 +136,7 @@ class Fields:
         return value if self.trusted else check_text(value, name, self.source)
 
     def optional_text(self, name: str) -> str | None:
-        """A text, None where the field is absent or null."""
+        """A text, None if the row has no value for it."""
         return None if self.row.get(name) is None else self.text(name)
 
     def texts(self, name: str) -> tuple[str, ...]:
@@ -154,7 +154,7 @@ class Fields:
         return texts
 
     def optional_texts(self, name: str) -> tuple[str, ...]:
-        """The same, none where the field is absent or null."""
+        """The same, none if the row has no value for it."""
         return () if self.row.get(name) is None else self.texts(name)
 
     def number(self, name: str) -> float:
@@ -163,7 +163,7 @@ class Fields:
         return float(value) if self.trusted else number(value, name, self.source)
 
     def optional_number(self, name: str) -> float | None:
-        """The same, None where the field is absent or null."""
+        """The same, None if the row has no value for it."""
         return None if self.row.get(name) is None else self.number(name)
 
     def numbers(self, name: str, count: int, what: str) -> tuple[float, ...]:
@@ -178,7 +178,7 @@ class Fields:
         return tuple(number(value, f"{name}[{index}]", self.source) for index, value in enumerate(values))
 
     def optional_numbers(self, name: str, count: int, what: str) -> tuple[float, ...] | None:
-        """The same, None where the field is absent or null."""
+        """The same, None if the row has no value for it."""
         return None if self.row.get(name) is None else self.numbers(name, count, what)
 
     def ids(self, name: str) -> tuple[str, ...]:
@@ -186,7 +186,7 @@ class Fields:
         return self._ids(self.row[name], name)
 
     def optional_ids(self, name: str) -> tuple[str, ...]:
-        """The same, none where the field is absent, null or empty."""
+        """The same, none if the row has no value for it, or an empty one."""
         return self._ids(self.row.get(name) or [], name)
 
     def _ids(self, values: Any, name: str) -> tuple[str, ...]:
@@ -204,7 +204,7 @@ class Fields:
         return self._passages(self.row[name], name, id_keys)
 
     def optional_passages(self, name: str, id_keys: tuple[str, ...] = ("docid",)) -> Passages:
-        """The same, none where the field is absent, null or empty."""
+        """The same, none if the row has no value for it, or an empty one."""
         return self._passages(self.row.get(name) or [], name, id_keys)
 
     def _passages(self, passages: Any, name: str, id_keys: tuple[str, ...]) -> Passages:

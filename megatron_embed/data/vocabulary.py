@@ -1,4 +1,4 @@
-"""Which files of a model directory hold its tokenizer's vocabulary. Imports nothing: a run's preflight asks too."""
+"""The files of a model directory that hold its tokenizer's vocabulary. Light to import: a run's preflight needs it."""
 
 from pathlib import Path
 

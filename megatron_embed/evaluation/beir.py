@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_embed.data.beir import MissingTexts, read_qrels, require_split
+from megatron_embed.data.beir import FILES, MissingTexts, read_qrels, read_texts_by_id, require_split
 from megatron_embed.data.corpus import DocumentsOnDisk, read_named_text
 from megatron_embed.data.empty_texts import first_empty_text
 from megatron_embed.data.jsonl import parse_object, read_lines, shortened
@@ -13,8 +13,6 @@ from megatron_embed.data.tokenizer import Role, RoleTokenizer
 from megatron_embed.errors import DataError, EmptyTextError
 
 logger = logging.getLogger(__name__)
-
-FILES: dict[Role, str] = {"document": "corpus.jsonl", "query": "queries.jsonl"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +70,7 @@ def load_beir(directory: str, split: str = "test", *, drop_own_id: bool = False)
             raise DataError(f"{path}: no such file; a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
     qrels_path = require_split(folder, split)
     texts = DocumentsOnDisk(str(folder / FILES["document"]), "BEIR folder")
-    queries = _read_texts(folder / FILES["query"])
+    queries = read_texts_by_id(folder / FILES["query"])
     missing, known = MissingTexts(), frozenset(texts.names)
     judged = read_qrels(qrels_path, queries, known, missing)
     qrels = {query: found.labels for query, found in judged.items()}
@@ -122,17 +120,3 @@ def refuse_empty_texts(data: BeirData, tokenizer: RoleTokenizer) -> None:
         if (found := first_empty_text(labelled, role, tokenizer)) is not None:
             row_id, text = found
             raise EmptyTextError(0, data.place_of(role, row_id), text)
-
-
-def _read_texts(path: Path) -> dict[str, str]:
-    """id -> text, with the title in front, of each row; all of them held."""
-    texts: dict[str, str] = {}
-    for line in read_lines(str(path), "BEIR folder"):
-        source = f"{path}:{line.line_number}"
-        name, text = read_named_text(parse_object(line.raw, source), source)
-        if name in texts:
-            raise DataError(f"{source}: _id = {shortened(name)}: an earlier line has this id; ids are unique in a file")
-        texts[name] = text
-    if not texts:
-        raise DataError(f"{path}:1: no rows; expected one JSON object per line")
-    return texts

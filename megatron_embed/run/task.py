@@ -13,11 +13,12 @@ import torch.distributed as dist
 from megatron_embed.batch import EmbedBatch, RerankBatch
 from megatron_embed.checkpoint.state import steps_done
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.data.dataset import RecordSet, RerankRecord
+from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.loader import BatchLoader, RerankLoader, StepLoader
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec
 from megatron_embed.data.pair_batches import pairs_of
 from megatron_embed.data.pair_tokenizer import Pair, PairTokenizer
+from megatron_embed.data.records import RerankRecord
 from megatron_embed.data.tokenizer import Role, RoleTokenizer
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.reranking import RerankData, ScorePairs, evaluate_reranking, similarity_of_pairs

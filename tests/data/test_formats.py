@@ -364,12 +364,12 @@ def test_beir_folders_say_what_they_leave_out_and_refuse_what_they_cannot_train_
         tmp_path: Path, caplog: pytest.LogCaptureFixture):
     folder = FORMATS["beir"](tmp_path, our_rows(3)).path
     qrels = tmp_path / "qrels" / "train.tsv"
-    judged = qrels.read_text(encoding="utf-8")
-    qrels.write_text(judged.replace("q2\td21\t2\n", ""), encoding="utf-8")
+    judgements = qrels.read_text(encoding="utf-8")
+    qrels.write_text(judgements.replace("q2\td21\t2\n", ""), encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         assert len(open_records((TrainFile(path=folder),))) == 2
     assert "left out 1 queries without a document of a score above 0" in caplog.text
-    qrels.write_text(judged + "q0\td99\t1\n", encoding="utf-8")
+    qrels.write_text(judgements + "q0\td99\t1\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"train\.tsv:8: corpus-id = 'd99': not in corpus\.jsonl"):
         open_records((TrainFile(path=folder),))
     qrels.write_text("q0\td00\t0\n", encoding="utf-8")

@@ -51,10 +51,10 @@ def test_only_the_document_is_cut(bpe, kept):
         # The document's first token may take a space from before it: then it counts as the head's.
         whole = stock("".join(filled(pair)), add_special_tokens=False).input_ids
         assert whole[-len(tail):] == tail
-        room = len(whole) - len(document) + kept
-        (ids,) = PairTokenizer(bpe, template=template(), max_length=room).tokenize([pair]).token_ids
-        assert len(ids) == room
-        assert ids == whole[:room - len(tail)] + tail
+        max_length = len(whole) - len(document) + kept
+        (ids,) = PairTokenizer(bpe, template=template(), max_length=max_length).tokenize([pair]).token_ids
+        assert len(ids) == max_length
+        assert ids == whole[:max_length - len(tail)] + tail
         assert len(ids) > len(head) + len(tail) - 1
 
 
@@ -63,8 +63,8 @@ def test_a_pair_that_leaves_no_room_is_refused(bpe):
     with pytest.raises(DataError, match="^rows:1: the query .* leaves none for the document"):
         tokenizer.tokenize([Pair(query="word " * 200, document="a document", source="rows:1")])
     with pytest.raises(DataError, match="leaves none"):
-        tokenizer.check_room([Pair(query="word " * 200, document="a document", source="rows:1")])
-    tokenizer.check_room([Pair(query="short", document="a document " * 100)])
+        tokenizer.check_query_length([Pair(query="word " * 200, document="a document", source="rows:1")])
+    tokenizer.check_query_length([Pair(query="short", document="a document " * 100)])
 
 
 def test_encoders_take_a_pair_of_texts():
@@ -79,9 +79,9 @@ def test_encoders_take_a_pair_of_texts():
     long = Pair(query="word " * 20, document="a document")
     assert tokenizer.tokenize([long]).token_ids == [stock("word " * 20, "a document", truncation=True,
                                                           max_length=16).input_ids]
-    tokenizer.check_room([long])
+    tokenizer.check_query_length([long])
     with pytest.raises(DataError, match="leaves none"):  # before training
-        tokenizer.check_room([long], strict=True)
+        tokenizer.check_query_length([long], strict=True)
     with pytest.raises(ConfigError, match="special tokens alone"):
         PairTokenizer(str(MINILM), template=None, max_length=3).tokenize([long])
 

@@ -8,7 +8,8 @@ import pytest
 
 import megatron_embed.data.sampler as sampler_module
 from megatron_embed.config.schema import TrainFile
-from megatron_embed.data.dataset import Record, RecordSet, open_records
+from megatron_embed.data.dataset import RecordSet, open_records
+from megatron_embed.data.records import Record
 from megatron_embed.data.sampler import GlobalBatchSampler
 from megatron_embed.errors import ConfigError
 from tests.data.conftest import MINI_ZH

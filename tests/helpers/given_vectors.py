@@ -8,7 +8,7 @@ from datasets import Dataset
 from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_cos_sim
 from torch.nn.functional import normalize
 
-from megatron_embed.data.dataset import Record
+from megatron_embed.data.records import Record
 
 DIM = 12
 

@@ -17,7 +17,8 @@ import torch
 import transformers
 
 from megatron_embed.config.schema import TrainFile
-from megatron_embed.data.dataset import Record, open_records
+from megatron_embed.data.dataset import open_records
+from megatron_embed.data.records import Record
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.names import Pooling
 from tests.helpers.adapter_truth import save_gradients, with_adapter, write_adapter

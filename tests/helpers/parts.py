@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_embed.data.dataset import Record
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch, split_to_count
+from megatron_embed.data.records import Record
 from megatron_embed.data.tokenizer import RoleTokenizer
 from tests.helpers.cases import NUM_NEGATIVES, Case
 
