@@ -17,5 +17,11 @@ ModelDtype = Literal["float32", "bfloat16"]
 
 Direction = Literal["query_to_document", "query_to_query", "document_to_document", "document_to_query"]
 """What InfoNCE compares: the anchors, then the columns."""
+VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
+                    "spiece.model", "tekken.json", "tiktoken.model")
+"""Files of a model directory that hold its tokenizer's vocabulary, any one of them."""
+MERGES_FILE = "merges.txt"
+"""Belongs to vocab.json."""
+
 Hardness = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 """The negative documents that InfoNCE weights by their similarity."""

@@ -95,7 +95,7 @@ def holds_pairs(file: str) -> bool:
     if not file.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
         return False
     first = next(read_lines(file, "--data"), None)
-    return first is not None and "text_a" in parse_object(first.raw, f"{file}:{first.number}")
+    return first is not None and "text_a" in parse_object(first.raw, f"{file}:{first.line_number}")
 
 
 def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:

@@ -9,10 +9,8 @@ from megatron_embed.convert.checkpoint_directory import module_directories, read
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.saved_settings import read_saved_settings
+from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES
 
-_VOCABULARY_FILES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model",
-                     "spiece.model", "tekken.json", "tiktoken.model")
-"""Compared where a directory has no tokenizer.json."""
 _NOT_IDS = ("truncation", "padding", "version")
 """Of tokenizer.json: what programs set on saving, and what leaves the ids of a text as they are."""
 _SETTINGS = ("pooling", "normalize", "similarity", "prompts", "lower_case", "chat")
@@ -113,4 +111,5 @@ def _vocabulary(directory: Path) -> dict[str, Any]:
             merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
             values["tokenizer.json: model"] = {**model, "merges": merges}
         return values
-    return {name: (directory / name).read_bytes() for name in _VOCABULARY_FILES if (directory / name).is_file()}
+    return {name: (directory / name).read_bytes() for name in (*VOCABULARY_FILES, MERGES_FILE)
+            if (directory / name).is_file()}

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_embed.data.jsonl import shortened
@@ -87,6 +87,26 @@ class PairTemplate:
         return text, start, start + len(pair.document)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairFormat:
+    """A model's own settings, besides its tokenizer, that change the token ids of a pair."""
+
+    prompt: str = ""
+    """Before every query of a pair of texts."""
+    token_types: bool = True
+    """Whether the model takes token types."""
+    lower_case: bool = False
+    """Lowercase every text, unless the tokenizer does so itself."""
+    unread: int | None = None
+    """A token that is left out at the end of every pair, since the model's stock class reads its score before it; None:
+    the last token is read whatever it is."""
+    own_truncation_side: bool = False
+    """A pair of texts loses tokens at the end that the tokenizer's files name; False: at the right."""
+
+
+_PLAIN = PairFormat()
+
+
 class PairTokenizer:
     """Pairs to the ids that Transformers and CrossEncoder give them.
 
@@ -100,14 +120,10 @@ class PairTokenizer:
         max_length: tokens of a pair, everything included.
         length_key: the setting or option that the length came from, for messages.
         vocab_size: rows of the model's word embeddings; None: ids are not compared with it.
-        prompt: before every query of a pair of texts.
-        token_types: whether the model takes them.
-        unread: a token that is left out at the end of every pair, since the model's stock class reads its score before
-            it; None: the last token is read whatever it is.
-        lower_case: what is read, unless the tokenizer does so itself.
-        own_truncation_side: a pair of texts loses tokens where the tokenizer's files say, else at the ends.
+        pair_format: the model's own settings besides its tokenizer.
 
     Attributes:
+        unread: as in `pair_format`; may be set later.
         pad_token_id: an id that may fill padding.
         can_pad: whether the tokenizer names a token for that.
 
@@ -117,23 +133,23 @@ class PairTokenizer:
     """
 
     def __init__(self, model_dir: str, *, template: PairTemplate | None, max_length: int,
-                 length_key: str = "reranker.max_length", vocab_size: int | None = None, prompt: str = "",
-                 token_types: bool = True, unread: int | None = None, lower_case: bool = False,
-                 own_truncation_side: bool = False) -> None:
+                 length_key: str = "reranker.max_length", vocab_size: int | None = None,
+                 pair_format: PairFormat = _PLAIN) -> None:
         self._tokenizer: Any = load_tokenizer(model_dir, vocab_size)
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"{model_dir}: its tokenizer is a slow one, which does not say where the document's "
                                   "tokens are; save it once with Transformers as tokenizer.json")
-        if not own_truncation_side:
+        if not pair_format.own_truncation_side:
             self._tokenizer.truncation_side = "right"
-        if lower_case:
+        if pair_format.lower_case:
             add_lowercase(self._tokenizer)
         # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.
         self._lock = threading.Lock()
         self.template = template
         self.max_length = max_length
         self._length_key = length_key
-        self._prompt, self._token_types, self.unread, self._lower_case = prompt, token_types, unread, lower_case
+        self._format = pair_format
+        self.unread = pair_format.unread
         pad = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
         self.can_pad = any(i is not None and i >= 0 for i in pad)
         self.pad_token_id: int = next((i for i in pad if i is not None and i >= 0), 0)
@@ -169,8 +185,8 @@ class PairTokenizer:
             self.tokenize(long)
         elif strict and long:
             with self._lock:
-                alone = self._tokenizer([self._prompt + pair.query for pair in long], [""] * len(long), padding=False,
-                                        truncation=False, verbose=False)
+                alone = self._tokenizer([self._format.prompt + pair.query for pair in long], [""] * len(long),
+                                        padding=False, truncation=False, verbose=False)
             for pair, ids in zip(long, alone["input_ids"], strict=True):
                 if len(ids) >= self.max_length:
                     raise self._query_too_long(pair, len(ids))
@@ -182,9 +198,8 @@ class PairTokenizer:
 
     def with_directory(self, model_dir: str) -> "PairTokenizer":
         """The same with another directory's tokenizer."""
-        return PairTokenizer(model_dir, template=self.template, max_length=self.max_length, unread=self.unread,
-                             length_key=self._length_key, prompt=self._prompt, token_types=self._token_types,
-                             lower_case=self._lower_case)
+        return PairTokenizer(model_dir, template=self.template, max_length=self.max_length, length_key=self._length_key,
+                             pair_format=replace(self._format, unread=self.unread, own_truncation_side=False))
 
     def token_of(self, word: str, key: str) -> int:
         """The id of a word that is a single token.
@@ -205,7 +220,7 @@ class PairTokenizer:
         empty = Pair(query="", document="")
         with self._lock:
             if self.template is None:
-                return len(self._tokenizer(self._prompt, "").input_ids)
+                return len(self._tokenizer(self._format.prompt, "").input_ids)
             return len(self._tokenizer(self.template.fill(empty)[0], add_special_tokens=False).input_ids) + 2
 
     def _rows(self, pairs: Sequence[Pair]) -> TokenizedPairs:
@@ -235,7 +250,7 @@ class PairTokenizer:
         return TokenizedPairs(token_ids=rows, token_types=None, num_truncated=truncated)
 
     def _as_pairs(self, pairs: Sequence[Pair]) -> TokenizedPairs:
-        queries, documents = [self._prompt + pair.query for pair in pairs], [pair.document for pair in pairs]
+        queries, documents = [self._format.prompt + pair.query for pair in pairs], [pair.document for pair in pairs]
         with self._lock:
             whole = self._tokenizer(queries, documents, padding=False, truncation=False, verbose=False)
             truncated = sum(len(ids) > self.max_length for ids in whole["input_ids"])
@@ -245,7 +260,7 @@ class PairTokenizer:
                                       "alone take as many; raise it")
                 whole = self._tokenizer(queries, documents, padding=False, truncation="longest_first",
                                         max_length=self.max_length, verbose=False)
-        types = self._token_types and "token_type_ids" in whole
+        types = self._format.token_types and "token_type_ids" in whole
         return TokenizedPairs(token_ids=list(whole["input_ids"]), num_truncated=truncated,
                               token_types=list(whole["token_type_ids"]) if types else None)
 

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from megatron_embed.config.json_file import LARGEST_FILE
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
-from megatron_embed.data.vocabulary import VOCABULARY_FILES, has_tokenizer_files
+from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError, first_line
-from megatron_embed.names import Role
+from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES, Role
 
 _PLACEHOLDER = "{instruction}"
 _LARGEST_VOCABULARY = 256 << 20
@@ -85,7 +85,7 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
 
 def _refuse_large_files(directory: Path) -> None:
     """Raises CheckpointError if a file that Transformers would read whole is too long for a tokenizer's."""
-    limits = dict.fromkeys((*VOCABULARY_FILES, "merges.txt"), _LARGEST_VOCABULARY) | dict.fromkeys(
+    limits = dict.fromkeys((*VOCABULARY_FILES, MERGES_FILE), _LARGEST_VOCABULARY) | dict.fromkeys(
         _OTHER_FILES, LARGEST_FILE)
     for name, limit in limits.items():
         file = directory / name

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-# Transformers builds an empty vocabulary, without a word, for a directory that has only a config.json.
-VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
-                    "spiece.model", "tekken.json", "tiktoken.model")
+from megatron_embed.names import VOCABULARY_FILES
 
 
 def has_tokenizer_files(directory: Path) -> bool:

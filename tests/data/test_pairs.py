@@ -4,7 +4,13 @@ import jinja2.sandbox
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate, PairTokenizer
+from megatron_embed.data.pair_tokenizer import (
+    QWEN3_RERANKER_TEMPLATE,
+    Pair,
+    PairFormat,
+    PairTemplate,
+    PairTokenizer,
+)
 from megatron_embed.errors import ConfigError, DataError
 from megatron_embed.export.cross_encoder import chat_template
 from tests.helpers.reranker_toys import save_bpe_tokenizer
@@ -88,14 +94,16 @@ def test_encoders_take_a_pair_of_texts():
 
 def test_a_prompt_stands_before_the_query_of_a_pair():
     stock = AutoTokenizer.from_pretrained(str(MINILM))
-    rows = PairTokenizer(str(MINILM), template=None, max_length=64, prompt="judge: ").tokenize(PAIRS)
+    tokenizer = PairTokenizer(str(MINILM), template=None, max_length=64, pair_format=PairFormat(prompt="judge: "))
+    rows = tokenizer.tokenize(PAIRS)
     assert rows.token_ids == [stock("judge: " + pair.query, pair.document).input_ids for pair in PAIRS]
 
 
 def test_an_unread_token_is_left_out_at_the_end_alone(bpe):
     stock = AutoTokenizer.from_pretrained(bpe)
     pad = stock.pad_token_id
-    tokenizer = PairTokenizer(bpe, template=None, max_length=64, unread=pad, token_types=False)
+    tokenizer = PairTokenizer(bpe, template=None, max_length=64,
+                              pair_format=PairFormat(unread=pad, token_types=False))
     ends = Pair(query="a<|endoftext|>b", document="c<|endoftext|><|endoftext|>")
     rows = tokenizer.tokenize([ends, Pair(query="<|endoftext|>", document="<|endoftext|>")])
     whole = stock(ends.query, ends.document).input_ids

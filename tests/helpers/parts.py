@@ -17,7 +17,7 @@ class Part:
     """One micro-batch of one data-parallel rank."""
 
     texts: tuple[int, ...]
-    """Numbers of its texts; all texts are numbered row by row: a query, then its documents."""
+    """Indices of its texts; all texts are counted row by row: a query, then its documents."""
     repeated: bool
     """Run again only to keep the ranks in step."""
 
@@ -27,7 +27,7 @@ def documents_of(record: Record) -> list[str]:
 
 
 def micro_batches_of(case: Case, records: Sequence[Record], tokenizer: RoleTokenizer) -> list[list[Part]]:
-    """By data-parallel rank, its micro-batches. Under a token budget the data room says which; nothing else it says is
+    """Micro-batches of each data-parallel rank. Under a token budget they are those of `data`, of which nothing else is
     used."""
     texts = list(itertools.accumulate((1 + len(documents_of(record)) for record in records), initial=0))
     share = len(records) // case.layout.dp
@@ -44,26 +44,26 @@ def micro_batches_of(case: Case, records: Sequence[Record], tokenizer: RoleToken
     count += -count % (case.layout.pp if case.layout.vpp > 1 else 1)
     parts = []
     for mine, batch in zip(rows, batches, strict=True):
-        numbers = [texts[row] for row in mine]
-        numbers += [texts[row] + place for row in mine for place in range(1, texts[row + 1] - texts[row])]
+        indices = [texts[row] for row in mine]
+        indices += [texts[row] + position for row in mine for position in range(1, texts[row + 1] - texts[row])]
         filled = split_to_count(batch, count, batch.micro_capacity, keep_groups_together=keep_groups_together)
-        parts.append([Part(texts=tuple(numbers[row] for row in micro.rows.tolist()), repeated=micro.repeated)
+        parts.append([Part(texts=tuple(indices[row] for row in micro.rows.tolist()), repeated=micro.repeated)
                       for micro in filled.micro_batches])
     return parts
 
 
 def pools_of(case: Case, micro_batches: Sequence[Sequence[Part]],
              records: Sequence[Record]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(numbers of queries, numbers of the documents that they are compared with), each query once, ascending."""
-    kinds = [place == 0 for record in records for place in range(1 + len(documents_of(record)))]
-    queries = {text: number for number, text in enumerate(text for text, query in enumerate(kinds) if query)}
-    documents = {text: number for number, text in enumerate(text for text, query in enumerate(kinds) if not query)}
+    """(indices of queries, indices of the documents that they are compared with), each query once, ascending."""
+    kinds = [position == 0 for record in records for position in range(1 + len(documents_of(record)))]
+    queries = {text: index for index, text in enumerate(text for text, query in enumerate(kinds) if query)}
+    documents = {text: index for index, text in enumerate(text for text, query in enumerate(kinds) if not query)}
     together = [set(queries) | set(documents)]
     if case.negatives == "micro_batch":
         together = [{text for part in parts if not part.repeated for text in part.texts}
                     for parts in zip(*micro_batches, strict=True)]
-    pools = [tuple(torch.tensor(sorted(numbers[text] for text in texts & numbers.keys()))
-                   for numbers in (queries, documents)) for texts in together if texts]
+    pools = [tuple(torch.tensor(sorted(indices[text] for text in texts & indices.keys()))
+                   for indices in (queries, documents)) for texts in together if texts]
     assert sum(len(pool) for pool, _ in pools) == len(queries)
     return pools
 
@@ -71,8 +71,9 @@ def pools_of(case: Case, micro_batches: Sequence[Sequence[Part]],
 def excluded_pairs(records: Sequence[Record]) -> torch.Tensor:
     """[queries, documents] bool: documents whose text some row with the same query has as a positive, except a row's
     own first positive."""
-    documents = [(row, place, text) for row, record in enumerate(records)
-                 for place, text in enumerate(documents_of(record))]
+    documents = [(row, position, text) for row, record in enumerate(records)
+                 for position, text in enumerate(documents_of(record))]
     return torch.tensor([[
         any(other.query == record.query and text in other.positive for other in records)
-        and (owner, place) != (row, 0) for owner, place, text in documents] for row, record in enumerate(records)])
+        and (owner, position) != (row, 0) for owner, position, text in documents]
+        for row, record in enumerate(records)])

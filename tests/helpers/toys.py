@@ -118,8 +118,8 @@ def toy_tokenizer(directory: str) -> RoleTokenizer:
 def real_records(rows: int) -> list[Record]:
     """The first rows of the English sample, the first of every three without its hard negative."""
     records = RecordFile(str(MINI_EN))
-    return [dataclasses.replace(records[number], negatives=records[number].negatives if number % 3 else ())
-            for number in range(rows)]
+    return [dataclasses.replace(records[row], negatives=records[row].negatives if row % 3 else ())
+            for row in range(rows)]
 
 
 def batch_of(directory: str, records: Sequence[Record], *, micro_batch_size: int, num_negatives: int, alignment: int,
