@@ -1,8 +1,7 @@
-"""The values that the data room hands to training. A row is one query or one document, for a reranker one pair of them;
-rows are numbered per rank.
+"""The batches that `data` hands to training. A row is one query or one document, for a reranker one pair of them.
 
-Local row numbers of an EmbedBatch: the queries come first (0 .. num_queries-1), then the documents. Documents of one
-query are contiguous, its positives first, its hard negatives after them.
+A row's index is local to the rank. In an EmbedBatch the queries come first (0 .. num_queries-1), then the documents.
+Documents of one query are contiguous, its positives first, its hard negatives after them.
 """
 
 from dataclasses import dataclass
@@ -12,17 +11,17 @@ from torch import Tensor
 
 
 class Capacity(NamedTuple):
-    """The most that any data-parallel rank holds, equal on all of them: messages are padded to it."""
+    """The most rows that any data-parallel rank holds, equal on all of them: messages are padded to it."""
 
     queries: int
     documents: int
     positives: int
-    """Texts given as positives, of all queries together."""
+    """Positives of all queries together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """One bin of packed sequences, the same on every tensor-, context- and pipeline-parallel rank of a replica.
+    """Packed sequences, the same on every tensor-, context- and pipeline-parallel rank of a replica.
 
     `token_ids` is right-padded: tokens from `cu_seqlens[-1]` on are padding and belong to no sequence.
     Every tensor lives on the CPU until the model moves it.
@@ -35,12 +34,12 @@ class MicroBatch:
     cu_seqlens: Tensor
     """[sequences + 1] int32, cumulative sequence lengths, from 0."""
     rows: Tensor
-    """[sequences] int64, the local row number of each sequence."""
+    """[sequences] int64, the local row index of each sequence."""
     token_types: Tensor | None = None
-    """[tokens] int64, 0 in the padding; null: 0 everywhere."""
+    """[tokens] int64, 0 in the padding; None: 0 everywhere."""
     repeated: bool = False
-    """True where a micro-batch of the step is run again only so that ranks run equally many: its embeddings are ignored
-    and their gradient is zero."""
+    """True if a micro-batch of the step is run again only so that all ranks run equally many: its embeddings are
+    ignored and their gradient is zero."""
 
     @property
     def num_sequences(self) -> int:
@@ -59,46 +58,46 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """One data-parallel rank's share of one optimizer step: what every task needs. Objectives know the rest."""
+    """One data-parallel rank's share of one optimizer step: the fields that every task has."""
 
     micro_batches: tuple[MicroBatch, ...]
-    """In the order of both passes. Every data-parallel rank has the same number of them."""
+    """In the order in which they are run. Every data-parallel rank has the same number of them."""
     num_truncated: int
-    """Rows whose text was cut to the maximum length."""
+    """Rows whose text was truncated to the maximum length."""
     data_set: str | None = None
-    """The one of several data sets that all rows of the global batch are of; null: there is one, or they are mixed."""
+    """Name of the data set that all rows of the global batch come from; None: there is only one, or they are mixed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedBatch(StepBatch):
-    """Queries and the documents that they were given."""
+    """Queries with their positives and hard negatives."""
 
     num_queries: int
     num_documents: int
     positive_index: Tensor
-    """[num_queries] int64, local document number (0 .. num_documents-1) of each query's (first) positive."""
+    """[num_queries] int64, local document index (0 .. num_documents-1) of each query's (first) positive."""
     is_positive: Tensor
-    """[num_documents] bool, true for the documents that a query was given as positives: its first ones."""
+    """[num_documents] bool, true for the positives, which are the first documents of each query."""
     document_query: Tensor
-    """[num_documents] int64, local query number that each document was given for."""
+    """[num_documents] int64, local index of the query that each document belongs to."""
     query_ids: Tensor
     """[num_queries] int64, hash of each query's text: equal text, equal id, on every rank."""
     positive_query: Tensor
-    """[positives] int64, local query number that each positive was given for, ascending."""
+    """[positives] int64, local index of the query that each positive belongs to, ascending."""
     positive_ids: Tensor
-    """[positives] int64, hash of each positive's text, those of a row that are no candidates included."""
+    """[positives] int64, hash of each positive's text, including positives that are not embedded."""
     document_ids: Tensor
     """[num_documents] int64, hash of each document's text."""
     in_batch: Tensor | None = None
-    """[num_queries] bool, false where nothing but a query's own hard negatives are negatives; null: true everywhere."""
+    """[num_queries] bool, false for a query that has only its own hard negatives; None: true everywhere."""
     scores: Tensor | None = None
-    """[num_queries] float64, the label of each pair of a query with its document; null: the rows are no pairs."""
+    """[num_queries] float64, the label of each pair of a query with its document; None: the rows are not pairs."""
     teacher_scores: Tensor | None = None
-    """[num_documents] float64, a teacher's score of each document for its query; null: the rows have none."""
+    """[num_documents] float64, a teacher's score of each document for its query; None: the rows have none."""
     capacity: Capacity
-    """Of the whole batch."""
+    """Capacity of the whole batch."""
     micro_capacity: Capacity
-    """Of one micro-batch."""
+    """Capacity of one micro-batch."""
 
     @property
     def num_rows(self) -> int:
@@ -107,17 +106,17 @@ class EmbedBatch(StepBatch):
 
 @dataclass(frozen=True, kw_only=True)
 class RerankBatch(StepBatch):
-    """Queries with labelled documents. A row is a query with one document; those of a query are contiguous and lie in
-    one micro-batch."""
+    """Queries with labelled documents. A row is a query with one document; the rows of a query are contiguous and share
+    a micro-batch."""
 
     num_queries: int
     num_documents: int
     group_sizes: tuple[int, ...]
-    """Documents of each query, in order; each >= 1."""
+    """Number of documents of each query, in order; each >= 1."""
     labels: Tensor
     """[num_documents] float32, larger is better."""
     teacher_scores: Tensor | None
-    """[num_documents] float32; null: the rows have none."""
+    """[num_documents] float32; None: the rows have none."""
 
     @property
     def num_rows(self) -> int:

@@ -36,6 +36,11 @@ class EmptyTextError(UserError, ValueError):
         return type(self), (self.row, self.name, self.text)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class PreemptedError(Exception):
     """The run was asked to stop and has saved its state: not a failure. The command line exits with 75."""
 

@@ -34,6 +34,12 @@ MESSAGE_FORMATS: tuple[MessageFormat, ...] = get_args(MessageFormat)
 
 Direction = Literal["query_to_document", "query_to_query", "document_to_document", "document_to_query"]
 """Texts that InfoNCE compares: the anchors, then the columns."""
+VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
+                    "spiece.model", "tekken.json", "tiktoken.model")
+"""Files of a model directory that hold its tokenizer's vocabulary, any one of them."""
+MERGES_FILE = "merges.txt"
+"""Belongs to vocab.json."""
+
 Hardness = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 """The negative documents that InfoNCE weights by their similarity."""
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write [texts, dim] float32, in the order of the rows; nothing half-written is left behind."""
-    from megatron_embed.data.dataset import place_of_text, read_texts
+    from megatron_embed.data.dataset import read_texts, source_of_text
 
     texts = read_texts(args.input)
     folder = os.path.dirname(os.path.abspath(args.output))
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             vectors = encoder.encode(texts, args.role or "document", show_progress=topology.rank == 0)
         except EmptyTextError as error:
-            raise EmptyTextError(error.row, place_of_text(args.input, error.row), error.text) from None
+            raise EmptyTextError(error.row, source_of_text(args.input, error.row), error.text) from None
         raise_on_all_ranks(write_vectors(args.output, vectors) if topology.rank == 0 else None)
     return 0
 

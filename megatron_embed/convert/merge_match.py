@@ -10,10 +10,8 @@ from megatron_embed.convert.checkpoint_directory import module_directories
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.saved_settings import read_saved_settings
+from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES
 
-_SLOW_TOKENIZER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model",
-                         "spiece.model", "tekken.json", "tiktoken.model")
-"""Vocabulary files, compared if a directory has no tokenizer.json."""
 _IGNORED_SECTIONS = ("truncation", "padding", "version")
 """Sections of tokenizer.json that programs set on saving, or that do not change the ids of a text."""
 _SETTINGS = ("pooling", "normalize", "similarity", "prompts", "lower_case", "chat")
@@ -113,4 +111,5 @@ def _vocabulary(directory: Path) -> dict[str, Any]:
             merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
             values["tokenizer.json: model"] = {**model, "merges": merges}
         return values
-    return {name: (directory / name).read_bytes() for name in _SLOW_TOKENIZER_FILES if (directory / name).is_file()}
+    return {name: (directory / name).read_bytes() for name in (*VOCABULARY_FILES, MERGES_FILE)
+            if (directory / name).is_file()}

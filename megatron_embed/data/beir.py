@@ -1,4 +1,4 @@
-"""BEIR folders: relevance judgements, read for evaluation and training alike, and their queries as training rows."""
+"""BEIR folders: texts and relevance judgements, for training and evaluation, and their queries as training rows."""
 
 import hashlib
 from collections.abc import Container, Iterator
@@ -6,27 +6,47 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_embed.data.corpus import Corpus
-from megatron_embed.data.jsonl import numbered_lines, shortened
+from megatron_embed.data.corpus import Corpus, read_named_text
+from megatron_embed.data.jsonl import numbered_lines, parse_object, read_lines, shortened
 from megatron_embed.data.number_checks import check_grade
 from megatron_embed.data.records import Record
 from megatron_embed.errors import DataError
+from megatron_embed.names import Role
 
+FILES: dict[Role, str] = {"document": "corpus.jsonl", "query": "queries.jsonl"}
 HEADER = ["query-id", "corpus-id", "score"]
 
 
 def is_beir_folder(path: str) -> bool:
-    """Whether the directory holds what every BEIR folder does."""
-    return all((Path(path) / name).is_file() for name in ("corpus.jsonl", "queries.jsonl"))
+    """Whether the directory holds the files of texts that every BEIR folder has."""
+    return all((Path(path) / name).is_file() for name in FILES.values())
+
+
+def read_texts_by_id(path: Path) -> dict[str, str]:
+    """id -> text, with the title in front, of each row of a BEIR folder's file; all of them are held in memory.
+
+    Raises:
+        DataError: a row cannot be used, an id occurs twice, or there are no rows.
+    """
+    texts: dict[str, str] = {}
+    for line in read_lines(str(path), "BEIR folder"):
+        source = f"{path}:{line.line_number}"
+        name, text = read_named_text(parse_object(line.raw, source), source)
+        if name in texts:
+            raise DataError(f"{source}: _id = {shortened(name)}: an earlier line has this id; ids are unique in a file")
+        texts[name] = text
+    if not texts:
+        raise DataError(f"{path}:1: no rows; expected one JSON object per line")
+    return texts
 
 
 def _tsv_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     """(`FILE:LINE`, fields) of each line that is not blank; a byte order mark is dropped."""
     with path.open("rb") as file:
-        for number, raw in numbered_lines(file, path):
-            source = f"{path}:{number}"
+        for line_number, raw in numbered_lines(file, path):
+            source = f"{path}:{line_number}"
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                line = raw.decode("utf-8-sig" if line_number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(f"{source}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
             if line.strip():
@@ -42,18 +62,18 @@ def require_split(folder: Path, split: str) -> Path:
     path = folder / "qrels" / f"{split}.tsv"
     if not path.is_file():
         splits = sorted(path.stem for path in path.parent.glob("*.tsv"))
-        there = f"splits that exist: {', '.join(splits)}" if splits else "the folder has no qrels/*.tsv at all"
-        raise DataError(f"{path}: no such file; {there}")
+        existing = f"splits that exist: {', '.join(splits)}" if splits else "the folder has no qrels/*.tsv at all"
+        raise DataError(f"{path}: no such file; {existing}")
     return path
 
 
-class Judged(NamedTuple):
-    """One query's judgements."""
+class QueryJudgements(NamedTuple):
+    """The relevance judgements of one query."""
 
     source: str
-    """FILE:LINE of the first."""
+    """FILE:LINE of the first one."""
     labels: dict[str, int]
-    """Document id -> label, in the order of the file; 0 or less is judged not relevant."""
+    """Document id -> label, in the order of the file; 0 or less: not relevant."""
 
 
 @dataclass(kw_only=True)
@@ -67,21 +87,21 @@ class MissingTexts:
 
 
 def read_qrels(path: Path, queries: Container[str], documents: Container[str],
-               missing: MissingTexts | None = None) -> dict[str, Judged]:
+               missing: MissingTexts | None = None) -> dict[str, QueryJudgements]:
     """Query id -> its judgements, in the order of the file.
 
     Args:
         queries: ids that have a text.
         documents: ids that have a text.
-        missing: takes note of judgements whose document has none, which are kept, and of queries that have none, which
-            are left out; None: both are refused.
+        missing: collects judgements of documents without a text, which are kept, and queries without a text, which are
+            left out; None: both are refused.
     Raises:
         DataError: a line is not a judgement, names an id that has no text, or contradicts an earlier line; or there is
             no judgement.
     """
-    qrels: dict[str, Judged] = {}
-    for number, (source, fields) in enumerate(_tsv_lines(path)):
-        if number == 0 and [name.strip() for name in fields] == HEADER:
+    qrels: dict[str, QueryJudgements] = {}
+    for index, (source, fields) in enumerate(_tsv_lines(path)):
+        if index == 0 and [name.strip() for name in fields] == HEADER:
             continue
         if len(fields) != 3:
             raise DataError(f"{source}: {len(fields)} fields between tabs, expected 3: {', '.join(HEADER)}")
@@ -91,7 +111,7 @@ def read_qrels(path: Path, queries: Container[str], documents: Container[str],
             label = int(score)
         except ValueError:
             raise DataError(
-                f"{source}: score = {shortened(score)}: must be an integer (0 is judged not relevant)"
+                f"{source}: score = {shortened(score)}: must be an integer (0: not relevant)"
             ) from None
         check_grade(label, "score", source)
         if query not in queries and missing is not None:
@@ -103,14 +123,14 @@ def read_qrels(path: Path, queries: Container[str], documents: Container[str],
             missing.documents.append(source)
         elif document not in documents:
             raise DataError(f"{source}: corpus-id = {shortened(document)}: not in corpus.jsonl")
-        labels = qrels.setdefault(query, Judged(source, {})).labels
+        labels = qrels.setdefault(query, QueryJudgements(source, {})).labels
         if labels.setdefault(document, label) != label:
             raise DataError(
-                f"{source}: query {shortened(query)}, document {shortened(document)}: judged {label}, but "
+                f"{source}: query {shortened(query)}, document {shortened(document)}: score {label}, but "
                 f"{labels[document]} on an earlier line; keep one"
             )
     if missing is not None and missing.queries and not qrels:
-        raise DataError(f"{path}:1: none of the {len(missing.queries)} judged queries is in queries.jsonl; the files "
+        raise DataError(f"{path}:1: none of its {len(missing.queries)} queries is in queries.jsonl; the files "
                         "belong to different sets, or spell their ids differently")
     if not qrels:
         raise DataError(f"{path}:1: no judgements; expected lines of {', '.join(HEADER)}")
@@ -118,12 +138,12 @@ def read_qrels(path: Path, queries: Container[str], documents: Container[str],
 
 
 def _id_in(name: str, ids: Container[str]) -> str:
-    """The id as it stands in the file if there is such a one, else without blanks around it."""
+    """The id as it is written if `ids` has it, else without blanks around it."""
     return name if name in ids else name.strip()
 
 
 class _Row(NamedTuple):
-    """A query with its documents by their numbers in the two files."""
+    """A query with its documents, by their row indices in the two files."""
 
     source: str
     query: int
@@ -134,7 +154,7 @@ class _Row(NamedTuple):
 class BeirRows:
     """The queries of qrels/train.tsv that have a relevant document, in the order of the file, as records.
 
-    Positives are the documents with a score above 0, the highest first; negatives are those judged 0 or less. The
+    Positives are the documents with a score above 0, the highest first; negatives are those with 0 or less. The
     source of a record is the line of the query's first judgement.
 
     Raises:
@@ -145,8 +165,8 @@ class BeirRows:
     def __init__(self, path: str, key: str) -> None:
         folder = Path(path)
         qrels_path = require_split(folder, "train")
-        self._documents = Corpus(str(folder / "corpus.jsonl"), key)
-        self._queries = Corpus(str(folder / "queries.jsonl"), key)
+        self._documents = Corpus(str(folder / FILES["document"]), key)
+        self._queries = Corpus(str(folder / FILES["query"]), key)
         digest = hashlib.blake2b(f"{self._documents.digest}{self._queries.digest}".encode(), digest_size=16)
         qrels = read_qrels(qrels_path, self._queries, self._documents)
         self._rows = []
@@ -172,10 +192,10 @@ class BeirRows:
             DataError: one of its texts is empty.
         """
         row = self._rows[index]
-        query, documents = self._queries.read(row.query), [self._documents.read(place) for place in row.documents]
-        for named, place in (query, *documents):
+        query, documents = self._queries.read(row.query), [self._documents.read(index) for index in row.documents]
+        for named, source in (query, *documents):
             if not named.text.strip():
-                raise DataError(f"{place}: _id = {shortened(named.name)}: its text is empty, and {row.source} trains "
+                raise DataError(f"{source}: _id = {shortened(named.name)}: its text is empty, and {row.source} trains "
                                 "on it; give it a text or remove the judgement")
         texts = tuple(document.text for document, _ in documents)
         return Record(query=query[0].text, positive=texts[:row.num_positive], negatives=texts[row.num_positive:],

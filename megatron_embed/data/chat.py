@@ -1,26 +1,32 @@
-"""A text put into the tokenizer's chat template, as Sentence Transformers does for a model of chats."""
+"""A text put into the tokenizer's chat template, as Sentence Transformers does for a chat model."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.names import MessageFormat
 
 _STRUCTURED_SIGNS = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")
-"""What a template has in it that takes a message's content as a list of parts, by Sentence Transformers."""
+"""By one of these Sentence Transformers tells a template that takes a message's content as a list of parts."""
+
+
+def takes_structured_content(template: object) -> bool:
+    """Whether a tokenizer's chat template takes a message's content as a list of parts, not as text."""
+    return not isinstance(template, str) or not template or any(sign in template for sign in _STRUCTURED_SIGNS)
 
 
 class ChatTemplate:
-    """What stands around a text: the template, filled with one message of the user and, for a prompt, the system's.
+    """A tokenizer's chat template, filled with a text as the user's message and its prompt as the system's.
 
     Args:
         tokenizer: a loaded one, with a chat template.
         model_dir: its directory, for messages.
-        content: a message's content: the text, or a list of one part that holds it; auto: as the template looks.
+        content: flat: a message's content is the text; structured: a list of one part that holds it; auto: whichever
+            the template takes.
         variables: for the template, beside the messages.
-        tell_role: whether the template learns, as `task`, whether the text is a query or a document.
+        tell_role: whether the template gets, as `task`, whether the text is a query or a document.
     Raises:
-        CheckpointError: there is no template, or it takes no such message.
+        CheckpointError: the tokenizer has none, or it does not take such messages.
     """
 
     def __init__(self, tokenizer: Any, model_dir: str, *, content: MessageFormat,
@@ -33,8 +39,7 @@ class ChatTemplate:
                                   "has no chat template; fetch chat_template.jinja, or remove the modality if the "
                                   "model was trained without it")
         if content == "auto":
-            structured = not isinstance(template, str) or any(sign in template for sign in _STRUCTURED_SIGNS)
-            content = "structured" if structured else "flat"
+            content = "structured" if takes_structured_content(template) else "flat"
         self._structured = content == "structured"
         self._suffixes: dict[tuple[str, str], list[int]] = {}
 
@@ -46,11 +51,11 @@ class ChatTemplate:
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **variables))
         except Exception as error:  # a template may raise anything
-            first_line = str(error).strip().partition("\n")[0]
             what = "a message of the system, which the prompt is, and one of the user" if prompt else "a user's message"
-            raise CheckpointError(f"{self._model_dir}: its chat template does not take {what} ({first_line}); mend "
-                                  "chat_template.jinja, or remove the modality message from sentence_bert_config.json "
-                                  "if the model was trained without it") from error
+            raise CheckpointError(f"{self._model_dir}: its chat template does not take {what} "
+                                  f"({first_line(error)}); correct chat_template.jinja, or remove the modality "
+                                  "message from sentence_bert_config.json if the model was trained without it"
+                                  )  from error
 
     def suffix(self, prompt: str, role: str) -> list[int]:
         """Tokens that the template puts behind every text; empty if it puts none, or forgets the text."""

@@ -1,4 +1,4 @@
-"""What training data hold, counted before anyone pays for a run."""
+"""Counts of training data, to look at before a run: rows, duplicates, lengths in tokens."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -12,7 +12,7 @@ from megatron_embed.data.records import AnyRecord, Record, documents_in_use, id_
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.names import Role
 
-_AT_ONCE = 2048
+_CHUNK_ROWS = 2048
 _SMALLEST_BIN = 16
 _ALL = 2**31
 
@@ -21,14 +21,14 @@ Counts = dict[str, Any]
 
 def check_records(records: RecordSet, *, num_negatives: int | None, num_positives: int, tokenizer: RoleTokenizer | None,
                   max_lengths: dict[Role, int]) -> list[Counts]:
-    """Per entry, what `describe` prints; see docs/data.md for the words.
+    """Counts of each entry, which `describe` prints; docs/data.md explains them.
 
     Args:
         records: opened, so every row can be used.
-        num_negatives: of the run; null: all negatives are looked at.
-        num_positives: of the run.
-        tokenizer: null: no tokens are counted.
-        max_lengths: tokens at which a text of a role is cut.
+        num_negatives: hard negatives per query in the run; None: all are counted.
+        num_positives: positives per query in the run.
+        tokenizer: None: no tokens are counted.
+        max_lengths: tokens to which a text of a role is truncated.
     """
     return [_check_entry(file, (num_negatives, num_positives), tokenizer, max_lengths) for file in records.files]
 
@@ -62,20 +62,20 @@ def _check_entry(file: Sequence[AnyRecord], used: tuple[int | None, int], tokeni
                       "rows whose query an earlier row has": _repeated(hashes["query"]),
                       "rows that share their positive with another": _shared(hashes["first positive"])}
     if tokenizer is not None:
-        result |= {f"{role} tokens": _distribution(np.array(found, dtype=np.int64), max_lengths[role])
-                   for role, found in lengths.items()}
+        result |= {f"{role} tokens": _distribution(np.array(of_role, dtype=np.int64), max_lengths[role])
+                   for role, of_role in lengths.items()}
     return result
 
 
 def _parts(file: Sequence[AnyRecord]) -> Iterator[list[AnyRecord]]:
     rows = iter(file)
-    while part := list(islice(rows, _AT_ONCE)):
+    while part := list(islice(rows, _CHUNK_ROWS)):
         yield part
 
 
 def _count_tokens(part: Sequence[AnyRecord], used: tuple[int | None, int], tokenizer: RoleTokenizer,
                   lengths: dict[Role, list[int]]) -> None:
-    """Adds the length of every text of these rows that training uses."""
+    """Add the length of every text of these rows that training uses."""
     lengths["query"] += tokenizer.count_tokens(
         [record.query for record in part], "query", [record.instruction for record in part],
         [record.query_prompt for record in part])
@@ -95,7 +95,8 @@ def _shared(hashes: list[int]) -> int:
 
 
 def _distribution(lengths: NDArray[np.int64], max_length: int) -> Counts:
-    """Of lengths before any cut; the histogram's bins are doubled, each named by its largest length."""
+    """Statistics of lengths before truncation. Each bin of the histogram is twice as wide as the one before it, and is
+    named by its largest length."""
     if not lengths.size:
         return {"texts": 0}
     median, p95, p99 = (int(value) for value in np.percentile(lengths, [50, 95, 99], method="higher"))
@@ -109,7 +110,7 @@ def _distribution(lengths: NDArray[np.int64], max_length: int) -> Counts:
 
 
 def describe(counts: Counts) -> str:
-    """The counts of one entry as lines of text; zeros of what need not be are left out."""
+    """The counts of one entry as lines of text; counts of zero are left out."""
     lines = [f"{counts['path']}: {counts['rows']} rows"]
     for name, value in counts.items():
         if isinstance(value, dict) and value["texts"]:
@@ -117,8 +118,8 @@ def describe(counts: Counts) -> str:
                          f"{value['p99']}, longest {value['longest']}; {value['cut']} of {value['texts']} texts are "
                          f"cut at {value['at']}, {value['without tokens']} have no tokens")
             most = max(value["histogram"].values())
-            lines += [f"    {bin_:>9} {number:>9} {'#' * -(-40 * number // most)}"
-                      for bin_, number in value["histogram"].items()]
+            lines += [f"    {bin_:>9} {count:>9} {'#' * -(-40 * count // most)}"
+                      for bin_, count in value["histogram"].items()]
         elif name not in ("path", "rows") and not isinstance(value, dict) and value:
             lines.append(f"  {name}: {value} ({value / counts['rows']:.1%})")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Documents that are named by an id: rows `{"docid" or "_id", "title"?, "text"}`, looked up without holding them."""
+"""Documents with ids: rows `{"docid" or "_id", "title"?, "text"}`, looked up in their file, not held in memory."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from megatron_embed.data.jsonl import check_text, shortened
 from megatron_embed.data.records import text_id
-from megatron_embed.data.row_fields import Row, name_of, titled
+from megatron_embed.data.row_fields import Row, name_of, titled, trusted_title
 from megatron_embed.data.row_source import open_rows
 from megatron_embed.errors import DataError
 
@@ -17,19 +17,23 @@ ID_KEYS = ("_id", "docid", "id")
 
 
 class NamedText(NamedTuple):
-    """A query or document of a file of them."""
+    """A query or document with its id."""
 
     name: str
     text: str
     """`title + " " + text` where the title is not empty; may be empty itself: public corpora hold such documents."""
 
 
-def read_named_text(row: Row, source: str) -> NamedText:
+def read_named_text(row: Row, source: str, *, trusted: bool = False) -> NamedText:
     """The id and the text of one row.
 
+    Args:
+        trusted: the row was read before and has not changed: it is converted, not checked again.
     Raises:
         DataError: beginning with `source`.
     """
+    if trusted:
+        return NamedText(str(next(row[key] for key in ID_KEYS if key in row)), trusted_title(row))
     key = next((key for key in ID_KEYS if key in row), None)
     missing = [name for name, absent in (("_id", key is None), ("text", "text" not in row)) if absent]
     if missing or key is None:
@@ -55,11 +59,11 @@ def text_of_document(row: Row, source: str) -> str:
 
 
 class LazyTexts(Sequence[str]):
-    """A sequence given by `__len__` and `_text`; a part of it asks it for a text when it is asked for that one."""
+    """A sequence given by `__len__` and `_text`; a slice of it reads a text only when that one is accessed."""
 
     @abstractmethod
-    def _text(self, number: int) -> str:
-        """Text `number`, 0 <= number < len(self)."""
+    def _text(self, index: int) -> str:
+        """Text `index`, 0 <= index < len(self)."""
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -67,19 +71,19 @@ class LazyTexts(Sequence[str]):
     def __getitem__(self, index: slice) -> Sequence[str]: ...
 
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        numbers = range(len(self))[index]
-        return Picked(self, numbers) if isinstance(numbers, range) else self._text(numbers)
+        position = range(len(self))[index]
+        return Picked(self, position) if isinstance(position, range) else self._text(position)
 
 
 class DocumentsOnDisk(LazyTexts):
-    """The texts of a file of documents, in its order, each read when it is asked for. Memory: 16 bytes per document.
+    """The texts of a file of documents, in its order, each read when it is accessed. Memory: 16 bytes per document.
 
     Attributes:
-        names: their ids, which are held beside these.
+        names: their ids, held in memory besides.
 
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
-        DataError: a row cannot be used, an id occurs twice, or there is no row; at an access: the file was changed.
+        DataError: a row cannot be used, an id occurs twice, or there are no rows; at an access: the file was changed.
     """
 
     def __init__(self, path: str, key: str) -> None:
@@ -98,26 +102,26 @@ class DocumentsOnDisk(LazyTexts):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _text(self, number: int) -> str:
-        return read_named_text(*self._rows.row(number)).text
+    def _text(self, index: int) -> str:
+        return read_named_text(*self._rows.row(index), trusted=self._rows.detects_changes).text
 
 
 class Picked(LazyTexts):
-    """Some of the texts of a sequence, which is asked for a text when this one is, and for nothing when this is cut."""
+    """Some of the texts of a sequence. A text is read when it is accessed; slicing reads none."""
 
-    def __init__(self, texts: Sequence[str], numbers: Sequence[int]) -> None:
-        """`numbers`: of the texts, in the wanted order."""
-        self._texts, self._numbers = texts, numbers
+    def __init__(self, texts: Sequence[str], indices: Sequence[int]) -> None:
+        """`indices`: of the texts, in the wanted order."""
+        self._texts, self._indices = texts, indices
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._indices)
 
-    def _text(self, number: int) -> str:
-        return self._texts[self._numbers[number]]
+    def _text(self, index: int) -> str:
+        return self._texts[self._indices[index]]
 
 
 class Corpus:
-    """A file of documents, each found by its id. Memory: 32 bytes per document.
+    """A file of documents, looked up by id. Memory: 32 bytes per document.
 
     Attributes:
         path: as it was given.
@@ -125,7 +129,7 @@ class Corpus:
 
     Raises:
         ConfigError: the file cannot be opened.
-        DataError: a row cannot be used, an id occurs twice, or there is no row.
+        DataError: a row cannot be used, an id occurs twice, or there are no rows.
     """
 
     def __init__(self, path: str, key: str) -> None:
@@ -137,9 +141,9 @@ class Corpus:
         if not hashes:
             raise DataError(f'{path}:1: no rows; a row is one line such as {{"docid": "1", "text": "..."}}')
         self.digest = self._rows.digest
-        found: NDArray[np.int64] = np.array(hashes, dtype=np.int64)
-        self._order = np.argsort(found, kind="stable")
-        self._hashes = found[self._order]
+        in_file_order: NDArray[np.int64] = np.array(hashes, dtype=np.int64)
+        self._order = np.argsort(in_file_order, kind="stable")
+        self._hashes = in_file_order[self._order]
         twice = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
         if twice.size:
             row, source = self._rows.row(int(self._order[twice + 1].min()))
@@ -152,32 +156,32 @@ class Corpus:
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str):
             return False
-        place, wanted = self._place(name)
-        return place < len(self._hashes) and int(self._hashes[place]) == wanted
+        position, wanted = self._position(name)
+        return position < len(self._hashes) and int(self._hashes[position]) == wanted
 
-    def _place(self, name: str) -> tuple[int, int]:
-        """Where the id's hash is, or would be, and the hash."""
+    def _position(self, name: str) -> tuple[int, int]:
+        """Position of the id's hash in the sorted hashes, or where it would be, and the hash."""
         wanted = text_id(name)
         return int(np.searchsorted(self._hashes, wanted)), wanted
 
     def row_of(self, name: str) -> int:
-        """The number, from 0, of the document with this id, which is in the file."""
-        return int(self._order[self._place(name)[0]])
+        """Row index, from 0, of the document with this id, which is in the file."""
+        return int(self._order[self._position(name)[0]])
 
     def read(self, row: int) -> tuple[NamedText, str]:
-        """A document by its number, and its FILE:LINE."""
+        """The document of a row, and its FILE:LINE."""
         values, source = self._rows.row(row)
-        return read_named_text(values, source), source
+        return read_named_text(values, source, trusted=self._rows.detects_changes), source
 
     def texts_of(self, ids: tuple[str, ...], source: str) -> tuple[str, ...]:
         """The texts of these documents.
 
         Args:
-            source: of the row that names them.
+            source: FILE:LINE of the row that names them.
         Raises:
             DataError: an id is not in the file, or its text is empty.
         """
-        found = []
+        texts = []
         for name in ids:
             if name not in self:
                 raise DataError(f"{source}: id {shortened(name)} is not in {self.path}; add it there or remove the row")
@@ -185,5 +189,5 @@ class Corpus:
             if not text.strip():
                 raise DataError(f"{source}: id {shortened(name)} has an empty text in {self.path}; give it a text or "
                                 "remove the row")
-            found.append(text)
-        return tuple(found)
+            texts.append(text)
+        return tuple(texts)

@@ -1,4 +1,4 @@
-"""`data.train` opened: every file validated whole, rows read again one at a time, some held out for validation."""
+"""The data sets of a run: every file is validated whole when it is opened, and its rows are read one at a time."""
 
 import hashlib
 import logging
@@ -14,27 +14,24 @@ from megatron_embed.data.beir import BeirRows, is_beir_folder
 from megatron_embed.data.corpus import text_of_document
 from megatron_embed.data.formats import RowReader
 from megatron_embed.data.jsonl import check_text, parse_object, read_lines
-from megatron_embed.data.records import AnyRecord, Kind, Record, Records, RerankRecord, text_id
+from megatron_embed.data.records import AnyRecord, Kind, Record, Records, text_id
 from megatron_embed.data.row_fields import check_keys
 from megatron_embed.data.row_source import nothing_to_stream, open_rows
 from megatron_embed.errors import ConfigError, DataError
 
-__all__ = ["AnyRecord", "Kind", "Record", "RecordFile", "RecordSet", "RerankRecord", "hold_out", "open_records",
-           "place_of_text", "read_texts", "text_id", "validation_shares"]
-
 logger = logging.getLogger(__name__)
 
 
-class _Source(Records[AnyRecord]):
+class DataEntry(Records[AnyRecord]):
     """Records of one `data.train` entry.
 
     Attributes:
         path: as it was given.
-        instructions: each distinct instruction (None: rows without one), with the source of its first row.
+        instructions: each distinct instruction (None: rows without one), with the FILE:LINE of its first row.
         digest: hash of the rows; blank lines and line endings do not count.
-        most_positives: positives of the row that has the most, of lists documents with a label above 0.
-        most_negatives: negatives of the row that has the most; 0 where rows are lists with labels.
-        most_documents: documents of the row that has the most.
+        most_positives: positives of the row with the most; of a list, documents with a label above 0.
+        most_negatives: negatives of the row with the most; 0 if rows are lists with labels.
+        most_documents: documents of the row with the most.
     """
 
     path: str
@@ -59,14 +56,15 @@ class _Source(Records[AnyRecord]):
             self.most_documents = max(self.most_documents, len(record.documents))
 
 
-class RecordFile(_Source):
-    """The rows of one file or table, validated whole at construction and read again at each access.
+class RecordFile(DataEntry):
+    """The rows of one file or table, validated whole at construction. Each access reads its row again, and trusts it.
 
-    Memory: 16 bytes per row of a JSONL file, 8 of a stream, none of a table: all may be larger than memory.
+    A file that changes after its validation is refused. Only a table does not detect that: its rows are validated at
+    each access. Memory: 16 bytes per row of a JSONL file, 8 of a stream, none of a table; all may exceed memory.
 
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
-        DataError: a row cannot be used (`FILE:LINE: ` and the reason), or there is no row.
+        DataError: a row cannot be used (`FILE:LINE: ` and the reason), or there are no rows.
     """
 
     def __init__(self, file: str | TrainFile, kind: Kind | None = "contrastive", key: str = "data.train") -> None:
@@ -86,21 +84,21 @@ class RecordFile(_Source):
         return len(self._rows)
 
     def _record(self, index: int) -> AnyRecord:
-        return self._reader.read(*self._rows.row(index))
+        return self._reader.read(*self._rows.row(index), trusted=self._rows.detects_changes)
 
 
-class BeirFile(_Source):
+class BeirFile(DataEntry):
     """The training queries of a BEIR folder, validated whole at construction."""
 
-    def __init__(self, file: TrainFile, kind: Kind | None = "contrastive", key: str = "data.train") -> None:
+    def __init__(self, file: TrainFile, kind: Kind | None = "contrastive") -> None:
         super().__init__(file)
         if file.streaming:
-            raise nothing_to_stream(file.path, key)
+            raise nothing_to_stream(file.path, "data.train")
         self._reader = RowReader(file, kind)
-        self._rows = BeirRows(file.path, key)
+        self._rows = BeirRows(file.path, "data.train")
         self.digest = self._rows.digest
         for index in range(len(self._rows)):
-            self._note(self._record(index))
+            self._note(self._reader.apply_defaults(self._rows.record(index)))
         logger.info("%s: %d rows of the format BEIR (corpus.jsonl, queries.jsonl, qrels/train.tsv)", file.path,
                     len(self))
         if self._rows.num_without_positive:
@@ -111,31 +109,31 @@ class BeirFile(_Source):
         return len(self._rows)
 
     def _record(self, index: int) -> AnyRecord:
-        return self._reader.finished(self._rows.record(index))
+        return self._reader.apply_defaults(self._rows.record(index), trusted=True)
 
 
-class _Part(_Source):
+class _Part(DataEntry):
     """Some of an entry's records."""
 
-    def __init__(self, whole: _Source, rows: NDArray[np.int64]) -> None:
+    def __init__(self, whole: DataEntry, rows: NDArray[np.int64]) -> None:
         super().__init__(whole.file)
         self.instructions, self.digest = whole.instructions, whole.digest
         self.most_positives, self.most_negatives = whole.most_positives, whole.most_negatives
         self.most_documents = whole.most_documents
         self._whole = whole
-        self._numbers = rows
+        self._indices = rows
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._indices)
 
     def _record(self, index: int) -> AnyRecord:
-        return self._whole[int(self._numbers[index])]
+        return self._whole[int(self._indices[index])]
 
 
 class RecordSet(Records[AnyRecord]):
     """The rows of several entries, one entry after the other."""
 
-    def __init__(self, files: Sequence[_Source]) -> None:
+    def __init__(self, files: Sequence[DataEntry]) -> None:
         self.files = tuple(files)
         self._ends = list(accumulate(len(file) for file in self.files))
 
@@ -144,7 +142,7 @@ class RecordSet(Records[AnyRecord]):
 
     @property
     def instructions(self) -> dict[str | None, str]:
-        """Each distinct instruction (None: rows without one), with the source of its first row."""
+        """Each distinct instruction (None: rows without one), with the FILE:LINE of its first row."""
         first: dict[str | None, str] = {}
         for file in self.files:
             for instruction, source in file.instructions.items():
@@ -153,38 +151,38 @@ class RecordSet(Records[AnyRecord]):
 
     @property
     def most_positives(self) -> int:
-        """Positives of the row that has the most."""
+        """Positives of the row with the most."""
         return max(file.most_positives for file in self.files)
 
     @property
     def most_negatives(self) -> int:
-        """Negatives of the row that has the most; held-out rows count with those that are kept."""
+        """Negatives of the row with the most; rows that are held out count, too."""
         return max(file.most_negatives for file in self.files)
 
     @property
     def most_documents(self) -> int:
-        """Documents of the row that has the most."""
+        """Documents of the row with the most."""
         return max(file.most_documents for file in self.files)
 
     def most_in_use(self, num_positives: int, num_negatives: int) -> int:
-        """Documents that a step takes of a row, at most, of the first so many positives and negatives of each."""
+        """Most documents that a step takes of a row, with at most this many positives and negatives."""
         return min(num_positives, self.most_positives) + min(num_negatives, self.most_negatives)
 
     def most_in_list(self, num_negatives: int) -> int:
-        """Of lists with labels: documents that a step takes of a row, at most; 0: all negatives."""
+        """Most documents that a step takes of a list with labels; `num_negatives` 0: all negatives."""
         return min(self.most_documents, self.most_positives + num_negatives) if num_negatives else self.most_documents
 
     @property
     def digest(self) -> str:
-        """Hash of all lines: equal rows in equal order, equal digest, if the files divide them alike."""
+        """Hash of all rows: the same for the same rows in the same order, divided into files in the same way."""
         return hashlib.blake2b("".join(file.digest for file in self.files).encode(), digest_size=16).hexdigest()
 
     def file_of(self, index: int) -> int:
-        """Number of the entry, from 0, that row `index` belongs to."""
+        """Index of the entry that row `index` belongs to."""
         return bisect_right(self._ends, index)
 
     def first_row(self, file: int) -> int:
-        """Row number of the first row of entry `file`."""
+        """Index of the first row of entry `file`."""
         return self._ends[file - 1] if file else 0
 
     def _record(self, index: int) -> AnyRecord:
@@ -193,8 +191,8 @@ class RecordSet(Records[AnyRecord]):
 
 
 def open_records(files: tuple[TrainFile, ...], kind: Kind | None = "contrastive") -> RecordSet:
-    """The rows of `data.train`, every file validated whole: `Record`s, or `RerankRecord`s where `kind` is rerank, or
-    each as it comes where it is null.
+    """The rows of `data.train`, every file validated whole: `Record`s, `RerankRecord`s if `kind` is rerank, or as the
+    rows are written if it is None.
 
     Raises:
         ConfigError: a file cannot be opened.
@@ -204,47 +202,46 @@ def open_records(files: tuple[TrainFile, ...], kind: Kind | None = "contrastive"
 
 
 def hold_out(records: RecordSet, fraction: float, seed: int) -> tuple[RecordSet, RecordSet | None]:
-    """(rows to train on, rows to validate on), the latter a fraction of each entry; null where the fraction is 0.
+    """(rows to train on, rows to validate on), the latter a fraction of each entry, or None if the fraction is 0.
 
-    Which rows follows from their queries' texts and the seed alone: rows with one query stay together, and a run that
-    is resumed, under whatever layout, holds out the same.
+    The choice follows from the queries' texts and the seed alone: rows with the same query stay together, and a resumed
+    run holds out the same rows at any layout.
 
     Raises:
         ConfigError: an entry has too few different queries to give to both.
     """
     if not fraction:
         return records, None
-    kept, held = [], []
+    training, validation = [], []
     for file in records.files:
-        marks = np.array([text_id(f"{seed}\0{record.query}") for record in file], dtype=np.int64)
-        ordered = np.sort(marks)
-        wanted = max(1, round(fraction * len(marks)))
-        is_held = marks <= ordered[wanted - 1]
-        if is_held.all():
+        hashes = np.array([text_id(f"{seed}\0{record.query}") for record in file], dtype=np.int64)
+        num_wanted = max(1, round(fraction * len(hashes)))
+        is_held_out = hashes <= np.sort(hashes)[num_wanted - 1]
+        if is_held_out.all():
             raise ConfigError(f"data.validation_fraction = {fraction}: {file.path} has {len(file)} rows and "
-                              f"{len(np.unique(marks))} different queries, too few to train and to validate on; set it "
-                              "to 0 or add rows", key="data.validation_fraction")
-        held.append(_Part(file, np.flatnonzero(is_held)))
-        kept.append(_Part(file, np.flatnonzero(~is_held)))
-    return RecordSet(kept), RecordSet(held)
+                              f"{len(np.unique(hashes))} different queries, too few to train and to validate on; set "
+                              "it to 0 or add rows", key="data.validation_fraction")
+        validation.append(_Part(file, np.flatnonzero(is_held_out)))
+        training.append(_Part(file, np.flatnonzero(~is_held_out)))
+    return RecordSet(training), RecordSet(validation)
 
 
 def validation_shares(records: RecordSet, *, global_batch_size: int, dp_rank: int, dp_size: int) -> list[list[int]]:
-    """Row numbers of this rank's share of every validation batch; the ranks' shares differ by one row at most.
+    """Row indices of this rank's share of every validation batch; the ranks' shares differ by one row at most.
 
-    A batch is of one entry, whose rows are divided evenly, in order, over as few batches as hold `global_batch_size`
-    rows each: a query has about as many negatives in all of them.
+    A batch holds rows of one entry. The entry's rows are divided evenly, in order, over the fewest batches of at most
+    `global_batch_size` rows, so that a query has about as many negatives in each of them.
 
     Raises:
         ConfigError: an entry has fewer rows than there are ranks.
     """
     shares: list[list[int]] = []
-    for number, file in enumerate(records.files):
+    for index, file in enumerate(records.files):
         if len(file) < dp_size:
             raise ConfigError(f"{len(file)} rows of {file.path} are held out for validation, fewer than the {dp_size} "
                               "data-parallel ranks that share them; raise data.validation_fraction, or add rows")
         num_batches = min(-(-len(file) // global_batch_size), len(file) // dp_size)
-        for rows in np.array_split(records.first_row(number) + np.arange(len(file)), num_batches):
+        for rows in np.array_split(records.first_row(index) + np.arange(len(file)), num_batches):
             shares.append(np.array_split(rows, dp_size)[dp_rank].tolist())
     return shares
 
@@ -254,16 +251,16 @@ def _report_ignored(path: str, ignored: set[str]) -> None:
         logger.info("%s: ignored keys: %s", path, ", ".join(sorted(ignored)))
 
 
-def read_texts(path: str, key: str = "--input") -> list[str]:
+def read_texts(path: str) -> list[str]:
     """The texts of rows `{"text": str, "title"?: str}`, in file order: `title + " " + text` where there is one.
 
     Raises:
-        ConfigError: the file cannot be opened; the message names `key`.
-        DataError: a row cannot be used, or there is no row.
+        ConfigError: the file cannot be opened; the message names the option --input.
+        DataError: a row cannot be used, or there are no rows.
     """
     texts, ignored, with_title = [], set[str](), 0
-    for line in read_lines(path, key):
-        source = f"{path}:{line.number}"
+    for line in read_lines(path, "--input"):
+        source = f"{path}:{line.line_number}"
         row = parse_object(line.raw, source)
         check_keys(row, ("text",), ("text",), source)
         text = text_of_document(row, source)
@@ -278,6 +275,7 @@ def read_texts(path: str, key: str = "--input") -> list[str]:
     return texts
 
 
-def place_of_text(path: str, row: int, key: str = "--input") -> str:
+def source_of_text(path: str, row: int) -> str:
     """FILE:LINE of text `row`, from 0, of `read_texts`; reads the file again."""
-    return f"{path}:{next(islice(read_lines(path, key), row, None)).number}"
+    line = next(islice(read_lines(path, "--input"), row, None))
+    return f"{path}:{line.line_number}"

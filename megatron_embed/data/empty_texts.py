@@ -1,4 +1,4 @@
-"""Texts that a tokenizer turns into nothing, found before the first step where that costs little."""
+"""Texts without tokens, found before the first step if that costs little."""
 
 from collections.abc import Iterable
 from typing import TypeVar
@@ -13,15 +13,15 @@ Label = TypeVar("Label")
 
 _UNKNOWN = "\ue000"
 """A character for private use: no vocabulary holds it."""
-_AT_ONCE = 1024
+_CHUNK_TEXTS = 1024
 
 
 def first_empty_text(texts: Iterable[tuple[Label, str]], role: Role, tokenizer: RoleTokenizer,
-                    prompt: str | None = None) -> tuple[Label, str] | None:
-    """The first labelled text that has no tokens, null if all have some.
+                     prompt: str | None = None) -> tuple[Label, str] | None:
+    """The first labelled text that has no tokens; None if all have some.
 
-    Free where special tokens, an EOS or the prompt come with every text. A tokenizer that makes something of any
-    letter can still drop blanks and control characters: then only texts without letter and digit are looked at.
+    Costs nothing if special tokens, an EOS or the prompt come with every text. A tokenizer with tokens for every
+    letter can still drop blanks and control characters: then only texts without letters and digits are tokenized.
 
     `prompt`: of a data set, in place of the role's.
     """
@@ -32,9 +32,9 @@ def first_empty_text(texts: Iterable[tuple[Label, str]], role: Role, tokenizer: 
     for item in texts:
         if drops_letters or not any(character.isalnum() for character in item[1]):
             waiting.append(item)
-        if len(waiting) == _AT_ONCE:
-            if (found := _first_empty(waiting, role, tokenizer, prompt)) is not None:
-                return found
+        if len(waiting) == _CHUNK_TEXTS:
+            if (empty := _first_empty(waiting, role, tokenizer, prompt)) is not None:
+                return empty
             waiting.clear()
     return _first_empty(waiting, role, tokenizer, prompt)
 
@@ -46,7 +46,7 @@ def _first_empty(texts: list[tuple[Label, str]], role: Role, tokenizer: RoleToke
 
 
 def refuse_empty_rows(records: RecordSet, tokenizer: RoleTokenizer, num_negatives: int,
-                          num_positives: int = 1) -> None:
+                      num_positives: int = 1) -> None:
     """Raises EmptyTextError, beginning `FILE:LINE: `, if a text that training uses has no tokens.
 
     No communication. Reads every row where the tokenizer may give no tokens.
@@ -58,6 +58,6 @@ def refuse_empty_rows(records: RecordSet, tokenizer: RoleTokenizer, num_negative
         roles: tuple[tuple[Role, Iterable[tuple[int, str]], str | None], ...] = (
             ("query", queries, file.file.query_prompt), ("document", documents, file.file.document_prompt))
         for role, texts, prompt in roles:
-            if (found := first_empty_text(texts, role, tokenizer, prompt)) is not None:
-                row, text = found
+            if (empty := first_empty_text(texts, role, tokenizer, prompt)) is not None:
+                row, text = empty
                 raise EmptyTextError(row, file[row].source, text)

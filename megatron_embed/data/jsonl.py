@@ -1,4 +1,4 @@
-"""JSONL files, plain or compressed (gzip, Zstandard), read line by line so that every complaint names file and line."""
+"""JSONL files, plain or compressed (gzip, Zstandard), read line by line so that every error names file and line."""
 
 import gzip
 import io
@@ -24,8 +24,8 @@ ENDINGS = tuple(name + packing for packing in ("", ".gz", ".zst") for name in ("
 class Line(NamedTuple):
     """One line that is not blank."""
 
-    number: int
-    """In the file, from 1, blank lines counted."""
+    line_number: int
+    """Number of the line in the file, from 1, blank lines counted."""
     start: int
     """Byte offset of `raw` in the file (after decompression)."""
     raw: bytes
@@ -39,7 +39,7 @@ def shortened(value: object, limit: int = 80) -> str:
 
 
 def is_compressed(path: str) -> bool:
-    """Whether the name says so."""
+    """Whether the file's name ends as that of a compressed file."""
     return path.endswith((".gz", ".zst"))
 
 
@@ -56,7 +56,7 @@ def open_jsonl(path: str, key: str) -> BinaryIO:
     """The file's decompressed bytes.
 
     Raises:
-        ConfigError: naming `key` (the setting or option the path came from), if it is no readable JSONL file.
+        ConfigError: naming `key` (the setting or option the path came from), if it is not a readable JSONL file.
     """
     if not path.endswith(ENDINGS):
         raise ConfigError(f"{key} = {path!r}: not a JSONL file by its name; readable are {', '.join(ENDINGS)}", key=key)
@@ -81,12 +81,12 @@ def read_lines(path: str, key: str) -> Iterator[Line]:
     """
     start = 0
     with open_jsonl(path, key) as file:
-        for number, raw in numbered_lines(file, path):
+        for line_number, raw in numbered_lines(file, path):
             end = start + len(raw)
-            if number == 1 and raw.startswith(_BOM):
+            if line_number == 1 and raw.startswith(_BOM):
                 raw, start = raw[len(_BOM):], len(_BOM)
             if raw.strip(_BLANK):
-                yield Line(number, start, raw)
+                yield Line(line_number, start, raw)
             start = end
 
 
@@ -97,27 +97,27 @@ def numbered_lines(file: BinaryIO, path: str | Path) -> Iterator[tuple[int, byte
         DataError: a line is longer than LONGEST_LINE, blank lines do not end, the file breaks off or its compression is
             damaged.
     """
-    number = num_blank = 0
+    line_number = num_blank = 0
     while True:
-        number += 1
+        line_number += 1
         try:
             raw = file.readline(LONGEST_LINE + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}:{number}: cannot be read on: {error}; the file is damaged or incomplete, "
+            raise DataError(f"{path}:{line_number}: cannot be read on: {error}; the file is damaged or incomplete, "
                             "make it again") from None
         if not raw:
             return
         if len(raw) > LONGEST_LINE:
-            raise DataError(f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; a line holds one row, so "
-                            "divide its text, or make the file again with one row a line")
+            raise DataError(f"{path}:{line_number}: a line of more than {LONGEST_LINE >> 20} MiB; a line holds one "
+                            "row, so divide its text, or make the file again with one row a line")
         num_blank = 0 if raw.strip(_BLANK) else num_blank + 1
         if num_blank > MOST_BLANK_LINES:
-            raise DataError(f"{path}:{number}: more than {MOST_BLANK_LINES:,} blank lines in a row; remove them")
-        yield number, raw
+            raise DataError(f"{path}:{line_number}: more than {MOST_BLANK_LINES:,} blank lines in a row; remove them")
+        yield line_number, raw
 
 
 class _RefusedError(Exception):
-    """A construct that `json` would let pass."""
+    """A construct that `json` would accept."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -134,6 +134,7 @@ def _unique_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
+_TRUSTING_DECODER = json.JSONDecoder()
 
 
 def parse_object(raw: bytes, source: str) -> dict[str, object]:
@@ -165,15 +166,28 @@ def parse_object(raw: bytes, source: str) -> dict[str, object]:
     return row
 
 
+def parse_trusted_object(raw: bytes, source: str) -> dict[str, object]:
+    """The JSON object of a line that `parse_object` has accepted before.
+
+    Raises:
+        DataError: it is not JSON any more.
+    """
+    try:
+        row: dict[str, object] = _TRUSTING_DECODER.decode(raw.decode("utf-8"))
+    except ValueError:
+        return parse_object(raw, source)
+    return row
+
+
 def json_type(value: object) -> str:
-    """JSON's word for the type of a value; Python's for what only a table can hold."""
+    """JSON's name for the type of a value; Python's for a type that only a table can hold."""
     names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number",
              type(None): "null"}
     return names.get(type(value), type(value).__name__)
 
 
 def check_text(value: object, name: str, source: str) -> str:
-    """`value` itself, if it is a string with something in it that is valid Unicode.
+    """`value` itself, if it is a string that is valid Unicode and not blank.
 
     Raises:
         DataError: beginning with `source` and naming `name`.
@@ -186,6 +200,6 @@ def check_text(value: object, name: str, source: str) -> str:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise DataError(f"{source}: {name} holds half a surrogate pair, \\u{ord(value[error.start]):04x}, at "
-                            f"character {error.start + 1}; write the character itself or both halves") from None
+            raise DataError(f"{source}: {name} contains an unpaired surrogate, \\u{ord(value[error.start]):04x}, at "
+                            f"character {error.start + 1}; write the character itself or both surrogates") from None
     return value

@@ -12,15 +12,16 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 
 from megatron_embed.batch import EmbedBatch, RerankBatch, StepBatch
+from megatron_embed.config.checks import micro_batches_per_step
 from megatron_embed.config.data import TrainFile
 from megatron_embed.data.dataset import RecordSet
-from megatron_embed.data.mixture import Sampler
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch
 from megatron_embed.data.pair_batches import build_rerank_batch, sample_negatives
 from megatron_embed.data.pair_tokenizer import PairTokenizer
 from megatron_embed.data.records import sampled_documents
+from megatron_embed.data.sampler import Sampler
 from megatron_embed.data.tokenizer import RoleTokenizer
-from megatron_embed.errors import ConfigError, DataError
+from megatron_embed.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ Batch = TypeVar("Batch", bound=StepBatch)
 
 
 def check_prompts(records: RecordSet, tokenizer: RoleTokenizer) -> None:
-    """Raises ConfigError for a prompt or an instruction of the data that leaves no room, or an instruction missing."""
+    """Raises ConfigError if a prompt or instruction of the data leaves no tokens for the text, or one is missing."""
     for source in records.files:
         prompts = source.file.query_prompt, source.file.document_prompt
         tokenizer.check_prompts(source.instructions, *prompts)
@@ -38,22 +39,18 @@ def check_prompts(records: RecordSet, tokenizer: RoleTokenizer) -> None:
 
 
 def data_set_names(paths: Sequence[str]) -> list[str]:
-    """A short name of each path, for metrics: the last part without its ending, with its number if it is not unique."""
+    """A short name of each path, for metrics: the last part without its ending, numbered if it is not unique."""
     names = [Path(path).name.split(".")[0] or path for path in paths]
-    return [name if names.count(name) == 1 else f"{name}_{number + 1}" for number, name in enumerate(names)]
+    return [name if names.count(name) == 1 else f"{name}_{count}" for count, name in enumerate(names, start=1)]
 
 
 class StepLoader(ABC, Generic[Batch]):
     """This rank's batch of any optimizer step; no communication, equal on every rank of a replica.
 
     Data-parallel rank r takes rows r*G/dp_size ... of the G = global_batch_size rows of the step.
-
-    Attributes:
-        truncated_rows: rows cut to the maximum length, in the batches handed out so far.
     """
 
     def __init__(self, records: RecordSet, sampler: Sampler, *, dp_rank: int, dp_size: int) -> None:
-        self.truncated_rows = 0
         self._records = records
         self._sampler = sampler
         share = sampler.global_batch_size // dp_size
@@ -64,11 +61,15 @@ class StepLoader(ABC, Generic[Batch]):
 
     @abstractmethod
     def batch_of(self, records: Sequence[Any], rows: Sequence[int], files: Sequence[TrainFile], step: int) -> Batch:
-        """The batch of this rank's records of a step; `rows` are their numbers in the whole data, `files` the files
-        that they are of. In the thread."""
+        """The batch of this rank's records of a step. Runs in the loader's thread.
+
+        Args:
+            rows: index of each record in the whole data.
+            files: the entry that each record comes from.
+        """
 
     def rows(self, step: int) -> list[int]:
-        """The row numbers in the whole data of this rank's queries in step `step`."""
+        """Indices, in the whole data, of this rank's rows in step `step`."""
         return self._sampler.rows_of_step(step)[self._share]
 
     def batch(self, step: int) -> Batch:
@@ -82,7 +83,6 @@ class StepLoader(ABC, Generic[Batch]):
             prepared = (step, self._thread.submit(self._build, step))
         batch = prepared[1].result()
         self._next = (step + 1, self._thread.submit(self._build, step + 1))
-        self.truncated_rows += batch.num_truncated
         return batch
 
     def close(self) -> None:
@@ -104,17 +104,17 @@ class StepLoader(ABC, Generic[Batch]):
         return batch
 
     def build(self, records: RecordSet, rows: Sequence[int], step: int) -> Batch:
-        """The batch of some rows, made as those of a step are.
+        """The batch of some rows, made as that of a step.
 
         Raises:
             DataError: a row cannot be read.
         """
         try:
-            found = [records[row] for row in rows]
-        except OSError as error:  # a disk that fails under way; the loop tells the other ranks of a UserError
+            batch_records = [records[row] for row in rows]
+        except OSError as error:  # a disk that fails during the run; the loop tells the other ranks of a UserError
             raise DataError(f"data.train: a row of step {step + 1} cannot be read ({error.strerror or error}); look at "
                             "the disk, then start the run again") from error
-        return self.batch_of(found, rows, [records.files[records.file_of(row)].file for row in rows], step)
+        return self.batch_of(batch_records, rows, [records.files[records.file_of(row)].file for row in rows], step)
 
 
 class BatchLoader(StepLoader[EmbedBatch]):
@@ -125,50 +125,42 @@ class BatchLoader(StepLoader[EmbedBatch]):
         sampler: over the same records.
         tokenizer: that of the model in training.
         packing: how rows are packed; with a token budget, ranks' numbers of micro-batches differ.
-        documents: positives and hard negatives per query; more than any row has are as many as the row with the most
-            has. `most_positives` is counted here.
+        documents: positives and hard negatives per query, limited here to the most that any row has; `most_positives`
+            is counted here.
         dp_rank, dp_size: this rank's index on the data-parallel axis, and the ranks on it.
-        in_batch: whether the queries of every file have other negatives than their own.
-        seed: for sampling a row's documents, from it, the row and the step alone; None: the first of the row.
-        validation: further records that `build` is given, if any: messages have room for their documents too.
+        validation: further records that `build` is given, if any: capacities count their documents too.
 
     Raises:
         ConfigError: the batch sizes do not divide, or an instruction is missing or too long.
     """
 
     def __init__(self, records: RecordSet, sampler: Sampler, tokenizer: RoleTokenizer, packing: PackingSpec,
-                 documents: DocumentsPerQuery, *, dp_rank: int, dp_size: int, in_batch: bool = True,
-                 seed: int | None = None, validation: RecordSet | None = None) -> None:
-        group = packing.micro_batch_size * dp_size
-        total = sampler.global_batch_size
-        if packing.micro_batch_tokens is None and total % group:
-            raise ConfigError(f"training.global_batch_size = {total} is not a multiple of micro_batch_size * "
-                              f"data_parallel_size = {packing.micro_batch_size} * {dp_size}; next valid: "
-                              f"{-(-total // group) * group}", key="training.global_batch_size")
+                 documents: DocumentsPerQuery, *, dp_rank: int, dp_size: int,
+                 validation: RecordSet | None = None) -> None:
+        if packing.micro_batch_tokens is None:
+            micro_batches_per_step(sampler.global_batch_size, packing.micro_batch_size, dp_size)
         check_prompts(records, tokenizer)
         super().__init__(records, sampler, dp_rank=dp_rank, dp_size=dp_size)
         self._tokenizer = tokenizer
         self._packing = packing
-        # Messages have room for what is asked for: never more of it than there is. All ranks read the same rows.
+        # Capacities never exceed the documents that exist. All ranks read the same rows.
         sets = [records] if validation is None else [records, validation]
         most_positives = max(part.most_positives for part in sets)
-        self._documents = DocumentsPerQuery(
-            positives=min(documents.positives, most_positives), most_positives=most_positives,
+        self._documents = replace(
+            documents, positives=min(documents.positives, most_positives), most_positives=most_positives,
             negatives=min(documents.negatives, max(part.most_negatives for part in sets)))
-        self._in_batch = in_batch
-        self._seed = seed
+        self._all_in_batch = all(source.file.in_batch_negatives for part in sets for source in part.files)
 
     def batch_of(self, records: Sequence[Any], rows: Sequence[int], files: Sequence[TrainFile],
                  step: int) -> EmbedBatch:
-        if self._seed is not None:
-            records = [sampled_documents(record, (self._seed, step, row))
-                       for record, row in zip(records, rows, strict=True)]
-        in_batch = None if self._in_batch else torch.tensor([file.in_batch_negatives for file in files])
+        if (seed := self._documents.seed) is not None:
+            records = [sampled_documents(record, (seed, step, row)) for record, row in zip(records, rows, strict=True)]
+        in_batch = None if self._all_in_batch else torch.tensor([file.in_batch_negatives for file in files])
         return build_embed_batch(records, self._tokenizer, self._packing, self._documents, in_batch=in_batch)
 
 
 class RerankLoader(StepLoader[RerankBatch]):
-    """Batches of a reranker; each time that a row comes its negatives are sampled again, from seed, row and step alone.
+    """Batches of a reranker. A row's negatives are sampled again each time, from seed, step and row alone.
 
     Args:
         records: all training rows, RerankRecords.

@@ -1,4 +1,4 @@
-"""Labels and scores in the precision that a loss computes in, float32: a row whose numbers it cannot use is refused."""
+"""Checks of labels and scores: a row whose numbers a loss, computed in float32, cannot use is refused."""
 
 import math
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ LARGEST = float(np.finfo(np.float32).max)
 SQUARE_IS_FINITE = math.sqrt(LARGEST)
 """Largest difference whose square is still a float32."""
 WITH_BOUNDS = ("cosine_similarity", "contrastive", "online_contrastive")
-"""Losses of pairs that do not take any score."""
+"""Losses of pairs that do not take every score."""
 LARGEST_EXPONENT = np.finfo(np.float32).nmant + 1
 """Largest label of lambda_loss: up to 24 the gain 2^label - 1 of a whole label is exact in float32."""
 
 LARGEST_GRADE = 10**6
-"""Largest judgement, either side of 0: trec_eval counts documents per grade in a table as long as the highest one.
-Without memory for that, as at 2^31, it says 0 for every metric."""
+"""Largest grade, either side of 0: trec_eval counts documents per grade in a table as long as the highest one. Without
+memory for that, as at 2^31, it reports 0 for every metric."""
 
 
 def check_grade(grade: float, name: str, source: str) -> None:
-    """Refuses a judgement that ranking metrics cannot take. Raises DataError, beginning with `source`."""
+    """Refuse a grade that ranking metrics cannot take. Raises DataError, beginning with `source`."""
     if abs(grade) > LARGEST_GRADE:
         raise DataError(f"{source}: {name} = {shortened(grade)}: ranking metrics take grades up to "
                         f"{LARGEST_GRADE}; write grades such as 0 to 4")
 
 
 def check_score(score: float, loss: str, source: str) -> None:
-    """Refuses the label of a pair that the loss cannot take. Raises DataError, beginning with `source`."""
+    """Refuse the label of a pair that the loss cannot take. Raises DataError, beginning with `source`."""
     if loss == "contrastive" and not 0 <= score <= 1:
         raise DataError(f"{source}: score {score:g}: objective.loss = contrastive takes scores from 0 to 1; divide by "
                         "the highest score, or choose cosent")
@@ -42,7 +42,7 @@ def check_score(score: float, loss: str, source: str) -> None:
 
 
 def check_teacher(scores: Sequence[float], loss: str, temperature: float, source: str) -> None:
-    """Refuses a teacher's scores that lie too far apart for the loss. Raises DataError, beginning with `source`.
+    """Refuse a teacher's scores that lie too far apart for the loss. Raises DataError, beginning with `source`.
 
     Args:
         temperature: divides them in kl_distillation.
@@ -58,7 +58,7 @@ def check_teacher(scores: Sequence[float], loss: str, temperature: float, source
 
 
 def check_labels(labels: Sequence[float], loss: str, source: str) -> None:
-    """Refuses the labels of a query's documents that a reranker's loss cannot take. Raises DataError, beginning with
+    """Refuse the labels of a query's documents that a reranker's loss cannot take. Raises DataError, beginning with
     `source`."""
     highest, lowest = max(labels), min(labels)
     if loss == "pointwise" and (highest > 1 or lowest < 0):

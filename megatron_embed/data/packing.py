@@ -1,4 +1,4 @@
-"""Token ids to packed micro-batches."""
+"""Token ids to packed micro-batches, which hold almost no padding."""
 
 import logging
 from bisect import bisect_left, insort
@@ -37,14 +37,16 @@ class PackingSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentsPerQuery:
-    """How many of a row's documents are embedded."""
+    """Which of a row's documents are embedded."""
 
     positives: int = 1
     """At most this many per query, in the row's order."""
     negatives: int = 0
     """At most this many hard negatives per query, in the row's order."""
     most_positives: int = 1
-    """Of one row's positives this many are kept in `positive_ids`; the same on all ranks."""
+    """At most this many positives of a row are kept in `positive_ids`; the same on all ranks."""
+    seed: int | None = None
+    """For sampling the documents, each step again, from seed, step and row alone; None: the first ones of the row."""
 
 
 def round_up(tokens: int, multiple: int) -> int:
@@ -126,16 +128,8 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, packi
     sizes = np.array([len(group) for group in groups], dtype=np.int64)
     first = np.cumsum(sizes) - sizes
     document_query = np.repeat(np.arange(len(records)), sizes)
-
-    queries = [record.query for record in records]
-    instructions = [record.instruction for record in records]
-    prompts = [record.query_prompt for record in records]
-    query_tokens = tokenizer.tokenize(queries, "query", instructions, prompts)
-    document_tokens = tokenizer.tokenize(texts, "document",
-                                         prompts=[records[query].document_prompt for query in document_query.tolist()])
-    _refuse_empty(query_tokens, queries, [record.source for record in records])
-    _refuse_empty(document_tokens, texts, [records[query].source for query in document_query.tolist()])
-
+    query_tokens = _tokenize_queries(records, tokenizer)
+    document_tokens = _tokenize_documents(texts, [records[query] for query in document_query.tolist()], tokenizer)
     token_ids = query_tokens.token_ids + document_tokens.token_ids
     bins = _bins([len(ids) for ids in token_ids], sizes, packing)
     most_queries = max(sum(row < len(records) for row in rows) for rows in bins)
@@ -152,15 +146,30 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, packi
         scores=_flat([(record.score,) if record.score is not None else None for record in records]),
         teacher_scores=_flat([_teacher_scores(record, documents) for record in records]),
         # With its prompt: the same words under another instruction ask for other documents.
-        query_ids=_text_ids(tokenizer.fill_prompt("query", instruction, prompt) + query
-                            for instruction, prompt, query in zip(instructions, prompts, queries, strict=True)),
-        positive_query=torch.tensor([row for row, given in enumerate(positives) for _ in given], dtype=torch.int64),
+        query_ids=_text_ids(tokenizer.fill_prompt("query", record.instruction, record.query_prompt) + record.query
+                            for record in records),
+        positive_query=torch.tensor([row for row, group in enumerate(positives) for _ in group], dtype=torch.int64),
         positive_ids=_text_ids(chain.from_iterable(positives)),
         document_ids=_text_ids(texts),
         num_truncated=query_tokens.num_truncated + document_tokens.num_truncated,
         capacity=_capacity(len(records), documents),
         micro_capacity=_capacity(most_queries, documents),
     )
+
+
+def _tokenize_queries(records: Sequence[Record], tokenizer: RoleTokenizer) -> TokenizedRows:
+    queries = [record.query for record in records]
+    tokenized = tokenizer.tokenize(queries, "query", [record.instruction for record in records],
+                                   [record.query_prompt for record in records])
+    _refuse_empty(tokenized, queries, records)
+    return tokenized
+
+
+def _tokenize_documents(texts: Sequence[str], records: Sequence[Record], tokenizer: RoleTokenizer) -> TokenizedRows:
+    """Token ids of documents; `records`: for each text the record that it belongs to."""
+    tokenized = tokenizer.tokenize(texts, "document", prompts=[record.document_prompt for record in records])
+    _refuse_empty(tokenized, texts, records)
+    return tokenized
 
 
 def _bins(lengths: list[int], sizes: np.ndarray, packing: PackingSpec) -> list[list[int]]:
@@ -328,10 +337,10 @@ def _capacity(num_queries: int, documents: DocumentsPerQuery) -> Capacity:
                     num_queries * documents.most_positives)
 
 
-def _refuse_empty(rows: TokenizedRows, texts: Sequence[str], sources: Sequence[str]) -> None:
-    for ids, text, source in zip(rows.token_ids, texts, sources, strict=True):
+def _refuse_empty(rows: TokenizedRows, texts: Sequence[str], records: Sequence[Record]) -> None:
+    for ids, text, record in zip(rows.token_ids, texts, records, strict=True):
         if not ids:
-            raise DataError(f"{source}: the text {text[:40]!r} has no tokens in this tokenizer; remove the row")
+            raise DataError(f"{record.source}: the text {text[:40]!r} has no tokens in this tokenizer; remove the row")
 
 
 def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokenizer, packing: PackingSpec, *,
@@ -349,7 +358,7 @@ def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokeni
     """
     tokenized = tokenizer.tokenize(texts, role, [instruction] * len(texts))
     if tokenized.num_truncated:
-        logger.info("%d of %d %s texts cut to the maximum length", tokenized.num_truncated, len(texts), role)
+        logger.info("%d of %d %s texts truncated to the maximum length", tokenized.num_truncated, len(texts), role)
     lengths = [len(ids) for ids in tokenized.token_ids]
     for row, length in enumerate(lengths):
         if not length:

@@ -1,4 +1,4 @@
-"""Rows of labelled documents to packed micro-batches of pairs; a query's documents share one micro-batch."""
+"""Queries with labelled documents to packed micro-batches of pairs; a query's documents share one micro-batch."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,59 +21,59 @@ from megatron_embed.data.pair_tokenizer import Pair, PairTokenizer
 from megatron_embed.data.records import RerankRecord
 from megatron_embed.errors import ConfigError, DataError, EmptyTextError
 
-_SAMPLING = 0x5A17
-"""Sets the draw of negatives apart from other uses of the run's seed."""
+_NEGATIVE_SAMPLING = 0x5A17
+"""Part of the seed: keeps the sampling of negatives apart from other uses of the run's seed."""
 
 
 def sample_negatives(record: RerankRecord, num_negatives: int, seed: Sequence[int] | None) -> RerankRecord:
     """The record with at most `num_negatives` of its documents that are not relevant (label 0 or less).
 
-    Every relevant document stays, and the order. 0: all negatives stay.
+    Every relevant document stays, in the same order. 0: all negatives stay.
 
     Args:
-        seed: of the draw; equal numbers, equal negatives. null: the first of the row.
+        seed: the same seed gives the same negatives; None: the first ones of the row.
     """
-    negatives = [place for place, label in enumerate(record.labels) if label <= 0]
+    negatives = [index for index, label in enumerate(record.labels) if label <= 0]
     if not num_negatives or len(negatives) <= num_negatives:
         return record
-    drawn = set(negatives[:num_negatives])
+    sampled = set(negatives[:num_negatives])
     if seed is not None:
-        generator = np.random.Generator(np.random.PCG64([_SAMPLING, *seed]))
-        drawn = set(generator.choice(negatives, num_negatives, replace=False).tolist())
-    kept = [place for place, label in enumerate(record.labels) if label > 0 or place in drawn]
+        generator = np.random.Generator(np.random.PCG64([_NEGATIVE_SAMPLING, *seed]))
+        sampled = set(generator.choice(negatives, num_negatives, replace=False).tolist())
+    kept = [index for index, label in enumerate(record.labels) if label > 0 or index in sampled]
     teacher = record.teacher_scores
-    return replace(record, documents=tuple(record.documents[place] for place in kept),
-                   labels=tuple(record.labels[place] for place in kept), document_ids=None,
-                   teacher_scores=None if teacher is None else tuple(teacher[place] for place in kept))
+    return replace(record, documents=tuple(record.documents[index] for index in kept),
+                   labels=tuple(record.labels[index] for index in kept), document_ids=None,
+                   teacher_scores=None if teacher is None else tuple(teacher[index] for index in kept))
 
 
 def group_size(record: RerankRecord, num_negatives: int) -> int:
-    """Documents that `sample_negatives` leaves."""
+    """Number of documents that `sample_negatives` leaves."""
     positives = sum(label > 0 for label in record.labels)
     negatives = len(record.labels) - positives
     return positives + (min(negatives, num_negatives) if num_negatives else negatives)
 
 
 def pairs_of(record: RerankRecord) -> list[Pair]:
-    """What the model judges of a row."""
+    """The pairs of a row that the model scores: its query with each document."""
     return [Pair(query=record.query, document=document, instruction=record.instruction, source=record.source)
             for document in record.documents]
 
 
 def check_rerank_records(records: Sequence[RerankRecord], tokenizer: PairTokenizer, *, loss: str, temperature: float,
                          num_negatives: int, micro_batch_tokens: int | None, alignment: int) -> None:
-    """Refuses, before the first step, rows that training could not use. No communication.
+    """Refuse, before the first step, rows that training could not use. No communication.
 
     Args:
         temperature: of the loss; divides a teacher's scores in kl_distillation.
     Raises:
         DataError: beginning FILE:LINE, for labels or teacher scores that the loss cannot take, or a query that leaves
-            no room for a document.
+            no tokens for a document.
         ConfigError: a group may not fit into `training.micro_batch_tokens`.
     """
     for record in records:
         _check_numbers(record, loss, temperature)
-        tokenizer.check_room(pairs_of(record)[:1], strict=True)
+        tokenizer.check_query_length(pairs_of(record)[:1], strict=True)
         largest = round_up(group_size(record, num_negatives) * tokenizer.max_length, alignment)
         if micro_batch_tokens is not None and largest > micro_batch_tokens:
             raise ConfigError(f"training.micro_batch_tokens = {micro_batch_tokens} may not hold the "
@@ -100,7 +100,7 @@ def build_rerank_batch(records: Sequence[RerankRecord], tokenizer: PairTokenizer
         tokenizer: that of the model in training.
         packing: how the pairs are packed; a query's documents always share a micro-batch.
     Raises:
-        DataError: a query leaves no room for its document.
+        DataError: a query leaves no tokens for its document.
     """
     sizes = [len(record.documents) for record in records]
     tokenized = tokenizer.tokenize(list(chain.from_iterable(pairs_of(record) for record in records)))
@@ -119,9 +119,9 @@ def build_rerank_batch(records: Sequence[RerankRecord], tokenizer: PairTokenizer
 
 
 def split_rerank_to_count(batch: RerankBatch, count: int) -> RerankBatch:
-    """The same rows in exactly `count` micro-batches of the same size, agreed by all ranks; a query stays whole.
+    """The same rows in exactly `count` micro-batches of the same size, agreed by all ranks; a query is not divided.
 
-    As `split_to_count`: large micro-batches are split, and if none can be, the first is run again.
+    As in `split_to_count`, large micro-batches are split, and if none can be, the first is run again.
     """
     query_of_row = [query for query, size in enumerate(batch.group_sizes) for _ in range(size)]
     return replace(batch, micro_batches=split_micro_batches(batch.micro_batches, count, query_of_row.__getitem__))
@@ -134,7 +134,7 @@ def build_score_batches(pairs: Sequence[Pair], tokenizer: PairTokenizer,
     Args:
         packing: with a token budget; a pair that is longer has a micro-batch of its own.
     Raises:
-        DataError: a query leaves no room for its document.
+        DataError: a query leaves no tokens for its document.
         EmptyTextError: for the first pair without tokens.
     """
     tokenized = tokenizer.tokenize(pairs)

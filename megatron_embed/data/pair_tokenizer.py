@@ -1,8 +1,8 @@
-"""Query and document to what a reranker reads, one text or a pair of texts, and that to token ids, cut to length."""
+"""Pairs of query and document to a reranker's token ids, as one text or a pair of texts, truncated to a length."""
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_embed.data.jsonl import shortened
@@ -22,12 +22,12 @@ PLACES = ("instruction", "query", "document")
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """What a reranker judges."""
+    """A query with one document, which a reranker scores."""
 
     query: str
     document: str
     instruction: str | None = None
-    """null: the default one."""
+    """None: the default one."""
     source: str = ""
     """FILE:LINE, for messages; empty: not from a file."""
 
@@ -39,9 +39,9 @@ class TokenizedPairs:
     token_ids: list[list[int]]
     """Per pair, nothing padded."""
     token_types: list[list[int]] | None
-    """Per pair, as long as its ids; null: the tokenizer knows none."""
+    """Per pair, as long as its ids; None: the tokenizer has none."""
     num_truncated: int
-    """Pairs that were cut."""
+    """Pairs that were truncated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,13 @@ class PairTemplate:
 
     text: str
     instruction: str = QWEN3_RERANKER_INSTRUCTION
-    """Where a pair has none of its own."""
+    """The instruction of a pair without one of its own."""
 
     def __post_init__(self) -> None:
-        for place in PLACES:
-            count = self.text.count("{" + place + "}")
-            if count > 1 or (count == 0 and place != "instruction"):
-                raise ConfigError(f"reranker.template = {shortened(self.text)}: {{{place}}} occurs {count} times; "
+        for name in PLACES:
+            count = self.text.count("{" + name + "}")
+            if count > 1 or (count == 0 and name != "instruction"):
+                raise ConfigError(f"reranker.template = {shortened(self.text)}: {{{name}}} occurs {count} times; "
                                   "write {query} and {document} once each, and {instruction} at most once",
                                   key="reranker.template")
         if self.text.index("{document}") < self.text.index("{query}"):
@@ -68,73 +68,89 @@ class PairTemplate:
                               "exports and servers put the query first", key="reranker.template")
 
     def pieces(self) -> list[str]:
-        """The text in order: literal, name of a place, literal, ... (an even place in the list is a literal)."""
-        found, rest = [], self.text
-        for _ in range(sum("{" + place + "}" in self.text for place in PLACES)):
-            start, place = min((rest.index("{" + name + "}"), name) for name in PLACES if "{" + name + "}" in rest)
-            found += [rest[:start], place]
-            rest = rest[start + len(place) + 2:]
-        return [*found, rest]
+        """The text in order: literal, name of a place, literal, ... (an even index of the list is a literal)."""
+        pieces, rest = [], self.text
+        for _ in range(sum("{" + name + "}" in self.text for name in PLACES)):
+            start, first = min((rest.index("{" + name + "}"), name) for name in PLACES if "{" + name + "}" in rest)
+            pieces += [rest[:start], first]
+            rest = rest[start + len(first) + 2:]
+        return [*pieces, rest]
 
     def fill(self, pair: Pair) -> tuple[str, int, int]:
         """The whole text, and where in it the document begins and ends (characters)."""
         values = {"instruction": self.instruction if pair.instruction is None else pair.instruction,
                   "query": pair.query, "document": pair.document}
         text, start = "", 0
-        for number, piece in enumerate(self.pieces()):
-            if piece == "document" and number % 2:
+        for index, piece in enumerate(self.pieces()):
+            if piece == "document" and index % 2:
                 start = len(text)
-            text += values[piece] if number % 2 else piece
+            text += values[piece] if index % 2 else piece
         return text, start, start + len(pair.document)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairFormat:
+    """A model's own settings, besides its tokenizer, that change the token ids of a pair."""
+
+    prompt: str = ""
+    """Before every query of a pair of texts."""
+    token_types: bool = True
+    """Whether the model takes token types."""
+    lower_case: bool = False
+    """Lowercase every text, unless the tokenizer does so itself."""
+    unread: int | None = None
+    """A token that is left out at the end of every pair, since the model's stock class reads its score before it; None:
+    the last token is read whatever it is."""
+    own_truncation_side: bool = False
+    """A pair of texts loses tokens at the end that the tokenizer's files name; False: at the right."""
+
+
+_PLAIN = PairFormat()
+
+
 class PairTokenizer:
-    """Pairs to the ids that the stock libraries make of them.
+    """Pairs to the ids that Transformers and CrossEncoder give them.
 
     With a template: the ids of the filled text without further special tokens, as a chat template is tokenized; tokens
-    are taken from the end of the document until the pair fits. Without: what the tokenizer makes of two texts (special
-    tokens and token types included), the longer of which is cut, as CrossEncoder does (`truncation="longest_first"`).
+    are taken from the end of the document until the pair fits. Without: the tokenizer's ids of two texts (with special
+    tokens and token types), the longer of which is truncated, as CrossEncoder does (`truncation="longest_first"`).
 
     Args:
         model_dir: directory with tokenizer files; never a hub name.
-        template: None: the model reads pairs of texts.
+        template: the prompt around a pair; None: the model reads pairs of texts.
         max_length: tokens of a pair, everything included.
         length_key: the setting or option that the length came from, for messages.
         vocab_size: rows of the model's word embeddings; None: ids are not compared with it.
-        prompt: before every query of a pair of texts.
-        token_types: whether the model takes them.
-        unread: a token that is left out at the end of every pair, since the model's stock class reads its score before
-            it; None: the last token is read whatever it is.
-        lower_case: what is read, unless the tokenizer does so itself.
-        own_truncation_side: a pair of texts loses tokens where the tokenizer's files say, else at the ends.
+        pair_format: the model's own settings besides its tokenizer.
 
     Attributes:
+        unread: as in `pair_format`; may be set later.
         pad_token_id: an id that may fill padding.
         can_pad: whether the tokenizer names a token for that.
 
     Raises:
-        CheckpointError: no usable tokenizer, one of more tokens than the model knows, or one that does not say where in
+        CheckpointError: no usable tokenizer, one with more tokens than the model, or one that does not say where in
             the text its tokens are.
     """
 
     def __init__(self, model_dir: str, *, template: PairTemplate | None, max_length: int,
-                 length_key: str = "reranker.max_length", vocab_size: int | None = None, prompt: str = "",
-                 token_types: bool = True, unread: int | None = None, lower_case: bool = False,
-                 own_truncation_side: bool = False) -> None:
+                 length_key: str = "reranker.max_length", vocab_size: int | None = None,
+                 pair_format: PairFormat = _PLAIN) -> None:
         self._tokenizer: Any = load_tokenizer(model_dir, vocab_size)
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"{model_dir}: its tokenizer is a slow one, which does not say where the document's "
                                   "tokens are; save it once with Transformers as tokenizer.json")
-        if not own_truncation_side:
+        if not pair_format.own_truncation_side:
             self._tokenizer.truncation_side = "right"
-        if lower_case:
+        if pair_format.lower_case:
             add_lowercase(self._tokenizer)
         # A fast tokenizer is written to by every call (truncation settings) and fails if two threads do so at once.
         self._lock = threading.Lock()
         self.template = template
         self.max_length = max_length
         self._length_key = length_key
-        self._prompt, self._token_types, self.unread, self._lower_case = prompt, token_types, unread, lower_case
+        self._format = pair_format
+        self.unread = pair_format.unread
         pad = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
         self.can_pad = any(i is not None and i >= 0 for i in pad)
         self.pad_token_id: int = next((i for i in pad if i is not None and i >= 0), 0)
@@ -152,17 +168,17 @@ class PairTokenizer:
         return rows if self.unread is None else _without_last(rows, self.unread)
 
     def count_tokens(self, pair: Pair) -> int:
-        """Length of a pair in tokens before any cut, prompt and special tokens included; as in `tokenize`."""
+        """Length of a pair in tokens before truncation, prompt and special tokens included; as in `tokenize`."""
         with self._lock:
             if self.template is None:
                 return len(self._tokenizer(pair.query, pair.document, verbose=False).input_ids)
             text, _, _ = self.template.fill(pair)
             return len(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
-    def check_room(self, pairs: Sequence[Pair], *, strict: bool = False) -> None:
+    def check_query_length(self, pairs: Sequence[Pair], *, strict: bool = False) -> None:
         """Raises what `tokenize` would, at little cost: a query that is short in bytes has few tokens.
 
-        `strict`: also where it is a pair of texts, which has both of them cut then.
+        `strict`: also for a pair of texts, both of which are truncated then.
         """
         long = [pair for pair in pairs if self._frame + len(pair.query.encode())
                 + len((pair.instruction or "").encode()) >= self.max_length]
@@ -170,22 +186,21 @@ class PairTokenizer:
             self.tokenize(long)
         elif strict and long:
             with self._lock:
-                alone = self._tokenizer([self._prompt + pair.query for pair in long], [""] * len(long), padding=False,
-                                        truncation=False, verbose=False)
+                alone = self._tokenizer([self._format.prompt + pair.query for pair in long], [""] * len(long),
+                                        padding=False, truncation=False, verbose=False)
             for pair, ids in zip(long, alone["input_ids"], strict=True):
                 if len(ids) >= self.max_length:
-                    raise self._no_room(pair, len(ids))
+                    raise self._query_too_long(pair, len(ids))
 
     def last_token(self) -> int:
-        """The token that ends a pair with a short document, where it is left out, too."""
+        """The token that ends a pair with a short document, even if `unread` leaves it out."""
         rows = self._rows([Pair(query="a", document="b")])
         return rows.token_ids[0][-1]
 
     def with_directory(self, model_dir: str) -> "PairTokenizer":
-        """The same of another directory's tokenizer."""
-        return PairTokenizer(model_dir, template=self.template, max_length=self.max_length, unread=self.unread,
-                             length_key=self._length_key, prompt=self._prompt, token_types=self._token_types,
-                             lower_case=self._lower_case)
+        """The same with another directory's tokenizer."""
+        return PairTokenizer(model_dir, template=self.template, max_length=self.max_length, length_key=self._length_key,
+                             pair_format=replace(self._format, unread=self.unread, own_truncation_side=False))
 
     def token_of(self, word: str, key: str) -> int:
         """The id of a word that is a single token.
@@ -206,7 +221,7 @@ class PairTokenizer:
         empty = Pair(query="", document="")
         with self._lock:
             if self.template is None:
-                return len(self._tokenizer(self._prompt, "").input_ids)
+                return len(self._tokenizer(self._format.prompt, "").input_ids)
             return len(self._tokenizer(self.template.fill(empty)[0], add_special_tokens=False).input_ids) + 2
 
     def _rows(self, pairs: Sequence[Pair]) -> TokenizedPairs:
@@ -225,18 +240,18 @@ class PairTokenizer:
             surplus = len(ids) - self.max_length
             if surplus > 0:
                 # A token that reaches over an end of the document belongs to what surrounds it, and stays.
-                inside = [place for place, (first, last) in enumerate(offsets)
+                inside = [position for position, (first, last) in enumerate(offsets)
                           if first >= start and last <= end and last > first]
                 if surplus >= len(inside):
-                    raise self._no_room(pair, len(ids) - len(inside))
+                    raise self._query_too_long(pair, len(ids) - len(inside))
                 dropped = set(inside[-surplus:])
-                ids = [token for place, token in enumerate(ids) if place not in dropped]
+                ids = [token for position, token in enumerate(ids) if position not in dropped]
                 truncated += 1
             rows.append(ids)
         return TokenizedPairs(token_ids=rows, token_types=None, num_truncated=truncated)
 
     def _as_pairs(self, pairs: Sequence[Pair]) -> TokenizedPairs:
-        queries, documents = [self._prompt + pair.query for pair in pairs], [pair.document for pair in pairs]
+        queries, documents = [self._format.prompt + pair.query for pair in pairs], [pair.document for pair in pairs]
         with self._lock:
             whole = self._tokenizer(queries, documents, padding=False, truncation=False, verbose=False)
             truncated = sum(len(ids) > self.max_length for ids in whole["input_ids"])
@@ -246,21 +261,21 @@ class PairTokenizer:
                                       "alone take as many; raise it", key=self._length_key)
                 whole = self._tokenizer(queries, documents, padding=False, truncation="longest_first",
                                         max_length=self.max_length, verbose=False)
-        types = self._token_types and "token_type_ids" in whole
+        types = self._format.token_types and "token_type_ids" in whole
         return TokenizedPairs(token_ids=list(whole["input_ids"]), num_truncated=truncated,
                               token_types=list(whole["token_type_ids"]) if types else None)
 
-    def _no_room(self, pair: Pair, used: int) -> Exception:
-        place = f"{pair.source}: " if pair.source else ""
-        return DataError(f"{place}the query {shortened(pair.query)} with the prompt around it takes {used} of "
+    def _query_too_long(self, pair: Pair, used: int) -> Exception:
+        prefix = f"{pair.source}: " if pair.source else ""
+        return DataError(f"{prefix}the query {shortened(pair.query)} with the prompt around it takes {used} of "
                          f"{self._length_key} = {self.max_length} tokens, which leaves none for the document; raise "
-                         "it, or shorten the query")
+                         "it, or use a shorter query")
 
 
 def _without_last(rows: TokenizedPairs, token: int) -> TokenizedPairs:
-    """The same without that token at the ends: what a model that looks back alone gives before it is the same."""
+    """The same without that token at the ends. A causal model gives the same output before it."""
     kept = []
     for ids in rows.token_ids:
-        end = next((place for place in range(len(ids), 0, -1) if ids[place - 1] != token), min(1, len(ids)))
+        end = next((length for length in range(len(ids), 0, -1) if ids[length - 1] != token), min(1, len(ids)))
         kept.append(ids[:end])
     return TokenizedPairs(token_ids=kept, token_types=None, num_truncated=rows.num_truncated)

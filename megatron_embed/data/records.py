@@ -1,4 +1,4 @@
-"""What a row of training data is once it is read: the types that sampler, packing and objectives share."""
+"""The records that rows of training data become: the types that sampler, packing and objectives share."""
 
 import hashlib
 from abc import abstractmethod
@@ -13,7 +13,8 @@ from megatron_embed.data.number_checks import check_score, check_teacher
 from megatron_embed.errors import DataError
 
 Kind = Literal["contrastive", "pairs", "rerank"]
-"""What an objective takes: a query with positives and hard negatives, a pair with a score, a list with labels."""
+"""The records that an objective takes: a query with positives and hard negatives, a pair with a score, or a list with
+labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class Record:
     query: str
     """`text_a` of a pair."""
     positive: tuple[str, ...]
-    """At least one. Of a pair: `text_b` alone."""
+    """At least one. A pair has `text_b` alone."""
     negatives: tuple[str, ...]
     """Hard negatives, best first; may be empty."""
     instruction: str | None
@@ -31,15 +32,15 @@ class Record:
     source: str
     """FILE:LINE (FILE:ROW of a table), for messages."""
     score: float | None = None
-    """Of a pair, as it stands in the row; null: no pair."""
+    """Score of a pair, as it stands in the row; None: not a pair."""
     teacher_scores: tuple[float, ...] | None = None
-    """A teacher's score of each text of `positive`, then of `negatives`; null: none were given."""
+    """A teacher's score of each text of `positive`, then of `negatives`; None: the row has none."""
     document_ids: tuple[str, ...] | None = None
-    """The row's own names of `positive`, then of `negatives`, unique in its file; null: none were given."""
+    """The row's own ids of `positive`, then of `negatives`, unique in its file; None: the row has none."""
     query_prompt: str | None = None
-    """Of the row's data set, in place of `data.query_prompt`."""
+    """Prompt of the row's data set, in place of `data.query_prompt`."""
     document_prompt: str | None = None
-    """Of the row's data set, in place of `data.document_prompt`."""
+    """Prompt of the row's data set, in place of `data.document_prompt`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +56,9 @@ class RerankRecord:
     source: str
     """FILE:LINE (FILE:ROW of a table), for messages."""
     teacher_scores: tuple[float, ...] | None = None
-    """A teacher's score of each document; null: none were given."""
+    """A teacher's score of each document; None: the row has none."""
     document_ids: tuple[str, ...] | None = None
-    """The row's own names of the documents, unique in its file; null: none were given."""
+    """The row's own ids of the documents, unique in its file; None: the row has none."""
     query_prompt: str | None = None
     document_prompt: str | None = None
 
@@ -67,13 +68,13 @@ Item = TypeVar("Item")
 
 
 def text_id(text: str) -> int:
-    """Signed 64-bit hash of a text: equal text, equal number, on every machine and in every run."""
+    """Signed 64-bit hash of a text: the same for equal texts, on every machine and in every run."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def id_from_text(text: str) -> str:
-    """An id for a document without one among others that have some: it keeps apart what equal texts do anyway."""
+    """An id made from the text, for a document without one among others that have ids."""
     return f"text:{text_id(text) & ((1 << 64) - 1):016x}"
 
 
@@ -91,6 +92,13 @@ def id_on_both_sides(record: AnyRecord) -> str | None:
     return min(sides[0] & sides[1], default=None)
 
 
+def refuse_id_on_both_sides(record: AnyRecord) -> None:
+    """Raises DataError if a positive and a negative of the row have one id."""
+    if (name := id_on_both_sides(record)) is not None:
+        raise DataError(f"{record.source}: id {shortened(name)} is that of a positive and of a negative; a document "
+                        "cannot be both, so remove it from one of them")
+
+
 def as_kind(record: AnyRecord, kind: Kind) -> AnyRecord:
     """The record as an objective of this kind takes it.
 
@@ -98,19 +106,16 @@ def as_kind(record: AnyRecord, kind: Kind) -> AnyRecord:
     the documents of a list with labels above 0 as positives, the highest first, and the others as negatives.
 
     Raises:
-        DataError: the row cannot be read so, or has a document of one id as a positive and as a negative.
+        DataError: the row cannot be read so.
     """
-    if (name := id_on_both_sides(record)) is not None:
-        raise DataError(f"{record.source}: id {shortened(name)} is that of a positive and of a negative; a document "
-                        "cannot be both, so remove it from one of them")
     if kind == "rerank":
         return record if isinstance(record, RerankRecord) else _as_list(record)
     if isinstance(record, Record) and (record.score is not None) == (kind == "pairs"):
         return record
     if kind == "pairs":
-        raise DataError(f"{record.source}: the row is no pair with a score, which this objective.loss needs; give it "
-                        "rows such as {\"text_a\": ..., \"text_b\": ..., \"score\": 0.8}, or choose another loss, such "
-                        "as info_nce")
+        raise DataError(f"{record.source}: the row is not a pair with a score, which this objective.loss needs; give "
+                        "it rows such as {\"text_a\": ..., \"text_b\": ..., \"score\": 0.8}, or choose another loss, "
+                        "such as info_nce")
     if isinstance(record, Record):
         raise DataError(f"{record.source}: the row is a pair with a score, and this objective.loss takes a query with "
                         "its positives; choose a loss of pairs, such as cosent, or other rows")
@@ -128,23 +133,23 @@ def _as_list(record: Record) -> RerankRecord:
 
 
 def _as_contrastive(record: RerankRecord) -> Record:
-    order = sorted(range(len(record.labels)), key=lambda place: -max(record.labels[place], 0.0))
+    order = sorted(range(len(record.labels)), key=lambda index: -max(record.labels[index], 0.0))
     num_positive = sum(label > 0 for label in record.labels)
     if not num_positive:
         raise DataError(f"{record.source}: no document of the row has a label above 0, so it has no positive; remove "
                         "the row, or train a reranker with it")
-    documents = tuple(record.documents[place] for place in order)
+    documents = tuple(record.documents[index] for index in order)
     scores, ids = record.teacher_scores, record.document_ids
     return Record(query=record.query, positive=documents[:num_positive], negatives=documents[num_positive:],
                   instruction=record.instruction, source=record.source,
-                  teacher_scores=None if scores is None else tuple(scores[place] for place in order),
-                  document_ids=None if ids is None else tuple(ids[place] for place in order))
+                  teacher_scores=None if scores is None else tuple(scores[index] for index in order),
+                  document_ids=None if ids is None else tuple(ids[index] for index in order))
 
 
 def require_fields(records: Iterable[AnyRecord], loss: str, *, teacher_scores: bool, negatives: bool,
                    labels: bool = False, teacher_temperature: float = 1.0) -> None:
-    """Refuses the first row without what the loss needs, or with numbers that it cannot use. Reads every row, if
-    anything is asked of them.
+    """Refuse the first row that lacks what the loss needs, or has numbers that it cannot use. Reads every row, unless
+    the loss needs nothing.
 
     Args:
         teacher_scores, negatives, labels: what the loss needs of a row.
@@ -167,26 +172,26 @@ def require_fields(records: Iterable[AnyRecord], loss: str, *, teacher_scores: b
 
 ANY_NUMBER = 2**31 - 1
 """In place of a number of documents: as many as a row has."""
-_DRAW = 0xD0C5
-"""Sets the draw of documents apart from other uses of the run's seed."""
+_DOCUMENT_SAMPLING = 0xD0C5
+"""Part of the seed: keeps the sampling of documents apart from other uses of the run's seed."""
 
 
 def sampled_documents(record: Record, seed: Sequence[int]) -> Record:
     """The record with its positives, and its negatives, in random order, with their scores and ids.
 
-    The first ones of each are then a draw without replacement, and the others are still known as the row's own.
+    The first ones of each are then a sample without replacement, and the others are still known as the row's own.
 
     Args:
-        seed: equal numbers, equal order.
+        seed: the same seed gives the same order.
     """
-    generator = np.random.Generator(np.random.PCG64([_DRAW, *seed]))
+    generator = np.random.Generator(np.random.PCG64([_DOCUMENT_SAMPLING, *seed]))
     split, documents = len(record.positive), (*record.positive, *record.negatives)
     order = [*generator.permutation(split).tolist(), *(generator.permutation(len(record.negatives)) + split).tolist()]
     scores, ids = record.teacher_scores, record.document_ids
-    return replace(record, positive=tuple(documents[place] for place in order[:split]),
-                   negatives=tuple(documents[place] for place in order[split:]),
-                   teacher_scores=None if scores is None else tuple(scores[place] for place in order),
-                   document_ids=None if ids is None else tuple(ids[place] for place in order))
+    return replace(record, positive=tuple(documents[index] for index in order[:split]),
+                   negatives=tuple(documents[index] for index in order[split:]),
+                   teacher_scores=None if scores is None else tuple(scores[index] for index in order),
+                   document_ids=None if ids is None else tuple(ids[index] for index in order))
 
 
 def documents_in_use(record: AnyRecord, num_negatives: int, num_positives: int = 1) -> tuple[str, ...]:
@@ -197,9 +202,9 @@ def documents_in_use(record: AnyRecord, num_negatives: int, num_positives: int =
 
 
 def shared_keys(record: AnyRecord, num_negatives: int) -> set[str]:
-    """What no two rows of a global batch should share: query, positives, negatives in use, and the ids of these.
+    """Texts and ids that no two rows of a global batch should share: query, positives, negatives in use.
 
-    Only the query of a list with labels: a reranker compares documents of one list alone.
+    For a list with labels only the query: a reranker compares only the documents of one list.
     """
     if isinstance(record, RerankRecord):
         return {record.query}

@@ -1,9 +1,11 @@
-"""Rows of a file or table as plain objects, with their place: read once in order, then one at a time again.
+"""Rows of a file or table as plain objects with their FILE:LINE: read once in order, then one at a time.
 
-JSONL is read by our own reader, so that every complaint names a line; Parquet, Arrow and hub names by `datasets`.
+JSONL is read by our own reader, so that every error names a line; Parquet, Arrow and data sets of the hub are read by
+`datasets`.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,19 +20,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_embed.data.jsonl import ENDINGS, LONGEST_LINE, is_compressed, open_jsonl, parse_object, read_lines
+from megatron_embed.data.jsonl import (
+    ENDINGS,
+    LONGEST_LINE,
+    is_compressed,
+    open_jsonl,
+    parse_object,
+    parse_trusted_object,
+    read_lines,
+)
 from megatron_embed.data.row_fields import Row
-from megatron_embed.errors import ConfigError, DataError
+from megatron_embed.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 RowsKind = Literal["jsonl", "table", "hub"]
-"""How rows are read: by our own reader, by `datasets` from this machine, or by `datasets` as a data set of the hub."""
+"""How rows are read: by our own reader, by `datasets` from this machine, or by `datasets` from the hub."""
 TABLE_ENDINGS = (".parquet", ".arrow")
 HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[^/:]+)(/(?P<split>[^/:]+))?)?")
 _LOCAL_NAME = re.compile(r"(?P<repository>[^:]+)(:(?P<config>[^/:]+)(/(?P<split>[^/:]+))?)?")
-"""The same of a directory that holds a copy of a data set of the hub."""
+"""The same for a directory that holds a copy of a data set of the hub."""
 _COPY_BYTES = 1 << 20
 _TABLE_ROWS = 1000
 
@@ -41,14 +51,17 @@ class RawRows(ABC):
     Attributes:
         path: as it was given.
         digest: hash of the rows, once `scan` has ended.
+        detects_changes: whether `row` refuses a row of a file that changed since `scan`. Its other rows can be trusted
+            to be those that were checked then.
     """
 
     path: str
     digest: str
+    detects_changes: bool
 
     @abstractmethod
     def scan(self) -> Iterator[tuple[Row, str]]:
-        """Every row in order, with its FILE:LINE (a table: FILE:ROW, from 1). To be run through once, first of all.
+        """Every row in order, with its FILE:LINE (a table: FILE:ROW, from 1). Call it first, once, to its end.
 
         Raises:
             ConfigError: the file cannot be opened.
@@ -57,7 +70,7 @@ class RawRows(ABC):
 
     @abstractmethod
     def row(self, index: int) -> tuple[Row, str]:
-        """Row `index`, from 0, and its place.
+        """Row `index`, from 0, and its FILE:LINE.
 
         Raises:
             DataError: the file changed since `scan`, or is gone.
@@ -65,11 +78,13 @@ class RawRows(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Rows; known once `scan` has ended."""
+        """Number of rows; known once `scan` has ended."""
 
 
-class _Held(RawRows):
-    """Rows behind a descriptor of this object's own, which ends with it."""
+class _DescriptorRows(RawRows):
+    """Rows that are read through a file descriptor, which is closed with this object."""
+
+    detects_changes = True
 
     _descriptor: int | None = None
 
@@ -78,10 +93,10 @@ class _Held(RawRows):
             os.close(self._descriptor)
 
 
-class JsonlRows(_Held):
+class JsonlRows(_DescriptorRows):
     """The rows of a JSONL file. Memory: 16 bytes per row.
 
-    A compressed file is unpacked into a nameless temporary file (TMPDIR) at the first access by number.
+    A compressed file is unpacked into a nameless temporary file (TMPDIR) at the first access by index.
     """
 
     def __init__(self, path: str, key: str) -> None:
@@ -89,32 +104,32 @@ class JsonlRows(_Held):
         self._key = key
 
     def scan(self) -> Iterator[tuple[Row, str]]:
-        starts, numbers, end = [], [], 0
+        starts, line_numbers, end = [], [], 0
         digest = hashlib.blake2b(digest_size=16)
         for line in read_lines(self.path, self._key):
             digest.update(line.raw.strip() + b"\n")
-            source = f"{self.path}:{line.number}"
+            source = f"{self.path}:{line.line_number}"
             yield parse_object(line.raw, source), source
             starts.append(line.start)
-            numbers.append(line.number)
+            line_numbers.append(line.line_number)
             end = line.start + len(line.raw)
         self._starts: NDArray[np.int64] = np.array([*starts, end], dtype=np.int64)
-        self._numbers: NDArray[np.int64] = np.array(numbers, dtype=np.int64)
+        self._line_numbers: NDArray[np.int64] = np.array(line_numbers, dtype=np.int64)
         self._stamp = _stamp(os.stat(self.path))
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._line_numbers)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_descriptor": None}
 
     def row(self, index: int) -> tuple[Row, str]:
-        source = f"{self.path}:{self._numbers[index]}"
+        source = f"{self.path}:{self._line_numbers[index]}"
         try:
             if self._descriptor is None:
                 self._descriptor = self._open()
-            # What is unpacked is a copy; the file itself is looked at.
+            # Of a compressed file the descriptor is that of our own unpacked copy, which nothing changes.
             unchanged = is_compressed(self.path) or _stamp(os.fstat(self._descriptor)) == self._stamp
             # pread keeps no position: threads and forked processes may share the descriptor.
             start = int(self._starts[index])
@@ -124,7 +139,7 @@ class JsonlRows(_Held):
                             "keep the file until the run ends") from None
         if not unchanged:
             raise DataError(f"{source}: the file was changed after it was checked; start the run again")
-        return parse_object(raw, source), source
+        return parse_trusted_object(raw, source), source
 
     def _open(self) -> int:
         if not is_compressed(self.path):
@@ -137,8 +152,8 @@ class JsonlRows(_Held):
                 unpacked.flush()
                 return os.dup(unpacked.fileno())
         except OSError as error:
-            raise DataError(f"{self.path}:1: cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}; make "
-                            "room there, set TMPDIR to another directory, or unpack the file") from None
+            raise DataError(f"{self.path}:1: cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}; free "
+                            "space there, set TMPDIR to another directory, or unpack the file") from None
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
@@ -147,6 +162,8 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 class TableRows(RawRows):
     """The rows of a table, memory-mapped by `datasets` from its Arrow files (of Parquet: from its cache of them)."""
+
+    detects_changes = False
 
     def __init__(self, path: str, table: "Dataset") -> None:
         self.path = path
@@ -158,12 +175,12 @@ class TableRows(RawRows):
             try:
                 columns = self._table[start:start + _TABLE_ROWS]
             except Exception as error:  # pyarrow's errors have no common class, MemoryError among them
-                raise DataError(f"{self.path}:{start + 1}: cannot be read: {_first_line(error)}; the file is damaged, "
+                raise DataError(f"{self.path}:{start + 1}: cannot be read: {first_line(error)}; the file is damaged, "
                                 "make it again") from error
-            for place, values in enumerate(zip(*columns.values(), strict=True)):
+            for row_number, values in enumerate(zip(*columns.values(), strict=True), start=start + 1):
                 row = dict(zip(columns, values, strict=True))
                 digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
-                yield row, f"{self.path}:{start + place + 1}"
+                yield row, f"{self.path}:{row_number}"
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -173,8 +190,8 @@ class TableRows(RawRows):
         return self._table[index], f"{self.path}:{index + 1}"
 
 
-class StreamedRows(_Held):
-    """Rows of a data set of the hub that are fetched while they are read, in place of the whole set.
+class StreamedRows(_DescriptorRows):
+    """Rows of a data set of the hub that are fetched while they are read, instead of the whole set first.
 
     They are kept as JSON in a nameless temporary file (TMPDIR) of this process. Memory: 8 bytes per row.
     """
@@ -195,18 +212,17 @@ class StreamedRows(_Held):
                 self._descriptor = os.dup(kept.fileno())
         except OSError as error:
             raise DataError(f"{self.path}:{len(ends)}: cannot be kept in {tempfile.gettempdir()}: {error.strerror}; "
-                            "make room there, set TMPDIR to another directory, or give fewer `rows`") from None
+                            "free space there, set TMPDIR to another directory, or give fewer `rows`") from None
         self._ends, self.digest = ends, digest.hexdigest()
 
     def _fetched(self) -> Iterator[tuple[Row, str]]:
-        rows, number = iter(self._stream), 0
-        while True:
-            number += 1
-            source = f"{self.path}:{number}"
+        rows = iter(self._stream)
+        for row_number in itertools.count(1):
+            source = f"{self.path}:{row_number}"
             try:
                 row = next(rows, None)
-            except Exception as error:  # of datasets, pyarrow, fsspec and the hub's client, as in `_open_table`
-                raise DataError(f"{source}: cannot be fetched: {_first_line(error)}; look at the network, then start "
+            except Exception as error:  # errors of datasets, pyarrow, fsspec and the hub's client, as in `_open_table`
+                raise DataError(f"{source}: cannot be fetched: {first_line(error)}; look at the network, then start "
                                 "the run again") from error
             if row is None:
                 return
@@ -221,10 +237,6 @@ class StreamedRows(_Held):
         raw = os.pread(self._descriptor, self._ends[index + 1] - start, start)
         row: Row = json.loads(raw)
         return row, f"{self.path}:{index + 1}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _is_saved(path: str) -> bool:
@@ -246,9 +258,9 @@ def is_copy_of_hub(path: str) -> bool:
 
 
 def nothing_to_stream(path: str, key: str) -> ConfigError:
-    """The refusal of `streaming` for what lies on this machine."""
-    return ConfigError(f"{key}.streaming = True: {path!r} is no data set of the hub, and what lies on this machine "
-                       "needs no fetching; remove it", key=f"{key}.streaming")
+    """The error for `streaming` of a file or directory on this machine."""
+    return ConfigError(f"{key}.streaming = True: {path!r} is not a data set of the hub, and what lies on this "
+                       "machine needs no fetching; remove it", key=f"{key}.streaming")
 
 
 def open_rows(path: str, key: str, *, streaming: bool = False, rows: int | None = None) -> RawRows:
@@ -256,8 +268,8 @@ def open_rows(path: str, key: str, *, streaming: bool = False, rows: int | None 
 
     Args:
         key: names the path in messages.
-        streaming: take the rows of a hub data set as they come, in place of fetching it first.
-        rows: of a stream, how many at most; null: all.
+        streaming: take the rows of a hub data set as they come, instead of fetching it first.
+        rows: most rows taken of a stream; None: all.
     Raises:
         ConfigError: naming `key`, if it is none of these or cannot be opened.
     """
@@ -269,10 +281,10 @@ def open_rows(path: str, key: str, *, streaming: bool = False, rows: int | None 
 
 
 def require_rows(path: str, key: str, *, streaming: bool = False) -> RowsKind:
-    """How `open_rows` would read them; opens what is a file, reads and fetches nothing, loads no library.
+    """How `open_rows` would read the rows. Opens a JSONL file; reads and fetches nothing, loads no library.
 
     Raises:
-        ConfigError: naming `key`, if there is nothing that could be read.
+        ConfigError: naming `key`, if there is nothing to read.
     """
     kind = _kind_of(path, key, streaming=streaming)
     if kind == "jsonl":
@@ -312,7 +324,7 @@ def _open_table(path: str, key: str, *, streaming: bool = False) -> Any:
     try:
         table: Any = _load_stream(path) if streaming else _load_table(path)
     except Exception as error:  # all of them: datasets, pyarrow and the hub's client have no common class of errors
-        raise ConfigError(f"{key} = {path!r}: cannot be read: {_first_line(error)}; name a .parquet or "
+        raise ConfigError(f"{key} = {path!r}: cannot be read: {first_line(error)}; name a .parquet or "
                           ".arrow file, a directory that `datasets` saved, or a data set of the hub "
                           "(org/name:config/split)", key=key) from error
     if isinstance(table, datasets.DatasetDict | datasets.IterableDatasetDict):
@@ -322,7 +334,7 @@ def _open_table(path: str, key: str, *, streaming: bool = False) -> Any:
 
 
 def _load_table(path: str) -> Any:
-    """What `datasets` makes of a path; tables stay on the disk."""
+    """The `Dataset` of a path; its tables stay on the disk."""
     import datasets
 
     if path.endswith(".parquet"):
@@ -332,30 +344,30 @@ def _load_table(path: str) -> Any:
         return datasets.Dataset.from_file(path)
     if _is_saved(path):
         return datasets.load_from_disk(path, keep_in_memory=False)
-    repository, config, split = _named(path)
+    repository, config, split = _parts_of_name(path)
     return datasets.load_dataset(repository, config, split=split)
 
 
 def _refuse_large_rows(path: str) -> None:
-    """Raises ValueError if rows of a Parquet file are, by what it says of itself, longer than a line may be."""
+    """Raises ValueError if a Parquet file declares rows that are longer than a line may be."""
     import pyarrow.parquet
 
     metadata = pyarrow.parquet.read_metadata(path)
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
         if not 0 <= group.total_byte_size <= LONGEST_LINE * max(1, group.num_rows):
-            raise ValueError(f"row group {number} says that its {group.num_rows} rows take {group.total_byte_size:,} "
+            raise ValueError(f"row group {index} says that its {group.num_rows} rows take {group.total_byte_size:,} "
                              f"bytes, more than {LONGEST_LINE >> 20} MiB each")
 
 
 def _load_stream(path: str) -> Any:
     import datasets
 
-    repository, config, split = _named(path)
+    repository, config, split = _parts_of_name(path)
     return datasets.load_dataset(repository, config, split=split, streaming=True)
 
 
-def _named(path: str) -> tuple[str, str | None, str]:
+def _parts_of_name(path: str) -> tuple[str, str | None, str]:
     """Repository, configuration and split of a data set of the hub or a copy of one."""
     name = _LOCAL_NAME.fullmatch(path)
     assert name is not None

@@ -1,8 +1,9 @@
-"""Which rows an optimizer step takes: the same for every layout, and from any step on without replaying a run."""
+"""The rows of each optimizer step: the same for every layout, and known for any step without replaying a run."""
 
 import logging
 import math
 import threading
+from abc import ABC, abstractmethod
 from array import array
 from collections import deque
 from collections.abc import Sequence
@@ -28,15 +29,35 @@ class _Epoch:
 
     first_step: int
     batches: NDArray[np.int64]
-    """[steps, global_batch_size] row numbers."""
+    """[steps, global_batch_size] row indices."""
     left_over: list[int]
-    """Rows that no full batch was found for; the next epoch begins with them."""
+    """Rows that did not fill a batch; the next epoch begins with them."""
     num_duplicates: int
     """Rows that were put into a batch beside an equal text."""
 
 
-class GlobalBatchSampler:
-    """Row numbers of every optimizer step: a pure function of the step, the seed and the rows.
+class Sampler(ABC):
+    """The order in which a run takes its rows.
+
+    Attributes:
+        num_rows: rows of the data.
+        global_batch_size: rows of an optimizer step.
+    """
+
+    num_rows: int
+    global_batch_size: int
+
+    @abstractmethod
+    def rows_of_step(self, step: int) -> list[int]:
+        """The `global_batch_size` row indices, in the whole data, of optimizer step `step` >= 0."""
+
+    def steps_of_epochs(self, epochs: float) -> int:
+        """Optimizer steps that take this many times the rows of the data, rounded up once at the end, >= 1."""
+        return max(1, math.ceil(round(epochs * self.num_rows / self.global_batch_size, 6)))
+
+
+class GlobalBatchSampler(Sampler):
+    """Row indices of every optimizer step: a pure function of the step, the seed and the rows.
 
     Without shuffling, step k takes rows k*global_batch_size ... and wraps round at the end. With shuffling, each epoch
     is a seeded permutation, and a row that shares a text (query, positive, or one of the first `num_negatives`
@@ -65,59 +86,44 @@ class GlobalBatchSampler:
             self._duplicates: list[int] = []
             self._cache: dict[int, _Epoch] = {}
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps after which every row has been due once, the last incomplete one counted whole."""
-        return math.ceil(self.num_rows / self.global_batch_size)
-
-    def steps_of_epochs(self, epochs: float) -> int:
-        """Optimizer steps of so many passes over the rows, rounded up once at the end, >= 1."""
-        return max(1, math.ceil(round(epochs * self.num_rows / self.global_batch_size, 6)))
-
-    @property
-    def num_forced_duplicates(self) -> int:
-        """Rows put beside an equal text because nothing else was left, in the epochs reached so far."""
-        return sum(self._duplicates) if self._shuffle else 0
-
     def rows_of_step(self, step: int) -> list[int]:
-        """The `global_batch_size` row numbers of optimizer step `step` >= 0."""
         if not self._shuffle:
             start = step * self.global_batch_size
             return [row % self.num_rows for row in range(start, start + self.global_batch_size)]
         with self._lock:
-            number = 0
-            while step >= self._first_step_after(number):
-                number += 1
-            epoch = self._epoch(number)
+            epoch_index = 0
+            while step >= self._first_step_after(epoch_index):
+                epoch_index += 1
+            epoch = self._epoch(epoch_index)
             return [int(row) for row in epoch.batches[step - epoch.first_step]]
 
-    def _first_step_after(self, number: int) -> int:
-        if number + 1 == len(self._first_steps):
-            self._epoch(number)
-        return self._first_steps[number + 1]
+    def _first_step_after(self, epoch_index: int) -> int:
+        if epoch_index + 1 == len(self._first_steps):
+            self._epoch(epoch_index)
+        return self._first_steps[epoch_index + 1]
 
-    def _epoch(self, number: int) -> _Epoch:
-        if number not in self._cache:
-            epoch = self._draw(number)
-            if number + 1 == len(self._first_steps):
+    def _epoch(self, epoch_index: int) -> _Epoch:
+        if epoch_index not in self._cache:
+            epoch = self._shuffled_epoch(epoch_index)
+            if epoch_index + 1 == len(self._first_steps):
                 self._first_steps.append(epoch.first_step + len(epoch.batches))
                 self._left_over.append(epoch.left_over)
                 self._duplicates.append(epoch.num_duplicates)
                 if epoch.num_duplicates and not any(self._duplicates[:-1]):
                     logger.warning("epoch %d: %d of %d rows share a global batch with an equal text (one text is in %d "
                                    "rows); fewer with a smaller training.global_batch_size or data.num_negatives",
-                                   number, epoch.num_duplicates, self.num_rows, self._texts.most_rows)
+                                   epoch_index, epoch.num_duplicates, self.num_rows, self._texts.most_rows)
             while len(self._cache) >= _CACHED_EPOCHS:
                 del self._cache[next(iter(self._cache))]
-            self._cache[number] = epoch
-        return self._cache[number]
+            self._cache[epoch_index] = epoch
+        return self._cache[epoch_index]
 
-    def _draw(self, number: int) -> _Epoch:
-        order = np.random.Generator(np.random.PCG64([self._seed, number])).permutation(self.num_rows)
-        queue = _Queue(self._left_over[number], order.tolist(), self._texts, self.global_batch_size)
+    def _shuffled_epoch(self, epoch_index: int) -> _Epoch:
+        order = np.random.Generator(np.random.PCG64([self._seed, epoch_index])).permutation(self.num_rows)
+        queue = _Queue(self._left_over[epoch_index], order.tolist(), self._texts, self.global_batch_size)
         batches = list(iter(queue.next_batch, None))
         return _Epoch(
-            first_step=self._first_steps[number],
+            first_step=self._first_steps[epoch_index],
             batches=np.array(batches, dtype=np.int64).reshape(-1, self.global_batch_size),
             left_over=queue.left_over(),
             num_duplicates=queue.num_duplicates,
@@ -125,10 +131,10 @@ class GlobalBatchSampler:
 
 
 class _SharedTexts:
-    """Per row, the texts that it shares with other rows, numbered densely; per text, how often a batch may hold it.
+    """Texts that each row shares with other rows, by a dense index, and how often a batch may hold each text.
 
     Attributes:
-        most_rows: rows that hold the commonest text.
+        most_rows: rows that hold the most common text.
     """
 
     def __init__(self, records: Sequence[AnyRecord], num_negatives: int, global_batch_size: int) -> None:
@@ -137,19 +143,19 @@ class _SharedTexts:
             texts = shared_keys(record, num_negatives)
             ids.extend(sorted(text_id(text) for text in texts))
             counts.append(len(texts))
-        _, number, occurrences = np.unique(np.asarray(ids), return_inverse=True, return_counts=True)
-        shared = occurrences[number] > 1
+        _, text, occurrences = np.unique(np.asarray(ids), return_inverse=True, return_counts=True)
+        shared = occurrences[text] > 1
         row = np.repeat(np.arange(len(counts)), np.asarray(counts))[shared]
         self._ends = array("q", np.cumsum(np.bincount(row, minlength=len(counts))).tolist())
-        self._numbers = array("q", number[shared].tolist())
+        self._row_texts = array("q", text[shared].tolist())
         self.most_rows = int(occurrences.max())
         # A text of m rows comes m / batches times per batch on average; allowing the next whole number of them spreads
         # its rows evenly, where allowing one would pile them up at the end. It is 1 for every text that can be apart.
         self._allowed = array("q", np.ceil(occurrences * global_batch_size / len(counts)).astype(np.int64).tolist())
 
     def of_row(self, row: int) -> array:  # type: ignore[type-arg]
-        """Numbers (>= 0) of the row's shared texts."""
-        return self._numbers[self._ends[row - 1] if row else 0:self._ends[row]]
+        """Indices (>= 0) of the row's shared texts."""
+        return self._row_texts[self._ends[row - 1] if row else 0:self._ends[row]]
 
     def allowed(self, text: int) -> int:
         """How many rows of a batch may have this text; 1 for a row's own mark."""
@@ -157,7 +163,7 @@ class _SharedTexts:
 
 
 class _Queue:
-    """Rows to be cut into batches: fresh ones in order, and those that wait, each behind the text that blocked it."""
+    """Rows to be divided into batches: new ones in order, and waiting ones, each behind the text that blocked it."""
 
     def __init__(self, left_over: list[int], rows: list[int], texts: _SharedTexts, batch_size: int) -> None:
         self.num_duplicates = 0
@@ -171,7 +177,7 @@ class _Queue:
         self._used: dict[int, int] = {}
 
     def next_batch(self) -> list[int] | None:
-        """The next batch; None once what is left is to be mixed with another epoch."""
+        """The next batch; None once the remaining rows are left to the next epoch."""
         self._batch, self._used = [], {}
         self._take_waiting()
         while self._fresh and len(self._batch) < self._batch_size:

@@ -1,4 +1,4 @@
-"""Role and instruction to prompt, prompt and text to token ids."""
+"""Texts to token ids: the prompt of a role, with its instruction, before the text, truncated to the role's length."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,15 @@ from transformers import AutoTokenizer
 from megatron_embed.config.json_file import LARGEST_FILE
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
-from megatron_embed.data.vocabulary import VOCABULARY_FILES, has_tokenizer_files
-from megatron_embed.errors import CheckpointError, ConfigError
-from megatron_embed.names import MessageFormat, Role, TruncationSide
+from megatron_embed.data.vocabulary import has_tokenizer_files
+from megatron_embed.errors import CheckpointError, ConfigError, first_line
+from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES, MessageFormat, Role, TruncationSide
 
 _PLACEHOLDER = "{instruction}"
 _LARGEST_VOCABULARY = 256 << 20
-"""Bytes; the largest published have 35 MB."""
+"""Bytes; the largest published files have 35 MB."""
 _OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
                 "chat_template.json")
-# Transformers' "no limit" is 1e30; no real limit comes near this number.
-_LARGEST_REAL_LENGTH = 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,33 +30,33 @@ class TokenizedRows:
     token_ids: list[list[int]]
     """Per text: prompt and special tokens included, nothing padded."""
     num_truncated: int
-    """Texts that were cut to the maximum length."""
+    """Texts that were truncated to the maximum length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFormat:
-    """What a model directory's files say about the way from a text to token ids, beside its tokenizer."""
+    """Settings in a model directory, besides its tokenizer, that change the token ids of a text."""
 
     lower_case: bool = False
     """Lowercase every text, unless the tokenizer does so itself."""
     truncation_side: TruncationSide = "right"
-    """Where a text that is too long loses tokens. left: at its beginning, the prompt included."""
+    """The end at which a text that is too long loses tokens. left: its beginning, the prompt included."""
     chat_content: MessageFormat | None = None
-    """How the tokenizer's chat template, into which every text is put, takes a message's content; None: no template."""
+    """How the tokenizer's chat template takes a message's content: every text is put into it; None: no template."""
     chat_variables: Mapping[str, Any] = field(default_factory=dict)
-    """For that template, beside the messages."""
+    """Variables for that template besides the messages."""
     tell_role: bool = True
-    """Whether that template learns, as `task`, which role a text has."""
+    """Whether that template gets the text's role, as `task`."""
 
 
 def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: bool = False) -> Any:
     """The tokenizer of a model directory; never fetched.
 
     Args:
-        vocab_size: rows of the model's word embeddings; null: ids are not compared with it.
-        added_may_exceed: tokens that were added to the vocabulary may have no row; the caller looks at the ids then.
+        vocab_size: rows of the model's word embeddings; None: ids are not compared with it.
+        added_may_exceed: tokens that were added to the vocabulary may lack a row; the caller then checks the ids.
     Raises:
-        CheckpointError: there is no usable one, or it knows a token that the model has no row for.
+        CheckpointError: the tokenizer cannot be used, or has a token that the model lacks a row for.
     """
     directory = Path(model_dir)
     if not directory.is_dir():
@@ -70,13 +68,12 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
-        first_line = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{model_dir}: the tokenizer cannot be loaded: {first_line}; copy tokenizer.json and "
-                              "tokenizer_config.json of the model into it") from error
+        raise CheckpointError(f"{model_dir}: the tokenizer cannot be loaded: {first_line(error)}; copy "
+                              "tokenizer.json and tokenizer_config.json of the model into it") from error
     if vocab_size is not None:
         # Refused here, before the first text: a rank that holds no such row would look up zeros, another would fail.
         added = set(tokenizer.added_tokens_decoder) if added_may_exceed else set()
-        ids = ((token, number) for token, number in tokenizer.get_vocab().items() if number not in added)
+        ids = ((token, token_id) for token, token_id in tokenizer.get_vocab().items() if token_id not in added)
         token, largest = max(ids, key=lambda item: item[1], default=("", -1))
         if largest >= vocab_size:
             raise CheckpointError(f"{model_dir}: its tokenizer gives {shortened(token)} the id {largest}, but the "
@@ -87,8 +84,8 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
 
 
 def _refuse_large_files(directory: Path) -> None:
-    """Raises CheckpointError if a file that Transformers would read whole is no tokenizer's by its size."""
-    limits = dict.fromkeys((*VOCABULARY_FILES, "merges.txt"), _LARGEST_VOCABULARY) | dict.fromkeys(
+    """Raises CheckpointError if a file that Transformers would read whole is too long for a tokenizer's."""
+    limits = dict.fromkeys((*VOCABULARY_FILES, MERGES_FILE), _LARGEST_VOCABULARY) | dict.fromkeys(
         _OTHER_FILES, LARGEST_FILE)
     for name, limit in limits.items():
         file = directory / name
@@ -102,7 +99,7 @@ def fill_template(prompt: str, instruction: str | None) -> str:
 
 
 def add_lowercase(tokenizer: Any) -> None:
-    """Makes a fast tokenizer lowercase every text before all else, unless it does so already.
+    """Make a fast tokenizer lowercase every text first, unless it does so already.
 
     Raises:
         CheckpointError: it is a slow one.
@@ -124,7 +121,7 @@ class RoleTokenizer:
     """Texts to the ids of `AutoTokenizer.from_pretrained(model_dir)(prompt + text)`, cut to the role's length.
 
     Truncation takes tokens from the end of the text only: the prompt and the special tokens on both sides stay.
-    A directory may say otherwise, see TextFormat.
+    A directory may set this differently, see TextFormat.
 
     Args:
         model_dir: directory with tokenizer files; never a hub name.
@@ -134,19 +131,18 @@ class RoleTokenizer:
         query_max_length: tokens, prompt and special tokens included.
         document_max_length: tokens, prompt and special tokens included.
         length_keys: the settings or options that the two lengths came from, for messages.
-        vocab_size: rows of the model's word embeddings; null: ids are not compared with it.
-        instruction: where a text comes without one and its prompt has a place for it; null: that is an error.
-        text_format: what the directory says beside its tokenizer.
+        vocab_size: rows of the model's word embeddings; None: ids are not compared with it.
+        instruction: for a text without one whose prompt has a place for it; None: that is an error.
+        text_format: the model's own settings besides its tokenizer.
 
     Attributes:
         pad_token_id: an id that may fill padding: the tokenizer's pad, else its EOS, else 0.
         eos_token_id: the tokenizer's, None if it has none.
-        model_max_length: longest sequence the tokenizer's files allow, in tokens; None if they name none.
 
     Raises:
-        CheckpointError: the directory holds no usable tokenizer, one of more tokens than the model knows, or no EOS
-            where one is to be added.
-        ConfigError: a prompt leaves no room for text.
+        CheckpointError: the directory holds no usable tokenizer, one with more tokens than the model, or no EOS
+            that could be added.
+        ConfigError: a prompt leaves no tokens for text.
     """
 
     def __init__(self, model_dir: str, *, add_eos: bool, query_prompt: str = "", document_prompt: str = "",
@@ -160,7 +156,7 @@ class RoleTokenizer:
         self._model_dir, self._vocab_size = model_dir, vocab_size if exceeds else None
         if text_format.lower_case:
             add_lowercase(self._tokenizer)
-        self._cuts_left = text_format.truncation_side == "left"
+        self._truncates_left = text_format.truncation_side == "left"
         self._chat = None if text_format.chat_content is None else ChatTemplate(
             self._tokenizer, model_dir, content=text_format.chat_content, variables=text_format.chat_variables,
             tell_role=text_format.tell_role)
@@ -175,10 +171,8 @@ class RoleTokenizer:
         pad = next((i for i in (self._tokenizer.pad_token_id, self.eos_token_id)
                     if i is not None and 0 <= i < (self._vocab_size or i + 1)), 0)
         self.pad_token_id: int = pad
-        longest = self._tokenizer.model_max_length
-        self.model_max_length: int | None = longest if longest <= _LARGEST_REAL_LENGTH else None
 
-        # Around a chat template the tokenizer puts nothing of its own.
+        # The tokenizer adds no special tokens around a chat template.
         self._num_prefix, self._suffix = (0, []) if self._chat is not None else self._special_tokens(model_dir)
         self._eos: list[int] = []
         if add_eos and not self._suffix and self._chat is None:
@@ -192,7 +186,7 @@ class RoleTokenizer:
                               f"{_PLACEHOLDER}; write the document's prompt out", key="data.document_prompt")
         for role, prompt in self._prompts.items():
             if _PLACEHOLDER not in prompt:
-                self._check_room(role, prompt)
+                self._check_prompt_length(role, prompt)
 
     @property
     def needs_instructions(self) -> bool:
@@ -223,9 +217,9 @@ class RoleTokenizer:
             texts: any number of texts.
             role: whose prompt and maximum length apply.
             instructions: one per text; needed where the prompt has a place for it.
-            prompts: one per text, in place of the role's; null: the role's.
+            prompts: one per text, in place of the role's; None: the role's.
         Raises:
-            ConfigError: an instruction is missing, or one leaves no room for text.
+            ConfigError: an instruction is missing, or one leaves no tokens for text.
         """
         if not texts:
             return TokenizedRows(token_ids=[], num_truncated=0)
@@ -233,13 +227,13 @@ class RoleTokenizer:
         filled = [self.fill_prompt(role, instruction, prompt)
                   for instruction, prompt in zip(instructions or none, prompts or none, strict=True)]
         for prefix in set(filled):
-            self._check_room(role, prefix)
+            self._check_prompt_length(role, prefix)
         rows = self._ids_of(filled, texts, role)
         limit = self._max_lengths[role] - len(self._eos)
         num_truncated = 0
         for index, ids in enumerate(rows):
             if len(ids) > limit:
-                rows[index] = self._cut(ids, limit, filled[index], role)
+                rows[index] = self._truncate(ids, limit, filled[index], role)
                 num_truncated += 1
             if self._eos:
                 rows[index] = rows[index] + self._eos
@@ -247,14 +241,14 @@ class RoleTokenizer:
 
     def count_tokens(self, texts: Sequence[str], role: Role, instructions: Sequence[str | None] | None = None,
                      prompts: Sequence[str | None] | None = None) -> list[int]:
-        """Length of each text in tokens before any cut, prompt, special tokens and EOS included; as in `tokenize`."""
+        """Tokens of each text before truncation, with prompt, special tokens and EOS; arguments as in `tokenize`."""
         none = [None] * len(texts)
         filled = [self.fill_prompt(role, instruction, prompt)
                   for instruction, prompt in zip(instructions or none, prompts or none, strict=True)]
         return [len(ids) + len(self._eos) for ids in self._ids_of(filled, texts, role)] if texts else []
 
     def takes_instructions(self, query_prompt: str | None) -> bool:
-        """Whether this prompt of a data set (null: the queries') has a place for an instruction."""
+        """Whether this prompt of a data set (None: that of queries) has a place for an instruction."""
         return _PLACEHOLDER in (self._prompts["query"] if query_prompt is None else query_prompt)
 
     def check_prompts(self, instructions: dict[str | None, str], query_prompt: str | None = None,
@@ -263,15 +257,15 @@ class RoleTokenizer:
 
         Args:
             instructions: each distinct instruction (None: rows without one) and the source of a row that has it.
-            query_prompt: in place of the queries'; null: the queries'.
-            document_prompt: in place of the documents'; null: the documents'.
+            query_prompt: in place of the prompt of queries; None: that prompt.
+            document_prompt: in place of the prompt of documents; None: that prompt.
         Raises:
             ConfigError: naming that row.
         """
         for instruction, source in instructions.items():
             try:
-                self._check_room("query", self.fill_prompt("query", instruction, query_prompt))
-                self._check_room("document", self.fill_prompt("document", None, document_prompt))
+                self._check_prompt_length("query", self.fill_prompt("query", instruction, query_prompt))
+                self._check_prompt_length("document", self.fill_prompt("document", None, document_prompt))
             except ConfigError as error:
                 raise ConfigError(f"{source}: {error}") from None
 
@@ -292,8 +286,8 @@ class RoleTokenizer:
                               "or set embedding.instruction", key="data.query_prompt")
         return fill_template(prompt, instruction)
 
-    def _check_room(self, role: Role, prompt: str) -> None:
-        """Refuse a prompt that leaves no room for text; each prompt is tokenized once."""
+    def _check_prompt_length(self, role: Role, prompt: str) -> None:
+        """Refuse a prompt that leaves no tokens for text; each prompt is tokenized once."""
         if (role, prompt) in self._checked:
             return
         used = self._num_prefix + len(self._suffix) + len(self._eos)
@@ -304,24 +298,24 @@ class RoleTokenizer:
         if used >= self._max_lengths[role]:
             key = self._length_keys[role]
             raise ConfigError(f"{key} = {self._max_lengths[role]} tokens: the prompt {shortened(prompt)} and the "
-                              f"special tokens take {used} of them, which leaves none for text; raise {key} or shorten "
-                              f"the {role}'s prompt", key=key)
+                              f"special tokens take {used} of them, which leaves none for text; raise {key} or use a "
+                              f"shorter {role} prompt", key=key)
         self._checked.add((role, prompt))
 
     def _ids_of(self, prompts: Sequence[str], texts: Sequence[str], role: Role) -> list[list[int]]:
-        """Uncut ids of each prompt with its text, without an EOS that the tokenizer does not add."""
+        """Ids of each prompt with its text before truncation, without an EOS that the tokenizer does not add."""
         if self._chat is None:
             return self._ids([prompt + text for prompt, text in zip(prompts, texts, strict=True)], special=True)
         filled = [self._chat.fill(prompt, text, role) for prompt, text in zip(prompts, texts, strict=True)]
         return self._ids(filled, special=False)
 
-    def _cut(self, ids: list[int], limit: int, prompt: str, role: Role) -> list[int]:
-        """`limit` of the ids: without the end, or the beginning, of the text."""
+    def _truncate(self, ids: list[int], limit: int, prompt: str, role: Role) -> list[int]:
+        """`limit` of the ids, without the end, or the beginning, of the text."""
         suffix = self._suffix if self._chat is None else self._chat.suffix(prompt, role)[-limit:]
         if self._chat is not None:  # as Sentence Transformers does: cut, then the template's end over the cut one
-            kept = ids[-limit:] if self._cuts_left else ids[:limit]
+            kept = ids[-limit:] if self._truncates_left else ids[:limit]
             return kept[:limit - len(suffix)] + suffix
-        if not self._cuts_left:
+        if not self._truncates_left:
             return ids[:limit - len(suffix)] + suffix
         end = len(ids) - len(suffix)
         return ids[:self._num_prefix] + ids[end - (limit - self._num_prefix - len(suffix)):end] + suffix
@@ -336,7 +330,7 @@ class RoleTokenizer:
         return ids
 
     def _require_rows(self, rows: Sequence[Sequence[int]]) -> None:
-        """Refuses ids that the model has no row for: a rank without it would look up zeros, another would fail."""
+        """Refuse ids that the model has no row for: a rank without it would look up zeros, another would fail."""
         if self._vocab_size is None:
             return
         largest = max((max(ids, default=0) for ids in rows), default=0)
@@ -348,7 +342,7 @@ class RoleTokenizer:
                                   "the model more rows (Transformers: resize_token_embeddings)")
 
     def _special_tokens(self, model_dir: str) -> tuple[int, list[int]]:
-        """How many tokens the tokenizer puts before a text, and which ones after it."""
+        """The number of special tokens before a text, and the ids of those after it."""
         plain, full = self._ids(["a b"], special=False)[0], self._ids(["a b"], special=True)[0]
         for start in range(len(full) - len(plain) + 1):
             if plain and full[start:start + len(plain)] == plain:

@@ -1,10 +1,8 @@
-"""Which files of a model directory hold its tokenizer's vocabulary. Imports nothing: a run's preflight asks too."""
+"""The files of a model directory that hold its tokenizer's vocabulary. Light to import: a run's preflight needs it."""
 
 from pathlib import Path
 
-# Transformers builds an empty vocabulary, without a word, for a directory that has only a config.json.
-VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
-                    "spiece.model", "tekken.json", "tiktoken.model")
+from megatron_embed.names import VOCABULARY_FILES
 
 
 def has_tokenizer_files(directory: Path) -> bool:

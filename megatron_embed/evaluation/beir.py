@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_embed.data.beir import MissingTexts, read_qrels, require_split
+from megatron_embed.data.beir import FILES, MissingTexts, read_qrels, read_texts_by_id, require_split
 from megatron_embed.data.corpus import DocumentsOnDisk, read_named_text
 from megatron_embed.data.empty_texts import first_empty_text
 from megatron_embed.data.jsonl import parse_object, read_lines, shortened
@@ -14,8 +14,6 @@ from megatron_embed.errors import DataError, EmptyTextError
 from megatron_embed.names import Role
 
 logger = logging.getLogger(__name__)
-
-FILES: dict[Role, str] = {"document": "corpus.jsonl", "query": "queries.jsonl"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,7 @@ class BeirData:
         """FILE:LINE of a query or document. Reads the file again."""
         path = str(Path(self.directory) / FILES[role])
         for line in read_lines(path, "BEIR folder"):
-            source = f"{path}:{line.number}"
+            source = f"{path}:{line.line_number}"
             if read_named_text(parse_object(line.raw, source), source).name == row_id:
                 return source
         raise DataError(f"{path}: _id = {shortened(row_id)} was removed; do not change the file during the run")
@@ -74,7 +72,7 @@ def load_beir(directory: str, split: str = "test", *, drop_own_id: bool = False)
                             "qrels/SPLIT.tsv")
     qrels_path = require_split(folder, split)
     texts = DocumentsOnDisk(str(folder / FILES["document"]), "BEIR folder")
-    queries = _read_texts(folder / FILES["query"])
+    queries = read_texts_by_id(folder / FILES["query"])
     missing, known = MissingTexts(), frozenset(texts.names)
     qrels = {query: labelled.labels for query, labelled in read_qrels(qrels_path, queries, known, missing).items()}
     query_ids = [query for query in queries if query in qrels]
@@ -124,16 +122,3 @@ def refuse_empty_texts(data: BeirData, tokenizer: RoleTokenizer) -> None:
             row_id, text = empty
             raise EmptyTextError(0, data.source_of(role, row_id), text)
 
-
-def _read_texts(path: Path) -> dict[str, str]:
-    """id -> title and text of each row, all in memory."""
-    texts: dict[str, str] = {}
-    for line in read_lines(str(path), "BEIR folder"):
-        source = f"{path}:{line.number}"
-        name, text = read_named_text(parse_object(line.raw, source), source)
-        if name in texts:
-            raise DataError(f"{source}: _id = {shortened(name)}: an earlier line has this id; ids must be unique")
-        texts[name] = text
-    if not texts:
-        raise DataError(f"{path}:1: no rows; expected one JSON object per line")
-    return texts

@@ -36,7 +36,7 @@ class PairScorer(ModelRunner):
             DataError: a query leaves no room for its document, on every rank alike.
             UserError: a score that is not finite, on every rank alike.
         """
-        self.tokenizer.check_room(pairs)
+        self.tokenizer.check_query_length(pairs)
         bar: tqdm[Any] = tqdm(total=len(pairs), unit="pair", desc="score", disable=None if show_progress else True)
         return require_finite(self.run(pairs, self._pack, bar), "scores of pairs")[:, 0]
 

@@ -52,7 +52,7 @@ def load_sts(path: str, key: str = "evaluation.sts") -> StsData:
     second: list[str] = []
     scores, lines = [], []
     for line in read_lines(path, key):
-        source = f"{path}:{line.number}"
+        source = f"{path}:{line.line_number}"
         row = parse_object(line.raw, source)
         if missing := {"text_a", "text_b", "score"} - row.keys():
             raise DataError(f"{source}: the row lacks {' and '.join(sorted(missing))}; it needs text_a, text_b and "
@@ -60,7 +60,7 @@ def load_sts(path: str, key: str = "evaluation.sts") -> StsData:
         first.append(check_text(row["text_a"], "text_a", source))
         second.append(check_text(row["text_b"], "text_b", source))
         scores.append(number(row["score"], "score", source))
-        lines.append(line.number)
+        lines.append(line.line_number)
     if len(set(scores)) < 2:
         raise DataError(f"{path}:1: {len(scores)} rows with {len(set(scores))} different scores have no correlation; "
                         "add pairs with other scores")

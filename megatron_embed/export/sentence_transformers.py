@@ -12,8 +12,7 @@ from typing import Any
 
 from megatron_embed.config.json_file import read_json_object, read_optional_json_object
 from megatron_embed.convert.checkpoint_directory import drop_standard_modules, write_json
-from megatron_embed.convert.storage.safetensors_file import first_line
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.models.file_checks import check_tokenizer_names
 from megatron_embed.models.saved_settings import SavedSettings
 from megatron_embed.names import Pooling, TruncationSide

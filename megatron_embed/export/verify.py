@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_embed.config.json_file import read_json_object
-from megatron_embed.convert.storage.safetensors_file import first_line
 from megatron_embed.convert.tables.lookup import rules_for
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.models.families import model_shape
 from megatron_embed.names import Similarity
 

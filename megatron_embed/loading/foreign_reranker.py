@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.data.chat_template import UnfitTemplateError, has_chat_template, template_of_chat
+from megatron_embed.data.chat_template import UnfitTemplateError, has_chat_template, pair_template_from_chat
 from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_INSTRUCTION, QWEN3_RERANKER_TEMPLATE, PairTemplate
 from megatron_embed.data.tokenizer import load_tokenizer
 from megatron_embed.errors import CheckpointError
@@ -92,8 +92,8 @@ def _template(files: CrossEncoderSettings, tokenizer: Any, model: ModelDirectory
                               f"{model.shape.family} model; remove the template, so that query and document are a pair "
                               "of texts")
     try:
-        template = template_of_chat(tokenizer, message_format=files.message, arguments=files.chat_arguments,
-                                    prompt=files.prompt, place=str(model.hf))
+        template = pair_template_from_chat(tokenizer, message_format=files.message, arguments=files.chat_arguments,
+                                           prompt=files.prompt, directory=str(model.hf))
     except UnfitTemplateError as error:
         if must_fit:
             raise

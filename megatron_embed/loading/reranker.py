@@ -18,6 +18,7 @@ from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.pair_tokenizer import (
     QWEN3_RERANKER_INSTRUCTION,
     QWEN3_RERANKER_TEMPLATE,
+    PairFormat,
     PairTemplate,
     PairTokenizer,
 )
@@ -139,8 +140,9 @@ def open_pair_tokenizer(settings: RerankerSettings, model: ModelDirectory, lengt
     if settings.template is not None:
         template = PairTemplate(text=settings.template, instruction=settings.instruction)
     tokenizer = PairTokenizer(str(model.hf), template=template, max_length=settings.max_length, length_key=length_key,
-                              vocab_size=model.shape.vocab_size, prompt=settings.prompt, token_types=encoder,
-                              lower_case=settings.lower_case, own_truncation_side=foreign_pad is not None)
+                              vocab_size=model.shape.vocab_size, pair_format=PairFormat(
+                                  prompt=settings.prompt, token_types=encoder, lower_case=settings.lower_case,
+                                  own_truncation_side=foreign_pad is not None))
     if settings.head == "score" and not encoder:
         tokenizer.unread = tokenizer.pad_token_id if foreign_pad is None else foreign_pad
     return tokenizer

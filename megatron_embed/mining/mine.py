@@ -84,11 +84,11 @@ class MiningJob:
             result = self._reranked(mined, scorer)
         raise_on_all_ranks(None if topology.rank or result is None else self._write(result))
 
-    def check_room(self, scorer: "PairScorer") -> None:
+    def check_query_length(self, scorer: "PairScorer") -> None:
         """Raises DataError for a query that leaves no tokens for a document in the reranker's template."""
         from megatron_embed.mining.rerank_candidates import pair_of
 
-        scorer.tokenizer.check_room([pair_of(self.task, self.records, query, positives[0])
+        scorer.tokenizer.check_query_length([pair_of(self.task, self.records, query, positives[0])
                                      for query, positives in enumerate(self.task.positives)])
 
     def _reranked(self, mined: Sequence[Mined], scorer: "PairScorer") -> list[Mined]:
@@ -171,7 +171,7 @@ def _open_reranker(args: argparse.Namespace, job: MiningJob, start: Start,
 
     scorer, _, _ = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
                                topology=topology, start=start)
-    job.check_room(scorer)
+    job.check_query_length(scorer)
     return scorer
 
 

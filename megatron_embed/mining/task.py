@@ -171,7 +171,7 @@ def read_corpus(path: str, key: str = "--corpus") -> CorpusTexts:
     names: list[str | None] = []
     title_lengths = array("q")
     for line in read_lines(path, key):
-        source = f"{path}:{line.number}"
+        source = f"{path}:{line.line_number}"
         row = parse_object(line.raw, source)
         texts.append(titled(row, "", source))
         names.append(_optional_name(row, source))

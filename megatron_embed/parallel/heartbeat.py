@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
-from megatron_embed.errors import LostRankError, PreemptedError, UserError
+from megatron_embed.errors import LostRankError, PreemptedError, UserError, first_line
 from megatron_embed.parallel.signing import Signer
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform import stop_signal as stop
@@ -85,11 +85,6 @@ def is_connection_error(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 class HeartbeatMonitor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_embed.config.checks import micro_batches_per_step
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError, LostRankError
 from megatron_embed.parallel.rendezvous import Rendezvous, report_to_other_store
@@ -179,12 +180,7 @@ def check_batch_sizes(config: RunConfig, dp_size: int) -> int | None:
                               f"{dp_size}; next valid: {-(-size // dp_size) * dp_size}",
                               key="training.global_batch_size")
         return None
-    if size % (micro * dp_size):
-        unit = micro * dp_size
-        raise ConfigError(f"training.global_batch_size = {size} is not a multiple of micro_batch_size * "
-                          f"data_parallel_size = {micro} * {dp_size} = {unit}; next valid: {-(-size // unit) * unit}",
-                          key="training.global_batch_size")
-    num_microbatches = size // (micro * dp_size)
+    num_microbatches = micro_batches_per_step(size, micro, dp_size)
     pp, virtual = config.parallel.pipeline_model_parallel_size, virtual_size(config.parallel)
     if virtual is not None and num_microbatches % pp:
         share = size // dp_size

@@ -124,9 +124,9 @@ class EmbeddingTask(Task):
         return BatchLoader(
             inputs.records, inputs.sampler, self.tokenizer,
             dataclasses.replace(self.packing, keep_groups_together=self._keeps_groups),
-            DocumentsPerQuery(positives=data.num_positives, negatives=data.num_negatives),
-            dp_rank=topology.dp_rank, dp_size=topology.dp_size, in_batch=data.all_in_batch,
-            seed=self.config.training.seed if data.samples_documents else None, validation=inputs.validation)
+            DocumentsPerQuery(positives=data.num_positives, negatives=data.num_negatives,
+                              seed=self.config.training.seed if data.samples_documents else None),
+            dp_rank=topology.dp_rank, dp_size=topology.dp_size, validation=inputs.validation)
 
     def _evaluate(self, encoder: TextEncoder, suite: EvaluationSuite) -> dict[str, float]:
         similarity: Similarity = "cosine" if self.config.embedding.unit_length else "dot"

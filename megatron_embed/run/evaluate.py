@@ -39,7 +39,7 @@ def holds_pairs(file: str) -> bool:
     if not file.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
         return False
     first = next(read_lines(file, "--data"), None)
-    return first is not None and "text_a" in parse_object(first.raw, f"{file}:{first.number}")
+    return first is not None and "text_a" in parse_object(first.raw, f"{file}:{first.line_number}")
 
 
 def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
@@ -89,7 +89,7 @@ def open_rerank_stage(args: argparse.Namespace, queries: "Sequence[str]", topolo
 
     scorer, _, _ = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
                                topology=topology)
-    scorer.tokenizer.check_room([Pair(query=query, document="...") for query in queries])
+    scorer.tokenizer.check_query_length([Pair(query=query, document="...") for query in queries])
 
     def score(pairs: "Sequence[tuple[str, str]]") -> "Tensor":
         return scorer.raw_scores([Pair(query=query, document=document) for query, document in pairs],

@@ -11,7 +11,8 @@ from typing import TypeVar
 from megatron_embed.config.evaluation import EvaluationSet
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.data.dataset import RecordSet, hold_out, validation_shares
-from megatron_embed.data.mixture import Sampler, build_sampler
+from megatron_embed.data.mixture import build_sampler
+from megatron_embed.data.sampler import Sampler
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData, load_beir
 from megatron_embed.evaluation.reranking import load_rerank_file

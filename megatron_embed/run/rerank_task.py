@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.data.dataset import RecordSet, RerankRecord, open_records
+from megatron_embed.data.dataset import RecordSet, open_records
 from megatron_embed.data.loader import RerankLoader
 from megatron_embed.data.pair_batches import check_rerank_records, pairs_of
 from megatron_embed.data.pair_tokenizer import Pair, PairTokenizer
+from megatron_embed.data.records import RerankRecord
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.evaluation.suite import EvaluationSuite

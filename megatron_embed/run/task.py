@@ -12,8 +12,8 @@ from megatron_embed.checkpoint.state import steps_done
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.loader import StepLoader
-from megatron_embed.data.mixture import Sampler
 from megatron_embed.data.packing import PackingSpec
+from megatron_embed.data.sampler import Sampler
 from megatron_embed.evaluation.reranking import RerankData, ScorePairs, evaluate_reranking
 from megatron_embed.evaluation.suite import EvaluationSuite, average
 from megatron_embed.export.model_card import write_card

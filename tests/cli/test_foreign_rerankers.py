@@ -107,9 +107,9 @@ REFUSED = {
     "unknown default prompt": (
         lambda path: saved(encoder(path), prompts={"a": "b"}, default_prompt_name="c"), ("default_prompt_name = 'c'",)),
     "template without the document": (
-        lambda path: decoder(path, jinja="{{ messages[0].content }}"), ("carries no pair", "document")),
+        lambda path: decoder(path, jinja="{{ messages[0].content }}"), ("does not render", "document")),
     "template that raises": (
-        lambda path: decoder(path, jinja="{{ raise_exception('Only user') }}"), ("carries no pair", "Only user")),
+        lambda path: decoder(path, jinja="{{ raise_exception('Only user') }}"), ("does not render", "Only user")),
     "template that trims": (
         lambda path: decoder(path, jinja="{{ messages[0].content | trim }} {{ messages[1].content }}"),
         ("does more to",)),

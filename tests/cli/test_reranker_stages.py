@@ -91,7 +91,7 @@ def test_a_causal_language_model_that_is_no_reranker_gets_our_prompt(tmp_path):
 
 def test_a_classifier_whose_template_carries_no_pair_needs_one(tmp_path):
     model = decoder(tmp_path / "model", jinja="{{ messages[0].content }}")
-    with pytest.raises(CheckpointError, match=r"carries no pair .* chat_template.jinja"):
+    with pytest.raises(CheckpointError, match=r"does not render .* chat_template.jinja"):
         settings_of(tmp_path, model)
     assert settings_of(tmp_path, model, reranker={"template": "{query} {document} ="}).head == "score"
 

@@ -38,15 +38,15 @@ def build(minilm_dir: str):
 
 
 def sequences(batch):
-    """Tokens by row number, of the micro-batches that count; each row once."""
-    found = {}
+    """Tokens by row index, of the micro-batches that count; each row once."""
+    tokens_of_row = {}
     for micro in batch.micro_batches:
         if not micro.repeated:
             for row, (start, stop) in zip(micro.rows.tolist(), pairwise(micro.cu_seqlens.tolist()), strict=True):
-                assert row not in found
+                assert row not in tokens_of_row
                 assert micro.position_ids[start:stop].tolist() == list(range(stop - start))
-                found[row] = micro.token_ids[start:stop].tolist()
-    return found
+                tokens_of_row[row] = micro.token_ids[start:stop].tolist()
+    return tokens_of_row
 
 
 def queries_of(batch, micro):

@@ -41,7 +41,7 @@ def write_bomb(path, size, filling=b"x", before=ROW):
     else:
         with path.open("wb") as file:
             file.write(before)
-            file.truncate(len(before) + size)  # zeros, which take no room
+            file.truncate(len(before) + size)  # zeros, which take no space
     return str(path)
 
 

@@ -1,8 +1,10 @@
 """Rows of every trainer that is recognised are the same rows as ours; what is not quite one is refused by its line."""
 
 import dataclasses
+import gzip
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import torch
 
 from megatron_embed.config.schema import TrainFile
 from megatron_embed.data.dataset import RecordFile, RecordSet, open_records
+from megatron_embed.data.formats import RowReader
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch
 from megatron_embed.data.records import Record, RerankRecord
+from megatron_embed.data.row_source import open_rows
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import ConfigError, DataError
 from tests.helpers.foreign_rows import FORMATS, INSTRUCTION, WITH_INSTRUCTION, as_lines, message, our_rows
@@ -39,14 +43,86 @@ def test_rows_of_every_format_make_the_batch_of_the_same_rows_in_ours(name: str,
     records = written(name, tmp_path)
     ours = open_records((TrainFile(path=write_rows(our_rows(), "ours.jsonl")),))
     assert len(records) == len(ours) == 12
-    for found, expected in zip(records, ours, strict=True):
-        assert (found.query, found.positive, found.negatives) == (expected.query, expected.positive, expected.negatives)
-        assert found.instruction == (INSTRUCTION if name in WITH_INSTRUCTION else None)
-        assert found.score is None
+    for record, expected in zip(records, ours, strict=True):
+        assert (record.query, record.positive, record.negatives) == (
+            expected.query, expected.positive, expected.negatives)
+        assert record.instruction == (INSTRUCTION if name in WITH_INSTRUCTION else None)
+        assert record.score is None
     prompt = "Instruct: {instruction}\nQuery:" if name in WITH_INSTRUCTION else "query: "
     for mine, theirs in zip(batch_tensors(records, minilm_dir, prompt), batch_tensors(ours, minilm_dir, prompt),
                             strict=True):
         assert torch.equal(mine, theirs)
+
+
+def read_twice(file: TrainFile) -> tuple[list[object], list[object]]:
+    """The records of a file's rows, read with all checks, and trusted, one reader for both."""
+    reader = RowReader(file, None)
+    rows = list(open_rows(file.path, "data.train", streaming=file.streaming).scan())
+    return [reader.read(*row) for row in rows], [reader.read(*row, trusted=True) for row in rows]
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "beir"])
+def test_a_trusted_row_gives_the_record_of_a_checked_one(name: str, tmp_path: Path):
+    checked, trusted = read_twice(FORMATS[name](tmp_path, our_rows()))
+    assert len(checked) == 12
+    assert trusted == checked
+
+
+@pytest.mark.parametrize("row", [
+    {"query": "q", "positive": "p", "negatives": None, "instruction": None, "teacher_scores": [1]},
+    {"query": "q", "positive": ["p"], "negatives": "n", "positive_ids": [1], "negative_ids": ["b"]},
+    {"text_a": "a", "text_b": "b", "score": 1, "instruction": "i"},
+    {"query": "q", "documents": ["a", "b"], "labels": [1, 0.5], "document_ids": [7, "b"], "teacher_scores": [2, 3]},
+    {"query": "q", "docs": ["a", "b"], "labels": [1, 0]},
+    {"query": "q", "docs": [{"text": "a", "title": "t", "label": 1}, {"text": "b", "label": 0}]},
+    {"query": "q", "response": "r", "label": 1, "system": "s"},
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}], "label": None,
+     "positive_messages": [[{"role": "assistant", "content": "p"}]], "negative_messages": None},
+    {"query": "q", "pos": ["p"], "neg": "n", "pos_id": [1], "neg_id": ["x"], "prompt": "", "pos_scores": [2],
+     "neg_scores": [1]},
+    {"query": "q", "positive_passages": [{"text": "p", "title": " ", "docid": 4}],
+     "negative_passages": [{"text": "n", "title": "t", "docid": ""}]},
+    {"query": "q", "positive": "p", "negative": None, "negative_1": ["n", "m"], "score": [1, 2, 3]},
+    {"anchor": "a", "positive": "p", "negative_2": "n", "label": 3, "instruction": None},
+    {"question": "q", "positive_ctxs": [{"text": "p", "passage_id": 3}], "hard_negative_ctxs": None,
+     "negative_ctxs": [{"text": "n", "psg_id": "4", "title": "t"}]},
+    {"question": "q", "pos_doc": {"text": "p", "title": None}, "neg_doc": ["n", {"text": "m"}]},
+], ids=lambda row: "-".join(row)[:40])
+def test_a_trusted_row_of_unusual_values_gives_the_record_of_a_checked_one(row: dict[str, object],
+                                                                           write_rows: WriteRows):
+    checked, trusted = read_twice(TrainFile(path=write_rows([row])))
+    assert trusted == checked
+    assert len(checked) == 1
+
+
+@pytest.mark.parametrize("name", ["tevatron-passages", "ours"])
+@pytest.mark.parametrize("packing", ["", ".gz"])
+def test_a_row_changed_after_the_check_is_refused(name: str, packing: str, tmp_path: Path, write_rows: WriteRows):
+    """Whatever the new row is: one that could be used is refused as well, and so is one of the same length."""
+    rows = our_rows() if name == "ours" else [
+        json.loads(line) for line in Path(FORMATS[name](tmp_path, our_rows()).path).read_text("utf-8").splitlines()]
+    path = Path(write_rows(rows, "rows.jsonl"))
+    written = path.read_bytes()
+    if packing:
+        path = path.with_name("rows.jsonl.gz")
+        path.write_bytes(gzip.compress(written))
+    records = RecordFile(str(path))
+    if not packing:
+        assert records[1].query == rows[1]["query"]
+    changed = written.replace(b'"query"', b'"quarz"', 1)
+    path.write_bytes(gzip.compress(changed) if packing else changed)
+    later = path.stat().st_mtime_ns + 10**7
+    os.utime(path, ns=(later, later))
+    with pytest.raises(DataError, match="the file was changed after it was checked; start the run again"):
+        records[2]
+
+
+def test_rows_of_a_table_are_checked_at_every_access(tmp_path: Path):
+    """Nothing says whether the file behind a memory-mapped table changed."""
+    records = RecordFile(FORMATS["parquet"](tmp_path, our_rows()))
+    records._rows._table = records._rows._table.map(lambda row: {"query": ""})
+    with pytest.raises(DataError, match="query = '' is empty"):
+        records[0]
 
 
 @pytest.mark.parametrize(("name", "scores"), [
@@ -88,7 +164,7 @@ def test_pairs_with_a_score(row: dict[str, object], write_rows: WriteRows):
 
 
 def test_rows_without_a_score_are_no_pairs(write_rows: WriteRows):
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the row is no pair with a score, which this objective.loss"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the row is not a pair with a score, which this"):
         RecordFile(write_rows([{"query": "a", "positive": "b"}]), "pairs")
 
 
@@ -159,7 +235,7 @@ REFUSED: list[tuple[dict[str, object], dict[str, object], str]] = [
     (SWIFT, {**SWIFT, "messages": [message("", "system"), message("q")]}, r"messages\[0\].content = '' is empty"),
     (SWIFT, {**SWIFT, "positive_messages": [[message("i", "system"), message("p")]]}, r"\[0\]\[0\].role = 'system'"),
     (SWIFT, {**SWIFT, "negative_messages": [[message("n")]], "label": 1}, "label is given with 1 positives and 1 nega"),
-    (RESPONSE, {**RESPONSE, "history": [["a", "b"]]}, "history = .* a conversation of several turns is no query"),
+    (RESPONSE, {**RESPONSE, "history": [["a", "b"]]}, "history = .* a conversation of several turns is not a query"),
     (RESPONSE, {**RESPONSE, "label": 1, "rejected_response": ["n"]}, "label and rejected_response are both given"),
     (RESPONSE, {**RESPONSE, "response": ["a", "b"], "label": 1}, "response has 2 texts and one label"),
     (ST, {**ST, "negatives": ["n"]}, r"unknown key 'negatives' = \['n'\]; did you mean 'negative'"),
@@ -288,12 +364,12 @@ def test_beir_folders_say_what_they_leave_out_and_refuse_what_they_cannot_train_
         tmp_path: Path, caplog: pytest.LogCaptureFixture):
     folder = FORMATS["beir"](tmp_path, our_rows(3)).path
     qrels = tmp_path / "qrels" / "train.tsv"
-    judged = qrels.read_text(encoding="utf-8")
-    qrels.write_text(judged.replace("q2\td21\t2\n", ""), encoding="utf-8")
+    judgements = qrels.read_text(encoding="utf-8")
+    qrels.write_text(judgements.replace("q2\td21\t2\n", ""), encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         assert len(open_records((TrainFile(path=folder),))) == 2
     assert "left out 1 queries without a document of a score above 0" in caplog.text
-    qrels.write_text(judged + "q0\td99\t1\n", encoding="utf-8")
+    qrels.write_text(judgements + "q0\td99\t1\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"train\.tsv:8: corpus-id = 'd99': not in corpus\.jsonl"):
         open_records((TrainFile(path=folder),))
     qrels.write_text("q0\td00\t0\n", encoding="utf-8")

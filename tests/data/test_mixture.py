@@ -52,10 +52,10 @@ def test_every_step_is_of_one_set_and_each_has_its_share_all_along(sets: list[st
     turns = Counter[int]()
     for step in range(280):
         rows = sampler.rows_of_step(step)
-        (number,) = {records.file_of(row) for row in rows}
-        assert number == sampler.set_of_step(step)
+        (data_set,) = {records.file_of(row) for row in rows}
+        assert data_set == sampler.set_of_step(step)
         assert len(set(rows)) == 20
-        turns[number] += 1
+        turns[data_set] += 1
         assert all(abs(turns[n] - share * (step + 1)) < 1.5 for n, share in enumerate(shares))
     assert min(turns.values()) >= 3
 
@@ -63,7 +63,7 @@ def test_every_step_is_of_one_set_and_each_has_its_share_all_along(sets: list[st
 def test_an_epoch_takes_every_row_of_every_set_once(sets: list[str]):
     records = opened(sets)
     sampler = sampler_of(records)
-    assert sampler.steps_per_epoch == sampler.steps_of_epochs(1) == 70
+    assert sampler.steps_of_epochs(1) == 70
     used = Counter(row for step in range(70) for row in sampler.rows_of_step(step))
     assert len(used) == 1400
     assert set(used.values()) == {1}

@@ -6,7 +6,7 @@ import torch
 
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import TrainFile
-from megatron_embed.data.dataset import Record, open_records, text_id
+from megatron_embed.data.dataset import open_records
 from megatron_embed.data.packing import (
     DocumentsPerQuery,
     PackingSpec,
@@ -15,6 +15,7 @@ from megatron_embed.data.packing import (
     pack,
     padding_fraction,
 )
+from megatron_embed.data.records import Record, text_id
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import ConfigError, DataError, UserError
 from tests.data.conftest import MINI_EN, MINI_ZH, real_texts
@@ -82,17 +83,17 @@ def test_embed_batch_holds_every_text_where_its_numbers_say(records: list[Record
     expected = (tokenizer.tokenize([r.query for r in records], "query").token_ids
                 + tokenizer.tokenize(documents, "document").token_ids)
     assert len(batch.micro_batches) == 6 // micro_batch_size
-    found: dict[int, list[int]] = {}
-    for number, micro_batch in enumerate(batch.micro_batches):
+    tokens_of_row: dict[int, list[int]] = {}
+    for index, micro_batch in enumerate(batch.micro_batches):
         rows = micro_batch.rows.tolist()
         queries = [row for row in rows if row < 6]
-        assert queries == list(range(number * micro_batch_size, (number + 1) * micro_batch_size))
+        assert queries == list(range(index * micro_batch_size, (index + 1) * micro_batch_size))
         assert rows == sorted(rows)
         assert {batch.document_query[row - 6].item() for row in rows if row >= 6} == set(queries)
         assert micro_batch.token_ids.numel() % 8 == 0
         assert micro_batch.token_ids.numel() - micro_batch.num_tokens < 8
-        found.update(zip(rows, sequences(micro_batch), strict=True))
-    assert [found[row] for row in range(batch.num_rows)] == expected
+        tokens_of_row.update(zip(rows, sequences(micro_batch), strict=True))
+    assert [tokens_of_row[row] for row in range(batch.num_rows)] == expected
 
 
 def test_rows_with_fewer_negatives_contribute_what_they_have(tokenizer: RoleTokenizer):

@@ -4,7 +4,13 @@ import jinja2.sandbox
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate, PairTokenizer
+from megatron_embed.data.pair_tokenizer import (
+    QWEN3_RERANKER_TEMPLATE,
+    Pair,
+    PairFormat,
+    PairTemplate,
+    PairTokenizer,
+)
 from megatron_embed.errors import ConfigError, DataError
 from megatron_embed.export.cross_encoder import chat_template
 from tests.helpers.toys import MINILM, save_bpe_tokenizer
@@ -50,10 +56,10 @@ def test_only_the_document_is_cut(bpe, kept):
         # The document's first token may take a space from before it: then it counts as the head's.
         whole = stock("".join(filled(pair)), add_special_tokens=False).input_ids
         assert whole[-len(tail):] == tail
-        room = len(whole) - len(document) + kept
-        (ids,) = PairTokenizer(bpe, template=template(), max_length=room).tokenize([pair]).token_ids
-        assert len(ids) == room
-        assert ids == whole[:room - len(tail)] + tail
+        max_length = len(whole) - len(document) + kept
+        (ids,) = PairTokenizer(bpe, template=template(), max_length=max_length).tokenize([pair]).token_ids
+        assert len(ids) == max_length
+        assert ids == whole[:max_length - len(tail)] + tail
         assert len(ids) > len(head) + len(tail) - 1
 
 
@@ -62,8 +68,8 @@ def test_a_pair_that_leaves_no_room_is_refused(bpe):
     with pytest.raises(DataError, match="^rows:1: the query .* leaves none for the document"):
         tokenizer.tokenize([Pair(query="word " * 200, document="a document", source="rows:1")])
     with pytest.raises(DataError, match="leaves none"):
-        tokenizer.check_room([Pair(query="word " * 200, document="a document", source="rows:1")])
-    tokenizer.check_room([Pair(query="short", document="a document " * 100)])
+        tokenizer.check_query_length([Pair(query="word " * 200, document="a document", source="rows:1")])
+    tokenizer.check_query_length([Pair(query="short", document="a document " * 100)])
 
 
 def test_encoders_take_a_pair_of_texts():
@@ -78,23 +84,25 @@ def test_encoders_take_a_pair_of_texts():
     long = Pair(query="word " * 20, document="a document")
     assert tokenizer.tokenize([long]).token_ids == [stock("word " * 20, "a document", truncation=True,
                                                           max_length=16).input_ids]
-    tokenizer.check_room([long])
+    tokenizer.check_query_length([long])
     with pytest.raises(DataError, match="leaves none"):  # before training
-        tokenizer.check_room([long], strict=True)
+        tokenizer.check_query_length([long], strict=True)
     with pytest.raises(ConfigError, match="special tokens alone"):
         PairTokenizer(str(MINILM), template=None, max_length=3).tokenize([long])
 
 
 def test_a_prompt_stands_before_the_query_of_a_pair():
     stock = AutoTokenizer.from_pretrained(str(MINILM))
-    rows = PairTokenizer(str(MINILM), template=None, max_length=64, prompt="judge: ").tokenize(PAIRS)
+    tokenizer = PairTokenizer(str(MINILM), template=None, max_length=64, pair_format=PairFormat(prompt="judge: "))
+    rows = tokenizer.tokenize(PAIRS)
     assert rows.token_ids == [stock("judge: " + pair.query, pair.document).input_ids for pair in PAIRS]
 
 
 def test_an_unread_token_is_left_out_at_the_end_alone(bpe):
     stock = AutoTokenizer.from_pretrained(bpe)
     pad = stock.pad_token_id
-    tokenizer = PairTokenizer(bpe, template=None, max_length=64, unread=pad, token_types=False)
+    tokenizer = PairTokenizer(bpe, template=None, max_length=64,
+                              pair_format=PairFormat(unread=pad, token_types=False))
     ends = Pair(query="a<|endoftext|>b", document="c<|endoftext|><|endoftext|>")
     rows = tokenizer.tokenize([ends, Pair(query="<|endoftext|>", document="<|endoftext|>")])
     whole = stock(ends.query, ends.document).input_ids

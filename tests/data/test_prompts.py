@@ -95,7 +95,7 @@ def test_a_prompt_without_room_for_text_is_refused(minilm_dir: str):
     prompt = "a b c d e f"  # six tokens, and two special ones
     make(minilm_dir, query_prompt=prompt, query_max_length=9)
     message = ("data.query_max_length = 8 tokens: the prompt 'a b c d e f' and the special tokens take 8 of them, "
-               "which leaves none for text; raise data.query_max_length or shorten the query's prompt")
+               "which leaves none for text; raise data.query_max_length or use a shorter query prompt")
     with pytest.raises(ConfigError, match=message):
         make(minilm_dir, query_prompt=prompt, query_max_length=8)
     with pytest.raises(ConfigError, match="data.document_max_length = 8 tokens"):
@@ -110,7 +110,6 @@ def test_ids_and_lengths_that_others_need(minilm_dir: str, bpe_dir: str, bpe_fin
     tokenizers = [make(directory) for directory in (minilm_dir, bpe_dir, bpe_final_dir, bpe_bos_dir)]
     assert [t.pad_token_id for t in tokenizers] == [0, 0, 0, 1]  # the last has no padding token: its EOS
     assert [t.eos_token_id for t in tokenizers] == [None, 1, 1, 1]
-    assert [t.model_max_length for t in tokenizers] == [512, None, 99, None]
 
 
 def test_long_texts_raise_no_warning(minilm_dir: str, caplog: pytest.LogCaptureFixture,
@@ -162,14 +161,14 @@ def test_prompts_of_a_data_set_come_in_place_of_the_roles(bpe_dir: str):
     settings = {"add_eos": True, "query_max_length": 24, "document_max_length": 12}
     tokenizer = RoleTokenizer(bpe_dir, query_prompt="global: ", document_prompt="text: ", **settings)
     texts, prompts = ["one", "two " * 30, "three"], ["{instruction} -> ", "set: ", None]
-    found = tokenizer.tokenize(texts, "query", ["find", "unused", "unused"], prompts)
+    tokenized = tokenizer.tokenize(texts, "query", ["find", "unused", "unused"], prompts)
     for row, (text, prompt) in enumerate(zip(texts, ["find -> ", "set: ", "global: "], strict=True)):
         alone = RoleTokenizer(bpe_dir, query_prompt=prompt, **settings)
-        assert found.token_ids[row] == alone.tokenize([text], "query").token_ids[0]
-        assert found.token_ids[row][-1] == tokenizer.eos_token_id
-    assert (found.num_truncated, len(found.token_ids[1])) == (1, 24)
+        assert tokenized.token_ids[row] == alone.tokenize([text], "query").token_ids[0]
+        assert tokenized.token_ids[row][-1] == tokenizer.eos_token_id
+    assert (tokenized.num_truncated, len(tokenized.token_ids[1])) == (1, 24)
     assert tokenizer.count_tokens(texts, "query", ["find"] * 3, prompts)[::2] == [
-        len(found.token_ids[0]), len(found.token_ids[2])]
+        len(tokenized.token_ids[0]), len(tokenized.token_ids[2])]
     assert tokenizer.count_tokens(texts, "query", ["find"] * 3, prompts)[1] > 24
     without = tokenizer.tokenize(["a"], "document", prompts=[""]).token_ids[0]
     assert without == RoleTokenizer(bpe_dir, **settings).tokenize(["a"], "document").token_ids[0]

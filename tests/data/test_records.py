@@ -13,7 +13,8 @@ import pytest
 
 from megatron_embed.config.schema import TrainFile
 from megatron_embed.data.corpus import read_named_text
-from megatron_embed.data.dataset import Record, RecordFile, open_records, read_texts, text_id
+from megatron_embed.data.dataset import RecordFile, open_records, read_texts
+from megatron_embed.data.records import Record, text_id
 from megatron_embed.data.row_source import open_rows
 from megatron_embed.errors import ConfigError, DataError
 from tests.data.conftest import MINI_ZH
@@ -26,10 +27,10 @@ def test_real_rows_are_read_as_json_reads_them():
     file = RecordFile(str(MINI_ZH))
     rows = [json.loads(line) for line in MINI_ZH.read_text(encoding="utf-8").splitlines()]
     assert len(file) == len(rows) == 1000
-    for number in (0, 1, 499, 999, -1):
-        row = rows[number]
-        assert file[number] == Record(query=row["query"], positive=tuple(row["positive"]), instruction=None,
-                                      negatives=tuple(row["negatives"]), source=f"{MINI_ZH}:{number % 1000 + 1}")
+    for index in (0, 1, 499, 999, -1):
+        row = rows[index]
+        assert file[index] == Record(query=row["query"], positive=tuple(row["positive"]), instruction=None,
+                                      negatives=tuple(row["negatives"]), source=f"{MINI_ZH}:{index % 1000 + 1}")
     assert [record.query for record in file] == [row["query"] for row in rows]
 
 
@@ -111,7 +112,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ("[" * 100_000, "nested more than 100 levels deep"),
     ('{"query": "a", "positive": ["b"], "n": ' + "9" * 5000 + "}", "digits"),
     (b'{"query": "caf\xe9", "positive": ["b"]}', "not UTF-8: byte 0xe9 at byte 15 of the line; save the file as UTF-8"),
-    (r'{"query": "a\ud83d", "positive": ["b"]}', r"query holds half a surrogate pair, \\ud83d, at character 2"),
+    (r'{"query": "a\ud83d", "positive": ["b"]}', r"query contains an unpaired surrogate, \\ud83d, at character 2"),
     ({"positive": ["b"]}, "query is missing; the row has 'positive'; add 'query'"),
     ({"query": "a"}, "positive is missing; the row has 'query'; add 'positive'"),
     ({}, "query is missing; the row has no keys"),
@@ -212,13 +213,13 @@ def test_other_keys_are_ignored_and_said_once(write_rows: WriteRows, caplog: pyt
 
 def test_text_id_is_the_same_in_every_process():
     assert text_id("通用") == text_id("通" + "用")
-    assert len({text_id(str(number)) for number in range(10_000)}) == 10_000
-    assert {text_id(str(number)) < 0 for number in range(100)} == {False, True}
-    assert all(-(2**63) <= text_id(str(number)) < 2**63 for number in range(100))
-    program = "from megatron_embed.data.dataset import text_id; print(text_id('équipe'))"
+    assert len({text_id(str(value)) for value in range(10_000)}) == 10_000
+    assert {text_id(str(value)) < 0 for value in range(100)} == {False, True}
+    assert all(-(2**63) <= text_id(str(value)) < 2**63 for value in range(100))
+    program = "from megatron_embed.data.records import text_id; print(text_id('équipe'))"
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
                            env={**os.environ, "PYTHONHASHSEED": "5"})
-    # `printf équipe | b2sum -l 64`, read as a little-endian signed number.
+    # `printf équipe | b2sum -l 64`, read as a little-endian signed value.
     assert bytes.fromhex("a8c4ddc6381ca573") == text_id("équipe").to_bytes(8, "little", signed=True)
     assert int(other.stdout) == text_id("équipe")
 
@@ -238,7 +239,7 @@ def test_read_texts(write_rows: WriteRows, caplog: pytest.LogCaptureFixture):
         read_texts(write_rows([]))
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        rows = [{"_id": number, "text": "tea", "title": title} for number, title in enumerate(["T", "", None, " "])]
+        rows = [{"_id": index, "text": "tea", "title": title} for index, title in enumerate(["T", "", None, " "])]
         path = write_rows([*rows, {"_id": "4", "title": "T", "text": ""}])
         assert read_texts(path) == ["T tea", "tea", "tea", "tea", "T "]
         assert read_texts(path) == [read_named_text(*row).text for row in open_rows(path, "--input").scan()]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_embed.config.schema import TrainFile
-from megatron_embed.data.dataset import RerankRecord, open_records
+from megatron_embed.data.dataset import open_records
 from megatron_embed.data.loader import RerankLoader
 from megatron_embed.data.packing import PackingSpec
 from megatron_embed.data.pair_batches import (
@@ -17,6 +17,7 @@ from megatron_embed.data.pair_batches import (
     split_rerank_to_count,
 )
 from megatron_embed.data.pair_tokenizer import PairTemplate, PairTokenizer
+from megatron_embed.data.records import RerankRecord
 from megatron_embed.data.sampler import GlobalBatchSampler
 from tests.helpers.toys import MINILM
 
@@ -30,29 +31,29 @@ def tokenizer():
 
 
 def record(size=8, teacher=True):
-    return RerankRecord(query="which one", documents=tuple(f"document number {place}" for place in range(size)),
+    return RerankRecord(query="which one", documents=tuple(f"document number {index}" for index in range(size)),
                         labels=tuple(map(float, LABELS[:size])), instruction=None, source="rows:1",
                         teacher_scores=tuple(map(float, range(size))) if teacher else None)
 
 
-def test_negatives_are_drawn_anew_and_positives_stay():
-    whole, drawn = record(), set()
+def test_negatives_are_sampled_again_and_positives_stay():
+    whole, sampled = record(), set()
     for step in range(40):
-        chosen = sample_negatives(whole, 2, (7, step, 3))
-        assert chosen == sample_negatives(whole, 2, (7, step, 3))
-        places = [whole.documents.index(document) for document in chosen.documents]
-        assert places == sorted(places) and {1, 4} <= set(places) and len(places) == 4 == group_size(whole, 2)
-        assert chosen.labels == tuple(whole.labels[place] for place in places)
-        assert chosen.teacher_scores == tuple(float(place) for place in places)
-        drawn |= set(places)
-    assert drawn == set(range(len(LABELS)))
-    assert sample_negatives(whole, 2, None).documents == tuple(whole.documents[place] for place in (0, 1, 2, 4))
+        smaller = sample_negatives(whole, 2, (7, step, 3))
+        assert smaller == sample_negatives(whole, 2, (7, step, 3))
+        indices = [whole.documents.index(document) for document in smaller.documents]
+        assert indices == sorted(indices) and {1, 4} <= set(indices) and len(indices) == 4 == group_size(whole, 2)
+        assert smaller.labels == tuple(whole.labels[index] for index in indices)
+        assert smaller.teacher_scores == tuple(float(index) for index in indices)
+        sampled |= set(indices)
+    assert sampled == set(range(len(LABELS)))
+    assert sample_negatives(whole, 2, None).documents == tuple(whole.documents[index] for index in (0, 1, 2, 4))
     assert sample_negatives(whole, 0, (1,)) is whole and sample_negatives(whole, 6, (1,)) is whole
 
 
-def test_loader_draws_by_row_and_step_whatever_the_ranks(tmp_path, tokenizer):
-    rows = [{"query": f"question {number}", "positive": [f"answer {number}"],
-             "negatives": [f"wrong {number} {place}" for place in range(5)]} for number in range(8)]
+def test_loader_samples_by_row_and_step_whatever_the_ranks(tmp_path, tokenizer):
+    rows = [{"query": f"question {row}", "positive": [f"answer {row}"],
+             "negatives": [f"wrong {row} {index}" for index in range(5)]} for row in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     records = open_records((TrainFile(path=str(tmp_path / "rows.jsonl")),), "rerank")
     sampler = GlobalBatchSampler(records, global_batch_size=4, shuffle=True, seed=3)

@@ -8,7 +8,8 @@ import pytest
 
 import megatron_embed.data.sampler as sampler_module
 from megatron_embed.config.schema import TrainFile
-from megatron_embed.data.dataset import Record, RecordSet, open_records
+from megatron_embed.data.dataset import RecordSet, open_records
+from megatron_embed.data.records import Record
 from megatron_embed.data.sampler import GlobalBatchSampler
 from megatron_embed.errors import ConfigError
 from tests.data.conftest import MINI_ZH
@@ -56,14 +57,13 @@ def test_without_shuffling_rows_come_in_file_order_and_wrap_round(mini_zh: Recor
     assert sampler.rows_of_step(2) == list(range(600, 900))
     assert sampler.rows_of_step(3) == [*range(900, 1000), *range(200)]
     assert sampler.rows_of_step(10) == list(range(300))
-    assert sampler.num_forced_duplicates == 0
 
 
 def test_steps_of_epochs(mini_zh: RecordSet):
     for size, per_epoch, of_three in [(50, 20, 60), (300, 4, 10), (999, 2, 4), (1000, 1, 3)]:
         for shuffle in (False, True):
             sampler = sampler_of(mini_zh, size, shuffle=shuffle)
-            assert sampler.steps_per_epoch == per_epoch
+            assert sampler.steps_of_epochs(1) == per_epoch
             assert sampler.steps_of_epochs(3) == of_three
     assert sampler_of(mini_zh, 50).steps_of_epochs(0.3) == 6
     assert sampler_of(mini_zh, 50).steps_of_epochs(0.0001) == 1
@@ -111,7 +111,7 @@ def test_no_text_comes_twice_in_a_batch_and_no_row_is_lost(shared_passages: Reco
         assert len(rows) == len(set(rows)) == size
         assert num_repeated(records, rows) == 0
         used.update(rows)
-    assert sampler.num_forced_duplicates == 0
+    assert sum(sampler._duplicates) == 0
     counts = [used[row] for row in range(1000)]
     mean = num_steps * size / 1000
     assert mean - 2 < min(counts) <= mean <= max(counts) < mean + 2
@@ -124,7 +124,7 @@ def test_negatives_count_as_texts_up_to_the_number_in_use(write_rows: WriteRows)
         sampler = sampler_of(records, 20, num_negatives=num_negatives)
         repeats = sum(num_repeated(list(records), sampler.rows_of_step(step), 2) for step in range(30))
         assert (repeats > 0) == expect_repeats
-        assert sampler.num_forced_duplicates == 0
+        assert sum(sampler._duplicates) == 0
 
 
 @pytest.mark.parametrize("step", [0, 1, 19, 20, 37, 59, 83])
@@ -150,7 +150,7 @@ def test_a_text_of_too_many_rows_is_spread_evenly_and_reported_once(mini_zh: Rec
     assert max(per_batch) <= 9
     repeated = [num_repeated(records, rows, 1) for rows in batches]
     assert 60 * 8 <= sum(repeated) <= 60 * 12  # 8 cannot be avoided
-    assert sampler.num_forced_duplicates >= sum(repeated)
+    assert sum(sampler._duplicates) >= sum(repeated)
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 1
     assert "rows share a global batch with an equal text (one text is in 180 rows)" in warnings[0]
@@ -164,7 +164,7 @@ def test_data_that_can_only_repeat_still_fills_every_batch(write_rows: WriteRows
         [{"query": f"q{i}", "positive": "always the same"} for i in range(rows)])),))
     sampler = sampler_of(records, size)
     used = Counter(row for step in range(3 * rows) for row in sampler.rows_of_step(step))
-    assert sampler.num_forced_duplicates > 0
+    assert sum(sampler._duplicates) > 0
     assert sum(used.values()) == 3 * rows * size
     assert max(used.values()) - min(used[row] for row in range(rows)) <= 2
 
@@ -176,19 +176,19 @@ def test_crowded_data_costs_no_more_than_its_rows(write_rows: WriteRows, monkeyp
              "negatives": [f"d{d}" for d in generator.integers(300, size=3)]} for i in range(3000)]
     records = open_records((TrainFile(path=write_rows(rows)),))
     num_looked_at = 0
-    place = sampler_module._Queue._place_unless_blocked
+    original = sampler_module._Queue._place_unless_blocked
 
     def count(queue: sampler_module._Queue, row: int) -> int | None:
         nonlocal num_looked_at
         num_looked_at += 1
-        return place(queue, row)
+        return original(queue, row)
 
     monkeypatch.setattr(sampler_module._Queue, "_place_unless_blocked", count)
     monkeypatch.setattr(sampler_module, "_PATIENCE", 1)
     sampler = sampler_of(records, 64, num_negatives=3)
-    used = Counter(row for step in range(3 * sampler.steps_per_epoch) for row in sampler.rows_of_step(step))
+    used = Counter(row for step in range(3 * sampler.steps_of_epochs(1)) for row in sampler.rows_of_step(step))
     assert {used[row] for row in range(3000)} <= {1, 2, 3, 4}
-    assert sampler.num_forced_duplicates > 0
+    assert sum(sampler._duplicates) > 0
     assert max(len(rows) for rows in sampler._left_over) < 2 * 64
     # Each row once when it is fresh; per batch 64 waiting texts, and at most 64 that a placed row is followed by.
     num_fresh = (3000 + 2 * 64) * len(sampler._duplicates)

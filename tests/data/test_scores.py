@@ -27,20 +27,20 @@ def batch(records, num_negatives):
 def test_pairs_bring_their_scores(tmp_path):
     _, records = records_of(tmp_path, [{"text_a": "one", "text_b": "two", "score": 2.6},
                                        {"text_a": "three", "text_b": "four", "score": 0}], "pairs")
-    found = batch(records, 0)
-    assert torch.equal(found.scores, torch.tensor([2.6, 0.0], dtype=torch.float64))
-    assert (found.num_queries, found.num_documents, found.teacher_scores) == (2, 2, None)
-    assert found.is_positive.tolist() == [True, True]
+    built = batch(records, 0)
+    assert torch.equal(built.scores, torch.tensor([2.6, 0.0], dtype=torch.float64))
+    assert (built.num_queries, built.num_documents, built.teacher_scores) == (2, 2, None)
+    assert built.is_positive.tolist() == [True, True]
 
 
 def test_teacher_scores_follow_the_documents_that_are_embedded(tmp_path):
     _, records = records_of(tmp_path, [
         {"query": "q", "positive": ["a", "b"], "negatives": ["c", "d"], "teacher_scores": [1, 2, 3, 4]},
         {"query": "r", "positive": ["e"], "negatives": ["f"], "teacher_scores": [5, 6]}])
-    found = batch(records, 1)
-    assert found.teacher_scores.tolist() == [1, 3, 5, 6]
-    assert found.is_positive.tolist() == [True, False, True, False]
-    assert found.scores is None
+    built = batch(records, 1)
+    assert built.teacher_scores.tolist() == [1, 3, 5, 6]
+    assert built.is_positive.tolist() == [True, False, True, False]
+    assert built.scores is None
 
 
 ROW = {"query": "q", "positive": ["a"], "negatives": ["b"], "teacher_scores": [1, 2]}

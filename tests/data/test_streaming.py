@@ -34,7 +34,7 @@ def test_a_stream_holds_the_rows_of_the_set_whatever_the_order_of_reading(tmp_pa
         assert stream[row] == whole[row]
         assert stream[row].query == our_rows()[row]["query"]
         assert stream[row].source == f"{path}:{row + 1}"
-    assert stream.digest == whole.digest  # a run may go on with the other one
+    assert stream.digest == whole.digest  # a run may resume with the other one
     part = RecordFile(TrainFile(path=path, streaming=True, rows=7))
     assert [record.query for record in part] == [record.query for record in whole][:7]
     assert part.digest != whole.digest
@@ -53,14 +53,14 @@ def test_no_more_rows_are_fetched_than_asked_for(monkeypatch: pytest.MonkeyPatch
     fetched = []
 
     def endless() -> Iterator[dict[str, str]]:
-        for number in range(10**9):
-            fetched.append(number)
-            yield {"anchor": f"q{number}", "positive": f"p{number}"}
+        for row_id in range(10**9):
+            fetched.append(row_id)
+            yield {"anchor": f"q{row_id}", "positive": f"p{row_id}"}
 
     asked = in_place_of_the_hub(monkeypatch, endless)
     records = RecordFile(TrainFile(path="org/name:de/dev", streaming=True, rows=5))
     assert asked == [("org/name", "de", "dev", True)]
-    assert [record.positive for record in records] == [(f"p{number}",) for number in range(5)]
+    assert [record.positive for record in records] == [(f"p{row_id}",) for row_id in range(5)]
     assert len(fetched) <= 6
     with pytest.raises(IndexError):
         records[5]
@@ -87,5 +87,5 @@ def test_what_lies_on_the_machine_is_not_streamed(tmp_path: Path):
     datasets.Dataset.from_list([{"query": "q", "positive": "p"}]).save_to_disk(tmp_path / "saved")
     (tmp_path / "beir").mkdir()
     for path in (str(tmp_path / "rows.jsonl"), str(tmp_path / "saved"), beir(tmp_path / "beir", our_rows(3)).path):
-        with pytest.raises(ConfigError, match=r"data\.train\.streaming = True: .* is no data set of the hub"):
+        with pytest.raises(ConfigError, match=r"data\.train\.streaming = True: .* is not a data set of the hub"):
             open_records((TrainFile(path=path, streaming=True),))

@@ -31,7 +31,7 @@ def open_tokenizer(directory, **settings):
 
 @pytest.mark.parametrize("before", [0, 1, 1023, 1024, 3000])
 def test_the_first_text_without_tokens(directory, before):
-    texts = [(f"line {number}", "..." if number % 2 else "a strange text") for number in range(before)]
+    texts = [(f"line {index}", "..." if index % 2 else "a strange text") for index in range(before)]
     texts += [("bad", BLANK), ("good", "a"), ("worse", BLANK * 2)]
     assert first_empty_text(texts, "document", open_tokenizer(directory)) == ("bad", BLANK)
     del texts[-1], texts[-2]

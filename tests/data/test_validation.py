@@ -46,7 +46,7 @@ def test_the_split_follows_from_the_seed_and_the_queries_alone(sets: RecordSet, 
 
 def test_rows_of_one_query_stay_together(write_rows: WriteRows):
     records = open_records((TrainFile(path=write_rows(
-        [{"query": f"q{number % 50}", "positive": f"p{number}"} for number in range(200)])),))
+        [{"query": f"q{row_id % 50}", "positive": f"p{row_id}"} for row_id in range(200)])),))
     kept, held = hold_out(records, 0.2, seed=1)
     assert held is not None
     assert len(held) == 40

@@ -99,7 +99,7 @@ def test_a_query_without_text_is_left_out_of_the_mean(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("qrels, words", [
-    ("q8\td1\t1\nq9\td1\t1\n", r"test\.tsv:1: none of the 2 judged queries is in queries\.jsonl; the files belong to"),
+    ("q8\td1\t1\nq9\td1\t1\n", r"test\.tsv:1: none of its 2 queries is in queries\.jsonl; the files belong to"),
     ("q1\td8\t1\nq2\td9\t1\nq2\td1\t0\n", r"test\.tsv:1: none of the 2 documents with a label above 0 is in corpus"),
 ])
 def test_files_of_different_sets_are_refused(tmp_path, qrels, words):

@@ -17,8 +17,9 @@ import torch
 import transformers
 
 from megatron_embed.config.schema import TrainFile
-from megatron_embed.data.dataset import Record, open_records
+from megatron_embed.data.dataset import open_records
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch, split_to_count
+from megatron_embed.data.records import Record
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.names import Pooling
 from tests.helpers.adapter_reference import save_adapter_gradients, with_adapter, write_adapter

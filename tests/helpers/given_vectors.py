@@ -8,15 +8,15 @@ from datasets import Dataset
 from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_cos_sim
 from torch.nn.functional import normalize
 
-from megatron_embed.data.dataset import Record
+from megatron_embed.data.records import Record
 
 DIM = 12
 
 def vector(text):
     """Of a text, the same in every call; related texts ("q3", "d3.1") are near each other."""
-    number = int(text[1:].split(".")[0])
-    common = np.random.default_rng(number).standard_normal(DIM)
-    own = np.random.default_rng(sum(text.encode()) * 7919 + number).standard_normal(DIM)
+    query_id = int(text[1:].split(".")[0])
+    common = np.random.default_rng(query_id).standard_normal(DIM)
+    own = np.random.default_rng(sum(text.encode()) * 7919 + query_id).standard_normal(DIM)
     return (common + own).astype(np.float32)
 
 
@@ -37,25 +37,25 @@ class GivenVectors:
 def rows():
     """40 queries, some in several rows, with one to three positives, some of which several queries share."""
     records = []
-    for number in range(40):
-        positives = tuple(f"d{number}.{copy}" for copy in range(1 + number % 3))
-        records.append(record(f"q{number}", positives))
-        if number % 7 == 0:
-            records.append(record(f"q{number}", (f"d{number + 1}.0",)))
+    for query_id in range(40):
+        positives = tuple(f"d{query_id}.{copy}" for copy in range(1 + query_id % 3))
+        records.append(record(f"q{query_id}", positives))
+        if query_id % 7 == 0:
+            records.append(record(f"q{query_id}", (f"d{query_id + 1}.0",)))
     return records
 
 
 def record(query, positive, negatives=(), instruction=None):
     return Record(query=query, positive=positive, negatives=negatives, instruction=instruction, source=f"{query}:1")
 
-CORPUS = [f"d{number}.{copy}" for number in range(60) for copy in range(3, 6)]
+CORPUS = [f"d{query_id}.{copy}" for query_id in range(60) for copy in range(3, 6)]
 
 def theirs(records, corpus, **options):
     """query -> negatives, best first."""
     pairs = [(row.query, text) for row in records for text in row.positive]
     data = Dataset.from_dict({"anchor": [query for query, _ in pairs], "positive": [text for _, text in pairs]})
     mined = mine_hard_negatives(data, GivenVectors(), corpus=corpus, verbose=False, **options)
-    found = defaultdict(dict)
+    negatives_of_query = defaultdict(dict)
     for row in mined:
-        found[row["anchor"]].setdefault(row["negative"])
-    return {query: list(negatives) for query, negatives in found.items()}
+        negatives_of_query[row["anchor"]].setdefault(row["negative"])
+    return {query: list(negatives) for query, negatives in negatives_of_query.items()}

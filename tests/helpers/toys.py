@@ -31,8 +31,9 @@ from megatron_embed.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from megatron_embed.data.dataset import Record, RecordFile
+from megatron_embed.data.dataset import RecordFile
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch, pack
+from megatron_embed.data.records import Record
 from megatron_embed.data.tokenizer import RoleTokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -44,11 +44,6 @@ def checksum(tensor: Tensor) -> bytes:
     return xxhash.xxh3_128_digest(bytes_of(tensor.contiguous()))
 
 
-def first_line(error: BaseException) -> str:
-    """First line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a safetensors header."""

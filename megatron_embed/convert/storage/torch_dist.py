@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_embed.checkpoint.reading import METADATA_FILE
 from megatron_embed.convert.storage.byte_range import ByteRange, write_at
-from megatron_embed.convert.storage.safetensors_file import bytes_of, first_line
+from megatron_embed.convert.storage.safetensors_file import bytes_of
 from megatron_embed.convert.storage.torch_dist_metadata import (
     ChunkStorageMetadata,
     MetadataUnpickler,
@@ -28,7 +28,7 @@ from megatron_embed.convert.storage.torch_dist_metadata import (
     write_description,
 )
 from megatron_embed.convert.storage.torch_record import TorchRecord, save_without_data
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.models.file_checks import open_regular, plain_name
 
 
