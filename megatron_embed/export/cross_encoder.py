@@ -91,7 +91,7 @@ def chat_template(pieces: Sequence[str], instruction: str) -> str:
     """
     values = {"query": _content("query"), "document": _content("document"),
               "instruction": f'({_content("system")} if {_OF_ROLE % "system"} else {_literal(instruction)})'}
-    parts = [values[piece] if number % 2 else _literal(piece) for number, piece in enumerate(pieces)]
+    parts = [values[piece] if index % 2 else _literal(piece) for index, piece in enumerate(pieces)]
     return "{{ " + " ~ ".join(part for part in parts if part != _literal("")) + " }}"
 
 

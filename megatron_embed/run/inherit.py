@@ -1,4 +1,4 @@
-"""What a run takes from its model's directory where the configuration does not say."""
+"""Settings that a run takes from its model's directory where the configuration has null."""
 
 import dataclasses
 import logging
@@ -44,7 +44,7 @@ def _is_unset(config: RunConfig, key: str) -> bool:
 
 
 def _of_directory(config: RunConfig, model: ModelDirectory) -> dict[str, Any]:
-    """Values of _DATA_KEYS and `normalize` by the directory; those that nobody says by default."""
+    """Values of _DATA_KEYS and `normalize` by the directory, else by default."""
     if not config.workload.inherits_text_settings:
         return {"query_prompt": "", "document_prompt": "", "query_max_length": DEFAULT_LENGTH,
                 "document_max_length": DEFAULT_LENGTH, "normalize": True}

@@ -1,6 +1,6 @@
-"""What `doctor --config` says of all that a run reads: the model, its tokenizer, data, evaluation sets, packages.
+"""Checks of `doctor --config` on all that a run reads: the model, its tokenizer, data, evaluation sets, packages.
 
-Looks at names and sizes of files only. Every node of a job asks it, so torch and Transformers stay unloaded.
+They look at names and sizes of files only. Every node of a job runs them, so torch and Transformers stay unloaded.
 """
 
 import importlib.util
@@ -62,10 +62,10 @@ def _evaluation(config: "RunConfig") -> Iterator[Check]:
             path, require_rows(path, "evaluation.reranking"), "evaluation.reranking"))
 
 
-def _check(key: str, value: str, examine: Callable[[], str]) -> Check:
-    """The note that `examine` returns, or the remedy that it raises."""
+def _check(key: str, value: str, look: Callable[[], str]) -> Check:
+    """The note that `look` returns, or the remedy that it raises."""
     try:
-        return Check(name=key, value=value, note=examine())
+        return Check(name=key, value=value, note=look())
     except UserError as error:
         text = str(error)
         return Check(name=key, value=value, remedy=text if text.startswith(key) else f"{key} = {value!r}: {text}")

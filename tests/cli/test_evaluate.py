@@ -119,7 +119,7 @@ def test_a_reranker_takes_no_prompt(cross_encoder, tmp_path, capsys):
     (["--candidates", "5"], "--candidates 5: only search in two stages has candidates; add --two-stage or --reranker"),
     (["--reranker-weight", "0.5"], "--reranker-weight 0.5: there is no reranker; add --reranker"),
     (["--reranker-weight", "1"], "'1' are no numbers between 0 and 1"),
-    (["--reranker", str(MINILM)], "is no reranker"),
+    (["--reranker", str(MINILM)], "not a reranker"),
     (["--per-query", "missing/queries.jsonl"], "--per-query missing/queries.jsonl: must be a .jsonl file, itself no"),
 ])
 def test_refusals(arguments, words, model, small_beir):
