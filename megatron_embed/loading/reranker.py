@@ -256,7 +256,7 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
     return scorer_of(chunks, chunks, topology, tokenizer, config, settings.activation), model, topology
 
 
-def scorer_of(chunks: list[torch.nn.Module], models: list[EmbeddingModel], topology: Topology,
+def scorer_of(chunks: Sequence[torch.nn.Module], models: Sequence[EmbeddingModel], topology: Topology,
               tokenizer: PairTokenizer, config: RunConfig, activation: Literal["sigmoid", "identity"]) -> PairScorer:
     """The scorer of loaded chunks (`models` are the same, not wrapped by DDP)."""
     return PairScorer(chunks, topology, tokenizer, pooling=models[0].pooling, kernel=attention_kernel(config),

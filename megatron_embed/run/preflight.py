@@ -97,12 +97,12 @@ def split_train_validation(config: RunConfig, records: RecordSet, dp_size: int) 
     """The rows to train on, and those held out, if any, which the ranks can share."""
     if config.data.validation:
         count = len(config.data.train)
-        kept, held = RecordSet(records.files[:count]), RecordSet(records.files[count:])
+        trained, held = RecordSet(records.files[:count]), RecordSet(records.files[count:])
     else:
-        kept, held = hold_out(records, config.data.validation_fraction, config.training.seed)
+        trained, held = hold_out(records, config.data.validation_fraction, config.training.seed)
     if held is not None:
         validation_shares(held, global_batch_size=config.training.global_batch_size, dp_rank=0, dp_size=dp_size)
-    return kept, held
+    return trained, held
 
 
 def open_suite(task: Task) -> EvaluationSuite:
