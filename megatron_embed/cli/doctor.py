@@ -64,12 +64,12 @@ def run(args: argparse.Namespace) -> int:
 
 def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Check]":
     """Whether this run can start here. Quick: every node of a job asks it, and no library is loaded if all is well."""
-    from megatron_embed.run.disk_check import examine_outputs
-    from megatron_embed.run.input_checks import examine_inputs
+    from megatron_embed.run.disk_check import check_output_directories
+    from megatron_embed.run.input_checks import check_inputs
 
     config = _with_local_dtype(config)
-    return [_layout(config, args.ranks), _devices(config, args.ranks_per_node or args.ranks), *examine_inputs(config),
-            *examine_outputs(config, args.min_free_gib)]
+    return [_layout(config, args.ranks), _devices(config, args.ranks_per_node or args.ranks), *check_inputs(config),
+            *check_output_directories(config, args.min_free_gib)]
 
 
 def _with_local_dtype(config: "RunConfig") -> "RunConfig":

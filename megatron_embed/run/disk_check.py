@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-def examine_outputs(config: "RunConfig", min_free_gib: int) -> list[Check]:
+def check_output_directories(config: "RunConfig", min_free_gib: int) -> list[Check]:
     """Whether each output directory can be written, and whether each of their disks has space for what the run writes.
 
     Args:
