@@ -39,7 +39,7 @@ from megatron_embed.platform.launcher import launched_rank
 logger = logging.getLogger(__name__)
 
 INHERITED = ("head", "template", "instruction", "true_token", "false_token", "max_length", "activation")
-"""Settings of section `reranker` that are the model directory's where they are null."""
+"""Settings of section `reranker` that are the model directory's unless they are set."""
 
 
 def reranker_settings(config: RerankerConfig, model: ModelDirectory, *, longest: int,
