@@ -2,20 +2,18 @@
 
 import argparse
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.pair_tokenizer import Pair
-from megatron_embed.data.tokenizer import Role
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.loading.model_directory import ModelDirectory, find_model, open_encoder
 from megatron_embed.loading.reranker import is_reranker, open_scorer
 from megatron_embed.models.encoder import DTYPES
-from megatron_embed.names import POOLINGS
+from megatron_embed.names import POOLINGS, Role, Similarity
 
 
 class Embedder:
@@ -26,12 +24,12 @@ class Embedder:
 
     @property
     def dim(self) -> int:
-        """Dimensions of a vector."""
+        """Numbers of a vector."""
         return self._encoder.dim
 
     @property
-    def similarity(self) -> Literal["cosine", "dot"]:
-        """How the model compares its vectors."""
+    def similarity(self) -> Similarity:
+        """What the directory says its vectors are compared by."""
         return self._model.saved.similarity
 
     def encode(self, texts: str | Sequence[str], role: Role = "document", *,
@@ -43,7 +41,7 @@ class Embedder:
             role: whose prompt and maximum length the directory's files give: "query" or "document".
             show_progress: a bar, if stderr is a terminal.
         Raises:
-            ConfigError: another role, or something other than a text.
+            ConfigError: another role, or an item that is not a string.
             EmptyTextError: a text without tokens.
             UserError: a vector that is not finite.
         """
@@ -76,7 +74,7 @@ class Reranker:
             instruction: in place of the directory's own.
             show_progress: a bar, if stderr is a terminal.
         Raises:
-            ConfigError: something other than a text, or one text in place of the documents.
+            ConfigError: an item that is not a string, or one text in place of the documents.
             DataError: a query that leaves no room for its document.
             UserError: a score that is not finite.
         """
@@ -95,18 +93,18 @@ class Reranker:
 
 
 def checked_texts(texts: Iterable[str], name: str) -> list[str]:
-    """The texts. Raises ConfigError for other types and for unpaired surrogates, which no tokenizer takes."""
-    given = list(texts)
-    for index, text in enumerate(given):
+    """The texts. Raises ConfigError for an item that is not a string or has an unpaired surrogate."""
+    checked = list(texts)
+    for index, text in enumerate(checked):
         if not isinstance(text, str):
             raise ConfigError(f"{name}[{index}] = {shortened(text)} is a {type(text).__name__}; it must be a string")
         if not text.isascii():
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise ConfigError(f"{name}[{index}] = {shortened(text)}: contains an unpaired surrogate at "
-                                  f"character {error.start + 1}; give the whole character") from None
-    return given
+                raise ConfigError(f"{name}[{index}] = {shortened(text)}: contains an unpaired surrogate at character "
+                                  f"{error.start + 1}; give the whole character") from None
+    return checked
 
 
 def open_any(directory: str, *, pooling: str | None, max_length: int | None, dtype: str | None,

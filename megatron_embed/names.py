@@ -1,21 +1,49 @@
 """Every closed set of names that several packages share, in the spelling of configurations and exports."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 Pooling = Literal["lasttoken", "mean", "cls", "weightedmean"]
 """How token states become one vector, in the spelling that Sentence Transformers writes."""
-POOLINGS: tuple[Pooling, ...] = ("lasttoken", "mean", "cls", "weightedmean")
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 Role = Literal["query", "document"]
-"""What a text is in a search."""
+"""Role of a text in retrieval."""
+ROLES: tuple[Role, ...] = get_args(Role)
+
 HeadKind = Literal["yes_no", "score"]
 """A reranker's head: the difference of two language-model logits, or a linear layer of one output."""
+HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
+
 Activation = Literal["sigmoid", "identity"]
-"""What a reranker's score goes through."""
+"""The function applied to a reranker's score."""
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
 Similarity = Literal["cosine", "dot"]
+"""How two embeddings are compared."""
+
 ModelDtype = Literal["float32", "bfloat16"]
+"""Dtype of weights and activations."""
+MODEL_DTYPES: tuple[ModelDtype, ...] = get_args(ModelDtype)
+
+TruncationSide = Literal["left", "right"]
+"""The end at which a text that is too long loses its tokens."""
+
+MessageFormat = Literal["flat", "structured", "auto"]
+"""Content of a chat message: the text itself, or a list of one part that holds it; auto: what the template takes."""
+MESSAGE_FORMATS: tuple[MessageFormat, ...] = get_args(MessageFormat)
 
 Direction = Literal["query_to_document", "query_to_query", "document_to_document", "document_to_query"]
-"""What InfoNCE compares: the anchors, then the columns."""
+"""Texts that InfoNCE compares: the anchors, then the columns."""
 Hardness = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 """The negative documents that InfoNCE weights by their similarity."""
+
+NegativeSampling = Literal["top", "random"]
+"""How mining selects negatives from the candidates that pass its filters."""
+NEGATIVE_SAMPLINGS: tuple[NegativeSampling, ...] = get_args(NegativeSampling)
+
+MergeMethod = Literal["linear", "slerp", "multi_slerp", "task_arithmetic"]
+"""How `merge` computes the weights of one model from those of several."""
+MERGE_METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
+
+ExportFormat = Literal["hf", "sentence-transformers", "cross-encoder", "peft"]
+"""Formats that `convert megatron-to-hf` writes."""

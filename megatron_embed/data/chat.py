@@ -1,9 +1,10 @@
 """A text put into the tokenizer's chat template, as Sentence Transformers does for a model of chats."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from megatron_embed.errors import CheckpointError
+from megatron_embed.names import MessageFormat
 
 _STRUCTURED_SIGNS = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")
 """What a template has in it that takes a message's content as a list of parts, by Sentence Transformers."""
@@ -22,7 +23,7 @@ class ChatTemplate:
         CheckpointError: there is no template, or it takes no such message.
     """
 
-    def __init__(self, tokenizer: Any, model_dir: str, *, content: Literal["flat", "structured", "auto"],
+    def __init__(self, tokenizer: Any, model_dir: str, *, content: MessageFormat,
                  variables: Mapping[str, Any], tell_role: bool) -> None:
         self._tokenizer, self._model_dir, self._variables = tokenizer, model_dir, variables
         self._tell_role = tell_role and "task" not in variables

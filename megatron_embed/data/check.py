@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.records import AnyRecord, Record, documents_in_use, id_on_both_sides, text_id
-from megatron_embed.data.tokenizer import Role, RoleTokenizer
+from megatron_embed.data.tokenizer import RoleTokenizer
+from megatron_embed.names import Role
 
 _AT_ONCE = 2048
 _SMALLEST_BIN = 16

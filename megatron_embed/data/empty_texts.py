@@ -5,8 +5,9 @@ from typing import TypeVar
 
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.records import documents_in_use
-from megatron_embed.data.tokenizer import Role, RoleTokenizer
+from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import EmptyTextError
+from megatron_embed.names import Role
 
 Label = TypeVar("Label")
 

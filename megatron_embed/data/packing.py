@@ -11,8 +11,9 @@ import torch
 
 from megatron_embed.batch import Capacity, EmbedBatch, MicroBatch
 from megatron_embed.data.records import Record, text_id
-from megatron_embed.data.tokenizer import Role, RoleTokenizer, TokenizedRows
+from megatron_embed.data.tokenizer import RoleTokenizer, TokenizedRows
 from megatron_embed.errors import DataError, EmptyTextError
+from megatron_embed.names import Role
 
 logger = logging.getLogger(__name__)
 

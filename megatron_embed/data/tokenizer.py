@@ -4,7 +4,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import normalizers
 from transformers import AutoTokenizer
@@ -14,8 +14,7 @@ from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.vocabulary import VOCABULARY_FILES, has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
-
-Role = Literal["query", "document"]
+from megatron_embed.names import MessageFormat, Role, TruncationSide
 
 _PLACEHOLDER = "{instruction}"
 _LARGEST_VOCABULARY = 256 << 20
@@ -42,9 +41,9 @@ class TextFormat:
 
     lower_case: bool = False
     """Lowercase every text, unless the tokenizer does so itself."""
-    truncation_side: Literal["left", "right"] = "right"
+    truncation_side: TruncationSide = "right"
     """Where a text that is too long loses tokens. left: at its beginning, the prompt included."""
-    chat_content: Literal["flat", "structured", "auto"] | None = None
+    chat_content: MessageFormat | None = None
     """How the tokenizer's chat template, into which every text is put, takes a message's content; None: no template."""
     chat_variables: Mapping[str, Any] = field(default_factory=dict)
     """For that template, beside the messages."""
@@ -190,7 +189,7 @@ class RoleTokenizer:
             self._eos = [self.eos_token_id]
         if _PLACEHOLDER in document_prompt:
             raise ConfigError(f"data.document_prompt = {document_prompt!r}: only data.query_prompt can hold "
-                              f"{_PLACEHOLDER}; write the document's prompt out")
+                              f"{_PLACEHOLDER}; write the document's prompt out", key="data.document_prompt")
         for role, prompt in self._prompts.items():
             if _PLACEHOLDER not in prompt:
                 self._check_room(role, prompt)
@@ -290,7 +289,7 @@ class RoleTokenizer:
         if instruction is None:
             raise ConfigError(f"data.query_prompt = {shortened(prompt)} needs an instruction and the row has none; "
                               "give the row an 'instruction', or its data.train entry one for all of its rows, "
-                              "or set embedding.instruction")
+                              "or set embedding.instruction", key="data.query_prompt")
         return fill_template(prompt, instruction)
 
     def _check_room(self, role: Role, prompt: str) -> None:
@@ -306,7 +305,7 @@ class RoleTokenizer:
             key = self._length_keys[role]
             raise ConfigError(f"{key} = {self._max_lengths[role]} tokens: the prompt {shortened(prompt)} and the "
                               f"special tokens take {used} of them, which leaves none for text; raise {key} or shorten "
-                              f"the {role}'s prompt")
+                              f"the {role}'s prompt", key=key)
         self._checked.add((role, prompt))
 
     def _ids_of(self, prompts: Sequence[str], texts: Sequence[str], role: Role) -> list[list[int]]:

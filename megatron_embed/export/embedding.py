@@ -14,14 +14,15 @@ from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.convert.convert import megatron_to_hf
-from megatron_embed.data.tokenizer import Role, RoleTokenizer, fill_template
+from megatron_embed.data.tokenizer import RoleTokenizer, fill_template
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verify import ExpectedSettings, compare_with_sentence_transformers
 from megatron_embed.export.write import export, export_on_rank_0
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.families import ModelShape
-from megatron_embed.platform.precision import processor_has_bf16
+from megatron_embed.names import Role
+from megatron_embed.platform.bf16_support import processor_has_bf16
 
 MINIMUM_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
 """Between the exported model in the stock library and ours in memory, for every text."""

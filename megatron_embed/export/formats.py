@@ -12,12 +12,13 @@ from pathlib import Path
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_checkpoint
 from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
-from megatron_embed.export.model_card import Kind, write_converted_card
+from megatron_embed.export.model_card import write_converted_card
 from megatron_embed.export.sentence_transformers import cut_on_the_right, export_sentence_transformers
 from megatron_embed.export.verify import ExpectedSettings, compare_with_transformers
 from megatron_embed.export.write import ExportOptions, export, why_not_compared
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
+from megatron_embed.names import ExportFormat
 
 
 def export_hf(source: str, destination: str, options: ExportOptions) -> list[str]:
@@ -99,7 +100,7 @@ def _unless_left_out(options: ExportOptions,
     return verify
 
 
-def _card(source: str, destination: str, kind: Kind) -> Callable[[Path], None]:
+def _card(source: str, destination: str, kind: ExportFormat) -> Callable[[Path], None]:
     return functools.partial(write_converted_card, source=source, destination=destination, kind=kind)
 
 
@@ -162,7 +163,7 @@ def _compare_sentence_transformers(source: str, expected: ExpectedSettings, dire
     return [f"{probe.role}: {probe.compare(directory, expected, minimum_cosine)}" for probe in probes]
 
 
-EXPORTERS: dict[str, Callable[[str, str, ExportOptions], list[str]]] = {
+EXPORTERS: dict[ExportFormat, Callable[[str, str, ExportOptions], list[str]]] = {
     "hf": export_hf, "sentence-transformers": export_sentence_transformers_model,
     "cross-encoder": export_cross_encoder_model, "peft": export_peft}
 """By cli/convert.py's FORMATS: (checkpoint, destination, options) to the lines of the report."""

@@ -4,17 +4,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_embed import __version__
 from megatron_embed.config.load import load_config
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_checkpoint
-from megatron_embed.errors import ConfigError
+from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import read_saved_settings
-
-Kind = Literal["hf", "sentence-transformers", "cross-encoder", "peft"]
+from megatron_embed.names import ExportFormat
 
 _EMBEDDING_USE = """```python
 from sentence_transformers import SentenceTransformer
@@ -73,7 +72,7 @@ def write_card(directory: Path, config: RunConfig, *, step: int, dim: int | None
     (directory / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def write_converted_card(directory: Path, *, source: str, destination: str, kind: Kind) -> None:
+def write_converted_card(directory: Path, *, source: str, destination: str, kind: ExportFormat) -> None:
     """Puts README.md into a converted checkpoint: of the run that wrote it, else of the model as it came.
 
     A model that was not trained here keeps the card that it came with.
@@ -88,7 +87,7 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
     info, title, file = checkpoint.info, Path(destination).absolute().name, checkpoint.path / "config.yaml"
     library = {"hf": "transformers", "peft": "peft"}.get(kind, "sentence-transformers")
     dim = model_shape(checkpoint.hf).hidden_size if info.head is None else None
-    pooling = read_saved_settings(checkpoint.hf).pooling if info.head is None else None
+    pooling = _pooling_of(checkpoint.hf) if info.head is None else None
     use = _use(kind, info.head, pooling)
     config = _run_of(file)
     if config is not None:
@@ -100,6 +99,14 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
                                               encoding="utf-8")
 
 
+def _pooling_of(hf: Path) -> str | None:
+    """The pooling of a directory; None where it names none, or modules that pass through without being computed."""
+    try:
+        return read_saved_settings(hf).pooling
+    except CheckpointError:
+        return None
+
+
 def _run_of(file: Path) -> RunConfig | None:
     """The configuration beside a checkpoint; None where there is none, or another version's."""
     try:
@@ -108,7 +115,7 @@ def _run_of(file: Path) -> RunConfig | None:
         return None
 
 
-def _use(kind: Kind, head: str | None, pooling: str | None) -> str:
+def _use(kind: ExportFormat, head: str | None, pooling: str | None) -> str:
     """How it is loaded."""
     if kind == "peft":
         auto, more = _AUTO[head]

@@ -8,17 +8,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.checkpoint_directory import read_json
+from megatron_embed.config.json_file import read_json_object
 from megatron_embed.convert.storage.safetensors_file import first_line
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import model_shape
+from megatron_embed.names import Similarity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class ExpectedSettings:
     prompts: Mapping[str, str]
     """By role, as they stand before a text."""
     max_seq_length: int
-    similarity: Literal["cosine", "dot"]
+    similarity: Similarity
     dtype: str
     """Dtype of the weights: float32, bfloat16, ..."""
     matryoshka_dims: tuple[int, ...] | None = None
@@ -79,19 +81,27 @@ def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[st
     directory = Path(directory)
     with library_errors(directory, "Sentence Transformers"):
         model = _load_sentence_transformer(directory, dtype)
-        prefix = "" if prompt_name is None else (model.prompts or {}).get(prompt_name) or ""
-        their_ids = [model.tokenizer(prefix + text, truncation=True, max_length=model.max_seq_length).input_ids
-                     for text, _ in cut]
-        vectors: Tensor = model.encode(list(texts), prompt_name=prompt_name, convert_to_tensor=True,
-                                       show_progress_bar=False).float()
+        stock_ids = [_stock_ids(model, text, prompt_name) for text, _ in cut]
+        encode = {None: model.encode, "query": model.encode_query, "document": model.encode_document}[prompt_name]
+        vectors: Tensor = encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float()
     if expected is not None:
         _require_settings(directory, model, expected, in_its_dtype=dtype == "auto")
-    for (text, ids), theirs in zip(cut, their_ids, strict=True):
+    for (text, ids), theirs in zip(cut, stock_ids, strict=True):
         if list(ids) != theirs:
             raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of {text[:40]!r}..., "
                                   f"{len(text)} characters, and the trained model {len(ids)}, or others; the export "
                                   "must not be used")
     return compare_vectors(directory, "Sentence Transformers", texts, vectors, our_vectors, minimum_cosine)
+
+
+def _stock_ids(model: Any, text: str, role: str | None) -> list[int]:
+    """Token ids of a text as the library makes them: with the role's prompt, cut, and in the chat template if any."""
+    prompt = "" if role is None else (model.prompts or {}).get(role) or ""
+    if int(version("sentence-transformers").partition(".")[0]) < 6:
+        ids: list[int] = model.tokenizer(prompt + text, truncation=True, max_length=model.max_seq_length).input_ids
+        return ids
+    features = model.preprocess([text], prompt=prompt or None, task=role)
+    return [int(token) for token in features["input_ids"][0]]
 
 
 def _require_settings(directory: Path, model: Any, expected: ExpectedSettings, *, in_its_dtype: bool) -> None:
@@ -180,13 +190,13 @@ def _load_model(directory: Path) -> Any:
     classes = {"ForCausalLM": AutoModelForCausalLM, "ForMaskedLM": AutoModelForMaskedLM,
                "ForPreTraining": AutoModelForPreTraining,
                "ForSequenceClassification": AutoModelForSequenceClassification}
-    architecture = (read_json(directory / "config.json").get("architectures") or [""])[0]
+    architecture = (read_json_object(directory / "config.json").get("architectures") or [""])[0]
     auto = next((cls for end, cls in classes.items() if architecture.endswith(end)), AutoModel)
     model, info = auto.from_pretrained(str(directory), local_files_only=True, dtype="auto", output_loading_info=True)
     family = rules_for(model_shape(directory).family)
     names = [*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])]
     wrong = [name for name in sorted(names)
-             if not family.is_carried(family.full_name(name, prefixed=name.startswith(family.prefix)))]
+             if not family.is_passthrough(family.full_name(name, prefixed=name.startswith(family.prefix)))]
     if wrong:
         raise CheckpointError(f"{directory}: Transformers' {auto.__name__} does not find, or does not know, {wrong[0]} "
                               f"({len(wrong)} such); the export must not be used")

@@ -15,28 +15,29 @@ import torch
 from megatron_embed.checkpoint.state import load_model
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
-from megatron_embed.convert.adapters import parts_by_linear, resolve_modules
+from megatron_embed.convert.adapter_names import parts_by_linear, resolve_modules
 from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
 from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.to_hf import check_sizes
-from megatron_embed.data.tokenizer import Role, RoleTokenizer, TextFormat
+from megatron_embed.data.tokenizer import RoleTokenizer, TextFormat
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.models.adapters import Adapters, AdapterSettings, is_adapter
+from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model, padded_vocabulary
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, check_tokenizer_names
 from megatron_embed.models.heads import HeadSpec, head_pooling
-from megatron_embed.models.precision import with_settled_dtype
+from megatron_embed.models.modules_json import supported_modules
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
-from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_modules, read_saved_settings
-from megatron_embed.names import Pooling
+from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
+from megatron_embed.names import Pooling, Role
+from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
-from megatron_embed.parallel.watching import Start
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
 from megatron_embed.platform.launcher import launched_rank
 
@@ -124,7 +125,7 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
         opened = open_checkpoint(folder) if is_checkpoint(folder) else None
         hf = folder if opened is None else opened.hf
         check_tokenizer_names(hf)
-        read_modules(hf)  # first: a transformer in a folder of its own leaves no config.json here
+        supported_modules(hf)  # first: a transformer in a folder of its own leaves no config.json here
         return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf,
                               shape=model_shape(hf), saved=read_saved_settings(hf), reranker=read_reranker_settings(hf),
                               max_lengths={} if opened is None else opened.info.max_lengths,
@@ -140,7 +141,7 @@ def _find_adapted(folder: Path) -> ModelDirectory:
     base = None if adapted else find_model(named, key)
     if base is None or base.adapters is not None:
         raise CheckpointError(f"{key} = {(named if base is None else base.name)!r} has adapters itself; merge them "
-                              "first (convert megatron-to-hf --merge-lora, or PEFT's merge_and_unload)")
+                              "first (convert megatron-to-hf --merge-lora, or PEFT's merge_and_unload)", key=key)
     with PeftAdapter(folder, rules_for(base.shape.family), base.shape) as adapter:
         settings = dataclasses.replace(adapter.settings, base_model=base.name)
     own = read_saved_settings(folder, base.hf)
@@ -160,7 +161,7 @@ def adapters_of(config: LoraConfig, model: ModelDirectory) -> AdapterSettings | 
     if config.rank == 0:
         if model.adapters is None and config.dropout:
             raise ConfigError(f"lora.dropout = {config.dropout}: does nothing while lora.rank is 0 and model.path "
-                              "holds no adapters; set the rank, or remove this")
+                              "holds no adapters; set the rank, or remove this", key="lora.dropout")
         return model.adapters
     wanted = AdapterSettings(
         rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora, base_model=model.name,
@@ -169,7 +170,7 @@ def adapters_of(config: LoraConfig, model: ModelDirectory) -> AdapterSettings | 
         present = model.adapters
         raise ConfigError(f"lora.rank = {config.rank}: model.path holds adapters of rank {present.rank}, alpha "
                           f"{present.alpha:g}, on {', '.join(present.modules)}, and `lora` says otherwise; leave "
-                          "lora.rank at 0 to train these")
+                          "lora.rank at 0 to train these", key="lora.rank")
     return wanted if model.adapters is None else model.adapters
 
 
@@ -179,7 +180,7 @@ def error_context(key: str, path: str) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{key} = {path!r}: {error}") from error
+        raise CheckpointError(f"{key} = {path!r}: {error}", key=key) from error
 
 
 def role_lengths(model: ModelDirectory, wanted: int | None, *, by_role: bool) -> dict[Role, int]:
@@ -242,7 +243,7 @@ def _load_hf_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel], to
         for chunk in chunks:
             parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
                           if not name.startswith("head.") and not is_adapter(name)}
-            shards = hf_weight_shards(source, source.family, names=parameters, tp_rank=topology.tp_rank,
+            shards = hf_weight_shards(source, names=parameters, tp_rank=topology.tp_rank,
                                       tp_size=topology.tp_size, etp_rank=topology.groups.expt_tp.rank(),
                                       etp_size=topology.groups.expt_tp.size(),
                                       padded_vocab_size=padded_vocabulary(model.shape.vocab_size, topology.tp_size))
@@ -298,7 +299,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
             document_max_length=lengths["document"], length_keys=("--max-length", "--max-length"),
             vocab_size=model.shape.vocab_size)
         topology = start(config.parallel)
-        config = with_settled_dtype(config)
+        config = resolve_dtype(config)
         chunks = load_model_chunks(model, config, topology)
     encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.shape.hidden_size,
                           kernel=attention_kernel(config),

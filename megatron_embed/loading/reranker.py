@@ -4,14 +4,13 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import RerankerConfig, RunConfig
-from megatron_embed.convert.checkpoint_directory import open_carried, open_checkpoint
-from megatron_embed.convert.heads import CarriedFile, read_head, score_names
+from megatron_embed.convert.checkpoint_directory import PassthroughFile, open_checkpoint, open_passthrough
+from megatron_embed.convert.head_tensors import read_head, score_names
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.peft import PeftAdapter
 from megatron_embed.convert.tables.lookup import rules_for
@@ -26,14 +25,15 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.loading.foreign_reranker import Inherited, inherited
 from megatron_embed.loading.model_directory import ModelDirectory, error_context, find_model, load_model_chunks
+from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
-from megatron_embed.models.cross_encoder import is_saved_cross_encoder
+from megatron_embed.models.cross_encoder_settings import is_saved_cross_encoder
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel
 from megatron_embed.models.heads import HeadSpec, initialize_head, is_encoder
-from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.models.reranker_settings import RerankerSettings, head_of_architecture
+from megatron_embed.names import Activation
+from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
-from megatron_embed.parallel.watching import Start
 from megatron_embed.platform.launcher import launched_rank
 
 logger = logging.getLogger(__name__)
@@ -93,13 +93,14 @@ def _check_settings(config: RerankerConfig, model: ModelDirectory) -> None:
     encoder, limit = is_encoder(model.shape), model.shape.longest_text
     if encoder and config.head == "yes_no":
         raise ConfigError(f"reranker.head = 'yes_no': a {model.shape.family} model has no language-model head to "
-                          "answer with; set it to score")
+                          "answer with; set it to score", key="reranker.head")
     if encoder and config.template is not None:
         raise ConfigError(f"reranker.template = {config.template[:40]!r}: a {model.shape.family} model reads query and "
-                          "document as a pair of texts, as the stock cross-encoders do; set it to null")
+                          "document as a pair of texts, as the stock cross-encoders do; set it to null",
+                          key="reranker.template")
     if config.max_length is not None and config.max_length > limit:
         raise ConfigError(f"reranker.max_length = {config.max_length} is longer than the model's {limit} positions; "
-                          "lower it to that or less")
+                          "lower it to that or less", key="reranker.max_length")
 
 
 def is_reranker(model: ModelDirectory) -> bool:
@@ -154,7 +155,7 @@ def check_last_token(settings: RerankerSettings, tokenizer: PairTokenizer, key: 
         raise ConfigError(f"{key} = {shortened(settings.template or '')}: its last token is the one that the tokenizer "
                           "pads with, and the stock class of an export reads the score at the last token that is not "
                           "padding, which is another one; let the template end otherwise, or give "
-                          "tokenizer_config.json another pad_token")
+                          "tokenizer_config.json another pad_token", key=key)
 
 
 def head_spec(settings: RerankerSettings, tokenizer: PairTokenizer) -> HeadSpec:
@@ -165,7 +166,7 @@ def head_spec(settings: RerankerSettings, tokenizer: PairTokenizer) -> HeadSpec:
     false = tokenizer.token_of(settings.false_token, "reranker.false_token")
     if true == false:
         raise ConfigError(f"reranker.false_token = {settings.false_token!r}: is the token of reranker.true_token; the "
-                          "score would always be 0")
+                          "score would always be 0", key="reranker.false_token")
     return HeadSpec(kind="yes_no", true_token_id=true, false_token_id=false)
 
 
@@ -177,7 +178,7 @@ def load_reranker_chunks(model: ModelDirectory, config: RunConfig, topology: Top
     trained = None if model.checkpoint is None else open_checkpoint(model.checkpoint).info.head
     if trained is not None and trained != spec.kind:
         raise ConfigError(f"reranker.head = {spec.kind!r}: {model.path} is a reranker with the head {trained}; set it "
-                          "to that, or begin from the model that it was made of")
+                          "to that, or begin from the model that it was made of", key="reranker.head")
     chunks = load_model_chunks(model, config, topology, spec, with_head=trained is not None)
     head = chunks[-1].head
     if head is not None and not spec.is_tied(model.shape):
@@ -196,7 +197,7 @@ def load_reranker_chunks(model: ModelDirectory, config: RunConfig, topology: Top
 
 def _head_of_directory(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.Tensor]:
     """The head's tensors that a model directory has, by our names."""
-    with _carried_tensors(model) as source:
+    with _passthrough_tensors(model) as source:
         return read_head(source, model.shape.family, spec.kind,
                          spec.token_ids if spec.kind == "yes_no" else None, str(model.path))
 
@@ -215,9 +216,9 @@ def _head_of_adapter(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.T
         return {ours: adapter.read_head(name) for ours, name in names.items() if name in adapter.head}
 
 
-def _carried_tensors(model: ModelDirectory) -> HFDirectory | CarriedFile:
+def _passthrough_tensors(model: ModelDirectory) -> HFDirectory | PassthroughFile:
     """The tensors of a directory that no layer of ours uses; to be closed."""
-    return HFDirectory(model.hf) if model.checkpoint is None else open_carried(open_checkpoint(model.checkpoint))
+    return HFDirectory(model.hf) if model.checkpoint is None else open_passthrough(open_checkpoint(model.checkpoint))
 
 
 def open_scorer(directory: str, *, key: str = "--model", max_length: int | None = None, dtype: str | None = None,
@@ -251,13 +252,13 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
                                         foreign_pad=own.foreign_pad)
         spec = head_spec(settings, tokenizer)
         topology = topology or start(config.parallel)
-        config = with_settled_dtype(config)
+        config = resolve_dtype(config)
         chunks = load_reranker_chunks(model, config, topology, spec)
     return scorer_of(chunks, chunks, topology, tokenizer, config, settings.activation), model, topology
 
 
 def scorer_of(chunks: Sequence[torch.nn.Module], models: Sequence[EmbeddingModel], topology: Topology,
-              tokenizer: PairTokenizer, config: RunConfig, activation: Literal["sigmoid", "identity"]) -> PairScorer:
+              tokenizer: PairTokenizer, config: RunConfig, activation: Activation) -> PairScorer:
     """The scorer of loaded chunks (`models` are the same, not wrapped by DDP)."""
     return PairScorer(chunks, topology, tokenizer, pooling=models[0].pooling, kernel=attention_kernel(config),
                       causal=models[0].causal, activation=activation)

@@ -1,4 +1,4 @@
-"""From sizes to process groups. The only module that touches Megatron's `parallel_state`."""
+"""Process groups of a layout. The only module that uses Megatron's `parallel_state`."""
 
 import datetime
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError, LostRankError
-from megatron_embed.parallel.rendezvous import Rendezvous, tell_through_another_store
+from megatron_embed.parallel.rendezvous import Rendezvous, report_to_other_store
 from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, parallel_state
 from megatron_embed.platform.launcher import knows_local_rank, launched_rank, rendezvous_address, source_of_world_size
 
@@ -25,7 +25,7 @@ class ModelParallelGroups:
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Where this rank stands in the process grid. A group of one rank is the identity."""
+    """This rank's position in the process grid, and its groups. A group of one rank is the identity."""
 
     rank: int
     world_size: int
@@ -33,8 +33,7 @@ class Topology:
     device: torch.device
     sizes: ParallelConfig
     rendezvous: tuple[str, int] | None = None
-    """Host and port of the run's key-value store; null for one rank, or where someone else started the process
-    group."""
+    """Host and port of the run's key-value store; None for one rank, or if the process group was started elsewhere."""
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
@@ -103,7 +102,7 @@ def uses_sequence_parallel(sizes: ParallelConfig) -> bool:
 
 
 def virtual_size(sizes: ParallelConfig) -> int | None:
-    """Virtual pipeline size, or null where the pipeline is not interleaved."""
+    """Virtual pipeline size, or None if the pipeline is not interleaved."""
     virtual = sizes.virtual_pipeline_model_parallel_size
     return virtual if virtual is not None and virtual > 1 else None
 
@@ -115,11 +114,11 @@ def token_alignment(sizes: ParallelConfig) -> int:
 
 
 def _init_process_group(rank: int, world_size: int, timeout_seconds: int) -> tuple[str, int] | None:
-    """Starts it, once every rank is there. Returns host and port of its store, null for one rank.
+    """Start the process group once every rank has arrived. Returns host and port of its store, None for one rank.
 
     Raises:
-        ConfigError: on every rank, the port is another process's.
-        LostRankError: not all ranks came, or they do not reach each other.
+        ConfigError: another process uses the port; raised on every rank.
+        LostRankError: not all ranks arrived, or they cannot reach each other.
     """
     backend, timeout = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo", datetime.timedelta(seconds=timeout_seconds)
     if world_size == 1:
@@ -127,18 +126,18 @@ def _init_process_group(rank: int, world_size: int, timeout_seconds: int) -> tup
         return None
     host, port = rendezvous_address()
     try:
-        meeting = Rendezvous(rank, world_size)
-        meeting.arrive(timeout_seconds)
-        dist.init_process_group(backend, store=meeting.group_store(timeout_seconds), rank=rank, world_size=world_size,
+        barrier = Rendezvous(rank, world_size)
+        barrier.wait_for_all(timeout_seconds)
+        dist.init_process_group(backend, store=barrier.group_store(timeout_seconds), rank=rank, world_size=world_size,
                                 timeout=timeout)
     except ConfigError as error:
-        tell_through_another_store(str(error))
+        report_to_other_store(str(error))
         raise
     except dist.DistError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LostRankError(f"{world_size} ranks ({source_of_world_size()}) cannot start a process group at "
                             f"{host}:{port} within parallel.timeout_seconds = {timeout_seconds} ({reason}); look at "
-                            "the logs of the other ranks", speaker=rank == 0) from error
+                            "the logs of the other ranks", is_reporting_rank=rank == 0) from error
     return host, port
 
 
@@ -150,7 +149,8 @@ def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
         key, value = max((("tensor_model", tp), ("pipeline_model", pp), ("context", cp)), key=lambda item: item[1])
         raise ConfigError(f"parallel.{key}_parallel_size = {value}: world size = {world_size} is not a multiple of "
                           f"tensor * pipeline * context parallel size = {tp} * {pp} * {cp} = {model}; start "
-                          f"{-(-world_size // model) * model} ranks or lower one of the parallel.* sizes")
+                          f"{-(-world_size // model) * model} ranks or lower one of the parallel.* sizes",
+                          key=f"parallel.{key}_parallel_size")
     ep, etp = sizes.expert_model_parallel_size, sizes.expert_tensor_parallel_size
     if world_size % (ep * etp * pp):
         key, value = ("expert_model", ep) if ep > 1 else ("expert_tensor", etp)
@@ -159,27 +159,31 @@ def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
         way_out = (f"nearest valid: {min(fitting, key=lambda size: (abs(size - value), size))}" if fitting
                    else f"start a multiple of {ep * etp * pp} ranks")
         raise ConfigError(f"parallel.{key}_parallel_size = {value}: world size = {world_size} is not a multiple of "
-                          f"expert_model * expert_tensor * pipeline = {ep} * {etp} * {pp} = {ep * etp * pp}; {way_out}")
+                          f"expert_model * expert_tensor * pipeline = {ep} * {etp} * {pp} = {ep * etp * pp}; {way_out}",
+                          key=f"parallel.{key}_parallel_size")
     virtual = virtual_size(sizes)
     if virtual is not None and pp == 1:
         raise ConfigError(f"parallel.virtual_pipeline_model_parallel_size = {virtual} needs "
-                          "pipeline_model_parallel_size >= 2; remove it or raise that")
+                          "pipeline_model_parallel_size >= 2; remove it or raise that",
+                          key="parallel.virtual_pipeline_model_parallel_size")
     return world_size // model
 
 
 def check_batch_sizes(config: RunConfig, dp_size: int) -> int | None:
-    """Micro-batches per optimizer step on each rank, null if a token budget makes them. Raises ConfigError if the batch
+    """Micro-batches per optimizer step on each rank, None if a token budget decides. Raises ConfigError if the batch
     sizes do not divide."""
     size, micro = config.training.global_batch_size, config.training.micro_batch_size
     if config.training.micro_batch_tokens is not None:
         if size % dp_size:
             raise ConfigError(f"training.global_batch_size = {size} is not a multiple of data_parallel_size = "
-                              f"{dp_size}; next valid: {-(-size // dp_size) * dp_size}")
+                              f"{dp_size}; next valid: {-(-size // dp_size) * dp_size}",
+                              key="training.global_batch_size")
         return None
     if size % (micro * dp_size):
         unit = micro * dp_size
         raise ConfigError(f"training.global_batch_size = {size} is not a multiple of micro_batch_size * "
-                          f"data_parallel_size = {micro} * {dp_size} = {unit}; next valid: {-(-size // unit) * unit}")
+                          f"data_parallel_size = {micro} * {dp_size} = {unit}; next valid: {-(-size // unit) * unit}",
+                          key="training.global_batch_size")
     num_microbatches = size // (micro * dp_size)
     pp, virtual = config.parallel.pipeline_model_parallel_size, virtual_size(config.parallel)
     if virtual is not None and num_microbatches % pp:
@@ -190,14 +194,14 @@ def check_batch_sizes(config: RunConfig, dp_size: int) -> int | None:
                    else f"nearest valid: {share // near}")
         raise ConfigError(f"training.micro_batch_size = {micro} gives {num_microbatches} micro-batches per step and "
                           f"rank; the interleaved pipeline needs a multiple of pipeline_model_parallel_size = {pp}; "
-                          f"{way_out}")
+                          f"{way_out}", key="training.micro_batch_size")
     return num_microbatches
 
 
 def check_token_budget(config: RunConfig, documents: int | None = None) -> None:
     """Raises ConfigError, naming the nearest valid value, if `training.micro_batch_tokens` cannot hold what it must.
 
-    `documents`: the most that a query of the data has; null where they are not known: what the settings allow.
+    `documents`: the most that a query of the data has; None if not known: the most that the settings allow.
     """
     budget, alignment = config.training.micro_batch_tokens, token_alignment(config.parallel)
     if budget is None:
@@ -206,18 +210,19 @@ def check_token_budget(config: RunConfig, documents: int | None = None) -> None:
     least = -(-least // alignment) * alignment
     if budget < least:
         raise ConfigError(f"training.micro_batch_tokens = {budget} is less than {what}, what must fit into one "
-                          f"micro-batch; nearest valid: {least}")
+                          f"micro-batch; nearest valid: {least}", key="training.micro_batch_tokens")
     if budget % alignment:
         nearest = max(least, round(budget / alignment) * alignment)
         raise ConfigError(f"training.micro_batch_tokens = {budget} is not a multiple of {alignment}, which the tensor- "
-                          f"and context-parallel ranks need for equal shares; nearest valid: {nearest}")
+                          f"and context-parallel ranks need for equal shares; nearest valid: {nearest}",
+                          key="training.micro_batch_tokens")
 
 
 def device_of(local_rank: int, visible: int, *, is_known: bool) -> int:
-    """The index of a rank's GPU among those it sees: its local rank; 0 where it sees one alone, its own
-    (`--gpus-per-task=1`). `is_known`: a launcher said which rank of the node this is; else nodes have equal shares.
+    """The index of a rank's GPU among those it sees: its local rank, or 0 if it sees one only (`--gpus-per-task=1`).
 
-    Two ranks on one GPU are NCCL's to refuse. Raises ConfigError for a rank that has no GPU.
+    `is_known`: whether the launcher sets the local rank; if not, nodes are taken to have equal numbers of ranks. Two
+    ranks on one GPU are refused by NCCL. Raises ConfigError for a rank without a GPU.
     """
     if visible == 1:
         return 0
@@ -230,10 +235,10 @@ def device_of(local_rank: int, visible: int, *, is_known: bool) -> int:
 
 
 def initialize(sizes: ParallelConfig) -> Topology:
-    """Starts the process group if none runs, then builds every group of the layout.
+    """Start the process group unless there is one, then build every group of the layout.
 
     Communicates over the world. Raises ConfigError, before the first collective, if the world size does not fit, and
-    the error of another rank that met one before it came here.
+    the error of another rank that failed before this point.
     """
     rank, world_size, local_rank = launched_rank()
     if dist.is_initialized():
@@ -263,7 +268,7 @@ def initialize(sizes: ParallelConfig) -> Topology:
 
 
 def shutdown() -> None:
-    """Frees every group, so that a later `initialize` in the same process starts clean."""
+    """Free every group, so that a later `initialize` in the same process starts clean."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

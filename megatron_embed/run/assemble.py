@@ -15,17 +15,17 @@ from megatron_embed.checkpoint.save import Saver, on_rank_0
 from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, load_model
 from megatron_embed.config.load import save_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.convert.checkpoint_directory import write_companions
+from megatron_embed.convert.checkpoint_directory import write_sidecar_files
 from megatron_embed.data.dataset import validation_shares
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.export.sentence_transformers import cut_on_the_right
 from megatron_embed.loading.model_directory import adapters_of, error_context
+from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
-from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
-from megatron_embed.parallel.heartbeat import watched
+from megatron_embed.parallel.heartbeat import monitor_ranks
+from megatron_embed.parallel.lost_rank import abort
 from megatron_embed.parallel.topology import Topology, initialize
-from megatron_embed.parallel.watching import abort
 from megatron_embed.platform.stop_signal import finishing
 from megatron_embed.run.preflight import output_directories, read_inputs
 from megatron_embed.run.resume import (
@@ -62,9 +62,9 @@ def run_training(config: RunConfig) -> dict[str, float]:
     stop = StopRequest(config.training.exit_duration_minutes)
     inputs = read_inputs(config)
     topology = initialize(inputs.config.parallel)
-    with watched(topology, abort):
+    with monitor_ranks(topology, abort):
         # The ranks agree on the dtype, so it is settled after the process groups.
-        inputs.task.config = with_settled_dtype(with_known_dtype(inputs.config, inputs.resume_state.checkpoint))
+        inputs.task.config = resolve_dtype(with_known_dtype(inputs.config, inputs.resume_state.checkpoint))
         return run_unless_complete(inputs, topology, stop)
 
 
@@ -230,7 +230,7 @@ def write_assets(assets: Path, inputs: Inputs) -> None:
     make_marked(assets)
     config, task = inputs.config, inputs.task
     source = inputs.resume_state.checkpoint or task.model.checkpoint or task.model.path
-    write_companions(source, assets, dtype=config.model.dtype, max_lengths={
+    write_sidecar_files(source, assets, dtype=config.model.dtype, max_lengths={
         "query": config.data.max_length("query"), "document": config.data.max_length("document")},
         head=None if task.head is None else task.head.kind, adapters=adapters_of(config.lora, task.model))
     task.write_settings(assets / "hf")

@@ -1,4 +1,4 @@
-"""What Sentence Transformers makes of an export, on toy models with real tokenizers built here."""
+"""Vectors of Sentence Transformers for an export, on toy models with tokenizers built here."""
 
 import json
 
@@ -24,7 +24,7 @@ POST_PROCESSORS = {
 
 
 def save_tokenizer(path, post_processor=None, **settings):
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if post_processor is not None:
         tokenizer.post_processor = post_processor
