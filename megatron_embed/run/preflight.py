@@ -150,9 +150,9 @@ def check_outputs(config: RunConfig) -> None:
     minutes = config.training.exit_duration_minutes
     if minutes is not None and config.checkpoint.directory is None:
         raise ConfigError(f"training.exit_duration_minutes = {minutes:g}: the run could not be resumed; set "
-                          "checkpoint.directory")
+                          "checkpoint.directory", key="training.exit_duration_minutes")
     if config.logging.wandb and config.log_directory is None:
-        raise ConfigError("logging.wandb = True: the run has no directory; set logging.directory")
+        raise ConfigError("logging.wandb = True: the run has no directory; set logging.directory", key="logging.wandb")
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logging.wandb = True: the package wandb is not installed; pip install wandb, or set it to "
                           "false", key="logging.wandb")
