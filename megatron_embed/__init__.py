@@ -16,13 +16,13 @@ def load(directory: str, *, pooling: str | None = None, max_length: int | None =
 
     Args:
         directory: Hugging Face or Sentence Transformers directory, one of our checkpoints, or a hub name.
-        pooling: null: what the directory says, else lasttoken.
-        max_length: longest text in tokens, special tokens included; null: what the directory says.
-        dtype: auto, float32 or bfloat16, of the computation; None: what the directory says, else float32. auto:
+        pooling: None: the model's own setting, else lasttoken.
+        max_length: longest text in tokens, special tokens included; None: the model's own setting.
+        dtype: computation dtype: auto, float32 or bfloat16; None: the model's own setting, else float32. auto:
             bfloat16 where the GPU or processor has instructions for it, else float32.
         normalize: unit vectors, unless the directory says otherwise; False: as the pooling gives them.
     Raises:
-        UserError: there is no such model, or it cannot do that.
+        UserError: the model does not exist, or cannot do that.
     """
     from megatron_embed.api import open_any
 

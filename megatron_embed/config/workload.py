@@ -27,7 +27,7 @@ class Workload(ABC):
     @property
     @abstractmethod
     def texts_per_query(self) -> list[tuple[int, int]]:
-        """(number, tokens) of the texts that belong to a query, each as long as it may be."""
+        """(count, tokens) of the texts that belong to a query, each as long as it may be."""
 
     @property
     @abstractmethod
@@ -45,7 +45,7 @@ class Workload(ABC):
     @property
     def tokens_per_query(self) -> int:
         """Tokens of all texts that belong to a query, each as long as it may be."""
-        return sum(number * tokens for number, tokens in self.texts_per_query)
+        return sum(count * tokens for count, tokens in self.texts_per_query)
 
 
 class EmbeddingWorkload(Workload):

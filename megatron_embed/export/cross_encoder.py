@@ -8,7 +8,7 @@ pair over; plain ChatML would render it to nothing.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron_embed.config.json_file import read_json_object, read_optional_json
 from megatron_embed.convert.checkpoint_directory import drop_standard_modules, write_json
 from megatron_embed.convert.head_tensors import architecture
 from megatron_embed.export.sentence_transformers import complete_tokenizer, library_versions, load_export_tokenizer
+from megatron_embed.models.reranker_settings import RerankerSettings
 
 _CHAT_TEMPLATE = "chat_template.jinja"
 _LOGIT_SCORE = "1_LogitScore"
@@ -24,41 +25,36 @@ _MODULES = {"Transformer": "sentence_transformers.base.modules.transformer.Trans
             "LogitScore": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"}
 
 
-def export_cross_encoder(directory: str | Path, *, family: str, classification: bool, pieces: Sequence[str] | None,
-                         instruction: str, token_ids: tuple[int, int] | None, activation: str,
-                         max_length: int, prompts: Mapping[str, str], default_prompt: str | None,
-                         encoder: bool, lower_case: bool = False) -> None:
+def export_cross_encoder(directory: str | Path, settings: RerankerSettings, *, family: str, encoder: bool,
+                         classification: bool, pieces: Sequence[str] | None,
+                         token_ids: tuple[int, int] | None) -> None:
     """Add to a Hugging Face directory, in place, what makes it a cross-encoder.
 
     Args:
-        directory: holds config.json, weights and tokenizer; module files from an earlier life are replaced.
+        directory: holds config.json, weights and tokenizer; its former module files are replaced.
+        settings: how the reranker is asked.
         family: `model_type` of config.json.
+        encoder: the family is one of encoders.
         classification: *ForSequenceClassification; else *ForCausalLM.
         pieces: the prompt: literal, place, literal, ... (data.pairs.PairTemplate.pieces); None: query and document are
             a pair of texts, whatever chat template the tokenizer has.
-        instruction: where the reader gives none.
         token_ids: of yes and no; needed for *ForCausalLM.
-        activation: sigmoid or identity.
-        max_length: tokens of a pair, everything included.
-        prompts: of a pair of texts, by name.
-        default_prompt: the name of the one that every pair gets.
-        encoder: the family is one of encoders.
-        lower_case: texts are lowercased before the tokenizer's own normalization.
     Raises:
         CheckpointError: the tokenizer cannot be loaded, or the family has no such class.
     """
     directory = Path(directory)
     complete_tokenizer(directory, needs_eos=False)
     drop_standard_modules(directory)
-    _write_config(directory, family, classification, activation, decoder=not encoder)
+    _write_config(directory, family, classification, settings.activation, decoder=not encoder)
     if pieces is not None:
-        (directory / _CHAT_TEMPLATE).write_text(chat_template(pieces, instruction), encoding="utf-8")
+        (directory / _CHAT_TEMPLATE).write_text(chat_template(pieces, settings.instruction), encoding="utf-8")
         _drop_other_templates(directory)
-    _write_modules(directory, token_ids, max_length, classification=classification, chat=pieces is not None,
-                   lower_case=lower_case)
+    _write_modules(directory, token_ids, settings.max_length, classification=classification, chat=pieces is not None,
+                   lower_case=settings.lower_case)
     write_json(directory / "config_sentence_transformers.json", {
-        "__version__": library_versions(), "model_type": "CrossEncoder", "activation_fn": _ACTIVATIONS[activation],
-        "prompts": dict(prompts), "default_prompt_name": default_prompt})
+        "__version__": library_versions(), "model_type": "CrossEncoder",
+        "activation_fn": _ACTIVATIONS[settings.activation], "prompts": settings.prompts,
+        "default_prompt_name": settings.default_prompt if settings.template is None else None})
 
 
 def _write_modules(directory: Path, token_ids: tuple[int, int] | None, max_length: int, *, classification: bool,
@@ -92,7 +88,7 @@ def chat_template(pieces: Sequence[str], instruction: str) -> str:
     """
     values = {"query": _content("query"), "document": _content("document"),
               "instruction": f'({_content("system")} if {_OF_ROLE % "system"} else {_literal(instruction)})'}
-    parts = [values[piece] if number % 2 else _literal(piece) for number, piece in enumerate(pieces)]
+    parts = [values[piece] if index % 2 else _literal(piece) for index, piece in enumerate(pieces)]
     return "{{ " + " ~ ".join(part for part in parts if part != _literal("")) + " }}"
 
 

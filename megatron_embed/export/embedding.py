@@ -52,9 +52,9 @@ class LengthProbes:
     """Texts at the border of a maximum length."""
 
     fitting: tuple[str, ...]
-    """Of exactly that many tokens, prompt and special tokens included; empty: none was found."""
+    """Texts of exactly that many tokens, prompt and special tokens included; empty: none was found."""
     too_long: tuple[str, ...]
-    """Of one token more, if one was found, and of about twice as many."""
+    """A text of one token more, if one was found, and one of about twice as many."""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -64,10 +64,10 @@ class LengthProbes:
 
 def length_probes(count: Callable[[str], int], limit: int) -> LengthProbes:
     """Texts of `limit` tokens, of one more and of about twice as many, by `count`, which tells tokens of a text."""
-    words = " ".join(text for texts in PROBES.values() for text in texts).split()
+    words = " ".join(PROBE_TEXTS).split()
 
-    def first_words(number: int) -> str:
-        return " ".join(words[place % len(words)] for place in range(number))
+    def first_words(size: int) -> str:
+        return " ".join(words[index % len(words)] for index in range(size))
 
     low, high = 0, 1
     while count(first_words(high)) <= limit:
@@ -76,12 +76,13 @@ def length_probes(count: Callable[[str], int], limit: int) -> LengthProbes:
         middle = (low + high) // 2
         low, high = (middle, high) if count(first_words(middle)) <= limit else (low, middle)
     ends = ("", *_LAST_TOKENS, *(first + last for first in _LAST_TOKENS for last in _LAST_TOKENS))
-    found = dict[int, str]()
-    for text in (first_words(number) + end for number in range(low, max(low - 4, 0), -1) for end in ends):
-        if not {limit, limit + 1} <= found.keys():
-            found.setdefault(count(text), text)
-    return LengthProbes(fitting=tuple(found[size] for size in (limit,) if size in found),
-                        too_long=(*(found[size] for size in (limit + 1,) if size in found), first_words(2 * high)))
+    by_tokens = dict[int, str]()
+    for text in (first_words(size) + end for size in range(low, max(low - 4, 0), -1) for end in ends):
+        if not {limit, limit + 1} <= by_tokens.keys():
+            by_tokens.setdefault(count(text), text)
+    one_more = [by_tokens[limit + 1]] if limit + 1 in by_tokens else []
+    return LengthProbes(fitting=(by_tokens[limit],) if limit in by_tokens else (),
+                        too_long=(*one_more, first_words(2 * high)))
 
 
 def border_texts(tokenizer: RoleTokenizer, role: Role, longest: int) -> LengthProbes:
@@ -125,7 +126,7 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RoleProbe:
-    """Texts of a role with what the trained model makes of them."""
+    """Texts of a role, with their vectors and tokens in the trained model."""
 
     role: Role
     texts: list[str]
@@ -151,14 +152,14 @@ def export_probes(encoder: TextEncoder, texts: Sequence[str], longest: int) -> l
     `longest`: tokens at which the export cuts texts of either role.
     """
     roles: tuple[Role, ...] = ("query", "document")
-    found = []
+    probes = []
     for role in roles:
         border = list(border_texts(encoder.tokenizer, role, longest).texts)
         whole = [*texts, *(border if encoder.tokenizer.max_length(role) <= LONGEST_COMPUTED else [])]
         ids = encoder.tokenizer.tokenize(border, role).token_ids
-        found.append(RoleProbe(role=role, texts=whole, vectors=encoder.encode(whole, role),
-                               cut=list(zip(border, ids, strict=True))))
-    return found
+        probes.append(RoleProbe(role=role, texts=whole, vectors=encoder.encode(whole, role),
+                                cut=list(zip(border, ids, strict=True))))
+    return probes
 
 
 def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts: Sequence[str], dtype: str,

@@ -53,7 +53,7 @@ def write_card(directory: Path, config: RunConfig, *, step: int, dim: int | None
 
     Args:
         step: optimizer steps of the exported weights; the evaluation after them is quoted, if there was one.
-        dim: width of the vectors; null: a reranker.
+        dim: dimensions of the vectors; None: a reranker.
         title: None: the name of `checkpoint.export_at_end`.
         use: how it is loaded; None: as Sentence Transformers does.
         library: that loads it, by the hub's name.
@@ -73,7 +73,7 @@ def write_card(directory: Path, config: RunConfig, *, step: int, dim: int | None
 
 
 def write_converted_card(directory: Path, *, source: str, destination: str, kind: ExportFormat) -> None:
-    """Puts README.md into what `convert` makes of a checkpoint: of the run that wrote it, else of the model as it came.
+    """Puts README.md into a converted checkpoint: of the run that wrote it, else of the model as it came.
 
     A model that was not trained here keeps the card that it came with.
 
@@ -180,8 +180,8 @@ def _what(config: RunConfig, dim: int | None) -> str:
 
 
 def _prompts(prompts: Mapping[str, str]) -> list[str]:
-    found = [f"- {role}: `{prompt!r}`" for role, prompt in prompts.items() if prompt]
-    return ["Prompts, which `encode_query` and `encode_document` put before a text:", "", *found, ""] if found else []
+    lines = [f"- {role}: `{prompt!r}`" for role, prompt in prompts.items() if prompt]
+    return ["Prompts, which `encode_query` and `encode_document` put before a text:", "", *lines, ""] if lines else []
 
 
 def _training(config: RunConfig, step: int, dim: int | None) -> list[tuple[str, object]]:
@@ -209,13 +209,13 @@ def _evaluation(config: RunConfig, step: int) -> dict[str, float]:
     file = None if config.log_directory is None else Path(config.log_directory) / "metrics.jsonl"
     if file is None or not file.is_file():
         return {}
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
         except ValueError:
             continue  # cut short by a kill; the run wrote it again
         if values.get("step") == step:
-            found |= {name.removeprefix("eval/"): value for name, value in values.items()
-                      if name.startswith("eval/") and value is not None}
-    return found
+            metrics |= {name.removeprefix("eval/"): value for name, value in values.items()
+                        if name.startswith("eval/") and value is not None}
+    return metrics

@@ -66,12 +66,9 @@ class RerankerExport:
         """Adds the files of a cross-encoder."""
         settings, template, classification = self.settings, self.tokenizer.template, self.form.classification
         export_cross_encoder(
-            directory, family=self.model.shape.family, classification=classification,
-            pieces=None if template is None else template.pieces(),
-            instruction=settings.instruction, token_ids=self.form.token_ids, activation=settings.activation,
-            max_length=settings.max_length, prompts=settings.prompts,
-            default_prompt=settings.default_prompt if settings.template is None else None,
-            encoder=is_encoder(self.model.shape), lower_case=settings.lower_case)
+            directory, settings, family=self.model.shape.family, encoder=is_encoder(self.model.shape),
+            classification=classification, pieces=None if template is None else template.pieces(),
+            token_ids=self.form.token_ids)
         write_reranker_settings(directory, dataclasses.replace(settings, head="score") if classification else settings)
 
     def compare(self, directory: Path, pairs: Sequence[Pair], scores: Tensor, dtype: str) -> list[str]:

@@ -150,9 +150,9 @@ def complete_tokenizer(directory: Path, *, needs_eos: bool) -> None:
     values = read_json_object(file)
     values["post_processor"] = _with_eos(values.get("post_processor"), tokenizer.eos_token, tokenizer.eos_token_id)
     file.write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
-    found = load_export_tokenizer(directory)(_PROBE).input_ids
-    if found != [*with_special, tokenizer.eos_token_id]:
-        raise CheckpointError(f"{file}: {_PROBE!r} becomes {found}, but training saw "
+    exported_ids = load_export_tokenizer(directory)(_PROBE).input_ids
+    if exported_ids != [*with_special, tokenizer.eos_token_id]:
+        raise CheckpointError(f"{file}: {_PROBE!r} becomes {exported_ids}, but training saw "
                               f"{[*with_special, tokenizer.eos_token_id]}; the tokenizer class ignores post_processor: "
                               "train with a tokenizer that adds its EOS")
 
@@ -173,9 +173,9 @@ def _with_eos(post_processor: dict[str, Any] | None, eos: str, eos_id: int) -> d
     if post_processor["type"] == "TemplateProcessing":
         return _append_eos(post_processor, eos, eos_id)
     steps = post_processor["processors"] if post_processor["type"] == "Sequence" else [post_processor]
-    for number, step in enumerate(steps):
+    for index, step in enumerate(steps):
         if step["type"] == "TemplateProcessing":
-            steps = [*steps[:number], _append_eos(step, eos, eos_id), *steps[number + 1:]]
+            steps = [*steps[:index], _append_eos(step, eos, eos_id), *steps[index + 1:]]
             return {"type": "Sequence", "processors": steps}
     return {"type": "Sequence", "processors": [*steps, _with_eos(None, eos, eos_id)]}
 

@@ -53,9 +53,9 @@ class ExpectedSettings:
     max_seq_length: int
     similarity: Similarity
     dtype: str
-    """Of the weights: float32, bfloat16, ..."""
+    """Dtype of the weights: float32, bfloat16, ..."""
     matryoshka_dims: tuple[int, ...] | None = None
-    """In any order; None: whatever the directory says."""
+    """In any order; None: not compared."""
 
 
 def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[str], our_vectors: Tensor, *,
@@ -104,7 +104,7 @@ def _stock_ids(model: Any, text: str, role: str | None) -> list[int]:
 
 
 def _require_settings(directory: Path, model: Any, expected: ExpectedSettings, *, in_its_dtype: bool) -> None:
-    """Raises CheckpointError where a loaded model says something else than `expected`."""
+    """Raises CheckpointError where a loaded model differs from `expected`."""
     wanted: dict[str, object] = {
         **{f"the prompt {role!r}": text for role, text in expected.prompts.items()},
         "max_seq_length": expected.max_seq_length, "similarity_fn_name": expected.similarity}

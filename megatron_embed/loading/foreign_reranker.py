@@ -1,4 +1,4 @@
-"""How a reranker is asked that was not trained here: what its directory says, as CrossEncoder reads it."""
+"""Settings of a reranker that was not trained here, read from its directory as CrossEncoder reads them."""
 
 import dataclasses
 import logging
@@ -20,22 +20,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Inherited:
-    """What a model directory says of itself as a reranker."""
+    """Settings of a model directory as a reranker."""
 
     settings: RerankerSettings
     says: frozenset[str]
     """Names of the fields that are the directory's own; the others are defaults: of a causal language model, which is
-    no reranker yet, the prompt, and the length where none but that of its positions is written down."""
+    not a reranker yet, the prompt, and the length where none but that of its positions is written down."""
     foreign_pad: int | None = None
-    """Of another library's model: a decoder's classifier reads its last token that is another one. -1: the last one.
-    None: the model is ours."""
+    """The pad token of another library's model, whose classifier reads the last token that is another one. -1: the
+    last token. None: the model is ours."""
 
 
 ALL = frozenset(field.name for field in dataclasses.fields(RerankerSettings))
 
 
 def inherited(model: ModelDirectory, *, reading: bool, own_template: bool = True) -> Inherited | None:
-    """What the directory says; None: it is neither a reranker nor a causal language model.
+    """The settings of the directory; None: it is neither a reranker nor a causal language model.
 
     Args:
         reading: it is to be used as it is; else it is to be trained, and may lack a prompt.
@@ -109,8 +109,8 @@ def _answers(files: CrossEncoderSettings, tokenizer: Any, model: ModelDirectory)
     if files.head != "yes_no":
         return "yes", "no"
     words = []
-    for place, word in enumerate(("yes", "no")):
-        token = tokenizer.convert_tokens_to_ids(word) if files.token_ids is None else files.token_ids[place]
+    for index, word in enumerate(("yes", "no")):
+        token = tokenizer.convert_tokens_to_ids(word) if files.token_ids is None else files.token_ids[index]
         unknown = files.token_ids is None and token in (None, tokenizer.unk_token_id)
         words.append(word if unknown else _word_of(tokenizer, int(token), model))
     return words[0], words[1]

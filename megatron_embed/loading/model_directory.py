@@ -51,25 +51,25 @@ class ModelDirectory:
     path: Path
     """As given, or where the hub's files were put."""
     checkpoint: Path | None
-    """Our checkpoint, or null for a Hugging Face directory."""
+    """Our checkpoint, or None for a Hugging Face directory."""
     hf: Path
     """config.json, tokenizer and Sentence Transformers files."""
     shape: ModelShape
     saved: SavedSettings
     reranker: RerankerSettings | None
-    """Null: the directory does not say how it is asked as a reranker."""
+    """None: the directory does not say how it is asked as a reranker."""
     max_lengths: dict[str, int]
     """Tokens by role, of a training checkpoint; empty otherwise."""
     name: str
-    """Of the model without adapters, for others to find it: its whole path, or the hub's name."""
+    """Name of the model without adapters, for others to find it: its whole path, or the hub's name."""
     adapters: AdapterSettings | None = None
-    """Of a PEFT directory, or a checkpoint that holds some."""
+    """Adapters of a PEFT directory, or of a checkpoint that holds some."""
     peft: Path | None = None
     """The PEFT directory; `path` is then its base model's."""
 
     @property
     def tokenizer_directory(self) -> Path:
-        """Where the tokenizer lies: an adapter may have its own."""
+        """The tokenizer's directory: an adapter may have its own."""
         return self.peft if self.peft is not None and has_tokenizer_files(self.peft) else self.hf
 
     @property
@@ -87,7 +87,7 @@ class ModelDirectory:
         return (base,) if self.peft is None else (base, self.peft)
 
     def pooling(self, wanted: Pooling | None) -> Pooling:
-        """What was asked for, else what the directory says, else mean of an encoder and lasttoken of a decoder."""
+        """`wanted`, else the model's own setting, else mean of an encoder and lasttoken of a decoder."""
         return wanted or self.saved.pooling or default_pooling(self.shape)
 
 
@@ -167,10 +167,10 @@ def adapters_of(config: LoraConfig, model: ModelDirectory) -> AdapterSettings | 
         rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora, base_model=model.name,
         modules=resolve_modules(rules_for(model.shape.family), config.target_modules, "lora.target_modules"))
     if model.adapters is not None and dataclasses.replace(model.adapters, base_model=model.name) != wanted:
-        found = model.adapters
-        raise ConfigError(f"lora.rank = {config.rank}: model.path holds adapters of rank {found.rank}, alpha "
-                          f"{found.alpha:g}, on {', '.join(found.modules)}, and `lora` says otherwise; leave lora.rank "
-                          "at 0 to go on with them", key="lora.rank")
+        present = model.adapters
+        raise ConfigError(f"lora.rank = {config.rank}: model.path holds adapters of rank {present.rank}, alpha "
+                          f"{present.alpha:g}, on {', '.join(present.modules)}, and `lora` says otherwise; leave "
+                          "lora.rank at 0 to train these", key="lora.rank")
     return wanted if model.adapters is None else model.adapters
 
 
@@ -184,7 +184,7 @@ def error_context(key: str, path: str) -> Iterator[None]:
 
 
 def role_lengths(model: ModelDirectory, wanted: int | None, *, by_role: bool) -> dict[Role, int]:
-    """Longest text in tokens: what was asked for, else what the directory says.
+    """Longest text in tokens: `wanted`, else the model's own setting.
 
     Args:
         by_role: a training checkpoint knows a length for each role; else the longer one holds for all texts.
@@ -209,7 +209,7 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     Each rank reads only its own slices of a Hugging Face directory, or its own shards of a checkpoint.
 
     Args:
-        head_spec: of a reranker.
+        head_spec: a reranker's head.
         with_head: whether the checkpoint holds the head's weights; else they are left as they are.
     """
     _check_sizes(model)
@@ -231,7 +231,7 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
 
 
 def _check_sizes(model: ModelDirectory) -> None:
-    """The weights have the sizes of config.json, before memory is taken for them. Reads headers alone."""
+    """Refuses weights of other sizes than config.json has, before memory is taken for them. Reads headers alone."""
     if model.checkpoint is None:
         HFDirectory(model.hf).close()
     else:
@@ -272,7 +272,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
 
     Args:
         args: --model, --pooling, --max-length, --dtype, --no-normalize and parallel.* overrides; what is not given is
-            what the directory says (dtype: float32 if it says nothing we compute in).
+            the model's own setting (dtype: float32 if that is not one we compute in).
         prompts: put the directory's prompts before the texts; else every text is a document, and has the directory's
             default prompt if it names one.
         given_prompts: in place of the directory's.

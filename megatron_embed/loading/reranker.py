@@ -40,13 +40,13 @@ from megatron_embed.platform.launcher import launched_rank
 logger = logging.getLogger(__name__)
 
 INHERITED = ("head", "template", "instruction", "true_token", "false_token", "max_length", "activation")
-"""Settings of section `reranker` that null leaves to the model directory."""
+"""Settings of section `reranker` that are the model directory's unless they are set."""
 
 
 def reranker_settings(config: RerankerConfig, model: ModelDirectory, *, longest: int,
                       lengths_are_set: bool = True) -> RerankerSettings:
-    """How a reranker is trained: what the settings ask for; what they leave out is what the directory says, else our
-    defaults. The log says what was taken.
+    """How a reranker is trained: by the settings, else by the model's own, else by our defaults. The log says what
+    was taken from the model.
 
     Args:
         longest: tokens of a pair where nothing else says; cut to the model's positions.
@@ -58,16 +58,16 @@ def reranker_settings(config: RerankerConfig, model: ModelDirectory, *, longest:
     encoder, limit = is_encoder(model.shape), model.shape.longest_text
     _check_settings(config, model)
     with error_context("model.path", str(model.path)):
-        found = inherited(model, reading=False, own_template=config.template is None)
+        own = inherited(model, reading=False, own_template=config.template is None)
     settings = RerankerSettings(
         head="score" if encoder else "yes_no", template=None if encoder else QWEN3_RERANKER_TEMPLATE,
         instruction=QWEN3_RERANKER_INSTRUCTION, true_token="yes", false_token="no", activation="sigmoid",
         max_length=min(limit, longest))
     says: frozenset[str] = frozenset()
-    if found is not None:
-        says = found.says - ({"max_length"} if lengths_are_set else set())
-        length = min(limit, found.settings.max_length if "max_length" in says else longest)
-        settings = dataclasses.replace(found.settings, max_length=length)
+    if own is not None:
+        says = own.says - ({"max_length"} if lengths_are_set else set())
+        length = min(limit, own.settings.max_length if "max_length" in says else longest)
+        settings = dataclasses.replace(own.settings, max_length=length)
     asked = dataclasses.asdict(config)
     given = {name: asked[name] for name in INHERITED if asked[name] is not None}
     settings = dataclasses.replace(settings, **given)
@@ -105,7 +105,7 @@ def _check_settings(config: RerankerConfig, model: ModelDirectory) -> None:
 
 
 def is_reranker(model: ModelDirectory) -> bool:
-    """Whether a directory's files say that it is a reranker and no embedding model."""
+    """Whether a directory's files say that it is a reranker, not an embedding model."""
     if model.reranker is not None or is_saved_cross_encoder(model.hf):
         return True
     head = head_of_architecture(model.hf)
@@ -114,18 +114,18 @@ def is_reranker(model: ModelDirectory) -> bool:
 
 
 def saved_settings(model: ModelDirectory, key: str = "--model") -> RerankerSettings:
-    """How the reranker of a directory is asked: what it says itself, else what CrossEncoder would do."""
+    """How the reranker of a directory is asked: by its own settings, else as CrossEncoder would."""
     return _saved(model, key).settings
 
 
 def _saved(model: ModelDirectory, key: str) -> Inherited:
     with error_context(key, str(model.path)):
-        found = inherited(model, reading=True)
-    if found is None:
+        own = inherited(model, reading=True)
+    if own is None:
         raise ConfigError(f"{key} {model.path}: not a reranker: its config.json names neither a "
-                          "*ForSequenceClassification nor a *ForCausalLM, and there is no reranker.json; give a model "
+                          "*ForSequenceClassification nor a *ForCausalLM, and reranker.json is missing; give a model "
                           "trained with task: reranker, or a cross-encoder")
-    return found
+    return own
 
 
 def open_pair_tokenizer(settings: RerankerSettings, model: ModelDirectory, length_key: str = "reranker.max_length", *,
@@ -155,7 +155,7 @@ def check_last_token(settings: RerankerSettings, tokenizer: PairTokenizer, key: 
         return
     if tokenizer.last_token() == tokenizer.pad_token_id:
         raise ConfigError(f"{key} = {shortened(settings.template or '')}: its last token is the one that the tokenizer "
-                          "pads with, and the stock class of an export reads the score at the last token that is no "
+                          "pads with, and the stock class of an export reads the score at the last token that is not "
                           "padding, which is another one; let the template end otherwise, or give "
                           "tokenizer_config.json another pad_token", key=key)
 
@@ -184,12 +184,12 @@ def load_reranker_chunks(model: ModelDirectory, config: RunConfig, topology: Top
     chunks = load_model_chunks(model, config, topology, spec, with_head=trained is not None)
     head = chunks[-1].head
     if head is not None and not spec.is_tied(model.shape):
-        found = adapted if trained is not None else {**_head_of_directory(model, spec), **adapted}
+        tensors = adapted if trained is not None else {**_head_of_directory(model, spec), **adapted}
         parameters = dict(head.named_parameters())
         with torch.no_grad():
-            for name, tensor in found.items():
+            for name, tensor in tensors.items():
                 parameters[name].copy_(tensor)
-        new = [name for name in parameters if name not in found and trained is None]
+        new = [name for name in parameters if name not in tensors and trained is None]
         initialize_head(parameters, new, config.training.seed, model.shape.initializer_range)
         if new:
             logger.info("%s has no %s: the reranker's head begins with new weights there", model.peft or model.path,
@@ -212,7 +212,7 @@ def _head_of_adapter(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.T
     with PeftAdapter(model.peft, rules_for(model.shape.family), model.shape) as adapter:
         others = sorted(set(adapter.head) - set(names.values()))
         if others:
-            raise CheckpointError(f"{model.peft}: holds {others[0]}, which is no part of a reranker with the head "
+            raise CheckpointError(f"{model.peft}: holds {others[0]}, which does not belong to a reranker with the head "
                                   f"{spec.kind}; merge the adapter with PEFT's merge_and_unload, or choose the other "
                                   "reranker.head")
         return {ours: adapter.read_head(name) for ours, name in names.items() if name in adapter.head}
@@ -226,18 +226,18 @@ def _passthrough_tensors(model: ModelDirectory) -> HFDirectory | PassthroughFile
 def open_scorer(directory: str, *, key: str = "--model", max_length: int | None = None, dtype: str | None = None,
                 overrides: Sequence[str] = (), topology: Topology | None = None,
                 start: Start = initialize) -> tuple[PairScorer, ModelDirectory, Topology]:
-    """The reranker of a directory, ready on all ranks; what is not given is what the directory says.
+    """The reranker of a directory, ready on all ranks; what is not given is the model's own setting.
 
     Args:
         key: the option that names the directory, for messages.
         overrides: parallel.* settings.
         topology: of these settings, if another model is open already; else `start` makes the process groups.
     Raises:
-        UserError: it is no reranker, or cannot be loaded.
+        UserError: it is not a reranker, or cannot be loaded.
     """
     model = find_model(directory, key)
-    found = _saved(model, key)
-    settings = found.settings
+    own = _saved(model, key)
+    settings = own.settings
     if max_length is not None:
         limit = model.shape.longest_text
         if max_length > limit:
@@ -251,7 +251,7 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
     check_divisible(model.shape, config.parallel)
     with error_context(key, directory):
         tokenizer = open_pair_tokenizer(settings, model, "--max-length" if key == "--model" else "its max_length",
-                                        foreign_pad=found.foreign_pad)
+                                        foreign_pad=own.foreign_pad)
         spec = head_spec(settings, tokenizer)
         topology = topology or start(config.parallel)
         config = resolve_dtype(config)
@@ -259,7 +259,7 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
     return scorer_of(chunks, chunks, topology, tokenizer, config, settings.activation), model, topology
 
 
-def scorer_of(chunks: list[torch.nn.Module], models: list[EmbeddingModel], topology: Topology,
+def scorer_of(chunks: Sequence[torch.nn.Module], models: Sequence[EmbeddingModel], topology: Topology,
               tokenizer: PairTokenizer, config: RunConfig, activation: Activation) -> PairScorer:
     """The scorer of loaded chunks (`models` are the same, not wrapped by DDP)."""
     return PairScorer(chunks, topology, tokenizer, pooling=models[0].pooling, kernel=attention_kernel(config),

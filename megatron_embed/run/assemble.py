@@ -1,4 +1,4 @@
-"""Builds a run in order (topology, data, model, objective, optimizer, loop) and carries it out."""
+"""Builds a run in order (topology, data, model, objective, optimizer, loop) and runs it."""
 
 import contextlib
 import functools

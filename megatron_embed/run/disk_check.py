@@ -1,4 +1,4 @@
-"""What `doctor --config` says of a run's output directories and their disks."""
+"""Checks of `doctor --config` on a run's output directories and their disks."""
 
 import os
 import shutil
@@ -15,32 +15,36 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-def examine_outputs(config: "RunConfig", min_free_gib: int) -> list[Check]:
-    """Whether each output directory can be written, and whether each of their disks has room for what is to come.
+def check_output_directories(config: "RunConfig", min_free_gib: int) -> list[Check]:
+    """Whether each output directory can be written, and whether each of their disks has space for what the run writes.
 
     Args:
         min_free_gib: what must be free on every disk, however little the run writes.
     """
     directories = {"checkpoint.directory": config.checkpoint.directory, "logging.directory": config.logging.directory,
                    "checkpoint.export_at_end": config.checkpoint.export_at_end}
-    findings, disks = [], dict[int, dict[str, Path]]()
+    checks, disks = [], dict[int, dict[str, Path]]()
     for key, directory in directories.items():
         if directory is None:
             continue
-        place = Path(directory).resolve().parent if key == "checkpoint.export_at_end" else Path(directory)
-        found = _writable(key, directory, place) if key != "checkpoint.export_at_end" else _export(config, place)
-        findings.append(found)
-        if not found.remedy:
-            disks.setdefault(os.stat(place).st_dev, {})[key] = place
-    wanted = _wanted(config)
-    return findings + [_room(places, wanted, min_free_gib) for places in disks.values()]
+        if key == "checkpoint.export_at_end":
+            folder = Path(directory).resolve().parent
+            check = _check_export(config, folder)
+        else:
+            folder = Path(directory)
+            check = _check_writable(key, directory, folder)
+        checks.append(check)
+        if not check.remedy:
+            disks.setdefault(os.stat(folder).st_dev, {})[key] = folder
+    wanted = _bytes_to_write(config)
+    return checks + [_check_space(folders, wanted, min_free_gib) for folders in disks.values()]
 
 
-def _writable(key: str, directory: str, place: Path) -> Check:
-    """Whether a file can be made in `place`, which is made if it is not there."""
+def _check_writable(key: str, directory: str, folder: Path) -> Check:
+    """Whether a file can be made in `folder`, which is made if it does not exist."""
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        probe = place / f".doctor-{os.uname().nodename}-{os.getpid()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".doctor-{os.uname().nodename}-{os.getpid()}"
         probe.open("x").close()
         probe.unlink()
     except OSError as error:
@@ -49,13 +53,13 @@ def _writable(key: str, directory: str, place: Path) -> Check:
     return Check(name=key, value=directory)
 
 
-def _export(config: "RunConfig", place: Path) -> Check:
+def _check_export(config: "RunConfig", folder: Path) -> Check:
     """Whether the export can be written beside its name, and whether that is free."""
     key, target = "checkpoint.export_at_end", config.checkpoint.export_at_end or ""
     if os.path.exists(target) and not (os.path.isdir(target) and not os.listdir(target)) and not _steps_there(config):
         return Check(name=key, value=target, remedy=f"{key} = {target!r}: exists already, and the run has no "
                        "checkpoint yet; remove it or choose another name")
-    return _writable(key, target, place)
+    return _check_writable(key, target, folder)
 
 
 def _steps_there(config: "RunConfig") -> list[int]:
@@ -65,7 +69,7 @@ def _steps_there(config: "RunConfig") -> list[int]:
     return list(step_directories(Path(config.checkpoint.directory or os.devnull)))
 
 
-def _wanted(config: "RunConfig") -> dict[str, tuple[int, str]]:
+def _bytes_to_write(config: "RunConfig") -> dict[str, tuple[int, str]]:
     """Bytes that the run is going to write, with their derivation, by setting; empty where the model is not known."""
     from megatron_embed.planning.disk import checkpoint_bytes, checkpoints_at_once, export_bytes, total_steps
 
@@ -97,22 +101,22 @@ def _trained(config: "RunConfig") -> "tuple[ModelShape | None, AdaptedLinears | 
     return shape, adapted_linears(config, shape)
 
 
-def _room(places: dict[str, Path], wanted: dict[str, tuple[int, str]], min_free_gib: int) -> Check:
-    """Whether the disk that these directories lie on has room for what is written to them."""
-    free = min(shutil.disk_usage(place).free for place in places.values())
-    parts = [wanted[key] for key in places if key in wanted]
-    needed, where = sum(size for size, _ in parts), next(iter(places.values()))
-    name, value = "free disk", f"{_size(free)} for {' and '.join(places)}"
+def _check_space(folders: dict[str, Path], wanted: dict[str, tuple[int, str]], min_free_gib: int) -> Check:
+    """Whether the disk that these directories lie on has space for what is written to them."""
+    free = min(shutil.disk_usage(folder).free for folder in folders.values())
+    parts = [wanted[key] for key in folders if key in wanted]
+    needed, where = sum(size for size, _ in parts), next(iter(folders.values()))
+    name, value = "free disk", f"{_size(free)} for {' and '.join(folders)}"
     said = " and ".join(words for _, words in parts)
     if needed > free:
         return Check(name=name, value=value, remedy=f"{where}: the run writes {_size(needed)} ({said}) and "
-                       f"{_size(free)} are free; make room, choose another disk, or lower checkpoint.keep")
+                       f"{_size(free)} are free; free some space, choose another disk, or lower checkpoint.keep")
     if free < min_free_gib * GIB:
-        return Check(name=name, value=value, remedy=f"{where}: less than {min_free_gib} GiB are free; make room, or "
-                       "choose another disk")
+        return Check(name=name, value=value, remedy=f"{where}: less than {min_free_gib} GiB are free; free some space, "
+                       "or choose another disk")
     note = "" if parts else "how much the run writes is not known" if not wanted else ""
     return Check(name=name, value=f"{value}; the run writes {_size(needed)}: {said}" if parts else value, note=note)
 
 
-def _size(number: int) -> str:
-    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / 2**20:.0f} MiB"
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"

@@ -161,7 +161,8 @@ def check_lengths(config: RunConfig, model: ModelDirectory) -> None:
     for role, length in ((role, config.data.max_length(role)) for role in ROLES):
         if length > model.shape.longest_text:
             raise ConfigError(f"data.{role}_max_length = {length} is longer than the model's "
-                              f"{model.shape.longest_text} positions; lower it to that or less")
+                              f"{model.shape.longest_text} positions; lower it to that or less",
+                              key=f"data.{role}_max_length")
 
 
 def check_dims(config: RunConfig, model: ModelDirectory) -> None:
@@ -169,7 +170,7 @@ def check_dims(config: RunConfig, model: ModelDirectory) -> None:
     dims, hidden_size = config.embedding.matryoshka_dims, model.shape.hidden_size
     if dims and dims[0] > hidden_size:
         raise ConfigError(f"embedding.matryoshka_dims = {list(dims)}: the model's vectors have {hidden_size} "
-                          "dimensions; leave out what is wider")
+                          "dimensions; leave out what is wider", key="embedding.matryoshka_dims")
 
 
 def check_instructions(key: str, sets: Sequence[EvaluationSet], config: RunConfig, tokenizer: RoleTokenizer) -> None:
@@ -178,7 +179,7 @@ def check_instructions(key: str, sets: Sequence[EvaluationSet], config: RunConfi
         if tokenizer.needs_instructions and item.instruction is None:
             raise ConfigError(f"{key} = {item.path!r}: data.query_prompt = {config.data.query_prompt!r} needs an "
                               "instruction and the set has none; write {path: ..., instruction: ...}, or set "
-                              "embedding.instruction for all")
+                              "embedding.instruction for all", key=key)
         tokenizer.check_prompts({item.instruction: f"{key} = {item.path!r}"})
 
 
@@ -196,7 +197,7 @@ def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
     if tokenizer.needs_instructions and any(asked.values()):
         key, value = next((key, value) for key, value in asked.items() if value)
         raise ConfigError(f"{key} = {value!r}: data.query_prompt = {config.data.query_prompt!r} needs an instruction; "
-                          "set embedding.instruction")
+                          "set embedding.instruction", key=key)
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""What a run takes from its model's directory where the configuration does not say."""
+"""Settings that a run takes from its model's directory where the configuration leaves them out."""
 
 import dataclasses
 import logging
@@ -17,10 +17,10 @@ _DATA_KEYS = ("query_prompt", "document_prompt", "query_max_length", "document_m
 
 
 def inherited(config: RunConfig, model: ModelDirectory, checkpoint: Path | None = None) -> RunConfig:
-    """The configuration with prompts, lengths and `normalize` of the model directory where it has null for them.
+    """The configuration with prompts, lengths and `normalize` of the model directory where it has none.
 
     Args:
-        checkpoint: the newest one of a run that is resumed, in which null stands for what the run began with.
+        checkpoint: the newest one of a run that is resumed, which keeps what it began with.
     """
     file = None if checkpoint is None else checkpoint / "config.yaml"
     before: dict[str, Any] = {} if file is None or not file.is_file() else read_resolved(file)
@@ -44,7 +44,7 @@ def _is_unset(config: RunConfig, key: str) -> bool:
 
 
 def _of_directory(config: RunConfig, model: ModelDirectory) -> dict[str, Any]:
-    """Values of _DATA_KEYS and `normalize` by the directory; those that nobody says by default."""
+    """Values of _DATA_KEYS and `normalize` by the directory, else by default."""
     if not config.workload.inherits_text_settings:
         return {"query_prompt": "", "document_prompt": "", "query_max_length": DEFAULT_LENGTH,
                 "document_max_length": DEFAULT_LENGTH, "normalize": True}

@@ -1,6 +1,6 @@
-"""What `doctor --config` says of all that a run reads: the model, its tokenizer, data, evaluation sets, packages.
+"""Checks of `doctor --config` on all that a run reads: the model, its tokenizer, data, evaluation sets, packages.
 
-Looks at names and sizes of files only. Every node of a job asks it, so torch and Transformers stay unloaded.
+They look at names and sizes of files only. Every node of a job runs them, so torch and Transformers stay unloaded.
 """
 
 import importlib.util
@@ -34,55 +34,56 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _FETCHED = "on the hub, not on this machine: fetched when the run starts"
 
 
-def examine_inputs(config: "RunConfig") -> list[Check]:
+def check_inputs(config: "RunConfig") -> list[Check]:
     """Whether everything is there that training reads before its first step."""
-    findings = [_check("model.path", config.model.path, lambda: _model(config.model.path))]
-    if not findings[0].remedy and (files := model_files(config.model.path)) is not None:
-        findings.append(_check("tokenizer", str(files), lambda: _tokenizer(files)))
+    checks = [_run_check("model.path", config.model.path, lambda: _check_model(config.model.path))]
+    if not checks[0].remedy and (files := model_files(config.model.path)) is not None:
+        checks.append(_run_check("tokenizer", str(files), lambda: _check_tokenizer(files)))
     if not config.data.train:
-        findings.append(Check(name="data.train", value="[]", remedy="data.train = []: training needs at least one "
+        checks.append(Check(name="data.train", value="[]", remedy="data.train = []: training needs at least one "
                                 "file of rows; add `train: [FILE.jsonl]` under data"))
     for key, files_of_rows in (("data.train", config.data.train), ("data.validation", config.data.validation)):
         for file in files_of_rows:
-            findings.append(_check(key, file.path, lambda file=file, key=key: _rows(file, key)))
+            checks.append(_run_check(key, file.path, lambda file=file, key=key: _check_rows(file, key)))
             if (corpus := file.corpus) is not None:
-                findings.append(_check(f"{key}.corpus", corpus, lambda corpus=corpus, key=key: _note_of(
+                checks.append(_run_check(f"{key}.corpus", corpus, lambda corpus=corpus, key=key: _note_of(
                     corpus, require_rows(corpus, f"{key}.corpus"), f"{key}.corpus")))
-    return [*findings, *_evaluation(config), *_packages(config)]
+    return [*checks, *_check_evaluations(config), *_check_packages(config)]
 
 
-def _evaluation(config: "RunConfig") -> Iterator[Check]:
+def _check_evaluations(config: "RunConfig") -> Iterator[Check]:
     evaluation = config.evaluation
     for item in evaluation.retrieval:
-        yield _check("evaluation.retrieval", item.path, lambda path=item.path: _retrieval(path, evaluation.split))
+        yield _run_check("evaluation.retrieval", item.path,
+                         lambda path=item.path: _check_retrieval(path, evaluation.split))
     for item in evaluation.sts:
-        yield _check("evaluation.sts", item.path, lambda path=item.path: _readable(path, "evaluation.sts"))
+        yield _run_check("evaluation.sts", item.path, lambda path=item.path: _check_readable(path, "evaluation.sts"))
     for path in evaluation.reranking:
-        yield _check("evaluation.reranking", path, lambda path=path: _note_of(
+        yield _run_check("evaluation.reranking", path, lambda path=path: _note_of(
             path, require_rows(path, "evaluation.reranking"), "evaluation.reranking"))
 
 
-def _check(key: str, value: str, examine: Callable[[], str]) -> Check:
-    """The note that `examine` returns, or the remedy that it raises."""
+def _run_check(key: str, value: str, look: Callable[[], str]) -> Check:
+    """The note that `look` returns, or the remedy that it raises."""
     try:
-        return Check(name=key, value=value, note=examine())
+        return Check(name=key, value=value, note=look())
     except UserError as error:
         text = str(error)
         return Check(name=key, value=value, remedy=text if text.startswith(key) else f"{key} = {value!r}: {text}")
 
 
-def _model(path: str) -> str:
+def _check_model(path: str) -> str:
     """Raises CheckpointError if training could not open the model."""
     folder = Path(path).expanduser()
     files, checkpoint = model_files(path), checkpoint_at(path)
     if not folder.is_dir() and files is None:
-        return _on_the_hub(path)
+        return _check_hub_name(path)
     if checkpoint is None and (folder / ADAPTER_FILE).is_file():
         if not (folder / "adapter_model.safetensors").is_file():
             raise CheckpointError("no adapter_model.safetensors; save the adapter with safe_serialization=True")
         base = base_model(folder)
         try:
-            return _model(base)
+            return _check_model(base)
         except CheckpointError as error:
             raise CheckpointError(f"{folder / ADAPTER_FILE}: base_model_name_or_path = {base!r}: {error}") from None
     if files is None:
@@ -90,39 +91,39 @@ def _model(path: str) -> str:
                               "directory, a checkpoint or a run's directory")
     find_shape(path)
     if checkpoint is None:
-        _weights(files)
+        _check_weights(files)
     elif not (checkpoint / "model" / ".metadata").is_file():
         raise CheckpointError(f"{checkpoint}: no model/.metadata, so the checkpoint has no weights; take another one")
     return ""
 
 
 def readable_shape(path: str) -> "ModelShape | None":
-    """The model's shape, None where it is not known or cannot be read (which `examine_inputs` tells)."""
+    """The model's shape, None where it is not known or cannot be read (which `check_inputs` tells)."""
     try:
         return find_shape(path)
     except CheckpointError:
         return None
 
 
-def _on_the_hub(name: str) -> str:
+def _check_hub_name(name: str) -> str:
     """Raises CheckpointError where a name that is not a directory here cannot be fetched either."""
     if Path(name).expanduser().exists():
         raise CheckpointError("a file; give a model directory or a hub name such as Qwen/Qwen3-Embedding-0.6B")
     if name.startswith(("/", ".", "~")) or name.count("/") != 1 or os.path.isdir(name.partition("/")[0]):
         raise CheckpointError("no such directory; give a model directory or a hub name such as "
                               "Qwen/Qwen3-Embedding-0.6B")
-    if _offline():
+    if _offline_variable():
         raise CheckpointError(f"no such directory, and as a hub name it is not in the cache {str(hub_cache())!r}, and "
-                              f"{_offline()} forbids to fetch it; fetch it before, or give a directory")
+                              f"{_offline_variable()} forbids to fetch it; fetch it before, or give a directory")
     return _FETCHED
 
 
-def _offline() -> str:
+def _offline_variable() -> str:
     """The variable that keeps the hub's client off the network; empty where none does."""
     return next((name for name in _OFFLINE if os.environ.get(name, "").lower() in ("1", "on", "yes", "true")), "")
 
 
-def _weights(folder: Path) -> None:
+def _check_weights(folder: Path) -> None:
     """Raises CheckpointError if a safetensors file of the model is missing."""
     if (folder / "model.safetensors").is_file():
         return
@@ -139,13 +140,13 @@ def _weights(folder: Path) -> None:
                               "into the same directory")
 
 
-def _tokenizer(folder: Path) -> str:
+def _check_tokenizer(folder: Path) -> str:
     if not has_tokenizer_files(folder):
         raise CheckpointError("no tokenizer files; copy tokenizer.json and tokenizer_config.json of the model into it")
     return ""
 
 
-def _rows(file: "TrainFile", key: str) -> str:
+def _check_rows(file: "TrainFile", key: str) -> str:
     """Raises ConfigError or DataError if an entry of `data.train` names nothing that can be opened."""
     if is_beir_folder(file.path):
         require_split(Path(file.path), "train")
@@ -163,19 +164,19 @@ def _note_of(path: str, kind: RowsKind, key: str) -> str:
     return _FETCHED
 
 
-def _readable(path: str, key: str) -> str:
+def _check_readable(path: str, key: str) -> str:
     open_jsonl(path, key).close()
     return ""
 
 
-def _retrieval(path: str, split: str) -> str:
+def _check_retrieval(path: str, split: str) -> str:
     if not is_beir_folder(path):
         raise DataError("no corpus.jsonl and queries.jsonl; a BEIR folder holds these and qrels/SPLIT.tsv")
     require_split(Path(path), split)
     return ""
 
 
-def _packages(config: "RunConfig") -> Iterator[Check]:
+def _check_packages(config: "RunConfig") -> Iterator[Check]:
     """Packages that this configuration needs beside those that every run does, and that are missing."""
     paths = [file.path for file in config.data.files]
     needed = {

@@ -8,8 +8,8 @@ from megatron_embed.errors import ConfigError
 from megatron_embed.platform.bf16_support import processor_has_bf16
 from megatron_embed.platform.doctor import Check
 from megatron_embed.platform.gpus import visible_gpus
-from megatron_embed.run.disk_check import examine_outputs
-from megatron_embed.run.input_checks import examine_inputs, readable_shape
+from megatron_embed.run.disk_check import check_output_directories
+from megatron_embed.run.input_checks import check_inputs, readable_shape
 
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
@@ -24,8 +24,8 @@ def examine_run(config: "RunConfig", *, ranks: int, ranks_per_node: int, min_fre
         min_free_gib: least free space on the disks of the output directories, however little the run writes.
     """
     config = _with_local_dtype(config)
-    return [_layout(config, ranks), _devices(config, ranks_per_node), *examine_inputs(config),
-            *examine_outputs(config, min_free_gib)]
+    return [_layout(config, ranks), _devices(config, ranks_per_node), *check_inputs(config),
+            *check_output_directories(config, min_free_gib)]
 
 
 def _with_local_dtype(config: "RunConfig") -> "RunConfig":

@@ -99,12 +99,12 @@ def split_train_validation(config: RunConfig, records: RecordSet, dp_size: int) 
     """The rows to train on, and those held out, if any, which the ranks can share."""
     if config.data.validation:
         count = len(config.data.train)
-        kept, held = RecordSet(records.files[:count]), RecordSet(records.files[count:])
+        trained, held = RecordSet(records.files[:count]), RecordSet(records.files[count:])
     else:
-        kept, held = hold_out(records, config.data.validation_fraction, config.training.seed)
+        trained, held = hold_out(records, config.data.validation_fraction, config.training.seed)
     if held is not None:
         validation_shares(held, global_batch_size=config.training.global_batch_size, dp_rank=0, dp_size=dp_size)
-    return kept, held
+    return trained, held
 
 
 def open_suite(task: Task) -> EvaluationSuite:
@@ -151,9 +151,9 @@ def check_outputs(config: RunConfig) -> None:
     minutes = config.training.exit_duration_minutes
     if minutes is not None and config.checkpoint.directory is None:
         raise ConfigError(f"training.exit_duration_minutes = {minutes:g}: the run could not be resumed; set "
-                          "checkpoint.directory")
+                          "checkpoint.directory", key="training.exit_duration_minutes")
     if config.logging.wandb and config.log_directory is None:
-        raise ConfigError("logging.wandb = True: the run has no directory; set logging.directory")
+        raise ConfigError("logging.wandb = True: the run has no directory; set logging.directory", key="logging.wandb")
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logging.wandb = True: the package wandb is not installed; pip install wandb, or set it to "
                           "false", key="logging.wandb")

@@ -78,7 +78,8 @@ class RerankTask(Task):
         if config.checkpoint.export_at_end is not None and not tokenizer.can_pad:
             raise ConfigError(f"checkpoint.export_at_end = {config.checkpoint.export_at_end!r}: the tokenizer of "
                               f"{config.model.path} names neither pad_token nor eos_token, without which the stock "
-                              "libraries form no batch; set pad_token in its tokenizer_config.json")
+                              "libraries form no batch; set pad_token in its tokenizer_config.json",
+                              key="checkpoint.export_at_end")
         return tokenizer
 
     def check_evaluations(self, suite: EvaluationSuite) -> None:

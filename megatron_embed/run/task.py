@@ -33,7 +33,7 @@ class Task(ABC):
     """The task of a run: checked and opened before the first collective, built once its model is loaded.
 
     Attributes:
-        config: the run's, with the model directory's own settings where it had null for them.
+        config: the run's, with the model directory's own settings where it had none.
         model: the directory that the run starts from.
         checkpoint: the newest one of a run that is resumed; None: a new run.
         head: what lies behind the model's pooling, once the task is open; None: nothing.

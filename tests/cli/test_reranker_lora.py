@@ -85,7 +85,8 @@ def test_evaluation_and_training_go_on_from_the_adapter(scored, tmp_path):
 
 def test_what_does_not_fit_is_refused(scored, tmp_path):
     config = run_settings(str(scored / "adapter"), tmp_path, "yes_no")
-    assert_refused(run_on_ranks(command, 1, ["train", config]), "score.weight", "no part of a reranker", "yes_no")
+    assert_refused(run_on_ranks(command, 1, ["train", config]), "score.weight", "does not belong to a reranker",
+                   "yes_no")
     arguments = ["convert", "megatron-to-hf", str(scored / "run"), str(tmp_path / "out"), "--format", "cross-encoder"]
     assert_refused(run_on_ranks(command, 1, arguments), "LoRA adapters (rank 4)", "--merge-lora")
     tensors = load_file(scored / "adapter" / "adapter_model.safetensors")

@@ -18,6 +18,7 @@ from megatron_embed.export.cross_encoder import export_cross_encoder
 from megatron_embed.export.sentence_transformers import export_sentence_transformers, load_export_tokenizer
 from megatron_embed.models.file_checks import check_files, open_regular, plain_name
 from megatron_embed.models.modules_json import STOCK_TYPES, read_modules
+from megatron_embed.models.reranker_settings import RerankerSettings
 from megatron_embed.models.saved_settings import read_saved_settings
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
@@ -77,8 +78,10 @@ def test_no_reader_follows_a_module_elsewhere(model, tmp_path, name):
                                  max_seq_length=8, embedding_dimension=32)
     assert read_saved_settings(model).pooling == "mean"
     write_modules(model, pooling(name.format(victim=tmp_path / "victim")))
-    export_cross_encoder(model, family="bert", classification=True, pieces=None, instruction="", token_ids=None,
-                         activation="sigmoid", max_length=8, prompts={}, default_prompt=None, encoder=True)
+    settings = RerankerSettings(head="score", template=None, instruction="", true_token="yes", false_token="no",
+                                max_length=8, activation="sigmoid")
+    export_cross_encoder(model, settings, family="bert", encoder=True, classification=True, pieces=None,
+                         token_ids=None)
     assert files_below(tmp_path / "victim") == before
     assert (model / "model.safetensors").is_file()
 

@@ -85,7 +85,7 @@ def test_disk_without_room_for_the_run_is_told(asked, tmp_path):
     code, out = asked(400, **export)
     assert code == 1
     assert (f"{tmp_path / 'run'}: the run writes 408.8 GiB (4 checkpoints of 98.7 GiB and an export of 14.1 GiB) and "
-            "400.0 GiB are free; make room, choose another disk, or lower checkpoint.keep") in out
+            "400.0 GiB are free; free some space, choose another disk, or lower checkpoint.keep") in out
     assert asked(409, **export)[0] == 0
     assert asked(400)[0] == 0
     assert asked(300, "checkpoint.keep=1", **export)[0] == 0

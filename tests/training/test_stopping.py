@@ -149,7 +149,7 @@ def test_time_budget_without_a_place_to_save_is_refused(model, tmp_path):
     values["checkpoint"] = {}
     path = write(tmp_path / "run.yaml", values)
     assert_refused(run_on_ranks(command, 1, ["train", path]), "training.exit_duration_minutes = 5: ",
-                   "nothing to go on from; set checkpoint.directory")
+                   "the run could not be resumed; set checkpoint.directory")
 
 
 HELD = """
