@@ -17,7 +17,7 @@ from megatron_embed import __version__
 from megatron_embed.cli import convert, data, doctor, encode, evaluate, merge, mine, plan, train
 from megatron_embed.cli.common import Parser, setup_logging
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
-from megatron_embed.parallel.watching import report_lost_rank
+from megatron_embed.parallel.lost_rank import report_lost_rank
 from megatron_embed.platform.launcher import launched_rank, process_rank, rendezvous_address, source_of_world_size
 from megatron_embed.platform.status import PREEMPTED, clear_status, leaves_status, write_status
 from megatron_embed.platform.terminal_text import one_line, printable, write_error
@@ -71,7 +71,7 @@ def refuse_several_ranks(command: str) -> None:
 
 def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
     """Exit code and message of one command."""
-    meeting, speaks = None, rank == 0
+    rendezvous, speaks = None, rank == 0
     try:
         setup_logging(rank)
         args = build_parser().parse_args(argv)
@@ -85,21 +85,21 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
         if args.command in OF_MANY_RANKS and several:
             from megatron_embed.parallel.rendezvous import open_rendezvous
 
-            meeting = open_rendezvous()
-            if meeting is not None:
-                stop.add_farewell(meeting.leave)
+            rendezvous = open_rendezvous()
+            if rendezvous is not None:
+                stop.add_farewell(rendezvous.report_stop)
         return COMMANDS[args.command].run(args), ""
     except UserError as error:
         message = one_line(str(error))
         if speaks:
             write_error(message)
-        if meeting is not None and meeting.refuse(message):
+        if rendezvous is not None and rendezvous.report_error(message):
             write_error(f"rank {rank}: {message}")
         return 2, message
     except PreemptedError as end:
         return PREEMPTED, str(end)
     except LostRankError as error:
-        if error.speaker:
+        if error.is_reporting_rank:
             report_lost_rank(str(error))
         return 1, str(error)
     except KeyboardInterrupt:

@@ -38,7 +38,7 @@ class PreemptedError(Exception):
 class LostRankError(RuntimeError):
     """Another rank of the run is gone, so this one cannot go on; the text names it. Exit code 1."""
 
-    def __init__(self, message: str, *, speaker: bool) -> None:
-        """`speaker`: this rank is the one that prints the message."""
-        self.speaker = speaker
+    def __init__(self, message: str, *, is_reporting_rank: bool) -> None:
+        """`is_reporting_rank`: whether this rank prints the message for all."""
+        self.is_reporting_rank = is_reporting_rank
         super().__init__(message)

@@ -30,6 +30,7 @@ TruncationSide = Literal["left", "right"]
 
 MessageFormat = Literal["flat", "structured", "auto"]
 """Content of a chat message: the text itself, or a list of one part that holds it; auto: what the template takes."""
+MESSAGE_FORMATS: tuple[MessageFormat, ...] = get_args(MessageFormat)
 
 Direction = Literal["query_to_document", "query_to_query", "document_to_document", "document_to_query"]
 """What InfoNCE compares: the anchors, then the columns."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from bench_training import describe_machine, speedup
 from side_by_side import Layout, Settings, available_cores, default_model, our_command, run_in_turn
 
-from megatron_embed.platform.precision import limiting_variable
+from megatron_embed.platform.bf16_support import limiting_variable
 
 SIDES = ("auto", "float32", "bfloat16")
 

@@ -7,23 +7,23 @@ import json
 import textwrap
 from pathlib import Path
 
-from megatron_embed.models.foreign_files import FileTable, Key
-from megatron_embed.models.foreign_tables import TABLES, flat_keys
+from megatron_embed.models.key_table import FileTable, Key
+from megatron_embed.models.known_keys import TABLES, flat_keys
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "model_directories.md"
-HEAD = """# What a model directory says
+HEAD = """# Settings files of model directories
 
 `train`, `encode`, `evaluate`, `mine`, `convert` and `megatron_embed.load` take directories that other programs wrote.
-Of every key in their settings files one of three things holds:
+Every key in their settings files is one of these:
 
 * **honoured**: it has the effect that it has in the library that wrote it. Where values are listed, others are refused.
 * **harmless**: it changes nothing in the vectors or scores.
-* **refused**: its effect is not computed here. The program ends with exit code 2 and a sentence that names file, key,
-  value and the way out. At `null`, and the values listed, it has no effect and passes.
+* **refused**: its effect is not computed here. The program ends with exit code 2 and a message that names file, key,
+  value and remedy. At `null`, and the values listed, it has no effect and passes.
 
-A key that is not listed is refused by its name, unless its value says nothing (`null`, `[]`, `{}`). Made from
-`megatron_embed/models/foreign_tables.py` by `tools/directories_page.py`.
+A key that is not listed is refused by its name, unless its value is empty (`null`, `[]`, `{}`). Generated from
+`megatron_embed/models/known_keys.py` by `tools/directories_page.py`.
 
 A directory without `modules.json`: an encoder (BERT, XLM-RoBERTa) pools `mean`, as Sentence Transformers does; a
 decoder `lasttoken`, or `mean` if its `config.json` says `is_causal: false`. Vectors have unit length unless

@@ -74,7 +74,7 @@ def examine_run(config: "RunConfig", args: argparse.Namespace) -> "list[Check]":
 
 def _with_local_dtype(config: "RunConfig") -> "RunConfig":
     """The same with what `model.dtype: auto` is where all nodes are like this one."""
-    from megatron_embed.platform.precision import processor_has_bf16
+    from megatron_embed.platform.bf16_support import processor_has_bf16
 
     if config.model.dtype != "auto":
         return config

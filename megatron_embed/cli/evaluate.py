@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int, write_output
 from megatron_embed.cli.prompts import add_prompt_arguments, given_prompts, refuse_prompts
 from megatron_embed.errors import ConfigError, UserError
-from megatron_embed.parallel.watching import Start, ranks_watched
+from megatron_embed.parallel.lost_rank import Start, monitored_ranks
 from megatron_embed.platform.atomic_file import check_jsonl, write_atomic
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.reranker_weight and args.reranker is None:
         raise ConfigError(f"--reranker-weight {','.join(map(str, args.reranker_weight))}: there is no reranker; add "
                           "--reranker")
-    with ranks_watched() as start:
+    with monitored_ranks() as start:
         if not os.path.isfile(args.data):
             metrics, rank = evaluate_beir(args, start)
         elif holds_pairs(args.data):

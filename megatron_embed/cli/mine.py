@@ -10,7 +10,7 @@ from megatron_embed.cli.common import add_encoding_arguments, path
 from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
 from megatron_embed.names import NEGATIVE_SAMPLINGS
-from megatron_embed.parallel.watching import Start, ranks_watched
+from megatron_embed.parallel.lost_rank import Start, monitored_ranks
 from megatron_embed.platform.atomic_file import check_jsonl, write_atomic
 from megatron_embed.platform.launcher import process_rank
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     corpus = None if args.corpus is None else read_corpus(args.corpus)
     prompts = [""] * len(records) if by_words else query_prompts(args, records)
     task = build_task(records, prompts, corpus, mine_query_text=args.mine_query_text)
-    with ranks_watched() as start:
+    with monitored_ranks() as start:
         if by_words:
             mine_by_words(args, records, task, options, start)
         else:

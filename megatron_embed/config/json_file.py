@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from megatron_embed.errors import CheckpointError
+
 LARGEST_FILE = 16 << 20
 """Bytes of a model directory's JSON file; config.json with 100,000 labels has 4 MB."""
 LARGEST_INDEX = 64 << 20
@@ -38,6 +40,22 @@ def read_json_file(path: str | Path, largest: int = LARGEST_FILE) -> Any:
         raise too_deep() from None
     refuse_deep_value(value, raw)
     return value
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object that a file of a model directory holds. Raises CheckpointError if it holds none."""
+    try:
+        value = read_json_file(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}; fetch the file again")
+    return value
+
+
+def read_optional_json_object(path: Path) -> dict[str, Any]:
+    """`read_json_object` of the file, or an empty object if there is no such file."""
+    return read_json_object(path) if path.is_file() else {}
 
 
 def refuse_many_brackets(raw: bytes) -> None:

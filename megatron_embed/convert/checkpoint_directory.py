@@ -22,7 +22,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint, sync_directory, sync_tree
-from megatron_embed.config.json_file import read_json_file
+from megatron_embed.config.json_file import read_json_file, read_json_object
 from megatron_embed.convert.adapter_names import adapter_settings
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.storage.byte_range import ByteRange
@@ -33,7 +33,7 @@ from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.file_checks import check_files
-from megatron_embed.models.st_modules import read_modules
+from megatron_embed.models.modules_json import read_modules
 from megatron_embed.names import HeadKind
 
 PASSTHROUGH_FILE = "carried.safetensors"
@@ -216,17 +216,6 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError if the file holds none."""
-    try:
-        value: Any = read_json_file(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); restore the file from its source") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}; restore the file")
-    return value
-
-
 def module_directories(path: Path) -> Sequence[str]:
     """Sub-directories that `modules.json` of a Sentence Transformers directory names, e.g. 1_Pooling; else none.
 
@@ -305,7 +294,7 @@ def _write_hf_files(source: HFDirectory, hf: Path) -> CheckpointInfo:
                             for name, stored in stored_names.items())
     return CheckpointInfo(
         family=source.family.name, dtype=str(source.dtype()).removeprefix("torch."), prefixed=source.prefixed,
-        source_architectures=read_json(source.path / "config.json").get("architectures") or [], tied_copies=tied)
+        source_architectures=read_json_object(source.path / "config.json").get("architectures") or [], tied_copies=tied)
 
 
 def _same_bytes(source: HFDirectory, first: str, second: str) -> bool:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from megatron_embed.config.json_file import read_json_object
 from megatron_embed.convert.checkpoint_directory import (
     CheckpointDirectory,
     copy_files,
     open_checkpoint,
     open_passthrough,
-    read_json,
     staging,
     write_json,
     write_sidecar_files,
@@ -168,7 +168,7 @@ def _require_same_range(directory: Path, name: str, ranges: list[ByteRange] | No
 
 def _write_dtype(config_file: Path, dtype: torch.dtype) -> None:
     """Write the dtype of the weights to config.json, under the key that it uses already."""
-    config: dict[str, Any] = read_json(config_file)
+    config: dict[str, Any] = read_json_object(config_file)
     name = str(dtype).removeprefix("torch.")
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     if not keys and dtype == torch.float32:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.convert.checkpoint_directory import module_directories, read_json
+from megatron_embed.config.json_file import read_json_object
+from megatron_embed.convert.checkpoint_directory import module_directories
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.saved_settings import read_saved_settings
@@ -104,8 +105,8 @@ def _same_tokenizer(first: Path, other: Path) -> None:
 def _vocabulary(directory: Path) -> dict[str, Any]:
     """The parts of a tokenizer that determine the ids of a text, by file or section."""
     if (directory / "tokenizer.json").is_file():
-        values = {f"tokenizer.json: {key}": value for key, value in read_json(directory / "tokenizer.json").items()
-                  if key not in _IGNORED_SECTIONS}
+        tokenizer = read_json_object(directory / "tokenizer.json")
+        values = {f"tokenizer.json: {key}": value for key, value in tokenizer.items() if key not in _IGNORED_SECTIONS}
         model = values.get("tokenizer.json: model")
         if isinstance(model, dict) and isinstance(model.get("merges"), list):
             # Older versions of the tokenizers library write "a b" where newer ones write ["a", "b"].

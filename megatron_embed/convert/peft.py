@@ -9,13 +9,13 @@ from typing import Any, Self
 from torch import Tensor
 
 from megatron_embed.checkpoint.reading import HEAD_KEYS
+from megatron_embed.config.json_file import read_json_object
 from megatron_embed.config.load import read_resolved
 from megatron_embed.convert.adapter_names import AdapterTensor, adapter_tensors, linear_rules, peft_targets
 from megatron_embed.convert.checkpoint_directory import (
     CheckpointDirectory,
     copy_files,
     open_checkpoint,
-    read_json,
     staging,
     write_json,
 )
@@ -28,7 +28,7 @@ from megatron_embed.convert.tables.transforms import nbytes
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import ModelShape, model_shape
-from megatron_embed.models.foreign_tables import ADAPTER_CONFIG
+from megatron_embed.models.known_keys import ADAPTER_CONFIG
 from megatron_embed.names import HeadKind
 
 CONFIG_FILE = "adapter_config.json"
@@ -59,7 +59,7 @@ def is_peft_directory(path: str | Path) -> bool:
 
 def base_of(path: Path) -> str:
     """The base model that `adapter_config.json` names. Raises CheckpointError if it names none."""
-    base = read_json(path / CONFIG_FILE).get("base_model_name_or_path")
+    base = read_json_object(path / CONFIG_FILE).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{path / CONFIG_FILE}: base_model_name_or_path = {base!r} must name the directory of "
                               "the model that the adapter belongs to; write it there")
@@ -139,7 +139,7 @@ class PeftAdapter:
 
     def _config(self) -> dict[str, Any]:
         file = self.path / CONFIG_FILE
-        values = read_json(file)
+        values = read_json_object(file)
         if values.get("peft_type") != "LORA":
             raise CheckpointError(f"{file}: peft_type = {values.get('peft_type')!r} is not supported; LORA is")
         ADAPTER_CONFIG.check(file, values)

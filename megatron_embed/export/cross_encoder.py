@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.convert.checkpoint_directory import drop_standard_modules, read_json, write_json
+from megatron_embed.config.json_file import read_json_object, read_optional_json_object
+from megatron_embed.convert.checkpoint_directory import drop_standard_modules, write_json
 from megatron_embed.convert.head_tensors import architecture
 from megatron_embed.export.sentence_transformers import complete_tokenizer, library_versions, load_export_tokenizer
 
@@ -109,7 +110,7 @@ def _literal(text: str) -> str:
 
 def _write_config(directory: Path, family: str, classification: bool, activation: str, *, decoder: bool) -> None:
     """Class, one output, and what servers look for, into config.json."""
-    config = read_json(directory / "config.json")
+    config = read_json_object(directory / "config.json")
     for key in ("sbert_ce_default_activation_function", "sentence_transformers"):
         config.pop(key, None)  # the activation that the model came with
     config["architectures"] = [architecture(family, "ForSequenceClassification" if classification else "ForCausalLM")]
@@ -131,6 +132,6 @@ def _drop_other_templates(directory: Path) -> None:
     shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
     (directory / "chat_template.json").unlink(missing_ok=True)
     file = directory / "tokenizer_config.json"
-    values = read_json(file) if file.is_file() else {}
+    values = read_optional_json_object(file)
     if values.pop("chat_template", None) is not None:
         write_json(file, values)

@@ -24,7 +24,7 @@ from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import Role
 from megatron_embed.parallel.collectives import raise_on_all_ranks
-from megatron_embed.platform.precision import processor_has_bf16
+from megatron_embed.platform.bf16_support import processor_has_bf16
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.convert.checkpoint_directory import drop_standard_modules, read_json, write_json
+from megatron_embed.config.json_file import read_json_object, read_optional_json_object
+from megatron_embed.convert.checkpoint_directory import drop_standard_modules, write_json
 from megatron_embed.convert.storage.safetensors_file import first_line
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import check_tokenizer_names
@@ -96,11 +97,11 @@ def cut_on_the_right(directory: Path) -> None:
 def _set_truncation_side(directory: Path, side: TruncationSide) -> None:
     """The end at which the directory's tokenizer cuts a text that is too long."""
     file = directory / "tokenizer_config.json"
-    values = read_json(file) if file.is_file() else {}
+    values = read_optional_json_object(file)
     if values.get("truncation_side") != side:
         write_json(file, {**values, "truncation_side": side})
     file = directory / "tokenizer.json"
-    values = read_json(file) if file.is_file() else {}
+    values = read_optional_json_object(file)
     truncation = values.get("truncation")
     if isinstance(truncation, dict) and truncation.get("direction") != side.capitalize():
         values["truncation"] = {**truncation, "direction": side.capitalize()}
@@ -147,7 +148,7 @@ def complete_tokenizer(directory: Path, *, needs_eos: bool) -> None:
     file = directory / "tokenizer.json"
     if not file.is_file():
         tokenizer.backend_tokenizer.save(str(file))
-    values = read_json(file)
+    values = read_json_object(file)
     values["post_processor"] = _with_eos(values.get("post_processor"), tokenizer.eos_token, tokenizer.eos_token_id)
     file.write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
     found = load_export_tokenizer(directory)(_PROBE).input_ids
@@ -162,7 +163,7 @@ def _set_pad_token(directory: Path, token: str | None) -> None:
         raise CheckpointError(f"{directory}: the tokenizer names neither pad_token nor eos_token, so no batch can be "
                               "padded; set pad_token in tokenizer_config.json")
     file = directory / "tokenizer_config.json"
-    write_json(file, {**(read_json(file) if file.is_file() else {}), "pad_token": token})
+    write_json(file, {**read_optional_json_object(file), "pad_token": token})
 
 
 def _with_eos(post_processor: dict[str, Any] | None, eos: str, eos_id: int) -> dict[str, Any]:

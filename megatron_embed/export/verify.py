@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.checkpoint_directory import read_json
+from megatron_embed.config.json_file import read_json_object
 from megatron_embed.convert.storage.safetensors_file import first_line
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError
@@ -168,7 +168,7 @@ def _load_model(directory: Path) -> Any:
     classes = {"ForCausalLM": AutoModelForCausalLM, "ForMaskedLM": AutoModelForMaskedLM,
                "ForPreTraining": AutoModelForPreTraining,
                "ForSequenceClassification": AutoModelForSequenceClassification}
-    architecture = (read_json(directory / "config.json").get("architectures") or [""])[0]
+    architecture = (read_json_object(directory / "config.json").get("architectures") or [""])[0]
     auto = next((cls for end, cls in classes.items() if architecture.endswith(end)), AutoModel)
     with without_bars():
         model, info = auto.from_pretrained(str(directory), local_files_only=True, dtype="auto",

@@ -11,7 +11,7 @@ from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_INSTRUCTION, QWEN3
 from megatron_embed.data.tokenizer import load_tokenizer
 from megatron_embed.errors import CheckpointError
 from megatron_embed.loading.model_directory import ModelDirectory
-from megatron_embed.models.cross_encoder import CrossEncoderFiles, read_cross_encoder
+from megatron_embed.models.cross_encoder_settings import CrossEncoderSettings, read_cross_encoder
 from megatron_embed.models.heads import is_encoder
 from megatron_embed.models.reranker_settings import RerankerSettings
 
@@ -77,7 +77,7 @@ def inherited(model: ModelDirectory, *, reading: bool, own_template: bool = True
         says=says, foreign_pad=-1 if files.pad_token_id is None else files.pad_token_id)
 
 
-def _template(files: CrossEncoderFiles, tokenizer: Any, model: ModelDirectory, *,
+def _template(files: CrossEncoderSettings, tokenizer: Any, model: ModelDirectory, *,
               must_fit: bool) -> PairTemplate | UnfitTemplateError | None:
     """The directory's own; None: query and document are a pair of texts. `must_fit`: else the error is given back."""
     if files.message is None:
@@ -104,7 +104,7 @@ def _template(files: CrossEncoderFiles, tokenizer: Any, model: ModelDirectory, *
     return template
 
 
-def _answers(files: CrossEncoderFiles, tokenizer: Any, model: ModelDirectory) -> tuple[str, str]:
+def _answers(files: CrossEncoderSettings, tokenizer: Any, model: ModelDirectory) -> tuple[str, str]:
     """The words of a yes_no head, each of which the tokenizer reads as the token that is meant."""
     if files.head != "yes_no":
         return "yes", "no"

@@ -26,17 +26,18 @@ from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.models.adapters import Adapters, AdapterSettings, is_adapter
+from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model, padded_vocabulary
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, check_tokenizer_names
 from megatron_embed.models.heads import HeadSpec, head_pooling
-from megatron_embed.models.precision import with_settled_dtype
+from megatron_embed.models.modules_json import supported_modules
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
-from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_modules, read_saved_settings
+from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
 from megatron_embed.names import Pooling, Role
+from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
-from megatron_embed.parallel.watching import Start
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
 from megatron_embed.platform.launcher import launched_rank
 
@@ -124,7 +125,7 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
         opened = open_checkpoint(folder) if is_checkpoint(folder) else None
         hf = folder if opened is None else opened.hf
         check_tokenizer_names(hf)
-        read_modules(hf)  # first: a transformer in a folder of its own leaves no config.json here
+        supported_modules(hf)  # first: a transformer in a folder of its own leaves no config.json here
         return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf,
                               shape=model_shape(hf), saved=read_saved_settings(hf), reranker=read_reranker_settings(hf),
                               max_lengths={} if opened is None else opened.info.max_lengths,
@@ -298,7 +299,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
             document_max_length=lengths["document"], length_keys=("--max-length", "--max-length"),
             vocab_size=model.shape.vocab_size)
         topology = start(config.parallel)
-        config = with_settled_dtype(config)
+        config = resolve_dtype(config)
         chunks = load_model_chunks(model, config, topology)
     encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.shape.hidden_size,
                           kernel=attention_kernel(config),

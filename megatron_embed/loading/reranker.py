@@ -25,15 +25,15 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.loading.foreign_reranker import Inherited, inherited
 from megatron_embed.loading.model_directory import ModelDirectory, error_context, find_model, load_model_chunks
+from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
-from megatron_embed.models.cross_encoder import is_saved_cross_encoder
+from megatron_embed.models.cross_encoder_settings import is_saved_cross_encoder
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel
 from megatron_embed.models.heads import HeadSpec, initialize_head, is_encoder
-from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.models.reranker_settings import RerankerSettings, head_of_architecture
 from megatron_embed.names import Activation
+from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
-from megatron_embed.parallel.watching import Start
 from megatron_embed.platform.launcher import launched_rank
 
 logger = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
                                         foreign_pad=found.foreign_pad)
         spec = head_spec(settings, tokenizer)
         topology = topology or start(config.parallel)
-        config = with_settled_dtype(config)
+        config = resolve_dtype(config)
         chunks = load_reranker_chunks(model, config, topology, spec)
     return scorer_of(chunks, chunks, topology, tokenizer, config, settings.activation), model, topology
 

@@ -1,4 +1,4 @@
-"""What low-rank adapters are, apart from their modules: settings as a checkpoint keeps them, and names.
+"""Settings and parameter names of low-rank adapters, as a checkpoint stores them.
 
 Imports neither torch nor Megatron.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 ADAPTER_NAME = re.compile(r"(?P<linear>.+)\.lora\.(?P<part>\w+)\.(?P<matrix>[AB])")
-"""Our name of an adapter's parameter: that of the linear layer, then the last word of the Hugging Face module."""
+"""Name of an adapter's parameter: that of the linear layer, then the last word of the Hugging Face module."""
 
 
 def is_adapter(name: str) -> bool:
@@ -19,7 +19,7 @@ def is_adapter(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
-    """Everything but the weights that decides what adapters compute."""
+    """Everything but the weights that determines the adapters' outputs."""
 
     rank: int
     alpha: float
@@ -31,19 +31,19 @@ class AdapterSettings:
 
     @property
     def scale(self) -> float:
-        """What multiplies B A x."""
+        """The factor of B A x."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
-    """What a model is built with."""
+    """The adapters that a model is built with."""
 
     rank: int
     scale: float
     dropout: float
     seed: int
-    """Of the first weights."""
+    """Seed of the initial weights."""
     parts: Mapping[str, tuple[str | None, ...]]
     """Our linear layers, `*` for the layer and `#` for the expert -> last words of the Hugging Face modules that make
-    them up, in order; null where one has no adapter."""
+    them up, in order; None for a module without an adapter."""

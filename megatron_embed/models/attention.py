@@ -30,7 +30,7 @@ without padding needs no mask: 128 texts of 13 to 175 tokens in 23 groups take 0
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentGroup:
-    """Stretches of queries, each with the keys of its sequence, computed together and padded to one size.
+    """Segments of queries, each with the keys of its sequence, computed together and padded to one size.
 
     Without context parallelism a segment is a whole sequence. With it, a rank holds two chunks of the bin, and a
     segment is the part of a sequence that lies in one of them.
@@ -41,13 +41,13 @@ class SegmentGroup:
     keys: Tensor
     """[segments * key_length] int64, bin token of each key slot (padding slots repeat token 0)."""
     slots: Tensor | None
-    """[real queries] int64, the query slots that hold real tokens; null if all do."""
+    """[real queries] int64, the query slots that hold real tokens; None if all do."""
     targets: Tensor
     """[real queries] int64, the local tokens of those slots."""
     mask: Tensor | None
-    """[segments, 1, 1 or query_length, key_length] bool, true where a query sees a key; null: see `is_causal`."""
+    """[segments, 1, 1 or query_length, key_length] bool, true where a query sees a key; None: see `is_causal`."""
     is_causal: bool
-    """The kernel's own triangular mask says all: causal, and every query segment starts where its sequence starts."""
+    """The kernel's own triangular mask suffices: causal, and every query segment starts where its sequence starts."""
     count: int
     query_length: int
     key_length: int
@@ -55,9 +55,9 @@ class SegmentGroup:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Sequence bounds of one micro-batch, as it travels through Megatron's layers to the attention.
+    """Sequence bounds of one micro-batch, passed through Megatron's layers to the attention.
 
-    `qkv_format` stays null: Megatron then applies rotary embeddings elementwise, with the per-token angles we hand it,
+    `qkv_format` stays None: Megatron then applies rotary embeddings elementwise, with the per-token angles we give it,
     instead of splitting the bin into one call per sequence.
     """
 
@@ -67,30 +67,30 @@ class PackedSequences(PackedSeqParams):
     num_tokens: int = 0
     """Real tokens; the bin's padding comes after them."""
     groups: tuple[SegmentGroup, ...] = field(default_factory=tuple)
-    """For the grouped path; empty on the others."""
-    to_queries: "Move | None" = None
-    """From local tokens to the query slots of all groups, back to back."""
-    to_keys: "Move | None" = None
-    """From local tokens to the key slots of all groups; null where a token has a slot in two segments (context
-    parallelism), see `key_index`."""
+    """Groups of the SDPA path; empty for the other kernels."""
+    to_queries: "PermuteIndex | None" = None
+    """Local tokens to the query slots of all groups, back to back."""
+    to_keys: "PermuteIndex | None" = None
+    """Local tokens to the key slots of all groups; None if a token has a slot in two segments (context parallelism),
+    see `key_index`."""
     key_index: Tensor | None = None
     """[key slots of all groups] int64, the groups' `keys` back to back."""
     window: tuple[int, int] | None = None
     """The attention window that groups were made for, see `attention_window`."""
 
     def index_groups(self, groups: tuple[SegmentGroup, ...], local_tokens: int, *, keys_are_local: bool) -> None:
-        """Sets the grouped path's tensors: one gather per layer and tensor instead of one per group.
+        """Set the SDPA path's tensors: one gather per layer and tensor instead of one per group.
 
         `keys_are_local`: without context parallelism every token is a key of one segment.
         """
         self.groups = groups
         queries, slot_of, first = torch.cat([group.queries for group in groups]), [], 0
         for group in groups:
-            every = torch.arange(group.queries.numel(), device=queries.device) if group.slots is None else group.slots
-            slot_of.append(first + every)
+            real = torch.arange(group.queries.numel(), device=queries.device) if group.slots is None else group.slots
+            slot_of.append(first + real)
             first += group.queries.numel()
         slots, targets = torch.cat(slot_of), torch.cat([group.targets for group in groups])
-        self.to_queries = Move.of(queries, local_tokens, slots, targets)
+        self.to_queries = PermuteIndex.from_slots(queries, local_tokens, slots, targets)
         self.key_index = torch.cat([group.keys for group in groups])
         if keys_are_local:
             # The segments of queries are those of keys: slots and tokens are the same, padding included.
@@ -98,44 +98,44 @@ class PackedSequences(PackedSeqParams):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Move:
-    """Which token each slot holds and which slot holds each token: both directions are gathers.
+class PermuteIndex:
+    """Index from tokens to slots and back, so that both directions are gathers.
 
     The gradient of a plain gather is a zeroed tensor and a sum into it, four times the memory traffic.
     """
 
     token_of: Tensor
-    """[slots] int64; any token for slots of padding."""
+    """[slots] int64, token of each slot; any token for padding slots."""
     slot_of: Tensor
-    """[tokens] int64; any slot for tokens of padding."""
+    """[tokens] int64, slot of each token; any slot for padding tokens."""
     empty_slots: Tensor
-    """[slots of padding] int64."""
+    """[padding slots] int64."""
     padding_tokens: Tensor
     """[tokens without a slot] int64."""
 
     @classmethod
-    def of(cls, token_of: Tensor, tokens: int, slots: Tensor, targets: Tensor) -> "Move":
-        """`slots` [real] int64 hold the tokens `targets` [real] int64."""
+    def from_slots(cls, token_of: Tensor, tokens: int, slots: Tensor, targets: Tensor) -> "PermuteIndex":
+        """The index in which slots `slots` [real] int64 hold the tokens `targets` [real] int64."""
         slot_of = token_of.new_zeros(tokens)
         slot_of[targets] = slots
-        without, empty = torch.ones_like(slot_of, dtype=torch.bool), torch.ones_like(token_of, dtype=torch.bool)
-        without[targets], empty[slots] = False, False
+        unused, empty = torch.ones_like(slot_of, dtype=torch.bool), torch.ones_like(token_of, dtype=torch.bool)
+        unused[targets], empty[slots] = False, False
         return cls(token_of=token_of, slot_of=slot_of, empty_slots=empty.nonzero().flatten(),
-                   padding_tokens=without.nonzero().flatten())
+                   padding_tokens=unused.nonzero().flatten())
 
     def to_slots(self, tokens: Tensor) -> Tensor:
-        """[tokens, ...] -> [slots, ...]; slots of padding hold what no output depends on."""
+        """[tokens, ...] -> [slots, ...]; the contents of padding slots affect no output."""
         moved: Tensor = _Gather.apply(tokens, self.token_of, None, self.slot_of, self.padding_tokens)
         return moved
 
     def to_tokens(self, slots: Tensor) -> Tensor:
-        """[slots, ...] -> [tokens, ...], 0 for tokens of padding."""
+        """[slots, ...] -> [tokens, ...], 0 for padding tokens."""
         moved: Tensor = _Gather.apply(slots, self.slot_of, self.padding_tokens, self.token_of, self.empty_slots)
         return moved
 
 
 class _Gather(torch.autograd.Function):
-    """Rows by index, and the rows of the gradient by the inverse index."""
+    """Gather of rows whose backward gathers by the inverse index."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, zero: Tensor | None, inverse: Tensor,
@@ -154,18 +154,20 @@ class _Gather(torch.autograd.Function):
 def context_chunks(tokens: int, cp_rank: int, cp_size: int) -> tuple[tuple[int, int], ...]:
     """Bin tokens [start, stop) that a context-parallel rank holds, in its local order.
 
-    The bin is cut into 2*cp_size chunks, rank r holds chunks r and 2*cp_size-1-r, so that causal attention costs every
-    rank the same (zigzag). The whole bin without context parallelism.
+    The bin is split into 2*cp_size chunks; rank r holds chunks r and 2*cp_size-1-r, so that causal attention costs
+    every rank the same (zigzag). The whole bin without context parallelism.
     """
     if cp_size == 1:
         return ((0, tokens),)
     chunk = tokens // (2 * cp_size)
-    return tuple((number * chunk, (number + 1) * chunk) for number in (cp_rank, 2 * cp_size - 1 - cp_rank))
+    return tuple((index * chunk, (index + 1) * chunk) for index in (cp_rank, 2 * cp_size - 1 - cp_rank))
 
 
 def attention_window(sliding_window: int | None, causal: bool) -> tuple[int, int] | None:
-    """(tokens before, tokens behind) that a token sees besides itself, as Transformers reads `sliding_window`; null:
-    all. Its causal window counts the token itself, the one of bidirectional attention does not."""
+    """(tokens before, tokens after) that a token sees besides itself, as in Transformers; None: all.
+
+    Transformers' causal `sliding_window` counts the token itself, its bidirectional one does not.
+    """
     if sliding_window is None:
         return None
     return (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
@@ -173,12 +175,12 @@ def attention_window(sliding_window: int | None, causal: bool) -> tuple[int, int
 
 def group_segments(cu_seqlens: Tensor, chunks: tuple[tuple[int, int], ...], causal: bool, device: torch.device,
                    window: tuple[int, int] | None = None) -> tuple[SegmentGroup, ...]:
-    """Sorts the segments of this rank's chunks by length and cuts them into groups of little padding.
+    """Sort the segments of this rank's chunks by length and split them into groups with little padding.
 
     Args:
         cu_seqlens: [sequences + 1] int32 on the CPU.
         chunks: bin tokens held by this rank, in local order.
-        causal: keys behind a segment's last query are left out.
+        causal: keys after a segment's last query are left out.
         window: see `attention_window`.
     """
     bounds = cu_seqlens.to(torch.int64)
@@ -214,14 +216,14 @@ def group_segments(cu_seqlens: Tensor, chunks: tuple[tuple[int, int], ...], caus
 
 
 def _local_starts(chunks: tuple[tuple[int, int], ...]) -> list[int]:
-    return [sum(stop - start for start, stop in chunks[:number]) for number in range(len(chunks))]
+    return [sum(stop - start for start, stop in chunks[:index]) for index in range(len(chunks))]
 
 
 def _no_segments(device: torch.device) -> SegmentGroup:
-    """A query slot that no token reads: of a rank whose share of the bin is padding, but which takes part in the
-    collectives of the keys and values, forward and backward."""
-    first, none = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    return SegmentGroup(queries=first, keys=first, slots=none, targets=none, mask=None, is_causal=False, count=1,
+    """A query slot that no token reads, for a rank that holds only padding but must take part in the collectives of
+    keys and values, forward and backward."""
+    first, empty = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    return SegmentGroup(queries=first, keys=first, slots=empty, targets=empty, mask=None, is_causal=False, count=1,
                         query_length=1, key_length=1)
 
 
@@ -231,14 +233,14 @@ def _segment_group(segments: Tensor, causal: bool, window: tuple[int, int] | Non
     query_length, key_length = int(num_queries.max()), int(num_keys.max())
     query_steps, key_steps = torch.arange(query_length), torch.arange(key_length)
     real_queries, real_keys = query_steps < num_queries, key_steps < num_keys
-    nothing = torch.zeros((), dtype=torch.int64)
-    queries = torch.where(real_queries, local + query_steps, nothing).flatten()
-    keys = torch.where(real_keys, key_start + key_steps, nothing).flatten()
-    windowed = window is not None and key_length > window[0] + 1  # else no two tokens are so far apart
+    zero = torch.zeros((), dtype=torch.int64)
+    queries = torch.where(real_queries, local + query_steps, zero).flatten()
+    keys = torch.where(real_keys, key_start + key_steps, zero).flatten()
+    windowed = window is not None and key_length > window[0] + 1  # otherwise all tokens are within the window
     kernel_mask = causal and not windowed and not bool(offset.any())
     mask = None
     if windowed or (causal and not kernel_mask):
-        ahead = (key_steps - (offset + query_steps)[:, :, None])[:, None]  # of key to query, in tokens
+        ahead = (key_steps - (offset + query_steps)[:, :, None])[:, None]  # key position minus query position
         mask = real_keys[:, None, None, :] & (ahead <= 0) if causal else real_keys[:, None, None, :]
         if windowed:
             mask = mask & (ahead >= -window[0]) & (ahead <= window[1])
@@ -296,14 +298,14 @@ class PackedAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.cp_group is not None and self.cp_group.size() > 1:
-            key, value = self._whole_bin(key, value)
+            key, value = self._gather_bin(key, value)
         if packed_seq_params.groups:
-            output = self._grouped(query, key, value, packed_seq_params, dropout)
+            output = self._sdpa(query, key, value, packed_seq_params, dropout)
         else:
             output = self._flash(query, key, value, packed_seq_params)
         return output.reshape(output.shape[0], 1, -1)
 
-    def _whole_bin(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _gather_bin(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """[tokens/cp, groups, head_dim] of this rank's two chunks -> [tokens, groups, head_dim] in the bin's order."""
         both = torch.cat([key, value], dim=-1)
         gathered = tensor_parallel.gather_from_sequence_parallel_region(both, group=self.cp_group)
@@ -312,10 +314,10 @@ class PackedAttention(MegatronModule):
         whole = torch.cat([chunks[:, 0], chunks[:, 1].flip(0)]).flatten(0, 1)
         return whole.chunk(2, dim=-1)  # type: ignore[return-value]
 
-    def _grouped(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, dropout: float) -> Tensor:
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, dropout: float) -> Tensor:
         heads, groups, head_dim, dtype = query.shape[1], key.shape[1], query.shape[2], query.dtype
         assert packed.to_queries is not None and packed.key_index is not None
-        # Moved once for all groups.
+        # Gathered once for all groups.
         query = packed.to_queries.to_slots(query)
         if packed.to_keys is not None:
             key, value = packed.to_keys.to_slots(key), packed.to_keys.to_slots(value)
@@ -331,8 +333,8 @@ class PackedAttention(MegatronModule):
         parts = zip(packed.groups, query.split([group.queries.numel() for group in packed.groups]),
                     key.split([group.keys.numel() for group in packed.groups]),
                     value.split([group.keys.numel() for group in packed.groups]), strict=True)
-        # Heads are split, so each rank draws its own numbers. With sequence parallelism the whole block does; a fork
-        # inside that fork would draw others when a layer is run again for its backward pass.
+        # Heads are split, so each rank draws its own random numbers. With sequence parallelism the whole block runs in
+        # a fork; a second fork inside it would draw other numbers when a layer is recomputed for its backward pass.
         fork = get_cuda_rng_tracker().fork if dropout and not self.config.sequence_parallel else contextlib.nullcontext
         outputs = []
         for group, *tensors in parts:

@@ -66,7 +66,7 @@ class LayerNorm(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467), in float32, as LayerNorm above otherwise."""
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467), in float32; otherwise like LayerNorm above."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        # Rounded to the input's dtype before the weight, as Transformers does: served models then give the same
+        # Rounded to the input's dtype before the weight, as Transformers does, so that served models give the same
         # vectors.
         return self.weight * functional.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
 
@@ -99,7 +99,7 @@ class PostNormLayer(TransformerLayer):
 
 
 class EncoderEmbedding(LanguageModelEmbedding):
-    """Word, position and token-type embeddings with the norm and dropout that BERT puts behind them."""
+    """Word, position and token-type embeddings followed by BERT's norm and dropout."""
 
     def __init__(self, config: TransformerConfig, vocab_size: int, max_sequence_length: int, num_tokentypes: int,
                  tp_group: torch.distributed.ProcessGroup) -> None:
@@ -121,7 +121,7 @@ class EncoderEmbedding(LanguageModelEmbedding):
 
 
 def mark_tensor_parallel(model: torch.nn.Module) -> None:
-    """Sets the attributes by which Megatron knows a shard from a copy.
+    """Set the attributes by which Megatron tells a shard from a copy.
 
     Megatron before 0.19 sets them while it initializes weights, which we skip because all are loaded; without them the
     gradient norm counts only rank 0's shards (measured at TP=2: 24.3 for a true 29.4).
@@ -134,7 +134,7 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
 
 
 def mark_expert_copies(model: torch.nn.Module, sizes: ParallelConfig) -> None:
-    """Makes tensor-parallel ranks that hold copies of an expert sum its gradients.
+    """Make tensor-parallel ranks that hold copies of an expert sum its gradients.
 
     Each of them computes the expert on its share of the tokens. Megatron hands an expert to the expert-data-parallel
     group only if there is expert parallelism; else every copy keeps its own part (measured at TP=2: off by 100 %).
@@ -148,10 +148,10 @@ def mark_expert_copies(model: torch.nn.Module, sizes: ParallelConfig) -> None:
 
 
 def add_bias_in_product(model: torch.nn.Module) -> None:
-    """Lets an MLP's first linear add its bias itself, where a matrix product does it for nothing.
+    """Let an MLP's first linear add its bias in the matrix product, at no cost.
 
-    Megatron keeps it apart for a fused bias and activation, which we do not use: a pass over [tokens, ffn] less each
-    way.
+    Megatron adds it separately for a fused bias and activation, which we do not use. This saves a pass over
+    [tokens, ffn] forward and backward.
     """
     for module in model.modules():
         if isinstance(module, MLP):
@@ -184,7 +184,7 @@ def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
 
 
 def _check_experts(shape: ModelShape, sizes: ParallelConfig) -> None:
-    """Raises ConfigError if the experts cannot be split as asked, or Megatron does not train them so."""
+    """Raises ConfigError if the experts cannot be split as asked, or if Megatron cannot train them with this layout."""
     for name, size, value, what in (
             ("expert_model", sizes.expert_model_parallel_size, shape.num_experts, "experts"),
             ("expert_tensor", sizes.expert_tensor_parallel_size, shape.ffn_hidden_size, "columns of an expert")):
@@ -201,9 +201,8 @@ def _nearest_divisor(value: int, wanted: int) -> int:
 
 
 def pipeline_layout(num_layers: int, stages: int) -> list[list[str]] | None:
-    """Megatron's `pipeline_model_parallel_layout` of layers that do not divide by the stages, virtual ones included;
-    null where they do.
-    """
+    """Megatron's `pipeline_model_parallel_layout` if the stages, virtual ones included, do not divide the layers; else
+    None."""
     if num_layers % stages == 0:
         return None
     layout = [["decoder"] * layers for layers in layers_by_stage(num_layers, stages)]
@@ -247,7 +246,7 @@ def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: Training
 
 
 def _expert_settings(shape: ModelShape, training: TrainingConfig) -> dict[str, object]:
-    """Megatron's settings of a mixture of experts, empty for a dense model."""
+    """Megatron's settings for a mixture of experts; empty for a dense model."""
     if not shape.num_experts:
         return {}
     return {
@@ -275,7 +274,7 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     mlp = ModuleSpec(module=MLP, submodules=linears)
     # Transformer Engine fuses these norms into the linears; storing them under its names keeps checkpoints
-    # interchangeable with models built from its layers. A mixture of experts keeps the second one apart.
+    # interchangeable with models built from its layers. A mixture of experts keeps the second one separate.
     stored_names = {} if shape.post_norm else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if shape.num_experts:
         experts = ModuleSpec(module=SequentialMLP, submodules=linears)

@@ -28,7 +28,7 @@ from megatron_embed.models.backbone import (
     megatron_config,
 )
 from megatron_embed.models.families import ModelShape
-from megatron_embed.models.heads import HeadSpec, PairHead
+from megatron_embed.models.heads import HeadSpec, RerankerHead
 from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.rope import rotary_angles, rotary_frequencies
@@ -54,32 +54,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMicroBatch:
-    """A micro-batch on the device with all that is derived from its sequence bounds, computed once per step."""
+    """A micro-batch on the device, with everything derived from its sequence bounds; computed once per step."""
 
     token_ids: Tensor
     """[1, tokens/cp] int64."""
     position_ids: Tensor
-    """[1, tokens/cp] int64, as the model numbers them."""
+    """[1, tokens/cp] int64, with the model's first position."""
     token_types: Tensor | None
-    """[1, tokens/cp] int64; null: all 0."""
+    """[1, tokens/cp] int64; None: all 0."""
     num_tokens: int
     """Length of the bin over all context-parallel ranks, padding included."""
     packed: PackedSequences
     padding: Tensor
-    """[1, tokens/(cp*tp)] bool, true at padding; the share of a sequence-parallel rank. For routers, which skip it."""
+    """[1, tokens/(cp*tp)] bool, true at padding; the share of a sequence-parallel rank. Routers skip padding."""
     plan: PoolingPlan
-    """Over the tokens that this rank holds after the last layer."""
+    """Plan over the tokens that this rank holds after the last layer."""
     rows: Tensor
-    """[sequences] int64 on the CPU, local row numbers."""
+    """[sequences] int64 on the CPU, local row ids."""
     first_position: int
-    """Number of a text's first position."""
+    """Position id of a text's first token."""
     valid_rows: Tensor
-    """[sequences] int64 on the CPU, the same; empty if the micro-batch is a repeated one."""
+    """[sequences] int64 on the CPU, `rows`, or empty if the micro-batch repeats another one."""
 
 
 class EmbeddingModel(LanguageModule):
-    """One pipeline stage (or chunk) of an embedding model. Parameter names as in Megatron's GPTModel, no output
-    layer."""
+    """One pipeline stage (or chunk) of an embedding model, with the parameter names of Megatron's GPTModel and without
+    an output layer."""
 
     def __init__(self, config: TransformerConfig, shape: ModelShape, topology: Topology, *, pooling: Pooling,
                  normalize: bool, bidirectional: bool, vp_stage: int | None = None,
@@ -93,13 +93,13 @@ class EmbeddingModel(LanguageModule):
         self.causal = not bidirectional
         self.vp_stage = vp_stage
         self.share_embeddings_and_output_weights = False
-        self.model_type = ModelType.encoder_or_decoder  # asked for by the pipeline schedules
+        self.model_type = ModelType.encoder_or_decoder  # read by the pipeline schedules
         first_chunk, last_chunk = vp_stage in (None, 0), vp_stage in (None, topology.num_model_chunks - 1)
         self.pre_process = topology.is_first_stage and first_chunk
         self.post_process = topology.is_last_stage and last_chunk
         if self.pre_process:
             self.embedding = self._embedding()
-        # No buffer: it stays float32 whatever the model's dtype.
+        # Not a buffer, so that it stays float32 whatever the model's dtype.
         self.rotary_frequencies = None if shape.rotary_base is None else rotary_frequencies(shape)
         self.decoder = TransformerBlock(
             config=config, spec=block_spec(config, shape, bidirectional, topology.pp_rank, vp_stage,
@@ -108,7 +108,7 @@ class EmbeddingModel(LanguageModule):
             pg_collection=topology.groups, vp_stage=vp_stage)
         self.head = None
         if self.post_process and head_spec is not None:
-            self.head = PairHead(head_spec, shape, topology.cp_size)
+            self.head = RerankerHead(head_spec, shape, topology.cp_size)
 
     def _embedding(self) -> LanguageModelEmbedding:
         vocabulary = padded_vocabulary(self.shape.vocab_size, self.topology.tp_size)
@@ -119,12 +119,12 @@ class EmbeddingModel(LanguageModule):
                                       tp_group=self.topology.groups.tp)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Called by the pipeline schedule with what the previous stage sent."""
+        """Receive the previous stage's output; called by the pipeline schedule."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, batch: DeviceMicroBatch) -> Tensor:
-        """The bin's embeddings, [sequences, dim] float32, on the last stage, or with a head its scores, [sequences, 1];
-        token states to send on elsewhere."""
+        """On the last stage the bin's embeddings, [sequences, dim] float32, or with a head its scores, [sequences, 1];
+        on other stages the token states for the next one."""
         hidden = self.token_states(batch)
         if not self.post_process:
             return hidden
@@ -137,29 +137,29 @@ class EmbeddingModel(LanguageModule):
 
     def token_states(self, batch: DeviceMicroBatch) -> Tensor:
         """[tokens/(cp*tp), 1, hidden] after this chunk's layers (tokens/cp without sequence parallelism)."""
-        assert batch.first_position == self.shape.position_offset, "to_device was not told the model's shape"
+        assert batch.first_position == self.shape.position_offset, "to_device needs the model's shape"
         hidden = None
         if self.pre_process:
             hidden = self.embedding(batch.token_ids, batch.position_ids, batch.token_types)
         if hidden is not None and self.config.recompute_granularity == "full" and torch.is_grad_enabled():
-            # Of frozen embeddings nothing needs a gradient, and recomputation gives none to a layer whose input needs
-            # none, nor to the adapters in it.
+            # Frozen embeddings need no gradient, and recomputation gives no gradient to a layer whose input needs none,
+            # nor to the adapters in that layer.
             hidden = hidden if hidden.requires_grad else hidden.requires_grad_()
         return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(batch),
                             packed_seq_params=batch.packed,
                             padding_mask=batch.padding if self.shape.num_experts else None)
 
     def _rotary_angles(self, batch: DeviceMicroBatch) -> Tensor | None:
-        """Angles of each token's own position, so bins need no splitting; null with learned positions."""
+        """Angles of each token's own position, so that bins need not be split; None with learned positions."""
         return None if self.rotary_frequencies is None else rotary_angles(self.rotary_frequencies, batch.position_ids)
 
     def global_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters of this rank by name, layers and experts counted over the whole model, not from
-        this rank's first."""
+        """Parameters of this rank by name; layers and experts are counted over the whole model, not from this rank's
+        first."""
         return {self.global_name(name): parameter for name, parameter in self.named_parameters()}
 
     def global_name(self, name: str) -> str:
-        """Name of a parameter of this rank, layers and experts counted over the whole model."""
+        """Name of a parameter of this rank, with layers and experts counted over the whole model."""
         first = self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
         experts = self.shape.num_experts // self.topology.sizes.expert_model_parallel_size
         first_expert = experts * self.topology.groups.ep.rank() if self.shape.num_experts else 0
@@ -167,22 +167,22 @@ class EmbeddingModel(LanguageModule):
         return re.sub(r"local_experts\.(\d+)", lambda match: f"local_experts.{int(match[1]) + first_expert}", name)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Megatron's sharded state under the layers' global numbers; LanguageModule's own form insists on logits."""
+        """Megatron's sharded state under the layers' global indices; LanguageModule's own method needs logits."""
         metadata = {**(metadata or {}), "non_homogeneous_layers": True, "dp_cp_group": self.topology.groups.dp_cp}
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
 
 def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
-    """Rows of the word embedding: the vocabulary rounded up so that every tensor-parallel rank holds as many."""
+    """Rows of the word embedding: the vocabulary, rounded up to a multiple of the tensor-parallel size."""
     return -(-vocab_size // tp_size) * tp_size
 
 
 def attention_kernel(config: RunConfig) -> AttentionKernel:
-    """What attention runs on: torch's variable-length flash kernels, its general attention, or, if asked for,
+    """The attention kernel: torch's variable-length flash kernels, its general attention (SDPA), or, if requested,
     Transformer Engine.
 
     Raises:
-        ConfigError: flash or te is asked for where it cannot run.
+        ConfigError: flash or te is requested but cannot run here.
     """
     half, wanted = config.model.dtype != "float32", config.model.attention
     other = (f"training.attention_dropout = {config.training.attention_dropout}" if config.training.attention_dropout
@@ -204,10 +204,10 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
 
 def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling,
                 head_spec: HeadSpec | None = None, adapters: Adapters | None = None) -> list[EmbeddingModel]:
-    """This rank's model chunks (one without interleaving), uninitialized, in `model.dtype`, on the device; with a
-    reranker's head on the last one if asked for.
+    """This rank's model chunks (one without interleaving), uninitialized, in `model.dtype`, on the device; the last one
+    with a reranker's head if `head_spec` is given.
 
-    With `adapters` all but these and a reranker's classifier is frozen, and they are drawn.
+    With `adapters`, these are initialized and everything else but a reranker's classifier is frozen.
 
     Raises:
         ConfigError: the layout does not divide the model, or `model.attention` cannot run here.
@@ -223,7 +223,7 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
         if adapters is not None:
             add_adapters(chunk, adapters, shape, chunk.global_name)
             if chunk.head is not None and chunk.head.spec.kind == "score":
-                # As PEFT's modules_to_save: a classifier may be new. Yes and no are rows of a trained head, and stay.
+                # Like PEFT's modules_to_save: a classifier may be new. The rows of a yes_no head are not: frozen.
                 chunk.head.requires_grad_(True)
         mark_tensor_parallel(chunk)
         mark_expert_copies(chunk, config.parallel)
@@ -234,11 +234,11 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
 
 def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, kernel: AttentionKernel,
               causal: bool, shape: ModelShape | None = None) -> DeviceMicroBatch:
-    """This rank's part of a micro-batch, with attention groups and pooling plan derived. No communication.
+    """This rank's part of a micro-batch, with its attention groups and pooling plan. No communication.
 
     Args:
-        shape: of the model, for its attention window and the numbers of its positions; null: it has no window, and
-            positions count from 0. A model that is handed something else stops at an assertion.
+        shape: the model's shape, for its attention window and first position; None: no window, and positions from 0. A
+            model of another shape stops at an assertion.
     """
     device, tokens = topology.device, micro_batch.token_ids.numel()
     window = None if shape is None else attention_window(shape.sliding_window, causal)
@@ -250,16 +250,16 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
                             tokens // topology.cp_size, keys_are_local=topology.cp_size == 1)
     first_position = 0 if shape is None else shape.position_offset
     plan = local_plan(pooling_plan(micro_batch, pooling, device), chunks)
-    padding = _held(torch.arange(tokens) >= micro_batch.num_tokens, chunks)
+    padding = _select(torch.arange(tokens) >= micro_batch.num_tokens, chunks)
     if topology.sequence_parallel:
         share = padding.numel() // topology.tp_size
-        mine = (topology.tp_rank * share, (topology.tp_rank + 1) * share)
-        plan, padding = local_plan(plan, (mine,)), padding[mine[0] : mine[1]]
+        share_bounds = (topology.tp_rank * share, (topology.tp_rank + 1) * share)
+        plan, padding = local_plan(plan, (share_bounds,)), padding[slice(*share_bounds)]
     types = micro_batch.token_types
     return DeviceMicroBatch(
-        token_types=None if types is None else _held(types, chunks)[None].to(device),
-        token_ids=_held(micro_batch.token_ids, chunks)[None].to(device),
-        position_ids=_held(_positions(micro_batch, first_position), chunks)[None].to(device), num_tokens=tokens,
+        token_types=None if types is None else _select(types, chunks)[None].to(device),
+        token_ids=_select(micro_batch.token_ids, chunks)[None].to(device),
+        position_ids=_select(_positions(micro_batch, first_position), chunks)[None].to(device), num_tokens=tokens,
         packed=packed, first_position=first_position,
         padding=padding[None].to(device), plan=plan, rows=micro_batch.rows, valid_rows=micro_batch.valid_rows)
 
@@ -267,8 +267,8 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
 def _positions(micro_batch: MicroBatch, first: int) -> Tensor:
     """[tokens] int64: positions of a bin's tokens in their texts, counted from `first`.
 
-    From RoBERTa's first position on, tokens that are its padding token, which a text may spell out, are not counted:
-    they all have position `first - 1`, as in Transformers.
+    In RoBERTa, padding tokens, which a text may contain literally, are not counted: they all have position `first - 1`,
+    as in Transformers.
     """
     if not first:
         return micro_batch.position_ids
@@ -278,5 +278,5 @@ def _positions(micro_batch: MicroBatch, first: int) -> Tensor:
     return (running - running[starts] + counted[starts]) * counted + first - 1
 
 
-def _held(tokens: Tensor, chunks: tuple[tuple[int, int], ...]) -> Tensor:
+def _select(tokens: Tensor, chunks: tuple[tuple[int, int], ...]) -> Tensor:
     return torch.cat([tokens[start:stop] for start, stop in chunks])

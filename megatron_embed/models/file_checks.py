@@ -1,7 +1,7 @@
-"""Names and files in a directory that somebody else made: what a name may be, and which files are opened.
+"""Checks of names and files in an untrusted model directory.
 
-A name that stands in a file becomes a path only through `plain_name`; a directory is looked through by `check_files`
-before anything in it is read; what is then opened is opened by `open_regular`.
+A name in a file becomes a path only through `plain_name`; `check_files` inspects a directory before anything in it is
+read; `open_regular` opens its files.
 """
 
 import io
@@ -14,34 +14,34 @@ from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 
 MARKS = ("config.json", "modules.json", "adapter_config.json", "megatron_embed.json")
-"""A directory with none of these is no model directory, and is not looked through."""
+"""A directory with none of these is not a model directory, and is not inspected."""
 NOT_READ = (".git", ".cache")
-"""Folders of other programs, which no reader enters."""
+"""Folders of other programs, which are never read."""
 _MOST_FILES = 200_000
 _TOKENIZER_FILES = ("tokenizer_file", "vocab_file", "merges_file", "spm_file", "fast_tokenizer_files")
-"""Keys of tokenizer_config.json that Transformers takes for files to read."""
+"""Keys of tokenizer_config.json whose values Transformers reads as files."""
 
 
-def plain_name(name: object, said_by: str) -> str:
-    """A name that somebody's file gives, as the name of one file or folder directly in its directory.
+def plain_name(name: object, source: str) -> str:
+    """The name, if it can only be that of a file or folder directly in the directory.
 
     Args:
-        said_by: file and key, for the message.
+        source: file and key, for the message.
     Raises:
-        CheckpointError: empty, `.`, `..`, with a separator, or no text at all: it could lead out of the directory.
+        CheckpointError: it is empty, `.`, `..`, has a separator, or is not a string, so it could lead elsewhere.
     """
     good = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"} and (
         name.isprintable())
     if not isinstance(name, str) or not good:
-        raise CheckpointError(f"{said_by} = {name!r}: must be the plain name of one file or folder in that directory; "
+        raise CheckpointError(f"{source} = {name!r}: must be the plain name of one file or folder in that directory; "
                               "a name that could lead elsewhere is not followed: correct it, or fetch the directory "
                               "again from a source that you trust")
     return name
 
 
 def check_files(directory: str | Path) -> None:
-    """Looks through a model directory or checkpoint before it is read: every file in it is an ordinary one, or a link
-    to an ordinary one inside of it. No file is opened.
+    """Check, before a model directory or checkpoint is read, that every file in it is a regular file, or a link to a
+    regular file inside it. No file is opened.
 
     The Hugging Face hub's cache (`snapshots/REVISION/FILE -> ../../blobs/HASH`) may link to its own `blobs`.
 
@@ -55,10 +55,10 @@ def check_files(directory: str | Path) -> None:
     absolute = Path(os.path.abspath(folder))
     if absolute.parent.name == "snapshots":
         allowed.append((absolute.parent.parent / "blobs").resolve())
-    for number, entry in enumerate(_entries(folder)):
-        if number > _MOST_FILES:
-            raise CheckpointError(f"{folder}: more than {_MOST_FILES} files are no model directory; give the directory "
-                                  "that holds config.json and the weights alone")
+    for index, entry in enumerate(_entries(folder)):
+        if index > _MOST_FILES:
+            raise CheckpointError(f"{folder}: has more than {_MOST_FILES} files, too many for a model directory; give "
+                                  "the directory that holds config.json and the weights alone")
         if entry.is_symlink():
             _check_link(Path(entry.path), allowed)
         elif not entry.is_dir(follow_symlinks=False) and not entry.is_file(follow_symlinks=False):
@@ -66,18 +66,19 @@ def check_files(directory: str | Path) -> None:
 
 
 def check_tokenizer_names(directory: str | Path) -> None:
-    """No file outside of the directory is taken for the tokenizer's, as Transformers does if tokenizer_config.json
-    names one that exists. Paths of the author's own machine, which many files still hold, lead nowhere and do no harm.
+    """Check that tokenizer_config.json names no existing file outside the directory, which Transformers would read.
+
+    Many of these files still hold paths on their author's machine, which do no harm where they do not exist.
 
     Raises:
-        CheckpointError: there is such a file.
+        CheckpointError: it names such a file.
     """
     folder = Path(directory)
     file = folder / "tokenizer_config.json"
     try:
         values = read_json_file(file) if file.is_file() else {}
     except (OSError, ValueError, RecursionError):
-        return  # the tokenizer's own reader speaks of it
+        return  # the tokenizer's own reader reports it
     for key in _TOKENIZER_FILES if isinstance(values, dict) else ():
         named = values.get(key)
         for name in named if isinstance(named, list) else [named]:
@@ -86,13 +87,13 @@ def check_tokenizer_names(directory: str | Path) -> None:
 
 
 def open_regular(path: Path) -> io.FileIO:
-    """An ordinary file, opened for reading; a pipe or device, whose opening or reading might never end, is refused.
+    """A regular file, opened for reading; opening or reading a pipe or device might never end.
 
     Raises:
-        CheckpointError: it is no ordinary file.
+        CheckpointError: it is not a regular file.
         OSError: it cannot be opened.
     """
-    # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever. Ordinary files do not heed it.
+    # O_NONBLOCK: opening a pipe that nobody writes to would block for ever. It has no effect on regular files.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
@@ -104,14 +105,14 @@ def open_regular(path: Path) -> io.FileIO:
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Everything below a folder; links are not followed, and what cannot be listed is nothing that is read."""
+    """Everything below a folder; links are not followed, and folders that cannot be listed are skipped."""
     pending = [str(folder)]
     while pending:
         try:
-            found = list(os.scandir(pending.pop()))
+            entries = list(os.scandir(pending.pop()))
         except OSError:
             continue
-        for entry in found:
+        for entry in entries:
             yield entry
             if entry.is_dir(follow_symlinks=False) and entry.name not in NOT_READ:
                 pending.append(entry.path)
@@ -128,7 +129,7 @@ def _check_link(path: Path, allowed: list[Path]) -> None:
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise _refusal(path, f"a link to {_kind(mode)}")
-    if not any(target.is_relative_to(place) for place in allowed):
+    if not any(target.is_relative_to(parent) for parent in allowed):
         raise _refusal(path, f"a link to {target}, outside of the directory")
 
 
@@ -140,4 +141,4 @@ def _refusal(path: Path, what: str) -> CheckpointError:
 def _kind(mode: int) -> str:
     kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device", stat.S_ISSOCK: "a socket",
              stat.S_ISDIR: "a directory"}
-    return next((name for test, name in kinds.items() if test(mode)), "no ordinary file")
+    return next((name for test, name in kinds.items() if test(mode)), "not a regular file")

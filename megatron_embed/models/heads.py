@@ -1,8 +1,8 @@
 """A reranker's head: pooled rows [rows, hidden] -> one score per row, [rows, 1] float32.
 
-Everything here lies behind the pooling, so with context parallelism every rank computes the same scores from the same
-rows and finds the whole gradient of the head's weights, where the backbone's are parts that must be summed. Weights of
-the head therefore take 1/cp of their gradient.
+The head follows the pooling, so with context parallelism every rank computes the same scores from the same rows and the
+whole gradient of the head's weights, whereas backbone gradients are partial sums over the ranks. The head's weights
+therefore take 1/cp of their gradient.
 """
 
 import zlib
@@ -22,7 +22,7 @@ from megatron_embed.parallel.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """Which head a reranker has."""
+    """The kind of a reranker's head, and its tokens."""
 
     kind: HeadKind
     true_token_id: int | None = None
@@ -41,21 +41,21 @@ class HeadSpec:
 
 
 def head_pooling(shape: ModelShape) -> Pooling:
-    """Which token a head reads, as the stock classes do: the first of an encoder, the last of a decoder."""
+    """Pooling of a head, as in the stock classes: the first token of an encoder, the last of a decoder."""
     return "cls" if is_encoder(shape) else "lasttoken"
 
 
 def is_encoder(shape: ModelShape) -> bool:
-    """Whether the family is one of encoders, which read query and document as a pair of texts."""
+    """Whether the model is an encoder, which reads query and document as a pair of texts."""
     return shape.post_norm
 
 
-class PairHead(torch.nn.Module):
+class RerankerHead(torch.nn.Module):
     """Scores of rows, on the last pipeline stage. Its weights are whole on every tensor-parallel rank.
 
-    yes_no: weight [2, hidden], the rows of the language-model head for yes and no. Tied to the word embeddings they are
-    no parameter of this module but a copy of the first stage's, fetched before each pass (`fetch_tied_rows`), whose
-    gradient is handed back after it (`return_tied_gradients`).
+    yes_no: weight [2, hidden], the rows of the language-model head for yes and no. If tied to the word embeddings, they
+    are not a parameter of this module but a copy of the first stage's rows, fetched before each pass
+    (`fetch_tied_rows`), whose gradient is returned after it (`return_tied_gradients`).
     score: weight [1, hidden]; in encoders with bias and, before it, a dense layer with tanh, as in
     BertForSequenceClassification (whose pooler it is) and XLMRobertaForSequenceClassification.
     """
@@ -78,17 +78,17 @@ class PairHead(torch.nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """[rows, hidden] float32 -> [rows, 1] float32. No communication."""
         if self.dense is not None:
-            rows = torch.tanh(functional.linear(rows, self._own(self.dense.weight), self._own(self.dense.bias)))
+            rows = torch.tanh(functional.linear(rows, self._scaled(self.dense.weight), self._scaled(self.dense.bias)))
         if self.weight is None:
-            assert self.tied_rows is not None, "fetch_tied_rows comes before a pass"
+            assert self.tied_rows is not None, "fetch_tied_rows must be called before a pass"
             weight = self.tied_rows
         else:
-            weight = self._own(self.weight)
-        scores = functional.linear(rows, weight, None if self.bias is None else self._own(self.bias))
+            weight = self._scaled(self.weight)
+        scores = functional.linear(rows, weight, None if self.bias is None else self._scaled(self.bias))
         return scores[:, :1] - scores[:, 1:] if self.spec.kind == "yes_no" else scores
 
-    def _own(self, weight: Tensor) -> Tensor:
-        """A parameter in float32 that takes its share of the gradient."""
+    def _scaled(self, weight: Tensor) -> Tensor:
+        """The parameter in float32, with its gradient divided by the context-parallel size."""
         return _ScaledGradient.apply(weight.float(), 1.0 / self.cp_size)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -105,23 +105,23 @@ class _ScaledGradient(torch.autograd.Function):
         return gradients[0] * context.factor, None
 
 
-def fetch_tied_rows(word_embeddings: torch.nn.Module | None, head: PairHead | None, spec: HeadSpec, hidden_size: int,
-                    topology: Topology) -> None:
-    """Gives the last stage's head the two rows of the first stage's word embeddings.
+def fetch_tied_rows(word_embeddings: torch.nn.Module | None, head: RerankerHead | None, spec: HeadSpec,
+                    hidden_size: int, topology: Topology) -> None:
+    """Copy the two rows of the first stage's word embeddings to the last stage's head.
 
     Called by all ranks before a pass. One all-reduce of [2, hidden] float32 over the tensor-parallel group of the first
     stage, one broadcast over the pipeline.
 
     Args:
-        word_embeddings: on the first stage, its vocabulary-parallel embedding; null elsewhere.
-        head: on the last stage; null elsewhere.
+        word_embeddings: on the first stage, its vocabulary-parallel embedding; None elsewhere.
+        head: on the last stage; None elsewhere.
     """
     rows = torch.zeros(2, hidden_size, device=topology.device)
     pipeline = topology.groups.pp
     if word_embeddings is not None:
         with torch.no_grad():
-            for place, local in _local_rows(word_embeddings, spec):
-                rows[place] = word_embeddings.weight[local].float()
+            for index, local in _local_rows(word_embeddings, spec):
+                rows[index] = word_embeddings.weight[local].float()
         if topology.tp_size > 1:
             dist.all_reduce(rows, group=topology.groups.tp)
     if topology.pp_size > 1:
@@ -130,9 +130,9 @@ def fetch_tied_rows(word_embeddings: torch.nn.Module | None, head: PairHead | No
         head.tied_rows = rows.requires_grad_(True)
 
 
-def return_tied_gradients(word_embeddings: torch.nn.Module | None, head: PairHead | None, spec: HeadSpec,
+def return_tied_gradients(word_embeddings: torch.nn.Module | None, head: RerankerHead | None, spec: HeadSpec,
                           hidden_size: int, topology: Topology) -> None:
-    """Adds the gradient that the head's two rows collected to that of the word embeddings they were copied from.
+    """Add the gradient of the head's two rows to that of the word embeddings from which they were copied.
 
     Called by all ranks after a step's backward passes and before gradients are reduced over data-parallel ranks. One
     broadcast of [2, hidden] float32 over the pipeline; arguments as in `fetch_tied_rows`.
@@ -144,18 +144,18 @@ def return_tied_gradients(word_embeddings: torch.nn.Module | None, head: PairHea
     if topology.pp_size > 1:
         dist.broadcast(gradient, src=dist.get_global_rank(pipeline, topology.pp_size - 1), group=pipeline)
     if word_embeddings is not None and word_embeddings.weight.requires_grad:
-        for place, local in _local_rows(word_embeddings, spec):
-            word_embeddings.weight.main_grad[local] += gradient[place]
+        for index, local in _local_rows(word_embeddings, spec):
+            word_embeddings.weight.main_grad[local] += gradient[index]
 
 
 def _local_rows(word_embeddings: torch.nn.Module, spec: HeadSpec) -> list[tuple[int, int]]:
-    """(0 or 1, row of this rank's share of the vocabulary) of the head's rows that lie here."""
+    """(0 or 1, row in this rank's share of the vocabulary) of the head's rows that this rank holds."""
     first, last = word_embeddings.vocab_start_index, word_embeddings.vocab_end_index
-    return [(place, token - int(first)) for place, token in enumerate(spec.token_ids) if first <= token < last]
+    return [(index, token - int(first)) for index, token in enumerate(spec.token_ids) if first <= token < last]
 
 
 def initialize_head(parameters: dict[str, torch.nn.Parameter], names: Sequence[str], seed: int, std: float) -> None:
-    """Fills parameters of a new head: normal with `std`, biases 0; the same on every rank and layout."""
+    """Initialize parameters of a new head: normal with `std`, biases 0; the same on every rank and layout."""
     for name in names:
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
         parameter = parameters[name]

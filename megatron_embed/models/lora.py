@@ -1,7 +1,7 @@
 """Low-rank adapters on Megatron's tensor-parallel linears (Hu et al. 2021, arXiv:2106.09685): W x + scale * B A x.
 
-A fused linear has one pair of matrices for each Hugging Face module in it, so that PEFT's files hold exactly what is
-trained. The modules of one fused linear drop the same inputs.
+A fused linear has one pair of matrices for each Hugging Face module in it, so that PEFT's files hold exactly the
+trained parameters. Dropout is shared by the modules of one fused linear.
 """
 
 import hashlib
@@ -44,11 +44,11 @@ class SumGradients(torch.autograd.Function):
         return gradient, None
 
 
-class Pair(torch.nn.Module):
-    """The two matrices of one Hugging Face module, zero until they are drawn or loaded.
+class LoraMatrices(torch.nn.Module):
+    """The matrices A and B of one Hugging Face module, zero until they are initialized or loaded.
 
-    A is [rank, inputs], of a row-parallel linear [rank, inputs/tp]; B is [outputs, rank], of a column-parallel one
-    [outputs/tp, rank].
+    A is [rank, inputs], or [rank, inputs/tp] in a row-parallel linear; B is [outputs, rank], or [outputs/tp, rank] in a
+    column-parallel one.
     """
 
     def __init__(self, rank: int, inputs: int, outputs: int) -> None:
@@ -58,7 +58,7 @@ class Pair(torch.nn.Module):
 
 
 class Lora(torch.nn.Module):
-    """Adapters of one linear, by the last word of each Hugging Face module. Subclasses know how it is split."""
+    """Adapters of one linear, by the last word of each Hugging Face module; a subclass for each way of splitting it."""
 
     def __init__(self, linear: ColumnParallelLinear | RowParallelLinear, adapters: Adapters) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Lora(torch.nn.Module):
         self.sequence_parallel = linear.sequence_parallel
 
     def mark(self, split: torch.nn.Parameter, dim: int, copied: torch.nn.Parameter, linear: torch.nn.Module) -> None:
-        """Sets the attributes by which Megatron reduces gradients and counts them once in the norm.
+        """Set the attributes by which Megatron reduces gradients and counts them once in the norm.
 
         Args:
             split: the matrix of which each tensor-parallel rank holds a share along `dim`.
@@ -80,17 +80,17 @@ class Lora(torch.nn.Module):
             parameter.allreduce = linear.weight.allreduce  # type: ignore[attr-defined]
         tensor_parallel.set_tensor_model_parallel_attributes(split, True, dim, 1)
         if self.is_expert:
-            # The norm of experts is summed over their own tensor-parallel ranks, but Megatron looks for copies on the
-            # dense layers' ones.
+            # The norm of experts is summed over their own tensor-parallel ranks, but Megatron looks for copies on those
+            # of the dense layers.
             tensor_parallel.set_tensor_model_parallel_attributes(copied, True, 0, 1)
             copied.shared = self.group.rank() > 0  # type: ignore[attr-defined]
         elif self.is_split:
             copied.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
-    def pairs(self) -> dict[str, Pair]:
-        return {name: pair for name, pair in self.named_children() if isinstance(pair, Pair)}
+    def matrices(self) -> dict[str, LoraMatrices]:
+        return {name: pair for name, pair in self.named_children() if isinstance(pair, LoraMatrices)}
 
-    def dropped(self, inputs: Tensor) -> Tensor:
+    def dropout_inputs(self, inputs: Tensor) -> Tensor:
         """The inputs of an adapter after dropout."""
         return functional.dropout(inputs, self.dropout, self.training) if self.dropout else inputs
 
@@ -100,13 +100,13 @@ class ColumnLora(Lora):
 
     def __init__(self, linear: ColumnParallelLinear, adapters: Adapters, parts: tuple[str | None, ...],
                  widths: tuple[int, ...]) -> None:
-        """`widths`: outputs of each part that lie together; the parts take turns until all outputs are filled."""
+        """`widths`: contiguous outputs of each part; the parts repeat in turn until all outputs are filled."""
         super().__init__(linear, adapters)
         self.turns = linear.output_size_per_partition // sum(widths)
         self.parts = tuple(zip(parts, widths, strict=True))
         for name, width in self.parts:
             if name is not None:
-                pair = Pair(adapters.rank, linear.input_size, self.turns * width)
+                pair = LoraMatrices(adapters.rank, linear.input_size, self.turns * width)
                 self.add_module(name, pair)
                 self.mark(pair.B, 0, pair.A, linear)
 
@@ -116,21 +116,21 @@ class ColumnLora(Lora):
         Over the tensor-parallel group: with sequence parallelism an all-gather of [tokens/tp, rank] (backward, a
         reduce-scatter), else an all-reduce of its gradient; in experts an all-reduce of A's gradient.
         """
-        pairs = self.pairs()
-        down = torch.cat([pair.A for pair in pairs.values()])
+        matrices = self.matrices()
+        down = torch.cat([pair.A for pair in matrices.values()])
         if self.is_split and self.is_expert:
             down = SumGradients.apply(down, self.group)
-        inner = plain_linear(self.dropped(inputs), down) * self.scale
+        inner = plain_linear(self.dropout_inputs(inputs), down) * self.scale
         if self.is_split and not self.is_expert:
             inner = (tensor_parallel.gather_from_sequence_parallel_region(inner, group=self.group)
                      if self.sequence_parallel else SumGradients.apply(inner, self.group))
-        inners = dict(zip(pairs, inner.chunk(len(pairs), dim=-1), strict=True))
+        inners = dict(zip(matrices, inner.chunk(len(matrices), dim=-1), strict=True))
         outputs = []
         for name, width in self.parts:
             if name is None:
                 outputs.append(inner.new_zeros(*inner.shape[:-1], self.turns, width))
             else:
-                outputs.append(plain_linear(inners[name], pairs[name].B).unflatten(-1, (self.turns, width)))
+                outputs.append(plain_linear(inners[name], matrices[name].B).unflatten(-1, (self.turns, width)))
         return torch.cat(outputs, dim=-1).flatten(-2)
 
 
@@ -139,17 +139,17 @@ class RowLora(Lora):
 
     def __init__(self, linear: RowParallelLinear, adapters: Adapters, name: str) -> None:
         super().__init__(linear, adapters)
-        pair = Pair(adapters.rank, linear.input_size_per_partition, linear.output_size)
+        pair = LoraMatrices(adapters.rank, linear.input_size_per_partition, linear.output_size)
         self.add_module(name, pair)
         self.mark(pair.A, 1, pair.B, linear)
 
-    def dropped(self, inputs: Tensor) -> Tensor:
-        """Every rank has inputs of its own here, so its own random numbers too (under sequence parallelism the whole
-        block runs with them)."""
+    def dropout_inputs(self, inputs: Tensor) -> Tensor:
+        """The inputs after dropout, with this rank's own random numbers, because the inputs are split (under sequence
+        parallelism the whole block runs with its own ones)."""
         if not self.is_split or self.is_expert or self.sequence_parallel or not self.dropout:
-            return super().dropped(inputs)
+            return super().dropout_inputs(inputs)
         with get_cuda_rng_tracker().fork():
-            return super().dropped(inputs)
+            return super().dropout_inputs(inputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[tokens, ..., inputs/tp] -> [tokens/tp, ..., outputs] (all tokens without sequence parallelism).
@@ -157,8 +157,8 @@ class RowLora(Lora):
         Over the tensor-parallel group: a reduce-scatter of [tokens, rank] (backward, an all-gather), without sequence
         parallelism an all-reduce; in experts, whose outputs are summed later, an all-reduce of B's gradient.
         """
-        (pair,) = self.pairs().values()
-        inner = plain_linear(self.dropped(inputs), pair.A) * self.scale
+        (pair,) = self.matrices().values()
+        inner = plain_linear(self.dropout_inputs(inputs), pair.A) * self.scale
         up: Tensor = pair.B
         if self.is_split and self.is_expert:
             up = SumGradients.apply(up, self.group)
@@ -175,12 +175,12 @@ class LoraColumnParallelLinear(ColumnParallelLinear):
     lora: ColumnLora
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As the linear's, with the adapters' share added."""
+        """The linear's output plus that of the adapters."""
         output, bias = super().forward(input_, *args, **kwargs)
         return output + self.lora(input_), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """The linear's, B split with the outputs."""
+        """The linear's sharded state, with B split along the outputs."""
         return _sharded(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), ("B", 0), prefix,
                         sharded_offsets, metadata)
 
@@ -191,19 +191,19 @@ class LoraRowParallelLinear(RowParallelLinear):
     lora: RowLora
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As the linear's, with the adapter's share added."""
+        """The linear's output plus that of the adapter."""
         output, bias = super().forward(input_)
         return output + self.lora(input_), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """The linear's, A split with the inputs."""
+        """The linear's sharded state, with A split along the inputs."""
         return _sharded(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), ("A", 1), prefix,
                         sharded_offsets, metadata)
 
 
 def _sharded(linear: Any, state: dict, split: tuple[str, int], prefix: str, sharded_offsets: tuple,
              metadata: dict | None) -> dict:
-    """The sharded state of a linear with its adapters' parameters split as they are, not copied."""
+    """The sharded state of a linear and its adapters, whose split parameters are declared as split."""
     assert metadata is not None
     matrix, axis = split
     own = {f"lora.{name}": tensor for name, tensor in linear.lora.state_dict(prefix="", keep_vars=True).items()}
@@ -214,13 +214,14 @@ def _sharded(linear: Any, state: dict, split: tuple[str, int], prefix: str, shar
 
 def add_adapters(model: torch.nn.Module, adapters: Adapters, shape: ModelShape,
                  global_name: Callable[[str], str]) -> None:
-    """Freezes the model and gives its linears the adapters, drawn as PEFT draws them: A uniform, B zero.
+    """Freeze the model and add adapters to its linears, initialized as in PEFT: A uniform, B zero.
 
-    A rank's share of A is cut from the whole matrix, whose numbers follow from the seed and its name alone: every
-    layout begins with the same. No communication.
+    A rank's share of A is a slice of the whole matrix, which depends only on the seed and its name, so that every
+    layout starts from the same weights. No communication.
 
     Args:
-        global_name: name of a parameter of this rank -> name with layers and experts counted over the whole model.
+        global_name: maps the name of a parameter of this rank to the name with layers and experts counted over the
+            whole model.
     """
     model.requires_grad_(False)
     for name, linear in list(model.named_modules()):
@@ -228,7 +229,7 @@ def add_adapters(model: torch.nn.Module, adapters: Adapters, shape: ModelShape,
         parts = adapters.parts.get(re.sub(r"\.local_experts\.\d+\.", ".local_experts.#.", pattern, count=1))
         if parts is None:
             continue
-        # Like torch's own parametrizations: the class changes, the linear's parameters and their names stay.
+        # Like torch's parametrizations: the class changes, the linear's parameters and their names stay.
         if isinstance(linear, ColumnParallelLinear):
             linear.lora = ColumnLora(linear, adapters, parts, _widths(parts, shape, linear.output_size_per_partition))
             linear.__class__ = LoraColumnParallelLinear
@@ -236,12 +237,12 @@ def add_adapters(model: torch.nn.Module, adapters: Adapters, shape: ModelShape,
             assert isinstance(linear, RowParallelLinear) and len(parts) == 1 and parts[0] is not None
             linear.lora = RowLora(linear, adapters, parts[0])
             linear.__class__ = LoraRowParallelLinear
-        for part, pair in linear.lora.pairs().items():
-            _draw(pair.A, linear, f"{adapters.seed} {global_name(f'{name}.lora.{part}.A')}")
+        for part, pair in linear.lora.matrices().items():
+            _initialize(pair.A, linear, f"{adapters.seed} {global_name(f'{name}.lora.{part}.A')}")
 
 
 def _widths(parts: tuple[str | None, ...], shape: ModelShape, outputs: int) -> tuple[int, ...]:
-    """Outputs of each part of a column-parallel linear that lie together: per query group in attention."""
+    """Contiguous outputs of each part of a column-parallel linear: per query group in attention."""
     if len(parts) == 3:
         heads = shape.num_attention_heads // shape.num_query_groups
         return (heads * shape.head_dim, shape.head_dim, shape.head_dim)
@@ -249,8 +250,8 @@ def _widths(parts: tuple[str | None, ...], shape: ModelShape, outputs: int) -> t
 
 
 @torch.no_grad()
-def _draw(matrix: torch.nn.Parameter, linear: torch.nn.Module, seed: str) -> None:
-    """This rank's share of A, uniform within 1 / sqrt(inputs) (Kaiming's with a = sqrt(5), torch's of a Linear)."""
+def _initialize(matrix: torch.nn.Parameter, linear: torch.nn.Module, seed: str) -> None:
+    """Set this rank's share of A, uniform within 1 / sqrt(inputs) (Kaiming with a = sqrt(5), as in torch's Linear)."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
     whole = torch.empty(matrix.shape[0], linear.input_size)
     bound = linear.input_size**-0.5

@@ -1,4 +1,4 @@
-"""Forward passes over Megatron's stock schedules, for training's first pass and for inference alike."""
+"""Forward passes with Megatron's own schedules, for training's first pass and for inference."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_embed.models.encoder import DeviceMicroBatch, EmbeddingModel
-from megatron_embed.models.heads import HeadSpec, PairHead, fetch_tied_rows
+from megatron_embed.models.heads import HeadSpec, RerankerHead, fetch_tied_rows
 from megatron_embed.parallel.topology import Topology, virtual_size
 from megatron_embed.platform.compat import DistributedDataParallel, forget_router_losses, get_forward_backward_func
 
@@ -22,23 +22,23 @@ def run_schedule(
     *,
     forward_only: bool,
 ) -> list[Any]:
-    """Every micro-batch through the pipeline, once.
+    """Run every micro-batch once through the pipeline.
 
     Args:
         chunks: this rank's model chunks, wrapped by Megatron's DDP or not.
-        batches: the step's micro-batches, equally long where there is a pipeline.
-        loss_of: micro-batch number -> the schedule's loss function for it, called on the last stage.
-        forward_only: collect `loss(output, non_loss_data=True)` and leave the gradients alone.
+        batches: the step's micro-batches, of equal length with pipeline parallelism.
+        loss_of: micro-batch index -> the schedule's loss function for it, called on the last stage.
+        forward_only: collect `loss(output, non_loss_data=True)` without gradients.
     Returns:
-        What the loss functions handed back, in micro-batch order; empty before the last stage.
+        The loss functions' results, in micro-batch order; empty before the last stage.
         Communicates over the pipeline, tensor-, context- and expert-parallel groups and, with backward, data-parallel.
-        A reranker's head that is tied to the word embeddings gets their rows first.
+        First, a reranker's head that is tied to the word embeddings gets their rows.
     """
 
-    def forward_step(numbered: Iterator[tuple[int, DeviceMicroBatch]],
+    def forward_step(enumerated: Iterator[tuple[int, DeviceMicroBatch]],
                      model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        number, batch = next(numbered)
-        return model(batch), loss_of(number)
+        index, batch = next(enumerated)
+        return model(batch), loss_of(index)
 
     tied = tied_parts(chunks)
     if tied is not None:
@@ -53,15 +53,15 @@ def run_schedule(
 
 
 def unwrapped(chunk: torch.nn.Module) -> EmbeddingModel:
-    """The model chunk itself, out of Megatron's DistributedDataParallel if it is wrapped."""
+    """The model chunk inside Megatron's DistributedDataParallel, or the chunk itself if it is not wrapped."""
     model = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
     assert isinstance(model, EmbeddingModel)
     return model
 
 
 def tied_parts(
-        chunks: Sequence[torch.nn.Module]) -> tuple[torch.nn.Module | None, PairHead | None, HeadSpec, int] | None:
-    """What `fetch_tied_rows` asks for of this rank's chunks; null if there is no head tied to the word embeddings."""
+        chunks: Sequence[torch.nn.Module]) -> tuple[torch.nn.Module | None, RerankerHead | None, HeadSpec, int] | None:
+    """This rank's first arguments of `fetch_tied_rows`; None without a head that is tied to the word embeddings."""
     first, last = unwrapped(chunks[0]), unwrapped(chunks[-1])
     spec = first.head_spec
     if spec is None or not spec.is_tied(first.shape):
@@ -74,21 +74,18 @@ def embed(chunks: Sequence[torch.nn.Module], batches: Sequence[DeviceMicroBatch]
     """Embeddings of all rows of `batches`, without a graph.
 
     Returns:
-        [rows, dim] float32 on the last pipeline stage, ordered by row number; null on the others.
+        [rows, dim] float32 on the last pipeline stage, ordered by row id; None on the others.
     """
 
-    def collect(number: int) -> LossFunction:
+    def collect(index: int) -> LossFunction:
         return lambda output, non_loss_data: output
 
     with torch.no_grad():
         outputs = run_schedule(chunks, batches, topology, collect, forward_only=True)
     if not topology.is_last_stage:
         return None
-    kept = [batch.valid_rows for batch in batches]
-    embeddings = torch.cat([output[: len(rows)] for output, rows in zip(outputs, kept, strict=True)])
-    rows = torch.cat(kept).to(embeddings.device)
-    # Inference repeats micro-batches whose rows it keeps: they count once.
+    row_ids = [batch.valid_rows for batch in batches]
+    embeddings = torch.cat([output[: len(rows)] for output, rows in zip(outputs, row_ids, strict=True)])
+    rows = torch.cat(row_ids).to(embeddings.device)
+    # Inference may repeat micro-batches; repeated rows are written once.
     return embeddings.new_empty(int(rows.max()) + 1, embeddings.shape[1]).index_copy_(0, rows, embeddings)
-
-
-__all__ = ["EmbeddingModel", "embed", "run_schedule"]

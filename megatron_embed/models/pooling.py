@@ -1,4 +1,4 @@
-"""From token states to row states: each rank pools the tokens it holds, then only `[rows, hidden]` is communicated."""
+"""Pooling of token states: each rank pools the tokens it holds, so that only `[rows, hidden]` is communicated."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from megatron_embed.platform.compat import tensor_parallel
 
 @dataclass(frozen=True, kw_only=True)
 class PoolingPlan:
-    """Which tokens enter which row, with what weight. Tokens without weight are absent."""
+    """The tokens and weights of each pooled row. Tokens with weight 0 are absent."""
 
     tokens: Tensor
     """[pooled tokens] int64, ascending positions in the bin."""
@@ -45,7 +45,7 @@ def pooling_plan(micro_batch: MicroBatch, pooling: Pooling, device: torch.device
 
 
 def local_plan(plan: PoolingPlan, chunks: tuple[tuple[int, int], ...]) -> PoolingPlan:
-    """The part of a plan that falls on the tokens [start, stop) of `chunks`, renumbered in the chunks' order from 0."""
+    """The part of a plan over the tokens [start, stop) of `chunks`, reindexed from 0 in the order of the chunks."""
     tokens, sequences, weights = [], [], []
     local = 0
     for start, stop in chunks:
@@ -65,7 +65,7 @@ def pool(hidden: Tensor, plan: PoolingPlan, groups: tuple[dist.ProcessGroup, ...
         hidden: [tokens held by this rank, hidden].
         plan: over those tokens.
         groups: groups whose ranks hold different tokens of the same bin. One all-reduce of [rows, hidden] over each,
-            with identity backward: every rank's loss gradient is already the whole one.
+            with identity backward: every rank's loss gradient is already complete.
     Returns:
         [rows, hidden] float32.
     """

@@ -1,6 +1,7 @@
-"""What a reranker's directory says about its head, prompt and length: reranker.json, or what its files suggest."""
+"""reranker.json: a reranker's head, prompt and length, in our checkpoints and exports."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ RERANKER_FILE = "reranker.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RerankerSettings:
-    """How a reranker is asked."""
+    """How a query and a document become a reranker's input and score."""
 
     head: HeadKind
     template: str | None
-    """With the places {instruction}, {query} and {document}; None: query and document are a pair of texts."""
+    """With the fields {instruction}, {query} and {document}; None: query and document are a pair of texts."""
     instruction: str
     true_token: str
     false_token: str
@@ -28,15 +29,15 @@ class RerankerSettings:
     """Tokens of a pair, everything included."""
     activation: Activation
     prompts: dict[str, str] = field(default_factory=dict)
-    """Of a pair of texts, by name, as CrossEncoder knows them."""
+    """Prompts of a pair of texts, by name, as CrossEncoder knows them."""
     default_prompt: str | None = None
-    """The name of the one that stands before every query."""
+    """The name of the prompt before every query."""
     lower_case: bool = False
     """Lowercase what is read, unless the tokenizer does so itself."""
 
     @property
     def prompt(self) -> str:
-        """What stands before the query of a pair of texts."""
+        """The text before the query of a pair of texts."""
         return "" if self.default_prompt is None or self.template is not None else self.prompts[self.default_prompt]
 
 
@@ -51,16 +52,16 @@ def read_reranker_settings(directory: str | Path) -> RerankerSettings | None:
         if settings.head not in HEAD_KINDS or settings.activation not in ACTIVATIONS:
             raise ValueError(f"head = {settings.head!r}, activation = {settings.activation!r}")
         if type(settings.max_length) is not int or not 0 < settings.max_length <= 10**9:
-            raise ValueError(f"max_length = {str(settings.max_length)[:40]} is no whole number from 1 to 10**9")
+            raise ValueError(f"max_length = {str(settings.max_length)[:40]} is not a whole number from 1 to 10**9")
         _check_types(settings)
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{file}: not readable ({error}); restore it, or remove it and set reranker.* anew"
+        raise CheckpointError(f"{file}: not readable ({error}); restore it, or remove it and set reranker.* again"
                               ) from error
     return settings
 
 
 def _check_types(settings: RerankerSettings) -> None:
-    """Raises ValueError for a value that is none of its field's: the file may be somebody else's."""
+    """Raises ValueError for a value of the wrong type: the file may be somebody else's."""
     prompts = settings.prompts
     good = {
         "template": settings.template is None or isinstance(settings.template, str),
@@ -81,8 +82,13 @@ def write_reranker_settings(directory: str | Path, settings: RerankerSettings) -
 
 
 def head_of_architecture(directory: str | Path) -> HeadKind | None:
-    """The head that a Hugging Face model of this `architectures` has; null if it is neither."""
-    names = read_hf_config(directory).get("architectures") or [""]
+    """The reranker head that the `architectures` of DIRECTORY/config.json have; None if they have neither."""
+    return head_in_config(read_hf_config(directory))
+
+
+def head_in_config(config: Mapping[str, Any]) -> HeadKind | None:
+    """`head_of_architecture` of the contents of a config.json."""
+    names = config.get("architectures") or [""]
     if str(names[0]).endswith("ForSequenceClassification"):
         return "score"
     return "yes_no" if str(names[0]).endswith("ForCausalLM") else None

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): how fast each pair of dimensions turns."""
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): frequencies and angles."""
 
 import math
 
@@ -11,7 +11,7 @@ from megatron_embed.models.families import ModelShape, RopeScaling
 def rotary_frequencies(shape: ModelShape) -> Tensor:
     """[head_dim / 2] float32 on the CPU, radians per position, by the arithmetic of Transformers.
 
-    Megatron's own module knows Llama's scaling for one set of wavelengths only, and none that divides all frequencies.
+    Megatron's own module has Llama's scaling for one set of wavelengths only, and no linear scaling.
     """
     assert shape.rotary_base is not None, "the model has learned positions"
     steps = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device="cpu") / shape.head_dim
@@ -24,7 +24,7 @@ def rotary_frequencies(shape: ModelShape) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Low frequencies divided by the factor, high ones kept, a blend between (Llama 3.1, arXiv:2407.21783)."""
+    """Low frequencies divided by the factor, high ones kept, a blend in between (Llama 3.1, arXiv:2407.21783)."""
     original = scaling.original_max_position_embeddings
     wavelengths = 2 * math.pi / frequencies
     slow, fast = wavelengths > original / scaling.low_freq_factor, wavelengths < original / scaling.high_freq_factor

@@ -1,20 +1,19 @@
-"""What a model directory's Sentence Transformers files say about pooling, normalization, prompts and length.
+"""Pooling, normalization, prompts and lengths in the Sentence Transformers files of a model directory.
 
-Every key of these files is looked up in foreign_tables.py: nothing that changes the vectors is left out in silence.
+Every key of these files is looked up in known_keys.py, so that no key that changes the vectors is silently ignored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_embed.config.data import DEFAULT_LENGTH
-from megatron_embed.config.json_file import read_json_file
+from megatron_embed.config.json_file import read_json_object, read_optional_json_object
 from megatron_embed.errors import CheckpointError
-from megatron_embed.models import st_modules
 from megatron_embed.models.families import ModelShape, read_hf_config
-from megatron_embed.models.foreign_files import shown_value
-from megatron_embed.models.foreign_tables import (
+from megatron_embed.models.key_table import shown_value
+from megatron_embed.models.known_keys import (
     CONFIG_SENTENCE_TRANSFORMERS,
     NORMALIZE,
     POOLING,
@@ -22,146 +21,102 @@ from megatron_embed.models.foreign_tables import (
     SENTENCE_BERT_CONFIG,
     TOKENIZER_CONFIG,
 )
+from megatron_embed.models.modules_json import supported_modules, transformer_settings_files
 from megatron_embed.names import POOLINGS, ROLES, MessageFormat, Pooling, Similarity, TruncationSide
-
-_TRANSFORMER_FILES = tuple(
-    f"sentence_{kind}_config.json"
-    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"))
-"""Names of the settings of the module Transformer; Sentence Transformers reads the first that is there."""
 
 _NO_LIMIT = 10**9
 """Transformers writes 1e30 where a tokenizer has no limit."""
 
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
-"""Names of the documents' prompt, the first that is there."""
+"""Names of the documents' prompt; the first that is present counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """How every text is put into the tokenizer's chat template."""
+    """How the tokenizer's chat template is applied to every text."""
 
     content: MessageFormat
-    """A message's content: the text itself, or a list of one part that holds it; auto: as the template looks."""
+    """Format of a message's content."""
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """For the template, beside the messages."""
+    """Variables of the template, besides the messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedSettings:
-    """None: the directory does not say."""
+    """None: the directory has no such setting."""
 
     pooling: Pooling | None = None
     normalize: bool | None = None
     max_length: int | None = None
     """Tokens, special tokens included: sentence_bert_config.json's, else the tokenizer's."""
     stated_length: int | None = None
-    """The same, but for the tokenizer's, which is what it allows and not what the model was trained with."""
+    """The same without the tokenizer's, which is a limit and not the length that the model was trained with."""
     role_lengths: dict[str, int] = field(default_factory=dict)
-    """Tokens of the roles `query` and `document`, where one has a length of its own."""
+    """Tokens of a query or document, for a role that has a length of its own."""
     similarity: Similarity = "cosine"
     prompts: dict[str, str] = field(default_factory=dict)
     """By role; `passage` and `corpus` count as document."""
     named_prompts: dict[str, str] = field(default_factory=dict)
-    """All of them, by name."""
+    """All prompts, by name."""
     default_prompt_name: str | None = None
-    """Of texts without a role."""
+    """The prompt of texts without a role."""
     truncation_side: TruncationSide = "right"
-    """Where a text that is too long loses its tokens."""
+    """The end at which a text that is too long loses its tokens."""
     lower_case: bool = False
     """Every text is lowercased before the tokenizer's own normalization."""
     chat: ChatFormat | None = None
-    """Every text is put into the tokenizer's chat template; None: it is tokenized as it is."""
+    """The chat template is applied to every text; None: texts are tokenized as they are."""
     adds_eos: bool = False
-    """tokenizer_config.json asks for an EOS behind every text."""
+    """tokenizer_config.json asks for an EOS token after every text."""
     dtype: str | None = None
-    """Of config.json."""
+    """The dtype in config.json."""
 
     @property
     def default_prompt(self) -> str:
-        """Of texts without a role."""
+        """The prompt of texts without a role, empty if there is none."""
         return "" if self.default_prompt_name is None else self.named_prompts.get(self.default_prompt_name, "")
 
     @property
     def trains_unit_length(self) -> bool:
-        """Whether a run that is not told otherwise scales its vectors: all but those that are compared by dot product
-        and that no module scales."""
+        """Whether a training run normalizes its vectors by default: unless they are compared by dot product and the
+        directory has no Normalize module."""
         return self.normalize is not False or self.similarity == "cosine"
 
 
 def default_pooling(shape: ModelShape) -> Pooling:
-    """Of a directory that does not say how it pools: the mean where every token sees the whole text, else the last."""
+    """Pooling of a directory without that setting: the mean if every token sees the whole text, else the last token."""
     return "mean" if shape.bidirectional else "lasttoken"
 
 
 def trained_lengths(saved: SavedSettings, longest: int, by_role: Mapping[str, int]) -> dict[str, int]:
-    """Tokens of `query` and `document` that a model was trained with; 512 where nothing says how many.
+    """Tokens of `query` and `document` that a model was trained with; 512 if that is not known.
 
     Args:
         longest: the model's positions.
-        by_role: of a checkpoint of ours, which knows.
+        by_role: the lengths in a checkpoint of ours, if it is one.
     """
     return {role: min(by_role.get(role) or saved.role_lengths.get(role) or saved.stated_length or DEFAULT_LENGTH,
                       longest) for role in ROLES}
 
 
-def _json(path: Path) -> Any:
-    try:
-        return read_json_file(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch the file again") from error
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file does not exist."""
-    if not path.is_file():
-        return {}
-    values = _json(path)
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, not {type(values).__name__}; fetch the file again")
-    return values
-
-
-def read_modules(directory: Path) -> list[tuple[str, str]]:
-    """(class, folder) of each module that `modules.json` names, the transformer first; empty without the file.
-
-    Raises:
-        CheckpointError: a module that we do not compute, another order, or a broken file.
-    """
-    path = directory / "modules.json"
-    if not path.is_file():
-        return []
-    modules: list[tuple[str, str]] = []
-    for module in st_modules.read_modules(path):
-        if module.kind is None:
-            raise CheckpointError(f"{path}: module {module.type!r} is not supported; Transformer, Pooling and "
-                                  "Normalize of Sentence Transformers are, under its own full names")
-        if module.kind == "Transformer" and module.path:
-            raise CheckpointError(f"{path}: path = {module.path!r}: a transformer in a folder of its own is not "
-                                  "supported; move the files of that folder up beside modules.json, and write path "
-                                  "= ''")
-        if module.kind != "Dropout":  # which does nothing outside training
-            modules.append((module.kind, module.path))
-    order = [kind for kind, _ in modules]
-    if order not in (["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"],
-                     ["Transformer", "LogitScore"]):
-        raise CheckpointError(f"{path}: the modules {', '.join(order) or '(none)'} are not supported in this order; "
-                              "Transformer, Pooling and perhaps Normalize are")
-    return modules
+def token_limit(value: object) -> int | None:
+    """A `model_max_length` in tokens; None if it is missing, or so large that it stands for no limit."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _NO_LIMIT else None
 
 
 def _pooling(path: Path) -> tuple[Pooling, bool]:
-    """The one pooling that a 1_Pooling/config.json switches on, in either spelling, and whether it takes the prompt."""
+    """The pooling of a 1_Pooling/config.json, in either spelling, and whether the prompt's tokens are pooled too."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, and modules.json names it; fetch it into its folder")
-    config = _object(path)
+    config = read_json_object(path)
     if config.get("pooling_mode") is None:
         active = [name for flag, name in POOLING_FLAGS.items() if config.get(flag)]
         POOLING.check(path, config)
-        active = active or ["mean"]  # as the library has it
+        active = active or ["mean"]  # the library's default
     else:
         mode = config["pooling_mode"]
         active = mode if isinstance(mode, list) else [mode]
-        # The library then reads none of the older flags.
+        # The library then ignores the older flags.
         POOLING.check(path, {key: value for key, value in config.items() if not key.startswith("pooling_mode_")})
     if len(active) != 1 or active[0] not in POOLINGS:
         raise CheckpointError(f"{path}: pooling {active} is not supported; one of {', '.join(POOLINGS)} is")
@@ -172,12 +127,13 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     """Settings of a Hugging Face or Sentence Transformers directory.
 
     Args:
-        base: where config.json lies instead (a PEFT adapter has none), and the tokenizer, if it lies there alone.
+        base: the directory of config.json, if it is another one (a PEFT adapter has none), and of the tokenizer, if
+            `directory` has none.
     Raises:
         CheckpointError: a key, module or pooling that we do not compute, or a broken file.
     """
     folder = Path(directory)
-    modules = read_modules(folder)
+    modules = supported_modules(folder)
     hf = read_hf_config(base or folder)
     dtype = hf.get("dtype") or hf.get("torch_dtype")
     transformer = _Transformer(folder, base, known=bool(modules))
@@ -187,18 +143,19 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     if not modules:
         return SavedSettings(**common)
     pooling, include_prompt, normalize = None, True, False
-    for kind, path in modules:
-        if kind == "Pooling":
-            pooling, include_prompt = _pooling(folder / path / "config.json")
-        elif kind == "Normalize":
-            NORMALIZE.check(folder / path / "config.json", _object(folder / path / "config.json"))
+    for module in modules:
+        module_file = folder / module.path / "config.json"
+        if module.kind == "Pooling":
+            pooling, include_prompt = _pooling(module_file)
+        elif module.kind == "Normalize":
+            NORMALIZE.check(module_file, read_optional_json_object(module_file))
             normalize = True
     if pooling is not None:
         transformer.check_embeds()
     file = folder / "config_sentence_transformers.json"
-    settings = _object(file)
+    settings = read_optional_json_object(file)
     CONFIG_SENTENCE_TRANSFORMERS.check(file, settings)
-    named, default = _prompts(file, settings)
+    named, default = named_prompts(file, settings, also_default=ROLES)
     prompts = _by_role(named)
     if not include_prompt and any([*prompts.values(), named.get(default or "")]):
         raise CheckpointError(f"{folder}: include_prompt = false in its pooling is not supported together with "
@@ -211,27 +168,32 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
         chat=transformer.chat, **common)
 
 
-def _prompts(file: Path, settings: dict[str, Any]) -> tuple[dict[str, str], str | None]:
-    """The prompts by name, and the name of the one for texts without a role."""
+def named_prompts(file: Path, settings: Mapping[str, Any], *,
+                  also_default: Sequence[str] = ()) -> tuple[dict[str, str], str | None]:
+    """The prompts by name, and the name of the default prompt.
+
+    Args:
+        also_default: names that the default may have without being among the prompts.
+    """
     prompts = settings.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
         raise CheckpointError(f"{file}: prompts = {shown_value(prompts)} must map names to texts; correct it")
     default = settings.get("default_prompt_name")
-    if default not in (None, "query", "document", *prompts):
+    if default not in (None, *also_default, *prompts):
         raise CheckpointError(f"{file}: default_prompt_name = {shown_value(default)} is none of the prompts "
                               f"{', '.join(prompts) or '(none)'}; correct it")
     return {name: text or "" for name, text in prompts.items()}, default
 
 
 def _by_role(prompts: dict[str, str]) -> dict[str, str]:
-    """Those of queries and of documents, where there are any."""
+    """The prompts of queries and of documents, if there are any."""
     names = {"query": "query" if "query" in prompts else None,
              "document": next((name for name in _DOCUMENT_PROMPTS if name in prompts), None)}
     return {role: prompts[name] for role, name in names.items() if name is not None}
 
 
 class _Transformer:
-    """What a directory says about the way from a text to its token vectors."""
+    """Settings of the Transformer module: how a text becomes token vectors."""
 
     max_length: int | None
     stated_length: int | None
@@ -241,15 +203,15 @@ class _Transformer:
     adds_eos: bool
 
     def __init__(self, folder: Path, base: Path | None, *, known: bool) -> None:
-        """`known`: there is a modules.json; without one Sentence Transformers reads no settings of its own."""
-        self.file = next((folder / name for name in _TRANSFORMER_FILES if (folder / name).is_file()),
-                         folder / _TRANSFORMER_FILES[0])
-        self.values = _object(self.file)
+        """`known`: there is a modules.json; without one Sentence Transformers ignores its own settings files."""
+        files = transformer_settings_files(folder)
+        self.file = next((file for file in files if file.is_file()), files[0])
+        self.values = read_optional_json_object(self.file)
         SENTENCE_BERT_CONFIG.check(self.file, self.values)
         tokenizer_file = folder / "tokenizer_config.json"
         if base is not None and not tokenizer_file.is_file():
             tokenizer_file = base / "tokenizer_config.json"
-        tokenizer = _object(tokenizer_file)
+        tokenizer = read_optional_json_object(tokenizer_file)
         TOKENIZER_CONFIG.check(tokenizer_file, tokenizer)
         self.adds_eos = tokenizer.get("add_eos_token") is True
         loading = self._part("processor_kwargs", "tokenizer_args")
@@ -258,9 +220,7 @@ class _Transformer:
         whole = self._length(text, "processing_kwargs.text.max_length", "max_length")
         self.stated_length = (whole or self._length(loading, "processor_kwargs.model_max_length", "model_max_length")
                               or self._length(self.values, "max_seq_length", "max_seq_length"))
-        length = tokenizer.get("model_max_length")
-        allowed = length if isinstance(length, int) and 0 < length < _NO_LIMIT else None
-        self.max_length = self.stated_length or allowed
+        self.max_length = self.stated_length or token_limit(tokenizer.get("model_max_length"))
         self.role_lengths = {}
         for role in ROLES:
             length = self._length(self.values, f"{role}_length", f"{role}_length")
@@ -272,12 +232,12 @@ class _Transformer:
         self.chat = self._chat(calling.get("chat_template") or {}) if known else None
 
     def check_embeds(self) -> None:
-        """Raises CheckpointError where the module gives logits, which no pooling takes."""
-        task, output = self.values.get("transformer_task"), self.values.get("module_output_name")
-        for key, value, right in (("transformer_task", task, "feature-extraction"),
-                                  ("module_output_name", output, "token_embeddings")):
-            if value not in (None, right):
-                raise CheckpointError(f"{self.file}: {key} = {value!r}: an embedding model's is {right!r}; correct it")
+        """Raises CheckpointError if the module gives logits, which cannot be pooled."""
+        for key, expected in (("transformer_task", "feature-extraction"), ("module_output_name", "token_embeddings")):
+            value = self.values.get(key)
+            if value not in (None, expected):
+                raise CheckpointError(f"{self.file}: {key} = {value!r}: must be {expected!r} in an embedding model; "
+                                      "correct it")
 
     def _chat(self, variables: object) -> ChatFormat | None:
         kinds = self.values.get("modality_config") or {"text": {}}
@@ -297,7 +257,7 @@ class _Transformer:
         return None
 
     def _part(self, *names: str) -> dict[str, Any]:
-        """The object of the first of these keys that is there."""
+        """The value of the first of these keys that is present."""
         return next((self.values[name] for name in names if self.values.get(name) is not None), {})
 
     def _length(self, values: dict[str, Any], name: str, key: str) -> int | None:

@@ -1,7 +1,7 @@
-"""Attention over packed sequences by Transformer Engine: cuDNN's or flash attention's kernels, as it finds best.
+"""Attention over packed sequences by Transformer Engine, which chooses cuDNN's or flash attention's kernels.
 
 Not run on a GPU yet. Its arguments are tested on the CPU against a stand-in with Transformer Engine's signature and
-checks (tests/helpers/te_stand_in.py). It has no weights, so checkpoints go with every kind of attention.
+checks (tests/helpers/te_stand_in.py). It has no weights, so a checkpoint can be used with every attention kernel.
 """
 
 import math
@@ -17,8 +17,8 @@ from megatron_embed.platform.compat import AttnMaskType, MegatronModule, Process
 class TransformerEngineAttention(MegatronModule):
     """Core attention for Megatron's SelfAttention over `PackedSequences`: Transformer Engine's DotProductAttention.
 
-    A bin is handed over as its "thd" format: tokens back to back, `cu_seqlens` as bounds, masks of the padding kind,
-    which alone it takes there. Padding tokens at the end of the bin stay outside and get output 0. No communication.
+    A bin is passed in its "thd" format: tokens back to back, `cu_seqlens` as bounds, and padding masks, the only ones
+    allowed there. Padding tokens at the end of the bin are left out and get output 0. No communication.
     """
 
     def __init__(
@@ -71,5 +71,5 @@ class TransformerEngineAttention(MegatronModule):
         return functional.pad(output.flatten(1), (0, 0, 0, query.shape[0] - real))[:, None]
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing: what the kernel would save is its state for FP8, which is not used."""
+        """Empty: the kernel would only save its FP8 state, which is not used."""
         return {}

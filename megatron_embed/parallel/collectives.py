@@ -1,4 +1,4 @@
-"""Gathering rows over a group and returning gradients to their owners."""
+"""Collectives over explicit groups, on tensors and small values."""
 
 import torch
 import torch.distributed as dist
@@ -9,16 +9,16 @@ from megatron_embed.platform import stop_signal as stop
 
 
 def gather_padded(rows: Tensor, capacity: int, group: dist.ProcessGroup) -> Tensor:
-    """[rows of this rank, ...] -> [ranks, capacity, ...] over `group`, each rank's rows first, zeros behind them.
+    """[rows of this rank, ...] -> [ranks, capacity, ...] over `group`, each rank's rows, padded with zeros.
 
     One all-gather, whatever the number of rows; `capacity` must be the same on all ranks and >= the rows of each.
     """
-    mine = rows.new_zeros(capacity, *rows.shape[1:])
-    mine[: rows.shape[0]] = rows
+    padded = rows.new_zeros(capacity, *rows.shape[1:])
+    padded[: rows.shape[0]] = rows
     if group.size() == 1:
-        return mine[None]
+        return padded[None]
     gathered = rows.new_empty(group.size() * capacity, *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, mine, group=group)
+    dist.all_gather_into_tensor(gathered, padded, group=group)
     return gathered.view(group.size(), capacity, *rows.shape[1:])
 
 
@@ -26,9 +26,9 @@ def scatter_sum(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[ranks, capacity, ...] -> [capacity, ...]: this rank's share of the sum over `group`. One reduce-scatter."""
     if group.size() == 1:
         return rows[0]
-    mine = rows.new_empty(rows.shape[1:])
-    dist.reduce_scatter_tensor(mine, rows.reshape(-1, *rows.shape[2:]), group=group)
-    return mine
+    share = rows.new_empty(rows.shape[1:])
+    dist.reduce_scatter_tensor(share, rows.reshape(-1, *rows.shape[2:]), group=group)
+    return share
 
 
 def sum_over(values: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -40,7 +40,7 @@ def sum_over(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def send_from_last(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """What the last rank of `group` holds, on every rank (a pipeline's last stage knows the loss)."""
+    """The tensor of the last rank of `group`, on every rank (a pipeline's last stage has the loss)."""
     if group.size() > 1:
         values = values.clone()
         dist.broadcast(values, src=dist.get_global_rank(group, group.size() - 1), group=group)
@@ -48,12 +48,12 @@ def send_from_last(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def largest(value: int, group: dist.ProcessGroup) -> int:
-    """The largest of an integer over `group`."""
+    """The maximum of an integer over `group`."""
     return largest_of_each([value], group)[0]
 
 
 def largest_of_each(values: list[int], group: dist.ProcessGroup) -> list[int]:
-    """The largest over `group` of each of some integers."""
+    """The elementwise maximum of a list of integers over `group`."""
     tensor = torch.tensor(values, dtype=torch.int64)
     if group.size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
@@ -61,7 +61,7 @@ def largest_of_each(values: list[int], group: dist.ProcessGroup) -> list[int]:
 
 
 def smallest(value: int) -> int:
-    """The smallest of an integer over the world."""
+    """The minimum of an integer over the world."""
     if dist.get_world_size() == 1:
         return value
     tensor = torch.tensor([value], dtype=torch.int64)
@@ -70,17 +70,17 @@ def smallest(value: int) -> int:
 
 
 def leave_if_asked() -> None:
-    """Inside of what is being finished (`stop.finishing`): raises PreemptedError, on every rank of the world alike, if
-    some rank was asked to stop. Elsewhere a rank that is asked has left by itself, and this does nothing.
+    """Within `stop.finishing`, raise PreemptedError on every rank of the world if any rank was asked to stop.
 
-    Called by all ranks; one small all-reduce over the world.
+    Elsewhere it does nothing: a rank that is asked to stop ends by itself. Called by all ranks; one small all-reduce
+    over the world.
     """
     if stop.held() and smallest(-int(stop.asked())) < 0:
         raise PreemptedError(f"stopped ({stop.reason() or 'another rank was asked to'}) between two batches")
 
 
 def broadcast_from_rank0(text: str) -> str:
-    """What rank 0 of the world holds, on every rank. One broadcast of an object."""
+    """The text of rank 0 of the world, on every rank. One broadcast of an object."""
     values = [text]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(values, src=0)
@@ -88,12 +88,12 @@ def broadcast_from_rank0(text: str) -> str:
 
 
 def raise_on_all_ranks(error: UserError | None) -> None:
-    """Raises, on every rank of the world, the error of the lowest rank that has one; returns if none has.
+    """Raise, on every rank of the world, the error of the lowest rank that has one; return if none has.
 
     Called by all ranks; one all-gather of objects over the world.
     """
-    errors: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            raise found
+    gathered: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, error)
+    for rank_error in gathered:
+        if rank_error is not None:
+            raise rank_error

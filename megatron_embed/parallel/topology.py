@@ -1,4 +1,4 @@
-"""From sizes to process groups. The only module that touches Megatron's `parallel_state`."""
+"""Process groups of a layout. The only module that uses Megatron's `parallel_state`."""
 
 import datetime
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError, LostRankError
-from megatron_embed.parallel.rendezvous import Rendezvous, tell_through_another_store
+from megatron_embed.parallel.rendezvous import Rendezvous, report_to_other_store
 from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, parallel_state
 from megatron_embed.platform.launcher import knows_local_rank, launched_rank, rendezvous_address, source_of_world_size
 
@@ -25,7 +25,7 @@ class ModelParallelGroups:
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Where this rank stands in the process grid. A group of one rank is the identity."""
+    """This rank's position in the process grid, and its groups. A group of one rank is the identity."""
 
     rank: int
     world_size: int
@@ -33,8 +33,7 @@ class Topology:
     device: torch.device
     sizes: ParallelConfig
     rendezvous: tuple[str, int] | None = None
-    """Host and port of the run's key-value store; null for one rank, or where someone else started the process
-    group."""
+    """Host and port of the run's key-value store; None for one rank, or if the process group was started elsewhere."""
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
@@ -103,7 +102,7 @@ def uses_sequence_parallel(sizes: ParallelConfig) -> bool:
 
 
 def virtual_size(sizes: ParallelConfig) -> int | None:
-    """Virtual pipeline size, or null where the pipeline is not interleaved."""
+    """Virtual pipeline size, or None if the pipeline is not interleaved."""
     virtual = sizes.virtual_pipeline_model_parallel_size
     return virtual if virtual is not None and virtual > 1 else None
 
@@ -115,11 +114,11 @@ def token_alignment(sizes: ParallelConfig) -> int:
 
 
 def _init_process_group(rank: int, world_size: int, timeout_seconds: int) -> tuple[str, int] | None:
-    """Starts it, once every rank is there. Returns host and port of its store, null for one rank.
+    """Start the process group once every rank has arrived. Returns host and port of its store, None for one rank.
 
     Raises:
-        ConfigError: on every rank, the port is another process's.
-        LostRankError: not all ranks came, or they do not reach each other.
+        ConfigError: another process uses the port; raised on every rank.
+        LostRankError: not all ranks arrived, or they cannot reach each other.
     """
     backend, timeout = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo", datetime.timedelta(seconds=timeout_seconds)
     if world_size == 1:
@@ -127,18 +126,18 @@ def _init_process_group(rank: int, world_size: int, timeout_seconds: int) -> tup
         return None
     host, port = rendezvous_address()
     try:
-        meeting = Rendezvous(rank, world_size)
-        meeting.arrive(timeout_seconds)
-        dist.init_process_group(backend, store=meeting.group_store(timeout_seconds), rank=rank, world_size=world_size,
+        barrier = Rendezvous(rank, world_size)
+        barrier.wait_for_all(timeout_seconds)
+        dist.init_process_group(backend, store=barrier.group_store(timeout_seconds), rank=rank, world_size=world_size,
                                 timeout=timeout)
     except ConfigError as error:
-        tell_through_another_store(str(error))
+        report_to_other_store(str(error))
         raise
     except dist.DistError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LostRankError(f"{world_size} ranks ({source_of_world_size()}) cannot start a process group at "
                             f"{host}:{port} within parallel.timeout_seconds = {timeout_seconds} ({reason}); look at "
-                            "the logs of the other ranks", speaker=rank == 0) from error
+                            "the logs of the other ranks", is_reporting_rank=rank == 0) from error
     return host, port
 
 
@@ -168,7 +167,7 @@ def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
 
 
 def check_batch_sizes(config: RunConfig, dp_size: int) -> int | None:
-    """Micro-batches per optimizer step on each rank, null if a token budget makes them. Raises ConfigError if the batch
+    """Micro-batches per optimizer step on each rank, None if a token budget decides. Raises ConfigError if the batch
     sizes do not divide."""
     size, micro = config.training.global_batch_size, config.training.micro_batch_size
     if config.training.micro_batch_tokens is not None:
@@ -197,13 +196,13 @@ def check_batch_sizes(config: RunConfig, dp_size: int) -> int | None:
 def check_token_budget(config: RunConfig, documents: int | None = None) -> None:
     """Raises ConfigError, naming the nearest valid value, if `training.micro_batch_tokens` cannot hold what it must.
 
-    `documents`: the most that a query of the data has; null where they are not known: what the settings allow.
+    `documents`: the most that a query of the data has; None if not known: the most that the settings allow.
     """
     budget, alignment = config.training.micro_batch_tokens, token_alignment(config.parallel)
     if budget is None:
         return
     query, document = config.data.max_length("query"), config.data.max_length("document")
-    if config.task == "reranker":  # how long a pair and large a group may be follows from model and rows
+    if config.task == "reranker":  # how long a pair and large a group may be depends on model and rows
         query = document = 1
     least, what = max(query, document), f"max(query_max_length, document_max_length) = max({query}, {document})"
     if config.task == "embedding" and not config.objective.couples_batch:
@@ -223,10 +222,10 @@ def check_token_budget(config: RunConfig, documents: int | None = None) -> None:
 
 
 def device_of(local_rank: int, visible: int, *, is_known: bool) -> int:
-    """The index of a rank's GPU among those it sees: its local rank; 0 where it sees one alone, its own
-    (`--gpus-per-task=1`). `is_known`: a launcher said which rank of the node this is; else nodes have equal shares.
+    """The index of a rank's GPU among those it sees: its local rank, or 0 if it sees one only (`--gpus-per-task=1`).
 
-    Two ranks on one GPU are NCCL's to refuse. Raises ConfigError for a rank that has no GPU.
+    `is_known`: whether the launcher sets the local rank; if not, nodes are taken to have equal numbers of ranks. Two
+    ranks on one GPU are refused by NCCL. Raises ConfigError for a rank without a GPU.
     """
     if visible == 1:
         return 0
@@ -239,10 +238,10 @@ def device_of(local_rank: int, visible: int, *, is_known: bool) -> int:
 
 
 def initialize(sizes: ParallelConfig) -> Topology:
-    """Starts the process group if none runs, then builds every group of the layout.
+    """Start the process group unless there is one, then build every group of the layout.
 
     Communicates over the world. Raises ConfigError, before the first collective, if the world size does not fit, and
-    the error of another rank that met one before it came here.
+    the error of another rank that failed before this point.
     """
     rank, world_size, local_rank = launched_rank()
     if dist.is_initialized():
@@ -272,7 +271,7 @@ def initialize(sizes: ParallelConfig) -> Topology:
 
 
 def shutdown() -> None:
-    """Frees every group, so that a later `initialize` in the same process starts clean."""
+    """Free every group, so that a later `initialize` in the same process starts clean."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

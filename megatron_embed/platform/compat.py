@@ -37,9 +37,9 @@ if not HAS_CUDA:
 else:
     from torch.nn.functional import linear as plain_linear
 
-    from megatron_embed.platform import private
+    from megatron_embed.platform import private_folder
 
-    private.keep_kernels_private()
+    private_folder.keep_kernels_private()
 
 # Without it Megatron logs an INFO line per module from every rank.
 os.environ.setdefault("MEGATRON_LOGGING_LEVEL", "30")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from megatron_embed.platform import cpu_linear
-from megatron_embed.platform.precision import has_native_bf16
+from megatron_embed.platform.bf16_support import has_native_bf16
 
 FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "randint",
              "randperm", "tensor", "zeros", "zeros_like")

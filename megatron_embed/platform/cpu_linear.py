@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_embed.platform.precision import has_native_bf16
+from megatron_embed.platform.bf16_support import has_native_bf16
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

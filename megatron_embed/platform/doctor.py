@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from megatron_embed import __version__
-from megatron_embed.platform.precision import processor_has_bf16, why_not_bf16
+from megatron_embed.platform.bf16_support import processor_has_bf16, why_not_bf16
 
 DISTRIBUTION = "megatron_embed"
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")

@@ -22,14 +22,14 @@ from megatron_embed.export.embedding import write_settings
 from megatron_embed.export.sentence_transformers import cut_on_the_right
 from megatron_embed.loading.model_directory import adapters_of, error_context, load_model_chunks
 from megatron_embed.loading.reranker import load_reranker_chunks
+from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
-from megatron_embed.models.precision import with_settled_dtype
 from megatron_embed.models.reranker_settings import RERANKER_FILE, write_reranker_settings
 from megatron_embed.objectives.build import build_objective
 from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
-from megatron_embed.parallel.heartbeat import watched
+from megatron_embed.parallel.heartbeat import monitor_ranks
+from megatron_embed.parallel.lost_rank import abort
 from megatron_embed.parallel.topology import Topology, initialize
-from megatron_embed.parallel.watching import abort
 from megatron_embed.platform.stop_signal import finishing
 from megatron_embed.run.preflight import Inputs, log_directory, output_directories, read_inputs
 from megatron_embed.run.resume import (
@@ -66,8 +66,8 @@ def run_training(config: RunConfig) -> dict[str, float]:
     inputs = read_inputs(config)
     config = inputs.config
     topology = initialize(config.parallel)
-    with watched(topology, abort):
-        config = with_settled_dtype(with_known_dtype(config, inputs.standing.checkpoint))
+    with monitor_ranks(topology, abort):
+        config = resolve_dtype(with_known_dtype(config, inputs.standing.checkpoint))
         return guarded_run(config, inputs, topology, stop)
 
 

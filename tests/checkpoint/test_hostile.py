@@ -29,7 +29,7 @@ from megatron_embed.checkpoint.reading import check_description, install
 from megatron_embed.convert.convert import hf_to_megatron
 from megatron_embed.convert.storage.torch_dist import DcpReader, DcpWriter
 from megatron_embed.errors import CheckpointError, ConfigError
-from megatron_embed.platform import private
+from megatron_embed.platform import private_folder
 from megatron_embed.platform.status import STATUS_FILE_VARIABLE, write_status
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
@@ -291,22 +291,22 @@ def test_the_lock_is_kept_and_names_its_holder(tmp_path):
 
 
 def test_kernels_lie_in_a_folder_of_this_user_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(private.tempfile, "tempdir", str(tmp_path))
-    folder = private.private_folder()
+    monkeypatch.setattr(private_folder.tempfile, "tempdir", str(tmp_path))
+    folder = private_folder.private_folder()
     assert (folder.parent, stat.S_IMODE(folder.stat().st_mode)) == (tmp_path, 0o700)
-    assert private.private_folder() == folder
+    assert private_folder.private_folder() == folder
     folder.chmod(0o777)  # somebody may have put something there
-    assert private.private_folder() != folder
+    assert private_folder.private_folder() != folder
     shutil.rmtree(folder)
     (tmp_path / "others").mkdir(mode=0o700)
     folder.symlink_to(tmp_path / "others")
-    assert private.private_folder() not in (folder, tmp_path / "others")
+    assert private_folder.private_folder() not in (folder, tmp_path / "others")
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    private.keep_kernels_private()
+    private_folder.keep_kernels_private()
     kernels = Path(os.environ["TRITON_CACHE_DIR"])
     assert (kernels.name, stat.S_IMODE(kernels.parent.stat().st_mode)) == ("triton", 0o700)
     monkeypatch.setenv("TRITON_CACHE_DIR", "/own")
-    private.keep_kernels_private()
+    private_folder.keep_kernels_private()
     assert os.environ["TRITON_CACHE_DIR"] == "/own"
 
 

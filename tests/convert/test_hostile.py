@@ -17,8 +17,8 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.export.cross_encoder import export_cross_encoder
 from megatron_embed.export.sentence_transformers import export_sentence_transformers, load_export_tokenizer
 from megatron_embed.models.file_checks import check_files, open_regular, plain_name
+from megatron_embed.models.modules_json import STOCK_TYPES, read_modules
 from megatron_embed.models.saved_settings import read_saved_settings
-from megatron_embed.models.st_modules import STOCK_TYPES, read_modules
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.toys import save_model

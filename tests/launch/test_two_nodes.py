@@ -120,4 +120,4 @@ def test_killed_worker_ends_the_other_node_with_a_line_that_names_it(model, tmp_
     lines = [line for line in ends[1 - victim][1].splitlines() if line.startswith("megatron-embed: error: ")]
     assert len(lines) == 1, ends[1 - victim][1]
     assert re.match(rf"megatron-embed: error: rank {victim}\b.* (is|are) gone", lines[0])
-    assert "goes on from its last checkpoint" in lines[0]
+    assert "resumes from its last checkpoint" in lines[0]

@@ -13,10 +13,11 @@ import pytest
 import torch.distributed as dist
 
 from megatron_embed.errors import PreemptedError
-from megatron_embed.parallel import heartbeat as liveness
+from megatron_embed.parallel import heartbeat
 from megatron_embed.parallel.heartbeat import HeartbeatMonitor
 from megatron_embed.parallel.rendezvous import STOPPED, Rendezvous
 from megatron_embed.platform import stop_signal as stop
+from megatron_embed.platform.launcher import run_name
 from megatron_embed.platform.status import STATUS_FILE_VARIABLE
 from tests.helpers.toys import REPOSITORY
 
@@ -30,8 +31,8 @@ def listens(pid):
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_program_obeys_from_its_first_line_on(tmp_path, number):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_program_obeys_from_its_first_line_on(tmp_path, signum):
     """The signal comes as soon as there is a handler, long before the libraries are there."""
     status = tmp_path / "status"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK"))}
@@ -42,10 +43,10 @@ def test_program_obeys_from_its_first_line_on(tmp_path, number):
     while not listens(process.pid):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.002)
-    process.send_signal(number)
+    process.send_signal(signum)
     assert process.wait(timeout=30) == 75
     assert json.loads(status.read_text())["exit_code"] == 75
-    assert signal.Signals(number).name in json.loads(status.read_text())["message"]
+    assert signal.Signals(signum).name in json.loads(status.read_text())["message"]
 
 
 def child(work, status):
@@ -69,13 +70,13 @@ def child(work, status):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("command, place", [
+@pytest.mark.parametrize("command, function", [
     (["train", "{config}"], "megatron_embed.run.assemble.read_inputs"),  # rows, model, checkpoints: all wait alike
     (["encode", "--model", "m", "--input", "{rows}", "--output", "{out}.npy"],
      "megatron_embed.loading.model_directory.open_encoder"),
     (["evaluate", "--model", "m", "--data", "{config}"], "megatron_embed.cli.evaluate.holds_pairs"),
     (["mine", "--model", "m", "--data", "{rows}", "--output", "{out}.jsonl"], "megatron_embed.cli.mine.query_prompts")])
-def test_commands_obey_while_they_load_and_read(monkeypatch, tmp_path, command, place):
+def test_commands_obey_while_they_load_and_read(monkeypatch, tmp_path, command, function):
     from megatron_embed.__main__ import main
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -85,7 +86,7 @@ def test_commands_obey_while_they_load_and_read(monkeypatch, tmp_path, command, 
     names = {"config": tmp_path / "run.yaml", "rows": tmp_path / "rows.jsonl", "out": tmp_path / "out"}
 
     def work(tell):
-        monkeypatch.setattr(place, lambda *args, **kwargs: (tell(), time.sleep(60)))
+        monkeypatch.setattr(function, lambda *args, **kwargs: (tell(), time.sleep(60)))
         return main([part.format(**names) for part in command])
 
     code, status = child(work, tmp_path / "status")
@@ -141,7 +142,7 @@ def test_signal_to_a_fork_is_none_to_its_parent():
 @pytest.fixture
 def listening(monkeypatch):
     """Signals are requests, which wait; a faster clock."""
-    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.1)
     with stop.listening():
         assert stop._listener is not None
         stop._listener.holds = 1
@@ -152,39 +153,39 @@ def listening(monkeypatch):
 def test_rank_that_leaves_makes_a_preemption_of_the_others_broken_collectives(listening, leaver):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
                           timeout=datetime.timedelta(seconds=30))
-    found = [HeartbeatMonitor("127.0.0.1", store.port, rank=rank, world_size=3, silence_seconds=60.0,
-                       on_loss=lambda message, speaker: None) for rank in range(3)]
+    monitors = [HeartbeatMonitor("127.0.0.1", store.port, rank=rank, world_size=3, silence_seconds=60.0,
+                       on_loss=lambda message, is_reporting_rank: None) for rank in range(3)]
     ends = []
-    others = [threading.Thread(target=lambda watch=watch: ends.append(watch.explain(GLOO, 600)))
-              for rank, watch in enumerate(found) if rank != leaver]
-    last = threading.Thread(target=found[leaver].leave)
+    others = [threading.Thread(target=lambda monitor=monitor: ends.append(monitor.explain(GLOO, 600)))
+              for rank, monitor in enumerate(monitors) if rank != leaver]
+    last = threading.Thread(target=monitors[leaver].leave)
     for thread in (*others, last):
         thread.start()
     for thread in others:
         thread.join(30)
     assert [type(end) for end in ends] == [PreemptedError, PreemptedError]
     assert stop.asked() and stop.reason() == "another rank was asked to"
-    for watch in found:
-        watch.close("left")
+    for monitor in monitors:
+        monitor.close("left")
     last.join(30)
 
 
 def test_request_of_one_rank_reaches_all_while_they_work(listening):
-    """A rank that is asked and finishes something says so with its signs of life, and nobody takes it for lost."""
+    """A rank that is asked and finishes something says so with its heartbeats, and is not taken for lost."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
                           timeout=datetime.timedelta(seconds=30))
-    watch = HeartbeatMonitor("127.0.0.1", store.port, rank=0, world_size=2, silence_seconds=60.0,
-                      on_loss=lambda message, speaker: None)
-    life = dist.PrefixStore(f"life/{liveness.run_name()}", store)
-    life.get("board")
+    monitor = HeartbeatMonitor("127.0.0.1", store.port, rank=0, world_size=2, silence_seconds=60.0,
+                      on_loss=lambda message, is_reporting_rank: None)
+    heartbeats = dist.PrefixStore(f"heartbeats/{run_name()}", store)
+    heartbeats.get("summary")
     assert not stop.asked()
-    life.set("beat/1", f"7 {liveness.STOPPING}")
+    heartbeats.set("heartbeat/1", f"7 {heartbeat.STOPPING}")
     deadline = time.monotonic() + 30
-    while not stop.asked() or f"|{liveness.STOPPING}|" not in life.get("board").decode():
+    while not stop.asked() or f"|{heartbeat.STOPPING}|" not in heartbeats.get("summary").decode():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    life.set("beat/1", f"8 {liveness.LEFT}")
-    watch.close(liveness.LEFT)
+    heartbeats.set("heartbeat/1", f"8 {heartbeat.LEFT}")
+    monitor.close(heartbeat.LEFT)
 
 
 def test_ranks_that_come_to_a_meeting_where_one_has_left_are_preempted(monkeypatch):
@@ -196,8 +197,8 @@ def test_ranks_that_come_to_a_meeting_where_one_has_left_are_preempted(monkeypat
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
     first, second, third = (Rendezvous(rank, 3) for rank in range(3))
-    second.leave()
-    for meeting in (third, first):
+    second.report_stop()
+    for barrier in (third, first):
         with pytest.raises(PreemptedError, match="another rank was asked to"):
-            meeting.arrive(30)
-    assert first._store is not None and first._store.get("verdict").decode() == STOPPED
+            barrier.wait_for_all(30)
+    assert first._store is not None and first._store.get("outcome").decode() == STOPPED

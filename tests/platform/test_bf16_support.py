@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_embed.platform import cpu_linear, precision
+from megatron_embed.platform import bf16_support, cpu_linear
 from megatron_embed.platform.cpu_linear import OneDnnFrozenLinear, OneDnnLinear, WidenedLinear
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.toys import run_config
@@ -20,15 +20,15 @@ from tests.helpers.toys import run_config
                                       "DNNL_MAX_CPU_ISA=AVX2_VNNI", "MKL_ENABLE_INSTRUCTIONS=AVX2"])
 def test_variables_that_forbid(variable):
     name, _, value = variable.partition("=")
-    assert precision.limiting_variable({name: value}) == variable
-    assert precision.limiting_variable({name: value.lower()}) == f"{name}={value.lower()}"
+    assert bf16_support.limiting_variable({name: value}) == variable
+    assert bf16_support.limiting_variable({name: value.lower()}) == f"{name}={value.lower()}"
 
 
 @pytest.mark.parametrize("variable", ["ATEN_CPU_CAPABILITY=avx512", "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16",
                                       "ONEDNN_MAX_CPU_ISA=ALL", "MKL_ENABLE_INSTRUCTIONS=AVX512_E4", "OTHER=avx2"])
 def test_variables_that_do_not(variable):
     name, _, value = variable.partition("=")
-    assert precision.limiting_variable({name: value}) is None
+    assert bf16_support.limiting_variable({name: value}) is None
 
 
 @pytest.mark.parametrize("flags, has", [("flags\t: avx2 avx512f avx512_bf16", True), ("flags\t: amx_bf16 avx2", True),
@@ -39,15 +39,15 @@ def test_what_the_kernel_says(flags, has, tmp_path):
     with mock.patch.dict(os.environ):
         for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"):
             os.environ.pop(name, None)
-        assert precision.processor_has_bf16(str(tmp_path / "cpuinfo")) == has
+        assert bf16_support.processor_has_bf16(str(tmp_path / "cpuinfo")) == has
         os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
-        assert not precision.processor_has_bf16(str(tmp_path / "cpuinfo"))
-    assert not precision.processor_has_bf16(str(tmp_path / "none"))
+        assert not bf16_support.processor_has_bf16(str(tmp_path / "cpuinfo"))
+    assert not bf16_support.processor_has_bf16(str(tmp_path / "none"))
 
 
 def test_a_process_of_its_own_under_the_variable():
     """As torch sees it: its own kernels and the module agree."""
-    program = ("import json, torch; from megatron_embed.platform.precision import has_native_bf16, why_not_bf16; "
+    program = ("import json, torch; from megatron_embed.platform.bf16_support import has_native_bf16, why_not_bf16; "
                "print(json.dumps([has_native_bf16(), torch.backends.cpu.get_cpu_capability(), why_not_bf16()]))")
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "CUDA_VISIBLE_DEVICES": ""}
     output = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True).stdout
@@ -61,7 +61,7 @@ def settled(wanted, without):
 
     import torch.distributed as dist
 
-    from megatron_embed.models import precision as module
+    from megatron_embed.models import auto_dtype as module
 
     lines = []
     handler = logging.Handler()
@@ -70,7 +70,7 @@ def settled(wanted, without):
     level, module.logger.level = module.logger.level, logging.INFO
     try:
         with mock.patch.object(module, "has_native_bf16", return_value=dist.get_rank() not in without):
-            return module.with_settled_dtype(run_config("m", dtype=wanted)).model.dtype, lines
+            return module.resolve_dtype(run_config("m", dtype=wanted)).model.dtype, lines
     finally:
         module.logger.removeHandler(handler)
         module.logger.level = level
@@ -146,7 +146,7 @@ def test_plans_are_for_gpus_and_the_doctor_looks_at_this_machine():
     assert checkpoint_bytes(auto, shape) == checkpoint_bytes(half, shape) < checkpoint_bytes(full, shape)
     for gpus, has_bf16, expected in ((0, False, full), (0, True, half), (1, False, half)):
         with mock.patch.object(doctor, "visible_gpus", return_value=gpus), mock.patch.object(
-                precision, "processor_has_bf16", return_value=has_bf16):
+                bf16_support, "processor_has_bf16", return_value=has_bf16):
             assert doctor._with_local_dtype(auto) == expected
             assert doctor._with_local_dtype(full) == full
 

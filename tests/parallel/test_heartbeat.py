@@ -1,4 +1,4 @@
-"""A rank that is gone is named, by every other one, and one of them speaks."""
+"""A lost rank is named by every other one, and one of them reports it."""
 
 import dataclasses
 import datetime
@@ -20,7 +20,7 @@ import yaml
 
 from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import CheckpointError, LostRankError
-from megatron_embed.parallel import heartbeat as liveness
+from megatron_embed.parallel import heartbeat
 from megatron_embed.parallel.heartbeat import HeartbeatMonitor, is_connection_error
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
@@ -32,76 +32,76 @@ GLOO = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connec
 
 @pytest.fixture
 def store(monkeypatch):
-    """A store with nobody in it, and a faster clock."""
-    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(liveness, "SUSPECT_SECONDS", 1.5)
-    monkeypatch.setattr(liveness, "GRACE_SECONDS", 1.0)
+    """An empty store, and shorter intervals."""
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "SUSPECT_SECONDS", 1.5)
+    monkeypatch.setattr(heartbeat, "GRACE_SECONDS", 1.0)
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
                          timeout=datetime.timedelta(seconds=30))
 
 
-def watches(store, ranks, world_size, silence_seconds=60.0, on_loss=None):
+def monitors_of(store, ranks, world_size, silence_seconds=60.0, on_loss=None):
     return [HeartbeatMonitor("127.0.0.1", store.port, rank=rank, world_size=world_size, silence_seconds=silence_seconds,
-                      on_loss=on_loss or (lambda message, speaker: None)) for rank in ranks]
+                      on_loss=on_loss or (lambda message, is_reporting_rank: None)) for rank in ranks]
 
 
-def explained(found):
-    """(message, whether it speaks) of every rank whose collective failed, all at once."""
+def explained(monitors):
+    """(message, whether it is the reporting rank) of every rank whose collective failed, all at once."""
     answers = {}
-    threads = [threading.Thread(target=lambda rank=rank, watch=watch: answers.__setitem__(
-        rank, watch.explain(GLOO, 600))) for rank, watch in enumerate(found)]
+    threads = [threading.Thread(target=lambda rank=rank, monitor=monitor: answers.__setitem__(
+        rank, monitor.explain(GLOO, 600))) for rank, monitor in enumerate(monitors)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return [(str(answers[rank]), answers[rank].speaker) for rank in range(len(found))]
+    return [(str(answers[rank]), answers[rank].is_reporting_rank) for rank in range(len(monitors))]
 
 
-def test_silent_rank_is_named_by_all_and_the_lowest_speaks(store):
-    found = watches(store, (0, 1, 3), 4)
+def test_silent_rank_is_named_by_all_and_the_lowest_reports(store):
+    monitors = monitors_of(store, (0, 1, 3), 4)
     time.sleep(0.5)
     start = time.monotonic()
-    answers = explained(found)
+    answers = explained(monitors)
     assert time.monotonic() - start < 10
     assert all(message.startswith("rank 2 is gone: no sign of life for ") for message, _ in answers)
-    assert [speaker for _, speaker in answers] == [True, False, False]
+    assert [is_reporting_rank for _, is_reporting_rank in answers] == [True, False, False]
 
 
 def test_error_of_another_rank_is_told(store):
-    found = watches(store, (0, 1, 2), 3)
+    monitors = monitors_of(store, (0, 1, 2), 3)
     time.sleep(0.3)
-    found[1].close(f"{liveness.FAILED} OutOfMemoryError: no room for 2 GiB")
-    answers = explained([found[0], found[2]])
-    assert all("rank 1 ended with OutOfMemoryError: no room for 2 GiB" in message for message, _ in answers)
-    assert [speaker for _, speaker in answers] == [True, False]
+    monitors[1].close(f"{heartbeat.FAILED} OutOfMemoryError: no memory for 2 GiB")
+    answers = explained([monitors[0], monitors[2]])
+    assert all("rank 1 ended with OutOfMemoryError: no memory for 2 GiB" in message for message, _ in answers)
+    assert [is_reporting_rank for _, is_reporting_rank in answers] == [True, False]
 
 
-def test_main_thread_that_hangs_is_ended_by_the_watch(store):
-    """Nobody's collective fails: the silence alone is enough."""
+def test_main_thread_that_hangs_is_ended_by_the_monitor(store):
+    """No collective fails: the missing heartbeats are enough."""
     lost = []
-    found = watches(store, (0, 1), 3, silence_seconds=1.5, on_loss=lambda *loss: lost.append(loss))
+    monitors = monitors_of(store, (0, 1), 3, silence_seconds=1.5, on_loss=lambda *loss: lost.append(loss))
     deadline = time.monotonic() + 15
     while len(lost) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert sorted(speaker for _, speaker in lost) == [False, True]
+    assert sorted(is_reporting_rank for _, is_reporting_rank in lost) == [False, True]
     assert all(message.startswith("rank 2 is gone: ") for message, _ in lost)
-    for watch in found:
-        watch.close(liveness.DONE)
+    for monitor in monitors:
+        monitor.close(heartbeat.DONE)
 
 
 def test_rank_0_that_ends_well_alarms_nobody(store):
     lost = []
-    found = watches(store, (0, 1), 2, silence_seconds=1.0, on_loss=lambda *loss: lost.append(loss))
+    monitors = monitors_of(store, (0, 1), 2, silence_seconds=1.0, on_loss=lambda *loss: lost.append(loss))
     time.sleep(0.5)
-    found[0].close(liveness.DONE)
+    monitors[0].close(heartbeat.DONE)
     time.sleep(2.5)
     assert not lost
-    found[1].close(liveness.DONE)
+    monitors[1].close(heartbeat.DONE)
 
 
 def test_nobody_is_gone(store):
-    found = watches(store, (0, 1), 2)
-    answers = explained(found)
+    monitors = monitors_of(store, (0, 1), 2)
+    answers = explained(monitors)
     assert all("though every rank lives" in message and "parallel.timeout_seconds = 600" in message
                for message, _ in answers)
 
@@ -120,7 +120,7 @@ def test_connection_errors_are_told_from_others():
 
 
 def lose_rank_1(port, told):
-    """Collectives, in the middle of which SIGKILL ends rank 1; rank 0 writes what it is told."""
+    """Collectives during which SIGKILL ends rank 1; rank 0 writes its error."""
     from unittest import mock
 
     import torch
@@ -128,20 +128,20 @@ def lose_rank_1(port, told):
     from megatron_embed.parallel.topology import initialize
 
     topology = dataclasses.replace(initialize(ParallelConfig(timeout_seconds=60)), rendezvous=("127.0.0.1", port))
-    with mock.patch.multiple(liveness, BEAT_SECONDS=0.1, SUSPECT_SECONDS=1.5):
+    with mock.patch.multiple(heartbeat, HEARTBEAT_SECONDS=0.1, SUSPECT_SECONDS=1.5):
         try:
-            with liveness.watched(topology, lambda message, speaker: None):
+            with heartbeat.monitor_ranks(topology, lambda message, is_reporting_rank: None):
                 for turn in range(10**6):
                     if turn == 3 and topology.rank == 1:
                         time.sleep(0.5)
                         os.kill(os.getpid(), signal.SIGKILL)
                     dist.all_reduce(torch.ones(3), group=topology.dp_group)
         except LostRankError as error:
-            Path(told).write_text(f"{error} {error.speaker}")
+            Path(told).write_text(f"{error} {error.is_reporting_rank}")
 
 
 def test_kill_of_a_rank_is_told_by_the_other(tmp_path):
-    """The worker that dies is a real one, SIGKILL real, and what rank 0 notices is what gloo says of it."""
+    """A real worker is killed by SIGKILL, and rank 0 gets gloo's own error."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="died with exit code -9"):
@@ -149,7 +149,7 @@ def test_kill_of_a_rank_is_told_by_the_other(tmp_path):
     assert time.monotonic() - start < 30
     told = (tmp_path / "told").read_text()
     assert told.startswith("rank 1 is gone: no sign of life for ")
-    assert told.endswith("it goes on from its last checkpoint True")
+    assert told.endswith("it resumes from its last checkpoint True")
 
 
 def lose_rank_1_in(arguments, port, told):
@@ -170,7 +170,7 @@ def lose_rank_1_in(arguments, port, told):
     with mock.patch.object(topology, "initialize", lambda sizes: dataclasses.replace(
             initialize(sizes), rendezvous=("127.0.0.1", port))), mock.patch.object(
             model, "load_model_chunks", load_or_die), mock.patch.multiple(
-            liveness, BEAT_SECONDS=0.1, SUSPECT_SECONDS=1.0):
+            heartbeat, HEARTBEAT_SECONDS=0.1, SUSPECT_SECONDS=1.0):
         code, _, err, _ = command(arguments)
     Path(told).write_text(f"{code} {err}")
 
@@ -184,8 +184,8 @@ def small(tmp_path_factory):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": row["query"]}) + "\n" for row in rows))
     (folder / "pairs.jsonl").write_text("".join(json.dumps(
-        {"text_a": row["query"], "text_b": row["positive"][0], "score": number}) + "\n"
-        for number, row in enumerate(rows)))
+        {"text_a": row["query"], "text_b": row["positive"][0], "score": index}) + "\n"
+        for index, row in enumerate(rows)))
     return model, folder
 
 
@@ -215,7 +215,7 @@ class Screen:
 
     def __init__(self):
         self._keyboard, self.terminal = pty.openpty()
-        termios.tcsetwinsize(self.terminal, (24, 100))  # else there is no room for a bar
+        termios.tcsetwinsize(self.terminal, (24, 100))  # wide enough for a progress bar
         self._parts = []
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -233,8 +233,8 @@ class Screen:
 def test_killed_rank_ends_encode_with_a_line_that_names_it(small, tmp_path, victim):
     """Plain processes and a real SIGKILL, while texts become vectors."""
     model, _ = small
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"number {number} " * 60}) + "\n"
-                                                  for number in range(20_000)))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"number {index} " * 60}) + "\n"
+                                                  for index in range(20_000)))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -296,7 +296,7 @@ def test_killed_rank_ends_the_other_with_a_line_that_names_it(tmp_path, victim):
         line = err.strip().splitlines()[-1]
         assert line.startswith(f"megatron-embed: error: rank {victim}"), err
         assert "gone" in line
-        assert "goes on from its last checkpoint" in line
+        assert "resumes from its last checkpoint" in line
         assert '"exit_code": 1' in status.read_text()
         assert "Traceback" not in err
     finally:

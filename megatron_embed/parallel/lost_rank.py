@@ -1,4 +1,7 @@
-"""Commands whose ranks notice that another one is gone, and say which."""
+"""What commands of several ranks do when one of them is lost: the others end, and one of them says which.
+
+Apart from heartbeat.py, which does the monitoring, so that the command line starts without loading torch.
+"""
 
 import contextlib
 import os
@@ -19,27 +22,27 @@ ADVICE = "; the others stop. Look at its log, then start the command again"
 
 
 @contextlib.contextmanager
-def ranks_watched() -> Iterator[Start]:
-    """Gives what makes the process groups; from then on the end of a rank becomes a LostRankError that names it.
+def monitored_ranks() -> Iterator[Start]:
+    """Yield the function that makes the process groups; once called, a lost rank raises a LostRankError that names it.
 
-    For commands that save nothing on the way; silence counts as in training (`parallel.timeout_seconds`).
+    For commands that save nothing on the way; the timeouts are those of training (`parallel.timeout_seconds`).
     """
-    with contextlib.ExitStack() as watches:
+    with contextlib.ExitStack() as monitors:
 
         def start(sizes: "ParallelConfig") -> "Topology":
-            from megatron_embed.parallel.heartbeat import watched
+            from megatron_embed.parallel.heartbeat import monitor_ranks
             from megatron_embed.parallel.topology import initialize
 
             topology = initialize(sizes)
-            watches.enter_context(watched(topology, abort, ADVICE))
+            monitors.enter_context(monitor_ranks(topology, abort, ADVICE))
             return topology
 
         yield start
 
 
-def abort(message: str, speaker: bool) -> None:
-    """Ends a process whose main thread waits for a rank that is gone."""
-    if speaker:
+def abort(message: str, is_reporting_rank: bool) -> None:
+    """End a process whose main thread waits for a lost rank."""
+    if is_reporting_rank:
         report_lost_rank(message)
     if leaves_status():
         write_status(1, message)
@@ -47,8 +50,8 @@ def abort(message: str, speaker: bool) -> None:
 
 
 def report_lost_rank(message: str) -> None:
-    """One line on stderr, from the rank that speaks for all; it leaves the status too where it is another's task,
-    who may be gone."""
+    """Print one line to stderr, on the reporting rank; write the status file too if that is the task of another rank,
+    which may be lost."""
     write_error(message)
     if not leaves_status():
         write_status(1, message)

@@ -1,7 +1,7 @@
-"""What the settings files of somebody else's model directory may say: for each key, whether it is honoured, harmless or
-refused. The tables themselves are in foreign_tables.py; docs/model_directories.md shows them.
+"""Tables of keys of settings files that other programs wrote: each key is honoured, harmless or refused.
 
-A key that no table knows is refused by name: left out in silence it would give wrong numbers with exit code 0.
+The tables themselves are in known_keys.py; docs/model_directories.md shows them. A key that is not in its table is
+refused by name: silently ignored it could give wrong results with exit code 0.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from megatron_embed.errors import CheckpointError
 Verdict = Literal["honoured", "harmless", "refused"]
 
 SHOWN_CHARACTERS = 80
-"""Of a value in a message."""
+"""Length of a value in a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +23,18 @@ class Key:
 
     verdict: Verdict
     about: str
-    """What it does, for the page and for the message that refuses it."""
+    """Its effect, for the page and for the message that refuses it."""
     values: tuple[object, ...] | None = None
-    """honoured: the only values that are; others are refused. refused: values at which it is off, and passes beside
-    None. None: every value that the reader of the key can take, and none."""
+    """honoured: the only values that are; None: every value that the reader of the key takes. refused: the values,
+    besides None, at which it has no effect and passes."""
     remedy: str = ""
-    """The way out, where there is a better one than the file's."""
+    """What the user can do, if it differs from the table's remedy."""
     nested: "Mapping[str, Key] | None" = None
     """Keys of the object that is its value."""
 
 
 def honoured(about: str, *values: object, remedy: str = "") -> Key:
-    """A key that has the effect here that it has in its own library; `values`: at these values alone."""
+    """A key that has the same effect here as in its own library; `values`: the only values that are supported."""
     return Key(verdict="honoured", about=about, values=values or None, remedy=remedy)
 
 
@@ -44,12 +44,12 @@ def harmless(about: str) -> Key:
 
 
 def refused(about: str, *off: object, remedy: str = "") -> Key:
-    """A key whose effect is not computed here; at None and the values `off` it has none."""
+    """A key whose effect is not computed here; at None and the values `off` it has no effect and passes."""
     return Key(verdict="refused", about=about, values=off, remedy=remedy)
 
 
 def nested(about: str, keys: Mapping[str, Key]) -> Key:
-    """An object whose keys are looked at in turn."""
+    """A key whose value is an object with keys of its own."""
     return Key(verdict="honoured", about=about, nested=keys)
 
 
@@ -58,16 +58,16 @@ class FileTable:
     """The keys of one settings file."""
 
     file: str
-    """Its name, as the page calls it."""
+    """Its name on the page."""
     about: str
     """Who reads and writes it."""
     keys: Mapping[str, Key]
     closed: bool = True
-    """Whether a key that is not in the table is refused; else it is the business of the library that reads the file."""
+    """Whether a key that is not in the table is refused; if not, it is left to the library that reads the file."""
     unset: tuple[object, ...] = field(default=(None, [], {}))
-    """Values at which a key that no table knows says nothing."""
+    """Values at which a key that is not in the table has no effect."""
     remedy: str = "remove the key if the model was trained without it"
-    """The way out of a refusal."""
+    """What the user can do about a refused key."""
 
     def check(self, path: Path, values: Mapping[str, Any]) -> None:
         """Raises CheckpointError, naming file, key, value and remedy, for what is refused; `path`: the file read."""
@@ -75,12 +75,12 @@ class FileTable:
 
     def _check(self, path: Path, values: Mapping[str, Any], keys: Mapping[str, Key], prefix: str) -> None:
         for name, value in values.items():
-            word = name if name.isprintable() else repr(name)
-            key, shown = keys.get(name), f"{path}: {prefix}{word} = {shown_value(value)}"
+            printed = name if name.isprintable() else repr(name)
+            key, shown = keys.get(name), f"{path}: {prefix}{printed} = {shown_value(value)}"
             if key is None:
                 if self.closed and not _is_among(value, self.unset):
-                    raise CheckpointError(f"{shown}: a key that this version does not know, so what it changes would "
-                                          f"be left out in silence; {self.remedy}")
+                    raise CheckpointError(f"{shown}: a key that this version does not know, so its effect would be "
+                                          f"silently ignored; {self.remedy}")
             elif key.nested is not None:
                 if value is None:
                     continue
@@ -92,7 +92,7 @@ class FileTable:
 
 
 def shown_value(value: object) -> str:
-    """A value cut to a length that a message bears; control characters of foreign text become escapes."""
+    """A value for a message: at most SHOWN_CHARACTERS long, control characters escaped."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 

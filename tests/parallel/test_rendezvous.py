@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import ConfigError, LostRankError, UserError
-from megatron_embed.parallel import rendezvous as meeting
+from megatron_embed.parallel import rendezvous
 from megatron_embed.parallel.rendezvous import Rendezvous
 from megatron_embed.platform.launcher import run_name
 from tests.helpers.ranks import run_on_ranks
@@ -19,7 +19,7 @@ from tests.helpers.ranks import run_on_ranks
 
 @pytest.fixture(autouse=True)
 def address(monkeypatch):
-    """Nobody listens there yet; and less patience."""
+    """An address at which nothing listens yet; and shorter timeouts."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -27,30 +27,30 @@ def address(monkeypatch):
         monkeypatch.setenv(name, value)
     for name in ("USE_AGENT_STORE", "RUN_ID", "RESTART_COUNT"):
         monkeypatch.delenv(f"TORCHELASTIC_{name}", raising=False)
-    monkeypatch.setattr(meeting, "CONNECT_SECONDS", 3.0)
-    monkeypatch.setattr(meeting, "SPEAK_SECONDS", 10.0)
+    monkeypatch.setattr(rendezvous, "CONNECT_SECONDS", 3.0)
+    monkeypatch.setattr(rendezvous, "PRINT_SECONDS", 10.0)
     return f"127.0.0.1:{port}"
 
 
 def rank_that(rank, refuses=None, after=0.0, timeout_seconds=20, held=None):
-    """What a process does: it opens the meeting, reads for a while, comes or refuses. Gives what it prints.
+    """Open the rendezvous, wait for a while, then arrive or report an error. Returns what the rank prints.
 
     One that arrives keeps the store, in `held`: the process group would need it.
     """
-    here = Rendezvous(rank, 3)
+    barrier = Rendezvous(rank, 3)
     time.sleep(after)
     message = refuses
     if message is None:
         try:
-            held.append(here)
-            here.arrive(timeout_seconds)
+            held.append(barrier)
+            barrier.wait_for_all(timeout_seconds)
             return "went on"
         except UserError as error:
             message = str(error)
         except LostRankError as error:
             return f"lost: {error}"
     printed = [message] if rank == 0 else []
-    return printed + ([f"rank {rank}: {message}"] if here.refuse(message) else [])
+    return printed + ([f"rank {rank}: {message}"] if barrier.report_error(message) else [])
 
 
 def together(*ranks):
@@ -70,23 +70,23 @@ def test_all_arrive():
 
 
 def test_error_of_another_rank_reaches_all_at_once():
-    found, seconds = together({}, {"refuses": "rows.jsonl: no such file"}, {"after": 0.3})
-    assert found == [["rank 1: rows.jsonl: no such file"], [], []]
+    answers, seconds = together({}, {"refuses": "rows.jsonl: no such file"}, {"after": 0.3})
+    assert answers == [["rank 1: rows.jsonl: no such file"], [], []]
     assert seconds < 9
 
 
 def test_error_of_all_is_printed_once():
-    found, seconds = together(*[{"refuses": "training.seed = -1"}] * 3)
-    assert found == [["training.seed = -1"], [], []]
+    answers, seconds = together(*[{"refuses": "training.seed = -1"}] * 3)
+    assert answers == [["training.seed = -1"], [], []]
     assert seconds < 9
 
 
 def test_rank_prints_what_rank_0_does_not_know_yet(monkeypatch):
     """A launcher may end the others as soon as this one ends."""
-    monkeypatch.setattr(meeting, "SPEAK_SECONDS", 0.5)
-    found, _ = together({"after": 4.0}, {"refuses": "no such file"}, {})
-    assert found[1] == ["rank 1: no such file"]
-    assert found[0] == ["rank 1: no such file"] and found[2] == []
+    monkeypatch.setattr(rendezvous, "PRINT_SECONDS", 0.5)
+    answers, _ = together({"after": 4.0}, {"refuses": "no such file"}, {})
+    assert answers[1] == ["rank 1: no such file"]
+    assert answers[0] == ["rank 1: no such file"] and answers[2] == []
 
 
 def test_rank_prints_where_there_is_no_rank_0():
@@ -94,9 +94,9 @@ def test_rank_prints_where_there_is_no_rank_0():
 
 
 def test_who_did_not_come_is_named(address):
-    found, _ = together({"timeout_seconds": 2}, {"timeout_seconds": 2})
+    answers, _ = together({"timeout_seconds": 2}, {"timeout_seconds": 2})
     assert all(answer.startswith(f"lost: not all of 3 ranks (torchrun's WORLD_SIZE) met at {address} within "
-                                 "parallel.timeout_seconds = 2 (without rank 2)") for answer in found), found
+                                 "parallel.timeout_seconds = 2 (without rank 2)") for answer in answers), answers
 
 
 def agent_store(monkeypatch, address):
@@ -111,8 +111,8 @@ def test_runs_that_share_a_store_do_not_take_each_others_word(monkeypatch, addre
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
         # Somebody is missing: those who came for another run, or before, do not count.
-        found, _ = together({"timeout_seconds": 1}, {"timeout_seconds": 1})
-        assert all("(without rank 2)" in answer for answer in found), (name, restart, found)
+        answers, _ = together({"timeout_seconds": 1}, {"timeout_seconds": 1})
+        assert all("(without rank 2)" in answer for answer in answers), (name, restart, answers)
         # And then it comes.
         assert together({}, {}, {})[0][2] == "went on"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "c")
@@ -126,11 +126,11 @@ def groups_of_two_runs(port):
     """Ranks 0 and 1 are one run, 2 and 3 another, at one store: (sum over the run, its world size)."""
     from megatron_embed.parallel.topology import initialize, shutdown
 
-    number = dist.get_rank()
+    rank = dist.get_rank()
     dist.destroy_process_group()
-    os.environ |= {"RANK": str(number % 2), "WORLD_SIZE": "2", "MASTER_PORT": str(port),
-                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": f"run {number // 2}"}
-    topology, value = initialize(ParallelConfig(timeout_seconds=60)), torch.tensor([10.0 ** number])
+    os.environ |= {"RANK": str(rank % 2), "WORLD_SIZE": "2", "MASTER_PORT": str(port),
+                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": f"run {rank // 2}"}
+    topology, value = initialize(ParallelConfig(timeout_seconds=60)), torch.tensor([10.0 ** rank])
     dist.all_reduce(value, group=topology.dp_group)
     shutdown()
     return value.item(), topology.world_size
@@ -152,26 +152,26 @@ def port_is_taken(port):
 
     dist.destroy_process_group()
     other = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    original, told = meeting._store_at, []
+    original, told = rendezvous._store_at, []
 
-    def store_at(place, hosts, timeout_seconds, listener=None):
+    def store_at(address, hosts, timeout_seconds, listener=None):
         if hosts:
             raise dist.DistNetworkError("listen: EADDRINUSE, message: address already in use")
-        return original(place, hosts, timeout_seconds, listener)
+        return original(address, hosts, timeout_seconds, listener)
 
     def start():
         with pytest.raises(ConfigError) as caught:
             _init_process_group(0, 3, 20)
-        return str(caught.value), other.check([f"meeting/{run_name()}/verdict"])
+        return str(caught.value), other.check([f"rendezvous/{run_name()}/outcome"])
 
     def wait():
         try:
-            Rendezvous(1, 3).arrive(20)
+            Rendezvous(1, 3).wait_for_all(20)
         except UserError as error:
             told.append(str(error))
 
     os.environ["MASTER_PORT"] = str(port)
-    with mock.patch.object(meeting, "_store_at", store_at):
+    with mock.patch.object(rendezvous, "_store_at", store_at):
         by_hand = start()
         del os.environ["RANK"]
         os.environ["SLURM_JOB_ID"] = "12"

@@ -6,12 +6,12 @@ import logging
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.names import ModelDtype
 from megatron_embed.parallel.collectives import smallest
-from megatron_embed.platform.precision import has_native_bf16, why_not_bf16
+from megatron_embed.platform.bf16_support import has_native_bf16, why_not_bf16
 
 logger = logging.getLogger(__name__)
 
 
-def with_settled_dtype(config: RunConfig) -> RunConfig:
+def resolve_dtype(config: RunConfig) -> RunConfig:
     """The same with a dtype in place of `auto`: bfloat16 if every rank has instructions for it, else float32.
 
     Called by all ranks, before the first collective that depends on the dtype; one all-reduce of an integer, unless the

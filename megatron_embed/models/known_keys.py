@@ -1,18 +1,17 @@
-"""The keys of every settings file of a foreign model directory: what Sentence Transformers 2 to 6, Transformers and
-PEFT write and read, and what becomes of it here."""
+"""Keys of the settings files that Sentence Transformers 2 to 6, Transformers and PEFT write, and their effect here."""
 
-from megatron_embed.models.foreign_files import FileTable, Key, harmless, honoured, nested, refused
+from megatron_embed.models.key_table import FileTable, Key, harmless, honoured, nested, refused
 
 _LOADING = {
     "add_pooling_layer": harmless("whether BERT's pooler is built, which embeddings do not use"),
     "attn_implementation": harmless("which kernel computes attention"),
     "cache_dir": harmless("where the hub's files are kept"),
     "device_map": harmless("on which device the model is"),
-    "dtype": harmless("the dtype of the computation, which --dtype and config.json say here"),
+    "dtype": harmless("the dtype of the computation, which --dtype and config.json set here"),
     "low_cpu_mem_usage": harmless("how the weights are read"),
-    "revision": harmless("of the hub's files"),
+    "revision": harmless("revision of the hub's files"),
     "torch_dtype": harmless("the older name of dtype"),
-    "trust_remote_code": harmless("Sentence Transformers strikes it out; code of a directory is never run here"),
+    "trust_remote_code": harmless("Sentence Transformers removes it; code in a directory is never run here"),
     "unpad_inputs": harmless("how a batch is laid out in memory"),
     "use_memory_efficient_attention": harmless("which kernel computes attention"),
     "use_safetensors": harmless("how the weights are read"),
@@ -20,14 +19,14 @@ _LOADING = {
 _TOKENIZER_LOADING = {
     "model_max_length": honoured("longest text in tokens, before max_seq_length"),
     "padding_side": harmless("where a batch is padded; nothing is padded here"),
-    "revision": harmless("of the hub's files"),
-    "trust_remote_code": harmless("Sentence Transformers strikes it out; code of a directory is never run here"),
-    "truncation_side": honoured("at which end a text that is too long loses its tokens", "left", "right"),
+    "revision": harmless("revision of the hub's files"),
+    "trust_remote_code": harmless("Sentence Transformers removes it; code in a directory is never run here"),
+    "truncation_side": honoured("the end at which a text that is too long loses its tokens", "left", "right"),
     "use_fast": harmless("which implementation of the same tokenizer"),
 }
 _CONFIG_LOADING = {
-    "revision": harmless("of the hub's files"),
-    "trust_remote_code": harmless("Sentence Transformers strikes it out; code of a directory is never run here"),
+    "revision": harmless("revision of the hub's files"),
+    "trust_remote_code": harmless("Sentence Transformers removes it; code in a directory is never run here"),
     "use_cache": harmless("whether keys and values are kept for generation"),
 }
 _FORWARD = {
@@ -38,34 +37,34 @@ _PROCESSING = {
     "common": refused("arguments of the tokenizer's call for every kind of input", {}, {"return_tensors": "pt"}),
     "text": nested("arguments of the tokenizer's call", {
         "padding": harmless("how a batch is padded; nothing is padded here"),
-        "truncation": honoured("whether a text that is too long is cut", True, "longest_first"),
+        "truncation": honoured("whether a text that is too long is truncated", True, "longest_first"),
         "max_length": honoured("longest text in tokens, before every other length"),
-        "logits_to_keep": harmless("of a model that gives logits"),
+        "logits_to_keep": harmless("for models that give logits"),
     }),
     "chat_template": honoured("variables of the chat template, with the modality message"),
-    "audio": harmless("of sounds"), "image": harmless("of pictures"), "video": harmless("of films"),
+    "audio": harmless("for audio"), "image": harmless("for images"), "video": harmless("for video"),
 }
 
 SENTENCE_BERT_CONFIG = FileTable(
     file="sentence_bert_config.json",
     about="Settings of Sentence Transformers' module Transformer. Its older names, sentence_roberta_config.json and "
-          "the like, are read alike.",
+          "the like, are read in the same way.",
     keys={
         "max_seq_length": honoured("longest text in tokens, special tokens included; None: the tokenizer's"),
         "do_lower_case": honoured("lowercases every text, unless the tokenizer does so itself", True, False, None),
         "transformer_task": honoured("which class of Transformers holds the model", "feature-extraction",
                                      "sequence-classification", "text-generation"),
-        "modality_config": nested("by kind of input, which method of the model takes it", {
-            "text": nested("of texts", _FORWARD),
-            "message": nested("of chats: every text is put into the chat template as the user's message, and its "
+        "modality_config": nested("the model's method for each kind of input", {
+            "text": nested("for texts", _FORWARD),
+            "message": nested("for chats: every text is put into the chat template as the user's message, and its "
                               "prompt as the system's", {
-                                  **_FORWARD, "format": honoured("how the template takes a message's content", "flat",
+                                  **_FORWARD, "format": honoured("format of a message's content", "flat",
                                                                  "structured", "auto")}),
-            **{kind: harmless("of other kinds of input than texts")
+            **{kind: harmless("for other kinds of input than texts")
                for kind in ("image", "audio", "video", "image+text", "text+image", "audio+text", "text+audio",
                             "video+text", "text+video")},
         }),
-        "module_output_name": honoured("what the module gives", "token_embeddings", "scores", "causal_logits"),
+        "module_output_name": honoured("the module's output", "token_embeddings", "scores", "causal_logits"),
         "processing_kwargs": nested("arguments of the tokenizer's call, by kind of input", _PROCESSING),
         "query_length": honoured("longest query in tokens, in place of max_seq_length"),
         "document_length": honoured("longest document in tokens, in place of max_seq_length"),
@@ -80,7 +79,7 @@ SENTENCE_BERT_CONFIG = FileTable(
         "tokenizer_name_or_path": refused("a tokenizer from elsewhere", remedy="copy its files into the directory, and "
                                           "remove the key"),
         "cache_dir": harmless("where the hub's files are kept"),
-        "backend": harmless("Sentence Transformers puts its caller's in its place"),
+        "backend": harmless("Sentence Transformers replaces it by its caller's"),
     })
 
 CONFIG_SENTENCE_TRANSFORMERS = FileTable(
@@ -96,11 +95,11 @@ CONFIG_SENTENCE_TRANSFORMERS = FileTable(
                                        "dot_product", None,
                                        remedy="vectors are ranked by cosine or dot product here: write one of these, "
                                               "if the model may be used so"),
-        "truncate_dim": refused("leaves out the numbers of every vector from this one on",
-                                remedy="remove the key: vectors then have their whole width, and evaluate --dims "
-                                       "measures shorter ones"),
+        "truncate_dim": refused("drops the dimensions of every vector from this one on",
+                                remedy="remove the key: vectors then have all their dimensions, and evaluate "
+                                       "--dims measures fewer"),
         "requirements": harmless("versions of packages that the stock library asks for"),
-        "activation_fn": honoured("of a cross-encoder: what makes a score of its output, before what config.json says; "
+        "activation_fn": honoured("of a cross-encoder: the function applied to its output, before that of config.json; "
                                   "torch's Sigmoid and Identity, others are refused and none is imported"),
         "keep_in_fp32_modules": harmless("of a cross-encoder: modules that stay in float32"),
     })
@@ -130,11 +129,11 @@ POOLING = FileTable(
                                  "mean_sqrt_len_tokens, are refused"),
         **{flag: honoured(f"the older spelling of {name}; without any that is true, mean", True, False, None)
            for flag, name in POOLING_FLAGS.items()},
-        "pooling_mode_max_tokens": refused("the largest number of all tokens", False),
+        "pooling_mode_max_tokens": refused("the maximum over the tokens, per dimension", False),
         "pooling_mode_mean_sqrt_len_tokens": refused("the sum over the root of the number of tokens", False),
         "include_prompt": honoured("whether the prompt's tokens are pooled too; false is refused where there are "
                                    "prompts", True, False, None),
-        "embedding_dimension": harmless("the width of the vectors, which config.json says"),
+        "embedding_dimension": harmless("the number of dimensions, which config.json has too"),
         "word_embedding_dimension": harmless("the older name of embedding_dimension"),
     })
 
@@ -152,8 +151,8 @@ TOKENIZER_CONFIG = FileTable(
     keys={
         "model_max_length": honoured("longest text in tokens where sentence_bert_config.json names no length; at most "
                                      "the model's positions"),
-        "truncation_side": honoured("at which end a text that is too long loses its tokens; a training run cuts at the "
-                                    "end, and writes right", "left", "right", None),
+        "truncation_side": honoured("the end at which a text that is too long loses its tokens; a training run "
+                                    "truncates at the end, and writes right", "left", "right", None),
         "padding_side": harmless("where a batch is padded; nothing is padded here"),
         "add_eos_token": honoured("with last-token pooling, an EOS at the end, also where Transformers 5 no longer "
                                   "adds it; without the key none is added that the tokenizer does not add itself"),
@@ -164,21 +163,21 @@ TOKENIZER_CONFIG = FileTable(
 CONFIG_BLOCK = FileTable(
     file="config.json: sentence_transformers", about="What Sentence Transformers 4 and 5 write for a cross-encoder.",
     keys={
-        "activation_fn": honoured("what makes a score of the model's output: torch's Sigmoid and Identity, others are "
-                                  "refused and none is imported; None: Sigmoid"),
+        "activation_fn": honoured("the function applied to the model's output: torch's Sigmoid and Identity, others "
+                                  "are refused and none is imported; None: Sigmoid"),
         "version": harmless("of the library that wrote it"),
     })
 
 RERANKER_CONFIG = FileTable(
     file="config.json of a reranker", closed=False,
-    about="What decides how a *ForSequenceClassification or *ForCausalLM scores a pair. Without modules.json of a "
-          "CrossEncoder it is all that counts beside the tokenizer, whose chat template, if it has one, must carry "
-          "the roles query and document.",
+    about="The keys that decide how a *ForSequenceClassification or *ForCausalLM scores a pair. Without a "
+          "CrossEncoder's modules.json nothing else counts but the tokenizer, whose chat template, if it has one, must "
+          "take the roles query and document.",
     keys={
-        "architectures": honoured("which head: a classifier's, or the logits of two words"),
-        "id2label": honoured("of a classifier: its outputs, of which there must be one"),
+        "architectures": honoured("the head: a classifier, or the logits of two words"),
+        "id2label": honoured("of a classifier: its outputs; there must be exactly one"),
         "num_labels": honoured("the same", 1, None),
-        "pad_token_id": honoured("of a decoder's classifier: the score is read at the last token that is another one"),
+        "pad_token_id": honoured("of a decoder's classifier: the score is read at the last token that differs from it"),
         "sbert_ce_default_activation_function": honoured("activation_fn as Sentence Transformers before 4 wrote it"),
         "problem_type": harmless("which loss Transformers takes"),
         "classifier_dropout": harmless("of training"),
@@ -195,7 +194,7 @@ LOGIT_SCORE = FileTable(
     })
 
 _INITIALIZATIONS: tuple[object, ...] = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
-"""Those that leave the base's weights alone, so that a trained adapter means the same whatever it began with."""
+"""Initializations that leave the base's weights unchanged, so that a trained adapter means the same after each."""
 
 ADAPTER_CONFIG = FileTable(
     file="adapter_config.json", about="PEFT's settings of an adapter. Supported is LORA on linear layers.",
@@ -203,25 +202,25 @@ ADAPTER_CONFIG = FileTable(
                                                 "model",
     keys={
         "peft_type": honoured("the method", "LORA"),
-        "r": honoured("inner width"),
+        "r": honoured("rank of the adapter"),
         "lora_alpha": honoured("scales the adapter's output by lora_alpha / r"),
         "use_rslora": honoured("scales by lora_alpha / sqrt(r) instead", True, False, None),
         "base_model_name_or_path": honoured("the model that the adapter belongs to"),
         "modules_to_save": honoured("modules trained whole: a reranker's classifier; others are refused by their "
                                     "tensors"),
         "init_lora_weights": honoured(
-            "what the adapter began with; under pissa, olora, corda, loftq and lora_ga the base's weights were changed "
-            "with it, and PEFT changes them again when it loads the adapter, or cannot", *_INITIALIZATIONS,
-            remedy="load it with PEFT once and write it anew, with save_pretrained(..., "
+            "the adapter's initialization; under pissa, olora, corda, loftq and lora_ga the base's weights were "
+            "changed with it, and PEFT changes them again when it loads the adapter, or cannot", *_INITIALIZATIONS,
+            remedy="load it with PEFT once and write it again, with save_pretrained(..., "
                    "path_initial_model_for_weight_conversion=...) as an adapter of the unchanged base, or with "
                    "merge_and_unload as a whole model"),
         "arrow_config": refused("routes every token among several adapters"),
         "lora_dropout": harmless("of training; a new run's is lora.dropout"),
-        "target_modules": harmless("the adapted modules, which the tensors say too"),
-        "exclude_modules": harmless("modules without an adapter, which the tensors say too"),
+        "target_modules": harmless("the adapted modules, which the tensors show too"),
+        "exclude_modules": harmless("modules without an adapter, which the tensors show too"),
         "task_type": harmless("PEFT's class around the model"),
-        "auto_mapping": harmless("the class that the adapter was made on"),
-        "inference_mode": harmless("whether the adapter is trained on"),
+        "auto_mapping": harmless("the class that the adapter was made for"),
+        "inference_mode": harmless("whether training continues"),
         "peft_version": harmless("the version that wrote it"),
         "revision": harmless("of the base model on the hub"),
         "corda_config": harmless("of an initialization, see init_lora_weights"),
@@ -238,18 +237,18 @@ ADAPTER_CONFIG = FileTable(
         "lorap_emb_lr": harmless("of ms-swift's optimizer"),
         "fan_in_fan_out": refused("weights stored transposed", False),
         "bias": refused("biases that were trained too", "none"),
-        "rank_pattern": refused("other inner widths for some layers", {}),
+        "rank_pattern": refused("other ranks for some layers", {}),
         "alpha_pattern": refused("other scales for some layers", {}),
-        "layers_to_transform": refused("adapters on some layers alone", []),
-        "layers_pattern": refused("adapters on some layers alone", []),
-        "layer_replication": refused("layers that are there several times", []),
+        "layers_to_transform": refused("adapters on only some layers", []),
+        "layers_pattern": refused("adapters on only some layers", []),
+        "layer_replication": refused("layers that are repeated", []),
         "use_dora": refused("DoRA's magnitudes", False),
         "use_qalora": refused("adapters of pooled inputs", False),
         "use_bdlora": refused("block-diagonal adapters", False),
         "lora_bias": refused("a bias within the adapter", False),
-        "target_parameters": refused("adapters of parameters that are no modules", []),
+        "target_parameters": refused("adapters of parameters that are not modules", []),
         "trainable_token_indices": refused("rows of the embedding that were trained too", [], {}),
-        "alora_invocation_tokens": refused("an adapter that is on behind certain tokens alone", []),
+        "alora_invocation_tokens": refused("an adapter that is active only after certain tokens", []),
         "velora_config": refused("VeLoRA's compressed activations"),
         "monteclora_config": refused("sampled adapters"),
         "kasa_config": refused("KaSA, which cuts the base's weights down"),
@@ -257,14 +256,14 @@ ADAPTER_CONFIG = FileTable(
 
 TABLES: tuple[FileTable, ...] = (SENTENCE_BERT_CONFIG, CONFIG_SENTENCE_TRANSFORMERS, MODULES, POOLING, NORMALIZE,
                                  TOKENIZER_CONFIG, RERANKER_CONFIG, CONFIG_BLOCK, LOGIT_SCORE, ADAPTER_CONFIG)
-"""In the page's order."""
+"""All tables, in the order of the page."""
 
 
 def flat_keys(keys: "dict[str, Key]", prefix: str = "") -> "dict[str, Key]":
     """Keys of a table by dotted name, those of nested objects after their object."""
-    found: dict[str, Key] = {}
+    flat: dict[str, Key] = {}
     for name, key in keys.items():
-        found[f"{prefix}{name}"] = key
+        flat[f"{prefix}{name}"] = key
         if key.nested is not None:
-            found |= flat_keys(dict(key.nested), f"{prefix}{name}.")
-    return found
+            flat |= flat_keys(dict(key.nested), f"{prefix}{name}.")
+    return flat

@@ -1,4 +1,4 @@
-"""A Sentence Transformers directory's modules.json: which modules there are, of which stock class, and where they lie.
+"""The modules.json of a Sentence Transformers directory: the modules, their stock classes and their folders.
 
 `"path": ""` means the directory itself. Sentence Transformers writes it for the first module, the Transformer, so that
 the model's files lie where Transformers finds them; every other module has a folder.
@@ -11,32 +11,36 @@ from typing import Any, Literal
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import plain_name
-from megatron_embed.models.foreign_tables import MODULES
+from megatron_embed.models.known_keys import MODULES
 
 Kind = Literal["Transformer", "Pooling", "Normalize", "Dropout", "LogitScore"]
 
 STOCK_TYPES: dict[str, Kind] = {
-    **{f"sentence_transformers.{place}": "Transformer" for place in (
+    **{f"sentence_transformers.{name}": "Transformer" for name in (
         "models.Transformer", "models.Transformer.Transformer", "models.transformer.Transformer",
         "base.modules.Transformer", "base.modules.transformer.Transformer",
         "sentence_transformer.modules.Transformer", "sentence_transformer.modules.transformer.Transformer",
         "cross_encoder.modules.Transformer")},
-    **{f"sentence_transformers.{place}": "Pooling" for place in (
+    **{f"sentence_transformers.{name}": "Pooling" for name in (
         "models.Pooling", "models.Pooling.Pooling", "models.pooling.Pooling", "sentence_transformer.modules.Pooling",
         "sentence_transformer.modules.pooling.Pooling")},
-    **{f"sentence_transformers.{place}": "Normalize" for place in (
+    **{f"sentence_transformers.{name}": "Normalize" for name in (
         "models.Normalize", "models.Normalize.Normalize", "models.normalize.Normalize", "base.modules.Normalize",
         "base.modules.normalize.Normalize", "sentence_transformer.modules.Normalize",
         "sentence_transformer.modules.normalize.Normalize")},
-    **{f"sentence_transformers.{place}": "Dropout" for place in (
+    **{f"sentence_transformers.{name}": "Dropout" for name in (
         "models.Dropout", "models.Dropout.Dropout", "models.dropout.Dropout", "base.modules.Dropout",
         "base.modules.dropout.Dropout", "sentence_transformer.modules.Dropout",
         "sentence_transformer.modules.dropout.Dropout")},
-    **{f"sentence_transformers.{place}": "LogitScore" for place in (
+    **{f"sentence_transformers.{name}": "LogitScore" for name in (
         "cross_encoder.modules.LogitScore", "cross_encoder.modules.logit_score.LogitScore")},
 }
 """Full names under which Sentence Transformers, from 2 to 6, writes the modules that we compute. A class of the same
 last name from another package is another class."""
+
+
+_SUPPORTED_ORDERS: tuple[list[Kind], ...] = (
+    ["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"], ["Transformer", "LogitScore"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +48,9 @@ class Module:
     """One entry of modules.json."""
 
     type: str
-    """As the file says it."""
+    """The full class name in the file."""
     kind: Kind | None
-    """None: none of the stock modules that we compute."""
+    """None: not one of the stock modules that we compute."""
     path: str
     """Name of its folder; empty: the directory itself."""
 
@@ -55,7 +59,7 @@ def read_modules(file: Path) -> list[Module]:
     """The modules that a modules.json lists, in its order.
 
     Raises:
-        CheckpointError: it is not readable, no list of modules, or a folder is no plain name.
+        CheckpointError: it is not readable, not a list of modules, or a folder is not a plain name.
     """
     try:
         listed: Any = read_json_file(file)
@@ -70,7 +74,39 @@ def read_modules(file: Path) -> list[Module]:
         MODULES.check(file, module)
     modules = [Module(type=module["type"], kind=STOCK_TYPES.get(module["type"]), path=module["path"])
                for module in listed]
-    for number, module in enumerate(modules):
-        if number or module.path:
-            plain_name(module.path, f"{file}: path of module {number} ({module.type})")
+    for index, module in enumerate(modules):
+        if index or module.path:
+            plain_name(module.path, f"{file}: path of module {index} ({module.type})")
     return modules
+
+
+def supported_modules(directory: Path) -> list[Module]:
+    """The modules of a directory that a text passes through, the transformer first; empty without a modules.json.
+
+    A Dropout is left out: it does nothing outside training.
+
+    Raises:
+        CheckpointError: a module that we do not compute, another order, or a broken file.
+    """
+    file = directory / "modules.json"
+    if not file.is_file():
+        return []
+    modules = [module for module in read_modules(file) if module.kind != "Dropout"]
+    for module in modules:
+        if module.kind is None:
+            raise CheckpointError(f"{file}: module {module.type!r} is not supported; Transformer, Pooling and "
+                                  "Normalize of Sentence Transformers are, under its own full names")
+        if module.kind == "Transformer" and module.path:
+            raise CheckpointError(f"{file}: path = {module.path!r}: a transformer in a folder of its own is not "
+                                  "supported; move the files of that folder up beside modules.json, and write path "
+                                  "= ''")
+    if [module.kind for module in modules] not in _SUPPORTED_ORDERS:
+        raise CheckpointError(f"{file}: the modules {', '.join(str(module.kind) for module in modules) or '(none)'} "
+                              "are not supported in this order; Transformer, Pooling and perhaps Normalize are")
+    return modules
+
+
+def transformer_settings_files(directory: Path) -> list[Path]:
+    """The files that may hold the Transformer module's settings, in the order in which they are looked for."""
+    return [directory / f"sentence_{kind}_config.json"
+            for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")]
