@@ -45,7 +45,7 @@ def checksum(tensor: Tensor) -> bytes:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's text."""
+    """What an error says, on one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
