@@ -159,7 +159,7 @@ class PeftAdapter:
         name = stored.get(f"{tensor.module}.{tensor.matrix}")
         if name is None:
             raise CheckpointError(f"{self.path / WEIGHTS_FILE}: no lora_{tensor.matrix} of {tensor.module}; adapters "
-                                  "on only some of the layers or experts are not supported: merge with PEFT")
+                                  "on only some layers or experts are not supported: merge with PEFT")
         shape = self._file.entries[name].shape
         if shape != tensor.shape:
             raise CheckpointError(f"{self.path / WEIGHTS_FILE}: {name} has shape {list(shape)}, but the base model and "
