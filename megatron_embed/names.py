@@ -7,7 +7,7 @@ Pooling = Literal["lasttoken", "mean", "cls", "weightedmean"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 Role = Literal["query", "document"]
-"""What a text is in a search."""
+"""Role of a text in retrieval."""
 ROLES: tuple[Role, ...] = get_args(Role)
 
 HeadKind = Literal["yes_no", "score"]
@@ -19,7 +19,7 @@ Activation = Literal["sigmoid", "identity"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 Similarity = Literal["cosine", "dot"]
-"""What compares two embeddings."""
+"""How two embeddings are compared."""
 
 ModelDtype = Literal["float32", "bfloat16"]
 """Dtype of weights and activations."""
@@ -33,12 +33,12 @@ MessageFormat = Literal["flat", "structured", "auto"]
 MESSAGE_FORMATS: tuple[MessageFormat, ...] = get_args(MessageFormat)
 
 Direction = Literal["query_to_document", "query_to_query", "document_to_document", "document_to_query"]
-"""What InfoNCE compares: the anchors, then the columns."""
+"""Texts that InfoNCE compares: the anchors, then the columns."""
 Hardness = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 """The negative documents that InfoNCE weights by their similarity."""
 
 NegativeSampling = Literal["top", "random"]
-"""How mining chooses among the candidates that passed its filters."""
+"""How mining selects negatives from the candidates that pass its filters."""
 NEGATIVE_SAMPLINGS: tuple[NegativeSampling, ...] = get_args(NegativeSampling)
 
 MergeMethod = Literal["linear", "slerp", "multi_slerp", "task_arithmetic"]
@@ -46,4 +46,4 @@ MergeMethod = Literal["linear", "slerp", "multi_slerp", "task_arithmetic"]
 MERGE_METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
 
 ExportFormat = Literal["hf", "sentence-transformers", "cross-encoder", "peft"]
-"""What `convert megatron-to-hf` writes."""
+"""Formats that `convert megatron-to-hf` writes."""

@@ -1,4 +1,4 @@
-"""`model.dtype: auto` settled, alike on all ranks."""
+"""Resolution of `model.dtype: auto` to one dtype for all ranks."""
 
 import dataclasses
 import logging
@@ -12,10 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_dtype(config: RunConfig) -> RunConfig:
-    """The same with a dtype in place of `auto`: bfloat16 if every rank has instructions for it, else float32.
+    """The configuration with a dtype in place of `auto`: bfloat16 if every rank has instructions for it, else float32.
 
     Called by all ranks, before the first collective that depends on the dtype; one all-reduce of an integer, unless the
-    dtype is float32. What the ranks have in common is logged.
+    dtype is float32. The result is logged.
     """
     if config.model.dtype == "float32":
         return config

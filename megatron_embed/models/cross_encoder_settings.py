@@ -94,13 +94,13 @@ def read_cross_encoder(directory: str | Path,
     values = read_optional_json_object(settings_file)
     prompts, default = named_prompts(settings_file, values)
     module = _transformer_config(folder)
-    task = _task(*module)
-    if task == "sequence-classification" and head != "score":
+    transformer_task = _task(*module)
+    if transformer_task == "sequence-classification" and head != "score":
         raise CheckpointError(f"{base / 'config.json'}: architectures = {config.get('architectures')!r}: modules.json "
                               "makes a classifier of it, and there is none; save the trained classifier's config.json")
-    token_ids = _answer_ids(folder, task)
+    token_ids = _answer_ids(folder, transformer_task)
     return CrossEncoderSettings(
-        is_saved=True, head="score" if task == "sequence-classification" else "yes_no", token_ids=token_ids,
+        is_saved=True, head="score" if transformer_task == "sequence-classification" else "yes_no", token_ids=token_ids,
         activation=_activation(settings_file, "activation_fn", values.get("activation_fn"))
         or _activation_of_config(base, config),
         prompts=prompts, default_prompt=default, message=_message_format(*module),
@@ -166,7 +166,7 @@ def _task(file: Path, values: Mapping[str, Any]) -> Literal["sequence-classifica
     return task  # type: ignore[no-any-return]
 
 
-def _answer_ids(folder: Path, task: str) -> tuple[int, int] | None:
+def _answer_ids(folder: Path, transformer_task: str) -> tuple[int, int] | None:
     """Token ids of a LogitScore's two answers; None for a classifier, which has no such module.
 
     Raises:
@@ -174,12 +174,14 @@ def _answer_ids(folder: Path, task: str) -> tuple[int, int] | None:
     """
     file = folder / "modules.json"
     modules = read_modules(file)
-    wanted = ["Transformer"] if task == "sequence-classification" else ["Transformer", "LogitScore"]
+    wanted = ["Transformer"] if transformer_task == "sequence-classification" else ["Transformer", "LogitScore"]
     if [module.kind for module in modules] != wanted or modules[0].path:
         raise CheckpointError(f"{file}: modules {[module.type for module in modules]} are not supported for a "
-                              f"cross-encoder with transformer_task = {task!r}; {' and '.join(wanted)} of Sentence "
-                              "Transformers are")
-    return None if task == "sequence-classification" else _logit_score_ids(folder / modules[1].path / "config.json")
+                              f"cross-encoder with transformer_task = {transformer_task!r}; {' and '.join(wanted)} of "
+                              "Sentence Transformers are")
+    if transformer_task == "sequence-classification":
+        return None
+    return _logit_score_ids(folder / modules[1].path / "config.json")
 
 
 def _logit_score_ids(file: Path) -> tuple[int, int]:

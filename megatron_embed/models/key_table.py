@@ -28,7 +28,7 @@ class Key:
     """honoured: the only values that are; None: every value that the reader of the key takes. refused: the values,
     besides None, at which it has no effect and passes."""
     remedy: str = ""
-    """What the user can do, if it differs from the table's remedy."""
+    """Remedy for the user, if it differs from the table's."""
     nested: "Mapping[str, Key] | None" = None
     """Keys of the object that is its value."""
 
@@ -67,7 +67,7 @@ class FileTable:
     unset: tuple[object, ...] = field(default=(None, [], {}))
     """Values at which a key that is not in the table has no effect."""
     remedy: str = "remove the key if the model was trained without it"
-    """What the user can do about a refused key."""
+    """Remedy for the user if a key is refused."""
 
     def check(self, path: Path, values: Mapping[str, Any]) -> None:
         """Raises CheckpointError, naming file, key, value and remedy, for what is refused; `path`: the file read."""

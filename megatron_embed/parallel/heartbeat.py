@@ -53,7 +53,7 @@ def monitor_ranks(topology: Topology, on_loss: Callable[[str, bool], None], advi
         *topology.rendezvous, rank=topology.rank, world_size=topology.world_size,
         silence_seconds=min(LONGEST_SILENCE_SECONDS, topology.sizes.timeout_seconds / 2), on_loss=on_loss,
         advice=advice)
-    stop.add_farewell(monitor.leave)
+    stop.add_exit_action(monitor.leave)
     try:
         yield
     except Exception as error:
@@ -64,7 +64,7 @@ def monitor_ranks(topology: Topology, on_loss: Callable[[str, bool], None], advi
         monitor.close(_final_state(explained))
         raise explained from error
     finally:
-        stop.remove_farewell(monitor.leave)
+        stop.remove_exit_action(monitor.leave)
     monitor.close(DONE)
 
 
@@ -218,7 +218,7 @@ class HeartbeatMonitor:
     def _handle_stop_request(self, request: str) -> None:
         """Pass on what the ranks report about a request to stop."""
         if request:
-            stop.tell(ASKED)
+            stop.request(ASKED)
         if request == LEFT and self._stop_time is None:
             self._stop_time = time.monotonic()
             self._outcome_known.set()

@@ -1,4 +1,4 @@
-"""What commands of several ranks do when one of them is lost: the others end, and one of them says which.
+"""Reaction of the commands to a lost rank: the other ranks end, and one of them names it.
 
 Apart from heartbeat.py, which does the monitoring, so that the command line starts without loading torch.
 """

@@ -100,7 +100,7 @@ from megatron_embed.platform import writer
 
 writer.install()
 
-# What 0.19 logs on every rank about its own plans, and either version on a CPU, whose one random stream is both.
+# Messages of 0.19 on every rank about its own plans, and of either version on a CPU, which has one random stream.
 for _name, _message in (("distributed.distributed_data_parallel", "full_param_layout not provided"),
                         ("dist_checkpointing.strategies.torch", "async save is deprecated"),
                         ("dist_checkpointing.strategies.common", "load_common is deprecated"),
@@ -113,14 +113,14 @@ MEGATRON_VERSION = importlib.metadata.version("megatron-core")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's state of a parameter."""
 ASYNC_SAVE: dict[str, Any] = {"async_sharded_save": True}
-"""Arguments of `dist_checkpointing.save` for one that the caller carries out."""
+"""Arguments of `dist_checkpointing.save` with which the caller runs the save."""
 if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
     ASYNC_SAVE["async_strategy"] = "mcore"  # the other one needs nvidia-resiliency-ext
 
 
 def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
-    """Makes Megatron build `adam_class` where neither Transformer Engine nor Apex offers a fused Adam, or there is no
-    CUDA, which theirs need.
+    """Make Megatron build `adam_class` if neither Transformer Engine nor Apex provides a fused Adam, or without CUDA,
+    which those need.
 
     `adam_class` takes Apex's arguments (`adam_w_mode`) and keeps `step` in its parameter groups, as they do: Megatron's
     fully reshardable optimizer checkpoints look for it there (torch's AdamW keeps one per parameter).
@@ -133,9 +133,9 @@ def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
 
 
 def initialize_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Gives the optimizer the state of one that has made no step, where it has none: moments of zero, `step` 0.
+    """Set the state of an optimizer that has none yet to that before the first step: moments of zero, `step` 0.
 
-    Adam makes it in its first step, and a checkpoint needs it. No communication.
+    Adam creates it in its first step, and a checkpoint needs it. No communication.
     """
     for part in optimizer.chained_optimizers:
         inner = part.optimizer
@@ -165,9 +165,9 @@ def _initialize_offloaded(optimizer: HybridDeviceOptimizer) -> None:
 
 
 def write_common_file(folder: Path) -> None:
-    """Gives a checkpoint's tensors (`folder` holds metadata.json) the file that 0.16 wants what is no tensor in.
+    """Write the file from which 0.16 reads all that is not a tensor; `folder` holds a checkpoint's metadata.json.
 
-    0.19 keeps it among the tensors, and reads the file where there is one. With it, a run of either version goes on
+    0.19 keeps that among the tensors, and reads the file if there is one. With it, a run of either version can resume
     with the other. No communication.
     """
     file = folder / "common.pt"
@@ -178,10 +178,10 @@ def write_common_file(folder: Path) -> None:
 
 
 def forget_router_losses() -> None:
-    """Drops what the routers of mixtures of experts have recorded in this process.
+    """Clear the losses that routers of mixtures of experts have recorded in this process.
 
-    Megatron adds it up in one table of the process, made as long as the first model's layers: without this, a second
-    model with more layers would end in an IndexError.
+    Megatron sums them in one table per process, as long as the first model has layers: without this, a second model
+    with more layers would raise an IndexError.
     """
     _router_losses().clear()
 
@@ -190,21 +190,21 @@ def router_losses(num_layers: int, micro_batches: int) -> dict[str, float]:
     """Auxiliary losses that the routers recorded since the last call of `forget_router_losses`, without coefficient.
 
     Args:
-        num_layers: of the whole model, every one a mixture of experts.
-        micro_batches: of this rank, over which the mean is taken.
+        num_layers: layers of the whole model, all of them with experts.
+        micro_batches: micro-batches of this rank, over which the mean is taken.
     Returns:
         Megatron's name of each (`load_balancing_loss`: Fedus et al. 2021, arXiv:2101.03961, equation 4; 1 where all
         experts get as many tokens) -> its mean over layers, micro-batches and data-parallel ranks; empty if none was
         recorded. Communicates over the pipeline, tensor- and context-parallel and data-parallel groups.
     """
-    found: dict[str, torch.Tensor] = {}
+    losses: dict[str, torch.Tensor] = {}
     if _router_losses():
-        report = {"loss_scale": 1 / micro_batches, "iteration": 0, "total_loss_dict": found, "num_layers": num_layers}
+        report = {"loss_scale": 1 / micro_batches, "iteration": 0, "total_loss_dict": losses, "num_layers": num_layers}
         if "get_moe_metrics_tracker" in globals():
             get_moe_metrics_tracker().report(**report)
         else:
             track_moe_metrics(**report)
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in losses.items()}
 
 
 def _router_losses() -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Lets Megatron-Core run where there is no CUDA: its hard-wired device calls are answered by the CPU.
+"""CPU adapter: Megatron-Core runs without CUDA, its hard-wired device calls replaced by CPU ones.
 
 Installed by `platform/compat.py`, before any Megatron module is imported, and only if CUDA is absent. Megatron's
-modules get a `torch` of their own, with the calls below replaced; everyone else's `torch` is untouched (replaced
+modules get a `torch` of their own, with the calls below replaced; for all other modules it is unchanged (replaced
 globally, the factory functions broke Transformers' loading). A GPU run never imports this file.
 `tests/platform/test_cpu.py` lists the CUDA-only sites of the installed Megatron-Core and fails on one that is not
 covered.
@@ -27,7 +27,7 @@ from megatron_embed.platform.bf16_support import has_native_bf16
 
 FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "randint",
              "randperm", "tensor", "zeros", "zeros_like")
-"""torch functions whose `device="cuda"` becomes the CPU and whose `pin_memory` is dropped."""
+"""torch functions whose `device="cuda"` becomes the CPU and whose `pin_memory` is removed."""
 
 CUDA_TYPE_SITES = (
     ("megatron.core.optimizer.optimizer", "Float16OptimizerWithFloat16Params", "__init__"),
@@ -35,7 +35,7 @@ CUDA_TYPE_SITES = (
     ("megatron.core.optimizer.clip_grads", None, "clip_grad_by_total_norm_fp32"),
     ("megatron.core.optimizer.optimizer", None, "clip_grad_by_total_norm_fp32"),
 )
-"""(module, class or null, function) that compare `param.type()` with 'torch.cuda.FloatTensor' and the like."""
+"""(module, class or None, function) that compare `param.type()` with 'torch.cuda.FloatTensor' and the like."""
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -72,7 +72,7 @@ _STREAM = Stream()
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Answers calls that only order or wait for device work."""
+    """Replaces calls that only order or wait for device work."""
 
 
 def _is_cuda(device: Any) -> bool:
@@ -123,7 +123,7 @@ CUDA_CALLS: dict[str, Any] = {
 
 @contextlib.contextmanager
 def _cuda_type_names() -> Iterator[None]:
-    """Within it `tensor.type()` of a CPU tensor answers with the CUDA type's name."""
+    """Make `tensor.type()` of a CPU tensor return the CUDA type's name within the block."""
     original = torch.Tensor.type
 
     def named(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -138,7 +138,7 @@ def _cuda_type_names() -> Iterator[None]:
 
 
 def _import_without_compiler() -> None:
-    """Binds Megatron's `jit_fuser` to plain Python: torch.compile would need a C++ compiler and recompile per shape."""
+    """Bind Megatron's `jit_fuser` to plain Python: torch.compile would need a C++ compiler and recompile per shape."""
     compile_function = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment, misc]
     try:
@@ -175,7 +175,7 @@ def _name_cuda_types(module_name: str, class_name: str | None, method_name: str)
 
 
 def _skip_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """The collective, left out where a group of one would copy a tensor onto itself (as NCCL leaves it out)."""
+    """The collective, skipped when a group of one would copy a tensor onto itself (as in NCCL)."""
     @functools.wraps(collective)
     def call(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if output.data_ptr() == source.data_ptr() and output.numel() == source.numel():
@@ -186,7 +186,7 @@ def _skip_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _pad_uneven_collectives(mappings: types.ModuleType) -> None:
-    """Gathers and scatters of uneven shares of rows, which gloo refuses, by padding them to the longest.
+    """Pad gathers and scatters of uneven shares of rows, which gloo refuses, to the longest share.
 
     An expert that is split over tensor-parallel ranks gathers as many tokens of each as were sent to it.
     """
@@ -200,9 +200,9 @@ def _pad_uneven_collectives(mappings: types.ModuleType) -> None:
         longest = max(sizes)
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: rows.shape[0]] = rows
-        every = rows.new_empty(len(sizes) * longest, *rows.shape[1:])
-        torch.distributed.all_gather_into_tensor(every, padded, group=group)
-        return torch.cat([every[rank * longest : rank * longest + size] for rank, size in enumerate(sizes)])
+        gathered = rows.new_empty(len(sizes) * longest, *rows.shape[1:])
+        torch.distributed.all_gather_into_tensor(gathered, padded, group=group)
+        return torch.cat([gathered[rank * longest : rank * longest + size] for rank, size in enumerate(sizes)])
 
     @functools.wraps(scatter)
     def scatter_uneven(rows: torch.Tensor, group: Any, sizes: list[int] | None = None,
@@ -221,7 +221,7 @@ def _pad_uneven_collectives(mappings: types.ModuleType) -> None:
 
 
 class _Overlay(types.ModuleType):
-    """A module's attributes with some replaced; the module itself stays as it is for everyone else."""
+    """A module's attributes with some replaced; the module itself is unchanged."""
 
     def __init__(self, module: types.ModuleType, replaced: dict[str, Any]) -> None:
         super().__init__(module.__name__)
@@ -239,7 +239,7 @@ def _torch_for_megatron() -> _Overlay:
 
 
 class _MegatronFinder(importlib.abc.MetaPathFinder):
-    """Hands every module below `megatron.core` the overlaid `torch` as soon as it has been executed."""
+    """Gives every module below `megatron.core` the overlaid `torch` as soon as it has been executed."""
 
     def __init__(self) -> None:
         self.torch = _torch_for_megatron()
@@ -265,11 +265,11 @@ class _MegatronLoader(importlib.machinery.SourceFileLoader):
 
 
 def _keep_freed_memory() -> None:
-    """Tells glibc to keep what tensors free instead of handing it back to the kernel.
+    """Tell glibc to keep memory that tensors free instead of returning it to the kernel.
 
-    Each large activation would otherwise be mapped, zeroed page by page, and unmapped again: 20 % of a training step of
-    all-MiniLM-L6-v2 on 11,000 tokens. What oneDNN remembers of every shape it has met would lie scattered among them
-    and keep the heap from closing (4.3 GB for 2.7 after 12 steps of ever new sizes); it costs no time to do without.
+    Otherwise each large activation is mapped, zeroed page by page, and unmapped again: 20 % of a training step of
+    all-MiniLM-L6-v2 on 11,000 tokens. oneDNN's cache of primitives, one per shape, would fragment the heap (4.3 GB
+    instead of 2.7 after 12 steps of ever new sizes); without it nothing is slower.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     if platform.libc_ver()[0] == "glibc":
@@ -279,7 +279,7 @@ def _keep_freed_memory() -> None:
 
 
 def install() -> None:
-    """Must run before the first import of a Megatron module; harmless when repeated."""
+    """Install the adapter. Must run before the first import of a Megatron module; harmless when repeated."""
     if torch.cuda.is_available():
         raise RuntimeError("the CPU adapter must not be installed on a machine with CUDA")
     if any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
@@ -289,7 +289,7 @@ def install() -> None:
         raise RuntimeError(f"{early[0]} was imported before megatron_embed.platform.compat; import that first")
     _keep_freed_memory()
     sys.meta_path.insert(0, _MegatronFinder())
-    # On a machine without CUDA these raise; nobody can depend on them.
+    # Without CUDA these raise, so no other code can depend on them.
     torch.Tensor.cuda = _same  # type: ignore[method-assign, assignment]
     torch.Tensor.pin_memory = _same  # type: ignore[method-assign, assignment]
     torch.Tensor.record_stream = _nothing  # type: ignore[method-assign, assignment]

@@ -1,11 +1,11 @@
 """Megatron's tensor-parallel linear with float32 products by oneDNN, for the CPU adapter.
 
-torch hands float32 products to MKL, whose kernels on AMD processors stop at AVX2: 190 GFLOP/s on two Zen 5 cores where
-oneDNN, which ships in the same torch, reaches 430. Other dtypes go to oneDNN by torch itself.
+torch computes float32 products by MKL, whose kernels on AMD processors use at most AVX2: 190 GFLOP/s on two Zen 5 cores
+where oneDNN, which ships in the same torch, reaches 430. For other dtypes torch itself uses oneDNN.
 
 On a processor without bfloat16 instructions torch multiplies bfloat16 element by element, and takes 25 times as long as
-in float32. There the factors are widened, which is exact, multiplied in float32 and the sums rounded once: what the
-instructions compute, too.
+in float32. There the factors are converted to float32, which is exact, multiplied, and the sums rounded once, as the
+instructions do.
 """
 
 import functools
@@ -22,7 +22,7 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left @ right.T (+ bias): [..., inner] and [outer, inner], any strides -> [..., outer]."""
     if is_widened(left):
         return product(left.float(), right.float(), None if bias is None else bias.float()).to(left.dtype)
-    # Experts that no token chose have no rows; oneDNN refuses those.
+    # Experts that no token chose have no rows, which oneDNN refuses.
     if left.dtype != torch.float32 or left.numel() == 0 or not is_available():
         return torch.nn.functional.linear(left, right, bias)
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
@@ -34,7 +34,7 @@ def is_widened(factor: Tensor) -> bool:
 
 
 def linear(inputs: Tensor, weight: Tensor) -> Tensor:
-    """`functional.linear` without a bias; widened where that is faster. No communication."""
+    """`functional.linear` without a bias; computed in float32 if that is faster. No communication."""
     if not is_widened(inputs):
         return torch.nn.functional.linear(inputs, weight)
     return WidenedLinear.apply(inputs, weight)  # type: ignore[no-any-return,no-untyped-call]
@@ -60,7 +60,7 @@ class WidenedLinear(torch.autograd.Function):
 def weight_gradient(grad_output: Tensor, inputs: Tensor) -> Tensor:
     """grad_output.T @ inputs: [tokens, outer] and [tokens, inner] -> [outer, inner].
 
-    oneDNN wants its left factor row by row, so that one is transposed in memory: the narrower of the two.
+    oneDNN needs a row-major left factor, so one is transposed in memory: the narrower of the two.
     """
     if grad_output.shape[1] <= inputs.shape[1]:
         return product(grad_output.t(), inputs.t())
@@ -68,7 +68,7 @@ def weight_gradient(grad_output: Tensor, inputs: Tensor) -> Tensor:
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """In place of Megatron's LinearWithGradAccumulationAndAsyncCommunication, with its arguments; same values.
+    """Replaces Megatron's LinearWithGradAccumulationAndAsyncCommunication, with its arguments and values.
 
     Its collectives, each over the tensor-parallel group: with sequence parallelism an all-gather of the input (forward,
     and again for the weight's gradient) and a reduce-scatter of the input's gradient; else an all-reduce of the latter.
@@ -78,7 +78,7 @@ class OneDnnLinear(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, gradient_accumulation_fusion: bool,
                 allreduce_dgrad: bool, sequence_parallel: bool, grad_output_buffer: list[Tensor] | None,
                 wgrad_deferral_limit: int | None, tp_group: dist.ProcessGroup, gtp_remat_size: int = 1) -> Tensor:
-        # The last one since Megatron-Core 0.19: weights gathered when they are needed, which is never asked for.
+        # gtp_remat_size exists since Megatron-Core 0.19, for gathered weights, which are never used here.
         assert gtp_remat_size == 1
         assert not gradient_accumulation_fusion and grad_output_buffer is None, "CUDA-only forms of the gradient"
         ctx.save_for_backward(inputs, weight)
@@ -109,7 +109,7 @@ class OneDnnLinear(torch.autograd.Function):
 
 
 class OneDnnFrozenLinear(torch.autograd.Function):
-    """In place of Megatron's LinearWithFrozenWeight, with its arguments; same values.
+    """Replaces Megatron's LinearWithFrozenWeight, with its arguments and values.
 
     An all-reduce of the input's gradient over the tensor-parallel group, if asked for.
     """
@@ -140,5 +140,5 @@ def _gathered(inputs: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @functools.cache
 def is_available() -> bool:
-    """Whether this torch has oneDNN on an x86 processor; elsewhere torch chooses well by itself."""
+    """Whether this torch has oneDNN on an x86 processor; elsewhere torch's own choice is good."""
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")

@@ -1,4 +1,4 @@
-"""What this machine offers a run: versions, backends, what is missing and how to get it."""
+"""Check of a machine for a run: versions, backends, missing packages and how to install them."""
 
 import ast
 import importlib.metadata
@@ -24,7 +24,7 @@ GPU_PACKAGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line of the report. A remedy marks what must be put right before a run; a note is only for information."""
+    """One line of the report. A check with a remedy must be fixed before a run; a note is only for information."""
 
     name: str
     value: str
@@ -33,21 +33,21 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """Everything that can be said about this machine; never raises because something is missing."""
+    """All checks of this machine; never raises because something is missing."""
     return [*_host(), *_requirements(), *_torch(), *_megatron(), *_gpu_packages(), _apex()]
 
 
-def report(findings: list[Check]) -> str:
-    """A table, then what is to be done."""
-    width = max(len(finding.name) for finding in findings)
+def report(checks: list[Check]) -> str:
+    """A table of the checks, followed by the remedies."""
+    width = max(len(check.name) for check in checks)
     lines = []
-    for finding in findings:
-        mark = "!!" if finding.remedy else "ok" if not finding.note else "--"
-        note = f"  ({finding.note})" if finding.note else ""
-        lines.append(f"{mark} {finding.name:<{width}}  {finding.value}{note}")
-    problems = [finding for finding in findings if finding.remedy]
+    for check in checks:
+        mark = "!!" if check.remedy else "ok" if not check.note else "--"
+        note = f"  ({check.note})" if check.note else ""
+        lines.append(f"{mark} {check.name:<{width}}  {check.value}{note}")
+    problems = [check for check in checks if check.remedy]
     lines.append("")
-    lines += [f"{finding.name}: {finding.remedy}" for finding in problems]
+    lines += [f"{check.name}: {check.remedy}" for check in problems]
     lines.append(f"{len(problems)} thing(s) to put right" if problems else "everything that a run needs is here")
     return "\n".join(lines)
 
@@ -72,7 +72,7 @@ def cpu_features(cpuinfo: str = "/proc/cpuinfo") -> tuple[list[str], str]:
     except OSError:
         return [], platform.processor() or platform.machine()
     values = {}
-    for line in reversed(lines):  # The first processor's lines win.
+    for line in reversed(lines):  # The first processor's lines take precedence.
         key, _, value = line.partition(":")
         values[key.strip()] = value.strip()
     flags = values.get("flags", values.get("Features", "")).split()
@@ -80,7 +80,7 @@ def cpu_features(cpuinfo: str = "/proc/cpuinfo") -> tuple[list[str], str]:
 
 
 def _requirements() -> list[Check]:
-    """The packages that setup.py asks for, each with the range it asks for."""
+    """The packages that setup.py requires, each with its version range."""
     try:
         texts, notes = importlib.metadata.requires(DISTRIBUTION) or [], []
     except importlib.metadata.PackageNotFoundError:
@@ -96,7 +96,7 @@ def _requirements() -> list[Check]:
 
 
 def requirements_of(setup: Path) -> list[str]:
-    """What a setup.py asks for in its list CORE; empty where there is none."""
+    """The requirements in the list CORE of a setup.py; empty if there is none."""
     if not setup.is_file():
         return []
     for node in ast.parse(setup.read_text(encoding="utf-8")).body:
@@ -107,7 +107,7 @@ def requirements_of(setup: Path) -> list[str]:
 
 
 def check_requirement(requirement: Requirement) -> Check:
-    """Whether a package is installed in the version range asked for."""
+    """Whether a package is installed in the required version range."""
     remedy = f"pip install '{requirement}'"
     try:
         version = importlib.metadata.version(requirement.name)
@@ -127,24 +127,24 @@ def _torch() -> list[Check]:
                         remedy="reinstall torch; on a machine without GPU its CPU build is enough")]
     available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
     backends = [name for name, there in available.items() if there]
-    findings = [Check(name="process groups", value=" ".join(backends) or "none",
+    checks = [Check(name="process groups", value=" ".join(backends) or "none",
                         remedy="" if backends else "install a torch build with torch.distributed")]
     if not torch.cuda.is_available():
         build = torch.version.cuda
         reason = f"torch is built for CUDA {build}, but finds no device or driver" if build else "torch's CPU build"
         note = f"{reason}; runs use the CPU, gloo and sdpa attention"
-        return [*findings, Check(name="gpu", value="none", note=note)]
+        return [*checks, Check(name="gpu", value="none", note=note)]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        findings.append(Check(name=f"gpu {index}", value=f"{device.name}, {device.total_memory / 2**30:.0f} GiB, "
+        checks.append(Check(name=f"gpu {index}", value=f"{device.name}, {device.total_memory / 2**30:.0f} GiB, "
                                 f"compute capability {device.major}.{device.minor}, CUDA {torch.version.cuda}"))
     if dist.is_nccl_available():
-        findings.append(Check(name="nccl", value=".".join(map(str, torch.cuda.nccl.version()))))
-    return findings
+        checks.append(Check(name="nccl", value=".".join(map(str, torch.cuda.nccl.version()))))
+    return checks
 
 
 def _megatron() -> list[Check]:
-    """Whether Megatron-Core can be imported here, with our adapter where there is no CUDA."""
+    """Whether Megatron-Core can be imported here, with our adapter if CUDA is missing."""
     try:
         from megatron_embed.platform import compat
     except Exception as error:  # noqa: BLE001  a broken installation can raise anything
@@ -154,14 +154,14 @@ def _megatron() -> list[Check]:
 
 
 def _gpu_packages() -> list[Check]:
-    findings = []
+    checks = []
     for module, advice in GPU_PACKAGES.items():
         name = module.replace("_", "-")
         if importlib.util.find_spec(module) is None:
-            findings.append(Check(name=name, value="not installed", note=advice))
+            checks.append(Check(name=name, value="not installed", note=advice))
         else:
-            findings.append(Check(name=name, value=_version_of(name)))
-    return findings
+            checks.append(Check(name=name, value=_version_of(name)))
+    return checks
 
 
 def _version_of(distribution: str) -> str:
@@ -172,12 +172,12 @@ def _version_of(distribution: str) -> str:
 
 
 def _apex() -> Check:
-    """NVIDIA's apex, or the unrelated project of that name, which Megatron-Core mistakes for it."""
+    """Whether apex is NVIDIA's, not the unrelated project of that name, on which Megatron-Core breaks."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return Check(name="apex", value="not installed", note="not needed; the package index's apex is not NVIDIA's")
-    places = [Path(place) for place in spec.submodule_search_locations or []]
-    if any((place / "optimizers").is_dir() and (place / "multi_tensor_apply").is_dir() for place in places):
-        return Check(name="apex", value=f"NVIDIA's, {places[0]}")
-    return Check(name="apex", value=f"the wrong package, {spec.origin or places}",
+    folders = [Path(location) for location in spec.submodule_search_locations or []]
+    if any((folder / "optimizers").is_dir() and (folder / "multi_tensor_apply").is_dir() for folder in folders):
+        return Check(name="apex", value=f"NVIDIA's, {folders[0]}")
+    return Check(name="apex", value=f"the wrong package, {spec.origin or folders}",
                    remedy="pip uninstall apex: it is not NVIDIA's, and Megatron-Core breaks on it")

@@ -1,4 +1,4 @@
-"""Keeps the C heap of a CPU run from growing: freed memory is kept for the next step, but not without bound."""
+"""Bound on the C heap of a CPU run: freed memory is kept for the next step, but only up to a limit."""
 
 import ctypes
 import os
@@ -6,18 +6,18 @@ import platform
 from pathlib import Path
 
 GROWTH = 1.25
-"""Times the resident memory of a run's first steps, above which its free memory goes back to the kernel."""
+"""Factor of the resident memory of the first steps, above which free memory is returned to the kernel."""
 ALLOWANCE = 256 << 20
-"""Bytes of growth that are never worth it."""
+"""Bytes of growth for which it is never done."""
 _STATM = Path("/proc/self/statm")
 
 
 class HeapWatch:
-    """Gives free memory back when the process has grown well beyond what one step needs.
+    """Returns free memory to the kernel when the process has grown well beyond the needs of one step.
 
-    platform/cpu.py has glibc keep what tensors free, which saves a fifth of a step. Bins of ever new sizes do not fit
-    into the holes that others left, and the heap grows: 2.8 GB in a process whose steps need 0.4. Every page
-    given back must be zeroed again, so that is done seldom: what a step needs is measured anew after each time.
+    platform/cpu.py makes glibc keep memory that tensors free, which saves a fifth of a step. Bins of ever new sizes do
+    not fit into the freed blocks, and the heap grows: 2.8 GB in a process whose steps need 0.4. Returned pages must be
+    zeroed again when they are used, so this is done rarely: the needs of a step are measured again after each time.
     Does nothing without glibc and /proc.
     """
 
@@ -28,7 +28,7 @@ class HeapWatch:
         self._needed: int | None = None
 
     def after_step(self) -> bool:
-        """Call after each step, when its activations are freed. Returns whether memory was given back."""
+        """Call after each step, when its activations are freed. Returns whether memory was returned to the kernel."""
         if self._trim is None:
             return False
         resident = resident_bytes()
@@ -42,5 +42,5 @@ class HeapWatch:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that lies in RAM, of the kernel's own figures."""
+    """Resident memory of this process, as the kernel reports it."""
     return int(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""What the launcher says of this process: its rank, and where the ranks of the run find each other."""
+"""Rank of this process and address of the rendezvous, from the launcher's environment variables."""
 
 import os
 import re
@@ -6,11 +6,11 @@ import re
 from megatron_embed.errors import ConfigError
 
 _LARGEST_STEP = 0xFFFFFFF0
-"""Slurm's numbers from here on are no steps of srun's: the batch script's, an interactive shell's."""
+"""Step ids from here on are not srun's but those of the batch script and of interactive shells."""
 
 
 FIRST_PORT, PORTS = 20000, 12750
-"""Below 32768, where Linux takes ports of outgoing connections from: one of those would be taken now and then. As in
+"""Below 32768, from where Linux takes ports of outgoing connections, so that none is in use by chance. The same as in
 launch/slurm/job.sh."""
 
 
@@ -18,11 +18,11 @@ def launched_rank() -> tuple[int, int, int]:
     """(rank, world size, local rank) from torchrun's variables, else from srun's or mpirun's (several tasks), else
     (0, 1, 0).
 
-    Where RANK and WORLD_SIZE come without LOCAL_RANK the local rank is srun's or mpirun's, else follows from
+    If RANK and WORLD_SIZE are set without LOCAL_RANK, the local rank is srun's or mpirun's, else it follows from
     LOCAL_WORLD_SIZE, else from the number of visible GPUs (see `topology.device_of`); until then it is the rank.
 
     Raises:
-        ConfigError: a variable is empty, no number, or contradicts another; or the job is a heterogeneous one.
+        ConfigError: a variable is empty, not a number, or contradicts another; or the job is heterogeneous.
     """
     env = os.environ
     if _is_torchruns():
@@ -49,7 +49,7 @@ def launched_rank() -> tuple[int, int, int]:
 
 
 def knows_local_rank() -> bool:
-    """Whether some launcher says which rank of its node this is."""
+    """Whether a launcher sets the local rank."""
     env = os.environ
     return not _is_torchruns() or "LOCAL_WORLD_SIZE" in env or any(
         name in env for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")) or (
@@ -57,7 +57,7 @@ def knows_local_rank() -> bool:
 
 
 def _local_rank(rank: int) -> int:
-    """Of a process with RANK and WORLD_SIZE."""
+    """Local rank of a process with RANK and WORLD_SIZE."""
     if "LOCAL_RANK" in os.environ:
         local, beside = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE", rank + _number("LOCAL_RANK") + 1)
         if not local < beside:
@@ -72,7 +72,7 @@ def _local_rank(rank: int) -> int:
 
 
 def _number(name: str, default: int | None = None) -> int:
-    """A variable's value, a whole number from 0 on. Raises ConfigError, naming it."""
+    """A variable's value, a whole number >= 0. Raises ConfigError, naming the variable, if it is not."""
     text = os.environ.get(name)
     if text is None and default is not None:
         return default
@@ -83,7 +83,7 @@ def _number(name: str, default: int | None = None) -> int:
 
 
 def _number_or_none(*names: str) -> int | None:
-    """The first of these variables that is a number; None if none is. Raises nothing."""
+    """The first of these variables that is a number; None if none is. Never raises."""
     for name in names:
         text = os.environ.get(name, "")
         if text.isascii() and text.isdecimal():
@@ -92,7 +92,7 @@ def _number_or_none(*names: str) -> int | None:
 
 
 def _is_torchruns() -> bool:
-    """Whether there are RANK and WORLD_SIZE, set by torchrun or by hand."""
+    """Whether RANK and WORLD_SIZE are set, by torchrun or by hand."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -104,7 +104,7 @@ def _refuse_heterogeneous() -> None:
 
 
 def process_rank() -> int:
-    """Rank of this process, known before any library is loaded; 0 where a variable is no number, which `launched_rank`
+    """Rank of this process, before any library is loaded; 0 if its variable is not a number, which `launched_rank`
     refuses."""
     return _number_or_none("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") or 0
 
@@ -116,21 +116,21 @@ def first_on_node() -> bool:
 
 
 def is_task_of_srun() -> bool:
-    """Whether srun started this process. A batch script has variables of the job, SLURM_PROCID and SLURM_NTASKS among
-    them, but it is one process, and no step of the job."""
+    """Whether srun started this process. A batch script also has SLURM_PROCID and SLURM_NTASKS, but it is one process
+    and not a step of the job."""
     step = os.environ.get("SLURM_STEP_ID", "")
     return "SLURM_PROCID" in os.environ and step.isdecimal() and int(step) < _LARGEST_STEP
 
 
 def source_of_world_size() -> str:
-    """Which variable of which launcher says how many ranks there are."""
+    """The launcher's variable that sets the number of ranks, for messages."""
     if _is_torchruns():
         return "torchrun's WORLD_SIZE"
     return "srun's SLURM_NTASKS" if is_task_of_srun() else "mpirun's OMPI_COMM_WORLD_SIZE"
 
 
 def all_ranks_on_this_node() -> bool:
-    """Whether the launcher says that the run has no other node."""
+    """Whether the run has no other node, according to the launcher."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
@@ -138,43 +138,43 @@ def all_ranks_on_this_node() -> bool:
 
 
 def run_name() -> str:
-    """What sets this start of this run apart from every other one that meets at the same address: the launcher's number
-    for it, and how often it was started again. Equal on all ranks.
+    """A name of this start of this run, different from every other one at the same address: the launcher's id and the
+    number of restarts. Equal on all ranks.
 
-    Two jobs with one MASTER_PORT, or a requeued one whose first rank 0 still lives, share a key-value store: under one
-    name the ranks of one would take the word of the other's.
+    Two jobs with one MASTER_PORT, or a requeued one whose first rank 0 still runs, share a key-value store: with one
+    name, the ranks of one would read what those of the other wrote.
     """
     env = os.environ
     if _is_torchruns():
-        # Not Slurm's numbers, which a node that was reached by ssh does not have.
+        # Not Slurm's ids, which a node reached by ssh does not have.
         return f"torchrun-{env.get('TORCHELASTIC_RUN_ID', '')}-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return "-".join(["slurm", *(env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))])
 
 
 def launcher_names_runs() -> bool:
-    """Whether two runs that meet at one address have different names: not those that somebody started by hand with RANK
-    and WORLD_SIZE, nor torchrun's without --rdzv-id."""
+    """Whether two runs at one address have different names: not if they were started by hand with RANK and WORLD_SIZE,
+    or by torchrun without --rdzv-id."""
     if _is_torchruns():
         return os.environ.get("TORCHELASTIC_RUN_ID", "none") not in ("", "none")
     return True
 
 
 def rendezvous_address() -> tuple[str, int]:
-    """Host and port of the run's key-value store: MASTER_ADDR and MASTER_PORT, under Slurm the first node and a port
-    that follows from the numbers of job and step; then both are set. ConfigError if they cannot be."""
+    """Host and port of the run's key-value store: MASTER_ADDR and MASTER_PORT. Under Slurm they are set to the first
+    node and a port computed from the ids of job and step. Raises ConfigError if they cannot be set."""
     env = os.environ
-    if not env.get("MASTER_ADDR", "").strip():  # an empty one is none
+    if not env.get("MASTER_ADDR", "").strip():  # empty counts as unset
         env["MASTER_ADDR"] = _first_slurm_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "")))
     if "MASTER_PORT" not in env:
-        # Jobs that share a node must not share a port, nor must seven steps or starts of a job: a rank 0 of before that
-        # does not end would hold it.
+        # Jobs that share a node must not share a port, nor must up to seven steps or starts of one job: an earlier rank
+        # 0 that is still running would hold it.
         job, step, start = (_number(f"SLURM_{name}", 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-        number = job * 7 + (step + start) % 7
-        env["MASTER_PORT"] = str(FIRST_PORT + number % PORTS)
+        offset = job * 7 + (step + start) % 7
+        env["MASTER_PORT"] = str(FIRST_PORT + offset % PORTS)
     port = env["MASTER_PORT"]
-    # torchrun --master-port 0 hands the zero on: every rank would open or seek another port, and wait for ever.
+    # torchrun --master-port 0 passes the zero on: every rank would use another port and wait for ever.
     if not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
-        raise ConfigError(f"MASTER_PORT = {port!r} is no port that ranks can meet at; give one from 1024 to 65535 "
+        raise ConfigError(f"MASTER_PORT = {port!r} is not a port that ranks can meet at; give one from 1024 to 65535 "
                           "(torchrun: --master-port), or start it by launch/torchrun/one_node.sh, which finds one")
     return env["MASTER_ADDR"], int(port)
 

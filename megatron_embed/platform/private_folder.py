@@ -1,4 +1,4 @@
-"""Folders of this user alone, for files that are run: compiled kernels in a shared /tmp could be somebody else's."""
+"""A folder that only this user can access, for compiled kernels: others could replace those in a shared /tmp."""
 
 import os
 import stat
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def private_folder() -> Path:
-    """A folder below the machine's temporary one that this user owns and nobody else may enter, the same at each call;
-    a new one of an unknown name where somebody else holds that."""
+    """A folder in the temporary directory that this user owns and nobody else may enter, the same at each call; a new
+    one with a random name if another user has taken that name."""
     folder = Path(tempfile.gettempdir()) / f"megatron-embed-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
             return folder
     except OSError:
         pass
@@ -21,7 +21,7 @@ def private_folder() -> Path:
 
 
 def keep_kernels_private() -> None:
-    """Lets Triton keep its compiled kernels on this machine's own disk, where a home directory is often slow and
-    shared, below `private_folder`; TRITON_CACHE_DIR says otherwise."""
+    """Make Triton keep its compiled kernels in `private_folder`, on this machine's own disk, because home directories
+    are often slow and shared; an existing TRITON_CACHE_DIR takes precedence."""
     if "TRITON_CACHE_DIR" not in os.environ:
         os.environ["TRITON_CACHE_DIR"] = str(private_folder() / "triton")

@@ -1,4 +1,4 @@
-"""The status file: exit code and message that a process leaves for the script that started it."""
+"""The status file: exit code and message of a process, for the script that started it."""
 
 import json
 import logging
@@ -11,16 +11,16 @@ logger = logging.getLogger(__name__)
 
 STATUS_FILE_VARIABLE = "MEGATRON_EMBED_STATUS_FILE"
 PREEMPTED = 75
-"""Exit code of a run that was asked to stop and has saved its state (EX_TEMPFAIL): start it again, and it goes on."""
+"""Exit code of a run that was asked to stop and has saved its state (EX_TEMPFAIL): started again, it resumes."""
 
 
 def leaves_status() -> bool:
-    """Whether this process leaves the status file of its node: the first rank on it."""
+    """Whether this process writes the status file of its node: the first rank on it does."""
     return first_on_node()
 
 
 def clear_status() -> None:
-    """Removes what an earlier run left there: a run that is killed must not look like one that ended well."""
+    """Remove the status file of an earlier run: a run that is killed must not look like one that succeeded."""
     name = os.environ.get(STATUS_FILE_VARIABLE)
     if name:
         try:
@@ -30,7 +30,7 @@ def clear_status() -> None:
 
 
 def write_status(exit_code: int, message: str) -> None:
-    """Leave exit code and message in the file that MEGATRON_EMBED_STATUS_FILE names, if it names one.
+    """Write exit code and message to the file that MEGATRON_EMBED_STATUS_FILE names, if it is set.
 
     For launch scripts: torchrun turns every worker's failure into exit code 1.
     """

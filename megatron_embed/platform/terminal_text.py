@@ -1,4 +1,4 @@
-"""Texts from files, arguments and other processes on their way to a terminal or a log: shown, never obeyed."""
+"""Escaping of texts from files, arguments and other processes, so that terminals show but never execute them."""
 
 import json
 import logging
@@ -6,31 +6,31 @@ import re
 import sys
 from typing import Any
 
-# Control characters (ESC among them; C1, which terminals take for ESC and a letter), marks that turn the direction of
-# what follows, line ends that only some programs know, halves of characters, and invisible tags. Joiners stay: scripts
-# are written with them.
+# Control characters (with ESC, and C1, which terminals read as ESC and a letter), marks of text direction, line ends
+# that only some programs know, unpaired surrogates, and invisible tags. Joiners stay: some scripts need them.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb"
                      "\ud800-\udfff\U000e0000-\U000e007f]")
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal would obey, or hide, as JSON's escapes (`\\u001b`): JSON stays JSON, with the same
-    value. Letters of every script stay, and so do tabs and line feeds."""
+    """The text with control and invisible characters as JSON escapes (`\\u001b`), so that JSON keeps its value.
+
+    Letters of every script, tabs and line feeds stay."""
     return _HIDDEN.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def one_line(text: str) -> str:
-    """The same on one line."""
+    """`printable` text on one line."""
     return printable(" ".join(text.split()))
 
 
 def continued(text: str) -> str:
-    """The same, every line after the first indented: none of them looks like a message of its own."""
+    """`printable` text with every line after the first indented, so that none looks like another message."""
     return printable(text).replace("\n", "\n    ")
 
 
 class LogFormatter(logging.Formatter):
-    """Log lines whose messages and tracebacks are only shown."""
+    """Formatter whose messages and tracebacks are made printable."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         record.message = continued(record.message)
@@ -41,7 +41,7 @@ class LogFormatter(logging.Formatter):
 
 
 def guard_records() -> None:
-    """Messages of libraries that print them by handlers of their own are only shown, too."""
+    """Make the messages of libraries with their own log handlers printable, too."""
     logging.setLogRecordFactory(_record)
 
 

@@ -16,7 +16,7 @@ Results = dict[int, Any] | Exception
 
 
 def install() -> None:
-    """Replaces the two functions that start processes, by either of their names (0.16's, 0.19's)."""
+    """Replace the two functions that start processes, under either of their names (0.16's, 0.19's)."""
     writer: Any = filesystem_async.FileSystemWriterAsync
     write = next(name for name in ("write_preloaded_data_multiproc", "write_preloaded_data_multithread")
                  if name in vars(writer))
@@ -28,28 +28,28 @@ def install() -> None:
 
 def write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any],
                      results: "queue.Queue[Results]") -> None:
-    """Writes each bucket to its file, all at once; puts what was written by bucket, or the first error, into `results`.
+    """Write every bucket to its file, concurrently; put the results by bucket, or the first error, into `results`.
 
     No communication.
     """
     with ThreadPoolExecutor(len(buckets), thread_name_prefix="checkpoint-writer") as pool:
         written: list[Future[Any]] = [
-            pool.submit(_write_bucket, transforms, use_msc, number, bucket) for number, bucket in enumerate(buckets)]
-    found: dict[int, Any] = {}
-    for number, future in enumerate(written):
+            pool.submit(_write_bucket, transforms, use_msc, index, bucket) for index, bucket in enumerate(buckets)]
+    by_bucket: dict[int, Any] = {}
+    for index, future in enumerate(written):
         values = future.result()
         if isinstance(values, Exception):
             results.put(values)
             return
-        found[number] = values
-    results.put(found)
+        by_bucket[index] = values
+    results.put(by_bucket)
 
 
-def _write_bucket(transforms: list[Any], use_msc: bool, number: int, bucket: Any) -> Any:
-    """Megatron's own function for one file: what was written, or its error."""
+def _write_bucket(transforms: list[Any], use_msc: bool, index: int, bucket: Any) -> Any:
+    """Write one file by Megatron's own function; returns its results or its error."""
     answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    under_way: queue.Queue[int] = queue.Queue()
-    under_way.put(number)
+    pending: queue.Queue[int] = queue.Queue()
+    pending.put(index)
     filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-        transforms, number, bucket, answers, under_way, True, **({"use_msc": True} if use_msc else {}))
+        transforms, index, bucket, answers, pending, True, **({"use_msc": True} if use_msc else {}))
     return answers.get()[1]

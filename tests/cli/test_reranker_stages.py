@@ -59,7 +59,7 @@ def test_nothing_that_is_not_set_changes(tmp_path, name):
 
 
 def settings_of(folder, model, **sections):
-    return read_inputs(load_config(run_settings(str(model), folder, **{"head": None, **sections}), [])).settings
+    return read_inputs(load_config(run_settings(str(model), folder, **{"head": None, **sections}), [])).task.settings
 
 
 def test_what_is_set_takes_the_place_of_the_directorys(tmp_path, caplog):
@@ -83,11 +83,11 @@ def test_what_is_set_takes_the_place_of_the_directorys(tmp_path, caplog):
 
 
 def test_a_causal_language_model_that_is_no_reranker_gets_our_prompt(tmp_path):
-    for number, jinja in enumerate((None, "{{ messages[0].content }}")):
-        found = settings_of(tmp_path, decoder(tmp_path / str(number), "Qwen3ForCausalLM", jinja=jinja))
-        assert (found.head, found.template, found.activation) == ("yes_no", QWEN3_RERANKER_TEMPLATE, "sigmoid")
-    found = settings_of(tmp_path, decoder(tmp_path / "own", "Qwen3ForCausalLM", jinja=toys.PLAIN_JINJA))
-    assert found.template == "Task: judge. Q={query} D={document} Answer:"
+    for index, jinja in enumerate((None, "{{ messages[0].content }}")):
+        saved = settings_of(tmp_path, decoder(tmp_path / str(index), "Qwen3ForCausalLM", jinja=jinja))
+        assert (saved.head, saved.template, saved.activation) == ("yes_no", QWEN3_RERANKER_TEMPLATE, "sigmoid")
+    saved = settings_of(tmp_path, decoder(tmp_path / "own", "Qwen3ForCausalLM", jinja=toys.PLAIN_JINJA))
+    assert saved.template == "Task: judge. Q={query} D={document} Answer:"
 
 
 def test_a_classifier_whose_template_carries_no_pair_needs_one(tmp_path):
@@ -136,7 +136,7 @@ def test_a_run_goes_on_as_it_was_asked(tmp_path):
     trained(model, tmp_path / "stage")
     toys.edit(model / "config_sentence_transformers.json", activation_fn=toys.ACTIVATION["sigmoid"])
     config = tmp_path / "stage" / "run.yaml"
-    assert read_inputs(load_config(str(config), [])).settings.activation == "identity"
+    assert read_inputs(load_config(str(config), [])).task.settings.activation == "identity"
     with pytest.raises(ConfigError, match="reranker.max_length = 64: this run began with 128"):
         read_inputs(load_config(str(config), ["reranker.max_length=64"]))
     read_inputs(load_config(str(config), ["reranker.max_length=128", "reranker.head=score"]))

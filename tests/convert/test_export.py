@@ -75,7 +75,7 @@ def test_last_token_export_sees_the_ids_of_training(name, side, tmp_path):
     assert (pair[-1], pair.count(1)) == (1, 2 if name == "adds its own eos" else 1)
     report = compare_with_sentence_transformers(tmp_path, TEXTS, expected, minimum_cosine=0.99999)
     assert report.max_difference < 1e-5
-    assert report.texts == 4
+    assert report.count == 4
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "weightedmean"])

@@ -208,7 +208,7 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
     from megatron_embed.loading.reranker import load_reranker_chunks
     from megatron_embed.models.encoder import attention_kernel
     from megatron_embed.models.heads import HeadSpec
-    from megatron_embed.objectives.build import build_objective
+    from megatron_embed.objectives.reranking import Reranking
     from megatron_embed.parallel.topology import initialize, token_alignment
     from megatron_embed.training.bin_sync import agree_on_rerank_bins
     from megatron_embed.training.grad_cache import GradCache
@@ -226,8 +226,7 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
     wrapped = wrap_in_ddp(chunks, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     step = GradCache(chunks=wrapped, models=chunks, topology=topology,
-                     objective=build_objective(config, topology.dp_group, topology.device,
-                                               topology.model_parallel_groups),
+                     objective=Reranking(config.objective.loss, config.reranker, topology.dp_group),
                      kernel=attention_kernel(config),
                      has_dropout=False)
     share = len(SIZES) // topology.dp_size

@@ -41,7 +41,7 @@ def seen_keys(group, row):
 
 def attended(groups, held):
     """Bin token of each real query -> bin tokens it sees, in order of the slots."""
-    found = {}
+    seen = {}
     for group in groups:
         keys = group.keys.view(group.count, group.key_length)
         slots = torch.arange(group.count * group.query_length) if group.slots is None else group.slots
@@ -54,9 +54,9 @@ def attended(groups, held):
                 slot = segment * group.query_length + row
                 if slot in real:
                     token = int(held[real[slot]])
-                    assert token not in found, "computed twice"
-                    found[token] = keys[segment][visible[segment]].tolist()
-    return found
+                    assert token not in seen, "computed twice"
+                    seen[token] = keys[segment][visible[segment]].tolist()
+    return seen
 
 
 @pytest.mark.parametrize("sliding_window", [None, 1, 9])
@@ -66,13 +66,13 @@ def test_every_token_sees_its_own_sequence_and_nothing_else(cp_size, causal, sli
     window = attention_window(sliding_window, causal)
     for seed in range(12 if window is None else 4):
         bounds, tokens = random_bin(seed, cp_size)
-        found = {}
+        seen = {}
         for cp_rank in range(cp_size):
             chunks = context_chunks(tokens, cp_rank, cp_size)
             held = torch.cat([torch.arange(*chunk) for chunk in chunks])
             part = attended(group_segments(bounds, chunks, causal, CPU, window), held)
-            assert not found.keys() & part.keys()
-            found |= part
+            assert not seen.keys() & part.keys()
+            seen |= part
         expected = {}
         for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             for token in range(start, end):
@@ -84,7 +84,7 @@ def test_every_token_sees_its_own_sequence_and_nothing_else(cp_size, causal, sli
                 else:  # Transformers: |key - query| <= window
                     expected[token] = list(range(max(start, token - sliding_window),
                                                  min(end, token + sliding_window + 1)))
-        assert found == expected
+        assert seen == expected
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -152,12 +152,12 @@ def test_attention_equals_a_plain_softmax(causal, groups):
     packed = PackedSequences(cu_seqlens=bounds, max_seqlen=int(bounds.diff().max()), num_tokens=int(bounds[-1]))
     packed.index_groups(group_segments(bounds, context_chunks(tokens, 0, 1), causal, CPU), tokens, keys_are_local=True)
     module = attention_module(causal, 4, groups, 8)
-    found = module(query[:, None], key[:, None], value[:, None], None, packed_seq_params=packed)[:, 0]
+    output = module(query[:, None], key[:, None], value[:, None], None, packed_seq_params=packed)[:, 0]
     expected = naive(query, key, value, bounds, causal)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert not found[int(bounds[-1]):].any()
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    assert not output[int(bounds[-1]):].any()
     weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-    gradients = torch.autograd.grad((found * weights).sum(), (query, key, value))
+    gradients = torch.autograd.grad((output * weights).sum(), (query, key, value))
     for gradient, wanted in zip(gradients, torch.autograd.grad((expected * weights).sum(), (query, key, value)),
                                 strict=True):
         assert wanted.abs().max() > 0.1
@@ -178,10 +178,10 @@ def test_bfloat16_is_the_plain_softmax_rounded_once(causal):
         output = attention(*inputs)
         return [output, *torch.autograd.grad(output, inputs, weights.to(dtype))]
 
-    found = gradients(lambda *inputs: module(*(tensor[:, None] for tensor in inputs), None,
+    computed = gradients(lambda *inputs: module(*(tensor[:, None] for tensor in inputs), None,
                                              packed_seq_params=packed)[:, 0], torch.bfloat16)
     expected = gradients(lambda *inputs: naive(*inputs, bounds, causal), torch.float64)
-    for ours, truth in zip(found, expected, strict=True):
+    for ours, truth in zip(computed, expected, strict=True):
         assert ours.dtype == torch.bfloat16
         assert truth.abs().max() > 0.1
         # 2^-9 is the rounding of one number; scores and weights in bfloat16 would cost several times that.

@@ -54,26 +54,26 @@ def test_token_states_equal_transformers(models, kind, name):
     parts = run_on_ranks(token_states, world_size(LAYOUTS[name]), config, ids, TOKENS)
     expected = torch.cat(reference_states(models[kind], ids)).float()
     assert expected.std() > 0.5
-    found = whole_bin(parts, config, TOKENS)
-    assert not found.isnan().any()
-    torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=1e-5)
+    states = whole_bin(parts, config, TOKENS)
+    assert not states.isnan().any()
+    torch.testing.assert_close(states[: len(expected)], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["one", "tp2_sp", "cp2"])
 def test_bidirectional_decoder_equals_transformers_with_everything_visible(models, name):
     ids = random_texts(LENGTHS)
     config = run_config(models["qwen3_tied"], parallel=LAYOUTS[name], bidirectional=True)
-    found = whole_bin(run_on_ranks(token_states, world_size(LAYOUTS[name]), config, ids, TOKENS), config, TOKENS)
+    states = whole_bin(run_on_ranks(token_states, world_size(LAYOUTS[name]), config, ids, TOKENS), config, TOKENS)
     expected = torch.cat(reference_states(models["qwen3_tied"], ids, bidirectional=True)).float()
     causal = torch.cat(reference_states(models["qwen3_tied"], ids)).float()
     assert (expected - causal).abs().max() > 0.1
-    torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(states[: len(expected)], expected, rtol=0, atol=1e-5)
 
 
 def embeddings(config, ids, bins, poolings=None):
-    """Embeddings of the sequences packed into `bins` (lists of sequence numbers), by (pooling, normalized).
+    """Embeddings of the sequences packed into `bins` (lists of text ids), by (pooling, normalized).
 
-    Null before the last stage.
+    None before the last stage.
     """
     from megatron_embed.models.encoder import to_device
     from megatron_embed.models.passes import embed
@@ -82,9 +82,9 @@ def embeddings(config, ids, bins, poolings=None):
     opened = open_model(config)
     chunks, topology = opened.chunks, opened.topology
     alignment = token_alignment(config.parallel)
-    longest = max(sum(len(ids[number]) for number in numbers) for numbers in bins)
+    longest = max(sum(len(ids[text_id]) for text_id in text_ids) for text_ids in bins)
     tokens = -(-longest // alignment) * alignment if topology.pp_size > 1 else None
-    batches = [pack_bin(ids, numbers, tokens, alignment) for numbers in bins]
+    batches = [pack_bin(ids, text_ids, tokens, alignment) for text_ids in bins]
     results = {}
     for pooling in poolings or [config.embedding.pooling]:
         on_device = [to_device(batch, topology, pooling, kernel="sdpa", causal=chunks[0].causal) for batch in batches]
@@ -96,10 +96,10 @@ def embeddings(config, ids, bins, poolings=None):
     return results if topology.is_last_stage else None
 
 
-def pack_bin(ids, numbers, tokens, alignment):
+def pack_bin(ids, text_ids, tokens, alignment):
     from megatron_embed.data.packing import pack
 
-    return pack([ids[number] for number in numbers], numbers, tokens=tokens,
+    return pack([ids[text_id] for text_id in text_ids], text_ids, tokens=tokens,
                 alignment=alignment, pad_token_id=0)
 
 
@@ -128,9 +128,9 @@ def test_pooling_equals_sentence_transformers(models, kind, name):
     assert len(last_stage) == len(results) // LAYOUTS[name]["pipeline_model_parallel_size"]
     for result in last_stage:
         assert len(result) == 2 * len(POOLINGS)
-        for (pooling, normalize), found in result.items():
+        for (pooling, normalize), rows in result.items():
             expected = pooled(states, pooling, normalize=normalize)
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,7 +138,7 @@ def test_packed_equals_one_by_one(models, kind):
     ids = random_texts(LENGTHS)
     config = run_config(models[kind], pooling="lasttoken")
     (packed,) = run_on_ranks(embeddings, 1, config, ids, [list(range(len(ids)))])
-    (alone,) = run_on_ranks(embeddings, 1, config, ids, [[number] for number in range(len(ids))])
+    (alone,) = run_on_ranks(embeddings, 1, config, ids, [[text_id] for text_id in range(len(ids))])
     torch.testing.assert_close(packed["lasttoken", True], alone["lasttoken", True], rtol=0, atol=1e-6)
 
 
@@ -155,12 +155,12 @@ def test_padding_at_the_end_of_the_bin_changes_nothing(models, kind):
 def test_embeddings_are_normalized_in_float32(models):
     config = run_config(models["qwen3_tied"], dtype="bfloat16")
     ids = random_texts(LENGTHS)
-    found = run_on_ranks(embeddings, 1, config, ids, BINS)[0]["mean", True]
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(len(ids)), rtol=0, atol=1e-6)
-    assert (found != found.bfloat16().float()).any()
+    rows = run_on_ranks(embeddings, 1, config, ids, BINS)[0]["mean", True]
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(ids)), rtol=0, atol=1e-6)
+    assert (rows != rows.bfloat16().float()).any()
     full = pooled(reference_states(models["qwen3_tied"], ids), "mean", normalize=True)
-    assert (found * full).sum(dim=1).min() > 0.999
+    assert (rows * full).sum(dim=1).min() > 0.999
 
 
 def weights_of_vocabulary_that_does_not_divide(config):

@@ -47,8 +47,8 @@ def names_of(layout):
 
 
 def assert_close(models, layout, expected, names, **settings):
-    found = errors([models[name] for name in names], layout, [expected[name] for name in names], texts(), **settings)
-    wrong = {name: error for name, error in zip(names, found, strict=True) if not error <= BOUND}
+    measured = errors([models[name] for name in names], layout, [expected[name] for name in names], texts(), **settings)
+    wrong = {name: error for name, error in zip(names, measured, strict=True) if not error <= BOUND}
     assert not wrong
 
 

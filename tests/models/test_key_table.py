@@ -61,8 +61,8 @@ def test_a_long_value_is_cut():
 
 
 def parameters(function):
-    found = inspect.signature(function).parameters.values()
-    return {value.name for value in found if value.kind is not value.VAR_KEYWORD} - {"self"}
+    signature = inspect.signature(function).parameters.values()
+    return {value.name for value in signature if value.kind is not value.VAR_KEYWORD} - {"self"}
 
 
 def test_tables_know_every_key_of_the_installed_libraries():

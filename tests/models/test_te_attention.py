@@ -46,12 +46,12 @@ def test_values_and_gradients_equal_our_attention(groups, causal, sliding_window
     weights = torch.randn(tokens, HEADS * HEAD_DIM, generator=generator, dtype=torch.float64)
     packed = PackedSequences(cu_seqlens=bounds, max_seqlen=max(LENGTHS), num_tokens=real, window=window)
     with te_stand_in.installed():
-        found = outcome(TransformerEngineAttention(config, 1, mask, "self", window=window), packed, tensors, weights)
+        outputs = outcome(TransformerEngineAttention(config, 1, mask, "self", window=window), packed, tensors, weights)
     packed.index_groups(group_segments(bounds, context_chunks(tokens, 0, 1), causal, torch.device("cpu"), window),
                         tokens, keys_are_local=True)
     expected = outcome(PackedAttention(config, 1, mask, "self", window=window), packed, tensors, weights)
-    assert not found[0][real:].any()
-    for ours, theirs in zip(expected, found, strict=True):
+    assert not outputs[0][real:].any()
+    for ours, theirs in zip(expected, outputs, strict=True):
         assert ours.abs().max() > 0.1
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-12)
 

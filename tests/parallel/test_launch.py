@@ -1,4 +1,4 @@
-"""Rank and world size from the launcher's variables, and what is none."""
+"""Rank and world size from the launcher's variables, and values that are refused."""
 
 import pytest
 
@@ -73,9 +73,9 @@ def test_every_start_of_every_run_has_a_name_of_its_own(monkeypatch):
 def test_steps_and_starts_of_a_job_have_ports_of_their_own(monkeypatch, name):
     ports = []
     for job in ("7", "8", "7000000"):
-        for number in range(7):
+        for count in range(7):
             set_only(monkeypatch, {**BATCH_STEP, "SLURM_STEP_ID": "0", "SLURM_JOB_ID": job,
-                                   f"SLURM_{name}": str(number)})
+                                   f"SLURM_{name}": str(count)})
             ports.append(rendezvous_address()[1])
     assert len(set(ports)) == 21
     assert all(20000 <= port < 32768 for port in ports)
@@ -84,7 +84,7 @@ def test_steps_and_starts_of_a_job_have_ports_of_their_own(monkeypatch, name):
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "", "http"])
 def test_what_is_no_port_is_refused(monkeypatch, port):
     set_only(monkeypatch, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-    with pytest.raises(ConfigError, match=f"MASTER_PORT = '{port}' is no port that ranks can meet at"):
+    with pytest.raises(ConfigError, match=f"MASTER_PORT = '{port}' is not a port that ranks can meet at"):
         rendezvous_address()
 
 

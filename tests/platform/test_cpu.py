@@ -94,7 +94,7 @@ def is_reached(site: Site) -> bool:
 
 
 def is_covered(site: Site) -> bool:
-    """Whether the adapter answers the place, or it needs no answer."""
+    """Whether the adapter covers the site, or it needs no replacement."""
     if inside(site, REPLACED.get(site.module, ())):
         return True
     if match := re.fullmatch(r"torch\.cuda\.(\w+)", site.what):
@@ -107,8 +107,8 @@ def is_covered(site: Site) -> bool:
     if match := re.fullmatch(r"\.(\w+)\(\)", site.what):
         return vars(torch.Tensor)[match[1]] in (cpu._same, cpu._nothing)
     if re.fullmatch(r"torch\.cuda\.\w*Tensor string", site.what):
-        place = (site.module, site.function)
-        return CALLED_WHERE_TYPES_ARE_NAMED.get(place, place) in NAMED_TYPES
+        location = (site.module, site.function)
+        return CALLED_WHERE_TYPES_ARE_NAMED.get(location, location) in NAMED_TYPES
     if site.what.endswith(" string"):
         return True  # text of a message
     return site.what.removeprefix("import ") in IMPORTED
@@ -138,7 +138,7 @@ def test_every_cuda_site_of_the_installed_megatron_is_covered(tmp_path, monkeypa
     missing = uncovered(sites, files)
     assert not missing, "megatron_embed/platform/cpu.py does not cover:\n" + "\n".join(missing)
     monkeypatch.delitem(cpu.CUDA_CALLS, "synchronize")
-    assert any(files["pipeline_parallel.p2p_communication"] in place for place in uncovered(sites, files))
+    assert any(files["pipeline_parallel.p2p_communication"] in line for line in uncovered(sites, files))
 
 
 UNKNOWN = [
@@ -159,8 +159,8 @@ UNKNOWN = [
 @pytest.mark.parametrize("line, what", UNKNOWN)
 def test_new_site_is_found_with_file_and_line(line, what):
     source = f"import torch\n\ndef step(x):\n    {line}\n"
-    (found,) = uncovered(find_sites("new", source), {"new": "megatron/core/new.py"})
-    assert found == f"megatron/core/new.py:4: {what} in step"
+    (message,) = uncovered(find_sites("new", source), {"new": "megatron/core/new.py"})
+    assert message == f"megatron/core/new.py:4: {what} in step"
 
 
 @pytest.mark.parametrize("line", [

@@ -18,14 +18,14 @@ from tests.helpers.toys import REPOSITORY
 
 
 @pytest.fixture
-def findings():
-    return {finding.name: finding for finding in run_checks()}
+def checks():
+    return {check.name: check for check in run_checks()}
 
 
-def test_this_machine_can_run(findings):
-    assert "gloo" in findings["process groups"].value
-    assert findings["megatron-core import"].remedy == ""
-    assert "usable cores" in findings["cpu"].value
+def test_this_machine_can_run(checks):
+    assert "gloo" in checks["process groups"].value
+    assert checks["megatron-core import"].remedy == ""
+    assert "usable cores" in checks["cpu"].value
 
 
 @pytest.mark.parametrize(
@@ -37,22 +37,22 @@ def test_this_machine_can_run(findings):
     ],
 )
 def test_requirements_are_compared_with_what_is_installed(requirement, value, remedy):
-    finding = check_requirement(Requirement(requirement))
-    assert value in finding.value
-    assert finding.remedy == remedy
+    check = check_requirement(Requirement(requirement))
+    assert value in check.value
+    assert check.remedy == remedy
 
 
-def test_checkout_that_is_not_installed_is_examined_all_the_same(monkeypatch, tmp_path, findings):
-    """As on a machine without network, where the sources and some wheels were carried."""
+def test_checkout_that_is_not_installed_is_checked_all_the_same(monkeypatch, tmp_path, checks):
+    """As on a machine without network, where the sources and some wheels were copied."""
     def requires(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "requires", requires)
-    found = {finding.name: finding for finding in run_checks()}
-    assert "runs from" in found["installation"].value and not found["installation"].remedy
+    by_name = {check.name: check for check in run_checks()}
+    assert "runs from" in by_name["installation"].value and not by_name["installation"].remedy
     assert len(requirements_of(REPOSITORY / "setup.py")) > 10
-    assert {name: found[name] for name in ("torch", "megatron-core", "transformers", "psutil")} == {
-        name: findings[name] for name in ("torch", "megatron-core", "transformers", "psutil")}
+    assert {name: by_name[name] for name in ("torch", "megatron-core", "transformers", "psutil")} == {
+        name: checks[name] for name in ("torch", "megatron-core", "transformers", "psutil")}
     assert requirements_of(tmp_path / "setup.py") == []
     (tmp_path / "setup.py").write_text("OTHER = ['numpy']\n")
     assert requirements_of(tmp_path / "setup.py") == []
@@ -68,9 +68,9 @@ def test_apex_is_known_by_what_is_in_it(tmp_path, monkeypatch, nvidia):
         (package / "multi_tensor_apply").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     # Only looked up, never imported: Megatron-Core was imported long before this test.
-    finding = next(finding for finding in run_checks() if finding.name == "apex")
-    assert ("wrong package" in finding.value) is not nvidia
-    assert ("pip uninstall apex" in finding.remedy) is not nvidia
+    check = next(check for check in run_checks() if check.name == "apex")
+    assert ("wrong package" in check.value) is not nvidia
+    assert ("pip uninstall apex" in check.remedy) is not nvidia
 
 
 def test_cpu_features_are_read_from_cpuinfo(tmp_path):
@@ -99,7 +99,7 @@ def test_command_prints_the_report_and_its_exit_code_tells(monkeypatch, capsys, 
     (None, 0, ""), ("model.attention=te", 0, "model.attention needs GPUs"),
     ("optimizer.cpu_offload=true", 0, "optimizer.cpu_offload needs GPUs"), ("optimizer.cpu_offload=true", 8, "")])
 def test_run_that_needs_a_gpu_is_told_so_before_it_starts(monkeypatch, tmp_path, capsys, override, gpus, remedy):
-    monkeypatch.setattr("megatron_embed.cli.doctor.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("megatron_embed.run.layout_check.visible_gpus", lambda: gpus)
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
     config = tmp_path / "run.yaml"
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -16,7 +16,7 @@ def test_memory_is_given_back_once_a_process_has_grown(monkeypatch: pytest.Monke
     watch = heap.HeapWatch()
     monkeypatch.setattr(watch, "_trim", trimmed.append)
     answers = [watch.after_step() for _ in range(5)]
-    assert answers == [False, False, True, False, False]  # what a step needs is measured anew after the third
+    assert answers == [False, False, True, False, False]  # the needs of a step are measured again after the third
     assert trimmed == [0]
 
 

@@ -1,4 +1,4 @@
-"""The front with Megatron's argument names: both directions, what has no effect is said, contradictions are refused."""
+"""The converter with Megatron's argument names: both directions, options without effect, contradictions."""
 
 import contextlib
 import importlib.util
@@ -45,9 +45,9 @@ def test_both_directions(tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--loader", "core"], "--loader core does not fit: --load-dir {source} is no checkpoint of megatron-embed; give "
-                           "--loader hf"),
-    (["--saver", "hf"], "--saver hf does not fit: --load-dir {source} is no checkpoint"),
+    (["--loader", "core"], "--loader core does not fit: --load-dir {source} is not a checkpoint of megatron-embed; "
+                           "give --loader hf"),
+    (["--saver", "hf"], "--saver hf does not fit: --load-dir {source} is not a checkpoint"),
     (["--model-type", "GPT"], "--model-type GPT does not fit: {source} holds a bert model; give --model-type BERT"),
     (["--model-type", "T5"], "invalid choice: 'T5'"),
     (["--bf16"], "--bf16 is for Hugging Face directories"),

@@ -1,4 +1,4 @@
-"""Helpers of tests/evaluation/test_second_stage.py and other tests."""
+"""Helpers of tests/evaluation/test_rerank_stage.py and other tests."""
 
 import zlib
 

