@@ -167,7 +167,7 @@ def _require_same_range(directory: Path, name: str, ranges: list[ByteRange] | No
 
 
 def _write_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """Make config.json name the dtype of the weights, under the key that it uses already."""
+    """Write the dtype of the weights to config.json, under the key that it uses already."""
     config: dict[str, Any] = read_json_object(config_file)
     name = str(dtype).removeprefix("torch.")
     keys = [key for key in ("dtype", "torch_dtype") if key in config]

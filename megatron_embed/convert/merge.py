@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_embed.convert.checkpoint_directory import copy_files, is_checkpoint, staging, write_json
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.merge_match import require_mergeable
-from megatron_embed.convert.report import progress
+from megatron_embed.convert.report import MergeReport, progress
 from megatron_embed.convert.storage.safetensors_file import checksum
 from megatron_embed.convert.storage.sharded import ShardedWriter, parse_size
 from megatron_embed.errors import CheckpointError, ConfigError
@@ -32,23 +32,6 @@ PARALLEL = 0.9995
 EPSILON = 1e-8
 _BLOCK_ELEMENTS = 1 << 22
 """Elements of one tensor that are in float64 at the same time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeReport:
-    """Result of a merge; `str()` is the line for the user."""
-
-    destination: Path
-    method: MergeMethod
-    models: int
-    tensors: int
-    total_bytes: int
-    seconds: float
-    """Duration, verification included."""
-
-    def __str__(self) -> str:
-        return (f"{self.destination}: {self.method} of {self.models} models, {self.tensors} tensors, "
-                f"{self.total_bytes / 1e9:.2f} GB, in {self.seconds:.1f} s; every tensor read back bit-equal")
 
 
 def merge_models(models: Sequence[str | Path], destination: str | Path, *, method: MergeMethod,

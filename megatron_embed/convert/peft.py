@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +19,7 @@ from megatron_embed.convert.checkpoint_directory import (
     write_json,
 )
 from megatron_embed.convert.head_tensors import saved_modules, score_names
+from megatron_embed.convert.report import PeftReport
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.convert.tables.family import Family
@@ -36,20 +36,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _TASK_TYPES = {None: "FEATURE_EXTRACTION", "score": "SEQ_CLS", "yes_no": "CAUSAL_LM"}
 """Head of the checkpoint -> PEFT's type of the model that the adapter is for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeftReport:
-    """Result of an export; `str()` is the line for the user."""
-
-    destination: Path
-    tensors: int
-    total_bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return (f"{self.destination}: {self.tensors} adapter tensors, {self.total_bytes / 1e6:.2f} MB, in "
-                f"{self.seconds:.1f} s; every tensor read back bit-equal")
 
 
 def is_peft_directory(path: str | Path) -> bool:
@@ -173,7 +159,7 @@ class PeftAdapter:
         name = stored.get(f"{tensor.module}.{tensor.matrix}")
         if name is None:
             raise CheckpointError(f"{self.path / WEIGHTS_FILE}: no lora_{tensor.matrix} of {tensor.module}; adapters "
-                                  "on only some of the layers or experts are not supported: merge with PEFT")
+                                  "on only some layers or experts are not supported: merge with PEFT")
         shape = self._file.entries[name].shape
         if shape != tensor.shape:
             raise CheckpointError(f"{self.path / WEIGHTS_FILE}: {name} has shape {list(shape)}, but the base model and "

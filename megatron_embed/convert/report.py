@@ -1,4 +1,4 @@
-"""Output of a conversion for the user: a progress bar, and one line at the end."""
+"""Output of conversions and merges for the user: a progress bar, and one line at the end."""
 
 import resource
 import sys
@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from megatron_embed.names import MergeMethod
 
 Item = TypeVar("Item")
 
@@ -28,6 +30,37 @@ class ConversionReport:
         return (f"{self.destination}: {self.tensors} tensors, {self.total_bytes / 1e9:.2f} GB, {self.dtype}, in "
                 f"{self.seconds:.1f} s ({self.total_bytes / 1e9 / self.seconds:.2f} GB/s), peak memory "
                 f"{self.peak_bytes / 1e9:.2f} GB; every tensor read back bit-equal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """Result of a merge; `str()` is the line for the user."""
+
+    destination: Path
+    method: MergeMethod
+    models: int
+    tensors: int
+    total_bytes: int
+    seconds: float
+    """Duration, verification included."""
+
+    def __str__(self) -> str:
+        return (f"{self.destination}: {self.method} of {self.models} models, {self.tensors} tensors, "
+                f"{self.total_bytes / 1e9:.2f} GB, in {self.seconds:.1f} s; every tensor read back bit-equal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftReport:
+    """Result of writing a PEFT directory; `str()` is the line for the user."""
+
+    destination: Path
+    tensors: int
+    total_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (f"{self.destination}: {self.tensors} adapter tensors, {self.total_bytes / 1e6:.2f} MB, in "
+                f"{self.seconds:.1f} s; every tensor read back bit-equal")
 
 
 def progress(items: list[Item], what: str) -> Iterable[Item]:

@@ -234,7 +234,7 @@ def test_a_peft_directory_is_no_model_to_convert(adapter, tmp_path):
     ({"use_dora": True}, ["use_dora = True", "merge_and_unload"]),
     ({"target_parameters": ["mlp.experts.down_proj"]}, ["target_parameters", "merge_and_unload"]),
     ({"peft_type": "IA3"}, ["peft_type = 'IA3'"]),
-    ({"r": 8}, ["has shape", "r ask for"]),
+    ({"r": 8}, ["has shape", "r require"]),
     ({"base_model_name_or_path": None}, ["base_model_name_or_path = None"]),
     ({"base_model_name_or_path": "/nowhere/to/be/found"}, ["/nowhere/to/be/found", "no such directory"])],
     ids=lambda value: str(value)[:40])
@@ -252,7 +252,7 @@ def test_foreign_adapters_are_refused(adapter, tmp_path, change, words):
     (lambda tensors: {name: tensor for name, tensor in tensors.items() if ".layers.3." not in name},
      ["no lora_A of model.layers.3.", "some layers"]),
     (lambda tensors: tensors | {"base_model.model.embed_tokens.lora_A.weight": torch.ones(4, 2)},
-     ["embed_tokens", "no adapter of a linear layer"]),
+     ["embed_tokens", "not an adapter of a linear layer"]),
     (lambda tensors: tensors | {name.replace("layers.0.", "layers.9."): tensor.clone()
                                 for name, tensor in tensors.items() if "layers.0." in name},
      ["layers.9.", "outside the model's 4 layers"])], ids=["missing", "unknown", "outside"])
