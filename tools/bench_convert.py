@@ -77,15 +77,15 @@ def make_checkpoint(directory: Path, config: dict[str, object], max_shard_size: 
     import numpy as np
     import torch
 
-    from megatron_embed.convert.storage.sharded import Announced, ShardedWriter, parse_size
+    from megatron_embed.convert.storage.sharded import DeclaredTensor, ShardedWriter, parse_size
     from megatron_embed.convert.tables.lookup import rules_for
     from megatron_embed.models.families import model_shape
 
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     shape = model_shape(directory)
-    tensors: list[Announced] = []
-    for rule, context in rules_for(shape.family).rows(shape):
+    tensors: list[DeclaredTensor] = []
+    for rule, context in rules_for(shape.family).applied_rules(shape):
         for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True):
             tensors.append((name, torch.bfloat16, context.sizes(words)))
     tensors.append(("lm_head.weight", torch.bfloat16, (shape.vocab_size, shape.hidden_size)))

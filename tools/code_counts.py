@@ -40,7 +40,7 @@ VOCABULARY = {
     r"\bdata[./](peers|raw_rows|record|fields|tokenless|prompts|rerank)\b": "see data/ in the layout",
     r"\bfill_bins\b": "pack_to_budget", r"\bdivide_bins\b": "split_to_count", r"\bwhole_groups\b": "keep_groups",
     r"\bconstant_tokens\b": "uniform_size",
-    r"\bcarried\b": "passthrough", r"\bcompanions\b": "sidecar files", r"\bannounced\b": "declared",
+    r"\bcarried\b(?!\.safetensors)": "passthrough", r"\bcompanions\b": "sidecar files", r"\bannounced\b": "declared",
     r"\bpour\(": "write_at", r"\bhead_of_runs\b": "take",
     r"\bmoved_on\b": "changed_since_check", r"\bnothing_left\b": "is_complete", r"\bstanding\(": "resume_state",
     r"\bcarry_out\b": "run_training", r"\bblaming\b": "error_context", r"\bjudged\b": "reranked",

@@ -22,6 +22,8 @@ from megatron_embed.models.file_checks import open_regular, plain_name
 METADATA_FILE = ".metadata"
 MEGATRON_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
+HEAD_KEYS = "model.head."
+"""Prefix of the keys of a reranker's head."""
 _OWN = ("torch", "megatron", "nvidia_resiliency_ext", "pathlib", "uuid", "collections")
 """Packages whose objects may stand in `.metadata` beside those that are needed, and are left out."""
 _BUILTIN = {("builtins", "set"): set, ("builtins", "frozenset"): frozenset, ("builtins", "bytearray"): bytearray}

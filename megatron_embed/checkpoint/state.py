@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.checkpoint.optimizer_state import OptimizerRestore
-from megatron_embed.checkpoint.reading import check_description, install
+from megatron_embed.checkpoint.reading import HEAD_KEYS, check_description, install
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import is_adapter
@@ -26,8 +26,6 @@ install()
 Found = TypeVar("Found")
 
 EXTRA_STATE = "._extra_state"
-HEAD = "model.head."
-"""Beginning of the names of a reranker's head."""
 TRAINER_FILE = "trainer.json"
 TENSORS = "optimizer_tensors"
 """Key of the optimizer's tensors while they are loaded, apart from what the checkpoint says of its groups."""
@@ -116,7 +114,7 @@ def load_model(checkpoint: Path, models: Sequence[EmbeddingModel], *, with_head:
     `with_head`: a reranker's head too; `with_adapters`: LoRA adapters too; else they stay as they are.
     """
     def kept(name: str) -> bool:
-        return (with_head or not name.startswith(HEAD)) and (with_adapters or not is_adapter(name))
+        return (with_head or not name.startswith(HEAD_KEYS)) and (with_adapters or not is_adapter(name))
 
     state = {chunk: {name: value for name, value in values.items() if kept(name)}
              for chunk, values in model_state(models).items()}

@@ -48,9 +48,10 @@ def run(args: argparse.Namespace) -> int:
                                   "take it as it is, or convert its base model")
         write_output(str(hf_to_megatron(args.source, args.destination)))
         return 0
-    from megatron_embed.export.formats import EXPORTERS, ExportOptions
+    from megatron_embed.export.formats import EXPORTERS
+    from megatron_embed.export.write import ExportOptions
 
     options = ExportOptions(max_shard_size=args.max_shard_size, dtype=args.dtype, compare=not args.no_compare,
                             merge_lora=args.merge_lora)
-    write_output(EXPORTERS[args.format](args.source, args.destination, options))
+    write_output("\n".join(EXPORTERS[args.format](args.source, args.destination, options)))
     return 0

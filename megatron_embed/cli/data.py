@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_embed.data.dataset import open_records
     from megatron_embed.data.loader import check_prompts
     from megatron_embed.loading.model_directory import find_model
+    from megatron_embed.run.embedding_task import open_tokenizer
     from megatron_embed.run.inherit import inherited
-    from megatron_embed.run.preflight import open_tokenizer
 
     config, model = _config_of(args), None
     if _is_config(args) or args.model is not None:

@@ -41,12 +41,12 @@ class OptimizerConfig:
         """The settings that say where the state lies, and in what."""
         return {"cpu_offload": self.cpu_offload, "precision_aware": self.precision_aware}
 
-    def check_against(self, *, task: str, dtype: str, lora_rank: int) -> None:
+    def check_against(self, *, has_head: bool, dtype: str, lora_rank: int) -> None:
         """Raises ConfigError where the rest of the run does not go with these settings."""
         for key, on in self._placement.items():
             require(not on or dtype != "float32", f"optimizer.{key}", on, f"a model in model.dtype: {dtype} has no "
                     "other main parameters; set that to bfloat16, or this to false")
-        require(not self.overlap_param_gather or (task == "embedding" and not lora_rank),
+        require(not self.overlap_param_gather or not (has_head or lora_rank),
                 "optimizer.overlap_param_gather", self.overlap_param_gather, OWN_READERS)
 
 

@@ -10,6 +10,7 @@ from megatron_embed.config.data import TrainFile as TrainFile
 from megatron_embed.config.evaluation import CheckpointConfig, EvaluationConfig
 from megatron_embed.config.objective import EMBEDDING_LOSSES, RERANK_LOSSES, ObjectiveConfig
 from megatron_embed.config.optimizer import OptimizerConfig
+from megatron_embed.config.workload import WORKLOADS, Workload
 from megatron_embed.names import Activation, HeadKind, ModelDtype, Pooling
 
 
@@ -301,13 +302,23 @@ class RunConfig:
                  or self.checkpoint.export == "best")
         return evaluation.names_sets or (self.data.validates and asked)
 
+    @property
+    def log_directory(self) -> str | None:
+        """The directory of metrics."""
+        return self.logging.directory or self.checkpoint.directory
+
+    @property
+    def workload(self) -> Workload:
+        """What the task asks of the run's sizes."""
+        return WORKLOADS[self.task](self)
+
     def __post_init__(self) -> None:
-        losses = RERANK_LOSSES if self.task == "reranker" else EMBEDDING_LOSSES
+        losses = {"embedding": EMBEDDING_LOSSES, "reranker": RERANK_LOSSES}[self.task]
         require(self.objective.loss in losses, "objective.loss", self.objective.loss,
                 f"is no loss of task: {self.task}; choose one of {', '.join(losses)}")
         if self.task == "reranker":
             _check_reranker_run(self)
-        self.optimizer.check_against(task=self.task, dtype=self.model.dtype, lora_rank=self.lora.rank)
+        self.optimizer.check_against(has_head=self.workload.has_head, dtype=self.model.dtype, lora_rank=self.lora.rank)
         weights, dims = self.objective.matryoshka_weights, self.embedding.matryoshka_dims
         require(not weights or len(weights) == len(dims), "objective.matryoshka_weights", list(weights),
                 f"must have one weight per width of embedding.matryoshka_dims = {list(dims)}")

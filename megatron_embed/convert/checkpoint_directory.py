@@ -1,11 +1,11 @@
-"""Our checkpoint directory, and how any directory comes into being: under a temporary name, synced, then renamed.
+"""Our checkpoint directory, and writing any directory safely: under a temporary name, synced, then renamed.
 
-    DIR/megatron_embed.json     what this is, see CheckpointInfo
-    DIR/hf/                     every file of the Hugging Face source that holds no weights
+    DIR/megatron_embed.json     description, see CheckpointInfo
+    DIR/hf/                     every file of the Hugging Face source except weights
     DIR/hf/carried.safetensors  tensors that training does not use (pooler, lm_head), under the source's own names
     DIR/model/                  torch_dist checkpoint, keys `model.<parameter>`; training keeps its optimizer here too
 
-A training run's directory holds step_XXXXXX/ directories of this layout and `latest`, a text file naming the newest.
+A training run's directory holds step_XXXXXX/ directories of this layout and `latest`, a file that names the newest.
 """
 
 import json
@@ -17,15 +17,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
+from torch import Tensor
+
+from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint, sync_directory, sync_tree
 from megatron_embed.config.json_file import read_json_file, read_json_object
-from megatron_embed.convert.adapters import settings_of
-from megatron_embed.convert.heads import CarriedFile
+from megatron_embed.convert.adapter_names import adapter_settings
 from megatron_embed.convert.hf_directory import HFDirectory
+from megatron_embed.convert.storage.byte_range import ByteRange
 from megatron_embed.convert.storage.copying import Copy, copy_and_verify
-from megatron_embed.convert.storage.safetensors_file import SafetensorsWriter, bytes_of
+from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry, bytes_of
+from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import AdapterSettings
@@ -33,13 +36,15 @@ from megatron_embed.models.file_checks import check_files
 from megatron_embed.models.modules_json import read_modules
 from megatron_embed.names import HeadKind
 
-CARRIED_FILE = "carried.safetensors"
+PASSTHROUGH_FILE = "carried.safetensors"
 FORMAT = 1
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5",
             "*.msgpack", "*.ot", "*.gguf", "*.onnx*", "*.ckpt")
 _MODULE_FOLDER = re.compile(r"\d+_(Transformer|Pooling|Normalize|Dense|LogitScore)")
-"""Names that Sentence Transformers and our exports give to the folders of modules."""
+"""Names of module folders, as Sentence Transformers and our exports write them."""
+_SIDECAR_BYTES = 64 << 20
+"""Bytes allowed for config, tokenizer and headers in the check of free disk space."""
 _SKIPPED_DIRECTORIES = ("onnx", "openvino", "original", "coreml", ".git", ".cache")
 
 
@@ -50,25 +55,25 @@ class CheckpointInfo:
     family: str
     """Name of the weight table."""
     dtype: str
-    """Of the model's weights: float32, bfloat16, ..."""
+    """Dtype of the model's weights: float32, bfloat16, ..."""
     source_architectures: list[str]
     """`architectures` of the Hugging Face config that the model came with."""
     prefixed: bool
     """Whether the source's files name the backbone's tensors with the family's prefix."""
     tied_copies: dict[str, str] = field(default_factory=dict)
-    """Heads that the source stores although they are tied: name -> the embedding that they repeat."""
+    """Tied heads that the source stores as copies: name -> embedding that it repeats."""
     max_lengths: dict[str, int] = field(default_factory=dict)
-    """Tokens of the roles `query` and `document` in training; empty: sentence_bert_config.json's one holds for all."""
+    """Longest text of each role in training, in tokens; empty: sentence_bert_config.json's value holds for all."""
     head: HeadKind | None = None
-    """Which reranker's head was trained with the model; null: none."""
+    """Kind of the reranker's head that was trained with the model; None: none."""
     lora: dict[str, Any] | None = None
-    """Of a model with adapters: the fields of AdapterSettings."""
+    """Fields of AdapterSettings, for a model with adapters."""
     format: int = FORMAT
 
     @property
     def adapters(self) -> AdapterSettings | None:
-        """What the adapters compute; null without any."""
-        return None if self.lora is None else settings_of(self.lora)
+        """Settings of the adapters; None without any."""
+        return None if self.lora is None else adapter_settings(self.lora)
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,54 @@ class CheckpointDirectory:
         return self.path / "model"
 
 
-def open_carried(checkpoint: CheckpointDirectory) -> CarriedFile:
-    """The tensors that a checkpoint carries along beside those that are trained; to be closed."""
-    return CarriedFile(checkpoint.hf / CARRIED_FILE, rules_for(checkpoint.info.family),
+class PassthroughFile:
+    """A checkpoint's passthrough tensors, by their full names; a context manager."""
+
+    stored_names: dict[str, str]
+    """Full name -> name in the file."""
+
+    def __init__(self, file: Path, family: Family, *, prefixed: bool) -> None:
+        """`file` may be absent: then there are none."""
+        self._file = SafetensorsFile(file) if file.is_file() else None
+        stored = () if self._file is None else self._file.entries
+        self.stored_names = {family.full_name(name, prefixed=prefixed): name for name in stored}
+
+    @property
+    def passthrough(self) -> tuple[str, ...]:
+        """Full names of the tensors."""
+        return tuple(self.stored_names)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Dtype, shape and size of a tensor."""
+        assert self._file is not None
+        return self._file.entries[self.stored_names[name]]
+
+    def byte_range(self, name: str) -> ByteRange:
+        """The range of the tensor's bytes."""
+        assert self._file is not None
+        return self._file.byte_range(self.stored_names[name])
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        assert self._file is not None
+        return self._file.read(self.stored_names[name])
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Indices `start` to `stop` of `dim`."""
+        assert self._file is not None
+        return self._file.read_slice(self.stored_names[name], dim, start, stop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def open_passthrough(checkpoint: CheckpointDirectory) -> PassthroughFile:
+    """The tensors that a checkpoint keeps unchanged beside the trained ones; the caller closes them."""
+    return PassthroughFile(checkpoint.hf / PASSTHROUGH_FILE, rules_for(checkpoint.info.family),
                        prefixed=checkpoint.info.prefixed)
 
 
@@ -113,33 +163,33 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
     file = path / INFO_FILE
     if not file.is_file():
         hint = "; it is a Hugging Face directory already" if (path / "config.json").is_file() else ""
-        raise CheckpointError(f"{path}: no {INFO_FILE}, so this is no checkpoint of megatron-embed{hint}; "
-                              "give what `convert hf-to-megatron` or `train` wrote")
+        raise CheckpointError(f"{path}: no {INFO_FILE}, so this is not a checkpoint of megatron-embed{hint}; "
+                              "give a directory that `convert hf-to-megatron` or `train` wrote")
     try:
         values: Any = read_json_file(file)
         if values["format"] != FORMAT:
-            raise CheckpointError(f"{file}: format = {values['format']!r}, this version reads {FORMAT}; "
+            raise CheckpointError(f"{file}: format = {values['format']!r}, but this version reads {FORMAT}; "
                                   "convert it with the version that wrote it")
         info = CheckpointInfo(**values)
-        info.adapters  # noqa: B018 - a damaged file is found here
+        info.adapters  # noqa: B018 - raises for a damaged file
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: not readable ({error!r}); take another checkpoint") from error
     return CheckpointDirectory(path, info)
 
 
-def write_companions(source: str | Path, directory: Path, *, dtype: str | None = None,
-                     max_lengths: dict[str, int] | None = None,
-                     head: HeadKind | None = None,
-                     adapters: AdapterSettings | None = None) -> CheckpointInfo:
-    """Write everything of a checkpoint that is not `model/`: `megatron_embed.json` and `hf/`.
+def write_sidecar_files(source: str | Path, directory: Path, *, dtype: str | None = None,
+                        max_lengths: dict[str, int] | None = None,
+                        head: HeadKind | None = None,
+                        adapters: AdapterSettings | None = None) -> CheckpointInfo:
+    """Write the sidecar files of a checkpoint, everything beside `model/`: `megatron_embed.json` and `hf/`.
 
     Args:
         source: the Hugging Face directory or the checkpoint of ours that the model came from.
         directory: the checkpoint being written; exists.
-        dtype: of the weights in its `model/`; null: the source's.
-        max_lengths: tokens by role; null: the source's.
-        head: of the reranker that `model/` holds.
-        adapters: those in `model/`; null: the source's.
+        dtype: dtype of the weights in its `model/`; None: the source's.
+        max_lengths: tokens by role; None: the source's.
+        head: kind of the reranker's head in `model/`.
+        adapters: settings of the adapters in `model/`; None: the source's.
     Raises:
         CheckpointError: `source` is neither.
     """
@@ -148,11 +198,11 @@ def write_companions(source: str | Path, directory: Path, *, dtype: str | None =
         checkpoint = open_checkpoint(source)
         info = checkpoint.info
         copy_files(checkpoint.hf, directory / "hf")
-        if (checkpoint.hf / CARRIED_FILE).is_file():
-            shutil.copyfile(checkpoint.hf / CARRIED_FILE, directory / "hf" / CARRIED_FILE)
+        if (checkpoint.hf / PASSTHROUGH_FILE).is_file():
+            shutil.copyfile(checkpoint.hf / PASSTHROUGH_FILE, directory / "hf" / PASSTHROUGH_FILE)
     else:
         with HFDirectory(source) as opened:
-            info = _companions_of_hf(opened, directory / "hf")
+            info = _write_hf_files(opened, directory / "hf")
     info = replace(info, dtype=dtype or info.dtype,
                    max_lengths=info.max_lengths if max_lengths is None else max_lengths, head=head,
                    lora=info.lora if adapters is None else asdict(adapters))
@@ -169,14 +219,14 @@ def write_json(path: Path, value: Any) -> None:
 def module_directories(path: Path) -> Sequence[str]:
     """Sub-directories that `modules.json` of a Sentence Transformers directory names, e.g. 1_Pooling; else none.
 
-    Raises CheckpointError for one that is no plain name.
+    Raises CheckpointError for one that is not a plain name.
     """
     file = path / "modules.json"
     return [module.path for module in read_modules(file) if module.path] if file.is_file() else ()
 
 
 def copy_files(source: Path, destination: Path) -> None:
-    """Copy every file that holds no weights of the transformer; modules of Sentence Transformers keep theirs."""
+    """Copy every file except weights of the transformer; modules of Sentence Transformers keep theirs."""
     modules = module_directories(source)
     for folder, folders, files in os.walk(source):
         relative = Path(folder).relative_to(source)
@@ -189,9 +239,9 @@ def copy_files(source: Path, destination: Path) -> None:
 
 
 def drop_standard_modules(directory: Path) -> None:
-    """Remove, from a directory that we are writing, the folders of an earlier export's modules.
+    """Remove the folders of an earlier export's modules from a directory that is being written.
 
-    Found by their usual names, not by what modules.json says: that is somebody else's file, and decides no removal.
+    They are found by their usual names: modules.json may come from elsewhere and must not decide what is removed.
     """
     for folder in directory.iterdir():
         if _MODULE_FOLDER.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
@@ -199,8 +249,8 @@ def drop_standard_modules(directory: Path) -> None:
 
 
 @contextmanager
-def staging(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
-    """A new directory beside `destination` that takes its name when the block ends well, and vanishes when it does not.
+def staging(destination: str | Path, tensor_bytes: int) -> Iterator[Path]:
+    """A temporary directory beside `destination` that is renamed to it if the block succeeds, and removed if it fails.
 
     Raises:
         CheckpointError: `destination` is in use, its parent cannot be written, or the disk is too small or fails.
@@ -216,38 +266,39 @@ def staging(destination: str | Path, needed_bytes: int) -> Iterator[Path]:
         raise CheckpointError(f"{destination.parent}: cannot be written ({error.strerror}); "
                               "name a directory that can") from error
     try:
-        free = shutil.disk_usage(work).free
+        free, needed_bytes = shutil.disk_usage(work).free, tensor_bytes + _SIDECAR_BYTES
         if free < needed_bytes:
             raise CheckpointError(f"{destination.parent}: {free / 1e9:.2f} GB free, {needed_bytes / 1e9:.2f} GB "
-                                  "needed; make room or name another disk")
+                                  "needed; free some space or name another disk")
         yield work
-        _sync_tree(work)
+        sync_tree(work)
         work.rename(destination)
-        _sync(destination.parent)
+        sync_directory(destination.parent)
     except OSError as error:
         raise CheckpointError(f"{destination}: not written ({error}); nothing was left behind") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _companions_of_hf(source: HFDirectory, hf: Path) -> CheckpointInfo:
-    """Fill `hf` from a Hugging Face directory."""
+def _write_hf_files(source: HFDirectory, hf: Path) -> CheckpointInfo:
+    """Fill `hf` from a Hugging Face directory and return its description."""
     copy_files(source.path, hf)
     tied = {head: embedding for head, embedding in source.family.tied
-            if source.shape.tie_word_embeddings and head in source.carried and _same_bytes(source, head, embedding)}
-    carried = [name for name in source.carried if name not in tied]
-    if carried:
-        entries = [(source.stored_names[name], source.entry(name).dtype, source.entry(name).shape) for name in carried]
-        with SafetensorsWriter(hf / CARRIED_FILE, entries) as writer:
-            copy_and_verify(Copy(name=stored, source=[source.run(name)], target=[writer.place(stored)])
-                            for name, stored in ((name, source.stored_names[name]) for name in carried))
+            if source.shape.tie_word_embeddings and head in source.passthrough and _same_bytes(source, head, embedding)}
+    stored_names = {name: source.stored_names[name] for name in source.passthrough if name not in tied}
+    if stored_names:
+        declared = [(stored, source.entry(name).dtype, source.entry(name).shape)
+                    for name, stored in stored_names.items()]
+        with SafetensorsWriter(hf / PASSTHROUGH_FILE, declared) as writer:
+            copy_and_verify(Copy(name=stored, source=[source.byte_range(name)], target=[writer.reserve(stored)])
+                            for name, stored in stored_names.items())
     return CheckpointInfo(
         family=source.family.name, dtype=str(source.dtype()).removeprefix("torch."), prefixed=source.prefixed,
         source_architectures=read_json_object(source.path / "config.json").get("architectures") or [], tied_copies=tied)
 
 
 def _same_bytes(source: HFDirectory, first: str, second: str) -> bool:
-    """Whether two tensors are equal bit for bit, compared in blocks so that neither is held whole."""
+    """Whether two tensors are bit-equal; compares blocks, so that memory holds neither of them whole."""
     entry = source.entry(first)
     if (entry.dtype, entry.shape) != (source.entry(second).dtype, source.entry(second).shape):
         return False
@@ -256,19 +307,3 @@ def _same_bytes(source: HFDirectory, first: str, second: str) -> bool:
         bytes_of(source.read_slice(first, 0, start, min(start + rows, entry.shape[0])))
         == bytes_of(source.read_slice(second, 0, start, min(start + rows, entry.shape[0])))
         for start in range(0, entry.shape[0], rows))
-
-
-def _sync_tree(path: Path) -> None:
-    """Every file and directory under `path` is on the disk afterwards."""
-    for folder, _, files in os.walk(path, topdown=False):
-        for name in files:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""A Hugging Face directory as tensors: which there are, that they fit config.json, reading them whole or in slices."""
+"""A Hugging Face directory as tensors: their names, a check against config.json, reading them whole or in slices."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from megatron_embed.config.json_file import LARGEST_INDEX, read_json_file
-from megatron_embed.convert.storage.byte_range import Run
+from megatron_embed.convert.storage.byte_range import ByteRange
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, TensorEntry
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.tables.transforms import CONFIG_KEYS, Context
 from megatron_embed.errors import CheckpointError
-from megatron_embed.models.families import ModelShape, model_shape, read_hf_config
+from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, plain_name
 
 SINGLE_FILE = "model.safetensors"
@@ -22,9 +22,9 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 class HFDirectory:
-    """A Hugging Face model directory, checked on opening. A `TensorReader`: names are the tables' full names.
+    """A Hugging Face model directory, checked on opening. Tensors are named as in the weight tables.
 
-    Nothing but headers is read until a tensor is asked for, and a slice reads its own bytes only.
+    Only headers are read on opening; a slice reads its own bytes only.
     """
 
     path: Path
@@ -34,15 +34,16 @@ class HFDirectory:
     """Whether the files name the backbone's tensors with the family's prefix."""
     stored_names: dict[str, str]
     """Full name -> name in the file, for every tensor of the directory."""
-    carried: tuple[str, ...]
-    """Full names of the tensors that pass through a conversion untouched."""
+    passthrough: tuple[str, ...]
+    """Full names of the tensors that a conversion copies unchanged."""
 
     def __init__(self, path: str | Path) -> None:
         """Open `path` and compare its tensors with the family's table.
 
         Raises:
-            CheckpointError: no model directory, unknown or self-coded model, weights missing, truncated or only in
-                `.bin`, a tensor that no row names, one that a row needs and is missing, a shape unlike config.json's.
+            CheckpointError: not a model directory, an unknown model or one with its own code, weights missing,
+                truncated or only in `.bin`, a tensor unknown to the table, a missing tensor, a shape that contradicts
+                config.json.
         """
         self.path = Path(path)
         if not self.path.is_dir():
@@ -72,27 +73,23 @@ class HFDirectory:
 
     def entry(self, name: str) -> TensorEntry:
         """Dtype, shape and size of a tensor."""
-        return self._where[name].entries[self.stored_names[name]]
+        return self._file_of[name].entries[self.stored_names[name]]
 
-    def run(self, name: str) -> Run:
-        """Where the tensor's bytes lie."""
-        return self._where[name].run(self.stored_names[name])
+    def byte_range(self, name: str) -> ByteRange:
+        """The range of the tensor's bytes."""
+        return self._file_of[name].byte_range(self.stored_names[name])
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, in the dtype of its file."""
-        return self._where[name].read(self.stored_names[name])
+        return self._file_of[name].read(self.stored_names[name])
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Indices `start` to `stop` of `dim` (0, or 1 of a matrix); no other bytes are read."""
-        return self._where[name].read_slice(self.stored_names[name], dim, start, stop)
-
-    def weight_files(self) -> tuple[Path, ...]:
-        """The safetensors files that hold the tensors."""
-        return tuple(file.path for file in self._files.values())
+        return self._file_of[name].read_slice(self.stored_names[name], dim, start, stop)
 
     def dtype(self) -> torch.dtype:
-        """The floating-point dtype that holds most bytes of the tensors we use."""
-        entries = (self.entry(name) for name in self.stored_names if name not in self.carried)
+        """The floating-point dtype of most bytes among the tensors that are converted."""
+        entries = (self.entry(name) for name in self.stored_names if name not in self.passthrough)
         return largest_dtype((entry.dtype, entry.nbytes) for entry in entries)
 
     def _open_files(self) -> None:
@@ -118,50 +115,50 @@ class HFDirectory:
         stored = [(name, file) for file in self._files.values() for name in file.entries]
         self.prefixed = any(name.startswith(self.family.prefix) for name, _ in stored)
         self.stored_names = {}
-        self._where: dict[str, SafetensorsFile] = {}
+        self._file_of: dict[str, SafetensorsFile] = {}
         for name, file in stored:
             full = self.family.full_name(name, prefixed=self.prefixed)
-            if full in self._where:
-                raise CheckpointError(f"{file.path}: tensor {name} is also in {self._where[full].path.name} (as "
+            if full in self._file_of:
+                raise CheckpointError(f"{file.path}: tensor {name} is also in {self._file_of[full].path.name} (as "
                                       f"{self.stored_names[full]}), and one of the two would be lost; fetch index and "
                                       "shards of one revision into an empty directory")
             self.stored_names[full] = name
-            self._where[full] = file
-        self.carried = tuple(sorted(name for name in self.stored_names if self.family.is_carried(name)))
+            self._file_of[full] = file
+        self.passthrough = tuple(sorted(name for name in self.stored_names if self.family.is_passthrough(name)))
 
     def _check_tensors(self) -> None:
-        unnamed = set(self.stored_names) - set(self.carried)
-        for rule, context in self.family.rows(self.shape):
+        unknown = set(self.stored_names) - set(self.passthrough)
+        for rule, context in self.family.applied_rules(self.shape):
             for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True):
                 self._check_tensor(name, words, context)
-                unnamed.discard(name)
-        if unnamed:
-            first = min(unnamed)
+                unknown.discard(name)
+        if unknown:
+            first = min(unknown)
             raise CheckpointError(
-                f"{self._where[first].path}: tensor {self.stored_names[first]} is unknown to the {self.family.name} "
-                f"weight table ({len(unnamed)} such); is config.json (num_hidden_layers = {self.shape.num_layers}) of "
+                f"{self._file_of[first].path}: tensor {self.stored_names[first]} is unknown to the {self.family.name} "
+                f"weight table ({len(unknown)} such); is config.json (num_hidden_layers = {self.shape.num_layers}) of "
                 "this model, and are quantized or adapter weights merged?")
 
     def _check_tensor(self, name: str, words: str, context: Context) -> None:
-        """A tensor that a row needs is there, with the shape that config.json asks for."""
+        """Check that a tensor of the table exists and has the shape that config.json implies."""
         if name not in self.stored_names:
             raise CheckpointError(
-                f"{self.path}: tensor {self._spell(name)} is missing; a {self.family.name} model with "
-                f"num_hidden_layers = {self.shape.num_layers} has it: fetch the weights again or mend config.json")
-        expected, found = context.sizes(words), self.entry(name).shape
-        if found != expected:
+                f"{self.path}: tensor {self._stored_form(name)} is missing; a {self.family.name} model with "
+                f"num_hidden_layers = {self.shape.num_layers} has it: fetch the weights again or correct config.json")
+        expected, stored = context.sizes(words), self.entry(name).shape
+        if stored != expected:
             keys = ", ".join(f"{CONFIG_KEYS[word]} = {context.size(word)}" for word in words.split())
             raise CheckpointError(
-                f"{self._where[name].path}: {self.stored_names[name]} has shape {list(found)}, but config.json says "
+                f"{self._file_of[name].path}: {self.stored_names[name]} has shape {list(stored)}, but config.json says "
                 f"{list(expected)} ({keys}); use the config.json that belongs to these weights")
 
-    def _spell(self, name: str) -> str:
-        """A full name as this directory's files would write it."""
+    def _stored_form(self, name: str) -> str:
+        """A full name in the form that this directory's files use."""
         return name if self.prefixed else name.removeprefix(self.family.prefix)
 
 
 def largest_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
-    """The floating-point dtype with most bytes among (dtype, bytes) pairs; float32 if there is none."""
+    """The floating-point dtype of most bytes, given (dtype, bytes) of each tensor; float32 if there is none."""
     totals: dict[torch.dtype, int] = {torch.float32: 0}
     for dtype, size in sizes:
         if dtype.is_floating_point:
@@ -169,31 +166,30 @@ def largest_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
     return max(totals, key=lambda dtype: totals[dtype])
 
 
-def hf_weight_shards(source: HFDirectory, rules: Family, *, names: Iterable[str], tp_rank: int, tp_size: int,
+def hf_weight_shards(source: HFDirectory, *, names: Iterable[str], tp_rank: int, tp_size: int,
                      padded_vocab_size: int, etp_rank: int = 0, etp_size: int = 1) -> Iterator[tuple[str, Tensor]]:
-    """This rank's shard of each of our parameters `names`, straight from the safetensors slices that hold it.
+    """This rank's shard of each of our parameters `names`, read from the slices of the files that hold it.
 
     Args:
         source: the directory, open.
-        rules: the family's table.
-        names: our parameter names, with layers and experts counted over the whole model, not from this rank's first.
+        names: our parameter names; layers and experts are counted over the whole model, not on this rank.
         tp_rank: tensor-parallel rank, 0 <= tp_rank < tp_size.
         padded_vocab_size: rows of the whole word embeddings, at least the vocabulary's, divisible by tp_size.
-        etp_rank, etp_size: expert-tensor-parallel rank and ranks, over which experts are split instead.
+        etp_rank, etp_size: expert-tensor-parallel rank and size, which split the experts.
     Yields:
         (name, tensor in the dtype of the file). No communication.
     Raises:
-        CheckpointError: a name that the table does not make, or a size that `tp_size` does not divide.
+        CheckpointError: a name that no rule makes, or a size that `tp_size` does not divide.
     """
     for name in names:
-        rule, layer, expert = rules.rule_for(name)
+        rule, layer, expert = source.family.rule_for(name)
         context = Context(shape=source.shape, layer=layer, expert=expert, padded_vocab_size=padded_vocab_size)
         rank, size = (etp_rank, etp_size) if rule.is_expert else (tp_rank, tp_size)
-        yield name, rule.shard(source, context, rank, size)
+        yield name, rule.shard(source.read_slice, context, rank, size)
 
 
 def _weight_map(index_file: Path) -> dict[str, str]:
-    """Tensor name -> shard of an index file."""
+    """Tensor name -> shard, from an index file."""
     try:
         weight_map: Any = read_json_file(index_file, LARGEST_INDEX)["weight_map"]
         for shard in set(weight_map.values()):
@@ -206,15 +202,10 @@ def _weight_map(index_file: Path) -> dict[str, str]:
 
 
 def _no_weights(path: Path) -> str:
-    """Why there is nothing to read in `path`, and the way out."""
+    """Message about a directory without weights: reason and remedy."""
     binaries = sorted(file.name for pattern in ("*model*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
     if binaries:
-        return (f"{path}: weights only in {binaries[0]}, a pickle that is not opened here; write safetensors once: "
+        return (f"{path}: weights only in {binaries[0]}, a pickle that is never opened; write safetensors once: "
                 f"python -c \"from transformers import AutoModel; "
                 f"AutoModel.from_pretrained('{path}').save_pretrained('{path}')\"")
     return f"{path}: no {SINGLE_FILE} and no {INDEX_FILE}, so there are no weights; fetch them into this directory"
-
-
-def is_hf_directory(path: Path) -> bool:
-    """Whether `path` looks like a Hugging Face model: it has a config.json with a model_type."""
-    return (path / "config.json").is_file() and "model_type" in read_hf_config(path)

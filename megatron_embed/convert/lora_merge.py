@@ -1,76 +1,68 @@
-"""A checkpoint with adapters read as one without: W + scale * B A in place of W."""
+"""Read a checkpoint with LoRA adapters as one without: W + scale * B A in place of W."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.adapters import adapter_tensors
-from megatron_embed.convert.storage.byte_range import Run
+from megatron_embed.convert.adapter_names import adapter_tensors
+from megatron_embed.convert.storage.byte_range import ByteRange
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.transforms import Context, Transform
 from megatron_embed.models.adapters import AdapterSettings, is_adapter
 from megatron_embed.models.families import ModelShape
 
-Place = tuple[str, int | None]
+CheckpointKey = tuple[str, int | None]
 """Key in a checkpoint, and index along that tensor's axis of experts."""
 
 
 class MergedReader(DcpReader):
-    """Reads whole tensors of a checkpoint, adapters merged: computed in float32 and rounded once, in the dtype stored.
+    """Reads whole tensors of a checkpoint with the adapters merged, in float32, then rounded once to the stored dtype.
 
-    Memory holds one tensor and its change in float32.
+    Memory holds one tensor and its LoRA update in float32.
     """
 
     def __init__(self, directory: Path, family: Family, shape: ModelShape, settings: AdapterSettings) -> None:
         super().__init__(directory)
         self._scale = settings.scale
-        self._pairs: dict[str, dict[str, Place]] = {}
+        self._adapters: dict[str, dict[str, CheckpointKey]] = {}
+        """Hugging Face module -> keys of its matrices A and B."""
         for tensor in adapter_tensors(family, shape, settings.modules, settings.rank):
-            self._pairs.setdefault(tensor.module, {})[tensor.matrix] = family.checkpoint_place(tensor.ours)
-        self._rows: dict[Place, tuple[Transform, Context]] = {}
-        for rule, context in family.rows(shape):
-            if any(name.removesuffix(".weight") in self._pairs for name in rule.hf_names(context)):
-                self._rows[family.checkpoint_place(context.name(rule.ours))] = (rule, context)
+            self._adapters.setdefault(tensor.module, {})[tensor.matrix] = family.checkpoint_key(tensor.ours)
+        self._adapted: dict[CheckpointKey, tuple[Transform, Context]] = {}
+        """Parameters with adapters, and the rules that make them."""
+        for rule, context in family.applied_rules(shape):
+            if any(name.removesuffix(".weight") in self._adapters for name in rule.hf_names(context)):
+                self._adapted[family.checkpoint_key(context.name(rule.ours))] = (rule, context)
 
     def keys(self) -> tuple[str, ...]:
-        """Keys of the tensors, without the adapters'."""
-        every = super().keys()
-        return tuple(key for key in every if not is_adapter(key))
+        """Keys of the tensors except the adapters."""
+        return tuple(key for key in super().keys() if not is_adapter(key))  # noqa: SIM118  a reader is not a dictionary
 
-    def runs(self, key: str, index: int | None = None) -> list[Run] | None:
-        """As in the files; null also for linears with adapters, which `read` computes."""
-        return None if (key, index) in self._rows else super().runs(key, index)
+    def byte_ranges(self, key: str, index: int | None = None) -> list[ByteRange] | None:
+        """The ranges in the files; None also for linear layers with adapters, which `read` computes."""
+        return None if (key, index) in self._adapted else super().byte_ranges(key, index)
 
     def read(self, key: str, index: int | None = None) -> Tensor:
-        """The tensor `key`, or that `index` of it; linears with their adapters merged."""
+        """The tensor `key`, or its slice `index`; linear layers have their adapters merged."""
         weight = super().read(key, index)
-        if (key, index) not in self._rows:
+        if (key, index) not in self._adapted:
             return weight
-        rule, context = self._rows[key, index]
-        changes = {name: self._change(name, context.sizes(words))
+        rule, context = self._adapted[key, index]
+        updates = {name: self._update(name, context.sizes(words))
                    for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True)}
-        return (weight.float() + rule.to_ours(_Tensors(changes), context)).to(weight.dtype)
 
-    def _change(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """scale * B A of a Hugging Face weight in float32, zero if it has no adapter."""
-        places = self._pairs.get(name.removesuffix(".weight"))
-        if places is None:
+        def read_slice(name: str, dim: int, start: int, stop: int) -> Tensor:
+            return updates[name].narrow(dim, start, stop - start)
+
+        # The rule fuses updates as it fuses weights.
+        return (weight.float() + rule.to_ours(read_slice, context)).to(weight.dtype)
+
+    def _update(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """scale * B A of a Hugging Face weight in float32; zero if it has no adapter."""
+        keys = self._adapters.get(name.removesuffix(".weight"))
+        if keys is None:
             return torch.zeros(shape)
-        first, second = (DcpReader.read(self, *places[matrix]).float() for matrix in "AB")
-        return (second @ first) * self._scale
-
-
-@dataclass(frozen=True)
-class _Tensors:
-    """Tensors in memory as a `TensorReader`, so that a table row fuses changes as it fuses weights."""
-
-    tensors: dict[str, Tensor]
-
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        return self.tensors[name].narrow(dim, start, stop - start)
+        matrix_a, matrix_b = (DcpReader.read(self, *keys[matrix]).float() for matrix in "AB")
+        return (matrix_b @ matrix_a) * self._scale

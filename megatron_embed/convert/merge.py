@@ -1,12 +1,11 @@
-"""Several fine-tuned models -> one: linear, slerp, multi-slerp, task arithmetic, a tensor at a time.
+"""Merge fine-tuned models into one: linear, slerp, multi-slerp, task arithmetic, one tensor at a time.
 
-Every method is a combination of the models' tensors (or of their differences from a base) whose coefficients follow
-from lengths and angles. So each tensor is read twice in blocks, once for its Gram matrix and once for the combination,
-and memory holds one output tensor and some blocks, whatever the number of layers and models.
+Every method is a linear combination of the models' tensors (or of their differences from a base) whose coefficients
+follow from lengths and angles. So each tensor is read twice in blocks, for its Gram matrix and for the combination, and
+memory holds one output tensor and some blocks, whatever the number of layers and models.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,24 +19,24 @@ from torch import Tensor
 from megatron_embed.convert.checkpoint_directory import copy_files, is_checkpoint, staging, write_json
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.merge_match import require_mergeable
+from megatron_embed.convert.report import progress
 from megatron_embed.convert.storage.safetensors_file import checksum
 from megatron_embed.convert.storage.sharded import ShardedWriter, parse_size
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.names import MergeMethod
 
 MERGE_FILE = "megatron_embed_merge.json"
-"""In a merged directory: what it was made of."""
+"""File of a merged directory that names the models, the method and the weights."""
 PARALLEL = 0.9995
-"""Cosine from which slerp is linear: the sine of the angle in the denominator would only magnify rounding."""
+"""Cosine above which slerp is linear: dividing by the sine of a tiny angle would only magnify rounding."""
 EPSILON = 1e-8
 _BLOCK_ELEMENTS = 1 << 22
-"""Elements of one tensor that are in float64 at once."""
-_ROOM_FOR_FILES = 64 << 20
+"""Elements of one tensor that are in float64 at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What a merge did; `str()` is the line for the user."""
+    """Result of a merge; `str()` is the line for the user."""
 
     destination: Path
     method: MergeMethod
@@ -45,7 +44,7 @@ class MergeReport:
     tensors: int
     total_bytes: int
     seconds: float
-    """Verification included."""
+    """Duration, verification included."""
 
     def __str__(self) -> str:
         return (f"{self.destination}: {self.method} of {self.models} models, {self.tensors} tensors, "
@@ -62,16 +61,16 @@ def merge_models(models: Sequence[str | Path], destination: str | Path, *, metho
     Args:
         models: Hugging Face or Sentence Transformers directories of one model trained in several ways; two for slerp.
         method: see `coefficients`.
-        weights: one per model; null: all equal (task_arithmetic: all 1). Only their ratio counts, but for
+        weights: one per model; None: all equal (task_arithmetic: all 1). Only their ratio matters, except for
             task_arithmetic.
-        base: the model before training; needed by task_arithmetic, possible for multi_slerp.
+        base: the model before training; required by task_arithmetic, optional for multi_slerp.
         max_shard_size: largest safetensors file, e.g. "5GB".
     Raises:
-        ConfigError: a combination of arguments that means nothing.
+        ConfigError: an invalid combination of arguments.
         CheckpointError: the models do not match, or `destination` cannot be written.
     """
     started = time.monotonic()
-    numbers = checked_weights(method, len(models), weights, has_base=base is not None)
+    factors = checked_weights(method, len(models), weights, has_base=base is not None)
     shard_bytes = parse_size(max_shard_size)
     with ExitStack() as stack:
         opened = [stack.enter_context(_open(path)) for path in models]
@@ -80,15 +79,15 @@ def merge_models(models: Sequence[str | Path], destination: str | Path, *, metho
         first = opened[0]
         full_names = list(first.stored_names)
         total = sum(first.entry(name).nbytes for name in full_names)
-        with staging(destination, total + _ROOM_FOR_FILES) as work:
+        with staging(destination, total) as work:
             copy_files(first.path, work)
-            write_json(work / MERGE_FILE, _provenance(method, models, numbers, base))
-            announced = [(first.stored_names[name], first.entry(name).dtype, first.entry(name).shape)
+            write_json(work / MERGE_FILE, _provenance(method, models, factors, base))
+            declared = [(first.stored_names[name], first.entry(name).dtype, first.entry(name).shape)
                          for name in full_names]
             checksums: dict[str, bytes] = {}
-            with ShardedWriter(work, announced, shard_bytes) as writer:
-                for name in _progress(full_names, "merging"):
-                    merged = merge_tensor(name, opened, origin, method, numbers)
+            with ShardedWriter(work, declared, shard_bytes) as writer:
+                for name in progress(full_names, "merging"):
+                    merged = merge_tensor(name, opened, origin, method, factors)
                     checksums[name] = checksum(merged)
                     writer.write(first.stored_names[name], merged)
             _verify(work, checksums)
@@ -98,37 +97,36 @@ def merge_models(models: Sequence[str | Path], destination: str | Path, *, metho
 
 def checked_weights(method: MergeMethod, count: int, weights: Sequence[float] | None, *,
                     has_base: bool) -> tuple[float, ...]:
-    """One weight per model. Raises ConfigError for what the method cannot use."""
+    """One weight per model. Raises ConfigError for arguments that the method cannot use."""
     if count < (1 if method == "task_arithmetic" else 2):
-        raise ConfigError(f"--method {method}: {count} model is nothing to merge; name two or more")
+        raise ConfigError(f"--method {method}: {count} model cannot be merged; name two or more")
     if method == "slerp" and count != 2:
-        raise ConfigError(f"--method slerp: {count} models, and slerp takes two; use multi_slerp for more")
+        raise ConfigError(f"--method slerp: {count} models, but slerp takes two; use multi_slerp for more")
     if method == "task_arithmetic" and not has_base:
         raise ConfigError("--method task_arithmetic adds differences from the model before training; name it with "
                           "--base")
     if method in ("linear", "slerp") and has_base:
-        raise ConfigError(f"--base: {method} has no use for it; leave it out, or use task_arithmetic or multi_slerp")
-    numbers = tuple(weights) if weights is not None else (1.0,) * count
-    if len(numbers) != count:
-        raise ConfigError(f"--weights {' '.join(map(str, numbers))}: {len(numbers)} weights for {count} models; give "
-                          "one for each")
-    if not all(math.isfinite(number) for number in numbers):
-        raise ConfigError(f"--weights {' '.join(map(str, numbers))}: each must be a finite number")
-    if method != "task_arithmetic" and (min(numbers) < 0 or sum(numbers) <= 0):
-        raise ConfigError(f"--weights {' '.join(map(str, numbers))}: {method} needs weights of at least 0 that are not "
-                          "all 0")
-    return numbers
+        raise ConfigError(f"--base: {method} does not use it; omit it, or use task_arithmetic or multi_slerp")
+    given = tuple(weights) if weights is not None else (1.0,) * count
+    argument = f"--weights {' '.join(map(str, given))}"
+    if len(given) != count:
+        raise ConfigError(f"{argument}: {len(given)} weights for {count} models; give one for each")
+    if not all(math.isfinite(weight) for weight in given):
+        raise ConfigError(f"{argument}: each must be a finite number")
+    if method != "task_arithmetic" and (min(given) < 0 or sum(given) <= 0):
+        raise ConfigError(f"{argument}: {method} needs weights of at least 0 that are not all 0")
+    return given
 
 
 def coefficients(method: MergeMethod, weights: Sequence[float], gram: Tensor) -> Tensor:
-    """What each model's tensor is multiplied with, [models] float64.
+    """Factor of each model's tensor, [models] float64.
 
     linear: the weights, scaled to sum 1 (model soups, Wortsman et al. 2022, arXiv:2203.05482).
-    slerp: on the arc from the first to the second, at the second's share of the weights (Shoemake 1985); linear where
+    slerp: on the arc from the first to the second, at the second's share of the weights (Shoemake 1985); linear if
     they are nearly parallel, with the constants of mergekit.
     multi_slerp: the direction is the weighted mean of the models' directions, the length their weighted mean length.
     (mergekit's one step in the tangent space at that mean is zero, because the mean is where the tangents cancel.)
-    task_arithmetic: the weights as they are, on differences from the base (Ilharco et al. 2023, arXiv:2212.04089).
+    task_arithmetic: the weights unchanged, for differences from the base (Ilharco et al. 2023, arXiv:2212.04089).
 
     Args:
         weights: one per model.
@@ -145,7 +143,7 @@ def coefficients(method: MergeMethod, weights: Sequence[float], gram: Tensor) ->
         return _slerp(float(shares[1]), gram, lengths)
     scales = shares / (lengths + EPSILON)
     mean_length = (scales @ gram @ scales).clamp(min=0.0).sqrt()
-    if mean_length < EPSILON:  # All zero, or directions that cancel: there is no mean direction.
+    if mean_length < EPSILON:  # All zero, or directions that cancel out: the mean direction is undefined.
         return shares
     return scales * ((shares @ lengths) / mean_length)
 
@@ -164,26 +162,26 @@ def _slerp(share: float, gram: Tensor, lengths: Tensor) -> Tensor:
 
 def merge_tensor(name: str, models: Sequence[HFDirectory], base: HFDirectory | None, method: MergeMethod,
                  weights: Sequence[float]) -> Tensor:
-    """One merged tensor, in the dtype and shape of the first model's. Raises CheckpointError naming it."""
+    """One merged tensor, in the dtype and shape of the first model's. Raises CheckpointError with its name."""
     entry = models[0].entry(name)
     if not entry.dtype.is_floating_point:
         return _same_in_all(name, models)
     gram = torch.zeros(len(models), len(models), dtype=torch.float64)
     if method in ("slerp", "multi_slerp"):
-        for rows in _blocks(name, models, base):
-            gram += rows.deltas @ rows.deltas.T
+        for block in _blocks(name, models, base):
+            gram += block.deltas @ block.deltas.T
     factors = coefficients(method, weights, gram)
     merged = torch.empty(math.prod(entry.shape), dtype=entry.dtype)
     done = 0
-    for rows in _blocks(name, models, base):
-        block = factors @ rows.deltas
-        if rows.base is not None:
-            block += rows.base
-        if not bool(torch.isfinite(block).all()):
+    for block in _blocks(name, models, base):
+        values = factors @ block.deltas
+        if block.base is not None:
+            values += block.base
+        if not bool(torch.isfinite(values).all()):
             raise CheckpointError(f"{models[0].path}: the merged {name} has values that are not finite; one of the "
                                   "models is broken, or a weight is much too large")
-        merged[done:done + len(block)] = block.to(entry.dtype)
-        done += len(block)
+        merged[done:done + len(values)] = values.to(entry.dtype)
+        done += len(values)
     return merged.reshape(entry.shape)
 
 
@@ -192,13 +190,13 @@ class _Block:
     """The same elements of one tensor in every model."""
 
     deltas: Tensor
-    """[models, elements] float64; less the base, if there is one."""
+    """[models, elements] float64; minus the base, if there is one."""
     base: Tensor | None
     """[elements] float64."""
 
 
 def _blocks(name: str, models: Sequence[HFDirectory], base: HFDirectory | None) -> Iterator[_Block]:
-    """The tensor's rows, a block at a time."""
+    """The tensor in every model, a block of rows at a time."""
     shape = models[0].entry(name).shape
     if not shape:
         yield _block(models, base, lambda model: model.read(name))
@@ -226,16 +224,16 @@ def _same_in_all(name: str, models: Sequence[HFDirectory]) -> Tensor:
     tensor = models[0].read(name)
     for model in models[1:]:
         if not torch.equal(tensor, model.read(name)):
-            raise CheckpointError(f"{model.path}: {name} holds {tensor.dtype} that differ from those of "
-                                  f"{models[0].path}; whole numbers cannot be averaged: merge other models")
+            raise CheckpointError(f"{model.path}: {name} holds {tensor.dtype} values that differ from those of "
+                                  f"{models[0].path}; integers cannot be averaged: merge other models")
     return tensor
 
 
 def _open(path: str | Path) -> HFDirectory:
-    """Raises CheckpointError for one of our checkpoints, with the command that makes a directory of it."""
+    """Open a model. Raises CheckpointError for one of our checkpoints, with the command that converts it."""
     if is_checkpoint(path):
-        raise CheckpointError(f"{path}: a checkpoint of megatron-embed, and Hugging Face directories are merged; write "
-                              "it as one first: megatron-embed convert megatron-to-hf SRC DST")
+        raise CheckpointError(f"{path}: is a checkpoint of megatron-embed, but merge takes Hugging Face directories; "
+                              "convert it first: megatron-embed convert megatron-to-hf SRC DST")
     return HFDirectory(path)
 
 
@@ -246,17 +244,10 @@ def _provenance(method: MergeMethod, models: Sequence[str | Path], weights: Sequ
 
 
 def _verify(directory: Path, checksums: dict[str, bytes]) -> None:
-    """What was written reads back as it was, and is a model again."""
+    """Check that the written directory is a model and that every tensor reads back unchanged."""
     with HFDirectory(directory) as written:
-        for name in _progress(list(checksums), "verifying"):
+        for name in progress(list(checksums), "verifying"):
             if checksum(written.read(name)) != checksums[name]:
                 raise CheckpointError(f"{directory}: {name} reads back differently from what was written; check the "
                                       "disk and try again")
         assert written.stored_names.keys() == checksums.keys()
-
-
-def _progress(names: list[str], what: str) -> Iterator[str]:
-    """The names, with a progress bar if someone is watching."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    yield from tqdm(names, desc=what, unit="tensor", disable=not sys.stderr.isatty())

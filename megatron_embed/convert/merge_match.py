@@ -1,4 +1,4 @@
-"""Are some models the same model, trained in different ways? Names, shapes, dtypes, configuration, tokenizer."""
+"""Check that models can be merged: same tensor names, shapes, dtypes, configuration and tokenizer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,20 +11,19 @@ from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.saved_settings import read_saved_settings
 
-_VOCABULARY_FILES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model",
-                     "spiece.model", "tekken.json", "tiktoken.model")
-"""Compared where a directory has no tokenizer.json."""
-_NOT_IDS = ("truncation", "padding", "version")
-"""Of tokenizer.json: what programs set on saving, and what leaves the ids of a text as they are."""
+_SLOW_TOKENIZER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model",
+                         "spiece.model", "tekken.json", "tiktoken.model")
+"""Vocabulary files, compared if a directory has no tokenizer.json."""
+_IGNORED_SECTIONS = ("truncation", "padding", "version")
+"""Sections of tokenizer.json that programs set on saving, or that do not change the ids of a text."""
 _SETTINGS = ("pooling", "normalize", "similarity", "prompts", "lower_case", "chat")
-"""Of a Sentence Transformers directory: with another one, vectors of a merged model would mean nothing."""
+"""Settings of a Sentence Transformers directory that must agree: they change what a vector means."""
 
 
 def require_mergeable(models: Sequence[HFDirectory], base: HFDirectory | None) -> None:
-    """Raises CheckpointError, naming both directories and what differs, unless every tensor has its counterpart.
+    """Raise CheckpointError, naming both directories and the difference, unless the models can be merged.
 
-    The base may hold further tensors (an LM head), be stored in another floating-point dtype, and say nothing about
-    pooling and prompts.
+    The base may have more tensors (an LM head) and another floating-point dtype; its pooling and prompts are ignored.
     """
     first = models[0]
     for other in models[1:]:
@@ -54,7 +53,7 @@ def _same_names(first: HFDirectory, other: HFDirectory) -> None:
 
 
 def _same_shape(first: HFDirectory, other: HFDirectory) -> None:
-    """Every setting of the architecture; how new weights would be drawn is none."""
+    """Compare every setting of the architecture; how new weights are initialized does not matter."""
     one, two = dataclasses.asdict(first.shape), dataclasses.asdict(other.shape)
     for key in one:
         if key != "initializer_range" and one[key] != two[key]:
@@ -69,11 +68,11 @@ def _same_tensors(first: HFDirectory, other: HFDirectory, *, dtypes: bool) -> No
             raise _refusal(first.path, other.path, f"{name} has shape {list(one.shape)} in the first and "
                            f"{list(two.shape)} in the second", "merge models of the same shape")
         if one.dtype != two.dtype and (dtypes or not two.dtype.is_floating_point):
-            raise _refusal(first.path, other.path, f"{name} is {_word(one.dtype)} in the first and {_word(two.dtype)} "
-                           "in the second", "export both in one dtype")
+            raise _refusal(first.path, other.path, f"{name} is {_dtype_name(one.dtype)} in the first and "
+                           f"{_dtype_name(two.dtype)} in the second", "export both in one dtype")
 
 
-def _word(dtype: object) -> str:
+def _dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -82,7 +81,7 @@ def _same_settings(first: Path, other: Path) -> None:
     for key in _SETTINGS:
         if one[key] != two[key]:
             raise _refusal(first, other, f"{key} is {one[key]!r} in the first and {two[key]!r} in the second",
-                           "vectors of different kinds have no mean; merge models trained with the same one")
+                           "such vectors cannot be averaged; merge models trained with the same setting")
     for folder in module_directories(first):
         weights = Path(folder) / "model.safetensors"
         files = [directory / weights for directory in (first, other)]
@@ -95,23 +94,23 @@ def _same_tokenizer(first: Path, other: Path) -> None:
     one, two = _vocabulary(first), _vocabulary(other)
     for key in sorted(one.keys() | two.keys()):
         if key not in one or key not in two:
-            only, there = (first, other) if key in one else (other, first)
+            only, without = (first, other) if key in one else (other, first)
             raise _refusal(first, other, f"{key} of the tokenizer is only in {only}", f"copy the tokenizer files of "
-                           f"{only} to {there}, if the two models use the same")
+                           f"{only} to {without}, if the two models use the same")
         if one[key] != two[key]:
-            raise _refusal(first, other, f"their tokenizers differ in {key}", "the same text would have other ids; "
+            raise _refusal(first, other, f"their tokenizers differ in {key}", "the same text would get different ids; "
                            "merge models with one tokenizer")
 
 
 def _vocabulary(directory: Path) -> dict[str, Any]:
-    """What decides the ids of a text, by file or section."""
+    """The parts of a tokenizer that determine the ids of a text, by file or section."""
     if (directory / "tokenizer.json").is_file():
         tokenizer = read_json_object(directory / "tokenizer.json")
-        values = {f"tokenizer.json: {key}": value for key, value in tokenizer.items() if key not in _NOT_IDS}
+        values = {f"tokenizer.json: {key}": value for key, value in tokenizer.items() if key not in _IGNORED_SECTIONS}
         model = values.get("tokenizer.json: model")
         if isinstance(model, dict) and isinstance(model.get("merges"), list):
             # Older versions of the tokenizers library write "a b" where newer ones write ["a", "b"].
-            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+            merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
             values["tokenizer.json: model"] = {**model, "merges": merges}
         return values
-    return {name: (directory / name).read_bytes() for name in _VOCABULARY_FILES if (directory / name).is_file()}
+    return {name: (directory / name).read_bytes() for name in _SLOW_TOKENIZER_FILES if (directory / name).is_file()}

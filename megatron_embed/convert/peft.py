@@ -1,4 +1,4 @@
-"""PEFT's adapter directories, read and written: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Read and write PEFT's adapter directories: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -8,9 +8,10 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from megatron_embed.checkpoint.reading import HEAD_KEYS
 from megatron_embed.config.json_file import read_json_object
 from megatron_embed.config.load import read_resolved
-from megatron_embed.convert.adapters import AdapterTensor, adapter_tensors, linear_rules, peft_targets
+from megatron_embed.convert.adapter_names import AdapterTensor, adapter_tensors, linear_rules, peft_targets
 from megatron_embed.convert.checkpoint_directory import (
     CheckpointDirectory,
     copy_files,
@@ -18,13 +19,12 @@ from megatron_embed.convert.checkpoint_directory import (
     staging,
     write_json,
 )
-from megatron_embed.convert.heads import saved_modules, score_names
+from megatron_embed.convert.head_tensors import saved_modules, score_names
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.tables.transforms import nbytes
-from megatron_embed.convert.to_hf import HEAD_KEYS
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import ModelShape, model_shape
@@ -35,12 +35,12 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _TASK_TYPES = {None: "FEATURE_EXTRACTION", "score": "SEQ_CLS", "yes_no": "CAUSAL_LM"}
-"""By the head of the checkpoint: which of PEFT's models the adapter is for."""
+"""Head of the checkpoint -> PEFT's type of the model that the adapter is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftReport:
-    """What an export did; `str()` is the line for the user."""
+    """Result of an export; `str()` is the line for the user."""
 
     destination: Path
     tensors: int
@@ -58,7 +58,7 @@ def is_peft_directory(path: str | Path) -> bool:
 
 
 def base_of(path: Path) -> str:
-    """What `adapter_config.json` names as its base model. Raises CheckpointError if it names none."""
+    """The base model that `adapter_config.json` names. Raises CheckpointError if it names none."""
     base = read_json_object(path / CONFIG_FILE).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{path / CONFIG_FILE}: base_model_name_or_path = {base!r} must name the directory of "
@@ -71,15 +71,15 @@ class PeftAdapter:
 
     settings: AdapterSettings
     head: dict[str, str]
-    """Full Hugging Face name -> name in the file, of tensors that are no part of the backbone: a reranker's classifier,
-    adapters of a language-model head."""
+    """Full Hugging Face name -> name in the file, for tensors outside the backbone: a reranker's classifier, adapters
+    of a language-model head."""
 
     def __init__(self, path: Path, family: Family, shape: ModelShape) -> None:
         """Open `path` and compare its tensors with the model's linear layers.
 
         Raises:
-            CheckpointError: no LoRA adapter, one that computes what we do not, or tensors that are unknown, missing or
-                of another shape.
+            CheckpointError: not a LoRA adapter, a variant that is not supported, or tensors that are unknown, missing
+                or of another shape.
         """
         self.path = path
         values = self._config()
@@ -88,14 +88,14 @@ class PeftAdapter:
             raise CheckpointError(f"{path}: no {WEIGHTS_FILE}; save the adapter with safe_serialization=True")
         self._file = SafetensorsFile(file)
         try:
-            stored = self._used(family)
+            stored = self._backbone_names(family)
             modules = self._modules(stored, family)
             self.settings = AdapterSettings(
                 rank=values["r"], alpha=float(values["lora_alpha"]), use_rslora=bool(values.get("use_rslora")),
                 modules=modules, base_model=base_of(path))
             self.tensors = {tensor.ours: tensor
                             for tensor in adapter_tensors(family, shape, modules, self.settings.rank)}
-            self._stored = {tensor.ours: self._checked(stored, tensor) for tensor in self.tensors.values()}
+            self._stored = {tensor.ours: self._stored_name(stored, tensor) for tensor in self.tensors.values()}
         except BaseException:
             self.close()
             raise
@@ -113,12 +113,12 @@ class PeftAdapter:
         self.close()
 
     def close(self) -> None:
-        """Close the weights' file."""
+        """Close the weight file."""
         self._file.close()
 
     def shards(self, names: Iterable[str], *, tp_rank: int, tp_size: int, etp_rank: int,
                etp_size: int) -> Iterator[tuple[str, Tensor]]:
-        """This rank's share of each of our adapter parameters `names`, in the dtype of the file."""
+        """This rank's shard of each of our adapter parameters `names`, in the dtype of the file."""
         for name in names:
             tensor, stored = self.tensors[name], self._stored[name]
             rank, size = (etp_rank, etp_size) if tensor.is_expert else (tp_rank, tp_size)
@@ -129,7 +129,7 @@ class PeftAdapter:
                 yield name, self._file.read_slice(stored, tensor.shard_dim, rank * width, (rank + 1) * width)
 
     def stored_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that has a use, by its name in the file."""
+        """Every tensor of the backbone's adapters and of the head, by its name in the file."""
         for name in (*self._stored.values(), *self.head.values()):
             yield name, self._file.read(name)
 
@@ -145,44 +145,44 @@ class PeftAdapter:
         ADAPTER_CONFIG.check(file, values)
         for key in ("r", "lora_alpha"):
             if type(values.get(key)) not in ((int,) if key == "r" else (int, float)) or not 0 < values[key] <= 2**20:
-                what = "whole number" if key == "r" else "number"
-                raise CheckpointError(f"{file}: {key} = {str(values.get(key))[:40]} must be a {what} above 0, at most "
+                kind = "whole number" if key == "r" else "number"
+                raise CheckpointError(f"{file}: {key} = {str(values.get(key))[:40]} must be a {kind} above 0, at most "
                                       "2**20")
         return values
 
-    def _used(self, family: Family) -> dict[str, str]:
-        """Full name -> name in the file, of the tensors that change token states; the others become `head`."""
+    def _backbone_names(self, family: Family) -> dict[str, str]:
+        """Full name -> name in the file, for the tensors of the backbone; the others become `head`."""
         stored = {_full_name(name, family): name for name in self._file.entries}
-        self.head = {full: name for full, name in stored.items() if family.is_carried(full)}
+        self.head = {full: name for full, name in stored.items() if family.is_passthrough(full)}
         return {full: name for full, name in stored.items() if full not in self.head}
 
     def _modules(self, stored: dict[str, str], family: Family) -> tuple[str, ...]:
-        """The adapted linears, as patterns."""
-        known, found = linear_rules(family), set()
+        """The adapted linear modules, as patterns."""
+        known, adapted = linear_rules(family), set()
         for full, name in stored.items():
             pattern = _pattern(full.removesuffix(".A").removesuffix(".B"), known)
             if pattern is None:
-                raise CheckpointError(f"{self.path / WEIGHTS_FILE}: tensor {name} is no adapter of a linear layer that "
-                                      f"the {family.name} weight table knows; merge the adapter with PEFT's "
+                raise CheckpointError(f"{self.path / WEIGHTS_FILE}: tensor {name} is not an adapter of a linear layer "
+                                      f"that the {family.name} weight table knows; merge the adapter with PEFT's "
                                       "merge_and_unload, and give the merged model")
-            found.add(pattern)
-        return tuple(name for name in known if name in found)
+            adapted.add(pattern)
+        return tuple(name for name in known if name in adapted)
 
-    def _checked(self, stored: dict[str, str], tensor: AdapterTensor) -> str:
-        """Name in the file of a tensor, which is there and has the right shape."""
+    def _stored_name(self, stored: dict[str, str], tensor: AdapterTensor) -> str:
+        """Name in the file of a tensor, after a check that it exists and has the right shape."""
         name = stored.get(f"{tensor.module}.{tensor.matrix}")
         if name is None:
             raise CheckpointError(f"{self.path / WEIGHTS_FILE}: no lora_{tensor.matrix} of {tensor.module}; adapters "
-                                  "on some layers or experts alone are not supported: merge with PEFT")
-        found = self._file.entries[name].shape
-        if found != tensor.shape:
-            raise CheckpointError(f"{self.path / WEIGHTS_FILE}: {name} has shape {list(found)}, but the base model and "
-                                  f"r ask for {list(tensor.shape)}; use the base model that the adapter was made for")
+                                  "on only some of the layers or experts are not supported: merge with PEFT")
+        shape = self._file.entries[name].shape
+        if shape != tensor.shape:
+            raise CheckpointError(f"{self.path / WEIGHTS_FILE}: {name} has shape {list(shape)}, but the base model and "
+                                  f"r require {list(tensor.shape)}; use the base model that the adapter was made for")
         return name
 
 
 def _full_name(stored: str, family: Family) -> str:
-    """`<full Hugging Face module name>.A` or `.B` of a tensor's name in PEFT's file."""
+    """`<full Hugging Face module name>.A` or `.B`, from a tensor's name in PEFT's file."""
     name = stored.removeprefix(_PREFIX)
     for matrix in "AB":
         name = name.replace(f".lora_{matrix}.weight", f".{matrix}")
@@ -190,7 +190,7 @@ def _full_name(stored: str, family: Family) -> str:
 
 
 def _pattern(module: str, known: Iterable[str]) -> str | None:
-    """The linear among `known`, `*` and `#` for numbers, that a full module name belongs to."""
+    """The pattern among `known` (`*` and `#` stand for numbers) that a full module name matches."""
     for pattern in known:
         words, others = module.split("."), pattern.split(".")
         if len(words) == len(others) and all(
@@ -203,9 +203,9 @@ def _pattern(module: str, known: Iterable[str]) -> str | None:
 def write_peft(src: str | Path, dst: str | Path, *, finish: Callable[[Path], object] | None = None) -> PeftReport:
     """Write the PEFT adapter directory `dst` of the checkpoint `src`, in the dtype of the checkpoint.
 
-    Beside the adapter stand the tokenizer and Sentence Transformers' files, so that Sentence Transformers loads the
-    directory, too. A reranker's classifier, which was trained whole, lies in it as PEFT's `modules_to_save`; its
-    adapter is one for *ForSequenceClassification, or of a yes/no head for *ForCausalLM.
+    The directory also has the tokenizer and Sentence Transformers' files, so that Sentence Transformers can load it. A
+    reranker's classifier, whose weights are all trained, is written as PEFT's `modules_to_save`; its adapter is for
+    *ForSequenceClassification, that of a yes_no head for *ForCausalLM.
 
     `finish` is called with the complete directory before it gets its name; if it raises, nothing is left behind.
 
@@ -216,39 +216,39 @@ def write_peft(src: str | Path, dst: str | Path, *, finish: Callable[[Path], obj
     checkpoint = open_checkpoint(src)
     settings = checkpoint.info.adapters
     if settings is None:
-        raise CheckpointError(f"{src}: holds no adapters; --format peft is for what a run with lora.rank > 0 wrote")
+        raise CheckpointError(f"{src}: holds no adapters; --format peft needs a checkpoint of a run with lora.rank > 0")
     family, shape = rules_for(checkpoint.info.family), model_shape(checkpoint.hf)
     tensors = list(adapter_tensors(family, shape, settings.modules, settings.rank))
     prefix = "" if checkpoint.info.head is None else family.prefix
-    places = {_peft_name(tensor, family, prefix): family.checkpoint_place(tensor.ours) for tensor in tensors}
+    keys = {_peft_name(tensor, family, prefix): family.checkpoint_key(tensor.ours) for tensor in tensors}
     if checkpoint.info.head == "score":
-        places |= {_PREFIX + name: (HEAD_KEYS + ours, None) for ours, name in score_names(family.name).items()}
+        keys |= {_PREFIX + name: (HEAD_KEYS + ours, None) for ours, name in score_names(family.name).items()}
     with DcpReader(checkpoint.model) as reader:
-        entries = [(name, reader.dtype(key), reader.shape(key) if index is None else reader.shape(key)[1:])
-                   for name, (key, index) in places.items()]
-        total = sum(nbytes(shape, dtype) for _, dtype, shape in entries)
-        with staging(dst, total + (64 << 20)) as work:
+        declared = [(name, reader.dtype(key), reader.shape(key) if index is None else reader.shape(key)[1:])
+                    for name, (key, index) in keys.items()]
+        total = sum(nbytes(shape, dtype) for _, dtype, shape in declared)
+        with staging(dst, total) as work:
             copy_files(checkpoint.hf, work)
-            (work / "config.json").unlink(missing_ok=True)  # The base model's: PEFT's readers take it from there.
-            with SafetensorsWriter(work / WEIGHTS_FILE, entries) as writer:
-                for name, place in places.items():
-                    writer.write(name, reader.read(*place))
+            (work / "config.json").unlink(missing_ok=True)  # PEFT's readers take it from the base model.
+            with SafetensorsWriter(work / WEIGHTS_FILE, declared) as writer:
+                for name, key in keys.items():
+                    writer.write(name, reader.read(*key))
             write_json(work / CONFIG_FILE, _config_of(settings, family, checkpoint.info.head,
                                                       dropout=dropout_of(checkpoint)))
-            _verify(work, family, shape, settings, {name: reader.read(*place) for name, place in places.items()})
+            _verify(work, family, shape, settings, {name: reader.read(*key) for name, key in keys.items()})
             if finish is not None:
                 finish(work)
-    return PeftReport(destination=Path(dst), tensors=len(places), total_bytes=total,
+    return PeftReport(destination=Path(dst), tensors=len(keys), total_bytes=total,
                       seconds=time.monotonic() - started)
 
 
 def _peft_name(tensor: AdapterTensor, family: Family, prefix: str) -> str:
-    """As Transformers' classes name the module: AutoModel's without the prefix that it has under a head."""
+    """Name of a matrix in PEFT's file; `prefix`: that of the backbone in Transformers' class (AutoModel: none)."""
     return f"{_PREFIX}{prefix}{tensor.module.removeprefix(family.prefix)}.lora_{tensor.matrix}.weight"
 
 
 def dropout_of(checkpoint: CheckpointDirectory) -> float:
-    """The adapters' dropout in the run that wrote a checkpoint; 0 where no run is known."""
+    """The adapters' dropout in the run that wrote a checkpoint; 0 if it was not written by a run."""
     file = checkpoint.path / "config.yaml"
     lora = read_resolved(file).get("lora") if file.is_file() else None
     value = lora.get("dropout") if isinstance(lora, dict) else None
@@ -264,7 +264,7 @@ def _config_of(settings: AdapterSettings, family: Family, head: HeadKind | None,
         "peft_type": "LORA", "task_type": _TASK_TYPES[head], "base_model_name_or_path": settings.base_model,
         "r": settings.rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "use_rslora": settings.use_rslora,
-        # PEFT refuses to load experts' adapters that name one.
+        # PEFT refuses to load adapters of experts with a dropout.
         "lora_dropout": 0.0 if has_experts else dropout,
         "target_modules": peft_targets(family, settings.modules), "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "init_lora_weights": True,
@@ -274,7 +274,7 @@ def _config_of(settings: AdapterSettings, family: Family, head: HeadKind | None,
 
 def _verify(directory: Path, family: Family, shape: ModelShape, settings: AdapterSettings,
             expected: dict[str, Tensor]) -> None:
-    """What was written reads back as the same adapter: its settings, and every tensor of the file."""
+    """Check that the written adapter reads back the same: its settings, and every tensor of the file."""
     with PeftAdapter(directory, family, shape) as written:
         read = dict(written.stored_tensors())
         same = written.settings == settings and read.keys() == expected.keys() and all(

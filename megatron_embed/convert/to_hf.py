@@ -1,7 +1,6 @@
-"""What a conversion to Hugging Face writes: the rows of the table, the tensors to come, and a reranker's head."""
+"""Write a checkpoint's tensors as a Hugging Face directory: our parameters, passthrough tensors, a reranker's head."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -10,48 +9,49 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_carried
-from megatron_embed.convert.heads import HeadExport, read_head
+from megatron_embed.checkpoint.reading import HEAD_KEYS
+from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, PassthroughFile
+from megatron_embed.convert.head_tensors import HeadExport, read_head
 from megatron_embed.convert.hf_directory import largest_dtype
-from megatron_embed.convert.storage.byte_range import Run, head_of_runs
+from megatron_embed.convert.report import progress
+from megatron_embed.convert.storage.byte_range import ByteRange, take
 from megatron_embed.convert.storage.copying import Copy, copy_and_verify
-from megatron_embed.convert.storage.safetensors_file import SafetensorsFile
-from megatron_embed.convert.storage.sharded import Announced, ShardedWriter
+from megatron_embed.convert.storage.sharded import DeclaredTensor, ShardedWriter
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.convert.tables.family import Family
+from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.tables.transforms import Context, PadVocabulary, Transform, nbytes
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import HeadKind
 
-HEAD_KEYS = "model.head."
-"""Beginning of the keys of a reranker's head in a checkpoint."""
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 WRITTEN_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Dtypes that a model can be written in, by their names; null: as it is."""
+"""Dtypes that a model can be written in, by their names; None: unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RerankerFormat:
-    """Which Hugging Face model a reranker's checkpoint becomes."""
+    """Kind of Hugging Face model that a reranker's checkpoint is written as."""
 
     kind: HeadKind
-    """Of its head."""
+    """Kind of its head."""
     classification: bool
     """*ForSequenceClassification; else *ForCausalLM."""
     token_ids: tuple[int, int] | None
-    """Of yes and no; null for a score head."""
+    """Ids of yes and no; None for a score head."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One row of the table for one layer and expert: a parameter of ours, and where a checkpoint keeps it."""
+class StoredParameter:
+    """One of our parameters: the rule that makes it, its layer and expert, and where a checkpoint stores it."""
 
     rule: Transform
     context: Context
     key: str
+    """Key of the checkpoint's tensor."""
     index: int | None
-    """Along the first axis of the checkpoint's tensor; null: the parameter is the whole tensor."""
+    """Index along the first axis of the checkpoint's tensor; None: the parameter is the whole tensor."""
 
     @property
     def name(self) -> str:
@@ -59,21 +59,21 @@ class Row:
 
     @property
     def count(self) -> int | None:
-        """Length of the checkpoint tensor's axis of experts; null without one."""
+        """Number of experts along the first axis of the checkpoint's tensor; None: it has no such axis."""
         return None if self.index is None else self.context.shape.num_experts
 
-    def in_hf(self, parts: Sequence[Run]) -> list[Run]:
-        """Where the parameter's bytes lie, in its order, in its Hugging Face tensors `parts`."""
-        widths = [part.length // self.context.sizes(words)[0]
-                  for part, words in zip(parts, self.rule.hf_shapes(), strict=True)]
-        return [parts[piece.part].part(piece.theirs * widths[piece.part], piece.rows * widths[piece.part])
-                for piece in self.rule.pieces(self.context)]
+    def in_hf(self, tensors: Sequence[ByteRange]) -> list[ByteRange]:
+        """The parameter's bytes, in its order, within its Hugging Face tensors."""
+        row_bytes = [tensor.length // self.context.sizes(words)[0]
+                     for tensor, words in zip(tensors, self.rule.hf_shapes(), strict=True)]
+        return [tensors[rows.part].part(rows.hf_start * row_bytes[rows.part], rows.rows * row_bytes[rows.part])
+                for rows in self.rule.row_ranges(self.context)]
 
-    def in_ours(self, part: int, ours: Run) -> list[Run]:
-        """Where the bytes of Hugging Face tensor `part` lie, in its order, in the parameter `ours`."""
-        width = ours.length // self.rule.ours_shape(self.context)[0]
-        return [ours.part(piece.ours * width, piece.rows * width)
-                for piece in self.rule.pieces(self.context) if piece.part == part]
+    def in_ours(self, part: int, parameter: ByteRange) -> list[ByteRange]:
+        """The bytes of Hugging Face tensor `part`, in its order, within our parameter."""
+        row_bytes = parameter.length // self.rule.ours_shape(self.context)[0]
+        return [parameter.part(rows.our_start * row_bytes, rows.rows * row_bytes)
+                for rows in self.rule.row_ranges(self.context) if rows.part == part]
 
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the checkpoint's tensor, without vocabulary padding."""
@@ -81,175 +81,180 @@ class Row:
         return shape if self.count is None else (self.count, *shape)
 
 
-class Plan:
-    """The tensors of a Hugging Face directory to come: announced first (a header precedes its data), then written."""
+def stored_parameters(family: Family, shape: ModelShape) -> Iterator[StoredParameter]:
+    """Every parameter of a model, in the order of writing."""
+    for rule, context in family.applied_rules(shape):
+        key, index = family.checkpoint_key(context.name(rule.ours))
+        yield StoredParameter(rule=rule, context=context, key=key, index=index)
 
-    def __init__(self, reader: DcpReader, rows: list[Row], checkpoint: CheckpointDirectory,
-                 family: Family, carried: SafetensorsFile | None, head: HeadExport | None,
-                 dtype: torch.dtype | None) -> None:
-        info = checkpoint.info
-        self._reader, self._rows, self._carried, self._head = reader, rows, carried, head
-        self._wanted = dtype
-        # A model with a head names its backbone's tensors with the prefix, whatever it was made of.
+
+class HFWriter:
+    """Writes the tensors of a Hugging Face directory: declares all of them (headers precede data), then writes them.
+
+    Attributes:
+        declared: every tensor that will be written.
+        dtype: the floating-point dtype of most bytes of the backbone.
+        total_bytes: size of all tensors.
+    """
+
+    def __init__(self, reader: DcpReader, parameters: list[StoredParameter], checkpoint: CheckpointDirectory,
+                 passthrough: PassthroughFile, *, head: HeadExport | None, dtype: torch.dtype | None) -> None:
+        """
+        Args:
+            reader: the checkpoint's tensors.
+            passthrough: the checkpoint's passthrough tensors.
+            head: the head of a reranker; None: the model is not a reranker.
+            dtype: dtype of every floating-point tensor; None: unchanged.
+        """
+        info, family = checkpoint.info, rules_for(checkpoint.info.family)
+        self._reader, self._parameters, self._passthrough, self._head = reader, parameters, passthrough, head
+        self._wanted_dtype = dtype
+        # A model with a head always uses the prefix for its backbone's tensors.
         self._prefix = "" if info.prefixed or head is not None else family.prefix
         self._copies = {embedding: copy for copy, embedding in info.tied_copies.items()
                         if head is None or head.keeps(copy)}
-        self._passed: dict[str, str] = {}
-        """Tensors that pass through: name to be -> name in the carried file."""
-        for name in () if carried is None else carried.entries:
-            full = family.full_name(name, prefixed=info.prefixed)
-            if head is None or head.keeps(full):
-                self._passed[name if head is None else full] = name
-        self.announced: list[Announced] = []
-        for row in rows:
-            written = self._written_dtype(reader.dtype(row.key))
-            for name, words in zip(row.rule.hf_names(row.context), row.rule.hf_shapes(), strict=True):
-                self.announced += [(stored, written, row.context.sizes(words)) for stored in self._stored(name)]
-        self.dtype = largest_dtype((dtype, nbytes(shape, dtype)) for _, dtype, shape in self.announced)
-        for name, stored in self._passed.items():
-            assert carried is not None
-            entry = carried.entries[stored]
-            self.announced.append((name, self._written_dtype(entry.dtype), entry.shape))
+        self._kept = {stored if head is None else full: full for full, stored in passthrough.stored_names.items()
+                      if head is None or head.keeps(full)}
+        """Passthrough tensors: name that is written -> full name."""
+        self.declared: list[DeclaredTensor] = self._declared_parameters()
+        self.dtype = largest_dtype((dtype, nbytes(shape, dtype)) for _, dtype, shape in self.declared)
+        for name, full in self._kept.items():
+            entry = passthrough.entry(full)
+            self.declared.append((name, self._written_dtype(entry.dtype), entry.shape))
         if head is not None:
-            self.announced += [(name, self._written_dtype(tensor.dtype), tuple(tensor.shape))
-                               for name, tensor in head.added.items()]
-        self.total_bytes = sum(nbytes(shape, dtype) for _, dtype, shape in self.announced)
+            self.declared += [(name, self._written_dtype(tensor.dtype), tuple(tensor.shape))
+                              for name, tensor in head.added.items()]
+        self.total_bytes = sum(nbytes(shape, dtype) for _, dtype, shape in self.declared)
 
-    def write(self, directory: Path, max_shard_bytes: int) -> dict[str, Run]:
-        """Write everything and read it back; gives the place of each tensor by its stored name.
+    def write(self, directory: Path, max_shard_bytes: int) -> dict[str, ByteRange]:
+        """Write everything and read it back; return the range of each tensor by its stored name.
 
         Raises:
             CheckpointError: something reads back differently, or the checkpoint is damaged.
         """
-        places: dict[str, Run] = {}
-        with ShardedWriter(directory, self.announced, max_shard_bytes) as writer:
-            def placed(*names: str) -> list[Run]:
-                places.update((name, writer.place(name)) for name in names)
-                return [places[name] for name in names]
+        targets: dict[str, ByteRange] = {}
+        with ShardedWriter(directory, self.declared, max_shard_bytes) as writer:
+            def reserve(*names: str) -> list[ByteRange]:
+                targets.update((name, writer.reserve(name)) for name in names)
+                return [targets[name] for name in names]
 
             def done(copy: Copy) -> None:
                 for name in copy.writes:
                     writer.done(name)
 
-            copy_and_verify(chain(self._of_rows(placed), self._others(placed)), done)
-        return places
+            copy_and_verify(chain(self._parameter_copies(reserve), self._other_copies(reserve)), done)
+        return targets
 
-    def _of_rows(self, placed: Callable[..., list[Run]]) -> Iterator[Copy]:
-        """Our parameters' ways into the files."""
-        for row in progress(self._rows, "converting"):
-            names = (self._stored(name) for name in row.rule.hf_names(row.context))
-            for stored in zip(*names, strict=True):  # a second time for an embedding that a head repeats
-                yield Copy(name=row.name, source=self._source(row), target=row.in_hf(placed(*stored)), writes=stored)
+    def _declared_parameters(self) -> list[DeclaredTensor]:
+        """The Hugging Face tensors of our parameters, with the copies that tied heads store."""
+        declared = []
+        for parameter in self._parameters:
+            rule, context = parameter.rule, parameter.context
+            dtype = self._written_dtype(self._reader.dtype(parameter.key))
+            for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True):
+                declared += [(stored, dtype, context.sizes(words)) for stored in self._stored_names(name)]
+        return declared
 
-    def _source(self, row: Row) -> Sequence[Run] | Callable[[], Tensor]:
-        """Where one of our parameters comes from, vocabulary padding left out."""
-        shape, dtype = row.rule.ours_shape(row.context), self._reader.dtype(row.key)
-        runs = self._reader.runs(row.key, row.index) if self._written_dtype(dtype) == dtype else None
-        if runs is not None:
-            return head_of_runs(runs, nbytes(shape, dtype))
-        return lambda: self._cast(self._reader.read(row.key, row.index))[:shape[0]]
+    def _parameter_copies(self, reserve: Callable[..., list[ByteRange]]) -> Iterator[Copy]:
+        """Copies of our parameters."""
+        for parameter in progress(self._parameters, "converting"):
+            names = (self._stored_names(name) for name in parameter.rule.hf_names(parameter.context))
+            for stored in zip(*names, strict=True):  # twice for an embedding that a tied head repeats
+                yield Copy(name=parameter.name, source=self._parameter_source(parameter),
+                           target=parameter.in_hf(reserve(*stored)), writes=stored)
 
-    def _others(self, placed: Callable[..., list[Run]]) -> Iterator[Copy]:
-        """The ways of the tensors that no row makes."""
-        for name, stored in self._passed.items():
-            yield Copy(name=name, source=self._passing(name, stored), target=placed(name), writes=(name,))
+    def _parameter_source(self, parameter: StoredParameter) -> Sequence[ByteRange] | Callable[[], Tensor]:
+        """Source of one of our parameters, without vocabulary padding."""
+        shape, dtype = parameter.rule.ours_shape(parameter.context), self._reader.dtype(parameter.key)
+        unchanged = self._written_dtype(dtype) == dtype
+        ranges = self._reader.byte_ranges(parameter.key, parameter.index) if unchanged else None
+        if ranges is not None:
+            return take(ranges, nbytes(shape, dtype))
+        return lambda: self._cast(self._reader.read(parameter.key, parameter.index))[:shape[0]]
+
+    def _other_copies(self, reserve: Callable[..., list[ByteRange]]) -> Iterator[Copy]:
+        """Copies of the tensors that no rule makes."""
+        for name, full in self._kept.items():
+            yield Copy(name=name, source=self._passthrough_source(full), target=reserve(name), writes=(name,))
         if self._head is not None:
             for name, tensor in self._head.added.items():
-                yield Copy(name=name, source=partial(self._cast, tensor), target=placed(name), writes=(name,))
+                yield Copy(name=name, source=partial(self._cast, tensor), target=reserve(name), writes=(name,))
 
-    def _passing(self, name: str, stored: str) -> Sequence[Run] | Callable[[], Tensor]:
-        """Where a tensor of the carried file comes from, as it will be written."""
-        carried, head = self._carried, self._head
-        assert carried is not None
-        dtype = carried.entries[stored].dtype
+    def _passthrough_source(self, name: str) -> Sequence[ByteRange] | Callable[[], Tensor]:
+        """Source of the passthrough tensor of this full name, with the trained rows of a head inserted."""
+        file, head = self._passthrough, self._head
+        dtype = file.entry(name).dtype
         if head is None and self._written_dtype(dtype) == dtype:
-            return [carried.run(stored)]
-        return lambda: self._cast(carried.read(stored) if head is None else head.edited(name, carried.read(stored)))
+            return [file.byte_range(name)]
+        return lambda: self._cast(file.read(name) if head is None else head.edited(name, file.read(name)))
 
     def _written_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return self._wanted if self._wanted is not None and dtype.is_floating_point else dtype
+        return self._wanted_dtype if self._wanted_dtype is not None and dtype.is_floating_point else dtype
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._written_dtype(tensor.dtype))
 
-    def _stored(self, name: str) -> list[str]:
-        """Names in the file of a full name: its own, and that of a head that repeats it."""
+    def _stored_names(self, name: str) -> list[str]:
+        """Names in the file of a full name: its own, and that of a tied head that repeats it."""
         return [name.removeprefix(self._prefix), *([self._copies[name]] if name in self._copies else [])]
 
 
-def rows_of(family: Family, shape: ModelShape) -> list[Row]:
-    """Every row of the table with what it must know, in the order of writing."""
-    return list(_rows(family, shape))
-
-
-def _rows(family: Family, shape: ModelShape) -> Iterator[Row]:
-    for rule, context in family.rows(shape):
-        key, index = family.checkpoint_place(context.name(rule.ours))
-        yield Row(rule=rule, context=context, key=key, index=index)
-
-
-def head_of(reader: DcpReader, checkpoint: CheckpointDirectory, family: Family, shape: ModelShape,
-             reranker: RerankerFormat | None) -> HeadExport | None:
-    """The head of a reranker's checkpoint; null for any other."""
+def head_export(reader: DcpReader, checkpoint: CheckpointDirectory, passthrough: PassthroughFile, shape: ModelShape,
+                reranker: RerankerFormat | None) -> HeadExport | None:
+    """The head of a reranker's checkpoint; None for any other."""
     if reranker is None:
         if checkpoint.info.head is not None:
             raise CheckpointError(f"{checkpoint.path}: is a reranker's checkpoint (head {checkpoint.info.head}); use "
                                   "--format cross-encoder or --format hf")
         return None
-    keys = [key for key in reader.keys() if key.startswith(HEAD_KEYS)]  # noqa: SIM118  a reader is no mapping
+    family = rules_for(checkpoint.info.family)
+    keys = [key for key in reader.keys() if key.startswith(HEAD_KEYS)]  # noqa: SIM118  a reader is not a mapping
     head = {key.removeprefix(HEAD_KEYS): reader.read(key) for key in keys}
     if not head and reranker.kind == "yes_no" and shape.tie_word_embeddings:
         assert reranker.token_ids is not None
-        embeddings = reader.read(family.checkpoint_place(WORD_EMBEDDINGS)[0])
+        embeddings = reader.read(family.checkpoint_key(WORD_EMBEDDINGS)[0])
         head = {"weight": embeddings[list(reranker.token_ids)]}
     if not head:
-        with open_carried(checkpoint) as carried:
-            head = read_head(carried, family.name, reranker.kind, reranker.token_ids, str(checkpoint.path))
+        head = read_head(passthrough, family.name, reranker.kind, reranker.token_ids, str(checkpoint.path))
     if "weight" not in head:
-        raise CheckpointError(f"{checkpoint.path}: has no classifier, so it is no reranker yet; train it with task: "
+        raise CheckpointError(f"{checkpoint.path}: has no classifier, so it is not a reranker yet; train it with task: "
                               "reranker first")
     return HeadExport(family.name, reranker.kind, head=head, token_ids=reranker.token_ids,
                       classification=reranker.classification)
 
 
-def progress(rows: list[Row], what: str) -> Iterable[Row]:
-    """The rows, with a progress bar if someone is watching."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    bar: Iterable[Row] = tqdm(rows, desc=what, unit="tensor", disable=not sys.stderr.isatty())
-    return bar
-
-
-def check_checkpoint(reader: DcpReader, rows: list[Row], directory: Path) -> None:
-    """The checkpoint's model tensors are exactly those of the table, each of the right shape."""
+def check_checkpoint(reader: DcpReader, parameters: list[StoredParameter], directory: Path) -> None:
+    """Check that the checkpoint's model tensors are exactly those of the table, each of the right shape."""
     keys = set(reader.keys())
-    unnamed = {key for key in keys if key.startswith("model.") and not key.startswith(HEAD_KEYS)}
-    for row in rows:
-        _check_row(reader, keys, row, directory)
-        unnamed.discard(row.key)
-    if unnamed:
-        raise CheckpointError(f"{directory}: {min(unnamed)} is unknown to the weight table ({len(unnamed)} such); "
+    unknown = {key for key in keys if key.startswith("model.") and not key.startswith(HEAD_KEYS)}
+    for parameter in parameters:
+        _check_parameter(reader, keys, parameter, directory)
+        unknown.discard(parameter.key)
+    if unknown:
+        raise CheckpointError(f"{directory}: {min(unknown)} is unknown to the weight table ({len(unknown)} such); "
                               "hf/config.json must be of this model")
 
 
 def check_sizes(directory: Path, family: Family, shape: ModelShape) -> None:
-    """config.json's sizes are those of the checkpoint's tensors, found before memory is taken for a model of that size.
+    """Check config.json's sizes against those of the checkpoint's tensors, before a model of that size is built.
 
-    `directory`: of the tensors. Reads their description alone; other tensors, such as adapters, may be there.
+    `directory` holds the tensors; only their description is read. Other tensors, such as adapters, may be there.
     """
     with DcpReader(directory) as reader:
         keys = set(reader.keys())
-        for row in _rows(family, shape):
-            _check_row(reader, keys, row, directory)
+        for parameter in stored_parameters(family, shape):
+            _check_parameter(reader, keys, parameter, directory)
 
 
-def _check_row(reader: DcpReader, keys: set[str], row: Row, directory: Path) -> None:
-    """The checkpoint has the row's tensor, of the right shape."""
-    if row.key not in keys:
-        raise CheckpointError(f"{directory}: {row.key} is missing; a model with num_hidden_layers = "
-                              f"{row.context.shape.num_layers} (hf/config.json) has it: take another checkpoint")
-    found, expected = reader.shape(row.key), row.stored_shape()
-    padded = isinstance(row.rule, PadVocabulary) and len(found) == len(expected) and found[0] > expected[0]
-    if found != expected and not (padded and found[1:] == expected[1:]):
-        raise CheckpointError(f"{directory}: {row.key} has shape {list(found)}, but hf/config.json says "
+def _check_parameter(reader: DcpReader, keys: set[str], parameter: StoredParameter, directory: Path) -> None:
+    """Check that the checkpoint has the parameter's tensor, of the right shape."""
+    key = parameter.key
+    if key not in keys:
+        raise CheckpointError(f"{directory}: {key} is missing; a model with num_hidden_layers = "
+                              f"{parameter.context.shape.num_layers} (hf/config.json) has it: take another checkpoint")
+    stored, expected = reader.shape(key), parameter.stored_shape()
+    padded = (isinstance(parameter.rule, PadVocabulary) and len(stored) == len(expected) and stored[0] > expected[0]
+              and stored[1:] == expected[1:])
+    if stored != expected and not padded:
+        raise CheckpointError(f"{directory}: {key} has shape {list(stored)}, but hf/config.json says "
                               f"{list(expected)}; use the config.json that belongs to this checkpoint")

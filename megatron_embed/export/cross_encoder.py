@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_embed.config.json_file import read_json_object, read_optional_json_object
 from megatron_embed.convert.checkpoint_directory import drop_standard_modules, write_json
-from megatron_embed.convert.heads import architecture
+from megatron_embed.convert.head_tensors import architecture
 from megatron_embed.export.sentence_transformers import complete_tokenizer, library_versions, load_export_tokenizer
 
 _CHAT_TEMPLATE = "chat_template.jinja"

@@ -1,14 +1,13 @@
 """From a run's last checkpoint to a directory that the stock libraries load, compared before it gets its name."""
 
 import dataclasses
+import functools
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_embed.config.json_file import read_json_file
@@ -16,17 +15,14 @@ from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.data.tokenizer import RoleTokenizer, fill_template
-from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verify import ExpectedSettings, compare_with_sentence_transformers
+from megatron_embed.export.write import export, export_on_rank_0
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import Role
-from megatron_embed.parallel.collectives import raise_on_all_ranks
 from megatron_embed.platform.bf16_support import processor_has_bf16
-
-logger = logging.getLogger(__name__)
 
 MINIMUM_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
 """Between the exported model in the stock library and ours in memory, for every text."""
@@ -41,7 +37,7 @@ PROBES = {
              "SELECT name FROM users WHERE age > 30 ORDER BY name;"),
 }
 """Texts of several scripts and lengths on which an exported checkpoint is compared."""
-
+PROBE_TEXTS = [text for texts in PROBES.values() for text in texts]
 
 LONGEST_COMPUTED = 1024
 """Tokens up to which texts of the maximum length are put through the models, here and in the stock library, which
@@ -168,29 +164,19 @@ def export_probes(encoder: TextEncoder, texts: Sequence[str], longest: int) -> l
 def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts: Sequence[str], dtype: str,
                  settings: ExpectedSettings, note: Callable[[Path], None]) -> None:
     """Writes `destination` from a checkpoint, of a run from the newest, if Sentence Transformers gives the vectors of
-    the model in memory.
+    the model in memory. Called by all ranks; see `export_on_rank_0`.
 
-    Called by all ranks; every rank raises what rank 0 met. `note` is called on rank 0, with the directory, when nothing
-    is left to do but to give the export its name.
-
-    Raises:
-        CheckpointError: the export differs from the model, or cannot be written; nothing is left behind.
+    `note`: see `export.write.export`.
     """
     probes = export_probes(encoder, texts, settings.max_seq_length)
 
-    def compare(directory: Path) -> None:
-        for probe in probes:
-            logger.info("%s vectors: %s", probe.role, probe.compare(directory, settings, MINIMUM_COSINE[dtype]))
-        note(directory)
+    def verify(directory: Path) -> list[str]:
+        return [f"{probe.role} vectors: {probe.compare(directory, settings, MINIMUM_COSINE[dtype])}"
+                for probe in probes]
 
-    error: UserError | None = None
-    if dist.get_rank() == 0:
-        try:
-            merge = open_checkpoint(checkpoint).info.adapters is not None
-            logger.info("exported %s", megatron_to_hf(checkpoint, destination, merge_lora=merge, finish=compare))
-        except UserError as found:
-            error = found
-        except OSError as found:
-            error = CheckpointError(f"{destination}: the export cannot be written ({found.strerror or found}); look at "
-                                    "the disk, then start the run again: it goes on from its checkpoint")
-    raise_on_all_ranks(error)
+    def run_export() -> list[str]:
+        merge = open_checkpoint(checkpoint).info.adapters is not None
+        return export(functools.partial(megatron_to_hf, checkpoint, destination, merge_lora=merge), verify=verify,
+                      note=note)
+
+    export_on_rank_0(destination, run_export)

@@ -10,7 +10,7 @@ from megatron_embed import __version__
 from megatron_embed.config.load import load_config
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_checkpoint
-from megatron_embed.errors import ConfigError
+from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.names import ExportFormat
@@ -58,13 +58,13 @@ def write_card(directory: Path, config: RunConfig, *, step: int, dim: int | None
         use: how it is loaded; None: as Sentence Transformers does.
         library: that loads it, by the hub's name.
     """
-    use = use or (_EMBEDDING_USE if config.task == "embedding" else _RERANKER_USE)
+    use = use or (_RERANKER_USE if dim is None else _EMBEDDING_USE)
     prompts = _saved_prompts(directory) or {role: config.data.prompt(role) for role in ("query", "document")}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in _head(config, library).items()), "---", "",
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in _head(config, library, dim).items()), "---", "",
              f"# {title or directory_title(config)}", "", _what(config, dim), "", "## Use", "", use, "",
              *_prompts(prompts), "## Training", "",
              "| setting | value |", "|---|---|",
-             *(f"| {name} | {value} |" for name, value in _training(config, step)), ""]
+             *(f"| {name} | {value} |" for name, value in _training(config, step, dim)), ""]
     metrics = _evaluation(config, step)
     if metrics:
         lines += [f"## Evaluation after step {step}", "", "| metric | value |", "|---|---|",
@@ -87,7 +87,7 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
     info, title, file = checkpoint.info, Path(destination).absolute().name, checkpoint.path / "config.yaml"
     library = {"hf": "transformers", "peft": "peft"}.get(kind, "sentence-transformers")
     dim = model_shape(checkpoint.hf).hidden_size if info.head is None else None
-    pooling = read_saved_settings(checkpoint.hf).pooling if info.head is None else None
+    pooling = _pooling_of(checkpoint.hf) if info.head is None else None
     use = _use(kind, info.head, pooling)
     config = _run_of(file)
     if config is not None:
@@ -97,6 +97,14 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
     elif file.is_file() or not (directory / "README.md").is_file():
         (directory / "README.md").write_text(_unknown_run(checkpoint, directory, title, use, library, dim),
                                               encoding="utf-8")
+
+
+def _pooling_of(hf: Path) -> str | None:
+    """The pooling of a directory; None where it names none, or modules that pass through without being computed."""
+    try:
+        return read_saved_settings(hf).pooling
+    except CheckpointError:
+        return None
 
 
 def _run_of(file: Path) -> RunConfig | None:
@@ -151,12 +159,11 @@ def _is_local(path: str) -> bool:
     return os.path.exists(path)
 
 
-def _head(config: RunConfig, library: str) -> dict[str, Any]:
-    """What hubs read. A directory of this machine is no model's name."""
-    kind = "sentence-similarity" if config.task == "embedding" else "text-ranking"
+def _head(config: RunConfig, library: str, dim: int | None) -> dict[str, Any]:
+    """Metadata for hubs, which name the base model unless it is a directory of this machine."""
+    kind = "text-ranking" if dim is None else "sentence-similarity"
     base = {} if _is_local(config.model.path) else {"base_model": config.model.path}
-    tags = [library, "feature-extraction" if config.task == "embedding" else "cross-encoder",
-            "megatron-embed"]
+    tags = [library, "cross-encoder" if dim is None else "feature-extraction", "megatron-embed"]
     return {"library_name": library, "pipeline_tag": kind, "tags": tags, **base}
 
 
@@ -177,7 +184,7 @@ def _prompts(prompts: Mapping[str, str]) -> list[str]:
     return ["Prompts, which `encode_query` and `encode_document` put before a text:", "", *found, ""] if found else []
 
 
-def _training(config: RunConfig, step: int) -> list[tuple[str, object]]:
+def _training(config: RunConfig, step: int, dim: int | None) -> list[tuple[str, object]]:
     training, parallel, data = config.training, config.parallel, config.data
     sizes = {"tensor": parallel.tensor_model_parallel_size, "pipeline": parallel.pipeline_model_parallel_size,
              "context": parallel.context_parallel_size, "expert": parallel.expert_model_parallel_size}
@@ -185,7 +192,7 @@ def _training(config: RunConfig, step: int) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
         ("data", ", ".join(Path(file.path).name if _is_local(file.path) else file.path for file in data.train)),
         ("loss", config.objective.loss)]
-    if config.task == "embedding":
+    if dim is not None:
         rows += [("temperature", config.objective.temperature), ("negatives", config.objective.negatives),
                  ("hard negatives per query", data.num_negatives)]
     rows += [("optimizer steps", step), ("queries per step", training.global_batch_size),
@@ -199,8 +206,7 @@ def _training(config: RunConfig, step: int) -> list[tuple[str, object]]:
 
 def _evaluation(config: RunConfig, step: int) -> dict[str, float]:
     """Metrics of the run's evaluation after so many steps, as metrics.jsonl has them; empty if there was none."""
-    folder = config.logging.directory or config.checkpoint.directory
-    file = None if folder is None else Path(folder) / "metrics.jsonl"
+    file = None if config.log_directory is None else Path(config.log_directory) / "metrics.jsonl"
     if file is None or not file.is_file():
         return {}
     found: dict[str, float] = {}

@@ -1,32 +1,30 @@
 """From a reranker's checkpoint to a cross-encoder, compared with the model before the directory gets its name."""
 
 import dataclasses
-import logging
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.convert.to_hf import RerankerFormat
 from megatron_embed.data.pair_tokenizer import Pair, PairTokenizer
-from megatron_embed.errors import CheckpointError, UserError
+from megatron_embed.errors import CheckpointError
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.export.cross_encoder import export_cross_encoder
 from megatron_embed.export.embedding import LONGEST_COMPUTED, length_probes
-from megatron_embed.export.verify_reranker import ScoreReport, compare_with_cross_encoder
+from megatron_embed.export.verify_reranker import compare_with_cross_encoder
+from megatron_embed.export.write import ExportOptions, export, export_on_rank_0, why_not_compared
 from megatron_embed.loading.model_directory import ModelDirectory, find_model
 from megatron_embed.loading.reranker import head_spec, open_pair_tokenizer, open_scorer, saved_settings
-from megatron_embed.models.heads import HeadSpec, is_encoder
+from megatron_embed.models.heads import is_encoder
 from megatron_embed.models.reranker_settings import RerankerSettings, write_reranker_settings
-from megatron_embed.parallel.collectives import raise_on_all_ranks
-
-logger = logging.getLogger(__name__)
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.3}
-"""Of a score in the stock libraries, which compute in float32, against ours, relative to max(1, |score|)."""
+"""Largest difference of a score in the stock libraries, which compute in float32, relative to max(1, |score|)."""
 RESTORES_PROMPTS = (6, 2)
 """The version of Sentence Transformers from which a prompt that is cut keeps what follows the document."""
 PROBE_PAIRS = (
@@ -39,111 +37,97 @@ PROBE_PAIRS = (
 """Pairs of several scripts on which an exported checkpoint is compared."""
 
 
-def reranker_export(model: ModelDirectory, classification: bool) -> tuple[RerankerSettings, PairTokenizer, HeadSpec]:
-    """How a checkpoint's reranker is asked once it is exported. Raises UserError for what no such export can be."""
-    settings = saved_settings(model)
-    tokenizer = open_pair_tokenizer(settings, model)
-    if settings.head == "score" and not classification:
-        raise CheckpointError(f"{model.path}: a score head has no place in a causal language model; use --format "
-                              "cross-encoder")
-    return settings, tokenizer, head_spec(settings, tokenizer)
+PROBES = tuple(Pair(query=query, document=document) for query, document in PROBE_PAIRS)
 
 
-def write_reranker(source: str, destination: str, model: ModelDirectory, *, classification: bool,
-                   compare: Callable[[Path, RerankerFormat], None], max_shard_size: str = "5GB",
-                   dtype: str | None = None, merge_lora: bool = False) -> str:
-    """Writes a checkpoint's reranker with all files of a cross-encoder; the report.
+@dataclass(frozen=True, kw_only=True)
+class RerankerExport:
+    """A checkpoint's reranker as its export has it."""
 
-    Args:
-        compare: called with the complete directory before it gets its name; if it raises, nothing is left behind.
-        dtype: of the written weights; null: the checkpoint's.
-        merge_lora: write the checkpoint's adapters into the weights.
-    """
-    settings, tokenizer, spec = reranker_export(model, classification)
-    token_ids = spec.token_ids if spec.kind == "yes_no" else None
-    form = RerankerFormat(kind=spec.kind, classification=classification, token_ids=token_ids)
+    model: ModelDirectory
+    settings: RerankerSettings
+    tokenizer: PairTokenizer
+    form: RerankerFormat
 
-    def finish(directory: Path) -> None:
+    @classmethod
+    def open(cls, model: ModelDirectory, *, classification: bool) -> "RerankerExport":
+        """The export as *ForSequenceClassification, else as *ForCausalLM. Raises UserError for what cannot be one."""
+        settings = saved_settings(model)
+        tokenizer = open_pair_tokenizer(settings, model)
+        if settings.head == "score" and not classification:
+            raise CheckpointError(f"{model.path}: a score head has no place in a causal language model; use --format "
+                                  "cross-encoder")
+        spec = head_spec(settings, tokenizer)
+        return cls(model=model, settings=settings, tokenizer=tokenizer, form=RerankerFormat(
+            kind=spec.kind, classification=classification,
+            token_ids=spec.token_ids if spec.kind == "yes_no" else None))
+
+    def complete(self, directory: Path) -> None:
+        """Adds the files of a cross-encoder."""
+        settings, template, classification = self.settings, self.tokenizer.template, self.form.classification
         export_cross_encoder(
-            directory, family=model.shape.family, classification=classification,
-            pieces=None if tokenizer.template is None else tokenizer.template.pieces(),
-            instruction=settings.instruction, token_ids=token_ids, activation=settings.activation,
+            directory, family=self.model.shape.family, classification=classification,
+            pieces=None if template is None else template.pieces(),
+            instruction=settings.instruction, token_ids=self.form.token_ids, activation=settings.activation,
             max_length=settings.max_length, prompts=settings.prompts,
             default_prompt=settings.default_prompt if settings.template is None else None,
-            encoder=is_encoder(model.shape), lower_case=settings.lower_case)
+            encoder=is_encoder(self.model.shape), lower_case=settings.lower_case)
         write_reranker_settings(directory, dataclasses.replace(settings, head="score") if classification else settings)
-        compare(directory, form)
 
-    return str(megatron_to_hf(source, destination, max_shard_size=max_shard_size, dtype=dtype, finish=finish,
-                              reranker=form, merge_lora=merge_lora))
+    def compare(self, directory: Path, pairs: Sequence[Pair], scores: Tensor, dtype: str) -> list[str]:
+        """Compares the stock libraries' scores with [pairs] `scores`; `dtype`: the coarser one of both models."""
+        rows = self.tokenizer.tokenize(pairs)
+        reports = compare_with_cross_encoder(
+            directory, [(pair.query, pair.document) for pair in pairs], rows.token_ids, rows.token_types, scores,
+            answers=None if self.form.classification else self.form.token_ids, tolerance=TOLERANCE[dtype])
+        return [str(report) for report in reports]
 
 
-def export_reranker_checkpoint(source: str, destination: str, *, classification: bool, max_shard_size: str = "5GB",
-                               dtype: str | None = None, merge_lora: bool = False,
-                               left_out: Callable[[Path], str] = lambda directory: "",
-                               note: Callable[[Path], None] = lambda directory: None) -> str:
-    """A checkpoint's reranker as *ForSequenceClassification or *ForCausalLM, compared in float32; the report.
+def export_reranker_checkpoint(source: str, destination: str, options: ExportOptions | None = None, *,
+                               classification: bool,
+                               note: Callable[[Path], None] = lambda directory: None) -> list[str]:
+    """A checkpoint's reranker as *ForSequenceClassification or *ForCausalLM, compared in float32; the report's lines.
 
     One process.
 
     Args:
-        dtype: of the written weights; null: the checkpoint's.
-        merge_lora: write the checkpoint's adapters into the weights; the scores compared are those of the model with
-            adapters.
-        left_out: called with the complete directory; why it is not compared, empty if it is.
-        note: called with the complete directory before it is compared.
+        note: see `export.write.export`.
     Raises:
-        CheckpointError: no reranker's checkpoint, or a library scores pairs otherwise; nothing is left behind.
+        CheckpointError: not a reranker's checkpoint, or a library scores pairs otherwise; nothing is left behind.
     """
-    model = find_model(source, "SRC")
-    lines: list[str] = []
+    options = options or ExportOptions()
+    reranker = RerankerExport.open(find_model(source, "SRC"), classification=classification)
 
-    def compare(directory: Path, form: RerankerFormat) -> None:
-        note(directory)
-        if reason := left_out(directory):
-            lines.append(reason)
-            return
+    def verify(directory: Path) -> list[str]:
+        if reason := why_not_compared(directory, options):
+            return [reason]
         scorer, _, _ = open_scorer(source, dtype="float32")
-        pairs = comparable([Pair(query=query, document=document) for query, document in PROBE_PAIRS], scorer.tokenizer)
-        pairs += border_pairs(scorer.tokenizer)
-        lines.append(str(compare_pairs(directory, pairs, scorer.raw_scores(pairs), scorer.tokenizer, form,
-                                       "bfloat16" if dtype == "bfloat16" else "float32")))
+        pairs = [*comparable(PROBES, scorer.tokenizer), *border_pairs(scorer.tokenizer)]
+        return reranker.compare(directory, pairs, scorer.raw_scores(pairs), options.dtype or "float32")
 
-    report = write_reranker(source, destination, model, classification=classification, compare=compare,
-                            max_shard_size=max_shard_size, dtype=dtype, merge_lora=merge_lora)
-    return "\n".join([*lines, report])
+    return export(functools.partial(megatron_to_hf, source, destination, reranker=reranker.form, **options.weights),
+                  complete=reranker.complete, verify=verify, note=note)
 
 
 def export_reranker(checkpoint: str, destination: str, scorer: PairScorer, pairs: Sequence[Pair], dtype: str,
                     note: Callable[[Path], None]) -> None:
     """Writes `destination`, a cross-encoder, from a checkpoint, of a run from the newest, if the stock libraries give
-    the scores of the model in memory.
+    the scores of the model in memory. Called by all ranks; see `export_on_rank_0`.
 
-    Called by all ranks; every rank raises what rank 0 met. `note` is called on rank 0, with the directory, when nothing
-    is left to do but to give the export its name.
-
-    Raises:
-        CheckpointError: the export differs from the model, or cannot be written; nothing is left behind.
+    `note`: see `export.write.export`.
     """
     pairs = [*pairs, *border_pairs(scorer.tokenizer)]
     scores = scorer.raw_scores(pairs)
 
-    def compare(directory: Path, form: RerankerFormat) -> None:
-        logger.info("%s", compare_pairs(directory, pairs, scores, scorer.tokenizer, form, dtype))
-        note(directory)
+    def run_export() -> list[str]:
+        model = find_model(checkpoint)
+        reranker = RerankerExport.open(model, classification=True)
+        write = functools.partial(megatron_to_hf, checkpoint, destination, reranker=reranker.form,
+                                  merge_lora=model.adapters is not None)
+        return export(write, complete=reranker.complete, note=note,
+                      verify=lambda directory: reranker.compare(directory, pairs, scores, dtype))
 
-    error: UserError | None = None
-    if dist.get_rank() == 0:
-        try:
-            model = find_model(checkpoint)
-            logger.info("exported %s", write_reranker(checkpoint, destination, model, classification=True,
-                                                      compare=compare, merge_lora=model.adapters is not None))
-        except UserError as found:
-            error = found
-        except OSError as found:
-            error = CheckpointError(f"{destination}: the export cannot be written ({found.strerror or found}); look at "
-                                    "the disk, then start the run again: it goes on from its checkpoint")
-    raise_on_all_ranks(error)
+    export_on_rank_0(destination, run_export)
 
 
 def comparable(pairs: Sequence[Pair], tokenizer: PairTokenizer) -> list[Pair]:
@@ -167,12 +151,3 @@ def border_pairs(tokenizer: PairTokenizer) -> list[Pair]:
     stock_cuts_alike = (limit >= 2 * frame if tokenizer.template is None else
                         tuple(map(int, version("sentence-transformers").split(".")[:2])) >= RESTORES_PROMPTS)
     return [Pair(query=query, document=text) for text in (probes.texts if stock_cuts_alike else probes.fitting)]
-
-
-def compare_pairs(directory: Path, pairs: Sequence[Pair], scores: Tensor, tokenizer: PairTokenizer,
-                  form: RerankerFormat, dtype: str) -> ScoreReport:
-    """`compare_with_cross_encoder` on these pairs."""
-    rows = tokenizer.tokenize(pairs)
-    return compare_with_cross_encoder(
-        directory, [(pair.query, pair.document) for pair in pairs], rows.token_ids, rows.token_types, scores,
-        answers=None if form.classification else form.token_ids, tolerance=TOLERANCE[dtype])

@@ -1,11 +1,16 @@
-"""Is an export the model that was trained? The stock library answers, on real text."""
+"""Is an export the model that was trained? The stock library answers, on real text.
+
+Here: the report, what every comparison shares, and embedding models. Rerankers: verify_reranker.py; adapters:
+verify_peft.py.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,19 +24,24 @@ from megatron_embed.names import Similarity
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonReport:
-    """How close two libraries' vectors of the same texts are; `str()` is the line for the user."""
+class Report:
+    """How close a library's results are to ours; `str()` is the line for the user."""
 
     library: str
-    texts: int
-    minimum_cosine: float
-    mean_cosine: float
+    results: Literal["vectors", "scores"]
+    count: int
+    """Texts, or pairs that are scored."""
     max_difference: float
-    """Largest absolute difference of one component."""
+    """Largest absolute difference of one component of a vector, or of a score relative to max(1, |score|)."""
+    minimum_cosine: float | None = None
+    """Smallest cosine of a text's two vectors; None: no cosine is compared."""
+    mean_cosine: float = 1.0
 
     def __str__(self) -> str:
-        return (f"{self.library} gives the same vectors for {self.texts} texts: cosine >= "
-                f"{self.minimum_cosine:.6f} (mean {self.mean_cosine:.6f}), largest difference "
+        cosine = "" if self.minimum_cosine is None else (
+            f"cosine >= {self.minimum_cosine:.6f} (mean {self.mean_cosine:.6f}), ")
+        items = "texts" if self.results == "vectors" else "pairs"
+        return (f"{self.library} gives the same {self.results} for {self.count} {items}: {cosine}largest difference "
                 f"{self.max_difference:.1e}")
 
 
@@ -52,7 +62,7 @@ class ExpectedSettings:
 def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[str], our_vectors: Tensor, *,
                                        minimum_cosine: float, prompt_name: str | None = None, dtype: str = "auto",
                                        expected: ExpectedSettings | None = None,
-                                       cut: Sequence[tuple[str, Sequence[int]]] = ()) -> ComparisonReport:
+                                       cut: Sequence[tuple[str, Sequence[int]]] = ()) -> Report:
     """Encode `texts` with `SentenceTransformer(directory)` on the CPU and compare with our vectors.
 
     Args:
@@ -60,7 +70,7 @@ def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[st
         texts: real texts, without prompt.
         our_vectors: [texts, embedding_dim], any float dtype, of the trained model.
         minimum_cosine: of every single text; 0.9999 in float32, 0.999 in bfloat16.
-        prompt_name: the export's prompt that our vectors were computed with: "query", "document" or null for none.
+        prompt_name: the export's prompt that our vectors were computed with: "query", "document" or None.
         dtype: that the library loads the model in; auto: the directory's own.
         expected: what the library must say of the model; None: nothing is asked.
         cut: texts and the ids of their tokens, prompt, special tokens and the cut to the maximum length included.
@@ -69,21 +79,29 @@ def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[st
             text's cosine is lower (NaN included), or its vector has another length.
     """
     directory = Path(directory)
-    with _using(directory):
+    with library_errors(directory, "Sentence Transformers"):
         model = _load_sentence_transformer(directory, dtype)
-        prefix = "" if prompt_name is None else (model.prompts or {}).get(prompt_name) or ""
-        found = [model.tokenizer(prefix + text, truncation=True, max_length=model.max_seq_length).input_ids
-                 for text, _ in cut]
-        vectors: Tensor = model.encode(list(texts), prompt_name=prompt_name, convert_to_tensor=True,
-                                       show_progress_bar=False).float()
+        stock_ids = [_stock_ids(model, text, prompt_name) for text, _ in cut]
+        encode = {None: model.encode, "query": model.encode_query, "document": model.encode_document}[prompt_name]
+        vectors: Tensor = encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float()
     if expected is not None:
         _require_settings(directory, model, expected, in_its_dtype=dtype == "auto")
-    for (text, ids), theirs in zip(cut, found, strict=True):
+    for (text, ids), theirs in zip(cut, stock_ids, strict=True):
         if list(ids) != theirs:
             raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of {text[:40]!r}..., "
                                   f"{len(text)} characters, and the trained model {len(ids)}, or others; the export "
                                   "must not be used")
-    return _compare(directory, "Sentence Transformers", texts, vectors, our_vectors, minimum_cosine)
+    return compare_vectors(directory, "Sentence Transformers", texts, vectors, our_vectors, minimum_cosine)
+
+
+def _stock_ids(model: Any, text: str, role: str | None) -> list[int]:
+    """Token ids of a text as the library makes them: with the role's prompt, cut, and in the chat template if any."""
+    prompt = "" if role is None else (model.prompts or {}).get(role) or ""
+    if int(version("sentence-transformers").partition(".")[0]) < 6:
+        ids: list[int] = model.tokenizer(prompt + text, truncation=True, max_length=model.max_seq_length).input_ids
+        return ids
+    features = model.preprocess([text], prompt=prompt or None, task=role)
+    return [int(token) for token in features["input_ids"][0]]
 
 
 def _require_settings(directory: Path, model: Any, expected: ExpectedSettings, *, in_its_dtype: bool) -> None:
@@ -91,24 +109,24 @@ def _require_settings(directory: Path, model: Any, expected: ExpectedSettings, *
     wanted: dict[str, object] = {
         **{f"the prompt {role!r}": text for role, text in expected.prompts.items()},
         "max_seq_length": expected.max_seq_length, "similarity_fn_name": expected.similarity}
-    found: dict[str, object] = {
+    read: dict[str, object] = {
         **{f"the prompt {role!r}": (model.prompts or {}).get(role) for role in expected.prompts},
         "max_seq_length": model.max_seq_length, "similarity_fn_name": model.similarity_fn_name}
     if expected.matryoshka_dims is not None:
         wanted["matryoshka_dimensions"] = sorted(expected.matryoshka_dims)
-        found["matryoshka_dimensions"] = model[0].auto_model.config.to_dict().get("matryoshka_dimensions")
+        read["matryoshka_dimensions"] = model[0].auto_model.config.to_dict().get("matryoshka_dimensions")
     if in_its_dtype:
         wanted["dtype"] = expected.dtype
-        found["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+        read["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     for key, value in wanted.items():
-        if found[key] != value:
-            raise CheckpointError(f"{directory}: Sentence Transformers reads {key} = {found[key]!r}, the trained model "
+        if read[key] != value:
+            raise CheckpointError(f"{directory}: Sentence Transformers reads {key} = {read[key]!r}, the trained model "
                                   f"has {value!r}; the export must not be used")
 
 
 def compare_with_transformers(directory: Path, rows: Sequence[Sequence[int]], texts: Sequence[str],
                               our_vectors: Tensor, *, minimum_cosine: float,
-                              bidirectional: bool = False) -> ComparisonReport:
+                              bidirectional: bool = False) -> Report:
     """Load `directory` with Transformers' Auto class for its architecture and compare mean token vectors with ours.
 
     Args:
@@ -121,19 +139,14 @@ def compare_with_transformers(directory: Path, rows: Sequence[Sequence[int]], te
     Raises:
         CheckpointError: the library cannot load the directory or misses one of its tensors, or a cosine is lower.
     """
-    try:
+    with library_errors(directory, "Transformers"):
         model = _load_model(directory)
         vectors = torch.stack([mean_of_tokens(model, ids, bidirectional) for ids in rows])
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"{directory}: Transformers cannot use it ({first_line(error)}); "
-                              "the export must not be used") from error
-    return _compare(directory, "Transformers", texts, vectors, our_vectors, minimum_cosine)
+    return compare_vectors(directory, "Transformers", texts, vectors, our_vectors, minimum_cosine)
 
 
-def _compare(directory: str | Path, library: str, texts: Sequence[str], theirs: Tensor, ours: Tensor,
-             minimum_cosine: float) -> ComparisonReport:
+def compare_vectors(directory: str | Path, library: str, texts: Sequence[str], theirs: Tensor, ours: Tensor,
+             minimum_cosine: float) -> Report:
     """The report on two [texts, dim] tensors, or a CheckpointError."""
     theirs, ours = theirs.double(), ours.detach().cpu().double()
     if theirs.shape != ours.shape:
@@ -151,8 +164,17 @@ def _compare(directory: str | Path, library: str, texts: Sequence[str], theirs: 
     if not abs(lengths[odd] - 1) <= math.sqrt(2 - 2 * minimum_cosine):
         raise CheckpointError(f"{directory}: {library}' vector of text {odd} ({texts[odd][:40]!r}) is "
                               f"{lengths[odd]:.6f} times as long as the trained model's; the export must not be used")
-    return ComparisonReport(library=library, texts=len(texts), minimum_cosine=float(cosine.min()),
-                            mean_cosine=float(cosine.mean()), max_difference=float((theirs - ours).abs().max()))
+    return Report(library=library, results="vectors", count=len(texts), minimum_cosine=float(cosine.min()),
+                  mean_cosine=float(cosine.mean()), max_difference=float((theirs - ours).abs().max()))
+
+
+def relative_errors(directory: Path, library: str, theirs: Tensor, ours: Tensor) -> Tensor:
+    """Differences of two tensors of scores or unit vectors, relative to max(1, |ours|), infinite for NaN; float64."""
+    theirs, ours = theirs.double(), ours.detach().cpu().double()
+    if theirs.shape != ours.shape:
+        raise CheckpointError(f"{directory}: {library} gives values of shape {list(theirs.shape)}, the trained model "
+                              f"{list(ours.shape)}; the export must not be used")
+    return torch.nan_to_num((theirs - ours).abs() / ours.abs().clamp(min=1), nan=torch.inf)
 
 
 def _load_model(directory: Path) -> Any:
@@ -170,13 +192,11 @@ def _load_model(directory: Path) -> Any:
                "ForSequenceClassification": AutoModelForSequenceClassification}
     architecture = (read_json_object(directory / "config.json").get("architectures") or [""])[0]
     auto = next((cls for end, cls in classes.items() if architecture.endswith(end)), AutoModel)
-    with without_bars():
-        model, info = auto.from_pretrained(str(directory), local_files_only=True, dtype="auto",
-                                           output_loading_info=True)
+    model, info = auto.from_pretrained(str(directory), local_files_only=True, dtype="auto", output_loading_info=True)
     family = rules_for(model_shape(directory).family)
     names = [*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])]
     wrong = [name for name in sorted(names)
-             if not family.is_carried(family.full_name(name, prefixed=name.startswith(family.prefix)))]
+             if not family.is_passthrough(family.full_name(name, prefixed=name.startswith(family.prefix)))]
     if wrong:
         raise CheckpointError(f"{directory}: Transformers' {auto.__name__} does not find, or does not know, {wrong[0]} "
                               f"({len(wrong)} such); the export must not be used")
@@ -194,6 +214,21 @@ def mean_of_tokens(model: Any, ids: Sequence[int], bidirectional: bool) -> Tenso
     return torch.as_tensor(hidden[0].float().mean(0))
 
 
+def score_of_pair(model: Any, ids: Sequence[int], token_types: Sequence[int] | None,
+                  answers: tuple[int, int] | None) -> Tensor:
+    """A reranker's score of one pair, computed alone, before the activation.
+
+    Args:
+        token_types: of each token; None: the model takes none.
+        answers: ids of yes and no, of a causal language model; None: a classifier.
+    """
+    inputs = {"input_ids": torch.tensor([list(ids)])}
+    if token_types is not None:
+        inputs["token_type_ids"] = torch.tensor([list(token_types)])
+    logits = model(**inputs).logits[0]
+    return torch.as_tensor(logits[0] if answers is None else logits[-1, answers[0]] - logits[-1, answers[1]])
+
+
 def weight_bytes(directory: Path) -> int:
     """Size of the safetensors files of a directory."""
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
@@ -206,20 +241,6 @@ def available_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Transformers' progress bars are off meanwhile."""
-    from transformers.utils import logging as transformers_logging
-
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def _load_sentence_transformer(directory: Path, dtype: str) -> Any:
     """The export in the stock library, on the CPU."""
     from sentence_transformers import SentenceTransformer
@@ -228,11 +249,23 @@ def _load_sentence_transformer(directory: Path, dtype: str) -> Any:
 
 
 @contextmanager
-def _using(directory: Path) -> Iterator[None]:
-    """Without progress bars; whatever Sentence Transformers raises about the directory is a CheckpointError."""
+def library_errors(directory: Path, library: str, base: Path | None = None) -> Iterator[None]:
+    """Without Transformers' progress bars; whatever a library raises about the directory is a CheckpointError.
+
+    `base`: the model that an adapter is loaded on.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
-        with without_bars():
-            yield
-    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
-        raise CheckpointError(f"{directory}: Sentence Transformers cannot use it ({first_line(error)}); "
-                              "the export must not be used") from error
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        on_base = "" if base is None else f" on {base}"
+        raise CheckpointError(f"{directory}: {library} cannot use it{on_base} ({first_line(error)}); the export must "
+                              "not be used") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -15,7 +15,7 @@ import torch
 from megatron_embed.checkpoint.state import load_model
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
-from megatron_embed.convert.adapters import parts_by_linear, resolve_modules
+from megatron_embed.convert.adapter_names import parts_by_linear, resolve_modules
 from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
 from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
@@ -243,7 +243,7 @@ def _load_hf_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel], to
         for chunk in chunks:
             parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
                           if not name.startswith("head.") and not is_adapter(name)}
-            shards = hf_weight_shards(source, source.family, names=parameters, tp_rank=topology.tp_rank,
+            shards = hf_weight_shards(source, names=parameters, tp_rank=topology.tp_rank,
                                       tp_size=topology.tp_size, etp_rank=topology.groups.expt_tp.rank(),
                                       etp_size=topology.groups.expt_tp.size(),
                                       padded_vocab_size=padded_vocabulary(model.shape.vocab_size, topology.tp_size))

@@ -9,8 +9,8 @@ import torch
 
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import RerankerConfig, RunConfig
-from megatron_embed.convert.checkpoint_directory import open_carried, open_checkpoint
-from megatron_embed.convert.heads import CarriedFile, read_head, score_names
+from megatron_embed.convert.checkpoint_directory import PassthroughFile, open_checkpoint, open_passthrough
+from megatron_embed.convert.head_tensors import read_head, score_names
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.peft import PeftAdapter
 from megatron_embed.convert.tables.lookup import rules_for
@@ -196,7 +196,7 @@ def load_reranker_chunks(model: ModelDirectory, config: RunConfig, topology: Top
 
 def _head_of_directory(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.Tensor]:
     """The head's tensors that a model directory has, by our names."""
-    with _carried_tensors(model) as source:
+    with _passthrough_tensors(model) as source:
         return read_head(source, model.shape.family, spec.kind,
                          spec.token_ids if spec.kind == "yes_no" else None, str(model.path))
 
@@ -215,9 +215,9 @@ def _head_of_adapter(model: ModelDirectory, spec: HeadSpec) -> dict[str, torch.T
         return {ours: adapter.read_head(name) for ours, name in names.items() if name in adapter.head}
 
 
-def _carried_tensors(model: ModelDirectory) -> HFDirectory | CarriedFile:
+def _passthrough_tensors(model: ModelDirectory) -> HFDirectory | PassthroughFile:
     """The tensors of a directory that no layer of ours uses; to be closed."""
-    return HFDirectory(model.hf) if model.checkpoint is None else open_carried(open_checkpoint(model.checkpoint))
+    return HFDirectory(model.hf) if model.checkpoint is None else open_passthrough(open_checkpoint(model.checkpoint))
 
 
 def open_scorer(directory: str, *, key: str = "--model", max_length: int | None = None, dtype: str | None = None,

@@ -1,4 +1,4 @@
-"""The objective of a configuration."""
+"""The objective of an embedding model's configuration; a reranker's is objectives/reranking.py."""
 
 from typing import Any
 
@@ -15,14 +15,11 @@ from megatron_embed.objectives.hard_negatives import HardNegatives
 from megatron_embed.objectives.labelled_pairs import LabelledPairs
 from megatron_embed.objectives.learned_scale import LearnedScale
 from megatron_embed.objectives.replica_split import ReplicaSplit
-from megatron_embed.objectives.reranking import Reranking
 from megatron_embed.parallel.topology import ModelParallelGroups
 
 
 def metric_names(config: RunConfig) -> tuple[str, ...]:
-    """The names of the metrics of the configuration's objective, without building it."""
-    if config.task == "reranker":
-        return Reranking.names
+    """The names of the metrics of an embedding model's objective, without building it."""
     dims = matryoshka_names(matryoshka_dims(config.embedding.matryoshka_dims, config.objective.matryoshka_weights))
     if config.objective.loss in LABELLED_PAIRS:
         return labelled_pairs.metric_names(config.objective.loss) + dims
@@ -34,15 +31,13 @@ def metric_names(config: RunConfig) -> tuple[str, ...]:
 
 def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torch.device,
                     groups: ModelParallelGroups | None = None) -> Objective[Any]:
-    """The objective of `config.objective`.
+    """The objective of `config.objective` for an embedding model.
 
     Args:
         dp_group: data-parallel ranks, without context parallelism.
         groups: to split a loss over the global batch among the tensor- and context-parallel ranks of a replica; None:
             each of them computes all of it.
     """
-    if config.task == "reranker":
-        return Reranking(config.objective.loss, config.reranker, dp_group)
     loss, normalize = config.objective.loss, config.embedding.unit_length
     dims = matryoshka_dims(config.embedding.matryoshka_dims, config.objective.matryoshka_weights)
     if loss in LABELLED_PAIRS:

@@ -201,16 +201,7 @@ def check_token_budget(config: RunConfig, documents: int | None = None) -> None:
     budget, alignment = config.training.micro_batch_tokens, token_alignment(config.parallel)
     if budget is None:
         return
-    query, document = config.data.max_length("query"), config.data.max_length("document")
-    if config.task == "reranker":  # how long a pair and large a group may be depends on model and rows
-        query = document = 1
-    least, what = max(query, document), f"max(query_max_length, document_max_length) = max({query}, {document})"
-    if config.task == "embedding" and not config.objective.couples_batch:
-        allowed = config.data.num_positives + config.data.num_negatives
-        count = "(num_positives + num_negatives)" if documents is None else "(documents of a query in data.train)"
-        documents = allowed if documents is None else documents
-        least = query + documents * document
-        what = f"query_max_length + {count} * document_max_length = {query} + {documents} * {document}"
+    least, what = config.workload.least_tokens(documents)
     least = -(-least // alignment) * alignment
     if budget < least:
         raise ConfigError(f"training.micro_batch_tokens = {budget} is less than {what}, what must fit into one "

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 def with_lengths_at_hand(config: "RunConfig", shape: "ModelShape") -> "RunConfig":
     """The configuration with the lengths of its model's directory where it has null for them and that is here."""
-    folder = os.path.expanduser(config.model.path)
-    if config.task == "reranker" or not os.path.isfile(os.path.join(folder, "config.json")):
+    from megatron_embed.planning.shapes import model_files
+
+    folder = model_files(config.model.path)
+    if not config.workload.inherits_text_settings or folder is None:
         return config
     from megatron_embed.models.saved_settings import read_saved_settings, trained_lengths
 
@@ -37,18 +39,17 @@ def with_rows_at_hand(config: "RunConfig") -> "tuple[RunConfig, str]":
     data = config.data
     if not data.train or not all(os.path.exists(os.path.expanduser(file.path)) for file in data.train):
         documents = f"{data.num_positives} positive and {data.num_negatives} negative documents"
-        if config.task == "reranker" and not data.num_negatives:
+        if config.workload.rows == "rerank" and not data.num_negatives:
             documents = "1 document, since data.num_negatives = 0 takes what a row has: set it to that"
         return config, f"The rows of data.train are not here: each query is taken to have {documents}."
     from megatron_embed.data.dataset import open_records
 
-    if config.task == "reranker":
-        records = open_records(data.train, "rerank")
+    records = open_records(data.train, config.workload.rows)
+    if config.workload.rows == "rerank":
         documents = records.most_in_list(data.num_negatives)
         found = dataclasses.replace(data, num_negatives=documents - 1)
         return dataclasses.replace(config, data=found), (
             f"{len(records):,} rows of data.train, with up to {documents} documents each in use.")
-    records = open_records(data.train, config.objective.rows)
     needed = config.objective.needs_own_negatives or not all(file.in_batch_negatives for file in data.train)
     found = dataclasses.replace(data, num_positives=min(data.num_positives, records.most_positives),
                                 num_negatives=max(int(needed), min(data.num_negatives, records.most_negatives)))
@@ -89,7 +90,7 @@ def adapted_parts(config: "RunConfig", shape: "ModelShape") -> "Parts | None":
     """Linear layers that get adapters by section `lora`; null: every parameter is trained."""
     if config.lora.rank == 0:
         return None
-    from megatron_embed.convert.adapters import parts_by_linear, resolve_modules
+    from megatron_embed.convert.adapter_names import parts_by_linear, resolve_modules
     from megatron_embed.convert.tables.lookup import rules_for
 
     family = rules_for(shape.family)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
-from megatron_embed.planning.memory import DTYPE_BYTES, Grid, texts_per_query, tokens_per_query
+from megatron_embed.planning.memory import DTYPE_BYTES, Grid
 from megatron_embed.planning.parameters import Parts, active_matrix_parameters, held_parameters
 
 EFFICIENCY = 0.55
@@ -74,14 +74,14 @@ def backward_cost(parts: Parts | None) -> int:
 
 def step_tokens(config: RunConfig) -> int:
     """Tokens of the global batch where no text is shorter than allowed."""
-    return config.training.global_batch_size * tokens_per_query(config)
+    return config.training.global_batch_size * config.workload.tokens_per_query
 
 
 def model_flops(config: RunConfig, shape: ModelShape, parts: Parts | None = None) -> float:
     """Of one optimizer step with one forward and one backward pass: what a model FLOP utilization counts."""
     causal = not (shape.bidirectional or config.model.bidirectional)
     forward = sum(number * forward_flops(shape, tokens, tokens**2, causal=causal)
-                  for number, tokens in texts_per_query(config))
+                  for number, tokens in config.workload.texts_per_query)
     return config.training.global_batch_size * forward * (1.0 + backward_cost(parts))
 
 
@@ -111,9 +111,7 @@ def step_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU, parts:
     bubble = (compute + tensor + context + expert) * (pp - 1) / (virtual * grid.num_microbatches)
     held = held_parameters(config, shape, 0, parts).trained.total
     moved = held * (4 + DTYPE_BYTES[config.model.dtype]) * (grid.dp * cp - 1) / (grid.dp * cp)
-    documents = 0 if config.task == "reranker" else config.training.global_batch_size * (
-        config.data.num_positives + config.data.num_negatives)
-    data = (moved + documents * shape.hidden_size * 4 * 2) / _bandwidth(gpu, grid.gpus)
+    data = (moved + config.workload.gathered_documents * shape.hidden_size * 4 * 2) / _bandwidth(gpu, grid.gpus)
     # An update reads gradient, main parameter and moments and writes the latter; offloaded, six bytes travel besides.
     share = held / (grid.dp * cp if config.optimizer.distributed else 1)
     optimizer = (share * 30 / (HOST_GB_PER_SECOND * 1e9) if config.optimizer.cpu_offload

@@ -65,7 +65,7 @@ def grid_of(config: RunConfig, gpus: int) -> Grid:
     pp, cp = sizes.pipeline_model_parallel_size, sizes.context_parallel_size
     dp = gpus // (sizes.tensor_model_parallel_size * pp * cp)
     expert_copies = gpus // (sizes.expert_model_parallel_size * sizes.expert_tensor_parallel_size * pp)
-    tokens = tokens_per_query(config)
+    tokens = config.workload.tokens_per_query
     if training.micro_batch_tokens is not None:
         micro = training.micro_batch_tokens
         count = max(1, math.ceil(training.global_batch_size // dp * tokens / micro))
@@ -74,23 +74,6 @@ def grid_of(config: RunConfig, gpus: int) -> Grid:
         count = training.global_batch_size // (training.micro_batch_size * dp)
     return Grid(gpus=gpus, dp=dp, dense_copies=dp * cp, expert_copies=expert_copies, num_microbatches=max(1, count),
                 micro_batch_tokens=micro)
-
-
-def texts_per_query(config: RunConfig) -> list[tuple[int, int]]:
-    """(number, tokens) of the texts that belong to a query, none of them shorter than allowed.
-
-    Of a reranker its pairs: of a row with one positive and as many negatives as are taken.
-    """
-    data = config.data
-    if config.task == "reranker":
-        pair = config.reranker.max_length or data.max_length("query") + data.max_length("document")
-        return [(1 + data.num_negatives, pair)]
-    return [(1, data.max_length("query")), (data.num_positives + data.num_negatives, data.max_length("document"))]
-
-
-def tokens_per_query(config: RunConfig) -> int:
-    """Tokens of a query with its documents, or of its pairs of a reranker, where none is shorter than allowed."""
-    return sum(number * tokens for number, tokens in texts_per_query(config))
 
 
 def optimizer_share(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
@@ -168,10 +151,9 @@ def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> 
 
     A reranker's scores are nothing beside them.
     """
-    if stage != config.parallel.pipeline_model_parallel_size - 1 or config.task == "reranker":
+    queries, documents = config.training.global_batch_size, config.workload.gathered_documents
+    if stage != config.parallel.pipeline_model_parallel_size - 1 or not documents:
         return 0
-    queries, documents = config.training.global_batch_size, config.training.global_batch_size * (
-        config.data.num_positives + config.data.num_negatives)
     width = 4 * shape.hidden_size
     own = (queries + documents) // grid.dp * width * 2
     return own + 3 * documents * width + 8 * min(LOSS_TILE_ELEMENTS, queries // grid.dp * documents)

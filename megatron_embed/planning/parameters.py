@@ -120,7 +120,7 @@ def head_kind(config: RunConfig, shape: ModelShape) -> HeadKind:
 def head_parameters(config: RunConfig, shape: ModelShape) -> int:
     """Of a reranker's head, which every tensor-parallel rank of the last stage holds whole; 0 without one."""
     hidden, kind = shape.hidden_size, head_kind(config, shape)
-    if config.task != "reranker" or (kind == "yes_no" and shape.tie_word_embeddings):
+    if not config.workload.has_head or (kind == "yes_no" and shape.tie_word_embeddings):
         return 0
     if kind == "yes_no":
         return 2 * hidden

@@ -20,17 +20,17 @@ def inherited(config: RunConfig, model: ModelDirectory, checkpoint: Path | None 
     """The configuration with prompts, lengths and `normalize` of the model directory where it has null for them.
 
     Args:
-        checkpoint: the newest one of a run that goes on: null is then what the run began with.
+        checkpoint: the newest one of a run that is resumed, in which null stands for what the run began with.
     """
     file = None if checkpoint is None else checkpoint / "config.yaml"
     before: dict[str, Any] = {} if file is None or not file.is_file() else read_resolved(file)
     began = {**before.get("data", {}), "normalize": before.get("embedding", {}).get("normalize")}
-    found = {**_of_directory(config, model), **{key: value for key, value in began.items() if value is not None}}
-    data = {key: found[key] for key in _DATA_KEYS if _is_unset(config, key)}
+    known = {**_of_directory(config, model), **{key: value for key, value in began.items() if value is not None}}
+    data = {key: known[key] for key in _DATA_KEYS if _is_unset(config, key)}
     normalize = config.embedding.normalize
     if normalize is None:
-        normalize = bool(found["normalize"])
-    if checkpoint is None and config.task == "embedding":
+        normalize = bool(known["normalize"])
+    if checkpoint is None and config.workload.inherits_text_settings:
         _log(config, model, {**{f"data.{key}": value for key, value in data.items()}, **(
             {} if config.embedding.normalize is not None else {"embedding.normalize": normalize}), **(
             {} if config.embedding.pooling is not None else {"embedding.pooling": model.pooling(None)})})
@@ -45,7 +45,7 @@ def _is_unset(config: RunConfig, key: str) -> bool:
 
 def _of_directory(config: RunConfig, model: ModelDirectory) -> dict[str, Any]:
     """Values of _DATA_KEYS and `normalize` by the directory; those that nobody says by default."""
-    if config.task == "reranker":  # whose prompt and length are its template's
+    if not config.workload.inherits_text_settings:
         return {"query_prompt": "", "document_prompt": "", "query_max_length": DEFAULT_LENGTH,
                 "document_max_length": DEFAULT_LENGTH, "normalize": True}
     saved = model.saved

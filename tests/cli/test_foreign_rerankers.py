@@ -127,7 +127,7 @@ REFUSED = {
         lambda path: saved(decoder(path, "Qwen3ForCausalLM"), answers=(5, None)), ("false_token_id = None",)),
     "answer outside the folder": (
         lambda path: (answers(path) / "modules.json").write_text(
-            (path / "modules.json").read_text().replace("1_LogitScore", "../other")), ("path of module 1", "= '../other'")),
+            (path / "modules.json").read_text().replace("1_LogitScore", "../other")), ("'../other'",)),
     "our own file, damaged": (
         lambda path: toys.edit(encoder(path) / "reranker.json", head="score", template=7, instruction="",
                                true_token="a", false_token="b", max_length=20, activation="identity"),

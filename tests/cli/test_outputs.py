@@ -115,12 +115,36 @@ def test_two_runs_do_not_write_one_log(model, tmp_path):
                        "another run writes there")
 
 
+def train_without_room_for_the_lock(arguments):
+    import os
+
+    original = os.ftruncate
+
+    def ftruncate(descriptor, length):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".lock"):
+            raise full()
+        return original(descriptor, length)
+
+    os.ftruncate = ftruncate
+    try:
+        return command(arguments)
+    finally:
+        os.ftruncate = original
+
+
 def test_a_lock_that_finds_no_room_is_refused_on_all_ranks(model, tmp_path):
     path = config_file(tmp_path, model)
+    assert_refused(run_on_ranks(train_without_room_for_the_lock, 2, ["train", path]),
+                   f"checkpoint.directory = {str(tmp_path / 'run')!r}", ".lock cannot be written", "make room")
+
+
+def test_a_lock_that_leads_elsewhere_is_not_followed(model, tmp_path):
+    path = config_file(tmp_path, model)
     (tmp_path / "run").mkdir(exist_ok=True)
-    (tmp_path / "run" / ".lock").symlink_to("/dev/full")
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "elsewhere")
     assert_refused(run_on_ranks(command, 2, ["train", path]), f"checkpoint.directory = {str(tmp_path / 'run')!r}",
-                   ".lock cannot be written", "make room")
+                   ".lock cannot be opened")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def encode_on_full_disk(arguments):

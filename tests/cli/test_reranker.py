@@ -103,7 +103,7 @@ def test_a_run_and_its_export_judge_candidates_alike(trained):
 
 def export_in_worker(source, destination, classification):
     try:
-        return export_reranker_checkpoint(source, destination, classification=classification)
+        return "\n".join(export_reranker_checkpoint(source, destination, classification=classification))
     except CheckpointError as error:
         return error
 

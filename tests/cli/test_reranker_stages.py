@@ -59,7 +59,7 @@ def test_nothing_that_is_not_set_changes(tmp_path, name):
 
 
 def settings_of(folder, model, **sections):
-    return read_inputs(load_config(run_settings(str(model), folder, **{"head": None, **sections}), [])).settings
+    return read_inputs(load_config(run_settings(str(model), folder, **{"head": None, **sections}), [])).task.settings
 
 
 def test_what_is_set_takes_the_place_of_the_directorys(tmp_path, caplog):
@@ -136,7 +136,7 @@ def test_a_run_goes_on_as_it_was_asked(tmp_path):
     trained(model, tmp_path / "stage")
     toys.edit(model / "config_sentence_transformers.json", activation_fn=toys.ACTIVATION["sigmoid"])
     config = tmp_path / "stage" / "run.yaml"
-    assert read_inputs(load_config(str(config), [])).settings.activation == "identity"
+    assert read_inputs(load_config(str(config), [])).task.settings.activation == "identity"
     with pytest.raises(ConfigError, match="reranker.max_length = 64: this run began with 128"):
         read_inputs(load_config(str(config), ["reranker.max_length=64"]))
     read_inputs(load_config(str(config), ["reranker.max_length=128", "reranker.head=score"]))

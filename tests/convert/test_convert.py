@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face, bit for bit, and what a failure leaves behind (nothing)."""
+"""Hugging Face -> Megatron -> Hugging Face is bit-equal, and a failure leaves nothing behind."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint, write_companions
+from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint, write_sidecar_files
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_embed.convert.storage import copying
 from megatron_embed.convert.storage.safetensors_file import SafetensorsWriter
@@ -93,8 +93,8 @@ def test_checkpoint_layout_and_keys(tmp_path):
         "tied_copies": {}, "max_lengths": {}, "format": 1}
     files = {path.name for path in (tmp_path / "megatron" / "hf").iterdir()}
     assert files == {"config.json", "generation_config.json", "tokenizer.json", "carried.safetensors"}
-    with safe_open(tmp_path / "megatron" / "hf" / "carried.safetensors", "pt") as carried:
-        assert list(carried.keys()) == ["lm_head.weight"]
+    with safe_open(tmp_path / "megatron" / "hf" / "carried.safetensors", "pt") as passthrough:
+        assert list(passthrough.keys()) == ["lm_head.weight"]
     with DcpReader(tmp_path / "megatron" / "model") as reader:
         keys = set(reader.keys())
         assert reader.shape("model.embedding.word_embeddings.weight") == (103, 24)
@@ -154,13 +154,13 @@ def test_rotary_frequencies_in_files_of_llama_2_pass_through(tmp_path):
 
 
 def rewrite_model(megatron, destination, change, *, pad_to=None, extra=()):
-    """A training checkpoint: companions plus changed weights, a padded vocabulary and other keys."""
+    """A training checkpoint: sidecar files, changed weights, a padded vocabulary and other keys."""
     destination.mkdir()
     with DcpReader(megatron / "model") as reader:
         dtype = None
         (destination / "model").mkdir()
         with DcpWriter(destination / "model") as writer:
-            for key in reader.keys():  # noqa: SIM118  no dictionary
+            for key in reader.keys():  # noqa: SIM118  not a dictionary
                 tensor = change(reader.read(key))
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 if pad_to and "word_embeddings" in key:
@@ -168,7 +168,7 @@ def rewrite_model(megatron, destination, change, *, pad_to=None, extra=()):
                 writer.add(key, tensor)
             for key in extra:
                 writer.add(key, torch.zeros(3))
-    write_companions(megatron, destination, dtype=dtype)
+    write_sidecar_files(megatron, destination, dtype=dtype)
     return destination
 
 
@@ -189,7 +189,7 @@ def test_training_checkpoint_by_run_directory_or_step(tmp_path):
     assert open_checkpoint(run).path == run / "step_000010"
     (run / "step_000010" / "megatron_embed.json").unlink()
     assert not is_checkpoint(run)
-    with pytest.raises(CheckpointError, match="no megatron_embed.json, so this is no checkpoint"):
+    with pytest.raises(CheckpointError, match="no megatron_embed.json, so this is not a checkpoint"):
         open_checkpoint(run)
     assert json.loads((tmp_path / "second" / "config.json").read_text())["dtype"] == "bfloat16"
     second = tensors_of(tmp_path / "second")
@@ -206,9 +206,9 @@ def test_a_config_without_dtype_gets_one_only_when_it_is_not_float32(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_companions_of_a_hugging_face_directory(tmp_path):
+def test_sidecar_files_of_a_hugging_face_directory(tmp_path):
     (tmp_path / "step").mkdir()
-    info = write_companions(save_toy(tmp_path / "source", "BertModel"), tmp_path / "step", dtype="bfloat16")
+    info = write_sidecar_files(save_toy(tmp_path / "source", "BertModel"), tmp_path / "step", dtype="bfloat16")
     assert (info.family, info.dtype, info.prefixed) == ("bert", "bfloat16", False)
     assert (tmp_path / "step" / "hf" / "carried.safetensors").is_file()
 
@@ -243,7 +243,7 @@ def test_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("megatron_embed.convert.checkpoint_directory.shutil.disk_usage",
                         lambda path: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"0.00 GB free, 0.07 GB needed; make room"):
+    with pytest.raises(CheckpointError, match=r"0.00 GB free, 0.07 GB needed; free some space"):
         hf_to_megatron(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -252,16 +252,16 @@ def test_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     (OSError(28, "No space left on device"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)])
 def test_a_failure_in_the_middle_leaves_nothing(error, caught, tmp_path, monkeypatch):
     source = save_toy(tmp_path / "source", "BertModel")
-    plain_place, calls = DcpWriter.place, []
+    plain_reserve, calls = DcpWriter.reserve, []
 
-    def failing_place(self, key, *tensor, **place):
+    def failing_reserve(self, key, *tensor, **experts):
         calls.append(key)
         if len(calls) == 10:
             assert {path.name for path in tmp_path.iterdir()} == {"source", f".out.writing-{os.getpid()}"}
             raise error
-        return plain_place(self, key, *tensor, **place)
+        return plain_reserve(self, key, *tensor, **experts)
 
-    monkeypatch.setattr(DcpWriter, "place", failing_place)
+    monkeypatch.setattr(DcpWriter, "reserve", failing_reserve)
     with pytest.raises(caught):
         hf_to_megatron(source, tmp_path / "out")
     assert len(calls) == 10
@@ -293,8 +293,8 @@ def test_what_reads_back_differently_is_refused(direction, tmp_path, monkeypatch
     def damaged(copy, *args):
         """One bit flips between writing a tensor and reading it back."""
         if copy.name.endswith(("layers.1.mlp.down_proj.weight", "layers.1.mlp.linear_fc2.weight")):
-            file, place = copy.target[0].file, copy.target[0].start + 50
-            os.pwrite(file.fileno(), bytes([os.pread(file.fileno(), 1, place)[0] ^ 16]), place)
+            file, offset = copy.target[0].file, copy.target[0].start + 50
+            os.pwrite(file.fileno(), bytes([os.pread(file.fileno(), 1, offset)[0] ^ 16]), offset)
         verify(copy, *args)
 
     monkeypatch.setattr(copying, "_verify", damaged)
@@ -309,7 +309,7 @@ def test_what_reads_back_differently_is_refused(direction, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("direction", ["to megatron", "to hf"])
 def test_a_description_that_points_elsewhere_is_refused(direction, tmp_path, monkeypatch):
-    """The bytes are right, but a reader would look for two tensors in each other's place."""
+    """The bytes are right, but a reader would find each of two tensors at the other's range."""
     source = save_toy(tmp_path / "source", "Qwen3Model")
     hf_to_megatron(source, tmp_path / "megatron")
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -317,7 +317,7 @@ def test_a_description_that_points_elsewhere_is_refused(direction, tmp_path, mon
         close = DcpWriter.close
 
         def swapped(self):
-            first, second = (self._tensors[f"model.decoder.layers.{layer}.mlp.linear_fc2.weight"].pieces for layer in
+            first, second = (self._tensors[f"model.decoder.layers.{layer}.mlp.linear_fc2.weight"].chunks for layer in
                              range(2))
             first[:], second[:] = second[:], first[:]
             close(self)
@@ -326,13 +326,13 @@ def test_a_description_that_points_elsewhere_is_refused(direction, tmp_path, mon
         with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.linear_fc2\.weight reads back differently"):
             hf_to_megatron(source, tmp_path / "out")
     else:
-        place = SafetensorsWriter.place
+        reserve = SafetensorsWriter.reserve
 
         def swapped(self, name):
-            numbers = {"layers.0.mlp.down_proj.weight": "1", "layers.1.mlp.down_proj.weight": "0"}
-            return place(self, name if name not in numbers else f"layers.{numbers[name]}.mlp.down_proj.weight")
+            layers = {"layers.0.mlp.down_proj.weight": "1", "layers.1.mlp.down_proj.weight": "0"}
+            return reserve(self, name if name not in layers else f"layers.{layers[name]}.mlp.down_proj.weight")
 
-        monkeypatch.setattr(SafetensorsWriter, "place", swapped)
+        monkeypatch.setattr(SafetensorsWriter, "reserve", swapped)
         with pytest.raises(CheckpointError, match=r"layers\.\d\.mlp\.down_proj\.weight reads back differently"):
             megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -348,11 +348,11 @@ def test_parts_of_one_parameter_that_differ_in_dtype_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("change, match", [
-    (lambda path: (path / "megatron_embed.json").unlink(), "no megatron_embed.json, so this is no checkpoint"),
-    (lambda path: (path / "megatron_embed.json").write_text('{"format": 2}'), "format = 2, this version reads 1"),
+    (lambda path: (path / "megatron_embed.json").unlink(), "no megatron_embed.json, so this is not a checkpoint"),
+    (lambda path: (path / "megatron_embed.json").write_text('{"format": 2}'), "format = 2, but this version reads 1"),
     (lambda path: (path / "megatron_embed.json").write_text("{"), "megatron_embed.json: not readable"),
     (lambda path: (path / "megatron_embed.json").write_text('{"format": 1, "famly": "bert"}'), "famly"),
-    (lambda path: (path / "model" / ".metadata").unlink(), r"no \.metadata, so this is no finished torch_dist"),
+    (lambda path: (path / "model" / ".metadata").unlink(), r"no \.metadata, so this is not a complete torch_dist"),
     (lambda path: (path / "model" / ".metadata").write_bytes(b"\x80\x04"), "not readable as torch_dist metadata"),
     (lambda path: os.truncate(path / "model" / "__0_0.distcp", 20_000), "truncated: .* take another checkpoint"),
     (lambda path: edit_config(path / "hf", num_hidden_layers=4), r"layers\.3\..* is missing; .*num_hidden_layers = 4"),
@@ -381,6 +381,6 @@ def test_sizes(size, tmp_path):
 
 
 @pytest.mark.parametrize("size", ["five", "0GB", "-1GB", "5XB", ""])
-def test_sizes_that_are_none(size, tmp_path):
-    with pytest.raises(CheckpointError, match="is no size; write it like 5GB"):
+def test_invalid_sizes_are_refused(size, tmp_path):
+    with pytest.raises(CheckpointError, match="is not a size; write it like 5GB"):
         megatron_to_hf(tmp_path, tmp_path / "out", max_shard_size=size)

@@ -1,4 +1,4 @@
-"""What Sentence Transformers makes of an export, on toy models with real tokenizers built here."""
+"""Vectors of Sentence Transformers for an export, on toy models with tokenizers built here."""
 
 import json
 
@@ -24,7 +24,7 @@ POST_PROCESSORS = {
 
 
 def save_tokenizer(path, post_processor=None, **settings):
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if post_processor is not None:
         tokenizer.post_processor = post_processor
@@ -75,7 +75,7 @@ def test_last_token_export_sees_the_ids_of_training(name, side, tmp_path):
     assert (pair[-1], pair.count(1)) == (1, 2 if name == "adds its own eos" else 1)
     report = compare_with_sentence_transformers(tmp_path, TEXTS, expected, minimum_cosine=0.99999)
     assert report.max_difference < 1e-5
-    assert report.texts == 4
+    assert report.count == 4
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "weightedmean"])

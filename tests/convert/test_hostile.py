@@ -1,4 +1,4 @@
-"""Model directories of strangers: names that lead elsewhere, links, pipes and headers that promise too much."""
+"""Untrusted model directories: names that lead outside, links, pipes and headers with false sizes."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def model(toy, tmp_path):
-    """A copy, beside a folder that is somebody's own."""
+    """A copy of the toy model, beside a folder that must stay untouched."""
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "kept").write_text("mine")
     (tmp_path / "victim" / "config.json").write_text('{"pooling_mode_cls_token": true}')
@@ -67,7 +67,7 @@ def test_plain_names_are_taken(name):
 
 @pytest.mark.parametrize("name", ["{victim}", "1_Pooling/../../victim", "../victim", ".", ""])
 def test_no_reader_follows_a_module_elsewhere(model, tmp_path, name):
-    """And no writer removes what it names."""
+    """No writer removes the named folder either."""
     before = files_below(tmp_path / "victim")
     write_modules(model, pooling(name.format(victim=tmp_path / "victim")))
     for read in (read_saved_settings, lambda folder: copy_files(folder, tmp_path / "copy")):
@@ -119,12 +119,12 @@ def test_a_class_of_the_same_last_name_is_another_one(model, kind):
 def test_what_sentence_transformers_writes_is_known():
     """Without its import, which takes long: the classes of the installed version are where our table has them."""
     installed = {str(file): file for file in files("sentence-transformers")}
-    found = set()
+    known = set()
     for name, kind in STOCK_TYPES.items():
         path = name.rpartition(".")[0].replace(".", "/") + ".py"
         if path in installed and f"class {kind}(" in installed[path].read_text():
-            found.add(kind)
-    assert found == {"Transformer", "Pooling", "Normalize", "Dropout", "LogitScore"}
+            known.add(kind)
+    assert known == {"Transformer", "Pooling", "Normalize", "Dropout", "LogitScore"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "1_Pooling"])
@@ -155,17 +155,17 @@ def test_the_hubs_cache_is_read(toy, tmp_path):
     snapshot = cache / "snapshots" / "0123"
     (snapshot / "1_Pooling").mkdir(parents=True)
     (cache / "blobs").mkdir()
-    for number, file in enumerate(sorted(toy.iterdir())):
-        shutil.copy(file, cache / "blobs" / str(number))
-        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    for index, file in enumerate(sorted(toy.iterdir())):
+        shutil.copy(file, cache / "blobs" / str(index))
+        (snapshot / file.name).symlink_to(f"../../blobs/{index}")
     (cache / "blobs" / "pooling").write_text('{"pooling_mode_cls_token": true}')
     (snapshot / "1_Pooling" / "config.json").symlink_to("../../../blobs/pooling")
     write_modules(snapshot, pooling("1_Pooling"))
     (tmp_path / "linked").symlink_to(cache)
-    for place in (snapshot, tmp_path / "linked" / "snapshots" / "0123"):
-        with HFDirectory(place) as opened:
+    for directory in (snapshot, tmp_path / "linked" / "snapshots" / "0123"):
+        with HFDirectory(directory) as opened:
             assert opened.stored_names
-        assert read_saved_settings(place).pooling == "cls"
+        assert read_saved_settings(directory).pooling == "cls"
     (tmp_path / "secret").write_text("{}")
     (snapshot / "extra.json").symlink_to("../../../secret")
     with pytest.raises(CheckpointError, match=r"extra.json: is a link to .*secret, outside of the directory"):
@@ -206,7 +206,7 @@ def test_no_tokenizer_from_elsewhere(model, tmp_path, key):
 
 
 def header(path, *, length=None, **changes):
-    """A file of one float32 tensor of 2 x 3 numbers whose header says otherwise."""
+    """Write a file of one float32 tensor [2, 3] whose header has the given changes."""
     entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], **changes}
     text = json.dumps({"a": entry}).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + b"\0" * 24)

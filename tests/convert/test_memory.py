@@ -25,13 +25,13 @@ LARGEST = 40000 * 1024 * 2
 
 
 def write_model(directory, layers):
-    """Random bits; gives the bytes of all tensors."""
+    """Write a model of random bits and return the bytes of all tensors."""
     directory.mkdir()
     (directory / "config.json").write_text(CONFIG % layers)
     shape = model_shape(directory)
     generator = np.random.default_rng(0)
     tensors = {}
-    for rule, context in rules_for("qwen3").rows(shape):
+    for rule, context in rules_for("qwen3").applied_rules(shape):
         assert isinstance(context, Context)
         for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True):
             sizes = context.sizes(words)
@@ -43,15 +43,15 @@ def write_model(directory, layers):
 
 
 def peak_of(arguments):
-    """Largest resident memory of a process, in bytes; with no arguments that of one that only loads the libraries."""
+    """Peak resident memory of a command, in bytes; without arguments: of a process that only loads the libraries."""
     libraries = "import megatron_embed.export.formats, torch.distributed.checkpoint"
     command = ["-m", "megatron_embed", *arguments] if arguments else ["-c", libraries]
     # A small process starts it: the kernel counts what the parent holds as the child's first peak.
     script = ("import os, subprocess, sys; process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL); "
               "_, status, usage = os.wait4(process.pid, 0); print(os.waitstatus_to_exitcode(status), usage.ru_maxrss)")
-    found = subprocess.run([sys.executable, "-c", script, sys.executable, *command], cwd=REPOSITORY, check=True,
-                           stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    code, kib = found.stdout.split()
+    finished = subprocess.run([sys.executable, "-c", script, sys.executable, *command], cwd=REPOSITORY, check=True,
+                              stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    code, kib = finished.stdout.split()
     assert code == "0"
     return int(kib) * 1024
 

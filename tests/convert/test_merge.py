@@ -1,4 +1,4 @@
-"""Merges against their formulas in float64, a refusal for every way in which models can differ, memory."""
+"""Merges equal their formulas in float64; models that differ are refused; memory."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tests.helpers.ranks import REPOSITORY
 
 
 def trained(base, path, seed, size=1.0):
-    """A copy whose floating-point tensors have moved."""
+    """A copy of a model with noise added to its floating-point tensors."""
     shutil.copytree(base, path)
     generator = torch.Generator().manual_seed(seed)
 
@@ -38,7 +38,7 @@ def trained(base, path, seed, size=1.0):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(base, three that were trained from it)."""
+    """(base, three models that were trained from it)."""
     folder = tmp_path_factory.mktemp("models")
     base = save_toy(folder / "base", "Qwen3Model")
     (base / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}, "merges": ["a b"]}, "padding": None}))
@@ -248,16 +248,16 @@ def test_values_that_are_not_finite_are_refused(models, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (dict(method="slerp", count=3), "slerp: 3 models, and slerp takes two; use multi_slerp"),
-    (dict(method="linear", count=1), "1 model is nothing to merge"),
+    (dict(method="slerp", count=3), "slerp: 3 models, but slerp takes two; use multi_slerp"),
+    (dict(method="linear", count=1), "1 model cannot be merged"),
     (dict(method="task_arithmetic", count=2), "name it with --base"),
-    (dict(method="linear", count=2, base=True), "--base: linear has no use for it"),
+    (dict(method="linear", count=2, base=True), "--base: linear does not use it"),
     (dict(method="linear", count=2, weights=[1]), "1 weights for 2 models"),
     (dict(method="slerp", count=2, weights=[-1, 2]), "needs weights of at least 0"),
     (dict(method="linear", count=2, weights=[0, 0]), "that are not all 0"),
     (dict(method="linear", count=2, weights=[1, math.inf]), "finite"),
 ])
-def test_arguments_that_mean_nothing_are_refused(arguments, words, models, tmp_path):
+def test_invalid_arguments_are_refused(arguments, words, models, tmp_path):
     base, others = models
     with pytest.raises(ConfigError, match=words):
         merge_models(others[:arguments["count"]], tmp_path / "merged", method=arguments["method"],
@@ -297,8 +297,8 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     save_toy(tmp_path / "tiny", "Qwen3Model")
     peaks = {}
     for layers in (2, 8):
-        paths = [save_toy(tmp_path / f"{layers}_{number}", "Qwen3Model", num_hidden_layers=layers, **size)
-                 for number in range(3)]
+        paths = [save_toy(tmp_path / f"{layers}_{index}", "Qwen3Model", num_hidden_layers=layers, **size)
+                 for index in range(3)]
         arguments = [tmp_path / "tiny", tmp_path / f"warm{layers}", *paths, tmp_path / f"merged{layers}"]
         peaks[layers] = int(subprocess.run([sys.executable, "-c", PEAK, *map(str, arguments)], capture_output=True,
                                            text=True, check=True, cwd=REPOSITORY).stdout) / 1024

@@ -1,4 +1,4 @@
-"""A directory whose only tokenizer file is a sentencepiece `tokenizer.model`, from there to an export."""
+"""From a directory whose only tokenizer file is a sentencepiece `tokenizer.model` to an export."""
 
 import io
 import json
@@ -22,7 +22,7 @@ TEXTS = ("What is the capital of France?", "  two  spaces", "深度学习")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Llama whose config.json says that there is no padding token the way Llama 1 did."""
+    """A Llama model whose config.json has pad_token_id = -1, as Llama 1 had."""
     directory = tmp_path_factory.mktemp("sentencepiece") / "llama"
     save_family(directory, "Llama 2", vocab_size=VOCABULARY)
     edit_config(directory, pad_token_id=-1)
@@ -38,9 +38,9 @@ def model(tmp_path_factory):
 def test_tokens_are_those_of_transformers(model):
     expected = AutoTokenizer.from_pretrained(model)
     tokenizer = RoleTokenizer(str(model), add_eos=True, query_max_length=64, document_max_length=64)
-    found = tokenizer.tokenize(TEXTS, "query").token_ids
-    assert min(map(len, found)) > 2
-    assert found == [[*expected(text).input_ids, 2] for text in TEXTS]
+    token_ids = tokenizer.tokenize(TEXTS, "query").token_ids
+    assert min(map(len, token_ids)) > 2
+    assert token_ids == [[*expected(text).input_ids, 2] for text in TEXTS]
     assert 0 <= tokenizer.pad_token_id < VOCABULARY
 
 

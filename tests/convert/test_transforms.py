@@ -1,4 +1,4 @@
-"""Each transform both ways, and its shards against the whole parameter split the way the model splits it."""
+"""Every transform in both directions, and its shards against the whole parameter split as the model splits it."""
 
 from dataclasses import replace
 
@@ -13,20 +13,9 @@ from megatron_embed.models.families import model_shape
 from tests.helpers.convert_toys import save_toy
 
 
-class Tensors:
-    """A TensorReader over a dictionary; `read_numbers` counts what was asked for."""
-
-    def __init__(self, tensors):
-        self.tensors, self.read_numbers = tensors, 0
-
-    def read(self, name):
-        self.read_numbers += self.tensors[name].numel()
-        return self.tensors[name]
-
-    def read_slice(self, name, dim, start, stop):
-        part = self.tensors[name].narrow(dim, start, stop - start)
-        self.read_numbers += part.numel()
-        return part.contiguous()
+def slices_of(tensors):
+    """The function that reads slices of a dictionary of tensors."""
+    return lambda name, dim, start, stop: tensors[name].narrow(dim, start, stop - start).contiguous()
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +49,12 @@ def split_as_the_model_does(rule, whole, rank, size, shape):
 
 
 def back_to_hf(rule, whole, context):
-    """The Hugging Face tensors of a whole parameter, as `pieces` says."""
+    """The Hugging Face tensors of a whole parameter, as `row_ranges` says."""
     tensors = {name: torch.full(context.sizes(words), torch.nan)
                for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True)}
-    for piece in rule.pieces(replace(context, padded_vocab_size=None)):
-        target = tensors[rule.hf_names(context)[piece.part]]
-        target[piece.theirs:piece.theirs + piece.rows] = whole[piece.ours:piece.ours + piece.rows]
+    for rows in rule.row_ranges(replace(context, padded_vocab_size=None)):
+        target = tensors[rule.hf_names(context)[rows.part]]
+        target[rows.hf_start:rows.hf_start + rows.rows] = whole[rows.our_start:rows.our_start + rows.rows]
     return tensors
 
 
@@ -77,20 +66,21 @@ def random_tensors(rule, context):
 @pytest.mark.parametrize("rule", CASES, ids=lambda rule: f"{type(rule).__name__}-{rule.hf_shapes()[0].strip()}")
 def test_round_trip_is_bit_equal_and_shards_are_the_models(rule, shape):
     context = Context(shape=shape, layer=5, padded_vocab_size=120)
-    reader = Tensors(random_tensors(rule, context))
-    whole = rule.to_ours(reader, context)
+    tensors = random_tensors(rule, context)
+    whole = rule.to_ours(slices_of(tensors), context)
     assert whole.shape == rule.ours_shape(context)
     back = back_to_hf(rule, whole, context)
-    assert back.keys() == reader.tensors.keys()
-    assert all(torch.equal(back[name], reader.tensors[name]) for name in back)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in back)
     for rank in range(2):
-        assert torch.equal(rule.shard(reader, context, rank, 2), split_as_the_model_does(rule, whole, rank, 2, shape))
+        assert torch.equal(rule.shard(slices_of(tensors), context, rank, 2),
+                           split_as_the_model_does(rule, whole, rank, 2, shape))
 
 
 def test_qkv_rows_go_group_by_group(shape):
     rule = CASES[4]
     q, k, v = torch.arange(32.0), 100 + torch.arange(16.0), 200 + torch.arange(16.0)
-    fused = rule.to_ours(Tensors({"l.0.q_bias": q, "l.0.k_bias": k, "l.0.v_bias": v}), Context(shape=shape, layer=0))
+    fused = rule.to_ours(slices_of({"l.0.q_bias": q, "l.0.k_bias": k, "l.0.v_bias": v}), Context(shape=shape, layer=0))
     first_group, second_group = fused.chunk(2)
     assert torch.equal(first_group, torch.cat([q[:16], k[:8], v[:8]]))
     assert torch.equal(second_group, torch.cat([q[16:], k[8:], v[8:]]))
@@ -98,14 +88,14 @@ def test_qkv_rows_go_group_by_group(shape):
 
 def test_vocabulary_padding_is_zero_and_cut_on_the_way_out(shape):
     rule, context = PadVocabulary("a", "x"), Context(shape=shape, padded_vocab_size=256)
-    reader = Tensors({"x": torch.randn(103, 24)})
-    shards = [rule.shard(reader, context, rank, 4) for rank in range(4)]
+    tensor = torch.randn(103, 24)
+    shards = [rule.shard(slices_of({"x": tensor}), context, rank, 4) for rank in range(4)]
     whole = torch.cat(shards)
     assert whole.shape == (256, 24)
-    assert torch.equal(whole[:103], reader.tensors["x"])
+    assert torch.equal(whole[:103], tensor)
     assert not whole[103:].any()
     assert [len(shard) for shard in shards] == [64] * 4
-    assert torch.equal(back_to_hf(rule, whole, Context(shape=shape))["x"], reader.tensors["x"])
+    assert torch.equal(back_to_hf(rule, whole, Context(shape=shape))["x"], tensor)
 
 
 def test_sizes_that_do_not_divide_are_refused_with_their_key(shape):
@@ -114,7 +104,7 @@ def test_sizes_that_do_not_divide_are_refused_with_their_key(shape):
                         (CASES[2], r"num_attention_heads \* head_dim = 32 .* = 3"),
                         (CASES[6], "padded_vocab_size = 104 .* = 3")):
         with pytest.raises(CheckpointError, match=match):
-            rule.shard(Tensors(random_tensors(rule, context)), context, 0, 4 if rule is CASES[3] else 3)
+            rule.shard(slices_of(random_tensors(rule, context)), context, 0, 4 if rule is CASES[3] else 3)
 
 
 def test_expand_braces():
@@ -127,22 +117,22 @@ def test_expand_braces():
 def test_a_rank_reads_only_its_share_of_the_files(kind, tmp_path, monkeypatch):
     source = HFDirectory(save_toy(tmp_path, kind))
     family = rules_for(source.shape.family)
-    rows = list(family.rows(source.shape))
+    rows = list(family.applied_rules(source.shape))
     names = [context.name(rule.ours) for rule, context in rows]
-    whole = dict(hf_weight_shards(source, family, names=names, tp_rank=0, tp_size=1, padded_vocab_size=104))
+    whole = dict(hf_weight_shards(source, names=names, tp_rank=0, tp_size=1, padded_vocab_size=104))
     assert list(whole) == names
 
     read_bytes = []
-    plain_fill = type(source._files["model.safetensors"])._fill
+    plain_fill = type(source._files["model.safetensors"])._read_into
 
     def counting_fill(file, target, offset):
         read_bytes.append(len(target))
         plain_fill(file, target, offset)
 
-    monkeypatch.setattr(type(source._files["model.safetensors"]), "_fill", counting_fill)
+    monkeypatch.setattr(type(source._files["model.safetensors"]), "_read_into", counting_fill)
     for rank in range(2):
         read_bytes.clear()
-        shards = dict(hf_weight_shards(source, family, names=names, tp_rank=rank, tp_size=2, padded_vocab_size=104,
+        shards = dict(hf_weight_shards(source, names=names, tp_rank=rank, tp_size=2, padded_vocab_size=104,
                                        etp_rank=rank, etp_size=2))
         padding_bytes = (104 - source.shape.vocab_size) * source.shape.hidden_size * 4 if rank == 1 else 0
         assert sum(read_bytes) == sum(shard.nbytes for shard in shards.values()) - padding_bytes
@@ -156,8 +146,8 @@ def test_a_rank_reads_only_its_share_of_the_files(kind, tmp_path, monkeypatch):
 def test_a_parameter_outside_the_table_is_refused(tmp_path):
     name = "decoder.layers.1.mlp.linear_fc9.weight"
     with HFDirectory(save_toy(tmp_path, "Qwen3Model")) as source, \
-            pytest.raises(CheckpointError, match=f"{name}: no row of the qwen3 weight table"):
-        list(hf_weight_shards(source, rules_for("qwen3"), names=[name], tp_rank=0, tp_size=1, padded_vocab_size=103))
+            pytest.raises(CheckpointError, match=f"{name}: no rule of the qwen3 weight table"):
+        list(hf_weight_shards(source, names=[name], tp_rank=0, tp_size=1, padded_vocab_size=103))
 
 
 def test_an_unknown_family_is_refused():

@@ -102,9 +102,9 @@ def beir_folder(folder, qrels="q\td\t1\n", corpus='{"_id": "d", "text": "b"}\n',
     ({"corpus": '{"_id": "d", "text": "' + "b" * 2000 + '"}\n'}, "corpus.jsonl:1: a line of more than"),
     ({"queries": '{"_id": "q", "text": "a"}\n' + " " * 2000}, "queries.jsonl:2: a line of more than"),
     ({"queries": "\n" * 100 + '{"_id": "q", "text": "a"}\n'}, "queries.jsonl:51: more than 50 blank lines"),
-    ({"qrels": f"q\td\t{2**31 - 1}\n"}, "test.tsv:1: score = '2147483647': must lie within 1,000,000"),
-    ({"qrels": f"q\td\t-{10**18}\n"}, "test.tsv:1: score = '-1000000000000000000': must lie within"),
-    ({"qrels": f"q\td\t{'9' * 900}\n"}, "test.tsv:1: score = '9999"),
+    ({"qrels": f"q\td\t{2**31 - 1}\n"}, "test.tsv:1: score = 2147483647: ranking metrics take grades up to 1000000"),
+    ({"qrels": f"q\td\t-{10**18}\n"}, "test.tsv:1: score = -1000000000000000000: ranking metrics"),
+    ({"qrels": f"q\td\t{'9' * 900}\n"}, "test.tsv:1: score = 9999"),
 ])
 def test_evaluation_files_have_the_same_bounds(tmp_path, short_lines, files, words):
     with pytest.raises(DataError) as caught:
@@ -116,10 +116,10 @@ def test_labels_of_lists_and_scores_of_pairs(tmp_path):
     """trec_eval takes 16 GB and two minutes for a grade of 2**31 - 1, and makes 0.0 of nDCG 1.0 for one of 10**18."""
     lists, pairs = tmp_path / "lists.jsonl", tmp_path / "pairs.jsonl"
     lists.write_text(json.dumps({"query": "a", "documents": ["b", "c"], "labels": [2**31 - 1, 0]}) + "\n")
-    with pytest.raises(DataError, match=r"lists.jsonl:1: label 2.14748e\+09: must lie within 1,000,000 of 0"):
+    with pytest.raises(DataError, match="lists.jsonl:1: label = 2147483647.0: ranking metrics take grades up to"):
         load_rerank_file(str(lists))
     pairs.write_text('{"text_a": "a", "text_b": "b", "score": 1' + "0" * 400 + "}\n")
-    with pytest.raises(DataError, match="pairs.jsonl:1: score = .*must be a finite number"):
+    with pytest.raises(DataError, match="pairs.jsonl:1: score = .* is not finite"):
         load_sts(str(pairs))
 
 

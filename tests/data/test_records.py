@@ -108,7 +108,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ('{"query": NaN, "positive": ["b"]}', "NaN is not valid JSON; correct the line"),
     ('{"query": "a", "positive": ["b"], "score": -Infinity}', "-Infinity is not valid JSON"),
     ('{"query": "a", "query": "c", "positive": ["b"]}', "key 'query' occurs twice; keep one"),
-    ("[" * 100_000, "recursion"),
+    ("[" * 100_000, "nested more than 100 levels deep"),
     ('{"query": "a", "positive": ["b"], "n": ' + "9" * 5000 + "}", "digits"),
     (b'{"query": "caf\xe9", "positive": ["b"]}', "not UTF-8: byte 0xe9 at byte 15 of the line; save the file as UTF-8"),
     (r'{"query": "a\ud83d", "positive": ["b"]}', r"query holds half a surrogate pair, \\ud83d, at character 2"),

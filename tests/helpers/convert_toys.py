@@ -1,4 +1,4 @@
-"""Small models with random weights, written by Transformers itself, for the tests of this folder."""
+"""Small models with random weights, written by Transformers itself, for the tests of conversion."""
 
 import json
 from importlib.util import find_spec
@@ -42,13 +42,13 @@ def tensors_of(path):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def assert_bit_equal(found, expected):
+def assert_bit_equal(actual, expected):
     """Same names, dtypes and bytes."""
-    assert found.keys() == expected.keys()
-    assert found
+    assert actual.keys() == expected.keys()
+    assert actual
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 def edit_tensors(path, change):

@@ -117,7 +117,7 @@ def squares(built, gradients_directory):
         for chunk in built.chunks:
             parameters = chunk.global_parameters()
             shards = hf_weight_shards(
-                source, source.family, names=parameters, tp_rank=topology.tp_rank, tp_size=topology.tp_size,
+                source, names=parameters, tp_rank=topology.tp_rank, tp_size=topology.tp_size,
                 padded_vocab_size=padded_vocabulary(chunk.shape.vocab_size, topology.tp_size))
             for name, shard in shards:
                 difference = parameters[name].main_grad.double() - shard.double()

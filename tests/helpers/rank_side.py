@@ -150,10 +150,10 @@ def compare(chunks: Sequence[Any], topology: Any, truth: Path) -> dict[tuple[str
         padded = padded_vocabulary(source.shape.vocab_size, topology.tp_size)
         for chunk in chunks:
             parameters = chunk.global_parameters()
-            whole = dict(hf_weight_shards(source, source.family, names=parameters, tp_rank=0, tp_size=1,
+            whole = dict(hf_weight_shards(source, names=parameters, tp_rank=0, tp_size=1,
                                           padded_vocab_size=padded))
             for name, shard in hf_weight_shards(
-                    source, source.family, names=parameters, tp_rank=topology.tp_rank, tp_size=topology.tp_size,
+                    source, names=parameters, tp_rank=topology.tp_rank, tp_size=topology.tp_size,
                     padded_vocab_size=padded, etp_rank=etp.rank(), etp_size=etp.size()):
                 assert parameters[name].shape == shard.shape, name
                 split = shard.numel() < whole[name].numel()

@@ -208,7 +208,7 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
     from megatron_embed.loading.reranker import load_reranker_chunks
     from megatron_embed.models.encoder import attention_kernel
     from megatron_embed.models.heads import HeadSpec
-    from megatron_embed.objectives.build import build_objective
+    from megatron_embed.objectives.reranking import Reranking
     from megatron_embed.parallel.topology import initialize, token_alignment
     from megatron_embed.training.bin_sync import agree_on_rerank_bins
     from megatron_embed.training.grad_cache import GradCache
@@ -226,8 +226,7 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
     wrapped = wrap_in_ddp(chunks, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     step = GradCache(chunks=wrapped, models=chunks, topology=topology,
-                     objective=build_objective(config, topology.dp_group, topology.device,
-                                               topology.model_parallel_groups),
+                     objective=Reranking(config.objective.loss, config.reranker, topology.dp_group),
                      kernel=attention_kernel(config),
                      has_dropout=False)
     share = len(SIZES) // topology.dp_size
@@ -257,7 +256,7 @@ def run_case(case: Case, folder: str, gradients: str) -> dict[str, Any]:
 
 
 def _squares(chunks: Any, topology: Any, gradients: str, spec: Any) -> dict[tuple[str, int], tuple[float, float]]:
-    from megatron_embed.convert.heads import read_head
+    from megatron_embed.convert.head_tensors import read_head
     from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
     from megatron_embed.convert.peft import is_peft_directory
     from megatron_embed.models.encoder import padded_vocabulary
@@ -270,9 +269,9 @@ def _squares(chunks: Any, topology: Any, gradients: str, spec: Any) -> dict[tupl
             parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
                           if not name.startswith("head.")}
             padded = padded_vocabulary(chunk.shape.vocab_size, topology.tp_size)
-            whole = dict(hf_weight_shards(source, source.family, names=parameters, tp_rank=0, tp_size=1,
+            whole = dict(hf_weight_shards(source, names=parameters, tp_rank=0, tp_size=1,
                                           padded_vocab_size=padded))
-            for name, shard in hf_weight_shards(source, source.family, names=parameters, tp_rank=topology.tp_rank,
+            for name, shard in hf_weight_shards(source, names=parameters, tp_rank=topology.tp_rank,
                                                 tp_size=topology.tp_size, padded_vocab_size=padded):
                 place = topology.tp_rank if shard.numel() < whole[name].numel() else 0
                 found[name, place] = _pair(parameters[name], shard)
@@ -286,7 +285,7 @@ def _squares(chunks: Any, topology: Any, gradients: str, spec: Any) -> dict[tupl
 
 def _squares_of_adapters(chunks: Any, topology: Any, gradients: Path,
                          spec: Any) -> dict[tuple[str, int], tuple[float, float]]:
-    from megatron_embed.convert.heads import score_names
+    from megatron_embed.convert.head_tensors import score_names
     from megatron_embed.convert.peft import PeftAdapter
     from megatron_embed.convert.tables.lookup import rules_for
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
-from megatron_embed.convert.checkpoint_directory import write_companions
+from megatron_embed.convert.checkpoint_directory import write_sidecar_files
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.errors import CheckpointError, ConfigError
@@ -84,7 +84,7 @@ def test_embeddings_and_checkpoints_equal_transformers_under_every_layout(name, 
         assert keys == set(ours.keys())
         for key in keys:
             assert torch.equal(ours.read(key), saved.read(key)), key
-    write_companions(directory, tmp_path / "saved")
+    write_sidecar_files(directory, tmp_path / "saved")
     megatron_to_hf(tmp_path / "saved", tmp_path / "back")
     assert_bit_equal(tensors_of(tmp_path / "back"), tensors_of(directory))
     # And it is read at this layout.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_embed.config.load import load_config
-from megatron_embed.convert.adapters import adapter_tensors, resolve_modules
+from megatron_embed.convert.adapter_names import adapter_tensors, resolve_modules
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.planning.advice import adapted_parts
 from megatron_embed.planning.hardware import GPUS

@@ -1,4 +1,4 @@
-"""Stretches of bytes in open files, read and written at known offsets whatever the size."""
+"""Byte ranges of open files, read and written at known offsets whatever their length."""
 
 import io
 import os
@@ -9,31 +9,31 @@ _LARGEST_CALL = 1 << 30
 
 
 @dataclass(frozen=True)
-class Run:
-    """Bytes that lie together in an open file."""
+class ByteRange:
+    """Contiguous bytes of an open file."""
 
     file: io.FileIO
     start: int
     length: int
 
-    def part(self, start: int, length: int) -> "Run":
-        """`length` bytes from the run's byte `start` on."""
+    def part(self, start: int, length: int) -> "ByteRange":
+        """`length` bytes from byte `start` of the range."""
         assert 0 <= start <= start + length <= self.length, (self, start, length)
-        return Run(self.file, self.start + start, length)
+        return ByteRange(self.file, self.start + start, length)
 
 
-def head_of_runs(runs: list[Run], length: int) -> list[Run]:
-    """The first `length` bytes of some runs."""
-    found = []
-    for run in runs:
-        found.append(run.part(0, min(run.length, length)))
-        length -= found[-1].length
-    assert not length, runs
-    return found
+def take(ranges: list[ByteRange], length: int) -> list[ByteRange]:
+    """The first `length` bytes of several ranges."""
+    taken = []
+    for byte_range in ranges:
+        taken.append(byte_range.part(0, min(byte_range.length, length)))
+        length -= taken[-1].length
+    assert not length, ranges
+    return taken
 
 
-def fill(descriptor: int, target: memoryview, offset: int) -> int:
-    """Read from `offset` of an open file until `target` is full or the file ends; gives the bytes read."""
+def read_at(descriptor: int, target: memoryview, offset: int) -> int:
+    """Read from `offset` of an open file until `target` is full or the file ends; return the number of bytes read."""
     done = 0
     while done < len(target):
         count = os.preadv(descriptor, [target[done:done + _LARGEST_CALL]], offset + done)
@@ -43,7 +43,7 @@ def fill(descriptor: int, target: memoryview, offset: int) -> int:
     return done
 
 
-def pour(descriptor: int, data: memoryview, offset: int) -> None:
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of `data` at `offset` of an open file."""
     done = 0
     while done < len(data):

@@ -1,6 +1,6 @@
-"""Safetensors files read by `pread` and written at known offsets: memory holds one tensor, never a mapped file.
+"""Read and write safetensors files at known offsets (`pread`, `pwrite`): memory holds one tensor, never a mapped file.
 
-A mapped file counts as resident memory once touched: `safetensors.safe_open` would show a whole shard as used.
+Mapped pages count as resident memory once touched: `safetensors.safe_open` would show a whole shard as used.
 """
 
 import io
@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_embed.convert.storage.byte_range import Run, fill, pour
+from megatron_embed.convert.storage.byte_range import ByteRange, read_at, write_at
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import open_regular
 
@@ -24,9 +24,9 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-"""The format's own names."""
+"""Names that the format uses for dtypes."""
 LONGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library."""
+"""Bytes of a header; the limit of the safetensors library."""
 _LARGEST = 2**63 - 1
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -40,12 +40,12 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def checksum(tensor: Tensor) -> bytes:
-    """XXH3-128 of a tensor's bytes: finds what disks and programs do to data, not what an adversary does."""
+    """XXH3-128 of a tensor's bytes: detects accidental corruption, not an adversary."""
     return xxhash.xxh3_128_digest(bytes_of(tensor.contiguous()))
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """First line of an error's text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -70,7 +70,7 @@ class SafetensorsFile:
         """Read and check the header.
 
         Raises:
-            CheckpointError: no safetensors file, or shorter than its header says (an interrupted download).
+            CheckpointError: not a safetensors file, or shorter than its header says (an interrupted download).
         """
         self.path = path
         try:
@@ -86,10 +86,10 @@ class SafetensorsFile:
     def close(self) -> None:
         self._file.close()
 
-    def run(self, name: str) -> Run:
-        """Where the tensor's bytes lie."""
+    def byte_range(self, name: str) -> ByteRange:
+        """The range of the tensor's bytes."""
         entry = self.entries[name]
-        return Run(self._file, entry.offset, entry.nbytes)
+        return ByteRange(self._file, entry.offset, entry.nbytes)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor."""
@@ -101,29 +101,30 @@ class SafetensorsFile:
         entry = self.entries[name]
         shape = (*entry.shape[:dim], stop - start, *entry.shape[dim + 1:])
         if dim == 0:
-            row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-            return self._read_bytes(entry.offset + start * row, (stop - start) * row).view(entry.dtype).reshape(shape)
+            row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+            data = self._read_bytes(entry.offset + start * row_bytes, (stop - start) * row_bytes)
+            return data.view(entry.dtype).reshape(shape)
         if dim != 1 or len(entry.shape) != 2:
-            raise ValueError(f"slices of dim {dim} of a tensor of shape {entry.shape} are not read")
-        rows, width = entry.shape[0], entry.shape[1] * entry.dtype.itemsize
-        piece = (stop - start) * entry.dtype.itemsize
-        data = torch.empty(rows * piece, dtype=torch.uint8)
-        for row in range(rows):
-            offset = entry.offset + row * width + start * entry.dtype.itemsize
-            self._fill(bytes_of(data[row * piece:(row + 1) * piece]), offset)
+            raise ValueError(f"slices of dim {dim} of a tensor of shape {entry.shape} are not supported")
+        num_rows, row_bytes = entry.shape[0], entry.shape[1] * entry.dtype.itemsize
+        slice_bytes = (stop - start) * entry.dtype.itemsize
+        data = torch.empty(num_rows * slice_bytes, dtype=torch.uint8)
+        for row in range(num_rows):
+            offset = entry.offset + row * row_bytes + start * entry.dtype.itemsize
+            self._read_into(bytes_of(data[row * slice_bytes:(row + 1) * slice_bytes]), offset)
         return data.view(entry.dtype).reshape(shape)
 
     def _read_bytes(self, offset: int, length: int) -> Tensor:
         data = torch.empty(length, dtype=torch.uint8)
-        self._fill(bytes_of(data), offset)
+        self._read_into(bytes_of(data), offset)
         return data
 
-    def _fill(self, target: memoryview, offset: int) -> None:
+    def _read_into(self, target: memoryview, offset: int) -> None:
         """Read exactly len(target) bytes from `offset`."""
-        done = fill(self._file.fileno(), target, offset)
+        done = read_at(self._file.fileno(), target, offset)
         if done < len(target):
             raise CheckpointError(f"{self.path}: ended at byte {offset + done} while it was read; "
-                                  "leave it alone during a conversion")
+                                  "do not change it during a conversion")
 
     def _read_header(self) -> dict[str, TensorEntry]:
         size = os.fstat(self._file.fileno()).st_size
@@ -132,12 +133,12 @@ class SafetensorsFile:
         if size < 8 or 8 + length > size:
             raise CheckpointError(f"{self.path}: no readable header in {size} bytes: {remedy}")
         if length > LONGEST_HEADER:
-            raise CheckpointError(f"{self.path}: a header of {length} bytes, where the format allows {LONGEST_HEADER}: "
+            raise CheckpointError(f"{self.path}: a header of {length} bytes, but the format allows {LONGEST_HEADER}: "
                                   f"{remedy}")
         header = bytearray(length)
-        self._fill(memoryview(header), 8)
+        self._read_into(memoryview(header), 8)
         try:
-            tensors = json.loads(header, object_pairs_hook=_without_repetition)
+            tensors = json.loads(header, object_pairs_hook=_unique_keys)
             tensors.pop("__metadata__", None)
             entries = {name: _entry(self.path, name, value, 8 + length) for name, value in tensors.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -145,22 +146,22 @@ class SafetensorsFile:
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
             if entry.offset != end:
-                raise CheckpointError(f"{self.path}: {name} begins at byte {entry.offset}, but what is before it ends "
-                                      f"at byte {end}; fetch the file again")
+                raise CheckpointError(f"{self.path}: {name} begins at byte {entry.offset}, but the data before it "
+                                      f"ends at byte {end}; fetch the file again")
             end += entry.nbytes
         if end != size:
             what = "truncated" if end > size else "more than its tensors"
-            raise CheckpointError(f"{self.path}: {what}: {size} bytes, but its header promises {end}; "
+            raise CheckpointError(f"{self.path}: {what}: {size} bytes, but its header describes {end}; "
                                   "fetch the file again")
         return entries
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ; `json` alone keeps the last of several and drops the others in silence."""
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without duplicate keys; `json` alone silently keeps the last of several."""
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise ValueError(f"{key} stands there twice")
+            raise ValueError(f"key {key} occurs twice")
         values[key] = value
     return values
 
@@ -170,11 +171,10 @@ def _entry(path: Path, name: str, value: Mapping[str, Any], data_start: int) -> 
     if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
         raise CheckpointError(f"{path}: {name}: dtype {value['dtype']!r} is not supported; known: {', '.join(DTYPES)}")
     for key in ("shape", "data_offsets"):
-        numbers = value[key]
-        if not isinstance(numbers, list) or not all(type(number) is int and 0 <= number <= _LARGEST
-                                                    for number in numbers):
-            raise CheckpointError(f"{path}: {name}: {key} = {_cut(numbers)} must be a list of whole numbers from 0 on; "
-                                  "fetch the file again")
+        sizes = value[key]
+        if not isinstance(sizes, list) or not all(type(size) is int and 0 <= size <= _LARGEST for size in sizes):
+            raise CheckpointError(f"{path}: {name}: {key} = {_shortened(sizes)} must be a list of whole numbers from 0 "
+                                  "on; fetch the file again")
     start, stop = value["data_offsets"]
     entry = TensorEntry(DTYPES[value["dtype"]], tuple(value["shape"]), data_start + start)
     if stop - start != entry.nbytes:
@@ -183,14 +183,14 @@ def _entry(path: Path, name: str, value: Mapping[str, Any], data_start: int) -> 
     return entry
 
 
-def _cut(value: object) -> str:
-    """A value from a file, short enough for a sentence."""
+def _shortened(value: object) -> str:
+    """A value from a file, short enough for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 class SafetensorsWriter:
-    """A safetensors file whose tensors, announced with dtype and shape, may then be written in any order."""
+    """Writes a safetensors file whose tensors are declared first, with dtype and shape, then written in any order."""
 
     def __init__(self, path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         # Widest elements first: readers view the bytes in place, so a tensor must start at a multiple of its element.
@@ -211,27 +211,27 @@ class SafetensorsWriter:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put an announced tensor in its place."""
+        """Write a declared tensor."""
         entry = self._header[name]
         if list(tensor.shape) != entry["shape"] or _NAMES[tensor.dtype] != entry["dtype"]:
-            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not what was announced: {entry}")
-        place = self.place(name)
-        pour(place.file.fileno(), bytes_of(tensor.detach().contiguous()), place.start)
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not what was declared: {entry}")
+        target = self.reserve(name)
+        write_at(target.file.fileno(), bytes_of(tensor.detach().contiguous()), target.start)
 
-    def place(self, name: str) -> Run:
-        """Where an announced tensor's bytes belong; the caller puts them there before the file is closed."""
+    def reserve(self, name: str) -> ByteRange:
+        """The range of a declared tensor; the caller writes its bytes before the file is closed."""
         start, stop = self._header[name]["data_offsets"]
         self._pending.discard(name)
-        return Run(self._file, self._start + start, stop - start)
+        return ByteRange(self._file, self._start + start, stop - start)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        """Sync to the disk and close; every announced tensor must have been written."""
+        """Sync to the disk and close; every declared tensor must have been written."""
         try:
             if kind is None:
-                assert not self._pending, f"announced and never written: {sorted(self._pending)}"
+                assert not self._pending, f"declared and never written: {sorted(self._pending)}"
                 os.fsync(self._file.fileno())
         finally:
             self._file.close()

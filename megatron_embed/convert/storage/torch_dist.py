@@ -1,7 +1,7 @@
 """Megatron's `torch_dist` checkpoint format (torch.distributed.checkpoint's), one tensor at a time, without ranks.
 
-The `save` of torch.distributed.checkpoint and of megatron.core.dist_checkpointing want the whole state dict and a
-process group. A conversion has neither: it streams.
+`save` of torch.distributed.checkpoint and of megatron.core.dist_checkpointing needs the whole state dict and a process
+group; a conversion streams its tensors.
 """
 
 import io
@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from megatron_embed.checkpoint.reading import METADATA_FILE
-from megatron_embed.convert.storage.byte_range import Run, pour
+from megatron_embed.convert.storage.byte_range import ByteRange, write_at
 from megatron_embed.convert.storage.safetensors_file import bytes_of, first_line
 from megatron_embed.convert.storage.torch_dist_metadata import (
     ChunkStorageMetadata,
     MetadataUnpickler,
-    Piece,
     TensorStorageMetadata,
+    WrittenChunk,
     WrittenTensor,
     write_description,
 )
-from megatron_embed.convert.storage.torch_record import TorchRecord, save_without_numbers
+from megatron_embed.convert.storage.torch_record import TorchRecord, save_without_data
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import open_regular, plain_name
 
@@ -55,52 +55,52 @@ class DcpWriter:
             self._file.close()
 
     def add(self, key: str, tensor: Tensor, *, index: int | None = None, count: int | None = None) -> None:
-        """Append one whole tensor; it is on its way to the disk when this returns. `index`, `count`: see `place`."""
-        run = self.place(key, tensor.dtype, tensor.shape, index=index, count=count)
-        pour(run.file.fileno(), bytes_of(tensor.detach().contiguous()), run.start)
+        """Append one whole tensor, not yet synced to the disk. `index`, `count`: see `reserve`."""
+        target = self.reserve(key, tensor.dtype, tensor.shape, index=index, count=count)
+        write_at(target.file.fileno(), bytes_of(tensor.detach().contiguous()), target.start)
 
-    def place(self, key: str, dtype: torch.dtype, shape: Sequence[int], *, index: int | None = None,
-              count: int | None = None) -> Run:
-        """Where the bytes of one whole tensor belong; the caller puts them there before the file is closed.
+    def reserve(self, key: str, dtype: torch.dtype, shape: Sequence[int], *, index: int | None = None,
+                count: int | None = None) -> ByteRange:
+        """Append one whole tensor's description; return the range that the caller fills before the file is closed.
 
-        With `index`, it is that one of `count` slices along a first axis that the stored tensor has in front.
+        With `index`, the tensor is that one of `count` slices along an additional first axis of the stored tensor.
         """
         size, sizes = torch.Size(shape), torch.Size(shape)
         if index is not None:
             assert count is not None and 0 <= index < count
             size, sizes = torch.Size([count, *shape]), torch.Size([1, *shape])
-        record = save_without_numbers(self._file, dtype, sizes)
+        record = save_without_data(self._file, dtype, sizes)
         entry = self._tensors.setdefault(key, WrittenTensor(dtype, size))
         assert (entry.dtype, entry.size) == (dtype, size), f"{key}: its slices differ"
         offsets = torch.Size([index or 0, *[0] * (len(sizes) - 1)] if sizes else [])
-        assert all(piece.offsets != offsets for piece in entry.pieces), f"{key} added twice"
-        entry.pieces.append(Piece(offsets, sizes, record.start, record.length))
-        run = record.numbers(record.load("meta"))
-        assert run is not None, f"{key}: torch.save has changed its format"
-        return run
+        assert all(chunk.offsets != offsets for chunk in entry.chunks), f"{key} added twice"
+        entry.chunks.append(WrittenChunk(offsets, sizes, record.start, record.length))
+        data = record.data_range(record.load("meta"))
+        assert data is not None, f"{key}: torch.save has changed its format"
+        return data
 
     def close(self) -> None:
-        """Write what describes the tensors; without it there is no checkpoint. Synced to the disk."""
+        """Write the description of the tensors, which completes the checkpoint, and sync everything to the disk."""
         with self._file, ThreadPoolExecutor(max_workers=1) as pool:
-            synced = pool.submit(os.fsync, self._file.fileno())  # the processor has something else to do meanwhile
+            synced = pool.submit(os.fsync, self._file.fileno())  # in parallel with pickling the description
             write_description(self._directory, self._FILE, self._tensors)
             synced.result()
 
 
 class DcpReader:
-    """Reads whole tensors of a `torch_dist` checkpoint, whatever number of ranks and files it was written by.
+    """Reads whole tensors of a `torch_dist` checkpoint, however many ranks and files it was written by.
 
-    Memory holds one tensor and one of its chunks. Only tensors are seen; Megatron's pickled objects are left alone.
+    Memory holds one tensor and one of its chunks. Megatron's pickled objects are not read.
     """
 
     _MOST_OPEN: ClassVar[int] = 64
-    """Files open at once; a checkpoint may have one per rank that wrote it."""
+    """Files open at the same time; a checkpoint may have one per rank that wrote it."""
 
     def __init__(self, directory: Path) -> None:
         """Read the description of the checkpoint, never running code that a pickle names.
 
         Raises:
-            CheckpointError: no such checkpoint, or one that did not finish.
+            CheckpointError: no such checkpoint, or an incomplete one.
         """
         self.directory = directory
         self._files: dict[Path, io.FileIO] = {}
@@ -113,11 +113,11 @@ class DcpReader:
                 plain_name(info.relative_path, f"{path}: relative_path of a tensor")
             _check_sizes(tensors.values())
         except FileNotFoundError as error:
-            raise CheckpointError(f"{directory}: no {METADATA_FILE}, so this is no finished torch_dist checkpoint; "
-                                  "give a directory that a save or conversion completed") from error
+            raise CheckpointError(f"{directory}: no {METADATA_FILE}, so this is not a complete torch_dist checkpoint; "
+                                  "give a directory that a save or conversion has finished") from error
         except CheckpointError:
             raise
-        except Exception as error:  # a damaged pickle ends in errors of every kind
+        except Exception as error:  # a damaged pickle raises errors of every kind
             raise CheckpointError(f"{path}: not readable as torch_dist metadata ({error}); "
                                   "is the file complete?") from error
         self._tensors = {key: value for key, value in tensors.items() if isinstance(value, TensorStorageMetadata)}
@@ -140,11 +140,11 @@ class DcpReader:
         return tuple(self._tensors[key].size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Dtype that is stored."""
+        """Stored dtype."""
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, index: int | None = None) -> Tensor:
-        """The whole tensor, or its slice `index` along the first axis, put together from the chunks that hold it.
+        """The whole tensor, or its slice `index` along the first axis, assembled from its chunks.
 
         Raises:
             CheckpointError: a file or chunk is missing, short or does not fit its description.
@@ -156,9 +156,9 @@ class DcpReader:
         chunks = [chunk for chunk in entry.chunks if index is None or chunk.has(index)]
         covered = sum(math.prod(chunk.sizes[first:]) for chunk in chunks)
         if covered != math.prod(whole_size):
-            raise CheckpointError(f"{self.directory}: {key}: chunks hold {covered} of {math.prod(whole_size)} numbers; "
-                                  "was a rank's file lost? Take another checkpoint")
-        for chunk in chunks:  # before there is memory for what they promise
+            raise CheckpointError(f"{self.directory}: {key}: chunks hold {covered} of {math.prod(whole_size)} "
+                                  "elements; was a rank's file lost? Take another checkpoint")
+        for chunk in chunks:  # checked before memory is allocated for the sizes that they claim
             with self._record(key, chunk):
                 pass
         whole = torch.empty(whole_size, dtype=entry.properties.dtype)
@@ -169,10 +169,10 @@ class DcpReader:
             view.copy_(stored if index is None else stored[index - chunk.offsets[0]])
         return whole
 
-    def runs(self, key: str, index: int | None = None) -> list[Run] | None:
-        """Where the bytes of what `read` would give lie, in their order; null: not row by row in the files.
+    def byte_ranges(self, key: str, index: int | None = None) -> list[ByteRange] | None:
+        """The ranges of the tensor that `read` would return, in order; None if the files do not hold it row by row.
 
-        To be used before the next call, which may close some of the files.
+        Valid until the next call, which may close some of the files.
 
         Raises:
             CheckpointError: as `read`.
@@ -182,22 +182,22 @@ class DcpReader:
                         key=lambda chunk: tuple(chunk.offsets[:1]))
         if len(chunks) > self._MOST_OPEN or any(chunk.sizes[1:] != entry.size[1:] for chunk in chunks):
             return None
-        found: list[Run] = []
+        ranges: list[ByteRange] = []
         covered = 0
         for chunk in chunks:
             first, rows = (chunk.offsets[0], chunk.sizes[0]) if chunk.sizes else (0, 1)
             described = self._load(key, chunk, "meta")
             with self._record(key, chunk) as record:
-                run = record.numbers(described)
-            if run is None or (index is None and first != covered):
+                data = record.data_range(described)
+            if data is None or (index is None and first != covered):
                 return None
-            width = run.length // max(1, rows)
-            found.append(run if index is None else run.part((index - first) * width, width))
+            row_bytes = data.length // max(1, rows)
+            ranges.append(data if index is None else data.part((index - first) * row_bytes, row_bytes))
             covered += rows if index is None else 1
-        return found if covered == (entry.size[0] if index is None and entry.size else 1) else None
+        return ranges if covered == (entry.size[0] if index is None and entry.size else 1) else None
 
     def _load(self, key: str, chunk: ChunkStorageMetadata, device: Literal["cpu", "meta"]) -> Tensor:
-        """One stored piece of a tensor, on `meta` without its numbers."""
+        """One stored chunk of a tensor; on `meta` without its data."""
         with self._record(key, chunk) as record:
             tensor = record.load(device)
         if tensor.shape != chunk.sizes or tensor.dtype != self.dtype(key):
@@ -207,17 +207,17 @@ class DcpReader:
 
     @contextmanager
     def _record(self, key: str, chunk: ChunkStorageMetadata) -> Iterator[TorchRecord]:
-        """Where a piece of a tensor is stored; what reading it raises is a CheckpointError that says so."""
+        """The record of one chunk; errors while reading it become CheckpointErrors that name the tensor."""
         info = self._storage.get((key, tuple(chunk.offsets)))
         if info is None or info.transform_descriptors:
-            raise CheckpointError(f"{self.directory}: {key}: a piece is not stored, or is compressed; "
+            raise CheckpointError(f"{self.directory}: {key}: a chunk is not stored, or is compressed; "
                                   "write it as plain torch_dist")
         entry = self._tensors[key]
         ends = (offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
         if math.prod(chunk.sizes) * entry.properties.dtype.itemsize > info.length or len(chunk.sizes) != len(
                 entry.size) or any(end > size for end, size in zip(ends, entry.size, strict=True)):
-            raise CheckpointError(f"{self.directory}: {key}: a piece of {list(chunk.sizes)} numbers from "
-                                  f"{list(chunk.offsets)} on cannot be in {info.length} bytes of a tensor of "
+            raise CheckpointError(f"{self.directory}: {key}: a chunk of {list(chunk.sizes)} elements at "
+                                  f"{list(chunk.offsets)} cannot be in {info.length} bytes of a tensor of "
                                   f"{list(entry.size)}; take another checkpoint")
         path = self.directory / info.relative_path
         try:
@@ -226,14 +226,14 @@ class DcpReader:
                 raise CheckpointError(f"{path}: truncated: {key} ends at byte {info.offset + info.length}; "
                                       "take another checkpoint")
             yield TorchRecord(file, info.offset, info.length)
-        except Exception as error:  # a damaged record ends in errors of every kind
+        except Exception as error:  # a damaged record raises errors of every kind
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path}: {key} is not readable ({first_line(error).split('. ')[0]}); "
                                   "take another checkpoint") from error
 
     def _open(self, path: Path) -> io.FileIO:
-        """The file, open until many others have been opened since."""
+        """The file, kept open until _MOST_OPEN others have been opened."""
         file = self._files.pop(path, None) or open_regular(path)
         self._files[path] = file
         if len(self._files) > self._MOST_OPEN:
@@ -242,9 +242,9 @@ class DcpReader:
 
 
 def _check_sizes(tensors: Iterable[object]) -> None:
-    """No size is negative, so that none is read as another; raises ValueError."""
+    """Raise ValueError for a negative size."""
     for tensor in tensors:
         if isinstance(tensor, TensorStorageMetadata):
-            numbers = [*tensor.size, *(number for chunk in tensor.chunks for number in (*chunk.sizes, *chunk.offsets))]
-            if min(numbers, default=0) < 0:
+            sizes = [*tensor.size, *(size for chunk in tensor.chunks for size in (*chunk.sizes, *chunk.offsets))]
+            if min(sizes, default=0) < 0:
                 raise ValueError("a tensor has a negative size")

@@ -1,7 +1,7 @@
-"""What describes a `torch_dist` checkpoint, its file `.metadata`: a pickle of torch.distributed.checkpoint's classes.
+"""The description of a `torch_dist` checkpoint, `.metadata`: a pickle of torch.distributed.checkpoint's classes.
 
-It is read without them: importing that package takes three seconds of a processor, twice what torch itself takes, and a
-checkpoint from elsewhere must not be able to run code.
+It is read without them: importing that package takes three seconds of processor time, twice as long as torch itself,
+and a checkpoint from elsewhere must not be able to run code.
 """
 
 import io
@@ -22,18 +22,18 @@ _BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
 
 
 class ChunkStorageMetadata:
-    """A piece of a tensor that is stored by itself."""
+    """A chunk of a tensor that is stored separately."""
 
     offsets: torch.Size
     sizes: torch.Size
 
     def has(self, index: int) -> bool:
-        """Whether it holds some of slice `index` along the first axis."""
+        """Whether the chunk holds a part of slice `index` along the first axis."""
         return self.offsets[0] <= index < self.offsets[0] + self.sizes[0]
 
 
 class TensorProperties:
-    """Its state is a tuple."""
+    """Dtype of a tensor, from a pickled tuple."""
 
     dtype: torch.dtype
 
@@ -42,7 +42,7 @@ class TensorProperties:
 
 
 class TensorStorageMetadata:
-    """A tensor: of what kind it is and which pieces it is in."""
+    """A tensor: its dtype, its size and its chunks."""
 
     properties: TensorProperties
     size: torch.Size
@@ -50,20 +50,20 @@ class TensorStorageMetadata:
 
 
 class MetadataIndex:
-    """Names a piece."""
+    """Name of a chunk: its tensor's key and its offset."""
 
     fqn: str
     offset: torch.Size | None = None
 
 
 class StorageInfo:
-    """Where a piece lies."""
+    """Location of a chunk: file, offset and length in bytes."""
 
     relative_path: str
     offset: int
     length: int
     transform_descriptors: ClassVar[Any] = None
-    """Absent from the pickle where there are none, as a rule."""
+    """Usually absent from the pickle if there are none."""
 
 
 class Metadata:
@@ -74,8 +74,8 @@ class Metadata:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One piece of a tensor that was written."""
+class WrittenChunk:
+    """One chunk of a tensor that was written."""
 
     offsets: torch.Size
     sizes: torch.Size
@@ -90,23 +90,23 @@ class WrittenTensor:
 
     dtype: torch.dtype
     size: torch.Size
-    pieces: list[Piece] = field(default_factory=list)
+    chunks: list[WrittenChunk] = field(default_factory=list)
 
 
 def write_description(directory: Path, file: str, tensors: Mapping[str, WrittenTensor]) -> None:
-    """Write the files that make a checkpoint of `file`, synced to the disk; `.metadata` last."""
+    """Write the files that turn `file` into a checkpoint and sync them to the disk; `.metadata` last."""
     from torch.distributed.checkpoint import filesystem
     from torch.distributed.checkpoint import metadata as dcp
 
     described: dict[str, dcp.STORAGE_TYPES] = {}
     storage: dict[dcp.MetadataIndex, Any] = {}
     for key, tensor in tensors.items():
-        chunks = [dcp.ChunkStorageMetadata(offsets=piece.offsets, sizes=piece.sizes) for piece in tensor.pieces]
+        chunks = [dcp.ChunkStorageMetadata(offsets=chunk.offsets, sizes=chunk.sizes) for chunk in tensor.chunks]
         described[key] = dcp.TensorStorageMetadata(
             properties=dcp.TensorProperties(dtype=tensor.dtype), size=tensor.size, chunks=chunks)
-        for number, piece in enumerate(tensor.pieces):
-            storage[dcp.MetadataIndex(key, piece.offsets, number)] = filesystem._StorageInfo(
-                relative_path=file, offset=piece.start, length=piece.length)
+        for index, chunk in enumerate(tensor.chunks):
+            storage[dcp.MetadataIndex(key, chunk.offsets, index)] = filesystem._StorageInfo(
+                relative_path=file, offset=chunk.start, length=chunk.length)
     metadata = dcp.Metadata(state_dict_metadata=described, planner_data={key: (key,) for key in described},
                             storage_data=storage, storage_meta=dcp.StorageMeta())
     common = io.BytesIO()
@@ -120,7 +120,7 @@ def write_description(directory: Path, file: str, tensors: Mapping[str, WrittenT
 
 
 class MetadataUnpickler(NoCodeUnpickler):
-    """Builds the classes above and nothing else."""
+    """Unpickler of the classes above and nothing else."""
 
     CLASSES: ClassVar[Mapping[str, Any]] = {
         "Metadata": Metadata, "TensorStorageMetadata": TensorStorageMetadata, "TensorProperties": TensorProperties,

@@ -38,7 +38,7 @@ BERT = Family(
         Rename("decoder.layers.*.post_mlp_layernorm.bias",
                "bert.encoder.layer.*.output.LayerNorm.bias", "hidden_size"),
     ),
-    carried=("bert.pooler.*", "bert.embeddings.position_ids", "cls.*", "classifier.*", "qa_outputs.*"),
+    passthrough=("bert.pooler.*", "bert.embeddings.position_ids", "cls.*", "classifier.*", "qa_outputs.*"),
     tied=(("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),),
     old_endings=((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")),
 )

@@ -1,4 +1,4 @@
-"""A family's weight table, and the questions asked of it: which row makes this parameter, is this tensor carried."""
+"""A family's weight table: rules, tensors that pass through a conversion, and names on both sides."""
 
 import re
 from collections.abc import Iterator
@@ -10,34 +10,34 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape
 
 LAYER_PATTERN = re.compile(r"\.layers\.(\d+)\.")
-"""The layer number in one of our names."""
+"""The layer in one of our names."""
 EXPERT_PATTERN = re.compile(r"\.local_experts\.(\d+)\.")
-"""The expert's number, counted over the whole layer, in one of our names."""
+"""The expert, counted over the whole layer, in one of our names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How the weights of one `model_type` are named and laid out, on both sides."""
+    """Names and layouts of the weights of one `model_type`, on both sides."""
 
     name: str
     """`model_type` of config.json."""
     prefix: str
-    """Of the backbone's tensors in a model with a head; a bare backbone stores the same names without it."""
+    """Prefix of the backbone's tensors in a model with a head; a bare backbone stores the same names without it."""
     rules: tuple[Transform, ...]
-    carried: tuple[str, ...]
-    """Shell patterns of tensors that no layer of ours uses; they pass through a conversion untouched."""
+    passthrough: tuple[str, ...]
+    """Shell patterns of tensors that no layer of ours uses; a conversion copies them unchanged."""
     tied: tuple[tuple[str, str], ...] = ()
     """(head, embedding) pairs that share one tensor when `tie_word_embeddings` is true."""
     old_endings: tuple[tuple[str, str], ...] = ()
-    """(old, new) ends of names that Transformers renames when it loads them."""
+    """(old, new) endings of names that Transformers renames when it loads them."""
     fused_norms: tuple[tuple[str, str], ...] = ()
     """(norm, name under the linear behind it) that checkpoints store, the way Transformer Engine's fused modules name
     them (Megatron-Core's `sharded_state_dict` renames them so): CPU and GPU layers read each other's checkpoints."""
 
-    def rows(self, shape: ModelShape) -> Iterator[tuple[Transform, Context]]:
-        """Every row with every layer and expert it applies to: outside the layers first, then layer by layer.
+    def applied_rules(self, shape: ModelShape) -> Iterator[tuple[Transform, Context]]:
+        """Every rule with every layer and expert it applies to: outside the layers first, then layer by layer.
 
-        Rows of biases that this model does not have are left out.
+        Rules for biases that this model does not have are skipped.
         """
         rules = [rule for rule in self.rules if not _is_missing_bias(rule.ours, shape)]
         for rule in rules:
@@ -50,10 +50,10 @@ class Family:
                         yield rule, Context(shape=shape, layer=layer, expert=expert)
 
     def rule_for(self, name: str) -> tuple[Transform, int | None, int | None]:
-        """The row that makes our parameter `name`, its layer number and its expert number.
+        """The rule that makes our parameter `name`, with its layer and its expert.
 
         Raises:
-            CheckpointError: no row makes it.
+            CheckpointError: no rule makes it.
         """
         layer, expert = LAYER_PATTERN.search(name), EXPERT_PATTERN.search(name)
         pattern = LAYER_PATTERN.sub(".layers.*.", name, count=1)
@@ -61,25 +61,25 @@ class Family:
         for rule in self.rules:
             if rule.ours == pattern:
                 return rule, int(layer.group(1)) if layer else None, int(expert.group(1)) if expert else None
-        raise CheckpointError(f"{name}: no row of the {self.name} weight table makes this parameter; "
+        raise CheckpointError(f"{name}: no rule of the {self.name} weight table makes this parameter; "
                               f"add one to megatron_embed/convert/tables/{self.name.replace('-', '_')}.py")
 
-    def is_carried(self, name: str) -> bool:
-        """Whether the tensor of this full Hugging Face name passes through untouched."""
-        return any(fnmatchcase(name, pattern) for pattern in self.carried)
+    def is_passthrough(self, name: str) -> bool:
+        """Whether a conversion copies the tensor of this full Hugging Face name unchanged."""
+        return any(fnmatchcase(name, pattern) for pattern in self.passthrough)
 
     def full_name(self, stored: str, *, prefixed: bool) -> str:
-        """Name of the tables for a tensor as its file calls it; `prefixed`: the file uses the prefix."""
+        """Full name, as in the tables, of a tensor by its name in the file; `prefixed`: the file uses the prefix."""
         for old, new in self.old_endings:
             if stored.endswith(old):
                 stored = stored.removesuffix(old) + new
-        return stored if prefixed or self.is_carried(stored) else self.prefix + stored
+        return stored if prefixed or self.is_passthrough(stored) else self.prefix + stored
 
-    def checkpoint_place(self, name: str) -> tuple[str, int | None]:
+    def checkpoint_key(self, name: str) -> tuple[str, int | None]:
         """Key of our parameter in a torch_dist checkpoint, and its index along that tensor's first axis.
 
-        The experts of a layer are one tensor with an axis of experts in front, so that they reshard over ranks; the
-        index is null for everything else, which is stored whole.
+        The experts of a layer are one tensor whose first axis counts them, so that they can be resharded over ranks;
+        the index is None for every other parameter, which is a whole tensor.
         """
         for norm, stored in self.fused_norms:
             name = name.replace(norm, stored)

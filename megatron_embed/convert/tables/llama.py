@@ -28,7 +28,8 @@ LLAMA = Family(
         Rename("decoder.final_layernorm.weight", "model.norm.weight", "hidden_size"),
     ),
     # Files of Llama 1 and 2 hold the rotary frequencies, which config.json gives.
-    carried=("lm_head.*", "score.*", "classifier.*", "qa_outputs.*", "model.layers.*.self_attn.rotary_emb.inv_freq"),
+    passthrough=("lm_head.*", "score.*", "classifier.*", "qa_outputs.*",
+                 "model.layers.*.self_attn.rotary_emb.inv_freq"),
     tied=(("lm_head.weight", "model.embed_tokens.weight"),),
     fused_norms=((".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
                  (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")),

@@ -15,7 +15,7 @@ QWEN3_MOE = Family(
         Rename("decoder.layers.*.mlp.experts.local_experts.#.linear_fc2.weight",
                "model.layers.*.mlp.experts.#.down_proj.weight", "hidden_size moe_ffn_hidden_size", shard_dim=1),
     ),
-    carried=QWEN3.carried,
+    passthrough=QWEN3.passthrough,
     tied=QWEN3.tied,
     # The norm before the experts stays apart: no linear follows it directly.
     fused_norms=QWEN3.fused_norms[:1],

@@ -9,7 +9,7 @@ ROBERTA = replace(
     name="roberta",
     prefix="roberta.",
     rules=tuple(replace(rule, hf=rule.hf.replace("bert.", "roberta.", 1)) for rule in BERT.rules),
-    carried=("roberta.pooler.*", "roberta.embeddings.position_ids", "lm_head.*", "classifier.*", "qa_outputs.*"),
+    passthrough=("roberta.pooler.*", "roberta.embeddings.position_ids", "lm_head.*", "classifier.*", "qa_outputs.*"),
     tied=(("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),),
 )
 XLM_ROBERTA = replace(ROBERTA, name="xlm-roberta")

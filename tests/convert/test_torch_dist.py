@@ -39,11 +39,11 @@ def read_all(directory):
         return tensors
 
 
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
     for key, tensor in expected.items():
-        assert found[key].dtype == tensor.dtype
-        assert torch.equal(found[key], tensor), key
+        assert actual[key].dtype == tensor.dtype
+        assert torch.equal(actual[key], tensor), key
 
 
 def test_own_round_trip(tmp_path):
@@ -67,16 +67,16 @@ def test_a_view_is_written_without_the_storage_behind_it(tmp_path):
     assert (tmp_path / "x" / "__0_0.distcp").stat().st_size < 10_000
 
 
-def test_an_unfinished_checkpoint_is_none(tmp_path):
+def test_an_incomplete_checkpoint_is_refused(tmp_path):
     tmp_path.joinpath("x").mkdir()
     with pytest.raises(AssertionError, match="added twice"), DcpWriter(tmp_path / "x") as writer:
         for _ in range(2):
             writer.add("a", torch.zeros(2))
-    with pytest.raises(CheckpointError, match=r"no \.metadata, so this is no finished torch_dist checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no \.metadata, so this is not a complete torch_dist checkpoint"):
         DcpReader(tmp_path / "x")
 
 
-def test_a_full_disk_is_what_it_is(tmp_path):
+def test_a_full_disk_is_reported_as_such(tmp_path):
     """Also where torch writes: the limit stops the second tensor's description."""
     import resource
 
@@ -86,7 +86,7 @@ def test_a_full_disk_is_what_it_is(tmp_path):
         writer.add("a", torch.zeros(1000))
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-            writer.place("b", torch.float32, (1000,))
+            writer.reserve("b", torch.float32, (1000,))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -104,7 +104,7 @@ def test_torch_loads_ours(tmp_path):
 
 
 def megatron_load(directory):
-    """Each rank its half of a tensor's columns, rows of a padded one, and the rest whole."""
+    """Load on each rank half of a tensor's columns, its rows of a padded tensor, and another tensor whole."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
@@ -153,41 +153,42 @@ def test_ours_reads_what_torch_saved_on_two_ranks(tmp_path):
     run_on_ranks(save_with_torch, 2, tmp_path / "x")
     assert len(list((tmp_path / "x").glob("*.distcp"))) == 2
     tensors = some_tensors()
-    found = read_all(tmp_path / "x")
-    assert_equal(found, {"model.rows": tensors["model.a.weight"], "model.columns": tensors["model.a.weight"],
-                         "model.uneven": tensors["model.ids"], "model.whole": tensors["model.a.bias"],
-                         "model.cube": torch.ones(2, 4, 3)})
+    assert_equal(read_all(tmp_path / "x"), {
+        "model.rows": tensors["model.a.weight"], "model.columns": tensors["model.a.weight"],
+        "model.uneven": tensors["model.ids"], "model.whole": tensors["model.a.bias"],
+        "model.cube": torch.ones(2, 4, 3)})
 
 
-def bytes_at(runs):
-    return b"".join(os.pread(run.file.fileno(), run.length, run.start) for run in runs)
+def bytes_at(ranges):
+    return b"".join(os.pread(part.file.fileno(), part.length, part.start) for part in ranges)
 
 
-def test_where_the_numbers_lie(tmp_path):
-    """Of what we wrote, and of what torch saved on two ranks: row by row, or nowhere."""
+def test_byte_ranges_hold_the_tensors(tmp_path):
+    """Ranges of what we wrote and of what torch saved on two ranks; None for tensors that are not stored by rows."""
     tensors = {**some_tensors(), "model.large": torch.randn(300, 100), "model.none": torch.zeros(0, 3)}
     with DcpReader(write(tmp_path / "ours", tensors)) as reader:
-        assert {key: bytes_at(reader.runs(key)) for key in tensors} == {
+        assert {key: bytes_at(reader.byte_ranges(key)) for key in tensors} == {
             key: bytes(bytes_of(tensor)) for key, tensor in tensors.items()}
-        assert bytes_at(reader.runs("model.a.weight", 3)) == bytes(bytes_of(tensors["model.a.weight"][3]))
+        assert bytes_at(reader.byte_ranges("model.a.weight", 3)) == bytes(bytes_of(tensors["model.a.weight"][3]))
     run_on_ranks(save_with_torch, 2, tmp_path / "x")
     with DcpReader(tmp_path / "x") as reader:
-        for key, pieces in (("model.rows", 2), ("model.uneven", 2), ("model.whole", 1)):
-            runs = reader.runs(key)
-            assert len(runs) == pieces
-            assert bytes_at(runs) == bytes(bytes_of(reader.read(key)))
-        assert reader.runs("model.columns") is None
-        assert reader.runs("model.cube") is None
-        assert bytes_at(reader.runs("model.rows", 8)) == bytes(bytes_of(tensors["model.a.weight"][8]))
+        for key, chunks in (("model.rows", 2), ("model.uneven", 2), ("model.whole", 1)):
+            ranges = reader.byte_ranges(key)
+            assert len(ranges) == chunks
+            assert bytes_at(ranges) == bytes(bytes_of(reader.read(key)))
+        assert reader.byte_ranges("model.columns") is None
+        assert reader.byte_ranges("model.cube") is None
+        assert bytes_at(reader.byte_ranges("model.rows", 8)) == bytes(bytes_of(tensors["model.a.weight"][8]))
 
 
-def test_numbers_that_are_not_row_by_row_have_no_place(tmp_path):
-    """A transposed tensor is saved with its strides; `read` knows what to make of them."""
+def test_a_transposed_tensor_has_no_byte_range(tmp_path):
+    """It is saved with its strides, which `read` handles."""
     torch_dcp.save({"a": torch.randn(4, 6).t(), "b": torch.ones(3)}, checkpoint_id=tmp_path / "x", no_dist=True)
     with DcpReader(tmp_path / "x") as reader:
-        assert reader.runs("b") is not None
+        assert reader.byte_ranges("b") is not None
         stored = reader.read("a")
-        assert reader.runs("a") is None or bytes_at(reader.runs("a")) == bytes(bytes_of(stored.contiguous()))
+        ranges = reader.byte_ranges("a")
+        assert ranges is None or bytes_at(ranges) == bytes(bytes_of(stored.contiguous()))
 
 
 def test_a_tensor_of_many_slices_is_found_slice_by_slice(tmp_path):
@@ -197,8 +198,9 @@ def test_a_tensor_of_many_slices_is_found_slice_by_slice(tmp_path):
         for index in torch.randperm(100).tolist():
             writer.add("experts", tensors[index], index=index, count=100)
     with DcpReader(tmp_path / "x") as reader:
-        assert all(bytes_at(reader.runs("experts", index)) == bytes(bytes_of(tensors[index])) for index in range(100))
-        assert reader.runs("experts") is None  # more pieces than files may be open
+        assert all(bytes_at(reader.byte_ranges("experts", index)) == bytes(bytes_of(tensors[index]))
+                   for index in range(100))
+        assert reader.byte_ranges("experts") is None  # more chunks than files may be open
         assert torch.equal(reader.read("experts"), tensors)
 
 
@@ -225,7 +227,7 @@ def change_metadata(directory, change):
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def forget_piece(metadata):
+def forget_chunk(metadata):
     metadata.storage_data.clear()
 
 
@@ -234,7 +236,7 @@ def claim_more_rows(metadata):
     entry.size = torch.Size([4, 3])
 
 
-def claim_huge_piece(metadata):
+def claim_huge_chunk(metadata):
     entry = metadata.state_dict_metadata["a"]
     entry.size = entry.chunks[0].sizes = torch.Size([10**6, 10**6])
 
@@ -247,9 +249,9 @@ def claim_dtype(metadata):
     (lambda path: (path / "__0_0.distcp").unlink(), "a is not readable .*No such file"),
     (lambda path: os.truncate(path / "__0_0.distcp", 30), "truncated: a ends at byte"),
     (lambda path: (path / "__0_0.distcp").write_bytes(b"\0" * 9999), "a is not readable"),
-    (lambda path: change_metadata(path, forget_piece), "a: a piece is not stored"),
-    (lambda path: change_metadata(path, claim_more_rows), "chunks hold 6 of 12 numbers"),
-    (lambda path: change_metadata(path, claim_huge_piece), r"a piece of \[1000000, 1000000\] numbers .* cannot be in"),
+    (lambda path: change_metadata(path, forget_chunk), "a: a chunk is not stored"),
+    (lambda path: change_metadata(path, claim_more_rows), "chunks hold 6 of 12 elements"),
+    (lambda path: change_metadata(path, claim_huge_chunk), r"a chunk of \[1000000, 1000000\] elements .* cannot be in"),
     (lambda path: change_metadata(path, claim_dtype), "found torch.float32 .* described as torch.float16"),
 ])
 def test_damage_is_refused(damage, match, tmp_path):

@@ -1,11 +1,11 @@
-"""Names of adapted linear layers: what `lora.target_modules` may say, and what PEFT is told."""
+"""Names of linear modules with adapters: values of `lora.target_modules`, and PEFT's `target_modules`."""
 
 import re
 
 import pytest
 import transformers
 
-from megatron_embed.convert.adapters import linear_rules, parts_by_linear, peft_targets, resolve_modules
+from megatron_embed.convert.adapter_names import linear_rules, parts_by_linear, peft_targets, resolve_modules
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import ConfigError
 from tests.helpers.toys import BERT, QWEN3
@@ -28,7 +28,7 @@ def test_targets_are_ends_of_names():
     ("qwen3", "q_norm", "names no linear layer"), ("bert", "q_proj", "known: dense, key, query, value, all-linear"),
     ("bert", "pooler.dense", "names no linear layer"),
     ("qwen3_moe", "gate_proj", "cannot load adapters without up_proj; add it")])
-def test_what_names_nothing_is_refused(family, target, words):
+def test_targets_that_match_no_layer_are_refused(family, target, words):
     with pytest.raises(ConfigError, match=words):
         resolve_modules(rules_for(family), [target], "k")
 
@@ -45,6 +45,6 @@ def test_peft_adapts_the_same_layers(kind, targets):
     family = rules_for(kind)
     modules = resolve_modules(family, targets, "k")
     peft = get_peft_model(model, LoraConfig(r=2, target_modules=peft_targets(family, modules)))
-    found = {re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model.").removesuffix(".lora_A"))
-             for name, _ in peft.named_modules() if name.endswith(".lora_A")}
-    assert {family.prefix + name for name in found} == set(modules)
+    adapted = {re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model.").removesuffix(".lora_A"))
+               for name, _ in peft.named_modules() if name.endswith(".lora_A")}
+    assert {family.prefix + name for name in adapted} == set(modules)

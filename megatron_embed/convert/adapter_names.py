@@ -1,4 +1,4 @@
-"""Which linear layers of a family may have adapters, under which names, and each adapter's tensors on both sides.
+"""Names of LoRA adapters: the linear layers that may have them, and each adapter's tensors on both sides.
 
 All of it follows from the family's weight table.
 """
@@ -23,39 +23,38 @@ class AdapterTensor:
     """One matrix of one adapter."""
 
     ours: str
-    """Our parameter's name, layers and experts counted over the whole model."""
+    """Our parameter's name; layers and experts are counted over the whole model."""
     module: str
     """Full Hugging Face name of the linear layer."""
     matrix: Literal["A", "B"]
     shape: tuple[int, int]
     shard_dim: int | None
-    """Dimension split over tensor-parallel ranks (in experts, expert-tensor-parallel ones); null: all hold it whole."""
+    """Dimension split over tensor-parallel ranks (expert-tensor-parallel ones for an expert); None: replicated."""
     is_expert: bool
 
 
 def linear_rules(family: Family) -> dict[str, Transform]:
-    """Hugging Face name of every linear layer inside the layers (`*` the layer, `#` the expert) -> its table row."""
+    """Hugging Face name of every linear module inside the layers (`*` the layer, `#` the expert) -> its rule."""
     return {name.removesuffix(".weight"): rule for rule in family.rules if _LINEAR.search(rule.ours)
             for name in expand_braces(rule.hf)}
 
 
 def resolve_modules(family: Family, targets: Sequence[str], key: str) -> tuple[str, ...]:
-    """The linear layers that `targets` name, in the table's order: whole names or ends of them, as PEFT reads them.
+    """The linear modules that `targets` name, in the table's order: full names or endings, as in PEFT.
 
     Raises:
-        ConfigError: beginning with `key`: a target names no linear layer, or experts whose gate would have an adapter
-            and whose other half would not.
+        ConfigError: beginning with `key`: a target names no linear module, or only one of gate and up of experts.
     """
     known = linear_rules(family)
     chosen: set[str] = set()
     for target in targets:
-        found = {name for name in known if target == ALL_LINEAR or name == target or name.endswith(f".{target}")}
-        if not found:
+        matches = {name for name in known if target == ALL_LINEAR or name == target or name.endswith(f".{target}")}
+        if not matches:
             names = sorted({name.rsplit(".", 1)[-1] for name in known})
             raise ConfigError(f"{key} = {list(targets)}: {target!r} names no linear layer of a {family.name} model; "
-                              f"known: {', '.join(names)}, {ALL_LINEAR}, or longer ends such as "
+                              f"known: {', '.join(names)}, {ALL_LINEAR}, or longer endings such as "
                               f"{_ending(next(iter(known)))}")
-        chosen |= found
+        chosen |= matches
     modules = tuple(name for name in known if name in chosen)
     for rule in {known[name]: None for name in modules}:
         names = [name.removesuffix(".weight") for name in expand_braces(rule.hf)]
@@ -80,35 +79,35 @@ def parts_by_linear(family: Family, modules: Sequence[str]) -> dict[str, tuple[s
 def adapter_tensors(family: Family, shape: ModelShape, modules: Sequence[str], rank: int) -> Iterator[AdapterTensor]:
     """Every matrix of the adapters on `modules`, layer by layer."""
     known = linear_rules(family)
-    for rule, context in family.rows(shape):
+    for rule, context in family.applied_rules(shape):
         names = [name.removesuffix(".weight") for name in expand_braces(rule.hf)]
         for name, words in zip(names, rule.hf_shapes(), strict=True):
             if known.get(name) is not rule or name not in modules:
                 continue
             outputs, inputs = context.sizes(words)
             linear = f"{context.name(rule.ours).removesuffix('.weight')}.lora.{_leaf(name)}"
-            row = isinstance(rule, Rename) and rule.shard_dim == 1
+            row_parallel = isinstance(rule, Rename) and rule.shard_dim == 1
             yield AdapterTensor(ours=f"{linear}.A", module=context.name(name), matrix="A", shape=(rank, inputs),
-                                shard_dim=1 if row else None, is_expert=rule.is_expert)
+                                shard_dim=1 if row_parallel else None, is_expert=rule.is_expert)
             yield AdapterTensor(ours=f"{linear}.B", module=context.name(name), matrix="B", shape=(outputs, rank),
-                                shard_dim=None if row else 0, is_expert=rule.is_expert)
+                                shard_dim=None if row_parallel else 0, is_expert=rule.is_expert)
 
 
 def peft_targets(family: Family, modules: Sequence[str]) -> list[str]:
-    """PEFT's `target_modules` for exactly these modules: the shortest ends of their names that fit no other linear."""
+    """PEFT's `target_modules` for exactly these modules: the shortest endings that match no other linear module."""
     heads = ("pooler.dense", "classifier", "classifier.dense", "cls.predictions.transform.dense", "lm_head", "score")
     others = [*(name for name in linear_rules(family) if name not in modules), *heads]
     targets = []
     for module in modules:
         words = re.split(r"\.\*\.|\.#\.", module)[-1].split(".")
-        ends = [".".join(words[-length:]) for length in range(1, len(words) + 1)]
-        fitting = [end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)]
-        targets.append(fitting[0] if fitting else ends[-1])
+        endings = [".".join(words[-length:]) for length in range(1, len(words) + 1)]
+        unique = [ending for ending in endings if not any(f".{other}".endswith(f".{ending}") for other in others)]
+        targets.append(unique[0] if unique else endings[-1])
     return sorted(set(targets))
 
 
-def settings_of(values: Mapping[str, object]) -> AdapterSettings:
-    """Settings as `dataclasses.asdict` and JSON leave them, whole again. Raises TypeError if they are not."""
+def adapter_settings(values: Mapping[str, object]) -> AdapterSettings:
+    """AdapterSettings from `dataclasses.asdict` or JSON. Raises TypeError for other fields."""
     modules = values["modules"]
     if not isinstance(modules, list | tuple):
         raise TypeError(f"modules = {modules!r}")

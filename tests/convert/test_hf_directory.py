@@ -1,4 +1,4 @@
-"""What a Hugging Face directory may look like, and each way in which it may not."""
+"""Hugging Face directories: reading valid ones, and refusing each kind of invalid one."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_embed.convert.hf_directory import INDEX_FILE, HFDirectory, is_hf_directory
+from megatron_embed.convert.hf_directory import INDEX_FILE, HFDirectory
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter
 from megatron_embed.errors import CheckpointError
 from tests.helpers.convert_toys import MINILM, edit_config, edit_tensors, save_toy, tensors_of
@@ -18,15 +18,16 @@ from tests.helpers.convert_toys import MINILM, edit_config, edit_tensors, save_t
 def test_real_directory():
     with HFDirectory(MINILM) as source:
         assert (source.family.name, source.prefixed, source.dtype()) == ("bert", False, torch.float32)
-        assert source.carried == ("bert.embeddings.position_ids", "bert.pooler.dense.bias", "bert.pooler.dense.weight")
+        assert source.passthrough == (
+            "bert.embeddings.position_ids", "bert.pooler.dense.bias", "bert.pooler.dense.weight")
         assert len(source.stored_names) == 104
         assert source.stored_names["bert.embeddings.LayerNorm.bias"] == "embeddings.LayerNorm.bias"
 
 
 def test_reads_equal_safetensors_whole_and_in_slices(tmp_path):
     path = save_toy(tmp_path, "Qwen3ForCausalLM", shard="20KB", dtype=torch.bfloat16)
+    assert len(list(path.glob("*.safetensors"))) > 1
     with HFDirectory(path) as source:
-        assert len(source.weight_files()) > 1
         expected = tensors_of(path)
         for name, tensor in expected.items():
             assert torch.equal(source.read(name), tensor)
@@ -66,7 +67,7 @@ def append(file, data):
 def repeat_in_a_second_shard(path):
     """Two shards of which the second holds one tensor of the first again, as after a download of two revisions."""
     tensors = tensors_of(path)
-    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    first, second = (f"model-0000{shard}-of-00002.safetensors" for shard in (1, 2))
     (path / "model.safetensors").rename(path / first)
     save_file({"norm.weight": tensors["norm.weight"]}, path / second)
     weight_map = dict.fromkeys(tensors, first) | {"norm.weight": second}
@@ -83,7 +84,7 @@ REFUSALS = {
     "own code": (lambda path: edit_config(path, auto_map={"AutoModel": "modeling.X"}), "trust_remote_code"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "no model.safetensors and no .*index.json"),
     "only bin": (to_bin, r"only in pytorch_model.bin, a pickle .*AutoModel.from_pretrained\('.*'\).save_pretrained"),
-    "truncated": (shrink, r"model.safetensors: truncated: \d+ bytes, but its header promises \d+; fetch"),
+    "truncated": (shrink, r"model.safetensors: truncated: \d+ bytes, but its header describes \d+; fetch"),
     "empty file": (lambda path: (path / "model.safetensors").write_bytes(b""), "no readable header in 0 bytes"),
     "LFS pointer": (lambda path: (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
                     "no readable header in 42 bytes.*Git LFS"),
@@ -107,7 +108,7 @@ REFUSALS = {
     "tensor in two shards": (lambda path: repeat_in_a_second_shard(path),
                              r"model-00002-of-00002.safetensors: tensor norm.weight is also in model-00001-of-00002"),
     "bytes behind the tensors": (lambda path: append(path / "model.safetensors", b"\0" * 8),
-                                 r"model.safetensors: more than its tensors: \d+ bytes, but its header promises \d+"),
+                                 r"model.safetensors: more than its tensors: \d+ bytes, but its header describes \d+"),
     "index without map": (lambda path: add_index(path, lambda index, shard: index.pop("weight_map")),
                           "no usable weight_map"),
     "index leaves the directory": (
@@ -138,12 +139,12 @@ def test_a_tensor_under_its_old_and_its_new_name_is_refused(tmp_path):
 
 @pytest.mark.parametrize("header, match", [
     ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
-     '"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}', "a stands there twice"),
+     '"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}', "key a occurs twice"),
     ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
      '"b": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}}', "b begins at byte .*ends at byte"),
     ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
      '"b": {"dtype": "F32", "shape": [1], "data_offsets": [12, 16]}}', "b begins at byte .*ends at byte")])
-def test_headers_that_promise_a_byte_twice_or_never_are_refused(header, match, tmp_path):
+def test_headers_that_describe_a_byte_twice_or_never_are_refused(header, match, tmp_path):
     text = header.encode()
     (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 16)
     with pytest.raises(CheckpointError, match=match):
@@ -162,8 +163,8 @@ def test_an_entry_whose_bytes_do_not_fit_its_shape_is_refused(tmp_path):
 def test_written_files_are_aligned_for_mixed_dtypes_and_read_by_safetensors(tmp_path):
     tensors = {"half": torch.randn(3).bfloat16(), "flag": torch.tensor([True, False, True]), "ids": torch.arange(5),
                "full": torch.randn(2, 3), "none": torch.zeros(0, 4), "scalar": torch.tensor(2.5)}
-    announced = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with SafetensorsWriter(tmp_path / "x", announced) as writer:
+    declared = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with SafetensorsWriter(tmp_path / "x", declared) as writer:
         for name in reversed(tensors):
             writer.write(name, tensors[name])
     with safe_open(tmp_path / "x", "pt") as file:
@@ -190,7 +191,7 @@ def test_tensors_larger_than_one_system_call(tmp_path, monkeypatch):
 
 def test_a_wrong_tensor_is_not_written(tmp_path):
     writer = SafetensorsWriter(tmp_path / "x", [("a", torch.float32, (2,))])
-    with pytest.raises(ValueError, match="is not what was announced"):
+    with pytest.raises(ValueError, match="is not what was declared"):
         writer.write("a", torch.zeros(3))
     with pytest.raises(AssertionError, match="never written"):
         writer.__exit__(None)
@@ -201,8 +202,3 @@ def test_safetensors_files_without_metadata_are_read(tmp_path):
     file = SafetensorsFile(tmp_path / "x")
     assert torch.equal(file.read("a"), torch.ones(2))
     file.close()
-
-
-def test_is_hf_directory(tmp_path):
-    assert is_hf_directory(MINILM)
-    assert not is_hf_directory(tmp_path)

@@ -1,0 +1,121 @@
+"""Tensors of a reranker's head under Hugging Face's names: reading them from a model, writing them to an export.
+
+Our names (without `head.`): weight [1 or 2, hidden], bias [1], dense.weight [hidden, hidden], dense.bias [hidden].
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_embed.convert.checkpoint_directory import PassthroughFile
+from megatron_embed.convert.hf_directory import HFDirectory
+from megatron_embed.errors import CheckpointError
+from megatron_embed.names import HeadKind
+
+LM_HEAD = "lm_head.weight"
+_ROBERTA = {"weight": "classifier.out_proj.weight", "bias": "classifier.out_proj.bias",
+            "dense.weight": "classifier.dense.weight", "dense.bias": "classifier.dense.bias"}
+SCORE_NAMES: Mapping[str, Mapping[str, str]] = {
+    "bert": {"weight": "classifier.weight", "bias": "classifier.bias", "dense.weight": "bert.pooler.dense.weight",
+             "dense.bias": "bert.pooler.dense.bias"},
+    "roberta": _ROBERTA, "xlm-roberta": _ROBERTA}
+"""Family -> {our name: full name in *ForSequenceClassification}. Decoders: DECODER_SCORE."""
+DECODER_SCORE: Mapping[str, str] = {"weight": "score.weight"}
+_SAVED_MODULES: Mapping[str, tuple[str, ...]] = {
+    "bert": ("classifier", "pooler"), "roberta": ("classifier",), "xlm-roberta": ("classifier",)}
+CLASSES: Mapping[str, str] = {
+    "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "qwen2": "Qwen2", "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral"}
+"""Family -> beginning of the names of its Transformers classes."""
+_OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.")
+"""Prefixes of tensors that *ForSequenceClassification does not have, except those of its own head."""
+
+
+def score_names(family: str) -> Mapping[str, str]:
+    """Our names of a score head -> the family's Hugging Face names."""
+    return SCORE_NAMES.get(family, DECODER_SCORE)
+
+
+def saved_modules(family: str) -> list[str]:
+    """The modules that a score head consists of, as PEFT's `modules_to_save` names them."""
+    return list(_SAVED_MODULES.get(family, ("score",)))
+
+
+def read_head(source: HFDirectory | PassthroughFile, family: str, kind: HeadKind, token_ids: tuple[int, int] | None,
+              path: str) -> dict[str, Tensor]:
+    """The head's tensors that a model directory has, by our names; the others are new (or, yes_no, tied).
+
+    Args:
+        source: the directory's tensors.
+        token_ids: ids of yes and no.
+        path: the directory, for messages.
+    Raises:
+        CheckpointError: a yes_no head without lm_head, or a classifier with more than one output.
+    """
+    if kind == "yes_no":
+        if LM_HEAD not in source.passthrough:
+            raise CheckpointError(f"{path}: no {LM_HEAD}, and its word embeddings are not tied to one, so there are "
+                                  "no rows for yes and no; take a model with a language-model head, or reranker.head: "
+                                  "score")
+        assert token_ids is not None
+        rows = [source.read_slice(LM_HEAD, 0, token, token + 1) for token in token_ids]
+        return {"weight": torch.cat(rows)}
+    names = score_names(family)
+    if names["weight"] in source.passthrough and source.entry(names["weight"]).shape[0] != 1:
+        raise CheckpointError(f"{path}: {names['weight']} has {source.entry(names['weight']).shape[0]} outputs, but a "
+                              "reranker has one score; take a model with num_labels = 1, or one without a classifier")
+    return {ours: source.read(name) for ours, name in names.items() if name in source.passthrough}
+
+
+def architecture(family: str, kind: Literal["ForCausalLM", "ForSequenceClassification"]) -> str:
+    """Name of the Transformers class. Raises CheckpointError for a family without one."""
+    if family not in CLASSES or (kind == "ForCausalLM" and family in SCORE_NAMES):
+        raise CheckpointError(f"a {family} model has no {kind} export; use --format cross-encoder")
+    return CLASSES[family] + kind
+
+
+class HeadExport:
+    """The head of a trained reranker as tensors of a Hugging Face model with that head.
+
+    Attributes:
+        added: full Hugging Face name -> tensor that the backbone's table does not write.
+    """
+
+    def __init__(self, family: str, kind: HeadKind, *, head: Mapping[str, Tensor],
+                 token_ids: tuple[int, int] | None, classification: bool) -> None:
+        """
+        Args:
+            head: tensors by our names; "weight" of a yes_no head holds the two rows, tied or not.
+            token_ids: ids of yes and no.
+            classification: write a *ForSequenceClassification model; else *ForCausalLM, for a yes_no head only.
+        """
+        self._classification = classification
+        self._token_ids = token_ids
+        self._rows: Tensor | None = None
+        if not classification:
+            assert kind == "yes_no", "a causal language model cannot hold a score head"
+            self.added: dict[str, Tensor] = {}
+            self._rows = head["weight"]
+        elif kind == "yes_no":
+            rows = head["weight"].float()
+            # Kept in float32: rounded to bfloat16, the difference of two similar rows would lose what was learned.
+            self.added = {DECODER_SCORE["weight"]: rows[:1] - rows[1:]}
+        else:
+            self.added = {name: head[ours] for ours, name in score_names(family).items()}
+
+    def keeps(self, name: str) -> bool:
+        """Whether the export contains this passthrough tensor."""
+        if name in self.added:
+            return False
+        return not (self._classification and name.startswith(_OTHER_HEADS))
+
+    def edited(self, name: str, tensor: Tensor) -> Tensor:
+        """A passthrough tensor with the trained rows inserted."""
+        if name != LM_HEAD or self._rows is None:
+            return tensor
+        assert self._token_ids is not None
+        tensor = tensor.clone()
+        tensor[list(self._token_ids)] = self._rows.to(tensor.dtype)
+        return tensor

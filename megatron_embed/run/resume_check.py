@@ -1,0 +1,142 @@
+"""Whether a configuration may resume a run: what makes it another run is refused, every other change is logged."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.config.json_file import read_json_file
+from megatron_embed.config.load import read_resolved, to_dict
+from megatron_embed.config.schema import RunConfig
+from megatron_embed.convert.checkpoint_directory import open_checkpoint
+from megatron_embed.data.dataset import RecordSet
+from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.loading.model_directory import ModelDirectory, adapters_of
+from megatron_embed.models.adapters import AdapterSettings
+from megatron_embed.models.families import model_shape
+from megatron_embed.models.saved_settings import read_saved_settings
+from megatron_embed.run.resume import DATA_FILE, describe_rows, with_known_dtype
+from megatron_embed.run.task import Task
+
+logger = logging.getLogger(__name__)
+
+FIXED: tuple[str, ...] = ("task", "reranker.head", "reranker.template", "reranker.instruction", "reranker.true_token",
+         "reranker.false_token", "reranker.max_length", "embedding.normalize", "data.shuffle", "data.mixed_batches",
+         "data.sampling_temperature", "data.validation_fraction", "data.num_negatives", "data.num_positives",
+         "data.document_sampling",
+         "training.global_batch_size", "training.seed", "optimizer.distributed", "objective.learnable_temperature")
+"""What a run keeps for life: a step's rows follow from these (and the data), its embeddings from `normalize`, the
+layout of the optimizer's state, which Megatron cannot translate, from `distributed`, and what there is to save from the
+last."""
+
+
+def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
+    """Refuses what would make the rest of the run another run; logs every other change of the configuration.
+
+    Args:
+        checkpoint: the newest one of the run.
+        records: those to train on.
+    Raises:
+        ConfigError: naming key, new and old value.
+    """
+    config = with_known_dtype(task.config, checkpoint)
+    before, now = _flat(read_resolved(checkpoint / "config.yaml")), _flat(to_dict(config))
+    saved = {key: value for key, value in task.saved_settings(checkpoint).items() if key in FIXED}
+    before |= {key: value for key, value in saved.items() if now[key] is not None}
+    for key in _fixed_keys(config):
+        # What is saved beside config.yaml and not set now stays as it is saved.
+        is_inherited = key in saved and now[key] is None
+        if key in before and before[key] != now[key] and not is_inherited:
+            raise _refusal(checkpoint, key, now[key], f"this run began with {_shown(before[key])}")
+    _check_weights(config, checkpoint, before.get("data.train", []))
+    _check_model(config, checkpoint, task.model)
+    if not task.has_tokenizer_of(checkpoint):
+        raise _refusal(checkpoint, "model.path", config.model.path,
+                       "its tokenizer gives other ids than the one this run began with")
+    known = _known_rows(checkpoint / DATA_FILE)
+    if known is not None and known != describe_rows(records):
+        raise _refusal(checkpoint, "data.train", [item.path for item in config.data.train],
+                       f"{len(records)} rows that are not the {known['rows']} rows this run began with "
+                       f"({before.get('data.train')})")
+    changed = [f"{key}: {_shown(before[key])} -> {_shown(value)}" for key, value in now.items()
+               if key in before and before[key] != value]
+    if changed:
+        logger.info("resuming %s with other settings: %s", checkpoint, "; ".join(changed))
+
+
+def _fixed_keys(config: RunConfig) -> tuple[str, ...]:
+    """Settings that the run keeps for life."""
+    keys = FIXED
+    if not config.optimizer.distributed:  # whose state has no main parameters where the model is float32 itself
+        keys += ("model.dtype",)
+    if config.objective.learnable_temperature:  # which began there, and the checkpoint knows where it is
+        keys += ("objective.temperature", "objective.bias")
+    return keys
+
+
+def _check_weights(config: RunConfig, checkpoint: Path, files: Sequence[dict[str, Any]]) -> None:
+    """Refuses other weights of as many files as before."""
+    weights, before = [file.weight for file in config.data.train], [file.get("weight", 1.0) for file in files]
+    if len(weights) == len(before) and weights != before:
+        raise _refusal(checkpoint, "data.train", [item.path for item in config.data.train],
+                       f"weights {weights}, this run began with {before}")
+
+
+def _known_rows(file: Path) -> dict[str, Any] | None:
+    """What `describe_rows` said of the run so far; None for a converted model, which has seen none."""
+    if not file.is_file():
+        return None
+    try:
+        known: dict[str, Any] = read_json_file(file)
+        return {"rows": known["rows"], "digest": known["digest"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not readable ({error!r}); the checkpoint is damaged: remove {file.parent}, and "
+                              "the run resumes from the one before it") from error
+
+
+def _refusal(checkpoint: Path, key: str, value: object, why: str) -> ConfigError:
+    return ConfigError(f"{key} = {_shown(value)}: {why}, and a run keeps it for life ({checkpoint}); set it back, or "
+                       "start a new run in another checkpoint.directory (model.path may be this checkpoint)")
+
+
+def _check_model(config: RunConfig, checkpoint: Path, model: ModelDirectory) -> None:
+    """Refuses another shape, attention or pooling than before."""
+    before = dataclasses.asdict(model_shape(checkpoint / "hf"))
+    now = dataclasses.asdict(model.shape)
+    was_bidirectional = before.pop("bidirectional")
+    if was_bidirectional != (now.pop("bidirectional") or config.model.bidirectional):
+        raise _refusal(checkpoint, "model.bidirectional", config.model.bidirectional,
+                       f"this run began with {_shown(was_bidirectional)}")
+    # A model that has its weights does not depend on how new ones would be drawn.
+    different = [name for name in before if name != "initializer_range" and before[name] != now[name]]
+    if different:
+        name = different[0]
+        raise _refusal(checkpoint, "model.path", config.model.path,
+                       f"another model ({name} = {now[name]!r}, this run began with {before[name]!r})")
+    adapters, had = adapters_of(config.lora, model), open_checkpoint(checkpoint).info.adapters
+    if _describe_adapters(adapters) != _describe_adapters(had):
+        raise _refusal(checkpoint, "lora.rank", config.lora.rank, f"this run began with {_describe_adapters(had)}")
+    pooling, was = model.pooling(config.embedding.pooling), read_saved_settings(checkpoint / "hf").pooling
+    if was is not None and pooling != was:
+        raise _refusal(checkpoint, "embedding.pooling", pooling, f"this run began with {was!r}")
+
+
+def _describe_adapters(adapters: AdapterSettings | None) -> str:
+    """Rank, scale and modules, which decide what adapters compute."""
+    if adapters is None:
+        return "no adapters"
+    return f"adapters of rank {adapters.rank}, scale {adapters.scale:g}, on {', '.join(adapters.modules)}"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
