@@ -4,7 +4,7 @@ import sys
 
 from megatron_embed.platform import stop_signal as stop
 
-# Before anything else is imported: a signal that comes meanwhile shall end in 75 too. The installed command is a script
+# Before all other imports, so that a signal during them ends in exit code 75 too. The installed command is a script
 # that imports this module.
 IS_THE_PROGRAM = __name__ == "__main__" or sys.argv[0].rpartition("/")[2] == "megatron-embed"
 if IS_THE_PROGRAM:
@@ -26,11 +26,11 @@ from megatron_embed.platform.terminal_text import one_line, printable, write_err
 COMMANDS = {"train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
             "merge": merge, "data": data, "plan": plan, "doctor": doctor}
 
-OF_MANY_RANKS = ("train", "encode", "evaluate", "mine")
-"""Commands whose ranks work together; one that fails before they meet tells the others."""
+MULTI_RANK_COMMANDS = ("train", "encode", "evaluate", "mine")
+"""Commands whose ranks work together; a rank that fails before the rendezvous tells the others."""
 
-OF_ONE_PROCESS = ("convert", "merge", "data", "plan")
-"""Several ranks would each do all of it, and write each other's files. `doctor` is for every node by itself."""
+SINGLE_PROCESS_COMMANDS = ("convert", "merge", "data", "plan")
+"""Commands that several ranks would each repeat, overwriting files of each other. `doctor` checks a node by itself."""
 
 
 def build_parser() -> Parser:
@@ -46,8 +46,8 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 2 bad configuration or data, 75 preempted, 130 interrupted, else 1.
 
-    Bad input is one line on stderr, from rank 0 alone: every rank raises it alike, or is told before they start
-    together. Another rank prints only what rank 0 cannot.
+    Bad input is one line on stderr, from rank 0 only: every rank raises the same error, or is told of it before they
+    start. Another rank prints only errors that rank 0 does not know.
     """
     with stop.listening():
         if leaves_status():
@@ -62,27 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def refuse_several_ranks(command: str) -> None:
-    """Raises UserError, on every rank alike, where a launcher started several."""
+    """Raises UserError, on every rank alike, if a launcher started several."""
     ranks = launched_rank()[1]
     if ranks > 1:
-        raise UserError(f"{command} is the work of one process, and {source_of_world_size()} says {ranks} ranks; start "
-                        "it once, without a launcher")
+        raise UserError(f"{command} runs in one process, and {source_of_world_size()} says {ranks} ranks; start it "
+                        "once, without a launcher")
 
 
 def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
-    """Exit code and message of one command."""
+    """(exit code, message) of one command."""
     rendezvous, speaks = None, rank == 0
     try:
         setup_logging(rank)
         args = build_parser().parse_args(argv)
-        speaks = True  # rank 0 may know nothing of what is wrong with another one's variables
+        speaks = True  # rank 0 may not know of errors in another rank's variables
         several = args.command != "doctor" and launched_rank()[1] > 1
-        if args.command in OF_MANY_RANKS and several:
-            rendezvous_address()  # what is no port is refused before the libraries are loaded
+        if args.command in MULTI_RANK_COMMANDS and several:
+            rendezvous_address()  # refuses a bad port before the libraries are loaded
         speaks = rank == 0
-        if args.command in OF_ONE_PROCESS:
+        if args.command in SINGLE_PROCESS_COMMANDS:
             refuse_several_ranks(args.command)
-        if args.command in OF_MANY_RANKS and several:
+        if args.command in MULTI_RANK_COMMANDS and several:
             from megatron_embed.parallel.rendezvous import open_rendezvous
 
             rendezvous = open_rendezvous()
@@ -109,7 +109,7 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
             return error.code or 0, ""
         sys.stderr.write(f"{printable(str(error.code))}\n")
         return 1, printable(str(error.code))
-    except Exception as error:  # noqa: BLE001  the last resort: whatever it is ends as a traceback and exit code 1
+    except Exception as error:  # noqa: BLE001  any other error: a traceback and exit code 1
         sys.stderr.write(printable(traceback.format_exc()))
         return 1, f"{type(error).__name__}: {error}"
 

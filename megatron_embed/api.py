@@ -41,7 +41,7 @@ class Embedder:
             role: whose prompt and maximum length the directory's files give: "query" or "document".
             show_progress: a bar, if stderr is a terminal.
         Raises:
-            ConfigError: another role, or something that is no text.
+            ConfigError: another role, or an item that is not a string.
             EmptyTextError: a text without tokens.
             UserError: a vector that is not finite.
         """
@@ -74,7 +74,7 @@ class Reranker:
             instruction: in place of the directory's own.
             show_progress: a bar, if stderr is a terminal.
         Raises:
-            ConfigError: something that is no text, or one text in place of the documents.
+            ConfigError: an item that is not a string, or one text in place of the documents.
             DataError: a query that leaves no room for its document.
             UserError: a score that is not finite.
         """
@@ -93,18 +93,18 @@ class Reranker:
 
 
 def checked_texts(texts: Iterable[str], name: str) -> list[str]:
-    """The texts. Raises ConfigError for what is no text, or half a surrogate pair, which no tokenizer takes."""
-    found = list(texts)
-    for place, text in enumerate(found):
+    """The texts. Raises ConfigError for an item that is not a string or has an unpaired surrogate."""
+    checked = list(texts)
+    for index, text in enumerate(checked):
         if not isinstance(text, str):
-            raise ConfigError(f"{name}[{place}] = {shortened(text)} is a {type(text).__name__}; it must be a string")
+            raise ConfigError(f"{name}[{index}] = {shortened(text)} is a {type(text).__name__}; it must be a string")
         if not text.isascii():
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise ConfigError(f"{name}[{place}] = {shortened(text)}: half a surrogate pair at character "
+                raise ConfigError(f"{name}[{index}] = {shortened(text)}: contains an unpaired surrogate at character "
                                   f"{error.start + 1}; give the whole character") from None
-    return found
+    return checked
 
 
 def open_any(directory: str, *, pooling: str | None, max_length: int | None, dtype: str | None,

@@ -1,8 +1,13 @@
-"""What a user can get wrong: each error's text names file, line, key, value and the remedy. And how else runs end."""
+"""The errors of the package; the text of a user's error names file, line, key, value and the remedy."""
 
 
 class UserError(Exception):
     """Base of errors whose text is for the user; the command line prints it on one line and exits with 2."""
+
+    def __init__(self, message: str = "", *, key: str | None = None) -> None:
+        """`key`: the setting, as `section.name`, or the option that the message is about."""
+        self.key = key
+        super().__init__(message)
 
 
 class ConfigError(UserError, ValueError):
@@ -18,17 +23,17 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class EmptyTextError(UserError, ValueError):
-    """A text that the tokenizer turns into nothing; whoever knows where the text came from says that instead."""
+    """A text without tokens. It carries the text's index, so that a caller can name the file and line instead."""
 
-    def __init__(self, row: int, place: str, text: str) -> None:
-        """`row`: number of the text, from 0, among those handed over; `place`: how to call it in the message."""
-        self.row, self.place, self.text = row, place, text
-        super().__init__(f"{place}: the text {text[:40]!r} has no tokens in this tokenizer; remove it, or choose a "
+    def __init__(self, row: int, name: str, text: str) -> None:
+        """`row`: index of the text among those that were passed, from 0; `name`: what the message calls the text."""
+        self.row, self.name, self.text = row, name, text
+        super().__init__(f"{name}: the text {text[:40]!r} has no tokens in this tokenizer; remove it, or choose a "
                          "pooling that adds an EOS (lasttoken)")
 
     def __reduce__(self) -> tuple[type["EmptyTextError"], tuple[int, str, str]]:
-        """For the way to another rank."""
-        return type(self), (self.row, self.place, self.text)
+        """The arguments of the constructor, from which another rank rebuilds the error."""
+        return type(self), (self.row, self.name, self.text)
 
 
 class PreemptedError(Exception):
@@ -36,7 +41,7 @@ class PreemptedError(Exception):
 
 
 class LostRankError(RuntimeError):
-    """Another rank of the run is gone, so this one cannot go on; the text names it. Exit code 1."""
+    """Another rank of the run is gone, so this one cannot continue; the text names it. Exit code 1."""
 
     def __init__(self, message: str, *, is_reporting_rank: bool) -> None:
         """`is_reporting_rank`: whether this rank prints the message for all."""

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "convert": {"config", "parallel", "models", "checkpoint"},
     "objectives": {"config", "losses", "parallel"},
     "evaluation": {"config", "parallel", "platform", "data", "models"},
-    "mining": {"config", "parallel", "data", "evaluation"},
+    "mining": {"config", "parallel", "platform", "data", "evaluation", "loading"},
     "planning": {"config", "parallel", "data", "models", "checkpoint", "convert"},
     "training": {"config", "parallel", "platform", "data", "models", "objectives", "checkpoint", "planning"},
     "loading": {"config", "parallel", "platform", "data", "models", "checkpoint", "convert", "evaluation"},

@@ -80,10 +80,10 @@ def test_bad_configuration_is_one_line_and_exit_code_2(tmp_path, text, words):
         ([], "COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "CONFIG.yaml"),
-        (["train", "a.yaml", "seed"], "'seed' is no setting; write section.key=value"),
+        (["train", "a.yaml", "seed"], "'seed' is not a setting; write section.key=value"),
         (["encode", "--model", "a"], "--input, --output"),
         (["encode", "--model", "a", "--input", "b", "--output", "c", "training.seed=1"], "write parallel.KEY=VALUE"),
-        (["evaluate", "--model", "a", "--data", "b", "--max-length", "0"], "'0' is no whole number above 0"),
+        (["evaluate", "--model", "a", "--data", "b", "--max-length", "0"], "'0' is not a whole number above 0"),
         (["convert", "megatron-to-hf", "a", "b", "--format", "x"], "invalid choice: 'x'"),
         (["convert", "hf-to-megatron", "a", "b", "--format", "hf"], "unrecognized arguments: --format hf"),
     ],
@@ -117,7 +117,7 @@ def test_settings_may_stand_behind_options():
     assert parse(["data", "check", "run.yaml", "--json", "a.b=c"]).inputs == ["run.yaml", "a.b=c"]
     assert parse(["encode", "parallel.a=2", "--model", "m", "--input", "i", "--output", "o", "parallel.b=3"]
                  ).overrides == ["parallel.a=2", "parallel.b=3"]
-    with pytest.raises(UserError, match="'nonsense' is no setting; write section.key=value; see `megatron-embed plan"):
+    with pytest.raises(UserError, match="'nonsense' is not a setting; write section.key=value; see `megatron-"):
         parse(["plan", "run.yaml", "--gpus", "8", "nonsense"])
     with pytest.raises(UserError, match="unrecognized arguments: --gpuu h100"):
         parse(["plan", "run.yaml", "--gpus", "8", "--gpuu", "h100"])
@@ -132,12 +132,12 @@ def test_work_of_one_process_is_refused_on_several_ranks(monkeypatch, capsys, ar
     assert main(arguments.split()) == 2
     err = capsys.readouterr().err
     command = arguments.split()[0]
-    assert err == ("" if rank == "1" else f"megatron-embed: error: {command} is the work of one process, and "
+    assert err == ("" if rank == "1" else f"megatron-embed: error: {command} runs in one process, and "
                    "torchrun's WORLD_SIZE says 2 ranks; start it once, without a launcher\n")
 
 
 def test_every_command_says_how_many_ranks_it_has():
-    kinds = (*command_line.OF_MANY_RANKS, *command_line.OF_ONE_PROCESS, "doctor")
+    kinds = (*command_line.MULTI_RANK_COMMANDS, *command_line.SINGLE_PROCESS_COMMANDS, "doctor")
     assert sorted(kinds) == sorted(command_line.COMMANDS)
 
 

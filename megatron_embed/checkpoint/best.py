@@ -76,7 +76,7 @@ class BestCheckpoint:
         """
         if self._step is None:
             raise CheckpointError(f"checkpoint.export = 'best': no evaluation of the run in {self._directory} gave a "
-                                  f"best checkpoint by {self._metric}; set it to last")
+                                  f"best checkpoint by {self._metric}; set it to last", key="checkpoint.export")
         return self._directory / f"step_{self._step:06d}", self._step
 
     def improves(self, step: int, metrics: Mapping[str, float]) -> bool:
@@ -90,7 +90,7 @@ class BestCheckpoint:
         """
         if self._metric not in metrics:
             raise ConfigError(f"evaluation.best_metric = {self._metric!r}: nothing contributed to it in the evaluation "
-                              f"after {step} steps; choose one of {', '.join(metrics)}")
+                              f"after {step} steps; choose one of {', '.join(metrics)}", key="evaluation.best_metric")
         value = float(broadcast_from_rank0(repr(float(metrics[self._metric]))))
         better = value * self._sign > self._value * self._sign
         if better:

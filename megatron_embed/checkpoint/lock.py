@@ -58,7 +58,7 @@ def _acquire(key: str, path: Path) -> TextIOWrapper:
             raise OSError(errno.EINVAL, "it is no ordinary file")
     except OSError as error:
         raise ConfigError(f"{key} = {str(path.parent)!r}: {path} cannot be opened ({error.strerror}); "
-                          "remove it if no run uses the directory, or choose another directory") from error
+                          "remove it if no run uses the directory, or choose another directory", key=key) from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -66,7 +66,7 @@ def _acquire(key: str, path: Path) -> TextIOWrapper:
         holder = file.read(_LONGEST_NOTE).strip() or "an unknown process"
         file.close()
         raise ConfigError(f"{key} = {str(path.parent)!r}: another run writes there ({holder}); wait "
-                          "until it ends, or choose another directory") from None
+                          "until it ends, or choose another directory", key=key) from None
     except OSError as error:
         logger.warning("%s: this file system has no locks (%s); take care that no other run writes there", path,
                        error.strerror)
@@ -76,5 +76,5 @@ def _acquire(key: str, path: Path) -> TextIOWrapper:
     except OSError as error:
         file.close()
         raise ConfigError(f"{key} = {str(path.parent)!r}: {path} cannot be written ({error.strerror}); make room "
-                          "there, or choose another directory") from error
+                          "there, or choose another directory", key=key) from error
     return file

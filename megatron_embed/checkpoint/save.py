@@ -219,4 +219,5 @@ def on_rank_0(action: Callable[..., object], target: Path, **options: object) ->
 def not_written(target: Path, reason: str) -> CheckpointError:
     """The error of a checkpoint that has no room."""
     return CheckpointError(f"checkpoint.directory = {str(target.parent)!r}: {target.name} could not be written "
-                           f"({reason}); make room or name another disk; what was complete before still is")
+                           f"({reason}); make room or name another disk; what was complete before still is",
+                           key="checkpoint.directory")

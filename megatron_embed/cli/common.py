@@ -1,27 +1,22 @@
-"""What every command shares: argument groups, logging, and output."""
+"""Argument groups, logging and output that the commands share."""
 
 import argparse
-import dataclasses
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from megatron_embed.errors import UserError
-from megatron_embed.names import MODEL_DTYPES, POOLINGS
 from megatron_embed.platform.terminal_text import LogFormatter, guard_records, printable
-
-if TYPE_CHECKING:
-    from megatron_embed.config.schema import RunConfig
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad arguments are a UserError like every other bad input: one line, from one rank, exit code 2.
+    """A parser that raises UserError for bad arguments: one line, from one rank, exit code 2.
 
     Attributes:
-        rest: name and type of the positional argument that also takes what stands behind options: argparse itself ends
-            it at the first one, as in `plan run.yaml --gpus 8 training.micro_batch_size=4`. null: none does.
+        rest: name and type of the positional argument that also takes the values after options. argparse itself ends
+            it at the first option, as in `plan run.yaml --gpus 8 training.micro_batch_size=4`. None: there is none.
     """
 
     rest: tuple[str, Callable[[str], str]] | None = None
@@ -44,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def setup_logging(rank: int) -> None:
-    """Log to stderr: our messages from INFO on at rank 0, warnings from everyone else and every other library."""
+    """Log to stderr: messages of this package from INFO at rank 0, warnings of other ranks and all libraries."""
     logging.basicConfig(level=logging.WARNING)
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
@@ -54,72 +49,59 @@ def setup_logging(rank: int) -> None:
 
 
 def write_output(text: str) -> None:
-    """Write one result line to stdout, at once; nothing else goes there."""
+    """Write one result line to stdout and flush; nothing else is written there."""
     sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", type=path,
-                        help="Hugging Face or Sentence Transformers directory, or one of our checkpoints")
+                        help="Hugging Face or Sentence Transformers directory, or a checkpoint of megatron-embed")
 
 
 def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """How texts become vectors; the defaults are what the model directory says."""
-    parser.add_argument("--pooling", choices=POOLINGS,
-                        help="default: what the directory says")
+    """Add the options of encoding texts; their defaults are the model's own settings."""
+    parser.add_argument("--pooling", choices=("lasttoken", "mean", "cls", "weightedmean"),
+                        help="Pooling of token states (default: the model's own setting)")
     parser.add_argument("--max-length", type=positive_int, metavar="TOKENS",
-                        help="longest text, special tokens included; default: what the directory says")
-    parser.add_argument("--dtype", choices=("auto", *MODEL_DTYPES),
-                        help="of the computation; auto: bfloat16 where every rank's GPU or processor has instructions "
-                             "for it, else float32; default: what the directory says, else float32")
-    parser.add_argument("--no-normalize", action="store_true",
-                        help="vectors as the pooling gives them instead of unit length")
+                        help="Maximum number of tokens per text, including special tokens (default: the model's own "
+                             "setting)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
+                        help="Computation dtype; auto: bfloat16 if the GPU or processor of every rank supports it, "
+                             "else float32 (default: the model's own setting, else float32)")
+    parser.add_argument("--no-normalize", action="store_true", help="Do not L2-normalize the vectors")
     add_overrides(parser, "parallel.", "parallel.KEY=VALUE")
 
 
 def add_overrides(parser: argparse.ArgumentParser, prefix: str, metavar: str) -> None:
-    """Trailing settings, of which only those that begin with `prefix` are taken."""
+    """Add the trailing settings, which must begin with `prefix`."""
 
     def override(text: str) -> str:
         if text.startswith(prefix) and "=" in text:
             return text
-        raise argparse.ArgumentTypeError(f"{text!r} is no setting; write {metavar}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a setting; write {metavar}")
 
-    parser.add_argument("overrides", nargs="*", type=override, metavar=metavar, help="a setting of the configuration")
+    parser.add_argument("overrides", nargs="*", type=override, metavar=metavar,
+                        help="Settings that override the configuration")
     assert isinstance(parser, Parser)
     parser.rest = "overrides", override
 
 
 def add_subdirectory(parser: argparse.ArgumentParser) -> None:
-    """For runs of one configuration beside each other; see in_subdirectory."""
+    """Add the option for several runs of one configuration; see config.load.in_subdirectory."""
     parser.add_argument("--subdirectory", metavar="NAME", type=folder_name,
-                        help="write into a folder of this name in checkpoint.directory, logging.directory and "
-                             "checkpoint.export_at_end, whichever are set: for runs that share a configuration")
-
-
-def in_subdirectory(config: "RunConfig", name: str | None) -> "RunConfig":
-    """The run with every output directory that it sets one folder deeper; unchanged if `name` is null."""
-    if name is None:
-        return config
-
-    def deeper(directory: str | None) -> str | None:
-        return None if directory is None else os.path.join(directory, name)
-
-    checkpoint = dataclasses.replace(config.checkpoint, directory=deeper(config.checkpoint.directory),
-                                     export_at_end=deeper(config.checkpoint.export_at_end))
-    logging_section = dataclasses.replace(config.logging, directory=deeper(config.logging.directory))
-    return dataclasses.replace(config, checkpoint=checkpoint, logging=logging_section)
+                        help="Write to subdirectories of this name in checkpoint.directory, logging.directory and "
+                             "checkpoint.export_at_end, for several runs of one configuration")
 
 
 def folder_name(text: str) -> str:
     if text in ("", ".", "..") or "/" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder")
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder")
     return text
 
 
 def path(text: str) -> str:
-    """A path whose `~` the shell left alone, as in --model=~/models/a."""
+    """A path with `~` expanded, which the shell does not do in --model=~/models/a."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return os.path.expanduser(text)
@@ -127,5 +109,5 @@ def path(text: str) -> str:
 
 def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)

@@ -4,37 +4,36 @@ import argparse
 
 from megatron_embed.cli.common import path, write_output
 from megatron_embed.errors import CheckpointError
-from megatron_embed.names import MODEL_DTYPES, ExportFormat
 
-HELP = "convert a model between Hugging Face directories and our checkpoints"
+HELP = "Convert a model between Hugging Face directories and checkpoints of megatron-embed"
 
-FORMATS: dict[ExportFormat, str] = {
-    "hf": "weights, configuration, tokenizer: the architecture that the model came with",
-    "sentence-transformers": "with pooling, normalization and prompts as well, in the layout that every server reads",
+FORMATS = {
+    "hf": "weights, configuration and tokenizer in the model's original architecture",
+    "sentence-transformers": "the same with pooling, normalization and prompts, in the layout that servers read",
     "cross-encoder": "a reranker for CrossEncoder and servers",
-    "peft": "the LoRA adapters alone",
+    "peft": "only the LoRA adapters",
 }
-"""What a checkpoint can be written as; each has its function in export/formats.py."""
+"""Formats that a checkpoint can be exported to; each has its function in export/formats.py."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
-    to_megatron = directions.add_parser("hf-to-megatron", help="Hugging Face directory to a checkpoint")
-    to_hf = directions.add_parser("megatron-to-hf", help="checkpoint to a Hugging Face directory")
+    to_megatron = directions.add_parser("hf-to-megatron", help="Convert a Hugging Face directory to a checkpoint")
+    to_hf = directions.add_parser("megatron-to-hf", help="Convert a checkpoint to a Hugging Face directory")
     for direction in (to_megatron, to_hf):
-        direction.add_argument("source", metavar="SRC", type=path, help="what to read")
-        direction.add_argument("destination", metavar="DST", type=path, help="directory to make")
+        direction.add_argument("source", metavar="SRC", type=path, help="Directory to read")
+        direction.add_argument("destination", metavar="DST", type=path, help="Directory to create")
     to_hf.add_argument("--format", choices=FORMATS, default="hf",
-                       help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()) + "; default: hf")
+                       help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()) + " (default: hf)")
     to_hf.add_argument("--max-shard-size", metavar="SIZE", default="5GB",
-                       help="largest weight file, e.g. 5GB or 512MiB; default: 5GB")
-    to_hf.add_argument("--dtype", choices=MODEL_DTYPES,
-                       help="of the written weights; default: the checkpoint's, bit for bit")
+                       help="Maximum size of a weight file, such as 5GB or 512MiB (default: 5GB)")
+    to_hf.add_argument("--dtype", choices=("float32", "bfloat16"),
+                       help="Dtype of the written weights (default: the checkpoint's, bit for bit)")
     to_hf.add_argument("--no-compare", action="store_true",
-                       help="do not load the result with the stock library and compare it with the checkpoint on "
-                            "texts; the tensors are read back and compared in any case")
+                       help="Do not load the result with the stock library and compare it with the checkpoint on "
+                            "texts; the tensors are always read back and compared")
     to_hf.add_argument("--merge-lora", action="store_true",
-                       help="write the checkpoint's LoRA adapters into the weights")
+                       help="Merge the checkpoint's LoRA adapters into the weights")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,14 +43,13 @@ def run(args: argparse.Namespace) -> int:
         from megatron_embed.convert.peft import is_peft_directory
 
         if is_peft_directory(args.source):
-            raise CheckpointError(f"{args.source}: a PEFT adapter, no model; give it as model.path or --model, which "
-                                  "take it as it is, or convert its base model")
+            raise CheckpointError(f"{args.source}: a PEFT adapter, not a model; give it as model.path or --model, "
+                                  "which accept adapters, or convert its base model")
         write_output(str(hf_to_megatron(args.source, args.destination)))
         return 0
-    from megatron_embed.export.formats import EXPORTERS
-    from megatron_embed.export.write import ExportOptions
+    from megatron_embed.export.formats import EXPORTERS, ExportOptions
 
     options = ExportOptions(max_shard_size=args.max_shard_size, dtype=args.dtype, compare=not args.no_compare,
                             merge_lora=args.merge_lora)
-    write_output("\n".join(EXPORTERS[args.format](args.source, args.destination, options)))
+    write_output(EXPORTERS[args.format](args.source, args.destination, options))
     return 0

@@ -11,24 +11,24 @@ if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
     from megatron_embed.names import Role
 
-HELP = "look at training data before a run: counts, lengths, duplicates, what is cut"
+HELP = "Check training data before a run: counts, lengths, duplicates, truncation"
 _DEFAULT_LENGTH = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("check",), help="check: read every row, count what it holds")
+    parser.add_argument("action", choices=("check",), help="Read and count every row")
     parser.add_argument("inputs", nargs="+", type=path, metavar="CONFIG.yaml|FILE",
-                        help="a run's configuration and section.key=value, or data sets as in data.train")
+                        help="A run's configuration and section.key=value, or data sets as in data.train")
     assert isinstance(parser, Parser)
     parser.rest = "inputs", path
-    parser.add_argument("--model", metavar="DIR", type=path, help="counts tokens of FILEs with this model's tokenizer")
+    parser.add_argument("--model", metavar="DIR", type=path, help="Count tokens of FILEs with this model's tokenizer")
     parser.add_argument("--max-length", type=positive_int, default=_DEFAULT_LENGTH, metavar="TOKENS",
-                        help=f"with FILEs: texts longer than this count as cut; default: {_DEFAULT_LENGTH}")
-    parser.add_argument("--json", action="store_true", help="one JSON array in place of text")
+                        help=f"With FILEs: length that texts are truncated to (default: {_DEFAULT_LENGTH})")
+    parser.add_argument("--json", action="store_true", help="Print a JSON array instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what the data hold; a row that cannot be used ends it with its file and line."""
+    """Print counts of the data; the first row that cannot be used is refused with its file and line."""
     from megatron_embed.data.check import check_records, describe
     from megatron_embed.data.dataset import open_records
     from megatron_embed.data.loader import check_prompts
@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> int:
         check_prompts(records, tokenizer)
     roles: tuple[Role, ...] = ("query", "document")
     lengths = {role: config.data.max_length(role) for role in roles}
-    found = check_records(records, num_negatives=
+    counts = check_records(records, num_negatives=
                           config.data.num_negatives if _is_config(args) and not config.data.samples_documents else None,
                           num_positives=config.data.num_positives, tokenizer=tokenizer, max_lengths=lengths)
-    write_output(json.dumps(found, ensure_ascii=False) if args.json else "\n".join(map(describe, found)))
+    write_output(json.dumps(counts, ensure_ascii=False) if args.json else "\n".join(map(describe, counts)))
     return 0
 
 
@@ -58,7 +58,7 @@ def _is_config(args: argparse.Namespace) -> bool:
 
 
 def _config_of(args: argparse.Namespace) -> "RunConfig":
-    """The run's settings, or those that the options make."""
+    """The run's configuration, or one made from the options."""
     from megatron_embed.config.data import DataConfig, TrainFile
     from megatron_embed.config.load import load_config
     from megatron_embed.config.schema import ModelConfig, RunConfig
@@ -68,9 +68,10 @@ def _config_of(args: argparse.Namespace) -> "RunConfig":
         return RunConfig(model=ModelConfig(path=args.model or "none"), data=DataConfig(
             train=files, query_max_length=args.max_length, document_max_length=args.max_length))
     if args.model is not None or args.max_length != _DEFAULT_LENGTH:
-        raise UserError(f"{args.inputs[0]} says which model and which lengths; leave --model and --max-length out, or "
-                        "write model.path=DIR behind it")
+        raise UserError(f"{args.inputs[0]} sets the model and the lengths; leave --model and --max-length out, or "
+                        "write model.path=DIR after it")
     config = load_config(args.inputs[0], args.inputs[1:])
     if not config.data.train:
-        raise ConfigError("data.train = []: there is nothing to look at; add `train: [FILE.jsonl]` under data")
+        raise ConfigError("data.train = []: there is nothing to check; add `train: [FILE.jsonl]` under data",
+                          key="data.train")
     return config

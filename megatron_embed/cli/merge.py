@@ -5,7 +5,7 @@ import argparse
 from megatron_embed.cli.common import path, write_output
 from megatron_embed.names import MERGE_METHODS
 
-HELP = "several trained models to one, tensor by tensor"
+HELP = "Merge several trained models into one, tensor by tensor"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,10 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="Hugging Face or Sentence Transformers directories of one architecture")
     parser.add_argument("--method", required=True, choices=MERGE_METHODS)
     parser.add_argument("--weights", nargs="+", type=float, metavar="W",
-                        help="one per model; default: all equal (task_arithmetic: 1 each)")
+                        help="Weights, one per model (default: all equal; task_arithmetic: 1 each)")
     parser.add_argument("--base", metavar="DIR", type=path,
-                        help="the model before training: needed by task_arithmetic, possible for multi_slerp")
-    parser.add_argument("--output", required=True, metavar="DIR", type=path, help="directory to make")
+                        help="Model before training: required by task_arithmetic, optional for multi_slerp")
+    parser.add_argument("--output", required=True, metavar="DIR", type=path, help="Directory to create")
 
 
 def run(args: argparse.Namespace) -> int:

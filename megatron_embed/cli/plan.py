@@ -1,31 +1,27 @@
 """`plan CONFIG.yaml --gpus N [--gpu h100]`"""
 
 import argparse
-from typing import TYPE_CHECKING
 
 from megatron_embed.cli.common import add_overrides, positive_int, write_output
 
-if TYPE_CHECKING:
-    pass
-
-HELP = "memory per GPU and step time of a layout, and the layouts that fit; exit code 2 if the given one does not"
+HELP = "Estimate memory per GPU and step time of a layout, and list layouts that fit; exit code 2 if it does not fit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from megatron_embed.planning.hardware import GPUS
 
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
-    parser.add_argument("--gpus", required=True, type=positive_int, metavar="N", help="GPUs, eight to a node")
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="default: h100")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="The run's configuration")
+    parser.add_argument("--gpus", required=True, type=positive_int, metavar="N", help="Number of GPUs, eight per node")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="GPU model (default: h100)")
     add_overrides(parser, "", "section.key=value")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what the layout needs and which others fit; 0 if it fits, else 2. Needs no hub and no weights."""
+    """Print the needs of the layout and the layouts that fit; 0 if it fits, else 2. Needs no hub and no weights."""
     from megatron_embed.config.load import load_config
     from megatron_embed.parallel.topology import check_token_budget
     from megatron_embed.planning.advice import (
-        adapted_parts,
+        adapted_linears,
         budget_holds,
         explain_impossible,
         with_adapters_of_model,
@@ -45,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         explain_impossible(config, shape, args.gpus)
         check_possible(config, shape, args.gpus)
     check_token_budget(config)
-    parts = adapted_parts(config, shape)
-    given = plan_layout(config, shape, args.gpus, gpu, parts)
-    write_output(report(given, shape, args.gpus, gpu, parts, rows))
-    write_output(proposals(propose(config, shape, args.gpus, gpu, parts, accepts=budget_holds), args.gpus))
+    adapted = adapted_linears(config, shape)
+    given = plan_layout(config, shape, args.gpus, gpu, adapted)
+    write_output(report(given, shape, args.gpus, gpu, adapted, rows))
+    write_output(proposals(propose(config, shape, args.gpus, gpu, adapted, accepts=budget_holds), args.gpus))
     return 0 if given.fits else 2

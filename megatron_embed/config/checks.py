@@ -1,4 +1,4 @@
-"""The check that every setting's rule is written with."""
+"""The function that every rule of a setting is checked with."""
 
 from megatron_embed.errors import ConfigError
 
@@ -6,4 +6,4 @@ from megatron_embed.errors import ConfigError
 def require(condition: bool, key: str, value: object, rule: str) -> None:
     """Raises ConfigError that names the key, its value and the rule, unless `condition` holds."""
     if not condition:
-        raise ConfigError(f"{key} = {value!r}: {rule}")
+        raise ConfigError(f"{key} = {value!r}: {rule}", key=key)

@@ -1,4 +1,4 @@
-"""Settings of what a run measures, and of what it keeps for that."""
+"""Sections `checkpoint` and `evaluation`: what a run saves, exports and evaluates."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,18 +9,18 @@ from megatron_embed.config.checks import require
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     directory: str | None = None
-    """Training state goes here and a run resumes from here; null: nothing is saved."""
+    """Directory that training state is saved to and resumed from; null: nothing is saved."""
     save_every_steps: int = 500
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep: int = 3
-    """Newest checkpoints kept; 0 keeps all."""
+    """Number of newest checkpoints to keep; 0 keeps all."""
     async_save: bool = False
-    """True: tensors are copied to host memory and written while training goes on, at the price of that memory; a
-    checkpoint is complete some steps later. The last one, and that of a run that stops early, are waited for."""
+    """True: tensors are copied to host memory and written while training continues, which takes that memory; a
+    checkpoint is complete some steps later. A run waits for its last checkpoint, also when it stops early."""
     export_at_end: str | None = None
-    """Directory for a Sentence Transformers export, of a reranker for one of a cross-encoder; null: none."""
+    """Directory for a Sentence Transformers export, or a cross-encoder export for a reranker; null: no export."""
     export: Literal["last", "best"] = "last"
-    """Of which checkpoint `export_at_end` is: the last, or the one with the best `evaluation.best_metric`."""
+    """Checkpoint that `export_at_end` exports: the last one, or the one with the best `evaluation.best_metric`."""
 
     def __post_init__(self) -> None:
         require(self.save_every_steps >= 1, "checkpoint.save_every_steps", self.save_every_steps, "must be >= 1")
@@ -30,7 +30,7 @@ class CheckpointConfig:
         require(self.export == "last" or self.export_at_end is not None, "checkpoint.export", self.export,
                 "nothing is exported; set checkpoint.export_at_end")
         require(not self.async_save or self.directory is not None, "checkpoint.async_save", self.async_save,
-                "there is nothing to save; set checkpoint.directory")
+                "nothing is saved; set checkpoint.directory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class EvaluationSet:
     path: str
     """A BEIR folder, or a file of pairs."""
     instruction: str | None = None
-    """In place of `{instruction}` in `data.query_prompt` for this set; null: embedding.instruction."""
+    """Replaces `{instruction}` in `data.query_prompt` for this set; null: embedding.instruction."""
     name: str | None = None
-    """In the names of metrics; null: of the folder or file."""
+    """Name of the set in the names of metrics; null: the name of the folder or file."""
 
     def __post_init__(self) -> None:
         require(bool(self.path), "evaluation.path", self.path, "must name a folder or file")
@@ -57,24 +57,25 @@ class EvaluationConfig:
     reranking: tuple[str, ...] = ()
     """Files of lists, rows {"query", "documents": [...], "labels": [...]} or {"query", "docs": [{"text", "label"}]}."""
     split: str = "test"
-    """Which qrels file of a BEIR folder."""
+    """Name of the qrels file of a BEIR folder."""
     drop_own_id: bool = False
-    """True: the document with a query's own id is left out of the query's rankings in `retrieval`, as BEIR and MTEB do
-    for sets whose queries are documents themselves (ArguAna, Quora)."""
+    """True: remove the document with the query's own id from its ranking in `retrieval`, as BEIR and MTEB do for sets
+    whose queries are documents themselves (ArguAna, Quora)."""
     sts: tuple[EvaluationSet, ...] = ()
-    """JSONL files of pairs {"text_a", "text_b", "score"}: Pearson and Spearman of cosine (or dot product) and score."""
+    """JSONL files of pairs {"text_a", "text_b", "score"}: Pearson and Spearman correlation of cosine similarity (or dot
+    product) and score."""
     best_metric: str | None = None
-    """The checkpoint with the best value of this metric stays beside the newest ones, and `best` points at it: any that
-    an evaluation logs as `eval/NAME`. Of `loss`, `loss@WIDTH` and `negative_similarity` the smallest value is the best,
-    of all others the largest. null: ndcg@10; spearman or rerank/ndcg@10 where there is no retrieval; of held-out
-    rows alone loss, where `patience` or checkpoint.export: best needs it."""
+    """Metric, of those that an evaluation logs as `eval/NAME`, that selects the best checkpoint, which is kept beside
+    the newest ones; `best` points to it. For `loss`, `loss@DIM` and `negative_similarity` smaller is better, for all
+    others larger. null: ndcg@10; without retrieval sets spearman or rerank/ndcg@10; with held-out rows alone loss, if
+    `patience` or checkpoint.export: best needs it."""
     patience: int | None = None
-    """After so many evaluations in a row without a better `best_metric` the run ends as if train_steps were reached;
-    >= 1; null: never."""
+    """Number of consecutive evaluations without a better `best_metric` after which the run ends as if train_steps were
+    reached; >= 1; null: no early stopping."""
 
     @property
     def names_sets(self) -> bool:
-        """Whether there is any set beside held-out rows."""
+        """Whether there is any evaluation set besides held-out rows."""
         return bool(self.retrieval or self.sts or self.reranking)
 
     def __post_init__(self) -> None:

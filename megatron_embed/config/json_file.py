@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote, read within bounds: bytes, brackets and depth."""
+"""Read JSON from untrusted files within bounds: bytes, brackets and depth."""
 
 import json
 import os
@@ -22,10 +22,10 @@ def read_json_file(path: str | Path, largest: int = LARGEST_FILE) -> Any:
     """The value that a JSON file holds.
 
     Raises:
-        OSError: it cannot be read, or is no regular file.
-        ValueError: not UTF-8, not JSON, longer than `largest` bytes, or nested too deeply; the text says which.
+        OSError: it cannot be read, or is not a regular file.
+        ValueError: not UTF-8, not JSON, longer than `largest` bytes, or nested too deeply; the message says which.
     """
-    # Without waiting: nobody may ever write into a FIFO.
+    # O_NONBLOCK: opening a FIFO without a writer must not wait.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -59,7 +59,7 @@ def read_optional_json_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_many_brackets(raw: bytes) -> None:
-    """Raises ValueError where a JSON text would become many times larger in memory. Brackets in texts count too."""
+    """Raises ValueError if a JSON text would be many times larger in memory. Brackets in strings count too."""
     if raw.count(b"[") + raw.count(b"{") > MOST_BRACKETS:
         raise ValueError(f"more than {MOST_BRACKETS:,} brackets")
 
@@ -83,5 +83,5 @@ def refuse_deep_value(value: object, raw: bytes) -> None:
 
 
 def too_deep() -> ValueError:
-    """The error about brackets in brackets."""
+    """The error for JSON that is nested too deeply."""
     return ValueError(f"nested more than {DEEPEST} levels deep")

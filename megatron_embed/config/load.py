@@ -1,4 +1,4 @@
-"""A YAML file and dotted overrides to a RunConfig: closed, typed, and every refusal names its line."""
+"""Load a YAML file and dotted overrides as a RunConfig: closed, typed, and every refusal names its line."""
 
 import dataclasses
 import difflib
@@ -15,22 +15,30 @@ import yaml
 from megatron_embed.config.data import TrainFile
 from megatron_embed.config.evaluation import EvaluationSet
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.config.yaml_tree import Dumper, Node, overridden, place_of, plain_scalar, read_file, read_override
+from megatron_embed.config.yaml_tree import (
+    Dumper,
+    Node,
+    location_of,
+    overridden,
+    plain_scalar,
+    read_file,
+    read_override,
+)
 from megatron_embed.errors import ConfigError
 
 SHORTHAND: dict[Any, str] = {TrainFile: "path", EvaluationSet: "path"}
-"""A plain text in place of one of these mappings is the value of this key."""
+"""Key that a plain string in place of one of these mappings is the value of."""
 
 _LONGEST_VALUE = 100
 
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:
-    """The checked settings of one run; see `load_with_places`."""
-    return load_with_places(path, overrides)[0]
+    """The checked settings of one run; see `load_with_locations`."""
+    return load_with_locations(path, overrides)[0]
 
 
 def config_of_overrides(overrides: list[str]) -> RunConfig:
-    """Settings given on the command line alone. Raises ConfigError beginning `command line: `."""
+    """Settings from the command line only. Raises ConfigError beginning `command line: `."""
     tree = Node({}, "command line")
     for override in overrides:
         tree = overridden(tree, *read_override(override))
@@ -39,7 +47,7 @@ def config_of_overrides(overrides: list[str]) -> RunConfig:
     return _with_home(config)
 
 
-def load_with_places(path: str, overrides: list[str]) -> tuple[RunConfig, Callable[[str], str]]:
+def load_with_locations(path: str, overrides: list[str]) -> tuple[RunConfig, Callable[[str], str]]:
     """The checked settings of one run, and where each was written (dotted key -> `FILE:LINE` or `command line`).
 
     Args:
@@ -50,13 +58,28 @@ def load_with_places(path: str, overrides: list[str]) -> tuple[RunConfig, Callab
     """
     tree = read_file(path)
     if not isinstance(tree.value, dict):
-        raise ConfigError(f"{tree.place}: expected sections, found {_shown(tree)}; write `model: {{path: DIRECTORY}}`")
+        raise ConfigError(f"{tree.location}: expected sections, found {_shown(tree)}; "
+                          "write `model: {path: DIRECTORY}`")
     for override in overrides:
         keys, value = read_override(override)
         tree = overridden(tree, keys, value)
     config = _mapping(RunConfig, tree, "", tree)
     assert isinstance(config, RunConfig)
-    return _with_home(config), functools.partial(place_of, tree)
+    return _with_home(config), functools.partial(location_of, tree)
+
+
+def in_subdirectory(config: RunConfig, name: str | None) -> RunConfig:
+    """The run with every output directory that it sets one folder deeper; unchanged if `name` is None."""
+    if name is None:
+        return config
+
+    def deeper(directory: str | None) -> str | None:
+        return None if directory is None else os.path.join(directory, name)
+
+    checkpoint = dataclasses.replace(config.checkpoint, directory=deeper(config.checkpoint.directory),
+                                     export_at_end=deeper(config.checkpoint.export_at_end))
+    logging_section = dataclasses.replace(config.logging, directory=deeper(config.logging.directory))
+    return dataclasses.replace(config, checkpoint=checkpoint, logging=logging_section)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -82,11 +105,11 @@ def save_resolved(config: RunConfig, path: str | Path) -> None:
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot write the configuration: {error.strerror}; choose another place") from None
+        raise ConfigError(f"{path}: cannot write the configuration: {error.strerror}; choose another path") from None
 
 
 def read_resolved(path: str | Path) -> dict[str, Any]:
-    """What `save_resolved` wrote, as it stands: another version may have written it, with other keys.
+    """The values that `save_resolved` wrote, unchecked: another version may have written them, with other keys.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -98,7 +121,7 @@ def read_resolved(path: str | Path) -> dict[str, Any]:
 
 
 def _with_home(config: RunConfig) -> RunConfig:
-    """The same with `~` and `~user` at the beginning of paths written out, as a shell does."""
+    """The configuration with `~` and `~user` at the beginning of paths expanded, as a shell does."""
 
     def home(path: str | None) -> str | None:
         return None if path is None else os.path.expanduser(path)
@@ -129,7 +152,7 @@ def _mapping(target: Any, node: Node, name: str, root: Node) -> object:
     fields = {field.name: field for field in dataclasses.fields(target)}
     for key, child in node.value.items():
         if key not in fields:
-            raise ConfigError(f"{child.place}: unknown key '{_join(name, key)}'; {_nearest(target, key)}")
+            raise ConfigError(f"{child.location}: unknown key '{_join(name, key)}'; {_nearest(target, key)}")
     values = {}
     for key, field in fields.items():
         dotted, annotation = _join(name, key), annotations[key]
@@ -137,13 +160,13 @@ def _mapping(target: Any, node: Node, name: str, root: Node) -> object:
         if key in node.value:
             values[key] = _value(annotation, node.value[key], dotted, root, field.default)
         elif required and dataclasses.is_dataclass(annotation):
-            values[key] = _mapping(annotation, Node({}, node.place), dotted, root)
+            values[key] = _mapping(annotation, Node({}, node.location), dotted, root)
         elif required:
-            raise ConfigError(f"{node.place}: required key '{dotted}' is missing; set it here or as {dotted}=VALUE")
+            raise ConfigError(f"{node.location}: required key '{dotted}' is missing; set it here or as {dotted}=VALUE")
     try:
         return target(**values)
-    except ConfigError as error:  # From __post_init__; its text begins with the dotted key.
-        raise ConfigError(f"{place_of(root, str(error).partition(' = ')[0])}: {error}") from None
+    except ConfigError as error:  # From __post_init__.
+        raise ConfigError(f"{location_of(root, error.key or name)}: {error}", key=error.key) from None
 
 
 def _value(annotation: Any, node: Node, name: str, root: Node, default: Any) -> object:
@@ -154,10 +177,10 @@ def _value(annotation: Any, node: Node, name: str, root: Node, default: Any) -> 
     for member in members:
         if dataclasses.is_dataclass(member):
             short = member in SHORTHAND and isinstance(node.value, str)
-            return _mapping(member, Node({SHORTHAND[member]: node}, node.place) if short else node, name, root)
+            return _mapping(member, Node({SHORTHAND[member]: node}, node.location) if short else node, name, root)
         if get_origin(member) is tuple and node.value is not None:
             element = get_args(member)[0]
-            items = node.value if isinstance(node.value, list) else [node]  # One item may stand without its brackets.
+            items = node.value if isinstance(node.value, list) else [node]  # One item may be written without brackets.
             return tuple(_value(element, item, name, root, dataclasses.MISSING) for item in items)
         accepted, value = _scalar(member, node.value)
         if accepted:
@@ -166,17 +189,17 @@ def _value(annotation: Any, node: Node, name: str, root: Node, default: Any) -> 
 
 
 def _scalar(member: Any, value: object) -> tuple[bool, object]:
-    """Whether the value is one of this type, and the value as that type (a whole number is a number)."""
+    """(whether the value has this type, the value as that type); a whole number is also a float."""
     if get_origin(member) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(member)), value
     if member is float and type(value) in (int, float):
         assert isinstance(value, int | float)
         return math.isfinite(value), float(value)
-    return type(value) is member, value  # type() and not isinstance: a bool is no int here
+    return type(value) is member, value  # type() and not isinstance: a bool is not an int here
 
 
 def _wrong_type(annotation: Any, node: Node, name: str, default: Any) -> ConfigError:
-    return ConfigError(f"{node.place}: {name} = {_shown(node)}: expected {_described(annotation)}; "
+    return ConfigError(f"{node.location}: {name} = {_shown(node)}: expected {_described(annotation)}; "
                        f"{_remedy(annotation, node.value, default)}")  # fmt: skip
 
 
@@ -205,7 +228,7 @@ def _remedy(annotation: Any, value: object, default: Any) -> str:
 
 
 def _in_yaml_1_2(text: str, members: tuple[Any, ...]) -> str:
-    """A value that YAML 1.1 spells so, as YAML 1.2 spells it; empty where there is none of these types."""
+    """The YAML 1.2 spelling of a YAML 1.1 value of one of these types; empty if there is none."""
     if bool in members and text.lower() in ("yes", "on", "y", "no", "off", "n"):
         return "true" if text.lower() in ("yes", "on", "y") else "false"
     plain = text.replace("_", "")
@@ -213,7 +236,7 @@ def _in_yaml_1_2(text: str, members: tuple[Any, ...]) -> str:
 
 
 def _described(annotation: Any) -> str:
-    """The type in the words of a reader of YAML."""
+    """The type in YAML's words."""
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_described(member) for member in get_args(annotation))
     if get_origin(annotation) is Literal:
@@ -228,8 +251,7 @@ def _described(annotation: Any) -> str:
 
 
 def _nearest(target: Any, key: str) -> str:
-    """A remedy for an unknown key: the same in another section, else the nearest of its own, else of all sections, else
-    what there is."""
+    """A remedy for an unknown key: the same key in another section, the nearest key, or the list of known keys."""
     own = [field.name for field in dataclasses.fields(target)]
     dotted = list(_dotted_keys(RunConfig, ""))
     by_name = {name.rpartition(".")[2]: name for name in reversed(dotted)}
@@ -261,13 +283,12 @@ def _yaml(value: object) -> str:
 
 def _shown(node: Node) -> str:
     """The value on one short line."""
-
     text = _yaml(_plain(node))
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."
 
 
 def _plain(node: Node) -> Any:
-    """The value without its places."""
+    """The value without its locations."""
     if isinstance(node.value, dict):
         return {key: _plain(child) for key, child in node.value.items()}
     return [_plain(child) for child in node.value] if isinstance(node.value, list) else node.value

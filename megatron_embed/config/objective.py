@@ -1,4 +1,4 @@
-"""The settings of the loss, and which of them a loss takes."""
+"""Section `objective`: the settings of the loss, and which of them each loss takes."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ EMBEDDING_LOSSES = CONTRASTIVE + LABELLED_PAIRS + WITH_HARD_NEGATIVES
 RERANK_LOSSES = ("pointwise", "listwise", "margin_ranking", "ranknet", "lambda_loss", "kl_distillation")
 """Values of `objective.loss` for `task: reranker`, over the documents of each query."""
 SMALLEST_LEARNED = 0.01
-"""Temperature of info_nce below which learning does not go, as in CLIP, whose logits are at most 100 similarities."""
+"""Lower bound of the learned temperature of info_nce, as in CLIP, whose logits are at most 100 similarities."""
 _TAKEN_BY = {
     "temperature": ("info_nce", "sigmoid", "cosent", "angle", "kl_distillation"),
     "negatives": CONTRASTIVE, "hard_negatives": CONTRASTIVE, "mask_duplicates": CONTRASTIVE,
@@ -35,71 +35,72 @@ _TAKEN_BY = {
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     loss: Loss = "info_nce"
-    """Formulas, papers and when to use which: docs/objectives.md."""
+    """Loss function; formulas, papers and when to use which: docs/objectives.md."""
     temperature: float = 0.02
     """Divides the similarity; no unit, > 0. Larger is softer."""
     learnable_temperature: bool = False
-    """True: log(1 / temperature), and the bias of the loss sigmoid, are trained from the values given here on; that of
-    info_nce stays >= 0.01, as in CLIP. They are the run's: checkpoints hold them, exported models do not."""
+    """True: train log(1 / temperature), and the bias of the sigmoid loss, starting from the values given here; the
+    temperature of info_nce stays >= 0.01, as in CLIP. Checkpoints contain them, exported models do not."""
     temperature_learning_rate: float | None = None
-    """Of what learnable_temperature trains, which moves by about this much per step, > 0; null: as
-    training.learning_rate. It is scheduled with that one."""
+    """Learning rate of what learnable_temperature trains, about its change per step, > 0; null: training.learning_rate.
+    It follows the same schedule."""
     negatives: Literal["global_batch", "micro_batch"] = "global_batch"
-    """global_batch: every document of the optimizer step, whatever the layout (two passes where a step has several
+    """global_batch: every document of the optimizer step, in any parallel layout (two passes if a step has several
     micro-batches). micro_batch: the documents of one micro-batch over the data-parallel ranks (one pass)."""
     hard_negatives: Literal["shared", "private"] = "shared"
-    """shared: a query's hard negatives are negatives of all queries. private: of that query alone."""
+    """shared: a query's hard negatives are negatives of all queries. private: of that query only."""
     directions: tuple[Direction, ...] = ("query_to_document",)
-    """What the softmax is over, beside a query's similarities to documents: those to other queries (query_to_query), of
-    its positive to other queries' documents (document_to_document), and of its positive to all queries
-    (document_to_query)."""
+    """Similarities in the softmax: query to documents, and optionally query to other queries (query_to_query), its
+    positive to other queries' documents (document_to_document), and its positive to all queries (document_to_query)."""
     partition: Literal["joint", "per_direction"] = "joint"
-    """joint: one softmax over all directions. per_direction: one each for query_to_document and document_to_query, of
-    which the mean counts."""
+    """joint: one softmax over all directions. per_direction: one softmax each for query_to_document and
+    document_to_query, and the mean of their losses."""
     mask_duplicates: bool = False
-    """True: a document whose text is given as a positive to a query is no negative of that query, wherever among the
-    candidates it lies: in whatever row that has the same query text, first positive or not, of the global batch (with
-    negatives: micro_batch, of the micro-batches that are computed together). The same for queries that share a
-    positive, in the directions to queries."""
+    """True: a document is not a negative of a query if any row with the same query text has the same document text as a
+    positive, anywhere in the global batch (with negatives: micro_batch, in the micro-batches that are computed
+    together). The same applies to queries that share a positive, in the directions to queries."""
     mask_margin: float | None = None
-    """What is more similar than the positive by more than this is no negative; null: off. Qwen3-Embedding: 0.1.
-    Negative values also leave out what is a little less similar."""
+    """Candidates that are more similar than the positive by more than this are not negatives; null: off.
+    Qwen3-Embedding: 0.1. Negative values also exclude candidates that are slightly less similar."""
     mask_margin_type: Literal["absolute", "relative"] = "absolute"
     """absolute: similarity > positive + mask_margin. relative: similarity > positive + mask_margin * |positive|."""
     hardness: Hardness | None = None
-    """Which negatives weigh more the more similar they are: hardness_strength * similarity, without gradient, is added
-    to their logits. in_batch_negatives: documents of other queries. hard_negatives: a query's own. null: none."""
+    """Negatives that are weighted by their similarity: hardness_strength * similarity, without gradient, is added to
+    their logits. in_batch_negatives: documents of other queries. hard_negatives: a query's own. null: none."""
     hardness_strength: float = 0.0
-    """No unit, >= 0; 9 in Lan et al. 2025 (in-batch negatives), 5 in EmbeddingGemma (hard negatives)."""
+    """Factor of the similarity for `hardness`; no unit, >= 0; 9 in Lan et al. 2025 (in-batch negatives), 5 in
+    EmbeddingGemma (hard negatives)."""
     bias: float = -10.0
-    """Of the loss sigmoid, added to similarity / temperature; no unit. About -log(documents per query's batch)."""
+    """Bias of the sigmoid loss, added to similarity / temperature; no unit. About -log(documents per query's batch)."""
     margin: float | None = None
-    """contrastive, online_contrastive: the cosine distance that negatives should have (null: 0.5). triplet: how much
-    further the negative should be than the positive, Euclidean (null: 5; unit vectors are at most 2 apart)."""
+    """contrastive, online_contrastive: cosine distance that negatives should have (null: 0.5). triplet: how much
+    farther the negative should be than the positive, Euclidean (null: 5; unit vectors are at most 2 apart)."""
     teacher_temperature: float | None = None
-    """Divides the teacher's scores in kl_distillation, > 0; null: as temperature."""
+    """Divides the teacher's scores in kl_distillation, > 0; null: same as temperature."""
     matryoshka_weights: tuple[float, ...] = ()
-    """Of the loss at each of embedding.matryoshka_dims, in their order; empty: 1 each."""
+    """Weights of the loss at each of embedding.matryoshka_dims, in their order; empty: 1 each."""
 
     @property
     def rows(self) -> Literal["contrastive", "pairs"]:
-        """Of which kind the training rows must be: a query with its documents, or a pair with a score."""
+        """Kind of training rows: a query with its documents, or a pair with a score."""
         return "pairs" if self.loss in LABELLED_PAIRS else "contrastive"
 
     @property
     def needs_teacher_scores(self) -> bool:
-        """Whether each row must bring a teacher's scores."""
+        """Whether each row must have a teacher's scores."""
         return self.loss in ("margin_mse", "kl_distillation")
 
     @property
     def needs_own_negatives(self) -> bool:
-        """Whether each row must bring a hard negative of its own."""
+        """Whether each row must have a hard negative of its own."""
         return self.loss in WITH_HARD_NEGATIVES
 
     @property
     def couples_batch(self) -> bool:
-        """Whether the loss of a row depends on rows of other micro-batches of the step. If not, a step is one pass and
-        a row shares the micro-batch of those that it is compared with."""
+        """Whether the loss of a row depends on rows of other micro-batches of the step.
+
+        If not, a step is one pass, and a row is in the micro-batch of the rows that it is compared with.
+        """
         if self.loss in CONTRASTIVE:
             return self.negatives == "global_batch"
         return self.loss in ("online_contrastive", "cosent", "angle")
@@ -125,27 +126,28 @@ class ObjectiveConfig:
         require(rate is None or self.learnable_temperature, "objective.temperature_learning_rate", rate,
                 "has no effect without objective.learnable_temperature: true; set that, or remove it")
         require(not self.learnable_temperature or self.loss == "sigmoid" or self.temperature >= SMALLEST_LEARNED,
-                "objective.temperature", self.temperature, f"must be >= {SMALLEST_LEARNED} where it is learned, "
-                "which goes no lower (CLIP's bound)")
+                "objective.temperature", self.temperature, f"must be >= {SMALLEST_LEARNED} if it is learned, "
+                "the lower bound of learning (as in CLIP)")
 
     def _check_contrast(self) -> None:
         directions = self.directions
         require("query_to_document" in directions and len(set(directions)) == len(directions), "objective.directions",
-                list(directions), "must hold query_to_document, and nothing twice")
+                list(directions), "must contain query_to_document, and nothing twice")
         require(self.partition == "joint" or set(directions) == {"query_to_document", "document_to_query"},
                 "objective.partition", self.partition, "needs objective.directions = [query_to_document, "
-                "document_to_query]; in the other directions there is no positive to be told from the rest")
+                "document_to_query]; the other directions have no positive")
         require(self.mask_margin_type == "absolute" or self.mask_margin is not None, "objective.mask_margin_type",
                 self.mask_margin_type, "has no effect without objective.mask_margin; set that, or remove it")
         require(self.hardness_strength >= 0, "objective.hardness_strength", self.hardness_strength, "must be >= 0")
         require((self.hardness is None) == (self.hardness_strength == 0), "objective.hardness_strength",
-                self.hardness_strength, f"does not go with objective.hardness = {self.hardness!r}; set both or neither")
+                self.hardness_strength, f"is not compatible with objective.hardness = {self.hardness!r}; set both or "
+                "neither")
 
     def check_against(self, *, num_positives: int, num_negatives: int, in_batch: bool) -> None:
-        """Raises ConfigError where the section `data` does not go with the loss.
+        """Raises ConfigError if the section `data` is not compatible with the loss.
 
         Args:
-            num_positives, num_negatives: of a query.
+            num_positives, num_negatives: documents per query.
             in_batch: whether `in_batch_negatives` is true in every entry of `data.train` and `data.validation`.
         """
         if self.loss not in CONTRASTIVE:

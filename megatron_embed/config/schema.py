@@ -17,18 +17,18 @@ from megatron_embed.names import Activation, HeadKind, ModelDtype, Pooling
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str
-    """Hugging Face directory, one of our checkpoints, or a hub name."""
+    """Hugging Face directory, a checkpoint of megatron-embed, or a hub name."""
     attention: Literal["auto", "te", "flash", "sdpa"] = "auto"
-    """auto: flash in half precision on a GPU, else sdpa. flash: torch's variable-length flash kernels (GPU). te:
-    Transformer Engine's (GPU). sdpa: torch's scaled_dot_product_attention over groups of similarly long sequences (CPU
-    included, there in float32)."""
+    """auto: flash in half precision on a GPU, otherwise sdpa. flash: torch's variable-length flash kernels (GPU). te:
+    Transformer Engine's (GPU). sdpa: torch's scaled_dot_product_attention over groups of sequences of similar length
+    (also on CPUs, in float32 there)."""
     bidirectional: bool = False
-    """True lets every token of a decoder attend to the whole sequence. Encoder families always do."""
+    """True: every token of a decoder attends to the whole sequence. Encoder families always do."""
     dtype: Literal["auto", ModelDtype] = "auto"
-    """Of parameters and activations; the optimizer keeps float32 main parameters either way. auto: bfloat16 on GPUs and
-    on processors with instructions for it (AVX512-BF16, AMX-BF16 or ARM's, unless ATEN_CPU_CAPABILITY,
-    ONEDNN_MAX_CPU_ISA or MKL_ENABLE_INSTRUCTIONS forbids them), if every rank has them; else float32. A run that goes
-    on keeps the dtype of its checkpoint. bfloat16 on another processor: products are computed in float32."""
+    """Dtype of parameters and activations; the optimizer keeps float32 main parameters either way. auto: bfloat16 on
+    GPUs and on processors with instructions for it (AVX512-BF16, AMX-BF16 or ARM's, unless ATEN_CPU_CAPABILITY,
+    ONEDNN_MAX_CPU_ISA or MKL_ENABLE_INSTRUCTIONS disables them), if every rank has them; otherwise float32. A resumed
+    run keeps the dtype of its checkpoint. bfloat16 on another processor: products are computed in float32."""
 
     def __post_init__(self) -> None:
         require(bool(self.path), "model.path", self.path, "must name a model directory")
@@ -37,58 +37,59 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingConfig:
     pooling: Pooling | None = None
-    """null: what the model directory's Sentence Transformers files say, else mean of an encoder and lasttoken of a
-    decoder."""
+    """null: the setting in the model directory's Sentence Transformers files, otherwise mean for an encoder and
+    lasttoken for a decoder."""
     normalize: bool | None = None
     """Scale embeddings to unit length, in float32. False: the objective takes plain dot products. null: true, unless
     the model directory compares vectors by dot product and does not scale them."""
     matryoshka_dims: tuple[int, ...] = ()
-    """Widths over which the loss is taken, largest first: rows cut to each and, with `normalize`, brought back to unit
-    length. Empty: the whole width alone."""
+    """Dimensions that the loss is also taken at, largest first: embeddings are truncated to each and, with `normalize`,
+    scaled to unit length again. Empty: the full dimension only."""
     instruction: str | None = None
-    """In place of `{instruction}` in a query's prompt for rows, files and evaluation sets without one of their own, and
-    for good in the prompt of checkpoints and exports; null: all of them must have their own."""
+    """Replaces `{instruction}` in the query prompt for rows, files and evaluation sets without an instruction of their
+    own; checkpoints and exports contain the prompt with it filled in. null: all of them must have their own."""
 
     @property
     def unit_length(self) -> bool:
-        """`normalize`, true where it is not known."""
+        """`normalize`; True if it is None."""
         return self.normalize is not False
 
     def __post_init__(self) -> None:
         dims = self.matryoshka_dims
         require(all(dim >= 1 for dim in dims) and list(dims) == sorted(set(dims), reverse=True),
-                "embedding.matryoshka_dims", list(dims), "must be different widths >= 1, largest first")
+                "embedding.matryoshka_dims", list(dims), "must be different dimensions >= 1, largest first")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RerankerConfig:
     head: HeadKind | None = None
-    """yes_no: difference of the logits of two words at the last token. score: a linear of one output; in
-    encoders, which have no other head, behind a dense layer with tanh. null: the model directory's if it is a reranker,
-    else yes_no for decoders and score for encoders."""
+    """yes_no: difference of the logits of two words at the last token. score: a linear layer with one output; encoders,
+    which have no other head, have a dense layer with tanh before it. null: the head of the model directory if it is a
+    reranker, otherwise yes_no for decoders and score for encoders."""
     template: str | None = None
-    """The prompt around a pair, with the places {query} and {document} and, if wanted, {instruction}, and every special
-    token written out. null: what the model directory says (a cross-encoder's chat template; without one, query and
-    document are a pair of texts), else Qwen3-Reranker's; encoders take none."""
+    """Prompt around a pair, with the placeholders {query}, {document} and optionally {instruction}, and every special
+    token written out. null: the model's own setting (a cross-encoder's chat template; without one, query and document
+    are a pair of texts), otherwise Qwen3-Reranker's; encoders take no template."""
     instruction: str | None = None
-    """Of rows and files without one of their own; null: what the model directory says, else Qwen3-Reranker's."""
+    """Instruction of rows and files without one of their own; null: the model's own setting, otherwise
+    Qwen3-Reranker's."""
     true_token: str | None = None
-    """Of yes_no: a single token of the tokenizer, a space before it included where there shall be one; null: what the
-    model directory says, else yes."""
+    """Word for a relevant document in yes_no: a single token of the tokenizer, including a space before it if there is
+    to be one; null: the model's own setting, otherwise yes."""
     false_token: str | None = None
-    """The same, else no."""
+    """Word for a document that is not relevant in yes_no; null: the model's own setting, otherwise no."""
     max_length: int | None = None
-    """Tokens of a pair, prompt and special tokens included. In a template what is longer loses the end of its document,
-    never query, instruction or what follows the document; of a pair of texts the longer one is cut, as CrossEncoder
-    does. null: data.query_max_length + data.document_max_length if either is set, else what a reranker's directory
-    says, else that sum; at most the model's positions."""
+    """Maximum number of tokens of a pair, including prompt and special tokens. In a template a longer pair loses the
+    end of its document, never query, instruction or the text after the document; in a pair of texts the longer one is
+    truncated, as in CrossEncoder. null: data.query_max_length + data.document_max_length if either is set, otherwise a
+    reranker's own setting, otherwise that sum; at most the model's positions."""
     temperature: float = 1.0
     """Divides the scores in listwise and kl_distillation; no unit, > 0."""
     margin: float = 1.0
-    """Of margin_ranking, in units of the score; >= 0."""
+    """Margin of margin_ranking, in units of the score; >= 0."""
     activation: Activation | None = None
-    """What exports and scores apply to the head's output; losses and rankings take the output itself. null: what the
-    model directory says, else sigmoid."""
+    """Activation that exports and scores apply to the head's output; losses and rankings take the output itself. null:
+    the model's own setting, otherwise sigmoid."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "reranker.temperature", self.temperature, "must be > 0")
@@ -103,22 +104,22 @@ class RerankerConfig:
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     tensor_model_parallel_size: int = 1
-    """Ranks that divide every layer's matrices among them. Ranks beyond this size times the next and the context's are
+    """Ranks that share every layer's matrices. Ranks beyond this size times the pipeline and context sizes are
     data-parallel."""
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are divided into, one per rank."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline rank (interleaved schedule); null or 1: off."""
     context_parallel_size: int = 1
-    """Ranks that divide the tokens of every text among them."""
+    """Ranks that share the tokens of every text."""
     expert_model_parallel_size: int = 1
-    """Ranks, of the data-, context- and tensor-parallel ones, that divide a mixture's experts among them."""
+    """Ranks, among the data-, context- and tensor-parallel ones, that share the experts of a mixture of experts."""
     expert_tensor_parallel_size: int = 1
-    """Ranks that divide every expert's matrices among them."""
+    """Ranks that share every expert's matrices."""
     sequence_parallel: bool | Literal["auto"] = "auto"
     """auto: on exactly when tensor_model_parallel_size > 1."""
     timeout_seconds: int = 600
-    """Longest wait of one collective before the run stops with an error, > 0, at most 1000000 (eleven days)."""
+    """Maximum wait of one collective before the run stops with an error, > 0, at most 1000000 (eleven days)."""
 
     def __post_init__(self) -> None:
         for key in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor"):
@@ -135,64 +136,64 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     global_batch_size: int = 1024
-    """Queries per optimizer step, all ranks together."""
+    """Queries per optimizer step, over all ranks."""
     micro_batch_size: int = 8
-    """Queries per data-parallel rank per micro-batch. Not used where micro_batch_tokens is set."""
+    """Queries per data-parallel rank per micro-batch. Not used if micro_batch_tokens is set."""
     micro_batch_tokens: int | None = None
-    """Tokens of every micro-batch, padding included; null: micro_batch_size queries with their documents, however long.
-    Set, a rank's queries and documents are packed into bins of exactly this many tokens, any text anywhere (a query
-    with its documents where objective.negatives is micro_batch). Ranks with fewer bins than the busiest divide
-    their largest ones."""
+    """Tokens of every micro-batch, padding included; null: micro_batch_size queries with their documents, of any
+    length. If set, a rank's queries and documents are packed into bins of exactly this many tokens, in any order (a
+    query together with its documents if objective.negatives is micro_batch). Ranks with fewer bins than the busiest
+    split their largest ones."""
     train_steps: int | None = None
     """Optimizer steps; null: from `epochs`, or 1000 if that is null too."""
     epochs: float | None = None
     """Passes over the training rows, > 0, at most 1000000; not together with train_steps."""
     learning_rate: float = 1.0e-5
-    """The highest, after the warmup; > 0."""
+    """Peak learning rate, after the warmup; > 0."""
     min_learning_rate: float = 0.0
-    """Where the decay ends; >= 0."""
+    """Learning rate at the end of the decay; >= 0."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly from 0."""
     warmup_ratio: float = 0.0
-    """The same as a share of all steps, rounded up, in [0, 1); not together with warmup_steps."""
+    """Warmup as a share of all steps, rounded up, in [0, 1); not together with warmup_steps."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "wsd"] = "cosine"
-    """After the warmup, to min_learning_rate at the last step (inverse-square-root: at least that). wsd: constant, then
-    linear over the last `wsd_decay_ratio` of the steps (Hu et al. 2024, arXiv:2404.06395)."""
+    """Schedule after the warmup, down to min_learning_rate at the last step (inverse-square-root: at least that). wsd:
+    constant, then linear over the last `wsd_decay_ratio` of the steps (Hu et al. 2024, arXiv:2404.06395)."""
     wsd_decay_ratio: float = 0.1
-    """Share of all steps, rounded up, in (0, 1]; of wsd alone."""
+    """Share of all steps for the decay of wsd, rounded up, in (0, 1]."""
     weight_decay: float = 0.01
-    """Decoupled (AdamW); not applied to biases and norms."""
+    """Decoupled weight decay (AdamW); not applied to biases and norms."""
     clip_grad: float = 1.0
-    """Largest norm of the whole model's gradient; 0 is off."""
+    """Maximum norm of the whole model's gradient; 0 is off."""
     adam_beta1: float = 0.9
     """Decay of AdamW's mean of gradients, in [0, 1)."""
     adam_beta2: float = 0.999
     """Decay of AdamW's mean of squared gradients, in [0, 1)."""
     adam_eps: float = 1.0e-8
-    """Added to the root of the latter, > 0."""
+    """Added to the root of AdamW's mean of squared gradients, > 0."""
     hidden_dropout: float = 0.0
-    """Of the outputs of attention and MLP, and of embeddings where the family has it, in [0, 1)."""
+    """Dropout of the outputs of attention and MLP, and of embeddings if the family has it, in [0, 1)."""
     attention_dropout: float = 0.0
-    """Of attention weights, in [0, 1)."""
+    """Dropout of attention weights, in [0, 1)."""
     moe_aux_loss_coefficient: float = 1.0e-3
     """Weight of the load-balancing loss of a mixture of experts, per micro-batch; 0 is off."""
     exit_duration_minutes: float | None = None
-    """Minutes from its start after which a run saves and ends with exit code 75, to be started again; null: no limit. A
-    batch system's time limit less what a step and a checkpoint take."""
+    """Minutes from its start after which a run saves and ends with exit code 75, to be started again; null: no limit.
+    Set it to a batch system's time limit minus the time of a step and a checkpoint."""
     max_skipped_steps: int = 10
-    """Steps in a row without a finite loss and gradient: each leaves the parameters as they were and is counted; one
-    more ends the run. 0: the first one does."""
+    """Number of consecutive steps without a finite loss and gradient that are skipped and counted, leaving the
+    parameters unchanged; one more ends the run. 0: the first one does."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, selective (core attention), full (every layer)."""
     seed: int = 1234
-    """Of the order of the rows, dropout and new parameters; from 0 to 2^62."""
+    """Seed for row order, dropout and newly initialized parameters; 0 to 2^62."""
 
     def warmup(self, train_steps: int) -> int:
-        """Steps of the warmup of a run of so many."""
+        """Warmup steps of a run of `train_steps`."""
         return self.warmup_steps or math.ceil(round(self.warmup_ratio * train_steps, 6))
 
     def final_decay(self, train_steps: int) -> int:
-        """Steps of the decay at the end of a run of so many; 0 without a stable phase before it."""
+        """Steps of the decay at the end of a run of `train_steps`; 0 without a stable phase before it."""
         return math.ceil(round(self.wsd_decay_ratio * train_steps, 6)) if self.lr_decay_style == "wsd" else 0
 
     def __post_init__(self) -> None:
@@ -221,7 +222,7 @@ class TrainingConfig:
                 self.exit_duration_minutes, "must be > 0 or null")
         require(self.epochs is None or 0 < self.epochs <= 1_000_000, "training.epochs", self.epochs,
                 "must be > 0 and <= 1000000, or null")
-        # Generators take 64 bits, and what tells ranks and tensors apart is added.
+        # Generators take 64 bits, and offsets for ranks and tensors are added.
         require(self.seed <= 2**62, "training.seed", self.seed, f"must be <= {2**62}")
         require(self.train_steps is None or self.epochs is None, "training.epochs", self.epochs,
                  f"training.train_steps = {self.train_steps} is set too; keep one of them")
@@ -232,16 +233,16 @@ class LoraConfig:
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on linear layers; all other weights are frozen."""
 
     rank: int = 0
-    """Inner width of every adapter. 0: none, or those that model.path holds (a PEFT directory, or a checkpoint of such
-    a run)."""
+    """Rank of every adapter. 0: no adapters, or those that model.path contains (a PEFT directory, or a checkpoint of
+    such a run)."""
     alpha: float = 32.0
     """An adapter's output is scaled by alpha / rank, > 0."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     dropout: float = 0.0
-    """Of the adapters' inputs, in [0, 1)."""
+    """Dropout of the adapters' inputs, in [0, 1)."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Which linear layers, by their Hugging Face names or the ends of them, as PEFT reads them: q_proj,
+    """Linear layers that get adapters, by their Hugging Face names or the ends of them, as in PEFT: q_proj,
     attention.self.query, ...; all-linear: every one inside the layers."""
 
     def __post_init__(self) -> None:
@@ -259,15 +260,16 @@ class LoraConfig:
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     directory: str | None = None
-    """For metrics.jsonl and TensorBoard; null: checkpoint.directory, and if that is null too, nothing is written."""
+    """Directory for metrics.jsonl and TensorBoard; null: checkpoint.directory, and if that is null too, nothing is
+    written."""
     every_steps: int = 10
     """Optimizer steps between log lines, > 0."""
     tensorboard: bool = True
-    """Curves, and with evaluation sets a sheet for the projector, in DIRECTORY/tensorboard."""
+    """Write curves, and with evaluation sets projector data, to DIRECTORY/tensorboard."""
     wandb: bool = False
-    """A run at Weights & Biases, too; needs its package. WANDB_PROJECT, WANDB_MODE and the like hold."""
+    """Also log a run at Weights & Biases; needs its package. WANDB_PROJECT, WANDB_MODE and the like apply."""
     spike_deviations: float = 8.0
-    """A loss or gradient norm so many standard deviations above the mean of the last 100 steps is reported with the
+    """A loss or gradient norm this many standard deviations above the mean of the last 100 steps is reported with the
     files and lines of the step's rows; 0 is off."""
 
     def __post_init__(self) -> None:
@@ -295,8 +297,11 @@ class RunConfig:
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the best checkpoint stays beside the newest. Of held-out rows alone only where something asks for it:
-        their loss falls at nearly every evaluation, and each gain is a save."""
+        """Whether the best checkpoint stays beside the newest.
+
+        With held-out rows alone only if a setting asks for it: their loss falls at nearly every evaluation, and each
+        improvement is a save.
+        """
         evaluation = self.evaluation
         asked = (evaluation.best_metric is not None or evaluation.patience is not None
                  or self.checkpoint.export == "best")
@@ -315,13 +320,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         losses = {"embedding": EMBEDDING_LOSSES, "reranker": RERANK_LOSSES}[self.task]
         require(self.objective.loss in losses, "objective.loss", self.objective.loss,
-                f"is no loss of task: {self.task}; choose one of {', '.join(losses)}")
+                f"is not a loss of task: {self.task}; choose one of {', '.join(losses)}")
         if self.task == "reranker":
             _check_reranker_run(self)
         self.optimizer.check_against(has_head=self.workload.has_head, dtype=self.model.dtype, lora_rank=self.lora.rank)
         weights, dims = self.objective.matryoshka_weights, self.embedding.matryoshka_dims
         require(not weights or len(weights) == len(dims), "objective.matryoshka_weights", list(weights),
-                f"must have one weight per width of embedding.matryoshka_dims = {list(dims)}")
+                f"must have one weight per entry of embedding.matryoshka_dims = {list(dims)}")
         require(self.data.document_sampling is None or self.objective.rows != "pairs", "data.document_sampling",
                 self.data.document_sampling, f"has no effect with pairs, which objective.loss = {self.objective.loss} "
                 "takes; remove it")
@@ -332,8 +337,8 @@ class RunConfig:
 
 
 def _check_evaluated(config: RunConfig) -> None:
-    """Refuses what asks for the best of a run that measures nothing, or keeps nothing; and instructions without use."""
-    if config.data.query_prompt is not None:  # else it is the model directory's, and this is asked again
+    """Refuse settings of the best checkpoint of a run without evaluation or checkpoints, and unused instructions."""
+    if config.data.query_prompt is not None:  # else it is the model directory's, and this is checked later
         _check_instructions(config, config.data.query_prompt)
     rule = ("there is nothing to evaluate, so no best checkpoint; name a set in evaluation.retrieval, sts or "
             "reranking, or set data.validation_fraction or data.validation")
@@ -345,20 +350,20 @@ def _check_evaluated(config: RunConfig) -> None:
 
 
 def _check_instructions(config: RunConfig, query_prompt: str) -> None:
-    """Refuses instructions that no prompt has a place for."""
+    """Refuse instructions if no prompt contains `{instruction}`."""
     prompts = [query_prompt, *(file.query_prompt or "" for file in config.data.files)]
     require(config.embedding.instruction is None or any("{instruction}" in prompt for prompt in prompts),
             "embedding.instruction", config.embedding.instruction,
-            "no prompt has a place for it; put {instruction} into data.query_prompt, or leave it out")
+            "no prompt contains {instruction}; add it to data.query_prompt, or remove this")
     for kind, sets in (("retrieval", config.evaluation.retrieval), ("sts", config.evaluation.sts)):
         for item in sets:
             require(item.instruction is None or "{instruction}" in query_prompt,
                     f"evaluation.{kind}.instruction", item.instruction,
-                    "data.query_prompt has no place for it; put {instruction} into that, or leave it out")
+                    "data.query_prompt does not contain {instruction}; add it there, or remove this")
 
 
 def _check_reranker_run(config: RunConfig) -> None:
-    """Refuses settings of embedding models that a reranker has no use for."""
+    """Refuse settings of embedding models that have no effect on a reranker."""
     for role, prompt in (("query", config.data.query_prompt), ("document", config.data.document_prompt)):
         require(not prompt, f"data.{role}_prompt", prompt, "a reranker's prompt is reranker.template; write it there")
     for file in config.data.files:
@@ -370,12 +375,12 @@ def _check_reranker_run(config: RunConfig) -> None:
     require(config.data.all_in_batch, "data.train.in_batch_negatives", False,
             "a reranker has no in-batch negatives; remove it")
     require(not config.embedding.matryoshka_dims, "embedding.matryoshka_dims", list(config.embedding.matryoshka_dims),
-            "a reranker gives scores, which have no widths; remove it")
+            "a reranker gives scores, which have no dimensions; remove it")
     require(not config.evaluation.retrieval, "evaluation.retrieval",
             [item.path for item in config.evaluation.retrieval],
             "a reranker searches no corpus; give evaluation.reranking files of lists")
     require(config.embedding.instruction is None, "embedding.instruction", config.embedding.instruction,
-            "a reranker's is reranker.instruction; write it there")
+            "a reranker's instruction is reranker.instruction; write it there")
     require(not config.evaluation.sts, "evaluation.sts", [item.path for item in config.evaluation.sts],
             "a reranker gives no vectors to compare; give evaluation.reranking files of lists")
     require(not config.model.bidirectional, "model.bidirectional", config.model.bidirectional,

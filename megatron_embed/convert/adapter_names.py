@@ -53,7 +53,7 @@ def resolve_modules(family: Family, targets: Sequence[str], key: str) -> tuple[s
             names = sorted({name.rsplit(".", 1)[-1] for name in known})
             raise ConfigError(f"{key} = {list(targets)}: {target!r} names no linear layer of a {family.name} model; "
                               f"known: {', '.join(names)}, {ALL_LINEAR}, or longer endings such as "
-                              f"{_ending(next(iter(known)))}")
+                              f"{_ending(next(iter(known)))}", key=key)
         chosen |= matches
     modules = tuple(name for name in known if name in chosen)
     for rule in {known[name]: None for name in modules}:
@@ -61,7 +61,8 @@ def resolve_modules(family: Family, targets: Sequence[str], key: str) -> tuple[s
         missing = [name for name in names if name not in chosen]
         if rule.is_expert and missing:
             raise ConfigError(f"{key} = {list(targets)}: the experts' {', '.join(map(_leaf, names))} are one tensor in "
-                              f"Transformers, so PEFT cannot load adapters without {_leaf(missing[0])}; add it")
+                              f"Transformers, so PEFT cannot load adapters without {_leaf(missing[0])}; add it",
+                              key=key)
     return modules
 
 

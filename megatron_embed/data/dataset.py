@@ -223,7 +223,7 @@ def hold_out(records: RecordSet, fraction: float, seed: int) -> tuple[RecordSet,
         if is_held.all():
             raise ConfigError(f"data.validation_fraction = {fraction}: {file.path} has {len(file)} rows and "
                               f"{len(np.unique(marks))} different queries, too few to train and to validate on; set it "
-                              "to 0 or add rows")
+                              "to 0 or add rows", key="data.validation_fraction")
         held.append(_Part(file, np.flatnonzero(is_held)))
         kept.append(_Part(file, np.flatnonzero(~is_held)))
     return RecordSet(kept), RecordSet(held)

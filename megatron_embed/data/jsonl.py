@@ -59,16 +59,17 @@ def open_jsonl(path: str, key: str) -> BinaryIO:
         ConfigError: naming `key` (the setting or option the path came from), if it is no readable JSONL file.
     """
     if not path.endswith(ENDINGS):
-        raise ConfigError(f"{key} = {path!r}: not a JSONL file by its name; readable are {', '.join(ENDINGS)}")
+        raise ConfigError(f"{key} = {path!r}: not a JSONL file by its name; readable are {', '.join(ENDINGS)}", key=key)
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise ConfigError(f"{key} = {path!r}: not a regular file; name one JSONL file per entry")
+            raise ConfigError(f"{key} = {path!r}: not a regular file; name one JSONL file per entry", key=key)
         return _open_binary(path)
     except FileNotFoundError:
-        raise ConfigError(f"{key} = {path!r}: no such file; the current directory is {str(Path.cwd())!r}") from None
+        raise ConfigError(f"{key} = {path!r}: no such file; the current directory is {str(Path.cwd())!r}",
+                          key=key) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"{key} = {path!r}: cannot be read: {reason}") from None
+        raise ConfigError(f"{key} = {path!r}: cannot be read: {reason}", key=key) from None
 
 
 def read_lines(path: str, key: str) -> Iterator[Line]:

@@ -144,7 +144,7 @@ class BatchLoader(StepLoader[EmbedBatch]):
         if packing.micro_batch_tokens is None and total % group:
             raise ConfigError(f"training.global_batch_size = {total} is not a multiple of micro_batch_size * "
                               f"data_parallel_size = {packing.micro_batch_size} * {dp_size}; next valid: "
-                              f"{-(-total // group) * group}")
+                              f"{-(-total // group) * group}", key="training.global_batch_size")
         check_prompts(records, tokenizer)
         super().__init__(records, sampler, dp_rank=dp_rank, dp_size=dp_size)
         self._tokenizer = tokenizer

@@ -40,7 +40,7 @@ class MixtureSampler:
             if global_batch_size > len(file):
                 raise ConfigError(f"training.global_batch_size = {global_batch_size} is larger than the {len(file)} "
                                   f"rows of {file.path}, and a global batch is of one data set; lower it, add rows, or "
-                                  "set data.mixed_batches: true")
+                                  "set data.mixed_batches: true", key="training.global_batch_size")
         self.num_rows = len(records)
         self.global_batch_size = global_batch_size
         self._samplers = [GlobalBatchSampler(file, global_batch_size=global_batch_size, shuffle=True, seed=seed,

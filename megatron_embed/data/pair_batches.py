@@ -79,7 +79,7 @@ def check_rerank_records(records: Sequence[RerankRecord], tokenizer: PairTokeniz
             raise ConfigError(f"training.micro_batch_tokens = {micro_batch_tokens} may not hold the "
                               f"{group_size(record, num_negatives)} documents of {record.source}, which stay in one "
                               f"micro-batch, at {tokenizer.max_length} tokens each; raise it to {largest}, or set "
-                              "data.num_negatives")
+                              "data.num_negatives", key="training.micro_batch_tokens")
 
 
 def _check_numbers(record: RerankRecord, loss: str, temperature: float) -> None:

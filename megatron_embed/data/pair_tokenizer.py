@@ -61,10 +61,11 @@ class PairTemplate:
             count = self.text.count("{" + place + "}")
             if count > 1 or (count == 0 and place != "instruction"):
                 raise ConfigError(f"reranker.template = {shortened(self.text)}: {{{place}}} occurs {count} times; "
-                                  "write {query} and {document} once each, and {instruction} at most once")
+                                  "write {query} and {document} once each, and {instruction} at most once",
+                                  key="reranker.template")
         if self.text.index("{document}") < self.text.index("{query}"):
             raise ConfigError(f"reranker.template = {shortened(self.text)}: {{document}} comes before {{query}}; "
-                              "exports and servers put the query first")
+                              "exports and servers put the query first", key="reranker.template")
 
     def pieces(self) -> list[str]:
         """The text in order: literal, name of a place, literal, ... (an even place in the list is a literal)."""
@@ -197,7 +198,7 @@ class PairTokenizer:
         unknown = self._tokenizer.unk_token_id
         if len(ids) != 1 or (ids[0] == unknown and word != self._tokenizer.unk_token):
             raise ConfigError(f"{key} = {word!r}: is {len(ids)} tokens ({ids}) in this tokenizer, and must be a single "
-                              "known one; choose another word")
+                              "known one; choose another word", key=key)
         return int(ids[0])
 
     def _count_frame(self) -> int:
@@ -242,7 +243,7 @@ class PairTokenizer:
             if truncated:
                 if self.max_length <= self._tokenizer.num_special_tokens_to_add(pair=True):
                     raise ConfigError(f"{self._length_key} = {self.max_length} tokens: the tokenizer's special tokens "
-                                      "alone take as many; raise it")
+                                      "alone take as many; raise it", key=self._length_key)
                 whole = self._tokenizer(queries, documents, padding=False, truncation="longest_first",
                                         max_length=self.max_length, verbose=False)
         types = self._token_types and "token_type_ids" in whole

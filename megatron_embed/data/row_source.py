@@ -248,7 +248,7 @@ def is_copy_of_hub(path: str) -> bool:
 def nothing_to_stream(path: str, key: str) -> ConfigError:
     """The refusal of `streaming` for what lies on this machine."""
     return ConfigError(f"{key}.streaming = True: {path!r} is no data set of the hub, and what lies on this machine "
-                       "needs no fetching; remove it")
+                       "needs no fetching; remove it", key=f"{key}.streaming")
 
 
 def open_rows(path: str, key: str, *, streaming: bool = False, rows: int | None = None) -> RawRows:
@@ -279,7 +279,7 @@ def require_rows(path: str, key: str, *, streaming: bool = False) -> RowsKind:
         open_jsonl(path, key).close()
     elif kind == "table" and not (os.access(path, os.R_OK) or is_copy_of_hub(path)):
         what = "cannot be read" if os.path.exists(path) else "no such file"
-        raise ConfigError(f"{key} = {path!r}: {what}; the current directory is {str(Path.cwd())!r}")
+        raise ConfigError(f"{key} = {path!r}: {what}; the current directory is {str(Path.cwd())!r}", key=key)
     return kind
 
 
@@ -291,7 +291,7 @@ def _kind_of(path: str, key: str, *, streaming: bool) -> RowsKind:
     if os.path.isdir(path) and not is_saved and not is_remote:
         raise ConfigError(f"{key} = {path!r}: a directory that is neither a BEIR folder (corpus.jsonl, queries.jsonl, "
                           "qrels/train.tsv) nor saved by `datasets` nor a copy of a data set of the hub (with its "
-                          "README.md); name one file per entry")
+                          "README.md); name one file per entry", key=key)
     if is_remote:
         return "table" if is_copy_of_hub(path) else "hub"
     if is_saved or path.endswith(TABLE_ENDINGS):
@@ -299,14 +299,14 @@ def _kind_of(path: str, key: str, *, streaming: bool) -> RowsKind:
     if not path.endswith(ENDINGS):
         raise ConfigError(f"{key} = {path!r}: not a file of rows by its name; readable are "
                           f"{', '.join((*ENDINGS, *TABLE_ENDINGS))}, a directory that `datasets` saved, and a data set "
-                          "of the hub (org/name:config/split)")
+                          "of the hub (org/name:config/split)", key=key)
     return "jsonl"
 
 
 def _open_table(path: str, key: str, *, streaming: bool = False) -> Any:
     """A `Dataset`, or an `IterableDataset` if it is to be streamed."""
     if path.endswith(TABLE_ENDINGS) and not os.path.exists(path):
-        raise ConfigError(f"{key} = {path!r}: no such file; the current directory is {str(Path.cwd())!r}")
+        raise ConfigError(f"{key} = {path!r}: no such file; the current directory is {str(Path.cwd())!r}", key=key)
     import datasets
 
     try:
@@ -314,9 +314,10 @@ def _open_table(path: str, key: str, *, streaming: bool = False) -> Any:
     except Exception as error:  # all of them: datasets, pyarrow and the hub's client have no common class of errors
         raise ConfigError(f"{key} = {path!r}: cannot be read: {_first_line(error)}; name a .parquet or "
                           ".arrow file, a directory that `datasets` saved, or a data set of the hub "
-                          "(org/name:config/split)") from error
+                          "(org/name:config/split)", key=key) from error
     if isinstance(table, datasets.DatasetDict | datasets.IterableDatasetDict):
-        raise ConfigError(f"{key} = {path!r}: holds the splits {', '.join(table)}; name the directory of one of them")
+        raise ConfigError(f"{key} = {path!r}: holds the splits {', '.join(table)}; name the directory of one of them",
+                          key=key)
     return table if streaming else table.with_format(None)
 
 

@@ -52,7 +52,7 @@ class GlobalBatchSampler:
                  num_negatives: int = 0) -> None:
         if global_batch_size > len(records):
             raise ConfigError(f"training.global_batch_size = {global_batch_size} is larger than the {len(records)} "
-                              "rows of data.train; lower it or add rows")
+                              "rows of data.train; lower it or add rows", key="training.global_batch_size")
         self.num_rows = len(records)
         self.global_batch_size = global_batch_size
         self._shuffle = shuffle

@@ -189,7 +189,7 @@ class RoleTokenizer:
             self._eos = [self.eos_token_id]
         if _PLACEHOLDER in document_prompt:
             raise ConfigError(f"data.document_prompt = {document_prompt!r}: only data.query_prompt can hold "
-                              f"{_PLACEHOLDER}; write the document's prompt out")
+                              f"{_PLACEHOLDER}; write the document's prompt out", key="data.document_prompt")
         for role, prompt in self._prompts.items():
             if _PLACEHOLDER not in prompt:
                 self._check_room(role, prompt)
@@ -289,7 +289,7 @@ class RoleTokenizer:
         if instruction is None:
             raise ConfigError(f"data.query_prompt = {shortened(prompt)} needs an instruction and the row has none; "
                               "give the row an 'instruction', or its data.train entry one for all of its rows, "
-                              "or set embedding.instruction")
+                              "or set embedding.instruction", key="data.query_prompt")
         return fill_template(prompt, instruction)
 
     def _check_room(self, role: Role, prompt: str) -> None:
@@ -305,7 +305,7 @@ class RoleTokenizer:
             key = self._length_keys[role]
             raise ConfigError(f"{key} = {self._max_lengths[role]} tokens: the prompt {shortened(prompt)} and the "
                               f"special tokens take {used} of them, which leaves none for text; raise {key} or shorten "
-                              f"the {role}'s prompt")
+                              f"the {role}'s prompt", key=key)
         self._checked.add((role, prompt))
 
     def _ids_of(self, prompts: Sequence[str], texts: Sequence[str], role: Role) -> list[list[int]]:

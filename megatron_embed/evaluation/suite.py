@@ -60,12 +60,12 @@ class EvaluationSuite:
         if not names:
             raise ConfigError(f"evaluation.best_metric = {wanted!r}: there is nothing to evaluate; name a set in "
                               "evaluation.retrieval, sts or reranking, set data.validation_fraction or "
-                              "data.validation, or leave it out")
+                              "data.validation, or leave it out", key="evaluation.best_metric")
         if wanted.removeprefix(PREFIX) not in names:
             near = difflib.get_close_matches(wanted.removeprefix(PREFIX), names, n=1)
             meant = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(f"evaluation.best_metric = {wanted!r}: not among the metrics of this run's evaluations; "
-                              f"{meant}there are {', '.join(names)}")
+                              f"{meant}there are {', '.join(names)}", key="evaluation.best_metric")
 
     def samples(self, size: int) -> list[tuple[BeirData | StsData, Role, list[str]]]:
         """(set, role, texts) of up to `size` texts of each set, to look at their vectors: queries, then documents."""

@@ -141,7 +141,7 @@ def _find_adapted(folder: Path) -> ModelDirectory:
     base = None if adapted else find_model(named, key)
     if base is None or base.adapters is not None:
         raise CheckpointError(f"{key} = {(named if base is None else base.name)!r} has adapters itself; merge them "
-                              "first (convert megatron-to-hf --merge-lora, or PEFT's merge_and_unload)")
+                              "first (convert megatron-to-hf --merge-lora, or PEFT's merge_and_unload)", key=key)
     with PeftAdapter(folder, rules_for(base.shape.family), base.shape) as adapter:
         settings = dataclasses.replace(adapter.settings, base_model=base.name)
     own = read_saved_settings(folder, base.hf)
@@ -161,7 +161,7 @@ def adapters_of(config: LoraConfig, model: ModelDirectory) -> AdapterSettings | 
     if config.rank == 0:
         if model.adapters is None and config.dropout:
             raise ConfigError(f"lora.dropout = {config.dropout}: does nothing while lora.rank is 0 and model.path "
-                              "holds no adapters; set the rank, or remove this")
+                              "holds no adapters; set the rank, or remove this", key="lora.dropout")
         return model.adapters
     wanted = AdapterSettings(
         rank=config.rank, alpha=config.alpha, use_rslora=config.use_rslora, base_model=model.name,
@@ -170,7 +170,7 @@ def adapters_of(config: LoraConfig, model: ModelDirectory) -> AdapterSettings | 
         found = model.adapters
         raise ConfigError(f"lora.rank = {config.rank}: model.path holds adapters of rank {found.rank}, alpha "
                           f"{found.alpha:g}, on {', '.join(found.modules)}, and `lora` says otherwise; leave lora.rank "
-                          "at 0 to go on with them")
+                          "at 0 to go on with them", key="lora.rank")
     return wanted if model.adapters is None else model.adapters
 
 
@@ -180,7 +180,7 @@ def error_context(key: str, path: str) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{key} = {path!r}: {error}") from error
+        raise CheckpointError(f"{key} = {path!r}: {error}", key=key) from error
 
 
 def role_lengths(model: ModelDirectory, wanted: int | None, *, by_role: bool) -> dict[Role, int]:

@@ -93,13 +93,14 @@ def _check_settings(config: RerankerConfig, model: ModelDirectory) -> None:
     encoder, limit = is_encoder(model.shape), model.shape.longest_text
     if encoder and config.head == "yes_no":
         raise ConfigError(f"reranker.head = 'yes_no': a {model.shape.family} model has no language-model head to "
-                          "answer with; set it to score")
+                          "answer with; set it to score", key="reranker.head")
     if encoder and config.template is not None:
         raise ConfigError(f"reranker.template = {config.template[:40]!r}: a {model.shape.family} model reads query and "
-                          "document as a pair of texts, as the stock cross-encoders do; set it to null")
+                          "document as a pair of texts, as the stock cross-encoders do; set it to null",
+                          key="reranker.template")
     if config.max_length is not None and config.max_length > limit:
         raise ConfigError(f"reranker.max_length = {config.max_length} is longer than the model's {limit} positions; "
-                          "lower it to that or less")
+                          "lower it to that or less", key="reranker.max_length")
 
 
 def is_reranker(model: ModelDirectory) -> bool:
@@ -120,7 +121,7 @@ def _saved(model: ModelDirectory, key: str) -> Inherited:
     with error_context(key, str(model.path)):
         found = inherited(model, reading=True)
     if found is None:
-        raise ConfigError(f"{key} {model.path}: is no reranker: its config.json names neither a "
+        raise ConfigError(f"{key} {model.path}: not a reranker: its config.json names neither a "
                           "*ForSequenceClassification nor a *ForCausalLM, and there is no reranker.json; give a model "
                           "trained with task: reranker, or a cross-encoder")
     return found
@@ -154,7 +155,7 @@ def check_last_token(settings: RerankerSettings, tokenizer: PairTokenizer, key: 
         raise ConfigError(f"{key} = {shortened(settings.template or '')}: its last token is the one that the tokenizer "
                           "pads with, and the stock class of an export reads the score at the last token that is no "
                           "padding, which is another one; let the template end otherwise, or give "
-                          "tokenizer_config.json another pad_token")
+                          "tokenizer_config.json another pad_token", key=key)
 
 
 def head_spec(settings: RerankerSettings, tokenizer: PairTokenizer) -> HeadSpec:
@@ -165,7 +166,7 @@ def head_spec(settings: RerankerSettings, tokenizer: PairTokenizer) -> HeadSpec:
     false = tokenizer.token_of(settings.false_token, "reranker.false_token")
     if true == false:
         raise ConfigError(f"reranker.false_token = {settings.false_token!r}: is the token of reranker.true_token; the "
-                          "score would always be 0")
+                          "score would always be 0", key="reranker.false_token")
     return HeadSpec(kind="yes_no", true_token_id=true, false_token_id=false)
 
 
@@ -177,7 +178,7 @@ def load_reranker_chunks(model: ModelDirectory, config: RunConfig, topology: Top
     trained = None if model.checkpoint is None else open_checkpoint(model.checkpoint).info.head
     if trained is not None and trained != spec.kind:
         raise ConfigError(f"reranker.head = {spec.kind!r}: {model.path} is a reranker with the head {trained}; set it "
-                          "to that, or begin from the model that it was made of")
+                          "to that, or begin from the model that it was made of", key="reranker.head")
     chunks = load_model_chunks(model, config, topology, spec, with_head=trained is not None)
     head = chunks[-1].head
     if head is not None and not spec.is_tied(model.shape):

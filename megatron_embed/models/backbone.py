@@ -165,22 +165,25 @@ def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
     for name, value in split if shape.num_experts else [*split, ("MLP width", shape.ffn_hidden_size)]:
         if value % tp:
             raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the model's {value} {name}; "
-                              f"nearest valid: {_nearest_divisor(value, tp)}")
+                              f"nearest valid: {_nearest_divisor(value, tp)}",
+                              key="parallel.tensor_model_parallel_size")
     if shape.num_experts:
         _check_experts(shape, sizes)
     if shape.hidden_size % tp and uses_sequence_parallel(sizes):
         raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the hidden size "
-                          f"{shape.hidden_size}; nearest valid: {_nearest_divisor(shape.hidden_size, tp)}")
+                          f"{shape.hidden_size}; nearest valid: {_nearest_divisor(shape.hidden_size, tp)}",
+                          key="parallel.tensor_model_parallel_size")
     for name in ("expert_model", "expert_tensor"):
         size = sizes.expert_model_parallel_size if name == "expert_model" else sizes.expert_tensor_parallel_size
         if size > 1 and not shape.num_experts:
             raise ConfigError(f"parallel.{name}_parallel_size = {size}, but the model has dense layers (no experts); "
-                              "set it to 1")
+                              "set it to 1", key=f"parallel.{name}_parallel_size")
     stages = pp * (virtual_size(sizes) or 1)
     if shape.num_layers < stages:
         raise ConfigError(f"parallel.pipeline_model_parallel_size = {pp} (times virtual size "
                           f"{virtual_size(sizes) or 1}) makes {stages} stages, more than the model's "
-                          f"{shape.num_layers} layers; largest valid total: {shape.num_layers}")
+                          f"{shape.num_layers} layers; largest valid total: {shape.num_layers}",
+                          key="parallel.pipeline_model_parallel_size")
 
 
 def _check_experts(shape: ModelShape, sizes: ParallelConfig) -> None:
@@ -190,10 +193,11 @@ def _check_experts(shape: ModelShape, sizes: ParallelConfig) -> None:
             ("expert_tensor", sizes.expert_tensor_parallel_size, shape.ffn_hidden_size, "columns of an expert")):
         if value % size:
             raise ConfigError(f"parallel.{name}_parallel_size = {size} does not divide the model's {value} {what}; "
-                              f"nearest valid: {_nearest_divisor(value, size)}")
+                              f"nearest valid: {_nearest_divisor(value, size)}", key=f"parallel.{name}_parallel_size")
     if sizes.tensor_model_parallel_size > 1 and not uses_sequence_parallel(sizes):
         raise ConfigError("parallel.sequence_parallel = False: a mixture of experts under tensor parallelism "
-                          f"(tensor_model_parallel_size = {sizes.tensor_model_parallel_size}) needs it; set it to auto")
+                          f"(tensor_model_parallel_size = {sizes.tensor_model_parallel_size}) needs it; set it to auto",
+                          key="parallel.sequence_parallel")
 
 
 def _nearest_divisor(value: int, wanted: int) -> int:

@@ -94,13 +94,13 @@ def read_cross_encoder(directory: str | Path,
     values = read_optional_json_object(settings_file)
     prompts, default = named_prompts(settings_file, values)
     module = _transformer_config(folder)
-    module_task = _task(*module)
-    if module_task == "sequence-classification" and head != "score":
+    transformer_task = _task(*module)
+    if transformer_task == "sequence-classification" and head != "score":
         raise CheckpointError(f"{base / 'config.json'}: architectures = {config.get('architectures')!r}: modules.json "
                               "makes a classifier of it, and there is none; save the trained classifier's config.json")
-    token_ids = _answer_ids(folder, module_task)
+    token_ids = _answer_ids(folder, transformer_task)
     return CrossEncoderSettings(
-        is_saved=True, head="score" if module_task == "sequence-classification" else "yes_no", token_ids=token_ids,
+        is_saved=True, head="score" if transformer_task == "sequence-classification" else "yes_no", token_ids=token_ids,
         activation=_activation(settings_file, "activation_fn", values.get("activation_fn"))
         or _activation_of_config(base, config),
         prompts=prompts, default_prompt=default, message=_message_format(*module),
@@ -155,19 +155,18 @@ def _transformer_config(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _task(file: Path, values: Mapping[str, Any]) -> Literal["sequence-classification", "text-generation"]:
-    module_task = values.get("transformer_task", "feature-extraction")
-    if module_task not in _OUTPUTS:
-        raise CheckpointError(f"{file}: transformer_task = {module_task!r}: a cross-encoder whose score is not that "
-                              "of a classifier (sequence-classification) or of two words (text-generation) is not "
-                              "supported")
+    task = values.get("transformer_task", "feature-extraction")
+    if task not in _OUTPUTS:
+        raise CheckpointError(f"{file}: transformer_task = {task!r}: a cross-encoder whose score is not that of a "
+                              "classifier (sequence-classification) or of two words (text-generation) is not supported")
     output = values.get("module_output_name")
-    if output is not None and output != _OUTPUTS[module_task]:
-        raise CheckpointError(f"{file}: module_output_name = {output!r} does not go with transformer_task = "
-                              f"{module_task!r}; it must be {_OUTPUTS[module_task]}")
-    return module_task  # type: ignore[no-any-return]
+    if output is not None and output != _OUTPUTS[task]:
+        raise CheckpointError(f"{file}: module_output_name = {output!r} does not go with transformer_task = {task!r}; "
+                              f"it must be {_OUTPUTS[task]}")
+    return task  # type: ignore[no-any-return]
 
 
-def _answer_ids(folder: Path, module_task: str) -> tuple[int, int] | None:
+def _answer_ids(folder: Path, transformer_task: str) -> tuple[int, int] | None:
     """Token ids of a LogitScore's two answers; None for a classifier, which has no such module.
 
     Raises:
@@ -175,12 +174,14 @@ def _answer_ids(folder: Path, module_task: str) -> tuple[int, int] | None:
     """
     file = folder / "modules.json"
     modules = read_modules(file)
-    wanted = ["Transformer"] if module_task == "sequence-classification" else ["Transformer", "LogitScore"]
+    wanted = ["Transformer"] if transformer_task == "sequence-classification" else ["Transformer", "LogitScore"]
     if [module.kind for module in modules] != wanted or modules[0].path:
         raise CheckpointError(f"{file}: modules {[module.type for module in modules]} are not supported for a "
-                              f"cross-encoder with transformer_task = {module_task!r}; {' and '.join(wanted)} of "
+                              f"cross-encoder with transformer_task = {transformer_task!r}; {' and '.join(wanted)} of "
                               "Sentence Transformers are")
-    return None if len(modules) == 1 else _logit_score_ids(folder / modules[1].path / "config.json")
+    if transformer_task == "sequence-classification":
+        return None
+    return _logit_score_ids(folder / modules[1].path / "config.json")
 
 
 def _logit_score_ids(file: Path) -> tuple[int, int]:

@@ -191,12 +191,13 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
     if wanted in ("flash", "te"):
         if not (HAS_CUDA and half):
             raise ConfigError(f"model.attention = {wanted!r} needs a GPU and model.dtype = bfloat16; use 'auto' or "
-                              "'sdpa' here")
+                              "'sdpa' here", key="model.attention")
         if wanted == "te" and not HAS_TRANSFORMER_ENGINE:
             raise ConfigError("model.attention = 'te': Transformer Engine is not installed; pip install "
-                              "'megatron_embed[gpu]', or use 'auto'")
+                              "'megatron_embed[gpu]', or use 'auto'", key="model.attention")
         if other is not None:
-            raise ConfigError(f"model.attention = {wanted!r} does not go with {other}; use 'auto' or 'sdpa'")
+            raise ConfigError(f"model.attention = {wanted!r} does not go with {other}; use 'auto' or 'sdpa'",
+                              key="model.attention")
     if wanted == "te":
         return "te"
     return "flash" if wanted != "sdpa" and other is None and half and HAS_CUDA else "sdpa"

@@ -149,7 +149,8 @@ def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
         key, value = max((("tensor_model", tp), ("pipeline_model", pp), ("context", cp)), key=lambda item: item[1])
         raise ConfigError(f"parallel.{key}_parallel_size = {value}: world size = {world_size} is not a multiple of "
                           f"tensor * pipeline * context parallel size = {tp} * {pp} * {cp} = {model}; start "
-                          f"{-(-world_size // model) * model} ranks or lower one of the parallel.* sizes")
+                          f"{-(-world_size // model) * model} ranks or lower one of the parallel.* sizes",
+                          key=f"parallel.{key}_parallel_size")
     ep, etp = sizes.expert_model_parallel_size, sizes.expert_tensor_parallel_size
     if world_size % (ep * etp * pp):
         key, value = ("expert_model", ep) if ep > 1 else ("expert_tensor", etp)
@@ -158,11 +159,13 @@ def check_world_size(sizes: ParallelConfig, world_size: int) -> int:
         way_out = (f"nearest valid: {min(fitting, key=lambda size: (abs(size - value), size))}" if fitting
                    else f"start a multiple of {ep * etp * pp} ranks")
         raise ConfigError(f"parallel.{key}_parallel_size = {value}: world size = {world_size} is not a multiple of "
-                          f"expert_model * expert_tensor * pipeline = {ep} * {etp} * {pp} = {ep * etp * pp}; {way_out}")
+                          f"expert_model * expert_tensor * pipeline = {ep} * {etp} * {pp} = {ep * etp * pp}; {way_out}",
+                          key=f"parallel.{key}_parallel_size")
     virtual = virtual_size(sizes)
     if virtual is not None and pp == 1:
         raise ConfigError(f"parallel.virtual_pipeline_model_parallel_size = {virtual} needs "
-                          "pipeline_model_parallel_size >= 2; remove it or raise that")
+                          "pipeline_model_parallel_size >= 2; remove it or raise that",
+                          key="parallel.virtual_pipeline_model_parallel_size")
     return world_size // model
 
 
@@ -173,12 +176,14 @@ def check_batch_sizes(config: RunConfig, dp_size: int) -> int | None:
     if config.training.micro_batch_tokens is not None:
         if size % dp_size:
             raise ConfigError(f"training.global_batch_size = {size} is not a multiple of data_parallel_size = "
-                              f"{dp_size}; next valid: {-(-size // dp_size) * dp_size}")
+                              f"{dp_size}; next valid: {-(-size // dp_size) * dp_size}",
+                              key="training.global_batch_size")
         return None
     if size % (micro * dp_size):
         unit = micro * dp_size
         raise ConfigError(f"training.global_batch_size = {size} is not a multiple of micro_batch_size * "
-                          f"data_parallel_size = {micro} * {dp_size} = {unit}; next valid: {-(-size // unit) * unit}")
+                          f"data_parallel_size = {micro} * {dp_size} = {unit}; next valid: {-(-size // unit) * unit}",
+                          key="training.global_batch_size")
     num_microbatches = size // (micro * dp_size)
     pp, virtual = config.parallel.pipeline_model_parallel_size, virtual_size(config.parallel)
     if virtual is not None and num_microbatches % pp:
@@ -189,7 +194,7 @@ def check_batch_sizes(config: RunConfig, dp_size: int) -> int | None:
                    else f"nearest valid: {share // near}")
         raise ConfigError(f"training.micro_batch_size = {micro} gives {num_microbatches} micro-batches per step and "
                           f"rank; the interleaved pipeline needs a multiple of pipeline_model_parallel_size = {pp}; "
-                          f"{way_out}")
+                          f"{way_out}", key="training.micro_batch_size")
     return num_microbatches
 
 
@@ -205,11 +210,12 @@ def check_token_budget(config: RunConfig, documents: int | None = None) -> None:
     least = -(-least // alignment) * alignment
     if budget < least:
         raise ConfigError(f"training.micro_batch_tokens = {budget} is less than {what}, what must fit into one "
-                          f"micro-batch; nearest valid: {least}")
+                          f"micro-batch; nearest valid: {least}", key="training.micro_batch_tokens")
     if budget % alignment:
         nearest = max(least, round(budget / alignment) * alignment)
         raise ConfigError(f"training.micro_batch_tokens = {budget} is not a multiple of {alignment}, which the tensor- "
-                          f"and context-parallel ranks need for equal shares; nearest valid: {nearest}")
+                          f"and context-parallel ranks need for equal shares; nearest valid: {nearest}",
+                          key="training.micro_batch_tokens")
 
 
 def device_of(local_rank: int, visible: int, *, is_known: bool) -> int:

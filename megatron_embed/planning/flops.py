@@ -1,6 +1,6 @@
-"""How long an optimizer step should take: floating-point operations, what is communicated, the pipeline's bubble.
+"""Estimated time of an optimizer step: floating-point operations, communication, the pipeline's bubble.
 
-A model of the step, not a measurement: nothing here has been compared with a GPU. Its use is to order layouts.
+A model of the step, not a measurement: it has not been compared with a GPU. It serves to rank layouts.
 """
 
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
 from megatron_embed.planning.memory import DTYPE_BYTES, Grid
-from megatron_embed.planning.parameters import Parts, active_matrix_parameters, held_parameters
+from megatron_embed.planning.parameters import AdaptedLinears, active_matrix_parameters, held_parameters
 
 EFFICIENCY = 0.55
-"""Part of the peak that large matrix products reach, communication not counted (41-48 % all in is what Megatron-LM
-reports for GPT on H100 in bfloat16)."""
+"""Share of the peak that large matrix products reach, without communication (Megatron-LM reports 41-48 % with
+communication for GPT on H100 in bfloat16)."""
 TOKENS_FOR_HALF = 512
-"""Tokens of a micro-batch at which products reach half of that: smaller ones do not fill a GPU. Times the root of
-the tensor-parallel size, which makes the matrices narrower."""
+"""Tokens of a micro-batch at which products reach half of that, since smaller ones do not fill a GPU. Multiplied by
+the root of the tensor-parallel size, which makes the matrices narrower."""
 EXPERT_EFFICIENCY = 0.35
 """The same for experts, whose products are small, one after the other."""
 
 HOST_GB_PER_SECOND = 25
-"""What one of a node's eight GPUs can count on between it and host memory, and of host memory itself."""
+"""Bandwidth per GPU, of eight per node, between GPU and host memory, and of host memory itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one optimizer step, by what they are spent on."""
+    """Seconds of one optimizer step, by activity."""
 
     compute: float
     tensor: float
@@ -35,7 +35,7 @@ class StepTime:
     expert: float
     """All-to-alls between expert-parallel ranks."""
     bubble: float
-    """What a pipeline's ranks wait while it fills and drains."""
+    """Waiting time of a pipeline's ranks while it fills and drains."""
     data: float
     """Reduce-scatter of gradients, all-gather of parameters, documents of the loss."""
     optimizer: float
@@ -46,10 +46,10 @@ class StepTime:
 
 
 def forward_flops(shape: ModelShape, tokens: float, squared_lengths: float, *, causal: bool) -> float:
-    """Of one forward pass through all layers over texts of `tokens` tokens, the squares of whose lengths sum to
+    """FLOPs of one forward pass through all layers over texts of `tokens` tokens, whose squared lengths sum to
     `squared_lengths`.
 
-    Two per token and parameter of a matrix; attention's two products of every query with every key, half of them where
+    Two per token and parameter of a matrix, and attention's two products of every query with every key, half of them if
     it is causal. Norms, rotations and pooling are not counted, nor the word embedding.
     """
     pairs = squared_lengths / 2 if causal else squared_lengths
@@ -58,46 +58,47 @@ def forward_flops(shape: ModelShape, tokens: float, squared_lengths: float, *, c
 
 
 def forward_passes(config: RunConfig, grid: Grid) -> int:
-    """Of a step: a loss that couples the batch reads every micro-batch twice; recomputation adds one."""
+    """Forward passes per step: two over several micro-batches if the loss couples them; recomputation adds one."""
     return (2 if grid.num_microbatches > 1 and config.objective.couples_batch else 1) + (
         config.training.recompute == "full")
 
 
 BACKWARD_COST, BACKWARD_COST_FROZEN = 2, 1
-"""A backward pass in forward passes: gradients of inputs and of weights; of frozen weights, those of inputs alone."""
+"""Cost of a backward pass in forward passes: gradients of inputs and weights; with frozen weights, only of inputs."""
 
 
-def backward_cost(parts: Parts | None) -> int:
-    """Of a run that trains all parameters, or adapters on the linear layers `parts`."""
-    return BACKWARD_COST if parts is None else BACKWARD_COST_FROZEN
+def backward_cost(adapted: AdaptedLinears | None) -> int:
+    """Cost for a run that trains all parameters, or adapters on the linear layers `adapted`."""
+    return BACKWARD_COST if adapted is None else BACKWARD_COST_FROZEN
 
 
 def step_tokens(config: RunConfig) -> int:
-    """Tokens of the global batch where no text is shorter than allowed."""
+    """Tokens of the global batch if every text has its maximum length."""
     return config.training.global_batch_size * config.workload.tokens_per_query
 
 
-def model_flops(config: RunConfig, shape: ModelShape, parts: Parts | None = None) -> float:
-    """Of one optimizer step with one forward and one backward pass: what a model FLOP utilization counts."""
+def model_flops(config: RunConfig, shape: ModelShape, adapted: AdaptedLinears | None = None) -> float:
+    """FLOPs of one optimizer step with one forward and one backward pass, as MFU counts them."""
     causal = not (shape.bidirectional or config.model.bidirectional)
-    forward = sum(number * forward_flops(shape, tokens, tokens**2, causal=causal)
-                  for number, tokens in config.workload.texts_per_query)
-    return config.training.global_batch_size * forward * (1.0 + backward_cost(parts))
+    forward = sum(texts * forward_flops(shape, tokens, tokens**2, causal=causal)
+                  for texts, tokens in config.workload.texts_per_query)
+    return config.training.global_batch_size * forward * (1.0 + backward_cost(adapted))
 
 
-def step_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU, parts: Parts | None = None) -> StepTime:
-    """Seconds of one optimizer step on `grid.gpus` GPUs of eight to a node."""
+def step_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU,
+              adapted: AdaptedLinears | None = None) -> StepTime:
+    """Seconds of one optimizer step on `grid.gpus` GPUs, eight per node."""
     sizes = config.parallel
     tp, pp, cp = (sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size)
-    forwards, backward = forward_passes(config, grid), backward_cost(parts)
+    forwards, backward = forward_passes(config, grid), backward_cost(adapted)
     rank_tokens = grid.micro_batch_tokens / cp
     efficiency = (EXPERT_EFFICIENCY if shape.num_experts else EFFICIENCY) * \
         rank_tokens / (rank_tokens + TOKENS_FOR_HALF * tp**0.5)
-    compute = model_flops(config, shape, parts) / (1 + backward) * (forwards + backward) / grid.gpus / (
+    compute = model_flops(config, shape, adapted) / (1 + backward) * (forwards + backward) / grid.gpus / (
         gpu.peak_tflops * 1e12 * efficiency)
     # Bytes that a rank sends per layer, micro-batch and pass of the hidden states of its tokens.
     state = rank_tokens * shape.hidden_size * DTYPE_BYTES[config.model.dtype]
-    # Stages, virtual ones too, take turns: all wait for the one with most layers.
+    # Stages, including virtual ones, take turns: all wait for the one with most layers.
     virtual = sizes.virtual_pipeline_model_parallel_size or 1
     most = max(layers_by_stage(shape.num_layers, pp * virtual)) * virtual
     compute *= most * pp / shape.num_layers
@@ -109,10 +110,10 @@ def step_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU, parts:
     expert = rounds * 2 * (forwards + 1) * state / tp * shape.experts_per_token * (ep - 1) / ep / _bandwidth(
         gpu, ep * sizes.expert_tensor_parallel_size)
     bubble = (compute + tensor + context + expert) * (pp - 1) / (virtual * grid.num_microbatches)
-    held = held_parameters(config, shape, 0, parts).trained.total
+    held = held_parameters(config, shape, 0, adapted).trained.total
     moved = held * (4 + DTYPE_BYTES[config.model.dtype]) * (grid.dp * cp - 1) / (grid.dp * cp)
     data = (moved + config.workload.gathered_documents * shape.hidden_size * 4 * 2) / _bandwidth(gpu, grid.gpus)
-    # An update reads gradient, main parameter and moments and writes the latter; offloaded, six bytes travel besides.
+    # An update reads gradient, main parameter and moments and writes the latter; offloaded, six more bytes are copied.
     share = held / (grid.dp * cp if config.optimizer.distributed else 1)
     optimizer = (share * 30 / (HOST_GB_PER_SECOND * 1e9) if config.optimizer.cpu_offload
                  else share * 24 / (gpu.memory_gb_per_second * 1e9))

@@ -1,15 +1,15 @@
-"""What the GPUs of the table offer a run, as their makers state it."""
+"""Memory, peak and bandwidths of GPUs, as their makers state them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPU:
-    """One GPU of a node of eight that NVLink connects, with a network adapter of its own."""
+    """One of the eight GPUs of a node, connected by NVLink, with its own network adapter."""
 
     name: str
     memory_gib: float
-    """What a process can allocate."""
+    """Memory that a process can allocate."""
     peak_tflops: float
     """bfloat16, dense, 10^12 FLOP/s."""
     memory_gb_per_second: float
@@ -33,9 +33,9 @@ GPUS_PER_NODE = 8
 
 
 def gpu_named(device_name: str) -> GPU | None:
-    """The entry of a device's name as the driver gives it, "NVIDIA H100 80GB HBM3"; null: not in the table.
+    """The entry for a device name of the driver, such as "NVIDIA H100 80GB HBM3"; None if it is not in the table.
 
-    Cards with the same chip on PCI Express have another peak.
+    PCI Express cards with the same chip are not: their peak is lower.
     """
     words = device_name.upper().split()
     if any(word.startswith(("PCIE", "NVL")) for word in words):

@@ -1,4 +1,4 @@
-"""Layouts of a run on a number of GPUs: which are possible, which fit, which should be fastest."""
+"""Layouts of a run on a number of GPUs: which are possible, which fit, and which should be fastest."""
 
 import dataclasses
 import itertools
@@ -11,12 +11,15 @@ from megatron_embed.models.families import ModelShape
 from megatron_embed.planning.flops import StepTime, step_time
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
 from megatron_embed.planning.memory import Memory, grid_of, worst_stage
-from megatron_embed.planning.parameters import Parts
+from megatron_embed.planning.parameters import AdaptedLinears
+
+MOST_PROPOSED = 5
+"""Layouts that a plan proposes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A layout and what it costs."""
+    """A layout with its memory and step time."""
 
     config: RunConfig
     stage: int
@@ -26,18 +29,20 @@ class Plan:
     fits: bool
 
 
-def plan_layout(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, parts: Parts | None = None) -> Plan:
-    """What one possible layout costs. `parts`: linear layers with adapters, which alone are trained."""
+def plan_layout(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU,
+                adapted: AdaptedLinears | None = None) -> Plan:
+    """Memory and step time of a possible layout. `adapted`: linear layers whose adapters are trained."""
     grid = grid_of(config, gpus)
-    stage, memory = worst_stage(config, shape, grid, parts)
-    return Plan(config=config, stage=stage, memory=memory, time=step_time(config, shape, grid, gpu, parts),
+    stage, memory = worst_stage(config, shape, grid, adapted)
+    return Plan(config=config, stage=stage, memory=memory, time=step_time(config, shape, grid, gpu, adapted),
                 fits=memory.total <= gpu.memory_gib * 2**30)
 
 
 def is_possible(config: RunConfig, shape: ModelShape | None, gpus: int) -> bool:
-    """Whether training would start with this layout; its own words say why not (cli/plan.py asks for them).
+    """Whether training would start with this layout; planning.advice.explain_impossible raises the reason if not.
 
-    `shape` null: the model is not known, and only the sizes are compared with each other.
+    Args:
+        shape: None if the model is not known; then only the sizes are compared with each other.
     """
     sizes, training = config.parallel, config.training
     tp, pp, cp = (sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size)
@@ -55,7 +60,7 @@ def is_possible(config: RunConfig, shape: ModelShape | None, gpus: int) -> bool:
 
 
 def divides(sizes: ParallelConfig, shape: ModelShape) -> bool:
-    """Whether a layout can split the model; its layers need not divide by the stages."""
+    """Whether a layout can split the model; the number of layers need not be divisible by the stages."""
     tp, ep, etp = (sizes.tensor_model_parallel_size, sizes.expert_model_parallel_size,
                    sizes.expert_tensor_parallel_size)
     stages = sizes.pipeline_model_parallel_size * (sizes.virtual_pipeline_model_parallel_size or 1)
@@ -69,27 +74,29 @@ def divides(sizes: ParallelConfig, shape: ModelShape) -> bool:
     return shape.ffn_hidden_size % tp == 0 and ep == 1 and etp == 1
 
 
-def propose(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, parts: Parts | None = None,
-            most: int = 5, accepts: Callable[[RunConfig], bool] = lambda candidate: True) -> list[Plan]:
-    """The layouts that fit, fastest first, no two of one set of parallel sizes. The global batch stays as it is.
+def propose(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, adapted: AdaptedLinears | None = None,
+            accepts: Callable[[RunConfig], bool] = lambda candidate: True) -> list[Plan]:
+    """The MOST_PROPOSED fastest layouts that fit, one per set of parallel sizes, with the same global batch.
 
-    `accepts`: what else training asks of a configuration.
+    Args:
+        adapted: linear layers whose adapters are trained; None: every parameter is.
+        accepts: a further check that training makes of a configuration.
     """
     best: dict[ParallelConfig, Plan] = {}
     for candidate in candidates(config, shape, gpus):
-        found = plan_layout(candidate, shape, gpus, gpu, parts)
+        plan = plan_layout(candidate, shape, gpus, gpu, adapted)
         sizes = candidate.parallel
-        if not found.fits or not accepts(candidate):
+        if not plan.fits or not accepts(candidate):
             continue
-        if sizes not in best or found.time.total < best[sizes].time.total:
-            best[sizes] = found
-    return sorted(best.values(), key=lambda found: found.time.total)[:most]
+        if sizes not in best or plan.time.total < best[sizes].time.total:
+            best[sizes] = plan
+    return sorted(best.values(), key=lambda plan: plan.time.total)[:MOST_PROPOSED]
 
 
 def candidates(config: RunConfig, shape: ModelShape, gpus: int) -> Iterator[RunConfig]:
-    """Every possible variation of tensor, pipeline and expert parallelism, micro-batch and recomputation.
+    """Every possible combination of tensor, pipeline and expert parallelism, micro-batch and recomputation.
 
-    Layers need not divide by the stages. Context parallelism stays as it is.
+    The number of layers need not be divisible by the stages. Context parallelism is not varied.
     """
     powers = [2**power for power in range(gpus.bit_length()) if 2**power <= gpus]
     tensor = [size for size in powers if size <= GPUS_PER_NODE]
@@ -108,7 +115,7 @@ def candidates(config: RunConfig, shape: ModelShape, gpus: int) -> Iterator[RunC
 
 
 def micro_batches(config: RunConfig) -> list[dict[str, int]]:
-    """The micro-batch as it is, and smaller and larger by powers of two."""
+    """The given micro-batch, and smaller and larger ones by powers of two."""
     tokens, size = config.training.micro_batch_tokens, config.training.micro_batch_size
     if tokens is not None:
         least = max(config.data.max_length("query"), config.data.max_length("document"))
@@ -118,7 +125,7 @@ def micro_batches(config: RunConfig) -> list[dict[str, int]]:
 
 
 def describe(sizes: ParallelConfig) -> str:
-    """The sizes that are not 1, in words of two letters; what is left of the ranks is data-parallel."""
+    """The sizes above 1, abbreviated; the remaining ranks are data-parallel."""
     values = {"tp": sizes.tensor_model_parallel_size, "pp": sizes.pipeline_model_parallel_size,
               "vpp": sizes.virtual_pipeline_model_parallel_size or 1, "cp": sizes.context_parallel_size,
               "ep": sizes.expert_model_parallel_size, "etp": sizes.expert_tensor_parallel_size}
@@ -126,7 +133,7 @@ def describe(sizes: ParallelConfig) -> str:
 
 
 def check_possible(config: RunConfig, shape: ModelShape | None, gpus: int) -> None:
-    """Raises ConfigError if the layout is not possible and nothing else has said why."""
+    """Raises ConfigError if the layout is not possible and no other check has raised the reason."""
     if not is_possible(config, shape, gpus):
         raise ConfigError(f"parallel: {describe(config.parallel)} is not possible for this model on {gpus} GPUs; see "
                           "the layouts that `plan` proposes")

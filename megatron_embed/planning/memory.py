@@ -1,6 +1,6 @@
-"""What a rank of a layout must hold, in bytes, before anyone pays for it.
+"""Memory of a rank of a layout, in bytes.
 
-Parameters, gradients and optimizer state are counted: they are what Megatron's buffers hold
+Parameters, gradients and optimizer state are exact: the sizes of Megatron's buffers
 (tests/planning/test_memory.py compares). Activations are an estimate, compared with what a step allocates on CPU ranks
 (tests/planning/test_activations.py); not measured on a GPU.
 """
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
-from megatron_embed.planning.parameters import Parameters, Parts, held_parameters, stage_layers
+from megatron_embed.planning.parameters import AdaptedLinears, Parameters, held_parameters, stage_layers
 
 GIB = 2**30
 RESERVE_BYTES = 3 * GIB
 """CUDA context and NCCL's buffers of half a dozen process groups."""
 FRAGMENTATION = 0.06
-"""Part of everything else that the allocator loses to holes, with expandable segments."""
+"""Share of everything else that the allocator loses to fragmentation, with expandable segments."""
 LOSS_TILE_ELEMENTS = 1 << 24
-"""Similarities of one tile; losses/info_nce.py."""
+"""Similarities of one tile, as in losses/info_nce.py."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}
-"""Of a parameter; what `auto` is on the GPUs that plans are made for."""
+"""Bytes of a parameter; `auto` as on the GPUs that plans are for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Grid:
     num_microbatches: int
     """Per data-parallel rank and step."""
     micro_batch_tokens: int
-    """Of one micro-batch, all its context-parallel ranks together; the most that the settings allow."""
+    """Tokens of one micro-batch over its context-parallel ranks; the maximum that the settings allow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +51,16 @@ class Memory:
     """Embeddings of the step, the documents gathered from all ranks with their gradient, and one tile."""
     reserve: int
     host: int = 0
-    """In the host's memory, not the GPU's: the optimizer's share where it is offloaded."""
+    """Host memory, not GPU memory: the optimizer's share if it is offloaded."""
 
     @property
     def total(self) -> int:
-        """On the GPU."""
+        """Total on the GPU."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.loss + self.reserve
 
 
 def grid_of(config: RunConfig, gpus: int) -> Grid:
-    """The grid of a layout that fits `gpus` ranks."""
+    """The grid of a layout that is possible on `gpus` ranks."""
     sizes, training = config.parallel, config.training
     pp, cp = sizes.pipeline_model_parallel_size, sizes.context_parallel_size
     dp = gpus // (sizes.tensor_model_parallel_size * pp * cp)
@@ -77,14 +77,14 @@ def grid_of(config: RunConfig, gpus: int) -> Grid:
 
 
 def optimizer_share(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
-    """Parameters that a rank updates: the copies share them, if the optimizer is distributed."""
+    """Parameters that a rank updates: the copies divide them if the optimizer is distributed."""
     if not config.optimizer.distributed:
         return parameters.total
     return parameters.dense // grid.dense_copies + parameters.expert // grid.expert_copies
 
 
 def optimizer_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
-    """On the GPU: two moments in float32, and float32 main parameters where the model's own are not."""
+    """Optimizer bytes on the GPU: two moments in float32, and float32 main parameters if the model's are not."""
     if config.optimizer.cpu_offload:
         return 0
     each = 8 if config.model.dtype == "float32" else 10 if config.optimizer.precision_aware else 12
@@ -92,19 +92,19 @@ def optimizer_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> in
 
 
 def host_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
-    """In host memory: main parameters, their gradients and two moments, all in float32, if they are offloaded."""
+    """Bytes in host memory: main parameters, gradients and two moments, all in float32, if they are offloaded."""
     return 16 * optimizer_share(config, parameters, grid) if config.optimizer.cpu_offload else 0
 
 
-def layer_activation_bytes(config: RunConfig, shape: ModelShape, parts: Parts | None = None) -> float:
-    """What autograd keeps of one layer per token of a micro-batch, on one of its tensor-parallel ranks.
+def layer_activation_bytes(config: RunConfig, shape: ModelShape, adapted: AdaptedLinears | None = None) -> float:
+    """Bytes that autograd keeps of one layer per token of a micro-batch, on one tensor-parallel rank.
 
-    Adapters keep what their linear's weight would have kept, its input, and the narrow product between the two.
+    Adapters keep the input of their linear layer, as its weight would, and the product between their two matrices.
     """
     element, tp = DTYPE_BYTES[config.model.dtype], config.parallel.tensor_model_parallel_size
     hidden, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     key = shape.num_query_groups * shape.head_dim
-    # Of a norm: its input in float32, its result before the weight, and after it.
+    # A norm keeps its input in float32, its result before the weight, and after it.
     norm = (4 + 2 * element if element == 2 else 3 * element) if shape.norm == "RMSNorm" else 2 * element
     # The projection (which the values keep alive), attention's result, and rotated copies of queries and keys.
     attention = element * (query + 2 * key) + element * query
@@ -120,36 +120,37 @@ def layer_activation_bytes(config: RunConfig, shape: ModelShape, parts: Parts | 
     else:
         mlp = element * widths * shape.ffn_hidden_size
     kept = (2 * norm * hidden + attention + mlp) / tp
-    for name, modules in (parts or {}).items():
+    for name, modules in (adapted or {}).items():
         copies = shape.experts_per_token / config.parallel.expert_tensor_parallel_size if ".experts." in name else 1
         kept += copies * element * config.lora.rank * sum(module is not None for module in modules)
     return kept
 
 
-def activation_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int, parts: Parts | None = None) -> int:
-    """Of all micro-batches that a stage has under way, and of the largest temporary ones."""
+def activation_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int,
+                     adapted: AdaptedLinears | None = None) -> int:
+    """Activation bytes of all micro-batches in flight on a stage, and of the largest temporary tensors."""
     sizes = config.parallel
     pp, virtual = sizes.pipeline_model_parallel_size, sizes.virtual_pipeline_model_parallel_size or 1
     tokens = grid.micro_batch_tokens / sizes.context_parallel_size
     element = DTYPE_BYTES[config.model.dtype]
-    # 1F1B: a stage has as many under way as there are stages from it to the end; interleaving adds a part of a round.
-    under_way = min(pp - stage, grid.num_microbatches) + (0 if virtual == 1 else (pp - 1) / virtual)
+    # 1F1B: a stage has as many in flight as there are stages from it to the end; interleaving adds a share.
+    in_flight = min(pp - stage, grid.num_microbatches) + (0 if virtual == 1 else (pp - 1) / virtual)
     layers = stage_layers(shape, sizes, stage)
-    layer = layer_activation_bytes(config, shape, parts) * tokens
+    layer = layer_activation_bytes(config, shape, adapted) * tokens
     boundary = tokens * shape.hidden_size * element / sizes.tensor_model_parallel_size
     if config.training.recompute == "full":
-        kept = under_way * layers * boundary + layer
+        kept = in_flight * layers * boundary + layer
     else:
-        kept = under_way * layers * layer
+        kept = in_flight * layers * layer
     first = shape.ffn_hidden_size * (2 if shape.gated else 1) / sizes.tensor_model_parallel_size
     temporary = 2 * tokens * (first + shape.hidden_size) * element
-    return int(kept + under_way * boundary + temporary)
+    return int(kept + in_flight * boundary + temporary)
 
 
 def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> int:
-    """On the last stage: embeddings of this rank's rows, all documents and their gradient, one tile of similarities.
+    """Loss bytes, on the last stage: this rank's embeddings, all documents and their gradient, one tile.
 
-    A reranker's scores are nothing beside them.
+    A reranker's scores are negligible.
     """
     queries, documents = config.training.global_batch_size, config.workload.gathered_documents
     if stage != config.parallel.pipeline_model_parallel_size - 1 or not documents:
@@ -159,21 +160,23 @@ def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> 
     return own + 3 * documents * width + 8 * min(LOSS_TILE_ELEMENTS, queries // grid.dp * documents)
 
 
-def stage_memory(config: RunConfig, shape: ModelShape, grid: Grid, stage: int, parts: Parts | None = None) -> Memory:
-    """Of one rank of pipeline stage `stage`. `parts`: linear layers with adapters, which alone are trained."""
-    held = held_parameters(config, shape, stage, parts)
+def stage_memory(config: RunConfig, shape: ModelShape, grid: Grid, stage: int,
+                 adapted: AdaptedLinears | None = None) -> Memory:
+    """Memory of a rank of pipeline stage `stage`. `adapted`: linear layers whose adapters are trained."""
+    held = held_parameters(config, shape, stage, adapted)
     known = {
         "parameters": DTYPE_BYTES[config.model.dtype] * held.total,
         "gradients": 4 * held.trained.total,
         "optimizer": optimizer_bytes(config, held.trained, grid),
-        "activations": activation_bytes(config, shape, grid, stage, parts),
+        "activations": activation_bytes(config, shape, grid, stage, adapted),
         "loss": loss_bytes(config, shape, grid, stage)}
     return Memory(**known, reserve=RESERVE_BYTES + int(FRAGMENTATION * sum(known.values())),
                   host=host_bytes(config, held.trained, grid))
 
 
-def worst_stage(config: RunConfig, shape: ModelShape, grid: Grid, parts: Parts | None = None) -> tuple[int, Memory]:
-    """The pipeline stage whose ranks need most, and what they need."""
+def worst_stage(config: RunConfig, shape: ModelShape, grid: Grid,
+                adapted: AdaptedLinears | None = None) -> tuple[int, Memory]:
+    """(the pipeline stage whose ranks need most memory, that memory)."""
     stages = range(config.parallel.pipeline_model_parallel_size)
-    found = ((stage, stage_memory(config, shape, grid, stage, parts)) for stage in stages)
-    return max(found, key=lambda item: item[1].total)
+    memory = ((stage, stage_memory(config, shape, grid, stage, adapted)) for stage in stages)
+    return max(memory, key=lambda item: item[1].total)

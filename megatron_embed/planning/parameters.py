@@ -1,4 +1,4 @@
-"""How many parameters a rank holds."""
+"""Numbers of parameters on a rank."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.names import HeadKind
 
-Parts = Mapping[str, tuple[str | None, ...]]
-"""Linear layers with adapters, by their names in one layer: `parts` of models/adapters.py's Adapters."""
+AdaptedLinears = Mapping[str, tuple[str | None, ...]]
+"""Linear layers with adapters, by their names in one layer, as `Adapters.parts` of models/adapters.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Parameters of some layers, split by who holds copies of them."""
+    """Parameters of some layers, split by the ranks that hold copies of them."""
 
     dense: int = 0
-    """Copied over data- and context-parallel ranks."""
+    """Parameters copied over data- and context-parallel ranks."""
     expert: int = 0
-    """Of experts, copied over fewer: the expert-data-parallel ranks."""
+    """Parameters of experts, copied over fewer ranks: the expert-data-parallel ones."""
 
     def __add__(self, other: "Parameters") -> "Parameters":
         return Parameters(dense=self.dense + other.dense, expert=self.expert + other.expert)
@@ -32,12 +32,12 @@ class Parameters:
 
 
 def norm_parameters(shape: ModelShape, width: int) -> int:
-    """Weight, and bias where it is a LayerNorm."""
+    """Parameters of a norm: the weight, and the bias of a LayerNorm."""
     return width * (2 if shape.norm == "LayerNorm" else 1)
 
 
 def layer_parameters(shape: ModelShape, sizes: ParallelConfig) -> Parameters:
-    """Of one layer on one rank. What tensor parallelism does not split (norms, row biases, routers) counts whole."""
+    """Parameters of one layer on one rank, including those that tensor parallelism does not split (norms, routers)."""
     tp, hidden = sizes.tensor_model_parallel_size, shape.hidden_size
     query, key = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     dense = hidden * (query + 2 * key) // tp + query // tp * hidden + 2 * norm_parameters(shape, hidden)
@@ -60,7 +60,7 @@ def layer_parameters(shape: ModelShape, sizes: ParallelConfig) -> Parameters:
 
 
 def embedding_parameters(shape: ModelShape, tp_size: int) -> int:
-    """Word embedding, its vocabulary padded to a multiple of `tp_size`, and what stands beside it in encoders."""
+    """Word embedding, its vocabulary padded to a multiple of `tp_size`, and the other embeddings of encoders."""
     words = -(-shape.vocab_size // tp_size) * shape.hidden_size
     if shape.rotary_base is not None:
         return words
@@ -69,13 +69,13 @@ def embedding_parameters(shape: ModelShape, tp_size: int) -> int:
 
 
 def stage_layers(shape: ModelShape, sizes: ParallelConfig, stage: int) -> int:
-    """Layers on pipeline stage `stage` (from 0), all its virtual stages together."""
+    """Layers on pipeline stage `stage` (from 0), over all its virtual stages."""
     stages, virtual = sizes.pipeline_model_parallel_size, sizes.virtual_pipeline_model_parallel_size or 1
     return sum(layers_by_stage(shape.num_layers, stages * virtual)[stage::stages])
 
 
 def stage_parameters(shape: ModelShape, sizes: ParallelConfig, stage: int) -> Parameters:
-    """Of one rank of pipeline stage `stage` (from 0); a reranker's head and adapters are not among them."""
+    """Parameters of one rank of pipeline stage `stage` (from 0), without a reranker's head and adapters."""
     stages = sizes.pipeline_model_parallel_size
     result = layer_parameters(shape, sizes) * stage_layers(shape, sizes, stage)
     if stage == 0:
@@ -91,34 +91,34 @@ class Held:
 
     frozen: Parameters
     trained: Parameters
-    """Those that have a gradient and optimizer state."""
+    """Parameters with gradient and optimizer state."""
 
     @property
     def total(self) -> int:
         return self.frozen.total + self.trained.total
 
 
-def held_parameters(config: RunConfig, shape: ModelShape, stage: int, parts: Parts | None = None) -> Held:
-    """Of one rank of pipeline stage `stage` (from 0). `parts`: the run trains adapters on these linear layers."""
+def held_parameters(config: RunConfig, shape: ModelShape, stage: int, adapted: AdaptedLinears | None = None) -> Held:
+    """Parameters of a rank of pipeline stage `stage` (from 0). `adapted`: linear layers whose adapters are trained."""
     sizes = config.parallel
     whole, head = stage_parameters(shape, sizes, stage), Parameters()
     if stage == sizes.pipeline_model_parallel_size - 1:
         head = Parameters(dense=head_parameters(config, shape))
-    if parts is None:
+    if adapted is None:
         return Held(frozen=Parameters(), trained=whole + head)
-    adapters = adapter_parameters(shape, sizes, config.lora.rank, parts) * stage_layers(shape, sizes, stage)
+    adapters = adapter_parameters(shape, sizes, config.lora.rank, adapted) * stage_layers(shape, sizes, stage)
     if head_kind(config, shape) == "score":
         return Held(frozen=whole, trained=adapters + head)
     return Held(frozen=whole + head, trained=adapters)  # a trained head's rows for yes and no stay
 
 
 def head_kind(config: RunConfig, shape: ModelShape) -> HeadKind:
-    """Of a reranker: what is asked for, else the family's: another one that the directory has differs by a row."""
+    """Head of a reranker: the configured one, else the family's; another one in the directory differs by a row."""
     return config.reranker.head or ("score" if shape.post_norm else "yes_no")
 
 
 def head_parameters(config: RunConfig, shape: ModelShape) -> int:
-    """Of a reranker's head, which every tensor-parallel rank of the last stage holds whole; 0 without one."""
+    """Parameters of a reranker's head, complete on every tensor-parallel rank of the last stage; 0 without one."""
     hidden, kind = shape.hidden_size, head_kind(config, shape)
     if not config.workload.has_head or (kind == "yes_no" and shape.tie_word_embeddings):
         return 0
@@ -128,11 +128,11 @@ def head_parameters(config: RunConfig, shape: ModelShape) -> int:
     return hidden * (hidden + 2) + 1 if shape.post_norm else hidden
 
 
-def adapter_parameters(shape: ModelShape, sizes: ParallelConfig, rank: int, parts: Parts) -> Parameters:
-    """Of the adapters of one layer on one rank: a matrix is split where its linear is (models/lora.py)."""
+def adapter_parameters(shape: ModelShape, sizes: ParallelConfig, rank: int, adapted: AdaptedLinears) -> Parameters:
+    """Parameters of the adapters of one layer on one rank, split like their linear layers (models/lora.py)."""
     result = Parameters()
     query, key = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
-    for name, modules in parts.items():
+    for name, modules in adapted.items():
         is_expert, hidden, width = ".experts." in name, shape.hidden_size, shape.ffn_hidden_size
         split = sizes.expert_tensor_parallel_size if is_expert else sizes.tensor_model_parallel_size
         if name.endswith(("linear_proj", "linear_fc2")):
@@ -150,12 +150,12 @@ def adapter_parameters(shape: ModelShape, sizes: ParallelConfig, rank: int, part
 
 
 def total_parameters(shape: ModelShape) -> int:
-    """Of the whole backbone: those of the Hugging Face model without a language-model head or pooler."""
+    """Parameters of the backbone: the Hugging Face model without language-model head and pooler."""
     return stage_parameters(shape, ParallelConfig(), 0).total
 
 
 def active_matrix_parameters(shape: ModelShape) -> int:
-    """Parameters of the matrices that one token is multiplied with: layers, the chosen experts alone, no embedding."""
+    """Parameters of the matrices that a token is multiplied with: layers with only the chosen experts, no embedding."""
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     attention = hidden * shape.head_dim * (heads + 2 * shape.num_query_groups) + heads * shape.head_dim * hidden
     mlp = (3 if shape.gated else 2) * hidden * shape.ffn_hidden_size

@@ -9,7 +9,7 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.families import ModelShape, model_shape
 
 FOLDER = Path(__file__).with_name("shapes")
-"""One config.json per model of configs/, as released; keys that say nothing of the shape are left out."""
+"""One config.json per model of configs/, as released, with only the keys of the shape."""
 
 
 def known_models() -> list[str]:
@@ -18,11 +18,11 @@ def known_models() -> list[str]:
 
 
 ADAPTER_FILE = "adapter_config.json"
-"""Of a PEFT directory."""
+"""Settings file of a PEFT directory."""
 
 
 def checkpoint_at(path: str) -> Path | None:
-    """The checkpoint of ours at `path`, or the newest one of the run whose directory it is; None if there is none."""
+    """The checkpoint at `path`, or the newest one of the run whose directory it is; None if there is none."""
     folder = Path(path).expanduser()
     return folder if (folder / INFO_FILE).is_file() else latest_checkpoint(folder)
 
@@ -65,7 +65,7 @@ def has_adapters(path: str) -> bool:
 
 
 def base_model(folder: Path) -> str:
-    """What a PEFT directory names as its base model. Raises CheckpointError if it names none."""
+    """The base model that a PEFT directory names. Raises CheckpointError if it names none."""
     file = folder / ADAPTER_FILE
     try:
         base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -78,7 +78,7 @@ def base_model(folder: Path) -> str:
 
 
 def hub_cache() -> Path:
-    """Where the hub's client keeps what it fetched."""
+    """Cache directory of the hub's client."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
@@ -105,14 +105,14 @@ def find_shape(path: str) -> ModelShape | None:
     name, local = path, Path(path).expanduser()
     if folder is None and path and (local / ADAPTER_FILE).is_file():
         name = base_model(local)
-    for place in (folder, FOLDER / name):
-        if place is not None and name and (place / "config.json").is_file():
-            return model_shape(place)
+    for directory in (folder, FOLDER / name):
+        if directory is not None and name and (directory / "config.json").is_file():
+            return model_shape(directory)
     return None
 
 
 def shape_of(path: str) -> ModelShape:
-    """As `find_shape`.
+    """The shape that `find_shape` finds.
 
     Raises:
         ConfigError: there is none.
@@ -121,5 +121,5 @@ def shape_of(path: str) -> ModelShape:
     if shape is None:
         raise ConfigError(f"model.path = {path!r}: not a directory with a model (Hugging Face, PEFT, a checkpoint or "
                           "a run), and not a model whose shape comes with this package; give a directory or one of "
-                          f"{', '.join(known_models())}")
+                          f"{', '.join(known_models())}", key="model.path")
     return shape

@@ -10,7 +10,7 @@ from megatron_embed.platform.doctor import Check
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
     from megatron_embed.models.families import ModelShape
-    from megatron_embed.planning.parameters import Parts
+    from megatron_embed.planning.parameters import AdaptedLinears
 
 GIB = 2**30
 
@@ -83,9 +83,9 @@ def _wanted(config: "RunConfig") -> dict[str, tuple[int, str]]:
             "checkpoint.export_at_end": (export, f"an export of {_size(export)}")}
 
 
-def _trained(config: "RunConfig") -> "tuple[ModelShape | None, Parts | None]":
+def _trained(config: "RunConfig") -> "tuple[ModelShape | None, AdaptedLinears | None]":
     """Shape of the model, and the linear layers whose adapters are trained; no shape where either is not known."""
-    from megatron_embed.planning.advice import adapted_parts
+    from megatron_embed.planning.advice import adapted_linears
     from megatron_embed.planning.shapes import has_adapters
     from megatron_embed.run.input_checks import readable_shape
 
@@ -94,7 +94,7 @@ def _trained(config: "RunConfig") -> "tuple[ModelShape | None, Parts | None]":
         return None, None
     if config.lora.rank == 0 and has_adapters(config.model.path):
         return None, None  # which are trained on
-    return shape, adapted_parts(config, shape)
+    return shape, adapted_linears(config, shape)
 
 
 def _room(places: dict[str, Path], wanted: dict[str, tuple[int, str]], min_free_gib: int) -> Check:

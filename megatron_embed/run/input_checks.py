@@ -158,7 +158,8 @@ def _note_of(path: str, kind: RowsKind, key: str) -> str:
         return ""
     name = path.partition(":")[0]
     if os.path.isdir(name.partition("/")[0]):
-        raise ConfigError(f"{key} = {path!r}: no such file or directory; the current directory is {os.getcwd()!r}")
+        raise ConfigError(f"{key} = {path!r}: no such file or directory; the current directory is {os.getcwd()!r}",
+                          key=key)
     return _FETCHED
 
 

@@ -44,7 +44,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     """
     if not config.data.train:
         raise ConfigError("data.train = []: training needs at least one file of rows; add `train: [FILE.jsonl]` under "
-                          "data")
+                          "data", key="data.train")
     model, state = find_model(config.model.path), resume_state(config)
     task = TASKS[config.task](config, model, state.checkpoint)
     config = task.config
@@ -87,10 +87,11 @@ def check_schedule(training: TrainingConfig, train_steps: int) -> None:
     if warmup >= train_steps:
         key, value = ("warmup_ratio", training.warmup_ratio) if training.warmup_ratio else ("warmup_steps", warmup)
         raise ConfigError(f"training.{key} = {value}: the {warmup} steps of warmup must be fewer than the "
-                          f"{train_steps} training steps")
+                          f"{train_steps} training steps", key=f"training.{key}")
     if warmup + decay > train_steps:
         raise ConfigError(f"training.wsd_decay_ratio = {training.wsd_decay_ratio}: {decay} steps of decay and {warmup} "
-                          f"of warmup are more than the {train_steps} training steps; lower one of them")
+                          f"of warmup are more than the {train_steps} training steps; lower one of them",
+                          key="training.wsd_decay_ratio")
 
 
 def split_train_validation(config: RunConfig, records: RecordSet, dp_size: int) -> tuple[RecordSet, RecordSet | None]:
@@ -131,7 +132,7 @@ def refuse_equal_names(key: str, sets: Sequence[BeirData | StsData]) -> None:
     names = [data.name for data in sets]
     for name in (name for name in names if names.count(name) > 1):
         raise ConfigError(f"{key} = {names}: two sets are called {name!r}; give one another name: "
-                          "{path: ..., name: ...}")
+                          "{path: ..., name: ...}", key=key)
 
 
 def require_writable(key: str, directory: str) -> None:
@@ -141,7 +142,7 @@ def require_writable(key: str, directory: str) -> None:
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise ConfigError(f"{key} = {directory!r}: cannot be written ({error.strerror}); choose a directory that "
-                          "can") from error
+                          "can", key=key) from error
 
 
 def check_outputs(config: RunConfig) -> None:
@@ -154,7 +155,7 @@ def check_outputs(config: RunConfig) -> None:
         raise ConfigError("logging.wandb = True: the run has no directory; set logging.directory")
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logging.wandb = True: the package wandb is not installed; pip install wandb, or set it to "
-                          "false")
+                          "false", key="logging.wandb")
     for key, directory in output_directories(config).items():
         require_writable(key, directory)
 
@@ -164,15 +165,16 @@ def check_export(config: RunConfig, model: ModelDirectory) -> None:
     target, directory = Path(config.checkpoint.export_at_end or ""), Path(config.checkpoint.directory or ".")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: exists already, and not as the export of this "
-                          f"run's {config.checkpoint.export} step; remove it or choose another name")
+                          f"run's {config.checkpoint.export} step; remove it or choose another name",
+                          key="checkpoint.export_at_end")
     if target.resolve() == directory.resolve() or directory.resolve() in target.resolve().parents:
         raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: lies in checkpoint.directory, whose "
-                          "folders come and go; choose a directory beside it")
+                          "folders come and go; choose a directory beside it", key="checkpoint.export_at_end")
     require_writable("checkpoint.export_at_end", str(target.parent))
     if stock_runs_causally(model.shape, config.model.bidirectional):
         raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: Sentence Transformers runs "
                           f"{model.shape.family} models causally on transformers before 5.2, so a bidirectional one "
-                          "differs there; upgrade it, or set it to null")
+                          "differs there; upgrade it, or set it to null", key="checkpoint.export_at_end")
 
 
 def number_of_steps(config: RunConfig, sampler: Sampler) -> int:

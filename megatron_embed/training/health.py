@@ -69,7 +69,8 @@ class Health:
             few = f"{self._skipped_in_a_row} steps in a row, " if self._skipped_in_a_row > 1 else ""
             raise ConfigError(f"training.learning_rate = {training.learning_rate}: the {what} became {metrics[what]} "
                               f"in step {step + 1} ({few}training.max_skipped_steps = {training.max_skipped_steps}); "
-                              "lower it, raise warmup_steps, or look at the rows of that step")
+                              "lower it, raise warmup_steps, or look at the rows of that step",
+                              key="training.learning_rate")
 
     def _report(self, step: int, metrics: dict[str, float], what: str) -> None:
         """A warning, and a line in the file; a disk that fails here must not end the run."""

@@ -127,7 +127,7 @@ class MetricsWriter:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             self.error = self.error or ConfigError(
                 f"logging.directory = {self.directory!r}: the run's metrics cannot be written ({reason}); look at the "
-                "disk, or name another directory")
+                "disk, or name another directory", key="logging.directory")
 
 
 def write_projector(directory: str, vectors: Tensor, labels: Sequence[tuple[str, str, str]],
@@ -146,7 +146,8 @@ def write_projector(directory: str, vectors: Tensor, labels: Sequence[tuple[str,
                                 tag="evaluation")
     except OSError as error:
         return ConfigError(f"logging.directory = {directory!r}: the projector's sheet cannot be written "
-                           f"({error.strerror or error}); look at the disk, or name another directory")
+                           f"({error.strerror or error}); look at the disk, or name another directory",
+                           key="logging.directory")
     return None
 
 

@@ -70,15 +70,18 @@ def check_optimizer(config: RunConfig, *, has_adapters: bool, has_tied_head: boo
     """Raises ConfigError if section `optimizer` asks for what this machine or model cannot have. No communication."""
     asked = config.optimizer
     if asked.cpu_offload and not HAS_CUDA:
-        raise ConfigError("optimizer.cpu_offload = True: there is no GPU here to take anything off; set it to false")
+        raise ConfigError("optimizer.cpu_offload = True: there is no GPU here to take anything off; set it to false",
+                          key="optimizer.cpu_offload")
     if asked.precision_aware and not (HAS_CUDA and HAS_TRANSFORMER_ENGINE):
         raise ConfigError("optimizer.precision_aware = True needs a GPU and Transformer Engine, whose FusedAdam it is; "
-                          "pip install 'megatron_embed[gpu]' on a GPU's machine, or set it to false")
+                          "pip install 'megatron_embed[gpu]' on a GPU's machine, or set it to false",
+                          key="optimizer.precision_aware")
     if asked.overlap_grad_reduce and has_tied_head:
         raise ConfigError("optimizer.overlap_grad_reduce = True: the head's yes and no are rows of the word "
-                          "embeddings, whose gradient is whole only after the backward passes; set it to false")
+                          "embeddings, whose gradient is whole only after the backward passes; set it to false",
+                          key="optimizer.overlap_grad_reduce")
     if asked.overlap_param_gather and has_adapters:
-        raise ConfigError(f"optimizer.overlap_param_gather = True: {OWN_READERS}")
+        raise ConfigError(f"optimizer.overlap_param_gather = True: {OWN_READERS}", key="optimizer.overlap_param_gather")
 
 
 def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: Topology,

@@ -60,12 +60,12 @@ def test_best_checkpoint_and_projector(model, small_beir, pairs, tmp_path):
 def assert_found_again(run, lines, step, small_beir, pairs):
     """The run logged what `evaluate` finds, names and values, at every width of its loss."""
     (logged,) = [line for line in lines if line["step"] == step and "eval/ndcg@10" in line]
-    found = {}
+    metrics = {}
     for data in (str(small_beir), pairs):
-        found |= evaluated(["--model", str(run / "best"), "--data", data, "--dims", "32,8"], 1)
-    assert found["dim_8/ndcg@10"] != found["dim_32/ndcg@10"] == found["ndcg@10"]
-    assert found["dim_8/spearman"] != found["dim_32/spearman"]
-    for name, value in found.items():
+        metrics |= evaluated(["--model", str(run / "best"), "--data", data, "--dims", "32,8"], 1)
+    assert metrics["dim_8/ndcg@10"] != metrics["dim_32/ndcg@10"] == metrics["ndcg@10"]
+    assert metrics["dim_8/spearman"] != metrics["dim_32/spearman"]
+    for name, value in metrics.items():
         assert logged[f"eval/{name}"] == pytest.approx(value, abs=1e-6), name
 
 
@@ -89,7 +89,7 @@ def ending_early(folder, model, pairs, **checkpoint):
 
 @pytest.mark.slow
 def test_a_run_without_gain_ends_early_and_its_best_is_exported(model, pairs, tmp_path):
-    """As often as it is started, and wherever it goes on from; what is exported is the best, not the last."""
+    """However often it is started, and wherever it resumes; the export is the best checkpoint, not the last."""
     config, run, export = ending_early(tmp_path, model, pairs), tmp_path / "run", tmp_path / "export"
     ((code, _, err, _),) = run_on_ranks(command, 1, ["train", config])
     assert code == 0, err
@@ -98,9 +98,9 @@ def test_a_run_without_gain_ends_early_and_its_best_is_exported(model, pairs, tm
     best, last = min(losses, key=losses.get), max(losses)
     assert last == best + 3 < 12, losses
     assert (run / "latest").read_text() == f"step_{last:06d}\n" and os.readlink(run / "best") == f"step_{best:06d}"
-    found = evaluated(["--model", str(export), "--data", pairs], 1)
-    assert found["spearman"] == pytest.approx(values[best]["eval/spearman"], abs=1e-6)
-    assert abs(found["spearman"] - values[last]["eval/spearman"]) > 1e-4
+    metrics = evaluated(["--model", str(export), "--data", pairs], 1)
+    assert metrics["spearman"] == pytest.approx(values[best]["eval/spearman"], abs=1e-6)
+    assert abs(metrics["spearman"] - values[last]["eval/spearman"]) > 1e-4
     weights, metrics = (export / "model.safetensors").read_bytes(), (run / "metrics.jsonl").read_bytes()
     stamp = (export / "model.safetensors").stat().st_mtime_ns
     assert run_on_ranks(command, 1, ["train", config])[0][0] == 0  # nothing to do

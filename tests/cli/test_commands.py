@@ -75,10 +75,10 @@ def test_run_checkpoint_and_export_evaluate_to_the_last_score_of_training(traine
     scores = {key.removeprefix("eval/"): value for key, value in last.items() if key.startswith("eval/")}
     assert 0 < scores["ndcg@10"] < 1
     for directory, ranks in ((run, 2), (run / "step_000003", 1), (export, 1)):
-        found = evaluated(["--model", str(directory), "--data", str(small_beir), "--max-length", "48"], ranks)
-        assert found.keys() >= {"ndcg@10", "mrr@10", "recall@100", "map"}
+        metrics = evaluated(["--model", str(directory), "--data", str(small_beir), "--max-length", "48"], ranks)
+        assert metrics.keys() >= {"ndcg@10", "mrr@10", "recall@100", "map"}
         for key, value in scores.items():
-            assert found[key] == pytest.approx(value, abs=1e-6), key
+            assert metrics[key] == pytest.approx(value, abs=1e-6), key
 
 
 def test_second_call_only_exports_again(trained, tmp_path):
@@ -109,12 +109,12 @@ def encoded(arguments, ranks, output):
     (2, ["parallel.context_parallel_size=2"])], ids=["one", "dp2", "tp2", "pp2", "cp2"])
 def test_encoded_texts_are_those_of_sentence_transformers(tmp_path, ranks, parallel):
     texts = write_texts(tmp_path / "texts.jsonl", 31)
-    found = encoded(["--model", str(MINILM), "--input", str(tmp_path / "texts.jsonl"), *parallel], ranks,
-                    tmp_path / "vectors.npy")
+    vectors = encoded(["--model", str(MINILM), "--input", str(tmp_path / "texts.jsonl"), *parallel], ranks,
+                      tmp_path / "vectors.npy")
     expected = SentenceTransformer(str(MINILM), device="cpu").encode(texts, show_progress_bar=False)
-    assert found.dtype == np.float32
-    assert found.shape == (31, 384)
-    assert np.abs(found - expected).max() <= 1e-5
+    assert vectors.dtype == np.float32
+    assert vectors.shape == (31, 384)
+    assert np.abs(vectors - expected).max() <= 1e-5
 
 
 def test_export_encodes_alike_in_the_stock_library_with_prompts(trained, tmp_path):

@@ -34,8 +34,8 @@ def checked(capsys, *arguments):
 
 
 def test_counts_of_rows(rows, capsys):
-    (found,) = json.loads(checked(capsys, rows, "--json"))
-    assert found == {
+    (counts,) = json.loads(checked(capsys, rows, "--json"))
+    assert counts == {
         "path": rows, "rows": 4, "pairs with a score": 0, "lists with labels": 0, "rows without negatives": 1,
         "rows with fewer negatives than data.num_negatives": 0, "rows whose positive is one of their negatives": 1,
         "rows with one id for a positive and a negative (training refuses them)": 0,
@@ -51,11 +51,11 @@ def test_files_of_all_kinds_side_by_side(rows, tmp_path, capsys):
     pairs, lists = tmp_path / "pairs.jsonl", tmp_path / "lists.jsonl"
     pairs.write_text('{"text_a": "a", "text_b": "b", "score": 1}\n')
     lists.write_text('{"query": "a", "docs": [{"text": "b", "label": 0}]}\n')
-    found = json.loads(checked(capsys, rows, str(pairs), str(lists), "--json"))
-    assert [entry["rows"] for entry in found] == [4, 1, 1]
-    assert [entry["pairs with a score"] for entry in found] == [0, 1, 0]
-    assert [entry["lists with labels"] for entry in found] == [0, 0, 1]
-    assert [entry["rows without negatives"] for entry in found] == [1, 0, 0]
+    counts = json.loads(checked(capsys, rows, str(pairs), str(lists), "--json"))
+    assert [entry["rows"] for entry in counts] == [4, 1, 1]
+    assert [entry["pairs with a score"] for entry in counts] == [0, 1, 0]
+    assert [entry["lists with labels"] for entry in counts] == [0, 0, 1]
+    assert [entry["rows without negatives"] for entry in counts] == [1, 0, 0]
 
 
 def test_tokens_of_real_rows_under_a_configuration(tmp_path, capsys):
@@ -64,21 +64,21 @@ def test_tokens_of_real_rows_under_a_configuration(tmp_path, capsys):
         "model": {"path": str(MINILM)}, "embedding": {"pooling": "mean"},
         "data": {"train": [str(MINI_EN)], "num_negatives": 1, "query_prompt": "query: ", "query_max_length": 16,
                  "document_max_length": 200}}))
-    (found,) = json.loads(checked(capsys, str(config), "data.query_max_length=20", "--json"))
+    (counts,) = json.loads(checked(capsys, str(config), "data.query_max_length=20", "--json"))
     lines = [json.loads(line) for line in MINI_EN.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(str(MINILM))
     texts = {"query": ["query: " + row["query"] for row in lines],
              "document": [text for row in lines for text in (row["positive"][0], *row["negatives"][:1])]}
     for role, limit in (("query", 20), ("document", 200)):
         lengths = [len(ids) for ids in tokenizer(texts[role])["input_ids"]]
-        tokens = found[f"{role} tokens"]
+        tokens = counts[f"{role} tokens"]
         assert (tokens["texts"], tokens["longest"], tokens["at"]) == (len(lengths), max(lengths), limit)
         assert tokens["mean"] == pytest.approx(sum(lengths) / len(lengths), abs=0.06)
         assert tokens["cut"] == sum(length > limit for length in lengths) > 0
         assert tokens["median"] == sorted(lengths)[len(lengths) // 2]
         bins = Counter(max(16, 1 << (length - 1).bit_length()) for length in lengths)
         assert {int(name[3:]): count for name, count in tokens["histogram"].items() if count} == dict(bins)
-    assert found["rows with fewer negatives than data.num_negatives"] == sum(not row["negatives"] for row in lines)
+    assert counts["rows with fewer negatives than data.num_negatives"] == sum(not row["negatives"] for row in lines)
     assert "texts are cut at 20, 0 have no tokens" in checked(capsys, str(config), "data.query_max_length=20")
 
 

@@ -31,7 +31,7 @@ def bare(model, tmp_path_factory):
     folder = Path(shutil.copytree(model, tmp_path_factory.mktemp("models") / "bare"))
     for name in ("vocab.txt", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)
-    alphabet = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz ,.?0123456789", 1)}
+    alphabet = {letter: token for token, letter in enumerate("abcdefghijklmnopqrstuvwxyz ,.?0123456789", 1)}
     (folder / "tokenizer.json").write_text(json.dumps({
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": {"type": "Lowercase"},
         "pre_tokenizer": None, "post_processor": None, "decoder": None,
@@ -60,10 +60,10 @@ def failing(arguments, failing_ranks, step):
 
     original, rank = BatchLoader.batch, dist.get_rank()
 
-    def batch(self, number):
-        if number == step and rank in failing_ranks:
+    def batch(self, current):
+        if current == step and rank in failing_ranks:
             raise DataError(f"rows.jsonl:{rank}: the file was changed after it was checked; start the run again")
-        return original(self, number)
+        return original(self, current)
 
     BatchLoader.batch = batch
     try:
@@ -86,11 +86,11 @@ def test_batch_that_one_rank_cannot_read_ends_all_ranks_alike(model, tmp_path, r
 def test_training_rows_without_tokens_are_found_before_the_first_step(bare, tmp_path):
     rows = tmp_path / "rows.jsonl"
     lines = MINI_EN.read_text().splitlines()[:40]
-    for number, text in ((30, BLANK), (33, STRANGE)):
-        changed = json.loads(lines[number - 1]) | {"positive": [text]}
-        rows.write_text("\n".join([*lines[: number - 1], json.dumps(changed), *lines[number:]]) + "\n")
+    for row, text in ((30, BLANK), (33, STRANGE)):
+        changed = json.loads(lines[row - 1]) | {"positive": [text]}
+        rows.write_text("\n".join([*lines[: row - 1], json.dumps(changed), *lines[row:]]) + "\n")
         path = write_config(tmp_path, bare, data={"train": [str(rows)]})
-        assert_refused(run_on_ranks(command, 2, ["train", path]), f"error: {rows}:{number}: the text {text!r}",
+        assert_refused(run_on_ranks(command, 2, ["train", path]), f"error: {rows}:{row}: the text {text!r}",
                        "no tokens", "remove it")
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -117,12 +117,13 @@ def write_beir(folder, query, document):
 
 
 def test_evaluated_text_without_tokens_is_named_by_file_and_line(bare, tmp_path):
-    for name, query, document, place in (("a", "two", STRANGE, "corpus.jsonl:2"), ("b", BLANK, "b", "queries.jsonl:3")):
+    for name, query, document, location in (
+            ("a", "two", STRANGE, "corpus.jsonl:2"), ("b", BLANK, "b", "queries.jsonl:3")):
         beir = write_beir(tmp_path / name, query, document)
         arguments = ["evaluate", "--model", bare, "--data", beir, "--pooling", "mean"]
-        assert_refused(run_on_ranks(command, 2, arguments), f"error: {beir}/{place}: the text")
+        assert_refused(run_on_ranks(command, 2, arguments), f"error: {beir}/{location}: the text")
         path = write_config(tmp_path, bare, evaluation={"retrieval": [beir]})
-        assert_refused(run_on_ranks(command, 2, ["train", path]), f"error: {beir}/{place}: the text")
+        assert_refused(run_on_ranks(command, 2, ["train", path]), f"error: {beir}/{location}: the text")
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

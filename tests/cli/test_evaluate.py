@@ -46,8 +46,8 @@ def test_a_reranker_orders_the_candidates(model, cross_encoder, small_beir, tmp_
     similarity = stock.encode(data.query_texts) @ stock.encode(list(data.document_texts)).T
     for row, (query, text) in enumerate(zip(data.query_ids, data.query_texts, strict=True)):
         best = np.argsort(-similarity[row])[:7]
-        scores = judge.predict([(text, data.document_texts[number]) for number in best])
-        run[query] = {data.document_ids[number]: float(score) for number, score in zip(best, scores, strict=True)}
+        scores = judge.predict([(text, data.document_texts[document]) for document in best])
+        run[query] = {data.document_ids[document]: float(score) for document, score in zip(best, scores, strict=True)}
     expected = retrieval_metrics(data.qrels, run)
     assert {name.removeprefix("reranked/"): value for name, value in one.items()
             if name.startswith("reranked/")} == pytest.approx(expected, abs=1e-6)
@@ -56,16 +56,16 @@ def test_a_reranker_orders_the_candidates(model, cross_encoder, small_beir, tmp_
 
 def test_pairs(model, tmp_path):
     rows = [json.loads(line) for line in MINI_EN.read_text().splitlines()[:30]]
-    pairs = [{"text_a": row["query"], "text_b": row["positive"][0], "score": number % 7}
-             for number, row in enumerate(rows)]
+    pairs = [{"text_a": row["query"], "text_b": row["positive"][0], "score": index % 7}
+             for index, row in enumerate(rows)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    found = evaluated(["--model", str(model), "--data", str(path), "--dims", "8"], 2)
+    metrics = evaluated(["--model", str(model), "--data", str(path), "--dims", "8"], 2)
     stock = SentenceTransformer(str(model), device="cpu")
     first, second = (stock.encode([pair[key] for pair in pairs]) for key in ("text_a", "text_b"))
     expected = np.corrcoef((first * second).sum(axis=1), [pair["score"] for pair in pairs])[0, 1]
-    assert found.keys() == {"pearson", "spearman", "dim_8/pearson", "dim_8/spearman"}
-    assert found["pearson"] == pytest.approx(expected, abs=1e-4)
+    assert metrics.keys() == {"pearson", "spearman", "dim_8/pearson", "dim_8/spearman"}
+    assert metrics["pearson"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_given_prompts_take_the_place_of_the_directorys(model, small_beir, tmp_path):
@@ -82,9 +82,9 @@ def test_given_prompts_take_the_place_of_the_directorys(model, small_beir, tmp_p
             row["text"], row["title"] = f"{prompt}{row.get('title') or ''} {row['text']}", ""
         (written / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     expected = evaluated(["--model", str(model), "--data", str(written)], 1)
-    found = evaluated(["--model", str(own), "--data", str(small_beir), *prompts], 1)
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert found != pytest.approx(evaluated(["--model", str(model), "--data", str(small_beir)], 1), abs=1e-6)
+    metrics = evaluated(["--model", str(own), "--data", str(small_beir), *prompts], 1)
+    assert metrics == pytest.approx(expected, abs=1e-6)
+    assert metrics != pytest.approx(evaluated(["--model", str(model), "--data", str(small_beir)], 1), abs=1e-6)
     for extra, words in (([], "the prompt of the directory, 'Instruct: {instruction} Query: ', has a place for an"),
                          (["--query-prompt", "{instruction}"], "the prompt given, '{instruction}', has a place for an"),
                          (["--query-prompt", "", "--document-prompt", "{instruction}"], "documents have no instr")):
@@ -115,11 +115,11 @@ def test_a_reranker_takes_no_prompt(cross_encoder, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--dims", "64"], "--dims 64: the model's vectors have 32 numbers; choose 1 to 32"),
-    (["--dims", "8,x"], "'x' is no whole number above 0"),
+    (["--dims", "8,x"], "'x' is not a whole number above 0"),
     (["--candidates", "5"], "--candidates 5: only search in two stages has candidates; add --two-stage or --reranker"),
-    (["--reranker-weight", "0.5"], "--reranker-weight 0.5: there is no reranker; add --reranker"),
+    (["--reranker-weight", "0.5"], "--reranker-weight 0.5: has no effect without --reranker"),
     (["--reranker-weight", "1"], "'1' are no numbers between 0 and 1"),
-    (["--reranker", str(MINILM)], "is no reranker"),
+    (["--reranker", str(MINILM)], "not a reranker"),
     (["--per-query", "missing/queries.jsonl"], "--per-query missing/queries.jsonl: must be a .jsonl file, itself no"),
 ])
 def test_refusals(arguments, words, model, small_beir):
@@ -134,7 +134,7 @@ def test_a_file_of_pairs_has_no_split(model, tmp_path, capsys):
     path.write_text('{"text_a": "a", "text_b": "b", "score": 1}\n')
     for option in (["--split", "dev"], ["--two-stage", "8"], ["--reranker", "dir"]):
         assert main(["evaluate", "--model", str(model), "--data", str(path), *option]) == 2
-        assert f"{option[0]} {option[1]}: a file of pairs has no use for it" in capsys.readouterr().err
+        assert f"{option[0]} {option[1]}: has no effect on a file of pairs" in capsys.readouterr().err
     assert main(["evaluate", "--model", str(model), "--data", str(path)]) == 2
     assert "1 rows with 1 different scores" in capsys.readouterr().err
 
@@ -147,9 +147,9 @@ def test_one_document_and_a_query_without_a_relevant_one(model, cross_encoder, t
     for name, lines in rows.items():
         (tmp_path / name).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     (tmp_path / "qrels" / "test.tsv").write_text("q1\td\t2\nq2\td\t0\n")
-    found = evaluated(["--model", str(model), "--data", str(tmp_path), "--dims", "4", "--two-stage", "8", "--reranker",
-                       str(cross_encoder), "--reranker-weight", "0.5", "--candidates", "5"], 2)
-    assert len(found) == 5 * 21
-    for name, value in found.items():
+    metrics = evaluated(["--model", str(model), "--data", str(tmp_path), "--dims", "4", "--two-stage", "8",
+                         "--reranker", str(cross_encoder), "--reranker-weight", "0.5", "--candidates", "5"], 2)
+    assert len(metrics) == 5 * 21
+    for name, value in metrics.items():
         k = int(name.partition("@")[2] or 1)
         assert value == (0.5 / k if "precision" in name else 0.5), name

@@ -75,10 +75,10 @@ def test_shards_and_dtype_are_what_was_asked_for(checkpoints, tmp_path):
     assert ", bfloat16, " in report
     shards = sorted((tmp_path / "half").glob("model-*.safetensors"))
     assert len(shards) > 1
-    found = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     expected = load_file(checkpoints / "hf" / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in expected.items())
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor.bfloat16()) for name, tensor in expected.items())
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert_refused(run_on_ranks(command, 1, convert(checkpoints / "qwen3", tmp_path / "x", "--max-shard-size", "big")),
                    "max_shard_size = 'big'", "5GB")
@@ -92,8 +92,8 @@ def convert_with_little_memory(arguments):
 
 @pytest.mark.parametrize("output", ["hf", "sentence-transformers"])
 def test_what_is_not_compared_is_said(output, checkpoints, tmp_path):
-    left_out, _ = converted(checkpoints / "qwen3", tmp_path / "a", "--format", output, "--no-compare")
-    assert left_out == "not loaded with the stock library and compared on texts (--no-compare)"
+    note, _ = converted(checkpoints / "qwen3", tmp_path / "a", "--format", output, "--no-compare")
+    assert note == "not loaded with the stock library and compared on texts (--no-compare)"
     arguments = convert(checkpoints / "qwen3", tmp_path / "b", "--format", output)
     ((code, out, err, _),) = run_on_ranks(convert_with_little_memory, 1, arguments)
     assert code == 0, err
@@ -103,8 +103,8 @@ def test_what_is_not_compared_is_said(output, checkpoints, tmp_path):
 
 
 def test_a_model_without_tokenizer_is_exported_uncompared(checkpoints, tmp_path):
-    left_out, _ = converted(checkpoints / "tokenizerless", tmp_path / "out")
-    assert left_out == "not compared on texts: there are no tokenizer files"
+    note, _ = converted(checkpoints / "tokenizerless", tmp_path / "out")
+    assert note == "not compared on texts: there are no tokenizer files"
 
 
 def test_a_module_that_we_do_not_compute_passes_through_uncompared(checkpoints, tmp_path):
@@ -112,9 +112,9 @@ def test_a_module_that_we_do_not_compute_passes_through_uncompared(checkpoints, 
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
                {"idx": 1, "name": "1", "path": "1_Dense", "type": "sentence_transformers.models.Dense"}]
     (source / "hf" / "modules.json").write_text(json.dumps(modules))
-    left_out, _ = converted(source, tmp_path / "out")
-    assert left_out.startswith("not compared on texts: ")
-    assert "models.Dense' is not supported" in left_out
+    note, _ = converted(source, tmp_path / "out")
+    assert note.startswith("not compared on texts: ")
+    assert "models.Dense' is not supported" in note
     assert json.loads((tmp_path / "out" / "modules.json").read_text()) == modules
 
 
@@ -131,8 +131,8 @@ def spoil_weights(directory):
     file = directory / "model.safetensors"
     weight = load_file(file)["layers.1.self_attn.o_proj.weight"]
     data, old = bytearray(file.read_bytes()), bytes(weight.numpy())
-    place = data.index(old)
-    data[place:place + len(old)] = bytes((-weight).numpy())
+    offset = data.index(old)
+    data[offset:offset + len(old)] = bytes((-weight).numpy())
     file.write_bytes(data)
 
 

@@ -80,25 +80,25 @@ def found_in_damages(model, folder):
     export_sentence_transformers(export, pooling="mean", normalize=True, query_prompt=PROMPTS["query"],
                                  document_prompt=PROMPTS["document"], max_seq_length=LENGTH, embedding_dimension=32)
     changed("config.json", matryoshka_dimensions=[8, 16])(export)
-    found = {}
+    messages = {}
     for name, (spoil, _) in DAMAGES.items():
         directory = shutil.copytree(export, folder / name.replace(" ", "-"))
         spoil(directory)
         try:
             lines = [probe.compare(directory, expected, 0.9999) for probe in probes]
-            found[name] = "" if all("the same tokens of 3 texts at the maximum length, 24" in line for line in lines
+            messages[name] = "" if all("the same tokens of 3 texts at the maximum length, 24" in line for line in lines
                                     ) else f"compared: {lines}"
         except CheckpointError as error:
-            found[name] = str(error)
-    return found
+            messages[name] = str(error)
+    return messages
 
 
 def test_every_damage_is_seen(tmp_path):
     model = save_model(tmp_path / "bert", "bert", tokenizer=True)
-    (found,) = run_on_ranks(found_in_damages, 1, model, tmp_path)
+    (messages,) = run_on_ranks(found_in_damages, 1, model, tmp_path)
     for name, (_, words) in DAMAGES.items():
-        assert words in found[name] if words else not found[name], (name, found[name])
-        assert not words or "the export must not be used" in found[name]
+        assert words in messages[name] if words else not messages[name], (name, messages[name])
+        assert not words or "the export must not be used" in messages[name]
 
 
 def test_both_places_that_say_where_a_tokenizer_cuts(tmp_path):
@@ -133,7 +133,7 @@ def test_the_export_of_a_base_that_cuts_on_the_left_cuts_as_training_did(tmp_pat
     assert "the same tokens of 1 texts at the maximum length, 12 tokens" in err
     resolved = yaml.safe_load((tmp_path / "run" / "step_000001" / "config.yaml").read_text())
     assert resolved["model"]["dtype"] == "float32"
-    text = " ".join(f"word{number}" for number in range(60))
+    text = " ".join(f"word{index}" for index in range(60))
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": text}) + "\n")
     arguments = ["encode", "--model", str(tmp_path / "run"), "--input", str(tmp_path / "texts.jsonl"), "--output",
                  str(tmp_path / "vectors.npy"), "--role", "document"]

@@ -85,11 +85,11 @@ def vectors_of(directories):
     """Both roles' vectors of each directory, in a worker."""
     import megatron_embed
 
-    found = {}
+    vectors = {}
     for name, directory in directories.items():
         model = megatron_embed.load(directory)
-        found[name] = {role: model.encode(TEXTS, role) for role in ("query", "document")}
-    return found
+        vectors[name] = {role: model.encode(TEXTS, role) for role in ("query", "document")}
+    return vectors
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,8 @@ def directories(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(directories):
-    (found,) = run_on_ranks(vectors_of, 1, directories)
-    return found
+    (vectors,) = run_on_ranks(vectors_of, 1, directories)
+    return vectors
 
 
 @pytest.mark.parametrize("name", [*HONOURED, *RAW])

@@ -22,13 +22,13 @@ def without_padding_token(path):
     tokenizer = toys.read(path / "tokenizer.json")
     end = {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}
     sequence = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
-    number = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<|im_end|>")
+    token_id = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<|im_end|>")
     tokenizer["post_processor"] = {
         "type": "TemplateProcessing", "single": [sequence[0], end], "pair": [*sequence, end],
-        "special_tokens": {"<|im_end|>": {"id": "<|im_end|>", "ids": [number], "tokens": ["<|im_end|>"]}}}
+        "special_tokens": {"<|im_end|>": {"id": "<|im_end|>", "ids": [token_id], "tokens": ["<|im_end|>"]}}}
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     toys.edit(path / "tokenizer_config.json", pad_token="<|im_end|>")
-    toys.edit(path / "config.json", pad_token_id=number)
+    toys.edit(path / "config.json", pad_token_id=token_id)
 
 
 def encoder_with_case(path):
@@ -145,15 +145,15 @@ def scored(tmp_path_factory):
     """By name: what our model gives, and the directory."""
     folder = tmp_path_factory.mktemp("foreign")
     builders = EQUAL | {name: build for name, (build, _) in REFUSED.items()}
-    places = {name: folder / f"{number:02}" for number, name in enumerate(builders)}
+    folders = {name: folder / f"{index:02}" for index, name in enumerate(builders)}
     for name, build in builders.items():
-        build(places[name])
-    cases = [(str(places[name]), toys.QUERY) for name in builders]
-    cases += [(str(places[name]), LONG_QUERY) for name in LONG]
-    (found,) = run_on_ranks(own_scores, 1, cases)
+        build(folders[name])
+    cases = [(str(folders[name]), toys.QUERY) for name in builders]
+    cases += [(str(folders[name]), LONG_QUERY) for name in LONG]
+    (all_scores,) = run_on_ranks(own_scores, 1, cases)
     names = [*builders, *(f"{name}, long query" for name in LONG)]
     return {name: (scores, directory, query)
-            for name, scores, (directory, query) in zip(names, found, cases, strict=True)}
+            for name, scores, (directory, query) in zip(names, all_scores, cases, strict=True)}
 
 
 @pytest.mark.parametrize("name", [*EQUAL, *(f"{name}, long query" for name in LONG)])

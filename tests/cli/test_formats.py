@@ -37,8 +37,8 @@ def trained(paths):
 
 
 def losses(folder):
-    found = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [(line["loss"], line["grad_norm"]) for line in found]
+    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["grad_norm"]) for line in metrics]
 
 
 def test_training_on_every_format_gives_the_losses_of_ours(model, tmp_path):

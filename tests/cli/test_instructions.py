@@ -52,14 +52,14 @@ def test_each_set_is_asked_with_its_instruction_and_the_export_with_the_default(
     facts["prompts"]["query"] = f"Instruct: {OTHER}\nQuery:"
     (other / "config_sentence_transformers.json").write_text(json.dumps(facts))
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
-    found = {}
+    metrics = {}
     for name, prefix, directory, data in (("few", "few/", export, small_beir), ("pairs", "", other, pairs),
                                           ("refuted", "refuted/", other, small_beir)):
-        found[name] = evaluated(["--model", str(directory), "--data", str(data), "--max-length", "48"], 1)
-        for key, value in found[name].items():
+        metrics[name] = evaluated(["--model", str(directory), "--data", str(data), "--max-length", "48"], 1)
+        for key, value in metrics[name].items():
             assert logged[f"eval/{prefix}{key}"] == pytest.approx(value, abs=1e-6), (name, key)
-    assert found["few"]["map"] != found["refuted"]["map"]
-    assert found["pairs"] != evaluated(["--model", str(export), "--data", pairs], 1)
+    assert metrics["few"]["map"] != metrics["refuted"]["map"]
+    assert metrics["pairs"] != evaluated(["--model", str(export), "--data", pairs], 1)
 
 
 @pytest.mark.parametrize("sections, words", [
@@ -68,9 +68,9 @@ def test_each_set_is_asked_with_its_instruction_and_the_export_with_the_default(
     ({"evaluation": {"sts": [{"path": "PAIRS"}]}}, ["evaluation.sts = ", "the set has none"]),
     ({"checkpoint": {"export_at_end": "export"}}, ["checkpoint.export_at_end = ", "set embedding.instruction"]),
     ({"data": {"query_prompt": "query: "}, "evaluation": {"sts": [{"path": "PAIRS", "instruction": "x"}]}},
-     ["evaluation.sts.instruction = 'x'", "data.query_prompt has no place for it"]),
+     ["evaluation.sts.instruction = 'x'", "data.query_prompt does not contain {instruction}"]),
     ({"data": {"query_prompt": ""}, "embedding": {"instruction": "x"}},
-     ["embedding.instruction = 'x'", "no prompt has a place for it"]),
+     ["embedding.instruction = 'x'", "no prompt contains {instruction}"]),
     ({"evaluation": {"retrieval": [{"path": "BEIR", "instruction": "a " * 50}]}},
      ["evaluation.retrieval = ", "data.query_max_length = 48", "leaves none for text"]),
     ({"embedding": {"instruction": "x"}, "evaluation": {"retrieval": ["BEIR", {"path": "BEIR", "instruction": "y"}]}},
@@ -81,7 +81,7 @@ def test_refusals_name_the_way_out(model, small_beir, pairs, tmp_path, sections,
     text = json.dumps({"embedding": {"instruction": None}} | sections)
     sections = json.loads(text.replace("BEIR", str(small_beir)).replace("PAIRS", pairs))
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"query": f"query {number}", "positive": [f"text {number}"],
-                                        "instruction": "find it"}) + "\n" for number in range(16)))
+    rows.write_text("".join(json.dumps({"query": f"query {row}", "positive": [f"text {row}"],
+                                        "instruction": "find it"}) + "\n" for row in range(16)))
     sections["data"] = {"train": [str(rows)], **sections.get("data", {})}
     assert_refused(run_on_ranks(command, 1, ["train", write(tmp_path, model, **sections)]), *words)

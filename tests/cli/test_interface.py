@@ -83,7 +83,8 @@ def test_one_process_loads_several_models(tmp_path):
              "role = 'passage': must be 'query' or 'document'", "no such directory",
              "pooling = 'max': must be one of", "--max-length 100000 is longer than the model's 512 positions",
              "a reranker, which scores pairs and gives no vectors", "has no use for pooling or normalize",
-             "texts[1] = 1 is a int; it must be a string", "texts[0] = 'a\\ud800': half a surrogate pair at character "
-             "2", "documents = 'b': one text, where a list of them is expected", "query[0] = None is a NoneType")
+             "texts[1] = 1 is a int; it must be a string", "texts[0] = 'a\\ud800': contains an unpaired surrogate at "
+             "character 2", "documents = 'b': one text, where a list of them is expected",
+             "query[0] = None is a NoneType")
     for refusal, word in zip(told["refusals"], words, strict=True):
         assert word in refusal

@@ -40,8 +40,8 @@ def test_budget_changes_no_number_but_the_padding(model, tmp_path, name, paralle
     source = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()[:8 * STEPS]]
     for row, other in zip(source[::2], source[1::2], strict=True):
         other["negatives"] = [row["positive"][0], *other["negatives"][:1]]  # a text of another row: masked for that one
-    for number, row in enumerate(source):
-        if number % 8 >= 4:
+    for index, row in enumerate(source):
+        if index % 8 >= 4:
             row["negatives"] = []  # the second rank's rows: it comes with fewer micro-batches
     rows.write_text("".join(json.dumps(row) + "\n" for row in source), encoding="utf-8")
     by_size = metrics_of_run(model, tmp_path / "size", rows, parallel, micro_batch_size=2)

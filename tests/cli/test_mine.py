@@ -30,8 +30,8 @@ def expected_rows(model, records, num_negatives, prompt=""):
     for record, query in zip(records, queries, strict=True):
         positives = {text for other in records if other.query == record.query for text in other.positive}
         scores = vectors @ query
-        order = [number for number in np.argsort(-scores) if documents[number] not in positives][:num_negatives]
-        rows.append(([documents[number] for number in order],
+        order = [document for document in np.argsort(-scores) if documents[document] not in positives][:num_negatives]
+        rows.append(([documents[document] for document in order],
                      [*(scores[documents.index(text)] for text in record.positive), *scores[order]]))
     return rows
 
@@ -131,16 +131,16 @@ def test_ids_of_documents_survive(tmp_path):
     corpus.write_text("".join(json.dumps(row) + "\n" for row in documents))
     arguments = ["mine", "--model", "bm25", "--data", str(train), "--output", str(output), "--num-negatives", "2"]
     assert main([*arguments, "--corpus", str(corpus)]) == 0
-    found = [json.loads(line) for line in output.read_text().splitlines()]
-    assert found[0]["negatives"] == ["red apple tree", "blue apple"]
-    assert (found[0]["positive_ids"], found[0]["negative_ids"]) == (["p1", "7"], ["d1", "other"])
-    assert found[1]["negatives"] == ["blue apple", "car wash of a car"]
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert results[0]["negatives"] == ["red apple tree", "blue apple"]
+    assert (results[0]["positive_ids"], results[0]["negative_ids"]) == (["p1", "7"], ["d1", "other"])
+    assert results[1]["negatives"] == ["blue apple", "car wash of a car"]
     hashed = f"text:{text_id('car wash of a car') % 2**64:016x}"
-    assert (found[1]["positive_ids"], found[1]["negative_ids"]) == (["c"], ["other", hashed])
-    assert found[2]["negatives"] == ["car wash of a car", "a car"]
-    assert found[2]["negative_ids"] == [hashed, "c"] and found[2]["positive_ids"][0].startswith("text:")
+    assert (results[1]["positive_ids"], results[1]["negative_ids"]) == (["c"], ["other", hashed])
+    assert results[2]["negatives"] == ["car wash of a car", "a car"]
+    assert results[2]["negative_ids"] == [hashed, "c"] and results[2]["positive_ids"][0].startswith("text:")
     assert [record.document_ids for record in RecordFile(str(output))] == [
-        (*row["positive_ids"], *row["negative_ids"]) for row in found]
+        (*row["positive_ids"], *row["negative_ids"]) for row in results]
     assert not shared_keys(RecordFile(str(output))[0], 2).isdisjoint(shared_keys(RecordFile(str(output))[1], 2))
     # Without any id nothing is invented.
     train.write_text("".join(json.dumps({key: row[key] for key in ("query", "positive")}) + "\n" for row in rows))
@@ -152,7 +152,7 @@ def test_ids_of_documents_survive(tmp_path):
     (["--output", "mined.txt"], "--output mined.txt: must be a .jsonl file"),
     (["--corpus", "nowhere.jsonl"], "--corpus = 'nowhere.jsonl': no such file"),
     (["--max-score", "-100"], "no candidate of any row passes the filters"),
-    (["--pooling", "mean"], "--pooling: BM25 compares words and has no use for it"),
+    (["--pooling", "mean"], "--pooling: has no effect with BM25"),
     (["--num-negatives", "0"], "--num-negatives 0: must be at least 1"),
     (["parallel.tensor_model_parallel_size=2"], "parallel.*: BM25 compares words"),
 ])

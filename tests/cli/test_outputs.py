@@ -40,19 +40,19 @@ def full():
 
 
 @contextlib.contextmanager
-def disk_full_at(place, rank):
-    """On one rank, once there is a checkpoint, the writing of this part of the next one finds no room."""
+def disk_full_at(part, rank):
+    """On one rank, once there is a checkpoint, the writing of this part of the next one finds no space."""
     import torch.distributed as dist
 
     from megatron_embed.checkpoint import save
     from megatron_embed.platform.compat import dist_checkpointing  # noqa: F401  loads the module patched below
 
-    if place == "tensors":
+    if part == "tensors":
         from megatron.core.dist_checkpointing.strategies import filesystem_async as owner
 
         name = "_write_item"
     else:
-        owner, name = save, place
+        owner, name = save, part
     original = getattr(owner, name)
 
     def fail(*args, **options):
@@ -68,25 +68,26 @@ def disk_full_at(place, rank):
         setattr(owner, name, original)
 
 
-def train_on_full_disk(arguments, run, place, rank):
+def train_on_full_disk(arguments, run, part, rank):
     os.environ["RUN"] = run
-    with disk_full_at(place, rank):
+    with disk_full_at(part, rank):
         return command(arguments)
 
 
-@pytest.mark.parametrize("place, rank, background", [
+@pytest.mark.parametrize("part, rank, background", [
     ("tensors", 1, False), ("tensors", 0, True), ("link_tree", 0, False), ("write_atomically", 0, False),
     ("make_room", 0, False)])
-def test_disk_that_fills_up_during_a_save_ends_all_ranks_alike(model, tmp_path, place, rank, background):
+def test_disk_that_fills_up_during_a_save_ends_all_ranks_alike(model, tmp_path, part, rank, background):
     path = config_file(tmp_path, model, training={"train_steps": 4},
                        checkpoint={"save_every_steps": 2, "async_save": background},
                        parallel=layout(2))  # data-parallel replicas leave the writing to the first of them
-    results = run_on_ranks(train_on_full_disk, 2, ["train", path], str(tmp_path / "run"), place, rank)
+    results = run_on_ranks(train_on_full_disk, 2, ["train", path], str(tmp_path / "run"), part, rank)
     assert [code for code, *_ in results] == [2, 2]
     errors = [[line for line in err.splitlines() if "megatron-embed: error" in line] for _, _, err, _ in results]
     ((line,), others) = errors
     assert others == []
-    for words in ("checkpoint.directory = ", "step_000004 could not be written (", "No space left on device", "room"):
+    for words in ("checkpoint.directory = ", "step_000004 could not be written (", "No space left on device",
+                  "another disk"):
         assert words in line, line
     assert not [entry.name for entry in (tmp_path / "run").iterdir() if entry.name.endswith(".tmp")]
     assert (tmp_path / "run" / "latest").read_text() == "step_000002\n"

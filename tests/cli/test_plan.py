@@ -37,10 +37,10 @@ def test_every_gpu_of_the_table(capsys, name, fits):
     assert ("it fits" in out) == fits
     parts = ("parameters", r"gradients \(float32\)", "optimizer", r"activations \(estimate\)", "embeddings and loss",
              "reserve")
-    memory = out[out.index("Memory of a GPU"):out.index("One step:")]
-    assert sum(number_after(part, memory) for part in parts) == pytest.approx(number_after("together", memory), abs=0.4)
+    memory = out[out.index("Memory per GPU"):out.index("One step:")]
+    assert sum(number_after(part, memory) for part in parts) == pytest.approx(number_after("total", memory), abs=0.4)
     step = out[out.index("One step:"):]
-    assert number_after("together", step) > number_after("compute", step) > 0.0
+    assert number_after("total", step) > number_after("compute", step) > 0.0
     table = out[out.index("Layouts that fit, fastest first"):].splitlines()[2:]
     seconds = [float(line.split()[-1]) for line in table]
     assert len(seconds) == 5 and seconds == sorted(seconds)
@@ -56,7 +56,7 @@ def test_memory_decides_and_the_remedy_works(capsys):
     assert plan(capsys, *wide, "--gpu", "h100", "training.recompute=full")[0] == 0
     code, out, _ = plan(capsys, LARGE, "--gpus", "8", "model.path=Qwen/Qwen3-32B",
                         "parallel.tensor_model_parallel_size=1", "training.micro_batch_size=1")
-    assert code == 2 and "Most of it is the model" in out
+    assert code == 2 and "The model needs most of it" in out
 
 
 def test_layout_that_is_impossible_is_told_as_training_tells_it(capsys):
@@ -88,7 +88,7 @@ def small(tmp_path):
 
 
 def tokens(out):
-    """Of the largest micro-batch, as the report says it."""
+    """Tokens of the largest micro-batch in the report."""
     return int(re.search(r"micro-batches of up to ([0-9,]+) tokens", out).group(1).replace(",", ""))
 
 
@@ -100,7 +100,7 @@ def test_documents_are_those_of_the_rows(capsys, small):
         assert f"3 rows of data.train, with up to 1 positive and {counted} negative documents each in use." in out
         assert tokens(out) == 8 * (32 + (1 + counted) * 128)
     code, out, _ = plan(capsys, small(rows, data={"num_negatives": 50, "train": ["gone.jsonl"]}), "--gpus", "1")
-    assert "The rows of data.train are not here: each query is taken to have 1 positive and 50 negative" in out
+    assert "The rows of data.train are not here: each query is assumed to have 1 positive and 50 negative" in out
     assert tokens(out) == 8 * (32 + 51 * 128)
 
 
@@ -129,14 +129,14 @@ def test_lists_of_a_reranker(capsys, small):
         assert f"2 rows of data.train, with up to {documents} documents each in use." in out
         assert tokens(out) == 8 * documents * 100
     code, out, _ = plan(capsys, small(rows, data={"train": ["gone.jsonl"]}, **task), "--gpus", "1")
-    assert "taken to have 1 document, since data.num_negatives = 0 takes what a row has" in out
+    assert "assumed to have 1 document, since data.num_negatives = 0 takes all that a row has" in out
 
 
 def test_stages_need_not_divide_the_layers(capsys):
-    """36 layers in stages of 4 and 5: proposed where there is no other way, and dearer than their share."""
+    """36 layers in stages of 4 and 5: proposed if nothing else is possible, slower than their share."""
     config, shape, gpu = load_config(LARGE, []), shape_of(load_config(LARGE, []).model.path), GPUS["h100"]
-    found = {candidate.parallel.pipeline_model_parallel_size: candidate for candidate in candidates(config, shape, 8)}
-    assert found.keys() == {1, 2, 4, 8} and shape.num_layers % 8
+    stages = {candidate.parallel.pipeline_model_parallel_size for candidate in candidates(config, shape, 8)}
+    assert stages == {1, 2, 4, 8} and shape.num_layers % 8
     assert any(candidate.parallel.virtual_pipeline_model_parallel_size == 2 and
                candidate.parallel.pipeline_model_parallel_size == 8 for candidate in candidates(config, shape, 16))
     even, uneven = (plan_layout(with_stages(config, pp), shape, 8, gpu).time.compute for pp in (4, 8))

@@ -55,7 +55,8 @@ def test_override_of_wrong_type_and_unknown_override(write):
 
 def test_missing_data_file_on_two_ranks(write, tmp_path):
     path = write(data={"train": [str(tmp_path / "absent.jsonl")]})
-    assert_refused(run_on_ranks(command, 2, ["train", path]), "data.train", str(tmp_path / "absent.jsonl"))
+    assert_refused(run_on_ranks(command, 2, ["train", path]), f"error: {path}:{line_of(path, 'train')}: data.train = ",
+                   str(tmp_path / "absent.jsonl"))
 
 
 GOOD = json.dumps({"query": "a question", "positive": ["an answer"]})
@@ -104,9 +105,10 @@ def test_model_directory_that_is_none(write, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     path = write(model={"path": str(empty)})
-    assert_refused(run_on_ranks(command, 2, ["train", path]), str(empty), "no config.json")
+    assert_refused(run_on_ranks(command, 2, ["train", path]), f"error: {path}:{line_of(path, 'path')}: model.path = ",
+                   str(empty), "no config.json")
     assert_refused(run_on_ranks(command, 1, ["train", path, f"model.path={tmp_path / 'nowhere'}"]),
-                   f"model.path = '{tmp_path / 'nowhere'}'", "no such directory")
+                   f"error: command line: model.path = '{tmp_path / 'nowhere'}'", "no such directory")
 
 
 @pytest.mark.parametrize("change, words", [

@@ -67,8 +67,8 @@ def test_cross_encoder_is_the_model_by_its_words(trained):
     expected = torch.stack([row[yes] - row[no] for row in logits])
     assert float(expected.std()) > 0.01
     for directory in (export, causal):
-        found = CrossEncoder(str(directory), device="cpu")
-        scores = found.predict(list(PROBE_PAIRS), convert_to_tensor=True, batch_size=4)
+        loaded = CrossEncoder(str(directory), device="cpu")
+        scores = loaded.predict(list(PROBE_PAIRS), convert_to_tensor=True, batch_size=4)
         torch.testing.assert_close(scores.float(), expected.sigmoid(), rtol=0, atol=1e-4)
     classifier = AutoModelForSequenceClassification.from_pretrained(export).eval()
     tokenizer = AutoTokenizer.from_pretrained(export)
@@ -88,15 +88,15 @@ def test_export_scores_lists_as_the_run_did(trained):
 
 def test_a_run_and_its_export_judge_candidates_alike(trained):
     rows = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()[:12]]
-    data, found = trained / "train.jsonl", []
+    data, result = trained / "train.jsonl", []
     data.write_text("".join(json.dumps({"query": row["query"], "positive": [row["positive"][0][:200]]}) + "\n"
                             for row in rows))
     for name in ("run", "export"):
         run(["mine", "--model", "bm25", "--reranker", str(trained / name), "--data", str(data), "--num-negatives", "2",
              "--output", str(trained / f"{name}.jsonl"), "--max-score", "0.99"])
-        found.append([json.loads(line) for line in (trained / f"{name}.jsonl").read_text().splitlines()])
-    assert sum(len(row["negatives"]) for row in found[0]) > 6
-    for one, other in zip(*found, strict=True):
+        result.append([json.loads(line) for line in (trained / f"{name}.jsonl").read_text().splitlines()])
+    assert sum(len(row["negatives"]) for row in result[0]) > 6
+    for one, other in zip(*result, strict=True):
         assert one["negatives"] == other["negatives"]
         assert one["teacher_scores"] == pytest.approx(other["teacher_scores"], abs=1e-5)
 
@@ -109,15 +109,15 @@ def export_in_worker(source, destination, classification):
 
 
 def export_reranker_checkpoint_in_worker(source, destination, *, classification):
-    (found,) = run_on_ranks(export_in_worker, 1, str(source), str(destination), classification)
-    if isinstance(found, CheckpointError):
-        raise found
-    return found
+    (result,) = run_on_ranks(export_in_worker, 1, str(source), str(destination), classification)
+    if isinstance(result, CheckpointError):
+        raise result
+    return result
 
 
 def test_an_export_that_differs_leaves_nothing_behind(trained, tmp_path, monkeypatch):
-    (found,) = run_on_ranks(export_wrongly, 1, str(trained / "run"), str(tmp_path / "export"))
-    assert "the export must not be used" in found
+    (result,) = run_on_ranks(export_wrongly, 1, str(trained / "run"), str(tmp_path / "export"))
+    assert "the export must not be used" in result
     assert not list(tmp_path.iterdir())
 
 
@@ -188,17 +188,17 @@ def test_resumes_bit_for_bit(tmp_path):
 @pytest.mark.slow
 def test_two_stages_train_what_one_rank_does(tmp_path):
     model = save_reranker(tmp_path / "model", "Qwen3ForCausalLM", tied=True)
-    found = []
+    result = []
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         folder.mkdir()
         run(["train", run_settings(model, folder, parallel={"pipeline_model_parallel_size": ranks})], ranks)
         export_reranker_checkpoint_in_worker(folder / "run", folder / "export", classification=True)
-        found.append(load_file(folder / "export" / "model.safetensors"))
+        result.append(load_file(folder / "export" / "model.safetensors"))
     before = load_file(tmp_path / "model" / "model.safetensors")["model.embed_tokens.weight"]
-    assert not torch.equal(found[0]["model.embed_tokens.weight"], before)
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    assert not torch.equal(result[0]["model.embed_tokens.weight"], before)
+    for name, tensor in result[0].items():
+        torch.testing.assert_close(result[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("loss, label", [("ranknet", 1), ("margin_ranking", 1), ("lambda_loss", 1), ("listwise", 0)])
@@ -215,7 +215,7 @@ def test_a_batch_without_a_term_has_the_loss_0(tied_model, tmp_path, loss, label
 
 
 REFUSALS = [
-    ({"objective": {"loss": "info_nce"}}, ConfigError, "objective.loss = 'info_nce': is no loss of task: reranker"),
+    ({"objective": {"loss": "info_nce"}}, ConfigError, "objective.loss = 'info_nce': is not a loss of task: reranker"),
     ({"objective": {"loss": "pointwise"}}, DataError, "label 2: objective.loss = pointwise takes labels from 0 to 1"),
     ({"objective": {"loss": "kl_distillation"}}, DataError, "teacher_scores is missing"),
     ({"reranker": {"template": "{query}"}}, ConfigError, "reranker.template"),
@@ -242,9 +242,9 @@ def test_refusals(tied_model, tmp_path, sections, error, words):
     for section, keys in sections.items():
         values[section] = values.get(section, {}) | keys
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(error) as found:
+    with pytest.raises(error) as raised:
         read_inputs(load_config(path, []))
-    assert words in str(found.value)
+    assert words in str(raised.value)
 
 
 def test_labels_beyond_what_the_loss_can_take_are_refused_by_line(tied_model, tmp_path):
@@ -264,9 +264,9 @@ def test_encoders_refuse_what_they_cannot_be(tmp_path):
     for reranker, words in (({"head": "yes_no"}, "has no language-model head"),
                             ({"head": "score", "template": "{query} {document}"}, "query and document as a pair")):
         config = load_config(run_settings(str(MINILM), tmp_path, reranker=reranker), [])
-        with pytest.raises(ConfigError, match="^reranker") as found:
+        with pytest.raises(ConfigError, match="^reranker") as raised:
             read_inputs(dataclasses.replace(config))
-        assert words in str(found.value)
+        assert words in str(raised.value)
 
 
 def test_a_classifier_of_three_classes_is_refused(tmp_path):

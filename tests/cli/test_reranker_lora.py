@@ -36,12 +36,12 @@ def scored(tmp_path_factory):
 
 def scores_of(model, tokenizer, answers=None):
     """Of PROBE_PAIRS, by a stock class."""
-    found = []
+    result = []
     with torch.no_grad():
         for pair in PROBE_PAIRS:
             logits = model.eval()(**tokenizer(prompt(pair), add_special_tokens=False, return_tensors="pt")).logits[0]
-            found.append(logits[0] if answers is None else logits[-1, answers[0]] - logits[-1, answers[1]])
-    return torch.stack(found)
+            result.append(logits[0] if answers is None else logits[-1, answers[0]] - logits[-1, answers[1]])
+    return torch.stack(result)
 
 
 def test_peft_loads_adapter_and_classifier(scored):

@@ -83,11 +83,11 @@ def test_what_is_set_takes_the_place_of_the_directorys(tmp_path, caplog):
 
 
 def test_a_causal_language_model_that_is_no_reranker_gets_our_prompt(tmp_path):
-    for number, jinja in enumerate((None, "{{ messages[0].content }}")):
-        found = settings_of(tmp_path, decoder(tmp_path / str(number), "Qwen3ForCausalLM", jinja=jinja))
-        assert (found.head, found.template, found.activation) == ("yes_no", QWEN3_RERANKER_TEMPLATE, "sigmoid")
-    found = settings_of(tmp_path, decoder(tmp_path / "own", "Qwen3ForCausalLM", jinja=toys.PLAIN_JINJA))
-    assert found.template == "Task: judge. Q={query} D={document} Answer:"
+    for index, jinja in enumerate((None, "{{ messages[0].content }}")):
+        saved = settings_of(tmp_path, decoder(tmp_path / str(index), "Qwen3ForCausalLM", jinja=jinja))
+        assert (saved.head, saved.template, saved.activation) == ("yes_no", QWEN3_RERANKER_TEMPLATE, "sigmoid")
+    saved = settings_of(tmp_path, decoder(tmp_path / "own", "Qwen3ForCausalLM", jinja=toys.PLAIN_JINJA))
+    assert saved.template == "Task: judge. Q={query} D={document} Answer:"
 
 
 def test_a_classifier_whose_template_carries_no_pair_needs_one(tmp_path):

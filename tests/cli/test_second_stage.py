@@ -89,10 +89,10 @@ def with_data(config, **data):
 def test_what_is_set_stays_and_empty_means_empty(tmp_path):
     path = dot_products(tmp_path / "model")
     config = with_data(run_config(str(path)), query_prompt="", document_max_length=64)
-    found = inherited(config, path)
-    assert (found.data.query_prompt, found.data.document_prompt) == ("", "text: ")
-    assert (found.data.query_max_length, found.data.document_max_length) == (40, 64)
-    assert found.embedding.normalize is False
+    started = inherited(config, path)
+    assert (started.data.query_prompt, started.data.document_prompt) == ("", "text: ")
+    assert (started.data.query_max_length, started.data.document_max_length) == (40, 64)
+    assert started.embedding.normalize is False
     kept = inherited(dataclasses.replace(config, embedding=dataclasses.replace(config.embedding, normalize=True)), path)
     assert kept.embedding.normalize is True
 
@@ -117,9 +117,9 @@ def test_the_log_says_what_was_taken(tmp_path, caplog):
 ])
 def test_lengths_and_unit_length(tmp_path, settings, lengths, unit):
     path = save_directory(tmp_path / "model", **settings)
-    found = inherited(with_data(run_config(str(path))), path)
-    assert (found.data.query_max_length, found.data.document_max_length) == lengths
-    assert found.embedding.normalize is unit
+    started = inherited(with_data(run_config(str(path))), path)
+    assert (started.data.query_max_length, started.data.document_max_length) == lengths
+    assert started.embedding.normalize is unit
 
 
 def test_a_run_that_goes_on_keeps_what_it_began_with(tmp_path):

@@ -57,8 +57,8 @@ def test_metrics_of_each_set_and_the_same_turns_at_another_data_parallel_size(tm
     board = EventAccumulator(str(tmp_path / "straight" / "tensorboard"))
     board.Reload()
     for name in ("plain", "labels"):
-        found = {event.step: event.value for event in board.Scalars(f"{name}/loss")}
-        assert found == {step: pytest.approx(line["loss"], rel=1e-6)
+        losses = {event.step: event.value for event in board.Scalars(f"{name}/loss")}
+        assert losses == {step: pytest.approx(line["loss"], rel=1e-6)
                          for step, (turn, line) in enumerate(zip(turns, lines, strict=True), 1) if turn == name}
     go_back(tmp_path / "straight", tmp_path / "resumed", 3)
     results = run_on_ranks(command, 2, ["train", configured(tmp_path, model, tmp_path / "resumed")])

@@ -42,8 +42,8 @@ def configured(folder, model, **sections):
 
 def evaluated(folder, keys=KEYS):
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    (found,) = [line for line in lines if "eval/loss" in line]
-    return {key: found[f"eval/{key}"] for key in keys}
+    (record,) = [line for line in lines if "eval/loss" in line]
+    return {key: record[f"eval/{key}"] for key in keys}
 
 
 def embedded(tokenizer, encoder, texts):
@@ -64,7 +64,7 @@ def expected(model):
     for first in (0, 11, 22):
         rows = held[first:first + 11]
         groups = [(row.positive[0], *row.negatives[:1]) for row in rows]
-        positive = torch.tensor([sum(len(group) for group in groups[:number]) for number in range(11)])
+        positive = torch.tensor([sum(len(group) for group in groups[:query]) for query in range(11)])
         query, document = (embedded(tokenizer, encoder, texts) for texts in (
             [row.query for row in rows], [text for group in groups for text in group]))
         similarity = query @ document.T
@@ -89,21 +89,21 @@ def test_metrics_of_held_out_rows_are_the_formulas_under_every_layout(model, tmp
     truth = expected(model)
     assert truth["loss"] > 0.5
     assert truth["margin"] < 0.5
-    for number, (name, ranks, sizes, training) in enumerate(LAYOUTS):
-        path = configured(tmp_path / str(number), model, parallel=sizes, training=training)
+    for index, (name, ranks, sizes, training) in enumerate(LAYOUTS):
+        path = configured(tmp_path / str(index), model, parallel=sizes, training=training)
         results = run_on_ranks(command, ranks, ["train", path])
         assert [code for code, *_ in results] == [0] * ranks, results[0][2]
-        assert evaluated(tmp_path / str(number)) == pytest.approx(truth, rel=1e-4, abs=1e-5), name
+        assert evaluated(tmp_path / str(index)) == pytest.approx(truth, rel=1e-4, abs=1e-5), name
 
 
 def test_rows_of_their_own_files_are_validated_as_held_out_ones_are(model, tmp_path):
     lines = MINI_EN.read_text(encoding="utf-8").splitlines(keepends=True)
     held = {row.source.rpartition(":")[2] for row in hold_out(open_records((TrainFile(path=str(MINI_EN)),)), FRACTION,
                                                               SEED)[1]}
-    wider = json.dumps({"query": "which?", "positive": [f"answer {number}" for number in range(9)],
+    wider = json.dumps({"query": "which?", "positive": [f"answer {index}" for index in range(9)],
                         "negatives": ["no"] * 9}) + "\n"
     for name, mine in (("train", False), ("held", True)):
-        text = "".join(line for number, line in enumerate(lines, 1) if (str(number) in held) == mine)
+        text = "".join(line for index, line in enumerate(lines, 1) if (str(index) in held) == mine)
         (tmp_path / f"{name}.jsonl").write_text(text + ("" if mine else wider), encoding="utf-8")
     data = {"train": [str(tmp_path / "train.jsonl")], "validation": [str(tmp_path / "held.jsonl")],
             "validation_fraction": 0.0}
@@ -148,19 +148,19 @@ def test_positions_and_windows_of_a_family_hold_in_validation(tmp_path):
         path = configured(tmp_path / f"{family.config.model_type}_run", directory)
         ((code, _, err, _),) = run_on_ranks(command, 1, ["train", path])
         assert code == 0, err
-        found = evaluated(tmp_path / f"{family.config.model_type}_run")
-        assert found == pytest.approx(expected(directory), rel=1e-3, abs=1e-4), family.config.model_type
+        metrics = evaluated(tmp_path / f"{family.config.model_type}_run")
+        assert metrics == pytest.approx(expected(directory), rel=1e-3, abs=1e-4), family.config.model_type
 
 
 def write_scored(path, loss):
     """Rows of the sample: pairs with a score, or with a negative and a teacher's scores."""
     rows = []
-    for number, line in enumerate(MINI_EN.read_text(encoding="utf-8").splitlines()[:60]):
+    for index, line in enumerate(MINI_EN.read_text(encoding="utf-8").splitlines()[:60]):
         row = json.loads(line)
-        score = math.sin(number)
+        score = math.sin(index)
         rows.append({"text_a": row["query"], "text_b": row["positive"][0], "score": score} if loss == "cosent" else
                     {"query": row["query"], "positive": row["positive"][0], "negatives": row["negatives"][:1],
-                     "teacher_scores": [score, math.cos(number)]})
+                     "teacher_scores": [score, math.cos(index)]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -175,12 +175,12 @@ def expected_of(model, path, loss):
     positive = embedded(tokenizer, encoder, [row.positive[0] for row in held])
     similarity = (query * positive).sum(dim=1)
     if loss == "cosent":
-        label, found = torch.tensor([row.score for row in held]), []
+        label, losses = torch.tensor([row.score for row in held]), []
         for part in torch.arange(len(held)).tensor_split(2):
             gap = (similarity[part][None, :] - similarity[part][:, None]) / 0.1
             above = label[part][:, None] > label[part][None, :]
-            found.append(torch.log1p(gap[above].exp().sum()))
-        return torch.stack(found).mean().item()
+            losses.append(torch.log1p(gap[above].exp().sum()))
+        return torch.stack(losses).mean().item()
     negative = (query * embedded(tokenizer, encoder, [row.negatives[0] for row in held])).sum(dim=1)
     student = torch.stack([similarity, negative], dim=1) / 0.1
     teacher = torch.tensor([row.teacher_scores for row in held]) / 0.1
@@ -193,12 +193,12 @@ def test_other_losses_on_held_out_rows(model, tmp_path, loss):
     write_scored(path, loss)
     truth = expected_of(model, path, loss)
     assert truth > 1e-3
-    for number, (ranks, sizes) in enumerate([(1, layout()), (2, layout())]):
-        config = configured(tmp_path / str(number), model, parallel=sizes, objective={"loss": loss}, data={
+    for index, (ranks, sizes) in enumerate([(1, layout()), (2, layout())]):
+        config = configured(tmp_path / str(index), model, parallel=sizes, objective={"loss": loss}, data={
             "train": [str(path)], "validation_fraction": 0.3, "num_negatives": int(loss == "kl_distillation")})
         results = run_on_ranks(command, ranks, ["train", config])
         assert [code for code, *_ in results] == [0] * ranks, results[0][2]
-        assert evaluated(tmp_path / str(number), ("loss",))["loss"] == pytest.approx(truth, rel=1e-4), ranks
+        assert evaluated(tmp_path / str(index), ("loss",))["loss"] == pytest.approx(truth, rel=1e-4), ranks
 
 
 def test_negatives_of_a_micro_batch_stay_there_in_validation(model, tmp_path):

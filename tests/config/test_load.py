@@ -97,8 +97,8 @@ def test_overrides_win_and_later_ones_over_earlier(load):
         ("training:\n\tseed: 1\n", "run.yaml:3: not YAML: found character '\\t' that cannot start any token"),
         ("training: {seed: 1\n", "run.yaml:3: not YAML: "),
         ("data: &a {train: *a}\n", "run.yaml:2: data.train: an alias that contains itself"),
-        ("data: !!python/name:os.system x\n", "run.yaml:2: data = 'x': no plain YAML value"),
-        ("? [a]\n: 1\n", "run.yaml:2: a key of the file is no plain text"),
+        ("data: !!python/name:os.system x\n", "run.yaml:2: data = 'x': not a plain YAML value"),
+        ("? [a]\n: 1\n", "run.yaml:2: a key of the file is not plain text"),
         ("objective:\n\n  temperature: -1\n", "run.yaml:4: objective.temperature = -1.0: must be > 0"),
         ("training:\n  epochs: 2\n  train_steps: 5\n", "run.yaml:3: training.epochs = 2.0: training.train_steps = 5"),
         ("checkpoint:\n  export_at_end: out\n", "run.yaml:3: checkpoint.export_at_end = 'out': the export"),
@@ -125,8 +125,8 @@ def test_refusals_name_line_key_value_and_remedy(load, text, message):
         ("model.path.to=1", "command line: model.path = {'to': 1}: expected text"),
         ("model.path=", "command line: model.path = null: expected text"),
         ("data.train=[a", "command line: data.train=[a: not YAML: "),
-        ("training.seed", "command line: 'training.seed' is no setting; write section.key=value"),
-        ("training..seed=1", "command line: 'training..seed=1' is no setting"),
+        ("training.seed", "command line: 'training.seed' is not a setting; write section.key=value"),
+        ("training..seed=1", "command line: 'training..seed=1' is not a setting"),
     ],
 )
 def test_refusals_of_overrides_name_the_command_line(load, override, message):

@@ -24,9 +24,9 @@ def test_plain_values(tmp_path, text, value):
     path = tmp_path / "run.yaml"
     path.write_text(f"a: {text}\nb: [{text or '~'}]\n")
     tree = read_file(str(path)).value
-    for found in (tree["a"].value, tree["b"].value[0].value, plain_scalar(text), read_override(f"a.b={text}")[1].value,
+    for parsed in (tree["a"].value, tree["b"].value[0].value, plain_scalar(text), read_override(f"a.b={text}")[1].value,
                   read_override(f"a.b=[{text or '~'}]")[1].value[0].value):
-        assert (type(found), found) == (type(value), value)
+        assert (type(parsed), parsed) == (type(value), value)
 
 
 @pytest.mark.parametrize("text, value", SCALARS)
@@ -51,7 +51,7 @@ def test_not_a_number_is_one():
     ("training: {train_steps: 1_000}", "", "expected a whole number or null; write 1000"),
     ("data: {}", "training.learning_rate=1_0e-5", "expected a finite number; write 10e-5"),
     ("training: {train_steps: 1:30}", "", "run.yaml:2: training.train_steps = '1:30': expected a whole number"),
-    ("data: &a {shuffle: true}\nobjective: {<<: *a}", "", "run.yaml:3: objective: merge keys (`<<`) do not belong to"),
+    ("data: &a {shuffle: true}\nobjective: {<<: *a}", "", "run.yaml:3: objective: merge keys (`<<`) are not part of"),
     ("training: {seed: 1, 'seed': 2}", "", "run.yaml:2: key 'training.seed' is set twice, first at run.yaml:2"),
 ])
 def test_values_of_yaml_1_1_are_refused_with_the_new_spelling(tmp_path, monkeypatch, text, override, words):

@@ -129,7 +129,7 @@ def test_settings_without_effect_are_refused(settings: dict[str, object], words:
     ({"rows": 3}, r"data.train.rows = 3: has no effect without streaming"),
     ({"rows": 0, "streaming": True}, r"data.train.rows = 0: must be >= 1 or null"),
     ({"weight": 0.0}, r"data.train.weight = 0.0: must be > 0"), ({"weight": -1.0}, "must be > 0"),
-    ({"document_prompt": "{instruction}: "}, r"data.train.document_prompt = .*only a query's prompt can hold")])
+    ({"document_prompt": "{instruction}: "}, r"data.train.document_prompt = .*only a query prompt can contain")])
 def test_settings_of_an_entry_are_checked(settings: dict[str, object], words: str):
     with pytest.raises(ConfigError, match=words):
         TrainFile(path="a.jsonl", **settings)

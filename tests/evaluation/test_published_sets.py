@@ -160,4 +160,4 @@ def test_the_setting(tmp_path, capsys):
     assert load_config(str(path), ["evaluation.retrieval=set"]).evaluation.drop_own_id
     (tmp_path / "pairs.jsonl").write_text('{"text_a": "a", "text_b": "b", "score": 1}\n')
     assert main(["evaluate", "--model", str(MINILM), "--data", str(tmp_path / "pairs.jsonl"), "--drop-own-id"]) == 2
-    assert "--drop-own-id: a file of pairs has no use for it; leave it out" in capsys.readouterr().err
+    assert "--drop-own-id: has no effect on a file of pairs; leave it out" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Helpers of tests/planning/test_memory.py and other tests."""
 
-from megatron_embed.planning.advice import adapted_parts
+from megatron_embed.planning.advice import adapted_linears
 from megatron_embed.planning.shapes import shape_of
 
 
@@ -10,6 +10,6 @@ def build(config, topology):
     from megatron_embed.models.encoder import build_model
 
     shape = shape_of(config.model.path)
-    parts = adapted_parts(config, shape)
+    parts = adapted_linears(config, shape)
     adapters = None if parts is None else Adapters(rank=config.lora.rank, scale=1.0, dropout=0.0, seed=1, parts=parts)
     return build_model(config, shape, topology, "mean", adapters=adapters)

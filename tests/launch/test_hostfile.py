@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from megatron_embed.cli.doctor import ranks_of_node, visible_gpus
+from megatron_embed.cli.doctor import ranks_of_node
+from megatron_embed.platform.gpus import visible_gpus
 from tests.helpers.toys import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_embed.__main__ import build_parser, main
-from megatron_embed.cli.common import in_subdirectory
-from megatron_embed.config.load import load_config
+from megatron_embed.config.load import in_subdirectory, load_config
 from tests.helpers.toys import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
@@ -224,7 +223,7 @@ def test_runs_of_an_array_share_no_output(tmp_path, script, options, sets):
 @pytest.mark.parametrize("name", ["", "..", "a/b"])
 def test_subdirectory_is_the_name_of_a_folder(name, capsys):
     assert main(["train", "a.yaml", "--subdirectory", name]) == 2
-    assert "is no name of a folder" in capsys.readouterr().err
+    assert "is not the name of a folder" in capsys.readouterr().err
     assert main(["doctor", "--subdirectory", "a"]) == 2
     assert "name one with --config" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from megatron_embed.planning.advice import adapted_parts
+from megatron_embed.planning.advice import adapted_linears
 from megatron_embed.planning.memory import activation_bytes, grid_of
 from megatron_embed.planning.shapes import shape_of
 from tests.helpers.built_ranks import build
@@ -80,20 +80,20 @@ def measured(config, tokens, micro_batches):
         return result.reshape(result.shape[0], 1, -1)
 
     def step():
-        run_schedule(wrapped, batches, topology, lambda number: lambda output: (output.square().sum(), None),
+        run_schedule(wrapped, batches, topology, lambda micro_batch: lambda output: (output.square().sum(), None),
                      forward_only=False)
 
     original, PackedAttention.forward = PackedAttention.forward, attend
     try:
         step()  # Megatron keeps some buffers from the first step on
-        found = allocated_at_most(step)
+        allocated = allocated_at_most(step)
     finally:
         PackedAttention.forward = original
     assert any(parameter.main_grad.any() for model in models for parameter in model.parameters()
                if parameter.requires_grad)
     grid = dataclasses.replace(grid_of(config, dist.get_world_size()), num_microbatches=micro_batches,
                                micro_batch_tokens=tokens)
-    return found, activation_bytes(config, shape, grid, topology.pp_rank, adapted_parts(config, shape))
+    return allocated, activation_bytes(config, shape, grid, topology.pp_rank, adapted_linears(config, shape))
 
 
 WIDE = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 512, "moe_intermediate_size": 128,
@@ -124,6 +124,6 @@ def test_estimate_within_a_fifth(values, sizes, settings, ranks, micro_batches, 
     (tmp_path / "config.json").write_text(json.dumps(values | WIDE))
     config = run_config(str(tmp_path), parallel=sizes, dtype=settings.get("dtype", "bfloat16"),
                         lora=settings.get("lora"), training={"recompute": settings.get("recompute", "none")})
-    for found, estimated in run_on_ranks(measured, ranks, config, 512, micro_batches):
-        assert estimated == pytest.approx(found, rel=0.2)
-        assert found > 2**22
+    for allocated, estimated in run_on_ranks(measured, ranks, config, 512, micro_batches):
+        assert estimated == pytest.approx(allocated, rel=0.2)
+        assert allocated > 2**22

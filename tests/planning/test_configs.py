@@ -9,7 +9,7 @@ import torch
 from megatron_embed.config.load import load_config
 from megatron_embed.convert.adapter_names import adapter_tensors, resolve_modules
 from megatron_embed.convert.tables.lookup import rules_for
-from megatron_embed.planning.advice import adapted_parts
+from megatron_embed.planning.advice import adapted_linears
 from megatron_embed.planning.hardware import GPUS
 from megatron_embed.planning.layouts import is_possible, plan_layout
 from megatron_embed.planning.memory import grid_of
@@ -41,7 +41,7 @@ def test_it_fits_and_its_name_says_its_layout(path):
     config, gpus = load_config(str(path), []), gpus_of(path)
     shape = shape_of(config.model.path)
     assert is_possible(config, shape, gpus)
-    plan = plan_layout(config, shape, gpus, GPUS["h100"], adapted_parts(config, shape))
+    plan = plan_layout(config, shape, gpus, GPUS["h100"], adapted_linears(config, shape))
     assert plan.fits
     named = {name: int(size) for name, size in re.findall(r"_(tp|pp|cp|ep|dp)(\d+)", path.stem)}
     sizes = config.parallel
@@ -66,12 +66,12 @@ def stages_on_meta(config, gpus):
     from megatron_embed.parallel.topology import initialize, shutdown
 
     shape, counts = shape_of(config.model.path), []
-    parts = adapted_parts(config, shape)
+    parts = adapted_linears(config, shape)
     adapters = None if parts is None else Adapters(rank=config.lora.rank, scale=1.0, dropout=0.0, seed=1, parts=parts)
     head = HeadSpec(kind=config.reranker.head, true_token_id=1, false_token_id=0) if config.task == "reranker" else None
     stages = config.parallel.pipeline_model_parallel_size
     new_group = dist.new_group
-    # Megatron asks for gloo twins of some groups: fake as well.
+    # Megatron also creates gloo versions of some groups: fake those as well.
     dist.new_group = lambda *args, **options: new_group(*args, **{**options, "backend": "fake"})
     try:
         for stage in range(stages):
@@ -100,7 +100,7 @@ def stages_on_meta(config, gpus):
 def test_a_rank_of_each_stage_is_built_at_the_full_world_size(path, gpus):
     config = load_config(str(path), [])
     shape, sizes = shape_of(config.model.path), config.parallel
-    parts = adapted_parts(config, shape)
+    parts = adapted_linears(config, shape)
     (counts,) = run_on_ranks(stages_on_meta, 1, config, gpus)
     expected = [held_parameters(config, shape, stage, parts) for stage in range(len(counts))]
     assert counts == [(held.frozen.dense, held.frozen.expert, held.trained.dense, held.trained.expert)
@@ -124,7 +124,7 @@ def planned(path, gpus, *overrides):
     """A line of the tables of docs/parallelism.md: GiB by kind, and whether it fits."""
     config = load_config(str(path), list(overrides))
     shape = shape_of(config.model.path)
-    plan = plan_layout(config, shape, gpus, GPUS["h100"], adapted_parts(config, shape))
+    plan = plan_layout(config, shape, gpus, GPUS["h100"], adapted_linears(config, shape))
     memory = plan.memory
     parts = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.loss, memory.total)
     return [*(f"{size / 2**30:.1f}" for size in parts), "yes" if plan.fits else "no"]

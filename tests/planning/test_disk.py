@@ -10,7 +10,7 @@ import yaml
 from megatron_embed.__main__ import main
 from megatron_embed.config.load import load_config
 from megatron_embed.convert.storage.torch_dist import DcpReader
-from megatron_embed.planning.advice import adapted_parts
+from megatron_embed.planning.advice import adapted_linears
 from megatron_embed.planning.disk import checkpoint_bytes, checkpoints_at_once, export_bytes
 from megatron_embed.planning.shapes import shape_of
 from tests.helpers.launcher_variables import _one_rank  # noqa: F401  without a launcher's variables
@@ -42,7 +42,7 @@ def test_files_are_as_large_as_is_said(model, tmp_path, overrides):
     ranks = 2 if "parallel" in str(overrides) else 1
     assert run_on_ranks(command, ranks, ["train", str(path), *given])[0][0] == 0
     config, shape = load_config(str(path), given), shape_of(model)
-    expected = checkpoint_bytes(config, shape, adapted_parts(config, shape))
+    expected = checkpoint_bytes(config, shape, adapted_linears(config, shape))
     with DcpReader(tmp_path / "run" / "step_000001" / "model") as reader:
         headers = 2000 * len(list(reader.keys()))  # zip's, which are 2 % of so small a model's adapters
     assert 0 <= size(tmp_path / "run" / "step_000001", ".distcp") - expected < max(headers, 0.01 * expected)
@@ -63,11 +63,11 @@ def test_number_of_checkpoints(model, tmp_path, steps, every, keep, evaluated, c
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch, capsys):
-    """`doctor --config` of an 8B model on a disk with so much room: (exit code, stdout)."""
+    """`doctor --config` of an 8B model on a disk with so much free space: (exit code, stdout)."""
 
     def ask(free_gib, *overrides, **checkpoint):
         usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**15, 0, int(free_gib * GIB)))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**15, 0, int(free_gib * GIB)))
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         (tmp_path / "rows.jsonl").write_text('{"query": "a", "positive": "b"}\n')
         values = {"model": {"path": "Qwen/Qwen3-Embedding-8B"}, "data": {"train": [str(tmp_path / "rows.jsonl")]},

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from megatron_embed.planning.advice import adapted_parts
+from megatron_embed.planning.advice import adapted_linears
 from megatron_embed.planning.memory import grid_of, stage_memory
 from megatron_embed.planning.shapes import shape_of
 from tests.helpers.built_ranks import build
@@ -45,7 +45,7 @@ def allocated(config):
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         "optimizer": sum(tensor.nbytes for tensor in state)}
     expected = stage_memory(config, shape, grid_of(config, dist.get_world_size()), topology.pp_rank,
-                            adapted_parts(config, shape))
+                            adapted_linears(config, shape))
     return measured, {name: getattr(expected, name) for name in measured}
 
 

@@ -62,6 +62,7 @@ def test_every_rank_holds_what_is_counted(values, sizes, tmp_path):
 
 
 def test_unknown_model_is_refused():
-    with pytest.raises(ConfigError, match=r"model.path = 'Qwen/Nothing': not a directory .* Qwen/Qwen3-Embedding-0.6B"):
+    words = r"model.path = 'Qwen/Nothing': not a directory with a model .* Qwen/Qwen3-Embedding-0.6B"
+    with pytest.raises(ConfigError, match=words):
         shape_of("Qwen/Nothing")
     assert stage_parameters(shape_of("Qwen/Qwen3-Embedding-8B"), ParallelConfig(), 0).expert == 0

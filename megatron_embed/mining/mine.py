@@ -1,0 +1,192 @@
+"""Mining from opened files and models to the written rows."""
+
+import argparse
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_embed import __version__
+from megatron_embed.data.records import Record
+from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
+from megatron_embed.mining.filters import MiningOptions
+from megatron_embed.mining.task import Mined, MiningTask, write_rows
+from megatron_embed.names import Role
+from megatron_embed.parallel.watching import Start, ranks_watched
+from megatron_embed.platform.atomic_file import write_atomic
+
+if TYPE_CHECKING:
+    from megatron_embed.evaluation.encode import TextEncoder
+    from megatron_embed.evaluation.score import PairScorer
+    from megatron_embed.loading.model_directory import ModelDirectory
+    from megatron_embed.mining.cache import VectorSource
+    from megatron_embed.parallel.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiningJob:
+    """The rows of a file, the documents that are searched for them, and the file that gets the result."""
+
+    records: Sequence[Record]
+    task: MiningTask
+    options: MiningOptions
+    output: str
+    corpus: str | None
+    """The file of the documents; None: they are those of the rows."""
+
+    def mine_with_bm25(self, scorer: "PairScorer | None") -> None:
+        """Rank by BM25 and write. Called by one process, or by all ranks if there is a reranker."""
+        from megatron_embed.mining.bm25 import mine_bm25
+
+        if scorer is None:
+            error = self._write(mine_bm25(self.task, self.options, show_progress=True))
+            if error is not None:
+                raise error
+            return
+        from megatron_embed.parallel.collectives import raise_on_all_ranks
+
+        is_first = scorer.topology.rank == 0
+        mined = self._reranked(mine_bm25(self.task, self.options, show_progress=is_first), scorer)
+        raise_on_all_ranks(self._write(mined) if is_first else None)
+
+    def mine_with_model(self, source: "VectorSource", topology: "Topology", scorer: "PairScorer | None", *,
+                        cosine: bool) -> None:
+        """Embed, search, rerank if there is a reranker, and write. Called by all ranks.
+
+        Args:
+            cosine: search by cosine similarity, else by dot product.
+        """
+        import torch
+        import torch.distributed as dist
+        from torch.nn.functional import normalize
+
+        from megatron_embed.mining.dense import mine_vectors
+        from megatron_embed.parallel.collectives import raise_on_all_ranks
+
+        task = self.task
+        scale = functools.partial(normalize, dim=-1) if cosine else torch.clone
+        role: Role = "query"
+        try:
+            queries = scale(torch.cat(list(source.blocks(role, task.queries)))).to(topology.device)
+            role = "document"
+            documents = (scale(block) for block in source.blocks(role, task.documents))
+            mined = mine_vectors(queries, documents, task.positives, self.options, excluded=task.excluded,
+                                 group=dist.group.WORLD, num_documents=len(task.documents),
+                                 show_progress=topology.rank == 0)
+        except EmptyTextError as error:
+            raise EmptyTextError(error.row, self._source_of(role, error.row), error.text) from None
+        result: Sequence[Mined] | None = mined
+        if scorer is not None:
+            assert mined is not None, "all ranks have the candidates"
+            result = self._reranked(mined, scorer)
+        raise_on_all_ranks(None if topology.rank or result is None else self._write(result))
+
+    def check_room(self, scorer: "PairScorer") -> None:
+        """Raises DataError for a query that leaves no tokens for a document in the reranker's template."""
+        from megatron_embed.mining.judge import pair_of
+
+        scorer.tokenizer.check_room([pair_of(self.task, self.records, query, positives[0])
+                                     for query, positives in enumerate(self.task.positives)])
+
+    def _reranked(self, mined: Sequence[Mined], scorer: "PairScorer") -> list[Mined]:
+        """The candidates by the reranker's scores. Called by all ranks."""
+        from megatron_embed.mining.judge import judge
+
+        return judge(mined, self.task, self.records, scorer.score, self.options,
+                     show_progress=scorer.topology.rank == 0)
+
+    def _source_of(self, role: Role, index: int) -> str:
+        """FILE:LINE of the first row with this query or document, else the corpus file and the document's number."""
+        for row, record in enumerate(self.records):
+            if role == "query" and self.task.query_of_row[row] == index:
+                return record.source
+            if role == "document" and self.task.documents[index] in (*record.positive, *record.negatives):
+                return record.source
+        return f"{self.corpus}: document {index + 1}"
+
+    def _write(self, mined: Sequence[Mined]) -> UserError | None:
+        """Write the file, complete or not at all, and log what it holds; the error if it cannot be written."""
+        task, output, num_negatives = self.task, self.output, self.options.num_negatives
+        counts = [len(mined[query].negatives) for query in task.query_of_row]
+        if not any(counts):
+            return ConfigError(f"--output {output}: no candidate of any row passes the filters; loosen the score "
+                               "bounds and margins, lower --range-min, or give a larger --corpus", key="--output")
+        error = write_atomic("--output", output, lambda file: write_rows(file, self.records, task, mined))
+        if error is not None:
+            return error
+        logger.info("%s: %d rows, %d negatives from %d documents; %d rows have fewer than %d, %d of them none", output,
+                    len(self.records), sum(counts), len(task.documents), sum(count < num_negatives for count in counts),
+                    num_negatives, counts.count(0))
+        return None
+
+
+def mine(args: argparse.Namespace, job: MiningJob) -> None:
+    """Open the models that the options of `mine` name, then mine and write. Called by all ranks.
+
+    Args:
+        args: --model, --reranker, --document-prompt, --cache, and what open_encoder reads.
+    """
+    with ranks_watched() as start:
+        if args.model == "bm25":
+            job.mine_with_bm25(_open_reranker(args, job, start))
+            return
+        from megatron_embed.loading.model_directory import open_encoder
+
+        prompts: dict[Role, str] = {"query": ""}  # Queries carry their prompts already.
+        if args.document_prompt is not None:
+            prompts["document"] = args.document_prompt
+        encoder, model, topology = open_encoder(args, prompts=True, given_prompts=prompts, start=start)
+        scorer = _open_reranker(args, job, start, topology)
+        source = _open_vector_source(args, encoder, model)
+        job.mine_with_model(source, topology, scorer, cosine=model.saved.similarity == "cosine")
+
+
+def query_prompts(args: argparse.Namespace, records: Sequence[Record]) -> list[str]:
+    """Each row's prompt: --query-prompt, else the model directory's, with the row's instruction filled in."""
+    from megatron_embed.loading.model_directory import find_model
+
+    if args.model == "bm25":
+        return [""] * len(records)
+    prompt = args.query_prompt
+    if prompt is None:
+        prompt = find_model(args.model, "--model").saved.prompts.get("query", "")
+    if "{instruction}" not in prompt:
+        return [prompt] * len(records)
+    for record in records:
+        if record.instruction is None:
+            raise DataError(f"{record.source}: the query prompt {prompt!r} needs an instruction and the row has none; "
+                            "give it one, or write the prompt out with --query-prompt")
+    return [prompt.replace("{instruction}", record.instruction or "") for record in records]
+
+
+def _open_reranker(args: argparse.Namespace, job: MiningJob, start: Start,
+                   topology: "Topology | None" = None) -> "PairScorer | None":
+    """The model of --reranker, on all ranks, once it is known to have room for every query; None without the option."""
+    if args.reranker is None:
+        return None
+    from megatron_embed.loading.reranker import open_scorer
+
+    scorer, _, _ = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
+                               topology=topology, start=start)
+    job.check_room(scorer)
+    return scorer
+
+
+def _open_vector_source(args: argparse.Namespace, encoder: "TextEncoder", model: "ModelDirectory") -> "VectorSource":
+    """The encoder, behind the cache if --cache names one. Called by all ranks."""
+    from megatron_embed.mining.cache import VectorCache, VectorSource, model_digest
+    from megatron_embed.parallel.collectives import broadcast_from_rank0
+
+    if args.cache is None:
+        return VectorSource(encoder, None, "", {})
+    rank = encoder.topology.rank
+    cache = VectorCache(args.cache, rank=rank)
+    digest = broadcast_from_rank0(model_digest(model.read_from) if rank == 0 else "")
+    # An option that was not given is the model's own setting, which the digest covers. `auto` depends on the machine.
+    dtype = str(next(encoder.chunks[0].parameters()).dtype) if args.dtype == "auto" else args.dtype
+    settings = {"version": __version__, "pooling": encoder.pooling, "causal": encoder.causal,
+                "max_length": args.max_length, "dtype": dtype, "normalize": not args.no_normalize}
+    return VectorSource(encoder, cache, digest, settings)

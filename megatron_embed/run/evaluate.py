@@ -1,0 +1,144 @@
+"""The three kinds of evaluation that the `evaluate` command knows, from its options to metrics."""
+
+import argparse
+import functools
+import json
+import os
+from typing import TYPE_CHECKING, TextIO
+
+from megatron_embed.errors import ConfigError, UserError
+from megatron_embed.parallel.watching import Start, ranks_watched
+from megatron_embed.platform.atomic_file import check_jsonl, write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from megatron_embed.evaluation.second_stage import SecondStage
+    from megatron_embed.parallel.topology import Topology
+
+
+def evaluate(args: argparse.Namespace) -> tuple[dict[str, float], int]:
+    """(metrics of the data that --data names, this rank). Called by all ranks.
+
+    Args:
+        args: the options of `evaluate`.
+    """
+    with ranks_watched() as start:
+        if not os.path.isfile(args.data):
+            return evaluate_beir(args, start)
+        return evaluate_pairs(args, start) if holds_pairs(args.data) else evaluate_lists(args, start)
+
+
+def holds_pairs(file: str) -> bool:
+    """Whether the first row of a JSONL file is a pair."""
+    from megatron_embed.data.jsonl import parse_object, read_lines
+
+    if not file.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
+        return False
+    first = next(read_lines(file, "--data"), None)
+    return first is not None and "text_a" in parse_object(first.raw, f"{file}:{first.number}")
+
+
+def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
+    """(metrics of an embedding model on a BEIR folder, this rank)."""
+    from megatron_embed.evaluation.beir import load_beir
+
+    if args.per_query is not None:
+        check_jsonl("--per-query", args.per_query)
+    data = load_beir(args.data, args.split or "test", drop_own_id=args.drop_own_id)
+    import torch.distributed as dist
+
+    from megatron_embed.evaluation.retrieval import Widths, evaluate_queries, mean_metrics
+    from megatron_embed.loading.model_directory import open_encoder
+    from megatron_embed.loading.prompts import given_prompts
+    from megatron_embed.parallel.collectives import raise_on_all_ranks
+
+    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
+    widths = Widths(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100)
+    widths.check(encoder.dim)
+    second_stage = None if args.reranker is None else open_second_stage(args, data.query_texts, topology)
+    encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
+    per_query = evaluate_queries(encode, data, similarity=model.saved.similarity, widths=widths,
+                                 second_stage=second_stage, group=dist.group.WORLD, device=topology.device)
+    if args.per_query is not None:
+        raise_on_all_ranks(write_queries(args.per_query, per_query) if topology.rank == 0 else None)
+    return mean_metrics(per_query), topology.rank
+
+
+def write_queries(output: str, per_query: "Mapping[str, Mapping[str, float]]") -> UserError | None:
+    """Write a row `{"query": id, metric: value, ...}` per query, all or none; the error if they cannot be written."""
+    def write(file: TextIO) -> None:
+        for query, metrics in per_query.items():
+            file.write(json.dumps({"query": query, **metrics}, ensure_ascii=False) + "\n")
+
+    return write_atomic("--per-query", output, write)
+
+
+def open_second_stage(args: argparse.Namespace, queries: "Sequence[str]", topology: "Topology") -> "SecondStage":
+    """The model of --reranker, once it is known to have room for every query.
+
+    It ranks by the scores before the activation, since probabilities may tie.
+    """
+    from megatron_embed.data.pair_tokenizer import Pair
+    from megatron_embed.evaluation.second_stage import SecondStage
+    from megatron_embed.loading.reranker import open_scorer
+
+    scorer, _, _ = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
+                               topology=topology)
+    scorer.tokenizer.check_room([Pair(query=query, document="...") for query in queries])
+
+    def score(pairs: "Sequence[tuple[str, str]]") -> "Tensor":
+        return scorer.raw_scores([Pair(query=query, document=document) for query, document in pairs],
+                                 show_progress=topology.rank == 0)
+
+    return SecondStage(score=score, candidates=args.candidates or 100, weights=args.reranker_weight)
+
+
+def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
+    """(correlations of an embedding model's similarities with the scores of a file of pairs, this rank)."""
+    refuse_options(args, "pairs", "split", "drop_own_id", "two_stage", "reranker", "per_query")
+    from megatron_embed.evaluation.sts import load_sts
+
+    data = load_sts(args.data, "--data")
+    from megatron_embed.evaluation.sts import evaluate_sts
+    from megatron_embed.loading.model_directory import open_encoder
+    from megatron_embed.loading.prompts import given_prompts
+
+    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
+    encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
+    return evaluate_sts(encode, data, similarity=model.saved.similarity, dims=args.dims), topology.rank
+
+
+def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
+    """(metrics of a reranker, or of an embedding model's similarities, on a file of lists, this rank)."""
+    refuse_options(args, "lists", "split", "drop_own_id", "two_stage", "dims", "reranker", "per_query")
+    from megatron_embed.evaluation.reranking import evaluate_reranking, load_rerank_file, similarity_of_pairs
+
+    data = load_rerank_file(args.data)
+    from megatron_embed.loading.model_directory import find_model, open_encoder
+    from megatron_embed.loading.prompts import given_prompts, refuse_prompts
+    from megatron_embed.loading.reranker import is_reranker, open_scorer
+
+    if is_reranker(find_model(args.model, "--model")):
+        refuse_prompts(args, f"{args.model} is a reranker, which reads query and document in its own template")
+        scorer, _, topology = open_scorer(args.model, max_length=args.max_length, dtype=args.dtype,
+                                          overrides=args.overrides, start=start)
+        score = functools.partial(scorer.raw_scores, show_progress=topology.rank == 0)
+        return evaluate_reranking(score, data), topology.rank
+    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
+    encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
+    score = functools.partial(similarity_of_pairs, encode, similarity=model.saved.similarity)
+    return evaluate_reranking(score, data), topology.rank
+
+
+def refuse_options(args: argparse.Namespace, kind: str, *options: str) -> None:
+    """Raises ConfigError for an option that was given and has no effect on a file of this kind."""
+    for name in options:
+        value = vars(args)[name]
+        if value:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            given = f"--{name.replace('_', '-')}" + ("" if value is True else f" {shown}")
+            raise ConfigError(f"{given}: has no effect on a file of {kind}; leave it out, or name a BEIR folder as "
+                              "--data", key=f"--{name.replace('_', '-')}")

@@ -1,0 +1,81 @@
+"""The checks of `doctor --config`: whether this run can start on this machine, with this number of ranks."""
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+from megatron_embed.errors import ConfigError
+from megatron_embed.platform.doctor import Check
+from megatron_embed.platform.gpus import visible_gpus
+from megatron_embed.platform.precision import processor_has_bf16
+from megatron_embed.run.disk_check import examine_outputs
+from megatron_embed.run.input_checks import examine_inputs, readable_shape
+
+if TYPE_CHECKING:
+    from megatron_embed.config.schema import RunConfig
+
+
+def examine_run(config: "RunConfig", *, ranks: int, ranks_per_node: int, min_free_gib: int) -> list[Check]:
+    """Whether this run can start here. Quick: every node of a job asks it, and no library is loaded if all is well.
+
+    Args:
+        ranks: ranks of the whole run.
+        ranks_per_node: those on this node.
+        min_free_gib: least free space on the disks of the output directories, however little the run writes.
+    """
+    config = _with_local_dtype(config)
+    return [_layout(config, ranks), _devices(config, ranks_per_node), *examine_inputs(config),
+            *examine_outputs(config, min_free_gib)]
+
+
+def _with_local_dtype(config: "RunConfig") -> "RunConfig":
+    """The configuration with `model.dtype: auto` resolved for this node."""
+    if config.model.dtype != "auto":
+        return config
+    has_bf16 = visible_gpus() > 0 or processor_has_bf16()
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, dtype="bfloat16" if has_bf16 else "float32"))
+
+
+def _layout(config: "RunConfig", ranks: int) -> Check:
+    from megatron_embed.planning.layouts import check_possible, describe
+    from megatron_embed.planning.memory import grid_of
+
+    shape = readable_shape(config.model.path)
+    try:
+        check_possible(config, shape, ranks)
+        if config.training.micro_batch_tokens is not None:
+            from megatron_embed.parallel.topology import check_token_budget
+
+            check_token_budget(config, documents=1)
+    except ConfigError:
+        from megatron_embed.planning.advice import explain_impossible
+
+        try:
+            explain_impossible(config, shape, ranks, documents=1)
+        except ConfigError as better:
+            error = better
+        return Check(name="layout", value=f"does not fit {ranks} ranks", remedy=str(error))
+    return Check(name="layout", value=f"{ranks} ranks, {describe(config.parallel)}; {grid_of(config, ranks).dp} of "
+                 "them data-parallel", note="" if shape else "the model is not here: not compared with its shape")
+
+
+def _devices(config: "RunConfig", ranks_per_node: int) -> Check:
+    gpus, promised = visible_gpus(), int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if gpus and "SLURM_GPUS_PER_TASK" in os.environ:  # Each task sees only its own GPUs.
+        return Check(name="devices", value=f"{gpus} GPUs for each rank (--gpus-per-task)")
+    value = f"{gpus} GPUs for {ranks_per_node} ranks on this node"
+    if gpus and gpus < ranks_per_node:
+        return Check(name="devices", value=value, remedy=f"start {gpus} ranks per node, one per GPU, or ask for "
+                     f"{ranks_per_node} GPUs")
+    if promised > gpus:
+        return Check(name="devices", value=value, remedy=f"Slurm gave this node {promised} GPUs and the driver lists "
+                     f"{gpus}: look at nvidia-smi")
+    asks = {"model.attention": config.model.attention in ("flash", "te"),
+            "optimizer.cpu_offload": config.optimizer.cpu_offload,
+            "optimizer.precision_aware": config.optimizer.precision_aware}
+    if not gpus and any(asks.values()):
+        keys = " and ".join(key for key, asked in asks.items() if asked)
+        return Check(name="devices", value=value, remedy=f"{keys} needs GPUs: start where there "
+                     "are some, or leave it out")
+    return Check(name="devices", value=value, note="" if gpus else "CPU ranks")
