@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path
 from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.errors import ConfigError, EmptyTextError, UserError
-from megatron_embed.parallel.watching import ranks_watched
+from megatron_embed.parallel.lost_rank import monitored_ranks
 from megatron_embed.platform.atomic_file import write_atomic
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_embed.parallel.collectives import raise_on_all_ranks
 
     prompts = given_prompts(args, () if args.role is None else (args.role,))
-    with ranks_watched() as start:
+    with monitored_ranks() as start:
         encoder, _, topology = open_encoder(args, prompts=args.role is not None, given_prompts=prompts, start=start)
         try:
             vectors = encoder.encode(texts, args.role or "document", show_progress=topology.rank == 0)

@@ -13,7 +13,7 @@ from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserEr
 from megatron_embed.mining.filters import MiningOptions
 from megatron_embed.mining.task import Mined, MiningTask, write_rows
 from megatron_embed.names import Role
-from megatron_embed.parallel.watching import Start, ranks_watched
+from megatron_embed.parallel.lost_rank import Start, monitored_ranks
 from megatron_embed.platform.atomic_file import write_atomic
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def mine(args: argparse.Namespace, job: MiningJob) -> None:
     Args:
         args: --model, --reranker, --document-prompt, --cache, and what open_encoder reads.
     """
-    with ranks_watched() as start:
+    with monitored_ranks() as start:
         if args.model == "bm25":
             job.mine_with_bm25(_open_reranker(args, job, start))
             return

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_embed.errors import ConfigError, UserError
-from megatron_embed.parallel.watching import Start, ranks_watched
+from megatron_embed.parallel.lost_rank import Start, monitored_ranks
 from megatron_embed.platform.atomic_file import check_jsonl, write_atomic
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, float], int]:
     Args:
         args: the options of `evaluate`.
     """
-    with ranks_watched() as start:
+    with monitored_ranks() as start:
         if not os.path.isfile(args.data):
             return evaluate_beir(args, start)
         return evaluate_pairs(args, start) if holds_pairs(args.data) else evaluate_lists(args, start)

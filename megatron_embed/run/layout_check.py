@@ -5,9 +5,9 @@ import os
 from typing import TYPE_CHECKING
 
 from megatron_embed.errors import ConfigError
+from megatron_embed.platform.bf16_support import processor_has_bf16
 from megatron_embed.platform.doctor import Check
 from megatron_embed.platform.gpus import visible_gpus
-from megatron_embed.platform.precision import processor_has_bf16
 from megatron_embed.run.disk_check import examine_outputs
 from megatron_embed.run.input_checks import examine_inputs, readable_shape
 
