@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
-# The pip that comes with Python 3.11 takes 1.7 times as long over the same pins.
+# The pip that comes with Python 3.11 takes 1.7 times as long to install the same pins.
 PIP_VERSION := 26.3
 PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile
-# One thread per process: a test runs up to eight ranks, and their threads would only fight over the cores.
+# One thread per process: a test runs up to eight ranks, which would otherwise compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
-SHELL_SCRIPTS := .ci/run $(shell find launch tools -name '*.sh' -o -name '*.sbatch')
+SHELL_SCRIPTS := .ci/run tools/git_hooks/commit-msg $(shell find launch tools -name '*.sh' -o -name '*.sbatch')
 
 .PHONY: env demo lint format slurm test test-all clean
 
@@ -27,18 +27,19 @@ demo: env
 lint: env
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python tools/check_commit_subjects.py
 	@if command -v shellcheck >/dev/null; then shellcheck -x $(SHELL_SCRIPTS); \
 	else echo "shellcheck is not installed: the shell scripts are not checked" >&2; fi
 
 format: env
 	$(VENV)/bin/ruff check --fix .
 
-# What the tests of launch/ need: Debian's packages, as root or with sudo. Elsewhere those tests say so.
+# Packages that the tests of launch/ need: on Debian and Ubuntu, as root or with sudo. Elsewhere these tests are skipped.
 slurm:
 	@tools/local_slurm.sh install
 
-# Three processes, a file of tests to one of them, each with a pool of ranks of its own: of two, both cores wait often. In
-# the files' order: the longest single test is alone in its file and would come last.
+# Three processes, one test file at a time in each, every process with its own pool of ranks; with two processes both
+# cores often wait. Files in their order: the longest single test is alone in its file and would otherwise come last.
 test: slurm lint
 	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 

@@ -1,5 +1,5 @@
-# Sourced by every launch script: settings of a run's processes that are no hyper-parameters. What the environment
-# already says stays as it is. All of them are harmless on CPU ranks.
+# Sourced by every launch script: environment variables of the processes of a run. A variable that is already set keeps
+# its value. All of them are harmless on CPU ranks.
 # shellcheck shell=bash
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     sed -n '/^# shellcheck/q;/^#/!q;s/^# \{0,1\}//p' "$0"
@@ -10,15 +10,15 @@ fi
 
 # Megatron orders tensor-parallel communication and compute by CUDA's submission order.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# Packed bins of ever new sizes fragment the caching allocator: without it a 70B run that fits runs out of memory.
+# Micro-batches of varying sizes fragment the caching allocator: without this a 70B run that fits runs out of memory.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 # A collective that fails ends the process instead of hanging it.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-# Otherwise tensors used by NCCL's streams are freed late, and memory grows.
+# Otherwise tensors that NCCL's streams use are freed late, and memory grows.
 export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
-# NVLink SHARP takes memory on every GPU of a node and brings nothing to messages of a few MB.
+# NVLink SHARP takes memory on every GPU of a node and does not speed up messages of a few MB.
 export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"
-# On a link that flaps: about 2 s instead of 0.5 s before a retransmission gives up.
+# On an unstable link: about 2 s instead of 0.5 s before a retransmission gives up.
 export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-19}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"

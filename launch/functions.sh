@@ -1,5 +1,5 @@
-# Sourced by the launch scripts: how they read their arguments and count GPUs.
-# Changes nothing of the environment.
+# Sourced by the launch scripts: functions that read arguments and count GPUs.
+# Changes no environment variable.
 # shellcheck shell=bash
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     sed -n '/^# shellcheck/q;/^#/!q;s/^# \{0,1\}//p' "$0"
@@ -8,7 +8,7 @@ if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     exit 2
 fi
 
-# Prints the comment at a script's top, which says how it is used.
+# Prints the comment at the top of a script: its usage.
 print_help() {
     sed -n '2,${/^#SBATCH/q;/^# shellcheck/q;/^#/!q;s/^# \{0,1\}//p}' "$1"
 }
@@ -19,15 +19,15 @@ refuse() {
     exit 2
 }
 
-# require_number OPTION VALUE LOWEST HIGHEST: refuses anything else.
+# require_number OPTION VALUE LOWEST HIGHEST: refuses every other value.
 require_number() {
     if ! [[ $2 =~ ^(0|[1-9][0-9]{0,6})$ ]] || (($2 < $3 || $2 > $4)); then
         refuse "$1 $2: must be a whole number from $3 to $4"
     fi
 }
 
-# Prints how many GPUs CUDA gives one process of this machine: those of CUDA_VISIBLE_DEVICES up to the first name that
-# is no device, and one alone where a MIG device is among them: CUDA never gives a process two.
+# Prints the number of GPUs that CUDA gives one process of this machine: those of CUDA_VISIBLE_DEVICES up to the first
+# name that is not a device, and only one if a MIG device is among them, because CUDA never gives a process two.
 count_gpus() {
     local listed line gpus=0 count=0 name names=() mig=() uuids=()
     if ! command -v nvidia-smi >/dev/null || ! listed=$(nvidia-smi --list-gpus 2>/dev/null); then
@@ -50,20 +50,20 @@ count_gpus() {
     IFS=, read -ra names <<<"$CUDA_VISIBLE_DEVICES" || true
     for name in "${names[@]}"; do
         name=${name//[[:space:]]/}
-        local found=""
+        local index=""
         if [[ $name == MIG-* ]]; then
             ((count)) || count=1
             break
         elif [[ $name =~ ^[0-9]{1,6}$ ]]; then
-            ((10#$name < gpus)) && found=$((10#$name))
+            ((10#$name < gpus)) && index=$((10#$name))
         elif [[ $name == GPU-* ]]; then
-            local number
-            for ((number = 0; number < gpus; number++)); do
-                [[ ${uuids[number]} == "$name"* ]] && found=$number && break
+            local gpu
+            for ((gpu = 0; gpu < gpus; gpu++)); do
+                [[ ${uuids[gpu]} == "$name"* ]] && index=$gpu && break
             done
         fi
-        [[ -n $found ]] || break
-        if ${mig[found]}; then
+        [[ -n $index ]] || break
+        if ${mig[index]}; then
             ((count)) || count=1
             break
         fi
@@ -72,20 +72,20 @@ count_gpus() {
     echo "$count"
 }
 
-# Prints how many ranks a node has that does not say: one per GPU, one where there is none.
+# Prints the default number of ranks of a node: one per GPU, one without GPUs.
 default_ranks() {
     local gpus
     gpus=$(count_gpus)
     echo "$((gpus > 0 ? gpus : 1))"
 }
 
-# Prints what the ranks of one start sign their words with in the run's key-value store, which takes writes from anyone
-# who reaches its port.
+# Prints a secret with which the ranks of one start sign their messages in the run's key-value store, because the store
+# takes writes from anyone who reaches its port.
 new_secret() {
     head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n'
 }
 
-# Prints a port of this machine at which nobody listens.
+# Prints a free port of this machine.
 free_port() {
     local port
     while
@@ -95,8 +95,8 @@ free_port() {
     echo "$port"
 }
 
-# await PROCESS: waits for its end, however many signals come, and gives its exit code. Looks twice a second: a `wait`
-# that a signal breaks off while the process ends makes bash (5.2) forget the code.
+# await PROCESS: waits for its end, however many signals arrive, and returns its exit code. Polls twice a second: a
+# `wait` that a signal interrupts while the process ends makes bash (5.2) forget the code.
 await() {
     local never
     exec {never}<> <(:)

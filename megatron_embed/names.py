@@ -1,4 +1,4 @@
-"""Every closed set of names that several packages share, in the spelling of configurations and exports."""
+"""Names and constants that several packages share; closed sets in the spelling of configurations and exports."""
 
 from typing import Literal, get_args
 
@@ -47,3 +47,6 @@ MERGE_METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
 
 ExportFormat = Literal["hf", "sentence-transformers", "cross-encoder", "peft"]
 """Formats that `convert megatron-to-hf` writes."""
+
+LOSS_TILE_ELEMENTS = 1 << 24
+"""Similarities that a contrastive loss computes at once: 64 MiB of float32, whatever the number of candidates."""

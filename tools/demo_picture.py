@@ -1,4 +1,4 @@
-"""Why the demonstration's model finds more: its curve, margins and ranks before and after, as one picture."""
+"""Picture of the demonstration: training curve, and margins and ranks on the test set before and after training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,21 +21,21 @@ from megatron_embed.names import Role
 BEFORE, AFTER = "#c0653a", "#2c6e9b"
 
 
-class Searched(NamedTuple):
-    """What a model makes of a test set: of each query, in the order of the set."""
+class SearchResult(NamedTuple):
+    """A model's search on a test set, with a value per query in the order of the set."""
 
     ndcg: float
     """nDCG@10."""
     right: Tensor
-    """[queries] float32, cosine with its best relevant document."""
+    """[queries] float32, cosine with the best relevant document."""
     wrong: Tensor
-    """[queries] float32, with the most similar of the others."""
+    """[queries] float32, cosine with the most similar other document."""
     rank: Tensor
-    """[queries] int64, of the best relevant document; 1 is the first."""
+    """[queries] int64, rank of the best relevant document, from 1."""
 
 
-def in_sentence_transformers(directory: str, data: BeirData, max_length: int) -> Searched:
-    """What the model of a directory finds, embedded by the stock library alone, texts cut to `max_length` tokens."""
+def in_sentence_transformers(directory: str, data: BeirData, max_length: int) -> SearchResult:
+    """Search with a model in Sentence Transformers, texts truncated to `max_length` tokens."""
     model = SentenceTransformer(directory, device="cpu")
     model.max_seq_length = max_length
     vector: dict[str, Tensor] = {}
@@ -49,23 +49,23 @@ def in_sentence_transformers(directory: str, data: BeirData, max_length: int) ->
     ndcg = evaluate_retrieval(embed, data)["ndcg@10"]
     queries, documents = (torch.stack([vector[text] for text in texts])
                           for texts in (data.query_texts, data.document_texts))
-    return searched(data, queries, documents, ndcg)
+    return search_result(data, queries, documents, ndcg)
 
 
-def searched(data: BeirData, queries: Tensor, documents: Tensor, ndcg: float) -> Searched:
+def search_result(data: BeirData, queries: Tensor, documents: Tensor, ndcg: float) -> SearchResult:
     """Similarities and ranks of unit vectors [queries, dim] and [documents, dim] in the order of the set."""
     similarity = queries @ documents.T
-    column = {name: number for number, name in enumerate(data.document_ids)}
+    column = {name: index for index, name in enumerate(data.document_ids)}
     relevant = similarity.new_zeros(similarity.shape).bool()
     for row, query in enumerate(data.query_ids):
         relevant[row, [column[name] for name, label in data.qrels[query].items() if label > 0]] = True
     right = similarity.masked_fill(~relevant, -2).amax(dim=1)
     others = similarity.masked_fill(relevant, -2)
-    return Searched(ndcg, right, others.amax(dim=1), (others > right[:, None]).sum(dim=1) + 1)
+    return SearchResult(ndcg, right, others.amax(dim=1), (others > right[:, None]).sum(dim=1) + 1)
 
 
-def draw(path: Path, steps: list[dict[str, Any]], before: Searched, after: Searched) -> None:
-    """Writes the picture: the rows of metrics.jsonl that have a loss, and the test set before and after."""
+def draw(path: Path, steps: list[dict[str, Any]], before: SearchResult, after: SearchResult) -> None:
+    """Write the picture from the rows of metrics.jsonl with a loss and the searches before and after training."""
     figure, (learning, margins, ranks) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     _curve(learning, steps)
     _margins(margins, before, after)
@@ -87,8 +87,8 @@ def _curve(axes: Axes, steps: list[dict[str, Any]]) -> None:
     axes.set_title("Training: every question against every passage", fontsize=10)
 
 
-def _margins(axes: Axes, before: Searched, after: Searched) -> None:
-    bins = [number / 20 for number in range(-12, 13)]
+def _margins(axes: Axes, before: SearchResult, after: SearchResult) -> None:
+    bins = [edge / 20 for edge in range(-12, 13)]
     for name, model, colour in (("before", before, BEFORE), ("after", after, AFTER)):
         margin = model.right - model.wrong
         axes.hist(margin.numpy(), bins=bins, color=colour, alpha=0.6,
@@ -99,7 +99,7 @@ def _margins(axes: Axes, before: Searched, after: Searched) -> None:
     axes.set_title("Right passage against the best wrong one", fontsize=10)
 
 
-def _ranks(axes: Axes, before: Searched, after: Searched) -> None:
+def _ranks(axes: Axes, before: SearchResult, after: SearchResult) -> None:
     cuts = range(1, 51)
     for name, model, colour in (("before", before, BEFORE), ("after", after, AFTER)):
         axes.plot(cuts, [(model.rank <= cut).float().mean().item() for cut in cuts], color=colour, label=name)

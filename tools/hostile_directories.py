@@ -1,5 +1,6 @@
-"""The hostile model directories and checkpoints of docs/security.md, one after the other: how each ends, what it does
-to a stranger's files, its peak memory and its seconds.
+"""Run commands on the hostile model directories and checkpoints of docs/security.md; print how each ends.
+
+Each row has the exit code, effects on files outside the directory, peak memory and seconds.
 
     python tools/hostile_directories.py
 """
@@ -49,7 +50,7 @@ def pipe(name: str) -> Callable[[Path], None]:
 
 
 def header(**changes: Any) -> Callable[[Path], None]:
-    """Changes the first tensor of the weights' header."""
+    """Change the first tensor in the weights' header."""
     def write(case: Path) -> None:
         file = case / "model" / "model.safetensors"
         data = file.read_bytes()
@@ -64,7 +65,7 @@ def header(**changes: Any) -> Callable[[Path], None]:
 
 
 def long_header(case: Path) -> None:
-    """A file of a terabyte, all of it a hole, that says to be header alone."""
+    """A sparse file of a terabyte whose length field covers all of it."""
     file = case / "model" / "model.safetensors"
     file.write_bytes((10**12 - 8).to_bytes(8, "little"))
     os.truncate(file, 10**12)
@@ -119,7 +120,7 @@ CASES: tuple[tuple[str, str, str, Callable[[Path], None]], ...] = (
 
 
 def arguments_of(kind: str, toys: Path, case: Path) -> list[str]:
-    """The command that is run on a case."""
+    """Command to run on a case."""
     model, output = str(case / "model"), case / "output"
     if kind == ENCODE:
         return ["encode", "--model", model, "--input", str(toys / "texts.jsonl"), "--output", str(output / "v.npy")]
@@ -134,28 +135,28 @@ def arguments_of(kind: str, toys: Path, case: Path) -> list[str]:
     return ["train", str(config)]
 
 
-def show(name: str, toy: Path, kind: str, spoil: Callable[[Path], None], case: Path) -> str:
-    """Runs one case in an empty folder; its row of the table."""
+def show(name: str, toy: Path, kind: str, change: Callable[[Path], None], case: Path) -> str:
+    """Run one case in an empty folder. Returns its row of the table."""
     from megatron_embed.__main__ import main
 
     for folder in ("outside", "output", "home"):
         (case / folder).mkdir(parents=True)
-    (case / "outside" / "kept").write_text("somebody's own\n", encoding="utf-8")
+    (case / "outside" / "kept").write_text("another owner's file\n", encoding="utf-8")
     shutil.copytree(toy, case / "model")
-    spoil(case)
+    change(case)
     arguments, before = arguments_of(kind, toy.parent, case), tree(case / "outside")
     code, text, seconds, peak = in_child(lambda: main(arguments), case / "log", seconds=SECONDS, memory=MEMORY,
                                          home=case / "home")
-    found = ["exit code " + str(code) if code >= 0 else f"no end in {SECONDS} s"]
+    results = ["exit code " + str(code) if code >= 0 else f"did not end in {SECONDS} s"]
     if not (case / "outside").is_dir() or tree(case / "outside") != before:
-        found.append("**the other's files are gone**")
+        results.append("**files outside were changed**")
     if os.path.lexists(case / "canary"):
-        found.append("**the code ran**")
+        results.append("**the code ran**")
     if "Traceback" in text:
-        found.append("a traceback")
+        results.append("a traceback")
     lines = [line for line in text.splitlines() if "error: " in line] if code == 2 else []
-    said = lines[-1].replace(str(case), "DIR")[:300] if lines else ""
-    return f"| {name} | {', '.join(found)} | {peak / 2**20:.0f} MiB | {seconds:.1f} | {said} |"
+    message = lines[-1].replace(str(case), "DIR")[:300] if lines else ""
+    return f"| {name} | {', '.join(results)} | {peak / 2**20:.0f} MiB | {seconds:.1f} | {message} |"
 
 
 def main() -> int:
@@ -166,8 +167,8 @@ def main() -> int:
         folder = Path(temporary)
         (folder / "toys").mkdir()
         toys = make_toys(folder / "toys")
-        for number, (name, toy, kind, spoil) in enumerate(CASES):
-            sys.stdout.write(show(name, toys[toy], kind, spoil, folder / f"case_{number}") + "\n")
+        for index, (name, toy, kind, change) in enumerate(CASES):
+            sys.stdout.write(show(name, toys[toy], kind, change, folder / f"case_{index}") + "\n")
             sys.stdout.flush()
     return 0
 

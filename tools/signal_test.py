@@ -1,14 +1,14 @@
-"""A run of two ranks that gets SIGTERM at random moments, and goes on as if nothing had happened.
+"""Send SIGTERM to a run of two ranks at random moments, resume it, and compare it with an uninterrupted run.
 
     python tools/signal_test.py [--moments 20] [--seconds 5] [--documents 6000]
 
-Both ranks are started as srun starts them (its variables, no launcher in between), each as the first of a node of its
-own, and both get the signal at once. The moments are drawn evenly from half a second after the start to the end of the
-last evaluation. Each time: both ranks' exit codes and status files must say 75 within so many seconds, and the run that
-is started again must end with the curve of the run that was left alone, bit for bit, evaluations included.
+Both ranks are started as srun starts them (with its variables, without another launcher), each as the first task of a
+node, and both get the signal at once. The moments are distributed uniformly from half a second after the start to the
+end of the last evaluation. Each time, both ranks' exit codes and status files must be 75 within --seconds, and the
+resumed run must end with the metrics of the uninterrupted run bit for bit, including evaluations.
 
-The table goes to docs/signal_test.md; exit code 1 if any moment fails. With --rank 0 or --rank 1 that rank alone gets
-the signal, and the other one learns it from it.
+Writes docs/signal_test.md; exit code 1 if any moment fails. With --rank 0 or --rank 1 only that rank gets the signal,
+and the other rank stops because of it.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 import yaml
+from crash_restart_test import write_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
 RANKS, QUERIES = 2, 100
 VOLATILE = ("tokens_per_second", "seconds", "flops", "mfu", "memory", "padding")
 LONGEST_SECONDS = 600.0
@@ -39,7 +39,7 @@ LONGEST_SECONDS = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one signal did."""
+    """Result of one signal."""
 
     moment: float
     doing: str
@@ -70,19 +70,19 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def write_benchmark(folder: Path, documents: int) -> str:
-    """A BEIR folder with so many documents: the training rows' own, over and over."""
+    """Write a BEIR folder with this many documents, which repeat those of the training rows."""
     (folder / "qrels").mkdir(parents=True)
-    found = list(rows())
+    samples = list(rows())
     with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
-        for number in range(documents):
-            positive = found[number % len(found)]["positive"]
+        for index in range(documents):
+            positive = samples[index % len(samples)]["positive"]
             text = positive if isinstance(positive, str) else positive[0]
-            file.write(json.dumps({"_id": f"d{number}", "title": "", "text": f"{text} {number}"}) + "\n")
+            file.write(json.dumps({"_id": f"d{index}", "title": "", "text": f"{text} {index}"}) + "\n")
     with (folder / "queries.jsonl").open("w", encoding="utf-8") as file:
-        for number in range(QUERIES):
-            file.write(json.dumps({"_id": f"q{number}", "text": found[number]["query"]}) + "\n")
-    judgements = "".join(f"q{number}\td{number}\t1\n" for number in range(QUERIES))
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judgements, encoding="utf-8")
+        for index in range(QUERIES):
+            file.write(json.dumps({"_id": f"q{index}", "text": samples[index]["query"]}) + "\n")
+    labels = "".join(f"q{index}\td{index}\t1\n" for index in range(QUERIES))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + labels, encoding="utf-8")
     return str(folder)
 
 
@@ -104,7 +104,7 @@ def write_configuration(folder: Path, model: str, benchmark: str) -> Path:
 
 
 def start(configuration: Path) -> list[subprocess.Popen[bytes]]:
-    """Both ranks, as srun starts them on two nodes of one task each."""
+    """Start both ranks as srun starts them on two nodes with one task each."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -126,24 +126,24 @@ def start(configuration: Path) -> list[subprocess.Popen[bytes]]:
 
 
 def ends(processes: list[subprocess.Popen[bytes]], since: float) -> list[float]:
-    """Seconds until each ended; one that does not is killed."""
-    found: dict[int, float] = {}
+    """Seconds until each process ended; processes that do not end are killed."""
+    ended: dict[int, float] = {}
     try:
-        while len(found) < len(processes) and time.monotonic() - since < LONGEST_SECONDS:
-            for number, process in enumerate(processes):
-                if number not in found and process.poll() is not None:
-                    found[number] = time.monotonic() - since
+        while len(ended) < len(processes) and time.monotonic() - since < LONGEST_SECONDS:
+            for rank, process in enumerate(processes):
+                if rank not in ended and process.poll() is not None:
+                    ended[rank] = time.monotonic() - since
             time.sleep(0.005)
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
             process.wait()
-    return [found.get(number, LONGEST_SECONDS) for number in range(len(processes))]
+    return [ended.get(rank, LONGEST_SECONDS) for rank in range(len(processes))]
 
 
 def curve(configuration: Path) -> list[dict[str, Any]]:
-    """Every line of the metrics, without what a clock or the memory says."""
+    """Every line of the metrics, without times and memory."""
     lines = (configuration.parent / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{name: value for name, value in json.loads(line).items() if not any(word in name for word in VOLATILE)}
             for line in lines]
@@ -160,28 +160,30 @@ def status_of(configuration: Path, rank: int) -> int:
         return -1
 
 
-def last_words(configuration: Path) -> str:
-    """What the run said last before it was asked to stop, or how it left."""
-    message = (configuration.parent / "status_0")
-    return json.loads(message.read_text(encoding="utf-8"))["message"] if message.is_file() else "no status"
+def status_message(configuration: Path) -> str:
+    """Message in rank 0's status file."""
+    status = configuration.parent / "status_0"
+    return json.loads(status.read_text(encoding="utf-8"))["message"] if status.is_file() else "no status"
 
 
-def interrupt(configuration: Path, moment: float, rank: int | None) -> tuple[list[int], list[int], list[float], str]:
-    """Codes, codes of the status files, seconds from the signal to each rank's end, and what rank 0 said."""
+def interrupt(configuration: Path, moment: float,
+              only_rank: int | None) -> tuple[list[int], list[int], list[float], str]:
+    """Exit codes, codes of the status files, seconds from the signal to each end, and rank 0's message."""
     began = time.monotonic()
     processes = start(configuration)
     time.sleep(max(0.0, began + moment - time.monotonic()))
     sent = time.monotonic()
-    for number, process in enumerate(processes):
-        if rank in (None, number) and process.poll() is None:
+    for rank, process in enumerate(processes):
+        if only_rank in (None, rank) and process.poll() is None:
             process.send_signal(signal.SIGTERM)
     seconds = ends(processes, sent)
     codes = [process.returncode for process in processes]
-    return codes, [status_of(configuration, number) for number in range(RANKS)], seconds, last_words(configuration)
+    statuses = [status_of(configuration, rank) for rank in range(RANKS)]
+    return codes, statuses, seconds, status_message(configuration)
 
 
 def run_to_the_end(configuration: Path) -> float:
-    """Seconds it took; ends the program if it fails."""
+    """Run to the end. Returns the seconds; exits if it fails."""
     began = time.monotonic()
     processes = start(configuration)
     seconds = ends(processes, began)
@@ -192,8 +194,6 @@ def run_to_the_end(configuration: Path) -> float:
 
 def main() -> int:
     arguments = parse_arguments()
-    from tools.kill_storm import write_model
-
     chance = random.Random(arguments.seed)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as name:
@@ -202,13 +202,13 @@ def main() -> int:
         straight = write_configuration(root / "straight", model, benchmark)
         whole = run_to_the_end(straight)
         expected = curve(straight)
-        print(f"left alone: {whole:.1f} s, {len(expected)} lines of metrics", flush=True)
+        print(f"uninterrupted: {whole:.1f} s, {len(expected)} lines of metrics", flush=True)
         while len(outcomes) < arguments.moments:
             moment = chance.uniform(0.5, whole - 0.5)
             path = write_configuration(root / f"run_{chance.getrandbits(40):x}", model, benchmark)
             codes, statuses, seconds, message = interrupt(path, moment, arguments.rank)
             if codes == [0] * RANKS:
-                print(f"{moment:.1f} s: the run was over; another moment", flush=True)
+                print(f"{moment:.1f} s: the run had ended; another moment", flush=True)
                 continue
             run_to_the_end(path)
             outcome = Outcome(moment=moment, doing=message, codes=codes, statuses=statuses, seconds=seconds,
@@ -237,14 +237,16 @@ def line_of(outcome: Outcome) -> str:
 
 
 def write_page(path: Path, arguments: argparse.Namespace, whole: float, result: str, outcomes: list[Outcome]) -> None:
-    told = "both ranks" if arguments.rank is None else f"rank {arguments.rank} alone"
-    table = "\n".join(f"| {number} | {line_of(outcome)} |" for number, outcome in enumerate(outcomes, 1))
+    receivers = "both ranks" if arguments.rank is None else f"rank {arguments.rank} only"
+    table = "\n".join(f"| {index} | {line_of(outcome)} |" for index, outcome in enumerate(outcomes, 1))
     path.write_text(
-        f"# Asked to stop at any moment\n\nTwo ranks, started as srun starts them; SIGTERM to {told} at random "
-        "moments; the same command starts the run again.\nRegenerate with\n\n    python tools/signal_test.py\n\n"
+        f"# Stopped by SIGTERM and resumed\n\nTwo ranks, started as srun starts them; SIGTERM to {receivers} at random "
+        "moments; the same command resumes the run.\nEvery rank must exit with code 75 within "
+        f"{arguments.seconds:g} seconds, and the loss curve must be that of an uninterrupted run.\n\n"
+        "This file is generated by `python tools/signal_test.py`; do not edit.\n\n## Measured\n\n"
         f"{datetime.date.today()}, {arguments.documents} documents, torch {torch.__version__}, {os.cpu_count()} cores, "
-        f"load {os.getloadavg()[2]:.1f} (15 minutes); the run that was left alone took {whole:.1f} s.\n\n{result}.\n\n"
-        "| | moment | status of rank 0 | codes | in status files | seconds to the end | curve after going on |\n"
+        f"load {os.getloadavg()[2]:.1f} (15 minutes); the uninterrupted run took {whole:.1f} s.\n\n{result}.\n\n"
+        "| | moment | status of rank 0 | codes | in status files | seconds to the end | resumed curve |\n"
         f"|---|---|---|---|---|---|---|\n{table}\n", encoding="utf-8")
 
 

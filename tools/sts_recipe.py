@@ -1,19 +1,18 @@
-"""Trains a fresh encoder on STS pairs, by this package and by Sentence Transformers with the same recipe; dev Spearman.
+"""Train a new encoder on STS pairs with this package and with Sentence Transformers; compare Spearman on dev pairs.
 
     python tools/sts_recipe.py --train train.jsonl --dev dev.jsonl --loss cosent
 
-Rows are {"text_a", "text_b", "score"}, as of the STS benchmark (scores 0 to 5; --scale divides them). The encoder is a
-small BERT with random weights and the tokenizer of all-MiniLM-L6-v2: it has seen no text at all. Both sides start from
-the same weights and take the same pairs in the same order, drawn anew for each epoch: AdamW, linear warm-up and decay,
-clipping at 1, no weight decay, no dropout, float32, mean pooling. The score "before" is that of the random weights,
-whose mean pooling already counts shared words. Exit status 1 if training does not raise the Spearman correlation on
-the dev pairs, or if the two sides' differ by more than 0.01.
+Rows are {"text_a", "text_b", "score"}, as in the STS benchmark (scores 0 to 5; --scale divides them). The encoder is a
+small BERT with random weights and the tokenizer of all-MiniLM-L6-v2. Both trainers start from the same weights and use
+the same pairs in the same order, shuffled again for each epoch: AdamW, linear warm-up and decay, clipping at 1, no
+weight decay, no dropout, float32, mean pooling. The score "before" is that of the random weights, whose mean pooling
+already counts shared words. Exit status 1 if training does not raise the Spearman correlation on the dev pairs, or if
+the two results differ by more than 0.01.
 """
 
 import argparse
 import json
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,8 +25,8 @@ import yaml
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss, CosineSimilarityLoss
-from side_by_side import default_model
-from transformers import BertConfig, BertModel, get_linear_schedule_with_warmup
+from small_models import save_random_model
+from transformers import get_linear_schedule_with_warmup
 
 BOUND = 0.01
 CLIP_GRAD = 1.0
@@ -42,10 +41,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=5.0, help="scores are divided by this")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="ours: pairs per micro-batch")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="of our trainer: pairs per micro-batch")
     parser.add_argument("--learning-rate", type=float, default=2.0e-4)
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
-    parser.add_argument("--temperature", type=float, default=0.05, help="of cosent")
+    parser.add_argument("--temperature", type=float, default=0.05, help="temperature of cosent")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
     return parser.parse_args()
@@ -58,24 +57,14 @@ def read_pairs(path: str, scale: float) -> list[Row]:
 
 
 def in_order(pairs: list[Row], epochs: int, batch_size: int) -> list[Row]:
-    """The pairs as both sides take them: a permutation per epoch, whole batches."""
+    """The pairs in training order: a permutation per epoch, whole batches."""
     generator = random.Random(0)
     rows = [row for _ in range(epochs) for row in generator.sample(pairs, len(pairs))]
     return rows[: len(rows) // batch_size * batch_size]
 
 
-def fresh_model(directory: Path, hidden_size: int, layers: int) -> None:
-    """A small BERT with random weights."""
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=30522, hidden_size=hidden_size, num_hidden_layers=layers,
-                         num_attention_heads=hidden_size // 32, intermediate_size=4 * hidden_size,
-                         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        shutil.copy(Path(default_model()) / name, directory)
-
-
 def spearman(model: SentenceTransformer, pairs: list[Row]) -> float:
-    """Of cosine similarities and scores."""
+    """Spearman correlation of cosine similarities and scores."""
     first, second = (model.encode([row[name] for row in pairs], convert_to_tensor=True)
                      for name in ("text_a", "text_b"))
     similarity = torch.cosine_similarity(first, second, dim=1)
@@ -83,7 +72,7 @@ def spearman(model: SentenceTransformer, pairs: list[Row]) -> float:
 
 
 def train_peer(start: Path, rows: list[Row], warmup: int, arguments: argparse.Namespace) -> SentenceTransformer:
-    """Sentence Transformers' model and loss in a plain loop."""
+    """Train Sentence Transformers' model and loss in a plain loop."""
     model = SentenceTransformer(str(start), device="cpu")
     loss = CoSENTLoss(model, scale=1 / arguments.temperature) if arguments.loss == "cosent" else CosineSimilarityLoss(
         model)
@@ -105,7 +94,7 @@ def train_peer(start: Path, rows: list[Row], warmup: int, arguments: argparse.Na
 
 def train_ours(start: Path, rows: list[Row], warmup: int, arguments: argparse.Namespace,
                folder: Path) -> SentenceTransformer:
-    """This package's command; its export in Sentence Transformers."""
+    """Train with this package. Returns its export in Sentence Transformers."""
     data, config = folder / "pairs.jsonl", folder / "run.yaml"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     objective = {"loss": arguments.loss}
@@ -130,7 +119,10 @@ def main() -> None:
     warmup = round(arguments.warmup * steps)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        fresh_model(folder / "start", arguments.hidden_size, arguments.layers)
+        save_random_model(folder / "start", seed=0, hidden_size=arguments.hidden_size,
+                          num_hidden_layers=arguments.layers, num_attention_heads=arguments.hidden_size // 32,
+                          intermediate_size=4 * arguments.hidden_size, hidden_dropout_prob=0.0,
+                          attention_probs_dropout_prob=0.0)
         before = spearman(SentenceTransformer(str(folder / "start"), device="cpu"), dev)
         started = time.perf_counter()
         ours = spearman(train_ours(folder / "start", rows, warmup, arguments, folder), dev)

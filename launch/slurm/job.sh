@@ -1,5 +1,5 @@
-# Sourced by the .sbatch files: what a job does, from its checks to its end. Srun-native: one task per GPU, which finds
-# rank and world size in SLURM_*; torchrun would kill the ranks 30 seconds after the batch system's SIGTERM.
+# Sourced by the .sbatch files: the steps of a job, from its checks to its end. It uses srun, one task per GPU, which
+# reads rank and world size from SLURM_*; torchrun would kill the ranks 30 seconds after Slurm's SIGTERM.
 # shellcheck shell=bash
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     sed -n '/^# shellcheck/q;/^#/!q;s/^# \{0,1\}//p' "$0"
@@ -18,12 +18,12 @@ PYTHON=${PYTHON:-python}
 RUN_DIR=${RUN_DIR:-runs/${SLURM_JOB_NAME:-megatron-embed}} # checkpoints, metrics, DONE
 CONTAINER_IMAGE=${CONTAINER_IMAGE:-}                         # pyxis/enroot; empty: bare nodes
 CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-$PWD:$PWD}
-SUBDIRECTORY=''                   # set by the array files: a folder of its own for each of their runs
-MAX_RESTARTS=${MAX_RESTARTS:-100} # a job is requeued at most so often
-PREFLIGHT=${PREFLIGHT:-yes}       # no: the job does not ask first whether the run can start
-MIN_FREE_GIB=${MIN_FREE_GIB:-1}   # on the disks of the outputs, however little the run writes
+SUBDIRECTORY=''                   # set by the array files: the folder of one of their runs
+MAX_RESTARTS=${MAX_RESTARTS:-100} # largest number of requeues of a job
+PREFLIGHT=${PREFLIGHT:-yes}       # no: the job does not check first whether the run can start
+MIN_FREE_GIB=${MIN_FREE_GIB:-1}   # required on the disks of the outputs, however little the run writes
 
-# Runs the job: run_job [--dry-run] CONFIG.yaml [section.key=value ...]. Its exit code is the job's.
+# run_job [--dry-run] CONFIG.yaml [section.key=value ...]: runs the job and returns its exit code.
 run_job() {
     local dry_run=false
     if [[ ${1:-} == --help || ${1:-} == -h ]]; then
@@ -40,33 +40,34 @@ run_job() {
         return 2
     fi
     if [[ $1 == -* ]]; then
-        echo "$0: unknown option $1; options of sbatch stand before the script's name, and of the script there are" \
-            "--dry-run and --help" >&2
+        echo "$0: unknown option $1; options of sbatch go before the script's name, and the script has --dry-run" \
+            "and --help" >&2
         return 2
     fi
     if ((${SLURM_HET_SIZE:-1} > 1)); then
-        echo "SLURM_HET_SIZE = $SLURM_HET_SIZE: a heterogeneous job, whose components srun would start apart; submit" \
-            "one job of equal components (its nodes may differ in their number of tasks)" >&2
+        echo "SLURM_HET_SIZE = $SLURM_HET_SIZE: a heterogeneous job, whose components srun would start separately;" \
+            "submit one job of equal components (its nodes may differ in their number of tasks)" >&2
         return 2
     fi
-    # Slurm's signals are for the ranks, which save and end. The script and srun must live until then: the SIGTERM of a
-    # requeue reaches them as well, and an srun that takes it kills its tasks.
+    # Slurm's signals are for the ranks, which save and end. The script and srun must outlive them: the SIGTERM of a
+    # requeue reaches them as well, and an srun that handles it kills its tasks.
     signalled=false
     trap 'signalled=true' TERM USR1
-    # Of runs that share a configuration each has its own folder of every
-    # output directory: two that wrote one export or one log would end each other.
+    # Runs that share a configuration need their own folder in every output directory: two that write one export or one
+    # log would end each other.
     local where=("checkpoint.directory=$RUN_DIR")
     if [[ -n $SUBDIRECTORY ]]; then
         where+=(--subdirectory "$SUBDIRECTORY")
         RUN_DIR=$RUN_DIR/$SUBDIRECTORY
     fi
-    # The first node's name. Jobs that share a node must not share a port, nor must seven starts of a job: a rank 0 of
-    # before that does not end would hold it. Below 32768, where Linux takes ports of outgoing connections from.
+    # The address is the first node. Jobs that share a node need different ports, and so do seven starts of a job: a
+    # rank 0 of an earlier start that does not end would hold it. Below 32768, where Linux begins with ports of
+    # connections.
     if [[ -z ${MASTER_ADDR:-} && -n ${SLURM_JOB_NODELIST:-} ]]; then
         read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     fi
-    local number=$((${SLURM_JOB_ID:-0} * 7 + ${SLURM_RESTART_COUNT:-0} % 7))
-    export MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE} MASTER_PORT=${MASTER_PORT:-$((20000 + number % 12750))}
+    local start=$((${SLURM_JOB_ID:-0} * 7 + ${SLURM_RESTART_COUNT:-0} % 7))
+    export MASTER_ADDR=${MASTER_ADDR:-FIRST_NODE} MASTER_PORT=${MASTER_PORT:-$((20000 + start % 12750))}
     LAUNCH_VARIABLES+=(MASTER_ADDR MASTER_PORT)
     local container=()
     if [[ -n $CONTAINER_IMAGE ]]; then
@@ -77,8 +78,8 @@ run_job() {
     local check=("${once_per_node[@]}" "$PYTHON" -m megatron_embed doctor --config "$1" --ranks "${SLURM_NTASKS:-1}"
         --ranks-per-node "$(ranks_per_node)" --min-free-gib "$MIN_FREE_GIB"
         "${where[@]}" "${@:2}")
-    # --kill-on-bad-exit=0: ranks that have saved end one after the other with 75; the first must not kill the others.
-    # One that crashes ends the others too: they notice within parallel.timeout_seconds.
+    # --kill-on-bad-exit=0: ranks that have saved end one after the other with 75, and the first must not kill the
+    # others. A rank that crashes still ends the others: they notice within parallel.timeout_seconds.
     local train=(srun --kill-on-bad-exit=0 "${container[@]}" "$PYTHON" -m megatron_embed train "$1"
         "${where[@]}" "${@:2}")
     if $dry_run; then
@@ -90,7 +91,7 @@ run_job() {
         print_command "${train[@]}"
         return 0
     fi
-    # RUN_DIR's default is the job's name, which two configurations may share.
+    # The default of RUN_DIR is the job's name, which two configurations may share.
     local config owner=$RUN_DIR/.launched_config
     config=$(realpath -m "$1")
     if [[ -e $owner && $(<"$owner") != "$config" ]]; then
@@ -99,7 +100,7 @@ run_job() {
         return 2
     fi
     if [[ -e $RUN_DIR/DONE ]]; then
-        echo "$RUN_DIR/DONE is there: the run is complete; remove it to go on with more steps"
+        echo "$RUN_DIR/DONE exists: the run is complete; remove it to train more steps"
         return 0
     fi
     echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start number $((${SLURM_RESTART_COUNT:-0} + 1)), $(date --iso-8601=seconds)"
@@ -111,24 +112,25 @@ run_job() {
         fi
         ((code == 0)) || return "$code"
     fi
-    # Another one for each start: a word of before a requeue is none.
+    # A new secret for each start, so that messages from before a requeue do not count.
     export MEGATRON_EMBED_SECRET=${MEGATRON_EMBED_SECRET:-$(new_secret)}
     mkdir -p "$RUN_DIR"
     echo "$config" >"$owner"
     export MEGATRON_EMBED_STATUS_FILE=$RUN_DIR/.status
     rm -f "$MEGATRON_EMBED_STATUS_FILE"
     run_undisturbed "${train[@]}"
-    # An srun that gave up waiting for a step that Slurm killed says 0: only the ranks' own word makes a run complete.
+    # An srun that gave up waiting for a step that Slurm killed returns 0: a run is complete only if the ranks report
+    # it.
     if ((code == 0)) && ! grep -qs '"exit_code": 0' "$MEGATRON_EMBED_STATUS_FILE"; then
-        echo "srun ended with 0, but the ranks did not say that they ended well" >&2
+        echo "srun ended with 0, but the ranks did not report success" >&2
         code=1
         killed=true
     fi
     finish "$code"
 }
 
-# Runs a command that Slurm's signals do not reach, and waits for its end however many come. Its exit code is in $code,
-# and $killed says whether a signal ended it.
+# Runs a command that Slurm's signals do not reach, and waits for its end however many arrive. Sets $code to its exit
+# code and $killed to whether a signal ended it.
 run_undisturbed() {
     (trap '' TERM USR1 && exec "$@") &
     code=0
@@ -136,7 +138,7 @@ run_undisturbed() {
     killed=$( ((code > 128 && code < 160)) && echo true || echo false)
 }
 
-# Prints how many ranks each node has: one number, or Slurm's list, 8(x2),4, where they differ.
+# Prints the number of ranks per node: one number, or Slurm's list, 8(x2),4, if they differ.
 ranks_per_node() {
     local list=${SLURM_TASKS_PER_NODE:-}
     if [[ -z $list ]]; then
@@ -148,9 +150,9 @@ ranks_per_node() {
     fi
 }
 
-# Whether ranks that were killed can go on after a requeue: Slurm wanted the node back (this script got its signal, or
-# Slurm says so), and the kill was its too: a SIGTERM that came before Python could listen, or a SIGKILL after there was
-# a complete checkpoint. Nobody requeues a run that ran out of memory: it would again.
+# Whether ranks that were killed can resume after a requeue: Slurm wanted the node back (this script got its signal, or
+# Slurm reports it), and the kill came from Slurm too: a SIGTERM before Python handled signals, or a SIGKILL when there
+# is a complete checkpoint. A run that ran out of memory is not requeued, because it would run out again.
 was_preempted() {
     $killed || return 1
     $signalled || scontrol show job "$SLURM_JOB_ID" 2>/dev/null |
@@ -161,7 +163,7 @@ was_preempted() {
     ! sacct -n -P -j "$SLURM_JOB_ID" -o State 2>/dev/null | grep -q OUT_OF_ME && [[ -s $RUN_DIR/latest ]]
 }
 
-# What follows from the ranks' exit code.
+# Ends or requeues the job, by the exit code of the ranks.
 finish() {
     if (($1 != 75)) && was_preempted "$1"; then
         echo "the ranks were killed (exit code $1) because Slurm wants the node back" >&2

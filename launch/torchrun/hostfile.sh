@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A run on the hosts of a file; the first one is node 0. Needs ssh without a password, and this directory and the data at
-# the same path on every host.
+# A run on the hosts of a file; the first one is node 0. Needs ssh without a password, and this directory and the data
+# at the same path on every host.
 #
 #   launch/torchrun/hostfile.sh HOSTFILE [--master-port 29500] [--dry-run] CONFIG.yaml [section.key=value ...]
 #
-# A line of HOSTFILE is `HOST [slots=N] [# comment]`: N ranks on it, a number from 1 on; default: its GPUs. HOST may be
-# user@name; the user is for ssh alone. Empty lines are skipped, and anything else is refused.
+# A line of HOSTFILE is `HOST [slots=N] [# comment]`: N ranks on it, at least 1; default: its number of GPUs. HOST may
+# be user@name; the user is for ssh only. Empty lines are skipped, everything else is refused.
 #
-# SIGTERM, SIGUSR1 and Ctrl-C (as SIGTERM) go to every node. The exit code is node 0's. Of this shell's environment PYTHON and PREFLIGHT go along, and what
-# begins with NCCL_, GLOO_, UCX_, TORCH_ or PYTORCH_.
+# SIGTERM, SIGUSR1 and Ctrl-C (as SIGTERM) go to every node. The exit code is that of node 0. PYTHON, PREFLIGHT and the
+# variables that begin with NCCL_, GLOO_, UCX_, TORCH_ or PYTORCH_ are passed to the hosts.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/functions.sh
@@ -37,13 +37,13 @@ while [[ ${1:-} == -* ]]; do
 done
 require_number --master-port "$port" 1 65535
 [[ -n ${1:-} ]] || refuse "CONFIG.yaml is missing; see $0 --help"
-[[ -f $hostfile && -r $hostfile ]] || refuse "$hostfile: no file that can be read; name a file of hosts, one per line"
-# hosts: as ssh is told; addresses: without the user; slots: empty where the line does not say.
-hosts=() addresses=() slots=() number=0
+[[ -f $hostfile && -r $hostfile ]] || refuse "$hostfile: not a readable file; name a file of hosts, one per line"
+# hosts: for ssh; addresses: without the user; slots: empty if the line has none.
+hosts=() addresses=() slots=() line_number=0
 name='[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|[0-9A-Fa-f:]*:[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*' # the latter: IPv6
 pattern="^(([A-Za-z0-9_][A-Za-z0-9._-]*@)?($name))([[:space:]]+slots=([1-9][0-9]{0,3}))?[[:space:]]*\$"
 while IFS= read -r line || [[ -n $line ]]; do
-    number=$((number + 1)) text=${line%$'\r'}
+    line_number=$((line_number + 1)) text=${line%$'\r'}
     text=${text#"${text%%[![:space:]]*}"}
     if [[ $text == \#* ]]; then
         continue
@@ -52,35 +52,35 @@ while IFS= read -r line || [[ -n $line ]]; do
     if [[ -z ${text//[[:space:]]/} ]]; then
         continue
     fi
-    [[ $text =~ $pattern ]] || refuse "$hostfile:$number: ${line@Q}: a line is \`HOST [slots=N] [# comment]\`, N a \
+    [[ $text =~ $pattern ]] || refuse "$hostfile:$line_number: ${line@Q}: a line is \`HOST [slots=N] [# comment]\`, N a \
 whole number from 1 to 9999, without blanks around the ="
     address=${BASH_REMATCH[3]}
     for other in "${!addresses[@]}"; do
-        [[ ${addresses[other],,} != "${address,,}" ]] || refuse "$hostfile:$number: $address is given twice; write \
+        [[ ${addresses[other],,} != "${address,,}" ]] || refuse "$hostfile:$line_number: $address is given twice; write \
 it once, with slots=N for its ranks"
     done
     hosts+=("${BASH_REMATCH[1]}") addresses+=("$address") slots+=("${BASH_REMATCH[6]}")
 done <"$hostfile"
 ((${#hosts[@]} > 0)) || refuse "$hostfile names no host"
 
-# Where some lines say their ranks and some do not, the others' GPUs are counted: every node must know the number of all.
+# If some lines have slots and some do not, count the GPUs of the others: every node must know the number of all ranks.
 if [[ -n ${slots[*]//[[:space:]]/} ]] && ! $dry_run; then
     for node in "${!hosts[@]}"; do
         [[ -n ${slots[node]} ]] && continue
         printf -v question 'cd %q && %q --count-gpus' "$PWD" "$here/node.sh"
         slots[node]=$("${ssh[@]}" -- "${hosts[node]}" "$question" </dev/null) || slots[node]=""
         [[ ${slots[node]} =~ ^[1-9][0-9]*$ ]] ||
-            refuse "${hosts[node]}: cannot count its GPUs by ssh; write slots=N behind it in $hostfile"
+            refuse "${hosts[node]}: cannot count its GPUs by ssh; write slots=N after it in $hostfile"
     done
 fi
-ranks=0 # of all hosts; empty where one of them does not say its own
+ranks=0 # of all hosts; empty if one of them has no slots
 for count in "${slots[@]}"; do
     [[ -n $ranks && -n $count ]] && ranks=$((ranks + count)) || ranks=""
 done
 
-# What node I runs, as one word for ssh; its process number goes to a file, so that a signal can follow.
+# The command of node I, as one word for ssh; it writes its process id to a file, so that signals can be passed on.
 run_id="$(id -un)-$(date +%s)-$$"
-# A name that nobody can guess, where nobody else can have put a file or link: noclobber refuses one that is there.
+# A name that nobody can guess, so that nobody can put a file or link there first; noclobber refuses an existing one.
 pid_file="/tmp/megatron-embed-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"
 node_command() {
     local options=(--nnodes "${#hosts[@]}" --node-rank "$1" --master-addr "${MASTER_ADDR:-${addresses[0]}}"
@@ -92,7 +92,7 @@ node_command() {
         [[ $name =~ ^(NCCL|GLOO|UCX|TORCH|PYTORCH)_ ]] && variables+=("$name=${!name}")
     done < <(compgen -e)
     printf -v line '%q ' env "${variables[@]}" "$here/node.sh" "${options[@]}" "${@:2}"
-    # The secret comes by stdin: other users of the host can read arguments.
+    # The secret comes through stdin, because other users of the host can read arguments.
     printf 'cd %q && read -r MEGATRON_EMBED_SECRET && export MEGATRON_EMBED_SECRET && ' "$PWD"
     printf '(umask 077 && set -C && echo $$ >%s-%d) && exec %s' "$pid_file" "$1" "$line"
 }
@@ -109,7 +109,7 @@ secret=${MEGATRON_EMBED_SECRET:-$(new_secret)}
 pass_on() {
     local node
     for node in "${!hosts[@]}"; do
-        # A signal in the first seconds waits for the file; what then is not there has ended.
+        # A signal in the first seconds waits for the file; a node without one after that has ended.
         "${ssh[@]}" -- "${hosts[$node]}" "for i in 1 2 3 4 5 6; do test -s $pid_file-$node && break; sleep 0.5; done; \
 kill -s $1 \$(cat $pid_file-$node)" </dev/null &
     done

@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
-# One node of a run under torchrun; one_node.sh and hostfile.sh call it. By hand, on node I of N, all with the same
-# address and port of node 0:
+# One node of a run under torchrun; one_node.sh and hostfile.sh call it. By hand, on node I of N, with the address and
+# port of node 0 on all of them:
 #
-#   launch/torchrun/node.sh --nnodes N --node-rank I --master-addr HOST --master-port 29500 CONFIG.yaml [section.key=value ...]
+#   launch/torchrun/node.sh --nnodes N --node-rank I --master-addr HOST --master-port 29500 \
+#       CONFIG.yaml [section.key=value ...]
 #
-# Options: --nproc-per-node G (default: the node's GPUs, else 1), --run-id NAME (the same on every node: keeps runs apart
-# that are given one address and port by mistake), --ranks N (of all nodes; default: as many on each as here), --dry-run
-# (print what would run), --count-gpus (print how many ranks the default would be here). First it asks `doctor --config` whether the run can start here (layout, GPUs, output
-# directories, free disk) and ends with its code if not; PREFLIGHT=no leaves that out.
-# SIGTERM, SIGUSR1, Ctrl-C and a closed terminal let the run finish its step, save and end with exit code 75. This script
-# hands them to the workers itself: torchrun would kill them 30 seconds after a SIGTERM, and does not survive SIGUSR1.
-# Exit codes are the workers' own: 0 done, 2 bad configuration or data, 75 saved and to be started again, else 1.
-# torchrun turns each of the last three into 1; the workers leave theirs in a status file.
+# Options:
+#   --nproc-per-node G  ranks of this node (default: its number of GPUs, else 1)
+#   --ranks N           ranks of all nodes (default: as many on each node as here)
+#   --run-id NAME       the same on every node; separates runs that are given one address and port by mistake
+#   --dry-run           print what would run
+#   --count-gpus        print the default number of ranks of this node
+#
+# First `doctor --config` checks whether the run can start here (layout, GPUs, output directories, free disk); if not,
+# the script ends with its exit code. PREFLIGHT=no skips that. SIGTERM, SIGUSR1, Ctrl-C and a closed terminal let the
+# run finish its step, save and end with exit code 75. This script passes them to the workers itself: torchrun would
+# kill them 30 seconds after a SIGTERM, and does not survive SIGUSR1. Exit codes are those of the workers: 0 done, 2 bad
+# configuration or data, 75 saved and to be started again, else 1. torchrun turns each of the last three into 1; the
+# workers write theirs to a status file.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/environment.sh
@@ -62,8 +68,8 @@ if [[ -n $master_port ]]; then
     where=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" --master-port "$master_port")
     [[ -n $run_id ]] && where+=(--rdzv-id "$run_id")
 elif ((nnodes == 1)); then
-    # A free port of its own: several runs may share the node. Not --standalone: its rendezvous unpickles what anyone
-    # who reaches the port writes into it.
+    # A free port, since several runs may share the node. Not --standalone: its rendezvous unpickles what anyone who
+    # reaches the port writes into it.
     where=(--nnodes 1 --node-rank 0 --master-addr 127.0.0.1 --master-port "$(free_port)"
         --rdzv-id "${run_id:-$(id -un)-$(date +%s)-$$}")
 else
@@ -80,11 +86,11 @@ if $dry_run; then
     exit 0
 fi
 
-if ((nnodes == 1)); then # with several nodes hostfile.sh, or who starts them, gives all the same one
+if ((nnodes == 1)); then # with several nodes hostfile.sh, or whoever starts them, gives all nodes the same one
     export MEGATRON_EMBED_SECRET=${MEGATRON_EMBED_SECRET:-$(new_secret)}
 fi
 
-# The workers are torchrun's children; before it has started any, there is nothing to save.
+# The workers are children of torchrun; before it has started any, there is nothing to save.
 signalled=false agent=""
 # shellcheck disable=SC2317  # called by the traps
 pass_on() {
@@ -104,7 +110,7 @@ trap 'pass_on USR1' USR1
 
 # Waits for $agent; its exit code is in $code.
 await_agent() {
-    if $signalled; then # before there was a process to tell
+    if $signalled; then # the signal came before there was a process
         pass_on TERM
     fi
     code=0
@@ -122,13 +128,13 @@ if [[ ${PREFLIGHT:-yes} != no ]]; then
     agent=""
 fi
 
-# In a folder that nobody else may write to.
+# A folder that nobody else may write to.
 status_folder=$(mktemp -d "${TMPDIR:-/tmp}/megatron-embed-status.XXXXXX")
 status=$status_folder/status
 export MEGATRON_EMBED_STATUS_FILE=$status
 trap 'rm -rf "$status_folder"' EXIT
 
-# In a session of its own: a terminal's Ctrl-C would reach torchrun too, which gives its workers 30 seconds.
+# A separate session: Ctrl-C of a terminal would otherwise reach torchrun too, which gives its workers 30 seconds.
 setsid "${command[@]}" &
 agent=$!
 await_agent
@@ -136,7 +142,7 @@ if ((code != 0)); then
     if [[ -s $status ]]; then
         left=$(sed -n 's/.*"exit_code": *\([0-9][0-9]*\).*/\1/p' "$status")
         code=${left:-$code}
-    elif $signalled; then # no worker was there yet to say so
+    elif $signalled; then # there was no worker yet to report it
         code=75
     fi
 fi

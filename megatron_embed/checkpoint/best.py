@@ -1,4 +1,4 @@
-"""The best checkpoint of a run so far: which one it is, by what, that it stays, and how long ago that was."""
+"""The best checkpoint of a run so far: its metric and value, the link to it, and the evaluations since."""
 
 import json
 import logging
@@ -18,23 +18,23 @@ from megatron_embed.parallel.collectives import broadcast_from_rank0
 logger = logging.getLogger(__name__)
 
 VALUE_FILE = "best.json"
-"""In the best checkpoint: its step, metric and value. So moving the pointer moves all of them at once."""
+"""File in the best checkpoint: its step, metric and value. So moving the link moves all of them at once."""
 EVALUATIONS_FILE = "evaluations.json"
-"""In a run's directory: the steps that were evaluated since the best one, and by what metric that is the best."""
+"""File in a run's directory: the steps that were evaluated since the best one, and the metric that compares them."""
 
 
 def smaller_is_better(metric: str) -> bool:
-    """Of losses, and of the similarity to documents that do not belong to the query."""
+    """True for losses, and for the similarity to documents that do not belong to the query."""
     return re.fullmatch(r"(.*/)?(loss(@\d+)?|negative_similarity)", metric) is not None
 
 
 class BestCheckpoint:
-    """Where a run stands with its best metric. A value that is only equaled stays with the first."""
+    """A run's best value of a metric, and its checkpoint. An equal value does not replace the first."""
 
     def __init__(self, directory: str, metric: str, first_step: int, *, patience: int | None = None) -> None:
-        """What `directory` says, unless it was by another metric or of a step that this run has yet to do.
+        """Read from `directory`, unless it compares by another metric or is of a step that this run has yet to do.
 
-        `patience`: evaluations without a better value after which the run is over; null: it never is. No communication.
+        `patience`: evaluations without a better value after which the run is over; None: no limit. No communication.
         """
         self._directory, self._metric, self._patience = Path(directory), metric, patience
         self._sign = -1.0 if smaller_is_better(metric) else 1.0
@@ -42,10 +42,10 @@ class BestCheckpoint:
         self._step: int | None = None
         self._pending = False
         known = self._read(self._directory / BEST / VALUE_FILE, f"remove {self._directory / BEST}, and the best is "
-                           "sought anew", {"step": int, "metric": str, "value": float})
+                           "searched again", {"step": int, "metric": str, "value": float})
         if known is not None and known["metric"] == metric and known["step"] <= first_step:
             self._step, self._value = known["step"], known["value"]
-        known = self._read(self._directory / EVALUATIONS_FILE, "remove it, and evaluations are counted anew",
+        known = self._read(self._directory / EVALUATIONS_FILE, "remove it, and evaluations are counted again",
                            {"metric": str, "steps": list})
         self._waited: list[int] = []
         if known is not None and known["metric"] == metric:
@@ -53,7 +53,7 @@ class BestCheckpoint:
 
     @staticmethod
     def _read(file: Path, remedy: str, types: dict[str, type]) -> dict[str, Any] | None:
-        """The values of a small file of ours; null where there is none."""
+        """The values of a small file of ours; None if there is none."""
         if not file.is_file():
             return None
         try:
@@ -64,7 +64,7 @@ class BestCheckpoint:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run ends here: as many evaluations as its patience gave nothing better."""
+        """True if as many evaluations as the patience allows gave nothing better: the run ends here."""
         return self._patience is not None and len(self._waited) >= self._patience
 
     @property
@@ -80,8 +80,7 @@ class BestCheckpoint:
         return self._directory / f"step_{self._step:06d}", self._step
 
     def improves(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether this evaluation after `step` steps is the best so far; then the next `mark` names the checkpoint that
-        has it.
+        """True if this evaluation after `step` steps is the best so far; then the next `mark` names its checkpoint.
 
         Called by all ranks, which take the value of rank 0: one broadcast over the world, and see on_rank_0.
 
@@ -106,7 +105,7 @@ class BestCheckpoint:
         return better
 
     def mark(self, step: int, keep: int) -> None:
-        """After a checkpoint was saved: points `best` at it, if it is, and lets the former best go.
+        """After a checkpoint was saved: point `best` at it if it is the best, and release the former one.
 
         That one stays only if it is among the newest `keep`. Called by all ranks; see on_rank_0.
         """

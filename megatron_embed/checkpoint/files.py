@@ -1,4 +1,4 @@
-"""Where a checkpoint's files lie and how they become complete: temporary name, fsync, rename, `latest` last."""
+"""A checkpoint's files, and the order in which they become complete: temporary name, fsync, rename, `latest`."""
 
 import logging
 import os
@@ -13,20 +13,20 @@ logger = logging.getLogger(__name__)
 
 INFO_FILE = "megatron_embed.json"
 BEST = "best"
-"""In a run's directory: a link to its best checkpoint, which `remove_old` leaves alone."""
+"""Link in a run's directory to its best checkpoint, which `remove_old` leaves alone."""
 LATEST = "latest"
-"""In a run's directory: a file that names its newest checkpoint. Who writes another one's name goes back to that."""
+"""File in a run's directory that names its newest checkpoint. Write the name of an older one to go back to it."""
 ABANDONED = ".abandoned"
-"""What a checkpoint's name ends in once its run went back to one before it."""
+"""End of a checkpoint's name once its run went back to one before it."""
 _STEP = re.compile(r"step_(\d+)$")
 _UNFINISHED = re.compile(r"\.step_\d+(\.old)?\.tmp")
 _LONGEST_NAME = 4096
 MARK_FILE = ".made-by-megatron-embed"
-"""In a folder that a later start of a run may remove."""
+"""File in a folder that a later start of a run may remove."""
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes a rename in `directory` survive a power cut."""
+    """Make a rename in `directory` survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,7 +44,7 @@ def sync_tree(directory: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small text file as a whole, or not at all."""
+    """Replace a small text file as a whole, or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     with temporary.open("x", encoding="utf-8") as file:  # x: a link that somebody put there is not followed
@@ -57,16 +57,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 def step_directories(directory: Path) -> dict[int, Path]:
     """Complete training checkpoints by number of optimizer steps done, ascending."""
-    found = {}
+    checkpoints = {}
     for entry in directory.iterdir() if directory.is_dir() else ():
         match = _STEP.match(entry.name)
         if match and (entry / INFO_FILE).is_file():
-            found[int(match.group(1))] = entry
-    return dict(sorted(found.items()))
+            checkpoints[int(match.group(1))] = entry
+    return dict(sorted(checkpoints.items()))
 
 
 def latest_checkpoint(directory: str | Path) -> Path | None:
-    """The training checkpoint that `latest` names, else the newest complete one; null if there is none."""
+    """The training checkpoint that `latest` names, else the newest complete one; None if there is none."""
     folder = Path(directory)
     named = _target_of_latest(folder)
     if named is not None:
@@ -89,14 +89,15 @@ def _target_of_latest(folder: Path) -> Path | None:
 
 
 def set_aside_after(directory: Path, step: int) -> list[str]:
-    """Renames the checkpoints of more than `step` steps, which a run that goes on from `step` leaves behind, so that no
-    one takes them for its own: `step_000500.abandoned`, or with a number behind it where there is one already.
+    """Rename the checkpoints of more than `step` steps, which a run that resumes from `step` leaves behind, so that
+    they are not taken for its own: `step_000500.abandoned`, with a number appended if that exists already.
 
-    A `best` among them is no longer pointed at. Gives their new names; nothing is deleted. Only before training starts.
+    The link `best` is removed if it leads to one of them. Returns their new names; nothing is deleted. Only before
+    training starts.
     """
     moved = []
-    for number, folder in step_directories(directory).items():
-        if number <= step:
+    for steps, folder in step_directories(directory).items():
+        if steps <= step:
             continue
         target, count = folder.with_name(folder.name + ABANDONED), 1
         while os.path.lexists(target):
@@ -127,7 +128,7 @@ def link_tree(source: Path, target: Path) -> None:
 
 
 def replace_directory(new: Path, target: Path) -> None:
-    """Gives a complete folder its final name. An older one of that name is deleted once the new one has it."""
+    """Give a complete folder its final name. An older folder of that name is deleted once the new one has it."""
     old = target.with_name(f".{target.name}.old.tmp")
     if os.path.lexists(target):
         target.rename(old)
@@ -137,30 +138,29 @@ def replace_directory(new: Path, target: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Deletes a folder of ours, or a link to one but not what it leads to; one that cannot be deleted is a warning, for
-    no run should end because of it."""
+    """Delete a folder of ours, or a link to one but not its target. A failure causes a warning, not the run's end."""
     try:
         if folder.is_symlink():
             folder.unlink()
         elif folder.exists():
             shutil.rmtree(folder)
     except OSError as error:
-        logger.warning("%s: cannot be removed (%s); the run goes on: remove it by hand", folder,
+        logger.warning("%s: cannot be removed (%s); the run continues: remove it by hand", folder,
                        error.strerror or error)
 
 
 def make_marked(folder: Path) -> None:
-    """Makes an empty folder with our mark in place of an earlier one.
+    """Make an empty folder with our mark in place of an earlier one.
 
     Raises:
-        CheckpointError: what is there does not carry the mark, so it may be somebody's own.
+        CheckpointError: the earlier one does not carry the mark, so it may be the user's own.
     """
     if os.path.lexists(folder):
         ours = folder.is_dir() and not folder.is_symlink() and (
             (folder / MARK_FILE).is_file() or (folder / INFO_FILE).is_file() or not any(folder.iterdir()))
         if not ours:
-            raise CheckpointError(f"{folder}: was not made by megatron-embed, which needs this name for files of its "
-                                  "own; move it away, or choose another checkpoint.directory")
+            raise CheckpointError(f"{folder}: was not made by megatron-embed, which needs this name for its own "
+                                  "files; move it away, or choose another checkpoint.directory")
         for entry in folder.iterdir():  # the mark last, so that a kill leaves a folder that is known as ours
             if entry.name not in (MARK_FILE, INFO_FILE):
                 remove = shutil.rmtree if entry.is_dir() and not entry.is_symlink() else os.unlink
@@ -171,9 +171,9 @@ def make_marked(folder: Path) -> None:
 
 
 def remove_old(directory: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` training checkpoints (0 keeps all), the best, and the one `latest` names.
+    """Delete all but the newest `keep` training checkpoints (0 keeps all), the best, and the one `latest` names.
 
-    Of one that was moved away and linked back the link goes, and what it leads to stays.
+    If one was moved away and linked back, the link is deleted and its target stays.
     """
     kept = (directory / BEST).resolve(), (_target_of_latest(directory) or directory).resolve()
     complete = list(step_directories(directory).values())
@@ -182,14 +182,14 @@ def remove_old(directory: Path, keep: int) -> None:
         try:
             old.rename(hidden)
         except OSError as error:
-            logger.warning("%s: an old checkpoint that cannot be removed (%s); the run goes on: remove it by hand", old,
+            logger.warning("%s: this old checkpoint cannot be removed (%s); the run continues: remove it by hand", old,
                            error.strerror or error)
         else:
             remove_folder(hidden)
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Deletes what killed saves left behind. Only before training starts: nothing may be in the making.
+    """Delete what killed saves left behind. Only before training starts: no save may be under way.
 
     Only names that we alone make; a folder `step_N` without our mark may be somebody else's.
     """

@@ -24,11 +24,11 @@ _LONGEST_NOTE = 500
 
 @contextlib.contextmanager
 def directory_lock(key: str, directory: str) -> Iterator[None]:
-    """Rank 0 holds DIRECTORY/.lock meanwhile. Called by all ranks; one all-gather over the world.
+    """Context in which rank 0 holds DIRECTORY/.lock. Called by all ranks; one all-gather over the world.
 
     `key` names the directory in messages, e.g. "checkpoint.directory".
 
-    The kernel lets go of the lock when the process ends, however it ends, so none is ever stale.
+    The kernel releases the lock when the process ends, however it ends, so a lock is never stale.
 
     Raises:
         ConfigError: on every rank, if another run holds it; the text names its host and process.
@@ -37,8 +37,8 @@ def directory_lock(key: str, directory: str) -> Iterator[None]:
     if dist.get_rank() == 0:
         try:
             file = _acquire(key, Path(directory) / LOCK_FILE)
-        except UserError as found:
-            error = found
+        except UserError as lock_error:
+            error = lock_error
     try:
         raise_on_all_ranks(error)
         yield
@@ -50,12 +50,12 @@ def directory_lock(key: str, directory: str) -> Iterator[None]:
 def _acquire(key: str, path: Path) -> TextIOWrapper:
     # A POSIX lock: unlike flock's it is not inherited by the processes that a checkpoint's writer forks.
     try:
-        # A link or a pipe of that name is somebody else's: neither is followed, waited for or written to.
+        # A link or a pipe of that name is not ours: it is not followed, waited for or written to.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         file = os.fdopen(descriptor, "r+", encoding="utf-8")
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             file.close()
-            raise OSError(errno.EINVAL, "it is no ordinary file")
+            raise OSError(errno.EINVAL, "it is not an ordinary file")
     except OSError as error:
         raise ConfigError(f"{key} = {str(path.parent)!r}: {path} cannot be opened ({error.strerror}); "
                           "remove it if no run uses the directory, or choose another directory", key=key) from error

@@ -1,8 +1,8 @@
-"""The optimizer's state in a checkpoint: keys that no layout changes, and groups of parameters found by what they are.
+"""The optimizer's state in a checkpoint: keys that no layout changes, and groups of parameters matched by kind.
 
 Megatron gives the experts of a mixture an optimizer of their own where they are divided otherwise than the rest of the
 model (expert parallelism, or expert tensor parallelism that differs), so a change of layout adds or removes it. Names
-of parameters are unique in the whole model: what belongs to which optimizer need not be written.
+of parameters are unique in the whole model, so a checkpoint need not say which optimizer holds which.
 """
 
 import re
@@ -25,21 +25,21 @@ CHAINED = re.compile(r"chained_\d+\.")
 """Beginning of the keys of checkpoints that were written before, where the experts had an optimizer of their own."""
 
 CONFIGURED = ("betas", "eps", "max_lr", "min_lr")
-"""What Megatron saves with the groups of parameters, and the configuration decides: a resumed run may change it."""
+"""Keys that Megatron saves with the groups of parameters, but the configuration sets: a resumed run may change them."""
 KINDS = ("wd_mult", "lr_mult", "is_decoupled_lr")
 """Keys by which groups of parameters differ, whatever the configuration and the layout say."""
 EXPERTS = "is_expert_parallel"
 """Key of the groups whose parameters are divided as experts are; by layout."""
 OFFLOADING = ("offload_fraction", "cpu_optimizer_cls", "gpu_optimizer_cls", "param_update_in_fp32", "pin_cpu_grads",
               "pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d")
-"""What Megatron's offloaded optimizer has in its groups. Two are classes, which torch refuses to load."""
+"""Keys of the groups of Megatron's offloaded optimizer. Two hold classes, which torch refuses to load."""
 
 
 def optimizer_to_save(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds of the optimizer; also of one that has not made a step yet.
+    """The optimizer's part of a checkpoint, also before its first step.
 
-    Nothing says where its state lay, or how it was divided: a run may go on elsewhere. Communicates over the
-    data-parallel group, where the optimizer is distributed.
+    It does not say on which device its state was, or how it was divided: a run may resume elsewhere. Communicates over
+    the data-parallel group if the optimizer is distributed.
 
     Args:
         model: the model's sharded tensors, see `model_state`.
@@ -63,41 +63,41 @@ class OptimizerRestore:
     def __init__(self, optimizer: MegatronOptimizer, model: dict[str, Any]) -> None:
         self._optimizer = optimizer
         self._own: dict[str, Any] = optimizer.sharded_state_dict(model, is_loading=True, metadata=SHARDING)
-        self._places = []
+        self._slots = []
         for holder, key in list(_leaves(self._own)):
             value = holder[key]
             if isinstance(value, LocalNonpersistentObject):
                 holder[key] = value.unwrap()
             elif isinstance(value, ShardedBase):
-                self._places.append((holder, key))
+                self._slots.append((holder, key))
 
     def wanted(self, stored: Iterable[str]) -> dict[int, Any]:
         """The sharded tensors to load, each under that one of the `stored` keys which is its own, with `chained_N.` in
         front or without. No communication."""
         spelling = {CHAINED.sub("", key, count=1) if CHAINED.match(key) else key: key for key in stored}
-        tensors = {number: holder[key] for number, (holder, key) in enumerate(self._places)}
+        tensors = {index: holder[key] for index, (holder, key) in enumerate(self._slots)}
         for tensor in tensors.values():
             tensor.key = spelling.get(tensor.key, tensor.key)
         return tensors
 
     def load(self, tensors: Mapping[int, Any], saved: Any) -> None:
-        """Gives the optimizer the loaded `tensors` and the groups of parameters in what was `saved` with them.
+        """Give the optimizer the loaded `tensors` and the groups of parameters in the state that was `saved` with them.
 
-        Groups stay as they are but for what they were saved with and the configuration does not decide. Another class
-        of optimizer may have saved them (torch's, Transformer Engine's, one in host memory). What this one alone keeps
-        in its groups stays: without, Transformer Engine's FusedAdam stops for want of `bias_correction`, and torch's,
+        Of a saved group only the keys that the configuration does not set are taken. Another class of optimizer may
+        have saved it (torch's, Transformer Engine's, one in host memory). Keys that only this optimizer has stay:
+        without them Transformer Engine's FusedAdam stops for want of `bias_correction`, and torch's,
         which takes None for what is missing, is no longer fused. No communication.
 
         Raises:
             CheckpointError: no group of the checkpoint is of the kind of one of the optimizer's.
         """
-        for number, (holder, key) in enumerate(self._places):
-            holder[key] = tensors[number]
+        for index, (holder, key) in enumerate(self._slots):
+            holder[key] = tensors[index]
         groups = list(_groups(saved))
         # A rank that saved may have had no parameter in a group, whose steps were then not counted; all are equal.
         steps = max((group["step"] for group in groups if group.get("step") is not None), default=None)
         for group in _groups(self._own):
-            settings = _of_kind(groups, group)
+            settings = _matching_group(groups, group)
             group.update({key: value for key, value in settings.items() if value is not None
                           and key not in (*CONFIGURED, *KINDS, EXPERTS, "params")})
             if steps is not None:
@@ -105,9 +105,9 @@ class OptimizerRestore:
         self._optimizer.load_state_dict(self._own)
 
 
-def _of_kind(groups: Iterable[dict[str, Any]], own: dict[str, Any]) -> dict[str, Any]:
-    """The group that `own` was when it was saved, by preference with the same division; what differs by that alone is
-    settings that all groups share."""
+def _matching_group(groups: Iterable[dict[str, Any]], own: dict[str, Any]) -> dict[str, Any]:
+    """The saved group of the kind of `own`, preferably with the same division; groups that differ only in their
+    division have the same settings."""
     alike = [group for group in groups if all(group.get(key) == own.get(key) for key in KINDS)]
     if not alike:
         kind = ", ".join(f"{key} {own.get(key)}" for key in KINDS)

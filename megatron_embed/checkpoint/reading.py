@@ -2,8 +2,8 @@
 
 A `torch_dist` checkpoint holds pickles: `.metadata`, which torch opens with `pickle.load`; objects among the tensors,
 which it opens with `torch.load(weights_only=False)`; `common.pt`. A pickle may name any function and call it. Here
-names are looked up in a short list: what is not in it is refused (of other programs' modules) or stands for nothing (of
-torch's and Megatron's own, such as plans of who wrote what).
+names are looked up in a short list. Others are refused, except those of torch and Megatron (such as plans of who wrote
+what), which become placeholders.
 """
 
 import json
@@ -50,7 +50,7 @@ class NoCodeUnpickler(pickle.Unpickler):
     """Those of torch.distributed.checkpoint, by name."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name in the pickle. Raises UnpicklingError for one that has no business there."""
+        """The class or function of a name in the pickle. Raises UnpicklingError for one that is not allowed there."""
         if module.startswith("torch.distributed.checkpoint.") and name in self.CLASSES:
             return self.CLASSES[name]
         if module == "torch" and name == "Size":
@@ -72,10 +72,10 @@ def load_pickle(file: BinaryIO) -> Any:
 
 
 def check_description(folder: Path) -> None:
-    """What describes the tensors in `folder` can be given to Megatron: it names no code, and no file outside.
+    """Check that the description of the tensors in `folder` names no code, and no file outside.
 
     Raises:
-        CheckpointError: it cannot.
+        CheckpointError: it does.
     """
     file = folder / METADATA_FILE
     _readable(folder / MEGATRON_FILE, _check_backend)
@@ -91,7 +91,7 @@ def check_description(folder: Path) -> None:
 
 
 def install() -> None:
-    """Makes torch's reader of checkpoints open pickles as above, in this process."""
+    """Make torch's reader of checkpoints open pickles as above, in this process."""
     from torch.distributed.checkpoint import default_planner, filesystem
 
     reading: Any = filesystem
@@ -103,7 +103,7 @@ def install() -> None:
 
 
 def _checked(load_bytes: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's own for one object, once a reading that allows no code has seen the same bytes."""
+    """torch's function for one object, after a reading of the same bytes that allows no code."""
     def load(planner: Any, read_item: Any, value: Any) -> Any:
         _load_plain(value)
         value.seek(0)
@@ -123,7 +123,7 @@ def _load_plain(file: Any) -> Any:
 
 
 def _readable(file: Path, read: Callable[[Any], Any]) -> Any:
-    """What `read` makes of an ordinary file; None where there is none, which the reader proper speaks of."""
+    """The result of `read` for an ordinary file; None if there is none, which the actual reader reports."""
     try:
         with open_regular(file) as opened:
             return read(opened)
@@ -139,8 +139,8 @@ def _readable(file: Path, read: Callable[[Any], Any]) -> Any:
 
 def _check_backend(file: BinaryIO) -> None:
     """Megatron has readers of other formats, among them ones that open pickles of their own."""
-    found = json.loads(file.read(1 << 20))
-    if not isinstance(found, dict) or found.get("sharded_backend") != "torch_dist":
+    description = json.loads(file.read(1 << 20))
+    if not isinstance(description, dict) or description.get("sharded_backend") != "torch_dist":
         raise ValueError("sharded_backend must be 'torch_dist'")
 
 
@@ -158,7 +158,7 @@ def _torch_unpickler() -> type[NoCodeUnpickler]:
 
 def _layout(name: object) -> torch.layout:
     """torch.serialization's own, without its imports."""
-    found = torch.__dict__.get(str(name).removeprefix("torch."))
-    if not isinstance(found, torch.layout):
-        raise pickle.UnpicklingError(f"{name!r} is no layout of tensors")
-    return found
+    layout = torch.__dict__.get(str(name).removeprefix("torch."))
+    if not isinstance(layout, torch.layout):
+        raise pickle.UnpicklingError(f"{name!r} is not a layout of tensors")
+    return layout

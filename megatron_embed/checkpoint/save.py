@@ -28,7 +28,7 @@ from megatron_embed.platform.compat import ASYNC_SAVE, dist_checkpointing, write
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_ROOM = 1 << 20
+PROBE_BYTES = 1 << 20
 """Bytes that a disk must take before a checkpoint is begun."""
 
 
@@ -41,7 +41,7 @@ class Saver:
     Args:
         assets: folder with megatron_embed.json, config.yaml and hf/ (configuration, tokenizer, untrained tensors).
         keep: newest checkpoints kept; 0 keeps all.
-        background: tensors are copied to host memory, and written while training goes on. One checkpoint at a time.
+        background: tensors are copied to host memory, and written during the next steps. One checkpoint at a time.
         on_complete: called by all ranks with (steps of a checkpoint that is complete, keep).
     """
 
@@ -69,7 +69,7 @@ class Saver:
         self.finish()
         pending = _Pending(self._directory, step, evaluation_owed=evaluation_owed)
         with pending.removed_on_error():
-            on_rank_0(lambda: make_room(pending.temporary / "model"), pending.target)
+            on_rank_0(lambda: make_folder_on_free_disk(pending.temporary / "model"), pending.target)
             model = model_state(self._state.models)
             sharded = {"model": model, "optimizer": optimizer_to_save(self._state.optimizer, model)}
             sharded["scheduler"] = self._state.scheduler.state_dict()
@@ -90,12 +90,12 @@ class Saver:
             self._on_complete(step, self._keep)
 
     def poll(self) -> None:
-        """Completes a checkpoint that all ranks have written. While there is one, a small all-reduce over the world."""
+        """Complete a checkpoint that all ranks have written. While there is one, a small all-reduce over the world."""
         if self._pending is not None and smallest(int(self._pending.is_written)):
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the checkpoint in the making, if any, and completes it. Raises CheckpointError, as `save`."""
+        """Wait for the checkpoint that is being written, if any, and complete it. Raises CheckpointError, as `save`."""
         pending, self._pending = self._pending, None
         if pending is not None:
             with pending.removed_on_error():
@@ -105,7 +105,7 @@ class Saver:
                 self._on_complete(pending.step, self._keep)
 
     def _complete(self, pending: "_Pending") -> None:
-        """On rank 0, once all tensors are there: temporary name, fsync, rename, `latest` last."""
+        """Complete a checkpoint on rank 0, once all tensors are there: temporary name, fsync, rename, `latest` last."""
         write_common_file(pending.temporary / "model")
         link_tree(self._assets, pending.temporary)
         (pending.temporary / TRAINER_FILE).write_text(
@@ -118,7 +118,7 @@ class Saver:
 
 
 class _Pending:
-    """A checkpoint in the making."""
+    """A checkpoint that is being written."""
 
     def __init__(self, directory: Path, step: int, *, evaluation_owed: bool) -> None:
         self.step, self.evaluation_owed = step, evaluation_owed
@@ -129,7 +129,7 @@ class _Pending:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank's tensors are, or could not be."""
+        """True once this rank's tensors are written, or have failed to be."""
         return self._written is None or self._written.done()
 
     @contextlib.contextmanager
@@ -171,16 +171,16 @@ class _Pending:
             finalize()
 
 
-def make_room(folder: Path) -> None:
-    """Makes a folder that has a little room: what Megatron writes first, torch.save, meets a full disk with an error of
-    its own (RuntimeError: iostream error) that the other ranks would not learn of. OSError if there is none."""
+def make_folder_on_free_disk(folder: Path) -> None:
+    """Make a folder on a disk that is not full, else raise OSError. Without this test torch.save would fail first, with
+    an error of its own (RuntimeError: iostream error) that the other ranks would not learn of."""
     folder.mkdir(parents=True)
-    probe = folder / ".room"
+    probe = folder / ".probe"
     try:
         with probe.open("wb", buffering=0) as file:
-            left = SMALLEST_ROOM
-            while left:
-                left -= file.write(b"\0" * left)
+            remaining = PROBE_BYTES
+            while remaining:
+                remaining -= file.write(b"\0" * remaining)
             os.fsync(file.fileno())
     finally:
         probe.unlink(missing_ok=True)
@@ -203,21 +203,21 @@ def copied(buckets: list[Any], on_host: list[Any]) -> list[Any]:
 def on_rank_0(action: Callable[..., object], target: Path, **options: object) -> None:
     """`action` on rank 0, which writes `target`; its error is raised on every rank, a CheckpointError if a file's.
 
-    Called by all ranks; one all-gather over the world, before which no rank goes on.
+    Called by all ranks; one all-gather over the world, before which no rank returns.
     """
     error: UserError | None = None
     if dist.get_rank() == 0:
         try:
             action(**options)
-        except UserError as found:
-            error = found
-        except OSError as found:
-            error = not_written(target, found.strerror or str(found))
+        except UserError as user_error:
+            error = user_error
+        except OSError as file_error:
+            error = not_written(target, file_error.strerror or str(file_error))
     raise_on_all_ranks(error)
 
 
 def not_written(target: Path, reason: str) -> CheckpointError:
-    """The error of a checkpoint that has no room."""
+    """The error of a checkpoint that cannot be written."""
     return CheckpointError(f"checkpoint.directory = {str(target.parent)!r}: {target.name} could not be written "
-                           f"({reason}); make room or name another disk; what was complete before still is",
+                           f"({reason}); free disk space or name another disk; what was complete before still is",
                            key="checkpoint.directory")

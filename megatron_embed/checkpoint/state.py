@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -18,27 +18,18 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.adapters import is_adapter
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.models.file_checks import check_files
+from megatron_embed.objectives.learned_scale import LearnedScale
 from megatron_embed.parallel.collectives import raise_on_all_ranks
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, dist_checkpointing
 
 install()
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 EXTRA_STATE = "._extra_state"
 TRAINER_FILE = "trainer.json"
 TENSORS = "optimizer_tensors"
 """Key of the optimizer's tensors while they are loaded, apart from what the checkpoint says of its groups."""
-
-
-class Stateful(Protocol):
-    """A part of a run that is plain numbers, the same on every rank."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What must be remembered."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +39,17 @@ class TrainingState:
     models: Sequence[EmbeddingModel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    learned: Stateful | None = None
-    """Numbers of the loss that are trained; null: none."""
+    learned: LearnedScale | None = None
+    """Numbers of the loss that are trained; None: none."""
 
 
 def model_state(models: Sequence[EmbeddingModel]) -> dict[str, dict[str, Any]]:
     """Sharded tensors by chunk of this rank; their keys are `model.<name>`, layers by their global numbers."""
     state = {}
-    for number, model in enumerate(models):
+    for index, model in enumerate(models):
         sharded = model.sharded_state_dict(prefix="model.")
         # Transformer Engine's FP8 state; empty in our layers, and absent from converted checkpoints.
-        state[f"chunk{number}"] = {name: value for name, value in sharded.items() if not name.endswith(EXTRA_STATE)}
+        state[f"chunk{index}"] = {name: value for name, value in sharded.items() if not name.endswith(EXTRA_STATE)}
     return state
 
 
@@ -68,8 +59,7 @@ def steps_done(checkpoint: Path) -> int:
 
 
 def owes_evaluation(checkpoint: Path) -> bool:
-    """Whether the evaluation that was due at this training checkpoint was left out or broken off by a request to stop.
-    No communication."""
+    """True if a request to stop prevented the evaluation that was due at this training checkpoint. No communication."""
     return bool(_trainer_values(checkpoint).get("evaluation_owed", False))
 
 
@@ -86,7 +76,7 @@ def _trainer_values(checkpoint: Path) -> dict[str, Any]:
         return {**values, "step": int(values["step"])}
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{file}: not readable ({error!r}); the checkpoint is damaged: remove {checkpoint}, and "
-                              "the run goes on from the one before it") from error
+                              "the run resumes from the one before it") from error
 
 
 def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
@@ -94,10 +84,10 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
     step = steps_done(checkpoint)
     model = model_state(state.models)
     optimizer = OptimizerRestore(state.optimizer, model)
-    tensors = _agreed(lambda: optimizer.wanted(keys_of(checkpoint)))
-    loaded = _agreed(lambda: _load({"model": model, TENSORS: tensors}, checkpoint))
-    _agreed(lambda: _load_models(state.models, loaded["model"]))
-    _agreed(lambda: optimizer.load(loaded.get(TENSORS, {}), loaded["optimizer"]))
+    tensors = _on_all_ranks(lambda: optimizer.wanted(keys_of(checkpoint)))
+    loaded = _on_all_ranks(lambda: _load({"model": model, TENSORS: tensors}, checkpoint))
+    _on_all_ranks(lambda: _load_models(state.models, loaded["model"]))
+    _on_all_ranks(lambda: optimizer.load(loaded.get(TENSORS, {}), loaded["optimizer"]))
     state.scheduler.load_state_dict(loaded["scheduler"])
     if state.learned is not None:
         if "learned" not in loaded:
@@ -118,36 +108,36 @@ def load_model(checkpoint: Path, models: Sequence[EmbeddingModel], *, with_head:
 
     state = {chunk: {name: value for name, value in values.items() if kept(name)}
              for chunk, values in model_state(models).items()}
-    loaded = _agreed(lambda: _load({"model": state}, checkpoint))["model"]
-    _agreed(lambda: _load_models(models, loaded, kept))
+    loaded = _on_all_ranks(lambda: _load({"model": state}, checkpoint))["model"]
+    _on_all_ranks(lambda: _load_models(models, loaded, kept))
 
 
-def _agreed(load: Callable[[], Found]) -> Found:
-    """What `load` gives on this rank, or on every rank the error of the lowest that has one: since 0.18 Megatron tells
-    the others nothing of a file that one rank cannot read. Called by all ranks."""
-    found: Found | None = None
+def _on_all_ranks(load: Callable[[], Result]) -> Result:
+    """The result of `load` on this rank, or on every rank the error of the lowest that has one: since 0.18 Megatron
+    does not tell the others of a file that one rank cannot read. Called by all ranks."""
+    result: Result | None = None
     error: CheckpointError | None = None
     try:
-        found = load()
+        result = load()
     except CheckpointError as caught:
         error = caught
     raise_on_all_ranks(error)
-    return cast(Found, found)
+    return cast(Result, result)
 
 
 def reason_of(error: BaseException) -> str:
-    """What went wrong, in one line; of several ranks' failures, which torch wraps, the first."""
+    """The reason of an error, in one line; of several ranks' failures, which torch wraps, the first."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     lines = str(error).strip().splitlines()
-    # torch goes on with the advice to run the file's code.
+    # torch's second sentence advises to run the file's code.
     return lines[0].partition(". In PyTorch 2.6")[0] if lines else type(error).__name__
 
 
 def keys_of(checkpoint: Path) -> Collection[str]:
     """Keys of what is stored in a checkpoint. No communication. Raises CheckpointError."""
     folder = checkpoint / "model"
-    with _said_of(folder):
+    with _error_context(folder):
         check_files(checkpoint)
         check_description(folder)
         return FileSystemReader(str(folder)).read_metadata().state_dict_metadata.keys()
@@ -155,7 +145,7 @@ def keys_of(checkpoint: Path) -> Collection[str]:
 
 def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     folder = checkpoint / "model"
-    with _said_of(folder):
+    with _error_context(folder):
         check_files(checkpoint)
         check_description(folder)
         loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(folder))
@@ -163,23 +153,23 @@ def _load(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _said_of(folder: Path) -> Iterator[None]:
-    """What goes wrong within, reading `folder`, is a CheckpointError that names it."""
+def _error_context(folder: Path) -> Iterator[None]:
+    """Context in which an error of reading `folder` becomes a CheckpointError that names it."""
     try:
         yield
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:
-        # Plain exceptions of many kinds for missing files and mismatched shapes; torch's own is no Exception.
+        # Missing files and mismatched shapes give exceptions of many kinds; torch's does not derive from Exception.
         raise CheckpointError(f"{folder}: cannot be loaded into this model ({reason_of(error)}); it is damaged or "
                               "belongs to another model") from error
 
 
 def _load_models(models: Sequence[EmbeddingModel], loaded: dict[str, dict[str, torch.Tensor]],
                  kept: Callable[[str], bool] = lambda name: True) -> None:
-    """`kept`: of names that begin `model.`, those that must be there."""
-    for number, model in enumerate(models):
-        tensors = {name.removeprefix("model."): value for name, value in loaded[f"chunk{number}"].items()}
+    """`kept`: true for the names, which begin with `model.`, that must be there."""
+    for index, model in enumerate(models):
+        tensors = {name.removeprefix("model."): value for name, value in loaded[f"chunk{index}"].items()}
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         missing = [name for name in missing if not name.endswith(EXTRA_STATE) and kept(f"model.{name}")]
         if missing or unexpected:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     options = MiningOptions(
         num_negatives=args.num_negatives, range_min=args.range_min, range_max=args.range_max, max_score=args.max_score,
         min_score=args.min_score, absolute_margin=args.absolute_margin, relative_margin=args.relative_margin,
-        sampling=args.sampling, seed=args.seed, judged=args.reranker is not None)
+        sampling=args.sampling, seed=args.seed, reranked=args.reranker is not None)
     check_jsonl("--output", args.output)
     if args.model == "bm25":
         refuse_vector_options(args)

@@ -1,4 +1,4 @@
-"""A BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) -> BeirData, validated whole."""
+"""Load and validate a BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv) for evaluation."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,72 +20,72 @@ FILES: dict[Role, str] = {"document": "corpus.jsonl", "query": "queries.jsonl"}
 
 @dataclass(frozen=True, kw_only=True)
 class BeirData:
-    """A retrieval test set: every document of the corpus, and the queries that the split judges."""
+    """A retrieval test set: every document of the corpus, and the queries that have labels in the split."""
 
     directory: str
     name: str
-    """Of the folder; of the folder above it where it is just called `beir`."""
+    """The folder's name, or its parent's where the folder is called `beir`."""
     document_ids: list[str]
     document_texts: Sequence[str]
-    """`title + " " + text` where the title is not empty; in the order of the file, as the ids. Read from the file,
-    which must stay as it is, when they are asked for."""
+    """`title + " " + text` where the title is not empty, in the order of the ids. Each text is read from the file on
+    access, so the file must not change."""
     query_ids: list[str]
     query_texts: list[str]
-    """In the order of the file, as the ids."""
+    """In the order of the ids."""
     qrels: dict[str, dict[str, int]]
-    """query id -> document id -> label; labels are graded, 0 (or less) is judged not relevant. One entry per query. May
-    name documents that the corpus lacks, which no search finds: they count in the ideal ranking and in recall."""
+    """query id -> document id -> label. Labels are graded; 0 or less means not relevant. One entry per query. Labelled
+    documents that the corpus lacks are never retrieved, but count in the ideal ranking and in recall."""
     instruction: str | None = None
-    """For the queries' prompt; null: the tokenizer's."""
+    """Instruction in the queries' prompt; None: the tokenizer's own."""
     drop_own_id: bool = False
-    """Whether the document with a query's own id is left out of the query's rankings."""
+    """Whether a document with the query's own id is removed from the query's rankings."""
 
-    def place_of(self, role: Role, row_id: str) -> str:
-        """FILE:LINE of a query or document; reads the file again."""
+    def source_of(self, role: Role, row_id: str) -> str:
+        """FILE:LINE of a query or document. Reads the file again."""
         path = str(Path(self.directory) / FILES[role])
         for line in read_lines(path, "BEIR folder"):
             source = f"{path}:{line.number}"
             if read_named_text(parse_object(line.raw, source), source).name == row_id:
                 return source
-        raise DataError(f"{path}: _id = {shortened(row_id)} is gone; keep the file until the run ends")
+        raise DataError(f"{path}: _id = {shortened(row_id)} was removed; do not change the file during the run")
 
 
 def load_beir(directory: str, split: str = "test", *, drop_own_id: bool = False) -> BeirData:
-    """The corpus, the queries and the relevance labels of one split.
+    """Load the corpus, the queries and the relevance labels of one split.
 
     Args:
-        directory: holds corpus.jsonl and queries.jsonl, rows `{"_id", "text", "title"?}`, and qrels/SPLIT.tsv, lines
-            `query-id TAB corpus-id TAB score` below an optional header of these words.
-        split: train, dev, test or another name of a file in qrels/.
-        drop_own_id: for sets whose queries are documents themselves, such as ArguAna and Quora: each query's own is
-            left out of its rankings, as BEIR and MTEB do.
+        directory: contains corpus.jsonl and queries.jsonl, rows `{"_id", "text", "title"?}`, and qrels/SPLIT.tsv, lines
+            `query-id TAB corpus-id TAB score` below an optional header line.
+        split: train, dev, test or another file name in qrels/.
+        drop_own_id: for sets whose queries are also documents, such as ArguAna and Quora: remove each query's own
+            document from its rankings, as BEIR and MTEB do.
     Raises:
-        DataError: a file is missing, a line is wrong (then it begins `FILE:LINE: `), or no document with a label above
-            0 is in the corpus.
+        DataError: a file is missing, a line is invalid (the message begins `FILE:LINE: `), or the corpus has no
+            document with a label above 0.
 
-    Judgements of documents that the corpus lacks are kept; queries without a text are left out, as pytrec_eval leaves
-    out a query that no ranking answers. A warning counts both.
-    Memory: the queries and the judgements; of a document its id and 16 bytes.
+    Labels of documents that the corpus lacks are kept. Queries without a text are ignored, as pytrec_eval ignores a
+    query without a ranking. A warning counts both.
+    Memory: the queries and the labels; for each document its id and 16 bytes.
     """
     folder = Path(directory)
     for path in (folder / name for name in FILES.values()):
         if not path.is_file():
-            raise DataError(f"{path}: no such file; a BEIR folder holds corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv")
+            raise DataError(f"{path}: no such file; a BEIR folder contains corpus.jsonl, queries.jsonl and "
+                            "qrels/SPLIT.tsv")
     qrels_path = require_split(folder, split)
     texts = DocumentsOnDisk(str(folder / FILES["document"]), "BEIR folder")
     queries = _read_texts(folder / FILES["query"])
     missing, known = MissingTexts(), frozenset(texts.names)
-    judged = read_qrels(qrels_path, queries, known, missing)
-    qrels = {query: found.labels for query, found in judged.items()}
+    qrels = {query: labelled.labels for query, labelled in read_qrels(qrels_path, queries, known, missing).items()}
     query_ids = [query for query in queries if query in qrels]
     _report_missing(qrels_path, qrels, known, missing)
     if drop_own_id:
-        logger.info("%s: %d of %d queries have a document of their own id, which is left out of their rankings",
+        logger.info("%s: %d of %d queries have a document with their own id, which is removed from their rankings",
                     directory, len(known.intersection(query_ids)), len(query_ids))
-    place = folder.resolve()
+    resolved = folder.resolve()
     return BeirData(
         directory=directory,
-        name=place.parent.name if place.name == "beir" else place.name,
+        name=resolved.parent.name if resolved.name == "beir" else resolved.name,
         document_ids=texts.names,
         document_texts=texts,
         query_ids=query_ids,
@@ -97,7 +97,7 @@ def load_beir(directory: str, split: str = "test", *, drop_own_id: bool = False)
 
 def _report_missing(path: Path, qrels: dict[str, dict[str, int]], documents: frozenset[str],
                     missing: MissingTexts) -> None:
-    """Counts in the log what the folder lacks. Raises DataError if no relevant document is there to be found."""
+    """Log how many labels lack a text. Raises DataError if the corpus has none of the relevant documents."""
     if missing.documents:
         relevant = {name for labels in qrels.values() for name, label in labels.items() if label > 0}
         if relevant and relevant.isdisjoint(documents):
@@ -115,24 +115,24 @@ def _line(source: str) -> str:
 
 
 def refuse_empty_texts(data: BeirData, tokenizer: RoleTokenizer) -> None:
-    """Raises EmptyTextError, beginning `FILE:LINE: `, where that can be found before the set is embedded."""
+    """Raise EmptyTextError, beginning `FILE:LINE: `, for a text without tokens that is detectable before embedding."""
     texts: dict[Role, Iterator[tuple[str, str]]] = {
         "query": zip(data.query_ids, data.query_texts, strict=True),
         "document": zip(data.document_ids, data.document_texts, strict=True)}
     for role, labelled in texts.items():
-        if (found := first_empty_text(labelled, role, tokenizer)) is not None:
-            row_id, text = found
-            raise EmptyTextError(0, data.place_of(role, row_id), text)
+        if (empty := first_empty_text(labelled, role, tokenizer)) is not None:
+            row_id, text = empty
+            raise EmptyTextError(0, data.source_of(role, row_id), text)
 
 
 def _read_texts(path: Path) -> dict[str, str]:
-    """id -> text, with the title in front, of each row; all of them held."""
+    """id -> title and text of each row, all in memory."""
     texts: dict[str, str] = {}
     for line in read_lines(str(path), "BEIR folder"):
         source = f"{path}:{line.number}"
         name, text = read_named_text(parse_object(line.raw, source), source)
         if name in texts:
-            raise DataError(f"{source}: _id = {shortened(name)}: an earlier line has this id; ids are unique in a file")
+            raise DataError(f"{source}: _id = {shortened(name)}: an earlier line has this id; ids must be unique")
         texts[name] = text
     if not texts:
         raise DataError(f"{path}:1: no rows; expected one JSON object per line")

@@ -1,4 +1,4 @@
-"""Ranking metrics of a reranker on lists of labelled documents, graded labels included, as trec_eval defines them."""
+"""Ranking metrics on lists of documents with binary or graded labels, as trec_eval defines them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from megatron_embed.data.number_checks import check_grade
 from megatron_embed.data.pair_batches import pairs_of
 from megatron_embed.data.pair_tokenizer import Pair
 from megatron_embed.data.records import RerankRecord
-from megatron_embed.errors import DataError, UserError
+from megatron_embed.errors import DataError
+from megatron_embed.evaluation.finite import require_finite
 from megatron_embed.evaluation.retrieval import Embed, retrieval_metrics
 from megatron_embed.names import Role, Similarity
 
@@ -30,16 +31,16 @@ class RerankData:
     """A reranking test set."""
 
     name: str
-    """Of the folder and the file, without its ending."""
+    """FOLDER_FILE, without the file's extension."""
     lists: tuple[RerankRecord, ...]
 
 
 def load_rerank_file(path: str, key: str = "--data") -> RerankData:
-    """The lists of a file of rows `{"query", "documents", "labels"}` (or another format of lists), validated whole.
+    """Load and validate a file of rows `{"query", "documents", "labels"}`, or of another format of labelled lists.
 
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
-        DataError: a row cannot be used, or a label is no whole number (trec_eval's gains are).
+        DataError: a row cannot be used, or a label is not an integer, as trec_eval's gains are.
     """
     lists = tuple(record for record in RecordFile(TrainFile(path=path), "rerank", key)
                   if isinstance(record, RerankRecord))
@@ -47,30 +48,30 @@ def load_rerank_file(path: str, key: str = "--data") -> RerankData:
         for label in record.labels:
             if label != int(label):
                 raise DataError(f"{record.source}: label {label:g}: ranking metrics take whole numbers (0 is not "
-                                "relevant); round it, or give grades")
+                                "relevant); round it, or use grades")
             check_grade(label, "label", record.source)
     file = Path(path).resolve()
     return RerankData(name=f"{file.parent.name}_{file.name.split('.')[0]}", lists=lists)
 
 
 def similarity_of_pairs(encode: Embed, pairs: Sequence[Pair], *, similarity: Similarity) -> Tensor:
-    """[pairs] similarity of query and document: what an embedding model says of lists. Every text is encoded once."""
+    """Similarity of query and document, [pairs], so that an embedding model can rank lists. Encodes each text once."""
     texts: dict[Role, list[str]] = {"query": list(dict.fromkeys(pair.query for pair in pairs)),
                                     "document": list(dict.fromkeys(pair.document for pair in pairs))}
-    rows = {role: encode(some, role).float() for role, some in texts.items()}
+    embeddings = {role: encode(own, role).float() for role, own in texts.items()}
     if similarity == "cosine":
-        rows = {role: normalize(vectors, dim=-1) for role, vectors in rows.items()}
-    places = {role: {text: place for place, text in enumerate(some)} for role, some in texts.items()}
-    queries = rows["query"][torch.tensor([places["query"][pair.query] for pair in pairs])]
-    documents = rows["document"][torch.tensor([places["document"][pair.document] for pair in pairs])]
+        embeddings = {role: normalize(vectors, dim=-1) for role, vectors in embeddings.items()}
+    rows = {role: {text: row for row, text in enumerate(own)} for role, own in texts.items()}
+    queries = embeddings["query"][torch.tensor([rows["query"][pair.query] for pair in pairs])]
+    documents = embeddings["document"][torch.tensor([rows["document"][pair.document] for pair in pairs])]
     return (queries * documents).sum(dim=-1)
 
 
 def evaluate_reranking(score: ScorePairs, data: RerankData) -> dict[str, float]:
     """Means over the lists of `ndcg@k` and `mrr@k` for k in 1, 3, 5, 10, and of `map`.
 
-    A list without a relevant document counts 0. Gains of nDCG are the labels; relevant for the others means above 0.
-    Equal scores, compared as float32, are ordered by trec_eval's rule: the later document of the list first.
+    A list without a relevant document counts as 0. nDCG's gains are the labels; for the other metrics a label above 0
+    means relevant. Equal scores, compared as float32, are ordered by trec_eval's rule: the later document comes first.
 
     Args:
         score: called once with all pairs, list after list.
@@ -78,17 +79,13 @@ def evaluate_reranking(score: ScorePairs, data: RerankData) -> dict[str, float]:
         UserError: a score that is not finite.
     """
     pairs = [pair for record in data.lists for pair in pairs_of(record)]
-    scores = score(pairs).float()
-    bad = int((~torch.isfinite(scores)).sum())
-    if bad:
-        raise UserError(f"{data.name}: {bad} of {len(scores)} scores are not finite; the model has diverged or "
-                        "overflowed")
+    scores = require_finite(score(pairs).float(), "scores", data.name)
     qrels, run, first = {}, {}, 0
-    for number, record in enumerate(data.lists):
-        names = [f"{place:09d}" for place in range(len(record.documents))]
+    for index, record in enumerate(data.lists):
+        names = [f"{position:09d}" for position in range(len(record.documents))]
         values = scores[first : first + len(names)].tolist()
-        qrels[str(number)] = {name: int(label) for name, label in zip(names, record.labels, strict=True)}
-        run[str(number)] = dict(zip(names, values, strict=True))
+        qrels[str(index)] = {name: int(label) for name, label in zip(names, record.labels, strict=True)}
+        run[str(index)] = dict(zip(names, values, strict=True))
         first += len(names)
     metrics = retrieval_metrics(qrels, run, ks=CUTOFFS)
     return {**{f"{measure}@{k}": metrics[f"{measure}@{k}"] for measure in _MEASURES for k in CUTOFFS},

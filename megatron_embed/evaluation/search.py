@@ -1,97 +1,100 @@
-"""Exact top-k search: of a tensor at once, or of a corpus that passes by in blocks and need not fit into memory."""
+"""Exact top-k search over a tensor, or over a corpus in blocks that need not fit into memory."""
 
 import torch
 from torch import Tensor
 
 QUERIES_AT_ONCE = 512
-"""Scored together: with a chunk of documents, the largest matrix of a search."""
+"""Queries scored together; with DOCUMENTS_PER_CHUNK, the size of the largest matrix of a search."""
+DOCUMENTS_PER_CHUNK = 8192
+"""Documents scored together."""
 
 
-def search(queries: Tensor, documents: Tensor, k: int, *, chunk: int = 8192) -> tuple[Tensor, Tensor]:
-    """The k documents of largest dot product for each query, best first; exact.
+def search(queries: Tensor, documents: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Exact search for the k documents of largest dot product with each query, best first.
 
-    Equal scores: the larger index first, also at the cut. With documents in ascending order of id that is trec_eval's
-    rule. (Copies of a vector may differ in the last bit: a matrix product rounds by position.)
+    Of equal scores the larger index comes first, also at the cutoff. With documents in ascending order of id that is
+    trec_eval's rule. (Two copies of a vector may score differently in the last bit: a matrix product rounds
+    by position.)
 
     Args:
         queries: [queries, dim].
         documents: [documents, dim], fewer than 2**32.
-        k: how many, >= 1; all documents where there are fewer.
-        chunk: documents scored at once; memory is O(queries * (k + chunk)).
+        k: number of documents, >= 1; all documents if there are fewer.
     Returns:
         Scores [queries, min(k, documents)] float32 and indices [queries, min(k, documents)] int64, on the queries'
         device. No communication.
     """
-    stream = StreamedSearch(queries, k, chunk=chunk)
+    stream = StreamedSearch(queries, k)
     stream.add(documents)
     return stream.result()
 
 
 class StreamedSearch:
-    """`search` over documents that come in blocks, of which none is kept.
+    """`search` over documents that come in blocks and are not kept.
 
-    Optionally in two stages: the search itself sees short vectors, and the documents it ends with are scored with full
-    ones. Memory: the queries, k scores for each, and 16 bytes for each of QUERIES_AT_ONCE x chunk scores. No
-    communication.
+    Optionally in two stages: the search uses short vectors, and the documents that it retrieves are scored with full
+    vectors. Memory: the queries, k scores for each, and 16 bytes for each of QUERIES_AT_ONCE x DOCUMENTS_PER_CHUNK
+    scores. No communication.
     """
 
-    def __init__(self, queries: Tensor, k: int, *, full_queries: Tensor | None = None, excluded: Tensor | None = None,
-                 chunk: int = 8192) -> None:
+    def __init__(self, queries: Tensor, k: int, *, full_queries: Tensor | None = None,
+                 excluded: Tensor | None = None) -> None:
         """
         Args:
             queries: [queries, dim].
-            full_queries: [queries, full dim] where the found documents get other scores.
-            excluded: [queries] int64, index of a document that is not to be found, -1: none. Its score is minus
-                infinity: it comes last where no more than k documents there are.
+            full_queries: [queries, full dim] for the second stage.
+            excluded: [queries] int64, index of a document that must not be retrieved, -1: none. Its score is minus
+                infinity: it comes last if there are at most k documents.
         """
         self._excluded = None if excluded is None else excluded.to(queries.device)
         self._queries, self._full_queries = queries.float(), None if full_queries is None else full_queries.float()
-        self._k, self._chunk = k, chunk
-        self._seen = self._found = 0
-        # One block for all queries, and one room for all chunks, written in place: results that outlive the large
+        self._k = k
+        self._seen = self._kept = 0
+        # One block for all queries and one buffer for all chunks, written in place: results that outlive the large
         # temporaries between them leave holes that malloc never fills (measured: 3.2 GB beyond 100,000 vectors).
         self._keys = queries.new_empty((len(queries), 0), dtype=torch.int64)
         self._full_scores = queries.new_empty((len(queries), 0), dtype=torch.float32)
-        self._room: _Room | None = None
+        self._buffers: _Buffers | None = None
 
     def add(self, documents: Tensor, full_documents: Tensor | None = None) -> None:
-        """The next documents, [documents, dim] (and [documents, full dim])."""
-        for start in range(0, len(documents), self._chunk):
-            chunk = documents[start : start + self._chunk].to(self._queries)
+        """Search the next documents, [documents, dim] (and [documents, full dim])."""
+        for start in range(0, len(documents), DOCUMENTS_PER_CHUNK):
+            chunk = documents[start : start + DOCUMENTS_PER_CHUNK].to(self._queries)
             full = None
             if self._full_queries is not None:
                 assert full_documents is not None
-                full = full_documents[start : start + self._chunk].to(chunk)
-            width = min(self._k, self._found + len(chunk))
+                full = full_documents[start : start + DOCUMENTS_PER_CHUNK].to(chunk)
+            width = min(self._k, self._kept + len(chunk))
             self._keys = _widened(self._keys, width)
             self._full_scores = _widened(self._full_scores, 0 if full is None else width)
-            if self._room is None or self._room.columns < self._found + len(chunk):
-                self._room = None  # before the larger one
-                self._room = _Room(self._keys, self._found + len(chunk))
+            if self._buffers is None or self._buffers.columns < self._kept + len(chunk):
+                self._buffers = None  # freed before the larger ones are allocated
+                self._buffers = _Buffers(self._keys, self._kept + len(chunk))
             for first in range(0, len(self._queries), QUERIES_AT_ONCE):
-                self._add_chunk(slice(first, first + QUERIES_AT_ONCE), chunk, full, self._room)
-            self._seen, self._found = self._seen + len(chunk), width
+                self._add_chunk(slice(first, first + QUERIES_AT_ONCE), chunk, full, self._buffers)
+            self._seen, self._kept = self._seen + len(chunk), width
 
-    def _add_chunk(self, rows: slice, documents: Tensor, full_documents: Tensor | None, room: "_Room") -> None:
-        """The best of what these queries have and the chunk."""
-        known, best = self._keys[rows, : self._found], self._keys[rows]
-        queries, columns = self._queries[rows], self._found + len(documents)
-        keys, scores, spare = (part[: len(queries), :columns] for part in (room.keys, room.scores, room.spare))
-        torch.mm(queries, documents.T, out=scores[:, self._found :])
-        self._exclude(rows, scores[:, self._found :])
-        keys[:, : self._found] = known
-        _pack(scores[:, self._found :], self._seen, out=keys[:, self._found :], spare=spare[:, self._found :])
-        found = keys.topk(best.shape[1], dim=1)
-        best.copy_(found.values)
+    def _add_chunk(self, rows: slice, documents: Tensor, full_documents: Tensor | None, buffers: "_Buffers") -> None:
+        """Merge a chunk into the best documents of these queries."""
+        known, best = self._keys[rows, : self._kept], self._keys[rows]
+        queries, columns = self._queries[rows], self._kept + len(documents)
+        keys, scores, spare = (buffer[: len(queries), :columns]
+                               for buffer in (buffers.keys, buffers.scores, buffers.spare))
+        torch.mm(queries, documents.T, out=scores[:, self._kept :])
+        self._exclude(rows, scores[:, self._kept :])
+        keys[:, : self._kept] = known
+        _pack(scores[:, self._kept :], self._seen, out=keys[:, self._kept :], spare=spare[:, self._kept :])
+        top = keys.topk(best.shape[1], dim=1)
+        best.copy_(top.values)
         if self._full_queries is not None:
             assert full_documents is not None
-            scores[:, : self._found] = self._full_scores[rows, : self._found]
-            torch.mm(self._full_queries[rows], full_documents.T, out=scores[:, self._found :])
-            self._exclude(rows, scores[:, self._found :])
-            self._full_scores[rows] = scores.gather(1, found.indices)
+            scores[:, : self._kept] = self._full_scores[rows, : self._kept]
+            torch.mm(self._full_queries[rows], full_documents.T, out=scores[:, self._kept :])
+            self._exclude(rows, scores[:, self._kept :])
+            self._full_scores[rows] = scores.gather(1, top.indices)
 
     def _exclude(self, rows: slice, scores: Tensor) -> None:
-        """Sets the scores of excluded documents among those of the chunk, [queries, chunk]."""
+        """Set the scores [queries, chunk] of excluded documents to minus infinity."""
         if self._excluded is None:
             return
         columns = self._excluded[rows] - self._seen
@@ -99,8 +102,8 @@ class StreamedSearch:
         scores[here, columns[here]] = -torch.inf
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Scores [queries, min(k, documents)] float32 and indices int64, best first; in two stages, by full score."""
-        self._room = None
+        """Scores [queries, min(k, documents)] float32 and indices int64, best first (by full score, in two stages)."""
+        self._buffers = None
         scores, indices = _unpack(self._keys)
         if self._full_queries is None:
             return scores, indices
@@ -110,11 +113,11 @@ class StreamedSearch:
         return _unpack(order.topk(order.shape[1], dim=1).values)
 
 
-class _Room:
-    """Where one block of queries meets one chunk of documents."""
+class _Buffers:
+    """Work memory for one block of queries and one chunk of documents."""
 
     def __init__(self, like: Tensor, columns: int) -> None:
-        """`like`: [queries, any], on the device of the search."""
+        """`like`: [queries, any number], on the device of the search."""
         shape = (min(QUERIES_AT_ONCE, len(like)), columns)
         self.columns = columns
         self.keys = like.new_empty(shape, dtype=torch.int64)
@@ -123,7 +126,7 @@ class _Room:
 
 
 def _widened(rows: Tensor, width: int) -> Tensor:
-    """The rows with room for so many columns."""
+    """The rows with at least `width` columns."""
     if rows.shape[1] >= width:
         return rows
     wider = rows.new_empty((len(rows), width))
@@ -132,13 +135,13 @@ def _widened(rows: Tensor, width: int) -> Tensor:
 
 
 def _pack(scores: Tensor, indices: Tensor | int, *, out: Tensor, spare: Tensor) -> None:
-    """int64 keys that sort by (score, index): the score's bits above the index's 32 bits. Overwrites the scores.
+    """Write int64 keys that sort by (score, index): the score's bits above the index's 32 bits. Overwrites the scores.
 
     Args:
         scores: [queries, n] float32.
-        indices: [queries, n] int64, or the first of n that follow each other.
-        out: [queries, n] int64, for the keys.
-        spare: [queries, n] int32.
+        indices: [queries, n] int64, or the first of n consecutive ones.
+        out: [queries, n] int64, the keys.
+        spare: [queries, n] int32, work memory.
     """
     bits = scores.add_(0.0).view(torch.int32)  # + 0.0: -0.0 would sort below 0.0
     torch.bitwise_right_shift(bits, 31, out=spare)

@@ -1,4 +1,4 @@
-"""Semantic textual similarity: how well cosines (or dot products) of pairs follow human scores."""
+"""Semantic textual similarity: correlation of the similarity of text pairs with human scores."""
 
 import math
 from collections.abc import Sequence
@@ -18,35 +18,35 @@ from megatron_embed.evaluation.retrieval import Embed
 from megatron_embed.names import Role, Similarity
 
 FIELDS: dict[Role, str] = {"query": "text_a", "document": "text_b"}
-"""A pair's texts have the roles that they have in training."""
+"""Role of each text of a pair, as in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StsData:
-    """Pairs of texts with a score each, larger is more alike."""
+    """Pairs of texts with a score each; larger means more similar."""
 
     path: str
     name: str
-    """Of the file, without its endings."""
+    """The file's name without its extensions."""
     texts: dict[Role, list[str]]
     """query: `text_a`; document: `text_b`."""
     scores: list[float]
     lines: list[int]
-    """Number of each row's line in the file."""
+    """Line number of each row in the file."""
     instruction: str | None = None
-    """For the queries' prompt; null: the tokenizer's."""
+    """Instruction in the queries' prompt; None: the tokenizer's own."""
 
-    def place_of(self, row: int) -> str:
+    def source_of(self, row: int) -> str:
         """FILE:LINE of a row."""
         return f"{self.path}:{self.lines[row]}"
 
 
 def load_sts(path: str, key: str = "evaluation.sts") -> StsData:
-    """The rows `{"text_a": str, "text_b": str, "score": number}` of a JSONL file; other keys are ignored.
+    """Load the rows `{"text_a": str, "text_b": str, "score": number}` of a JSONL file; other keys are ignored.
 
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
-        DataError: a row is wrong (then it begins `FILE:LINE: `), or all scores are the same.
+        DataError: a row is invalid (the message begins `FILE:LINE: `), or all scores are the same.
     """
     first: list[str] = []
     second: list[str] = []
@@ -63,31 +63,30 @@ def load_sts(path: str, key: str = "evaluation.sts") -> StsData:
         lines.append(line.number)
     if len(set(scores)) < 2:
         raise DataError(f"{path}:1: {len(scores)} rows with {len(set(scores))} different scores have no correlation; "
-                        "give it pairs with different scores")
+                        "add pairs with other scores")
     name = Path(path).name.split(".")[0]
     return StsData(path=path, name=name, texts={"query": first, "document": second}, scores=scores, lines=lines)
 
 
-def refuse_tokenless_pairs(data: StsData, tokenizer: RoleTokenizer) -> None:
-    """Raises EmptyTextError, beginning `FILE:LINE: `, where that can be found before the set is embedded."""
+def refuse_empty_pairs(data: StsData, tokenizer: RoleTokenizer) -> None:
+    """Raise EmptyTextError, beginning `FILE:LINE: `, for a text without tokens that is detectable before embedding."""
     for role, texts in data.texts.items():
         labelled = ((str(row), text) for row, text in enumerate(texts))
-        if (found := first_empty_text(labelled, role, tokenizer)) is not None:
-            row, text = found
-            raise EmptyTextError(0, data.place_of(int(row)), text)
+        if (empty := first_empty_text(labelled, role, tokenizer)) is not None:
+            row, text = empty
+            raise EmptyTextError(0, data.source_of(int(row)), text)
 
 
 def evaluate_sts(embed: Embed, data: StsData, *, similarity: Similarity = "cosine",
                  dims: Sequence[int] = ()) -> dict[str, float]:
-    """`pearson` and `spearman` (average ranks for equal scores) of similarity and score.
+    """Correlations `pearson` and `spearman` (average ranks for equal scores) of similarity and score.
 
-    Names of a truncated width begin with `dim_WIDTH/`.
+    Names for a truncated width begin with `dim_WIDTH/`.
 
     Args:
-        embed: texts and their role -> [texts, dim], rows in the order of the texts. `text_a` is embedded as a query,
-            `text_b` as a document.
-        similarity: cosine scales every row to unit length in float32 first.
-        dims: truncated widths that are measured too.
+        embed: texts and their role -> [texts, dim], in order. `text_a` is embedded as a query, `text_b` as a document.
+        similarity: cosine L2-normalizes every embedding first.
+        dims: truncated widths to measure in addition.
     Raises:
         UserError: similarities that are all the same or not finite, or a text without tokens.
     """
@@ -95,7 +94,7 @@ def evaluate_sts(embed: Embed, data: StsData, *, similarity: Similarity = "cosin
     metrics: dict[str, float] = {}
     for prefix, width in (("", first.shape[1]), *((f"dim_{width}/", width) for width in dims)):
         if not 1 <= width <= first.shape[1]:
-            raise ConfigError(f"--dims {width}: the model's vectors have {first.shape[1]} numbers; choose 1 to "
+            raise ConfigError(f"--dims {width}: the model's vectors have {first.shape[1]} dimensions; choose 1 to "
                               f"{first.shape[1]}")
         metrics |= {f"{prefix}{name}": value for name, value in
                     correlations(pair_similarity(first[:, :width], second[:, :width], similarity), data).items()}
@@ -103,7 +102,7 @@ def evaluate_sts(embed: Embed, data: StsData, *, similarity: Similarity = "cosin
 
 
 def pair_similarity(first: Tensor, second: Tensor, similarity: Similarity) -> Tensor:
-    """[pairs] float64: the cosine, or the dot product, of each pair of rows."""
+    """Cosine or dot product of each pair of rows, [pairs] float64."""
     first, second = first.double(), second.double()
     if similarity == "cosine":
         first, second = normalize(first, dim=-1), normalize(second, dim=-1)
@@ -111,7 +110,7 @@ def pair_similarity(first: Tensor, second: Tensor, similarity: Similarity) -> Te
 
 
 def correlations(similarities: Tensor, data: StsData) -> dict[str, float]:
-    """Pearson's and Spearman's coefficient of similarities and scores."""
+    """Pearson's and Spearman's correlation of similarities and scores."""
     values = similarities.tolist()
     if not all(math.isfinite(value) for value in values) or len(set(values)) < 2:
         raise UserError(f"{data.name}: the similarities of the pairs are all the same or not finite; the model has "
@@ -121,8 +120,8 @@ def correlations(similarities: Tensor, data: StsData) -> dict[str, float]:
 
 
 def _embedded(embed: Embed, data: StsData, role: Role) -> Tensor:
-    """`embed` of one side; an error about a text names its line."""
+    """Embeddings of one side of the pairs. An error about a text names its line."""
     try:
         return embed(data.texts[role], role)
     except EmptyTextError as error:
-        raise EmptyTextError(error.row, data.place_of(error.row), error.text) from None
+        raise EmptyTextError(error.row, data.source_of(error.row), error.text) from None

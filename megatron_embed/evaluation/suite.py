@@ -1,4 +1,4 @@
-"""Everything that a run is evaluated on, and the metrics by name."""
+"""The evaluation sets of a run and the names of their metrics."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,33 +12,33 @@ from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.reranking import CUTOFFS as RERANK_CUTOFFS
 from megatron_embed.evaluation.reranking import RerankData
-from megatron_embed.evaluation.retrieval import CUTOFFS, Embed, Widths, evaluate_retrieval
+from megatron_embed.evaluation.retrieval import CUTOFFS, Embed, Rankings, evaluate_retrieval
 from megatron_embed.evaluation.sts import StsData, evaluate_sts
 from megatron_embed.names import Role, Similarity
 
 RETRIEVAL_METRICS = ("map", *(f"{name}@{k}" for k in CUTOFFS for name in ("ndcg", "mrr", "recall", "precision")))
 STS_METRICS = ("pearson", "spearman")
 PREFIX = "eval/"
-"""Of a metric's name in files and on dashboards."""
+"""Prefix of a metric's name in files and on dashboards."""
 RERANK_METRICS = ("map", *(f"{name}@{k}" for k in RERANK_CUTOFFS for name in ("ndcg", "mrr")))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSuite:
-    """The sets of a run. A metric's plain name is the mean over the sets that have it; `SET/name` is of one of them."""
+    """The evaluation sets of a run. A metric's plain name is the mean over its sets; `SET/name` belongs to one set."""
 
     retrieval: Sequence[BeirData]
     sts: Sequence[StsData]
     reranking: Sequence[RerankData]
     dims: tuple[int, ...] = ()
-    """Truncated widths that retrieval and pairs are measured at too, as `dim_WIDTH/name`."""
+    """Truncated widths at which retrieval and pairs are measured too, as `dim_WIDTH/name`."""
 
     def __bool__(self) -> bool:
         """Whether there is anything to evaluate."""
         return bool(self.retrieval or self.sts or self.reranking)
 
     def metric_names(self) -> list[str]:
-        """Every metric that an evaluation of the sets gives."""
+        """Names of all metrics of an evaluation."""
         names: list[str] = []
         widths = ("", *(f"dim_{width}/" for width in self.dims))
         kinds: tuple[tuple[str, Sequence[BeirData | StsData | RerankData], Sequence[str], Sequence[str]], ...] = (
@@ -52,11 +52,11 @@ class EvaluationSuite:
                 names += [f"{prefix}{data.name}/{metric}" for data in sets for metric in own]
         return names
 
-    def require_metric(self, wanted: str | None, of_held_out: Sequence[str]) -> None:
-        """Refuses an `evaluation.best_metric` that no evaluation of the run gives; `of_held_out`: rows' metrics."""
+    def require_metric(self, wanted: str | None, validation_metrics: Sequence[str]) -> None:
+        """Raise ConfigError if no evaluation of the run computes `evaluation.best_metric`."""
         if wanted is None:
             return
-        names = [*of_held_out, *self.metric_names()]
+        names = [*validation_metrics, *self.metric_names()]
         if not names:
             raise ConfigError(f"evaluation.best_metric = {wanted!r}: there is nothing to evaluate; name a set in "
                               "evaluation.retrieval, sts or reranking, set data.validation_fraction or "
@@ -64,18 +64,18 @@ class EvaluationSuite:
         if wanted.removeprefix(PREFIX) not in names:
             near = difflib.get_close_matches(wanted.removeprefix(PREFIX), names, n=1)
             meant = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(f"evaluation.best_metric = {wanted!r}: not among the metrics of this run's evaluations; "
-                              f"{meant}there are {', '.join(names)}", key="evaluation.best_metric")
+            raise ConfigError(f"evaluation.best_metric = {wanted!r}: not a metric of this run's evaluations; "
+                              f"{meant}the metrics are {', '.join(names)}", key="evaluation.best_metric")
 
     def samples(self, size: int) -> list[tuple[BeirData | StsData, Role, list[str]]]:
-        """(set, role, texts) of up to `size` texts of each set, to look at their vectors: queries, then documents."""
+        """(set, role, texts) with up to `size` texts of each set for the projector: queries, then documents."""
         half = size // 2
         taken: list[tuple[BeirData | StsData, Role, list[str]]] = []
         for data in self.retrieval:
-            judged = {document for labels in data.qrels.values() for document, label in labels.items() if label > 0}
-            relevant = [number for number, name in enumerate(data.document_ids) if name in judged][:half]
+            relevant = {name for labels in data.qrels.values() for name, label in labels.items() if label > 0}
+            documents = [index for index, name in enumerate(data.document_ids) if name in relevant][:half]
             taken += [(data, "query", data.query_texts[:half]),
-                      (data, "document", [data.document_texts[number] for number in relevant])]
+                      (data, "document", [data.document_texts[index] for index in documents])]
         for pairs in self.sts:
             taken += [(pairs, role, texts[:half]) for role, texts in pairs.texts.items()]
         return [sample for sample in taken if sample[2]]
@@ -84,19 +84,19 @@ class EvaluationSuite:
                  group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> dict[str, float]:
         """Metrics of retrieval and pairs by name. Called by all ranks of the group; see evaluate_retrieval.
 
-        `embed_for`: a set's instruction, or null, to what embeds its texts.
+        `embed_for`: a set's instruction, or None -> the function that embeds its texts.
         """
-        widths = Widths(dims=self.dims)
-        of_retrieval = [(data.name, evaluate_retrieval(embed_for(data.instruction), data, similarity=similarity,
-                                                       widths=widths, group=group, device=device))
-                        for data in self.retrieval]
-        of_sts = [(data.name, evaluate_sts(embed_for(data.instruction), data, similarity=similarity, dims=self.dims))
-                  for data in self.sts]
-        return together(of_retrieval) | together(of_sts)
+        rankings = Rankings(dims=self.dims)
+        retrieval = [(data.name, evaluate_retrieval(embed_for(data.instruction), data, similarity=similarity,
+                                                    rankings=rankings, group=group, device=device))
+                     for data in self.retrieval]
+        sts = [(data.name, evaluate_sts(embed_for(data.instruction), data, similarity=similarity, dims=self.dims))
+               for data in self.sts]
+        return average(retrieval) | average(sts)
 
 
 def best_metric(config: RunConfig) -> str | None:
-    """The metric by which checkpoints are compared; null where nothing is evaluated."""
+    """The metric by which checkpoints are compared, or None without any evaluation."""
     evaluation = config.evaluation
     if evaluation.best_metric is not None:
         return evaluation.best_metric.removeprefix(PREFIX)
@@ -105,8 +105,8 @@ def best_metric(config: RunConfig) -> str | None:
     return "loss" if config.data.validates else None
 
 
-def together(results: Sequence[tuple[str, Mapping[str, float]]]) -> dict[str, float]:
-    """Means over the sets, and each set's own metrics where there are several."""
+def average(results: Sequence[tuple[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Means over the sets, and each set's own metrics if there are several sets."""
     if len(results) < 2:
         return dict(results[0][1]) if results else {}
     means = {name: sum(metrics[name] for _, metrics in results) / len(results) for name in results[0][1]}

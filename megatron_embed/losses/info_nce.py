@@ -11,23 +11,20 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from megatron_embed.names import Direction, Hardness
+from megatron_embed.names import LOSS_TILE_ELEMENTS, Direction, Hardness
 
 MaskTile = Callable[[int, int], Tensor]
 """(first row, last row + 1) -> bool for those rows and every column. A whole mask exists at no time."""
 
-TILE_ELEMENTS = 1 << 24
-"""Similarities computed at once: 64 MiB of float32, whatever the number of candidates."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveSettings:
-    """How similarities become logits and a loss."""
+    """The settings that turn similarities into logits and a loss."""
 
     temperature: float
     """Divides the similarity, > 0."""
     directions: tuple[Direction, ...] = ("query_to_document",)
-    """What is in the denominator; `query_to_document` first. A row's anchor is its query, in `document_to_...` its
+    """Comparisons in the denominator; `query_to_document` first. A row's anchor is its query, in `document_to_...` its
     positive; the columns are all documents or all queries. Columns of several directions lie side by side."""
     joint: bool = True
     """One softmax over all directions; else one per direction, of which the mean counts."""
@@ -36,7 +33,7 @@ class ContrastiveSettings:
     relative: bool = False
     """The margin is a share of the positive's similarity (its absolute value)."""
     hardness: Hardness | None = None
-    """Which negative documents get `hardness_strength * similarity`, without gradient, added to their logits."""
+    """The negative documents whose logits grow by `hardness_strength * similarity`, without gradient."""
     hardness_strength: float = 0.0
     bias: float | None = None
     """Set: SigLIP's loss (Zhai et al. 2023, arXiv:2303.15343), for each column on its own, instead of the softmax: with
@@ -144,7 +141,7 @@ def contrastive_gradients(query: Tensor, candidates: Candidates, settings: Contr
     of Lan et al. 2025 (arXiv:2503.04812, in-batch negatives) and EmbeddingGemma (arXiv:2509.20354, hard negatives).
 
     If a document is too similar to the query (`margin`), it is a column neither of the query nor of the positive.
-    Memory beyond inputs and outputs is one tile (TILE_ELEMENTS similarities) and its masks; no graph is built.
+    Memory beyond inputs and outputs is one tile (LOSS_TILE_ELEMENTS similarities) and its masks; no graph is built.
 
     Args:
         query: [rows, dim], float32 or float64, unit length for cosine similarity; may have no rows.
@@ -157,7 +154,7 @@ def contrastive_gradients(query: Tensor, candidates: Candidates, settings: Contr
     """
     keys = [candidates.keys(direction) for direction in settings.directions]
     widths = [len(key) for key in keys]
-    rows_per_tile = max(1, min(len(query), TILE_ELEMENTS // max(1, sum(widths))))
+    rows_per_tile = max(1, min(len(query), LOSS_TILE_ELEMENTS // max(1, sum(widths))))
     buffer = query.new_empty(min(rows_per_tile, len(query)), sum(widths))
     sums = torch.zeros(len(InfoNCESums._fields), dtype=torch.float64, device=query.device)
     gradients = _Gradients(query, candidates, settings, total)

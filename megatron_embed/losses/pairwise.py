@@ -1,4 +1,4 @@
-"""Losses of labelled pairs and of triplets, over similarities of rows (autograd). All pure: no communication."""
+"""Losses of labelled pairs, over similarities of rows (autograd). All pure: no communication."""
 
 import torch
 import torch.nn.functional as functional
@@ -76,10 +76,3 @@ def cosent(similarity: Tensor, label: Tensor, temperature: float) -> Tensor:
     above = torch.cat([above, logits.new_full((1,), float("-inf"))])
     first_higher = torch.searchsorted(label, label, right=True)
     return torch.logsumexp(torch.cat([logits.new_zeros(1), logits + above[first_higher]]), dim=0)
-
-
-def triplet(anchor: Tensor, positive: Tensor, negative: Tensor, margin: float) -> Tensor:
-    """[triplets] max(0, |anchor - positive| - |anchor - negative| + margin), Euclidean (Schroff et al. 2015,
-    arXiv:1503.03832)."""
-    near, far = (torch.linalg.vector_norm(anchor - other, dim=1) for other in (positive, negative))
-    return functional.relu(near - far + margin)

@@ -1,9 +1,9 @@
 """Losses of a reranker over the scores of one query's documents at a time, with graded labels.
 
-Every function takes scores and labels padded to the longest group and says which places are real:
+Every function takes scores and labels padded to the longest group, and a mask of the real documents:
 
     scores: [queries, most] of any float dtype, computed in at least float32.
-    labels: [queries, most], larger is better; what stands in the padding does not matter.
+    labels: [queries, most], larger is better; values in the padding do not matter.
     valid: [queries, most] bool, true at real documents; a group may have one document.
 
 It returns a LossSum, so that micro-batches and ranks can add theirs: the loss of a batch is the sum of all totals over
@@ -21,14 +21,14 @@ from torch import Tensor
 NDCG_WEIGHT = 10.0
 """mu of NDCG-Loss2++ (Wang et al. 2018, section 4.2), Sentence Transformers' default."""
 _SMALLEST_IDEAL = 1e-10
-"""Of an ideal DCG that is divided by; a group without gain has no pairs anyway."""
+"""Lower bound of an ideal DCG that is divided by; a group without gain has no pairs anyway."""
 
 
 class LossSum(NamedTuple):
     """A loss as numerator and denominator."""
 
     total: Tensor
-    """Scalar, the sum of all terms; the gradient is its."""
+    """Scalar, the sum of all terms; the one to differentiate."""
     terms: Tensor
     """Scalar of the same dtype, how many terms there are; may be 0."""
 
@@ -56,7 +56,7 @@ def pad_groups(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
 def pointwise(scores: Tensor, labels: Tensor, valid: Tensor) -> LossSum:
     """Binary cross entropy of every document by itself; labels are probabilities of relevance, from 0 to 1.
 
-    With a yes/no head (score = difference of the two logits) it is the cross entropy of answering yes or no.
+    With a yes/no head (score = difference of the two logits) it is the cross entropy of the answers yes and no.
     """
     scores = _at_least_float32(scores)
     losses = functional.binary_cross_entropy_with_logits(scores, labels.to(scores), reduction="none")
@@ -67,7 +67,7 @@ def listwise(scores: Tensor, labels: Tensor, valid: Tensor, temperature: float =
     """Softmax cross entropy over a group, against its labels scaled to sum 1 (ListNet's top-one loss, Cao et al. 2007,
     with labels in place of their exponentials; Bruch et al. 2019, doi:10.1145/3341981.3344221).
 
-    With one positive it is the usual cross entropy. A group without a label above 0 is no term.
+    With one positive it is the usual cross entropy. A group without a label above 0 adds no term.
 
     Args:
         labels: >= 0.
@@ -101,8 +101,8 @@ def ranknet(scores: Tensor, labels: Tensor, valid: Tensor) -> LossSum:
 
 
 def lambda_loss(scores: Tensor, labels: Tensor, valid: Tensor, weight: float = NDCG_WEIGHT) -> LossSum:
-    """RankNet's pairs weighted by what exchanging them does to nDCG: NDCG-Loss2++ (Wang et al. 2018, "The LambdaLoss
-    Framework", doi:10.1145/3269206.3271784), as in Sentence Transformers.
+    """RankNet's pairs weighted by the change of nDCG if they are exchanged: NDCG-Loss2++ (Wang et al. 2018, "The
+    LambdaLoss Framework", doi:10.1145/3269206.3271784), as in Sentence Transformers.
 
     The weight of a pair at ranks i and j of the model's own order, with gains G = (2^label - 1) / ideal DCG and
     discounts D(r) = log2(1 + r), is |G_i - G_j| * (weight * |1/D(|i-j|) - 1/D(|i-j|+1)| + |1/D(i) - 1/D(j)|). The
@@ -118,7 +118,7 @@ def lambda_loss(scores: Tensor, labels: Tensor, valid: Tensor, weight: float = N
     inverse = 1.0 / torch.log2(1.0 + ranks)
     ideal = (gains.sort(dim=1, descending=True).values * inverse).sum(dim=1).clamp(min=_SMALLEST_IDEAL)
     gains = gains / ideal[:, None]
-    apart = (ranks[:, None] - ranks[None, :]).abs().clamp(min=1)  # the diagonal is no pair
+    apart = (ranks[:, None] - ranks[None, :]).abs().clamp(min=1)  # the diagonal holds no pairs
     by_distance = (1.0 / torch.log2(1.0 + apart) - 1.0 / torch.log2(2.0 + apart)).abs()
     by_rank = (inverse[:, None] - inverse[None, :]).abs()
     weights = (gains[:, :, None] - gains[:, None, :]).abs() * (weight * by_distance + by_rank)
@@ -147,7 +147,7 @@ def _at_least_float32(scores: Tensor) -> Tensor:
 
 
 def _log_softmax(scores: Tensor, valid: Tensor) -> Tensor:
-    """Over the valid places of each row; 0 in the padding, so that a product with 0 is 0 and not NaN."""
+    """Log-softmax over the valid documents of each row; 0 in the padding, so that a product with 0 is 0 and not NaN."""
     return torch.where(valid, torch.log_softmax(torch.where(valid, scores, -math.inf), dim=1), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Hard negatives by shared words: BM25 of the library bm25s, over tokens that work for every script."""
+"""Mine hard negatives with BM25 (library bm25s) over tokens that work for every script."""
 
 import re
 import unicodedata
@@ -6,21 +6,20 @@ import unicodedata
 from tqdm import tqdm
 
 from megatron_embed.errors import ConfigError
-from megatron_embed.mining.filters import MiningOptions, choose
+from megatron_embed.mining.filters import MiningOptions, select_negatives
 from megatron_embed.mining.task import Mined, MiningTask
 
 _WITHOUT_SPACES = ("\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u3035\u303b\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
                    "\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af\u1100-\u11ff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
                    "\U00020000-\U0003ffff")
-"""Han, Kana, Hangul, Thai, Lao, Burmese, Khmer: no spaces between words, or (Hangul) long words of many parts."""
+"""Han, Kana, Hangul, Thai, Lao, Burmese, Khmer: no spaces between words, or (Hangul) long compound words."""
 _RUNS = re.compile(rf"(?P<bigrams>[{_WITHOUT_SPACES}]+)|[^\W{_WITHOUT_SPACES}]+")
 
 
 def bm25_tokens(text: str) -> list[str]:
-    """Words in lower case, compatibility forms unified (NFKC); scripts without spaces as overlapping pairs of
-    characters.
+    """Lower-case words after NFKC normalization; overlapping character bigrams for scripts without spaces.
 
-    A single character between others is a token by itself. This is how Lucene treats Chinese, Japanese and Korean: no
+    A single character of such a script is one token. Lucene treats Chinese, Japanese and Korean in this way: no
     dictionary, no stop words.
     """
     tokens = []
@@ -34,9 +33,9 @@ def bm25_tokens(text: str) -> list[str]:
 
 
 def mine_bm25(task: MiningTask, options: MiningOptions, *, show_progress: bool = False) -> list[Mined]:
-    """Negatives of every query by BM25 score (Lucene's variant, k1 = 1.5, b = 0.75), the library's own ranking.
+    """Negatives of every query by BM25 score (Lucene's variant, k1 = 1.5, b = 0.75), in the library's order.
 
-    A document that shares no token with the query is no candidate. One process; no communication.
+    A document that shares no token with the query is not a candidate. One process; no communication.
 
     Raises:
         ConfigError: bm25s is not installed.
@@ -52,18 +51,18 @@ def mine_bm25(task: MiningTask, options: MiningOptions, *, show_progress: bool =
     last_rank = options.last_rank(task.most_positives)
     depth = min(last_rank + task.most_excluded, len(task.documents))
     mined = []
-    for number, text in enumerate(tqdm(task.queries, desc="search", unit="query",
-                                       disable=None if show_progress else True)):
+    for query, text in enumerate(tqdm(task.queries, desc="search", unit="query",
+                                      disable=None if show_progress else True)):
         tokens = bm25_tokens(text)
-        found: list[tuple[int, float]] = []
-        positive_scores = [0.0] * len(task.positives[number])
+        candidates: list[tuple[int, float]] = []
+        positive_scores = [0.0] * len(task.positives[query])
         if tokens:
             scores = index.get_scores(tokens)
             values, documents = bm25s.selection.topk(scores, depth, backend="numpy", sorted=True)
-            found = [(int(document), float(value)) for document, value in zip(documents, values, strict=True)
-                     if value > 0]
-            positive_scores = [float(scores[document]) for document in task.positives[number]]
-        chosen = choose(found, frozenset(task.excluded[number]), positive_scores, options, last_rank=last_rank,
-                        query=number)
-        mined.append(Mined(positive_scores=positive_scores, negatives=chosen))
+            candidates = [(int(document), float(value)) for document, value in zip(documents, values, strict=True)
+                          if value > 0]
+            positive_scores = [float(scores[document]) for document in task.positives[query]]
+        negatives = select_negatives(candidates, frozenset(task.excluded[query]), positive_scores, options,
+                                     last_rank=last_rank, query=query)
+        mined.append(Mined(positive_scores=positive_scores, negatives=negatives))
     return mined

@@ -1,4 +1,4 @@
-"""Vectors that were computed once, under a name that says of what: another model, prompt or text is another name."""
+"""Cache of vectors, in files named after a hash of the model, the settings and the texts."""
 
 import contextlib
 import hashlib
@@ -18,21 +18,21 @@ from megatron_embed.names import Role
 from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
 
 ROWS_AT_ONCE = 4096
-"""Vectors of a block, per rank."""
+"""Vectors per block and rank."""
 _NOT_READ = (".bin", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".md", ".lock")
 _READ_BYTES = 1 << 24
 
 
 def model_digest(directories: Sequence[Path]) -> str:
-    """Hash of every file that may decide a model's vectors: names and contents, hidden files left out.
+    """Hash of the name and content of every file that may affect a model's vectors, except hidden files.
 
     Args:
-        directories: all that the model is read from; links to directories in them are followed.
+        directories: all directories that the model is read from; links to directories in them are followed.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for number, directory in enumerate(directories):
+    for index, directory in enumerate(directories):
         for path in _files(directory):
-            digest.update(f"{number}\0{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(f"{index}\0{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:
                 while data := file.read(_READ_BYTES):
                     digest.update(data)
@@ -40,19 +40,19 @@ def model_digest(directories: Sequence[Path]) -> str:
 
 
 def _files(directory: Path) -> list[Path]:
-    """What is read, in a fixed order; a directory that a link leads back to is looked at once."""
-    found, seen = [], set()
+    """Files to hash, in a fixed order; a directory that several links lead to is read once."""
+    paths, seen = [], set()
     for folder, folders, names in os.walk(directory, followlinks=True):
         real = os.path.realpath(folder)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real not in seen:
-            found += [Path(folder, name) for name in names if not name.startswith(".")]
+            paths += [Path(folder, name) for name in names if not name.startswith(".")]
         seen.add(real)
-    return sorted(path for path in found if path.suffix not in _NOT_READ and path.is_file())
+    return sorted(path for path in paths if path.suffix not in _NOT_READ and path.is_file())
 
 
 def vectors_name(model: str, settings: Mapping[str, object], texts: Sequence[str]) -> str:
-    """File name for the vectors of these texts, in order, by the model of this digest under these settings."""
+    """File name for the vectors of these texts, in order, by the model with this digest under these settings."""
     digest = hashlib.blake2b(digest_size=20)
     digest.update(json.dumps([model, settings], sort_keys=True).encode())
     for text in texts:
@@ -62,24 +62,24 @@ def vectors_name(model: str, settings: Mapping[str, object], texts: Sequence[str
 
 
 class VectorCache:
-    """A folder of vectors. Every method is called by all ranks together."""
+    """A directory of vectors. Every method is called by all ranks together."""
 
     def __init__(self, directory: str, *, rank: int) -> None:
-        """Makes the folder. Raises ConfigError if it cannot be written."""
+        """Create the directory. Raises ConfigError if that fails."""
         self._directory, self._rank = Path(directory), rank
         error: UserError | None = None
         if rank == 0:
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
-            except OSError as found:
-                error = self._unwritable(found)
+            except OSError as os_error:
+                error = self._unwritable(os_error)
         raise_on_all_ranks(error)
 
     def blocks(self, name: str, rows: int, compute: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
-        """Blocks of [rows, dim] float32: read where all ranks see them, else computed and written by rank 0.
+        """Blocks [rows, dim] float32: read if all ranks see the file, otherwise computed, and written by rank 0.
 
-        One all-reduce of an integer over the world; where they are written one more collective. What is abandoned half-
-        way leaves no file.
+        One all-reduce of an integer over the world, and one more collective if they are written. An interrupted
+        computation leaves no file.
 
         Raises:
             ConfigError: on every rank, after the last block, if they cannot be written.
@@ -105,23 +105,24 @@ class VectorCache:
 
     def _unwritable(self, error: OSError | None) -> ConfigError:
         reason = "" if error is None else f" ({error.strerror or error})"
-        return ConfigError(f"--cache {self._directory}: cannot be written{reason}; make room or name another directory")
+        return ConfigError(f"--cache {self._directory}: cannot be written{reason}; free disk space or choose another "
+                           "directory")
 
 
 class VectorSource:
-    """Vectors of texts in blocks: computed, or read if they were computed before. Called by all ranks together."""
+    """Vectors of texts in blocks, read from the cache or computed. Called by all ranks together."""
 
     def __init__(self, encoder: TextEncoder, cache: VectorCache | None, digest: str,
                  settings: Mapping[str, object]) -> None:
-        """`digest`: the model's. `settings`: what else decides the vectors, JSON values; the prompts are added."""
+        """`digest`: the model's. `settings`: JSON values that affect the vectors, besides the prompts."""
         self._encoder, self._cache = encoder, cache
         self._digest, self._settings = digest, settings
 
     def blocks(self, role: Role, texts: Sequence[str]) -> Iterator[Tensor]:
-        """Blocks of [texts, dim] float32 on the CPU, the same on every rank.
+        """Blocks [texts, dim] float32 on the CPU, the same on every rank.
 
         Raises:
-            EmptyTextError: with the number of the text among all of them.
+            EmptyTextError: a text has no tokens; its `row` is the index among all texts.
         """
         if self._cache is None:
             return self._encoded(role, texts)
@@ -140,7 +141,7 @@ class VectorSource:
 
 
 class _Writer:
-    """A .npy file in the making; an error is kept, for the other ranks would wait."""
+    """Writer of a .npy file. It keeps its error instead of raising it, because the other ranks would wait."""
 
     def __init__(self, path: Path, rows: int) -> None:
         self._path, self._rows = path, rows
@@ -154,7 +155,7 @@ class _Writer:
         try:
             if self._file is None:
                 self._temporary.unlink(missing_ok=True)
-                self._file = self._temporary.open("xb")  # x: a link that somebody put there is not followed
+                self._file = self._temporary.open("xb")  # x: does not follow a link at this path
                 np.lib.format.write_array_header_1_0(
                     self._file, {"descr": "<f4", "fortran_order": False, "shape": (self._rows, block.shape[1])})
             self._file.write(block.cpu().numpy().astype("<f4").tobytes())
@@ -162,7 +163,7 @@ class _Writer:
             self.error = error
 
     def finish(self) -> OSError | None:
-        """Gives the file its name; the error, if there was one."""
+        """Rename the complete file. Returns the error, if any."""
         try:
             if self.error is None and self._file is not None:
                 self._file.flush()
@@ -173,7 +174,7 @@ class _Writer:
         return self.error
 
     def close(self) -> None:
-        """Closes the file, and removes it if it did not get its name."""
+        """Close the file, and remove it if it is not complete."""
         with contextlib.suppress(OSError):
             if self._file is not None:
                 self._file.close()
@@ -181,7 +182,7 @@ class _Writer:
 
 
 def _open(path: Path, rows: int) -> "np.ndarray | None":
-    """The vectors as a mapped file, null if there are none of that many rows."""
+    """The vectors as a memory-mapped file, or None without a file of that many rows."""
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):

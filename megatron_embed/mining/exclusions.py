@@ -1,8 +1,8 @@
-"""Documents that are never negatives of a query although no row calls them positive: other forms of a positive, and the
-query itself.
+"""Documents that are never negatives of a query although no row labels them positive.
 
-A document is another form of a positive if both have an id in common, or if their texts are equal apart from blanks,
-with or without the positive's title, or, where the positive has no id, without the document's.
+These are other forms of a positive, and the query's own text. A document is another form of a positive if both share an
+id, or if their texts are equal up to whitespace: with or without the positive's title, or, if the positive has no id,
+without the document's title.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -11,79 +11,80 @@ from typing import NamedTuple
 
 
 class NamedDocument(NamedTuple):
-    """A document as a row or the corpus has it; several of them may be one document of a task."""
+    """A document in a row or in the corpus; several of them may be one document of a task."""
 
-    number: int
-    """Of the task's document with this text."""
+    document: int
+    """Index of the task's document with this text."""
     text: str
     title_length: int
-    """Characters of the title in front, with the blank behind it; 0: no title is known."""
+    """Characters of the leading title and the space after it; 0: no known title."""
     name: str | None
     """Its id."""
 
     @property
     def forms(self) -> tuple[str, str]:
-        """(whole text, text without the title), blanks made equal; both are the same where no title is known."""
-        return (whole := plain(self.text)), plain(self.text[self.title_length:]) if self.title_length else whole
+        """(whole text, text without the title) with normalized whitespace; equal without a known title."""
+        whole = normalize_whitespace(self.text)
+        return whole, normalize_whitespace(self.text[self.title_length:]) if self.title_length else whole
 
 
 @dataclass
 class Forms:
-    """What other forms of some documents are known by."""
+    """Texts and ids by which other forms of some documents are recognized."""
 
     texts: set[str] = field(default_factory=set)
-    """With and without a title: compared with documents as they are, since other documents may share a text alone."""
-    nameless: set[str] = field(default_factory=set)
-    """Whole texts of documents without an id: compared with documents without their titles."""
+    """With and without a title; compared with whole documents, since other documents may share the text alone."""
+    without_id: set[str] = field(default_factory=set)
+    """Whole texts of documents without an id; compared with documents without their titles."""
     names: set[str] = field(default_factory=set)
 
     def add(self, document: NamedDocument) -> None:
-        """The forms of one more document."""
+        """Add the forms of a document."""
         self.texts.update(document.forms)
         if document.name is not None:
             self.names.add(document.name)
         else:
-            self.nameless.add(document.forms[0])
+            self.without_id.add(document.forms[0])
 
     def merge(self, other: "Forms") -> None:
-        """The forms of both."""
+        """Add the forms of another object."""
         self.texts |= other.texts
-        self.nameless |= other.nameless
+        self.without_id |= other.without_id
         self.names |= other.names
 
 
-def plain(text: str) -> str:
-    """The text with single blanks between its words: a title may stand in a line of its own."""
+def normalize_whitespace(text: str) -> str:
+    """The text with single spaces between words; a title may be on a line of its own."""
     return " ".join(text.split())
 
 
 def never_negatives(documents: Callable[[], Iterator[NamedDocument]], positives: Mapping[str, Collection[int]],
                     positive_forms: Mapping[str, Forms], *, query_too: bool) -> dict[str, list[int]]:
-    """By query: its positives, then all other forms of these, and documents equal to the query where `query_too`.
+    """For each query its positives, then their other forms, and with `query_too` documents equal to the query.
 
     Args:
-        documents: gives all of them anew at each call; it is called three times, and nothing of the others is held.
-        positives: by query, numbers of documents.
-        positive_forms: by query, what is known of the same from the rows.
+        documents: returns a new iterator over all documents; called three times, so that memory holds only the matches.
+        positives: documents by query.
+        positive_forms: forms of the positives by query, as the rows have them.
     """
-    found = _Matches(documents(), positive_forms.values())
-    meant = {query: {*numbers, *found.of(positive_forms[query])} for query, numbers in positives.items()}
-    wanted, forms_of = set().union(*meant.values()), dict[int, Forms]()
-    for document in documents():
-        if document.number in wanted:
-            forms_of.setdefault(document.number, Forms()).add(document)
+    matches = _Matches(documents(), positive_forms.values())
+    same = {query: {*own, *matches.of(positive_forms[query])} for query, own in positives.items()}
+    wanted, forms_of = set().union(*same.values()), dict[int, Forms]()
+    for named in documents():
+        if named.document in wanted:
+            forms_of.setdefault(named.document, Forms()).add(named)
     all_forms = {}
-    for query, numbers in meant.items():
-        all_forms[query] = Forms(texts={plain(query)} if query_too else set())
-        for number in numbers & forms_of.keys():
-            all_forms[query].merge(forms_of[number])
-    found = _Matches(documents(), all_forms.values())
-    return {query: list(dict.fromkeys([*numbers, *sorted(meant[query] | found.of(all_forms[query]))]))
-            for query, numbers in positives.items()}
+    for query, members in same.items():
+        all_forms[query] = Forms(texts={normalize_whitespace(query)} if query_too else set())
+        for document in members & forms_of.keys():
+            all_forms[query].merge(forms_of[document])
+    matches = _Matches(documents(), all_forms.values())
+    return {query: list(dict.fromkeys([*own, *sorted(same[query] | matches.of(all_forms[query]))]))
+            for query, own in positives.items()}
 
 
 class _Matches:
-    """Numbers of the documents that have one of some forms, by form."""
+    """Documents that have one of the wanted forms, by form."""
 
     def __init__(self, documents: Iterator[NamedDocument], wanted: Collection[Forms]) -> None:
         every = Forms()
@@ -92,18 +93,18 @@ class _Matches:
         self._by_whole: dict[str, set[int]] = {}
         self._by_untitled: dict[str, set[int]] = {}
         self._by_name: dict[str, set[int]] = {}
-        for document in documents:
-            whole, untitled = document.forms
+        for named in documents:
+            whole, untitled = named.forms
             if whole in every.texts:
-                self._by_whole.setdefault(whole, set()).add(document.number)
-            if untitled in every.nameless:
-                self._by_untitled.setdefault(untitled, set()).add(document.number)
-            if document.name is not None and document.name in every.names:
-                self._by_name.setdefault(document.name, set()).add(document.number)
+                self._by_whole.setdefault(whole, set()).add(named.document)
+            if untitled in every.without_id:
+                self._by_untitled.setdefault(untitled, set()).add(named.document)
+            if named.name is not None and named.name in every.names:
+                self._by_name.setdefault(named.name, set()).add(named.document)
 
     def of(self, forms: Forms) -> set[int]:
-        """Numbers of the documents that have one of these forms."""
+        """Documents that have one of these forms."""
         lists = [*(self._by_whole.get(text, ()) for text in forms.texts),
-                 *(self._by_untitled.get(text, ()) for text in forms.nameless),
+                 *(self._by_untitled.get(text, ()) for text in forms.without_id),
                  *(self._by_name.get(name, ()) for name in forms.names)]
         return set().union(*lists)

@@ -1,4 +1,4 @@
-"""From a ranking to hard negatives: which candidates are too easy, too close to a positive, or a positive.
+"""Select hard negatives from ranked candidates: skip positives, likely false negatives and easy documents.
 
 The rules are those of Sentence Transformers' `mine_hard_negatives`.
 """
@@ -13,27 +13,27 @@ from megatron_embed.names import NegativeSampling
 
 @dataclass(frozen=True, kw_only=True)
 class MiningOptions:
-    """What becomes a negative. A score that equals a bound passes."""
+    """Filters of the candidates. A score equal to a bound passes."""
 
     num_negatives: int = 3
-    """Of each query; a query with fewer candidates gets fewer."""
+    """Negatives per query; a query with fewer candidates gets fewer."""
     range_min: int = 0
-    """Best candidates that are skipped, positives not counted: the likeliest false negatives."""
+    """Best candidates to skip, positives not counted: the likeliest false negatives."""
     range_max: int | None = None
-    """Candidates that are looked at; null: see `last_rank`."""
+    """Candidates to consider; None: see `last_rank`."""
     max_score: float | None = None
-    """A candidate above it is left out."""
+    """Skip candidates with a higher score."""
     min_score: float | None = None
-    """A candidate below it is left out."""
+    """Skip candidates with a lower score."""
     absolute_margin: float | None = None
-    """A candidate above the positive's score - margin is left out."""
+    """Skip candidates scored above (positive - margin)."""
     relative_margin: float | None = None
-    """A candidate above score - |score| * margin of the positive is left out; right for negative scores too."""
+    """Skip candidates scored above (positive - |positive| * margin), which is correct for negative scores too."""
     sampling: NegativeSampling = "top"
     seed: int = 1234
-    """For sampling: random."""
-    judged: bool = False
-    """A reranker scores the candidates afterwards: the search passes all of them on, and the filters wait."""
+    """Seed of random sampling."""
+    reranked: bool = False
+    """Whether a reranker scores the candidates later: the search keeps all of them, and the filters run then."""
 
     def __post_init__(self) -> None:
         for key, value, least in (("num-negatives", self.num_negatives, 1), ("range-min", self.range_min, 0),
@@ -50,33 +50,33 @@ class MiningOptions:
                               f"--num-negatives {self.num_negatives}; raise it to {least} or more")
 
     def last_rank(self, most_positives: int) -> int:
-        """`range_max`, or its default: room for the positives, and ten candidates a negative where some are filtered
-        or a reranker chooses among them.
+        """`range_max`, or its default: room for the positives, and ten candidates per negative if they are filtered or
+        reranked.
 
-        `min_score` alone counts as no filter: below it there is nothing to be found further down.
+        `min_score` alone is not such a filter: no later candidate reaches it.
         """
         if self.range_max is not None:
             return self.range_max
         filtered = (self.max_score, self.absolute_margin, self.relative_margin) != (None, None, None)
-        return self.range_min + self.num_negatives * (10 if filtered or self.judged else 1) + most_positives
+        return self.range_min + self.num_negatives * (10 if filtered or self.reranked else 1) + most_positives
 
 
 Candidate = tuple[int, float]
-"""Number of a document, and its score for the query."""
+"""A document's index and its score for the query."""
 
 
-def choose(candidates: Sequence[Candidate], excluded: Collection[int], positive_scores: Sequence[float],
-           options: MiningOptions, *, last_rank: int, query: int) -> list[Candidate]:
-    """The negatives of one query, best first; all candidates but the excluded where they are still to be judged.
+def select_negatives(candidates: Sequence[Candidate], excluded: Collection[int], positive_scores: Sequence[float],
+                     options: MiningOptions, *, last_rank: int, query: int) -> list[Candidate]:
+    """Negatives of one query, best first; with `options.reranked` all candidates that are not excluded.
 
     Args:
         candidates: the best `last_rank` + most excluded documents, best first.
-        excluded: documents that are never negatives of this query, its positives among them.
-        positive_scores: of the positives; the lowest is what margins are measured from.
-        last_rank: candidates left after the filters that are looked at, `range_min` of them skipped.
-        query: number of the query, for sampling: random.
+        excluded: documents that are never negatives of this query, including its positives.
+        positive_scores: scores of the positives; margins are relative to the lowest.
+        last_rank: candidates to consider after the filters, including `range_min` that are skipped.
+        query: index of the query, for random sampling.
     """
-    if options.judged:
+    if options.reranked:
         return [(document, score) for document, score in candidates if document not in excluded]
     threshold = _threshold(positive_scores, options)
     lowest = -float("inf") if options.min_score is None else options.min_score
@@ -85,9 +85,9 @@ def choose(candidates: Sequence[Candidate], excluded: Collection[int], positive_
     left = left[options.range_min:last_rank]
     if options.sampling == "top" or len(left) <= options.num_negatives:
         return left[:options.num_negatives]
-    # By the query's number: the same choice whatever the number of ranks.
-    places = random.Random(f"{options.seed} {query}").sample(range(len(left)), options.num_negatives)
-    return [left[place] for place in sorted(places)]
+    # Seeded by the query's index: the same sample for every number of ranks.
+    sample = random.Random(f"{options.seed} {query}").sample(range(len(left)), options.num_negatives)
+    return [left[position] for position in sorted(sample)]
 
 
 def _threshold(positive_scores: Sequence[float], options: MiningOptions) -> float:

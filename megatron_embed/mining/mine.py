@@ -86,17 +86,17 @@ class MiningJob:
 
     def check_room(self, scorer: "PairScorer") -> None:
         """Raises DataError for a query that leaves no tokens for a document in the reranker's template."""
-        from megatron_embed.mining.judge import pair_of
+        from megatron_embed.mining.rerank_candidates import pair_of
 
         scorer.tokenizer.check_room([pair_of(self.task, self.records, query, positives[0])
                                      for query, positives in enumerate(self.task.positives)])
 
     def _reranked(self, mined: Sequence[Mined], scorer: "PairScorer") -> list[Mined]:
         """The candidates by the reranker's scores. Called by all ranks."""
-        from megatron_embed.mining.judge import judge
+        from megatron_embed.mining.rerank_candidates import rerank_candidates
 
-        return judge(mined, self.task, self.records, scorer.score, self.options,
-                     show_progress=scorer.topology.rank == 0)
+        return rerank_candidates(mined, self.task, self.records, scorer.score, self.options,
+                                 show_progress=scorer.topology.rank == 0)
 
     def _source_of(self, role: Role, index: int) -> str:
         """FILE:LINE of the first row with this query or document, else the corpus file and the document's number."""

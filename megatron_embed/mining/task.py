@@ -1,4 +1,4 @@
-"""What is asked, of which documents, and where the answers go: rows of training data before and after mining."""
+"""The mining task: unique queries and documents of the training rows, and the rows written with mined negatives."""
 
 import json
 from array import array
@@ -18,31 +18,31 @@ from megatron_embed.mining.filters import Candidate
 
 @dataclass(frozen=True, kw_only=True)
 class MiningTask:
-    """Each query and each document once."""
+    """Unique queries and documents, referred to by their indices."""
 
     queries: list[str]
-    """With their prompts in front: what is embedded, or tokenized for BM25."""
+    """With their prompts, ready to embed or to tokenize for BM25."""
     query_of_row: list[int]
     row_of_query: list[int]
-    """The first row that asks it."""
+    """The first row with the query."""
     documents: list[str]
-    """The corpus, and every positive that it lacks."""
+    """The corpus, then every positive that it lacks."""
     positives: list[list[int]]
-    """By query: numbers of the documents that are a positive of any row with its text; at least one."""
+    """By query: documents that are a positive of any row with its text; at least one."""
     excluded: list[list[int]]
     """By query: its positives, then other documents that are never its negatives."""
     names: dict[int, str] = field(default_factory=dict)
-    """By document: its id, where a row or the corpus has one."""
+    """By document: its id, if a row or the corpus has one."""
 
     @property
     def most_positives(self) -> int:
-        """Positives of the query that has the most."""
-        return max(len(numbers) for numbers in self.positives)
+        """Largest number of positives of a query."""
+        return max(map(len, self.positives))
 
     @property
     def most_excluded(self) -> int:
-        """Documents that are left out for the query with most of these."""
-        return max(len(numbers) for numbers in self.excluded)
+        """Largest number of excluded documents of a query."""
+        return max(map(len, self.excluded))
 
 
 class CorpusTexts(NamedTuple):
@@ -53,12 +53,12 @@ class CorpusTexts(NamedTuple):
     names: Sequence[str | None] = ()
     """Their ids."""
     title_lengths: Sequence[int] = ()
-    """Characters of the title in front, with the blank behind it."""
+    """Characters of each leading title and the space after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mined:
-    """What was found for one query, with its scores."""
+    """Scores of a query's positives, and its negatives."""
 
     positive_scores: list[float]
     """In the order of the task's positives."""
@@ -66,14 +66,14 @@ class Mined:
 
 
 class MinedRows(Sequence[Mined]):
-    """What was found, by query, in 12 bytes for each negative: as Python objects it would be a hundred."""
+    """Results by query in 12 bytes per negative; as Python objects they would take about a hundred."""
 
     def __init__(self) -> None:
         self._documents, self._scores, self._positive_scores = array("q"), array("f"), array("f")
         self._ends = [array("q"), array("q")]
 
     def append(self, mined: Mined) -> None:
-        """The next query's; scores are kept as float32, which they are."""
+        """Append the next query's result; its scores are float32 values."""
         self._documents.extend(document for document, _ in mined.negatives)
         self._scores.extend(score for _, score in mined.negatives)
         self._positive_scores.extend(mined.positive_scores)
@@ -91,7 +91,7 @@ class MinedRows(Sequence[Mined]):
 
     def __getitem__(self, query: int | slice) -> Mined | list[Mined]:
         if isinstance(query, slice):
-            return [self[number] for number in range(*query.indices(len(self)))]
+            return [self[index] for index in range(*query.indices(len(self)))]
         if not -len(self) <= query < len(self):
             raise IndexError(query)
         query %= len(self)
@@ -102,50 +102,50 @@ class MinedRows(Sequence[Mined]):
 
 def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: CorpusTexts | None, *,
                mine_query_text: bool = False) -> MiningTask:
-    """Queries, documents and positives of the rows.
+    """Collect the queries, documents and positives of the rows.
 
     Args:
         records: the rows.
-        prompts: of each row's query. Rows with one query text share their positives, whatever their prompts.
-        corpus: what is searched; None: every positive and negative of the rows.
-        mine_query_text: whether a document that equals the query's text may be a negative.
+        prompts: each row's query prompt. Rows with equal query texts share their positives, whatever their prompts.
+        corpus: documents to search; None: every positive and negative of the rows.
+        mine_query_text: whether a document equal to the query's text may be a negative.
     """
     own = chain.from_iterable(record.positive for record in records)
     if corpus is None:
         own = chain(own, chain.from_iterable(record.negatives for record in records))
     documents = list(dict.fromkeys(chain(() if corpus is None else corpus.texts, own)))
-    number_of = {text: number for number, text in enumerate(documents)}
+    index_of = {text: index for index, text in enumerate(documents)}
     positives_of: dict[str, dict[int, None]] = {}
     forms_of: dict[str, Forms] = {}
     for record in records:
-        positives_of.setdefault(record.query, {}).update(dict.fromkeys(number_of[text] for text in record.positive))
+        positives_of.setdefault(record.query, {}).update(dict.fromkeys(index_of[text] for text in record.positive))
         forms = forms_of.setdefault(record.query, Forms())
         for text, name in zip_longest(record.positive, (record.document_ids or ())[:len(record.positive)]):
-            forms.add(NamedDocument(number_of[text], text, 0, name))
-    excluded_of = never_negatives(lambda: _named_documents(records, corpus, number_of), positives_of, forms_of,
+            forms.add(NamedDocument(index_of[text], text, 0, name))
+    excluded_of = never_negatives(lambda: _named_documents(records, corpus, index_of), positives_of, forms_of,
                                   query_too=not mine_query_text)
-    asked: dict[tuple[str, str, str | None], int] = {}
-    query_of_row = [asked.setdefault((prompt, record.query, record.instruction), len(asked))
+    queries: dict[tuple[str, str, str | None], int] = {}
+    query_of_row = [queries.setdefault((prompt, record.query, record.instruction), len(queries))
                     for prompt, record in zip(prompts, records, strict=True)]
     first_row: dict[int, int] = {}
     for row, query in enumerate(query_of_row):
         first_row.setdefault(query, row)
-    return MiningTask(queries=[prompt + text for prompt, text, _ in asked], query_of_row=query_of_row,
+    return MiningTask(queries=[prompt + text for prompt, text, _ in queries], query_of_row=query_of_row,
                       row_of_query=list(first_row.values()), documents=documents,
-                      positives=[list(positives_of[text]) for _, text, _ in asked],
-                      excluded=[excluded_of[text] for _, text, _ in asked],
-                      names=_names(_named_documents(records, corpus, number_of)))
+                      positives=[list(positives_of[text]) for _, text, _ in queries],
+                      excluded=[excluded_of[text] for _, text, _ in queries],
+                      names=_names(_named_documents(records, corpus, index_of)))
 
 
 def _named_documents(records: Sequence[Record], corpus: CorpusTexts | None,
-                     number_of: Mapping[str, int]) -> Iterator[NamedDocument]:
-    """The documents of the task as the rows have them, then as the corpus has them."""
+                     index_of: Mapping[str, int]) -> Iterator[NamedDocument]:
+    """The task's documents as in the rows, then as in the corpus."""
     for record in records:
         for text, name in zip_longest((*record.positive, *record.negatives), record.document_ids or ()):
-            if text in number_of:
-                yield NamedDocument(number_of[text], text, 0, name)
+            if text in index_of:
+                yield NamedDocument(index_of[text], text, 0, name)
     for text, name, length in () if corpus is None else zip_longest(*corpus):
-        yield NamedDocument(number_of[text], text, length or 0, name)
+        yield NamedDocument(index_of[text], text, length or 0, name)
 
 
 def _names(documents: Iterable[NamedDocument]) -> dict[int, str]:
@@ -153,19 +153,19 @@ def _names(documents: Iterable[NamedDocument]) -> dict[int, str]:
     names: dict[int, str] = {}
     for document in documents:
         if document.name is not None:
-            names.setdefault(document.number, document.name)
+            names.setdefault(document.document, document.name)
     return names
 
 
 def read_corpus(path: str, key: str = "--corpus") -> CorpusTexts:
-    """The documents of rows `{"text": str, "title"?: str, "_id"?: str}`.
+    """Read the documents of rows `{"text": str, "title"?: str, "_id"?: str}`.
 
-    A document is `title + " " + text` where the title is not empty. Its id may also be called `docid` or `id`, and be
-    an integer; null where there is none.
+    A document is `title + " " + text` where the title is not empty. Its id may also have the key `docid` or `id`, and
+    may be an integer or absent.
 
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
-        DataError: a row cannot be used, or there is no row.
+        DataError: a row is invalid, or the file has no rows.
     """
     texts: list[str] = []
     names: list[str | None] = []
@@ -182,7 +182,7 @@ def read_corpus(path: str, key: str = "--corpus") -> CorpusTexts:
 
 
 def _optional_name(row: Row, source: str) -> str | None:
-    """The id of a row, null where it has none."""
+    """The id of a row, or None."""
     for key in ID_KEYS:
         value = row.get(key)
         if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and value.strip()):
@@ -191,35 +191,35 @@ def _optional_name(row: Row, source: str) -> str | None:
 
 
 def write_rows(file: TextIO, records: Sequence[Record], task: MiningTask, mined: Sequence[Mined]) -> None:
-    """One row for each row, in order: the mined negatives in place of its own, and the scores of both kinds.
+    """Write each row, in order, with the mined negatives instead of its own and the scores of its documents.
 
-    `teacher_scores` holds the row's positives first, then the negatives. A row of whose documents any has an id gets
-    `positive_ids` and `negative_ids`: the row's own, those of the rows and the corpus, and for a document without one
-    a hash of its text, which keeps apart what equal texts do anyway.
+    `teacher_scores` contains the scores of the row's positives, then of the negatives. A row with an id for any of its
+    documents gets `positive_ids` and `negative_ids`: the row's own ids, those of other rows and the corpus, and for a
+    document without an id a hash of its text, which is equal only for equal texts.
     """
-    number_of = {text: number for number, text in enumerate(task.documents)}
+    index_of = {text: index for index, text in enumerate(task.documents)}
     for record, query in zip(records, task.query_of_row, strict=True):
-        found = mined[query]
-        score_of = dict(zip(task.positives[query], found.positive_scores, strict=True))
+        result = mined[query]
+        score_of = dict(zip(task.positives[query], result.positive_scores, strict=True))
         row: dict[str, object] = {"query": record.query, "positive": list(record.positive),
-                                  "negatives": [task.documents[number] for number, _ in found.negatives]}
+                                  "negatives": [task.documents[document] for document, _ in result.negatives]}
         if record.instruction is not None:
             row["instruction"] = record.instruction
-        row["teacher_scores"] = [*(score_of[number_of[text]] for text in record.positive),
-                                 *(score for _, score in found.negatives)]
-        ids = _ids_of(record, [number_of[text] for text in record.positive], found, task)
+        row["teacher_scores"] = [*(score_of[index_of[text]] for text in record.positive),
+                                 *(score for _, score in result.negatives)]
+        ids = _ids_of(record, [index_of[text] for text in record.positive], result, task)
         if ids is not None:
             row["positive_ids"], row["negative_ids"] = ids[:len(record.positive)], ids[len(record.positive):]
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _ids_of(record: Record, positives: Sequence[int], found: Mined, task: MiningTask) -> list[str] | None:
-    """Of the row's positives, then of its mined negatives; null where none has one."""
-    numbers = [*positives, *(number for number, _ in found.negatives)]
-    known: list[str | None] = [task.names.get(number) for number in numbers]
+def _ids_of(record: Record, positives: Sequence[int], mined: Mined, task: MiningTask) -> list[str] | None:
+    """Ids of the row's positives, then of its mined negatives; None if none of them has one."""
+    documents = [*positives, *(document for document, _ in mined.negatives)]
+    known: list[str | None] = [task.names.get(document) for document in documents]
     if record.document_ids is not None:
         known[:len(positives)] = record.document_ids[:len(positives)]
     if not any(name is not None for name in known):
         return None
-    return [id_from_text(task.documents[number]) if name is None else name
-            for number, name in zip(numbers, known, strict=True)]
+    return [id_from_text(task.documents[document]) if name is None else name
+            for document, name in zip(documents, known, strict=True)]

@@ -1,5 +1,6 @@
 """Forward passes with Megatron's own schedules, for training's first pass and for inference."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,6 +51,19 @@ def run_schedule(
         forward_step_func=forward_step, data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks), num_microbatches=len(batches), seq_length=batches[0].num_tokens, micro_batch_size=1,
         forward_only=forward_only, collect_non_loss_data=forward_only)
+
+
+@contextlib.contextmanager
+def evaluation_mode(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Context in which dropout is off; each chunk's training mode is restored at the end."""
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, training in zip(chunks, was_training, strict=True):
+            chunk.train(training)
 
 
 def unwrapped(chunk: torch.nn.Module) -> EmbeddingModel:

@@ -1,4 +1,4 @@
-"""The interface between a step and its loss: the step, its two passes and its metrics know no more of it than this."""
+"""The interface between a step and its loss: all that the step, its two passes and its metrics know of it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_embed.batch import StepBatch
-from megatron_embed.losses.matryoshka import MatryoshkaDim
+from megatron_embed.config.schema import RunConfig
+from megatron_embed.losses.matryoshka import MatryoshkaDim, matryoshka_dims
 from megatron_embed.objectives.learned_scale import LearnedScale
 
 Batch = TypeVar("Batch", bound=StepBatch)
@@ -39,6 +40,11 @@ class LossGradient:
     """Over these rows of all data-parallel ranks."""
     embeddings: Tensor
     """[rows/dp, dim], gradient of (the summed loss of these rows of all ranks / total)."""
+
+
+def configured_dims(config: RunConfig) -> tuple[MatryoshkaDim, ...]:
+    """The dimensions over which a configuration takes its loss."""
+    return matryoshka_dims(config.embedding.matryoshka_dims, config.objective.matryoshka_weights)
 
 
 def matryoshka_names(dims: Sequence[MatryoshkaDim]) -> tuple[str, ...]:

@@ -7,9 +7,8 @@ import torch.distributed as dist
 
 from megatron_embed.config.objective import CONTRASTIVE, LABELLED_PAIRS
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.losses.matryoshka import matryoshka_dims
 from megatron_embed.objectives import contrastive, hard_negatives, labelled_pairs
-from megatron_embed.objectives.base import Objective, matryoshka_names
+from megatron_embed.objectives.base import Objective, configured_dims, matryoshka_names
 from megatron_embed.objectives.contrastive import Contrastive
 from megatron_embed.objectives.hard_negatives import HardNegatives
 from megatron_embed.objectives.labelled_pairs import LabelledPairs
@@ -20,7 +19,7 @@ from megatron_embed.parallel.topology import ModelParallelGroups
 
 def metric_names(config: RunConfig) -> tuple[str, ...]:
     """The names of the metrics of an embedding model's objective, without building it."""
-    dims = matryoshka_names(matryoshka_dims(config.embedding.matryoshka_dims, config.objective.matryoshka_weights))
+    dims = matryoshka_names(configured_dims(config))
     if config.objective.loss in LABELLED_PAIRS:
         return labelled_pairs.metric_names(config.objective.loss) + dims
     if config.objective.loss not in CONTRASTIVE:
@@ -38,16 +37,10 @@ def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torc
         groups: to split a loss over the global batch among the tensor- and context-parallel ranks of a replica; None:
             each of them computes all of it.
     """
-    loss, normalize = config.objective.loss, config.embedding.unit_length
-    dims = matryoshka_dims(config.embedding.matryoshka_dims, config.objective.matryoshka_weights)
-    if loss in LABELLED_PAIRS:
-        return LabelledPairs(config.objective, dims, normalize=normalize, dp_group=dp_group)
-    if loss not in CONTRASTIVE:
-        return HardNegatives(config.objective, dims, normalize=normalize, dp_group=dp_group, device=device)
-    if groups is not None and groups.tp_cp.size() == 1:
-        groups = None
-    objective = Contrastive(
-        config.objective, dims, normalize=normalize, in_batch=config.data.all_in_batch,
-        num_positives=config.data.num_positives, dp_group=dp_group if groups is None else groups.tp_dp_cp,
-        learned=LearnedScale(config) if config.objective.learnable_temperature else None)
-    return objective if groups is None else ReplicaSplit(objective, groups.tp_cp, dp_group.size())
+    if config.objective.loss in LABELLED_PAIRS:
+        return LabelledPairs(config, dp_group)
+    if config.objective.loss not in CONTRASTIVE:
+        return HardNegatives(config, dp_group, device)
+    if groups is None or groups.tp_cp.size() == 1:
+        return Contrastive(config, dp_group)
+    return ReplicaSplit(Contrastive(config, groups.tp_dp_cp), groups.tp_cp, dp_group.size())

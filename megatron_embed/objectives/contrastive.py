@@ -7,8 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_embed.batch import EmbedBatch
-from megatron_embed.config.objective import ObjectiveConfig
-from megatron_embed.losses.duplicates import duplicate_mask
+from megatron_embed.config.schema import RunConfig
 from megatron_embed.losses.info_nce import (
     Candidates,
     ContrastiveSettings,
@@ -17,8 +16,15 @@ from megatron_embed.losses.info_nce import (
     contrastive_gradients,
 )
 from megatron_embed.losses.matryoshka import MatryoshkaDim, Truncated, truncate
-from megatron_embed.losses.negatives import IgnoredColumns, answered_queries, duplicates_over
-from megatron_embed.objectives.base import LossGradient, Objective, Sums, combine_dims, matryoshka_names
+from megatron_embed.losses.negatives import IgnoredColumns, answered_queries, duplicate_mask, duplicates_over
+from megatron_embed.objectives.base import (
+    LossGradient,
+    Objective,
+    Sums,
+    combine_dims,
+    configured_dims,
+    matryoshka_names,
+)
 from megatron_embed.objectives.gathering import GatheredEmbeddings, GlobalBatchIds, gather_embeddings, gather_ids
 from megatron_embed.objectives.learned_scale import LearnedScale
 from megatron_embed.objectives.splitting import split_by_micro_batch
@@ -26,40 +32,38 @@ from megatron_embed.parallel.collectives import sum_over
 
 NAMES = ("loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin", "masked_fraction",
          "negatives_per_query")
-"""In the order of InfoNCESums."""
+"""Metrics in the order of InfoNCESums."""
 
 
 class Contrastive(Objective[EmbedBatch]):
     """Each local query's positives against the rows of all data-parallel ranks.
 
+    A query with several positives has a term for each of them; together they weigh 1.
+
     Args:
-        config: the loss and its keys.
-        dims: matryoshka dimensions over which the loss is taken.
-        in_batch: False where some data set's queries have no negatives but their own hard ones.
-        num_positives: the most positives of a query; each is a term of its own, a query's terms together weigh 1.
         dp_group: data-parallel ranks, without context parallelism.
-        learned: the temperature and bias in place of the configured ones; None: those.
     """
 
-    def __init__(self, config: ObjectiveConfig, dims: tuple[MatryoshkaDim, ...], *, normalize: bool, in_batch: bool,
-                 num_positives: int, dp_group: dist.ProcessGroup, learned: LearnedScale | None = None) -> None:
-        self.learned = learned
-        self.names = NAMES + matryoshka_names(dims) + (() if learned is None else learned.names)
-        self.couples_batch = config.couples_batch
+    def __init__(self, config: RunConfig, dp_group: dist.ProcessGroup) -> None:
+        objective = config.objective
+        self.learned = LearnedScale(config) if objective.learnable_temperature else None
+        self.dims = configured_dims(config)
+        self.names = NAMES + matryoshka_names(self.dims) + (() if self.learned is None else self.learned.names)
+        self.couples_batch = objective.couples_batch
         self.settings = ContrastiveSettings(
-            temperature=config.temperature, directions=config.directions, joint=config.partition == "joint",
-            margin=config.mask_margin, relative=config.mask_margin_type == "relative", hardness=config.hardness,
-            hardness_strength=config.hardness_strength, bias=config.bias if config.loss == "sigmoid" else None)
-        self.dims = dims
-        self.normalize = normalize
-        self.mask_duplicates = config.mask_duplicates
-        self.private = config.hard_negatives == "private"
-        self.in_batch = in_batch
+            temperature=objective.temperature, directions=objective.directions, joint=objective.partition == "joint",
+            margin=objective.mask_margin, relative=objective.mask_margin_type == "relative",
+            hardness=objective.hardness, hardness_strength=objective.hardness_strength,
+            bias=objective.bias if objective.loss == "sigmoid" else None)
+        self.normalize = config.embedding.unit_length
+        self.mask_duplicates = objective.mask_duplicates
+        self.private = objective.hard_negatives == "private"
         self.dp_group = dp_group
-        self.needs_queries = any(direction.endswith("query") for direction in config.directions)
+        self.needs_queries = any(direction.endswith("query") for direction in objective.directions)
         # Without any of these, no column is ignored but the row's own positive.
-        self.needs_document_queries = (self.private or not in_batch or num_positives > 1 or len(config.directions) > 1
-                                       or config.hardness in ("in_batch_negatives", "hard_negatives"))
+        self.needs_document_queries = (
+            self.private or not config.data.all_in_batch or config.data.num_positives > 1
+            or len(objective.directions) > 1 or objective.hardness in ("in_batch_negatives", "hard_negatives"))
 
     def total(self, batch: EmbedBatch) -> float:
         """Queries of the global batch: every data-parallel rank has as many."""
@@ -69,7 +73,7 @@ class Contrastive(Objective[EmbedBatch]):
         return split_by_micro_batch(batch)
 
     def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
-        """As the base class says; `embeddings` are those of the queries, then of the documents.
+        """See Objective; `embeddings` are those of the queries, then of the documents.
 
         Ranks may differ in their numbers of rows, but not in `batch.capacity`. One all-gather of embeddings and one
         reduce-scatter of their gradients over the data-parallel group, and two small collectives (numbers of rows, text
@@ -80,8 +84,8 @@ class Contrastive(Objective[EmbedBatch]):
                          document_queries=self.needs_document_queries)
         gathered = gather_embeddings(document, query if self.needs_queries else None, batch.capacity, ids, group)
         terms = _Terms.of(batch, ids, group.rank(), embeddings.device)
-        losses = _LossOverDims(query, gathered, terms, self._columns(batch, ids, terms), self._settings(),
-                               total=total, normalize=self.normalize)
+        losses = _LossOverDims(query=query, gathered=gathered, terms=terms, columns=self._columns(batch, ids, terms),
+                               settings=self._settings(), total=total, normalize=self.normalize)
         for matryoshka in self.dims:
             losses.add(matryoshka)
         gradient = losses.gradient()
@@ -156,27 +160,30 @@ class _Terms:
             positive=document.to(device) + int(ids.num_documents[:rank].sum()), weights=weights)
 
 
+@dataclasses.dataclass(kw_only=True)
 class _LossOverDims:
-    """Sums and gradients of the loss, added up over matryoshka dimensions.
+    """Sums and gradients of the loss, added up over matryoshka dimensions."""
 
-    Args:
-        query: [queries/dp, dim], this rank's queries.
-        gathered: the columns' embeddings, of all ranks.
-        columns: the columns without their embeddings.
-    """
-
-    def __init__(self, query: Tensor, gathered: GatheredEmbeddings, terms: _Terms, columns: Candidates,
-                 settings: ContrastiveSettings, *, total: float, normalize: bool) -> None:
-        self.query, self.gathered, self.terms, self.columns = query, gathered, terms, columns
-        self.settings, self.total, self.normalize = settings, total, normalize
-        self.sums: list[InfoNCESums] = []
-        self.grad_scale: list[Tensor] = []
-        """Per dimension [2] float64, weighted gradient with respect to log scale and bias."""
-        self.grad_query: Tensor | None = None
-        self.grad_document: Tensor | None = None
-        self.grad_query_columns: Tensor | None = None
+    query: Tensor
+    """[queries/dp, dim], this rank's queries."""
+    gathered: GatheredEmbeddings
+    """The columns' embeddings, of all ranks."""
+    terms: _Terms
+    columns: Candidates
+    """The columns without their embeddings."""
+    settings: ContrastiveSettings
+    total: float
+    normalize: bool
+    sums: list[InfoNCESums] = dataclasses.field(default_factory=list)
+    """Per dimension."""
+    grad_scale: list[Tensor] = dataclasses.field(default_factory=list)
+    """Per dimension [2] float64, weighted gradient with respect to log scale and bias."""
+    grad_query: Tensor | None = None
+    grad_document: Tensor | None = None
+    grad_query_columns: Tensor | None = None
 
     def add(self, matryoshka: MatryoshkaDim) -> None:
+        """Add the loss at one dimension."""
         query, documents = self._truncate(self.query, matryoshka), self._truncate(self.gathered.document, matryoshka)
         queries = None if self.gathered.query is None else self._truncate(self.gathered.query, matryoshka)
         candidates = dataclasses.replace(self.columns, document=documents.embeddings,

@@ -6,11 +6,17 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_embed.batch import EmbedBatch
-from megatron_embed.config.objective import ObjectiveConfig
-from megatron_embed.losses.distill import kl_distillation, margin_mse
-from megatron_embed.losses.matryoshka import MatryoshkaDim, truncate_with_graph
-from megatron_embed.losses.pairwise import triplet
-from megatron_embed.objectives.base import LossGradient, Objective, Sums, combine_dims, matryoshka_names
+from megatron_embed.config.schema import RunConfig
+from megatron_embed.losses.hard_negatives import kl_distillation, margin_mse, triplet
+from megatron_embed.losses.matryoshka import truncate_with_graph
+from megatron_embed.objectives.base import (
+    LossGradient,
+    Objective,
+    Sums,
+    combine_dims,
+    configured_dims,
+    matryoshka_names,
+)
 from megatron_embed.objectives.splitting import split_by_micro_batch
 from megatron_embed.parallel.collectives import sum_over
 
@@ -27,15 +33,15 @@ class HardNegatives(Objective[EmbedBatch]):
 
     couples_batch = False
 
-    def __init__(self, config: ObjectiveConfig, dims: tuple[MatryoshkaDim, ...], *, normalize: bool,
-                 dp_group: dist.ProcessGroup, device: torch.device) -> None:
-        self.names = NAMES + matryoshka_names(dims)
-        self.loss = config.loss
-        self.margin = TRIPLET_MARGIN if config.margin is None else config.margin
-        self.temperature = config.temperature
-        self.teacher_temperature = config.teacher_temperature or config.temperature
-        self.dims = dims
-        self.normalize = normalize
+    def __init__(self, config: RunConfig, dp_group: dist.ProcessGroup, device: torch.device) -> None:
+        objective = config.objective
+        self.dims = configured_dims(config)
+        self.names = NAMES + matryoshka_names(self.dims)
+        self.loss = objective.loss
+        self.margin = TRIPLET_MARGIN if objective.margin is None else objective.margin
+        self.temperature = objective.temperature
+        self.teacher_temperature = objective.teacher_temperature or objective.temperature
+        self.normalize = config.embedding.unit_length
         self.dp_group = dp_group
         self.device = device
 
@@ -51,8 +57,7 @@ class HardNegatives(Objective[EmbedBatch]):
         return split_by_micro_batch(batch)
 
     def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
-        """As the base class says; `embeddings` are those of the queries, then of the documents. One all-reduce of the
-        sums."""
+        """See Objective; `embeddings` are those of the queries, then of the documents. One all-reduce of the sums."""
         values, leaf = [], embeddings.detach().requires_grad_()
         with torch.enable_grad():
             weighted = leaf.new_zeros(())

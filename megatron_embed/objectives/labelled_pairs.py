@@ -7,10 +7,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_embed.batch import EmbedBatch
-from megatron_embed.config.objective import ObjectiveConfig
+from megatron_embed.config.schema import RunConfig
 from megatron_embed.losses import pairwise
-from megatron_embed.losses.matryoshka import MatryoshkaDim, truncate_with_graph
-from megatron_embed.objectives.base import LossGradient, Objective, Sums, combine_dims, matryoshka_names
+from megatron_embed.losses.matryoshka import truncate_with_graph
+from megatron_embed.objectives.base import (
+    LossGradient,
+    Objective,
+    Sums,
+    combine_dims,
+    configured_dims,
+    matryoshka_names,
+)
 from megatron_embed.objectives.splitting import split_by_micro_batch
 from megatron_embed.parallel.collectives import gather_padded, sum_over
 
@@ -33,17 +40,16 @@ class LabelledPairs(Objective[EmbedBatch]):
     `angle`, whose labels may have any range, do not have them.
     """
 
-    def __init__(self, config: ObjectiveConfig, dims: tuple[MatryoshkaDim, ...], *, normalize: bool,
-                 dp_group: dist.ProcessGroup) -> None:
-        self.base_names = metric_names(config.loss)
-        self.names = self.base_names + matryoshka_names(dims)
-        self.couples_batch = config.couples_batch
-        self.config = config
-        self.margin = MARGIN if config.margin is None else config.margin
+    def __init__(self, config: RunConfig, dp_group: dist.ProcessGroup) -> None:
+        self.settings = objective = config.objective
+        self.dims = configured_dims(config)
+        self.base_names = metric_names(objective.loss)
+        self.names = self.base_names + matryoshka_names(self.dims)
+        self.couples_batch = objective.couples_batch
+        self.margin = MARGIN if objective.margin is None else objective.margin
         self.similarity: Callable[[Tensor, Tensor], Tensor] = (
-            pairwise.angle_similarity if config.loss == "angle" else pairwise.cosine)
-        self.dims = dims
-        self.normalize = normalize
+            pairwise.angle_similarity if objective.loss == "angle" else pairwise.cosine)
+        self.normalize = config.embedding.unit_length
         self.dp_group = dp_group
 
     def total(self, batch: EmbedBatch) -> float:
@@ -55,7 +61,7 @@ class LabelledPairs(Objective[EmbedBatch]):
         return split_by_micro_batch(batch)
 
     def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
-        """As the base class says; `embeddings` are those of the pairs' first texts, then of the second ones.
+        """See Objective; `embeddings` are those of the pairs' first texts, then of the second ones.
 
         One all-reduce of the sums and, for a loss of all pairs together, one all-gather of similarities at all
         dimensions and labels.
@@ -82,7 +88,7 @@ class LabelledPairs(Objective[EmbedBatch]):
         """(per dimension: summed loss of these pairs and their number, [dimensions, pairs] gradient of the sums)."""
         with torch.enable_grad():
             leaf = similarity.requires_grad_()
-            terms = (pairwise.cosine_similarity(leaf, label) if self.config.loss == "cosine_similarity"
+            terms = (pairwise.cosine_similarity(leaf, label) if self.settings.loss == "cosine_similarity"
                      else pairwise.contrastive(leaf, label, self.margin))
             (gradient,) = torch.autograd.grad(terms.sum(), leaf)
         return [(loss, len(label)) for loss in terms.detach().sum(dim=1)], gradient
@@ -105,9 +111,9 @@ class LabelledPairs(Objective[EmbedBatch]):
                 gradient[start : start + pairs].T.contiguous())
 
     def _loss_of_all(self, similarity: Tensor, label: Tensor) -> Tensor:
-        if self.config.loss == "online_contrastive":
+        if self.settings.loss == "online_contrastive":
             return pairwise.online_contrastive(similarity, label, self.margin)[0]
-        return pairwise.cosent(similarity, label, self.config.temperature)
+        return pairwise.cosent(similarity, label, self.settings.temperature)
 
 
 def _values(loss: tuple[Tensor, int], similarity: Tensor, label: Tensor) -> Tensor:

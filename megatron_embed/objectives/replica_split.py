@@ -39,8 +39,7 @@ class ReplicaSplit(Objective[EmbedBatch]):
         return self.inner.split(batch)
 
     def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
-        """As the base class says. The inner objective's collectives, then one all-gather of the gradients over
-        `tp_cp_group`."""
+        """See Objective. The inner objective's collectives, then one all-gather of the gradients over `tp_cp_group`."""
         size, capacity = self.tp_cp_group.size(), self._capacity(batch.capacity)
         parts = [_rows_of(batch, rank, size) for rank in range(size)]
         queries, documents = parts[self.tp_cp_group.rank()]

@@ -57,7 +57,7 @@ class Reranking(Objective[RerankBatch]):
         return parts
 
     def __call__(self, embeddings: Tensor, batch: RerankBatch, *, total: float) -> LossGradient:
-        """As the base class says; `embeddings` are scores [documents, 1]. One all-reduce of ten numbers."""
+        """See Objective; `embeddings` are scores [documents, 1]. One all-reduce of ten numbers."""
         device, gradient = embeddings.device, embeddings
         values = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
         if batch.num_queries:

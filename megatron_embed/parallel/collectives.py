@@ -1,11 +1,15 @@
 """Collectives over explicit groups, on tensors and small values."""
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_embed.errors import PreemptedError, UserError
 from megatron_embed.platform import stop_signal as stop
+
+Value = TypeVar("Value")
 
 
 def gather_padded(rows: Tensor, capacity: int, group: dist.ProcessGroup) -> Tensor:
@@ -77,6 +81,20 @@ def leave_if_asked() -> None:
     """
     if stop.held() and smallest(-int(stop.asked())) < 0:
         raise PreemptedError(f"stopped ({stop.reason() or 'another rank was asked to'}) between two batches")
+
+
+def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This rank's position in the group and the number of its ranks; (0, 1) without a group."""
+    return (0, 1) if group is None else (group.rank(), group.size())
+
+
+def gather_objects(value: Value, group: dist.ProcessGroup | None) -> list[Value]:
+    """Each rank's value, in rank order, on every rank. One all-gather of objects over the group, if there is one."""
+    if group is None or group.size() == 1:
+        return [value]
+    values = [value] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def broadcast_from_rank0(text: str) -> str:

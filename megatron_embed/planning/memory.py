@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
+from megatron_embed.names import LOSS_TILE_ELEMENTS
 from megatron_embed.planning.parameters import AdaptedLinears, Parameters, held_parameters, stage_layers
 
 GIB = 2**30
@@ -17,8 +18,6 @@ RESERVE_BYTES = 3 * GIB
 """CUDA context and NCCL's buffers of half a dozen process groups."""
 FRAGMENTATION = 0.06
 """Share of everything else that the allocator loses to fragmentation, with expandable segments."""
-LOSS_TILE_ELEMENTS = 1 << 24
-"""Similarities of one tile, as in losses/info_nce.py."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}
 """Bytes of a parameter; `auto` as on the GPUs that plans are for."""
 

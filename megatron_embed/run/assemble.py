@@ -101,14 +101,15 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest) -> 
     best = best_checkpoint(config, first_step)
     writer = build_writer(inputs, first_step, active=topology.rank == 0)
     saver = build_saver(inputs, state, best)
-    hooks = build_hooks(inputs, parts, build_evaluation(inputs, topology, gradients, parts), best, saver, stop)
     health = Health(config, functools.partial(sources_of_step, inputs), config.log_directory,
                     active=topology.rank == 0)
+    hooks = build_hooks(inputs, parts, build_evaluation(inputs, topology, gradients, parts), best, saver, stop,
+                        writer, health)
     for model in models:
         model.train()
     # Without checkpoints there is nothing to finish: the ranks then leave at once.
     with parts.loader, contextlib.nullcontext() if saver is None else finishing():
-        metrics = train(config, trainer, hooks, writer, topology, health, first_step=first_step,
+        metrics = train(config, trainer, hooks, topology, first_step=first_step,
                         train_steps=inputs.last_step, evaluation_owed=inputs.resume_state.evaluation_owed)
     if metrics and parts.show_vectors is not None:
         parts.show_vectors()
@@ -137,12 +138,13 @@ def build_saver(inputs: Inputs, state: TrainingState, best: BestCheckpoint | Non
 
 
 def build_hooks(inputs: Inputs, parts: TaskParts, evaluate: Callable[[], dict[str, float]] | None,
-                best: BestCheckpoint | None, saver: Saver | None, stop: StopRequest) -> Hooks:
+                best: BestCheckpoint | None, saver: Saver | None, stop: StopRequest, writer: MetricsWriter,
+                health: Health) -> Hooks:
     """What the training loop calls."""
     return Hooks(load_batch=parts.loader.batch,
                  agree=None if inputs.config.training.micro_batch_tokens is None else parts.agree, evaluate=evaluate,
                  is_best=None if best is None else best.improves, is_over=lambda: best is not None and best.is_over,
-                 saver=saver, stop=stop)
+                 saver=saver, stop=stop, writer=writer, health=health)
 
 
 def checkpoint_to_export(config: RunConfig, best: BestCheckpoint | None, models: Sequence[EmbeddingModel],

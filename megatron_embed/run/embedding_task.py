@@ -23,7 +23,7 @@ from megatron_embed.evaluation.beir import refuse_empty_texts
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.evaluation.reranking import similarity_of_pairs
 from megatron_embed.evaluation.retrieval import Embed
-from megatron_embed.evaluation.sts import refuse_tokenless_pairs
+from megatron_embed.evaluation.sts import refuse_empty_pairs
 from megatron_embed.evaluation.suite import EvaluationSuite
 from megatron_embed.export.embedding import PROBES, export_model, write_settings
 from megatron_embed.export.verify import ExpectedSettings
@@ -72,7 +72,7 @@ class EmbeddingTask(Task):
         for data in suite.retrieval:
             refuse_empty_texts(data, self.tokenizer)
         for pairs in suite.sts:
-            refuse_tokenless_pairs(pairs, self.tokenizer)
+            refuse_empty_pairs(pairs, self.tokenizer)
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The three kinds of evaluation that the `evaluate` command knows, from its options to metrics."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from megatron_embed.evaluation.second_stage import SecondStage
+    from megatron_embed.evaluation.rerank_stage import RerankStage
     from megatron_embed.parallel.topology import Topology
 
 
@@ -50,18 +51,19 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     data = load_beir(args.data, args.split or "test", drop_own_id=args.drop_own_id)
     import torch.distributed as dist
 
-    from megatron_embed.evaluation.retrieval import Widths, evaluate_queries, mean_metrics
+    from megatron_embed.evaluation.retrieval import Rankings, evaluate_queries, mean_metrics
     from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.loading.prompts import given_prompts
     from megatron_embed.parallel.collectives import raise_on_all_ranks
 
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
-    widths = Widths(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100)
-    widths.check(encoder.dim)
-    second_stage = None if args.reranker is None else open_second_stage(args, data.query_texts, topology)
+    rankings = Rankings(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100)
+    rankings.check(encoder.dim)
+    if args.reranker is not None:
+        rankings = dataclasses.replace(rankings, rerank=open_rerank_stage(args, data.query_texts, topology))
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
-    per_query = evaluate_queries(encode, data, similarity=model.saved.similarity, widths=widths,
-                                 second_stage=second_stage, group=dist.group.WORLD, device=topology.device)
+    per_query = evaluate_queries(encode, data, similarity=model.saved.similarity, rankings=rankings,
+                                 group=dist.group.WORLD, device=topology.device)
     if args.per_query is not None:
         raise_on_all_ranks(write_queries(args.per_query, per_query) if topology.rank == 0 else None)
     return mean_metrics(per_query), topology.rank
@@ -76,13 +78,13 @@ def write_queries(output: str, per_query: "Mapping[str, Mapping[str, float]]") -
     return write_atomic("--per-query", output, write)
 
 
-def open_second_stage(args: argparse.Namespace, queries: "Sequence[str]", topology: "Topology") -> "SecondStage":
+def open_rerank_stage(args: argparse.Namespace, queries: "Sequence[str]", topology: "Topology") -> "RerankStage":
     """The model of --reranker, once it is known to have room for every query.
 
     It ranks by the scores before the activation, since probabilities may tie.
     """
     from megatron_embed.data.pair_tokenizer import Pair
-    from megatron_embed.evaluation.second_stage import SecondStage
+    from megatron_embed.evaluation.rerank_stage import RerankStage
     from megatron_embed.loading.reranker import open_scorer
 
     scorer, _, _ = open_scorer(args.reranker, key="--reranker", dtype=args.dtype, overrides=args.overrides,
@@ -93,7 +95,7 @@ def open_second_stage(args: argparse.Namespace, queries: "Sequence[str]", topolo
         return scorer.raw_scores([Pair(query=query, document=document) for query, document in pairs],
                                  show_progress=topology.rank == 0)
 
-    return SecondStage(score=score, candidates=args.candidates or 100, weights=args.reranker_weight)
+    return RerankStage(score=score, candidates=args.candidates or 100, weights=args.reranker_weight)
 
 
 def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:

@@ -15,7 +15,7 @@ from megatron_embed.data.loader import StepLoader
 from megatron_embed.data.mixture import Sampler
 from megatron_embed.data.packing import PackingSpec
 from megatron_embed.evaluation.reranking import RerankData, ScorePairs, evaluate_reranking
-from megatron_embed.evaluation.suite import EvaluationSuite, together
+from megatron_embed.evaluation.suite import EvaluationSuite, average
 from megatron_embed.export.model_card import write_card
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.encoder import EmbeddingModel
@@ -160,7 +160,7 @@ class TaskParts:
 
 def evaluate_rerank_sets(sets: Sequence[RerankData], score: ScorePairs) -> dict[str, float]:
     """Reranking metrics, `rerank/ndcg@10` and so on: the mean over the sets, each set's own where there are several."""
-    results = together([(data.name, evaluate_reranking(score, data)) for data in sets])
+    results = average([(data.name, evaluate_reranking(score, data)) for data in sets])
     return {f"rerank/{name}": value for name, value in results.items()}
 
 

@@ -30,7 +30,7 @@ def agree_on_shares(batch: EmbedBatch, topology: Topology, *, keep_groups_togeth
 
 
 def agree_on_rerank_bins(batch: RerankBatch, topology: Topology) -> RerankBatch:
-    """As `agree_on_bins` for a reranker's batch, whose queries always stay whole; its shares may differ."""
+    """The same for a reranker's batch, whose queries always stay whole; its shares may differ."""
     count = largest(len(batch.micro_batches), topology.dp_group)
     return split_rerank_to_count(batch, _whole_rounds(count, topology))
 

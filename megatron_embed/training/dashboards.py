@@ -1,4 +1,4 @@
-"""What dashboards show first: TensorBoard's page of custom scalars, and a run at Weights & Biases."""
+"""First view of the dashboards: TensorBoard's page of custom scalars, and a run at Weights & Biases."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 _BOTH = r"(train|eval)/"
 _SET = r"(?!train/|eval/).*/"
-"""Of the steps whose rows are of one entry of `data.train`."""
+"""Beginning of the metrics of steps whose rows come from one entry of `data.train`."""
 _FULL, _CUT = r"eval/(?!.*dim_\d+/).*", r"eval/(.*/)?dim_\d+/"
 _LEARNED = r"(temperature|bias|log_scale_gradient|bias_gradient)$"
 
@@ -57,8 +57,8 @@ WANDB_ID_FILE = "wandb_id"
 
 
 def open_wandb(directory: Path, settings: dict[str, Any]) -> Any:
-    """A run at Weights & Biases, the one before if this run goes on. WANDB_PROJECT, WANDB_MODE and the rest of its
-    environment hold; what they leave open is project megatron-embed and the directory's name.
+    """A run at Weights & Biases; a resumed run continues its own. WANDB_PROJECT, WANDB_MODE and the rest of its
+    environment hold; the defaults are project megatron-embed and the directory's name.
 
     Args:
         settings: the resolved configuration.

@@ -49,7 +49,7 @@ class GradCache(Generic[Batch]):
         return self.two_pass(batch, batches)
 
     def two_pass(self, batch: Batch, batches: list[DeviceMicroBatch]) -> Sums:
-        """A loss over the whole global batch; activations of one micro-batch at a time (1F1B: of one per stage)."""
+        """A loss over the global batch; holds the activations of one micro-batch at a time (1F1B: of one per stage)."""
         rng = get_all_rng_states() if self.has_dropout else None
         embeddings = embed(self.chunks, batches, self.topology)                 # pass 1: no graph, every micro-batch
         grad = self._loss(embeddings, batch)                                     # the only step that sees other ranks
@@ -60,8 +60,8 @@ class GradCache(Generic[Batch]):
         def surrogate(index: int) -> Any:
             def loss(output: Tensor) -> tuple[Tensor, None]:
                 assert grad is not None, "the schedule asks only the last stage for a loss"
-                rows = batches[index].valid_rows
-                return (grad.embeddings[rows.to(output.device)] * output[: len(rows)]).sum() * factor, None
+                row_ids = batches[index].valid_rows
+                return (grad.embeddings[row_ids.to(output.device)] * output[: len(row_ids)]).sum() * factor, None
 
             return loss
 
@@ -69,7 +69,7 @@ class GradCache(Generic[Batch]):
         return self._broadcast_from_last_stage(None if grad is None else grad.sums.values)
 
     def one_pass(self, batch: Batch, batches: list[DeviceMicroBatch]) -> Sums:
-        """A loss within each micro-batch (it may communicate over the data-parallel ranks), inside the schedule."""
+        """A loss within each micro-batch, inside the schedule; it may communicate over the data-parallel ranks."""
         parts = [batch] if len(batches) == 1 else self.objective.split(batch)
         factor, total = surrogate_factor(len(batches), self.topology.dp_size), self.objective.total(batch)
 

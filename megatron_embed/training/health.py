@@ -27,7 +27,7 @@ class Health:
 
     Args:
         sources: step, from 0 -> FILE:LINE of its rows.
-        directory: where REPORT_FILE goes; null: nowhere.
+        directory: folder of REPORT_FILE; None: no file is written.
     """
 
     def __init__(self, config: RunConfig, sources: Callable[[int], Sequence[str]], directory: str | None, *,
@@ -42,7 +42,7 @@ class Health:
         """Steps of this process that were skipped."""
 
     def after_step(self, step: int, metrics: dict[str, float], *, skipped: bool) -> None:
-        """Looks at step `step` (from 0).
+        """Checks step `step` (from 0).
 
         Raises:
             ConfigError: more steps in a row were skipped than `training.max_skipped_steps` allows.
@@ -80,9 +80,9 @@ class Health:
             rows = list(self._sources(step))
         except UserError as error:
             rows = [str(error)]
-        place = "" if self._file is None else f"; all of them in {self._file}"
+        all_rows = "" if self._file is None else f"; all of them in {self._file}"
         logger.warning("step %d: %s; rows %s%s%s", step + 1, what, ", ".join(rows[:3]), ", ..." if rows[3:] else "",
-                       place if rows[3:] else "")
+                       all_rows if rows[3:] else "")
         if self._file is None:
             return
         line = {"step": step + 1, "what": what, "loss": str(metrics["loss"]), "grad_norm": str(metrics["grad_norm"]),
@@ -95,9 +95,9 @@ class Health:
 
 
 def deviations(value: float, recent: Sequence[float]) -> float:
-    """How many standard deviations `value` lies above the mean of `recent`; 0 where there are too few to tell.
+    """Standard deviations by which `value` exceeds the mean of `recent`; 0 if there are fewer than LEAST.
 
-    The deviation counts as at least 1 % of the mean: a curve that has become flat is no reason to report every ripple.
+    The deviation counts as at least 1 % of the mean: ripples of a curve that has become flat are not reported.
     """
     if len(recent) < LEAST:
         return 0.0

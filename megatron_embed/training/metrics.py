@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, the log, a progress bar on a terminal."""
+"""A run's metrics: measured speed and memory; written to metrics.jsonl, TensorBoard, Weights & Biases and the log."""
 
 import contextlib
 import json
@@ -11,11 +11,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_embed.errors import ConfigError, UserError
+from megatron_embed.models.encoder import EmbeddingModel
+from megatron_embed.parallel.collectives import largest
+from megatron_embed.parallel.topology import Topology
+from megatron_embed.planning.flops import BACKWARD_COST, BACKWARD_COST_FROZEN, forward_flops
+from megatron_embed.planning.hardware import gpu_named
+from megatron_embed.platform.heap import resident_bytes
 from megatron_embed.training.dashboards import CUSTOM_SCALARS, open_wandb
 
 logger = logging.getLogger(__name__)
@@ -23,23 +31,60 @@ logger = logging.getLogger(__name__)
 LOGGED = ("in_batch_accuracy", "accuracy", "masked_fraction", "grad_norm")
 """Metrics that a log line gives beside the loss, if the objective has them."""
 LOGGED_OF_EVALUATIONS = ("loss", "ndcg@10", "spearman")
-"""Metrics of the held-out rows, of retrieval and lists, and of pairs that a log line gives, of each set; those of
-truncated vectors are in the files alone."""
+"""Metrics of the held-out rows, of retrieval and reranking, and of pairs that a log line gives for each set; those of
+truncated vectors are only in the files."""
+
+
+class Throughput:
+    """Metrics of a run's speed and memory, from the texts of its steps.
+
+    Model FLOPs are those of one forward and one backward pass over real tokens (docs/planning.md): padding, the
+    gradient cache's other forward pass and recomputation are not counted, so they lower the utilization.
+    """
+
+    def __init__(self, models: Sequence[EmbeddingModel], topology: Topology) -> None:
+        model, self._topology = models[0], topology
+        self._shape, self._causal = model.shape, model.causal
+        trains_all = all(parameter.requires_grad for parameter in model.parameters())
+        self._cost = 1 + (BACKWARD_COST if trains_all else BACKWARD_COST_FROZEN)
+        gpu = gpu_named(torch.cuda.get_device_name(topology.device)) if topology.device.type == "cuda" else None
+        self._peak_tflops = None if gpu is None else gpu.peak_tflops
+
+    def of_step(self, *, tokens: float, squared_lengths: float, padded_tokens: float,
+                seconds: float) -> dict[str, float]:
+        """Metrics of a step of the whole run. No communication.
+
+        Args:
+            tokens, squared_lengths: sums over the step's texts of their lengths in tokens, and of the lengths' squares.
+        """
+        flops = self._cost * forward_flops(self._shape, tokens, squared_lengths, causal=self._causal)
+        tflops = flops / seconds / self._topology.world_size / 1e12
+        metrics = {"tokens_per_second": tokens / seconds, "padding_fraction": 1.0 - tokens / padded_tokens,
+                   "step_seconds": seconds, "tflops_per_rank": tflops}
+        return metrics if self._peak_tflops is None else {**metrics, "mfu": tflops / self._peak_tflops}
+
+    def memory(self) -> dict[str, float]:
+        """GiB of the rank that holds most: on a GPU the peak of its tensors since the last call, on a CPU resident
+        memory. One small all-reduce over the world."""
+        held = resident_bytes()
+        if self._topology.device.type == "cuda":
+            held = torch.cuda.max_memory_allocated(self._topology.device)
+            torch.cuda.reset_peak_memory_stats(self._topology.device)
+        return {"memory_gib": largest(held, dist.group.WORLD) / 2**30}
 
 
 class MetricsWriter:
-    """Writes on one rank; on the others (`active` false) every call does nothing.
+    """Writer of metrics on one rank; on the others (`active` false) every call does nothing.
 
-    A file that cannot be written (a full disk) is no error of a call: the other ranks would wait for this one. It is
-    kept in `error`, which the loop tells them of before the next step. Under a progress bar log lines are written
-    above it.
+    A file that cannot be written (a full disk) does not raise: the other ranks would wait for this one. It is kept in
+    `error`, which the loop raises on all ranks before the next step. A progress bar stays below the log lines.
     """
 
     def __init__(self, directory: str | None, *, tensorboard: bool, train_steps: int, first_step: int, active: bool,
                  wandb_settings: dict[str, Any] | None = None, main_metric: str | None = None) -> None:
-        """`wandb_settings`: the resolved configuration, for a run at Weights & Biases; null: none is made.
+        """`wandb_settings`: the resolved configuration, for a run at Weights & Biases; None: no such run.
 
-        `main_metric`: of evaluations, by which checkpoints are compared; their log line begins with it.
+        `main_metric`: the evaluation metric that compares checkpoints; the log line of evaluations begins with it.
         """
         self.file: TextIO | None = None
         self.board: Any = None
@@ -61,7 +106,7 @@ class MetricsWriter:
             self._above_bar.enter_context(logging_redirect_tqdm())
 
     def step(self, step: int, metrics: dict[str, float], *, log: bool) -> None:
-        """After optimizer step number `step` (from 1). `log`: whether this is one of `logging.every_steps`."""
+        """Metrics of optimizer step `step` (from 1). `log`: True for one of `logging.every_steps`."""
         if self.bar is not None:
             self.bar.update(1)
             self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", lr=f"{metrics['learning_rate']:.2e}", refresh=False)
@@ -132,8 +177,8 @@ class MetricsWriter:
 
 def write_projector(directory: str, vectors: Tensor, labels: Sequence[tuple[str, str, str]],
                     step: int) -> UserError | None:
-    """Gives TensorBoard's projector [texts, dim] with (set, role, text) of each, in place of what an earlier start of
-    the run gave it; the error if it cannot be written."""
+    """Write [texts, dim] with (set, role, text) of each for TensorBoard's projector, in place of those of an earlier
+    start of the run. Returns the error if they cannot be written."""
     from torch.utils.tensorboard import SummaryWriter
 
     rows = [[name, role, " ".join(text.split())[:120]] for name, role, text in labels]  # a line each, no tabs
@@ -145,24 +190,24 @@ def write_projector(directory: str, vectors: Tensor, labels: Sequence[tuple[str,
             board.add_embedding(vectors, metadata=rows, metadata_header=["set", "role", "text"], global_step=step,
                                 tag="evaluation")
     except OSError as error:
-        return ConfigError(f"logging.directory = {directory!r}: the projector's sheet cannot be written "
+        return ConfigError(f"logging.directory = {directory!r}: the projector's data cannot be written "
                            f"({error.strerror or error}); look at the disk, or name another directory",
                            key="logging.directory")
     return None
 
 
 def move_aside(path: Path) -> None:
-    """Keeps an earlier run's file as metrics.1.jsonl, metrics.2.jsonl, ... when a new run starts in its directory."""
+    """Keep an earlier run's file as metrics.1.jsonl, metrics.2.jsonl, ... when a new run starts in its directory."""
     if path.exists() and path.stat().st_size:
-        number = 1
-        while (kept := path.with_name(f"metrics.{number}.jsonl")).exists():
-            number += 1
+        suffix = 1
+        while (kept := path.with_name(f"metrics.{suffix}.jsonl")).exists():
+            suffix += 1
         path.rename(kept)
         logger.info("kept the metrics of an earlier run as %s", kept)
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops the lines of `metrics.jsonl` after optimizer step `step`: a resumed run writes them again."""
+    """Drop the lines of `metrics.jsonl` after optimizer step `step`: a resumed run writes them again."""
     if not path.exists():
         return
     kept = []

@@ -67,10 +67,10 @@ class AdamW(torch.optim.AdamW):
 
 
 def check_optimizer(config: RunConfig, *, has_adapters: bool, has_tied_head: bool) -> None:
-    """Raises ConfigError if section `optimizer` asks for what this machine or model cannot have. No communication."""
+    """Raise ConfigError if this machine or model does not support section `optimizer`. No communication."""
     asked = config.optimizer
     if asked.cpu_offload and not HAS_CUDA:
-        raise ConfigError("optimizer.cpu_offload = True: there is no GPU here to take anything off; set it to false",
+        raise ConfigError("optimizer.cpu_offload = True: this machine has no GPU to offload from; set it to false",
                           key="optimizer.cpu_offload")
     if asked.precision_aware and not (HAS_CUDA and HAS_TRANSFORMER_ENGINE):
         raise ConfigError("optimizer.precision_aware = True needs a GPU and Transformer Engine, whose FusedAdam it is; "
@@ -88,15 +88,15 @@ def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: T
                 bucket_size: int | None = None) -> list[torch.nn.Module]:
     """The chunks in Megatron's DistributedDataParallel, gradients in float32, and the schedule's hooks set.
 
-    `bucket_size`: parameters of a bucket, where communication overlaps computation; null: see the settings.
+    `bucket_size`: parameters of a bucket, if communication overlaps computation; None: see the settings.
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed, check_for_nan_in_grad=False,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         overlap_param_gather=config.optimizer.overlap_param_gather, bucket_size=bucket_size)
     wrapped = [DistributedDataParallel(config=chunk.config, ddp_config=ddp_config, module=chunk,
-                                       disable_bucketing=number > 0, pg_collection=topology.groups)
-               for number, chunk in enumerate(chunks)]
+                                       disable_bucketing=index > 0, pg_collection=topology.groups)
+               for index, chunk in enumerate(chunks)]
     if config.optimizer.overlap_grad_reduce:
         no_sync_until_last_microbatch(wrapped)
     tied = tied_parts(chunks)

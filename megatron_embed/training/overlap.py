@@ -1,4 +1,4 @@
-"""What keeps gradients and parameters right while they are communicated behind the computation.
+"""Correct gradients and parameters while they are communicated behind the computation.
 
 Megatron's DistributedDataParallel does the work: a bucket of gradients is reduced once all of them have been computed,
 a bucket of parameters is gathered when the first forward pass comes to it. With two passes per step the gathers belong
@@ -18,8 +18,8 @@ class NoSync:
     """Context in which a chunk sums up gradients and sends none.
 
     Megatron's own (`DistributedDataParallel.no_sync`) is a generator, and a pipeline's forward-only pass enters it
-    without leaving it: whenever Python gets round to clearing it away, which may be amid the backward passes, its end
-    lets unfinished gradients go. This one ends where it is left.
+    without leaving it: it ends when Python collects it, which may be amid the backward passes, and then sends
+    unfinished gradients. This one ends when its block does.
     """
 
     def __init__(self, chunk: DistributedDataParallel) -> None:
@@ -35,13 +35,13 @@ class NoSync:
 
 
 def no_sync_until_last_microbatch(wrapped: Sequence[DistributedDataParallel]) -> None:
-    """Tells Megatron's schedules how to keep gradients back until a step's last micro-batch."""
+    """Make Megatron's schedules reduce gradients after a step's last micro-batch only."""
     contexts = [functools.partial(NoSync, chunk) for chunk in wrapped]
     wrapped[0].config.no_sync_func = contexts if len(contexts) > 1 else contexts[0]
 
 
 def assert_gathered(wrapped: Sequence[DistributedDataParallel]) -> None:
-    """Stops a run whose forward passes used parameters that had not been gathered. For `overlap_param_gather`.
+    """Stop a run whose forward passes used parameters that had not been gathered. For `overlap_param_gather`.
 
     Megatron waits for a bucket before the call of a module that holds one of its parameters. A module that reads those
     of another would read what they were a step ago.
@@ -53,7 +53,7 @@ def assert_gathered(wrapped: Sequence[DistributedDataParallel]) -> None:
 
 
 def complete_parameters(wrapped: Sequence[torch.nn.Module]) -> None:
-    """Brings every rank's parameters up to date now instead of during the next forward pass.
+    """Bring every rank's parameters up to date now instead of during the next forward pass.
 
     Called by all ranks before anything but a training step reads parameters: checkpoints, evaluations. With
     `overlap_param_gather` one all-gather of each bucket over its data-parallel group, else nothing.

@@ -15,10 +15,10 @@ multiplied by M * dp.
 The objective divides by Q, not by the queries of a micro-batch or rank, in two passes as in one: micro-batches may hold
 different numbers of queries, and each query counts 1 / Q. With `negatives: micro_batch` L is the mean over all queries
 of the loss against the documents of the query's own micro-batch. A micro-batch that is run a second time has s = 0.
-Tensor-parallel twins compute the same embeddings from shards of the weights: no factor.
+Tensor-parallel ranks compute the same embeddings from shards of the weights: no factor.
 """
 
 
 def surrogate_factor(num_microbatches: int, dp_size: int) -> float:
-    """What a micro-batch's surrogate `sum(gradient * embedding)` is multiplied by before it goes to the schedule."""
+    """The factor of a micro-batch's surrogate `sum(gradient * embedding)` before it goes to the schedule."""
     return float(num_microbatches * dp_size)

@@ -22,7 +22,7 @@ from megatron_embed.training.overlap import complete_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """What a step works on; built once, in cli/train.py."""
+    """Model, gradients, optimizer and schedule of a run; built once, in run/assemble.py."""
 
     chunks: Sequence[torch.nn.Module]
     gradients: GradCache
@@ -30,17 +30,17 @@ class Trainer:
     scheduler: OptimizerParamScheduler
 
     def complete_parameters(self) -> None:
-        """Every rank has all parameters as the last step left them. Called by all ranks; see training/overlap.py."""
+        """Bring all parameters up to date on every rank. Called by all ranks; see training/overlap.py."""
         complete_parameters(self.chunks)
 
 
 def seed_step(seed: int, step: int, topology: Topology) -> None:
-    """Makes dropout a function of seed, step and place in the layout, so that a resumed run drops what it would have.
+    """Make dropout a function of seed, step and position in the layout, so that a resumed run repeats it.
 
-    Tensor-parallel twins share the seed; Megatron's tracker lets them differ where their shards do.
+    Tensor-parallel ranks of a replica share the seed; Megatron's tracker lets them differ where their shards do.
     """
-    place = np.random.SeedSequence([seed, step, topology.pp_rank, topology.dp_rank, topology.cp_rank])
-    model_parallel_cuda_manual_seed(int(place.generate_state(1)[0]) >> 1)
+    sequence = np.random.SeedSequence([seed, step, topology.pp_rank, topology.dp_rank, topology.cp_rank])
+    model_parallel_cuda_manual_seed(int(sequence.generate_state(1)[0]) >> 1)
 
 
 def train_step(batch: StepBatch, trainer: Trainer) -> dict[str, float]:

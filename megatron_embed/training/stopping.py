@@ -1,4 +1,4 @@
-"""Why a run should stop before its last step: a signal, or its time is up."""
+"""Reasons to stop a run before its last step: a signal, or its time is up."""
 
 import time
 
@@ -6,7 +6,7 @@ from megatron_embed.platform import stop_signal as stop
 
 
 class StopRequest:
-    """Whether this rank was asked to stop. One rank that was is enough; the loop agrees on it.
+    """A request to this rank to stop. A request to one rank is enough; the loop makes all ranks agree.
 
     Args:
         minutes: the run stops at the first step that ends later than this from now; None: no limit.
@@ -18,16 +18,16 @@ class StopRequest:
 
     @property
     def signalled(self) -> bool:
-        """Whether a signal came, here or at a rank that has said so."""
+        """True after a signal, to this rank or to one that has passed it on."""
         return stop.asked()
 
     @property
     def time_is_up(self) -> bool:
-        """Whether the time budget is spent."""
+        """True once the time budget is spent."""
         return self._deadline is not None and time.monotonic() > self._deadline
 
     def reason(self) -> str:
-        """Why to stop, in words."""
+        """The reason, for messages."""
         if stop.asked():
             return stop.reason()
         return f"training.exit_duration_minutes = {self._minutes:g}" if self.time_is_up else "another rank was asked to"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.oracle import save_model as save_experts
+from tests.helpers.embedding_reference import save_model as save_experts
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import configuration, curve, go_back, train
 from tests.helpers.toys import layout, save_model
@@ -34,12 +34,12 @@ LAYOUTS = {
     "PP2": _layout(2, pp=2), "CP2": _layout(2, cp=2), "EP2": _layout(2, ep=2), "PP2 VPP2": _layout(2, pp=2, vpp=2),
     "TP2 EP2": _layout(4, tp=2, ep=2), "EP4": _layout(4, ep=4), "DP2 PP2 EP2": _layout(4, pp=2, ep=2),
 }
-"""By name. TP2: expert tensor parallelism 1, so the experts are divided otherwise than the rest; ETP2: alike."""
+"""Layouts by name. TP2: expert tensor parallelism 1, so experts are divided otherwise than the rest; ETP2: alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What is trained, and how its optimizer keeps its state."""
+    """A model, its trained parts, and its optimizer's state."""
 
     distributed: bool = True
     adapters: tuple[str, ...] = ()
@@ -68,13 +68,13 @@ class Moves:
 
     def values(self, directory: Path, name: str) -> dict[str, Any]:
         """The configuration of a run under a layout."""
-        found = configuration(
+        values_of_run = configuration(
             self._model, directory, parallel=LAYOUTS[name].parallel, distributed=self._kind.distributed,
             checkpoint={"save_every_steps": STOP, "keep": 0}, train_steps=STEPS, learning_rate=3e-3)
-        found["model"]["dtype"] = self._kind.dtype
+        values_of_run["model"]["dtype"] = self._kind.dtype
         if self._kind.adapters:
-            found["lora"] = {"rank": 4, "target_modules": list(self._kind.adapters)}
-        return found
+            values_of_run["lora"] = {"rank": 4, "target_modules": list(self._kind.adapters)}
+        return values_of_run
 
     def uninterrupted(self, name: str) -> Path:
         """The directory of a whole run under a layout."""
@@ -84,7 +84,7 @@ class Moves:
         return directory
 
     def losses(self, name: str) -> list[float]:
-        """By step, of the uninterrupted run under a layout."""
+        """Losses of the uninterrupted run under a layout, step by step."""
         return [loss for loss, *_ in curve(self.uninterrupted(name))]
 
     def difference(self, source: str, target: str) -> float:
@@ -95,10 +95,10 @@ class Moves:
     def going_on(self, directory: Path, target: str) -> float:
         """The same, of a run that has stopped in `directory`, which is removed then."""
         run_on_ranks(train, LAYOUTS[target].ranks, self.values(directory, target), timeout_seconds=600.0)
-        found, expected = [loss for loss, *_ in curve(directory)][STOP:], self.losses("1")[STOP:]
-        assert len(found) == len(expected) == STEPS - STOP
+        losses, expected = [loss for loss, *_ in curve(directory)][STOP:], self.losses("1")[STOP:]
+        assert len(losses) == len(expected) == STEPS - STOP
         shutil.rmtree(directory)
-        return max(abs(loss - other) for loss, other in zip(found, expected, strict=True))
+        return max(abs(loss - other) for loss, other in zip(losses, expected, strict=True))
 
 
 def save_toy(path: Path, *, dense: bool = False) -> str:

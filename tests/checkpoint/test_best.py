@@ -15,14 +15,14 @@ from tests.helpers.toys import run_config
 
 
 def save(folder, step):
-    """What a save leaves, as far as names go."""
+    """Make the files of a save, empty."""
     (folder / f"step_{step:06d}").mkdir()
     (folder / f"step_{step:06d}" / INFO_FILE).write_text("{}")
 
 
 def follow(folder, values, first_step=0, metric="ndcg@10", keep=1, patience=None):
-    """A run whose evaluation after each step gives these values; gives the steps that were the best so far."""
-    best, found = BestCheckpoint(str(folder), metric, first_step, patience=patience), []
+    """(steps that were the best so far, files, target of `best`) of a run whose evaluations give these values."""
+    best, best_steps = BestCheckpoint(str(folder), metric, first_step, patience=patience), []
     for step, value in enumerate(values, first_step + 1):
         improved = best.improves(step, {metric: value, "map": 1.0})
         if improved or step % 2 == 0:
@@ -30,23 +30,23 @@ def follow(folder, values, first_step=0, metric="ndcg@10", keep=1, patience=None
             remove_old(folder, keep)
             best.mark(step, keep)
         if improved:
-            found.append(step)
+            best_steps.append(step)
         if best.is_over:
-            found.append("over")
+            best_steps.append("over")
             break
-    return found, sorted(path.name for path in folder.glob("[!e]*")), os.readlink(folder / "best")
+    return best_steps, sorted(path.name for path in folder.glob("[!e]*")), os.readlink(folder / "best")
 
 
 def test_best_is_kept_beside_the_newest(tmp_path):
-    found, names, target = run_on_ranks(follow, 1, tmp_path, [0.1, 0.3, 0.3, 0.2, 0.25, 0.1])[0]
-    assert found == [1, 2]  # equal is not better
+    improved, names, target = run_on_ranks(follow, 1, tmp_path, [0.1, 0.3, 0.3, 0.2, 0.25, 0.1])[0]
+    assert improved == [1, 2]  # equal is not better
     assert names == ["best", "step_000002", "step_000006"] and target == "step_000002"
 
 
 def test_a_resumed_run_knows_the_best_so_far(tmp_path):
     run_on_ranks(follow, 1, tmp_path, [0.1, 0.3])
-    found, names, target = run_on_ranks(follow, 1, tmp_path, [0.2, 0.2, 0.31, 0.1], first_step=2)[0]
-    assert found == [5] and target == "step_000005"
+    improved, names, target = run_on_ranks(follow, 1, tmp_path, [0.2, 0.2, 0.31, 0.1], first_step=2)[0]
+    assert improved == [5] and target == "step_000005"
     assert names == ["best", "step_000005", "step_000006"]
     # By another metric, or on a way that begins before it, the old value says nothing.
     assert run_on_ranks(follow, 1, tmp_path, [0.05], first_step=6, metric="map")[0][0] == [7]
@@ -61,19 +61,19 @@ def test_a_run_that_goes_back_forgets_what_came_later(tmp_path):
 def test_a_broken_value_is_refused(tmp_path):
     run_on_ranks(follow, 1, tmp_path, [0.1])
     (tmp_path / "best" / "best.json").write_text('{"step": ')
-    with pytest.raises(CheckpointError, match=r"best.json: not readable .*; remove .*best, and the best is sought"):
+    with pytest.raises(CheckpointError, match=r"best.json: not readable .*; remove .*best, and the best is searched"):
         BestCheckpoint(str(tmp_path), "ndcg@10", 1)
 
 
 @pytest.mark.parametrize("metric, first", [("loss", 2), ("loss@64", 2), ("negative_similarity", 2), ("margin", 1),
                                            ("few/ndcg@10", 1)])
 def test_of_losses_the_smallest_is_the_best(tmp_path, metric, first):
-    found, _, target = run_on_ranks(follow, 1, tmp_path, [0.5, 0.3, 0.4, 0.3, float("nan")], metric=metric)[0]
-    assert found == ([1, 2] if first == 2 else [1]) and target == f"step_{first:06d}"
+    improved, _, target = run_on_ranks(follow, 1, tmp_path, [0.5, 0.3, 0.4, 0.3, float("nan")], metric=metric)[0]
+    assert improved == ([1, 2] if first == 2 else [1]) and target == f"step_{first:06d}"
 
 
 def test_a_run_ends_after_as_many_evaluations_without_gain(tmp_path):
-    """On every rank alike, whatever the value that it has itself."""
+    """All ranks decide alike, whatever value each of them has."""
     results = run_on_ranks(follow_one_of_two, 2, tmp_path, [0.1, 0.3, 0.3, 0.2, 0.4, 0.1, float("nan"), 0.4, 0.9], 3)
     assert results == [[1, 2, 5, "over"]] * 2
     assert sorted(path.name for path in tmp_path.iterdir())[-1] == "step_000008"
@@ -82,39 +82,39 @@ def test_a_run_ends_after_as_many_evaluations_without_gain(tmp_path):
 def follow_one_of_two(folder, values, patience):
     import torch.distributed as dist
 
-    best, found = BestCheckpoint(str(folder), "ndcg@10", 0, patience=patience), []
+    best, improvements = BestCheckpoint(str(folder), "ndcg@10", 0, patience=patience), []
     for step, value in enumerate(values, 1):
         improved = best.improves(step, {"ndcg@10": value if dist.get_rank() == 0 else -value})
         if dist.get_rank() == 0:
             save(folder, step)
         best.mark(step, 0)
-        found += [step] if improved else []
+        improvements += [step] if improved else []
         if best.is_over:
-            return [*found, "over"]
-    return found
+            return [*improvements, "over"]
+    return improvements
 
 
 @pytest.mark.parametrize("interrupted", [2, 3, 4])
 def test_patience_survives_an_interruption(tmp_path, interrupted):
-    """Wherever the run goes on from, even before what it had evaluated already, it ends with the same step."""
+    """Wherever the run resumes, even before what it had evaluated already, it ends with the same step."""
     values = [0.1, 0.3, 0.2, 0.25, 0.1, 0.9]
     run_on_ranks(follow, 1, tmp_path, values[:interrupted], patience=3, keep=0)
     for first in (interrupted, 2):
         left = values[first:]
-        assert run_on_ranks(judged, 1, tmp_path, left, first)[0] == [False] * (4 - first) + [True], first
+        assert run_on_ranks(over_after_each, 1, tmp_path, left, first)[0] == [False] * (4 - first) + [True], first
 
 
-def judged(folder, values, first_step):
-    best, found = BestCheckpoint(str(folder), "ndcg@10", first_step, patience=3), []
+def over_after_each(folder, values, first_step):
+    best, over = BestCheckpoint(str(folder), "ndcg@10", first_step, patience=3), []
     for step, value in enumerate(values, first_step + 1):
         best.improves(step, {"ndcg@10": value})
-        found.append(best.is_over)
+        over.append(best.is_over)
         if best.is_over:
             assert BestCheckpoint(str(folder), "ndcg@10", step, patience=3).is_over  # a second start
             assert not BestCheckpoint(str(folder), "ndcg@10", step, patience=4).is_over
             assert not BestCheckpoint(str(folder), "map", step, patience=3).is_over
             break
-    return found
+    return over
 
 
 def test_a_metric_that_nothing_contributed_to_is_refused(tmp_path):
@@ -137,5 +137,5 @@ def test_the_best_of_held_out_rows_alone_is_kept_where_it_is_asked_for(tmp_path,
     config = dataclasses.replace(
         run_config("m", data={"validation_fraction": 0.1}), evaluation=EvaluationConfig(**evaluation),
         checkpoint=CheckpointConfig(directory=str(tmp_path), **checkpoint))
-    found = best_checkpoint(config, 0)
-    assert (None if found is None else found._metric) == kept
+    best = best_checkpoint(config, 0)
+    assert (None if best is None else best._metric) == kept

@@ -28,10 +28,10 @@ def train_with_bad_steps(values, bad):
             return sums
 
         spoilt.objective = trainer.gradients.objective
-        found = original(batch, step.Trainer(chunks=trainer.chunks, gradients=spoilt, optimizer=trainer.optimizer,
+        metrics = original(batch, step.Trainer(chunks=trainer.chunks, gradients=spoilt, optimizer=trainer.optimizer,
                                              scheduler=trainer.scheduler))
         done[0] += 1
-        return found
+        return metrics
 
     loop.train_step = train_step
     try:

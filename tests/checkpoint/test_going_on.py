@@ -1,4 +1,4 @@
-"""What a run may change when it goes on, what it keeps for life, when it is complete, and who may write."""
+"""A resumed run: what it may change, what it keeps for life, when it is complete, and who may write."""
 
 import fcntl
 import json
@@ -34,7 +34,7 @@ def begun(model, tmp_path_factory):
 
 @pytest.fixture
 def write(model, begun, tmp_path):
-    """A copy of that run and a configuration that goes on to 4 steps with some keys replaced."""
+    """A copy of that run and a configuration that continues to 4 steps with some keys replaced."""
 
     def write(**sections):
         directory = tmp_path / "run"
@@ -64,7 +64,7 @@ def write(model, begun, tmp_path):
 def test_what_a_run_keeps_for_life(write, tmp_path, section, key, value, words):
     path = write(**{section: {key: value}})
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    line = next(number for number, text in enumerate(Path(path).read_text().splitlines(), 1) if f"{key}:" in text)
+    line = next(line for line, text in enumerate(Path(path).read_text().splitlines(), 1) if f"{key}:" in text)
     shown = repr(value) if isinstance(value, str) else json.dumps(value)
     assert_refused(run_on_ranks(command, 2 if key == "seed" else 1, ["train", path]),
                    f"error: {path}:{line}: {section}.{key} = {shown}: ", words, "set it back, or start a new run")
@@ -127,10 +127,10 @@ def command_with_log(arguments):
     original, handler = loop.train_step, Keep()
 
     def train_step(batch, trainer):
-        found = original(batch, trainer)
+        metrics = original(batch, trainer)
         all_groups = trainer.optimizer.param_groups
         groups[:] = [({group["betas"][0] for group in all_groups}, {group["weight_decay"] for group in all_groups})]
-        return found
+        return metrics
 
     logging.getLogger("megatron_embed").addHandler(handler)
     loop.train_step = train_step

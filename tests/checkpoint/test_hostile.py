@@ -39,8 +39,8 @@ from tests.helpers.toys import save_model
 class Trap:
     """Its pickle makes a folder when it is opened without care."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = str(place)
+    def __init__(self, path: Path) -> None:
+        self.place = str(path)
 
     def __reduce__(self):
         return os.mkdir, (self.place,)

@@ -70,15 +70,15 @@ def test_keys_have_no_number_of_an_optimizer_and_both_spellings_are_read(moves, 
 
 
 def test_a_checkpoint_without_a_kind_of_parameters_is_refused():
-    from megatron_embed.checkpoint.optimizer_state import _of_kind
+    from megatron_embed.checkpoint.optimizer_state import _matching_group
     from megatron_embed.errors import CheckpointError
 
     dense = {"wd_mult": 1.0, "lr_mult": 1.0, "is_decoupled_lr": False, "is_expert_parallel": False}
     experts = dense | {"is_expert_parallel": True}
-    assert _of_kind([dense], experts) is dense
-    assert _of_kind([dense, experts], experts) is experts
+    assert _matching_group([dense], experts) is dense
+    assert _matching_group([dense, experts], experts) is experts
     with pytest.raises(CheckpointError, match=r"no group of parameters with wd_mult 0\.0, .*another model"):
-        _of_kind([dense], experts | {"wd_mult": 0.0})
+        _matching_group([dense], experts | {"wd_mult": 0.0})
 
 
 @pytest.mark.slow
@@ -86,8 +86,8 @@ def test_a_checkpoint_without_a_kind_of_parameters_is_refused():
     Kind(), Kind(distributed=False), Kind(adapters=ALL_MODULES), Kind(distributed=False, adapters=ALL_MODULES),
     Kind(adapters=EXPERTS_ALONE), Kind(distributed=False, adapters=EXPERTS_ALONE)], ids=str)
 def test_experts_go_on_at_every_layout(moves, kind):
-    found = {pair: moves(kind).difference(*pair) for pair in itertools.permutations(LAYOUTS, 2)}
-    assert {pair: difference for pair, difference in found.items() if difference >= BOUND} == {}
+    differences = {pair: moves(kind).difference(*pair) for pair in itertools.permutations(LAYOUTS, 2)}
+    assert {pair: difference for pair, difference in differences.items() if difference >= BOUND} == {}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A resumed run goes on with the curve: bit for bit at the same layout, to rounding at another; what a kill leaves."""
+"""A resumed run continues the curve: bit for bit at the same layout, to rounding at another; what a kill leaves."""
 
 import json
 import os
@@ -27,7 +27,7 @@ LEARNED = {"learnable_temperature": True, "temperature_learning_rate": 0.05}
 
 
 def temperatures(directory):
-    """By step, what a run that trains its temperature must repeat."""
+    """Metrics of each step that a run which trains its temperature must repeat."""
     lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["temperature"] for line in lines]
 
@@ -65,15 +65,15 @@ def test_run_goes_on_at_other_layouts(model, tmp_path):
     settings = {"lr_decay_style": "constant", "checkpoint": {"save_every_steps": 2, "keep": 0}}
     run_on_ranks(train, 1, configuration(model, straight, train_steps=8, **settings))
     stages = [(2, layout(2), True), (2, layout(pp=2), True), (1, layout(), True), (2, layout(), True)]
-    for number, (ranks, sizes, distributed) in enumerate(stages, 1):
-        values = configuration(model, moving, parallel=sizes, distributed=distributed, train_steps=2 * number,
+    for stage, (ranks, sizes, distributed) in enumerate(stages, 1):
+        values = configuration(model, moving, parallel=sizes, distributed=distributed, train_steps=2 * stage,
                                **settings)
         run_on_ranks(train, ranks, values)
-    found, expected = torch.tensor(curve(moving)), torch.tensor(curve(straight))
-    assert found.shape == (8, 4)
+    resumed, expected = torch.tensor(curve(moving)), torch.tensor(curve(straight))
+    assert resumed.shape == (8, 4)
     assert (expected[0, 0] - expected[-1, 0]).abs() > 0.01
-    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found[:, 1], expected[:, 1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(resumed[:, 0], expected[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(resumed[:, 1], expected[:, 1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_kill_before_latest_moves_is_survived(model, finished, tmp_path):
 
 
 def test_going_back_keeps_what_is_saved_then(model, finished, tmp_path):
-    """`latest` written by hand: the run goes on from there, and what it leaves behind is put aside, whole."""
+    """`latest` written by hand: the run resumes there, and what it leaves behind is put aside, whole."""
     directory = shutil.copytree(finished[0], tmp_path / "run")
     (directory / "latest").write_text("step_000001\n")
     (directory / "best").symlink_to("step_000003")

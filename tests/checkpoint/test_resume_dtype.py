@@ -9,7 +9,7 @@ from tests.helpers.toys import save_model
 
 
 def train_elsewhere(values):
-    """On a processor without bfloat16 instructions."""
+    """A processor without bfloat16 instructions."""
     with mock.patch("megatron_embed.models.auto_dtype.has_native_bf16", return_value=False):
         return train(values)
 

@@ -105,11 +105,11 @@ def calls_of_an_early_end(saved):
     from megatron_embed.training.stopping import StopRequest
 
     told = Told()
-    hooks = Hooks(load_batch=None, evaluate=None, agree=None, is_best=None, is_over=lambda: False, saver=told,
-                  stop=StopRequest(None))
     writer = MetricsWriter(None, tensorboard=False, train_steps=9, first_step=0, active=False)
+    hooks = Hooks(load_batch=None, evaluate=None, agree=None, is_best=None, is_over=lambda: False, saver=told,
+                  stop=StopRequest(None), writer=writer, health=None)
     with pytest.raises(PreemptedError, match="stopped after 3 steps"):
-        leave_early(hooks, writer, 3, saved)
+        leave_early(hooks, 3, saved)
     return told.calls
 
 

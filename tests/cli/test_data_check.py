@@ -95,8 +95,8 @@ def test_refusals(rows, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_the_front_in_tools(rows):
-    done = subprocess.run([sys.executable, str(REPOSITORY / "tools" / "check_data.py"), rows], capture_output=True,
+def test_the_command_in_a_process_of_its_own(rows):
+    done = subprocess.run([sys.executable, "-m", "megatron_embed", "data", "check", rows], capture_output=True,
                           text=True, cwd=REPOSITORY, env={"PYTHONPATH": str(REPOSITORY), "PATH": ""}, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{rows}: 4 rows\n")

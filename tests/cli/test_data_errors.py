@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers.oracle import save_model as save_moe
+from tests.helpers.embedding_reference import save_model as save_moe
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import assert_refused, command, settings
 from tests.helpers.toys import MINI_EN, layout, save_model

@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 
 from megatron_embed.cli.convert import FORMATS
 from megatron_embed.convert.convert import hf_to_megatron
-from tests.helpers.convert_toys import MINILM, save_toy
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
-from tests.helpers.toys import save_model
+from tests.helpers.toys import MINILM, save_model, save_toy
 
 
 @pytest.fixture(scope="module")

@@ -271,7 +271,7 @@ def test_published_directory_passes():
 
 
 def save_adapter(path, init):
-    from tests.helpers.adapter_truth import write_adapter
+    from tests.helpers.adapter_reference import write_adapter
 
     path.mkdir(parents=True)
     write_adapter(path, model_of("qwen3"))

@@ -6,8 +6,7 @@ import json
 import pytest
 
 from tests.helpers import foreign_rerankers as toys
-from tests.helpers.foreign_rerankers import decoder, encoder, saved
-from tests.helpers.foreign_rerankers_helpers import own_scores
+from tests.helpers.foreign_rerankers import decoder, encoder, own_scores, saved
 from tests.helpers.ranks import run_on_ranks
 
 IDENTITY, SIGMOID = toys.ACTIVATION["identity"], toys.ACTIVATION["sigmoid"]

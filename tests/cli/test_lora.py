@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from tests.helpers.adapter_truth import write_adapter
-from tests.helpers.oracle import save_model as save_experts
+from tests.helpers.adapter_reference import write_adapter
+from tests.helpers.embedding_reference import save_model as save_experts
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import assert_refused, command, settings
 from tests.helpers.runs import curve, go_back

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from megatron_embed.__main__ import main
 from megatron_embed.data.dataset import RecordFile
 from megatron_embed.data.records import shared_keys, text_id
-from tests.helpers.adapter_truth import write_adapter
+from tests.helpers.adapter_reference import write_adapter
 from tests.helpers.mining_runs import data, mined, model  # noqa: F401  fixtures
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command

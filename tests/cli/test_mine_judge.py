@@ -14,8 +14,7 @@ from megatron_embed.data.dataset import RecordFile
 from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate
 from tests.helpers.cross_encoders import cross_encoder  # noqa: F401  fixtures
 from tests.helpers.mining_runs import data, mined, model  # noqa: F401  fixtures
-from tests.helpers.reranker_toys import save_reranker
-from tests.helpers.toys import MINILM
+from tests.helpers.toys import MINILM, save_reranker
 
 
 def test_equals_sentence_transformers(model, cross_encoder, data, tmp_path):

@@ -76,7 +76,7 @@ def train_on_full_disk(arguments, run, part, rank):
 
 @pytest.mark.parametrize("part, rank, background", [
     ("tensors", 1, False), ("tensors", 0, True), ("link_tree", 0, False), ("write_atomically", 0, False),
-    ("make_room", 0, False)])
+    ("make_folder_on_free_disk", 0, False)])
 def test_disk_that_fills_up_during_a_save_ends_all_ranks_alike(model, tmp_path, part, rank, background):
     path = config_file(tmp_path, model, training={"train_steps": 4},
                        checkpoint={"save_every_steps": 2, "async_save": background},
@@ -136,7 +136,7 @@ def train_without_room_for_the_lock(arguments):
 def test_a_lock_that_finds_no_room_is_refused_on_all_ranks(model, tmp_path):
     path = config_file(tmp_path, model)
     assert_refused(run_on_ranks(train_without_room_for_the_lock, 2, ["train", path]),
-                   f"checkpoint.directory = {str(tmp_path / 'run')!r}", ".lock cannot be written", "make room")
+                   f"checkpoint.directory = {str(tmp_path / 'run')!r}", ".lock cannot be written", "free disk space")
 
 
 def test_a_lock_that_leads_elsewhere_is_not_followed(model, tmp_path):

@@ -7,9 +7,8 @@ from unittest import mock
 
 import pytest
 
-from tests.helpers.convert_toys import MINILM
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.toys import save_model
+from tests.helpers.toys import MINILM, save_model
 
 SPLIT = {"qwen3": ("embed_tokens", "_proj."),
          "bert": ("word_embeddings", "query", "key", "value", "intermediate.dense", "attention.output.dense.weight",

@@ -11,7 +11,7 @@ import yaml
 
 from megatron_embed.__main__ import main
 from megatron_embed.planning.shapes import find_shape, model_files
-from tests.helpers.adapter_truth import RANK, write_adapter
+from tests.helpers.adapter_reference import RANK, write_adapter
 from tests.helpers.beir_helpers import write_folder
 from tests.helpers.launcher_variables import _one_rank  # noqa: F401  without a launcher's variables
 from tests.helpers.toys import save_model

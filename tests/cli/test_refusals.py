@@ -7,7 +7,7 @@ import shutil
 import pytest
 import yaml
 
-from tests.helpers.oracle import save_model as save_experts
+from tests.helpers.embedding_reference import save_model as save_experts
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import (
     assert_refused,

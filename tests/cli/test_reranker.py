@@ -17,8 +17,7 @@ from megatron_embed.export.reranker import PROBE_PAIRS, export_reranker_checkpoi
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.reranker_runs import lists, prompt, run, run_settings
-from tests.helpers.reranker_toys import save_reranker
-from tests.helpers.toys import MINI_EN, MINILM
+from tests.helpers.toys import MINI_EN, MINILM, save_reranker
 
 
 @pytest.fixture(scope="module")

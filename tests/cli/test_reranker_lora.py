@@ -13,7 +13,7 @@ from megatron_embed.export.reranker import PROBE_PAIRS
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import assert_refused, command
 from tests.helpers.reranker_runs import prompt, run, run_settings
-from tests.helpers.reranker_toys import save_reranker
+from tests.helpers.toys import save_reranker
 
 LORA = {"rank": 4, "alpha": 16, "target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}
 
@@ -118,7 +118,7 @@ def test_yes_no_rows_stay_and_peft_asks_the_causal_model(tmp_path):
 
 @pytest.mark.slow
 def test_encoders_train_pooler_and_classifier_whole(tmp_path):
-    from tests.helpers.rerank_oracle import save_model
+    from tests.helpers.rerank_reference import save_model
 
     model = save_model(tmp_path, "encoder")
     config = run_settings(str(model), tmp_path, "score", lora={"rank": 4, "target_modules": ["query", "value"]},

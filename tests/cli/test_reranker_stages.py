@@ -9,12 +9,11 @@ from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_TEMPLATE
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.run.preflight import read_inputs
 from tests.helpers import foreign_rerankers as toys
-from tests.helpers.foreign_rerankers import decoder, encoder, saved
-from tests.helpers.foreign_rerankers_helpers import own_scores
+from tests.helpers.foreign_rerankers import decoder, encoder, own_scores, saved
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.reranker_runs import run_settings
-from tests.helpers.reranker_toys import save_reranker
+from tests.helpers.toys import save_reranker
 
 IDENTITY = toys.ACTIVATION["identity"]
 

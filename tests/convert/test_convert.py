@@ -16,7 +16,8 @@ from megatron_embed.convert.storage.safetensors_file import SafetensorsWriter
 from megatron_embed.convert.storage.sharded import parse_size
 from megatron_embed.convert.storage.torch_dist import DcpReader, DcpWriter
 from megatron_embed.errors import CheckpointError
-from tests.helpers.convert_toys import MINILM, assert_bit_equal, edit_config, edit_tensors, save_toy, tensors_of
+from tests.helpers.tensor_files import assert_bit_equal, edit_config, edit_tensors, tensors_of
+from tests.helpers.toys import MINILM, save_toy
 
 MODELS = {
     "bert": {"kind": "BertModel"},

@@ -13,7 +13,8 @@ from megatron_embed.convert.storage.copying import Copy, copy_and_verify
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.errors import CheckpointError
-from tests.helpers.convert_toys import assert_bit_equal, save_toy, tensors_of
+from tests.helpers.tensor_files import assert_bit_equal, tensors_of
+from tests.helpers.toys import save_toy
 
 DATA = bytes(range(250))
 

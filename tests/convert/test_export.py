@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 from megatron_embed.errors import CheckpointError
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verify import compare_with_sentence_transformers
-from tests.helpers.convert_toys import MINILM, save_toy
+from tests.helpers.toys import MINILM, save_toy
 
 TEXTS = ["alpha beta", "gamma", "beta beta alpha gamma delta alpha beta gamma alpha beta gamma", "delta alpha"]
 WORDS = ["[UNK]", "<eos>", "<pad>", "<bos>", "alpha", "beta", "gamma", "delta", "query", ":", "user"]

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from megatron_embed.convert.hf_directory import INDEX_FILE, HFDirectory
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter
 from megatron_embed.errors import CheckpointError
-from tests.helpers.convert_toys import MINILM, edit_config, edit_tensors, save_toy, tensors_of
+from tests.helpers.tensor_files import edit_config, edit_tensors, tensors_of
+from tests.helpers.toys import MINILM, save_toy
 
 
 def test_real_directory():

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.tables.transforms import Context
 from megatron_embed.models.families import model_shape
-from tests.helpers.convert_toys import assert_bit_equal, tensors_of
+from tests.helpers.tensor_files import assert_bit_equal, tensors_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CONFIG = """{"architectures": ["Qwen3Model"], "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": %d,

@@ -14,8 +14,9 @@ from sentence_transformers import SentenceTransformer
 from megatron_embed.__main__ import main
 from megatron_embed.convert.merge import MERGE_FILE, merge_models
 from megatron_embed.errors import CheckpointError, ConfigError
-from tests.helpers.convert_toys import MINILM, assert_bit_equal, edit_config, edit_tensors, save_toy, tensors_of
 from tests.helpers.ranks import REPOSITORY
+from tests.helpers.tensor_files import assert_bit_equal, edit_config, edit_tensors, tensors_of
+from tests.helpers.toys import MINILM, save_toy
 
 
 def trained(base, path, seed, size=1.0):

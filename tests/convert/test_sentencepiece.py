@@ -10,10 +10,10 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megatron_embed.data.tokenizer import RoleTokenizer
-from tests.helpers.convert_toys import edit_config
 from tests.helpers.families import save_family
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
+from tests.helpers.tensor_files import edit_config
 from tests.helpers.toys import MINI_EN
 
 VOCABULARY = 400

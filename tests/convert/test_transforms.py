@@ -10,7 +10,7 @@ from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.tables.transforms import Context, FuseGateUp, FuseQKV, PadVocabulary, Rename, expand_braces
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import model_shape
-from tests.helpers.convert_toys import save_toy
+from tests.helpers.toys import save_toy
 
 
 def slices_of(tensors):

@@ -7,8 +7,7 @@ from transformers import AutoTokenizer
 from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_TEMPLATE, Pair, PairTemplate, PairTokenizer
 from megatron_embed.errors import ConfigError, DataError
 from megatron_embed.export.cross_encoder import chat_template
-from tests.helpers.reranker_toys import save_bpe_tokenizer
-from tests.helpers.toys import MINILM
+from tests.helpers.toys import MINILM, save_bpe_tokenizer
 
 PAIRS = [Pair(query="Which is the largest city of {document} France?", source="rows:1",
               document="Paris, of course. It lies on the Seine."),

@@ -81,7 +81,7 @@ def test_bad_judgements(tmp_path, line, message):
         load_beir(write_folder(tmp_path, qrels=QRELS + line + "\n"))
 
 
-def test_first_line_that_is_no_header_is_not_dropped(tmp_path):
+def test_first_line_that_is_not_a_header_is_not_dropped(tmp_path):
     with pytest.raises(DataError, match=r"test\.tsv:1: score = '1\.0': must be an integer"):
         load_beir(write_folder(tmp_path, qrels="q1\td1\t1.0\n"))
 
@@ -111,7 +111,7 @@ def test_missing_files_say_what_is_there(tmp_path):
     with pytest.raises(DataError, match=r"qrels/train\.tsv: no such file; splits that exist: dev, test$"):
         load_beir(folder, split="train")
     (tmp_path / "queries.jsonl").unlink()
-    with pytest.raises(DataError, match=r"queries\.jsonl: no such file; a BEIR folder holds"):
+    with pytest.raises(DataError, match=r"queries\.jsonl: no such file; a BEIR folder contains"):
         load_beir(folder)
     with pytest.raises(DataError, match=r"nowhere/corpus\.jsonl: no such file"):
         load_beir(str(tmp_path / "nowhere"))
@@ -119,7 +119,7 @@ def test_missing_files_say_what_is_there(tmp_path):
 
 def test_texts_stay_on_the_disk(tmp_path):
     """12 MB of texts: what is held is far less, parts are views, and what is read is what the file says."""
-    rows = [{"_id": f"d{number}", "title": f"t{number}", "text": f"{number} " * 1000} for number in range(2000)]
+    rows = [{"_id": f"d{index}", "title": f"t{index}", "text": f"{index} " * 1000} for index in range(2000)]
     folder = write_folder(tmp_path, rows, qrels="q1\td1\t1\n")
     tracemalloc.start()
     try:
@@ -140,7 +140,7 @@ def test_a_corpus_that_changes_is_refused(tmp_path):
 
 
 class Read(list):
-    """Texts that know which of them were read; text 5 is gone where it is told so."""
+    """Texts that record which of them were read; with `gone`, reading text 5 fails."""
 
     def __init__(self, texts, *, gone=False):
         super().__init__(texts)
@@ -163,7 +163,7 @@ def _encoded(directory, gone):
     opened = open_model(run_config(directory))
     encoder = TextEncoder(opened.chunks, opened.topology, toy_tokenizer(directory), pooling="mean",
                           dim=find_model(directory).shape.hidden_size, kernel="sdpa", causal=False)
-    texts = Read([f"text {number}" for number in range(10)], gone=gone)
+    texts = Read([f"text {index}" for index in range(10)], gone=gone)
     try:
         vectors = encoder.encode(texts, "document")
     except DataError as error:

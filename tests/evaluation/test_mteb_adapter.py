@@ -34,8 +34,8 @@ def local_sts():
         def load_data(self, **_):
             self.dataset = DatasetDict({"test": Dataset.from_dict({
                 "sentence1": [row["query"] for row in rows],
-                "sentence2": [rows[number * (number % 3) % 20]["positive"][0] for number in range(20)],
-                "score": [float(number % 5) for number in range(20)]})})
+                "sentence2": [rows[index * (index % 3) % 20]["positive"][0] for index in range(20)],
+                "score": [float(index % 5) for index in range(20)]})})
             self.data_loaded = True
 
     return LocalSTS()
@@ -55,11 +55,11 @@ def test_a_task_of_mteb_gives_the_same_scores(stock):
         return result.task_results[0].scores["test"][0]
 
     adapter = MtebEncoder(encode, name="local/ours")
-    found, expected = scores(adapter), scores(stock)
+    ours, expected = scores(adapter), scores(stock)
     assert roles == ["query", "query"]
     for name in ("pearson", "spearman", "cosine_spearman", "euclidean_pearson"):
-        assert found[name] == pytest.approx(expected[name], abs=1e-6)
-    assert abs(found["main_score"]) > 0.01
+        assert ours[name] == pytest.approx(expected[name], abs=1e-6)
+    assert abs(ours["main_score"]) > 0.01
 
 
 def test_follows_the_protocol():
@@ -68,10 +68,10 @@ def test_follows_the_protocol():
 
     from megatron_embed.evaluation.mteb_adapter import MtebEncoder
 
-    asked = []
+    encoded = []
 
     def encode(texts, role):
-        asked.append((texts, role))
+        encoded.append((texts, role))
         return torch.ones(len(texts), 2)
 
     adapter = MtebEncoder(encode, name="local/ours", revision="3", similarity="dot")
@@ -81,7 +81,7 @@ def test_follows_the_protocol():
         vectors = adapter.encode(batches, task_metadata=None, hf_split="test", hf_subset="default",
                                  prompt_type=prompt_type, batch_size=8)
         assert vectors.shape == (3, 2) and vectors.dtype == "float32"
-        assert asked.pop() == (["a", "b", "c"], role)
+        assert encoded.pop() == (["a", "b", "c"], role)
     meta = adapter.mteb_model_meta
     assert (meta.name, meta.revision, meta.similarity_fn_name) == ("local/ours", "3", "dot")
     first, second = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])

@@ -18,11 +18,11 @@ from megatron_embed.__main__ import main
 from megatron_embed.config.load import load_config
 from megatron_embed.errors import ConfigError, DataError
 from megatron_embed.evaluation.beir import load_beir
-from megatron_embed.evaluation.retrieval import Widths, evaluate_retrieval, retrieval_metrics
-from megatron_embed.evaluation.second_stage import SecondStage
+from megatron_embed.evaluation.rerank_stage import RerankStage
+from megatron_embed.evaluation.retrieval import Rankings, evaluate_retrieval, retrieval_metrics
 from tests.helpers.beir_helpers import CORPUS, QUERIES, write_folder
 from tests.helpers.commands import evaluated
-from tests.helpers.second_stage_helpers import embed, score
+from tests.helpers.rerank_stage_helpers import embed, score
 from tests.helpers.toys import MINI_EN, MINILM
 
 HEADER = "query-id\tcorpus-id\tscore\n"
@@ -39,15 +39,15 @@ def stock_scores(folder: str) -> list[dict[str, float]]:
         query, document, label = line.split("\t")
         qrels.setdefault(query, {})[document] = int(label)
     model = SentenceTransformer(str(MINILM), device="cpu")
-    asked = [query for query in texts["queries"] if query in qrels]
-    scores = (model.encode([texts["queries"][query] for query in asked])
+    query_ids = [query for query in texts["queries"] if query in qrels]
+    scores = (model.encode([texts["queries"][query] for query in query_ids])
               @ model.encode(list(texts["corpus"].values())).T)
     metrics = []
     for drop_own_id in (False, True):
         run = {query: {name: float(value) for name, value in zip(texts["corpus"], row, strict=True)
-                       if not (drop_own_id and name == query)} for query, row in zip(asked, scores, strict=True)}
-        found = pytrec_eval.RelevanceEvaluator(qrels, set(MEASURES)).evaluate(run)
-        metrics.append({ours: float(np.mean([values[theirs.replace(".", "_")] for values in found.values()]))
+                       if not (drop_own_id and name == query)} for query, row in zip(query_ids, scores, strict=True)}
+        results = pytrec_eval.RelevanceEvaluator(qrels, set(MEASURES)).evaluate(run)
+        metrics.append({ours: float(np.mean([values[theirs.replace(".", "_")] for values in results.values()]))
                         for theirs, ours in MEASURES.items()})
     return metrics
 
@@ -55,12 +55,12 @@ def stock_scores(folder: str) -> list[dict[str, float]]:
 def published(folder: Path) -> str:
     """Twelve queries, each a document of the corpus too as in Quora, with judgements of texts that are not there."""
     rows = [json.loads(line) for line in MINI_EN.read_text().splitlines()[:24]]
-    corpus = [{"_id": f"d{number}", "title": "", "text": row["positive"][0]} for number, row in enumerate(rows)]
-    queries = [{"_id": f"q{number}", "text": row["query"]} for number, row in enumerate(rows[:12])]
+    corpus = [{"_id": f"d{index}", "title": "", "text": row["positive"][0]} for index, row in enumerate(rows)]
+    queries = [{"_id": f"q{index}", "text": row["query"]} for index, row in enumerate(rows[:12])]
     lines = []
-    for number in range(12):
-        lines.append(f"q{number}\td{number}\t{1 + number % 2}")
-        lines += [f"q{number}\tgone{number}\t1"] * (number % 3 == 0) + [f"q{number}\tq{number}\t1"] * (number == 4)
+    for index in range(12):
+        lines.append(f"q{index}\td{index}\t{1 + index % 2}")
+        lines += [f"q{index}\tgone{index}\t1"] * (index % 3 == 0) + [f"q{index}\tq{index}\t1"] * (index == 4)
     lines += ["ghost\td1\t1", "ghost\td2\t1"]
     return write_folder(folder, [*corpus, *queries], queries, HEADER + "\n".join(lines) + "\n")
 
@@ -69,8 +69,8 @@ def test_the_stock_libraries_numbers(tmp_path):
     folder = published(tmp_path / "set")
     stock = stock_scores(folder)
     for options, expected in zip(([], ["--drop-own-id"]), stock, strict=True):
-        found = evaluated(["--model", str(MINILM), "--data", folder, *options], 1)
-        assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+        metrics = evaluated(["--model", str(MINILM), "--data", folder, *options], 1)
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-4)
         assert expected["recall@100"] < 1
     assert abs(stock[0]["ndcg@10"] - stock[1]["ndcg@10"]) > 0.05
 
@@ -117,33 +117,34 @@ def test_ids_with_blanks_are_the_files_own(tmp_path):
 def ranked_by_hand(data, width, candidates, full):
     """Metrics of the best `candidates` other documents by short vectors, with their scores by full ones if `full`."""
     run, documents = {}, embed(list(data.document_texts), "document")
-    others = [[number for number, name in enumerate(data.document_ids) if name != query] for query in data.query_ids]
+    others = [[index for index, name in enumerate(data.document_ids) if name != query] for query in data.query_ids]
     for query, text, there in zip(data.query_ids, data.query_texts, others, strict=True):
         vector = embed([text], "query")
         short = (normalize(documents[:, :width], dim=1) @ normalize(vector[:, :width], dim=1).T)[there, 0]
         best = short.argsort(descending=True)[:candidates]
         scores = (normalize(documents, dim=1) @ normalize(vector, dim=1).T)[there, 0] if full else short
-        run[query] = {data.document_ids[there[place]]: float(scores[place]) for place in best.tolist()}
+        run[query] = {data.document_ids[there[row]]: float(scores[row]) for row in best.tolist()}
     return retrieval_metrics(data.qrels, run)
 
 
-def test_own_documents_are_in_no_ranking(tmp_path):
+def test_own_documents_are_in_no_ranking(tmp_path, monkeypatch):
     """Short vectors, two stages and a reranker's candidates too, where the corpus is smaller than the depth."""
     data = load_beir(published(tmp_path / "set"), drop_own_id=True)
-    asked = []
+    monkeypatch.setattr("megatron_embed.evaluation.search.DOCUMENTS_PER_CHUNK", 9)
+    scored = []
 
-    def judge(pairs):
-        asked.extend(pairs)
+    def recorded_score(pairs):
+        scored.extend(pairs)
         return score(pairs)
 
-    found = evaluate_retrieval(embed, data, widths=Widths(dims=(4,), two_stage=4, candidates=7), chunk=9,
-                               second_stage=SecondStage(score=judge, candidates=100, weights=(0.5,)))
+    stage = RerankStage(score=recorded_score, candidates=100, weights=(0.5,))
+    metrics = evaluate_retrieval(embed, data, rankings=Rankings(dims=(4,), two_stage=4, candidates=7, rerank=stage))
     for prefix, expected in (("", ranked_by_hand(data, 8, 100, False)), ("dim_4/", ranked_by_hand(data, 4, 100, False)),
                              ("two_stage_4/", ranked_by_hand(data, 4, 7, True))):
-        assert {name: found[f"{prefix}{name}"] for name in expected} == pytest.approx(expected, abs=1e-6)
-    assert asked and all(query != document for query, document in asked)
+        assert {name: metrics[f"{prefix}{name}"] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert scored and all(query != document for query, document in scored)
     whole = evaluate_retrieval(embed, load_beir(str(tmp_path / "set")))
-    assert whole["ndcg@10"] != found["ndcg@10"] > 0
+    assert whole["ndcg@10"] != metrics["ndcg@10"] > 0
 
 
 def test_a_corpus_of_the_query_alone_has_no_ranking(tmp_path):

@@ -18,8 +18,8 @@ SCORES = [0.5, 0.1, 0.9, 0.1, 0.3, 0.3, 1.0, 2.0]
 
 @pytest.fixture
 def data(tmp_path):
-    for number, form in enumerate((ROWS[::2], ROWS[1:2])):
-        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in form))
+    for index, form in enumerate((ROWS[::2], ROWS[1:2])):
+        (tmp_path / f"{index}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in form))
     return tmp_path
 
 
@@ -29,7 +29,7 @@ def test_metrics_written_out(data):
     # r (1), p (0), then the tie of q (3) and s (0): the later document of the list first.
     gains = [1, 0, 0, 3]
     ideal = 3 / math.log2(2) + 1 / math.log2(3)
-    expected = sum(gain / math.log2(2 + place) for place, gain in enumerate(gains)) / ideal
+    expected = sum(gain / math.log2(2 + rank) for rank, gain in enumerate(gains)) / ideal
     assert metrics["ndcg@10"] == pytest.approx(expected / 2, abs=1e-6)  # the second list counts 0
     assert metrics["ndcg@1"] == pytest.approx(1 / 3 / 2, abs=1e-6)
     assert metrics["mrr@10"] == pytest.approx(1 / 2, abs=1e-6)
@@ -45,19 +45,19 @@ def test_other_spelling_and_ties(data):
 def test_an_embedding_models_similarities(data):
     lists = load_rerank_file(str(data / "0.jsonl"))
     vectors = {text: torch.tensor([float(ord(text) - 96), 1.0]) for text in "acpqrsvw"}
-    asked = []
+    encoded = []
 
     def encode(texts, role):
-        asked.extend(texts)
+        encoded.extend(texts)
         return torch.stack([vectors[text] for text in texts])
 
     pairs = [pair for record in lists.lists for pair in pairs_of(record)]
     for similarity in ("cosine", "dot"):
-        found = similarity_of_pairs(encode, pairs, similarity=similarity)
+        similarities = similarity_of_pairs(encode, pairs, similarity=similarity)
         expected = [torch.nn.functional.cosine_similarity(vectors[pair.query], vectors[pair.document], dim=0)
                     if similarity == "cosine" else vectors[pair.query] @ vectors[pair.document] for pair in pairs]
-        torch.testing.assert_close(found, torch.stack(expected))
-    assert len(asked) == 2 * len(set(asked))
+        torch.testing.assert_close(similarities, torch.stack(expected))
+    assert len(encoded) == 2 * len(set(encoded))
 
 
 def test_refusals(data):

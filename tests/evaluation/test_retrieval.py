@@ -12,7 +12,7 @@ import torch
 from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.retrieval import (
-    Widths,
+    Rankings,
     evaluate_retrieval,
     metrics_per_query,
     retrieval_metrics,
@@ -21,6 +21,7 @@ from megatron_embed.evaluation.search import StreamedSearch, search
 from tests.helpers.ranks import run_on_ranks
 
 FIXTURES = Path(__file__).parent / "fixtures"
+CHUNK = "megatron_embed.evaluation.search.DOCUMENTS_PER_CHUNK"
 TREC_NAMES = {"map": "map", "ndcg@10": "ndcg_cut_10", "ndcg@100": "ndcg_cut_100", "recall@100": "recall_100",
               "precision@10": "P_10"}
 
@@ -127,12 +128,13 @@ def brute_force(queries, documents, k):
 
 @pytest.mark.parametrize("k", [1, 7, 64, 100])
 @pytest.mark.parametrize("chunk", [1, 9, 10, 63, 64, 1000])
-def test_search_equals_brute_force_with_ties(k, chunk):
+def test_search_equals_brute_force_with_ties(k, chunk, monkeypatch):
+    monkeypatch.setattr(CHUNK, chunk)
     generator = torch.Generator().manual_seed(k * chunk)
     queries = torch.randint(-2, 3, (5, 4), generator=generator).float()  # small integers: exact scores, many equal
     queries[0] = 0
     documents = torch.randint(-2, 3, (64, 4), generator=generator).float()
-    scores, indices = search(queries, documents, k, chunk=chunk)
+    scores, indices = search(queries, documents, k)
     expected_scores, expected_indices = brute_force(queries, documents, k)
     assert any(len(set(row)) < len(row) for row in expected_scores) or k == 1
     assert scores.tolist() == expected_scores
@@ -140,9 +142,10 @@ def test_search_equals_brute_force_with_ties(k, chunk):
     assert scores.dtype == torch.float32 and scores.shape == (5, min(k, 64))
 
 
-def test_search_keeps_every_bit_of_the_score():
+def test_search_keeps_every_bit_of_the_score(monkeypatch):
+    monkeypatch.setattr(CHUNK, 50)
     queries, documents = torch.randn(3, 8), torch.randn(50, 8) * 1e-3
-    scores, indices = search(queries, documents, 50, chunk=50)
+    scores, indices = search(queries, documents, 50)
     full = queries @ documents.T
     assert (full < 0).any() and (full > 0).any()
     assert torch.equal(scores, full.gather(1, indices))
@@ -155,15 +158,17 @@ def test_search_computes_in_float32():
     assert torch.equal(scores, (queries.float() @ documents.float().T).gather(1, indices))
 
 
-def test_blocks_equal_one_search():
+def test_blocks_equal_one_search(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     queries = torch.randint(-1, 2, (6, 3), generator=generator).float()
     documents = torch.randint(-1, 2, (40, 3), generator=generator).float()
-    stream = StreamedSearch(queries, 8, chunk=4)
+    whole = search(queries, documents, 8)
+    monkeypatch.setattr(CHUNK, 4)
+    stream = StreamedSearch(queries, 8)
     for start, stop in ((0, 3), (3, 3), (3, 25), (25, 40)):  # short, empty and long blocks
         stream.add(documents[start:stop])
-    for found, whole in zip(stream.result(), search(queries, documents, 8), strict=True):
-        assert torch.equal(found, whole)
+    for in_blocks, at_once in zip(stream.result(), whole, strict=True):
+        assert torch.equal(in_blocks, at_once)
 
 
 def test_negative_zero_ties_with_zero():
@@ -171,10 +176,11 @@ def test_negative_zero_ties_with_zero():
     assert indices.tolist() == [[1, 0, 2]] and scores.tolist() == [[0.0, 0.0, -1.0]]
 
 
-def test_two_stages_order_the_candidates_by_full_vectors():
+def test_two_stages_order_the_candidates_by_full_vectors(monkeypatch):
+    monkeypatch.setattr(CHUNK, 6)
     generator = torch.Generator().manual_seed(2)
     queries, documents = (torch.randn(rows, 16, generator=generator) for rows in (7, 60))
-    stream = StreamedSearch(queries[:, :4], 10, full_queries=queries, chunk=6)
+    stream = StreamedSearch(queries[:, :4], 10, full_queries=queries)
     for block in documents.split(25):
         stream.add(block[:, :4], block)
     scores, indices = stream.result()
@@ -192,20 +198,22 @@ def one_hot_data(document_ids: list[str], qrels: dict[str, dict[str, int]]) -> B
                     query_texts=[f"text of {q}" for q in qrels], qrels=qrels)
 
 
-def test_evaluate_retrieval_breaks_ties_by_document_id():
+def test_evaluate_retrieval_breaks_ties_by_document_id(monkeypatch):
     """All scores are equal: trec_eval's order is z, m, c, a whatever the order of the file."""
+    monkeypatch.setattr(CHUNK, 1)
     data = one_hot_data(["m", "a", "z", "c"], {"q": {"m": 1}})
-    metrics = evaluate_retrieval(lambda texts, role: torch.ones(len(texts), 2), data, chunk=1)
+    metrics = evaluate_retrieval(lambda texts, role: torch.ones(len(texts), 2), data)
     assert metrics["mrr@10"] == 0.5
     assert metrics["ndcg@10"] == pytest.approx(1 / math.log2(3))
     assert {"ndcg@10", "mrr@10", "recall@100", "map"} <= metrics.keys()
 
 
-def test_evaluate_retrieval_ties_at_the_cut_follow_trec_eval():
+def test_evaluate_retrieval_ties_at_the_cut_follow_trec_eval(monkeypatch):
     """Of 120 equal documents the 100 of largest id are found, so the relevant d020 is the last and d019 is not."""
-    documents = [f"d{number:03}" for number in range(120)]
+    monkeypatch.setattr(CHUNK, 7)
+    documents = [f"d{index:03}" for index in range(120)]
     data = one_hot_data(documents[::-1], {"in": {"d020": 1}, "out": {"d019": 1}})
-    metrics = evaluate_retrieval(lambda texts, role: torch.ones(len(texts), 2), data, k=100, chunk=7)
+    metrics = evaluate_retrieval(lambda texts, role: torch.ones(len(texts), 2), data, k=100)
     assert metrics["recall@100"] == 0.5
     assert metrics["map"] == pytest.approx(0.5 / 100)
 
@@ -241,13 +249,13 @@ def test_refuses_a_depth_below_the_cuts():
 def random_data(documents=300, queries=50):
     """Vectors whose leading numbers say less than all of them, and a set that asks for the nearest of each query."""
     generator = torch.Generator().manual_seed(5)
-    vectors = {f"text of d{number}": torch.randn(16, generator=generator) for number in range(documents)}
+    vectors = {f"text of d{index}": torch.randn(16, generator=generator) for index in range(documents)}
     qrels = {}
-    for number in range(queries):
-        wanted = f"d{number * 3}"
-        vectors[f"text of q{number}"] = vectors[f"text of {wanted}"] + torch.randn(16, generator=generator)
-        qrels[f"q{number}"] = {wanted: 1 + number % 3, f"d{number * 3 + 1}": 1}
-    data = one_hot_data([f"d{number}" for number in range(documents)], qrels)
+    for index in range(queries):
+        wanted = f"d{index * 3}"
+        vectors[f"text of q{index}"] = vectors[f"text of {wanted}"] + torch.randn(16, generator=generator)
+        qrels[f"q{index}"] = {wanted: 1 + index % 3, f"d{index * 3 + 1}": 1}
+    data = one_hot_data([f"d{index}" for index in range(documents)], qrels)
     return data, lambda texts, role: torch.stack([vectors[text] for text in texts])
 
 
@@ -261,18 +269,19 @@ def test_corpus_in_blocks_and_every_width(monkeypatch):
         return embed(texts, role)
 
     monkeypatch.setattr("megatron_embed.evaluation.retrieval.DOCUMENTS_AT_ONCE", 70)
-    found = evaluate_retrieval(counted, data, k=100, widths=Widths(dims=(2, 8), two_stage=4, candidates=20), chunk=33)
+    monkeypatch.setattr(CHUNK, 33)
+    metrics = evaluate_retrieval(counted, data, k=100, rankings=Rankings(dims=(2, 8), two_stage=4, candidates=20))
     assert sizes == [50, 70, 70, 70, 70, 20]
-    assert {name: value for name, value in found.items() if "/" not in name} == pytest.approx(whole, abs=1e-12)
+    assert {name: value for name, value in metrics.items() if "/" not in name} == pytest.approx(whole, abs=1e-12)
     for width in (2, 8):
         cut = evaluate_retrieval(lambda texts, role, width=width: embed(texts, role)[:, :width], data, k=100)
-        assert {name: found[f"dim_{width}/{name}"] for name in cut} == pytest.approx(cut, abs=1e-12)
-    assert found["dim_2/ndcg@10"] < found["dim_8/ndcg@10"] < found["ndcg@10"]
-    assert found["dim_8/ndcg@10"] > 0.2
+        assert {name: metrics[f"dim_{width}/{name}"] for name in cut} == pytest.approx(cut, abs=1e-12)
+    assert metrics["dim_2/ndcg@10"] < metrics["dim_8/ndcg@10"] < metrics["ndcg@10"]
+    assert metrics["dim_8/ndcg@10"] > 0.2
     # The second stage mends the order of the first, and cannot find what the first has missed.
     first = evaluate_retrieval(lambda texts, role: embed(texts, role)[:, :4], data, k=100)
-    assert first["ndcg@10"] < found["two_stage_4/ndcg@10"] < found["ndcg@10"]
-    everything = evaluate_retrieval(embed, data, k=300, widths=Widths(two_stage=1, candidates=300))
+    assert first["ndcg@10"] < metrics["two_stage_4/ndcg@10"] < metrics["ndcg@10"]
+    everything = evaluate_retrieval(embed, data, k=300, rankings=Rankings(two_stage=1, candidates=300))
     assert everything["two_stage_1/map"] == pytest.approx(everything["map"])
 
 
@@ -280,7 +289,7 @@ def evaluated_by_ranks():
     import torch.distributed as dist
 
     data, embed = random_data()
-    return evaluate_retrieval(embed, data, widths=Widths(dims=(4,), two_stage=4), group=dist.group.WORLD)
+    return evaluate_retrieval(embed, data, rankings=Rankings(dims=(4,), two_stage=4), group=dist.group.WORLD)
 
 
 def test_ranks_share_the_queries_and_agree():
@@ -289,11 +298,11 @@ def test_ranks_share_the_queries_and_agree():
     assert first == pytest.approx(one, abs=1e-12) and one["ndcg@10"] > 0.3
 
 
-@pytest.mark.parametrize("widths, words", [
-    (Widths(dims=(4, 17)), "--dims 17: the model's vectors have 16 numbers; choose 1 to 16"),
-    (Widths(two_stage=0), "--two-stage 0: the model's vectors have 16 numbers"),
+@pytest.mark.parametrize("rankings, words", [
+    (Rankings(dims=(4, 17)), "--dims 17: the model's vectors have 16 dimensions; choose 1 to 16"),
+    (Rankings(two_stage=0), "--two-stage 0: the model's vectors have 16 dimensions"),
 ])
-def test_refuses_widths_that_vectors_do_not_have(widths, words):
+def test_refuses_widths_that_vectors_do_not_have(rankings, words):
     data, embed = random_data(documents=200)
     with pytest.raises(ConfigError, match=words):
-        evaluate_retrieval(embed, data, widths=widths)
+        evaluate_retrieval(embed, data, rankings=rankings)

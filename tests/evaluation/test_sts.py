@@ -17,25 +17,25 @@ FIXTURE = Path(__file__).parent / "fixtures" / "sts_correlation.json.xz"
 
 
 def pairs(scores, texts=None):
-    texts = texts or [f"text {number}" for number in range(len(scores))]
+    texts = texts or [f"text {index}" for index in range(len(scores))]
     return StsData(path="pairs.jsonl", name="pairs", texts={"query": texts, "document": texts[::-1]}, scores=scores,
                    lines=list(range(1, len(scores) + 1)))
 
 
 def test_equal_to_the_reference_values_with_many_ties():
     fixture = json.loads(lzma.decompress(FIXTURE.read_bytes()))
-    found = correlations(torch.tensor(fixture["score"], dtype=torch.float64), pairs(fixture["gold"]))
+    metrics = correlations(torch.tensor(fixture["score"], dtype=torch.float64), pairs(fixture["gold"]))
     assert len(set(fixture["score"])) < len(fixture["score"]) / 5
-    assert found == pytest.approx({name: fixture["expected"][name] for name in ("pearson", "spearman")}, abs=1e-9)
+    assert metrics == pytest.approx({name: fixture["expected"][name] for name in ("pearson", "spearman")}, abs=1e-9)
 
 
 def test_equal_to_the_evaluator_of_sentence_transformers(tmp_path):
     rows = [json.loads(line) for line in MINI_EN.read_text().splitlines()[:24]]
-    scores = [float(number % 6) for number in range(24)]
+    scores = [float(index % 6) for index in range(24)]
     path = tmp_path / "few.jsonl"
-    path.write_text("".join(json.dumps({"text_a": row["query"], "text_b": rows[(number * score) % 24]["positive"][0],
+    path.write_text("".join(json.dumps({"text_a": row["query"], "text_b": rows[(index * score) % 24]["positive"][0],
                                         "score": score}) + "\n"
-                            for number, (row, score) in enumerate(zip(rows, map(int, scores), strict=True))))
+                            for index, (row, score) in enumerate(zip(rows, map(int, scores), strict=True))))
     data = load_sts(str(path))
     model = SentenceTransformer(str(MINILM), device="cpu")
     expected = EmbeddingSimilarityEvaluator(data.texts["query"], data.texts["document"], data.scores,
@@ -44,27 +44,27 @@ def test_equal_to_the_evaluator_of_sentence_transformers(tmp_path):
     def embed(texts, role):
         return model.encode(texts, convert_to_tensor=True) * 3.0
 
-    found = evaluate_sts(embed, data, dims=[32])
-    assert data.name == "few" and 0.05 < abs(found["spearman"]) < 1
+    metrics = evaluate_sts(embed, data, dims=[32])
+    assert data.name == "few" and 0.05 < abs(metrics["spearman"]) < 1
     for name in ("pearson", "spearman"):
-        assert found[name] == pytest.approx(float(expected[f"{name}_cosine"]), abs=1e-5)
+        assert metrics[name] == pytest.approx(float(expected[f"{name}_cosine"]), abs=1e-5)
         dot = evaluate_sts(embed, data, similarity="dot")[name]
         assert dot == pytest.approx(float(expected[f"{name}_dot"]), abs=1e-5)
     cut = evaluate_sts(lambda texts, role: embed(texts, role)[:, :32], data)
-    assert {name: found[f"dim_32/{name}"] for name in cut} == pytest.approx(cut)
-    assert found["dim_32/spearman"] != found["spearman"]
+    assert {name: metrics[f"dim_32/{name}"] for name in cut} == pytest.approx(cut)
+    assert metrics["dim_32/spearman"] != metrics["spearman"]
 
 
 def test_texts_have_the_roles_of_training():
-    asked = {}
+    embedded = {}
     data = pairs([1.0, 2.0, 3.0])
 
     def embed(texts, role):
-        asked[role] = texts
+        embedded[role] = texts
         return torch.randn(3, 4)
 
     evaluate_sts(embed, data)
-    assert asked == {"query": data.texts["query"], "document": data.texts["document"]}
+    assert embedded == {"query": data.texts["query"], "document": data.texts["document"]}
 
 
 @pytest.mark.parametrize("lines, words", [
@@ -91,7 +91,7 @@ def test_what_cannot_be_measured_is_refused():
     data = pairs([1.0, 2.0, 3.0])
     with pytest.raises(UserError, match="pairs: the similarities of the pairs are all the same or not finite"):
         evaluate_sts(lambda texts, role: torch.ones(3, 4), data)
-    with pytest.raises(ConfigError, match="--dims 5: the model's vectors have 4 numbers"):
+    with pytest.raises(ConfigError, match="--dims 5: the model's vectors have 4 dimensions"):
         evaluate_sts(lambda texts, role: torch.randn(3, 4), data, dims=[5])
 
     def fail(texts, role):

@@ -1,4 +1,4 @@
-"""Helpers of tests/evaluation/test_beir.py and other tests."""
+"""A small BEIR folder, written row by row."""
 
 import json
 from pathlib import Path

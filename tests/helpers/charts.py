@@ -1,4 +1,4 @@
-"""Helpers of tests/training/test_dashboards.py and other tests."""
+"""The charts of a metric on TensorBoard's page."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Helpers of tests/cli/test_commands.py and other tests."""
+"""A small BEIR set, and the results of `evaluate` on ranks."""
 
 import json
 

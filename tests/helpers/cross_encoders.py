@@ -1,4 +1,4 @@
-"""Helpers of tests/cli/test_mine_judge.py and other tests."""
+"""A cross-encoder with random weights, beside the model and rows of mining."""
 
 import pytest
 import torch

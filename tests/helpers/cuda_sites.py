@@ -35,23 +35,23 @@ def _text(node: ast.expr | None) -> str:
 
 def find_sites(module: str, source: str) -> list[Site]:
     """All sites of one module, in order."""
-    found: set[Site] = set()
+    sites: set[Site] = set()
 
     def visit(node: ast.AST, function: str) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             # Decorators, defaults and annotations belong to the place around, but nothing needs that precision.
             function = f"{function}.{node.name}".lstrip(".")
         for what in _needs(node):
-            found.add(Site(module=module, line=node.lineno, function=function, what=what))  # type: ignore[attr-defined]
+            sites.add(Site(module=module, line=node.lineno, function=function, what=what))  # type: ignore[attr-defined]
         for child in ast.iter_child_nodes(node):
             visit(child, function)
 
     visit(ast.parse(source), "")
-    return sorted(found)
+    return sorted(sites)
 
 
 def _needs(node: ast.AST) -> Iterator[str]:
-    """What one node, without its children, needs of CUDA."""
+    """Uses of CUDA by one node, without its children."""
     if isinstance(node, ast.Attribute):
         name = dotted(node)
         if name.startswith("torch.cuda.") and name.count(".") == 2:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from megatron_embed.config.schema import LoggingConfig, TrainFile
-from tests.helpers.cases import CURVE_STEPS, Case, Layout, run_config
+from tests.helpers.exactness_cases import CURVE_STEPS, Case, Layout, run_config
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.toys import MINI_EN
 

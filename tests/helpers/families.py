@@ -1,4 +1,4 @@
-"""A small model of every family and variant with random weights, and how far its states are from Transformers'."""
+"""A toy model of every family and variant, and the error of its token states against Transformers'."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +9,7 @@ import transformers
 
 from megatron_embed.config.schema import RunConfig
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.token_states import token_states, whole_bin
-from tests.helpers.toys import random_texts, run_config
+from tests.helpers.toys import open_model, pack_all, random_texts, run_config
 
 LENGTHS = (5, 17, 3, 40, 41, 2, 16, 61, 17)
 TOKENS = 208
@@ -24,7 +23,7 @@ ENCODER = {"vocab_size": 103, "hidden_size": 32, "num_hidden_layers": 4, "num_at
 EXPERTS = {"num_experts_per_tok": 2}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1.0e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
-"""Of the 8 frequencies of a head of 16, two stay, one is blended and five are divided."""
+"""Llama 3's rope scaling: of the 8 frequencies of a head of 16, two stay, one is blended and five are divided."""
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "BERT": ("Bert", ENCODER),
@@ -79,8 +78,45 @@ def expected_states(directory: str, ids: Sequence[list[int]], **settings: Any) -
     return torch.cat(states).float()
 
 
+def token_states(config, ids, tokens):
+    """(tp rank, cp rank, this rank's token states after the last layer); None before the last stage."""
+    from megatron_embed.models.encoder import to_device
+    from megatron_embed.models.passes import run_schedule
+
+    opened = open_model(config)
+    for chunk in opened.chunks:
+        chunk.eval()
+        chunk.forward = chunk.token_states
+    causal = opened.chunks[0].causal
+    batch = to_device(pack_all(ids, config, tokens), opened.topology, "mean", kernel="sdpa", causal=causal,
+                      shape=opened.chunks[0].shape)
+    with torch.no_grad():
+        rounds = opened.topology.pp_size if len(opened.chunks) > 1 else 1  # an interleaved pipeline takes no fewer
+        outputs = run_schedule(opened.chunks, [batch] * rounds, opened.topology, lambda index: keep_output,
+                               forward_only=True)
+    topology = opened.topology
+    return (topology.tp_rank, topology.cp_rank, outputs[0].squeeze(1)) if topology.is_last_stage else None
+
+
+def keep_output(output, non_loss_data):
+    return output
+
+
+def whole_bin(parts, config, tokens):
+    """[tokens, hidden] from the ranks' results of `token_states`."""
+    from megatron_embed.models.attention import context_chunks
+    from megatron_embed.parallel.topology import uses_sequence_parallel
+
+    tp, cp = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
+    whole = torch.full((tokens, parts[-1][2].shape[1]), torch.nan)
+    for tp_rank, cp_rank, states in filter(None, parts):
+        held = torch.cat([torch.arange(*chunk) for chunk in context_chunks(tokens, cp_rank, cp)])
+        whole[held.chunk(tp)[tp_rank] if uses_sequence_parallel(config.parallel) else held] = states
+    return whole
+
+
 def all_token_states(configs: Sequence[RunConfig], ids: Sequence[list[int]]) -> list[Any]:
-    """On every rank: `token_states` of each model."""
+    """`token_states` of each model. Called by all ranks."""
     return [token_states(config, ids, TOKENS) for config in configs]
 
 
@@ -91,15 +127,15 @@ def errors(directories: Sequence[str], layout: str, expected: Sequence[torch.Ten
                for directory in directories]
     ranks = 1 if layout == "1 rank" else 2
     per_rank = run_on_ranks(all_token_states, ranks, configs, ids)
-    found = [whole_bin([parts[number] for parts in per_rank], config, TOKENS)[: len(wanted)]
-             for number, (config, wanted) in enumerate(zip(configs, expected, strict=True))]
+    ours = [whole_bin([results[index] for results in per_rank], config, TOKENS)[: len(wanted)]
+            for index, (config, wanted) in enumerate(zip(configs, expected, strict=True))]
     return [float(torch.nan_to_num((states - wanted).abs(), nan=torch.inf).max())
-            for states, wanted in zip(found, expected, strict=True)]
+            for states, wanted in zip(ours, expected, strict=True)]
 
 
 def texts() -> list[list[int]]:
     """Token ids of the texts that are compared; one holds RoBERTa's padding token, at its beginning and later."""
-    found = random_texts(LENGTHS)
-    for place in (0, 7, 8, 20):
-        found[3][place] = 1
-    return found
+    ids = random_texts(LENGTHS)
+    for position in (0, 7, 8, 20):
+        ids[3][position] = 1
+    return ids

@@ -1,4 +1,4 @@
-"""Helpers of tests/cli/test_foreign_directories.py and other tests."""
+"""Embedding models in the directories that Sentence Transformers 2 to 5 wrote."""
 
 import atexit
 import functools

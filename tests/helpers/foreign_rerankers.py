@@ -1,4 +1,4 @@
-"""Cross-encoders as other programs write them, tiny and with random weights, and what the stock library scores."""
+"""Tiny cross-encoders as other programs write them, and their scores by the stock library and by ours."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.helpers.reranker_toys import save_reranker
-from tests.helpers.toys import MINILM
+from megatron_embed.errors import UserError
+from tests.helpers.toys import copy_tokenizer, save_reranker
 
 QUERY = "what is a quick fox"
 DOCUMENTS = ("The quick brown fox", "HELLO World of things", "a fox " * 60 + " end of document")
@@ -34,8 +34,8 @@ def read(path):
 def edit(path, **values):
     """Keys of a JSON file set; None removes one."""
     path = Path(path)
-    found = (read(path) if path.is_file() else {}) | values
-    path.write_text(json.dumps({key: value for key, value in found.items() if value is not None}), encoding="utf-8")
+    edited = (read(path) if path.is_file() else {}) | values
+    path.write_text(json.dumps({key: value for key, value in edited.items() if value is not None}), encoding="utf-8")
 
 
 def encoder(path, **config):
@@ -45,9 +45,7 @@ def encoder(path, **config):
         vocab_size=30522, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=128, initializer_range=0.3, num_labels=1)
     transformers.BertForSequenceClassification(shape).save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-        if (MINILM / name).is_file():
-            (path / name).write_bytes((MINILM / name).read_bytes())
+    copy_tokenizer(path)
     edit(path / "config.json", **config)
     return path
 
@@ -63,7 +61,7 @@ def decoder(path, kind="Qwen3ForSequenceClassification", *, jinja=None):
 
 
 def saved(path, *, message=None, answers=None, settings=None, **values):
-    """The files that Sentence Transformers adds. `answers`: of a LogitScore; `values`: of the whole model."""
+    """Add Sentence Transformers' files. `answers`: token ids of a LogitScore; `values`: the model's own settings."""
     how = {"method": "forward", "method_output_name": "logits"}
     modules = [("", "base.modules.transformer.Transformer")]
     if answers is not None:
@@ -72,14 +70,28 @@ def saved(path, *, message=None, answers=None, settings=None, **values):
         edit(path / "1_LogitScore" / "config.json", true_token_id=answers[0], false_token_id=answers[1],
              module_input_name="causal_logits")
     (path / "modules.json").write_text(json.dumps(
-        [{"idx": number, "name": str(number), "path": folder, "type": f"sentence_transformers.{kind}"}
-         for number, (folder, kind) in enumerate(modules)]))
+        [{"idx": index, "name": str(index), "path": folder, "type": f"sentence_transformers.{kind}"}
+         for index, (folder, kind) in enumerate(modules)]))
     edit(path / "config_sentence_transformers.json", **{"model_type": "CrossEncoder", "prompts": {}, **values})
     edit(path / "sentence_bert_config.json", **{
         "transformer_task": "sequence-classification" if answers is None else "text-generation",
         "modality_config": {"text": how, **({} if message is None else {"message": {**how, "format": message}})},
         "module_output_name": "scores" if answers is None else "causal_logits", **(settings or {})})
     return path
+
+
+def own_scores(cases):
+    """Our scores of DOCUMENTS for every (directory, query), or the message of the error. Called by all ranks."""
+    from megatron_embed.api import open_any
+
+    results = []
+    for directory, query in cases:
+        try:
+            model = open_any(directory, pooling=None, max_length=None, dtype=None, normalize=True)
+            results.append(model.rerank(query, DOCUMENTS).tolist())
+        except UserError as error:
+            results.append(str(error))
+    return results
 
 
 def stock_scores(path, query=QUERY, documents=DOCUMENTS):

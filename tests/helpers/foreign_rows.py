@@ -13,17 +13,17 @@ INSTRUCTION = "Given a question, find the passage that answers it"
 
 def our_rows(count: int = 12) -> Rows:
     """The first rows that have a hard negative, a query and a positive each of their own; with an instruction."""
-    found: Rows = []
+    rows: Rows = []
     seen: set[str] = set()
     for line in MINI_EN.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         texts = {row["query"], row["positive"][0], *row["negatives"][:1]}
         if len(texts) == 3 and not texts & seen:
             seen |= texts
-            found.append({"query": row["query"], "positive": row["positive"][:1], "negatives": row["negatives"][:1],
+            rows.append({"query": row["query"], "positive": row["positive"][:1], "negatives": row["negatives"][:1],
                           "instruction": INSTRUCTION})
-        if len(found) == count:
-            return found
+        if len(rows) == count:
+            return rows
     raise AssertionError("the sample has too few rows")
 
 
@@ -35,11 +35,11 @@ def message(text: object, role: str = "user") -> dict[str, object]:
     return {"role": role, "content": text}
 
 
-def passage(text: str, number: int) -> dict[str, object]:
+def passage(text: str, index: int) -> dict[str, object]:
     """Title and text that together are `text`."""
     title, _, rest = text.partition(" ")
-    return {"docid": str(number), "title": title, "text": rest} if number % 2 else {"docid": str(number), "title": "",
-                                                                                   "text": text}
+    parts = {"title": title, "text": rest} if index % 2 else {"title": "", "text": text}
+    return {"docid": str(index), **parts}
 
 
 def texts(row: dict[str, object]) -> tuple[str, str, str]:
@@ -47,17 +47,17 @@ def texts(row: dict[str, object]) -> tuple[str, str, str]:
 
 
 def as_lines(make: Callable[[int, str, str, str], dict[str, object]]) -> Callable[[Path, Rows], TrainFile]:
-    """A JSONL file of the rows that `make` makes of (number, query, positive, negative)."""
+    """A JSONL file of the rows that `make` makes of (index, query, positive, negative)."""
     def write(folder: Path, rows: Rows) -> TrainFile:
         path = folder / "rows.jsonl"
-        path.write_bytes(lines([make(number, *texts(row)) for number, row in enumerate(rows)]))
+        path.write_bytes(lines([make(index, *texts(row)) for index, row in enumerate(rows)]))
         return TrainFile(path=str(path))
     return write
 
 
 def tevatron_ids(folder: Path, rows: Rows) -> TrainFile:
-    corpus = [passage(text, 2 * number + place) for number, row in enumerate(rows)
-              for place, text in enumerate(texts(row)[1:])]
+    corpus = [passage(text, 2 * index + position) for index, row in enumerate(rows)
+              for position, text in enumerate(texts(row)[1:])]
     (folder / "corpus.jsonl").write_bytes(lines(corpus[::-1]))
     file = as_lines(lambda i, q, p, n: {"query_id": str(i), "query_text": q, "query_image": None,
                                         "positive_document_ids": [str(2 * i)],
@@ -67,18 +67,18 @@ def tevatron_ids(folder: Path, rows: Rows) -> TrainFile:
 
 def beir(folder: Path, rows: Rows) -> TrainFile:
     (folder / "qrels").mkdir()
-    documents, queries, judged = [], [], ["query-id\tcorpus-id\tscore"]
-    for number, row in enumerate(rows):
+    documents, queries, judgements = [], [], ["query-id\tcorpus-id\tscore"]
+    for index, row in enumerate(rows):
         query, positive, negative = texts(row)
-        queries.append({"_id": f"q{number}", "text": query})
-        documents += [{**passage(text, number + place), "_id": f"d{number}{place}"}
-                      for place, text in enumerate((negative, positive))]
-        judged += [f"q{number}\td{number}0\t0", f"q{number}\td{number}1\t2"]
+        queries.append({"_id": f"q{index}", "text": query})
+        documents += [{**passage(text, index + position), "_id": f"d{index}{position}"}
+                      for position, text in enumerate((negative, positive))]
+        judgements += [f"q{index}\td{index}0\t0", f"q{index}\td{index}1\t2"]
     for document in documents:
         del document["docid"]
     (folder / "corpus.jsonl").write_bytes(lines(documents[::-1]))
-    (folder / "queries.jsonl").write_bytes(lines([*queries[::-1], {"_id": "not judged", "text": "x"}]))
-    (folder / "qrels" / "train.tsv").write_text("\n".join(judged) + "\n", encoding="utf-8")
+    (folder / "queries.jsonl").write_bytes(lines([*queries[::-1], {"_id": "without judgement", "text": "x"}]))
+    (folder / "qrels" / "train.tsv").write_text("\n".join(judgements) + "\n", encoding="utf-8")
     return TrainFile(path=str(folder))
 
 
@@ -114,8 +114,8 @@ def hub_copy(folder: Path, rows: Rows) -> TrainFile:
     for name in ("data", "de"):
         (repository / name).mkdir(parents=True)
     half = len(rows) // 2
-    for number, part in enumerate((rows[:half], rows[half:])):
-        file = repository / "data" / f"train-{number:05d}-of-00002.parquet"
+    for index, part in enumerate((rows[:half], rows[half:])):
+        file = repository / "data" / f"train-{index:05d}-of-00002.parquet"
         datasets.Dataset.from_list(columns(part)).to_parquet(file)
     datasets.Dataset.from_list(columns(rows[half:])).to_parquet(repository / "de" / "rows.parquet")
     (repository / "README.md").write_text(

@@ -1,4 +1,4 @@
-"""Helpers of tests/mining/test_vectors.py and other tests."""
+"""Rows and a model for mining whose vectors are known."""
 
 from collections import defaultdict
 

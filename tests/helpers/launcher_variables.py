@@ -1,4 +1,4 @@
-"""Helpers of tests/test_main.py and other tests."""
+"""An environment without the variables of a launcher."""
 
 import pytest
 

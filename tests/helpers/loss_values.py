@@ -1,4 +1,4 @@
-"""Helpers of tests/losses/test_pairwise.py and other tests."""
+"""Vectors, and comparison of a loss with Sentence Transformers' value and gradients."""
 
 import torch
 
@@ -19,6 +19,6 @@ def value_and_gradients(loss, *rows):
 
 def assert_equal(ours, theirs, tolerance):
     torch.testing.assert_close(ours[0].double(), theirs[0].double(), rtol=tolerance, atol=0)
-    for found, wanted in zip(ours[1], theirs[1], strict=True):
+    for gradient, wanted in zip(ours[1], theirs[1], strict=True):
         assert wanted.norm() > 1e-3
-        assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
+        assert (gradient.double() - wanted).norm() <= tolerance * wanted.norm()

@@ -1,4 +1,4 @@
-"""Helpers of tests/cli/test_mine.py and other tests."""
+"""A model and rows for mining, and runs of `mine`."""
 
 import json
 import shutil

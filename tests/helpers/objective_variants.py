@@ -1,4 +1,4 @@
-"""Helpers of tests/training/test_objective.py and other tests."""
+"""Every variant of the contrastive objective on rows without a model, over ranks and in one process."""
 
 import dataclasses
 import itertools
@@ -91,11 +91,11 @@ def variants_on_ranks(world):
     """[(metrics, gradient in the order of `together`)] of every variant: this rank's share, or all of it."""
     from megatron_embed.objectives.build import build_objective
 
-    found = []
+    results = []
     for variant in VARIANTS:
         parts = [variant_batch(rank, variant) for rank in range(world)]
         rows, batch = together(parts) if dist.get_world_size() == 1 else parts[dist.get_rank()]
         objective = build_objective(config_of(*variant), dist.group.WORLD, torch.device("cpu"))
         result = objective(rows, batch, total=6.0)
-        found.append((result.sums.metrics(), result.embeddings, batch.num_queries))
-    return found
+        results.append((result.sums.metrics(), result.embeddings, batch.num_queries))
+    return results

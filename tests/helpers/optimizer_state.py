@@ -1,4 +1,4 @@
-"""Helpers of tests/training/test_optimizer.py and other tests."""
+"""Known gradients of a parameter, and which parameters decay."""
 
 import torch
 

@@ -1,5 +1,7 @@
-"""Helpers of tests/planning/test_parameters.py and other tests."""
+"""Configurations of toy models that are planned, and the same models built to be measured."""
 
+from megatron_embed.planning.advice import adapted_linears
+from megatron_embed.planning.shapes import shape_of
 
 BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
         "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": 103, "hidden_act": "gelu"}
@@ -8,3 +10,14 @@ QWEN3 = {"model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 4, "num_
          "vocab_size": 103, "hidden_act": "silu"}
 MOE = QWEN3 | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                "norm_topk_prob": True}
+
+
+def build(config, topology):
+    """This rank's chunks, with adapters if `lora` asks for them."""
+    from megatron_embed.models.adapters import Adapters
+    from megatron_embed.models.encoder import build_model
+
+    shape = shape_of(config.model.path)
+    parts = adapted_linears(config, shape)
+    adapters = None if parts is None else Adapters(rank=config.lora.rank, scale=1.0, dropout=0.0, seed=1, parts=parts)
+    return build_model(config, shape, topology, "mean", adapters=adapters)

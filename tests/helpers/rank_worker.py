@@ -23,7 +23,7 @@ from tests.helpers.ranks import STACK_SIGNAL, Call, Report
 
 IMPORTED = ("megatron_embed.run.assemble", "torch.distributed.checkpoint", "transformers.models.bert.modeling_bert",
             "transformers.models.qwen3.modeling_qwen3")
-"""What most calls need; all workers share it."""
+"""Import the modules that most calls need; all workers share them."""
 
 
 def nurse(descriptor: int, parent: int) -> None:
@@ -155,8 +155,8 @@ def _leave_world(environment: dict[str, str], directory: str, synchronize: bool)
     os.environ.clear()
     os.environ |= environment
     os.chdir(directory)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_DFL)
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
     if dist.is_initialized() and synchronize:

@@ -35,7 +35,7 @@ STACK_SIGNAL = signal.SIGUSR2
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What one rank shall do."""
+    """A call for one rank."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -49,7 +49,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one rank did. `finished` is the monotonic clock, common to all processes of the machine."""
+    """One rank's result. `finished` is the monotonic clock, common to all processes of the machine."""
 
     value: Any = None
     error: BaseException | None = None

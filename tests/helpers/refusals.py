@@ -1,4 +1,4 @@
-"""Helpers of tests/cli/test_refusals.py and other tests."""
+"""Calls of the program on ranks, and the checks of an error message."""
 
 import contextlib
 import io
@@ -52,4 +52,4 @@ def assert_refused(results, *words):
 
 def line_of(path, text):
     """Number of the line of a file that holds the text."""
-    return next(number for number, line in enumerate(Path(path).read_text().splitlines(), 1) if text in line)
+    return next(line_number for line_number, line in enumerate(Path(path).read_text().splitlines(), 1) if text in line)

@@ -1,4 +1,4 @@
-"""Helpers of tests/cli/test_reranker.py and other tests."""
+"""Rows and configurations of reranker runs, and calls of commands."""
 
 import json
 
@@ -14,8 +14,8 @@ def lists(path, count=16):
     """Rows of 1 to 4 documents with labels 0 to 2, in both spellings."""
     rows = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()[:count]]
     written = []
-    for number, row in enumerate(rows):
-        documents = [rows[(number + step) % count]["positive"][0][:120] for step in range(1 + number % 4)]
+    for index, row in enumerate(rows):
+        documents = [rows[(index + step) % count]["positive"][0][:120] for step in range(1 + index % 4)]
         labels = [2, 0, 1, 0][:len(documents)]
         docs = [{"text": text, "label": label} for text, label in zip(documents, labels, strict=True)]
         written.append({"query": row["query"], "docs": docs} if path.name.startswith("docs")

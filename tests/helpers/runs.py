@@ -1,4 +1,4 @@
-"""Helpers of tests/checkpoint/test_resume.py and other tests."""
+"""Training runs on real rows: configuration, curve, return to an earlier checkpoint, export."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def train(values):
 
 
 def curve(directory):
-    """By step, what a resumed run must repeat."""
+    """Metrics of each step that a resumed run must repeat."""
     lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [(line["loss"], line["grad_norm"], line["learning_rate"], line["margin"]) for line in lines]
@@ -50,8 +50,8 @@ def curve(directory):
 def go_back(directory, target, step):
     """A copy of a run as it was after `step`."""
     shutil.copytree(directory, target)
-    for number, folder in step_directories(target).items():
-        if number > step:
+    for steps, folder in step_directories(target).items():
+        if steps > step:
             shutil.rmtree(folder)
     (target / "latest").write_text(f"step_{step:06d}\n")
     return target

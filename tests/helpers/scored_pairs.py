@@ -1,4 +1,4 @@
-"""Helpers of tests/cli/test_best.py and other tests."""
+"""A file of labelled pairs."""
 
 import json
 
@@ -12,6 +12,6 @@ from tests.helpers.toys import MINI_EN
 def pairs(tmp_path_factory):
     rows = [json.loads(line) for line in MINI_EN.read_text().splitlines()[:20]]
     path = tmp_path_factory.mktemp("sts") / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"text_a": row["query"], "text_b": row["positive"][0], "score": number % 5})
-                            + "\n" for number, row in enumerate(rows)))
+    path.write_text("".join(json.dumps({"text_a": row["query"], "text_b": row["positive"][0], "score": index % 5})
+                            + "\n" for index, row in enumerate(rows)))
     return str(path)

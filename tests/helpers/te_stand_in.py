@@ -119,19 +119,19 @@ class FusedAdam(torch.optim.Optimizer):
         self.state[param]["master_param"].copy_(param)
 
     def state_dict(self):
-        found = super().state_dict()
+        values = super().state_dict()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        found["state"] = {number: {name: self.get_unscaled_state(parameters[number], name) for name in state}
-                          for number, state in found["state"].items()}
-        return found
+        values["state"] = {index: {name: self.get_unscaled_state(parameters[index], name) for name in state}
+                          for index, state in values["state"].items()}
+        return values
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, state in state_dict["state"].items():
-            self.state[parameters[number]] = {}
+        for index, state in state_dict["state"].items():
+            self.state[parameters[index]] = {}
             for name, value in state.items():
-                self.set_scaled_state(parameters[number], name, value.float())
+                self.set_scaled_state(parameters[index], name, value.float())
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -1,6 +1,12 @@
-"""Small models with random weights, opened on the ranks of a test, and real rows for them."""
+"""Toy models: directories with random weights, opened on the ranks of a test, and real rows for them.
+
+`save_model` writes a BERT or Qwen3 for runs, `save_toy` any class of Transformers for conversions, `save_reranker` a
+Qwen3 with any head. Every other family and variant: families.py; models of other programs: foreign_rerankers.py,
+foreign_directories_helpers.py.
+"""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_embed.batch import EmbedBatch, MicroBatch
 from megatron_embed.config.schema import (
@@ -38,6 +46,29 @@ QWEN3 = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "n
          "intermediate_size": 48, "max_position_embeddings": 256,
          "rope_parameters": {"rope_type": "default", "rope_theta": 1.0e4}}
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+"""A real WordPiece tokenizer of 30522 tokens, in MINILM."""
+
+_SMALL_BERT = {"vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+               "intermediate_size": 40, "max_position_embeddings": 20, "type_vocab_size": 2}
+_SMALL_LLAMA = {"vocab_size": 103, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 64}
+_SMALL_QWEN3 = _SMALL_LLAMA | {"head_dim": 8}
+BASES = {"Bert": _SMALL_BERT, "Roberta": _SMALL_BERT, "XLMRoberta": _SMALL_BERT | {"type_vocab_size": 1},
+         "Qwen2": _SMALL_LLAMA, "Qwen3": _SMALL_QWEN3,
+         "Qwen3Moe": _SMALL_QWEN3 | {"moe_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2,
+                                     "norm_topk_prob": True},
+         "Llama": _SMALL_LLAMA, "Mistral": _SMALL_LLAMA,
+         "Mixtral": _SMALL_LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}}
+"""Beginning of the name of a Transformers class -> settings of `save_toy`."""
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def copy_tokenizer(path: Path) -> None:
+    """Copy the WordPiece tokenizer into a model's directory."""
+    for name in TOKENIZER_FILES:
+        shutil.copy(MINILM / name, path)
+
 
 def save_model(path: Path, kind: str, *, tokenizer: bool = False, **settings: Any) -> str:
     """A `bert` or `qwen3` directory: norms and biases random too, 103 tokens or those of a real WordPiece tokenizer."""
@@ -52,8 +83,56 @@ def save_model(path: Path, kind: str, *, tokenizer: bool = False, **settings: An
             parameter.add_(torch.randn_like(parameter) * (1.0 if len(parameter) == model.config.vocab_size else 0.1))
     model.save_pretrained(path)
     if tokenizer:
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-            shutil.copy(MINILM / name, path)
+        copy_tokenizer(path)
+    return str(path)
+
+
+def save_toy(path, kind, *, dtype=torch.float32, shard=None, **settings):
+    """A Transformers model of class `kind`, float32 unless said otherwise; weights, biases and norms are random."""
+    family = max((name for name in BASES if kind.startswith(name)), key=len)
+    base = BASES[family]
+    config_class = getattr(transformers, f"{family}Config")
+    model = getattr(transformers, kind)(config_class(**base | settings)).to(dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():  # zeros and ones would hide a mix-up
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(path, **({"max_shard_size": shard} if shard else {}))
+    return Path(path)
+
+
+def save_bpe_tokenizer(path: Path) -> int:
+    """Write a tokenizer of Qwen's kind: byte-level BPE, no special tokens around a text. Returns its size."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    texts = [json.loads(line)["query"] for line in MINI_EN.read_text(encoding="utf-8").splitlines()[:200]]
+    # Words that must be single tokens.
+    tokenizer.train_from_iterator([*texts, *["yes no yes no"] * 500, *["yes", "no"] * 500], trainer)
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"], model_max_length=4096,
+        chat_template="{% for message in messages %}{{ '<|im_start|>' + message['role'] }}{% endfor %}")
+    wrapped.save_pretrained(path)
+    return len(wrapped)
+
+
+def save_reranker(path: Path, kind: str, *, tied: bool = True, dtype: torch.dtype = torch.float32) -> str:
+    """A Qwen3 of class `kind` (Qwen3ForCausalLM, ...), with random weights, norms and biases."""
+    path.mkdir(parents=True, exist_ok=True)
+    vocabulary = save_bpe_tokenizer(path)
+    torch.manual_seed(6)
+    config = transformers.Qwen3Config(
+        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, intermediate_size=48, max_position_embeddings=512, tie_word_embeddings=tied, pad_token_id=0,
+        **({"num_labels": 1} if "Classification" in kind else {}))
+    model = getattr(transformers, kind)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.5 if len(parameter) in (vocabulary, 1) else 0.1))
+    model.to(dtype).save_pretrained(path)
     return str(path)
 
 
@@ -62,7 +141,7 @@ def run_config(directory: str, *, parallel: dict[str, Any] | None = None, traini
                bidirectional: bool = False, dtype: str = "float32", distributed: bool = True,
                matryoshka_dims: tuple[int, ...] = (), data: dict[str, Any] | None = None,
                lora: dict[str, Any] | None = None) -> RunConfig:
-    """float32 and mean pooling unless said otherwise."""
+    """A configuration; float32 and mean pooling unless said otherwise."""
     return RunConfig(
         model=ModelConfig(path=directory, dtype=dtype, bidirectional=bidirectional),
         embedding=EmbeddingConfig(pooling=pooling, normalize=normalize, matryoshka_dims=matryoshka_dims),
@@ -117,8 +196,8 @@ def toy_tokenizer(directory: str) -> RoleTokenizer:
 def real_records(rows: int) -> list[Record]:
     """The first rows of the English sample, the first of every three without its hard negative."""
     records = RecordFile(str(MINI_EN))
-    return [dataclasses.replace(records[number], negatives=records[number].negatives if number % 3 else ())
-            for number in range(rows)]
+    return [dataclasses.replace(records[row], negatives=records[row].negatives if row % 3 else ())
+            for row in range(rows)]
 
 
 def batch_of(directory: str, records: Sequence[Record], *, micro_batch_size: int, num_negatives: int, alignment: int,

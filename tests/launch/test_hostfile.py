@@ -84,7 +84,7 @@ def test_nodes_of_a_mixed_list_know_the_number_of_all_ranks(tmp_path):
     assert "--nproc-per-node 8 run.yaml" in log and "--nproc-per-node 4 run.yaml" in log
 
 
-EIGHT = "".join(f"GPU {number}: NVIDIA H100 80GB HBM3 (UUID: GPU-{number}abc)\n" for number in range(8))
+EIGHT = "".join(f"GPU {gpu}: NVIDIA H100 80GB HBM3 (UUID: GPU-{gpu}abc)\n" for gpu in range(8))
 MIG = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-0)
   MIG 3g.20gb     Device  0: (UUID: MIG-a)
   MIG 3g.20gb     Device  1: (UUID: MIG-b)
@@ -108,8 +108,8 @@ def test_gpus_are_those_that_cuda_sees(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     script = [f"source {LAUNCH}/functions.sh", f"export PATH={tmp_path}:$PATH"]
-    for number, (listed, visible, gpus) in enumerate(SEEN):
-        file = tmp_path / f"list_{number}"
+    for index, (listed, visible, gpus) in enumerate(SEEN):
+        file = tmp_path / f"list_{index}"
         file.write_text(listed)
         monkeypatch.setenv("LISTED", str(file))
         if visible is None:
@@ -128,7 +128,7 @@ def test_gpus_are_those_that_cuda_sees(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments, words", [
     ((HOSTFILE,), "HOSTFILE is missing"), ((HOSTFILE, "--dry-run", "hosts"), "HOSTFILE is missing"),
-    ((HOSTFILE, "/tmp", "a.yaml"), "no file that can be"), ((HOSTFILE, NODE), "CONFIG.yaml is missing"),
+    ((HOSTFILE, "/tmp", "a.yaml"), "not a readable file"), ((HOSTFILE, NODE), "CONFIG.yaml is missing"),
     ((HOSTFILE, NODE, "--master-port"), "--master-port needs a value"),
     ((HOSTFILE, NODE, "--master-port", "99999", "a.yaml"), "--master-port 99999: must be a whole number from 1 to"),
     ((HOSTFILE, NODE, "--port", "1", "a.yaml"), "unknown option --port"),

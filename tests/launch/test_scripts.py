@@ -62,8 +62,8 @@ def test_scripts_parse_and_are_executable(script):
 def test_scripts_pass_shellcheck():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed: `make slurm` as root on Debian installs it")
-    found = run("shellcheck", "-x", *SCRIPTS)
-    assert found.returncode == 0, found.stdout
+    result = run("shellcheck", "-x", *SCRIPTS)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("left, code", [("0", 0), ("2", 2), ("75", 75), ("killed", 1)])
@@ -94,10 +94,10 @@ def test_run_that_cannot_start_is_not_started(stub, tmp_path, code):
     assert "torch.distributed.run" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("script, number", [
+@pytest.mark.parametrize("script, sent", [
     ("node", signal.SIGTERM), ("node", signal.SIGUSR1), ("node", signal.SIGINT), ("hostfile", signal.SIGTERM),
     ("hostfile", signal.SIGINT)])
-def test_signals_go_to_the_workers_and_not_to_torchrun(stub, tmp_path, script, number):
+def test_signals_go_to_the_workers_and_not_to_torchrun(stub, tmp_path, script, sent):
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 slots=1\n# a comment\n\nlocalhost slots=1\n")
     command = [LAUNCH / "torchrun" / "node.sh", "run.yaml"] if script == "node" else [
@@ -111,7 +111,7 @@ def test_signals_go_to_the_workers_and_not_to_torchrun(stub, tmp_path, script, n
         while not log.exists() or log.read_text().count("started") < nodes:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(number)
+        process.send_signal(sent)
         assert process.wait(timeout=60) == 75
         assert "torchrun was signalled" not in log.read_text()
         if script == "hostfile":
@@ -196,7 +196,7 @@ def test_runs_of_an_array_share_no_output(tmp_path, script, options, sets):
     for name in ("a.yaml", "b.yaml"):
         (tmp_path / name).write_text("\n".join(["model: {path: m}", "data: {train: [rows.jsonl]}", *(
             f"{key.partition('.')[0]}: {{{key.partition('.')[2]}: {tmp_path / key}}}" for key in sets)]))
-    found = []
+    outputs = []
     for task in (0, 1):
         environment = os.environ | {"SLURM_ARRAY_TASK_ID": str(task), "RUN_DIR": str(tmp_path / "run")}
         result = run("bash", LAUNCH / "slurm" / script, "--dry-run", *(tmp_path / name for name in options),
@@ -210,14 +210,14 @@ def test_runs_of_an_array_share_no_output(tmp_path, script, options, sets):
                          "logging.directory": config.logging.directory,
                          "checkpoint.export_at_end": config.checkpoint.export_at_end})
         assert seen[0] == seen[1]
-        found.append(seen[0])
+        outputs.append(seen[0])
     name = {"seeds.sbatch": "seed_0", "sweep.sbatch": "a"}[script]
-    assert found[0]["checkpoint.directory"] == str(tmp_path / "run" / name)
+    assert outputs[0]["checkpoint.directory"] == str(tmp_path / "run" / name)
     for key in ("checkpoint.directory", "logging.directory", "checkpoint.export_at_end"):
         if key in (*sets, "checkpoint.directory"):
-            assert found[0][key] != found[1][key]
+            assert outputs[0][key] != outputs[1][key]
         else:
-            assert found[0][key] is found[1][key] is None
+            assert outputs[0][key] is outputs[1][key] is None
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b"])
@@ -249,7 +249,7 @@ case $* in "show job"*) echo "JobId=12 JobState=$STUB_STATE PreemptTime=None" ;;
 @pytest.mark.parametrize("doctor, train, restarts, code, requeued, happened", [
     (0, 0, 0, 0, False, {}), (0, 75, 3, 75, True, {}), (0, 75, 100, 75, False, {}), (0, 2, 0, 2, False, {}),
     (0, 1, 0, 1, False, {}), (1, 0, 0, 1, False, {}), (0, "gave_up", 0, 1, False, {}),
-    # Killed: requeued where Slurm wanted the node back and there is something to go on from, or nothing was begun.
+    # Killed: requeued if Slurm wanted the node back and there is a checkpoint to resume from, or nothing was begun.
     (0, 137, 0, 137, False, {"STUB_LATEST": "yes"}),
     (0, 137, 0, 75, True, {"STUB_LATEST": "yes", "STUB_SIGNAL": "TERM"}),
     (0, 137, 0, 137, False, {"STUB_SIGNAL": "TERM"}),
@@ -302,9 +302,9 @@ def test_heterogeneous_job_is_refused():
     assert "SLURM_HET_SIZE = 2: a heterogeneous job" in result.stderr
 
 
-@pytest.mark.parametrize("when, number", [("doctor", signal.SIGTERM), ("doctor", signal.SIGUSR1),
+@pytest.mark.parametrize("when, sent", [("doctor", signal.SIGTERM), ("doctor", signal.SIGUSR1),
                                           ("torch.distributed.run", signal.SIGTERM)])
-def test_node_that_is_told_before_it_has_workers_ends_with_75(stub, tmp_path, when, number):
+def test_node_that_is_told_before_it_has_workers_ends_with_75(stub, tmp_path, when, sent):
     """In the preflight, and while torchrun loads its libraries."""
     (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >>"$STUB_LOG"\n'
                                      'case $* in *" $WHEN "*) exec sleep 60 ;; esac\n')
@@ -315,7 +315,7 @@ def test_node_that_is_told_before_it_has_workers_ends_with_75(stub, tmp_path, wh
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.1)  # the stub has become `sleep`
-        process.send_signal(number)
+        process.send_signal(sent)
         assert process.wait(timeout=30) == 75
         assert ("torch.distributed.run" in (tmp_path / "log").read_text()) == (when != "doctor")
     finally:

@@ -51,15 +51,15 @@ def scontrol(environment, *arguments):
     return subprocess.run(["scontrol", *arguments], env=environment, capture_output=True, text=True, check=True).stdout
 
 
-def job(environment, number):
+def job(environment, job_id):
     """What Slurm knows of a job."""
-    return dict(re.findall(r"(\S+?)=(\S*)", scontrol(environment, "show", "job", number)))
+    return dict(re.findall(r"(\S+?)=(\S*)", scontrol(environment, "show", "job", job_id)))
 
 
-def set_minutes_left(environment, number, minutes):
+def set_minutes_left(environment, job_id, minutes):
     """Moves a running job's time limit so that it ends in `minutes` to `minutes` + 1."""
-    hours, passed, _ = job(environment, number)["RunTime"].rsplit("-", 1)[-1].split(":")
-    scontrol(environment, "update", f"JobId={number}", f"TimeLimit={60 * int(hours) + int(passed) + minutes + 1}")
+    hours, passed, _ = job(environment, job_id)["RunTime"].rsplit("-", 1)[-1].split(":")
+    scontrol(environment, "update", f"JobId={job_id}", f"TimeLimit={60 * int(hours) + int(passed) + minutes + 1}")
 
 
 def wait_until(condition, what, log, seconds=400):
@@ -100,36 +100,36 @@ def test_requeue_and_time_limit_do_not_show_in_the_result(slurm, tmp_path):
             env=slurm | {"PYTHON": str(python), "RUN_DIR": str(run), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                          "MIN_FREE_GIB": "1", "PYTHONPATH": str(REPOSITORY)}).stdout.strip()
 
-    number = submit()
+    job_id = submit()
     metrics = run / "metrics.jsonl"
 
     def steps():
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
     wait_until(lambda: steps() >= 2, "second step", log)
-    scontrol(slurm, "requeue", number)
+    scontrol(slurm, "requeue", job_id)
     # Meanwhile, what shall come out.
     run_on_ranks(train_demo, 2, [*overrides, f"checkpoint.directory={tmp_path / 'straight'}",
                                  f"data.train=[{REPOSITORY}/examples/data/mini_zh/train.jsonl]"])
     wait_until(lambda: step_directories(run), "checkpoint after the requeue", log)
-    wait_until(lambda: job(slurm, number)["Restarts"] == "1" and job(slurm, number)["JobState"] == "RUNNING",
+    wait_until(lambda: job(slurm, job_id)["Restarts"] == "1" and job(slurm, job_id)["JobState"] == "RUNNING",
                "second start", log)
     first = max(step_directories(run))
     assert 2 <= first < STEPS
     wait_until(lambda: steps() >= first + 1, "step after the second start", log)
     # Less than the five minutes of --signal are left now, so Slurm sends it when it next looks at the limit.
-    set_minutes_left(slurm, number, 3)
+    set_minutes_left(slurm, job_id, 3)
     wait_until(lambda: len(step_directories(run)) == 2, "checkpoint before the time limit", log)
     pace.unlink()
-    wait_until(lambda: job(slurm, number)["Restarts"] == "2", "requeue", log)
-    scontrol(slurm, "update", f"JobId={number}", "TimeLimit=60")
+    wait_until(lambda: job(slurm, job_id)["Restarts"] == "2", "requeue", log)
+    scontrol(slurm, "update", f"JobId={job_id}", "TimeLimit=60")
     second = max(step_directories(run))
     assert first < second < STEPS
-    wait_until(lambda: job(slurm, number)["JobState"] in ("COMPLETED", "FAILED"), "end", log)
+    wait_until(lambda: job(slurm, job_id)["JobState"] in ("COMPLETED", "FAILED"), "end", log)
     text = log.read_text()
-    assert job(slurm, number)["JobState"] == "COMPLETED", text
+    assert job(slurm, job_id)["JobState"] == "COMPLETED", text
     assert (run / "DONE").exists()
-    assert text.count(f"saved; requeueing job {number}") == 2, text
+    assert text.count(f"saved; requeueing job {job_id}") == 2, text
     assert re.search(r"job \d+ on node\[1-2\], start number 3", text)
     assert "2 ranks, data-parallel only; 2 of them data-parallel" in text
 
@@ -137,4 +137,4 @@ def test_requeue_and_time_limit_do_not_show_in_the_result(slurm, tmp_path):
     assert len(set(curve(run))) == STEPS
     again = submit()
     wait_until(lambda: job(slurm, again)["JobState"] == "COMPLETED", "second job", log)
-    assert "the run is complete; remove it to go on with more steps" in log.read_text()
+    assert "the run is complete; remove it to train more steps" in log.read_text()

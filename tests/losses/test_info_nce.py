@@ -8,9 +8,8 @@ import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from megatron_embed.losses import info_nce as module
-from megatron_embed.losses.duplicates import duplicate_mask
 from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings, contrastive_gradients, info_nce
-from megatron_embed.losses.negatives import IgnoredColumns, answered_queries, duplicates_over
+from megatron_embed.losses.negatives import IgnoredColumns, answered_queries, duplicate_mask, duplicates_over
 from tests.helpers.contrastive_reference import contrastive_loss
 
 Q2D, Q2Q, D2D, D2Q = ("query_to_document", "query_to_query", "document_to_document", "document_to_query")
@@ -35,9 +34,9 @@ def random_batch(rows=6, candidates=17, dim=5, dtype=torch.float64, seed=0, excl
 def gradients(query, document, positive, temperature, total, mask=None):
     """(sums, gradients of queries and documents) of the plain case."""
     excluded = None if mask is None else lambda first, last: mask[first:last]
-    found = contrastive_gradients(query, Candidates(document=document, positive_index=positive, excluded=excluded),
+    result = contrastive_gradients(query, Candidates(document=document, positive_index=positive, excluded=excluded),
                                ContrastiveSettings(temperature=temperature), total=total)
-    return found.sums, found.anchor, found.document
+    return result.sums, result.anchor, result.document
 
 
 def by_autograd(query, document, positive, temperature, total, excluded):
@@ -63,8 +62,8 @@ def test_value_and_gradients_are_those_of_sentence_transformers():
 
 def assert_tangents_agree(ours, theirs, vectors, tolerance):
     """A cosine's gradient goes through the norm, ours takes unit vectors: what lies along a vector may differ."""
-    for found, wanted, vector in zip(ours, theirs, vectors, strict=True):
-        tangent = found - (found * vector).sum(dim=1, keepdim=True) * vector
+    for gradient, wanted, vector in zip(ours, theirs, vectors, strict=True):
+        tangent = gradient - (gradient * vector).sum(dim=1, keepdim=True) * vector
         assert wanted.abs().max() > 0.01
         torch.testing.assert_close(tangent, wanted, rtol=0, atol=tolerance)
 
@@ -75,14 +74,14 @@ def assert_tangents_agree(ours, theirs, vectors, tolerance):
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 def test_closed_form_gradients_equal_autograd(monkeypatch, dtype, tolerance, tile, excluded, temperature):
     if tile is not None:
-        monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+        monkeypatch.setattr(module, "LOSS_TILE_ELEMENTS", tile)
     query, document, positive, mask = random_batch(dtype=dtype, excluded=excluded)
     before = query.clone(), document.clone()
-    sums, *found = gradients(query, document, positive, temperature, 11, mask)
+    sums, *gradients_in_closed_form = gradients(query, document, positive, temperature, 11, mask)
     exact = random_batch(excluded=excluded)
     loss, *expected = by_autograd(*exact[:3], temperature, 11, exact[3])
     torch.testing.assert_close(sums.loss, loss, rtol=tolerance, atol=0)
-    for ours, wanted in zip(found, expected, strict=True):
+    for ours, wanted in zip(gradients_in_closed_form, expected, strict=True):
         assert wanted.norm() > 0.01
         assert ours.dtype == dtype
         assert (ours.double() - wanted).norm() <= tolerance * wanted.norm()
@@ -142,7 +141,7 @@ def naive_sums(query, document, positive, temperature, excluded):
 @pytest.mark.parametrize("excluded", [False, True])
 @pytest.mark.parametrize("tile", [17, 1 << 20])
 def test_sums_are_what_their_names_say(monkeypatch, tile, excluded):
-    monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(module, "LOSS_TILE_ELEMENTS", tile)
     query, document, positive, mask = random_batch(9, 12, excluded=excluded, seed=3)
     query[:4] += 2 * document[positive[:4]]
     query = torch.nn.functional.normalize(query, dim=1)
@@ -214,19 +213,19 @@ def both_ways(groups, settings, *, weights=None, total=7.0, dtype=torch.float64,
     loss = contrastive_loss(leaves[0][row_query], replaced(candidates, *leaves), settings, total=total, weights=weights)
     expected = (loss.detach(), *torch.autograd.grad(loss, leaves))
     query, document = groups.query.to(dtype), groups.document.to(dtype)
-    found = contrastive_gradients(query[row_query], replaced(candidates, query, document), settings, total=total,
+    result = contrastive_gradients(query[row_query], replaced(candidates, query, document), settings, total=total,
                                weights=None if weights is None else weights.to(dtype))
-    grad_query = torch.zeros_like(query).index_add_(0, row_query, found.anchor) + found.query
-    return expected, (found.sums.loss / total, grad_query, found.document), found
+    grad_query = torch.zeros_like(query).index_add_(0, row_query, result.anchor) + result.query
+    return expected, (result.sums.loss / total, grad_query, result.document), result
 
 
 def replaced(candidates, query, document):
     return Candidates(**{**vars(candidates), "query": query, "document": document})
 
 
-def assert_close(expected, found, tolerance):
-    torch.testing.assert_close(found[0].double(), expected[0], rtol=tolerance, atol=0)
-    for ours, wanted in zip(found[1:], expected[1:], strict=True):
+def assert_close(expected, results, tolerance):
+    torch.testing.assert_close(results[0].double(), expected[0], rtol=tolerance, atol=0)
+    for ours, wanted in zip(results[1:], expected[1:], strict=True):
         assert wanted.norm() > 1e-3
         assert (ours.double() - wanted).norm() <= tolerance * wanted.norm()
 
@@ -242,33 +241,33 @@ ALL_SETTINGS = [ContrastiveSettings(temperature=0.2, directions=directions, **mo
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("tile", [None, 50])
 @pytest.mark.parametrize("private, masked", [(False, False), (True, True)])
-@pytest.mark.parametrize("number", range(len(ALL_SETTINGS)))
-def test_closed_form_of_every_variant_equals_autograd(monkeypatch, number, private, masked, tile, dtype, tolerance):
+@pytest.mark.parametrize("index", range(len(ALL_SETTINGS)))
+def test_closed_form_of_every_variant_equals_autograd(monkeypatch, index, private, masked, tile, dtype, tolerance):
     if tile is not None:
-        monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+        monkeypatch.setattr(module, "LOSS_TILE_ELEMENTS", tile)
     groups, own_only = Groups(positives=2 if masked else 1), torch.tensor([False, True, False, False, True, False])
     weights = torch.linspace(0.3, 1.2, int(groups.is_positive.sum()), dtype=torch.float64)
-    expected, found, _ = both_ways(groups, ALL_SETTINGS[number], weights=weights, dtype=dtype, private=private,
+    expected, results, _ = both_ways(groups, ALL_SETTINGS[index], weights=weights, dtype=dtype, private=private,
                                    masked=masked, own_only=own_only if masked else None)
-    assert_close(expected, found, tolerance)
+    assert_close(expected, results, tolerance)
 
 
-@pytest.mark.parametrize("number", range(len(ALL_SETTINGS)))
-def test_gradient_of_the_scale_equals_a_difference(number):
+@pytest.mark.parametrize("index", range(len(ALL_SETTINGS)))
+def test_gradient_of_the_scale_equals_a_difference(index):
     groups = Groups()
-    bias = ALL_SETTINGS[number].bias
+    bias = ALL_SETTINGS[index].bias
 
     def loss(log_scale, shift=0.0):
-        settings = ContrastiveSettings(**{**vars(ALL_SETTINGS[number]), "temperature": 0.2 * math.exp(-log_scale),
+        settings = ContrastiveSettings(**{**vars(ALL_SETTINGS[index]), "temperature": 0.2 * math.exp(-log_scale),
                                "bias": None if bias is None else bias + shift})
         return float(both_ways(groups, settings)[0][0])
 
-    *_, found = both_ways(groups, ALL_SETTINGS[number])
+    *_, result = both_ways(groups, ALL_SETTINGS[index])
     step = 1e-5
-    assert float(found.log_scale) == pytest.approx((loss(step) - loss(-step)) / (2 * step), rel=1e-6)
-    assert abs(float(found.log_scale)) > 1e-3
+    assert float(result.log_scale) == pytest.approx((loss(step) - loss(-step)) / (2 * step), rel=1e-6)
+    assert abs(float(result.log_scale)) > 1e-3
     wanted = 0.0 if bias is None else (loss(0.0, step) - loss(0.0, -step)) / (2 * step)
-    assert float(found.bias) == pytest.approx(wanted, rel=1e-6)
+    assert float(result.bias) == pytest.approx(wanted, rel=1e-6)
 
 
 DIRECTIONS = [(Q2D,), (Q2D, Q2Q), (Q2D, D2Q), (Q2D, D2D), ALL]
@@ -284,7 +283,7 @@ def test_directions_and_hardness_are_those_of_sentence_transformers(directions, 
         partition_mode="joint" if joint else "per_direction", hardness_mode=hardness,
         hardness_strength=0.0 if hardness is None else 4.0)
     leaves = groups.query.clone().requires_grad_(), groups.document.clone().requires_grad_()
-    loss = peer.compute_loss_from_embeddings([leaves[0], *(leaves[1][place::3] for place in range(3))], None)
+    loss = peer.compute_loss_from_embeddings([leaves[0], *(leaves[1][offset::3] for offset in range(3))], None)
     theirs = torch.autograd.grad(loss, leaves)
     settings = ContrastiveSettings(temperature=0.2, directions=directions, joint=joint, hardness=hardness,
                         hardness_strength=0.0 if hardness is None else 4.0)
@@ -299,7 +298,7 @@ def qwen3_loss(groups, temperature, margin):
     d_j or q_j."""
     query, document = groups.query, groups.document
     positive = [row * groups.group for row in range(groups.rows)]
-    text = [int(groups.document_ids[place]) for place in range(len(document))]
+    text = [int(groups.document_ids[index]) for index in range(len(document))]
     total, kept, dropped = 0.0, 0, 0
     for i in range(groups.rows):
         # q_0 and q_5 are one query: the positives of both are right for either.
@@ -314,9 +313,9 @@ def qwen3_loss(groups, temperature, margin):
             return masked
 
         masked = []
-        for place in range(positive[i] + 1, positive[i] + groups.group):  # d_{i,k}^-
-            score = float(query[i] @ document[place])
-            masked.append(add(score, text[place] in right, score))
+        for index in range(positive[i] + 1, positive[i] + groups.group):  # d_{i,k}^-
+            score = float(query[i] @ document[index])
+            masked.append(add(score, text[index] in right, score))
         for j in range(groups.rows):
             if j == i:
                 continue
@@ -334,11 +333,11 @@ def test_five_terms_with_masks_are_the_formula_of_the_qwen3_embedding_report():
     groups = Groups(rows=8, negatives=3, dim=4)
     expected, kept, dropped = qwen3_loss(groups, 0.2, 0.1)
     settings = ContrastiveSettings(temperature=0.2, directions=(Q2D, Q2Q, D2D), margin=0.1)
-    (loss, *_), (value, *_), found = both_ways(groups, settings, total=8.0, private=True, masked=True)
+    (loss, *_), (value, *_), result = both_ways(groups, settings, total=8.0, private=True, masked=True)
     assert dropped > 10
     assert float(value) == pytest.approx(expected, rel=1e-12)
     assert float(loss) == pytest.approx(expected, rel=1e-12)
-    assert (found.sums.negatives, found.sums.masked) == (kept, dropped)
+    assert (result.sums.negatives, result.sums.masked) == (kept, dropped)
     unmasked = both_ways(groups, ContrastiveSettings(temperature=0.2, directions=(Q2D, Q2Q, D2D)), total=8.0,
                          private=True)
     assert float(unmasked[1][0]) > expected + 0.01
@@ -373,18 +372,18 @@ def test_private_hard_negatives_and_queries_that_stand_own_only_by_loops():
     groups, own_only = Groups(positives=2), torch.tensor([False, False, True, False, False, False])
     logits = groups.query @ groups.document.T / 0.2
     expected, terms = 0.0, 0
-    for i, place in itertools.product(range(6), range(2)):
+    for i, index in itertools.product(range(6), range(2)):
         row = [float(logits[i, column]) for column in range(len(groups.document))
-               if column == 4 * i + place or (groups.document_query[column] == i and not groups.is_positive[column])
+               if column == 4 * i + index or (groups.document_query[column] == i and not groups.is_positive[column])
                or (not own_only[i] and groups.document_query[column] != i and groups.is_positive[column])]
         assert len(row) == (3 if own_only[i] else 13)
-        expected += 0.5 * (math.log(sum(map(math.exp, row))) - float(logits[i, 4 * i + place]))
+        expected += 0.5 * (math.log(sum(map(math.exp, row))) - float(logits[i, 4 * i + index]))
         terms += 1
-    _, (value, *_), found = both_ways(groups, ContrastiveSettings(temperature=0.2), total=6.0, private=True,
+    _, (value, *_), result = both_ways(groups, ContrastiveSettings(temperature=0.2), total=6.0, private=True,
                                       own_only=own_only, weights=torch.full((terms,), 0.5, dtype=torch.float64))
     assert float(value) == pytest.approx(expected / 6, rel=1e-12)
-    assert found.sums.masked == 0
-    assert found.sums.negatives == 10 * 12 + 2 * 2
+    assert result.sums.masked == 0
+    assert result.sums.negatives == 10 * 12 + 2 * 2
 
 
 def test_sigmoid_is_the_pseudocode_of_siglip():

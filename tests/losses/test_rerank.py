@@ -51,7 +51,7 @@ class _Scores(torch.nn.Module):
         self.scores = scores
 
     def preprocess(self, pairs, **options):
-        return {"input_ids": torch.tensor([number for _, number in pairs])}
+        return {"input_ids": torch.tensor([pair_id for _, pair_id in pairs])}
 
     def forward(self, features):
         return {"scores": self.scores[features["input_ids"]][:, None]}
@@ -83,9 +83,9 @@ def test_lambda_loss_written_out():
     scores, labels = groups()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for mine, grades in zip(scores.split(SIZES), labels.split(SIZES), strict=True):
-        rank = {document: place + 1 for place, document in enumerate(mine.detach().argsort(descending=True).tolist())}
-        ideal = sum((2 ** grade - 1) / math.log2(2 + place)
-                    for place, grade in enumerate(sorted(grades.tolist(), reverse=True)))
+        rank = {document: index + 1 for index, document in enumerate(mine.detach().argsort(descending=True).tolist())}
+        ideal = sum((2 ** grade - 1) / math.log2(2 + index)
+                    for index, grade in enumerate(sorted(grades.tolist(), reverse=True)))
         for i in range(len(mine)):
             for j in range(len(mine)):
                 if grades[i] <= grades[j]:
@@ -151,7 +151,7 @@ def test_kl_distillation_equals_torch():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_parts_add_up(name):
-    """What micro-batches rely on: totals and counts of groups of lists sum to those of all."""
+    """Micro-batches rely on it: totals and counts of groups of lists sum to those of all."""
     scores, labels = groups(highest=1)
     whole_scores, valid = pad_groups(scores, SIZES)
     whole = LOSSES[name](whole_scores, pad_groups(labels, SIZES)[0], valid)

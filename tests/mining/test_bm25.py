@@ -34,10 +34,10 @@ def library_ranking(task):
     """For each query: documents and scores of bm25s, best first, zeros left out."""
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     index.index([bm25_tokens(text) for text in task.documents], show_progress=False)
-    found, scores = index.retrieve([bm25_tokens(text) for text in task.queries], k=len(task.documents),
-                                   show_progress=False, backend_selection="numpy")
+    documents, scores = index.retrieve([bm25_tokens(text) for text in task.queries], k=len(task.documents),
+                                       show_progress=False, backend_selection="numpy")
     return [[(int(d), float(s)) for d, s in zip(row, values, strict=True) if s > 0]
-            for row, values in zip(found, scores, strict=True)]
+            for row, values in zip(documents, scores, strict=True)]
 
 
 @pytest.mark.parametrize("language", ["mini_en", "mini_zh"])
@@ -49,12 +49,12 @@ def test_equals_the_ranking_of_the_library(language):
     for query, ranking in enumerate(library_ranking(task)):
         scores = dict(ranking)
         assert mined[query].positive_scores == pytest.approx(
-            [scores.get(number, 0.0) for number in task.positives[query]], rel=1e-6)
-        expected = [score for number, score in ranking if number not in task.positives[query]][1:5]
+            [scores.get(document, 0.0) for document in task.positives[query]], rel=1e-6)
+        expected = [score for document, score in ranking if document not in task.positives[query]][1:5]
         # Equal scores may come in any order, so the scores are compared, and each with its document.
         assert [score for _, score in mined[query].negatives] == pytest.approx(expected, rel=1e-6)
-        assert all(scores[number] == pytest.approx(score) for number, score in mined[query].negatives)
-        assert not {number for number, _ in mined[query].negatives} & set(task.positives[query])
+        assert all(scores[document] == pytest.approx(score) for document, score in mined[query].negatives)
+        assert not {document for document, _ in mined[query].negatives} & set(task.positives[query])
         found_first += ranking[0][0] in task.positives[query]
     assert found_first > 0.6 * len(task.queries)  # the tokens of both languages do find the positives
 
@@ -64,9 +64,9 @@ def test_margins_use_the_positive_s_own_score():
     task = build_task(records, ["", ""],
                       CorpusTexts(["red apple pie recipe", "apple", "a car", "nothing at all"]))
     everything = mine_bm25(task, MiningOptions(num_negatives=9))[0]
-    assert {task.documents[number] for number, _ in everything.negatives} == {"red apple pie recipe", "apple"}
+    assert {task.documents[document] for document, _ in everything.negatives} == {"red apple pie recipe", "apple"}
     close = mine_bm25(task, MiningOptions(num_negatives=9, relative_margin=0.0))[0]
-    assert [task.documents[number] for number, _ in close.negatives] == ["apple"]
+    assert [task.documents[document] for document, _ in close.negatives] == ["apple"]
 
 
 def test_texts_without_words():
@@ -74,4 +74,4 @@ def test_texts_without_words():
     mined = mine_bm25(build_task(records, ["", ""], None), MiningOptions())
     assert mined[0].positive_scores == [0.0] and mined[0].negatives == []
     assert np.isfinite(mined[1].positive_scores[0]) and mined[1].negatives == []
-    json.dumps([found.positive_scores for found in mined])
+    json.dumps([result.positive_scores for result in mined])

@@ -1,4 +1,4 @@
-"""What a cache of vectors is told about a model: every file that decides them, wherever it lies."""
+"""The cache's digest of a model covers every file that affects its vectors."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from megatron_embed.mining.cache import model_digest
 
 @pytest.fixture
 def model(tmp_path):
-    """A directory whose pooling lies behind a link, and one that leads back to it."""
+    """A directory with a link to its pooling, and a link back to itself."""
     (tmp_path / "model").mkdir()
     (tmp_path / "pooling").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

@@ -36,8 +36,8 @@ def mined(tmp_path, rows, corpus, **options):
     records = list(RecordFile(write(tmp_path / "rows.jsonl", rows)))
     there = None if corpus is None else read_corpus(write(tmp_path / "corpus.jsonl", corpus))
     task = build_task(records, [""] * len(records), there, **options)
-    found = mine_bm25(task, MiningOptions(num_negatives=len(task.documents)))[0]
-    return [task.documents[number] for number, _ in found.negatives]
+    result = mine_bm25(task, MiningOptions(num_negatives=len(task.documents)))[0]
+    return [task.documents[document] for document, _ in result.negatives]
 
 
 def test_the_case_as_it_was_reported(tmp_path, capsys):
@@ -56,7 +56,7 @@ def test_the_case_as_it_was_reported(tmp_path, capsys):
 
 
 ROW = {"query": "capital of France", "positive": [PARIS]}
-OTHERS = [{"_id": number, "text": text} for number, text in enumerate(CAPITALS, 100)]
+OTHERS = [{"_id": row_id, "text": text} for row_id, text in enumerate(CAPITALS, 100)]
 
 
 @pytest.mark.parametrize("rows, corpus", [
@@ -112,7 +112,7 @@ BOTH = [
 
 @pytest.mark.parametrize("row", BOTH, ids=[list(row)[1] for row in BOTH])
 def test_an_id_on_both_sides_is_refused_with_its_line_and_counted(tmp_path, capsys, row):
-    """By training of both kinds and by mining; `data check` counts it."""
+    """Training of both kinds and mining refuse it; `data check` counts it."""
     path = write(tmp_path / "rows.jsonl", [row])
     for kind in ("contrastive", "rerank"):
         with pytest.raises(DataError, match=r"rows\.jsonl:1: id '7' is that of a positive and of a negative; a doc"):
@@ -143,6 +143,7 @@ def test_search_by_vectors_leaves_them_out_and_looks_further():
     documents = torch.linspace(1, 0, 8)[:, None]
     options = MiningOptions(num_negatives=2, absolute_margin=0.0)
     (plain,) = mine_vectors(torch.ones(1, 1), [documents], [[2]], options)
-    (found,) = mine_vectors(torch.ones(1, 1), documents.split(3), [[2]], options, excluded=[[2, 3, 4, 5]])
-    assert [number for number, _ in plain.negatives] == [3, 4] and [number for number, _ in found.negatives] == [6, 7]
-    assert found.positive_scores == plain.positive_scores
+    (further,) = mine_vectors(torch.ones(1, 1), documents.split(3), [[2]], options, excluded=[[2, 3, 4, 5]])
+    assert [document for document, _ in plain.negatives] == [3, 4]
+    assert [document for document, _ in further.negatives] == [6, 7]
+    assert further.positive_scores == plain.positive_scores

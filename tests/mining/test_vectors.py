@@ -20,14 +20,14 @@ def ours(records, corpus, *, block=17, **options):
     task = build_task(records, [""] * len(records), None if corpus is None else CorpusTexts(corpus))
     queries, documents = (torch.from_numpy(GivenVectors().encode_document(texts, normalize_embeddings=True))
                           for texts in (task.queries, task.documents))
-    mined = mine_vectors(queries, documents.split(block), task.positives, MiningOptions(**options), chunk=5)
-    for query, found in enumerate(mined):
+    mined = mine_vectors(queries, documents.split(block), task.positives, MiningOptions(**options))
+    for query, result in enumerate(mined):
         expected = documents[task.positives[query]] @ queries[query]
-        torch.testing.assert_close(torch.tensor(found.positive_scores), expected)
-        for number, score in found.negatives:
-            assert score == pytest.approx(float(documents[number] @ queries[query]), abs=1e-6)
-    return {task.queries[query]: [task.documents[number] for number, _ in found.negatives]
-            for query, found in enumerate(mined) if found.negatives}
+        torch.testing.assert_close(torch.tensor(result.positive_scores), expected)
+        for document, score in result.negatives:
+            assert score == pytest.approx(float(documents[document] @ queries[query]), abs=1e-6)
+    return {task.queries[query]: [task.documents[document] for document, _ in result.negatives]
+            for query, result in enumerate(mined) if result.negatives}
 
 
 OPTIONS = {
@@ -48,18 +48,19 @@ OPTIONS = {
 
 @pytest.mark.parametrize("corpus", [None, CORPUS], ids=["own documents", "corpus"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_equals_mine_hard_negatives(name, corpus):
+def test_equals_mine_hard_negatives(name, corpus, monkeypatch):
+    monkeypatch.setattr("megatron_embed.evaluation.search.DOCUMENTS_PER_CHUNK", 5)
     records, options = rows(), OPTIONS[name]
-    expected, found = theirs(records, corpus, **options), ours(records, corpus, **options)
+    expected, mined = theirs(records, corpus, **options), ours(records, corpus, **options)
     assert len(expected) > 4 and sum(map(len, expected.values())) > 10
-    assert found == expected
+    assert mined == expected
 
 
 def test_margins_are_right_for_negative_scores():
     """The lowest positive is dissimilar: below its score, not above it."""
     records = [record("q1", ("d1.0", "d30.1")), *rows()[5:]]
     task = build_task(records, [""] * len(records), CorpusTexts(CORPUS))
-    query, positives = vector("q1"), [vector(task.documents[number]) for number in task.positives[0]]
+    query, positives = vector("q1"), [vector(task.documents[document]) for document in task.positives[0]]
     lowest = min(float(query @ other) / np.linalg.norm(query) / np.linalg.norm(other) for other in positives)
     assert lowest < -0.05
     options = {"relative_margin": 0.5, "num_negatives": 10, "range_max": 300}
@@ -75,7 +76,7 @@ def test_positives_are_never_mined_whatever_row_names_them():
     assert task.positives == [[0, 1], [0, 1], [3]]
     queries = documents = torch.eye(4)
     mined = mine_vectors(queries[:3], [documents], task.positives, MiningOptions(num_negatives=9))
-    assert [sorted(number for number, _ in found.negatives) for found in mined] == [[2, 3], [2, 3], [0, 1, 2]]
+    assert [sorted(document for document, _ in result.negatives) for result in mined] == [[2, 3], [2, 3], [0, 1, 2]]
 
 
 def test_negatives_of_the_rows_are_documents_unless_a_corpus_is_given():
@@ -123,9 +124,9 @@ def mined_on_this_rank():
 def test_ranks_share_the_queries():
     one, (first, second, third) = run_on_ranks(mined_on_this_rank, 1)[0], run_on_ranks(mined_on_this_rank, 3)
     assert second is None and third is None
-    assert len(one) == 40 and any(found.negatives for found in one)
+    assert len(one) == 40 and any(result.negatives for result in one)
     for alone, shared in zip(one, first, strict=True):
-        assert [number for number, _ in alone.negatives] == [number for number, _ in shared.negatives]
+        assert [document for document, _ in alone.negatives] == [document for document, _ in shared.negatives]
         assert alone.positive_scores == pytest.approx(shared.positive_scores, abs=1e-6)
 
 

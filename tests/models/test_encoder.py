@@ -10,8 +10,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from megatron_embed.errors import ConfigError
 from megatron_embed.models import encoder
 from megatron_embed.models.encoder import attention_kernel
+from tests.helpers.families import token_states, whole_bin
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.token_states import token_states, whole_bin
 from tests.helpers.toys import layout, open_model, random_texts, run_config, save_model
 
 LENGTHS = (5, 17, 3, 40, 41, 2, 16, 61, 17)

@@ -13,9 +13,9 @@ from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.families import model_shape
-from tests.helpers.convert_toys import assert_bit_equal, edit_config, tensors_of
-from tests.helpers.oracle import save_model
+from tests.helpers.embedding_reference import save_model
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tensor_files import assert_bit_equal, edit_config, tensors_of
 from tests.helpers.toys import Opened, open_model, pack_all, random_texts, run_config
 
 LENGTHS = (5, 17, 3, 40, 41, 2, 16, 64)

@@ -13,7 +13,6 @@ from megatron_embed.models.backbone import check_divisible, pipeline_layout
 from megatron_embed.models.families import FAMILIES as READERS
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.rope import rotary_frequencies
-from tests.helpers.convert_toys import edit_config
 from tests.helpers.families import (
     BOUND,
     DECODER,
@@ -28,6 +27,7 @@ from tests.helpers.families import (
     texts,
 )
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tensor_files import edit_config
 from tests.helpers.toys import open_model, pack_all, random_texts, run_config
 
 

@@ -13,8 +13,7 @@ import torch
 from megatron_embed.planning.advice import adapted_linears
 from megatron_embed.planning.memory import activation_bytes, grid_of
 from megatron_embed.planning.shapes import shape_of
-from tests.helpers.built_ranks import build
-from tests.helpers.planned_models import BERT, MOE, QWEN3
+from tests.helpers.planned_models import BERT, MOE, QWEN3, build
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.toys import layout, pack_all, random_texts, run_config
 

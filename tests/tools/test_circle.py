@@ -1,17 +1,16 @@
 """The cut of the data that the life cycle is shown on: no test query and no held-out row is trained on."""
 
 import argparse
-import importlib.util
 import json
 import statistics
+import sys
 
 import megatron_embed
 from megatron_embed.evaluation.beir import load_beir
 from tests.helpers.toys import REPOSITORY
 
-spec = importlib.util.spec_from_file_location("circle", REPOSITORY / "tools" / "circle.py")
-circle = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(circle)
+sys.path.insert(0, str(REPOSITORY / "tools"))
+import circle
 
 
 def test_the_cut_is_disjoint_and_whole(tmp_path):
@@ -24,10 +23,10 @@ def test_the_cut_is_disjoint_and_whole(tmp_path):
     assert all((tmp_path / "one" / file).read_text() == (tmp_path / "two" / file).read_text() for file in files)
     rows = [json.loads(line) for line in (tmp_path / "one" / "train.jsonl").read_text().splitlines()]
     test, held = load_beir(str(tmp_path / "one" / "test")), load_beir(str(tmp_path / "one" / "held_out"))
-    asked, read = {row["query"] for row in rows}, {text for row in rows for text in row["positive"]}
+    queries, read = {row["query"] for row in rows}, {text for row in rows for text in row["positive"]}
     assert len(rows) == 200 and len(held.query_ids) == 50 and len(test.query_ids) == 40
-    assert not asked & {*held.query_texts, *test.query_texts}
-    needed = {document for judged in test.qrels.values() for document in judged}
+    assert not queries & {*held.query_texts, *test.query_texts}
+    needed = {document for labels in test.qrels.values() for document in labels}
     assert len(test.document_ids) == 150 and needed <= set(test.document_ids)
     assert not read & {text for name, text in zip(test.document_ids, test.document_texts, strict=True)
                        if name in needed}

@@ -1,4 +1,4 @@
-"""The front with Megatron's argument names: both directions, what has no effect is said, contradictions are refused."""
+"""The converter with Megatron's argument names: both directions, options without effect, contradictions."""
 
 import contextlib
 import importlib.util
@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from tests.helpers.convert_toys import assert_bit_equal, save_toy, tensors_of
-from tests.helpers.toys import REPOSITORY
+from tests.helpers.tensor_files import assert_bit_equal, tensors_of
+from tests.helpers.toys import REPOSITORY, save_toy
 
 spec = importlib.util.spec_from_file_location("convert_checkpoint", REPOSITORY / "tools" / "convert_checkpoint.py")
 front = importlib.util.module_from_spec(spec)
@@ -45,9 +45,9 @@ def test_both_directions(tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--loader", "core"], "--loader core does not fit: --load-dir {source} is no checkpoint of megatron-embed; give "
-                           "--loader hf"),
-    (["--saver", "hf"], "--saver hf does not fit: --load-dir {source} is no checkpoint"),
+    (["--loader", "core"], "--loader core does not fit: --load-dir {source} is not a checkpoint of megatron-embed; "
+                           "give --loader hf"),
+    (["--saver", "hf"], "--saver hf does not fit: --load-dir {source} is not a checkpoint"),
     (["--model-type", "GPT"], "--model-type GPT does not fit: {source} holds a bert model; give --model-type BERT"),
     (["--model-type", "T5"], "invalid choice: 'T5'"),
     (["--bf16"], "--bf16 is for Hugging Face directories"),

@@ -1,4 +1,4 @@
-"""The demonstration's picture shows what the vectors say."""
+"""Margins, ranks and drawing of the demonstration's picture."""
 
 import sys
 
@@ -10,7 +10,7 @@ from megatron_embed.evaluation.beir import BeirData
 from tests.helpers.toys import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
-from demo_picture import draw, searched
+from demo_picture import draw, search_result
 
 
 @pytest.fixture
@@ -21,14 +21,14 @@ def data() -> BeirData:
 
 def test_margins_and_ranks_are_those_of_the_vectors(data):
     documents = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
-    found = searched(data, torch.tensor([[0.8, 0.6], [1.0, 0.0]]), documents, 0.5)
-    torch.testing.assert_close(found.right, torch.tensor([0.8, 0.6]))
-    torch.testing.assert_close(found.wrong, torch.tensor([0.96, 1.0]))  # b is judged not relevant to x
-    assert found.rank.tolist() == [2, 2] and found.ndcg == 0.5
+    result = search_result(data, torch.tensor([[0.8, 0.6], [1.0, 0.0]]), documents, 0.5)
+    torch.testing.assert_close(result.right, torch.tensor([0.8, 0.6]))
+    torch.testing.assert_close(result.wrong, torch.tensor([0.96, 1.0]))  # b is not relevant to x
+    assert result.rank.tolist() == [2, 2] and result.ndcg == 0.5
 
 
 def test_a_picture_is_drawn(data, tmp_path):
-    found = searched(data, torch.tensor([[0.8, 0.6], [1.0, 0.0]]), torch.eye(3)[:, :2], 0.5)
-    draw(tmp_path / "why.png", [{"step": 1, "loss": 2.0, "in_batch_accuracy": 0.5}], found, found)
+    result = search_result(data, torch.tensor([[0.8, 0.6], [1.0, 0.0]]), torch.eye(3)[:, :2], 0.5)
+    draw(tmp_path / "why.png", [{"step": 1, "loss": 2.0, "in_batch_accuracy": 0.5}], result, result)
     pixels = Image.open(tmp_path / "why.png").convert("L")
     assert pixels.size == (1560, 480) and len(set(pixels.get_flattened_data())) > 50

@@ -89,17 +89,17 @@ def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys, decod
 
 def test_one_gpu_leaves_layouts_out_and_nothing_is_claimed_without_a_reference(tool, monkeypatch, tmp_path):
     machine = tool.Machine(cuda=True, ranks=1, deadline=time.monotonic() + 60, folder=tmp_path)
-    asked = []
-    monkeypatch.setattr(tool.Machine, "train", lambda self, overrides, log, **options: asked.append(log) or curve())
+    logs = []
+    monkeypatch.setattr(tool.Machine, "train", lambda self, overrides, log, **options: logs.append(log) or curve())
     table = tool.Table("title", None)
     tool.compare_curves("model", machine, table)
-    found = {what: (result, verdict) for what, result, verdict in table.rows}
-    assert found["float32, TP 2"] == ("needs 2 GPUs, here 1", "not run")
-    assert found["bfloat16, flash"][1] == "yes"
-    assert found["bfloat16, optimizer in host memory"][1] == "yes"
+    checks = {what: (result, verdict) for what, result, verdict in table.rows}
+    assert checks["float32, TP 2"] == ("needs 2 GPUs, here 1", "not run")
+    assert checks["bfloat16, flash"][1] == "yes"
+    assert checks["bfloat16, optimizer in host memory"][1] == "yes"
     for name in ("te", "precision-aware optimizer"):
-        assert found[f"bfloat16, {name}"] == ("Transformer Engine is not installed", "not run")
-    assert not [log for log in asked if log.endswith("_2")]
+        assert checks[f"bfloat16, {name}"] == ("Transformer Engine is not installed", "not run")
+    assert not [log for log in logs if log.endswith("_2")]
     table = tool.Table("title", None, "TP 2|flash")
     tool.compare_curves("model", machine, table)
     assert [what for what, *_ in table.rows][1:] == ["bfloat16, flash", "float32, TP 2"]

@@ -1,4 +1,4 @@
-"""What dashboards are told, and the FLOPs of a step against a count of Transformers' own model."""
+"""Metrics on dashboards, and the FLOPs of a step against a count of Transformers' own model."""
 
 import json
 import sys
@@ -13,8 +13,7 @@ from megatron_embed.config.schema import CheckpointConfig, LoggingConfig, ModelC
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.suite import EvaluationSuite
 from megatron_embed.losses.matryoshka import matryoshka_dims
-from megatron_embed.objectives import contrastive
-from megatron_embed.objectives import hard_negatives as own_documents
+from megatron_embed.objectives import contrastive, hard_negatives
 from megatron_embed.objectives import labelled_pairs as pairs
 from megatron_embed.objectives.base import matryoshka_names
 from megatron_embed.objectives.learned_scale import LearnedScale
@@ -55,7 +54,7 @@ def metrics_of_the_objectives():
     config = RunConfig(model=ModelConfig(path="x"), objective=ObjectiveConfig(loss="sigmoid",
                                                                               learnable_temperature=True))
     learned = LearnedScale(config).names
-    return {*contrastive.NAMES, *own_documents.NAMES, *pairs.NAMES, *Reranking.names, *learned,
+    return {*contrastive.NAMES, *hard_negatives.NAMES, *pairs.NAMES, *Reranking.names, *learned,
             *matryoshka_names(matryoshka_dims((64, 32), ()))}, learned
 
 
@@ -67,7 +66,7 @@ def metrics_of_the_evaluation():
 
 
 def test_every_kind_of_metric_has_one_chart():
-    """What a step, an objective and an evaluation are found to give, not a list of what has a chart."""
+    """The metrics come from a step, the objectives and an evaluation, not from a list of charts."""
     objectives, learned = metrics_of_the_objectives()
     assert {"loss", "loss@32", "margin", "similarity", "positive_score", "bias_gradient"} < objectives
     groups = {f"train/{name}": group for name, group in OF_A_STEP.items()}
@@ -89,7 +88,7 @@ def test_every_kind_of_metric_has_one_chart():
     ("eval/dim_sum/ndcg@10", "held-out retrieval"), ("eval/dim_16/pearson", "held-out pairs by truncated vectors"),
     ("train/loss@64", "loss at each width"), ("eval/precision@10", "held-out retrieval, precision")])
 def test_widths_and_kinds_have_charts_of_their_own(tag, chart):
-    assert [found for _, found in charts_of(tag)] == [chart]
+    assert [name for _, name in charts_of(tag)] == [chart]
 
 
 def test_tensorboard_gets_the_scalars_and_their_groups(tmp_path):
@@ -100,9 +99,9 @@ def test_tensorboard_gets_the_scalars_and_their_groups(tmp_path):
     writer.step(1, METRICS, log=True)
     writer.close()
     assert writer.error is None
-    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert set(found.Tags()["scalars"]) == {name if "/" in name else f"train/{name}" for name in METRICS}
-    (event,) = found.Tensors("custom_scalars__config__")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {name if "/" in name else f"train/{name}" for name in METRICS}
+    (event,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == list(CUSTOM_SCALARS)
 

@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 
-from tests.helpers.cases import BOUND, CURVE_BOUND, CURVE_LAYOUTS, KINDS, ROWS, Case, Layout, all_cases
 from tests.helpers.curves import loss_curve
-from tests.helpers.oracle import Oracle
+from tests.helpers.embedding_reference import EmbeddingReference
+from tests.helpers.exactness_cases import BOUND, CURVE_BOUND, CURVE_LAYOUTS, KINDS, ROWS, Case, Layout, all_cases
 
 FAST = (
     Case(kind="qwen3", layout=Layout(dp=2), micro_batches=2, rows="masked", distributed=True),
@@ -30,7 +30,7 @@ FAST = (
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    return Oracle(tmp_path_factory.mktemp("oracle"))
+    return EmbeddingReference(tmp_path_factory.mktemp("oracle"))
 
 
 def by_layout(cases):
@@ -83,7 +83,7 @@ def test_the_matrix_is_large_enough():
 def test_a_deliberate_mistake_fails_the_comparison(oracle, case, sabotage, smallest):
     (outcome,) = oracle.run([dataclasses.replace(case, sabotage=sabotage)])
     assert not outcome.exact
-    # Tensor-parallel twins as candidates double every document: the gradient stays, the loss gains ln 2.
+    # Candidates of tensor-parallel ranks double every document: the gradient stays, the loss gains ln 2.
     assert max(outcome.error, outcome.loss_error) > max(smallest, BOUND)
 
 

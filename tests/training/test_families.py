@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.helpers.cases import OTHER_KINDS, Case, Layout
-from tests.helpers.oracle import Oracle
+from tests.helpers.embedding_reference import EmbeddingReference
+from tests.helpers.exactness_cases import OTHER_KINDS, Case, Layout
 
 LAYOUTS = (Layout(), Layout(tp=2), Layout(pp=2))
 SPECIAL = (
@@ -16,7 +16,7 @@ CASES = ([Case(kind=kind, layout=layout, micro_batches=2) for kind in OTHER_KIND
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    return Oracle(tmp_path_factory.mktemp("oracle"))
+    return EmbeddingReference(tmp_path_factory.mktemp("oracle"))
 
 
 @pytest.mark.parametrize("cases", [*CASES, *SPECIAL], ids=lambda cases: str(cases[0].layout))

@@ -1,14 +1,21 @@
-"""The gradient of a step equals one process on the whole batch, for every layout and number of micro-batches."""
+"""The gradient of a step equals one process on the whole batch, for every layout and index of micro-batches."""
 
 import math
 
 import pytest
 import torch
 
-from tests.helpers.exactness import ROWS, gradients_of_step, objective_settings, relative_error, truth
+from tests.helpers.gradient_errors import largest_error
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.step_reference import (
+    ROWS,
+    both_passes_of_runs,
+    difference,
+    gradients_of_step,
+    objective_settings,
+    reference,
+)
 from tests.helpers.toys import layout, run_config, save_model
-from tests.helpers.two_passes import both_passes_of_runs, difference
 
 KINDS = ("bert", "qwen3")
 
@@ -20,8 +27,8 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def truths(models, tmp_path_factory):
-    return {kind: truth(models[kind], tmp_path_factory.mktemp(f"{kind}_gradients")) for kind in KINDS}
+def references(models, tmp_path_factory):
+    return {kind: reference(models[kind], tmp_path_factory.mktemp(f"{kind}_gradients")) for kind in KINDS}
 
 
 def compare(directory, expected, ranks, sizes, micro_batch_size, *, distributed=False, wrong_factor=1.0, **objective):
@@ -31,7 +38,7 @@ def compare(directory, expected, ranks, sizes, micro_batch_size, *, distributed=
     results = run_on_ranks(gradients_of_step, ranks, config, expected.gradients, wrong_factor)
     for loss, _ in results:
         assert loss == pytest.approx(expected.loss, rel=1e-6)
-    return relative_error([squares for _, squares in results])
+    return largest_error([errors for _, errors in results])[0]
 
 
 CASES = [
@@ -53,22 +60,22 @@ def name_of(case):
 
 @pytest.mark.parametrize("kind, case", [
     # test_exactness.py has both kinds under every layout.
-    pytest.param(kind, case, id=f"{name_of(case)}-{kind}", marks=() if kind == "qwen3" or number % 4 == 0 else
-                 pytest.mark.slow) for kind in KINDS for number, case in enumerate(CASES)])
-def test_gradients_equal_one_process(models, truths, kind, case):
+    pytest.param(kind, case, id=f"{name_of(case)}-{kind}", marks=() if kind == "qwen3" or index % 4 == 0 else
+                 pytest.mark.slow) for kind in KINDS for index, case in enumerate(CASES)])
+def test_gradients_equal_one_process(models, references, kind, case):
     ranks, sizes, size, distributed = case
-    error = compare(models[kind], truths[kind], ranks, sizes, size, distributed=distributed)
+    error = compare(models[kind], references[kind], ranks, sizes, size, distributed=distributed)
     assert error <= 1e-5
 
 
 @pytest.mark.parametrize("sizes", [layout(2, pp=2), layout(2), layout(pp=2, cp=2)], ids=["tp2pp2", "tp2dp2", "pp2cp2"])
-def test_gradients_of_combined_layouts_equal_one_process(models, truths, sizes):
-    assert compare(models["qwen3"], truths["qwen3"], 4, sizes, 3, distributed=True) <= 1e-5
+def test_gradients_of_combined_layouts_equal_one_process(models, references, sizes):
+    assert compare(models["qwen3"], references["qwen3"], 4, sizes, 3, distributed=True) <= 1e-5
 
 
 @pytest.mark.parametrize("size", [12, 4], ids=["one_pass", "two_pass"])
-def test_wrong_factor_fails_the_comparison(models, truths, size):
-    assert compare(models["bert"], truths["bert"], 1, layout(), size, wrong_factor=1.001) > 5e-4
+def test_wrong_factor_fails_the_comparison(models, references, size):
+    assert compare(models["bert"], references["bert"], 1, layout(), size, wrong_factor=1.001) > 5e-4
 
 
 @pytest.mark.parametrize("ranks, size", [(1, 12), (1, 4), (2, 6), (2, 3)])
@@ -76,7 +83,7 @@ def test_micro_batch_negatives_equal_the_mean_of_the_micro_batches_losses(models
     share = ROWS // ranks
     groups = [[rank * share + start + row for rank in range(ranks) for row in range(size)]
               for start in range(0, share, size)]
-    expected = truth(models["bert"], tmp_path / "gradients", groups)
+    expected = reference(models["bert"], tmp_path / "gradients", groups)
     assert compare(models["bert"], expected, ranks, layout(), size, negatives="micro_batch") <= 1e-5
 
 
@@ -84,11 +91,11 @@ PLACES = {"one": layout(), "pp2": layout(pp=2), "tp2": layout(2), "tp2nosp": lay
 ALWAYS = ("qwen3 pp2", "bert tp2", "bert cp2")
 
 
-@pytest.mark.parametrize("kind, place", [
-    pytest.param(kind, place, marks=() if f"{kind} {place}" in ALWAYS else pytest.mark.slow)
-    for kind in KINDS for place in PLACES])
-def test_second_pass_and_recomputation_drop_what_the_first_dropped(models, kind, place):
-    sizes = PLACES[place]
+@pytest.mark.parametrize("kind, layout_name", [
+    pytest.param(kind, layout_name, marks=() if f"{kind} {layout_name}" in ALWAYS else pytest.mark.slow)
+    for kind in KINDS for layout_name in PLACES])
+def test_second_pass_and_recomputation_drop_what_the_first_dropped(models, kind, layout_name):
+    sizes = PLACES[layout_name]
 
     def config(recompute, hidden=0.2, attention=0.2):
         return run_config(models[kind], parallel=sizes, objective=objective_settings(),

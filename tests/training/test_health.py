@@ -40,11 +40,11 @@ def train_with(values, broken, what):
             return sums
 
         gradients_of["call"], spoil.objective = trainer.gradients, trainer.gradients.objective
-        found = original(batch, step.Trainer(chunks=trainer.chunks, gradients=spoil, optimizer=trainer.optimizer,
+        metrics = original(batch, step.Trainer(chunks=trainer.chunks, gradients=spoil, optimizer=trainer.optimizer,
                                              scheduler=trainer.scheduler))
         seen.append((sum(parameter.double().abs().sum().item() for parameter in trainer.chunks[0].parameters()),
                      moments(trainer.optimizer)))
-        return found
+        return metrics
 
     loop.train_step = train_step
     try:

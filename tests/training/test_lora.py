@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.adapter_truth import write_adapter
-from tests.helpers.cases import KINDS, Case, Layout
-from tests.helpers.exactness import ROWS, objective_settings
-from tests.helpers.oracle import Oracle
-from tests.helpers.oracle import save_model as save_experts
+from tests.helpers.adapter_reference import write_adapter
+from tests.helpers.embedding_reference import EmbeddingReference
+from tests.helpers.embedding_reference import save_model as save_experts
+from tests.helpers.exactness_cases import KINDS, Case, Layout
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.step_reference import ROWS, both_passes_of_runs, difference, objective_settings
 from tests.helpers.toys import MINILM, layout, open_model, run_config, save_model
-from tests.helpers.two_passes import both_passes_of_runs, difference
 
 FAST = (
     Case(kind="qwen3", layout=Layout(), micro_batches=2, adapters=True),
@@ -36,7 +35,7 @@ FAST = (
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    return Oracle(tmp_path_factory.mktemp("oracle"))
+    return EmbeddingReference(tmp_path_factory.mktemp("oracle"))
 
 
 def by_layout(cases):
@@ -51,14 +50,14 @@ def test_gradients_equal_pefts(oracle, cases):
 
 
 SLOW = tuple(
-    Case(kind=kind, layout=sizes, micro_batches=count, adapters=True, distributed=(number + place) % 2 == 0,
-         recompute=("none", "selective", "full")[(number + place) % 3])
-    for number, sizes in enumerate((
+    Case(kind=kind, layout=sizes, micro_batches=count, adapters=True, distributed=(index + kind_index) % 2 == 0,
+         recompute=("none", "selective", "full")[(index + kind_index) % 3])
+    for index, sizes in enumerate((
         Layout(), Layout(dp=2), Layout(tp=2), Layout(tp=2, sequence_parallel=False), Layout(pp=2), Layout(cp=2),
         Layout(dp=2, ep=2), Layout(pp=2, vpp=2), Layout(tp=2, ep=2), Layout(tp=2, etp=2),
         Layout(tp=2, pp=2), Layout(tp=2, cp=2), Layout(pp=2, vpp=2, tp=2), Layout(tp=2, dp=2, ep=4),
         Layout(dp=4, ep=2, etp=2), Layout(tp=4, etp=2)))
-    for place, kind in enumerate(KINDS if max(sizes.ep, sizes.etp) == 1 else ("qwen3_moe",))
+    for kind_index, kind in enumerate(KINDS if max(sizes.ep, sizes.etp) == 1 else ("qwen3_moe",))
     for count in (2, 4)
     if sizes.sequence_parallel or kind != "qwen3_moe")
 SLOW += tuple(
@@ -139,7 +138,7 @@ def test_every_layout_begins_with_the_same_adapters(adapted):
         split = name.endswith(".A") and (".linear_proj." in name or ".linear_fc2." in name)
         shares = matrix.chunk(2, dim=1) if split else [matrix, matrix]
         if name.endswith(".A"):
-            assert all(torch.equal(found[name], share) for found, share in zip(shards, shares, strict=True)), name
+            assert all(torch.equal(shard[name], share) for shard, share in zip(shards, shares, strict=True)), name
     (other,) = sampled_documents(adapted["qwen3"][0], layout(), 1, seed=5)
     assert not any(torch.equal(other[name], matrix) for name, matrix in whole.items() if name.endswith(".A"))
 

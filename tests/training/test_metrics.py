@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a line for each logged step and each evaluation, above the bar on a terminal."""
+"""Log lines and progress of a run: a line for each logged step and each evaluation, above the bar on a terminal."""
 
 import io
 import logging

@@ -70,15 +70,15 @@ def test_parameters_equal_those_of_torch(bert, ranks, distributed, clip_grad):
     config = run_config(bert, training=TRAINING | {"clip_grad": clip_grad}, distributed=distributed)
     ((expected, norms),) = run_on_ranks(by_torch, 1, config)
     assert sum(not decays(name, parameter) for name, parameter in expected.items()) > 20
-    for found, found_norms in run_on_ranks(optimized, ranks, config):
-        assert found.keys() == expected.keys()
-        assert found_norms == pytest.approx(norms, rel=1e-5)
-        for name, parameter in found.items():
+    for parameters, our_norms in run_on_ranks(optimized, ranks, config):
+        assert parameters.keys() == expected.keys()
+        assert our_norms == pytest.approx(norms, rel=1e-5)
+        for name, parameter in parameters.items():
             torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def decay_of_groups(config):
-    """By parameter name, the weight decay of its group."""
+    """Parameter name -> weight decay of its group."""
     parameters, optimizer = open_optimizer(config)
     names = {id(parameter): name for name, parameter in parameters.items()}
     return {names[id(parameter)]: group["weight_decay"] for group in optimizer.param_groups
@@ -86,10 +86,10 @@ def decay_of_groups(config):
 
 
 def test_biases_and_norms_do_not_decay(bert):
-    (found,) = run_on_ranks(decay_of_groups, 1, run_config(bert, training=TRAINING, distributed=False))
-    assert found["decoder.layers.0.mlp.linear_fc1.weight"] == 0.1
-    assert found["embedding.word_embeddings.weight"] == 0.1
-    for name, decay in found.items():
+    (decays_by_name,) = run_on_ranks(decay_of_groups, 1, run_config(bert, training=TRAINING, distributed=False))
+    assert decays_by_name["decoder.layers.0.mlp.linear_fc1.weight"] == 0.1
+    assert decays_by_name["embedding.word_embeddings.weight"] == 0.1
+    for name, decay in decays_by_name.items():
         assert (decay == 0) == (name.endswith("bias") or "norm" in name), name
 
 
@@ -195,6 +195,6 @@ def test_dropout_is_a_function_of_seed_step_and_place(bert):
         assert run_on_ranks(dropout_stream, 2, config, 4)[0][0] != streams[name][0][0]
     for name in ("dp2", "cp2", "pp2"):
         assert streams[name][0][0] != streams[name][1][0]
-    # Twins hold the same activations where they are not sharded, and shards of them elsewhere.
+    # Tensor-parallel ranks hold the same activations where they are not sharded, and shards of them elsewhere.
     assert streams["tp2"][0][0] == streams["tp2"][1][0]
     assert streams["tp2"][0][1] != streams["tp2"][1][1]

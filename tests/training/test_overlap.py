@@ -11,11 +11,12 @@ from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import OptimizerConfig
 from megatron_embed.errors import ConfigError, PreemptedError
 from megatron_embed.training.optimizer import check_optimizer
-from tests.helpers.cases import KINDS, Case, Layout
-from tests.helpers.exactness import ROWS, build, gather_shards, objective_settings
-from tests.helpers.oracle import Oracle
+from tests.helpers.embedding_reference import EmbeddingReference
+from tests.helpers.exactness_cases import KINDS, Case, Layout
+from tests.helpers.gradient_errors import gather_shards
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import configuration, curve, export, train
+from tests.helpers.step_reference import ROWS, build, objective_settings
 from tests.helpers.toys import layout, run_config, save_model
 
 BUCKET = 3000
@@ -36,7 +37,7 @@ def with_optimizer(config, settings):
 
 
 def three_steps(config, settings):
-    """What three steps come to under each of `settings`: (metrics of each, gradients of the first, weights at the end,
+    """Results of three steps under each of `settings`: (metrics of each, gradients of the first, weights at the end,
     buckets whose gradients were on their way when each step's backward passes ended)."""
     return [_three_steps(with_optimizer(config, one)) for one in settings]
 
@@ -89,10 +90,10 @@ def check_alike(results, *, exactly, first_stage=range(8)):
                                                                             rel=1e-6)
             for name, weight in weights.items():
                 assert gradients[name].any() or "position_embeddings" in name
-                for found, wanted in ((other_gradients[name], gradients[name]), (other_weights[name], weight)):
+                for tensor, wanted in ((other_gradients[name], gradients[name]), (other_weights[name], weight)):
                     if exactly:
-                        assert torch.equal(found, wanted), name
-                    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6, msg=name)
+                        assert torch.equal(tensor, wanted), name
+                    torch.testing.assert_close(tensor, wanted, rtol=1e-5, atol=2e-6, msg=name)
             # The first step finds out what there is to wait for; Megatron splits the first stage's gradients alone.
             assert [started for started, _ in other_under_way][1:] == [total for _, total in other_under_way][1:]
             if rank in first_stage:
@@ -148,7 +149,7 @@ def test_gradients_equal_one_process(oracle, case):
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    return Oracle(tmp_path_factory.mktemp("oracle"))
+    return EmbeddingReference(tmp_path_factory.mktemp("oracle"))
 
 
 def test_a_run_writes_the_same_checkpoint(models, tmp_path):
@@ -158,10 +159,10 @@ def test_a_run_writes_the_same_checkpoint(models, tmp_path):
         values["optimizer"] = settings
         run_on_ranks(train, 2, values)
     assert curve(tmp_path / "on") == curve(tmp_path / "off")
-    found, wanted = (load_file(tmp_path / f"{name}-export" / "model.safetensors") for name in ("on", "off"))
-    assert found.keys() == wanted.keys()
+    overlapped, wanted = (load_file(tmp_path / f"{name}-export" / "model.safetensors") for name in ("on", "off"))
+    assert overlapped.keys() == wanted.keys()
     start = load_file(f"{models['bert']}/model.safetensors")
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(overlapped[name], wanted[name]) for name in wanted)
     assert any(not torch.equal(wanted[name], start[name]) for name in wanted.keys() & start.keys())
 
 
@@ -173,15 +174,15 @@ def interrupted(values):
 
 @pytest.mark.slow
 def test_a_run_that_stops_early_saves_what_all_ranks_updated(models, tmp_path):
-    found = []
+    exports = []
     for name, settings in (("off", OFF), ("on", BOTH)):
         values = configuration(models["bert"], tmp_path / name, train_steps=3, exit_duration_minutes=1e-6)
         values["optimizer"] = settings
         run_on_ranks(interrupted, 2, values)
-        found.append(export(tmp_path / name, tmp_path / f"{name}-export"))
+        exports.append(export(tmp_path / name, tmp_path / f"{name}-export"))
     start = load_file(f"{models['bert']}/model.safetensors")
-    assert all(torch.equal(found[1][name], found[0][name]) for name in found[0])
-    assert any(not torch.equal(found[0][name], start[name]) for name in found[0].keys() & start.keys())
+    assert all(torch.equal(exports[1][name], exports[0][name]) for name in exports[0])
+    assert any(not torch.equal(exports[0][name], start[name]) for name in exports[0].keys() & start.keys())
 
 
 @pytest.mark.parametrize("settings, words", [

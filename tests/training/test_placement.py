@@ -1,4 +1,4 @@
-"""Where the optimizer's state lies, and in what: the same weights from host memory, the formula's if rounded.
+"""Device and dtype of the optimizer's state: the same weights from host memory, the formula's if rounded.
 
 Neither can run without a GPU. What runs here are Megatron's own classes, told that the model's buffers lie on one, and
 a stand-in for Transformer Engine's FusedAdam with its signature and its way of keeping state.
@@ -126,7 +126,7 @@ def resumed(config, path, settings):
 
 
 def saved_at_once(config, path, settings):
-    """(parameters and norms of a run that is saved before its first step and resumed, of one that is neither)."""
+    """(parameters and norms of a run that is saved before its first step and resumed, of one that is never saved)."""
     from megatron_embed.checkpoint.optimizer_state import optimizer_to_save
     from megatron_embed.checkpoint.state import model_state
     from megatron_embed.platform.compat import dist_checkpointing
@@ -143,23 +143,23 @@ def saved_at_once(config, path, settings):
         opened, wrapped, optimizer, _ = open_optimizer(
             dataclasses.replace(config, optimizer=OptimizerConfig(**settings)))
         with buffers_on_a_gpu(wrapped):
-            neither = stepped(opened, optimizer, range(STEPS // 2, STEPS))
-        return resumed(config, path, settings)[1], going_on, neither
+            never_saved = stepped(opened, optimizer, range(STEPS // 2, STEPS))
+        return resumed(config, path, settings)[1], going_on, never_saved
 
 
 @pytest.mark.parametrize("settings", [OFFLOADED, AWARE], ids=["offloaded", "aware"])
 def test_a_save_before_the_first_step_holds_an_optimizer_that_made_none(bert, tmp_path, settings):
     config = run_config(bert, dtype="bfloat16", training=TRAINING)
-    ((from_save, after_save, neither),) = run_on_ranks(saved_at_once, 1, config, str(tmp_path / "saved"), settings)
-    for found in (from_save, after_save):
-        assert found[1] == neither[1]
-        for name, weight in neither[0].items():
-            assert torch.equal(found[0][name], weight), name
+    ((from_save, after_save, never_saved),) = run_on_ranks(saved_at_once, 1, config, str(tmp_path / "saved"), settings)
+    for run in (from_save, after_save):
+        assert run[1] == never_saved[1]
+        for name, weight in never_saved[0].items():
+            assert torch.equal(run[0][name], weight), name
 
 
 def weight_of(optimizer):
     """Bytes in host memory."""
-    found = 0
+    num_bytes = 0
     for part in optimizer.chained_optimizers:
         hybrid = part.optimizer
         assert hybrid.gpu_optimizer is None, "some of it stayed on the GPU"
@@ -167,9 +167,9 @@ def weight_of(optimizer):
             for group in inner.param_groups:
                 for parameter in group["params"]:
                     moments = [inner.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
-                    found += sum(tensor.nbytes for tensor in [parameter, parameter.grad, *moments])
+                    num_bytes += sum(tensor.nbytes for tensor in [parameter, parameter.grad, *moments])
                     assert {tensor.dtype for tensor in [parameter, *moments]} == {torch.float32}
-    return found
+    return num_bytes
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -204,9 +204,9 @@ def aware(config):
     """(parameters and norms after STEPS steps, dtypes of the state, its bytes)."""
     with te_stand_in.fused_adam():
         opened, _, optimizer, _ = open_optimizer(config)
-        found = stepped(opened, optimizer, range(STEPS))
+        results = stepped(opened, optimizer, range(STEPS))
     states = [state for part in optimizer.chained_optimizers for state in part.optimizer.state.values()]
-    return (found, {name: {state[name].dtype for state in states} for name in states[0]},
+    return (results, {name: {state[name].dtype for state in states} for name in states[0]},
             sum(tensor.nbytes for state in states for tensor in state.values()))
 
 
@@ -238,11 +238,11 @@ def test_moments_in_bfloat16_follow_the_formula(bert, ranks):
     results = run_on_ranks(aware, ranks, config)
     planned = stage_memory(config, shape_of(config.model.path), grid_of(config, ranks), 0).optimizer
     assert sum(size for *_, size in results) / ranks == pytest.approx(planned, rel=0.02)
-    for (found, _), dtypes, _ in results:
+    for (weights, _), dtypes, _ in results:
         assert dtypes == {"exp_avg": {torch.bfloat16}, "exp_avg_sq": {torch.float32}, "master_param": {torch.float32}}
         for name, weight in expected.items():
-            torch.testing.assert_close(found[name], weight, rtol=2**-7, atol=1e-6, msg=name)
-        different = sum(int((found[name] != weight).sum()) for name, weight in expected.items())
+            torch.testing.assert_close(weights[name], weight, rtol=2**-7, atol=1e-6, msg=name)
+        different = sum(int((weights[name] != weight).sum()) for name, weight in expected.items())
         assert different < 0.01 * sum(weight.numel() for weight in expected.values())
 
 
@@ -252,22 +252,22 @@ def kinds_of_adam(config):
     from megatron_embed.training.optimizer import AdamW
 
     class ForGpus(te_stand_in.FusedAdam):
-        """As Apex's: takes the same arguments, and raises without CUDA only when it is built."""
+        """Stands in for Apex's optimizer: takes the same arguments, and raises without CUDA only when it is built."""
 
         def __init__(self, params, **settings):
             torch.optim.Optimizer.__init__(self, params, {})
 
-    original, found = te_stand_in.FusedAdam, []
+    original, kinds = te_stand_in.FusedAdam, []
     te_stand_in.FusedAdam = ForGpus
     try:
         for has_cuda in (True, False):
             with te_stand_in.fused_adam():
                 compat.HAS_CUDA = has_cuda
                 _, _, optimizer, _ = open_optimizer(config)
-            found.append({type(part.optimizer) for part in optimizer.chained_optimizers})
+            kinds.append({type(part.optimizer) for part in optimizer.chained_optimizers})
     finally:
         te_stand_in.FusedAdam = original
-    return found == [{ForGpus}, {AdamW}]
+    return kinds == [{ForGpus}, {AdamW}]
 
 
 def test_a_fused_adam_is_left_alone_without_cuda(bert):
@@ -292,8 +292,8 @@ def test_moments_in_bfloat16_are_resumed(bert, tmp_path):
             assert torch.equal(again[0][name], own[0][0][name]) and torch.equal(to_plain[0][name], own[0][0][name])
             assert torch.equal(again[1][0][name], weight), "an interrupted run ends elsewhere"
             assert torch.equal(to_aware[0][name], plain[0][0][name])
-            for found in (to_aware, to_plain, plain):
-                torch.testing.assert_close(found[1][0][name], weight, rtol=2**-7, atol=1e-4, msg=name)
+            for run in (to_aware, to_plain, plain):
+                torch.testing.assert_close(run[1][0][name], weight, rtol=2**-7, atol=1e-4, msg=name)
         assert sum(not torch.equal(weight, own[0][0][name]) for name, weight in own[1][0].items()) > 20
 
 
@@ -316,7 +316,7 @@ def test_a_machine_that_has_no_place_for_it_is_refused(monkeypatch):
     config = run_config("m", dtype="bfloat16")
     offloaded, moments = (dataclasses.replace(config, optimizer=OptimizerConfig(**asked))
                           for asked in (OFFLOADED, AWARE))
-    for asked, words in ((offloaded, "cpu_offload = True: there is no GPU here"),
+    for asked, words in ((offloaded, "cpu_offload = True: this machine has no GPU"),
                          (moments, "precision_aware = True needs a GPU and Transformer Engine")):
         with pytest.raises(ConfigError, match=words):
             check_optimizer(asked, has_adapters=False, has_tied_head=False)

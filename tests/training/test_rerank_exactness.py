@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.rerank_oracle import MAX_LENGTH, MODELS, Case, compute_truth, error_of, run_case, save_model
+from tests.helpers.rerank_reference import MAX_LENGTH, MODELS, Case, compute_reference, error_of, run_case, save_model
 
 BOUND = 1e-5
 
@@ -19,23 +19,23 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def truths(folder):
-    found = {}
+def reference_of(folder):
+    known = {}
 
-    def truth(case):
+    def reference(case):
         key = case.directory, case.loss
-        if key not in found:
-            found[key] = compute_truth(case, folder)
-        return found[key]
+        if key not in known:
+            known[key] = compute_reference(case, folder)
+        return known[key]
 
-    return truth
+    return reference
 
 
-def run(case, folder, truth):
-    per_rank = run_on_ranks(run_case, case.ranks, case, str(folder), truth.gradients)
-    error, name = error_of(per_rank, truth)
-    loss_error = max(abs(rank["metrics"]["loss"] - truth.loss) for rank in per_rank) / truth.loss
-    norm_error = max(abs(rank["norm"] - truth.norm) for rank in per_rank) / truth.norm
+def run(case, folder, reference):
+    per_rank = run_on_ranks(run_case, case.ranks, case, str(folder), reference.gradients)
+    error, name = error_of(per_rank, reference)
+    loss_error = max(abs(rank["metrics"]["loss"] - reference.loss) for rank in per_rank) / reference.loss
+    norm_error = max(abs(rank["norm"] - reference.norm) for rank in per_rank) / reference.norm
     return error, name, loss_error, norm_error
 
 
@@ -85,8 +85,8 @@ MORE = [
 
 
 @pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
-def test_gradients_are_exact(case, folder, truths):
-    error, name, loss_error, norm_error = run(case, folder, truths(case))
+def test_gradients_are_exact(case, folder, reference_of):
+    error, name, loss_error, norm_error = run(case, folder, reference_of(case))
     assert error <= BOUND, (error, name)
     assert loss_error <= 2e-6
     assert norm_error <= BOUND
@@ -96,8 +96,8 @@ def test_gradients_are_exact(case, folder, truths):
     (Case(model="untied", loss="listwise", parallel=layout(cp=2), ranks=2, micro_batch_size=4, sabotage="context"),
      0.9),
     (Case(model="tied", loss="lambda_loss", sabotage="labels"), 1e-2)], ids=str)
-def test_a_deliberate_mistake_fails_the_comparison(case, smallest, folder, truths):
-    error, name, _, _ = run(case, folder, truths(dataclasses.replace(case, sabotage=None)))
+def test_a_deliberate_mistake_fails_the_comparison(case, smallest, folder, reference_of):
+    error, name, _, _ = run(case, folder, reference_of(dataclasses.replace(case, sabotage=None)))
     assert error > smallest
     # Twice the gradient, and of the head alone: every context-parallel rank finds the whole of it.
     assert case.sabotage != "context" or name == "head.weight"

@@ -8,9 +8,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.helpers import oracle
-from tests.helpers.exactness import NUM_NEGATIVES, ROWS, build, objective_settings, truth
+from tests.helpers.embedding_reference import save_model as save_experts
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.step_reference import NUM_NEGATIVES, ROWS, build, objective_settings, reference
 from tests.helpers.toys import layout, real_records, run_config, save_model, toy_tokenizer
 
 
@@ -22,9 +22,9 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(model, tmp_path_factory):
     """(loss, norm of the gradient of the whole model)."""
-    found = truth(model, tmp_path_factory.mktemp("gradients"))
-    tensors = load_file(f"{found.gradients}/model.safetensors")
-    return found.loss, math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+    one_process = reference(model, tmp_path_factory.mktemp("gradients"))
+    tensors = load_file(f"{one_process.gradients}/model.safetensors")
+    return one_process.loss, math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
 
 
 def steps(config, count):
@@ -78,20 +78,20 @@ def test_loss_curve_is_the_same_under_every_layout(model):
     one = None
     for ranks, sizes in [(1, layout()), (2, layout()), (2, layout(2)), (2, layout(pp=2)), (2, layout(cp=2))]:
         config = run_config(model, parallel=sizes, objective=objective_settings(), training=training)
-        found = torch.tensor(run_on_ranks(curves, ranks, config)[-1])
-        one = found if one is None else one
+        losses = torch.tensor(run_on_ranks(curves, ranks, config)[-1])
+        one = losses if one is None else one
         assert one[0, 0] - one[-1, 0] > 0.1
-        torch.testing.assert_close(found, one, rtol=1e-4, atol=0)
+        torch.testing.assert_close(losses, one, rtol=1e-4, atol=0)
 
 
 def balance_of(directory, rows):
     """Mean over micro-batches of `rows` rows and layers of E * sum_e f_e * P_e, by Transformers, a text at a time."""
     model, tokenizer = transformers.AutoModel.from_pretrained(directory).eval(), toy_tokenizer(directory)
-    records, found = real_records(ROWS), []
+    records, losses = real_records(ROWS), []
     logits = {layer: [] for layer in range(len(model.layers))}
-    for number, layer in enumerate(model.layers):
+    for index, layer in enumerate(model.layers):
         layer.mlp.gate.register_forward_hook(
-            lambda module, inputs, output, number=number: logits[number].append(
+            lambda module, inputs, output, index=index: logits[index].append(
                 torch.nn.functional.linear(inputs[0].reshape(-1, inputs[0].shape[-1]), module.weight)))
     for first in range(0, ROWS, rows):
         mine = records[first : first + rows]
@@ -106,14 +106,14 @@ def balance_of(directory, rows):
             experts = probabilities.shape[1]
             chosen = probabilities.topk(model.config.num_experts_per_tok).indices
             share = torch.bincount(chosen.flatten(), minlength=experts) / chosen.numel()
-            found.append(experts * float(share @ probabilities.mean(dim=0)))
+            losses.append(experts * float(share @ probabilities.mean(dim=0)))
             layer.clear()
-    return sum(found) / len(found)
+    return sum(losses) / len(losses)
 
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
-    return str(oracle.save_model(tmp_path_factory.mktemp("models") / "moe", "qwen3_moe"))
+    return str(save_experts(tmp_path_factory.mktemp("models") / "moe", "qwen3_moe"))
 
 
 @pytest.mark.parametrize("ranks, sizes", [

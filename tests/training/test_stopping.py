@@ -23,7 +23,7 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", tokenizer=True)
 
 
-def interrupted(path, at_step, rank, number):
+def interrupted(path, at_step, rank, signum):
     """(exit code, message left for a launcher) of `train`; `rank` gets a signal while step `at_step` is computed."""
     import torch.distributed as dist
 
@@ -36,7 +36,7 @@ def interrupted(path, at_step, rank, number):
     def train_step(batch, trainer):
         steps.append(None)
         if len(steps) == at_step and dist.get_rank() == rank:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signum)
         return original(batch, trainer)
 
     status = f"{path}.status"
@@ -54,21 +54,21 @@ def write(path, values):
     return str(path)
 
 
-@pytest.mark.parametrize("number, sizes, rank", [
+@pytest.mark.parametrize("signum, sizes, rank", [
     pytest.param(signal.SIGTERM, layout(), 1, marks=pytest.mark.slow), pytest.param(
         signal.SIGUSR1, layout(2), 0, marks=pytest.mark.slow), (signal.SIGTERM, layout(pp=2), 0)],
     ids=["term_dp2", "usr1_tp2", "term_pp2"])
-def test_signal_on_one_rank_stops_all_and_the_run_goes_on(model, tmp_path, number, sizes, rank):
+def test_signal_on_one_rank_stops_all_and_the_run_goes_on(model, tmp_path, signum, sizes, rank):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     settings = {"parallel": sizes, "train_steps": 5, "warmup_steps": 2, "hidden_dropout": 0.1,
                 "checkpoint": {"save_every_steps": 100}}
     run_on_ranks(train, 2, configuration(model, straight, **settings))
     path = write(tmp_path / "run.yaml", configuration(model, stopped, **settings))
-    results = run_on_ranks(interrupted, 2, path, 2, rank, number)
+    results = run_on_ranks(interrupted, 2, path, 2, rank, signum)
     assert [code for code, _ in results] == [75, 75]
     assert "stopped after 2 steps (" in results[0][1]
     if rank == 0:
-        assert signal.Signals(number).name in results[0][1]
+        assert signal.Signals(signum).name in results[0][1]
     assert list(step_directories(stopped)) == [2]
     assert len(curve(stopped)) == 2
     assert run_on_ranks(command, 2, ["train", path])[0][0] == 0
@@ -100,15 +100,15 @@ def interrupted_in_evaluation(path):
 
 
 def test_evaluation_is_broken_off_and_made_up_for(model, tmp_path):
-    """The run goes on with the evaluation that it owes: its metrics, and what is best, are as if nothing had been."""
+    """The resumed run begins with the evaluation that it owes: its metrics and its best are as if nothing had been."""
     beir = tmp_path / "beir"
     (beir / "qrels").mkdir(parents=True)
     for name, letter in (("corpus", "d"), ("queries", "q")):
         (beir / f"{name}.jsonl").write_text("".join(
-            json.dumps({"_id": f"{letter}{number}", "title": "", "text": f"text {number} of {name}"}) + "\n"
-            for number in range(40)))
+            json.dumps({"_id": f"{letter}{index}", "title": "", "text": f"text {index} of {name}"}) + "\n"
+            for index in range(40)))
     (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(
-        f"q{number}\td{number}\t1\n" for number in range(40)))
+        f"q{index}\td{index}\t1\n" for index in range(40)))
     paths = {}
     for name in ("straight", "stopped"):
         values = configuration(model, tmp_path / name, train_steps=3, checkpoint={"save_every_steps": 100})
@@ -184,9 +184,9 @@ def test_signals_while_something_is_finished_do_not_break_it():
         assert process.stdout.readline() == b"finishing\n"
         process.send_signal(signal.SIGUSR1)
         assert process.stdout.readline() == b"SIGUSR1\n"
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
             time.sleep(0.1)
-            process.send_signal(number)
+            process.send_signal(signum)
         time.sleep(0.1)
         assert process.poll() is None
         process.stdin.write(b"\n")

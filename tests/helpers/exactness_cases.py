@@ -1,0 +1,238 @@
+"""The cases of the exactness matrix: which model, under which layout, in how many micro-batches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_embed.config.schema import (
+    DataConfig,
+    EmbeddingConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainFile,
+    TrainingConfig,
+)
+from megatron_embed.names import Pooling
+
+BOUND = 1e-5
+LOSS_BOUND = 2e-6
+NUM_NEGATIVES = 3
+AUX_COEFFICIENT = 0.1
+Kind = Literal["qwen3", "bert", "qwen3_moe", "xlm-roberta", "qwen2", "llama", "mistral", "mixtral"]
+KINDS: tuple[Kind, ...] = ("qwen3", "bert", "qwen3_moe")
+"""Models of the matrix."""
+OTHER_KINDS: tuple[Kind, ...] = ("xlm-roberta", "qwen2", "llama", "mistral", "mixtral")
+"""Models with other features: positions behind the padding id, biases, rope scaling, an attention window."""
+RECOMPUTE: tuple[Literal["selective", "full"], ...] = ("selective", "full")
+POOLINGS: dict[Kind, Pooling] = {
+    "qwen3": "lasttoken", "bert": "cls", "qwen3_moe": "mean", "xlm-roberta": "mean", "qwen2": "mean",
+    "llama": "lasttoken", "mistral": "lasttoken", "mixtral": "mean"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of a step."""
+
+    count: int
+    """Queries of the global batch; row r has r % 4 hard negatives, or as many as there may be."""
+    max_length: int
+    """Tokens of a text."""
+    joined: int
+    """Paragraphs that make up a document."""
+    temperature: float
+    most_negatives: tuple[int, int] = (3, 3)
+    """Most hard negatives of a row in the first and the second half of the rows."""
+    masked: bool = False
+    """Queries, positives and documents repeat, and `objective.mask_duplicates` is on."""
+
+
+ROWS = {"short": Rows(count=16, max_length=48, joined=1, temperature=0.1),
+        "masked": Rows(count=16, max_length=48, joined=1, temperature=0.1, most_negatives=(3, 1), masked=True),
+        "lopsided": Rows(count=8, max_length=48, joined=1, temperature=0.1, most_negatives=(3, 0), masked=True),
+        "long": Rows(count=4, max_length=1500, joined=16, temperature=0.1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of a process grid; `dp` is what the others leave of the ranks."""
+
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    sequence_parallel: bool = True
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.tp * self.pp * self.cp
+
+    def __str__(self) -> str:
+        sizes = {"EP": self.ep, "ETP": self.etp, "TP": self.tp, "PP": self.pp, "VPP": self.vpp, "CP": self.cp,
+                 "DP": self.dp}
+        name = "x".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "1 rank"
+        return name if self.sequence_parallel or self.tp == 1 else f"{name} without SP"
+
+
+Sabotage = Literal["factor", "group", "order", "mask"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One comparison."""
+
+    kind: Kind
+    layout: Layout
+    micro_batches: int = 0
+    """Per step and data-parallel rank; 1 is the one-pass step. 0: as many as the token budget makes."""
+    tokens: int | None = None
+    """`training.micro_batch_tokens`."""
+    negatives: Literal["global_batch", "micro_batch"] = "global_batch"
+    distributed: bool = False
+    aux: float = 0.0
+    rows: str = "short"
+    repeats: int = 1
+    """Steps; their gradients must all be right."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    sabotage: Sabotage | None = None
+    adapters: bool = False
+    """The model has LoRA adapters, and nothing else is trained."""
+    overlap: bool = False
+    """Gradients are reduced and parameters gathered behind the computation, in small buckets."""
+
+    @property
+    def model(self) -> str:
+        """Name of the model's directory."""
+        return f"{self.kind}-long" if self.rows == "long" else self.kind
+
+    @property
+    def reference(self) -> str:
+        """Name of the reference; only the auxiliary loss and negatives of a micro-batch depend on the micro-batches."""
+        name = f"{self.kind}-{self.rows}{'-lora' if self.adapters else ''}"
+        if self.aux or self.negatives == "micro_batch":
+            rounds = f"-by{self.layout.pp}" if self.layout.vpp > 1 else ""
+            name += f"-{self.aux:g}-{self.negatives}-{self.layout.dp}x{self.micro_batches}-{self.tokens}{rounds}"
+        return name
+
+    def __str__(self) -> str:
+        words = [self.kind, str(self.layout), f"{self.tokens} tokens" if self.tokens else f"M{self.micro_batches}"]
+        words += ["micro-batch negatives"] if self.negatives == "micro_batch" else []
+        words += ["distributed"] if self.distributed else []
+        words += ["adapters"] if self.adapters else []
+        words += ["overlapped"] if self.overlap else []
+        words += [f"aux {self.aux:g}"] if self.aux else []
+        words += [self.rows] if self.rows != "short" else []
+        words += [f"recompute {self.recompute}"] if self.recompute != "none" else []
+        return ", ".join([*words, self.sabotage] if self.sabotage else words)
+
+
+def _kinds(layout: Layout) -> tuple[Kind, ...]:
+    """Models that a layout can hold."""
+    if layout.ep > 1 or layout.etp > 1:
+        return ("qwen3_moe",)
+    return KINDS if layout.sequence_parallel or layout.tp == 1 else ("qwen3", "bert")
+
+
+SINGLE = (
+    Layout(), Layout(dp=2), Layout(dp=4), Layout(dp=8), Layout(tp=2), Layout(tp=2, sequence_parallel=False),
+    Layout(tp=4), Layout(pp=2), Layout(pp=4), Layout(pp=2, vpp=2), Layout(cp=2), Layout(cp=4), Layout(dp=2, ep=2),
+    Layout(dp=4, ep=4))
+"""One way of splitting the model at a time (experts need ranks to lie on)."""
+COMBINED = (
+    Layout(tp=2, pp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(tp=2, cp=2), Layout(pp=2, cp=2),
+    Layout(cp=2, dp=2), Layout(pp=2, vpp=2, dp=2), Layout(pp=2, vpp=2, tp=2), Layout(pp=2, vpp=2, cp=2),
+    Layout(tp=2, ep=2), Layout(cp=2, ep=2), Layout(tp=2, etp=2), Layout(pp=2, dp=2, ep=2), Layout(tp=2, dp=2, ep=2),
+    Layout(tp=2, dp=2, ep=4), Layout(dp=4, ep=2), Layout(cp=2, dp=2, ep=2), Layout(pp=2, vpp=2, dp=2, ep=2),
+    Layout(tp=2, pp=2, dp=2), Layout(tp=2, cp=2, dp=2), Layout(pp=2, cp=2, dp=2), Layout(tp=2, pp=2, cp=2),
+    Layout(tp=4, dp=2), Layout(pp=4, tp=2), Layout(cp=4, tp=2), Layout(tp=2, pp=2, dp=2, ep=2),
+    Layout(tp=2, pp=2, dp=2, ep=2, etp=2), Layout(pp=2, vpp=2, tp=2, dp=2))
+
+
+def all_cases() -> list[Case]:
+    """The matrix, cases of one layout together."""
+    cases = []
+    for index, layout in enumerate((*SINGLE, *COMBINED)):
+        smallest = layout.pp if layout.vpp > 1 else 1
+        counts = [count for count in (1, 2, 4) if count >= smallest and layout.dp * count <= ROWS["short"].count]
+        for kind_index, kind in enumerate(_kinds(layout)):
+            chosen = counts if layout in SINGLE else [counts[(index + kind_index) % len(counts)]]
+            if layout not in SINGLE and len(_kinds(layout)) == 1:
+                chosen = counts[:1] + counts[-1:]
+            cases += [Case(kind=kind, layout=layout, micro_batches=count,
+                           distributed=(index + kind_index + turn) % 2 == 0,
+                           rows="masked" if (index + turn) % 2 else "short")
+                      for turn, count in enumerate(chosen)]
+        if "qwen3_moe" in _kinds(layout):
+            cases.append(Case(kind="qwen3_moe", layout=layout, micro_batches=counts[-1], aux=AUX_COEFFICIENT,
+                              distributed=index % 2 == 1, rows="short" if index % 2 else "masked"))
+    cases += [Case(kind=kind, layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=50) for kind in KINDS]
+    cases += [Case(kind=kind, layout=Layout(cp=2), micro_batches=1, rows="long") for kind in KINDS]
+    cases += [Case(kind=kind, layout=Layout(tp=2, pp=2), micro_batches=2, recompute=recompute)
+              for kind in KINDS for recompute in RECOMPUTE]
+    cases += token_cases() + micro_batch_cases()
+    return sorted(cases, key=lambda case: (*SINGLE, *COMBINED).index(case.layout))
+
+
+TOKEN_LAYOUTS = (Layout(dp=2), Layout(dp=4), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vpp=2, dp=2),
+                 Layout(cp=2, dp=2))
+
+
+def token_cases() -> list[Case]:
+    """Bins filled by tokens, of which ranks have different numbers."""
+    cases = [Case(kind=kind, layout=layout, tokens=tokens, rows=rows, distributed=(index + turn) % 2 == 0)
+             for index, layout in enumerate(TOKEN_LAYOUTS) for turn, kind in enumerate(KINDS)
+             for tokens, rows in [((144, "masked"), (176, "short"), (128, "masked"))[(index + turn) % 3]]]
+    expert_layouts = (Layout(dp=2, ep=2), Layout(tp=2, dp=2, ep=2), Layout(pp=2, vpp=2, dp=2, ep=2))
+    cases += [Case(kind="qwen3_moe", layout=layout, tokens=tokens, rows=rows, aux=aux) for layout in expert_layouts
+              for tokens, rows, aux in ((128, "masked", 0.0), (176, "short", AUX_COEFFICIENT))]
+    # One rank has too few rows to fill as many bins as the other: it runs some again.
+    cases += [Case(kind=kind, layout=layout, tokens=48, rows="lopsided")
+              for layout in (Layout(dp=2), Layout(pp=2, vpp=2, dp=2)) for kind in KINDS]
+    cases.append(Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), tokens=48, rows="lopsided", aux=AUX_COEFFICIENT))
+    return cases
+
+
+def micro_batch_cases() -> list[Case]:
+    """Negatives of one micro-batch over the data-parallel ranks, in one pass."""
+    cases = [Case(kind=kind, layout=layout, micro_batches=2 + 2 * (index % 2), negatives="micro_batch",
+                  rows="masked" if (index + turn) % 2 else "short", distributed=turn % 2 == 0)
+             for index, layout in enumerate((Layout(), *TOKEN_LAYOUTS, Layout(tp=2), Layout(pp=2), Layout(cp=2)))
+             for turn, kind in enumerate(KINDS)]
+    cases += [Case(kind=kind, layout=layout, tokens=tokens, negatives="micro_batch", rows=rows)
+              for layout in (Layout(dp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vpp=2, dp=2))
+              for kind, tokens, rows in (("qwen3", 288, "masked"), ("bert", 240, "lopsided"))]
+    return cases
+
+
+CURVE_LAYOUTS = (Layout(), Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(cp=2), Layout(tp=2, pp=2),
+                 Layout(tp=2, dp=2))
+CURVE_STEPS = 20
+CURVE_BOUND = 1e-4
+
+
+def run_config(case: Case, folder: Path) -> RunConfig:
+    """The run of a case on the models and rows in `folder`."""
+    rows, layout = ROWS[case.rows], case.layout
+    return RunConfig(
+        model=ModelConfig(path=str(folder / (f"{case.model}-lora" if case.adapters else case.model)), dtype="float32"),
+        embedding=EmbeddingConfig(pooling=POOLINGS[case.kind]),
+        objective=ObjectiveConfig(temperature=rows.temperature, negatives=case.negatives, mask_duplicates=rows.masked),
+        data=DataConfig(train=(TrainFile(path=str(folder / f"{case.rows}.jsonl")),), shuffle=False,
+                        num_negatives=NUM_NEGATIVES, query_max_length=rows.max_length,
+                        document_max_length=rows.max_length),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp, context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp,
+            sequence_parallel="auto" if layout.sequence_parallel else False),
+        training=TrainingConfig(
+            global_batch_size=rows.count, micro_batch_size=rows.count // (layout.dp * max(1, case.micro_batches)),
+            micro_batch_tokens=case.tokens,
+            moe_aux_loss_coefficient=case.aux, recompute=case.recompute),
+        optimizer=OptimizerConfig(distributed=case.distributed, overlap_grad_reduce=case.overlap,
+                                  overlap_param_gather=case.overlap))
