@@ -4,12 +4,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.export.verify import available_memory, weight_bytes
+from megatron_embed.names import ModelDtype
 from megatron_embed.parallel.collectives import raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class ExportOptions:
 
     max_shard_size: str = "5GB"
     """Largest weight file."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: ModelDtype | None = None
     """Dtype of the written weights; None: the checkpoint's."""
     compare: bool = True
     """Load the result with the stock library and compare it with the checkpoint on texts."""
