@@ -86,7 +86,7 @@ def test_given_prompts_take_the_place_of_the_directorys(model, small_beir, tmp_p
     assert metrics == pytest.approx(expected, abs=1e-6)
     assert metrics != pytest.approx(evaluated(["--model", str(model), "--data", str(small_beir)], 1), abs=1e-6)
     for extra, words in (([], "the prompt of the directory, 'Instruct: {instruction} Query: ', contains {instruction}"),
-                         (["--query-prompt", "{instruction}"], "the prompt given, '{instruction}', contains {instruction}"),
+                         (["--query-prompt", "{instruction}"], "the prompt given, '{instruction}', contains {"),
                          (["--query-prompt", "", "--document-prompt", "{instruction}"], "documents have no instr")):
         code, _, err, _ = run_on_ranks(command, 1, ["evaluate", "--model", str(own), "--data", str(small_beir),
                                                     *extra])[0]
