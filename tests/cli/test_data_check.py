@@ -89,7 +89,7 @@ def test_refusals(rows, tmp_path, capsys):
     config.write_text(f"model: {{path: {MINILM}}}\n")
     for arguments, words in (
             ([rows], f"{rows}:5: positive = '' is empty"), ([str(tmp_path / "no.jsonl")], "no such file"),
-            ([str(config)], "data.train = []: there is nothing to look at"),
+            ([str(config)], "data.train = []: there is nothing to check"),
             ([str(config), "--model", str(MINILM)], "leave --model and --max-length out")):
         assert main(["data", "check", *arguments]) == 2
         assert words in capsys.readouterr().err

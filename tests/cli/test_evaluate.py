@@ -85,8 +85,8 @@ def test_given_prompts_take_the_place_of_the_directorys(model, small_beir, tmp_p
     metrics = evaluated(["--model", str(own), "--data", str(small_beir), *prompts], 1)
     assert metrics == pytest.approx(expected, abs=1e-6)
     assert metrics != pytest.approx(evaluated(["--model", str(model), "--data", str(small_beir)], 1), abs=1e-6)
-    for extra, words in (([], "the prompt of the directory, 'Instruct: {instruction} Query: ', has a place for an"),
-                         (["--query-prompt", "{instruction}"], "the prompt given, '{instruction}', has a place for an"),
+    for extra, words in (([], "the prompt of the directory, 'Instruct: {instruction} Query: ', contains {instruction}"),
+                         (["--query-prompt", "{instruction}"], "the prompt given, '{instruction}', contains {"),
                          (["--query-prompt", "", "--document-prompt", "{instruction}"], "documents have no instr")):
         code, _, err, _ = run_on_ranks(command, 1, ["evaluate", "--model", str(own), "--data", str(small_beir),
                                                     *extra])[0]
@@ -118,7 +118,7 @@ def test_a_reranker_takes_no_prompt(cross_encoder, tmp_path, capsys):
     (["--dims", "8,x"], "'x' is not a whole number above 0"),
     (["--candidates", "5"], "--candidates 5: only search in two stages has candidates; add --two-stage or --reranker"),
     (["--reranker-weight", "0.5"], "--reranker-weight 0.5: has no effect without --reranker"),
-    (["--reranker-weight", "1"], "'1' are no numbers between 0 and 1"),
+    (["--reranker-weight", "1"], "'1' must be numbers between 0 and 1"),
     (["--reranker", str(MINILM)], "not a reranker"),
     (["--per-query", "missing/queries.jsonl"], "--per-query missing/queries.jsonl: must be a .jsonl file, itself no"),
 ])

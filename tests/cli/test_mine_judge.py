@@ -67,7 +67,7 @@ def test_a_causal_reranker_judges_words(data, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--reranker", str(MINILM)], "--reranker"),
     (["--reranker", "nowhere"], "--reranker = 'nowhere'"),
-    (["--pooling", "mean", "--reranker", str(MINILM)], "--pooling: BM25 compares words"),
+    (["--pooling", "mean", "--reranker", str(MINILM)], "--pooling: has no effect with BM25"),
 ])
 def test_refusals(arguments, words, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
