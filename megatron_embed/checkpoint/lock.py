@@ -75,6 +75,6 @@ def _acquire(key: str, path: Path) -> TextIOWrapper:
         os.write(file.fileno(), f"host {socket.gethostname()}, process {os.getpid()}\n".encode())
     except OSError as error:
         file.close()
-        raise ConfigError(f"{key} = {str(path.parent)!r}: {path} cannot be written ({error.strerror}); make room "
-                          "there, or choose another directory", key=key) from error
+        raise ConfigError(f"{key} = {str(path.parent)!r}: {path} cannot be written ({error.strerror}); free disk "
+                          "space, or choose another directory", key=key) from error
     return file

@@ -54,7 +54,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
 
 def read_optional_json_object(path: Path) -> dict[str, Any]:
-    """`read_json_object` of the file, or an empty object if there is no such file."""
+    """`read_json_object` of the file; an empty object if the file does not exist."""
     return read_json_object(path) if path.is_file() else {}
 
 

@@ -67,12 +67,12 @@ def test_values_and_gradients_are_a_softmaxs(device, kernel, groups, causal, win
 
     inputs = [tensor.to(device, torch.bfloat16).requires_grad_() for tensor in exact]
     output = module(*(tensor[:, None] for tensor in inputs), None, packed_seq_params=packed)[:, 0]
-    found = [output, *torch.autograd.grad(output, inputs, weights.to(device))]
+    results = [output, *torch.autograd.grad(output, inputs, weights.to(device))]
     truth = [tensor.requires_grad_() for tensor in exact]
     expected = softmax_attention(*truth, causal, window)
     wanted = [expected, *torch.autograd.grad(expected, truth, weights.double())]
     assert not output[real:].any()
-    for ours, right in zip(found, wanted, strict=True):
+    for ours, right in zip(results, wanted, strict=True):
         assert ours.dtype == torch.bfloat16 and right.abs().max() > 0.1
         # Scores and weights in bfloat16 cost some roundings of 2^-9; a wrong mask or head costs far more.
         assert (ours.cpu().double() - right).norm() / right.norm() < 2**-6

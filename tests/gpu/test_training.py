@@ -52,7 +52,7 @@ def curve(models, tmp_path):
         rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
         assert len({row["loss"] for row in rows}) == steps and all(row["grad_norm"] > 0.01 for row in rows)
-        return [number for row in rows for number in (row["loss"], row["grad_norm"])]
+        return [row[name] for row in rows for name in ("loss", "grad_norm")]
 
     return train
 
@@ -66,10 +66,10 @@ def test_float32_is_the_cpus(curve, kind, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_bfloat16_is_near_float32(curve, device):
     """On a GPU by the flash kernel, which `auto` chooses there."""
-    found = curve("half", "qwen3", device, "model.dtype=bfloat16")
+    losses = curve("half", "qwen3", device, "model.dtype=bfloat16")
     expected = curve("whole", "qwen3", "cpu")
-    assert found == pytest.approx(expected, rel=0.1)
-    assert found != expected
+    assert losses == pytest.approx(expected, rel=0.1)
+    assert losses != expected
 
 
 @pytest.mark.parametrize("kind, key", [
