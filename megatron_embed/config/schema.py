@@ -1,4 +1,5 @@
-"""Every setting of a run: its type, unit, range and default. Defaults live here and nowhere else."""
+"""RunConfig and the sections of its settings: type, unit, range and default. The sections data, evaluation, checkpoint,
+objective and optimizer are in the files of these names beside this one; no default stands anywhere else."""
 
 import math
 from dataclasses import dataclass, field

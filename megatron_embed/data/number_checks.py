@@ -73,7 +73,7 @@ def check_labels(labels: Sequence[float], loss: str, source: str) -> None:
                         f"{LARGEST_EXPONENT}, since its gain 2^label - 1 is exact in float32 that far; write grades "
                         "such as 0 to 4, or choose ranknet")
     if loss == "listwise" and sum(labels) > LARGEST:
-        raise DataError(f"{source}: the labels sum up to {sum(labels):g}, which is not finite in float32; divide all "
+        raise DataError(f"{source}: the labels add up to {sum(labels):g}, which is not finite in float32; divide all "
                         "labels by the same number")
     stored = np.asarray(labels, dtype=np.float32).tolist()
     for label, other in zip(sorted(labels), sorted(stored), strict=True):

@@ -175,8 +175,8 @@ class TableRows(RawRows):
             try:
                 columns = self._table[start:start + _TABLE_ROWS]
             except Exception as error:  # pyarrow's errors have no common class, MemoryError among them
-                raise DataError(f"{self.path}:{start + 1}: cannot be read: {first_line(error)}; the file is damaged, "
-                                "make it again") from error
+                raise DataError(f"{self.path}:{start + 1}: cannot be read: {first_line(error)}; the file is damaged; "
+                                "download or create it again") from error
             for row_number, values in enumerate(zip(*columns.values(), strict=True), start=start + 1):
                 row = dict(zip(columns, values, strict=True))
                 digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")

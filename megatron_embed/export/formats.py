@@ -13,7 +13,7 @@ from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, ope
 from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
 from megatron_embed.export.model_card import write_converted_card
-from megatron_embed.export.sentence_transformers import cut_on_the_right, export_sentence_transformers
+from megatron_embed.export.sentence_transformers import export_sentence_transformers, set_right_truncation
 from megatron_embed.export.verify import ExpectedSettings, compare_with_transformers
 from megatron_embed.export.write import ExportOptions, export, why_not_compared
 from megatron_embed.models.families import model_shape
@@ -146,7 +146,7 @@ def _add_sentence_transformers(checkpoint: CheckpointDirectory, expected: Expect
         needs_eos=pooling == "lasttoken" and saved.adds_eos and saved.chat is None)
     if checkpoint.info.max_lengths:
         # What was trained here was cut on the right, whatever an older version left in the tokenizer's files.
-        cut_on_the_right(directory)
+        set_right_truncation(directory)
 
 
 def _compare_sentence_transformers(source: str, expected: ExpectedSettings, directory: Path) -> list[str]:

@@ -85,7 +85,7 @@ def _chat_settings(saved: SavedSettings) -> dict[str, Any]:
             "modality_config": {"text": kind, "message": {**kind, "format": saved.chat.content}}}
 
 
-def cut_on_the_right(directory: Path) -> None:
+def set_right_truncation(directory: Path) -> None:
     """Make the stored tokenizer take tokens from the end of what is too long, as training does.
 
     A tokenizer of another life may say `left`, which the stock libraries follow.

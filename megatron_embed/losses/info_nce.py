@@ -24,16 +24,17 @@ class ContrastiveSettings:
     temperature: float
     """Divides the similarity, > 0."""
     directions: tuple[Direction, ...] = ("query_to_document",)
-    """Comparisons in the denominator; `query_to_document` first. A row's anchor is its query, in `document_to_...` its
-    positive; the columns are all documents or all queries. Columns of several directions lie side by side."""
+    """The pairs that enter the softmax's denominator, `query_to_document` first. A row's anchor is its query, in
+    `document_to_...` its positive; the columns are all documents or all queries. The logits of several directions are
+    concatenated along the columns."""
     joint: bool = True
     """One softmax over all directions; else one per direction, of which the mean counts."""
-    margin: float | None = None
+    mask_margin: float | None = None
     """A column whose similarity exceeds the positive's by more than this is excluded; None: off."""
     relative: bool = False
     """The margin is a share of the positive's similarity (its absolute value)."""
     hardness: Hardness | None = None
-    """The negative documents whose logits grow by `hardness_strength * similarity`, without gradient."""
+    """The negative documents to whose logits `hardness_strength * similarity` is added, without gradient."""
     hardness_strength: float = 0.0
     bias: float | None = None
     """Set: SigLIP's loss (Zhai et al. 2023, arXiv:2303.15343), for each column on its own, instead of the softmax: with
@@ -63,7 +64,8 @@ class Candidates:
     excluded: MaskTile | None = None
     """True where a column is known to be relevant and therefore not a negative; false at the positive."""
     own: MaskTile | None = None
-    """Over the documents alone: true where one was given for the row's query. Needed by `hardness` of some."""
+    """Over the documents alone: true where one was given for the row's query. Needed if `hardness` is
+    in_batch_negatives or hard_negatives."""
 
     def keys(self, direction: Direction) -> Tensor:
         """The vectors of a direction's columns."""
@@ -95,7 +97,7 @@ class InfoNCESums(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class InfoNCEGradients:
-    """Gradients of `weighted loss of these rows / total`."""
+    """Gradients of sum(weight * loss of a row) / total."""
 
     sums: InfoNCESums
     anchor: Tensor
@@ -140,7 +142,7 @@ def contrastive_gradients(query: Tensor, candidates: Candidates, settings: Contr
     et al. 2023, arXiv:2308.03281) and Qwen3-Embedding (Zhang et al. 2025, arXiv:2506.05176); the hardness weights those
     of Lan et al. 2025 (arXiv:2503.04812, in-batch negatives) and EmbeddingGemma (arXiv:2509.20354, hard negatives).
 
-    If a document is too similar to the query (`margin`), it is a column neither of the query nor of the positive.
+    If a document is too similar to the query (`mask_margin`), it is a column neither of the query nor of the positive.
     Memory beyond inputs and outputs is one tile (LOSS_TILE_ELEMENTS similarities) and its masks; no graph is built.
 
     Args:
@@ -228,10 +230,10 @@ class _Tile:
 
     def _logits(self, similarity: Tensor, masked: Tensor | None) -> Tensor:
         """[rows, all columns], -inf where a column is masked; overwrites `similarity`."""
-        penalty = self._hardness_penalty(similarity)
+        bonus = self._hardness_bonus(similarity)
         similarity /= self.settings.temperature
-        if penalty is not None:
-            similarity[:, : self.widths[0]] += penalty
+        if bonus is not None:
+            similarity[:, : self.widths[0]] += bonus
         if masked is not None:
             similarity.masked_fill_(masked, float("-inf"))
         return similarity
@@ -241,8 +243,8 @@ class _Tile:
         relevant or too similar)."""
         ignored = None if self.candidates.ignored is None else self.candidates.ignored(self.first, self.last)
         excluded = None if self.candidates.excluded is None else self.candidates.excluded(self.first, self.last)
-        if self.settings.margin is not None:
-            similar = self._too_similar(similarity, self.settings.margin)
+        if self.settings.mask_margin is not None:
+            similar = self._too_similar(similarity, self.settings.mask_margin)
             excluded = similar if excluded is None else excluded | similar
         if ignored is not None and excluded is not None:
             excluded = excluded & ~ignored
@@ -261,17 +263,17 @@ class _Tile:
             spans["document_to_query"].scatter_(1, self.candidates.query_index[self.rows, None], False)
         return similar
 
-    def _hardness_penalty(self, similarity: Tensor) -> Tensor | None:
+    def _hardness_bonus(self, similarity: Tensor) -> Tensor | None:
         """[rows, candidates], what hardness adds to the logits of queries to documents."""
         settings = self.settings
         if settings.hardness is None:
             return None
-        penalty = settings.hardness_strength * similarity[:, : len(self.candidates.document)]
+        bonus = settings.hardness_strength * similarity[:, : len(self.candidates.document)]
         if settings.hardness != "all_negatives":
             assert self.candidates.own is not None
             own = self.candidates.own(self.first, self.last)
-            penalty = penalty.masked_fill(own if settings.hardness == "in_batch_negatives" else ~own, 0.0)
-        return penalty.scatter_(1, self.positive_column, 0.0)
+            bonus = bonus.masked_fill(own if settings.hardness == "in_batch_negatives" else ~own, 0.0)
+        return bonus.scatter_(1, self.positive_column, 0.0)
 
     def _statistics(self, similarity: Tensor, excluded: Tensor | None, masked: Tensor | None) -> Tensor:
         """[7] float64 InfoNCESums of this tile, the loss left at 0."""

@@ -1,4 +1,4 @@
-"""Forward passes with Megatron's own schedules, for training's first pass and for inference."""
+"""Forward and backward passes through Megatron's pipeline schedules: training's two passes, and inference."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""InfoNCE and SigLIP's sigmoid loss over the global batch: the only place that sees other ranks' embeddings."""
+"""InfoNCE and SigLIP's sigmoid loss over the global batch, with the embeddings of all data-parallel ranks."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ class Contrastive(Objective[EmbedBatch]):
         self.couples_batch = objective.couples_batch
         self.settings = ContrastiveSettings(
             temperature=objective.temperature, directions=objective.directions, joint=objective.partition == "joint",
-            margin=objective.mask_margin, relative=objective.mask_margin_type == "relative",
+            mask_margin=objective.mask_margin, relative=objective.mask_margin_type == "relative",
             hardness=objective.hardness, hardness_strength=objective.hardness_strength,
             bias=objective.bias if objective.loss == "sigmoid" else None)
         self.normalize = config.embedding.unit_length
@@ -60,7 +60,7 @@ class Contrastive(Objective[EmbedBatch]):
         self.private = objective.hard_negatives == "private"
         self.dp_group = dp_group
         self.needs_queries = any(direction.endswith("query") for direction in objective.directions)
-        # Without any of these, no column is ignored but the row's own positive.
+        # Without any of these, no mask of ignored columns is needed.
         self.needs_document_queries = (
             self.private or not config.data.all_in_batch or config.data.num_positives > 1
             or len(objective.directions) > 1 or objective.hardness in ("in_batch_negatives", "hard_negatives"))

@@ -18,7 +18,7 @@ from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import write_sidecar_files
 from megatron_embed.data.dataset import validation_shares
 from megatron_embed.evaluation.suite import best_metric
-from megatron_embed.export.sentence_transformers import cut_on_the_right
+from megatron_embed.export.sentence_transformers import set_right_truncation
 from megatron_embed.loading.model_directory import adapters_of, error_context
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
@@ -96,7 +96,7 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest) -> 
     first_step = resume(inputs.resume_state, state)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
                           kernel=attention_kernel(config), has_dropout=has_dropout(config))
-    trainer = Trainer(chunks=wrapped, gradients=gradients, optimizer=optimizer, scheduler=scheduler)
+    trainer = Trainer(chunks=wrapped, grad_cache=gradients, optimizer=optimizer, scheduler=scheduler)
     parts = task.build(inputs, topology, models, wrapped)
     best = best_checkpoint(config, first_step)
     writer = build_writer(inputs, first_step, active=topology.rank == 0)
@@ -115,7 +115,7 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest) -> 
         parts.show_vectors()
     if config.checkpoint.export_at_end is not None:
         steps = resume_state(config).steps
-        parts.export(checkpoint_to_export(config, best, models, steps), steps)
+        parts.export(load_checkpoint_to_export(config, best, models, steps), steps)
     return metrics
 
 
@@ -147,7 +147,7 @@ def build_hooks(inputs: Inputs, parts: TaskParts, evaluate: Callable[[], dict[st
                  saver=saver, stop=stop, writer=writer, health=health)
 
 
-def checkpoint_to_export(config: RunConfig, best: BestCheckpoint | None, models: Sequence[EmbeddingModel],
+def load_checkpoint_to_export(config: RunConfig, best: BestCheckpoint | None, models: Sequence[EmbeddingModel],
                          steps: int) -> str:
     """The checkpoint that `checkpoint.export` names, whose weights the model now holds. Called by all ranks.
 
@@ -236,6 +236,6 @@ def write_assets(assets: Path, inputs: Inputs) -> None:
         "query": config.data.max_length("query"), "document": config.data.max_length("document")},
         head=None if task.head is None else task.head.kind, adapters=adapters_of(config.lora, task.model))
     task.write_settings(assets / "hf")
-    cut_on_the_right(assets / "hf")
+    set_right_truncation(assets / "hf")
     save_resolved(config, assets / "config.yaml")
     (assets / DATA_FILE).write_text(json.dumps(describe_rows(inputs.records)), encoding="utf-8")

@@ -42,7 +42,10 @@ class GradCache(Generic[Batch]):
     has_dropout: bool
 
     def __call__(self, batch: Batch) -> Sums:
-        """Gradients of one step, by two passes, or by one if no row's loss depends on other micro-batches."""
+        """Fill the gradient buffers and return the sums for the metrics.
+
+        By two passes, or by one if no row's loss depends on other micro-batches.
+        """
         batches = self._on_device(batch)
         if len(batches) == 1 or not self.objective.couples_batch:
             return self.one_pass(batch, batches)
@@ -52,7 +55,7 @@ class GradCache(Generic[Batch]):
         """A loss over the global batch; holds the activations of one micro-batch at a time (1F1B: of one per stage)."""
         rng = get_all_rng_states() if self.has_dropout else None
         embeddings = embed(self.chunks, batches, self.topology)                 # pass 1: no graph, every micro-batch
-        grad = self._loss(embeddings, batch)                                     # the only step that sees other ranks
+        grad = self._loss(embeddings, batch)                                     # needs other data-parallel ranks' rows
         if rng is not None:
             set_all_rng_states(*rng)                                             # pass 2 drops what pass 1 dropped
         factor = surrogate_factor(len(batches), self.topology.dp_size)
@@ -73,7 +76,7 @@ class GradCache(Generic[Batch]):
         parts = [batch] if len(batches) == 1 else self.objective.split(batch)
         factor, total = surrogate_factor(len(batches), self.topology.dp_size), self.objective.total(batch)
 
-        def objective(index: int) -> Any:
+        def micro_batch_loss(index: int) -> Any:
             # The rows of a part have the order that they have in the whole batch.
             part, order = parts[index], torch.argsort(batches[index].valid_rows)
 
@@ -84,7 +87,7 @@ class GradCache(Generic[Batch]):
 
             return loss
 
-        values = run_schedule(self.chunks, batches, self.topology, objective, forward_only=False)
+        values = run_schedule(self.chunks, batches, self.topology, micro_batch_loss, forward_only=False)
         return self._broadcast_from_last_stage(torch.stack(values).sum(dim=0) if values else None)
 
     def evaluate(self, batch: Batch) -> Sums:

@@ -109,7 +109,7 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology,
         ConfigError: losses that are not finite, see Health.
     """
     metrics: dict[str, float] = {}
-    heap, throughput, saved, logged_skips = HeapWatch(), Throughput(trainer.gradients.models, topology), first_step, 0
+    heap, throughput, saved, logged_skips = HeapWatch(), Throughput(trainer.grad_cache.models, topology), first_step, 0
     if evaluation_owed and make_up_for_evaluation(hooks, first_step):
         train_steps = first_step
     for step in range(first_step, train_steps):

@@ -22,10 +22,10 @@ from megatron_embed.training.overlap import complete_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """Model, gradients, optimizer and schedule of a run; built once, in run/assemble.py."""
+    """Model, gradient cache, optimizer and schedule of a run; built once, in run/assemble.py."""
 
     chunks: Sequence[torch.nn.Module]
-    gradients: GradCache
+    grad_cache: GradCache
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -44,22 +44,22 @@ def seed_step(seed: int, step: int, topology: Topology) -> None:
 
 
 def train_step(batch: StepBatch, trainer: Trainer) -> dict[str, float]:
-    """One optimizer step over `global_batch_size` queries, every document of which is a candidate for every query.
+    """One optimizer step over the global batch.
 
     Returns:
-        Means over the global batch (losses/info_nce.py), those of a mixture of experts' auxiliary loss (see
-        `router_losses`) if its coefficient is not 0, `grad_norm` of the whole model before clipping, the
-        `learning_rate` used, and `skipped`: 1 if loss or gradient was not finite and nothing was updated, else 0.
-        Equal on all ranks.
+        The objective's metrics (`Objective.names`) as means over the global batch, those of a mixture of experts'
+        auxiliary loss (see `router_losses`) if its coefficient is not 0, `grad_norm` of the whole model before
+        clipping, the `learning_rate` used, and `skipped`: 1 if loss or gradient was not finite and nothing was updated,
+        else 0. Equal on all ranks.
     """
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    sums = trainer.gradients(batch)                                  # both passes; reduced over all ranks
+    sums = trainer.grad_cache(batch)                                 # forward and backward; reduced over all ranks
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
     metrics = sums.metrics() | router_losses(unwrapped(trainer.chunks[0]).config.num_layers, len(batch.micro_batches))
     grad_norm, updated = update(trainer.optimizer, metrics["loss"])  # clip, update, gather updated parameters
-    learned = trainer.gradients.objective.learned
+    learned = trainer.grad_cache.objective.learned
     if learned is not None and updated:
         learned.step(metrics, learning_rate)
     trainer.scheduler.step(increment=1)                              # a function of the step, skipped or not

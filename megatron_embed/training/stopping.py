@@ -1,4 +1,4 @@
-"""Reasons to stop a run before its last step: a signal, or its time is up."""
+"""Reasons to stop a run before its last step: a signal, or its time is up. loop.py acts on them and saves."""
 
 import time
 

@@ -25,7 +25,7 @@ class Validation(Generic[Batch]):
 
     def __init__(self, gradients: GradCache[Batch], builders: Sequence[Callable[[], Batch]],
                  agree: Callable[[Batch], Batch]) -> None:
-        self.gradients = gradients
+        self.grad_cache = gradients
         batches: list[Batch] = []
         error = None
         try:
@@ -42,8 +42,8 @@ class Validation(Generic[Batch]):
             PreemptedError: on every rank, between two batches, if a run that saves itself is asked to stop.
         """
         parts = []
-        with evaluation_mode(self.gradients.chunks):
+        with evaluation_mode(self.grad_cache.chunks):
             for batch in self.batches:
                 leave_if_asked()
-                parts.append(self.gradients.evaluate(batch))
+                parts.append(self.grad_cache.evaluate(batch))
         return Sums(names=parts[0].names, values=torch.stack([sums.values for sums in parts]).sum(dim=0)).metrics()

@@ -22,12 +22,12 @@ def train_with_bad_steps(values, bad):
 
     def train_step(batch, trainer):
         def spoilt(batch):
-            sums = trainer.gradients(batch)
+            sums = trainer.grad_cache(batch)
             if done[0] < bad:
                 sums.values[0] = math.nan
             return sums
 
-        spoilt.objective = trainer.gradients.objective
+        spoilt.objective = trainer.grad_cache.objective
         metrics = original(batch, step.Trainer(chunks=trainer.chunks, gradients=spoilt, optimizer=trainer.optimizer,
                                              scheduler=trainer.scheduler))
         done[0] += 1

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from megatron_embed.errors import CheckpointError
 from megatron_embed.export.embedding import LengthProbes, export_probes, length_probes
-from megatron_embed.export.sentence_transformers import cut_on_the_right, export_sentence_transformers
+from megatron_embed.export.sentence_transformers import export_sentence_transformers, set_right_truncation
 from megatron_embed.export.verify import ExpectedSettings
 from megatron_embed.loading.model_directory import open_encoder
 from tests.helpers.ranks import run_on_ranks
@@ -106,7 +106,7 @@ def test_both_places_that_say_where_a_tokenizer_cuts(tmp_path):
     changed("tokenizer_config.json", truncation_side="left")(tmp_path)
     truncation = {"direction": "Left", "max_length": 12, "strategy": "LongestFirst", "stride": 0}
     changed("tokenizer.json", truncation=truncation)(tmp_path)
-    cut_on_the_right(tmp_path)
+    set_right_truncation(tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["truncation_side"] == "right"
     assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"] == truncation | {"direction": "Right"}
 

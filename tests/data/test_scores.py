@@ -118,7 +118,7 @@ def test_teacher_scores_that_a_loss_cannot_take(tmp_path, loss, scores, temperat
     ("lambda_loss", [1000, 1, 0], "label 1000: objective.loss = lambda_loss takes labels up to 24"),
     ("lambda_loss", [128, 1, 0], "label 128: "), ("lambda_loss", [25, 1, 0], "label 25: "),
     ("lambda_loss", [24, 1.5, 0], None), ("lambda_loss", [1, -1, 0], "label -1: .* takes labels >= 0"),
-    ("listwise", [3e38, 3e38, 0], "the labels sum up to 6e.38, which is not finite"), ("listwise", [1e38, 0, 0], None),
+    ("listwise", [3e38, 3e38, 0], "the labels add up to 6e.38, which is not finite"), ("listwise", [1e38, 0, 0], None),
     ("listwise", [1, -1e-3, 0], "label -0.001: .* takes labels >= 0"),
     ("listwise", [1e-50, 0, 0], "label 1e-50 is 0 in float32"), ("ranknet", [2, 1e-44, 0], None),
     ("ranknet", [16777217, 16777216, 0], "16777216.0 and 16777217.0 are the same number in float32"),

@@ -16,9 +16,9 @@ def contrastive_loss(query: torch.Tensor, candidates: Candidates, settings: Cont
     widths = [part.shape[1] for part in parts]
     tile = _Tile(candidates, settings, widths, 0, rows)
     logits = similarity / settings.temperature
-    penalty = tile._hardness_penalty(similarity.detach())
-    if penalty is not None:
-        logits = torch.cat([logits[:, : widths[0]] + penalty, logits[:, widths[0] :]], dim=1)
+    bonus = tile._hardness_bonus(similarity.detach())
+    if bonus is not None:
+        logits = torch.cat([logits[:, : widths[0]] + bonus, logits[:, widths[0] :]], dim=1)
     for mask in tile._masks(similarity.detach()):
         if mask is not None:
             logits = logits.masked_fill(mask, float("-inf"))

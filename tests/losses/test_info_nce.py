@@ -231,8 +231,8 @@ def assert_close(expected, results, tolerance):
 
 
 ALL_SETTINGS = [ContrastiveSettings(temperature=0.2, directions=directions, **more) for directions, more in [
-    ((Q2D,), {}), (ALL, {}), ((Q2D, Q2Q, D2D), {"margin": 0.1}), (ALL, {"margin": 0.2, "relative": True}),
-    ((Q2D, D2Q), {"joint": False}), ((Q2D, D2Q), {"joint": False, "margin": -0.05, "relative": True}),
+    ((Q2D,), {}), (ALL, {}), ((Q2D, Q2Q, D2D), {"mask_margin": 0.1}), (ALL, {"mask_margin": 0.2, "relative": True}),
+    ((Q2D, D2Q), {"joint": False}), ((Q2D, D2Q), {"joint": False, "mask_margin": -0.05, "relative": True}),
     ((Q2D,), {"hardness": "in_batch_negatives", "hardness_strength": 9.0}),
     ((Q2D, Q2Q), {"hardness": "hard_negatives", "hardness_strength": 5.0}),
     ((Q2D,), {"hardness": "all_negatives", "hardness_strength": 2.0}), ((Q2D,), {"bias": -2.0})]]

@@ -66,7 +66,7 @@ def _three_steps(config):
                                   for name, parameter in chunk.global_parameters().items()})
 
     optimizer = module.build_optimizer(config, built.wrapped, built.topology)
-    trainer = Trainer(chunks=built.wrapped, gradients=built.gradients, optimizer=optimizer,
+    trainer = Trainer(chunks=built.wrapped, grad_cache=built.gradients, optimizer=optimizer,
                       scheduler=module.build_scheduler(optimizer, config.training, 10))
     module.finalize_model_grads = finish
     try:

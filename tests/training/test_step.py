@@ -34,7 +34,7 @@ def steps(config, count):
 
     built, batch = build(config)
     optimizer = build_optimizer(config, built.wrapped, built.topology)
-    trainer = Trainer(chunks=built.wrapped, gradients=built.gradients, optimizer=optimizer,
+    trainer = Trainer(chunks=built.wrapped, grad_cache=built.gradients, optimizer=optimizer,
                       scheduler=build_scheduler(optimizer, config.training, 10))
     return [train_step(batch, trainer) for _ in range(count)]
 
