@@ -332,7 +332,7 @@ def qwen3_loss(groups, temperature, margin):
 def test_five_terms_with_masks_are_the_formula_of_the_qwen3_embedding_report():
     groups = Groups(rows=8, negatives=3, dim=4)
     expected, kept, dropped = qwen3_loss(groups, 0.2, 0.1)
-    settings = ContrastiveSettings(temperature=0.2, directions=(Q2D, Q2Q, D2D), margin=0.1)
+    settings = ContrastiveSettings(temperature=0.2, directions=(Q2D, Q2Q, D2D), mask_margin=0.1)
     (loss, *_), (value, *_), result = both_ways(groups, settings, total=8.0, private=True, masked=True)
     assert dropped > 10
     assert float(value) == pytest.approx(expected, rel=1e-12)
