@@ -20,8 +20,8 @@ from megatron_embed.checkpoint.files import (
     sync_tree,
     write_atomically,
 )
+from megatron_embed.checkpoint.load import TRAINER_FILE, TrainingState, model_state, trainer_text
 from megatron_embed.checkpoint.optimizer_state import SHARDING, optimizer_to_save
-from megatron_embed.checkpoint.state import TRAINER_FILE, TrainingState, model_state, trainer_text
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
 from megatron_embed.platform.compat import ASYNC_SAVE, dist_checkpointing, write_common_file

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         checks = run_checks()
     else:
         from megatron_embed.config.load import in_subdirectory, load_config
-        from megatron_embed.run.layout_check import examine_run
+        from megatron_embed.run.doctor_checks import examine_run
 
         config = in_subdirectory(load_config(args.config, args.overrides), args.subdirectory)
         checks = examine_run(config, ranks=args.ranks, ranks_per_node=args.ranks_per_node or args.ranks,

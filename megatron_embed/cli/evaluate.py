@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.reranker_weight and args.reranker is None:
         raise ConfigError(f"--reranker-weight {','.join(map(str, args.reranker_weight))}: has no effect without "
                           "--reranker; add that, or leave it out", key="--reranker-weight")
-    from megatron_embed.run.evaluate import evaluate
+    from megatron_embed.run.evaluate_command import evaluate
 
     metrics, rank = evaluate(args)
     if rank == 0:

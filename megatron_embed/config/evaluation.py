@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_embed.config.checks import require
+from megatron_embed.config.require import require
 
 
 @dataclass(frozen=True, kw_only=True)

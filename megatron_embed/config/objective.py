@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_embed.config.checks import require
+from megatron_embed.config.require import require
 from megatron_embed.names import Direction, Hardness
 
 Loss = Literal["info_nce", "sigmoid", "cosine_similarity", "contrastive", "online_contrastive", "cosent", "angle",

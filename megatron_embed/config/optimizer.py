@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_embed.config.checks import require
+from megatron_embed.config.require import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_embed.config.checks import require
 from megatron_embed.config.data import DataConfig
 from megatron_embed.config.data import TrainFile as TrainFile
 from megatron_embed.config.evaluation import CheckpointConfig, EvaluationConfig
 from megatron_embed.config.objective import EMBEDDING_LOSSES, RERANK_LOSSES, ObjectiveConfig
 from megatron_embed.config.optimizer import OptimizerConfig
+from megatron_embed.config.require import require
 from megatron_embed.config.workload import WORKLOADS, Workload
 from megatron_embed.names import Activation, HeadKind, ModelDtype, Pooling
 

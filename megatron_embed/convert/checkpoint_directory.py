@@ -23,16 +23,16 @@ from torch import Tensor
 
 from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint, sync_directory, sync_tree
 from megatron_embed.config.json_file import read_json_file, read_json_object
-from megatron_embed.convert.adapter_names import adapter_settings
 from megatron_embed.convert.hf_directory import HFDirectory
+from megatron_embed.convert.lora_names import adapter_settings
 from megatron_embed.convert.storage.byte_range import ByteRange
 from megatron_embed.convert.storage.copying import Copy, copy_and_verify
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry, bytes_of
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError
-from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.file_checks import check_files
+from megatron_embed.models.lora_settings import AdapterSettings
 from megatron_embed.models.modules_json import read_modules
 from megatron_embed.names import HeadKind
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_embed.convert.adapter_names import adapter_tensors
+from megatron_embed.convert.lora_names import adapter_tensors
 from megatron_embed.convert.storage.byte_range import ByteRange
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.transforms import Context, Transform
-from megatron_embed.models.adapters import AdapterSettings, is_adapter
 from megatron_embed.models.families import ModelShape
+from megatron_embed.models.lora_settings import AdapterSettings, is_adapter
 
 CheckpointKey = tuple[str, int | None]
 """Key in a checkpoint, and index along that tensor's axis of experts."""

@@ -7,10 +7,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from megatron_embed.checkpoint.reading import HEAD_KEYS
+from megatron_embed.checkpoint.safe_unpickler import HEAD_KEYS
 from megatron_embed.config.json_file import read_json_object
 from megatron_embed.config.load import read_resolved
-from megatron_embed.convert.adapter_names import AdapterTensor, adapter_tensors, linear_rules, peft_targets
 from megatron_embed.convert.checkpoint_directory import (
     CheckpointDirectory,
     copy_files,
@@ -19,6 +18,7 @@ from megatron_embed.convert.checkpoint_directory import (
     write_json,
 )
 from megatron_embed.convert.head_tensors import saved_modules, score_names
+from megatron_embed.convert.lora_names import AdapterTensor, adapter_tensors, linear_rules, peft_targets
 from megatron_embed.convert.report import PeftReport
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter
 from megatron_embed.convert.storage.torch_dist import DcpReader
@@ -26,9 +26,9 @@ from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.tables.transforms import nbytes
 from megatron_embed.errors import CheckpointError
-from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.known_keys import ADAPTER_CONFIG
+from megatron_embed.models.lora_settings import AdapterSettings
 from megatron_embed.names import HeadKind
 
 CONFIG_FILE = "adapter_config.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_embed.checkpoint.reading import HEAD_KEYS
+from megatron_embed.checkpoint.safe_unpickler import HEAD_KEYS
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, PassthroughFile
 from megatron_embed.convert.head_tensors import HeadExport, read_head
 from megatron_embed.convert.hf_directory import largest_dtype

@@ -12,8 +12,8 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 
 from megatron_embed.batch import EmbedBatch, RerankBatch, StepBatch
-from megatron_embed.config.checks import micro_batches_per_step
 from megatron_embed.config.data import TrainFile
+from megatron_embed.config.require import micro_batches_per_step
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch
 from megatron_embed.data.pair_batches import build_rerank_batch, sample_negatives

@@ -17,8 +17,8 @@ from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.data.tokenizer import RoleTokenizer, fill_template
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
+from megatron_embed.export.verified_write import export, export_on_rank_0
 from megatron_embed.export.verify import ExpectedSettings, compare_with_sentence_transformers
-from megatron_embed.export.write import export, export_on_rank_0
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import Role

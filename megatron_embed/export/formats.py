@@ -14,8 +14,8 @@ from megatron_embed.convert.convert import megatron_to_hf
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
 from megatron_embed.export.model_card import write_converted_card
 from megatron_embed.export.sentence_transformers import export_sentence_transformers, set_right_truncation
+from megatron_embed.export.verified_write import ExportOptions, export, why_not_compared
 from megatron_embed.export.verify import ExpectedSettings, compare_with_transformers
-from megatron_embed.export.write import ExportOptions, export, why_not_compared
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
 from megatron_embed.names import ExportFormat

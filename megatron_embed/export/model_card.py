@@ -91,7 +91,7 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
     use = _use(kind, info.head, pooling)
     config = _run_of(file)
     if config is not None:
-        from megatron_embed.checkpoint.state import steps_done  # loads Megatron, which comparing does anyway
+        from megatron_embed.checkpoint.load import steps_done  # loads Megatron, which comparing does anyway
 
         write_card(directory, config, step=steps_done(checkpoint.path), dim=dim, title=title, use=use, library=library)
     elif file.is_file() or not (directory / "README.md").is_file():

@@ -9,9 +9,9 @@ from pathlib import Path
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_checkpoint
 from megatron_embed.convert.peft import write_peft
 from megatron_embed.errors import CheckpointError
+from megatron_embed.export.verified_write import export, why_no_memory
 from megatron_embed.export.verify import Report
 from megatron_embed.export.verify_peft import compare_with_peft
-from megatron_embed.export.write import export, why_no_memory
 from megatron_embed.models.families import model_shape
 
 

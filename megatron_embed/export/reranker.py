@@ -16,8 +16,8 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.export.cross_encoder import export_cross_encoder
 from megatron_embed.export.embedding import LONGEST_COMPUTED, length_probes
+from megatron_embed.export.verified_write import ExportOptions, export, export_on_rank_0, why_not_compared
 from megatron_embed.export.verify_reranker import compare_with_cross_encoder
-from megatron_embed.export.write import ExportOptions, export, export_on_rank_0, why_not_compared
 from megatron_embed.loading.model_directory import ModelDirectory, find_model
 from megatron_embed.loading.reranker import head_spec, open_pair_tokenizer, open_scorer, saved_settings
 from megatron_embed.models.heads import is_encoder

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_embed.checkpoint.state import load_model
+from megatron_embed.checkpoint.load import load_model
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
-from megatron_embed.convert.adapter_names import parts_by_linear, resolve_modules
 from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
+from megatron_embed.convert.lora_names import parts_by_linear, resolve_modules
 from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.to_hf import check_sizes
@@ -25,13 +25,13 @@ from megatron_embed.data.tokenizer import RoleTokenizer, TextFormat
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
-from megatron_embed.models.adapters import Adapters, AdapterSettings, is_adapter
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model, padded_vocabulary
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, check_tokenizer_names
 from megatron_embed.models.heads import HeadSpec, head_pooling
+from megatron_embed.models.lora_settings import Adapters, AdapterSettings, is_adapter
 from megatron_embed.models.modules_json import supported_modules
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings

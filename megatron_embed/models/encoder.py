@@ -11,7 +11,6 @@ from torch import Tensor
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError
-from megatron_embed.models.adapters import Adapters
 from megatron_embed.models.attention import (
     PackedAttention,
     PackedSequences,
@@ -30,6 +29,7 @@ from megatron_embed.models.backbone import (
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.heads import HeadSpec, RerankerHead
 from megatron_embed.models.lora import add_adapters
+from megatron_embed.models.lora_settings import Adapters
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.rope import rotary_angles, rotary_frequencies
 from megatron_embed.models.te_attention import TransformerEngineAttention

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import Tensor
 
-from megatron_embed.models.adapters import Adapters
 from megatron_embed.models.families import ModelShape
+from megatron_embed.models.lora_settings import Adapters
 from megatron_embed.platform.compat import (
     ColumnParallelLinear,
     RowParallelLinear,

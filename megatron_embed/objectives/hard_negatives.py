@@ -7,8 +7,8 @@ from torch import Tensor
 
 from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.losses.hard_negatives import kl_distillation, margin_mse, triplet
 from megatron_embed.losses.matryoshka import truncate_with_graph
+from megatron_embed.losses.triplet_and_distillation import kl_distillation, margin_mse, triplet
 from megatron_embed.objectives.base import (
     LossGradient,
     Objective,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_embed.config.checks import micro_batches_per_step
+from megatron_embed.config.require import micro_batches_per_step
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError, LostRankError
 from megatron_embed.parallel.rendezvous import Rendezvous, report_to_other_store

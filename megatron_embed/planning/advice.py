@@ -92,7 +92,7 @@ def adapted_linears(config: "RunConfig", shape: "ModelShape") -> "AdaptedLinears
     """Linear layers that get adapters by section `lora`; None: every parameter is trained."""
     if config.lora.rank == 0:
         return None
-    from megatron_embed.convert.adapter_names import parts_by_linear, resolve_modules
+    from megatron_embed.convert.lora_names import parts_by_linear, resolve_modules
     from megatron_embed.convert.tables.lookup import rules_for
 
     family = rules_for(shape.family)

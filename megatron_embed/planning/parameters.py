@@ -8,7 +8,7 @@ from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.names import HeadKind
 
 AdaptedLinears = Mapping[str, tuple[str | None, ...]]
-"""Linear layers with adapters, by their names in one layer, as `Adapters.parts` of models/adapters.py."""
+"""Linear layers with adapters, by their names in one layer, as `Adapters.parts` of models/lora_settings.py."""
 
 
 @dataclass(frozen=True, kw_only=True)

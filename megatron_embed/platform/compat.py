@@ -96,7 +96,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megatron_embed.platform import writer
+from megatron_embed.platform import threaded_checkpoint_writer as writer
 
 writer.install()
 

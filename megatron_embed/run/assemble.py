@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import make_marked, remove_unfinished, set_aside_after
+from megatron_embed.checkpoint.load import TrainingState, load_checkpoint, load_model
 from megatron_embed.checkpoint.lock import directory_lock
 from megatron_embed.checkpoint.save import Saver, on_rank_0
-from megatron_embed.checkpoint.state import TrainingState, load_checkpoint, load_model
 from megatron_embed.config.load import save_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import write_sidecar_files
@@ -28,7 +28,7 @@ from megatron_embed.parallel.lost_rank import abort
 from megatron_embed.parallel.topology import Topology, initialize
 from megatron_embed.platform.stop_signal import finishing
 from megatron_embed.run.preflight import output_directories, read_inputs
-from megatron_embed.run.resume import (
+from megatron_embed.run.run_directory import (
     DATA_FILE,
     ResumeState,
     best_checkpoint,

@@ -26,8 +26,8 @@ from megatron_embed.parallel.topology import check_batch_sizes, check_token_budg
 from megatron_embed.platform.launcher import launched_rank
 from megatron_embed.run.embedding_task import EmbeddingTask
 from megatron_embed.run.rerank_task import RerankTask
-from megatron_embed.run.resume import resume_state
 from megatron_embed.run.resume_check import check_resumable
+from megatron_embed.run.run_directory import resume_state
 from megatron_embed.run.task import Inputs, Task
 from megatron_embed.training.optimizer import check_optimizer
 

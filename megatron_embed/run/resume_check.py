@@ -14,10 +14,10 @@ from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.loading.model_directory import ModelDirectory, adapters_of
-from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import model_shape
+from megatron_embed.models.lora_settings import AdapterSettings
 from megatron_embed.models.saved_settings import read_saved_settings
-from megatron_embed.run.resume import DATA_FILE, describe_rows, with_known_dtype
+from megatron_embed.run.run_directory import DATA_FILE, describe_rows, with_known_dtype
 from megatron_embed.run.task import Task
 
 logger = logging.getLogger(__name__)

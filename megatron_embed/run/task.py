@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_embed.checkpoint.state import steps_done
+from megatron_embed.checkpoint.load import steps_done
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.loader import StepLoader
@@ -23,7 +23,7 @@ from megatron_embed.models.heads import HeadSpec
 from megatron_embed.objectives.base import Objective
 from megatron_embed.parallel.topology import Topology, token_alignment
 from megatron_embed.run.inherit import inherited
-from megatron_embed.run.resume import ResumeState, is_exported, record_export
+from megatron_embed.run.run_directory import ResumeState, is_exported, record_export
 
 NUM_EXPORT_ROWS = 64
 """Training rows on whose texts an export is compared with the model in memory."""

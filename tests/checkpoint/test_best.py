@@ -9,7 +9,7 @@ from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import INFO_FILE, remove_old
 from megatron_embed.config.evaluation import CheckpointConfig, EvaluationConfig, EvaluationSet
 from megatron_embed.errors import CheckpointError, ConfigError
-from megatron_embed.run.resume import best_checkpoint
+from megatron_embed.run.run_directory import best_checkpoint
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.toys import run_config
 

@@ -25,7 +25,7 @@ from megatron_embed.checkpoint.files import (
     write_atomically,
 )
 from megatron_embed.checkpoint.lock import _acquire
-from megatron_embed.checkpoint.reading import check_description, install
+from megatron_embed.checkpoint.safe_unpickler import check_description, install
 from megatron_embed.convert.convert import hf_to_megatron
 from megatron_embed.convert.storage.torch_dist import DcpReader, DcpWriter
 from megatron_embed.errors import CheckpointError, ConfigError

@@ -28,7 +28,7 @@ def moves(tmp_path_factory):
 
 
 def stored_keys(directory):
-    from megatron_embed.checkpoint.state import keys_of
+    from megatron_embed.checkpoint.load import keys_of
 
     return list(keys_of(directory / f"step_{STOP:06d}"))
 

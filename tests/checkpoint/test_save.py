@@ -36,7 +36,7 @@ def test_saving_starts_no_process(model, tmp_path):
 
 def train_with_slow_disk(values):
     """Steps done when each of this rank's files was written. None is written in the step that it belongs to."""
-    from megatron_embed.platform import writer
+    from megatron_embed.platform import threaded_checkpoint_writer as writer
     from megatron_embed.training import loop
 
     done, seen = [0], []

@@ -85,7 +85,7 @@ def test_shards_and_dtype_are_what_was_asked_for(checkpoints, tmp_path):
 
 
 def convert_with_little_memory(arguments):
-    with mock.patch("megatron_embed.export.write.available_memory", return_value=1000):
+    with mock.patch("megatron_embed.export.verified_write.available_memory", return_value=1000):
         return command(arguments)
 
 

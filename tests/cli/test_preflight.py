@@ -37,7 +37,7 @@ def doctor(models, tmp_path, monkeypatch, capsys):
     """`doctor --config` of a run that lacks nothing, with overrides: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("megatron_embed.run.layout_check.visible_gpus", lambda: 0)
+    monkeypatch.setattr("megatron_embed.run.doctor_checks.visible_gpus", lambda: 0)
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
     write_folder(tmp_path / "beir")
     (tmp_path / "rows.jsonl").write_text('{"query": "a", "positive": "b"}\n')

@@ -5,7 +5,7 @@ import re
 import pytest
 import transformers
 
-from megatron_embed.convert.adapter_names import linear_rules, parts_by_linear, peft_targets, resolve_modules
+from megatron_embed.convert.lora_names import linear_rules, parts_by_linear, peft_targets, resolve_modules
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import ConfigError
 from tests.helpers.toys import BERT, QWEN3

@@ -14,8 +14,8 @@ MOE = QWEN3 | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok
 
 def build(config, topology):
     """This rank's chunks, with adapters if `lora` asks for them."""
-    from megatron_embed.models.adapters import Adapters
     from megatron_embed.models.encoder import build_model
+    from megatron_embed.models.lora_settings import Adapters
 
     shape = shape_of(config.model.path)
     parts = adapted_linears(config, shape)

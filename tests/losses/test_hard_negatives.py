@@ -4,7 +4,7 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, MarginMSELoss, TripletLoss
 
-from megatron_embed.losses.hard_negatives import kl_distillation, margin_mse, triplet
+from megatron_embed.losses.triplet_and_distillation import kl_distillation, margin_mse, triplet
 from tests.helpers.loss_values import TOLERANCES, assert_equal, value_and_gradients, vectors
 
 

@@ -50,7 +50,7 @@ def embed_texts(config: RunConfig) -> tuple[torch.Tensor | None, Opened]:
 
 def embed_and_save(config: RunConfig, folder: str | None = None) -> torch.Tensor | None:
     """Embeddings of the texts on the last stage; the weights go into `folder`, as a training checkpoint has them."""
-    from megatron_embed.checkpoint.state import model_state
+    from megatron_embed.checkpoint.load import model_state
     from megatron_embed.platform.compat import dist_checkpointing
 
     rows, opened = embed_texts(config)

@@ -69,7 +69,7 @@ def by_kernel(config, kernels):
 
 
 def _embedded(config, kernel):
-    from megatron_embed.checkpoint.state import model_state
+    from megatron_embed.checkpoint.load import model_state
     from megatron_embed.models.encoder import to_device
 
     original, encoder.attention_kernel = encoder.attention_kernel, lambda config: kernel

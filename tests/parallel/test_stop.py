@@ -74,7 +74,7 @@ def child(work, status):
     (["train", "{config}"], "megatron_embed.run.assemble.read_inputs"),  # rows, model, checkpoints: all wait alike
     (["encode", "--model", "m", "--input", "{rows}", "--output", "{out}.npy"],
      "megatron_embed.loading.model_directory.open_encoder"),
-    (["evaluate", "--model", "m", "--data", "{config}"], "megatron_embed.run.evaluate.holds_pairs"),
+    (["evaluate", "--model", "m", "--data", "{config}"], "megatron_embed.run.evaluate_command.holds_pairs"),
     (["mine", "--model", "m", "--data", "{rows}", "--output", "{out}.jsonl"],
      "megatron_embed.mining.mine.query_prompts")])
 def test_commands_obey_while_they_load_and_read(monkeypatch, tmp_path, command, function):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_embed.config.load import load_config
-from megatron_embed.convert.adapter_names import adapter_tensors, resolve_modules
+from megatron_embed.convert.lora_names import adapter_tensors, resolve_modules
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.planning.advice import adapted_linears
 from megatron_embed.planning.hardware import GPUS
@@ -60,9 +60,9 @@ def stages_on_meta(config, gpus):
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_embed.models.adapters import Adapters
     from megatron_embed.models.encoder import build_model
     from megatron_embed.models.heads import HeadSpec
+    from megatron_embed.models.lora_settings import Adapters
     from megatron_embed.parallel.topology import initialize, shutdown
 
     shape, counts = shape_of(config.model.path), []

@@ -138,17 +138,17 @@ def test_float32_is_not_touched():
 def test_plans_are_for_gpus_and_the_doctor_looks_at_this_machine():
     from megatron_embed.planning.disk import checkpoint_bytes
     from megatron_embed.planning.shapes import shape_of
-    from megatron_embed.run import layout_check
+    from megatron_embed.run import doctor_checks
 
     auto, half, full = (run_config("Qwen/Qwen3-Embedding-0.6B", dtype=dtype)
                         for dtype in ("auto", "bfloat16", "float32"))
     shape = shape_of(auto.model.path)
     assert checkpoint_bytes(auto, shape) == checkpoint_bytes(half, shape) < checkpoint_bytes(full, shape)
     for gpus, has_bf16, expected in ((0, False, full), (0, True, half), (1, False, half)):
-        with mock.patch.object(layout_check, "visible_gpus", return_value=gpus), mock.patch.object(
-                layout_check, "processor_has_bf16", return_value=has_bf16):
-            assert layout_check._with_local_dtype(auto) == expected
-            assert layout_check._with_local_dtype(full) == full
+        with mock.patch.object(doctor_checks, "visible_gpus", return_value=gpus), mock.patch.object(
+                doctor_checks, "processor_has_bf16", return_value=has_bf16):
+            assert doctor_checks._with_local_dtype(auto) == expected
+            assert doctor_checks._with_local_dtype(full) == full
 
 
 def test_commands_take_auto():

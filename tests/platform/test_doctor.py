@@ -99,7 +99,7 @@ def test_command_prints_the_report_and_its_exit_code_tells(monkeypatch, capsys, 
     (None, 0, ""), ("model.attention=te", 0, "model.attention needs GPUs"),
     ("optimizer.cpu_offload=true", 0, "optimizer.cpu_offload needs GPUs"), ("optimizer.cpu_offload=true", 8, "")])
 def test_run_that_needs_a_gpu_is_told_so_before_it_starts(monkeypatch, tmp_path, capsys, override, gpus, remedy):
-    monkeypatch.setattr("megatron_embed.run.layout_check.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("megatron_embed.run.doctor_checks.visible_gpus", lambda: gpus)
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
     config = tmp_path / "run.yaml"
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -76,8 +76,8 @@ def stepped(opened, optimizer, steps):
 
 def halves(config, path, settings):
     """(parameters and norms after the first half of STEPS, which a checkpoint keeps; after all of them; optimizer)."""
+    from megatron_embed.checkpoint.load import model_state
     from megatron_embed.checkpoint.optimizer_state import optimizer_to_save
-    from megatron_embed.checkpoint.state import model_state
     from megatron_embed.platform.compat import dist_checkpointing
 
     opened, wrapped, optimizer, _ = open_optimizer(
@@ -102,8 +102,8 @@ def offloaded_and_plain(config, folder):
 
 def resumed(config, path, settings):
     """(parameters from a checkpoint that the other kind of run wrote, the second half of the steps)."""
+    from megatron_embed.checkpoint.load import _load_models, model_state
     from megatron_embed.checkpoint.optimizer_state import OptimizerRestore
-    from megatron_embed.checkpoint.state import _load_models, model_state
     from megatron_embed.platform.compat import dist_checkpointing
 
     opened, wrapped, optimizer, _ = open_optimizer(
@@ -127,8 +127,8 @@ def resumed(config, path, settings):
 
 def saved_at_once(config, path, settings):
     """(parameters and norms of a run that is saved before its first step and resumed, of one that is never saved)."""
+    from megatron_embed.checkpoint.load import model_state
     from megatron_embed.checkpoint.optimizer_state import optimizer_to_save
-    from megatron_embed.checkpoint.state import model_state
     from megatron_embed.platform.compat import dist_checkpointing
 
     context = te_stand_in.fused_adam() if settings == AWARE else contextlib.nullcontext()

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from megatron_embed.checkpoint.reading import METADATA_FILE
+from megatron_embed.checkpoint.safe_unpickler import METADATA_FILE
 from megatron_embed.convert.storage.byte_range import ByteRange, write_at
 from megatron_embed.convert.storage.safetensors_file import bytes_of
 from megatron_embed.convert.storage.torch_dist_metadata import (

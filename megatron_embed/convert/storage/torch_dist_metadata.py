@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from megatron_embed.checkpoint.reading import COMMON_FILE, MEGATRON_FILE, METADATA_FILE, NoCodeUnpickler
+from megatron_embed.checkpoint.safe_unpickler import COMMON_FILE, MEGATRON_FILE, METADATA_FILE, NoCodeUnpickler
 
 _BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
              "common_backend": "torch", "common_backend_version": 1}

@@ -12,12 +12,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.checkpoint.optimizer_state import OptimizerRestore
-from megatron_embed.checkpoint.reading import HEAD_KEYS, check_description, install
+from megatron_embed.checkpoint.safe_unpickler import HEAD_KEYS, check_description, install
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
-from megatron_embed.models.adapters import is_adapter
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.models.file_checks import check_files
+from megatron_embed.models.lora_settings import is_adapter
 from megatron_embed.objectives.learned_scale import LearnedScale
 from megatron_embed.parallel.collectives import raise_on_all_ranks
 from megatron_embed.platform.compat import MegatronOptimizer, OptimizerParamScheduler, dist_checkpointing

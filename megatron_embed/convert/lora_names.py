@@ -11,8 +11,8 @@ from typing import Literal
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.transforms import Rename, Transform, expand_braces
 from megatron_embed.errors import ConfigError
-from megatron_embed.models.adapters import AdapterSettings
 from megatron_embed.models.families import ModelShape
+from megatron_embed.models.lora_settings import AdapterSettings
 
 ALL_LINEAR = "all-linear"
 _LINEAR = re.compile(r"\.linear_(qkv|proj|fc1|fc2)\.weight")

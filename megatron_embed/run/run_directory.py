@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import latest_checkpoint, write_atomically
-from megatron_embed.checkpoint.state import owes_evaluation, steps_done
+from megatron_embed.checkpoint.load import owes_evaluation, steps_done
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.data.dataset import RecordSet
