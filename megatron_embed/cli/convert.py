@@ -51,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
 
     options = ExportOptions(max_shard_size=args.max_shard_size, dtype=args.dtype, compare=not args.no_compare,
                             merge_lora=args.merge_lora)
-    write_output(EXPORTERS[args.format](args.source, args.destination, options))
+    write_output("\n".join(EXPORTERS[args.format](args.source, args.destination, options)))
     return 0

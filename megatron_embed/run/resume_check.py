@@ -98,7 +98,8 @@ def _known_rows(file: Path) -> dict[str, Any] | None:
 
 def _refusal(checkpoint: Path, key: str, value: object, why: str) -> ConfigError:
     return ConfigError(f"{key} = {_shown(value)}: {why}, and a run keeps it for life ({checkpoint}); set it back, or "
-                       "start a new run in another checkpoint.directory (model.path may be this checkpoint)")
+                       "start a new run in another checkpoint.directory (model.path may be this checkpoint)",
+                       key=key)
 
 
 def _check_model(config: RunConfig, checkpoint: Path, model: ModelDirectory) -> None:

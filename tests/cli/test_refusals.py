@@ -139,7 +139,7 @@ def test_model_without_a_tokenizer(write, model, tmp_path):
 
 @pytest.mark.parametrize("section, key, value, words", [
     ("model", "attention", "te", ["model.attention = 'te' needs a GPU", "use 'auto' or 'sdpa'"]),
-    ("optimizer", "cpu_offload", True, ["optimizer.cpu_offload = True", "no GPU here", "set it to false"]),
+    ("optimizer", "cpu_offload", True, ["optimizer.cpu_offload = True", "this machine has no GPU", "set it to false"]),
     ("optimizer", "precision_aware", True, ["optimizer.precision_aware = True needs a GPU", "pip install"])])
 def test_what_needs_a_gpu(write, section, key, value, words):
     path = write(**{"model": {"dtype": "bfloat16"}, section: {"dtype": "bfloat16", key: value} if section == "model"
