@@ -124,7 +124,8 @@ def logged(run):
 
 @pytest.mark.parametrize("override, words", [
     ("evaluation.best_metric=eval/losses", ["best_metric = 'eval/losses'", "did you mean 'loss'?", "pearson"]),
-    ("data.validation_fraction=0", ["best_metric = 'eval/loss'", "not a metric of this run's evaluations", "the metrics are pearson, spearman"]),
+    ("data.validation_fraction=0", ["best_metric = 'eval/loss'", "not a metric of this run's evaluations",
+                                         "the metrics are pearson, spearman"]),
     ("evaluation.patience=0", ["evaluation.patience = 0", ">= 1"]),
     ("checkpoint.export_at_end=null", ["checkpoint.export = 'best'", "set checkpoint.export_at_end"])])
 def test_a_best_that_there_is_not_is_refused(model, pairs, tmp_path, override, words):

