@@ -10,6 +10,8 @@ from megatron_embed.errors import CheckpointError
 
 LARGEST_FILE = 16 << 20
 """Bytes of a model directory's JSON file; config.json with 100,000 labels has 4 MB."""
+LARGEST_TOKENIZER = 256 << 20
+"""The same of a tokenizer.json; the largest published have 35 MB."""
 LARGEST_INDEX = 64 << 20
 """The same of an index of weights, which has a line for each tensor; the largest published have 10 MB."""
 DEEPEST = 100
@@ -42,10 +44,10 @@ def read_json_file(path: str | Path, largest: int = LARGEST_FILE) -> Any:
     return value
 
 
-def read_json_object(path: str | Path) -> dict[str, Any]:
+def read_json_object(path: str | Path, largest: int = LARGEST_FILE) -> dict[str, Any]:
     """The JSON object that a file of a model directory holds. Raises CheckpointError if it holds none."""
     try:
-        value = read_json_file(path)
+        value = read_json_file(path, largest)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch the file again") from error
     if not isinstance(value, dict):
@@ -53,9 +55,9 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def read_optional_json_object(path: Path) -> dict[str, Any]:
+def read_optional_json_object(path: Path, largest: int = LARGEST_FILE) -> dict[str, Any]:
     """`read_json_object` of the file; an empty object if the file does not exist."""
-    return read_json_object(path) if path.is_file() else {}
+    return read_json_object(path, largest) if path.is_file() else {}
 
 
 def refuse_many_brackets(raw: bytes) -> None:

@@ -256,6 +256,8 @@ def staging(destination: str | Path, tensor_bytes: int) -> Iterator[Path]:
         CheckpointError: `destination` is in use, its parent cannot be written, or the disk is too small or fails.
     """
     destination = Path(destination).absolute()
+    if destination.is_symlink():  # found now and not by the renaming, after the work
+        raise CheckpointError(f"{destination}: is a link; name a new directory, nothing is written through links")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise CheckpointError(f"{destination}: exists and is not empty; name a new directory, nothing is overwritten")
     work = destination.parent / f".{destination.name}.writing-{os.getpid()}"

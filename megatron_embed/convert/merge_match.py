@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.config.json_file import read_json_object
+from megatron_embed.config.json_file import LARGEST_TOKENIZER, read_json_object
 from megatron_embed.convert.checkpoint_directory import module_directories
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.errors import CheckpointError
@@ -103,7 +103,7 @@ def _same_tokenizer(first: Path, other: Path) -> None:
 def _vocabulary(directory: Path) -> dict[str, Any]:
     """The parts of a tokenizer that determine the ids of a text, by file or section."""
     if (directory / "tokenizer.json").is_file():
-        tokenizer = read_json_object(directory / "tokenizer.json")
+        tokenizer = read_json_object(directory / "tokenizer.json", LARGEST_TOKENIZER)
         values = {f"tokenizer.json: {key}": value for key, value in tokenizer.items() if key not in _IGNORED_SECTIONS}
         model = values.get("tokenizer.json: model")
         if isinstance(model, dict) and isinstance(model.get("merges"), list):

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from megatron_embed.config.json_file import LARGEST_FILE
+from megatron_embed.config.json_file import LARGEST_FILE, LARGEST_TOKENIZER
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.vocabulary import has_tokenizer_files
@@ -17,8 +17,6 @@ from megatron_embed.errors import CheckpointError, ConfigError, first_line
 from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES, MessageFormat, Role, TruncationSide
 
 _PLACEHOLDER = "{instruction}"
-_LARGEST_VOCABULARY = 256 << 20
-"""Bytes; the largest published files have 35 MB."""
 _OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
                 "chat_template.json")
 
@@ -85,7 +83,7 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
 
 def _refuse_large_files(directory: Path) -> None:
     """Raises CheckpointError if a file that Transformers would read whole is too long for a tokenizer's."""
-    limits = dict.fromkeys((*VOCABULARY_FILES, MERGES_FILE), _LARGEST_VOCABULARY) | dict.fromkeys(
+    limits = dict.fromkeys((*VOCABULARY_FILES, MERGES_FILE), LARGEST_TOKENIZER) | dict.fromkeys(
         _OTHER_FILES, LARGEST_FILE)
     for name, limit in limits.items():
         file = directory / name

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.config.json_file import read_json_object, read_optional_json_object
+from megatron_embed.config.json_file import LARGEST_TOKENIZER, read_json_object, read_optional_json_object
 from megatron_embed.convert.checkpoint_directory import drop_standard_modules, write_json
 from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.models.file_checks import check_tokenizer_names
@@ -100,7 +100,7 @@ def _set_truncation_side(directory: Path, side: TruncationSide) -> None:
     if values.get("truncation_side") != side:
         write_json(file, {**values, "truncation_side": side})
     file = directory / "tokenizer.json"
-    values = read_optional_json_object(file)
+    values = read_optional_json_object(file, LARGEST_TOKENIZER)
     truncation = values.get("truncation")
     if isinstance(truncation, dict) and truncation.get("direction") != side.capitalize():
         values["truncation"] = {**truncation, "direction": side.capitalize()}
@@ -147,7 +147,7 @@ def complete_tokenizer(directory: Path, *, needs_eos: bool) -> None:
     file = directory / "tokenizer.json"
     if not file.is_file():
         tokenizer.backend_tokenizer.save(str(file))
-    values = read_json_object(file)
+    values = read_json_object(file, LARGEST_TOKENIZER)
     values["post_processor"] = _with_eos(values.get("post_processor"), tokenizer.eos_token, tokenizer.eos_token_id)
     file.write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
     exported_ids = load_export_tokenizer(directory)(_PROBE).input_ids

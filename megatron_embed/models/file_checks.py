@@ -43,7 +43,8 @@ def check_files(directory: str | Path) -> None:
     """Check, before a model directory or checkpoint is read, that every file in it is a regular file, or a link to a
     regular file inside it. No file is opened.
 
-    The Hugging Face hub's cache (`snapshots/REVISION/FILE -> ../../blobs/HASH`) may link to its own `blobs`.
+    The Hugging Face hub's cache (`snapshots/REVISION/FILE -> ../../blobs/HASH`) may link to its own `blobs`, which
+    must be a folder: as a link, it would open whatever it leads to.
 
     Raises:
         CheckpointError: a link that leads elsewhere or nowhere, a device, a pipe or a socket.
@@ -52,9 +53,10 @@ def check_files(directory: str | Path) -> None:
     if not any(os.path.lexists(folder / mark) for mark in MARKS):
         return
     allowed = [folder.resolve()]
-    absolute = Path(os.path.abspath(folder))
-    if absolute.parent.name == "snapshots":
-        allowed.append((absolute.parent.parent / "blobs").resolve())
+    for snapshot in {Path(os.path.abspath(folder)), allowed[0]}:  # a link to a snapshot has a name of its own
+        blobs = snapshot.parent.parent.resolve() / "blobs"
+        if snapshot.parent.name == "snapshots" and not blobs.is_symlink():
+            allowed.append(blobs)
     for index, entry in enumerate(_entries(folder)):
         if index > _MOST_FILES:
             raise CheckpointError(f"{folder}: has more than {_MOST_FILES} files, too many for a model directory; give "

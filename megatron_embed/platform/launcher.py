@@ -8,6 +8,8 @@ from megatron_embed.errors import ConfigError
 _LARGEST_STEP = 0xFFFFFFF0
 """Step ids from here on are not srun's but those of the batch script and of interactive shells."""
 
+_MOST_DIGITS = 20
+
 
 FIRST_PORT, PORTS = 20000, 12750
 """Below 32768, from where Linux takes ports of outgoing connections, so that none is in use by chance. The same as in
@@ -76,17 +78,22 @@ def _number(name: str, default: int | None = None) -> int:
     text = os.environ.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not (text.isascii() and text.isdecimal()):
+    if text is None or not _is_number(text):
         raise ConfigError(f"{name} {'is not set' if text is None else f'= {text!r}'}: must be a whole number from 0 "
                           "on, which the launcher sets; unset it, with RANK, WORLD_SIZE and LOCAL_RANK, for one rank")
     return int(text)
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a whole number from 0 on, of fewer digits than Python refuses to read (4300)."""
+    return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
 
 
 def _number_or_none(*names: str) -> int | None:
     """The first of these variables that is a number; None if none is. Never raises."""
     for name in names:
         text = os.environ.get(name, "")
-        if text.isascii() and text.isdecimal():
+        if _is_number(text):
             return int(text)
     return None
 
@@ -98,7 +105,7 @@ def _is_torchruns() -> bool:
 
 def _refuse_heterogeneous() -> None:
     size = os.environ.get("SLURM_HET_SIZE", "")
-    if size.isdecimal() and int(size) > 1:
+    if _is_number(size) and int(size) > 1:
         raise ConfigError(f"SLURM_HET_SIZE = {size}: a heterogeneous job, whose components number their tasks each "
                           "from 0; submit one job of equal components (nodes may differ in their number of tasks)")
 
@@ -119,7 +126,7 @@ def is_task_of_srun() -> bool:
     """Whether srun started this process. A batch script also has SLURM_PROCID and SLURM_NTASKS, but it is one process
     and not a step of the job."""
     step = os.environ.get("SLURM_STEP_ID", "")
-    return "SLURM_PROCID" in os.environ and step.isdecimal() and int(step) < _LARGEST_STEP
+    return "SLURM_PROCID" in os.environ and _is_number(step) and int(step) < _LARGEST_STEP
 
 
 def source_of_world_size() -> str:
@@ -173,7 +180,7 @@ def rendezvous_address() -> tuple[str, int]:
         env["MASTER_PORT"] = str(FIRST_PORT + offset % PORTS)
     port = env["MASTER_PORT"]
     # torchrun --master-port 0 passes the zero on: every rank would use another port and wait for ever.
-    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+    if not (_is_number(port) and 0 < int(port) < 2**16):
         raise ConfigError(f"MASTER_PORT = {port!r} is not a port that ranks can meet at; give one from 1024 to 65535 "
                           "(torchrun: --master-port), or start it by launch/torchrun/one_node.sh, which finds one")
     return env["MASTER_ADDR"], int(port)

@@ -217,6 +217,8 @@ def test_sidecar_files_of_a_hugging_face_directory(tmp_path):
 @pytest.mark.parametrize("prepare, match", [
     (lambda path: (path / "x").touch(), "exists and is not empty; name a new directory"),
     (lambda path: (path.rmdir(), path.write_text("")), "exists and is not empty"),
+    (lambda path: (path.rmdir(), path.symlink_to("nothing")), "is a link; name a new directory"),
+    (lambda path: (path.rename(path.parent / "other"), path.symlink_to("other")), "is a link; name a new directory"),
 ])
 def test_destination_in_use_is_refused(prepare, match, tmp_path):
     source = save_toy(tmp_path / "source", "BertModel")

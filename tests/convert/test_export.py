@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, AutoTokenizer
 
+from megatron_embed.convert.merge_match import _vocabulary
 from megatron_embed.errors import CheckpointError
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verify import compare_with_sentence_transformers
@@ -89,6 +90,19 @@ def test_other_poolings_leave_the_tokenizer_alone(pooling, normalize, tmp_path):
     report = compare_with_sentence_transformers(tmp_path, TEXTS, expected, minimum_cosine=0.99999)
     assert report.max_difference < 1e-5
     assert (tmp_path / "2_Normalize").exists() == normalize
+
+
+@pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+def test_a_tokenizer_as_large_as_those_of_100_languages_is_written(pooling, tmp_path):
+    """XLM-RoBERTa's tokenizer.json has 17,082,730 bytes, more than any other JSON file of a model may have."""
+    decoder(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["truncation"] = {"direction": "Left", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(values) + " " * (17 << 20), encoding="utf-8")
+    export(tmp_path, pooling=pooling)
+    assert json.loads(file.read_text(encoding="utf-8"))["truncation"]["direction"] == "Right"
+    assert _vocabulary(tmp_path)
 
 
 def test_layout_is_the_legacy_one(tmp_path):

@@ -165,13 +165,19 @@ def test_the_hubs_cache_is_read(toy, tmp_path):
     (snapshot / "1_Pooling" / "config.json").symlink_to("../../../blobs/pooling")
     write_modules(snapshot, pooling("1_Pooling"))
     (tmp_path / "linked").symlink_to(cache)
-    for directory in (snapshot, tmp_path / "linked" / "snapshots" / "0123"):
+    (tmp_path / "model").symlink_to(snapshot)
+    for directory in (snapshot, tmp_path / "linked" / "snapshots" / "0123", tmp_path / "model"):
         with HFDirectory(directory) as opened:
             assert opened.stored_names
         assert read_saved_settings(directory).pooling == "cls"
     (tmp_path / "secret").write_text("{}")
     (snapshot / "extra.json").symlink_to("../../../secret")
     with pytest.raises(CheckpointError, match=r"extra.json: is a link to .*secret, outside of the directory"):
+        check_files(snapshot)
+    (snapshot / "extra.json").unlink()
+    (cache / "blobs").rename(tmp_path / "elsewhere")
+    (cache / "blobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link to .*elsewhere/.*, outside of the directory"):
         check_files(snapshot)
 
 

@@ -81,7 +81,7 @@ def test_steps_and_starts_of_a_job_have_ports_of_their_own(monkeypatch, name):
     assert all(20000 <= port < 32768 for port in ports)
 
 
-@pytest.mark.parametrize("port", ["0", "65536", "-1", "", "http"])
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "", "http", "9" * 5000])
 def test_what_is_no_port_is_refused(monkeypatch, port):
     set_only(monkeypatch, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
     with pytest.raises(ConfigError, match=f"MASTER_PORT = '{port}' is not a port that ranks can meet at"):
@@ -108,6 +108,7 @@ def test_local_rank_is_found_where_it_is_not_given(monkeypatch, variables, expec
 
 @pytest.mark.parametrize("variables, words", [
     ({"RANK": "", "WORLD_SIZE": ""}, "RANK = ''"), ({"RANK": "worker-3", "WORLD_SIZE": "8"}, "RANK = 'worker-3'"),
+    ({"RANK": "9" * 5000, "WORLD_SIZE": "8"}, "RANK = '99"),
     ({"RANK": "-1", "WORLD_SIZE": "8"}, "RANK = '-1'"), ({"RANK": "3", "WORLD_SIZE": ""}, "WORLD_SIZE = ''"),
     ({"RANK": "8", "WORLD_SIZE": "8"}, "RANK = 8 and WORLD_SIZE = 8"),
     ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE = 0"),
