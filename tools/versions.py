@@ -55,6 +55,7 @@ def losses(versions: Sequence[Version], steps: int, model: str, layout: dict[str
     """Loss of each step; each version runs an equal share of the steps."""
     values: dict[str, Any] = {
         "model": {"path": model, "dtype": dtype}, "parallel": layout, "objective": {"temperature": 0.1},
+        "embedding": {"pooling": "mean"},
         "data": {"train": [str(REPOSITORY / "examples" / "data" / "mini_en" / "train.jsonl")], "num_negatives": 1,
                  "query_max_length": 32, "document_max_length": 64},
         "training": {"global_batch_size": 16, "micro_batch_size": 4, "learning_rate": 1.0e-3,

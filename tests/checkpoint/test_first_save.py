@@ -28,7 +28,7 @@ def train_with_bad_steps(values, bad):
             return sums
 
         spoilt.objective = trainer.grad_cache.objective
-        metrics = original(batch, step.Trainer(chunks=trainer.chunks, gradients=spoilt, optimizer=trainer.optimizer,
+        metrics = original(batch, step.Trainer(chunks=trainer.chunks, grad_cache=spoilt, optimizer=trainer.optimizer,
                                              scheduler=trainer.scheduler))
         done[0] += 1
         return metrics

@@ -40,7 +40,7 @@ def train_with(values, broken, what):
             return sums
 
         gradients_of["call"], spoil.objective = trainer.grad_cache, trainer.grad_cache.objective
-        metrics = original(batch, step.Trainer(chunks=trainer.chunks, gradients=spoil, optimizer=trainer.optimizer,
+        metrics = original(batch, step.Trainer(chunks=trainer.chunks, grad_cache=spoil, optimizer=trainer.optimizer,
                                              scheduler=trainer.scheduler))
         seen.append((sum(parameter.double().abs().sum().item() for parameter in trainer.chunks[0].parameters()),
                      moments(trainer.optimizer)))
