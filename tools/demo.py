@@ -3,6 +3,7 @@
     python tools/demo.py            # writes demo/export/, demo/run/, demo/result.json and demo/why.png
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ def run(*arguments: str, capture: bool = False) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     started = time.monotonic()
     demo = ROOT / "demo"
     shutil.rmtree(demo, ignore_errors=True)
