@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_embed.errors import ConfigError
 from megatron_embed.platform.compat import parallel_state  # before any module of Megatron's
-from tests.helpers.ranks import REPOSITORY, RankPool, run_on_ranks
+from tests.helpers.ranks import REPOSITORY, RankPool, Report, run_on_ranks
 
 
 def sum_of_ranks(offset, scale=1.0):
@@ -203,3 +203,20 @@ def state_of(process):
             return file.read().split(") ")[1][0]
     except FileNotFoundError:
         return "Z"
+
+
+def test_ranks_that_do_not_connect_are_started_once_more(monkeypatch):
+    pool, calls = RankPool(), []
+    original = pool._call
+
+    def call(*arguments):
+        calls.append(arguments)
+        return original(*arguments) if len(calls) > 1 else {
+            rank: Report(error=RuntimeError("closed by peer"), is_connected=False) for rank in range(2)}
+
+    monkeypatch.setattr(pool, "_call", call)
+    try:
+        with pytest.warns(UserWarning, match="did not connect"):
+            assert pool.run(sum_of_ranks, 2, (1.0,), {}, 100.0) == [(0, 2, 3.0), (1, 2, 3.0)]
+    finally:
+        pool.shutdown()

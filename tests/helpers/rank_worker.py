@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.helpers.ranks import STACK_SIGNAL, Call, Report
+from tests.helpers.ranks import CONNECT_SECONDS, STACK_SIGNAL, Call, Report
 
 IMPORTED = ("megatron_embed.run.assemble", "torch.distributed.checkpoint", "transformers.models.bert.modeling_bert",
             "transformers.models.qwen3.modeling_qwen3")
@@ -106,15 +106,17 @@ def _die_with(parent: int) -> None:
 
 def _answer(connection: Connection, message: bytes) -> None:
     """Run one call, report, then undo what it left; a failure is reported before the group is torn down."""
-    environment, directory = dict(os.environ), os.getcwd()
+    environment, directory, is_connected = dict(os.environ), os.getcwd(), True
     try:
         call = pickle.loads(message)
         assert isinstance(call, Call)
+        is_connected = False
         _enter_world(call)
+        is_connected = True
         report = Report(value=call.function(*call.args, **call.kwargs), finished=time.monotonic())
         payload = pickle.dumps(report)
     except BaseException as error:  # noqa: BLE001  SystemExit and KeyboardInterrupt are results too
-        payload = _failure(error)
+        payload = _failure(error, is_connected)
         # Sent before the clean-up: that breaks the connections of the other ranks, whose errors then come second.
         connection.send_bytes(payload)
         _leave_world(environment, directory, synchronize=False)
@@ -124,15 +126,15 @@ def _answer(connection: Connection, message: bytes) -> None:
     connection.send_bytes(payload)
 
 
-def _failure(error: BaseException) -> bytes:
+def _failure(error: BaseException, is_connected: bool) -> bytes:
     text = "".join(traceback.format_exception(error))
     finished = time.monotonic()
     try:
-        payload = pickle.dumps(Report(error=error, text=text, finished=finished))
+        payload = pickle.dumps(Report(error=error, text=text, finished=finished, is_connected=is_connected))
         pickle.loads(payload)  # Some exceptions can be written but not read back.
         return payload
     except Exception:  # noqa: BLE001  whatever a foreign exception's __reduce__ raises
-        return pickle.dumps(Report(error=RuntimeError(text), text=text, finished=finished))
+        return pickle.dumps(Report(error=RuntimeError(text), text=text, finished=finished, is_connected=is_connected))
 
 
 def _enter_world(call: Call) -> None:
@@ -148,7 +150,9 @@ def _enter_world(call: Call) -> None:
     # Longer than the pool waits, so that a hang is found by the pool, which shows every rank's stack.
     timeout = datetime.timedelta(seconds=call.timeout_seconds + 60)
     store = dist.FileStore(call.store_file, call.world_size)
-    dist.init_process_group("gloo", store=store, rank=call.rank, world_size=call.world_size, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=call.rank, world_size=call.world_size,
+                            timeout=datetime.timedelta(seconds=CONNECT_SECONDS))
+    dist.distributed_c10d._set_pg_timeout(timeout)
 
 
 def _leave_world(environment: dict[str, str], directory: str, synchronize: bool) -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
@@ -27,6 +28,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 300.0
 """Counts a worker's start, which took two minutes where the libraries had to come from a cold disk."""
+CONNECT_SECONDS = 90.0
+"""Within which the ranks of a call must have connected to each other."""
 GRACE_SECONDS = 5.0
 """After the first failure the other ranks get this long to notice it; those still stuck are killed and replaced."""
 STACK_SIGNAL = signal.SIGUSR2
@@ -49,12 +52,16 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """One rank's result. `finished` is the monotonic clock, common to all processes of the machine."""
+    """One rank's result. `finished` is the monotonic clock, common to all processes of the machine.
+
+    `is_connected`: whether the rank had its process group, so that the function was called.
+    """
 
     value: Any = None
     error: BaseException | None = None
     text: str = ""
     finished: float = 0.0
+    is_connected: bool = True
 
 
 class _Nursery:
@@ -161,7 +168,31 @@ class RankPool:
         self, function: Callable[..., Any], world_size: int, args: tuple[Any, ...], kwargs: dict[str, Any],
         timeout_seconds: float,
     ) -> list[Any]:  # fmt: skip
-        """See `run_on_ranks`."""
+        """See `run_on_ranks`.
+
+        On a busy machine gloo's ranks sometimes fail to connect to each other (a connection that is closed, or that is
+        waited for in vain). The function has not been called then, and new workers try once more, with a warning.
+        """
+        reports = self._call(function, world_size, args, kwargs, timeout_seconds)
+        failed = [report for report in reports.values() if report.error is not None]
+        if failed and not min(failed, key=lambda report: report.finished).is_connected:
+            warnings.warn("gloo's ranks did not connect; new workers try once more", stacklevel=3)
+            self._kill(list(self._workers))
+            reports = self._call(function, world_size, args, kwargs, timeout_seconds)
+        failed_ranks = [rank for rank, report in reports.items() if report.error is not None]
+        if failed_ranks:
+            rank = min(failed_ranks, key=lambda rank: reports[rank].finished)
+            error = reports[rank].error
+            assert error is not None
+            error.add_note(f"rank {rank} of {world_size} failed first:\n{reports[rank].text}")
+            raise error
+        return [reports[rank].value for rank in range(world_size)]
+
+    def _call(
+        self, function: Callable[..., Any], world_size: int, args: tuple[Any, ...], kwargs: dict[str, Any],
+        timeout_seconds: float,
+    ) -> dict[int, Report]:  # fmt: skip
+        """Reports by rank, of all ranks or, after a failure, of those that ended within the grace time."""
         store_file, master_port = str(self._folder / f"store{next(self._numbers)}"), _free_port()
         messages = [
             pickle.dumps(Call(function=function, args=args, kwargs=kwargs, rank=rank, world_size=world_size,
@@ -175,15 +206,7 @@ class RankPool:
         for rank, message in enumerate(messages):
             with contextlib.suppress(BrokenPipeError):  # It died between two calls: receive() says how.
                 self._workers[rank].connection.send_bytes(message)
-        reports = self._collect(world_size, time.monotonic() + timeout_seconds, timeout_seconds)
-        failed = [(report.finished, rank) for rank, report in reports.items() if report.error is not None]
-        if failed:
-            rank = min(failed)[1]
-            error = reports[rank].error
-            assert error is not None
-            error.add_note(f"rank {rank} of {world_size} failed first:\n{reports[rank].text}")
-            raise error
-        return [reports[rank].value for rank in range(world_size)]
+        return self._collect(world_size, time.monotonic() + timeout_seconds, timeout_seconds)
 
     def _collect(self, world_size: int, deadline: float, timeout_seconds: float) -> dict[int, Report]:
         """Reports by rank, of all ranks or, after a failure, of those that ended within the grace time."""
