@@ -77,49 +77,88 @@ END
 }
 
 start() {
-    local directory=$1 port
+    local directory=$1
     mkdir -p "$directory/state" "$directory/spool.node1" "$directory/spool.node2"
     chmod 755 "$directory"
-    port=$((20000 + $$ % 20000))
-    configuration "$directory" "$port" >"$directory/slurm.conf"
     dd if=/dev/urandom of="$directory/munge.key" bs=1024 count=1 status=none
     chmod 400 "$directory/munge.key"
     munged --force --key-file="$directory/munge.key" --socket="$directory/munge.socket" \
         --pid-file="$directory/munged.pid" --log-file="$directory/munged.log" --seed-file="$directory/munge.seed" \
         --origin=127.0.0.1 2>"$directory/munged.err" || { cat "$directory/munged.err" >&2 && return 1; }
     export SLURM_CONF=$directory/slurm.conf
+    for _ in {1..5}; do # another process may take a port between the look and the use: then other ports
+        configuration "$directory" "$(free_ports)" >"$SLURM_CONF"
+        if start_daemons "$directory"; then
+            return
+        elif ! grep -q 'Address already in use' "$directory"/slurm*.log; then
+            break
+        fi
+        stop_daemons "$directory"/slurmd.*.pid "$directory/slurmctld.pid"
+        rm -f "$directory"/slurm*.log "$directory"/slurm*.pid
+    done
+    echo "no two idle nodes after 30 s; see the logs in $directory" >&2
+    return 1
+}
+
+# The first of three neighbouring ports at which nothing answers, below those that Linux gives to outgoing connections.
+free_ports() {
+    local port offset answered
+    while true; do
+        port=$((20000 + RANDOM % 12000)) answered=false
+        for offset in 0 1 2; do
+            if (: <>"/dev/tcp/127.0.0.1/$((port + offset))") 2>/dev/null; then
+                answered=true
+            fi
+        done
+        $answered || break
+    done
+    echo "$port"
+}
+
+# Returns 1 where a daemon could not take its port, at once, or where no two nodes are idle after 30 s.
+start_daemons() {
+    local directory=$1
     slurmctld -c -f "$SLURM_CONF"
     slurmd -N node1 -f "$SLURM_CONF"
     slurmd -N node2 -f "$SLURM_CONF"
-    local attempt
-    for attempt in {1..60}; do
-        if [[ $(sinfo -h -N -t idle -o %N 2>/dev/null | wc -l) == 2 ]]; then
-            return
+    for _ in {1..60}; do
+        if [[ $(timeout 5 sinfo -h -N -t idle -o %N 2>/dev/null | wc -l) == 2 ]]; then
+            return 0
+        elif grep -q 'Address already in use' "$directory"/slurm*.log; then
+            return 1
         fi
         sleep 0.5
     done
-    echo "no two idle nodes after $((attempt / 2)) s; see the logs in $directory" >&2
     return 1
 }
 
 stop() {
-    local directory=$1 file attempt pids=()
+    local directory=$1
     export SLURM_CONF=$directory/slurm.conf
     scancel --user="$(id -un)" --signal=KILL --full 2>/dev/null || true
     scancel --user="$(id -un)" 2>/dev/null || true
-    for attempt in {1..40}; do # a slurmd waits for its steps, and they for it
+    for _ in {1..40}; do # a slurmd waits for its steps, and they for it
         if [[ -z $(squeue -h 2>/dev/null) ]]; then
             break
         fi
         sleep 0.5
     done
-    for file in "$directory"/slurmd.*.pid "$directory/slurmctld.pid" "$directory/munged.pid"; do
+    stop_daemons "$directory"/slurmd.*.pid "$directory/slurmctld.pid" "$directory/munged.pid"
+}
+
+# Ends the processes whose process ids stand in the given files, by SIGKILL where SIGTERM does not within 5 s.
+stop_daemons() {
+    local file pids=()
+    for file in "$@"; do
         if [[ -s $file ]]; then
             pids+=("$(cat "$file")")
         fi
     done
+    if [[ ${#pids[@]} == 0 ]]; then
+        return 0
+    fi
     kill "${pids[@]}" 2>/dev/null || true
-    for attempt in {1..20}; do
+    for _ in {1..20}; do
         kill -0 "${pids[@]}" 2>/dev/null || return 0
         sleep 0.25
     done

@@ -17,7 +17,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,10 @@ import yaml
 from crash_restart_test import write_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from tests.helpers.ports import free_port  # noqa: E402
+
 RANKS, QUERIES = 2, 100
 VOLATILE = ("tokens_per_second", "seconds", "flops", "mfu", "memory", "padding")
 LONGEST_SECONDS = 600.0
@@ -92,10 +95,10 @@ def write_configuration(folder: Path, model: str, benchmark: str) -> Path:
         "objective": {"temperature": 0.1},
         "data": {"train": [str(REPOSITORY / "examples" / "data" / "mini_en" / "train.jsonl")], "num_negatives": 1,
                  "query_max_length": 32, "document_max_length": 64, "validation_fraction": 0.05},
-        "training": {"global_batch_size": 16, "micro_batch_size": 4, "train_steps": 8, "warmup_steps": 2,
+        "training": {"global_batch_size": 16, "micro_batch_size": 4, "train_steps": 120, "warmup_steps": 2,
                      "learning_rate": 1.0e-3, "hidden_dropout": 0.1, "attention_dropout": 0.1},
-        "evaluation": {"retrieval": [benchmark], "every_steps": 4},
-        "checkpoint": {"directory": str(folder / "run"), "save_every_steps": 3, "keep": 2},
+        "evaluation": {"retrieval": [benchmark], "every_steps": 60},
+        "checkpoint": {"directory": str(folder / "run"), "save_every_steps": 25, "keep": 2},
         "logging": {"every_steps": 1, "tensorboard": False}}
     folder.mkdir(parents=True)
     path = folder / "run.yaml"
@@ -105,9 +108,7 @@ def write_configuration(folder: Path, model: str, benchmark: str) -> Path:
 
 def start(configuration: Path) -> list[subprocess.Popen[bytes]]:
     """Start both ranks as srun starts them on two nodes with one task each."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     started = []
     for rank in range(RANKS):
         status = configuration.parent / f"status_{rank}"

@@ -12,7 +12,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.reduction import send_handle
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 300.0
@@ -193,7 +194,7 @@ class RankPool:
         timeout_seconds: float,
     ) -> dict[int, Report]:  # fmt: skip
         """Reports by rank, of all ranks or, after a failure, of those that ended within the grace time."""
-        store_file, master_port = str(self._folder / f"store{next(self._numbers)}"), _free_port()
+        store_file, master_port = str(self._folder / f"store{next(self._numbers)}"), free_port()
         messages = [
             pickle.dumps(Call(function=function, args=args, kwargs=kwargs, rank=rank, world_size=world_size,
                               store_file=store_file, master_port=master_port, timeout_seconds=timeout_seconds))
@@ -281,11 +282,3 @@ def shutdown_ranks() -> None:
         _POOL.shutdown()
         shutil.rmtree(_POOL._folder, ignore_errors=True)
         _POOL = None
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        assert isinstance(port, int)
-        return port

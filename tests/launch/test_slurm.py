@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import time
 import pytest
 
 from megatron_embed.checkpoint.files import step_directories
+from tests.helpers.ports import free_port
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import curve
 from tests.helpers.toys import REPOSITORY, save_model
@@ -84,9 +84,7 @@ def test_requeue_and_time_limit_do_not_show_in_the_result(slurm, tmp_path):
     overrides = [f"model.path={model}", f"training.train_steps={STEPS}", "training.epochs=null",
                  "training.hidden_dropout=0.1", "evaluation.retrieval=[]", "checkpoint.export_at_end=null",
                  "logging.tensorboard=false"]
-    with socket.socket() as listener:  # job.sh's own port follows from the job's number: 1 in every fresh cluster
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(free_port())  # job.sh's own port follows from the job's number: 1 in every fresh cluster
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/helpers/paced.py {pace} "$@"\n')
     python.chmod(0o755)

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 import yaml
 
 from megatron_embed.checkpoint.files import step_directories
+from tests.helpers.ports import free_port
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import configuration, curve, train
 from tests.helpers.toys import REPOSITORY, save_model
@@ -30,9 +30,7 @@ class Nodes:
     """The scripts of node 0 and node 1, one rank each."""
 
     def __init__(self, path):
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        port = free_port()
         environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.scripts = [subprocess.Popen(
             [REPOSITORY / "launch" / "torchrun" / "node.sh", "--nnodes", "2", "--node-rank", str(node), "--master-addr",

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
 import termios
@@ -22,6 +21,7 @@ from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import CheckpointError, LostRankError
 from megatron_embed.parallel import heartbeat
 from megatron_embed.parallel.heartbeat import HeartbeatMonitor, is_connection_error
+from tests.helpers.ports import free_port
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.runs import configuration
@@ -235,9 +235,7 @@ def test_killed_rank_ends_encode_with_a_line_that_names_it(small, tmp_path, vict
     model, _ = small
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"number {index} " * 60}) + "\n"
                                                   for index in range(20_000)))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     logs, ranks = [Screen(), Screen()], []
     for rank in range(2):
         environment = os.environ | {
@@ -270,9 +268,7 @@ def test_killed_rank_ends_the_other_with_a_line_that_names_it(tmp_path, victim):
     """Plain processes, no launcher that would end them: SIGKILL in the middle of training."""
     model = save_model(tmp_path / "model", "qwen3", tokenizer=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(configuration(model, tmp_path / "run", train_steps=100000)))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     status = tmp_path / "status"
     ranks = []
     for rank in range(2):

@@ -1,7 +1,6 @@
 """An error that one rank meets before the process group exists ends all ranks, and one of them prints it."""
 
 import os
-import socket
 import threading
 import time
 
@@ -14,15 +13,14 @@ from megatron_embed.errors import ConfigError, LostRankError, UserError
 from megatron_embed.parallel import rendezvous
 from megatron_embed.parallel.rendezvous import Rendezvous
 from megatron_embed.platform.launcher import run_name
+from tests.helpers.ports import free_port
 from tests.helpers.ranks import run_on_ranks
 
 
 @pytest.fixture(autouse=True)
 def address(monkeypatch):
     """An address at which nothing listens yet; and shorter timeouts."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
     for name in ("USE_AGENT_STORE", "RUN_ID", "RESTART_COUNT"):

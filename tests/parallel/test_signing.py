@@ -1,7 +1,6 @@
 """Anyone who reaches the run's port can write into its store: texts not signed with the run's secret are ignored."""
 
 import datetime
-import socket
 import threading
 import time
 
@@ -13,14 +12,9 @@ from megatron_embed.parallel import heartbeat, rendezvous
 from megatron_embed.parallel.heartbeat import HeartbeatMonitor
 from megatron_embed.parallel.rendezvous import ALL_ARRIVED, Rendezvous, listening_socket
 from megatron_embed.parallel.signing import SECRET_VARIABLE, Signer
+from tests.helpers.ports import free_port
 
 SECRET = "0123456789abcdef" * 4
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from megatron_embed.parallel.rendezvous import STOPPED, Rendezvous
 from megatron_embed.platform import stop_signal as stop
 from megatron_embed.platform.launcher import run_name
 from megatron_embed.platform.status import STATUS_FILE_VARIABLE
+from tests.helpers.ports import free_port
 from tests.helpers.toys import REPOSITORY
 
 GLOO = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3041")
@@ -190,11 +191,7 @@ def test_request_of_one_rank_reaches_all_while_they_work(listening):
 
 
 def test_ranks_that_come_to_a_meeting_where_one_has_left_are_preempted(monkeypatch):
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
     first, second, third = (Rendezvous(rank, 3) for rank in range(3))
