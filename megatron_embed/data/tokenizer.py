@@ -37,8 +37,9 @@ class TextFormat:
 
     lower_case: bool = False
     """Lowercase every text, unless the tokenizer does so itself."""
-    truncation_side: TruncationSide = "right"
-    """The end at which a text that is too long loses tokens. left: its beginning, the prompt included."""
+    truncation_side: TruncationSide | None = "right"
+    """The end at which a text that is too long loses tokens. left: its beginning, the prompt included; None: the
+    tokenizer's own."""
     chat_content: MessageFormat | None = None
     """How the tokenizer's chat template takes a message's content: every text is put into it; None: no template."""
     chat_variables: Mapping[str, Any] = field(default_factory=dict)
@@ -154,7 +155,7 @@ class RoleTokenizer:
         self._model_dir, self._vocab_size = model_dir, vocab_size if exceeds else None
         if text_format.lower_case:
             add_lowercase(self._tokenizer)
-        self._truncates_left = text_format.truncation_side == "left"
+        self._truncates_left = (text_format.truncation_side or self._tokenizer.truncation_side) == "left"
         self._chat = None if text_format.chat_content is None else ChatTemplate(
             self._tokenizer, model_dir, content=text_format.chat_content, variables=text_format.chat_variables,
             tell_role=text_format.tell_role)

@@ -46,9 +46,10 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Pooling, nor
         CheckpointError: the tokenizer cannot be loaded, or cannot be made to add the EOS that last-token pooling needs.
     """
     directory = Path(directory)
-    saved = saved or SavedSettings(similarity="cosine" if normalize else "dot")
+    saved = saved or SavedSettings(similarity="cosine" if normalize else "dot", truncation_side="right")
     complete_tokenizer(directory, needs_eos=pooling == "lasttoken" if needs_eos is None else needs_eos)
-    _set_truncation_side(directory, saved.truncation_side)
+    if saved.truncation_side is not None:
+        _set_truncation_side(directory, saved.truncation_side)
     drop_standard_modules(directory)
     modules = [("", "Transformer"), (_POOLING_DIRECTORY, "Pooling")]
     modules += [(_NORMALIZE_DIRECTORY, "Normalize")] if normalize else []

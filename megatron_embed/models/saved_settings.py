@@ -60,8 +60,8 @@ class SavedSettings:
     """All prompts, by name."""
     default_prompt_name: str | None = None
     """The prompt of texts without a role."""
-    truncation_side: TruncationSide = "right"
-    """The end at which a text that is too long loses its tokens."""
+    truncation_side: TruncationSide | None = None
+    """The end at which a text that is too long loses its tokens; None: as tokenizer.json says, else the right one."""
     lower_case: bool = False
     """Every text is lowercased before the tokenizer's own normalization."""
     chat: ChatFormat | None = None
@@ -226,8 +226,8 @@ class _Transformer:
             length = self._length(self.values, f"{role}_length", f"{role}_length")
             if length is not None and whole is None:
                 self.role_lengths[role] = length
-        self.truncation_side: TruncationSide = (
-            loading.get("truncation_side") or tokenizer.get("truncation_side") or "right")
+        self.truncation_side: TruncationSide | None = (
+            loading.get("truncation_side") or tokenizer.get("truncation_side"))
         self.lower_case = self.values.get("do_lower_case") is True
         self.chat = self._chat(calling.get("chat_template") or {}) if known else None
 

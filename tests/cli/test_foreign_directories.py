@@ -37,6 +37,14 @@ def cased(path):
     return path
 
 
+def left_by_truncation(path):
+    """tokenizer.json alone says where a text is cut."""
+    values = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    values["truncation"] = {"direction": "Left", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    write(path / "tokenizer.json", values)
+    return path
+
+
 PROMPTS = {"prompts": {"query": "query: ", "document": "text: ", "task": "Task: "}}
 HONOURED = {
     "plain": save_directory,
@@ -45,6 +53,7 @@ HONOURED = {
     "cased": lambda path: cased(save_directory(path)),
     "left": lambda path: left(save_directory(path)),
     "left-prompts": lambda path: left(save_directory(path, settings=PROMPTS)),
+    "left-by-tokenizer-json": lambda path: left_by_truncation(save_directory(path)),
     "left-by-argument": lambda path: save_directory(path, sbert={
         "max_seq_length": 16, "tokenizer_args": {"truncation_side": "left"}}),
     "left-last-token": lambda path: left(without_sep(save_directory(path, kind="qwen3", pooling="lasttoken"))),
