@@ -10,6 +10,8 @@ IS_THE_PROGRAM = __name__ == "__main__" or sys.argv[0].rpartition("/")[2] == "me
 if IS_THE_PROGRAM:
     stop.start()
 
+import argparse
+import errno
 import traceback
 from collections.abc import Sequence
 
@@ -88,7 +90,7 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
             rendezvous = open_rendezvous()
             if rendezvous is not None:
                 stop.add_exit_action(rendezvous.report_stop)
-        return COMMANDS[args.command].run(args), ""
+        return _run_command(args), ""
     except UserError as error:
         message = one_line(str(error))
         if speaks:
@@ -112,6 +114,17 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
     except Exception as error:  # noqa: BLE001  any other error: a traceback and exit code 1
         sys.stderr.write(printable(traceback.format_exc()))
         return 1, f"{type(error).__name__}: {error}"
+
+
+def _run_command(args: argparse.Namespace) -> int:
+    try:
+        return COMMANDS[args.command].run(args)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        path = str(error.filename)
+        raise UserError(f"{path[:60]}...: a path of {len(path):,} characters is longer than this file system takes; "
+                        "give a shorter one") from None
 
 
 if __name__ == "__main__":

@@ -95,6 +95,16 @@ def test_bad_arguments_are_one_line_and_exit_code_2(capsys, arguments, words):
     assert "--help`" in line
 
 
+@pytest.mark.parametrize("arguments", [
+    ["convert", "hf-to-megatron", 5000 * "x", "out"],
+    ["doctor", "--config", 5000 * "x"],
+    ["data", "check", 5000 * "x"]], ids=["convert", "doctor", "data"])
+def test_paths_too_long_for_the_file_system_are_one_line_and_exit_code_2(capsys, arguments):
+    assert main(arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "xxx" in line]
+    assert "too long" in line or "longer than this file system takes; give a shorter one" in line
+
+
 def test_arguments_reach_the_command():
     parse = command_line.build_parser().parse_args
     args = parse(["encode", "--model", "m", "--input", "i", "--output", "o", "--role", "query", "--dtype", "bfloat16",

@@ -191,6 +191,8 @@ def _read(loader: Loader, node: yaml.Node, source: str, keys: tuple[str, ...], a
     if isinstance(node, yaml.SequenceNode):
         return Node([_read(loader, item, source, keys, above) for item in node.value], location)
     if isinstance(node, yaml.ScalarNode):
+        if "\0" in node.value:  # no path can hold it
+            raise ConfigError(f"{location}: {name} = {node.value[:100]!r}: has a NUL character; remove it")
         try:
             return Node(loader.construct_object(node), location)
         except (yaml.YAMLError, ValueError):

@@ -88,8 +88,7 @@ CONFIG_SENTENCE_TRANSFORMERS = FileTable(
         "__version__": harmless("versions that wrote the directory"),
         "model_type": honoured("which class of Sentence Transformers the directory is for", "SentenceTransformer",
                                "CrossEncoder", None),
-        "prompts": honoured("texts before a text: query for queries; document, else passage, else corpus, for "
-                            "documents"),
+        "prompts": honoured("texts before a text: query for queries, document for documents"),
         "default_prompt_name": honoured("the prompt of texts without a role"),
         "similarity_fn_name": honoured("what compares vectors; dot_product is an older name of dot", "cosine", "dot",
                                        "dot_product", None,

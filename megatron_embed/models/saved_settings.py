@@ -3,6 +3,8 @@
 Every key of these files is looked up in known_keys.py, so that no key that changes the vectors is silently ignored.
 """
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +26,14 @@ from megatron_embed.models.known_keys import (
 from megatron_embed.models.modules_json import supported_modules, transformer_settings_files
 from megatron_embed.names import POOLINGS, ROLES, MessageFormat, Pooling, Similarity, TruncationSide
 
+logger = logging.getLogger(__name__)
+
 _NO_LIMIT = 10**9
 """Transformers writes 1e30 where a tokenizer has no limit."""
 
-_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
-"""Names of the documents' prompt; the first that is present counts."""
+_UNREACHED_PROMPTS = ("passage", "corpus")
+"""Names under which Sentence Transformers would look for a documents' prompt if every model did not have an empty one
+named document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,7 @@ class SavedSettings:
     """Tokens of a query or document, for a role that has a length of its own."""
     similarity: Similarity = "cosine"
     prompts: dict[str, str] = field(default_factory=dict)
-    """By role; `passage` and `corpus` count as document."""
+    """By role."""
     named_prompts: dict[str, str] = field(default_factory=dict)
     """All prompts, by name."""
     default_prompt_name: str | None = None
@@ -156,7 +161,7 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     settings = read_optional_json_object(file)
     CONFIG_SENTENCE_TRANSFORMERS.check(file, settings)
     named, default = named_prompts(file, settings, also_default=ROLES)
-    prompts = _by_role(named)
+    prompts = _by_role(file, named)
     if not include_prompt and any([*prompts.values(), named.get(default or "")]):
         raise CheckpointError(f"{folder}: include_prompt = false in its pooling is not supported together with "
                               "prompts; set it to true, or empty the prompts in config_sentence_transformers.json")
@@ -185,11 +190,19 @@ def named_prompts(file: Path, settings: Mapping[str, Any], *,
     return {name: text or "" for name, text in prompts.items()}, default
 
 
-def _by_role(prompts: dict[str, str]) -> dict[str, str]:
+def _by_role(file: Path, prompts: dict[str, str]) -> dict[str, str]:
     """The prompts of queries and of documents, if there are any."""
-    names = {"query": "query" if "query" in prompts else None,
-             "document": next((name for name in _DOCUMENT_PROMPTS if name in prompts), None)}
-    return {role: prompts[name] for role, name in names.items() if name is not None}
+    if "document" not in prompts:
+        for name in _UNREACHED_PROMPTS:
+            if prompts.get(name):
+                _warn_of_unreached_prompt(file, name)
+    return {role: prompts[role] for role in ROLES if role in prompts}
+
+
+@functools.cache
+def _warn_of_unreached_prompt(file: Path, name: str) -> None:
+    logger.warning("%s: prompts has %r but no 'document': documents get no prompt, as in Sentence Transformers' "
+                   "encode_document; rename it to 'document' if they should", file, name)
 
 
 class _Transformer:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from megatron_embed.models.saved_settings import read_saved_settings
 from tests.helpers.foreign_directories_helpers import (
     FLAT,
     KIND,
@@ -46,6 +47,7 @@ def left_by_truncation(path):
 
 
 PROMPTS = {"prompts": {"query": "query: ", "document": "text: ", "task": "Task: "}}
+PASSAGE_PROMPT = {"prompts": {"query": "query: ", "passage": "text: "}}
 HONOURED = {
     "plain": save_directory,
     "lower-case": lambda path: cased(save_directory(path, sbert={"max_seq_length": 16, "do_lower_case": True})),
@@ -54,6 +56,7 @@ HONOURED = {
     "left": lambda path: left(save_directory(path)),
     "left-prompts": lambda path: left(save_directory(path, settings=PROMPTS)),
     "left-by-tokenizer-json": lambda path: left_by_truncation(save_directory(path)),
+    "passage-prompt": lambda path: save_directory(path, settings=PASSAGE_PROMPT),
     "left-by-argument": lambda path: save_directory(path, sbert={
         "max_seq_length": 16, "tokenizer_args": {"truncation_side": "left"}}),
     "left-last-token": lambda path: left(without_sep(save_directory(path, kind="qwen3", pooling="lasttoken"))),
@@ -128,6 +131,13 @@ def test_the_cases_differ_from_the_plain_directory(ours):
     for name in ("cased", "left", "chat", "lengths-by-role", "length-of-arguments", "new-spelling"):
         assert abs(ours[name]["query"] - ours["plain"]["query"]).max() > 1e-3, name
     assert abs(ours["cased"]["query"] - ours["lower-case"]["query"]).max() > 1e-3
+
+
+def test_a_prompt_that_the_stock_library_does_not_reach_is_named_once(tmp_path, caplog):
+    path = save_directory(tmp_path / "model", settings=PASSAGE_PROMPT)
+    for _ in range(2):
+        assert read_saved_settings(path).prompts == {"query": "query: "}
+    assert caplog.text.count("prompts has 'passage' but no 'document'") == 1
 
 
 def encode_command(arguments):

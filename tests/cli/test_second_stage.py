@@ -27,7 +27,7 @@ def dot_products(path):
     """Without Normalize, compared by dot product, with prompts, lowercased, cut on the left."""
     return left(save_directory(
         path, normalize=False, pooling="cls", sbert={"max_seq_length": 40, "do_lower_case": True}, settings={
-            "prompts": {"query": "query: ", "passage": "text: ", "task": "Task: "}, "default_prompt_name": "task",
+            "prompts": {"query": "query: ", "document": "text: ", "task": "Task: "}, "default_prompt_name": "task",
             "similarity_fn_name": "dot"}))
 
 

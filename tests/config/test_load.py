@@ -150,6 +150,7 @@ def test_range_error_names_the_file_where_the_file_set_the_value(load):
         ("model:\n  dtype: float32\n", "run.yaml:1: required key 'model.path' is missing"),
         ("a: b\n---\nc: d\n", "run.yaml:2: not YAML: "),
         ("a: \x00\n", "run.yaml: not YAML: "),
+        ('a: ["b\\0c"]\n', "run.yaml:1: a = 'b\\x00c': has a NUL character; remove it"),
     ],
 )
 def test_files_that_are_no_configuration(load, text, message):
