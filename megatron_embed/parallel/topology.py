@@ -230,8 +230,21 @@ def device_of(local_rank: int, visible: int, *, is_known: bool) -> int:
     return local_rank
 
 
+_latest: Topology | None = None
+
+
+def _has_its_groups(topology: Topology, sizes: ParallelConfig) -> bool:
+    """Whether the groups of this process are those of `topology`, of the same layout and process group."""
+    if virtual_size(sizes) is not None:
+        return False  # parallel_state also counts the model chunks that were built
+    return (topology.sizes == sizes and parallel_state.model_parallel_is_initialized()
+            and parallel_state.get_tensor_model_parallel_group() is topology.groups.tp
+            and dist.is_initialized() and parallel_state.get_model_parallel_group() is topology.groups.mp)
+
+
 def initialize(sizes: ParallelConfig) -> Topology:
-    """Start the process group unless there is one, then build every group of the layout.
+    """Start the process group unless there is one, then build every group of the layout, or take those of the latest
+    call if it had the same layout: torch keeps groups until the process group ends.
 
     Communicates over the world. Raises ConfigError, before the first collective, if the world size does not fit, and
     the error of another rank that failed before this point.
@@ -240,6 +253,9 @@ def initialize(sizes: ParallelConfig) -> Topology:
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
     check_world_size(sizes, world_size)
+    global _latest
+    if _latest is not None and _has_its_groups(_latest, sizes):
+        return _latest
     device = torch.device("cpu")
     if HAS_CUDA:
         device = torch.device("cuda", device_of(local_rank, torch.cuda.device_count(), is_known=knows_local_rank()))
@@ -259,12 +275,15 @@ def initialize(sizes: ParallelConfig) -> Topology:
         distributed_timeout_minutes=max(1, sizes.timeout_seconds // 60),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Topology(rank=rank, world_size=world_size, groups=groups, device=device, sizes=sizes,
-                    rendezvous=rendezvous)
+    _latest = Topology(rank=rank, world_size=world_size, groups=groups, device=device, sizes=sizes,
+                       rendezvous=rendezvous)
+    return _latest
 
 
 def shutdown() -> None:
     """Free every group, so that a later `initialize` in the same process starts clean."""
+    global _latest
+    _latest = None
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

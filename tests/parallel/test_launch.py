@@ -1,8 +1,10 @@
 """Rank and world size from the launcher's variables, and values that are refused."""
 
 import pytest
+import torch
 
 from megatron_embed.__main__ import main
+from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.parallel.topology import device_of
 from megatron_embed.platform.launcher import (
@@ -15,6 +17,7 @@ from megatron_embed.platform.launcher import (
     run_name,
     source_of_world_size,
 )
+from tests.helpers.ranks import run_on_ranks
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
              "TORCHELASTIC_RESTART_COUNT", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_PROCID", "SLURM_NTASKS",
@@ -139,3 +142,27 @@ def test_device_is_one_of_those_that_are_visible(local, visible, known, index):
             device_of(local, visible, is_known=known)
     else:
         assert device_of(local, visible, is_known=known) == index
+
+
+def groups_of_calls(*layouts):
+    """Number of groups that torch keeps after each call, and whether the call returned the topology before it."""
+    import torch.distributed as dist
+
+    from megatron_embed.parallel.topology import initialize
+
+    counts, same, before = [], [], None
+    for layout in layouts:
+        topology = initialize(ParallelConfig(**layout))
+        dist.all_reduce(torch.ones(1), group=topology.groups.tp)
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+        same.append(topology is before)
+        before = topology
+    return counts, same
+
+
+def test_a_second_model_of_the_same_layout_takes_the_groups_of_the_first():
+    tp, dp = {"tensor_model_parallel_size": 2}, {}
+    pipeline = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    for counts, same in run_on_ranks(groups_of_calls, 2, tp, tp, dp, dp, tp, pipeline, pipeline):
+        assert same == [False, True, False, True, False, False, False]
+        assert counts[0] == counts[1] < counts[2] == counts[3] < counts[4]
