@@ -66,6 +66,7 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
     _refuse_large_files(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        tokenizer(["a b"], verbose=False)  # some wrong values are only read here, such as a list for model_max_length
     except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
         raise CheckpointError(f"{model_dir}: the tokenizer cannot be loaded: {first_line(error)}; copy "
                               "tokenizer.json and tokenizer_config.json of the model into it") from error

@@ -62,6 +62,7 @@ BROKEN = {
     "rope": ("config.json", {"rope_parameters": [1]}, ["config.json", "again"]),
     "modules": ("modules.json", '{"a": 1}', ["modules.json", "list of modules"]),
     "tokenizer": ("tokenizer.json", "{", ["tokenizer cannot be loaded", "copy tokenizer.json"]),
+    "tokenizer_value": ("tokenizer_config.json", '{"model_max_length": []}', ["tokenizer cannot be loaded"]),
     "weights": ("model.safetensors", "x", ["model.safetensors"]),
 }
 
