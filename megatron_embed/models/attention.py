@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from megatron_embed.platform.flash_attention import flash_attention
 from megatron_embed.platform.compat import (
     AttnMaskType,
     MegatronModule,
@@ -346,11 +347,8 @@ class PackedAttention(MegatronModule):
         return packed.to_queries.to_tokens(torch.cat(outputs))
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        real, longest = packed.num_tokens, packed.max_seqlen
-        window = self.window or ((-1, 0) if self.causal else (-1, -1))
-        output = varlen_attn(query[:real], key[:real], value[:real], packed.cu_seqlens, packed.cu_seqlens, longest,
-                             longest, scale=self.scale, window_size=window,
-                             enable_gqa=query.shape[1] != key.shape[1])
+        assert packed.cu_seqlens is not None
+        real = packed.num_tokens
+        output = flash_attention(query[:real], key[:real], value[:real], packed.cu_seqlens, packed.max_seqlen,
+                                 scale=self.scale, causal=self.causal, window=self.window)
         return functional.pad(output.flatten(1), (0, 0, 0, query.shape[0] - real))
