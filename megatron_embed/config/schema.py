@@ -188,6 +188,9 @@ class TrainingConfig:
     """Activation recomputation: none, selective (core attention), full (every layer)."""
     seed: int = 1234
     """Seed for row order, dropout and newly initialized parameters; 0 to 2^62."""
+    deterministic: bool = False
+    """On GPUs, use only kernels and sums that repeat bit for bit, which are slower: a run that is stopped and resumed
+    in the same layout then equals one that is not, as CPU ranks' always does."""
 
     def warmup(self, train_steps: int) -> int:
         """Warmup steps of a run of `train_steps`."""

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from megatron_embed.platform.flash_attention import flash_attention
 from megatron_embed.platform.compat import (
     AttnMaskType,
     MegatronModule,
@@ -23,6 +22,7 @@ from megatron_embed.platform.compat import (
     get_cuda_rng_tracker,
     tensor_parallel,
 )
+from megatron_embed.platform.flash_attention import flash_attention
 
 MAX_GROUP_PADDING = 1.02
 """A group's members are padded to its longest; the next joins while padded / real tokens stays below this. A group

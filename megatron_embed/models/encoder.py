@@ -29,7 +29,6 @@ from megatron_embed.models.backbone import (
     megatron_config,
 )
 from megatron_embed.models.families import ModelShape
-from megatron_embed.platform.flash_attention import why_no_flash
 from megatron_embed.models.heads import HeadSpec, RerankerHead
 from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.lora_settings import Adapters
@@ -48,6 +47,7 @@ from megatron_embed.platform.compat import (
     TransformerBlock,
     TransformerConfig,
 )
+from megatron_embed.platform.flash_attention import why_no_flash
 
 logger = logging.getLogger(__name__)
 AttentionKernel = Literal["flash", "sdpa", "te"]

@@ -6,6 +6,7 @@ added two optional arguments.
 """
 
 import dataclasses
+import itertools
 import logging
 import math
 
@@ -45,7 +46,7 @@ def schemas(version):
 
 def shares(query, key, bounds, left, right):
     """Softmax weights [heads, queries, keys] of every sequence, back to back."""
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         part = slice(start, end)
         scores = torch.einsum("qhd,khd->hqk", query[part], key[part]) / math.sqrt(HEAD_DIM)
         ahead = torch.arange(end - start)[None] - torch.arange(end - start)[:, None]
