@@ -179,7 +179,9 @@ import torch
 assert seen == [{"PYTORCH_ALLOC_CONF": "expandable_segments:True"}], seen
 assert torch.backends.cuda.matmul.allow_tf32
 torch.cuda.is_available = lambda: True
+del os.environ["PYTORCH_ALLOC_CONF"]
 import megatron_embed.platform.compat as compat
+assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 assert compat.HAS_CUDA
 assert "megatron_embed.platform.cpu" not in sys.modules
 assert not torch.backends.cuda.matmul.allow_tf32
