@@ -16,7 +16,8 @@ SCRIPT = REPOSITORY / "tools" / "gpu_check.sh"
 
 
 @pytest.fixture
-def tool():
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
     spec = importlib.util.spec_from_file_location("gpu_check", REPOSITORY / "tools" / "gpu_check.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["gpu_check"] = module  # dataclasses look their module up
