@@ -137,10 +137,10 @@ def beside_plan(overrides: list[str], log: str, machine: Machine) -> tuple[str, 
 
 
 def doctor(machine: Machine) -> tuple[str, bool]:
-    """Print what this machine has; whether nothing that a run needs is missing."""
-    code, out, err = machine.run([sys.executable, "-m", "megatron_embed", "doctor"], {})
+    """Print what this machine has. Never fails: what these checks do not use may be missing."""
+    _, out, err = machine.run([sys.executable, "-m", "megatron_embed", "doctor"], {})
     print(out + err, file=sys.stderr, flush=True)
-    return (out.strip().splitlines() or ["no output"])[-1], code == 0
+    return (out.strip().splitlines() or ["no output"])[-1], True
 
 
 def check_breaks(model: str, machine: Machine, table: Table) -> None:
