@@ -189,7 +189,8 @@ def measure(model: str, machine: Machine, table: Table) -> None:
     size = 512 if machine.toy else 65536
     add_probe(table, machine, f"loss and gradients, {size:,} x 384", "loss", 60, rows=size, dim=384, rounds=3)
     add_probe(table, machine, "memory of a checkpoint", "save", 90, lambda: [
-        f"model.path={make_decoder(model, machine)}", "training.train_steps=2", "training.global_batch_size=16",
+        f"model.path={make_decoder(model, machine)}", "training.train_steps=2", "training.warmup_steps=0",
+        "training.global_batch_size=16",
         "embedding.pooling=lasttoken", "checkpoint.save_every_steps=1"])
     for name in ("0.6B", "4B", "8B"):
         measure_speed(name, model, machine, table)
