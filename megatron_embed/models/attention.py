@@ -22,7 +22,7 @@ from megatron_embed.platform.compat import (
     get_cuda_rng_tracker,
     tensor_parallel,
 )
-from megatron_embed.platform.flash_attention import flash_attention
+from megatron_embed.platform.flash_attention import ALL_TOKENS, CAUSAL, flash_attention
 
 MAX_GROUP_PADDING = 1.02
 """A group's members are padded to its longest; the next joins while padded / real tokens stays below this. A group
@@ -350,5 +350,6 @@ class PackedAttention(MegatronModule):
         assert packed.cu_seqlens is not None
         real = packed.num_tokens
         output = flash_attention(query[:real], key[:real], value[:real], packed.cu_seqlens, packed.max_seqlen,
-                                 scale=self.scale, causal=self.causal, window=self.window)
+                                 scale=self.scale,
+                                 window=self.window or (CAUSAL if self.causal else ALL_TOKENS))
         return functional.pad(output.flatten(1), (0, 0, 0, query.shape[0] - real))

@@ -22,10 +22,12 @@ and unused since torch 2.7, philox_seed and philox_offset before)."""
 KEYWORDS = ("scale", "window_size_left", "window_size_right")
 """Keyword-only arguments that both are given."""
 FORWARD_RESULTS, BACKWARD_RESULTS = 5, 3
+CAUSAL, ALL_TOKENS = (-1, 0), (-1, -1)
+"""Windows of `flash_attention` without a bound."""
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, *, scale: float,
-                    causal: bool, window: tuple[int, int] | None) -> Tensor:
+                    window: tuple[int, int]) -> Tensor:
     """Attention of every sequence within itself, without dropout.
 
     Args:
@@ -33,12 +35,11 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tenso
         key: [tokens, groups, head_dim], as `value`; heads is a multiple of groups.
         cu_seqlens: [sequences + 1] int32 on the device, from 0 to tokens.
         longest: tokens of the longest sequence.
-        window: (tokens before, tokens after) that a token sees besides itself; None: all, or all before if `causal`.
+        window: (tokens before, tokens after) that a token sees besides itself; -1: all.
     Returns:
         [tokens, heads, head_dim] of the query's dtype.
     """
-    output: Tensor = _FlashAttention.apply(query, key, value, cu_seqlens, longest, scale, causal and window is None,
-                                           window or ((-1, 0) if causal else (-1, -1)))
+    output: Tensor = _FlashAttention.apply(query, key, value, cu_seqlens, longest, scale, window)
     return output
 
 
@@ -47,11 +48,12 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float,
-                is_causal: bool, window: tuple[int, int]) -> Tensor:
+                window: tuple[int, int]) -> Tensor:
         ctx.options = {"scale": scale, "window_size_left": window[0], "window_size_right": window[1]}
-        ctx.longest, ctx.is_causal = longest, is_causal
+        ctx.longest, ctx.is_causal = longest, window == CAUSAL
         output, logsumexp, rng_state, unused, _ = forward_operator()(
-            query, key, value, cu_seqlens, cu_seqlens, longest, longest, 0.0, is_causal, False, **ctx.options)
+            query, key, value, cu_seqlens, cu_seqlens, longest, longest, 0.0, ctx.is_causal, False,
+            **ctx.options)
         # Without dropout a kernel may leave these undefined; the backward's schema asks for tensors.
         rng_state, unused = (query.new_empty(0) if tensor is None else tensor for tensor in (rng_state, unused))
         ctx.save_for_backward(query, key, value, output, logsumexp, cu_seqlens, rng_state, unused)
@@ -62,7 +64,7 @@ class _FlashAttention(torch.autograd.Function):
         *tensors, cu_seqlens, rng_state, unused = ctx.saved_tensors
         gradients = backward_operator()(gradient, *tensors, cu_seqlens, cu_seqlens, ctx.longest, ctx.longest, 0.0,
                                         ctx.is_causal, rng_state, unused, **ctx.options)
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None
 
 
 def forward_operator() -> Any:
