@@ -8,25 +8,15 @@ if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     exit 2
 fi
 
-# Megatron orders tensor-parallel communication and compute by CUDA's submission order.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# Micro-batches of varying sizes fragment the caching allocator: without this a 70B run that fits runs out of memory.
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
-# A collective that fails ends the process instead of hanging it.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-# Otherwise tensors that NCCL's streams use are freed late, and memory grows.
-export TORCH_NCCL_AVOID_RECORD_STREAMS="${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}"
-# NVLink SHARP takes memory on every GPU of a node and does not speed up messages of a few MB.
-export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"
+# CUDA_DEVICE_MAX_CONNECTIONS and the memory allocator's variables are set by megatron_embed itself, which knows layout,
+# GPU and torch's version (megatron_embed/platform/cuda_environment.py).
 # On an unstable link: about 2 s instead of 0.5 s before a retransmission gives up.
 export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-19}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export PYTHONUNBUFFERED=1
 
-LAUNCH_VARIABLES=(CUDA_DEVICE_MAX_CONNECTIONS PYTORCH_CUDA_ALLOC_CONF TORCH_NCCL_ASYNC_ERROR_HANDLING
-    TORCH_NCCL_AVOID_RECORD_STREAMS NCCL_NVLS_ENABLE NCCL_IB_TIMEOUT OMP_NUM_THREADS TOKENIZERS_PARALLELISM
-    PYTHONUNBUFFERED)
+LAUNCH_VARIABLES=(NCCL_IB_TIMEOUT OMP_NUM_THREADS TOKENIZERS_PARALLELISM PYTHONUNBUFFERED)
 
 # Prints NAME=VALUE of every variable that these scripts set.
 print_environment() {

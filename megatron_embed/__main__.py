@@ -20,6 +20,7 @@ from megatron_embed.cli import convert, data, doctor, encode, evaluate, merge, m
 from megatron_embed.cli.common import Parser, setup_logging
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
 from megatron_embed.parallel.lost_rank import report_lost_rank
+from megatron_embed.platform import cuda_environment
 from megatron_embed.platform.launcher import launched_rank, process_rank, rendezvous_address, source_of_world_size
 from megatron_embed.platform.status import PREEMPTED, clear_status, leaves_status, write_status
 from megatron_embed.platform.terminal_text import one_line, printable, write_error
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Bad input is one line on stderr, from rank 0 only: every rank raises the same error, or is told of it before they
     start. Another rank prints only errors that rank 0 does not know.
     """
+    cuda_environment.set_defaults()  # before torch is imported, by the rendezvous or a command
     with stop.listening():
         if leaves_status():
             clear_status()

@@ -1,8 +1,8 @@
 """Train with Sentence Transformers' model, tokenization and loss in a plain loop, for comparisons with our trainer.
 
-Writes OUTPUT/metrics.jsonl with `step`, `loss`, `grad_norm` and `step_seconds` as our trainer does, and with --save
-OUTPUT/model. AdamW without decay of biases and norms, gradient clipping at 1, a constant learning rate, no dropout,
-rows in the order of the file.
+Writes OUTPUT/metrics.jsonl with `step`, `loss`, `grad_norm` and `step_seconds` as our trainer does, and `tokens`
+without padding; with --save OUTPUT/model. AdamW without decay of biases and norms, gradient clipping at 1, a constant
+learning rate, no dropout, rows in the order of the file.
 """
 
 import argparse
@@ -39,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: torch.autocast")
     parser.add_argument("--mini-batch-size", type=int, default=None,
                         help="use CachedMultipleNegativesRankingLoss with parts of so many rows")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--save", action="store_true")
     return parser.parse_args()
 
@@ -68,7 +69,7 @@ def parameter_groups(model: torch.nn.Module) -> list[dict[str, object]]:
 def main() -> None:
     arguments = parse_arguments()
     columns = read_columns(arguments.data, arguments.steps * arguments.batch_size, arguments.num_negatives)
-    model = SentenceTransformer(arguments.model, device="cpu", model_kwargs={"dtype": torch.float32},
+    model = SentenceTransformer(arguments.model, device=arguments.device, model_kwargs={"dtype": torch.float32},
                                 config_kwargs={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     model.max_seq_length = arguments.max_length
     model.train()
@@ -84,14 +85,17 @@ def main() -> None:
         for step, texts in enumerate(batches(columns, arguments.batch_size), 1):
             start = time.perf_counter()
             features = [model.preprocess(column) for column in texts]  # pads each column to its longest text
-            with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
+            tokens = sum(int(column["attention_mask"].sum()) for column in features)
+            features = [{name: value.to(arguments.device) if isinstance(value, torch.Tensor) else value
+                         for name, value in column.items()} for column in features]
+            with torch.autocast(arguments.device, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
                 loss = loss_function(features, None)
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
             optimizer.step()
             optimizer.zero_grad()
             record = {"step": step, "loss": loss.item(), "grad_norm": grad_norm.item(),
-                      "step_seconds": time.perf_counter() - start}
+                      "tokens": tokens, "step_seconds": time.perf_counter() - start}
             file.write(json.dumps(record) + "\n")
             file.flush()
     if arguments.save:

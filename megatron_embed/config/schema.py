@@ -20,9 +20,9 @@ class ModelConfig:
     path: str
     """Hugging Face directory, a checkpoint of megatron-embed, or a hub name."""
     attention: Literal["auto", "te", "flash", "sdpa"] = "auto"
-    """auto: flash in half precision on a GPU, otherwise sdpa. flash: torch's variable-length flash kernels (GPU). te:
-    Transformer Engine's (GPU). sdpa: torch's scaled_dot_product_attention over groups of sequences of similar length
-    (also on CPUs, in float32 there)."""
+    """auto: flash in half precision on a GPU whose torch has its operators, otherwise sdpa. flash: torch's
+    variable-length flash kernels (GPU). te: Transformer Engine's (GPU). sdpa: torch's scaled_dot_product_attention over
+    groups of sequences of similar length (also on CPUs, in float32 there)."""
     bidirectional: bool = False
     """True: every token of a decoder attends to the whole sequence. Encoder families always do."""
     dtype: Literal["auto", ModelDtype] = "auto"
@@ -188,6 +188,9 @@ class TrainingConfig:
     """Activation recomputation: none, selective (core attention), full (every layer)."""
     seed: int = 1234
     """Seed for row order, dropout and newly initialized parameters; 0 to 2^62."""
+    deterministic: bool = False
+    """On GPUs, use only kernels and sums that repeat bit for bit, which are slower: a run that is stopped and resumed
+    in the same layout then equals one that is not, as CPU ranks' always does."""
 
     def warmup(self, train_steps: int) -> int:
         """Warmup steps of a run of `train_steps`."""

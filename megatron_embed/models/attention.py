@@ -22,6 +22,7 @@ from megatron_embed.platform.compat import (
     get_cuda_rng_tracker,
     tensor_parallel,
 )
+from megatron_embed.platform.flash_attention import ALL_TOKENS, CAUSAL, flash_attention
 
 MAX_GROUP_PADDING = 1.02
 """A group's members are padded to its longest; the next joins while padded / real tokens stays below this. A group
@@ -346,11 +347,9 @@ class PackedAttention(MegatronModule):
         return packed.to_queries.to_tokens(torch.cat(outputs))
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        real, longest = packed.num_tokens, packed.max_seqlen
-        window = self.window or ((-1, 0) if self.causal else (-1, -1))
-        output = varlen_attn(query[:real], key[:real], value[:real], packed.cu_seqlens, packed.cu_seqlens, longest,
-                             longest, scale=self.scale, window_size=window,
-                             enable_gqa=query.shape[1] != key.shape[1])
+        assert packed.cu_seqlens is not None
+        real = packed.num_tokens
+        output = flash_attention(query[:real], key[:real], value[:real], packed.cu_seqlens, packed.max_seqlen,
+                                 scale=self.scale,
+                                 window=self.window or (CAUSAL if self.causal else ALL_TOKENS))
         return functional.pad(output.flatten(1), (0, 0, 0, query.shape[0] - real))

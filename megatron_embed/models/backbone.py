@@ -241,7 +241,7 @@ def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: Training
         # Interleaved schedules give wrong gradients on gloo unless sends and receives are separate and outputs stay
         # allocated (33 of 60 steps wrong with a step's deallocated outputs, 0 without).
         overlap_p2p_comm=virtual is not None, batch_p2p_comm=virtual is None, deallocate_pipeline_outputs=on_gpu,
-        **_expert_settings(shape, training),
+        deterministic_mode=training.deterministic, **_expert_settings(shape, training),
         recompute_granularity=None if training.recompute == "none" else training.recompute,
         recompute_method="uniform" if training.recompute == "full" else None,
         recompute_num_layers=1 if training.recompute == "full" else None,

@@ -1,5 +1,7 @@
 """Backbone, pooling and head, by pipeline stage: a micro-batch of token ids -> `[rows, dim]` embeddings."""
 
+import functools
+import logging
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -45,7 +47,9 @@ from megatron_embed.platform.compat import (
     TransformerBlock,
     TransformerConfig,
 )
+from megatron_embed.platform.flash_attention import why_no_flash
 
+logger = logging.getLogger(__name__)
 AttentionKernel = Literal["flash", "sdpa", "te"]
 CORE_ATTENTION: dict[AttentionKernel, type[MegatronModule]] = {
     "flash": PackedAttention, "sdpa": PackedAttention, "te": TransformerEngineAttention}
@@ -182,7 +186,7 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
     Transformer Engine.
 
     Raises:
-        ConfigError: flash or te is requested but cannot run here.
+        ConfigError: flash or te is requested but cannot run here; the same on every rank with the same packages.
     """
     half, wanted = config.model.dtype != "float32", config.model.attention
     other = (f"training.attention_dropout = {config.training.attention_dropout}" if config.training.attention_dropout
@@ -198,9 +202,23 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
         if other is not None:
             raise ConfigError(f"model.attention = {wanted!r} does not go with {other}; use 'auto' or 'sdpa'",
                               key="model.attention")
+    missing = why_no_flash()
+    if wanted == "flash" and missing is not None:
+        raise ConfigError(f"model.attention = 'flash': {missing}; use 'auto' or 'sdpa', or a torch of 2.6 to 2.14, "
+                          "whose operators are known to fit", key="model.attention")
     if wanted == "te":
         return "te"
-    return "flash" if wanted != "sdpa" and other is None and half and HAS_CUDA else "sdpa"
+    if wanted == "sdpa" or other is not None or not (half and HAS_CUDA):
+        return "sdpa"
+    if missing is not None:
+        _say_once(f"model.attention = auto is sdpa: {missing}")
+        return "sdpa"
+    return "flash"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling,

@@ -114,8 +114,11 @@ def token_alignment(sizes: ParallelConfig) -> int:
     return shares * (2 * sizes.context_parallel_size if sizes.context_parallel_size > 1 else 1)
 
 
-def _init_process_group(rank: int, world_size: int, timeout_seconds: int) -> tuple[str, int] | None:
+def _init_process_group(rank: int, world_size: int, timeout_seconds: int,
+                        device: torch.device) -> tuple[str, int] | None:
     """Start the process group once every rank has arrived. Returns host and port of its store, None for one rank.
+
+    On GPUs NCCL connects all ranks at once, on the device given, so that a broken network is an error here.
 
     Raises:
         ConfigError: another process uses the port; raised on every rank.
@@ -130,7 +133,7 @@ def _init_process_group(rank: int, world_size: int, timeout_seconds: int) -> tup
         barrier = Rendezvous(rank, world_size)
         barrier.wait_for_all(timeout_seconds)
         dist.init_process_group(backend, store=barrier.group_store(timeout_seconds), rank=rank, world_size=world_size,
-                                timeout=timeout)
+                                timeout=timeout, device_id=device if HAS_CUDA else None)
     except ConfigError as error:
         report_to_other_store(str(error))
         raise
@@ -139,6 +142,9 @@ def _init_process_group(rank: int, world_size: int, timeout_seconds: int) -> tup
         raise LostRankError(f"{world_size} ranks ({source_of_world_size()}) cannot start a process group at "
                             f"{host}:{port} within parallel.timeout_seconds = {timeout_seconds} ({reason}); look at "
                             "the logs of the other ranks", is_reporting_rank=rank == 0) from error
+    # While a device is bound, torch splits the NCCL communicator for every new group, also on the ranks outside a gloo
+    # group, whose members do not split: Megatron's gloo groups would hang (pytorch/pytorch#145376).
+    dist.group.WORLD.bound_device_id = None  # type: ignore[union-attr]
     return host, port
 
 
@@ -262,7 +268,7 @@ def initialize(sizes: ParallelConfig) -> Topology:
         torch.cuda.set_device(device)
     rendezvous = None
     if not dist.is_initialized():
-        rendezvous = _init_process_group(rank, world_size, sizes.timeout_seconds)
+        rendezvous = _init_process_group(rank, world_size, sizes.timeout_seconds, device)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

@@ -15,6 +15,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from megatron_embed.platform import cuda_environment
+
+cuda_environment.set_defaults()
+
 import torch
 
 # What `doctor` says once, Megatron would say per module, rank and call.
@@ -40,6 +44,9 @@ else:
     from megatron_embed.platform import private_folder
 
     private_folder.keep_kernels_private()
+    # NVIDIA's containers switch TF32 on (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1). Float32 products are those of the loss,
+    # whose similarities are divided by a temperature of 0.02, and of models in float32: errors of 1e-3 there.
+    torch.set_float32_matmul_precision("highest")
 
 # Without it Megatron logs an INFO line per module from every rank.
 os.environ.setdefault("MEGATRON_LOGGING_LEVEL", "30")
@@ -75,8 +82,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 
 try:
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker  # 0.17 and later
@@ -99,6 +108,12 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron_embed.platform import threaded_checkpoint_writer as writer
 
 writer.install()
+# 0.16.1 leaves the name undefined without Transformer Engine, and the router of a mixture of experts reads it.
+vars(moe_utils).setdefault("te_general_gemm", None)
+for _name, _method in list(vars(TopKRouter).items()):
+    if callable(_method) and "_torchdynamo_orig_callable" in vars(_method):
+        # Compiled per layer, up to torch's limit of eight; none of these methods has anything to fuse.
+        setattr(TopKRouter, _name, inspect.unwrap(_method))
 
 # Messages of 0.19 on every rank about its own plans, and of either version on a CPU, which has one random stream.
 for _name, _message in (("distributed.distributed_data_parallel", "full_param_layout not provided"),

@@ -138,9 +138,19 @@ def _torch() -> list[Check]:
         device = torch.cuda.get_device_properties(index)
         checks.append(Check(name=f"gpu {index}", value=f"{device.name}, {device.total_memory / 2**30:.0f} GiB, "
                                 f"compute capability {device.major}.{device.minor}, CUDA {torch.version.cuda}"))
+    checks.append(_flash())
     if dist.is_nccl_available():
         checks.append(Check(name="nccl", value=".".join(map(str, torch.cuda.nccl.version()))))
     return checks
+
+
+def _flash() -> Check:
+    from megatron_embed.platform.flash_attention import why_no_flash
+
+    missing = why_no_flash()
+    if missing is None:
+        return Check(name="flash attention", value="torch's own operators")
+    return Check(name="flash attention", value="none", note=f"model.attention = auto is sdpa: {missing}")
 
 
 def _megatron() -> list[Check]:

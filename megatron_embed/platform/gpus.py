@@ -1,5 +1,6 @@
-"""The GPUs that a process of this machine can use, without loading a library."""
+"""The GPUs that a process of this machine can use, without starting CUDA."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -42,3 +43,17 @@ def _listed_gpus() -> tuple[list[str], set[int]]:
         elif re.match(r" +MIG ", line) and uuids:
             divided.add(len(uuids) - 1)
     return uuids, divided
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """(major, minor) of the first GPU by the driver's management library, which does not start CUDA; None: unknown."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
+        return None
+    failed = library.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+    library.nvmlShutdown()
+    return None if failed else (major.value, minor.value)

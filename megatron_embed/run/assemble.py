@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import make_marked, remove_unfinished, set_aside_after
 from megatron_embed.checkpoint.load import TrainingState, load_checkpoint, load_model
@@ -60,6 +62,8 @@ def run_training(config: RunConfig) -> dict[str, float]:
         LostRankError: another rank is gone.
     """
     stop = StopRequest(config.training.exit_duration_minutes)
+    if config.training.deterministic:
+        torch.use_deterministic_algorithms(True)
     inputs = read_inputs(config)
     topology = initialize(inputs.config.parallel)
     with monitor_ranks(topology, abort):

@@ -148,8 +148,8 @@ def test_dry_runs(stub, tmp_path):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     for line in ("#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=TERM@300",
-                 "export CUDA_DEVICE_MAX_CONNECTIONS=1", "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
-                 "export MASTER_ADDR=FIRST_NODE", "export MASTER_PORT=20000"):
+                 "export NCCL_IB_TIMEOUT=19", "export PYTHONUNBUFFERED=1", "export MASTER_ADDR=FIRST_NODE",
+                 "export MASTER_PORT=20000"):
         assert line in lines
     check, train = lines[-2:]
     container = (f"--container-image image --container-mounts {REPOSITORY}:{REPOSITORY} --container-workdir "

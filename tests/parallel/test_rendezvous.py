@@ -159,7 +159,7 @@ def port_is_taken(port):
 
     def start():
         with pytest.raises(ConfigError) as caught:
-            _init_process_group(0, 3, 20)
+            _init_process_group(0, 3, 20, torch.device("cpu"))
         return str(caught.value), other.check([f"rendezvous/{run_name()}/outcome"])
 
     def wait():

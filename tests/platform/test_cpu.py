@@ -243,20 +243,6 @@ else:
 """)
 
 
-def test_machine_with_cuda_never_sees_the_adapter():
-    run_python("""
-import sys
-import torch
-torch.cuda.is_available = lambda: True
-import megatron_embed.platform.compat as compat
-assert compat.HAS_CUDA
-assert "megatron_embed.platform.cpu" not in sys.modules
-import megatron.core.pipeline_parallel.schedules as schedules
-assert schedules.torch is torch
-assert torch.Tensor.cuda.__name__ == "cuda"
-""")
-
-
 def test_adapter_refuses_a_machine_with_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="must not be installed on a machine with CUDA"):

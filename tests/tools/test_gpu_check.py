@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,11 +17,13 @@ SCRIPT = REPOSITORY / "tools" / "gpu_check.sh"
 
 
 @pytest.fixture
-def tool():
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
     spec = importlib.util.spec_from_file_location("gpu_check", REPOSITORY / "tools" / "gpu_check.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["gpu_check"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
+    module.OutOfTimeError = sys.modules["gpu_runs"].OutOfTimeError
     yield module
     del sys.modules["gpu_check"]
 
@@ -60,19 +63,38 @@ def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys, decod
             raise answer
         return answer
 
+    def probe(self, name, **options):
+        assert name != "flash"
+        if name == "save":
+            raise RuntimeError("no end after 90 s")
+        return {"holds": name != "dropout", "text": f"{name} {options['overrides'][-1:]}", "number": 3}
+
+    def run(self, command, environment):
+        if "tools/peer_training.py" in command:
+            folder = Path(command[command.index("--output") + 1])
+            folder.mkdir()
+            (folder / "metrics.jsonl").write_text('{"tokens": 10, "step_seconds": 2.0}\n' * 8)
+        return 0, "the report\nof doctor", ""
+
     monkeypatch.setattr(tool.Machine, "train", train)
-    monkeypatch.setattr(tool.Machine, "run", lambda self, command, environment: (0, "the report of doctor", ""))
+    monkeypatch.setattr(tool.Machine, "run", run)
+    monkeypatch.setattr(tool.Machine, "probe", probe)
     monkeypatch.setattr(tool, "small_model", lambda *args: str(decoder))
     monkeypatch.setattr(tool, "make_decoder", lambda *args: decoder)
+    monkeypatch.setattr(tool, "save_qwen3", lambda *args, **settings: decoder)
     output = tmp_path / "table.md"
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--cpu", "--output", str(output)])
     assert tool.main() == 1
     printed = capsys.readouterr().out
-    assert "the report of doctor" in printed and "5 do not" not in printed
     table = table_of(output.read_text())
     verdicts = {what: verdict for what, (_, verdict) in table.items()}
     assert verdicts == {
-        "check": "holds", "CPU, float32: what the others are compared with": "yes", "float32": "yes",
+        "check": "holds", "doctor": "yes", "flash kernel against float64": "not run",
+        "mixture of experts, float32": "yes", "dropout replay, sdpa": "NO",
+        "loss and gradients, 512 x 384": "yes", "memory of a checkpoint": "NO",
+        **{f"4 toy layers of Qwen3-{size}{of}": "yes" for size in ("0.6B", "4B", "8B")
+           for of in ("", ", Sentence Transformers")},
+        "CPU, float32: what the others are compared with": "yes", "float32": "yes",
         "bfloat16, sdpa": "NO", "float32, full recomputation": "not run", "float32, micro-batches by tokens": "NO",
         "float32, stopped by its time budget and resumed": "yes", "float32, DP 2": "NO",
         "float32, DP 2, whole optimizer": "yes", "float32, DP 2, overlapped": "yes", "float32, TP 2": "NO",
@@ -84,7 +106,16 @@ def test_table_says_what_the_runs_did(tool, monkeypatch, tmp_path, capsys, decod
     assert table["float32, full recomputation"][0] == "no time left"
     assert table["float32, TP 2"][0].startswith("7 steps in place of 8")
     assert table_of(printed) == table
-    assert "10 hold, 4 do not, 2 were not run" in printed
+    assert "19 hold, 6 do not, 3 were not run" in printed
+    assert table["doctor"][0].startswith("of doctor, ")
+    assert table["memory of a checkpoint"][0] == "FAILED: no end after 90 s"
+    assert table["4 toy layers of Qwen3-8B, Sentence Transformers"][0].startswith(
+        "5 tokens/s (1 with all 36 layers); ours is 2.00 times as fast")
+    written = json.loads(output.with_suffix(".json").read_text())
+    assert {row["check"]: (row["result"], row["holds"]) for row in written["checks"]} == {
+        what: row for what, row in table.items() if what != "check"}
+    assert written["values"]["dropout replay, sdpa"] == {"number": 3}
+    assert written["values"]["4 toy layers of Qwen3-4B"]["tokens_per_second"] == 10.0
 
 
 def test_one_gpu_leaves_layouts_out_and_nothing_is_claimed_without_a_reference(tool, monkeypatch, tmp_path):
@@ -126,6 +157,21 @@ def test_measured_memory_is_compared_with_the_plan(tool, monkeypatch, tmp_path, 
         text, verdict = tool.beside_plan(overrides, "log", machine)
         assert verdict == holds
         assert f"{factor:.2f} of the plan's" in text and "40.0% of the peak" in text
+
+
+def test_a_check_ends_with_its_own_time_and_loses_no_other(tool, tmp_path):
+    machine = tool.Machine(cuda=False, ranks=2, deadline=time.monotonic() + 60, folder=tmp_path)
+    table = tool.Table("title", tmp_path / "table.md", machine=machine)
+    hangs = "import subprocess, time; subprocess.Popen(['sleep', '61']); print('x', flush=True); time.sleep(60)"
+    started = time.monotonic()
+    assert not table.add("hangs", lambda: (machine.run([sys.executable, "-c", hangs], {})[1], True), limit=1)
+    assert time.monotonic() - started < 20
+    assert not table.add("raises", lambda: (str([][0]), True), limit=1)
+    assert table.add("runs", lambda: (machine.run(["echo", "x"], {})[1].strip(), True), limit=30)
+    results = {what: result for what, result, _ in table.rows}
+    assert results["hangs"] == "FAILED: no end after 1 s" and results["raises"].startswith("FAILED: IndexError: ")
+    assert results["runs"].startswith("x, ") and len(machine.failures) == 1
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 7
 
 
 def test_a_command_ends_with_the_time(tool, tmp_path):
@@ -177,5 +223,5 @@ def test_the_whole_script_on_cpu_ranks(tmp_path):
                               "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     verdicts = [verdict for _, verdict in table_of(output.read_text()).values()]
-    assert verdicts == ["holds"] + ["yes"] * 15 + ["not run"]
+    assert verdicts == ["holds", "yes", "not run"] + ["yes"] * 25 + ["not run"]
     assert not output.with_suffix(".failures.log").exists()
