@@ -142,10 +142,11 @@ class TrainingConfig:
     micro_batch_size: int = 8
     """Queries per data-parallel rank per micro-batch. Not used if micro_batch_tokens is set."""
     micro_batch_tokens: int | None = None
-    """Tokens of every micro-batch, padding included; null: micro_batch_size queries with their documents, of any
-    length. If set, a rank's queries and documents are packed into bins of exactly this many tokens, in any order (a
+    """Token budget of a micro-batch, padding included; null: micro_batch_size queries with their documents, of any
+    length. If set, a rank's queries and documents are packed into bins of at most this many tokens, in any order (a
     query together with its documents if objective.negatives is micro_batch). Ranks with fewer bins than the busiest
-    split their largest ones. A bin that is not full is padded to the next eighth of them, so that shapes repeat."""
+    split their largest ones. A bin is padded to the next eighth of the budget, so that shapes repeat; in a pipeline,
+    all to that of the largest. `plan` advises a value."""
     first_pass_micro_batches: int | Literal["auto"] = "auto"
     """Micro-batches that the first pass of a step, which keeps no activations, embeds as one, >= 1; for losses over the
     global batch, without dropout. auto: on GPUs up to 4, as memory and pipeline allow, and 1 with dropout; on CPUs

@@ -11,12 +11,9 @@ from megatron_embed.data.bins import bin_sizes, merge, pad_to_sizes
 from megatron_embed.data.packing import round_up
 from megatron_embed.models.families import ModelShape
 from megatron_embed.parallel.topology import Topology, token_alignment
-from megatron_embed.planning.memory import first_pass_micro_batches, grid_of
+from megatron_embed.planning.memory import PIPELINE_FILL, first_pass_micro_batches, grid_of
 
 logger = logging.getLogger(__name__)
-
-PIPELINE_FILL = 8
-"""Micro-batches per pipeline stage that `auto` leaves: fewer would make the pipeline's bubble more than an eighth."""
 
 
 @dataclass(frozen=True, kw_only=True)
