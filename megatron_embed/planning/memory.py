@@ -152,9 +152,9 @@ def temporary_bytes(config: RunConfig, shape: ModelShape) -> float:
 
 MOST_FIRST_PASS = 4
 """Micro-batches that become one for the first pass at most: larger ones fill a GPU no better."""
-PIPELINE_FILL = 8
+PIPELINE_FILL = 16
 """Micro-batches per pipeline stage that `auto` leaves the first pass: with fewer, the pipeline's bubble would be more
-than an eighth of it."""
+than a sixteenth of it."""
 
 
 def first_pass_bytes(config: RunConfig, shape: ModelShape, grid: Grid, micro_batches: int) -> int:
