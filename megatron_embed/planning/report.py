@@ -52,9 +52,9 @@ def _first_pass_line(config: RunConfig, shape: ModelShape, grid: Grid) -> list[s
 
 def budget_advice(given: Plan, advised: Plan | None, gpu: GPU) -> str:
     """Lines with the token budget that this layout should have."""
-    rule = f"multiple of {STEP:,} up to {MOST_TOKENS:,} in {MEMORY_SHARE:.0%} of the memory"
+    rule = f"multiple of {STEP:,} up to {MOST_TOKENS:,} in {MEMORY_SHARE:.0%} of the memory (docs/planning.md)"
     if advised is None:
-        return f"\nToken budget of a micro-batch: no {rule} fits"
+        return f"\nToken budget of a micro-batch: no {rule}"
     lines = [f"\nToken budget of a micro-batch: training.micro_batch_tokens = "
              f"{advised.config.training.micro_batch_tokens} ({advised.memory.total / GIB:.1f} of {gpu.memory_gib:.0f} "
              f"GiB, {advised.time.total:.2f} s/step), the fastest {rule}"]

@@ -10,12 +10,17 @@ from megatron_embed.models.families import ModelShape
 from megatron_embed.parallel.topology import token_alignment
 from megatron_embed.planning.hardware import GPU
 from megatron_embed.planning.layouts import Plan, is_possible, least_budget, plan_layout
+from megatron_embed.planning.memory import grid_of
 from megatron_embed.planning.parameters import AdaptedLinears
 
 STEP = 1024
 """Advised budgets are multiples of it, so that the eighths, the sizes of micro-batches, are multiples of 128."""
 MOST_TOKENS = 16384
 """Larger micro-batches fill a GPU no better, and fewer of them are less full and lengthen a pipeline's bubble."""
+LEAST_COUNT = 48
+"""Micro-batches that a rank's step has at least if all texts have their maximum length. Of texts a third as long there
+are 16, of which the last one is half empty on average. Not for losses that keep queries whole, whose micro-batches end
+where the next query does not fit."""
 MEMORY_SHARE = 0.9
 """Share of the GPU's memory that an advised budget may need, since activations are an estimate."""
 
@@ -30,8 +35,12 @@ def advised_budget(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, ad
     """
     step = math.lcm(STEP, token_alignment(config.parallel))
     least = round_up(least_budget(config), step)
+    most = MOST_TOKENS
+    if config.objective.couples_batch:
+        most = min(most, config.training.global_batch_size // grid_of(config, gpus).dp
+                   * config.workload.tokens_per_query // LEAST_COUNT)
     plans = []
-    for tokens in range(least, max(least, MOST_TOKENS) + 1, step):
+    for tokens in range(least, max(least, most) + 1, step):
         candidate = with_budget(config, tokens)
         if is_possible(candidate, shape, gpus) and accepts(candidate):
             plan = plan_layout(candidate, shape, gpus, gpu, adapted)
