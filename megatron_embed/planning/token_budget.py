@@ -7,7 +7,6 @@ from collections.abc import Callable
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.packing import round_up
 from megatron_embed.models.families import ModelShape
-from megatron_embed.parallel.topology import token_alignment
 from megatron_embed.planning.hardware import GPU
 from megatron_embed.planning.layouts import Plan, is_possible, least_budget, plan_layout
 from megatron_embed.planning.memory import grid_of
@@ -33,6 +32,8 @@ def advised_budget(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, ad
         adapted: linear layers whose adapters are trained; None: every parameter is.
         accepts: a further check that training makes of a configuration.
     """
+    from megatron_embed.parallel.topology import token_alignment
+
     step = math.lcm(STEP, token_alignment(config.parallel))
     least = round_up(least_budget(config), step)
     most = MOST_TOKENS
