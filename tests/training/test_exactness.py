@@ -57,6 +57,23 @@ def test_gradients_equal_one_process_in_every_layout(oracle, cases):
     check(oracle, cases)
 
 
+LARGER_FIRST_PASS = (
+    Case(kind="qwen3", layout=Layout(pp=2, vpp=2, dp=2), tokens=48, rows="lopsided", first_pass=2),
+    Case(kind="bert", layout=Layout(pp=2, vpp=2, dp=2), tokens=128, rows="masked", first_pass=3),
+    Case(kind="qwen3_moe", layout=Layout(pp=2, vpp=2, dp=2, ep=2), tokens=128, rows="masked", first_pass=4),
+    Case(kind="qwen3_moe", layout=Layout(pp=2, vpp=2, dp=2, ep=2), tokens=176, aux=0.1, first_pass=2),
+    Case(kind="qwen3", layout=Layout(pp=2, cp=2), micro_batches=4, rows="masked", first_pass=2),
+    Case(kind="qwen3", layout=Layout(dp=2), tokens=128, rows="masked", first_pass=2, overlap=True, distributed=True),
+    Case(kind="qwen3", layout=Layout(dp=2), tokens=144, rows="masked", first_pass=4, adapters=True),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_layout(LARGER_FIRST_PASS), ids=lambda cases: str(cases[0].layout))
+def test_gradients_with_a_larger_first_pass_equal_one_process(oracle, cases):
+    check(oracle, cases)
+
+
 def test_the_matrix_is_large_enough():
     cases = all_cases()
     assert len(set(cases)) == len(cases) >= 60
