@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def check_first_pass(config: "RunConfig") -> None:
-    """Refuse larger micro-batches of the first pass where there is no such pass, or it draws random numbers."""
+    """Refuse larger micro-batches of the first pass where a step has one pass only, or has dropout."""
     key, merged = "training.first_pass_micro_batches", config.training.first_pass_micro_batches
     if merged in ("auto", 1):
         return
