@@ -30,8 +30,9 @@ def run(args: argparse.Namespace) -> int:
     )
     from megatron_embed.planning.hardware import GPUS
     from megatron_embed.planning.layouts import check_possible, is_possible, plan_layout, propose
-    from megatron_embed.planning.report import proposals, report
+    from megatron_embed.planning.report import budget_advice, proposals, report
     from megatron_embed.planning.shapes import shape_of
+    from megatron_embed.planning.token_budget import advised_budget
 
     config, gpu = load_config(args.config, args.overrides), GPUS[args.gpu]
     shape = shape_of(config.model.path)
@@ -44,5 +45,7 @@ def run(args: argparse.Namespace) -> int:
     adapted = adapted_linears(config, shape)
     given = plan_layout(config, shape, args.gpus, gpu, adapted)
     write_output(report(given, shape, args.gpus, gpu, adapted, rows))
+    advised = advised_budget(config, shape, args.gpus, gpu, adapted, accepts=budget_holds)
+    write_output(budget_advice(given, advised, gpu))
     write_output(proposals(propose(config, shape, args.gpus, gpu, adapted, accepts=budget_holds), args.gpus))
     return 0 if given.fits else 2

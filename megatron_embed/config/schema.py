@@ -11,6 +11,7 @@ from megatron_embed.config.evaluation import CheckpointConfig, EvaluationConfig
 from megatron_embed.config.objective import EMBEDDING_LOSSES, RERANK_LOSSES, ObjectiveConfig
 from megatron_embed.config.optimizer import OptimizerConfig
 from megatron_embed.config.require import require
+from megatron_embed.config.run_checks import check_evaluated, check_first_pass, check_reranker_run
 from megatron_embed.config.workload import WORKLOADS, Workload
 from megatron_embed.names import Activation, HeadKind, ModelDtype, Pooling
 
@@ -141,10 +142,15 @@ class TrainingConfig:
     micro_batch_size: int = 8
     """Queries per data-parallel rank per micro-batch. Not used if micro_batch_tokens is set."""
     micro_batch_tokens: int | None = None
-    """Tokens of every micro-batch, padding included; null: micro_batch_size queries with their documents, of any
-    length. If set, a rank's queries and documents are packed into bins of exactly this many tokens, in any order (a
+    """Token budget of a micro-batch, padding included; null: micro_batch_size queries with their documents, of any
+    length. If set, a rank's queries and documents are packed into bins of at most this many tokens, in any order (a
     query together with its documents if objective.negatives is micro_batch). Ranks with fewer bins than the busiest
-    split their largest ones."""
+    split their largest ones. A bin is padded to the next eighth of the budget, so that shapes repeat; in a pipeline,
+    all to that of the largest. `plan` advises a value."""
+    first_pass_micro_batches: int | Literal["auto"] = "auto"
+    """Micro-batches that the first pass of a step, which keeps no activations, embeds as one, >= 1; for losses over the
+    global batch, without dropout. auto: on GPUs up to 4, as memory and pipeline allow, and 1 with dropout; on CPUs
+    1."""
     train_steps: int | None = None
     """Optimizer steps; null: from `epochs`, or 1000 if that is null too."""
     epochs: float | None = None
@@ -220,6 +226,8 @@ class TrainingConfig:
         require(self.adam_eps > 0, "training.adam_eps", self.adam_eps, "must be > 0")
         require(self.micro_batch_tokens is None or self.micro_batch_tokens >= 1, "training.micro_batch_tokens",
                  self.micro_batch_tokens, "must be >= 1 or null")
+        merged = self.first_pass_micro_batches
+        require(merged == "auto" or merged >= 1, "training.first_pass_micro_batches", merged, "must be >= 1 or auto")
         require(self.train_steps is None or self.train_steps >= 1, "training.train_steps", self.train_steps,
                  "must be >= 1 or null")
         require(self.exit_duration_minutes is None or self.exit_duration_minutes > 0, "training.exit_duration_minutes",
@@ -317,6 +325,11 @@ class RunConfig:
         return self.logging.directory or self.checkpoint.directory
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether anything in the model draws random numbers in a step."""
+        return self.training.hidden_dropout > 0 or self.training.attention_dropout > 0 or self.lora.dropout > 0
+
+    @property
     def workload(self) -> Workload:
         """What the task asks of the run's sizes."""
         return WORKLOADS[self.task](self)
@@ -326,7 +339,7 @@ class RunConfig:
         require(self.objective.loss in losses, "objective.loss", self.objective.loss,
                 f"is not a loss of task: {self.task}; choose one of {', '.join(losses)}")
         if self.task == "reranker":
-            _check_reranker_run(self)
+            check_reranker_run(self)
         self.optimizer.check_against(has_head=self.workload.has_head, dtype=self.model.dtype, lora_rank=self.lora.rank)
         weights, dims = self.objective.matryoshka_weights, self.embedding.matryoshka_dims
         require(not weights or len(weights) == len(dims), "objective.matryoshka_weights", list(weights),
@@ -334,58 +347,8 @@ class RunConfig:
         require(self.data.document_sampling is None or self.objective.rows != "pairs", "data.document_sampling",
                 self.data.document_sampling, f"has no effect with pairs, which objective.loss = {self.objective.loss} "
                 "takes; remove it")
-        _check_evaluated(self)
+        check_evaluated(self)
+        check_first_pass(self)
         if self.task == "embedding":
             self.objective.check_against(num_positives=self.data.num_positives, num_negatives=self.data.num_negatives,
                                          in_batch=self.data.all_in_batch)
-
-
-def _check_evaluated(config: RunConfig) -> None:
-    """Refuse settings of the best checkpoint of a run without evaluation or checkpoints, and unused instructions."""
-    if config.data.query_prompt is not None:  # else it is the model directory's, and this is checked later
-        _check_instructions(config, config.data.query_prompt)
-    rule = ("there is nothing to evaluate, so no best checkpoint; name a set in evaluation.retrieval, sts or "
-            "reranking, or set data.validation_fraction or data.validation")
-    measured = config.evaluation.names_sets or config.data.validates
-    require(measured or config.checkpoint.export == "last", "checkpoint.export", config.checkpoint.export, rule)
-    require(measured or config.evaluation.patience is None, "evaluation.patience", config.evaluation.patience, rule)
-    require(config.checkpoint.directory is not None or config.evaluation.patience is None, "evaluation.patience",
-            config.evaluation.patience, "a run that ends early keeps its best checkpoint; set checkpoint.directory")
-
-
-def _check_instructions(config: RunConfig, query_prompt: str) -> None:
-    """Refuse instructions if no prompt contains `{instruction}`."""
-    prompts = [query_prompt, *(file.query_prompt or "" for file in config.data.files)]
-    require(config.embedding.instruction is None or any("{instruction}" in prompt for prompt in prompts),
-            "embedding.instruction", config.embedding.instruction,
-            "no prompt contains {instruction}; add it to data.query_prompt, or remove this")
-    for kind, sets in (("retrieval", config.evaluation.retrieval), ("sts", config.evaluation.sts)):
-        for item in sets:
-            require(item.instruction is None or "{instruction}" in query_prompt,
-                    f"evaluation.{kind}.instruction", item.instruction,
-                    "data.query_prompt does not contain {instruction}; add it there, or remove this")
-
-
-def _check_reranker_run(config: RunConfig) -> None:
-    """Refuse settings of embedding models that have no effect on a reranker."""
-    for role, prompt in (("query", config.data.query_prompt), ("document", config.data.document_prompt)):
-        require(not prompt, f"data.{role}_prompt", prompt, "a reranker's prompt is reranker.template; write it there")
-    for file in config.data.files:
-        given = file.query_prompt or file.document_prompt
-        require(not given, "data.train.query_prompt", given, "a reranker's prompt is reranker.template, one for all "
-                "files; give the file an instruction instead")
-    require(config.data.num_positives == 1, "data.num_positives", config.data.num_positives,
-            "a reranker takes all positives of a row; remove it")
-    require(config.data.all_in_batch, "data.train.in_batch_negatives", False,
-            "a reranker has no in-batch negatives; remove it")
-    require(not config.embedding.matryoshka_dims, "embedding.matryoshka_dims", list(config.embedding.matryoshka_dims),
-            "a reranker gives scores, which have no dimensions; remove it")
-    require(not config.evaluation.retrieval, "evaluation.retrieval",
-            [item.path for item in config.evaluation.retrieval],
-            "a reranker searches no corpus; give evaluation.reranking files of lists")
-    require(config.embedding.instruction is None, "embedding.instruction", config.embedding.instruction,
-            "a reranker's instruction is reranker.instruction; write it there")
-    require(not config.evaluation.sts, "evaluation.sts", [item.path for item in config.evaluation.sts],
-            "a reranker gives no vectors to compare; give evaluation.reranking files of lists")
-    require(not config.model.bidirectional, "model.bidirectional", config.model.bidirectional,
-            "the stock classes run a reranker's decoder causally; set it to false")

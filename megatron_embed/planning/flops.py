@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
-from megatron_embed.planning.memory import DTYPE_BYTES, Grid
+from megatron_embed.planning.memory import DTYPE_BYTES, PIPELINE_FILL, Grid, first_pass_micro_batches
 from megatron_embed.planning.parameters import AdaptedLinears, active_matrix_parameters, held_parameters
 
 EFFICIENCY = 0.55
@@ -59,8 +59,12 @@ def forward_flops(shape: ModelShape, tokens: float, squared_lengths: float, *, c
 
 def forward_passes(config: RunConfig, grid: Grid) -> int:
     """Forward passes per step: two over several micro-batches if the loss couples them; recomputation adds one."""
-    return (2 if grid.num_microbatches > 1 and config.objective.couples_batch else 1) + (
-        config.training.recompute == "full")
+    return 1 + has_first_pass(config, grid) + (config.training.recompute == "full")
+
+
+def has_first_pass(config: RunConfig, grid: Grid) -> bool:
+    """Whether a step embeds all texts before the pass that has gradients."""
+    return grid.num_microbatches > 1 and config.objective.couples_batch
 
 
 BACKWARD_COST, BACKWARD_COST_FROZEN = 2, 1
@@ -92,10 +96,10 @@ def step_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU,
     tp, pp, cp = (sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size, sizes.context_parallel_size)
     forwards, backward = forward_passes(config, grid), backward_cost(adapted)
     rank_tokens = grid.micro_batch_tokens / cp
-    efficiency = (EXPERT_EFFICIENCY if shape.num_experts else EFFICIENCY) * \
-        rank_tokens / (rank_tokens + TOKENS_FOR_HALF * tp**0.5)
-    compute = model_flops(config, shape, adapted) / (1 + backward) * (forwards + backward) / grid.gpus / (
-        gpu.peak_tflops * 1e12 * efficiency)
+    merged = first_pass_micro_batches(config, shape, grid) if has_first_pass(config, grid) else 1
+    one_pass = model_flops(config, shape, adapted) / (1 + backward) / grid.gpus / (gpu.peak_tflops * 1e12)
+    compute = one_pass / _efficiency(shape, merged * rank_tokens, tp) + one_pass * (forwards + backward - 1) / \
+        _efficiency(shape, rank_tokens, tp)
     # Bytes that a rank sends per layer, micro-batch and pass of the hidden states of its tokens.
     state = rank_tokens * shape.hidden_size * DTYPE_BYTES[config.model.dtype]
     # Stages, including virtual ones, take turns: all wait for the one with most layers.
@@ -109,7 +113,10 @@ def step_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU,
     ep = sizes.expert_model_parallel_size
     expert = rounds * 2 * (forwards + 1) * state / tp * shape.experts_per_token * (ep - 1) / ep / _bandwidth(
         gpu, ep * sizes.expert_tensor_parallel_size)
-    bubble = (compute + tensor + context + expert) * (pp - 1) / (virtual * grid.num_microbatches)
+    first_share, count = 1 / (forwards + backward), grid.num_microbatches
+    first_count = max(-(-count // merged), min(count, PIPELINE_FILL * pp))
+    bubble = (compute + tensor + context + expert) * (pp - 1) / virtual * (
+        first_share / first_count + (1 - first_share) / count)
     held = held_parameters(config, shape, 0, adapted).trained.total
     moved = held * (4 + DTYPE_BYTES[config.model.dtype]) * (grid.dp * cp - 1) / (grid.dp * cp)
     data = (moved + config.workload.gathered_documents * shape.hidden_size * 4 * 2) / _bandwidth(gpu, grid.gpus)
@@ -119,6 +126,11 @@ def step_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU,
                  else share * 24 / (gpu.memory_gb_per_second * 1e9))
     return StepTime(compute=compute, tensor=tensor, context=context, expert=expert, bubble=bubble, data=data,
                     optimizer=optimizer)
+
+
+def _efficiency(shape: ModelShape, tokens: float, tp: int) -> float:
+    """Share of the peak that the products over so many tokens of a rank reach."""
+    return (EXPERT_EFFICIENCY if shape.num_experts else EFFICIENCY) * tokens / (tokens + TOKENS_FOR_HALF * tp**0.5)
 
 
 def _bandwidth(gpu: GPU, span: int) -> float:

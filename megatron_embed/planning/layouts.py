@@ -15,6 +15,8 @@ from megatron_embed.planning.parameters import AdaptedLinears
 
 MOST_PROPOSED = 5
 """Layouts that a plan proposes."""
+TOKEN_BUDGETS = (2048, 4096, 8192, 16384)
+"""Tokens of a micro-batch in proposals for a run without `training.micro_batch_tokens`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,21 +109,30 @@ def candidates(config: RunConfig, shape: ModelShape, gpus: int) -> Iterator[RunC
             sizes = dataclasses.replace(
                 config.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
                 expert_model_parallel_size=ep, virtual_pipeline_model_parallel_size=virtual)
-            for micro in micro_batches(config):
+            for micro in micro_batches(config, gpus // (tp * pp * config.parallel.context_parallel_size)):
                 training = dataclasses.replace(config.training, recompute=recompute, **micro)
                 candidate = dataclasses.replace(config, parallel=sizes, training=training)
                 if is_possible(candidate, shape, gpus):
                     yield candidate
 
 
-def micro_batches(config: RunConfig) -> list[dict[str, int]]:
-    """The given micro-batch, and smaller and larger ones by powers of two."""
+def micro_batches(config: RunConfig, dp: int) -> list[dict[str, int]]:
+    """Micro-batches to compare: the given token budget and ones of a quarter to twice of it; without one, TOKEN_BUDGETS
+    that a data-parallel rank can fill, and if it can fill none, numbers of queries by powers of two."""
     tokens, size = config.training.micro_batch_tokens, config.training.micro_batch_size
+    least = least_budget(config)
     if tokens is not None:
-        least = max(config.data.max_length("query"), config.data.max_length("document"))
         return [{"micro_batch_tokens": tokens * factor // 4} for factor in (1, 2, 4, 8)
                 if tokens * factor % 4 == 0 and tokens * factor // 4 >= least]
-    return [{"micro_batch_size": 2**power} for power in range(8) if 2**power <= max(16 * size, 1)]
+    share = config.training.global_batch_size * config.workload.tokens_per_query // max(dp, 1)
+    budgets = [{"micro_batch_tokens": budget} for budget in TOKEN_BUDGETS if least <= budget <= share]
+    return budgets or [{"micro_batch_size": 2**power} for power in range(8) if 2**power <= max(16 * size, 1)]
+
+
+def least_budget(config: RunConfig) -> int:
+    """Tokens that a micro-batch must hold if every text has its maximum length: the longest text, or a query with all
+    of its documents where these stay together."""
+    return config.workload.least_tokens(None)[0] if config.objective.couples_batch else config.workload.tokens_per_query
 
 
 def describe(sizes: ParallelConfig) -> str:

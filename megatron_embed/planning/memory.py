@@ -141,9 +141,50 @@ def activation_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: in
         kept = in_flight * layers * boundary + layer
     else:
         kept = in_flight * layers * layer
-    first = shape.ffn_hidden_size * (2 if shape.gated else 1) / sizes.tensor_model_parallel_size
-    temporary = 2 * tokens * (first + shape.hidden_size) * element
-    return int(kept + in_flight * boundary + temporary)
+    return int(kept + in_flight * boundary + tokens * temporary_bytes(config, shape))
+
+
+def temporary_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes of a layer's largest temporary tensors per token of a micro-batch, on one tensor-parallel rank."""
+    first = shape.ffn_hidden_size * (2 if shape.gated else 1) / config.parallel.tensor_model_parallel_size
+    return 2 * (first + shape.hidden_size) * DTYPE_BYTES[config.model.dtype]
+
+
+MOST_FIRST_PASS = 4
+"""Micro-batches that become one for the first pass at most: larger ones fill a GPU no better."""
+PIPELINE_FILL = 16
+"""Micro-batches per pipeline stage that `auto` leaves the first pass: with fewer, the pipeline's bubble would be more
+than a sixteenth of it."""
+
+
+def first_pass_bytes(config: RunConfig, shape: ModelShape, grid: Grid, micro_batches: int) -> int:
+    """Bytes of the first pass, which keeps no activations, if it embeds `micro_batches` of them as one: the states
+    between two layers, and a layer's temporary tensors."""
+    sizes, element = config.parallel, DTYPE_BYTES[config.model.dtype]
+    tokens = grid.micro_batch_tokens * micro_batches / sizes.context_parallel_size
+    states = 2 * shape.hidden_size * element / sizes.tensor_model_parallel_size
+    if shape.num_experts:
+        # Tokens copied to their experts: sent, received, sorted by expert, and the experts' results.
+        copies = shape.experts_per_token / sizes.expert_tensor_parallel_size
+        states += 4 * copies * shape.hidden_size * element
+    return int(tokens * (states + temporary_bytes(config, shape)))
+
+
+def auto_first_pass(config: RunConfig, shape: ModelShape, grid: Grid) -> int:
+    """Micro-batches that the first pass embeds as one on GPUs: as many as need no more memory than the activations of
+    the second pass, on every stage."""
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    least = min(activation_bytes(config, shape, grid, stage) for stage in stages)
+    return max((count for count in range(2, MOST_FIRST_PASS + 1)
+                if first_pass_bytes(config, shape, grid, count) <= least), default=1)
+
+
+def first_pass_micro_batches(config: RunConfig, shape: ModelShape, grid: Grid) -> int:
+    """Micro-batches that the first pass of a run on GPUs embeds as one."""
+    if not config.objective.couples_batch or config.has_dropout:
+        return 1
+    asked = config.training.first_pass_micro_batches
+    return auto_first_pass(config, shape, grid) if asked == "auto" else asked
 
 
 def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> int:
@@ -167,7 +208,8 @@ def stage_memory(config: RunConfig, shape: ModelShape, grid: Grid, stage: int,
         "parameters": DTYPE_BYTES[config.model.dtype] * held.total,
         "gradients": 4 * held.trained.total,
         "optimizer": optimizer_bytes(config, held.trained, grid),
-        "activations": activation_bytes(config, shape, grid, stage, adapted),
+        "activations": max(activation_bytes(config, shape, grid, stage, adapted), first_pass_bytes(
+            config, shape, grid, first_pass_micro_batches(config, shape, grid))),
         "loss": loss_bytes(config, shape, grid, stage)}
     return Memory(**known, reserve=RESERVE_BYTES + int(FRAGMENTATION * sum(known.values())),
                   host=host_bytes(config, held.trained, grid))

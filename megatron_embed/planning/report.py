@@ -1,16 +1,18 @@
 """The text of a plan: memory, time, advice, and the layouts that fit."""
 
+from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
-from megatron_embed.planning.flops import StepTime, forward_passes, model_flops, step_tokens
+from megatron_embed.planning.flops import StepTime, forward_passes, has_first_pass, model_flops, step_tokens
 from megatron_embed.planning.hardware import GPU
 from megatron_embed.planning.layouts import Plan, describe
-from megatron_embed.planning.memory import GIB, grid_of
+from megatron_embed.planning.memory import GIB, Grid, first_pass_micro_batches, grid_of
 from megatron_embed.planning.parameters import (
     AdaptedLinears,
     active_matrix_parameters,
     held_parameters,
     total_parameters,
 )
+from megatron_embed.planning.token_budget import MEMORY_SHARE, MOST_TOKENS, STEP
 
 SHORTEST_SHOWN = 0.005
 """Seconds of a step below which a line of its time is omitted."""
@@ -30,6 +32,7 @@ def report(plan: Plan, shape: ModelShape, gpus: int, gpu: GPU, adapted: AdaptedL
         _model_line(plan, shape, adapted),
         f"{gpus} x {gpu.name}, {describe(config.parallel)}: {grid.dp} data-parallel ranks, {grid.num_microbatches} "
         f"micro-batches of up to {grid.micro_batch_tokens:,} tokens on each, recompute {config.training.recompute}",
+        *_first_pass_line(config, shape, grid),
         rows, "", *_memory_lines(plan, gpu), "",
         f"One step: {config.training.global_batch_size:,} queries, at most {step_tokens(config):,} tokens, "
         f"{flops / 1e15:.3g} PFLOP of the model, forward passes: {forwards}; expected seconds",
@@ -37,6 +40,27 @@ def report(plan: Plan, shape: ModelShape, gpus: int, gpu: GPU, adapted: AdaptedL
         f"  that is {utilization:.0%} of the peak (model FLOPs; an estimate to compare layouts, not a measurement)"]
     if not plan.fits:
         lines += ["", advice(plan)]
+    return "\n".join(lines)
+
+
+def _first_pass_line(config: RunConfig, shape: ModelShape, grid: Grid) -> list[str]:
+    """The micro-batches of the first pass, if they are larger."""
+    merged = first_pass_micro_batches(config, shape, grid) if has_first_pass(config, grid) else 1
+    return [] if merged == 1 else [f"The first pass, which keeps no activations, embeds up to {merged} micro-batches "
+                                   "as one (training.first_pass_micro_batches)"]
+
+
+def budget_advice(given: Plan, advised: Plan | None, gpu: GPU) -> str:
+    """Lines with the token budget that this layout should have."""
+    rule = f"multiple of {STEP:,} up to {MOST_TOKENS:,} in {MEMORY_SHARE:.0%} of the memory (docs/planning.md)"
+    if advised is None:
+        return f"\nToken budget of a micro-batch: no {rule}"
+    lines = [f"\nToken budget of a micro-batch: training.micro_batch_tokens = "
+             f"{advised.config.training.micro_batch_tokens} ({advised.memory.total / GIB:.1f} of {gpu.memory_gib:.0f} "
+             f"GiB, {advised.time.total:.2f} s/step), the fastest {rule}"]
+    if given.config.training.micro_batch_tokens is None:
+        lines.append("  training.micro_batch_size counts queries: texts shorter than their maximum leave its "
+                     "micro-batches as empty; a token budget fills them")
     return "\n".join(lines)
 
 
@@ -76,7 +100,8 @@ def advice(plan: Plan) -> str:
     memory = plan.memory
     fixed = memory.parameters + memory.gradients + memory.optimizer
     if memory.activations > fixed:
-        return ("Activations need most of it: lower training.micro_batch_size (the gradient cache keeps the batch), "
+        key = "micro_batch_size" if plan.config.training.micro_batch_tokens is None else "micro_batch_tokens"
+        return (f"Activations need most of it: lower training.{key} (the gradient cache keeps the batch), "
                 "then set training.recompute: full, then raise parallel.tensor_model_parallel_size.")
     if memory.loss > fixed:
         return ("The gathered documents need most of it: lower training.global_batch_size or data.num_negatives.")

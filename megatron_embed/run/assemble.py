@@ -40,6 +40,7 @@ from megatron_embed.run.run_directory import (
     with_known_dtype,
 )
 from megatron_embed.run.task import Inputs, TaskParts
+from megatron_embed.training.first_pass import build_first_pass
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.health import Health
 from megatron_embed.training.loop import Hooks, train
@@ -99,7 +100,8 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest) -> 
     state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler, learned=objective.learned)
     first_step = resume(inputs.resume_state, state)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
-                          kernel=attention_kernel(config), has_dropout=has_dropout(config))
+                          kernel=attention_kernel(config), has_dropout=config.has_dropout,
+                          first_pass=build_first_pass(config, task.model.shape, topology))
     trainer = Trainer(chunks=wrapped, grad_cache=gradients, optimizer=optimizer, scheduler=scheduler)
     parts = task.build(inputs, topology, models, wrapped)
     best = best_checkpoint(config, first_step)
@@ -185,12 +187,6 @@ def build_evaluation(inputs: Inputs, topology: Topology, gradients: GradCache[An
         return {**validation(), **({} if parts.evaluate is None else parts.evaluate())}
 
     return evaluate
-
-
-def has_dropout(config: RunConfig) -> bool:
-    """Whether anything in the model draws random numbers in a step."""
-    training = config.training
-    return training.hidden_dropout > 0 or training.attention_dropout > 0 or config.lora.dropout > 0
 
 
 def sources_of_step(inputs: Inputs, step: int) -> list[str]:

@@ -146,7 +146,7 @@ class TaskParts:
 
     loader: StepLoader[Any]
     agree: Callable[[Any], Any]
-    """Gives all data-parallel ranks as many micro-batches, of one size; for token budgets."""
+    """Gives all data-parallel ranks as many micro-batches, in sizes of the budget; for token budgets."""
     agree_on_shares: Callable[[Any], Any]
     """The same where ranks differ in their numbers of rows."""
     evaluate: Callable[[], dict[str, float]] | None

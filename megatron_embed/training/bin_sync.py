@@ -1,16 +1,20 @@
 """Agreement of data-parallel ranks on the number of micro-batches of a step that are filled by a token budget."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_embed.batch import Capacity, EmbedBatch, RerankBatch
+from megatron_embed.batch import Capacity, EmbedBatch, MicroBatch, RerankBatch
+from megatron_embed.data.bins import bin_sizes, pad_to_sizes
 from megatron_embed.data.packing import split_to_count
 from megatron_embed.data.pair_batches import split_rerank_to_count
 from megatron_embed.parallel.collectives import largest, largest_of_each
-from megatron_embed.parallel.topology import Topology
+from megatron_embed.parallel.topology import Topology, token_alignment
 
 
 def agree_on_bins(batch: EmbedBatch, topology: Topology, *, keep_groups_together: bool) -> EmbedBatch:
     """The batch in as many micro-batches as the rank with the most has; a multiple of the pipeline size if interleaved.
+
+    Each one then gets the next of the budget's sizes (`bin_sizes`); in a pipeline, all get that of the largest.
 
     Called by all ranks, in the main thread; one small all-reduce over the data-parallel group.
 
@@ -19,8 +23,9 @@ def agree_on_bins(batch: EmbedBatch, topology: Topology, *, keep_groups_together
         keep_groups_together: a query stays with its documents.
     """
     count, *capacity = largest_of_each([len(batch.micro_batches), *batch.micro_capacity], topology.dp_group)
-    return split_to_count(batch, _whole_rounds(count, topology), Capacity(*capacity),
-                          keep_groups_together=keep_groups_together)
+    agreed = split_to_count(batch, _whole_rounds(count, topology), Capacity(*capacity),
+                            keep_groups_together=keep_groups_together)
+    return replace(agreed, micro_batches=_in_sizes(agreed.micro_batches, topology))
 
 
 def agree_on_shares(batch: EmbedBatch, topology: Topology, *, keep_groups_together: bool) -> EmbedBatch:
@@ -32,7 +37,14 @@ def agree_on_shares(batch: EmbedBatch, topology: Topology, *, keep_groups_togeth
 def agree_on_rerank_bins(batch: RerankBatch, topology: Topology) -> RerankBatch:
     """The same for a reranker's batch, whose queries always stay whole; its shares may differ."""
     count = largest(len(batch.micro_batches), topology.dp_group)
-    return split_rerank_to_count(batch, _whole_rounds(count, topology))
+    agreed = split_rerank_to_count(batch, _whole_rounds(count, topology))
+    return replace(agreed, micro_batches=_in_sizes(agreed.micro_batches, topology))
+
+
+def _in_sizes(micro_batches: Sequence[MicroBatch], topology: Topology) -> tuple[MicroBatch, ...]:
+    """Micro-batches that have the size of the budget, in the smallest of its sizes that holds them."""
+    sizes = bin_sizes(micro_batches[0].token_ids.numel(), token_alignment(topology.sizes))
+    return pad_to_sizes(micro_batches, sizes, uniform=topology.pp_size > 1)
 
 
 def _whole_rounds(count: int, topology: Topology) -> int:

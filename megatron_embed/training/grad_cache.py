@@ -2,7 +2,7 @@
 
 InfoNCE needs the embeddings of the whole global batch, and memory holds the activations of one micro-batch. So a step
 (Gao et al. 2021, arXiv:2101.06983)
-  1. embeds every micro-batch without a graph and keeps only the embeddings;
+  1. embeds every micro-batch without a graph and keeps only the embeddings (several as one, see first_pass.py);
   2. gathers them over the data-parallel ranks and computes the loss and its gradient g with respect to each embedding;
   3. runs every micro-batch again, with a graph, dropout as in the first pass, and the surrogate loss <g, e>. By the
      chain rule its gradient with respect to the parameters is that of the loss over the global batch.
@@ -17,12 +17,14 @@ from typing import Any, Generic
 import torch
 from torch import Tensor
 
+from megatron_embed.batch import MicroBatch
 from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, EmbeddingModel, to_device
 from megatron_embed.models.passes import embed, run_schedule
 from megatron_embed.objectives.base import Batch, LossGradient, Objective, Sums
 from megatron_embed.parallel.collectives import send_from_last
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import get_all_rng_states, set_all_rng_states
+from megatron_embed.training.first_pass import FirstPass
 from megatron_embed.training.scaling import surrogate_factor
 
 
@@ -40,21 +42,26 @@ class GradCache(Generic[Batch]):
     objective: Objective[Batch]
     kernel: AttentionKernel
     has_dropout: bool
+    first_pass: FirstPass | None = None
+    """Makes larger micro-batches for the first pass; None: it has those of the second. None with dropout, whose random
+    numbers follow the micro-batches."""
 
     def __call__(self, batch: Batch) -> Sums:
         """Fill the gradient buffers and return the sums for the metrics.
 
         By two passes, or by one if no row's loss depends on other micro-batches.
         """
-        batches = self._on_device(batch)
+        batches = self._on_device(batch.micro_batches)
         if len(batches) == 1 or not self.objective.couples_batch:
             return self.one_pass(batch, batches)
         return self.two_pass(batch, batches)
 
     def two_pass(self, batch: Batch, batches: list[DeviceMicroBatch]) -> Sums:
         """A loss over the global batch; holds the activations of one micro-batch at a time (1F1B: of one per stage)."""
+        assert self.first_pass is None or not self.has_dropout, "pass 2 could not drop what pass 1 dropped"
         rng = get_all_rng_states() if self.has_dropout else None
-        embeddings = embed(self.chunks, batches, self.topology)                 # pass 1: no graph, every micro-batch
+        first = batches if self.first_pass is None else self._on_device(self.first_pass(batch.micro_batches))
+        embeddings = embed(self.chunks, first, self.topology)                   # pass 1: no graph, every row
         grad = self._loss(embeddings, batch)                                     # needs other data-parallel ranks' rows
         if rng is not None:
             set_all_rng_states(*rng)                                             # pass 2 drops what pass 1 dropped
@@ -92,7 +99,7 @@ class GradCache(Generic[Batch]):
 
     def evaluate(self, batch: Batch) -> Sums:
         """The objective's metrics over these rows: the first pass alone, no gradient."""
-        batches = self._on_device(batch)
+        batches = self._on_device(batch.micro_batches)
         embeddings = embed(self.chunks, batches, self.topology)
         if embeddings is None:
             return self._broadcast_from_last_stage(None)
@@ -105,10 +112,10 @@ class GradCache(Generic[Batch]):
             values.append(self.objective(embeddings[rows], part, total=total).sums.values)
         return self._broadcast_from_last_stage(torch.stack(values).sum(dim=0))
 
-    def _on_device(self, batch: Batch) -> list[DeviceMicroBatch]:
+    def _on_device(self, micro_batches: Sequence[MicroBatch]) -> list[DeviceMicroBatch]:
         model = self.models[0]
         return [to_device(micro, self.topology, model.pooling, kernel=self.kernel, causal=model.causal,
-                          shape=model.shape) for micro in batch.micro_batches]
+                          shape=model.shape) for micro in micro_batches]
 
     def _loss(self, embeddings: Tensor | None, batch: Batch) -> LossGradient | None:
         """The objective's result on the last stage, None elsewhere."""

@@ -30,7 +30,7 @@ class Hooks:
     evaluate: Callable[[], dict[str, float]] | None
     """Metrics by name, equal on all ranks."""
     agree: Callable[[StepBatch], StepBatch] | None
-    """Gives all data-parallel ranks as many micro-batches, of one size; None if they have as many."""
+    """Gives all data-parallel ranks as many micro-batches; None if they have as many."""
     saver: Saver | None
     """Writes checkpoints."""
     is_best: Callable[[int, dict[str, float]], bool] | None
@@ -68,8 +68,9 @@ class Loaded:
 def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
     """The batch of a step, or on every rank the error of the lowest rank that has one: of its writer, or of this batch.
 
-    One all-reduce of eight numbers over the world; an error alone costs another collective. The world and not the
-    data-parallel group: a file may change between two ranks of a replica that read the same rows.
+    One all-reduce of eight numbers over the world, with a token budget two more of a few; an error alone costs another
+    collective. The world and not the data-parallel group: a file may change between two ranks of a replica that read
+    the same rows.
     """
     batch, error = None, hooks.writer.error
     try:
@@ -91,7 +92,8 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
     copies = topology.world_size // topology.dp_size  # ranks that read the same rows
     if hooks.agree is not None:
         batch = hooks.agree(batch)
-        padded_sum = sum(micro.token_ids.numel() for micro in batch.micro_batches) * topology.world_size
+        padded = sum(micro.token_ids.numel() for micro in batch.micro_batches)
+        padded_sum = sum_over(torch.tensor([padded]), topology.dp_group).item() * copies
     return Loaded(batch=batch, tokens=real_sum / copies, padded_tokens=padded_sum / copies,
                   squared_lengths=squares_sum / copies, truncated_fraction=cut_sum / texts_sum,
                   signalled=signalled > 0, time_is_up=time_is_up > 0)

@@ -34,8 +34,8 @@ def metrics_of_run(model, folder, rows, parallel, **training):
     return lines
 
 
-@pytest.mark.parametrize("name, parallel", [("dp2", layout()), ("pp2", layout(pp=2, vpp=2))])
-def test_budget_changes_no_number_but_the_padding(model, tmp_path, name, parallel):
+@pytest.mark.parametrize("parallel, first_pass", [(layout(), 1), (layout(pp=2, vpp=2), 2)], ids=["dp2", "pp2"])
+def test_budget_changes_no_number_but_the_padding(model, tmp_path, parallel, first_pass):
     rows = tmp_path / "rows.jsonl"
     source = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()[:8 * STEPS]]
     for row, other in zip(source[::2], source[1::2], strict=True):
@@ -45,7 +45,8 @@ def test_budget_changes_no_number_but_the_padding(model, tmp_path, name, paralle
             row["negatives"] = []  # the second rank's rows: it comes with fewer micro-batches
     rows.write_text("".join(json.dumps(row) + "\n" for row in source), encoding="utf-8")
     by_size = metrics_of_run(model, tmp_path / "size", rows, parallel, micro_batch_size=2)
-    by_tokens = metrics_of_run(model, tmp_path / "tokens", rows, parallel, micro_batch_tokens=BUDGET)
+    by_tokens = metrics_of_run(model, tmp_path / "tokens", rows, parallel, micro_batch_tokens=BUDGET,
+                               first_pass_micro_batches=first_pass)
     speed = {"tokens_per_second", "step_seconds", "padding_fraction", "tflops_per_rank", "memory_gib"}
     for ours, plain in zip(by_tokens, by_size, strict=True):
         assert ours["masked_fraction"] == plain["masked_fraction"] > 0
@@ -59,6 +60,6 @@ def test_budget_changes_no_number_but_the_padding(model, tmp_path, name, paralle
     flops = [line["tflops_per_rank"] * line["step_seconds"] for line in (by_size[0], by_tokens[0])]
     assert flops[1] == pytest.approx(flops[0])
     assert by_tokens[0]["memory_gib"] > 0.1
-    bins = real[1] / (1 - by_tokens[0]["padding_fraction"]) / BUDGET
-    assert bins == pytest.approx(round(bins))
-    assert round(bins) % 2 == 0
+    eighths = real[1] / (1 - by_tokens[0]["padding_fraction"]) / BUDGET * 8
+    assert eighths == pytest.approx(round(eighths))
+    assert (round(eighths) % 8 == 0) == (parallel["pipeline_model_parallel_size"] == 2), "a pipeline has one size"

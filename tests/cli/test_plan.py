@@ -49,14 +49,39 @@ def test_every_gpu_of_the_table(capsys, name, fits):
 
 def test_memory_decides_and_the_remedy_works(capsys):
     """A batch that is too large for the H100 and not for the H200; what the advice names makes it fit."""
-    wide = [LARGE, "--gpus", "8", "training.micro_batch_size=4"]
+    wide = [LARGE, "--gpus", "8", "training.micro_batch_tokens=10240"]
     code, out, _ = plan(capsys, *wide, "--gpu", "h100")
-    assert code == 2 and "IT DOES NOT FIT" in out and "lower training.micro_batch_size" in out
+    assert code == 2 and "IT DOES NOT FIT" in out and "lower training.micro_batch_tokens" in out
     assert plan(capsys, *wide, "--gpu", "h200")[0] == 0
     assert plan(capsys, *wide, "--gpu", "h100", "training.recompute=full")[0] == 0
     code, out, _ = plan(capsys, LARGE, "--gpus", "8", "model.path=Qwen/Qwen3-32B",
-                        "parallel.tensor_model_parallel_size=1", "training.micro_batch_size=1")
+                        "parallel.tensor_model_parallel_size=1", "training.micro_batch_tokens=1024")
     assert code == 2 and "The model needs most of it" in out
+
+
+def test_token_budget_that_it_advises_fits(capsys):
+    """For a larger GPU a larger budget; none in a layout whose model alone takes the memory."""
+    asked, budgets = [LARGE, "--gpus", "8", "training.micro_batch_tokens=null"], []
+    for gpu in ("h100", "h200"):
+        _, out, _ = plan(capsys, *asked, "--gpu", gpu)
+        assert "training.micro_batch_size counts queries" in out
+        assert "The first pass, which keeps no activations, embeds up to 4 micro-batches as one" in out
+        line = re.search(r"micro_batch_tokens = (\d+) \(([0-9.]+) of (\d+) GiB, .* the fastest multiple of 1,024", out)
+        tokens, total, memory = line.groups()
+        code, out, _ = plan(capsys, LARGE, "--gpus", "8", f"training.micro_batch_tokens={tokens}", "--gpu", gpu)
+        assert code == 0 and f"{number_after('total', out):.1f}" == total and "counts queries" not in out
+        assert float(total) <= 0.9 * int(memory)
+        budgets.append(int(tokens))
+    assert budgets == [7168, 13312]
+    _, out, _ = plan(capsys, *asked, "model.path=Qwen/Qwen3-32B")
+    assert "Token budget of a micro-batch: no multiple of 1,024" in out
+
+
+def test_first_pass_is_that_of_the_settings(capsys):
+    for settings, line in ((["training.hidden_dropout=0.1"], None), (["objective.negatives=micro_batch"], None),
+                           (["training.first_pass_micro_batches=2"], "embeds up to 2 micro-batches as one")):
+        code, out, _ = plan(capsys, LARGE, "--gpus", "8", *settings)
+        assert code == 0 and (line in out if line else "The first pass" not in out)
 
 
 def test_layout_that_is_impossible_is_told_as_training_tells_it(capsys):

@@ -1,5 +1,6 @@
 """Rows in bins under a token budget, and bins brought to a number."""
 
+import dataclasses
 import random
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ import torch
 
 from megatron_embed.batch import Capacity
 from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.bins import bin_sizes, merge, pad_to_sizes
 from megatron_embed.data.dataset import open_records
 from megatron_embed.data.packing import (
     DocumentsPerQuery,
@@ -120,3 +122,39 @@ def test_bins_that_cannot_be_divided_are_repeated(build):
     rows = batch.num_rows
     filled = split_to_count(build(slice(0, 2)), rows + 2, Capacity(2, 6, 2), keep_groups_together=False)
     assert [micro.repeated for micro in filled.micro_batches] == [False] * rows + [True] * 2
+
+
+def test_sizes_are_the_eighths_of_the_budget():
+    assert bin_sizes(7168, 4) == [896 * eighth for eighth in range(1, 9)]
+    assert bin_sizes(608, 8) == [80, 152, 232, 304, 384, 456, 536, 608]
+    assert bin_sizes(24, 8) == [8, 16, 24]
+    assert bin_sizes(5, 1) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_micro_batches_get_the_next_size(build, uniform):
+    batch, sizes = build(slice(0, 5)), bin_sizes(BUDGET, 8)
+    halves = split_to_count(batch, len(batch.micro_batches) + 3, Capacity(5, 15, 5), keep_groups_together=False)
+    padded = pad_to_sizes(halves.micro_batches, sizes, uniform=uniform)
+    expected = [min(size for size in sizes if size >= micro.num_tokens) for micro in halves.micro_batches]
+    assert len(set(expected)) > 1 and min(expected) < BUDGET
+    assert [micro.token_ids.numel() for micro in padded] == ([max(expected)] * len(padded) if uniform else expected)
+    for micro in padded:
+        assert micro.position_ids.numel() == micro.token_ids.numel()
+        assert not micro.position_ids[micro.num_tokens :].any()
+    assert sequences(dataclasses.replace(batch, micro_batches=padded)) == sequences(batch)
+    larger = pad_to_sizes(padded, [2 * BUDGET], uniform=uniform)
+    assert {micro.token_ids.numel() for micro in larger} == {2 * BUDGET}
+    assert sequences(dataclasses.replace(batch, micro_batches=larger)) == sequences(batch)
+
+
+def test_merged_micro_batches_have_all_their_sequences_and_no_padding(build):
+    batch = build()
+    types = [dataclasses.replace(micro, token_types=micro.token_ids % 2) for micro in batch.micro_batches]
+    merged = merge([*types, dataclasses.replace(types[0], repeated=True)])
+    assert not merged.repeated and merged.num_tokens == merged.token_ids.numel() == merged.position_ids.numel()
+    assert merged.cu_seqlens.dtype == torch.int32
+    assert torch.equal(merged.token_types, merged.token_ids % 2)
+    assert sequences(dataclasses.replace(batch, micro_batches=(merged,))) == sequences(batch)
+    again = merge([dataclasses.replace(types[0], repeated=True)] * 2)
+    assert again.repeated and again.num_tokens == types[0].num_tokens == again.token_ids.numel()

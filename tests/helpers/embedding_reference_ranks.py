@@ -48,6 +48,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
     from megatron_embed.objectives.build import build_objective
     from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget
     from megatron_embed.training.bin_sync import agree_on_bins
+    from megatron_embed.training.first_pass import build_first_pass
     from megatron_embed.training.grad_cache import GradCache
     from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
     from megatron_embed.training.step import seed_step
@@ -64,7 +65,8 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
     split = topology.model_parallel_groups if group is topology.dp_group else None
     objective = build_objective(config, group, topology.device, split)
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
-                          kernel="sdpa", has_dropout=False)
+                          kernel="sdpa", has_dropout=False,
+                          first_pass=build_first_pass(config, model.shape, topology))
     batch = _load_batch(case, config, folder, topology)
     bins = len(batch.micro_batches)
     if case.tokens is not None:

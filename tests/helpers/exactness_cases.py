@@ -104,6 +104,8 @@ class Case:
     """The model has LoRA adapters, and nothing else is trained."""
     overlap: bool = False
     """Gradients are reduced and parameters gathered behind the computation, in small buckets."""
+    first_pass: int = 1
+    """`training.first_pass_micro_batches`."""
 
     @property
     def model(self) -> str:
@@ -121,6 +123,7 @@ class Case:
 
     def __str__(self) -> str:
         words = [self.kind, str(self.layout), f"{self.tokens} tokens" if self.tokens else f"M{self.micro_batches}"]
+        words += [f"first pass x{self.first_pass}"] if self.first_pass > 1 else []
         words += ["micro-batch negatives"] if self.negatives == "micro_batch" else []
         words += ["distributed"] if self.distributed else []
         words += ["adapters"] if self.adapters else []
@@ -232,7 +235,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
             sequence_parallel="auto" if layout.sequence_parallel else False),
         training=TrainingConfig(
             global_batch_size=rows.count, micro_batch_size=rows.count // (layout.dp * max(1, case.micro_batches)),
-            micro_batch_tokens=case.tokens,
+            micro_batch_tokens=case.tokens, first_pass_micro_batches=case.first_pass,
             moe_aux_loss_coefficient=case.aux, recompute=case.recompute),
         optimizer=OptimizerConfig(distributed=case.distributed, overlap_grad_reduce=case.overlap,
                                   overlap_param_gather=case.overlap))

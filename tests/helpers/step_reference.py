@@ -69,7 +69,7 @@ def build(config):
     from megatron_embed.models.encoder import attention_kernel
     from megatron_embed.objectives.build import build_objective
     from megatron_embed.parallel.topology import token_alignment
-    from megatron_embed.run.assemble import has_dropout
+    from megatron_embed.training.first_pass import build_first_pass
     from megatron_embed.training.grad_cache import GradCache
     from megatron_embed.training.optimizer import wrap_in_ddp
     from megatron_embed.training.step import seed_step
@@ -79,7 +79,8 @@ def build(config):
     wrapped = wrap_in_ddp(opened.chunks, config, topology)
     objective = build_objective(config, topology.dp_group, topology.device, topology.model_parallel_groups)
     gradients = GradCache(chunks=wrapped, models=opened.chunks, topology=topology, objective=objective,
-                          kernel=attention_kernel(config), has_dropout=has_dropout(config))
+                          kernel=attention_kernel(config), has_dropout=config.has_dropout,
+                          first_pass=build_first_pass(config, opened.chunks[0].shape, topology))
     share = ROWS // topology.dp_size
     records = real_records(ROWS)[topology.dp_rank * share : (topology.dp_rank + 1) * share]
     batch = batch_of(config.model.path, records, micro_batch_size=config.training.micro_batch_size,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_embed.planning.advice import adapted_linears
-from megatron_embed.planning.memory import activation_bytes, grid_of
+from megatron_embed.planning.memory import activation_bytes, first_pass_bytes, grid_of
 from megatron_embed.planning.shapes import shape_of
 from tests.helpers.planned_models import BERT, MOE, QWEN3, build
 from tests.helpers.ranks import run_on_ranks
@@ -126,3 +126,42 @@ def test_estimate_within_a_fifth(values, sizes, settings, ranks, micro_batches, 
     for allocated, estimated in run_on_ranks(measured, ranks, config, 512, micro_batches):
         assert estimated == pytest.approx(allocated, rel=0.2)
         assert allocated > 2**22
+
+
+def measured_first_pass(config, tokens):
+    """(bytes that a first pass over one micro-batch allocates, what `plan` says of it)."""
+    import torch.distributed as dist
+
+    from megatron_embed.models.attention import PackedAttention
+    from megatron_embed.models.encoder import to_device
+    from megatron_embed.models.passes import embed
+    from megatron_embed.parallel.topology import initialize
+    from megatron_embed.training.step import seed_step
+
+    topology, shape = initialize(config.parallel), shape_of(config.model.path)
+    models = build(config, topology)
+    with torch.no_grad():
+        for model in models:
+            for parameter in model.parameters():
+                parameter.normal_(0.0, 0.02)
+    seed_step(1, 0, topology)
+    batches = [to_device(pack_all(random_texts([tokens // 8] * 8), config), topology, "mean", kernel="sdpa",
+                         causal=models[0].causal, shape=shape)]
+    original, PackedAttention.forward = PackedAttention.forward, lambda self, query, *args, **options: query.flatten(1)[
+        :, None].clone()
+    try:
+        embed(models, batches, topology)
+        allocated = allocated_at_most(lambda: embed(models, batches, topology))
+    finally:
+        PackedAttention.forward = original
+    grid = dataclasses.replace(grid_of(config, dist.get_world_size()), micro_batch_tokens=tokens)
+    return allocated, first_pass_bytes(config, shape, grid, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("values", [BERT, QWEN3, MOE], ids=["bert", "qwen3", "moe"])
+def test_first_pass_within_a_fifth(values, dtype, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(values | WIDE))
+    ((allocated, estimated),) = run_on_ranks(measured_first_pass, 1, run_config(str(tmp_path), dtype=dtype), 2048)
+    assert estimated == pytest.approx(allocated, rel=0.2)

@@ -9,12 +9,13 @@ import torch
 from megatron_embed.config.load import load_config
 from megatron_embed.convert.lora_names import adapter_tensors, resolve_modules
 from megatron_embed.convert.tables.lookup import rules_for
-from megatron_embed.planning.advice import adapted_linears
+from megatron_embed.planning.advice import adapted_linears, budget_holds
 from megatron_embed.planning.hardware import GPUS
 from megatron_embed.planning.layouts import is_possible, plan_layout
 from megatron_embed.planning.memory import grid_of
 from megatron_embed.planning.parameters import adapter_parameters, held_parameters, stage_parameters, total_parameters
 from megatron_embed.planning.shapes import known_models, shape_of
+from megatron_embed.planning.token_budget import advised_budget
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.toys import REPOSITORY
 
@@ -52,6 +53,15 @@ def test_it_fits_and_its_name_says_its_layout(path):
     assert {name: size for name, size in actual.items() if size > 1} == named
     assert config.checkpoint.directory == f"runs/{path.stem}"
     assert f"configs/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_its_token_budget_is_the_one_that_plan_advises(path):
+    config, gpus, gpu = load_config(str(path), []), gpus_of(path), GPUS["h100"]
+    shape = shape_of(config.model.path)
+    advised = advised_budget(config, shape, gpus, gpu, adapted_linears(config, shape), budget_holds)
+    assert config.training.micro_batch_tokens == advised.config.training.micro_batch_tokens
+    assert f" {advised.memory.total / 2**30:.1f} of {gpu.memory_gib:.0f} GiB by `plan`" in path.read_text()
 
 
 def stages_on_meta(config, gpus):
@@ -141,7 +151,8 @@ def test_tables_of_the_documentation_are_those_of_plan():
             assert cells == planned(path, gpus_of(path)), name
         elif len(cells) == 7 and re.match(r"(DP|TP|PP) \d", name):
             overrides = [f"{SIZES[key]}={size}" for key, size in re.findall(r"(TP|PP) (\d+)", name)]
-            overrides += [f"training.micro_batch_size={size}" for size in re.findall(r"(\d+) quer", name)]
+            overrides += [f"training.micro_batch_tokens={tokens.replace(',', '')}"
+                          for tokens in re.findall(r"([\d,]+) tokens", name)]
             overrides += [] if "TP" in name else [f"{SIZES['TP']}=1"]
             overrides += ["training.recompute=full"] if "recompute full" in name else []
             assert cells == planned(first, 8, *overrides, *adapters), name

@@ -12,17 +12,17 @@ from tests.helpers.exactness_cases import BOUND, CURVE_BOUND, CURVE_LAYOUTS, KIN
 FAST = (
     Case(kind="qwen3", layout=Layout(dp=2), micro_batches=2, rows="masked", distributed=True),
     Case(kind="bert", layout=Layout(dp=2), micro_batches=1),
-    Case(kind="bert", layout=Layout(dp=2), tokens=48, rows="lopsided"),
+    Case(kind="bert", layout=Layout(dp=2), tokens=48, rows="lopsided", first_pass=3),
     Case(kind="qwen3", layout=Layout(dp=2), tokens=288, rows="masked", negatives="micro_batch"),
-    Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), micro_batches=2, aux=0.1, distributed=True),
-    Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), tokens=176),
+    Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), micro_batches=2, aux=0.1, distributed=True, first_pass=2),
+    Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), tokens=176, first_pass=2),
     Case(kind="qwen3", layout=Layout(tp=2), micro_batches=2, rows="masked"),
     Case(kind="qwen3_moe", layout=Layout(tp=2), micro_batches=1, distributed=True),
-    Case(kind="qwen3", layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=3, rows="masked"),
+    Case(kind="qwen3", layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=3, rows="masked", first_pass=2),
     Case(kind="bert", layout=Layout(cp=2), micro_batches=2),
-    Case(kind="qwen3", layout=Layout(tp=2, pp=2), micro_batches=4, recompute="full", rows="masked"),
-    Case(kind="bert", layout=Layout(tp=2, dp=2), tokens=176, distributed=True),
-    Case(kind="qwen3", layout=Layout(cp=2, dp=2), tokens=128, rows="masked"),
+    Case(kind="qwen3", layout=Layout(tp=2, pp=2), micro_batches=4, first_pass=3, recompute="full", rows="masked"),
+    Case(kind="bert", layout=Layout(tp=2, dp=2), tokens=176, distributed=True, first_pass=3),
+    Case(kind="qwen3", layout=Layout(cp=2, dp=2), tokens=128, rows="masked", first_pass=4),
     Case(kind="qwen3_moe", layout=Layout(pp=2, dp=2, ep=2), micro_batches=2),
 )
 """The long rows, whose model takes half a minute to teach, are left to the slow part."""
@@ -54,6 +54,23 @@ def test_gradients_equal_one_process(oracle, cases):
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", by_layout(all_cases()), ids=lambda cases: str(cases[0].layout))
 def test_gradients_equal_one_process_in_every_layout(oracle, cases):
+    check(oracle, cases)
+
+
+LARGER_FIRST_PASS = (
+    Case(kind="qwen3", layout=Layout(pp=2, vpp=2, dp=2), tokens=48, rows="lopsided", first_pass=2),
+    Case(kind="bert", layout=Layout(pp=2, vpp=2, dp=2), tokens=128, rows="masked", first_pass=3),
+    Case(kind="qwen3_moe", layout=Layout(pp=2, vpp=2, dp=2, ep=2), tokens=128, rows="masked", first_pass=4),
+    Case(kind="qwen3_moe", layout=Layout(pp=2, vpp=2, dp=2, ep=2), tokens=176, aux=0.1, first_pass=2),
+    Case(kind="qwen3", layout=Layout(pp=2, cp=2), micro_batches=4, rows="masked", first_pass=2),
+    Case(kind="qwen3", layout=Layout(dp=2), tokens=128, rows="masked", first_pass=2, overlap=True, distributed=True),
+    Case(kind="qwen3", layout=Layout(dp=2), tokens=144, rows="masked", first_pass=4, adapters=True),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_layout(LARGER_FIRST_PASS), ids=lambda cases: str(cases[0].layout))
+def test_gradients_with_a_larger_first_pass_equal_one_process(oracle, cases):
     check(oracle, cases)
 
 

@@ -1,0 +1,70 @@
+"""Checks between sections of a run's settings."""
+
+from typing import TYPE_CHECKING
+
+from megatron_embed.config.require import require
+
+if TYPE_CHECKING:
+    from megatron_embed.config.schema import RunConfig
+
+
+def check_first_pass(config: "RunConfig") -> None:
+    """Refuse larger micro-batches of the first pass where a step has one pass only, or has dropout."""
+    key, merged = "training.first_pass_micro_batches", config.training.first_pass_micro_batches
+    if merged in ("auto", 1):
+        return
+    require(config.objective.couples_batch, key, merged, "has no effect where a loss stays within its micro-batch, "
+            "which takes one pass; remove it")
+    require(not config.has_dropout, key, merged, "with dropout (training.hidden_dropout, training.attention_dropout or "
+            "lora.dropout) both passes need the same micro-batches, to drop the same; set it to 1, or dropout to 0")
+
+
+def check_evaluated(config: "RunConfig") -> None:
+    """Refuse settings of the best checkpoint of a run without evaluation or checkpoints, and unused instructions."""
+    if config.data.query_prompt is not None:  # else it is the model directory's, and this is checked later
+        _check_instructions(config, config.data.query_prompt)
+    rule = ("there is nothing to evaluate, so no best checkpoint; name a set in evaluation.retrieval, sts or "
+            "reranking, or set data.validation_fraction or data.validation")
+    measured = config.evaluation.names_sets or config.data.validates
+    require(measured or config.checkpoint.export == "last", "checkpoint.export", config.checkpoint.export, rule)
+    require(measured or config.evaluation.patience is None, "evaluation.patience", config.evaluation.patience, rule)
+    require(config.checkpoint.directory is not None or config.evaluation.patience is None, "evaluation.patience",
+            config.evaluation.patience, "a run that ends early keeps its best checkpoint; set checkpoint.directory")
+
+
+def _check_instructions(config: "RunConfig", query_prompt: str) -> None:
+    """Refuse instructions if no prompt contains `{instruction}`."""
+    prompts = [query_prompt, *(file.query_prompt or "" for file in config.data.files)]
+    require(config.embedding.instruction is None or any("{instruction}" in prompt for prompt in prompts),
+            "embedding.instruction", config.embedding.instruction,
+            "no prompt contains {instruction}; add it to data.query_prompt, or remove this")
+    for kind, sets in (("retrieval", config.evaluation.retrieval), ("sts", config.evaluation.sts)):
+        for item in sets:
+            require(item.instruction is None or "{instruction}" in query_prompt,
+                    f"evaluation.{kind}.instruction", item.instruction,
+                    "data.query_prompt does not contain {instruction}; add it there, or remove this")
+
+
+def check_reranker_run(config: "RunConfig") -> None:
+    """Refuse settings of embedding models that have no effect on a reranker."""
+    for role, prompt in (("query", config.data.query_prompt), ("document", config.data.document_prompt)):
+        require(not prompt, f"data.{role}_prompt", prompt, "a reranker's prompt is reranker.template; write it there")
+    for file in config.data.files:
+        given = file.query_prompt or file.document_prompt
+        require(not given, "data.train.query_prompt", given, "a reranker's prompt is reranker.template, one for all "
+                "files; give the file an instruction instead")
+    require(config.data.num_positives == 1, "data.num_positives", config.data.num_positives,
+            "a reranker takes all positives of a row; remove it")
+    require(config.data.all_in_batch, "data.train.in_batch_negatives", False,
+            "a reranker has no in-batch negatives; remove it")
+    require(not config.embedding.matryoshka_dims, "embedding.matryoshka_dims", list(config.embedding.matryoshka_dims),
+            "a reranker gives scores, which have no dimensions; remove it")
+    require(not config.evaluation.retrieval, "evaluation.retrieval",
+            [item.path for item in config.evaluation.retrieval],
+            "a reranker searches no corpus; give evaluation.reranking files of lists")
+    require(config.embedding.instruction is None, "embedding.instruction", config.embedding.instruction,
+            "a reranker's instruction is reranker.instruction; write it there")
+    require(not config.evaluation.sts, "evaluation.sts", [item.path for item in config.evaluation.sts],
+            "a reranker gives no vectors to compare; give evaluation.reranking files of lists")
+    require(not config.model.bidirectional, "model.bidirectional", config.model.bidirectional,
+            "the stock classes run a reranker's decoder causally; set it to false")
