@@ -1,4 +1,4 @@
-"""Copies of host tensors to the device, packed into one transfer for which the host does not wait."""
+"""Copies between host and device, several tensors in one: to the device asynchronously, to the host with one wait."""
 
 import copy
 import dataclasses
@@ -36,6 +36,15 @@ def copy_to_device(value: Value, device: torch.device) -> Value:
         _view(packed, starts[key], tensor).copy_(tensor)
     moved = packed.to(device, non_blocking=True)
     return _replaced(value, {key: _view(moved, starts[key], tensor) for key, tensor in tensors.items()})
+
+
+def copy_to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Numbers of one device, in float64 on the CPU: one copy, for which the host waits until all work is done."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return tuple(tensor.double() for tensor in tensors)
+    packed = torch.cat([tensor.flatten().double() for tensor in tensors]).cpu()
+    parts = packed.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
 
 def _view(packed: Tensor, start: int, tensor: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ def forget_router_losses() -> None:
     _router_losses().clear()
 
 
-def router_losses(num_layers: int, micro_batches: int) -> dict[str, float]:
+def router_losses(num_layers: int, micro_batches: int) -> dict[str, torch.Tensor]:
     """Auxiliary losses that the routers recorded since the last call of `forget_router_losses`, without coefficient.
 
     Args:
@@ -194,8 +194,9 @@ def router_losses(num_layers: int, micro_batches: int) -> dict[str, float]:
         micro_batches: micro-batches of this rank, over which the mean is taken.
     Returns:
         Megatron's name of each (`load_balancing_loss`: Fedus et al. 2021, arXiv:2101.03961, equation 4; 1 where all
-        experts get as many tokens) -> its mean over layers, micro-batches and data-parallel ranks; empty if none was
-        recorded. Communicates over the pipeline, tensor- and context-parallel and data-parallel groups.
+        experts get as many tokens) -> its mean over layers, micro-batches and data-parallel ranks, a scalar on the
+        device; empty if none was recorded. Communicates over the pipeline, tensor- and context-parallel and
+        data-parallel groups.
     """
     losses: dict[str, torch.Tensor] = {}
     if _router_losses():
@@ -204,7 +205,7 @@ def router_losses(num_layers: int, micro_batches: int) -> dict[str, float]:
             get_moe_metrics_tracker().report(**report)
         else:
             track_moe_metrics(**report)
-    return {name: float(value) for name, value in losses.items()}
+    return losses
 
 
 def _router_losses() -> dict[str, Any]:
