@@ -30,7 +30,7 @@ class OptimizerConfig:
         require(self.overlap_param_gather is not True or self.distributed, "optimizer.overlap_param_gather",
                 self.overlap_param_gather, "nothing is gathered where every rank updates all parameters; set "
                 "optimizer.distributed: true, or this to false")
-        # `auto` is off on CPUs, so that it does not do beside a demand.
+        # `auto` is off on a CPU.
         require(self.overlap_param_gather is not True or self.overlap_grad_reduce is True,
                 "optimizer.overlap_param_gather", self.overlap_param_gather, "it needs the buckets of "
                 "optimizer.overlap_grad_reduce; set that to true too, or this to false")

@@ -132,6 +132,14 @@ def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
+def gradients_of_norm(part: MegatronOptimizer) -> list[torch.Tensor]:
+    """The gradients of one of the chained optimizers that count in the norm: each of the model's once over the ranks."""
+    name = "get_grads_for_grad_norm"  # 0.17 and later
+    name = name if name in vars(MegatronOptimizer) else "get_main_grads_for_grad_norm"
+    gradients: list[torch.Tensor] = vars(MegatronOptimizer)[name](part)
+    return gradients
+
+
 def initialize_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Set the state of an optimizer that has none yet to that before the first step: moments of zero, `step` 0.
 

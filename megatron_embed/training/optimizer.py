@@ -26,6 +26,7 @@ from megatron_embed.platform.compat import (
     OptimizerParamScheduler,
     finalize_model_grads,
     get_megatron_optimizer,
+    gradients_of_norm,
     use_torch_adam,
 )
 from megatron_embed.training.overlap import assert_gathered, no_sync_until_last_microbatch
@@ -182,15 +183,16 @@ def squared_norms(optimizer: MegatronOptimizer) -> list[Tensor]:
     backward passes, on all ranks: one all-reduce of a number each. Megatron's own norm reads every tensor's back.
     """
     optimizer.prepare_grads()
-    parts = [(part.get_main_grads_for_grad_norm(), part.get_grad_stats_parallel_group())
+    parts = [(gradients_of_norm(part), part.get_grad_stats_parallel_group())
              for part in optimizer.chained_optimizers]
     if optimizer.grads_states_parallel_group_is_shared():
         parts = [([gradient for gradients, _ in parts for gradient in gradients], parts[0][1])]
     squares = []
     for gradients, group in parts:
-        square = torch.zeros((), device=torch.cuda.current_device() if HAS_CUDA else "cpu")
         if gradients:
             square = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) ** 2
+        else:
+            square = torch.zeros((), device="cuda" if HAS_CUDA else "cpu")
         squares.append(sum_over(square, group))
     return squares
 
