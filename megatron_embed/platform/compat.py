@@ -133,7 +133,7 @@ def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
 
 
 def gradients_of_norm(part: MegatronOptimizer) -> list[torch.Tensor]:
-    """The gradients of one of the chained optimizers that count in the norm: each of the model's once over the ranks."""
+    """The gradients of one of the chained optimizers that count in the norm; over all ranks each is counted once."""
     name = "get_grads_for_grad_norm"  # 0.17 and later
     name = name if name in vars(MegatronOptimizer) else "get_main_grads_for_grad_norm"
     gradients: list[torch.Tensor] = vars(MegatronOptimizer)[name](part)
