@@ -29,5 +29,6 @@ def written_as_before(*, numbered=False):
     def gathered(optimizer, model):
         return gathered_optimizer_state(optimizer, model, numbered=numbered)
 
-    with mock.patch.object(save, "optimizer_to_save", gathered), mock.patch.object(save, "parallel_save", lambda: None):
+    with mock.patch.object(save, "optimizer_to_save", gathered), mock.patch.object(
+            save, "parallel_save", return_value=None):
         yield
