@@ -6,11 +6,13 @@ of parameters are unique in the whole model, so a checkpoint need not say which 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from megatron_embed.checkpoint.optimizer_slices import SliceRestore, slices_to_save
 from megatron_embed.errors import CheckpointError
 from megatron_embed.platform.compat import (
+    DistributedOptimizer,
     LocalNonpersistentObject,
     MegatronOptimizer,
     ShardedBase,
@@ -30,6 +32,9 @@ KINDS = ("wd_mult", "lr_mult", "is_decoupled_lr")
 """Keys by which groups of parameters differ, whatever the configuration and the layout say."""
 EXPERTS = "is_expert_parallel"
 """Key of the groups whose parameters are divided as experts are; by layout."""
+MAIN_PARAMETER = re.compile(r"optimizer\.state\.(param|fp32_param)\.")
+"""Beginning of a main parameter's key: of the distributed optimizer, and of the other, which has none of a parameter
+that is itself in float32."""
 OFFLOADING = ("offload_fraction", "cpu_optimizer_cls", "gpu_optimizer_cls", "param_update_in_fp32", "pin_cpu_grads",
               "pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d")
 """Keys of the groups of Megatron's offloaded optimizer. Two hold classes, which torch refuses to load."""
@@ -38,14 +43,19 @@ OFFLOADING = ("offload_fraction", "cpu_optimizer_cls", "gpu_optimizer_cls", "par
 def optimizer_to_save(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's part of a checkpoint, also before its first step.
 
-    It does not say on which device its state was, or how it was divided: a run may resume elsewhere. Communicates over
-    the data-parallel group if the optimizer is distributed.
+    It does not say on which device its state was, or how it was divided: a run may resume elsewhere. No communication.
 
     Args:
         model: the model's sharded tensors, see `model_state`.
     """
     initialize_optimizer_state(optimizer)
-    sharded: dict[str, Any] = optimizer.sharded_state_dict(model, is_loading=False, metadata=SHARDING)
+    declared, parts = _declarations(model), []
+    for part in _synchronized(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            parts.append({**part.state_dict(), "param_state": slices_to_save(part, declared)})
+        else:
+            parts.append(part.sharded_state_dict(model, is_loading=False, metadata=SHARDING))
+    sharded = _chained(parts)
     for group in _groups(sharded):
         for key in OFFLOADING:
             group.pop(key, None)
@@ -53,17 +63,24 @@ def optimizer_to_save(optimizer: MegatronOptimizer, model: dict[str, Any]) -> di
 
 
 class OptimizerRestore:
-    """An optimizer's state on its way from a checkpoint.
+    """An optimizer's state on its way from a checkpoint. No communication.
 
     Args:
-        model: the model's sharded tensors, see `model_state`. Communicates over the data-parallel group, where the
-            optimizer is distributed.
+        model: the model's sharded tensors, see `model_state`.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, model: dict[str, Any]) -> None:
         self._optimizer = optimizer
-        self._own: dict[str, Any] = optimizer.sharded_state_dict(model, is_loading=True, metadata=SHARDING)
-        self._slots = []
+        initialize_optimizer_state(optimizer)
+        declared, parts = _declarations(model), []
+        self._slices: list[SliceRestore] = []
+        for part in _synchronized(optimizer):
+            if isinstance(part, DistributedOptimizer):
+                parts.append(part.state_dict())
+                self._slices.append(SliceRestore(part, declared))
+            else:
+                parts.append(part.sharded_state_dict(model, is_loading=True, metadata=SHARDING))
+        self._own, self._slots = _chained(parts), []
         for holder, key in list(_leaves(self._own)):
             value = holder[key]
             if isinstance(value, LocalNonpersistentObject):
@@ -71,14 +88,19 @@ class OptimizerRestore:
             elif isinstance(value, ShardedBase):
                 self._slots.append((holder, key))
 
-    def wanted(self, stored: Iterable[str]) -> dict[int, Any]:
-        """The sharded tensors to load, each under that one of the `stored` keys which is its own, with `chained_N.` in
-        front or without. No communication."""
+    def wanted(self, stored: Collection[str]) -> dict[int, Any]:
+        """The sharded tensors to load, each under that one of the `stored` keys which is its own: with `chained_N.` in
+        front or without, and as an optimizer writes it that is distributed, or one that is not. No communication."""
         spelling = {CHAINED.sub("", key, count=1) if CHAINED.match(key) else key: key for key in stored}
-        tensors = {index: holder[key] for index, (holder, key) in enumerate(self._slots)}
-        for tensor in tensors.values():
-            tensor.key = spelling.get(tensor.key, tensor.key)
-        return tensors
+        if spelling and not any(map(MAIN_PARAMETER.match, spelling)):
+            for slices in self._slices:
+                slices.take_main_parameters_from_model()
+        tensors = [holder[key] for holder, key in self._slots]
+        tensors += [tensor for slices in self._slices for tensor in slices.tensors]
+        for tensor in tensors:
+            other = MAIN_PARAMETER.sub(_of_the_other_optimizer, tensor.key)
+            tensor.key = spelling.get(tensor.key, spelling.get(other, tensor.key))
+        return dict(enumerate(tensors))
 
     def load(self, tensors: Mapping[int, Any], saved: Any) -> None:
         """Give the optimizer the loaded `tensors` and the groups of parameters in the state that was `saved` with them.
@@ -103,6 +125,31 @@ class OptimizerRestore:
             if steps is not None:
                 group["step"] = steps
         self._optimizer.load_state_dict(self._own)
+        for slices in self._slices:
+            slices.load()
+
+
+def _declarations(model: dict[str, Any]) -> dict[int, ShardedBase]:
+    """The model's sharded tensors by the `id` of the parameter."""
+    values = [holder[key] for holder, key in _leaves(model)]
+    return {id(value.data): value for value in values if isinstance(value, ShardedBase)}
+
+
+def _synchronized(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of a chain, with the same number of steps in all their groups, as Megatron sees to at a save."""
+    if len(optimizer.chained_optimizers) > 1:
+        optimizer._synchronize_steps()
+    return list(optimizer.chained_optimizers)
+
+
+def _chained(parts: list[dict[str, Any]]) -> dict[Any, Any]:
+    """The states of a chain's optimizers as Megatron's `ChainedOptimizer` takes them."""
+    return parts[0] if len(parts) == 1 else dict(enumerate(parts))
+
+
+def _of_the_other_optimizer(key: re.Match[str]) -> str:
+    """The beginning of a main parameter's key as the other kind of optimizer writes it."""
+    return f"optimizer.state.{'fp32_param' if key[1] == 'param' else 'param'}."
 
 
 def _matching_group(groups: Iterable[dict[str, Any]], own: dict[str, Any]) -> dict[str, Any]:

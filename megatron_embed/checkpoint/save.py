@@ -4,11 +4,12 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -24,7 +25,7 @@ from megatron_embed.checkpoint.load import TRAINER_FILE, TrainingState, model_st
 from megatron_embed.checkpoint.optimizer_state import SHARDING, optimizer_to_save
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
-from megatron_embed.platform.compat import ASYNC_SAVE, dist_checkpointing, write_common_file
+from megatron_embed.platform.compat import ASYNC_SAVE, dist_checkpointing, parallel_save, write_common_file
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Saver:
             sharded["scheduler"] = self._state.scheduler.state_dict()
             if self._state.learned is not None:
                 sharded["learned"] = self._state.learned.state_dict()
-            pending.begin(sharded, self._thread)
+            pending.begin(sharded, self._thread, living_storages(self._state))
         self._pending = pending
         if not self._background:
             self.finish()
@@ -149,18 +150,21 @@ class _Pending:
                 shutil.rmtree(self.temporary, ignore_errors=True)
             raise
 
-    def begin(self, sharded: dict[str, Any], thread: ThreadPoolExecutor | None) -> None:
-        """Plans who writes what, which communicates, and writes this rank's share, in `thread` if there is one."""
+    def begin(self, sharded: dict[str, Any], thread: ThreadPoolExecutor | None, living: Collection[int]) -> None:
+        """Plans who writes what, which communicates, and writes this rank's share, in `thread` if there is one.
+
+        `living`: see `living_storages`.
+        """
         self._request = dist_checkpointing.save(sharded, str(self.temporary / "model"), content_metadata=SHARDING,
-                                                **ASYNC_SAVE)
+                                                sharded_strategy=parallel_save(), **ASYNC_SAVE)
         if self._request.async_fn is None:
             return
-        rank, buckets, results = self._request.async_fn_args
+        rank, _, results = self._request.async_fn_args
         on_host = self._request.preload_fn()
         if thread is None:
             self._request.async_fn(rank, on_host, results)
         else:
-            self._written = thread.submit(self._request.async_fn, rank, copied(buckets, on_host), results)
+            self._written = thread.submit(self._request.async_fn, rank, copied(on_host, living), results)
 
     def end(self) -> None:
         """Waits for all ranks, then rank 0 writes the metadata. Communicates over the world."""
@@ -186,18 +190,24 @@ def make_folder_on_free_disk(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def copied(buckets: list[Any], on_host: list[Any]) -> list[Any]:
-    """Megatron's buckets of tensors with copies of those that lay on the host and are the living ones still.
+def living_storages(state: TrainingState) -> set[int]:
+    """Addresses of the memory that the next optimizer step changes: of parameters, main parameters and moments."""
+    tensors: list[Any] = [tensor for model in state.models for tensor in (*model.parameters(), *model.buffers())]
+    for part in state.optimizer.chained_optimizers:
+        tensors += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+        tensors += [value for values in part.optimizer.state.values() for value in values.values()]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor)}
+
+
+def copied(on_host: list[Any], living: Collection[int]) -> list[Any]:
+    """Megatron's buckets of tensors with copies of those in `living` storages.
 
     The next optimizer step changes parameters and moments in place: without copies a checkpoint would hold a mixture of
-    two steps.
+    two steps. What is a copy already, of a GPU's tensor or of a part of a buffer, is not copied again.
     """
-    result = []
-    for (_, _, (_, living)), (file, key, (others, staged)) in zip(buckets, on_host, strict=True):
-        tensors = [(item, tensor.clone() if original.device == tensor.device else tensor)
-                   for (_, original), (item, tensor) in zip(living, staged, strict=True)]
-        result.append((file, key, (others, tensors)))
-    return result
+    return [(file, key, (others, [
+        (item, tensor.clone() if tensor.untyped_storage().data_ptr() in living else tensor)
+        for item, tensor in staged])) for file, key, (others, staged) in on_host]
 
 
 def on_rank_0(action: Callable[..., object], target: Path, **options: object) -> None:

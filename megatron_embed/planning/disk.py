@@ -5,7 +5,7 @@ import math
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.models.families import ModelShape
-from megatron_embed.planning.memory import DTYPE_BYTES
+from megatron_embed.planning.memory import DTYPE_BYTES, saved_state_bytes
 from megatron_embed.planning.parameters import AdaptedLinears, Held, held_parameters
 
 
@@ -17,10 +17,7 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape, adapted: AdaptedLinea
         adapted: linear layers with adapters, which are the only trained parameters; the frozen weights are saved too.
     """
     held, element = _on_one_rank(config, shape, adapted), DTYPE_BYTES[config.model.dtype]
-    # Two moments in float32, and main parameters in float32 if the model's own are not, or if the optimizer is
-    # distributed, which always saves them.
-    optimizer = 12 if element == 2 or config.optimizer.distributed else 8
-    return held.total * element + held.trained.total * optimizer
+    return held.total * element + held.trained.total * saved_state_bytes(config)
 
 
 def export_bytes(config: RunConfig, shape: ModelShape) -> int:

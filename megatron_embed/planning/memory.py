@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import LOSS_TILE_ELEMENTS
-from megatron_embed.planning.parameters import AdaptedLinears, Parameters, held_parameters, stage_layers
+from megatron_embed.planning.parameters import AdaptedLinears, Held, Parameters, held_parameters, stage_layers
 
 GIB = 2**30
 RESERVE_BYTES = 3 * GIB
@@ -51,6 +51,8 @@ class Memory:
     reserve: int
     host: int = 0
     """Host memory, not GPU memory: the optimizer's share if it is offloaded."""
+    save: int = 0
+    """Host memory while a checkpoint is saved: what the rank writes of it."""
 
     @property
     def total(self) -> int:
@@ -93,6 +95,22 @@ def optimizer_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> in
 def host_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
     """Bytes in host memory: main parameters, gradients and two moments, all in float32, if they are offloaded."""
     return 16 * optimizer_share(config, parameters, grid) if config.optimizer.cpu_offload else 0
+
+
+def save_bytes(config: RunConfig, held: Held, grid: Grid) -> int:
+    """Bytes that a rank writes of a checkpoint, which it first copies to host memory: ranks that hold the same
+    parameters divide them, and the optimizer's state, whether it is distributed or not."""
+    def share(parameters: Parameters) -> int:
+        return parameters.dense // grid.dense_copies + parameters.expert // grid.expert_copies
+
+    element = DTYPE_BYTES[config.model.dtype]
+    return element * share(held.frozen + held.trained) + saved_state_bytes(config) * share(held.trained)
+
+
+def saved_state_bytes(config: RunConfig) -> int:
+    """Bytes of a trained parameter's optimizer state in a checkpoint: two moments in float32, and the main parameter in
+    float32 if the model's own is not, or if the optimizer is distributed, which always saves it."""
+    return 12 if DTYPE_BYTES[config.model.dtype] == 2 or config.optimizer.distributed else 8
 
 
 def layer_activation_bytes(config: RunConfig, shape: ModelShape, adapted: AdaptedLinears | None = None) -> float:
@@ -212,7 +230,7 @@ def stage_memory(config: RunConfig, shape: ModelShape, grid: Grid, stage: int,
             config, shape, grid, first_pass_micro_batches(config, shape, grid))),
         "loss": loss_bytes(config, shape, grid, stage)}
     return Memory(**known, reserve=RESERVE_BYTES + int(FRAGMENTATION * sum(known.values())),
-                  host=host_bytes(config, held.trained, grid))
+                  host=host_bytes(config, held.trained, grid), save=save_bytes(config, held, grid))
 
 
 def worst_stage(config: RunConfig, shape: ModelShape, grid: Grid,

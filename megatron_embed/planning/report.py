@@ -14,6 +14,8 @@ from megatron_embed.planning.parameters import (
 )
 from megatron_embed.planning.token_budget import MEMORY_SHARE, MOST_TOKENS, STEP
 
+COPY_GB_PER_SECOND = 3
+"""Bandwidth per GPU of a copy to memory of the host that is neither pinned nor yet in use; not measured."""
 SHORTEST_SHOWN = 0.005
 """Seconds of a step below which a line of its time is omitted."""
 
@@ -84,7 +86,14 @@ def _memory_lines(plan: Plan, gpu: GPU) -> list[str]:
         *(f"  {name:<22} {size / GIB:7.1f}" for name, size in sizes.items()),
         f"  {'of':<22} {gpu.memory_gib:7.1f}   {'it fits' if plan.fits else 'IT DOES NOT FIT'}",
         *([f"  {'host, per GPU':<22} {memory.host / GIB:7.1f}   the optimizer's share"] if memory.host else []),
+        f"  {'host, during a save':<22} {memory.save / GIB:7.1f}   per GPU; training waits about "
+        f"{memory.save / (COPY_GB_PER_SECOND * 1e9):.1f} s for the copy, {_and_for_the_disk(plan)}",
         "  (exact except for activations: compared with allocations of CPU ranks, not measured on a GPU)"]
+
+
+def _and_for_the_disk(plan: Plan) -> str:
+    """Whether training waits until a checkpoint is written, too."""
+    return "not for the disk" if plan.config.checkpoint.async_save else "and until it is on the disk"
 
 
 def _time_lines(time: StepTime) -> list[str]:

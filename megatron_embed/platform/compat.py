@@ -53,12 +53,17 @@ os.environ.setdefault("MEGATRON_LOGGING_LEVEL", "30")
 
 import megatron.core.optimizer as megatron_optimizer
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedBase,
     ShardedObject,
     ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
 )
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
@@ -69,6 +74,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
@@ -131,6 +137,12 @@ ASYNC_SAVE: dict[str, Any] = {"async_sharded_save": True}
 """Arguments of `dist_checkpointing.save` with which the caller runs the save."""
 if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
     ASYNC_SAVE["async_strategy"] = "mcore"  # the other one needs nvidia-resiliency-ext
+
+
+def parallel_save() -> FullyParallelSaveStrategyWrapper:
+    """Argument `sharded_strategy` of `dist_checkpointing.save` with which the ranks that hold the same tensors divide
+    the writing of them. It communicates over the world: names and sizes of all tensors."""
+    return FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1))
 
 
 def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,9 @@ FIXED: tuple[str, ...] = ("task", "reranker.head", "reranker.template", "reranke
          "reranker.false_token", "reranker.max_length", "embedding.normalize", "data.shuffle", "data.mixed_batches",
          "data.sampling_temperature", "data.validation_fraction", "data.num_negatives", "data.num_positives",
          "data.document_sampling",
-         "training.global_batch_size", "training.seed", "optimizer.distributed", "objective.learnable_temperature")
-"""What a run keeps for life: a step's rows follow from these (and the data), its embeddings from `normalize`, the
-layout of the optimizer's state, which Megatron cannot translate, from `distributed`, and what there is to save from the
-last."""
+         "training.global_batch_size", "training.seed", "objective.learnable_temperature")
+"""What a run keeps for life: a step's rows follow from these (and the data), its embeddings from `normalize`, and what
+there is to save from the last."""
 
 
 def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
@@ -45,7 +44,7 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
     before, now = _flat(read_resolved(checkpoint / "config.yaml")), _flat(to_dict(config))
     saved = {key: value for key, value in task.saved_settings(checkpoint).items() if key in FIXED}
     before |= {key: value for key, value in saved.items() if now[key] is not None}
-    for key in _fixed_keys(config):
+    for key in _fixed_keys(config, before):
         # What is saved beside config.yaml and not set now stays as it is saved.
         is_inherited = key in saved and now[key] is None
         if key in before and before[key] != now[key] and not is_inherited:
@@ -66,10 +65,11 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
         logger.info("resuming %s with other settings: %s", checkpoint, "; ".join(changed))
 
 
-def _fixed_keys(config: RunConfig) -> tuple[str, ...]:
-    """Settings that the run keeps for life."""
+def _fixed_keys(config: RunConfig, before: Mapping[str, Any]) -> tuple[str, ...]:
+    """Settings that the run keeps for life. `before`: its settings so far, by key."""
     keys = FIXED
-    if not config.optimizer.distributed:  # whose state has no main parameters where the model is float32 itself
+    # The state of an optimizer that is not distributed has no main parameters where the model is float32 itself.
+    if not (config.optimizer.distributed and before.get("optimizer.distributed", True)):
         keys += ("model.dtype",)
     if config.objective.learnable_temperature:  # which began there, and the checkpoint knows where it is
         keys += ("objective.temperature", "objective.bias")

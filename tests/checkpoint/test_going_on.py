@@ -58,7 +58,6 @@ def write(model, begun, tmp_path):
     ("embedding", "normalize", False, "began with true"),
     ("embedding", "pooling", "lasttoken", "began with 'mean'"),
     ("model", "bidirectional", True, "began with false"),
-    ("optimizer", "distributed", False, "began with true"),
     ("objective", "learnable_temperature", True, "began with false"),
 ])
 def test_what_a_run_keeps_for_life(write, tmp_path, section, key, value, words):

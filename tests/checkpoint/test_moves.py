@@ -10,6 +10,7 @@ import pytest
 
 from megatron_embed.checkpoint.optimizer_state import CHAINED
 from tests.checkpoint.moves import ALL_MODULES, BOUND, EXPERTS_ALONE, LAYOUTS, STOP, Kind, Moves
+from tests.helpers import old_checkpoints
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import curve, go_back, train
 
@@ -35,13 +36,8 @@ def stored_keys(directory):
 
 def train_as_before(values):
     """A run that writes the keys that Megatron writes by itself."""
-    from megatron_embed.checkpoint import optimizer_state
-
-    optimizer_state.SHARDING["chained_optim_avoid_prefix"] = False
-    try:
+    with old_checkpoints.written_as_before(numbered=True):
         train(values)
-    finally:
-        optimizer_state.SHARDING["chained_optim_avoid_prefix"] = True
 
 
 def written_as_before(moves, folder, name):

@@ -2,10 +2,12 @@
 
 from unittest import mock
 
+import pytest
+
 from megatron_embed.config.load import read_resolved
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import configuration, train
-from tests.helpers.toys import save_model
+from tests.helpers.toys import run_config, save_model
 
 
 def train_elsewhere(values):
@@ -16,6 +18,16 @@ def train_elsewhere(values):
 
 def dtype_of(directory, step):
     return read_resolved(directory / f"step_{step:06d}" / "config.yaml")["model"]["dtype"]
+
+
+@pytest.mark.parametrize("now, before, is_fixed", [
+    (True, True, False), (True, False, True), (False, True, True), (False, False, True)])
+def test_the_dtype_may_change_only_where_main_parameters_are_always_saved(now, before, is_fixed):
+    from megatron_embed.run.resume_check import _fixed_keys
+
+    keys = _fixed_keys(run_config("model", distributed=now), {"optimizer.distributed": before})
+    assert ("model.dtype" in keys) == is_fixed
+    assert "optimizer.distributed" not in keys
 
 
 def test_a_run_that_goes_on_keeps_its_dtype(tmp_path):
