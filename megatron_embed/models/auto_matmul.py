@@ -1,4 +1,4 @@
-"""Resolution of `model.cpu_matmul: null` to the same libraries on all ranks."""
+"""Resolution of `model.cpu_matmul` to the same libraries on all ranks."""
 
 import dataclasses
 import logging

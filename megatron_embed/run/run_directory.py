@@ -62,7 +62,7 @@ def describe_rows(records: RecordSet) -> dict[str, Any]:
 
 
 def with_known_choices(config: RunConfig, checkpoint: Path | None) -> RunConfig:
-    """The same with the checkpoint's dtype in place of `auto` and its libraries of matrix products in place of null: a
+    """The same with the checkpoint's dtype in place of `auto` and its libraries of matrix products in place of None: a
     run that is resumed elsewhere keeps them.
 
     No communication. Raises CheckpointError or ConfigError for a damaged checkpoint.
