@@ -13,8 +13,8 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 def exit_on_signals() -> None:
     """Let SIGTERM (of `timeout`, for one) and SIGHUP end this program as Ctrl-C does, so that `finally` blocks run."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
 
 
 def peak_memory_mib(pid: int | str = "self") -> float:

@@ -37,19 +37,19 @@ def resolve_cpu_matmul(config: RunConfig, shape: ModelShape) -> RunConfig:
 
 def _measured_on_rank_0(config: RunConfig, shape: ModelShape) -> tuple[MatmulLibrary, ...] | None:
     """Rank 0's measurement on every rank; None: nothing was measured."""
-    numbers = torch.full((len(DEFAULT_LIBRARIES),), -1, dtype=torch.int64)
+    choice = torch.full((len(DEFAULT_LIBRARIES),), -1, dtype=torch.int64)
     multiplies_float32 = config.model.dtype == "float32" or not has_native_bf16()
     if dist.get_rank() == 0 and multiplies_float32:
         best = fastest_libraries(mlp_weights(shape, config.parallel.tensor_model_parallel_size))
         if best is not None:
             libraries, ratios = best
-            numbers = torch.tensor([MATMUL_LIBRARIES.index(library) for library in libraries])
+            choice = torch.tensor([MATMUL_LIBRARIES.index(library) for library in libraries])
             logger.info("model.cpu_matmul = [%s] for forward pass, gradient of the input, gradient of the weight: "
                         "measured, torch's library takes %s times as long as oneDNN", ", ".join(libraries),
                         ", ".join(f"{ratio:.2f}" for ratio in ratios))
     if dist.get_world_size() > 1:
-        dist.broadcast(numbers, src=0)
-    return None if numbers[0] < 0 else tuple(MATMUL_LIBRARIES[number] for number in numbers.tolist())
+        dist.broadcast(choice, src=0)
+    return None if choice[0] < 0 else tuple(MATMUL_LIBRARIES[index] for index in choice.tolist())
 
 
 def mlp_weights(shape: ModelShape, tp_size: int) -> list[tuple[int, int]]:
