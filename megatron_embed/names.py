@@ -25,6 +25,10 @@ ModelDtype = Literal["float32", "bfloat16"]
 """Dtype of weights and activations."""
 MODEL_DTYPES: tuple[ModelDtype, ...] = get_args(ModelDtype)
 
+MatmulLibrary = Literal["onednn", "torch"]
+"""Library that multiplies float32 matrices on a CPU: oneDNN, or the one that torch chooses (MKL on x86)."""
+MATMUL_LIBRARIES: tuple[MatmulLibrary, ...] = get_args(MatmulLibrary)
+
 TruncationSide = Literal["left", "right"]
 """The end at which a text that is too long loses its tokens."""
 

@@ -24,6 +24,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from measurement import exit_on_signals
+
 # This process must stay small, so it does not import torch: Linux counts its memory as the peak of each new child.
 SHAPES = {
     "qwen3-8b": {
@@ -51,6 +53,7 @@ def main() -> int:
     if args.scratch.exists() and any(args.scratch.iterdir()):
         raise SystemExit(f"--scratch {args.scratch}: is not empty; choose a new directory")
     args.scratch.mkdir(parents=True, exist_ok=True)
+    exit_on_signals()
     try:
         return measure(args)
     finally:
@@ -192,7 +195,11 @@ def timed(command: list[str], read: Path, written: Path) -> Run:
     load = os.getloadavg()[0]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).resolve().parent.parent)
-    _, status, usage = os.wait4(process.pid, 0)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.kill()
+        raise
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode or not written.is_dir():

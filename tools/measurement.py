@@ -2,12 +2,19 @@
 
 import os
 import platform
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def exit_on_signals() -> None:
+    """Let SIGTERM (of `timeout`, for one) and SIGHUP end this program as Ctrl-C does, so that `finally` blocks run."""
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
 
 
 def peak_memory_mib(pid: int | str = "self") -> float:

@@ -1,20 +1,25 @@
 """Run our trainer and Sentence Transformers with equal settings, in separate processes, whole or step by step."""
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from measurement import available_cores, peak_memory_mib
+from measurement import available_cores, exit_on_signals, peak_memory_mib
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Side = TypeVar("Side")
+PR_SET_PDEATHSIG = 1
+"""Option of Linux' prctl: the signal that a process gets when its parent ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,23 @@ def _bind(cores: list[int]) -> None:
     """Bind this process and its children to these cores, on Linux."""
     if sys.platform == "linux":
         os.sched_setaffinity(0, cores)
+
+
+def _prepare(cores: list[int]) -> None:
+    """In a new trainer: its own process group, its cores, and on Linux its end if this program is killed."""
+    os.setpgrp()
+    _bind(cores)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end(trainers: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Kill the trainers that still run, stopped ones too, with the ranks that they started."""
+    for process in trainers:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def peer_command(settings: Settings, output: Path, *, precision: str = "fp32", save: bool = False,
@@ -107,7 +129,7 @@ def _start(command: list[str], output: Path, *, threads: int, ranks: int) -> sub
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                                preexec_fn=lambda: (os.setpgrp(), _bind(cores)))
+                                preexec_fn=lambda: _prepare(cores))
 
 
 def _fail(command: list[str], code: int, output: Path) -> NoReturn:
@@ -124,8 +146,13 @@ def _steps(output: Path) -> list[dict[str, Any]]:
 
 
 def _run(command: list[str], output: Path, *, threads: int, ranks: int) -> list[dict[str, Any]]:
-    """Run a trainer to the end. Returns its steps; exits if it fails."""
-    code = _start(command, output, threads=threads, ranks=ranks).wait()
+    """Run a trainer to the end. Returns its steps; exits if it fails. A signal ends both programs."""
+    exit_on_signals()
+    process = _start(command, output, threads=threads, ranks=ranks)
+    try:
+        code = process.wait()
+    finally:
+        _end([process])
     if code:
         _fail(command, code, output)
     return _steps(output)
@@ -146,11 +173,14 @@ def run_in_turn(sides: dict[Side, tuple[list[str], Path]], *, threads: int, step
 
     The speed of a shared machine drifts within a minute, but neighbouring steps see the same speed. A step is timed
     from the moment its trainer continues until the step is in its metrics.jsonl, so the time includes the next batch
-    and the log.
+    and the log. A signal ends this program and all trainers.
     """
+    exit_on_signals()
     timings = {name: Timing() for name in sides}
-    running = {name: _start(command, output, threads=threads, ranks=1) for name, (command, output) in sides.items()}
+    running: dict[Side, subprocess.Popen[bytes]] = {}
     try:
+        for name, (command, output) in sides.items():
+            running[name] = _start(command, output, threads=threads, ranks=1)
         for process in running.values():  # they start up in turn as well
             os.killpg(process.pid, signal.SIGSTOP)
         for step in range(1, steps + 1):
@@ -168,7 +198,5 @@ def run_in_turn(sides: dict[Side, tuple[list[str], Path]], *, threads: int, step
                 else:
                     process.wait()
     finally:
-        for process in running.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+        _end(running.values())
     return timings

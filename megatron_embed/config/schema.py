@@ -13,7 +13,7 @@ from megatron_embed.config.optimizer import OptimizerConfig
 from megatron_embed.config.require import require
 from megatron_embed.config.run_checks import check_evaluated, check_first_pass, check_reranker_run
 from megatron_embed.config.workload import WORKLOADS, Workload
-from megatron_embed.names import Activation, HeadKind, ModelDtype, Pooling
+from megatron_embed.names import Activation, HeadKind, MatmulLibrary, ModelDtype, Pooling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,16 @@ class ModelConfig:
     GPUs and on processors with instructions for it (AVX512-BF16, AMX-BF16 or ARM's, unless ATEN_CPU_CAPABILITY,
     ONEDNN_MAX_CPU_ISA or MKL_ENABLE_INSTRUCTIONS disables them), if every rank has them; otherwise float32. A resumed
     run keeps the dtype of its checkpoint. bfloat16 on another processor: products are computed in float32."""
+    cpu_matmul: tuple[MatmulLibrary, ...] | None = None
+    """Libraries of the float32 matrix products of CPU ranks, for the forward pass, the gradient of the input and that
+    of the weight; torch: its own choice, MKL on x86. null: the fastest of each, measured on rank 0 when training starts
+    (at most a second; onednn for matrices below 65,536 elements); a resumed run keeps its checkpoint's."""
 
     def __post_init__(self) -> None:
         require(bool(self.path), "model.path", self.path, "must name a model directory")
+        matmul = self.cpu_matmul
+        require(matmul is None or len(matmul) == 3, "model.cpu_matmul", list(matmul or ()), "must be null or three "
+                "libraries, of the forward pass, the gradient of the input and that of the weight")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,9 @@
-"""Megatron's tensor-parallel linear with float32 products by oneDNN, for the CPU adapter.
+"""Megatron's tensor-parallel linear with float32 products by oneDNN or by torch's own library, for the CPU adapter.
 
 torch computes float32 products by MKL, whose kernels on AMD processors use at most AVX2: 190 GFLOP/s on two Zen 5 cores
-where oneDNN, which ships in the same torch, reaches 430. For other dtypes torch itself uses oneDNN.
+where oneDNN, which ships in the same torch, reaches 430. Held to AVX2, oneDNN's gradients of weights reach 0.7 of
+MKL's. So each kind of product has its library; a run measures which (cpu_matmul.py). For other dtypes torch itself uses
+oneDNN.
 
 On a processor without bfloat16 instructions torch multiplies bfloat16 element by element, and takes 25 times as long as
 in float32. There the factors are converted to float32, which is exact, multiplied, and the sums rounded once, as the
@@ -15,17 +17,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_embed.names import MatmulLibrary
 from megatron_embed.platform.bf16_support import has_native_bf16
 
+Libraries = tuple[MatmulLibrary, ...]
+"""Of the forward pass, the gradient of the input and the gradient of the weight."""
+DEFAULT_LIBRARIES: Libraries = ("onednn", "onednn", "onednn")
+_libraries = DEFAULT_LIBRARIES
 
-def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+
+def use_libraries(libraries: Libraries) -> None:
+    """Set the libraries of all float32 products of this process from now on."""
+    global _libraries
+    assert len(libraries) == len(DEFAULT_LIBRARIES)
+    _libraries = libraries
+
+
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None, *, library: MatmulLibrary) -> Tensor:
     """left @ right.T (+ bias): [..., inner] and [outer, inner], any strides -> [..., outer]."""
     if is_widened(left):
-        return product(left.float(), right.float(), None if bias is None else bias.float()).to(left.dtype)
+        bias = None if bias is None else bias.float()
+        return product(left.float(), right.float(), bias, library=library).to(left.dtype)
     # Experts that no token chose have no rows, which oneDNN refuses.
-    if left.dtype != torch.float32 or left.numel() == 0 or not is_available():
+    if library == "torch" or left.dtype != torch.float32 or left.numel() == 0 or not is_available():
         return torch.nn.functional.linear(left, right, bias)
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+
+
+def forward_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., inner] and [outer, inner] -> [..., outer]."""
+    return product(inputs, weight, bias, library=_libraries[0])
+
+
+def input_gradient(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """[..., outer] and [outer, inner] -> [..., inner]."""
+    return product(grad_output, weight.t(), library=_libraries[1])
 
 
 def is_widened(factor: Tensor) -> bool:
@@ -46,25 +72,26 @@ class WidenedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        return product(inputs, weight)
+        return forward_product(inputs, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inputs, weight = ctx.saved_tensors
         needs_inputs, needs_weight = ctx.needs_input_grad
         rows = grad_output.reshape(-1, grad_output.shape[-1])
-        return (product(grad_output, weight.t()) if needs_inputs else None,
+        return (input_gradient(grad_output, weight) if needs_inputs else None,
                 weight_gradient(rows, inputs.reshape(-1, inputs.shape[-1])) if needs_weight else None)
 
 
-def weight_gradient(grad_output: Tensor, inputs: Tensor) -> Tensor:
-    """grad_output.T @ inputs: [tokens, outer] and [tokens, inner] -> [outer, inner].
+def weight_gradient(grad_output: Tensor, inputs: Tensor, library: MatmulLibrary | None = None) -> Tensor:
+    """grad_output.T @ inputs: [tokens, outer] and [tokens, inner] -> [outer, inner]. `library`: None: the run's.
 
     oneDNN needs a row-major left factor, so one is transposed in memory: the narrower of the two.
     """
-    if grad_output.shape[1] <= inputs.shape[1]:
-        return product(grad_output.t(), inputs.t())
-    return product(inputs.t(), grad_output.t()).t()
+    library = library or _libraries[2]
+    if library == "torch" or grad_output.shape[1] <= inputs.shape[1]:
+        return product(grad_output.t(), inputs.t(), library=library)
+    return product(inputs.t(), grad_output.t(), library=library).t()
 
 
 class OneDnnLinear(torch.autograd.Function):
@@ -86,13 +113,13 @@ class OneDnnLinear(torch.autograd.Function):
         ctx.allreduce_dgrad = allreduce_dgrad
         ctx.sequence_parallel = sequence_parallel
         ctx.tp_group = tp_group
-        return product(_gathered(inputs, tp_group) if sequence_parallel else inputs, weight, bias)
+        return forward_product(_gathered(inputs, tp_group) if sequence_parallel else inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inputs, weight = ctx.saved_tensors
         total = _gathered(inputs, ctx.tp_group) if ctx.sequence_parallel else inputs
-        grad_inputs = product(grad_output, weight.t())
+        grad_inputs = input_gradient(grad_output, weight)
         work = None
         if ctx.sequence_parallel:
             share = torch.empty_like(inputs)
@@ -120,12 +147,12 @@ class OneDnnFrozenLinear(torch.autograd.Function):
         ctx.save_for_backward(weight)
         ctx.allreduce_dgrad = allreduce_dgrad
         ctx.tp_group = tp_group
-        return product(inputs, weight, bias)
+        return forward_product(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
-        grad_inputs = product(grad_output, weight.t())
+        grad_inputs = input_gradient(grad_output, weight)
         if ctx.allreduce_dgrad:
             dist.all_reduce(grad_inputs, group=ctx.tp_group)
         return grad_inputs, None, None, None, None

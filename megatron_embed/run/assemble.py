@@ -23,6 +23,7 @@ from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.export.sentence_transformers import set_right_truncation
 from megatron_embed.loading.model_directory import adapters_of, error_context
 from megatron_embed.models.auto_dtype import resolve_dtype
+from megatron_embed.models.auto_matmul import resolve_cpu_matmul
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
 from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
 from megatron_embed.parallel.heartbeat import monitor_ranks
@@ -37,7 +38,7 @@ from megatron_embed.run.run_directory import (
     changed_since_check,
     describe_rows,
     resume_state,
-    with_known_dtype,
+    with_known_choices,
 )
 from megatron_embed.run.task import Inputs, TaskParts
 from megatron_embed.training.first_pass import build_first_pass
@@ -68,8 +69,9 @@ def run_training(config: RunConfig) -> dict[str, float]:
     inputs = read_inputs(config)
     topology = initialize(inputs.config.parallel)
     with monitor_ranks(topology, abort):
-        # The ranks agree on the dtype, so it is settled after the process groups.
-        inputs.task.config = resolve_dtype(with_known_dtype(inputs.config, inputs.resume_state.checkpoint))
+        # The ranks agree on the dtype and the libraries, so these are settled after the process groups.
+        config = resolve_dtype(with_known_choices(inputs.config, inputs.resume_state.checkpoint))
+        inputs.task.config = resolve_cpu_matmul(config, inputs.task.model.shape)
         return run_unless_complete(inputs, topology, stop)
 
 

@@ -17,7 +17,7 @@ from megatron_embed.loading.model_directory import ModelDirectory, adapters_of
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.lora_settings import AdapterSettings
 from megatron_embed.models.saved_settings import read_saved_settings
-from megatron_embed.run.run_directory import DATA_FILE, describe_rows, with_known_dtype
+from megatron_embed.run.run_directory import DATA_FILE, describe_rows, with_known_choices
 from megatron_embed.run.task import Task
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
     Raises:
         ConfigError: naming key, new and old value.
     """
-    config = with_known_dtype(task.config, checkpoint)
+    config = with_known_choices(task.config, checkpoint)
     before, now = _flat(read_resolved(checkpoint / "config.yaml")), _flat(to_dict(config))
     saved = {key: value for key, value in task.saved_settings(checkpoint).items() if key in FIXED}
     before |= {key: value for key, value in saved.items() if now[key] is not None}

@@ -8,11 +8,13 @@ from typing import Any
 from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import latest_checkpoint, write_atomically
 from megatron_embed.checkpoint.load import owes_evaluation, steps_done
+from megatron_embed.config.load import read_resolved
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.errors import CheckpointError
 from megatron_embed.evaluation.suite import best_metric
+from megatron_embed.names import MATMUL_LIBRARIES, MODEL_DTYPES
 
 DATA_FILE = "data.json"
 """In every checkpoint: what identifies the rows that it was trained on."""
@@ -59,15 +61,21 @@ def describe_rows(records: RecordSet) -> dict[str, Any]:
     return {"rows": len(records), "digest": records.digest}
 
 
-def with_known_dtype(config: RunConfig, checkpoint: Path | None) -> RunConfig:
-    """The same with the checkpoint's dtype in place of `auto`: a run that is resumed elsewhere keeps it.
+def with_known_choices(config: RunConfig, checkpoint: Path | None) -> RunConfig:
+    """The same with the checkpoint's dtype in place of `auto` and its libraries of matrix products in place of None: a
+    run that is resumed elsewhere keeps them.
 
-    No communication. Raises CheckpointError for a damaged checkpoint.
+    No communication. Raises CheckpointError or ConfigError for a damaged checkpoint.
     """
-    known = None if checkpoint is None else open_checkpoint(checkpoint).info.dtype
-    if config.model.dtype != "auto" or known not in ("float32", "bfloat16"):
+    if checkpoint is None:
         return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=known))
+    model, dtype = config.model, open_checkpoint(checkpoint).info.dtype
+    if model.dtype == "auto" and dtype in MODEL_DTYPES:
+        model = dataclasses.replace(model, dtype=dtype)
+    saved = read_resolved(checkpoint / "config.yaml").get("model", {}).get("cpu_matmul")
+    if model.cpu_matmul is None and isinstance(saved, list) and set(saved) <= set(MATMUL_LIBRARIES):
+        model = dataclasses.replace(model, cpu_matmul=tuple(saved))
+    return dataclasses.replace(config, model=model)
 
 
 def is_exported(config: RunConfig, steps: int) -> bool:

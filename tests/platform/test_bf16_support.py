@@ -121,7 +121,7 @@ def test_a_widened_product_is_rounded_once():
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(size, generator=generator).bfloat16() for size in ((9, 64), (5, 64)))
     with mock.patch.object(cpu_linear, "has_native_bf16", return_value=False):
-        assert torch.equal(cpu_linear.product(left, right), (left.float() @ right.float().T).bfloat16())
+        assert torch.equal(cpu_linear.forward_product(left, right), (left.float() @ right.float().T).bfloat16())
         assert cpu_linear.linear(left, right).dtype == torch.bfloat16
         inputs = left.clone().requires_grad_()
         OneDnnFrozenLinear.apply(inputs, right, None, False, None).sum().backward()
@@ -131,8 +131,8 @@ def test_a_widened_product_is_rounded_once():
 def test_float32_is_not_touched():
     left, right = (torch.randn(size, generator=torch.Generator().manual_seed(1)) for size in ((9, 64), (5, 64)))
     with mock.patch.object(cpu_linear, "has_native_bf16", return_value=False):
-        narrow = cpu_linear.product(left, right)
-    assert torch.equal(narrow, cpu_linear.product(left, right))
+        narrow = cpu_linear.forward_product(left, right)
+    assert torch.equal(narrow, cpu_linear.forward_product(left, right))
 
 
 def test_plans_are_for_gpus_and_the_doctor_looks_at_this_machine():

@@ -1,5 +1,8 @@
 """The CPU adapter's linear against torch's, values and gradients; under tensor parallelism in tests/models."""
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,6 +40,47 @@ def test_frozen_weights_give_the_same_output_and_input_gradient(bias):
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(output, inputs, grad), torch.autograd.grad(expected, inputs, grad),
                                rtol=1e-5, atol=1e-5)
+
+
+def test_each_kind_of_product_has_its_library():
+    inputs, weight, grad = _example()
+    calls = []
+    multiply = cpu_linear.product
+
+    def recorded(*arguments, library):
+        calls.append(library)
+        return multiply(*arguments, library=library)
+
+    with mock.patch.object(cpu_linear, "product", recorded):
+        for libraries in (("torch", "onednn", "torch"), ("onednn", "torch", "onednn"), ("torch", "torch", "onednn")):
+            calls.clear()
+            with libraries_set(libraries):
+                output = OneDnnLinear.apply(inputs.requires_grad_(), weight.requires_grad_(), None, False, False, False,
+                                            None, None, None)
+                results = [output, *torch.autograd.grad(output, [inputs, weight], grad)]
+            assert tuple(calls) == libraries
+            expected = torch.nn.functional.linear(inputs, weight)
+            for ours, theirs in zip(results, [expected, *torch.autograd.grad(expected, [inputs, weight], grad)],
+                                    strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@contextlib.contextmanager
+def libraries_set(libraries):
+    cpu_linear.use_libraries(libraries)
+    try:
+        yield
+    finally:
+        cpu_linear.use_libraries(cpu_linear.DEFAULT_LIBRARIES)
+
+
+@pytest.mark.skipif(not cpu_linear.is_available(), reason="no oneDNN on this processor")
+def test_onednn_multiplies_where_it_is_chosen():
+    left, right = torch.randn(9, 64), torch.randn(5, 64)
+    with mock.patch.object(torch.nn.functional, "linear", side_effect=AssertionError):
+        cpu_linear.product(left, right, library="onednn")
+        with pytest.raises(AssertionError):
+            cpu_linear.product(left, right, library="torch")
 
 
 def test_no_rows_give_a_zero_gradient():
