@@ -121,23 +121,24 @@ def _install_cuda(compiled: ModuleType) -> None:
     vars(torch._C).update(_cuda_getDevice=compiled.get_device, _cuda_getCurrentRawStream=lambda index: 0)
 
 
+class _NcclOptions:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.config, self.is_high_priority_stream = SimpleNamespace(), False
+
+
+def gloo_group(store: Any, rank: int, size: int, options: Any) -> Any:
+    """The group that computes the collectives of a ProcessGroupNCCL; called by its constructor."""
+    from torch.distributed import distributed_c10d as c10d
+
+    return c10d.ProcessGroupGloo(c10d.PrefixStore("pretend-nccl", store), rank, size, timeout=options._timeout)
+
+
 def _install_nccl(compiled: ModuleType) -> None:
     """Give torch.distributed the backend `nccl`, which it looks up under these names."""
     from torch.distributed import distributed_c10d as c10d
 
-    class ProcessGroupNCCL:
-        """Makes the compiled backend, which has a group of gloo below."""
-
-        class Options:
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                self.config, self.is_high_priority_stream = SimpleNamespace(), False
-
-        def __new__(cls, store: Any, rank: int, size: int, options: Any = None) -> Any:
-            below = c10d.ProcessGroupGloo(c10d.PrefixStore("pretend-nccl", store), rank, size,
-                                          timeout=options._timeout)
-            return compiled.nccl(below)
-
+    compiled.ProcessGroupNCCL.Options = _NcclOptions
     for module in (c10d, torch.distributed):
-        vars(module).update(ProcessGroupNCCL=ProcessGroupNCCL, is_nccl_available=lambda: True)
-    vars(c10d)["_NCCL_AVAILABLE"] = True
+        vars(module).update(ProcessGroupNCCL=compiled.ProcessGroupNCCL, is_nccl_available=lambda: True)
+    vars(c10d).update(_NCCL_AVAILABLE=True, default_pg_nccl_timeout=c10d.default_pg_timeout)
     torch.cuda.nccl.version = lambda: (2, 27, 0)  # type: ignore[assignment, return-value]

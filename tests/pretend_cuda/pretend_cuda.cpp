@@ -462,5 +462,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("reset_peak", [] { peak = allocated.load(); });
   m.def("to_host_alias", &to_host_alias);
   m.def("to_device_alias", &to_device_alias);
-  m.def("nccl", &make_nccl);
+  define_nccl(m);
 }

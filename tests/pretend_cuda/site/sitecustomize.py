@@ -11,12 +11,11 @@ from pathlib import Path
 
 
 class _TorchFinder(importlib.abc.MetaPathFinder):
-    """Finds torch once, with a loader that puts the device under it."""
+    """Finds torch with a loader that puts the device under it."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "torch":
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None:
             spec.loader = _TorchLoader(spec.loader.name, spec.loader.path)
