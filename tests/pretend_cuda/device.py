@@ -21,42 +21,20 @@ PROPERTIES = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=MEMORY, 
                              multi_processor_count=132)
 
 
-class Event:
+class Event(torch.Event):
     """torch.cuda.Event; everything has happened already."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def record(self, stream: Any = None) -> None: ...
-    def wait(self, stream: Any = None) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        waits.record("synchronize", "event")
-
-    def elapsed_time(self, other: "Event") -> float:
-        return 1.0
+    def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> "Event":
+        return super().__new__(cls, "cuda")
 
 
-class Stream:
+class Stream(torch.Stream):
     """torch.cuda.Stream; everything runs in program order."""
 
-    cuda_stream = stream_id = 0
+    cuda_stream = 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
-
-    def wait_stream(self, other: Any) -> None: ...
-    def wait_event(self, event: Event) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        waits.record("synchronize", "stream")
-
-    def record_event(self, event: Event | None = None) -> Event:
-        return event or Event()
+    def __new__(cls, device: Any = None, priority: int = 0, **kwargs: Any) -> "Stream":
+        return super().__new__(cls, device="cuda" if device is None else device)
 
 
 def _load(library: Path) -> ModuleType:

@@ -27,6 +27,16 @@ using c10::DeviceIndex;
 using c10::Storage;
 constexpr auto CUDA = c10::DeviceType::CUDA;
 
+// ---- Reports --------------------------------------------------------------------------------------------------------
+
+PyObject* listener = nullptr;  // (kind of wait, operator) -> None
+
+void report(const char* kind, const std::string& name) {
+  if (listener == nullptr) return;
+  py::gil_scoped_acquire gil;
+  py::reinterpret_borrow<py::object>(listener)(kind, name);
+}
+
 // ---- Memory ---------------------------------------------------------------------------------------------------------
 
 DeviceIndex device_count = 1;
@@ -113,11 +123,11 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getNewStream(Device device, int) const override { return getStream(device); }
   c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
   bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override {}
+  void synchronizeStream(const c10::Stream&) const override { report("synchronize", "stream"); }
   void record(void** event, const c10::Stream&, DeviceIndex, c10::EventFlag) const override { *event = &device_count; }
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
-  void synchronizeEvent(void*) const override {}
+  void synchronizeEvent(void*) const override { report("synchronize", "event"); }
   void destroyEvent(void*, DeviceIndex) const noexcept override {}
   void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
 } guard;
@@ -145,16 +155,6 @@ struct CUDAHooks final : CUDAHooksInterface {
 };
 C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, CUDAHooks)
 }  // namespace at
-
-// ---- Reports --------------------------------------------------------------------------------------------------------
-
-PyObject* listener = nullptr;  // (kind of wait, operator) -> None
-
-void report(const char* kind, const std::string& name) {
-  if (listener == nullptr) return;
-  py::gil_scoped_acquire gil;
-  py::reinterpret_borrow<py::object>(listener)(kind, name);
-}
 
 // ---- Tensors of the device as tensors of the host, and back ---------------------------------------------------------
 

@@ -33,7 +33,7 @@ counts: collections.Counter[Wait] = collections.Counter()
 def record(kind: str, name: str) -> None:
     """Called by the device for every event; `name` is the operator's."""
     own, megatron = "", ""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe()
     while frame is not None and not own:
         module = frame.f_globals.get("__name__", "")
         where = f"{module}:{frame.f_code.co_name}:{frame.f_lineno}"

@@ -1,0 +1,58 @@
+"""How often the host waits for the GPU in a step, by the function that asks: nowhere else, and not more often.
+
+A copy from or to the GPU that is not asynchronous, a value or a size that is read back, a synchronization: each stops
+the host until the GPU has done what was queued. Counted on the pretend device, whose kernels are the CPU's.
+
+Where the counts change: a lower one passes (lower the number here as well); after a new or a larger one the message of
+the failed test is the table to paste, if the wait is needed at all.
+"""
+
+import collections
+
+import pytest
+
+from tests.helpers.device_runs import models, train_arguments  # noqa: F401  fixtures
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
+from tests.pretend_cuda.environment import is_pretended
+
+MICRO_BATCHES, LAYERS, TENSORS = 4, 4, 46
+"""Of the run: micro-batches of a step, layers, parameters."""
+
+PER_STEP: dict[str, int] = {
+}
+"""Function -> blocking waits of one step, at most."""
+
+
+@pytest.fixture(autouse=True)
+def _on_the_pretend_device():
+    if not is_pretended():
+        pytest.skip("needs the pretend device, which counts (docs/pretend_device.md)")
+
+
+def waits_of(arguments):
+    """Runs in a worker: function -> blocking waits of a whole run."""
+    from tests.pretend_cuda import waits
+
+    with waits.recorded() as found:
+        code, _, err, _ = command(arguments)
+    assert code == 0, err
+    functions = collections.Counter()
+    for wait, count in found.items():
+        if wait.blocks:
+            functions[wait.place.rpartition(":")[0]] += count
+    return dict(functions), waits.table(found)
+
+
+@pytest.mark.gpu
+def test_a_step_waits_no_more_than_its_budget(models, tmp_path):
+    """The difference between runs of four steps and of two: the first step also makes what later ones reuse."""
+    (short, _), (long, lines) = (run_on_ranks(waits_of, 1, train_arguments(
+        models["qwen3"], tmp_path / f"run{steps}", f"training.train_steps={steps}", "model.dtype=bfloat16",
+        training={"micro_batch_size": 8 // MICRO_BATCHES}))[0] for steps in (2, 4))
+    per_step = {name: (count - short.get(name, 0)) / 2 for name, count in long.items()}
+    per_step = {name: count for name, count in sorted(per_step.items()) if count > 0}
+    table = "".join(f'    "{name}": {count:g},\n' for name, count in per_step.items())
+    over = {name: count for name, count in per_step.items() if count > PER_STEP.get(name, 0)}
+    assert not over, f"more waits per step than PER_STEP allows: {over}\nnow:\n{table}\nby line, whole run:\n{lines}"
+    assert per_step, "nothing was counted, so nothing is shown"
