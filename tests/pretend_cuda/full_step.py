@@ -8,6 +8,7 @@ Needs the pretend device: a CPU build of torch alone aborts at the first matrix 
 import collections
 import contextlib
 import dataclasses
+import importlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.models.encoder import attention_kernel, build_model, to_device
+from megatron_embed.models.encoder import EmbeddingModel, attention_kernel, build_model, to_device
 from megatron_embed.models.families import ModelShape
 from megatron_embed.objectives.base import LossGradient, Objective, Sums
 from megatron_embed.parallel.topology import Topology, initialize, token_alignment
@@ -101,7 +102,8 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             if args[0].device.type == "cuda":
                 self._wait("read back")
-            return torch.ones((), dtype=args[0].dtype).numpy().item()  # there is no value: any finite one
+            # There is no value: any finite one of its type.
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -193,6 +195,13 @@ def longest_micro_batch(config: RunConfig) -> MicroBatch:
                       cu_seqlens=bounds, rows=torch.arange(len(lengths)))
 
 
+def norm_by_values(chunk_size: int, flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool,
+                   *args: Any) -> tuple[Tensor, None]:
+    """Megatron's `local_multi_tensor_l2_norm`, which makes a tensor of tensors: fake ones have no values for it."""
+    norms = [float(torch.norm(tensor)) for tensor in tensor_lists[0]]
+    return torch.norm(torch.tensor(norms)).to(tensor_lists[0][0].device).view(1), None
+
+
 @contextlib.contextmanager
 def fake_ranks(world_size: int) -> Iterator[None]:
     """This process as rank 0 of many: collectives return at once and leave their output as it is."""
@@ -201,17 +210,25 @@ def fake_ranks(world_size: int) -> Iterator[None]:
     def all_gather_object(results: list[Any], value: Any, group: Any = None) -> None:
         results[:] = [value] * len(results)
 
+    @contextlib.contextmanager
+    def one_by_one(group: Any = None, **kwargs: Any) -> Iterator[Any]:
+        yield mock.Mock(name="work")  # fake tensors know no coalesced collectives; each is done when it returns
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("megatron.core.distributed.param_and_grad_buffer._coalescing_manager", one_by_one))
         stack.enter_context(mock.patch.object(
             dist, "new_group", lambda *args, **kwargs: new_group(*args, **kwargs | {"backend": None})))
         stack.enter_context(mock.patch.object(dist, "all_gather_object", all_gather_object))
+        clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+        if clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
+            stack.enter_context(mock.patch.object(clip_grads, "l2_norm_impl", norm_by_values))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         yield
 
 
 @contextlib.contextmanager
-def cuda_names_of_fakes() -> Iterator[None]:
-    """Give fake tensors what they lack beside real ones on a GPU: the name of their type, and RMSNorm's kernel."""
+def fakes_as_on_cuda() -> Iterator[None]:
+    """Give fake tensors what they lack beside real ones: the name of their type, RMSNorm's kernel, `Module.to`."""
     type_of = Tensor.type
 
     def named(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -228,10 +245,20 @@ def cuda_names_of_fakes() -> Iterator[None]:
                           mask: list[bool]) -> tuple[Tensor, Tensor | None]:
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
 
+    def to(model: EmbeddingModel, device: torch.device, dtype: torch.dtype) -> EmbeddingModel:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if (parameter.device, parameter.dtype) != (device, dtype):
+                    moved = torch.nn.Parameter(parameter.detach().to(device, dtype), parameter.requires_grad)
+                    for key, mark in vars(parameter).items():  # Megatron's marks; a fake has its device there as well
+                        vars(moved).setdefault(key, mark)
+                    module.register_parameter(name, moved)
+        return model
+
     library = torch.library.Library("aten", "IMPL")
     library.impl("_fused_rms_norm", rms_norm, "CUDA")
     library.impl("_fused_rms_norm_backward", rms_norm_backward, "CUDA")
-    with mock.patch.object(Tensor, "type", named):
+    with mock.patch.object(Tensor, "type", named), mock.patch.object(EmbeddingModel, "to", to):
         yield
 
 
@@ -252,7 +279,7 @@ def as_fake(value: Any, fake: FakeTensorMode) -> Any:
 def count_step(config: RunConfig, world_size: int) -> StepCounts:
     """Counts of rank 0 of `world_size`, for one micro-batch of the longest texts. Once per process."""
     shape = shape_of(config.model.path)
-    with fake_ranks(world_size), cuda_names_of_fakes():
+    with fake_ranks(world_size), fakes_as_on_cuda():
         topology = initialize(config.parallel)
         assert topology.pp_size == 1, "a stage would wait for the others' shapes"
         compat.model_parallel_cuda_manual_seed(1)
