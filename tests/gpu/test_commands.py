@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.commands import small_beir  # noqa: F401  fixtures
-from tests.helpers.device_runs import call, cpu_curve, models, train  # noqa: F401  fixtures
+from tests.helpers.device_runs import call, cpu_curve, cpu_pool, models, train  # noqa: F401  fixtures
 from tests.helpers.reranker_runs import lists, run_settings
 from tests.helpers.runs import go_back
 from tests.helpers.toys import MINI_EN, save_reranker
@@ -66,8 +66,8 @@ def test_where_things_lie_changes_nothing(models, trained, setting, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, setting", [
-    ("qwen3", "training.micro_batch_tokens=512"), ("qwen3", "model.attention=sdpa"), ("bert", "training.recompute=full"),
-    ("qwen3", "objective.learnable_temperature=true")])
+    ("qwen3", "training.micro_batch_tokens=512"), ("qwen3", "model.attention=sdpa"),
+    ("bert", "training.recompute=full"), ("qwen3", "objective.learnable_temperature=true")])
 def test_float32_settings_are_the_cpus(models, cpu_curve, kind, setting, tmp_path):
     tolerance = HALF if "temperature" in setting else EXACT  # the CPU's curve has a fixed one
     assert train(models[kind], tmp_path / "run", setting) == pytest.approx(cpu_curve(kind), rel=tolerance)

@@ -1,5 +1,6 @@
-"""Commands of the program on GPUs (or what pretends to be some), and training curves of the CPU to compare them with."""
+"""Commands of the program on GPUs, pretended or real, and training curves of the CPU to compare them with."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig, AutoTokenizer
 
@@ -33,19 +35,30 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cpu_curve(models, tmp_path_factory):
-    """A run's curve on one CPU rank, by the name of its model; in float32, each run once."""
-    pool, folder, curves = RankPool(), tmp_path_factory.mktemp("cpu"), dict[str, list[float]]()
-
-    def run(kind):
-        if kind not in curves:
-            with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # read when the pool's process starts
-                results = pool.run(command, 1, (train_arguments(models[kind], folder / kind),), {}, SECONDS)
-            curves[kind] = _curve(results, folder / kind)
-        return curves[kind]
-
-    yield run
+def cpu_pool():
+    """Ranks that see no GPU."""
+    pool = RankPool()
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # its process starts with the first call
+        assert pool.run(sees_gpu, 1, (), {}, SECONDS) == [False]
+    yield pool
     pool.shutdown()
+
+
+def sees_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module")
+def cpu_curve(models, cpu_pool, tmp_path_factory):
+    """The curve of a run on one CPU rank in float32, by the name of its model."""
+    folder = tmp_path_factory.mktemp("cpu")
+
+    @functools.cache
+    def run(kind):
+        results = cpu_pool.run(command, 1, (train_arguments(models[kind], folder / kind),), {}, SECONDS)
+        return curve_of(results, folder / kind)
+
+    return run
 
 
 def train_arguments(model: str, directory: Path, *overrides: str, **sections: dict[str, Any]) -> list[str]:
@@ -69,10 +82,10 @@ def call(arguments: list[Any], ranks: int = 1) -> str:
 def train(model: str, directory: Path, *overrides: str, ranks: int = 1, **sections: dict[str, Any]) -> list[float]:
     """The curve of a run on `ranks` GPUs."""
     arguments = train_arguments(model, directory, *overrides, **sections)
-    return _curve(run_on_ranks(command, ranks, arguments, timeout_seconds=SECONDS), directory)
+    return curve_of(run_on_ranks(command, ranks, arguments, timeout_seconds=SECONDS), directory)
 
 
-def _curve(results: list[tuple[int, str, str, float]], directory: Path) -> list[float]:
+def curve_of(results: list[tuple[int, str, str, float]], directory: Path) -> list[float]:
     """Loss and gradient norm of every step."""
     assert all(code == 0 for code, *_ in results), results[0][2]
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

@@ -1,8 +1,8 @@
-"""Compile the pretend device against the installed torch: half a minute on one core, once per torch and source."""
+"""Compile the pretend device against the installed torch: 20 s on one core, once for each torch and source."""
 
 import ctypes
+import fcntl
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -70,19 +70,25 @@ def build() -> Path:
     target = library()
     if target.exists():
         return target
-    torch = torch_folder()
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{os.getpid()}.so")
-    includes = [f"-I{folder}" for folder in (torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include",
-                                             sysconfig.get_paths()["include"])]
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be compiling the same
+        if not target.exists():
+            _compile(target)
+    return target
+
+
+def _compile(target: Path) -> None:
+    torch, unfinished = torch_folder(), target.with_suffix(".unfinished")
+    includes = (torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include",
+                sysconfig.get_paths()["include"])
     done = subprocess.run(
-        ["g++", *FLAGS, *includes, str(SOURCES[0]), "-o", str(unfinished), f"-L{torch / 'lib'}", "-ltorch",
-         "-ltorch_cpu", "-lc10", "-ltorch_python", f"-Wl,-rpath,{torch / 'lib'}"],
+        ["g++", *FLAGS, *(f"-I{folder}" for folder in includes), str(SOURCES[0]), "-o", str(unfinished),
+         f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python", f"-Wl,-rpath,{torch / 'lib'}"],
         capture_output=True, text=True, check=False)
     if done.returncode:
         raise CannotBuildError(f"g++ failed:\n{done.stderr[-4000:]}")
     unfinished.replace(target)
-    return target
 
 
 def load(library: Path) -> None:

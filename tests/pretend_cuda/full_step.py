@@ -215,7 +215,8 @@ def fake_ranks(world_size: int) -> Iterator[None]:
         yield mock.Mock(name="work")  # fake tensors know no coalesced collectives; each is done when it returns
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch("megatron.core.distributed.param_and_grad_buffer._coalescing_manager", one_by_one))
+        buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+        stack.enter_context(mock.patch.object(buffers, "_coalescing_manager", one_by_one))
         stack.enter_context(mock.patch.object(
             dist, "new_group", lambda *args, **kwargs: new_group(*args, **kwargs | {"backend": None})))
         stack.enter_context(mock.patch.object(dist, "all_gather_object", all_gather_object))
