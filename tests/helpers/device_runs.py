@@ -61,15 +61,15 @@ def cpu_curve(models, cpu_pool, tmp_path_factory):
     return run
 
 
-def train_arguments(model: str, directory: Path, *overrides: str, **sections: dict[str, Any]) -> list[str]:
+def train_arguments(path: str, directory: Path, /, *overrides: str, **sections: dict[str, Any]) -> list[str]:
     """Arguments of a run of `STEPS` steps of two micro-batches in float32; writes its YAML beside `directory`."""
-    values = settings(model, directory)
+    values = settings(path, directory)
     values["training"] |= {"learning_rate": 1e-3, "lr_decay_style": "constant", "train_steps": STEPS}
     for section, keys in sections.items():
         values[section] = values.get(section, {}) | keys
-    path = directory.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return ["train", str(path), *overrides]
+    file = directory.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return ["train", str(file), *overrides]
 
 
 def call(arguments: list[Any], ranks: int = 1) -> str:
@@ -79,9 +79,9 @@ def call(arguments: list[Any], ranks: int = 1) -> str:
     return results[0][1]
 
 
-def train(model: str, directory: Path, *overrides: str, ranks: int = 1, **sections: dict[str, Any]) -> list[float]:
+def train(path: str, directory: Path, /, *overrides: str, ranks: int = 1, **sections: dict[str, Any]) -> list[float]:
     """The curve of a run on `ranks` GPUs."""
-    arguments = train_arguments(model, directory, *overrides, **sections)
+    arguments = train_arguments(path, directory, *overrides, **sections)
     return curve_of(run_on_ranks(command, ranks, arguments, timeout_seconds=SECONDS), directory)
 
 
