@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.commands import small_beir  # noqa: F401  fixtures
-from tests.helpers.device_runs import call, cpu_curve, cpu_pool, models, train  # noqa: F401  fixtures
+from tests.helpers.device_runs import call, train
 from tests.helpers.reranker_runs import lists, run_settings
 from tests.helpers.runs import go_back
 from tests.helpers.toys import MINI_EN, save_reranker

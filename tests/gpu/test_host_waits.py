@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from tests.helpers.device_runs import STEPS, models, train_arguments  # noqa: F401  fixtures
+from tests.helpers.device_runs import STEPS, train_arguments
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.pretend_cuda.environment import is_pretended
@@ -97,6 +97,8 @@ def read_back_in_the_forward_pass(arguments):
 def test_a_new_read_back_is_counted(models, tmp_path):
     arguments = train_arguments(models["qwen3"], tmp_path / "run", "model.dtype=bfloat16")
     ((counts, lines),) = run_on_ranks(read_back_in_the_forward_pass, 1, arguments)
+    # Under the name of its caller, for this file is not the package's.
     planted = {name: count for name, count in counts.items()
-               if name.startswith("megatron.core.distributed.") and name.endswith(":forward")}  # where it is called from
-    assert sum(planted.values()) == 2 * 2 * STEPS and not planted.keys() & PER_STEP.keys(), lines  # passes, micro-batches
+               if name.startswith("megatron.core.distributed.") and name.endswith(":forward")}
+    passes, micro_batches = 2, 2
+    assert sum(planted.values()) == passes * micro_batches * STEPS and not planted.keys() & PER_STEP.keys(), lines

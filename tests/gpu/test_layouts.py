@@ -5,7 +5,7 @@ Not run on a GPU so far, but on the pretend device (docs/pretend_device.md).
 
 import pytest
 
-from tests.helpers.device_runs import cpu_curve, cpu_pool, models, train  # noqa: F401  fixtures
+from tests.helpers.device_runs import train
 
 EXACT = 1e-4
 """Relative; sums in another order."""

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from tests.helpers.device_runs import SECONDS, cpu_curve, cpu_pool, curve_of, models, train_arguments  # noqa: F401
+from tests.helpers.device_runs import SECONDS, curve_of, train_arguments
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 
