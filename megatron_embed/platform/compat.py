@@ -75,7 +75,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
@@ -100,9 +99,6 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron_embed.platform import threaded_checkpoint_writer as writer
 
 writer.install()
-
-# 0.16.1 leaves the name undefined without Transformer Engine.
-vars(moe_utils).setdefault("te_general_gemm", None)
 
 # Messages of 0.19 on every rank about its own plans, and of either version on a CPU, which has one random stream.
 for _name, _message in (("distributed.distributed_data_parallel", "full_param_layout not provided"),

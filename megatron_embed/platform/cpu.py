@@ -299,6 +299,7 @@ def install() -> None:
     random._get_cuda_rng_state = _get_rng_state  # type: ignore[attr-defined]
     random._set_cuda_rng_state = _set_rng_state  # type: ignore[attr-defined]
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    vars(moe_utils).setdefault("te_general_gemm", None)  # 0.16.1 leaves the name undefined without Transformer Engine
     _numpy_split_sizes(moe_utils)
     for site in CUDA_TYPE_SITES:
         _name_cuda_types(*site)
