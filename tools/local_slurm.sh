@@ -2,7 +2,7 @@
 # A real Slurm on this machine's loopback, for tests: munged, slurmctld and two slurmd (node1, node2), all of them as the
 # user who starts them. On Debian or Ubuntu.
 #
-#   tools/local_slurm.sh install          # slurm-wlm, munge and shellcheck by apt-get, as root or with sudo, if missing
+#   tools/local_slurm.sh install          # slurm-wlm, munge, shellcheck, g++ by apt-get, as root or with sudo
 #   tools/local_slurm.sh start DIR        # everything it writes lies in DIR; then: export SLURM_CONF=DIR/slurm.conf
 #   tools/local_slurm.sh stop DIR
 #
@@ -11,14 +11,18 @@ set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
 
 install() {
-    if command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v shellcheck >/dev/null; then
+    local program missing=false
+    for program in slurmctld munged shellcheck g++; do
+        command -v "$program" >/dev/null || missing=true
+    done
+    if ! $missing; then
         return
     fi
     local sudo=()
     if [[ $(id -u) != 0 ]] && sudo -n true 2>/dev/null; then
         sudo=(sudo -n)
     elif [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
-        echo "SLURM IS NOT INSTALLED, and only root (or sudo) with apt-get can: the tests that need it are left out" >&2
+        echo "SLURM OR G++ IS NOT INSTALLED, and only root (or sudo) with apt-get can: tests that need it are left out" >&2
         return
     fi
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive bash "$0" packages
@@ -30,8 +34,9 @@ packages() {
     if [[ ! -e $policy ]]; then
         printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy" && made=true
     fi
-    apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends slurm-wlm munge shellcheck >/dev/null 2>&1 ||
-        echo "APT-GET COULD NOT INSTALL slurm-wlm, munge and shellcheck: tests that need them are left out" >&2
+    local names=(slurm-wlm munge shellcheck g++)
+    apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends "${names[@]}" >/dev/null 2>&1 ||
+        echo "APT-GET COULD NOT INSTALL ${names[*]}: tests that need them are left out" >&2
     if $made; then
         rm -f "$policy"
     fi

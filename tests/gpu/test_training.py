@@ -16,8 +16,9 @@ from tests.helpers.families import save_family
 from tests.helpers.refusals import settings
 from tests.helpers.toys import REPOSITORY, save_model
 
-DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", marks=pytest.mark.slow)]
-PAIRS = [pytest.param("cuda", marks=pytest.mark.multi_gpu), pytest.param("cpu", marks=pytest.mark.slow)]
+pytestmark = pytest.mark.slow
+DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
+PAIRS = [pytest.param("cuda", marks=pytest.mark.multi_gpu), "cpu"]
 STEPS = 3
 
 

@@ -150,7 +150,9 @@ def _enter_world(call: Call) -> None:
     # Longer than the pool waits, so that a hang is found by the pool, which shows every rank's stack.
     timeout = datetime.timedelta(seconds=call.timeout_seconds + 60)
     store = dist.FileStore(call.store_file, call.world_size)
-    dist.init_process_group("gloo", store=store, rank=call.rank, world_size=call.world_size,
+    # As parallel/topology.py does.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=call.rank, world_size=call.world_size,
                             timeout=datetime.timedelta(seconds=CONNECT_SECONDS))
     dist.distributed_c10d._set_pg_timeout(timeout)
 

@@ -73,6 +73,8 @@ class _Nursery:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            # Otherwise torch initializes CUDA when it counts devices, and the forks could not use them.
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), *sys.path])),
         }
         if sys.platform == "linux":

@@ -1,0 +1,104 @@
+"""How often the host waits for the GPU in a step, by the function that asks: nowhere else, and not more often.
+
+A copy from or to the GPU that is not asynchronous, a value or a size that is read back, a synchronization: each stops
+the host until the GPU has done what was queued. Counted on the pretend device, whose kernels are the CPU's.
+
+Where the counts change: a lower one passes (lower the number here as well); after a new or a larger one the message of
+the failed test is the table to paste, if the wait is needed at all.
+"""
+
+import collections
+from unittest import mock
+
+import pytest
+
+from tests.helpers.device_runs import STEPS, train_arguments
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
+from tests.pretend_cuda.environment import is_pretended
+
+MICRO_BATCHES = 4
+"""Of a step. The model has 4 layers and 34 tensors of parameters: 34 is once for each, 8 is twice per micro-batch."""
+
+PER_STEP = {
+    "losses.info_nce:_statistics": 2,
+    "megatron.core.optimizer.clip_grads:get_grad_norm_fp32": 2,
+    "megatron.core.utils:local_multi_tensor_l2_norm": 70,
+    "models.encoder:to_device": 16,
+    "models.passes:embed": 2,
+    "models.pooling:local_plan": 8,
+    "models.pooling:pooling_plan": 12,
+    "models.rope:rotary_angles": 8,
+    "objectives.base:metrics": 1,
+    "objectives.contrastive:_ratios": 1,
+    "objectives.contrastive:of": 5,
+    "objectives.gathering:_compact": 1,
+    "objectives.gathering:_pad": 1,
+    "objectives.gathering:gather_ids": 11,
+    "objectives.gathering:return_gradients": 2,
+    "training.grad_cache:loss": 4,
+    "training.loop:load_agreed": 2,
+    "training.optimizer:step": 34,
+}
+"""Function -> blocking waits of one step, at most."""
+
+
+@pytest.fixture(autouse=True)
+def _on_the_pretend_device():
+    if not is_pretended():
+        pytest.skip("needs the pretend device, which counts (docs/pretend_device.md)")
+
+
+def waits_of(arguments):
+    """Runs in a worker: function -> blocking waits of a whole run."""
+    from tests.pretend_cuda import waits
+
+    with waits.recorded() as found:
+        code, _, err, _ = command(arguments)
+    assert code == 0, err
+    functions = collections.Counter()
+    for wait, count in found.items():
+        if wait.blocks:
+            functions[wait.place.rpartition(":")[0]] += count
+    return dict(functions), waits.table(found)
+
+
+@pytest.mark.gpu
+def test_a_step_waits_no_more_than_its_budget(models, tmp_path):
+    """The difference between runs of four steps and of two: the first step also makes what later ones reuse."""
+    (short, _), (long, lines) = (run_on_ranks(waits_of, 1, train_arguments(
+        models["qwen3"], tmp_path / f"run{steps}", f"training.train_steps={steps}", "model.dtype=bfloat16",
+        training={"micro_batch_size": 8 // MICRO_BATCHES}))[0] for steps in (2, 4))
+    per_step = {name: (count - short.get(name, 0)) / 2 for name, count in long.items()}
+    per_step = {name: count for name, count in sorted(per_step.items()) if count > 0}
+    assert per_step, "nothing was counted, so nothing is shown"
+    table = "".join(f'    "{name}": {count:g},\n' for name, count in per_step.items())
+    over = {name: count for name, count in per_step.items() if count > PER_STEP.get(name, 0)}
+    assert not over, f"more waits per step than PER_STEP allows: {over}\nnow:\n{table}\nby line, whole run:\n{lines}"
+
+
+def read_back_in_the_forward_pass(arguments):
+    """Runs in a worker: as `waits_of`, with a model that looks at its output."""
+    from megatron_embed.models.encoder import EmbeddingModel
+
+    right = EmbeddingModel.forward
+
+    def forward(model, batch):
+        output = right(model, batch)
+        assert output.sum().item() is not None
+        return output
+
+    with mock.patch.object(EmbeddingModel, "forward", forward):
+        return waits_of(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+def test_a_new_read_back_is_counted(models, tmp_path):
+    arguments = train_arguments(models["qwen3"], tmp_path / "run", "model.dtype=bfloat16")
+    ((counts, lines),) = run_on_ranks(read_back_in_the_forward_pass, 1, arguments)
+    # Under the name of its caller, for this file is not the package's.
+    planted = {name: count for name, count in counts.items()
+               if name.startswith("megatron.core.distributed.") and name.endswith(":forward")}
+    passes, micro_batches = 2, 2
+    assert sum(planted.values()) == passes * micro_batches * STEPS and not planted.keys() & PER_STEP.keys(), lines

@@ -1,0 +1,47 @@
+"""The tests for GPUs, on a device that names itself CUDA and computes on the CPU (docs/pretend_device.md)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.toys import REPOSITORY
+from tests.pretend_cuda.build import CannotBuildError, reason_against
+from tests.pretend_cuda.environment import environment
+
+
+@pytest.fixture(scope="module")
+def device():
+    reason = reason_against()
+    if reason is not None:
+        pytest.skip(f"no pretend device: {reason}")
+    try:
+        return environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    except CannotBuildError as error:
+        pytest.fail(str(error))
+
+
+def run_tests(device, mark):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", f"(gpu or multi_gpu) and {mark}", "-p", "no:cacheprovider",
+         "tests/gpu"], cwd=REPOSITORY, env=device, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout and "CUDA device(s), this machine has" not in done.stdout, done.stdout
+
+
+def test_quick_tests_for_gpus_pass(device):
+    run_tests(device, "not slow")
+
+
+@pytest.mark.slow
+def test_slow_tests_for_gpus_pass(device):
+    run_tests(device, "slow")
+
+
+def test_the_device_is_off_where_no_gpu_is_visible(device):
+    """As `CUDA_VISIBLE_DEVICES=""` hides real ones: by it the tests get their CPU curves."""
+    done = subprocess.run([sys.executable, "-c", "import sys; print([f for f in sys.meta_path if 'Torch' in repr(f)])"],
+                          env=device | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert os.environ.get("PRETEND_CUDA") is None

@@ -1,0 +1,322 @@
+"""One training step of a full-size model on fake tensors: memory, launches, bytes, FLOPs, copies and waits.
+
+Shapes, dtypes and devices of every tensor are real, their values do not exist: eight billion parameters take no memory.
+The model, its gradient buffers, the optimizer and both passes are the product's, for rank 0 of a layout of any size.
+Needs the pretend device: a CPU build of torch alone aborts at the first matrix product with a gradient.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import importlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from megatron_embed.batch import MicroBatch
+from megatron_embed.config.schema import RunConfig
+from megatron_embed.models.encoder import EmbeddingModel, attention_kernel, build_model, to_device
+from megatron_embed.models.families import ModelShape
+from megatron_embed.objectives.base import LossGradient, Objective, Sums
+from megatron_embed.parallel.topology import Topology, initialize, token_alignment
+from megatron_embed.planning.memory import Memory, activation_bytes, grid_of, stage_memory
+from megatron_embed.planning.shapes import shape_of
+from megatron_embed.platform import compat
+from megatron_embed.training.grad_cache import GradCache
+from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
+from tests.pretend_cuda.waits import Wait, record, recorded
+
+NO_KERNEL = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_",
+             "_reshape_alias", "lift_fresh")
+"""Operators that start nothing on the GPU, besides views."""
+COLLECTIVES = ("c10d", "_c10d_functional")
+
+
+@dataclass(kw_only=True)
+class Work:
+    """What one part of a step asks of the GPU, and the host of it."""
+
+    products: int = 0
+    """Launches of matrix products and attention."""
+    others: int = 0
+    """Launches of everything else but collectives."""
+    collectives: int = 0
+    flops: int = 0
+    product_bytes: int = 0
+    """Bytes of the arguments and results of products, of the others, and of the collectives' results."""
+    other_bytes: int = 0
+    collective_bytes: int = 0
+    peak: int = 0
+    """Most bytes of live tensors."""
+    by_operator: collections.Counter[str] = field(default_factory=collections.Counter)
+    """Bytes of the others."""
+    waits: collections.Counter[Wait] = field(default_factory=collections.Counter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCounts:
+    """Counts of rank 0. Passes and `to_device` are of one micro-batch, `optimizer` of a step."""
+
+    tokens: int
+    """Tokens of the micro-batch, over its context-parallel ranks."""
+    layers: int
+    resident: int
+    """Bytes before the first micro-batch: parameters, gradients, optimizer state."""
+    planned: Memory
+    """What `plan` says of this rank, its activations for this number of tokens."""
+    work: dict[str, Work]
+
+    @property
+    def activations(self) -> int:
+        """Bytes of the second pass, at most, besides the resident ones."""
+        return self.work["pass 2"].peak - self.resident
+
+    @property
+    def peak(self) -> int:
+        return max(work.peak for work in self.work.values())
+
+
+class Meter(TorchDispatchMode):
+    """Counts every operator under the part of the step that runs, and the bytes of live device tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: dict[str, Work] = collections.defaultdict(Work)
+        self.part = "build"
+        self.live = 0
+        self._storages: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, work = kwargs or {}, self.work[self.part]
+        if func is torch.ops.aten._local_scalar_dense.default:
+            if args[0].device.type == "cuda":
+                self._wait("read back")
+            # There is no value: any finite one of its type.
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        result = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for tensor in outputs:
+            self._track(tensor)
+        work.peak = max(work.peak, self.live)
+        if func.namespace in COLLECTIVES:
+            work.collectives += 1
+            work.collective_bytes += sum(map(_bytes, outputs)) or sum(map(_bytes, inputs))
+        elif func.namespace == "aten":
+            self._count(func, inputs, outputs, lambda: flop_registry[func._overloadpacket](
+                *args, **kwargs, out_val=result))
+        return result
+
+    def _count(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], flops: Callable[[], int]) -> None:
+        work, devices = self.work[self.part], {tensor.device.type for tensor in (*inputs, *outputs)}
+        name = func._opname
+        if name in ("_to_copy", "copy_") and len(devices) > 1:
+            self._wait("copy to device" if outputs[0].device.type == "cuda" else "copy to host")
+        if "cuda" not in devices or name in NO_KERNEL or func.is_view or _is_view(func, inputs, outputs):
+            return
+        size = sum(_bytes(tensor) for tensor in {id(tensor): tensor for tensor in (*inputs, *outputs)}.values())
+        if func._overloadpacket in flop_registry:
+            work.products += 1
+            work.product_bytes += size
+            work.flops += flops()
+        else:
+            work.others += 1
+            work.other_bytes += size
+            work.by_operator[name] += size
+
+    def _wait(self, kind: str) -> None:
+        with recorded() as found:
+            record(kind, "")
+        self.work[self.part].waits.update(found)
+
+    def _track(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.device.type == "cuda" and storage._cdata not in self._storages:
+            self._storages[storage._cdata] = storage.nbytes()
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._free, storage._cdata)
+
+    def _free(self, storage: int) -> None:
+        self.live -= self._storages.pop(storage, 0)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size() if tensor.device.type == "cuda" else 0
+
+
+def _is_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+    """Whether all that an operator returns lies in its inputs' storages and it writes nothing."""
+    held = {tensor.untyped_storage()._cdata for tensor in inputs}
+    return bool(inputs and outputs) and not func._schema.is_mutable and all(
+        tensor.untyped_storage()._cdata in held for tensor in outputs)
+
+
+class NoLoss(Objective[Any]):
+    """Stands in for a loss: a gradient of ones. Its own work is that of embeddings, small beside a model's."""
+
+    names, couples_batch, learned = ("loss",), True, None
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def total(self, batch: Any) -> float:
+        return 1.0
+
+    def split(self, batch: Any) -> Any:
+        raise NotImplementedError
+
+    def __call__(self, embeddings: Tensor, batch: Any, *, total: float) -> LossGradient:
+        self.meter.part = "pass 2"
+        values = torch.ones(1, 2, dtype=torch.float64, device=embeddings.device)
+        return LossGradient(sums=Sums(names=self.names, values=values), embeddings=torch.ones_like(embeddings))
+
+
+def longest_micro_batch(config: RunConfig) -> MicroBatch:
+    """A micro-batch of the settings' longest texts, on the host."""
+    texts = config.training.micro_batch_size
+    documents = texts * (1 + config.data.num_negatives)
+    lengths = torch.tensor([config.data.query_max_length] * texts + [config.data.document_max_length] * documents)
+    real = int(lengths.sum())
+    padding = -real % token_alignment(config.parallel)
+    positions = [torch.arange(int(length)) for length in lengths] + [torch.zeros(padding, dtype=torch.int64)]
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
+    return MicroBatch(token_ids=torch.randint(1000, (real + padding,)), position_ids=torch.cat(positions),
+                      cu_seqlens=bounds, rows=torch.arange(len(lengths)))
+
+
+def norm_by_values(chunk_size: int, flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool,
+                   *args: Any) -> tuple[Tensor, None]:
+    """Megatron's `local_multi_tensor_l2_norm`, which makes a tensor of tensors: fake ones have no values for it."""
+    norms = [float(torch.norm(tensor)) for tensor in tensor_lists[0]]
+    return torch.norm(torch.tensor(norms)).to(tensor_lists[0][0].device).view(1), None
+
+
+@contextlib.contextmanager
+def fake_ranks(world_size: int) -> Iterator[None]:
+    """This process as rank 0 of many: collectives return at once and leave their output as it is."""
+    new_group = dist.new_group
+
+    def all_gather_object(results: list[Any], value: Any, group: Any = None) -> None:
+        results[:] = [value] * len(results)
+
+    @contextlib.contextmanager
+    def one_by_one(group: Any = None, **kwargs: Any) -> Iterator[Any]:
+        yield mock.Mock(name="work")  # fake tensors know no coalesced collectives; each is done when it returns
+
+    with contextlib.ExitStack() as stack:
+        buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+        stack.enter_context(mock.patch.object(buffers, "_coalescing_manager", one_by_one))
+        stack.enter_context(mock.patch.object(
+            dist, "new_group", lambda *args, **kwargs: new_group(*args, **kwargs | {"backend": None})))
+        stack.enter_context(mock.patch.object(dist, "all_gather_object", all_gather_object))
+        clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+        if clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
+            stack.enter_context(mock.patch.object(clip_grads, "l2_norm_impl", norm_by_values))
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        yield
+
+
+@contextlib.contextmanager
+def fakes_as_on_cuda() -> Iterator[None]:
+    """Give fake tensors what they lack beside real ones: the name of their type, RMSNorm's kernel, `Module.to`."""
+    type_of = Tensor.type
+
+    def named(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = type_of(tensor, *args, **kwargs)
+        is_missing = isinstance(name, str) and tensor.device.type == "cuda" and ".cuda." not in name
+        return name.replace("torch.", "torch.cuda.", 1) if is_missing else name
+
+    def rms_norm(x: Tensor, shape: list[int], weight: Tensor | None = None,
+                 eps: float | None = None) -> tuple[Tensor, Tensor]:
+        rows = (*x.shape[:-len(shape)], *[1] * len(shape))
+        return torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+
+    def rms_norm_backward(gradient: Tensor, x: Tensor, shape: list[int], rstd: Tensor, weight: Tensor | None,
+                          mask: list[bool]) -> tuple[Tensor, Tensor | None]:
+        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
+
+    def to(model: EmbeddingModel, device: torch.device, dtype: torch.dtype) -> EmbeddingModel:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if (parameter.device, parameter.dtype) != (device, dtype):
+                    moved = torch.nn.Parameter(parameter.detach().to(device, dtype), parameter.requires_grad)
+                    for key, mark in vars(parameter).items():  # Megatron's marks; a fake has its device there as well
+                        vars(moved).setdefault(key, mark)
+                    module.register_parameter(name, moved)
+        return model
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_fused_rms_norm", rms_norm, "CUDA")
+    library.impl("_fused_rms_norm_backward", rms_norm_backward, "CUDA")
+    with mock.patch.object(Tensor, "type", named), mock.patch.object(EmbeddingModel, "to", to):
+        yield
+
+
+def as_fake(value: Any, fake: FakeTensorMode) -> Any:
+    """The value with fake tensors in place of real ones."""
+    if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+        return fake.from_tensor(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        made = object.__new__(type(value))
+        for name, field_value in vars(value).items():
+            object.__setattr__(made, name, as_fake(field_value, fake))
+        return made
+    if type(value) in (tuple, list):
+        return type(value)(as_fake(item, fake) for item in value)
+    return value
+
+
+def count_step(config: RunConfig, world_size: int) -> StepCounts:
+    """Counts of rank 0 of `world_size`, for one micro-batch of the longest texts. Once per process."""
+    shape = shape_of(config.model.path)
+    with fake_ranks(world_size), fakes_as_on_cuda():
+        topology = initialize(config.parallel)
+        assert topology.pp_size == 1, "a stage would wait for the others' shapes"
+        compat.model_parallel_cuda_manual_seed(1)
+        micro_batch, kernel = longest_micro_batch(config), attention_kernel(config)
+        with recorded() as copies:  # real tensors: their sizes and bounds are values
+            batch = to_device(micro_batch, topology, config.embedding.pooling, kernel=kernel,
+                              causal=not shape.bidirectional, shape=shape)
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, Meter() as meter:
+            resident = _run(config, shape, topology, as_fake(batch, fake), meter)
+    meter.work["to_device"].waits.update(copies)
+    grid = grid_of(config, world_size)
+    planned = stage_memory(config, shape, grid, 0)
+    tokens = micro_batch.token_ids.numel()
+    activations = activation_bytes(config, shape, dataclasses.replace(grid, micro_batch_tokens=tokens), 0)
+    return StepCounts(tokens=tokens, layers=shape.num_layers, resident=resident, work=dict(meter.work),
+                      planned=dataclasses.replace(planned, activations=activations))
+
+
+def _run(config: RunConfig, shape: ModelShape, topology: Topology, batch: Any, meter: Meter) -> int:
+    """Both passes over one micro-batch and the update. Returns the resident bytes before."""
+    chunks = build_model(config, shape, topology, config.embedding.pooling)
+    for chunk in chunks:
+        chunk.train()
+    wrapped = wrap_in_ddp(chunks, config, topology)
+    optimizer = build_optimizer(config, wrapped, topology)
+    compat.initialize_optimizer_state(optimizer)
+    cache = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=NoLoss(meter),
+                      kernel=attention_kernel(config), has_dropout=False)
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    resident = meter.live
+    meter.part = "pass 1"
+    cache.two_pass(None, [batch])
+    meter.part = "optimizer"
+    optimizer.step()
+    meter.part = "after"
+    return resident
