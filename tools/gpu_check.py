@@ -180,7 +180,8 @@ def compare_curves(model: str, machine: Machine, table: Table) -> None:
     curve("float32, full recomputation", FLOAT32, float32, "training.recompute=full")
     curve("float32, micro-batches by tokens", FLOAT32, float32, "training.micro_batch_tokens=1024")
     table.add("float32, stopped by its time budget and resumed", lambda: resumed([*chosen, float32], machine, expected))
-    for name, sizes in {"DP 2": (), "DP 2, whole optimizer": ("optimizer.distributed=false",),
+    for name, sizes in {"DP 2": ("optimizer.overlap_grad_reduce=false",),
+                        "DP 2, whole optimizer": ("optimizer.distributed=false",),
                         "DP 2, overlapped": ("optimizer.overlap_grad_reduce=true",
                                              "optimizer.overlap_param_gather=true"),
                         "TP 2": ("parallel.tensor_model_parallel_size=2",),

@@ -1,6 +1,7 @@
 """Section `optimizer`: where its state is kept, and which communication overlaps with computation."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_embed.config.require import require
 
@@ -9,12 +10,14 @@ from megatron_embed.config.require import require
 class OptimizerConfig:
     distributed: bool = True
     """Shard optimizer state over the data-parallel ranks (ZeRO-1)."""
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool | Literal["auto"] = "auto"
     """Reduce gradients over the data-parallel ranks in buckets of 40 million (or a million per rank), each as soon as
-    the backward pass of the step's last micro-batch has filled it; otherwise all at once after that pass."""
-    overlap_param_gather: bool = False
+    the backward pass of the step's last micro-batch has filled it; otherwise all at once after that pass. `auto`: on
+    GPUs, unless the yes and no of a reranker's head are rows of the word embeddings."""
+    overlap_param_gather: bool | Literal["auto"] = "auto"
     """With overlap_grad_reduce and `distributed`: gather updated parameters bucket by bucket during the next step's
-    first forward pass; otherwise all at once after the update. Only embedding models without adapters."""
+    first forward pass; otherwise all at once after the update. Only embedding models without adapters. `auto`: on GPUs,
+    where these conditions hold."""
     cpu_offload: bool = False
     """Keep float32 main parameters and moments in host memory and update them there: 16 bytes on the host per parameter
     of a rank's share instead of 12 on the GPU, and a slower update. Needs a GPU, `distributed` and bfloat16."""
@@ -24,13 +27,13 @@ class OptimizerConfig:
     `distributed` and bfloat16."""
 
     def __post_init__(self) -> None:
-        require(not self.overlap_param_gather or self.distributed, "optimizer.overlap_param_gather",
+        require(self.overlap_param_gather is not True or self.distributed, "optimizer.overlap_param_gather",
                 self.overlap_param_gather, "nothing is gathered where every rank updates all parameters; set "
                 "optimizer.distributed: true, or this to false")
-        require(not self.overlap_param_gather or self.overlap_grad_reduce, "optimizer.overlap_param_gather",
-                self.overlap_param_gather, "it needs the buckets of optimizer.overlap_grad_reduce; set that to true "
-                "too, or this to false")
-
+        # `auto` is off on a CPU.
+        require(self.overlap_param_gather is not True or self.overlap_grad_reduce is True,
+                "optimizer.overlap_param_gather", self.overlap_param_gather, "it needs the buckets of "
+                "optimizer.overlap_grad_reduce; set that to true too, or this to false")
         for key, on in self._placement.items():
             require(not on or self.distributed, f"optimizer.{key}", on, "Megatron has it only for the distributed "
                     "optimizer; set optimizer.distributed: true, or this to false")
@@ -47,7 +50,7 @@ class OptimizerConfig:
         for key, on in self._placement.items():
             require(not on or dtype != "float32", f"optimizer.{key}", on, f"a model in model.dtype: {dtype} has no "
                     "other main parameters; set that to bfloat16, or this to false")
-        require(not self.overlap_param_gather or not (has_head or lora_rank),
+        require(self.overlap_param_gather is not True or not (has_head or lora_rank),
                 "optimizer.overlap_param_gather", self.overlap_param_gather, OWN_READERS)
 
 

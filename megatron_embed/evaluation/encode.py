@@ -143,7 +143,7 @@ class ModelRunner:
             part = batches[start : start + at_once]
             rows = embed(self.chunks, part, topology) if part else None
             if rows is not None:
-                kept = torch.cat([batch.valid_rows for batch in part]).to(rows.device)
+                kept = torch.cat([batch.valid_rows for batch in part])
                 result.index_copy_(0, kept, rows[kept])
         return result[:num_items] if topology.is_last_stage else result[:0]
 

@@ -280,9 +280,12 @@ class _Tile:
         documents = None if masked is None else masked[:, : self.widths[0]]
         sums = similarity.new_zeros(len(InfoNCESums._fields), dtype=torch.float64)
         sums[1:5] = _similarity_sums(similarity[:, : self.widths[0]], self.positive_column, documents)
-        sums[5] = 0 if excluded is None else excluded.sum()
-        sums[6] = (similarity.numel() - self.settings.num_positive_columns * len(similarity)
-                   - (0 if masked is None else masked.sum()))
+        # A number that is assigned to an element would be copied to the device, and waited for.
+        sums[6].fill_(similarity.numel() - self.settings.num_positive_columns * len(similarity))
+        if excluded is not None:
+            sums[5] = excluded.sum()
+        if masked is not None:
+            sums[6] -= masked.sum()
         return sums
 
 

@@ -82,19 +82,23 @@ class DuplicateMask:
     """[rows] int64, first position in `given_text` of the texts of each row's query."""
     num_given: Tensor
     """[rows] int64, how many there are."""
+    given_before: list[int]
+    """Per row, how many there are for all rows before it; at the end, for all rows. Sizes of tiles' intermediate
+    results, which the host must know without waiting for the device."""
 
     def tile(self, first: int, last: int) -> Tensor:
         """[last - first, candidates] bool: rows first .. last - 1 of the mask."""
         counts = self.num_given[first:last]
-        rows = torch.repeat_interleave(counts)
+        rows = torch.repeat_interleave(counts, output_size=self.given_before[last] - self.given_before[first])
         within = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
         given = torch.zeros(last - first, self.num_texts, dtype=torch.bool, device=rows.device)
-        given[rows, self.given_text[self.first_given[first:last][rows] + within]] = True
+        given.index_put_((rows, self.given_text[self.first_given[first:last][rows] + within]),
+                         torch.ones((), dtype=torch.bool, device=rows.device))
         return given[:, self.candidate_text].scatter_(1, self.positive_index[first:last, None], False)
 
 
 def duplicate_mask(query_ids: Tensor, positive_index: Tensor, document_ids: Tensor, given: Tensor) -> DuplicateMask:
-    """The mask of these queries over these candidates.
+    """The mask of these queries over these candidates. All on the CPU; the mask may then be copied to the device.
 
     Args:
         query_ids: [rows] int64, hash of each local query's text.
@@ -109,9 +113,10 @@ def duplicate_mask(query_ids: Tensor, positive_index: Tensor, document_ids: Tens
     known = texts[text] == pairs[:, 1]  # other positives of a row need not be among the candidates
     queries = pairs[known, 0]
     first = torch.searchsorted(queries, query_ids)
+    num_given = torch.searchsorted(queries, query_ids, right=True) - first
     return DuplicateMask(
         positive_index=positive_index, candidate_text=candidate_text, num_texts=len(texts), given_text=text[known],
-        first_given=first, num_given=torch.searchsorted(queries, query_ids, right=True) - first)
+        first_given=first, num_given=num_given, given_before=[0, *num_given.cumsum(0).tolist()])
 
 
 def duplicates_over(directions: tuple[Direction, ...], documents: DuplicateMask, first_positive: Tensor,

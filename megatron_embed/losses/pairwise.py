@@ -1,5 +1,7 @@
 """Losses of labelled pairs, over similarities of rows (autograd). All pure: no communication."""
 
+import math
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -49,13 +51,19 @@ def online_contrastive(similarity: Tensor, label: Tensor, margin: float) -> tupl
         (scalar sum, [pairs] bool true at the hard pairs). Without any negative, hard positives are those further apart
         than their mean; the same for negatives.
     """
-    distance = 1.0 - similarity
-    positive, negative = distance[label == 1], distance[label == 0]
-    far = positive.detach() if len(positive) else negative.detach().mean()[None]
-    near = negative.detach() if len(negative) else positive.detach().mean()[None]
-    hard = ((label == 1) & (distance > near.min())) | ((label == 0) & (distance < far.max()))
-    terms = torch.where(label == 1, distance.square(), functional.relu(margin - distance).square())
+    distance, positive, negative = 1.0 - similarity, label == 1, label == 0
+    furthest = torch.where(positive, distance.detach(), -math.inf).max()
+    closest = torch.where(negative, distance.detach(), math.inf).min()
+    furthest = torch.where(positive.any(), furthest, _mean_where(negative, distance.detach()))
+    closest = torch.where(negative.any(), closest, _mean_where(positive, distance.detach()))
+    hard = (positive & (distance > closest)) | (negative & (distance < furthest))
+    terms = torch.where(positive, distance.square(), functional.relu(margin - distance).square())
     return torch.where(hard, terms, 0.0).sum(), hard
+
+
+def _mean_where(mask: Tensor, values: Tensor) -> Tensor:
+    """Scalar, the mean of the values where the mask is true; NaN if it is nowhere."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum()
 
 
 def cosent(similarity: Tensor, label: Tensor, temperature: float) -> Tensor:

@@ -139,7 +139,7 @@ def kl_distillation(scores: Tensor, teacher_scores: Tensor, valid: Tensor, tempe
     teacher = _log_softmax(teacher_scores.to(scores) / temperature, valid)
     student = _log_softmax(scores / temperature, valid)
     losses = torch.where(valid, teacher.exp() * (teacher - student), 0.0)
-    return LossSum(losses.sum() * temperature ** 2, torch.tensor(len(scores), dtype=scores.dtype, device=scores.device))
+    return LossSum(losses.sum() * temperature ** 2, scores.new_full((), len(scores)))
 
 
 def _at_least_float32(scores: Tensor) -> Tensor:

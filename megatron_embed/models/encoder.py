@@ -34,6 +34,7 @@ from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling
 from megatron_embed.models.rope import rotary_angles, rotary_frequencies
 from megatron_embed.models.te_attention import TransformerEngineAttention
 from megatron_embed.names import Pooling
+from megatron_embed.parallel.device_copy import copy_to_device
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import (
     HAS_CUDA,
@@ -54,7 +55,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMicroBatch:
-    """A micro-batch on the device, with everything derived from its sequence bounds; computed once per step."""
+    """A micro-batch on the device, with everything derived from its sequence bounds; made once per step, on the CPU."""
 
     token_ids: Tensor
     """[1, tokens/cp] int64."""
@@ -69,12 +70,12 @@ class DeviceMicroBatch:
     """[1, tokens/(cp*tp)] bool, true at padding; the share of a sequence-parallel rank. Routers skip padding."""
     plan: PoolingPlan
     """Plan over the tokens that this rank holds after the last layer."""
-    rows: Tensor
-    """[sequences] int64 on the CPU, local row ids."""
     first_position: int
     """Position id of a text's first token."""
     valid_rows: Tensor
-    """[sequences] int64 on the CPU, `rows`, or empty if the micro-batch repeats another one."""
+    """[sequences] int64, local row ids; empty if the micro-batch repeats another one."""
+    num_rows: int
+    """One more than the largest of `valid_rows`; 0 if there are none."""
 
 
 class EmbeddingModel(LanguageModule):
@@ -100,7 +101,7 @@ class EmbeddingModel(LanguageModule):
         if self.pre_process:
             self.embedding = self._embedding()
         # Not a buffer, so that it stays float32 whatever the model's dtype.
-        self.rotary_frequencies = None if shape.rotary_base is None else rotary_frequencies(shape)
+        self.rotary_frequencies = None if shape.rotary_base is None else rotary_frequencies(shape).to(topology.device)
         self.decoder = TransformerBlock(
             config=config, spec=block_spec(config, shape, bidirectional, topology.pp_rank, vp_stage,
                                            core_attention=CORE_ATTENTION[kernel]),
@@ -235,34 +236,35 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
 
 def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, kernel: AttentionKernel,
               causal: bool, shape: ModelShape | None = None) -> DeviceMicroBatch:
-    """This rank's part of a micro-batch, with its attention groups and pooling plan. No communication.
+    """This rank's part of a micro-batch, with its attention groups and pooling plan, by one asynchronous copy. No
+    communication.
 
     Args:
         shape: the model's shape, for its attention window and first position; None: no window, and positions from 0. A
             model of another shape stops at an assertion.
     """
-    device, tokens = topology.device, micro_batch.token_ids.numel()
+    tokens, valid_rows = micro_batch.token_ids.numel(), micro_batch.valid_rows
     window = None if shape is None else attention_window(shape.sliding_window, causal)
     chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)
-    packed = PackedSequences(cu_seqlens=micro_batch.cu_seqlens.to(device), num_tokens=micro_batch.num_tokens,
+    packed = PackedSequences(cu_seqlens=micro_batch.cu_seqlens, num_tokens=micro_batch.num_tokens,
                              max_seqlen=int(micro_batch.cu_seqlens.diff().max()), window=window)
     if kernel == "sdpa":
-        packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, device, window),
+        packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, torch.device("cpu"), window),
                             tokens // topology.cp_size, keys_are_local=topology.cp_size == 1)
     first_position = 0 if shape is None else shape.position_offset
-    plan = local_plan(pooling_plan(micro_batch, pooling, device), chunks)
+    plan = local_plan(pooling_plan(micro_batch, pooling), chunks)
     padding = _select(torch.arange(tokens) >= micro_batch.num_tokens, chunks)
     if topology.sequence_parallel:
         share = padding.numel() // topology.tp_size
         share_bounds = (topology.tp_rank * share, (topology.tp_rank + 1) * share)
         plan, padding = local_plan(plan, (share_bounds,)), padding[slice(*share_bounds)]
     types = micro_batch.token_types
-    return DeviceMicroBatch(
-        token_types=None if types is None else _select(types, chunks)[None].to(device),
-        token_ids=_select(micro_batch.token_ids, chunks)[None].to(device),
-        position_ids=_select(_positions(micro_batch, first_position), chunks)[None].to(device), num_tokens=tokens,
-        packed=packed, first_position=first_position,
-        padding=padding[None].to(device), plan=plan, rows=micro_batch.rows, valid_rows=micro_batch.valid_rows)
+    return copy_to_device(DeviceMicroBatch(
+        token_types=None if types is None else _select(types, chunks)[None],
+        token_ids=_select(micro_batch.token_ids, chunks)[None],
+        position_ids=_select(_positions(micro_batch, first_position), chunks)[None], num_tokens=tokens,
+        packed=packed, first_position=first_position, padding=padding[None], plan=plan, valid_rows=valid_rows,
+        num_rows=int(valid_rows.max()) + 1 if len(valid_rows) else 0), topology.device)
 
 
 def _positions(micro_batch: MicroBatch, first: int) -> Tensor:

@@ -100,6 +100,6 @@ def embed(chunks: Sequence[torch.nn.Module], batches: Sequence[DeviceMicroBatch]
         return None
     row_ids = [batch.valid_rows for batch in batches]
     embeddings = torch.cat([output[: len(rows)] for output, rows in zip(outputs, row_ids, strict=True)])
-    rows = torch.cat(row_ids).to(embeddings.device)
+    num_rows = max(batch.num_rows for batch in batches)
     # Inference may repeat micro-batches; repeated rows are written once.
-    return embeddings.new_empty(int(rows.max()) + 1, embeddings.shape[1]).index_copy_(0, rows, embeddings)
+    return embeddings.new_empty(num_rows, embeddings.shape[1]).index_copy_(0, torch.cat(row_ids), embeddings)

@@ -25,9 +25,9 @@ class PoolingPlan:
     num_sequences: int
 
 
-def pooling_plan(micro_batch: MicroBatch, pooling: Pooling, device: torch.device) -> PoolingPlan:
-    """Weights of `pooling` for one bin. Sentence Transformers' definitions; `weightedmean` is Muennighoff 2022
-    (SGPT, arXiv:2202.08904): weight position + 1."""
+def pooling_plan(micro_batch: MicroBatch, pooling: Pooling) -> PoolingPlan:
+    """Weights of `pooling` for one bin, on the CPU. Sentence Transformers' definitions; `weightedmean` is Muennighoff
+    2022 (SGPT, arXiv:2202.08904): weight position + 1."""
     bounds = micro_batch.cu_seqlens.to(torch.int64)
     starts, lengths = bounds[:-1], bounds.diff()
     count = lengths.numel()
@@ -40,16 +40,16 @@ def pooling_plan(micro_batch: MicroBatch, pooling: Pooling, device: torch.device
         offsets = tokens - starts[sequences]
         weights = offsets.float() + 1.0 if pooling == "weightedmean" else torch.ones(tokens.numel())
         weights = weights / torch.zeros(count).index_add(0, sequences, weights)[sequences]
-    return PoolingPlan(tokens=tokens.to(device), sequences=sequences.to(device), weights=weights.to(device),
-                       num_sequences=count)
+    return PoolingPlan(tokens=tokens, sequences=sequences, weights=weights, num_sequences=count)
 
 
 def local_plan(plan: PoolingPlan, chunks: tuple[tuple[int, int], ...]) -> PoolingPlan:
-    """The part of a plan over the tokens [start, stop) of `chunks`, reindexed from 0 in the order of the chunks."""
+    """The part of a plan, on the CPU, over the tokens [start, stop) of `chunks`, reindexed from 0 in the order of the
+    chunks."""
     tokens, sequences, weights = [], [], []
     local = 0
     for start, stop in chunks:
-        low, high = torch.searchsorted(plan.tokens, torch.tensor([start, stop], device=plan.tokens.device)).tolist()
+        low, high = torch.searchsorted(plan.tokens, torch.tensor([start, stop])).tolist()
         tokens.append(plan.tokens[low:high] - start + local)
         sequences.append(plan.sequences[low:high])
         weights.append(plan.weights[low:high])

@@ -34,6 +34,6 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotary_angles(frequencies: Tensor, position_ids: Tensor) -> Tensor:
-    """[tokens, 1, 1, head_dim] float32 angles, in Megatron's layout, from [1, tokens] positions on any device."""
-    angles = torch.outer(position_ids.flatten().float(), frequencies.to(position_ids.device))
+    """[tokens, 1, 1, head_dim] float32 angles, in Megatron's layout, from [1, tokens] positions on the same device."""
+    angles = torch.outer(position_ids.flatten().float(), frequencies)
     return torch.cat((angles, angles), dim=-1)[:, None, None, :]

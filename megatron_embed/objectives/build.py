@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_embed.config.objective import CONTRASTIVE, LABELLED_PAIRS
@@ -28,7 +27,7 @@ def metric_names(config: RunConfig) -> tuple[str, ...]:
     return contrastive.NAMES + dims + learned
 
 
-def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torch.device,
+def build_objective(config: RunConfig, dp_group: dist.ProcessGroup,
                     groups: ModelParallelGroups | None = None) -> Objective[Any]:
     """The objective of `config.objective` for an embedding model.
 
@@ -40,7 +39,7 @@ def build_objective(config: RunConfig, dp_group: dist.ProcessGroup, device: torc
     if config.objective.loss in LABELLED_PAIRS:
         return LabelledPairs(config, dp_group)
     if config.objective.loss not in CONTRASTIVE:
-        return HardNegatives(config, dp_group, device)
+        return HardNegatives(config, dp_group)
     if groups is None or groups.tp_cp.size() == 1:
         return Contrastive(config, dp_group)
     return ReplicaSplit(Contrastive(config, groups.tp_dp_cp), groups.tp_cp, dp_group.size())

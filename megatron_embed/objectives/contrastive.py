@@ -8,15 +8,16 @@ from torch import Tensor
 
 from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.losses.info_nce import (
-    Candidates,
-    ContrastiveSettings,
-    InfoNCESums,
-    MaskTile,
-    contrastive_gradients,
-)
+from megatron_embed.losses.info_nce import Candidates, ContrastiveSettings, InfoNCESums, contrastive_gradients
 from megatron_embed.losses.matryoshka import MatryoshkaDim, Truncated, truncate
-from megatron_embed.losses.negatives import IgnoredColumns, answered_queries, duplicate_mask, duplicates_over
+from megatron_embed.losses.negatives import (
+    DuplicateMask,
+    IgnoredColumns,
+    answered_queries,
+    duplicate_mask,
+    duplicates_over,
+)
+from megatron_embed.names import Direction
 from megatron_embed.objectives.base import (
     LossGradient,
     Objective,
@@ -25,10 +26,17 @@ from megatron_embed.objectives.base import (
     configured_dims,
     matryoshka_names,
 )
-from megatron_embed.objectives.gathering import GatheredEmbeddings, GlobalBatchIds, gather_embeddings, gather_ids
+from megatron_embed.objectives.gathering import (
+    GatheredEmbeddings,
+    GlobalBatchIds,
+    PaddedRows,
+    gather_embeddings,
+    gather_ids,
+)
 from megatron_embed.objectives.learned_scale import LearnedScale
 from megatron_embed.objectives.splitting import split_by_micro_batch
 from megatron_embed.parallel.collectives import sum_over
+from megatron_embed.parallel.device_copy import copy_to_device
 
 NAMES = ("loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin", "masked_fraction",
          "negatives_per_query")
@@ -80,12 +88,12 @@ class Contrastive(Objective[EmbedBatch]):
         hashes and documents' queries; sums), whatever the number of micro-batches, directions and dimensions.
         """
         group, query, document = self.dp_group, embeddings[: batch.num_queries], embeddings[batch.num_queries :]
-        ids = gather_ids(batch, group, embeddings.device, texts=self.mask_duplicates,
-                         document_queries=self.needs_document_queries)
-        gathered = gather_embeddings(document, query if self.needs_queries else None, batch.capacity, ids, group)
-        terms = _Terms.of(batch, ids, group.rank(), embeddings.device)
-        losses = _LossOverDims(query=query, gathered=gathered, terms=terms, columns=self._columns(batch, ids, terms),
-                               settings=self._settings(), total=total, normalize=self.normalize)
+        ids = gather_ids(batch, group, texts=self.mask_duplicates, document_queries=self.needs_document_queries)
+        columns = copy_to_device(self._columns(batch, ids), embeddings.device)
+        gathered = gather_embeddings(document, query if self.needs_queries else None, columns.padded, group)
+        losses = _LossOverDims(query=query, gathered=gathered, terms=columns.terms,
+                               columns=columns.candidates(self.settings.directions), settings=self._settings(),
+                               total=total, normalize=self.normalize)
         for matryoshka in self.dims:
             losses.add(matryoshka)
         gradient = losses.gradient()
@@ -107,32 +115,26 @@ class Contrastive(Objective[EmbedBatch]):
             parts.append(_scale_ratios(self.learned, grad_scale, batch.num_queries))
         return Sums(names=self.names, values=sum_over(torch.cat(parts), self.dp_group))
 
-    def _columns(self, batch: EmbedBatch, ids: GlobalBatchIds, terms: "_Terms") -> Candidates:
-        """The candidates without their vectors."""
-        ignored = self._ignored(batch, ids, terms) if self.needs_document_queries else None
-        return Candidates(
-            document=torch.empty(0), positive_index=terms.positive, query_index=terms.query_index,
-            excluded=self._duplicates(batch, ids, terms, ignored) if self.mask_duplicates else None,
-            ignored=None if ignored is None else ignored.tile, own=None if ignored is None else ignored.own)
+    def _columns(self, batch: EmbedBatch, ids: GlobalBatchIds) -> "_Columns":
+        """Rows and columns of the loss, on the CPU."""
+        terms, capacity, documents, answers = _Terms.of(batch, ids, self.dp_group.rank()), batch.capacity, None, None
+        if self.mask_duplicates:
+            documents = duplicate_mask(batch.query_ids[terms.query], terms.positive, ids.document_ids, ids.given)
+            if "document_to_query" in self.settings.directions:
+                answers = answered_queries(ids.document_ids[terms.positive], terms.query_index, ids.query_ids,
+                                           ids.given)
+        return _Columns(
+            padded=(PaddedRows.of(ids.num_documents, capacity.documents),
+                    PaddedRows.of(ids.num_queries, capacity.queries) if self.needs_queries else None),
+            terms=terms, ignored=self._ignored(batch, ids, terms) if self.needs_document_queries else None,
+            documents=documents, answers=answers)
 
     def _ignored(self, batch: EmbedBatch, ids: GlobalBatchIds, terms: "_Terms") -> IgnoredColumns:
-        own_only = None if batch.in_batch is None else ~batch.in_batch.to(ids.document_query.device)[terms.query]
+        own_only = None if batch.in_batch is None else ~batch.in_batch[terms.query]
         return IgnoredColumns(
             row_query=terms.query_index, positive_index=terms.positive, document_query=ids.document_query,
             is_positive=ids.is_positive, num_queries=int(ids.num_queries.sum()), directions=self.settings.directions,
             private=self.private, own_negatives_only=own_only)
-
-    def _duplicates(self, batch: EmbedBatch, ids: GlobalBatchIds, terms: "_Terms",
-                    ignored: IgnoredColumns | None) -> MaskTile:
-        """The mask of columns whose text some row gives to the row's query as a positive."""
-        row_ids = batch.query_ids.to(ids.document_ids.device)[terms.query]
-        documents = duplicate_mask(row_ids, terms.positive, ids.document_ids, ids.given)
-        if ignored is None:
-            return documents.tile
-        answers = None
-        if "document_to_query" in self.settings.directions:
-            answers = answered_queries(ids.document_ids[terms.positive], terms.query_index, ids.query_ids, ids.given)
-        return duplicates_over(self.settings.directions, documents, ignored.first_positive, answers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,15 +151,40 @@ class _Terms:
     """[terms] float32, 1 / (positives of the query); None: 1 everywhere."""
 
     @staticmethod
-    def of(batch: EmbedBatch, ids: GlobalBatchIds, rank: int, device: torch.device) -> "_Terms":
+    def of(batch: EmbedBatch, ids: GlobalBatchIds, rank: int) -> "_Terms":
+        """Those of this rank, on the CPU."""
         document = batch.is_positive.nonzero()[:, 0]
         query = batch.document_query[document]
         weights = None
         if len(query) > batch.num_queries:
-            weights = (1.0 / torch.bincount(query, minlength=batch.num_queries).float())[query].to(device)
-        return _Terms(
-            query=query.to(device), query_index=query.to(device) + int(ids.num_queries[:rank].sum()),
-            positive=document.to(device) + int(ids.num_documents[:rank].sum()), weights=weights)
+            weights = (1.0 / torch.bincount(query, minlength=batch.num_queries).float())[query]
+        return _Terms(query=query, query_index=query + int(ids.num_queries[:rank].sum()),
+                      positive=document + int(ids.num_documents[:rank].sum()), weights=weights)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Columns:
+    """All of the loss's rows and columns but their vectors."""
+
+    padded: tuple[PaddedRows, PaddedRows | None]
+    """Documents and, if they are columns, queries in the message that gathers them."""
+    terms: _Terms
+    ignored: IgnoredColumns | None
+    documents: DuplicateMask | None
+    """The documents whose text some row gives to the row's query as a positive; None: they count as negatives."""
+    answers: DuplicateMask | None
+    """The queries to which some row gives the row's positive; None: not needed."""
+
+    def candidates(self, directions: tuple[Direction, ...]) -> Candidates:
+        """The candidates without their vectors."""
+        excluded, ignored = None, self.ignored
+        if self.documents is not None:
+            excluded = self.documents.tile if ignored is None else duplicates_over(
+                directions, self.documents, ignored.first_positive, self.answers)
+        return Candidates(
+            document=torch.empty(0), positive_index=self.terms.positive, query_index=self.terms.query_index,
+            excluded=excluded, ignored=None if ignored is None else ignored.tile,
+            own=None if ignored is None else ignored.own)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -212,7 +239,7 @@ class _LossOverDims:
 def _ratios(sums: InfoNCESums, num_queries: int, num_terms: int) -> Tensor:
     """[7, 2] float64: sums and divisors in the order of NAMES."""
     divisors = torch.full((len(NAMES),), num_terms, dtype=torch.float64, device=sums.loss.device)
-    divisors[NAMES.index("loss")] = num_queries
+    divisors[NAMES.index("loss")].fill_(num_queries)
     divisors[NAMES.index("masked_fraction")] = sums.masked + sums.negatives
     return torch.stack([torch.stack(sums), divisors], dim=1)
 
@@ -222,7 +249,7 @@ def _scale_ratios(learned: LearnedScale, gradient: Tensor, num_queries: int) -> 
 
     `gradient`: [2] float64 with respect to log scale and bias, summed over these queries.
     """
-    rows = [(learned.temperature * num_queries, num_queries), (float(gradient[0]), num_queries)]
-    if learned.bias is not None:
-        rows += [(learned.bias * num_queries, num_queries), (float(gradient[1]), num_queries)]
-    return torch.tensor(rows, dtype=torch.float64, device=gradient.device)
+    values = [learned.temperature, *([] if learned.bias is None else [learned.bias])]
+    sums = torch.stack([number for value, of_value in zip(values, gradient.unbind(), strict=False)
+                        for number in (gradient.new_full((), value * num_queries), of_value)])
+    return torch.stack([sums, torch.full_like(sums, num_queries)], dim=1)

@@ -6,13 +6,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_embed.batch import Capacity, EmbedBatch
+from megatron_embed.batch import EmbedBatch
 from megatron_embed.parallel.collectives import gather_padded, scatter_sum
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatchIds:
-    """Numbers and text ids of the rows of all ranks of a group; equal on all of them, in the order of the ranks."""
+    """Numbers and text ids of the rows of all ranks of a group; equal on all of them, in the order of the ranks.
+
+    On the CPU, also where the model is on a GPU: all that is derived from them (which rows a message holds, which
+    columns are masked) has sizes that the host must know, and would wait for the device to tell.
+    """
 
     num_documents: Tensor
     """[ranks] int64."""
@@ -30,10 +34,9 @@ class GlobalBatchIds:
     """[candidates] bool; empty likewise."""
 
 
-def gather_ids(batch: EmbedBatch, group: dist.ProcessGroup, device: torch.device, *, texts: bool,
-               document_queries: bool) -> GlobalBatchIds:
+def gather_ids(batch: EmbedBatch, group: dist.ProcessGroup, *, texts: bool, document_queries: bool) -> GlobalBatchIds:
     """Numbers of rows and, if asked for, text hashes and documents' queries of all ranks: one all-gather of one padded
-    int64 message."""
+    int64 message, between the CPUs."""
     pairs = torch.stack([batch.query_ids[batch.positive_query], batch.positive_ids], dim=1)
     given_for = torch.stack([batch.document_query, batch.is_positive.to(torch.int64)], dim=1)
     capacity = batch.capacity
@@ -45,7 +48,7 @@ def gather_ids(batch: EmbedBatch, group: dist.ProcessGroup, device: torch.device
         parts.append(torch.zeros(size, dtype=torch.int64))
         parts[-1][: values.numel()] = values[:size]
     message = torch.cat(parts)
-    gathered = gather_padded(message.to(device), len(message), group)
+    gathered = gather_padded(message, len(message), group)
     counts, documents, queries, given, given_for = gathered.split([3, *(size for _, size in fields)], dim=1)
     num_documents, num_queries, num_pairs = counts.unbind(dim=1)
     given, given_for = given.unflatten(1, (-1, 2)), given_for.unflatten(1, (-1, 2))
@@ -61,7 +64,38 @@ def gather_ids(batch: EmbedBatch, group: dist.ProcessGroup, device: torch.device
 
 def valid_positions(capacity: int, counts: Tensor) -> Tensor:
     """[ranks, capacity] bool, true at the first counts[rank] positions of a rank."""
-    return torch.arange(capacity, device=counts.device) < counts[:, None]
+    return torch.arange(capacity) < counts[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddedRows:
+    """The real rows of all ranks in a message that is padded to as many rows of each."""
+
+    capacity: int
+    """Rows of a rank, padding included."""
+    counts: list[int]
+    """Real rows of each rank, its first ones."""
+    positions: Tensor | None
+    """[rows] int64, the real rows' positions in the message; None: all of them are real."""
+
+    @classmethod
+    def of(cls, counts: Tensor, capacity: int) -> "PaddedRows":
+        """`counts`: [ranks] int64 on the CPU; so are the positions, until they are copied to the device."""
+        valid = valid_positions(capacity, counts)
+        return cls(capacity=capacity, counts=counts.tolist(),
+                   positions=None if bool(valid.all()) else valid.flatten().nonzero().flatten())
+
+    def compact(self, padded: Tensor) -> Tensor:
+        """[ranks, capacity, ...] -> [rows, ...]."""
+        rows = padded.flatten(0, 1)
+        return rows if self.positions is None else rows.index_select(0, self.positions)
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """[rows, ...] -> [ranks, capacity, ...], 0 in the padding."""
+        if self.positions is not None:
+            padded = rows.new_zeros(len(self.counts) * self.capacity, *rows.shape[1:])
+            rows = padded.index_copy_(0, self.positions, rows)
+        return rows.view(len(self.counts), self.capacity, *rows.shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +106,8 @@ class GatheredEmbeddings:
     """[candidates, dim]."""
     query: Tensor | None
     """[queries, dim]; None if they were not asked for."""
-    valid: tuple[Tensor, Tensor | None]
-    """[ranks, capacity] bool, true where documents and queries lie in the padded message."""
+    padded: tuple[PaddedRows, PaddedRows | None]
+    """Documents and queries in the message."""
     group: dist.ProcessGroup
 
     def return_gradients(self, document: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -83,47 +117,35 @@ class GatheredEmbeddings:
             document: [candidates, dim] gradient computed on this rank.
             query: [queries, dim]; None if they were not asked for.
         """
-        padded = [_pad(document, self.valid[0])]
-        if query is not None and self.valid[1] is not None:
-            padded.append(_pad(query, self.valid[1]))
-        own = scatter_sum(padded[0] if len(padded) == 1 else torch.cat(padded, dim=1), self.group)
-        rank, capacity = self.group.rank(), self.valid[0].shape[1]
-        own_query = None if self.valid[1] is None else own[capacity:][self.valid[1][rank]]
-        return own[:capacity][self.valid[0][rank]], own_query
+        documents, queries = self.padded
+        parts = [documents.pad(document)]
+        if query is not None and queries is not None:
+            parts.append(queries.pad(query))
+        own = scatter_sum(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), self.group)
+        rank, capacity = self.group.rank(), documents.capacity
+        own_query = None if queries is None else own[capacity : capacity + queries.counts[rank]]
+        return own[: documents.counts[rank]], own_query
 
 
-def gather_embeddings(document: Tensor, query: Tensor | None, capacity: Capacity, ids: GlobalBatchIds,
+def gather_embeddings(document: Tensor, query: Tensor | None, padded: tuple[PaddedRows, PaddedRows | None],
                       group: dist.ProcessGroup) -> GatheredEmbeddings:
     """The documents of all ranks, and the queries if given: one all-gather of one padded message.
 
     Args:
         document: [candidates/dp, dim].
         query: [queries/dp, dim], or None.
-        capacity: of each rank, the same on all.
-        ids: how many rows each rank has.
+        padded: documents and, if they are given, queries in the message, on the embeddings' device.
         group: the data-parallel ranks, without context parallelism.
     """
-    valid = valid_positions(capacity.documents, ids.num_documents)
-    if query is None:
-        gathered = gather_padded(document, capacity.documents, group)
-        return GatheredEmbeddings(document=_compact(gathered, valid), query=None, valid=(valid, None), group=group)
-    valid_queries = valid_positions(capacity.queries, ids.num_queries)
-    message = document.new_zeros(capacity.documents + capacity.queries, document.shape[1])
+    documents, queries = padded
+    if query is None or queries is None:
+        gathered = gather_padded(document, documents.capacity, group)
+        return GatheredEmbeddings(document=documents.compact(gathered), query=None, padded=(documents, None),
+                                  group=group)
+    message = document.new_zeros(documents.capacity + queries.capacity, document.shape[1])
     message[: len(document)] = document
-    message[capacity.documents : capacity.documents + len(query)] = query
-    documents, queries = gather_padded(message, len(message), group).split(
-        [capacity.documents, capacity.queries], dim=1)
-    return GatheredEmbeddings(document=_compact(documents, valid), query=_compact(queries, valid_queries),
-                              valid=(valid, valid_queries), group=group)
-
-
-def _compact(padded: Tensor, valid: Tensor) -> Tensor:
-    return padded.flatten(0, 1) if bool(valid.all()) else padded[valid]
-
-
-def _pad(embeddings: Tensor, valid: Tensor) -> Tensor:
-    if bool(valid.all()):
-        return embeddings.view(*valid.shape, embeddings.shape[1])
-    padded = embeddings.new_zeros(*valid.shape, embeddings.shape[1])
-    padded[valid] = embeddings
-    return padded
+    message[documents.capacity : documents.capacity + len(query)] = query
+    of_documents, of_queries = gather_padded(message, len(message), group).split(
+        [documents.capacity, queries.capacity], dim=1)
+    return GatheredEmbeddings(document=documents.compact(of_documents), query=queries.compact(of_queries),
+                              padded=padded, group=group)

@@ -1,8 +1,9 @@
 """Losses of a query with its own positive and hard negatives: triplet loss, and distillation from a teacher."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
-import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_embed.batch import EmbedBatch
@@ -19,6 +20,7 @@ from megatron_embed.objectives.base import (
 )
 from megatron_embed.objectives.splitting import split_by_micro_batch
 from megatron_embed.parallel.collectives import sum_over
+from megatron_embed.parallel.device_copy import copy_to_device
 
 NAMES = ("loss", "accuracy", "positive_similarity", "negative_similarity", "margin", "negatives_per_query")
 TRIPLET_MARGIN = 5.0
@@ -33,7 +35,7 @@ class HardNegatives(Objective[EmbedBatch]):
 
     couples_batch = False
 
-    def __init__(self, config: RunConfig, dp_group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, dp_group: dist.ProcessGroup) -> None:
         objective = config.objective
         self.dims = configured_dims(config)
         self.names = NAMES + matryoshka_names(self.dims)
@@ -43,14 +45,13 @@ class HardNegatives(Objective[EmbedBatch]):
         self.teacher_temperature = objective.teacher_temperature or objective.temperature
         self.normalize = config.embedding.unit_length
         self.dp_group = dp_group
-        self.device = device
 
     def total(self, batch: EmbedBatch) -> float:
-        """Hard negatives of all data-parallel ranks, by one all-reduce over them; or queries, of which every rank has
-        as many."""
+        """Hard negatives of all data-parallel ranks, by one all-reduce between their CPUs; or queries, of which every
+        rank has as many."""
         if self.loss == "kl_distillation":
             return float(batch.num_queries * self.dp_group.size())
-        count = torch.tensor(float(batch.num_documents - batch.num_queries), dtype=torch.float64, device=self.device)
+        count = torch.tensor(float(batch.num_documents - batch.num_queries), dtype=torch.float64)
         return float(sum_over(count, self.dp_group))
 
     def split(self, batch: EmbedBatch) -> list[EmbedBatch]:
@@ -59,53 +60,80 @@ class HardNegatives(Objective[EmbedBatch]):
     def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
         """See Objective; `embeddings` are those of the queries, then of the documents. One all-reduce of the sums."""
         values, leaf = [], embeddings.detach().requires_grad_()
+        groups = copy_to_device(_Groups.of(batch, one_term_per_query=self.loss == "kl_distillation"), embeddings.device)
         with torch.enable_grad():
             weighted = leaf.new_zeros(())
             for matryoshka in self.dims:
                 truncated = truncate_with_graph(leaf, matryoshka, normalize=self.normalize)
-                terms, similarity = self._terms(truncated[: batch.num_queries], truncated[batch.num_queries :], batch)
+                terms, similarity = self._terms(truncated[: batch.num_queries], truncated[batch.num_queries :], groups)
                 weighted = weighted + terms.sum() * matryoshka.weight
-                values.append(self._values(terms.detach(), similarity.detach(), batch))
+                values.append(_values(terms.detach(), similarity.detach(), groups))
             (gradient,) = torch.autograd.grad(weighted / total, leaf)
         return LossGradient(
             sums=Sums(names=self.names, values=sum_over(combine_dims(values, self.dims), self.dp_group)),
             embeddings=gradient)
 
-    def _terms(self, query: Tensor, document: Tensor, batch: EmbedBatch) -> tuple[Tensor, Tensor]:
+    def _terms(self, query: Tensor, document: Tensor, groups: "_Groups") -> tuple[Tensor, Tensor]:
         """([terms] losses, [documents] similarity of each to its query)."""
-        document_query, positive = batch.document_query.to(query.device), batch.positive_index.to(query.device)
-        similarity = (query[document_query] * document).sum(dim=1)
-        negative = (~batch.is_positive).nonzero()[:, 0].to(query.device)
-        queries = document_query[negative]
+        similarity = (query[groups.document_query] * document).sum(dim=1)
+        negative, positive = groups.negative, groups.positive[groups.negative_query]
         if self.loss == "triplet":
-            return triplet(query[queries], document[positive[queries]], document[negative], self.margin), similarity
-        assert batch.teacher_scores is not None, "rows without teacher scores are refused before training"
-        teacher = batch.teacher_scores.to(query.device, query.dtype)
+            return triplet(query[groups.negative_query], document[positive], document[negative],
+                           self.margin), similarity
+        assert groups.teacher is not None, "rows without teacher scores are refused before training"
+        teacher = groups.teacher.to(query.dtype)
         if self.loss == "margin_mse":
-            return margin_mse(similarity[positive[queries]], similarity[negative], teacher[positive[queries]],
+            return margin_mse(similarity[positive], similarity[negative], teacher[positive],
                               teacher[negative]), similarity
-        documents = self._documents_by_query(batch).to(query.device)
-        valid = documents >= 0
-        student, target = (torch.where(valid, scores[documents.clamp(min=0)], 0.0) for scores in (similarity, teacher))
-        return kl_distillation(student, target, valid, self.temperature, self.teacher_temperature), similarity
+        student, target = (torch.where(groups.valid, scores[groups.by_query], 0.0) for scores in (similarity, teacher))
+        return kl_distillation(student, target, groups.valid, self.temperature, self.teacher_temperature), similarity
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Groups:
+    """Indices of the queries' positives and hard negatives."""
+
+    document_query: Tensor
+    """[documents] int64, the query of each."""
+    positive: Tensor
+    """[queries] int64, the document that is each query's positive."""
+    negative: Tensor
+    """[negatives] int64, the documents that are hard negatives."""
+    negative_query: Tensor
+    """[negatives] int64, the query of each."""
+    by_query: Tensor
+    """[queries, most documents] int64, each query's documents, its positive first; 0 in the padding."""
+    valid: Tensor
+    """[queries, most documents] bool, false in the padding."""
+    with_negatives: Tensor
+    """[queries with a hard negative] int64."""
+    divisors: Tensor
+    """[6] float64, of the metrics in the order of NAMES."""
+    teacher: Tensor | None
+    """[documents] float64, a teacher's scores."""
 
     @staticmethod
-    def _documents_by_query(batch: EmbedBatch) -> Tensor:
-        """[queries, most documents] int64, each query's documents, its positive first; padded with -1."""
+    def of(batch: EmbedBatch, *, one_term_per_query: bool) -> "_Groups":
+        """Those of a batch, on the CPU. `one_term_per_query`: the loss has one; else one per hard negative."""
+        negative = (~batch.is_positive).nonzero()[:, 0]
         sizes = torch.bincount(batch.document_query, minlength=batch.num_queries)
         column = torch.arange(int(sizes.max()) if len(sizes) else 1)
-        return torch.where(column < sizes[:, None], batch.positive_index[:, None] + column, -1)
+        valid, with_negatives = column < sizes[:, None], (sizes > 1).nonzero()[:, 0]
+        queries, count, some = batch.num_queries, len(negative), len(with_negatives)
+        return _Groups(
+            document_query=batch.document_query, positive=batch.positive_index, negative=negative,
+            negative_query=batch.document_query[negative],
+            by_query=torch.where(valid, batch.positive_index[:, None] + column, 0), valid=valid,
+            with_negatives=with_negatives, teacher=batch.teacher_scores, divisors=torch.tensor(
+                [queries if one_term_per_query else count, some, queries, count, some, queries], dtype=torch.float64))
 
-    def _values(self, terms: Tensor, similarity: Tensor, batch: EmbedBatch) -> Tensor:
-        """[6, 2] float64: sums and divisors in the order of NAMES."""
-        documents = self._documents_by_query(batch).to(similarity.device)
-        scores = functional.pad(similarity, (0, 1), value=float("-inf"))[documents]  # -1 is the padding
-        positive, negatives = scores[:, 0], scores[:, 1:]
-        some = torch.isfinite(negatives).any(dim=1)
-        count, queries = batch.num_documents - batch.num_queries, batch.num_queries
-        hardest = negatives[some].amax(dim=1) if bool(some.any()) else positive[:0]
-        rows = [(terms.sum(), len(terms)), ((positive[some] > hardest).sum(), len(hardest)), (positive.sum(), queries),
-                (negatives[torch.isfinite(negatives)].sum(), count), ((positive[some] - hardest).sum(), len(hardest)),
-                (torch.tensor(float(count)), queries)]
-        return torch.tensor([[float(total), float(divisor)] for total, divisor in rows], dtype=torch.float64,
-                            device=similarity.device)
+
+def _values(terms: Tensor, similarity: Tensor, groups: _Groups) -> Tensor:
+    """[6, 2] float64: sums and divisors in the order of NAMES."""
+    scores = torch.where(groups.valid, similarity[groups.by_query], float("-inf"))
+    positive = scores[:, 0]
+    compared = positive[groups.with_negatives]
+    hardest = scores[groups.with_negatives, 1:].amax(dim=1) if len(compared) else compared
+    sums = [terms.sum(), (compared > hardest).sum(), positive.sum(), similarity[groups.negative].sum(),
+            (compared - hardest).sum(), similarity.new_full((), len(groups.negative))]
+    return torch.stack([torch.stack([total.double() for total in sums]), groups.divisors], dim=1)

@@ -1,6 +1,7 @@
 """Losses of labelled pairs (STS): each pair by itself, or all pairs of the global batch together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,10 @@ from megatron_embed.objectives.base import (
     configured_dims,
     matryoshka_names,
 )
+from megatron_embed.objectives.gathering import PaddedRows
 from megatron_embed.objectives.splitting import split_by_micro_batch
 from megatron_embed.parallel.collectives import gather_padded, sum_over
+from megatron_embed.parallel.device_copy import copy_to_device
 
 NAMES = ("loss", "similarity", "positive_similarity", "negative_similarity")
 MARGIN = 0.5
@@ -63,52 +66,64 @@ class LabelledPairs(Objective[EmbedBatch]):
     def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
         """See Objective; `embeddings` are those of the pairs' first texts, then of the second ones.
 
-        One all-reduce of the sums and, for a loss of all pairs together, one all-gather of similarities at all
-        dimensions and labels.
+        One all-reduce of the sums and, for a loss of all pairs together, one all-gather of labels between the CPUs and
+        one of similarities at all dimensions.
         """
-        assert batch.scores is not None, "rows without scores are refused before training"
-        label, pairs = batch.scores.to(embeddings.device), batch.num_queries
+        pairs = batch.num_queries
+        labels = copy_to_device(self._labels(batch), embeddings.device)
         with torch.enable_grad():
             leaf = embeddings.detach().requires_grad_()
-            sides = leaf[:pairs], leaf[pairs:][batch.positive_index.to(embeddings.device)]
+            sides = leaf[:pairs], leaf[pairs:][labels.document]
             similarity = torch.stack([
                 self.similarity(*(truncate_with_graph(side, matryoshka, normalize=self.normalize) for side in sides))
                 for matryoshka in self.dims])
         loss_of = self._over_all_pairs if self.couples_batch else self._per_pair
-        losses, gradients = loss_of(similarity.detach().double(), label, batch.capacity.queries)
-        weights = torch.tensor([matryoshka.weight for matryoshka in self.dims], device=embeddings.device)
-        (gradient,) = torch.autograd.grad(similarity, leaf, (gradients.to(embeddings.dtype) * weights[:, None]) / total)
-        values = [_values(loss, row.detach().double(), label)[: len(self.base_names)]
+        losses, gradients = loss_of(similarity.detach().double(), labels)
+        (gradient,) = torch.autograd.grad(similarity, leaf,
+                                          (gradients.to(embeddings.dtype) * labels.weights[:, None]) / total)
+        values = [_values(loss, row.detach().double(), labels)[: len(self.base_names)]
                   for loss, row in zip(losses, similarity, strict=True)]
         return LossGradient(
             sums=Sums(names=self.names, values=sum_over(combine_dims(values, self.dims), self.dp_group)),
             embeddings=gradient)
 
-    def _per_pair(self, similarity: Tensor, label: Tensor, capacity: int) -> tuple[list[tuple[Tensor, int]], Tensor]:
-        """(per dimension: summed loss of these pairs and their number, [dimensions, pairs] gradient of the sums)."""
+    def _labels(self, batch: EmbedBatch) -> "_Labels":
+        """The labels of a batch, on the CPU; for a loss of all pairs together with those of the other ranks."""
+        assert batch.scores is not None, "rows without scores are refused before training"
+        label, group, of_all_ranks = batch.scores, self.dp_group, None
+        terms = len(label)
+        if self.couples_batch:
+            real = torch.ones_like(label)
+            gathered = gather_padded(torch.stack([real, label], dim=1), batch.capacity.queries, group)
+            valid, terms = gathered[:, :, 0] > 0, int(group.rank() == 0)
+            of_all_ranks = _LabelsOfAllRanks(label=gathered[:, :, 1][valid], first=int(valid[: group.rank()].sum()),
+                                             padded=PaddedRows.of(valid.sum(dim=1), batch.capacity.queries))
+        above, below = (selected.nonzero()[:, 0] for selected in (label > 0.5, label < 0.5))
+        return _Labels(
+            label=label, document=batch.positive_index, above=above, below=below,
+            divisors=torch.tensor([terms, len(label), len(above), len(below)], dtype=torch.float64),
+            weights=torch.tensor([matryoshka.weight for matryoshka in self.dims]), of_all_ranks=of_all_ranks)
+
+    def _per_pair(self, similarity: Tensor, labels: "_Labels") -> tuple[Sequence[Tensor], Tensor]:
+        """(per dimension: summed loss of these pairs, [dimensions, pairs] gradient of the sums)."""
         with torch.enable_grad():
             leaf = similarity.requires_grad_()
-            terms = (pairwise.cosine_similarity(leaf, label) if self.settings.loss == "cosine_similarity"
-                     else pairwise.contrastive(leaf, label, self.margin))
+            terms = (pairwise.cosine_similarity(leaf, labels.label) if self.settings.loss == "cosine_similarity"
+                     else pairwise.contrastive(leaf, labels.label, self.margin))
             (gradient,) = torch.autograd.grad(terms.sum(), leaf)
-        return [(loss, len(label)) for loss in terms.detach().sum(dim=1)], gradient
+        return terms.detach().sum(dim=1).unbind(), gradient
 
-    def _over_all_pairs(self, similarity: Tensor, label: Tensor,
-                        capacity: int) -> tuple[list[tuple[Tensor, int]], Tensor]:
+    def _over_all_pairs(self, similarity: Tensor, labels: "_Labels") -> tuple[Sequence[Tensor], Tensor]:
         """The same for one loss over all ranks' pairs, which every rank computes and rank 0 of the group reports."""
-        group, pairs = self.dp_group, len(label)
-        real = torch.ones_like(label)
-        gathered = gather_padded(torch.stack([real, label, *similarity], dim=1), capacity, group)
-        valid = gathered[:, :, 0] > 0
-        start = int(valid[: group.rank()].sum())
-        of_all_ranks = gathered[valid]
+        group, pairs, of_all_ranks = self.dp_group, len(labels.label), labels.of_all_ranks
+        assert of_all_ranks is not None
+        gathered = gather_padded(similarity.T.contiguous(), of_all_ranks.padded.capacity, group)
         with torch.enable_grad():
-            leaf = of_all_ranks[:, 2:].clone().requires_grad_()
-            losses = [self._loss_of_all(column, of_all_ranks[:, 1]) for column in leaf.unbind(dim=1)]
+            leaf = of_all_ranks.padded.compact(gathered).clone().requires_grad_()
+            losses = [self._loss_of_all(column, of_all_ranks.label) for column in leaf.unbind(dim=1)]
             (gradient,) = torch.autograd.grad(sum(losses), leaf)
-        reports = group.rank() == 0
-        return ([(loss.detach() * reports, int(reports)) for loss in losses],
-                gradient[start : start + pairs].T.contiguous())
+        first, reports = of_all_ranks.first, group.rank() == 0
+        return [loss.detach() * reports for loss in losses], gradient[first : first + pairs].T.contiguous()
 
     def _loss_of_all(self, similarity: Tensor, label: Tensor) -> Tensor:
         if self.settings.loss == "online_contrastive":
@@ -116,10 +131,39 @@ class LabelledPairs(Objective[EmbedBatch]):
         return pairwise.cosent(similarity, label, self.settings.temperature)
 
 
-def _values(loss: tuple[Tensor, int], similarity: Tensor, label: Tensor) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class _LabelsOfAllRanks:
+    """The pairs of all ranks."""
+
+    label: Tensor
+    """[pairs of all ranks] float64."""
+    first: int
+    """Index of this rank's first pair."""
+    padded: PaddedRows
+    """The pairs in a message that gathers them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Labels:
+    """The labels of a batch."""
+
+    label: Tensor
+    """[pairs] float64."""
+    document: Tensor
+    """[pairs] int64, the second text of each."""
+    above: Tensor
+    """[pairs with a label above 0.5] int64."""
+    below: Tensor
+    """[pairs with a label below 0.5] int64."""
+    divisors: Tensor
+    """[4] float64, of the metrics in the order of NAMES."""
+    weights: Tensor
+    """[dimensions] float32, of each in the loss."""
+    of_all_ranks: _LabelsOfAllRanks | None
+    """Those of a loss of all pairs together; None: the loss is one of each pair."""
+
+
+def _values(loss: Tensor, similarity: Tensor, labels: _Labels) -> Tensor:
     """[4, 2] float64: sums and divisors in the order of NAMES."""
-    rows = [(loss[0], loss[1]), (similarity.sum(), len(label))]
-    for selected in (label > 0.5, label < 0.5):
-        rows.append((similarity[selected].sum(), int(selected.sum())))
-    return torch.tensor([[float(total), float(count)] for total, count in rows], dtype=torch.float64,
-                        device=similarity.device)
+    sums = [loss, similarity.sum(), similarity[labels.above].sum(), similarity[labels.below].sum()]
+    return torch.stack([torch.stack(sums), labels.divisors], dim=1)

@@ -8,6 +8,7 @@ from megatron_embed.batch import Capacity, EmbedBatch
 from megatron_embed.objectives.base import LossGradient, Objective
 from megatron_embed.objectives.splitting import part_of
 from megatron_embed.parallel.collectives import gather_padded
+from megatron_embed.parallel.device_copy import copy_to_device
 
 
 class ReplicaSplit(Objective[EmbedBatch]):
@@ -44,13 +45,13 @@ class ReplicaSplit(Objective[EmbedBatch]):
         parts = [_rows_of(batch, rank, size) for rank in range(size)]
         queries, documents = parts[self.tp_cp_group.rank()]
         part = part_of(batch, queries, documents, micro_batches=batch.micro_batches, capacity=capacity)
-        own_rows = torch.cat([queries, documents + batch.num_queries]).to(embeddings.device)
-        own = self.inner(embeddings[own_rows], part, total=total)
+        rows = copy_to_device(tuple(torch.cat([queries, documents + batch.num_queries])
+                                    for queries, documents in parts), embeddings.device)
+        own = self.inner(embeddings[rows[self.tp_cp_group.rank()]], part, total=total)
         gathered = gather_padded(own.embeddings, capacity.queries + capacity.documents, self.tp_cp_group)
         gradient = torch.empty_like(embeddings)
-        for part_gradient, (queries, documents) in zip(gathered, parts, strict=True):
-            rows = torch.cat([queries, documents + batch.num_queries]).to(embeddings.device)
-            gradient[rows] = part_gradient[: len(rows)]
+        for part_gradient, part_rows in zip(gathered, rows, strict=True):
+            gradient[part_rows] = part_gradient[: len(part_rows)]
         return LossGradient(sums=own.sums, embeddings=gradient)
 
     def _capacity(self, whole: Capacity) -> Capacity:

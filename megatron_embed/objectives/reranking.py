@@ -1,6 +1,7 @@
 """Losses of a reranker: no query depends on another, so one pass is enough."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -13,6 +14,7 @@ from megatron_embed.losses import rerank
 from megatron_embed.losses.rerank import LossSum, pad_groups
 from megatron_embed.objectives.base import LossGradient, Objective, Sums
 from megatron_embed.parallel.collectives import sum_over
+from megatron_embed.parallel.device_copy import copy_to_device
 
 Loss = Callable[[Tensor, Tensor, Tensor], LossSum]
 """([queries, most] scores, labels or teacher's scores, which are real) -> the loss of these queries."""
@@ -58,19 +60,19 @@ class Reranking(Objective[RerankBatch]):
 
     def __call__(self, embeddings: Tensor, batch: RerankBatch, *, total: float) -> LossGradient:
         """See Objective; `embeddings` are scores [documents, 1]. One all-reduce of ten numbers."""
-        device, gradient = embeddings.device, embeddings
-        values = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
+        gradient = embeddings
+        values = torch.zeros(len(self.names), 2, dtype=torch.float64, device=embeddings.device)
         if batch.num_queries:
+            groups = copy_to_device(_Groups.of(batch, self._targets(batch)), embeddings.device)
             with torch.enable_grad():
                 scores = embeddings[:, 0].detach().requires_grad_(True)
-                padded, valid = pad_groups(scores, batch.group_sizes)
-                targets, _ = pad_groups(self._targets(batch).to(device), batch.group_sizes)
-                loss = self.loss(padded, targets, valid)
+                padded = scores.new_zeros(groups.valid.numel()).index_copy(0, groups.positions, scores)
+                padded = padded.view(groups.valid.shape)
+                loss = self.loss(padded, groups.targets, groups.valid)
                 (gradient,) = torch.autograd.grad(loss.total / total, scores)
             gradient = gradient[:, None]
-            labels, _ = pad_groups(batch.labels.to(device), batch.group_sizes)
             values = torch.cat([torch.stack([loss.total.detach(), loss.terms]).double()[None],
-                                _statistics(padded.detach(), labels, valid)])
+                                _statistics(padded.detach(), groups.labels, groups.valid)])
         return LossGradient(sums=Sums(names=self.names, values=sum_over(values, self.dp_group)), embeddings=gradient)
 
     def _targets(self, batch: RerankBatch) -> Tensor:
@@ -79,6 +81,27 @@ class Reranking(Objective[RerankBatch]):
             return batch.labels
         assert batch.teacher_scores is not None, "rows without teacher scores are refused before training"
         return batch.teacher_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Groups:
+    """Documents by query, padded to the most of a query."""
+
+    positions: Tensor
+    """[documents] int64, the documents' positions in [queries, most]."""
+    valid: Tensor
+    """[queries, most] bool, true at real documents."""
+    targets: Tensor
+    """[queries, most] of the loss."""
+    labels: Tensor
+    """[queries, most] float32."""
+
+    @staticmethod
+    def of(batch: RerankBatch, targets: Tensor) -> "_Groups":
+        """Those of a batch, on the CPU. `targets`: [documents] of the loss."""
+        padded, valid = pad_groups(targets, batch.group_sizes)
+        labels = padded if targets is batch.labels else pad_groups(batch.labels, batch.group_sizes)[0]
+        return _Groups(positions=valid.flatten().nonzero()[:, 0], valid=valid, targets=padded, labels=labels)
 
 
 def loss_of(name: str, config: RerankerConfig) -> Loss:

@@ -132,6 +132,14 @@ def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
+def gradients_of_norm(part: MegatronOptimizer) -> list[torch.Tensor]:
+    """The gradients of one of the chained optimizers that count in the norm; over all ranks each is counted once."""
+    name = "get_grads_for_grad_norm"  # 0.17 and later
+    name = name if name in vars(MegatronOptimizer) else "get_main_grads_for_grad_norm"
+    gradients: list[torch.Tensor] = vars(MegatronOptimizer)[name](part)
+    return gradients
+
+
 def initialize_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Set the state of an optimizer that has none yet to that before the first step: moments of zero, `step` 0.
 
@@ -186,7 +194,7 @@ def forget_router_losses() -> None:
     _router_losses().clear()
 
 
-def router_losses(num_layers: int, micro_batches: int) -> dict[str, float]:
+def router_losses(num_layers: int, micro_batches: int) -> dict[str, torch.Tensor]:
     """Auxiliary losses that the routers recorded since the last call of `forget_router_losses`, without coefficient.
 
     Args:
@@ -194,8 +202,9 @@ def router_losses(num_layers: int, micro_batches: int) -> dict[str, float]:
         micro_batches: micro-batches of this rank, over which the mean is taken.
     Returns:
         Megatron's name of each (`load_balancing_loss`: Fedus et al. 2021, arXiv:2101.03961, equation 4; 1 where all
-        experts get as many tokens) -> its mean over layers, micro-batches and data-parallel ranks; empty if none was
-        recorded. Communicates over the pipeline, tensor- and context-parallel and data-parallel groups.
+        experts get as many tokens) -> its mean over layers, micro-batches and data-parallel ranks, a scalar on the
+        device; empty if none was recorded. Communicates over the pipeline, tensor- and context-parallel and
+        data-parallel groups.
     """
     losses: dict[str, torch.Tensor] = {}
     if _router_losses():
@@ -204,7 +213,7 @@ def router_losses(num_layers: int, micro_batches: int) -> dict[str, float]:
             get_moe_metrics_tracker().report(**report)
         else:
             track_moe_metrics(**report)
-    return {name: float(value) for name, value in losses.items()}
+    return losses
 
 
 def _router_losses() -> dict[str, Any]:

@@ -93,7 +93,7 @@ class EmbeddingTask(Task):
         return load_model_chunks(self.model, self.config, topology)
 
     def build_objective(self, topology: Topology) -> Objective[Any]:
-        return build_objective(self.config, topology.dp_group, topology.device, topology.model_parallel_groups)
+        return build_objective(self.config, topology.dp_group, topology.model_parallel_groups)
 
     def write_settings(self, hf: Path) -> None:
         (hf / RERANKER_FILE).unlink(missing_ok=True)

@@ -64,7 +64,7 @@ class GradCache(Generic[Batch]):
             def loss(output: Tensor) -> tuple[Tensor, None]:
                 assert grad is not None, "the schedule asks only the last stage for a loss"
                 row_ids = batches[index].valid_rows
-                return (grad.embeddings[row_ids.to(output.device)] * output[: len(row_ids)]).sum() * factor, None
+                return (grad.embeddings[row_ids] * output[: len(row_ids)]).sum() * factor, None
 
             return loss
 
@@ -81,7 +81,7 @@ class GradCache(Generic[Batch]):
             part, order = parts[index], torch.argsort(batches[index].valid_rows)
 
             def loss(output: Tensor) -> tuple[Tensor, Tensor]:
-                embeddings = output[order.to(output.device)]
+                embeddings = output[order]
                 grad = self.objective(embeddings.detach(), part, total=total)
                 return (grad.embeddings * embeddings).sum() * factor, grad.sums.values
 
@@ -101,8 +101,7 @@ class GradCache(Generic[Batch]):
             return self._broadcast_from_last_stage(self.objective(embeddings, batch, total=total).sums.values)
         values = []
         for part, micro in zip(self.objective.split(batch), batches, strict=True):
-            rows = micro.valid_rows.sort().values.to(embeddings.device)
-            values.append(self.objective(embeddings[rows], part, total=total).sums.values)
+            values.append(self.objective(embeddings[micro.valid_rows.sort().values], part, total=total).sums.values)
         return self._broadcast_from_last_stage(torch.stack(values).sum(dim=0))
 
     def _on_device(self, batch: Batch) -> list[DeviceMicroBatch]:

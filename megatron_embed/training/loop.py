@@ -68,8 +68,8 @@ class Loaded:
 def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
     """The batch of a step, or on every rank the error of the lowest rank that has one: of its writer, or of this batch.
 
-    One all-reduce of eight numbers over the world; an error alone costs another collective. The world and not the
-    data-parallel group: a file may change between two ranks of a replica that read the same rows.
+    One all-reduce of eight numbers over the world, between the CPUs; an error alone costs another collective. The world
+    and not the data-parallel group: a file may change between two ranks of a replica that read the same rows.
     """
     batch, error = None, hooks.writer.error
     try:
@@ -82,7 +82,7 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
     squares = sum(int(micro.cu_seqlens.diff().square().sum()) for micro in micro_batches)
     texts, cut = sum(micro.num_sequences for micro in micro_batches), 0 if batch is None else batch.num_truncated
     counts = torch.tensor([real, padded, squares, texts, cut, hooks.stop.signalled, hooks.stop.time_is_up,
-                           error is not None], dtype=torch.float64, device=topology.device)
+                           error is not None], dtype=torch.float64)
     real_sum, padded_sum, squares_sum, texts_sum, cut_sum, signalled, time_is_up, failed = sum_over(
         counts, dist.group.WORLD).tolist()
     if failed:

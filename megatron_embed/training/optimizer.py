@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_embed.config.optimizer import OWN_READERS
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel
 from megatron_embed.models.heads import return_tied_gradients
+from megatron_embed.models.lora import Lora
 from megatron_embed.models.passes import tied_parts
+from megatron_embed.parallel.collectives import sum_over
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import (
     HAS_CUDA,
@@ -23,6 +26,7 @@ from megatron_embed.platform.compat import (
     OptimizerParamScheduler,
     finalize_model_grads,
     get_megatron_optimizer,
+    gradients_of_norm,
     use_torch_adam,
 )
 from megatron_embed.training.overlap import assert_gathered, no_sync_until_last_microbatch
@@ -43,18 +47,27 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> None:
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            group.setdefault("step", 0)
+            group["step"] = group.get("step", 0) + 1
             for parameter in group["params"]:
                 state = self.state[parameter]
                 if not state:
                     state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                     state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["step"] = torch.tensor(float(group["step"]), device=parameter.device)
-        super().step(closure)
-        for group in self.param_groups:
-            group["step"] += 1
-            for parameter in group["params"]:
-                del self.state[parameter]["step"]
+            updated = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if updated:
+                self._update(updated, group)
+
+    def _update(self, parameters: list[torch.nn.Parameter], group: dict[str, Any]) -> None:
+        """torch's kernel on parameters of one dtype and device. `step` is filled in there: a copy of it for each
+        parameter, as torch's own `step` needs, would be waited for."""
+        step = torch.full((), float(group["step"]), device=parameters[0].device)
+        states = [self.state[parameter] for parameter in parameters]
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            parameters, [parameter.grad for parameter in parameters],  # type: ignore[arg-type]
+            [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [],
+            [step] * len(parameters), lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+            eps=group["eps"], amsgrad=False, maximize=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called when state is loaded; torch then insists on a `step` per parameter, of which we keep none."""
@@ -76,12 +89,22 @@ def check_optimizer(config: RunConfig, *, has_adapters: bool, has_tied_head: boo
         raise ConfigError("optimizer.precision_aware = True needs a GPU and Transformer Engine, whose FusedAdam it is; "
                           "pip install 'megatron_embed[gpu]' on a GPU's machine, or set it to false",
                           key="optimizer.precision_aware")
-    if asked.overlap_grad_reduce and has_tied_head:
+    if asked.overlap_grad_reduce is True and has_tied_head:
         raise ConfigError("optimizer.overlap_grad_reduce = True: the head's yes and no are rows of the word "
                           "embeddings, whose gradient is whole only after the backward passes; set it to false",
                           key="optimizer.overlap_grad_reduce")
-    if asked.overlap_param_gather and has_adapters:
+    if asked.overlap_param_gather is True and has_adapters:
         raise ConfigError(f"optimizer.overlap_param_gather = True: {OWN_READERS}", key="optimizer.overlap_param_gather")
+
+
+def overlaps(config: RunConfig, *, has_adapters: bool, has_head: bool, has_tied_head: bool) -> tuple[bool, bool]:
+    """(optimizer.overlap_grad_reduce, optimizer.overlap_param_gather) with `auto` resolved, see their docs."""
+    asked = config.optimizer
+    reduce = HAS_CUDA and not has_tied_head if asked.overlap_grad_reduce == "auto" else asked.overlap_grad_reduce
+    gather = asked.overlap_param_gather
+    if gather == "auto":
+        gather = HAS_CUDA and reduce and asked.distributed and not (has_adapters or has_head)
+    return reduce, gather
 
 
 def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: Topology,
@@ -90,22 +113,24 @@ def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: T
 
     `bucket_size`: parameters of a bucket, if communication overlaps computation; None: see the settings.
     """
+    tied = tied_parts(chunks)
+    overlap_reduce, overlap_gather = overlaps(
+        config, has_adapters=any(isinstance(module, Lora) for module in chunks[0].modules()),
+        has_head=chunks[0].head_spec is not None, has_tied_head=tied is not None)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed, check_for_nan_in_grad=False,
-        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
-        overlap_param_gather=config.optimizer.overlap_param_gather, bucket_size=bucket_size)
+        overlap_grad_reduce=overlap_reduce, overlap_param_gather=overlap_gather, bucket_size=bucket_size)
     wrapped = [DistributedDataParallel(config=chunk.config, ddp_config=ddp_config, module=chunk,
                                        disable_bucketing=index > 0, pg_collection=topology.groups)
                for index, chunk in enumerate(chunks)]
-    if config.optimizer.overlap_grad_reduce:
+    if overlap_reduce:
         no_sync_until_last_microbatch(wrapped)
-    tied = tied_parts(chunks)
 
     def finalize(*arguments: Any, **options: Any) -> None:
-        if config.optimizer.overlap_param_gather:
+        if overlap_gather:
             assert_gathered(wrapped)
         if tied is not None:
-            assert not config.optimizer.overlap_grad_reduce, "some gradients may be reduced already"
+            assert not overlap_reduce, "some gradients may be reduced already"
             return_tied_gradients(*tied, topology)
         finalize_model_grads(*arguments, **options)
 
@@ -150,20 +175,52 @@ def build_optimizer(config: RunConfig, wrapped: Sequence[torch.nn.Module], topol
     return optimizer if len(parts) == len(optimizer.chained_optimizers) else type(optimizer)(parts)
 
 
-def update(optimizer: MegatronOptimizer, loss: float) -> tuple[float, bool]:
+@torch.no_grad()
+def squared_norms(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """Squares, scalars float32 on the device, whose sum is that of the norm of the whole model's gradient.
+
+    One; or one per part of the optimizer, if the parts are divided over different ranks (experts). Call it after the
+    backward passes, on all ranks: one all-reduce of a number each. Megatron's own norm reads every tensor's back.
+    """
+    optimizer.prepare_grads()
+    parts = [(gradients_of_norm(part), part.get_grad_stats_parallel_group())
+             for part in optimizer.chained_optimizers]
+    if optimizer.grads_states_parallel_group_is_shared():
+        parts = [([gradient for gradients, _ in parts for gradient in gradients], parts[0][1])]
+    squares = []
+    for gradients, group in parts:
+        if gradients:
+            square = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) ** 2
+        else:
+            square = torch.zeros((), device="cuda" if HAS_CUDA else "cpu")
+        squares.append(sum_over(square, group))
+    return squares
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, squares: Sequence[Tensor], loss: float) -> tuple[float, bool]:
     """One optimizer step, unless the loss or the gradient is not finite: then parameters and moments stay as they are.
 
+    Args:
+        squares: the return value of `squared_norms`, on the CPU.
     Returns:
         (norm of the whole model's gradient before clipping, whether there was a step). Equal on all ranks.
     """
     if not math.isfinite(loss):
         return math.nan, False
-    # Megatron computes the norm again in `step`; without loss scaling it has no way to be told of it, or to stop there.
-    optimizer.prepare_grads()
-    if not math.isfinite(optimizer.get_grad_norm()):
+    norms = [float(square) ** 0.5 for square in squares]
+    norm = norms[0] if len(norms) == 1 else math.sqrt(sum(norm**2 for norm in norms))
+    if not math.isfinite(norm):
         return math.inf, False
-    _, grad_norm, _ = optimizer.step()
-    return float(grad_norm), True
+    factor = optimizer.config.clip_grad / (norm + 1e-6)
+    if factor < 1.0:
+        for part in optimizer.chained_optimizers:
+            decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            gradients = [vars(parameter).get("decoupled_grad") if decoupled else parameter.grad
+                         for parameter in part.get_parameters()]
+            torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
+    optimizer.step_with_ready_grads()
+    return norm, True
 
 
 def build_scheduler(optimizer: MegatronOptimizer, training: TrainingConfig,

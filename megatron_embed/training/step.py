@@ -1,13 +1,14 @@
 """One optimizer step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from megatron_embed.batch import StepBatch
 from megatron_embed.models.passes import unwrapped
+from megatron_embed.parallel.device_copy import copy_to_host
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import (
     MegatronOptimizer,
@@ -16,7 +17,7 @@ from megatron_embed.platform.compat import (
     router_losses,
 )
 from megatron_embed.training.grad_cache import GradCache
-from megatron_embed.training.optimizer import update
+from megatron_embed.training.optimizer import squared_norms, update
 from megatron_embed.training.overlap import complete_parameters
 
 
@@ -57,8 +58,13 @@ def train_step(batch: StepBatch, trainer: Trainer) -> dict[str, float]:
     trainer.optimizer.zero_grad()
     sums = trainer.grad_cache(batch)                                 # forward and backward; reduced over all ranks
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
-    metrics = sums.metrics() | router_losses(unwrapped(trainer.chunks[0]).config.num_layers, len(batch.micro_batches))
-    grad_norm, updated = update(trainer.optimizer, metrics["loss"])  # clip, update, gather updated parameters
+    routers = router_losses(unwrapped(trainer.chunks[0]).config.num_layers, len(batch.micro_batches))
+    squares = squared_norms(trainer.optimizer)
+    # The step's one wait for the device: whether to update depends on these numbers.
+    values, *parts = copy_to_host(sums.values, *squares, *routers.values())
+    metrics = replace(sums, values=values).metrics()
+    metrics |= {name: float(value) for name, value in zip(routers, parts[len(squares) :], strict=True)}
+    grad_norm, updated = update(trainer.optimizer, parts[: len(squares)], metrics["loss"])  # clip, update, gather
     learned = trainer.grad_cache.objective.learned
     if learned is not None and updated:
         learned.step(metrics, learning_rate)

@@ -62,7 +62,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
     optimizer = build_optimizer(config, wrapped, topology)
     group = topology.groups.tp if case.sabotage == "group" else topology.dp_group
     split = topology.model_parallel_groups if group is topology.dp_group else None
-    objective = build_objective(config, group, topology.device, split)
+    objective = build_objective(config, group, split)
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
                           kernel="sdpa", has_dropout=False)
     batch = _load_batch(case, config, folder, topology)

@@ -191,9 +191,8 @@ def all_losses_on_rank(config, directories):
         teacher_index = 2 * (batch.document_query + mine.start) + (~batch.is_positive).long()
         batch = dataclasses.replace(batch, scores=None if loss.scores is None else loss.scores[mine],
                                     teacher_scores=TEACHER[teacher_index])
-        gradients = dataclasses.replace(built.gradients,
-                                        objective=build_objective(chosen, topology.dp_group, topology.device,
-                                                                  topology.model_parallel_groups))
+        gradients = dataclasses.replace(
+            built.gradients, objective=build_objective(chosen, topology.dp_group, topology.model_parallel_groups))
         for chunk in built.wrapped:
             chunk.zero_grad_buffer()
         sums = gradients(batch)

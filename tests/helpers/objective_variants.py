@@ -95,7 +95,7 @@ def variants_on_ranks(world):
     for variant in VARIANTS:
         parts = [variant_batch(rank, variant) for rank in range(world)]
         rows, batch = together(parts) if dist.get_world_size() == 1 else parts[dist.get_rank()]
-        objective = build_objective(config_of(*variant), dist.group.WORLD, torch.device("cpu"))
+        objective = build_objective(config_of(*variant), dist.group.WORLD)
         result = objective(rows, batch, total=6.0)
         results.append((result.sums.metrics(), result.embeddings, batch.num_queries))
     return results

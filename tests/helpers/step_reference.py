@@ -77,7 +77,7 @@ def build(config):
     opened = open_model(config)
     topology = opened.topology
     wrapped = wrap_in_ddp(opened.chunks, config, topology)
-    objective = build_objective(config, topology.dp_group, topology.device, topology.model_parallel_groups)
+    objective = build_objective(config, topology.dp_group, topology.model_parallel_groups)
     gradients = GradCache(chunks=wrapped, models=opened.chunks, topology=topology, objective=objective,
                           kernel=attention_kernel(config), has_dropout=has_dropout(config))
     share = ROWS // topology.dp_size

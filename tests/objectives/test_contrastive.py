@@ -17,8 +17,7 @@ def objective_on_rank(ragged, masked, total):
     from megatron_embed.objectives.build import build_objective
 
     embeddings, batch = batch_of_rank(dist.get_rank(), ragged)
-    objective = build_objective(config_of({"temperature": 0.1, "mask_duplicates": masked}), dist.group.WORLD,
-                                torch.device("cpu"))
+    objective = build_objective(config_of({"temperature": 0.1, "mask_duplicates": masked}), dist.group.WORLD)
     result = objective(embeddings, batch, total=total)
     return result.sums, result.embeddings
 

@@ -54,7 +54,7 @@ def gradients_on_rank(ranks):
     for name, loss in LOSSES.items():
         rows, batch = batch_of_rank(dist.get_rank(), ranks, name)
         config = config_of(settings_of(name), {"num_negatives": loss.num_negatives}, loss.dims)
-        objective = build_objective(config, dist.group.WORLD, torch.device("cpu"))
+        objective = build_objective(config, dist.group.WORLD)
         result = objective(rows, batch, total=objective.total(batch))
         gradient = result.embeddings
         results[name] = (result.sums.metrics()["loss"], gradient[: batch.num_queries], gradient[batch.num_queries:])

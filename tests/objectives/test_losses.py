@@ -32,7 +32,7 @@ def pairs_on_rank(name):
 
     rows, batch = variant_batch(dist.get_rank(), ({}, {}))
     batch = dataclasses.replace(batch, scores=torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)[:batch.num_queries])
-    objective = build_objective(config_of({"loss": name}), dist.group.WORLD, torch.device("cpu"))
+    objective = build_objective(config_of({"loss": name}), dist.group.WORLD)
     assert metric_names(config_of({"loss": name})) == objective.names
     return objective(rows, batch, total=objective.total(batch)).sums.metrics()
 

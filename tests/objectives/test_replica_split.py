@@ -26,7 +26,7 @@ def variants_on_replicas(replicas):
     results = []
     for variant in VARIANTS:
         rows, batch = variant_batch(rank // replica_size, variant)
-        objective = build_objective(config_of(*variant), across[rank % replica_size], torch.device("cpu"), split)
+        objective = build_objective(config_of(*variant), across[rank % replica_size], split)
         assert isinstance(objective, ReplicaSplit)
         assert objective.total(batch) == batch.num_queries * replicas
         result = objective(rows, batch, total=6.0)

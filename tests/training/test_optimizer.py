@@ -35,13 +35,18 @@ def open_optimizer(config):
 
 def optimized(config):
     """(parameters after STEPS steps, gradient norms), with gradients that names and steps decide."""
+    from megatron_embed.training.optimizer import squared_norms, update
+
     parameters, optimizer = open_optimizer(config)
     norms = []
     for step in range(STEPS):
         for name, parameter in parameters.items():
             parameter.main_grad.copy_(gradient_of(name, parameter.shape, step))
-        _, norm, _ = optimizer.step()
-        norms.append(float(norm))
+        squares = squared_norms(optimizer)
+        megatrons = float(optimizer.get_grad_norm())  # of every tensor, read back
+        norm, updated = update(optimizer, squares, 0.5)
+        assert updated and norm == megatrons
+        norms.append(norm)
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}, norms
 
 
@@ -75,6 +80,27 @@ def test_parameters_equal_those_of_torch(bert, ranks, distributed, clip_grad):
         assert our_norms == pytest.approx(norms, rel=1e-5)
         for name, parameter in parameters.items():
             torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def one_update(config, loss, value):
+    """(norm, whether there was a step, whether a parameter moved, `step` of the groups) with all gradients `value`."""
+    from megatron_embed.training.optimizer import squared_norms, update
+
+    parameters, optimizer = open_optimizer(config)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.main_grad.fill_(value)
+    norm, updated = update(optimizer, squared_norms(optimizer), loss)
+    moved = any(not torch.equal(parameter, before[name]) for name, parameter in parameters.items())
+    return norm, updated, moved, {group.get("step", 0) for group in optimizer.param_groups}
+
+
+@pytest.mark.parametrize("loss, value, norm", [(math.nan, 1.0, math.nan), (0.5, math.nan, math.inf),
+                                               (0.5, math.inf, math.inf), (0.5, 1.0, None)])
+def test_a_loss_or_gradient_that_is_not_finite_changes_nothing(bert, loss, value, norm):
+    ((ours, *rest),) = run_on_ranks(one_update, 1, run_config(bert, training=TRAINING), loss, value)
+    assert rest == ([True, True, {1}] if norm is None else [False, False, {0}])
+    assert norm is None or ours == pytest.approx(norm, nan_ok=True)
 
 
 def decay_of_groups(config):

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import OptimizerConfig
 from megatron_embed.errors import ConfigError, PreemptedError
-from megatron_embed.training.optimizer import check_optimizer
+from megatron_embed.training import optimizer as optimizer_module
+from megatron_embed.training.optimizer import check_optimizer, overlaps
 from tests.helpers.embedding_reference import EmbeddingReference
 from tests.helpers.exactness_cases import KINDS, Case, Layout
 from tests.helpers.gradient_errors import gather_shards
@@ -208,3 +209,18 @@ def test_what_the_model_alone_shows_is_refused():
         check_optimizer(config, has_adapters=True, has_tied_head=False)
     with pytest.raises(ConfigError, match="optimizer.overlap_grad_reduce = True: the head's yes and no are rows"):
         check_optimizer(config, has_adapters=False, has_tied_head=True)
+
+
+@pytest.mark.parametrize("has_cuda, asked, model, expected", [
+    (True, {}, {}, (True, True)), (False, {}, {}, (False, False)),
+    (True, {"overlap_grad_reduce": False}, {}, (False, False)),
+    (True, {"overlap_param_gather": False}, {}, (True, False)),
+    (False, BOTH, {}, (True, True)), (True, {"distributed": False}, {}, (True, False)),
+    (True, {}, {"has_adapters": True}, (True, False)), (True, {}, {"has_head": True}, (True, False)),
+    (True, {}, {"has_head": True, "has_tied_head": True}, (False, False))])
+def test_auto_is_on_with_gpus_where_it_can_be(monkeypatch, has_cuda, asked, model, expected):
+    monkeypatch.setattr(optimizer_module, "HAS_CUDA", has_cuda)
+    config = with_optimizer(run_config("m"), asked)
+    parts = {"has_adapters": False, "has_head": False, "has_tied_head": False} | model
+    check_optimizer(config, has_adapters=parts["has_adapters"], has_tied_head=parts["has_tied_head"])
+    assert overlaps(config, **parts) == expected
