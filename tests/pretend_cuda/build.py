@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / "build" / "pretend_cuda"
 """Ignored by git; `make clean` removes it."""
-SOURCES = (HERE / "pretend_cuda.cpp", HERE / "collectives.inc")
+SOURCE = HERE / "pretend_cuda.cpp"
 TORCH_VERSIONS = ("2.13.",)
 """Beginnings of the versions that it is written for: torch changes the headers that it uses from release to release."""
 MODULE = "pretend_cuda_device"
@@ -57,7 +57,7 @@ def reason_against() -> str | None:
 def library() -> Path:
     """Where the compiled device lies: a name for every torch, Python, machine and source."""
     key = hashlib.sha256("\n".join((version("torch"), sys.version, platform.machine(), *FLAGS)).encode())
-    for source in SOURCES:
+    for source in (SOURCE, *sorted(HERE.glob("*.h"))):
         key.update(source.read_bytes())
     return CACHE / key.hexdigest()[:16] / f"{MODULE}.so"
 
@@ -83,7 +83,7 @@ def _compile(target: Path) -> None:
     includes = (torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include",
                 sysconfig.get_paths()["include"])
     done = subprocess.run(
-        ["g++", *FLAGS, *(f"-I{folder}" for folder in includes), str(SOURCES[0]), "-o", str(unfinished),
+        ["g++", *FLAGS, *(f"-I{folder}" for folder in includes), str(SOURCE), "-o", str(unfinished),
          f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python", f"-Wl,-rpath,{torch / 'lib'}"],
         capture_output=True, text=True, check=False)
     if done.returncode:

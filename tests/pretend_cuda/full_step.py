@@ -29,12 +29,13 @@ from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel, build_model, to_device
 from megatron_embed.models.families import ModelShape
 from megatron_embed.objectives.base import LossGradient, Objective, Sums
+from megatron_embed.parallel.device_copy import copy_to_host
 from megatron_embed.parallel.topology import Topology, initialize, token_alignment
 from megatron_embed.planning.memory import Memory, activation_bytes, grid_of, stage_memory
 from megatron_embed.planning.shapes import shape_of
 from megatron_embed.platform import compat
 from megatron_embed.training.grad_cache import GradCache
-from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
+from megatron_embed.training.optimizer import build_optimizer, squared_norms, update, wrap_in_ddp
 from tests.pretend_cuda.waits import Wait, record, recorded
 
 NO_KERNEL = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_",
@@ -183,23 +184,21 @@ class NoLoss(Objective[Any]):
 
 
 def longest_micro_batch(config: RunConfig) -> MicroBatch:
-    """A micro-batch of the settings' longest texts, on the host."""
-    texts = config.training.micro_batch_size
-    documents = texts * (1 + config.data.num_negatives)
-    lengths = torch.tensor([config.data.query_max_length] * texts + [config.data.document_max_length] * documents)
+    """A micro-batch of the settings' longest texts, on the host; under a token budget, documents that fill it."""
+    budget, longest = config.training.micro_batch_tokens, config.data.document_max_length
+    assert longest is not None and config.data.query_max_length is not None
+    if budget is None:
+        texts = config.training.micro_batch_size
+        sizes = [config.data.query_max_length] * texts + [longest] * (texts * (1 + config.data.num_negatives))
+    else:
+        sizes = [longest] * (budget // longest) + [budget % longest] * (budget % longest > 0)
+    lengths = torch.tensor(sizes)
     real = int(lengths.sum())
     padding = -real % token_alignment(config.parallel)
     positions = [torch.arange(int(length)) for length in lengths] + [torch.zeros(padding, dtype=torch.int64)]
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
     return MicroBatch(token_ids=torch.randint(1000, (real + padding,)), position_ids=torch.cat(positions),
                       cu_seqlens=bounds, rows=torch.arange(len(lengths)))
-
-
-def norm_by_values(chunk_size: int, flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool,
-                   *args: Any) -> tuple[Tensor, None]:
-    """Megatron's `local_multi_tensor_l2_norm`, which makes a tensor of tensors: fake ones have no values for it."""
-    norms = [float(torch.norm(tensor)) for tensor in tensor_lists[0]]
-    return torch.norm(torch.tensor(norms)).to(tensor_lists[0][0].device).view(1), None
 
 
 @contextlib.contextmanager
@@ -220,9 +219,6 @@ def fake_ranks(world_size: int) -> Iterator[None]:
         stack.enter_context(mock.patch.object(
             dist, "new_group", lambda *args, **kwargs: new_group(*args, **kwargs | {"backend": None})))
         stack.enter_context(mock.patch.object(dist, "all_gather_object", all_gather_object))
-        clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
-        if clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
-            stack.enter_context(mock.patch.object(clip_grads, "l2_norm_impl", norm_by_values))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         yield
 
@@ -317,6 +313,5 @@ def _run(config: RunConfig, shape: ModelShape, topology: Topology, batch: Any, m
     meter.part = "pass 1"
     cache.two_pass(None, [batch])
     meter.part = "optimizer"
-    optimizer.step()
-    meter.part = "after"
+    update(optimizer, copy_to_host(*squared_norms(optimizer)), loss=1.0)
     return resident

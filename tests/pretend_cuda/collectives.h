@@ -1,3 +1,4 @@
+#pragma once
 // ---- NCCL's part: collectives of contiguous device tensors alone, over gloo on the same memory ----------------------
 
 class Nccl final : public c10d::Backend {
