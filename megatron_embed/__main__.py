@@ -52,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Bad input is one line on stderr, from rank 0 only: every rank raises the same error, or is told of it before they
     start. Another rank prints only errors that rank 0 does not know.
     """
-    cuda_environment.set_defaults()  # before torch is imported, by the rendezvous or a command
     with stop.listening():
         if leaves_status():
             clear_status()
@@ -79,6 +78,7 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
     try:
         setup_logging(rank)
         args = build_parser().parse_args(argv)
+        cuda_environment.set_defaults()  # before torch is imported, by the rendezvous or a command
         speaks = True  # rank 0 may not know of errors in another rank's variables
         several = args.command != "doctor" and launched_rank()[1] > 1
         if args.command in MULTI_RANK_COMMANDS and several:

@@ -1,6 +1,5 @@
 """Environment variables of a process that uses GPUs, set before torch and CUDA start. What the user has set is kept."""
 
-import importlib.metadata
 import os
 import re
 
@@ -57,6 +56,8 @@ def set_deterministic() -> None:
 
 def torch_version() -> tuple[int, int]:
     """(major, minor) of the installed torch, without importing it; (0, 0) if there is none."""
+    import importlib.metadata  # slow to import, and --help need not wait for it
+
     try:
         numbers = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("torch"))
     except importlib.metadata.PackageNotFoundError:

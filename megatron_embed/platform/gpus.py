@@ -1,6 +1,5 @@
 """The GPUs that a process of this machine can use, without starting CUDA."""
 
-import ctypes
 import os
 import re
 import shutil
@@ -47,6 +46,8 @@ def _listed_gpus() -> tuple[list[str], set[int]]:
 
 def compute_capability() -> tuple[int, int] | None:
     """(major, minor) of the first GPU by the driver's management library, which does not start CUDA; None: unknown."""
+    import ctypes
+
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -73,6 +73,12 @@ def test_bfloat16_is_near_float32(curve, device):
     assert losses != expected
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_deterministic_run_repeats_bit_for_bit(curve, device):
+    settings = ("model.dtype=bfloat16", "training.deterministic=true")
+    assert curve("once", "qwen3", device, *settings) == curve("again", "qwen3", device, *settings)
+
+
 @pytest.mark.parametrize("kind, key", [
     ("qwen3", "tensor_model"), ("qwen3", "pipeline_model"), ("qwen3", "context"), ("qwen3_moe", "expert_model")])
 @pytest.mark.parametrize("device", PAIRS)

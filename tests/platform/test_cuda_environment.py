@@ -1,5 +1,6 @@
 """What a process on a GPU is given before CUDA starts, and what is left alone."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def test_capability_is_asked_of_the_driver(monkeypatch):
 
     library = types.SimpleNamespace(nvmlInit_v2=lambda: 0, nvmlDeviceGetHandleByIndex_v2=lambda index, device: 0,
                                     nvmlDeviceGetCudaComputeCapability=answer, nvmlShutdown=lambda: 0)
-    monkeypatch.setattr(gpus.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert gpus.compute_capability() == (9, 0)
     library.nvmlDeviceGetHandleByIndex_v2 = lambda index, device: 6
     assert gpus.compute_capability() is None
