@@ -12,11 +12,12 @@ import pytest
 from tests.helpers.toys import REPOSITORY
 
 TRAINER = """
-import json, os, sys, time
+import json, os, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the kernel's, to a stopped process that is left behind
 folder = sys.argv[1]
 os.makedirs(folder)
 open(folder + "/process", "w").write(str(os.getpid()))
-for step in range(1000):
+while True:
     time.sleep(0.02)
     with open(folder + "/metrics.jsonl", "a") as file:
         file.write(json.dumps({"loss": 1.0}) + chr(10))
@@ -44,7 +45,7 @@ def state(process: int) -> str:
 
 
 def waited_for(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
