@@ -18,7 +18,7 @@ from tests.helpers.refusals import command
 from tests.pretend_cuda.environment import is_pretended
 
 MICRO_BATCHES = 4
-"""Number in a step. The model has 4 layers and 34 tensors of parameters; a step has two passes over each micro-batch."""
+"""Number in a step, which has two passes over each. The model has 4 layers and 34 tensors of parameters."""
 
 PER_STEP = {"parallel.device_copy:copy_to_host": 1}
 """Function -> blocking waits of one step, at most."""
