@@ -134,8 +134,8 @@ def check_move(paths, folder, source, target, *, dense=False, **settings):
 
 
 @pytest.mark.parametrize("source, target, settings", [
-    ("DP3", "TP2", {"dense": True, "dtype": "bfloat16"}), ("TP2 EP2", "DP2", {"lora": LORA})],
-    ids=["dense", "adapters"])
+    pytest.param("DP3", "TP2", {"dense": True, "dtype": "bfloat16"}, id="dense"),
+    pytest.param("TP2 EP2", "DP2", {"lora": LORA}, id="adapters", marks=pytest.mark.slow)])
 def test_state_goes_to_another_layout_bit_for_bit(paths, tmp_path, source, target, settings):
     written = check_move(paths, tmp_path, source, target, **settings)
     largest = max(value.nbytes for value in run_on_ranks(stored, 1, tmp_path / "new")[0].values())
