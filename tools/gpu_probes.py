@@ -167,7 +167,7 @@ def save(options: dict[str, Any]) -> Result:
 
     def measured(saver: Any, step: int, **others: Any) -> None:
         wait()
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
         before, on_gpu = resident("VmRSS"), 0
         if device() == "cuda":
             torch.cuda.reset_peak_memory_stats()

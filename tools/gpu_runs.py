@@ -101,9 +101,9 @@ class Machine:
 
 def end_session(process: "subprocess.Popen[str]") -> tuple[str, str]:
     """End a process and all that it started; what it had written."""
-    for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, None)):
+    for signal_number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, signal_number)
         try:
             return process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -133,12 +133,12 @@ def _placed(name: str, owned: Slice, values: Tensor, declared: Declarations) -> 
         stacked, outer = (1,) * part.prepend_axis_num, part.prepend_axis_num
         for offsets, sizes in boxes(part.local_shape, low - first, high - first) if low < high else ():
             count = math.prod(sizes)
-            place = (*part.global_offset[:outer],
+            global_offset = (*part.global_offset[:outer],
                      *(base + offset for base, offset in zip(part.global_offset[outer:], offsets, strict=True)))
             tensors.append(ShardedTensor(
                 key=f"{PREFIX}.{name}.{part.key}",
                 data=values[low - owned.start:low - owned.start + count].view(*stacked, *sizes), dtype=values.dtype,
-                local_shape=(*stacked, *sizes), global_shape=part.global_shape, global_offset=place,
+                local_shape=(*stacked, *sizes), global_shape=part.global_shape, global_offset=global_offset,
                 axis_fragmentations=None,  # an irregular grid
                 replica_id=part.replica_id[:2],  # pipeline, tensor; the slices of data-parallel ranks differ
                 allow_shape_mismatch=part.allow_shape_mismatch))
@@ -154,5 +154,5 @@ def _parts(declaration: ShardedBase) -> Iterator[tuple[ShardedTensor, int]]:
         return
     shape_alone = torch.empty_like(declaration.data, device="meta")
     for part in nested_values(replace(declaration, data=shape_alone).build()):
-        assert part.data.is_contiguous() and part.data._base is not None, f"{part.key} is no part of the parameter"
+        assert part.data.is_contiguous() and part.data._base is not None, f"{part.key} is not a view of the parameter"
         yield part, part.data.storage_offset()

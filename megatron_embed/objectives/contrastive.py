@@ -250,6 +250,6 @@ def _scale_ratios(learned: LearnedScale, gradient: Tensor, num_queries: int) -> 
     `gradient`: [2] float64 with respect to log scale and bias, summed over these queries.
     """
     values = [learned.temperature, *([] if learned.bias is None else [learned.bias])]
-    sums = torch.stack([number for value, of_value in zip(values, gradient.unbind(), strict=False)
-                        for number in (gradient.new_full((), value * num_queries), of_value)])
+    sums = torch.stack([entry for value, of_value in zip(values, gradient.unbind(), strict=False)
+                        for entry in (gradient.new_full((), value * num_queries), of_value)])
     return torch.stack([sums, torch.full_like(sums, num_queries)], dim=1)

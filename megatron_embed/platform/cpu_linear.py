@@ -21,7 +21,7 @@ from megatron_embed.names import MatmulLibrary
 from megatron_embed.platform.bf16_support import has_native_bf16
 
 Libraries = tuple[MatmulLibrary, ...]
-"""Of the forward pass, the gradient of the input and the gradient of the weight."""
+"""Libraries of the forward pass, the gradient of the input and the gradient of the weight."""
 DEFAULT_LIBRARIES: Libraries = ("onednn", "onednn", "onednn")
 _libraries = DEFAULT_LIBRARIES
 

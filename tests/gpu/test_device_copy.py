@@ -59,6 +59,6 @@ def test_an_empty_tensor_and_nothing_at_all(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_numbers_come_back_in_float64(device):
     single = torch.tensor(1 / 3, device=device)
-    matrix, number = copy_to_host(torch.full((2, 3), 0.1, dtype=torch.float64, device=device), single)
-    assert matrix.tolist() == [[0.1] * 3] * 2 and number.item() == single.item()
-    assert {matrix.dtype, number.dtype} == {torch.float64} and {matrix.device.type, number.device.type} == {"cpu"}
+    matrix, scalar = copy_to_host(torch.full((2, 3), 0.1, dtype=torch.float64, device=device), single)
+    assert matrix.tolist() == [[0.1] * 3] * 2 and scalar.item() == single.item()
+    assert {matrix.dtype, scalar.dtype} == {torch.float64} and {matrix.device.type, scalar.device.type} == {"cpu"}

@@ -13,9 +13,9 @@ from types import FrameType
 
 @dataclass(frozen=True, order=True, kw_only=True)
 class Wait:
-    """One kind of wait in one place. `caller`: the innermost line of megatron_embed, if `place` is Megatron-Core's."""
+    """One kind of wait in one place. `caller`: the innermost line of megatron_embed, if `where` is Megatron-Core's."""
 
-    place: str
+    where: str
     """Module, function and line."""
     caller: str
     kind: str
@@ -36,13 +36,13 @@ def record(kind: str, name: str) -> None:
     frame: FrameType | None = sys._getframe()
     while frame is not None and not own:
         module = frame.f_globals.get("__name__", "")
-        where = f"{module}:{frame.f_code.co_name}:{frame.f_lineno}"
+        here = f"{module}:{frame.f_code.co_name}:{frame.f_lineno}"
         if module.startswith("megatron_embed."):
-            own = where.removeprefix("megatron_embed.")
+            own = here.removeprefix("megatron_embed.")
         elif not megatron and module.startswith("megatron.core."):
-            megatron = where
+            megatron = here
         frame = frame.f_back
-    counts[Wait(place=megatron or own or "elsewhere", caller=own if megatron else "", kind=kind)] += 1
+    counts[Wait(where=megatron or own or "elsewhere", caller=own if megatron else "", kind=kind)] += 1
 
 
 @contextlib.contextmanager
@@ -53,10 +53,10 @@ def recorded() -> Iterator[collections.Counter[Wait]]:
     inside.update(counts - before)
 
 
-def table(found: collections.Counter[Wait]) -> str:
+def table(waits: collections.Counter[Wait]) -> str:
     """One line per place, most frequent first."""
-    return "\n".join(f"{count:6d}  {wait.kind:22s}  {wait.place}" + (f"  < {wait.caller}" if wait.caller else "")
-                     for wait, count in sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    return "\n".join(f"{count:6d}  {wait.kind:22s}  {wait.where}" + (f"  < {wait.caller}" if wait.caller else "")
+                     for wait, count in sorted(waits.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _write(file: Path) -> None:

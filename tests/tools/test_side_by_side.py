@@ -57,9 +57,9 @@ def number_in(file):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("how, number", [("in turn", signal.SIGTERM), ("in turn", signal.SIGINT),
+@pytest.mark.parametrize("how, signal_number", [("in turn", signal.SIGTERM), ("in turn", signal.SIGINT),
                                          ("in turn", signal.SIGKILL), ("alone", signal.SIGTERM)])
-def test_a_signal_ends_both_sides(tmp_path, how, number):
+def test_a_signal_ends_both_sides(tmp_path, how, signal_number):
     program = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path), TRAINER, how], cwd=tmp_path,
                                env=os.environ | {"PYTHONPATH": str(REPOSITORY / "tools")}, stderr=subprocess.DEVNULL)
     trainers = []
@@ -68,7 +68,7 @@ def test_a_signal_ends_both_sides(tmp_path, how, number):
             trainers.append(waited_for(lambda name=name: number_in(tmp_path / name / "process")))
         if how == "in turn":  # one of them is stopped then, or both for a moment
             waited_for(lambda: "T" in map(state, trainers))
-        program.send_signal(number)
+        program.send_signal(signal_number)
         assert program.wait(60) != 0
         waited_for(lambda: {"Z"} == set(map(state, trainers)))
     finally:
