@@ -34,14 +34,14 @@ def waits_of(arguments):
     """Runs in a worker: function -> blocking waits of a whole run."""
     from tests.pretend_cuda import waits
 
-    with waits.recorded() as found:
+    with waits.recorded() as events:
         code, _, err, _ = command(arguments)
     assert code == 0, err
     functions = collections.Counter()
-    for wait, count in found.items():
+    for wait, count in events.items():
         if wait.blocks:
-            functions[wait.place.rpartition(":")[0]] += count
-    return dict(functions), waits.table(found)
+            functions[wait.function.rpartition(":")[0]] += count
+    return dict(functions), waits.table(events)
 
 
 @pytest.mark.gpu

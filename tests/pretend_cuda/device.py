@@ -59,10 +59,10 @@ def install(library: Path) -> None:
 def _install_cuda(compiled: ModuleType) -> None:
     generator = torch.Generator()
 
-    def seed(number: int) -> None:
+    def seed(value: int) -> None:
         # Kernels draw from the CPU's generator, the only one that there is.
-        torch.default_generator.manual_seed(number)
-        generator.manual_seed(number)
+        torch.default_generator.manual_seed(value)
+        generator.manual_seed(value)
 
     def set_device(device: Any) -> None:
         compiled.set_device(device if isinstance(device, int) else torch.device(device).index)
