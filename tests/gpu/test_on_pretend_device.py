@@ -41,7 +41,8 @@ def test_slow_tests_for_gpus_pass(device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [
-    "tests/checkpoint/test_resume.py", "tests/cli/test_evaluate.py", "tests/cli/test_lora.py"])
+    "tests/checkpoint/test_resume.py", "tests/cli/test_evaluate.py", "tests/cli/test_export.py",
+    "tests/cli/test_lora.py", "tests/cli/test_mine.py", "tests/cli/test_pair_losses.py", "tests/cli/test_reranker.py"])
 def test_tests_of_commands_pass_there_as_on_the_cpu(device, path):
     run_tests(device, "not slow", path)
 
