@@ -29,7 +29,7 @@ def count(path: str, gpus: int, overrides: list[str]) -> dict[str, Any]:
     counts = count_step(load_config(path, overrides), gpus)
     work = {part: {name: value for name, value in vars(done).items() if name not in ("by_operator", "waits")}
             | {"by_operator": dict(done.by_operator.most_common(12)),
-               "waits": [[f"{wait.where}" + (f" < {wait.caller}" if wait.caller else ""), wait.kind, times]
+               "waits": [[f"{wait.function}" + (f" < {wait.caller}" if wait.caller else ""), wait.kind, times]
                          for wait, times in done.waits.most_common()]}
             for part, done in counts.work.items()}
     return {"config": Path(path).stem, "tokens": counts.tokens, "layers": counts.layers, "peak": counts.peak,
@@ -67,7 +67,7 @@ def by_line(row: dict[str, Any]) -> str:
     """Copies and waits by source line, and the operators that move most bytes."""
     lines = [f"\n{row['config']}"]
     for part, work in row["work"].items():
-        lines += [f"  {part}: {times} x {kind} at {where}" for where, kind, times in work["waits"]]
+        lines += [f"  {part}: {times} x {kind} at {line}" for line, kind, times in work["waits"]]
         lines += [f"  {part}: {size / 1e9:8.2f} GB by {name}" for name, size in work["by_operator"].items()
                   if part.startswith("pass")]
     return "\n".join(lines)

@@ -34,14 +34,14 @@ def waits_of(arguments):
     """Runs in a worker: function -> blocking waits of a whole run."""
     from tests.pretend_cuda import waits
 
-    with waits.recorded() as counts:
+    with waits.recorded() as events:
         code, _, err, _ = command(arguments)
     assert code == 0, err
     functions = collections.Counter()
-    for wait, count in counts.items():
+    for wait, count in events.items():
         if wait.blocks:
-            functions[wait.where.rpartition(":")[0]] += count
-    return dict(functions), waits.table(counts)
+            functions[wait.function.rpartition(":")[0]] += count
+    return dict(functions), waits.table(events)
 
 
 @pytest.mark.gpu

@@ -22,21 +22,29 @@ def device():
         pytest.fail(str(error))
 
 
-def run_tests(device, mark):
+def run_tests(device, mark, path="tests/gpu"):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", f"(gpu or multi_gpu) and {mark}", "-p", "no:cacheprovider",
-         "tests/gpu"], cwd=REPOSITORY, env=device, capture_output=True, text=True, check=False)
+        [sys.executable, "-m", "pytest", "-q", "-m", mark, "-p", "no:cacheprovider", path],
+        cwd=REPOSITORY, env=device, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout and "CUDA device(s), this machine has" not in done.stdout, done.stdout
 
 
 def test_quick_tests_for_gpus_pass(device):
-    run_tests(device, "not slow")
+    run_tests(device, "(gpu or multi_gpu) and not slow")
 
 
 @pytest.mark.slow
 def test_slow_tests_for_gpus_pass(device):
-    run_tests(device, "slow")
+    run_tests(device, "(gpu or multi_gpu) and slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [
+    "tests/checkpoint/test_resume.py", "tests/cli/test_evaluate.py", "tests/cli/test_export.py",
+    "tests/cli/test_lora.py", "tests/cli/test_mine.py", "tests/cli/test_pair_losses.py", "tests/cli/test_reranker.py"])
+def test_tests_of_commands_pass_there_as_on_the_cpu(device, path):
+    run_tests(device, "not slow", path)
 
 
 def test_the_device_is_off_where_no_gpu_is_visible(device):

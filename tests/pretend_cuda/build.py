@@ -23,7 +23,7 @@ FLAGS = ("-O0", "-std=c++20", "-fPIC", "-shared", "-w", "-DUSE_DISTRIBUTED", f"-
 
 
 class CannotBuildError(Exception):
-    """The pretend device cannot be built here; the text says why."""
+    """Why the pretend device cannot be built here."""
 
 
 def torch_folder() -> Path:

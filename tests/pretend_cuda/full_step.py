@@ -103,7 +103,7 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             if args[0].device.type == "cuda":
                 self._wait("read back")
-            # It has no value: any finite one of its type.
+            # Fake tensors have no values: any finite one of its type.
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
@@ -137,9 +137,9 @@ class Meter(TorchDispatchMode):
             work.by_operator[name] += size
 
     def _wait(self, kind: str) -> None:
-        with recorded() as counts:
+        with recorded() as events:
             record(kind, "")
-        self.work[self.part].waits.update(counts)
+        self.work[self.part].waits.update(events)
 
     def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

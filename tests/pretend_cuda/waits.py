@@ -13,9 +13,9 @@ from types import FrameType
 
 @dataclass(frozen=True, order=True, kw_only=True)
 class Wait:
-    """One kind of wait in one place. `caller`: the innermost line of megatron_embed, if `where` is Megatron-Core's."""
+    """One kind of wait at one line. `caller`: the innermost line of megatron_embed below a line of Megatron-Core."""
 
-    where: str
+    function: str
     """Module, function and line."""
     caller: str
     kind: str
@@ -42,7 +42,7 @@ def record(kind: str, name: str) -> None:
         elif not megatron and module.startswith("megatron.core."):
             megatron = here
         frame = frame.f_back
-    counts[Wait(where=megatron or own or "elsewhere", caller=own if megatron else "", kind=kind)] += 1
+    counts[Wait(function=megatron or own or "elsewhere", caller=own if megatron else "", kind=kind)] += 1
 
 
 @contextlib.contextmanager
@@ -53,10 +53,10 @@ def recorded() -> Iterator[collections.Counter[Wait]]:
     inside.update(counts - before)
 
 
-def table(waits: collections.Counter[Wait]) -> str:
-    """One line per place, most frequent first."""
-    return "\n".join(f"{count:6d}  {wait.kind:22s}  {wait.where}" + (f"  < {wait.caller}" if wait.caller else "")
-                     for wait, count in sorted(waits.items(), key=lambda item: (-item[1], item[0])))
+def table(events: collections.Counter[Wait]) -> str:
+    """One line per kind and source line, most frequent first."""
+    return "\n".join(f"{count:6d}  {wait.kind:22s}  {wait.function}" + (f"  < {wait.caller}" if wait.caller else "")
+                     for wait, count in sorted(events.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _write(file: Path) -> None:
