@@ -105,11 +105,12 @@ class EmbeddingTask(Task):
         encoder = TextEncoder(wrapped, topology, self.tokenizer, pooling=models[0].pooling,
                               dim=self.model.shape.hidden_size, kernel=attention_kernel(self.config),
                               causal=models[0].causal)
+        agreement: dict[str, Any] = {"topology": topology, "budget": self.config.training.micro_batch_tokens,
+                                     "keep_groups_together": self._keeps_groups}
         return TaskParts(
             loader=self._loader(inputs, topology),
-            agree=functools.partial(agree_on_bins, topology=topology, keep_groups_together=self._keeps_groups),
-            agree_on_shares=functools.partial(agree_on_shares, topology=topology,
-                                              keep_groups_together=self._keeps_groups),
+            agree=functools.partial(agree_on_bins, **agreement),
+            agree_on_shares=functools.partial(agree_on_shares, **agreement),
             evaluate=functools.partial(self._evaluate, encoder, inputs.suite) if inputs.suite else None,
             show_vectors=functools.partial(self._show_vectors, encoder, inputs),
             export=functools.partial(self._export, encoder, inputs.records))

@@ -110,7 +110,8 @@ class RerankTask(Task):
     def build(self, inputs: Inputs, topology: Topology, models: Sequence[EmbeddingModel],
               wrapped: Sequence[torch.nn.Module]) -> TaskParts:
         scorer = scorer_of(wrapped, models, topology, self.tokenizer, self.config, self.settings.activation)
-        agree = functools.partial(agree_on_rerank_bins, topology=topology)
+        agree = functools.partial(agree_on_rerank_bins, topology=topology,
+                                  budget=self.config.training.micro_batch_tokens)
         return TaskParts(
             loader=self._loader(inputs, topology), agree=agree, agree_on_shares=agree, show_vectors=None,
             evaluate=functools.partial(evaluate_rerank_sets, inputs.suite.reranking, scorer.raw_scores)

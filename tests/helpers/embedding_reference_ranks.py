@@ -70,7 +70,8 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
     batch = _load_batch(case, config, folder, topology)
     bins = len(batch.micro_batches)
     if case.tokens is not None:
-        batch = agree_on_bins(batch, topology, keep_groups_together=case.negatives == "micro_batch")
+        batch = agree_on_bins(batch, topology, budget=case.tokens,
+                              keep_groups_together=case.negatives == "micro_batch")
     errors, losses = [], []
     for _ in range(case.repeats):
         for chunk in wrapped:

@@ -252,7 +252,7 @@ def _batch_of_rank(case: Case, config: RunConfig, topology: Any, tokenizer: Pair
     batch = build_rerank_batch(
         records(case.loss)[topology.dp_rank * share : (topology.dp_rank + 1) * share], tokenizer, packing)
     if case.tokens is not None:
-        batch = agree_on_rerank_bins(batch, topology)
+        batch = agree_on_rerank_bins(batch, topology, budget=case.tokens)
     if case.sabotage == "labels":
         batch = dataclasses.replace(batch, labels=batch.labels.roll(1))
     return batch

@@ -23,9 +23,10 @@ while True:
         file.write(json.dumps({"loss": 1.0}) + chr(10))
 """
 PROGRAM = """
-import sys
+import signal, sys
 from pathlib import Path
 import side_by_side
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore Ctrl-C
 side_by_side.REPOSITORY = Path.cwd()
 folder, trainer, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 sides = {name: ([sys.executable, "-c", trainer, str(folder / name)], folder / name) for name in ("one", "two")}
@@ -58,7 +59,7 @@ def number_in(file):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("how, signal_number", [("in turn", signal.SIGTERM), ("in turn", signal.SIGINT),
-                                         ("in turn", signal.SIGKILL), ("alone", signal.SIGTERM)])
+                                                ("in turn", signal.SIGKILL), ("alone", signal.SIGTERM)])
 def test_a_signal_ends_both_sides(tmp_path, how, signal_number):
     program = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path), TRAINER, how], cwd=tmp_path,
                                env=os.environ | {"PYTHONPATH": str(REPOSITORY / "tools")}, stderr=subprocess.DEVNULL)
