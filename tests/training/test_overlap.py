@@ -153,6 +153,7 @@ def oracle(tmp_path_factory):
     return EmbeddingReference(tmp_path_factory.mktemp("oracle"))
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_same_checkpoint(models, tmp_path):
     for name, settings in (("off", OFF), ("on", BOTH)):
         values = configuration(models["bert"], tmp_path / name, train_steps=2, checkpoint={
