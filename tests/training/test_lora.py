@@ -43,7 +43,9 @@ def by_layout(cases):
     return [[case for case in cases if case.layout == layout] for layout in layouts]
 
 
-@pytest.mark.parametrize("cases", by_layout(FAST), ids=lambda cases: str(cases[0].layout))
+@pytest.mark.parametrize("cases", [
+    pytest.param(cases, id=str(cases[0].layout), marks=pytest.mark.slow if str(cases[0].layout) == "TP2" else ())
+    for cases in by_layout(FAST)])
 def test_gradients_equal_pefts(oracle, cases):
     for case, outcome in zip(cases, oracle.run(cases), strict=True):
         assert outcome.exact, f"{case}: {outcome}"
