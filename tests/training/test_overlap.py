@@ -115,7 +115,9 @@ def test_two_replicas_train_the_same_weights(models, kind, settings):
     check_alike(run_on_ranks(three_steps, 2, config_for(models[kind], layout()), settings), exactly=True)
 
 
-@pytest.mark.parametrize("sizes, first_stage", [(layout(2), range(4)), (layout(pp=2), range(2))], ids=["tp2", "pp2"])
+@pytest.mark.parametrize("sizes, first_stage", [
+    pytest.param(layout(2), range(4), id="tp2", marks=pytest.mark.slow),
+    pytest.param(layout(pp=2), range(2), id="pp2")])
 def test_replicas_that_are_split_train_the_same_weights(models, sizes, first_stage):
     results = run_on_ranks(three_steps, 4, config_for(models["qwen3"], sizes), [OFF, BOTH])
     check_alike(results, exactly=True, first_stage=first_stage)
