@@ -203,7 +203,8 @@ class TrainingConfig:
     """Seed for row order, dropout and newly initialized parameters; 0 to 2^62."""
     deterministic: bool = False
     """On GPUs, use only kernels and sums that repeat bit for bit, which are slower: a run that is stopped and resumed
-    in the same layout then equals one that is not, as CPU ranks' always does."""
+    in the same layout then equals one that is not, as on CPU ranks without it. On CPUs, measure no `model.cpu_matmul`,
+    so that two new runs are equal too."""
 
     def warmup(self, train_steps: int) -> int:
         """Warmup steps of a run of `train_steps`."""

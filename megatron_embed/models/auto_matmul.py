@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 def resolve_cpu_matmul(config: RunConfig, shape: ModelShape) -> RunConfig:
     """Set this process's libraries of float32 products. Returns the configuration with them, if they were measured.
 
-    They are those of `model.cpu_matmul`, else rank 0's measurement, which is logged, else oneDNN. Called by all ranks
+    They are those of `model.cpu_matmul`, else rank 0's measurement, which is logged, else oneDNN, as always under
+    `training.deterministic`. Called by all ranks
     once the dtype is settled; one broadcast over the world unless the setting is given. Nothing on a GPU.
     """
     if HAS_CUDA:
@@ -28,7 +29,7 @@ def resolve_cpu_matmul(config: RunConfig, shape: ModelShape) -> RunConfig:
     if config.model.cpu_matmul is not None:
         use_libraries(config.model.cpu_matmul)
         return config
-    measured = _measured_on_rank_0(config, shape)
+    measured = None if config.training.deterministic else _measured_on_rank_0(config, shape)
     use_libraries(measured or DEFAULT_LIBRARIES)
     if measured is None:
         return config

@@ -15,6 +15,7 @@ from megatron_embed.data.dataset import RecordSet
 from megatron_embed.errors import CheckpointError
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.names import MATMUL_LIBRARIES, MODEL_DTYPES
+from megatron_embed.platform.cpu_linear import DEFAULT_LIBRARIES
 
 DATA_FILE = "data.json"
 """In every checkpoint: what identifies the rows that it was trained on."""
@@ -72,8 +73,9 @@ def with_known_choices(config: RunConfig, checkpoint: Path | None) -> RunConfig:
     model, dtype = config.model, open_checkpoint(checkpoint).info.dtype
     if model.dtype == "auto" and dtype in MODEL_DTYPES:
         model = dataclasses.replace(model, dtype=dtype)
-    saved = read_resolved(checkpoint / "config.yaml").get("model", {}).get("cpu_matmul")
-    if model.cpu_matmul is None and isinstance(saved, list) and set(saved) <= set(MATMUL_LIBRARIES):
+    # Before there was this setting, all products were oneDNN's.
+    saved = read_resolved(checkpoint / "config.yaml").get("model", {}).get("cpu_matmul", [*DEFAULT_LIBRARIES])
+    if model.cpu_matmul is None and isinstance(saved, list) and all(name in MATMUL_LIBRARIES for name in saved):
         model = dataclasses.replace(model, cpu_matmul=tuple(saved))
     return dataclasses.replace(config, model=model)
 

@@ -218,7 +218,9 @@ def update(optimizer: MegatronOptimizer, squares: Sequence[Tensor], loss: float)
             decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
             gradients = [vars(parameter).get("decoupled_grad") if decoupled else parameter.grad
                          for parameter in part.get_parameters()]
-            torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
+            gradients = [gradient for gradient in gradients if gradient is not None]
+            if gradients:  # a rank of many may own no element of a few small adapters
+                torch._foreach_mul_(gradients, factor)
     optimizer.step_with_ready_grads()
     return norm, True
 

@@ -66,10 +66,11 @@ def tensor_files(checkpoint):
     return {file.name: file.read_bytes() for file in (checkpoint / "model").glob("*.distcp")}
 
 
-def test_background_saves_hold_what_others_hold(model, tmp_path):
+@pytest.mark.parametrize("distributed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_background_saves_hold_what_others_hold(model, tmp_path, distributed):
+    """Slices of parameters and moments, or these themselves, that training changes while they are written."""
     front, behind = tmp_path / "front", tmp_path / "behind"
-    # With the distributed optimizer Megatron happens to save copies already; here parameters and moments themselves.
-    settings = {"train_steps": 5, "distributed": False, **DROPOUT}
+    settings = {"train_steps": 5, "distributed": distributed, **DROPOUT}
     run_on_ranks(train, 2, configuration(model, front, checkpoint={"save_every_steps": 2, "keep": 0}, **settings))
     seen = run_on_ranks(train_with_slow_disk, 2, configuration(
         model, behind, checkpoint={"save_every_steps": 2, "keep": 0, "async_save": True}, **settings))

@@ -42,7 +42,7 @@ def test_a_step_costs_what_plan_says_and_no_more_than_before(name):
     if reason is not None:
         pytest.skip(f"no pretend device: {reason}")
     done = subprocess.run([sys.executable, TOOL, f"configs/{name}.yaml", "--json"], cwd=REPOSITORY,
-                          capture_output=True, text=True, check=False)
+                          capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     row = json.loads(line)

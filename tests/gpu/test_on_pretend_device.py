@@ -25,7 +25,7 @@ def device():
 def run_tests(device, mark, path="tests/gpu"):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", mark, "-p", "no:cacheprovider", path],
-        cwd=REPOSITORY, env=device, capture_output=True, text=True, check=False)
+        cwd=REPOSITORY, env=device, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout and "CUDA device(s), this machine has" not in done.stdout, done.stdout
 

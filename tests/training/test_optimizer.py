@@ -10,6 +10,7 @@ import transformers
 from megatron_embed.config.schema import TrainingConfig
 from tests.helpers.optimizer_state import decays, gradient_of
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import configuration, curve, train
 from tests.helpers.toys import layout, open_model, run_config, save_model
 
 STEPS = 5
@@ -224,3 +225,11 @@ def test_dropout_is_a_function_of_seed_step_and_place(bert):
     # Tensor-parallel ranks hold the same activations where they are not sharded, and shards of them elsewhere.
     assert streams["tp2"][0][0] == streams["tp2"][1][0]
     assert streams["tp2"][0][1] != streams["tp2"][1][1]
+
+
+def test_a_rank_that_owns_no_part_of_a_small_adapter_clips_with_the_others(tmp_path):
+    values = configuration(save_model(tmp_path / "model", "qwen3", tokenizer=True), tmp_path / "run", train_steps=1,
+                           global_batch_size=6, clip_grad=1e-3)
+    values["lora"] = {"rank": 1, "target_modules": ["q_proj"]}
+    run_on_ranks(train, 3, values)
+    assert len(curve(tmp_path / "run")) == 1
