@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class FirstPass:
-    """What the first pass makes of a step's micro-batches; equal on all ranks."""
+    """How a step's micro-batches are merged for the first pass; equal on all ranks."""
 
     micro_batches: int
     """At most this many of them become one."""

@@ -111,4 +111,7 @@ def test_unexpected_error_in_a_process_of_its_own(tmp_path):
 
 def test_setting_up_twice_is_harmless(records):
     setup_logging(0)
+    handlers, factory = logging.getLogger().handlers[:], logging.getLogRecordFactory()
     setup_logging(0)
+    assert (logging.getLogger().handlers, logging.getLogRecordFactory()) == (handlers, factory)
+    assert factory("name", logging.INFO, "file", 1, "a%s", ("\x1b",), None).getMessage() == "a\\u001b"

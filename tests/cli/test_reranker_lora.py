@@ -35,7 +35,7 @@ def scored(tmp_path_factory):
 
 
 def scores_of(model, tokenizer, answers=None):
-    """Of PROBE_PAIRS, by a stock class."""
+    """Scores of PROBE_PAIRS by a stock class."""
     result = []
     with torch.no_grad():
         for pair in PROBE_PAIRS:

@@ -13,7 +13,7 @@ from megatron_embed.data.records import Record
 DIM = 12
 
 def vector(text):
-    """Of a text, the same in every call; related texts ("q3", "d3.1") are near each other."""
+    """The vector of a text, the same in every call; related texts ("q3", "d3.1") are near each other."""
     query_id = int(text[1:].split(".")[0])
     common = np.random.default_rng(query_id).standard_normal(DIM)
     own = np.random.default_rng(sum(text.encode()) * 7919 + query_id).standard_normal(DIM)

@@ -126,7 +126,7 @@ def test_local_rank_is_found_where_it_is_not_given(monkeypatch, variables, expec
     ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "0x50"}, "MASTER_PORT = '0x50'"),
     ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "", "MASTER_PORT": "29500"}, "MASTER_ADDR is not set")])
 def test_odd_variables_are_a_sentence_and_exit_code_2(monkeypatch, capsys, variables, words):
-    """Of the command line as a whole, before any library is loaded."""
+    """The error of the command line as a whole, before any library is loaded."""
     set_only(monkeypatch, variables)
     assert main(["encode", "--model", "absent", "--input", "absent.jsonl", "--output", "out.npy"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -52,6 +52,16 @@ def allocated_at_most(action):
     return most
 
 
+def random_models(config, topology):
+    """A rank's model chunks with small random weights."""
+    models = build(config, topology)
+    with torch.no_grad():
+        for model in models:
+            for parameter in model.parameters():
+                parameter.normal_(0.0, 0.02)
+    return models
+
+
 def measured(config, tokens, micro_batches):
     """(bytes that this rank's step allocates, what `plan` says of the activations)."""
     import torch.distributed as dist
@@ -64,11 +74,7 @@ def measured(config, tokens, micro_batches):
     from megatron_embed.training.step import seed_step
 
     topology, shape = initialize(config.parallel), shape_of(config.model.path)
-    models = build(config, topology)
-    with torch.no_grad():
-        for model in models:
-            for parameter in model.parameters():
-                parameter.normal_(0.0, 0.02)
+    models = random_models(config, topology)
     wrapped = wrap_in_ddp(models, config, topology)
     seed_step(1, 0, topology)
     batches = [to_device(pack_all(random_texts([tokens // 4] * 4, seed=seed), config), topology, "mean", kernel="sdpa",
@@ -139,11 +145,7 @@ def measured_first_pass(config, tokens):
     from megatron_embed.training.step import seed_step
 
     topology, shape = initialize(config.parallel), shape_of(config.model.path)
-    models = build(config, topology)
-    with torch.no_grad():
-        for model in models:
-            for parameter in model.parameters():
-                parameter.normal_(0.0, 0.02)
+    models = random_models(config, topology)
     seed_step(1, 0, topology)
     batches = [to_device(pack_all(random_texts([tokens // 8] * 8), config), topology, "mean", kernel="sdpa",
                          causal=models[0].causal, shape=shape)]

@@ -16,7 +16,7 @@ from tests.helpers.toys import layout, run_config
 
 
 def hf_parameters(values):
-    """Of Transformers' model without pooler and head, built without memory."""
+    """Parameters of Transformers' model without pooler and head, built without memory."""
     config = transformers.AutoConfig.for_model(**values)
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config)

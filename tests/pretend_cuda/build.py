@@ -55,7 +55,7 @@ def reason_against() -> str | None:
 
 
 def library() -> Path:
-    """Where the compiled device lies: a name for every torch, Python, machine and source."""
+    """Path of the compiled device: a name for every torch, Python, machine and source."""
     key = hashlib.sha256("\n".join((version("torch"), sys.version, platform.machine(), *FLAGS)).encode())
     for source in (SOURCE, *sorted(HERE.glob("*.h"))):
         key.update(source.read_bytes())
