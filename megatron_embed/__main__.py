@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 
 from megatron_embed import __version__
-from megatron_embed.cli import convert, data, doctor, encode, evaluate, merge, mine, plan, train
+from megatron_embed.cli import convert, data, doctor, encode, evaluate, init, merge, mine, plan, train
 from megatron_embed.cli.common import Parser, setup_logging
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
 from megatron_embed.parallel.lost_rank import report_lost_rank
@@ -26,13 +26,13 @@ from megatron_embed.platform.status import PREEMPTED, clear_status, leaves_statu
 from megatron_embed.platform.terminal_text import one_line, printable, write_error
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
-COMMANDS = {"train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
+COMMANDS = {"init": init, "train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
             "merge": merge, "data": data, "plan": plan, "doctor": doctor}
 
 MULTI_RANK_COMMANDS = ("train", "encode", "evaluate", "mine")
 """Commands whose ranks work together; a rank that fails before the rendezvous tells the others."""
 
-SINGLE_PROCESS_COMMANDS = ("convert", "merge", "data", "plan")
+SINGLE_PROCESS_COMMANDS = ("init", "convert", "merge", "data", "plan")
 """Commands that several ranks would each repeat, overwriting files of each other. `doctor` checks a node by itself."""
 
 

@@ -23,13 +23,14 @@ MAY_IMPORT = {
     "evaluation": {"config", "parallel", "platform", "data", "models"},
     "mining": {"config", "parallel", "platform", "data", "evaluation", "loading"},
     "planning": {"config", "parallel", "data", "models", "checkpoint", "convert"},
+    "init": {"config", "data", "models", "planning"},
     "training": {"config", "parallel", "platform", "data", "models", "objectives", "checkpoint", "planning"},
     "loading": {"config", "parallel", "platform", "data", "models", "checkpoint", "convert", "evaluation"},
     "export": {"config", "parallel", "platform", "data", "models", "checkpoint", "convert", "evaluation", "loading"},
     "run": {"config", "parallel", "platform", "data", "models", "objectives", "checkpoint", "convert", "evaluation",
             "planning", "training", "loading", "export"},
     "cli": {"config", "parallel", "platform", "data", "models", "checkpoint", "convert", "evaluation", "mining",
-            "planning", "loading", "export", "run"},
+            "planning", "loading", "export", "run", "init"},
 }
 EVERYONE = {"errors", "batch", "names", "__version__"}
 
@@ -46,6 +47,7 @@ THIRD_PARTY = {
     "evaluation": {"torch", "numpy", "pytrec_eval", "scipy", "tqdm", "mteb"},
     "mining": {"torch", "numpy", "bm25s", "tqdm"},
     "planning": set(),
+    "init": {"yaml"},
     "training": {"torch", "numpy", "tensorboard", "tqdm", "wandb"},
     "loading": {"torch", "huggingface_hub"},
     "export": {"torch", "numpy", "transformers", "sentence_transformers", "peft", "psutil", "tqdm"},

@@ -23,9 +23,12 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("attn_implementation attn_impl use_flash_attn flash_attn flash_attention use_flash_attention_2 "
             "attention_backend", "HSFTM", "model.attention", "auto, the default, takes flash attention in half "
             "precision on a GPU"),
-        key("torch_dtype dtype bf16 fp16 mixed_precision precision use_bf16 use_fp16 bf16.enabled fp16.enabled half "
-            "amp bf16_full_eval params_dtype use_amp", "HSFTBD", "model.dtype", "auto, float32 or bfloat16; the "
-            "optimizer keeps float32 parameters either way; float16 is not supported, bfloat16 needs no loss scaling"),
+        key("torch_dtype dtype mixed_precision precision params_dtype", "HSFTBM", "model.dtype", "auto, float32 or "
+            "bfloat16; the optimizer keeps float32 parameters either way"),
+        key("bf16 use_bf16 bf16.enabled bf16_full_eval", "HSFTBDM", "model.dtype", "bfloat16; auto takes it where the "
+            "hardware has it"),
+        key("fp16 use_fp16 fp16.enabled half amp use_amp", "HFTBD", "model.dtype", "bfloat16, which needs no loss "
+            "scaling; float16 is not supported"),
         unneeded("tf32 fp16_opt_level fp16_full_eval half_precision_backend lora_dtype loss_scaling "
                  "initial_scale_power loss_scale hysteresis loss_scale_window min_loss_scale", "HD", "model.dtype "
                  "decides; bfloat16 needs no loss scaling"),
@@ -110,7 +113,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("num_negatives num_hard_negatives infonce_hard_negatives max_negative_samples negs_to_use negative_number "
             "num_neg train_n_passages", "SB", "data.num_negatives"),
         key("max_positive_samples", "S", "data.num_positives", "embedding models; a reranker takes all positives"),
-        key("positive_passage_no_shuffle negative_passage_no_shuffle", "T", "data.document_sampling", "first"),
+        key("positive_passage_no_shuffle", "T", "data.document_sampling", "first"),
+        key("negative_passage_no_shuffle", "T", "data.document_sampling", "first"),
         key("query_prefix query_instruction query_instruction_for_retrieval query_instruction_for_rerank query_prompt",
             "FTB", "data.query_prompt",
             "exactly as it shall stand before the query, with its space; {instruction} in it takes that of a row"),
@@ -136,18 +140,25 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("scale similarity_scale", "B", "objective.temperature", "1 / scale"),
         key("infonce_use_batch use_inbatch_neg use_in_batch_negatives in_batch_negatives use_batch", "SF",
             "data.train.in_batch_negatives", "of each entry"),
-        key("infonce_mask_fake_negative infonce_fake_neg_margin mask_fake_negative fake_neg_margin", "S",
-            "objective.mask_margin", "0.1 is ms-swift's margin; null is off"),
+        key("infonce_mask_fake_negative mask_fake_negative", "S", "objective.mask_margin", "0.1 is ms-swift's margin; "
+            "null is off"),
+        key("infonce_fake_neg_margin fake_neg_margin", "S", "objective.mask_margin"),
         key("infonce_include_qq include_qq", "S", "objective.directions", "add query_to_query"),
         key("infonce_include_dd include_dd", "S", "objective.directions", "add document_to_document"),
         key("negatives_cross_device gather_across_devices cross_device_negatives cross_batch_negatives "
             "negatives_x_device", "FB", "objective.negatives", "negatives are always those of all data-parallel "
             "ranks; micro_batch leaves out accumulated micro-batches"),
         key("margin loss_margin triplet_margin", "B", "objective.margin", "reranker.margin for margin_ranking"),
-        key("knowledge_distillation kd_loss_type distil_temperature", "FT", "objective.loss", "kl_distillation, with "
-            "a teacher's scores in the rows, instead of the contrastive loss, not added to it"),
-        key("grad_cache gc_q_chunk_size gc_p_chunk_size mini_batch_size", "TB", "training.micro_batch_size", "the "
-            "gradient cache is always on: micro_batch_size is its chunk"),
+        key("knowledge_distillation", "F", "objective.loss", "kl_distillation, with a teacher's scores in the rows, "
+            "instead of the contrastive loss, not added to it"),
+        key("kd_loss_type", "F", "objective.loss", "kl_distillation"),
+        key("distil_temperature", "T", "objective.teacher_temperature"),
+        unneeded("grad_cache", "T", "the gradient cache is always on; training.micro_batch_size is its chunk"),
+        key("gc_q_chunk_size query_num_chunks", "T", "training.micro_batch_size", "queries whose texts are computed at "
+            "once; the gradient cache is always on"),
+        key("gc_p_chunk_size passage_num_chunks", "T", "training.micro_batch_size", "a query's documents are computed "
+            "with it"),
+        key("mini_batch_size", "B", "training.micro_batch_size", "the gradient cache is always on: this is its chunk"),
         unneeded("sub_batch_size", "F", "training.micro_batch_size queries are computed at once"),
         key("listwise_reranker_temperature", "S", "reranker.temperature"),
         unneeded("listwise_reranker_min_group_size", "S", "a list of one document adds nothing to listwise"),
@@ -195,9 +206,10 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
             "gradient_checkpointing_enable", "HSFTM", "training.recompute", "full is gradient checkpointing"),
         unneeded("gradient_checkpointing_kwargs activation_checkpointing_kwargs vit_gradient_checkpointing "
                  "recompute_method recompute_num_layers", "HSM", "training.recompute: full recomputes every layer"),
-        key("dropout hidden_dropout hidden_dropout_prob attention_dropout attention_probs_dropout_prob resid_pdrop "
-            "attention_dropout_prob", "H", "training.hidden_dropout training.attention_dropout", "0 unless it is set "
-            "here, whatever config.json has"),
+        key("hidden_dropout hidden_dropout_prob dropout resid_pdrop", "HM", "training.hidden_dropout", "0 unless it is "
+            "set here, whatever config.json has"),
+        key("attention_dropout attention_probs_dropout_prob attention_dropout_prob attn_pdrop", "HM",
+            "training.attention_dropout", "0 unless it is set here, whatever config.json has"),
         key("seed random_seed", "HSFTB", "training.seed"),
         unneeded("data_seed dataset_seed", "HS", "training.seed is the seed of everything"),
         key("full_determinism deterministic", "HS", "training.deterministic"),
@@ -274,9 +286,11 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
                     "upload the export: huggingface-cli upload ORG/NAME DIRECTORY"),
     ),
     "Devices": (
-        key("deepspeed zero_stage zero_optimization.stage deepspeed_config_file use_deepspeed deepspeed_config", "HSD",
-            "optimizer.distributed", "ZeRO-1; what ZeRO-2 and ZeRO-3 share besides, tensor and pipeline parallelism "
-            "divide: parallel.tensor_model_parallel_size"),
+        key("deepspeed deepspeed_config_file deepspeed_config", "HSD", "optimizer.distributed", "ZeRO-1; what ZeRO-2 "
+            "and ZeRO-3 share besides, tensor and pipeline parallelism divide: parallel.tensor_model_parallel_size"),
+        key("zero_stage zero_optimization.stage", "D", "optimizer.distributed", "true is stage 1; for 3 divide the "
+            "model with parallel.tensor_model_parallel_size"),
+        unneeded("use_deepspeed", "D", "optimizer.distributed, on by default, is ZeRO-1"),
         key("offload_optimizer offload_optimizer.device zero_offload offload_param offload_param.device cpu_offload "
             "optimizer_cpu_offload deepspeed_offload offload_optimizer_device zero3_init_flag offload_param_device",
             "D", "optimizer.cpu_offload", "optimizer state in host memory; needs a GPU"),

@@ -25,6 +25,7 @@ from megatron_embed.config.yaml_tree import (
     plain_scalar,
     read_file,
     read_override,
+    read_text,
 )
 from megatron_embed.errors import ConfigError
 
@@ -66,6 +67,11 @@ def load_with_locations(path: str, overrides: list[str]) -> tuple[RunConfig, Cal
         tree = overridden(tree, keys, value)
     config = _run_config(tree)
     return _with_home(config), functools.partial(location_of, tree)
+
+
+def load_text(text: str, source: str) -> RunConfig:
+    """The checked settings of a YAML text; `source` stands for its file. Raises ConfigError."""
+    return _with_home(_run_config(read_text(text, source)))
 
 
 def in_subdirectory(config: RunConfig, name: str | None) -> RunConfig:
@@ -186,6 +192,10 @@ def _value(annotation: Any, node: Node, name: str, root: Node, default: Any) -> 
             element = get_args(member)[0]
             items = node.value if isinstance(node.value, list) else [node]  # One item may be written without brackets.
             return tuple(_value(element, item, name, root, dataclasses.MISSING) for item in items)
+        if get_origin(member) is dict and isinstance(node.value, dict):
+            text = get_args(member)[1]
+            return {key: _value(text, item, f"{name}.{key}", root, dataclasses.MISSING)
+                    for key, item in node.value.items()}
         accepted, value = _scalar(member, node.value)
         if accepted:
             return value
@@ -258,6 +268,8 @@ def _described(annotation: Any) -> str:
         return f"a list of: {_described(get_args(annotation)[0])}"
     if dataclasses.is_dataclass(annotation):
         return "text or a mapping" if annotation in SHORTHAND else "a mapping"
+    if get_origin(annotation) is dict:
+        return "a mapping of text to text"
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
     return "null" if annotation is types.NoneType else words[annotation]
 

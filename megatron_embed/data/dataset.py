@@ -69,8 +69,8 @@ class RecordFile(DataEntry):
 
     def __init__(self, file: str | TrainFile, kind: Kind | None = "contrastive", key: str = "data.train") -> None:
         super().__init__(TrainFile(path=file) if isinstance(file, str) else file)
-        self._reader = RowReader(self.file, kind)
         self._rows = open_rows(self.path, key, streaming=self.file.streaming, rows=self.file.rows)
+        self._reader = RowReader(self.file, kind, holds_texts=self._rows.holds_texts)
         for row, source in self._rows.scan():
             self._note(self._reader.read(row, source))
         if self._reader.format is None:
@@ -94,6 +94,10 @@ class BeirFile(DataEntry):
         super().__init__(file)
         if file.streaming:
             raise nothing_to_stream(file.path, "data.train")
+        for name, value in (("columns", file.columns), ("score_range", file.score_range)):
+            if value:
+                raise ConfigError(f"data.train.{name} = {value!r}: {file.path!r} is a BEIR folder, whose files have "
+                                  "fixed columns and labels; remove it", key=f"data.train.{name}")
         self._reader = RowReader(file, kind)
         self._rows = BeirRows(file.path, "data.train")
         self.digest = self._rows.digest

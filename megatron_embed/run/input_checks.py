@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_embed.data.beir import is_beir_folder, require_split
+from megatron_embed.data.csv_rows import CSV_ENDINGS
 from megatron_embed.data.jsonl import ENDINGS, open_jsonl
-from megatron_embed.data.row_source import RowsKind, require_rows
+from megatron_embed.data.row_source import RowsKind, files_of, require_rows
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_embed.planning.shapes import (
@@ -176,6 +177,13 @@ def _check_retrieval(path: str, split: str) -> str:
     return ""
 
 
+def _needs_datasets(path: str) -> bool:
+    """Whether the library `datasets` reads an entry of `data.train`."""
+    if is_beir_folder(path):
+        return False
+    return any(not name.endswith((*ENDINGS, *CSV_ENDINGS)) for name in files_of(path) or [path])
+
+
 def _check_packages(config: "RunConfig") -> Iterator[Check]:
     """Packages that this configuration needs beside those that every run does, and that are missing."""
     paths = [file.path for file in config.data.files]
@@ -184,7 +192,7 @@ def _check_packages(config: "RunConfig") -> Iterator[Check]:
         "transformer_engine": (
             "model.attention = 'te'" if config.model.attention == "te" else "optimizer.precision_aware = True",
             config.model.attention == "te" or config.optimizer.precision_aware, "pip install 'megatron_embed[gpu]'"),
-        "datasets": ("data.train", any(not (path.endswith(ENDINGS) or is_beir_folder(path)) for path in paths),
+        "datasets": ("data.train", any(map(_needs_datasets, paths)),
                      "pip install datasets"),
         "pyarrow": ("data.train", any(path.endswith(".zst") for path in paths), "pip install pyarrow"),
         "tensorboard": ("logging.tensorboard = True", config.logging.tensorboard, "pip install tensorboard"),

@@ -298,7 +298,8 @@ def test_tables_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         RecordFile(str(tmp_path / "both"))
     assert len(RecordFile(str(tmp_path / "both" / "dev"))) == 1
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"empty': a directory that is neither a BEIR folder .* nor saved by.*README"):
+    with pytest.raises(ConfigError, match=r"empty': a directory without a file of rows .* neither a BEIR folder .* nor "
+                                          "saved by.*README"):
         RecordFile(str(tmp_path / "empty"))
 
     def offline(*_: object, **__: object) -> None:
