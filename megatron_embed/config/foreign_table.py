@@ -80,7 +80,7 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("max_train_samples max_samples max_example_num_per_dataset num_samples", "HF", "data.train.rows",
             "of one entry that is streamed; shorten a file instead"),
         key("interleave_prob probabilities mixing_weights", "S", "data.train.weight", "of each entry"),
-        key("shuffle dataset_shuffle train_dataloader_shuffle no_shuffle", "S", "data.shuffle"),
+        key("shuffle dataset_shuffle train_dataloader_shuffle", "S", "data.shuffle"),
         unneeded("shuffle_buffer_size val_dataset_shuffle stopping_strategy", "S", "an epoch is one permutation of "
                  "all rows"),
         key("same_dataset_within_batch multi_dataset_batch_sampler", "FB", "data.mixed_batches", "the other way "
@@ -179,8 +179,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         unneeded("auto_find_batch_size", "H", "`megatron-embed plan` computes what fits"),
         key("num_train_epochs epochs num_epochs max_epochs n_epochs epoch", "HSFTB", "training.epochs",
             "not together with train_steps"),
-        key("max_steps train_iters max_train_steps total_steps num_train_steps num_steps training_steps train_steps",
-            "HSM", "training.train_steps"),
+        key("max_steps train_iters max_train_steps total_steps num_train_steps num_steps training_steps "
+            "total_num_steps train_steps", "HSM", "training.train_steps"),
         key("learning_rate lr peak_lr optimizer.params.lr", "HSFTBDM", "training.learning_rate"),
         key("min_lr lr_end min_learning_rate warmup_min_lr", "HM", "training.min_learning_rate"),
         key("warmup_ratio lr_warmup_fraction warmup_proportion warmup_fraction", "HSFTM", "training.warmup_ratio"),

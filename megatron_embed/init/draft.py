@@ -1,6 +1,7 @@
 """A configuration in the making: values with a comment each, and remarks about what has no line."""
 
 import dataclasses
+import json
 import re
 import textwrap
 from typing import Any, get_type_hints
@@ -95,13 +96,17 @@ class Draft:
 
     def text(self) -> str:
         """The YAML file."""
-        head = [f"# Translated by `megatron-embed init --from` from {self.settings.source}."]
-        if self.trainer:
+        head = _wrapped(f"Translated by `megatron-embed init --from` from {self.settings.source}.", "# ", "# ")
+        if self.trainer in DEFAULTS:
             head.append(f"# Its defaults are those of {self.trainer}; where they differ from ours, a line states them.")
-        for remark in self.remarks:
-            head += textwrap.wrap(" ".join(remark.split()), WIDTH, initial_indent="# - ", subsequent_indent="#   ",
-                                  break_long_words=False, break_on_hyphens=False)
+        for remark in dict.fromkeys(self.remarks):
+            head += _wrapped(remark, "# - ", "#   ")
         return "\n".join([*head, *sections(self.values)]) + "\n"
+
+
+def _wrapped(text: str, first: str, others: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), WIDTH, initial_indent=first, subsequent_indent=others,
+                         break_long_words=False, break_on_hyphens=False)
 
 
 def _parsed(text: str) -> object:
@@ -158,12 +163,13 @@ def _line(key: str, value: object, comment: str, indent: int) -> list[str]:
 
 def _above(comment: str, indent: int) -> list[str]:
     start = " " * indent + "# "
-    return textwrap.wrap(comment, WIDTH, initial_indent=start, subsequent_indent=start, break_long_words=False,
-                         break_on_hyphens=False) if comment else []
+    return _wrapped(comment, start, start) if comment else []
 
 
 def scalar(value: object) -> str:
     """A value on one line of YAML."""
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)
     text: str = yaml.dump(value, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**9,
                           sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...").strip()

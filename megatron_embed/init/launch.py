@@ -15,6 +15,9 @@ _TRAINERS = {"swift": "ms-swift", "megatron": "ms-swift", "flagembedding": "Flag
 _FLAGS = ("standalone", "multi_gpu", "use_deepspeed", "no_python", "u", "use_fsdp", "cpu", "no_local_rank",
           "same_network", "tpu", "use_cpu", "oversubscribe", "allow_run_as_root")
 """Options of launchers that take no value."""
+_NOT_PROGRAMS = ("echo", "printf", "cat", "[", "[[", "test", "mkdir", "cp", "rm", "mv", "ls", "cd", "pip", "git", "tee",
+                 "source", ".", "sleep", "wget", "curl", "nvidia-smi", "huggingface-cli", "hf", "while", "for",
+                 "function")
 _MODULE = ("m", "module")
 
 
@@ -60,7 +63,7 @@ def launch_of(words: list[str], variables: dict[str, str]) -> Launch | None:
     rest, trainer = words[position:] if program else words, _trainer(program)
     if trainer == "ms-swift" and rest and not rest[0].startswith("-"):
         program, rest = f"{program} {rest[0]}", rest[1:]
-    if not any(word.startswith("--") for word in rest):
+    if program in _NOT_PROGRAMS or not any(word.startswith("--") for word in rest):
         return None
     devices = _devices(options | {normalized(name): value for name, value in environment.items()}, launchers)
     return Launch(program or "a command line", environment, options, rest, devices, trainer or trainer_of_options(rest))

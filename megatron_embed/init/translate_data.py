@@ -1,11 +1,22 @@
 """The data of another trainer in ours: files, columns, prompts and lengths."""
 
+import dataclasses
+import itertools
 import os
 import re
 
+from megatron_embed.config.data import TrainFile
 from megatron_embed.config.foreign_values import plain
+from megatron_embed.config.objective import LABELLED_PAIRS, WITH_HARD_NEGATIVES
+from megatron_embed.data.formats import RowReader
+from megatron_embed.data.records import Kind, Record
+from megatron_embed.data.row_source import files_of, open_rows
+from megatron_embed.errors import UserError
 from megatron_embed.init.draft import Draft
 from megatron_embed.init.foreign_settings import Setting
+from megatron_embed.init.translate_loss import ALL_NEGATIVES_NOTE
+
+_ROWS_LOOKED_AT = 1000
 
 _PATH_KEYS = ("path", "local_csv", "local_jsonl", "local_file", "file", "file_name", "hf_dataset", "ms_dataset",
               "dataset", "dataset_id", "dataset_name", "name", "data_files", "local")
@@ -25,6 +36,7 @@ def translate_data(draft: Draft) -> None:
     if not train:
         train, comment = [{"path": "train.jsonl"}], "no data is named: a file of rows, as in docs/data.md"
     _add_to_entries(draft, train)
+    _look_at_rows(draft, train)
     short = [entry["path"] if list(entry) == ["path"] else entry for entry in train]
     draft.set("data.train", short if all(isinstance(entry, str) for entry in short) else train, comment)
     _translate_validation(draft)
@@ -129,6 +141,32 @@ def _add_to_entries(draft: Draft, entries: list[dict[str, object]]) -> None:
             entry["in_batch_negatives"] = False
     if shares and len(entries) > 1:
         draft.remark("weights are relative to the rows of each file here; there they are probabilities of a row")
+
+
+def _look_at_rows(draft: Draft, entries: list[dict[str, object]]) -> None:
+    """Compare the first rows of the files that are on this machine with the loss, and count their negatives."""
+    loss, most = draft.value("objective.loss"), 0
+    kind: Kind = "rerank" if draft.task == "reranker" else "pairs" if loss in LABELLED_PAIRS else "contrastive"
+    seen = False
+    for entry in entries:
+        path = str(entry["path"])
+        if not (os.path.isfile(path) or files_of(path)):
+            continue
+        file = dataclasses.replace(TrainFile(path=path), columns=entry.get("columns", {}))
+        try:
+            rows = open_rows(path, "data.train")
+            reader = RowReader(file, kind, holds_texts=rows.holds_texts)
+            for row, source in itertools.islice(rows.scan(), _ROWS_LOOKED_AT):
+                record = reader.read(row, source)
+                seen = True
+                most = max(most, len(record.negatives) if isinstance(record, Record) else 0)
+        except UserError as error:
+            draft.remark(f"THE ROWS DO NOT FIT: {error}")
+            return
+    if seen and "data.num_negatives" in draft.values and draft.values["data.num_negatives"][1] == ALL_NEGATIVES_NOTE:
+        needed = loss in WITH_HARD_NEGATIVES or any(entry.get("in_batch_negatives") is False for entry in entries)
+        draft.set("data.num_negatives", max(most, int(needed)),
+                  f"all that a row has, by the first {_ROWS_LOOKED_AT} rows of each file")
 
 
 def _translate_validation(draft: Draft) -> None:

@@ -12,6 +12,7 @@ from megatron_embed.init.draft import Draft
 from megatron_embed.init.translate_steps import accumulation, data_parallel
 
 _WHOLE_BATCH = ("online_contrastive", "cosent", "angle")
+ALL_NEGATIVES_NOTE = "at most; all negatives of a row count there, and a row with fewer gives those it has"
 _ALL_NEGATIVES = 8
 """Negatives per row in place of all that a row has, where the rows are not at hand."""
 
@@ -176,6 +177,8 @@ def _translate_masks(draft: Draft) -> None:
             comments.append(flag[1])
     if comments:
         draft.set("objective.directions", directions, ", ".join(comments))
+    if "document_to_document" in directions and mask is not None and mask[0]:
+        draft.remark("the margin masks documents in document_to_document too; ms-swift masks none there")
 
 
 def _translate_num_negatives(draft: Draft, loss: str) -> None:
@@ -197,7 +200,7 @@ def _translate_num_negatives(draft: Draft, loss: str) -> None:
     elif draft.task == "embedding":
         needed = loss in WITH_HARD_NEGATIVES or draft.settings.peek("infonce_use_batch") is False
         draft.set("data.num_negatives", _ALL_NEGATIVES if loss in CONTRASTIVE or needed else 0,
-                  "at most; all negatives of a row count there, and a row with fewer gives those it has")
+                  ALL_NEGATIVES_NOTE)
     if positives is not None and draft.task == "reranker":
         draft.remark(f"{positives.written}: a reranker takes all positives of a row")
     elif positives is not None and isinstance(positives.value, int):

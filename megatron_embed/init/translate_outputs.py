@@ -64,7 +64,7 @@ def _translate_evaluation(draft: Draft) -> None:
                 draft.remark(f"{given[1]}: there is nothing to evaluate; set data.validation_fraction or "
                              "evaluation.retrieval first")
         return
-    name = _metric(plain(metric.value)) if metric is not None else "loss"
+    name = _metric(str(metric.value).lower()) if metric is not None else "loss"
     if name is None and metric is not None:
         draft.remark(f"{metric.written}: evaluation.best_metric is one of those that an evaluation logs; loss here")
     if best is not None and best[0]:
@@ -78,7 +78,7 @@ def _translate_evaluation(draft: Draft) -> None:
 
 
 def _metric(name: str) -> str | None:
-    """Our name of a metric, by `plain`'s spelling; None if there is none."""
+    """Our name of a metric such as eval_cosine_ndcg@10; None if there is none."""
     if "loss" in name:
         return "loss"
     if match := _METRIC.search(name):
@@ -114,10 +114,13 @@ def translate_devices(draft: Draft) -> None:
     if timeout is not None and isinstance(timeout.value, int):
         seconds = timeout.value * (60 if "minutes" in timeout.written else 1)
         draft.set("parallel.timeout_seconds", min(seconds, 1_000_000), timeout.written)
-    for name, key in (("use_distributed_optimizer", "optimizer.distributed"), ("async_save", "checkpoint.async_save")):
+    for name, key in (("use_distributed_optimizer", "optimizer.distributed"), ("async_save", "checkpoint.async_save"),
+                      ("use_precision_aware_optimizer", "optimizer.precision_aware"),
+                      ("sequence_parallel", "parallel.sequence_parallel")):
         flag = draft.flag(name)
         if flag is not None:
             draft.set(key, flag[0], flag[1])
+    draft.copy("exit_duration_in_mins", "training.exit_duration_minutes")
     _translate_sharding(draft)
     launch = draft.settings.launch
     if launch.devices is not None and launch.devices > 1:

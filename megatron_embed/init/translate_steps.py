@@ -48,13 +48,15 @@ def data_parallel(draft: Draft) -> tuple[int, str]:
 
 def accumulation(draft: Draft) -> int:
     """Micro-batches of a device in an optimizer step of the other trainer."""
-    given = draft.settings.peek("gradient_accumulation_steps")
+    given, whole = draft.settings.peek("gradient_accumulation_steps"), draft.settings.peek("train_batch_size")
+    per_device = draft.settings.peek("per_device_train_batch_size")
+    if isinstance(whole, int) and isinstance(per_device, int):
+        return max(whole // (per_device * data_parallel(draft)[0]), 1)
     if isinstance(given, int | float) and not isinstance(given, bool) and given >= 1:
         return int(given)
     if draft.trainer == "ms-swift":
-        size = draft.settings.peek("per_device_train_batch_size")
-        per_device = size if isinstance(size, int) else 1
-        return math.ceil(_SWIFT_LEAST / (per_device * data_parallel(draft)[0]))
+        size = per_device if isinstance(per_device, int) else 1
+        return math.ceil(_SWIFT_LEAST / (size * data_parallel(draft)[0]))
     return 1
 
 
