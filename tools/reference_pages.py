@@ -27,6 +27,7 @@ What `import megatron_embed` offers. Nothing of it loads a library before it is 
 
 {GENERATED}
 """
+LONGEST_SIGNATURE = 110
 PUBLIC = {"megatron_embed/__init__.py": "megatron_embed", "megatron_embed/api.py": ""}
 """Source -> what its functions are called on; those of api.py are reached through classes only."""
 
@@ -97,6 +98,10 @@ def function_lines(node: ast.FunctionDef, owner: str, level: int) -> Iterator[st
     node.args.args = [argument for argument in node.args.args if argument.arg != "self"]
     returns = ast.unparse(node.returns).strip("'") if node.returns else "None"
     signature = f"{node.name}: {returns}" if is_property else f"{node.name}({ast.unparse(node.args)}) -> {returns}"
+    if len(signature) > LONGEST_SIGNATURE:
+        start, _, end = signature.partition("(")
+        inside, _, tail = end.rpartition(") -> ")
+        signature = f"{start}(\n    {inside},\n) -> {tail}".replace(", *, ", ",\n    *, ")
     yield from (f"{'#' * level} {owner}{node.name}", "", "```python", signature, "```", "",
                 *prose(ast.get_docstring(node) or ""), "")
 
