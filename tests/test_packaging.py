@@ -66,7 +66,8 @@ def test_every_pin_is_exact():
 BUILD = """
 import sys
 from setuptools import build_meta
-print(build_meta.build_wheel(sys.argv[1]), build_meta.build_sdist(sys.argv[1]))
+folder = sys.argv[1]  # setuptools writes its own arguments there
+print(build_meta.build_wheel(folder), build_meta.build_sdist(folder))
 """
 SOURCES = ("MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml",
            "setup.py", "mkdocs.yml", "requirements-cpu.txt", "requirements-docs.txt", ".ci", "configs", "docs",
