@@ -51,9 +51,17 @@ def spelling(action: argparse.Action) -> str:
     return option if action.nargs == 0 else f"{option} {value}{' ...' * (action.nargs in ('*', '+'))}"
 
 
+def end_of_help(epilog: str) -> Iterator[str]:
+    """The examples at the end of a command's help as a block, and its page as a link."""
+    if commands := re.findall(r"^  (\S.*)$", epilog, re.MULTILINE):
+        yield from ("```", *commands, "```", "")
+    if page := re.search(r"^more: docs/(\S+)$", epilog, re.MULTILINE):
+        yield from (f"More: [{page[1]}](../{page[1]}).", "")
+
+
 def section(name: str, parser: argparse.ArgumentParser, help_line: str, level: int) -> Iterator[str]:
     """The lines about one command, and below it those of its subcommands."""
-    yield from (f"{'#' * level} {name}", "", help_line.rstrip(".") + ".", "")
+    yield from (f"{'#' * level} {name}", "", help_line.rstrip(".") + ".", "", *end_of_help(parser.epilog or ""))
     children = subcommands(parser)
     shown = [action for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != "help"
              and not isinstance(action, argparse._SubParsersAction)]
@@ -96,6 +104,9 @@ def function_lines(node: ast.FunctionDef, owner: str, level: int) -> Iterator[st
     """Heading, signature and docstring of a function, a method or a property."""
     is_property = any(isinstance(mark, ast.Name) and mark.id == "property" for mark in node.decorator_list)
     node.args.args = [argument for argument in node.args.args if argument.arg != "self"]
+    for argument in [*node.args.args, *node.args.kwonlyargs]:
+        if isinstance(argument.annotation, ast.Constant):  # quoted, for checkers alone
+            argument.annotation = ast.Name(str(argument.annotation.value))
     returns = ast.unparse(node.returns).strip("'") if node.returns else "None"
     signature = f"{node.name}: {returns}" if is_property else f"{node.name}({ast.unparse(node.args)}) -> {returns}"
     if len(signature) > LONGEST_SIGNATURE:
