@@ -9,7 +9,9 @@ PIP_INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
 SHELL_SCRIPTS := .ci/run tools/git_hooks/commit-msg $(shell find launch tools -name '*.sh' -o -name '*.sbatch')
 
-.PHONY: env demo lint format slurm test test-all clean
+DOCS_VENV ?= .venv-docs
+
+.PHONY: env demo lint format slurm test test-all docs clean
 
 env: $(STAMP)
 
@@ -43,8 +45,19 @@ slurm:
 test: slurm lint
 	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
-test-all: slurm lint
+test-all: slurm lint docs
 	$(PYTEST) -m "slow or not slow"
 
+# The documentation site, in site/. Its packages have an environment of their own: they need nothing of the trainer, and
+# `make env` stays short.
+docs: $(DOCS_VENV)/.installed
+	$(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
+	$(DOCS_VENV)/bin/python tools/site_check.py site
+
+$(DOCS_VENV)/.installed: requirements-docs.txt
+	test -x $(DOCS_VENV)/bin/pip || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile -r requirements-docs.txt
+	@touch $@
+
 clean:
-	rm -rf demo runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf demo runs build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -9,6 +9,10 @@ HERE = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "megatron_embed" / "__init__.py").read_text(encoding="utf-8"))
 README = HERE / "README.md"
 
+REPOSITORY_URL = "https://megatron-embed.example"
+"""Set this to the address of the public repository before a release is uploaded: it is in the metadata only."""
+FILE_LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)]+)\)")
+
 # NVIDIA's apex must never appear below: the project of that name in the package index is an unrelated web toolkit,
 # and Megatron-Core takes any importable `apex` for NVIDIA's.
 CORE = [
@@ -39,6 +43,8 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.3,<3"],
     "mining": ["bm25s>=0.2.10"],
     "eval": ["mteb>=2.26"],
+    # The documentation site; `make docs` takes the pins of requirements-docs.txt.
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -54,17 +60,57 @@ EXTRAS = {
     ],
 }
 
+
+
+def absolute_links(text: str) -> str:
+    """The README for readers elsewhere: files by their address in the repository, pictures by that of their bytes."""
+    return FILE_LINK.sub(lambda link: f"{link[1]}[{link[2]}]({REPOSITORY_URL}/{'raw' if link[1] else 'blob'}/main/"
+                                      f"{link[3]})", text)
+
+
+def installed_files(*folders: str) -> list[tuple[str, list[str]]]:
+    """The files of these folders for share/megatron_embed/ of the environment, as `data_files` takes them."""
+    files = [path.relative_to(HERE) for folder in folders for path in sorted((HERE / folder).rglob("*"))
+             if path.is_file()]
+    parents = dict.fromkeys(path.parent for path in files)
+    return [(f"share/megatron_embed/{parent}", [str(path) for path in files if path.parent == parent])
+            for parent in parents]
+
+
 setup(
     name="megatron_embed",
     version=VERSION.group(1),
     description="Megatron-style distributed training of text embedding models and rerankers",
-    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description=absolute_links(README.read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    url=REPOSITORY_URL,
+    project_urls={"Documentation": f"{REPOSITORY_URL}/blob/main/docs/index.md",
+                  "Source": REPOSITORY_URL,
+                  "Issues": f"{REPOSITORY_URL}/issues",
+                  "Changelog": f"{REPOSITORY_URL}/blob/main/CHANGELOG.md"},
+    author="The megatron_embed maintainers",
+    keywords="embedding reranker retrieval contrastive-learning megatron distributed-training lora matryoshka",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Text Processing :: Linguistic",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_embed", "megatron_embed.*"]),
-    package_data={"megatron_embed": ["planning/shapes/*/*/config.json"]},
+    package_data={"megatron_embed": ["py.typed", "planning/shapes/*/*/config.json"]},
+    # Found again by `python -c 'import sys; print(sys.prefix)'`.
+    data_files=installed_files("configs", "launch"),
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-embed = megatron_embed.__main__:main"]},

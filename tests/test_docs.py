@@ -1,9 +1,9 @@
 """Pages of docs/ that follow from the code say what the code says."""
 
 import ast
-import importlib.util
 import re
 
+from tests.helpers.pages import tool_named
 from tests.helpers.toys import REPOSITORY
 
 LEAST = 12
@@ -49,7 +49,7 @@ def test_architecture_names_files_that_exist():
 
 
 def test_files_that_pages_name_exist():
-    pages = [*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "tools" / "README.md"]
+    pages = [*(REPOSITORY / "docs").rglob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "tools" / "README.md"]
     named = {(page.name, name) for page in pages for name in re.findall(
         r"`(?:python )?((?:tests|tools|launch|configs|examples|megatron_embed|docs)/[\w./]+)", page.read_text("utf-8"))}
     named.discard(("conversion.md", "tools/checkpoint/convert.py"))  # Megatron-LM's
@@ -59,7 +59,7 @@ def test_files_that_pages_name_exist():
 
 def test_links_between_pages_lead_somewhere():
     broken = []
-    for page in [*(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "tools" / "README.md"]:
+    for page in [*(REPOSITORY / "docs").rglob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "tools" / "README.md"]:
         for name, section in re.findall(r"\]\(([\w./-]*)(?:#([\w-]+))?\)", page.read_text("utf-8")):
             file = page.parent / name if name else page
             headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.MULTILINE) if section else []
@@ -74,15 +74,7 @@ def test_readme_shows_every_package():
     tree = re.search(r"^megatron_embed/\n((?:  .*\n)+)", text, re.MULTILINE)[1]
     shown = set(re.findall(r"^  (\w+(?:/|\.py)) ", tree, re.MULTILINE))
     assert shown == {path.name + "/" * path.is_dir() for path in (REPOSITORY / "megatron_embed").iterdir()
-                     if not path.name.startswith(("_", "."))}
-
-
-def tool_named(name: str):
-    """A module of tools/, which is not a package."""
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+                     if not path.name.startswith(("_", ".")) and path.suffix in ("", ".py")}
 
 
 def test_page_of_model_directories_says_what_the_tables_say():

@@ -6,6 +6,8 @@ import json
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int, write_output
 from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.errors import ConfigError
+from megatron_embed.platform.terminal_text import write_error
+from megatron_embed.run.required_metrics import Requirement, missed_requirements, parse_requirement
 
 HELP = "Evaluate retrieval, pairs with scores, or ranked lists; the last line of stdout is a JSON object of metrics"
 
@@ -34,8 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="Number of documents per query that the first of two stages finds (default: 100)")
     parser.add_argument("--per-query", metavar="FILE.jsonl", type=path,
                         help="File to write with the metrics of every query of a folder, a row each")
+    parser.add_argument("--require", action="append", type=requirement, default=[], metavar="METRIC:VALUE",
+                        help="Exit with code 1 if this metric is below the value, after printing all of them; may be "
+                             "given several times. Also 'METRIC>=VALUE', in quotes")
     add_prompt_arguments(parser)
     add_encoding_arguments(parser)
+
+
+def requirement(text: str) -> Requirement:
+    """A lower bound such as ndcg@10:0.5."""
+    try:
+        return parse_requirement(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def dims(text: str) -> tuple[int, ...]:
@@ -56,7 +69,7 @@ def weights(text: str) -> tuple[float, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the metrics from rank 0."""
+    """Print the metrics from rank 0. The exit code is 1 on every rank if one is below a bound of --require."""
     if args.candidates is not None and args.two_stage is None and args.reranker is None:
         raise ConfigError(f"--candidates {args.candidates}: only search in two stages has candidates; add --two-stage "
                           "or --reranker", key="--candidates")
@@ -68,4 +81,7 @@ def run(args: argparse.Namespace) -> int:
     metrics, rank = evaluate(args)
     if rank == 0:
         write_output(json.dumps(metrics))
-    return 0
+    missed = missed_requirements(args.require, metrics)
+    if missed and rank == 0:
+        write_error(f"--require: {'; '.join(missed)}")
+    return 1 if missed else 0

@@ -20,7 +20,7 @@ from megatron_embed.evaluation.retrieval import Embed, retrieval_metrics
 from megatron_embed.names import Role, Similarity
 
 CUTOFFS = (1, 3, 5, 10)
-_MEASURES = ("ndcg", "mrr")
+METRICS = (*(f"{measure}@{k}" for measure in ("ndcg", "mrr") for k in CUTOFFS), "map")
 
 ScorePairs = Callable[[Sequence[Pair]], Tensor]
 """[pairs] scores, larger is better."""
@@ -88,5 +88,4 @@ def evaluate_reranking(score: ScorePairs, data: RerankData) -> dict[str, float]:
         run[str(index)] = dict(zip(names, values, strict=True))
         first += len(names)
     metrics = retrieval_metrics(qrels, run, ks=CUTOFFS)
-    return {**{f"{measure}@{k}": metrics[f"{measure}@{k}"] for measure in _MEASURES for k in CUTOFFS},
-            "map": metrics["map"]}
+    return {name: metrics[name] for name in METRICS}

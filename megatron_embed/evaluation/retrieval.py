@@ -26,6 +26,8 @@ Run = dict[str, dict[str, float]]
 Embed = Callable[[Sequence[str], Role], Tensor]
 
 CUTOFFS = (1, 3, 5, 10, 100)
+METRICS = ("map", *(f"{measure}@{k}" for k in CUTOFFS for measure in ("ndcg", "mrr", "recall", "precision")))
+"""Names of the metrics of one ranking."""
 QUERIES_PER_BLOCK = 512
 """Queries whose rankings are in memory at once: 512 x 1000 entries of a Python dict are about 100 MB."""
 DOCUMENTS_AT_ONCE = 4096

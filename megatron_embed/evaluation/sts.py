@@ -19,6 +19,7 @@ from megatron_embed.names import Role, Similarity
 
 FIELDS: dict[Role, str] = {"query": "text_a", "document": "text_b"}
 """Role of each text of a pair, as in training."""
+METRICS = ("pearson", "spearman")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.parallel.lost_rank import Start, monitored_ranks
 from megatron_embed.platform.atomic_file import check_jsonl, write_atomic
+from megatron_embed.run.required_metrics import check_metric_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,11 +52,12 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     data = load_beir(args.data, args.split or "test", drop_own_id=args.drop_own_id)
     import torch.distributed as dist
 
-    from megatron_embed.evaluation.retrieval import Rankings, evaluate_queries, mean_metrics
+    from megatron_embed.evaluation.retrieval import METRICS, Rankings, evaluate_queries, mean_metrics
     from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.loading.prompts import given_prompts
     from megatron_embed.parallel.collectives import raise_on_all_ranks
 
+    check_metric_names(args.require, [prefix + name for prefix in ranking_prefixes(args) for name in METRICS])
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
     rankings = Rankings(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100)
     rankings.check(encoder.dim)
@@ -67,6 +69,16 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     if args.per_query is not None:
         raise_on_all_ranks(write_queries(args.per_query, per_query) if topology.rank == 0 else None)
     return mean_metrics(per_query), topology.rank
+
+
+def ranking_prefixes(args: argparse.Namespace) -> list[str]:
+    """Prefixes of the metrics' names, one for each ranking of a BEIR folder that the options ask for."""
+    prefixes = ["", *(f"dim_{width}/" for width in args.dims)]
+    if args.two_stage is not None:
+        prefixes.append(f"two_stage_{args.two_stage}/")
+    if args.reranker is not None:
+        prefixes += ["reranked/", *(f"reranked_{weight:g}/" for weight in args.reranker_weight)]
+    return prefixes
 
 
 def write_queries(output: str, per_query: "Mapping[str, Mapping[str, float]]") -> UserError | None:
@@ -104,10 +116,12 @@ def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
     from megatron_embed.evaluation.sts import load_sts
 
     data = load_sts(args.data, "--data")
-    from megatron_embed.evaluation.sts import evaluate_sts
+    from megatron_embed.evaluation.sts import METRICS, evaluate_sts
     from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.loading.prompts import given_prompts
 
+    prefixes = ["", *(f"dim_{width}/" for width in args.dims)]
+    check_metric_names(args.require, [prefix + name for prefix in prefixes for name in METRICS])
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
     return evaluate_sts(encode, data, similarity=model.saved.similarity, dims=args.dims), topology.rank
@@ -116,9 +130,10 @@ def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
 def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(metrics of a reranker, or of an embedding model's similarities, on a file of lists, this rank)."""
     refuse_options(args, "lists", "split", "drop_own_id", "two_stage", "dims", "reranker", "per_query")
-    from megatron_embed.evaluation.reranking import evaluate_reranking, load_rerank_file, similarity_of_pairs
+    from megatron_embed.evaluation.reranking import METRICS, evaluate_reranking, load_rerank_file, similarity_of_pairs
 
     data = load_rerank_file(args.data)
+    check_metric_names(args.require, METRICS)
     from megatron_embed.loading.model_directory import find_model, open_encoder
     from megatron_embed.loading.prompts import given_prompts, refuse_prompts
     from megatron_embed.loading.reranker import is_reranker, open_scorer
