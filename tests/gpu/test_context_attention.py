@@ -14,7 +14,7 @@ BINS = [Bin(lengths=lengths, tokens=-(-sum(lengths) // 8) * 8 + 16, causal=causa
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("cp_size", [2, 4])
+@pytest.mark.parametrize("cp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_values_and_gradients_are_those_of_one_process(cp_size):
     if torch.cuda.device_count() < cp_size:
         pytest.skip(f"needs {cp_size} CUDA devices")

@@ -95,6 +95,8 @@ def packed_of(case: Bin, chunks: tuple[tuple[int, int], ...], device: torch.devi
 def on_rank(cases: Sequence[Bin], dtype: torch.dtype) -> list[Results]:
     """This rank's chunks of every case; called by all ranks, which are one context-parallel group."""
     device = torch.device("cuda", dist.get_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     with contextlib.nullcontext() if device.type == "cuda" else reference_kernels():
         return [_on_rank(case, dtype, device) for case in cases]
 
