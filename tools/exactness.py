@@ -1,6 +1,7 @@
 """Compare the gradients of one training step under every layout with one process; write docs/exactness.md.
 
-Runs on CPU ranks of this machine, up to eight at a time. Exit code 1 if a case is not exact.
+Runs on CPU ranks of this machine, up to eight at a time, and the cases by flash kernels on the pretend device
+(docs/pretend_device.md). Exit code 1 if a case is not exact.
 """
 
 import argparse
@@ -33,12 +34,15 @@ from tests.helpers.exactness_cases import (  # noqa: E402
     ROWS,
     Case,
     all_cases,
+    flash_cases,
 )
+from tests.helpers.pretend_ranks import shutdown_pretend_ranks  # noqa: E402
 from tests.helpers.ranks import shutdown_ranks  # noqa: E402
+from tests.pretend_cuda.build import reason_against  # noqa: E402
 
 STEPS_PER_POOL = 40
 """Steps before the workers are replaced: gloo threads of old process groups stay, hundreds after 200 cases."""
-MODELS = {"qwen3": "Qwen3", "bert": "BERT", "qwen3_moe": "Qwen3-MoE"}
+MODELS = {"qwen3": "Qwen3", "bert": "BERT", "qwen3_moe": "Qwen3-MoE", "mistral": "Mistral"}
 
 INTRODUCTION = """# Exactness
 
@@ -73,6 +77,16 @@ and ETP split the experts over the ranks of the other sizes; they add no ranks.
 """
 
 
+FLASH_INTRODUCTION = """## Context parallelism by flash kernels
+
+The same on the [pretend device](pretend_device.md), which runs the code of a GPU: each chunk of a rank is one call of
+the flash kernels on the gathered keys and values. The kernels themselves are its reference in float64, which here takes
+float32 as well, so that the bound is the same; what real ones round is compared in
+`tests/gpu/test_context_attention.py`. Mistral has an attention window of 8 tokens.
+
+"""
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default=str(ROOT / "docs" / "exactness.md"))
@@ -92,6 +106,7 @@ def run_cases(oracle: EmbeddingReference, cases: Sequence[Case]) -> list[tuple[C
             results.append((case, outcome))
         if steps > STEPS_PER_POOL:
             shutdown_ranks()
+            shutdown_pretend_ranks()
             steps = 0
     return results
 
@@ -119,6 +134,14 @@ def table(results: Sequence[tuple[Case, Outcome]]) -> str:
     return "\n".join(lines)
 
 
+def summary_of(results: Sequence[tuple[Case, Outcome]]) -> str:
+    """How many cases, how exact, where and when."""
+    worst = max(outcome.error for _, outcome in results)
+    steps = sum(case.repeats for case, _ in results)
+    return (f"{len(results)} cases, {steps} steps, worst error {worst:.1e}; torch {torch.__version__}, "
+            f"Megatron-Core {MEGATRON_VERSION}, Python {platform.python_version()}, {datetime.date.today()}")
+
+
 def curves(folder: Path) -> tuple[str, bool]:
     """The section about loss curves, and whether they agree."""
     curves_of = {layout: loss_curve(folder, layout) for layout in CURVE_LAYOUTS}
@@ -133,23 +156,28 @@ def curves(folder: Path) -> tuple[str, bool]:
 def main() -> int:
     arguments = parse_arguments()
     started = time.monotonic()
+    cases, by_flash = ([case for case in chosen if arguments.only in str(case)]
+                       for chosen in (all_cases(), flash_cases()))
+    reason = reason_against() if by_flash else None
+    if reason is not None:
+        sys.exit(f"no pretend device for the {len(by_flash)} cases by flash kernels: {reason}")
     with tempfile.TemporaryDirectory() as name:
         oracle = EmbeddingReference(Path(name))
-        results = run_cases(oracle, [case for case in all_cases() if arguments.only in str(case)])
-        exact = all(outcome.exact for _, outcome in results)
+        results, flash_results = run_cases(oracle, cases), run_cases(oracle, by_flash)
+        exact = all(outcome.exact for _, outcome in results + flash_results)
         if not arguments.only:
             curve_table, agree = curves(Path(name))
             exact = exact and agree
     shutdown_ranks()
-    worst = max(outcome.error for _, outcome in results)
-    steps = sum(case.repeats for case, _ in results)
-    summary = (f"{len(results)} cases, {steps} steps, worst error {worst:.1e}; torch {torch.__version__}, "
-               f"Megatron-Core {MEGATRON_VERSION}, Python {platform.python_version()}, {datetime.date.today()}")
+    shutdown_pretend_ranks()
+    summary = summary_of(results + flash_results)
     print(f"{summary}; {(time.monotonic() - started) / 60:.0f} minutes; {'all exact' if exact else 'NOT EXACT'}")
     if not arguments.only and exact:
-        page = (INTRODUCTION.format(bound=BOUND, loss_bound=LOSS_BOUND) + f"## Gradients\n\n{summary}.\n\n"
-                f"{table(results)}\n\n## Loss curves\n\nQwen3, {CURVE_STEPS} steps of AdamW (learning rate 1e-3) on "
-                f"the same rows, 16 queries per step; bound {CURVE_BOUND:g}.\n\n{curve_table}\n")
+        page = (INTRODUCTION.format(bound=BOUND, loss_bound=LOSS_BOUND) +
+                f"## Gradients\n\n{summary_of(results)}.\n\n{table(results)}\n\n"
+                f"{FLASH_INTRODUCTION}{summary_of(flash_results)}.\n\n{table(flash_results)}\n\n"
+                f"## Loss curves\n\nQwen3, {CURVE_STEPS} steps of AdamW (learning rate 1e-3) on the same rows, 16 "
+                f"queries per step; bound {CURVE_BOUND:g}.\n\n{curve_table}\n")
         Path(arguments.output).write_text(page, encoding="utf-8")
     return 0 if exact else 1
 

@@ -184,9 +184,9 @@ def measure(model: str, machine: Machine, table: Table) -> None:
     """Dropout replay, the loss, memory of a checkpoint, and speed beside Sentence Transformers."""
     rows = machine.folder / "batch.jsonl"
     rows.write_text("".join(SAMPLE.read_text("utf-8").splitlines(keepends=True)[:32]), encoding="utf-8")
-    for kernel, rate in (("flash", 0.0), ("sdpa", 0.1)) if machine.cuda else (("sdpa", 0.1),):
-        add_probe(table, machine, f"dropout replay, {kernel}", "dropout", 60,
-                  lambda: [f"data.train=[{rows}]", f"model.path={model}"], attention_dropout=rate)
+    for kernel in ("flash", "sdpa") if machine.cuda else ("sdpa",):
+        settings = [f"model.attention={kernel}", f"data.train=[{rows}]", f"model.path={model}"]
+        add_probe(table, machine, f"dropout replay, {kernel}", "dropout", 60, settings.copy, attention_dropout=0.1)
     size = 512 if machine.toy else 65536
     add_probe(table, machine, f"loss and gradients, {size:,} x 384", "loss", 60, rows=size, dim=384, rounds=3)
     add_probe(table, machine, "memory of a checkpoint", "save", 90, lambda: [

@@ -22,8 +22,9 @@ class ModelConfig:
     """Hugging Face directory, a checkpoint of megatron-embed, or a hub name."""
     attention: Literal["auto", "te", "flash", "sdpa"] = "auto"
     """auto: flash in half precision on a GPU whose torch has its operators, otherwise sdpa. flash: torch's
-    variable-length flash kernels (GPU). te: Transformer Engine's (GPU). sdpa: torch's scaled_dot_product_attention over
-    groups of sequences of similar length (also on CPUs, in float32 there)."""
+    variable-length flash kernels (GPU), FlashAttention 3 where torch has it. te: Transformer Engine's (GPU), without
+    dropout and context parallelism. sdpa: torch's scaled_dot_product_attention over groups of sequences of similar
+    length (also on CPUs, in float32 there)."""
     bidirectional: bool = False
     """True: every token of a decoder attends to the whole sequence. Encoder families always do."""
     dtype: Literal["auto", ModelDtype] = "auto"

@@ -6,6 +6,7 @@ sequences is formed, so the cost per token does not grow with the bin.
 
 import contextlib
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from megatron_embed.models.flash_chunks import FlashCall, FlashSettings, flash_attention, gather_bin
 from megatron_embed.platform.compat import (
     AttnMaskType,
     MegatronModule,
@@ -20,9 +22,7 @@ from megatron_embed.platform.compat import (
     ProcessGroupCollection,
     TransformerConfig,
     get_cuda_rng_tracker,
-    tensor_parallel,
 )
-from megatron_embed.platform.flash_attention import ALL_TOKENS, CAUSAL, flash_attention
 
 MAX_GROUP_PADDING = 1.02
 """A group's members are padded to its longest; the next joins while padded / real tokens stays below this. A group
@@ -69,6 +69,8 @@ class PackedSequences(PackedSeqParams):
     """Real tokens; the bin's padding comes after them."""
     groups: tuple[SegmentGroup, ...] = field(default_factory=tuple)
     """Groups of the SDPA path; empty for the other kernels."""
+    calls: tuple[FlashCall, ...] | None = None
+    """Calls of the flash kernels, none on a rank of padding; None for the other kernels."""
     to_queries: "PermuteIndex | None" = None
     """Local tokens to the query slots of all groups, back to back."""
     to_keys: "PermuteIndex | None" = None
@@ -77,7 +79,7 @@ class PackedSequences(PackedSeqParams):
     key_index: Tensor | None = None
     """[key slots of all groups] int64, the groups' `keys` back to back."""
     window: tuple[int, int] | None = None
-    """The attention window that groups were made for, see `attention_window`."""
+    """The attention window that groups or calls were made for, see `attention_window`."""
 
     def index_groups(self, groups: tuple[SegmentGroup, ...], local_tokens: int, *, keys_are_local: bool) -> None:
         """Set the SDPA path's tensors: one gather per layer and tensor instead of one per group.
@@ -260,7 +262,8 @@ class PackedAttention(MegatronModule):
     """Core attention for Megatron's SelfAttention over `PackedSequences`; no weights.
 
     With context parallelism each rank keeps its queries and gathers the keys and values of the bin over that group (one
-    all-gather forward, one reduce-scatter backward). Padding tokens of the bin get output 0.
+    all-gather forward, one reduce-scatter backward, by the flash kernels another all-gather). Padding tokens of the bin
+    get output 0.
     """
 
     def __init__(
@@ -298,22 +301,26 @@ class PackedAttention(MegatronModule):
         assert packed_seq_params.window == self.window, "the bin was prepared for another attention window"
         dropout = self.dropout if self.training else 0.0
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if self.cp_group is not None and self.cp_group.size() > 1:
-            key, value = self._gather_bin(key, value)
+        group = self.cp_group if self.cp_group is not None and self.cp_group.size() > 1 else None
         if packed_seq_params.groups:
-            output = self._sdpa(query, key, value, packed_seq_params, dropout)
+            output = self._sdpa(query, *gather_bin(key, value, group), packed_seq_params, dropout)
         else:
-            output = self._flash(query, key, value, packed_seq_params)
+            assert packed_seq_params.calls is not None, "the bin was prepared for another kernel"
+            settings = FlashSettings(scale=self.scale, dropout=dropout, cp_group=group)
+            with self._fork(dropout):
+                output = flash_attention(query, key, value, packed_seq_params.calls, settings)
         return output.reshape(output.shape[0], 1, -1)
 
-    def _gather_bin(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """[tokens/cp, groups, head_dim] of this rank's two chunks -> [tokens, groups, head_dim] in the bin's order."""
-        both = torch.cat([key, value], dim=-1)
-        gathered = tensor_parallel.gather_from_sequence_parallel_region(both, group=self.cp_group)
-        chunks = gathered.view(self.cp_group.size(), 2, -1, *both.shape[1:])  # type: ignore[union-attr]
-        # Rank r holds chunks r and 2*cp-1-r: first halves ascend, second halves descend.
-        whole = torch.cat([chunks[:, 0], chunks[:, 1].flip(0)]).flatten(0, 1)
-        return whole.chunk(2, dim=-1)  # type: ignore[return-value]
+    def _fork(self, dropout: float) -> AbstractContextManager[None]:
+        """Random numbers of this tensor-parallel rank: heads are split, so each rank draws its own.
+
+        With sequence parallelism the whole block runs in a fork; a second fork inside it would draw other numbers when
+        a layer is recomputed for its backward pass.
+        """
+        if not dropout or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        fork: AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+        return fork
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, dropout: float) -> Tensor:
         heads, groups, head_dim, dtype = query.shape[1], key.shape[1], query.shape[2], query.dtype
@@ -334,22 +341,11 @@ class PackedAttention(MegatronModule):
         parts = zip(packed.groups, query.split([group.queries.numel() for group in packed.groups]),
                     key.split([group.keys.numel() for group in packed.groups]),
                     value.split([group.keys.numel() for group in packed.groups]), strict=True)
-        # Heads are split, so each rank draws its own random numbers. With sequence parallelism the whole block runs in
-        # a fork; a second fork inside it would draw other numbers when a layer is recomputed for its backward pass.
-        fork = get_cuda_rng_tracker().fork if dropout and not self.config.sequence_parallel else contextlib.nullcontext
         outputs = []
         for group, *tensors in parts:
             q, k, v = (x.view(group.count, -1, heads, head_dim).transpose(1, 2) for x in tensors)
-            with fork():
+            with self._fork(dropout):
                 out = functional.scaled_dot_product_attention(q, k, v, group.mask, dropout, group.is_causal,
                                                               scale=self.scale)
             outputs.append(out.transpose(1, 2).reshape(group.count * group.query_length, heads * head_dim).to(dtype))
         return packed.to_queries.to_tokens(torch.cat(outputs))
-
-    def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        assert packed.cu_seqlens is not None
-        real = packed.num_tokens
-        output = flash_attention(query[:real], key[:real], value[:real], packed.cu_seqlens, packed.max_seqlen,
-                                 scale=self.scale,
-                                 window=self.window or (CAUSAL if self.causal else ALL_TOKENS))
-        return functional.pad(output.flatten(1), (0, 0, 0, query.shape[0] - real))

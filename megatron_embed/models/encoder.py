@@ -29,6 +29,7 @@ from megatron_embed.models.backbone import (
     megatron_config,
 )
 from megatron_embed.models.families import ModelShape
+from megatron_embed.models.flash_chunks import flash_calls
 from megatron_embed.models.heads import HeadSpec, RerankerHead
 from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.lora_settings import Adapters
@@ -48,7 +49,7 @@ from megatron_embed.platform.compat import (
     TransformerBlock,
     TransformerConfig,
 )
-from megatron_embed.platform.flash_attention import why_no_flash
+from megatron_embed.platform.flash_attention import choose_version, why_no_flash
 
 logger = logging.getLogger(__name__)
 AttentionKernel = Literal["flash", "sdpa", "te"]
@@ -190,9 +191,6 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
         ConfigError: flash or te is requested but cannot run here; the same on every rank with the same packages.
     """
     half, wanted = config.model.dtype != "float32", config.model.attention
-    other = (f"training.attention_dropout = {config.training.attention_dropout}" if config.training.attention_dropout
-             else f"parallel.context_parallel_size = {config.parallel.context_parallel_size}"
-             if config.parallel.context_parallel_size > 1 else None)
     if wanted in ("flash", "te"):
         if not (HAS_CUDA and half):
             raise ConfigError(f"model.attention = {wanted!r} needs a GPU and model.dtype = bfloat16; use 'auto' or "
@@ -200,8 +198,8 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
         if wanted == "te" and not HAS_TRANSFORMER_ENGINE:
             raise ConfigError("model.attention = 'te': Transformer Engine is not installed; pip install "
                               "'megatron_embed[gpu]', or use 'auto'", key="model.attention")
-        if other is not None:
-            raise ConfigError(f"model.attention = {wanted!r} does not go with {other}; use 'auto' or 'sdpa'",
+        if wanted == "te" and (other := _refused_by_te(config)) is not None:
+            raise ConfigError(f"model.attention = 'te' does not go with {other}; use 'auto', 'flash' or 'sdpa'",
                               key="model.attention")
     missing = why_no_flash()
     if wanted == "flash" and missing is not None:
@@ -209,12 +207,19 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
                           "whose operators are known to fit", key="model.attention")
     if wanted == "te":
         return "te"
-    if wanted == "sdpa" or other is not None or not (half and HAS_CUDA):
+    if wanted == "sdpa" or not (half and HAS_CUDA):
         return "sdpa"
     if missing is not None:
         _say_once(f"model.attention = auto is sdpa: {missing}")
         return "sdpa"
     return "flash"
+
+
+def _refused_by_te(config: RunConfig) -> str | None:
+    """The setting that our use of Transformer Engine's attention lacks."""
+    dropout, cp_size = config.training.attention_dropout, config.parallel.context_parallel_size
+    return (f"training.attention_dropout = {dropout}" if dropout
+            else f"parallel.context_parallel_size = {cp_size}" if cp_size > 1 else None)
 
 
 @functools.cache
@@ -235,6 +240,8 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     dtype = DTYPES[config.model.dtype]
     transformer = megatron_config(shape, config.parallel, config.training, dtype)
     bidirectional, kernel = shape.bidirectional or config.model.bidirectional, attention_kernel(config)
+    if kernel == "flash":
+        choose_version(dropout=config.training.attention_dropout)
     stages: list[int | None] = [None] if topology.num_model_chunks == 1 else list(range(topology.num_model_chunks))
     chunks = []
     for stage in stages:
@@ -269,6 +276,8 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
     if kernel == "sdpa":
         packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, torch.device("cpu"), window),
                             tokens // topology.cp_size, keys_are_local=topology.cp_size == 1)
+    elif kernel == "flash":
+        packed.calls = flash_calls(micro_batch.cu_seqlens, chunks, causal, window)
     first_position = 0 if shape is None else shape.position_offset
     plan = local_plan(pooling_plan(micro_batch, pooling), chunks)
     padding = _select(torch.arange(tokens) >= micro_batch.num_tokens, chunks)

@@ -145,11 +145,13 @@ def _torch() -> list[Check]:
 
 
 def _flash() -> Check:
-    from megatron_embed.platform.flash_attention import why_no_flash
+    from megatron_embed.platform.flash_attention import why_no_flash, why_no_flash_3
 
     missing = why_no_flash()
     if missing is None:
-        return Check(name="flash attention", value="torch's own operators")
+        older = why_no_flash_3(dropout=0.0)
+        return Check(name="flash attention", value=f"FlashAttention {2 if older else 3}, by torch's own operators",
+                     note=f"not 3: {older}" if older else "2 with training.attention_dropout")
     return Check(name="flash attention", value="none", note=f"model.attention = auto is sdpa: {missing}")
 
 

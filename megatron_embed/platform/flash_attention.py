@@ -1,16 +1,23 @@
-"""Attention over packed sequences by torch's variable-length flash kernels, called as the operators that they are.
+"""torch's variable-length flash attention kernels, called as the operators that they are.
 
 `torch.nn.attention.varlen.varlen_attn` is not used: its arguments differ between torch 2.10, 2.11 and 2.12 (no
-`enable_gqa` before 2.12), and since 2.14 it takes cuDNN's kernel instead where queries and keys have equal heads. The
-operators have had the same arguments since torch 2.6, take fewer key/value heads without a flag, and choose the
-deterministic backward where `torch.use_deterministic_algorithms` asks for it.
+`enable_gqa` before 2.12), it has no dropout, and since 2.14 it takes cuDNN's kernel instead where queries and keys have
+equal heads. The operators have had the same arguments since torch 2.6, take fewer key/value heads without a flag, and
+choose the deterministic backward where `torch.use_deterministic_algorithms` asks for it. Where torch can put
+FlashAttention 3 in their place, `choose_version` does.
 """
 
 import functools
+import importlib.util
+import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 FORWARD_ARGUMENTS = ("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
                      "return_debug_mask")
@@ -23,48 +30,79 @@ KEYWORDS = ("scale", "window_size_left", "window_size_right")
 """Keyword-only arguments that both are given."""
 FORWARD_RESULTS, BACKWARD_RESULTS = 5, 3
 CAUSAL, ALL_TOKENS = (-1, 0), (-1, -1)
-"""Windows of `flash_attention` without a bound."""
+"""Windows of a `FlashCall` without a bound."""
+FLASH_3, FLASH_3_MODULE = "FA3", "flash_attn_interface"
+"""torch's name of FlashAttention 3, and the module of FlashAttention 3's package that torch loads for it."""
 
 
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, *, scale: float,
-                    window: tuple[int, int]) -> Tensor:
-    """Attention of every sequence within itself, without dropout.
+@dataclass(frozen=True, kw_only=True)
+class FlashCall:
+    """One call of the kernels: successive sequences, or parts of them, with the keys that they may see.
+
+    The kernels align the queries and keys of a sequence at their last ones, the lower right corner of the mask.
+    """
+
+    queries: tuple[int, int]
+    """[first, stop) of the query tensor's tokens."""
+    keys: tuple[int, int]
+    """[first, stop) of the key tensor's tokens."""
+    cu_queries: Tensor
+    """[sequences + 1] int32 on the device: bounds of each sequence's queries, from 0."""
+    cu_keys: Tensor
+    """[sequences + 1] int32 on the device: bounds of each sequence's keys, from 0."""
+    longest_queries: int
+    longest_keys: int
+    window: tuple[int, int]
+    """(keys before, keys after) the aligned one that a query sees besides it; -1: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlashState:
+    """What the backward kernel needs of the forward's results, besides the output."""
+
+    logsumexp: Tensor
+    rng: tuple[Tensor, Tensor]
+    """The random generator's seed and offset, by which the backward pass drops what the forward pass dropped."""
+
+
+def flash_forward(query: Tensor, key: Tensor, value: Tensor, call: FlashCall, *, scale: float,
+                  dropout: float) -> tuple[Tensor, FlashState]:
+    """Attention of one call.
 
     Args:
         query: [tokens, heads, head_dim] float16 or bfloat16 on a GPU, head_dim a multiple of 8 and at most 256.
-        key: [tokens, groups, head_dim], as `value`; heads is a multiple of groups.
-        cu_seqlens: [sequences + 1] int32 on the device, from 0 to tokens.
-        longest: tokens of the longest sequence.
-        window: (tokens before, tokens after) that a token sees besides itself; -1: all.
+        key: [keys, groups, head_dim], as `value`; heads is a multiple of groups.
+        dropout: rate of attention weights; draws from the device's current random generator if not 0.
     Returns:
-        [tokens, heads, head_dim] of the query's dtype.
+        [queries of the call, heads, head_dim] of the query's dtype, and what the backward pass needs.
     """
-    output: Tensor = _FlashAttention.apply(query, key, value, cu_seqlens, longest, scale, window)
-    return output
+    output, logsumexp, *rng, _ = forward_operator()(
+        query[slice(*call.queries)], key[slice(*call.keys)], value[slice(*call.keys)], call.cu_queries, call.cu_keys,
+        call.longest_queries, call.longest_keys, dropout, call.window == CAUSAL, False, **_options(call, scale))
+    # Without dropout a kernel may leave these undefined; the backward's schema asks for tensors.
+    seed, offset = (query.new_empty(0) if tensor is None else tensor for tensor in rng)
+    return output, FlashState(logsumexp=logsumexp, rng=(seed, offset))
 
 
-class _FlashAttention(torch.autograd.Function):
-    """Both operators, as one differentiable function."""
+def flash_backward(gradient: Tensor, tensors: tuple[Tensor, Tensor, Tensor, Tensor], state: FlashState,
+                   call: FlashCall, *, scale: float, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the call's queries, keys and values, of their shapes.
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float,
-                window: tuple[int, int]) -> Tensor:
-        ctx.options = {"scale": scale, "window_size_left": window[0], "window_size_right": window[1]}
-        ctx.longest, ctx.is_causal = longest, window == CAUSAL
-        output, logsumexp, rng_state, unused, _ = forward_operator()(
-            query, key, value, cu_seqlens, cu_seqlens, longest, longest, 0.0, ctx.is_causal, False,
-            **ctx.options)
-        # Without dropout a kernel may leave these undefined; the backward's schema asks for tensors.
-        rng_state, unused = (query.new_empty(0) if tensor is None else tensor for tensor in (rng_state, unused))
-        ctx.save_for_backward(query, key, value, output, logsumexp, cu_seqlens, rng_state, unused)
-        return output  # type: ignore[no-any-return]
+    Args:
+        gradient: that of `output`, whole, as the following.
+        tensors: (query, key, value, output); the queries' part of `output` is what `flash_forward` returned.
+    """
+    query, key, value, output = tensors
+    queries, keys = slice(*call.queries), slice(*call.keys)
+    gradients: tuple[Tensor, Tensor, Tensor] = backward_operator()(
+        gradient[queries], query[queries], key[keys], value[keys], output[queries], state.logsumexp, call.cu_queries,
+        call.cu_keys, call.longest_queries, call.longest_keys, dropout, call.window == CAUSAL, *state.rng,
+        **_options(call, scale))
+    return gradients
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *tensors, cu_seqlens, rng_state, unused = ctx.saved_tensors
-        gradients = backward_operator()(gradient, *tensors, cu_seqlens, cu_seqlens, ctx.longest, ctx.longest, 0.0,
-                                        ctx.is_causal, rng_state, unused, **ctx.options)
-        return *gradients, None, None, None, None
+
+def _options(call: FlashCall, scale: float) -> dict[str, Any]:
+    return {"scale": scale, "window_size_left": call.window[0], "window_size_right": call.window[1]}
 
 
 def forward_operator() -> Any:
@@ -101,3 +139,47 @@ def takes(schema: Any, arguments: tuple[str, ...], *, more: int, results: int) -
                                if name not in KEYWORDS)
     return (tuple(positional[:len(arguments)]) == arguments and len(positional) == len(arguments) + more
             and named.keys() >= set(KEYWORDS) and others_have_defaults and len(schema.returns) == results)
+
+
+def choose_version(*, dropout: float) -> str:
+    """Put FlashAttention 3 behind torch's operators, for the whole process, or take it away again if there is dropout,
+    which it has not. Says which version serves, once, in the log. Returns that sentence."""
+    reason = why_no_flash_3(dropout=dropout)
+    registry: Any = torch.nn.attention
+    if reason is None and registry.current_flash_attention_impl() != FLASH_3:
+        try:
+            registry.activate_flash_attention_impl(FLASH_3)
+        except (ImportError, OSError, RuntimeError) as error:  # a package built for another torch or GPU
+            reason = f"torch cannot load it: {error}"
+    elif reason is not None and _is_flash_3_active():
+        registry.restore_flash_attention_impl()
+    sentence = ("flash attention is FlashAttention 3" if reason is None else
+                f"flash attention is torch's own FlashAttention 2, not 3: {reason}")
+    _log_once(sentence)
+    return sentence
+
+
+def why_no_flash_3(*, dropout: float) -> str | None:
+    """A clause that says why FlashAttention 3 cannot be used on this GPU; None if it can be tried."""
+    if dropout:
+        return f"it has no dropout (training.attention_dropout = {dropout})"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return "it is for GPUs of compute capability 9 (H100, H200)"
+    if not _has_registry() or FLASH_3 not in torch.nn.attention.list_flash_attention_impls():
+        return f"torch {torch.__version__} has no activate_flash_attention_impl('{FLASH_3}')"
+    if importlib.util.find_spec(FLASH_3_MODULE) is None:
+        return f"{FLASH_3_MODULE} is not installed"
+    return None
+
+
+def _has_registry() -> bool:
+    return "activate_flash_attention_impl" in vars(torch.nn.attention)
+
+
+def _is_flash_3_active() -> bool:
+    return _has_registry() and torch.nn.attention.current_flash_attention_impl() == FLASH_3
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)

@@ -15,6 +15,8 @@ from megatron_embed.models.attention import (
     context_chunks,
     group_segments,
 )
+from megatron_embed.models.flash_chunks import flash_calls
+from megatron_embed.parallel.device_copy import copy_to_device
 from megatron_embed.platform.compat import AttnMaskType, TransformerConfig
 
 HEADS, HEAD_DIM = 4, 64
@@ -35,7 +37,7 @@ def softmax_attention(query, key, value, causal, window):
         if causal:
             hidden |= distance < 0
         if window is not None:
-            hidden |= distance.abs() >= window
+            hidden |= distance.abs() >= window + (not causal)
         scores = scores.masked_fill(hidden.to(scores.device), float("-inf"))
         output[part] = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v)
         start += length
@@ -48,8 +50,6 @@ def softmax_attention(query, key, value, causal, window):
 @pytest.mark.parametrize("device, kernel", [
     pytest.param("cuda", "flash", marks=CUDA), pytest.param("cuda", "sdpa", marks=CUDA), ("cpu", "sdpa")])
 def test_values_and_gradients_are_a_softmaxs(device, kernel, groups, causal, window):
-    if window is not None and not causal:
-        pytest.skip("windows are Mistral's, whose attention is causal")
     bounds = torch.tensor((0, *LENGTHS)).cumsum(0).to(torch.int32)
     real, tokens = int(bounds[-1]), int(bounds[-1]) + 11
     generator = torch.Generator().manual_seed(groups)
@@ -57,10 +57,14 @@ def test_values_and_gradients_are_a_softmaxs(device, kernel, groups, causal, win
              for count in (HEADS, groups, groups)]
     weights = torch.randn(tokens, HEADS * HEAD_DIM, generator=generator).bfloat16()
     span = attention_window(window, causal)
-    packed = PackedSequences(cu_seqlens=bounds.to(device), max_seqlen=max(LENGTHS), num_tokens=real, window=span)
+    packed = PackedSequences(cu_seqlens=bounds, max_seqlen=max(LENGTHS), num_tokens=real, window=span)
+    chunks = context_chunks(tokens, 0, 1)
     if kernel == "sdpa":
-        packed.index_groups(group_segments(bounds, context_chunks(tokens, 0, 1), causal, torch.device(device), span),
-                            tokens, keys_are_local=True)
+        packed.index_groups(group_segments(bounds, chunks, causal, torch.device("cpu"), span), tokens,
+                            keys_are_local=True)
+    else:
+        packed.calls = flash_calls(bounds, chunks, causal, span)
+    packed = copy_to_device(packed, torch.device(device))
     config = TransformerConfig(num_layers=1, hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS,
                                num_query_groups=groups, kv_channels=HEAD_DIM, attention_dropout=0.0)
     module = PackedAttention(config, 1, AttnMaskType.causal if causal else AttnMaskType.no_mask, "self", window=span)

@@ -26,6 +26,7 @@ from tests.helpers.adapter_reference import save_adapter_gradients, with_adapter
 from tests.helpers.embedding_reference_ranks import RankResult, run_cases, tokenizer_of
 from tests.helpers.exactness_cases import BOUND, KINDS, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
 from tests.helpers.gradient_errors import largest_error, save_gradients
+from tests.helpers.pretend_ranks import run_on_pretend_ranks
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.toys import MINI_EN, copy_tokenizer
 
@@ -113,11 +114,12 @@ class EmbeddingReference:
         return self._references[case.reference]
 
     def run(self, cases: Sequence[Case], timeout_seconds: float = 600.0) -> list[Outcome]:
-        """Outcomes of cases that share a layout, in one world."""
+        """Outcomes of cases that share layout and kernel, in one world."""
         assert len({case.layout for case in cases}) == 1
         references = [self.reference(case) for case in cases]
-        per_rank = run_on_ranks(run_cases, cases[0].layout.ranks, cases, str(self.folder),
-                                timeout_seconds=timeout_seconds)
+        assert len({case.kernel for case in cases}) == 1
+        run = run_on_pretend_ranks if cases[0].kernel == "flash" else run_on_ranks
+        per_rank = run(run_cases, cases[0].layout.ranks, cases, str(self.folder), timeout_seconds=timeout_seconds)
         return [_outcome([results[index] for results in per_rank], reference)
                 for index, reference in enumerate(references)]
 

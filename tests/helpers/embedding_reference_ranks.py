@@ -1,10 +1,14 @@
 """The ranks' part of a case of the exactness matrix: one real step, its gradients compared shard by shard."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import torch
 
 from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.schema import RunConfig
@@ -39,7 +43,19 @@ def run_cases(cases: Sequence[Case], folder: str) -> list[RankResult]:
     from megatron_embed.parallel.topology import initialize
 
     topology = initialize(run_config(cases[0], Path(folder)).parallel)
-    return [_run_case(case, Path(folder), topology) for case in cases]
+    with _kernels(cases[0].kernel):
+        return [_run_case(case, Path(folder), topology) for case in cases]
+
+
+def _kernels(name: str) -> contextlib.AbstractContextManager[Any]:
+    """The pretend device's flash kernels without the limits of real ones, which compute in bfloat16."""
+    if name != "flash":
+        return contextlib.nullcontext()
+    from megatron_embed.platform.compat import HAS_CUDA
+    from tests.pretend_cuda import flash
+
+    assert HAS_CUDA, "no pretend device"
+    return mock.patch.multiple(flash, DTYPES=(torch.float32,), HEAD_DIM_UNIT=4)
 
 
 def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
@@ -65,7 +81,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
     split = topology.model_parallel_groups if group is topology.dp_group else None
     objective = build_objective(config, group, split)
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
-                          kernel="sdpa", has_dropout=False,
+                          kernel=case.kernel, has_dropout=False,
                           first_pass=build_first_pass(config, model.shape, topology))
     batch = _load_batch(case, config, folder, topology)
     bins = len(batch.micro_batches)

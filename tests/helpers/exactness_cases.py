@@ -106,6 +106,8 @@ class Case:
     """Gradients are reduced and parameters gathered behind the computation, in small buckets."""
     first_pass: int = 1
     """`training.first_pass_micro_batches`."""
+    kernel: Literal["sdpa", "flash"] = "sdpa"
+    """flash: on the pretend device, whose kernels then compute in float32 as well."""
 
     @property
     def model(self) -> str:
@@ -128,6 +130,7 @@ class Case:
         words += ["distributed"] if self.distributed else []
         words += ["adapters"] if self.adapters else []
         words += ["overlapped"] if self.overlap else []
+        words += ["flash"] if self.kernel == "flash" else []
         words += [f"aux {self.aux:g}"] if self.aux else []
         words += [self.rows] if self.rows != "short" else []
         words += [f"recompute {self.recompute}"] if self.recompute != "none" else []
@@ -210,6 +213,23 @@ def micro_batch_cases() -> list[Case]:
               for layout in (Layout(dp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vpp=2, dp=2))
               for kind, tokens, rows in (("qwen3", 288, "masked"), ("bert", 240, "lopsided"))]
     return cases
+
+
+FLASH_LAYOUTS = (Layout(cp=2), Layout(cp=4), Layout(tp=2, cp=2), Layout(pp=2, cp=2), Layout(cp=2, dp=2),
+                 Layout(tp=2, pp=2, cp=2), Layout(cp=4, tp=2))
+
+
+def flash_cases() -> list[Case]:
+    """Context parallelism by the flash kernels, on the pretend device; Mistral has an attention window."""
+    kinds: tuple[Kind, ...] = (*KINDS, "mistral")
+    cases = [Case(kind=kind, layout=layout, micro_batches=1 + (index + turn) % 2, kernel="flash",
+                  rows="masked" if (index + turn) % 2 else "short", distributed=turn % 2 == 0)
+             for index, layout in enumerate(FLASH_LAYOUTS) for turn, kind in enumerate(kinds)]
+    cases += [Case(kind=kind, layout=Layout(cp=2, dp=2), tokens=128, rows="masked", kernel="flash") for kind in kinds]
+    cases += [Case(kind=kind, layout=Layout(cp=2), micro_batches=2, recompute=recompute, kernel="flash")
+              for kind in ("qwen3", "bert") for recompute in RECOMPUTE]
+    cases += [Case(kind="qwen3", layout=Layout(cp=4), micro_batches=1, rows="long", kernel="flash")]
+    return sorted(cases, key=lambda case: FLASH_LAYOUTS.index(case.layout))
 
 
 CURVE_LAYOUTS = (Layout(), Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(cp=2), Layout(tp=2, pp=2),

@@ -50,7 +50,7 @@ def gather_shards(wrapped: Sequence[Any]) -> None:
 def squared_error(parameter: Any, expected: torch.Tensor) -> tuple[float, float]:
     """Squared norms of (difference of the gradient to the reference, reference)."""
     assert parameter.shape == expected.shape
-    difference = parameter.main_grad.double() - expected.double()
+    difference = parameter.main_grad.cpu().double() - expected.double()
     return float(difference.square().sum()), float(expected.double().square().sum())
 
 

@@ -186,12 +186,25 @@ def test_attention_kernel_on_a_cpu(dtype, attention, parallel, training, expecte
     assert attention_kernel(config) == expected
 
 
-@pytest.mark.parametrize("parallel, training, words", [
-    ({}, {}, "a GPU and model.dtype = bfloat16"), ({"context_parallel_size": 2}, {}, "context_parallel_size = 2"),
-    ({}, {"attention_dropout": 0.1}, "attention_dropout = 0.1")])
-def test_flash_is_refused_where_it_cannot_run(monkeypatch, parallel, training, words):
+@pytest.mark.parametrize("attention, parallel, training, words", [
+    ("flash", {}, {}, "a GPU and model.dtype = bfloat16"),
+    ("te", {"context_parallel_size": 2}, {}, "context_parallel_size = 2"),
+    ("te", {}, {"attention_dropout": 0.1}, "attention_dropout = 0.1")])
+def test_a_kernel_is_refused_where_it_cannot_run(monkeypatch, attention, parallel, training, words):
     monkeypatch.setattr(encoder, "HAS_CUDA", bool(parallel or training))
+    monkeypatch.setattr(encoder, "HAS_TRANSFORMER_ENGINE", True)
     config = run_config("model", parallel=parallel, training=training, dtype="bfloat16")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="flash"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
     with pytest.raises(ConfigError, match=words):
         attention_kernel(config)
+
+
+@pytest.mark.parametrize("attention", ["auto", "flash"])
+@pytest.mark.parametrize("parallel, training", [
+    ({}, {}), ({"context_parallel_size": 2}, {}), ({}, {"attention_dropout": 0.1}),
+    ({"context_parallel_size": 2}, {"attention_dropout": 0.1})])
+def test_flash_is_chosen_on_a_gpu_under_context_parallelism_and_dropout_too(monkeypatch, attention, parallel, training):
+    monkeypatch.setattr(encoder, "HAS_CUDA", True)
+    config = run_config("model", parallel=parallel, training=training, dtype="bfloat16")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
+    assert attention_kernel(config) == "flash"

@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_embed.errors import ConfigError
 from megatron_embed.models import encoder
 from megatron_embed.models.attention import PackedAttention, PackedSequences
-from megatron_embed.platform import doctor, flash_attention
+from megatron_embed.models.flash_chunks import FlashSettings, flash_attention, flash_calls
+from megatron_embed.platform import doctor
+from megatron_embed.platform import flash_attention as operators
 from megatron_embed.platform.compat import AttnMaskType, TransformerConfig
 from tests.helpers.toys import run_config
 
@@ -62,15 +64,18 @@ def attend(query, key, value, bounds, left, right):
 
 
 def install(version):
-    """Operators of a torch of this version, with the recorded schemas, which torch's own code then binds calls to."""
+    """Operators of a torch of this version, with the recorded schemas, which torch's own code then binds calls to.
+
+    Their dropout scales, so that a rate that one of the two does not get is seen.
+    """
     library = torch.library.Library(f"recorded_{version.replace('.', '_')}", "DEF")
 
     def forward(query, key, value, cu_q, cu_k, max_q, max_k, dropout, is_causal, debug, *, scale=None,
                 window_size_left=None, window_size_right=None, **others):
-        assert (dropout, debug, scale) == (0.0, False, pytest.approx(1 / math.sqrt(HEAD_DIM))), others
+        assert (debug, scale) == (False, pytest.approx(1 / math.sqrt(HEAD_DIM))), others
         assert not any(others.values()) and cu_q.dtype == torch.int32 and max_q == 13
         assert is_causal == ((window_size_left, window_size_right) == (-1, 0))
-        output = attend(query, key, value, cu_q.tolist(), window_size_left, window_size_right)
+        output = (1 - dropout) * attend(query, key, value, cu_q.tolist(), window_size_left, window_size_right)
         return (output, query.new_ones(query.shape[1], len(query)), torch.full((2,), 7), torch.full((), 8),
                 query.new_empty(0))
 
@@ -79,7 +84,7 @@ def install(version):
         assert logsumexp.shape == (HEADS, len(query)) and state.eq(7).all() and unused == 8
         with torch.enable_grad():
             inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-            again = attend(*inputs, cu_q.tolist(), window_size_left, window_size_right)
+            again = (1 - dropout) * attend(*inputs, cu_q.tolist(), window_size_left, window_size_right)
         assert torch.equal(again, out)
         return torch.autograd.grad(again, inputs, gradient)
 
@@ -89,20 +94,22 @@ def install(version):
     return library, getattr(torch.ops, library.ns)
 
 
-@pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (3, 0)], ids=["causal", "all", "window"])
+@pytest.mark.parametrize("causal, window, dropout", [(True, None, 0.0), (False, None, 0.25), (True, (3, 0), 0.0)],
+                         ids=["causal", "all, dropout", "window"])
 @pytest.mark.parametrize("version", SCHEMAS)
-def test_call_fits_the_operators_of_every_torch(monkeypatch, version, window):
-    library, operators = install(version)
-    monkeypatch.setattr(flash_attention, "forward_operator", lambda: operators._flash_attention_forward.default)
-    monkeypatch.setattr(flash_attention, "backward_operator", lambda: operators._flash_attention_backward.default)
-    assert flash_attention.why_no_flash.__wrapped__() is None
+def test_call_fits_the_operators_of_every_torch(monkeypatch, version, causal, window, dropout):
+    library, recorded = install(version)
+    monkeypatch.setattr(operators, "forward_operator", lambda: recorded._flash_attention_forward.default)
+    monkeypatch.setattr(operators, "backward_operator", lambda: recorded._flash_attention_backward.default)
+    assert operators.why_no_flash.__wrapped__() is None
     torch.manual_seed(1)
     inputs = [torch.randn(BOUNDS[-1], heads, HEAD_DIM, dtype=torch.float64, requires_grad=True)
               for heads in (HEADS, GROUPS, GROUPS)]
-    output = flash_attention.flash_attention(
-        *inputs, torch.tensor(BOUNDS, dtype=torch.int32), 13, scale=1 / math.sqrt(HEAD_DIM), window=window)
+    calls = flash_calls(torch.tensor(BOUNDS, dtype=torch.int32), ((0, 19),), causal, window)
+    output = flash_attention(*inputs, calls, FlashSettings(scale=1 / math.sqrt(HEAD_DIM), dropout=dropout,
+                                                           cp_group=None))
     weights = torch.randn_like(output)
-    expected = attend(*inputs, BOUNDS, *window)
+    expected = (1 - dropout) * attend(*inputs, BOUNDS, *(window or ((-1, 0) if causal else (-1, -1))))
     torch.testing.assert_close(output, expected)
     ours, right = (torch.autograd.grad(result, inputs, weights) for result in (output, expected))
     torch.testing.assert_close(ours, right)
@@ -129,8 +136,10 @@ def test_kernel_is_flash_whatever_the_heads(groups, causal):
     module = PackedAttention(config, 1, AttnMaskType.causal if causal else AttnMaskType.no_mask, "self")
     query, key, value = (torch.empty(310, 1, heads, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
                          for heads in (HEADS, groups, groups))
-    packed = PackedSequences(cu_seqlens=torch.empty(3, dtype=torch.int32, device="meta"), max_seqlen=200,
-                             num_tokens=300)
+    bounds = torch.tensor((0, 200, 300), dtype=torch.int32)
+    (call,) = flash_calls(bounds, ((0, 310),), causal)
+    call = dataclasses.replace(call, cu_queries=call.cu_queries.to("meta"), cu_keys=call.cu_keys.to("meta"))
+    packed = PackedSequences(cu_seqlens=bounds.to("meta"), max_seqlen=200, num_tokens=300, calls=(call,))
     with Recorded() as recorded:
         output = module(query, key, value, None, packed_seq_params=packed)
         output.sum().backward()
@@ -154,14 +163,14 @@ def unfit(request, monkeypatch):
     library.define(schema)
     operator = missing_operator if request.param == "missing" else (
         lambda: torch.ops.unfit._flash_attention_backward.default)
-    monkeypatch.setattr(flash_attention, "backward_operator", operator)
-    flash_attention.why_no_flash.cache_clear()
+    monkeypatch.setattr(operators, "backward_operator", operator)
+    operators.why_no_flash.cache_clear()
     encoder._say_once.cache_clear()
     monkeypatch.setattr(encoder, "HAS_CUDA", True)
     yield ("has no operator aten::_flash_attention_backward" if request.param == "missing"
            else "has other arguments or results in unfit::_flash_attention_backward")
     library._destroy()
-    flash_attention.why_no_flash.cache_clear()
+    operators.why_no_flash.cache_clear()
 
 
 def test_another_torch_is_said_and_done_without(unfit, caplog):
@@ -180,5 +189,65 @@ def test_another_torch_is_said_and_done_without(unfit, caplog):
 
 
 def test_this_torch_fits():
-    assert flash_attention.why_no_flash() is None
-    assert doctor._flash().value == "torch's own operators"
+    assert operators.why_no_flash() is None
+    check = doctor._flash()
+    assert check.value == "FlashAttention 2, by torch's own operators" and "H100" in check.note
+
+
+class Registry:
+    """torch.nn.attention's switch of flash kernels, and a Hopper GPU; `error`: raised where they are loaded."""
+
+    def __init__(self, monkeypatch):
+        self.active, self.calls, self.error = None, [], None
+        for name, function in (("activate", self.activate), ("restore", self.restore)):
+            monkeypatch.setattr(torch.nn.attention, f"{name}_flash_attention_impl", function)
+        monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: self.active)
+        monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        monkeypatch.setattr(operators.importlib.util, "find_spec", lambda name: name)
+
+    def activate(self, name):
+        self.calls.append(name)
+        if self.error is not None:
+            raise self.error
+        self.active = name
+
+    def restore(self):
+        self.calls.append("restore")
+        self.active = None
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    operators._log_once.cache_clear()
+    return Registry(monkeypatch)
+
+
+def test_flash_attention_3_serves_where_torch_has_it_and_there_is_no_dropout(registry, caplog):
+    with caplog.at_level(logging.INFO):
+        sentences = [operators.choose_version(dropout=rate) for rate in (0.0, 0.0, 0.1, 0.1, 0.0)]
+    assert registry.calls == ["FA3", "restore", "FA3"]
+    assert sentences[0] == sentences[1] == sentences[4] == "flash attention is FlashAttention 3"
+    assert "no dropout (training.attention_dropout = 0.1)" in sentences[2]
+    assert [record.getMessage() for record in caplog.records] == [sentences[0], sentences[2]]
+    assert doctor._flash().value == "FlashAttention 3, by torch's own operators"
+
+
+@pytest.mark.parametrize("lacks, words", [
+    ("registry", "has no activate_flash_attention_impl"), ("kernel", "has no activate_flash_attention_impl"),
+    ("package", "flash_attn_interface is not installed"), ("gpu", "compute capability 9"),
+    ("loads", "cannot load it: undefined symbol")])
+def test_flash_attention_2_serves_elsewhere_and_the_reason_is_said(registry, monkeypatch, lacks, words):
+    if lacks == "registry":
+        monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
+    if lacks == "kernel":
+        monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA4"])
+    if lacks == "package":
+        monkeypatch.setattr(operators.importlib.util, "find_spec", lambda name: None)
+    if lacks == "gpu":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    registry.error = OSError("undefined symbol") if lacks == "loads" else None
+    sentence = operators.choose_version(dropout=0.0)
+    assert sentence.startswith("flash attention is torch's own FlashAttention 2, not 3: ") and words in sentence
+    assert registry.active is None and registry.calls == ["FA3"] * (lacks == "loads")

@@ -7,7 +7,19 @@ import pytest
 
 from tests.helpers.curves import loss_curve
 from tests.helpers.embedding_reference import EmbeddingReference
-from tests.helpers.exactness_cases import BOUND, CURVE_BOUND, CURVE_LAYOUTS, KINDS, ROWS, Case, Layout, all_cases
+from tests.helpers.exactness_cases import (
+    BOUND,
+    CURVE_BOUND,
+    CURVE_LAYOUTS,
+    KINDS,
+    ROWS,
+    Case,
+    Layout,
+    all_cases,
+    flash_cases,
+)
+from tests.helpers.pretend_ranks import shutdown_pretend_ranks
+from tests.pretend_cuda.build import reason_against
 
 FAST = (
     Case(kind="qwen3", layout=Layout(dp=2), micro_batches=2, rows="masked", distributed=True),
@@ -54,6 +66,21 @@ def test_gradients_equal_one_process(oracle, cases):
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", by_layout(all_cases()), ids=lambda cases: str(cases[0].layout))
 def test_gradients_equal_one_process_in_every_layout(oracle, cases):
+    check(oracle, cases)
+
+
+@pytest.fixture(scope="module")
+def pretend_ranks():
+    reason = reason_against()
+    if reason is not None:
+        pytest.skip(f"no pretend device: {reason}")
+    yield
+    shutdown_pretend_ranks()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_layout(flash_cases()), ids=lambda cases: str(cases[0].layout))
+def test_gradients_by_flash_kernels_equal_one_process(oracle, pretend_ranks, cases):
     check(oracle, cases)
 
 
