@@ -1,6 +1,5 @@
 """`doctor --run`: the likely mistake of a run, from its metrics and its configuration. Loads no library."""
 
-import itertools
 import json
 import math
 import statistics
@@ -14,6 +13,8 @@ from megatron_embed.errors import ConfigError
 
 LEAST_STEPS = 5
 """Logged steps below which nothing is said of a curve."""
+WINDOW, SPIKE = 8, 4.0
+"""Logged steps whose median a gradient norm is compared with, and how many times that is a jump."""
 CONFIGURATIONS = ("latest/config.yaml", ".assets/config.yaml", "config.yaml")
 """Files with the resolved configuration of a run: in checkpoints, and beside metrics that lie elsewhere."""
 
@@ -65,9 +66,13 @@ Rule = Callable[[RunLog], str | None]
 
 def mistakes(log: RunLog) -> Iterator[tuple[str, str]]:
     """(name, text) of each likely mistake, the most telling first."""
+    guesses = False
     for name, rule in RULES.items():
-        text = rule(log) if len(log.steps) >= LEAST_STEPS or name in AT_ONCE else None
+        if (guesses and name in GUESSING) or (len(log.steps) < LEAST_STEPS and name not in AT_ONCE):
+            continue
+        text = rule(log)
         if text is not None:
+            guesses = guesses or name in GUESSING
             yield name, text
 
 
@@ -120,9 +125,9 @@ def _not_finite(log: RunLog) -> str | None:
 def _temperature_too_small(log: RunLog) -> str | None:
     chance, first = log.chance_loss, log.early("loss")
     temperature = log.setting("objective.temperature")
-    if chance is None or first is None or temperature is None or temperature >= 0.01 or first < 2 * chance:
+    if chance is None or first is None or temperature is None or temperature >= 0.01 or first < chance:
         return None
-    return (f"objective.temperature = {temperature:g} is too small: the first loss is {first:.3g}, far above the "
+    return (f"objective.temperature = {temperature:g} is too small: the first loss is {first:.3g}, above the "
             f"{chance:.3g} of guessing, since differences of similarities are divided by it; usual: 0.01 to 0.1")
 
 
@@ -141,7 +146,7 @@ def _temperature_too_large(log: RunLog) -> str | None:
 
 def _collapsed(log: RunLog) -> str | None:
     positive, negative = log.late("positive_similarity"), log.late("negative_similarity")
-    if positive is None or negative is None or min(positive, negative) < 0.95 or positive - negative > 0.02:
+    if positive is None or negative is None or min(positive, negative) < 0.98 or positive - negative > 0.005:
         return None
     return (f"all vectors became alike (similarity {positive:.3f} to positives, {negative:.3f} to negatives): "
             f"training.learning_rate = {_number(log.setting('training.learning_rate'))} is too high, or the warmup too "
@@ -165,16 +170,14 @@ def _rate_too_small(log: RunLog) -> str | None:
             "raise training.learning_rate (usual: 1e-5 to 1e-4, for adapters 1e-4 to 1e-3)")
 
 
-def _still_in_warmup(log: RunLog) -> str | None:
-    rates, total = log.values("learning_rate"), log.setting("training.train_steps")
-    if any(later <= earlier for earlier, later in itertools.pairwise(rates)) or len(rates) < 10:
+def _endless_warmup(log: RunLog) -> str | None:
+    rates = [(row["learning_rate"], row["step"]) for row in log.steps]
+    peak, peak_step = max(rates)
+    total = log.setting("training.train_steps") or log.steps[-1]["step"]
+    if len(rates) < 10 or peak_step <= rates[0][1] or peak_step < 0.5 * total or peak == rates[0][0]:
         return None
-    target, last_step = log.setting("training.learning_rate"), log.steps[-1]["step"]
-    ended = total is None or last_step >= total
-    if not ended and last_step < 0.5 * total:
-        return None
-    return (f"the learning rate rises to the last of {last_step:.0f} steps ({rates[-1]:.2e} of "
-            f"{_number(target)}): the warmup is longer than it should be; set training.warmup_ratio to 0.05 or 0.1")
+    return (f"the learning rate still rises in step {peak_step:.0f} of {total:.0f} ({peak:.2e}): the warmup is most of "
+            "the run; set training.warmup_ratio to 0.05 or 0.1")
 
 
 def _wrong_positives(log: RunLog) -> str | None:
@@ -185,7 +188,7 @@ def _wrong_positives(log: RunLog) -> str | None:
     assert chance is not None and last is not None and accuracy is not None
     assert positive is not None and negative is not None
     guessing = math.exp(-chance)
-    if last < 0.9 * chance or accuracy > 3 * guessing or positive - negative > 0.05 or min(positive, negative) > 0.95:
+    if last < 0.9 * chance or accuracy > 3 * guessing or positive - negative > 0.05 or min(positive, negative) > 0.98:
         return None
     return (f"the loss stays at {last:.3g}, which is guessing (log of the candidates: {chance:.3g}), the accuracy at "
             f"{accuracy:.1%}, and positives are no nearer than negatives ({positive:.2f} and {negative:.2f}): the "
@@ -209,16 +212,14 @@ def _too_easy(log: RunLog) -> str | None:
             "these negatives; `mine` hard ones, or raise training.global_batch_size")
 
 
-def _duplicates_in_batch(log: RunLog) -> str | None:
+def _copies_in_batch(log: RunLog) -> str | None:
     accuracy, hardest = log.late("in_batch_accuracy"), log.late("margin_to_hardest_negative")
     mean = log.late("margin_to_mean_negative")
-    if accuracy is None or hardest is None or mean is None:
+    if accuracy is None or hardest is None or mean is None or log.setting("objective.mask_duplicates", False):
         return None
-    if accuracy > 0.5 or mean < 0.1 or abs(hardest) > 0.25 * mean or log.setting("objective.mask_duplicates", False):
+    if accuracy > 0.5 or mean < 0.05 or abs(hardest) > 0.1 * mean:
         return None
-    if abs(hardest) > 0.02:
-        return None
-    return (f"the most similar negative is as near as the positive (difference {hardest:.3f}) while the mean one is "
+    return (f"the most similar negative is as near as the positive (difference {hardest:.3f}) though the mean one is "
             f"{mean:.2f} further: a batch holds copies of its positives as negatives; set data.shuffle: true and "
             "objective.mask_duplicates: true, and count copies with `data check`")
 
@@ -242,17 +243,17 @@ def _few_negatives(log: RunLog) -> str | None:
 
 
 def _gradient_spikes(log: RunLog) -> str | None:
-    norms = log.values("grad_norm")
-    if len(norms) < 10:
-        return None
-    usual = statistics.median(norms)
-    spikes = [row["step"] for row in log.steps[3:] if row.get("grad_norm", 0.0) > 10 * usual]
-    if not spikes or usual <= 1e-8:
-        return None
+    norms = [(row["step"], row["grad_norm"]) for row in log.steps if "grad_norm" in row]
     clip = log.setting("training.clip_grad")
-    return (f"the gradient norm of {len(spikes)} step(s) is more than ten times the usual {usual:.3g} (first: step "
-            f"{spikes[0]:.0f}): damaged or copied rows, see suspicious_steps.jsonl; lower training.learning_rate, "
-            f"raise the warmup, keep training.clip_grad at 1 (now {_number(clip)})")
+    spikes = [(step, norm, usual) for index, (step, norm) in enumerate(norms) if index >= WINDOW
+              and norm > SPIKE * (usual := statistics.median(before for _, before in norms[index - WINDOW:index]))
+              and norm > (clip or 1.0)]
+    if not spikes:
+        return None
+    step, norm, usual = spikes[0]
+    return (f"the gradient norm jumps in {len(spikes)} of the logged steps (first: {norm:.3g} in step {step:.0f}, "
+            f"{usual:.3g} before): damaged or mislabelled rows, see suspicious_steps.jsonl; keep training.clip_grad at "
+            f"1 (now {_number(clip)}), lower training.learning_rate or raise the warmup")
 
 
 def _padding(log: RunLog) -> str | None:
@@ -330,13 +331,16 @@ def _number(value: object) -> str:
 
 RULES: dict[str, Rule] = {
     "not finite": _not_finite, "temperature too small": _temperature_too_small,
-    "vectors alike": _collapsed, "learning rate too small": _rate_too_small, "endless warmup": _still_in_warmup,
+    "vectors alike": _collapsed, "learning rate too small": _rate_too_small, "endless warmup": _endless_warmup,
     "learning rate too high": _rate_too_high, "temperature too large": _temperature_too_large,
     "positive repeats query": _positive_repeats_query, "negatives too easy": _too_easy,
-    "copies in a batch": _duplicates_in_batch, "wrong positives": _wrong_positives, "masked negatives": _masked,
+    "copies in a batch": _copies_in_batch, "wrong positives": _wrong_positives, "masked negatives": _masked,
     "few negatives": _few_negatives, "labels of one kind": _labels_of_one_kind,
     "evaluation below the start": _worse_than_before, "evaluation falls": _evaluation_falls,
     "gradient spikes": _gradient_spikes, "padding": _padding, "cut texts": _truncated}
 """By name, the most telling first."""
+GUESSING = ("not finite", "temperature too small", "vectors alike", "learning rate too small", "endless warmup",
+            "temperature too large", "wrong positives")
+"""Rules that explain why a loss stays at guessing: the first one that applies is enough."""
 AT_ONCE = ("not finite", "labels of one kind", "padding", "cut texts", "few negatives")
 """Rules that need no curve."""

@@ -83,6 +83,15 @@ def test_run_checkpoint_and_export_evaluate_to_the_last_score_of_training(traine
             assert metrics[key] == pytest.approx(value, abs=1e-6), key
 
 
+def test_the_evaluation_before_training_is_that_of_the_model(trained, model, small_beir):
+    first = json.loads((trained[0] / "metrics.jsonl").read_text().splitlines()[0])
+    metrics = evaluated(["--model", model, "--data", str(small_beir), "--max-length", "48", "--pooling", "mean",
+                         "--query-prompt", "query: "], 1)
+    assert metrics["ndcg@10"] > 0
+    for key, value in metrics.items():
+        assert first[f"eval/{key}"] == pytest.approx(value, abs=1e-6), key
+
+
 def test_second_call_only_exports_again(trained, tmp_path):
     run, _, path = trained
     before = (run / "metrics.jsonl").read_text()
