@@ -20,6 +20,7 @@ from megatron_embed.config.load import save_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import write_sidecar_files
 from megatron_embed.data.dataset import validation_shares
+from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.export.sentence_transformers import set_right_truncation
 from megatron_embed.loading.model_directory import adapters_of, error_context
@@ -143,9 +144,15 @@ def build_writer(inputs: Inputs, first_step: int, on_step: OnStep | None, *, act
     config = inputs.config
     progress = Progress(train_steps=inputs.last_step, first_step=first_step,
                         steps_per_epoch=inputs.sampler.steps_per_epoch)
-    return MetricsWriter(config.log_directory, tensorboard=config.logging.tensorboard, progress=progress, active=active,
-                         wandb_settings=to_dict(config) if config.logging.wandb else None,
-                         main_metric=best_metric(config), on_step=on_step)
+    writer = MetricsWriter(config.log_directory, tensorboard=config.logging.tensorboard, progress=progress,
+                           active=active, main_metric=best_metric(config), on_step=on_step,
+                           wandb_settings=to_dict(config) if config.logging.wandb else None)
+    if active and config.log_directory not in (None, config.checkpoint.directory) and writer.error is None:
+        try:
+            save_resolved(config, Path(config.log_directory or "") / "config.yaml")  # beside checkpoints it is in them
+        except ConfigError as error:
+            writer.error = error
+    return writer
 
 
 def is_save_due(inputs: Inputs, done: int) -> bool:

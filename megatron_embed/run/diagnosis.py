@@ -293,7 +293,7 @@ def _evaluation_falls(log: RunLog) -> str | None:
     losses = {row["step"]: row["loss"] for row in log.steps if "loss" in row}
     after = [loss for step, loss in losses.items() if step >= curve[best][0]]
     drop = (values[best] - values[-1]) / max(abs(values[best]), 1e-9)
-    if best == 0 or drop < 0.05 or len(after) < 2 or after[-1] > after[0]:
+    if curve[best][0] == 0 or drop < 0.05 or len(after) < 2 or after[-1] > after[0]:
         return None
     return (f"the evaluation falls from {values[best]:.4f} (step {curve[best][0]:.0f}) to {values[-1]:.4f} while the "
             "loss falls: the run learns its rows by heart, or wrong negatives; fewer training.epochs, "
