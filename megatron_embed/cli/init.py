@@ -7,6 +7,10 @@ from megatron_embed.cli.common import path, positive_int, write_output
 from megatron_embed.errors import ConfigError, UserError
 
 HELP = "Write a configuration: a starting one for a model and data, or another trainer's settings translated"
+EXAMPLES = ("megatron-embed init sentence-transformers/all-MiniLM-L6-v2 train.jsonl > run.yaml",
+            "megatron-embed init --task reranker --lora Qwen/Qwen3-Reranker-0.6B train.jsonl --gpus 8",
+            "megatron-embed init --from swift.yaml --output run.yaml")
+PAGE = "docs/foreign_words.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

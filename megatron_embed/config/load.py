@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -46,6 +46,24 @@ def config_of_overrides(overrides: list[str]) -> RunConfig:
     for override in overrides:
         tree = overridden(tree, *read_override(override))
     config = _run_config(tree)
+    return _with_home(config)
+
+
+def config_of_values(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Settings from nested dicts, lists and scalars. Raises ConfigError beginning `config: ` or `command line: `."""
+
+    def tree_of(value: Any) -> Node:
+        if isinstance(value, Mapping):
+            return Node({str(key): tree_of(child) for key, child in value.items()}, "config")
+        if isinstance(value, list | tuple):
+            return Node([tree_of(item) for item in value], "config")
+        return Node(os.fspath(value) if isinstance(value, os.PathLike) else value, "config")
+
+    tree = tree_of(values)
+    for override in overrides:
+        tree = overridden(tree, *read_override(override))
+    config = _mapping(RunConfig, tree, "", tree)
+    assert isinstance(config, RunConfig)
     return _with_home(config)
 
 

@@ -9,8 +9,15 @@ import sys
 import pytest
 
 from megatron_embed.__main__ import main
-from megatron_embed.cli.common import setup_logging, write_output
-from megatron_embed.platform.terminal_text import LogFormatter, continued, guard_records, one_line, printable
+from megatron_embed.cli.common import write_output
+from megatron_embed.platform.terminal_text import (
+    LogFormatter,
+    continued,
+    guard_records,
+    one_line,
+    printable,
+    setup_logging,
+)
 from tests.helpers.toys import REPOSITORY
 
 ESCAPES = {
