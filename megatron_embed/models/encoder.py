@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError
+from megatron_embed.kernels.operators import why_no_kernels
 from megatron_embed.models.attention import (
     PackedAttention,
     PackedSequences,
@@ -33,7 +34,7 @@ from megatron_embed.models.heads import HeadSpec, RerankerHead
 from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.lora_settings import Adapters
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
-from megatron_embed.models.rope import rotary_angles, rotary_frequencies
+from megatron_embed.models.rope import rotary_cos_sin, rotary_frequencies
 from megatron_embed.models.te_attention import TransformerEngineAttention
 from megatron_embed.names import Pooling
 from megatron_embed.parallel.device_copy import copy_to_device
@@ -150,13 +151,15 @@ class EmbeddingModel(LanguageModule):
             # Frozen embeddings need no gradient, and recomputation gives no gradient to a layer whose input needs none,
             # nor to the adapters in that layer.
             hidden = hidden if hidden.requires_grad else hidden.requires_grad_()
-        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(batch),
+        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_cos_sin(batch),
                             packed_seq_params=batch.packed,
                             padding_mask=batch.padding if self.shape.num_experts else None)
 
-    def _rotary_angles(self, batch: DeviceMicroBatch) -> Tensor | None:
-        """Angles of each token's own position, so that bins need not be split; None with learned positions."""
-        return None if self.rotary_frequencies is None else rotary_angles(self.rotary_frequencies, batch.position_ids)
+    def _rotary_cos_sin(self, batch: DeviceMicroBatch) -> Tensor | None:
+        """Cosines and sines of each token's own position, for all layers; None with learned positions."""
+        if self.rotary_frequencies is None:
+            return None
+        return rotary_cos_sin(self.rotary_frequencies, batch.position_ids, self.config.params_dtype)
 
     def global_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Parameters of this rank by name; layers and experts are counted over the whole model, not from this rank's
@@ -217,6 +220,17 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
     return "flash"
 
 
+def uses_fused_kernels(config: RunConfig) -> bool:
+    """Whether norms, rotary positions and activations are fused kernels, by `model.fused_kernels`. The same on every
+    rank with the same packages."""
+    if config.model.fused_kernels == "off" or not HAS_CUDA:
+        return False
+    missing = why_no_kernels()
+    if missing is not None:
+        _say_once(f"model.fused_kernels = auto: plain operators, about half as fast: {missing}")
+    return missing is None
+
+
 @functools.cache
 def _say_once(message: str) -> None:
     logger.warning(message)
@@ -233,7 +247,8 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
         ConfigError: the layout does not divide the model, or `model.attention` cannot run here.
     """
     dtype = DTYPES[config.model.dtype]
-    transformer = megatron_config(shape, config.parallel, config.training, dtype)
+    fused = uses_fused_kernels(config)
+    transformer = megatron_config(shape, config.parallel, config.training, dtype, fused_kernels=fused)
     bidirectional, kernel = shape.bidirectional or config.model.bidirectional, attention_kernel(config)
     stages: list[int | None] = [None] if topology.num_model_chunks == 1 else list(range(topology.num_model_chunks))
     chunks = []

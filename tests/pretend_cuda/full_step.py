@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.kernels.operators import NAMESPACE
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel, build_model, to_device
 from megatron_embed.models.families import ModelShape
 from megatron_embed.objectives.base import LossGradient, Objective, Sums
@@ -34,6 +35,7 @@ from megatron_embed.parallel.topology import Topology, initialize, token_alignme
 from megatron_embed.planning.memory import Memory, activation_bytes, grid_of, stage_memory
 from megatron_embed.planning.shapes import shape_of
 from megatron_embed.platform import compat
+from megatron_embed.platform.weight_gradient import products_can_accumulate
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.optimizer import build_optimizer, squared_norms, update, wrap_in_ddp
 from tests.pretend_cuda.waits import Wait, record, recorded
@@ -42,6 +44,7 @@ NO_KERNEL = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new
              "_reshape_alias", "lift_fresh")
 """Operators that start nothing on the GPU, besides views."""
 COLLECTIVES = ("c10d", "_c10d_functional")
+# An operator of the product's own is one launch: `tests/kernels/test_triton.py` counts its Triton kernel's.
 
 
 @dataclass(kw_only=True)
@@ -114,9 +117,11 @@ class Meter(TorchDispatchMode):
         if func.namespace in COLLECTIVES:
             work.collectives += 1
             work.collective_bytes += sum(map(_bytes, outputs)) or sum(map(_bytes, inputs))
-        elif func.namespace == "aten":
+        elif func.namespace in ("aten", NAMESPACE):
+            # The dtype of a product's result is none of the formula's arguments.
+            shapes = [value for value in args if not isinstance(value, torch.dtype)]
             self._count(func, inputs, outputs, lambda: flop_registry[func._overloadpacket](
-                *args, **kwargs, out_val=result))
+                *shapes, **kwargs, out_val=result))
         return result
 
     def _count(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], flops: Callable[[], int]) -> None:
@@ -276,6 +281,7 @@ def as_fake(value: Any, fake: FakeTensorMode) -> Any:
 def count_step(config: RunConfig, world_size: int) -> StepCounts:
     """Counts of rank 0 of `world_size`, for one micro-batch of the longest texts. Once per process."""
     shape = shape_of(config.model.path)
+    products_can_accumulate()  # tried with real numbers, once
     with fake_ranks(world_size), fakes_as_on_cuda():
         topology = initialize(config.parallel)
         assert topology.pp_size == 1, "a stage would wait for the others' shapes"
