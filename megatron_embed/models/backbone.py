@@ -9,7 +9,7 @@ from megatron_embed.errors import ConfigError
 from megatron_embed.kernels.reference import ACTIVATIONS
 from megatron_embed.models.attention import attention_window
 from megatron_embed.models.families import ModelShape, layers_by_stage
-from megatron_embed.models.layer import BackboneConfig, FeedForward, PackedSelfAttention, PreNormLayer, RMSNorm
+from megatron_embed.models.layer import BackboneConfig, PackedSelfAttention, PreNormLayer, RMSNorm
 from megatron_embed.parallel.topology import uses_sequence_parallel, virtual_size
 from megatron_embed.platform.compat import (
     MLP,
@@ -118,18 +118,6 @@ def mark_expert_copies(model: torch.nn.Module, sizes: ParallelConfig) -> None:
         if isinstance(module, SequentialMLP):
             for parameter in module.parameters():
                 parameter.allreduce = False  # type: ignore[attr-defined]
-
-
-def add_bias_in_product(model: torch.nn.Module) -> None:
-    """Let an MLP's first linear add its bias in the matrix product, at no cost.
-
-    Megatron adds it separately for a fused bias and activation, which we do not use. This saves a pass over
-    [tokens, ffn] forward and backward.
-    """
-    for module in model.modules():
-        # A fused activation without a gate adds the bias itself.
-        if isinstance(module, MLP) and (module.config.gated_linear_unit or not module.config.fused_kernels):
-            module.linear_fc1.skip_bias_add = False
 
 
 def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
@@ -252,7 +240,7 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
             linear_qkv=ColumnParallelLinear, core_attention=core, linear_proj=RowParallelLinear,
             q_layernorm=qk_norm, k_layernorm=qk_norm))
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    mlp = ModuleSpec(module=FeedForward, submodules=linears)
+    mlp = ModuleSpec(module=MLP, submodules=linears)
     # Transformer Engine fuses these norms into the linears; storing them under its names keeps checkpoints
     # interchangeable with models built from its layers. A mixture of experts keeps the second one separate.
     stored_names = {} if shape.post_norm else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}

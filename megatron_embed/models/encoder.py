@@ -23,7 +23,6 @@ from megatron_embed.models.attention import (
 )
 from megatron_embed.models.backbone import (
     EncoderEmbedding,
-    add_bias_in_product,
     block_spec,
     mark_expert_copies,
     mark_tensor_parallel,
@@ -31,6 +30,7 @@ from megatron_embed.models.backbone import (
 )
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.heads import HeadSpec, RerankerHead
+from megatron_embed.models.layer import fuse_activations
 from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.lora_settings import Adapters
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
@@ -262,7 +262,7 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
                 chunk.head.requires_grad_(True)
         mark_tensor_parallel(chunk)
         mark_expert_copies(chunk, config.parallel)
-        add_bias_in_product(chunk)
+        fuse_activations(chunk)
         chunks.append(chunk.to(device=topology.device, dtype=dtype))
     return chunks
 

@@ -92,12 +92,15 @@ class PackedSelfAttention(SelfAttention):
 
 
 class FeedForward(MLP):
-    """Megatron's MLP with a fused activation."""
+    """Megatron's MLP, or one of its experts, with a fused activation."""
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None,
                 **unused: Any) -> tuple[Tensor, Tensor | None]:
-        """[tokens/tp, 1, hidden] -> (the same shape, bias that is not added yet)."""
-        assert per_token_scale is None, "for experts"
+        """[tokens/tp, 1, hidden] -> (the same shape, bias that is not added yet).
+
+        Args:
+            per_token_scale: [tokens] weights of an expert's tokens.
+        """
         inner, bias = self.linear_fc1(hidden_states)
         (activation,) = (name for name, function in ACTIVATIONS.items() if function is self.config.activation_func)
         if self.config.gated_linear_unit:
@@ -106,4 +109,22 @@ class FeedForward(MLP):
             inner = bias_activation(inner, bias, activation, fused=self.config.fused_kernels)
         else:
             inner = self.config.activation_func(inner)
-        return self.linear_fc2(inner)  # type: ignore[no-any-return]
+        if per_token_scale is None:
+            return self.linear_fc2(inner)  # type: ignore[no-any-return]
+        output, bias = self.linear_fc2((inner * per_token_scale.unsqueeze(-1)).to(inner.dtype))
+        assert bias is None, "no family has experts with biases"
+        return output, None
+
+
+def fuse_activations(model: torch.nn.Module) -> None:
+    """Make every MLP a FeedForward. The class changes, parameters and names stay: Megatron's layer knows its own MLP
+    only, by its exact class.
+
+    The first linear adds its bias in the matrix product, at no cost, unless the fused activation adds it. Megatron
+    would add it separately: a pass over [tokens, ffn] forward and backward.
+    """
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.__class__ = FeedForward
+            if module.config.gated_linear_unit or not module.config.fused_kernels:
+                module.linear_fc1.skip_bias_add = False
