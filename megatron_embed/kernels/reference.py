@@ -1,7 +1,8 @@
 """The fused kernels' mathematics in plain operators: what CPU ranks compute, and what the kernels are tested against.
 
 Half-precision inputs are computed in float32 and rounded where Transformers rounds, so that served models give the same
-vectors. Gradients are rounded once, at the end.
+vectors. Gradients are rounded once, at the end. A product of a half-precision and a float32 tensor is float32, without
+a copy of the former.
 """
 
 from collections.abc import Callable
@@ -26,9 +27,8 @@ def wide(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """[..., width] -> (weight * x / rms(x), 1 / rms(x) [...] in float32)."""
-    values = wide(x)
-    rstd = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
-    return weight * (values * rstd).to(x.dtype), rstd.squeeze(-1)
+    rstd = torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)
+    return weight * (x * rstd).to(x.dtype), rstd.squeeze(-1)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,16 +41,10 @@ def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, rstd: Tensor,
                       needs_weight: bool) -> tuple[Tensor, Tensor]:
     """(gradient of x, with `residual_gradient` added, parts of the weight's [parts, width] in float32, to be summed;
     no parts if it needs none)."""
-    rstd, grad = rstd.unsqueeze(-1), wide(gradient)
-    normalized = wide(x) * rstd
-    parts = normalized.new_empty(0, x.shape[-1])
-    if needs_weight:
-        parts = (grad * wide(normalized.to(x.dtype))).flatten(0, -2).sum(0, keepdim=True)
-    scaled = grad * wide(weight)
-    grad_x = rstd * (scaled - normalized * (scaled * normalized).mean(-1, keepdim=True))
+    grad_x, part = _norm_gradient(gradient, x, weight, rstd)
     if residual_gradient is not None:
-        grad_x = grad_x + wide(residual_gradient)
-    return grad_x.to(x.dtype), parts
+        grad_x = grad_x + residual_gradient
+    return grad_x.to(x.dtype), part if needs_weight else part[:0]
 
 
 def qkv_rotary(mixed: Tensor, cos_sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, heads: int,
@@ -81,11 +75,10 @@ def qkv_rotary_backward(q_gradient: Tensor, k_gradient: Tensor, v_gradient: Tens
     """
     (tokens, heads, head_dim), groups = q_gradient.shape, k_gradient.shape[1]
     cos, sin = wide(cos_sin).unbind()
-    grad_q, grad_k = _rotate(wide(q_gradient), cos, -sin), _rotate(wide(k_gradient), cos, -sin)
+    grad_q, grad_k = _rotate(q_gradient, cos, -sin), _rotate(k_gradient, cos, -sin)
     parts = grad_q.new_empty(0, 2, head_dim)
     if mixed is not None and q_weight is not None and k_weight is not None:
         query, key = mixed[:, :, :-2].reshape(tokens, heads, head_dim), mixed[:, :, -2]
-        # Gradients stay in float32 between the two steps: only x and the weights are of the model's dtype.
         grad_q, q_part = _norm_gradient(grad_q, query, q_weight, rstd[:, :heads])
         grad_k, k_part = _norm_gradient(grad_k, key, k_weight, rstd[:, heads:])
         parts = torch.stack((q_part, k_part), dim=1)
@@ -107,7 +100,7 @@ def glu_backward(gradient: Tensor, x: Tensor, activation: str) -> Tensor:
     grad = torch.empty_like(x)
     grad_gate, grad_up = grad.chunk(2, dim=-1)
     torch.mul(gradient, ACTIVATIONS[activation](gate), out=grad_up)
-    grad_gate.copy_(activation_gradient(gradient * up, gate, activation))
+    _activation_gradient(gradient * up, gate, activation, grad_gate)
     return grad
 
 
@@ -118,17 +111,18 @@ def bias_activation(x: Tensor, bias: Tensor, activation: str) -> Tensor:
 
 def bias_activation_backward(gradient: Tensor, x: Tensor, bias: Tensor, activation: str) -> Tensor:
     """Gradient of x; that of the bias is its sum over the rows."""
-    return activation_gradient(gradient, x + bias, activation)
+    return _activation_gradient(gradient, x + bias, activation, torch.empty_like(x))
 
 
-def activation_gradient(gradient: Tensor, x: Tensor, activation: str) -> Tensor:
-    """gradient * activation'(x)."""
+def _activation_gradient(gradient: Tensor, x: Tensor, activation: str, out: Tensor) -> Tensor:
+    """`out`, filled with gradient * activation'(x)."""
     if activation == "silu":
-        return torch.ops.aten.silu_backward(gradient, x)  # type: ignore[no-any-return]
+        return torch.ops.aten.silu_backward(gradient, x, grad_input=out)  # type: ignore[no-any-return]
     if activation == "relu":
-        return torch.ops.aten.threshold_backward(gradient, x, 0)  # type: ignore[no-any-return]
+        return torch.ops.aten.threshold_backward(gradient, x, 0, grad_input=out)  # type: ignore[no-any-return]
     approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(gradient, x, approximate=approximate)  # type: ignore[no-any-return]
+    return torch.ops.aten.gelu_backward(  # type: ignore[no-any-return]
+        gradient, x, approximate=approximate, grad_input=out)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -139,8 +133,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _norm_gradient(gradient: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """`rms_norm_backward` in float32."""
-    normalized = wide(x) * rstd.unsqueeze(-1)
-    part = (gradient * wide(normalized.to(x.dtype))).flatten(0, -2).sum(0, keepdim=True)
+    """Gradients of x and of the weight [1, width], both in float32 (or wider)."""
+    rstd = rstd.unsqueeze(-1)
+    normalized = x * rstd
+    part = (gradient * normalized).flatten(0, -2).sum(0, keepdim=True)
     scaled = gradient * wide(weight)
-    return rstd.unsqueeze(-1) * (scaled - normalized * (scaled * normalized).mean(-1, keepdim=True)), part
+    return rstd * (scaled - normalized * (scaled * normalized).mean(-1, keepdim=True)), part

@@ -54,7 +54,7 @@ def _backward(gradient_ptr, x_ptr, weight_ptr, rstd_ptr, residual_gradient_ptr, 
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         normalized = x.to(tl.float32) * rstd
         if NEEDS_WEIGHT:
-            part += gradient * normalized.to(x.dtype).to(tl.float32)
+            part += gradient * normalized
         scaled = gradient * weight
         grad_x = rstd * (scaled - normalized * (tl.sum(scaled * normalized, axis=0) / width))
         if HAS_RESIDUAL:

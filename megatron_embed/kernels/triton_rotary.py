@@ -88,12 +88,10 @@ def _backward(q_gradient_ptr, k_gradient_ptr, v_gradient_ptr, mixed_ptr, cos_ptr
             rstd = tl.load(rstd_ptr + token * (heads + groups) + slot,
                            mask=slot < tl.where(token < tokens, heads + groups, 0), other=0.0)[:, None]
             n1, n2 = first.to(tl.float32) * rstd, second.to(tl.float32) * rstd
-            product1 = x1 * n1.to(first.dtype).to(tl.float32)
-            product2 = x2 * n2.to(first.dtype).to(tl.float32)
-            part_q1 += tl.sum(tl.where(is_query[:, None], product1, 0.0), axis=0)
-            part_q2 += tl.sum(tl.where(is_query[:, None], product2, 0.0), axis=0)
-            part_k1 += tl.sum(tl.where(is_key[:, None], product1, 0.0), axis=0)
-            part_k2 += tl.sum(tl.where(is_key[:, None], product2, 0.0), axis=0)
+            part_q1 += tl.sum(tl.where(is_query[:, None], x1 * n1, 0.0), axis=0)
+            part_q2 += tl.sum(tl.where(is_query[:, None], x2 * n2, 0.0), axis=0)
+            part_k1 += tl.sum(tl.where(is_key[:, None], x1 * n1, 0.0), axis=0)
+            part_k2 += tl.sum(tl.where(is_key[:, None], x2 * n2, 0.0), axis=0)
             w1 = tl.where(is_query[:, None], tl.load(q_weight_ptr + column, mask=in_half, other=0.0)[None, :],
                           tl.load(k_weight_ptr + column, mask=in_half, other=0.0)[None, :]).to(tl.float32)
             w2 = tl.where(is_query[:, None], tl.load(q_weight_ptr + half + column, mask=in_half, other=0.0)[None, :],

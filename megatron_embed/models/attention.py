@@ -348,10 +348,8 @@ class PackedAttention(MegatronModule):
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         assert packed.cu_seqlens is not None
-        real, tokens = packed.num_tokens, query.shape[0]
-        window = self.window or (CAUSAL if self.causal else ALL_TOKENS)
-        if real < tokens:
-            query, key, value = query[:real], key[:real], value[:real]
-        output = flash_attention(query, key, value, packed.cu_seqlens, packed.max_seqlen, scale=self.scale,
-                                 window=window).flatten(1)
-        return output if real == tokens else functional.pad(output, (0, 0, 0, tokens - real))
+        real = packed.num_tokens
+        output = flash_attention(query[:real], key[:real], value[:real], packed.cu_seqlens, packed.max_seqlen,
+                                 scale=self.scale,
+                                 window=self.window or (CAUSAL if self.causal else ALL_TOKENS))
+        return functional.pad(output.flatten(1), (0, 0, 0, query.shape[0] - real))

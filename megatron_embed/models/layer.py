@@ -124,7 +124,7 @@ def fuse_activations(model: torch.nn.Module) -> None:
     would add it separately: a pass over [tokens, ffn] forward and backward.
     """
     for module in model.modules():
-        if isinstance(module, MLP):
+        if isinstance(module, MLP) and not module.config.use_te_activation_func:
             module.__class__ = FeedForward
             if module.config.gated_linear_unit or not module.config.fused_kernels:
                 module.linear_fc1.skip_bias_add = False
