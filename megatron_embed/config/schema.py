@@ -25,6 +25,10 @@ class ModelConfig:
     variable-length flash kernels (GPU), FlashAttention 3 where torch has it. te: Transformer Engine's (GPU), without
     dropout and context parallelism. sdpa: torch's scaled_dot_product_attention over groups of sequences of similar
     length (also on CPUs, in float32 there)."""
+    fused_kernels: Literal["auto", "off"] = "auto"
+    """auto: on GPUs with Triton, which comes with torch there, norms, residual additions, rotary positions, gated
+    activations and the addition of weight gradients to their float32 buffer are one kernel each. off: torch's plain
+    operators, which compute the same and move about three times the memory."""
     bidirectional: bool = False
     """True: every token of a decoder attends to the whole sequence. Encoder families always do."""
     dtype: Literal["auto", ModelDtype] = "auto"

@@ -1,15 +1,15 @@
 """Transformer layers without a language-model head, from Megatron-Core's blocks: [tokens] ids -> [tokens, hidden]."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_embed.config.schema import ParallelConfig, TrainingConfig
 from megatron_embed.errors import ConfigError
+from megatron_embed.kernels.reference import ACTIVATIONS
 from megatron_embed.models.attention import attention_window
 from megatron_embed.models.families import ModelShape, layers_by_stage
+from megatron_embed.models.layer import BackboneConfig, PackedSelfAttention, PreNormLayer, RMSNorm
 from megatron_embed.parallel.topology import uses_sequence_parallel, virtual_size
 from megatron_embed.platform.compat import (
     MLP,
@@ -24,7 +24,6 @@ from megatron_embed.platform.compat import (
     MoESubmodules,
     ProcessGroupCollection,
     RowParallelLinear,
-    SelfAttention,
     SelfAttentionSubmodules,
     SequentialMLP,
     TransformerBlockSubmodules,
@@ -36,22 +35,11 @@ from megatron_embed.platform.compat import (
     get_num_layers_to_build,
     tensor_parallel,
 )
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return functional.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu, "gelu_tanh": _gelu_tanh, "relu": functional.relu, "silu": functional.silu}
+from megatron_embed.platform.weight_gradient import products_can_accumulate
 
 
 class LayerNorm(torch.nn.Module):
-    """LayerNorm over the last dim whose weights are marked for sequence parallelism.
-
-    Megatron's own torch norm refuses sequence parallelism; the mark makes `finalize_model_grads` sum the weights'
-    gradients over the tensor-parallel ranks, each of which normalized its share of the tokens.
-    """
+    """LayerNorm over the last dim whose weights are marked for sequence parallelism, like RMSNorm's."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -63,21 +51,6 @@ class LayerNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467), in float32; otherwise like LayerNorm above."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Rounded to the input's dtype before the weight, as Transformers does, so that served models give the same
-        # vectors.
-        return self.weight * functional.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
 
 
 class PostNormLayer(TransformerLayer):
@@ -147,17 +120,6 @@ def mark_expert_copies(model: torch.nn.Module, sizes: ParallelConfig) -> None:
                 parameter.allreduce = False  # type: ignore[attr-defined]
 
 
-def add_bias_in_product(model: torch.nn.Module) -> None:
-    """Let an MLP's first linear add its bias in the matrix product, at no cost.
-
-    Megatron adds it separately for a fused bias and activation, which we do not use. This saves a pass over
-    [tokens, ffn] forward and backward.
-    """
-    for module in model.modules():
-        if isinstance(module, MLP):
-            module.linear_fc1.skip_bias_add = False
-
-
 def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
     """Raises ConfigError, naming rule and nearest valid values, if the model cannot be split as asked."""
     tp, pp = sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size
@@ -214,12 +176,13 @@ def pipeline_layout(num_layers: int, stages: int) -> list[list[str]] | None:
 
 
 def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: TrainingConfig,
-                    dtype: torch.dtype) -> TransformerConfig:
+                    dtype: torch.dtype, *, fused_kernels: bool = False) -> BackboneConfig:
     """Megatron's configuration of this model under this layout. Raises ConfigError if the layout does not divide it."""
     check_divisible(shape, sizes)
     virtual = virtual_size(sizes)
     on_gpu = torch.cuda.is_available()
-    return TransformerConfig(
+    return BackboneConfig(
+        fused_kernels=fused_kernels,
         num_layers=shape.num_layers, hidden_size=shape.hidden_size, num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups, kv_channels=shape.head_dim, ffn_hidden_size=shape.ffn_hidden_size,
         normalization=shape.norm, layernorm_epsilon=shape.norm_eps, activation_func=ACTIVATIONS[shape.activation],
@@ -237,7 +200,8 @@ def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: Training
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, use_cpu_initialization=not on_gpu,
         perform_initialization=False, bias_activation_fusion=False, bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
+        apply_rope_fusion=False, persist_layer_norm=False,
+        gradient_accumulation_fusion=fused_kernels and products_can_accumulate(),
         # Interleaved schedules give wrong gradients on gloo unless sends and receives are separate and outputs stay
         # allocated (33 of 60 steps wrong with a step's deallocated outputs, 0 without).
         overlap_p2p_comm=virtual is not None, batch_p2p_comm=virtual is None, deallocate_pipeline_outputs=on_gpu,
@@ -271,7 +235,7 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
     core = ModuleSpec(module=core_attention,
                       params={"window": attention_window(shape.sliding_window, not bidirectional)})
     attention = ModuleSpec(
-        module=SelfAttention, params={"attn_mask_type": mask},
+        module=PackedSelfAttention, params={"attn_mask_type": mask},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear, core_attention=core, linear_proj=RowParallelLinear,
             q_layernorm=qk_norm, k_layernorm=qk_norm))
@@ -286,7 +250,7 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
     elif not shape.post_norm:
         stored_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     layer = ModuleSpec(
-        module=PostNormLayer if shape.post_norm else TransformerLayer,
+        module=PostNormLayer if shape.post_norm else PreNormLayer if norm is RMSNorm else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if shape.post_norm else norm, self_attention=attention,
             self_attn_bda=get_bias_dropout_add, pre_mlp_layernorm=IdentityOp if shape.post_norm else norm, mlp=mlp,

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError
+from megatron_embed.kernels.operators import why_no_kernels
 from megatron_embed.models.attention import (
     PackedAttention,
     PackedSequences,
@@ -22,7 +23,6 @@ from megatron_embed.models.attention import (
 )
 from megatron_embed.models.backbone import (
     EncoderEmbedding,
-    add_bias_in_product,
     block_spec,
     mark_expert_copies,
     mark_tensor_parallel,
@@ -31,10 +31,11 @@ from megatron_embed.models.backbone import (
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.flash_chunks import flash_calls
 from megatron_embed.models.heads import HeadSpec, RerankerHead
+from megatron_embed.models.layer import fuse_activations
 from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.lora_settings import Adapters
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
-from megatron_embed.models.rope import rotary_angles, rotary_frequencies
+from megatron_embed.models.rope import rotary_cos_sin, rotary_frequencies
 from megatron_embed.models.te_attention import TransformerEngineAttention
 from megatron_embed.names import Pooling
 from megatron_embed.parallel.device_copy import copy_to_device
@@ -151,13 +152,15 @@ class EmbeddingModel(LanguageModule):
             # Frozen embeddings need no gradient, and recomputation gives no gradient to a layer whose input needs none,
             # nor to the adapters in that layer.
             hidden = hidden if hidden.requires_grad else hidden.requires_grad_()
-        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(batch),
+        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_cos_sin(batch),
                             packed_seq_params=batch.packed,
                             padding_mask=batch.padding if self.shape.num_experts else None)
 
-    def _rotary_angles(self, batch: DeviceMicroBatch) -> Tensor | None:
-        """Angles of each token's own position, so that bins need not be split; None with learned positions."""
-        return None if self.rotary_frequencies is None else rotary_angles(self.rotary_frequencies, batch.position_ids)
+    def _rotary_cos_sin(self, batch: DeviceMicroBatch) -> Tensor | None:
+        """Cosines and sines of each token's own position, for all layers; None with learned positions."""
+        if self.rotary_frequencies is None:
+            return None
+        return rotary_cos_sin(self.rotary_frequencies, batch.position_ids, self.config.params_dtype)
 
     def global_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Parameters of this rank by name; layers and experts are counted over the whole model, not from this rank's
@@ -222,6 +225,17 @@ def _refused_by_te(config: RunConfig) -> str | None:
             else f"parallel.context_parallel_size = {cp_size}" if cp_size > 1 else None)
 
 
+def uses_fused_kernels(config: RunConfig) -> bool:
+    """Whether norms, rotary positions and activations are fused kernels, by `model.fused_kernels`. The same on every
+    rank with the same packages."""
+    if config.model.fused_kernels == "off" or not HAS_CUDA:
+        return False
+    missing = why_no_kernels()
+    if missing is not None:
+        _say_once(f"model.fused_kernels = auto: plain operators, about half as fast: {missing}")
+    return missing is None
+
+
 @functools.cache
 def _say_once(message: str) -> None:
     logger.warning(message)
@@ -238,7 +252,8 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
         ConfigError: the layout does not divide the model, or `model.attention` cannot run here.
     """
     dtype = DTYPES[config.model.dtype]
-    transformer = megatron_config(shape, config.parallel, config.training, dtype)
+    fused = uses_fused_kernels(config)
+    transformer = megatron_config(shape, config.parallel, config.training, dtype, fused_kernels=fused)
     bidirectional, kernel = shape.bidirectional or config.model.bidirectional, attention_kernel(config)
     if kernel == "flash":
         choose_version(dropout=config.training.attention_dropout)
@@ -254,7 +269,7 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
                 chunk.head.requires_grad_(True)
         mark_tensor_parallel(chunk)
         mark_expert_copies(chunk, config.parallel)
-        add_bias_in_product(chunk)
+        fuse_activations(chunk)
         chunks.append(chunk.to(device=topology.device, dtype=dtype))
     return chunks
 

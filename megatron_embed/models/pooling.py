@@ -23,6 +23,8 @@ class PoolingPlan:
     weights: Tensor
     """[pooled tokens] float32; each sequence's weights sum to 1."""
     num_sequences: int
+    one_token: bool
+    """Every row is one token, with weight 1: the last or the first."""
 
 
 def pooling_plan(micro_batch: MicroBatch, pooling: Pooling) -> PoolingPlan:
@@ -40,7 +42,8 @@ def pooling_plan(micro_batch: MicroBatch, pooling: Pooling) -> PoolingPlan:
         offsets = tokens - starts[sequences]
         weights = offsets.float() + 1.0 if pooling == "weightedmean" else torch.ones(tokens.numel())
         weights = weights / torch.zeros(count).index_add(0, sequences, weights)[sequences]
-    return PoolingPlan(tokens=tokens, sequences=sequences, weights=weights, num_sequences=count)
+    return PoolingPlan(tokens=tokens, sequences=sequences, weights=weights, num_sequences=count,
+                       one_token=pooling in ("lasttoken", "cls"))
 
 
 def local_plan(plan: PoolingPlan, chunks: tuple[tuple[int, int], ...]) -> PoolingPlan:
@@ -55,7 +58,7 @@ def local_plan(plan: PoolingPlan, chunks: tuple[tuple[int, int], ...]) -> Poolin
         weights.append(plan.weights[low:high])
         local += stop - start
     return PoolingPlan(tokens=torch.cat(tokens), sequences=torch.cat(sequences), weights=torch.cat(weights),
-                       num_sequences=plan.num_sequences)
+                       num_sequences=plan.num_sequences, one_token=plan.one_token)
 
 
 def pool(hidden: Tensor, plan: PoolingPlan, groups: tuple[dist.ProcessGroup, ...]) -> Tensor:
@@ -69,9 +72,14 @@ def pool(hidden: Tensor, plan: PoolingPlan, groups: tuple[dist.ProcessGroup, ...
     Returns:
         [rows, hidden] float32.
     """
-    # A weighted sum of rows per bag: half the time and a third of the memory of select, multiply and index_add.
-    starts = torch.searchsorted(plan.sequences, torch.arange(plan.num_sequences, device=plan.sequences.device))
-    rows = functional.embedding_bag(plan.tokens, hidden.float(), starts, mode="sum", per_sample_weights=plan.weights)
+    if plan.one_token:
+        rows = hidden.new_zeros(plan.num_sequences, hidden.shape[1], dtype=torch.float32)
+        rows = rows.index_copy(0, plan.sequences, hidden.index_select(0, plan.tokens).float())
+    else:
+        # A weighted sum of rows per bag: half the time and a third of the memory of select, multiply and index_add.
+        starts = torch.searchsorted(plan.sequences, torch.arange(plan.num_sequences, device=plan.sequences.device))
+        rows = functional.embedding_bag(plan.tokens, hidden.float(), starts, mode="sum",
+                                        per_sample_weights=plan.weights)
     for group in groups:
         rows = tensor_parallel.reduce_from_tensor_model_parallel_region(rows, group=group)
     return rows

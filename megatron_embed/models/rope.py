@@ -33,7 +33,8 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where(slow, frequencies / scaling.factor, torch.where(fast, frequencies, blend))
 
 
-def rotary_angles(frequencies: Tensor, position_ids: Tensor) -> Tensor:
-    """[tokens, 1, 1, head_dim] float32 angles, in Megatron's layout, from [1, tokens] positions on the same device."""
+def rotary_cos_sin(frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """[2, tokens, head_dim / 2] of `dtype`: cosines and sines of the angles, computed in float32, of [1, tokens]
+    positions on the same device."""
     angles = torch.outer(position_ids.flatten().float(), frequencies)
-    return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+    return torch.stack((angles.cos(), angles.sin())).to(dtype)

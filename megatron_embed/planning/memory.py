@@ -121,19 +121,19 @@ def layer_activation_bytes(config: RunConfig, shape: ModelShape, adapted: Adapte
     element, tp = DTYPE_BYTES[config.model.dtype], config.parallel.tensor_model_parallel_size
     hidden, query = shape.hidden_size, shape.num_attention_heads * shape.head_dim
     key = shape.num_query_groups * shape.head_dim
-    # A norm keeps its input in float32, its result before the weight, and after it.
-    norm = (4 + 2 * element if element == 2 else 3 * element) if shape.norm == "RMSNorm" else 2 * element
+    # A norm keeps its input, and the linear layer its result.
+    norm = 2 * element
     # The projection (which the values keep alive), attention's result, and rotated copies of queries and keys.
     attention = element * (query + 2 * key) + element * query
     if shape.rotary_base is not None:
         attention += element * (query + key)
     if shape.qk_layernorm:
-        attention += (4 + element if element == 2 else 2 * element) * (query + key)
-    widths = 5 if shape.gated else 2
+        attention += 4 * (query + key) / shape.head_dim  # a number per head, in float32
+    widths = 3 if shape.gated else 2
     if shape.num_experts:
         # Tokens are copied to each of their experts; weighted and returned. The router's scores are float32.
         chosen = shape.experts_per_token * tp / config.parallel.expert_tensor_parallel_size
-        mlp = chosen * element * (widths * shape.ffn_hidden_size + 3 * hidden) + 12 * shape.num_experts
+        mlp = chosen * element * ((widths + 1) * shape.ffn_hidden_size + 3 * hidden) + 12 * shape.num_experts
     else:
         mlp = element * widths * shape.ffn_hidden_size
     kept = (2 * norm * hidden + attention + mlp) / tp

@@ -98,7 +98,8 @@ def _and_for_the_disk(plan: Plan) -> str:
 
 def _time_lines(time: StepTime) -> list[str]:
     """A table of the seconds of one step."""
-    seconds = {"compute": time.compute, "tensor-parallel": time.tensor, "context-parallel": time.context,
+    seconds = {"matrix products": time.compute, "other kernels": time.elementwise,
+               "waiting for the host": time.launches, "tensor-parallel": time.tensor, "context-parallel": time.context,
                "expert-parallel": time.expert, "pipeline bubble": time.bubble, "data-parallel": time.data,
                "optimizer": time.optimizer, "total": time.total}
     return [f"  {name:<22} {value:7.2f}" for name, value in seconds.items() if value >= SHORTEST_SHOWN]

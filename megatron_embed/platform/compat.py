@@ -80,6 +80,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import layers as linear_layers
 from megatron.core.tensor_parallel.random import _get_all_rng_states as get_all_rng_states
 from megatron.core.tensor_parallel.random import _set_all_rng_states as set_all_rng_states
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed

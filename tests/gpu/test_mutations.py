@@ -19,8 +19,8 @@ pytestmark = pytest.mark.multi_gpu
 def angles_on_the_host():
     from megatron_embed.models import encoder
 
-    right = encoder.rotary_angles
-    return mock.patch.object(encoder, "rotary_angles", lambda *arguments: right(*arguments).cpu())
+    right = encoder.rotary_cos_sin
+    return mock.patch.object(encoder, "rotary_cos_sin", lambda *arguments: right(*arguments).cpu())
 
 
 def token_ids_on_the_host():

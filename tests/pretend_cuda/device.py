@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.pretend_cuda import flash, waits
+from tests.pretend_cuda import flash, kernels, waits
 from tests.pretend_cuda.build import MODULE
 
 COUNT = int(os.environ.get("PRETEND_GPUS", "8"))
@@ -54,6 +54,7 @@ def install(library: Path) -> None:
     _install_cuda(compiled)
     _install_nccl(compiled)
     flash.install(compiled.to_host_alias, compiled.to_device_alias)
+    kernels.install(compiled.to_host_alias, compiled.to_device_alias)
 
 
 def _install_cuda(compiled: ModuleType) -> None:

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.kernels.operators import NAMESPACE
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel, build_model, to_device
 from megatron_embed.models.families import ModelShape
 from megatron_embed.objectives.base import LossGradient, Objective, Sums
@@ -34,6 +35,7 @@ from megatron_embed.parallel.topology import Topology, initialize, token_alignme
 from megatron_embed.planning.memory import Memory, activation_bytes, grid_of, stage_memory
 from megatron_embed.planning.shapes import shape_of
 from megatron_embed.platform import compat
+from megatron_embed.platform.weight_gradient import products_can_accumulate
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.optimizer import build_optimizer, squared_norms, update, wrap_in_ddp
 from tests.pretend_cuda.waits import Wait, record, recorded
@@ -42,6 +44,7 @@ NO_KERNEL = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new
              "_reshape_alias", "lift_fresh")
 """Operators that start nothing on the GPU, besides views."""
 COLLECTIVES = ("c10d", "_c10d_functional")
+# An operator of the product's own is one launch: `tests/kernels/test_triton.py` counts its Triton kernel's.
 
 
 @dataclass(kw_only=True)
@@ -55,7 +58,7 @@ class Work:
     collectives: int = 0
     flops: int = 0
     product_bytes: int = 0
-    """Bytes of the arguments and results of products, of the others, and of the collectives' results."""
+    """Bytes of the arguments and results of products, of the others, and those that collectives send from this rank."""
     other_bytes: int = 0
     collective_bytes: int = 0
     peak: int = 0
@@ -67,7 +70,8 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCounts:
-    """Counts of rank 0. Passes and `to_device` are of one micro-batch, `optimizer` of a step."""
+    """Counts of rank 0. Passes and `to_device` are of one micro-batch, `optimizer` and `data parallel`, the gathering
+    of parameters and the reduction of gradients during the passes, of a step."""
 
     tokens: int
     """Tokens of the micro-batch, over its context-parallel ranks."""
@@ -113,10 +117,14 @@ class Meter(TorchDispatchMode):
         work.peak = max(work.peak, self.live)
         if func.namespace in COLLECTIVES:
             work.collectives += 1
-            work.collective_bytes += sum(map(_bytes, outputs)) or sum(map(_bytes, inputs))
-        elif func.namespace == "aten":
+            # A gather or a scatter has a whole and a share of it, and sends all but the share.
+            sizes = sorted(map(_bytes, inputs))
+            work.collective_bytes += sizes[-1] - (sizes[0] if len(sizes) > 1 else 0) if sizes else 0
+        elif func.namespace in ("aten", NAMESPACE):
+            # The dtype of a product's result is none of the formula's arguments.
+            shapes = [value for value in args if not isinstance(value, torch.dtype)]
             self._count(func, inputs, outputs, lambda: flop_registry[func._overloadpacket](
-                *args, **kwargs, out_val=result))
+                *shapes, **kwargs, out_val=result))
         return result
 
     def _count(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], flops: Callable[[], int]) -> None:
@@ -224,6 +232,28 @@ def fake_ranks(world_size: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def data_parallel_apart(meter: Meter) -> Iterator[None]:
+    """Count what happens once in a step, though during a pass, as a part of its own."""
+    groups = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")._ParamAndGradBucketGroup
+
+    def apart(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            meter.part, part = "data parallel", meter.part
+            try:
+                return method(*args, **kwargs)
+            finally:
+                meter.part = part
+
+        return call
+
+    names = ("start_param_sync", "start_grad_sync", "finish_grad_sync")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(groups, name, apart(vars(groups)[name])))
+        yield
+
+
+@contextlib.contextmanager
 def fakes_as_on_cuda() -> Iterator[None]:
     """Give fake tensors what they lack beside real ones: the name of their type, RMSNorm's kernel, `Module.to`."""
     type_of = Tensor.type
@@ -273,19 +303,20 @@ def as_fake(value: Any, fake: FakeTensorMode) -> Any:
     return value
 
 
-def count_step(config: RunConfig, world_size: int) -> StepCounts:
-    """Counts of rank 0 of `world_size`, for one micro-batch of the longest texts. Once per process."""
+def count_step(config: RunConfig, world_size: int, micro_batch: MicroBatch | None = None) -> StepCounts:
+    """Counts of rank 0 of `world_size`, for one micro-batch, by default of the longest texts. Once per process."""
     shape = shape_of(config.model.path)
+    products_can_accumulate()  # tried with real numbers, once
     with fake_ranks(world_size), fakes_as_on_cuda():
         topology = initialize(config.parallel)
         assert topology.pp_size == 1, "a stage would wait for the others' shapes"
         compat.model_parallel_cuda_manual_seed(1)
-        micro_batch, kernel = longest_micro_batch(config), attention_kernel(config)
+        micro_batch, kernel = micro_batch or longest_micro_batch(config), attention_kernel(config)
         with recorded() as copies:  # real tensors: their sizes and bounds are values
             batch = to_device(micro_batch, topology, config.embedding.pooling, kernel=kernel,
                               causal=not shape.bidirectional, shape=shape)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, Meter() as meter:
+        with fake, Meter() as meter, data_parallel_apart(meter):
             resident = _run(config, shape, topology, as_fake(batch, fake), meter)
     meter.work["to_device"].waits.update(copies)
     grid = grid_of(config, world_size)

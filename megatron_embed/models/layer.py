@@ -1,0 +1,130 @@
+"""Megatron's transformer layer with its element-wise work in `kernels`: norms with residuals, rotary positions, gated
+activations. Parameters, their names and their sharding are Megatron's."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_embed.kernels.functions import bias_activation, glu, qkv_rotary, rms_norm, rms_norm_of_sum
+from megatron_embed.kernels.reference import ACTIVATIONS
+from megatron_embed.platform.compat import MLP, SelfAttention, TransformerConfig, TransformerLayer
+
+
+@dataclass
+class BackboneConfig(TransformerConfig):
+    """Megatron's configuration and what only our modules read."""
+
+    fused_kernels: bool = False
+    """Element-wise work by Triton kernels, see `model.fused_kernels`."""
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467) over the last dim, in float32.
+
+    Its weight is marked for sequence parallelism; Megatron's own torch norm refuses that. The mark makes
+    `finalize_model_grads` sum its gradient over the tensor-parallel ranks, each of which normalized its share of the
+    tokens.
+    """
+
+    def __init__(self, config: BackboneConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps, self.fused = eps, config.fused_kernels
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, fused=self.fused)
+
+    def of_sum(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(the next residual: residual + x, or x; its norm). See `kernels.functions.rms_norm_of_sum`."""
+        return rms_norm_of_sum(x, residual, self.weight, self.eps, fused=self.fused)
+
+
+class PreNormLayer(TransformerLayer):
+    """x + sublayer(norm(x)) twice, where the norms are RMSNorm: each is one kernel with its residual's addition or the
+    addition of the residual's gradient."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Tensor | None = None,
+                packed_seq_params: Any = None, padding_mask: Tensor | None = None,
+                **unused: Any) -> tuple[Tensor, None]:
+        """[tokens/tp, 1, hidden] -> ([tokens/tp, 1, hidden], None)."""
+        residual, normed = self.input_layernorm.of_sum(hidden_states, None)
+        attended, bias = self.self_attention(normed, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb,
+                                             packed_seq_params=packed_seq_params)
+        if bias is None and not (self.training and self.hidden_dropout):
+            residual, normed = self.pre_mlp_layernorm.of_sum(attended, residual)
+        else:
+            add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+            residual, normed = self.pre_mlp_layernorm.of_sum(add((attended, bias), residual, self.hidden_dropout), None)
+        output = self.mlp(normed, padding_mask=padding_mask)
+        add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+        return add(output, residual, self.hidden_dropout), None
+
+
+class PackedSelfAttention(SelfAttention):
+    """Megatron's self-attention over packed sequences, with query and key norms and rotary positions in one kernel."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None,  # type: ignore[override]
+                rotary_pos_emb: Tensor | None = None, packed_seq_params: Any = None,
+                **others: Any) -> tuple[Tensor, Tensor | None]:
+        """[tokens/tp, 1, hidden] -> (the same shape, bias that is not added yet).
+
+        Args:
+            rotary_pos_emb: [2, tokens, head_dim / 2], see `rope.rotary_cos_sin`; None: learned positions.
+        """
+        if rotary_pos_emb is None:
+            return super().forward(  # type: ignore[no-any-return]
+                hidden_states, attention_mask, packed_seq_params=packed_seq_params, **others)
+        mixed, _ = self.linear_qkv(hidden_states)
+        groups, head_dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        q_norm, k_norm = self.q_layernorm, self.k_layernorm
+        query, key, value = (tensor[:, None] for tensor in qkv_rotary(
+            mixed.view(mixed.shape[0], groups, -1, head_dim), rotary_pos_emb,
+            None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
+            self.num_attention_heads_per_partition, self.config.layernorm_epsilon, fused=self.config.fused_kernels))
+        attend = (self._checkpointed_attention_forward if self.checkpoint_core_attention and self.training
+                  else self.core_attention)
+        return self.linear_proj(attend(  # type: ignore[no-any-return]
+            query, key, value, attention_mask, attn_mask_type=self.attn_mask_type,
+            packed_seq_params=packed_seq_params))
+
+
+class FeedForward(MLP):
+    """Megatron's MLP, or one of its experts, with a fused activation."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None,
+                **unused: Any) -> tuple[Tensor, Tensor | None]:
+        """[tokens/tp, 1, hidden] -> (the same shape, bias that is not added yet).
+
+        Args:
+            per_token_scale: [tokens] weights of an expert's tokens.
+        """
+        inner, bias = self.linear_fc1(hidden_states)
+        (activation,) = (name for name, function in ACTIVATIONS.items() if function is self.config.activation_func)
+        if self.config.gated_linear_unit:
+            inner = glu(inner if bias is None else inner + bias, activation, fused=self.config.fused_kernels)
+        elif bias is not None:
+            inner = bias_activation(inner, bias, activation, fused=self.config.fused_kernels)
+        else:
+            inner = self.config.activation_func(inner)
+        if per_token_scale is None:
+            return self.linear_fc2(inner)  # type: ignore[no-any-return]
+        output, bias = self.linear_fc2((inner * per_token_scale.unsqueeze(-1)).to(inner.dtype))
+        assert bias is None, "no family has experts with biases"
+        return output, None
+
+
+def fuse_activations(model: torch.nn.Module) -> None:
+    """Make every MLP a FeedForward. The class changes, parameters and names stay: Megatron's layer knows its own MLP
+    only, by its exact class.
+
+    The first linear adds its bias in the matrix product, at no cost, unless the fused activation adds it. Megatron
+    would add it separately: a pass over [tokens, ffn] forward and backward.
+    """
+    for module in model.modules():
+        if isinstance(module, MLP) and not module.config.use_te_activation_func:
+            module.__class__ = FeedForward
+            if module.config.gated_linear_unit or not module.config.fused_kernels:
+                module.linear_fc1.skip_bias_add = False
