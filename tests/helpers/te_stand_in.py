@@ -237,6 +237,19 @@ def installed():
 
 
 @contextlib.contextmanager
+def usable():
+    """Within it our models may be built of these classes, as on a GPU."""
+    from megatron_embed.models import layer_backend
+
+    original, layer_backend._why_not = layer_backend._why_not, lambda config: None
+    try:
+        with installed():
+            yield
+    finally:
+        layer_backend._why_not = original
+
+
+@contextlib.contextmanager
 def fused_adam():
     """Within it Megatron has the FusedAdam above, as where Transformer Engine was there when it was imported, and there
     is a GPU."""
