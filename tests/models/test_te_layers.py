@@ -14,6 +14,7 @@ from megatron_embed.models import layer_backend, te_layers
 from megatron_embed.planning.shapes import shape_of
 from tests.helpers import te_linears, te_stand_in
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import configuration, curve, go_back, train
 from tests.helpers.step_reference import difference, objective_settings
 from tests.helpers.toys import BASES, copy_tokenizer, layout, run_config, save_model
 
@@ -49,7 +50,8 @@ def with_settings(config, **model):
 def step(config):
     """(loss, this rank's gradients by global name, keys of its checkpoint, forward passes of its linears)."""
     from megatron_embed.checkpoint.load import model_state
-    from tests.helpers.step_reference import build
+    from tests.helpers.runs import configuration, curve, go_back, train
+from tests.helpers.step_reference import build
 
     te_linears.counted.clear()
     built, batch = build(config)
@@ -105,6 +107,30 @@ def test_loss_gradients_and_checkpoints_are_those_of_torch(models, case):
         assert any(kind == "LayerNormLinear" for kind, *_ in theirs[3]) == fused
 
 
+def train_all(runs):
+    with te_stand_in.usable():
+        for values, backend in runs:
+            train(values | {"model": values["model"] | {"backend": backend}})
+
+
+@pytest.mark.slow
+def test_a_run_may_change_its_backend(models, tmp_path):
+    """Both ways: what one has saved after two steps, optimizer included, the other resumes as if it had saved it."""
+    runs = {}
+    for backend in ("torch", "te"):
+        runs[backend] = configuration(models["qwen3"], tmp_path / backend, parallel=layout(2), train_steps=4,
+                                      checkpoint={"save_every_steps": 2, "keep": 3})
+    run_on_ranks(train_all, 2, [(values, backend) for backend, values in runs.items()])
+    expected = curve(tmp_path / "torch")
+    for saved, resumed in (("torch", "te"), ("te", "torch")):
+        go_back(tmp_path / saved, tmp_path / f"{saved}-{resumed}", 2)
+        values = configuration(models["qwen3"], tmp_path / f"{saved}-{resumed}", parallel=layout(2), train_steps=4)
+        run_on_ranks(train_all, 2, [(values, resumed)])
+        for directory in (saved, f"{saved}-{resumed}"):
+            for line, other in zip(expected, curve(tmp_path / directory), strict=True):
+                assert other == pytest.approx(line, rel=2e-5)
+
+
 FP8 = {"backend": "te", "dtype": "bfloat16"}
 
 
@@ -136,7 +162,8 @@ def test_fp8_is_in_the_passes_that_are_named_and_changes_little(wide):
 
 def losses_after_update(config):
     """Losses of new weights: of a model that was run with others before, and of one that was not."""
-    from tests.helpers.step_reference import build
+    from tests.helpers.runs import configuration, curve, go_back, train
+from tests.helpers.step_reference import build
 
     losses = []
     with te_stand_in.usable():
