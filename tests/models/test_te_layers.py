@@ -50,8 +50,7 @@ def with_settings(config, **model):
 def step(config):
     """(loss, this rank's gradients by global name, keys of its checkpoint, forward passes of its linears)."""
     from megatron_embed.checkpoint.load import model_state
-    from tests.helpers.runs import configuration, curve, go_back, train
-from tests.helpers.step_reference import build
+    from tests.helpers.step_reference import build
 
     te_linears.counted.clear()
     built, batch = build(config)
@@ -162,8 +161,7 @@ def test_fp8_is_in_the_passes_that_are_named_and_changes_little(wide):
 
 def losses_after_update(config):
     """Losses of new weights: of a model that was run with others before, and of one that was not."""
-    from tests.helpers.runs import configuration, curve, go_back, train
-from tests.helpers.step_reference import build
+    from tests.helpers.step_reference import build
 
     losses = []
     with te_stand_in.usable():
