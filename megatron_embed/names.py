@@ -29,6 +29,15 @@ MatmulLibrary = Literal["onednn", "torch"]
 """Library that multiplies float32 matrices on a CPU: oneDNN, or the one that torch chooses (MKL on x86)."""
 MATMUL_LIBRARIES: tuple[MatmulLibrary, ...] = get_args(MatmulLibrary)
 
+LayerBackend = Literal["te", "torch"]
+"""Whose kernels compute norms, linear layers and activations: Transformer Engine's, or torch's."""
+
+Fp8Passes = Literal["none", "first_pass", "both"]
+"""Passes of a training step whose linear layers multiply in FP8."""
+
+Fp8Recipe = Literal["tensorwise", "blockwise"]
+"""How FP8 numbers are scaled, in Megatron's words: by one factor per tensor, or one per block of 128."""
+
 TruncationSide = Literal["left", "right"]
 """The end at which a text that is too long loses its tokens."""
 

@@ -19,6 +19,39 @@ def check_first_pass(config: "RunConfig") -> None:
             "lora.dropout) both passes need the same micro-batches, to drop the same; set it to 1, or dropout to 0")
 
 
+def check_transformer_engine(config: "RunConfig") -> None:
+    """Refuse what Transformer Engine's FP8 and its overlap of communication cannot do."""
+    model, fp8, overlap = config.model, config.model.fp8, config.parallel.tp_comm_overlap
+    require(fp8 == "none" or model.backend != "torch", "model.fp8", fp8, "it is Transformer Engine's; set "
+            "model.backend to auto or te, or this to none")
+    require(fp8 == "none" or model.dtype != "float32", "model.fp8", fp8, "FP8 layers take and give bfloat16; set "
+            "model.dtype to bfloat16, or this to none")
+    require(fp8 != "first_pass" or config.objective.couples_batch, "model.fp8", fp8, "a loss within micro-batches "
+            "takes one pass, which has gradients; set this to both or none")
+    require(fp8 != "none" or model.fp8_recipe == "blockwise", "model.fp8_recipe", model.fp8_recipe, "has no effect "
+            "without model.fp8; set that, or remove this")
+    merged = config.training.first_pass_micro_batches
+    require(merged in ("auto", 1) or not model.scales_by_micro_batch, "training.first_pass_micro_batches", merged,
+            "model.fp8_recipe = tensorwise scales by all tokens of a micro-batch, so both passes need the same ones; "
+            "set it to 1, or fp8_recipe to blockwise")
+    if overlap:
+        _check_overlap(config)
+
+
+def _check_overlap(config: "RunConfig") -> None:
+    """Refuse parallel.tp_comm_overlap where there is nothing to overlap, or no buffer fits."""
+    key, model, sizes = "parallel.tp_comm_overlap", config.model, config.parallel
+    require(model.backend != "torch", key, True, "it is Transformer Engine's; set model.backend to auto or te, or this "
+            "to false")
+    require(sizes.tensor_model_parallel_size > 1 and bool(sizes.sequence_parallel), key, True, "it overlaps the "
+            "communication of sequence parallelism; set tensor_model_parallel_size > 1 and sequence_parallel: auto, or "
+            "this to false")
+    require(config.training.micro_batch_tokens is not None, key, True, "its buffers have one size, to which "
+            "micro-batches are padded; set training.micro_batch_tokens, or this to false")
+    require(model.fp8 != "both" or model.fp8_recipe != "blockwise", key, True, "its buffers hold no blockwise FP8 "
+            "numbers; set model.fp8_recipe: tensorwise, model.fp8: first_pass, or this to false")
+
+
 def check_evaluated(config: "RunConfig") -> None:
     """Refuse settings of the best checkpoint of a run without evaluation or checkpoints, and unused instructions."""
     if config.data.query_prompt is not None:  # else it is the model directory's, and this is checked later

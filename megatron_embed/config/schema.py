@@ -11,9 +11,23 @@ from megatron_embed.config.evaluation import CheckpointConfig, EvaluationConfig
 from megatron_embed.config.objective import EMBEDDING_LOSSES, RERANK_LOSSES, ObjectiveConfig
 from megatron_embed.config.optimizer import OptimizerConfig
 from megatron_embed.config.require import require
-from megatron_embed.config.run_checks import check_evaluated, check_first_pass, check_reranker_run
+from megatron_embed.config.run_checks import (
+    check_evaluated,
+    check_first_pass,
+    check_reranker_run,
+    check_transformer_engine,
+)
 from megatron_embed.config.workload import WORKLOADS, Workload
-from megatron_embed.names import Activation, HeadKind, MatmulLibrary, ModelDtype, Pooling
+from megatron_embed.names import (
+    Activation,
+    Fp8Passes,
+    Fp8Recipe,
+    HeadKind,
+    LayerBackend,
+    MatmulLibrary,
+    ModelDtype,
+    Pooling,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +38,22 @@ class ModelConfig:
     """auto: flash in half precision on a GPU whose torch has its operators, otherwise sdpa. flash: torch's
     variable-length flash kernels (GPU), FlashAttention 3 where torch has it. te: Transformer Engine's (GPU), without
     dropout and context parallelism. sdpa: torch's scaled_dot_product_attention over groups of sequences of similar
-    length (also on CPUs, in float32 there)."""
+    length (also on CPUs, in float32 there). With model.backend te, auto is te where that can run."""
     fused_kernels: Literal["auto", "off"] = "auto"
     """auto: on GPUs with Triton, which comes with torch there, norms, residual additions, rotary positions, gated
     activations and the addition of weight gradients to their float32 buffer are one kernel each. off: torch's plain
     operators, which compute the same and move about three times the memory."""
+    backend: Literal["auto", LayerBackend] = "auto"
+    """Whose kernels compute norms, linear layers and activations. te: Transformer Engine's (GPU, bfloat16). torch:
+    torch's. auto: te where it is installed and can run. Checkpoints and exports are the same."""
+    fp8: Fp8Passes = "none"
+    """Multiply in FP8 in linear layers, with Transformer Engine, in the first pass of a training step (which only needs
+    embeddings for the loss) or in both: faster, and an approximation (docs/transformer_engine.md). Evaluation and
+    everything outside training compute in bfloat16."""
+    fp8_recipe: Fp8Recipe = "blockwise"
+    """Scaling of FP8 numbers, by their current values. blockwise: a factor for every 128 numbers of a token, so that a
+    text's embedding does not depend on its neighbours (GPUs from H100, CUDA 12.9). tensorwise: one factor per tensor
+    (from Ada, CUDA 12.1); with fp8: both, the passes then have the same micro-batches."""
     bidirectional: bool = False
     """True: every token of a decoder attends to the whole sequence. Encoder families always do."""
     dtype: Literal["auto", ModelDtype] = "auto"
@@ -46,6 +71,11 @@ class ModelConfig:
         matmul = self.cpu_matmul
         require(matmul is None or len(matmul) == 3, "model.cpu_matmul", list(matmul or ()), "must be null or three "
                 "libraries, of the forward pass, the gradient of the input and that of the weight")
+
+    @property
+    def scales_by_micro_batch(self) -> bool:
+        """Whether an embedding depends on its micro-batch in both passes, which then need the same ones."""
+        return self.fp8 == "both" and self.fp8_recipe == "tensorwise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +162,10 @@ class ParallelConfig:
     """Ranks that share every expert's matrices."""
     sequence_parallel: bool | Literal["auto"] = "auto"
     """auto: on exactly when tensor_model_parallel_size > 1."""
+    tp_comm_overlap: bool = False
+    """Overlap the communication of tensor parallelism with matrix products in the pass with gradients, by Transformer
+    Engine's userbuffers: within a node, with sequence parallelism and training.micro_batch_tokens, to which every
+    micro-batch is padded."""
     timeout_seconds: int = 600
     """Maximum wait of one collective before the run stops with an error, > 0, at most 1000000 (eleven days)."""
 
@@ -362,6 +396,7 @@ class RunConfig:
                 "takes; remove it")
         check_evaluated(self)
         check_first_pass(self)
+        check_transformer_engine(self)
         if self.task == "embedding":
             self.objective.check_against(num_positives=self.data.num_positives, num_negatives=self.data.num_negatives,
                                          in_batch=self.data.all_in_batch)

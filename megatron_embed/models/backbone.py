@@ -1,5 +1,8 @@
 """Transformer layers without a language-model head, from Megatron-Core's blocks: [tokens] ids -> [tokens, hidden]."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -58,10 +61,10 @@ class PostNormLayer(TransformerLayer):
 
     def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, layer_number: int = 1,
                  hidden_dropout: float | None = None, pg_collection: ProcessGroupCollection | None = None,
-                 vp_stage: int | None = None) -> None:
+                 vp_stage: int | None = None, norm: type[torch.nn.Module] = LayerNorm) -> None:
         super().__init__(config, submodules, layer_number, hidden_dropout, pg_collection, vp_stage)
-        self.post_attention_layernorm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
-        self.post_mlp_layernorm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_attention_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_mlp_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """[tokens/tp, 1, hidden] -> ([tokens/tp, 1, hidden], context as it came)."""
@@ -226,10 +229,30 @@ def _expert_settings(shape: ModelShape, training: TrainingConfig) -> dict[str, o
         "moe_aux_loss_coeff": training.moe_aux_loss_coefficient}
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerClasses:
+    """Classes of the parts of a layer, with the signatures of Megatron's."""
+
+    norm: type[Any]
+    column_linear: type[Any]
+    row_linear: type[Any]
+    norm_linear: type[Any] | None = None
+    """A norm and the column-parallel linear behind it in one; None: they are separate."""
+    activation: type[Any] | None = None
+    """The activation of a dense MLP, made from the configuration; None: the configuration's function."""
+
+
+def torch_layer_classes(shape: ModelShape) -> LayerClasses:
+    """Our norms and Megatron's own linears."""
+    return LayerClasses(norm=LayerNorm if shape.norm == "LayerNorm" else RMSNorm, column_linear=ColumnParallelLinear,
+                        row_linear=RowParallelLinear)
+
+
 def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool, pp_rank: int,
-               vp_stage: int | None, core_attention: type[MegatronModule]) -> TransformerBlockSubmodules:
+               vp_stage: int | None, core_attention: type[MegatronModule],
+               layers: LayerClasses) -> TransformerBlockSubmodules:
     """Layer and norm classes of the backbone, one entry per layer of this pipeline stage."""
-    norm = LayerNorm if shape.norm == "LayerNorm" else RMSNorm
+    norm, fused = layers.norm, layers.norm_linear
     qk_norm = norm if shape.qk_layernorm else None
     mask = AttnMaskType.no_mask if bidirectional else AttnMaskType.causal
     core = ModuleSpec(module=core_attention,
@@ -237,23 +260,28 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
     attention = ModuleSpec(
         module=PackedSelfAttention, params={"attn_mask_type": mask},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=core, linear_proj=RowParallelLinear,
+            linear_qkv=fused or layers.column_linear, core_attention=core, linear_proj=layers.row_linear,
             q_layernorm=qk_norm, k_layernorm=qk_norm))
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    mlp = ModuleSpec(module=MLP, submodules=linears)
     # Transformer Engine fuses these norms into the linears; storing them under its names keeps checkpoints
     # interchangeable with models built from its layers. A mixture of experts keeps the second one separate.
-    stored_names = {} if shape.post_norm else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    stored_names = {} if shape.post_norm or fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if shape.num_experts:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         experts = ModuleSpec(module=SequentialMLP, submodules=linears)
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
-    elif not shape.post_norm:
-        stored_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    else:
+        mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(
+            linear_fc1=fused or layers.column_linear, linear_fc2=layers.row_linear,
+            activation_func=layers.activation))
+        if not shape.post_norm and not fused:
+            stored_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     layer = ModuleSpec(
         module=PostNormLayer if shape.post_norm else PreNormLayer if norm is RMSNorm else TransformerLayer,
+        params={"norm": norm} if shape.post_norm else {},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if shape.post_norm else norm, self_attention=attention,
-            self_attn_bda=get_bias_dropout_add, pre_mlp_layernorm=IdentityOp if shape.post_norm else norm, mlp=mlp,
+            input_layernorm=IdentityOp if shape.post_norm or fused else norm, self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp if shape.post_norm or (fused and not shape.num_experts) else norm, mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=stored_names))
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage, pp_rank),

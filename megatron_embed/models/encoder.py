@@ -23,20 +23,24 @@ from megatron_embed.models.attention import (
 )
 from megatron_embed.models.backbone import (
     EncoderEmbedding,
+    LayerClasses,
     block_spec,
     mark_expert_copies,
     mark_tensor_parallel,
     megatron_config,
+    torch_layer_classes,
 )
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.flash_chunks import flash_calls
 from megatron_embed.models.heads import HeadSpec, RerankerHead
 from megatron_embed.models.layer import fuse_activations
+from megatron_embed.models.layer_backend import layer_backend
 from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.lora_settings import Adapters
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.rope import rotary_cos_sin, rotary_frequencies
 from megatron_embed.models.te_attention import TransformerEngineAttention
+from megatron_embed.models.te_layers import PassSettings, configure, start_overlap, te_layer_classes
 from megatron_embed.names import Pooling
 from megatron_embed.parallel.device_copy import copy_to_device
 from megatron_embed.parallel.topology import Topology
@@ -56,6 +60,9 @@ logger = logging.getLogger(__name__)
 AttentionKernel = Literal["flash", "sdpa", "te"]
 CORE_ATTENTION: dict[AttentionKernel, type[MegatronModule]] = {
     "flash": PackedAttention, "sdpa": PackedAttention, "te": TransformerEngineAttention}
+FUSED_NORMS = {".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
+               ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm."}
+"""Names of Transformer Engine's norms that are part of a linear, and those of separate ones."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -90,13 +97,15 @@ class EmbeddingModel(LanguageModule):
 
     def __init__(self, config: TransformerConfig, shape: ModelShape, topology: Topology, *, pooling: Pooling,
                  normalize: bool, bidirectional: bool, vp_stage: int | None = None,
-                 head_spec: HeadSpec | None = None, kernel: AttentionKernel = "sdpa") -> None:
+                 head_spec: HeadSpec | None = None, kernel: AttentionKernel = "sdpa",
+                 layers: LayerClasses | None = None, passes: PassSettings | None = None) -> None:
         super().__init__(config=config, pg_collection=topology.groups)
         self.shape = shape
         self.topology = topology
         self.pooling = pooling
         self.normalize = normalize
         self.head_spec = head_spec
+        self.passes = passes
         self.causal = not bidirectional
         self.vp_stage = vp_stage
         self.share_embeddings_and_output_weights = False
@@ -110,7 +119,8 @@ class EmbeddingModel(LanguageModule):
         self.rotary_frequencies = None if shape.rotary_base is None else rotary_frequencies(shape).to(topology.device)
         self.decoder = TransformerBlock(
             config=config, spec=block_spec(config, shape, bidirectional, topology.pp_rank, vp_stage,
-                                           core_attention=CORE_ATTENTION[kernel]),
+                                           core_attention=CORE_ATTENTION[kernel],
+                                           layers=layers or torch_layer_classes(shape)),
             post_layer_norm=not shape.post_norm, pre_process=self.pre_process, post_process=self.post_process,
             pg_collection=topology.groups, vp_stage=vp_stage)
         self.head = None
@@ -145,6 +155,8 @@ class EmbeddingModel(LanguageModule):
     def token_states(self, batch: DeviceMicroBatch) -> Tensor:
         """[tokens/(cp*tp), 1, hidden] after this chunk's layers (tokens/cp without sequence parallelism)."""
         assert batch.first_position == self.shape.position_offset, "to_device needs the model's shape"
+        if self.passes is not None:
+            self.passes.prepare(self, self.config)
         hidden = None
         if self.pre_process:
             hidden = self.embedding(batch.token_ids, batch.position_ids, batch.token_types)
@@ -168,10 +180,13 @@ class EmbeddingModel(LanguageModule):
         return {self.global_name(name): parameter for name, parameter in self.named_parameters()}
 
     def global_name(self, name: str) -> str:
-        """Name of a parameter of this rank, with layers and experts counted over the whole model."""
+        """Name of a parameter of this rank, with layers and experts counted over the whole model, and norms named as
+        in layers of torch."""
         first = self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
         experts = self.shape.num_experts // self.topology.sizes.expert_model_parallel_size
         first_expert = experts * self.topology.groups.ep.rank() if self.shape.num_experts else 0
+        for fused, separate in FUSED_NORMS.items():
+            name = name.replace(fused, separate)
         name = re.sub(r"^decoder\.layers\.(\d+)", lambda match: f"decoder.layers.{int(match[1]) + first}", name)
         return re.sub(r"local_experts\.(\d+)", lambda match: f"local_experts.{int(match[1]) + first_expert}", name)
 
@@ -208,7 +223,7 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
     if wanted == "flash" and missing is not None:
         raise ConfigError(f"model.attention = 'flash': {missing}; use 'auto' or 'sdpa', or a torch of 2.6 to 2.14, "
                           "whose operators are known to fit", key="model.attention")
-    if wanted == "te":
+    if wanted == "te" or (wanted == "auto" and other is None and layer_backend(config) == "te"):
         return "te"
     if wanted == "sdpa" or not (half and HAS_CUDA):
         return "sdpa"
@@ -257,11 +272,18 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     bidirectional, kernel = shape.bidirectional or config.model.bidirectional, attention_kernel(config)
     if kernel == "flash":
         choose_version(dropout=config.training.attention_dropout)
+    layers, passes = None, None
+    if layer_backend(config) == "te":
+        configure(transformer, config, shape)
+        if config.parallel.tp_comm_overlap:
+            start_overlap(config, transformer)
+        layers, passes = te_layer_classes(shape, with_adapters=adapters is not None), PassSettings.of_run(config)
     stages: list[int | None] = [None] if topology.num_model_chunks == 1 else list(range(topology.num_model_chunks))
     chunks = []
     for stage in stages:
         chunk = EmbeddingModel(transformer, shape, topology, pooling=pooling, normalize=config.embedding.unit_length,
-                               bidirectional=bidirectional, vp_stage=stage, head_spec=head_spec, kernel=kernel)
+                               bidirectional=bidirectional, vp_stage=stage, head_spec=head_spec, kernel=kernel,
+                               layers=layers, passes=passes)
         if adapters is not None:
             add_adapters(chunk, adapters, shape, chunk.global_name)
             if chunk.head is not None and chunk.head.spec.kind == "score":
@@ -275,14 +297,16 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
 
 
 def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, kernel: AttentionKernel,
-              causal: bool, shape: ModelShape | None = None) -> DeviceMicroBatch:
+              causal: bool, shape: ModelShape | None = None, passes: PassSettings | None = None) -> DeviceMicroBatch:
     """This rank's part of a micro-batch, with its attention groups and pooling plan, by one asynchronous copy. No
     communication.
 
     Args:
         shape: the model's shape, for its attention window and first position; None: no window, and positions from 0. A
             model of another shape stops at an assertion.
+        passes: of a model in training, to which micro-batches are padded.
     """
+    micro_batch = micro_batch if passes is None else passes.pad(micro_batch)
     tokens, valid_rows = micro_batch.token_ids.numel(), micro_batch.valid_rows
     window = None if shape is None else attention_window(shape.sliding_window, causal)
     chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)

@@ -4,6 +4,7 @@ A fused linear has one pair of matrices for each Hugging Face module in it, so t
 trained parameters. Dropout is shared by the modules of one fused linear.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable
@@ -60,14 +61,20 @@ class LoraMatrices(torch.nn.Module):
 class Lora(torch.nn.Module):
     """Adapters of one linear, by the last word of each Hugging Face module; a subclass for each way of splitting it."""
 
-    def __init__(self, linear: ColumnParallelLinear | RowParallelLinear, adapters: Adapters) -> None:
+    split: str
+    """The matrix of which each tensor-parallel rank holds a share, and the dim along which it is split."""
+    split_dim: int
+
+    def __init__(self, linear: Any, adapters: Adapters) -> None:
+        """`linear`: of Megatron or Transformer Engine."""
         super().__init__()
         self.scale = adapters.scale
         self.dropout = adapters.dropout
         self.group = linear.tp_group
         self.is_split = linear.tp_group.size() > 1
-        self.is_expert = linear.is_expert
+        self.is_expert = isinstance(linear, (ColumnParallelLinear, RowParallelLinear)) and linear.is_expert
         self.sequence_parallel = linear.sequence_parallel
+        self.inputs = linear.weight.shape[1] * (self.group.size() if self.split == "A" else 1)
 
     def mark(self, split: torch.nn.Parameter, dim: int, copied: torch.nn.Parameter, linear: torch.nn.Module) -> None:
         """Set the attributes by which Megatron reduces gradients and counts them once in the norm.
@@ -98,15 +105,17 @@ class Lora(torch.nn.Module):
 class ColumnLora(Lora):
     """Adapters of a linear whose outputs are split: B is split with them, every rank holds all of A."""
 
-    def __init__(self, linear: ColumnParallelLinear, adapters: Adapters, parts: tuple[str | None, ...],
+    split, split_dim = "B", 0
+
+    def __init__(self, linear: Any, adapters: Adapters, parts: tuple[str | None, ...],
                  widths: tuple[int, ...]) -> None:
         """`widths`: contiguous outputs of each part; the parts repeat in turn until all outputs are filled."""
         super().__init__(linear, adapters)
-        self.turns = linear.output_size_per_partition // sum(widths)
+        self.turns = linear.weight.shape[0] // sum(widths)
         self.parts = tuple(zip(parts, widths, strict=True))
         for name, width in self.parts:
             if name is not None:
-                pair = LoraMatrices(adapters.rank, linear.input_size, self.turns * width)
+                pair = LoraMatrices(adapters.rank, self.inputs, self.turns * width)
                 self.add_module(name, pair)
                 self.mark(pair.B, 0, pair.A, linear)
 
@@ -137,9 +146,12 @@ class ColumnLora(Lora):
 class RowLora(Lora):
     """Adapters of a linear whose inputs are split: A is split with them, every rank holds all of B."""
 
-    def __init__(self, linear: RowParallelLinear, adapters: Adapters, name: str) -> None:
+    split, split_dim = "A", 1
+
+    def __init__(self, linear: Any, adapters: Adapters, name: str) -> None:
         super().__init__(linear, adapters)
-        pair = LoraMatrices(adapters.rank, linear.input_size_per_partition, linear.output_size)
+        outputs, inputs = linear.weight.shape
+        pair = LoraMatrices(adapters.rank, inputs, outputs)
         self.add_module(name, pair)
         self.mark(pair.A, 1, pair.B, linear)
 
@@ -169,47 +181,30 @@ class RowLora(Lora):
         return plain_linear(inner, up)
 
 
-class LoraColumnParallelLinear(ColumnParallelLinear):
-    """A ColumnParallelLinear with adapters; its own parameters keep their names."""
+class AdaptedLinear:
+    """The methods of a linear with adapters, of Megatron or Transformer Engine; its parameters keep their names."""
 
-    lora: ColumnLora
+    lora: Lora
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """The linear's output plus that of the adapters."""
-        output, bias = super().forward(input_, *args, **kwargs)
+        output, bias = super().forward(input_, *args, **kwargs)  # type: ignore[misc]
         return output + self.lora(input_), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """The linear's sharded state, with B split along the outputs."""
-        return _sharded(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), ("B", 0), prefix,
-                        sharded_offsets, metadata)
+        """The linear's sharded state and its adapters', whose split parameters are declared as split."""
+        assert metadata is not None
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        own = {f"lora.{name}": tensor for name, tensor in self.lora.state_dict(prefix="", keep_vars=True).items()}
+        return state | make_sharded_tensors_for_checkpoint(
+            own, prefix, {name: self.lora.split_dim for name in own if name.endswith(f".{self.lora.split}")},
+            sharded_offsets, tp_group=self.lora.group, dp_cp_group=metadata["dp_cp_group"])
 
 
-class LoraRowParallelLinear(RowParallelLinear):
-    """A RowParallelLinear with an adapter; its own parameters keep their names."""
-
-    lora: RowLora
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The linear's output plus that of the adapter."""
-        output, bias = super().forward(input_)
-        return output + self.lora(input_), bias
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """The linear's sharded state, with A split along the inputs."""
-        return _sharded(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), ("A", 1), prefix,
-                        sharded_offsets, metadata)
-
-
-def _sharded(linear: Any, state: dict, split: tuple[str, int], prefix: str, sharded_offsets: tuple,
-             metadata: dict | None) -> dict:
-    """The sharded state of a linear and its adapters, whose split parameters are declared as split."""
-    assert metadata is not None
-    matrix, axis = split
-    own = {f"lora.{name}": tensor for name, tensor in linear.lora.state_dict(prefix="", keep_vars=True).items()}
-    return state | make_sharded_tensors_for_checkpoint(
-        own, prefix, {name: axis for name in own if name.endswith(f".{matrix}")}, sharded_offsets,
-        tp_group=linear.tp_group, dp_cp_group=metadata["dp_cp_group"])
+@functools.cache
+def adapted(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The class of a linear of this class with adapters."""
+    return type(f"Lora{kind.__name__}", (AdaptedLinear, kind), {})
 
 
 def add_adapters(model: torch.nn.Module, adapters: Adapters, shape: ModelShape,
@@ -230,15 +225,22 @@ def add_adapters(model: torch.nn.Module, adapters: Adapters, shape: ModelShape,
         if parts is None:
             continue
         # Like torch's parametrizations: the class changes, the linear's parameters and their names stay.
-        if isinstance(linear, ColumnParallelLinear):
-            linear.lora = ColumnLora(linear, adapters, parts, _widths(parts, shape, linear.output_size_per_partition))
-            linear.__class__ = LoraColumnParallelLinear
+        if _is_column_parallel(linear):
+            linear.lora = ColumnLora(linear, adapters, parts, _widths(parts, shape, linear.weight.shape[0]))
         else:
-            assert isinstance(linear, RowParallelLinear) and len(parts) == 1 and parts[0] is not None
+            assert len(parts) == 1 and parts[0] is not None
             linear.lora = RowLora(linear, adapters, parts[0])
-            linear.__class__ = LoraRowParallelLinear
+        linear.__class__ = adapted(type(linear))
         for part, pair in linear.lora.matrices().items():
-            _initialize(pair.A, linear, f"{adapters.seed} {global_name(f'{name}.lora.{part}.A')}")
+            _initialize(pair.A, linear.lora, f"{adapters.seed} {global_name(f'{name}.lora.{part}.A')}")
+
+
+def _is_column_parallel(linear: Any) -> bool:
+    """Whether a linear's outputs are split, and not its inputs."""
+    if isinstance(linear, (ColumnParallelLinear, RowParallelLinear)):
+        return isinstance(linear, ColumnParallelLinear)
+    is_column: bool = linear.parallel_mode == "column"  # Transformer Engine's
+    return is_column
 
 
 def _widths(parts: tuple[str | None, ...], shape: ModelShape, outputs: int) -> tuple[int, ...]:
@@ -250,11 +252,11 @@ def _widths(parts: tuple[str | None, ...], shape: ModelShape, outputs: int) -> t
 
 
 @torch.no_grad()
-def _initialize(matrix: torch.nn.Parameter, linear: torch.nn.Module, seed: str) -> None:
+def _initialize(matrix: torch.nn.Parameter, lora: Lora, seed: str) -> None:
     """Set this rank's share of A, uniform within 1 / sqrt(inputs) (Kaiming with a = sqrt(5), as in torch's Linear)."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big"))
-    whole = torch.empty(matrix.shape[0], linear.input_size)
-    bound = linear.input_size**-0.5
+    whole = torch.empty(matrix.shape[0], lora.inputs)
+    bound = lora.inputs**-0.5
     whole.uniform_(-bound, bound, generator=generator)
-    rank = linear.tp_group.rank() if whole.shape != matrix.shape else 0
+    rank = lora.group.rank() if whole.shape != matrix.shape else 0
     matrix.copy_(whole[:, rank * matrix.shape[1]:(rank + 1) * matrix.shape[1]])

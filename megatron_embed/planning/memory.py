@@ -199,7 +199,7 @@ def auto_first_pass(config: RunConfig, shape: ModelShape, grid: Grid) -> int:
 
 def first_pass_micro_batches(config: RunConfig, shape: ModelShape, grid: Grid) -> int:
     """Micro-batches that the first pass of a run on GPUs embeds as one."""
-    if not config.objective.couples_batch or config.has_dropout:
+    if not config.objective.couples_batch or config.has_dropout or config.model.scales_by_micro_batch:
         return 1
     asked = config.training.first_pass_micro_batches
     return auto_first_pass(config, shape, grid) if asked == "auto" else asked

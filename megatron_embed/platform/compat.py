@@ -6,6 +6,7 @@ use `parallel_state`.
 """
 
 # ruff: noqa: E402, F401
+import importlib
 import importlib.metadata
 import inspect
 import io
@@ -13,6 +14,7 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from megatron_embed.platform import cuda_environment
@@ -111,6 +113,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import get_te_version, is_te_min_version
 
 from megatron_embed.platform import threaded_checkpoint_writer as writer
 
@@ -138,6 +141,12 @@ ASYNC_SAVE: dict[str, Any] = {"async_sharded_save": True}
 """Arguments of `dist_checkpointing.save` with which the caller runs the save."""
 if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
     ASYNC_SAVE["async_strategy"] = "mcore"  # the other one needs nvidia-resiliency-ext
+
+
+def transformer_engine_layers() -> ModuleType:
+    """The module of Megatron's wrappers of Transformer Engine's layers (TENorm, TELinear, ...), as it is now: their
+    base classes are chosen when it is imported."""
+    return importlib.import_module("megatron.core.extensions.transformer_engine")
 
 
 def parallel_save() -> FullyParallelSaveStrategyWrapper:

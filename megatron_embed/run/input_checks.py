@@ -186,12 +186,15 @@ def _needs_datasets(path: str) -> bool:
 
 def _check_packages(config: "RunConfig") -> Iterator[Check]:
     """Packages that this configuration needs beside those that every run does, and that are missing."""
-    paths = [file.path for file in config.data.files]
+    paths, model = [file.path for file in config.data.files], config.model
+    engine = [setting for setting, asked in (
+        ("model.attention = 'te'", model.attention == "te"), ("model.backend = 'te'", model.backend == "te"),
+        (f"model.fp8 = {model.fp8!r}", model.fp8 != "none"),
+        ("parallel.tp_comm_overlap = True", config.parallel.tp_comm_overlap),
+        ("optimizer.precision_aware = True", config.optimizer.precision_aware)) if asked]
     needed = {
         "wandb": ("logging.wandb = True", config.logging.wandb, "pip install wandb, or set it to false"),
-        "transformer_engine": (
-            "model.attention = 'te'" if config.model.attention == "te" else "optimizer.precision_aware = True",
-            config.model.attention == "te" or config.optimizer.precision_aware, "pip install 'megatron_embed[gpu]'"),
+        "transformer_engine": (next(iter(engine), ""), bool(engine), "pip install 'megatron_embed[gpu]'"),
         "datasets": ("data.train", any(map(_needs_datasets, paths)),
                      "pip install datasets"),
         "pyarrow": ("data.train", any(path.endswith(".zst") for path in paths), "pip install pyarrow"),

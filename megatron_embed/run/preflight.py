@@ -22,6 +22,7 @@ from megatron_embed.export.embedding import stock_runs_causally
 from megatron_embed.loading.model_directory import ModelDirectory, adapters_of, find_model
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
+from megatron_embed.models.layer_backend import check_layer_backend
 from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, check_world_size
 from megatron_embed.platform.launcher import launched_rank
 from megatron_embed.run.embedding_task import EmbeddingTask
@@ -79,6 +80,7 @@ def check_layout(config: RunConfig, model: ModelDirectory) -> int:
     adapters_of(config.lora, model)
     check_token_budget(config, documents=1)  # that much it must hold whatever the rows are
     attention_kernel(config)
+    check_layer_backend(config, model.shape)
     return dp_size
 
 

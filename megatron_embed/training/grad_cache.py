@@ -114,7 +114,7 @@ class GradCache(Generic[Batch]):
     def _on_device(self, micro_batches: Sequence[MicroBatch]) -> list[DeviceMicroBatch]:
         model = self.models[0]
         return [to_device(micro, self.topology, model.pooling, kernel=self.kernel, causal=model.causal,
-                          shape=model.shape) for micro in micro_batches]
+                          shape=model.shape, passes=model.passes) for micro in micro_batches]
 
     def _loss(self, embeddings: Tensor | None, batch: Batch) -> LossGradient | None:
         """The objective's result on the last stage, None elsewhere."""

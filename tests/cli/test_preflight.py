@@ -120,6 +120,7 @@ def test_no_library_is_loaded(doctor, models):
     ("evaluation.sts=gone.jsonl", "evaluation.sts = 'gone.jsonl': no such file"),
     ("evaluation.reranking=gone.jsonl", "evaluation.reranking = 'gone.jsonl': no such file"),
     ("optimizer.precision_aware=true", "optimizer.precision_aware = True needs the package transformer_engine: pip"),
+    ("model.fp8=first_pass", "model.fp8 = 'first_pass' needs the package transformer_engine: pip"),
     ("logging.wandb=true", "logging.wandb = True needs the package wandb: pip install wandb"),
 ])
 def test_what_is_missing_is_named(doctor, monkeypatch, override, words):

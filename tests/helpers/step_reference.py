@@ -64,8 +64,8 @@ class Built(Opened):
     gradients: object
 
 
-def build(config):
-    """The model in DDP with its GradCache, and this rank's batch of the rows. Called by all ranks."""
+def build(config, rows=ROWS):
+    """The model in DDP with its GradCache, and this rank's batch of the first rows. Called by all ranks."""
     from megatron_embed.models.encoder import attention_kernel
     from megatron_embed.objectives.build import build_objective
     from megatron_embed.parallel.topology import token_alignment
@@ -81,8 +81,8 @@ def build(config):
     gradients = GradCache(chunks=wrapped, models=opened.chunks, topology=topology, objective=objective,
                           kernel=attention_kernel(config), has_dropout=config.has_dropout,
                           first_pass=build_first_pass(config, opened.chunks[0].shape, topology))
-    share = ROWS // topology.dp_size
-    records = real_records(ROWS)[topology.dp_rank * share : (topology.dp_rank + 1) * share]
+    share = rows // topology.dp_size
+    records = real_records(rows)[topology.dp_rank * share : (topology.dp_rank + 1) * share]
     batch = batch_of(config.model.path, records, micro_batch_size=config.training.micro_batch_size,
                      num_negatives=NUM_NEGATIVES, alignment=token_alignment(config.parallel),
                      uniform_size=topology.pp_size > 1)

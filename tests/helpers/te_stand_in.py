@@ -5,11 +5,14 @@ ones add arguments at the end. FusedAdam's are of the same version. Only that te
 """
 
 import contextlib
+import importlib.util
 import sys
 import types
 
 import torch
 import torch.nn.functional as functional
+
+from tests.helpers import te_fp8, te_linears
 
 MASKS = ("no_mask", "padding", "causal", "padding_causal", "causal_bottom_right", "padding_causal_bottom_right",
          "arbitrary")
@@ -155,24 +158,95 @@ class FusedAdam(torch.optim.Optimizer):
                 state["exp_avg_sq"].copy_(square)
 
 
+EXTENSION = "megatron.core.extensions.transformer_engine"
+
+
+def _modules():
+    """The modules of the package by name, with what Megatron and we take from them."""
+    class Absent:
+        """A base class of what is not used here."""
+
+    linears = {name: vars(te_linears)[name] for name in ("Linear", "LayerNormLinear", "RMSNorm", "LayerNorm")}
+    fp8 = {name: vars(te_fp8)[name] for name in ("FP8GlobalStateManager", "fp8_autocast")}
+    supported = dict.fromkeys(("check_fp8_support", "check_fp8_block_scaling_support"), lambda: (True, ""))
+    recipes = {name: vars(te_fp8)[name]
+               for name in ("Format", "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling")}
+    contents = {
+        "": {"__version__": "2.3.0"}, ".common": {}, ".common.recipe": recipes,
+        ".pytorch": {**linears, "DotProductAttention": DotProductAttention, "GroupedLinear": Absent,
+                     "fp8_autocast": te_fp8.fp8_autocast},
+        ".pytorch.optimizers": {"FusedAdam": FusedAdam},
+        ".pytorch.ops": {"SwiGLU": te_linears.SwiGLU, "Sequential": Absent, "FusibleOperation": Absent},
+        ".pytorch.fp8": {**fp8, **supported}, ".pytorch.tensor": {"QuantizedTensor": Absent},
+        ".pytorch.attention": {}, ".pytorch.attention.rope": {"apply_rotary_pos_emb": te_linears.apply_rotary_pos_emb},
+        ".pytorch.distributed": {"CudaRNGStatesTracker": Absent, "checkpoint": te_fp8.checkpoint},
+        ".pytorch.module": {}, ".pytorch.module.base": {"initialize_ub": te_linears.initialize_ub}}
+    modules = {}
+    for ending, names in contents.items():
+        module = modules[f"transformer_engine{ending}"] = types.ModuleType(f"transformer_engine{ending}")
+        vars(module).update(names)
+        parent, _, name = module.__name__.rpartition(".")
+        if parent:
+            setattr(modules[parent], name, module)
+    return modules
+
+
+def _loaded_again(name):
+    """A new copy of a module of Megatron, which chose its base classes when it was imported."""
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    setattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2], module)
+    spec.loader.exec_module(module)
+    return module
+
+
 @contextlib.contextmanager
 def installed():
-    """Within it `import transformer_engine` finds these classes, and Megatron that it is version 2.3."""
-    from megatron.core import utils
+    """Within it `import transformer_engine` finds these classes, Megatron that it is version 2.3, and the layers that
+    Megatron builds of it are made of them."""
+    from megatron.core import fp8_utils, utils
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import transformer_block
 
-    names = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers")
-    assert not any(name.startswith(names[0]) for name in sys.modules), "the real one is there"
-    package, pytorch, optimizers = (types.ModuleType(name) for name in names)
-    package.__version__, package.pytorch, pytorch.optimizers = "2.3.0", pytorch, optimizers
-    pytorch.DotProductAttention, optimizers.FusedAdam = DotProductAttention, FusedAdam
-    sys.modules |= dict(zip(names, (package, pytorch, optimizers), strict=True))
+    assert not any(name.startswith("transformer_engine") for name in sys.modules), "the real one is there"
+    modules = _modules()
+    sys.modules |= modules
+    before = {EXTENSION: sys.modules[EXTENSION], fp8_utils.__name__: fp8_utils}
     known, utils._te_version = utils._te_version, None
+    bound = {(rope_utils, "fused_apply_rotary_pos_emb"): rope_utils.fused_apply_rotary_pos_emb,
+             (transformer_block, "get_fp8_context"): transformer_block.get_fp8_context,
+             (transformer_block, "te_checkpoint"): transformer_block.te_checkpoint}
+    te_linears.buffers = None
+    te_linears.counted.clear()
     try:
+        extension = _loaded_again(EXTENSION)
+        rope_utils.fused_apply_rotary_pos_emb = extension.fused_apply_rotary_pos_emb
+        transformer_block.te_checkpoint = extension.te_checkpoint
+        transformer_block.get_fp8_context = _loaded_again(fp8_utils.__name__).get_fp8_context
         yield
     finally:
         utils._te_version = known
-        for name in names:
+        for (module, name), value in bound.items():
+            setattr(module, name, value)
+        for name, module in before.items():
+            sys.modules[name] = module
+            setattr(sys.modules[name.rpartition(".")[0]], name.rpartition(".")[2], module)
+        for name in modules:
             del sys.modules[name]
+
+
+@contextlib.contextmanager
+def usable():
+    """Within it our models may be built of these classes, as on a GPU."""
+    from megatron_embed.models import layer_backend
+
+    original, layer_backend._why_not = layer_backend._why_not, lambda config: None
+    try:
+        with installed():
+            yield
+    finally:
+        layer_backend._why_not = original
 
 
 @contextlib.contextmanager
