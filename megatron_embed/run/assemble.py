@@ -29,6 +29,7 @@ from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
 from megatron_embed.parallel.heartbeat import monitor_ranks
 from megatron_embed.parallel.lost_rank import abort
 from megatron_embed.parallel.topology import Topology, initialize
+from megatron_embed.planning.advice import with_adapters
 from megatron_embed.platform.stop_signal import finishing
 from megatron_embed.run.preflight import output_directories, read_inputs
 from megatron_embed.run.run_directory import (
@@ -40,10 +41,11 @@ from megatron_embed.run.run_directory import (
     resume_state,
     with_known_choices,
 )
-from megatron_embed.run.task import Inputs, TaskParts
+from megatron_embed.run.task import Inputs, Task, TaskParts
 from megatron_embed.training.first_pass import build_first_pass
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.health import Health
+from megatron_embed.training.kept_activations import build_kept_activations
 from megatron_embed.training.loop import Hooks, train
 from megatron_embed.training.metrics import MetricsWriter
 from megatron_embed.training.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
@@ -103,7 +105,8 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest) -> 
     first_step = resume(inputs.resume_state, state)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
                           kernel=attention_kernel(config), has_dropout=config.has_dropout,
-                          first_pass=build_first_pass(config, task.model.shape, topology))
+                          first_pass=build_first_pass(config, task.model.shape, topology),
+                          kept=build_kept_activations(with_trained_adapters(config, task), task.model.shape, topology))
     trainer = Trainer(chunks=wrapped, grad_cache=gradients, optimizer=optimizer, scheduler=scheduler)
     parts = task.build(inputs, topology, models, wrapped)
     best = best_checkpoint(config, first_step)
@@ -125,6 +128,12 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest) -> 
         steps = resume_state(config).steps
         parts.export(load_checkpoint_to_export(config, best, models, steps), steps)
     return metrics
+
+
+def with_trained_adapters(config: RunConfig, task: Task) -> RunConfig:
+    """The configuration with the adapters that the run trains in section `lora`, also if its model has them."""
+    adapters = adapters_of(config.lora, task.model)
+    return config if adapters is None else with_adapters(config, adapters)
 
 
 def build_writer(inputs: Inputs, first_step: int, *, active: bool) -> MetricsWriter:
