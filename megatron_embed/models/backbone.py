@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_embed.config.schema import ParallelConfig, TrainingConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.attention import attention_window
+from megatron_embed.models.experts import GroupedExperts
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.parallel.topology import uses_sequence_parallel, virtual_size
 from megatron_embed.platform.compat import (
@@ -281,7 +282,7 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
     # interchangeable with models built from its layers. A mixture of experts keeps the second one separate.
     stored_names = {} if shape.post_norm else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if shape.num_experts:
-        experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+        experts = ModuleSpec(module=GroupedExperts, submodules=linears)
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
     elif not shape.post_norm:
         stored_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
