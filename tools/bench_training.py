@@ -28,6 +28,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup-steps", type=int, default=2, help="steps that are not measured")
     parser.add_argument("--two-pass", action="store_true",
                         help="measure the cost of global-batch negatives over micro-batch negatives instead")
+    parser.add_argument("--keep-activations", default="auto", metavar="N",
+                        help="with --two-pass: training.keep_activations of the run that keeps some; default: auto")
     parser.add_argument("--batch-size", type=int, default=None, help="queries per step; default: 64, two-pass 512")
     parser.add_argument("--micro-batch-size", type=int, default=None,
                         help="of our trainer; default: the batch size, so one pass; with --two-pass 32")
@@ -79,24 +81,38 @@ def compare_precisions(settings: Settings, arguments: argparse.Namespace) -> Non
 
 
 def compare_passes(settings: Settings, arguments: argparse.Namespace) -> None:
-    """Compare global-batch negatives (two passes), micro-batch negatives (one pass) and the peer's cached loss."""
+    """Compare micro-batch negatives (one pass), global-batch negatives (two passes, and two with kept activations) and
+    the peer's cached loss."""
     micro_batch_size = arguments.micro_batch_size or 32
+    asked = arguments.keep_activations
+    runs = {"one pass": ("micro_batch", 0), "two passes": ("global_batch", 0),
+            "two, kept": ("global_batch", asked if asked == "auto" else int(asked))}
     with tempfile.TemporaryDirectory() as name:
         folder, precision = Path(name), arguments.precision[0]
-        sides = {negatives: (our_command(settings, folder / negatives, layout=Layout(name="1 rank"),
-                                         dtype=DTYPES[precision], micro_batch_size=micro_batch_size,
-                                         negatives=negatives), folder / negatives)
-                 for negatives in ("micro_batch", "global_batch")}
+        sides = {run: (our_command(settings, folder / run, layout=Layout(name="1 rank"), dtype=DTYPES[precision],
+                                   micro_batch_size=micro_batch_size, negatives=negatives, keep_activations=kept),
+                       folder / run) for run, (negatives, kept) in runs.items()}
         sides["peer, cached"] = (peer_command(settings, folder / "peer", precision=precision, cached=micro_batch_size),
                                  folder / "peer")
         timings = run_in_turn(sides, threads=settings.threads, steps=settings.steps)
+        losses = {run: losses_of(sides[run][1]) for run in runs}
+        said = [line for line in (folder / "two, kept.log").read_text(encoding="utf-8").splitlines()
+                if "training.keep_activations" in line]
     counted = {side: timing.seconds[arguments.warmup_steps :] for side, timing in timings.items()}
-    print(f"{precision}, micro-batches of {micro_batch_size}\n\nnegatives      seconds per step  peak memory MiB")
+    print(f"{precision}, micro-batches of {micro_batch_size}", *said, sep="\n")
+    print("\nrun           seconds per step  / one pass  peak memory MiB")
     for side, values in counted.items():
-        print(f"{side:13s}  {statistics.median(values):16.2f}  {timings[side].peak_mib:15.0f}")
-    ratios = [speedup(counted[slow], counted[fast]) for slow, fast in (("global_batch", "micro_batch"),
-                                                                        ("peer, cached", "global_batch"))]
-    print(f"two passes / one pass: {ratios[0]:.2f}; peer, cached / two passes: {ratios[1]:.2f}")
+        print(f"{side:12s}  {statistics.median(values):16.2f}  {speedup(values, counted['one pass']):10.2f}  "
+              f"{timings[side].peak_mib:15.0f}")
+    difference = max(abs(a - b) for a, b in zip(losses["two passes"], losses["two, kept"], strict=True))
+    print(f"peer, cached / two passes: {speedup(counted['peer, cached'], counted['two passes']):.2f}; losses with kept "
+          f"activations differ by at most {difference:g} over {settings.steps} steps")
+
+
+def losses_of(output: Path) -> list[float]:
+    """The loss of every step of one of our runs, as it was written."""
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def padding_of(output: Path) -> float:

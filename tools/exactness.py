@@ -69,10 +69,11 @@ gradient of the parameter and G* all of its gradients together. Bound: {bound:g}
 have the numbers given and are brought to the largest of them by splitting micro-batches or, where none can be split, by
 running one again. masked: queries, positives and documents repeat on several ranks, and `mask_duplicates` is on; the
 reference compares texts. micro-batch negatives: `negatives: micro_batch`; the reference compares each query with the
-documents of its micro-batch over the data-parallel ranks. DO: distributed optimizer. aux: coefficient of the
-load-balancing loss; above 0 the reference adds the same loss of the same micro-batches, averaged over them. Steps: how
-often the step was repeated; the error is the largest, and all were within the bound. SP is on with TP unless noted. EP
-and ETP split the experts over the ranks of the other sizes; they add no ranks.
+documents of its micro-batch over the data-parallel ranks. N kept: the first N micro-batches keep their activations for
+the second pass (`keep_activations`). DO: distributed optimizer. aux: coefficient of the load-balancing loss; above 0
+the reference adds the same loss of the same micro-batches, averaged over them. Steps: how often the step was repeated;
+the error is the largest, and all were within the bound. SP is on with TP unless noted. EP and ETP split the experts
+over the ranks of the other sizes; they add no ranks.
 
 """
 
@@ -114,6 +115,7 @@ def run_cases(oracle: EmbeddingReference, cases: Sequence[Case]) -> list[tuple[C
 def notes(case: Case) -> str:
     words = [f"recompute {case.recompute}"] if case.recompute != "none" else []
     words += ["masked"] if ROWS[case.rows].masked else []
+    words += [f"{case.keep} kept"] if case.keep else []
     words += ["micro-batch negatives"] if case.negatives == "micro_batch" else []
     words += [f"{case.tokens} tokens"] if case.tokens else []
     return ", ".join(words)

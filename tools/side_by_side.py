@@ -98,7 +98,8 @@ def run_ours(settings: Settings, output: Path, *, layout: Layout, micro_batch_si
 
 
 def our_command(settings: Settings, output: Path, *, layout: Layout, micro_batch_size: int,
-                dtype: str | None = "float32", export: bool = False, negatives: str = "global_batch") -> list[str]:
+                dtype: str | None = "float32", export: bool = False, negatives: str = "global_batch",
+                keep_activations: int | str = "auto") -> list[str]:
     """Write our trainer's configuration (`dtype`: None omits it). Returns the command that runs it."""
     output.mkdir(parents=True)
     checkpoint = {"directory": str(output / "checkpoints"), "export_at_end": str(output / "model"), "keep": 1}
@@ -110,7 +111,7 @@ def our_command(settings: Settings, output: Path, *, layout: Layout, micro_batch
         "parallel": {"tensor_model_parallel_size": layout.tensor_model_parallel_size},
         "training": {"global_batch_size": settings.batch_size, "micro_batch_size": micro_batch_size,
                      "train_steps": settings.steps, "learning_rate": settings.learning_rate, "warmup_steps": 0,
-                     "lr_decay_style": "constant"},
+                     "lr_decay_style": "constant", "keep_activations": keep_activations},
         "checkpoint": checkpoint if export else {},
         "logging": {"directory": str(output), "every_steps": 1, "tensorboard": False},
     }

@@ -52,6 +52,18 @@ def _check_overlap(config: "RunConfig") -> None:
             "numbers; set model.fp8_recipe: tensorwise, model.fp8: first_pass, or this to false")
 
 
+def check_kept_activations(config: "RunConfig") -> None:
+    """Refuse a number of kept micro-batches where a step has one pass only, or a pipeline."""
+    key, kept = "training.keep_activations", config.training.keep_activations
+    if kept in ("auto", 0):
+        return
+    require(config.objective.couples_batch, key, kept, "has no effect where a loss stays within its micro-batch, which "
+            "takes one pass; remove it")
+    stages = config.parallel.pipeline_model_parallel_size
+    require(stages == 1, key, kept, f"a pipeline (parallel.pipeline_model_parallel_size = {stages}) computes every "
+            "micro-batch again; set it to 0 or auto")
+
+
 def check_evaluated(config: "RunConfig") -> None:
     """Refuse settings of the best checkpoint of a run without evaluation or checkpoints, and unused instructions."""
     if config.data.query_prompt is not None:  # else it is the model directory's, and this is checked later

@@ -14,6 +14,7 @@ from megatron_embed.config.require import require
 from megatron_embed.config.run_checks import (
     check_evaluated,
     check_first_pass,
+    check_kept_activations,
     check_reranker_run,
     check_transformer_engine,
 )
@@ -197,6 +198,11 @@ class TrainingConfig:
     """Micro-batches that the first pass of a step, which keeps no activations, embeds as one, >= 1; for losses over the
     global batch, without dropout. auto: on GPUs up to 4, as memory and pipeline allow, and 1 with dropout; on CPUs
     1."""
+    keep_activations: int | Literal["auto"] = "auto"
+    """Micro-batches of a step, its first ones, whose activations the second pass takes from the first pass instead of
+    computing them again; same result, more memory. auto: as many as free memory holds by the estimate of `plan`, logged
+    at the start; none in a pipeline. 0: none. Another number is kept whether it fits or not; for losses over the
+    global batch, without a pipeline."""
     train_steps: int | None = None
     """Optimizer steps; null: from `epochs`, or 1000 if that is null too."""
     epochs: float | None = None
@@ -275,6 +281,8 @@ class TrainingConfig:
                  self.micro_batch_tokens, "must be >= 1 or null")
         merged = self.first_pass_micro_batches
         require(merged == "auto" or merged >= 1, "training.first_pass_micro_batches", merged, "must be >= 1 or auto")
+        kept = self.keep_activations
+        require(kept == "auto" or kept >= 0, "training.keep_activations", kept, "must be >= 0 or auto")
         require(self.train_steps is None or self.train_steps >= 1, "training.train_steps", self.train_steps,
                  "must be >= 1 or null")
         require(self.exit_duration_minutes is None or self.exit_duration_minutes > 0, "training.exit_duration_minutes",
@@ -397,6 +405,7 @@ class RunConfig:
         check_evaluated(self)
         check_first_pass(self)
         check_transformer_engine(self)
+        check_kept_activations(self)
         if self.task == "embedding":
             self.objective.check_against(num_positives=self.data.num_positives, num_negatives=self.data.num_negatives,
                                          in_batch=self.data.all_in_batch)

@@ -11,6 +11,7 @@ from megatron_embed.config.schema import ParallelConfig, TrainingConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.kernels.reference import ACTIVATIONS
 from megatron_embed.models.attention import attention_window
+from megatron_embed.models.experts import GroupedExperts
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.models.layer import BackboneConfig, PackedSelfAttention, PreNormLayer, RMSNorm
 from megatron_embed.parallel.topology import uses_sequence_parallel, virtual_size
@@ -267,7 +268,7 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
     stored_names = {} if shape.post_norm or fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if shape.num_experts:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+        experts = ModuleSpec(module=GroupedExperts, submodules=linears)
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
     else:
         mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(

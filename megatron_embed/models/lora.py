@@ -7,7 +7,7 @@ trained parameters. Dropout is shared by the modules of one fused linear.
 import functools
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from megatron_embed.platform.compat import (
     plain_linear,
     tensor_parallel,
 )
+from megatron_embed.platform.grouped_linear import GroupedLinear, Groups
 
 
 class SumGradients(torch.autograd.Function):
@@ -179,6 +180,40 @@ class RowLora(Lora):
                      if self.sequence_parallel
                      else tensor_parallel.reduce_from_tensor_model_parallel_region(inner, group=self.group))
         return plain_linear(inner, up)
+
+
+def column_adapters(inputs: Tensor, groups: Groups, loras: Sequence[ColumnLora]) -> Tensor:
+    """[rows, inputs] -> [rows, outputs/etp] of the adapters of column-parallel experts, all alike, for their own rows.
+
+    If the experts are split, an all-reduce of A's gradient over their group.
+    """
+    first, dropped = loras[0], loras[0].dropout_inputs(inputs)
+    assert first.turns == 1, "parts that alternate are those of attention"
+    outputs = []
+    for name, width in first.parts:
+        if name is None:
+            outputs.append(inputs.new_zeros(len(inputs), width))
+        else:
+            pairs = [lora.matrices()[name] for lora in loras]
+            down, up = torch.stack([pair.A for pair in pairs]), [pair.B for pair in pairs]
+            if first.is_split:
+                down = SumGradients.apply(down, first.group)
+            inner = GroupedLinear.apply(dropped, groups, *down.unbind()) * first.scale
+            outputs.append(GroupedLinear.apply(inner, groups, *up))
+    return torch.cat(outputs, dim=-1)
+
+
+def row_adapters(inputs: Tensor, groups: Groups, loras: Sequence[RowLora]) -> Tensor:
+    """[rows, inputs/etp] -> [rows, outputs] of the adapters of row-parallel experts, for their own rows.
+
+    If the experts are split, an all-reduce of B's gradient over their group.
+    """
+    first, pairs = loras[0], [next(iter(lora.matrices().values())) for lora in loras]
+    inner = GroupedLinear.apply(first.dropout_inputs(inputs), groups, *[pair.A for pair in pairs]) * first.scale
+    up = torch.stack([pair.B for pair in pairs])
+    if first.is_split:
+        up = SumGradients.apply(up, first.group)
+    return GroupedLinear.apply(inner, groups, *up.unbind())  # type: ignore[no-any-return]
 
 
 class AdaptedLinear:

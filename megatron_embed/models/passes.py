@@ -1,6 +1,7 @@
 """Forward and backward passes through Megatron's pipeline schedules: training's two passes, and inference."""
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from megatron_embed.models.encoder import DeviceMicroBatch, EmbeddingModel
 from megatron_embed.models.heads import HeadSpec, RerankerHead, fetch_tied_rows
 from megatron_embed.parallel.topology import Topology, virtual_size
-from megatron_embed.platform.compat import DistributedDataParallel, forget_router_losses, get_forward_backward_func
+from megatron_embed.platform.compat import DistributedDataParallel, get_forward_backward_func
 
 LossFunction = Callable[..., Any]
 
@@ -22,6 +23,7 @@ def run_schedule(
     loss_of: Callable[[int], LossFunction],
     *,
     forward_only: bool,
+    computed: deque[Tensor] | None = None,
 ) -> list[Any]:
     """Run every micro-batch once through the pipeline.
 
@@ -30,6 +32,8 @@ def run_schedule(
         batches: the step's micro-batches, of equal length with pipeline parallelism.
         loss_of: micro-batch index -> the schedule's loss function for it, called on the last stage.
         forward_only: collect `loss(output, non_loss_data=True)` without gradients.
+        computed: outputs of the first micro-batches, with their graphs, which are not run again; each is taken out when
+            its turn comes. Not with pipeline parallelism.
     Returns:
         The loss functions' results, in micro-batch order; empty before the last stage.
         Communicates over the pipeline, tensor-, context- and expert-parallel groups and, with backward, data-parallel.
@@ -39,12 +43,11 @@ def run_schedule(
     def forward_step(enumerated: Iterator[tuple[int, DeviceMicroBatch]],
                      model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         index, batch = next(enumerated)
-        return model(batch), loss_of(index)
+        return computed.popleft() if computed else model(batch), loss_of(index)
 
     tied = tied_parts(chunks)
     if tied is not None:
         fetch_tied_rows(*tied, topology)
-    forget_router_losses()
     iterators = [iter(list(enumerate(batches))) for _ in chunks]
     schedule = get_forward_backward_func(topology.pp_size, virtual_size(topology.sizes))
     return schedule(
@@ -84,22 +87,33 @@ def tied_parts(
     return word_embeddings, last.head, spec, first.shape.hidden_size
 
 
-def embed(chunks: Sequence[torch.nn.Module], batches: Sequence[DeviceMicroBatch], topology: Topology) -> Tensor | None:
+def embed(chunks: Sequence[torch.nn.Module], batches: Sequence[DeviceMicroBatch], topology: Topology,
+          before: Sequence[tuple[DeviceMicroBatch, Tensor]] = ()) -> Tensor | None:
     """Embeddings of all rows of `batches`, without a graph.
 
+    Args:
+        before: further micro-batches with their outputs, which are not run again.
     Returns:
         [rows, dim] float32 on the last pipeline stage, ordered by row id; None on the others.
     """
+    with torch.no_grad():
+        outputs = [output for _, output in before] + forward(chunks, batches, topology)
+    if not topology.is_last_stage:
+        return None
+    batches = [*(batch for batch, _ in before), *batches]
+    row_ids = [batch.valid_rows for batch in batches]
+    embeddings = torch.cat([output[: len(rows)] for output, rows in zip(outputs, row_ids, strict=True)]).detach()
+    num_rows = max(batch.num_rows for batch in batches)
+    # Inference may repeat micro-batches; repeated rows are written once.
+    return embeddings.new_empty(num_rows, embeddings.shape[1]).index_copy_(0, torch.cat(row_ids), embeddings)
+
+
+def forward(chunks: Sequence[torch.nn.Module], batches: Sequence[DeviceMicroBatch],
+            topology: Topology) -> list[Tensor]:
+    """[rows, dim] float32 of each micro-batch, in order, with its graph unless gradients are off; empty before the last
+    pipeline stage."""
 
     def collect(index: int) -> LossFunction:
         return lambda output, non_loss_data: output
 
-    with torch.no_grad():
-        outputs = run_schedule(chunks, batches, topology, collect, forward_only=True)
-    if not topology.is_last_stage:
-        return None
-    row_ids = [batch.valid_rows for batch in batches]
-    embeddings = torch.cat([output[: len(rows)] for output, rows in zip(outputs, row_ids, strict=True)])
-    num_rows = max(batch.num_rows for batch in batches)
-    # Inference may repeat micro-batches; repeated rows are written once.
-    return embeddings.new_empty(num_rows, embeddings.shape[1]).index_copy_(0, torch.cat(row_ids), embeddings)
+    return run_schedule(chunks, batches, topology, collect, forward_only=True) if batches else []

@@ -11,6 +11,7 @@ from megatron_embed.planning.shapes import checkpoint_at, has_adapters, model_fi
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
     from megatron_embed.models.families import ModelShape
+    from megatron_embed.models.lora_settings import AdapterSettings
     from megatron_embed.planning.parameters import AdaptedLinears
 
 
@@ -85,6 +86,11 @@ def with_adapters_of_model(config: "RunConfig", shape: "ModelShape") -> "RunConf
         if saved is None:
             return config
         settings = saved
+    return with_adapters(config, settings)
+
+
+def with_adapters(config: "RunConfig", settings: "AdapterSettings") -> "RunConfig":
+    """The configuration with these adapters in section `lora`."""
     lora = dataclasses.replace(config.lora, rank=settings.rank, alpha=settings.alpha,
                                use_rslora=settings.use_rslora, target_modules=settings.modules)
     return dataclasses.replace(config, lora=lora)

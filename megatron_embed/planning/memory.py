@@ -205,6 +205,19 @@ def first_pass_micro_batches(config: RunConfig, shape: ModelShape, grid: Grid) -
     return auto_first_pass(config, shape, grid) if asked == "auto" else asked
 
 
+SHARE_FOR_KEPT = 0.9
+"""Share of a GPU's memory that a run may need which keeps activations for the second pass, since they are an
+estimate."""
+
+
+def kept_tokens(config: RunConfig, shape: ModelShape, grid: Grid, room: float,
+                adapted: AdaptedLinears | None = None) -> int:
+    """Tokens of a data-parallel rank whose activations fit into `room` bytes of each of its ranks, without a
+    pipeline."""
+    each = activation_bytes(config, shape, grid, 0, adapted) * (1 + FRAGMENTATION)
+    return max(0, int(room / each * grid.micro_batch_tokens))
+
+
 def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> int:
     """Loss bytes, on the last stage: this rank's embeddings, all documents and their gradient, one tile.
 
@@ -226,11 +239,21 @@ def stage_memory(config: RunConfig, shape: ModelShape, grid: Grid, stage: int,
         "parameters": DTYPE_BYTES[config.model.dtype] * held.total,
         "gradients": 4 * held.trained.total,
         "optimizer": optimizer_bytes(config, held.trained, grid),
-        "activations": max(activation_bytes(config, shape, grid, stage, adapted), first_pass_bytes(
-            config, shape, grid, first_pass_micro_batches(config, shape, grid))),
+        "activations": _activations_of_both_passes(config, shape, grid, stage, adapted),
         "loss": loss_bytes(config, shape, grid, stage)}
     return Memory(**known, reserve=RESERVE_BYTES + int(FRAGMENTATION * sum(known.values())),
                   host=host_bytes(config, held.trained, grid), save=save_bytes(config, held, grid))
+
+
+def _activations_of_both_passes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int,
+                                adapted: AdaptedLinears | None) -> int:
+    """Most bytes of activations in a step: those of the second pass, or of the first one beside what a set
+    `training.keep_activations` keeps. `auto` fills what is left, and is not counted."""
+    asked = config.training.keep_activations
+    kept = 0 if asked == "auto" else min(asked, grid.num_microbatches)
+    each = activation_bytes(config, shape, grid, stage, adapted)
+    first = first_pass_bytes(config, shape, grid, first_pass_micro_batches(config, shape, grid))
+    return max(each, kept * each + (first if kept < grid.num_microbatches else 0))
 
 
 def worst_stage(config: RunConfig, shape: ModelShape, grid: Grid,

@@ -91,7 +91,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
@@ -115,9 +115,11 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_te_version, is_te_min_version
 
+from megatron_embed.platform import expert_permutation
 from megatron_embed.platform import threaded_checkpoint_writer as writer
 
 writer.install()
+expert_permutation.install(token_dispatcher)
 # 0.16.1 leaves the name undefined without Transformer Engine, and the router of a mixture of experts reads it.
 vars(moe_utils).setdefault("te_general_gemm", None)
 for _name, _method in list(vars(TopKRouter).items()):

@@ -31,6 +31,7 @@ from megatron_embed.parallel.collectives import raise_on_all_ranks, smallest
 from megatron_embed.parallel.heartbeat import monitor_ranks
 from megatron_embed.parallel.lost_rank import abort
 from megatron_embed.parallel.topology import Topology, initialize
+from megatron_embed.planning.advice import with_adapters
 from megatron_embed.platform.stop_signal import finishing
 from megatron_embed.run.introduction import introduction, summary
 from megatron_embed.run.preflight import output_directories, read_inputs
@@ -43,10 +44,11 @@ from megatron_embed.run.run_directory import (
     resume_state,
     with_known_choices,
 )
-from megatron_embed.run.task import Inputs, TaskParts
+from megatron_embed.run.task import Inputs, Task, TaskParts
 from megatron_embed.training.first_pass import build_first_pass
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.health import Health
+from megatron_embed.training.kept_activations import build_kept_activations
 from megatron_embed.training.loop import Hooks, train
 from megatron_embed.training.metrics import MetricsWriter, OnStep
 from megatron_embed.training.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
@@ -113,7 +115,8 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest,
     first_step = resume(inputs.resume_state, state)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
                           kernel=attention_kernel(config), has_dropout=config.has_dropout,
-                          first_pass=build_first_pass(config, task.model.shape, topology))
+                          first_pass=build_first_pass(config, task.model.shape, topology),
+                          kept=build_kept_activations(with_trained_adapters(config, task), task.model.shape, topology))
     trainer = Trainer(chunks=wrapped, grad_cache=gradients, optimizer=optimizer, scheduler=scheduler)
     parts = task.build(inputs, topology, models, wrapped)
     best = best_checkpoint(config, first_step)
@@ -137,6 +140,12 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest,
     if metrics and topology.rank == 0:
         logger.info("%s", summary(inputs, metrics, best, seconds=time.monotonic() - started))
     return metrics
+
+
+def with_trained_adapters(config: RunConfig, task: Task) -> RunConfig:
+    """The configuration with the adapters that the run trains in section `lora`, also if its model has them."""
+    adapters = adapters_of(config.lora, task.model)
+    return config if adapters is None else with_adapters(config, adapters)
 
 
 def build_writer(inputs: Inputs, first_step: int, on_step: OnStep | None, *, active: bool) -> MetricsWriter:

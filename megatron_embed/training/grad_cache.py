@@ -6,10 +6,12 @@ InfoNCE needs the embeddings of the whole global batch, and memory holds the act
   2. gathers them over the data-parallel ranks and computes the loss and its gradient g with respect to each embedding;
   3. runs every micro-batch again, with a graph, dropout as in the first pass, and the surrogate loss <g, e>. By the
      chain rule its gradient with respect to the parameters is that of the loss over the global batch.
-Both passes run Megatron's pipeline schedules. If a step is one micro-batch, or the loss needs no other micro-batch, one
-ordinary forward and backward pass is enough.
+Where memory allows, the first micro-batches keep their activations from 1 to 3, which then has only their backward
+passes left (see kept_activations.py). Both passes run Megatron's pipeline schedules. If a step is one micro-batch, or
+the loss needs no other micro-batch, one ordinary forward and backward pass is enough.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
@@ -19,12 +21,13 @@ from torch import Tensor
 
 from megatron_embed.batch import MicroBatch
 from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, EmbeddingModel, to_device
-from megatron_embed.models.passes import embed, run_schedule
+from megatron_embed.models.passes import embed, forward, run_schedule
 from megatron_embed.objectives.base import Batch, LossGradient, Objective, Sums
 from megatron_embed.parallel.collectives import send_from_last
 from megatron_embed.parallel.topology import Topology
-from megatron_embed.platform.compat import get_all_rng_states, set_all_rng_states
+from megatron_embed.platform.compat import forget_router_losses, get_all_rng_states, set_all_rng_states
 from megatron_embed.training.first_pass import FirstPass
+from megatron_embed.training.kept_activations import KeptActivations
 from megatron_embed.training.scaling import surrogate_factor
 
 
@@ -45,23 +48,32 @@ class GradCache(Generic[Batch]):
     first_pass: FirstPass | None = None
     """Makes larger micro-batches for the first pass; None: it has those of the second. None with dropout, whose random
     numbers follow the micro-batches."""
+    kept: KeptActivations | None = None
+    """Chooses the micro-batches whose activations are kept for the second pass; None: none are."""
 
     def __call__(self, batch: Batch) -> Sums:
         """Fill the gradient buffers and return the sums for the metrics.
 
         By two passes, or by one if no row's loss depends on other micro-batches.
         """
+        forget_router_losses()
         batches = self._on_device(batch.micro_batches)
         if len(batches) == 1 or not self.objective.couples_batch:
             return self.one_pass(batch, batches)
         return self.two_pass(batch, batches)
 
     def two_pass(self, batch: Batch, batches: list[DeviceMicroBatch]) -> Sums:
-        """A loss over the global batch; holds the activations of one micro-batch at a time (1F1B: of one per stage)."""
+        """A loss over the global batch.
+
+        Holds the activations of one micro-batch at a time (1F1B: of one per stage), or of those that are kept.
+        """
         assert self.first_pass is None or not self.has_dropout, "pass 2 could not drop what pass 1 dropped"
+        kept = 0 if self.kept is None else self.kept.count(batch.micro_batches, self.topology.dp_group)
+        outputs = deque(forward(self.chunks, batches[:kept], self.topology))    # pass 1, with activations
         rng = get_all_rng_states() if self.has_dropout else None
-        first = batches if self.first_pass is None else self._on_device(self.first_pass(batch.micro_batches))
-        embeddings = embed(self.chunks, first, self.topology)                   # pass 1: no graph, every row
+        rest = batches[kept:] if self.first_pass is None else self._on_device(
+            self.first_pass(batch.micro_batches[kept:]))
+        embeddings = embed(self.chunks, rest, self.topology, before=list(zip(batches, outputs, strict=False)))
         grad = self._loss(embeddings, batch)                                     # needs other data-parallel ranks' rows
         if rng is not None:
             set_all_rng_states(*rng)                                             # pass 2 drops what pass 1 dropped
@@ -75,7 +87,7 @@ class GradCache(Generic[Batch]):
 
             return loss
 
-        run_schedule(self.chunks, batches, self.topology, surrogate, forward_only=False)   # pass 2
+        run_schedule(self.chunks, batches, self.topology, surrogate, forward_only=False, computed=outputs)   # pass 2
         return self._broadcast_from_last_stage(None if grad is None else grad.sums.values)
 
     def one_pass(self, batch: Batch, batches: list[DeviceMicroBatch]) -> Sums:

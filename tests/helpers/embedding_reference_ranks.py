@@ -66,6 +66,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
     from megatron_embed.training.bin_sync import agree_on_bins
     from megatron_embed.training.first_pass import build_first_pass
     from megatron_embed.training.grad_cache import GradCache
+    from megatron_embed.training.kept_activations import build_kept_activations
     from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
     from megatron_embed.training.step import seed_step
 
@@ -82,7 +83,8 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
     objective = build_objective(config, group, split)
     gradients = GradCache(chunks=wrapped, models=chunks, topology=topology, objective=objective,
                           kernel=case.kernel, has_dropout=False,
-                          first_pass=build_first_pass(config, model.shape, topology))
+                          first_pass=build_first_pass(config, model.shape, topology),
+                          kept=build_kept_activations(config, model.shape, topology))
     batch = _load_batch(case, config, folder, topology)
     bins = len(batch.micro_batches)
     if case.tokens is not None:
@@ -131,9 +133,9 @@ def _with_sabotage(sabotage: Sabotage | None, gradients: Any, batch: Any) -> Any
 
     factor, schedule, gather = module.surrogate_factor, module.run_schedule, objective.gather_ids
 
-    def swapped(chunks: Any, batches: Any, topology: Any, loss_of: Any, *, forward_only: bool) -> Any:
+    def swapped(chunks: Any, batches: Any, topology: Any, loss_of: Any, **settings: Any) -> Any:
         order = [1, 0, *range(2, len(batches))]
-        return schedule(chunks, batches, topology, lambda index: loss_of(order[index]), forward_only=forward_only)
+        return schedule(chunks, batches, topology, lambda index: loss_of(order[index]), **settings)
 
     def ids_of_another_rank(*args: Any, **kwargs: Any) -> Any:
         ids = gather(*args, **kwargs)
@@ -145,8 +147,7 @@ def _with_sabotage(sabotage: Sabotage | None, gradients: Any, batch: Any) -> Any
         if sabotage == "factor":
             module.surrogate_factor = lambda *sizes: 1.001 * factor(*sizes)
         if sabotage == "order":
-            module.run_schedule = lambda *args, forward_only: (
-                schedule if forward_only else swapped)(*args, forward_only=forward_only)
+            module.run_schedule = swapped
         return gradients(batch)
     finally:
         module.surrogate_factor, module.run_schedule, objective.gather_ids = factor, schedule, gather

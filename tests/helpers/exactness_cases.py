@@ -108,6 +108,8 @@ class Case:
     """`training.first_pass_micro_batches`."""
     kernel: Literal["sdpa", "flash"] = "sdpa"
     """flash: on the pretend device, whose kernels then compute in float32 as well."""
+    keep: int = 0
+    """`training.keep_activations`."""
 
     @property
     def model(self) -> str:
@@ -126,6 +128,7 @@ class Case:
     def __str__(self) -> str:
         words = [self.kind, str(self.layout), f"{self.tokens} tokens" if self.tokens else f"M{self.micro_batches}"]
         words += [f"first pass x{self.first_pass}"] if self.first_pass > 1 else []
+        words += [f"{self.keep} kept"] if self.keep else []
         words += ["micro-batch negatives"] if self.negatives == "micro_batch" else []
         words += ["distributed"] if self.distributed else []
         words += ["adapters"] if self.adapters else []
@@ -180,7 +183,7 @@ def all_cases() -> list[Case]:
     cases += [Case(kind=kind, layout=Layout(cp=2), micro_batches=1, rows="long") for kind in KINDS]
     cases += [Case(kind=kind, layout=Layout(tp=2, pp=2), micro_batches=2, recompute=recompute)
               for kind in KINDS for recompute in RECOMPUTE]
-    cases += token_cases() + micro_batch_cases()
+    cases += token_cases() + micro_batch_cases() + kept_cases()
     return sorted(cases, key=lambda case: (*SINGLE, *COMBINED).index(case.layout))
 
 
@@ -200,6 +203,19 @@ def token_cases() -> list[Case]:
     cases += [Case(kind=kind, layout=layout, tokens=48, rows="lopsided")
               for layout in (Layout(dp=2), Layout(pp=2, vpp=2, dp=2)) for kind in KINDS]
     cases.append(Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), tokens=48, rows="lopsided", aux=AUX_COEFFICIENT))
+    return cases
+
+
+def kept_cases() -> list[Case]:
+    """Steps whose first micro-batches keep their activations: some of them, or all."""
+    layouts = (Layout(), Layout(dp=2), Layout(tp=2), Layout(cp=2), Layout(tp=2, dp=2))
+    cases = [Case(kind=kind, layout=layout, micro_batches=4, keep=1 + (index + turn) % 4, distributed=turn % 2 == 0,
+                  rows="masked" if (index + turn) % 2 else "short", recompute=("none", "full")[(index + turn) % 3 == 0])
+             for index, layout in enumerate(layouts) for turn, kind in enumerate(KINDS[:2])]
+    cases += [Case(kind="qwen3_moe", layout=layout, micro_batches=4, keep=keep, aux=AUX_COEFFICIENT)
+              for layout, keep in ((Layout(dp=2, ep=2), 2), (Layout(tp=2, etp=2), 3), (Layout(tp=2, ep=2), 4))]
+    cases.append(Case(kind="qwen3", layout=Layout(dp=2), tokens=144, rows="masked", keep=1, overlap=True,
+                      distributed=True))
     return cases
 
 
@@ -256,6 +272,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
         training=TrainingConfig(
             global_batch_size=rows.count, micro_batch_size=rows.count // (layout.dp * max(1, case.micro_batches)),
             micro_batch_tokens=case.tokens, first_pass_micro_batches=case.first_pass,
+            keep_activations=case.keep,
             moe_aux_loss_coefficient=case.aux, recompute=case.recompute),
         optimizer=OptimizerConfig(distributed=case.distributed, overlap_grad_reduce=case.overlap,
                                   overlap_param_gather=case.overlap))

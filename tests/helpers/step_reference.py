@@ -65,12 +65,16 @@ class Built(Opened):
 
 
 def build(config, rows=ROWS):
-    """The model in DDP with its GradCache, and this rank's batch of the first rows. Called by all ranks."""
+    """The model in DDP with its GradCache, and this rank's batch of the first rows. Called by all ranks.
+
+    Both passes are whole unless `training.keep_activations` is a number.
+    """
     from megatron_embed.models.encoder import attention_kernel
     from megatron_embed.objectives.build import build_objective
     from megatron_embed.parallel.topology import token_alignment
     from megatron_embed.training.first_pass import build_first_pass
     from megatron_embed.training.grad_cache import GradCache
+    from megatron_embed.training.kept_activations import build_kept_activations
     from megatron_embed.training.optimizer import wrap_in_ddp
     from megatron_embed.training.step import seed_step
 
@@ -78,9 +82,11 @@ def build(config, rows=ROWS):
     topology = opened.topology
     wrapped = wrap_in_ddp(opened.chunks, config, topology)
     objective = build_objective(config, topology.dp_group, topology.model_parallel_groups)
+    shape = opened.chunks[0].shape
+    kept = None if config.training.keep_activations == "auto" else build_kept_activations(config, shape, topology)
     gradients = GradCache(chunks=wrapped, models=opened.chunks, topology=topology, objective=objective,
                           kernel=attention_kernel(config), has_dropout=config.has_dropout,
-                          first_pass=build_first_pass(config, opened.chunks[0].shape, topology))
+                          first_pass=build_first_pass(config, shape, topology), kept=kept)
     share = rows // topology.dp_size
     records = real_records(rows)[topology.dp_rank * share : (topology.dp_rank + 1) * share]
     batch = batch_of(config.model.path, records, micro_batch_size=config.training.micro_batch_size,

@@ -70,6 +70,7 @@ def measured(config, tokens, micro_batches):
     from megatron_embed.models.encoder import to_device
     from megatron_embed.models.passes import run_schedule
     from megatron_embed.parallel.topology import initialize
+    from megatron_embed.platform.compat import forget_router_losses
     from megatron_embed.training.optimizer import wrap_in_ddp
     from megatron_embed.training.step import seed_step
 
@@ -85,6 +86,7 @@ def measured(config, tokens, micro_batches):
         return result.reshape(result.shape[0], 1, -1)
 
     def step():
+        forget_router_losses()
         run_schedule(wrapped, batches, topology, lambda micro_batch: lambda output: (output.square().sum(), None),
                      forward_only=False)
 

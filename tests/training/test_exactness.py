@@ -33,7 +33,7 @@ FAST = (
     Case(kind="qwen3", layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=3, rows="masked", first_pass=2),
     Case(kind="bert", layout=Layout(cp=2), micro_batches=2),
     Case(kind="qwen3", layout=Layout(tp=2, pp=2), micro_batches=4, first_pass=3, recompute="full", rows="masked"),
-    Case(kind="bert", layout=Layout(tp=2, dp=2), tokens=176, distributed=True, first_pass=3),
+    Case(kind="bert", layout=Layout(tp=2, dp=2), tokens=176, distributed=True, first_pass=3, keep=1),
     Case(kind="qwen3", layout=Layout(cp=2, dp=2), tokens=128, rows="masked", first_pass=4),
     Case(kind="qwen3_moe", layout=Layout(pp=2, dp=2, ep=2), micro_batches=2),
 )
@@ -92,6 +92,10 @@ LARGER_FIRST_PASS = (
     Case(kind="qwen3", layout=Layout(pp=2, cp=2), micro_batches=4, rows="masked", first_pass=2),
     Case(kind="qwen3", layout=Layout(dp=2), tokens=128, rows="masked", first_pass=2, overlap=True, distributed=True),
     Case(kind="qwen3", layout=Layout(dp=2), tokens=144, rows="masked", first_pass=4, adapters=True),
+    Case(kind="qwen3", layout=Layout(dp=2), tokens=128, rows="masked", first_pass=2, keep=1, overlap=True,
+         distributed=True),
+    Case(kind="bert", layout=Layout(dp=2), tokens=48, rows="lopsided", first_pass=3, keep=2),
+    Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), micro_batches=4, aux=0.1, first_pass=2, keep=2),
 )
 
 
