@@ -60,7 +60,7 @@ class GradCache(Generic[Batch]):
         """A loss over the global batch; holds the activations of one micro-batch at a time (1F1B: of one per stage)."""
         assert self.first_pass is None or not self.has_dropout, "pass 2 could not drop what pass 1 dropped"
         rng = get_all_rng_states() if self.has_dropout else None
-        first = batches if self.first_pass is None else self._on_device(self.first_pass(batch.micro_batches))
+        first = batches if self.first_pass is None else self._merged(batch)
         embeddings = embed(self.chunks, first, self.topology)                   # pass 1: no graph, every row
         grad = self._loss(embeddings, batch)                                     # needs other data-parallel ranks' rows
         if rng is not None:
@@ -99,7 +99,7 @@ class GradCache(Generic[Batch]):
 
     def evaluate(self, batch: Batch) -> Sums:
         """The objective's metrics over these rows: the first pass alone, no gradient."""
-        batches = self._on_device(batch.micro_batches)
+        batches = self._merged(batch) if self.objective.couples_batch else self._on_device(batch.micro_batches)
         embeddings = embed(self.chunks, batches, self.topology)
         if embeddings is None:
             return self._broadcast_from_last_stage(None)
@@ -110,6 +110,10 @@ class GradCache(Generic[Batch]):
         for part, micro in zip(self.objective.split(batch), batches, strict=True):
             values.append(self.objective(embeddings[micro.valid_rows.sort().values], part, total=total).sums.values)
         return self._broadcast_from_last_stage(torch.stack(values).sum(dim=0))
+
+    def _merged(self, batch: Batch) -> list[DeviceMicroBatch]:
+        """The micro-batches of the first pass."""
+        return self._on_device(batch.micro_batches if self.first_pass is None else self.first_pass(batch.micro_batches))
 
     def _on_device(self, micro_batches: Sequence[MicroBatch]) -> list[DeviceMicroBatch]:
         model = self.models[0]
