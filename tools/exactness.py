@@ -138,6 +138,7 @@ def main() -> int:
         results = run_cases(oracle, [case for case in all_cases() if arguments.only in str(case)])
         exact = all(outcome.exact for _, outcome in results)
         if not arguments.only:
+            oracle.make_model("qwen3")
             curve_table, agree = curves(Path(name))
             exact = exact and agree
     shutdown_ranks()
