@@ -168,6 +168,7 @@ def main() -> int:
         results, flash_results = run_cases(oracle, cases), run_cases(oracle, by_flash)
         exact = all(outcome.exact for _, outcome in results + flash_results)
         if not arguments.only:
+            oracle.make_model("qwen3")
             curve_table, agree = curves(Path(name))
             exact = exact and agree
     shutdown_ranks()

@@ -34,19 +34,22 @@ def run(args: argparse.Namespace) -> int:
     """Print counts of the data; the first row that cannot be used is refused with its file and line."""
     from megatron_embed.data.check import check_records, describe
     from megatron_embed.data.dataset import open_records
-    from megatron_embed.data.loader import check_prompts
-    from megatron_embed.loading.model_directory import find_model
-    from megatron_embed.run.embedding_task import open_tokenizer
-    from megatron_embed.run.inherit import inherited
 
-    config, model = _config_of(args), None
+    config, tokenizer = _config_of(args), None
     if _is_config(args) or args.model is not None:
+        # Here, because they load torch and Megatron-Core, which takes seconds.
+        from megatron_embed.data.loader import check_prompts
+        from megatron_embed.loading.model_directory import find_model
+        from megatron_embed.run.embedding_task import open_tokenizer
+        from megatron_embed.run.inherit import inherited
+
         model = find_model(config.model.path)
         config = inherited(config, model)
-    records = open_records(config.data.files, kind=None)
-    tokenizer = None if model is None else open_tokenizer(config, model)
-    if tokenizer is not None:
+        records = open_records(config.data.files, kind=None)
+        tokenizer = open_tokenizer(config, model)
         check_prompts(records, tokenizer)
+    else:
+        records = open_records(config.data.files, kind=None)
     roles: tuple[Role, ...] = ("query", "document")
     lengths = {role: config.data.max_length(role) for role in roles}
     counts = check_records(records, num_negatives=

@@ -70,17 +70,15 @@ def refuse_deep_value(value: object, raw: bytes) -> None:
     """Raises ValueError if the value of this JSON text is nested more than DEEPEST levels deep."""
     if raw.count(b"[") + raw.count(b"{") <= DEEPEST:
         return
-    level, depth = [value], 0
+    level, depth = [value] if isinstance(value, (dict, list)) else [], 0
     while level:
         depth += 1
         if depth > DEEPEST + 1:
             raise too_deep()
         inner: list[object] = []
         for item in level:
-            if isinstance(item, dict):
-                inner.extend(item.values())
-            elif isinstance(item, list):
-                inner.extend(item)
+            values = item.values() if isinstance(item, dict) else item
+            inner.extend(value for value in values if isinstance(value, (dict, list)))
         level = inner
 
 

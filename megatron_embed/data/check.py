@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.records import AnyRecord, Record, documents_in_use, id_on_both_sides, text_id
-from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.names import Role
+
+if TYPE_CHECKING:
+    from megatron_embed.data.tokenizer import RoleTokenizer
 
 _CHUNK_ROWS = 2048
 _SMALLEST_BIN = 16
@@ -19,8 +21,8 @@ _ALL = 2**31
 Counts = dict[str, Any]
 
 
-def check_records(records: RecordSet, *, num_negatives: int | None, num_positives: int, tokenizer: RoleTokenizer | None,
-                  max_lengths: dict[Role, int]) -> list[Counts]:
+def check_records(records: RecordSet, *, num_negatives: int | None, num_positives: int,
+                  tokenizer: "RoleTokenizer | None", max_lengths: dict[Role, int]) -> list[Counts]:
     """Counts of each entry, which `describe` prints; docs/data.md explains them.
 
     Args:
@@ -33,7 +35,7 @@ def check_records(records: RecordSet, *, num_negatives: int | None, num_positive
     return [_check_entry(file, (num_negatives, num_positives), tokenizer, max_lengths) for file in records.files]
 
 
-def _check_entry(file: Sequence[AnyRecord], used: tuple[int | None, int], tokenizer: RoleTokenizer | None,
+def _check_entry(file: Sequence[AnyRecord], used: tuple[int | None, int], tokenizer: "RoleTokenizer | None",
                  max_lengths: dict[Role, int]) -> Counts:
     hashes: dict[str, list[int]] = {"query": [], "first positive": []}
     lengths: dict[Role, list[int]] = {"query": [], "document": []}
@@ -73,7 +75,7 @@ def _parts(file: Sequence[AnyRecord]) -> Iterator[list[AnyRecord]]:
         yield part
 
 
-def _count_tokens(part: Sequence[AnyRecord], used: tuple[int | None, int], tokenizer: RoleTokenizer,
+def _count_tokens(part: Sequence[AnyRecord], used: tuple[int | None, int], tokenizer: "RoleTokenizer",
                   lengths: dict[Role, list[int]]) -> None:
     """Add the length of every text of these rows that training uses."""
     lengths["query"] += tokenizer.count_tokens(

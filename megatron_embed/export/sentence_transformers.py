@@ -103,7 +103,8 @@ def _set_truncation_side(directory: Path, side: TruncationSide) -> None:
     file = directory / "tokenizer.json"
     values = read_optional_json_object(file, LARGEST_TOKENIZER)
     truncation = values.get("truncation")
-    if isinstance(truncation, dict) and truncation.get("direction") != side.capitalize():
+    # Without a direction the library cuts on the right.
+    if isinstance(truncation, dict) and truncation.get("direction", "Right") != side.capitalize():
         values["truncation"] = {**truncation, "direction": side.capitalize()}
         file.write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
 

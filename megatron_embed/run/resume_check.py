@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.load import read_resolved, to_dict
+from megatron_embed.config.optimizer import OptimizerConfig
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.data.dataset import RecordSet
@@ -19,6 +20,7 @@ from megatron_embed.models.lora_settings import AdapterSettings
 from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.run.run_directory import DATA_FILE, describe_rows, with_known_choices
 from megatron_embed.run.task import Task
+from megatron_embed.training.optimizer import overlaps
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +61,9 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
         raise _refusal(checkpoint, "data.train", [item.path for item in config.data.train],
                        f"{len(records)} rows that are not the {known['rows']} rows this run began with "
                        f"({before.get('data.train')})")
+    same = _equal_overlaps(config, before, task)
     changed = [f"{key}: {_shown(before[key])} -> {_shown(value)}" for key, value in now.items()
-               if key in before and before[key] != value]
+               if key in before and before[key] != value and key not in same]
     if changed:
         logger.info("resuming %s with other settings: %s", checkpoint, "; ".join(changed))
 
@@ -74,6 +77,19 @@ def _fixed_keys(config: RunConfig, before: Mapping[str, Any]) -> tuple[str, ...]
     if config.objective.learnable_temperature:  # which began there, and the checkpoint knows where it is
         keys += ("objective.temperature", "objective.bias")
     return keys
+
+
+def _equal_overlaps(config: RunConfig, before: Mapping[str, Any], task: Task) -> set[str]:
+    """Keys of overlapping communication with equal effect before and now, as `false` and `auto` on a CPU."""
+    names = ("overlap_grad_reduce", "overlap_param_gather", "distributed")
+    old = {name: before[f"optimizer.{name}"] for name in names if f"optimizer.{name}" in before}
+    if len(old) < len(names):
+        return set()
+    resolved = [overlaps(each, has_adapters=adapters_of(config.lora, task.model) is not None,
+                         has_head=task.head is not None,
+                         has_tied_head=task.head is not None and task.head.is_tied(task.model.shape))
+                for each in (OptimizerConfig(**old), config.optimizer)]
+    return {f"optimizer.{name}" for name, one, other in zip(names, *resolved, strict=False) if one == other}
 
 
 def _check_weights(config: RunConfig, checkpoint: Path, files: Sequence[dict[str, Any]]) -> None:

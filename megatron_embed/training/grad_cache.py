@@ -71,8 +71,7 @@ class GradCache(Generic[Batch]):
         kept = 0 if self.kept is None else self.kept.count(batch.micro_batches, self.topology.dp_group)
         outputs = deque(forward(self.chunks, batches[:kept], self.topology))    # pass 1, with activations
         rng = get_all_rng_states() if self.has_dropout else None
-        rest = batches[kept:] if self.first_pass is None else self._on_device(
-            self.first_pass(batch.micro_batches[kept:]))
+        rest = batches[kept:] if self.first_pass is None else self._merged(batch.micro_batches[kept:])
         embeddings = embed(self.chunks, rest, self.topology, before=list(zip(batches, outputs, strict=False)))
         grad = self._loss(embeddings, batch)                                     # needs other data-parallel ranks' rows
         if rng is not None:
@@ -111,7 +110,8 @@ class GradCache(Generic[Batch]):
 
     def evaluate(self, batch: Batch) -> Sums:
         """The objective's metrics over these rows: the first pass alone, no gradient."""
-        batches = self._on_device(batch.micro_batches)
+        prepare = self._merged if self.objective.couples_batch else self._on_device
+        batches = prepare(batch.micro_batches)
         embeddings = embed(self.chunks, batches, self.topology)
         if embeddings is None:
             return self._broadcast_from_last_stage(None)
@@ -122,6 +122,10 @@ class GradCache(Generic[Batch]):
         for part, micro in zip(self.objective.split(batch), batches, strict=True):
             values.append(self.objective(embeddings[micro.valid_rows.sort().values], part, total=total).sums.values)
         return self._broadcast_from_last_stage(torch.stack(values).sum(dim=0))
+
+    def _merged(self, micro_batches: Sequence[MicroBatch]) -> list[DeviceMicroBatch]:
+        """These micro-batches as a pass without gradients embeds them."""
+        return self._on_device(micro_batches if self.first_pass is None else self.first_pass(micro_batches))
 
     def _on_device(self, micro_batches: Sequence[MicroBatch]) -> list[DeviceMicroBatch]:
         model = self.models[0]

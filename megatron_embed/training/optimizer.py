@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_embed.config.optimizer import OWN_READERS
+from megatron_embed.config.optimizer import OptimizerConfig as OptimizerSettings
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel
@@ -97,9 +98,8 @@ def check_optimizer(config: RunConfig, *, has_adapters: bool, has_tied_head: boo
         raise ConfigError(f"optimizer.overlap_param_gather = True: {OWN_READERS}", key="optimizer.overlap_param_gather")
 
 
-def overlaps(config: RunConfig, *, has_adapters: bool, has_head: bool, has_tied_head: bool) -> tuple[bool, bool]:
+def overlaps(asked: OptimizerSettings, *, has_adapters: bool, has_head: bool, has_tied_head: bool) -> tuple[bool, bool]:
     """(optimizer.overlap_grad_reduce, optimizer.overlap_param_gather) with `auto` resolved, see their docs."""
-    asked = config.optimizer
     reduce = HAS_CUDA and not has_tied_head if asked.overlap_grad_reduce == "auto" else asked.overlap_grad_reduce
     gather = asked.overlap_param_gather
     if gather == "auto":
@@ -115,7 +115,7 @@ def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: T
     """
     tied = tied_parts(chunks)
     overlap_reduce, overlap_gather = overlaps(
-        config, has_adapters=any(isinstance(module, Lora) for module in chunks[0].modules()),
+        config.optimizer, has_adapters=any(isinstance(module, Lora) for module in chunks[0].modules()),
         has_head=chunks[0].head_spec is not None, has_tied_head=tied is not None)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed, check_for_nan_in_grad=False,

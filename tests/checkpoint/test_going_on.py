@@ -100,12 +100,19 @@ def test_other_changes_take_effect_and_are_logged(write, tmp_path):
     path = write(training={"learning_rate": 5e-4, "micro_batch_size": 4, "lr_decay_style": "constant",
                            "adam_beta1": 0.5, "weight_decay": 0.5},
                  parallel=layout(2), objective={"temperature": 0.5}, model={"dtype": "bfloat16"})
+    before = tmp_path / "run" / "step_000002" / "config.yaml"
+    values = yaml.safe_load(before.read_text())
+    assert values["optimizer"]["overlap_param_gather"] == "auto"
+    values["optimizer"] |= {"overlap_grad_reduce": True, "overlap_param_gather": False}
+    before.write_text(yaml.safe_dump(values))
     results = run_on_ranks(command_with_log, 2, ["train", path])
     assert [code for code, *_ in results] == [0, 0], results[0][1]
     log = results[0][1]
     for words in ("training.learning_rate: 0.001 -> 0.0005", "training.micro_batch_size: 2 -> 4",
-                  "parallel.tensor_model_parallel_size: 1 -> 2", "objective.temperature: 0.3 -> 0.5"):
+                  "parallel.tensor_model_parallel_size: 1 -> 2", "objective.temperature: 0.3 -> 0.5",
+                  "optimizer.overlap_grad_reduce: true -> 'auto'"):
         assert words in log, log
+    assert "overlap_param_gather" not in log, "`auto` has the effect of `false` here"
     assert [rate for _, _, rate, _ in curve(tmp_path / "run")[2:]] == [5e-4, 5e-4]
     assert results[0][2] == [({0.5}, {0.5, 0.0})]
 

@@ -13,6 +13,8 @@ from tests.helpers.toys import save_model
 
 TRAINED = ("swift-response", "swift-messages", "flag-embedding", "tevatron-passages", "tevatron-ids", "st-anchor",
            "dpr", "nemo", "beir", "parquet", "saved", "arrow", "gz", "zst", "streamed")
+QUICK = ("swift-messages", "tevatron-ids", "beir", "parquet", "zst", "streamed")
+"""One of each kind: messages, passages with ids, a folder, a table, compressed, streamed."""
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +43,15 @@ def losses(folder):
     return [(line["loss"], line["grad_norm"]) for line in metrics]
 
 
-def test_training_on_every_format_gives_the_losses_of_ours(model, tmp_path):
+@pytest.mark.parametrize("names", [QUICK, pytest.param([name for name in TRAINED if name not in QUICK],
+                                                       marks=pytest.mark.slow)], ids=["quick", "others"])
+def test_training_on_every_format_gives_the_losses_of_ours(model, names, tmp_path):
     paths, prompts = [], {"plain": "query: ", "instructed": "Instruct: {instruction}\nQuery:"}
     for name, prompt in prompts.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "ours.jsonl").write_bytes(lines(our_rows()))
         paths.append(configured(tmp_path / name, model, str(tmp_path / name / "ours.jsonl"), prompt))
-    for name in TRAINED:
+    for name in names:
         (tmp_path / name).mkdir()
         file = {key: value for key, value in dataclasses.asdict(FORMATS[name](tmp_path / name, our_rows())).items()
                 if key in ("path", "corpus", "streaming") and value}
@@ -56,7 +60,7 @@ def test_training_on_every_format_gives_the_losses_of_ours(model, tmp_path):
     (results,) = run_on_ranks(trained, 1, paths)
     assert [code for code, _ in results] == [0] * len(paths), results
     assert losses(tmp_path / "plain") != losses(tmp_path / "instructed")
-    for name in TRAINED:
+    for name in names:
         ours = losses(tmp_path / ("instructed" if name in WITH_INSTRUCTION else "plain"))
         assert len(set(ours)) == 3
         assert losses(tmp_path / name) == ours, name

@@ -82,7 +82,7 @@ def expected(model):
 LAYOUTS = [
     ("one", 1, layout(), {}), ("dp2, shares of 6 and 5", 2, layout(), {}), ("pp2", 2, layout(pp=2), {}),
     ("dp2, unequal micro-batches", 2, layout(), {"micro_batch_size": 1}),
-    ("dp2, token budget", 2, layout(), {"micro_batch_tokens": 128})]
+    ("dp2, token budget", 2, layout(), {"micro_batch_tokens": 128, "first_pass_micro_batches": 3})]
 
 
 def test_metrics_of_held_out_rows_are_the_formulas_under_every_layout(model, tmp_path):

@@ -82,8 +82,10 @@ def test_other_families_in_bfloat16_are_near_float32(models, cpu_curve, kind, tm
 
 
 @pytest.mark.slow
-def test_offloaded_optimizer_is_saved_and_resumed(models, tmp_path):
-    settings = BFLOAT16 | {"optimizer": {"cpu_offload": True}, "checkpoint": {"save_every_steps": 2, "keep": 0}}
+@pytest.mark.parametrize("background", [False, True])
+def test_offloaded_optimizer_is_saved_and_resumed(models, background, tmp_path):
+    settings = BFLOAT16 | {"optimizer": {"cpu_offload": True},
+                           "checkpoint": {"save_every_steps": 2, "keep": 0, "async_save": background}}
     curve = train(models["qwen3"], tmp_path / "run", **settings)
     resumed = go_back(tmp_path / "run", tmp_path / "resumed", 2)
     assert train(models["qwen3"], resumed, **settings) == pytest.approx(curve, rel=1e-3)

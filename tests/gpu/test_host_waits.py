@@ -8,13 +8,16 @@ the failed test is the table to paste, if the wait is needed at all.
 """
 
 import collections
+import json
 from unittest import mock
 
 import pytest
 
-from tests.helpers.device_runs import STEPS, train_arguments
+from tests.helpers.device_runs import SECONDS, STEPS, train_arguments
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
+from tests.helpers.reranker_runs import run_settings
+from tests.helpers.toys import MINI_EN, save_reranker
 from tests.pretend_cuda.environment import is_pretended
 
 MICRO_BATCHES = 4
@@ -44,18 +47,72 @@ def waits_of(arguments):
     return dict(functions), waits.table(events)
 
 
+def check_budget(arguments, ranks=1):
+    """The difference between runs of four steps and of two: the first step also makes what later ones reuse.
+
+    `arguments`: those of a run, by its number of steps.
+    """
+    short, long = (run_on_ranks(waits_of, ranks, [*arguments(steps), f"training.train_steps={steps}",
+                                                  f"training.micro_batch_size={8 // ranks // MICRO_BATCHES or 1}",
+                                                  "model.dtype=bfloat16"], timeout_seconds=SECONDS)
+                   for steps in (2, 4))
+    for (before, _), (after, lines) in zip(short, long, strict=True):
+        per_step = {name: (count - before.get(name, 0)) / 2 for name, count in after.items()}
+        per_step = {name: count for name, count in sorted(per_step.items()) if count > 0}
+        assert per_step, "nothing was counted, so nothing is shown"
+        table = "".join(f'    "{name}": {count:g},\n' for name, count in per_step.items())
+        over = {name: count for name, count in per_step.items() if count > PER_STEP.get(name, 0)}
+        assert not over, (f"more waits per step than PER_STEP allows: {over}\nnow:\n{table}\nby line, whole run:\n"
+                          f"{lines}")
+
+
+def embedder(model, folder, **sections):
+    """Arguments of a run of an embedding model, by its number of steps."""
+    return lambda steps: train_arguments(model, folder / f"run{steps}", **sections)
+
+
 @pytest.mark.gpu
 def test_a_step_waits_no_more_than_its_budget(models, tmp_path):
-    """The difference between runs of four steps and of two: the first step also makes what later ones reuse."""
-    (short, _), (long, lines) = (run_on_ranks(waits_of, 1, train_arguments(
-        models["qwen3"], tmp_path / f"run{steps}", f"training.train_steps={steps}", "model.dtype=bfloat16",
-        training={"micro_batch_size": 8 // MICRO_BATCHES}))[0] for steps in (2, 4))
-    per_step = {name: (count - short.get(name, 0)) / 2 for name, count in long.items()}
-    per_step = {name: count for name, count in sorted(per_step.items()) if count > 0}
-    assert per_step, "nothing was counted, so nothing is shown"
-    table = "".join(f'    "{name}": {count:g},\n' for name, count in per_step.items())
-    over = {name: count for name, count in per_step.items() if count > PER_STEP.get(name, 0)}
-    assert not over, f"more waits per step than PER_STEP allows: {over}\nnow:\n{table}\nby line, whole run:\n{lines}"
+    check_budget(embedder(models["qwen3"], tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("key", ["tensor_model_parallel_size", "pipeline_model_parallel_size", None])
+def test_two_ranks_wait_no_more(models, key, tmp_path):
+    check_budget(embedder(models["qwen3"], tmp_path, parallel={} if key is None else {key: 2}), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", ["cosent", "online_contrastive", "cosine_similarity"])
+def test_pairs_wait_no_more(models, loss, tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps({"text_a": f"number {row} is a number", "text_b": f"{row % 3} is none",
+                                        "score": row % 2}) + "\n" for row in range(64)), encoding="utf-8")
+    check_budget(embedder(models["bert"], tmp_path, data={"train": [str(rows)]}, objective={"loss": loss}))
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+def test_triplets_wait_no_more(models, tmp_path):
+    check_budget(embedder(models["qwen3"], tmp_path, data={"train": [str(MINI_EN)], "num_negatives": 1},
+                          objective={"loss": "triplet"}))
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.parametrize("head, loss", [("yes_no", "lambda_loss"), ("score", "listwise")])
+def test_rerankers_wait_no_more(head, loss, tmp_path):
+    kind = {"yes_no": "Qwen3ForCausalLM", "score": "Qwen3ForSequenceClassification"}[head]
+    model = save_reranker(tmp_path / "model", kind)
+
+    def arguments(steps):
+        folder = tmp_path / f"run{steps}"
+        folder.mkdir()
+        return ["train", run_settings(model, folder, head, objective={"loss": loss})]
+
+    check_budget(arguments)
 
 
 def read_back_in_the_forward_pass(arguments):

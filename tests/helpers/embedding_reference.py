@@ -24,7 +24,7 @@ from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.names import Pooling
 from tests.helpers.adapter_reference import save_adapter_gradients, with_adapter, write_adapter
 from tests.helpers.embedding_reference_ranks import RankResult, run_cases, tokenizer_of
-from tests.helpers.exactness_cases import BOUND, KINDS, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
+from tests.helpers.exactness_cases import BOUND, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
 from tests.helpers.gradient_errors import largest_error, save_gradients
 from tests.helpers.pretend_ranks import run_on_pretend_ranks
 from tests.helpers.ranks import run_on_ranks
@@ -97,14 +97,16 @@ class EmbeddingReference:
         self.folder = folder
         for name, rows in ROWS.items():
             _write_rows(folder / f"{name}.jsonl", rows)
-        for kind in KINDS:
-            save_model(folder / kind, kind, folder / "short.jsonl")
         self._references: dict[str, Reference] = {}
+
+    def make_model(self, kind: Kind) -> None:
+        """Write FOLDER/kind, once."""
+        if not (self.folder / kind).exists():
+            save_model(self.folder / kind, kind, self.folder / "short.jsonl")
 
     def reference(self, case: Case) -> Reference:
         """Loss and norm of the reference; its gradients lie in FOLDER/gradients-NAME."""
-        if not (self.folder / case.kind).exists():
-            save_model(self.folder / case.kind, case.kind, self.folder / "short.jsonl")
+        self.make_model(case.kind)
         if case.rows == "long" and not (self.folder / case.model).exists():
             _save_long_model(self.folder, case.kind)
         if case.adapters and not (self.folder / f"{case.model}-lora").exists():

@@ -33,6 +33,8 @@ CONNECT_SECONDS = 90.0
 """Within which the ranks of a call must have connected to each other."""
 GRACE_SECONDS = 5.0
 """After the first failure the other ranks get this long to notice it; those still stuck are killed and replaced."""
+LIBRARIES = ("pytest", "sentence_transformers", "peft")
+"""Those of them that the tests of this session import are imported once, and not by every worker."""
 STACK_SIGNAL = signal.SIGUSR2
 """Makes a worker write its Python stacks to a file. Not SIGUSR1: that asks a training run to save and stop."""
 
@@ -73,6 +75,8 @@ class _Nursery:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            # pyarrow's allocator otherwise starts a thread, and a fork takes only the one that forks.
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",
             # Otherwise torch initializes CUDA when it counts devices, and the forks could not use them.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), *sys.path])),
@@ -80,7 +84,8 @@ class _Nursery:
         if sys.platform == "linux":
             # Gloo otherwise asks for the address of the host name, which some sandboxes cannot resolve.
             environment["GLOO_SOCKET_IFNAME"] = "lo"
-        command = f"from tests.helpers.rank_worker import nurse; nurse({remote.fileno()}, {os.getpid()})"
+        libraries = [name for name in LIBRARIES if name in sys.modules]
+        command = f"from tests.helpers.rank_worker import nurse; nurse({remote.fileno()}, {os.getpid()}, {libraries})"
         # A session of its own, so that Ctrl-C reaches pytest alone.
         self.process = subprocess.Popen([sys.executable, "-c", command], pass_fds=[remote.fileno()], env=environment,
                                         stdin=subprocess.DEVNULL, start_new_session=True)

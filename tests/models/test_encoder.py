@@ -46,8 +46,10 @@ def reference_states(directory, ids, *, bidirectional=False, dtype=torch.float64
     return states
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, name", [
+    # The untied model differs in what is read, not in what is computed.
+    pytest.param(kind, name, marks=pytest.mark.slow if kind == "qwen3_untied" and name not in ("one", "tp2") else ())
+    for kind in KINDS for name in LAYOUTS])
 def test_token_states_equal_transformers(models, kind, name):
     ids = random_texts(LENGTHS)
     config = run_config(models[kind], parallel=LAYOUTS[name])
@@ -117,8 +119,9 @@ BINS = [[3, 0, 8], [1, 2, 4, 5], [7, 6]]
 POOLINGS = ("mean", "cls", "lasttoken", "weightedmean")
 
 
-@pytest.mark.parametrize("kind", ["bert", "qwen3_untied"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("kind, name", [
+    pytest.param(kind, name, marks=pytest.mark.slow if kind == "bert" and name not in ("one", "tp2_cp2") else ())
+    for kind in ("bert", "qwen3_untied") for name in LAYOUTS])
 def test_pooling_equals_sentence_transformers(models, kind, name):
     ids = random_texts(LENGTHS)
     states = reference_states(models[kind], ids)

@@ -137,6 +137,7 @@ def test_a_deliberate_mistake_fails_the_comparison(oracle, case, sabotage, small
 
 @pytest.mark.slow
 def test_loss_curves_agree_over_layouts(oracle):
+    oracle.make_model("qwen3")
     first, *others = (loss_curve(oracle.folder, layout) for layout in CURVE_LAYOUTS)
     assert first[-1] < first[0] - 0.1, "nothing was learned, so nothing is shown"
     for layout, losses in zip(CURVE_LAYOUTS[1:], others, strict=True):

@@ -109,7 +109,8 @@ def test_refusals(settings, words):
 
 
 def embeddings_of_passes(config):
-    """(embeddings of the first pass, of the second pass), by row."""
+    """(embeddings of the first pass, of the second pass, by row; runs of the model in each and in an evaluation; values
+    of an evaluation in micro-batches of the first pass, and of the second)."""
     import megatron_embed.training.grad_cache as grad_cache
     from tests.helpers.step_reference import build
 
@@ -127,14 +128,21 @@ def embeddings_of_passes(config):
     finally:
         grad_cache.embed = original
     (embeddings, runs), rows = first[0], torch.cat([micro.valid_rows for micro in batch.micro_batches])
-    return embeddings, torch.cat(seen[runs:])[rows.argsort()], runs, len(seen) - runs
+    second = torch.cat(seen[runs:])[rows.argsort()]
+    counts, evaluated = [runs, len(seen) - runs], []
+    for gradients in (built.gradients, dataclasses.replace(built.gradients, first_pass=None)):
+        seen.clear()
+        evaluated.append(gradients.evaluate(batch).values)
+        counts.append(len(seen))
+    return embeddings, second, counts, evaluated
 
 
 def test_both_passes_give_the_same_embeddings(tmp_path):
     model = save_model(tmp_path / "qwen3", "qwen3", tokenizer=True)
     config = run_config(model, parallel=layout(), objective=objective_settings(),
                         training={"global_batch_size": ROWS, "micro_batch_size": 2, "first_pass_micro_batches": 4})
-    ((first, second, first_runs, second_runs),) = run_on_ranks(embeddings_of_passes, 1, config)
-    assert (first_runs, second_runs) == (2, 6)
+    ((first, second, counts, evaluated),) = run_on_ranks(embeddings_of_passes, 1, config)
+    assert counts == [2, 6, 2, 6]
+    torch.testing.assert_close(*evaluated, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
     assert first.std(dim=0).min() > 0

@@ -226,4 +226,4 @@ def test_auto_is_on_with_gpus_where_it_can_be(monkeypatch, has_cuda, asked, mode
     config = with_optimizer(run_config("m"), asked)
     parts = {"has_adapters": False, "has_head": False, "has_tied_head": False} | model
     check_optimizer(config, has_adapters=parts["has_adapters"], has_tied_head=parts["has_tied_head"])
-    assert overlaps(config, **parts) == expected
+    assert overlaps(config.optimizer, **parts) == expected

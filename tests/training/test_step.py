@@ -39,10 +39,13 @@ def steps(config, count):
     return [train_step(batch, trainer) for _ in range(count)]
 
 
-@pytest.mark.parametrize("clip_grad", [0.0, 0.001])
-@pytest.mark.parametrize("name, sizes, distributed", [
-    ("one", layout(), True), ("dp2", layout(), True), ("dp2", layout(), False), ("tp2", layout(2), True),
-    ("tp2", layout(2, sp=False), False), ("pp2", layout(pp=2), True), ("cp2", layout(cp=2), True)])
+NORM_LAYOUTS = [("one", layout(), True), ("dp2", layout(), True), ("dp2", layout(), False), ("tp2", layout(2), True),
+                ("tp2", layout(2, sp=False), False), ("pp2", layout(pp=2), True), ("cp2", layout(cp=2), True)]
+
+
+@pytest.mark.parametrize("name, sizes, distributed, clip_grad", [
+    *((*case, 0.001) for case in NORM_LAYOUTS), ("dp2", layout(), True, 0.0),
+    *(pytest.param(*case, 0.0, marks=pytest.mark.slow) for case in NORM_LAYOUTS if case != ("dp2", layout(), True))])
 def test_gradient_norm_is_the_whole_models_before_clipping(model, expected, name, sizes, distributed, clip_grad):
     config = run_config(model, parallel=sizes, objective=objective_settings(), distributed=distributed,
                         training={"global_batch_size": ROWS, "micro_batch_size": 3, "clip_grad": clip_grad,
