@@ -2,8 +2,9 @@
 
 import argparse
 
-from megatron_embed.cli.common import path, write_output
+from megatron_embed.cli.common import path, positive_int, write_output
 from megatron_embed.errors import CheckpointError
+from megatron_embed.names import GGUF_TYPES
 
 HELP = "Convert a model between Hugging Face directories and checkpoints of megatron-embed"
 
@@ -12,8 +13,12 @@ FORMATS = {
     "sentence-transformers": "the same with pooling, normalization and prompts, in the layout that servers read",
     "cross-encoder": "a reranker for CrossEncoder and servers",
     "peft": "only the LoRA adapters",
+    "onnx": "sentence-transformers or cross-encoder with onnx/model.onnx, which pools and normalizes or scores",
+    "openvino": "the same with openvino/openvino_model.xml",
+    "gguf": "an embedding model for llama.cpp",
 }
-"""Formats that a checkpoint can be exported to; each has its function in export/formats.py."""
+"""Formats that a checkpoint can be exported to, the last three a Hugging Face directory as well; each has its function
+in export/formats.py."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="Maximum size of a weight file, such as 5GB or 512MiB (default: 5GB)")
     to_hf.add_argument("--dtype", choices=("float32", "bfloat16"),
                        help="Dtype of the written weights (default: the checkpoint's, bit for bit)")
+    to_hf.add_argument("--gguf-type", choices=GGUF_TYPES, default="f32",
+                       help="Weights of --format gguf (default: f32)")
+    to_hf.add_argument("--dim", type=positive_int, metavar="N",
+                       help="Components of the vectors of --format onnx and openvino, as matryoshka training allows "
+                            "(default: all)")
     to_hf.add_argument("--no-compare", action="store_true",
                        help="Do not load the result with the stock library and compare it with the checkpoint on "
                             "texts; the tensors are always read back and compared")
@@ -50,6 +60,6 @@ def run(args: argparse.Namespace) -> int:
     from megatron_embed.export.formats import EXPORTERS, ExportOptions
 
     options = ExportOptions(max_shard_size=args.max_shard_size, dtype=args.dtype, compare=not args.no_compare,
-                            merge_lora=args.merge_lora)
+                            merge_lora=args.merge_lora, gguf_type=args.gguf_type, dim=args.dim)
     write_output("\n".join(EXPORTERS[args.format](args.source, args.destination, options)))
     return 0
