@@ -1,6 +1,7 @@
 """`convert hf-to-megatron SRC DST` and `convert megatron-to-hf SRC DST [--format ...]`"""
 
 import argparse
+from pathlib import Path
 
 from megatron_embed.cli.common import path, positive_int, write_output
 from megatron_embed.errors import CheckpointError
@@ -25,8 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     to_megatron = directions.add_parser("hf-to-megatron", help="Convert a Hugging Face directory to a checkpoint")
     to_hf = directions.add_parser("megatron-to-hf", help="Convert a checkpoint to a Hugging Face directory")
-    for direction in (to_megatron, to_hf):
+    verify = directions.add_parser("verify", help="Compare an engine's vectors or scores of a directory with ours")
+    for direction in (to_megatron, to_hf, verify):
         direction.add_argument("source", metavar="SRC", type=path, help="Directory to read")
+    for direction in (to_hf, verify):
+        direction.add_argument("--verify-with", metavar="ENGINE,...", default="" if direction is to_hf else None,
+                               required=direction is verify, help="Engines that run the written directory on real "
+                               "texts: sentence-transformers, onnxruntime, openvino, vllm, llama.cpp; exit status 2 if "
+                               "one gives other vectors or scores")
+    for direction in (to_megatron, to_hf):
         direction.add_argument("destination", metavar="DST", type=path, help="Directory to create")
     to_hf.add_argument("--format", choices=FORMATS, default="hf",
                        help="; ".join(f"{name}: {text}" for name, text in FORMATS.items()) + " (default: hf)")
@@ -57,9 +65,24 @@ def run(args: argparse.Namespace) -> int:
                                   "which accept adapters, or convert its base model")
         write_output(str(hf_to_megatron(args.source, args.destination)))
         return 0
+    if args.direction == "verify":
+        _verify(args.source, args.verify_with)
+        return 0
+    if args.verify_with:
+        from megatron_embed.export.engines.gate import engine_names
+
+        engine_names(args.verify_with)  # refused before anything is written
     from megatron_embed.export.formats import EXPORTERS, ExportOptions
 
     options = ExportOptions(max_shard_size=args.max_shard_size, dtype=args.dtype, compare=not args.no_compare,
                             merge_lora=args.merge_lora, gguf_type=args.gguf_type, dim=args.dim)
     write_output("\n".join(EXPORTERS[args.format](args.source, args.destination, options)))
+    if args.verify_with:
+        _verify(args.destination, args.verify_with)
     return 0
+
+
+def _verify(directory: str, engines: str) -> None:
+    from megatron_embed.export.engines.gate import engine_names, verify_directory
+
+    write_output("\n".join(verify_directory(Path(directory), engine_names(engines))))

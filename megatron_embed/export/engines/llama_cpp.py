@@ -86,14 +86,15 @@ def _check_supported(directory: Path) -> None:
 
 
 def fits(directory: Path, text: str, role: Role) -> bool:
-    """Whether a text with its prompt has no more tokens than the model takes: llama.cpp refuses others."""
+    """Whether llama.cpp takes a text with its prompt: the context, at most the model's positions, must hold one token
+    more."""
     prompt = read_saved_settings(directory).prompts.get(role, "")
     return len(load_export_tokenizer(directory)(prompt + text).input_ids) <= _longest(directory)
 
 
 def _longest(directory: Path) -> int:
     saved, shape = read_saved_settings(directory), model_shape(directory)
-    return min(saved.max_length or shape.longest_text, shape.longest_text)
+    return min(saved.max_length or shape.longest_text, shape.longest_text - 1)
 
 
 def _gguf_file(directory: Path) -> Path:
@@ -110,7 +111,6 @@ def _server(file: Path, max_tokens: int) -> Any:
     parameters = package.CommonParams()
     parameters.model.path = str(file)
     parameters.embedding, parameters.warmup, parameters.n_gpu_layers = True, False, 0
-    # A text must be shorter than the context.
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = max_tokens + 1
     parameters.n_parallel, parameters.cpuparams.n_threads, parameters.verbosity = 1, _THREADS, -1
     with library_errors(file, "llama.cpp"):
