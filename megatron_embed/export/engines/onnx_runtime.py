@@ -1,0 +1,94 @@
+"""ONNX Runtime and OpenVINO: engines that compute the ONNX graph of export/engines/graph.py."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_embed.errors import CheckpointError
+from megatron_embed.export.engines.base import Engine, require, stock_features, stock_pair_features
+from megatron_embed.export.engines.graph import GRAPH_FILE
+from megatron_embed.export.verify import library_errors
+from megatron_embed.names import Role
+
+OPENVINO_FILE = Path("openvino") / "openvino_model.xml"
+"""In the directory, where Sentence Transformers looks for it; the weights are beside it, in openvino_model.bin."""
+
+Graph = Callable[[dict[str, Any]], dict[str, Any]]
+"""Named inputs to named outputs, numpy arrays."""
+
+
+class OnnxRuntime(Engine):
+    """Inference sessions of ONNX Runtime on the CPU."""
+
+    name = "ONNX Runtime"
+
+    def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
+        return _results(self._graph(directory), stock_features(directory, texts, role), "sentence_embedding")
+
+    def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        return _results(self._graph(directory), stock_pair_features(directory, pairs), "logits").flatten()
+
+    def _graph(self, directory: Path) -> Graph:
+        runtime = require("onnxruntime", self.name)
+        file = _existing(directory / GRAPH_FILE, "onnx")
+        with library_errors(directory, self.name):
+            session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        inputs = [node.name for node in session.get_inputs()]
+        outputs = [node.name for node in session.get_outputs()]
+
+        def run(features: dict[str, Any]) -> dict[str, Any]:
+            return dict(zip(outputs, session.run(outputs, {name: features[name] for name in inputs}), strict=True))
+
+        return run
+
+
+class OpenVino(Engine):
+    """OpenVINO's CPU plugin, asked for float32."""
+
+    name = "OpenVINO"
+
+    def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
+        return _results(self._graph(directory), stock_features(directory, texts, role), "sentence_embedding")
+
+    def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        return _results(self._graph(directory), stock_pair_features(directory, pairs), "logits").flatten()
+
+    def _graph(self, directory: Path) -> Graph:
+        openvino = require("openvino", self.name)
+        file = _existing(directory / OPENVINO_FILE, "openvino")
+        with library_errors(directory, self.name):
+            # On processors with bfloat16 instructions the plugin would compute in bfloat16 by default.
+            model = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        inputs = [port.get_any_name() for port in model.inputs]
+
+        def run(features: dict[str, Any]) -> dict[str, Any]:
+            results = model({name: features[name] for name in inputs})
+            return {name: results[port] for port in model.outputs for name in port.get_names()}
+
+        return run
+
+
+def write_openvino(directory: Path) -> None:
+    """Add openvino/openvino_model.xml and .bin, float32, converted from the directory's ONNX graph."""
+    openvino = require("openvino", "--format openvino")
+    with library_errors(directory, "OpenVINO"):
+        model = openvino.convert_model(str(directory / GRAPH_FILE))
+        (directory / OPENVINO_FILE).parent.mkdir(exist_ok=True)
+        openvino.save_model(model, str(directory / OPENVINO_FILE), compress_to_fp16=False)
+
+
+def _existing(file: Path, kind: str) -> Path:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; write it with `megatron-embed convert megatron-to-hf SRC DST "
+                              f"--format {kind}`")
+    return file
+
+
+def _results(graph: Graph, batches: Iterable[dict[str, Tensor]], output: str) -> Tensor:
+    """The batches' results, one under the other, in float32."""
+    rows = [torch.from_numpy(graph({name: tensor.numpy() for name, tensor in batch.items()})[output])
+            for batch in batches]
+    return torch.cat(rows).float()

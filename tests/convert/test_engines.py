@@ -1,0 +1,103 @@
+"""Exports for other engines: each engine, asked for vectors or scores, gives those of the model in memory."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_embed.convert.convert import hf_to_megatron
+from megatron_embed.errors import CheckpointError, ConfigError, UserError
+from megatron_embed.export.engines.base import stock_features
+from megatron_embed.export.engines.gate import engine_names, verify_directory
+from megatron_embed.export.engines.graph import GRAPH_FILE, pooled
+from megatron_embed.export.engines.llama_cpp import write_gguf
+from megatron_embed.export.formats import EXPORTERS
+from megatron_embed.export.verified_write import ExportOptions
+from megatron_embed.names import POOLINGS, Pooling
+from tests.helpers.embedding_reference import save_model
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_pooling_in_the_graph_is_the_stock_librarys(pooling: Pooling, side: str) -> None:
+    from sentence_transformers.models import Pooling as StockPooling
+
+    hidden = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(2))
+    lengths, positions = torch.tensor([[5], [2], [1]]), torch.arange(5)
+    mask = (positions < lengths if side == "right" else positions >= 5 - lengths).to(torch.int64)
+    stock = StockPooling(4, pooling_mode=pooling)({"token_embeddings": hidden, "attention_mask": mask})
+    torch.testing.assert_close(pooled(hidden, mask, pooling), stock["sentence_embedding"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained BERT, from a Hugging Face directory without Sentence Transformers' files."""
+    folder = tmp_path_factory.mktemp("engines")
+    save_model(folder / "hf", "bert")
+    hf_to_megatron(folder / "hf", folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    assert engine_names("vllm, onnxruntime") == ["onnxruntime", "vllm"]
+    with pytest.raises(UserError, match="'tei' is none of sentence-transformers, onnxruntime"):
+        engine_names("vllm,tei")
+
+
+def test_llama_cpp_has_no_matryoshka_cut(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--dim: llama.cpp returns all components"):
+        EXPORTERS["gguf"](str(checkpoint), str(tmp_path / "out"), ExportOptions(dim=8))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "engine", "file"), [
+    ("onnx", "ONNX Runtime", "onnx/model.onnx"), ("openvino", "OpenVINO", "openvino/openvino_model.xml"),
+    ("gguf", "llama.cpp", "model-f32.gguf")])
+def test_a_format_is_compared_in_its_engine(checkpoint: Path, tmp_path: Path, kind: str, engine: str,
+                                            file: str) -> None:
+    lines = EXPORTERS[kind](str(checkpoint), str(tmp_path / "out"), ExportOptions())  # type: ignore[index]
+    assert sum(line.split(": ")[1].startswith(f"{engine} gives the same vectors") for line in lines[:-1]) == 2
+    assert (tmp_path / "out" / file).is_file()
+    assert list((tmp_path / "out").glob("*.safetensors")) == [] or kind != "gguf"
+
+
+@pytest.mark.slow
+def test_a_hugging_face_directory_is_taken_and_a_graph_has_the_names_of_its_contract(checkpoint: Path,
+                                                                                     tmp_path: Path) -> None:
+    import onnxruntime
+
+    EXPORTERS["onnx"](str(checkpoint.parent / "hf"), str(tmp_path / "out"), ExportOptions(dim=8))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / GRAPH_FILE))
+    assert [node.name for node in session.get_inputs()] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert [node.name for node in session.get_outputs()] == ["last_hidden_state", "sentence_embedding"]
+    batch = next(stock_features(tmp_path / "out", ["one text", "another, longer text of more tokens"], None))
+    vectors = session.run(["sentence_embedding"], {name: value.numpy() for name, value in batch.items()})[0]
+    assert vectors.shape == (2, 8)
+
+
+@pytest.mark.slow
+def test_the_gate_refuses_another_model(checkpoint: Path, tmp_path: Path) -> None:
+    EXPORTERS["onnx"](str(checkpoint), str(tmp_path / "out"), ExportOptions())
+    assert len(verify_directory(tmp_path / "out", ["sentence-transformers", "onnxruntime"])) == 4
+    pooling = tmp_path / "out" / "1_Pooling" / "config.json"
+    values = json.loads(pooling.read_text(encoding="utf-8"))
+    values["pooling_mode_mean_tokens"], values["pooling_mode_cls_token"] = False, True
+    pooling.write_text(json.dumps(values), encoding="utf-8")
+    # Our reading of the directory changes with its file, the graph that was written before does not.
+    assert len(verify_directory(tmp_path / "out", ["sentence-transformers"])) == 2
+    with pytest.raises(CheckpointError, match="ONNX Runtime' vector of text .* the export must not be used"):
+        verify_directory(tmp_path / "out", ["onnxruntime"])
+
+
+def test_a_reranker_and_an_unknown_pooling_are_no_gguf(checkpoint: Path, tmp_path: Path) -> None:
+    reranker = tmp_path / "reranker"
+    shutil.copytree(checkpoint.parent / "hf", reranker)
+    config = json.loads((reranker / "config.json").read_text(encoding="utf-8"))
+    (reranker / "config.json").write_text(json.dumps(config | {"architectures": ["BertForSequenceClassification"]}),
+                                          encoding="utf-8")
+    with pytest.raises(CheckpointError, match="a reranker; --format gguf writes embedding models"):
+        write_gguf(reranker, tmp_path / "model.gguf", "f32")
