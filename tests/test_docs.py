@@ -94,6 +94,12 @@ def test_page_of_model_directories_says_what_the_tables_say():
     assert [key for key, _, about in rows if not about.strip()] == []
 
 
+def test_page_of_other_trainers_says_what_the_table_says():
+    page = (REPOSITORY / "docs" / "foreign_words.md").read_text(encoding="utf-8")
+    assert page == tool_named("foreign_words_page").page(), (
+        "docs/foreign_words.md is not up to date: python tools/foreign_words_page.py")
+
+
 def test_every_setting_is_on_the_page_of_settings_and_explained():
     module = tool_named("settings_page")
     page = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")

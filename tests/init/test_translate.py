@@ -257,9 +257,10 @@ def test_translation_trains(name, tmp_path, monkeypatch):
                  "training.global_batch_size=4", "training.micro_batch_size=2", "logging.wandb=false",
                  "parallel.tensor_model_parallel_size=1", "logging.tensorboard=false", "data.validation_fraction=0",
                  "optimizer.distributed=true", "checkpoint.export=last", "evaluation.best_metric=null",
-                 "data.query_max_length=16", "data.document_max_length=16", "training.wsd_decay_ratio=0.1"]
-    if config.task == "reranker":
-        overrides += ["reranker.max_length=120", 'reranker.template="{query} {document}"'] if family == "qwen3" else [
-            "reranker.max_length=32"]
+                 "data.query_max_length=48", "data.document_max_length=16", "training.wsd_decay_ratio=0.1"]
+    if config.task == "reranker" and family == "qwen3":
+        overrides += ["reranker.max_length=120", "reranker.head=score", 'reranker.template="{query} {document}"']
+    elif config.task == "reranker":
+        overrides.append("reranker.max_length=32")
     assert main(["train", "run.yaml", *overrides]) == 0
     assert list(Path(config.checkpoint.export_at_end).iterdir())
