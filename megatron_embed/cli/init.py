@@ -17,9 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", metavar="FILE|COMMAND",
                         help="Translate a YAML, JSON or shell file of Transformers, ms-swift, FlagEmbedding, Tevatron, "
                              "Sentence Transformers or DeepSpeed, or a command line in quotes")
-    parser.add_argument("--task", choices=("embedding", "reranker"), default="embedding")
+    parser.add_argument("--task", choices=("embedding", "reranker"), help="Of a starting configuration (default: "
+                        "embedding)")
     parser.add_argument("--lora", action="store_true", help="Train low-rank adapters instead of all parameters")
-    parser.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="GPUs to plan for (default: 1)")
+    parser.add_argument("--gpus", type=positive_int, metavar="N", help="GPUs to plan for (default: 1)")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="GPU model (default: h100)")
     parser.add_argument("--output", metavar="FILE", type=path, help="File to create (default: standard output)")
 
@@ -29,6 +30,9 @@ def run(args: argparse.Namespace) -> int:
     if (args.source is None) == (args.model is None):
         raise UserError("init takes MODEL DATA for a starting configuration, or --from FILE|\"COMMAND LINE\" to "
                         "translate another trainer's; see `megatron-embed init --help`")
+    if args.source is not None and (args.task is not None or args.lora or args.gpus is not None):
+        raise UserError("--task, --lora and --gpus are for a starting configuration; --from takes them from what it "
+                        "translates")
     if args.output is not None and Path(args.output).exists():
         raise UserError(f"--output {args.output}: exists; nothing is overwritten, name another file")
     text = _translation(args.source) if args.source is not None else _starting(args)
@@ -63,6 +67,7 @@ def _starting(args: argparse.Namespace) -> str:
 
     if not args.data:
         raise UserError(f"init {args.model}: give the data too: a file of rows such as train.jsonl")
-    text = starting_text(args.model, args.data, task=args.task, lora=args.lora, gpus=args.gpus, gpu=GPUS[args.gpu])
+    text = starting_text(args.model, args.data, task=args.task or "embedding", lora=args.lora, gpus=args.gpus or 1,
+                         gpu=GPUS[args.gpu])
     load_text(text, "the starting configuration")
     return text

@@ -133,19 +133,19 @@ def _translate_sharding(draft: Draft) -> None:
     zero, stage = draft.settings.take("deepspeed"), draft.settings.take("zero_stage")
     fsdp, offload = draft.settings.take("fsdp"), draft.settings.take("offload_optimizer")
     given = stage or zero
-    number = None
+    level = None
     if given is not None:
         match = re.search(r"(?:zero|stage|z)[_-]?(\d)", str(given.value).lower())
-        number = int(match[1]) if match else given.value if isinstance(given.value, int) else None
-    if given is not None and number is None:
+        level = int(match[1]) if match else given.value if isinstance(given.value, int) else None
+    if given is not None and level is None:
         draft.remark(f"{given.written}: its stage is not in the name; optimizer.distributed, on by default, is ZeRO-1")
-    elif given is not None and number == 0:
+    elif given is not None and level == 0:
         draft.set("optimizer.distributed", False, f"{given.written}: ZeRO-0 shards nothing")
     elif given is not None:
         draft.set("optimizer.distributed", True, f"{given.written}: optimizer state is sharded, as ZeRO-1 does")
-        if number is not None and number >= 2:
-            shared = "gradients" if number == 2 else "gradients and parameters"
-            draft.remark(f"{given.written}: ZeRO-{number} shards {shared} too; if memory is short, "
+        if level is not None and level >= 2:
+            shared = "gradients" if level == 2 else "gradients and parameters"
+            draft.remark(f"{given.written}: ZeRO-{level} shards {shared} too; if memory is short, "
                          "parallel.tensor_model_parallel_size divides the model (`megatron-embed plan` computes it)")
     elif fsdp is not None and fsdp.value not in (None, "", False):
         draft.set("optimizer.distributed", True, f"{fsdp.written}: optimizer state is sharded")
