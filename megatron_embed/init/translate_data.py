@@ -1,6 +1,5 @@
 """The data of another trainer in ours: files, columns, prompts and lengths."""
 
-import dataclasses
 import itertools
 import os
 import re
@@ -152,7 +151,8 @@ def _look_at_rows(draft: Draft, entries: list[dict[str, object]]) -> None:
         path = str(entry["path"])
         if not (os.path.isfile(path) or files_of(path)):
             continue
-        file = dataclasses.replace(TrainFile(path=path), columns=entry.get("columns", {}))
+        columns = entry.get("columns")
+        file = TrainFile(path=path, columns=columns if isinstance(columns, dict) else {})
         try:
             rows = open_rows(path, "data.train")
             reader = RowReader(file, kind, holds_texts=rows.holds_texts)

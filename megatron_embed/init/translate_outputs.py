@@ -153,5 +153,6 @@ def _translate_sharding(draft: Draft) -> None:
     offloads = (offload is not None and plain(offload.value) in ("cpu", "true")) or (
         zero is not None and "offload" in str(zero.value))
     if offloads:
-        draft.remark(f"{(offload or zero).written if offload or zero else ''}: optimizer.cpu_offload: true keeps the "
+        given = offload or given
+        draft.remark(f"{given.written if given else ''}: optimizer.cpu_offload: true keeps the "
                      "optimizer's state in host memory; it needs a GPU")
