@@ -80,6 +80,6 @@ def test_starting_configuration_trains(tmp_path, monkeypatch, task, family):
     arguments = ["--lora"] if family == "qwen3" else []
     starting(tmp_path, model, MINI_EN, "--task", task, *arguments)
     limits = ["data.query_max_length=16", "data.document_max_length=16"] if task == "embedding" else [
-        "reranker.max_length=32"]
+        "reranker.max_length=128"]
     assert main(["train", "run.yaml", "training.train_steps=2", "training.epochs=null", *limits]) == 0
     assert (tmp_path / "export" / "first").is_dir()
