@@ -74,7 +74,7 @@ def test_readme_shows_every_package():
     tree = re.search(r"^megatron_embed/\n((?:  .*\n)+)", text, re.MULTILINE)[1]
     shown = set(re.findall(r"^  (\w+(?:/|\.py)) ", tree, re.MULTILINE))
     assert shown == {path.name + "/" * path.is_dir() for path in (REPOSITORY / "megatron_embed").iterdir()
-                     if not path.name.startswith(("_", "."))}
+                     if not path.name.startswith(("_", ".")) and path.name != "py.typed"}
 
 
 def tool_named(name: str):

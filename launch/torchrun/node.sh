@@ -142,6 +142,10 @@ if ((code != 0)); then
     if [[ -s $status ]]; then
         left=$(sed -n 's/.*"exit_code": *\([0-9][0-9]*\).*/\1/p' "$status")
         code=${left:-$code}
+        if ((code == 2)); then # torchrun's own lines come last
+            "$python" -c 'import json, sys; sys.exit("megatron-embed: error: " + json.load(open(sys.argv[1]))["message"])' \
+                "$status" || true
+        fi
     elif $signalled; then # there was no worker yet to report it
         code=75
     fi

@@ -8,6 +8,9 @@ from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.errors import ConfigError
 
 HELP = "Evaluate retrieval, pairs with scores, or ranked lists; the last line of stdout is a JSON object of metrics"
+EXAMPLES = ("megatron-embed evaluate --model runs/a/best --data beir/scifact",
+            "megatron-embed evaluate --model runs/a/best --data pairs.jsonl")
+PAGE = "docs/evaluation.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

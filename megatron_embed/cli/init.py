@@ -7,6 +7,9 @@ from megatron_embed.cli.common import path, positive_int, write_output
 from megatron_embed.errors import ConfigError, UserError
 
 HELP = "Write a configuration: a starting one for a model and data, or another trainer's settings translated"
+EXAMPLES = ("megatron-embed init Qwen/Qwen3-Embedding-0.6B train.jsonl --output run.yaml",
+            "megatron-embed init --from train.sh --output run.yaml")
+PAGE = "docs/foreign_words.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -266,7 +266,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
                  "checkpoint.directory holds a checkpoint"),
         key("save_steps save_interval checkpointing_steps checkpoint_save_steps checkpoint_interval save_freq", "HSFTM",
             "checkpoint.save_every_steps"),
-        key("save_strategy", "HS", "checkpoint.save_every_steps", "the last step is always saved"),
+        key("save_strategy", "HS", "checkpoint.save_every_steps checkpoint.save_every_epochs", "the last step is "
+            "always saved"),
         key("save_total_limit checkpoint_save_total_limit max_checkpoints keep_last_n", "HSF", "checkpoint.keep"),
         unsupported("save_only_model no_save_optim no_save_rng save_on_each_node", "HSM", "a checkpoint always holds "
                     "the optimizer, so that a run can resume; lower checkpoint.keep to save space"),
@@ -279,6 +280,7 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
             "evaluation.every_steps"),
         key("eval_strategy evaluation_strategy", "HS", "evaluation.every_steps", "data.validation or "
             "evaluation.retrieval say what is evaluated"),
+        key("eval_on_start", "H", "evaluation.at_start"),
         unneeded("per_device_eval_batch_size eval_batch_size eval_accumulation_steps eval_iters eval_delay "
                  "prediction_loss_only predict_with_generate per_gpu_eval_batch_size batch_eval_metrics eval_limit",
                  "HSBM", "held-out rows are evaluated in batches of at most global_batch_size"),

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -45,8 +45,23 @@ def config_of_overrides(overrides: list[str]) -> RunConfig:
     tree = Node({}, "command line")
     for override in overrides:
         tree = overridden(tree, *read_override(override))
-    config = _run_config(tree)
-    return _with_home(config)
+    return _with_home(_run_config(tree))
+
+
+def config_of_values(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Settings from nested dicts, lists and scalars. Raises ConfigError beginning `config: ` or `command line: `."""
+
+    def tree_of(value: Any) -> Node:
+        if isinstance(value, Mapping):
+            return Node({str(key): tree_of(child) for key, child in value.items()}, "config")
+        if isinstance(value, list | tuple):
+            return Node([tree_of(item) for item in value], "config")
+        return Node(os.fspath(value) if isinstance(value, os.PathLike) else value, "config")
+
+    tree = tree_of(values)
+    for override in overrides:
+        tree = overridden(tree, *read_override(override))
+    return _with_home(_run_config(tree))
 
 
 def load_with_locations(path: str, overrides: list[str]) -> tuple[RunConfig, Callable[[str], str]]:

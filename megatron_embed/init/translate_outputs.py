@@ -35,7 +35,9 @@ def _translate_interval(draft: Draft, steps_name: str, strategy_name: str, key: 
     """Steps between saves, or between evaluations; an epoch is told in words."""
     steps, strategy = draft.number(steps_name, key), draft.settings.take(strategy_name)
     kind = "steps" if strategy is None else plain(strategy.value)
-    if kind == "epoch" and strategy is not None:
+    if kind == "epoch" and strategy is not None and "save" in key:
+        draft.set("checkpoint.save_every_epochs", 1, strategy.written)
+    elif kind == "epoch" and strategy is not None:
         draft.remark(f"{strategy.written}: {key} counts steps; an epoch has the number of rows / "
                      f"{draft.value('training.global_batch_size', 'training.global_batch_size')} steps")
     elif kind in ("no", "false") and strategy is not None:
@@ -56,6 +58,9 @@ def _translate_evaluation(draft: Draft) -> None:
     _translate_interval(draft, "eval_steps", "eval_strategy", "evaluation.every_steps")
     if not validates:
         draft.values.pop("evaluation.every_steps", None)
+    at_start = draft.flag("eval_on_start")
+    if at_start is not None and validates:
+        draft.set("evaluation.at_start", at_start[0], at_start[1])
     best, metric = draft.flag("load_best_model_at_end"), draft.settings.take("metric_for_best_model")
     patience = draft.whole("early_stopping_patience", "evaluation.patience")
     if not validates:

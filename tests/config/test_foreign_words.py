@@ -7,7 +7,7 @@ import pytest
 
 from megatron_embed.config.foreign_table import FOREIGN_WORDS, foreign_word
 from megatron_embed.config.foreign_values import REASONS, VALUES, plain
-from megatron_embed.config.load import load_config
+from megatron_embed.config.load import config_of_values, load_config
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError
 
@@ -146,3 +146,8 @@ def test_options_are_found_in_every_spelling():
         word = foreign_word(name)
         assert word is not None and word.keys == ("training.learning_rate",)
     assert foreign_word("mystery") is None
+
+
+def test_unknown_keys_of_a_mapping_in_python_are_refused_too():
+    with pytest.raises(ConfigError, match=r"^config: unknown key 'training.num_train_epochs'; num_train_epochs is"):
+        config_of_values({"model": {"path": "m"}, "training": {"num_train_epochs": 3}})

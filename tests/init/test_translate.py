@@ -160,6 +160,7 @@ COMMAND = ("torchrun --nproc_per_node 1 -m tevatron.retriever.driver.train --mod
     ("--lora_name_or_path my/adapter --lora", {"model.path": "my/adapter"}),
     ("--per_device_train_batch_size 6 --grad_cache --gc_q_chunk_size 4", {"training.micro_batch_size": 3}),
     ("--save_steps 0.25 --max_steps 400", {"checkpoint.save_every_steps": 100}),
+    ("--save_strategy epoch", {"checkpoint.save_every_epochs": 1, "checkpoint.save_every_steps": 500}),
     ("--deepspeed '{\"zero_optimization\": {\"stage\": 1}}'", {"optimizer.distributed": True}),
 ])
 def test_spellings_of_options(options, expected):
