@@ -7,9 +7,8 @@ from megatron_embed.cli.common import path, positive_int, write_output
 from megatron_embed.errors import ConfigError, UserError
 
 HELP = "Write a configuration: a starting one for a model and data, or another trainer's settings translated"
-EXAMPLES = ("megatron-embed init sentence-transformers/all-MiniLM-L6-v2 train.jsonl > run.yaml",
-            "megatron-embed init --task reranker --lora Qwen/Qwen3-Reranker-0.6B train.jsonl --gpus 8",
-            "megatron-embed init --from swift.yaml --output run.yaml")
+EXAMPLES = ("megatron-embed init Qwen/Qwen3-Embedding-0.6B train.jsonl --output run.yaml",
+            "megatron-embed init --from train.sh --output run.yaml")
 PAGE = "docs/foreign_words.md"
 
 
@@ -21,9 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", metavar="FILE|COMMAND",
                         help="Translate a YAML, JSON or shell file of Transformers, ms-swift, FlagEmbedding, Tevatron, "
                              "Sentence Transformers or DeepSpeed, or a command line in quotes")
-    parser.add_argument("--task", choices=("embedding", "reranker"), default="embedding")
+    parser.add_argument("--task", choices=("embedding", "reranker"), help="Of a starting configuration (default: "
+                        "embedding)")
     parser.add_argument("--lora", action="store_true", help="Train low-rank adapters instead of all parameters")
-    parser.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="GPUs to plan for (default: 1)")
+    parser.add_argument("--gpus", type=positive_int, metavar="N", help="GPUs to plan for (default: 1)")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="GPU model (default: h100)")
     parser.add_argument("--output", metavar="FILE", type=path, help="File to create (default: standard output)")
 
@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
     if (args.source is None) == (args.model is None):
         raise UserError("init takes MODEL DATA for a starting configuration, or --from FILE|\"COMMAND LINE\" to "
                         "translate another trainer's; see `megatron-embed init --help`")
+    if args.source is not None and (args.task is not None or args.lora or args.gpus is not None):
+        raise UserError("--task, --lora and --gpus are for a starting configuration; --from takes them from what it "
+                        "translates")
     if args.output is not None and Path(args.output).exists():
         raise UserError(f"--output {args.output}: exists; nothing is overwritten, name another file")
     text = _translation(args.source) if args.source is not None else _starting(args)
@@ -67,6 +70,7 @@ def _starting(args: argparse.Namespace) -> str:
 
     if not args.data:
         raise UserError(f"init {args.model}: give the data too: a file of rows such as train.jsonl")
-    text = starting_text(args.model, args.data, task=args.task, lora=args.lora, gpus=args.gpus, gpu=GPUS[args.gpu])
+    text = starting_text(args.model, args.data, task=args.task or "embedding", lora=args.lora, gpus=args.gpus or 1,
+                         gpu=GPUS[args.gpu])
     load_text(text, "the starting configuration")
     return text

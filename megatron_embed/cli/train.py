@@ -4,6 +4,7 @@ import argparse
 
 from megatron_embed.cli.common import add_overrides, add_subdirectory, write_output
 from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.platform.launcher import process_rank
 
 HELP = "Train a model, or resume if checkpoint.directory contains a checkpoint"
 EXAMPLES = ("megatron-embed train run.yaml",
@@ -35,9 +36,8 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             from megatron_embed.run.introduction import dry_run
 
-            text, rank = dry_run(config)
-            if rank == 0:
-                write_output(text)
+            if process_rank() == 0:  # All ranks would read the same.
+                write_output(dry_run(config))
             return 0
         from megatron_embed.run.assemble import run_training
 

@@ -71,8 +71,8 @@ class EvaluationConfig:
     """True: remove the document with the query's own id from its ranking in `retrieval`, as BEIR and MTEB do for sets
     whose queries are documents themselves (ArguAna, Quora)."""
     sts: tuple[EvaluationSet, ...] = ()
-    """JSONL files of pairs {"text_a", "text_b", "score"}: Pearson and Spearman correlation of cosine similarity (or dot
-    product) and score."""
+    """Files of pairs {"text_a", "text_b", "score"}, or of another format of pairs: Pearson and Spearman correlation of
+    cosine similarity (or dot product) and score."""
     best_metric: str | None = None
     """Metric, of those that an evaluation logs as `eval/NAME`, that selects the best checkpoint, which is kept beside
     the newest ones; `best` points to it. For `loss`, `loss@DIM` and `negative_similarity` smaller is better, for all

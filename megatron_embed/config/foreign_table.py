@@ -7,7 +7,8 @@ from megatron_embed.config.foreign_word import ForeignWord, key, unneeded, unsup
 
 FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
     "Model": (
-        key("model_name_or_path model model_name model_id model_id_or_path base_model pretrained_model_name_or_path "
+        key("model_name_or_path model.name model.name_or_path "
+            "model model_name model_id model_id_or_path base_model pretrained_model_name_or_path "
             "model_path load ckpt_dir hf_model", "HSFTBM", "model.path", "a directory or a hub name"),
         key("task_type task problem_type", "SF", "task", "embedding or reranker"),
         unneeded("model_type template config_name tokenizer_name tokenizer_name_or_path tokenizer use_chat_template "
@@ -56,15 +57,17 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
                     "only texts can be trained on"),
     ),
     "Data": (
-        key("dataset train_dataset train_data train_file train_files data_path dataset_path train_path training_data "
-            "data_files datasets train_data_path train_set data_dir dataset.train", "HSFTB", "data.train",
+        key("dataset dataset.train data.train data.path "
+            "train_dataset train_data train_file train_files data_path dataset_path train_path training_data "
+            "data_files datasets train_data_path train_set data_dir", "HSFTB", "data.train",
             "a list of files, folders or hub names; `data: {train: [FILE.jsonl]}`"),
         key("dataset_name", "HT", "data.train", "org/name:config/split of the hub"),
         key("dataset_config dataset_config_name subset", "HT", "data.train", "write it into the path: org/name:config"),
         key("dataset_split split train_split", "HT", "data.train", "write it into the path: org/name:config/split"),
         key("corpus_name corpus_path corpus_config corpus_split corpus_file", "T", "data.train.corpus",
             "of the entry whose rows name their documents by id"),
-        key("val_dataset eval_dataset validation_file valid_data eval_data val_data val_file eval_file dev_data "
+        key("val_dataset data.val data.validation data.dev data.eval "
+            "eval_dataset validation_file valid_data eval_data val_data val_file eval_file dev_data "
             "validation_data dev_file valid_file val_files dataset.val dataset.validation", "HSFB", "data.validation"),
         key("split_dataset_ratio validation_split val_split validation_ratio val_size test_size eval_ratio val_ratio "
             "validation_split_percentage", "HS", "data.validation_fraction"),
@@ -78,7 +81,7 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("target_column label_column score_column", "B", "data.train.columns", "{that column: score}"),
         key("streaming", "HS", "data.train.streaming", "of one entry"),
         key("max_train_samples max_samples max_example_num_per_dataset num_samples", "HF", "data.train.rows",
-            "of one entry that is streamed; shorten a file instead"),
+            "of one entry that is streamed; of a file give one with fewer rows"),
         key("interleave_prob probabilities mixing_weights", "S", "data.train.weight", "of each entry"),
         key("shuffle dataset_shuffle train_dataloader_shuffle", "S", "data.shuffle"),
         unneeded("shuffle_buffer_size val_dataset_shuffle stopping_strategy", "S", "an epoch is one permutation of "
@@ -110,7 +113,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
                  "padding between them"),
         key("train_group_size group_size", "FT", "data.num_negatives", "the group's size - 1, since a group also "
             "holds the positive"),
-        key("num_negatives num_hard_negatives infonce_hard_negatives max_negative_samples negs_to_use negative_number "
+        key("num_negatives loss.hard_negatives "
+            "num_hard_negatives infonce_hard_negatives max_negative_samples negs_to_use negative_number "
             "num_neg train_n_passages", "SB", "data.num_negatives"),
         key("max_positive_samples", "S", "data.num_positives", "embedding models; a reranker takes all positives"),
         key("positive_passage_no_shuffle", "T", "data.document_sampling", "first"),
@@ -133,7 +137,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
                     "rows"),
     ),
     "Loss": (
-        key("loss_type loss loss.type loss.name loss_function loss_fn train_loss criterion", "SB", "objective.loss",
+        key("loss_type trainer "
+            "loss loss.type loss.name loss_function loss_fn train_loss criterion", "SB", "objective.loss",
             "docs/objectives.md lists the losses"),
         key("temperature infonce_temperature tau temp loss.temperature softmax_temperature", "SFT",
             "objective.temperature"),
@@ -197,7 +202,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("adam_beta2", "HSM", "training.adam_beta2"),
         key("adam_epsilon adam_eps optimizer.params.eps eps epsilon", "HDM", "training.adam_eps"),
         key("betas optimizer.params.betas", "D", "training.adam_beta1 training.adam_beta2"),
-        key("optim optimizer_type optimizer.type optimizer_name optim_type", "HSD", "training.adam_eps", "the "
+        key("optim optimizer.name "
+            "optimizer_type optimizer.type optimizer_name optim_type", "HSD", "training.adam_eps", "the "
             "optimizer is AdamW; adam_beta1, adam_beta2, adam_eps and weight_decay are its settings"),
         unsupported("optim_args learning_rate_mapping use_galore galore_rank galore_update_proj_gap "
                     "galore_quantization lisa_activated_layers use_muonclip lorap_lr_ratio loraplus_lr_ratio", "HSB",
@@ -216,12 +222,14 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         unneeded("use_liger_kernel torch_compile torch_compile_backend torch_compile_mode apply_rope_fusion use_cache "
                  "torch_empty_cache_steps cross_entropy_loss_fusion low_cpu_mem_usage bias_swiglu_fusion", "HSM",
                  "the losses here never hold a vocabulary's logits; kernels are chosen by model.attention"),
-        unneeded("do_train do_eval do_predict disable_tqdm log_level logging_first_step logging_strategy "
+        unneeded("do_train train "
+                 "do_eval do_predict disable_tqdm log_level logging_first_step logging_strategy "
                  "ignore_args_error debug skip_memory_metrics logging_nan_inf_filter full_eval", "HS", "the command "
                  "says what is done, and every logging.every_steps is logged"),
     ),
     "LoRA": (
-        key("train_type tuner_type finetuning_type use_lora lora use_peft sft_type peft", "SFT", "lora.rank", "0 "
+        key("train_type lora.enabled lora.enable lora.use_lora "
+            "tuner_type finetuning_type use_lora lora use_peft sft_type peft", "SFT", "lora.rank", "0 "
             "trains every parameter, 1 or more trains adapters of that rank"),
         key("lora_rank lora_r lora.r lora.rank peft_lora_r", "HSFT", "lora.rank"),
         key("lora_alpha lora.lora_alpha lora.alpha peft_lora_alpha", "HSFT", "lora.alpha"),
@@ -247,7 +255,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
                     "parameters are trained, or adapters alone; set lora.rank"),
     ),
     "Checkpoints, evaluation, logs": (
-        key("output_dir save output_path save_dir checkpoint_dir output out_dir output_model_dir model_save_path",
+        key("output_dir project_name "
+            "save output_path save_dir checkpoint_dir output out_dir output_model_dir model_save_path",
             "HSFTBM", "checkpoint.directory checkpoint.export_at_end", "training state in the first, the trained "
             "model in the second"),
         unneeded("overwrite_output_dir add_version", "HS", "a run resumes from checkpoint.directory; nothing is "
@@ -257,7 +266,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
                  "checkpoint.directory holds a checkpoint"),
         key("save_steps save_interval checkpointing_steps checkpoint_save_steps checkpoint_interval save_freq", "HSFTM",
             "checkpoint.save_every_steps"),
-        key("save_strategy", "HS", "checkpoint.save_every_steps", "the last step is always saved"),
+        key("save_strategy", "HS", "checkpoint.save_every_steps checkpoint.save_every_epochs", "the last step is "
+            "always saved"),
         key("save_total_limit checkpoint_save_total_limit max_checkpoints keep_last_n", "HSF", "checkpoint.keep"),
         unsupported("save_only_model no_save_optim no_save_rng save_on_each_node", "HSM", "a checkpoint always holds "
                     "the optimizer, so that a run can resume; lower checkpoint.keep to save space"),
@@ -270,6 +280,7 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
             "evaluation.every_steps"),
         key("eval_strategy evaluation_strategy", "HS", "evaluation.every_steps", "data.validation or "
             "evaluation.retrieval say what is evaluated"),
+        key("eval_on_start", "H", "evaluation.at_start"),
         unneeded("per_device_eval_batch_size eval_batch_size eval_accumulation_steps eval_iters eval_delay "
                  "prediction_loss_only predict_with_generate per_gpu_eval_batch_size batch_eval_metrics eval_limit",
                  "HSBM", "held-out rows are evaluated in batches of at most global_batch_size"),

@@ -45,8 +45,7 @@ def config_of_overrides(overrides: list[str]) -> RunConfig:
     tree = Node({}, "command line")
     for override in overrides:
         tree = overridden(tree, *read_override(override))
-    config = _run_config(tree)
-    return _with_home(config)
+    return _with_home(_run_config(tree))
 
 
 def config_of_values(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -62,9 +61,7 @@ def config_of_values(values: Mapping[str, Any], overrides: Sequence[str] = ()) -
     tree = tree_of(values)
     for override in overrides:
         tree = overridden(tree, *read_override(override))
-    config = _mapping(RunConfig, tree, "", tree)
-    assert isinstance(config, RunConfig)
-    return _with_home(config)
+    return _with_home(_run_config(tree))
 
 
 def load_with_locations(path: str, overrides: list[str]) -> tuple[RunConfig, Callable[[str], str]]:

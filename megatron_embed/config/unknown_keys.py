@@ -53,6 +53,9 @@ class _Known:
                 for item in child.value if isinstance(child.value, list) else [child]:
                     if isinstance(item.value, dict):
                         yield from self.refusals(section, item, dotted)
+                    elif dotted == "model" and isinstance(item.value, str):
+                        yield (f"{item.location}: model = {item.value!r} is a name in place of a section; write "
+                               f"`model: {{path: {item.value}}}`")
 
     def _answers(self, target: Any, dotted: str, node: Node) -> Iterator[str]:
         """A sentence about one unknown key, or about each key below it that is a setting of another trainer."""

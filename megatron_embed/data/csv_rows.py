@@ -38,21 +38,21 @@ class CsvRows(IndexedRows):
             reader = csv.reader(lines, delimiter=self._delimiter, strict=True)
             self._columns: list[str] = []
             while (record := self._next(reader, lines)) is not None:
-                number, start, raw = lines.take()
+                line_number, start, raw = lines.take()
                 if not any(record):
                     continue
                 if not self._columns:
-                    self._columns = self._header(record, f"{self.path}:{number}")
+                    self._columns = self._header(record, f"{self.path}:{line_number}")
                 else:
-                    yield number, start, raw
+                    yield line_number, start, raw
 
     def _next(self, reader: "Iterator[list[str]]", lines: "_Lines") -> list[str] | None:
         """The next record, None at the end of the file."""
         try:
             return next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{self.path}:{lines.number}: not CSV: {error}; put a text that holds a quote, a line "
-                            "break or the separator in double quotes, and double its own quotes") from None
+            raise DataError(f"{self.path}:{lines.line_number}: not CSV: {error}; put a text that holds a quote, a "
+                            "line break or the separator in double quotes, and double its own quotes") from None
 
     def _header(self, record: list[str], source: str) -> list[str]:
         names = [name.strip() for name in record]
@@ -84,7 +84,7 @@ class _Lines:
         self._raw: list[bytes] = []
         self._start = 0
         self._first = 1
-        self.number = 0
+        self.line_number = 0
 
     def __iter__(self) -> "_Lines":
         return self
@@ -93,13 +93,13 @@ class _Lines:
         if self._ahead is not None:
             line, self._ahead = self._ahead, None
             return line
-        self.number, raw = next(self._lines)
+        self.line_number, raw = next(self._lines)
         self._raw.append(raw)
         try:
-            return raw.decode("utf-8-sig" if self.number == 1 else "utf-8")
+            return raw.decode("utf-8-sig" if self.line_number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{self._path}:{self.number}: not UTF-8: byte 0x{raw[error.start]:02x}; save the file as "
-                            "CSV UTF-8") from None
+            raise DataError(f"{self._path}:{self.line_number}: not UTF-8: byte 0x{raw[error.start]:02x}; save the file "
+                            "as CSV UTF-8") from None
 
     def first_line(self) -> str:
         """The first line, which stays the next one; empty if there is none."""
@@ -111,7 +111,7 @@ class _Lines:
         """(number of the first line, byte offset, bytes) of the lines since the last call."""
         raw = b"".join(self._raw)
         taken = self._first, self._start, raw
-        self._raw, self._start, self._first = [], self._start + len(raw), self.number + 1
+        self._raw, self._start, self._first = [], self._start + len(raw), self.line_number + 1
         return taken
 
 

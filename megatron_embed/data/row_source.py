@@ -71,7 +71,7 @@ class TableRows(RawRows):
 class StreamedRows(DescriptorRows):
     """Rows of a data set of the hub that are fetched while they are read, instead of the whole set first.
 
-    They are kept as JSON in a nameless temporary file (TMPDIR) of this process. Memory: 8 bytes per row.
+    They are kept as JSON in a nameless temporary file (TMPDIR) of this process. Memory: 16 bytes per row.
     """
 
     def __init__(self, path: str, stream: "IterableDataset") -> None:
@@ -79,19 +79,20 @@ class StreamedRows(DescriptorRows):
         self._stream = stream
 
     def scan(self) -> Iterator[tuple[Row, str]]:
-        digest, ends = hashlib.blake2b(digest_size=16), array("q", [0])
+        digest, ends, numbers = hashlib.blake2b(digest_size=16), array("q", [0]), array("q")
         try:
             with tempfile.TemporaryFile() as kept:
                 for row, source in self._fetched():
                     yield row, source
                     digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+                    numbers.append(int(source.rpartition(":")[2]))
                     ends.append(ends[-1] + kept.write(json.dumps(row, default=repr).encode()))
                 kept.flush()
                 self._descriptor = os.dup(kept.fileno())
         except OSError as error:
             raise DataError(f"{self.path}:{len(ends)}: cannot be kept in {tempfile.gettempdir()}: {error.strerror}; "
                             "free space there, set TMPDIR to another directory, or give fewer `rows`") from None
-        self._ends, self.digest = ends, digest.hexdigest()
+        self._ends, self._numbers, self.digest = ends, numbers, digest.hexdigest()
 
     def _fetched(self) -> Iterator[tuple[Row, str]]:
         rows = iter(self._stream)
@@ -114,7 +115,7 @@ class StreamedRows(DescriptorRows):
         start = self._ends[index]
         raw = os.pread(self._descriptor, self._ends[index + 1] - start, start)
         row: Row = json.loads(raw)
-        return row, f"{self.path}:{index + 1}"
+        return row, f"{self.path}:{self._numbers[index]}"
 
 
 def _is_saved(path: str) -> bool:
@@ -217,6 +218,9 @@ def _kind_of(path: str, key: str, *, streaming: bool) -> RowsKind:
                           "BEIR folder (corpus.jsonl, queries.jsonl, qrels/train.tsv) nor saved by `datasets` nor a "
                           "copy of a data set of the hub (with its README.md); name the directory that holds the files",
                           key=key)
+    if not os.path.exists(path) and glob.has_magic(path):
+        raise ConfigError(f"{key} = {path!r}: no file of rows matches ({_readable()}); the current directory is "
+                          f"{str(Path.cwd())!r}", key=key)
     if is_saved or path.endswith(TABLE_ENDINGS):
         return "table"
     if path.endswith(ENDINGS):
@@ -227,9 +231,6 @@ def _kind_of(path: str, key: str, *, streaming: bool) -> RowsKind:
         raise ConfigError(f"{key} = {path!r}: a spreadsheet; save the sheet as CSV UTF-8 (`Save as` of the program "
                           "that wrote it, or pandas.read_excel(FILE).to_csv(\"rows.csv\", index=False)), with the "
                           "names of the columns in its first row", key=key)
-    if not os.path.exists(path) and glob.has_magic(path):
-        raise ConfigError(f"{key} = {path!r}: no file of rows matches ({_readable()}); the current directory is "
-                          f"{str(Path.cwd())!r}", key=key)
     raise ConfigError(f"{key} = {path!r}: not a file of rows by its name; readable are {_readable()}, a directory of "
                       "such files, one that `datasets` saved, and a data set of the hub (org/name:config/split)",
                       key=key)

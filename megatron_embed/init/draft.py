@@ -25,13 +25,13 @@ class Draft:
         settings: what is translated; each setting that is taken from it counts as translated.
         values: dotted key -> (value, comment).
         remarks: sentences for the head of the file.
-        task: embedding or reranker.
+        is_reranker: whether the task is reranker; otherwise it is embedding.
         defaults: values of the other trainer for settings that are not given.
     """
 
     def __init__(self, settings: ForeignSettings, task: str) -> None:
         self.settings = settings
-        self.task = task
+        self.is_reranker = task == "reranker"
         self.trainer = settings.launch.trainer
         self.values: dict[str, tuple[Any, str]] = {}
         self.remarks: list[str] = []

@@ -11,9 +11,10 @@ from pathlib import Path
 from megatron_embed.config.foreign_table import foreign_word, normalized
 from megatron_embed.config.foreign_word import ForeignWord
 from megatron_embed.config.json_file import read_json_file
+from megatron_embed.config.load import load_config
 from megatron_embed.config.yaml_tree import Node, plain_scalar, read_file
 from megatron_embed.errors import ConfigError
-from megatron_embed.init.launch import Launch, launch_of
+from megatron_embed.init.launch import NESTED, Launch, launch_of
 from megatron_embed.init.shell_words import commands_of
 
 _LARGEST = 1 << 20
@@ -85,6 +86,8 @@ def read_foreign(text: str) -> ForeignSettings:
 
 
 def _from_file(path: str) -> ForeignSettings:
+    if path.endswith((".yaml", ".yml")) and _is_ours(path):
+        raise ConfigError(f"--from = {path!r}: a configuration of megatron-embed already; train with it")
     if path.endswith(".py"):
         raise ConfigError(f"--from = {path!r}: a Python program, which is not read; give the command line that starts "
                           "it, or write `megatron-embed init MODEL DATA`")
@@ -100,6 +103,15 @@ def _from_file(path: str) -> ForeignSettings:
     if len(text) > _LARGEST:
         raise ConfigError(f"--from = {path!r}: longer than {_LARGEST:,} characters; give the command alone")
     return _from_shell(text, path)
+
+
+def _is_ours(path: str) -> bool:
+    """Whether the file is a configuration of this program."""
+    try:
+        load_config(path, [])
+    except ConfigError:
+        return False
+    return True
 
 
 def _json_tree(path: str) -> Node:
@@ -118,6 +130,7 @@ def _node(value: object, path: str) -> Node:
 
 def _from_shell(text: str, source: str) -> ForeignSettings:
     commands, variables = commands_of(text)
+    commands = [command for words in commands for command in _with_nested(words)]
     launches = [(launch, rest) for words in commands if (launch := launch_of(words, variables)) is not None
                 for rest in [launch.rest]]
     if not launches:
@@ -143,6 +156,12 @@ def _from_shell(text: str, source: str) -> ForeignSettings:
         result.given = below.given | given
         result.used.add("config")
     return result
+
+
+def _with_nested(words: list[str]) -> list[list[str]]:
+    """The command, or those inside one of its words, as behind `bash -c` and `--wrap`."""
+    nested = next((word for word in words if NESTED.fullmatch(word)), None)
+    return [words] if nested is None else commands_of(nested)[0]
 
 
 def _options(words: list[str]) -> Iterator[Setting]:

@@ -18,6 +18,10 @@ _FLAGS = ("standalone", "multi_gpu", "use_deepspeed", "no_python", "u", "use_fsd
 _NOT_PROGRAMS = ("echo", "printf", "cat", "[", "[[", "test", "mkdir", "cp", "rm", "mv", "ls", "cd", "pip", "git", "tee",
                  "source", ".", "sleep", "wget", "curl", "nvidia-smi", "huggingface-cli", "hf", "while", "for",
                  "function")
+_CONTAINERS = ("docker", "podman", "singularity", "apptainer", "kubectl", "ssh", "srun", "sbatch")
+_STARTERS = ("torchrun", "accelerate", "deepspeed", "swift", "megatron", "python", "python3")
+NESTED = re.compile(rf"\s*(\w+=\S*\s+)*({'|'.join(_STARTERS)})\s.*", re.DOTALL)
+"""A word that is a command of its own, as behind `bash -c`."""
 _MODULE = ("m", "module")
 
 
@@ -47,6 +51,7 @@ def launch_of(words: list[str], variables: dict[str, str]) -> Launch | None:
     environment = dict(variables)
     options: dict[str, str] = {}
     launchers: list[str] = []
+    words = _inner(words)
     position, program = 0, ""
     while position < len(words) and not program:
         word = words[position]
@@ -67,6 +72,15 @@ def launch_of(words: list[str], variables: dict[str, str]) -> Launch | None:
         return None
     devices = _devices(options | {normalized(name): value for name, value in environment.items()}, launchers)
     return Launch(program or "a command line", environment, options, rest, devices, trainer or trainer_of_options(rest))
+
+
+def _inner(words: list[str]) -> list[str]:
+    """The words without those of a container or scheduler in front, unless these are what counts the processes."""
+    names = [word.rpartition("/")[2] for word in words]
+    start = next((index for index, name in enumerate(names) if name in _STARTERS), None)
+    if start is None or names[0] not in _CONTAINERS or (names[0] == "srun" and names[start].startswith("python")):
+        return words
+    return words[start:]
 
 
 def _read_option(words: list[str], position: int, options: dict[str, str]) -> int:

@@ -29,13 +29,13 @@ _FEW_ROWS = 10_000
 class Rows:
     """What the data holds."""
 
-    number: int | None
+    count: int | None
     """None: not on this machine."""
     kind: Literal["contrastive", "pairs", "rerank"]
     binary: bool = False
     """Whether the scores of pairs, or the labels of lists, are 0 and 1 alone."""
     negatives: int = 0
-    """Of the row with the most."""
+    """Negatives of the row with the most."""
     instructions: bool = False
     """Whether rows carry instructions."""
 
@@ -53,12 +53,13 @@ def starting_text(model: str, data: list[str], *, task: Literal["embedding", "re
     rows = look_at(data)
     shape = find_shape(model)
     values: Values = {"task": (task, ""), "model.path": (model, "a directory or a hub name")}
-    _objective(values, task, rows)
-    values["data.train"] = (data, "" if rows.number is None else f"{rows.number:,} rows")
-    if rows.number is None or rows.number >= 100:
-        values["data.validation_fraction"] = (0.02 if rows.number is None or rows.number > 2000 else 0.1,
+    is_reranker = task == "reranker"
+    _objective(values, is_reranker, rows)
+    values["data.train"] = (data, "" if rows.count is None else f"{rows.count:,} rows")
+    if rows.count is None or rows.count >= 100:
+        values["data.validation_fraction"] = (0.02 if rows.count is None or rows.count > 2000 else 0.1,
                                               "held out; their loss is logged as eval/loss")
-    _lengths(values, task, rows)
+    _lengths(values, is_reranker, rows)
     _steps(values, rows, lora, shape)
     if lora:
         values["lora.rank"] = (16, "adapters on every linear layer; docs/lora.md")
@@ -78,7 +79,7 @@ def starting_text(model: str, data: list[str], *, task: Literal["embedding", "re
 def look_at(paths: list[str]) -> Rows:
     """What the rows of these data sets are; all of them are read and checked. Nothing is fetched from the hub."""
     if any(is_hub_name(path) for path in paths):
-        return Rows(number=None, kind="contrastive")
+        return Rows(count=None, kind="contrastive")
     from megatron_embed.data.dataset import open_records
     from megatron_embed.data.records import Record
 
@@ -87,18 +88,18 @@ def look_at(paths: list[str]) -> Rows:
     first = records[0]
     if not isinstance(first, Record):
         binary = all(label in (0, 1) for record in records if not isinstance(record, Record) for label in record.labels)
-        return Rows(number=len(records), kind="rerank", binary=binary, negatives=records.most_documents - 1,
+        return Rows(count=len(records), kind="rerank", binary=binary, negatives=records.most_documents - 1,
                     instructions=instructions)
     if first.score is not None:
         scores = {record.score for record in records if isinstance(record, Record)}
-        return Rows(number=len(records), kind="pairs", binary=scores <= {0.0, 1.0}, instructions=instructions)
-    return Rows(number=len(records), kind="contrastive", negatives=records.most_negatives, instructions=instructions)
+        return Rows(count=len(records), kind="pairs", binary=scores <= {0.0, 1.0}, instructions=instructions)
+    return Rows(count=len(records), kind="contrastive", negatives=records.most_negatives, instructions=instructions)
 
 
-def _objective(values: Values, task: str, rows: Rows) -> None:
-    if task == "reranker" and rows.kind == "pairs":
+def _objective(values: Values, is_reranker: bool, rows: Rows) -> None:
+    if is_reranker and rows.kind == "pairs":
         values["objective.loss"] = ("pointwise", "each pair is relevant or not; scores from 0 to 1")
-    elif task == "reranker":
+    elif is_reranker:
         values["objective.loss"] = ("listwise", "softmax over the documents of a query; docs/rerankers.md has others")
     elif rows.kind == "pairs":
         loss, why = ("online_contrastive", "labels 0 and 1") if rows.binary else (
@@ -115,8 +116,8 @@ def _objective(values: Values, task: str, rows: Rows) -> None:
         values["data.num_negatives"] = (most, f"of up to {rows.negatives} in a row")
 
 
-def _lengths(values: Values, task: str, rows: Rows) -> None:
-    if task == "reranker":
+def _lengths(values: Values, is_reranker: bool, rows: Rows) -> None:
+    if is_reranker:
         values["reranker.max_length"] = (512, "tokens of a query with a document; longer documents are cut")
         return
     symmetric = rows.kind == "pairs"
@@ -128,15 +129,15 @@ def _lengths(values: Values, task: str, rows: Rows) -> None:
 
 def _steps(values: Values, rows: Rows, lora: bool, shape: "ModelShape | None") -> None:
     """Batch, length and learning rate."""
-    number = rows.number
+    count = rows.count
     batch = _LARGEST_BATCH
-    trained = None if number is None else number - round(number * values.get("data.validation_fraction", (0, ""))[0])
+    trained = None if count is None else count - round(count * values.get("data.validation_fraction", (0, ""))[0])
     while trained is not None and batch > 8 and batch * _STEPS_PER_EPOCH > trained:
         batch //= 2
     while trained is not None and batch > trained:
         batch //= 2
     values["training.global_batch_size"] = (max(batch, 1), "queries per optimizer step, over all GPUs")
-    epochs = 3 if number is not None and number < _FEW_ROWS else 1
+    epochs = 3 if count is not None and count < _FEW_ROWS else 1
     values["training.epochs"] = (epochs, "")
     large = shape is not None and shape.hidden_size >= 2048
     rate = 1e-4 if lora else 5e-6 if large else 1e-5 if shape is None or shape.hidden_size >= 1024 else 2e-5
@@ -198,11 +199,11 @@ def _divisible(config: RunConfig, values: Values, gpus: int) -> RunConfig:
 def _outputs(values: Values, rows: Rows) -> None:
     """Checkpoints, evaluation and logs at intervals that fit the number of steps."""
     steps = 1000
-    if rows.number is not None:
-        steps = max(rows.number * values["training.epochs"][0] // values["training.global_batch_size"][0], 1)
+    if rows.count is not None:
+        steps = max(rows.count * values["training.epochs"][0] // values["training.global_batch_size"][0], 1)
     every = max(steps // 10, 1)
     values["checkpoint.directory"] = ("runs/first", "training state; the same command resumes from it")
-    values["checkpoint.save_every_steps"] = (every, f"of about {steps:,} steps" if rows.number is not None else "")
+    values["checkpoint.save_every_steps"] = (every, f"of about {steps:,} steps" if rows.count is not None else "")
     values["checkpoint.export_at_end"] = ("export/first", "the trained model, for Sentence Transformers")
     values["evaluation.every_steps"] = (every, "")
     values["logging.every_steps"] = (max(steps // 100, 1), "")

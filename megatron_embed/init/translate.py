@@ -60,7 +60,7 @@ def _translate_model(draft: Draft) -> None:
     else:
         draft.set("model.path", "MODEL", "the command names no model: a directory or a hub name")
     _translate_dtype(draft)
-    if draft.task == "embedding":
+    if not draft.is_reranker:
         _translate_embedding(draft)
     if (attention := settings.take("attn_implementation")) is not None:
         draft.remark(f"{attention.written}: model.attention is auto, which takes flash attention in half precision on "
@@ -108,9 +108,9 @@ def _translate_lora(draft: Draft) -> None:
     draft.copy("lora_rank", "lora.rank")
     draft.copy("lora_alpha", "lora.alpha")
     draft.copy("lora_dropout", "lora.dropout")
-    if draft.value("lora.rank") is None:
-        draft.set("lora.rank", 8, "not given: PEFT's default")
-        draft.values.setdefault("lora.alpha", (8, "not given: PEFT's default"))
+    for key in ("lora.rank", "lora.alpha"):
+        if draft.value(key) is None:
+            draft.set(key, 8, "not given: the default of PEFT")
     targets = draft.given("target_modules")
     if targets is not None:
         names = targets[0].replace(",", " ").split() if isinstance(targets[0], str) else list(targets[0])

@@ -1,6 +1,5 @@
 """The data of another trainer in ours: files, columns, prompts and lengths."""
 
-import dataclasses
 import itertools
 import os
 import re
@@ -42,7 +41,7 @@ def translate_data(draft: Draft) -> None:
     _translate_validation(draft)
     _translate_order(draft, len(train))
     _translate_lengths(draft)
-    if draft.task == "embedding":
+    if not draft.is_reranker:
         _translate_prompts(draft)
     else:
         _translate_pair_prompt(draft)
@@ -57,10 +56,10 @@ def _entries(draft: Draft, name: str) -> tuple[list[dict[str, object]], str]:
     entries: list[dict[str, object]] = []
     for value in values:
         if isinstance(value, dict):
-            found = [str(value[key]) for key in _PATH_KEYS if isinstance(value.get(key), str)]
-            if not found:
+            paths = [str(value[key]) for key in _PATH_KEYS if isinstance(value.get(key), str)]
+            if not paths:
                 draft.remark(f"{name}: {value}: not needed; every row is checked before the first step")
-            values_here = found[:1]
+            values_here = paths[:1]
         else:
             values_here = [part for part in str(value).split(",") if part] if "," in str(value) else [str(value)]
         for path in values_here:
@@ -146,13 +145,14 @@ def _add_to_entries(draft: Draft, entries: list[dict[str, object]]) -> None:
 def _look_at_rows(draft: Draft, entries: list[dict[str, object]]) -> None:
     """Compare the first rows of the files that are on this machine with the loss, and count their negatives."""
     loss, most = draft.value("objective.loss"), 0
-    kind: Kind = "rerank" if draft.task == "reranker" else "pairs" if loss in LABELLED_PAIRS else "contrastive"
+    kind: Kind = "rerank" if draft.is_reranker else "pairs" if loss in LABELLED_PAIRS else "contrastive"
     seen = False
     for entry in entries:
         path = str(entry["path"])
         if not (os.path.isfile(path) or files_of(path)):
             continue
-        file = dataclasses.replace(TrainFile(path=path), columns=entry.get("columns", {}))
+        columns = entry.get("columns")
+        file = TrainFile(path=path, columns=columns if isinstance(columns, dict) else {})
         try:
             rows = open_rows(path, "data.train")
             reader = RowReader(file, kind, holds_texts=rows.holds_texts)
@@ -206,7 +206,7 @@ def _translate_lengths(draft: Draft) -> None:
     both = draft.whole("max_length", "data.document_max_length")
     query = draft.whole("query_max_len", "data.query_max_length")
     document = draft.whole("passage_max_len", "data.document_max_length")
-    if draft.task == "reranker":
+    if draft.is_reranker:
         if both is not None:
             draft.set("reranker.max_length", both[0], f"{both[1]}: tokens of a pair")
         elif query is not None and document is not None:

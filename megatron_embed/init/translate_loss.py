@@ -27,7 +27,7 @@ def translate_loss(draft: Draft) -> None:
         draft.set("objective.margin", margin[0], margin[1])
     elif margin is not None and loss == "margin_ranking":
         draft.set("reranker.margin", margin[0], margin[1])
-    if draft.task == "reranker":
+    if draft.is_reranker:
         _translate_head(draft)
     elif loss in CONTRASTIVE:
         _translate_batch_negatives(draft)
@@ -44,12 +44,12 @@ def _loss_of(draft: Draft) -> tuple[str, str]:
     distilled = draft.flag("knowledge_distillation")
     kind = draft.settings.take("kd_loss_type")
     if distilled is not None and distilled[0]:
-        draft.set("objective.teacher_temperature" if draft.task == "embedding" else "reranker.temperature", 1.0,
+        draft.set("objective.teacher_temperature" if not draft.is_reranker else "reranker.temperature", 1.0,
                   "a teacher's scores are not divided there")
         draft.remark("knowledge distillation is the whole loss here; FlagEmbedding adds the contrastive loss to it"
                      f"{f' ({kind.written})' if kind else ''}")
         return "kl_distillation", distilled[1]
-    losses = RERANK_LOSSES if draft.task == "reranker" else EMBEDDING_LOSSES
+    losses = RERANK_LOSSES if draft.is_reranker else EMBEDDING_LOSSES
     default = _default_loss(draft)
     if given is None:
         return default
@@ -59,7 +59,7 @@ def _loss_of(draft: Draft) -> tuple[str, str]:
         _remark_on_variants(draft, plain(value))
         return str(ours), given.written
     if plain(value) in ("crossentropy", "ce", "softmax"):
-        if draft.task == "reranker" and draft.settings.peek("train_group_size") is None:
+        if draft.is_reranker and draft.settings.peek("train_group_size") is None:
             return "pointwise", f"{given.written}, with one label: binary cross entropy of a document"
         return default[0], given.written
     why = reason("objective.loss", value) or "not a loss here; docs/objectives.md lists them"
@@ -69,7 +69,7 @@ def _loss_of(draft: Draft) -> tuple[str, str]:
 
 def _default_loss(draft: Draft) -> tuple[str, str]:
     """The loss of a run that names none."""
-    if draft.task == "embedding":
+    if not draft.is_reranker:
         return "info_nce", "not given: the loss of embedding models"
     if draft.trainer in ("FlagEmbedding", "Tevatron"):
         return "listwise", f"{draft.trainer}'s: cross entropy over a query's documents"
@@ -82,8 +82,8 @@ def _remark_on_variants(draft: Draft, name: str) -> None:
         draft.set("objective.directions", ["query_to_document", "document_to_query"], "symmetric")
         draft.set("objective.partition", "per_direction", "symmetric: the mean of both directions")
     if "gist" in name:
-        draft.remark("GISTEmbedLoss: there is no guide model; objective.mask_margin excludes likely positives by the "
-                     "model's own similarity")
+        draft.remark("GISTEmbedLoss: a guide model is not supported; objective.mask_margin excludes likely positives "
+                     "by the model's own similarity")
         draft.set("objective.mask_margin", 0.0, "in place of the guide: no candidate more similar than the positive")
     if name.startswith("cached") and draft.settings.peek("mini_batch_size") is None:
         draft.remark("the gradient cache is always on: lower training.micro_batch_size to the size of its chunks")
@@ -95,8 +95,8 @@ def _translate_temperature(draft: Draft, loss: str) -> None:
     scale, given = draft.given("scale"), draft.settings.peek("temperature")
     temperature = draft.number("temperature", "objective.temperature")
     distilled = draft.number("distil_temperature", "objective.teacher_temperature")
-    key = "objective.temperature" if draft.task == "embedding" else "reranker.temperature"
-    if draft.task == "reranker":
+    key = "objective.temperature" if not draft.is_reranker else "reranker.temperature"
+    if draft.is_reranker:
         listwise = draft.number("listwise_reranker_temperature", key)
         if listwise is not None and loss in ("listwise", "kl_distillation"):
             draft.set(key, listwise[0], listwise[1])
@@ -106,8 +106,7 @@ def _translate_temperature(draft: Draft, loss: str) -> None:
     if temperature is not None and (given is not None or scale is None):
         draft.set(key, temperature[0], temperature[1])
     elif scale is not None and isinstance(scale[0], int | float) and scale[0] > 0:
-        draft.set(key, 1 / scale[0], f"1 / {scale[0]:g}: {scale[1]}" if "not given" not in scale[1] else
-                  f"1 / {scale[0]:g}, {scale[1]} scale")
+        draft.set(key, 1 / scale[0], f"1 / scale {scale[0]:g}: {scale[1]}")
     else:
         draft.remark("no temperature is given: objective.temperature is 0.02 unless you set it")
     if distilled is not None and loss == "kl_distillation":
@@ -193,15 +192,15 @@ def _translate_num_negatives(draft: Draft, loss: str) -> None:
         draft.set("data.num_negatives", count[0], count[1])
     elif group is not None and isinstance(group[0], int):
         draft.set("data.num_negatives", group[0] - 1, f"{group[1]}: a group of {group[0]} holds one positive")
-        if draft.task == "embedding" and group[0] > 1:
+        if not draft.is_reranker and group[0] > 1:
             first = len(fixed) == 2 and all(fixed)
             draft.set("data.document_sampling", "first" if first else "random",
                       "as told" if first else "as there: others of a row in every epoch")
-    elif draft.task == "embedding":
+    elif not draft.is_reranker:
         needed = loss in WITH_HARD_NEGATIVES or draft.settings.peek("infonce_use_batch") is False
         draft.set("data.num_negatives", _ALL_NEGATIVES if loss in CONTRASTIVE or needed else 0,
                   ALL_NEGATIVES_NOTE)
-    if positives is not None and draft.task == "reranker":
+    if positives is not None and draft.is_reranker:
         draft.remark(f"{positives.written}: a reranker takes all positives of a row")
     elif positives is not None and isinstance(positives.value, int):
         draft.set("data.num_positives", positives.value, positives.written)

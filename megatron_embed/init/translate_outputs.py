@@ -35,7 +35,9 @@ def _translate_interval(draft: Draft, steps_name: str, strategy_name: str, key: 
     """Steps between saves, or between evaluations; an epoch is told in words."""
     steps, strategy = draft.number(steps_name, key), draft.settings.take(strategy_name)
     kind = "steps" if strategy is None else plain(strategy.value)
-    if kind == "epoch" and strategy is not None:
+    if kind == "epoch" and strategy is not None and "save" in key:
+        draft.set("checkpoint.save_every_epochs", 1, strategy.written)
+    elif kind == "epoch" and strategy is not None:
         draft.remark(f"{strategy.written}: {key} counts steps; an epoch has the number of rows / "
                      f"{draft.value('training.global_batch_size', 'training.global_batch_size')} steps")
     elif kind in ("no", "false") and strategy is not None:
@@ -56,6 +58,9 @@ def _translate_evaluation(draft: Draft) -> None:
     _translate_interval(draft, "eval_steps", "eval_strategy", "evaluation.every_steps")
     if not validates:
         draft.values.pop("evaluation.every_steps", None)
+    at_start = draft.flag("eval_on_start")
+    if at_start is not None and validates:
+        draft.set("evaluation.at_start", at_start[0], at_start[1])
     best, metric = draft.flag("load_best_model_at_end"), draft.settings.take("metric_for_best_model")
     patience = draft.whole("early_stopping_patience", "evaluation.patience")
     if not validates:
@@ -133,19 +138,19 @@ def _translate_sharding(draft: Draft) -> None:
     zero, stage = draft.settings.take("deepspeed"), draft.settings.take("zero_stage")
     fsdp, offload = draft.settings.take("fsdp"), draft.settings.take("offload_optimizer")
     given = stage or zero
-    number = None
+    level = None
     if given is not None:
         match = re.search(r"(?:zero|stage|z)[_-]?(\d)", str(given.value).lower())
-        number = int(match[1]) if match else given.value if isinstance(given.value, int) else None
-    if given is not None and number is None:
+        level = int(match[1]) if match else given.value if isinstance(given.value, int) else None
+    if given is not None and level is None:
         draft.remark(f"{given.written}: its stage is not in the name; optimizer.distributed, on by default, is ZeRO-1")
-    elif given is not None and number == 0:
+    elif given is not None and level == 0:
         draft.set("optimizer.distributed", False, f"{given.written}: ZeRO-0 shards nothing")
     elif given is not None:
         draft.set("optimizer.distributed", True, f"{given.written}: optimizer state is sharded, as ZeRO-1 does")
-        if number is not None and number >= 2:
-            shared = "gradients" if number == 2 else "gradients and parameters"
-            draft.remark(f"{given.written}: ZeRO-{number} shards {shared} too; if memory is short, "
+        if level is not None and level >= 2:
+            shared = "gradients" if level == 2 else "gradients and parameters"
+            draft.remark(f"{given.written}: ZeRO-{level} shards {shared} too; if memory is short, "
                          "parallel.tensor_model_parallel_size divides the model (`megatron-embed plan` computes it)")
     elif fsdp is not None and fsdp.value not in (None, "", False):
         draft.set("optimizer.distributed", True, f"{fsdp.written}: optimizer state is sharded")
@@ -153,5 +158,6 @@ def _translate_sharding(draft: Draft) -> None:
     offloads = (offload is not None and plain(offload.value) in ("cpu", "true")) or (
         zero is not None and "offload" in str(zero.value))
     if offloads:
-        draft.remark(f"{(offload or zero).written if offload or zero else ''}: optimizer.cpu_offload: true keeps the "
+        given = offload or given
+        draft.remark(f"{given.written if given else ''}: optimizer.cpu_offload: true keeps the "
                      "optimizer's state in host memory; it needs a GPU")

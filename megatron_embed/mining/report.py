@@ -53,7 +53,7 @@ def _cells(values: NDArray[np.float64]) -> list[str]:
     """The cells of a column in the order of ROWS."""
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
     numbers = (values.mean(), values.std(), values.min(), low, middle, high, values.max())
-    return [f"{len(values):,}", *(f"{number:.4f}" for number in numbers)]
+    return [f"{len(values):,}", *(f"{value:.4f}" for value in numbers)]
 
 
 def _skipped(mined: Sequence[Mined], options: MiningOptions) -> list[str]:

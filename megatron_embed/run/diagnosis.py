@@ -183,7 +183,7 @@ def _endless_warmup(log: RunLog) -> str | None:
 def _wrong_positives(log: RunLog) -> str | None:
     chance, last, accuracy = log.chance_loss, log.late("loss"), log.late("in_batch_accuracy")
     positive, negative = log.late("positive_similarity"), log.late("negative_similarity")
-    if None in (chance, last, accuracy, positive, negative):
+    if None in (chance, last, accuracy, positive, negative) or len(log.steps) < 10:
         return None
     assert chance is not None and last is not None and accuracy is not None
     assert positive is not None and negative is not None
@@ -266,7 +266,7 @@ def _padding(log: RunLog) -> str | None:
 
 def _truncated(log: RunLog) -> str | None:
     share = log.late("truncated_fraction")
-    if share is None or share < 0.3:
+    if share is None or share < 0.5:
         return None
     lengths = [_number(log.setting(f"data.{role}_max_length")) for role in ("query", "document")]
     return (f"{share:.0%} of the texts are cut: raise data.query_max_length and data.document_max_length (now "

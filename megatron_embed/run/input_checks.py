@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_embed.data.beir import is_beir_folder, require_split
 from megatron_embed.data.csv_rows import CSV_ENDINGS
-from megatron_embed.data.jsonl import ENDINGS, open_jsonl
+from megatron_embed.data.jsonl import ENDINGS
 from megatron_embed.data.row_source import RowsKind, files_of, require_rows
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError, DataError, UserError
@@ -58,7 +58,8 @@ def _check_evaluations(config: "RunConfig") -> Iterator[Check]:
         yield _run_check("evaluation.retrieval", item.path,
                          lambda path=item.path: _check_retrieval(path, evaluation.split))
     for item in evaluation.sts:
-        yield _run_check("evaluation.sts", item.path, lambda path=item.path: _check_readable(path, "evaluation.sts"))
+        yield _run_check("evaluation.sts", item.path, lambda path=item.path: _note_of(
+            path, require_rows(path, "evaluation.sts"), "evaluation.sts"))
     for path in evaluation.reranking:
         yield _run_check("evaluation.reranking", path, lambda path=path: _note_of(
             path, require_rows(path, "evaluation.reranking"), "evaluation.reranking"))
@@ -163,11 +164,6 @@ def _note_of(path: str, kind: RowsKind, key: str) -> str:
         raise ConfigError(f"{key} = {path!r}: no such file or directory; the current directory is {os.getcwd()!r}",
                           key=key)
     return _FETCHED
-
-
-def _check_readable(path: str, key: str) -> str:
-    open_jsonl(path, key).close()
-    return ""
 
 
 def _check_retrieval(path: str, split: str) -> str:

@@ -30,15 +30,14 @@ WIDTH = 9
 """Columns of the words at the beginning of the lines."""
 
 
-def dry_run(config: RunConfig) -> tuple[str, int]:
-    """(introduction of the run that would start, this rank), after all checks that come before its first collective.
+def dry_run(config: RunConfig) -> str:
+    """The introduction of the run that would start, after all checks that come before its first collective.
 
-    Loads no weights and leaves no directory behind.
+    Loads no weights and leaves no directory behind. Called by one rank: another one might need what is removed.
 
     Raises:
         UserError: the error that would end the run.
     """
-    rank, ranks, _ = launched_rank()
     wanted = [*output_directories(config).values()]
     if config.checkpoint.export_at_end is not None:
         wanted.append(str(Path(config.checkpoint.export_at_end).parent))
@@ -47,10 +46,10 @@ def dry_run(config: RunConfig) -> tuple[str, int]:
         inputs = read_inputs(config)
     finally:
         for folder in sorted(new, key=lambda folder: len(folder.parts), reverse=True):
-            with contextlib.suppress(OSError):  # another rank was quicker, or something was put there
+            with contextlib.suppress(OSError):  # something was put there meanwhile
                 folder.rmdir()
-    text = introduction(inputs, ranks)
-    return f"{text}\nthe run is complete: there is nothing to do" if inputs.is_complete else text, rank
+    text = introduction(inputs, launched_rank()[1])
+    return f"{text}\nthe run is complete: there is nothing to do" if inputs.is_complete else text
 
 
 def introduction(inputs: Inputs, ranks: int) -> str:

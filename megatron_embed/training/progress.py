@@ -108,8 +108,8 @@ class Progress:
         if not ends and not last:
             return None
         means = "  ".join(f"{name.replace('_', ' ')} {total / self._count:.4f}" for name, total in self._sums.items())
-        number = epochs_done(step, per_epoch) if ends else epochs_done(step, per_epoch) + 1
-        line = (f"epoch {number} of {self._train_steps / per_epoch:.4g}, steps {self._since + 1} to {step}: "
+        index = epochs_done(step, per_epoch) + (not ends)
+        line = (f"epoch {index} of {self._train_steps / per_epoch:.4g}, steps {self._since + 1} to {step}: "
                 f"mean {means}")
         self._sums, self._count, self._since = {}, 0, step
         return line

@@ -82,7 +82,7 @@ def test_one_process_loads_several_models(tmp_path):
     assert vectors["scores"].dtype == np.float32 and vectors["scores"] == pytest.approx(scores, abs=1e-4)
     assert np.ptp(scores) > 1e-3 and np.array_equal(vectors["passages"], vectors["scores"])
     assert told["repr"] == [f"Embedder('{MINILM}', family='bert', dim=384, pooling='mean', similarity='cosine')",
-                            f"Reranker('{reranker}', family='bert', max_length=512)"]
+                            f"Reranker('{reranker}', family='bert', max_length=256)"]
     words = ("an embedding model, which gives vectors and no scores of pairs; load a reranker",
              "role = 'passage': must be 'query' or 'document'", "no such directory",
              "pooling = 'max': must be one of", "--max-length 100000 is longer than the model's 512 positions",

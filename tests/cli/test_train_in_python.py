@@ -30,6 +30,7 @@ print(json.dumps({"last": last, "again": again, "other": other, "calls": calls, 
 """
 
 
+@pytest.mark.slow
 def test_the_run_of_the_command_line(tmp_path, model):
     values = settings(model, tmp_path / "run")
     held_out = values["data"] | {"validation_fraction": 0.02}

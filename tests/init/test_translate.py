@@ -160,6 +160,7 @@ COMMAND = ("torchrun --nproc_per_node 1 -m tevatron.retriever.driver.train --mod
     ("--lora_name_or_path my/adapter --lora", {"model.path": "my/adapter"}),
     ("--per_device_train_batch_size 6 --grad_cache --gc_q_chunk_size 4", {"training.micro_batch_size": 3}),
     ("--save_steps 0.25 --max_steps 400", {"checkpoint.save_every_steps": 100}),
+    ("--save_strategy epoch", {"checkpoint.save_every_epochs": 1, "checkpoint.save_every_steps": 500}),
     ("--deepspeed '{\"zero_optimization\": {\"stage\": 1}}'", {"optimizer.distributed": True}),
 ])
 def test_spellings_of_options(options, expected):
@@ -257,9 +258,10 @@ def test_translation_trains(name, tmp_path, monkeypatch):
                  "training.global_batch_size=4", "training.micro_batch_size=2", "logging.wandb=false",
                  "parallel.tensor_model_parallel_size=1", "logging.tensorboard=false", "data.validation_fraction=0",
                  "optimizer.distributed=true", "checkpoint.export=last", "evaluation.best_metric=null",
-                 "data.query_max_length=16", "data.document_max_length=16", "training.wsd_decay_ratio=0.1"]
-    if config.task == "reranker":
-        overrides += ["reranker.max_length=120", 'reranker.template="{query} {document}"'] if family == "qwen3" else [
-            "reranker.max_length=32"]
+                 "data.query_max_length=48", "data.document_max_length=16", "training.wsd_decay_ratio=0.1"]
+    if config.task == "reranker" and family == "qwen3":
+        overrides += ["reranker.max_length=120", "reranker.head=score", 'reranker.template="{query} {document}"']
+    elif config.task == "reranker":
+        overrides.append("reranker.max_length=32")
     assert main(["train", "run.yaml", *overrides]) == 0
     assert list(Path(config.checkpoint.export_at_end).iterdir())

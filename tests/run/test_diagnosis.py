@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from megatron_embed.__main__ import main
+from megatron_embed.config.load import config_of_values, save_resolved
 from megatron_embed.errors import ConfigError
 from megatron_embed.run.diagnosis import AT_ONCE, GUESSING, RULES, RunLog, mistakes, read_run
 
@@ -28,7 +29,7 @@ def put(example, folder):
     """The example as a run left it in a logging.directory."""
     first, *rows = example.read_text(encoding="utf-8").splitlines()
     (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(first)["settings"]), encoding="utf-8")
+    save_resolved(config_of_values(json.loads(first)["settings"]), folder / "config.yaml")
     return str(folder)
 
 
