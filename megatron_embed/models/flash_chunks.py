@@ -144,10 +144,12 @@ class _FlashAttention(torch.autograd.Function):
 def _joined(parts: list[Tensor], spans: list[tuple[int, int]], like: Tensor) -> Tensor:
     """Parts at their ascending spans of tokens, zeros elsewhere; of the shape of `like`."""
     pieces, end = [], 0
-    for part, (first, stop) in zip(parts, spans, strict=True):
-        pieces += [like.new_zeros(first - end, *like.shape[1:])] * (first > end) + [part]
+    for part, (first, stop) in zip([*parts, None], [*spans, (len(like), len(like))], strict=True):
+        if first > end:
+            pieces.append(like.new_zeros(first - end, *like.shape[1:]))
+        if part is not None:
+            pieces.append(part)
         end = stop
-    pieces += [like.new_zeros(len(like) - end, *like.shape[1:])] * (len(like) > end)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -158,16 +160,16 @@ def gather_bin(key: Tensor, value: Tensor, group: Any) -> tuple[Tensor, Tensor]:
         return key, value
     both = torch.cat([key, value], dim=-1)
     gathered = tensor_parallel.gather_from_sequence_parallel_region(both, group=group)
-    chunks = gathered.view(group.size(), 2, -1, *both.shape[1:])
     # Rank r holds chunks r and 2*cp-1-r: first halves ascend, second halves descend.
-    whole = torch.cat([chunks[:, 0], chunks[:, 1].flip(0)]).flatten(0, 1)
+    chunks = gathered.chunk(2 * group.size())
+    whole = torch.cat([*chunks[0::2], *reversed(chunks[1::2])])
     return whole.chunk(2, dim=-1)  # type: ignore[return-value]
 
 
 def scatter_bin(whole: Tensor, group: Any) -> Tensor:
     """[tokens, ...] in the bin's order, each rank's own -> [tokens/cp, ...], the sum over the ranks for this rank's two
     chunks: the transpose of `gather_bin`, by one reduce-scatter."""
-    first, second = whole.view(2, group.size(), -1, *whole.shape[1:])
-    by_rank = torch.stack([first, second.flip(0)], dim=1).flatten(0, 2)
+    chunks = whole.chunk(2 * group.size())
+    by_rank = torch.cat([chunk for pair in zip(chunks, reversed(chunks), strict=True) for chunk in pair][:len(chunks)])
     scattered: Tensor = tensor_parallel.reduce_scatter_to_sequence_parallel_region(by_rank, group=group)
     return scattered

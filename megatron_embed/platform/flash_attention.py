@@ -147,10 +147,7 @@ def choose_version(*, dropout: float) -> str:
     reason = why_no_flash_3(dropout=dropout)
     registry: Any = torch.nn.attention
     if reason is None and registry.current_flash_attention_impl() != FLASH_3:
-        try:
-            registry.activate_flash_attention_impl(FLASH_3)
-        except (ImportError, OSError, RuntimeError) as error:  # a package built for another torch or GPU
-            reason = f"torch cannot load it: {error}"
+        reason = _try_flash_3(registry)
     elif reason is not None and _is_flash_3_active():
         registry.restore_flash_attention_impl()
     sentence = ("flash attention is FlashAttention 3" if reason is None else
@@ -170,6 +167,38 @@ def why_no_flash_3(*, dropout: float) -> str | None:
     if importlib.util.find_spec(FLASH_3_MODULE) is None:
         return f"{FLASH_3_MODULE} is not installed"
     return None
+
+
+def _try_flash_3(registry: Any) -> str | None:
+    """Activate it and compare a small call with FlashAttention 2's. Returns a clause if it is not active after all: its
+    package may be built for another torch, and has been called by no test of ours on a GPU."""
+    expected = _small_call()
+    try:
+        registry.activate_flash_attention_impl(FLASH_3)
+        computed = _small_call()
+    except (ImportError, OSError, RuntimeError, TypeError) as error:
+        reason = f"torch cannot call it: {error}"
+    else:
+        if all(float((ours - right).norm() / right.norm()) < 2**-6
+               for ours, right in zip(computed, expected, strict=True)):
+            return None
+        reason = "it computes something else"
+    if _is_flash_3_active():
+        registry.restore_flash_attention_impl()
+    return reason
+
+
+def _small_call() -> list[Tensor]:
+    """Output and gradients of two causal sequences with fewer queries than keys, on the GPU, in float32."""
+    query, key, value = (
+        (torch.arange(tokens * heads * 64, device="cuda") * 0.7).sin().view(tokens, heads, 64).bfloat16()
+        for tokens, heads in ((40, 2), (70, 1), (70, 1)))
+    bounds = torch.tensor(((0, 10, 40), (0, 30, 70)), dtype=torch.int32, device="cuda")
+    call = FlashCall(queries=(0, 40), keys=(0, 70), cu_queries=bounds[0], cu_keys=bounds[1], longest_queries=30,
+                     longest_keys=40, window=CAUSAL)
+    output, state = flash_forward(query, key, value, call, scale=0.125, dropout=0.0)
+    gradients = flash_backward(query, (query, key, value, output), state, call, scale=0.125, dropout=0.0)
+    return [tensor.float() for tensor in (output, *gradients)]
 
 
 def _has_registry() -> bool:

@@ -17,6 +17,7 @@ from megatron_embed.models.attention import (
 )
 from megatron_embed.models.flash_chunks import flash_calls
 from megatron_embed.parallel.device_copy import copy_to_device
+from megatron_embed.platform import flash_attention
 from megatron_embed.platform.compat import AttnMaskType, TransformerConfig
 
 HEADS, HEAD_DIM = 4, 64
@@ -80,3 +81,10 @@ def test_values_and_gradients_are_a_softmaxs(device, kernel, groups, causal, win
         assert ours.dtype == torch.bfloat16 and right.abs().max() > 0.1
         # Scores and weights in bfloat16 cost some roundings of 2^-9; a wrong mask or head costs far more.
         assert (ours.cpu().double() - right).norm() / right.norm() < 2**-6
+
+
+@pytest.mark.gpu
+def test_the_call_that_tries_another_version_of_flash_attention():
+    tensors = flash_attention._small_call()
+    assert [tuple(tensor.shape) for tensor in tensors] == [(40, 2, 64), (40, 2, 64), (70, 1, 64), (70, 1, 64)]
+    assert all(0.1 < float(tensor.abs().max()) < 100 for tensor in tensors)

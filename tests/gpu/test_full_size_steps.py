@@ -35,17 +35,22 @@ def table_of(rows):
     return tool.table(rows)
 
 
-@pytest.mark.parametrize("name", [
-    name if "0.6b" in name else pytest.param(name, marks=pytest.mark.slow) for name in BOUNDS])
-def test_a_step_costs_what_plan_says_and_no_more_than_before(name):
+def count_of(name, *overrides):
+    """Counts of one configuration. Skips without a pretend device."""
     reason = reason_against()
     if reason is not None:
         pytest.skip(f"no pretend device: {reason}")
-    done = subprocess.run([sys.executable, TOOL, f"configs/{name}.yaml", "--json"], cwd=REPOSITORY,
+    done = subprocess.run([sys.executable, TOOL, f"configs/{name}.yaml", "--json", *overrides], cwd=REPOSITORY,
                           capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    row = json.loads(line)
+    return json.loads(line)
+
+
+@pytest.mark.parametrize("name", [
+    name if "0.6b" in name else pytest.param(name, marks=pytest.mark.slow) for name in BOUNDS])
+def test_a_step_costs_what_plan_says_and_no_more_than_before(name):
+    row = count_of(name)
     table, planned, work = table_of([row]), row["planned"], row["work"]
     assert row["activations"] == pytest.approx(planned["activations"], rel=0.1), table
     resident = planned["parameters"] + planned["gradients"] + planned["optimizer"]
@@ -61,3 +66,15 @@ def test_a_step_costs_what_plan_says_and_no_more_than_before(name):
     assert min(each["products"] / row["layers"] for each in passes) >= 4, "no model was run"
     over = [f"{value:.2f} > {bound}" for value, bound in zip(counted, BOUNDS[name], strict=True) if value > bound]
     assert not over, f"{over}\n{table}"
+
+
+@pytest.mark.slow
+def test_context_parallel_ranks_divide_the_activations_of_a_long_text():
+    sizes = ["--set=data.document_max_length=32768", "--set=training.micro_batch_tokens=32768"]
+    one, four = (count_of("qwen3_0.6b_embed_dp8_8xh100", *sizes, f"--set=parallel.context_parallel_size={size}")
+                 for size in (1, 4))
+    assert one["tokens"] == four["tokens"] == 32768
+    for row in (one, four):
+        assert row["activations"] == pytest.approx(row["planned"]["activations"], rel=0.1), table_of([row])
+    assert four["activations"] < 0.26 * one["activations"], table_of([one, four])
+    assert four["work"]["pass 2"]["products"] > one["work"]["pass 2"]["products"], "one call of the kernels for a chunk"

@@ -79,7 +79,7 @@ class _Nursery:
             "JE_ARROW_MALLOC_CONF": "background_thread:false",
             # Otherwise torch initializes CUDA when it counts devices, and the forks could not use them.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), *sys.path])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH"), *sys.path])),
         }
         if sys.platform == "linux":
             # Gloo otherwise asks for the address of the host name, which some sandboxes cannot resolve.

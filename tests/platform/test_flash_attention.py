@@ -206,6 +206,13 @@ class Registry:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         monkeypatch.setattr(operators.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(operators, "_small_call", self.call)
+        self.results = {None: [torch.ones(2), torch.ones(3)], "FA3": [torch.ones(2), torch.full((3,), 1.001)]}
+
+    def call(self):
+        if isinstance(self.results[self.active], Exception):
+            raise self.results[self.active]
+        return self.results[self.active]
 
     def activate(self, name):
         self.calls.append(name)
@@ -237,7 +244,8 @@ def test_flash_attention_3_serves_where_torch_has_it_and_there_is_no_dropout(reg
 @pytest.mark.parametrize("lacks, words", [
     ("registry", "has no activate_flash_attention_impl"), ("kernel", "has no activate_flash_attention_impl"),
     ("package", "flash_attn_interface is not installed"), ("gpu", "compute capability 9"),
-    ("loads", "cannot load it: undefined symbol")])
+    ("loads", "cannot call it: undefined symbol"), ("arguments", "cannot call it: fwd() expected"),
+    ("numbers", "computes something else")])
 def test_flash_attention_2_serves_elsewhere_and_the_reason_is_said(registry, monkeypatch, lacks, words):
     if lacks == "registry":
         monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
@@ -248,6 +256,12 @@ def test_flash_attention_2_serves_elsewhere_and_the_reason_is_said(registry, mon
     if lacks == "gpu":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     registry.error = OSError("undefined symbol") if lacks == "loads" else None
+    if lacks == "arguments":
+        registry.results["FA3"] = TypeError("fwd() expected at most 33 arguments")
+    if lacks == "numbers":
+        registry.results["FA3"] = [torch.ones(2), torch.full((3,), 1.1)]
     sentence = operators.choose_version(dropout=0.0)
     assert sentence.startswith("flash attention is torch's own FlashAttention 2, not 3: ") and words in sentence
-    assert registry.active is None and registry.calls == ["FA3"] * (lacks == "loads")
+    assert registry.active is None
+    assert registry.calls == {"loads": ["FA3"], "arguments": ["FA3", "restore"],
+                              "numbers": ["FA3", "restore"]}.get(lacks, [])
