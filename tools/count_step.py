@@ -21,12 +21,12 @@ sys.path.insert(0, str(REPOSITORY))
 GIB = 2**30
 
 
-def count(path: str, gpus: int, overrides: list[str]) -> dict[str, Any]:
+def count(path: str, gpus: int, overrides: list[str], layers: int | None) -> dict[str, Any]:
     """Counts of one configuration, as JSON would hold them."""
     from megatron_embed.config.load import load_config
     from tests.pretend_cuda.full_step import count_step
 
-    counts = count_step(load_config(path, overrides), gpus)
+    counts = count_step(load_config(path, overrides), gpus, layers)
     work = {part: {name: value for name, value in vars(done).items() if name not in ("by_operator", "waits")}
             | {"by_operator": dict(done.by_operator.most_common(12)),
                "waits": [[f"{wait.function}" + (f" < {wait.caller}" if wait.caller else ""), wait.kind, times]
@@ -78,12 +78,13 @@ def main() -> int:
     parser.add_argument("configs", nargs="+", metavar="CONFIG.yaml")
     parser.add_argument("--gpus", type=int, help="ranks of the layout; left out: the number in the name, `_8xh100`")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--layers", type=int, metavar="N", help="of the model; left out: all")
     parser.add_argument("--lines", action="store_true", help="also copies and waits by source line")
     parser.add_argument("--json", action="store_true", help="one JSON object per configuration and nothing else")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
-        print(json.dumps(count(arguments.configs[0], arguments.gpus, arguments.set)))
+        print(json.dumps(count(arguments.configs[0], arguments.gpus, arguments.set, arguments.layers)))
         return 0
     from tests.pretend_cuda.build import CannotBuildError
     from tests.pretend_cuda.environment import environment
@@ -98,7 +99,8 @@ def main() -> int:
             sys.exit(f"no pretend device: {error}")
         # A process of its own for each: fake ranks are never undone.
         done = subprocess.run([sys.executable, __file__, path, "--here", "--gpus", str(gpus),
-                               *(f"--set={override}" for override in arguments.set)],
+                               *(f"--set={override}" for override in arguments.set),
+                               *([] if arguments.layers is None else [f"--layers={arguments.layers}"])],
                               env=device, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             return done.returncode
