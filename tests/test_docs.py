@@ -77,14 +77,6 @@ def test_readme_shows_every_package():
                      if not path.name.startswith(("_", ".")) and path.name != "py.typed"}
 
 
-def tool_named(name: str):
-    """A module of tools/, which is not a package."""
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_page_of_model_directories_says_what_the_tables_say():
     page = (REPOSITORY / "docs" / "model_directories.md").read_text(encoding="utf-8")
     assert page == tool_named("directories_page").page(), (

@@ -32,20 +32,21 @@ EXPOSED = {"none": (1.0, 2 / 3), "te": (0.5, 4 / 15)}
 the backward pass; with Transformer Engine's overlap, half of pass 1 and three fifths of what is left in pass 2."""
 
 
-def count(path: str, gpus: int, overrides: list[str], texts: str | None) -> dict[str, Any]:
+def count(arguments: argparse.Namespace) -> dict[str, Any]:
     """Counts of one configuration, as JSON would hold them."""
     from megatron_embed.config.load import load_config
     from tests.pretend_cuda.full_step import count_step, longest_micro_batch
 
-    config = load_config(path, overrides)
-    micro_batch = longest_micro_batch(config) if texts is None else median_micro_batch(config, gpus, texts)
-    counts = count_step(config, gpus, micro_batch)
+    config = load_config(arguments.configs[0], arguments.set)
+    micro_batch = (longest_micro_batch(config) if arguments.texts is None
+                   else median_micro_batch(config, arguments.gpus, arguments.texts))
+    counts = count_step(config, arguments.gpus, micro_batch, arguments.layers)
     work = {part: {name: value for name, value in vars(done).items() if name not in ("by_operator", "waits")}
             | {"by_operator": dict(done.by_operator.most_common(12)),
                "waits": [[f"{wait.function}" + (f" < {wait.caller}" if wait.caller else ""), wait.kind, times]
                          for wait, times in done.waits.most_common()]}
             for part, done in counts.work.items()}
-    return {"config": Path(path).stem, "tokens": counts.tokens, "real": micro_batch.num_tokens,
+    return {"config": Path(arguments.configs[0]).stem, "tokens": counts.tokens, "real": micro_batch.num_tokens,
             "layers": counts.layers, "peak": counts.peak, "resident": counts.resident,
             "activations": counts.activations,
             "planned": {name: getattr(counts.planned, name) for name in (
@@ -150,12 +151,13 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, help="ranks of the layout; left out: the number in the name, `_8xh100`")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--texts", metavar="TRAIN.jsonl", help="a micro-batch packed from these rows")
+    parser.add_argument("--layers", type=int, metavar="N", help="of the model; left out: all")
     parser.add_argument("--lines", action="store_true", help="also copies and waits by source line")
     parser.add_argument("--json", action="store_true", help="one JSON object per configuration and nothing else")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
-        print(json.dumps(count(arguments.configs[0], arguments.gpus, arguments.set, arguments.texts)))
+        print(json.dumps(count(arguments)))
         return 0
     from tests.pretend_cuda.build import CannotBuildError
     from tests.pretend_cuda.environment import environment
@@ -171,7 +173,8 @@ def main() -> int:
         # A process of its own for each: fake ranks are never undone.
         done = subprocess.run([sys.executable, __file__, path, "--here", "--gpus", str(gpus),
                                *(f"--set={override}" for override in arguments.set),
-                               *([f"--texts={arguments.texts}"] if arguments.texts else [])],
+                                *([f"--texts={arguments.texts}"] if arguments.texts else []),
+                                *([] if arguments.layers is None else [f"--layers={arguments.layers}"])],
                               env=device, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             return done.returncode

@@ -20,7 +20,7 @@ TOKENS_FOR_HALF = 512
 """Tokens of a micro-batch at which products reach half of that, since smaller ones do not fill a GPU. Multiplied by
 the root of the tensor-parallel size, which makes the matrices narrower."""
 EXPERT_EFFICIENCY = 0.35
-"""The same for experts, whose products are small, one after the other."""
+"""The same for experts, whose matrices are narrow; estimated with one product after the other, not measured."""
 
 MEMORY_EFFICIENCY = 0.75
 """Share of the memory's bandwidth that element-wise kernels reach: 2.5 TB/s on an H100."""

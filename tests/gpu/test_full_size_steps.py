@@ -78,3 +78,19 @@ def test_context_parallel_ranks_divide_the_activations_of_a_long_text():
         assert row["activations"] == pytest.approx(row["planned"]["activations"], rel=0.1), table_of([row])
     assert four["activations"] < 0.26 * one["activations"], table_of([one, four])
     assert four["work"]["pass 2"]["products"] > one["work"]["pass 2"]["products"], "one call of the kernels for a chunk"
+
+
+@pytest.mark.slow
+def test_experts_are_one_product():
+    """Two layers of a mixture with 16 experts on a rank: 72 and 214 products with one for each expert."""
+    reason = reason_against()
+    if reason is not None:
+        pytest.skip(f"no pretend device: {reason}")
+    done = subprocess.run(
+        [sys.executable, TOOL, "configs/qwen3_30b_a3b_embed_pp2_ep8_16xh100.yaml", "--json", "--gpus=8", "--layers=2",
+         "--set=parallel.pipeline_model_parallel_size=1"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr
+    work = json.loads(done.stdout)["work"]
+    assert [work[part]["products"] for part in ("pass 1", "pass 2")] == [12, 34]
+    assert work["pass 1"]["others"] <= 191 and work["pass 2"]["others"] <= 484

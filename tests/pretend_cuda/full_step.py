@@ -38,6 +38,7 @@ from megatron_embed.platform import compat
 from megatron_embed.platform.weight_gradient import products_can_accumulate
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.optimizer import build_optimizer, squared_norms, update, wrap_in_ddp
+from tests.pretend_cuda.balanced_experts import balanced_experts
 from tests.pretend_cuda.waits import Wait, record, recorded
 
 NO_KERNEL = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_",
@@ -303,11 +304,17 @@ def as_fake(value: Any, fake: FakeTensorMode) -> Any:
     return value
 
 
-def count_step(config: RunConfig, world_size: int, micro_batch: MicroBatch | None = None) -> StepCounts:
-    """Counts of rank 0 of `world_size`, for one micro-batch, by default of the longest texts. Once per process."""
+def count_step(config: RunConfig, world_size: int, micro_batch: MicroBatch | None = None,
+               layers: int | None = None) -> StepCounts:
+    """Counts of rank 0 of `world_size`, for one micro-batch, by default of the longest texts. Once per process.
+
+    Args:
+        layers: of the model; None: all. Experts get equally many rows.
+    """
     shape = shape_of(config.model.path)
+    shape = dataclasses.replace(shape, num_layers=layers or shape.num_layers)
     products_can_accumulate()  # tried with real numbers, once
-    with fake_ranks(world_size), fakes_as_on_cuda():
+    with fake_ranks(world_size), fakes_as_on_cuda(), balanced_experts():
         topology = initialize(config.parallel)
         assert topology.pp_size == 1, "a stage would wait for the others' shapes"
         compat.model_parallel_cuda_manual_seed(1)

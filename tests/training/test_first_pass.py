@@ -118,8 +118,8 @@ def embeddings_of_passes(config):
     seen, original, first = [], grad_cache.embed, []
     built.chunks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
 
-    def recorded(*arguments):
-        first.append((original(*arguments), len(seen)))
+    def recorded(*arguments, **before):
+        first.append((original(*arguments, **before), len(seen)))
         return first[0][0]
 
     grad_cache.embed = recorded
