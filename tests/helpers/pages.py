@@ -74,14 +74,14 @@ def script_of(page: Path) -> str:
     for block in blocks_of(page):
         if block.not_run is not None:
             continue
-        place = f"{page.relative_to(REPOSITORY)}:{block.line}"
+        source = f"{page.relative_to(REPOSITORY)}:{block.line}"
         if block.file is not None:
-            parts.append(f"echo '== {place} {block.file}' >&2\ncat > {shlex.quote(block.file)} <<'{END}'\n{block.text}"
+            parts.append(f"echo '== {source} {block.file}' >&2\ncat > {shlex.quote(block.file)} <<'{END}'\n{block.text}"
                          f"{END}\n")
         elif block.language == "bash":
-            parts.append(f"echo '== {place}' >&2\n{block.text}")
+            parts.append(f"echo '== {source}' >&2\n{block.text}")
         elif block.language == "python":
-            parts.append(f"echo '== {place}' >&2\npython - <<'{END}'\n{block.text}{END}\n")
+            parts.append(f"echo '== {source}' >&2\npython - <<'{END}'\n{block.text}{END}\n")
     return "".join(parts)
 
 
