@@ -1,9 +1,9 @@
 """Pages of docs/ that follow from the code say what the code says."""
 
 import ast
+import importlib.util
 import re
 
-from tests.helpers.pages import tool_named
 from tests.helpers.toys import REPOSITORY
 
 LEAST = 12
@@ -74,7 +74,15 @@ def test_readme_shows_every_package():
     tree = re.search(r"^megatron_embed/\n((?:  .*\n)+)", text, re.MULTILINE)[1]
     shown = set(re.findall(r"^  (\w+(?:/|\.py)) ", tree, re.MULTILINE))
     assert shown == {path.name + "/" * path.is_dir() for path in (REPOSITORY / "megatron_embed").iterdir()
-                     if not path.name.startswith(("_", ".")) and path.suffix in ("", ".py")}
+                     if not path.name.startswith(("_", ".")) and path.name != "py.typed"}
+
+
+def tool_named(name: str):
+    """A module of tools/, which is not a package."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_page_of_model_directories_says_what_the_tables_say():
@@ -84,6 +92,12 @@ def test_page_of_model_directories_says_what_the_tables_say():
     rows = re.findall(r"^\| `([^`]+)` \| (honoured|harmless|refused) \|.*\| (.*) \|$", page, re.MULTILINE)
     assert len(rows) > 100
     assert [key for key, _, about in rows if not about.strip()] == []
+
+
+def test_reference_pages_say_what_the_code_says():
+    tool, pages = tool_named("reference_pages"), REPOSITORY / "docs" / "reference"
+    assert (pages / "commands.md").read_text("utf-8") == tool.commands_page(), "python tools/reference_pages.py"
+    assert (pages / "python.md").read_text("utf-8") == tool.python_page(), "python tools/reference_pages.py"
 
 
 def test_every_setting_is_on_the_page_of_settings_and_explained():

@@ -10,13 +10,11 @@ A block's language and title say what it is:
 A comment `<!-- not run: REASON -->` on the line above a block leaves it out of the script.
 """
 
-import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from tests.helpers.toys import REPOSITORY
 
@@ -44,15 +42,6 @@ class Block:
     def file(self) -> str | None:
         """Name of the file that it is."""
         return self.title if self.title is not None and "." in self.title else None
-
-
-def tool_named(name: str) -> ModuleType:
-    """A module of tools/, which is not a package."""
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def blocks_of(page: Path) -> list[Block]:
