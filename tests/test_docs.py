@@ -3,7 +3,6 @@
 import ast
 import re
 
-from tests.helpers.pages import tool_named
 from tests.helpers.toys import REPOSITORY
 
 LEAST = 12
@@ -90,6 +89,12 @@ def test_page_of_other_trainers_says_what_the_table_says():
     page = (REPOSITORY / "docs" / "foreign_words.md").read_text(encoding="utf-8")
     assert page == tool_named("foreign_words_page").page(), (
         "docs/foreign_words.md is not up to date: python tools/foreign_words_page.py")
+
+
+def test_reference_pages_say_what_the_code_says():
+    tool, pages = tool_named("reference_pages"), REPOSITORY / "docs" / "reference"
+    assert (pages / "commands.md").read_text("utf-8") == tool.commands_page(), "python tools/reference_pages.py"
+    assert (pages / "python.md").read_text("utf-8") == tool.python_page(), "python tools/reference_pages.py"
 
 
 def test_every_setting_is_on_the_page_of_settings_and_explained():

@@ -28,8 +28,8 @@ def assigned_in_setup(name):
 CORE, EXTRAS = assigned_in_setup("CORE"), assigned_in_setup("EXTRAS")
 
 
-def pins():
-    lines = (REPOSITORY / "requirements-cpu.txt").read_text(encoding="utf-8").splitlines()
+def pins(file="requirements-cpu.txt"):
+    lines = (REPOSITORY / file).read_text(encoding="utf-8").splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonical(item.name): item for item in requirements}
 
@@ -49,17 +49,18 @@ def test_extras():
     assert set(EXTRAS) == {"gpu", "mining", "eval", "docs", "dev"}
 
 
-@pytest.mark.parametrize("text", [*CORE, *EXTRAS["dev"]])
-def test_every_range_has_a_pin_inside_it(text):
+@pytest.mark.parametrize("text, file", [*((text, "requirements-cpu.txt") for text in [*CORE, *EXTRAS["dev"]]),
+                                        *((text, "requirements-docs.txt") for text in EXTRAS["docs"])])
+def test_every_range_has_a_pin_inside_it(text, file):
     requirement = Requirement(text)
-    pin = pins()[canonical(requirement.name)]
+    pin = pins(file)[canonical(requirement.name)]
     (specifier,) = pin.specifier
     assert specifier.operator == "=="
     assert requirement.specifier.contains(specifier.version)
 
 
 def test_every_pin_is_exact():
-    for pin in pins().values():
+    for pin in [*pins().values(), *pins("requirements-docs.txt").values()]:
         assert re.fullmatch(r"==[0-9][0-9A-Za-z.]*", str(pin.specifier)), pin
 
 

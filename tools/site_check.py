@@ -23,7 +23,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.addresses: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value or "" for name, value in attrs}
@@ -31,7 +31,7 @@ class Page(html.parser.HTMLParser):
         if tag == "link" and LOADED_LINKS & set(values.get("rel", "").lower().split()):
             address = values.get("href", "")
         if ELSEWHERE.match(address):
-            self.found.append(f"<{tag}> {address}")
+            self.addresses.append(f"<{tag}> {address}")
 
 
 def loaded_from_elsewhere(site: Path) -> list[str]:
@@ -40,7 +40,7 @@ def loaded_from_elsewhere(site: Path) -> list[str]:
     for path in sorted(site.rglob("*.html")):
         page = Page()
         page.feed(path.read_text(encoding="utf-8"))
-        lines += [f"{path.relative_to(site)}: {found}" for found in page.found]
+        lines += [f"{path.relative_to(site)}: {address}" for address in page.addresses]
     for path in sorted(site.rglob("*.css")):
         lines += [f"{path.relative_to(site)}: {address}" for address in STYLE_ADDRESS.findall(path.read_text("utf-8"))]
     return lines
@@ -49,9 +49,9 @@ def loaded_from_elsewhere(site: Path) -> list[str]:
 def main() -> int:
     site = Path(sys.argv[1])
     pages = len(list(site.rglob("*.html")))
-    found = loaded_from_elsewhere(site)
-    print("\n".join([*found, f"{pages} pages, {len(found)} addresses of other hosts that they load"]))
-    return 0 if pages and not found else 1
+    lines = loaded_from_elsewhere(site)
+    print("\n".join([*lines, f"{pages} pages, {len(lines)} addresses of other hosts that they load"]))
+    return 0 if pages and not lines else 1
 
 
 if __name__ == "__main__":

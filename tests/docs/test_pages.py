@@ -10,7 +10,7 @@ import yaml
 
 from megatron_embed.__main__ import build_parser
 from megatron_embed.config.load import load_config
-from tests.helpers.pages import DOCS, blocks_of, commands_of, script_of, tool_named
+from tests.helpers.pages import DOCS, blocks_of, commands_of, script_of
 from tests.helpers.toys import MINILM, REPOSITORY
 
 GUIDES = sorted([*(DOCS / "tutorials").glob("*.md"), *(DOCS / "recipes").glob("*.md")])
@@ -75,12 +75,6 @@ def test_every_tutorial_is_in_both_languages():
     assert [page.name for page in sorted((DOCS / "tutorials").glob("*.md"))] == [
         page.name for page in sorted((DOCS / "zh" / "tutorials").glob("*.md"))]
     assert len(GUIDES) >= 8 and len(COMING_FROM) == 4
-
-
-def test_reference_pages_say_what_the_code_says():
-    tool = tool_named("reference_pages")
-    assert ((DOCS / "reference" / "commands.md").read_text("utf-8"), (DOCS / "reference" / "python.md").read_text(
-        "utf-8")) == (tool.commands_page(), tool.python_page()), "not up to date: python tools/reference_pages.py"
 
 
 def pages_in(nav):

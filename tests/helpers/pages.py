@@ -10,13 +10,11 @@ A block's language and title say what it is:
 A comment `<!-- not run: REASON -->` on the line above a block leaves it out of the script.
 """
 
-import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from tests.helpers.toys import REPOSITORY
 
@@ -46,15 +44,6 @@ class Block:
         return self.title if self.title is not None and "." in self.title else None
 
 
-def tool_named(name: str) -> ModuleType:
-    """A module of tools/, which is not a package."""
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def blocks_of(page: Path) -> list[Block]:
     """Every fenced block, in order."""
     source, blocks = page.read_text(encoding="utf-8"), []
@@ -74,14 +63,14 @@ def script_of(page: Path) -> str:
     for block in blocks_of(page):
         if block.not_run is not None:
             continue
-        place = f"{page.relative_to(REPOSITORY)}:{block.line}"
+        source = f"{page.relative_to(REPOSITORY)}:{block.line}"
         if block.file is not None:
-            parts.append(f"echo '== {place} {block.file}' >&2\ncat > {shlex.quote(block.file)} <<'{END}'\n{block.text}"
+            parts.append(f"echo '== {source} {block.file}' >&2\ncat > {shlex.quote(block.file)} <<'{END}'\n{block.text}"
                          f"{END}\n")
         elif block.language == "bash":
-            parts.append(f"echo '== {place}' >&2\n{block.text}")
+            parts.append(f"echo '== {source}' >&2\n{block.text}")
         elif block.language == "python":
-            parts.append(f"echo '== {place}' >&2\npython - <<'{END}'\n{block.text}{END}\n")
+            parts.append(f"echo '== {source}' >&2\npython - <<'{END}'\n{block.text}{END}\n")
     return "".join(parts)
 
 
