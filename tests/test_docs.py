@@ -3,6 +3,7 @@
 import ast
 import re
 
+from tests.helpers.pages import tool_named
 from tests.helpers.toys import REPOSITORY
 
 LEAST = 12
