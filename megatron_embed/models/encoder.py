@@ -220,6 +220,11 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
     return "flash"
 
 
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
 def uses_fused_kernels(config: RunConfig) -> bool:
     """Whether norms, rotary positions and activations are fused kernels, by `model.fused_kernels`. The same on every
     rank with the same packages."""
@@ -229,11 +234,6 @@ def uses_fused_kernels(config: RunConfig) -> bool:
     if missing is not None:
         _say_once(f"model.fused_kernels = auto: plain operators, about half as fast: {missing}")
     return missing is None
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
 
 
 def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling,
