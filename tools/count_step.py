@@ -50,7 +50,22 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
             "layers": counts.layers, "peak": counts.peak, "resident": counts.resident,
             "activations": counts.activations,
             "planned": {name: getattr(counts.planned, name) for name in (
-                "parameters", "gradients", "optimizer", "activations", "total")}, "work": work}
+                "parameters", "gradients", "optimizer", "activations", "total")}
+            | planned_work(config, counts.tokens), "work": work}
+
+
+def planned_work(config: Any, tokens: int) -> dict[str, list[float]]:
+    """What `plan` says of passes 1 and 2 without recomputation: bytes besides products, and launches."""
+    from megatron_embed.planning.advice import adapted_linears
+    from megatron_embed.planning.flops import elementwise_bytes, layer_launches, vocabulary_bytes
+    from megatron_embed.planning.shapes import shape_of
+
+    shape = shape_of(config.model.path)
+    forward, backward = elementwise_bytes(config, shape)
+    once = vocabulary_bytes(config, shape, adapted_linears(config, shape))
+    launches = layer_launches(config, shape)
+    return {"traffic": [shape.num_layers * tokens * forward, shape.num_layers * tokens * (forward + backward) + once],
+            "launches": [shape.num_layers * launches[0], shape.num_layers * sum(launches)]}
 
 
 def median_micro_batch(config: Any, gpus: int, texts: str) -> Any:

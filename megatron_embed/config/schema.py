@@ -40,10 +40,6 @@ class ModelConfig:
     variable-length flash kernels (GPU), FlashAttention 3 where torch has it. te: Transformer Engine's (GPU), without
     dropout and context parallelism. sdpa: torch's scaled_dot_product_attention over groups of sequences of similar
     length (also on CPUs, in float32 there). With model.backend te, auto is te where that can run."""
-    fused_kernels: Literal["auto", "off"] = "auto"
-    """auto: on GPUs with Triton, which comes with torch there, norms, residual additions, rotary positions, gated
-    activations and the addition of weight gradients to their float32 buffer are one kernel each. off: torch's plain
-    operators, which compute the same and move about three times the memory."""
     backend: Literal["auto", LayerBackend] = "auto"
     """Whose kernels compute norms, linear layers and activations. te: Transformer Engine's (GPU, bfloat16). torch:
     torch's. auto: te where it is installed and can run. Checkpoints and exports are the same."""
@@ -62,6 +58,10 @@ class ModelConfig:
     GPUs and on processors with instructions for it (AVX512-BF16, AMX-BF16 or ARM's, unless ATEN_CPU_CAPABILITY,
     ONEDNN_MAX_CPU_ISA or MKL_ENABLE_INSTRUCTIONS disables them), if every rank has them; otherwise float32. A resumed
     run keeps the dtype of its checkpoint. bfloat16 on another processor: products are computed in float32."""
+    fused_kernels: Literal["auto", "off"] = "auto"
+    """auto: on GPUs with Triton, which comes with torch there, norms, residual additions, rotary positions, gated
+    activations and the addition of weight gradients to their float32 buffer are one kernel each. off: torch's plain
+    operators, which compute the same and move about three times the memory."""
     cpu_matmul: tuple[MatmulLibrary, ...] | None = None
     """Libraries of the float32 matrix products of CPU ranks, for the forward pass, the gradient of the input and that
     of the weight; torch: its own choice, MKL on x86. null: the fastest of each, measured on rank 0 when training starts

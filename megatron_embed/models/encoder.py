@@ -223,7 +223,7 @@ def attention_kernel(config: RunConfig) -> AttentionKernel:
     if wanted == "flash" and missing is not None:
         raise ConfigError(f"model.attention = 'flash': {missing}; use 'auto' or 'sdpa', or a torch of 2.6 to 2.14, "
                           "whose operators are known to fit", key="model.attention")
-    if wanted == "te" or (wanted == "auto" and other is None and layer_backend(config) == "te"):
+    if wanted == "te" or (wanted == "auto" and _refused_by_te(config) is None and layer_backend(config) == "te"):
         return "te"
     if wanted == "sdpa" or not (half and HAS_CUDA):
         return "sdpa"
@@ -240,6 +240,11 @@ def _refused_by_te(config: RunConfig) -> str | None:
             else f"parallel.context_parallel_size = {cp_size}" if cp_size > 1 else None)
 
 
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
 def uses_fused_kernels(config: RunConfig) -> bool:
     """Whether norms, rotary positions and activations are fused kernels, by `model.fused_kernels`. The same on every
     rank with the same packages."""
@@ -249,11 +254,6 @@ def uses_fused_kernels(config: RunConfig) -> bool:
     if missing is not None:
         _say_once(f"model.fused_kernels = auto: plain operators, about half as fast: {missing}")
     return missing is None
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
 
 
 def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling,

@@ -57,6 +57,9 @@ def test_a_step_costs_what_plan_says_and_no_more_than_before(name):
     assert row["resident"] == pytest.approx(resident, rel=0.02), table
     assert row["peak"] / 2**30 < H100_GIB, table
     passes = [work["pass 1"], work["pass 2"]]
+    for each, traffic, launches in zip(passes, planned["traffic"], planned["launches"], strict=True):
+        assert each["other_bytes"] == pytest.approx(traffic, rel=0.15), table
+        assert sum(each[kind] for kind in ("products", "others", "collectives")) == pytest.approx(launches, rel=0.4)
     waits = {part: sum(times for _, kind, times in each["waits"] if not kind.startswith("async"))
              for part, each in work.items()}
     assert waits["to_device"] + waits["pass 1"] + waits["pass 2"] <= MICRO_BATCH_WAITS, table
