@@ -70,12 +70,13 @@ def refuse_deep_value(value: object, raw: bytes) -> None:
     """Raises ValueError if the value of this JSON text is nested more than DEEPEST levels deep."""
     if raw.count(b"[") + raw.count(b"{") <= DEEPEST:
         return
-    level, depth = [value] if isinstance(value, (dict, list)) else [], 0
+    level: list[Any] = [value] if isinstance(value, (dict, list)) else []
+    depth = 0
     while level:
         depth += 1
         if depth > DEEPEST + 1:
             raise too_deep()
-        inner: list[object] = []
+        inner: list[Any] = []
         for item in level:
             values = item.values() if isinstance(item, dict) else item
             inner.extend(value for value in values if isinstance(value, (dict, list)))
