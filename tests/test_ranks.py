@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_embed.errors import ConfigError
 from megatron_embed.platform.compat import parallel_state  # before any module of Megatron's
+from tests.helpers import ranks
 from tests.helpers.ranks import REPOSITORY, RankPool, Report, run_on_ranks
 
 
@@ -206,7 +207,9 @@ def state_of(process):
 
 
 def test_ranks_that_do_not_connect_are_started_once_more(monkeypatch):
+    run_on_ranks(sum_of_ranks, 1, 0.0)
     pool, calls = RankPool(), []
+    pool._nursery = ranks._POOL._nursery  # whose libraries are there already
     original = pool._call
 
     def call(*arguments):
@@ -219,4 +222,5 @@ def test_ranks_that_do_not_connect_are_started_once_more(monkeypatch):
         with pytest.warns(UserWarning, match="did not connect"):
             assert pool.run(sum_of_ranks, 2, (1.0,), {}, 100.0) == [(0, 2, 3.0), (1, 2, 3.0)]
     finally:
+        pool._nursery = None
         pool.shutdown()

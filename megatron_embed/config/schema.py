@@ -65,7 +65,7 @@ class ModelConfig:
     cpu_matmul: tuple[MatmulLibrary, ...] | None = None
     """Libraries of the float32 matrix products of CPU ranks, for the forward pass, the gradient of the input and that
     of the weight; torch: its own choice, MKL on x86. null: the fastest of each, measured on rank 0 when training starts
-    (a second; onednn for matrices below 65,536 elements); a resumed run keeps its checkpoint's."""
+    (a tenth of a second; onednn for matrices below 65,536 elements); a resumed run keeps its checkpoint's."""
 
     def __post_init__(self) -> None:
         require(bool(self.path), "model.path", self.path, "must name a model directory")

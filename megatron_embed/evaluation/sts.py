@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -106,6 +105,8 @@ def pair_similarity(first: Tensor, second: Tensor, similarity: Similarity) -> Te
 
 def correlations(similarities: Tensor, data: StsData) -> dict[str, float]:
     """Pearson's and Spearman's correlation of similarities and scores."""
+    from scipy.stats import pearsonr, spearmanr  # here, because it takes half a second of every start
+
     values = similarities.tolist()
     if not all(math.isfinite(value) for value in values) or len(set(values)) < 2:
         raise UserError(f"{data.name}: the similarities of the pairs are all the same or not finite; the model has "

@@ -1,6 +1,6 @@
 """Measurement of the library that multiplies float32 matrices fastest on this processor, for `model.cpu_matmul`."""
 
-import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -9,15 +9,20 @@ import torch
 from megatron_embed.names import MATMUL_LIBRARIES, MatmulLibrary
 from megatron_embed.platform.cpu_linear import DEFAULT_LIBRARIES, Libraries, is_available, product, weight_gradient
 
-ROWS, WEIGHT_GRADIENT_ROWS = 512, 4096
+ROWS, WEIGHT_GRADIENT_ROWS = 256, 1024
 """Tokens of a measured product. Gradients of weights, sums over tokens, are slower in oneDNN the more tokens there are:
 on a Zen 4 held to AVX2, torch takes 0.94 of its time with 512, 0.84 with 2,048 and 0.69 with 8,192."""
-MAX_WIDTH = 1536
-"""Rows and columns of a measured weight; wider ones are as fast per element."""
+MAX_WIDTH = 768
+"""Rows and columns of a measured weight; wider ones are as fast per element. In narrower ones the copy that oneDNN's
+gradient of a weight takes would count too much: it appears 12 % slower than torch's with 384, where both are equal with
+1,536."""
 MIN_ELEMENTS = 1 << 16
 """Below this size of the largest weight nothing is measured: the calls take as long as the products."""
-ROUNDS = 2
-"""Measurements of a product, of which the shortest counts; the libraries take turns."""
+ROUNDS, ROUND_SECONDS = 5, 0.03
+"""Measurements of a product at most, of which the shortest counts, and processor time after which there is no more; the
+libraries take turns."""
+CLEAR = 1.25
+"""There is no other measurement either once a library takes so many times as long as the other."""
 MIN_GAIN = 0.05
 """Part of oneDNN's time that torch's library must save to be chosen, so that noise seldom decides."""
 
@@ -29,34 +34,40 @@ def fastest_libraries(shapes: Sequence[tuple[int, int]]) -> tuple[Libraries, tup
     communication; draws no random numbers.
 
     Args:
-        shapes: (outer, inner) of weights; their times are added up.
+        shapes: (outer, inner) of weights; the largest is measured.
     """
-    if not is_available() or max(outer * inner for outer, inner in shapes) < MIN_ELEMENTS:
+    if not is_available() or max(map(math.prod, shapes)) < MIN_ELEMENTS:
         return None
-    ratios = torch_over_onednn([(min(outer, MAX_WIDTH), min(inner, MAX_WIDTH)) for outer, inner in shapes])
+    outer, inner = max(shapes, key=math.prod)
+    ratios = torch_over_onednn(min(outer, MAX_WIDTH), min(inner, MAX_WIDTH))
     chosen = tuple("torch" if ratio < 1 - MIN_GAIN else default
                    for ratio, default in zip(ratios, DEFAULT_LIBRARIES, strict=True))
     return chosen, ratios  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def torch_over_onednn(shapes: Sequence[tuple[int, int]]) -> tuple[float, ...]:
+def torch_over_onednn(outer: int, inner: int) -> tuple[float, ...]:
     """Processor time of torch's library over oneDNN's, per kind of product in the order of `model.cpu_matmul`."""
-    totals = dict.fromkeys(itertools.product(range(len(DEFAULT_LIBRARIES)), MATMUL_LIBRARIES), 0.0)
-    for outer, inner in shapes:
-        calls = {(kind, library): call for library in MATMUL_LIBRARIES
-                 for kind, call in enumerate(_products(outer, inner, library))}
-        shortest = dict.fromkeys(calls, float("inf"))
-        for call in calls.values():
+    products = {library: _products(outer, inner, library) for library in MATMUL_LIBRARIES}
+    seconds = [_shortest({library: calls[kind] for library, calls in products.items()})
+               for kind in range(len(DEFAULT_LIBRARIES))]
+    return tuple(of["torch"] / of["onednn"] for of in seconds)
+
+
+def _shortest(calls: dict[MatmulLibrary, Callable[[], torch.Tensor]]) -> dict[MatmulLibrary, float]:
+    """Processor time of each library's call, the shortest of up to ROUNDS after a first one."""
+    shortest, spent = dict.fromkeys(calls, float("inf")), 0.0
+    for call in calls.values():
+        call()
+    for _ in range(ROUNDS):
+        for library, call in calls.items():
+            start = time.process_time()  # of all threads: hardly changed by other processes
             call()
-        for _ in range(ROUNDS):
-            for key, call in calls.items():
-                start = time.process_time()  # of all threads: hardly changed by other processes
-                call()
-                shortest[key] = min(shortest[key], time.process_time() - start)
-        for key, seconds in shortest.items():
-            totals[key] += seconds
-    return tuple(totals[kind, "torch"] / totals[kind, "onednn"] for kind in range(len(DEFAULT_LIBRARIES)))
+            seconds = time.process_time() - start
+            shortest[library], spent = min(shortest[library], seconds), spent + seconds
+        if max(shortest.values()) > CLEAR * min(shortest.values()) or spent > ROUND_SECONDS:
+            break
+    return shortest
 
 
 def _products(outer: int, inner: int, library: MatmulLibrary) -> tuple[Callable[[], torch.Tensor], ...]:

@@ -1,6 +1,7 @@
 """Which library multiplies float32 matrices: measured on rank 0, used by all ranks, kept by a resumed run."""
 
 import contextlib
+import functools
 import json
 import logging
 from unittest import mock
@@ -49,10 +50,29 @@ def test_the_slower_library_is_found_without_random_numbers():
     state = torch.get_rng_state()
     for slow in ("torch", "onednn"):
         with mock.patch.object(cpu_matmul, "product", slowed(slow)):
-            ratios = cpu_matmul.torch_over_onednn([(96, 128), (128, 96)])
+            ratios = cpu_matmul.torch_over_onednn(256, 256)
         assert all((ratio > 1) == (slow == "torch") for ratio in ratios[:2]), (slow, ratios)
         assert ratios[2] > 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("milliseconds, times", [
+    ({"torch": [1.2, 1.1], "onednn": [1.0, 0.8]}, 2), ({"torch": [2.0, 1.0], "onednn": [1.0, 1.0]}, 1),
+    ({"torch": [16.0], "onednn": [15.0]}, 1),
+    ({"torch": [1.1, 1.05, 1.0, 1.0, 1.2], "onednn": [1.0, 1.0, 1.2, 0.9, 1.1]}, 5)])
+def test_measurements_end_where_the_difference_is_clear(monkeypatch, milliseconds, times):
+    """Those of each measurement after the first call. The shortest counts."""
+    clock, called = [0.0], {"torch": 0, "onednn": 0}
+
+    def call(library):
+        if called[library]:
+            clock[0] += milliseconds[library][called[library] - 1] / 1000
+        called[library] += 1
+
+    monkeypatch.setattr(cpu_matmul.time, "process_time", lambda: clock[0])
+    shortest = cpu_matmul._shortest({library: functools.partial(call, library) for library in called})
+    assert called == {"torch": 1 + times, "onednn": 1 + times}
+    assert shortest == pytest.approx({library: min(every[:times]) / 1000 for library, every in milliseconds.items()})
 
 
 @contextlib.contextmanager
