@@ -1,9 +1,9 @@
 """Pages of docs/ that follow from the code say what the code says."""
 
 import ast
+import importlib.util
 import re
 
-from tests.helpers.pages import tool_named
 from tests.helpers.toys import REPOSITORY
 
 LEAST = 12
@@ -75,6 +75,14 @@ def test_readme_shows_every_package():
     shown = set(re.findall(r"^  (\w+(?:/|\.py)) ", tree, re.MULTILINE))
     assert shown == {path.name + "/" * path.is_dir() for path in (REPOSITORY / "megatron_embed").iterdir()
                      if not path.name.startswith(("_", ".")) and path.name != "py.typed"}
+
+
+def tool_named(name: str):
+    """A module of tools/, which is not a package."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_page_of_model_directories_says_what_the_tables_say():

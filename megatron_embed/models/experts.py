@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_embed.models.lora import LoraColumnParallelLinear, LoraRowParallelLinear, column_adapters, row_adapters
+from megatron_embed.models.layer import gated
+from megatron_embed.models.lora import AdaptedLinear, ColumnLora, RowLora, column_adapters, row_adapters
 from megatron_embed.platform.compat import ColumnParallelLinear, RowParallelLinear, SequentialMLP
 from megatron_embed.platform.grouped_linear import GroupedLinear, Groups, groups_of
 
@@ -29,8 +30,7 @@ class GroupedExperts(SequentialMLP):
         groups = groups_of(tokens_per_expert.tolist(), permuted_local_hidden_states)
         hidden = grouped_linear(permuted_local_hidden_states, groups, [mlp.linear_fc1 for mlp in self.local_experts])
         if self.config.gated_linear_unit:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = self.config.activation_func(gate) * up
+            hidden = gated(hidden, self.config)
         else:
             hidden = self.config.activation_func(hidden)
         hidden = (hidden * permuted_probs.unsqueeze(-1)).to(hidden.dtype)
@@ -42,8 +42,9 @@ def grouped_linear(inputs: Tensor, groups: Groups, linears: Linears) -> Tensor:
     for linear in linears:
         call_before_forward(linear, inputs)
     outputs: Tensor = GroupedLinear.apply(inputs, groups, *[linear.weight for linear in linears])
-    columns = [linear.lora for linear in linears if isinstance(linear, LoraColumnParallelLinear)]
-    rows = [linear.lora for linear in linears if isinstance(linear, LoraRowParallelLinear)]
+    loras = [linear.lora for linear in linears if isinstance(linear, AdaptedLinear)]
+    columns = [lora for lora in loras if isinstance(lora, ColumnLora)]
+    rows = [lora for lora in loras if isinstance(lora, RowLora)]
     if columns:
         return outputs + column_adapters(inputs, groups, columns)
     return outputs + row_adapters(inputs, groups, rows) if rows else outputs

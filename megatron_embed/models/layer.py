@@ -102,11 +102,10 @@ class FeedForward(MLP):
             per_token_scale: [tokens] weights of an expert's tokens.
         """
         inner, bias = self.linear_fc1(hidden_states)
-        (activation,) = (name for name, function in ACTIVATIONS.items() if function is self.config.activation_func)
         if self.config.gated_linear_unit:
-            inner = glu(inner if bias is None else inner + bias, activation, fused=self.config.fused_kernels)
+            inner = gated(inner if bias is None else inner + bias, self.config)
         elif bias is not None:
-            inner = bias_activation(inner, bias, activation, fused=self.config.fused_kernels)
+            inner = bias_activation(inner, bias, _activation(self.config), fused=self.config.fused_kernels)
         else:
             inner = self.config.activation_func(inner)
         if per_token_scale is None:
@@ -114,6 +113,16 @@ class FeedForward(MLP):
         output, bias = self.linear_fc2((inner * per_token_scale.unsqueeze(-1)).to(inner.dtype))
         assert bias is None, "no family has experts with biases"
         return output, None
+
+
+def gated(inner: Tensor, config: Any) -> Tensor:
+    """[..., 2 * width] -> [..., width]: the gated linear unit of a BackboneConfig."""
+    return glu(inner, _activation(config), fused=config.fused_kernels)
+
+
+def _activation(config: Any) -> str:
+    (name,) = (name for name, function in ACTIVATIONS.items() if function is config.activation_func)
+    return name
 
 
 def fuse_activations(model: torch.nn.Module) -> None:
