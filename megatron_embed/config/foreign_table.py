@@ -329,6 +329,15 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("sequence_parallel", "M", "parallel.sequence_parallel"),
         key("ddp_timeout distributed_timeout_minutes timeout", "HM", "parallel.timeout_seconds", "in seconds"),
         key("use_distributed_optimizer", "M", "optimizer.distributed"),
+        key("virtual_pipeline_model_parallel_size", "M", "parallel.virtual_pipeline_model_parallel_size"),
+        key("overlap_grad_reduce", "M", "optimizer.overlap_grad_reduce"),
+        key("overlap_param_gather", "M", "optimizer.overlap_param_gather"),
+        unsupported("fp8 fp8_format fp8_recipe fp8_param_gather decoder_first_pipeline_num_layers "
+                    "decoder_last_pipeline_num_layers tp_comm_overlap", "M", "leave it out; model.dtype is float32 or "
+                    "bfloat16, and layers are divided evenly over the stages"),
+        unneeded("transformer_impl manual_gc manual_gc_interval ckpt_format finetune no_load_optim no_load_rng "
+                 "calculate_per_token_loss dataloader_type log_throughput use_cpu_initialization no_initialization "
+                 "attention_softmax_in_fp32", "M", "set by the layout and the model here"),
         key("use_precision_aware_optimizer", "M", "optimizer.precision_aware"),
         key("async_save", "M", "checkpoint.async_save"),
         key("exit_duration_in_mins max_time", "M", "training.exit_duration_minutes"),

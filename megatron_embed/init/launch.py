@@ -68,10 +68,15 @@ def launch_of(words: list[str], variables: dict[str, str]) -> Launch | None:
     rest, trainer = words[position:] if program else words, _trainer(program)
     if trainer == "ms-swift" and rest and not rest[0].startswith("-"):
         program, rest = f"{program} {rest[0]}", rest[1:]
-    if program in _NOT_PROGRAMS or not any(word.startswith("--") for word in rest):
+    if program in _NOT_PROGRAMS or not any(word.startswith("--") or is_settings_file(word) for word in rest):
         return None
     devices = _devices(options | {normalized(name): value for name, value in environment.items()}, launchers)
     return Launch(program or "a command line", environment, options, rest, devices, trainer or trainer_of_options(rest))
+
+
+def is_settings_file(word: str) -> bool:
+    """Whether a word behind a program names a file of its settings."""
+    return word.endswith((".yaml", ".yml", ".json")) and not word.startswith("-")
 
 
 def _inner(words: list[str]) -> list[str]:

@@ -128,7 +128,8 @@ def _translate_length(draft: Draft) -> None:
 def _translate_learning_rate(draft: Draft) -> None:
     rate = draft.number("learning_rate", "training.learning_rate")
     if rate is None and draft.trainer == "ms-swift":
-        full = plain(draft.settings.peek("train_type") or "lora") == "full"
+        default = "full" if draft.settings.launch.program.startswith("megatron") else "lora"
+        full = plain(draft.settings.peek("train_type") or default) == "full"
         rate = (1e-5, "not given: the default of ms-swift for all parameters") if full else (
             1e-4, "not given: the default of ms-swift for LoRA")
     if rate is not None:

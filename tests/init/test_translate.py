@@ -7,6 +7,7 @@ import pytest
 
 from megatron_embed.__main__ import main
 from megatron_embed.config.load import load_text
+from megatron_embed.errors import ConfigError
 from megatron_embed.init.translate import translated
 from tests.helpers.launcher_variables import _one_rank  # noqa: F401  without a launcher's variables
 from tests.helpers.toys import save_model
@@ -218,6 +219,28 @@ def test_what_cannot_be_translated_is_one_line(source, message, capsys, tmp_path
     assert main(["init", "--from", source]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_settings_file_behind_the_program_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("args.yaml").write_text("model_name_or_path: m\ntrain_file: a.jsonl\nlearning_rate: '3e-5'\n")
+    for command in ("torchrun --nproc_per_node 2 train.py args.yaml --batch_size 4", "python train.py args.yaml",
+                    "swift sft --config args.yaml --learning_rate 3e-5"):
+        config, _ = config_of(command)
+        assert (config.training.learning_rate, config.data.train[0].path) == (3e-5, "a.jsonl")
+    with pytest.raises(ConfigError, match="reads its settings from 'none.yaml', which is not here"):
+        config_of("python train.py none.yaml")
+
+
+@pytest.mark.parametrize("command", [
+    "docker run --gpus all -v /d:/d image {}", "srun --nodes=1 --ntasks-per-node=1 bash -c '{}'", "bash -c '{}'",
+    "sbatch --wrap '{}'", "singularity exec --nv a.sif {}", "cd x && mkdir -p out && {}", "ARGS='--lr 2e-5'\n{} $ARGS",
+])
+def test_commands_inside_others(command):
+    inner = "torchrun --nproc_per_node 4 train.py --model m --train_file a.jsonl --batch_size 2"
+    config, _ = config_of(command.format(inner))
+    assert (config.model.path, config.training.global_batch_size) == ("m", 8)
+    assert config.training.learning_rate == (2e-5 if "ARGS" in command else 1e-5)
 
 
 def test_python_program_and_existing_output_are_refused(tmp_path, capsys):
