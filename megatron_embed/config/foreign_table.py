@@ -51,6 +51,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         unsupported("colbert_dim unified_finetuning use_self_distill self_distill_start_step fix_encoder "
                     "sparse_vector use_sparse splade_reg", "FT", "models here give one dense vector; train sparse or "
                     "multi-vector heads with FlagEmbedding or Sentence Transformers"),
+        unsupported("untie_encoder share_encoder add_pooler projection_in_dim projection_out_dim", "T", "one encoder "
+                    "gives the vectors of queries and documents, without a projection"),
         unsupported("start_layer head_multi head_type compress_ratio compress_layers cutoff_layers", "F", "rerankers "
                     "here score at the last layer"),
         unsupported("max_pixels freeze_vit freeze_aligner freeze_llm vit_lr aligner_lr image_folder encode_image", "ST",
@@ -111,11 +113,12 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         unneeded("padding padding_side pad_to_multiple_of padding_free packing pad_to_max_length group_by_length "
                  "length_column_name variable_seq_lengths", "HSFTM", "texts are packed one after the other, without "
                  "padding between them"),
-        key("train_group_size group_size", "FT", "data.num_negatives", "the group's size - 1, since a group also "
+        key("train_group_size train_n_passages n_passages "
+            "group_size", "FT", "data.num_negatives", "the group's size - 1, since a group also "
             "holds the positive"),
         key("num_negatives loss.hard_negatives "
             "num_hard_negatives infonce_hard_negatives max_negative_samples negs_to_use negative_number "
-            "num_neg train_n_passages", "SB", "data.num_negatives"),
+            "num_neg", "SB", "data.num_negatives"),
         key("max_positive_samples", "S", "data.num_positives", "embedding models; a reranker takes all positives"),
         key("positive_passage_no_shuffle", "T", "data.document_sampling", "first"),
         key("negative_passage_no_shuffle", "T", "data.document_sampling", "first"),
@@ -140,7 +143,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("loss_type trainer "
             "loss loss.type loss.name loss_function loss_fn train_loss criterion", "SB", "objective.loss",
             "docs/objectives.md lists the losses"),
-        key("temperature infonce_temperature tau temp loss.temperature softmax_temperature", "SFT",
+        key("temperature t "
+            "infonce_temperature tau temp loss.temperature softmax_temperature", "SFT",
             "objective.temperature"),
         key("scale similarity_scale", "B", "objective.temperature", "1 / scale"),
         key("infonce_use_batch use_inbatch_neg use_in_batch_negatives in_batch_negatives use_batch", "SF",

@@ -14,7 +14,7 @@ from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.load import load_config
 from megatron_embed.config.yaml_tree import Node, plain_scalar, read_file
 from megatron_embed.errors import ConfigError
-from megatron_embed.init.launch import NESTED, Launch, is_settings_file, launch_of
+from megatron_embed.init.launch import HYDRA, NESTED, Launch, is_settings_file, launch_of
 from megatron_embed.init.shell_words import commands_of
 
 _LARGEST = 1 << 20
@@ -168,7 +168,9 @@ def _with_nested(words: list[str]) -> list[list[str]]:
 
 
 def _options(words: list[str]) -> Iterator[Setting]:
-    """`--name value`, `--name=value`, `--name a b c` and `--name` alone, which is true."""
+    """`--name value`, `--name=value`, `--name a b c`, `--name` alone, which is true, and Hydra's `name=value`."""
+    if not any(word.startswith("--") for word in words):
+        words = [f"--{word.lstrip('+')}" if HYDRA.fullmatch(word) else word for word in words]
     position = 0
     while position < len(words):
         word = words[position]

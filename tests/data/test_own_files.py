@@ -189,6 +189,13 @@ def test_prompt_and_response_are_a_query_and_its_positive(tmp_path):
     assert records(path)[0].positive == ("a",) and records(path)[0].score is None
 
 
+def test_settings_that_change_the_rows_change_their_digest(tmp_path):
+    path = str(write(tmp_path / "rows.jsonl", '{"a": "a", "b": "b", "query": "q", "positive": "p"}\n'))
+    columns = ({}, {"a": "query"}, {"b": "query"}, {"a": "query", "b": "positive"}, {"b": "positive", "a": "query"})
+    digests = [RecordFile(TrainFile(path=path, columns=mapping)).digest for mapping in columns]
+    assert len(set(digests)) == 4 and digests[3] == digests[4]
+
+
 def test_settings_of_an_entry_are_checked_and_kept(tmp_path):
     text = "model: {path: m}\ndata:\n  train:\n  - {path: a.csv, columns: {q: query}, score_range: [0, 5]}\n"
     config = load_text(text, "run.yaml")

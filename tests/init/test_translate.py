@@ -170,6 +170,25 @@ def test_spellings_of_options(options, expected):
         assert value_of(config, key) == (pytest.approx(value) if isinstance(value, float) else value), key
 
 
+@pytest.mark.parametrize("command, expected", [
+    ("torchrun --nproc_per_node 8 -m FlagEmbedding.baai_general_embedding.finetune.run --model_name_or_path m "
+     "--train_data toy.jsonl --learning_rate 1e-5 --fp16 --per_device_train_batch_size 4 --normlized True "
+     "--train_group_size 2 --query_instruction_for_retrieval ''",
+     {"training.global_batch_size": 32, "data.num_negatives": 1, "embedding.normalize": True,
+      "data.query_prompt": None}),
+    ("python -m tevatron.driver.train --dataset_name Tevatron/wikipedia-nq --model_name_or_path m --do_train "
+     "--train_n_passages 2 --q_max_len 32 --p_max_len 156 --negatives_x_device --untie_encoder",
+     {"data.num_negatives": 1, "data.query_max_length": 32, "data.document_max_length": 156}),
+    ("python train.py model.name=m +data.train=a.jsonl training.lr=3e-5 training.batch_size=8 trainer.max_epochs=2",
+     {"training.learning_rate": 3e-5, "model.path": "m", "training.epochs": 2, "training.global_batch_size": 8}),
+    ("python fit.py --model.name m --trainer.max_epochs 3 --optimizer.lr 1e-3 --data.train a.jsonl --data.batch_size 4",
+     {"training.learning_rate": 1e-3, "model.path": "m", "training.epochs": 3, "training.micro_batch_size": 4}),
+])
+def test_older_and_other_command_lines(command, expected):
+    config, _ = config_of(command)
+    assert {key: value_of(config, key) for key in expected} == expected
+
+
 @pytest.mark.parametrize("launcher, devices", [
     ("torchrun --nproc_per_node=4 --nnodes 2 -m", 8), ("torchrun --standalone --nproc-per-node 2 -m", 2),
     ("accelerate launch --num_processes 6 -m", 6), ("deepspeed --num_gpus=3 --module", 3),
