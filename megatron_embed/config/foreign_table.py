@@ -7,7 +7,8 @@ from megatron_embed.config.foreign_word import ForeignWord, key, unneeded, unsup
 
 FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
     "Model": (
-        key("model_name_or_path model.name model.name_or_path "
+        key("model_name_or_path model.path model.id model.pretrained "
+            "model.name model.name_or_path "
             "model model_name model_id model_id_or_path base_model pretrained_model_name_or_path "
             "model_path load ckpt_dir hf_model", "HSFTBM", "model.path", "a directory or a hub name"),
         key("task_type task problem_type", "SF", "task", "embedding or reranker"),
@@ -59,11 +60,12 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
                     "only texts can be trained on"),
     ),
     "Data": (
-        key("dataset dataset.train data.train data.path "
+        key("dataset dataset.path dataset.file train_dataset.path data.file "
+            "dataset.train data.train data.path "
             "train_dataset train_data train_file train_files data_path dataset_path train_path training_data "
             "data_files datasets train_data_path train_set data_dir", "HSFTB", "data.train",
             "a list of files, folders or hub names; `data: {train: [FILE.jsonl]}`"),
-        key("dataset_name", "HT", "data.train", "org/name:config/split of the hub"),
+        key("dataset_name dataset.name", "HT", "data.train", "org/name:config/split of the hub"),
         key("dataset_config dataset_config_name subset", "HT", "data.train", "write it into the path: org/name:config"),
         key("dataset_split split train_split", "HT", "data.train", "write it into the path: org/name:config/split"),
         key("corpus_name corpus_path corpus_config corpus_split corpus_file", "T", "data.train.corpus",
@@ -206,7 +208,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("adam_beta2", "HSM", "training.adam_beta2"),
         key("adam_epsilon adam_eps optimizer.params.eps eps epsilon", "HDM", "training.adam_eps"),
         key("betas optimizer.params.betas", "D", "training.adam_beta1 training.adam_beta2"),
-        key("optim optimizer.name "
+        key("optim optimizer "
+            "optimizer.name "
             "optimizer_type optimizer.type optimizer_name optim_type", "HSD", "training.adam_eps", "the "
             "optimizer is AdamW; adam_beta1, adam_beta2, adam_eps and weight_decay are its settings"),
         unsupported("optim_args learning_rate_mapping use_galore galore_rank galore_update_proj_gap "
@@ -235,9 +238,12 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("train_type lora.enabled lora.enable lora.use_lora "
             "tuner_type finetuning_type use_lora lora use_peft sft_type peft", "SFT", "lora.rank", "0 "
             "trains every parameter, 1 or more trains adapters of that rank"),
-        key("lora_rank lora_r lora.r lora.rank peft_lora_r", "HSFT", "lora.rank"),
-        key("lora_alpha lora.lora_alpha lora.alpha peft_lora_alpha", "HSFT", "lora.alpha"),
-        key("lora_dropout lora.lora_dropout lora.dropout", "HSFT", "lora.dropout"),
+        key("lora_rank peft.r peft.rank lora_config.r lora_config.rank "
+            "lora_r lora.r lora.rank peft_lora_r", "HSFT", "lora.rank"),
+        key("lora_alpha peft.alpha lora_config.alpha "
+            "lora.lora_alpha lora.alpha peft_lora_alpha", "HSFT", "lora.alpha"),
+        key("lora_dropout peft.dropout lora_config.dropout "
+            "lora.lora_dropout lora.dropout", "HSFT", "lora.dropout"),
         key("target_modules lora_target_modules lora_target lora.target_modules lora_modules", "HSFT",
             "lora.target_modules"),
         key("use_rslora", "S", "lora.use_rslora"),

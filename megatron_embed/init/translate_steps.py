@@ -120,7 +120,9 @@ def _translate_length(draft: Draft) -> None:
         draft.settings.take("num_train_epochs")
         return
     epochs = draft.number("num_train_epochs", "training.epochs")
-    if epochs is not None:
+    if epochs is None:
+        draft.remark("neither epochs nor steps are given: 1,000 steps unless you set training.epochs")
+    else:
         value = int(epochs[0]) if epochs[0] == int(epochs[0]) else epochs[0]
         draft.set("training.epochs", value, epochs[1])
 
