@@ -252,11 +252,11 @@ def _too_easy(log: RunLog) -> str | None:
 
 
 def _copies_in_batch(log: RunLog) -> str | None:
-    accuracy, hardest = log.late("in_batch_accuracy"), log.late("margin_to_hardest_negative")
-    mean = log.late("margin_to_mean_negative")
-    if accuracy is None or hardest is None or mean is None or log.setting("objective.mask_duplicates", False):
+    accuracy, hardest = log.early("in_batch_accuracy"), log.late("margin_to_hardest_negative")
+    mean, first = log.late("margin_to_mean_negative"), log.early("margin_to_hardest_negative")
+    if accuracy is None or hardest is None or mean is None or first is None:
         return None
-    if accuracy > 0.5 or mean < 0.05 or abs(hardest) > 0.1 * mean:
+    if accuracy > 0.5 or mean < 0.05 or max(abs(hardest), abs(first)) > 0.02 * mean:
         return None
     return (f"the most similar negative is as near as the positive (difference {hardest:.3f}) though the mean one is "
             f"{mean:.2f} further: a batch holds copies of its positives as negatives; set data.shuffle: true and "
