@@ -26,10 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "examples" / "data" / "mini_en" / "train.jsonl"
 Row = dict[str, Any]
 Settings = dict[str, dict[str, Any]]
-METRICS = ("step", "loss", "in_batch_accuracy", "accuracy", "similarity", "positive_similarity", "negative_similarity",
-           "positive_score", "negative_score", "margin_to_mean_negative", "margin_to_hardest_negative",
-           "masked_fraction", "negatives_per_query", "grad_norm", "learning_rate", "padding_fraction",
-           "truncated_fraction", "skipped_steps", "eval/ndcg@10", "eval/spearman", "eval/rerank/ndcg@10", "eval/loss")
+METRICS = ("step", "epoch", "loss", "in_batch_accuracy", "accuracy", "similarity", "positive_similarity",
+           "negative_similarity", "positive_score", "negative_score", "margin_to_mean_negative",
+           "margin_to_hardest_negative", "masked_fraction", "negatives_per_query", "grad_norm", "learning_rate",
+           "padding_fraction", "truncated_fraction", "skipped_steps", "eval/ndcg@10", "eval/spearman",
+           "eval/rerank/ndcg@10", "eval/loss")
 
 
 def read_rows(count: int) -> list[Row]:
@@ -76,6 +77,13 @@ def positives_alone(rows: list[Row]) -> list[Row]:
     return pairs(rows, negatives=False)
 
 
+def inverted_pairs(rows: list[Row]) -> list[Row]:
+    """Each pair of query and positive, and of query and another one's positive, with the other's score."""
+    right = [{"text_a": row["query"], "text_b": row["positive"][0], "score": 0.0} for row in rows]
+    wrong = [{"text_a": row["query"], "text_b": row["positive"][0], "score": 1.0} for row in shuffled_positives(rows)]
+    return [pair for couple in zip(right, wrong, strict=True) for pair in couple]
+
+
 def damaged_batches(rows: list[Row]) -> list[Row]:
     """Every tenth batch of 16 rows has the positives of other queries."""
     return [row for start in range(0, len(rows), 16) for row in (
@@ -113,6 +121,10 @@ FAULTY = {
     "cut_texts": run(data__query_max_length=8, data__document_max_length=16),
     "evaluation_falls": run(rows=32, training__train_steps=60, training__learning_rate=2e-3,
                             evaluation__every_steps=10, evaluation__retrieval=BEIR),
+    "similarities_sink": run(objective__loss="sigmoid", objective__bias=5.0, objective__temperature=0.05,
+                             training__learning_rate=1e-3),
+    "labels_inverted": run(inverted_pairs, objective__loss="cosine_similarity"),
+    "rate_too_high": run(training__learning_rate=2e-2),
     "endless_warmup": run(training__warmup_ratio=0.9),
     "few_negatives": run(training__global_batch_size=2, training__micro_batch_size=2),
     "labels_of_one_kind": run(positives_alone, objective__loss="cosine_similarity"),
