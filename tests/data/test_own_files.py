@@ -8,6 +8,7 @@ import pytest
 
 from megatron_embed.config.load import load_text, save_resolved, to_dict
 from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.check import check_records
 from megatron_embed.data.dataset import RecordFile, open_records
 from megatron_embed.data.records import Record, RerankRecord
 from megatron_embed.data.row_source import require_rows
@@ -112,6 +113,8 @@ def test_directories_and_patterns_are_one_data_set(tmp_path):
     assert require_rows(str(tmp_path / "part"), "data.train") == "files"
     together = open_records((TrainFile(path=str(tmp_path / "part")),))
     assert together[1].source.endswith("b.jsonl:1") and len(together.files) == 1
+    counts = check_records(together, num_negatives=None, num_positives=1, tokenizer=None, max_lengths={})
+    assert [(entry["path"], entry["rows"]) for entry in counts] == [(str(tmp_path / "part"), 2)]
     write(tmp_path / "[x].jsonl", '{"query": "brackets", "positive": "p"}\n')
     assert records(tmp_path / "[x].jsonl")[0].query == "brackets"
     write(tmp_path / "part" / "c.jsonl", '{"text_a": "b", "text_b": "p", "score": 1}\n')
