@@ -24,8 +24,11 @@ megatron-embed init --from "torchrun --nproc_per_node 8 -m FlagEmbedding.finetun
   --model_name_or_path BAAI/bge-base-zh-v1.5 --train_data rows.jsonl --train_group_size 8 ..."
 ```
 
-Each line of the result says in a comment which option it comes from; its head names what has no counterpart. A value
-that the other trainer takes by default, and ours does not, gets a line too. The arithmetic:
+Without a configuration, `megatron-embed init MODEL DATA [--task reranker] [--lora] [--gpus N]` writes a beginning:
+loss and number of negatives by the rows, batch and intervals by their number, micro-batch and layout by `plan`.
+
+Each line of the translation says in a comment which option it comes from; its head names what has no counterpart. A
+value that the other trainer takes by default, and ours does not, gets a line too. The arithmetic:
 
 - `training.global_batch_size` is batch size per device x devices x accumulation steps: the queries of one optimizer
   step. The number of devices is taken from the launcher's options (`--nproc_per_node`, `--num_processes`,

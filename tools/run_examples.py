@@ -26,10 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "examples" / "data" / "mini_en" / "train.jsonl"
 Row = dict[str, Any]
 Settings = dict[str, dict[str, Any]]
-METRICS = ("step", "loss", "in_batch_accuracy", "accuracy", "similarity", "positive_similarity", "negative_similarity",
-           "positive_score", "negative_score", "margin_to_mean_negative", "margin_to_hardest_negative",
-           "masked_fraction", "negatives_per_query", "grad_norm", "learning_rate", "padding_fraction",
-           "truncated_fraction", "skipped_steps", "eval/ndcg@10", "eval/spearman", "eval/rerank/ndcg@10", "eval/loss")
+METRICS = ("step", "epoch", "loss", "in_batch_accuracy", "accuracy", "similarity", "positive_similarity",
+           "negative_similarity", "positive_score", "negative_score", "margin_to_mean_negative",
+           "margin_to_hardest_negative", "masked_fraction", "negatives_per_query", "grad_norm", "learning_rate",
+           "padding_fraction", "truncated_fraction", "skipped_steps", "eval/ndcg@10", "eval/spearman",
+           "eval/rerank/ndcg@10", "eval/loss")
 
 
 def read_rows(count: int) -> list[Row]:

@@ -7,7 +7,8 @@ from megatron_embed.config.foreign_word import ForeignWord, key, unneeded, unsup
 
 FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
     "Model": (
-        key("model_name_or_path model.name model.name_or_path "
+        key("model_name_or_path model.path model.id model.pretrained "
+            "model.name model.name_or_path "
             "model model_name model_id model_id_or_path base_model pretrained_model_name_or_path "
             "model_path load ckpt_dir hf_model", "HSFTBM", "model.path", "a directory or a hub name"),
         key("task_type task problem_type", "SF", "task", "embedding or reranker"),
@@ -51,17 +52,20 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         unsupported("colbert_dim unified_finetuning use_self_distill self_distill_start_step fix_encoder "
                     "sparse_vector use_sparse splade_reg", "FT", "models here give one dense vector; train sparse or "
                     "multi-vector heads with FlagEmbedding or Sentence Transformers"),
+        unsupported("untie_encoder share_encoder add_pooler projection_in_dim projection_out_dim", "T", "one encoder "
+                    "gives the vectors of queries and documents, without a projection"),
         unsupported("start_layer head_multi head_type compress_ratio compress_layers cutoff_layers", "F", "rerankers "
                     "here score at the last layer"),
         unsupported("max_pixels freeze_vit freeze_aligner freeze_llm vit_lr aligner_lr image_folder encode_image", "ST",
                     "only texts can be trained on"),
     ),
     "Data": (
-        key("dataset dataset.train data.train data.path "
+        key("dataset dataset.path dataset.file train_dataset.path data.file "
+            "dataset.train data.train data.path "
             "train_dataset train_data train_file train_files data_path dataset_path train_path training_data "
             "data_files datasets train_data_path train_set data_dir", "HSFTB", "data.train",
             "a list of files, folders or hub names; `data: {train: [FILE.jsonl]}`"),
-        key("dataset_name", "HT", "data.train", "org/name:config/split of the hub"),
+        key("dataset_name dataset.name", "HT", "data.train", "org/name:config/split of the hub"),
         key("dataset_config dataset_config_name subset", "HT", "data.train", "write it into the path: org/name:config"),
         key("dataset_split split train_split", "HT", "data.train", "write it into the path: org/name:config/split"),
         key("corpus_name corpus_path corpus_config corpus_split corpus_file", "T", "data.train.corpus",
@@ -111,11 +115,12 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         unneeded("padding padding_side pad_to_multiple_of padding_free packing pad_to_max_length group_by_length "
                  "length_column_name variable_seq_lengths", "HSFTM", "texts are packed one after the other, without "
                  "padding between them"),
-        key("train_group_size group_size", "FT", "data.num_negatives", "the group's size - 1, since a group also "
+        key("train_group_size train_n_passages n_passages "
+            "group_size", "FT", "data.num_negatives", "the group's size - 1, since a group also "
             "holds the positive"),
         key("num_negatives loss.hard_negatives "
             "num_hard_negatives infonce_hard_negatives max_negative_samples negs_to_use negative_number "
-            "num_neg train_n_passages", "SB", "data.num_negatives"),
+            "num_neg", "SB", "data.num_negatives"),
         key("max_positive_samples", "S", "data.num_positives", "embedding models; a reranker takes all positives"),
         key("positive_passage_no_shuffle", "T", "data.document_sampling", "first"),
         key("negative_passage_no_shuffle", "T", "data.document_sampling", "first"),
@@ -140,7 +145,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("loss_type trainer "
             "loss loss.type loss.name loss_function loss_fn train_loss criterion", "SB", "objective.loss",
             "docs/objectives.md lists the losses"),
-        key("temperature infonce_temperature tau temp loss.temperature softmax_temperature", "SFT",
+        key("temperature t "
+            "infonce_temperature tau temp loss.temperature softmax_temperature", "SFT",
             "objective.temperature"),
         key("scale similarity_scale", "B", "objective.temperature", "1 / scale"),
         key("infonce_use_batch use_inbatch_neg use_in_batch_negatives in_batch_negatives use_batch", "SF",
@@ -202,7 +208,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("adam_beta2", "HSM", "training.adam_beta2"),
         key("adam_epsilon adam_eps optimizer.params.eps eps epsilon", "HDM", "training.adam_eps"),
         key("betas optimizer.params.betas", "D", "training.adam_beta1 training.adam_beta2"),
-        key("optim optimizer.name "
+        key("optim optimizer "
+            "optimizer.name "
             "optimizer_type optimizer.type optimizer_name optim_type", "HSD", "training.adam_eps", "the "
             "optimizer is AdamW; adam_beta1, adam_beta2, adam_eps and weight_decay are its settings"),
         unsupported("optim_args learning_rate_mapping use_galore galore_rank galore_update_proj_gap "
@@ -231,9 +238,12 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("train_type lora.enabled lora.enable lora.use_lora "
             "tuner_type finetuning_type use_lora lora use_peft sft_type peft", "SFT", "lora.rank", "0 "
             "trains every parameter, 1 or more trains adapters of that rank"),
-        key("lora_rank lora_r lora.r lora.rank peft_lora_r", "HSFT", "lora.rank"),
-        key("lora_alpha lora.lora_alpha lora.alpha peft_lora_alpha", "HSFT", "lora.alpha"),
-        key("lora_dropout lora.lora_dropout lora.dropout", "HSFT", "lora.dropout"),
+        key("lora_rank peft.r peft.rank lora_config.r lora_config.rank "
+            "lora_r lora.r lora.rank peft_lora_r", "HSFT", "lora.rank"),
+        key("lora_alpha peft.alpha lora_config.alpha "
+            "lora.lora_alpha lora.alpha peft_lora_alpha", "HSFT", "lora.alpha"),
+        key("lora_dropout peft.dropout lora_config.dropout "
+            "lora.lora_dropout lora.dropout", "HSFT", "lora.dropout"),
         key("target_modules lora_target_modules lora_target lora.target_modules lora_modules", "HSFT",
             "lora.target_modules"),
         key("use_rslora", "S", "lora.use_rslora"),
@@ -329,6 +339,15 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("sequence_parallel", "M", "parallel.sequence_parallel"),
         key("ddp_timeout distributed_timeout_minutes timeout", "HM", "parallel.timeout_seconds", "in seconds"),
         key("use_distributed_optimizer", "M", "optimizer.distributed"),
+        key("virtual_pipeline_model_parallel_size", "M", "parallel.virtual_pipeline_model_parallel_size"),
+        key("overlap_grad_reduce", "M", "optimizer.overlap_grad_reduce"),
+        key("overlap_param_gather", "M", "optimizer.overlap_param_gather"),
+        unsupported("fp8 fp8_format fp8_recipe fp8_param_gather decoder_first_pipeline_num_layers "
+                    "decoder_last_pipeline_num_layers tp_comm_overlap", "M", "leave it out; model.dtype is float32 or "
+                    "bfloat16, and layers are divided evenly over the stages"),
+        unneeded("transformer_impl manual_gc manual_gc_interval ckpt_format finetune no_load_optim no_load_rng "
+                 "calculate_per_token_loss dataloader_type log_throughput use_cpu_initialization no_initialization "
+                 "attention_softmax_in_fp32", "M", "set by the layout and the model here"),
         key("use_precision_aware_optimizer", "M", "optimizer.precision_aware"),
         key("async_save", "M", "checkpoint.async_save"),
         key("exit_duration_in_mins max_time", "M", "training.exit_duration_minutes"),

@@ -26,6 +26,7 @@ VALUES: dict[str, dict[str, str]] = {
                           "avg": "mean", "average": "mean", "mean": "mean", "meanpooling": "mean", "cls": "cls",
                           "clstoken": "cls", "first": "cls", "weightedmean": "weightedmean"},
     "model.dtype": {"bf16": "bfloat16", "bfloat16": "bfloat16", "torchbfloat16": "bfloat16", "fp32": "float32",
+                    "bf16mixed": "bfloat16", "bf16true": "bfloat16", "32": "float32", "32true": "float32",
                     "float": "float32", "float32": "float32", "torchfloat32": "float32", "no": "float32",
                     "auto": "auto"},
     "model.attention": {"flashattention2": "flash", "flashattn": "flash", "flashattention3": "flash", "fa2": "flash",
@@ -54,7 +55,8 @@ REASONS: dict[str, dict[str, str]] = {
                        "seqcls": "classification is not trained here; a reranker is `task: reranker`",
                        "matryoshka": "set embedding.matryoshka_dims beside the loss",
                        "adaptivelayer": "layers are not left out; set embedding.matryoshka_dims for short vectors"},
-    "model.dtype": {"fp16": _FLOAT16, "float16": _FLOAT16, "half": _FLOAT16,
+    "model.dtype": {"fp16": _FLOAT16, "float16": _FLOAT16, "half": _FLOAT16, "16": _FLOAT16,
+                    "16mixed": _FLOAT16,
                     "fp8": "8-bit floating point is not supported; write bfloat16"},
     "training.lr_decay_style": {
         "cosinewithrestarts": "there are no restarts; write cosine, which is one cycle",

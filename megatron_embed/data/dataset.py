@@ -28,7 +28,7 @@ class DataEntry(Records[AnyRecord]):
     Attributes:
         path: as it was given.
         instructions: each distinct instruction (None: rows without one), with the FILE:LINE of its first row.
-        digest: hash of the rows; blank lines and line endings do not count.
+        digest: hash of the rows as they are read; blank lines and line endings do not count.
         most_positives: positives of the row with the most; of a list, documents with a label above 0.
         most_negatives: negatives of the row with the most; 0 if rows are lists with labels.
         most_documents: documents of the row with the most.
@@ -76,7 +76,7 @@ class RecordFile(DataEntry):
         if self._reader.format is None:
             raise DataError(f"{self.path}:1: no rows; a row is one line such as "
                             '{"query": "...", "positive": ["..."], "negatives": ["..."]}')
-        self.digest = self._rows.digest
+        self.digest = _as_read(self._rows.digest, self.file)
         logger.info("%s: %d rows of the format %s", self.path, len(self), self._reader.format.name)
         _report_ignored(self.path, self._reader.ignored)
 
@@ -248,6 +248,14 @@ def validation_shares(records: RecordSet, *, global_batch_size: int, dp_rank: in
         for rows in np.array_split(records.first_row(index) + np.arange(len(file)), num_batches):
             shares.append(np.array_split(rows, dp_size)[dp_rank].tolist())
     return shares
+
+
+def _as_read(digest: str, file: TrainFile) -> str:
+    """The digest of a file's rows, and of the settings that change what is read of them."""
+    if not file.columns and not file.score_range:
+        return digest
+    settings = repr((sorted(file.columns.items()), file.score_range))
+    return hashlib.blake2b(f"{digest}{settings}".encode(), digest_size=16).hexdigest()
 
 
 def _report_ignored(path: str, ignored: set[str]) -> None:

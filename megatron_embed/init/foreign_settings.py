@@ -14,7 +14,7 @@ from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.load import load_config
 from megatron_embed.config.yaml_tree import Node, plain_scalar, read_file
 from megatron_embed.errors import ConfigError
-from megatron_embed.init.launch import NESTED, Launch, launch_of
+from megatron_embed.init.launch import HYDRA, NESTED, Launch, is_settings_file, launch_of
 from megatron_embed.init.shell_words import commands_of
 
 _LARGEST = 1 << 20
@@ -150,10 +150,13 @@ def _from_shell(text: str, source: str) -> ForeignSettings:
     settings += _options(words)
     given = {setting.name: setting for setting in settings}
     result = ForeignSettings(given, launch, f"{launch.program}: {source}")
-    config = given.get("config")
-    if config is not None and isinstance(config.value, str) and os.path.isfile(config.value):
-        below = _from_tree(read_file(config.value), config.value)
-        result.given = below.given | given
+    config, first = given.get("config"), words[0] if words else ""
+    file = str(config.value) if config is not None else first if is_settings_file(first) else None
+    if file is not None:
+        if not os.path.isfile(file):
+            raise ConfigError(f"--from: the command reads its settings from {file!r}, which is not here; start this "
+                              "where it is, or give the file to --from")
+        result.given = _from_tree(_json_tree(file) if file.endswith(".json") else read_file(file), file).given | given
         result.used.add("config")
     return result
 
@@ -165,7 +168,9 @@ def _with_nested(words: list[str]) -> list[list[str]]:
 
 
 def _options(words: list[str]) -> Iterator[Setting]:
-    """`--name value`, `--name=value`, `--name a b c` and `--name` alone, which is true."""
+    """`--name value`, `--name=value`, `--name a b c`, `--name` alone, which is true, and Hydra's `name=value`."""
+    if not any(word.startswith("--") for word in words):
+        words = [f"--{word.lstrip('+')}" if HYDRA.fullmatch(word) else word for word in words]
     position = 0
     while position < len(words):
         word = words[position]

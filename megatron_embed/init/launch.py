@@ -15,6 +15,8 @@ _TRAINERS = {"swift": "ms-swift", "megatron": "ms-swift", "flagembedding": "Flag
 _FLAGS = ("standalone", "multi_gpu", "use_deepspeed", "no_python", "u", "use_fsdp", "cpu", "no_local_rank",
           "same_network", "tpu", "use_cpu", "oversubscribe", "allow_run_as_root")
 """Options of launchers that take no value."""
+HYDRA = re.compile(r"\+{0,2}[A-Za-z_][\w.]*=.*", re.DOTALL)
+"""An option as Hydra spells it: `training.lr=1e-5`."""
 _NOT_PROGRAMS = ("echo", "printf", "cat", "[", "[[", "test", "mkdir", "cp", "rm", "mv", "ls", "cd", "pip", "git", "tee",
                  "source", ".", "sleep", "wget", "curl", "nvidia-smi", "huggingface-cli", "hf", "while", "for",
                  "function")
@@ -68,10 +70,16 @@ def launch_of(words: list[str], variables: dict[str, str]) -> Launch | None:
     rest, trainer = words[position:] if program else words, _trainer(program)
     if trainer == "ms-swift" and rest and not rest[0].startswith("-"):
         program, rest = f"{program} {rest[0]}", rest[1:]
-    if program in _NOT_PROGRAMS or not any(word.startswith("--") for word in rest):
+    if program in _NOT_PROGRAMS or not any(word.startswith("--") or is_settings_file(word) or (
+            launchers and HYDRA.fullmatch(word)) for word in rest):
         return None
     devices = _devices(options | {normalized(name): value for name, value in environment.items()}, launchers)
     return Launch(program or "a command line", environment, options, rest, devices, trainer or trainer_of_options(rest))
+
+
+def is_settings_file(word: str) -> bool:
+    """Whether a word behind a program names a file of its settings."""
+    return word.endswith((".yaml", ".yml", ".json")) and not word.startswith("-")
 
 
 def _inner(words: list[str]) -> list[str]:

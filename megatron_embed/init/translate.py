@@ -1,6 +1,6 @@
 """Another trainer's settings as a configuration of a run, each line with the reason for its value."""
 
-from megatron_embed.config.foreign_values import our_value, plain
+from megatron_embed.config.foreign_values import our_value, plain, reason
 from megatron_embed.init.draft import Draft, unused_remarks
 from megatron_embed.init.foreign_settings import ForeignSettings, read_foreign
 from megatron_embed.init.translate_data import translate_data
@@ -74,11 +74,14 @@ def _translate_dtype(draft: Draft) -> None:
     given, bf16, fp16 = draft.settings.take("torch_dtype"), draft.flag("bf16"), draft.flag("fp16")
     if bf16 is not None and bf16[0]:
         draft.set("model.dtype", "bfloat16", f"{bf16[1]}; the optimizer keeps float32 parameters")
-    elif (fp16 is not None and fp16[0]) or (given is not None and plain(given.value) in ("fp16", "float16", "half")):
-        written = fp16[1] if fp16 is not None else given.written if given is not None else ""
-        draft.set("model.dtype", "bfloat16", f"{written}: float16 is not supported; bfloat16 needs no loss scaling")
+    elif fp16 is not None and fp16[0]:
+        draft.set("model.dtype", "bfloat16", f"{fp16[1]}: float16 is not supported; bfloat16 needs no loss scaling")
+    elif given is not None and (why := reason("model.dtype", given.value)) is not None:
+        draft.set("model.dtype", "bfloat16", f"{given.written}: {why}")
     elif given is not None and (dtype := our_value("model.dtype", given.value)) is not None:
         draft.set("model.dtype", dtype, f"{given.written}; the optimizer keeps float32 parameters")
+    elif given is not None:
+        draft.remark(f"{given.written}: not a dtype here; model.dtype is auto unless you set it")
 
 
 def _translate_embedding(draft: Draft) -> None:

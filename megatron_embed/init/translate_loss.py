@@ -200,6 +200,9 @@ def _translate_num_negatives(draft: Draft, loss: str) -> None:
         needed = loss in WITH_HARD_NEGATIVES or draft.settings.peek("infonce_use_batch") is False
         draft.set("data.num_negatives", _ALL_NEGATIVES if loss in CONTRASTIVE or needed else 0,
                   ALL_NEGATIVES_NOTE)
+    if draft.is_reranker and group is not None:
+        draft.remark(f"a reranker takes all positives of a row; {draft.trainer or 'the other trainer'} takes one of "
+                     "them each time")
     if positives is not None and draft.is_reranker:
         draft.remark(f"{positives.written}: a reranker takes all positives of a row")
     elif positives is not None and isinstance(positives.value, int):

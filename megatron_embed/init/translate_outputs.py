@@ -111,7 +111,8 @@ def translate_devices(draft: Draft) -> None:
     for name, key in (("tensor_parallel_size", "parallel.tensor_model_parallel_size"),
                       ("pipeline_parallel_size", "parallel.pipeline_model_parallel_size"),
                       ("sequence_parallel_size", "parallel.context_parallel_size"),
-                      ("expert_parallel_size", "parallel.expert_model_parallel_size")):
+                      ("expert_parallel_size", "parallel.expert_model_parallel_size"),
+                      ("virtual_pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size")):
         size = draft.whole(name, key)
         if size is not None and size[0] > 1:
             draft.set(key, size[0], size[1])
@@ -121,7 +122,9 @@ def translate_devices(draft: Draft) -> None:
         draft.set("parallel.timeout_seconds", min(seconds, 1_000_000), timeout.written)
     for name, key in (("use_distributed_optimizer", "optimizer.distributed"), ("async_save", "checkpoint.async_save"),
                       ("use_precision_aware_optimizer", "optimizer.precision_aware"),
-                      ("sequence_parallel", "parallel.sequence_parallel")):
+                      ("sequence_parallel", "parallel.sequence_parallel"),
+                      ("overlap_grad_reduce", "optimizer.overlap_grad_reduce"),
+                      ("overlap_param_gather", "optimizer.overlap_param_gather")):
         flag = draft.flag(name)
         if flag is not None:
             draft.set(key, flag[0], flag[1])

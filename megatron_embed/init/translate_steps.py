@@ -120,7 +120,9 @@ def _translate_length(draft: Draft) -> None:
         draft.settings.take("num_train_epochs")
         return
     epochs = draft.number("num_train_epochs", "training.epochs")
-    if epochs is not None:
+    if epochs is None:
+        draft.remark("neither epochs nor steps are given: 1,000 steps unless you set training.epochs")
+    else:
         value = int(epochs[0]) if epochs[0] == int(epochs[0]) else epochs[0]
         draft.set("training.epochs", value, epochs[1])
 
@@ -128,7 +130,8 @@ def _translate_length(draft: Draft) -> None:
 def _translate_learning_rate(draft: Draft) -> None:
     rate = draft.number("learning_rate", "training.learning_rate")
     if rate is None and draft.trainer == "ms-swift":
-        full = plain(draft.settings.peek("train_type") or "lora") == "full"
+        default = "full" if draft.settings.launch.program.startswith("megatron") else "lora"
+        full = plain(draft.settings.peek("train_type") or default) == "full"
         rate = (1e-5, "not given: the default of ms-swift for all parameters") if full else (
             1e-4, "not given: the default of ms-swift for LoRA")
     if rate is not None:

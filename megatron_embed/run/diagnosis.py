@@ -174,8 +174,10 @@ def _rate_too_high(log: RunLog) -> str | None:
     if first is None or last is None:
         return None
     rises = last >= 1.5 * first and last - first >= 0.5
-    unlearns = chance is not None and last >= 0.85 * chance and (
-        first < 0.9 * last or max(log.values("learning_rate")) >= 5e-3)
+    # AdamW at such a rate leaves nothing of a trained model.
+    is_extreme = max(log.values("learning_rate")) >= 5e-3 and not log.setting("lora.rank", 0)
+    unlearns = chance is not None and ((last >= 0.85 * chance and first < 0.9 * last) or
+                                       (last >= 0.6 * chance and is_extreme))
     if not rises and not unlearns:
         return None
     return (f"the loss goes from {first:.3g} to {last:.3g}{f' (guessing: {chance:.3g})' if unlearns else ''}: "
@@ -245,18 +247,18 @@ def _too_easy(log: RunLog) -> str | None:
     losses, accuracies = log.values("loss"), log.values("in_batch_accuracy") or log.values("accuracy")
     if not accuracies or statistics.fmean(accuracies) < 0.995 or statistics.fmean(losses) > 0.02:
         return None
-    if _positive_repeats_query(log):
+    if log.steps[0].get("epoch", 0.0) > 1 or _positive_repeats_query(log):  # learned by heart
         return None
     return (f"accuracy {accuracies[0]:.3f} and loss {losses[0]:.3g} in the first step, and no more to learn in the "
             "others: these negatives are too easy; `mine` hard ones, or raise training.global_batch_size")
 
 
 def _copies_in_batch(log: RunLog) -> str | None:
-    accuracy, hardest = log.late("in_batch_accuracy"), log.late("margin_to_hardest_negative")
-    mean = log.late("margin_to_mean_negative")
-    if accuracy is None or hardest is None or mean is None or log.setting("objective.mask_duplicates", False):
+    accuracy, hardest = log.early("in_batch_accuracy"), log.late("margin_to_hardest_negative")
+    mean, first = log.late("margin_to_mean_negative"), log.early("margin_to_hardest_negative")
+    if accuracy is None or hardest is None or mean is None or first is None:
         return None
-    if accuracy > 0.5 or mean < 0.05 or abs(hardest) > 0.1 * mean:
+    if accuracy > 0.5 or mean < 0.05 or max(abs(hardest), abs(first)) > 0.02 * mean:
         return None
     return (f"the most similar negative is as near as the positive (difference {hardest:.3f}) though the mean one is "
             f"{mean:.2f} further: a batch holds copies of its positives as negatives; set data.shuffle: true and "

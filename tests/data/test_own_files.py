@@ -8,6 +8,7 @@ import pytest
 
 from megatron_embed.config.load import load_text, save_resolved, to_dict
 from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.check import check_records
 from megatron_embed.data.dataset import RecordFile, open_records
 from megatron_embed.data.records import Record, RerankRecord
 from megatron_embed.data.row_source import require_rows
@@ -112,6 +113,8 @@ def test_directories_and_patterns_are_one_data_set(tmp_path):
     assert require_rows(str(tmp_path / "part"), "data.train") == "files"
     together = open_records((TrainFile(path=str(tmp_path / "part")),))
     assert together[1].source.endswith("b.jsonl:1") and len(together.files) == 1
+    counts = check_records(together, num_negatives=None, num_positives=1, tokenizer=None, max_lengths={})
+    assert [(entry["path"], entry["rows"]) for entry in counts] == [(str(tmp_path / "part"), 2)]
     write(tmp_path / "[x].jsonl", '{"query": "brackets", "positive": "p"}\n')
     assert records(tmp_path / "[x].jsonl")[0].query == "brackets"
     write(tmp_path / "part" / "c.jsonl", '{"text_a": "b", "text_b": "p", "score": 1}\n')
@@ -187,6 +190,13 @@ def test_labelled_list_whose_numbers_do_not_match_is_refused(tmp_path):
 def test_prompt_and_response_are_a_query_and_its_positive(tmp_path):
     path = write(tmp_path / "rows.jsonl", '{"prompt": "q", "response": "a"}\n')
     assert records(path)[0].positive == ("a",) and records(path)[0].score is None
+
+
+def test_settings_that_change_the_rows_change_their_digest(tmp_path):
+    path = str(write(tmp_path / "rows.jsonl", '{"a": "a", "b": "b", "query": "q", "positive": "p"}\n'))
+    columns = ({}, {"a": "query"}, {"b": "query"}, {"a": "query", "b": "positive"}, {"b": "positive", "a": "query"})
+    digests = [RecordFile(TrainFile(path=path, columns=mapping)).digest for mapping in columns]
+    assert len(set(digests)) == 4 and digests[3] == digests[4]
 
 
 def test_settings_of_an_entry_are_checked_and_kept(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_embed.__main__ import main
 from megatron_embed.config.load import load_text
+from megatron_embed.errors import ConfigError
 from megatron_embed.init.translate import translated
 from tests.helpers.launcher_variables import _one_rank  # noqa: F401  without a launcher's variables
 from tests.helpers.toys import save_model
@@ -154,7 +155,9 @@ COMMAND = ("torchrun --nproc_per_node 1 -m tevatron.retriever.driver.train --mod
     ("--lr_scheduler_type cosine_with_min_lr --learning_rate 1e-4 --lr_scheduler_kwargs '{\"min_lr_rate\": 0.1}'",
      {"training.min_learning_rate": 1e-5}),
     ("--bf16 --fp16 False", {"model.dtype": "bfloat16"}),
-    ("--bf16 False", {"model.dtype": "auto"}),
+    ("--bf16 False", {"model.dtype": "auto"}), ("--precision 16-mixed", {"model.dtype": "bfloat16"}),
+    ("--precision bf16-mixed", {"model.dtype": "bfloat16"}), ("--torch_dtype float32", {"model.dtype": "float32"}),
+    ("--per_device_train_batch_size auto --learning_rate auto", {"training.global_batch_size": 8}),
     ("--normalize False --pooling avg", {"embedding.normalize": False, "embedding.pooling": "mean"}),
     ("--lora_target_modules q_proj v_proj --lora", {"lora.target_modules": ("q_proj", "v_proj")}),
     ("--lora_name_or_path my/adapter --lora", {"model.path": "my/adapter"}),
@@ -167,6 +170,25 @@ def test_spellings_of_options(options, expected):
     config, _ = config_of(COMMAND + options)
     for key, value in expected.items():
         assert value_of(config, key) == (pytest.approx(value) if isinstance(value, float) else value), key
+
+
+@pytest.mark.parametrize("command, expected", [
+    ("torchrun --nproc_per_node 8 -m FlagEmbedding.baai_general_embedding.finetune.run --model_name_or_path m "
+     "--train_data toy.jsonl --learning_rate 1e-5 --fp16 --per_device_train_batch_size 4 --normlized True "
+     "--train_group_size 2 --query_instruction_for_retrieval ''",
+     {"training.global_batch_size": 32, "data.num_negatives": 1, "embedding.normalize": True,
+      "data.query_prompt": None}),
+    ("python -m tevatron.driver.train --dataset_name Tevatron/wikipedia-nq --model_name_or_path m --do_train "
+     "--train_n_passages 2 --q_max_len 32 --p_max_len 156 --negatives_x_device --untie_encoder",
+     {"data.num_negatives": 1, "data.query_max_length": 32, "data.document_max_length": 156}),
+    ("python train.py model.name=m +data.train=a.jsonl training.lr=3e-5 training.batch_size=8 trainer.max_epochs=2",
+     {"training.learning_rate": 3e-5, "model.path": "m", "training.epochs": 2, "training.global_batch_size": 8}),
+    ("python fit.py --model.name m --trainer.max_epochs 3 --optimizer.lr 1e-3 --data.train a.jsonl --data.batch_size 4",
+     {"training.learning_rate": 1e-3, "model.path": "m", "training.epochs": 3, "training.micro_batch_size": 4}),
+])
+def test_older_and_other_command_lines(command, expected):
+    config, _ = config_of(command)
+    assert {key: value_of(config, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize("launcher, devices", [
@@ -218,6 +240,28 @@ def test_what_cannot_be_translated_is_one_line(source, message, capsys, tmp_path
     assert main(["init", "--from", source]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_settings_file_behind_the_program_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("args.yaml").write_text("model_name_or_path: m\ntrain_file: a.jsonl\nlearning_rate: '3e-5'\n")
+    for command in ("torchrun --nproc_per_node 2 train.py args.yaml --batch_size 4", "python train.py args.yaml",
+                    "swift sft --config args.yaml --learning_rate 3e-5"):
+        config, _ = config_of(command)
+        assert (config.training.learning_rate, config.data.train[0].path) == (3e-5, "a.jsonl")
+    with pytest.raises(ConfigError, match="reads its settings from 'none.yaml', which is not here"):
+        config_of("python train.py none.yaml")
+
+
+@pytest.mark.parametrize("command", [
+    "docker run --gpus all -v /d:/d image {}", "srun --nodes=1 --ntasks-per-node=1 bash -c '{}'", "bash -c '{}'",
+    "sbatch --wrap '{}'", "singularity exec --nv a.sif {}", "cd x && mkdir -p out && {}", "ARGS='--lr 2e-5'\n{} $ARGS",
+])
+def test_commands_inside_others(command):
+    inner = "torchrun --nproc_per_node 4 train.py --model m --train_file a.jsonl --batch_size 2"
+    config, _ = config_of(command.format(inner))
+    assert (config.model.path, config.training.global_batch_size) == ("m", 8)
+    assert config.training.learning_rate == (2e-5 if "ARGS" in command else 1e-5)
 
 
 def test_python_program_and_existing_output_are_refused(tmp_path, capsys):
