@@ -19,7 +19,6 @@ from megatron_embed.names import Role, Similarity
 
 FIELDS: dict[Role, str] = {"query": "text_a", "document": "text_b"}
 """Role of each text of a pair, as in training."""
-METRICS = ("pearson", "spearman")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +99,10 @@ def evaluate_sts(embed: Embed, data: StsData, *, similarity: Similarity = "cosin
         metrics |= {f"{prefix}{name}": value for name, value in
                     correlations(pair_similarity(first[:, :width], second[:, :width], similarity), data).items()}
     return metrics
+
+
+METRICS = ("pearson", "spearman")
+"""Names of the metrics of pairs."""
 
 
 def pair_similarity(first: Tensor, second: Tensor, similarity: Similarity) -> Tensor:
