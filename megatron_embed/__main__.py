@@ -16,23 +16,23 @@ import traceback
 from collections.abc import Sequence
 
 from megatron_embed import __version__
-from megatron_embed.cli import convert, data, doctor, encode, evaluate, merge, mine, plan, train
-from megatron_embed.cli.common import Parser, setup_logging
+from megatron_embed.cli import completion, convert, data, doctor, encode, evaluate, init, merge, mine, plan, train
+from megatron_embed.cli.common import Parser, with_examples
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
 from megatron_embed.parallel.lost_rank import report_lost_rank
 from megatron_embed.platform import cuda_environment
 from megatron_embed.platform.launcher import launched_rank, process_rank, rendezvous_address, source_of_world_size
-from megatron_embed.platform.status import PREEMPTED, clear_status, leaves_status, write_status
-from megatron_embed.platform.terminal_text import one_line, printable, write_error
+from megatron_embed.platform.status import PREEMPTED, clear_status, leaves_status, tell_torchrun, write_status
+from megatron_embed.platform.terminal_text import one_line, printable, setup_logging, write_error
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
-COMMANDS = {"train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
-            "merge": merge, "data": data, "plan": plan, "doctor": doctor}
+COMMANDS = {"init": init, "train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
+            "merge": merge, "data": data, "plan": plan, "doctor": doctor, "completion": completion}
 
 MULTI_RANK_COMMANDS = ("train", "encode", "evaluate", "mine")
 """Commands whose ranks work together; a rank that fails before the rendezvous tells the others."""
 
-SINGLE_PROCESS_COMMANDS = ("convert", "merge", "data", "plan")
+SINGLE_PROCESS_COMMANDS = ("init", "convert", "merge", "data", "plan", "completion")
 """Commands that several ranks would each repeat, overwriting files of each other. `doctor` checks a node by itself."""
 
 
@@ -42,7 +42,10 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
+        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP,
+                                                 epilog=with_examples(module.EXAMPLES, module.PAGE),
+                                                 formatter_class=argparse.RawDescriptionHelpFormatter))
+    parser.set_defaults(parser=parser)
     return parser
 
 
@@ -99,6 +102,7 @@ def _run(argv: Sequence[str] | None, rank: int) -> tuple[int, str]:
             write_error(message)
         if rendezvous is not None and rendezvous.report_error(message):
             write_error(f"rank {rank}: {message}")
+        tell_torchrun(f"megatron-embed: error: {message}")
         return 2, message
     except PreemptedError as end:
         return PREEMPTED, str(end)

@@ -1,10 +1,15 @@
 """What `megatron_embed.load` gives: the models of the command line, from Python."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from megatron_embed.config.load import config_of_values, load_config, to_dict
+from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.pair_tokenizer import Pair
 from megatron_embed.errors import ConfigError
@@ -14,6 +19,10 @@ from megatron_embed.loading.model_directory import ModelDirectory, find_model, o
 from megatron_embed.loading.reranker import is_reranker, open_scorer
 from megatron_embed.models.encoder import DTYPES
 from megatron_embed.names import POOLINGS, Role, Similarity
+from megatron_embed.platform.launcher import process_rank
+from megatron_embed.platform.terminal_text import setup_logging
+from megatron_embed.run.environment import set_environment
+from megatron_embed.training.metrics import OnStep
 
 
 class Embedder:
@@ -21,6 +30,11 @@ class Embedder:
 
     def __init__(self, encoder: TextEncoder, model: ModelDirectory) -> None:
         self._encoder, self._model = encoder, model
+
+    def __repr__(self) -> str:
+        encoder = self._encoder
+        return (f"Embedder({str(self._model.peft or self._model.path)!r}, family={self._model.shape.family!r}, "
+                f"dim={self.dim}, pooling={encoder.pooling!r}, similarity={self.similarity!r})")
 
     @property
     def dim(self) -> int:
@@ -52,7 +66,8 @@ class Embedder:
         vectors = self._encoder.encode(given, role, show_progress=show_progress).numpy()
         return vectors[0] if one else vectors
 
-    def rerank(self, query: str, documents: Sequence[str]) -> np.ndarray:
+    def rerank(self, query: str, documents: Sequence[str] | None = None, *,
+               passages: Sequence[str] | None = None) -> np.ndarray:
         """Raises ConfigError: an embedding model scores no pairs."""
         raise ConfigError(f"{self._model.path}: an embedding model, which gives vectors and no scores of pairs; load a "
                           "reranker to rerank, or compare encode(query, 'query') with encode(documents)")
@@ -64,20 +79,31 @@ class Reranker:
     def __init__(self, scorer: PairScorer, model: ModelDirectory) -> None:
         self._scorer, self._model = scorer, model
 
-    def rerank(self, query: str, documents: Sequence[str], *, instruction: str | None = None,
-               show_progress: bool = False) -> np.ndarray:
+    def __repr__(self) -> str:
+        return (f"Reranker({str(self._model.peft or self._model.path)!r}, family={self._model.shape.family!r}, "
+                f"max_length={self._scorer.tokenizer.max_length})")
+
+    def rerank(self, query: str, documents: Sequence[str] | None = None, *, passages: Sequence[str] | None = None,
+               instruction: str | None = None, show_progress: bool = False) -> np.ndarray:
         """float32 scores, [documents] in the order of the documents; larger is more relevant.
 
         Args:
             query: one query.
             documents: any number of them.
+            passages: other name of `documents`, as in other libraries; give one of the two.
             instruction: in place of the directory's own.
             show_progress: a bar, if stderr is a terminal.
         Raises:
-            ConfigError: an item that is not a string, or one text in place of the documents.
+            ConfigError: an item that is not a string, one text in place of the documents, or none or both of
+                `documents` and `passages`.
             DataError: a query that leaves no room for its document.
             UserError: a score that is not finite.
         """
+        if documents is None or passages is not None:
+            if (documents is None) == (passages is None):
+                raise ConfigError("rerank: give the texts to score as documents (or, by its other name, passages)")
+            documents = passages
+        assert documents is not None
         if isinstance(documents, str):
             raise ConfigError(f"documents = {shortened(documents)}: one text, where a list of them is expected; write "
                               "[text]")
@@ -125,3 +151,21 @@ def open_any(directory: str, *, pooling: str | None, max_length: int | None, dty
         return Reranker(scorer, model)
     encoder, model, _ = open_encoder(args, prompts=True)
     return Embedder(encoder, model)
+
+
+def train_run(config: "str | os.PathLike[str] | Mapping[str, Any] | RunConfig", overrides: Sequence[str], *,
+              on_step: OnStep | None) -> dict[str, float]:
+    """See `megatron_embed.train`."""
+    rank = process_rank()
+    if not logging.getLogger().handlers:
+        setup_logging(rank)
+    if isinstance(config, RunConfig):
+        settings = config_of_values(to_dict(config), overrides) if overrides else config
+    elif isinstance(config, Mapping):
+        settings = config_of_values(config, overrides)
+    else:
+        settings = load_config(os.fspath(config), list(overrides))
+    set_environment(settings)
+    from megatron_embed.run.assemble import run_training
+
+    return run_training(settings, on_step)

@@ -100,6 +100,12 @@ def test_reference_pages_say_what_the_code_says():
     assert (pages / "python.md").read_text("utf-8") == tool.python_page(), "python tools/reference_pages.py"
 
 
+def test_page_of_other_trainers_says_what_the_table_says():
+    page = (REPOSITORY / "docs" / "foreign_words.md").read_text(encoding="utf-8")
+    assert page == tool_named("foreign_words_page").page(), (
+        "docs/foreign_words.md is not up to date: python tools/foreign_words_page.py")
+
+
 def test_every_setting_is_on_the_page_of_settings_and_explained():
     module = tool_named("settings_page")
     page = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")

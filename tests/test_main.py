@@ -1,7 +1,12 @@
 """The command line: exit codes, one line of error from one rank, the status file, and how fast help comes."""
 
+import argparse
+import contextlib
+import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -10,9 +15,11 @@ import pytest
 
 from megatron_embed import __main__ as command_line
 from megatron_embed.__main__ import main
+from megatron_embed.cli import completion
 from megatron_embed.errors import DataError, UserError
 from megatron_embed.platform import status
 from tests.helpers.launcher_variables import _one_rank  # noqa: F401  fixtures
+from tests.helpers.toys import REPOSITORY
 
 
 @pytest.fixture
@@ -211,3 +218,81 @@ def test_status_file_that_cannot_be_written_changes_nothing(doctor_that, monkeyp
     monkeypatch.setenv(status.STATUS_FILE_VARIABLE, str(tmp_path / "absent" / "status"))
     assert main(["doctor"]) == 0
     assert "cannot write the status" in caplog.text
+
+
+def every_parser():
+    """(name, parser) of each command and of the commands of these."""
+    parser = command_line.build_parser()
+    for name, command in completion.subcommands(parser).items():
+        yield name, command
+        yield from ((f"{name} {nested}", inner) for nested, inner in completion.subcommands(command).items())
+
+
+@pytest.mark.parametrize("name", command_line.COMMANDS)
+def test_help_has_examples_that_parse_and_a_page_that_exists(name):
+    module = command_line.COMMANDS[name]
+    parser = command_line.build_parser()
+    text = completion.subcommands(parser)[name].format_help()
+    assert text.endswith(f"\n\nmore: {module.PAGE}\n") and (REPOSITORY / module.PAGE).is_file()
+    for example in module.EXAMPLES:
+        assert f"\n  {example}\n" in text
+        words = re.sub(r"""^eval "\$\((.*)\)".*""", r"\1", example).split()
+        if words[0].startswith("launch/"):
+            assert (REPOSITORY / words[0]).is_file()
+        else:
+            assert words[0] == "megatron-embed"
+            assert parser.parse_args(words[1:]).command == name
+
+
+def test_help_says_every_default():
+    for name, parser in every_parser():
+        for action in parser._actions:
+            if action.option_strings and action.default not in (None, False, (), argparse.SUPPRESS):
+                said = str(action.default) in action.help or "without N" in action.help
+                assert said, f"{name} {action.option_strings[0]}: {action.default!r} is not in its help"
+
+
+@pytest.mark.parametrize("words, offered", [
+    (["tr"], {"train"}), (["train", "--dr"], {"--dry-run"}),
+    (["train", "run.yaml", "training.ep"], {"training.epochs="}), (["data", "c"], {"check"}),
+    (["convert", "megatron"], {"megatron-to-hf"}), (["convert", "--merge"], {"--merge-lora"}),
+    (["encode", "parallel.ten"], {"parallel.tensor_model_parallel_size="}), (["plan", "model.pat"], {"model.path="}),
+    (["completion", ""], {"bash", "zsh", "-h", "--help"}), (["merge", "training."], set())])
+def test_bash_completes_commands_options_and_settings(words, offered, bash_completion):
+    line = " ".join(f"'{word}'" for word in ["megatron-embed", *words])
+    script = (f"{bash_completion}\nCOMP_WORDS=({line}); COMP_CWORD={len(words)}; _megatron_embed; "
+              'printf "%s\\n" "${COMPREPLY[@]}"')
+    done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
+@pytest.fixture(scope="module")
+def bash_completion():
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["completion", "bash"]) == 0
+    return out.getvalue()
+
+
+def test_zsh_completion_has_the_same_words(capsys, bash_completion):
+    assert main(["completion", "zsh"]) == 0
+    script = capsys.readouterr().out
+    cases = [set(re.findall(r"\*:train\) candidates=[\"(](.*)[\")] ;;", text)[0].split())
+             for text in (bash_completion, script)]
+    assert cases[0] == cases[1] > {"--dry-run", "checkpoint.save_every_epochs="}
+    if shutil.which("zsh"):
+        subprocess.run(["zsh", "-n"], input=script, text=True, check=True, timeout=60)
+
+
+def test_torchrun_is_told_the_error(doctor_that, monkeypatch, tmp_path, capsys):
+    """Its last lines show the file's message in place of its advice on tracebacks."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv(status.TORCHRUN_FILE_VARIABLE, str(file))
+    doctor_that(raising(DataError("a.jsonl:3: no query")))
+    assert main(["doctor"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    shown = str(ChildFailedError("megatron_embed", {0: failure})).splitlines()
+    assert shown[-2].strip() == "traceback : megatron-embed: error: a.jsonl:3: no query", shown
+    monkeypatch.setenv(status.TORCHRUN_FILE_VARIABLE, str(tmp_path / "nowhere" / "error.json"))
+    assert main(["doctor"]) == 2 and capsys.readouterr().err.count("no query") == 2

@@ -51,6 +51,8 @@ def type_name(kind: Any) -> str:
         return ", ".join(f"`{value}`" for value in parts)
     if origin is tuple:
         return f"list of {type_name(parts[0])}"
+    if origin is dict:
+        return "mapping of text to text"
     if parts:
         return ", ".join(type_name(part) for part in parts)
     names = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", type(None): "`null`"}
@@ -59,6 +61,8 @@ def type_name(kind: Any) -> str:
 
 def default_of(field: "dataclasses.Field[Any]") -> str:
     """Default value in YAML's spelling."""
+    if field.default_factory is not dataclasses.MISSING:
+        return "`{}`"
     if field.default is dataclasses.MISSING:
         return "required"
     if isinstance(field.default, tuple):

@@ -142,6 +142,10 @@ if ((code != 0)); then
     if [[ -s $status ]]; then
         left=$(sed -n 's/.*"exit_code": *\([0-9][0-9]*\).*/\1/p' "$status")
         code=${left:-$code}
+        if ((code == 2)); then # torchrun's own lines come last
+            message=$(sed -n 's/.*"message": "\(.*\)"}$/\1/p' "$status")
+            printf 'megatron-embed: error: %b\n' "${message//\\\"/\"}" >&2
+        fi
     elif $signalled; then # there was no worker yet to report it
         code=75
     fi

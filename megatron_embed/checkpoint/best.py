@@ -79,6 +79,11 @@ class BestCheckpoint:
                                   f"best checkpoint by {self._metric}; set it to last", key="checkpoint.export")
         return self._directory / f"step_{self._step:06d}", self._step
 
+    @property
+    def so_far(self) -> tuple[str, int, float] | None:
+        """Metric, step and value of the best evaluation; None: there was none."""
+        return None if self._step is None else (self._metric, self._step, self._value)
+
     def improves(self, step: int, metrics: Mapping[str, float]) -> bool:
         """True if this evaluation after `step` steps is the best so far; then the next `mark` names its checkpoint.
 

@@ -1,14 +1,13 @@
-"""Argument groups, logging and output that the commands share."""
+"""Argument groups and output that the commands share."""
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from megatron_embed.errors import UserError
-from megatron_embed.platform.terminal_text import LogFormatter, guard_records, printable
+from megatron_embed.platform.terminal_text import printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,14 +37,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-def setup_logging(rank: int) -> None:
-    """Log to stderr: messages of this package from INFO at rank 0, warnings of other ranks and all libraries."""
-    logging.basicConfig(level=logging.WARNING)
-    for handler in logging.getLogger().handlers:
-        if type(handler) is logging.StreamHandler:
-            handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
-    guard_records()
-    logging.getLogger("megatron_embed").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+def with_examples(examples: Sequence[str], page: str) -> str:
+    """The end of a command's help."""
+    return "\n".join(["examples:", *(f"  {example}" for example in examples), "", f"more: {page}"])
 
 
 def write_output(text: str) -> None:

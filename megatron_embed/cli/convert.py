@@ -6,6 +6,9 @@ from megatron_embed.cli.common import path, write_output
 from megatron_embed.errors import CheckpointError
 
 HELP = "Convert a model between Hugging Face directories and checkpoints of megatron-embed"
+EXAMPLES = ("megatron-embed convert megatron-to-hf runs/a/best out --format sentence-transformers",
+            "megatron-embed convert hf-to-megatron Qwen3-Embedding-0.6B out")
+PAGE = "docs/conversion.md"
 
 FORMATS = {
     "hf": "weights, configuration and tokenizer in the model's original architecture",

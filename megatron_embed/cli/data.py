@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from megatron_embed.names import Role
 
 HELP = "Check training data before a run: counts, lengths, duplicates, truncation"
+EXAMPLES = ("megatron-embed data check run.yaml",
+            "megatron-embed data check train.jsonl --model DIR")
+PAGE = "docs/data.md"
 _DEFAULT_LENGTH = 512
 
 

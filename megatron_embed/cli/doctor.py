@@ -1,19 +1,27 @@
-"""`doctor`, and `doctor --config CONFIG.yaml --ranks N`"""
+"""`doctor`, `doctor --config CONFIG.yaml --ranks N`, and `doctor --run DIR`"""
 
 import argparse
 import os
 import re
 
-from megatron_embed.cli.common import add_overrides, add_subdirectory, positive_int, write_output
+from megatron_embed.cli.common import add_overrides, add_subdirectory, path, positive_int, write_output
 from megatron_embed.errors import UserError
 
-HELP = "Check this machine: versions, backends, what is missing; with --config, check whether a run can start here"
+HELP = ("Check this machine: versions, backends, what is missing; with --config, check whether a run can start here; "
+        "with --run, name the likely mistake of a run that goes wrong")
+EXAMPLES = ("megatron-embed doctor",
+            "megatron-embed doctor --config run.yaml --ranks 8",
+            "megatron-embed doctor --run runs/a")
+PAGE = "docs/troubleshooting.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="CONFIG.yaml",
                         help="Check what this run needs instead: layout, GPUs, model, tokenizer, data, evaluation "
                              "sets, packages, output directories, free disk space")
+    parser.add_argument("--run", metavar="DIR", type=path,
+                        help="Read the metrics and the configuration of the run in this checkpoint.directory or "
+                             "logging.directory, and name what is likely wrong with it; exit code 1 if anything is")
     parser.add_argument("--ranks", type=positive_int, metavar="N", default=1,
                         help="Number of ranks of the run (default: 1)")
     parser.add_argument("--ranks-per-node", type=ranks_of_node, metavar="N",
@@ -40,6 +48,8 @@ def ranks_of_node(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Print the checks; 0 if training can run here, else 1."""
+    if args.run is not None:
+        return diagnose_run(args)
     from megatron_embed.platform.doctor import report, run_checks
 
     if args.config is None:
@@ -56,3 +66,16 @@ def run(args: argparse.Namespace) -> int:
                              min_free_gib=args.min_free_gib)
     write_output(report(checks))
     return 1 if any(check.remedy for check in checks) else 0
+
+
+def diagnose_run(args: argparse.Namespace) -> int:
+    """Print the likely mistakes of a run; 0 if there is none, else 1."""
+    from megatron_embed.run.diagnosis import mistakes, read_run
+
+    if args.config is not None or args.overrides:
+        raise UserError("--run DIR: the run's own configuration is read; leave --config and settings out")
+    log = read_run(args.run)
+    named = [f"{name}: {text}" for name, text in mistakes(log)]
+    known = f"{len(log.steps)} logged steps, {len(log.evaluations)} evaluations"
+    write_output("\n".join([*named, f"{len(named)} likely mistake(s) in {args.run} ({known})"]))
+    return 1 if named else 0

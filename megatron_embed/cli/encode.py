@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HELP = "Encode texts as vectors"
+EXAMPLES = ("megatron-embed encode --model runs/a/best --input texts.jsonl --output vectors.npy --role document",)
+PAGE = "docs/evaluation.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

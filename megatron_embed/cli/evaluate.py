@@ -10,6 +10,9 @@ from megatron_embed.platform.terminal_text import write_error
 from megatron_embed.run.required_metrics import Requirement, missed_requirements, parse_requirement
 
 HELP = "Evaluate retrieval, pairs with scores, or ranked lists; the last line of stdout is a JSON object of metrics"
+EXAMPLES = ("megatron-embed evaluate --model runs/a/best --data beir/scifact",
+            "megatron-embed evaluate --model runs/a/best --data pairs.jsonl")
+PAGE = "docs/evaluation.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,8 @@ from megatron_embed.cli.common import path, write_output
 from megatron_embed.names import MERGE_METHODS
 
 HELP = "Merge several trained models into one, tensor by tensor"
+EXAMPLES = ("megatron-embed merge --method slerp export/a export/b --output merged",)
+PAGE = "docs/merging.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

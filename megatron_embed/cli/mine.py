@@ -2,13 +2,16 @@
 
 import argparse
 
-from megatron_embed.cli.common import add_encoding_arguments, path
+from megatron_embed.cli.common import add_encoding_arguments, path, positive_int
 from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.errors import ConfigError
 from megatron_embed.platform.atomic_file import check_jsonl
 from megatron_embed.platform.launcher import process_rank
 
 HELP = "Mine hard negatives for training rows, with an embedding model or BM25"
+EXAMPLES = ("megatron-embed mine --model bm25 --data train.jsonl --output mined.jsonl",
+            "megatron-embed mine --model runs/a/best --data train.jsonl --output mined.jsonl --relative-margin 0.05")
+PAGE = "docs/mining.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        ("--absolute-margin", "Skip candidates scored above (lowest positive - M)"),
                        ("--relative-margin", "Skip candidates scored above (lowest positive - |lowest positive| * M)")):
         parser.add_argument(name, type=float, metavar="S" if "score" in name else "M", help=what)
+    parser.add_argument("--drop-incomplete", nargs="?", type=positive_int, const=0, metavar="N",
+                        help="Leave out rows with fewer than N negatives (without N: fewer than --num-negatives)")
+    parser.add_argument("--show", nargs="?", type=positive_int, const=10, default=0, metavar="N",
+                        help="Also print N rows, spread over the file, with their negatives and scores (without N: 10)")
     parser.add_argument("--mine-query-text", action="store_true",
                         help="Allow documents with the same text as the query as negatives (default: skip them)")
     parser.add_argument("--sampling", choices=("top", "random"), default="top",
@@ -66,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
     records = list(RecordFile(args.data, key="--data"))
     corpus = None if args.corpus is None else read_corpus(args.corpus)
     task = build_task(records, query_prompts(args, records), corpus, mine_query_text=args.mine_query_text)
-    mine(args, MiningJob(records=records, task=task, options=options, output=args.output, corpus=args.corpus))
+    least = options.num_negatives if args.drop_incomplete == 0 else args.drop_incomplete or 0
+    mine(args, MiningJob(records=records, task=task, options=options, output=args.output, corpus=args.corpus,
+                         least_negatives=least, show=args.show))
     return 0
 
 

@@ -5,6 +5,8 @@ import argparse
 from megatron_embed.cli.common import add_overrides, positive_int, write_output
 
 HELP = "Estimate memory per GPU and step time of a layout, and list layouts that fit; exit code 2 if it does not fit"
+EXAMPLES = ("megatron-embed plan run.yaml --gpus 8 --gpu h100",)
+PAGE = "docs/planning.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

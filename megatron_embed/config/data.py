@@ -1,6 +1,6 @@
 """Settings of the training data: files, what a step takes of their rows, lengths and prompts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_embed.config.require import require
@@ -13,8 +13,15 @@ DEFAULT_LENGTH = 512
 @dataclass(frozen=True, kw_only=True)
 class TrainFile:
     path: str
-    """A JSONL file (.jsonl, .json, either with .gz or .zst), a Parquet or Arrow file, a BEIR folder, a directory saved
-    by `datasets`, or a data set of the hub (org/name, org/name:config/split). Formats: docs/data.md."""
+    """A JSONL file or a JSON array (.jsonl, .json), a CSV or TSV file (each with .gz or .zst too), a Parquet or Arrow
+    file, a directory of such files or a pattern (data/*.jsonl), a BEIR folder, a directory saved by `datasets`, or a
+    data set of the hub (org/name, org/name:config/split). Formats: docs/data.md."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Column of the file -> field that it is, as in {question: query, answer: positive}; other columns keep their
+    names."""
+    score_range: tuple[float, ...] = ()
+    """Lowest and highest score of this file's pairs, such as [0, 5]; they become 0 and 1, as cosine_similarity needs
+    them. Empty: scores are taken as they stand."""
     streaming: bool = False
     """True, for a data set of the hub: every process streams the rows into a temporary file instead of downloading the
     whole set into the cache of `datasets` first."""
@@ -39,6 +46,14 @@ class TrainFile:
         require(self.rows is None or self.rows >= 1, "data.train.rows", self.rows, "must be >= 1 or null")
         require(self.rows is None or self.streaming, "data.train.rows", self.rows,
                 "has no effect without streaming: true; set that, or remove it")
+        fields = list(self.columns.values())
+        twice = next((name for name in fields if fields.count(name) > 1), None)
+        require(twice is None, "data.train.columns", self.columns, f"gives {twice!r} two columns; keep one of them")
+        require(all(self.columns) and all(fields), "data.train.columns", self.columns, "must name columns and fields, "
+                "as in {question: query}")
+        require(not self.score_range or (len(self.score_range) == 2 and self.score_range[0] < self.score_range[1]),
+                "data.train.score_range", list(self.score_range), "must be the lowest and the highest score, such as "
+                "[0, 5]")
         require(self.weight > 0, "data.train.weight", self.weight, "must be > 0; remove a file that should not be used")
         require("{instruction}" not in (self.document_prompt or ""), "data.train.document_prompt",
                  self.document_prompt, "only a query prompt can contain {instruction}; write the document's prompt out")

@@ -12,6 +12,8 @@ class CheckpointConfig:
     """Directory that training state is saved to and resumed from; null: nothing is saved."""
     save_every_steps: int = 500
     """Optimizer steps between checkpoints; the last step is always saved."""
+    save_every_epochs: float | None = None
+    """Passes over the training rows between checkpoints, > 0, in place of save_every_steps; null: that."""
     keep: int = 3
     """Number of newest checkpoints to keep; 0 keeps all."""
     async_save: bool = False
@@ -24,6 +26,10 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require(self.save_every_steps >= 1, "checkpoint.save_every_steps", self.save_every_steps, "must be >= 1")
+        every = self.save_every_epochs
+        require(every is None or every > 0, "checkpoint.save_every_epochs", every, "must be > 0 or null")
+        require(every is None or self.save_every_steps == 500, "checkpoint.save_every_epochs", every,
+                f"checkpoint.save_every_steps = {self.save_every_steps} is set too; keep one of them")
         require(self.keep >= 0, "checkpoint.keep", self.keep, "must be >= 0")
         require(self.export_at_end is None or self.directory is not None, "checkpoint.export_at_end",
                  self.export_at_end, "the export is made from a checkpoint; set checkpoint.directory")
@@ -52,6 +58,9 @@ class EvaluationSet:
 class EvaluationConfig:
     every_steps: int = 500
     """Optimizer steps between evaluations; the last step is always evaluated."""
+    at_start: bool = True
+    """Evaluate the model before the first step of a new run too: a row of step 0 in the metrics, which never counts as
+    the best."""
     retrieval: tuple[EvaluationSet, ...] = ()
     """BEIR folders (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv)."""
     reranking: tuple[str, ...] = ()
@@ -62,8 +71,8 @@ class EvaluationConfig:
     """True: remove the document with the query's own id from its ranking in `retrieval`, as BEIR and MTEB do for sets
     whose queries are documents themselves (ArguAna, Quora)."""
     sts: tuple[EvaluationSet, ...] = ()
-    """JSONL files of pairs {"text_a", "text_b", "score"}: Pearson and Spearman correlation of cosine similarity (or dot
-    product) and score."""
+    """Files of pairs {"text_a", "text_b", "score"}, or of another format of pairs: Pearson and Spearman correlation of
+    cosine similarity (or dot product) and score."""
     best_metric: str | None = None
     """Metric, of those that an evaluation logs as `eval/NAME`, that selects the best checkpoint, which is kept beside
     the newest ones; `best` points to it. For `loss`, `loss@DIM` and `negative_similarity` smaller is better, for all

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -14,7 +14,9 @@ import yaml
 
 from megatron_embed.config.data import TrainFile
 from megatron_embed.config.evaluation import EvaluationSet
+from megatron_embed.config.foreign_values import our_value, reason
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.config.unknown_keys import refuse_unknown_keys
 from megatron_embed.config.yaml_tree import (
     Dumper,
     Node,
@@ -23,6 +25,7 @@ from megatron_embed.config.yaml_tree import (
     plain_scalar,
     read_file,
     read_override,
+    read_text,
 )
 from megatron_embed.errors import ConfigError
 
@@ -42,9 +45,23 @@ def config_of_overrides(overrides: list[str]) -> RunConfig:
     tree = Node({}, "command line")
     for override in overrides:
         tree = overridden(tree, *read_override(override))
-    config = _mapping(RunConfig, tree, "", tree)
-    assert isinstance(config, RunConfig)
-    return _with_home(config)
+    return _with_home(_run_config(tree))
+
+
+def config_of_values(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Settings from nested dicts, lists and scalars. Raises ConfigError beginning `config: ` or `command line: `."""
+
+    def tree_of(value: Any) -> Node:
+        if isinstance(value, Mapping):
+            return Node({str(key): tree_of(child) for key, child in value.items()}, "config")
+        if isinstance(value, list | tuple):
+            return Node([tree_of(item) for item in value], "config")
+        return Node(os.fspath(value) if isinstance(value, os.PathLike) else value, "config")
+
+    tree = tree_of(values)
+    for override in overrides:
+        tree = overridden(tree, *read_override(override))
+    return _with_home(_run_config(tree))
 
 
 def load_with_locations(path: str, overrides: list[str]) -> tuple[RunConfig, Callable[[str], str]]:
@@ -63,9 +80,13 @@ def load_with_locations(path: str, overrides: list[str]) -> tuple[RunConfig, Cal
     for override in overrides:
         keys, value = read_override(override)
         tree = overridden(tree, keys, value)
-    config = _mapping(RunConfig, tree, "", tree)
-    assert isinstance(config, RunConfig)
+    config = _run_config(tree)
     return _with_home(config), functools.partial(location_of, tree)
+
+
+def load_text(text: str, source: str) -> RunConfig:
+    """The checked settings of a YAML text; `source` stands for its file. Raises ConfigError."""
+    return _with_home(_run_config(read_text(text, source)))
 
 
 def in_subdirectory(config: RunConfig, name: str | None) -> RunConfig:
@@ -144,15 +165,19 @@ def _with_home(config: RunConfig) -> RunConfig:
         logging=replace(config.logging, directory=home(config.logging.directory)))
 
 
+def _run_config(tree: Node) -> RunConfig:
+    refuse_unknown_keys(RunConfig, tree)
+    config = _mapping(RunConfig, tree, "", tree)
+    assert isinstance(config, RunConfig)
+    return config
+
+
 def _mapping(target: Any, node: Node, name: str, root: Node) -> object:
     """A dataclass from a mapping; `name` is its dotted key, "" for the whole run."""
     if not isinstance(node.value, dict):
         raise _wrong_type(target, node, name, dataclasses.MISSING)
     annotations = get_type_hints(target)
     fields = {field.name: field for field in dataclasses.fields(target)}
-    for key, child in node.value.items():
-        if key not in fields:
-            raise ConfigError(f"{child.location}: unknown key '{_join(name, key)}'; {_nearest(target, key)}")
     values = {}
     for key, field in fields.items():
         dotted, annotation = _join(name, key), annotations[key]
@@ -182,6 +207,10 @@ def _value(annotation: Any, node: Node, name: str, root: Node, default: Any) -> 
             element = get_args(member)[0]
             items = node.value if isinstance(node.value, list) else [node]  # One item may be written without brackets.
             return tuple(_value(element, item, name, root, dataclasses.MISSING) for item in items)
+        if get_origin(member) is dict and isinstance(node.value, dict):
+            text = get_args(member)[1]
+            return {key: _value(text, item, f"{name}.{key}", root, dataclasses.MISSING)
+                    for key, item in node.value.items()}
         accepted, value = _scalar(member, node.value)
         if accepted:
             return value
@@ -200,7 +229,15 @@ def _scalar(member: Any, value: object) -> tuple[bool, object]:
 
 def _wrong_type(annotation: Any, node: Node, name: str, default: Any) -> ConfigError:
     return ConfigError(f"{node.location}: {name} = {_shown(node)}: expected {_described(annotation)}; "
-                       f"{_remedy(annotation, node.value, default)}")  # fmt: skip
+                       f"{_foreign(name, node.value) or _remedy(annotation, node.value, default)}")  # fmt: skip
+
+
+def _foreign(name: str, value: object) -> str:
+    """The remedy for a value of another trainer; empty if it is none."""
+    if isinstance(value, dict | list | types.NoneType):
+        return ""
+    ours = our_value(name, value)
+    return reason(name, value) or ("" if ours is None else f"{value} is {ours} here")
 
 
 def _remedy(annotation: Any, value: object, default: Any) -> str:
@@ -246,29 +283,10 @@ def _described(annotation: Any) -> str:
         return f"a list of: {_described(get_args(annotation)[0])}"
     if dataclasses.is_dataclass(annotation):
         return "text or a mapping" if annotation in SHORTHAND else "a mapping"
+    if get_origin(annotation) is dict:
+        return "a mapping of text to text"
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
     return "null" if annotation is types.NoneType else words[annotation]
-
-
-def _nearest(target: Any, key: str) -> str:
-    """A remedy for an unknown key: the same key in another section, the nearest key, or the list of known keys."""
-    own = [field.name for field in dataclasses.fields(target)]
-    dotted = list(_dotted_keys(RunConfig, ""))
-    by_name = {name.rpartition(".")[2]: name for name in reversed(dotted)}
-    if key in by_name:
-        return f"did you mean '{by_name[key]}'?"
-    if near := difflib.get_close_matches(key, own, n=1):
-        return f"did you mean '{near[0]}'?"
-    if near := difflib.get_close_matches(key, by_name, n=1, cutoff=0.75):
-        return f"did you mean '{by_name[near[0]]}'?"
-    return f"known here: {', '.join(own)}"
-
-
-def _dotted_keys(target: Any, name: str) -> Iterator[str]:
-    for key, annotation in get_type_hints(target).items():
-        yield _join(name, key)
-        if dataclasses.is_dataclass(annotation):
-            yield from _dotted_keys(annotation, _join(name, key))
 
 
 def _join(name: str, key: str) -> str:

@@ -280,8 +280,8 @@ class LoraConfig:
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     directory: str | None = None
-    """Directory for metrics.jsonl and TensorBoard; null: checkpoint.directory, and if that is null too, nothing is
-    written."""
+    """Directory for metrics.jsonl and TensorBoard, and config.yaml if checkpoints are elsewhere; null:
+    checkpoint.directory, and if that is null too, nothing is written."""
     every_steps: int = 10
     """Optimizer steps between log lines, > 0."""
     tensorboard: bool = True

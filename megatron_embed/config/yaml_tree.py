@@ -96,6 +96,14 @@ def read_file(path: str) -> Node:
     return node
 
 
+def read_text(text: str, source: str) -> Node:
+    """The tree of a YAML text; `source` stands for its file. Raises ConfigError, as `read_file` does."""
+    node = _compose(text, source)
+    if node is None:
+        raise ConfigError(f"{source}: the configuration is empty")
+    return node
+
+
 def read_override(argument: str) -> tuple[list[str], Node]:
     """`training.learning_rate=1e-4` as (["training", "learning_rate"], node).
 

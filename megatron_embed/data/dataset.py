@@ -28,7 +28,7 @@ class DataEntry(Records[AnyRecord]):
     Attributes:
         path: as it was given.
         instructions: each distinct instruction (None: rows without one), with the FILE:LINE of its first row.
-        digest: hash of the rows; blank lines and line endings do not count.
+        digest: hash of the rows as they are read; blank lines and line endings do not count.
         most_positives: positives of the row with the most; of a list, documents with a label above 0.
         most_negatives: negatives of the row with the most; 0 if rows are lists with labels.
         most_documents: documents of the row with the most.
@@ -69,14 +69,14 @@ class RecordFile(DataEntry):
 
     def __init__(self, file: str | TrainFile, kind: Kind | None = "contrastive", key: str = "data.train") -> None:
         super().__init__(TrainFile(path=file) if isinstance(file, str) else file)
-        self._reader = RowReader(self.file, kind)
         self._rows = open_rows(self.path, key, streaming=self.file.streaming, rows=self.file.rows)
+        self._reader = RowReader(self.file, kind, holds_texts=self._rows.holds_texts)
         for row, source in self._rows.scan():
             self._note(self._reader.read(row, source))
         if self._reader.format is None:
             raise DataError(f"{self.path}:1: no rows; a row is one line such as "
                             '{"query": "...", "positive": ["..."], "negatives": ["..."]}')
-        self.digest = self._rows.digest
+        self.digest = _as_read(self._rows.digest, self.file)
         logger.info("%s: %d rows of the format %s", self.path, len(self), self._reader.format.name)
         _report_ignored(self.path, self._reader.ignored)
 
@@ -94,6 +94,10 @@ class BeirFile(DataEntry):
         super().__init__(file)
         if file.streaming:
             raise nothing_to_stream(file.path, "data.train")
+        for name, value in (("columns", file.columns), ("score_range", file.score_range)):
+            if value:
+                raise ConfigError(f"data.train.{name} = {value!r}: {file.path!r} is a BEIR folder, whose files have "
+                                  "fixed columns and labels; remove it", key=f"data.train.{name}")
         self._reader = RowReader(file, kind)
         self._rows = BeirRows(file.path, "data.train")
         self.digest = self._rows.digest
@@ -244,6 +248,14 @@ def validation_shares(records: RecordSet, *, global_batch_size: int, dp_rank: in
         for rows in np.array_split(records.first_row(index) + np.arange(len(file)), num_batches):
             shares.append(np.array_split(rows, dp_size)[dp_rank].tolist())
     return shares
+
+
+def _as_read(digest: str, file: TrainFile) -> str:
+    """The digest of a file's rows, and of the settings that change what is read of them."""
+    if not file.columns and not file.score_range:
+        return digest
+    settings = repr((sorted(file.columns.items()), file.score_range))
+    return hashlib.blake2b(f"{digest}{settings}".encode(), digest_size=16).hexdigest()
 
 
 def _report_ignored(path: str, ignored: set[str]) -> None:

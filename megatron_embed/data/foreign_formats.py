@@ -27,9 +27,14 @@ def _require_some(documents: tuple[str, ...], name: str, source: str) -> None:
         raise DataError(f"{source}: {name} = [] is empty; give it at least one passage or remove the row")
 
 
-def read_swift_response(fields: Fields) -> Record:
-    """ms-swift's older rows: query and response, then rejected_response or label; `system` is the instruction."""
+def read_swift_response(fields: Fields) -> Record | RerankRecord:
+    """ms-swift's older rows: query and response, then rejected_response or label; `system` is the instruction.
+
+    With `labels` or `scores`: a list of Sentence Transformers' miner, made from such rows.
+    """
     source = fields.source
+    if fields.row.get("labels") is not None or fields.row.get("scores") is not None:
+        return read_columns(fields, "query", "response")
     if history := fields.row.get("history"):
         raise DataError(f"{source}: history = {shortened(history)}: a conversation of several turns is not a query; "
                         "write its text into query")
@@ -156,8 +161,9 @@ def read_tevatron_scores(fields: Fields) -> Record:
                   teacher_scores=fields.numbers("scores", len(texts), "passages"))
 
 
-def read_columns(fields: Fields, anchor: str, positive: str) -> Record:
-    """Sentence Transformers' columns: two texts and a label, or a positive and negative, negative_1, ...
+def read_columns(fields: Fields, anchor: str, positive: str) -> Record | RerankRecord:
+    """Sentence Transformers' columns: two texts and a label, a list with labels or scores, or a positive and negative,
+    negative_1, ...
 
     A label beside negatives is a teacher's: a score of each document, or its margin to each negative (MarginMSELoss).
     """
@@ -171,12 +177,25 @@ def read_columns(fields: Fields, anchor: str, positive: str) -> Record:
     score = scores = None
     if labels and negatives:
         scores = _teacher_scores(fields, labels[0], len(positives), len(negatives))
+    elif labels and isinstance(row[labels[0]], list):
+        return _mined_list(fields, anchor, positive, labels[0])
     elif labels and len(positives) == 1:
         score = fields.number(labels[0])
     elif labels:
         raise DataError(f"{source}: {positive} has {len(positives)} texts and one {labels[0]}; write one row for each")
     return Record(query=fields.text(anchor), positive=positives, negatives=negatives,
                   instruction=fields.optional_text("instruction"), source=source, score=score, teacher_scores=scores)
+
+
+def _mined_list(fields: Fields, anchor: str, positive: str, name: str) -> RerankRecord:
+    """A `labeled-list` of mine_hard_negatives: documents with a label each, or the positive first and a similarity for
+    each, which is a teacher's score."""
+    documents = fields.some_texts(positive)
+    values = fields.numbers(name, len(documents), f"texts of {positive}")
+    is_label = name in ("label", "labels")
+    return RerankRecord(query=fields.text(anchor), documents=documents, source=fields.source,
+                        labels=values if is_label else (1.0, *(0.0 for _ in documents[1:])),
+                        instruction=fields.optional_text("instruction"), teacher_scores=None if is_label else values)
 
 
 def _teacher_scores(fields: Fields, name: str, num_positive: int, num_negatives: int) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_embed.config.data import TrainFile
 from megatron_embed.data import foreign_formats
 from megatron_embed.data.corpus import Corpus
+from megatron_embed.data.csv_rows import typed
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.records import AnyRecord, Kind, Record, RerankRecord, as_kind, refuse_id_on_both_sides
 from megatron_embed.data.row_fields import Fields, Row, check_keys
@@ -117,7 +118,7 @@ FORMATS = (
     Format(name="lists (query, docs)", required=("query", "docs"), read=foreign_formats.read_labelled_documents,
            optional=("labels", "instruction", "teacher_scores"), without_use=("query_id",)),
     Format(name="ms-swift (query, response)", required=("query", "response"), read=foreign_formats.read_swift_response,
-           optional=("rejected_response", "label", "system", "history")),
+           optional=("rejected_response", "label", "labels", "scores", "system", "history")),
     Format(name="ms-swift (messages, positive_messages)", required=("messages", "positive_messages"),
            optional=("negative_messages", "label"), read=foreign_formats.read_swift_messages),
     Format(name="FlagEmbedding (query, pos, neg)", required=("query", "pos"), read=foreign_formats.read_flag_embedding,
@@ -137,8 +138,9 @@ FORMATS = (
       for query in ("query", "question")),
     _columns("anchor", "positive"),
     _columns("sentence1", "sentence2"),
-    _columns("query", "answer"),
-    _columns("question", "answer"),
+    *(_columns(anchor, positive) for anchor, positive in (
+        ("query", "answer"), ("question", "answer"), ("question", "positive"), ("question", "passage"),
+        ("query", "passage"), ("query", "document"), ("prompt", "response"), ("question", "response"))),
 )
 
 
@@ -164,15 +166,17 @@ class RowReader:
 
     Args:
         kind: None: records as the rows are written.
+        holds_texts: see RawRows.
 
     Attributes:
         format: None before the first row.
         ignored: keys of rows that are not read.
     """
 
-    def __init__(self, file: TrainFile, kind: Kind | None) -> None:
+    def __init__(self, file: TrainFile, kind: Kind | None, *, holds_texts: bool = False) -> None:
         self.format: Format | None = None
         self.ignored: set[str] = set()
+        self._holds_texts = holds_texts
         self._file = file
         self._kind = kind
         self._corpus = None if file.corpus is None else Corpus(file.corpus, key="data.train.corpus")
@@ -185,6 +189,10 @@ class RowReader:
         Raises:
             DataError: beginning with `source`, naming the field, its value and the remedy.
         """
+        if self._file.columns:
+            row = self._renamed(row, source)
+        if self._holds_texts:
+            row = typed(row)
         if not trusted:
             self._check(row, source)
         assert self.format is not None
@@ -193,7 +201,32 @@ class RowReader:
             assert isinstance(record, Record) and self._corpus is not None
             record = replace(record, positive=self._corpus.texts_of(record.positive, source),
                              negatives=self._corpus.texts_of(record.negatives, source))
+        if self._file.score_range:
+            record = self._rescaled(record)
         return self.apply_defaults(record, trusted=trusted)
+
+    def _renamed(self, row: Row, source: str) -> Row:
+        """The row with the columns of the entry under the names of their fields."""
+        columns = self._file.columns
+        if missing := [name for name in columns if name not in row]:
+            keys = ", ".join(shortened(key, 40) for key in list(row)[:10]) or "no columns"
+            raise DataError(f"{source}: data.train.columns names {shortened(missing[0])}, and the row has {keys}; "
+                            "correct the name, or give the row an empty value")
+        kept = {name: value for name, value in row.items() if name not in columns}
+        return kept | {field: row[name] for name, field in columns.items()}
+
+    def _rescaled(self, record: AnyRecord) -> AnyRecord:
+        """The pair with the lowest score of the entry's range as 0 and the highest as 1."""
+        low, high = self._file.score_range
+        score = record.score if isinstance(record, Record) else None
+        if score is None:
+            raise DataError(f"{record.source}: data.train.score_range = [{low:g}, {high:g}] is given, and the row is "
+                            "not a pair with a score; remove it")
+        if not low <= score <= high:
+            raise DataError(f"{record.source}: score {score:g} lies outside data.train.score_range = [{low:g}, "
+                            f"{high:g}]; correct one of them")
+        assert isinstance(record, Record)
+        return replace(record, score=(score - low) / (high - low))
 
     def _check(self, row: Row, source: str) -> None:
         """Refuse a row whose keys are not those of the file's format, which is that of its first row."""

@@ -1,4 +1,4 @@
-"""JSONL files, plain or compressed (gzip, Zstandard), read line by line so that every error names file and line."""
+"""JSONL files and JSON arrays, plain or compressed (gzip, Zstandard); every error names file and line."""
 
 import gzip
 import io
@@ -16,8 +16,11 @@ _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 LONGEST_LINE = 64 << 20
 """Bytes of a line, after decompression."""
+_BEGINNING = 1 << 16
 MOST_BLANK_LINES = 1_000_000
 """Blank lines in a row: 3 GB of them fit into a compressed file of 3 MB."""
+LARGEST_ARRAY = 256 << 20
+"""Bytes of a file that is one array, which is held in memory."""
 ENDINGS = tuple(name + packing for packing in ("", ".gz", ".zst") for name in (".jsonl", ".json"))
 
 
@@ -60,6 +63,15 @@ def open_jsonl(path: str, key: str) -> BinaryIO:
     """
     if not path.endswith(ENDINGS):
         raise ConfigError(f"{key} = {path!r}: not a JSONL file by its name; readable are {', '.join(ENDINGS)}", key=key)
+    return open_file(path, key)
+
+
+def open_file(path: str, key: str) -> BinaryIO:
+    """The file's decompressed bytes, whatever its name.
+
+    Raises:
+        ConfigError: naming `key`, if it is not a readable file.
+    """
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise ConfigError(f"{key} = {path!r}: not a regular file; name one JSONL file per entry", key=key)
@@ -177,6 +189,83 @@ def parse_trusted_object(raw: bytes, source: str) -> dict[str, object]:
     except ValueError:
         return parse_object(raw, source)
     return row
+
+
+def is_array(path: str, key: str) -> bool:
+    """Whether a .json file holds one array instead of an object per line. Raises ConfigError if it cannot be opened."""
+    if not path.endswith((".json", ".json.gz", ".json.zst")):
+        return False
+    with open_file(path, key) as file:
+        try:
+            return file.read(_BEGINNING).removeprefix(_BOM).lstrip(_BLANK).startswith(b"[")
+        except (OSError, EOFError, zlib.error):
+            return False  # who reads its lines refuses it
+
+
+def parse_array(path: str, key: str) -> Iterator[tuple[dict[str, object], str]]:
+    """The objects of a JSON array, each with its FILE:LINE. Memory: the whole file.
+
+    Raises:
+        ConfigError: the file cannot be opened, or is larger than LARGEST_ARRAY.
+        DataError: it is not an array of objects.
+    """
+    with open_file(path, key) as file:
+        try:
+            raw = file.read(LARGEST_ARRAY + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}:1: cannot be read: {error}; the file is damaged or incomplete, make it "
+                            "again") from None
+    if len(raw) > LARGEST_ARRAY:
+        raise ConfigError(f"{key} = {path!r}: an array of more than {LARGEST_ARRAY >> 20} MiB; write one object per "
+                          "line (JSONL), which is read line by line", key=key)
+    try:
+        text = raw.removeprefix(_BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8: byte 0x{raw[error.start]:02x}; save the file as UTF-8") from None
+    position, line, counted = text.index("[") + 1, 1, 0
+    separator = ""
+    while True:
+        position = _after_blanks(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        source = f"{path}:{line}"
+        if text[position:position + 1] == "]" and separator != ",":
+            break
+        row, position = _element(text, position, source)
+        yield row, source
+        position = _after_blanks(text, position)
+        separator = text[position:position + 1]
+        if separator == "]":
+            break
+        if separator != ",":
+            near = shortened(text[max(0, position - 20):position + 20])
+            raise DataError(f"{source}: not valid JSON: a comma or `]` is missing behind this object, near {near}")
+        position += 1
+    if text[position + 1:].strip():
+        raise DataError(f"{path}:{line}: text behind the array's `]`; a file holds one array, or one object per line")
+
+
+def _after_blanks(text: str, position: int) -> int:
+    while text[position:position + 1] in (" ", "\t", "\r", "\n"):
+        position += 1
+    return position
+
+
+def _element(text: str, position: int, source: str) -> tuple[dict[str, object], int]:
+    """The object of an array at `position`, and the position behind it."""
+    try:
+        row, end = _DECODER.raw_decode(text, position)
+        refuse_deep_value(row, text[position:end].encode("utf-8", "surrogatepass"))
+    except json.JSONDecodeError as error:
+        near = shortened(text[max(0, error.pos - 20):error.pos + 20])
+        raise DataError(f"{source}: not valid JSON: {error.msg}, near {near}") from None
+    except RecursionError:
+        raise DataError(f"{source}: {too_deep()}; correct the object") from None
+    except (_RefusedError, ValueError) as error:
+        raise DataError(f"{source}: {error}; correct the object") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{source}: a JSON {json_type(row)}, {shortened(row)}, where an array of objects is expected")
+    return row, end
 
 
 def json_type(value: object) -> str:

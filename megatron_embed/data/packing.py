@@ -357,8 +357,10 @@ def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokeni
         EmptyTextError: for the first text without tokens.
     """
     tokenized = tokenizer.tokenize(texts, role, [instruction] * len(texts))
-    if tokenized.num_truncated:
-        logger.info("%d of %d %s texts truncated to the maximum length", tokenized.num_truncated, len(texts), role)
+    notice = f"{tokenized.num_truncated} of {len(texts)} {role} texts truncated to the maximum length"
+    if tokenized.num_truncated and notice not in tokenizer.notices:  # every evaluation of a run would repeat it
+        tokenizer.notices.add(notice)
+        logger.info(notice)
     lengths = [len(ids) for ids in tokenized.token_ids]
     for row, length in enumerate(lengths):
         if not length:

@@ -1,163 +1,41 @@
 """Rows of a file or table as plain objects with their FILE:LINE: read once in order, then one at a time.
 
-JSONL is read by our own reader, so that every error names a line; Parquet, Arrow and data sets of the hub are read by
-`datasets`.
+JSONL, JSON arrays and CSV are read by our own readers, so that every error names a line; Parquet, Arrow and data sets
+of the hub are read by `datasets`.
 """
 
+import glob
 import hashlib
 import itertools
 import json
 import os
 import re
-import shutil
 import tempfile
-from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from megatron_embed.data.jsonl import (
-    ENDINGS,
-    LONGEST_LINE,
-    is_compressed,
-    open_jsonl,
-    parse_object,
-    parse_trusted_object,
-    read_lines,
-)
+from megatron_embed.data.csv_rows import CSV_ENDINGS, CsvRows
+from megatron_embed.data.indexed_rows import DescriptorRows, JsonlRows, RawRows
+from megatron_embed.data.jsonl import ENDINGS, LONGEST_LINE, is_array, open_file, parse_array
 from megatron_embed.data.row_fields import Row
+from megatron_embed.data.several_rows import SeveralRows
 from megatron_embed.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-RowsKind = Literal["jsonl", "table", "hub"]
-"""How rows are read: by our own reader, by `datasets` from this machine, or by `datasets` from the hub."""
+RowsKind = Literal["jsonl", "csv", "table", "hub", "files"]
+"""How rows are read: by our own readers, by `datasets` from this machine or from the hub, or from several files."""
 TABLE_ENDINGS = (".parquet", ".arrow")
+FILE_ENDINGS = (*ENDINGS, *CSV_ENDINGS, *TABLE_ENDINGS)
+"""Ends of the names of files of rows."""
+_SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods")
 HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>[^/:]+)(/(?P<split>[^/:]+))?)?")
 _LOCAL_NAME = re.compile(r"(?P<repository>[^:]+)(:(?P<config>[^/:]+)(/(?P<split>[^/:]+))?)?")
 """The same for a directory that holds a copy of a data set of the hub."""
-_COPY_BYTES = 1 << 20
 _TABLE_ROWS = 1000
-
-
-class RawRows(ABC):
-    """Rows of one file or table.
-
-    Attributes:
-        path: as it was given.
-        digest: hash of the rows, once `scan` has ended.
-        detects_changes: whether `row` refuses a row of a file that changed since `scan`. Its other rows can be trusted
-            to be those that were checked then.
-    """
-
-    path: str
-    digest: str
-    detects_changes: bool
-
-    @abstractmethod
-    def scan(self) -> Iterator[tuple[Row, str]]:
-        """Every row in order, with its FILE:LINE (a table: FILE:ROW, from 1). Call it first, once, to its end.
-
-        Raises:
-            ConfigError: the file cannot be opened.
-            DataError: a line cannot be read.
-        """
-
-    @abstractmethod
-    def row(self, index: int) -> tuple[Row, str]:
-        """Row `index`, from 0, and its FILE:LINE.
-
-        Raises:
-            DataError: the file changed since `scan`, or is gone.
-        """
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of rows; known once `scan` has ended."""
-
-
-class _DescriptorRows(RawRows):
-    """Rows that are read through a file descriptor, which is closed with this object."""
-
-    detects_changes = True
-
-    _descriptor: int | None = None
-
-    def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-
-
-class JsonlRows(_DescriptorRows):
-    """The rows of a JSONL file. Memory: 16 bytes per row.
-
-    A compressed file is unpacked into a nameless temporary file (TMPDIR) at the first access by index.
-    """
-
-    def __init__(self, path: str, key: str) -> None:
-        self.path = path
-        self._key = key
-
-    def scan(self) -> Iterator[tuple[Row, str]]:
-        starts, line_numbers, end = [], [], 0
-        digest = hashlib.blake2b(digest_size=16)
-        for line in read_lines(self.path, self._key):
-            digest.update(line.raw.strip() + b"\n")
-            source = f"{self.path}:{line.line_number}"
-            yield parse_object(line.raw, source), source
-            starts.append(line.start)
-            line_numbers.append(line.line_number)
-            end = line.start + len(line.raw)
-        self._starts: NDArray[np.int64] = np.array([*starts, end], dtype=np.int64)
-        self._line_numbers: NDArray[np.int64] = np.array(line_numbers, dtype=np.int64)
-        self._stamp = _stamp(os.stat(self.path))
-        self.digest = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._line_numbers)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_descriptor": None}
-
-    def row(self, index: int) -> tuple[Row, str]:
-        source = f"{self.path}:{self._line_numbers[index]}"
-        try:
-            if self._descriptor is None:
-                self._descriptor = self._open()
-            # Of a compressed file the descriptor is that of our own unpacked copy, which nothing changes.
-            unchanged = is_compressed(self.path) or _stamp(os.fstat(self._descriptor)) == self._stamp
-            # pread keeps no position: threads and forked processes may share the descriptor.
-            start = int(self._starts[index])
-            raw = os.pread(self._descriptor, int(self._starts[index + 1]) - start, start)
-        except OSError as error:
-            raise DataError(f"{source}: cannot be read again: {error.strerror}; "
-                            "keep the file until the run ends") from None
-        if not unchanged:
-            raise DataError(f"{source}: the file was changed after it was checked; start the run again")
-        return parse_trusted_object(raw, source), source
-
-    def _open(self) -> int:
-        if not is_compressed(self.path):
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        if _stamp(os.stat(self.path)) != self._stamp:
-            raise DataError(f"{self.path}:1: the file was changed after it was checked; start the run again")
-        try:
-            with open_jsonl(self.path, self._key) as packed, tempfile.TemporaryFile() as unpacked:
-                shutil.copyfileobj(packed, unpacked, _COPY_BYTES)
-                unpacked.flush()
-                return os.dup(unpacked.fileno())
-        except OSError as error:
-            raise DataError(f"{self.path}:1: cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}; free "
-                            "space there, set TMPDIR to another directory, or unpack the file") from None
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
 
 
 class TableRows(RawRows):
@@ -190,10 +68,10 @@ class TableRows(RawRows):
         return self._table[index], f"{self.path}:{index + 1}"
 
 
-class StreamedRows(_DescriptorRows):
+class StreamedRows(DescriptorRows):
     """Rows of a data set of the hub that are fetched while they are read, instead of the whole set first.
 
-    They are kept as JSON in a nameless temporary file (TMPDIR) of this process. Memory: 8 bytes per row.
+    They are kept as JSON in a nameless temporary file (TMPDIR) of this process. Memory: 16 bytes per row.
     """
 
     def __init__(self, path: str, stream: "IterableDataset") -> None:
@@ -201,19 +79,20 @@ class StreamedRows(_DescriptorRows):
         self._stream = stream
 
     def scan(self) -> Iterator[tuple[Row, str]]:
-        digest, ends = hashlib.blake2b(digest_size=16), array("q", [0])
+        digest, ends, numbers = hashlib.blake2b(digest_size=16), array("q", [0]), array("q")
         try:
             with tempfile.TemporaryFile() as kept:
                 for row, source in self._fetched():
                     yield row, source
                     digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+                    numbers.append(int(source.rpartition(":")[2]))
                     ends.append(ends[-1] + kept.write(json.dumps(row, default=repr).encode()))
                 kept.flush()
                 self._descriptor = os.dup(kept.fileno())
         except OSError as error:
             raise DataError(f"{self.path}:{len(ends)}: cannot be kept in {tempfile.gettempdir()}: {error.strerror}; "
                             "free space there, set TMPDIR to another directory, or give fewer `rows`") from None
-        self._ends, self.digest = ends, digest.hexdigest()
+        self._ends, self._numbers, self.digest = ends, numbers, digest.hexdigest()
 
     def _fetched(self) -> Iterator[tuple[Row, str]]:
         rows = iter(self._stream)
@@ -236,7 +115,7 @@ class StreamedRows(_DescriptorRows):
         start = self._ends[index]
         raw = os.pread(self._descriptor, self._ends[index + 1] - start, start)
         row: Row = json.loads(raw)
-        return row, f"{self.path}:{index + 1}"
+        return row, f"{self.path}:{self._numbers[index]}"
 
 
 def _is_saved(path: str) -> bool:
@@ -244,10 +123,31 @@ def _is_saved(path: str) -> bool:
     return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
+class JsonArrayRows(StreamedRows):
+    """The objects of a JSON array, kept as StreamedRows keeps a stream."""
+
+    def __init__(self, path: str, key: str) -> None:
+        self.path = path
+        self._key = key
+
+    def _fetched(self) -> Iterator[tuple[Row, str]]:
+        return parse_array(self.path, self._key)
+
+
+def files_of(path: str) -> list[str]:
+    """The files of rows that a pattern matches or a directory holds, by name; empty for any other path."""
+    if not os.path.exists(path) and glob.has_magic(path):
+        return sorted(name for name in glob.glob(path, recursive=True) if name.endswith(FILE_ENDINGS))
+    if not os.path.isdir(path):
+        return []
+    return sorted(os.path.join(path, name) for name in os.listdir(path)
+                  if name.endswith(FILE_ENDINGS) and not name.startswith("."))
+
+
 def is_hub_name(path: str) -> bool:
     """Whether the path names a data set of the hub (org/name, org/name:config, org/name:config/split)."""
     return (HUB_NAME.fullmatch(path) is not None and not os.path.exists(path)
-            and not path.endswith((*ENDINGS, *TABLE_ENDINGS)))
+            and not glob.has_magic(path) and not path.endswith((*FILE_ENDINGS, *_SPREADSHEETS)))
 
 
 def is_copy_of_hub(path: str) -> bool:
@@ -277,7 +177,13 @@ def open_rows(path: str, key: str, *, streaming: bool = False, rows: int | None 
     if streaming:
         stream = _open_table(path, key, streaming=True)
         return StreamedRows(path, stream if rows is None else stream.take(rows))
-    return JsonlRows(path, key) if kind == "jsonl" else TableRows(path, _open_table(path, key))
+    if kind == "files":
+        return SeveralRows(path, [open_rows(name, key) for name in files_of(path)])
+    if kind == "csv":
+        return CsvRows(path, key)
+    if kind == "jsonl":
+        return JsonArrayRows(path, key) if is_array(path, key) else JsonlRows(path, key)
+    return TableRows(path, _open_table(path, key))
 
 
 def require_rows(path: str, key: str, *, streaming: bool = False) -> RowsKind:
@@ -287,8 +193,11 @@ def require_rows(path: str, key: str, *, streaming: bool = False) -> RowsKind:
         ConfigError: naming `key`, if there is nothing to read.
     """
     kind = _kind_of(path, key, streaming=streaming)
-    if kind == "jsonl":
-        open_jsonl(path, key).close()
+    if kind in ("jsonl", "csv"):
+        open_file(path, key).close()
+    elif kind == "files":
+        for name in files_of(path):
+            require_rows(name, key)
     elif kind == "table" and not (os.access(path, os.R_OK) or is_copy_of_hub(path)):
         what = "cannot be read" if os.path.exists(path) else "no such file"
         raise ConfigError(f"{key} = {path!r}: {what}; the current directory is {str(Path.cwd())!r}", key=key)
@@ -300,19 +209,35 @@ def _kind_of(path: str, key: str, *, streaming: bool) -> RowsKind:
     is_remote = not is_saved and (is_copy_of_hub(path) or is_hub_name(path))
     if streaming and not is_remote:
         raise nothing_to_stream(path, key)
-    if os.path.isdir(path) and not is_saved and not is_remote:
-        raise ConfigError(f"{key} = {path!r}: a directory that is neither a BEIR folder (corpus.jsonl, queries.jsonl, "
-                          "qrels/train.tsv) nor saved by `datasets` nor a copy of a data set of the hub (with its "
-                          "README.md); name one file per entry", key=key)
     if is_remote:
         return "table" if is_copy_of_hub(path) else "hub"
+    if not is_saved and files_of(path):
+        return "files"
+    if os.path.isdir(path) and not is_saved:
+        raise ConfigError(f"{key} = {path!r}: a directory without a file of rows ({_readable()}) that is neither a "
+                          "BEIR folder (corpus.jsonl, queries.jsonl, qrels/train.tsv) nor saved by `datasets` nor a "
+                          "copy of a data set of the hub (with its README.md); name the directory that holds the files",
+                          key=key)
+    if not os.path.exists(path) and glob.has_magic(path):
+        raise ConfigError(f"{key} = {path!r}: no file of rows matches ({_readable()}); the current directory is "
+                          f"{str(Path.cwd())!r}", key=key)
     if is_saved or path.endswith(TABLE_ENDINGS):
         return "table"
-    if not path.endswith(ENDINGS):
-        raise ConfigError(f"{key} = {path!r}: not a file of rows by its name; readable are "
-                          f"{', '.join((*ENDINGS, *TABLE_ENDINGS))}, a directory that `datasets` saved, and a data set "
-                          "of the hub (org/name:config/split)", key=key)
-    return "jsonl"
+    if path.endswith(ENDINGS):
+        return "jsonl"
+    if path.endswith(CSV_ENDINGS):
+        return "csv"
+    if path.lower().endswith(_SPREADSHEETS):
+        raise ConfigError(f"{key} = {path!r}: a spreadsheet; save the sheet as CSV UTF-8 (`Save as` of the program "
+                          "that wrote it, or pandas.read_excel(FILE).to_csv(\"rows.csv\", index=False)), with the "
+                          "names of the columns in its first row", key=key)
+    raise ConfigError(f"{key} = {path!r}: not a file of rows by its name; readable are {_readable()}, a directory of "
+                      "such files, one that `datasets` saved, and a data set of the hub (org/name:config/split)",
+                      key=key)
+
+
+def _readable() -> str:
+    return ", ".join((*ENDINGS, ".csv", ".tsv", *TABLE_ENDINGS))
 
 
 def _open_table(path: str, key: str, *, streaming: bool = False) -> Any:

@@ -51,6 +51,11 @@ class Sampler(ABC):
     def rows_of_step(self, step: int) -> list[int]:
         """The `global_batch_size` row indices, in the whole data, of optimizer step `step` >= 0."""
 
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps that take as many rows as the data has; not rounded."""
+        return self.num_rows / self.global_batch_size
+
     def steps_of_epochs(self, epochs: float) -> int:
         """Optimizer steps that take this many times the rows of the data, rounded up once at the end, >= 1."""
         return max(1, math.ceil(round(epochs * self.num_rows / self.global_batch_size, 6)))

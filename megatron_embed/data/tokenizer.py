@@ -138,6 +138,7 @@ class RoleTokenizer:
     Attributes:
         pad_token_id: an id that may fill padding: the tokenizer's pad, else its EOS, else 0.
         eos_token_id: the tokenizer's, None if it has none.
+        notices: what was logged of its texts, for a run to say it once.
 
     Raises:
         CheckpointError: the directory holds no usable tokenizer, one with more tokens than the model, or no EOS
@@ -166,6 +167,7 @@ class RoleTokenizer:
         self._max_lengths: dict[Role, int] = {"query": query_max_length, "document": document_max_length}
         self._length_keys: dict[Role, str] = dict(zip(self._max_lengths, length_keys, strict=True))
         self._checked: set[tuple[Role, str]] = set()
+        self.notices: set[str] = set()
 
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
         pad = next((i for i in (self._tokenizer.pad_token_id, self.eos_token_id)

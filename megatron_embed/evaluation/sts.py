@@ -9,16 +9,15 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from megatron_embed.config.data import TrainFile
 from megatron_embed.data.empty_texts import first_empty_text
-from megatron_embed.data.jsonl import check_text, parse_object, read_lines
-from megatron_embed.data.row_fields import number
+from megatron_embed.data.formats import RowReader
+from megatron_embed.data.records import Record
+from megatron_embed.data.row_source import open_rows
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
 from megatron_embed.evaluation.retrieval import Embed
 from megatron_embed.names import Role, Similarity
-
-FIELDS: dict[Role, str] = {"query": "text_a", "document": "text_b"}
-"""Role of each text of a pair, as in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,41 +30,35 @@ class StsData:
     texts: dict[Role, list[str]]
     """query: `text_a`; document: `text_b`."""
     scores: list[float]
-    lines: list[int]
-    """Line number of each row in the file."""
+    sources: list[str]
+    """FILE:LINE of each row."""
     instruction: str | None = None
     """Instruction in the queries' prompt; None: the tokenizer's own."""
 
-    def source_of(self, row: int) -> str:
-        """FILE:LINE of a row."""
-        return f"{self.path}:{self.lines[row]}"
-
 
 def load_sts(path: str, key: str = "evaluation.sts") -> StsData:
-    """Load the rows `{"text_a": str, "text_b": str, "score": number}` of a JSONL file; other keys are ignored.
+    """Load the pairs with a score of a file, in any format of pairs that `data.train` takes.
 
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
         DataError: a row is invalid (the message begins `FILE:LINE: `), or all scores are the same.
     """
-    first: list[str] = []
-    second: list[str] = []
-    scores, lines = [], []
-    for line in read_lines(path, key):
-        source = f"{path}:{line.line_number}"
-        row = parse_object(line.raw, source)
-        if missing := {"text_a", "text_b", "score"} - row.keys():
-            raise DataError(f"{source}: the row lacks {' and '.join(sorted(missing))}; it needs text_a, text_b and "
-                            "score")
-        first.append(check_text(row["text_a"], "text_a", source))
-        second.append(check_text(row["text_b"], "text_b", source))
-        scores.append(number(row["score"], "score", source))
-        lines.append(line.line_number)
+    texts: dict[Role, list[str]] = {"query": [], "document": []}
+    scores, sources = [], []
+    rows = open_rows(path, key)
+    reader = RowReader(TrainFile(path=path), "pairs", holds_texts=rows.holds_texts)
+    for row, source in rows.scan():
+        record = reader.read(row, source)
+        assert isinstance(record, Record) and record.score is not None
+        texts["query"].append(record.query)
+        texts["document"].append(record.positive[0])
+        scores.append(record.score)
+        sources.append(source)
     if len(set(scores)) < 2:
         raise DataError(f"{path}:1: {len(scores)} rows with {len(set(scores))} different scores have no correlation; "
                         "add pairs with other scores")
     name = Path(path).name.split(".")[0]
-    return StsData(path=path, name=name, texts={"query": first, "document": second}, scores=scores, lines=lines)
+    return StsData(path=path, name=name, texts=texts, scores=scores, sources=sources)
 
 
 def refuse_empty_pairs(data: StsData, tokenizer: RoleTokenizer) -> None:
@@ -74,7 +67,7 @@ def refuse_empty_pairs(data: StsData, tokenizer: RoleTokenizer) -> None:
         labelled = ((str(row), text) for row, text in enumerate(texts))
         if (empty := first_empty_text(labelled, role, tokenizer)) is not None:
             row, text = empty
-            raise EmptyTextError(0, data.source_of(int(row)), text)
+            raise EmptyTextError(0, data.sources[int(row)], text)
 
 
 def evaluate_sts(embed: Embed, data: StsData, *, similarity: Similarity = "cosine",
@@ -128,4 +121,4 @@ def _embedded(embed: Embed, data: StsData, role: Role) -> Tensor:
     try:
         return embed(data.texts[role], role)
     except EmptyTextError as error:
-        raise EmptyTextError(error.row, data.source_of(error.row), error.text) from None
+        raise EmptyTextError(error.row, data.sources[error.row], error.text) from None

@@ -65,7 +65,7 @@ def write_card(directory: Path, config: RunConfig, *, step: int, dim: int | None
              *_prompts(prompts), "## Training", "",
              "| setting | value |", "|---|---|",
              *(f"| {name} | {value} |" for name, value in _training(config, step, dim)), ""]
-    metrics = _evaluation(config, step)
+    metrics = evaluation_after(config, step)
     if metrics:
         lines += [f"## Evaluation after step {step}", "", "| metric | value |", "|---|---|",
                   *(f"| {name} | {value:.4f} |" for name, value in metrics.items()), ""]
@@ -204,7 +204,7 @@ def _training(config: RunConfig, step: int, dim: int | None) -> list[tuple[str, 
     return rows + ([("model-parallel layout", layout)] if layout else [])
 
 
-def _evaluation(config: RunConfig, step: int) -> dict[str, float]:
+def evaluation_after(config: RunConfig, step: int) -> dict[str, float]:
     """Metrics of the run's evaluation after so many steps, as metrics.jsonl has them; empty if there was none."""
     file = None if config.log_directory is None else Path(config.log_directory) / "metrics.jsonl"
     if file is None or not file.is_file():

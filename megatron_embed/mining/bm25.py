@@ -62,7 +62,8 @@ def mine_bm25(task: MiningTask, options: MiningOptions, *, show_progress: bool =
             candidates = [(int(document), float(value)) for document, value in zip(documents, values, strict=True)
                           if value > 0]
             positive_scores = [float(scores[document]) for document in task.positives[query]]
-        negatives = select_negatives(candidates, frozenset(task.excluded[query]), positive_scores, options,
+        selection = select_negatives(candidates, frozenset(task.excluded[query]), positive_scores, options,
                                      last_rank=last_rank, query=query)
-        mined.append(Mined(positive_scores=positive_scores, negatives=negatives))
+        mined.append(Mined(positive_scores=positive_scores, negatives=selection.negatives,
+                           skipped=selection.skipped))
     return mined

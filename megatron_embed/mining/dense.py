@@ -52,9 +52,10 @@ def mine_vectors(queries: Tensor, documents: Iterable[Tensor], positives: Sequen
     mined = MinedRows()
     for row, query in enumerate(own):
         candidates = list(zip(indices[row].tolist(), scores[row].tolist(), strict=True))
-        negatives = select_negatives(candidates, frozenset(excluded[query]), positive_scores[row], options,
+        selection = select_negatives(candidates, frozenset(excluded[query]), positive_scores[row], options,
                                      last_rank=last_rank, query=query)
-        mined.append(Mined(positive_scores=positive_scores[row], negatives=negatives))
+        mined.append(Mined(positive_scores=positive_scores[row], negatives=selection.negatives,
+                           skipped=selection.skipped))
     return _gathered(mined, len(queries), group, on_all_ranks=options.reranked)
 
 
@@ -102,4 +103,6 @@ def _gathered(mined: MinedRows, queries: int, group: dist.ProcessGroup | None, *
     whole = MinedRows()
     for query in range(queries):
         whole.append(shares[query % len(shares)][query // len(shares)])
+    for share in shares:
+        whole.skipped.update(share.skipped)
     return whole

@@ -3,8 +3,10 @@
 The rules are those of Sentence Transformers' `mine_hard_negatives`.
 """
 
+import functools
+import operator
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_embed.errors import ConfigError
@@ -65,8 +67,22 @@ Candidate = tuple[int, float]
 """A document's index and its score for the query."""
 
 
+EXCLUDED, OUT_OF_RANGE, NOT_NEEDED = "never negatives", "--range-max", "not needed"
+"""Reasons to skip a candidate that are no bound of a score: a positive, another form of one, or the query's text; a
+rank after the last; after the bounds, enough others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Negatives of one query, and the numbers of candidates that were skipped, by the reason."""
+
+    negatives: list[Candidate]
+    skipped: dict[str, int]
+    """By option, EXCLUDED or NOT_NEEDED; without zeros."""
+
+
 def select_negatives(candidates: Sequence[Candidate], excluded: Collection[int], positive_scores: Sequence[float],
-                     options: MiningOptions, *, last_rank: int, query: int) -> list[Candidate]:
+                     options: MiningOptions, *, last_rank: int, query: int) -> Selection:
     """Negatives of one query, best first; with `options.reranked` all candidates that are not excluded.
 
     Args:
@@ -76,13 +92,23 @@ def select_negatives(candidates: Sequence[Candidate], excluded: Collection[int],
         last_rank: candidates to consider after the filters, including `range_min` that are skipped.
         query: index of the query, for random sampling.
     """
-    if options.reranked:
-        return [(document, score) for document, score in candidates if document not in excluded]
-    threshold = _threshold(positive_scores, options)
-    lowest = -float("inf") if options.min_score is None else options.min_score
-    left = [(document, score) for document, score in candidates
-            if document not in excluded and lowest <= score <= threshold]
-    left = left[options.range_min:last_rank]
+    left = [(document, score) for document, score in candidates if document not in excluded]
+    skipped = {EXCLUDED: len(candidates) - len(left)}
+    if not options.reranked:
+        for option, passes in _bounds(positive_scores, options):
+            before = len(left)
+            left = [candidate for candidate in left if passes(candidate[1])]
+            skipped[option] = before - len(left)
+        skipped["--range-min"] = min(options.range_min, len(left))
+        skipped[OUT_OF_RANGE] = max(0, len(left) - last_rank)
+        left = left[options.range_min:last_rank]
+        skipped[NOT_NEEDED] = max(0, len(left) - options.num_negatives)
+        left = _sampled(left, options, query)
+    return Selection(negatives=left, skipped={reason: count for reason, count in skipped.items() if count})
+
+
+def _sampled(left: list[Candidate], options: MiningOptions, query: int) -> list[Candidate]:
+    """`num_negatives` of the candidates that are left, in their order."""
     if options.sampling == "top" or len(left) <= options.num_negatives:
         return left[:options.num_negatives]
     # Seeded by the query's index: the same sample for every number of ranks.
@@ -90,12 +116,16 @@ def select_negatives(candidates: Sequence[Candidate], excluded: Collection[int],
     return [left[position] for position in sorted(sample)]
 
 
-def _threshold(positive_scores: Sequence[float], options: MiningOptions) -> float:
-    """The highest score that a negative of the query may have."""
+def _bounds(positive_scores: Sequence[float],
+            options: MiningOptions) -> Iterator[tuple[str, Callable[[float], bool]]]:
+    """(option, whether a score passes it) of every bound that is set."""
     positive = min(positive_scores)
-    bounds = [float("inf") if options.max_score is None else options.max_score]
-    if options.absolute_margin is not None:
-        bounds.append(positive - options.absolute_margin)
-    if options.relative_margin is not None:
-        bounds.append(positive - abs(positive) * options.relative_margin)
-    return min(bounds)
+    above = {"--max-score": options.max_score,
+             "--absolute-margin": None if options.absolute_margin is None else positive - options.absolute_margin,
+             "--relative-margin": (None if options.relative_margin is None
+                                   else positive - abs(positive) * options.relative_margin)}
+    for option, bound in above.items():
+        if bound is not None:
+            yield option, functools.partial(operator.ge, bound)
+    if options.min_score is not None:
+        yield "--min-score", functools.partial(operator.le, options.min_score)

@@ -11,6 +11,7 @@ from megatron_embed import __version__
 from megatron_embed.data.records import Record
 from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
 from megatron_embed.mining.filters import MiningOptions
+from megatron_embed.mining.report import report, samples
 from megatron_embed.mining.task import Mined, MiningTask, write_rows
 from megatron_embed.names import Role
 from megatron_embed.parallel.lost_rank import Start, monitored_ranks
@@ -36,6 +37,10 @@ class MiningJob:
     output: str
     corpus: str | None
     """The file of the documents; None: they are those of the rows."""
+    least_negatives: int = 0
+    """Rows with fewer negatives are left out."""
+    show: int = 0
+    """Rows to log as samples, spread over the file."""
 
     def mine_with_bm25(self, scorer: "PairScorer | None") -> None:
         """Rank by BM25 and write. Called by one process, or by all ranks if there is a reranker."""
@@ -114,12 +119,22 @@ class MiningJob:
         if not any(counts):
             return ConfigError(f"--output {output}: no candidate of any row passes the filters; loosen the score "
                                "bounds and margins, lower --range-min, or give a larger --corpus", key="--output")
-        error = write_atomic("--output", output, lambda file: write_rows(file, self.records, task, mined))
+        dropped = sum(count < self.least_negatives for count in counts)
+        if dropped == len(counts):
+            return ConfigError(f"--drop-incomplete {self.least_negatives}: every row has fewer negatives, at most "
+                               f"{max(counts)}; lower it, or loosen the filters", key="--drop-incomplete")
+        error = write_atomic("--output", output,
+                             lambda file: write_rows(file, self.records, task, mined, self.least_negatives))
         if error is not None:
             return error
         logger.info("%s: %d rows, %d negatives from %d documents; %d rows have fewer than %d, %d of them none", output,
                     len(self.records), sum(counts), len(task.documents), sum(count < num_negatives for count in counts),
                     num_negatives, counts.count(0))
+        if dropped:
+            logger.info("%s: %d rows with fewer than %d negatives are left out", output, dropped, self.least_negatives)
+        logger.info("%s", report(mined, self.options))
+        if self.show:
+            logger.info("%s", samples(self.records, task, mined, self.show))
         return None
 
 

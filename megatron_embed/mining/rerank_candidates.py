@@ -63,5 +63,6 @@ def _rerank_query(query: int, documents: Sequence[int], scores: Sequence[float],
     positive_scores = list(scores[:len(positives)])
     candidates = sorted(zip(documents[len(positives):], scores[len(positives):], strict=True),
                         key=lambda candidate: candidate[1], reverse=True)
-    return Mined(positive_scores=positive_scores, negatives=select_negatives(
-        candidates, frozenset(positives), positive_scores, options, last_rank=last_rank, query=query))
+    selection = select_negatives(candidates, frozenset(positives), positive_scores, options, last_rank=last_rank,
+                                 query=query)
+    return Mined(positive_scores=positive_scores, negatives=selection.negatives, skipped=selection.skipped)

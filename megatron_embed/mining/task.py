@@ -2,6 +2,7 @@
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
@@ -63,20 +64,28 @@ class Mined:
     positive_scores: list[float]
     """In the order of the task's positives."""
     negatives: list[Candidate]
+    skipped: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """Numbers of candidates that were skipped, by the reason; of MinedRows only their sum is known."""
 
 
 class MinedRows(Sequence[Mined]):
-    """Results by query in 12 bytes per negative; as Python objects they would take about a hundred."""
+    """Results by query in 12 bytes per negative; as Python objects they would take about a hundred.
+
+    Attributes:
+        skipped: sum over the queries of the numbers of candidates that were skipped, by the reason.
+    """
 
     def __init__(self) -> None:
         self._documents, self._scores, self._positive_scores = array("q"), array("f"), array("f")
         self._ends = [array("q"), array("q")]
+        self.skipped: Counter[str] = Counter()
 
     def append(self, mined: Mined) -> None:
         """Append the next query's result; its scores are float32 values."""
         self._documents.extend(document for document, _ in mined.negatives)
         self._scores.extend(score for _, score in mined.negatives)
         self._positive_scores.extend(mined.positive_scores)
+        self.skipped.update(mined.skipped)
         for ends, values in zip(self._ends, (self._scores, self._positive_scores), strict=True):
             ends.append(len(values))
 
@@ -190,8 +199,10 @@ def _optional_name(row: Row, source: str) -> str | None:
     return None
 
 
-def write_rows(file: TextIO, records: Sequence[Record], task: MiningTask, mined: Sequence[Mined]) -> None:
-    """Write each row, in order, with the mined negatives instead of its own and the scores of its documents.
+def write_rows(file: TextIO, records: Sequence[Record], task: MiningTask, mined: Sequence[Mined],
+               least_negatives: int = 0) -> None:
+    """Write each row, in order, with the mined negatives instead of its own and the scores of its documents; not those
+    with fewer negatives than `least_negatives`.
 
     `teacher_scores` contains the scores of the row's positives, then of the negatives. A row with an id for any of its
     documents gets `positive_ids` and `negative_ids`: the row's own ids, those of other rows and the corpus, and for a
@@ -200,6 +211,8 @@ def write_rows(file: TextIO, records: Sequence[Record], task: MiningTask, mined:
     index_of = {text: index for index, text in enumerate(task.documents)}
     for record, query in zip(records, task.query_of_row, strict=True):
         result = mined[query]
+        if len(result.negatives) < least_negatives:
+            continue
         score_of = dict(zip(task.positives[query], result.positive_scores, strict=True))
         row: dict[str, object] = {"query": record.query, "positive": list(record.positive),
                                   "negatives": [task.documents[document] for document, _ in result.negatives]}

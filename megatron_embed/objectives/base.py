@@ -1,7 +1,7 @@
 """The interface between a step and its loss: all that the step, its two passes and its metrics know of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -26,10 +26,31 @@ class Sums:
     """[names, 2] float64: per metric, a sum and the number that it is divided by."""
 
     def metrics(self) -> dict[str, float]:
-        """The means; a metric that nothing contributed to is left out, but for the loss, which then is 0."""
-        return {name: total / count if count else 0.0
-                for name, (total, count) in zip(self.names, self.values.tolist(), strict=True)
-                if count or name == "loss"}
+        """The means, and MARGINS; a metric that nothing contributed to is left out, but for the loss, which then is
+        0."""
+        means = {name: total / count if count else 0.0
+                 for name, (total, count) in zip(self.names, self.values.tolist(), strict=True)
+                 if count or name == "loss"}
+        return means | margins(means)
+
+
+MARGINS = ("margin_to_mean_negative", "margin_to_hardest_negative")
+"""Metrics that follow from those of an objective: the positives' mean similarity (or score) minus the negatives', and
+`margin`, which compares each positive with its most similar negative, under a name that says so."""
+
+
+def margins(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those of MARGINS that the metrics of an objective give; of their names too."""
+    derived = {}
+    for kind in ("similarity", "score"):
+        if f"positive_{kind}" in metrics and f"negative_{kind}" in metrics:
+            derived[MARGINS[0]] = metrics[f"positive_{kind}"] - metrics[f"negative_{kind}"]
+    return derived | ({MARGINS[1]: metrics["margin"]} if "margin" in metrics else {})
+
+
+def with_margins(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of an objective's metrics, those of MARGINS that it gives included."""
+    return *names, *margins(dict.fromkeys(names, 0.0))
 
 
 @dataclass(frozen=True, kw_only=True)

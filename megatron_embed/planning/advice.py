@@ -40,8 +40,10 @@ def with_rows_at_hand(config: "RunConfig") -> "tuple[RunConfig, str]":
     Raises:
         DataError: a row cannot be used.
     """
+    from megatron_embed.data.row_source import files_of
+
     data = config.data
-    if not data.train or not all(os.path.exists(os.path.expanduser(file.path)) for file in data.train):
+    if not data.train or not all(os.path.exists(file.path) or files_of(file.path) for file in data.train):
         documents = f"{data.num_positives} positive and {data.num_negatives} negative documents"
         if config.workload.rows == "rerank" and not data.num_negatives:
             documents = "1 document, since data.num_negatives = 0 takes all that a row has: set it to their number"

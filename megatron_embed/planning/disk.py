@@ -32,10 +32,15 @@ def total_steps(config: RunConfig) -> int | None:
 
 def checkpoints_at_once(config: RunConfig) -> int:
     """Largest number of checkpoints on the disk at once: those that are kept, the one being written, and the best one
-    if it is kept; fewer if the run ends earlier. Two if the run counts epochs and keeps all.
+    if it is kept; fewer if the run ends earlier. Two if the run keeps all and only its rows
+    say how many.
     """
     keep, steps = config.checkpoint.keep, total_steps(config)
-    saved = None if steps is None else math.ceil(steps / config.checkpoint.save_every_steps)
+    epochs, every = config.training.epochs, config.checkpoint.save_every_epochs
+    if every is not None:
+        saved = None if epochs is None else math.ceil(epochs / every)
+    else:
+        saved = None if steps is None else math.ceil(steps / config.checkpoint.save_every_steps)
     at_once = keep + 1 + config.keeps_best if keep else saved or 2
     return at_once if saved is None else min(at_once, saved)
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from pathlib import Path
 
 from megatron_embed.platform.launcher import first_on_node, process_rank
@@ -10,6 +11,8 @@ from megatron_embed.platform.launcher import first_on_node, process_rank
 logger = logging.getLogger(__name__)
 
 STATUS_FILE_VARIABLE = "MEGATRON_EMBED_STATUS_FILE"
+TORCHRUN_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+"""Set by torchrun: the file whose error its last lines show, after a traceback of its own."""
 PREEMPTED = 75
 """Exit code of a run that was asked to stop and has saved its state (EX_TEMPFAIL): started again, it resumes."""
 
@@ -45,3 +48,14 @@ def write_status(exit_code: int, message: str) -> None:
         unfinished.replace(name)
     except OSError as error:
         logger.warning("%s = %r: cannot write the status: %s", STATUS_FILE_VARIABLE, name, error.strerror)
+
+
+def tell_torchrun(message: str) -> None:
+    """Let torchrun, if it started this process, end with this message in place of its advice to record tracebacks."""
+    name = os.environ.get(TORCHRUN_FILE_VARIABLE)
+    if name:
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        try:
+            Path(name).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")
+        except OSError as error:
+            logger.warning("%s = %r: cannot write the error: %s", TORCHRUN_FILE_VARIABLE, name, error.strerror)

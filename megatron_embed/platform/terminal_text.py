@@ -40,6 +40,24 @@ class LogFormatter(logging.Formatter):
         return printable(super().formatException(ei))
 
 
+def setup_logging(rank: int) -> None:
+    """Log to stderr: messages of this package from INFO at rank 0, warnings of other ranks and all libraries, also of
+    those that ask for more themselves."""
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+            if is_for_users not in handler.filters:
+                handler.addFilter(is_for_users)
+    guard_records()
+    logging.getLogger("megatron_embed").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def is_for_users(record: logging.LogRecord) -> bool:
+    """Whether a message is of this package, or at least a warning (bm25s logs its steps whatever the root's level)."""
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] == "megatron_embed"
+
+
 def guard_records() -> None:
     """Make the messages of libraries with their own log handlers printable, too."""
     logging.setLogRecordFactory(_record)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_embed.config.load import save_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import write_sidecar_files
 from megatron_embed.data.dataset import validation_shares
+from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.export.sentence_transformers import set_right_truncation
 from megatron_embed.loading.model_directory import adapters_of, error_context
@@ -30,6 +32,7 @@ from megatron_embed.parallel.heartbeat import monitor_ranks
 from megatron_embed.parallel.lost_rank import abort
 from megatron_embed.parallel.topology import Topology, initialize
 from megatron_embed.platform.stop_signal import finishing
+from megatron_embed.run.introduction import introduction, summary
 from megatron_embed.run.preflight import output_directories, read_inputs
 from megatron_embed.run.run_directory import (
     DATA_FILE,
@@ -45,8 +48,9 @@ from megatron_embed.training.first_pass import build_first_pass
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.health import Health
 from megatron_embed.training.loop import Hooks, train
-from megatron_embed.training.metrics import MetricsWriter
+from megatron_embed.training.metrics import MetricsWriter, OnStep
 from megatron_embed.training.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
+from megatron_embed.training.progress import Progress, epochs_done
 from megatron_embed.training.step import Trainer
 from megatron_embed.training.stopping import StopRequest
 from megatron_embed.training.validation import Validation
@@ -54,11 +58,13 @@ from megatron_embed.training.validation import Validation
 logger = logging.getLogger(__name__)
 
 
-def run_training(config: RunConfig) -> dict[str, float]:
+def run_training(config: RunConfig, on_step: OnStep | None = None) -> dict[str, float]:
     """A whole run, resumed if `checkpoint.directory` holds a checkpoint. Returns the last step's metrics.
 
     Empty where there was no step left; a run that is complete, its export included, touches nothing.
 
+    Args:
+        on_step: called on every rank after each step and each evaluation; an error in it ends the run.
     Raises:
         PreemptedError: a signal or the time budget ended the run, once its state was saved.
         LostRankError: another rank is gone.
@@ -72,10 +78,11 @@ def run_training(config: RunConfig) -> dict[str, float]:
         # The ranks agree on the dtype and the libraries, so these are settled after the process groups.
         config = resolve_dtype(with_known_choices(inputs.config, inputs.resume_state.checkpoint))
         inputs.task.config = resolve_cpu_matmul(config, inputs.task.model.shape)
-        return run_unless_complete(inputs, topology, stop)
+        return run_unless_complete(inputs, topology, stop, on_step)
 
 
-def run_unless_complete(inputs: Inputs, topology: Topology, stop: StopRequest) -> dict[str, float]:
+def run_unless_complete(inputs: Inputs, topology: Topology, stop: StopRequest,
+                        on_step: OnStep | None = None) -> dict[str, float]:
     """The run, unless it is complete, as the only writer of its directories."""
     config, state = inputs.config, inputs.resume_state
     if smallest(int(inputs.is_complete)):  # Agreed: the disk may answer one rank sooner than another.
@@ -87,12 +94,15 @@ def run_unless_complete(inputs: Inputs, topology: Topology, stop: StopRequest) -
         for key, directory in output_directories(config).items():
             locks.enter_context(directory_lock(key, directory))
         raise_on_all_ranks(changed_since_check(config, state))
-        return run_training_task(inputs, topology, stop)
+        return run_training_task(inputs, topology, stop, on_step)
 
 
-def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest) -> dict[str, float]:
+def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest,
+                      on_step: OnStep | None = None) -> dict[str, float]:
     """The run itself, from the newest checkpoint on. Called by all ranks; returns the last step's metrics."""
-    config, task = inputs.config, inputs.task
+    config, task, started = inputs.config, inputs.task, time.monotonic()
+    if topology.rank == 0:
+        logger.info("%s", introduction(inputs, topology.world_size))
     with error_context("model.path", config.model.path):
         models = task.load_model_chunks(topology)
     wrapped = wrap_in_ddp(models, config, topology)
@@ -107,7 +117,7 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest) -> 
     trainer = Trainer(chunks=wrapped, grad_cache=gradients, optimizer=optimizer, scheduler=scheduler)
     parts = task.build(inputs, topology, models, wrapped)
     best = best_checkpoint(config, first_step)
-    writer = build_writer(inputs, first_step, active=topology.rank == 0)
+    writer = build_writer(inputs, first_step, on_step, active=topology.rank == 0)
     saver = build_saver(inputs, state, best)
     health = Health(config, functools.partial(sources_of_step, inputs), config.log_directory,
                     active=topology.rank == 0)
@@ -124,16 +134,34 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest) -> 
     if config.checkpoint.export_at_end is not None:
         steps = resume_state(config).steps
         parts.export(load_checkpoint_to_export(config, best, models, steps), steps)
+    if metrics and topology.rank == 0:
+        logger.info("%s", summary(inputs, metrics, best, seconds=time.monotonic() - started))
     return metrics
 
 
-def build_writer(inputs: Inputs, first_step: int, *, active: bool) -> MetricsWriter:
+def build_writer(inputs: Inputs, first_step: int, on_step: OnStep | None, *, active: bool) -> MetricsWriter:
     """The writer of the run's metrics."""
     config = inputs.config
-    return MetricsWriter(config.log_directory, tensorboard=config.logging.tensorboard, train_steps=inputs.last_step,
-                         first_step=first_step, active=active,
-                         wandb_settings=to_dict(config) if config.logging.wandb else None,
-                         main_metric=best_metric(config))
+    progress = Progress(train_steps=inputs.last_step, first_step=first_step,
+                        steps_per_epoch=inputs.sampler.steps_per_epoch)
+    writer = MetricsWriter(config.log_directory, tensorboard=config.logging.tensorboard, progress=progress,
+                           active=active, main_metric=best_metric(config), on_step=on_step,
+                           wandb_settings=to_dict(config) if config.logging.wandb else None)
+    if active and config.log_directory not in (None, config.checkpoint.directory) and writer.error is None:
+        try:
+            save_resolved(config, Path(config.log_directory or "") / "config.yaml")  # beside checkpoints it is in them
+        except ConfigError as error:
+            writer.error = error
+    return writer
+
+
+def is_save_due(inputs: Inputs, done: int) -> bool:
+    """Whether the configuration asks for a checkpoint after `done` steps."""
+    checkpoint = inputs.config.checkpoint
+    if checkpoint.save_every_epochs is None:
+        return done % checkpoint.save_every_steps == 0
+    period = inputs.sampler.steps_per_epoch * checkpoint.save_every_epochs
+    return epochs_done(done, period) > epochs_done(done - 1, period)
 
 
 def build_saver(inputs: Inputs, state: TrainingState, best: BestCheckpoint | None) -> Saver | None:
@@ -152,7 +180,7 @@ def build_hooks(inputs: Inputs, parts: TaskParts, evaluate: Callable[[], dict[st
     return Hooks(load_batch=parts.loader.batch,
                  agree=None if inputs.config.training.micro_batch_tokens is None else parts.agree, evaluate=evaluate,
                  is_best=None if best is None else best.improves, is_over=lambda: best is not None and best.is_over,
-                 saver=saver, stop=stop, writer=writer, health=health)
+                 saver=saver, save_due=functools.partial(is_save_due, inputs), stop=stop, writer=writer, health=health)
 
 
 def load_checkpoint_to_export(config: RunConfig, best: BestCheckpoint | None, models: Sequence[EmbeddingModel],

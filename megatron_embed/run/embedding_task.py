@@ -31,7 +31,7 @@ from megatron_embed.loading.model_directory import ModelDirectory, error_context
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
 from megatron_embed.models.reranker_settings import RERANKER_FILE
 from megatron_embed.names import Similarity
-from megatron_embed.objectives.base import Objective
+from megatron_embed.objectives.base import Objective, with_margins
 from megatron_embed.objectives.build import build_objective, metric_names
 from megatron_embed.parallel.collectives import raise_on_all_ranks
 from megatron_embed.parallel.topology import Topology, check_token_budget
@@ -76,7 +76,16 @@ class EmbeddingTask(Task):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        return metric_names(self.config)
+        return with_margins(metric_names(self.config))
+
+    @property
+    def lengths(self) -> str:
+        query, document = (self.tokenizer.max_length(role) for role in ROLES)
+        return f"up to {query} tokens of a query, {document} of a document"
+
+    @property
+    def example(self) -> str:
+        return 'vectors = model.encode(["what is tea"], role="query")'
 
     def saved_settings(self, checkpoint: Path) -> dict[str, object]:
         return {}

@@ -34,13 +34,16 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, float], int]:
 
 
 def holds_pairs(file: str) -> bool:
-    """Whether the first row of a JSONL file is a pair."""
-    from megatron_embed.data.jsonl import parse_object, read_lines
+    """Whether the first row of a file is a pair with a score."""
+    from megatron_embed.config.data import TrainFile
+    from megatron_embed.data.formats import RowReader
+    from megatron_embed.data.records import Record
+    from megatron_embed.data.row_source import open_rows
 
-    if not file.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
-        return False
-    first = next(read_lines(file, "--data"), None)
-    return first is not None and "text_a" in parse_object(first.raw, f"{file}:{first.line_number}")
+    rows = open_rows(file, "--data")
+    reader = RowReader(TrainFile(path=file), None, holds_texts=rows.holds_texts)
+    record = next((reader.read(*row) for row in rows.scan()), None)
+    return isinstance(record, Record) and record.score is not None
 
 
 def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:

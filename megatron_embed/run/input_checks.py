@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_embed.data.beir import is_beir_folder, require_split
-from megatron_embed.data.jsonl import ENDINGS, open_jsonl
-from megatron_embed.data.row_source import RowsKind, require_rows
+from megatron_embed.data.csv_rows import CSV_ENDINGS
+from megatron_embed.data.jsonl import ENDINGS
+from megatron_embed.data.row_source import RowsKind, files_of, require_rows
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_embed.planning.shapes import (
@@ -57,7 +58,8 @@ def _check_evaluations(config: "RunConfig") -> Iterator[Check]:
         yield _run_check("evaluation.retrieval", item.path,
                          lambda path=item.path: _check_retrieval(path, evaluation.split))
     for item in evaluation.sts:
-        yield _run_check("evaluation.sts", item.path, lambda path=item.path: _check_readable(path, "evaluation.sts"))
+        yield _run_check("evaluation.sts", item.path, lambda path=item.path: _note_of(
+            path, require_rows(path, "evaluation.sts"), "evaluation.sts"))
     for path in evaluation.reranking:
         yield _run_check("evaluation.reranking", path, lambda path=path: _note_of(
             path, require_rows(path, "evaluation.reranking"), "evaluation.reranking"))
@@ -164,16 +166,18 @@ def _note_of(path: str, kind: RowsKind, key: str) -> str:
     return _FETCHED
 
 
-def _check_readable(path: str, key: str) -> str:
-    open_jsonl(path, key).close()
-    return ""
-
-
 def _check_retrieval(path: str, split: str) -> str:
     if not is_beir_folder(path):
         raise DataError("no corpus.jsonl and queries.jsonl; a BEIR folder holds these and qrels/SPLIT.tsv")
     require_split(Path(path), split)
     return ""
+
+
+def _needs_datasets(path: str) -> bool:
+    """Whether the library `datasets` reads an entry of `data.train`."""
+    if is_beir_folder(path):
+        return False
+    return any(not name.endswith((*ENDINGS, *CSV_ENDINGS)) for name in files_of(path) or [path])
 
 
 def _check_packages(config: "RunConfig") -> Iterator[Check]:
@@ -184,7 +188,7 @@ def _check_packages(config: "RunConfig") -> Iterator[Check]:
         "transformer_engine": (
             "model.attention = 'te'" if config.model.attention == "te" else "optimizer.precision_aware = True",
             config.model.attention == "te" or config.optimizer.precision_aware, "pip install 'megatron_embed[gpu]'"),
-        "datasets": ("data.train", any(not (path.endswith(ENDINGS) or is_beir_folder(path)) for path in paths),
+        "datasets": ("data.train", any(map(_needs_datasets, paths)),
                      "pip install datasets"),
         "pyarrow": ("data.train", any(path.endswith(".zst") for path in paths), "pip install pyarrow"),
         "tensorboard": ("logging.tensorboard = True", config.logging.tensorboard, "pip install tensorboard"),

@@ -30,6 +30,7 @@ from megatron_embed.loading.reranker import (
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.models.heads import HeadSpec
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings, write_reranker_settings
+from megatron_embed.objectives.base import with_margins
 from megatron_embed.objectives.reranking import Reranking
 from megatron_embed.parallel.topology import Topology, token_alignment
 from megatron_embed.run.task import Inputs, Task, TaskParts, evaluate_rerank_sets, first_rows
@@ -87,7 +88,15 @@ class RerankTask(Task):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        return Reranking.names
+        return with_margins(Reranking.names)
+
+    @property
+    def lengths(self) -> str:
+        return f"up to {self.settings.max_length} tokens of a pair"
+
+    @property
+    def example(self) -> str:
+        return 'scores = model.rerank("what is tea", ["a drink", "a river"])'
 
     def saved_settings(self, checkpoint: Path) -> dict[str, object]:
         begun = read_reranker_settings(checkpoint / "hf")

@@ -63,6 +63,16 @@ class Task(ABC):
     def metric_names(self) -> tuple[str, ...]:
         """The names of the objective's metrics."""
 
+    @property
+    @abstractmethod
+    def lengths(self) -> str:
+        """The longest texts that it reads, in words, once it is open."""
+
+    @property
+    @abstractmethod
+    def example(self) -> str:
+        """A line of Python that uses the trained `model`."""
+
     @abstractmethod
     def saved_settings(self, checkpoint: Path) -> dict[str, object]:
         """Settings by dotted key that the files of a checkpoint of this run hold besides its config.yaml."""

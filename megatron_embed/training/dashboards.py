@@ -8,6 +8,7 @@ _BOTH = r"(train|eval)/"
 _SET = r"(?!train/|eval/).*/"
 """Beginning of the metrics of steps whose rows come from one entry of `data.train`."""
 _FULL, _CUT = r"eval/(?!.*dim_\d+/).*", r"eval/(.*/)?dim_\d+/"
+_MARGIN = r"margin(_to_(mean|hardest)_negative)?$"
 _LEARNED = r"(temperature|bias|log_scale_gradient|bias_gradient)$"
 
 CUSTOM_SCALARS = {
@@ -16,6 +17,7 @@ CUSTOM_SCALARS = {
         "loss at each width": ["Multiline", [_BOTH + r"loss@\d+$"]],
         "gradient norm": ["Multiline", [r"train/grad_norm$"]],
         "learning rate": ["Multiline", [r"train/learning_rate$"]],
+        "epoch": ["Multiline", [r"train/epoch$"]],
         "trained temperature and bias": ["Multiline", [_BOTH + _LEARNED]],
         "balance of the experts": ["Multiline", [r"train/load_balancing_loss$"]],
         "skipped steps": ["Multiline", [r"train/skipped_steps$"]]},
@@ -29,7 +31,7 @@ CUSTOM_SCALARS = {
         "accuracy within a batch": ["Multiline", [_BOTH + r"(in_batch_)?accuracy$"]],
         "similarities": ["Multiline", [_BOTH + r"((positive|negative)_)?similarity$"]],
         "scores": ["Multiline", [_BOTH + r"(positive|negative)_score$"]],
-        "margin": ["Multiline", [_BOTH + r"margin$"]],
+        "margin": ["Multiline", [_BOTH + _MARGIN]],
         "negatives of a query": ["Multiline", [_BOTH + r"negatives_per_query$"]],
         "masked negatives": ["Multiline", [_BOTH + r"masked_fraction$"]]},
     "Throughput": {
@@ -48,7 +50,7 @@ CUSTOM_SCALARS = {
         "accuracy within a batch": ["Multiline", [_SET + r"(in_batch_)?accuracy$"]],
         "similarities": ["Multiline", [_SET + r"((positive|negative)_)?similarity$"]],
         "scores": ["Multiline", [_SET + r"(positive|negative)_score$"]],
-        "margin": ["Multiline", [_SET + r"margin$"]],
+        "margin": ["Multiline", [_SET + _MARGIN]],
         "negatives of a query": ["Multiline", [_SET + r"negatives_per_query$"]],
         "masked negatives": ["Multiline", [_SET + r"masked_fraction$"]]},
 }

@@ -33,6 +33,8 @@ class Hooks:
     """Gives all data-parallel ranks as many micro-batches; None if they have as many."""
     saver: Saver | None
     """Writes checkpoints."""
+    save_due: Callable[[int], bool]
+    """Steps done -> True if a checkpoint is due after them, whatever else asks for one."""
     is_best: Callable[[int, dict[str, float]], bool] | None
     """(steps, metrics) -> True if these metrics are the run's best so far; then a checkpoint is saved as well. None: no
     best checkpoint is kept."""
@@ -114,6 +116,7 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology,
     heap, throughput, saved, logged_skips = HeapWatch(), Throughput(trainer.grad_cache.models, topology), first_step, 0
     if evaluation_owed and make_up_for_evaluation(hooks, first_step):
         train_steps = first_step
+    evaluate_at_start(config, hooks, first_step)
     for step in range(first_step, train_steps):
         start = time.perf_counter()
         loaded = load_agreed(hooks, step, topology)
@@ -125,7 +128,7 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology,
         metrics = train_step(loaded.batch, trainer)
         hooks.health.after_step(step, metrics, skipped=bool(metrics.pop("skipped")))
         done, last = step + 1, step + 1 == train_steps
-        if last or done % config.evaluation.every_steps == 0 or done % config.checkpoint.save_every_steps == 0:
+        if last or done % config.evaluation.every_steps == 0 or hooks.save_due(done):
             trainer.complete_parameters()  # for the evaluation, the checkpoint, the export
         metrics |= metrics_of_rows(metrics, loaded, throughput, seconds=time.perf_counter() - start)
         log = done % config.logging.every_steps == 0 or last
@@ -137,7 +140,7 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology,
         over = evaluated and hooks.is_over()
         if hooks.saver is not None:
             hooks.saver.poll()
-            if done % config.checkpoint.save_every_steps == 0 or last or best or over:
+            if hooks.save_due(done) or last or best or over:
                 hooks.saver.save(done)
                 saved = done
         if over:
@@ -171,8 +174,23 @@ def make_up_for_evaluation(hooks: Hooks, done: int) -> bool:
     return hooks.evaluate is not None and hooks.is_over()
 
 
+def evaluate_at_start(config: RunConfig, hooks: Hooks, first_step: int) -> None:
+    """Evaluate the model before the first step of a new run, unless it is not wanted. Called by all ranks.
+
+    The results never count as the best: no checkpoint holds that model.
+    """
+    if first_step == 0 and config.evaluation.at_start and hooks.evaluate is not None:
+        run_evaluation(hooks, 0, 0, True)
+
+
 def evaluate(hooks: Hooks, done: int, saved: int, last: bool) -> bool:
-    """Evaluate and write the metrics. Returns True if they are the best so far. Called by all ranks.
+    """Evaluate and write the metrics, see `run_evaluation`. Returns True if they are the best so far."""
+    results = run_evaluation(hooks, done, saved, last)
+    return hooks.is_best is not None and hooks.is_best(done, results)
+
+
+def run_evaluation(hooks: Hooks, done: int, saved: int, last: bool) -> dict[str, float]:
+    """Evaluate and write the metrics, which are returned. Called by all ranks.
 
     If some rank is asked to stop, the evaluation is skipped, or broken off between two batches, and the run stops here;
     its checkpoint says that the evaluation is owed. After the `last` step it takes place although the time is up.
@@ -190,7 +208,7 @@ def evaluate(hooks: Hooks, done: int, saved: int, last: bool) -> bool:
     except PreemptedError:
         leave_early(hooks, done, saved, evaluation_owed=True)
     hooks.writer.evaluation(done, results)
-    return hooks.is_best is not None and hooks.is_best(done, results)
+    return results
 
 
 def evaluation_due(config: RunConfig, hooks: Hooks, done: int, last: bool) -> bool:

@@ -6,16 +6,13 @@ import logging
 import math
 import re
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.models.encoder import EmbeddingModel
@@ -25,6 +22,7 @@ from megatron_embed.planning.flops import BACKWARD_COST, BACKWARD_COST_FROZEN, f
 from megatron_embed.planning.hardware import gpu_named
 from megatron_embed.platform.heap import resident_bytes
 from megatron_embed.training.dashboards import CUSTOM_SCALARS, open_wandb
+from megatron_embed.training.progress import Progress, TerminalLine
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +31,10 @@ LOGGED = ("in_batch_accuracy", "accuracy", "masked_fraction", "grad_norm")
 LOGGED_OF_EVALUATIONS = ("loss", "ndcg@10", "spearman")
 """Metrics of the held-out rows, of retrieval and reranking, and of pairs that a log line gives for each set; those of
 truncated vectors are only in the files."""
+LOGGED_MARGINS = ("margin_to_mean_negative", "margin_to_hardest_negative")
+"""Metrics of the held-out rows that end that line."""
+OnStep = Callable[[int, Mapping[str, float]], None]
+"""(step, metrics): called on every rank after each step, and after each evaluation with the keys `eval/NAME`."""
 
 
 class Throughput:
@@ -77,11 +79,12 @@ class MetricsWriter:
     """Writer of metrics on one rank; on the others (`active` false) every call does nothing.
 
     A file that cannot be written (a full disk) does not raise: the other ranks would wait for this one. It is kept in
-    `error`, which the loop raises on all ranks before the next step. A progress bar stays below the log lines.
+    `error`, which the loop raises on all ranks before the next step. The terminal's last line stays below the log's.
     """
 
-    def __init__(self, directory: str | None, *, tensorboard: bool, train_steps: int, first_step: int, active: bool,
-                 wandb_settings: dict[str, Any] | None = None, main_metric: str | None = None) -> None:
+    def __init__(self, directory: str | None, *, tensorboard: bool, progress: Progress, active: bool,
+                 wandb_settings: dict[str, Any] | None = None, main_metric: str | None = None,
+                 on_step: OnStep | None = None) -> None:
         """`wandb_settings`: the resolved configuration, for a run at Weights & Biases; None: no such run.
 
         `main_metric`: the evaluation metric that compares checkpoints; the log line of evaluations begins with it.
@@ -89,48 +92,54 @@ class MetricsWriter:
         self.file: TextIO | None = None
         self.board: Any = None
         self.wandb: Any = None
-        self.bar: tqdm[Any] | None = None
         self.error: UserError | None = None
         self.directory = directory
-        self._active, self._main_metric = active, main_metric
-        self._above_bar = contextlib.ExitStack()
-        if not active:
-            return
-        if directory is not None:
+        self.progress = progress
+        self._active, self._main_metric, self._on_step = active, main_metric, on_step
+        if active and directory is not None:
             with self._noting_errors():
-                self._open(Path(directory), tensorboard, first_step)
+                self._open(Path(directory), tensorboard, progress.first_step)
             if self.error is None and wandb_settings is not None:
                 self.wandb = open_wandb(Path(directory), wandb_settings)
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=train_steps, initial=first_step, unit="step", file=sys.stderr)
-            self._above_bar.enter_context(logging_redirect_tqdm())
+        self._terminal = TerminalLine(active=active)
 
-    def step(self, step: int, metrics: dict[str, float], *, log: bool) -> None:
+    def step(self, step: int, metrics: Mapping[str, float], *, log: bool) -> None:
         """Metrics of optimizer step `step` (from 1). `log`: True for one of `logging.every_steps`."""
-        if self.bar is not None:
-            self.bar.update(1)
-            self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", lr=f"{metrics['learning_rate']:.2e}", refresh=False)
+        self.progress.after_step(step, metrics)
+        if (epoch := self.progress.epoch(step)) is not None:
+            metrics = {**metrics, "epoch": round(epoch, 4)}
+        self._terminal.show(self.progress, step, metrics)
         if log:
             self._write(step, metrics)
-            if self._active and self.bar is None:
-                words = [f"{name.replace('_', ' ')} {metrics[name]:.3f}" for name in LOGGED if name in metrics]
-                logger.info("step %d  loss %.4f  %s  lr %.2e  %.0f tokens/s", step, metrics["loss"], "  ".join(words),
-                            metrics["learning_rate"], metrics["tokens_per_second"])
+        if log and self._active:
+            words = [f"{name.replace('_', ' ')} {metrics[name]:.3f}" for name in LOGGED if name in metrics]
+            logger.info("step %d  loss %.4f  %s  lr %.2e  %.0f tokens/s  %s", step, metrics["loss"], "  ".join(words),
+                        metrics["learning_rate"], metrics["tokens_per_second"], "  ".join(self.progress.fields(step)))
+        line = self.progress.epoch_line(step)
+        if line is not None and self._active:
+            logger.info("%s", line)
+        if self._on_step is not None:
+            self._on_step(step, metrics)
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Results of an evaluation after optimizer step `step`, by name; they are written as `eval/NAME`."""
-        self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Results of an evaluation after optimizer step `step` (0: before the first), by name; they are written as
+        `eval/NAME`."""
+        named = {f"eval/{name}": value for name, value in metrics.items()}
+        self._write(step, named)
         if self._active:
             shown = [name for name in metrics if name.rpartition("/")[2] in LOGGED_OF_EVALUATIONS
                      and not re.search(r"(^|/)dim_\d+/", name) and name != self._main_metric]
             if self._main_metric is not None and self._main_metric in metrics:
                 shown.insert(0, self._main_metric)
+            shown += [name for name in LOGGED_MARGINS if name in metrics and name != self._main_metric]
             logger.info("step %d  evaluation: %s", step, "  ".join(f"{name} {metrics[name]:.4f}" for name in shown))
+        if self._on_step is not None:
+            self._on_step(step, named)
 
     def close(self) -> None:
         """Flushes and closes what is open."""
-        self._above_bar.close()
-        for sink in (self.file, self.board, self.bar):
+        self._terminal.close()
+        for sink in (self.file, self.board):
             if sink is not None:
                 with self._noting_errors():
                     sink.close()
@@ -150,7 +159,7 @@ class MetricsWriter:
             self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
             self.board.add_custom_scalars(CUSTOM_SCALARS)
 
-    def _write(self, step: int, metrics: dict[str, float]) -> None:
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         with self._noting_errors():
             if self.file is not None:
                 # JSON has no NaN.

@@ -26,7 +26,8 @@ def write(folder, model, small_beir, pairs, **evaluation):
     values = settings(model, folder / "run")
     values["training"] |= {"train_steps": 4, "learning_rate": 3e-2, "lr_decay_style": "constant"}
     values["checkpoint"] |= {"keep": 1, "save_every_steps": 100}
-    values["evaluation"] = {"retrieval": [str(small_beir)], "sts": [pairs], "every_steps": 1, **evaluation}
+    values["evaluation"] = {"retrieval": [str(small_beir)], "sts": [pairs], "every_steps": 1, "at_start": False,
+                            **evaluation}
     values["embedding"]["matryoshka_dims"] = [32, 8]
     values["data"]["validation_fraction"] = 0.02
     values["logging"]["tensorboard"] = True
@@ -82,7 +83,8 @@ def ending_early(folder, model, pairs, **checkpoint):
     values["data"]["validation_fraction"] = 0.02
     values["checkpoint"] |= {"keep": 0, "save_every_steps": 1, "export_at_end": str(folder / "export"),
                              "export": "best", **checkpoint}
-    values["evaluation"] = {"sts": [pairs], "every_steps": 1, "best_metric": "eval/loss", "patience": 3}
+    values["evaluation"] = {"sts": [pairs], "every_steps": 1, "best_metric": "eval/loss", "patience": 3,
+                            "at_start": False}
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return str(folder / "run.yaml")
 

@@ -20,7 +20,8 @@ from tests.helpers.toys import MINI_EN, MINILM, layout, save_model
 
 METRICS = {"step", "loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin",
            "masked_fraction", "negatives_per_query", "grad_norm", "learning_rate", "tokens_per_second",
-           "padding_fraction", "step_seconds", "truncated_fraction", "skipped_steps", "tflops_per_rank", "memory_gib"}
+           "padding_fraction", "step_seconds", "truncated_fraction", "skipped_steps", "tflops_per_rank", "memory_gib",
+           "margin_to_mean_negative", "margin_to_hardest_negative", "epoch"}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,8 @@ def test_training_leaves_metrics_checkpoints_and_an_export(trained):
         assert line["negatives_per_query"] == 15
         assert 0 <= line["padding_fraction"] < 0.05
     evaluations = [line for line in lines if "eval/ndcg@10" in line]
-    assert [line["step"] for line in evaluations] == [2, 3]
+    assert [line["step"] for line in evaluations] == [0, 2, 3]
+    assert all(key == "step" or key.startswith("eval/") for key in lines[0])  # before training: no loss
     assert {entry.name for entry in run.iterdir()} >= {"step_000002", "step_000003", "latest", "metrics.jsonl"}
     saved = yaml.safe_load((run / "step_000003" / "config.yaml").read_text())
     assert saved["training"]["train_steps"] == 3
@@ -79,6 +81,15 @@ def test_run_checkpoint_and_export_evaluate_to_the_last_score_of_training(traine
         assert metrics.keys() >= {"ndcg@10", "mrr@10", "recall@100", "map"}
         for key, value in scores.items():
             assert metrics[key] == pytest.approx(value, abs=1e-6), key
+
+
+def test_the_evaluation_before_training_is_that_of_the_model(trained, model, small_beir):
+    first = json.loads((trained[0] / "metrics.jsonl").read_text().splitlines()[0])
+    metrics = evaluated(["--model", model, "--data", str(small_beir), "--max-length", "48", "--pooling", "mean",
+                         "--query-prompt", "query: "], 1)
+    assert metrics["ndcg@10"] > 0
+    for key, value in metrics.items():
+        assert first[f"eval/{key}"] == pytest.approx(value, abs=1e-6), key
 
 
 def test_second_call_only_exports_again(trained, tmp_path):

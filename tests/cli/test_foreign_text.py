@@ -1,5 +1,6 @@
 """What files and other processes say is shown in messages and logs, and obeyed by no terminal."""
 
+import io
 import json
 import logging
 import os
@@ -9,8 +10,15 @@ import sys
 import pytest
 
 from megatron_embed.__main__ import main
-from megatron_embed.cli.common import setup_logging, write_output
-from megatron_embed.platform.terminal_text import LogFormatter, continued, guard_records, one_line, printable
+from megatron_embed.cli.common import write_output
+from megatron_embed.platform.terminal_text import (
+    LogFormatter,
+    continued,
+    guard_records,
+    one_line,
+    printable,
+    setup_logging,
+)
 from tests.helpers.toys import REPOSITORY
 
 ESCAPES = {
@@ -107,6 +115,26 @@ def test_unexpected_error_in_a_process_of_its_own(tmp_path):
                           env={"PYTHONPATH": str(REPOSITORY), "PATH": os.environ["PATH"], "PYTHONUTF8": "1"})
     error = done.stderr.decode("utf-8")
     assert done.returncode == 1 and "RuntimeError: \\u001b[31m\\u202e中" in error and printable(error) == error
+
+
+def test_libraries_log_warnings_only(records):
+    """Also those that set a level of their own, as bm25s does."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger().addHandler(handler)
+    try:
+        setup_logging(0)
+        for name in ("some_library", "megatron_embed.mining", "megatron_embedded"):
+            logging.getLogger(name).setLevel(logging.DEBUG)
+            logging.getLogger(name).debug("building")
+            logging.getLogger(name).warning("careful")
+    finally:
+        logging.getLogger().removeHandler(handler)
+        for name in ("some_library", "megatron_embed.mining", "megatron_embedded"):
+            logging.getLogger(name).setLevel(logging.NOTSET)
+    shown = [line.split(" ", 1)[1] for line in stream.getvalue().splitlines()]
+    assert shown == ["WARNING some_library: careful", "DEBUG megatron_embed.mining: building",
+                     "WARNING megatron_embed.mining: careful", "WARNING megatron_embedded: careful"]
 
 
 def test_setting_up_twice_is_harmless(records):

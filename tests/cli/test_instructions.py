@@ -40,7 +40,7 @@ def test_each_set_is_asked_with_its_instruction_and_the_export_with_the_default(
     the export itself is loaded by Sentence Transformers and compared before it gets its name."""
     export = tmp_path / "export"
     sets = {"retrieval": [str(small_beir), {"path": str(small_beir), "instruction": OTHER, "name": "refuted"}],
-            "sts": [{"path": pairs, "instruction": OTHER}]}
+            "sts": [{"path": pairs, "instruction": OTHER}], "at_start": False}
     config = write(tmp_path, model, evaluation=sets, checkpoint={"export_at_end": str(export)})
     results = run_on_ranks(command, 2, ["train", config])
     assert [code for code, *_ in results] == [0, 0], results[0][2]

@@ -33,16 +33,18 @@ for action in (lambda: model.rerank("a", ["b"]), lambda: model.encode(texts, rol
                lambda: megatron_embed.load("/nowhere/at/all"), lambda: megatron_embed.load(minilm, pooling="max"),
                lambda: megatron_embed.load(minilm, max_length=100000), lambda: scorer.encode("a"),
                lambda: megatron_embed.load(reranker, pooling="cls"), lambda: model.encode(["a", 1]),
-               lambda: model.encode("a\\ud800"), lambda: scorer.rerank("a", "b"), lambda: scorer.rerank(None, ["b"])):
+               lambda: model.encode("a\\ud800"), lambda: scorer.rerank("a", "b"), lambda: scorer.rerank(None, ["b"]),
+               lambda: scorer.rerank("a"), lambda: scorer.rerank("a", ["b"], passages=["b"])):
     try:
         action()
     except (ConfigError, CheckpointError) as error:
         refusals.append(str(error))
 empty = [list(model.encode([]).shape), list(scorer.rerank("a", []).shape)]
 np.savez(output, first=model.encode(texts, role="query"), one=one, second=second.encode(texts),
-         third=third.encode(texts), scores=scorer.rerank(texts[0], texts[1:]))
+         third=third.encode(texts), scores=scorer.rerank(texts[0], texts[1:]),
+         passages=scorer.rerank(query=texts[0], passages=texts[1:]))
 print(json.dumps({"light": light, "dim": model.dim, "similarity": model.similarity, "refusals": refusals,
-                  "empty": empty, "dtype": str(one.dtype)}))
+                  "empty": empty, "dtype": str(one.dtype), "repr": [repr(model), repr(scorer)]}))
 """
 
 
@@ -78,13 +80,15 @@ def test_one_process_loads_several_models(tmp_path):
     assert np.linalg.norm(vectors["second"], axis=1).min() > 1.5  # not normalized
     scores = CrossEncoder(reranker, device="cpu").predict([(TEXTS[0], text) for text in TEXTS[1:]])
     assert vectors["scores"].dtype == np.float32 and vectors["scores"] == pytest.approx(scores, abs=1e-4)
-    assert np.ptp(scores) > 1e-3
+    assert np.ptp(scores) > 1e-3 and np.array_equal(vectors["passages"], vectors["scores"])
+    assert told["repr"] == [f"Embedder('{MINILM}', family='bert', dim=384, pooling='mean', similarity='cosine')",
+                            f"Reranker('{reranker}', family='bert', max_length=256)"]
     words = ("an embedding model, which gives vectors and no scores of pairs; load a reranker",
              "role = 'passage': must be 'query' or 'document'", "no such directory",
              "pooling = 'max': must be one of", "--max-length 100000 is longer than the model's 512 positions",
              "a reranker, which scores pairs and gives no vectors", "has no use for pooling or normalize",
              "texts[1] = 1 is a int; it must be a string", "texts[0] = 'a\\ud800': contains an unpaired surrogate at "
              "character 2", "documents = 'b': one text, where a list of them is expected",
-             "query[0] = None is a NoneType")
+             "query[0] = None is a NoneType", *2 * ["give the texts to score as documents"])
     for refusal, word in zip(told["refusals"], words, strict=True):
         assert word in refusal

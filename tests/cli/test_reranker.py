@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
     model = save_reranker(folder / "model", "Qwen3ForCausalLM", tied=True)
     config = run_settings(model, folder, checkpoint={"directory": str(folder / "run"),
                                                      "export_at_end": str(folder / "export")},
-                          evaluation={"reranking": [lists(folder / "docs.jsonl")]})
+                          evaluation={"reranking": [lists(folder / "docs.jsonl")], "at_start": False})
     run(["train", config])
     return folder
 

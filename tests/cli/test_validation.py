@@ -31,7 +31,7 @@ def configured(folder, model, **sections):
     values["training"] = {"global_batch_size": BATCH, "micro_batch_size": 4, "train_steps": 1, "learning_rate": 1e-30,
                           "seed": SEED}
     values["objective"] = {"temperature": 0.1}
-    values["checkpoint"] = {}
+    values["checkpoint"], values["evaluation"] = {}, {"at_start": False}
     values["logging"]["directory"] = str(folder / "run")
     for section, keys in sections.items():
         values[section] = values.get(section, {}) | keys

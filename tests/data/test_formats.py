@@ -298,7 +298,8 @@ def test_tables_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         RecordFile(str(tmp_path / "both"))
     assert len(RecordFile(str(tmp_path / "both" / "dev"))) == 1
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"empty': a directory that is neither a BEIR folder .* nor saved by.*README"):
+    with pytest.raises(ConfigError, match=r"empty': a directory without a file of rows .* neither a BEIR folder .* nor "
+                                          "saved by.*README"):
         RecordFile(str(tmp_path / "empty"))
 
     def offline(*_: object, **__: object) -> None:
@@ -405,10 +406,10 @@ def test_a_packed_file_is_read_by_number_from_a_copy_and_refused_once_it_changed
         RecordFile(str(path))
 
 
-def test_a_whole_json_array_is_refused(tmp_path: Path):
-    path = tmp_path / "nq.json"
+def test_a_whole_json_array_in_a_file_of_lines_is_refused(tmp_path: Path):
+    path = tmp_path / "nq.jsonl"
     path.write_text(json.dumps([{"question": "q", "positive_ctxs": [{"text": "p"}]}]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"nq\.json:1: a JSON array, .*write one object per line"):
+    with pytest.raises(DataError, match=r"nq\.jsonl:1: a JSON array, .*write one object per line"):
         RecordFile(str(path))
 
 

@@ -195,3 +195,14 @@ def test_a_text_longer_than_the_budget_has_a_bin_of_its_own(tokenizer: RoleToken
     assert build_encode_batches([], "query", tokenizer,
                                 PackingSpec(micro_batch_tokens=9, alignment=4, uniform_size=True)) == ()
     assert padding_fraction([]) == 0.0
+
+
+def test_cut_texts_are_said_once(tokenizer: RoleTokenizer, caplog: pytest.LogCaptureFixture):
+    """Every evaluation of a run embeds the same texts; another number of them is news."""
+    packing, long = PackingSpec(micro_batch_tokens=300), "word " * 500
+    tokenizer.notices.clear()
+    with caplog.at_level("INFO", logger="megatron_embed"):
+        for texts in ([long, "a"], [long, "a"], [long]):
+            build_encode_batches(texts, "document", tokenizer, packing)
+    assert [entry.getMessage() for entry in caplog.records] == [
+        f"1 of {count} document texts truncated to the maximum length" for count in (2, 1)]

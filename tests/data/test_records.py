@@ -162,13 +162,13 @@ def test_files_that_cannot_be_opened_name_the_key_and_the_path(write_rows: Write
     with pytest.raises(ConfigError, match=f"data.train = '{missing}': no such file; the current directory is"):
         open_records((TrainFile(path=missing),))
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(ConfigError, match=r"data.train = .*folder\.jsonl': a directory that is neither a BEIR folder"):
+    with pytest.raises(ConfigError, match=r"data.train = .*folder\.jsonl': a directory without a file of rows"):
         RecordFile(str(tmp_path / "folder.jsonl"))
     path = write_rows([ROW])
     with pytest.raises(ConfigError, match=r"data.train = .*inside\.jsonl': cannot be read: Not a directory"):
         RecordFile(path + "/inside.jsonl")
-    with pytest.raises(ConfigError, match=r"data.train = 'rows\.csv': not a file of rows by its name; readable are"):
-        RecordFile("rows.csv")
+    with pytest.raises(ConfigError, match=r"data.train = 'rows\.txt': not a file of rows by its name; readable are"):
+        RecordFile("rows.txt")
     with pytest.raises(ConfigError, match=r"data.train = 'rows\.parquet': no such file; the current directory is"):
         RecordFile("rows.parquet")
 

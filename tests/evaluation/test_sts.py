@@ -19,7 +19,7 @@ FIXTURE = Path(__file__).parent / "fixtures" / "sts_correlation.json.xz"
 def pairs(scores, texts=None):
     texts = texts or [f"text {index}" for index in range(len(scores))]
     return StsData(path="pairs.jsonl", name="pairs", texts={"query": texts, "document": texts[::-1]}, scores=scores,
-                   lines=list(range(1, len(scores) + 1)))
+                   sources=[f"pairs.jsonl:{line}" for line in range(1, len(scores) + 1)])
 
 
 def test_equal_to_the_reference_values_with_many_ties():
@@ -68,7 +68,8 @@ def test_texts_have_the_roles_of_training():
 
 
 @pytest.mark.parametrize("lines, words", [
-    (['{"text_a": "a", "text_b": "b"}'], "pairs.jsonl:1: the row lacks score; it needs text_a, text_b and score"),
+    (['{"text_a": "a", "text_b": "b"}'],
+     "pairs.jsonl:1: score is missing; the row has 'text_a', 'text_b'; add 'score'"),
     (['{"text_a": "a", "text_b": " ", "score": 1}'], "pairs.jsonl:1: text_b = .* is empty"),
     (['{"text_a": "a", "text_b": "b", "score": "1"}'],
      "pairs.jsonl:1: score = '1' is a JSON string; it must be a number"),

@@ -124,7 +124,7 @@ def test_evaluate_and_mine(trained, small_beir, tmp_path):
 def test_a_reranker_is_trained_exported_and_evaluated(tmp_path):
     model = save_reranker(tmp_path / "model", "Qwen3ForCausalLM")
     config = run_settings(model, tmp_path, checkpoint={"export_at_end": str(tmp_path / "export")},
-                          evaluation={"reranking": [lists(tmp_path / "docs.jsonl")]})
+                          evaluation={"reranking": [lists(tmp_path / "docs.jsonl")], "at_start": False})
     call(["train", config])
     scores = json.loads(call(["evaluate", "--model", tmp_path / "run", "--data", tmp_path / "docs.jsonl"]))
     assert 0 < scores["ndcg@10"] <= 1 and (tmp_path / "export" / "model.safetensors").is_file()

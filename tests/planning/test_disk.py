@@ -61,6 +61,16 @@ def test_number_of_checkpoints(model, tmp_path, steps, every, keep, evaluated, c
     assert checkpoints_at_once(load_config(str(tmp_path / "run.yaml"), [])) == count
 
 
+@pytest.mark.parametrize("epochs, every, keep, count", [(3, 1.0, 0, 3), (3, 0.5, 3, 4), (1, 0.5, 3, 2),
+                                                        (None, 1.0, 0, 2)])
+def test_number_of_checkpoints_by_epochs(model, tmp_path, epochs, every, keep, count):
+    values = settings(model, tmp_path / "run")
+    values["checkpoint"] |= {"keep": keep, "save_every_epochs": every}
+    values["training"] |= {"train_steps": None if epochs else 100, "epochs": epochs}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert checkpoints_at_once(load_config(str(tmp_path / "run.yaml"), [])) == count
+
+
 @pytest.fixture
 def asked(tmp_path, monkeypatch, capsys):
     """`doctor --config` of an 8B model on a disk with so much free space: (exit code, stdout)."""

@@ -15,7 +15,7 @@ from megatron_embed.evaluation.suite import EvaluationSuite
 from megatron_embed.losses.matryoshka import matryoshka_dims
 from megatron_embed.objectives import contrastive, hard_negatives
 from megatron_embed.objectives import labelled_pairs as pairs
-from megatron_embed.objectives.base import matryoshka_names
+from megatron_embed.objectives.base import MARGINS, matryoshka_names
 from megatron_embed.objectives.learned_scale import LearnedScale
 from megatron_embed.objectives.reranking import Reranking
 from megatron_embed.planning.flops import forward_flops
@@ -23,6 +23,7 @@ from megatron_embed.planning.hardware import GPUS, gpu_named
 from megatron_embed.planning.shapes import shape_of
 from megatron_embed.training.dashboards import CUSTOM_SCALARS
 from megatron_embed.training.metrics import MetricsWriter
+from megatron_embed.training.progress import Progress
 from tests.helpers.charts import charts_of
 from tests.helpers.planned_models import BERT, MOE, QWEN3
 
@@ -43,7 +44,8 @@ def init(**options):
 """
 
 
-OF_A_STEP = {"grad_norm": "Loss", "learning_rate": "Loss", "load_balancing_loss": "Loss", "skipped_steps": "Loss",
+OF_A_STEP = {"grad_norm": "Loss", "learning_rate": "Loss", "epoch": "Loss", "load_balancing_loss": "Loss",
+             "skipped_steps": "Loss",
              "tokens_per_second": "Throughput", "tflops_per_rank": "Throughput", "mfu": "Throughput",
              "step_seconds": "Throughput", "padding_fraction": "Throughput", "truncated_fraction": "Throughput",
              "memory_gib": "Memory"}
@@ -54,7 +56,7 @@ def metrics_of_the_objectives():
     config = RunConfig(model=ModelConfig(path="x"), objective=ObjectiveConfig(loss="sigmoid",
                                                                               learnable_temperature=True))
     learned = LearnedScale(config).names
-    return {*contrastive.NAMES, *hard_negatives.NAMES, *pairs.NAMES, *Reranking.names, *learned,
+    return {*contrastive.NAMES, *hard_negatives.NAMES, *pairs.NAMES, *Reranking.names, *MARGINS, *learned,
             *matryoshka_names(matryoshka_dims((64, 32), ()))}, learned
 
 
@@ -95,12 +97,14 @@ def test_tensorboard_gets_the_scalars_and_their_groups(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.custom_scalar import layout_pb2
 
-    writer = MetricsWriter(str(tmp_path), tensorboard=True, train_steps=2, first_step=0, active=True)
+    writer = MetricsWriter(str(tmp_path), tensorboard=True, active=True, progress=Progress(
+        train_steps=2, first_step=0, steps_per_epoch=4))
     writer.step(1, METRICS, log=True)
     writer.close()
     assert writer.error is None
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert set(events.Tags()["scalars"]) == {name if "/" in name else f"train/{name}" for name in METRICS}
+    assert set(events.Tags()["scalars"]) == {
+        name if "/" in name else f"train/{name}" for name in (*METRICS, "epoch")}
     (event,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == list(CUSTOM_SCALARS)
@@ -113,8 +117,8 @@ def test_weights_and_biases_gets_the_same_and_goes_on_with_its_run(tmp_path, mon
     try:
         for first_step, known in ((0, None), (1, "abc")):
             assert first_step or "wandb" not in sys.modules  # imported only when asked for
-            writer = MetricsWriter(str(tmp_path / "run"), tensorboard=False, train_steps=2, first_step=first_step,
-                                   active=True, wandb_settings={"task": "embedding"})
+            writer = MetricsWriter(str(tmp_path / "run"), tensorboard=False, active=True, progress=Progress(
+                train_steps=2, first_step=first_step, steps_per_epoch=None), wandb_settings={"task": "embedding"})
             writer.step(first_step + 1, METRICS, log=True)
             writer.close()
             calls = sys.modules["wandb"].calls

@@ -112,7 +112,7 @@ def test_evaluation_is_broken_off_and_made_up_for(model, tmp_path):
     paths = {}
     for name in ("straight", "stopped"):
         values = configuration(model, tmp_path / name, train_steps=3, checkpoint={"save_every_steps": 100})
-        values["evaluation"] = {"retrieval": [str(beir)], "every_steps": 2}
+        values["evaluation"] = {"retrieval": [str(beir)], "every_steps": 2, "at_start": False}
         paths[name] = write(tmp_path / f"{name}.yaml", values)
     assert run_on_ranks(command, 2, ["train", paths["straight"]])[0][0] == 0
     results = run_on_ranks(interrupted_in_evaluation, 2, paths["stopped"])

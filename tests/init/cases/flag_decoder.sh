@@ -1,0 +1,16 @@
+torchrun --nproc_per_node=4 --nnodes=1 \
+    -m FlagEmbedding.finetune.embedder.decoder_only.base \
+    --model_name_or_path Qwen/Qwen3-0.6B \
+    --use_lora True --lora_rank 32 --lora_alpha 64 \
+    --target_modules q_proj k_proj v_proj o_proj gate_proj down_proj up_proj \
+    --additional_special_tokens '<instruct>' '<query>' \
+    --save_merged_lora_model True \
+    --train_data rows.jsonl more.jsonl \
+    --train_group_size 8 --query_max_len 512 --passage_max_len 512 \
+    --query_instruction_for_retrieval 'Given a query, retrieve passages that are relevant to the query.' \
+    --query_instruction_format '<instruct>{}\n<query>{}' \
+    --knowledge_distillation True \
+    --learning_rate 1e-4 --bf16 --num_train_epochs 1 --per_device_train_batch_size 2 \
+    --gradient_accumulation_steps 2 \
+    --deepspeed ../ds_stage1.json --temperature 0.02 \
+    --sentence_pooling_method last_token --normalize_embeddings True --kd_loss_type m3_kd_loss --output_dir out

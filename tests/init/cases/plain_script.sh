@@ -1,0 +1,1 @@
+python train_embedding_model.py --model_name_or_path BAAI/bge-base-zh-v1.5 --train_dataset my_dataset.jsonl --output_dir models/custom --epochs 5 --batch_size 16 --lr 1e-5 --query_max_len 64 --passage_max_len 256

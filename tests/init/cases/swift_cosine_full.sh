@@ -1,0 +1,1 @@
+NPROC_PER_NODE=1 swift sft --model Qwen/Qwen3-Embedding-0.6B --task_type embedding --train_type full --dataset sentence-transformers/stsb:positive --split_dataset_ratio 0.05 --num_train_epochs 5 --per_device_train_batch_size 8 --gradient_accumulation_steps 2 --learning_rate 6e-6 --loss_type cosine_similarity

@@ -1,0 +1,1 @@
+python -m tevatron.retriever.driver.train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name Tevatron/msmarco-passage --lora --pooling eos --normalize --temperature 0.01 --train_group_size 16 --per_device_train_batch_size 8 --gradient_accumulation_steps 4 --learning_rate 1e-4 --query_max_len 32 --passage_max_len 196 --output_dir out
