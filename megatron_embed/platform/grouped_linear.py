@@ -30,12 +30,12 @@ class Groups:
 
 
 def groups_of(sizes: Sequence[int], rows: Tensor) -> Groups:
-    """The groups of `rows`, [tokens, ...], by the numbers of rows of the experts. One copy to the device at most."""
-    ends = None
-    if rows.shape[0] and has_grouped_product(rows):
-        on_host = torch.tensor(sizes, dtype=torch.int32, pin_memory=True).cumsum(0, dtype=torch.int32)
-        ends = on_host.to(rows.device, non_blocking=True)
-    return Groups(sizes=tuple(sizes), ends=ends)
+    """The groups of `rows`, [tokens, ...], by the numbers of rows of the experts. One asynchronous copy at most."""
+    if not (rows.shape[0] and has_grouped_product(rows)):
+        return Groups(sizes=tuple(sizes), ends=None)
+    on_host = torch.empty(len(sizes), dtype=torch.int32, pin_memory=True)
+    on_host[:] = torch.tensor(sizes).cumsum(0)
+    return Groups(sizes=tuple(sizes), ends=on_host.to(rows.device, non_blocking=True))
 
 
 def has_grouped_product(rows: Tensor) -> bool:
