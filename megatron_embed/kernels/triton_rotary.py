@@ -79,8 +79,8 @@ def _backward(q_gradient_ptr, k_gradient_ptr, v_gradient_ptr, mixed_ptr, cos_ptr
               rstd_ptr, gradient_ptr, parts_ptr, tokens, heads, groups, half, steps, HAS_NORM: tl.constexpr,
               SLOTS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
     """Every PARTS-th token: the gradient of the projection's result; and the sum of the norms' weights' gradients."""
-    program = tl.program_id(0).to(tl.int64)
-    slot, column, value = tl.arange(0, SLOTS), tl.arange(0, HALF), tl.arange(0, GROUPS)
+    program, value = tl.program_id(0).to(tl.int64), tl.arange(0, GROUPS)
+    slot, column = tl.arange(0, SLOTS), tl.arange(0, HALF)
     is_query, is_key, per_group = slot < heads, (slot >= heads) & (slot < heads + groups), heads // groups
     in_half, width = column < half, 2 * half
     place = tl.where(is_query, (slot // per_group) * (per_group + 2) + slot % per_group,
@@ -91,7 +91,6 @@ def _backward(q_gradient_ptr, k_gradient_ptr, v_gradient_ptr, mixed_ptr, cos_ptr
         token = program + step * tl.num_programs(0)
         in_token = column < tl.where(token < tokens, half, 0)
         of_query, of_key = is_query[:, None] & in_token[None, :], is_key[:, None] & in_token[None, :]
-        held = of_query | of_key
         from_query = q_gradient_ptr + (token * heads + slot)[:, None] * width + column[None, :]
         from_key = k_gradient_ptr + (token * groups + slot - heads)[:, None] * width + column[None, :]
         y1 = _either(from_query, of_query, from_key, of_key)
@@ -101,8 +100,8 @@ def _backward(q_gradient_ptr, k_gradient_ptr, v_gradient_ptr, mixed_ptr, cos_ptr
         x1, x2 = y1 * cos + y2 * sin, y2 * cos - y1 * sin
         offsets = (token * (heads + 2 * groups) + place)[:, None] * width + column[None, :]
         if HAS_NORM:
-            first = tl.load(mixed_ptr + offsets, mask=held, other=0.0)
-            second = tl.load(mixed_ptr + offsets + half, mask=held, other=0.0)
+            first = tl.load(mixed_ptr + offsets, mask=of_query | of_key, other=0.0)
+            second = tl.load(mixed_ptr + offsets + half, mask=of_query | of_key, other=0.0)
             rstd = tl.load(rstd_ptr + token * (heads + groups) + slot,
                            mask=slot < tl.where(token < tokens, heads + groups, 0), other=0.0)[:, None]
             n1, n2 = first.to(tl.float32) * rstd, second.to(tl.float32) * rstd
@@ -114,8 +113,8 @@ def _backward(q_gradient_ptr, k_gradient_ptr, v_gradient_ptr, mixed_ptr, cos_ptr
             x2 *= _weight(q_weight_ptr, k_weight_ptr, half + column, in_half, is_query)
             mean = (tl.sum(x1 * n1 + x2 * n2, axis=1) / width)[:, None]
             x1, x2 = rstd * (x1 - n1 * mean), rstd * (x2 - n2 * mean)
-        tl.store(gradient_ptr + offsets, x1.to(gradient_ptr.dtype.element_ty), mask=held)
-        tl.store(gradient_ptr + offsets + half, x2.to(gradient_ptr.dtype.element_ty), mask=held)
+        tl.store(gradient_ptr + offsets, x1.to(gradient_ptr.dtype.element_ty), mask=of_query | of_key)
+        tl.store(gradient_ptr + offsets + half, x2.to(gradient_ptr.dtype.element_ty), mask=of_query | of_key)
         into_value = token * (heads + 2 * groups) + value * (per_group + 2) + per_group + 1
         _copy(v_gradient_ptr + (token * groups + value)[:, None] * width + column[None, :],
               gradient_ptr + into_value[:, None] * width + column[None, :],
