@@ -19,6 +19,28 @@ from megatron_embed.kernels.operators import PARTS
 
 
 @triton.jit
+def _weight(q_weight_ptr, k_weight_ptr, column, inside, is_query):
+    """[slots, columns] float32: the query norm's weight for queries, the key norm's for keys."""
+    of_query = tl.load(q_weight_ptr + column, mask=inside, other=0.0)
+    of_key = tl.load(k_weight_ptr + column, mask=inside, other=0.0)
+    return tl.where(is_query[:, None], of_query[None, :], of_key[None, :]).to(tl.float32)
+
+
+@triton.jit
+def _either(first, of_first, second, of_second):
+    """In float32 what lies at one or the other of two tiles of pointers, whose masks exclude each other."""
+    return (tl.load(first, mask=of_first, other=0.0).to(tl.float32)
+            + tl.load(second, mask=of_second, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def _copy(source, target, mask, half):
+    """Both halves of a tile."""
+    tl.store(target, tl.load(source, mask=mask, other=0.0), mask=mask)
+    tl.store(target + half, tl.load(source + half, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
 def _forward(mixed_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, query_ptr, key_ptr, rstd_ptr, heads, groups, half,
              eps, HAS_NORM: tl.constexpr, SLOTS: tl.constexpr, HALF: tl.constexpr):
     """One token: normalized and rotated queries and keys, rounded to their dtype after every step."""
@@ -35,10 +57,8 @@ def _forward(mixed_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, query_ptr,
     if HAS_NORM:
         rstd = 1.0 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * half) + eps)
         tl.store(rstd_ptr + token * (heads + groups) + slot, rstd, mask=slot < heads + groups)
-        w1 = tl.where(is_query[:, None], tl.load(q_weight_ptr + column, mask=in_half, other=0.0)[None, :],
-                      tl.load(k_weight_ptr + column, mask=in_half, other=0.0)[None, :]).to(tl.float32)
-        w2 = tl.where(is_query[:, None], tl.load(q_weight_ptr + half + column, mask=in_half, other=0.0)[None, :],
-                      tl.load(k_weight_ptr + half + column, mask=in_half, other=0.0)[None, :]).to(tl.float32)
+        w1 = _weight(q_weight_ptr, k_weight_ptr, column, in_half, is_query)
+        w2 = _weight(q_weight_ptr, k_weight_ptr, half + column, in_half, is_query)
         x1 = (w1 * (x1 * rstd[:, None]).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
         x2 = (w2 * (x2 * rstd[:, None]).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     cos = tl.load(cos_ptr + token * half + column, mask=in_half, other=0.0).to(tl.float32)[None, :]
@@ -59,8 +79,8 @@ def _backward(q_gradient_ptr, k_gradient_ptr, v_gradient_ptr, mixed_ptr, cos_ptr
               rstd_ptr, gradient_ptr, parts_ptr, tokens, heads, groups, half, steps, HAS_NORM: tl.constexpr,
               SLOTS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr):
     """Every PARTS-th token: the gradient of the projection's result; and the sum of the norms' weights' gradients."""
-    program = tl.program_id(0).to(tl.int64)
-    slot, column, value = tl.arange(0, SLOTS), tl.arange(0, HALF), tl.arange(0, GROUPS)
+    program, value = tl.program_id(0).to(tl.int64), tl.arange(0, GROUPS)
+    slot, column = tl.arange(0, SLOTS), tl.arange(0, HALF)
     is_query, is_key, per_group = slot < heads, (slot >= heads) & (slot < heads + groups), heads // groups
     in_half, width = column < half, 2 * half
     place = tl.where(is_query, (slot // per_group) * (per_group + 2) + slot % per_group,
@@ -71,20 +91,17 @@ def _backward(q_gradient_ptr, k_gradient_ptr, v_gradient_ptr, mixed_ptr, cos_ptr
         token = program + step * tl.num_programs(0)
         in_token = column < tl.where(token < tokens, half, 0)
         of_query, of_key = is_query[:, None] & in_token[None, :], is_key[:, None] & in_token[None, :]
-        held = of_query | of_key
         from_query = q_gradient_ptr + (token * heads + slot)[:, None] * width + column[None, :]
         from_key = k_gradient_ptr + (token * groups + slot - heads)[:, None] * width + column[None, :]
-        y1 = (tl.load(from_query, mask=of_query, other=0.0).to(tl.float32)
-              + tl.load(from_key, mask=of_key, other=0.0).to(tl.float32))
-        y2 = (tl.load(from_query + half, mask=of_query, other=0.0).to(tl.float32)
-              + tl.load(from_key + half, mask=of_key, other=0.0).to(tl.float32))
+        y1 = _either(from_query, of_query, from_key, of_key)
+        y2 = _either(from_query + half, of_query, from_key + half, of_key)
         cos = tl.load(cos_ptr + token * half + column, mask=in_token, other=0.0).to(tl.float32)[None, :]
         sin = tl.load(sin_ptr + token * half + column, mask=in_token, other=0.0).to(tl.float32)[None, :]
         x1, x2 = y1 * cos + y2 * sin, y2 * cos - y1 * sin
         offsets = (token * (heads + 2 * groups) + place)[:, None] * width + column[None, :]
         if HAS_NORM:
-            first = tl.load(mixed_ptr + offsets, mask=held, other=0.0)
-            second = tl.load(mixed_ptr + offsets + half, mask=held, other=0.0)
+            first = tl.load(mixed_ptr + offsets, mask=of_query | of_key, other=0.0)
+            second = tl.load(mixed_ptr + offsets + half, mask=of_query | of_key, other=0.0)
             rstd = tl.load(rstd_ptr + token * (heads + groups) + slot,
                            mask=slot < tl.where(token < tokens, heads + groups, 0), other=0.0)[:, None]
             n1, n2 = first.to(tl.float32) * rstd, second.to(tl.float32) * rstd
@@ -92,21 +109,16 @@ def _backward(q_gradient_ptr, k_gradient_ptr, v_gradient_ptr, mixed_ptr, cos_ptr
             part_q2 += tl.sum(tl.where(is_query[:, None], x2 * n2, 0.0), axis=0)
             part_k1 += tl.sum(tl.where(is_key[:, None], x1 * n1, 0.0), axis=0)
             part_k2 += tl.sum(tl.where(is_key[:, None], x2 * n2, 0.0), axis=0)
-            w1 = tl.where(is_query[:, None], tl.load(q_weight_ptr + column, mask=in_half, other=0.0)[None, :],
-                          tl.load(k_weight_ptr + column, mask=in_half, other=0.0)[None, :]).to(tl.float32)
-            w2 = tl.where(is_query[:, None], tl.load(q_weight_ptr + half + column, mask=in_half, other=0.0)[None, :],
-                          tl.load(k_weight_ptr + half + column, mask=in_half, other=0.0)[None, :]).to(tl.float32)
-            x1, x2 = x1 * w1, x2 * w2
+            x1 *= _weight(q_weight_ptr, k_weight_ptr, column, in_half, is_query)
+            x2 *= _weight(q_weight_ptr, k_weight_ptr, half + column, in_half, is_query)
             mean = (tl.sum(x1 * n1 + x2 * n2, axis=1) / width)[:, None]
             x1, x2 = rstd * (x1 - n1 * mean), rstd * (x2 - n2 * mean)
-        tl.store(gradient_ptr + offsets, x1.to(gradient_ptr.dtype.element_ty), mask=held)
-        tl.store(gradient_ptr + offsets + half, x2.to(gradient_ptr.dtype.element_ty), mask=held)
-        of_value = (value < groups)[:, None] & in_token[None, :]
-        from_value = v_gradient_ptr + (token * groups + value)[:, None] * width + column[None, :]
-        into_value = gradient_ptr + (token * (heads + 2 * groups) + value * (per_group + 2) + per_group + 1)[:, None] \
-            * width + column[None, :]
-        tl.store(into_value, tl.load(from_value, mask=of_value, other=0.0), mask=of_value)
-        tl.store(into_value + half, tl.load(from_value + half, mask=of_value, other=0.0), mask=of_value)
+        tl.store(gradient_ptr + offsets, x1.to(gradient_ptr.dtype.element_ty), mask=of_query | of_key)
+        tl.store(gradient_ptr + offsets + half, x2.to(gradient_ptr.dtype.element_ty), mask=of_query | of_key)
+        into_value = token * (heads + 2 * groups) + value * (per_group + 2) + per_group + 1
+        _copy(v_gradient_ptr + (token * groups + value)[:, None] * width + column[None, :],
+              gradient_ptr + into_value[:, None] * width + column[None, :],
+              (value < groups)[:, None] & in_token[None, :], half)
     if HAS_NORM:
         part = parts_ptr + program * 2 * width + column
         tl.store(part, part_q1, mask=in_half)
