@@ -36,6 +36,7 @@ from megatron_embed.platform.compat import (
     get_bias_dropout_add,
     get_cuda_rng_tracker,
     get_num_layers_to_build,
+    make_viewless_tensor,
     tensor_parallel,
 )
 
@@ -97,7 +98,9 @@ class PostNormLayer(TransformerLayer):
         hidden, context = self._forward_attention(*args, **kwargs)
         hidden = self.post_attention_layernorm(hidden)
         hidden = self._forward_mlp(hidden, padding_mask=kwargs.get("padding_mask"))
-        return self.post_mlp_layernorm(hidden), context
+        hidden = self.post_mlp_layernorm(hidden)
+        # Transformer Engine's norm gives a view, which the pipeline schedule refuses to send.
+        return make_viewless_tensor(hidden, requires_grad=hidden.requires_grad, keep_graph=True), context
 
 
 class EncoderEmbedding(LanguageModelEmbedding):

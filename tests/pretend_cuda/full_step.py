@@ -36,6 +36,7 @@ from megatron_embed.planning.shapes import shape_of
 from megatron_embed.platform import compat
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.optimizer import build_optimizer, squared_norms, update, wrap_in_ddp
+from tests.helpers import te_regions, te_stand_in
 from tests.pretend_cuda.waits import Wait, record, recorded
 
 NO_KERNEL = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_",
@@ -111,6 +112,8 @@ class Meter(TorchDispatchMode):
         for tensor in outputs:
             self._track(tensor)
         work.peak = max(work.peak, self.live)
+        if te_regions.depth:
+            return result
         if func.namespace in COLLECTIVES:
             work.collectives += 1
             work.collective_bytes += sum(map(_bytes, outputs)) or sum(map(_bytes, inputs))
@@ -135,6 +138,13 @@ class Meter(TorchDispatchMode):
             work.others += 1
             work.other_bytes += size
             work.by_operator[name] += size
+
+    def count_region(self, name: str, launches: int, tensors: list[Tensor]) -> None:
+        """Count the kernels of a stand-in for Transformer Engine."""
+        work, size = self.work[self.part], sum(map(_bytes, tensors)) if launches else 0
+        work.others += launches
+        work.other_bytes += size
+        work.by_operator[name] += size
 
     def _wait(self, kind: str) -> None:
         with recorded() as events:
@@ -276,7 +286,8 @@ def as_fake(value: Any, fake: FakeTensorMode) -> Any:
 def count_step(config: RunConfig, world_size: int) -> StepCounts:
     """Counts of rank 0 of `world_size`, for one micro-batch of the longest texts. Once per process."""
     shape = shape_of(config.model.path)
-    with fake_ranks(world_size), fakes_as_on_cuda():
+    engine = te_stand_in.usable() if config.model.backend == "te" else contextlib.nullcontext()
+    with engine, fake_ranks(world_size), fakes_as_on_cuda():
         topology = initialize(config.parallel)
         assert topology.pp_size == 1, "a stage would wait for the others' shapes"
         compat.model_parallel_cuda_manual_seed(1)
@@ -285,7 +296,7 @@ def count_step(config: RunConfig, world_size: int) -> StepCounts:
             batch = to_device(micro_batch, topology, config.embedding.pooling, kernel=kernel,
                               causal=not shape.bidirectional, shape=shape)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, Meter() as meter:
+        with fake, Meter() as meter, mock.patch.object(te_regions, "listener", meter.count_region):
             resident = _run(config, shape, topology, as_fake(batch, fake), meter)
     meter.work["to_device"].waits.update(copies)
     grid = grid_of(config, world_size)
