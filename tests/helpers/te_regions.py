@@ -3,7 +3,6 @@
 import contextlib
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 listener = None
 """Called with (name, launches, tensors read and written) of each region; None: nobody counts."""
@@ -32,16 +31,17 @@ class _Kernels(torch.autograd.Function):
         with region(name, launches[0]) as tensors, torch.enable_grad():
             ctx.inputs = [value.detach().requires_grad_(value.requires_grad) for value in inputs]
             ctx.output = function(*ctx.inputs)
-        tensors += [*inputs, ctx.output]
+            tensors += [*inputs, ctx.output]
         return ctx.output.detach()
 
     @staticmethod
     def backward(ctx, gradient):
         wanted = [value for value in ctx.inputs if value.requires_grad]
         with region(f"{ctx.name} backward", ctx.launches[1]) as tensors:
-            gradients = iter(torch.autograd.grad(ctx.output, wanted, gradient))
-        results = [next(gradients) if value.requires_grad else None for value in ctx.inputs]
-        tensors += [*ctx.inputs, gradient, *tree_leaves([value for value in results if value is not None])]
+            gradients = torch.autograd.grad(ctx.output, wanted, gradient)
+            tensors += [*ctx.inputs, gradient, *gradients]
+        remaining = iter(gradients)
+        results = [next(remaining) if value.requires_grad else None for value in ctx.inputs]
         return None, None, None, *results
 
 

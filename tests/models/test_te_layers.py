@@ -176,7 +176,7 @@ def embeddings_after_update(config):
             built, batch = build(config)
             model = built.chunks[0]
             batches = [to_device(micro, built.topology, "mean", kernel=built.gradients.kernel, causal=model.causal,
-                                 shape=model.shape, passes=model.passes) for micro in batch.micro_batches[:1]]
+                                 shape=model.shape, passes=model.passes) for micro in batch.micro_batches]
             before = embed(built.wrapped, batches, built.topology) if runs_before else None
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():
