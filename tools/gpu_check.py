@@ -64,7 +64,7 @@ def compare_curves(model: str, machine: Machine, table: Table) -> None:
     if machine.cuda:
         curve("bfloat16, flash", BFLOAT16, half, "model.attention=flash")
         curve("bfloat16, optimizer in host memory", BFLOAT16, half, "optimizer.cpu_offload=true")
-        for name, setting in {"te": "model.attention=te",
+        for name, setting in {"te": "model.attention=te", "layers of te": "model.backend=te",
                               "precision-aware optimizer": "optimizer.precision_aware=true"}.items():
             if importlib.util.find_spec("transformer_engine") is None:
                 table.add(f"bfloat16, {name}", "Transformer Engine is not installed")

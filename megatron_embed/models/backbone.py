@@ -37,6 +37,7 @@ from megatron_embed.platform.compat import (
     get_bias_dropout_add,
     get_cuda_rng_tracker,
     get_num_layers_to_build,
+    make_viewless_tensor,
     tensor_parallel,
 )
 from megatron_embed.platform.weight_gradient import products_can_accumulate
@@ -72,7 +73,9 @@ class PostNormLayer(TransformerLayer):
         hidden, context = self._forward_attention(*args, **kwargs)
         hidden = self.post_attention_layernorm(hidden)
         hidden = self._forward_mlp(hidden, padding_mask=kwargs.get("padding_mask"))
-        return self.post_mlp_layernorm(hidden), context
+        hidden = self.post_mlp_layernorm(hidden)
+        # Transformer Engine's norm gives a view, which the pipeline schedule refuses to send.
+        return make_viewless_tensor(hidden, requires_grad=hidden.requires_grad, keep_graph=True), context
 
 
 class EncoderEmbedding(LanguageModelEmbedding):

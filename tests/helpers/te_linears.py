@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 
 from tests.helpers import te_fp8
+from tests.helpers.te_regions import kernels, region
 
 buffers = None
 """Arguments of `initialize_ub`, once it was called."""
@@ -53,10 +54,14 @@ class _Product(torch.autograd.Function):
         columns, split = linear.parallel_mode == "column", linear.tp_size > 1
         shape, local = inputs.shape, inputs.reshape(-1, inputs.shape[-1])
         whole = _gathered(local, linear.tp_group) if columns and linear.sequence_parallel else local
-        quantized_weight = linear.quantized_weight(weight, recipe, is_first)
-        outputs = te_fp8.along_features(whole, recipe) @ quantized_weight.T
+        with region("quantize", 0 if recipe is None else 2) as tensors:
+            quantized_weight = linear.quantized_weight(weight, recipe, is_first)
+            quantized = te_fp8.along_features(whole, recipe)
+            tensors += [] if recipe is None else [whole, weight]
+        outputs = quantized @ quantized_weight.T
         if bias is not None and not linear.gemm_bias_unfused_add:
-            outputs = outputs + bias
+            with region("bias of the product", 0):
+                outputs = outputs + bias
         if split and linear.parallel_mode == "row":
             outputs = (_scattered if linear.sequence_parallel else _summed)(outputs, linear.tp_group)
         ctx.linear, ctx.recipe, ctx.is_first, ctx.shape = linear, recipe, is_first, shape
@@ -73,7 +78,10 @@ class _Product(torch.autograd.Function):
         if linear.sequence_parallel and not columns:
             gradient = _gathered(gradient, group)
         whole = _gathered(local, group) if columns and linear.sequence_parallel else local
-        input_gradient = te_fp8.along_features(gradient, recipe, backward=True) @ quantized_weight
+        with region("quantize", 0 if recipe is None else 1) as tensors:
+            quantized = te_fp8.along_features(gradient, recipe, backward=True)
+            tensors += [] if recipe is None else [gradient]
+        input_gradient = quantized @ quantized_weight
         if linear.tp_size > 1 and columns:
             input_gradient = (_scattered if linear.sequence_parallel else _summed)(input_gradient, group)
         weight_gradient = None
@@ -81,16 +89,17 @@ class _Product(torch.autograd.Function):
             if recipe is not None:
                 # common/gemm/cublaslt_gemm.cu: the leading dimension, here the tokens, is a multiple of 16.
                 assert whole.shape[0] % 16 == 0, "Leading dimension requirement on A for FP8 GEMM. Caller must pad."
-            weight_gradient = (te_fp8.along_tokens(gradient, recipe, backward=True).T
-                               @ te_fp8.along_tokens(whole, recipe))
+            with region("quantize", 0):  # with the other direction, by one kernel
+                columns_of = [te_fp8.along_tokens(gradient, recipe, backward=True), te_fp8.along_tokens(whole, recipe)]
+            weight_gradient = columns_of[0].T @ columns_of[1]
             if linear.fuse_wgrad_accumulation:
-                # module/linear.py: accumulate_wgrad_into_param_main_grad
-                if ctx.is_first:
-                    weight.main_grad.copy_(weight_gradient)
-                else:
-                    weight.main_grad.add_(weight_gradient)
-                weight.grad_added_to_main_grad = True
-                weight_gradient = torch.full_like(weight, torch.nan)  # get_dummy_wgrad: not to be read
+                with region("sum of the product", 0):  # module/linear.py: accumulate_wgrad_into_param_main_grad
+                    if ctx.is_first:
+                        weight.main_grad.copy_(weight_gradient)
+                    else:
+                        weight.main_grad.add_(weight_gradient)
+                    weight.grad_added_to_main_grad = True
+                    weight_gradient = torch.full_like(weight, torch.nan)  # get_dummy_wgrad: not to be read
         bias_gradient = gradient.sum(dim=0) if ctx.has_bias else None
         return input_gradient.reshape(ctx.shape), weight_gradient, bias_gradient, None, None, None
 
@@ -245,11 +254,17 @@ class LayerNormLinear(_Base):
 
 
 def _normalized(inputs, weight, bias, eps):
-    """In float32, rounded once."""
-    values = inputs.float()
+    """In float32, rounded once. common/normalization: one kernel, backward two (the second sums over tokens)."""
+    def rms_norm(inputs, weight):
+        return functional.rms_norm(inputs.float(), inputs.shape[-1:], weight.float(), eps).to(inputs.dtype)
+
+    def layer_norm(inputs, weight, bias):
+        return functional.layer_norm(inputs.float(), inputs.shape[-1:], weight.float(), bias.float(),
+                                     eps).to(inputs.dtype)
+
     if bias is not None:
-        return functional.layer_norm(values, values.shape[-1:], weight.float(), bias.float(), eps).to(inputs.dtype)
-    return functional.rms_norm(values, values.shape[-1:], weight.float(), eps).to(inputs.dtype)
+        return kernels("layer norm", (1, 2), layer_norm, inputs, weight, bias)
+    return kernels("rms norm", (1, 2), rms_norm, inputs, weight)
 
 
 class RMSNorm(torch.nn.Module):
@@ -266,7 +281,8 @@ class RMSNorm(torch.nn.Module):
     def forward(self, inputs):
         assert inputs.shape[-1] == self.weight.shape[0], "the input's last dimension is the normalized one"
         assert inputs.dtype == self.weight.dtype
-        return _normalized(inputs, self.weight, self.bias, self.eps)
+        rows = inputs.contiguous().view(-1, inputs.shape[-1])  # ops/basic/rmsnorm.py: contiguous, and the output a view
+        return _normalized(rows, self.weight, self.bias, self.eps).view(inputs.shape)
 
 
 class LayerNorm(RMSNorm):
@@ -285,8 +301,12 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, inputs):
         assert inputs.dtype in (torch.float32, torch.bfloat16), f"Unsupported dtype ({inputs.dtype})"
-        gate, value = inputs.float().chunk(2, dim=-1)
-        return (functional.silu(gate) * value).to(inputs.dtype)
+
+        def swiglu(inputs):
+            gate, value = inputs.float().chunk(2, dim=-1)
+            return (functional.silu(gate) * value).to(inputs.dtype)
+
+        return kernels("swiglu", (1, 1), swiglu, inputs.contiguous())
 
 
 def apply_rotary_pos_emb(t, freqs, tensor_format="sbhd", interleaved=False, fused=False, cu_seqlens=None, cp_size=1,
@@ -296,7 +316,11 @@ def apply_rotary_pos_emb(t, freqs, tensor_format="sbhd", interleaved=False, fuse
     assert t.dim() == 4 and freqs.shape[1:3] == (1, 1) and freqs.shape[0] >= t.shape[0], (t.shape, freqs.shape)
     assert freqs.shape[-1] <= t.shape[-1]
     freqs, width = freqs[: t.shape[0]].float(), freqs.shape[-1]
-    turned, rest = t[..., :width].float(), t[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * freqs.cos() + torch.cat((-second, first), dim=-1) * freqs.sin()
-    return torch.cat((turned.to(t.dtype), rest), dim=-1)
+
+    def rotary(t):
+        turned, rest = t[..., :width].float(), t[..., width:]
+        first, second = turned.chunk(2, dim=-1)
+        turned = turned * freqs.cos() + torch.cat((-second, first), dim=-1) * freqs.sin()
+        return torch.cat((turned.to(t.dtype), rest), dim=-1)
+
+    return kernels("rotary", (1, 1), rotary, t)

@@ -38,6 +38,7 @@ from megatron_embed.platform import compat
 from megatron_embed.platform.weight_gradient import products_can_accumulate
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.optimizer import build_optimizer, squared_norms, update, wrap_in_ddp
+from tests.helpers import te_regions, te_stand_in
 from tests.pretend_cuda.balanced_experts import balanced_experts
 from tests.pretend_cuda.waits import Wait, record, recorded
 
@@ -116,6 +117,8 @@ class Meter(TorchDispatchMode):
         for tensor in outputs:
             self._track(tensor)
         work.peak = max(work.peak, self.live)
+        if te_regions.depth:
+            return result
         if func.namespace in COLLECTIVES:
             work.collectives += 1
             # A gather or a scatter has a whole and a share of it, and sends all but the share.
@@ -144,6 +147,13 @@ class Meter(TorchDispatchMode):
             work.others += 1
             work.other_bytes += size
             work.by_operator[name] += size
+
+    def count_region(self, name: str, launches: int, tensors: list[Tensor]) -> None:
+        """Count the kernels of a stand-in for Transformer Engine."""
+        work, size = self.work[self.part], sum(map(_bytes, tensors)) if launches else 0
+        work.others += launches
+        work.other_bytes += size
+        work.by_operator[name] += size
 
     def _wait(self, kind: str) -> None:
         with recorded() as events:
@@ -314,7 +324,8 @@ def count_step(config: RunConfig, world_size: int, micro_batch: MicroBatch | Non
     shape = shape_of(config.model.path)
     shape = dataclasses.replace(shape, num_layers=layers or shape.num_layers)
     products_can_accumulate()  # tried with real numbers, once
-    with fake_ranks(world_size), fakes_as_on_cuda(), balanced_experts():
+    engine = te_stand_in.usable() if config.model.backend == "te" else contextlib.nullcontext()
+    with engine, fake_ranks(world_size), fakes_as_on_cuda(), balanced_experts():
         topology = initialize(config.parallel)
         assert topology.pp_size == 1, "a stage would wait for the others' shapes"
         compat.model_parallel_cuda_manual_seed(1)
@@ -323,7 +334,8 @@ def count_step(config: RunConfig, world_size: int, micro_batch: MicroBatch | Non
             batch = to_device(micro_batch, topology, config.embedding.pooling, kernel=kernel,
                               causal=not shape.bidirectional, shape=shape)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, Meter() as meter, data_parallel_apart(meter):
+        with (fake, Meter() as meter, data_parallel_apart(meter),
+              mock.patch.object(te_regions, "listener", meter.count_region)):
             resident = _run(config, shape, topology, as_fake(batch, fake), meter)
     meter.work["to_device"].waits.update(copies)
     grid = grid_of(config, world_size)

@@ -128,7 +128,7 @@ def test_one_gpu_leaves_layouts_out_and_nothing_is_claimed_without_a_reference(t
     assert checks["float32, TP 2"] == ("needs 2 GPUs, here 1", "not run")
     assert checks["bfloat16, flash"][1] == "yes"
     assert checks["bfloat16, optimizer in host memory"][1] == "yes"
-    for name in ("te", "precision-aware optimizer"):
+    for name in ("te", "layers of te", "precision-aware optimizer"):
         assert checks[f"bfloat16, {name}"] == ("Transformer Engine is not installed", "not run")
     assert not [log for log in logs if log.endswith("_2")]
     table = tool.Table("title", None, "TP 2|flash")
