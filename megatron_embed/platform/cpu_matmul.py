@@ -22,7 +22,7 @@ ROUNDS, ROUND_SECONDS = 5, 0.03
 """Measurements of a product at most, of which the shortest counts, and processor time after which there is no more; the
 libraries take turns."""
 CLEAR = 1.25
-"""There is no other measurement either once a library takes so many times as long as the other."""
+"""Once a library takes so many times as long as the other, they are not measured again."""
 MIN_GAIN = 0.05
 """Part of oneDNN's time that torch's library must save to be chosen, so that noise seldom decides."""
 

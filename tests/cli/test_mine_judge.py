@@ -18,7 +18,9 @@ from tests.helpers.toys import MINILM, save_reranker
 
 
 def test_equals_sentence_transformers(model, cross_encoder, data, tmp_path):
-    output = tmp_path / "mined.jsonl"
+    output, few = tmp_path / "mined.jsonl", tmp_path / "few.jsonl"
+    few.write_text("".join(data.read_text().splitlines(keepends=True)[:24]))
+    data = few
     mined(["--model", model, "--reranker", cross_encoder, "--data", data, "--output", output, "--num-negatives", 2,
            "--relative-margin", 0.05], 2)
     stock, judge = SentenceTransformer(str(model), device="cpu"), CrossEncoder(str(cross_encoder), device="cpu")
@@ -32,7 +34,7 @@ def test_equals_sentence_transformers(model, cross_encoder, data, tmp_path):
                                    relative_margin=0.05, verbose=False):
         expected.setdefault(row["anchor"], []).append(row["negative"])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert len(expected) > 20
+    assert len(expected) > 8
     assert {row["query"]: row["negatives"] for row in rows if row["negatives"]} == expected
     asked = [(row["query"], text) for row in rows for text in (*row["positive"], *row["negatives"])]
     scores = [score for row in rows for score in row["teacher_scores"]]

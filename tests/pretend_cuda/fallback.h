@@ -23,7 +23,8 @@ class Call {
     arguments_to_host();
     TORCH_CHECK(!uses_device_ || strays_.empty(), "Expected all tensors to be on the same device, but ", full_name_,
                 " got", strays_, " among tensors on cuda:", static_cast<int>(current_device));
-    if (READ_BACK.count(name_) || READ_BACK.count(full_name_) || has_mask_index_) report("read back", name_);
+    if (READ_BACK.count(name_) || READ_BACK.count(full_name_) || (has_mask_index_ && !fills_mask_))
+      report("read back", name_);
     op_.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack_);
     if (!uses_device_) return;
     const size_t first = stack_->size() - op_.schema().returns().size();
@@ -59,6 +60,10 @@ class Call {
       } else if (arguments[i].name() == "pin_memory") {
         value = c10::IValue();
       } else {
+        // `tensor[mask] = number` has a host value, which CUDA's index_put_ fills in without asking how many.
+        if (arguments[i].name() == "values" && value.isTensor() && value.toTensor().defined())
+          fills_mask_ = !on_device(value.toTensor()) && value.toTensor().numel() == 1;
+        if (arguments[i].name() == "accumulate" && value.isBool() && value.toBool()) fills_mask_ = false;
         const bool is_index = value.isOptionalTensorList();
         replace_tensors(value, [&](const Tensor& tensor) { return argument(tensor, is_index); });
       }
@@ -103,7 +108,7 @@ class Call {
   std::string name_, full_name_;
   std::vector<std::pair<Tensor, Tensor>> aliases_;  // device tensor, its host alias
   std::string strays_;                              // host tensors with values
-  bool uses_device_ = false, has_mask_index_ = false;
+  bool uses_device_ = false, has_mask_index_ = false, fills_mask_ = false;
 };
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) { Call(op, stack).run(); }
