@@ -149,6 +149,7 @@ def test_scores_are_rescaled_by_their_range(tmp_path):
     path = write(tmp_path / "stsb.tsv", "sentence1\tsentence2\tscore\na\tb\t5\nc\td\t1.25\ne\tf\t0\n")
     assert [row.score for row in records(path, "pairs", score_range=(0, 5))] == [1.0, 0.25, 0.0]
     assert [row.labels for row in records(path, "rerank", score_range=(0, 5))] == [(1.0,), (0.25,), (0.0,)]
+    assert [row.score for row in records(path, "pairs", score_range=(-5, 5))] == [1.0, 0.625, 0.5]
     with pytest.raises(DataError, match=r"stsb.tsv:2: score 5 lies outside data.train.score_range = \[0, 4\]"):
         records(path, "pairs", score_range=(0, 4))
     rows = write(tmp_path / "rows.jsonl", '{"query": "a", "positive": "b"}\n')
