@@ -47,8 +47,10 @@ def both_kinds(config):
     return step_of(config, "SequentialMLP"), step_of(config, "GroupedExperts")
 
 
-@pytest.mark.parametrize("lora", [{}, LORA], ids=["all", "adapters"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name, lora", [
+    pytest.param(name, lora, id=f"{name}, {kind}",
+                 marks=() if (name, kind) in (("EP2", "all"), ("ETP2", "adapters")) else pytest.mark.slow)
+    for name in LAYOUTS for kind, lora in (("all", {}), ("adapters", LORA))])
 def test_grouped_experts_equal_a_loop_over_experts(model, name, lora):
     ranks, sizes = LAYOUTS[name]
     config = run_config(model, parallel=sizes, objective=objective_settings(), lora=lora,
