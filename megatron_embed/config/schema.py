@@ -61,7 +61,7 @@ class ModelConfig:
     fused_kernels: Literal["auto", "off"] = "auto"
     """auto: on GPUs with Triton, which comes with torch there, norms, residual additions, rotary positions, gated
     activations and the addition of weight gradients to their float32 buffer are one kernel each. off: torch's plain
-    operators, which compute the same and move about three times the memory."""
+    operators, which compute the same and move about five times the memory."""
     cpu_matmul: tuple[MatmulLibrary, ...] | None = None
     """Libraries of the float32 matrix products of CPU ranks, for the forward pass, the gradient of the input and that
     of the weight; torch: its own choice, MKL on x86. null: the fastest of each, measured on rank 0 when training starts

@@ -252,7 +252,7 @@ def uses_fused_kernels(config: RunConfig) -> bool:
         return False
     missing = why_no_kernels()
     if missing is not None:
-        _say_once(f"model.fused_kernels = auto: plain operators, about half as fast: {missing}")
+        _say_once(f"model.fused_kernels = auto: plain operators, which take a third longer: {missing}")
     return missing is None
 
 

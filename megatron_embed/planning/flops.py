@@ -29,12 +29,12 @@ SECONDS_PER_LAUNCH, SECONDS_PER_COLLECTIVE = 15e-6, 10e-6
 EXPOSED_WITH_BACKWARD = 2 / 3
 """Share of tensor parallelism's communication that no product hides, where Megatron's linears hide some of the backward
 pass's. The first pass hides none."""
-LAUNCHES = {"fused": (15, 34), "plain": (62, 130)}
+LAUNCHES = {"fused": (15, 34), "plain": (62, 104)}
 """Launches of a layer, forward and backward, collectives included, with and without fused kernels; counted for
 qwen3_8b_embed_tp2_8xh100."""
 EXPERT_LAUNCHES = 10
 """Launches of an expert, forward; backward twice as many."""
-PLAIN_TRAFFIC = (4.3, 9.1)
+PLAIN_TRAFFIC = (4.4, 8.0)
 """Bytes that plain operators move for each byte of the fused kernels, forward and backward; counted likewise."""
 
 HOST_GB_PER_SECOND = 25
