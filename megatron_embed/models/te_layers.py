@@ -27,20 +27,27 @@ FP8_TOKENS: dict[Fp8Recipe, int] = {"tensorwise": 16, "blockwise": 128}
 without which a sequence-parallel gather is not in FP8."""
 
 
-class SwiGLU:
+class SwiGLU(torch.nn.Module):
     """Transformer Engine's SwiGLU: [..., gate and value, one after the other] -> [...].
 
-    Not a module, because Megatron's MLP asks each of its modules for a sharded state, which this one has not.
+    Its operation is not one of this module's parts: Megatron's MLP asks each part for a sharded state, which that one
+    has not, and it would add its FP8 state to checkpoints.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         from transformer_engine.pytorch.ops import SwiGLU as Operation
 
-        self.operation = Operation()
+        super().__init__()
+        self.operation = (Operation(),)
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = self.operation(inputs)
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[tokens, 1, 2 * ffn/tp] -> [tokens, 1, ffn/tp]."""
+        outputs: Tensor = self.operation[0](inputs)
         return outputs
+
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict[str, object]:
+        """Empty."""
+        return {}
 
 
 def uses_swiglu(shape: ModelShape) -> bool:
