@@ -72,7 +72,7 @@ def weights(text: str) -> tuple[float, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the metrics from rank 0. The exit code is 1 on every rank if one is below a bound of --require."""
+    """Print the metrics from rank 0. The exit code is 2 on every rank if one is below a bound of --require."""
     if args.candidates is not None and args.two_stage is None and args.reranker is None:
         raise ConfigError(f"--candidates {args.candidates}: only search in two stages has candidates; add --two-stage "
                           "or --reranker", key="--candidates")
@@ -87,4 +87,4 @@ def run(args: argparse.Namespace) -> int:
     missed = missed_requirements(args.require, metrics)
     if missed and rank == 0:
         write_error(f"--require: {'; '.join(missed)}")
-    return 1 if missed else 0
+    return 2 if missed else 0
