@@ -131,9 +131,10 @@ def layer_activation_bytes(config: RunConfig, shape: ModelShape, adapted: Adapte
         attention += 4 * (query + key) / shape.head_dim  # a number per head, in float32
     widths = 3 if shape.gated else 2
     if shape.num_experts:
-        # Tokens are copied to each of their experts; weighted and returned. The router's scores are float32.
+        # Tokens are copied to each of their experts, sent, weighted and returned. The router's scores are float32.
         chosen = shape.experts_per_token * tp / config.parallel.expert_tensor_parallel_size
-        mlp = chosen * element * ((widths + 1) * shape.ffn_hidden_size + 3 * hidden) + 12 * shape.num_experts
+        copies = 3 if config.parallel.expert_model_parallel_size > 1 else 2
+        mlp = chosen * element * ((widths + 1) * shape.ffn_hidden_size + copies * hidden) + 12 * shape.num_experts
     else:
         mlp = element * widths * shape.ffn_hidden_size
     kept = (2 * norm * hidden + attention + mlp) / tp
