@@ -112,7 +112,7 @@ def compare_passes(settings: Settings, arguments: argparse.Namespace) -> None:
 def losses_of(output: Path) -> list[float]:
     """The loss of every step of one of our runs, as it was written."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
 def padding_of(output: Path) -> float:

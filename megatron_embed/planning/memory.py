@@ -211,12 +211,12 @@ SHARE_FOR_KEPT = 0.9
 estimate."""
 
 
-def kept_tokens(config: RunConfig, shape: ModelShape, grid: Grid, room: float,
+def kept_tokens(config: RunConfig, shape: ModelShape, grid: Grid, spare: float,
                 adapted: AdaptedLinears | None = None) -> int:
-    """Tokens of a data-parallel rank whose activations fit into `room` bytes of each of its ranks, without a
+    """Tokens of a data-parallel rank whose activations fit into `spare` bytes of each of its ranks, without a
     pipeline."""
     each = activation_bytes(config, shape, grid, 0, adapted) * (1 + FRAGMENTATION)
-    return max(0, int(room / each * grid.micro_batch_tokens))
+    return max(0, int(spare / each * grid.micro_batch_tokens))
 
 
 def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where the copies of each token are among the rows, which are sorted by expert, then by token."""
+    """The copies of each token among the rows, which are sorted by expert, then by token."""
 
     experts: Tensor
     """[tokens, chosen] int64, ascending."""

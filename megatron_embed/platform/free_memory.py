@@ -6,7 +6,7 @@ import torch
 
 _MEMINFO, _GROUPS, _MOUNT = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
-"""Version 1 of the control groups writes a number above it where there is no limit."""
+"""Without a limit, version 1 of the control groups writes more than this."""
 
 
 def gpu_bytes(device: torch.device) -> tuple[int, int]:

@@ -21,7 +21,7 @@ ALIGNED_BYTES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Where the rows of each expert are."""
+    """The places of each expert's rows, which stand behind one another."""
 
     sizes: tuple[int, ...]
     """Rows of each expert, on the host."""

@@ -80,10 +80,10 @@ def build_kept_activations(config: RunConfig, shape: ModelShape, topology: Topol
     if reason is not None:
         logger.info("training.keep_activations = auto keeps none: %s", reason)
         return None
-    grid, room = grid_of(config, topology.world_size), room_for_activations(config, shape, topology)
-    tokens = kept_tokens(config, shape, grid, room, adapted_linears(config, shape))
+    grid, spare = grid_of(config, topology.world_size), spare_memory(config, shape, topology)
+    tokens = kept_tokens(config, shape, grid, spare, adapted_linears(config, shape))
     logger.info("training.keep_activations = auto: %.1f GiB of every rank hold the activations of %s tokens, the first "
-                "%d of the %d micro-batches of a step if all texts have their maximum length", room / GIB,
+                "%d of the %d micro-batches of a step if all texts have their maximum length", spare / GIB,
                 f"{tokens:,}", min(tokens // grid.micro_batch_tokens, grid.num_microbatches), grid.num_microbatches)
     return KeptActivations(micro_batches=None, tokens=tokens) if tokens else None
 
@@ -100,7 +100,7 @@ def why_not(config: RunConfig, shape: ModelShape, topology: Topology) -> str | N
     return None
 
 
-def room_for_activations(config: RunConfig, shape: ModelShape, topology: Topology) -> int:
+def spare_memory(config: RunConfig, shape: ModelShape, topology: Topology) -> int:
     """Bytes that the rank with least memory has left for activations to be kept, >= 0.
 
     By the plan of the run: parameters, gradients, optimizer state and the activations of one more micro-batch come

@@ -40,16 +40,16 @@ def steps_of(configs):
 
 def kept_configs(model, sizes, numbers, **training):
     return [run_config(model, parallel=sizes, objective=objective_settings(), distributed=True, training={
-        "global_batch_size": ROWS, "micro_batch_size": 3, "keep_activations": number, **training})
-        for number in numbers]
+        "global_batch_size": ROWS, "micro_batch_size": 3, "keep_activations": kept, **training})
+        for kept in numbers]
 
 
 def check_equal(results, numbers, micro_batches):
     """Every step ran as many forward passes as its kept micro-batches leave, and equals the first in every bit."""
     seen, gradients, sums, losses, random = results[0]
     assert len(seen) == 2 * micro_batches and any(gradient.any() for gradient in gradients.values())
-    for number, other in zip(numbers[1:], results[1:], strict=True):
-        assert len(other[0]) == 2 * micro_batches - min(number, micro_batches)
+    for kept, other in zip(numbers[1:], results[1:], strict=True):
+        assert len(other[0]) == 2 * micro_batches - min(kept, micro_batches)
         assert all(map(torch.equal, seen, other[0][:micro_batches]))
         assert gradients.keys() == other[1].keys()
         assert all(torch.equal(gradient, other[1][name]) for name, gradient in gradients.items())
@@ -165,8 +165,8 @@ def test_auto_keeps_what_the_fullest_gpu_holds():
 
     alone, beside = tokens(total - GIB), tokens(total, 120 * GIB)
     assert 0 < beside < alone == tokens(total, total)
-    room = 0.9 * total - planned.total
-    assert alone == pytest.approx(room / (1.06 * planned.activations) * grid.micro_batch_tokens, rel=0.01)
+    spare = 0.9 * total - planned.total
+    assert alone == pytest.approx(spare / (1.06 * planned.activations) * grid.micro_batch_tokens, rel=0.01)
     assert tokens(20 * GIB) == 0
     frozen = with_adapters(config, SimpleNamespace(rank=8, alpha=16.0, use_rslora=False, modules=("all-linear",)))
     assert kept_of(frozen, [(total, total)], device="cuda")[0].tokens > 1.3 * alone
