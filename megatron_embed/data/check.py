@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_embed.data.dataset import RecordSet
+from megatron_embed.data.dataset import DataEntry, RecordSet
 from megatron_embed.data.records import AnyRecord, Record, documents_in_use, id_on_both_sides, text_id
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.names import Role
@@ -33,7 +33,7 @@ def check_records(records: RecordSet, *, num_negatives: int | None, num_positive
     return [_check_entry(file, (num_negatives, num_positives), tokenizer, max_lengths) for file in records.files]
 
 
-def _check_entry(file: Sequence[AnyRecord], used: tuple[int | None, int], tokenizer: RoleTokenizer | None,
+def _check_entry(file: DataEntry, used: tuple[int | None, int], tokenizer: RoleTokenizer | None,
                  max_lengths: dict[Role, int]) -> Counts:
     hashes: dict[str, list[int]] = {"query": [], "first positive": []}
     lengths: dict[Role, list[int]] = {"query": [], "document": []}
@@ -58,7 +58,7 @@ def _check_entry(file: Sequence[AnyRecord], used: tuple[int | None, int], tokeni
                 record.negatives)
         if tokenizer is not None:
             _count_tokens(part, used, tokenizer, lengths)
-    result: Counts = {"path": file[0].source.rpartition(":")[0], **counts,
+    result: Counts = {"path": file.path, **counts,
                       "rows whose query an earlier row has": _repeated(hashes["query"]),
                       "rows that share their positive with another": _shared(hashes["first positive"])}
     if tokenizer is not None:

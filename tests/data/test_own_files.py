@@ -8,6 +8,7 @@ import pytest
 
 from megatron_embed.config.load import load_text, save_resolved, to_dict
 from megatron_embed.config.schema import TrainFile
+from megatron_embed.data.check import check_records
 from megatron_embed.data.dataset import RecordFile, open_records
 from megatron_embed.data.records import Record, RerankRecord
 from megatron_embed.data.row_source import require_rows
@@ -112,6 +113,8 @@ def test_directories_and_patterns_are_one_data_set(tmp_path):
     assert require_rows(str(tmp_path / "part"), "data.train") == "files"
     together = open_records((TrainFile(path=str(tmp_path / "part")),))
     assert together[1].source.endswith("b.jsonl:1") and len(together.files) == 1
+    counts = check_records(together, num_negatives=None, num_positives=1, tokenizer=None, max_lengths={})
+    assert [(entry["path"], entry["rows"]) for entry in counts] == [(str(tmp_path / "part"), 2)]
     write(tmp_path / "[x].jsonl", '{"query": "brackets", "positive": "p"}\n')
     assert records(tmp_path / "[x].jsonl")[0].query == "brackets"
     write(tmp_path / "part" / "c.jsonl", '{"text_a": "b", "text_b": "p", "score": 1}\n')
@@ -146,6 +149,7 @@ def test_scores_are_rescaled_by_their_range(tmp_path):
     path = write(tmp_path / "stsb.tsv", "sentence1\tsentence2\tscore\na\tb\t5\nc\td\t1.25\ne\tf\t0\n")
     assert [row.score for row in records(path, "pairs", score_range=(0, 5))] == [1.0, 0.25, 0.0]
     assert [row.labels for row in records(path, "rerank", score_range=(0, 5))] == [(1.0,), (0.25,), (0.0,)]
+    assert [row.score for row in records(path, "pairs", score_range=(-5, 5))] == [1.0, 0.625, 0.5]
     with pytest.raises(DataError, match=r"stsb.tsv:2: score 5 lies outside data.train.score_range = \[0, 4\]"):
         records(path, "pairs", score_range=(0, 4))
     rows = write(tmp_path / "rows.jsonl", '{"query": "a", "positive": "b"}\n')
