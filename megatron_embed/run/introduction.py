@@ -92,9 +92,11 @@ def summary(inputs: Inputs, metrics: Mapping[str, float], best: BestCheckpoint |
 
 def count_parameters(inputs: Inputs) -> Held:
     """Parameters of the whole model, frozen and trained, its adapters and head included."""
-    config, model = inputs.config, inputs.task.model
+    config, model, head = inputs.config, inputs.task.model, inputs.task.head
     adapters = adapters_of(config.lora, model)
     config = dataclasses.replace(config, parallel=ParallelConfig())
+    if head is not None:
+        config = dataclasses.replace(config, reranker=dataclasses.replace(config.reranker, head=head.kind))
     if adapters is None:
         return held_parameters(config, model.shape, 0)
     config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=adapters.rank,
@@ -133,9 +135,10 @@ def _batch(config: RunConfig, ranks: int) -> str:
     else:
         count = training.global_batch_size // (training.micro_batch_size * dp)
         parts = f"{count} micro-batch(es) x {training.micro_batch_size} queries x {dp} data-parallel rank(s)"
-    negatives = config.data.num_negatives
-    return (f"{training.global_batch_size:,} queries per step = {parts}; {negatives} hard negative(s) per query, loss "
-            f"{config.objective.loss}")
+    negatives = f"{config.data.num_negatives} hard negative(s) per query"
+    if config.workload.rows == "rerank" and not config.data.num_negatives:
+        negatives = "all documents of a row"
+    return f"{training.global_batch_size:,} queries per step = {parts}; {negatives}, loss {config.objective.loss}"
 
 
 def _rows(inputs: Inputs) -> str:

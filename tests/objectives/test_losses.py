@@ -40,6 +40,6 @@ def pairs_on_rank(name):
 def test_metrics_of_pairs():
     first, second = run_on_ranks(pairs_on_rank, 2, "online_contrastive")
     assert first == second
-    assert set(first) == {"loss", "similarity", "positive_similarity", "negative_similarity"}
+    assert set(first) == {"loss", "similarity", "positive_similarity", "negative_similarity", "margin_to_mean_negative"}
     expected = (3 * first["positive_similarity"] + 2 * first["negative_similarity"]) / 5
     assert first["similarity"] == pytest.approx(expected)
