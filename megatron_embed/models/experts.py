@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from megatron_embed.models.layer import gated
+from megatron_embed.models.layer import call_before_forward, gated
 from megatron_embed.models.lora import AdaptedLinear, ColumnLora, RowLora, column_adapters, row_adapters
 from megatron_embed.platform.compat import ColumnParallelLinear, RowParallelLinear, SequentialMLP
 from megatron_embed.platform.grouped_linear import GroupedLinear, Groups, groups_of
@@ -48,9 +47,3 @@ def grouped_linear(inputs: Tensor, groups: Groups, linears: Linears) -> Tensor:
     if columns:
         return outputs + column_adapters(inputs, groups, columns)
     return outputs + row_adapters(inputs, groups, rows) if rows else outputs
-
-
-def call_before_forward(linear: torch.nn.Module, inputs: Tensor) -> None:
-    """Do what a call of the linear does before its forward pass: DistributedDataParallel gathers its weight there."""
-    for hook in linear._forward_pre_hooks.values():
-        hook(linear, (inputs,))

@@ -34,12 +34,22 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *,
+                with_sum: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x, or with `with_sum` (the next residual: residual + x, or x; its norm), see
+        `kernels.functions.rms_norm_of_sum`."""
+        if with_sum:
+            return rms_norm_of_sum(x, residual, self.weight, self.eps, fused=self.fused)
         return rms_norm(x, self.weight, self.eps, fused=self.fused)
 
-    def of_sum(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(the next residual: residual + x, or x; its norm). See `kernels.functions.rms_norm_of_sum`."""
-        return rms_norm_of_sum(x, residual, self.weight, self.eps, fused=self.fused)
+
+def call_before_forward(module: torch.nn.Module, inputs: Tensor) -> None:
+    """Do what a call of the module does before its forward pass: DistributedDataParallel waits for its weight there.
+
+    For whoever uses a module's weight without calling the module.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, (inputs,))
 
 
 class PreNormLayer(TransformerLayer):
@@ -50,14 +60,15 @@ class PreNormLayer(TransformerLayer):
                 packed_seq_params: Any = None, padding_mask: Tensor | None = None,
                 **unused: Any) -> tuple[Tensor, None]:
         """[tokens/tp, 1, hidden] -> ([tokens/tp, 1, hidden], None)."""
-        residual, normed = self.input_layernorm.of_sum(hidden_states, None)
+        residual, normed = self.input_layernorm(hidden_states, with_sum=True)
         attended, bias = self.self_attention(normed, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb,
                                              packed_seq_params=packed_seq_params)
         if bias is None and not (self.training and self.hidden_dropout):
-            residual, normed = self.pre_mlp_layernorm.of_sum(attended, residual)
+            residual, normed = self.pre_mlp_layernorm(attended, residual, with_sum=True)
         else:
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-            residual, normed = self.pre_mlp_layernorm.of_sum(add((attended, bias), residual, self.hidden_dropout), None)
+            residual, normed = self.pre_mlp_layernorm(add((attended, bias), residual, self.hidden_dropout),
+                                                      with_sum=True)
         output = self.mlp(normed, padding_mask=padding_mask)
         add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
         return add(output, residual, self.hidden_dropout), None
@@ -80,6 +91,9 @@ class PackedSelfAttention(SelfAttention):
         mixed, _ = self.linear_qkv(hidden_states)
         groups, head_dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         q_norm, k_norm = self.q_layernorm, self.k_layernorm
+        for norm in (q_norm, k_norm):
+            if norm is not None:
+                call_before_forward(norm, mixed)
         query, key, value = (tensor[:, None] for tensor in qkv_rotary(
             mixed.view(mixed.shape[0], groups, -1, head_dim), rotary_pos_emb,
             None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,

@@ -131,9 +131,9 @@ def layer_activation_bytes(config: RunConfig, shape: ModelShape, adapted: Adapte
         attention += 4 * (query + key) / shape.head_dim  # a number per head, in float32
     widths = 3 if shape.gated else 2
     if shape.num_experts:
-        # Tokens are copied to each of their experts, sent, weighted and returned. The router's scores are float32.
+        # Tokens are copied to each of their experts (and kept as they are sent). The router's scores are float32.
         chosen = shape.experts_per_token * tp / config.parallel.expert_tensor_parallel_size
-        copies = 3 if config.parallel.expert_model_parallel_size > 1 else 2
+        copies = 2 if config.parallel.expert_model_parallel_size > 1 else 1
         mlp = chosen * element * ((widths + 1) * shape.ffn_hidden_size + copies * hidden) + 12 * shape.num_experts
     else:
         mlp = element * widths * shape.ffn_hidden_size
@@ -183,9 +183,9 @@ def first_pass_bytes(config: RunConfig, shape: ModelShape, grid: Grid, micro_bat
     tokens = grid.micro_batch_tokens * micro_batches / sizes.context_parallel_size
     states = 2 * shape.hidden_size * element / sizes.tensor_model_parallel_size
     if shape.num_experts:
-        # Tokens copied to their experts: sent, received, sorted by expert, and the experts' results.
+        # Tokens copied to their experts: sent, received, and the experts' results.
         copies = shape.experts_per_token / sizes.expert_tensor_parallel_size
-        states += 4 * copies * shape.hidden_size * element
+        states += 3 * copies * shape.hidden_size * element
     return int(tokens * (states + temporary_bytes(config, shape)))
 
 

@@ -118,8 +118,8 @@ def losses(values):
 
     original, told = encoder.megatron_config, []
 
-    def built(*arguments):
-        config = original(*arguments)
+    def built(*arguments, **options):
+        config = original(*arguments, **options)
         told.append((config.deterministic_mode, torch.are_deterministic_algorithms_enabled()))
         return config
 

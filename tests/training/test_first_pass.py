@@ -57,12 +57,12 @@ def first_pass_of(config, device="cuda"):
 
 def test_auto_is_four_on_gpus_and_off_elsewhere(caplog):
     config = load_config(LARGE, [])
-    assert first_pass_of(config) == FirstPass(micro_batches=4, alignment=2, budget=7168)
+    assert first_pass_of(config) == FirstPass(micro_batches=4, alignment=2, budget=13312)
     assert first_pass_of(config, "cpu") is None
     assert first_pass_of(load_config(LARGE, ["objective.negatives=micro_batch"])) is None
     pipeline = load_config(LARGE, ["parallel.pipeline_model_parallel_size=2",
                                    "parallel.virtual_pipeline_model_parallel_size=2"])
-    assert first_pass_of(pipeline) == FirstPass(micro_batches=4, alignment=2, budget=7168, fewest=32, multiple=2,
+    assert first_pass_of(pipeline) == FirstPass(micro_batches=4, alignment=2, budget=13312, fewest=32, multiple=2,
                                                 uniform_size=True)
     with caplog.at_level(logging.INFO):
         assert first_pass_of(config) and not caplog.records
@@ -75,7 +75,7 @@ def test_auto_is_four_on_gpus_and_off_elsewhere(caplog):
 def test_a_number_is_obeyed_on_any_device():
     config = load_config(LARGE, ["training.first_pass_micro_batches=3", "parallel.pipeline_model_parallel_size=2"])
     assert first_pass_of(config, "cpu") == first_pass_of(config) == FirstPass(
-        micro_batches=3, alignment=2, budget=7168, uniform_size=True)
+        micro_batches=3, alignment=2, budget=13312, uniform_size=True)
     assert first_pass_of(load_config(LARGE, ["training.first_pass_micro_batches=1"])) is None
 
 
