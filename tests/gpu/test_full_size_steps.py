@@ -17,10 +17,10 @@ TOOL = REPOSITORY / "tools" / "count_step.py"
 H100_GIB = 80 * 0.94
 """What fragmentation leaves."""
 BOUNDS = {
-    "qwen3_0.6b_embed_dp8_8xh100": (6.8, 26.1, 0.82, 2.17),
-    "qwen3_4b_embed_tp2_8xh100": (6.9, 29.9, 0.99, 2.51),
-    "qwen3_8b_embed_tp2_8xh100": (6.9, 29.9, 1.33, 3.25),
-    "mistral_7b_embed_tp2_8xh100": (7.0, 24.2, 1.36, 3.25),
+    "qwen3_0.6b_embed_dp8_8xh100": (5.8, 21.1, 0.71, 1.73),
+    "qwen3_4b_embed_tp2_8xh100": (5.9, 24.9, 0.88, 2.13),
+    "qwen3_8b_embed_tp2_8xh100": (5.9, 24.9, 1.18, 2.79),
+    "mistral_7b_embed_tp2_8xh100": (6.0, 19.2, 1.25, 2.87),
 }
 """Configuration -> launches besides products and collectives per layer in passes 1 and 2, at most; GB that they move
 per layer in passes 1 and 2, at most."""
@@ -58,7 +58,7 @@ def test_a_step_costs_what_plan_says_and_no_more_than_before(name):
     assert row["peak"] / 2**30 < H100_GIB, table
     passes = [work["pass 1"], work["pass 2"]]
     for each, traffic, launches in zip(passes, planned["traffic"], planned["launches"], strict=True):
-        assert each["other_bytes"] == pytest.approx(traffic, rel=0.3), table
+        assert each["other_bytes"] == pytest.approx(traffic, rel=0.1), table
         assert sum(each[kind] for kind in ("products", "others", "collectives")) == pytest.approx(launches, rel=0.4)
     waits = {part: sum(times for _, kind, times in each["waits"] if not kind.startswith("async"))
              for part, each in work.items()}
