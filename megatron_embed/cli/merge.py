@@ -13,7 +13,9 @@ PAGE = "docs/merging.md"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", type=path,
                         help="Hugging Face or Sentence Transformers directories of one architecture")
-    parser.add_argument("--method", required=True, choices=MERGE_METHODS)
+    parser.add_argument("--method", required=True, choices=MERGE_METHODS,
+                        help="Mean of the weights, point on the arc between them, the same for more than two, or sum "
+                             "of differences from --base")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W",
                         help="Weights, one per model (default: all equal; task_arithmetic: 1 each)")
     parser.add_argument("--base", metavar="DIR", type=path,
