@@ -342,10 +342,14 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("virtual_pipeline_model_parallel_size", "M", "parallel.virtual_pipeline_model_parallel_size"),
         key("overlap_grad_reduce", "M", "optimizer.overlap_grad_reduce"),
         key("overlap_param_gather", "M", "optimizer.overlap_param_gather"),
-        unsupported("fp8 fp8_format fp8_recipe fp8_param_gather decoder_first_pipeline_num_layers "
-                    "decoder_last_pipeline_num_layers tp_comm_overlap", "M", "leave it out; model.dtype is float32 or "
-                    "bfloat16, and layers are divided evenly over the stages"),
-        unneeded("transformer_impl manual_gc manual_gc_interval ckpt_format finetune no_load_optim no_load_rng "
+        key("fp8 fp8_format", "M", "model.fp8", "none, first_pass or both, of linear layers, with Transformer Engine; "
+            "model.dtype is bfloat16 beside it"),
+        key("fp8_recipe", "M", "model.fp8_recipe", "tensorwise or blockwise, with the scaling of current values"),
+        key("tp_comm_overlap", "M", "parallel.tp_comm_overlap", "with training.micro_batch_tokens"),
+        key("transformer_impl", "M", "model.backend", "te, torch, or auto, the default: te where it can run"),
+        unsupported("fp8_param_gather decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers", "M", "leave "
+                    "it out; weights are float32 or bfloat16, and layers are divided evenly over the stages"),
+        unneeded("manual_gc manual_gc_interval ckpt_format finetune no_load_optim no_load_rng "
                  "calculate_per_token_loss dataloader_type log_throughput use_cpu_initialization no_initialization "
                  "attention_softmax_in_fp32", "M", "set by the layout and the model here"),
         key("use_precision_aware_optimizer", "M", "optimizer.precision_aware"),

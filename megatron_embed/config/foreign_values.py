@@ -57,7 +57,7 @@ REASONS: dict[str, dict[str, str]] = {
                        "adaptivelayer": "layers are not left out; set embedding.matryoshka_dims for short vectors"},
     "model.dtype": {"fp16": _FLOAT16, "float16": _FLOAT16, "half": _FLOAT16, "16": _FLOAT16,
                     "16mixed": _FLOAT16,
-                    "fp8": "8-bit floating point is not supported; write bfloat16"},
+                    "fp8": "products in FP8 are model.fp8; write bfloat16"},
     "training.lr_decay_style": {
         "cosinewithrestarts": "there are no restarts; write cosine, which is one cycle",
         "reducelronplateau": "the schedule does not depend on the loss; write cosine, and evaluation.patience"},

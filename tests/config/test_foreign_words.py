@@ -1,5 +1,6 @@
 """Keys of other trainers in a configuration: each is answered with what it is here."""
 
+import dataclasses
 import re
 from typing import get_args, get_type_hints
 
@@ -75,6 +76,13 @@ def test_names_are_unique_and_answers_name_keys_that_exist():
         assert word.note or word.keys
         for key in word.keys:
             assert exists(key), (word.name, key)
+
+
+def test_settings_of_the_same_name_here_are_not_called_missing():
+    here = {field.name for kind in get_type_hints(RunConfig).values() if dataclasses.is_dataclass(kind)
+            for field in dataclasses.fields(kind)}
+    others = {"template", "train"}  # the name of a chat template; what a program does
+    assert here & {name for word in WORDS if not word.keys for name in word.names} == others
 
 
 def exists(key, kind=RunConfig):
