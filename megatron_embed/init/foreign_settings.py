@@ -193,12 +193,15 @@ def _is_option(word: str) -> bool:
 
 def _value(text: str) -> object:
     """A value of a command line: JSON where it is an object or a list, otherwise a plain value of YAML."""
-    if text.startswith(("{", "[")):
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-    return plain_scalar(text)
+    return _json_in(text) if text.startswith(("{", "[")) else plain_scalar(text)
+
+
+def _json_in(text: str) -> object:
+    """The object or list that a text is as JSON; otherwise the text."""
+    try:
+        return json.loads(text) if text.startswith(("{", "[")) else text
+    except ValueError:
+        return text
 
 
 def _setting(name: str, written: str, value: object) -> Setting:
@@ -238,7 +241,7 @@ def _plain_value(node: Node) -> object:
         return {key: _plain_value(child) for key, child in node.value.items()}
     if isinstance(node.value, list):
         return [_plain_value(child) for child in node.value]
-    return node.value
+    return _json_in(node.value) if isinstance(node.value, str) else node.value
 
 
 def _short(value: object) -> str:
@@ -248,8 +251,10 @@ def _short(value: object) -> str:
 
 def _trainer_of(settings: dict[str, Setting]) -> str:
     """The trainer whose names a file uses."""
-    names = {normalized(setting.written.partition(":")[0].rpartition(".")[2]) for setting in settings.values()}
-    if names & {"tuner_type", "train_type", "split_dataset_ratio", "torch_dtype"} and "model" in names:
+    keys = [normalized(setting.written.partition(":")[0]) for setting in settings.values()]
+    names = {key.rpartition(".")[2] for key in keys}
+    if "model" in names and (names & {"tuner_type", "train_type", "split_dataset_ratio", "torch_dtype", "task_type"}
+                             or any(key.startswith("train_args.") for key in keys)):
         return "ms-swift"
     if "train_group_size" in names:
         return "FlagEmbedding" if names & {"train_data", "sentence_pooling_method"} else "Tevatron"

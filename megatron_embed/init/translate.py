@@ -134,7 +134,7 @@ def _trains_adapters(draft: Draft) -> bool:
         if draft.trainer == "FlagEmbedding" and "decoder_only" in draft.settings.launch.program:
             draft.remark("adapters of LoRA: FlagEmbedding's default for decoders; lora.rank: 0 trains every parameter")
             return True
-        if draft.trainer == "ms-swift" and draft.settings.launch.program.startswith("swift"):
+        if draft.trainer == "ms-swift" and not draft.settings.launch.program.startswith("megatron"):
             draft.remark("adapters of LoRA: ms-swift's default; lora.rank: 0 trains every parameter")
             return True
         return False

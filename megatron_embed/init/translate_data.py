@@ -54,7 +54,9 @@ def _entries(draft: Draft, name: str) -> tuple[list[dict[str, object]], str]:
         return [], ""
     values = setting.value if isinstance(setting.value, list) else [setting.value]
     entries: list[dict[str, object]] = []
+    other_hub = draft.trainer == "ms-swift" and str(draft.settings.peek("use_hf")).lower() not in ("true", "1")
     for value in values:
+        elsewhere = other_hub and not (isinstance(value, dict) and "hf_dataset" in value)
         if isinstance(value, dict):
             paths = [str(value[key]) for key in _PATH_KEYS if isinstance(value.get(key), str)]
             if not paths:
@@ -63,12 +65,16 @@ def _entries(draft: Draft, name: str) -> tuple[list[dict[str, object]], str]:
         else:
             values_here = [part for part in str(value).split(",") if part] if "," in str(value) else [str(value)]
         for path in values_here:
-            entries += _entry(draft, path)
+            entries += _entry(draft, path, elsewhere)
     return entries, setting.written if len(setting.written) < 200 else f"{name} there"
 
 
-def _entry(draft: Draft, path: str) -> list[dict[str, object]]:
-    """The entries of one data set, in ms-swift's spelling `ID_OR_PATH:subset/subset#count` too."""
+def _entry(draft: Draft, path: str, elsewhere: bool) -> list[dict[str, object]]:
+    """The entries of one data set, in ms-swift's spelling `ID_OR_PATH:subset/subset#count` too.
+
+    Args:
+        elsewhere: the other trainer takes it from ModelScope's hub.
+    """
     body, mark, count = path.partition("#")
     if mark and not count.isdecimal():
         body, count = path, ""
@@ -78,12 +84,12 @@ def _entry(draft: Draft, path: str) -> list[dict[str, object]]:
             draft.remark(f"{path}: {count} rows at random; a file is read whole here, so write those rows into a file")
         return [{"path": body}]
     name = name if colon else body
-    if draft.trainer == "ms-swift":
+    if elsewhere:
         draft.remark(f"{path}: from the Hugging Face hub here; ms-swift takes ModelScope's unless use_hf is set")
-        if name == "sentence-transformers/stsb" and subset == "positive":
-            draft.remark(f"{path}: `positive` is ms-swift's selection of the pairs with a score of 0.75 or more, which "
-                         "the hub does not have; here all pairs are read, so write those rows into a file for the same")
-            subset = ""
+    if draft.trainer == "ms-swift" and name == "sentence-transformers/stsb" and subset == "positive":
+        draft.remark(f"{path}: `positive` is ms-swift's selection of the pairs with a score of 0.75 or more, which "
+                     "the hub does not have; here all pairs are read, so write those rows into a file for the same")
+        subset = ""
     entries = []
     for part in subset.split("/") if subset and draft.trainer == "ms-swift" else [subset]:
         entry: dict[str, object] = {"path": f"{name}:{part}" if part and part != "default" else name}

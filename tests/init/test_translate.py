@@ -41,13 +41,14 @@ EXPECTED = {
         "lora.dropout": 0.1, "lora.target_modules": ADAPTED, "training.warmup_ratio": 0.1, "training.epochs": 3,
         "training.global_batch_size": 8 * 4, "objective.negatives": "micro_batch"},
     "swift_embedding.yaml": {
-        "model.path": "qwen/Qwen2-7B", "objective.temperature": 0.05, "embedding.pooling": "mean",
+        **SWIFT, "model.path": "qwen/Qwen2-7B", "objective.temperature": 0.05, "embedding.pooling": "mean",
         "data.query_max_length": 8192, "data.document_max_length": 8192, "lora.rank": 64, "lora.alpha": 16,
         "lora.dropout": 0.1, "lora.target_modules": ("q_proj", "v_proj"), "training.global_batch_size": 8 * 4,
         "training.learning_rate": 2e-5, "training.epochs": 3, "logging.every_steps": 10},
     "swift_reranker.yaml": {
-        "task": "reranker", "objective.loss": "pointwise", "reranker.head": "score", "reranker.activation": "sigmoid",
-        "reranker.max_length": 4096, "training.global_batch_size": 4 * 8, "checkpoint.keep": 2, "lora.rank": 128},
+        **SWIFT, "task": "reranker", "objective.loss": "pointwise", "reranker.head": "score",
+        "reranker.activation": "sigmoid", "reranker.max_length": 4096, "training.global_batch_size": 4 * 8,
+        "checkpoint.keep": 2, "lora.rank": 128, "lora.dropout": 0.05, "data.num_negatives": 7},
     "swift_two_gpus.sh": {
         **SWIFT, "objective.temperature": 0.1, "data.num_negatives": 5, "training.global_batch_size": 8 * 2,
         "objective.directions": ("query_to_document", "query_to_query", "document_to_document"),
@@ -274,6 +275,18 @@ def test_python_program_and_existing_output_are_refused(tmp_path, capsys):
     assert "learning_rate: 1.0e-05  # --lr 1e-5" in output.read_text()
     assert main(["init", "--from", command, "--output", str(output)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+
+
+def test_files_of_ms_swift_are_read_alike_whatever_their_name(tmp_path):
+    """Adapters are its default, an option may be JSON in a text, and use_hf says which hub it takes."""
+    text = ("model: m\ntask_type: embedding\ndataset: org/rows\nuse_hf: true\nlr_scheduler_type: cosine_with_min_lr\n"
+            "lr_scheduler_kwargs: '{\"min_lr\": 1e-6}'\n")
+    for name in ("swift.yaml", "run.yaml"):
+        (tmp_path / name).write_text(text)
+        config, draft = config_of(str(tmp_path / name))
+        assert (config.lora.rank, config.training.learning_rate) == (8, 1e-4)
+        assert config.training.min_learning_rate == 1e-6
+        assert not any("ModelScope" in remark for remark in draft.remarks)
 
 
 def test_value_that_the_text_does_not_hold_is_a_remark():
