@@ -154,10 +154,11 @@ def detect_format(row: Row, source: str) -> Format:
         for form in FORMATS:
             if form.fits(keys):
                 return form
-    nearest = max((OURS, *FORMATS), key=lambda form: sum(key in row for key in form.required) / len(form.required))
+    nearest = max((OURS, *FORMATS), key=lambda form: (sum(key in row for key in form.required) / len(form.required),
+                                                      form is OURS or form.columns))
     if not any(key in row for key in nearest.required):
         nearest = OURS
-    check_keys(row, nearest.required, nearest.known, source)
+    check_keys(row, nearest.required, nearest.known, source, may_be_renamed=bool(row))
     raise DataError(f"{source}: not a row of the format {nearest.name}; docs/data.md lists the formats")
 
 
@@ -210,8 +211,10 @@ class RowReader:
         columns = self._file.columns
         if missing := [name for name in columns if name not in row]:
             keys = ", ".join(shortened(key, 40) for key in list(row)[:10]) or "no columns"
-            raise DataError(f"{source}: data.train.columns names {shortened(missing[0])}, and the row has {keys}; "
-                            "correct the name, or give the row an empty value")
+            name, field = missing[0], columns[missing[0]]
+            remedy = (f"write the column first: {{{field}: {name}}}" if field in row else
+                      "correct the name, or give the row an empty value")
+            raise DataError(f"{source}: data.train.columns names {shortened(name)}, and the row has {keys}; {remedy}")
         kept = {name: value for name, value in row.items() if name not in columns}
         return kept | {field: row[name] for name, field in columns.items()}
 

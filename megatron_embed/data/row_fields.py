@@ -35,8 +35,13 @@ def _meant_field(key: str, known: tuple[str, ...], absent: tuple[str, ...]) -> s
     return next(iter([*same, *close]), None)
 
 
-def check_keys(row: Row, required: tuple[str, ...], known: tuple[str, ...], source: str) -> None:
-    """Refuses a row without a required field, or with a misspelt one."""
+def check_keys(row: Row, required: tuple[str, ...], known: tuple[str, ...], source: str, *,
+               may_be_renamed: bool = False) -> None:
+    """Refuses a row without a required field, or with a misspelt one.
+
+    Args:
+        may_be_renamed: the remedy for a missing field also names `columns` of an entry of data.train.
+    """
     absent = tuple(name for name in known if name not in row)
     for key in row.keys() - set(known):
         meant = _meant_field(key, known, absent)
@@ -45,7 +50,8 @@ def check_keys(row: Row, required: tuple[str, ...], known: tuple[str, ...], sour
     for name in required:
         if name in absent:
             keys = ", ".join(shortened(key, 40) for key in list(row)[:10]) or "no keys"
-            raise DataError(f"{source}: {name} is missing; the row has {keys}; add {name!r}")
+            renamed = f", or say in data.train which column it is: {{path: FILE, columns: {{COLUMN: {name}}}}}"
+            raise DataError(f"{source}: {name} is missing; the row has {keys}; add {name!r}{renamed * may_be_renamed}")
 
 
 def check_texts(value: object, name: str, source: str) -> None:

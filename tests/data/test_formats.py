@@ -385,6 +385,8 @@ def test_rows_near_no_format_are_refused_in_words_of_the_nearest(write_rows: Wri
     for row, words in [({"text_a": "a", "text_b": "b"}, "score is missing; the row has 'text_a', 'text_b'"),
                        ({"query": "a", "documents": ["b"]}, "labels is missing"),
                        ({"foo": 1}, "query is missing; the row has 'foo'"),
+                       ({"question": "a", "pos_text": "b"}, "answer is missing; .* add 'answer', or say in data.train "
+                        "which column it is: {path: FILE, columns: {COLUMN: answer}}"),
                        ({"sentence1": "a", "sentence_2": "b"}, "unknown key 'sentence_2' = 'b'; did you mean 'senten")]:
         with pytest.raises(DataError, match=words):
             RecordFile(write_rows([row]))

@@ -143,6 +143,8 @@ def test_columns_are_renamed_and_others_stay(tmp_path):
     assert (pair.query, pair.positive, pair.score) == ("q", ("p",), 3.0)
     with pytest.raises(DataError, match=r"rows.jsonl:1: data.train.columns names 'titel', and the row has 'query'"):
         records(jsonl, columns={"titel": "query"})
+    with pytest.raises(DataError, match="write the column first: {text: query_text}"):
+        records(jsonl, columns={"query_text": "text"})
 
 
 def test_scores_are_rescaled_by_their_range(tmp_path):
