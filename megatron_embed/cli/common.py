@@ -75,8 +75,9 @@ def add_overrides(parser: argparse.ArgumentParser, prefix: str, metavar: str) ->
             return text
         raise argparse.ArgumentTypeError(f"{text!r} is not a setting; write {metavar}")
 
-    parser.add_argument("overrides", nargs="*", type=override, metavar=metavar,
-                        help="Settings that override the configuration")
+    settings = parser.add_argument("overrides", nargs="*", type=override, metavar=metavar,
+                                   help="Settings that override the configuration")
+    settings.required = False  # argparse names it among missing arguments otherwise
     assert isinstance(parser, Parser)
     parser.rest = "overrides", override
 
