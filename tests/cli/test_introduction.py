@@ -68,6 +68,13 @@ def test_dry_run_says_all_and_leaves_nothing(tmp_path, model, small_beir):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_negatives_that_no_step_takes_are_named(tmp_path, model, small_beir):
+    config = write(tmp_path, model, small_beir)
+    for number in (0, 1):
+        ((out, _),) = started([config, "--dry-run", f"data.num_negatives={number}"])
+        assert ("data.num_negatives is 0, so the negatives of rows (up to 1) are not used" in out) == (number == 0)
+
+
 def test_dry_run_refuses_what_a_run_refuses(tmp_path, model, small_beir):
     config = write(tmp_path, model, small_beir, data={"query_max_length": 100000})
     ((code, out, err, _),) = run_on_ranks(command, 1, ["train", config, "--dry-run"])
