@@ -37,9 +37,8 @@ def test_model_and_data_make_a_configuration_with_planned_sizes(tmp_path):
 def test_large_model_gets_a_layout_of_its_gpus(tmp_path):
     text, config = starting(tmp_path, "meta-llama/Llama-3.1-70B", MINI_EN, "--lora", "--gpus", 8)
     assert config.lora.rank == 16 and config.training.learning_rate == 1e-4
-    parallel = config.parallel
-    assert parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size > 1
-    assert "Sizes for 8 x H100" in text
+    sizes = config.parallel
+    assert sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size > 1 and "Sizes for 8 x H100" in text
     assert main(["plan", str(tmp_path / "run.yaml"), "--gpus", "8"]) == 0
     text, _ = starting(tmp_path, "meta-llama/Llama-3.1-70B", MINI_EN)
     assert "NO LAYOUT FITS 1 x H100" in text
