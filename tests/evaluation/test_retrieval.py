@@ -209,7 +209,7 @@ def test_evaluate_retrieval_breaks_ties_by_document_id(monkeypatch):
 
 
 def test_evaluate_retrieval_ties_at_the_cut_follow_trec_eval(monkeypatch):
-    """Of 120 equal documents the 100 of largest id are found, so the relevant d020 is the last and d019 is not."""
+    """The 100 of largest id of 120 equal documents are found, so the relevant d020 is the last and d019 is not."""
     monkeypatch.setattr(CHUNK, 7)
     documents = [f"d{index:03}" for index in range(120)]
     data = one_hot_data(documents[::-1], {"in": {"d020": 1}, "out": {"d019": 1}})

@@ -46,7 +46,7 @@ class LlamaCpp(Engine):
 
 
 def gguf_file(directory: Path, kind: GgufType) -> Path:
-    """Where the export has its weights of this type."""
+    """The path of an export's weights of this type."""
     return directory / f"model-{kind}.gguf"
 
 

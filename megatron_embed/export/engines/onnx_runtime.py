@@ -1,5 +1,6 @@
 """ONNX Runtime and OpenVINO: engines that compute the ONNX graph of export/engines/graph.py."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,24 @@ Graph = Callable[[dict[str, Any]], dict[str, Any]]
 """Named inputs to named outputs, numpy arrays."""
 
 
-class OnnxRuntime(Engine):
-    """Inference sessions of ONNX Runtime on the CPU."""
-
-    name = "ONNX Runtime"
+class GraphEngine(Engine):
+    """An engine that computes the graph on the token ids that Sentence Transformers makes."""
 
     def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
         return _results(self._graph(directory), stock_features(directory, texts, role), "sentence_embedding")
 
     def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> Tensor:
         return _results(self._graph(directory), stock_pair_features(directory, pairs), "logits").flatten()
+
+    @abstractmethod
+    def _graph(self, directory: Path) -> Graph:
+        """The directory's graph, loaded. Raises ConfigError or CheckpointError if it cannot be."""
+
+
+class OnnxRuntime(GraphEngine):
+    """Inference sessions of ONNX Runtime on the CPU."""
+
+    name = "ONNX Runtime"
 
     def _graph(self, directory: Path) -> Graph:
         runtime = require("onnxruntime", self.name)
@@ -45,16 +54,10 @@ class OnnxRuntime(Engine):
         return run
 
 
-class OpenVino(Engine):
+class OpenVino(GraphEngine):
     """OpenVINO's CPU plugin, asked for float32."""
 
     name = "OpenVINO"
-
-    def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
-        return _results(self._graph(directory), stock_features(directory, texts, role), "sentence_embedding")
-
-    def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> Tensor:
-        return _results(self._graph(directory), stock_pair_features(directory, pairs), "logits").flatten()
 
     def _graph(self, directory: Path) -> Graph:
         openvino = require("openvino", self.name)
