@@ -143,11 +143,11 @@ def _batch(config: RunConfig, ranks: int) -> str:
 
 def _rows(inputs: Inputs) -> str:
     held_out = "" if inputs.validation is None else f", {len(inputs.validation):,} held out"
-    left_out = ""
+    ignored = ""
     if inputs.config.workload.rows == "contrastive" and not inputs.config.data.num_negatives:
         most = inputs.records.most_negatives
-        left_out = f"; data.num_negatives is 0, so the negatives of rows (up to {most}) are not used" if most else ""
-    return f"{len(inputs.records):,} to train on{held_out}{left_out}"
+        ignored = f"; data.num_negatives is 0, so the negatives of rows (up to {most}) are not used" if most else ""
+    return f"{len(inputs.records):,} to train on{held_out}{ignored}"
 
 
 def _steps(inputs: Inputs) -> str:

@@ -58,11 +58,11 @@ def write_gguf(source: Path, target: Path, kind: GgufType) -> None:
         CheckpointError: llama.cpp has no such model, or would compute another one.
     """
     _check_supported(source)
-    found = importlib.util.find_spec(_PACKAGE)
-    if found is None or found.origin is None:
+    converter = importlib.util.find_spec(_PACKAGE)
+    if converter is None or converter.origin is None:
         raise ConfigError("--format gguf needs llama.cpp's converter; pip install 'megatron_embed[export]'")
-    command = [sys.executable, str(Path(found.origin).parent / _SCRIPT), str(source), "--outtype", kind, "--outfile",
-               str(target)]
+    command = [sys.executable, str(Path(converter.origin).parent / _SCRIPT), str(source), "--outtype", kind,
+               "--outfile", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False,
                           env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode or not target.is_file():

@@ -61,9 +61,9 @@ def _run(directory: Path, asked: dict[str, Any]) -> Any:
     interpreter = os.environ.get(INTERPRETER, sys.executable)
     environment = {**os.environ, **_ON_CPU}
     environment.pop("PYTHONPATH", None)
-    found = subprocess.run([interpreter, "-c", "import vllm"], capture_output=True, text=True, check=False,
+    probe = subprocess.run([interpreter, "-c", "import vllm"], capture_output=True, text=True, check=False,
                            env=environment)
-    if found.returncode:
+    if probe.returncode:
         raise ConfigError(f"vLLM cannot be imported by {interpreter}; set {INTERPRETER} to the python of an "
                           "environment that has it (docs/serving.md)")
     with tempfile.TemporaryDirectory() as folder:
