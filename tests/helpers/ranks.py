@@ -33,6 +33,8 @@ CONNECT_SECONDS = 90.0
 """Within which the ranks of a call must have connected to each other."""
 GRACE_SECONDS = 5.0
 """After the first failure the other ranks get this long to notice it; those still stuck are killed and replaced."""
+MOST_THREADS = 64
+"""A worker with more is replaced: gloo's threads of groups that something still holds wake up all the time."""
 LIBRARIES = ("pytest", "sentence_transformers", "peft")
 """Those of them that the tests of this session import are imported once, and not by every worker."""
 STACK_SIGNAL = signal.SIGUSR2
@@ -159,6 +161,12 @@ class _Worker:
     def has_ended(self) -> bool:
         return self.nursery.has_ended(self.process)
 
+    def threads(self) -> int:
+        """Of the process, as far as the system tells: 0 elsewhere than on Linux."""
+        with contextlib.suppress(OSError):
+            return len(os.listdir(f"/proc/{self.process}/task"))
+        return 0
+
     def _end_of_output(self) -> str:
         return self.output.read_text(encoding="utf-8", errors="replace")[-4000:]
 
@@ -194,6 +202,7 @@ class RankPool:
             assert error is not None
             error.add_note(f"rank {rank} of {world_size} failed first:\n{reports[rank].text}")
             raise error
+        self._kill([rank for rank in range(world_size) if self._workers[rank].threads() > MOST_THREADS])
         return [reports[rank].value for rank in range(world_size)]
 
     def _call(
