@@ -152,7 +152,8 @@ def listening(monkeypatch):
 
 
 @pytest.mark.parametrize("leaver", [0, 1])
-def test_rank_that_leaves_makes_a_preemption_of_the_others_broken_collectives(listening, leaver):
+def test_rank_that_leaves_makes_a_preemption_of_the_others_broken_collectives(listening, leaver, monkeypatch):
+    monkeypatch.setattr(heartbeat, "SUSPECT_SECONDS", 25.0)  # A busy machine keeps threads waiting for seconds.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
                           timeout=datetime.timedelta(seconds=30))
     monitors = [HeartbeatMonitor("127.0.0.1", store.port, rank=rank, world_size=3, silence_seconds=60.0,
