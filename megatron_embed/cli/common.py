@@ -1,6 +1,7 @@
 """Argument groups and output that the commands share."""
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
                          namespace: argparse.Namespace | None = None) -> tuple[argparse.Namespace, list[str]]:
         namespace, unknown = super().parse_known_args(args, namespace)
+        for text in unknown:
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            if nearest := text.startswith("--") and difflib.get_close_matches(text.partition("=")[0], known, n=1):
+                self.error(f"unrecognized arguments: {' '.join(unknown)}; did you mean {nearest[0]}?")
         if self.rest is None or any(text.startswith("-") for text in unknown):
             return namespace, unknown
         name, convert = self.rest

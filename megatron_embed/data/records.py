@@ -1,6 +1,7 @@
 """The records that rows of training data become: the types that sampler, packing and objectives share."""
 
 import hashlib
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ import numpy as np
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.number_checks import check_score, check_teacher
 from megatron_embed.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["contrastive", "pairs", "rerank"]
 """The records that an objective takes: a query with positives and hard negatives, a pair with a score, or a list with
@@ -149,7 +152,7 @@ def _as_contrastive(record: RerankRecord) -> Record:
 def require_fields(records: Iterable[AnyRecord], loss: str, *, teacher_scores: bool, negatives: bool,
                    labels: bool = False, teacher_temperature: float = 1.0) -> None:
     """Refuse the first row that lacks what the loss needs, or has numbers that it cannot use. Reads every row, unless
-    the loss needs nothing.
+    the loss needs nothing. Scores that a cosine cannot reach are warned of once.
 
     Args:
         teacher_scores, negatives, labels: what the loss needs of a row.
@@ -157,6 +160,7 @@ def require_fields(records: Iterable[AnyRecord], loss: str, *, teacher_scores: b
     Raises:
         DataError: beginning `FILE:LINE: `.
     """
+    unreachable, first = 0, ""
     for record in records if teacher_scores or negatives or labels else ():
         if teacher_scores and record.teacher_scores is None:
             raise DataError(f"{record.source}: teacher_scores is missing, which objective.loss = {loss!r} learns from; "
@@ -168,6 +172,11 @@ def require_fields(records: Iterable[AnyRecord], loss: str, *, teacher_scores: b
             check_teacher(record.teacher_scores, loss, teacher_temperature, record.source)
         if labels and isinstance(record, Record) and record.score is not None:
             check_score(record.score, loss, record.source)
+            if loss == "cosine_similarity" and abs(record.score) > 1:
+                unreachable, first = unreachable + 1, first or f"{record.source}: score {record.score:g}"
+    if unreachable:
+        logger.warning("%s: a cosine is 1 at most, so objective.loss = cosine_similarity can never reach it (%d such "
+                       "rows); give the entry of data.train its score_range, such as [0, 5]", first, unreachable)
 
 
 ANY_NUMBER = 2**31 - 1

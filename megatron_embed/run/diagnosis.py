@@ -82,10 +82,16 @@ def mistakes(log: RunLog) -> Iterator[tuple[str, str]]:
 def read_run(directory: str) -> RunLog:
     """Metrics and configuration of a run. A line that a kill cut short is left out.
 
+    Args:
+        directory: of the run's checkpoints or logs, or the folder above the only such one.
     Raises:
         ConfigError: no metrics there, or no step was logged.
     """
     folder = Path(directory)
+    below = [file.parent for file in folder.glob("*/metrics.jsonl")]
+    own = [file for pattern in ("metrics.jsonl", *CONFIGURATIONS) for file in folder.glob(pattern)]
+    if len(below) == 1 and not own:
+        folder = below[0]
     files = [name for pattern in CONFIGURATIONS for name in sorted(folder.glob(pattern))]
     config: dict[str, Any] = read_resolved(files[-1]) if files else {}
     file = folder / "metrics.jsonl"

@@ -109,8 +109,9 @@ class Progress:
             return None
         means = "  ".join(f"{name.replace('_', ' ')} {total / self._count:.4f}" for name, total in self._sums.items())
         index = epochs_done(step, per_epoch) + (not ends)
-        line = (f"epoch {index} of {self._train_steps / per_epoch:.4g}, steps {self._since + 1} to {step}: "
-                f"mean {means}")
+        whole = self._train_steps / per_epoch
+        of = f"epoch {index} of {whole:.4g}" if whole >= 1 else f"{whole:.2g} of an epoch"
+        line = f"{of}, steps {self._since + 1} to {step}: mean {means}"
         self._sums, self._count, self._since = {}, 0, step
         return line
 

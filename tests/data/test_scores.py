@@ -100,6 +100,16 @@ def test_scores_of_pairs_that_a_loss_cannot_take(tmp_path, loss, score, words):
     assert str(caught.value).startswith(f"{path}:2: ")
 
 
+def test_scores_beyond_a_cosine_are_warned_of(tmp_path, caplog):
+    path, records = records_of(tmp_path, [PAIR | {"score": score} for score in (1, 4.2, 5, -1)], "pairs")
+    require_fields(records, "cosine_similarity", teacher_scores=False, negatives=False, labels=True)
+    (line,) = caplog.messages
+    assert line.startswith(f"{path}:2: score 4.2: ") and "(2 such rows)" in line and "score_range" in line
+    caplog.clear()
+    require_fields(records, "cosent", teacher_scores=False, negatives=False, labels=True)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("loss, scores, temperature, words", [
     ("margin_mse", [1e19, -1e19], 1.0, "teacher_scores lie 2e.19 apart"), ("margin_mse", [1e18, -1e18], 1.0, None),
     ("kl_distillation", [1e38, 0], 0.02, "not finite in float32 once they are divided by the temperature 0.02"),

@@ -89,6 +89,9 @@ def test_runs_are_found_by_either_directory(tmp_path):
     assert [row.keys() for row in log.steps] == [{"step", "loss", "learning_rate"}] and len(log.evaluations) == 1
     assert log.setting("training.learning_rate") == 0.5 and log.setting("training.seed", 7) == 7
     assert read_run(str(logs)).config == {}
+    (tmp_path / "above").mkdir()
+    logs.rename(tmp_path / "above" / "checkpoints")
+    assert len(read_run(str(tmp_path / "above")).steps) == 1
 
 
 @pytest.mark.parametrize("content, words", [(None, "cannot be read"), ("", "no step is logged")])
