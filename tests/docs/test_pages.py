@@ -100,8 +100,8 @@ def test_every_block_runs(page, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {
         "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
         "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(["bash"], input=script_of(page), capture_output=True, text=True, cwd=tmp_path,
-                          env=environment)
+    done = subprocess.run(["bash"], input=script_of(page), capture_output=True, encoding="utf-8", errors="replace",
+                          cwd=tmp_path, env=environment)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
 
 
