@@ -57,20 +57,15 @@ class Guard:
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
             await send(message)
 
-        held = 0
+        parts: list[bytes] = []
         try:
             self._check(scope)
-            body = await self._body(receive)
-            held = len(body)
-            self._held_bytes += held
-            if self._held_bytes > HELD * self._limits.max_bytes:
-                raise RequestError(429, "requests of too many bytes are waiting; send the request again later",
-                                   code="overloaded", retry_after=1)
-            await self._answer(scope, body, receive, watched)
+            await self._read(receive, parts)
+            await self._answer(scope, b"".join(parts), receive, watched)
         except RequestError as error:
             await error_response(scope["path"], error)(scope, receive, watched)
         finally:
-            self._held_bytes -= held
+            self._held_bytes -= sum(map(len, parts))
             self._metrics.answered(scope, status, time.perf_counter() - start)
 
     def _check(self, scope: Scope) -> None:
@@ -87,20 +82,22 @@ class Guard:
             raise RequestError(401, "a valid API key is needed; send the header `Authorization: Bearer KEY`",
                                code="invalid_api_key")
 
-    async def _body(self, receive: Receive) -> bytes:
-        """The whole body. Raises RequestError: too large (413), or it does not arrive in time (408)."""
-        limit = self._limits.max_bytes
-        parts: list[bytes] = []
-        size = 0
+    async def _read(self, receive: Receive, parts: list[bytes]) -> None:
+        """Append the parts of the body, and count them in `_held_bytes`.
+
+        Raises RequestError: it is too large (413), all bodies together are (429), or it does not arrive in time (408).
+        """
+        limit, size, full = self._limits.max_bytes, 0, False
         try:
             async with asyncio.timeout(self._limits.timeout_seconds):
                 while True:
                     message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return b""
-                    size += len(message.get("body", b""))
-                    if size <= limit:
-                        parts.append(message.get("body", b""))
+                    part = message.get("body", b"")
+                    size += len(part)
+                    full = full or self._held_bytes + len(part) > HELD * limit
+                    if size <= limit and not full:
+                        parts.append(part)
+                        self._held_bytes += len(part)
                     if size > DISCARDED * limit or not message.get("more_body", False):
                         break
         except TimeoutError:
@@ -109,7 +106,9 @@ class Guard:
         if size > limit:
             raise RequestError(413, f"the body has more than {limit} bytes; divide the texts among several requests, "
                                "or start the server with a larger --max-mib", code="body_too_large")
-        return b"".join(parts)
+        if full:
+            raise RequestError(429, "requests of too many bytes are waiting; send the request again later",
+                               code="overloaded", retry_after=1)
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """The application's answer, unless the client closes the connection first."""

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import to_json
 from starlette.responses import Response
 
-from megatron_embed.serving.errors import ERRORS
+from megatron_embed.serving.errors import ERRORS, RequestError
 from megatron_embed.serving.metrics import Metrics
 from megatron_embed.serving.models import ServedEmbedder, ServedModels, ServedReranker
 
@@ -137,6 +137,14 @@ def openai_router(models: ServedModels, metrics: Metrics) -> APIRouter:
     async def list_models() -> Any:
         """The models that are served."""
         return {"object": "list", "data": [card(model, started) for model in models.all]}
+
+    @router.get("/v1/models/{name:path}", response_model=ModelCard)
+    async def one_model(name: str) -> Any:
+        """The model of that name."""
+        for model in models.all:
+            if model.name == name:
+                return card(model, started)
+        raise RequestError(404, f"model = {name!r} is not served here; see /v1/models", code="model_not_found")
 
     return router
 
