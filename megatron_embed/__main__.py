@@ -16,7 +16,20 @@ import traceback
 from collections.abc import Sequence
 
 from megatron_embed import __version__
-from megatron_embed.cli import completion, convert, data, doctor, encode, evaluate, init, merge, mine, plan, train
+from megatron_embed.cli import (
+    completion,
+    convert,
+    data,
+    doctor,
+    encode,
+    evaluate,
+    init,
+    merge,
+    mine,
+    plan,
+    serve,
+    train,
+)
 from megatron_embed.cli.common import Parser, with_examples
 from megatron_embed.errors import LostRankError, PreemptedError, UserError
 from megatron_embed.parallel.lost_rank import report_lost_rank
@@ -27,13 +40,13 @@ from megatron_embed.platform.terminal_text import one_line, printable, setup_log
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
 COMMANDS = {"init": init, "train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
-            "merge": merge, "data": data, "plan": plan, "doctor": doctor, "completion": completion}
+            "merge": merge, "serve": serve, "data": data, "plan": plan, "doctor": doctor, "completion": completion}
 
 MULTI_RANK_COMMANDS = ("train", "encode", "evaluate", "mine")
 """Commands whose ranks work together; a rank that fails before the rendezvous tells the others."""
 
-SINGLE_PROCESS_COMMANDS = ("init", "convert", "merge", "data", "plan", "completion")
-"""Commands that several ranks would each repeat, overwriting files of each other. `doctor` checks a node by itself."""
+SINGLE_PROCESS_COMMANDS = ("init", "convert", "merge", "serve", "data", "plan", "completion")
+"""Commands that several ranks would each repeat, in each other's files and ports. `doctor` checks a node by itself."""
 
 
 def build_parser() -> Parser:

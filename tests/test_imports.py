@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "export": {"config", "parallel", "platform", "data", "models", "checkpoint", "convert", "evaluation", "loading"},
     "run": {"config", "parallel", "platform", "data", "models", "objectives", "checkpoint", "convert", "evaluation",
             "planning", "training", "loading", "export"},
+    "serving": {"config", "parallel", "platform", "data", "models", "evaluation", "loading", "export"},
     "cli": {"config", "parallel", "platform", "data", "models", "checkpoint", "convert", "evaluation", "mining",
-            "planning", "loading", "export", "run", "init"},
+            "planning", "loading", "export", "run", "init", "serving"},
 }
 EVERYONE = {"errors", "batch", "names", "__version__"}
 
@@ -54,6 +55,8 @@ THIRD_PARTY = {
     "loading": {"torch", "huggingface_hub"},
     "export": {"torch", "numpy", "transformers", "sentence_transformers", "peft", "psutil", "tqdm"},
     "run": {"torch"},
+    "serving": {"torch", "numpy", "tqdm", "fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn",
+                "prometheus_client"},
     "cli": {"torch", "numpy", "tqdm"},
 }
 

@@ -265,9 +265,23 @@ def _load_peft_weights(path: Path, model: ModelDirectory, chunks: Sequence[Embed
                 parameters[name].copy_(shard)
 
 
+def open_role_tokenizer(model: ModelDirectory, *, pooling: Pooling, max_length: int | None, prompts: bool,
+                        given_prompts: dict[Role, str] | None = None) -> RoleTokenizer:
+    """The tokenizer of an embedding model with its prompts and lengths; arguments as those of `open_encoder`."""
+    own = model.saved.prompts if prompts else {"document": model.saved.default_prompt}
+    texts = {**own, **(given_prompts or {})}
+    lengths = role_lengths(model, max_length, by_role=prompts)
+    return RoleTokenizer(
+        str(model.tokenizer_directory), add_eos=pooling == "lasttoken" and model.saved.adds_eos,
+        text_format=dataclasses.replace(model.text_format, tell_role=prompts), query_prompt=texts.get("query", ""),
+        document_prompt=texts.get("document", ""), query_max_length=lengths["query"],
+        document_max_length=lengths["document"], length_keys=("--max-length", "--max-length"),
+        vocab_size=model.shape.vocab_size)
+
+
 def open_encoder(args: argparse.Namespace, *, prompts: bool,
                  given_prompts: dict[Role, str] | None = None,
-                 start: Start = initialize) -> tuple[TextEncoder, ModelDirectory, Topology]:
+                 start: Start = initialize, key: str = "--model") -> tuple[TextEncoder, ModelDirectory, Topology]:
     """The model that `encode`, `evaluate` and `mine` name, ready on all ranks.
 
     Args:
@@ -277,8 +291,9 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
             default prompt if it names one.
         given_prompts: in place of the directory's.
         start: makes the process groups.
+        key: the option that names the directory, for messages.
     """
-    model = find_model(args.model, "--model")
+    model = find_model(args.model, key)
     known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
     config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
                                   *args.overrides])
@@ -288,16 +303,9 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)
     check_divisible(model.shape, config.parallel)
-    own = model.saved.prompts if prompts else {"document": model.saved.default_prompt}
-    texts = {**own, **(given_prompts or {})}
-    lengths = role_lengths(model, args.max_length, by_role=prompts)
-    with error_context("--model", args.model):
-        tokenizer = RoleTokenizer(
-            str(model.tokenizer_directory), add_eos=config.embedding.pooling == "lasttoken" and model.saved.adds_eos,
-            text_format=dataclasses.replace(model.text_format, tell_role=prompts), query_prompt=texts.get("query", ""),
-            document_prompt=texts.get("document", ""), query_max_length=lengths["query"],
-            document_max_length=lengths["document"], length_keys=("--max-length", "--max-length"),
-            vocab_size=model.shape.vocab_size)
+    with error_context(key, args.model):
+        tokenizer = open_role_tokenizer(model, pooling=model.pooling(args.pooling), max_length=args.max_length,
+                                        prompts=prompts, given_prompts=given_prompts)
         topology = start(config.parallel)
         config = resolve_dtype(config)
         chunks = load_model_chunks(model, config, topology)

@@ -223,6 +223,22 @@ def _passthrough_tensors(model: ModelDirectory) -> HFDirectory | PassthroughFile
     return HFDirectory(model.hf) if model.checkpoint is None else open_passthrough(open_checkpoint(model.checkpoint))
 
 
+def open_saved_pair_tokenizer(model: ModelDirectory, key: str = "--model",
+                              max_length: int | None = None) -> tuple[PairTokenizer, RerankerSettings]:
+    """The tokenizer of a directory's reranker, and how it is asked; arguments and errors as those of `open_scorer`."""
+    own = _saved(model, key)
+    settings = own.settings
+    if max_length is not None:
+        limit = model.shape.longest_text
+        if max_length > limit:
+            raise ConfigError(f"--max-length {max_length} is longer than the model's {limit} positions; lower it "
+                              "to that or less")
+        settings = dataclasses.replace(settings, max_length=max_length)
+    length_key = "--max-length" if key == "--model" or max_length is not None else "its max_length"
+    with error_context(key, str(model.peft or model.path)):
+        return open_pair_tokenizer(settings, model, length_key, foreign_pad=own.foreign_pad), settings
+
+
 def open_scorer(directory: str, *, key: str = "--model", max_length: int | None = None, dtype: str | None = None,
                 overrides: Sequence[str] = (), topology: Topology | None = None,
                 start: Start = initialize) -> tuple[PairScorer, ModelDirectory, Topology]:
@@ -236,22 +252,13 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
         UserError: it is not a reranker, or cannot be loaded.
     """
     model = find_model(directory, key)
-    own = _saved(model, key)
-    settings = own.settings
-    if max_length is not None:
-        limit = model.shape.longest_text
-        if max_length > limit:
-            raise ConfigError(f"--max-length {max_length} is longer than the model's {limit} positions; lower it "
-                              "to that or less")
-        settings = dataclasses.replace(settings, max_length=max_length)
+    tokenizer, settings = open_saved_pair_tokenizer(model, key, max_length)
     known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
     config = config_of_overrides([f"model.path={json.dumps(directory)}", f"model.dtype={dtype or known}", *overrides])
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)
     check_divisible(model.shape, config.parallel)
     with error_context(key, directory):
-        tokenizer = open_pair_tokenizer(settings, model, "--max-length" if key == "--model" else "its max_length",
-                                        foreign_pad=own.foreign_pad)
         spec = head_spec(settings, tokenizer)
         topology = topology or start(config.parallel)
         config = resolve_dtype(config)

@@ -38,6 +38,8 @@ class _Listener:
         """The main thread ends the process with its own exit code."""
         self.leaving = False
         self.exit_actions: list[Callable[[], None]] = []
+        self.on_request: Callable[[], None] | None = None
+        """Called in place of ending the process."""
         self.lock = threading.Lock()
         reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)
@@ -77,8 +79,11 @@ class _Listener:
             if self.holds:
                 self._write_unfinished_status()
                 return
-            self.leaving = True
-        self.leave()
+            on_request = self.on_request
+            self.leaving = on_request is None
+        if on_request is None:
+            self.leave()
+        on_request()
 
     def _write_unfinished_status(self) -> None:
         """Write a failure to the status file, for the case that the process is killed before it has finished."""
@@ -208,6 +213,27 @@ def finishing() -> Iterator[None]:
         raise
     if _release(listener, ends=bool(listener.reason)):
         raise PreemptedError(f"stopped ({listener.reason}); start the command again")
+
+
+@contextlib.contextmanager
+def stopping_by(on_request: Callable[[], None]) -> Iterator[None]:
+    """Within the block every request to stop calls this function, in the listening thread: for a server, which then
+    completes its answers, leaves the block and ends with its own exit code. Main thread only."""
+    listener = _listener
+    if listener is None:
+        yield
+        return
+    with listener.lock:
+        before, listener.on_request = listener.on_request, on_request
+        leaving = listener.leaving
+    if leaving:
+        threading.Event().wait()
+    try:
+        yield
+    finally:
+        with listener.lock:
+            listener.on_request = before
+            listener.decided = listener.decided or bool(listener.reason)
 
 
 def _release(listener: _Listener, *, ends: bool) -> bool:

@@ -25,13 +25,13 @@ class GraphEngine(Engine):
     """An engine that computes the graph on the token ids that Sentence Transformers makes."""
 
     def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
-        return _results(self._graph(directory), stock_features(directory, texts, role), "sentence_embedding")
+        return _results(self.open_graph(directory), stock_features(directory, texts, role), "sentence_embedding")
 
     def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> Tensor:
-        return _results(self._graph(directory), stock_pair_features(directory, pairs), "logits").flatten()
+        return _results(self.open_graph(directory), stock_pair_features(directory, pairs), "logits").flatten()
 
     @abstractmethod
-    def _graph(self, directory: Path) -> Graph:
+    def open_graph(self, directory: Path) -> Graph:
         """The directory's graph, loaded. Raises ConfigError or CheckpointError if it cannot be."""
 
 
@@ -40,7 +40,7 @@ class OnnxRuntime(GraphEngine):
 
     name = "ONNX Runtime"
 
-    def _graph(self, directory: Path) -> Graph:
+    def open_graph(self, directory: Path) -> Graph:
         runtime = require("onnxruntime", self.name)
         file = _existing(directory / GRAPH_FILE, "onnx")
         with library_errors(directory, self.name):
@@ -59,7 +59,7 @@ class OpenVino(GraphEngine):
 
     name = "OpenVINO"
 
-    def _graph(self, directory: Path) -> Graph:
+    def open_graph(self, directory: Path) -> Graph:
         openvino = require("openvino", self.name)
         file = _existing(directory / OPENVINO_FILE, "openvino")
         with library_errors(directory, self.name):

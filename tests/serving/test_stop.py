@@ -1,0 +1,82 @@
+"""A request to stop: what was accepted is answered, and the server ends."""
+
+import threading
+import time
+
+import httpx
+import pytest
+
+from megatron_embed.serving import server
+from megatron_embed.serving.app import create_app
+from megatron_embed.serving.guard import ServerState
+from tests.helpers.served import SECONDS, CountingEngine, counting_models
+
+
+def ask_in_threads(address, count, answers):
+    """Requests of two texts each, at once; `answers` gets the status of each, or the error's type."""
+
+    def ask():
+        try:
+            answers.append(httpx.post(f"{address}/v1/embeddings", json={"input": ["a b", "c"]},
+                                      timeout=SECONDS).status_code)
+        except httpx.HTTPError as error:
+            answers.append(type(error).__name__)
+
+    threads = [threading.Thread(target=ask) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def serve_until_stopped(monkeypatch, engine, *, answer_seconds, after_stop=lambda: None):
+    """(statuses of 20 requests that were accepted before the stop, seconds from the stop to the end)."""
+    monkeypatch.setattr(server, "ANSWER_SECONDS", answer_seconds)
+    monkeypatch.setattr(server, "LISTEN_SECONDS", 0.2)
+    models, state, answers, seconds = counting_models(engine), ServerState(), [], []
+    stopper, bound = server.Stopper(models, state), server.bind("127.0.0.1", 0)
+    engine.gate.clear()
+
+    def client():
+        while True:
+            try:
+                httpx.get(f"{server.address_of(bound)}/health")
+                break
+            except httpx.HTTPError:
+                time.sleep(0.01)
+        threads = ask_in_threads(address, 20, answers)
+        while models.queue.waiting_texts < 40:
+            time.sleep(0.001)
+        seconds.append(time.monotonic())
+        stopper.ask()
+        while not state.stopping:
+            time.sleep(0.001)
+        after_stop()
+        for thread in threads:
+            thread.join(SECONDS)
+
+    address = server.address_of(bound)
+    asking = threading.Thread(target=client)
+    asking.start()
+    ended = server.serve(create_app(models, state=state), models, bound, state, stopper)
+    seconds.append(time.monotonic())
+    asking.join(SECONDS)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{address}/health")
+    return answers, seconds[1] - seconds[0], ended
+
+
+def test_accepted_requests_are_answered(monkeypatch):
+    engine = CountingEngine(seconds_a_token=0.005)
+    answers, seconds, ended = serve_until_stopped(monkeypatch, engine, answer_seconds=SECONDS,
+                                                  after_stop=engine.gate.set)
+    assert answers == [200] * 20 and ended
+    assert seconds < 5
+
+
+def test_what_cannot_be_computed_in_time_is_answered_503(monkeypatch):
+    engine = CountingEngine()
+    monkeypatch.setattr(server, "THREAD_SECONDS", 0.05)
+    answers, seconds, ended = serve_until_stopped(monkeypatch, engine, answer_seconds=0.5)
+    assert answers == [503] * 20 and not ended
+    assert 0.4 < seconds < 5
+    engine.gate.set()
