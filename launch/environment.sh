@@ -15,6 +15,8 @@ export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-19}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export PYTHONUNBUFFERED=1
+# The process that hosts the run's store has two connections of every rank; Python processes raise their limit alone.
+ulimit -Sn "$(ulimit -Hn)" 2>/dev/null || true
 
 LAUNCH_VARIABLES=(NCCL_IB_TIMEOUT OMP_NUM_THREADS TOKENIZERS_PARALLELISM PYTHONUNBUFFERED)
 

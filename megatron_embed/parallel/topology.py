@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_embed.config.require import micro_batches_per_step
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError, LostRankError
+from megatron_embed.parallel.connections import prepare, shared_groups
 from megatron_embed.parallel.rendezvous import Rendezvous, report_to_other_store
 from megatron_embed.platform.compat import HAS_CUDA, ProcessGroupCollection, parallel_state
 from megatron_embed.platform.launcher import knows_local_rank, launched_rank, rendezvous_address, source_of_world_size
@@ -124,6 +125,7 @@ def _init_process_group(rank: int, world_size: int, timeout_seconds: int,
         ConfigError: another process uses the port; raised on every rank.
         LostRankError: not all ranks arrived, or they cannot reach each other.
     """
+    prepare()
     backend, timeout = "cpu:gloo,cuda:nccl" if HAS_CUDA else "gloo", datetime.timedelta(seconds=timeout_seconds)
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -271,15 +273,16 @@ def initialize(sizes: ParallelConfig) -> Topology:
         rendezvous = _init_process_group(rank, world_size, sizes.timeout_seconds, device)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
-        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_size(sizes),
-        context_parallel_size=sizes.context_parallel_size,
-        expert_model_parallel_size=sizes.expert_model_parallel_size,
-        expert_tensor_parallel_size=sizes.expert_tensor_parallel_size,
-        distributed_timeout_minutes=max(1, sizes.timeout_seconds // 60),
-    )
+    with shared_groups():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+            pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual_size(sizes),
+            context_parallel_size=sizes.context_parallel_size,
+            expert_model_parallel_size=sizes.expert_model_parallel_size,
+            expert_tensor_parallel_size=sizes.expert_tensor_parallel_size,
+            distributed_timeout_minutes=max(1, sizes.timeout_seconds // 60),
+        )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     _latest = Topology(rank=rank, world_size=world_size, groups=groups, device=device, sizes=sizes,
                        rendezvous=rendezvous)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 from typing import TYPE_CHECKING
 
 from megatron_embed.errors import ConfigError
@@ -14,6 +15,9 @@ from megatron_embed.run.input_checks import check_inputs, readable_shape
 if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
 
+FILES_OF_A_RANK, CONNECTIONS_PER_RANK = 100, 2
+"""Open files of a rank itself (59 on CPU ranks, tools/bench_groups.py), and connections to the run's store."""
+
 
 def examine_run(config: "RunConfig", *, ranks: int, ranks_per_node: int, min_free_gib: int) -> list[Check]:
     """Whether this run can start here. Quick: every node of a job asks it, and no library is loaded if all is well.
@@ -24,8 +28,19 @@ def examine_run(config: "RunConfig", *, ranks: int, ranks_per_node: int, min_fre
         min_free_gib: least free space on the disks of the output directories, however little the run writes.
     """
     config = _with_local_dtype(config)
-    return [_layout(config, ranks), _devices(config, ranks_per_node), *check_inputs(config),
+    return [_layout(config, ranks), _devices(config, ranks_per_node), _open_files(ranks), *check_inputs(config),
             *check_output_directories(config, min_free_gib)]
+
+
+def _open_files(ranks: int) -> Check:
+    """Whether the process that hosts the run's store may have a connection of every rank, and one of its heartbeats."""
+    needed = FILES_OF_A_RANK + CONNECTIONS_PER_RANK * ranks
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = hard == resource.RLIM_INFINITY
+    return Check(name="open files", value=f"up to {'any number' if unlimited else f'{hard:,}'} (now {soft:,}); "
+                 f"{needed:,} where the store is",
+                 remedy="" if unlimited or hard >= needed else f"ask for a hard limit of {needed:,} (`ulimit -Hn`, "
+                 "/etc/security/limits.conf, LimitNOFILE of slurmd): the process that hosts the store needs as many")
 
 
 def _with_local_dtype(config: "RunConfig") -> "RunConfig":

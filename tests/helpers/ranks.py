@@ -77,6 +77,7 @@ class _Nursery:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "TORCH_GLOO_LAZY_INIT": "1",  # as parallel/connections.py sets it
             # pyarrow's allocator otherwise starts a thread, and a fork takes only the one that forks.
             "JE_ARROW_MALLOC_CONF": "background_thread:false",
             # Otherwise torch initializes CUDA when it counts devices, and the forks could not use them.

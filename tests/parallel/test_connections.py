@@ -1,0 +1,55 @@
+"""Process groups connect and share what they can, and a process may open as many files as the system lets it."""
+
+import os
+import subprocess
+import sys
+
+import torch
+import torch.distributed as dist
+
+from megatron_embed.config.schema import ParallelConfig
+from megatron_embed.parallel import connections
+from megatron_embed.parallel.topology import initialize
+from tests.helpers.ranks import run_on_ranks
+
+
+def sums_and_sockets():
+    """(sums of 1 over each group of a layout, size of each, whether equal groups are one, sockets of all of them)."""
+    before = sockets()
+    groups = initialize(ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)).groups
+    named = {name: getattr(groups, name) for name in ("tp", "pp", "mp", "dp", "dp_cp", "tp_dp_cp", "tp_cp")}
+    sums = {name: torch.ones(1) for name in named}
+    for name, group in named.items():
+        dist.all_reduce(sums[name], group=group)
+    return ({name: int(total) for name, total in sums.items()}, {name: group.size() for name, group in named.items()},
+            groups.dp is groups.dp_cp and groups.tp is groups.tp_cp, sockets() - before)
+
+
+def sockets():
+    return sum(os.readlink(f"/proc/self/fd/{name}").startswith("socket:") for name in os.listdir("/proc/self/fd")
+               if os.path.lexists(f"/proc/self/fd/{name}"))
+
+
+def test_eight_ranks_need_few_sockets():
+    """Connected fully and not shared it would be one to each of 38 peers, and a listening one per group."""
+    for sums, sizes, shared, opened in run_on_ranks(sums_and_sockets, 8):
+        assert sums == sizes == {"tp": 2, "pp": 2, "mp": 4, "dp": 2, "dp_cp": 2, "tp_dp_cp": 4, "tp_cp": 2}
+        assert shared
+        assert opened <= 20
+
+
+def test_a_process_may_open_what_the_system_allows():
+    code = ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 1000))\n"
+            "from megatron_embed.parallel.connections import prepare\nprepare()\n"
+            "import os; print(resource.getrlimit(resource.RLIMIT_NOFILE), os.environ['TORCH_GLOO_LAZY_INIT'])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"TORCH_GLOO_LAZY_INIT": "0"})
+    assert done.stdout.strip() == "(1000, 1000) 0", done.stderr
+
+
+def test_groups_stay_apart_on_gpus(monkeypatch):
+    monkeypatch.setattr(connections, "HAS_CUDA", True)
+    create = connections.parallel_state.create_group
+    with connections.shared_groups():
+        assert connections.parallel_state.create_group is create
+

@@ -1,0 +1,142 @@
+"""What starting the process groups of a layout costs: open files and CPU seconds per rank, and how they grow.
+
+    python tools/bench_groups.py [--ranks 16 32 64] [--fake 64 256 1024] [--layout tp2 pp2]
+
+Real ranks are forks on this machine that talk over gloo, each group once; then the same as it would be without
+parallel/connections.py (every group connects fully, none is shared). The fake world calls the same code without
+connections, as rank 0 of that many: its time is Python's alone, its groups are those of a rank.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from megatron_embed.config.schema import ParallelConfig
+from megatron_embed.parallel import connections, topology
+
+PLAIN = {"TORCH_GLOO_LAZY_INIT": "0"}
+
+
+def sizes_of(layout: list[str]) -> ParallelConfig:
+    names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "cp": "context_parallel_size"}
+    return ParallelConfig(**{names[text[:2]]: int(text[2:]) for text in layout})
+
+
+def measured(sizes: ParallelConfig, *, plain: bool, talk: bool) -> dict[str, float]:
+    """CPU seconds of `initialize`, groups with gloo, and open files after it and after one message in every group."""
+    start = time.process_time()
+    shared = contextlib.nullcontext if plain else connections.shared_groups
+    with mock.patch.object(topology, "shared_groups", shared):
+        topology.initialize(sizes)
+    seconds = time.process_time() - start
+    groups = [group for group in dist.distributed_c10d._world.pg_map if group.size() > 1]
+    if talk:
+        for group in groups:
+            dist.all_reduce(torch.ones(1), group=group)
+        dist.barrier()
+    return {"cpu": seconds, "files": len(os.listdir("/proc/self/fd")), "groups": len(groups),
+            "peers": sum(group.size() - 1 for group in groups)}
+
+
+def on_ranks(ranks: int, sizes: ParallelConfig, *, plain: bool) -> dict[str, float]:
+    """Medians over real ranks, and the largest number of open files."""
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(ranks):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                with contextlib.suppress(BaseException):
+                    connections.prepare()
+                    os.environ |= (PLAIN if plain else {}) | {"RANK": str(rank), "WORLD_SIZE": str(ranks),
+                                                              "LOCAL_RANK": str(rank)}
+                    torch.set_num_threads(1)
+                    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", ranks), rank=rank,
+                                            world_size=ranks)
+                    result = measured(sizes, plain=plain, talk=True)
+                    with open(f"{folder}/{rank}.json", "w", encoding="ascii") as file:
+                        json.dump(result, file)
+                    dist.barrier()
+                    code = 0
+                os._exit(code)
+            children.append(child)
+        failed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if any(failed):
+            return {}
+        results = []
+        for rank in range(ranks):
+            with open(f"{folder}/{rank}.json", encoding="ascii") as file:
+                results.append(json.load(file))
+    return {name: statistics.median(result[name] for result in results) for name in results[0]} | {
+        "files": max(result["files"] for result in results)}
+
+
+def in_fake_world(ranks: int, sizes: ParallelConfig) -> dict[str, float]:
+    """Rank 0 of a world without connections, in a process of its own."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        try:
+            os.environ |= {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+            new_group = dist.new_group
+            with mock.patch.object(dist, "new_group", lambda backend=None, **rest: new_group(**rest)), \
+                    mock.patch.object(dist, "get_backend", return_value="gloo"):
+                os.write(writer, json.dumps(measured(sizes, plain=False, talk=False)).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        result: dict[str, float] = json.loads(pipe.read())
+    os.wait()
+    return result
+
+
+def exponent(small: tuple[int, float], large: tuple[int, float]) -> float:
+    return math.log(large[1] / small[1]) / math.log(large[0] / small[0])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[16, 32, 64])
+    parser.add_argument("--fake", type=int, nargs="*", default=[64, 256, 1024])
+    parser.add_argument("--layout", nargs="*", default=["tp2", "pp2"], help="tp, pp and cp sizes; none: data parallel")
+    parser.add_argument("--open-files", type=int, help="RLIMIT_NOFILE of the ranks, both limits")
+    args = parser.parse_args()
+    if args.open_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (args.open_files, args.open_files))
+    sizes = sizes_of(args.layout)
+    print(f"torch {torch.__version__}, {' '.join(args.layout) or 'data parallel'}\n\n| ranks | groups | open files "
+          "| CPU s | before: groups | open files | CPU s |\n|---|---|---|---|---|---|---|")
+    for ranks in args.ranks:
+        cells: list[Any] = [ranks]
+        for plain in (False, True):
+            result = on_ranks(ranks, sizes, plain=plain)
+            cells += [f"{result['groups']:.0f}", f"{result['files']:.0f}", f"{result['cpu']:.3f}"] if result else [
+                "fails", "", ""]
+        print("|", " | ".join(map(str, cells)), "|", flush=True)
+    fakes = {ranks: in_fake_world(ranks, sizes) for ranks in args.fake}
+    for ranks, result in fakes.items():
+        print(f"fake world of {ranks}: {result['groups']:.0f} groups with {result['peers']:.0f} peers, "
+              f"{result['cpu']:.3f} s of Python")
+    if len(fakes) > 1:
+        first, last = min(fakes), max(fakes)
+        print(f"exponent of the time {exponent((first, fakes[first]['cpu']), (last, fakes[last]['cpu'])):.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
