@@ -1,6 +1,7 @@
 """`serve DIR...`"""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=port, default=8000, help="Port to listen at; 0: any free one (default: 8000)")
     parser.add_argument("--api-key-file", metavar="FILE", type=path,
                         help=f"Accepted API keys, one per line (default: the one in {KEY_VARIABLE}, else none)")
+    parser.add_argument("--api-key", type=no_key, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
                         help="Computation dtype of --engine torch (default: the model's own setting, else float32)")
     parser.add_argument("--max-length", type=positive_int, metavar="TOKENS",
@@ -49,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C, which end in 0 once what was accepted is answered."""
-    with stop.stopping_by(lambda: os._exit(0)):  # nothing is accepted before the models are open
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.stopping_by(lambda: os._exit(0)))  # nothing is accepted before the models are open
         from megatron_embed.export.engines.base import require
 
         for package in PACKAGES:
@@ -61,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
         from megatron_embed.serving.opening import Opening, open_models
         from megatron_embed.serving.server import Stopper, address_of, bind, serve
 
-        bound = bind(args.host, args.port)
         limits = Limits(max_texts=args.max_texts, max_bytes=args.max_mib << 20, timeout_seconds=args.timeout,
                         max_waiting_texts=args.max_waiting_texts, batch_tokens=args.batch_tokens)
-        models = open_models(args.directories, Opening(engine=args.engine, dtype=args.dtype,
-                                                       max_length=args.max_length), limits)
+        opening = Opening(engine=args.engine, dtype=args.dtype, max_length=args.max_length)
+        bound = stack.enter_context(bind(args.host, args.port))
+        models = open_models(args.directories, opening, limits)
         local = bound.getsockname()[0] in ("127.0.0.1", "::1")
         if not local and not keys:
             logger.warning("--host %s: other machines can reach this server, and it asks for no API key; set %s or "
@@ -101,6 +104,11 @@ def api_keys(file: str | None) -> tuple[str, ...]:
     if not keys:
         raise ConfigError(f"--api-key-file {file}: holds no key; write one on a line", key="--api-key-file")
     return keys
+
+
+def no_key(text: str) -> str:
+    raise argparse.ArgumentTypeError("other users of the machine see a command's arguments; write the key to a file "
+                                     f"for --api-key-file, or into {KEY_VARIABLE}")
 
 
 def port(text: str) -> int:

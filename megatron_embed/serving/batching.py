@@ -22,13 +22,11 @@ from megatron_embed.serving.errors import RequestError, stopping
 logger = logging.getLogger(__name__)
 
 BATCH_SECONDS = 0.5
-"""A batch has as many tokens as the model computed in this time so far: a new request waits no longer for its turn."""
+"""A model's token budget is such that a batch takes about this time: a new request waits no longer for its turn."""
 FIRST_TOKENS = 1024
-"""Token budget of a model's first batch, before its speed is known."""
+"""Token budget of a model's first batch."""
 LEAST_TOKENS = 256
 """Smallest token budget."""
-NEW_SPEED = 0.3
-"""Weight of the latest batch in the running mean of a model's speed."""
 
 
 class Tokens(NamedTuple):
@@ -89,7 +87,7 @@ class Batcher:
         self.batch_tokens = batch_tokens
         self.on_batch: Callable[[int], object] | None = None
         """Called with the tokens of every batch."""
-        self._speeds: dict[Engine, float] = {}
+        self._budgets: dict[Engine, int] = {}
         self._requests: deque[_Request] = deque()
         self._running: Batch = []
         self._changed = threading.Condition()
@@ -165,9 +163,7 @@ class Batcher:
         return list(taken.items())
 
     def _budget(self, engine: Engine) -> int:
-        speed = self._speeds.get(engine)
-        wanted = FIRST_TOKENS if speed is None else max(LEAST_TOKENS, int(speed * BATCH_SECONDS))
-        return min(wanted, self.batch_tokens)
+        return min(self._budgets.get(engine, FIRST_TOKENS), self.batch_tokens)
 
     def _compute(self, batch: Batch) -> None:
         engine = batch[0][0].engine
@@ -183,18 +179,21 @@ class Batcher:
             self._drop(batch[0][0], RequestError(500, f"the model failed: {type(error).__name__}", code="model_failed"))
             return
         tokens = sum(request.costs[position] for request, positions in batch for position in positions)
-        self._note_speed(engine, tokens, time.perf_counter() - start)
+        self._note_batch(engine, tokens, time.perf_counter() - start)
         first = 0
         for request, positions in batch:
             request.fill(positions, rows[first : first + len(positions)])
             first += len(positions)
 
-    def _note_speed(self, engine: Engine, tokens: int, seconds: float) -> None:
+    def _note_batch(self, engine: Engine, tokens: int, seconds: float) -> None:
+        """Lower the model's budget after a batch that took too long; double it after a full one that was fast."""
         if self.on_batch is not None:
             self.on_batch(tokens)
-        latest = tokens / max(seconds, 1e-6)
-        before = self._speeds.get(engine, latest)
-        self._speeds[engine] = before + NEW_SPEED * (latest - before)
+        budget = self._budget(engine)
+        if seconds > BATCH_SECONDS:
+            self._budgets[engine] = max(LEAST_TOKENS, int(min(tokens, budget) * BATCH_SECONDS / seconds))
+        elif seconds < BATCH_SECONDS / 2 and tokens > budget / 2:
+            self._budgets[engine] = min(2 * budget, self.batch_tokens)
 
     def _drop(self, request: _Request, error: Exception) -> None:
         with self._changed:

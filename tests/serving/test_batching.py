@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from megatron_embed.serving import batching
 from megatron_embed.serving.batching import FIRST_TOKENS, Batcher, Tokens
 from megatron_embed.serving.errors import RequestError
 from tests.helpers.served import SECONDS, CountingEngine
@@ -66,10 +67,17 @@ def test_models_take_turns(batcher):
     assert other.batches == [[3]]
 
 
-def test_budget_follows_the_speed(batcher):
-    slow = CountingEngine(seconds_a_token=0.0005)  # 1000 tokens in BATCH_SECONDS
-    submit(batcher, slow, [100] * 20).result(SECONDS)
-    assert sum(slow.batches[0]) == 1000 and max(map(sum, slow.batches)) <= 1000
+def test_budget_of_a_fast_model_grows(batcher):
+    engine = CountingEngine()
+    submit(batcher, engine, [100] * 300).result(SECONDS)
+    assert [sum(batch) for batch in engine.batches[:5]] == [1000, 2000, 4000, 8100, 8100]
+
+
+def test_budget_of_a_slow_model_shrinks(batcher, monkeypatch):
+    monkeypatch.setattr(batching, "BATCH_SECONDS", 0.05)
+    engine = CountingEngine(seconds_a_token=0.0001)  # 500 tokens in that time, or fewer on a busy machine
+    submit(batcher, engine, [100] * 20).result(SECONDS)
+    assert sum(engine.batches[0]) == 1000 and max(map(sum, engine.batches[1:])) <= 500
 
 
 def test_abandoned_request_leaves_the_queue(batcher):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -18,6 +19,7 @@ from megatron_embed.cli.serve import api_keys
 from megatron_embed.errors import ConfigError
 from megatron_embed.serving import server
 from megatron_embed.serving.opening import names_of
+from tests.helpers.cross_encoders import cross_encoder  # noqa: F401  fixture
 from tests.helpers.toys import MINILM, REPOSITORY
 
 STOP_SECONDS = 25
@@ -32,7 +34,7 @@ STOP_SECONDS = 25
     ([str(MINILM), "--host", "nowhere.invalid"], "--host nowhere.invalid: "),
     ([str(MINILM), "--port", "65536"], "'65536' is not a port"),
     ([str(MINILM), "--api-key-file", "/nowhere"], "--api-key-file /nowhere: cannot be read"),
-    ([str(MINILM), "--api-key", "secret"], "unrecognized arguments: --api-key"),
+    ([str(MINILM), "--api-key", "secret"], "--api-key: other users of the machine see"),
     ([], "the following arguments are required: DIR"),
 ])
 def test_refusals(arguments, words, capsys):
@@ -129,6 +131,20 @@ def test_sigterm_under_load_answers_what_was_accepted():
         np.testing.assert_allclose(vector, wanted[index], rtol=0, atol=1e-6)
     # A request that found no server any more was sent after the signal.
     assert all(sent > asked for sent, _ in errors), errors
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_server_error(cross_encoder):
+    """All of its phases, over the wire."""
+    process, address = start(str(MINILM), str(cross_encoder))
+    made = subprocess.run([Path(sys.executable).with_name("schemathesis"), "run", f"{address}/openapi.json",
+                           "--checks", "not_a_server_error", "--max-examples", "50"], capture_output=True, text=True,
+                          timeout=500, check=False)
+    assert made.returncode == 0, made.stdout
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(STOP_SECONDS) == 0
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
 
 
 @pytest.mark.slow

@@ -65,6 +65,12 @@ def test_texts_and_bytes_are_limited():
     assert asked.post("/embed", json={"inputs": "a b c d e f g h i"}).json() == [[8.0, 8.0, 1.0]]
 
 
+def test_2048_texts_are_accepted_by_default():
+    answer = client().post("/v1/embeddings", json={"input": [f"number {index}" for index in range(2048)]})
+    assert [row["index"] for row in answer.json()["data"]] == list(range(2048))
+    refused(client().post("/v1/embeddings", json={"input": ["a"] * 2049}), 413, "at most 2048")
+
+
 def test_names_of_models():
     assert client().post("/v1/embeddings", json={"input": "a", "model": "any"}).json()["model"] == "toy"
     two = client(names=("x", "y"))

@@ -35,7 +35,7 @@ def call_all(app, examples):
 
 
 def test_no_server_error():
-    counts = call_all(create_app(counting_models(CountingEngine())), 10)
+    counts = call_all(create_app(counting_models(CountingEngine())), 2)
     assert len(counts) == 9
 
 

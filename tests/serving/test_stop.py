@@ -1,5 +1,7 @@
 """A request to stop: what was accepted is answered, and the server ends."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -80,3 +82,27 @@ def test_what_cannot_be_computed_in_time_is_answered_503(monkeypatch):
     assert answers == [503] * 20 and not ended
     assert 0.4 < seconds < 5
     engine.gate.set()
+
+
+LATE = """
+import os, signal, threading
+from megatron_embed.platform import stop_signal as stop
+stop.start()
+asked, outer = threading.Event(), threading.Event()
+with stop.stopping_by(outer.set):
+    with stop.stopping_by(asked.set):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.wait(10) and not outer.is_set()
+        assert stop.asked() and stop.reason() == "SIGTERM" and not stop.held()
+os.kill(os.getpid(), signal.SIGTERM)  # the exit code is decided
+threading.Event().wait(0.2)
+print("ended by itself")
+"""
+
+
+def test_signal_is_answered_by_the_server_alone():
+    made = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert (made.returncode, made.stdout) == (0, "ended by itself\n"), made.stderr
+    ended = subprocess.run([sys.executable, "-c", LATE.replace("with stop.stopping_by(asked.set):", "if True:")
+                            .replace("outer.set", "lambda: os._exit(3)")], timeout=SECONDS, check=False)
+    assert ended.returncode == 3
