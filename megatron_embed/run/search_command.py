@@ -81,6 +81,8 @@ def _check_options(args: argparse.Namespace) -> None:
     if not args.query and args.queries is None:
         raise ConfigError("--query: there is no query; give one, or --queries FILE, or --queries - for stdin",
                           key="--query")
+    if args.queries not in (None, "-"):
+        open_file(args.queries, "--queries").close()  # before the model is loaded
     if args.index == "flat":
         for name in _HNSW_OPTIONS:
             option = f"--{name.replace('_', '-')}"
