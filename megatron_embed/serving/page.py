@@ -1,19 +1,22 @@
-"""The page at `/`: its files, and what it asks about models and texts; it searches through the public API.
+"""The page at `/`: its files, and what it asks about models and texts beside the public API, which it searches with.
 
-Nothing of it comes from another host, and no text of others is read as HTML: the Content-Security-Policy allows this
-server's own scripts and styles alone.
+Nothing of it comes from another host, and no text is read as HTML: the Content-Security-Policy allows this server's own
+scripts and styles alone.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
-from fastapi.responses import JSONResponse, Response
+import numpy as np
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
 
-from megatron_embed.names import Role, Similarity
+from megatron_embed.names import Role
+from megatron_embed.serving.errors import RequestError
+from megatron_embed.serving.models import ServedEmbedder, ServedModels
+from megatron_embed.serving.page_corpus import PageCorpus
 
 _STATIC = Path(__file__).resolve().parent / "static"
 _TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8",
@@ -25,68 +28,56 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-LONGEST_TEXT = 1 << 20
-"""Characters of a text whose tokens are counted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageModel:
-    """What the page knows about a served model."""
-
-    id: str
-    kind: Literal["embedder", "reranker"]
-    dim: int = 0
-    """Components of a vector; of an embedding model alone, as all that follows."""
-    similarity: Similarity = "cosine"
-    max_lengths: dict[Role, int] = field(default_factory=dict)
-    """Longest text of a role in tokens; what is longer is cut off."""
-    count_tokens: Callable[[str, Role], int] | None = None
-    """Tokens of a whole text with its prompt, as if nothing were cut off."""
-
-    def described(self) -> dict[str, Any]:
-        """What the page is told."""
-        described = {"id": self.id, "kind": self.kind}
-        return described if self.kind == "reranker" else {**described, "dim": self.dim, "similarity": self.similarity}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageCorpus:
-    """Texts that the server was started with."""
-
-    name: str
-    ids: Sequence[str]
-    texts: Sequence[str]
+PAGE_FILES = {path.name: path for path in sorted(_STATIC.iterdir()) if path.suffix in _TYPES}
+"""The page's files by name."""
+PUBLIC_PAGE_PATHS = frozenset({"/", *(f"/page/{name}" for name in PAGE_FILES)})
+"""Paths that need no API key: nothing of models and texts is in these files."""
+TEXTS_AT_ONCE = 64
+"""Texts of the server's corpus that are embedded, and sent to the page, together."""
 
 
 class TokensRequest(BaseModel):
     """A text whose tokens are counted."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(strict=True)
 
-    model: str
-    text: str = Field(max_length=LONGEST_TEXT)
+    text: Annotated[str, Field(max_length=1 << 20)]
+    model: str | None = None
     role: Role = "document"
 
 
-def page_router(models: Sequence[PageModel], corpus: PageCorpus | None = None, *,
-                check_key: Callable[..., Any] | None = None) -> APIRouter:
-    """Routes of the page.
-
-    Args:
-        models: what is served, in the order in which the page offers it.
-        check_key: dependency of the routes that tell about models and texts; the files of the page need no key.
-    """
+def page_router(models: ServedModels, corpus: PageCorpus | None = None) -> APIRouter:
+    """The routes of the page. `corpus`: texts that it searches at first; None: its example."""
     router = APIRouter(include_in_schema=False)
-    for name, (content, media_type) in _page_files().items():
-        router.add_api_route("/" if name == "index.html" else f"/page/{name}", _answer(content, media_type))
-    router.include_router(_data_router(models, corpus), prefix="/page",
-                          dependencies=[] if check_key is None else [Depends(check_key)])
+    for name, path in PAGE_FILES.items():
+        router.add_api_route("/" if name == "index.html" else f"/page/{name}",
+                             _answer(path.read_bytes(), _TYPES[path.suffix]))
+
+    @router.get("/page/info")
+    async def info() -> dict[str, Any]:
+        about = None if corpus is None else {"name": corpus.name, "count": len(corpus.texts)}
+        return {"models": [_described(model) if isinstance(model, ServedEmbedder)
+                           else {"id": model.name, "kind": model.kind} for model in models.all], "corpus": about}
+
+    @router.post("/page/tokens")
+    def tokens(request: TokensRequest) -> dict[str, int]:
+        count, most = models.embedder(request.model).count_tokens(request.text, request.role)
+        return {"tokens": count, "max_length": most}
+
+    @router.get("/page/corpus")
+    async def texts() -> dict[str, Any]:
+        given = _required(corpus)
+        return {"rows": [{"id": name, "text": text} for name, text in zip(given.ids, given.texts, strict=True)]}
+
+    @router.get("/page/vectors")
+    async def vectors(model: str, start: Annotated[int, Field(ge=0)]) -> Response:
+        given, embedder = _required(corpus), models.embedder(model)
+        if start >= len(given.texts):
+            raise RequestError(422, f"start = {start}: the corpus has {len(given.texts)} texts", code="invalid_request")
+        rows = await _vectors(models, embedder, given, start)
+        return Response(rows.astype("<f4").tobytes(), media_type="application/octet-stream")
+
     return router
-
-
-def _page_files() -> dict[str, tuple[bytes, str]]:
-    """Content and type of every file by its name."""
-    return {path.name: (path.read_bytes(), _TYPES[path.suffix]) for path in sorted(_STATIC.iterdir())}
 
 
 def _answer(content: bytes, media_type: str) -> Callable[[], Response]:
@@ -96,28 +87,20 @@ def _answer(content: bytes, media_type: str) -> Callable[[], Response]:
     return answer
 
 
-def _data_router(models: Sequence[PageModel], corpus: PageCorpus | None) -> APIRouter:
-    """Routes that tell about models and texts."""
-    router = APIRouter(include_in_schema=False)
-    embedders = {model.id: model for model in models if model.kind == "embedder"}
+def _described(model: ServedEmbedder) -> dict[str, Any]:
+    return {"id": model.name, "kind": model.kind, "dim": model.dim, "similarity": model.similarity}
 
-    @router.get("/info")
-    def info() -> dict[str, Any]:
-        about = None if corpus is None else {"name": corpus.name, "count": len(corpus.texts)}
-        return {"models": [model.described() for model in models], "corpus": about}
 
-    @router.get("/corpus")
-    def texts() -> dict[str, Any]:
-        rows = [] if corpus is None else zip(corpus.ids, corpus.texts, strict=True)
-        return {"rows": [{"id": name, "text": text} for name, text in rows]}
+def _required(corpus: PageCorpus | None) -> PageCorpus:
+    if corpus is None:
+        raise RequestError(404, "the server was started without --corpus", code="no_corpus")
+    return corpus
 
-    @router.post("/tokens")
-    def tokens(request: TokensRequest) -> Response:
-        model = embedders.get(request.model)
-        if model is None or model.count_tokens is None:
-            message = f"model {request.model!r} is not served here as an embedding model"
-            return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=404)
-        return JSONResponse({"tokens": model.count_tokens(request.text, request.role),
-                             "max_length": model.max_lengths[request.role]})
 
-    return router
+async def _vectors(models: ServedModels, model: ServedEmbedder, corpus: PageCorpus, start: int) -> np.ndarray:
+    """[up to TEXTS_AT_ONCE, dim] float32 of the corpus from `start`; computed at the first request, then kept."""
+    key = (model.name, start)
+    if key not in corpus.vectors:
+        part = corpus.texts[start:start + TEXTS_AT_ONCE]
+        corpus.vectors[key] = (await model.encode(models.queue, part, "document")).vectors
+    return corpus.vectors[key]

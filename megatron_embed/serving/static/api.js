@@ -11,6 +11,8 @@ export function setKey(value) {
   sessionStorage.setItem("megatron_embed.key", value);
 }
 
+export const hasKey = () => key !== "";
+
 export class ServerError extends Error {
   constructor(status, message) {
     super(message);
@@ -20,6 +22,10 @@ export class ServerError extends Error {
 
 /** The JSON answer to a request; a busy server (429, 503) is asked again after a while. */
 async function request(path, body, signal) {
+  return (await answerTo(path, body, signal)).json();
+}
+
+async function answerTo(path, body, signal) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   const options = { headers, signal };
   if (body !== undefined) {
@@ -28,7 +34,7 @@ async function request(path, body, signal) {
   }
   for (let tries = 1; ; tries += 1) {
     const response = await reached(path, options);
-    if (response.ok) return response.json();
+    if (response.ok) return response;
     if (![429, 503].includes(response.status) || tries === MOST_TRIES) throw await errorOf(response);
     const seconds = Number(response.headers.get("Retry-After")) || 0.25 * 2 ** tries;
     await new Promise((resolve) => { setTimeout(resolve, 1000 * Math.min(seconds, 10)); });
@@ -106,6 +112,19 @@ export async function embed(model, texts, role, { signal, onProgress = () => {} 
     onProgress(start + input.length);
   }
   return { data: data ?? new Float32Array(0), dim, count: texts.length };
+}
+
+/** Vectors of the corpus that the server was started with, which it keeps; as `embed` gives them. */
+export async function corpusVectors({ id, dim }, count, { signal, onProgress }) {
+  const data = new Float32Array(count * dim);
+  for (let done = 0; done < count;) {
+    const answer = await answerTo(`page/vectors?model=${encodeURIComponent(id)}&start=${done}`, undefined, signal);
+    const part = new Float32Array(await answer.arrayBuffer());
+    data.set(part, done * dim);
+    done += part.length / dim;
+    onProgress(done);
+  }
+  return { data, dim, count };
 }
 
 /** Scores of the documents, in their order. */

@@ -12,21 +12,23 @@ import { difference, drawLines, linkHits, showHits } from "./results.js";
 const SHOWN = 10;
 
 const state = { models: [], corpus: null, given: null, panels: [], view: "search", query: "", pairs: null };
-const vectorsOf = new Map(); // by corpus, model
+let vectorsOf = new Map(); // of the corpus, by model
 const queries = new Map(); // by model and text
 const scores = new Map(); // of rerankers, by model, query and document
 let turn = 0; // results of an earlier turn are not shown
 let embedding = null; // AbortController of the corpus that is being embedded
+let last = Promise.resolve(); // models embed one after the other
 
 function showError(error) {
   const box = byId("error");
-  if (error === null || error?.name === "AbortError") {
-    box.hidden = true;
-    return;
-  }
-  if (error.status === 401 || error.status === 403) byId("key-form").hidden = false;
+  if (error?.name === "AbortError") return;
+  box.hidden = error === null;
+  if (error === null) return;
   box.textContent = error.message;
-  box.hidden = false;
+  if (error.status === 401) {
+    byId("key-form").hidden = false;
+    box.hidden = !api.hasKey();
+  }
 }
 
 const status = (text) => { byId("status").textContent = text; };
@@ -38,7 +40,7 @@ async function attempt(action) {
     await action();
   } catch (error) {
     showError(error);
-    if (!(error instanceof api.ServerError) && error.name !== "AbortError" && error.constructor === TypeError) throw error;
+    if (error instanceof TypeError) throw error; // a mistake of this page: for the console, too
   }
 }
 
@@ -52,20 +54,22 @@ function progress(done, total, model) {
 /** The vectors of the corpus by a model; embedded at the first use, and once however often they are asked for. */
 function corpusVectors(model) {
   const { corpus } = state;
-  const known = vectorsOf.get(corpus) ?? new Map();
-  vectorsOf.set(corpus, known);
-  if (!known.has(model)) {
+  const known = vectorsOf;
+  if (!known.has(model.id)) {
     embedding ??= new AbortController();
-    const texts = corpus.rows.map((row) => row.text);
-    const promise = api.embed(model, texts, "document", { signal: embedding.signal,
-      onProgress: (done) => { if (state.corpus === corpus) progress(done, texts.length, model); } });
-    known.set(model, promise);
+    const count = corpus.rows.length;
+    const options = { signal: embedding.signal,
+      onProgress: (done) => { if (state.corpus === corpus) progress(done, count, model.id); } };
+    const promise = last.then(() => (corpus === state.given ? api.corpusVectors(model, count, options)
+      : api.embed(model.id, corpus.rows.map((row) => row.text), "document", options)));
+    last = promise.catch(() => {});
+    known.set(model.id, promise);
     promise.catch(() => {
-      known.delete(model);
+      known.delete(model.id);
       byId("progress").hidden = true;
     });
   }
-  return known.get(model);
+  return known.get(model.id);
 }
 
 function queryVector(model, text) {
@@ -92,14 +96,14 @@ async function rerankScores(model, query, texts) {
 }
 
 /** The hits of one side for a query, [{row, score, before?, similarity?}], best first. */
-async function hitsOf(panel, query) {
+async function hitsOf(panel, query, rows) {
   const { model, width, reranker, depth } = panel;
-  const vectors = await corpusVectors(model.id);
+  const vectors = await corpusVectors(model);
   const asked = await queryVector(model.id, query);
   const found = similarities(asked, 0, vectors, width, model.similarity);
   const hits = best(found, reranker === null ? SHOWN : depth);
   if (reranker === null) return hits;
-  const values = await rerankScores(reranker, query, hits.map((hit) => state.corpus.rows[hit.row].text));
+  const values = await rerankScores(reranker, query, hits.map((hit) => rows[hit.row].text));
   return hits.map((hit, index) => ({ row: hit.row, score: values[index], before: index, similarity: hit.score }))
     .sort((a, b) => b.score - a.score || a.before - b.before).slice(0, SHOWN);
 }
@@ -108,17 +112,17 @@ const labelOf = (panel) => panel.reranker ?? (panel.model.similarity === "cosine
 
 async function search() {
   const { query, panels, corpus } = state;
+  turn += 1;
+  const mine = turn;
   if (query === "" || corpus === null) {
     panels.forEach((panel) => panel.body.replaceChildren());
     byId("gutter").replaceChildren();
     status("");
     return;
   }
-  turn += 1;
-  const mine = turn;
   document.body.classList.add("busy");
   try {
-    const hits = await Promise.all(panels.map((panel) => hitsOf(panel, query)));
+    const hits = await Promise.all(panels.map((panel) => hitsOf(panel, query, corpus.rows)));
     if (mine !== turn || state.corpus !== corpus) return;
     panels.forEach((panel, index) => showHits(panel, hits[index], hits[1 - index] ?? null,
       { rows: corpus.rows, label: labelOf(panel), other: index === 0 ? "B" : "A" }));
@@ -160,8 +164,9 @@ async function pairs() {
   state.panels.forEach((panel, index) => panel.body.replaceChildren(
     heatMap(`${panel.letter}: ${labelOf(panel)}`, tables[index], rows, columns), columnTexts(columns)));
   const comparable = tables.length === 2 && labelOf(state.panels[0]) === labelOf(state.panels[1]);
-  byId("difference").replaceChildren(...(comparable ? [heatMap("B minus A",
-    tables[1].map((row, y) => row.map((value, x) => value - tables[0][y][x])), rows, columns, { diverging: true })] : []));
+  const change = comparable && tables[1].map((row, y) => row.map((value, x) => value - tables[0][y][x]));
+  byId("difference").replaceChildren(
+    ...(comparable ? [heatMap("B minus A", change, rows, columns, { diverging: true })] : []));
   status(`${plural(rows.length * columns.length, "pair")}.`);
 }
 
@@ -223,7 +228,8 @@ const countTokens = debounced(async () => {
       const { tokens, max_length: most } = counts[index];
       const over = tokens > most ? el("strong", {}, `, the last ${tokens - most} are cut off`) : null;
       const name = models.length > 1 ? `${model}: ` : "";
-      return [index > 0 ? " · " : "", `${name}${tokens} of ${plural(most, "token")}`, over].filter((part) => part !== null);
+      const count = `${index > 0 ? " · " : ""}${name}${tokens} of ${plural(most, "token")}`;
+      return over === null ? [count] : [count, over];
     }));
   } catch (error) {
     if (error.name !== "AbortError") byId("tokens").textContent = "";
@@ -237,18 +243,19 @@ function ask(query) {
   countTokens();
 }
 
-function setCorpus(corpus, { suggestions = [], open = false } = {}) {
+function setCorpus(corpus, suggestions = []) {
   embedding?.abort();
   embedding = null;
-  vectorsOf.delete(state.corpus);
+  vectorsOf = new Map();
   state.corpus = corpus;
   byId("progress").hidden = true;
-  byId("corpus-name").replaceChildren("Searching ", el("strong", {}, corpus.name), ` (${plural(corpus.rows.length, "text")})`);
+  byId("corpus-name").replaceChildren("Searching ", el("strong", {}, corpus.name),
+    ` (${plural(corpus.rows.length, "text")})`);
   byId("suggestions").replaceChildren(...suggestions.map((query) => el("button",
     { type: "button", class: "chip", dir: "auto", click: () => ask(query) }, query)));
-  openCorpus(open);
+  openCorpus(false);
   attempt(async () => {
-    await Promise.all(state.panels.map((panel) => corpusVectors(panel.model.id)));
+    await Promise.all(state.panels.map((panel) => corpusVectors(panel.model)));
     await search();
   });
 }
@@ -258,8 +265,8 @@ function openCorpus(open) {
   byId("corpus-toggle").setAttribute("aria-expanded", String(open));
 }
 
-const useExample = () => setCorpus(corpusOf("example texts", TEXTS.map((text, index) => ({ id: `${index + 1}`, text }))),
-  { suggestions: QUERIES });
+const useExample = () => setCorpus(
+  corpusOf("example texts", TEXTS.map((text, index) => ({ id: `${index + 1}`, text }))), QUERIES);
 
 const useFiles = (files) => attempt(async () => {
   setCorpus(await readFiles(files, byId("split").value));
@@ -290,7 +297,11 @@ function listen() {
     setCorpus(corpusOf("pasted texts", split("line", byId("paste").value, "line")));
   }));
   byId("example-use").addEventListener("click", () => (state.given ? setCorpus(state.given) : useExample()));
-  byId("progress-stop").addEventListener("click", () => { embedding?.abort(); embedding = null; });
+  byId("progress-stop").addEventListener("click", () => {
+    embedding?.abort();
+    embedding = null;
+    status("Stopped. A search begins again.");
+  });
   byId("pairs-form").addEventListener("submit", (event) => { event.preventDefault(); attempt(readPairs); });
   byId("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -329,7 +340,7 @@ async function start() {
   await attempt(async () => {
     const { models, corpus } = await api.info();
     state.models = models;
-    if (!models.some((model) => model.kind === "embedder")) {
+    if (!models.some((model) => model.kind === "embedding")) {
       byId("columns").hidden = true;
       throw new Error("This server runs no embedding model, so there is nothing to search with; start it with one.");
     }

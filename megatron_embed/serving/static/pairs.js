@@ -26,15 +26,17 @@ function cell(value, { low, high }, diverging) {
   const part = high > low ? (value - low) / (high - low) : 0.5;
   const strength = diverging ? Math.abs(part - 0.5) * 2 : part;
   const side = diverging ? (part < 0.5 ? "less" : "greater") : "";
-  const data = el("td", { class: `${side} ${strength > 0.55 ? "strong" : ""}` }, value.toFixed(2).replace("-0.00", "0.00"));
+  const data = el("td", { class: `${side} ${strength > 0.55 ? "strong" : ""}` },
+    value.toFixed(2).replace("-0.00", "0.00"));
   data.style.setProperty("--strength", `${Math.round(strength * 100)}%`);
   return data;
 }
 
-/** A table of values [rows][columns]; `same`: rows and columns are the same texts, numbered alike. */
+/** A table of values [rows][columns], colored from the lowest to the highest; `diverging`: by their sign. */
 export function heatMap(title, values, rows, columns, { diverging = false } = {}) {
   const range = scale(values, diverging);
-  const head = el("tr", {}, el("td"), ...columns.map((text, index) => el("th", { scope: "col", title: text }, String(index + 1))));
+  const head = el("tr", {}, el("td"),
+    ...columns.map((text, index) => el("th", { scope: "col", title: text }, String(index + 1))));
   const body = rows.map((text, row) => el("tr", {},
     el("th", { scope: "row", dir: "auto", title: text }, el("span", { class: "number" }, String(row + 1)), text),
     ...columns.map((_, column) => cell(values[row][column], range, diverging))));

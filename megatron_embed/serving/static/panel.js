@@ -9,7 +9,7 @@ export class Panel {
   constructor(root, letter, models, { onChange, onSlide, onClose }) {
     this.root = root;
     this.letter = letter;
-    this.embedders = models.filter((model) => model.kind === "embedder");
+    this.embedders = models.filter((model) => model.kind === "embedding");
     this.rerankers = models.filter((model) => model.kind === "reranker");
     this.body = el("div", { class: "body" });
     this.modelSelect = this.select("Model", this.embedders.map((model) => [model.id, model.id]), () => {
