@@ -131,6 +131,7 @@ def hnsw_index(vectors: VectorFile, settings: HnswSettings) -> Any:
     del source["ef_search"]
     index = _read_index(path, source)
     if index is None:
+        logger.info("%s: adding %d vectors to a graph", path, len(vectors))
         faiss = load_faiss()
         index = faiss.IndexHNSWFlat(vectors.width, settings.links, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = settings.ef_construction
