@@ -296,7 +296,7 @@ function listen() {
   byId("paste-use").addEventListener("click", () => attempt(async () => {
     setCorpus(corpusOf("pasted texts", split("line", byId("paste").value, "line")));
   }));
-  byId("example-use").addEventListener("click", () => (state.given ? setCorpus(state.given) : useExample()));
+  byId("back").addEventListener("click", () => (state.given ? setCorpus(state.given) : useExample()));
   byId("progress-stop").addEventListener("click", () => {
     embedding?.abort();
     embedding = null;
@@ -354,6 +354,7 @@ async function start() {
       useExample();
     } else {
       state.given = corpusOf(corpus.name, (await api.corpus()).rows);
+      byId("back").textContent = `Back to ${corpus.name}`;
       setCorpus(state.given);
     }
   });

@@ -13,17 +13,18 @@ export function linesOf(text, what) {
   return lines;
 }
 
-function scale(values, diverging) {
-  const all = values.flat();
+/** The ends of the color scale; a text's similarity with itself does not stretch it. */
+function scale(values, diverging, same) {
+  const all = values.flatMap((row, y) => row.filter((_, x) => !same || x !== y));
   if (diverging) {
     const most = Math.max(...all.map(Math.abs), 1e-9);
     return { low: -most, high: most };
   }
-  return { low: Math.min(...all), high: Math.max(...all) };
+  return all.length > 0 ? { low: Math.min(...all), high: Math.max(...all) } : { low: 0, high: 1 };
 }
 
 function cell(value, { low, high }, diverging) {
-  const part = high > low ? (value - low) / (high - low) : 0.5;
+  const part = high > low ? Math.min((value - low) / (high - low), 1) : 0.5;
   const strength = diverging ? Math.abs(part - 0.5) * 2 : part;
   const side = diverging ? (part < 0.5 ? "less" : "greater") : "";
   const data = el("td", { class: `${side} ${strength > 0.55 ? "strong" : ""}` },
@@ -34,7 +35,7 @@ function cell(value, { low, high }, diverging) {
 
 /** A table of values [rows][columns], colored from the lowest to the highest; `diverging`: by their sign. */
 export function heatMap(title, values, rows, columns, { diverging = false } = {}) {
-  const range = scale(values, diverging);
+  const range = scale(values, diverging, rows === columns);
   const head = el("tr", {}, el("td"),
     ...columns.map((text, index) => el("th", { scope: "col", title: text }, String(index + 1))));
   const body = rows.map((text, row) => el("tr", {},

@@ -42,15 +42,16 @@ export class Panel {
   header(onClose) {
     const field = (label, control) => el("label", {}, el("span", { class: "quiet" }, label), control);
     this.depthField = field("Reranked hits", this.depthSelect);
+    this.depthField.classList.add("depth");
     const close = onClose === null ? null
       : el("button", { type: "button", class: "close", click: onClose, "aria-label": `Close ${this.letter}` }, "×");
     return el("div", { class: "settings" },
       el("div", { class: "row" }, el("span", { class: "letter", "aria-hidden": "true" }, this.letter),
-        field("Model", this.modelSelect), close),
-      el("label", { class: "width" }, el("span", { class: "quiet" }, "Vector width (Matryoshka)"),
-        el("span", { class: "slide" }, this.slider, this.output), this.ticks),
-      this.rerankers.length === 0 ? null
-        : el("div", { class: "row" }, field("Reranker", this.rerankerSelect), this.depthField));
+        field("Model", this.modelSelect), this.rerankers.length === 0 ? null : field("Reranker", this.rerankerSelect),
+        close),
+      el("div", { class: "row" },
+        el("label", {}, el("span", { class: "quiet" }, "Vector width (Matryoshka)"),
+          el("span", { class: "slide" }, this.slider, this.output), this.ticks), this.depthField));
   }
 
   fitWidth() {
