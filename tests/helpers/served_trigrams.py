@@ -1,17 +1,12 @@
-"""A server of models that need no weights: vectors and scores of shared character trigrams, behind the real routes."""
+"""Models to serve that need no weights: vectors and scores of shared character trigrams."""
 
-import contextlib
 import hashlib
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
-import uvicorn
 
-from megatron_embed.serving.app import create_app
-from megatron_embed.serving.models import Embeddings, Limits, Scores, ServedEmbedder, ServedModels, ServedReranker
+from megatron_embed.serving.models import Embeddings, Scores, ServedEmbedder, ServedReranker
 
 
 def trigram_vectors(texts: Sequence[str], dim: int, seed: int) -> np.ndarray:
@@ -49,19 +44,3 @@ class TrigramReranker(ServedReranker):
         vectors = trigram_vectors([query, *documents], 512, 99)
         scores = vectors[1:] @ vectors[0]
         return Scores(scores=scores, raw=scores, tokens=[1] * len(documents))
-
-
-@contextlib.contextmanager
-def served(models, corpus=None, *, api_keys=()) -> Iterator[str]:
-    """Address of a server of these models in a thread of this process."""
-    app = create_app(ServedModels(models, Limits()), api_keys=api_keys, corpus=corpus)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join()

@@ -19,7 +19,8 @@ from megatron_embed.serving.app import create_app
 from megatron_embed.serving.models import Limits, ServedModels
 from megatron_embed.serving.page_corpus import read_page_corpus
 from tests.helpers.browser import needs_chromium, opened_browser
-from tests.helpers.served_trigrams import TrigramEmbedder, TrigramReranker, served, trigram_vectors
+from tests.helpers.served import served
+from tests.helpers.served_trigrams import TrigramEmbedder, TrigramReranker, trigram_vectors
 
 STATIC = Path(megatron_embed.serving.__file__).parent / "static"
 HOSTILE = '<img src=x onerror="document.title = 1"><script>document.title = 2</script> bread & butter'
@@ -28,8 +29,12 @@ TEXTS = [*(f"A {colour} {thing} of the {place}." for colour in ("red", "green", 
 EMBEDDERS = [TrigramEmbedder("base", 48, 1), TrigramEmbedder("runs/tuned", 32, 2)]
 
 
-def client(models=None, **options):
-    return TestClient(create_app(ServedModels(models or [*EMBEDDERS, TrigramReranker("judge")], Limits()), **options))
+def models():
+    return ServedModels([*EMBEDDERS, TrigramReranker("judge")], Limits())
+
+
+def client(**options):
+    return TestClient(create_app(models(), **options))
 
 
 def test_every_file_of_the_page_is_served_with_the_policy():
@@ -122,7 +127,7 @@ def test_search_in_a_browser(tmp_path):
     """One's own file is searched as `search` does, by both models and at another width; its texts stay text."""
     (tmp_path / "own.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in TEXTS), encoding="utf-8")
     query = "green bread in a garden"
-    with served([*EMBEDDERS, TrigramReranker("judge")]) as address, opened_browser() as page:
+    with served(models()) as address, opened_browser() as page:
         page.open(address)
         page.wait_for("document.querySelector('#corpus-name').innerText.includes('example')")
         page.choose_files("#files", tmp_path / "own.jsonl")
