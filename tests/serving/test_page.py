@@ -17,7 +17,7 @@ from megatron_embed.errors import ConfigError, DataError
 from megatron_embed.evaluation.search import search
 from megatron_embed.serving.app import create_app
 from megatron_embed.serving.models import Limits, ServedModels
-from megatron_embed.serving.page_corpus import read_page_corpus
+from megatron_embed.serving.page_corpus import PageCorpus, read_page_corpus
 from tests.helpers.browser import needs_chromium, opened_browser
 from tests.helpers.served import served
 from tests.helpers.served_trigrams import TrigramEmbedder, TrigramReranker, trigram_vectors
@@ -116,10 +116,10 @@ def shown_rows(side):
     return f"Array.from(document.querySelectorAll('#column-{side} .hit'), (hit) => Number(hit.dataset.row))"
 
 
-def expected(query, model, width):
+def expected(query, model, width, depth=10):
     asked, documents = (torch.from_numpy(trigram_vectors(texts, model.dim, model._seed)[:, :width])
                         for texts in ([query], TEXTS))
-    return search(torch.nn.functional.normalize(asked), torch.nn.functional.normalize(documents), 10)[1][0].tolist()
+    return search(torch.nn.functional.normalize(asked), torch.nn.functional.normalize(documents), depth)[1][0].tolist()
 
 
 @needs_chromium
@@ -148,4 +148,43 @@ def test_search_in_a_browser(tmp_path):
         page.wait_for(f"{shown_rows('b')}[0] === {len(TEXTS) - 1}")
         assert page.evaluate("document.querySelector('#column-b .text').innerText") == HOSTILE
         assert page.evaluate("document.title").startswith("Try a model")
+        assert page.problems == []
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_rest_of_the_page_in_a_browser():
+    """The API key, a corpus of the server, a reranker, what is cut off, one side alone, and the heat map."""
+    corpus = PageCorpus(name="mine", ids=[f"t{row}" for row in range(len(TEXTS))], texts=TEXTS)
+    with served(models(), api_keys=("secret",), corpus=corpus) as address, opened_browser() as page:
+        page.open(address)
+        for key in ("wrong", "secret"):
+            page.wait_for("!document.querySelector('#key-form').hidden")
+            page.type("#key", key)
+            page.press_enter()
+            page.wait_for("document.querySelector('#key-form').hidden || !document.querySelector('#error').hidden")
+        page.wait_for("document.querySelector('#corpus-name').innerText.includes('mine')")
+        assert all("401" in problem for problem in page.problems)
+        page.problems.clear()
+        page.type("#query", "blue lamp " * 9)
+        page.wait_for("document.querySelector('#tokens').innerText.includes('20 of 16 tokens, the last 4 are cut off')")
+        page.type("#query", "blue lamp")
+        page.press_enter()
+        page.wait_for(f"{shown_rows('b')}.length")
+        assert page.evaluate("document.querySelector('.id').innerText").startswith("t")
+        choose = "((n, value) => {const s = document.querySelectorAll('#column-b select')[n]; s.value = value;"
+        page.evaluate(f"{choose} s.dispatchEvent(new Event('change'));}})(1, 'judge')")
+        page.wait_for("document.querySelector('#column-b').innerText.includes('before reranking')")
+        first = expected("blue lamp", EMBEDDERS[1], 32, 20)
+        scores = trigram_vectors([TEXTS[row] for row in first], 512, 99) @ trigram_vectors(["blue lamp"], 512, 99)[0]
+        assert page.evaluate(shown_rows("b")) == [first[place] for place in np.argsort(-scores, kind="stable")[:10]]
+        page.evaluate("document.querySelector('.close').click()")
+        page.wait_for("document.querySelector('#status').innerText.includes('10 hits')")
+        page.evaluate("document.querySelector('#tab-pairs').click()")
+        page.type("#pairs-rows", "blue lamp\nred leaf")
+        page.evaluate("document.querySelector('#pairs-form').requestSubmit()")
+        page.wait_for("document.querySelectorAll('.heat td').length === 5")  # and the corner
+        vectors = trigram_vectors(["blue lamp", "red leaf"], 48, 1)
+        assert page.evaluate("Array.from(document.querySelectorAll('.heat tbody td'), (cell) => cell.innerText)") == [
+            f"{value:.2f}".replace("-0.00", "0.00") for value in (vectors @ vectors.T).flatten()]
         assert page.problems == []

@@ -60,8 +60,11 @@ function corpusVectors(model) {
     const count = corpus.rows.length;
     const options = { signal: embedding.signal,
       onProgress: (done) => { if (state.corpus === corpus) progress(done, count, model.id); } };
-    const promise = last.then(() => (corpus === state.given ? api.corpusVectors(model, count, options)
-      : api.embed(model.id, corpus.rows.map((row) => row.text), "document", options)));
+    const promise = last.then(() => {
+      options.onProgress(0);
+      return corpus === state.given ? api.corpusVectors(model, count, options)
+        : api.embed(model.id, corpus.rows.map((row) => row.text), "document", options);
+    });
     last = promise.catch(() => {});
     known.set(model.id, promise);
     promise.catch(() => {
@@ -121,6 +124,7 @@ async function search() {
     return;
   }
   document.body.classList.add("busy");
+  const slow = setTimeout(() => status("Searching …"), 400);
   try {
     const hits = await Promise.all(panels.map((panel) => hitsOf(panel, query, corpus.rows)));
     if (mine !== turn || state.corpus !== corpus) return;
@@ -129,6 +133,7 @@ async function search() {
     status(hits.length === 2 ? difference(...hits) : `${plural(hits[0].length, "hit")} for “${query}”.`);
     lines();
   } finally {
+    clearTimeout(slow);
     if (mine === turn) document.body.classList.remove("busy");
   }
 }

@@ -27,7 +27,8 @@ function cell(value, { low, high }, diverging) {
   const part = high > low ? Math.min((value - low) / (high - low), 1) : 0.5;
   const strength = diverging ? Math.abs(part - 0.5) * 2 : part;
   const side = diverging ? (part < 0.5 ? "less" : "greater") : "";
-  const data = el("td", { class: `${side} ${strength > 0.55 ? "strong" : ""}` },
+  const shade = strength > 0.75 ? "strong" : strength > 0.58 ? "medium" : "";
+  const data = el("td", { class: `${side} ${shade}` },
     value.toFixed(2).replace("-0.00", "0.00"));
   data.style.setProperty("--strength", `${Math.round(strength * 100)}%`);
   return data;

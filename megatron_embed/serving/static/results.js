@@ -60,7 +60,7 @@ export function difference(left, right) {
   const shared = changed.filter((move) => move.kind !== "only");
   const same = changed.filter((move) => move.kind === "same").length;
   const first = left[0]?.row === right[0]?.row ? "the first hit is the same" : "the first hit differs";
-  return `${shared.length} of ${left.length} hits are in both, ${same} of them in the same place; ${first}.`;
+  return `${shared.length} of ${left.length} hits are in both, ${same || "none"} of them in the same place; ${first}.`;
 }
 
 /** Join the same texts of two lists by lines in the gutter between them. */
