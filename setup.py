@@ -59,6 +59,7 @@ EXTRAS = {
         "prometheus-client>=0.20",
     ],
     "gpu": ["transformer-engine[pytorch]>=2.3,<3"],
+    "search": ["faiss-cpu>=1.9"],
     "mining": ["bm25s>=0.2.10"],
     "eval": ["mteb>=2.26"],
     # The documentation site; `make docs` takes the pins of requirements-docs.txt.
@@ -97,7 +98,7 @@ def installed_files(*folders: str) -> list[tuple[str, list[str]]]:
     parents = dict.fromkeys(path.parent for path in files)
     return [(f"share/megatron_embed/{parent}", [str(path) for path in files if path.parent == parent])
             for parent in parents]
-EXTRAS["dev"] += EXTRAS["export"] + EXTRAS["serve"]
+EXTRAS["dev"] += EXTRAS["export"] + EXTRAS["serve"] + EXTRAS["search"]
 
 setup(
     name="megatron_embed",
@@ -130,7 +131,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_embed", "megatron_embed.*"]),
-    package_data={"megatron_embed": ["py.typed", "planning/shapes/*/*/config.json"]},
+    package_data={"megatron_embed": ["py.typed", "planning/shapes/*/*/config.json", "serving/static/*"]},
     # Found again by `python -c 'import sys; print(sys.prefix)'`.
     data_files=installed_files("configs", "launch"),
     install_requires=CORE,

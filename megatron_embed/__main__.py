@@ -27,6 +27,7 @@ from megatron_embed.cli import (
     merge,
     mine,
     plan,
+    search,
     serve,
     train,
 )
@@ -39,13 +40,14 @@ from megatron_embed.platform.status import PREEMPTED, clear_status, leaves_statu
 from megatron_embed.platform.terminal_text import one_line, printable, setup_logging, write_error
 
 # A command's module loads its libraries inside run(), so that --help answers at once.
-COMMANDS = {"init": init, "train": train, "convert": convert, "encode": encode, "evaluate": evaluate, "mine": mine,
-            "merge": merge, "serve": serve, "data": data, "plan": plan, "doctor": doctor, "completion": completion}
+COMMANDS = {"init": init, "train": train, "convert": convert, "encode": encode, "evaluate": evaluate,
+            "search": search, "mine": mine, "merge": merge, "serve": serve, "data": data, "plan": plan,
+            "doctor": doctor, "completion": completion}
 
 MULTI_RANK_COMMANDS = ("train", "encode", "evaluate", "mine")
 """Commands whose ranks work together; a rank that fails before the rendezvous tells the others."""
 
-SINGLE_PROCESS_COMMANDS = ("init", "convert", "merge", "serve", "data", "plan", "completion")
+SINGLE_PROCESS_COMMANDS = ("init", "convert", "merge", "search", "serve", "data", "plan", "completion")
 """Commands that several ranks would each repeat, in each other's files and ports. `doctor` checks a node by itself."""
 
 

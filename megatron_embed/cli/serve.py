@@ -24,6 +24,9 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directories", nargs="+", metavar="DIR", type=path,
                         help="Model directories or checkpoints: embedding models, rerankers, or both")
+    parser.add_argument("--corpus", metavar="FILE|FOLDER", type=path,
+                        help='Texts that the page searches at first: rows {"text": ...}, or a folder of .txt and .md '
+                             "files (default: an example)")
     parser.add_argument("--engine", choices=("torch", "onnx", "openvino"), default="torch",
                         help="What computes: this package's model, or the graph in the directory (default: torch)")
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen at (default: 127.0.0.1, this machine "
@@ -58,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
         for package in PACKAGES:
             require(package, "serve", "serve")
         keys = api_keys(args.api_key_file)
+        from megatron_embed.serving.page_corpus import read_page_corpus
+
+        corpus = None if args.corpus is None else read_page_corpus(args.corpus)
         from megatron_embed.serving.app import create_app
         from megatron_embed.serving.guard import ServerState
         from megatron_embed.serving.models import Limits
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         state = ServerState()
         # A page of another host that a browser opens could otherwise be given this server's address.
         hosts = (*LOOPBACK, args.host.lower()) if local and not keys else ()
-        app = create_app(models, api_keys=keys, hosts=hosts, state=state)
+        app = create_app(models, api_keys=keys, hosts=hosts, state=state, corpus=corpus)
         stopper = Stopper(models, state)
         with stop.stopping_by(stopper.ask):
             logger.info("listening at %s", address_of(bound))

@@ -10,14 +10,13 @@ import pytrec_eval
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from megatron_embed.data.corpus import Picked
 from megatron_embed.errors import ConfigError, EmptyTextError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.finite import require_finite
 from megatron_embed.evaluation.rerank_stage import RerankStage, rerank_scores
-from megatron_embed.evaluation.search import StreamedSearch
+from megatron_embed.evaluation.search import StreamedSearch, for_similarity
 from megatron_embed.names import Role, Similarity
 from megatron_embed.parallel.collectives import gather_objects, rank_and_size
 
@@ -191,8 +190,8 @@ class _Search:
     """Whether queries have a document that they must not retrieve."""
 
     def add(self, documents: Tensor) -> None:
-        short = _scaled(documents[:, : self.width], self.similarity)
-        self.search.add(short, _scaled(documents, self.similarity) if self.full else None)
+        short = for_similarity(documents[:, : self.width], self.similarity)
+        self.search.add(short, for_similarity(documents, self.similarity) if self.full else None)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Scores and indices of the retrieved documents, best first."""
@@ -226,18 +225,14 @@ def _searches(queries: Tensor, k: int, similarity: Similarity, rankings: Ranking
     searches = {}
     excludes = excluded is not None
     for prefix, width in {"": queries.shape[1], **{f"dim_{width}/": width for width in rankings.dims}}.items():
-        search = StreamedSearch(_scaled(queries[:, :width], similarity), k, excluded=excluded)
+        search = StreamedSearch(for_similarity(queries[:, :width], similarity), k, excluded=excluded)
         searches[prefix] = _Search(search=search, width=width, full=False, similarity=similarity, excludes=excludes)
     if (width := rankings.two_stage) is not None:
-        search = StreamedSearch(_scaled(queries[:, :width], similarity), rankings.candidates, excluded=excluded,
-                                full_queries=_scaled(queries, similarity))
+        search = StreamedSearch(for_similarity(queries[:, :width], similarity), rankings.candidates, excluded=excluded,
+                                full_queries=for_similarity(queries, similarity))
         searches[f"two_stage_{width}/"] = _Search(search=search, width=width, full=True, similarity=similarity,
                                                  excludes=excludes)
     return searches
-
-
-def _scaled(embeddings: Tensor, similarity: Similarity) -> Tensor:
-    return normalize(embeddings, dim=-1) if similarity == "cosine" else embeddings
 
 
 def _metrics_of(scores: Tensor, indices: Tensor, query_ids: Sequence[str], document_ids: Sequence[str],

@@ -2,11 +2,19 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+
+from megatron_embed.names import Similarity
 
 QUERIES_AT_ONCE = 512
 """Queries scored together; with DOCUMENTS_PER_CHUNK, the size of the largest matrix of a search."""
 DOCUMENTS_PER_CHUNK = 8192
 """Documents scored together."""
+
+
+def for_similarity(embeddings: Tensor, similarity: Similarity) -> Tensor:
+    """[rows, dim] whose dot products are this similarity: unit vectors for cosine, otherwise the embeddings."""
+    return normalize(embeddings, dim=-1) if similarity == "cosine" else embeddings
 
 
 def search(queries: Tensor, documents: Tensor, k: int) -> tuple[Tensor, Tensor]:

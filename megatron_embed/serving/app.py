@@ -13,6 +13,8 @@ from megatron_embed.serving.guard import Guard, ServerState
 from megatron_embed.serving.metrics import Metrics
 from megatron_embed.serving.models import ServedModels
 from megatron_embed.serving.openai_routes import openai_router
+from megatron_embed.serving.page import page_router
+from megatron_embed.serving.page_corpus import PageCorpus
 from megatron_embed.serving.rerank_routes import rerank_router
 from megatron_embed.serving.tei_routes import tei_router
 
@@ -24,7 +26,7 @@ class Health(BaseModel):
 
 
 def create_app(models: ServedModels, *, api_keys: Sequence[str] = (), hosts: Sequence[str] = (),
-               state: ServerState | None = None) -> FastAPI:
+               state: ServerState | None = None, corpus: PageCorpus | None = None) -> FastAPI:
     """The application over these models, with every route; others are added with `include_router`.
 
     Args:
@@ -32,6 +34,7 @@ def create_app(models: ServedModels, *, api_keys: Sequence[str] = (), hosts: Seq
         api_keys: of which a request needs one; empty: none is needed.
         hosts: names that a request may give the server; empty: any.
         state: shared with what stops the server.
+        corpus: texts that the page searches at first.
     """
     state = state or ServerState()
     metrics = Metrics(models)
@@ -39,7 +42,7 @@ def create_app(models: ServedModels, *, api_keys: Sequence[str] = (), hosts: Seq
     app = FastAPI(title="megatron-embed serve", version=__version__, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     for router in (openai_router(models, metrics), rerank_router(models, metrics), tei_router(models, metrics),
-                   _operations_router(models, metrics, state)):
+                   _operations_router(models, metrics, state), page_router(models, corpus)):
         app.include_router(router)
     app.add_middleware(Guard, limits=models.limits, metrics=metrics, state=state, api_keys=api_keys, hosts=hosts)
     return app

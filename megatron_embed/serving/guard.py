@@ -11,8 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from megatron_embed.serving.errors import RequestError, error_response
 from megatron_embed.serving.metrics import Metrics
 from megatron_embed.serving.models import Limits
+from megatron_embed.serving.page import PUBLIC_PAGE_PATHS
 
-PUBLIC_PATHS = frozenset({"/health", "/"})
+PUBLIC_PATHS = PUBLIC_PAGE_PATHS | {"/health"}
 """Paths that need no API key: nothing of the model is behind them."""
 DISCARDED = 4
 """Times the largest body: how much of a larger one is read on, so that its client reads the answer."""

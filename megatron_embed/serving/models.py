@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from megatron_embed.data.pair_tokenizer import Pair, PairTokenizer
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import EmptyTextError
-from megatron_embed.names import Activation, Role
+from megatron_embed.names import Activation, Role, Similarity
 from megatron_embed.serving.batching import Batcher, Engine, Tokens
 from megatron_embed.serving.errors import RequestError
 
@@ -111,14 +111,16 @@ class ServedEmbedder:
     kind: Kind = "embedding"
 
     def __init__(self, name: str, directory: Path, engine: Engine, tokenizer: RoleTokenizer, *, dim: int,
-                 normalize: bool, raw_vectors: bool) -> None:
+                 similarity: Similarity, normalize: bool, raw_vectors: bool) -> None:
         """
         Args:
             name: in requests and /v1/models.
+            similarity: what the directory says its vectors are compared by.
             normalize: whether the directory asks for unit vectors.
             raw_vectors: whether the engine gives vectors before normalization; else they are what the directory says.
         """
         self.name, self.directory, self.dim, self.normalize = name, directory, dim, normalize
+        self.similarity = similarity
         self.max_length = max(tokenizer.max_length("query"), tokenizer.max_length("document"))
         self._engine, self._tokenizer, self._raw_vectors = engine, tokenizer, raw_vectors
 
@@ -158,6 +160,10 @@ class ServedEmbedder:
         if unit and (self._raw_vectors or not self.normalize or dimensions is not None):
             vectors = functional.normalize(torch.from_numpy(vectors), dim=-1).numpy()
         return Embeddings(vectors=vectors, tokens=prepared.costs)
+
+    def count_tokens(self, text: str, role: Role) -> tuple[int, int]:
+        """Tokens of a text before truncation, and how many are read; prompt and special tokens included."""
+        return self._tokenizer.count_tokens([text], role)[0], self._tokenizer.max_length(role)
 
     def _refuse_long(self, texts: Sequence[str], role: Role, rows: Sequence[Sequence[int]]) -> None:
         limit = self._tokenizer.max_length(role)

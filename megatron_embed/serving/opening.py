@@ -91,7 +91,8 @@ def _open_embedder(directory: str, model: ModelDirectory, name: str, opening: Op
             engine = open_graph_engine(opening.engine, model.hf, "sentence_embedding", tokenizer.pad_token_id)
     dim = _first_row(engine, tokenizer.pad_token_id).shape[0]
     return ServedEmbedder(name, model.peft or model.path, engine, tokenizer, dim=dim,
-                          normalize=model.saved.normalize is not False, raw_vectors=opening.engine == "torch")
+                          similarity=model.saved.similarity, normalize=model.saved.normalize is not False,
+                          raw_vectors=opening.engine == "torch")
 
 
 def _open_reranker(directory: str, model: ModelDirectory, name: str, opening: Opening) -> ServedReranker:

@@ -50,8 +50,8 @@ class CountingEngine(Engine):
 
 def counting_models(engine, names=("toy",), **limits):
     """Models that differ by name alone."""
-    return ServedModels([ServedEmbedder(name, Path("/toy"), engine, WordTokenizer(), dim=3, normalize=False,
-                                        raw_vectors=True) for name in names], Limits(**limits))
+    return ServedModels([ServedEmbedder(name, Path("/toy"), engine, WordTokenizer(), dim=3, similarity="cosine",
+                                        normalize=False, raw_vectors=True) for name in names], Limits(**limits))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,215 @@
+"""Search over a file of vectors with FAISS: exact (flat), or approximate by a graph (HNSW, arXiv:1603.09320)."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_embed.errors import ConfigError, DataError
+from megatron_embed.evaluation.search import StreamedSearch, for_similarity
+from megatron_embed.names import Similarity
+from megatron_embed.platform.atomic_file import write_atomic
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 65536
+"""Vectors read, scaled and added to an index together."""
+
+
+def load_faiss() -> ModuleType:
+    """The library. Raises ConfigError if it is not installed."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError("search needs the library FAISS; install it: pip install 'megatron_embed[search]'") from error
+    library: ModuleType = faiss
+    return library
+
+
+@dataclass(frozen=True, kw_only=True)
+class HnswSettings:
+    """Size and care of a graph: larger values find more of the exact neighbours and take more time."""
+
+    links: int = 32
+    """Neighbours of a vector in the graph; the memory of an index grows by 8 bytes times this per vector."""
+    ef_construction: int = 200
+    """Candidates kept while a vector is added."""
+    ef_search: int = 128
+    """Candidates kept while a query is answered; at least the number of results."""
+
+
+class VectorFile:
+    """The vectors of a .npy file, [rows, dim], memory-mapped.
+
+    Attributes:
+        width: first components that are compared.
+    """
+
+    def __init__(self, path: str, key: str, *, similarity: Similarity, width: int | None = None) -> None:
+        """
+        Args:
+            key: names the file in messages.
+            width: None: all components.
+        Raises:
+            ConfigError: the file is not an array of vectors, or has fewer components than `width`.
+        """
+        self.path, self.similarity, self._key = path, similarity, key
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a .npy file of numbers"
+            raise ConfigError(f"{key} {path}: {reason}; name the file that `megatron-embed encode` wrote",
+                              key=key) from None
+        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or not array.size:
+            raise ConfigError(f"{key} {path}: holds no vectors [texts, dim] of floating-point numbers; name the file "
+                              "that `megatron-embed encode` wrote", key=key)
+        self._array = array
+        self.width = array.shape[1] if width is None else width
+        if self.width > array.shape[1]:
+            raise ConfigError(f"--dim {width}: the vectors of {path} have {array.shape[1]} components; choose 1 to "
+                              f"{array.shape[1]}", key="--dim")
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @property
+    def full_width(self) -> int:
+        """Components of a vector in the file."""
+        return int(self._array.shape[1])
+
+    def row(self, index: int) -> Tensor:
+        """[full width] float32, as in the file."""
+        return torch.from_numpy(self._array[index].astype(np.float32))
+
+    def scaled(self, vectors: Tensor) -> Tensor:
+        """[rows, width] float32 whose dot products are the similarity, of [rows, full width]."""
+        return for_similarity(vectors[:, : self.width].float(), self.similarity)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """All rows, `scaled`, up to ROWS_AT_ONCE at a time. Raises DataError for a vector that is not finite."""
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            block = torch.from_numpy(self._array[start : start + ROWS_AT_ONCE].astype(np.float32))
+            bad = torch.nonzero(~torch.isfinite(block).all(dim=1))
+            if len(bad):
+                raise DataError(f"{self.path}:{start + int(bad[0]) + 1}: the vector is not finite; encode the texts "
+                                "again, with a wider dtype or an earlier checkpoint")
+            yield self.scaled(block)
+
+    def digest(self) -> str:
+        """Hash of the file."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def flat_index(vectors: VectorFile) -> Any:
+    """FAISS index that compares a query with every vector. Memory: the vectors."""
+    index = load_faiss().IndexFlatIP(vectors.width)
+    for block in vectors.blocks():
+        index.add(block.numpy())
+    return index
+
+
+def hnsw_index(vectors: VectorFile, settings: HnswSettings) -> Any:
+    """FAISS index that follows a graph of neighbours, read from beside the vectors or built and written there.
+
+    `VECTORS.npy.hnsw-WIDTH.faiss` is a plain file of FAISS. The .json beside it says what it was built from: the hash
+    of the vectors, the similarity and the settings of the graph. If any differs the index is built again.
+    """
+    path = f"{vectors.path}.hnsw-{vectors.width}.faiss"
+    source = {"vectors": vectors.digest(), "rows": len(vectors), "width": vectors.width,
+              "similarity": vectors.similarity, **asdict(settings)}
+    del source["ef_search"]
+    index = _read_index(path, source)
+    if index is None:
+        logger.info("%s: adding %d vectors to a graph", path, len(vectors))
+        faiss = load_faiss()
+        index = faiss.IndexHNSWFlat(vectors.width, settings.links, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = settings.ef_construction
+        for block in vectors.blocks():
+            index.add(block.numpy())
+        _write_index(path, index, source)
+    index.hnsw.efSearch = settings.ef_search
+    return index
+
+
+def _read_index(path: str, source: dict[str, Any]) -> Any | None:
+    """The index that was built from this source, if there is one that is complete."""
+    try:
+        with open(f"{path}.json", encoding="utf-8") as file:
+            written = json.load(file)
+        if written != {**source, "bytes": os.path.getsize(path)}:
+            logger.info("%s: built from other vectors or settings; it is built again", path)
+            return None
+        return load_faiss().read_index(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RuntimeError):
+        logger.warning("%s: cannot be read; it is built again", path)
+        return None
+
+
+def _write_index(path: str, index: Any, source: dict[str, Any]) -> None:
+    """Write the index and then its description; a warning if there is no room, since the search goes on without."""
+    faiss = load_faiss()
+    with contextlib.suppress(OSError):
+        os.remove(f"{path}.json")  # first: an index never stands beside the description of another
+    error = write_atomic("--vectors", path, lambda file: faiss.write_index(index, faiss.PyCallbackIOWriter(file.write)),
+                         binary=True)
+    if error is None:
+        source = {**source, "bytes": os.path.getsize(path)}
+        error = write_atomic("--vectors", f"{path}.json", lambda file: json.dump(source, file))
+    if error is None:
+        logger.info("%s: built, and reused by the next search", path)
+    else:
+        logger.warning("the index is not kept: %s", error)
+
+
+def search_index(index: Any, queries: Tensor, k: int, order: NDArray[np.int64], *,
+                 exact: bool) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k rows of largest dot product with each query, best first, in `evaluate`'s order.
+
+    Of equal scores the row that `order` puts last comes first, also at the cutoff of an exact index.
+
+    Args:
+        index: of FAISS.
+        queries: [queries, width], scaled as the index's vectors.
+        order: [rows], position of each row in the ascending order of the documents' ids.
+        exact: whether equal scores at the cutoff are looked for.
+    Returns:
+        Scores [queries, min(k, rows)] and rows; of an HNSW index that found fewer, -1 in the last places.
+    """
+    k, depth, rows_in_all = min(k, index.ntotal), k, index.ntotal
+    while True:
+        depth = min(depth + 1 if exact else k, rows_in_all)
+        scores, rows = index.search(queries.numpy(), depth)
+        if not exact or depth == rows_in_all or bool((scores[:, k - 1] > scores[:, -1]).all()):
+            break
+        depth *= 2  # as many rows as have the score of the k-th are needed to choose among them
+    ties = np.where(rows < 0, -1, order[rows])
+    best = np.lexsort((-ties, -(scores + np.float32(0))), axis=1)[:, :k]
+    return np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
+
+
+def recall_of(scores: NDArray[np.float32], queries: Tensor, vectors: VectorFile) -> float:
+    """Share of the exact k nearest that an approximate search found, mean over the queries.
+
+    Args:
+        scores: [queries, k] of the approximate search. A row counts as found if its score is at least the k-th of the
+            exact search, to within rounding, so that either of two equal documents will do.
+        queries: [queries, width], scaled.
+    """
+    exact = StreamedSearch(queries, scores.shape[1])
+    for block in vectors.blocks():
+        exact.add(block)
+    last = exact.result()[0][:, -1:].numpy()
+    return float((scores >= last - 1e-5 * np.abs(last)).mean())
