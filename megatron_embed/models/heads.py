@@ -89,7 +89,12 @@ class RerankerHead(torch.nn.Module):
 
     def _scaled(self, weight: Tensor) -> Tensor:
         """The parameter in float32, with its gradient divided by the context-parallel size."""
-        return _ScaledGradient.apply(weight.float(), 1.0 / self.cp_size)  # type: ignore[no-any-return,no-untyped-call]
+        return scale_gradient(weight.float(), 1.0 / self.cp_size)
+
+
+def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
+    """The tensor itself, with a factor on its gradient."""
+    return _ScaledGradient.apply(tensor, factor)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _ScaledGradient(torch.autograd.Function):
