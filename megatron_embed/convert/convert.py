@@ -53,11 +53,11 @@ def hf_to_megatron(src: str | Path, dst: str | Path) -> ConversionReport:
     """
     started = time.monotonic()
     with HFDirectory(src) as source:
-        _refuse_inside(Path(dst), source.path)
+        _refuse_inside(Path(dst), source.root)
         total = sum(source.entry(name).nbytes for name in source.stored_names)
         parameters = list(stored_parameters(source.family, source.shape))
         with staging(dst, total) as work:
-            info = write_sidecar_files(source.path, work)
+            info = write_sidecar_files(source.root, work)
             (work / "model").mkdir()
             targets: list[ByteRange] = []
             with DcpWriter(work / "model") as writer:

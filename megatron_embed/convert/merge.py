@@ -66,7 +66,7 @@ def merge_models(models: Sequence[str | Path], destination: str | Path, *, metho
         full_names = list(first.stored_names)
         total = sum(first.entry(name).nbytes for name in full_names)
         with staging(destination, total) as work:
-            copy_files(first.path, work)
+            copy_files(first.root, work)
             write_json(work / MERGE_FILE, _provenance(method, models, factors, base))
             declared = [(first.stored_names[name], first.entry(name).dtype, first.entry(name).shape)
                          for name in full_names]
@@ -85,12 +85,12 @@ def merge_models(models: Sequence[str | Path], destination: str | Path, *, metho
 def _merge_dense(work: Path, models: Sequence[HFDirectory], base: HFDirectory | None, method: MergeMethod,
                  weights: Sequence[float]) -> None:
     """The Dense modules of a Sentence Transformers directory, merged as its other tensors are."""
-    if not (models[0].path / "modules.json").is_file():
+    if not (models[0].root / "modules.json").is_file():
         return
-    for settings in read_saved_settings(models[0].path).dense:
+    for settings in read_saved_settings(models[0].root).dense:
         with ExitStack() as stack:
-            opened = [stack.enter_context(DenseWeights(model.path, settings)) for model in models]
-            origin = None if base is None else stack.enter_context(DenseWeights(base.path, settings))
+            opened = [stack.enter_context(DenseWeights(model.root, settings)) for model in models]
+            origin = None if base is None else stack.enter_context(DenseWeights(base.root, settings))
             merged = {name: merge_tensor(STORED_NAMES[name], opened, origin, method, weights)
                       for name in settings.shapes}
         write_dense(work / settings.path, merged)

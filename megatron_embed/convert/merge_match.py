@@ -28,7 +28,7 @@ def require_mergeable(models: Sequence[HFDirectory], base: HFDirectory | None) -
         _same_names(first, other)
         _same_shape(first, other)
         _same_tensors(first, other, dtypes=True)
-        _same_settings(first.path, other.path)
+        _same_settings(first.root, other.root)
         _same_tokenizer(first.path, other.path)
     if base is not None:
         if missing := sorted(first.stored_names.keys() - base.stored_names.keys()):
@@ -36,7 +36,7 @@ def require_mergeable(models: Sequence[HFDirectory], base: HFDirectory | None) -
                            "name the model that training began with as --base")
         _same_shape(first, base)
         _same_tensors(first, base, dtypes=False)
-        _same_dense(first.path, base.path, dtypes=False)
+        _same_dense(first.root, base.root, dtypes=False)
         _same_tokenizer(first.path, base.path)
 
 

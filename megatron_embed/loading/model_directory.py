@@ -36,7 +36,7 @@ from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, check_tokenizer_names
 from megatron_embed.models.heads import HeadSpec, head_pooling
 from megatron_embed.models.lora_settings import Adapters, AdapterSettings, is_adapter
-from megatron_embed.models.modules_json import supported_modules
+from megatron_embed.models.modules_json import supported_modules, transformer_folder
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
 from megatron_embed.names import Pooling, Role
@@ -57,7 +57,9 @@ class ModelDirectory:
     checkpoint: Path | None
     """Our checkpoint, or None for a Hugging Face directory."""
     hf: Path
-    """config.json, tokenizer and Sentence Transformers files."""
+    """config.json, weights and tokenizer."""
+    root: Path
+    """modules.json and the folders of the modules: `hf`, unless the transformer has a folder of its own there."""
     shape: ModelShape
     saved: SavedSettings
     reranker: RerankerSettings | None
@@ -93,7 +95,7 @@ class ModelDirectory:
     @property
     def dense_directory(self) -> Path:
         """The directory of the Dense modules' weights: an adapter with a modules.json has its own."""
-        return self.peft if self.peft is not None and (self.peft / "modules.json").is_file() else self.hf
+        return self.peft if self.peft is not None and (self.peft / "modules.json").is_file() else self.root
 
     def dense(self, config: EmbeddingConfig) -> tuple[DenseSettings, ...]:
         """Its Dense modules, or the new one of a run. Raises ConfigError, see `dense_of_run`."""
@@ -140,11 +142,13 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
         if is_peft_directory(folder) and not is_checkpoint(folder):
             return _find_adapted(folder)
         opened = open_checkpoint(folder) if is_checkpoint(folder) else None
-        hf = folder if opened is None else opened.hf
+        root = folder if opened is None else opened.hf
+        hf = transformer_folder(root)
         check_tokenizer_names(hf)
-        supported_modules(hf)  # first: a transformer in a folder of its own leaves no config.json here
-        return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf,
-                              shape=model_shape(hf), saved=read_saved_settings(hf), reranker=read_reranker_settings(hf),
+        supported_modules(root)
+        return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf, root=root,
+                              shape=model_shape(hf), saved=read_saved_settings(root),
+                              reranker=read_reranker_settings(hf),
                               max_lengths={} if opened is None else opened.info.max_lengths,
                               name=str(folder.resolve()) if os.path.isdir(os.path.expanduser(path)) else path,
                               adapters=None if opened is None else opened.info.adapters)
@@ -253,7 +257,7 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
 
 def _holds_dense(model: ModelDirectory, dense: Sequence[DenseSettings]) -> bool:
     """Whether the weights of these Dense modules are among the checkpoint's tensors, not in the model's directory."""
-    return (model.checkpoint is not None and bool(dense) and model.dense_directory == model.hf
+    return (model.checkpoint is not None and bool(dense) and model.dense_directory == model.root
             and any(key.startswith(DENSE_KEYS) for key in keys_of(model.checkpoint)))
 
 

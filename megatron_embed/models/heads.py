@@ -89,12 +89,7 @@ class RerankerHead(torch.nn.Module):
 
     def _scaled(self, weight: Tensor) -> Tensor:
         """The parameter in float32, with its gradient divided by the context-parallel size."""
-        return scale_gradient(weight.float(), 1.0 / self.cp_size)
-
-
-def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
-    """The tensor itself, with a factor on its gradient."""
-    return _ScaledGradient.apply(tensor, factor)  # type: ignore[no-any-return,no-untyped-call]
+        return _ScaledGradient.apply(weight.float(), 1.0 / self.cp_size)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -108,6 +103,11 @@ class _ScaledGradient(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0] * context.factor, None
+
+
+def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
+    """The tensor itself, with a factor on its gradient."""
+    return _ScaledGradient.apply(tensor, factor)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def fetch_tied_rows(word_embeddings: torch.nn.Module | None, head: RerankerHead | None, spec: HeadSpec,

@@ -107,8 +107,9 @@ CONFIG_SENTENCE_TRANSFORMERS = FileTable(
 MODULES = FileTable(
     file="modules.json",
     about="The modules of a model, in their order: Transformer, Pooling, then any Dense and Normalize; of a reranker, "
-          "Transformer, then perhaps LogitScore. Others, and a Transformer in a folder of its own (0_Transformer), are "
-          "refused by name. A Dropout does nothing outside training.",
+          "Transformer, then perhaps LogitScore. Others are refused by name. A Dropout does nothing outside training. "
+          "The Transformer of an embedding model may have a folder of its own (0_Transformer); what is written has "
+          "none.",
     keys={
         "idx": harmless("the module's number"),
         "name": harmless("the module's name"),

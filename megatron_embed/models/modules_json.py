@@ -1,7 +1,8 @@
 """The modules.json of a Sentence Transformers directory: the modules, their stock classes and their folders.
 
 `"path": ""` means the directory itself. Sentence Transformers writes it for the first module, the Transformer, so that
-the model's files lie where Transformers finds them; every other module has a folder.
+the model's files lie where Transformers finds them; every other module has a folder. Before version 2 the Transformer
+had one too, 0_Transformer.
 """
 
 from dataclasses import dataclass
@@ -102,15 +103,24 @@ def supported_modules(directory: Path) -> list[Module]:
         if module.kind is None:
             raise CheckpointError(f"{file}: module {module.type!r} is not supported; Transformer, Pooling, Dense and "
                                   "Normalize of Sentence Transformers are, under its own full names")
-        if module.kind == "Transformer" and module.path:
-            raise CheckpointError(f"{file}: path = {module.path!r}: a transformer in a folder of its own is not "
-                                  "supported; move the files of that folder up beside modules.json, and write path "
-                                  "= ''")
     if not _is_supported_order([module.kind for module in modules]):
         raise CheckpointError(f"{file}: the modules {', '.join(str(module.kind) for module in modules) or '(none)'} "
                               "are not supported in this order; Transformer, Pooling and then perhaps Dense and "
                               "Normalize are")
     return modules
+
+
+def transformer_folder(directory: Path) -> Path:
+    """The folder of the Transformer's files: the directory itself, or the one of its own (0_Transformer) that
+    Sentence Transformers before 2 wrote.
+
+    Raises:
+        CheckpointError: see `read_modules`.
+    """
+    file = directory / "modules.json"
+    modules = read_modules(file) if file.is_file() else []
+    own = bool(modules) and modules[0].kind == "Transformer" and modules[0].path != ""
+    return directory / modules[0].path if own else directory
 
 
 def transformer_settings_files(directory: Path) -> list[Path]:

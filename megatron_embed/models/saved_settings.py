@@ -25,7 +25,12 @@ from megatron_embed.models.known_keys import (
     SENTENCE_BERT_CONFIG,
     TOKENIZER_CONFIG,
 )
-from megatron_embed.models.modules_json import Module, supported_modules, transformer_settings_files
+from megatron_embed.models.modules_json import (
+    Module,
+    supported_modules,
+    transformer_folder,
+    transformer_settings_files,
+)
 from megatron_embed.names import POOLINGS, ROLES, MessageFormat, Pooling, Similarity, TruncationSide
 
 logger = logging.getLogger(__name__)
@@ -179,9 +184,10 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     """
     folder = Path(directory)
     modules = supported_modules(folder)
-    hf = read_hf_config(base or folder)
+    own = transformer_folder(folder)
+    hf = read_hf_config(base or own)
     dtype = hf.get("dtype") or hf.get("torch_dtype")
-    transformer = _Transformer(folder, base, known=bool(modules))
+    transformer = _Transformer(own, base, known=bool(modules))
     common: dict[str, Any] = {"dtype": dtype if isinstance(dtype, str) else None, "adds_eos": transformer.adds_eos,
                               "max_length": transformer.max_length, "stated_length": transformer.stated_length,
                               "truncation_side": transformer.truncation_side}

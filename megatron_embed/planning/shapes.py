@@ -9,6 +9,7 @@ from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape, model_shape
+from megatron_embed.models.modules_json import transformer_folder
 from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.names import Pooling
 
@@ -54,6 +55,7 @@ def model_files(path: str) -> Path | None:
         return model_files(base)
     elif (folder / "hf" / "config.json").is_file():
         folder = folder / "hf"
+    folder = transformer_folder(folder)
     return folder if (folder / "config.json").is_file() else None
 
 
@@ -108,8 +110,7 @@ def modules_at_hand(path: str) -> tuple[tuple[DenseSettings, ...], Pooling | Non
     files, folder = model_files(path), Path(path).expanduser()
     if files is None:
         return (), None
-    saved = read_saved_settings(folder if (folder / ADAPTER_FILE).is_file() and (folder / "modules.json").is_file()
-                                else files, files)
+    saved = read_saved_settings(folder if (folder / "modules.json").is_file() else files, files)
     return saved.dense, saved.pooling
 
 
