@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
-from megatron_embed.models.dense_settings import dense_of_run
+from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.models.saved_settings import default_pooling
-from megatron_embed.names import HeadKind
+from megatron_embed.names import HeadKind, Pooling
 from megatron_embed.planning.shapes import modules_at_hand
 
 AdaptedLinears = Mapping[str, tuple[str | None, ...]]
@@ -135,14 +135,24 @@ def head_parameters(config: RunConfig, shape: ModelShape) -> int:
 
 
 def dense_parameters(config: RunConfig, shape: ModelShape) -> int:
-    """Parameters of Dense modules on a rank of the last stage: a new one, or those of a model that is here."""
+    """Parameters of Dense modules on a rank of the last stage; 0 for a reranker."""
     if config.workload.has_head:
         return 0
+    tp_size = config.parallel.tensor_model_parallel_size
+    return sum(math.prod(size) // settings.shards(tp_size) for settings in _dense(config, shape)[0]
+               for size in settings.shapes.values())
+
+
+def vector_width(config: RunConfig, shape: ModelShape) -> int:
+    """Numbers of an embedding; 1 for a reranker."""
+    return 1 if config.workload.has_head else embedding_width(*_dense(config, shape))
+
+
+def _dense(config: RunConfig, shape: ModelShape) -> tuple[tuple[DenseSettings, ...], ModelShape, Pooling]:
+    """(Dense modules of an embedding run: a new one, or those of a model that is here; the shape; the pooling)."""
     own, own_pooling = modules_at_hand(config.model.path)
     pooling = config.embedding.pooling or own_pooling or default_pooling(shape)
-    return sum(math.prod(size) // settings.shards(config.parallel.tensor_model_parallel_size)
-               for settings in dense_of_run(config.embedding, own, shape, pooling)
-               for size in settings.shapes.values())
+    return dense_of_run(config.embedding, own, shape, pooling), shape, pooling
 
 
 def adapter_parameters(shape: ModelShape, sizes: ParallelConfig, rank: int, adapted: AdaptedLinears) -> Parameters:
