@@ -18,6 +18,7 @@ from tests.helpers.dense_directories import IDENTITY, SHAPES, TANH, add_modules
 from tests.helpers.foreign_directories_helpers import change, model_of, save_directory
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import configuration, curve, go_back, train
+from tests.helpers.tensor_files import assert_bit_equal, tensors_of
 from tests.helpers.toys import layout
 
 TEXTS = ["The quick brown fox", "jumps over", "the lazy dog, and over a much longer text that follows it"]
@@ -129,8 +130,8 @@ def test_conversion_keeps_them_bit_for_bit(tmp_path):
     source = save_case(tmp_path / "model", "embeddinggemma")
     hf_to_megatron(source, tmp_path / "checkpoint")
     megatron_to_hf(tmp_path / "checkpoint", tmp_path / "back")
-    for file in ("modules.json", "2_Dense/model.safetensors", "3_Dense/model.safetensors", "3_Dense/config.json",
-                 "model.safetensors"):
+    assert_bit_equal(tensors_of(tmp_path / "back"), tensors_of(source))
+    for file in ("modules.json", "2_Dense/model.safetensors", "3_Dense/model.safetensors", "3_Dense/config.json"):
         assert (source / file).read_bytes() == (tmp_path / "back" / file).read_bytes(), file
     (ours,) = run_on_ranks(vectors_of, 1, {"": str(tmp_path / "checkpoint")})
     np.testing.assert_allclose(ours[""], stock(source), atol=5e-6)
@@ -141,8 +142,9 @@ def test_merge_takes_their_weights_too(tmp_path):
     file = models[1] / "2_Dense" / "model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
     merge_models(models, tmp_path / "merged", method="linear")
-    first, merged = (load_file(path / "2_Dense" / "model.safetensors") for path in (models[0], tmp_path / "merged"))
-    assert torch.equal(merged["linear.weight"], (first["linear.weight"].double() + 0.5).float())
+    first, second, merged = (load_file(path / "2_Dense" / "model.safetensors")["linear.weight"].double()
+                             for path in (*models, tmp_path / "merged"))
+    assert torch.equal(merged.float(), ((first + second) / 2).float())
     change(models[1] / "3_Dense" / "config.json", activation_function="torch.nn.modules.activation.Tanh")
     with pytest.raises(CheckpointError, match="dense"):
         merge_models(models, tmp_path / "other", method="linear")
