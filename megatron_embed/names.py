@@ -2,8 +2,9 @@
 
 from typing import Literal, get_args
 
-Pooling = Literal["lasttoken", "mean", "cls", "weightedmean"]
-"""How token states become one vector, in the spelling that Sentence Transformers writes."""
+Pooling = Literal["lasttoken", "mean", "cls", "weightedmean", "cls+mean"]
+"""How token states become one vector, in the spelling that Sentence Transformers writes; cls+mean: one behind the
+other, twice as wide."""
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 Role = Literal["query", "document"]
@@ -17,6 +18,9 @@ HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
 Activation = Literal["sigmoid", "identity"]
 """The function applied to a reranker's score."""
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+DenseActivation = Literal["identity", "tanh", "relu", "gelu", "silu", "sigmoid"]
+"""The function behind a Dense module's linear layer."""
 
 Similarity = Literal["cosine", "dot"]
 """How two embeddings are compared."""

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_embed.checkpoint.optimizer_state import OptimizerRestore
-from megatron_embed.checkpoint.safe_unpickler import HEAD_KEYS, check_description, install
+from megatron_embed.checkpoint.safe_unpickler import DENSE_KEYS, HEAD_KEYS, check_description, install
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.encoder import EmbeddingModel
@@ -98,13 +98,15 @@ def load_checkpoint(checkpoint: Path, state: TrainingState) -> int:
 
 
 def load_model(checkpoint: Path, models: Sequence[EmbeddingModel], *, with_head: bool = True,
-               with_adapters: bool = True) -> None:
+               with_adapters: bool = True, with_dense: bool = True) -> None:
     """Restores the parameters alone, from a converted or a training checkpoint, at any layout. Called by all ranks.
 
-    `with_head`: a reranker's head too; `with_adapters`: LoRA adapters too; else they stay as they are.
+    `with_head`: a reranker's head too; `with_adapters`: LoRA adapters too; `with_dense`: Dense modules too; else they
+    stay as they are.
     """
     def kept(name: str) -> bool:
-        return (with_head or not name.startswith(HEAD_KEYS)) and (with_adapters or not is_adapter(name))
+        return ((with_head or not name.startswith(HEAD_KEYS)) and (with_adapters or not is_adapter(name))
+                and (with_dense or not name.startswith(DENSE_KEYS)))
 
     state = {chunk: {name: value for name, value in values.items() if kept(name)}
              for chunk, values in model_state(models).items()}

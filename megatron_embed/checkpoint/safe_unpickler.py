@@ -24,6 +24,8 @@ MEGATRON_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
 HEAD_KEYS = "model.head."
 """Prefix of the keys of a reranker's head."""
+DENSE_KEYS = "model.dense."
+"""Prefix of the keys of Dense modules."""
 _OWN = ("torch", "megatron", "nvidia_resiliency_ext", "pathlib", "uuid", "collections")
 """Packages whose objects may stand in `.metadata` beside those that are needed, and are left out."""
 _BUILTIN = {("builtins", "set"): set, ("builtins", "frozenset"): frozenset, ("builtins", "bytearray"): bytearray}

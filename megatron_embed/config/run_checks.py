@@ -104,6 +104,8 @@ def check_reranker_run(config: "RunConfig") -> None:
             "a reranker has no in-batch negatives; remove it")
     require(not config.embedding.matryoshka_dims, "embedding.matryoshka_dims", list(config.embedding.matryoshka_dims),
             "a reranker gives scores, which have no dimensions; remove it")
+    require(config.embedding.embedding_dim is None, "embedding.embedding_dim", config.embedding.embedding_dim,
+            "a reranker gives scores, which have no dimensions; remove it")
     require(not config.evaluation.retrieval, "evaluation.retrieval",
             [item.path for item in config.evaluation.retrieval],
             "a reranker searches no corpus; give evaluation.reranking files of lists")

@@ -87,6 +87,10 @@ class EmbeddingConfig:
     normalize: bool | None = None
     """Scale embeddings to unit length, in float32. False: the objective takes plain dot products. null: true, unless
     the model directory compares vectors by dot product and does not scale them."""
+    embedding_dim: int | None = None
+    """Dimensions of an embedding, by a new linear layer without bias over the pooled vector, trained with the model and
+    exported as Sentence Transformers' module Dense. null: the model's own Dense modules, if any, otherwise the width of
+    the pooled vector."""
     matryoshka_dims: tuple[int, ...] = ()
     """Dimensions that the loss is also taken at, largest first: embeddings are truncated to each and, with `normalize`,
     scaled to unit length again. Empty: the full dimension only."""
@@ -100,7 +104,9 @@ class EmbeddingConfig:
         return self.normalize is not False
 
     def __post_init__(self) -> None:
-        dims = self.matryoshka_dims
+        dims, width = self.matryoshka_dims, self.embedding_dim
+        require(width is None or 1 <= width <= 2**20, "embedding.embedding_dim", width,
+                "must be >= 1 and <= 1048576, or null")
         require(all(dim >= 1 for dim in dims) and list(dims) == sorted(set(dims), reverse=True),
                 "embedding.matryoshka_dims", list(dims), "must be different dimensions >= 1, largest first")
 

@@ -33,7 +33,7 @@ from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import check_files
 from megatron_embed.models.lora_settings import AdapterSettings
-from megatron_embed.models.modules_json import read_modules
+from megatron_embed.models.modules_json import read_modules, transformer_folder
 from megatron_embed.names import HeadKind
 
 PASSTHROUGH_FILE = "carried.safetensors"
@@ -226,16 +226,26 @@ def module_directories(path: Path) -> Sequence[str]:
 
 
 def copy_files(source: Path, destination: Path) -> None:
-    """Copy every file except weights of the transformer; modules of Sentence Transformers keep theirs."""
+    """Copy every file except weights of the transformer; modules of Sentence Transformers keep theirs.
+
+    The files of a transformer in a folder of its own are copied beside modules.json, as newer versions write them.
+    """
+    transformer = transformer_folder(source)
+    if transformer != source:
+        copy_files(transformer, destination)
     modules = module_directories(source)
     for folder, folders, files in os.walk(source):
         relative = Path(folder).relative_to(source)
-        folders[:] = [name for name in folders if name not in _SKIPPED_DIRECTORIES]
+        folders[:] = [name for name in folders
+                      if name not in _SKIPPED_DIRECTORIES and Path(folder, name) != transformer]
         keeps_weights = any(relative.is_relative_to(module) for module in modules)
         for name in files:
             if keeps_weights or not any(fnmatchcase(name, pattern) for pattern in _WEIGHTS):
                 (destination / relative).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(Path(folder) / name, destination / relative / name)
+    if transformer != source:
+        first, *others = read_json_file(source / "modules.json")
+        write_json(destination / "modules.json", [{**first, "path": ""}, *others])
 
 
 def drop_standard_modules(directory: Path) -> None:
@@ -284,7 +294,7 @@ def staging(destination: str | Path, tensor_bytes: int) -> Iterator[Path]:
 
 def _write_hf_files(source: HFDirectory, hf: Path) -> CheckpointInfo:
     """Fill `hf` from a Hugging Face directory and return its description."""
-    copy_files(source.path, hf)
+    copy_files(source.root, hf)
     tied = {head: embedding for head, embedding in source.family.tied
             if source.shape.tie_word_embeddings and head in source.passthrough and _same_bytes(source, head, embedding)}
     stored_names = {name: source.stored_names[name] for name in source.passthrough if name not in tied}

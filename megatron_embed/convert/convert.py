@@ -21,6 +21,7 @@ from megatron_embed.convert.checkpoint_directory import (
     write_json,
     write_sidecar_files,
 )
+from megatron_embed.convert.dense_tensors import holds_dense, write_trained_dense
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.lora_merge import MergedReader
 from megatron_embed.convert.report import ConversionReport, peak_memory, progress
@@ -41,6 +42,7 @@ from megatron_embed.convert.to_hf import (
 )
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape, model_shape
+from megatron_embed.models.saved_settings import read_saved_settings
 
 
 def hf_to_megatron(src: str | Path, dst: str | Path) -> ConversionReport:
@@ -51,11 +53,11 @@ def hf_to_megatron(src: str | Path, dst: str | Path) -> ConversionReport:
     """
     started = time.monotonic()
     with HFDirectory(src) as source:
-        _refuse_inside(Path(dst), source.path)
+        _refuse_inside(Path(dst), source.root)
         total = sum(source.entry(name).nbytes for name in source.stored_names)
         parameters = list(stored_parameters(source.family, source.shape))
         with staging(dst, total) as work:
-            info = write_sidecar_files(source.path, work)
+            info = write_sidecar_files(source.root, work)
             (work / "model").mkdir()
             targets: list[ByteRange] = []
             with DcpWriter(work / "model") as writer:
@@ -95,6 +97,9 @@ def megatron_to_hf(src: str | Path, dst: str | Path, *, max_shard_size: str = "5
         writer = HFWriter(reader, parameters, checkpoint, passthrough, head=head, dtype=WRITTEN_DTYPES[dtype])
         with staging(dst, writer.total_bytes) as work:
             copy_files(checkpoint.hf, work)
+            if head is None and holds_dense(reader):
+                write_trained_dense(reader, read_saved_settings(checkpoint.hf).dense, checkpoint.path, work,
+                                    WRITTEN_DTYPES[dtype])
             _write_dtype(work / "config.json", writer.dtype)
             _verify_hf(work, writer.write(work, shard_bytes), shape)
             if finish is not None:

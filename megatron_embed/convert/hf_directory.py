@@ -16,6 +16,7 @@ from megatron_embed.convert.tables.transforms import CONFIG_KEYS, Context
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, plain_name
+from megatron_embed.models.modules_json import transformer_folder
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,7 +28,10 @@ class HFDirectory:
     Only headers are read on opening; a slice reads its own bytes only.
     """
 
+    root: Path
+    """The directory as given."""
     path: Path
+    """The folder of config.json and weights: `root`, unless its modules.json names another one."""
     shape: ModelShape
     family: Family
     prefixed: bool
@@ -45,10 +49,11 @@ class HFDirectory:
                 truncated or only in `.bin`, a tensor unknown to the table, a missing tensor, a shape that contradicts
                 config.json.
         """
-        self.path = Path(path)
-        if not self.path.is_dir():
+        self.root = Path(path)
+        if not self.root.is_dir():
             raise CheckpointError(f"{path}: no such directory; give a Hugging Face model directory")
-        check_files(self.path)
+        check_files(self.root)
+        self.path = transformer_folder(self.root)
         self.shape = model_shape(self.path)
         self.family = rules_for(self.shape.family)
         self._files: dict[str, SafetensorsFile] = {}

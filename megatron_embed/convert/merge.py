@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from megatron_embed.convert.checkpoint_directory import copy_files, is_checkpoint, staging, write_json
+from megatron_embed.convert.dense_tensors import STORED_NAMES, DenseWeights, read_dense, write_dense
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.merge_match import require_mergeable
 from megatron_embed.convert.report import MergeReport, progress
 from megatron_embed.convert.storage.safetensors_file import checksum
 from megatron_embed.convert.storage.sharded import ShardedWriter, parse_size
 from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.names import MergeMethod
 
 MERGE_FILE = "megatron_embed_merge.json"
@@ -32,6 +34,7 @@ PARALLEL = 0.9995
 EPSILON = 1e-8
 _BLOCK_ELEMENTS = 1 << 22
 """Elements of one tensor that are in float64 at the same time."""
+TensorSource = HFDirectory | DenseWeights
 
 
 def merge_models(models: Sequence[str | Path], destination: str | Path, *, method: MergeMethod,
@@ -63,7 +66,7 @@ def merge_models(models: Sequence[str | Path], destination: str | Path, *, metho
         full_names = list(first.stored_names)
         total = sum(first.entry(name).nbytes for name in full_names)
         with staging(destination, total) as work:
-            copy_files(first.path, work)
+            copy_files(first.root, work)
             write_json(work / MERGE_FILE, _provenance(method, models, factors, base))
             declared = [(first.stored_names[name], first.entry(name).dtype, first.entry(name).shape)
                          for name in full_names]
@@ -74,8 +77,27 @@ def merge_models(models: Sequence[str | Path], destination: str | Path, *, metho
                     checksums[name] = checksum(merged)
                     writer.write(first.stored_names[name], merged)
             _verify(work, checksums)
+            _merge_dense(work, opened, origin, method, factors)
     return MergeReport(destination=Path(destination), method=method, models=len(models), tensors=len(full_names),
                        total_bytes=total, seconds=time.monotonic() - started)
+
+
+def _merge_dense(work: Path, models: Sequence[HFDirectory], base: HFDirectory | None, method: MergeMethod,
+                 weights: Sequence[float]) -> None:
+    """The Dense modules of a Sentence Transformers directory, merged as its other tensors are."""
+    if not (models[0].root / "modules.json").is_file():
+        return
+    for settings in read_saved_settings(models[0].root).dense:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(DenseWeights(model.root, settings)) for model in models]
+            origin = None if base is None else stack.enter_context(DenseWeights(base.root, settings))
+            merged = {name: merge_tensor(STORED_NAMES[name], opened, origin, method, weights)
+                      for name in settings.shapes}
+        write_dense(work / settings.path, merged)
+        written = read_dense(work, settings)
+        if not all(checksum(written[name]) == checksum(tensor) for name, tensor in merged.items()):
+            raise CheckpointError(f"{work / settings.path}: reads back differently from what was written; check the "
+                                  "disk and try again")
 
 
 def checked_weights(method: MergeMethod, count: int, weights: Sequence[float] | None, *,
@@ -143,7 +165,7 @@ def _slerp(share: float, gram: Tensor, lengths: Tensor) -> Tensor:
     return torch.tensor(sines, dtype=torch.float64) / math.sin(angle)
 
 
-def merge_tensor(name: str, models: Sequence[HFDirectory], base: HFDirectory | None, method: MergeMethod,
+def merge_tensor(name: str, models: Sequence[TensorSource], base: TensorSource | None, method: MergeMethod,
                  weights: Sequence[float]) -> Tensor:
     """One merged tensor, in the dtype and shape of the first model's. Raises CheckpointError with its name."""
     entry = models[0].entry(name)
@@ -178,7 +200,7 @@ class _Block:
     """[elements] float64."""
 
 
-def _blocks(name: str, models: Sequence[HFDirectory], base: HFDirectory | None) -> Iterator[_Block]:
+def _blocks(name: str, models: Sequence[TensorSource], base: TensorSource | None) -> Iterator[_Block]:
     """The tensor in every model, a block of rows at a time."""
     shape = models[0].entry(name).shape
     if not shape:
@@ -190,11 +212,12 @@ def _blocks(name: str, models: Sequence[HFDirectory], base: HFDirectory | None) 
         yield _block(models, base, _slice_reader(name, start, stop))
 
 
-def _slice_reader(name: str, start: int, stop: int) -> Callable[[HFDirectory], Tensor]:
+def _slice_reader(name: str, start: int, stop: int) -> Callable[[TensorSource], Tensor]:
     return lambda model: model.read_slice(name, 0, start, stop)
 
 
-def _block(models: Sequence[HFDirectory], base: HFDirectory | None, read: Callable[[HFDirectory], Tensor]) -> _Block:
+def _block(models: Sequence[TensorSource], base: TensorSource | None,
+           read: Callable[[TensorSource], Tensor]) -> _Block:
     deltas = torch.stack([read(model).reshape(-1).double() for model in models])
     if base is None:
         return _Block(deltas, None)
@@ -203,7 +226,7 @@ def _block(models: Sequence[HFDirectory], base: HFDirectory | None, read: Callab
     return _Block(deltas, origin)
 
 
-def _same_in_all(name: str, models: Sequence[HFDirectory]) -> Tensor:
+def _same_in_all(name: str, models: Sequence[TensorSource]) -> Tensor:
     tensor = models[0].read(name)
     for model in models[1:]:
         if not torch.equal(tensor, model.read(name)):

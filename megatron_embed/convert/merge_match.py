@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.config.json_file import LARGEST_TOKENIZER, read_json_object
-from megatron_embed.convert.checkpoint_directory import module_directories
+from megatron_embed.convert.dense_tensors import DenseWeights
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.saved_settings import read_saved_settings
@@ -14,7 +14,7 @@ from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES
 
 _IGNORED_SECTIONS = ("truncation", "padding", "version")
 """Sections of tokenizer.json that programs set on saving, or that do not change the ids of a text."""
-_SETTINGS = ("pooling", "normalize", "similarity", "prompts", "lower_case", "chat")
+_SETTINGS = ("pooling", "dense", "normalize", "similarity", "prompts", "lower_case", "chat")
 """Settings of a Sentence Transformers directory that must agree: they change what a vector means."""
 
 
@@ -28,7 +28,7 @@ def require_mergeable(models: Sequence[HFDirectory], base: HFDirectory | None) -
         _same_names(first, other)
         _same_shape(first, other)
         _same_tensors(first, other, dtypes=True)
-        _same_settings(first.path, other.path)
+        _same_settings(first.root, other.root)
         _same_tokenizer(first.path, other.path)
     if base is not None:
         if missing := sorted(first.stored_names.keys() - base.stored_names.keys()):
@@ -36,6 +36,7 @@ def require_mergeable(models: Sequence[HFDirectory], base: HFDirectory | None) -
                            "name the model that training began with as --base")
         _same_shape(first, base)
         _same_tensors(first, base, dtypes=False)
+        _same_dense(first.root, base.root, dtypes=False)
         _same_tokenizer(first.path, base.path)
 
 
@@ -80,12 +81,22 @@ def _same_settings(first: Path, other: Path) -> None:
         if one[key] != two[key]:
             raise _refusal(first, other, f"{key} is {one[key]!r} in the first and {two[key]!r} in the second",
                            "such vectors cannot be averaged; merge models trained with the same setting")
-    for folder in module_directories(first):
-        weights = Path(folder) / "model.safetensors"
-        files = [directory / weights for directory in (first, other)]
-        contents = [file.read_bytes() if file.is_file() else b"" for file in files]
-        if contents[0] != contents[1]:
-            raise _refusal(first, other, f"{weights} differs", "modules with weights of their own must be the same")
+    _same_dense(first, other, dtypes=True)
+
+
+def _same_dense(first: Path, other: Path, *, dtypes: bool) -> None:
+    """Compare the Dense modules of two directories; also reads the headers of their weights."""
+    one, two = read_saved_settings(first).dense, read_saved_settings(other).dense
+    if one != two:
+        raise _refusal(first, other, f"their Dense modules are {one} and {two}"[:200], "merge models with the same "
+                       "modules, without --base if that has none")
+    for settings in one:
+        with DenseWeights(first, settings) as left, DenseWeights(other, settings) as right:
+            for name in left.names:
+                if dtypes and left.entry(name).dtype != right.entry(name).dtype:
+                    raise _refusal(first, other, f"{settings.path}: {name} is {_dtype_name(left.entry(name).dtype)} in "
+                                   f"the first and {_dtype_name(right.entry(name).dtype)} in the second",
+                                   "export both in one dtype")
 
 
 def _same_tokenizer(first: Path, other: Path) -> None:

@@ -17,6 +17,7 @@ from megatron_embed.convert.checkpoint_directory import (
     staging,
     write_json,
 )
+from megatron_embed.convert.dense_tensors import holds_dense, write_trained_dense
 from megatron_embed.convert.head_tensors import saved_modules, score_names
 from megatron_embed.convert.lora_names import AdapterTensor, adapter_tensors, linear_rules, peft_targets
 from megatron_embed.convert.report import PeftReport
@@ -29,6 +30,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.known_keys import ADAPTER_CONFIG
 from megatron_embed.models.lora_settings import AdapterSettings
+from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.names import HeadKind
 
 CONFIG_FILE = "adapter_config.json"
@@ -191,7 +193,8 @@ def write_peft(src: str | Path, dst: str | Path, *, finish: Callable[[Path], obj
 
     The directory also has the tokenizer and Sentence Transformers' files, so that Sentence Transformers can load it. A
     reranker's classifier, whose weights are all trained, is written as PEFT's `modules_to_save`; its adapter is for
-    *ForSequenceClassification, that of a yes_no head for *ForCausalLM.
+    *ForSequenceClassification, that of a yes_no head for *ForCausalLM. Dense modules, which are trained too, are
+    Sentence Transformers' own and are written whole.
 
     `finish` is called with the complete directory before it gets its name; if it raises, nothing is left behind.
 
@@ -216,6 +219,8 @@ def write_peft(src: str | Path, dst: str | Path, *, finish: Callable[[Path], obj
         with staging(dst, total) as work:
             copy_files(checkpoint.hf, work)
             (work / "config.json").unlink(missing_ok=True)  # PEFT's readers take it from the base model.
+            if holds_dense(reader):
+                write_trained_dense(reader, read_saved_settings(checkpoint.hf).dense, checkpoint.path, work)
             with SafetensorsWriter(work / WEIGHTS_FILE, declared) as writer:
                 for name, key in keys.items():
                     writer.write(name, reader.read(*key))

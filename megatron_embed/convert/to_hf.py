@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_embed.checkpoint.safe_unpickler import HEAD_KEYS
+from megatron_embed.checkpoint.safe_unpickler import DENSE_KEYS, HEAD_KEYS
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, PassthroughFile
 from megatron_embed.convert.head_tensors import HeadExport, read_head
 from megatron_embed.convert.hf_directory import largest_dtype
@@ -226,7 +226,7 @@ def head_export(reader: DcpReader, checkpoint: CheckpointDirectory, passthrough:
 def check_checkpoint(reader: DcpReader, parameters: list[StoredParameter], directory: Path) -> None:
     """Check that the checkpoint's model tensors are exactly those of the table, each of the right shape."""
     keys = set(reader.keys())
-    unknown = {key for key in keys if key.startswith("model.") and not key.startswith(HEAD_KEYS)}
+    unknown = {key for key in keys if key.startswith("model.") and not key.startswith((HEAD_KEYS, DENSE_KEYS))}
     for parameter in parameters:
         _check_parameter(reader, keys, parameter, directory)
         unknown.discard(parameter.key)

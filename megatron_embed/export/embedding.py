@@ -14,12 +14,14 @@ from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.convert.convert import megatron_to_hf
+from megatron_embed.convert.dense_tensors import take_dense
 from megatron_embed.data.tokenizer import RoleTokenizer, fill_template
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verified_write import export, export_on_rank_0
 from megatron_embed.export.verify import ExpectedSettings, compare_with_sentence_transformers
 from megatron_embed.loading.model_directory import ModelDirectory
+from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import Role
 from megatron_embed.platform.bf16_support import processor_has_bf16
@@ -106,12 +108,14 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
     pooling, unit_length, saved = model.pooling(config.embedding.pooling), config.embedding.unit_length, model.saved
     roles: tuple[Role, ...] = ("query", "document")
     lengths = {role: config.data.max_length(role) for role in roles}
+    take_dense(hf, saved.dense)  # the trained weights are among the checkpoint's tensors
     export_sentence_transformers(
         hf, pooling=pooling, normalize=unit_length, needs_eos=pooling == "lasttoken" and saved.chat is None,
         query_prompt=fill_template(config.data.prompt("query"), config.embedding.instruction),
         document_prompt=config.data.prompt("document"), max_seq_length=max(lengths.values()),
         embedding_dimension=model.shape.hidden_size, saved=dataclasses.replace(
-            saved, truncation_side="right", similarity=saved.similarity if unit_length else "dot",
+            saved, truncation_side="right", dense=_without_folders(model.dense(config.embedding)),
+            similarity=saved.similarity if unit_length else "dot",
             role_lengths=dict(lengths) if saved.role_lengths else {}))
     facts: dict[str, object] = {}
     if config.model.bidirectional and not model.shape.bidirectional:
@@ -122,6 +126,11 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
         file = hf / "config.json"
         values = {**read_json_file(file), **facts}
         file.write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
+def _without_folders(dense: Sequence[DenseSettings]) -> tuple[DenseSettings, ...]:
+    """The modules before they have folders."""
+    return tuple(dataclasses.replace(settings, path="") for settings in dense)
 
 
 @dataclass(frozen=True, kw_only=True)

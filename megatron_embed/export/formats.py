@@ -161,7 +161,7 @@ def _compare_hf(source: str, directory: Path) -> list[str]:
     arguments = argparse.Namespace(model=source, dtype=None, pooling="mean", max_length=None, no_normalize=True,
                                    overrides=[])
     try:
-        encoder, model, _ = open_encoder(arguments, prompts=False, given_prompts={"document": ""})
+        encoder, model, _ = open_encoder(arguments, prompts=False, with_dense=False, given_prompts={"document": ""})
     except UserError as error:
         # Such as Sentence Transformers modules that we do not compute: they pass through a conversion all the same.
         return [f"not compared on texts: {error}"]

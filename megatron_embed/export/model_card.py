@@ -11,9 +11,10 @@ from megatron_embed.config.load import load_config
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_checkpoint
 from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.models.dense_settings import embedding_width
 from megatron_embed.models.families import model_shape
-from megatron_embed.models.saved_settings import read_saved_settings
-from megatron_embed.names import ExportFormat
+from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
+from megatron_embed.names import ExportFormat, Pooling
 
 _EMBEDDING_USE = """```python
 from sentence_transformers import SentenceTransformer
@@ -86,8 +87,7 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
     checkpoint = open_checkpoint(source)
     info, title, file = checkpoint.info, Path(destination).absolute().name, checkpoint.path / "config.yaml"
     library = {"hf": "transformers", "peft": "peft"}.get(kind, "sentence-transformers")
-    dim = model_shape(checkpoint.hf).hidden_size if info.head is None else None
-    pooling = _pooling_of(checkpoint.hf) if info.head is None else None
+    pooling, dim = _pooling_of(checkpoint.hf) if info.head is None else (None, None)
     use = _use(kind, info.head, pooling)
     config = _run_of(file)
     if config is not None:
@@ -99,12 +99,15 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
                                               encoding="utf-8")
 
 
-def _pooling_of(hf: Path) -> str | None:
-    """The pooling of a directory; None where it names none, or modules that pass through without being computed."""
+def _pooling_of(hf: Path) -> tuple[Pooling | None, int]:
+    """The pooling of a directory, and the numbers of a vector; None where it names none, or modules that pass through
+    without being computed."""
+    shape = model_shape(hf)
     try:
-        return read_saved_settings(hf).pooling
+        saved = read_saved_settings(hf)
     except CheckpointError:
-        return None
+        return None, shape.hidden_size
+    return saved.pooling, embedding_width(saved.dense, shape, saved.pooling or default_pooling(shape))
 
 
 def _run_of(file: Path) -> RunConfig | None:

@@ -64,7 +64,7 @@ def _compare_vectors(source: str, checkpoint: CheckpointDirectory, directory: Pa
 
     encoder, model, _ = open_encoder(
         argparse.Namespace(model=source, dtype="float32", pooling="mean", max_length=None, no_normalize=True,
-                           overrides=[]), prompts=False)
+                           overrides=[]), prompts=False, with_dense=False)
     rows = encoder.tokenizer.tokenize(PROBE_TEXTS, "document").token_ids
     texts = [text for text, ids in zip(PROBE_TEXTS, rows, strict=True) if ids]
     vectors = encoder.encode(texts, "document")

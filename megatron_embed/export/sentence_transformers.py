@@ -7,12 +7,17 @@ tokenizer's chat template.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megatron_embed.config.json_file import LARGEST_TOKENIZER, read_json_object, read_optional_json_object
 from megatron_embed.convert.checkpoint_directory import drop_standard_modules, write_json
+from megatron_embed.convert.dense_tensors import take_dense, write_dense
 from megatron_embed.errors import CheckpointError, first_line
+from megatron_embed.models.dense_settings import ACTIVATION_CLASSES, DenseSettings
 from megatron_embed.models.file_checks import check_tokenizer_names
 from megatron_embed.models.saved_settings import SavedSettings
 from megatron_embed.names import Pooling, TruncationSide
@@ -22,7 +27,6 @@ POOLING_FLAGS = {
     "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens", "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken"}
 """Pooling by name -> the flag of 1_Pooling/config.json; exactly one is true."""
-_POOLING_DIRECTORY, _NORMALIZE_DIRECTORY = "1_Pooling", "2_Normalize"
 _PROBE = "a text"
 
 
@@ -40,7 +44,8 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Pooling, nor
         max_seq_length: tokens, special tokens included.
         embedding_dimension: width of the token vectors.
         needs_eos: whether the tokenizer has to put an EOS behind every text; None: with last-token pooling.
-        saved: all else that the model's directory shall say: its similarity, where texts are cut, their lowercasing,
+        saved: all else that the model's directory shall say: its Dense modules, whose weights lie in the folders that
+            it names or are added later; its similarity, where texts are cut, their lowercasing,
             their chat template, other prompts, lengths by role. None: cosine of unit vectors, else dot products.
     Raises:
         CheckpointError: the tokenizer cannot be loaded, or cannot be made to add the EOS that last-token pooling needs.
@@ -50,20 +55,9 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Pooling, nor
     complete_tokenizer(directory, needs_eos=pooling == "lasttoken" if needs_eos is None else needs_eos)
     if saved.truncation_side is not None:
         _set_truncation_side(directory, saved.truncation_side)
-    drop_standard_modules(directory)
-    modules = [("", "Transformer"), (_POOLING_DIRECTORY, "Pooling")]
-    modules += [(_NORMALIZE_DIRECTORY, "Normalize")] if normalize else []
-    write_json(directory / "modules.json", [
-        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for index, (path, kind) in enumerate(modules)])
-    for path, _ in modules[1:]:
-        (directory / path).mkdir()
-    write_json(directory / _POOLING_DIRECTORY / "config.json", {
+    _write_modules(directory, saved.dense, normalize=normalize, pooling={
         "word_embedding_dimension": embedding_dimension,
-        **{flag: name == pooling for name, flag in POOLING_FLAGS.items()}, "include_prompt": True})
-    if normalize:
-        # An empty directory would be lost by git and the hub, and readers look for this module's.
-        write_json(directory / _NORMALIZE_DIRECTORY / "config.json", {})
+        **{flag: name in pooling.split("+") for name, flag in POOLING_FLAGS.items()}, "include_prompt": True})
     write_json(directory / "sentence_bert_config.json", {
         "max_seq_length": max_seq_length, "do_lower_case": saved.lower_case,
         **{f"{role}_length": length for role, length in saved.role_lengths.items()}, **_chat_settings(saved)})
@@ -74,6 +68,39 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Pooling, nor
         "prompts": {**others, "query": query_prompt, "document": document_prompt},
         "default_prompt_name": "document" if default in ("passage", "corpus") else default,
         "similarity_fn_name": saved.similarity})
+
+
+def _write_modules(directory: Path, dense: Sequence[DenseSettings], *, normalize: bool,
+                   pooling: dict[str, Any]) -> None:
+    """modules.json and the modules' folders, in place of those of an earlier life; Dense modules keep their weights.
+
+    Args:
+        pooling: config.json of the module Pooling.
+    """
+    weights = take_dense(directory, dense)
+    drop_standard_modules(directory)
+    steps: list[tuple[str, dict[str, Any], dict[str, Tensor]]] = [("Transformer", {}, {}), ("Pooling", pooling, {})]
+    for settings, tensors in zip(dense, weights, strict=True):
+        steps += [("Normalize", {}, {})] if settings.normalize_input else []
+        steps.append(("Dense", dense_config(settings), tensors))
+    steps += [("Normalize", {}, {})] if normalize else []
+    paths = ["" if kind == "Transformer" else f"{index}_{kind}" for index, (kind, _, _) in enumerate(steps)]
+    write_json(directory / "modules.json", [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, (kind, _, _)) in enumerate(zip(paths, steps, strict=True))])
+    for path, (_, config, tensors) in zip(paths[1:], steps[1:], strict=True):
+        (directory / path).mkdir()
+        # Also without settings: an empty directory would be lost by git and the hub, and readers look for it.
+        write_json(directory / path / "config.json", config)
+        if tensors:
+            write_dense(directory / path, tensors)
+
+
+def dense_config(settings: DenseSettings) -> dict[str, Any]:
+    """config.json of a Dense module, with the keys that every version of Sentence Transformers takes."""
+    (activation,) = (name for name, ours in ACTIVATION_CLASSES.items() if ours == settings.activation)
+    return {"in_features": settings.in_features, "out_features": settings.out_features, "bias": settings.bias,
+            "activation_function": activation}
 
 
 def _chat_settings(saved: SavedSettings) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_embed.checkpoint.load import load_model
+from megatron_embed.checkpoint.load import keys_of, load_model
+from megatron_embed.checkpoint.safe_unpickler import DENSE_KEYS
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
 from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
+from megatron_embed.convert.dense_tensors import open_dense, read_dense
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
 from megatron_embed.convert.lora_names import parts_by_linear, resolve_modules
 from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
@@ -27,12 +29,14 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
+from megatron_embed.models.dense import initialize_dense
+from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel, attention_kernel, build_model, padded_vocabulary
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, check_tokenizer_names
 from megatron_embed.models.heads import HeadSpec, head_pooling
 from megatron_embed.models.lora_settings import Adapters, AdapterSettings, is_adapter
-from megatron_embed.models.modules_json import supported_modules
+from megatron_embed.models.modules_json import supported_modules, transformer_folder
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
 from megatron_embed.names import Pooling, Role
@@ -53,7 +57,9 @@ class ModelDirectory:
     checkpoint: Path | None
     """Our checkpoint, or None for a Hugging Face directory."""
     hf: Path
-    """config.json, tokenizer and Sentence Transformers files."""
+    """config.json, weights and tokenizer."""
+    root: Path
+    """modules.json and the folders of the modules: `hf`, unless the transformer has a folder of its own there."""
     shape: ModelShape
     saved: SavedSettings
     reranker: RerankerSettings | None
@@ -85,6 +91,19 @@ class ModelDirectory:
         """Every directory whose files decide what the model computes."""
         base = self.checkpoint or self.path
         return (base,) if self.peft is None else (base, self.peft)
+
+    @property
+    def dense_directory(self) -> Path:
+        """The directory of the Dense modules' weights: an adapter with a modules.json has its own."""
+        return self.peft if self.peft is not None and (self.peft / "modules.json").is_file() else self.root
+
+    def dense(self, config: EmbeddingConfig) -> tuple[DenseSettings, ...]:
+        """Its Dense modules, or the new one of a run. Raises ConfigError, see `dense_of_run`."""
+        return dense_of_run(config, self.saved.dense, self.shape, self.pooling(config.pooling))
+
+    def dim(self, config: EmbeddingConfig) -> int:
+        """Numbers of a vector."""
+        return embedding_width(self.dense(config), self.shape, self.pooling(config.pooling))
 
     def pooling(self, wanted: Pooling | None) -> Pooling:
         """`wanted`, else the model's own setting, else mean of an encoder and lasttoken of a decoder."""
@@ -123,11 +142,13 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
         if is_peft_directory(folder) and not is_checkpoint(folder):
             return _find_adapted(folder)
         opened = open_checkpoint(folder) if is_checkpoint(folder) else None
-        hf = folder if opened is None else opened.hf
+        root = folder if opened is None else opened.hf
+        hf = transformer_folder(root)
         check_tokenizer_names(hf)
-        supported_modules(hf)  # first: a transformer in a folder of its own leaves no config.json here
-        return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf,
-                              shape=model_shape(hf), saved=read_saved_settings(hf), reranker=read_reranker_settings(hf),
+        supported_modules(root)
+        return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf, root=root,
+                              shape=model_shape(hf), saved=read_saved_settings(root),
+                              reranker=read_reranker_settings(hf),
                               max_lengths={} if opened is None else opened.info.max_lengths,
                               name=str(folder.resolve()) if os.path.isdir(os.path.expanduser(path)) else path,
                               adapters=None if opened is None else opened.info.adapters)
@@ -219,15 +240,44 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     adapters = None if settings is None else Adapters(
         rank=settings.rank, scale=settings.scale, dropout=config.lora.dropout, seed=config.training.seed,
         parts=parts_by_linear(rules_for(model.shape.family), settings.modules))
-    chunks = build_model(config, model.shape, topology, pooling, head_spec, adapters)
+    dense = model.dense(config.embedding) if head_spec is None else ()
+    chunks = build_model(config, model.shape, topology, pooling, head_spec, adapters, dense)
+    stored = _holds_dense(model, dense)
     if model.checkpoint is not None:
-        load_model(model.checkpoint, chunks, with_head=with_head,
+        load_model(model.checkpoint, chunks, with_head=with_head, with_dense=stored,
                    with_adapters=model.adapters is not None and model.peft is None)
     else:
         _load_hf_weights(model, chunks, topology)
+    if not stored:
+        _load_dense_weights(model, chunks, config.training.seed, dense)
     if model.peft is not None:
         _load_peft_weights(model.peft, model, chunks, topology, with_head=head_spec is not None)
     return chunks
+
+
+def _holds_dense(model: ModelDirectory, dense: Sequence[DenseSettings]) -> bool:
+    """Whether the weights of these Dense modules are among the checkpoint's tensors, not in the model's directory."""
+    return (model.checkpoint is not None and bool(dense) and model.dense_directory == model.root
+            and any(key.startswith(DENSE_KEYS) for key in keys_of(model.checkpoint)))
+
+
+def _load_dense_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel], seed: int,
+                        dense: Sequence[DenseSettings]) -> None:
+    """Dense modules of the model's directory, or new ones where it names none."""
+    if model.saved.dense:
+        for settings in dense:  # on every rank, so that what does not fit is refused by all
+            open_dense(model.dense_directory, settings).close()
+    modules = chunks[-1].dense
+    if modules is None:
+        return
+    if not model.saved.dense:
+        initialize_dense(modules, seed)
+        return
+    with torch.no_grad():
+        for layer in modules.layers():
+            tensors = read_dense(model.dense_directory, layer.settings)
+            for name, parameter in layer.named_parameters():
+                parameter.copy_(layer.own_rows(tensors[name]))
 
 
 def _check_sizes(model: ModelDirectory) -> None:
@@ -242,7 +292,7 @@ def _load_hf_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel], to
     with HFDirectory(model.hf) as source, torch.no_grad():
         for chunk in chunks:
             parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
-                          if not name.startswith("head.") and not is_adapter(name)}
+                          if not name.startswith(("head.", "dense.")) and not is_adapter(name)}
             shards = hf_weight_shards(source, names=parameters, tp_rank=topology.tp_rank,
                                       tp_size=topology.tp_size, etp_rank=topology.groups.expt_tp.rank(),
                                       etp_size=topology.groups.expt_tp.size(),
@@ -279,7 +329,7 @@ def open_role_tokenizer(model: ModelDirectory, *, pooling: Pooling, max_length: 
         vocab_size=model.shape.vocab_size)
 
 
-def open_encoder(args: argparse.Namespace, *, prompts: bool,
+def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = True,
                  given_prompts: dict[Role, str] | None = None,
                  start: Start = initialize, key: str = "--model") -> tuple[TextEncoder, ModelDirectory, Topology]:
     """The model that `encode`, `evaluate` and `mine` name, ready on all ranks.
@@ -289,11 +339,14 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
             the model's own setting (dtype: float32 if that is not one we compute in).
         prompts: put the directory's prompts before the texts; else every text is a document, and has the directory's
             default prompt if it names one.
+        with_dense: with the model's Dense modules; else its vectors are the pooled ones.
         given_prompts: in place of the directory's.
         start: makes the process groups.
         key: the option that names the directory, for messages.
     """
     model = find_model(args.model, key)
+    if not with_dense:
+        model = dataclasses.replace(model, saved=dataclasses.replace(model.saved, dense=()))
     known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
     config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
                                   *args.overrides])
@@ -309,7 +362,6 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool,
         topology = start(config.parallel)
         config = resolve_dtype(config)
         chunks = load_model_chunks(model, config, topology)
-    encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.shape.hidden_size,
-                          kernel=attention_kernel(config),
-                          causal=chunks[0].causal)
+    encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.dim(embedding),
+                          kernel=attention_kernel(config), causal=chunks[0].causal)
     return encoder, model, topology

@@ -3,6 +3,7 @@
 import functools
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,8 @@ from megatron_embed.models.backbone import (
     megatron_config,
     torch_layer_classes,
 )
+from megatron_embed.models.dense import DenseModules
+from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.flash_chunks import flash_calls
 from megatron_embed.models.heads import HeadSpec, RerankerHead
@@ -98,7 +101,8 @@ class EmbeddingModel(LanguageModule):
     def __init__(self, config: TransformerConfig, shape: ModelShape, topology: Topology, *, pooling: Pooling,
                  normalize: bool, bidirectional: bool, vp_stage: int | None = None,
                  head_spec: HeadSpec | None = None, kernel: AttentionKernel = "sdpa",
-                 layers: LayerClasses | None = None, passes: PassSettings | None = None) -> None:
+                 layers: LayerClasses | None = None, passes: PassSettings | None = None,
+                 dense: Sequence[DenseSettings] = ()) -> None:
         super().__init__(config=config, pg_collection=topology.groups)
         self.shape = shape
         self.topology = topology
@@ -126,6 +130,7 @@ class EmbeddingModel(LanguageModule):
         self.head = None
         if self.post_process and head_spec is not None:
             self.head = RerankerHead(head_spec, shape, topology.cp_size)
+        self.dense = DenseModules(dense, topology) if self.post_process and dense else None
 
     def _embedding(self) -> LanguageModelEmbedding:
         vocabulary = padded_vocabulary(self.shape.vocab_size, self.topology.tp_size)
@@ -150,6 +155,7 @@ class EmbeddingModel(LanguageModule):
         rows = pool(hidden.squeeze(1), batch.plan, tuple(groups))
         if self.head is not None:
             return self.head(rows)
+        rows = rows if self.dense is None else self.dense(rows)
         return functional.normalize(rows, dim=-1) if self.normalize else rows
 
     def token_states(self, batch: DeviceMicroBatch) -> Tensor:
@@ -257,11 +263,12 @@ def uses_fused_kernels(config: RunConfig) -> bool:
 
 
 def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling,
-                head_spec: HeadSpec | None = None, adapters: Adapters | None = None) -> list[EmbeddingModel]:
+                head_spec: HeadSpec | None = None, adapters: Adapters | None = None,
+                dense: Sequence[DenseSettings] = ()) -> list[EmbeddingModel]:
     """This rank's model chunks (one without interleaving), uninitialized, in `model.dtype`, on the device; the last one
-    with a reranker's head if `head_spec` is given.
+    with a reranker's head if `head_spec` is given, or with the Dense modules.
 
-    With `adapters`, these are initialized and everything else but a reranker's classifier is frozen.
+    With `adapters`, these are initialized and everything else but a reranker's classifier and Dense modules is frozen.
 
     Raises:
         ConfigError: the layout does not divide the model, or `model.attention` cannot run here.
@@ -283,12 +290,14 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     for stage in stages:
         chunk = EmbeddingModel(transformer, shape, topology, pooling=pooling, normalize=config.embedding.unit_length,
                                bidirectional=bidirectional, vp_stage=stage, head_spec=head_spec, kernel=kernel,
-                               layers=layers, passes=passes)
+                               layers=layers, passes=passes, dense=dense)
         if adapters is not None:
             add_adapters(chunk, adapters, shape, chunk.global_name)
             if chunk.head is not None and chunk.head.spec.kind == "score":
                 # Like PEFT's modules_to_save: a classifier may be new. The rows of a yes_no head are not: frozen.
                 chunk.head.requires_grad_(True)
+            if chunk.dense is not None:
+                chunk.dense.requires_grad_(True)  # as in Sentence Transformers, whose adapters leave it trained
         mark_tensor_parallel(chunk)
         mark_expert_copies(chunk, config.parallel)
         fuse_activations(chunk)

@@ -105,6 +105,11 @@ class _ScaledGradient(torch.autograd.Function):
         return gradients[0] * context.factor, None
 
 
+def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
+    """The tensor itself, with a factor on its gradient."""
+    return _ScaledGradient.apply(tensor, factor)  # type: ignore[no-any-return,no-untyped-call]
+
+
 def fetch_tied_rows(word_embeddings: torch.nn.Module | None, head: RerankerHead | None, spec: HeadSpec,
                     hidden_size: int, topology: Topology) -> None:
     """Copy the two rows of the first stage's word embeddings to the last stage's head.

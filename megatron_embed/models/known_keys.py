@@ -1,5 +1,6 @@
 """Keys of the settings files that Sentence Transformers 2 to 6, Transformers and PEFT write, and their effect here."""
 
+from megatron_embed.models.dense_settings import ACTIVATION_CLASSES
 from megatron_embed.models.key_table import FileTable, Key, harmless, honoured, nested, refused
 
 _LOADING = {
@@ -105,9 +106,10 @@ CONFIG_SENTENCE_TRANSFORMERS = FileTable(
 
 MODULES = FileTable(
     file="modules.json",
-    about="The modules of a model, in their order: Transformer, then Pooling, then perhaps Normalize; of a reranker, "
-          "Transformer, then perhaps LogitScore. Others, Dense among them, and a Transformer in a folder of its own "
-          "(0_Transformer) are refused by name. A Dropout does nothing outside training.",
+    about="The modules of a model, in their order: Transformer, Pooling, then any Dense and Normalize; of a reranker, "
+          "Transformer, then perhaps LogitScore. Others are refused by name. A Dropout does nothing outside training. "
+          "The Transformer of an embedding model may have a folder of its own (0_Transformer); what is written has "
+          "none.",
     keys={
         "idx": harmless("the module's number"),
         "name": harmless("the module's name"),
@@ -124,8 +126,8 @@ POOLING_FLAGS = {
 POOLING = FileTable(
     file="1_Pooling/config.json", about="How the vectors of a text's tokens become one.",
     keys={
-        "pooling_mode": honoured("the pooling: cls, mean, weightedmean or lasttoken; several at once, and max and "
-                                 "mean_sqrt_len_tokens, are refused"),
+        "pooling_mode": honoured("the pooling: cls, mean, weightedmean or lasttoken, or cls and mean one behind the "
+                                 "other; other combinations, max and mean_sqrt_len_tokens are refused"),
         **{flag: honoured(f"the older spelling of {name}; without any that is true, mean", True, False, None)
            for flag, name in POOLING_FLAGS.items()},
         "pooling_mode_max_tokens": refused("the maximum over the tokens, per dimension", False),
@@ -134,6 +136,20 @@ POOLING = FileTable(
                                    "prompts", True, False, None),
         "embedding_dimension": harmless("the number of dimensions, which config.json has too"),
         "word_embedding_dimension": harmless("the older name of embedding_dimension"),
+    })
+
+DENSE = FileTable(
+    file="2_Dense/config.json", about="A linear layer over the text's vector; its weights lie in model.safetensors "
+                                      "beside it. There may be several, before or behind Normalize.",
+    keys={
+        "in_features": honoured("numbers of the vector that it takes"),
+        "out_features": honoured("numbers of the vector that it gives"),
+        "bias": honoured("whether the linear layer has a bias; without the key it has", True, False),
+        "activation_function": honoured("the function behind the linear layer; without the key Tanh",
+                                        *ACTIVATION_CLASSES),
+        "module_input_name": honoured("what it is applied to", "sentence_embedding"),
+        "module_output_name": honoured("where the result goes", "sentence_embedding", None),
+        "use_residual": refused("the input is added to the output", False),
     })
 
 NORMALIZE = FileTable(
@@ -253,8 +269,9 @@ ADAPTER_CONFIG = FileTable(
         "kasa_config": refused("KaSA, which cuts the base's weights down"),
     })
 
-TABLES: tuple[FileTable, ...] = (SENTENCE_BERT_CONFIG, CONFIG_SENTENCE_TRANSFORMERS, MODULES, POOLING, NORMALIZE,
-                                 TOKENIZER_CONFIG, RERANKER_CONFIG, CONFIG_BLOCK, LOGIT_SCORE, ADAPTER_CONFIG)
+TABLES: tuple[FileTable, ...] = (SENTENCE_BERT_CONFIG, CONFIG_SENTENCE_TRANSFORMERS, MODULES, POOLING, DENSE,
+                                 NORMALIZE, TOKENIZER_CONFIG, RERANKER_CONFIG, CONFIG_BLOCK, LOGIT_SCORE,
+                                 ADAPTER_CONFIG)
 """All tables, in the order of the page."""
 
 

@@ -1,7 +1,8 @@
 """The modules.json of a Sentence Transformers directory: the modules, their stock classes and their folders.
 
 `"path": ""` means the directory itself. Sentence Transformers writes it for the first module, the Transformer, so that
-the model's files lie where Transformers finds them; every other module has a folder.
+the model's files lie where Transformers finds them; every other module has a folder. Before version 2 the Transformer
+had one too, 0_Transformer.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import plain_name
 from megatron_embed.models.known_keys import MODULES
 
-Kind = Literal["Transformer", "Pooling", "Normalize", "Dropout", "LogitScore"]
+Kind = Literal["Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LogitScore"]
 
 STOCK_TYPES: dict[str, Kind] = {
     **{f"sentence_transformers.{name}": "Transformer" for name in (
@@ -28,6 +29,9 @@ STOCK_TYPES: dict[str, Kind] = {
         "models.Normalize", "models.Normalize.Normalize", "models.normalize.Normalize", "base.modules.Normalize",
         "base.modules.normalize.Normalize", "sentence_transformer.modules.Normalize",
         "sentence_transformer.modules.normalize.Normalize")},
+    **{f"sentence_transformers.{name}": "Dense" for name in (
+        "models.Dense", "models.Dense.Dense", "models.dense.Dense", "base.modules.Dense", "base.modules.dense.Dense",
+        "sentence_transformer.modules.Dense", "sentence_transformer.modules.dense.Dense")},
     **{f"sentence_transformers.{name}": "Dropout" for name in (
         "models.Dropout", "models.Dropout.Dropout", "models.dropout.Dropout", "base.modules.Dropout",
         "base.modules.dropout.Dropout", "sentence_transformer.modules.Dropout",
@@ -39,8 +43,11 @@ STOCK_TYPES: dict[str, Kind] = {
 last name from another package is another class."""
 
 
-_SUPPORTED_ORDERS: tuple[list[Kind], ...] = (
-    ["Transformer"], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"], ["Transformer", "LogitScore"])
+def _is_supported_order(kinds: list[Kind | None]) -> bool:
+    """Transformer alone, or with LogitScore, or with Pooling and then any number of Dense and Normalize."""
+    if kinds[:2] == ["Transformer", "Pooling"]:
+        return set(kinds[2:]) <= {"Dense", "Normalize"}
+    return kinds in (["Transformer"], ["Transformer", "LogitScore"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +101,26 @@ def supported_modules(directory: Path) -> list[Module]:
     modules = [module for module in read_modules(file) if module.kind != "Dropout"]
     for module in modules:
         if module.kind is None:
-            raise CheckpointError(f"{file}: module {module.type!r} is not supported; Transformer, Pooling and "
+            raise CheckpointError(f"{file}: module {module.type!r} is not supported; Transformer, Pooling, Dense and "
                                   "Normalize of Sentence Transformers are, under its own full names")
-        if module.kind == "Transformer" and module.path:
-            raise CheckpointError(f"{file}: path = {module.path!r}: a transformer in a folder of its own is not "
-                                  "supported; move the files of that folder up beside modules.json, and write path "
-                                  "= ''")
-    if [module.kind for module in modules] not in _SUPPORTED_ORDERS:
+    if not _is_supported_order([module.kind for module in modules]):
         raise CheckpointError(f"{file}: the modules {', '.join(str(module.kind) for module in modules) or '(none)'} "
-                              "are not supported in this order; Transformer, Pooling and perhaps Normalize are")
+                              "are not supported in this order; Transformer, Pooling and then perhaps Dense and "
+                              "Normalize are")
     return modules
+
+
+def transformer_folder(directory: Path) -> Path:
+    """The folder of the Transformer's files: the directory itself, or the one of its own (0_Transformer) that
+    Sentence Transformers before 2 wrote.
+
+    Raises:
+        CheckpointError: see `read_modules`.
+    """
+    file = directory / "modules.json"
+    modules = read_modules(file) if file.is_file() else []
+    own = bool(modules) and modules[0].kind == "Transformer" and modules[0].path != ""
+    return directory / modules[0].path if own else directory
 
 
 def transformer_settings_files(directory: Path) -> list[Path]:

@@ -25,6 +25,8 @@ class PoolingPlan:
     num_sequences: int
     one_token: bool
     """Every row is one token, with weight 1: the last or the first."""
+    parts: int = 1
+    """Sequences in a row that make up one text's vector, one behind the other."""
 
 
 def pooling_plan(micro_batch: MicroBatch, pooling: Pooling) -> PoolingPlan:
@@ -33,6 +35,8 @@ def pooling_plan(micro_batch: MicroBatch, pooling: Pooling) -> PoolingPlan:
     bounds = micro_batch.cu_seqlens.to(torch.int64)
     starts, lengths = bounds[:-1], bounds.diff()
     count = lengths.numel()
+    if pooling == "cls+mean":
+        return _cls_and_mean(starts, lengths)
     if pooling in ("lasttoken", "cls"):
         tokens = bounds[1:] - 1 if pooling == "lasttoken" else starts
         sequences, weights = torch.arange(count), torch.ones(count)
@@ -44,6 +48,18 @@ def pooling_plan(micro_batch: MicroBatch, pooling: Pooling) -> PoolingPlan:
         weights = weights / torch.zeros(count).index_add(0, sequences, weights)[sequences]
     return PoolingPlan(tokens=tokens, sequences=sequences, weights=weights, num_sequences=count,
                        one_token=pooling in ("lasttoken", "cls"))
+
+
+def _cls_and_mean(starts: Tensor, lengths: Tensor) -> PoolingPlan:
+    """The first token, then the mean, of each text: sequences 2 i and 2 i + 1 of text i."""
+    count = lengths.numel()
+    texts = torch.repeat_interleave(torch.arange(count), lengths + 1)
+    firsts = starts + torch.arange(count)  # where the first token of each text stands among the pooled ones
+    is_first = torch.zeros(texts.numel(), dtype=torch.bool).index_fill(0, firsts, True)
+    tokens = torch.arange(texts.numel()) - texts - (~is_first).to(torch.int64)
+    weights = torch.where(is_first, 1.0, 1.0 / lengths[texts].float())
+    return PoolingPlan(tokens=tokens, sequences=2 * texts + (~is_first).to(torch.int64), weights=weights,
+                       num_sequences=2 * count, one_token=False, parts=2)
 
 
 def local_plan(plan: PoolingPlan, chunks: tuple[tuple[int, int], ...]) -> PoolingPlan:
@@ -58,7 +74,7 @@ def local_plan(plan: PoolingPlan, chunks: tuple[tuple[int, int], ...]) -> Poolin
         weights.append(plan.weights[low:high])
         local += stop - start
     return PoolingPlan(tokens=torch.cat(tokens), sequences=torch.cat(sequences), weights=torch.cat(weights),
-                       num_sequences=plan.num_sequences, one_token=plan.one_token)
+                       num_sequences=plan.num_sequences, one_token=plan.one_token, parts=plan.parts)
 
 
 def pool(hidden: Tensor, plan: PoolingPlan, groups: tuple[dist.ProcessGroup, ...]) -> Tensor:
@@ -70,7 +86,7 @@ def pool(hidden: Tensor, plan: PoolingPlan, groups: tuple[dist.ProcessGroup, ...
         groups: groups whose ranks hold different tokens of the same bin. One all-reduce of [rows, hidden] over each,
             with identity backward: every rank's loss gradient is already complete.
     Returns:
-        [rows, hidden] float32.
+        [rows, parts * hidden] float32.
     """
     if plan.one_token:
         rows = hidden.new_zeros(plan.num_sequences, hidden.shape[1], dtype=torch.float32)
@@ -82,4 +98,4 @@ def pool(hidden: Tensor, plan: PoolingPlan, groups: tuple[dist.ProcessGroup, ...
                                         per_sample_weights=plan.weights)
     for group in groups:
         rows = tensor_parallel.reduce_from_tensor_model_parallel_region(rows, group=group)
-    return rows
+    return rows if plan.parts == 1 else rows.view(-1, plan.parts * rows.shape[1])

@@ -13,17 +13,24 @@ from typing import Any
 from megatron_embed.config.data import DEFAULT_LENGTH
 from megatron_embed.config.json_file import read_json_object, read_optional_json_object
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.dense_settings import ACTIVATION_CLASSES, LARGEST_FEATURES, DenseSettings, check_chain
 from megatron_embed.models.families import ModelShape, read_hf_config
 from megatron_embed.models.key_table import shown_value
 from megatron_embed.models.known_keys import (
     CONFIG_SENTENCE_TRANSFORMERS,
+    DENSE,
     NORMALIZE,
     POOLING,
     POOLING_FLAGS,
     SENTENCE_BERT_CONFIG,
     TOKENIZER_CONFIG,
 )
-from megatron_embed.models.modules_json import supported_modules, transformer_settings_files
+from megatron_embed.models.modules_json import (
+    Module,
+    supported_modules,
+    transformer_folder,
+    transformer_settings_files,
+)
 from megatron_embed.names import POOLINGS, ROLES, MessageFormat, Pooling, Similarity, TruncationSide
 
 logger = logging.getLogger(__name__)
@@ -52,6 +59,9 @@ class SavedSettings:
 
     pooling: Pooling | None = None
     normalize: bool | None = None
+    """Whether the last module scales to unit length."""
+    dense: tuple[DenseSettings, ...] = ()
+    """Dense modules between pooling and the finished vector, in order."""
     max_length: int | None = None
     """Tokens, special tokens included: sentence_bert_config.json's, else the tokenizer's."""
     stated_length: int | None = None
@@ -123,9 +133,44 @@ def _pooling(path: Path) -> tuple[Pooling, bool]:
         active = mode if isinstance(mode, list) else [mode]
         # The library then ignores the older flags.
         POOLING.check(path, {key: value for key, value in config.items() if not key.startswith("pooling_mode_")})
-    if len(active) != 1 or active[0] not in POOLINGS:
+    pooling = next((name for name in POOLINGS if name.split("+") == active), None)
+    if pooling is None:
         raise CheckpointError(f"{path}: pooling {active} is not supported; one of {', '.join(POOLINGS)} is")
-    return active[0], config.get("include_prompt") is not False
+    return pooling, config.get("include_prompt") is not False
+
+
+def _dense(file: Path, path: str, *, normalize_input: bool) -> DenseSettings:
+    """Settings of a Dense module; `file`: its config.json, `path`: the name of its folder."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file, and modules.json names it; fetch it into its folder")
+    values = read_json_object(file)
+    DENSE.check(file, values)
+    sizes = []
+    for key in ("in_features", "out_features"):
+        size = values.get(key)
+        if type(size) is not int or not 0 < size <= LARGEST_FEATURES:
+            raise CheckpointError(f"{file}: {key} = {shown_value(size)} must be a whole number from 1 to "
+                                  f"{LARGEST_FEATURES:,}; fetch the file again")
+        sizes.append(size)
+    activation = ACTIVATION_CLASSES[values.get("activation_function", "torch.nn.modules.activation.Tanh")]
+    return DenseSettings(in_features=sizes[0], out_features=sizes[1], bias=values.get("bias", True),
+                         activation=activation, normalize_input=normalize_input, path=path)
+
+
+def _after_pooling(folder: Path, modules: Sequence[Module]) -> tuple[tuple[DenseSettings, ...], bool]:
+    """The Dense modules, and whether a Normalize module stands behind the last of them."""
+    dense: list[DenseSettings] = []
+    normalize = False
+    for module in modules:
+        file = folder / module.path / "config.json"
+        if module.kind == "Normalize":
+            NORMALIZE.check(file, read_optional_json_object(file))
+            normalize = True
+        elif module.kind == "Dense":
+            dense.append(_dense(file, module.path, normalize_input=normalize))
+            normalize = False
+    check_chain(folder, dense)
+    return tuple(dense), normalize
 
 
 def read_saved_settings(directory: str | Path, base: Path | None = None) -> SavedSettings:
@@ -139,24 +184,21 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     """
     folder = Path(directory)
     modules = supported_modules(folder)
-    hf = read_hf_config(base or folder)
+    own = transformer_folder(folder)
+    hf = read_hf_config(base or own)
     dtype = hf.get("dtype") or hf.get("torch_dtype")
-    transformer = _Transformer(folder, base, known=bool(modules))
+    transformer = _Transformer(own, base, known=bool(modules))
     common: dict[str, Any] = {"dtype": dtype if isinstance(dtype, str) else None, "adds_eos": transformer.adds_eos,
                               "max_length": transformer.max_length, "stated_length": transformer.stated_length,
                               "truncation_side": transformer.truncation_side}
     if not modules:
         return SavedSettings(**common)
-    pooling, include_prompt, normalize = None, True, False
+    pooling, include_prompt = None, True
     for module in modules:
-        module_file = folder / module.path / "config.json"
         if module.kind == "Pooling":
-            pooling, include_prompt = _pooling(module_file)
-        elif module.kind == "Normalize":
-            NORMALIZE.check(module_file, read_optional_json_object(module_file))
-            normalize = True
-    if pooling is not None:
-        transformer.check_embeds()
+            pooling, include_prompt = _pooling(folder / module.path / "config.json")
+            transformer.check_embeds()
+    dense, normalize = _after_pooling(folder, modules)
     file = folder / "config_sentence_transformers.json"
     settings = read_optional_json_object(file)
     CONFIG_SENTENCE_TRANSFORMERS.check(file, settings)
@@ -168,9 +210,9 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     similarity: Similarity = (
         "dot" if settings.get("similarity_fn_name") in ("dot", "dot_product") else "cosine")
     return SavedSettings(
-        pooling=pooling, normalize=normalize, prompts=prompts, named_prompts=named, default_prompt_name=default,
-        similarity=similarity, role_lengths=transformer.role_lengths, lower_case=transformer.lower_case,
-        chat=transformer.chat, **common)
+        pooling=pooling, dense=dense, normalize=normalize, prompts=prompts, named_prompts=named,
+        default_prompt_name=default, similarity=similarity, role_lengths=transformer.role_lengths,
+        lower_case=transformer.lower_case, chat=transformer.chat, **common)
 
 
 def named_prompts(file: Path, settings: Mapping[str, Any], *,

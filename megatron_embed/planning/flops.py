@@ -11,7 +11,7 @@ from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
 from megatron_embed.planning.memory import DTYPE_BYTES, PIPELINE_FILL, Grid, first_pass_micro_batches
-from megatron_embed.planning.parameters import AdaptedLinears, active_matrix_parameters, held_parameters
+from megatron_embed.planning.parameters import AdaptedLinears, active_matrix_parameters, held_parameters, vector_width
 
 EFFICIENCY = 0.75
 """Share of the peak that large matrix products reach alone: with TOKENS_FOR_HALF, 650 TFLOP/s on an H100 in
@@ -127,7 +127,8 @@ def step_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU,
     bubble = (pp - 1) / virtual * (first.total / first_count + second.total / count)
     held = held_parameters(config, shape, 0, adapted).trained.total
     moved = held * (4 + DTYPE_BYTES[config.model.dtype]) * (grid.dp * cp - 1) / (grid.dp * cp)
-    data = (moved + config.workload.gathered_documents * shape.hidden_size * 4 * 2) / _bandwidth(gpu, grid.gpus)
+    documents = config.workload.gathered_documents * vector_width(config, shape)
+    data = (moved + documents * 4 * 2) / _bandwidth(gpu, grid.gpus)
     # An update reads gradient, main parameter and moments and writes the latter; offloaded, six more bytes are copied.
     share = held / (grid.dp * cp if config.optimizer.distributed else 1)
     optimizer = (share * 30 / (HOST_GB_PER_SECOND * 1e9) if config.optimizer.cpu_offload

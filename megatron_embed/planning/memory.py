@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import LOSS_TILE_ELEMENTS
-from megatron_embed.planning.parameters import AdaptedLinears, Held, Parameters, held_parameters, stage_layers
+from megatron_embed.planning.parameters import (
+    AdaptedLinears,
+    Held,
+    Parameters,
+    held_parameters,
+    stage_layers,
+    vector_width,
+)
 
 GIB = 2**30
 RESERVE_BYTES = 3 * GIB
@@ -227,7 +234,7 @@ def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> 
     queries, documents = config.training.global_batch_size, config.workload.gathered_documents
     if stage != config.parallel.pipeline_model_parallel_size - 1 or not documents:
         return 0
-    width = 4 * shape.hidden_size
+    width = 4 * vector_width(config, shape)
     own = (queries + documents) // grid.dp * width * 2
     return own + 3 * documents * width + 8 * min(LOSS_TILE_ELEMENTS, queries // grid.dp * documents)
 

@@ -1,11 +1,15 @@
 """Numbers of parameters on a rank."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_embed.config.schema import ParallelConfig, RunConfig
+from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width
 from megatron_embed.models.families import ModelShape, layers_by_stage
-from megatron_embed.names import HeadKind
+from megatron_embed.models.saved_settings import default_pooling
+from megatron_embed.names import HeadKind, Pooling
+from megatron_embed.planning.shapes import modules_at_hand
 
 AdaptedLinears = Mapping[str, tuple[str | None, ...]]
 """Linear layers with adapters, by their names in one layer, as `Adapters.parts` of models/lora_settings.py."""
@@ -101,12 +105,14 @@ class Held:
 def held_parameters(config: RunConfig, shape: ModelShape, stage: int, adapted: AdaptedLinears | None = None) -> Held:
     """Parameters of a rank of pipeline stage `stage` (from 0). `adapted`: linear layers whose adapters are trained."""
     sizes = config.parallel
-    whole, head = stage_parameters(shape, sizes, stage), Parameters()
+    whole, head, projection = stage_parameters(shape, sizes, stage), Parameters(), Parameters()
     if stage == sizes.pipeline_model_parallel_size - 1:
         head = Parameters(dense=head_parameters(config, shape))
+        projection = Parameters(dense=dense_parameters(config, shape))
     if adapted is None:
-        return Held(frozen=Parameters(), trained=whole + head)
+        return Held(frozen=Parameters(), trained=whole + head + projection)
     adapters = adapter_parameters(shape, sizes, config.lora.rank, adapted) * stage_layers(shape, sizes, stage)
+    adapters += projection
     if head_kind(config, shape) == "score":
         return Held(frozen=whole, trained=adapters + head)
     return Held(frozen=whole + head, trained=adapters)  # a trained head's rows for yes and no stay
@@ -126,6 +132,27 @@ def head_parameters(config: RunConfig, shape: ModelShape) -> int:
         return 2 * hidden
     # Encoders have a dense layer before the linear, and biases.
     return hidden * (hidden + 2) + 1 if shape.post_norm else hidden
+
+
+def dense_parameters(config: RunConfig, shape: ModelShape) -> int:
+    """Parameters of Dense modules on a rank of the last stage; 0 for a reranker."""
+    if config.workload.has_head:
+        return 0
+    tp_size = config.parallel.tensor_model_parallel_size
+    return sum(math.prod(size) // settings.shards(tp_size) for settings in _dense(config, shape)[0]
+               for size in settings.shapes.values())
+
+
+def vector_width(config: RunConfig, shape: ModelShape) -> int:
+    """Numbers of an embedding; 1 for a reranker."""
+    return 1 if config.workload.has_head else embedding_width(*_dense(config, shape))
+
+
+def _dense(config: RunConfig, shape: ModelShape) -> tuple[tuple[DenseSettings, ...], ModelShape, Pooling]:
+    """(Dense modules of an embedding run: a new one, or those of a model that is here; the shape; the pooling)."""
+    own, own_pooling = modules_at_hand(config.model.path)
+    pooling = config.embedding.pooling or own_pooling or default_pooling(shape)
+    return dense_of_run(config.embedding, own, shape, pooling), shape, pooling
 
 
 def adapter_parameters(shape: ModelShape, sizes: ParallelConfig, rank: int, adapted: AdaptedLinears) -> Parameters:

@@ -1,12 +1,17 @@
 """Shapes of models by hub name, so that planning needs neither hub nor weights."""
 
+import functools
 import json
 import os
 from pathlib import Path
 
 from megatron_embed.checkpoint.files import INFO_FILE, latest_checkpoint
 from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape, model_shape
+from megatron_embed.models.modules_json import transformer_folder
+from megatron_embed.models.saved_settings import read_saved_settings
+from megatron_embed.names import Pooling
 
 FOLDER = Path(__file__).with_name("shapes")
 """One config.json per model of configs/, as released, with only the keys of the shape."""
@@ -50,6 +55,7 @@ def model_files(path: str) -> Path | None:
         return model_files(base)
     elif (folder / "hf" / "config.json").is_file():
         folder = folder / "hf"
+    folder = transformer_folder(folder)
     return folder if (folder / "config.json").is_file() else None
 
 
@@ -92,6 +98,20 @@ def _cached(name: str) -> Path | None:
         return None
     snapshot = folder / "snapshots" / revision
     return snapshot if (snapshot / "config.json").is_file() else None
+
+
+@functools.cache
+def modules_at_hand(path: str) -> tuple[tuple[DenseSettings, ...], Pooling | None]:
+    """The Dense modules and the pooling that the directory of the model says; neither if it is not here.
+
+    Raises:
+        CheckpointError: see `model_files` and `read_saved_settings`.
+    """
+    files, folder = model_files(path), Path(path).expanduser()
+    if files is None:
+        return (), None
+    saved = read_saved_settings(folder if (folder / "modules.json").is_file() else files, files)
+    return saved.dense, saved.pooling
 
 
 def find_shape(path: str) -> ModelShape | None:

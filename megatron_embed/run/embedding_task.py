@@ -112,7 +112,7 @@ class EmbeddingTask(Task):
     def build(self, inputs: Inputs, topology: Topology, models: Sequence[EmbeddingModel],
               wrapped: Sequence[torch.nn.Module]) -> TaskParts:
         encoder = TextEncoder(wrapped, topology, self.tokenizer, pooling=models[0].pooling,
-                              dim=self.model.shape.hidden_size, kernel=attention_kernel(self.config),
+                              dim=self.model.dim(self.config.embedding), kernel=attention_kernel(self.config),
                               causal=models[0].causal)
         agreement: dict[str, Any] = {"topology": topology, "budget": self.config.training.micro_batch_tokens,
                                      "keep_groups_together": self._keeps_groups}
@@ -163,7 +163,7 @@ class EmbeddingTask(Task):
         export_model(checkpoint, config.checkpoint.export_at_end or "", encoder,
                      comparable_texts(records, self.tokenizer), config.model.dtype,
                      expected_settings(config, self.tokenizer),
-                     note=functools.partial(self.note_export, checkpoint, steps, self.model.shape.hidden_size))
+                     note=functools.partial(self.note_export, checkpoint, steps, self.model.dim(config.embedding)))
 
 
 def check_lengths(config: RunConfig, model: ModelDirectory) -> None:
@@ -176,10 +176,10 @@ def check_lengths(config: RunConfig, model: ModelDirectory) -> None:
 
 
 def check_dims(config: RunConfig, model: ModelDirectory) -> None:
-    """Raises ConfigError if a matryoshka dimension is larger than the model's."""
-    dims, hidden_size = config.embedding.matryoshka_dims, model.shape.hidden_size
-    if dims and dims[0] > hidden_size:
-        raise ConfigError(f"embedding.matryoshka_dims = {list(dims)}: the model's vectors have {hidden_size} "
+    """Raises ConfigError for matryoshka dimensions or an `embedding_dim` that the model's vectors cannot have."""
+    dims, dim = config.embedding.matryoshka_dims, model.dim(config.embedding)
+    if dims and dims[0] > dim:
+        raise ConfigError(f"embedding.matryoshka_dims = {list(dims)}: the model's vectors have {dim} "
                           "dimensions; leave out what is wider", key="embedding.matryoshka_dims")
 
 

@@ -13,7 +13,7 @@ from megatron_embed.checkpoint.files import BEST
 from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.export.model_card import evaluation_after
-from megatron_embed.loading.model_directory import adapters_of
+from megatron_embed.loading.model_directory import ModelDirectory, adapters_of
 from megatron_embed.planning.advice import adapted_linears
 from megatron_embed.planning.layouts import describe
 from megatron_embed.planning.memory import grid_of
@@ -116,12 +116,20 @@ def _model(inputs: Inputs) -> str:
     if held.frozen.total:
         trained = f"{held.trained.total:,} trained ({held.trained.total / held.total:.2%}) by adapters"
     head = inputs.task.head
-    output = f"pooling {model.pooling(config.embedding.pooling)}" if head is None else f"head {head.kind}"
+    output = _output(config, model) if head is None else f"head {head.kind}"
     dtype = str(config.model.dtype)
     if dtype == "auto":  # resolved by all ranks together once they have met
         dtype += ", here bfloat16" if has_native_bf16() else ", here float32"
     return (f"{config.model.path}: {model.shape.family}, {model.shape.num_layers} layers of {model.shape.hidden_size}"
             f", {output}; {held.total:,} parameters, {trained}; dtype {dtype}")
+
+
+def _output(config: RunConfig, model: ModelDirectory) -> str:
+    """How token states become a vector."""
+    dense = model.dense(config.embedding)
+    sizes = [dense[0].in_features, *(settings.out_features for settings in dense)] if dense else []
+    return f"pooling {model.pooling(config.embedding.pooling)}" + (
+        f", Dense {' -> '.join(map(str, sizes))}" if sizes else "")
 
 
 def _layout(config: RunConfig, ranks: int) -> str:

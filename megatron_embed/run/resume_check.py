@@ -15,6 +15,7 @@ from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.loading.model_directory import ModelDirectory, adapters_of
+from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.lora_settings import AdapterSettings
 from megatron_embed.models.saved_settings import read_saved_settings
@@ -135,9 +136,20 @@ def _check_model(config: RunConfig, checkpoint: Path, model: ModelDirectory) -> 
     adapters, had = adapters_of(config.lora, model), open_checkpoint(checkpoint).info.adapters
     if _describe_adapters(adapters) != _describe_adapters(had):
         raise _refusal(checkpoint, "lora.rank", config.lora.rank, f"this run began with {_describe_adapters(had)}")
-    pooling, was = model.pooling(config.embedding.pooling), read_saved_settings(checkpoint / "hf").pooling
+    saved = read_saved_settings(checkpoint / "hf")
+    pooling, was = model.pooling(config.embedding.pooling), saved.pooling
     if was is not None and pooling != was:
         raise _refusal(checkpoint, "embedding.pooling", pooling, f"this run began with {was!r}")
+    dense, had_dense = _sizes_of(model.dense(config.embedding)), _sizes_of(saved.dense)
+    if not config.workload.has_head and dense != had_dense:
+        raise _refusal(checkpoint, "embedding.embedding_dim", config.embedding.embedding_dim,
+                       f"Dense modules {dense or '(none)'}, this run began with {had_dense or '(none)'}")
+
+
+def _sizes_of(dense: Sequence[DenseSettings]) -> list[str]:
+    """Dense modules in words, without their folders."""
+    return [f"{settings.in_features}x{settings.out_features} {settings.activation}"
+            f"{' with bias' * settings.bias}{' of unit vectors' * settings.normalize_input}" for settings in dense]
 
 
 def _describe_adapters(adapters: AdapterSettings | None) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tests.helpers.foreign_directories_helpers import (
     write,
 )
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tensor_files import assert_bit_equal, tensors_of
 from tests.helpers.toys import MINILM
 
 LONG = "a " * 40 + "long tail of words that is cut somewhere because it goes on and on until the end"
@@ -38,6 +40,18 @@ def cased(path):
     return path
 
 
+def in_own_folder(path):
+    """The layout of Sentence Transformers before 2."""
+    values = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+    values[0]["path"] = "0_Transformer"
+    write(path / "modules.json", values)
+    (path / "0_Transformer").mkdir()
+    for file in [file for file in path.iterdir() if file.is_file()]:
+        if file.name not in ("modules.json", "config_sentence_transformers.json"):
+            shutil.move(file, path / "0_Transformer")
+    return path
+
+
 def left_by_truncation(path):
     """tokenizer.json alone says where a text is cut."""
     values = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
@@ -50,6 +64,7 @@ PROMPTS = {"prompts": {"query": "query: ", "document": "text: ", "task": "Task: 
 PASSAGE_PROMPT = {"prompts": {"query": "query: ", "passage": "text: "}}
 HONOURED = {
     "plain": save_directory,
+    "own-folder": lambda path: in_own_folder(save_directory(path)),
     "lower-case": lambda path: cased(save_directory(path, sbert={"max_seq_length": 16, "do_lower_case": True})),
     "lower-case-twice": lambda path: save_directory(path, sbert={"max_seq_length": 16, "do_lower_case": True}),
     "cased": lambda path: cased(save_directory(path)),
@@ -212,7 +227,7 @@ REFUSED = {
     "length-of-text": (dict(sbert={"max_seq_length": "16"}), ["max_seq_length = '16'"]),
     "max": (dict(pooling={"word_embedding_dimension": 32, "pooling_mode_max_tokens": True}),
             ["1_Pooling/config.json", "pooling_mode_max_tokens = True"]),
-    "two-poolings": (dict(pooling={"pooling_mode": ["cls", "mean"]}), ["pooling ['cls', 'mean'] is not supported"]),
+    "two-poolings": (dict(pooling={"pooling_mode": ["mean", "cls"]}), ["pooling ['mean', 'cls'] is not supported"]),
     "new-pooling": (dict(pooling={"pooling_mode": "mean", "temperature": 2}), ["temperature = 2"]),
     "prompt-left-out": (dict(pooling={"pooling_mode": "mean", "include_prompt": False}, settings=PROMPTS),
                         ["include_prompt = false"]),
@@ -236,7 +251,7 @@ def test_refused_with_file_key_and_value(tmp_path, name):
 
 
 MODULES = {
-    "Dense": ({"type": "sentence_transformers.models.Dense", "path": "2_Dense"}, "sentence_transformers.models.Dense"),
+    "CNN": ({"type": "sentence_transformers.models.CNN", "path": "2_CNN"}, "sentence_transformers.models.CNN"),
     "own code": ({"type": "custom_st.Transformer", "path": ""}, "custom_st.Transformer"),
     "weights": ({"type": "sentence_transformers.models.WeightedLayerPooling", "path": "1_W"}, "WeightedLayerPooling"),
     "second pooling": ({"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}, "in this order"),
@@ -258,18 +273,18 @@ def test_modules_that_are_not_computed_are_refused_by_name(tmp_path, name):
     assert word in str(error.value)
 
 
-def test_a_transformer_in_its_own_folder_is_refused(tmp_path):
-    from megatron_embed.errors import CheckpointError
-    from megatron_embed.loading.model_directory import find_model
+def test_a_transformer_in_its_own_folder_is_converted_without_it(directories, ours, tmp_path):
+    from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
 
-    path = save_directory(tmp_path / "model")
-    values = json.loads((path / "modules.json").read_text(encoding="utf-8"))
-    values[0]["path"] = "0_Transformer"
-    write(path / "modules.json", values)
-    (path / "0_Transformer").mkdir()
-    shutil.move(path / "config.json", path / "0_Transformer")
-    with pytest.raises(CheckpointError, match=r"path = '0_Transformer'.*move the files"):
-        find_model(str(path))
+    assert abs(ours["own-folder"]["query"] - ours["plain"]["query"]).max() == 0
+    hf_to_megatron(directories["own-folder"], tmp_path / "checkpoint")
+    megatron_to_hf(tmp_path / "checkpoint", tmp_path / "back")
+    plain = Path(directories["plain"])
+    assert_bit_equal(tensors_of(tmp_path / "back"), tensors_of(plain))
+    for file in ("modules.json", "tokenizer.json", "sentence_bert_config.json"):
+        same = json.loads if file == "modules.json" else bytes
+        assert same((tmp_path / "back" / file).read_bytes()) == same((plain / file).read_bytes()), file
+    assert not (tmp_path / "back" / "0_Transformer").exists()
 
 
 def test_a_module_that_normalizes_something_else_is_refused(tmp_path):

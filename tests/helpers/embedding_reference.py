@@ -23,6 +23,7 @@ from megatron_embed.data.records import Record
 from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.names import Pooling
 from tests.helpers.adapter_reference import save_adapter_gradients, with_adapter, write_adapter
+from tests.helpers.dense_directories import SHAPES, add_modules, load_steps, save_gradients_of, through
 from tests.helpers.embedding_reference_ranks import RankResult, run_cases, tokenizer_of
 from tests.helpers.exactness_cases import BOUND, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
 from tests.helpers.gradient_errors import largest_error, save_gradients
@@ -109,6 +110,9 @@ class EmbeddingReference:
         self.make_model(case.kind)
         if case.rows == "long" and not (self.folder / case.model).exists():
             _save_long_model(self.folder, case.kind)
+        if case.dense and not (self.folder / case.model).exists():
+            shutil.copytree(self.folder / case.kind, self.folder / case.model)
+            add_modules(self.folder / case.model, SHAPES[case.dense], POOLINGS[case.kind])
         if case.adapters and not (self.folder / f"{case.model}-lora").exists():
             write_adapter(self.folder / f"{case.model}-lora", self.folder / case.model)
         if case.reference not in self._references:
@@ -244,7 +248,8 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
         model = with_adapter(model, folder / f"{case.model}-lora")
     routers = _RouterLogits()
     routers.watch(model)
-    query, document, positive = _embed_rows(model, routers, records, tokenizer, POOLINGS[case.kind])
+    steps = load_steps(folder / case.model) if case.dense else []
+    query, document, positive = _embed_rows(model, routers, records, tokenizer, POOLINGS[case.kind], steps)
     micro_batches = micro_batches_of(case, records, tokenizer)
     logits = query @ document.T / rows.temperature
     if rows.masked:
@@ -265,6 +270,7 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
     gradients = folder / f"gradients-{case.reference}"
     norm = (save_adapter_gradients(model, folder / f"{case.model}-lora", gradients) if case.adapters else
             save_gradients(model, gradients, unused=("pooler",)))
+    norm = math.hypot(norm, math.sqrt(save_gradients_of(steps, gradients)))
     return Reference(loss=float(loss.detach()), candidates=max(len(documents) for _, documents in pools), norm=norm)
 
 
@@ -350,7 +356,7 @@ class _RouterLogits:
 
 
 def _embed_rows(model: torch.nn.Module, routers: "_RouterLogits | None", records: Sequence[Record],
-                tokenizer: RoleTokenizer, pooling: Pooling) -> Embeddings:
+                tokenizer: RoleTokenizer, pooling: Pooling, steps: Sequence[tuple[str, Any]] = ()) -> Embeddings:
     """Text by text: a query, then its documents."""
     query, document, positive = [], [], []
     for record in records:
@@ -363,7 +369,7 @@ def _embed_rows(model: torch.nn.Module, routers: "_RouterLogits | None", records
                 routers.texts.append([])
             states = model(torch.tensor([tokens])).last_hidden_state[0]
             row = {"lasttoken": states[-1], "cls": states[0], "mean": states.mean(dim=0)}[pooling]
-            (document if index else query).append(torch.nn.functional.normalize(row, dim=0))
+            (document if index else query).append(torch.nn.functional.normalize(through(steps, row), dim=0))
     return torch.stack(query), torch.stack(document), torch.tensor(positive)
 
 

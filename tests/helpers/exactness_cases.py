@@ -110,16 +110,19 @@ class Case:
     """flash: on the pretend device, whose kernels then compute in float32 as well."""
     keep: int = 0
     """`training.keep_activations`."""
+    dense: str = ""
+    """Dense modules behind the pooling, by their name in dense_directories.SHAPES; empty: none."""
 
     @property
     def model(self) -> str:
         """Name of the model's directory."""
-        return f"{self.kind}-long" if self.rows == "long" else self.kind
+        kind = f"{self.kind}-{self.dense}" if self.dense else self.kind
+        return f"{kind}-long" if self.rows == "long" else kind
 
     @property
     def reference(self) -> str:
         """Name of the reference; only the auxiliary loss and negatives of a micro-batch depend on the micro-batches."""
-        name = f"{self.kind}-{self.rows}{'-lora' if self.adapters else ''}"
+        name = f"{self.kind}-{self.rows}{'-lora' if self.adapters else ''}{self.dense and '-'}{self.dense}"
         if self.aux or self.negatives == "micro_batch":
             rounds = f"-by{self.layout.pp}" if self.layout.vpp > 1 else ""
             name += f"-{self.aux:g}-{self.negatives}-{self.layout.dp}x{self.micro_batches}-{self.tokens}{rounds}"
@@ -132,6 +135,7 @@ class Case:
         words += ["micro-batch negatives"] if self.negatives == "micro_batch" else []
         words += ["distributed"] if self.distributed else []
         words += ["adapters"] if self.adapters else []
+        words += [self.dense] if self.dense else []
         words += ["overlapped"] if self.overlap else []
         words += ["flash"] if self.kernel == "flash" else []
         words += [f"aux {self.aux:g}"] if self.aux else []
@@ -229,6 +233,25 @@ def micro_batch_cases() -> list[Case]:
               for layout in (Layout(dp=2), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(pp=2, vpp=2, dp=2))
               for kind, tokens, rows in (("qwen3", 288, "masked"), ("bert", 240, "lopsided"))]
     return cases
+
+
+DENSE_LAYOUTS = (Layout(), Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(pp=2, vpp=2), Layout(cp=2),
+                 Layout(tp=2, dp=2), Layout(tp=2, cp=2), Layout(tp=2, sequence_parallel=False), Layout(tp=4),
+                 Layout(tp=2, pp=2, cp=2))
+
+
+def dense_cases() -> list[Case]:
+    """Dense modules behind the pooling: one, two with a divided one, or with activations, biases and Normalize before
+    them."""
+    shapes = ("sentence-t5", "embeddinggemma", "after-normalize")
+    cases = [Case(kind=("bert", "qwen3")[(index + turn) % 2], layout=layout, micro_batches=2 if layout.vpp == 1 else 4,
+                  dense=dense, distributed=(index + turn) % 2 == 0, rows="masked" if turn % 2 else "short")
+             for index, layout in enumerate(DENSE_LAYOUTS) for turn, dense in enumerate(shapes)]
+    cases += [Case(kind="bert", layout=layout, micro_batches=2, dense="embeddinggemma", adapters=True)
+              for layout in DENSE_LAYOUTS[:4]]
+    cases.append(Case(kind="bert", layout=Layout(dp=2), tokens=128, rows="masked", dense="embeddinggemma", keep=1,
+                      overlap=True, distributed=True))
+    return sorted(cases, key=lambda case: DENSE_LAYOUTS.index(case.layout))
 
 
 FLASH_LAYOUTS = (Layout(cp=2), Layout(cp=4), Layout(tp=2, cp=2), Layout(pp=2, cp=2), Layout(cp=2, dp=2),

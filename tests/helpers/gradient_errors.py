@@ -65,7 +65,7 @@ def squared_errors(chunks: Sequence[Any], topology: Any, reference: Path) -> Squ
         padded = padded_vocabulary(source.shape.vocab_size, topology.tp_size)
         for chunk in chunks:
             parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
-                          if not name.startswith("head.")}
+                          if not name.startswith(("head.", "dense."))}
             whole = dict(hf_weight_shards(source, names=parameters, tp_rank=0, tp_size=1,
                                           padded_vocab_size=padded))
             for name, shard in hf_weight_shards(
@@ -75,6 +75,22 @@ def squared_errors(chunks: Sequence[Any], topology: Any, reference: Path) -> Squ
                 index = (etp.rank() if "local_experts" in name else topology.tp_rank) if split else 0
                 errors[name, index] = squared_error(parameters[name], shard)
             assert {name for name, _ in errors} >= parameters.keys()
+            errors |= _squared_errors_of_dense(chunk, topology, reference)
+    return errors
+
+
+def _squared_errors_of_dense(chunk: Any, topology: Any, reference: Path) -> SquaredErrors:
+    """Errors of this rank's Dense modules, whose gradients lie in the folders of their weights."""
+    from megatron_embed.convert.dense_tensors import read_dense
+
+    errors: SquaredErrors = {}
+    for index, layer in enumerate([] if chunk.dense is None else chunk.dense.layers()):
+        expected = read_dense(reference, layer.settings)
+        for name, parameter in layer.named_parameters():
+            split = parameter.numel() < expected[name].numel()
+            assert split == (layer.settings.out_features >= 1024 and topology.tp_size > 1)
+            errors[f"dense.{index}.{name}", topology.tp_rank if split else 0] = squared_error(
+                parameter, layer.own_rows(expected[name]))
     return errors
 
 
@@ -89,7 +105,7 @@ def squared_errors_of_adapters(chunks: Sequence[Any], topology: Any, reference: 
     for chunk in chunks:
         parameters = chunk.global_parameters()
         adapters = [name for name, parameter in parameters.items()
-                    if parameter.requires_grad and not name.startswith("head.")]
+                    if parameter.requires_grad and not name.startswith(("head.", "dense."))]
         assert all(".lora." in name for name in adapters)
         assert all(parameter.grad is None and not hasattr(parameter, "main_grad")
                    for parameter in parameters.values() if not parameter.requires_grad)
@@ -100,6 +116,7 @@ def squared_errors_of_adapters(chunks: Sequence[Any], topology: Any, reference: 
                 split = shard.numel() < whole[name].numel()
                 index = (etp.rank() if "experts" in name else topology.tp_rank) if split else 0
                 errors[name, index] = squared_error(parameters[name], shard)
+        errors |= _squared_errors_of_dense(chunk, topology, reference)
     return errors
 
 

@@ -16,6 +16,7 @@ from tests.helpers.exactness_cases import (
     Case,
     Layout,
     all_cases,
+    dense_cases,
     flash_cases,
 )
 from tests.helpers.pretend_ranks import shutdown_pretend_ranks
@@ -30,6 +31,7 @@ FAST = (
     Case(kind="qwen3_moe", layout=Layout(dp=2, ep=2), tokens=176, first_pass=2),
     Case(kind="qwen3", layout=Layout(tp=2), micro_batches=2, rows="masked"),
     Case(kind="qwen3_moe", layout=Layout(tp=2), micro_batches=1, distributed=True),
+    Case(kind="bert", layout=Layout(tp=2), micro_batches=2, dense="embeddinggemma"),
     Case(kind="qwen3", layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=3, rows="masked", first_pass=2),
     Case(kind="bert", layout=Layout(cp=2), micro_batches=2),
     Case(kind="qwen3", layout=Layout(tp=2, pp=2), micro_batches=4, first_pass=3, recompute="full", rows="masked"),
@@ -66,6 +68,12 @@ def test_gradients_equal_one_process(oracle, cases):
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", by_layout(all_cases()), ids=lambda cases: str(cases[0].layout))
 def test_gradients_equal_one_process_in_every_layout(oracle, cases):
+    check(oracle, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_layout(dense_cases()), ids=lambda cases: str(cases[0].layout))
+def test_gradients_of_dense_modules_equal_sentence_transformers(oracle, cases):
     check(oracle, cases)
 
 

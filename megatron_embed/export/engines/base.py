@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_embed.config.json_file import read_json_object
 from megatron_embed.errors import ConfigError
 from megatron_embed.export.verify import library_errors
+from megatron_embed.models.modules_json import transformer_folder
 from megatron_embed.names import Role
 
 BATCH_SIZE = 8
@@ -43,7 +44,7 @@ def require(package: str, needed_for: str, extra: str = "export") -> Any:
 
 def is_reranker(directory: Path) -> bool:
     """Whether the directory is a cross-encoder's."""
-    architectures = read_json_object(directory / "config.json").get("architectures") or [""]
+    architectures = read_json_object(transformer_folder(directory) / "config.json").get("architectures") or [""]
     return bool(str(architectures[0]).endswith("ForSequenceClassification"))
 
 

@@ -1,11 +1,12 @@
-"""The ONNX graph of an export: the stock model with pooling, normalization or a reranker's activation inside.
+"""The ONNX graph of an export: the stock model with pooling, Dense modules, normalization or a reranker's activation
+inside.
 
 Written by `torch.onnx`, from a Sentence Transformers directory, in float32, with both axes of the inputs free.
 """
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,20 @@ LARGEST_FILE = 1 << 30
 class EmbeddingGraph(torch.nn.Module):
     """[batch, tokens] ids and mask, padded on either side -> token states and one vector per text."""
 
-    def __init__(self, model: torch.nn.Module, pooling: Pooling, normalize: bool, dim: int | None) -> None:
+    def __init__(self, model: torch.nn.Module, pooling: Pooling, normalize: bool, dim: int | None,
+                 modules: Sequence[torch.nn.Module] = ()) -> None:
+        """`modules`: Dense and Normalize of Sentence Transformers between pooling and the cut to `dim`."""
         super().__init__()
         self.model, self.pooling, self.normalize, self.dim = model, pooling, normalize, dim
+        self.after_pooling = torch.nn.ModuleList(modules)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor,
                 token_type_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         hidden = _call(self.model, input_ids, attention_mask, token_type_ids).last_hidden_state
-        vectors = pooled(hidden, attention_mask, self.pooling)[:, : self.dim]
+        features = {"sentence_embedding": pooled(hidden, attention_mask, self.pooling)}
+        for module in self.after_pooling:
+            features = module(features)
+        vectors = features["sentence_embedding"][:, : self.dim]
         return hidden, functional.normalize(vectors, dim=-1) if self.normalize else vectors
 
 
@@ -68,6 +75,8 @@ def _call(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor, tok
 
 def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """[batch, tokens, hidden] and [batch, tokens] -> [batch, hidden], as Sentence Transformers' Pooling computes it."""
+    if pooling == "cls+mean":
+        return torch.cat([pooled(hidden, mask, "cls"), pooled(hidden, mask, "mean")], dim=1)
     positions = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
     if pooling in ("cls", "lasttoken"):
         # Padding may be on either side: the first and the last token are those of the mask.
@@ -109,7 +118,8 @@ def _embedding_graph(directory: Path, dim: int | None) -> tuple[torch.nn.Module,
     saved = read_saved_settings(directory)
     assert saved.pooling is not None, "the directory was completed"
     model = SentenceTransformer(str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": "float32"})
-    graph = EmbeddingGraph(model[0].auto_model, saved.pooling, saved.normalize is not False, dim)
+    modules = list(model)[2:-1] if saved.normalize is not False else list(model)[2:]
+    graph = EmbeddingGraph(model[0].auto_model, saved.pooling, saved.normalize is not False, dim, modules)
     return graph, next(stock_features(directory, list(_EXAMPLES), None)), OUTPUTS["embedding"]
 
 

@@ -77,9 +77,12 @@ def _check_supported(directory: Path) -> None:
         raise CheckpointError(f"{directory}: a reranker; --format gguf writes embedding models. Use --format onnx, or "
                               "serve the cross-encoder with vLLM")
     saved = read_saved_settings(directory)
-    if saved.pooling == "weightedmean":
-        raise CheckpointError(f"{directory}: llama.cpp has no weighted mean pooling (llama_pooling_type: none, mean, "
+    if saved.pooling in ("weightedmean", "cls+mean"):
+        raise CheckpointError(f"{directory}: llama.cpp has no {saved.pooling} pooling (llama_pooling_type: none, mean, "
                               "cls, last, rank); use --format onnx")
+    if saved.dense:
+        raise CheckpointError(f"{directory}: has the Dense module {saved.dense[0].path}, and llama.cpp's converter "
+                              "leaves such modules out for most families; use --format onnx, whose graph holds it")
     if saved.chat is not None:
         raise CheckpointError(f"{directory}: llama.cpp's embedding server does not put texts into a chat template; use "
                               "--format onnx")

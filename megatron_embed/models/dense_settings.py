@@ -1,0 +1,92 @@
+"""Dense modules between pooling and the finished vector: their settings, as a model directory or a run names them.
+
+Imports neither torch nor Megatron.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_embed.config.schema import EmbeddingConfig
+from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.models.families import ModelShape
+from megatron_embed.names import DenseActivation, Pooling
+
+WIDE = 1024
+"""Outputs from which on a Dense module is divided over the tensor-parallel ranks."""
+LARGEST_FEATURES = 2**20
+"""Upper bound of a Dense module's inputs and outputs."""
+ACTIVATION_CLASSES: Mapping[str, DenseActivation] = {
+    "torch.nn.modules.linear.Identity": "identity", "torch.nn.modules.activation.Tanh": "tanh",
+    "torch.nn.modules.activation.ReLU": "relu", "torch.nn.modules.activation.GELU": "gelu",
+    "torch.nn.modules.activation.SiLU": "silu", "torch.nn.modules.activation.Sigmoid": "sigmoid"}
+"""Classes that Sentence Transformers writes as `activation_function` -> our names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSettings:
+    """A linear layer over pooled vectors, then an activation."""
+
+    in_features: int
+    out_features: int
+    bias: bool
+    activation: DenseActivation
+    normalize_input: bool = False
+    """A Normalize module stands before it: its inputs are scaled to unit length."""
+    path: str = ""
+    """Name of its folder in a model directory; empty: it has none yet."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its tensors, by our names."""
+        bias = {"bias": (self.out_features,)} if self.bias else {}
+        return {"weight": (self.out_features, self.in_features), **bias}
+
+    def shards(self, tp_size: int) -> int:
+        """Tensor-parallel ranks that its outputs are divided over; 1: every rank holds the whole."""
+        return tp_size if self.out_features >= WIDE and self.out_features % tp_size == 0 else 1
+
+
+def pooled_width(shape: ModelShape, pooling: Pooling) -> int:
+    """Numbers of a pooled vector: one state of a token, or several in a row."""
+    return shape.hidden_size * len(pooling.split("+"))
+
+
+def dense_of_run(config: EmbeddingConfig, own: Sequence[DenseSettings], shape: ModelShape,
+                 pooling: Pooling) -> tuple[DenseSettings, ...]:
+    """The Dense modules of a run: those of the model's directory, or a new one if `embedding.embedding_dim` is set.
+
+    Args:
+        own: those of the directory.
+        pooling: the run's.
+    Raises:
+        ConfigError: `embedding.embedding_dim`, or the pooling, does not go with those of the directory.
+    """
+    width, wanted = pooled_width(shape, pooling), config.embedding_dim
+    if not own:
+        if wanted is None:
+            return ()
+        return (DenseSettings(in_features=width, out_features=wanted, bias=False, activation="identity"),)
+    if own[0].in_features != width:
+        raise ConfigError(f"embedding.pooling = {pooling!r} gives vectors of {width} numbers, and the model's module "
+                          f"{own[0].path} takes in_features = {own[0].in_features}; leave the pooling to the model's "
+                          "own setting, or correct the module's config.json", key="embedding.pooling")
+    if wanted not in (None, own[-1].out_features):
+        raise ConfigError(f"embedding.embedding_dim = {wanted}: the model's own Dense modules give "
+                          f"{own[-1].out_features} numbers; remove the setting, or begin from a model without them",
+                          key="embedding.embedding_dim")
+    return tuple(own)
+
+
+def embedding_width(dense: Sequence[DenseSettings], shape: ModelShape, pooling: Pooling) -> int:
+    """Numbers of a vector behind these Dense modules."""
+    return dense[-1].out_features if dense else pooled_width(shape, pooling)
+
+
+def check_chain(folder: object, dense: Sequence[DenseSettings]) -> None:
+    """Raises CheckpointError if a module takes other vectors than the one before it gives."""
+    for first, second in itertools.pairwise(dense):
+        if first.out_features != second.in_features:
+            raise CheckpointError(f"{folder}: {second.path} has in_features = {second.in_features}, and {first.path}, "
+                                  f"before it, out_features = {first.out_features}; correct modules.json or their "
+                                  "config.json")
