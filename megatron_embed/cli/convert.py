@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_hf.add_argument("--dim", type=positive_int, metavar="N",
                        help="Components of the vectors of --format onnx and openvino, as matryoshka training allows "
                             "(default: all)")
+    to_hf.add_argument("--quantize", choices=("int8",),
+                       help="Multiply in 8-bit integers in the graph of --format onnx and openvino, if vectors stay "
+                            "within cosine 0.99 (default: float32)")
+    to_hf.add_argument("--calibration", metavar="FILE", type=path,
+                       help="Rows of training data to calibrate --quantize on (default: data.train of the run that SRC "
+                            "is)")
     to_hf.add_argument("--no-compare", action="store_true",
                        help="Do not load the result with the stock library and compare it with the checkpoint on "
                             "texts; the tensors are always read back and compared")
@@ -75,10 +81,12 @@ def run(args: argparse.Namespace) -> int:
         from megatron_embed.export.engines.gate import engine_names
 
         engine_names(args.verify_with)  # refused before anything is written
-    from megatron_embed.export.formats import EXPORTERS, ExportOptions
+    from megatron_embed.export.formats import EXPORTERS, ExportOptions, check_quantization
 
     options = ExportOptions(max_shard_size=args.max_shard_size, dtype=args.dtype, compare=not args.no_compare,
-                            merge_lora=args.merge_lora, gguf_type=args.gguf_type, dim=args.dim)
+                            merge_lora=args.merge_lora, gguf_type=args.gguf_type, dim=args.dim, quantize=args.quantize,
+                            calibration=args.calibration)
+    check_quantization(args.format, options)
     write_output("\n".join(EXPORTERS[args.format](args.source, args.destination, options)))
     if args.verify_with:
         _verify(args.destination, args.verify_with)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_embed.config.require import require
+from megatron_embed.names import FurtherExport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,21 @@ class CheckpointConfig:
     checkpoint is complete some steps later. A run waits for its last checkpoint, also when it stops early."""
     export_at_end: str | None = None
     """Directory for a Sentence Transformers export, or a cross-encoder export for a reranker; null: no export."""
+    export_formats: tuple[FurtherExport, ...] = ()
+    """Formats that `export_at_end` is also written in (docs/serving.md), each to a directory of its own beside it, with
+    the format's name: export_at_end out and [onnx, gguf-q8_0] give out, out-onnx and out-gguf-q8_0. int8 is calibrated
+    on training rows. Empty: its own format only."""
     export: Literal["last", "best"] = "last"
     """Checkpoint that `export_at_end` exports: the last one, or the one with the best `evaluation.best_metric`."""
+
+    @property
+    def exports(self) -> dict[FurtherExport | None, str]:
+        """The directories that are exported to, by format; None: the one of `export_at_end` itself."""
+        if self.export_at_end is None:
+            return {}
+        further: dict[FurtherExport | None, str] = {kind: f"{self.export_at_end.rstrip('/')}-{kind}"
+                                                    for kind in self.export_formats}
+        return {None: self.export_at_end, **further}
 
     def __post_init__(self) -> None:
         require(self.save_every_steps >= 1, "checkpoint.save_every_steps", self.save_every_steps, "must be >= 1")
@@ -33,6 +47,11 @@ class CheckpointConfig:
         require(self.keep >= 0, "checkpoint.keep", self.keep, "must be >= 0")
         require(self.export_at_end is None or self.directory is not None, "checkpoint.export_at_end",
                  self.export_at_end, "the export is made from a checkpoint; set checkpoint.directory")
+        formats = self.export_formats
+        require(not formats or self.export_at_end is not None, "checkpoint.export_formats", list(formats),
+                "nothing is exported; set checkpoint.export_at_end")
+        require(len(set(formats)) == len(formats), "checkpoint.export_formats", list(formats),
+                "names a format twice; keep one of them")
         require(self.export == "last" or self.export_at_end is not None, "checkpoint.export", self.export,
                 "nothing is exported; set checkpoint.export_at_end")
         require(not self.async_save or self.directory is not None, "checkpoint.async_save", self.async_save,

@@ -113,5 +113,8 @@ def check_reranker_run(config: "RunConfig") -> None:
             "a reranker's instruction is reranker.instruction; write it there")
     require(not config.evaluation.sts, "evaluation.sts", [item.path for item in config.evaluation.sts],
             "a reranker gives no vectors to compare; give evaluation.reranking files of lists")
+    gguf = [kind for kind in config.checkpoint.export_formats if kind.startswith("gguf")]
+    require(not gguf, "checkpoint.export_formats", gguf, "a GGUF file holds an embedding model; export a reranker to "
+            "onnx or openvino")
     require(not config.model.bidirectional, "model.bidirectional", config.model.bidirectional,
             "the stock classes run a reranker's decoder causally; set it to false")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -18,13 +19,16 @@ from megatron_embed.convert.dense_tensors import take_dense
 from megatron_embed.data.tokenizer import RoleTokenizer, fill_template
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
-from megatron_embed.export.verified_write import export, export_on_rank_0
+from megatron_embed.export.verified_write import WantedExport, export, export_on_rank_0
 from megatron_embed.export.verify import ExpectedSettings, compare_with_sentence_transformers
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import Role
 from megatron_embed.platform.bf16_support import processor_has_bf16
+
+if TYPE_CHECKING:
+    from megatron_embed.export.engines.files import EngineFiles
 
 MINIMUM_COSINE = {"float32": 0.9999, "bfloat16": 0.999}
 """Between the exported model in the stock library and ours in memory, for every text."""
@@ -171,22 +175,23 @@ def export_probes(encoder: TextEncoder, texts: Sequence[str], longest: int) -> l
     return probes
 
 
-def export_model(checkpoint: str, destination: str, encoder: TextEncoder, texts: Sequence[str], dtype: str,
-                 settings: ExpectedSettings, note: Callable[[Path], None]) -> None:
-    """Writes `destination` from a checkpoint, of a run from the newest, if Sentence Transformers gives the vectors of
-    the model in memory. Called by all ranks; see `export_on_rank_0`.
-
-    `note`: see `export.write.export`.
-    """
+def export_model(checkpoint: str, wanted: Sequence[WantedExport], encoder: TextEncoder, texts: Sequence[str],
+                 dtype: str, settings: ExpectedSettings) -> None:
+    """Writes each directory from a checkpoint, of a run from the newest, if Sentence Transformers, and the engine whose
+    files it has, give the vectors of the model in memory. Called by all ranks; see `export_on_rank_0`."""
     probes = export_probes(encoder, texts, settings.max_seq_length)
 
-    def verify(directory: Path) -> list[str]:
-        return [f"{probe.role} vectors: {probe.compare(directory, settings, MINIMUM_COSINE[dtype])}"
-                for probe in probes]
+    def verify(addition: "EngineFiles | None", directory: Path) -> list[str]:
+        lines = [f"{probe.role} vectors: {probe.compare(directory, settings, MINIMUM_COSINE[dtype])}"
+                 for probe in probes]
+        return lines + ([] if addition is None else [
+            f"{probe.role} vectors: "
+            f"{addition.compare_vectors(directory, probe.texts, probe.vectors, probe.role, MINIMUM_COSINE[dtype])}"
+            for probe in probes])
 
-    def run_export() -> list[str]:
+    def run_export(item: WantedExport) -> list[str]:
         merge = open_checkpoint(checkpoint).info.adapters is not None
-        return export(functools.partial(megatron_to_hf, checkpoint, destination, merge_lora=merge), verify=verify,
-                      note=note)
+        return export(functools.partial(megatron_to_hf, checkpoint, item.destination, merge_lora=merge),
+                      complete=item.complete, verify=functools.partial(verify, item.addition), note=item.finish)
 
-    export_on_rank_0(destination, run_export)
+    export_on_rank_0({item.destination: functools.partial(run_export, item) for item in wanted})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, is_checkpoint, open_checkpoint
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
+from megatron_embed.export.calibration import calibration_rows
 from megatron_embed.export.model_card import write_converted_card
 from megatron_embed.export.sentence_transformers import export_sentence_transformers, set_right_truncation
 from megatron_embed.export.verified_write import ExportOptions, export, why_not_compared
@@ -66,12 +67,28 @@ def export_for_engine(kind: ExportFormat, source: str, destination: str, options
         CheckpointError: not a model, the engine has no such model, or it gives other results; nothing is left behind.
     """
     from megatron_embed.export.engines.files import ENGINE_FILES
+    from megatron_embed.export.engines.int8 import int8_files
 
-    addition = ENGINE_FILES[kind](options)
+    addition = (ENGINE_FILES[kind](options) if options.quantize is None else
+                int8_files(kind, options, calibration_rows(source, options.calibration)))
     with _as_checkpoint(source, destination) as checkpoint:
         if open_checkpoint(checkpoint).info.head is None:
             return export_sentence_transformers_model(checkpoint, destination, options, addition)
         return _export_reranker(checkpoint, destination, options, classification=True, addition=addition)
+
+
+def check_quantization(kind: ExportFormat, options: ExportOptions) -> None:
+    """Raises ConfigError for settings of quantized graphs that have no effect, or would leave one unverified."""
+    if options.calibration is not None and options.quantize is None:
+        raise ConfigError("--calibration: nothing is quantized; add --quantize int8, or remove it")
+    if options.quantize is None:
+        return
+    if kind not in ("onnx", "openvino"):
+        other = "; use --gguf-type q8_0" if kind == "gguf" else ", which has a graph: --format onnx or openvino"
+        raise ConfigError(f"--quantize: not of --format {kind}{other}")
+    if not options.compare:
+        raise ConfigError("--quantize: the result is only kept if its vectors or scores are close to the model's; "
+                          "remove --no-compare")
 
 
 @contextmanager

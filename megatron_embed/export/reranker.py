@@ -17,7 +17,13 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.export.cross_encoder import export_cross_encoder
 from megatron_embed.export.embedding import LONGEST_COMPUTED, length_probes
-from megatron_embed.export.verified_write import ExportOptions, export, export_on_rank_0, why_not_compared
+from megatron_embed.export.verified_write import (
+    ExportOptions,
+    WantedExport,
+    export,
+    export_on_rank_0,
+    why_not_compared,
+)
 from megatron_embed.export.verify_reranker import compare_with_cross_encoder
 from megatron_embed.loading.model_directory import ModelDirectory, find_model
 from megatron_embed.loading.reranker import head_spec, open_pair_tokenizer, open_scorer, saved_settings
@@ -120,25 +126,34 @@ def export_reranker_checkpoint(source: str, destination: str, options: ExportOpt
                   complete=complete, verify=verify, note=note)
 
 
-def export_reranker(checkpoint: str, destination: str, scorer: PairScorer, pairs: Sequence[Pair], dtype: str,
-                    note: Callable[[Path], None]) -> None:
-    """Writes `destination`, a cross-encoder, from a checkpoint, of a run from the newest, if the stock libraries give
-    the scores of the model in memory. Called by all ranks; see `export_on_rank_0`.
-
-    `note`: see `export.write.export`.
+def export_reranker(checkpoint: str, wanted: Sequence[WantedExport], scorer: PairScorer, pairs: Sequence[Pair],
+                    dtype: str) -> None:
+    """Writes each directory, a cross-encoder, from a checkpoint, of a run from the newest, if the stock libraries, and
+    the engine whose files it has, give the scores of the model in memory. Called by all ranks; see `export_on_rank_0`.
     """
     pairs = [*pairs, *border_pairs(scorer.tokenizer)]
     scores = scorer.raw_scores(pairs)
 
-    def run_export() -> list[str]:
+    def verify(reranker: RerankerExport, addition: "EngineFiles | None", directory: Path) -> list[str]:
+        lines = reranker.compare(directory, pairs, scores, dtype)
+        return lines if addition is None else [
+            *lines, addition.compare_scores(directory, [(pair.query, pair.document) for pair in pairs], scores,
+                                            TOLERANCE[dtype])]
+
+    def run_export(item: WantedExport) -> list[str]:
         model = find_model(checkpoint)
         reranker = RerankerExport.open(model, classification=True)
-        write = functools.partial(megatron_to_hf, checkpoint, destination, reranker=reranker.form,
-                                  merge_lora=model.adapters is not None)
-        return export(write, complete=reranker.complete, note=note,
-                      verify=lambda directory: reranker.compare(directory, pairs, scores, dtype))
 
-    export_on_rank_0(destination, run_export)
+        def complete(directory: Path) -> None:
+            reranker.complete(directory)
+            item.complete(directory)
+
+        write = functools.partial(megatron_to_hf, checkpoint, item.destination, reranker=reranker.form,
+                                  merge_lora=model.adapters is not None)
+        return export(write, complete=complete, verify=functools.partial(verify, reranker, item.addition),
+                      note=item.finish)
+
+    export_on_rank_0({item.destination: functools.partial(run_export, item) for item in wanted})
 
 
 def comparable(pairs: Sequence[Pair], tokenizer: PairTokenizer) -> list[Pair]:

@@ -1,17 +1,20 @@
 """The order of every export: written beside its name, completed, verified, noted, and then given its name."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.export.verify import available_memory, weight_bytes
-from megatron_embed.names import GgufType, ModelDtype
+from megatron_embed.names import GgufType, ModelDtype, Quantization
 from megatron_embed.parallel.collectives import raise_on_all_ranks
+
+if TYPE_CHECKING:
+    from megatron_embed.export.engines.files import EngineFiles
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +39,37 @@ class ExportOptions:
     """Weights of --format gguf."""
     dim: int | None = None
     """Components of the vector in an ONNX graph, matryoshka's cut; None: all."""
+    quantize: Quantization | None = None
+    """Numbers that the graph multiplies in; None: float32."""
+    calibration: str | None = None
+    """File of rows that a quantized graph is calibrated on; None: the training rows of the run."""
 
     @property
     def weights(self) -> dict[str, Any]:
         """The arguments of `megatron_to_hf` that say how weights are written."""
         return {"max_shard_size": self.max_shard_size, "dtype": self.dtype, "merge_lora": self.merge_lora}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WantedExport:
+    """A directory that a run exports to."""
+
+    destination: str
+    note: Callable[[Path], None]
+    """See `export`."""
+    addition: "EngineFiles | None" = None
+    """Files of another engine, whose results are compared as well."""
+
+    def complete(self, directory: Path) -> None:
+        """Adds the engine's files."""
+        if self.addition is not None:
+            self.addition.write(directory)
+
+    def finish(self, directory: Path) -> None:
+        """Takes out what the engine does not need, and adds the card."""
+        if self.addition is not None:
+            self.addition.tidy(directory)
+        self.note(directory)
 
 
 def export(write: Callable[..., object], *, verify: Callable[[Path], Sequence[str]], note: Callable[[Path], None],
@@ -66,25 +95,35 @@ def export(write: Callable[..., object], *, verify: Callable[[Path], Sequence[st
     return [*lines, written]
 
 
-def export_on_rank_0(destination: str, run_export: Callable[[], list[str]]) -> None:
-    """Logs the report of `run_export`, which rank 0 alone calls. Called by all ranks; every rank raises what it met.
+def export_on_rank_0(exports: Mapping[str, Callable[[], list[str]]]) -> None:
+    """Logs the report of every export, which rank 0 alone makes, in order. Called by all ranks; every rank raises the
+    first error, after which no further export is made.
 
+    Args:
+        exports: by destination.
     Raises:
-        CheckpointError: the export differs from the model, or cannot be written; nothing is left behind.
+        CheckpointError: an export differs from the model, or cannot be written; nothing of it is left behind.
     """
     failure: UserError | None = None
     if dist.get_rank() == 0:
-        try:
-            *comparisons, written = run_export()
-            for line in comparisons:
-                logger.info("%s", line)
-            logger.info("exported %s", written)
-        except UserError as error:
-            failure = error
-        except OSError as error:
-            failure = CheckpointError(f"{destination}: the export cannot be written ({error.strerror or error}); look "
-                                      "at the disk, then start the run again: it resumes from its checkpoint")
+        for destination, run_export in exports.items():
+            failure = failure or _error_of(destination, run_export)
     raise_on_all_ranks(failure)
+
+
+def _error_of(destination: str, run_export: Callable[[], list[str]]) -> UserError | None:
+    """Makes one export and logs its report; what was wrong with it, if anything."""
+    try:
+        *comparisons, written = run_export()
+    except UserError as error:
+        return error
+    except OSError as error:
+        return CheckpointError(f"{destination}: the export cannot be written ({error.strerror or error}); look "
+                               "at the disk, then start the run again: it resumes from its checkpoint")
+    for line in comparisons:
+        logger.info("%s", line)
+    logger.info("exported %s", written)
+    return None
 
 
 def why_not_compared(directory: Path, options: ExportOptions) -> str:

@@ -20,9 +20,18 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape, adapted: AdaptedLinea
     return held.total * element + held.trained.total * saved_state_bytes(config)
 
 
+_FURTHER_BYTES = {"onnx": 4, "openvino": 8, "gguf": 4}
+"""Most bytes of a parameter in the files of an engine, beside Hugging Face's."""
+
+
 def export_bytes(config: RunConfig, shape: ModelShape) -> int:
-    """Bytes of an export for Hugging Face: every parameter, with adapters merged."""
-    return _on_one_rank(config, shape, None).total * DTYPE_BYTES[config.model.dtype]
+    """Bytes of an export for Hugging Face, every parameter with adapters merged, and of those in further formats.
+
+    A graph of 8-bit integers is made of one of float32, and GGUF files of safetensors that are removed afterwards.
+    """
+    further = sum(_FURTHER_BYTES[kind.partition("-")[0]] for kind in config.checkpoint.export_formats)
+    own = DTYPE_BYTES[config.model.dtype] * (1 + len(config.checkpoint.export_formats))
+    return _on_one_rank(config, shape, None).total * (own + further)
 
 
 def total_steps(config: RunConfig) -> int | None:

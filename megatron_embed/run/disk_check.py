@@ -21,15 +21,15 @@ def check_output_directories(config: "RunConfig", min_free_gib: int) -> list[Che
     Args:
         min_free_gib: what must be free on every disk, however little the run writes.
     """
-    directories = {"checkpoint.directory": config.checkpoint.directory, "logging.directory": config.logging.directory,
-                   "checkpoint.export_at_end": config.checkpoint.export_at_end}
+    directories = {"checkpoint.directory": config.checkpoint.directory, "logging.directory": config.logging.directory}
+    exports = list(config.checkpoint.exports.values())
     checks, disks = [], dict[int, dict[str, Path]]()
-    for key, directory in directories.items():
+    for key, directory in [*directories.items(), *(("checkpoint.export_at_end", name) for name in exports)]:
         if directory is None:
             continue
         if key == "checkpoint.export_at_end":
             folder = Path(directory).resolve().parent
-            check = _check_export(config, folder)
+            check = _check_export(config, directory, folder)
         else:
             folder = Path(directory)
             check = _check_writable(key, directory, folder)
@@ -53,9 +53,9 @@ def _check_writable(key: str, directory: str, folder: Path) -> Check:
     return Check(name=key, value=directory)
 
 
-def _check_export(config: "RunConfig", folder: Path) -> Check:
+def _check_export(config: "RunConfig", target: str, folder: Path) -> Check:
     """Whether the export can be written beside its name, and whether that is free."""
-    key, target = "checkpoint.export_at_end", config.checkpoint.export_at_end or ""
+    key = "checkpoint.export_at_end"
     if os.path.exists(target) and not (os.path.isdir(target) and not os.listdir(target)) and not _steps_there(config):
         return Check(name=key, value=target, remedy=f"{key} = {target!r}: exists already, and the run has no "
                        "checkpoint yet; remove it or choose another name")
@@ -84,7 +84,8 @@ def _bytes_to_write(config: "RunConfig") -> dict[str, tuple[int, str]]:
     more = max(1, count - len(there))
     what = f"{count} checkpoints of {_size(each)}" if count > 1 else f"1 checkpoint of {_size(each)}"
     return {"checkpoint.directory": (more * each, what + (f", {len(there)} of them there" if there else "")),
-            "checkpoint.export_at_end": (export, f"an export of {_size(export)}")}
+            "checkpoint.export_at_end": (export, f"{len(config.checkpoint.exports)} exports of {_size(export)} in all"
+                                         if config.checkpoint.export_formats else f"an export of {_size(export)}")}
 
 
 def _trained(config: "RunConfig") -> "tuple[ModelShape | None, AdaptedLinears | None]":

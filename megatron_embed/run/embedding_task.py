@@ -160,10 +160,9 @@ class EmbeddingTask(Task):
 
     def _export(self, encoder: TextEncoder, records: RecordSet, checkpoint: str, steps: int) -> None:
         config = self.config
-        export_model(checkpoint, config.checkpoint.export_at_end or "", encoder,
+        export_model(checkpoint, self.wanted_exports(checkpoint, steps, self.model.dim(config.embedding), records), encoder,
                      comparable_texts(records, self.tokenizer), config.model.dtype,
-                     expected_settings(config, self.tokenizer),
-                     note=functools.partial(self.note_export, checkpoint, steps, self.model.dim(config.embedding)))
+                     expected_settings(config, self.tokenizer))
 
 
 def check_lengths(config: RunConfig, model: ModelDirectory) -> None:

@@ -16,6 +16,7 @@ from megatron_embed.data.jsonl import ENDINGS
 from megatron_embed.data.row_source import RowsKind, files_of, require_rows
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError, DataError, UserError
+from megatron_embed.names import EXPORT_PACKAGES
 from megatron_embed.planning.shapes import (
     ADAPTER_FILE,
     base_model,
@@ -200,6 +201,8 @@ def _check_packages(config: "RunConfig") -> Iterator[Check]:
         "scipy": ("evaluation.sts", bool(config.evaluation.sts), "pip install scipy"),
         "sentence_transformers": ("checkpoint.export_at_end", config.checkpoint.export_at_end is not None,
                                   "pip install sentence-transformers"),
+        **{package: ("checkpoint.export_formats", True, "pip install 'megatron_embed[export]'")
+           for kind in config.checkpoint.export_formats for package in EXPORT_PACKAGES[kind.partition("-")[0]]},
     }
     for package, (key, is_needed, remedy) in needed.items():
         if is_needed and importlib.util.find_spec(package) is None:

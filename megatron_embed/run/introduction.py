@@ -39,8 +39,7 @@ def dry_run(config: RunConfig) -> str:
         UserError: the error that would end the run.
     """
     wanted = [*output_directories(config).values()]
-    if config.checkpoint.export_at_end is not None:
-        wanted.append(str(Path(config.checkpoint.export_at_end).parent))
+    wanted += [str(Path(directory).parent) for directory in config.checkpoint.exports.values()]
     new = {folder for path in map(Path, wanted) for folder in (path, *path.parents) if not folder.exists()}
     try:
         inputs = read_inputs(config)
@@ -80,8 +79,8 @@ def summary(inputs: Inputs, metrics: Mapping[str, float], best: BestCheckpoint |
         lines.append(f"{'best':<{WIDTH}} {config.checkpoint.directory}/{BEST} (step {step}): {metric} {value:.4f}"
                      + ("" if before is None else f"; before training {before:.4f}"))
     if config.checkpoint.export_at_end is not None:
-        lines.append(f"{'export':<{WIDTH}} {config.checkpoint.export_at_end}, of the {config.checkpoint.export} "
-                     "checkpoint")
+        lines.append(f"{'export':<{WIDTH}} {', '.join(config.checkpoint.exports.values())}, of the "
+                     f"{config.checkpoint.export} checkpoint")
     directory = config.checkpoint.export_at_end or (
         config.checkpoint.directory if best is None or best.so_far is None else f"{config.checkpoint.directory}/{BEST}")
     if directory is None:
@@ -190,5 +189,6 @@ def _writes(config: RunConfig) -> str:
         files.append(str(Path(config.log_directory) / "metrics.jsonl"))
         files += [str(Path(config.log_directory) / "tensorboard")] if config.logging.tensorboard else []
     if checkpoint.export_at_end is not None:
-        files.append(f"{checkpoint.export_at_end} (the export, at the end)")
+        what = "the exports" if checkpoint.export_formats else "the export"
+        files.append(f"{', '.join(checkpoint.exports.values())} ({what}, at the end)")
     return ", ".join(files) or "nothing: checkpoint.directory and logging.directory are not set"

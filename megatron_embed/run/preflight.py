@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,12 +23,13 @@ from megatron_embed.loading.model_directory import ModelDirectory, adapters_of, 
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.models.layer_backend import check_layer_backend
+from megatron_embed.names import EXPORT_PACKAGES, FurtherExport
 from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, check_world_size
 from megatron_embed.platform.launcher import launched_rank
 from megatron_embed.run.embedding_task import EmbeddingTask
 from megatron_embed.run.rerank_task import RerankTask
 from megatron_embed.run.resume_check import check_resumable
-from megatron_embed.run.run_directory import resume_state
+from megatron_embed.run.run_directory import pending_exports, resume_state
 from megatron_embed.run.task import Inputs, Task
 from megatron_embed.training.optimizer import check_optimizer
 
@@ -66,8 +67,8 @@ def read_inputs(config: RunConfig) -> Inputs:
         check_resumable(task, state.checkpoint, records)
     inputs = Inputs(task=task, records=records, validation=validation, sampler=sampler, suite=suite, train_steps=steps,
                     resume_state=state)
-    if config.checkpoint.export_at_end is not None and not inputs.is_complete:
-        check_export(config, model)
+    if not inputs.is_complete:
+        check_exports(config, model, pending_exports(config, state.steps))
     return inputs
 
 
@@ -163,21 +164,44 @@ def check_outputs(config: RunConfig) -> None:
         require_writable(key, directory)
 
 
-def check_export(config: RunConfig, model: ModelDirectory) -> None:
-    """Raises ConfigError if `checkpoint.export_at_end` is taken, or the stock library does not run such a model."""
-    target, directory = Path(config.checkpoint.export_at_end or ""), Path(config.checkpoint.directory or ".")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: exists already, and not as the export of this "
-                          f"run's {config.checkpoint.export} step; remove it or choose another name",
-                          key="checkpoint.export_at_end")
-    if target.resolve() == directory.resolve() or directory.resolve() in target.resolve().parents:
-        raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: lies in checkpoint.directory, whose "
-                          "folders come and go; choose a directory beside it", key="checkpoint.export_at_end")
-    require_writable("checkpoint.export_at_end", str(target.parent))
-    if stock_runs_causally(model.shape, config.model.bidirectional):
-        raise ConfigError(f"checkpoint.export_at_end = {str(target)!r}: Sentence Transformers runs "
+def check_exports(config: RunConfig, model: ModelDirectory, pending: Mapping[FurtherExport | None, str]) -> None:
+    """Raises ConfigError if a directory that the run exports to, by format, is taken, or its library or engine does not
+    run such a model."""
+    for kind, directory in pending.items():
+        key = "checkpoint.export_at_end" if kind is None else "checkpoint.export_formats"
+        _check_export_directory(config, key, directory)
+        if kind is not None:
+            _check_format(config, model, kind)
+    if pending and stock_runs_causally(model.shape, config.model.bidirectional):
+        raise ConfigError(f"checkpoint.export_at_end = {config.checkpoint.export_at_end!r}: Sentence Transformers runs "
                           f"{model.shape.family} models causally on transformers before 5.2, so a bidirectional one "
                           "differs there; upgrade it, or set it to null", key="checkpoint.export_at_end")
+
+
+def _check_export_directory(config: RunConfig, key: str, name: str) -> None:
+    target, directory = Path(name), Path(config.checkpoint.directory or ".")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{key} = {name!r}: exists already, and not as the export of this run's "
+                          f"{config.checkpoint.export} step; remove it or choose another name", key=key)
+    if target.resolve() == directory.resolve() or directory.resolve() in target.resolve().parents:
+        raise ConfigError(f"{key} = {name!r}: lies in checkpoint.directory, whose folders come and go; choose a "
+                          "directory beside it", key=key)
+    require_writable(key, str(target.parent))
+
+
+def _check_format(config: RunConfig, model: ModelDirectory, kind: FurtherExport) -> None:
+    """Raises ConfigError if the format's packages are missing, or its engine has no such model."""
+    key = "checkpoint.export_formats"
+    for package in EXPORT_PACKAGES[kind.partition("-")[0]]:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key} = {kind!r}: the package {package} is not installed; pip install "
+                              "'megatron_embed[export]', or remove the format", key=key)
+    if kind.startswith("gguf"):
+        lacks = {"weighted mean pooling": model.pooling(config.embedding.pooling) == "weightedmean",
+                 "vectors that are not of unit length": not config.embedding.unit_length,
+                 "chat templates around texts": model.saved.chat is not None}
+        for name in (name for name, is_asked in lacks.items() if is_asked):
+            raise ConfigError(f"{key} = {kind!r}: llama.cpp's embedding server has no {name}; take onnx", key=key)
 
 
 def number_of_steps(config: RunConfig, sampler: Sampler) -> int:

@@ -136,9 +136,8 @@ class RerankTask(Task):
             seed=self.config.training.seed if samples else None)
 
     def _export(self, scorer: PairScorer, records: RecordSet, checkpoint: str, steps: int) -> None:
-        export_reranker(checkpoint, self.config.checkpoint.export_at_end or "", scorer,
-                        comparable_pairs(records, self.tokenizer), self.config.model.dtype,
-                        note=functools.partial(self.note_export, checkpoint, steps, None))
+        export_reranker(checkpoint, self.wanted_exports(checkpoint, steps, None, records), scorer,
+                        comparable_pairs(records, self.tokenizer), self.config.model.dtype)
 
 
 def comparable_pairs(records: RecordSet, tokenizer: PairTokenizer) -> list[Pair]:

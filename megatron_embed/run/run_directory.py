@@ -14,13 +14,14 @@ from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.errors import CheckpointError
 from megatron_embed.evaluation.suite import best_metric
-from megatron_embed.names import MATMUL_LIBRARIES, MODEL_DTYPES
+from megatron_embed.names import MATMUL_LIBRARIES, MODEL_DTYPES, FurtherExport
 from megatron_embed.platform.cpu_linear import DEFAULT_LIBRARIES
 
 DATA_FILE = "data.json"
 """In every checkpoint: what identifies the rows that it was trained on."""
-EXPORT_FILE = "export.json"
-"""In a run's directory: where `checkpoint.export_at_end` was written, and after how many steps."""
+EXPORT_FILE, FURTHER_EXPORT_FILE = "export.json", "export-{kind}.json"
+"""In a run's directory: where `checkpoint.export_at_end`, and each of `checkpoint.export_formats`, was written, and
+after how many steps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,23 +81,32 @@ def with_known_choices(config: RunConfig, checkpoint: Path | None) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def is_exported(config: RunConfig, steps: int) -> bool:
-    """Whether `checkpoint.export_at_end` holds the export of this run after so many steps."""
-    target, directory = config.checkpoint.export_at_end, config.checkpoint.directory
-    if target is None or directory is None or not (Path(target) / "modules.json").is_file():
+def pending_exports(config: RunConfig, steps: int) -> dict[FurtherExport | None, str]:
+    """The directories that do not hold the export of this run after so many steps yet, by format; see
+    CheckpointConfig.exports."""
+    return {kind: target for kind, target in config.checkpoint.exports.items()
+            if not _is_exported(config, kind, target, steps)}
+
+
+def _is_exported(config: RunConfig, kind: FurtherExport | None, target: str, steps: int) -> bool:
+    if config.checkpoint.directory is None or not (Path(target) / "modules.json").is_file():
         return False
-    file = Path(directory) / EXPORT_FILE
-    return file.is_file() and file.read_text(encoding="utf-8") == _export_record(config, steps)
+    file = Path(config.checkpoint.directory) / _export_file(kind)
+    return file.is_file() and file.read_text(encoding="utf-8") == _export_record(config, kind, steps)
 
 
-def record_export(config: RunConfig, steps: int) -> None:
+def record_export(config: RunConfig, kind: FurtherExport | None, steps: int) -> None:
     """Notes, just before an export gets its name, that it will be this run's, which has done so many steps."""
-    write_atomically(Path(config.checkpoint.directory or "") / EXPORT_FILE, _export_record(config, steps))
+    write_atomically(Path(config.checkpoint.directory or "") / _export_file(kind), _export_record(config, kind, steps))
 
 
-def _export_record(config: RunConfig, steps: int) -> str:
+def _export_file(kind: FurtherExport | None) -> str:
+    return EXPORT_FILE if kind is None else FURTHER_EXPORT_FILE.format(kind=kind)
+
+
+def _export_record(config: RunConfig, kind: FurtherExport | None, steps: int) -> str:
     best = {"of": best_metric(config)} if config.checkpoint.export == "best" else {}
-    return json.dumps({"directory": str(Path(config.checkpoint.export_at_end or "").resolve()), "steps": steps,
+    return json.dumps({"directory": str(Path(config.checkpoint.exports[kind]).resolve()), "steps": steps,
                        **best}) + "\n"
 
 

@@ -1,5 +1,6 @@
 """What a run trains, an embedding model or a reranker: all that differs between the two is a method of `Task`."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,18 @@ from megatron_embed.data.packing import PackingSpec
 from megatron_embed.data.sampler import Sampler
 from megatron_embed.evaluation.reranking import RerankData, ScorePairs, evaluate_reranking
 from megatron_embed.evaluation.suite import EvaluationSuite, average
+from megatron_embed.export.calibration import sample_rows
+from megatron_embed.export.engines.further import further_files
 from megatron_embed.export.model_card import write_card
+from megatron_embed.export.verified_write import WantedExport
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.models.heads import HeadSpec
+from megatron_embed.names import FurtherExport
 from megatron_embed.objectives.base import Objective
 from megatron_embed.parallel.topology import Topology, token_alignment
 from megatron_embed.run.inherit import inherited
-from megatron_embed.run.run_directory import ResumeState, is_exported, record_export
+from megatron_embed.run.run_directory import ResumeState, pending_exports, record_export
 
 NUM_EXPORT_ROWS = 64
 """Training rows on whose texts an export is compared with the model in memory."""
@@ -110,11 +115,27 @@ class Task(ABC):
             micro_batch_size=training.micro_batch_size, micro_batch_tokens=training.micro_batch_tokens,
             alignment=token_alignment(parallel), uniform_size=parallel.pipeline_model_parallel_size > 1)
 
-    def note_export(self, checkpoint: str, steps: int, dim: int | None, directory: Path) -> None:
-        """Puts the model card into a finished export of the run, which has done so many steps, and records it."""
+    def wanted_exports(self, checkpoint: str, steps: int, dim: int | None, records: RecordSet) -> list[WantedExport]:
+        """The exports of the run, which has done so many steps, that are not there yet.
+
+        Args:
+            dim: dimensions of the vectors; None: a reranker.
+            records: to calibrate 8-bit integers on.
+        """
+        pending = pending_exports(self.config, steps)
+        rows = sample_rows(records) if any(kind is not None and kind.endswith("int8") for kind in pending) else []
+        note = functools.partial(self._note_export, checkpoint, steps, dim)
+        return [WantedExport(destination=target, note=functools.partial(note, kind),
+                             addition=None if kind is None else further_files(kind, rows))
+                for kind, target in pending.items()]
+
+    def _note_export(self, checkpoint: str, steps: int, dim: int | None, kind: FurtherExport | None,
+                     directory: Path) -> None:
+        """Puts the model card into a finished export and records it."""
         exported = steps if self.config.checkpoint.export == "last" else steps_done(Path(checkpoint))
-        write_card(directory, self.config, step=exported, dim=dim)
-        record_export(self.config, steps)
+        write_card(directory, self.config, step=exported, dim=dim,
+                   title=Path(self.config.checkpoint.exports[kind]).name)
+        record_export(self.config, kind, steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +167,8 @@ class Inputs:
     def is_complete(self) -> bool:
         """Whether every step is done, evaluated where that is due, and the export made if one is wanted."""
         state = self.resume_state
-        exported = self.config.checkpoint.export_at_end is None or is_exported(self.config, state.steps)
-        return state.steps >= self.last_step and exported and not state.evaluation_owed
+        return (state.steps >= self.last_step and not pending_exports(self.config, state.steps)
+                and not state.evaluation_owed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +185,8 @@ class TaskParts:
     show_vectors: Callable[[], None] | None
     """Writes vectors for TensorBoard's projector, after the last step. None: there are no vectors."""
     export: Callable[[str, int], None]
-    """(checkpoint, steps): writes `checkpoint.export_at_end` from the checkpoint whose weights the model holds; the
-    run has done so many steps."""
+    """(checkpoint, steps): writes `checkpoint.export_at_end`, in all formats, from the checkpoint whose weights the
+    model holds; the run has done so many steps."""
 
 
 def evaluate_rerank_sets(sets: Sequence[RerankData], score: ScorePairs) -> dict[str, float]:

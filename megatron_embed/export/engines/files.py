@@ -30,6 +30,8 @@ class EngineFiles:
     """Takes out what the format does not need, after the comparison."""
     minimum_cosine: float = 1.0
     """That the engine must reach where the weights are coarser than the model's."""
+    maximum_error: float = 0.0
+    """Difference of a score, relative to max(1, |score|), that the engine may have where it computes more coarsely."""
     dim: int | None = None
     """Components of the engine's vectors; None: all."""
     fits: Callable[[Path, str, Role], bool] = lambda directory, text, role: True
@@ -49,6 +51,7 @@ class EngineFiles:
 
     def compare_scores(self, directory: Path, pairs: Sequence[tuple[str, str]], ours: Tensor, tolerance: float) -> str:
         """The report on the engine's scores. Raises CheckpointError for another model."""
+        tolerance = max(tolerance, self.maximum_error)
         errors = relative_errors(directory, self.engine.name, self.engine.scores(directory, pairs), ours)
         if not errors.max() <= tolerance:
             worst = int(errors.argmax())

@@ -12,6 +12,7 @@ from megatron_embed.errors import UserError
 from megatron_embed.export.embedding import LONGEST_COMPUTED, MINIMUM_COSINE, PROBE_TEXTS, border_texts
 from megatron_embed.export.engines.base import BATCH_SIZE, Engine, is_reranker
 from megatron_embed.export.engines.files import EngineFiles
+from megatron_embed.export.engines.int8 import at_its_bound
 from megatron_embed.export.engines.llama_cpp import LlamaCpp, fits
 from megatron_embed.export.engines.onnx_runtime import OnnxRuntime, OpenVino
 from megatron_embed.export.engines.vllm import Vllm
@@ -55,7 +56,7 @@ def verify_directory(directory: Path, engines: Sequence[EngineName]) -> list[str
 
     One process. Short and long texts, texts at the maximum length, Chinese, code, of both roles, or pairs.
     """
-    readers = [ENGINES[name]() for name in engines]
+    readers = [at_its_bound(ENGINES[name](), directory) for name in engines]
     return (_verify_reranker if is_reranker(directory) else _verify_embedder)(directory, readers)
 
 

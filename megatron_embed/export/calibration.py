@@ -1,0 +1,54 @@
+"""Real texts that a graph of 8-bit integers is calibrated on: rows of the training data, or of a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_embed.config.data import TrainFile
+from megatron_embed.config.load import load_config
+from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
+from megatron_embed.data.beir import is_beir_folder
+from megatron_embed.data.dataset import BeirFile, RecordFile, RecordSet, open_records
+from megatron_embed.data.records import AnyRecord, Record
+from megatron_embed.errors import ConfigError, UserError
+
+CALIBRATION_ROWS = 256
+"""Rows that are taken, evenly spaced."""
+
+CalibrationRows = Sequence[tuple[str, str]]
+"""Query and document of each row, without prompts."""
+
+_REMEDY = "give --calibration FILE, rows such as those that a run trains on (docs/data.md)"
+
+
+def calibration_rows(source: str, file: str | None) -> CalibrationRows:
+    """Rows of `file`; None: of `data.train` of the run that wrote the checkpoint `source`.
+
+    Raises:
+        ConfigError: there is no such file, or the run's are not there.
+        DataError: a row cannot be used.
+    """
+    if file is not None:
+        entry = TrainFile(path=file)
+        return sample_rows(RecordSet([BeirFile(entry, None) if is_beir_folder(file) else
+                                      RecordFile(entry, None, "--calibration")]))
+    config = open_checkpoint(source).path / "config.yaml" if is_checkpoint(Path(source)) else None
+    if config is None or not config.is_file():
+        raise ConfigError(f"--quantize: {source} is not the checkpoint of a run, whose training rows would be used to "
+                          f"calibrate; {_REMEDY}")
+    try:
+        return sample_rows(open_records(load_config(str(config), []).data.train, None))
+    except UserError as error:
+        raise ConfigError(f"--quantize: the rows that {source} was trained on cannot be read ({error}); "
+                          f"{_REMEDY}") from error
+
+
+def sample_rows(records: RecordSet) -> CalibrationRows:
+    """Rows evenly spaced over the records."""
+    count = min(len(records), CALIBRATION_ROWS)
+    return [_pair(records[index * len(records) // count], index) for index in range(count)]
+
+
+def _pair(record: AnyRecord, index: int) -> tuple[str, str]:
+    """The query and one of its documents, in turn, so that a reranker sees negatives too."""
+    documents = (*record.positive, *record.negatives) if isinstance(record, Record) else record.documents
+    return record.query, documents[index % len(documents)]
