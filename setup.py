@@ -61,6 +61,8 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.3,<3"],
     "search": ["faiss-cpu>=1.9"],
     "mining": ["bm25s>=0.2.10"],
+    # model.quantization and optimizer.name: adamw_8bit.
+    "quantization": ["bitsandbytes>=0.49"],
     "eval": ["mteb>=2.26"],
     # The documentation site; `make docs` takes the pins of requirements-docs.txt.
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
@@ -98,7 +100,7 @@ def installed_files(*folders: str) -> list[tuple[str, list[str]]]:
     parents = dict.fromkeys(path.parent for path in files)
     return [(f"share/megatron_embed/{parent}", [str(path) for path in files if path.parent == parent])
             for parent in parents]
-EXTRAS["dev"] += EXTRAS["export"] + EXTRAS["serve"] + EXTRAS["search"]
+EXTRAS["dev"] += EXTRAS["export"] + EXTRAS["serve"] + EXTRAS["search"] + EXTRAS["quantization"]
 
 setup(
     name="megatron_embed",

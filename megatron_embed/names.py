@@ -33,6 +33,12 @@ MatmulLibrary = Literal["onednn", "torch"]
 """Library that multiplies float32 matrices on a CPU: oneDNN, or the one that torch chooses (MKL on x86)."""
 MATMUL_LIBRARIES: tuple[MatmulLibrary, ...] = get_args(MatmulLibrary)
 
+Quantization = Literal["none", "nf4", "int8"]
+"""How the frozen weights under adapters are held: as they are, in 4-bit NormalFloat, or in 8-bit integers."""
+
+OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
+"""What updates the parameters."""
+
 LayerBackend = Literal["te", "torch"]
 """Whose kernels compute norms, linear layers and activations: Transformer Engine's, or torch's."""
 

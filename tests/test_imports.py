@@ -38,12 +38,12 @@ EVERYONE = {"errors", "batch", "names", "__version__"}
 
 THIRD_PARTY = {
     "config": {"yaml"},
-    "platform": {"torch", "megatron", "packaging"},
+    "platform": {"torch", "megatron", "packaging", "bitsandbytes"},
     "kernels": {"torch", "triton"},
     "losses": {"torch"},
     "parallel": {"torch"},
     "data": {"torch", "numpy", "datasets", "pyarrow", "tokenizers", "transformers", "tqdm"},
-    "models": {"torch", "transformer_engine"},
+    "models": {"torch", "transformer_engine", "bitsandbytes"},
     "checkpoint": {"torch", "numpy"},
     "convert": {"torch", "numpy", "safetensors", "transformers", "tqdm", "psutil", "xxhash"},
     "objectives": {"torch"},

@@ -44,13 +44,21 @@ class TrainingState:
 
 
 def model_state(models: Sequence[EmbeddingModel]) -> dict[str, dict[str, Any]]:
-    """Sharded tensors by chunk of this rank; their keys are `model.<name>`, layers by their global numbers."""
+    """Sharded tensors that checkpoints hold, by chunk of this rank; their keys are `model.<name>`, layers by their
+    global numbers."""
     state = {}
     for index, model in enumerate(models):
         sharded = model.sharded_state_dict(prefix="model.")
         # Transformer Engine's FP8 state; empty in our layers, and absent from converted checkpoints.
-        state[f"chunk{index}"] = {name: value for name, value in sharded.items() if not name.endswith(EXTRA_STATE)}
+        state[f"chunk{index}"] = {name: value for name, value in sharded.items()
+                                  if not name.endswith(EXTRA_STATE) and is_stored(model, name)}
     return state
+
+
+def is_stored(model: EmbeddingModel, name: str) -> bool:
+    """Whether checkpoints hold this tensor of a model, by its name with `model.`: of one with quantized weights only
+    adapters and head, since its base model has the rest."""
+    return not model.is_quantized or is_adapter(name) or name.startswith(HEAD_KEYS)
 
 
 def steps_done(checkpoint: Path) -> int:
@@ -173,7 +181,8 @@ def _load_models(models: Sequence[EmbeddingModel], loaded: dict[str, dict[str, t
     for index, model in enumerate(models):
         tensors = {name.removeprefix("model."): value for name, value in loaded[f"chunk{index}"].items()}
         missing, unexpected = model.load_state_dict(tensors, strict=False)
-        missing = [name for name in missing if not name.endswith(EXTRA_STATE) and kept(f"model.{name}")]
+        missing = [name for name in missing if not name.endswith(EXTRA_STATE) and kept(f"model.{name}")
+                   and is_stored(model, f"model.{name}")]
         if missing or unexpected:
             raise CheckpointError(f"checkpoint and model differ: {(missing or unexpected)[0]!r} and "
                                   f"{len(missing) + len(unexpected) - 1} more tensors; it belongs to another model")

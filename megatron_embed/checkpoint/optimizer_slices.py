@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_embed.platform.adamw_8bit import AdamW8bit
 from megatron_embed.platform.compat import (
     MOMENTS,
     DistributedOptimizer,
@@ -78,13 +79,14 @@ def owned_slices(optimizer: DistributedOptimizer) -> Iterator[Slice]:
 def slices_to_save(optimizer: DistributedOptimizer, declared: Declarations) -> list[ShardedTensor]:
     """The state of this rank's slices, without those that a tensor- or pipeline-parallel rank before it also has.
 
-    The tensors are views of the state itself. Of the precision-aware optimizer, which has another dtype, they are
-    copies in host memory. No communication.
+    The tensors are views of the state itself. Of optimizers whose state has another dtype, they are copies in host
+    memory. No communication.
     """
-    copied = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    copied = (optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+              or isinstance(optimizer.optimizer, AdamW8bit))
     tensors = []
     for owned in owned_slices(optimizer):
-        values = optimizer._get_main_param_and_optimizer_states(owned.parameter)
+        values = _states_of(optimizer, owned.parameter)
         for name in STATES:
             value = values[name].detach()
             tensors += _placed(name, owned, value.cpu() if copied else value, declared)
@@ -120,8 +122,19 @@ class SliceRestore:
             for owned, values in self._values:
                 own = owned.parameter.detach().view(-1)[owned.start:owned.stop].float()
                 self._optimizer._set_main_param_and_optimizer_states(owned.parameter, {MAIN: own, **values})
+                if isinstance(self._optimizer.optimizer, AdamW8bit):
+                    main = self._optimizer._get_main_param_and_optimizer_states(owned.parameter)[MAIN]
+                    self._optimizer.optimizer.load_moments(main, values)
         if isinstance(self._optimizer.optimizer, HybridDeviceOptimizer):
             self._optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
+
+
+def _states_of(optimizer: DistributedOptimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Main parameter and moments of this rank's slice of a parameter, flat, by STATES."""
+    values: dict[str, Tensor] = optimizer._get_main_param_and_optimizer_states(parameter)
+    if isinstance(optimizer.optimizer, AdamW8bit):
+        return {MAIN: values[MAIN], **optimizer.optimizer.moments(values[MAIN])}
+    return values
 
 
 def _placed(name: str, owned: Slice, values: Tensor, declared: Declarations) -> list[ShardedTensor]:

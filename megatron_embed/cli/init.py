@@ -13,7 +13,7 @@ PAGE = "docs/foreign_words.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from megatron_embed.planning.hardware import GPUS
+    from megatron_embed.planning.hardware import GPU_CHOICES
 
     parser.add_argument("model", nargs="?", type=path, metavar="MODEL", help="Model directory or hub name")
     parser.add_argument("data", nargs="*", type=path, metavar="DATA", help="Files of rows, folders or hub data sets")
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "embedding)")
     parser.add_argument("--lora", action="store_true", help="Train low-rank adapters instead of all parameters")
     parser.add_argument("--gpus", type=positive_int, metavar="N", help="GPUs to plan for (default: 1)")
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="GPU model (default: h100)")
+    parser.add_argument("--gpu", choices=tuple(GPU_CHOICES), default="h100", help="GPU model or memory (default: h100)")
     parser.add_argument("--output", metavar="FILE", type=path, help="File to create (default: standard output)")
 
 
@@ -66,11 +66,11 @@ def _translation(source: str) -> str:
 def _starting(args: argparse.Namespace) -> str:
     from megatron_embed.config.load import load_text
     from megatron_embed.init.starting import starting_text
-    from megatron_embed.planning.hardware import GPUS
+    from megatron_embed.planning.hardware import GPU_CHOICES
 
     if not args.data:
         raise UserError(f"init {args.model}: give the data too: a file of rows such as train.jsonl")
     text = starting_text(args.model, args.data, task=args.task or "embedding", lora=args.lora, gpus=args.gpus or 1,
-                         gpu=GPUS[args.gpu])
+                         gpu=GPU_CHOICES[args.gpu])
     load_text(text, "the starting configuration")
     return text

@@ -10,11 +10,11 @@ PAGE = "docs/planning.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from megatron_embed.planning.hardware import GPUS
+    from megatron_embed.planning.hardware import GPU_CHOICES
 
     parser.add_argument("config", metavar="CONFIG.yaml", help="The run's configuration")
     parser.add_argument("--gpus", required=True, type=positive_int, metavar="N", help="Number of GPUs, eight per node")
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="GPU model (default: h100)")
+    parser.add_argument("--gpu", choices=tuple(GPU_CHOICES), default="h100", help="GPU model or memory (default: h100)")
     add_overrides(parser, "", "section.key=value")
 
 
@@ -30,14 +30,17 @@ def run(args: argparse.Namespace) -> int:
         with_lengths_at_hand,
         with_rows_at_hand,
     )
-    from megatron_embed.planning.hardware import GPUS
+    from megatron_embed.planning.hardware import GPU_CHOICES
     from megatron_embed.planning.layouts import check_possible, is_possible, plan_layout, propose
+    from megatron_embed.planning.one_gpu import compare_methods, methods_report
     from megatron_embed.planning.report import budget_advice, proposals, report
-    from megatron_embed.planning.shapes import shape_of
+    from megatron_embed.planning.shapes import checkpoint_at, has_adapters, shape_of
     from megatron_embed.planning.token_budget import advised_budget
 
-    config, gpu = load_config(args.config, args.overrides), GPUS[args.gpu]
+    config, gpu = load_config(args.config, args.overrides), GPU_CHOICES[args.gpu]
     shape = shape_of(config.model.path)
+    trains_all = not has_adapters(config.model.path)
+    quantizes = checkpoint_at(config.model.path) is None
     config = with_adapters_of_model(with_lengths_at_hand(config, shape), shape)
     config, rows = with_rows_at_hand(config)
     if not is_possible(config, shape, args.gpus):
@@ -50,4 +53,7 @@ def run(args: argparse.Namespace) -> int:
     advised = advised_budget(config, shape, args.gpus, gpu, adapted, accepts=budget_holds)
     write_output(budget_advice(given, advised, gpu))
     write_output(proposals(propose(config, shape, args.gpus, gpu, adapted, accepts=budget_holds), args.gpus))
+    if args.gpus == 1:
+        methods = compare_methods(config, shape, gpu, trains_all=trains_all, quantizes=quantizes)
+        write_output(methods_report(methods, gpu))
     return 0 if given.fits else 2

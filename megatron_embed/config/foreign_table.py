@@ -210,8 +210,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("betas optimizer.params.betas", "D", "training.adam_beta1 training.adam_beta2"),
         key("optim optimizer "
             "optimizer.name "
-            "optimizer_type optimizer.type optimizer_name optim_type", "HSD", "training.adam_eps", "the "
-            "optimizer is AdamW; adam_beta1, adam_beta2, adam_eps and weight_decay are its settings"),
+            "optimizer_type optimizer.type optimizer_name optim_type", "HSD", "optimizer.name", "adamw or adamw_8bit "
+            "(bitsandbytes'); its settings are adam_beta1, adam_beta2, adam_eps and weight_decay of section training"),
         unsupported("optim_args learning_rate_mapping use_galore galore_rank galore_update_proj_gap "
                     "galore_quantization lisa_activated_layers use_muonclip lorap_lr_ratio loraplus_lr_ratio", "HSB",
                     "the optimizer is AdamW with one learning rate; LoRA needs less memory than GaLore"),
@@ -255,11 +255,15 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
                     "modules_to_save lora_ga_batch_size vera_rank boft_block_size reft_rank adalora_target_r "
                     "layers_to_transform lora_ga_iters", "HSF", "adapters are plain LoRA (or rsLoRA) without biases; "
                     "a reranker's score head is trained completely beside them"),
-        unsupported("quant_method quant_bits load_in_4bit load_in_8bit quantization_bit bnb_4bit_compute_dtype "
-                    "bnb_4bit_quant_type bnb_4bit_use_double_quant quantization quantization_config use_qlora "
-                    "tuner_backend use_unsloth double_quant hqq_axis", "HS", "base weights are bfloat16 or float32, "
-                    "never quantized; use LoRA in bfloat16, and divide a large model with "
-                    "parallel.tensor_model_parallel_size"),
+        key("load_in_4bit use_qlora", "HS", "model.quantization", "nf4, under adapters"),
+        key("load_in_8bit", "HS", "model.quantization", "int8, under adapters"),
+        key("quant_bits quantization_bit", "HS", "model.quantization", "4 is nf4, 8 is int8, under adapters"),
+        key("bnb_4bit_quant_type", "HS", "model.quantization", "nf4; fp4 is not computed"),
+        key("quant_method", "HS", "model.quantization", "bitsandbytes' nf4 and int8, no other method"),
+        key("bnb_4bit_use_double_quant double_quant", "HS", "model.double_quantization"),
+        unneeded("bnb_4bit_compute_dtype", "HS", "quantized weights are restored in model.dtype for their products"),
+        unsupported("quantization quantization_config tuner_backend use_unsloth hqq_axis", "HS",
+                    "base weights are quantized by model.quantization: nf4 or int8, no other method"),
         unsupported("freeze_parameters freeze_parameters_ratio freeze_parameters_regex trainable_parameters "
                     "fix_position_embedding freeze_layers freeze_trainable_layers freeze_non_embedding", "SF", "all "
                     "parameters are trained, or adapters alone; set lora.rank"),

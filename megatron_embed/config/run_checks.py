@@ -64,6 +64,21 @@ def check_kept_activations(config: "RunConfig") -> None:
             "micro-batch again; set it to 0 or auto")
 
 
+def check_quantization(config: "RunConfig") -> None:
+    """Refuse settings that do not go with `model.quantization`."""
+    model, kind = config.model, config.model.quantization
+    require(model.double_quantization or kind == "nf4", "model.double_quantization", False, "has no effect without "
+            "model.quantization: nf4; set that, or remove this")
+    if kind == "none":
+        return
+    require(model.backend != "te", "model.quantization", kind, "Transformer Engine's layers hold no quantized "
+            "weights; set model.backend to auto or torch, or this to none")
+    require(model.fp8 == "none", "model.quantization", kind, "the linears cannot multiply in FP8 too; set model.fp8 to "
+            "none, or this to none")
+    require(not config.parallel.tp_comm_overlap, "model.quantization", kind, "parallel.tp_comm_overlap is Transformer "
+            "Engine's, whose layers hold no quantized weights; set that to false, or this to none")
+
+
 def check_evaluated(config: "RunConfig") -> None:
     """Refuse settings of the best checkpoint of a run without evaluation or checkpoints, and unused instructions."""
     if config.data.query_prompt is not None:  # else it is the model directory's, and this is checked later

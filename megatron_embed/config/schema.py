@@ -15,6 +15,7 @@ from megatron_embed.config.run_checks import (
     check_evaluated,
     check_first_pass,
     check_kept_activations,
+    check_quantization,
     check_reranker_run,
     check_transformer_engine,
 )
@@ -28,6 +29,7 @@ from megatron_embed.names import (
     MatmulLibrary,
     ModelDtype,
     Pooling,
+    Quantization,
 )
 
 
@@ -66,6 +68,13 @@ class ModelConfig:
     """Libraries of the float32 matrix products of CPU ranks, for the forward pass, the gradient of the input and that
     of the weight; torch: its own choice, MKL on x86. null: the fastest of each, measured on rank 0 when training starts
     (a tenth of a second; onednn for matrices below 65,536 elements); a resumed run keeps its checkpoint's."""
+
+    quantization: Quantization = "none"
+    """Hold the frozen weights of the layers' linears in 4 bits (nf4: Dettmers et al. 2023, arXiv:2305.14314) or 8 bits
+    (int8: a scale for each row) by bitsandbytes, and restore each for its products, forward and backward. Only with
+    adapters (section lora). Checkpoints then hold the adapters, and the path and fingerprint of the base model."""
+    double_quantization: bool = True
+    """With nf4: hold the scales of its blocks of 64 weights in 8 bits, too: 4.13 bits per weight instead of 4.5."""
 
     def __post_init__(self) -> None:
         require(bool(self.path), "model.path", self.path, "must name a model directory")
@@ -401,7 +410,8 @@ class RunConfig:
                 f"is not a loss of task: {self.task}; choose one of {', '.join(losses)}")
         if self.task == "reranker":
             check_reranker_run(self)
-        self.optimizer.check_against(has_head=self.workload.has_head, dtype=self.model.dtype, lora_rank=self.lora.rank)
+        self.optimizer.check_against(has_head=self.workload.has_head, dtype=self.model.dtype, lora_rank=self.lora.rank,
+                                     sizes=self.parallel)
         weights, dims = self.objective.matryoshka_weights, self.embedding.matryoshka_dims
         require(not weights or len(weights) == len(dims), "objective.matryoshka_weights", list(weights),
                 f"must have one weight per entry of embedding.matryoshka_dims = {list(dims)}")
@@ -412,6 +422,7 @@ class RunConfig:
         check_first_pass(self)
         check_transformer_engine(self)
         check_kept_activations(self)
+        check_quantization(self)
         if self.task == "embedding":
             self.objective.check_against(num_positives=self.data.num_positives, num_negatives=self.data.num_negatives,
                                          in_batch=self.data.all_in_batch)

@@ -34,6 +34,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import check_files
 from megatron_embed.models.lora_settings import AdapterSettings
 from megatron_embed.models.modules_json import read_modules, transformer_folder
+from megatron_embed.models.quantization import QuantizedBase
 from megatron_embed.names import HeadKind
 
 PASSTHROUGH_FILE = "carried.safetensors"
@@ -68,12 +69,19 @@ class CheckpointInfo:
     """Kind of the reranker's head that was trained with the model; None: none."""
     lora: dict[str, Any] | None = None
     """Fields of AdapterSettings, for a model with adapters."""
+    base: dict[str, Any] | None = None
+    """Fields of QuantizedBase, for adapters over quantized weights: `model/` holds no others then."""
     format: int = FORMAT
 
     @property
     def adapters(self) -> AdapterSettings | None:
         """Settings of the adapters; None without any."""
         return None if self.lora is None else adapter_settings(self.lora)
+
+    @property
+    def quantized_base(self) -> QuantizedBase | None:
+        """The model whose quantized weights the adapters belong to; None if `model/` holds all weights."""
+        return None if self.base is None else QuantizedBase(**self.base)
 
 
 @dataclass(frozen=True)
@@ -171,7 +179,7 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
             raise CheckpointError(f"{file}: format = {values['format']!r}, but this version reads {FORMAT}; "
                                   "convert it with the version that wrote it")
         info = CheckpointInfo(**values)
-        info.adapters  # noqa: B018 - raises for a damaged file
+        info.adapters, info.quantized_base  # noqa: B018 - raises for a damaged file
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: not readable ({error!r}); take another checkpoint") from error
     return CheckpointDirectory(path, info)
@@ -180,7 +188,8 @@ def open_checkpoint(path: str | Path) -> CheckpointDirectory:
 def write_sidecar_files(source: str | Path, directory: Path, *, dtype: str | None = None,
                         max_lengths: dict[str, int] | None = None,
                         head: HeadKind | None = None,
-                        adapters: AdapterSettings | None = None) -> CheckpointInfo:
+                        adapters: AdapterSettings | None = None,
+                        base: QuantizedBase | None = None) -> CheckpointInfo:
     """Write the sidecar files of a checkpoint, everything beside `model/`: `megatron_embed.json` and `hf/`.
 
     Args:
@@ -190,6 +199,7 @@ def write_sidecar_files(source: str | Path, directory: Path, *, dtype: str | Non
         max_lengths: tokens by role; None: the source's.
         head: kind of the reranker's head in `model/`.
         adapters: settings of the adapters in `model/`; None: the source's.
+        base: the model whose quantized weights `model/` leaves out; None: the source's.
     Raises:
         CheckpointError: `source` is neither.
     """
@@ -205,9 +215,10 @@ def write_sidecar_files(source: str | Path, directory: Path, *, dtype: str | Non
             info = _write_hf_files(opened, directory / "hf")
     info = replace(info, dtype=dtype or info.dtype,
                    max_lengths=info.max_lengths if max_lengths is None else max_lengths, head=head,
-                   lora=info.lora if adapters is None else asdict(adapters))
+                   lora=info.lora if adapters is None else asdict(adapters),
+                   base=info.base if base is None else asdict(base))
     write_json(directory / INFO_FILE, {key: value for key, value in asdict(info).items()
-                                       if key not in ("head", "lora") or value is not None})
+                                       if key not in ("head", "lora", "base") or value is not None})
     return info
 
 

@@ -24,6 +24,8 @@ from megatron_embed.convert.checkpoint_directory import (
 from megatron_embed.convert.dense_tensors import holds_dense, write_trained_dense
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.lora_merge import MergedReader
+from megatron_embed.convert.quantized_base import base_directory
+from megatron_embed.convert.quantized_merge import QuantizedReader
 from megatron_embed.convert.report import ConversionReport, peak_memory, progress
 from megatron_embed.convert.storage.byte_range import ByteRange
 from megatron_embed.convert.storage.copying import Copy, copy_and_verify
@@ -119,6 +121,9 @@ def _reader(checkpoint: CheckpointDirectory, family: Family, shape: ModelShape, 
         if merge_lora:
             raise CheckpointError(f"{checkpoint.path}: holds no adapters to merge; leave out --merge-lora")
         return DcpReader(checkpoint.model)
+    base, folder = checkpoint.info.quantized_base, base_directory(checkpoint)
+    if base is not None and folder is not None:
+        return QuantizedReader(checkpoint.model, settings, base, HFDirectory(folder))
     return MergedReader(checkpoint.model, family, shape, settings)
 
 

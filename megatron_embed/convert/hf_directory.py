@@ -17,6 +17,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, plain_name
 from megatron_embed.models.modules_json import transformer_folder
+from megatron_embed.models.quantization import check_not_quantized
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -54,6 +55,7 @@ class HFDirectory:
             raise CheckpointError(f"{path}: no such directory; give a Hugging Face model directory")
         check_files(self.root)
         self.path = transformer_folder(self.root)
+        check_not_quantized(self.path)
         self.shape = model_shape(self.path)
         self.family = rules_for(self.shape.family)
         self._files: dict[str, SafetensorsFile] = {}

@@ -49,7 +49,10 @@ class MergedReader(DcpReader):
         weight = super().read(key, index)
         if (key, index) not in self._adapted:
             return weight
-        rule, context = self._adapted[key, index]
+        return (weight.float() + self.update_of(*self._adapted[key, index])).to(weight.dtype)
+
+    def update_of(self, rule: Transform, context: Context) -> Tensor:
+        """What the adapters add to the parameter that `rule` makes, in float32."""
         updates = {name: self._update(name, context.sizes(words))
                    for name, words in zip(rule.hf_names(context), rule.hf_shapes(), strict=True)}
 
@@ -57,7 +60,7 @@ class MergedReader(DcpReader):
             return updates[name].narrow(dim, start, stop - start)
 
         # The rule fuses updates as it fuses weights.
-        return (weight.float() + rule.to_ours(read_slice, context)).to(weight.dtype)
+        return rule.to_ours(read_slice, context)
 
     def _update(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """scale * B A of a Hugging Face weight in float32; zero if it has no adapter."""

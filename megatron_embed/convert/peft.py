@@ -148,7 +148,7 @@ class PeftAdapter:
         """The adapted linear modules, as patterns."""
         known, adapted = linear_rules(family), set()
         for full, name in stored.items():
-            pattern = _pattern(full.removesuffix(".A").removesuffix(".B"), known)
+            pattern = module_pattern(full.removesuffix(".A").removesuffix(".B"), known)
             if pattern is None:
                 raise CheckpointError(f"{self.path / WEIGHTS_FILE}: tensor {name} is not an adapter of a linear layer "
                                       f"that the {family.name} weight table knows; merge the adapter with PEFT's "
@@ -177,7 +177,7 @@ def _full_name(stored: str, family: Family) -> str:
     return family.full_name(name, prefixed=name.startswith(family.prefix))
 
 
-def _pattern(module: str, known: Iterable[str]) -> str | None:
+def module_pattern(module: str, known: Iterable[str]) -> str | None:
     """The pattern among `known` (`*` and `#` stand for numbers) that a full module name matches."""
     for pattern in known:
         words, others = module.split("."), pattern.split(".")

@@ -70,7 +70,8 @@ def _compare_vectors(source: str, checkpoint: CheckpointDirectory, directory: Pa
     vectors = encoder.encode(texts, "document")
     del encoder  # its memory goes before the stock library takes as much
     return compare_with_peft(directory, base, [ids for ids in rows if ids], vectors, dtype=checkpoint.info.dtype,
-                             bidirectional=stock_runs_causally(model_shape(model.hf)))
+                             bidirectional=stock_runs_causally(model_shape(model.hf)),
+                             quantized=checkpoint.info.quantized_base)
 
 
 def _compare_scores(source: str, checkpoint: CheckpointDirectory, directory: Path, base: Path) -> Report:
@@ -84,4 +85,5 @@ def _compare_scores(source: str, checkpoint: CheckpointDirectory, directory: Pat
     rows = scorer.tokenizer.tokenize(pairs)
     return compare_with_peft(
         directory, base, rows.token_ids, scorer.raw_scores(pairs), dtype=checkpoint.info.dtype, head=spec.kind,
-        answers=spec.token_ids if spec.kind == "yes_no" else None, token_types=rows.token_types)
+        answers=spec.token_ids if spec.kind == "yes_no" else None, token_types=rows.token_types,
+        quantized=checkpoint.info.quantized_base)

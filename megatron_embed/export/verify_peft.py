@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_embed.convert.hf_directory import HFDirectory
+from megatron_embed.convert.lora_names import linear_rules
+from megatron_embed.convert.peft import module_pattern
 from megatron_embed.errors import CheckpointError
 from megatron_embed.export.verify import Report, library_errors, mean_of_tokens, relative_errors, score_of_pair
+from megatron_embed.models.quantization import QuantizedBase
+from megatron_embed.models.quantized_weight import restored_whole
 from megatron_embed.names import HeadKind
 
 TOLERANCE = {None: 1e-5, "score": 1e-4, "yes_no": 1e-4}
@@ -19,7 +24,7 @@ score relative to max(1, |score|)."""
 def compare_with_peft(directory: Path, base: Path, token_ids: Sequence[Sequence[int]], ours: Tensor, *, dtype: str,
                       head: HeadKind | None = None, answers: tuple[int, int] | None = None,
                       token_types: Sequence[Sequence[int]] | None = None,
-                      bidirectional: bool = False) -> Report:
+                      bidirectional: bool = False, quantized: QuantizedBase | None = None) -> Report:
     """Load `directory` with PEFT on `base`, on the CPU in float32, and compare with the trained model.
 
     Args:
@@ -31,12 +36,13 @@ def compare_with_peft(directory: Path, base: Path, token_ids: Sequence[Sequence[
         head: of the checkpoint; None: an embedding model.
         answers: ids of yes and no, of a yes_no head.
         token_types: of each pair; None: the model takes none.
+        quantized: how the base model's weights were held in training; None: as they are.
         bidirectional: a decoder whose tokens attend to the whole text, in a Transformers that runs it causally.
     Raises:
         CheckpointError: PEFT cannot load it, or a value differs by more than TOLERANCE (NaN included).
     """
     with library_errors(directory, "PEFT", base), torch.inference_mode():
-        model = _load(directory, base, dtype, head)
+        model = _load(directory, base, dtype, head, quantized)
         if head is None:
             theirs = _unit(torch.stack([mean_of_tokens(model, ids, bidirectional) for ids in token_ids]))
         else:
@@ -52,7 +58,7 @@ def compare_with_peft(directory: Path, base: Path, token_ids: Sequence[Sequence[
                   count=len(token_ids), max_difference=worst)
 
 
-def _load(directory: Path, base: Path, dtype: str, head: HeadKind | None) -> Any:
+def _load(directory: Path, base: Path, dtype: str, head: HeadKind | None, quantized: QuantizedBase | None) -> Any:
     """The base model with the adapter, in float32."""
     from peft import PeftModel
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -62,7 +68,29 @@ def _load(directory: Path, base: Path, dtype: str, head: HeadKind | None) -> Any
         "score": AutoModelForSequenceClassification.from_pretrained}
     options = {"num_labels": 1} if head == "score" else {}
     model = load[head](str(base), local_files_only=True, dtype=dtype, **options).float()
+    if quantized is not None:
+        round_to_quantized(model, base, quantized)
     return PeftModel.from_pretrained(model, str(directory)).float().eval().get_base_model()
+
+
+def round_to_quantized(model: Any, base: Path, quantized: QuantizedBase) -> None:
+    """Give the linears of Transformers' model what their quantized weights stand for."""
+    with HFDirectory(base) as source:
+        family = source.family
+    known = linear_rules(family)
+
+    def round_weight(weight: Tensor) -> None:
+        weight.copy_(restored_whole(weight, quantized.quantization, double=quantized.double_quantization))
+
+    for name, module in model.named_modules():
+        full = family.full_name(name, prefixed=name.startswith(family.prefix))
+        if isinstance(module, torch.nn.Linear) and module_pattern(full, known) is not None:
+            round_weight(module.weight)
+    for name, parameter in model.named_parameters():  # experts are one tensor in Transformers 5
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            for expert in parameter:
+                for weight in expert.chunk(2) if name.endswith("gate_up_proj") else (expert,):
+                    round_weight(weight)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def _sizes(values: Values, shape: "ModelShape | None", gpus: int, gpu: GPU) -> l
         values["training.micro_batch_size"] = (min(8, values["training.global_batch_size"][0]), "queries at once")
         return ["The model is not on this machine and its shape does not ship with the package, so no sizes are "
                 "planned:", "try `megatron-embed plan FILE --gpus N` when it is here."]
-    best = _advised(values, shape, gpus, gpu)
+    best = _advised(values, shape, gpus, gpu) or (_other_method(values, shape, gpu) if gpus == 1 else None)
     if best is None:
         values["training.micro_batch_size"] = (1, "queries at once")
         return [f"NO LAYOUT FITS {gpus} x {gpu.name}: more GPUs (--gpus), LoRA (--lora) or shorter texts are needed."]
@@ -185,6 +185,25 @@ def _advised(values: Values, shape: "ModelShape", gpus: int, gpu: GPU) -> "Plan 
     if not proposals:
         return None
     return advised_budget(proposals[0].config, shape, gpus, gpu, adapted, accepts=budget_holds) or proposals[0]
+
+
+def _other_method(values: Values, shape: "ModelShape", gpu: GPU) -> "Plan | None":
+    """The plan of the first other method that fits on one GPU, whose settings go into the values; None if none does."""
+    from megatron_embed.planning.one_gpu import compare_methods, first_that_fits
+    from megatron_embed.planning.shapes import checkpoint_at
+
+    config = config_of_overrides([f"{key}={scalar(value)}" for key, (value, _) in values.items()])
+    method = first_that_fits(compare_methods(
+        _divisible(config, values, 1), shape, gpu, trains_all="lora.rank" not in values,
+        quantizes=checkpoint_at(config.model.path) is None))
+    if method is None:
+        return None
+    for section in ("model", "lora", "optimizer"):
+        for key, value in method.changes.get(section, {}).items():
+            values[f"{section}.{key}"] = (value, f"{method.name}: what else fits on {gpu.name} needs more memory")
+    if method.changes.get("lora"):
+        values["training.learning_rate"] = (1e-4, "the first setting to try others of")
+    return method.plan
 
 
 def _divisible(config: RunConfig, values: Values, gpus: int) -> RunConfig:

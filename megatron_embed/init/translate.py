@@ -105,9 +105,10 @@ def _translate_embedding(draft: Draft) -> None:
 
 def _translate_lora(draft: Draft) -> None:
     if not _trains_adapters(draft):
-        for name in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"):
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", *_QUANTIZATION):
             draft.settings.take(name)
         return
+    _translate_quantization(draft)
     draft.copy("lora_rank", "lora.rank")
     draft.copy("lora_alpha", "lora.alpha")
     draft.copy("lora_dropout", "lora.dropout")
@@ -123,6 +124,32 @@ def _translate_lora(draft: Draft) -> None:
             draft.set("lora.target_modules", names, targets[1])
     if (rslora := draft.flag("use_rslora")) is not None and rslora[0]:
         draft.set("lora.use_rslora", True, rslora[1])
+
+
+_QUANTIZATION = ("load_in_4bit", "load_in_8bit", "quant_bits", "bnb_4bit_quant_type", "quant_method",
+                 "bnb_4bit_use_double_quant")
+"""Names of bitsandbytes' settings."""
+
+
+def _translate_quantization(draft: Draft) -> None:
+    """The quantization of the weights under adapters; other methods than bitsandbytes' are told in words."""
+    method, kind = draft.settings.take("quant_method"), draft.settings.take("bnb_4bit_quant_type")
+    bits, double = draft.settings.take("quant_bits"), draft.flag("bnb_4bit_use_double_quant")
+    four, eight = draft.flag("load_in_4bit"), draft.flag("load_in_8bit")
+    if method is not None and plain(method.value) not in ("bnb", "bitsandbytes"):
+        draft.remark(f"{method.written}: not supported; model.quantization: nf4 or int8 in its place")
+        return
+    asked = "nf4" if four is not None and four[0] else "int8" if eight is not None and eight[0] else None
+    written = four[1] if asked == "nf4" and four else eight[1] if eight else ""
+    if bits is not None:
+        asked, written = {"4": "nf4", "8": "int8"}.get(str(bits.value)), bits.written
+    if asked is None:
+        return
+    draft.set("model.quantization", asked, written)
+    if asked == "nf4" and double is not None and not double[0]:
+        draft.set("model.double_quantization", False, double[1])
+    if asked == "nf4" and kind is not None and plain(kind.value) != "nf4":
+        draft.remark(f"{kind.written}: not supported; nf4 in its place")
 
 
 def _trains_adapters(draft: Draft) -> bool:

@@ -188,7 +188,9 @@ def _translate_optimizer(draft: Draft) -> None:
     optimizer = draft.settings.take("optim")
     if optimizer is None:
         return
-    if ("adamw" in plain(optimizer.value) and "8bit" not in plain(optimizer.value)) or plain(optimizer.value) == "adam":
+    if "adamw" in plain(optimizer.value) and "8bit" in plain(optimizer.value):
+        draft.set("optimizer.name", "adamw_8bit", optimizer.written)
+    elif "adamw" in plain(optimizer.value) or plain(optimizer.value) == "adam":
         decay = "" if "adamw" in plain(optimizer.value) else "; its weight decay is decoupled"
         draft.remark(f"{optimizer.written}: not needed, the optimizer is AdamW{decay}")
     else:

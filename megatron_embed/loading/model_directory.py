@@ -21,12 +21,14 @@ from megatron_embed.convert.dense_tensors import open_dense, read_dense
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
 from megatron_embed.convert.lora_names import parts_by_linear, resolve_modules
 from megatron_embed.convert.peft import CONFIG_FILE, PeftAdapter, base_of, is_peft_directory
+from megatron_embed.convert.quantized_base import base_directory
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.to_hf import check_sizes
 from megatron_embed.data.tokenizer import RoleTokenizer, TextFormat
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.loading.quantized import load_quantized_weights, quantized_as
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.dense import initialize_dense
@@ -37,6 +39,7 @@ from megatron_embed.models.file_checks import check_files, check_tokenizer_names
 from megatron_embed.models.heads import HeadSpec, head_pooling
 from megatron_embed.models.lora_settings import Adapters, AdapterSettings, is_adapter
 from megatron_embed.models.modules_json import supported_modules, transformer_folder
+from megatron_embed.models.quantization import QuantizedBase, check_not_quantized
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
 from megatron_embed.names import Pooling, Role
@@ -72,6 +75,10 @@ class ModelDirectory:
     """Adapters of a PEFT directory, or of a checkpoint that holds some."""
     peft: Path | None = None
     """The PEFT directory; `path` is then its base model's."""
+    quantized: QuantizedBase | None = None
+    """What a checkpoint says of its base model, if its adapters were trained over quantized weights."""
+    base: Path | None = None
+    """The base model's Hugging Face directory then, from which the weights come."""
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -145,13 +152,16 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
         root = folder if opened is None else opened.hf
         hf = transformer_folder(root)
         check_tokenizer_names(hf)
+        check_not_quantized(hf)
         supported_modules(root)
         return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf, root=root,
                               shape=model_shape(hf), saved=read_saved_settings(root),
                               reranker=read_reranker_settings(hf),
                               max_lengths={} if opened is None else opened.info.max_lengths,
                               name=str(folder.resolve()) if os.path.isdir(os.path.expanduser(path)) else path,
-                              adapters=None if opened is None else opened.info.adapters)
+                              adapters=None if opened is None else opened.info.adapters,
+                              quantized=None if opened is None else opened.info.quantized_base,
+                              base=None if opened is None else base_directory(opened))
 
 
 def _find_adapted(folder: Path) -> ModelDirectory:
@@ -243,11 +253,13 @@ def load_model_chunks(model: ModelDirectory, config: RunConfig, topology: Topolo
     dense = model.dense(config.embedding) if head_spec is None else ()
     chunks = build_model(config, model.shape, topology, pooling, head_spec, adapters, dense)
     stored = _holds_dense(model, dense)
+    if model.checkpoint is None or model.base is not None:
+        _load_hf_weights(model.base or model.hf, model.shape, chunks, topology)
+    if config.model.quantization != "none":
+        load_quantized_weights(model.base or model.hf, config, chunks, topology)
     if model.checkpoint is not None:
         load_model(model.checkpoint, chunks, with_head=with_head, with_dense=stored,
                    with_adapters=model.adapters is not None and model.peft is None)
-    else:
-        _load_hf_weights(model, chunks, topology)
     if not stored:
         _load_dense_weights(model, chunks, config.training.seed, dense)
     if model.peft is not None:
@@ -282,21 +294,21 @@ def _load_dense_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel],
 
 def _check_sizes(model: ModelDirectory) -> None:
     """Refuses weights of other sizes than config.json has, before memory is taken for them. Reads headers alone."""
-    if model.checkpoint is None:
-        HFDirectory(model.hf).close()
+    if model.checkpoint is None or model.base is not None:
+        HFDirectory(model.base or model.hf).close()
     else:
         check_sizes(model.checkpoint / "model", rules_for(model.shape.family), model.shape)
 
 
-def _load_hf_weights(model: ModelDirectory, chunks: Sequence[EmbeddingModel], topology: Topology) -> None:
-    with HFDirectory(model.hf) as source, torch.no_grad():
+def _load_hf_weights(directory: Path, shape: ModelShape, chunks: Sequence[EmbeddingModel], topology: Topology) -> None:
+    with HFDirectory(directory) as source, torch.no_grad():
         for chunk in chunks:
             parameters = {name: parameter for name, parameter in chunk.global_parameters().items()
                           if not name.startswith(("head.", "dense.")) and not is_adapter(name)}
             shards = hf_weight_shards(source, names=parameters, tp_rank=topology.tp_rank,
                                       tp_size=topology.tp_size, etp_rank=topology.groups.expt_tp.rank(),
                                       etp_size=topology.groups.expt_tp.size(),
-                                      padded_vocab_size=padded_vocabulary(model.shape.vocab_size, topology.tp_size))
+                                      padded_vocab_size=padded_vocabulary(shape.vocab_size, topology.tp_size))
             for name, shard in shards:
                 parameters[name].copy_(shard)
 
@@ -352,7 +364,7 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
                                   *args.overrides])
     normalize = not args.no_normalize and model.saved.normalize is not False
     embedding = EmbeddingConfig(pooling=model.pooling(args.pooling), normalize=normalize)
-    config = dataclasses.replace(config, embedding=embedding)
+    config = quantized_as(dataclasses.replace(config, embedding=embedding), model)
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)
     check_divisible(model.shape, config.parallel)

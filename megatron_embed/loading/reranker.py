@@ -26,6 +26,7 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.score import PairScorer
 from megatron_embed.loading.foreign_reranker import Inherited, inherited
 from megatron_embed.loading.model_directory import ModelDirectory, error_context, find_model, load_model_chunks
+from megatron_embed.loading.quantized import quantized_as
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.cross_encoder_settings import is_saved_cross_encoder
@@ -254,7 +255,8 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
     model = find_model(directory, key)
     tokenizer, settings = open_saved_pair_tokenizer(model, key, max_length)
     known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
-    config = config_of_overrides([f"model.path={json.dumps(directory)}", f"model.dtype={dtype or known}", *overrides])
+    config = quantized_as(config_of_overrides(
+        [f"model.path={json.dumps(directory)}", f"model.dtype={dtype or known}", *overrides]), model)
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)
     check_divisible(model.shape, config.parallel)

@@ -14,6 +14,7 @@ from megatron_embed.models.attention import attention_window
 from megatron_embed.models.experts import GroupedExperts
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.models.layer import BackboneConfig, PackedSelfAttention, PreNormLayer, RMSNorm
+from megatron_embed.models.quantized_linear import QuantizedColumnParallelLinear, QuantizedRowParallelLinear
 from megatron_embed.parallel.topology import uses_sequence_parallel, virtual_size
 from megatron_embed.platform.compat import (
     MLP,
@@ -109,7 +110,8 @@ def mark_tensor_parallel(model: torch.nn.Module) -> None:
     dims = {ColumnParallelLinear: 0, RowParallelLinear: 1, tensor_parallel.VocabParallelEmbedding: 0}
     for module in model.modules():
         for kind, dim in dims.items():
-            if isinstance(module, kind) and "tensor_model_parallel" not in vars(module.weight):
+            if (isinstance(module, kind) and isinstance(module.weight, torch.nn.Parameter)
+                    and "tensor_model_parallel" not in vars(module.weight)):
                 tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
@@ -244,12 +246,18 @@ class LayerClasses:
     """A norm and the column-parallel linear behind it in one; None: they are separate."""
     activation: type[Any] | None = None
     """The activation of a dense MLP, made from the configuration; None: the configuration's function."""
+    expert_column_linear: type[Any] = ColumnParallelLinear
+    expert_row_linear: type[Any] = RowParallelLinear
+    is_quantized: bool = False
+    """Whether the linears' weights are quantized, and so neither trained nor in checkpoints."""
 
 
-def torch_layer_classes(shape: ModelShape) -> LayerClasses:
-    """Our norms and Megatron's own linears."""
-    return LayerClasses(norm=LayerNorm if shape.norm == "LayerNorm" else RMSNorm, column_linear=ColumnParallelLinear,
-                        row_linear=RowParallelLinear)
+def torch_layer_classes(shape: ModelShape, *, quantized: bool = False) -> LayerClasses:
+    """Our norms and Megatron's own linears, or with `quantized` those over quantized weights, for experts too."""
+    column, row = ((QuantizedColumnParallelLinear, QuantizedRowParallelLinear) if quantized
+                   else (ColumnParallelLinear, RowParallelLinear))
+    return LayerClasses(norm=LayerNorm if shape.norm == "LayerNorm" else RMSNorm, column_linear=column, row_linear=row,
+                        expert_column_linear=column, expert_row_linear=row, is_quantized=quantized)
 
 
 def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool, pp_rank: int,
@@ -270,7 +278,7 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
     # interchangeable with models built from its layers. A mixture of experts keeps the second one separate.
     stored_names = {} if shape.post_norm or fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if shape.num_experts:
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        linears = MLPSubmodules(linear_fc1=layers.expert_column_linear, linear_fc2=layers.expert_row_linear)
         experts = ModuleSpec(module=GroupedExperts, submodules=linears)
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
     else:

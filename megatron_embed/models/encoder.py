@@ -112,6 +112,7 @@ class EmbeddingModel(LanguageModule):
         self.passes = passes
         self.causal = not bidirectional
         self.vp_stage = vp_stage
+        self.is_quantized = layers is not None and layers.is_quantized
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder  # read by the pipeline schedules
         first_chunk, last_chunk = vp_stage in (None, 0), vp_stage in (None, topology.num_model_chunks - 1)
@@ -280,7 +281,9 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     if kernel == "flash":
         choose_version(dropout=config.training.attention_dropout)
     layers, passes = None, None
-    if layer_backend(config) == "te":
+    if config.model.quantization != "none":
+        layers = torch_layer_classes(shape, quantized=True)
+    elif layer_backend(config) == "te":
         configure(transformer, config, shape)
         if config.parallel.tp_comm_overlap:
             start_overlap(config, transformer)

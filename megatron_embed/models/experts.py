@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_embed.models.layer import call_before_forward, gated
 from megatron_embed.models.lora import AdaptedLinear, ColumnLora, RowLora, column_adapters, row_adapters
+from megatron_embed.models.quantized_linear import GroupedQuantizedProduct, QuantizedLinear
 from megatron_embed.platform.compat import ColumnParallelLinear, RowParallelLinear, SequentialMLP
 from megatron_embed.platform.grouped_linear import GroupedLinear, Groups, groups_of
 
@@ -40,7 +41,11 @@ def grouped_linear(inputs: Tensor, groups: Groups, linears: Linears) -> Tensor:
     """[rows, inputs] -> [rows, outputs] by the linear of each row's expert, with its adapters."""
     for linear in linears:
         call_before_forward(linear, inputs)
-    outputs: Tensor = GroupedLinear.apply(inputs, groups, *[linear.weight for linear in linears])
+    outputs: Tensor
+    if isinstance(linears[0], QuantizedLinear):
+        outputs = GroupedQuantizedProduct.apply(inputs, groups, [linear.weight for linear in linears])
+    else:
+        outputs = GroupedLinear.apply(inputs, groups, *[linear.weight for linear in linears])
     loras = [linear.lora for linear in linears if isinstance(linear, AdaptedLinear)]
     columns = [lora for lora in loras if isinstance(lora, ColumnLora)]
     rows = [lora for lora in loras if isinstance(lora, RowLora)]

@@ -56,6 +56,8 @@ def _why_not(config: RunConfig) -> str | None:
     """Why Transformer Engine's layers cannot be used here; None: they can."""
     if not HAS_CUDA:
         return "it needs a GPU"
+    if config.model.quantization != "none":
+        return "its layers hold no quantized weights"
     if not HAS_TRANSFORMER_ENGINE:
         return "it is not installed (pip install 'megatron_embed[gpu]')"
     version = get_te_version()

@@ -14,10 +14,11 @@ def checkpoint_bytes(config: RunConfig, shape: ModelShape, adapted: AdaptedLinea
     the files' own 2 KB for each of these.
 
     Args:
-        adapted: linear layers with adapters, which are the only trained parameters; the frozen weights are saved too.
+        adapted: linear layers with adapters, which are the only trained parameters; frozen weights are saved too,
+            unless they are quantized.
     """
     held, element = _on_one_rank(config, shape, adapted), DTYPE_BYTES[config.model.dtype]
-    return held.total * element + held.trained.total * saved_state_bytes(config)
+    return held.saved_by(config).total * element + held.trained.total * saved_state_bytes(config)
 
 
 _FURTHER_BYTES = {"onnx": 4, "openvino": 8, "gguf": 4}

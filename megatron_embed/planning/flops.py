@@ -12,6 +12,7 @@ from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
 from megatron_embed.planning.memory import DTYPE_BYTES, PIPELINE_FILL, Grid, first_pass_micro_batches
 from megatron_embed.planning.parameters import AdaptedLinears, active_matrix_parameters, held_parameters, vector_width
+from megatron_embed.planning.quantized import restoring_traffic
 
 EFFICIENCY = 0.75
 """Share of the peak that large matrix products reach alone: with TOKENS_FOR_HALF, 650 TFLOP/s on an H100 in
@@ -177,6 +178,7 @@ def pass_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU, adapte
     launches = layer_launches(config, shape)
     traffic = layers * tokens * (forwards * forward_bytes + with_backward * backward_bytes)
     traffic += vocabulary_bytes(config, shape, adapted) * with_backward
+    traffic += layers * restoring_traffic(config, shape, DTYPE_BYTES[config.model.dtype]) * (forwards + with_backward)
     elementwise = traffic / (MEMORY_EFFICIENCY * gpu.memory_gb_per_second * 1e9)
     # Bytes that a rank sends per layer and pass of the hidden states of its tokens.
     state = tokens * shape.hidden_size * DTYPE_BYTES[config.model.dtype]

@@ -29,6 +29,17 @@ GPUS = {
     "b200": GPU(name="B200 SXM 180 GB", memory_gib=178, peak_tflops=2250, memory_gb_per_second=7700,
                 nvlink_gb_per_second=900, network_gb_per_second=50),
 }
+GPUS_BY_MEMORY = {
+    "24gb": GPU(name="24 GB (rates of an RTX 4090)", memory_gib=23.5, peak_tflops=165, memory_gb_per_second=1008,
+                nvlink_gb_per_second=25, network_gb_per_second=12),
+    "40gb": GPU(name="40 GB (rates of an A100)", memory_gib=39.4, peak_tflops=312, memory_gb_per_second=1555,
+                nvlink_gb_per_second=300, network_gb_per_second=25),
+    "80gb": GPU(name="80 GB (rates of an A100)", memory_gib=79, peak_tflops=312, memory_gb_per_second=2039,
+                nvlink_gb_per_second=300, network_gb_per_second=25),
+}
+"""GPUs by the size of their memory, whatever they are called."""
+GPU_CHOICES = {**GPUS, **GPUS_BY_MEMORY}
+"""What `--gpu` takes."""
 GPUS_PER_NODE = 8
 
 

@@ -19,6 +19,7 @@ from megatron_embed.planning.parameters import (
     stage_layers,
     vector_width,
 )
+from megatron_embed.planning.quantized import bytes_saved, layer_linears, restored_bytes
 
 GIB = 2**30
 RESERVE_BYTES = 3 * GIB
@@ -27,6 +28,10 @@ FRAGMENTATION = 0.06
 """Share of everything else that the allocator loses to fragmentation, with expandable segments."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}
 """Bytes of a parameter; `auto` as on the GPUs that plans are for."""
+
+
+EIGHT_BIT_BLOCK = 256
+"""Elements of a moment in 8 bits that share a float32 scale; of small tensors, which stay in float32, none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +97,23 @@ def optimizer_share(config: RunConfig, parameters: Parameters, grid: Grid) -> in
 
 
 def optimizer_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
-    """Optimizer bytes on the GPU: two moments in float32, and float32 main parameters if the model's are not."""
+    """Optimizer bytes on the GPU: two moments, and float32 main parameters if the model's are not."""
     if config.optimizer.cpu_offload:
         return 0
-    each = 8 if config.model.dtype == "float32" else 10 if config.optimizer.precision_aware else 12
-    return each * optimizer_share(config, parameters, grid)
+    main = 0 if config.model.dtype == "float32" else 4
+    if config.optimizer.name == "adamw_8bit":
+        moments = 2 + 8 / EIGHT_BIT_BLOCK
+    else:
+        moments = 6 if config.optimizer.precision_aware else 8
+    return int((main + moments) * optimizer_share(config, parameters, grid))
+
+
+def muon_savings(config: RunConfig, shape: ModelShape, stage: int) -> int:
+    """Bytes that Muon's state needs less than AdamW's: it has one number per element of a layer's matrices, not two."""
+    if config.optimizer.name != "muon":
+        return 0
+    elements = sum(linear.weights for linear in layer_linears(config, shape))
+    return 4 * elements * stage_layers(shape, config.parallel, stage)
 
 
 def host_bytes(config: RunConfig, parameters: Parameters, grid: Grid) -> int:
@@ -111,7 +128,7 @@ def save_bytes(config: RunConfig, held: Held, grid: Grid) -> int:
         return parameters.dense // grid.dense_copies + parameters.expert // grid.expert_copies
 
     element = DTYPE_BYTES[config.model.dtype]
-    return element * share(held.frozen + held.trained) + saved_state_bytes(config) * share(held.trained)
+    return element * share(held.saved_by(config)) + saved_state_bytes(config) * share(held.trained)
 
 
 def saved_state_bytes(config: RunConfig) -> int:
@@ -167,7 +184,8 @@ def activation_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: in
         kept = in_flight * layers * boundary + layer
     else:
         kept = in_flight * layers * layer
-    return int(kept + in_flight * boundary + tokens * temporary_bytes(config, shape))
+    return int(kept + in_flight * boundary + tokens * temporary_bytes(config, shape)
+               + restored_bytes(config, shape, element))
 
 
 def temporary_bytes(config: RunConfig, shape: ModelShape) -> float:
@@ -244,9 +262,10 @@ def stage_memory(config: RunConfig, shape: ModelShape, grid: Grid, stage: int,
     """Memory of a rank of pipeline stage `stage`. `adapted`: linear layers whose adapters are trained."""
     held = held_parameters(config, shape, stage, adapted)
     known = {
-        "parameters": DTYPE_BYTES[config.model.dtype] * held.total,
+        "parameters": DTYPE_BYTES[config.model.dtype] * held.total - stage_layers(shape, config.parallel, stage)
+        * bytes_saved(config, shape, DTYPE_BYTES[config.model.dtype]),
         "gradients": 4 * held.trained.total,
-        "optimizer": optimizer_bytes(config, held.trained, grid),
+        "optimizer": optimizer_bytes(config, held.trained, grid) - muon_savings(config, shape, stage),
         "activations": _activations_of_both_passes(config, shape, grid, stage, adapted),
         "loss": loss_bytes(config, shape, grid, stage)}
     return Memory(**known, reserve=RESERVE_BYTES + int(FRAGMENTATION * sum(known.values())),

@@ -101,6 +101,10 @@ class Held:
     def total(self) -> int:
         return self.frozen.total + self.trained.total
 
+    def saved_by(self, config: RunConfig) -> Parameters:
+        """Those that a checkpoint holds; over quantized weights it holds no frozen ones."""
+        return self.trained if config.model.quantization != "none" else self.frozen + self.trained
+
 
 def held_parameters(config: RunConfig, shape: ModelShape, stage: int, adapted: AdaptedLinears | None = None) -> Held:
     """Parameters of a rank of pipeline stage `stage` (from 0). `adapted`: linear layers whose adapters are trained."""

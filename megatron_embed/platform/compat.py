@@ -117,6 +117,8 @@ from megatron.core.utils import get_te_version, is_te_min_version, make_viewless
 
 from megatron_embed.platform import expert_permutation
 from megatron_embed.platform import threaded_checkpoint_writer as writer
+from megatron_embed.platform.adamw_8bit import AdamW8bit
+from megatron_embed.platform.muon import Muon
 
 writer.install()
 expert_permutation.install(token_dispatcher)
@@ -157,14 +159,21 @@ def parallel_save() -> FullyParallelSaveStrategyWrapper:
     return FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1))
 
 
-def use_torch_adam(adam_class: type[torch.optim.Optimizer]) -> None:
+_OWN_ADAM = (megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.HAVE_APEX_OR_TE,
+             distrib_optimizer.USING_APEX_OPTIMIZER)
+
+
+def use_adam(adam_class: type[torch.optim.Optimizer], *, always: bool = False) -> None:
     """Make Megatron build `adam_class` if neither Transformer Engine nor Apex provides a fused Adam, or without CUDA,
-    which those need.
+    which those need; with `always` in any case.
 
     `adam_class` takes Apex's arguments (`adam_w_mode`) and keeps `step` in its parameter groups, as they do: Megatron's
     fully reshardable optimizer checkpoints look for it there (torch's AdamW keeps one per parameter).
     """
-    if megatron_optimizer.USING_PYTORCH_OPTIMIZER or not HAS_CUDA or megatron_optimizer.Adam is adam_class:
+    own, uses_torch, has_fused, is_apex = _OWN_ADAM
+    megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = own, uses_torch
+    distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_APEX_OPTIMIZER = has_fused, is_apex
+    if always or uses_torch or not HAS_CUDA:
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
         megatron_optimizer.Adam = adam_class
         # The distributed optimizer then reads `step` from the groups, as from Apex's.
@@ -190,6 +199,9 @@ def initialize_optimizer_state(optimizer: MegatronOptimizer) -> None:
             continue
         if isinstance(inner, HybridDeviceOptimizer):
             _initialize_offloaded(inner)
+            continue
+        if isinstance(inner, (AdamW8bit, Muon)):
+            inner.initialize()
             continue
         for group in inner.param_groups:
             group.setdefault("step", 0)

@@ -24,6 +24,7 @@ from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.export.sentence_transformers import set_right_truncation
 from megatron_embed.loading.model_directory import adapters_of, error_context
+from megatron_embed.loading.quantized import base_of_run
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.auto_matmul import resolve_cpu_matmul
 from megatron_embed.models.encoder import EmbeddingModel, attention_kernel
@@ -273,7 +274,8 @@ def write_assets(assets: Path, inputs: Inputs) -> None:
     source = inputs.resume_state.checkpoint or task.model.checkpoint or task.model.path
     write_sidecar_files(source, assets, dtype=config.model.dtype, max_lengths={
         "query": config.data.max_length("query"), "document": config.data.max_length("document")},
-        head=None if task.head is None else task.head.kind, adapters=adapters_of(config.lora, task.model))
+        head=None if task.head is None else task.head.kind, adapters=adapters_of(config.lora, task.model),
+        base=base_of_run(config, task.model))
     task.write_settings(assets / "hf")
     set_right_truncation(assets / "hf")
     save_resolved(config, assets / "config.yaml")

@@ -20,6 +20,7 @@ from megatron_embed.evaluation.sts import StsData, load_sts
 from megatron_embed.evaluation.suite import EvaluationSuite
 from megatron_embed.export.embedding import stock_runs_causally
 from megatron_embed.loading.model_directory import ModelDirectory, adapters_of, find_model
+from megatron_embed.loading.quantized import check_quantized_model
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.models.layer_backend import check_layer_backend
@@ -78,7 +79,7 @@ def check_layout(config: RunConfig, model: ModelDirectory) -> int:
     dp_size = check_world_size(config.parallel, world_size)
     check_batch_sizes(config, dp_size)
     check_divisible(model.shape, config.parallel)
-    adapters_of(config.lora, model)
+    check_quantized_model(config, model, has_adapters=adapters_of(config.lora, model) is not None)
     check_token_budget(config, documents=1)  # that much it must hold whatever the rows are
     attention_kernel(config)
     check_layer_backend(config, model.shape)

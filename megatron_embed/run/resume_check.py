@@ -15,6 +15,7 @@ from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.loading.model_directory import ModelDirectory, adapters_of
+from megatron_embed.loading.quantized import base_of_run
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.lora_settings import AdapterSettings
@@ -25,7 +26,9 @@ from megatron_embed.training.optimizer import overlaps
 
 logger = logging.getLogger(__name__)
 
-FIXED: tuple[str, ...] = ("task", "reranker.head", "reranker.template", "reranker.instruction", "reranker.true_token",
+FIXED: tuple[str, ...] = (
+         "task", "model.quantization", "model.double_quantization", "reranker.head", "reranker.template",
+         "reranker.instruction", "reranker.true_token",
          "reranker.false_token", "reranker.max_length", "embedding.normalize", "data.shuffle", "data.mixed_batches",
          "data.sampling_temperature", "data.validation_fraction", "data.num_negatives", "data.num_positives",
          "data.document_sampling",
@@ -75,6 +78,9 @@ def _fixed_keys(config: RunConfig, before: Mapping[str, Any]) -> tuple[str, ...]
     # The state of an optimizer that is not distributed has no main parameters where the model is float32 itself.
     if not (config.optimizer.distributed and before.get("optimizer.distributed", True)):
         keys += ("model.dtype",)
+    # The state of the two is of different numbers; that of adamw and adamw_8bit is the same in a checkpoint.
+    if "muon" in (config.optimizer.name, before.get("optimizer.name")):
+        keys += ("optimizer.name",)
     if config.objective.learnable_temperature:  # which began there, and the checkpoint knows where it is
         keys += ("objective.temperature", "objective.bias")
     return keys
@@ -136,6 +142,7 @@ def _check_model(config: RunConfig, checkpoint: Path, model: ModelDirectory) -> 
     adapters, had = adapters_of(config.lora, model), open_checkpoint(checkpoint).info.adapters
     if _describe_adapters(adapters) != _describe_adapters(had):
         raise _refusal(checkpoint, "lora.rank", config.lora.rank, f"this run began with {_describe_adapters(had)}")
+    _check_base(config, checkpoint, model)
     saved = read_saved_settings(checkpoint / "hf")
     pooling, was = model.pooling(config.embedding.pooling), saved.pooling
     if was is not None and pooling != was:
@@ -150,6 +157,15 @@ def _sizes_of(dense: Sequence[DenseSettings]) -> list[str]:
     """Dense modules in words, without their folders."""
     return [f"{settings.in_features}x{settings.out_features} {settings.activation}"
             f"{' with bias' * settings.bias}{' of unit vectors' * settings.normalize_input}" for settings in dense]
+
+
+def _check_base(config: RunConfig, checkpoint: Path, model: ModelDirectory) -> None:
+    """Refuses another base model than the adapters' own, whose quantized weights the checkpoint does not hold. Where it
+    lies may change."""
+    had, now = open_checkpoint(checkpoint).info.quantized_base, base_of_run(config, model)
+    if had is not None and now is not None and had.fingerprint != now.fingerprint:
+        raise _refusal(checkpoint, "model.path", config.model.path, f"other weights than those of {had.path} that this "
+                       f"run's adapters belong to (fingerprint {now.fingerprint}, not {had.fingerprint})")
 
 
 def _describe_adapters(adapters: AdapterSettings | None) -> str:

@@ -1,5 +1,6 @@
 """AdamW over Megatron's DistributedDataParallel buffers, and the learning-rate schedule."""
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +15,11 @@ from megatron_embed.errors import ConfigError
 from megatron_embed.models.encoder import DTYPES, EmbeddingModel
 from megatron_embed.models.heads import return_tied_gradients
 from megatron_embed.models.lora import Lora
+from megatron_embed.models.matrices import layer_matrices
 from megatron_embed.models.passes import tied_parts
 from megatron_embed.parallel.collectives import sum_over
 from megatron_embed.parallel.topology import Topology
+from megatron_embed.platform.adamw_8bit import AdamW8bit
 from megatron_embed.platform.compat import (
     HAS_CUDA,
     HAS_TRANSFORMER_ENGINE,
@@ -28,8 +31,9 @@ from megatron_embed.platform.compat import (
     finalize_model_grads,
     get_megatron_optimizer,
     gradients_of_norm,
-    use_torch_adam,
+    use_adam,
 )
+from megatron_embed.platform.muon import Muon
 from megatron_embed.training.overlap import assert_gathered, no_sync_until_last_microbatch
 
 
@@ -83,6 +87,12 @@ class AdamW(torch.optim.AdamW):
 def check_optimizer(config: RunConfig, *, has_adapters: bool, has_tied_head: bool) -> None:
     """Raise ConfigError if this machine or model does not support section `optimizer`. No communication."""
     asked = config.optimizer
+    if asked.name == "muon" and has_adapters:
+        raise ConfigError("optimizer.name = 'muon': model.path holds adapters, which are no matrices of the model; set "
+                          "it to adamw", key="optimizer.name")
+    if asked.name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("optimizer.name = 'adamw_8bit' needs the package bitsandbytes: pip install "
+                          "'megatron_embed[quantization]', or set it to adamw", key="optimizer.name")
     if asked.cpu_offload and not HAS_CUDA:
         raise ConfigError("optimizer.cpu_offload = True: this machine has no GPU to offload from; set it to false",
                           key="optimizer.cpu_offload")
@@ -161,17 +171,27 @@ def optimizer_settings(config: RunConfig) -> OptimizerConfig:
     return settings
 
 
+def main_matrices(chunks: Sequence[EmbeddingModel]) -> dict[Tensor, list[Tensor]]:
+    """The main parameter of every matrix of the layers, with the row numbers of its parts."""
+    return {vars(parameter).get("main_param", parameter): parts
+            for chunk in chunks for parameter, parts in layer_matrices(chunk, chunk.shape)}
+
+
 def build_optimizer(config: RunConfig, wrapped: Sequence[torch.nn.Module], topology: Topology) -> MegatronOptimizer:
-    """AdamW with float32 main parameters; no weight decay on biases and norms.
+    """`optimizer.name` with float32 main parameters; no weight decay on biases and norms.
 
     With `optimizer.distributed` its state is sharded over the data-parallel ranks.
     """
-    use_torch_adam(AdamW)
+    name = config.optimizer.name
+    use_adam({"adamw": AdamW, "adamw_8bit": AdamW8bit, "muon": Muon}[name], always=name != "adamw")
     optimizer = get_megatron_optimizer(optimizer_settings(config), list(wrapped), use_gloo_process_groups=True,
                                        pg_collection=None)
     # Where experts alone are trained (by their adapters) and are divided otherwise than the rest, Megatron makes an
     # optimizer of nothing for the rest, on every rank, which ends in an AttributeError at the first save.
     parts = [part for part in optimizer.chained_optimizers if part.optimizer is not None]
+    for part in parts:
+        if isinstance(part.optimizer, Muon):
+            part.optimizer.matrices = main_matrices([chunk.module for chunk in wrapped])
     return optimizer if len(parts) == len(optimizer.chained_optimizers) else type(optimizer)(parts)
 
 

@@ -130,15 +130,18 @@ class EmbeddingReference:
                 for index, reference in enumerate(references)]
 
 
-def save_model(path: Path, kind: Kind, rows: Path | None = None) -> Path:
+def save_model(path: Path, kind: Kind, rows: Path | None = None, **changes: Any) -> Path:
     """A model with random weights, norms and biases, and a real WordPiece tokenizer; taught to tell `rows` apart.
 
     Untrained models give all texts nearly the same embedding, so that gradients are differences of nearly equal
     numbers: float32 itself is then off by more than the bound.
+
+    `changes`: other settings of the model's configuration.
     """
     config_name, model_name, settings = _MODELS[kind]
     torch.manual_seed(3)
-    model = getattr(transformers, model_name)(getattr(transformers, config_name)(vocab_size=VOCABULARY, **settings))
+    config = getattr(transformers, config_name)(vocab_size=VOCABULARY, **settings | changes)
+    model = getattr(transformers, model_name)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Strong routers, so that no expert is chosen by a rounding error.

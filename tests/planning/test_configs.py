@@ -10,7 +10,7 @@ from megatron_embed.config.load import load_config
 from megatron_embed.convert.lora_names import adapter_tensors, resolve_modules
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.planning.advice import adapted_linears, budget_holds
-from megatron_embed.planning.hardware import GPUS
+from megatron_embed.planning.hardware import GPU_CHOICES, GPUS
 from megatron_embed.planning.layouts import is_possible, plan_layout
 from megatron_embed.planning.memory import grid_of
 from megatron_embed.planning.parameters import adapter_parameters, held_parameters, stage_parameters, total_parameters
@@ -20,6 +20,7 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.toys import REPOSITORY
 
 FILES = sorted((REPOSITORY / "configs").glob("*h100.yaml"))
+SMALL = sorted((REPOSITORY / "configs").glob("*_1x24gb.yaml"))
 LARGEST = 512
 """Ranks that the configurations of the largest clusters are built for, too, with more replicas."""
 
@@ -62,6 +63,18 @@ def test_its_token_budget_is_the_one_that_plan_advises(path):
     advised = advised_budget(config, shape, gpus, gpu, adapted_linears(config, shape), budget_holds)
     assert config.training.micro_batch_tokens == advised.config.training.micro_batch_tokens
     assert f" {advised.memory.total / 2**30:.1f} of {gpu.memory_gib:.0f} GiB by `plan`" in path.read_text()
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
+def test_it_fits_one_small_gpu_with_the_budget_that_plan_advises(path):
+    config, gpu = load_config(str(path), []), GPU_CHOICES["24gb"]
+    shape = shape_of(config.model.path)
+    advised = advised_budget(config, shape, 1, gpu, adapted_linears(config, shape), budget_holds)
+    assert config.training.micro_batch_tokens == advised.config.training.micro_batch_tokens
+    assert f" {advised.memory.total / 2**30:.1f} of {gpu.memory_gib:.0f} GiB by `plan`" in path.read_text()
+    assert ("qlora" in path.stem) == (config.model.quantization == "nf4")
+    assert config.checkpoint.directory == f"runs/{path.stem}"
+    assert f"configs/{path.name}" in path.read_text()
 
 
 def stages_on_meta(config, gpus):

@@ -1,0 +1,62 @@
+"""What `plan --gpus 1` and `init` say of one small GPU."""
+
+import pytest
+import yaml
+
+from megatron_embed.__main__ import main
+from megatron_embed.config.load import load_config, load_text
+from megatron_embed.planning.advice import adapted_linears
+from megatron_embed.planning.hardware import GPU_CHOICES
+from megatron_embed.planning.layouts import plan_layout
+from megatron_embed.planning.quantized import quantized_bytes, quantized_linears
+from megatron_embed.planning.shapes import shape_of
+from tests.helpers.toys import MINI_EN, REPOSITORY
+
+LORA_8B = str(REPOSITORY / "configs" / "qwen3_8b_embed_lora_dp8_8xh100.yaml")
+
+
+def plan(capsys, *arguments):
+    code = main(["plan", LORA_8B, "--gpus", "1", *arguments])
+    return code, capsys.readouterr().out
+
+
+def test_plan_compares_the_ways_to_train_eight_billion_parameters(capsys):
+    _, out = plan(capsys, "--gpu", "24gb")
+    fits = {line.split("  ")[1]: "fits:" in line for line in out.partition("On one GPU")[2].splitlines()[1:6]}
+    assert fits == {"all parameters": False, "all parameters, 8-bit AdamW": False,
+                    "all parameters, AdamW in host memory": False, "LoRA": True, "QLoRA, nf4": True}
+    _, out = plan(capsys, "--gpu", "80gb")
+    assert "AdamW in host memory  fits:" in out
+    _, out = plan(capsys, "--gpu", "24gb", "model.path=Qwen/Qwen3-32B")
+    assert "QLoRA, nf4                            does not fit" in out
+
+
+def test_the_printed_settings_fit_as_they_are(capsys, tmp_path):
+    _, out = plan(capsys, "--gpu", "24gb", "model.path=Qwen/Qwen3-14B")
+    name, printed = out.partition("Settings of ")[2].split(", besides those of the file", 1)
+    assert name == "QLoRA, nf4"
+    overrides = [f"{section}.{key}={value}" for section, values in yaml.safe_load(printed).items()
+                 for key, value in values.items()]
+    config = load_config(LORA_8B, ["model.path=Qwen/Qwen3-14B", *overrides])
+    shape = shape_of(config.model.path)
+    assert plan_layout(config, shape, 1, GPU_CHOICES["24gb"], adapted_linears(config, shape)).fits
+    without = load_config(LORA_8B, ["model.path=Qwen/Qwen3-14B", *(
+        item for item in overrides if not item.startswith("model."))])
+    assert not plan_layout(without, shape, 1, GPU_CHOICES["24gb"], adapted_linears(without, shape)).fits
+
+
+@pytest.mark.parametrize("model, expected", [
+    ("Qwen/Qwen3-Embedding-0.6B", ("none", 0)), ("Qwen/Qwen3-14B", ("nf4", 16))])
+def test_init_takes_what_fits(capsys, model, expected):
+    assert main(["init", model, str(MINI_EN), "--gpu", "24gb"]) == 0
+    config = load_text(capsys.readouterr().out, "the printed file")
+    assert (config.model.quantization, config.lora.rank) == expected
+    assert config.training.learning_rate == pytest.approx(1e-4 if expected[1] else config.training.learning_rate)
+
+
+@pytest.mark.parametrize("double, bits", [(True, 4.13), (False, 4.5)])
+def test_bits_per_weight_are_counted(double, bits):
+    config = load_config(LORA_8B, ["model.quantization=nf4", f"model.double_quantization={str(double).lower()}"])
+    linears = quantized_linears(config, shape_of(config.model.path))
+    counted = 8 * sum(quantized_bytes(config, linear) for linear in linears) / sum(linear.weights for linear in linears)
+    assert counted == pytest.approx(bits, abs=0.005)

@@ -1,0 +1,167 @@
+"""optimizer.name: curves equal the plain optimizer's on the stock model, state has the bytes that `plan` counts, and a
+run that is killed resumes bit for bit."""
+
+import dataclasses
+import json
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import assert_refused, command
+from tests.helpers.runs import configuration, curve, go_back, train
+from tests.helpers.toys import MAX_LENGTH, MINI_EN, layout, save_model
+
+WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2}
+STEPS, RATE, DECAY = 20, 1e-3, 0.05
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", tokenizer=True, **WIDTHS)
+
+
+def settings(model, directory, name, *, sizes=None, steps=STEPS, dtype="float32"):
+    values = configuration(str(model), directory, parallel=sizes, distributed=name != "muon", train_steps=steps,
+                           learning_rate=RATE, lr_decay_style="constant", weight_decay=DECAY)
+    values["model"]["dtype"] = dtype
+    values["data"]["shuffle"] = False
+    values["optimizer"]["name"] = name
+    values["checkpoint"] |= {"save_every_steps": steps // 2, "keep": 0}
+    return values
+
+
+def losses(directory):
+    return np.array([step[0] for step in curve(directory)])
+
+
+def stock_losses(base, name):
+    """Losses of Transformers' model under the optimizer itself, on the rows of the same steps."""
+    model = transformers.AutoModel.from_pretrained(base, dtype=torch.float32).train()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    optimizers = plain_optimizers(model, name)
+
+    def embed(texts):
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+    lines = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()]
+    result = []
+    for step in range(STEPS):
+        rows = lines[8 * step:8 * step + 8]
+        documents = [row["positive"][0] for row in rows] + [row["negatives"][0] for row in rows]
+        scores = embed([row["query"] for row in rows]) @ embed(documents).T / 0.3
+        loss = torch.nn.functional.cross_entropy(scores, torch.arange(8))
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        result.append(float(loss))
+    return np.array(result)
+
+
+def plain_optimizers(model, name):
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim != 2]
+    if name == "adamw_8bit":
+        return [bitsandbytes.optim.AdamW8bit([{"params": decayed, "weight_decay": DECAY},
+                                              {"params": others, "weight_decay": 0.0}], lr=RATE)]
+    matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    rest = [parameter for parameter in decayed if all(parameter is not matrix for matrix in matrices)]
+    return [torch.optim.Muon(matrices, lr=RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([{"params": rest, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}],
+                              lr=RATE)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw_8bit", "muon"])
+def test_twenty_losses_equal_the_plain_optimizers(model, tmp_path, name, record_property):
+    run_on_ranks(train, 1, settings(model, tmp_path / "run", name))
+    (theirs,) = run_on_ranks(stock_losses, 1, model, name)
+    ours = losses(tmp_path / "run")
+    assert ours[0] - ours[-1] > 0.1, "nothing was learned"
+    record_property("largest_difference", np.abs(ours - theirs).max())
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    run_on_ranks(train, 1, settings(model, tmp_path / "adamw", "adamw"))
+    assert np.abs(losses(tmp_path / "adamw") - ours).max() > 1e-4, "AdamW would pass as well"
+
+
+@pytest.mark.slow
+def test_layouts_agree(model, tmp_path, record_property):
+    for name, cases in (("adamw_8bit", [("tp2", layout(2)), ("pp2", layout(pp=2)), ("dp2", layout())]),
+                        ("muon", [("pp2", layout(pp=2)), ("dp2", layout())])):
+        run_on_ranks(train, 1, settings(model, tmp_path / name, name))
+        for case, sizes in cases:
+            run_on_ranks(train, 2, settings(model, tmp_path / f"{name}_{case}", name, sizes=sizes))
+            difference = np.abs(losses(tmp_path / f"{name}_{case}") - losses(tmp_path / name)).max()
+            record_property(f"largest_difference_{name}_{case}", difference)
+            assert difference <= (1e-3 if name == "adamw_8bit" else 1e-4), (name, case)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "muon"])
+def test_a_run_resumes_bit_for_bit(model, tmp_path, name):
+    values = settings(model, tmp_path / "run", name, steps=4, dtype="bfloat16", sizes=layout(pp=2))
+    run_on_ranks(train, 2, values)
+    resumed = go_back(tmp_path / "run", tmp_path / "resumed", 2)
+    run_on_ranks(train, 2, settings(model, resumed, name, steps=4, dtype="bfloat16", sizes=layout(pp=2)))
+    assert curve(resumed) == curve(tmp_path / "run")
+    assert len(set(curve(resumed))) == 4
+
+
+def state_bytes(config):
+    """(bytes of state on this rank after a step, what `plan` counts)."""
+    import torch.distributed as dist
+
+    from megatron_embed.planning.memory import grid_of, stage_memory
+    from megatron_embed.planning.shapes import shape_of
+    from megatron_embed.platform.adamw_8bit import AdamW8bit
+    from megatron_embed.training.optimizer import build_optimizer, wrap_in_ddp
+    from tests.helpers.toys import open_model
+
+    opened = open_model(config)
+    wrapped = wrap_in_ddp(opened.chunks, config, opened.topology)
+    optimizer = build_optimizer(config, wrapped, opened.topology)
+    for chunk in opened.chunks:
+        for parameter in chunk.parameters():
+            parameter.main_grad.fill_(1e-3)
+    optimizer.step()
+    held = 0
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        held += inner.nbytes if isinstance(inner, AdamW8bit) else 0
+        held += sum(value.nbytes for state in inner.state.values() for value in state.values())
+        if config.model.dtype == "bfloat16":
+            held += sum(parameter.nbytes for group in inner.param_groups for parameter in group["params"])
+    counted = stage_memory(config, shape_of(config.model.path), grid_of(config, dist.get_world_size()),
+                           opened.topology.pp_rank)
+    return held, counted.optimizer
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "muon"])
+def test_state_has_the_bytes_that_plan_counts(model, name):
+    from tests.helpers.toys import run_config
+
+    for dtype in ("float32", "bfloat16"):
+        config = run_config(model, dtype=dtype, distributed=name != "muon")
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name))
+        ((held, counted),) = run_on_ranks(state_bytes, 1, config)
+        assert held == pytest.approx(counted, rel=0.02), dtype
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"optimizer": {"name": "muon", "distributed": True}}, ["optimizer.name = 'muon'", "distributed: false"]),
+    ({"optimizer": {"name": "muon", "distributed": False}, "parallel": layout(2)}, ["optimizer.name = 'muon'", "= 2"]),
+    ({"optimizer": {"name": "muon", "distributed": False}, "lora": {"rank": 4}}, ["optimizer.name", "adapters"]),
+    ({"optimizer": {"name": "adamw_8bit", "distributed": False}}, ["optimizer.name", "distributed: true"]),
+    ({"optimizer": {"name": "galore"}}, ["optimizer.name", "muon"])], ids=str)
+def test_wrong_settings_are_refused(model, tmp_path, change, words):
+    values = settings(model, tmp_path / "run", "adamw") | change
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert_refused(run_on_ranks(command, 1, ["train", str(tmp_path / "run.yaml")]), *words)
