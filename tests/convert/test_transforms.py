@@ -7,7 +7,16 @@ import torch
 
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
 from megatron_embed.convert.tables.lookup import rules_for
-from megatron_embed.convert.tables.transforms import Context, FuseGateUp, FuseQKV, PadVocabulary, Rename, expand_braces
+from megatron_embed.convert.tables.transforms import (
+    Context,
+    FuseGateUp,
+    FuseQKV,
+    PadVocabulary,
+    Rename,
+    UnstackGateUp,
+    UnstackQKV,
+    expand_braces,
+)
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import model_shape
 from tests.helpers.toys import save_toy
@@ -31,6 +40,8 @@ CASES = [
     FuseQKV("layers.*.a", "l.*.{q,k,v}_proj", "hidden_size"),
     FuseQKV("layers.*.a", "l.*.{q,k,v}_bias", ""),
     FuseGateUp("layers.*.a", "l.*.{gate,up}", "ffn_hidden_size hidden_size"),
+    UnstackQKV("layers.*.a", "l.*.qkv", "hidden_size"),
+    UnstackGateUp("layers.*.a", "l.*.gate_up", "ffn_hidden_size hidden_size"),
     PadVocabulary("a", "x"),
 ]
 
