@@ -20,16 +20,20 @@ _ROBERTA = {"weight": "classifier.out_proj.weight", "bias": "classifier.out_proj
 SCORE_NAMES: Mapping[str, Mapping[str, str]] = {
     "bert": {"weight": "classifier.weight", "bias": "classifier.bias", "dense.weight": "bert.pooler.dense.weight",
              "dense.bias": "bert.pooler.dense.bias"},
-    "roberta": _ROBERTA, "xlm-roberta": _ROBERTA}
-"""Family -> {our name: full name in *ForSequenceClassification}. Decoders: DECODER_SCORE."""
+    "roberta": _ROBERTA, "xlm-roberta": _ROBERTA,
+    "modernbert": {"weight": "classifier.weight", "bias": "classifier.bias", "dense.weight": "head.dense.weight",
+                   "dense.bias": "head.dense.bias", "norm.weight": "head.norm.weight", "norm.bias": "head.norm.bias"}}
+"""Family -> {our name: full name in *ForSequenceClassification}, biases that not every model has among them. Decoders:
+DECODER_SCORE."""
 DECODER_SCORE: Mapping[str, str] = {"weight": "score.weight"}
 _SAVED_MODULES: Mapping[str, tuple[str, ...]] = {
-    "bert": ("classifier", "pooler"), "roberta": ("classifier",), "xlm-roberta": ("classifier",)}
+    "bert": ("classifier", "pooler"), "roberta": ("classifier",), "xlm-roberta": ("classifier",),
+    "modernbert": ("classifier", "head")}
 CLASSES: Mapping[str, str] = {
-    "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "qwen2": "Qwen2", "qwen3": "Qwen3",
-    "qwen3_moe": "Qwen3Moe", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral"}
+    "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "modernbert": "ModernBert", "qwen2": "Qwen2",
+    "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral"}
 """Family -> beginning of the names of its Transformers classes."""
-_OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.")
+_OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.", "decoder.")
 """Prefixes of tensors that *ForSequenceClassification does not have, except those of its own head."""
 
 
@@ -103,7 +107,7 @@ class HeadExport:
             # Kept in float32: rounded to bfloat16, the difference of two similar rows would lose what was learned.
             self.added = {DECODER_SCORE["weight"]: rows[:1] - rows[1:]}
         else:
-            self.added = {name: head[ours] for ours, name in score_names(family).items()}
+            self.added = {name: head[ours] for ours, name in score_names(family).items() if ours in head}
 
     def keeps(self, name: str) -> bool:
         """Whether the export contains this passthrough tensor."""

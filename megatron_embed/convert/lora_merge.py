@@ -26,10 +26,11 @@ class MergedReader(DcpReader):
     def __init__(self, directory: Path, family: Family, shape: ModelShape, settings: AdapterSettings) -> None:
         super().__init__(directory)
         self._scale = settings.scale
-        self._adapters: dict[str, dict[str, CheckpointKey]] = {}
-        """Hugging Face module -> keys of its matrices A and B."""
+        self._adapters: dict[str, dict[str, list[CheckpointKey]]] = {}
+        """Hugging Face module -> keys of the parts of its matrices A and B."""
         for tensor in adapter_tensors(family, shape, settings.modules, settings.rank):
-            self._adapters.setdefault(tensor.module, {})[tensor.matrix] = family.checkpoint_key(tensor.ours)
+            parts = self._adapters.setdefault(tensor.module, {}).setdefault(tensor.matrix, [])
+            parts.append(family.checkpoint_key(tensor.ours))
         self._adapted: dict[CheckpointKey, tuple[Transform, Context]] = {}
         """Parameters with adapters, and the rules that make them."""
         for rule, context in family.applied_rules(shape):
@@ -67,5 +68,6 @@ class MergedReader(DcpReader):
         keys = self._adapters.get(name.removesuffix(".weight"))
         if keys is None:
             return torch.zeros(shape)
-        matrix_a, matrix_b = (DcpReader.read(self, *keys[matrix]).float() for matrix in "AB")
+        matrix_a, matrix_b = (torch.cat([DcpReader.read(self, *key).float() for key in keys[matrix]])
+                              for matrix in "AB")
         return (matrix_b @ matrix_a) * self._scale

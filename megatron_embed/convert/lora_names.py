@@ -20,7 +20,8 @@ _LINEAR = re.compile(r"\.linear_(qkv|proj|fc1|fc2)\.weight")
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterTensor:
-    """One matrix of one adapter."""
+    """One matrix of one adapter, or the rows of it that belong to one of several projections that are one Hugging Face
+    module: these share A, and each has a B of its own."""
 
     ours: str
     """Our parameter's name; layers and experts are counted over the whole model."""
@@ -28,6 +29,8 @@ class AdapterTensor:
     """Full Hugging Face name of the linear layer."""
     matrix: Literal["A", "B"]
     shape: tuple[int, int]
+    hf_rows: tuple[int, int]
+    """(first of its rows in PEFT's matrix, all rows of that one)."""
     shard_dim: int | None
     """Dimension split over tensor-parallel ranks (expert-tensor-parallel ones for an expert); None: replicated."""
     is_expert: bool
@@ -73,7 +76,7 @@ def parts_by_linear(family: Family, modules: Sequence[str]) -> dict[str, tuple[s
         names = [name.removesuffix(".weight") for name in expand_braces(rule.hf)]
         if any(name in modules for name in names):
             parts[rule.ours.removesuffix(".weight")] = tuple(
-                _leaf(name) if name in modules else None for name in names)
+                _leaf(name) if name in modules else None for name in names) * max(1, len(rule.stacked))
     return parts
 
 
@@ -89,9 +92,13 @@ def adapter_tensors(family: Family, shape: ModelShape, modules: Sequence[str], r
             linear = f"{context.name(rule.ours).removesuffix('.weight')}.lora.{_leaf(name)}"
             row_parallel = isinstance(rule, Rename) and rule.shard_dim == 1
             yield AdapterTensor(ours=f"{linear}.A", module=context.name(name), matrix="A", shape=(rank, inputs),
-                                shard_dim=1 if row_parallel else None, is_expert=rule.is_expert)
-            yield AdapterTensor(ours=f"{linear}.B", module=context.name(name), matrix="B", shape=(outputs, rank),
-                                shard_dim=None if row_parallel else 0, is_expert=rule.is_expert)
+                                hf_rows=(0, rank), shard_dim=1 if row_parallel else None, is_expert=rule.is_expert)
+            first = 0
+            for index, rows in enumerate(context.sizes(" ".join(rule.stacked)) or (outputs,)):
+                yield AdapterTensor(ours=f"{linear}.B{index if rule.stacked else ''}", module=context.name(name),
+                                    matrix="B", shape=(rows, rank), hf_rows=(first, outputs),
+                                    shard_dim=None if row_parallel else 0, is_expert=rule.is_expert)
+                first += rows
 
 
 def peft_targets(family: Family, modules: Sequence[str]) -> list[str]:

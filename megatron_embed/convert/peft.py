@@ -1,10 +1,11 @@
 """Read and write PEFT's adapter directories: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from megatron_embed.checkpoint.safe_unpickler import HEAD_KEYS
@@ -19,6 +20,7 @@ from megatron_embed.convert.checkpoint_directory import (
 )
 from megatron_embed.convert.dense_tensors import holds_dense, write_trained_dense
 from megatron_embed.convert.head_tensors import saved_modules, score_names
+from megatron_embed.convert.lora_merge import CheckpointKey
 from megatron_embed.convert.lora_names import AdapterTensor, adapter_tensors, linear_rules, peft_targets
 from megatron_embed.convert.report import PeftReport
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, SafetensorsWriter
@@ -110,15 +112,14 @@ class PeftAdapter:
         for name in names:
             tensor, stored = self.tensors[name], self._stored[name]
             rank, size = (etp_rank, etp_size) if tensor.is_expert else (tp_rank, tp_size)
-            if tensor.shard_dim is None or size == 1:
-                yield name, self._file.read(stored)
-            else:
-                width = tensor.shape[tensor.shard_dim] // size
-                yield name, self._file.read_slice(stored, tensor.shard_dim, rank * width, (rank + 1) * width)
+            dim = tensor.shard_dim or 0
+            width = tensor.shape[dim] // (1 if tensor.shard_dim is None else size)
+            first = (rank * width if tensor.shard_dim is not None else 0) + (tensor.hf_rows[0] if dim == 0 else 0)
+            yield name, self._file.read_slice(stored, dim, first, first + width)
 
     def stored_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the backbone's adapters and of the head, by its name in the file."""
-        for name in (*self._stored.values(), *self.head.values()):
+        for name in dict.fromkeys((*self._stored.values(), *self.head.values())):
             yield name, self._file.read(name)
 
     def read_head(self, name: str) -> Tensor:
@@ -162,10 +163,10 @@ class PeftAdapter:
         if name is None:
             raise CheckpointError(f"{self.path / WEIGHTS_FILE}: no lora_{tensor.matrix} of {tensor.module}; adapters "
                                   "on only some layers or experts are not supported: merge with PEFT")
-        shape = self._file.entries[name].shape
-        if shape != tensor.shape:
+        shape, expected = self._file.entries[name].shape, (tensor.hf_rows[1], tensor.shape[1])
+        if shape != expected:
             raise CheckpointError(f"{self.path / WEIGHTS_FILE}: {name} has shape {list(shape)}, but the base model and "
-                                  f"r require {list(tensor.shape)}; use the base model that the adapter was made for")
+                                  f"r require {list(expected)}; use the base model that the adapter was made for")
         return name
 
 
@@ -209,12 +210,16 @@ def write_peft(src: str | Path, dst: str | Path, *, finish: Callable[[Path], obj
     family, shape = rules_for(checkpoint.info.family), model_shape(checkpoint.hf)
     tensors = list(adapter_tensors(family, shape, settings.modules, settings.rank))
     prefix = "" if checkpoint.info.head is None else family.prefix
-    keys = {_peft_name(tensor, family, prefix): family.checkpoint_key(tensor.ours) for tensor in tensors}
-    if checkpoint.info.head == "score":
-        keys |= {_PREFIX + name: (HEAD_KEYS + ours, None) for ours, name in score_names(family.name).items()}
+    keys: dict[str, list[CheckpointKey]] = {}
+    """Name in PEFT's file -> our parameters whose rows make it up, in order."""
+    for tensor in tensors:
+        keys.setdefault(_peft_name(tensor, family, prefix), []).append(family.checkpoint_key(tensor.ours))
     with DcpReader(checkpoint.model) as reader:
-        declared = [(name, reader.dtype(key), reader.shape(key) if index is None else reader.shape(key)[1:])
-                    for name, (key, index) in keys.items()]
+        if checkpoint.info.head == "score":
+            held = set(reader.keys())
+            keys |= {_PREFIX + name: [(HEAD_KEYS + ours, None)]
+                     for ours, name in score_names(family.name).items() if HEAD_KEYS + ours in held}
+        declared = [(name, reader.dtype(parts[0][0]), _shape_of(reader, parts)) for name, parts in keys.items()]
         total = sum(nbytes(shape, dtype) for _, dtype, shape in declared)
         with staging(dst, total) as work:
             copy_files(checkpoint.hf, work)
@@ -222,15 +227,27 @@ def write_peft(src: str | Path, dst: str | Path, *, finish: Callable[[Path], obj
             if holds_dense(reader):
                 write_trained_dense(reader, read_saved_settings(checkpoint.hf).dense, checkpoint.path, work)
             with SafetensorsWriter(work / WEIGHTS_FILE, declared) as writer:
-                for name, key in keys.items():
-                    writer.write(name, reader.read(*key))
+                for name, parts in keys.items():
+                    writer.write(name, _read(reader, parts))
             write_json(work / CONFIG_FILE, _config_of(settings, family, checkpoint.info.head,
                                                       dropout=dropout_of(checkpoint)))
-            _verify(work, family, shape, settings, {name: reader.read(*key) for name, key in keys.items()})
+            _verify(work, family, shape, settings, {name: _read(reader, parts) for name, parts in keys.items()})
             if finish is not None:
                 finish(work)
     return PeftReport(destination=Path(dst), tensors=len(keys), total_bytes=total,
                       seconds=time.monotonic() - started)
+
+
+def _read(reader: DcpReader, parts: Sequence[CheckpointKey]) -> Tensor:
+    """The rows of several tensors of a checkpoint as one tensor."""
+    tensors = [reader.read(*part) for part in parts]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _shape_of(reader: DcpReader, parts: Sequence[CheckpointKey]) -> tuple[int, ...]:
+    """Shape of what `_read` returns."""
+    shapes = [reader.shape(key) if index is None else reader.shape(key)[1:] for key, index in parts]
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _peft_name(tensor: AdapterTensor, family: Family, prefix: str) -> str:

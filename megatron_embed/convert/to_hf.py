@@ -73,7 +73,8 @@ class StoredParameter:
         """The bytes of Hugging Face tensor `part`, in its order, within our parameter."""
         row_bytes = parameter.length // self.rule.ours_shape(self.context)[0]
         return [parameter.part(rows.our_start * row_bytes, rows.rows * row_bytes)
-                for rows in self.rule.row_ranges(self.context) if rows.part == part]
+                for rows in sorted(self.rule.row_ranges(self.context), key=lambda rows: rows.hf_start)
+                if rows.part == part]
 
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the checkpoint's tensor, without vocabulary padding."""

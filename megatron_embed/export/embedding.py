@@ -103,7 +103,7 @@ def stock_runs_causally(shape: ModelShape, bidirectional: bool = False) -> bool:
     """Whether the installed Transformers would run the model as another one: up to 5.1 it knows decoders with causal
     attention alone; then it reads `is_causal` of config.json."""
     old = tuple(map(int, version("transformers").split(".")[:2])) < (5, 2)
-    return old and (shape.bidirectional or bidirectional) and shape.rotary_base is not None
+    return old and (shape.bidirectional or bidirectional) and shape.classifier is None
 
 
 def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:

@@ -80,6 +80,14 @@ class PackedSequences(PackedSeqParams):
     """[key slots of all groups] int64, the groups' `keys` back to back."""
     window: tuple[int, int] | None = None
     """The attention window that groups or calls were made for, see `attention_window`."""
+    local: "PackedSequences | None" = None
+    """The same bin for the layers that have a window, if the others have none."""
+
+    def of_window(self, window: tuple[int, int] | None) -> "PackedSequences":
+        """The bin as it was prepared for layers with this window."""
+        packed = self if self.local is None or self.window == window else self.local
+        assert packed.window == window, "the bin was prepared for another attention window"
+        return packed
 
     def index_groups(self, groups: tuple[SegmentGroup, ...], local_tokens: int, *, keys_are_local: bool) -> None:
         """Set the SDPA path's tensors: one gather per layer and tensor instead of one per group.
@@ -298,17 +306,17 @@ class PackedAttention(MegatronModule):
         """[tokens/cp, 1, heads/tp, head_dim] queries and [tokens/cp, 1, groups/tp, head_dim] keys and values ->
         [tokens/cp, 1, heads/tp * head_dim]."""
         assert packed_seq_params is not None and packed_seq_params.cu_seqlens is not None
-        assert packed_seq_params.window == self.window, "the bin was prepared for another attention window"
+        packed = packed_seq_params.of_window(self.window)
         dropout = self.dropout if self.training else 0.0
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         group = self.cp_group if self.cp_group is not None and self.cp_group.size() > 1 else None
-        if packed_seq_params.groups:
-            output = self._sdpa(query, *gather_bin(key, value, group), packed_seq_params, dropout)
+        if packed.groups:
+            output = self._sdpa(query, *gather_bin(key, value, group), packed, dropout)
         else:
-            assert packed_seq_params.calls is not None, "the bin was prepared for another kernel"
+            assert packed.calls is not None, "the bin was prepared for another kernel"
             settings = FlashSettings(scale=self.scale, dropout=dropout, cp_group=group)
             with self._fork(dropout):
-                output = flash_attention(query, key, value, packed_seq_params.calls, settings)
+                output = flash_attention(query, key, value, packed.calls, settings)
         return output.reshape(output.shape[0], 1, -1)
 
     def _fork(self, dropout: float) -> AbstractContextManager[None]:

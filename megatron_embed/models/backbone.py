@@ -37,7 +37,6 @@ from megatron_embed.platform.compat import (
     TransformerLayerSubmodules,
     get_bias_dropout_add,
     get_cuda_rng_tracker,
-    get_num_layers_to_build,
     make_viewless_tensor,
     tensor_parallel,
 )
@@ -45,14 +44,18 @@ from megatron_embed.platform.weight_gradient import products_can_accumulate
 
 
 class LayerNorm(torch.nn.Module):
-    """LayerNorm over the last dim whose weights are marked for sequence parallelism, like RMSNorm's."""
+    """LayerNorm over the last dim whose weights are marked for sequence parallelism, like RMSNorm's.
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+    Its bias is None if the configuration's norms have none.
+    """
+
+    def __init__(self, config: BackboneConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
-        for parameter in (self.weight, self.bias):
+        self.bias = (torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype)) if config.norm_bias
+                     else None)
+        for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,16 +83,21 @@ class PostNormLayer(TransformerLayer):
 
 
 class EncoderEmbedding(LanguageModelEmbedding):
-    """Word, position and token-type embeddings followed by BERT's norm and dropout."""
+    """Word embeddings, those of positions and token types if the model has them, and then BERT's norm and dropout."""
 
-    def __init__(self, config: TransformerConfig, vocab_size: int, max_sequence_length: int, num_tokentypes: int,
+    def __init__(self, config: BackboneConfig, vocab_size: int, shape: ModelShape,
                  tp_group: torch.distributed.ProcessGroup) -> None:
-        super().__init__(config, vocab_size, max_sequence_length, "learned_absolute", num_tokentypes, tp_group=tp_group)
+        super().__init__(config, vocab_size, shape.max_position_embeddings,
+                         "learned_absolute" if shape.rotary_base is None else "rope", shape.type_vocab_size,
+                         # The norm comes before the dropout and needs the whole sum.
+                         scatter_to_sequence_parallel=False, tp_group=tp_group)
         self.layer_norm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, tokentype_ids: Tensor | None = None) -> Tensor:
         """[1, tokens] ids and positions -> [tokens/tp, 1, hidden] (all tokens without sequence parallelism)."""
-        embeddings = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+        embeddings = self.word_embeddings(input_ids)
+        if self.add_position_embedding:
+            embeddings = embeddings + self.position_embeddings(position_ids)
         if self.tokentype_embeddings is not None:
             types = torch.zeros_like(input_ids) if tokentype_ids is None else tokentype_ids
             embeddings = embeddings + self.tokentype_embeddings(types)
@@ -191,7 +199,7 @@ def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: Training
     virtual = virtual_size(sizes)
     on_gpu = torch.cuda.is_available()
     return BackboneConfig(
-        fused_kernels=fused_kernels,
+        fused_kernels=fused_kernels, norm_bias=shape.norm_bias,
         num_layers=shape.num_layers, hidden_size=shape.hidden_size, num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups, kv_channels=shape.head_dim, ffn_hidden_size=shape.ffn_hidden_size,
         normalization=shape.norm, layernorm_epsilon=shape.norm_eps, activation_func=ACTIVATIONS[shape.activation],
@@ -264,15 +272,30 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
                vp_stage: int | None, core_attention: type[MegatronModule],
                layers: LayerClasses) -> TransformerBlockSubmodules:
     """Layer and norm classes of the backbone, one entry per layer of this pipeline stage."""
+    virtual = config.virtual_pipeline_model_parallel_size or 1
+    counts = layers_by_stage(shape.num_layers, config.pipeline_model_parallel_size * virtual)
+    stage = (vp_stage or 0) * config.pipeline_model_parallel_size + pp_rank
+    first = sum(counts[:stage])
+    specs = [_layer_spec(shape, layer, bidirectional, core_attention, layers)
+             for layer in range(first, first + counts[stage])]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=layers.norm)
+
+
+def _layer_spec(shape: ModelShape, layer: int, bidirectional: bool, core_attention: type[MegatronModule],
+                layers: LayerClasses) -> ModuleSpec:
+    """Classes of a layer, counted from 0 over the whole model."""
     norm, fused = layers.norm, layers.norm_linear
     qk_norm = norm if shape.qk_layernorm else None
     mask = AttnMaskType.no_mask if bidirectional else AttnMaskType.causal
-    core = ModuleSpec(module=core_attention,
-                      params={"window": attention_window(shape.sliding_window, not bidirectional)})
+    is_local, has_input_norm = shape.is_local(layer), not shape.post_norm and (layer > 0 or shape.first_attention_norm)
+    core = ModuleSpec(module=core_attention, params={
+        "window": attention_window(shape.sliding_window, not bidirectional) if is_local else None})
     attention = ModuleSpec(
-        module=PackedSelfAttention, params={"attn_mask_type": mask},
+        module=PackedSelfAttention, params={"attn_mask_type": mask,
+                                           "rotary": int(is_local and shape.local_rotary_base is not None)},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=fused or layers.column_linear, core_attention=core, linear_proj=layers.row_linear,
+            linear_qkv=(fused if has_input_norm else None) or layers.column_linear, core_attention=core,
+            linear_proj=layers.row_linear,
             q_layernorm=qk_norm, k_layernorm=qk_norm))
     # Transformer Engine fuses these norms into the linears; storing them under its names keeps checkpoints
     # interchangeable with models built from its layers. A mixture of experts keeps the second one separate.
@@ -287,14 +310,12 @@ def block_spec(config: TransformerConfig, shape: ModelShape, bidirectional: bool
             activation_func=layers.activation))
         if not shape.post_norm and not fused:
             stored_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-    layer = ModuleSpec(
+    return ModuleSpec(
         module=PostNormLayer if shape.post_norm else PreNormLayer if norm is RMSNorm else TransformerLayer,
         params={"norm": norm} if shape.post_norm else {},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if shape.post_norm or fused else norm, self_attention=attention,
+            input_layernorm=norm if has_input_norm and not fused else IdentityOp, self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if shape.post_norm or (fused and not shape.num_experts) else norm, mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=stored_names))
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage, pp_rank),
-                                      layer_norm=norm)

@@ -1,5 +1,6 @@
 """Backbone, pooling and head, by pipeline stage: a micro-batch of token ids -> `[rows, dim]` embeddings."""
 
+import dataclasses
 import functools
 import logging
 import re
@@ -135,9 +136,8 @@ class EmbeddingModel(LanguageModule):
 
     def _embedding(self) -> LanguageModelEmbedding:
         vocabulary = padded_vocabulary(self.shape.vocab_size, self.topology.tp_size)
-        if self.shape.rotary_base is None:
-            return EncoderEmbedding(self.config, vocabulary, self.shape.max_position_embeddings,
-                                    self.shape.type_vocab_size, tp_group=self.topology.groups.tp)
+        if self.shape.embedding_norm:
+            return EncoderEmbedding(self.config, vocabulary, self.shape, tp_group=self.topology.groups.tp)
         return LanguageModelEmbedding(self.config, vocabulary, self.shape.max_position_embeddings, "rope",
                                       tp_group=self.topology.groups.tp)
 
@@ -320,15 +320,8 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
     """
     micro_batch = micro_batch if passes is None else passes.pad(micro_batch)
     tokens, valid_rows = micro_batch.token_ids.numel(), micro_batch.valid_rows
-    window = None if shape is None else attention_window(shape.sliding_window, causal)
     chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)
-    packed = PackedSequences(cu_seqlens=micro_batch.cu_seqlens, num_tokens=micro_batch.num_tokens,
-                             max_seqlen=int(micro_batch.cu_seqlens.diff().max()), window=window)
-    if kernel == "sdpa":
-        packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, torch.device("cpu"), window),
-                            tokens // topology.cp_size, keys_are_local=topology.cp_size == 1)
-    elif kernel == "flash":
-        packed.calls = flash_calls(micro_batch.cu_seqlens, chunks, causal, window)
+    packed = _packed(micro_batch, chunks, kernel, causal, shape)
     first_position = 0 if shape is None else shape.position_offset
     plan = local_plan(pooling_plan(micro_batch, pooling), chunks)
     padding = _select(torch.arange(tokens) >= micro_batch.num_tokens, chunks)
@@ -343,6 +336,31 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
         position_ids=_select(_positions(micro_batch, first_position), chunks)[None], num_tokens=tokens,
         packed=packed, first_position=first_position, padding=padding[None], plan=plan, valid_rows=valid_rows,
         num_rows=int(valid_rows.max()) + 1 if len(valid_rows) else 0), topology.device)
+
+
+def _packed(micro_batch: MicroBatch, chunks: tuple[tuple[int, int], ...], kernel: AttentionKernel, causal: bool,
+            shape: ModelShape | None) -> PackedSequences:
+    """The sequence bounds of a micro-batch, prepared on the CPU for the attention windows of the model's layers."""
+    window = None if shape is None else attention_window(shape.sliding_window, causal)
+    packed = _packed_for(micro_batch, chunks, kernel, causal, window)
+    if shape is None or not shape.full_attention_layers:
+        return packed
+    if window is None or packed.max_seqlen <= window[0] + 1:  # no text is longer than the window
+        return dataclasses.replace(packed, window=None, local=packed)
+    return dataclasses.replace(_packed_for(micro_batch, chunks, kernel, causal, None), local=packed)
+
+
+def _packed_for(micro_batch: MicroBatch, chunks: tuple[tuple[int, int], ...], kernel: AttentionKernel, causal: bool,
+                window: tuple[int, int] | None) -> PackedSequences:
+    """The sequence bounds, prepared for layers with this window."""
+    packed = PackedSequences(cu_seqlens=micro_batch.cu_seqlens, num_tokens=micro_batch.num_tokens,
+                             max_seqlen=int(micro_batch.cu_seqlens.diff().max()), window=window)
+    if kernel == "sdpa":
+        packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, torch.device("cpu"), window),
+                            sum(stop - start for start, stop in chunks), keys_are_local=len(chunks) == 1)
+    elif kernel == "flash":
+        packed.calls = flash_calls(micro_batch.cu_seqlens, chunks, causal, window)
+    return packed
 
 
 def _positions(micro_batch: MicroBatch, first: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import Tensor
 
+from megatron_embed.kernels.reference import ACTIVATIONS
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import HeadKind, Pooling
 from megatron_embed.parallel.topology import Topology
@@ -41,13 +42,13 @@ class HeadSpec:
 
 
 def head_pooling(shape: ModelShape) -> Pooling:
-    """Pooling of a head, as in the stock classes: the first token of an encoder, the last of a decoder."""
-    return "cls" if is_encoder(shape) else "lasttoken"
+    """Pooling of a head, as in the stock classes: an encoder's own, the last token of a decoder."""
+    return "lasttoken" if shape.classifier is None else shape.classifier.pooling
 
 
 def is_encoder(shape: ModelShape) -> bool:
     """Whether the model is an encoder, which reads query and document as a pair of texts."""
-    return shape.post_norm
+    return shape.classifier is not None
 
 
 class RerankerHead(torch.nn.Module):
@@ -57,7 +58,8 @@ class RerankerHead(torch.nn.Module):
     are not a parameter of this module but a copy of the first stage's rows, fetched before each pass
     (`fetch_tied_rows`), whose gradient is returned after it (`return_tied_gradients`).
     score: weight [1, hidden]; in encoders with bias and, before it, a dense layer with tanh, as in
-    BertForSequenceClassification (whose pooler it is) and XLMRobertaForSequenceClassification.
+    BertForSequenceClassification (whose pooler it is) and XLMRobertaForSequenceClassification, or what
+    `shape.classifier` says.
     """
 
     def __init__(self, spec: HeadSpec, shape: ModelShape, cp_size: int) -> None:
@@ -66,30 +68,37 @@ class RerankerHead(torch.nn.Module):
         self.cp_size = cp_size
         self.tied_rows: Tensor | None = None
         """[2, hidden] float32, a leaf that collects the gradient of a step."""
-        hidden, encoder = shape.hidden_size, is_encoder(shape)
-        outputs = 2 if spec.kind == "yes_no" else 1
-        self.dense = torch.nn.Linear(hidden, hidden) if spec.kind == "score" and encoder else None
+        hidden, outputs = shape.hidden_size, 2 if spec.kind == "yes_no" else 1
+        own = shape.classifier if spec.kind == "score" else None
+        self.dense = None if own is None else torch.nn.Linear(hidden, hidden, bias=own.dense_bias)
+        self.activation = torch.tanh if own is None or own.activation == "tanh" else ACTIVATIONS[own.activation]
+        self.norm = (torch.nn.LayerNorm(hidden, eps=shape.norm_eps, bias=shape.norm_bias)
+                     if own is not None and own.norm else None)
         self.weight = self.bias = None
         if not spec.is_tied(shape):
             self.weight = torch.nn.Parameter(torch.empty(outputs, hidden))
-        if spec.kind == "score" and encoder:
+        if own is not None:
             self.bias = torch.nn.Parameter(torch.empty(1))
 
     def forward(self, rows: Tensor) -> Tensor:
         """[rows, hidden] float32 -> [rows, 1] float32. No communication."""
         if self.dense is not None:
-            rows = torch.tanh(functional.linear(rows, self._scaled(self.dense.weight), self._scaled(self.dense.bias)))
+            rows = self.activation(functional.linear(rows, self._scaled(self.dense.weight),
+                                                     self._scaled(self.dense.bias)))
+        if self.norm is not None:
+            rows = functional.layer_norm(rows, rows.shape[-1:], self._scaled(self.norm.weight),
+                                         self._scaled(self.norm.bias), self.norm.eps)
         if self.weight is None:
             assert self.tied_rows is not None, "fetch_tied_rows must be called before a pass"
             weight = self.tied_rows
         else:
             weight = self._scaled(self.weight)
-        scores = functional.linear(rows, weight, None if self.bias is None else self._scaled(self.bias))
+        scores = functional.linear(rows, weight, self._scaled(self.bias))
         return scores[:, :1] - scores[:, 1:] if self.spec.kind == "yes_no" else scores
 
-    def _scaled(self, weight: Tensor) -> Tensor:
-        """The parameter in float32, with its gradient divided by the context-parallel size."""
-        return _ScaledGradient.apply(weight.float(), 1.0 / self.cp_size)  # type: ignore[no-any-return,no-untyped-call]
+    def _scaled(self, weight: Tensor | None) -> Tensor | None:
+        """The parameter in float32, with its gradient divided by the context-parallel size; None for none."""
+        return None if weight is None else _ScaledGradient.apply(weight.float(), 1.0 / self.cp_size)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -160,12 +169,15 @@ def _local_rows(word_embeddings: torch.nn.Module, spec: HeadSpec) -> list[tuple[
 
 
 def initialize_head(parameters: dict[str, torch.nn.Parameter], names: Sequence[str], seed: int, std: float) -> None:
-    """Initialize parameters of a new head: normal with `std`, biases 0; the same on every rank and layout."""
+    """Initialize parameters of a new head: normal with `std`, biases 0, a norm's weight 1; the same on every rank and
+    layout."""
     for name in names:
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
         parameter = parameters[name]
         values = torch.zeros(parameter.shape)
-        if not name.endswith("bias"):
+        if name == "norm.weight":
+            values.fill_(1.0)
+        elif not name.endswith("bias"):
             values.normal_(0.0, std, generator=generator)
         with torch.no_grad():
             parameter.copy_(values)

@@ -18,6 +18,8 @@ class BackboneConfig(TransformerConfig):
 
     fused_kernels: bool = False
     """Element-wise work by Triton kernels, see `model.fused_kernels`."""
+    norm_bias: bool = True
+    """Whether a LayerNorm has a bias."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -77,13 +79,18 @@ class PreNormLayer(TransformerLayer):
 class PackedSelfAttention(SelfAttention):
     """Megatron's self-attention over packed sequences, with query and key norms and rotary positions in one kernel."""
 
+    def __init__(self, *arguments: Any, rotary: int = 0, **others: Any) -> None:
+        """`rotary`: which of the model's rotary angles this layer takes; the other arguments are Megatron's."""
+        super().__init__(*arguments, **others)
+        self.rotary = rotary
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None,  # type: ignore[override]
                 rotary_pos_emb: Tensor | None = None, packed_seq_params: Any = None,
                 **others: Any) -> tuple[Tensor, Tensor | None]:
         """[tokens/tp, 1, hidden] -> (the same shape, bias that is not added yet).
 
         Args:
-            rotary_pos_emb: [2, tokens, head_dim / 2], see `rope.rotary_cos_sin`; None: learned positions.
+            rotary_pos_emb: [1 or 2, 2, tokens, head_dim / 2], see `rope.rotary_cos_sin`; None: learned positions.
         """
         if rotary_pos_emb is None:
             return super().forward(  # type: ignore[no-any-return]
@@ -95,7 +102,7 @@ class PackedSelfAttention(SelfAttention):
             if norm is not None:
                 call_before_forward(norm, mixed)
         query, key, value = (tensor[:, None] for tensor in qkv_rotary(
-            mixed.view(mixed.shape[0], groups, -1, head_dim), rotary_pos_emb,
+            mixed.view(mixed.shape[0], groups, -1, head_dim), rotary_pos_emb[self.rotary],
             None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
             self.num_attention_heads_per_partition, self.config.layernorm_epsilon, fused=self.config.fused_kernels))
         attend = (self._checkpointed_attention_forward if self.checkpoint_core_attention and self.training

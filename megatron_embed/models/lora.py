@@ -50,13 +50,19 @@ class LoraMatrices(torch.nn.Module):
     """The matrices A and B of one Hugging Face module, zero until they are initialized or loaded.
 
     A is [rank, inputs], or [rank, inputs/tp] in a row-parallel linear; B is [outputs, rank], or [outputs/tp, rank] in a
-    column-parallel one.
+    column-parallel one. A module that stands for several projections has B0, B1, ..., one for each.
     """
 
-    def __init__(self, rank: int, inputs: int, outputs: int) -> None:
+    def __init__(self, rank: int, inputs: int, *outputs: int) -> None:
         super().__init__()
         self.A = torch.nn.Parameter(torch.zeros(rank, inputs))
-        self.B = torch.nn.Parameter(torch.zeros(outputs, rank))
+        for index, rows in enumerate(outputs):
+            self.register_parameter("B" if len(outputs) == 1 else f"B{index}",
+                                    torch.nn.Parameter(torch.zeros(rows, rank)))
+
+    def ups(self) -> list[torch.nn.Parameter]:
+        """Every B, in order."""
+        return [parameter for name, parameter in self.named_parameters() if name != "A"]
 
 
 class Lora(torch.nn.Module):
@@ -78,7 +84,8 @@ class Lora(torch.nn.Module):
         self.inputs = linear.weight.shape[1] * (self.group.size() if self.split == "A" else 1)
 
     def mark(self, split: torch.nn.Parameter, dim: int, copied: torch.nn.Parameter, linear: torch.nn.Module) -> None:
-        """Set the attributes by which Megatron reduces gradients and counts them once in the norm.
+        """Set the attributes by which Megatron reduces gradients and counts them once in the norm. May be called for
+        every matrix that shares the copied one.
 
         Args:
             split: the matrix of which each tensor-parallel rank holds a share along `dim`.
@@ -110,15 +117,20 @@ class ColumnLora(Lora):
 
     def __init__(self, linear: Any, adapters: Adapters, parts: tuple[str | None, ...],
                  widths: tuple[int, ...]) -> None:
-        """`widths`: contiguous outputs of each part; the parts repeat in turn until all outputs are filled."""
+        """
+        Args:
+            parts: names of modules; one that is repeated stands for several projections, which share its A.
+            widths: contiguous outputs of each part; the parts repeat in turn until all outputs are filled.
+        """
         super().__init__(linear, adapters)
         self.turns = linear.weight.shape[0] // sum(widths)
         self.parts = tuple(zip(parts, widths, strict=True))
-        for name, width in self.parts:
-            if name is not None:
-                pair = LoraMatrices(adapters.rank, self.inputs, self.turns * width)
-                self.add_module(name, pair)
-                self.mark(pair.B, 0, pair.A, linear)
+        for name in dict.fromkeys(name for name in parts if name is not None):
+            pair = LoraMatrices(adapters.rank, self.inputs,
+                                *(self.turns * width for part, width in self.parts if part == name))
+            self.add_module(name, pair)
+            for up in pair.ups():
+                self.mark(up, 0, pair.A, linear)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[tokens/tp, ..., inputs] (all tokens without sequence parallelism) -> [tokens, ..., outputs/tp].
@@ -135,12 +147,13 @@ class ColumnLora(Lora):
             inner = (tensor_parallel.gather_from_sequence_parallel_region(inner, group=self.group)
                      if self.sequence_parallel else SumGradients.apply(inner, self.group))
         inners = dict(zip(matrices, inner.chunk(len(matrices), dim=-1), strict=True))
+        ups = {name: iter(pair.ups()) for name, pair in matrices.items()}
         outputs = []
         for name, width in self.parts:
             if name is None:
                 outputs.append(inner.new_zeros(*inner.shape[:-1], self.turns, width))
             else:
-                outputs.append(plain_linear(inners[name], matrices[name].B).unflatten(-1, (self.turns, width)))
+                outputs.append(plain_linear(inners[name], next(ups[name])).unflatten(-1, (self.turns, width)))
         return torch.cat(outputs, dim=-1).flatten(-2)
 
 
@@ -232,7 +245,8 @@ class AdaptedLinear:
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         own = {f"lora.{name}": tensor for name, tensor in self.lora.state_dict(prefix="", keep_vars=True).items()}
         return state | make_sharded_tensors_for_checkpoint(
-            own, prefix, {name: self.lora.split_dim for name in own if name.endswith(f".{self.lora.split}")},
+            own, prefix, {name: self.lora.split_dim for name in own
+                                if name.rpartition(".")[2].startswith(self.lora.split)},
             sharded_offsets, tp_group=self.lora.group, dp_cp_group=metadata["dp_cp_group"])
 
 

@@ -46,4 +46,5 @@ class Adapters:
     """Seed of the initial weights."""
     parts: Mapping[str, tuple[str | None, ...]]
     """Our linear layers, `*` for the layer and `#` for the expert -> last words of the Hugging Face modules that make
-    them up, in order; None for a module without an adapter."""
+    them up, in order; None for a module without an adapter. A module that stands for several projections is
+    repeated."""

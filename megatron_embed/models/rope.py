@@ -9,18 +9,26 @@ from megatron_embed.models.families import ModelShape, RopeScaling
 
 
 def rotary_frequencies(shape: ModelShape) -> Tensor:
-    """[head_dim / 2] float32 on the CPU, radians per position, by the arithmetic of Transformers.
+    """[1, head_dim / 2] float32 on the CPU, radians per position, by the arithmetic of Transformers; [2, head_dim / 2]
+    if the layers with an attention window, whose frequencies are the second row, have a base of their own.
 
     Megatron's own module has Llama's scaling for one set of wavelengths only, and no linear scaling.
     """
     assert shape.rotary_base is not None, "the model has learned positions"
-    steps = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device="cpu") / shape.head_dim
-    frequencies = 1.0 / shape.rotary_base**steps
-    if shape.rope_scaling is None:
+    rows = [_frequencies(shape.head_dim, shape.rotary_base, shape.rope_scaling)]
+    if shape.local_rotary_base is not None:
+        rows.append(_frequencies(shape.head_dim, shape.local_rotary_base, shape.local_rope_scaling))
+    return torch.stack(rows)
+
+
+def _frequencies(head_dim: int, base: float, scaling: RopeScaling | None) -> Tensor:
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    frequencies = 1.0 / base**steps
+    if scaling is None:
         return frequencies
-    if shape.rope_scaling.kind == "linear":
-        return frequencies / shape.rope_scaling.factor
-    return _llama3(frequencies, shape.rope_scaling)
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    return _llama3(frequencies, scaling)
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
@@ -34,7 +42,11 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotary_cos_sin(frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """[2, tokens, head_dim / 2] of `dtype`: cosines and sines of the angles, computed in float32, of [1, tokens]
-    positions on the same device."""
-    angles = torch.outer(position_ids.flatten().float(), frequencies)
-    return torch.stack((angles.cos(), angles.sin())).to(dtype)
+    """[rows, 2, tokens, head_dim / 2] of `dtype`: cosines and sines of the angles, computed in float32.
+
+    Args:
+        frequencies: [rows, head_dim / 2], see `rotary_frequencies`.
+        position_ids: [1, tokens], on the same device.
+    """
+    angles = position_ids.flatten().float()[:, None] * frequencies[:, None]
+    return torch.stack((angles.cos(), angles.sin()), dim=1).to(dtype)

@@ -62,7 +62,7 @@ class TransformerEngineAttention(MegatronModule):
         [tokens, 1, heads/tp * head_dim]."""
         packed = packed_seq_params
         assert packed is not None and packed.cu_seqlens is not None
-        assert packed.window == self.window, "the bin was prepared for another attention window"
+        packed.of_window(self.window)
         real, longest = packed.num_tokens, packed.max_seqlen
         output = self.kernel(
             *(tensor.squeeze(1)[:real] for tensor in (query, key, value)), qkv_format="thd",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.models.backbone import LayerClasses
+from megatron_embed.models.backbone import LayerClasses, LayerNorm
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import Fp8Passes, Fp8Recipe
 from megatron_embed.parallel.topology import token_alignment
@@ -57,11 +57,14 @@ def uses_swiglu(shape: ModelShape) -> bool:
 
 
 def te_layer_classes(shape: ModelShape, *, with_adapters: bool) -> LayerClasses:
-    """The classes of a model's layers. With adapters, which need a norm's outputs, norms are not part of linears."""
+    """The classes of a model's layers. With adapters, which need a norm's outputs, norms are not part of linears; a
+    LayerNorm without bias, which Transformer Engine has not, is ours."""
     engine = transformer_engine_layers()
-    fuses = not with_adapters and not shape.post_norm
+    own_norm = shape.norm == "LayerNorm" and not shape.norm_bias
+    fuses = not with_adapters and not shape.post_norm and not own_norm
     return LayerClasses(
-        norm=engine.TENorm, column_linear=engine.TEColumnParallelLinear, row_linear=engine.TERowParallelLinear,
+        norm=LayerNorm if own_norm else engine.TENorm, column_linear=engine.TEColumnParallelLinear,
+        row_linear=engine.TERowParallelLinear,
         norm_linear=engine.TELayerNormColumnParallelLinear if fuses else None,
         activation=SwiGLU if uses_swiglu(shape) else None)
 

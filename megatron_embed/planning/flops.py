@@ -74,11 +74,15 @@ def forward_flops(shape: ModelShape, tokens: float, squared_lengths: float, *, c
     `squared_lengths`.
 
     Two per token and parameter of a matrix, and attention's two products of every query with every key, half of them if
-    it is causal. Norms, rotations and pooling are not counted, nor the word embedding.
+    it is causal, none outside the attention window. Norms, rotations and pooling are not counted, nor the word
+    embedding.
     """
     pairs = squared_lengths / 2 if causal else squared_lengths
-    return 2.0 * active_matrix_parameters(shape) * tokens + 4.0 * shape.num_layers * shape.num_attention_heads * \
-        shape.head_dim * pairs
+    local = pairs
+    if shape.sliding_window is not None:
+        local = min(pairs, tokens * (shape.sliding_window if causal else 2 * shape.sliding_window + 1))
+    all_pairs = (shape.num_layers - shape.local_layers) * pairs + shape.local_layers * local
+    return 2.0 * active_matrix_parameters(shape) * tokens + 4.0 * shape.num_attention_heads * shape.head_dim * all_pairs
 
 
 def forward_passes(config: RunConfig, grid: Grid) -> int:

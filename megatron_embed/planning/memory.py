@@ -164,7 +164,7 @@ def layer_activation_bytes(config: RunConfig, shape: ModelShape, adapted: Adapte
     kept = (2 * norm * hidden + attention + mlp) / tp
     for name, modules in (adapted or {}).items():
         copies = shape.experts_per_token / config.parallel.expert_tensor_parallel_size if ".experts." in name else 1
-        kept += copies * element * config.lora.rank * sum(module is not None for module in modules)
+        kept += copies * element * config.lora.rank * len({module for module in modules if module is not None})
     return kept
 
 

@@ -36,8 +36,8 @@ class Parameters:
 
 
 def norm_parameters(shape: ModelShape, width: int) -> int:
-    """Parameters of a norm: the weight, and the bias of a LayerNorm."""
-    return width * (2 if shape.norm == "LayerNorm" else 1)
+    """Parameters of a norm: the weight, and the bias of a LayerNorm that has one."""
+    return width * (2 if shape.norm == "LayerNorm" and shape.norm_bias else 1)
 
 
 def layer_parameters(shape: ModelShape, sizes: ParallelConfig) -> Parameters:
@@ -65,11 +65,11 @@ def layer_parameters(shape: ModelShape, sizes: ParallelConfig) -> Parameters:
 
 def embedding_parameters(shape: ModelShape, tp_size: int) -> int:
     """Word embedding, its vocabulary padded to a multiple of `tp_size`, and the other embeddings of encoders."""
-    words = -(-shape.vocab_size // tp_size) * shape.hidden_size
-    if shape.rotary_base is not None:
-        return words
-    others = (shape.max_position_embeddings + shape.type_vocab_size) * shape.hidden_size
-    return words + others + norm_parameters(shape, shape.hidden_size)
+    rows = -(-shape.vocab_size // tp_size) + shape.type_vocab_size
+    if shape.rotary_base is None:
+        rows += shape.max_position_embeddings
+    norm = norm_parameters(shape, shape.hidden_size) if shape.embedding_norm else 0
+    return rows * shape.hidden_size + norm
 
 
 def stage_layers(shape: ModelShape, sizes: ParallelConfig, stage: int) -> int:
@@ -84,6 +84,8 @@ def stage_parameters(shape: ModelShape, sizes: ParallelConfig, stage: int) -> Pa
     result = layer_parameters(shape, sizes) * stage_layers(shape, sizes, stage)
     if stage == 0:
         result += Parameters(dense=embedding_parameters(shape, sizes.tensor_model_parallel_size))
+        if not shape.first_attention_norm:
+            result += Parameters(dense=-norm_parameters(shape, shape.hidden_size))
     if stage == stages - 1 and not shape.post_norm:
         result += Parameters(dense=norm_parameters(shape, shape.hidden_size))
     return result
@@ -124,7 +126,7 @@ def held_parameters(config: RunConfig, shape: ModelShape, stage: int, adapted: A
 
 def head_kind(config: RunConfig, shape: ModelShape) -> HeadKind:
     """Head of a reranker: the configured one, else the family's; another one in the directory differs by a row."""
-    return config.reranker.head or ("score" if shape.post_norm else "yes_no")
+    return config.reranker.head or ("yes_no" if shape.classifier is None else "score")
 
 
 def head_parameters(config: RunConfig, shape: ModelShape) -> int:
@@ -134,8 +136,12 @@ def head_parameters(config: RunConfig, shape: ModelShape) -> int:
         return 0
     if kind == "yes_no":
         return 2 * hidden
+    own = shape.classifier
+    if own is None:
+        return hidden
     # Encoders have a dense layer before the linear, and biases.
-    return hidden * (hidden + 2) + 1 if shape.post_norm else hidden
+    norm = norm_parameters(shape, hidden) if own.norm else 0
+    return hidden * (hidden + own.dense_bias) + norm + hidden + 1
 
 
 def dense_parameters(config: RunConfig, shape: ModelShape) -> int:
@@ -171,8 +177,10 @@ def adapter_parameters(shape: ModelShape, sizes: ParallelConfig, rank: int, adap
             count = rank * (inputs // split + hidden)
         else:
             outputs = (query, key, key) if name.endswith("linear_qkv") else (width,) * len(modules)
-            count = sum(rank * (hidden + size // split)
-                        for module, size in zip(modules, outputs, strict=True) if module is not None)
+            # One A for each module; a module that stands for several outputs has a share of B for each.
+            count = rank * hidden * len({module for module in modules if module is not None})
+            count += sum(rank * (size // split)
+                         for module, size in zip(modules, outputs, strict=True) if module is not None)
         if is_expert:
             result += Parameters(expert=count * (shape.num_experts // sizes.expert_model_parallel_size))
         else:

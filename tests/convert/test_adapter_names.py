@@ -8,6 +8,7 @@ import transformers
 from megatron_embed.convert.lora_names import linear_rules, parts_by_linear, peft_targets, resolve_modules
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import ConfigError
+from tests.helpers.families import MODERNBERT
 from tests.helpers.toys import BERT, QWEN3
 
 ATTENTION = "model.layers.*.self_attn."
@@ -35,11 +36,12 @@ def test_targets_that_match_no_layer_are_refused(family, target, words):
 
 @pytest.mark.parametrize("kind, targets", [
     ("bert", ["all-linear"]), ("bert", ["dense"]), ("bert", ["query", "value"]), ("bert", ["attention.output.dense"]),
+    ("modernbert", ["all-linear"]), ("modernbert", ["Wo"]), ("modernbert", ["mlp.Wo", "Wqkv"]),
     ("bert", ["intermediate.dense", "key"]), ("qwen3", ["all-linear"]), ("qwen3", ["q_proj", "down_proj"])])
 def test_peft_adapts_the_same_layers(kind, targets):
     from peft import LoraConfig, get_peft_model
 
-    name, sizes = {"bert": ("Bert", BERT), "qwen3": ("Qwen3", QWEN3)}[kind]
+    name, sizes = {"bert": ("Bert", BERT), "qwen3": ("Qwen3", QWEN3), "modernbert": ("ModernBert", MODERNBERT)}[kind]
     model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(
         **sizes | {"num_hidden_layers": 2, "vocab_size": 50}))
     family = rules_for(kind)

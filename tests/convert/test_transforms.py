@@ -7,7 +7,16 @@ import torch
 
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
 from megatron_embed.convert.tables.lookup import rules_for
-from megatron_embed.convert.tables.transforms import Context, FuseGateUp, FuseQKV, PadVocabulary, Rename, expand_braces
+from megatron_embed.convert.tables.transforms import (
+    Context,
+    FuseGateUp,
+    FuseQKV,
+    PadVocabulary,
+    Rename,
+    UnstackGateUp,
+    UnstackQKV,
+    expand_braces,
+)
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import model_shape
 from tests.helpers.toys import save_toy
@@ -31,6 +40,8 @@ CASES = [
     FuseQKV("layers.*.a", "l.*.{q,k,v}_proj", "hidden_size"),
     FuseQKV("layers.*.a", "l.*.{q,k,v}_bias", ""),
     FuseGateUp("layers.*.a", "l.*.{gate,up}", "ffn_hidden_size hidden_size"),
+    UnstackQKV("layers.*.a", "l.*.qkv", "hidden_size"),
+    UnstackGateUp("layers.*.a", "l.*.gate_up", "ffn_hidden_size hidden_size"),
     PadVocabulary("a", "x"),
 ]
 
@@ -102,7 +113,7 @@ def test_sizes_that_do_not_divide_are_refused_with_their_key(shape):
     context = Context(shape=shape, layer=0, padded_vocab_size=104)
     for rule, match in ((CASES[3], "num_key_value_heads = 2 cannot be split over .*tensor_model_parallel_size = 4"),
                         (CASES[2], r"num_attention_heads \* head_dim = 32 .* = 3"),
-                        (CASES[6], "padded_vocab_size = 104 .* = 3")):
+                        (CASES[-1], "padded_vocab_size = 104 .* = 3")):
         with pytest.raises(CheckpointError, match=match):
             rule.shard(slices_of(random_tensors(rule, context)), context, 0, 4 if rule is CASES[3] else 3)
 

@@ -19,7 +19,10 @@ _ENCODER = {"encoder.layer.{}.attention.self.query": "hh", "encoder.layer.{}.att
 _DECODER = {"layers.{}.self_attn.q_proj": "hq", "layers.{}.self_attn.k_proj": "hk", "layers.{}.self_attn.v_proj": "hk",
             "layers.{}.self_attn.o_proj": "qh", "layers.{}.mlp.gate_proj": "hf", "layers.{}.mlp.up_proj": "hf",
             "layers.{}.mlp.down_proj": "fh"}
+_MODERNBERT = {"layers.{}.attn.Wqkv": "hm", "layers.{}.attn.Wo": "hh", "layers.{}.mlp.Wi": "hg",
+               "layers.{}.mlp.Wo": "fh"}
 TARGETS = {
+    "modernbert": _MODERNBERT,
     "bert": _ENCODER, "xlm-roberta": _ENCODER, "qwen3": _DECODER, "qwen2": _DECODER, "llama": _DECODER,
     "qwen3_moe": {"layers.{}.self_attn.k_proj": "hk", "layers.{}.self_attn.o_proj": "qh",
                   **{f"layers.{{}}.mlp.experts.{expert}.{name}": sizes for expert in range(4)
@@ -27,10 +30,12 @@ TARGETS = {
     "mixtral": {"layers.{}.self_attn.q_proj": "hq", "layers.{}.self_attn.v_proj": "hk",
                 **{f"layers.{{}}.block_sparse_moe.experts.{expert}.{name}": sizes for expert in range(4)
                    for name, sizes in (("w1", "hf"), ("w3", "hf"), ("w2", "fh"))}}}
-"""Names under AutoModel, `{}` the layer, and their inputs and outputs: hidden, query, key, ffn, expert's ffn."""
+"""Names under AutoModel, `{}` the layer, and their inputs and outputs: hidden, query, key, ffn, expert's ffn, queries
+with keys and values ("m"), gate with up ("g")."""
 _ENCODER_TARGETS = ["query", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 _DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PEFT_TARGETS = {"bert": _ENCODER_TARGETS, "xlm-roberta": _ENCODER_TARGETS, "qwen3": _DECODER_TARGETS,
+PEFT_TARGETS = {"modernbert": ["Wqkv", "Wo", "Wi"],
+                "bert": _ENCODER_TARGETS, "xlm-roberta": _ENCODER_TARGETS, "qwen3": _DECODER_TARGETS,
                 "qwen2": _DECODER_TARGETS, "llama": _DECODER_TARGETS,
                 "qwen3_moe": ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
                 "mixtral": ["q_proj", "v_proj", "w1", "w2", "w3"]}
@@ -51,6 +56,7 @@ def write_adapter(path: Path, base: Path, task: str = "FEATURE_EXTRACTION", pref
     head = config.get("head_dim", hidden // heads)
     sizes = {"h": hidden, "q": heads * head, "k": config.get("num_key_value_heads", heads) * head,
              "f": config["intermediate_size"], "e": config.get("moe_intermediate_size", 0)}
+    sizes |= {"m": sizes["q"] + 2 * sizes["k"], "g": 2 * sizes["f"]}
     generator = torch.Generator().manual_seed(5)
     tensors = {}
     for layer in range(config["num_hidden_layers"]):
@@ -58,7 +64,7 @@ def write_adapter(path: Path, base: Path, task: str = "FEATURE_EXTRACTION", pref
             for matrix, shape in (("A", (RANK, sizes[inputs])), ("B", (sizes[outputs], RANK))):
                 numbers = torch.randn(*shape, generator=generator) * 0.1
                 tensors[f"base_model.model.{prefix}{name.format(layer)}.lora_{matrix}.weight"] = numbers
-    heads = sorted({name.split(".")[-3 if ".dense." in name else -2] for name in saved or {}})
+    heads = sorted({name.split(".")[-3 if ".dense." in name or ".norm." in name else -2] for name in saved or {}})
     tensors.update({f"base_model.model.{name}": tensor for name, tensor in (saved or {}).items()})
     return _write(path, tensors, base, config["model_type"], task, heads)
 

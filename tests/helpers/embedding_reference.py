@@ -26,6 +26,7 @@ from tests.helpers.adapter_reference import save_adapter_gradients, with_adapter
 from tests.helpers.dense_directories import SHAPES, add_modules, load_steps, save_gradients_of, through
 from tests.helpers.embedding_reference_ranks import RankResult, run_cases, tokenizer_of
 from tests.helpers.exactness_cases import BOUND, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
+from tests.helpers.families import SMALL_IDS
 from tests.helpers.gradient_errors import largest_error, save_gradients
 from tests.helpers.pretend_ranks import run_on_pretend_ranks
 from tests.helpers.ranks import run_on_ranks
@@ -52,7 +53,10 @@ _MODELS: dict[Kind, tuple[str, str, dict[str, Any]]] = {
             "original_max_position_embeddings": 64}}),
     "mistral": ("MistralConfig", "MistralModel", {**_DECODER, "sliding_window": 8}),
     "mixtral": ("MixtralConfig", "MixtralModel", {
-        **_DECODER, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2})}
+        **_DECODER, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "modernbert": ("ModernBertConfig", "ModernBertModel", {
+        "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 8, "intermediate_size": 48,
+        "max_position_embeddings": 2048, "local_attention": 10, **SMALL_IDS})}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,11 +24,21 @@ EXPERTS = {"num_experts_per_tok": 2}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1.0e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
 """Llama 3's rope scaling: of the 8 frequencies of a head of 16, two stay, one is blended and five are divided."""
+SMALL_IDS = {f"{name}_token_id": index for index, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
+"""Of configurations whose defaults lie beyond a small vocabulary."""
+MODERNBERT = {"vocab_size": 103, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4,
+              "intermediate_size": 48, "max_position_embeddings": 96, "local_attention": 12, "local_rope_theta": 50.0} | SMALL_IDS
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "BERT": ("Bert", ENCODER),
     "RoBERTa": ("Roberta", ENCODER | {"type_vocab_size": 1}),
     "XLM-RoBERTa": ("XLMRoberta", ENCODER | {"type_vocab_size": 1, "num_hidden_layers": 5}),
+    "ModernBERT": ("ModernBert", MODERNBERT),
+    "ModernBERT, biases of norms": ("ModernBert", MODERNBERT | {
+        "norm_bias": True, "local_attention": 7, "hidden_activation": "gelu_pytorch_tanh", "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+        "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1.0e5},
+                            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}}),
     "Qwen2": ("Qwen2", DECODER),
     "Qwen3": ("Qwen3", DECODER | {"head_dim": 16}),
     "Qwen3-MoE": ("Qwen3Moe", DECODER | EXPERTS | {"head_dim": 16, "moe_intermediate_size": 20, "num_experts": 4,
@@ -44,6 +54,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Family -> prefix of Transformers' classes, settings. The vocabulary is odd, some numbers of layers too."""
 WITH_EXPERTS = ("Qwen3-MoE", "Mixtral")
+SLOW_GRID = ("ModernBERT", "ModernBERT, biases of norms")
+"""Compared on one rank by default, under all layouts by the slow tests."""
 DECODERS = tuple(name for name in FAMILIES if "BERT" not in name)
 LAYOUTS: dict[str, dict[str, int]] = {
     "1 rank": {}, "TP2": {"tensor_model_parallel_size": 2}, "PP2": {"pipeline_model_parallel_size": 2},

@@ -10,6 +10,9 @@ QWEN3 = {"model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 4, "num_
          "vocab_size": 103, "hidden_act": "silu"}
 MOE = QWEN3 | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                "norm_topk_prob": True}
+MODERNBERT = {"model_type": "modernbert", "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4,
+              "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": 103, "norm_bias": True,
+              "pad_token_id": 0}
 
 
 def build(config, topology):

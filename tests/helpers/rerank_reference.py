@@ -28,6 +28,7 @@ from megatron_embed.data.pair_tokenizer import PairTokenizer
 from megatron_embed.data.records import RerankRecord
 from megatron_embed.losses.rerank import pad_groups
 from tests.helpers.adapter_reference import save_adapter_gradients, with_adapter, write_adapter
+from tests.helpers.families import MODERNBERT
 from tests.helpers.gradient_errors import (
     SquaredErrors,
     gather_shards,
@@ -53,7 +54,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "untied": ("Qwen3Config", "Qwen3ForCausalLM", {**_DECODER, "tie_word_embeddings": False}),
     "score": ("Qwen3Config", "Qwen3ForSequenceClassification", {**_DECODER, "num_labels": 1, "pad_token_id": 0}),
     "encoder": ("BertConfig", "BertForSequenceClassification", {**_BERT, "num_labels": 1}),
+    "modernbert": ("ModernBertConfig", "ModernBertForSequenceClassification", {
+        **MODERNBERT, "max_position_embeddings": 256, "num_labels": 1, "classifier_pooling": "mean",
+        "norm_bias": True}),
     "experts": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**_DECODER, **_EXPERTS, "tie_word_embeddings": True})}
+ENCODERS = {"encoder": "bert.", "modernbert": "model."}
+"""Models that read a pair of texts -> the prefix of their backbones' names."""
 YES, NO = "yes", "no"
 
 
@@ -81,7 +87,7 @@ class Case:
 
     @property
     def head(self) -> str:
-        return "score" if self.model in ("score", "encoder") else "yes_no"
+        return "score" if self.model in ("score", *ENCODERS) else "yes_no"
 
     @property
     def directory(self) -> str:
@@ -101,13 +107,13 @@ def save_model(folder: Path, name: str) -> Path:
     """A model with random weights, norms and biases, and a real WordPiece tokenizer."""
     config, kind, settings = MODELS[name]
     torch.manual_seed(5)
-    model = getattr(transformers, kind)(getattr(transformers, config)(vocab_size=30522, **settings))
+    model = getattr(transformers, kind)(getattr(transformers, config)(**settings | {"vocab_size": 30522}))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             # Word embeddings outweigh the rest, so that pairs of different words have different scores.
             large = len(parameter) == 30522 or "gate.weight" in key or "score" in key or "classifier" in key
             # An encoder's first token must hear enough of the others.
-            small = 0.3 if name == "encoder" and parameter.dim() == 2 else 0.1
+            small = 0.3 if name in ENCODERS and parameter.dim() == 2 else 0.1
             parameter.add_(torch.randn_like(parameter) * (0.5 if large else small))
     path = folder / name
     path.mkdir()
@@ -139,7 +145,7 @@ def records(loss: str) -> list[RerankRecord]:
 def tokenizer_of(directory: str | Path, model: str) -> PairTokenizer:
     from megatron_embed.data.pair_tokenizer import PairTemplate
 
-    template = None if model == "encoder" else PairTemplate(text=TEMPLATE, instruction="judge the document")
+    template = None if model in ENCODERS else PairTemplate(text=TEMPLATE, instruction="judge the document")
     return PairTokenizer(str(directory), template=template, max_length=MAX_LENGTH)
 
 
@@ -184,9 +190,9 @@ def _adapter_of(case: Case, folder: Path) -> Path:
     if case.head == "yes_no":
         return write_adapter(path, folder / case.model, "CAUSAL_LM", "model.")
     stored = load_file(folder / case.model / "model.safetensors")
-    head = {name: tensor + 0.1 for name, tensor in stored.items() if name.startswith(("score", "classifier"))
-            or ".pooler." in name}
-    return write_adapter(path, folder / case.model, "SEQ_CLS", "bert." if case.model == "encoder" else "model.", head)
+    head = {name: tensor + 0.1 for name, tensor in stored.items()
+            if name.startswith(("score", "classifier", "head.")) or ".pooler." in name}
+    return write_adapter(path, folder / case.model, "SEQ_CLS", ENCODERS.get(case.model, "model."), head)
 
 
 def run_config(case: Case, folder: str) -> RunConfig:

@@ -56,6 +56,8 @@ _SMALL_LLAMA = {"vocab_size": 103, "hidden_size": 24, "num_hidden_layers": 3, "n
                 "num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 64}
 _SMALL_QWEN3 = _SMALL_LLAMA | {"head_dim": 8}
 BASES = {"Bert": _SMALL_BERT, "Roberta": _SMALL_BERT, "XLMRoberta": _SMALL_BERT | {"type_vocab_size": 1},
+         "ModernBert": {key: value for key, value in _SMALL_BERT.items() if key != "type_vocab_size"} | {
+             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
          "Qwen2": _SMALL_LLAMA, "Qwen3": _SMALL_QWEN3,
          "Qwen3Moe": _SMALL_QWEN3 | {"moe_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2,
                                      "norm_topk_prob": True},

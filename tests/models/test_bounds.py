@@ -15,7 +15,8 @@ from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.data.tokenizer import load_tokenizer
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models import families
-from megatron_embed.models.families import FAMILIES, LARGEST, model_shape
+from megatron_embed.models.families import FAMILIES, model_shape
+from megatron_embed.models.hf_config import LARGEST
 from megatron_embed.models.reranker_settings import read_reranker_settings
 from megatron_embed.models.saved_settings import read_saved_settings
 from tests.helpers.toys import save_model

@@ -20,6 +20,7 @@ from tests.helpers.families import (
     FAMILIES,
     LAYOUTS,
     LLAMA3,
+    SLOW_GRID,
     WITH_EXPERTS,
     errors,
     expected_states,
@@ -43,7 +44,8 @@ def expected(models):
 
 
 def names_of(layout):
-    return WITH_EXPERTS if layout == "EP2" else tuple(FAMILIES)
+    names = WITH_EXPERTS if layout == "EP2" else tuple(FAMILIES)
+    return names if layout == "1 rank" else [name for name in names if name not in SLOW_GRID]
 
 
 def assert_close(models, layout, expected, names, **settings):
@@ -58,12 +60,21 @@ def test_token_states_equal_transformers(models, expected, layout):
     assert_close(models, layout, expected, names_of(layout))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in ("1 rank", "EP2")])
+def test_token_states_of_the_other_families_equal_transformers(models, expected, layout):
+    assert_close(models, layout, expected, SLOW_GRID)
+
+
 def test_settings_of_the_toys_make_a_difference(models, expected, tmp_path):
     """A window, a rope scaling or an offset that nobody can see would prove nothing."""
     for name, settings in (("Mistral, window", {"sliding_window": None}), ("XLM-RoBERTa", {"pad_token_id": 0}),
                            ("Llama 3.x", {"rope_parameters": LLAMA3 | {"rope_type": "default"}}),
-                           ("Llama, linear rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})):
-        other = expected_states(save_family(tmp_path / name, name, **settings), texts())
+                           ("Llama, linear rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+                           ("ModernBERT", {"local_attention": 128}),
+                           ("ModernBERT", {"rope_parameters": {"sliding_attention": {"rope_type": "default",
+                                                                                     "rope_theta": 160_000.0}}})):
+        other = expected_states(save_family(tmp_path / f"{name} {settings}"[:40], name, **settings), texts())
         assert (other - expected[name]).abs().max() > 0.05, name
 
 
@@ -108,7 +119,35 @@ def test_rotary_frequencies_equal_transformers_bit_for_bit(name, tmp_path):
     plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
     assert factor == 1.0
     assert not torch.equal(expected, plain)
-    assert torch.equal(rotary_frequencies(model_shape(tmp_path)), expected)
+    assert torch.equal(rotary_frequencies(model_shape(tmp_path)), expected[None])
+
+
+MODERNBERT_CONFIGS = {
+    "as released": {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0, "local_attention": 128,
+                    "global_attn_every_n_layers": 3, "norm_bias": False, "classifier_pooling": "mean"},
+    "defaults": {},
+    "Transformers 5": {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "local_attention": 31,
+                       "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 7e4},
+                                           "sliding_attention": {"rope_type": "default", "rope_theta": 9e3}}},
+    "every second": {"global_attn_every_n_layers": 2, "norm_bias": True, "classifier_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", MODERNBERT_CONFIGS)
+def test_spellings_of_modernbert_are_read_as_by_transformers(name, tmp_path):
+    values = {"model_type": "modernbert", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4,
+              "intermediate_size": 48, "vocab_size": 103} | MODERNBERT_CONFIGS[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config, shape = transformers.AutoConfig.from_pretrained(tmp_path), model_shape(tmp_path)
+    kinds = ["sliding_attention" if shape.is_local(layer) else "full_attention" for layer in range(4)]
+    assert (kinds, shape.sliding_window) == (config.layer_types, config.sliding_window)
+    assert (shape.norm_eps, shape.norm_bias) == (config.norm_eps, config.norm_bias)
+    assert (shape.activation, shape.max_position_embeddings) == (config.hidden_activation, 8192)
+    assert (shape.classifier.pooling, shape.classifier.dense_bias, shape.classifier.activation) == (
+        config.classifier_pooling, config.classifier_bias, config.classifier_activation)
+    rotary = transformers.models.modernbert.modeling_modernbert.ModernBertRotaryEmbedding(config)
+    assert torch.equal(rotary_frequencies(shape), torch.stack([
+        rotary.full_attention_inv_freq, rotary.sliding_attention_inv_freq]))
 
 
 @pytest.mark.parametrize("family", [family for family in READERS if family not in ("qwen3", "qwen3_moe")])
@@ -119,6 +158,8 @@ def test_missing_keys_mean_what_transformers_takes_them_for(family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(sizes | experts | {"model_type": family}))
     config, shape = transformers.AutoConfig.from_pretrained(tmp_path), model_shape(tmp_path)
     assert shape.tie_word_embeddings == config.tie_word_embeddings
+    if family == "modernbert":
+        return  # test_spellings_of_modernbert_are_read_as_by_transformers
     assert shape.activation == config.hidden_act
     if "bert" in family:
         assert (shape.norm_eps, shape.type_vocab_size) == (config.layer_norm_eps, config.type_vocab_size)
@@ -144,6 +185,12 @@ REFUSED = {
                 ({"sliding_window": "long"}, "must be a whole number from 1")],
     "mixtral": [({"num_experts_per_tok": 1}, "num_experts_per_tok = 1 is not supported"),
                 ({"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not supported")],
+    "modernbert": [({"attention_bias": True}, "attention_bias = True is not supported"),
+                   ({"layer_types": ["full_attention", "other"]}, "layer_types = .* must name full_attention or"),
+                   ({"local_attention": 1}, "local_attention = 1 is not supported"),
+                   ({"rope_parameters": {"full_attention": [1]}}, "must be an object"),
+                   ({"classifier_pooling": "max"}, "classifier_pooling = 'max' is not supported"),
+                   ({"hidden_activation": "swish"}, "hidden_activation = 'swish' is not supported")],
     "xlm-roberta": [({"is_decoder": True}, "is_decoder = True is not supported"),
                     ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'")],
 }

@@ -30,6 +30,8 @@ FAST = (
     Case(kind="mixtral", layout=Layout(), micro_batches=2, adapters=True),
     Case(kind="qwen2", layout=Layout(tp=2), micro_batches=2, adapters=True),
     Case(kind="llama", layout=Layout(tp=2), micro_batches=1, adapters=True),
+    # One module for queries, keys and values, one for gate and up.
+    Case(kind="modernbert", layout=Layout(tp=2, sequence_parallel=False), micro_batches=2, adapters=True),
 )
 
 
@@ -65,7 +67,8 @@ SLOW = tuple(
 SLOW += tuple(
     Case(kind=kind, layout=layout, micro_batches=2, adapters=True, distributed=True)
     for layout in (Layout(tp=2), Layout(pp=2), Layout(cp=2), Layout(dp=2, ep=2), Layout(tp=2, etp=2))
-    for kind in (("mixtral",) if max(layout.ep, layout.etp) > 1 else ("xlm-roberta", "qwen2", "llama", "mixtral")))
+    for kind in (("mixtral",) if max(layout.ep, layout.etp) > 1 else (
+        "xlm-roberta", "qwen2", "llama", "mixtral", "modernbert")))
 """Every axis, experts split among fewer tensor ranks than the layers and among more."""
 
 

@@ -37,14 +37,16 @@ class Family:
     def applied_rules(self, shape: ModelShape) -> Iterator[tuple[Transform, Context]]:
         """Every rule with every layer and expert it applies to: outside the layers first, then layer by layer.
 
-        Rules for biases that this model does not have are skipped.
+        Rules for biases and norms that this model does not have are skipped.
         """
-        rules = [rule for rule in self.rules if not _is_missing_bias(rule.ours, shape)]
+        rules = [rule for rule in self.rules if not _is_missing(rule.ours, shape)]
         for rule in rules:
             if "*" not in rule.ours:
                 yield rule, Context(shape=shape)
         for layer in range(shape.num_layers):
             for rule in rules:
+                if layer == 0 and not shape.first_attention_norm and ".input_layernorm." in rule.ours:
+                    continue
                 if "*" in rule.ours:
                     for expert in range(shape.num_experts) if rule.is_expert else (None,):
                         yield rule, Context(shape=shape, layer=layer, expert=expert)
@@ -88,8 +90,10 @@ class Family:
         return key, int(expert.group(1)) if expert else None
 
 
-def _is_missing_bias(ours: str, shape: ModelShape) -> bool:
-    """Whether this parameter is the bias of a linear layer that has none in this model."""
+def _is_missing(ours: str, shape: ModelShape) -> bool:
+    """Whether this parameter is a bias that this model has not."""
+    if ours.endswith(("norm.bias", "norm_bias")):
+        return not shape.norm_bias
     if not ours.endswith((".linear_qkv.bias", ".linear_proj.bias", ".linear_fc1.bias", ".linear_fc2.bias")):
         return False
     return not (shape.add_qkv_bias if ".linear_qkv." in ours else shape.add_bias_linear)

@@ -5,6 +5,7 @@ from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.llama import LLAMA
 from megatron_embed.convert.tables.mistral import MISTRAL
 from megatron_embed.convert.tables.mixtral import MIXTRAL
+from megatron_embed.convert.tables.modernbert import MODERNBERT
 from megatron_embed.convert.tables.qwen2 import QWEN2
 from megatron_embed.convert.tables.qwen3 import QWEN3
 from megatron_embed.convert.tables.qwen3_moe import QWEN3_MOE
@@ -12,7 +13,7 @@ from megatron_embed.convert.tables.xlm_roberta import ROBERTA, XLM_ROBERTA
 from megatron_embed.errors import CheckpointError
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (
-    BERT, ROBERTA, XLM_ROBERTA, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL)}
+    BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL)}
 
 
 def rules_for(family: str) -> Family:

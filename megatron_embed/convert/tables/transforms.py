@@ -24,7 +24,9 @@ CONFIG_KEYS: Mapping[str, str] = {
     "hidden_size": "hidden_size", "ffn_hidden_size": "intermediate_size", "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings", "type_vocab_size": "type_vocab_size", "head_dim": "head_dim",
     "query_size": "num_attention_heads * head_dim", "key_value_size": "num_key_value_heads * head_dim",
-    "moe_ffn_hidden_size": "moe_intermediate_size", "num_experts": "num_experts"}
+    "moe_ffn_hidden_size": "moe_intermediate_size", "num_experts": "num_experts",
+    "qkv_size": "(num_attention_heads + 2 * num_key_value_heads) * head_dim",
+    "gate_up_size": "2 * intermediate_size"}
 """Words for the sizes of a shape -> the `config.json` keys that determine them."""
 
 
@@ -42,8 +44,10 @@ class Context:
 
     def size(self, word: str) -> int:
         """Size that one word of `CONFIG_KEYS` stands for."""
-        derived = {"query_size": self.shape.num_attention_heads * self.shape.head_dim,
-                   "key_value_size": self.shape.num_query_groups * self.shape.head_dim}
+        query, key = (heads * self.shape.head_dim
+                      for heads in (self.shape.num_attention_heads, self.shape.num_query_groups))
+        derived = {"query_size": query, "key_value_size": key, "qkv_size": query + 2 * key,
+                   "gate_up_size": 2 * self.shape.ffn_hidden_size}
         sizes = {"hidden_size": self.shape.hidden_size, "ffn_hidden_size": self.shape.ffn_hidden_size,
                  "vocab_size": self.shape.vocab_size, "max_position_embeddings": self.shape.max_position_embeddings,
                  "type_vocab_size": self.shape.type_vocab_size, "head_dim": self.shape.head_dim,
@@ -98,6 +102,11 @@ class Transform(ABC):
     """Hugging Face name(s), `{a,b}` for alternatives."""
 
     @property
+    def stacked(self) -> tuple[str, ...]:
+        """Rows, in words, of each of several projections that are one Hugging Face tensor; empty: it is one."""
+        return ()
+
+    @property
     def is_expert(self) -> bool:
         """Whether the parameter belongs to one expert: split over expert-tensor-parallel ranks, if at all."""
         return "#" in self.ours
@@ -118,7 +127,7 @@ class Transform(ABC):
     def row_ranges(self, context: Context, tp_rank: int = 0, tp_size: int = 1) -> tuple[RowRange, ...]:
         """The row ranges of the shard of tensor-parallel rank `tp_rank` (expert-tensor-parallel for an expert).
 
-        In the order of our rows; the rows of each Hugging Face tensor are in order, too.
+        In the order of our rows.
 
         Raises:
             CheckpointError: the parameter cannot be split over `tp_size` ranks.
@@ -203,6 +212,21 @@ class FuseQKV(Transform):
 
 
 @dataclass(frozen=True)
+class UnstackQKV(FuseQKV):
+    """The same of one Hugging Face tensor, whose rows are all queries, then all keys, then all values."""
+
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        return ("query_size", "key_value_size", "key_value_size")
+
+    def hf_shapes(self) -> tuple[str, ...]:
+        return (f"qkv_size {self.columns}",)
+
+    def row_ranges(self, context: Context, tp_rank: int = 0, tp_size: int = 1) -> tuple[RowRange, ...]:
+        return _of_one_tensor(super().row_ranges(context, tp_rank, tp_size), self.stacked, context)
+
+
+@dataclass(frozen=True)
 class FuseGateUp(Transform):
     """Gate and up projections of a gated MLP as one: [gate; up]. A rank's shard is [its gate rows; its up rows]."""
 
@@ -219,6 +243,27 @@ class FuseGateUp(Transform):
         word = self.shape.split()[0]
         rows = per_rank(context.size(word), f"config.json: {CONFIG_KEYS[word]}", tp_size)
         return tuple(RowRange(half, tp_rank * rows, half * rows, rows) for half in range(2))
+
+
+@dataclass(frozen=True)
+class UnstackGateUp(FuseGateUp):
+    """The same of one Hugging Face tensor: `shape` is that of one half."""
+
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        return ("ffn_hidden_size", "ffn_hidden_size")
+
+    def hf_shapes(self) -> tuple[str, ...]:
+        return (" ".join(("gate_up_size", *self.shape.split()[1:])),)
+
+    def row_ranges(self, context: Context, tp_rank: int = 0, tp_size: int = 1) -> tuple[RowRange, ...]:
+        return _of_one_tensor(super().row_ranges(context, tp_rank, tp_size), self.stacked, context)
+
+
+def _of_one_tensor(ranges: tuple[RowRange, ...], words: tuple[str, ...], context: Context) -> tuple[RowRange, ...]:
+    """Ranges in several tensors as ranges in one that holds them one after the other."""
+    sizes = context.sizes(" ".join(words))
+    return tuple(RowRange(0, sum(sizes[:rows.part]) + rows.hf_start, rows.our_start, rows.rows) for rows in ranges)
 
 
 @dataclass(frozen=True)

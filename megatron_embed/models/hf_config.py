@@ -1,0 +1,143 @@
+"""Values of a Hugging Face `config.json`, checked when they are read."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.model_shape import HiddenActivation, RopeScaling
+
+LARGEST: dict[str, int] = {
+    "hidden_size": 2**20, "num_hidden_layers": 2**12, "num_attention_heads": 2**16, "num_key_value_heads": 2**16,
+    "head_dim": 2**16, "intermediate_size": 2**24, "moe_intermediate_size": 2**24, "vocab_size": 2**26,
+    "max_position_embeddings": 2**31, "original_max_position_embeddings": 2**31, "sliding_window": 2**31,
+    "local_attention": 2**31, "global_attn_every_n_layers": 2**12,
+    "num_experts": 2**16, "num_local_experts": 2**16, "num_experts_per_tok": 2**16, "type_vocab_size": 2**16,
+    "pad_token_id": 2**26}
+"""Upper bounds of integers in config.json: far above every model, and low enough that no check takes long."""
+_MAY_BE_ZERO = ("type_vocab_size", "pad_token_id")
+_FINITE = ("layer_norm_eps", "rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "global_rope_theta",
+           "local_rope_theta", "factor", "low_freq_factor", "high_freq_factor")
+_BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob", "norm_bias", "classifier_bias")
+
+
+def _check_value(key: str, value: object, file: str) -> None:
+    """Raises CheckpointError if a value of config.json has the wrong type for its key, or is out of bounds."""
+    if key in LARGEST:
+        least = 0 if key in _MAY_BE_ZERO else 1
+        if type(value) is not int or not least <= value <= LARGEST[key]:
+            raise CheckpointError(f"{file}: {key} = {shown(value)} must be a whole number from {least} to "
+                                  f"{LARGEST[key]:,}; fetch the file again")
+    elif key in _FINITE:
+        if type(value) not in (int, float) or not 0 <= value < 1e30:  # type: ignore[operator]  # nan is neither
+            raise CheckpointError(f"{file}: {key} = {shown(value)} must be a finite number, not below 0; fetch the "
+                                  "file again")
+    elif key in _BOOLEANS and type(value) is not bool:
+        raise CheckpointError(f"{file}: {key} = {shown(value)} must be true or false; fetch the file again")
+
+
+def shown(value: object) -> str:
+    """The value for a message, of bounded length."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a number of more than 30 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+class HFConfig:
+    """A `config.json` that raises CheckpointError for missing keys and for values of a wrong type."""
+
+    def __init__(self, values: Mapping[str, Any], file: str) -> None:
+        self.values = values
+        self.file = file
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.values:
+            raise CheckpointError(f"{self.file}: key {key!r} is missing; a {self.values.get('model_type')} model needs "
+                                  "it")
+        _check_value(key, self.values[key], self.file)
+        return self.values[key]
+
+    def get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        _check_value(key, value, self.file)
+        return value
+
+    def refuse_unless(self, key: str, allowed: tuple[Any, ...], why: str) -> None:
+        value = self.values.get(key)
+        if value not in allowed:
+            raise CheckpointError(f"{self.file}: {key} = {shown(value)} is not supported: {why}")
+
+
+_ACTIVATIONS: dict[str, HiddenActivation] = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
+
+
+def activation(config: HFConfig, default: str, key: str = "hidden_act") -> HiddenActivation:
+    """The activation that `key` names."""
+    name = config.get(key, default)
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(f"{config.file}: {key} = {shown(name)} is not supported; known: "
+                              f"{', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def rope(config: HFConfig, default: float) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling from either spelling: `rope_theta` and `rope_scaling`, or Transformers 5's
+    `rope_parameters`."""
+    parameters = config.get("rope_scaling", {}) or config.get("rope_parameters", {})
+    return _rotary(config, parameters, config.get("rope_theta", default))
+
+
+def layer_rope(config: HFConfig, layer_type: Literal["full_attention", "sliding_attention"], base: float, *,
+               scaled: bool = True) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling of one type of layers, where the types differ: Transformers 5's `rope_parameters` have an
+    object for each.
+
+    Args:
+        base: the base, if that object has none.
+        scaled: whether `rope_scaling` applies to these layers.
+    """
+    by_type = config.get("rope_parameters", {})
+    parameters = by_type.get(layer_type) or {} if isinstance(by_type, dict) else by_type
+    scaling = config.get("rope_scaling", {}) if scaled else {}
+    for value in (parameters, scaling):
+        _check_object(config, value)
+    return _rotary(config, parameters | scaling, base)
+
+
+def _check_object(config: HFConfig, parameters: object) -> None:
+    if not isinstance(parameters, dict):
+        raise CheckpointError(f"{config.file}: rope_scaling = {shown(parameters)} must be an object; fetch the file "
+                              "again")
+
+
+def _rotary(config: HFConfig, parameters: Any, default: float) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling from one object of parameters; `default`: the base, if it has none."""
+    _check_object(config, parameters)
+    kind = parameters.get("rope_type", parameters.get("type")) or "default"
+    for key in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if parameters.get(key) is not None:
+            _check_value(key, parameters[key], config.file)
+    base = float(parameters.get("rope_theta", default))
+    for partial in (parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor", None)):
+        if partial not in (None, 1):
+            raise CheckpointError(f"{config.file}: partial_rotary_factor = {shown(partial)} is not supported; "
+                                  f"a {config['model_type']} model rotates all dimensions of a head")
+    if kind == "default":
+        return base, None
+    if kind not in ("linear", "llama3"):
+        raise CheckpointError(f"{config.file}: rope type {shown(kind)} is not supported (default, linear and llama3 "
+                              "are); remove it if your sequences fit the original length")
+    keys = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
+    missing = [key for key in keys if key not in parameters]
+    if missing:
+        raise CheckpointError(f"{config.file}: rope type {kind!r} without {missing[0]!r}; fetch the file again")
+    values = {key: float(parameters[key]) for key in keys}
+    if kind == "linear":
+        return base, RopeScaling(kind="linear", **values)
+    # In Transformers, a key beside rope_scaling takes precedence over one inside it.
+    original = config.get("original_max_position_embeddings", parameters.get(
+        "original_max_position_embeddings", config["max_position_embeddings"]))
+    return base, RopeScaling(kind="llama3", original_max_position_embeddings=original, **values)

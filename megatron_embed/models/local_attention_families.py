@@ -1,0 +1,61 @@
+"""Shapes of the families in which some layers have an attention window and others attend to whole texts."""
+
+from typing import Literal
+
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.hf_config import HFConfig, activation, layer_rope, shown
+from megatron_embed.models.model_shape import ClassifierShape, ModelShape
+
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
+def full_attention_layers(config: HFConfig, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Layers, counted from 0, without a window by `layer_types`, or `default` if config.json has none."""
+    types = config.get("layer_types", None)
+    if types is None:
+        return default
+    layers = config["num_hidden_layers"]
+    if not isinstance(types, list) or len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+        raise CheckpointError(f"{config.file}: layer_types = {shown(types)} must name full_attention or "
+                              f"sliding_attention for each of the {layers} layers; fetch the file again")
+    return tuple(layer for layer, kind in enumerate(types) if kind == "full_attention")
+
+
+def modernbert(config: HFConfig) -> ModelShape:
+    """ModernBERT (Warner et al. 2024, arXiv:2412.13663): a pre-norm encoder with rotary positions, most of whose layers
+    have an attention window."""
+    for key in ("attention_bias", "mlp_bias"):
+        config.refuse_unless(key, (None, False), "no released model of the family has it")
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    every = config.get("global_attn_every_n_layers", 3)
+    base, scaling = layer_rope(config, "full_attention", config.get("global_rope_theta", 160_000.0))
+    # Transformers before 5 took null for the global base.
+    null_is_global = "local_rope_theta" in config.values
+    local_base, local_scaling = layer_rope(
+        config, "sliding_attention", config.get("local_rope_theta", base if null_is_global else 10_000.0))
+    full = full_attention_layers(config, tuple(range(0, layers, every)))
+    # config.json has the width of the whole window; half of it lies on either side.
+    window = config.get("local_attention", 128) // 2
+    if window == 0 and len(full) < layers:
+        raise CheckpointError(f"{config.file}: local_attention = 1 is not supported: a token would attend to itself "
+                              "alone; fetch the file again")
+    return ModelShape(
+        family="modernbert", hidden_size=config["hidden_size"], num_layers=layers, num_attention_heads=heads,
+        num_query_groups=heads, head_dim=config["hidden_size"] // heads, ffn_hidden_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"], max_position_embeddings=config.get("max_position_embeddings", 8192),
+        norm="LayerNorm", norm_eps=config.get("norm_eps", 1e-5), norm_bias=config.get("norm_bias", False),
+        embedding_norm=True, first_attention_norm=False, activation=activation(config, "gelu", "hidden_activation"),
+        gated=True, add_bias_linear=False, add_qkv_bias=False, qk_layernorm=False, post_norm=False, bidirectional=True,
+        rotary_base=base, rope_scaling=scaling, local_rotary_base=local_base, local_rope_scaling=local_scaling,
+        sliding_window=None if len(full) == layers else window, full_attention_layers=full, type_vocab_size=0,
+        tie_word_embeddings=config.get("tie_word_embeddings", True),
+        initializer_range=config.get("initializer_range", 0.02), classifier=_modernbert_classifier(config))
+
+
+def _modernbert_classifier(config: HFConfig) -> ClassifierShape:
+    pooling = config.get("classifier_pooling", "cls")
+    if pooling not in ("cls", "mean"):
+        raise CheckpointError(f"{config.file}: classifier_pooling = {shown(pooling)} is not supported; cls and mean "
+                              "are")
+    return ClassifierShape(pooling=pooling, activation=activation(config, "gelu", "classifier_activation"), norm=True,
+                           dense_bias=config.get("classifier_bias", False))

@@ -1,0 +1,148 @@
+"""The shape of a model: everything that determines the modules and tensor shapes of a backbone.
+
+Imports neither torch nor Megatron.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_embed.errors import CheckpointError
+from megatron_embed.names import Pooling
+
+FamilyName = Literal["bert", "roberta", "xlm-roberta", "modernbert", "qwen2", "qwen3", "qwen3_moe", "llama", "mistral",
+                     "mixtral"]
+HiddenActivation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Scaling of rotary frequencies, under Transformers' names."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    """Divides all frequencies (linear) or the low ones (llama3)."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    """llama3: wavelengths above this / low_freq_factor are scaled, those below this / high_freq_factor are not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierShape:
+    """What an encoder's *ForSequenceClassification does with a text's pooled state before its last linear layer: a
+    square linear layer, an activation, and perhaps a LayerNorm."""
+
+    pooling: Pooling = "cls"
+    activation: Literal["tanh"] | HiddenActivation = "tanh"
+    dense_bias: bool = True
+    norm: bool = False
+    """A LayerNorm follows, with a bias if those of the layers have one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Everything that determines the modules and tensor shapes of a backbone.
+
+    Names follow Megatron's TransformerConfig.
+    """
+
+    family: FamilyName
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads."""
+    head_dim: int
+    """Width of one attention head; need not be hidden_size / num_attention_heads."""
+    ffn_hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    """Rows of learned positions, `position_offset` included; else the longest text in tokens."""
+    norm: Literal["LayerNorm", "RMSNorm"]
+    norm_eps: float
+    norm_bias: bool = True
+    """Whether a LayerNorm has a bias."""
+    embedding_norm: bool = False
+    """A LayerNorm follows the sum of the embeddings."""
+    first_attention_norm: bool = True
+    """Whether the first layer has a norm before its attention."""
+    activation: HiddenActivation
+    gated: bool
+    """The MLP multiplies a gate into the activation (SwiGLU); fc1 holds [gate; up]."""
+    add_bias_linear: bool
+    add_qkv_bias: bool
+    qk_layernorm: bool
+    post_norm: bool
+    """Original Transformer order: the norm comes after the residual sum, without a final norm."""
+    bidirectional: bool
+    rotary_base: float | None
+    """None: learned absolute positions."""
+    rope_scaling: RopeScaling | None = None
+    local_rotary_base: float | None = None
+    """Rotary base of the layers with an attention window; None: that of all layers."""
+    local_rope_scaling: RopeScaling | None = None
+    """Scaling of those layers, if they have a base of their own."""
+    position_offset: int = 0
+    """Position id of a text's first token: RoBERTa's padding_idx + 1."""
+    sliding_window: int | None = None
+    """Tokens that a causal token sees, itself included (bidirectional: on each side, besides itself); None: all."""
+    full_attention_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that attend to whole texts although there is a sliding_window."""
+    type_vocab_size: int
+    """Token types; 0: none."""
+    tie_word_embeddings: bool
+    initializer_range: float
+    num_experts: int = 0
+    """Experts of every layer's MLP; 0: dense."""
+    experts_per_token: int = 0
+    normalize_expert_weights: bool = True
+    """Whether the chosen experts' weights sum to 1."""
+    classifier: ClassifierShape | None = None
+    """An encoder's, which reads query and document as a pair of texts. None: a decoder, whose classifier is one linear
+    layer on the last token."""
+
+    def __post_init__(self) -> None:
+        for key in ("hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "head_dim",
+                    "ffn_hidden_size", "vocab_size", "max_position_embeddings"):
+            value = getattr(self, key)
+            if type(value) is not int or value < 1:
+                raise CheckpointError(f"{key} = {value!r} must be a positive integer")
+        if self.num_layers * max(1, self.num_experts) > MOST_MLPS:
+            raise CheckpointError(f"{self.num_layers} layers of {self.num_experts} experts are more than {MOST_MLPS:,} "
+                                  "MLPs, which no model has")
+        if self.num_experts and not self.experts_per_token <= self.num_experts:
+            raise CheckpointError(f"num_experts_per_tok = {self.experts_per_token} is more than the {self.num_experts} "
+                                  "experts")
+        if self.position_offset >= self.max_position_embeddings:
+            raise CheckpointError(f"max_position_embeddings = {self.max_position_embeddings} leaves no position after "
+                                  f"pad_token_id = {self.position_offset - 1}")
+        if self.num_attention_heads % self.num_query_groups:
+            raise CheckpointError(f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
+                                  f"num_key_value_heads = {self.num_query_groups}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise CheckpointError(f"sliding_window = {self.sliding_window!r} must be a positive integer or null")
+
+    def is_local(self, layer: int) -> bool:
+        """Whether the layer, counted from 0, has an attention window."""
+        return self.sliding_window is not None and layer not in self.full_attention_layers
+
+    @property
+    def local_layers(self) -> int:
+        """Number of layers with an attention window."""
+        return sum(self.is_local(layer) for layer in range(self.num_layers))
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text that has positions."""
+        return self.max_position_embeddings - self.position_offset
+
+
+MOST_MLPS = 2**17
+"""Layers times experts; the largest open models have 23 thousand."""
+
+
+def layers_by_stage(num_layers: int, stages: int) -> list[int]:
+    """Layers of each pipeline stage, virtual stages included. If they do not divide evenly, the last stages take one
+    more: the first stage holds the embeddings and, under 1F1B, the most micro-batches."""
+    least, rest = divmod(num_layers, stages)
+    return [least + (stage >= stages - rest) for stage in range(stages)]

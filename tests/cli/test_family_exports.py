@@ -1,0 +1,85 @@
+"""Families from their Hugging Face directory to the stock libraries: exported, with adapters, as rerankers."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from megatron_embed.convert.convert import hf_to_megatron
+from tests.helpers.embedding_reference import save_model
+from tests.helpers.exactness_cases import SLOW_KINDS
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command, settings
+from tests.helpers.reranker_runs import run_settings
+
+
+def call(*arguments, ranks=1):
+    """Lines on standard output of a command that must succeed."""
+    results = run_on_ranks(command, ranks, [str(argument) for argument in arguments])
+    assert all(code == 0 for code, *_ in results), results[0][2]
+    return results[0][1].splitlines()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder, saved = tmp_path_factory.mktemp("models"), {}
+
+    def model(kind):
+        if kind not in saved:
+            saved[kind] = save_model(folder / kind, kind)
+        return saved[kind]
+
+    return model
+
+
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=() if kind == "modernbert" else pytest.mark.slow) for kind in SLOW_KINDS])
+def test_an_export_gives_the_same_vectors_in_sentence_transformers(models, kind, tmp_path):
+    hf_to_megatron(models(kind), tmp_path / "megatron")
+    comparison, _ = call("convert", "megatron-to-hf", tmp_path / "megatron", tmp_path / "export", "--format",
+                         "sentence-transformers")
+    assert comparison.startswith("Sentence Transformers gives the same vectors"), comparison
+    assert "cosine >= 1.000000" in comparison
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SLOW_KINDS)
+def test_adapters_are_trained_exported_and_read_again(models, kind, tmp_path):
+    """Tensor-parallel training; PEFT loads the adapter and gives the same vectors; a run begins with it."""
+    values = settings(str(models(kind)), tmp_path / "run")
+    values["lora"] = {"rank": 4, "alpha": 16, "target_modules": ["all-linear"]}
+    values["training"] |= {"train_steps": 2, "learning_rate": 2e-2, "micro_batch_size": 2}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    call("train", tmp_path / "run.yaml", "parallel.tensor_model_parallel_size=2", ranks=2)
+    lines = call("convert", "megatron-to-hf", tmp_path / "run", tmp_path / "peft", "--format", "peft")
+    assert "PEFT" in lines[0] and "cosine >= 1.000000" in lines[0], lines
+    merged = call("convert", "megatron-to-hf", tmp_path / "run", tmp_path / "merged", "--format",
+                  "sentence-transformers", "--merge-lora")
+    assert "cosine >= 1.000000" in merged[0], merged
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "a text with some words in it"}) + "\n")
+    for name in ("peft", "merged"):
+        call("encode", "--model", tmp_path / name, "--input", tmp_path / "text.jsonl", "--output",
+             tmp_path / f"{name}.npy", "--pooling", "mean")
+    import numpy as np
+
+    ours, theirs = (np.load(tmp_path / f"{name}.npy") for name in ("peft", "merged"))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_modernbert_becomes_a_stock_cross_encoder(models, tmp_path):
+    """A backbone without a head: dense layer, norm and classifier are new, trained, and scored by CrossEncoder."""
+    model = str(models("modernbert"))
+    config = run_settings(model, tmp_path, head="score", objective={"loss": "listwise"},
+                          training={"global_batch_size": 8, "micro_batch_size": 4, "train_steps": 1,
+                                    "learning_rate": 1e-3, "micro_batch_tokens": None},
+                          parallel={"pipeline_model_parallel_size": 2},
+                          checkpoint={"directory": str(tmp_path / "run"), "export_at_end": str(tmp_path / "export")})
+    call("train", config, ranks=2)
+    weights = load_file(tmp_path / "export" / "model.safetensors")
+    assert weights["classifier.weight"].shape == (1, 32) and weights["head.dense.weight"].shape == (32, 32)
+    assert not torch.equal(weights["head.norm.weight"], torch.ones(32)) and "head.dense.bias" not in weights
+    names = json.loads((tmp_path / "export" / "config.json").read_text())["architectures"]
+    assert names == ["ModernBertForSequenceClassification"]
