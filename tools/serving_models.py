@@ -110,7 +110,7 @@ def _llama(given: Path, directory: Path) -> dict[str, Any]:
 _ENCODER_POOLINGS: tuple[Pooling, ...] = ("mean", "cls")
 _QWEN_MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 FAMILIES: dict[str, Family] = {
-    "BERT": Family(prefix="Bert", settings=ENCODER, tokenizer=_wordpiece, poolings=_ENCODER_POOLINGS,
+    "BERT": Family(prefix="Bert", settings=ENCODER, tokenizer=_wordpiece, poolings=(*_ENCODER_POOLINGS, "lasttoken"),
                    heads=("score",)),
     "RoBERTa": Family(prefix="Roberta", settings=ENCODER, tokenizer=_roberta, poolings=_ENCODER_POOLINGS,
                       heads=("score",)),

@@ -132,7 +132,7 @@ def test_weighted_mean_pooling_is_refused_before_anything_is_written(exported: P
 
 @pytest.mark.parametrize(("engine", "file", "values", "match"), [
     ("tei", "1_Pooling/config.json", {"pooling_mode_cls_token": None}, "has no pooling_mode_cls_token"),
-    ("tei", "sentence_bert_config.json", {"max_seq_length": None}, "no max_seq_length .*STConfig"),
+    ("tei", "sentence_bert_config.json", {"max_seq_length": None}, "has no max_seq_length.*STConfig"),
     ("tei", "config.json", {"pad_token_id": None}, "config.json has no pad_token_id"),
     ("tei", "tokenizer_config.json", {"truncation_side": "left"}, "truncation_direction"),
     ("infinity", "sentence_bert_config.json", {"query_length": 32}, "query_length, which is no argument"),
