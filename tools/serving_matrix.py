@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -206,10 +207,13 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as name:
             save_into(args.tokenizers, Path(name) / "source")
-            for engine, cell in cells(Path(name) / "source", Path(name), missing):
-                row["cells"][engine] = cell
-                sys.stdout.write(f"{family} {kind} {engine}: {cell}\n")
-                sys.stdout.flush()
+            try:
+                for engine, cell in cells(Path(name) / "source", Path(name), missing):
+                    row["cells"][engine] = cell
+                    sys.stdout.write(f"{family} {kind} {engine}: {cell}\n")
+                    sys.stdout.flush()
+            except Exception:  # noqa: BLE001  # one model must not take the others' cells with it; its own are missing
+                traceback.print_exc()
         args.results.write_text(json.dumps({"rows": list(by_name.values())}, indent=1), encoding="utf-8")
     for reader in readers.values():
         reader.engine.close()

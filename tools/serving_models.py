@@ -18,10 +18,10 @@ from megatron_embed.export.sentence_transformers import export_sentence_transfor
 from megatron_embed.names import HeadKind, Pooling
 from tests.helpers.toys import MINILM, REPOSITORY, copy_tokenizer
 
-ENCODER = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96,
+ENCODER = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192,
            "max_position_embeddings": 300, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-DECODER = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-           "intermediate_size": 96, "max_position_embeddings": 512}
+DECODER = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+           "intermediate_size": 192, "max_position_embeddings": 512}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1.0e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 LENGTH = 256
@@ -117,11 +117,11 @@ FAMILIES: dict[str, Family] = {
     "XLM-RoBERTa": Family(prefix="XLMRoberta", settings=ENCODER, tokenizer=_unigram, poolings=_ENCODER_POOLINGS,
                           heads=("score",)),
     "Qwen2": Family(prefix="Qwen2", settings=DECODER, tokenizer=_qwen, poolings=("lasttoken", "mean")),
-    "Qwen3": Family(prefix="Qwen3", settings=DECODER | {"head_dim": 16}, tokenizer=_qwen,
+    "Qwen3": Family(prefix="Qwen3", settings=DECODER | {"head_dim": 32}, tokenizer=_qwen,
                     poolings=("lasttoken", "mean"), heads=("score", "yes_no")),
-    "Qwen3, bidirectional": Family(prefix="Qwen3", settings=DECODER | {"head_dim": 16}, tokenizer=_qwen,
+    "Qwen3, bidirectional": Family(prefix="Qwen3", settings=DECODER | {"head_dim": 32}, tokenizer=_qwen,
                                    poolings=("mean", "lasttoken", "cls"), bidirectional=True),
-    "Qwen3-MoE": Family(prefix="Qwen3Moe", settings=DECODER | _QWEN_MOE | {"head_dim": 16}, tokenizer=_qwen,
+    "Qwen3-MoE": Family(prefix="Qwen3Moe", settings=DECODER | _QWEN_MOE | {"head_dim": 32}, tokenizer=_qwen,
                         poolings=("lasttoken",), model="ForCausalLM"),
     "Llama 2": Family(prefix="Llama", settings=DECODER, tokenizer=_llama, poolings=("lasttoken", "mean"),
                       heads=("score",)),
@@ -146,7 +146,7 @@ def save(given: Path, name: str, directory: Path, pooling: Pooling) -> None:
     family = FAMILIES[name]
     _save_weights(given, family, directory, family.model)
     export_sentence_transformers(directory, pooling=pooling, normalize=True, query_prompt=QUERY_PROMPT,
-                                 document_prompt="", max_seq_length=LENGTH, embedding_dimension=64)
+                                 document_prompt="", max_seq_length=LENGTH, embedding_dimension=128)
 
 
 def save_minilm(directory: Path) -> None:

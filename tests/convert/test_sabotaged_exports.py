@@ -14,6 +14,7 @@ from megatron_embed.convert.convert import hf_to_megatron
 from megatron_embed.errors import CheckpointError
 from megatron_embed.export.engines.gate import verify_directory
 from megatron_embed.export.formats import EXPORTERS
+from megatron_embed.export.reranker import export_reranker_checkpoint
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verified_write import ExportOptions
 from megatron_embed.names import EngineName, Pooling
@@ -155,7 +156,8 @@ def reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_reranker(folder / "source", "Qwen3ForCausalLM")
     hf_to_megatron(folder / "source", folder / "checkpoint")
     for kind in ("hf", "cross-encoder"):
-        EXPORTERS[kind](str(folder / "checkpoint"), str(folder / kind), ExportOptions(compare=False))  # type: ignore[index]
+        export_reranker_checkpoint(str(folder / "checkpoint"), str(folder / kind), ExportOptions(compare=False),
+                                   classification=kind == "cross-encoder")
     return folder
 
 

@@ -83,9 +83,9 @@ def verify_with(directory: Path, readers: Sequence[EngineFiles], source: str) ->
             del scorer  # its memory goes before an engine takes as much
             return [reader.compare_scores(directory, probes, TOLERANCE["float32"]) for reader in readers]
         references = vector_references(source, directory)
-        return [f"{reference.role or 'no prompt'}: " + reader.compare_vectors(
-                    directory, reference.texts, reference.vectors, reference.role, MINIMUM_COSINE["float32"])
-                for reader in readers for reference in references]
+        return [f"{probe.role or 'no prompt'}: {report}" for reader in readers for probe in references
+                for report in (reader.compare_vectors(directory, probe.texts, probe.vectors, probe.role,
+                                                      MINIMUM_COSINE["float32"]),)]
     finally:
         for reader in readers:
             reader.engine.close()
