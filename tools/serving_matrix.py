@@ -131,7 +131,7 @@ def shortened(message: str, *places: object) -> str:
     """A refusal without the paths of this machine."""
     for place in (str(place) for place in places):
         message = message.replace(f"SRC = '{place}': ", "").replace(f"{place}: ", "").replace(place, "DIR")
-    return message.replace("; the export must not be used", "")
+    return re.sub(r"\S*\.writing-\d+: ", "", message).replace("; the export must not be used", "")
 
 
 def versions() -> str:

