@@ -48,6 +48,8 @@ FORMATS: dict[EngineName, ExportFormat] = {
     "sentence-transformers": "openvino", "transformers": "openvino", "onnxruntime": "openvino", "openvino": "openvino",
     "vllm": "openvino", "llama.cpp": "gguf"}
 """Engine -> the format whose directory it reads; openvino's is Sentence Transformers' with both graphs."""
+STOCK: tuple[EngineName, ...] = ("sentence-transformers", "transformers", "vllm")
+"""Engines that need none of these formats' own files."""
 UNCOMPARED = ExportOptions(compare=False)
 Cell = dict[str, Any]
 Row = dict[str, Any]
@@ -78,7 +80,7 @@ def compare(reader: EngineFiles, directory: Path, source: Path, references: Any)
 def cells(source: Path, folder: Path, readers: dict[EngineName, EngineFiles]) -> Iterator[tuple[EngineName, Cell]]:
     """Each engine's cell for one model."""
     written: dict[ExportFormat, Path | str] = {}
-    for kind in dict.fromkeys(FORMATS.values()):
+    for kind in dict.fromkeys(FORMATS[engine] for engine in readers if engine not in STOCK):
         try:
             EXPORTERS[kind](str(source), str(folder / kind), UNCOMPARED)
             written[kind] = folder / kind
@@ -86,9 +88,9 @@ def cells(source: Path, folder: Path, readers: dict[EngineName, EngineFiles]) ->
             written[kind] = str(error)
     references: Any = None
     for engine, reader in readers.items():
-        directory = written[FORMATS[engine]]
-        if isinstance(directory, str) and engine in ("sentence-transformers", "transformers", "vllm"):
-            directory = stock_directory(source, folder)  # the graph failed, not the model
+        directory = written.get(FORMATS[engine], "")
+        if isinstance(directory, str) and engine in STOCK:
+            directory = stock_directory(source, folder)  # there is no graph, or it failed and not the model
         if isinstance(directory, str):
             yield engine, {"refused": shortened(directory, source)}
             continue
@@ -102,7 +104,7 @@ def cells(source: Path, folder: Path, readers: dict[EngineName, EngineFiles]) ->
             text = shortened(str(error), source, directory)
             yield engine, {"refused": text, "wrong": "cosine" in text or "differs by" in text}
     for engine in RULES:
-        directory = written["openvino"]
+        directory = written.get("openvino")
         try:
             check_rules(engine, directory if isinstance(directory, Path) else stock_directory(source, folder))
             yield engine, {"rules": True}
