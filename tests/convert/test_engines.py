@@ -1,6 +1,7 @@
 """Exports for other engines: each engine, asked for vectors or scores, gives those of the model in memory."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_embed.export.verified_write import ExportOptions
 from megatron_embed.names import POOLINGS, EngineName, Pooling
 from tests.helpers.embedding_reference import save_model
 from tests.helpers.toys import copy_tokenizer, save_toy
+from tests.helpers.toys import save_model as save_model_for_run
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -154,3 +156,31 @@ def test_rules_of_engines_that_do_not_run_here(exported: Path, engine: EngineNam
     edit(exported / file, **values)
     with pytest.raises(CheckpointError, match=match):
         verify_directory(exported, [engine])
+
+
+@pytest.mark.slow
+def test_a_directory_in_the_newer_layout_of_sentence_transformers(exported: Path, tmp_path: Path) -> None:
+    """Written by the library itself, with prompts: two engines read it, Text Embeddings Inference does not."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(exported), device="cpu")
+    model.prompts = {"query": "find: ", "document": "text: "}
+    model.default_prompt_name = "document"
+    model.save(str(tmp_path / "saved"))
+    lines = verify_directory(tmp_path / "saved", ["sentence-transformers", "transformers"])
+    assert [line.split(":")[0] for line in lines] == ["query", "document", "no prompt"] * 2
+    with pytest.raises(CheckpointError, match="has no pooling_mode_cls_token .the layout of Sentence Transformers 6"):
+        verify_directory(tmp_path / "saved", ["tei"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="vLLM has an environment of its own: docs/serving.md")
+def test_vllm_gives_the_same_vectors(tmp_path: Path) -> None:
+    save_model_for_run(tmp_path / "bert", "bert", tokenizer=True, hidden_size=128)
+    export_sentence_transformers(tmp_path / "bert", pooling="cls", normalize=True, query_prompt="find: ",
+                                 document_prompt="", max_seq_length=48, embedding_dimension=128)
+    assert len(verify_directory(tmp_path / "bert", ["vllm"])) == 2
+    shutil.copytree(tmp_path / "bert", tmp_path / "other")
+    edit(tmp_path / "other" / "1_Pooling" / "config.json", pooling_mode_mean_tokens=True, pooling_mode_cls_token=False)
+    with pytest.raises(CheckpointError, match="vLLM' vector of text .* cosine"):
+        verify_directory(tmp_path / "other", ["vllm"], against=str(tmp_path / "bert"))

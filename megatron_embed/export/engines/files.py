@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from megatron_embed.names import EngineName, ExportFormat, Role
 if TYPE_CHECKING:
     from megatron_embed.export.reranker import PairProbes
 
+CutPairs = Literal["all", "texts", "none"]
+"""texts: two texts lose tokens of the longer one, but a prompt loses its end; none: a pair that is too long is refused.
+"""
 GGUF_COSINE = {"f32": 0.9999, "f16": 0.9999, "bf16": 0.999, "q8_0": 0.999}
 """Between the engine's and the model's vector in memory, for every text, by the weights' type."""
 GGUF_SCORE = 0.3
@@ -45,8 +48,8 @@ class EngineFiles:
     """Components of the engine's vectors; None: all."""
     fits: Callable[[Path, Sequence[str], Role | None], list[bool]] = lambda directory, texts, role: [True] * len(texts)
     """Whether the engine takes texts of this length; what is too long, llama.cpp refuses."""
-    cuts_templates: bool = True
-    """Whether a pair that is too long for its template loses tokens of the document, as here, and not the end."""
+    cuts: CutPairs = "all"
+    """The pairs of more tokens than the model's length that the engine cuts as we do."""
 
     def compare_vectors(self, directory: Path, texts: Sequence[str], ours: Tensor, role: Role | None,
                         minimum_cosine: float) -> Report:
@@ -63,7 +66,8 @@ class EngineFiles:
     def compare_scores(self, directory: Path, probes: "PairProbes", tolerance: float) -> str:
         """The report on the engine's scores, before and after the activation. Raises CheckpointError for another
         model."""
-        asked = probes if self.cuts_templates or not probes.in_template else probes.without_cut()
+        cuts_these = self.cuts == "all" or (self.cuts == "texts" and not probes.in_template)
+        asked = probes if cuts_these else probes.without_cut()
         pairs = [(pair.query, pair.document) for pair in asked.pairs]
         theirs, name = self.engine.scores(directory, pairs), self.engine.name
         tolerance = max(tolerance, self.score_tolerance)
@@ -96,7 +100,7 @@ def _gguf(options: ExportOptions) -> EngineFiles:
         raise ConfigError("--dim: llama.cpp returns all components; cut them where the vectors are used, or use "
                           "--format onnx")
     kind = options.gguf_type
-    return EngineFiles(engine=LlamaCpp(), limits="llama.cpp", tidy=_without_weights, fits=fits, cuts_templates=False,
+    return EngineFiles(engine=LlamaCpp(), limits="llama.cpp", tidy=_without_weights, fits=fits, cuts="none",
                        minimum_cosine=GGUF_COSINE[kind], score_tolerance=0.0 if kind == "f32" else GGUF_SCORE,
                        write=lambda directory: write_gguf(directory, gguf_file(directory, kind), kind))
 

@@ -13,7 +13,7 @@ from megatron_embed.errors import UserError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.export.embedding import LONGEST_COMPUTED, MINIMUM_COSINE, PROBE_TEXTS, border_texts
 from megatron_embed.export.engines.base import Engine
-from megatron_embed.export.engines.files import EngineFiles
+from megatron_embed.export.engines.files import CutPairs, EngineFiles
 from megatron_embed.export.engines.llama_cpp import LlamaCpp, fits
 from megatron_embed.export.engines.onnx_runtime import OnnxRuntime, OpenVino
 from megatron_embed.export.engines.rules import RULES, check_rules
@@ -29,8 +29,8 @@ LONG_TEXT = " ".join(PROBE_TEXTS * 6)
 """A text of some 600 tokens, cut where the model's length is less."""
 
 
-def _reads(engine: Engine, **settings: bool) -> EngineFiles:
-    return EngineFiles(engine=engine, write=_nothing, **settings)  # type: ignore[arg-type]
+def _reads(engine: Engine, cuts: CutPairs = "all") -> EngineFiles:
+    return EngineFiles(engine=engine, write=_nothing, cuts=cuts)
 
 
 def _nothing(directory: Path) -> None:
@@ -39,10 +39,10 @@ def _nothing(directory: Path) -> None:
 
 ENGINES: Mapping[EngineName, Callable[[], EngineFiles]] = {
     "sentence-transformers": lambda: _reads(SentenceTransformers()),
-    "transformers": lambda: _reads(Transformers(), cuts_templates=False),
+    "transformers": lambda: _reads(Transformers(), cuts="texts"),
     "onnxruntime": lambda: _reads(OnnxRuntime()), "openvino": lambda: _reads(OpenVino()),
-    "vllm": lambda: _reads(Vllm(), cuts_templates=False),
-    "llama.cpp": lambda: EngineFiles(engine=LlamaCpp(), write=_nothing, fits=fits, cuts_templates=False)}
+    "vllm": lambda: _reads(Vllm(), cuts="texts"),
+    "llama.cpp": lambda: EngineFiles(engine=LlamaCpp(), write=_nothing, fits=fits, cuts="none")}
 """By the names that `convert --verify-with` takes; those of rules.py are asked by their rules."""
 
 
