@@ -14,6 +14,8 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_INSTRUCTION, QWEN3_RERANKER_TEMPLATE, PairTemplate
+from megatron_embed.export.cross_encoder import chat_template
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.names import HeadKind, Pooling
 from tests.helpers.toys import MINILM, REPOSITORY, copy_tokenizer
@@ -159,6 +161,10 @@ def save_reranker(given: Path, name: str, directory: Path, head: HeadKind) -> No
     family = FAMILIES[name]
     _save_weights(given, family, directory, "ForSequenceClassification" if head == "score" else "ForCausalLM",
                   **({"num_labels": 1} if head == "score" else {}))
+    if head == "yes_no":
+        pieces = PairTemplate(text=QWEN3_RERANKER_TEMPLATE).pieces()
+        (directory / "chat_template.jinja").write_text(chat_template(pieces, QWEN3_RERANKER_INSTRUCTION),
+                                                       encoding="utf-8")
 
 
 def _save_weights(given: Path, family: Family, directory: Path, end: str, **settings: Any) -> None:
