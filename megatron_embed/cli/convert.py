@@ -35,8 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for direction in (to_hf, verify):
         direction.add_argument("--verify-with", metavar="ENGINE,...", default="" if direction is to_hf else None,
                                required=direction is verify, help="Engines that run the written directory on real "
-                               "texts: sentence-transformers, onnxruntime, openvino, vllm, llama.cpp; exit status 2 if "
-                               "one gives other vectors or scores")
+                               "texts: sentence-transformers, transformers, onnxruntime, openvino, vllm, llama.cpp; "
+                               "or whose source is asked, by rules: tei, sglang, infinity; exit status 2 if one gives "
+                               "other vectors or scores")
+    verify.add_argument("--against", metavar="MODEL", type=path,
+                        help="Run, checkpoint or directory that SRC was made of, whose vectors or scores are the right "
+                             "ones (default: SRC, as this program reads it)")
     for direction in (to_megatron, to_hf):
         direction.add_argument("destination", metavar="DST", type=path, help="Directory to create")
     to_hf.add_argument("--format", choices=FORMATS, default="hf",
@@ -47,9 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="Dtype of the written weights (default: the checkpoint's, bit for bit)")
     to_hf.add_argument("--gguf-type", choices=GGUF_TYPES, default="f32",
                        help="Weights of --format gguf (default: f32)")
-    to_hf.add_argument("--dim", type=positive_int, metavar="N",
-                       help="Components of the vectors of --format onnx and openvino, as matryoshka training allows "
-                            "(default: all)")
+    for direction in (to_hf, verify):
+        direction.add_argument("--dim", type=positive_int, metavar="N",
+                               help="Components of the vectors of an ONNX or OpenVINO graph, as matryoshka training "
+                                    "allows (default: all)")
     to_hf.add_argument("--quantize", choices=("int8",),
                        help="Multiply in 8-bit integers in the graph of --format onnx and openvino, if vectors stay "
                             "within cosine 0.99 (default: float32)")
@@ -75,12 +80,13 @@ def run(args: argparse.Namespace) -> int:
         write_output(str(hf_to_megatron(args.source, args.destination)))
         return 0
     if args.direction == "verify":
-        _verify(args.source, args.verify_with)
+        _verify(args.source, args.verify_with, args.against, args.dim)
         return 0
     if args.verify_with:
         from megatron_embed.export.engines.gate import engine_names
+        from megatron_embed.export.engines.limits import check_limits
 
-        engine_names(args.verify_with)  # refused before anything is written
+        check_limits(engine_names(args.verify_with), args.source)  # refused before anything is written
     from megatron_embed.export.formats import EXPORTERS, ExportOptions, check_quantization
 
     options = ExportOptions(max_shard_size=args.max_shard_size, dtype=args.dtype, compare=not args.no_compare,
@@ -89,11 +95,11 @@ def run(args: argparse.Namespace) -> int:
     check_quantization(args.format, options)
     write_output("\n".join(EXPORTERS[args.format](args.source, args.destination, options)))
     if args.verify_with:
-        _verify(args.destination, args.verify_with)
+        _verify(args.destination, args.verify_with, args.source, args.dim)
     return 0
 
 
-def _verify(directory: str, engines: str) -> None:
+def _verify(directory: str, engines: str, against: str | None, dim: int | None) -> None:
     from megatron_embed.export.engines.gate import engine_names, verify_directory
 
-    write_output("\n".join(verify_directory(Path(directory), engine_names(engines))))
+    write_output("\n".join(verify_directory(Path(directory), engine_names(engines), against, dim)))

@@ -1,5 +1,6 @@
 """Texts to token ids: the prompt of a role, with its instruction, before the text, truncated to the role's length."""
 
+import copy
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -198,6 +199,12 @@ class RoleTokenizer:
     def max_length(self, role: Role) -> int:
         """Tokens of the role's longest text, prompt and special tokens included."""
         return self._max_lengths[role]
+
+    def without_prompts(self) -> "RoleTokenizer":
+        """The same tokenizer for texts without a prompt."""
+        plain = copy.copy(self)
+        plain._prompts = {"query": "", "document": ""}
+        return plain
 
     def always_adds_tokens(self, role: Role, prompt: str | None = None) -> bool:
         """Whether special tokens, the EOS, the prompt or an instruction give every text of the role a token.

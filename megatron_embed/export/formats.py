@@ -53,8 +53,13 @@ def _export_reranker(source: str, destination: str, options: ExportOptions, *, c
                      addition: "EngineFiles | None" = None) -> list[str]:
     from megatron_embed.export.reranker import export_reranker_checkpoint
 
+    def note(directory: Path) -> None:
+        if addition is not None:
+            addition.tidy(directory)
+        write_converted_card(directory, source=source, destination=destination, kind="cross-encoder")
+
     return export_reranker_checkpoint(source, destination, options, classification=classification, addition=addition,
-                                      note=_card(source, destination, "cross-encoder"))
+                                      note=note)
 
 
 def export_for_engine(kind: ExportFormat, source: str, destination: str, options: ExportOptions) -> list[str]:
@@ -68,13 +73,20 @@ def export_for_engine(kind: ExportFormat, source: str, destination: str, options
     """
     from megatron_embed.export.engines.files import ENGINE_FILES
     from megatron_embed.export.engines.int8 import int8_files
+    from megatron_embed.export.engines.limits import check_limits
+    from megatron_embed.loading.model_directory import find_model
+    from megatron_embed.loading.reranker import is_reranker, saved_settings
 
     addition = (ENGINE_FILES[kind](options) if options.quantize is None else
                 int8_files(kind, options, calibration_rows(source, options.calibration)))
+    check_limits([addition.limits], source)
     with _as_checkpoint(source, destination) as checkpoint:
-        if open_checkpoint(checkpoint).info.head is None:
+        model = find_model(checkpoint, "SRC")
+        if not is_reranker(model):
             return export_sentence_transformers_model(checkpoint, destination, options, addition)
-        return _export_reranker(checkpoint, destination, options, classification=True, addition=addition)
+        # llama.cpp takes the two answers from the language-model head itself.
+        classification = kind != "gguf" or saved_settings(model, "SRC").head == "score"
+        return _export_reranker(checkpoint, destination, options, classification=classification, addition=addition)
 
 
 def check_quantization(kind: ExportFormat, options: ExportOptions) -> None:

@@ -51,6 +51,36 @@ PROBES = tuple(Pair(query=query, document=document) for query, document in PROBE
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairProbes:
+    """Pairs with the scores of the model in memory."""
+
+    pairs: list[Pair]
+    raw: Tensor
+    """[pairs] float32, before the activation."""
+    final: Tensor
+    """[pairs] float32, after it."""
+    in_template: bool
+    """Whether a pair is put into a prompt, not tokenized as a pair of texts."""
+    is_cut: list[bool]
+    """Whether a pair is longer than the model's length."""
+
+    @classmethod
+    def of(cls, scorer: PairScorer) -> "PairProbes":
+        """Short pairs, and those at the border of the maximum length, scored."""
+        tokenizer = scorer.tokenizer
+        pairs = [*comparable(PROBES, tokenizer), *border_pairs(tokenizer)]
+        return cls(pairs=pairs, raw=scorer.raw_scores(pairs), final=scorer.score(pairs),
+                   in_template=tokenizer.template is not None,
+                   is_cut=[tokenizer.tokenize([pair]).num_truncated > 0 for pair in pairs])
+
+    def without_cut(self) -> "PairProbes":
+        """The pairs that fit."""
+        kept = [index for index, cut in enumerate(self.is_cut) if not cut]
+        return dataclasses.replace(self, pairs=[self.pairs[index] for index in kept], raw=self.raw[kept],
+                                   final=self.final[kept], is_cut=[False] * len(kept))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RerankerExport:
     """A checkpoint's reranker as its export has it."""
 
@@ -110,12 +140,9 @@ def export_reranker_checkpoint(source: str, destination: str, options: ExportOpt
         if reason := why_not_compared(directory, options):
             return [reason]
         scorer, _, _ = open_scorer(source, dtype="float32")
-        pairs = [*comparable(PROBES, scorer.tokenizer), *border_pairs(scorer.tokenizer)]
-        scores, dtype = scorer.raw_scores(pairs), options.dtype or "float32"
-        lines = reranker.compare(directory, pairs, scores, dtype)
-        return lines if addition is None else [
-            *lines, addition.compare_scores(directory, [(pair.query, pair.document) for pair in pairs], scores,
-                                            TOLERANCE[dtype])]
+        probes, dtype = PairProbes.of(scorer), options.dtype or "float32"
+        lines = reranker.compare(directory, probes.pairs, probes.raw, dtype)
+        return lines if addition is None else [*lines, addition.compare_scores(directory, probes, TOLERANCE[dtype])]
 
     def complete(directory: Path) -> None:
         reranker.complete(directory)

@@ -55,6 +55,7 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Pooling, nor
     complete_tokenizer(directory, needs_eos=pooling == "lasttoken" if needs_eos is None else needs_eos)
     if saved.truncation_side is not None:
         _set_truncation_side(directory, saved.truncation_side)
+    _name_positions(directory)
     _write_modules(directory, saved.dense, normalize=normalize, pooling={
         "word_embedding_dimension": embedding_dimension,
         **{flag: name in pooling.split("+") for name, flag in POOLING_FLAGS.items()}, "include_prompt": True})
@@ -101,6 +102,15 @@ def dense_config(settings: DenseSettings) -> dict[str, Any]:
     (activation,) = (name for name, ours in ACTIVATION_CLASSES.items() if ours == settings.activation)
     return {"in_features": settings.in_features, "out_features": settings.out_features, "bias": settings.bias,
             "activation_function": activation}
+
+
+def _name_positions(directory: Path) -> None:
+    """Write down that an XLM-RoBERTa has learned positions, where Transformers 5 no longer does: vLLM 0.32 reads
+    the key without a default (model_executor/models/config.py, JinaRobertaModelConfig)."""
+    file = directory / "config.json"
+    values = read_json_object(file)
+    if values.get("model_type") == "xlm-roberta" and "position_embedding_type" not in values:
+        write_json(file, {**values, "position_embedding_type": "absolute"})
 
 
 def _chat_settings(saved: SavedSettings) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Exports for other engines: each engine, asked for vectors or scores, gives those of the model in memory."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from megatron_embed.errors import CheckpointError, ConfigError, UserError
 from megatron_embed.export.engines.base import stock_features
 from megatron_embed.export.engines.gate import engine_names, verify_directory
 from megatron_embed.export.engines.graph import GRAPH_FILE, pooled
-from megatron_embed.export.engines.llama_cpp import write_gguf
+from megatron_embed.export.engines.limits import check_limits
 from megatron_embed.export.formats import EXPORTERS
+from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verified_write import ExportOptions
-from megatron_embed.names import POOLINGS, Pooling
+from megatron_embed.names import POOLINGS, EngineName, Pooling
 from tests.helpers.embedding_reference import save_model
+from tests.helpers.toys import copy_tokenizer, save_toy
+from tests.helpers.toys import save_model as save_model_for_run
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -41,9 +46,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_unknown_engine_is_refused() -> None:
-    assert engine_names("vllm, onnxruntime") == ["onnxruntime", "vllm"]
-    with pytest.raises(UserError, match="'tei' is none of sentence-transformers, onnxruntime"):
-        engine_names("vllm,tei")
+    assert engine_names("tei, vllm, onnxruntime") == ["onnxruntime", "vllm", "tei"]
+    with pytest.raises(UserError, match="'ollama' is none of sentence-transformers, transformers, onnxruntime"):
+        engine_names("vllm,ollama")
 
 
 def test_llama_cpp_has_no_matryoshka_cut(checkpoint: Path, tmp_path: Path) -> None:
@@ -93,11 +98,89 @@ def test_the_gate_refuses_another_model(checkpoint: Path, tmp_path: Path) -> Non
         verify_directory(tmp_path / "out", ["onnxruntime"])
 
 
-def test_a_reranker_and_an_unknown_pooling_are_no_gguf(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def exported(checkpoint: Path, tmp_path: Path) -> Path:
+    """The BERT in Sentence Transformers' layout."""
+    shutil.copytree(checkpoint.parent / "hf", tmp_path / "bert")
+    copy_tokenizer(tmp_path / "bert")
+    export_sentence_transformers(tmp_path / "bert", pooling="mean", normalize=True, query_prompt="", document_prompt="",
+                                 max_seq_length=48, embedding_dimension=32)
+    return tmp_path / "bert"
+
+
+def edit(file: Path, **values: Any) -> None:
+    """Replace top-level values of a JSON file; None removes one."""
+    all_values = {**json.loads(file.read_text(encoding="utf-8")), **values}
+    file.write_text(json.dumps({key: value for key, value in all_values.items() if value is not None}),
+                    encoding="utf-8")
+
+
+def test_vllm_finds_the_kind_of_positions_of_xlm_roberta(tmp_path: Path) -> None:
+    save_toy(tmp_path, "XLMRobertaModel")
+    copy_tokenizer(tmp_path)
+    edit(tmp_path / "config.json", position_embedding_type=None)
+    export_sentence_transformers(tmp_path, pooling="mean", normalize=True, query_prompt="", document_prompt="",
+                                 max_seq_length=16, embedding_dimension=24)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["position_embedding_type"] == "absolute"
+
+
+def test_a_reranker_of_bert_is_no_gguf(checkpoint: Path, tmp_path: Path) -> None:
     reranker = tmp_path / "reranker"
     shutil.copytree(checkpoint.parent / "hf", reranker)
-    config = json.loads((reranker / "config.json").read_text(encoding="utf-8"))
-    (reranker / "config.json").write_text(json.dumps(config | {"architectures": ["BertForSequenceClassification"]}),
-                                          encoding="utf-8")
-    with pytest.raises(CheckpointError, match="a reranker; --format gguf writes embedding models"):
-        write_gguf(reranker, tmp_path / "model.gguf", "f32")
+    edit(reranker / "config.json", architectures=["BertForSequenceClassification"])
+    with pytest.raises(CheckpointError, match="llama.cpp leaves out BERT's pooler.*conversion/bert.py.*--format onnx"):
+        EXPORTERS["gguf"](str(reranker), str(tmp_path / "out"), ExportOptions())
+    assert [path.name for path in tmp_path.iterdir()] == ["reranker"]
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "vllm", "tei"])
+def test_weighted_mean_pooling_is_refused_before_anything_is_written(exported: Path, engine: EngineName) -> None:
+    edit(exported / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_weightedmean_tokens=True)
+    with pytest.raises(CheckpointError, match="has no weighted mean pooling .*ONNX Runtime"):
+        check_limits([engine], exported)
+    check_limits(["onnxruntime"], exported)
+
+
+@pytest.mark.parametrize(("engine", "file", "values", "match"), [
+    ("tei", "1_Pooling/config.json", {"pooling_mode_cls_token": None}, "has no pooling_mode_cls_token"),
+    ("tei", "sentence_bert_config.json", {"max_seq_length": None}, "has no max_seq_length.*STConfig"),
+    ("tei", "config.json", {"pad_token_id": None}, "config.json has no pad_token_id"),
+    ("tei", "tokenizer_config.json", {"truncation_side": "left"}, "truncation_direction"),
+    ("infinity", "sentence_bert_config.json", {"query_length": 32}, "query_length, which is no argument"),
+    ("sglang", "1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
+     "SGLang does not read 1_Pooling: it pools this family otherwise")])
+def test_rules_of_engines_that_do_not_run_here(exported: Path, engine: EngineName, file: str, values: dict[str, Any],
+                                               match: str) -> None:
+    edit(exported / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_cls_token=True)
+    assert "rules of its source; it was not run" in verify_directory(exported, [engine])[0]
+    edit(exported / file, **values)
+    with pytest.raises(CheckpointError, match=match):
+        verify_directory(exported, [engine])
+
+
+@pytest.mark.slow
+def test_a_directory_in_the_newer_layout_of_sentence_transformers(exported: Path, tmp_path: Path) -> None:
+    """Written by the library itself, with prompts: two engines read it, Text Embeddings Inference does not."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(exported), device="cpu")
+    model.prompts = {"query": "find: ", "document": "text: "}
+    model.default_prompt_name = "document"
+    model.save(str(tmp_path / "saved"))
+    lines = verify_directory(tmp_path / "saved", ["sentence-transformers", "transformers"])
+    assert [line.split(":")[0] for line in lines] == ["query", "document", "no prompt"] * 2
+    with pytest.raises(CheckpointError, match="has no pooling_mode_cls_token .the layout of Sentence Transformers 6"):
+        verify_directory(tmp_path / "saved", ["tei"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="vLLM has an environment of its own: docs/serving.md")
+def test_vllm_gives_the_same_vectors(tmp_path: Path) -> None:
+    save_model_for_run(tmp_path / "bert", "bert", tokenizer=True, hidden_size=128)
+    export_sentence_transformers(tmp_path / "bert", pooling="cls", normalize=True, query_prompt="find: ",
+                                 document_prompt="", max_seq_length=48, embedding_dimension=128)
+    assert len(verify_directory(tmp_path / "bert", ["vllm"])) == 2
+    shutil.copytree(tmp_path / "bert", tmp_path / "other")
+    edit(tmp_path / "other" / "1_Pooling" / "config.json", pooling_mode_mean_tokens=True, pooling_mode_cls_token=False)
+    with pytest.raises(CheckpointError, match="vLLM' vector of text .* cosine"):
+        verify_directory(tmp_path / "other", ["vllm"], against=str(tmp_path / "bert"))

@@ -27,7 +27,8 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1.0e4, "factor": 8.0, "low_freq_f
 SMALL_IDS = {f"{name}_token_id": index for index, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
 """Of configurations whose defaults lie beyond a small vocabulary."""
 MODERNBERT = {"vocab_size": 103, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4,
-              "intermediate_size": 48, "max_position_embeddings": 96, "local_attention": 12, "local_rope_theta": 50.0} | SMALL_IDS
+              "intermediate_size": 48, "max_position_embeddings": 96, "local_attention": 12,
+              "local_rope_theta": 50.0} | SMALL_IDS
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "BERT": ("Bert", ENCODER),

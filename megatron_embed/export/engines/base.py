@@ -3,6 +3,7 @@
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ BATCH_SIZE = 8
 """Texts that are compared at once: of several lengths, so that padding is part of the comparison."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairScores:
+    """An engine's scores of pairs, [pairs] float32."""
+
+    raw: Tensor
+    """Before the activation."""
+    final: Tensor | None
+    """As the engine returns them to a user; None: it applies no activation of the directory's."""
+
+
 class Engine(ABC):
     """An engine by its name in messages; reads a directory that `export/` has written or another one of its layout."""
 
@@ -29,8 +40,11 @@ class Engine(ABC):
         """[texts, dim] float32 of texts with the directory's prompt of `role`. Raises CheckpointError if it cannot."""
 
     @abstractmethod
-    def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> Tensor:
-        """[pairs] float32, before the activation. Raises CheckpointError if it cannot."""
+    def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> PairScores:
+        """Scores of (query, document). Raises CheckpointError if it cannot."""
+
+    def close(self) -> None:  # noqa: B027  # most engines hold nothing
+        """End what the engine holds, such as a process."""
 
 
 def require(package: str, needed_for: str, extra: str = "export") -> Any:

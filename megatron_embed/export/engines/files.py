@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from megatron_embed.errors import CheckpointError, ConfigError
@@ -13,10 +15,18 @@ from megatron_embed.export.engines.llama_cpp import LlamaCpp, fits, gguf_file, w
 from megatron_embed.export.engines.onnx_runtime import OnnxRuntime, OpenVino, write_openvino
 from megatron_embed.export.verified_write import ExportOptions
 from megatron_embed.export.verify import Report, compare_vectors, relative_errors
-from megatron_embed.names import ExportFormat, Role
+from megatron_embed.names import EngineName, ExportFormat, Role
 
+if TYPE_CHECKING:
+    from megatron_embed.export.reranker import PairProbes
+
+CutPairs = Literal["all", "texts", "none"]
+"""texts: two texts lose tokens of the longer one, but a prompt loses its end; none: a pair that is too long is refused.
+"""
 GGUF_COSINE = {"f32": 0.9999, "f16": 0.9999, "bf16": 0.999, "q8_0": 0.999}
 """Between the engine's and the model's vector in memory, for every text, by the weights' type."""
+GGUF_SCORE = 0.3
+"""Largest difference of a score of weights that are not float32, relative to max(1, |score|)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,22 +36,26 @@ class EngineFiles:
     engine: Engine
     write: Callable[[Path], None]
     """Adds the files to the complete directory."""
+    limits: EngineName = "onnxruntime"
+    """The engine's name in limits.py."""
     tidy: Callable[[Path], None] = lambda directory: None
     """Takes out what the format does not need, after the comparison."""
     minimum_cosine: float = 1.0
     """That the engine must reach where the weights are coarser than the model's."""
-    maximum_error: float = 0.0
+    score_tolerance: float = 0.0
     """Difference of a score, relative to max(1, |score|), that the engine may have where it computes more coarsely."""
     dim: int | None = None
     """Components of the engine's vectors; None: all."""
-    fits: Callable[[Path, str, Role], bool] = lambda directory, text, role: True
-    """Whether the engine takes a text of this length; what is too long, llama.cpp refuses."""
+    fits: Callable[[Path, Sequence[str], Role | None], list[bool]] = lambda directory, texts, role: [True] * len(texts)
+    """Whether the engine takes texts of this length; what is too long, llama.cpp refuses."""
+    cuts: CutPairs = "all"
+    """The pairs of more tokens than the model's length that the engine cuts as we do."""
 
-    def compare_vectors(self, directory: Path, texts: Sequence[str], ours: Tensor, role: Role,
+    def compare_vectors(self, directory: Path, texts: Sequence[str], ours: Tensor, role: Role | None,
                         minimum_cosine: float) -> Report:
-        """The report on the engine's vectors of texts of a role. Raises CheckpointError for another model."""
+        """The report on the engine's vectors of texts of a role or none. Raises CheckpointError for another model."""
         minimum = min(minimum_cosine, self.minimum_cosine)
-        chosen = [index for index, text in enumerate(texts) if self.fits(directory, text, role)]
+        chosen = [index for index, fits in enumerate(self.fits(directory, texts, role)) if fits]
         texts, ours = [texts[index] for index in chosen], ours[chosen]
         if self.dim is not None:
             ours = ours[:, : self.dim]
@@ -49,17 +63,23 @@ class EngineFiles:
         return compare_vectors(directory, self.engine.name, texts, self.engine.vectors(directory, texts, role), ours,
                                minimum)
 
-    def compare_scores(self, directory: Path, pairs: Sequence[tuple[str, str]], ours: Tensor, tolerance: float) -> str:
-        """The report on the engine's scores. Raises CheckpointError for another model."""
-        tolerance = max(tolerance, self.maximum_error)
-        errors = relative_errors(directory, self.engine.name, self.engine.scores(directory, pairs), ours)
+    def compare_scores(self, directory: Path, probes: "PairProbes", tolerance: float) -> str:
+        """The report on the engine's scores, before and after the activation. Raises CheckpointError for another
+        model."""
+        cuts_these = self.cuts == "all" or (self.cuts == "texts" and not probes.in_template)
+        asked = probes if cuts_these else probes.without_cut()
+        pairs = [(pair.query, pair.document) for pair in asked.pairs]
+        theirs, name = self.engine.scores(directory, pairs), self.engine.name
+        tolerance = max(tolerance, self.score_tolerance)
+        errors = relative_errors(directory, name, theirs.raw, asked.raw)
+        if theirs.final is not None:
+            errors = torch.maximum(errors, relative_errors(directory, name, theirs.final, asked.final))
         if not errors.max() <= tolerance:
             worst = int(errors.argmax())
-            raise CheckpointError(f"{directory}: {self.engine.name}'s score of pair {worst} ({pairs[worst][0][:40]!r}) "
-                                  f"differs by {float(errors[worst]):.2e}, more than {tolerance}; the export must not "
-                                  "be used")
-        return str(Report(library=self.engine.name, results="scores", count=len(pairs),
-                          max_difference=float(errors.max())))
+            raise CheckpointError(f"{directory}: {name}'s score of pair {worst} ({pairs[worst][0][:40]!r}) differs by "
+                                  f"{float(errors[worst]):.2e}, more than {tolerance}; the export must not be used")
+        report = Report(library=name, results="scores", count=len(pairs), max_difference=float(errors.max()))
+        return f"{report}{'' if theirs.final is not None else ', before the activation'}"
 
 
 def _onnx(options: ExportOptions) -> EngineFiles:
@@ -80,7 +100,8 @@ def _gguf(options: ExportOptions) -> EngineFiles:
         raise ConfigError("--dim: llama.cpp returns all components; cut them where the vectors are used, or use "
                           "--format onnx")
     kind = options.gguf_type
-    return EngineFiles(engine=LlamaCpp(), tidy=_without_weights, minimum_cosine=GGUF_COSINE[kind], fits=fits,
+    return EngineFiles(engine=LlamaCpp(), limits="llama.cpp", tidy=_without_weights, fits=fits, cuts="none",
+                       minimum_cosine=GGUF_COSINE[kind], score_tolerance=0.0 if kind == "f32" else GGUF_SCORE,
                        write=lambda directory: write_gguf(directory, gguf_file(directory, kind), kind))
 
 

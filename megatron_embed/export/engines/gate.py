@@ -1,107 +1,126 @@
 """Does an engine serve a directory as we compute it? For any directory, also one that another program wrote."""
 
 import argparse
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import UserError
+from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.export.embedding import LONGEST_COMPUTED, MINIMUM_COSINE, PROBE_TEXTS, border_texts
-from megatron_embed.export.engines.base import BATCH_SIZE, Engine, is_reranker
-from megatron_embed.export.engines.files import EngineFiles
+from megatron_embed.export.engines.base import Engine
+from megatron_embed.export.engines.files import CutPairs, EngineFiles
 from megatron_embed.export.engines.int8 import at_its_bound
 from megatron_embed.export.engines.llama_cpp import LlamaCpp, fits
 from megatron_embed.export.engines.onnx_runtime import OnnxRuntime, OpenVino
+from megatron_embed.export.engines.rules import RULES, check_rules
+from megatron_embed.export.engines.stock import SentenceTransformers, Transformers
 from megatron_embed.export.engines.vllm import Vllm
-from megatron_embed.export.verify import library_errors
+from megatron_embed.export.reranker import TOLERANCE, PairProbes
+from megatron_embed.loading.model_directory import find_model, open_encoder
+from megatron_embed.loading.reranker import is_reranker, open_scorer
+from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.names import ROLES, EngineName, Role
 
-
-class SentenceTransformers(Engine):
-    """The stock library on the CPU, in float32."""
-
-    name = "Sentence Transformers"
-
-    def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
-        from sentence_transformers import SentenceTransformer
-
-        with library_errors(directory, self.name):
-            model = SentenceTransformer(str(directory), device="cpu", local_files_only=True,
-                                        model_kwargs={"dtype": "float32"})
-            prompt = "" if role is None else (model.prompts or {}).get(role) or ""
-            return torch.as_tensor(model.encode(list(texts), prompt=prompt or None, batch_size=BATCH_SIZE,
-                                                show_progress_bar=False, convert_to_tensor=True)).float()
-
-    def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> Tensor:
-        from sentence_transformers import CrossEncoder
-
-        with library_errors(directory, self.name):
-            model = CrossEncoder(str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": "float32"})
-            return torch.as_tensor(model.predict(list(pairs), activation_fn=torch.nn.Identity(), batch_size=BATCH_SIZE,
-                                                 show_progress_bar=False, convert_to_tensor=True)).float()
+LONG_TEXT = " ".join(PROBE_TEXTS * 6)
+"""A text of some 600 tokens, cut where the model's length is less."""
 
 
-ENGINES: Mapping[EngineName, Callable[[], EngineFiles]] = {
-    "sentence-transformers": lambda: _reads(SentenceTransformers()), "onnxruntime": lambda: _reads(OnnxRuntime()),
-    "openvino": lambda: _reads(OpenVino()), "vllm": lambda: _reads(Vllm()),
-    "llama.cpp": lambda: EngineFiles(engine=LlamaCpp(), write=_nothing, fits=fits)}
-"""By the names that `convert --verify-with` takes."""
-
-
-def verify_directory(directory: Path, engines: Sequence[EngineName]) -> list[str]:
-    """The lines of the report on each engine. Raises CheckpointError for the first one that gives other results.
-
-    One process. Short and long texts, texts at the maximum length, Chinese, code, of both roles, or pairs.
-    """
-    readers = [at_its_bound(ENGINES[name](), directory) for name in engines]
-    return (_verify_reranker if is_reranker(directory) else _verify_embedder)(directory, readers)
-
-
-def _verify_embedder(directory: Path, readers: Sequence[EngineFiles]) -> list[str]:
-    from megatron_embed.loading.model_directory import open_encoder
-
-    arguments = argparse.Namespace(model=str(directory), dtype="float32", pooling=None, max_length=None,
-                                   no_normalize=False, overrides=[])
-    encoder, _, _ = open_encoder(arguments, prompts=True)
-    texts = {role: [*PROBE_TEXTS, *_border(encoder.tokenizer, role)] for role in ROLES}
-    vectors = {role: encoder.encode(texts[role], role) for role in ROLES}
-    del encoder  # its memory goes before an engine takes as much
-    return [f"{role}: {reader.compare_vectors(directory, texts[role], vectors[role], role, MINIMUM_COSINE['float32'])}"
-            for reader in readers for role in ROLES]
-
-
-def _border(tokenizer: RoleTokenizer, role: Role) -> tuple[str, ...]:
-    limit = tokenizer.max_length(role)
-    return () if limit > LONGEST_COMPUTED else border_texts(tokenizer, role, limit).texts
-
-
-def _verify_reranker(directory: Path, readers: Sequence[EngineFiles]) -> list[str]:
-    from megatron_embed.export.reranker import PROBES, TOLERANCE, border_pairs, comparable
-    from megatron_embed.loading.reranker import open_scorer
-
-    scorer, _, _ = open_scorer(str(directory), dtype="float32")
-    pairs = [*comparable(PROBES, scorer.tokenizer), *border_pairs(scorer.tokenizer)]
-    scores = scorer.raw_scores(pairs)
-    del scorer
-    asked = [(pair.query, pair.document) for pair in pairs]
-    return [reader.compare_scores(directory, asked, scores, TOLERANCE["float32"]) for reader in readers]
-
-
-def _reads(engine: Engine) -> EngineFiles:
-    return EngineFiles(engine=engine, write=_nothing)
+def _reads(engine: Engine, cuts: CutPairs = "all") -> EngineFiles:
+    return EngineFiles(engine=engine, write=_nothing, cuts=cuts)
 
 
 def _nothing(directory: Path) -> None:
     """The files are there."""
 
 
+ENGINES: Mapping[EngineName, Callable[[], EngineFiles]] = {
+    "sentence-transformers": lambda: _reads(SentenceTransformers()),
+    "transformers": lambda: _reads(Transformers(), cuts="texts"),
+    "onnxruntime": lambda: _reads(OnnxRuntime()), "openvino": lambda: _reads(OpenVino()),
+    "vllm": lambda: _reads(Vllm(), cuts="texts"),
+    "llama.cpp": lambda: EngineFiles(engine=LlamaCpp(), write=_nothing, fits=fits, cuts="none")}
+"""By the names that `convert --verify-with` takes; those of rules.py are asked by their rules."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Texts of one role, or of none, with the vectors of the model in memory."""
+
+    role: Role | None
+    texts: list[str]
+    vectors: Tensor
+    """[texts, dim] float32."""
+
+
+def verify_directory(directory: Path, engines: Sequence[EngineName], against: str | None = None,
+                     dim: int | None = None) -> list[str]:
+    """The lines of the report on each engine. Raises CheckpointError for the first one that gives other results.
+
+    One process. Short and long texts, texts at the maximum length, Chinese, code, of both roles and of none, or pairs.
+
+    Args:
+        against: the model that the directory was made of, as it is trained: a run, a checkpoint or a directory; None:
+            the directory itself, as this program reads it.
+        dim: components of a vector in the directory's graph; None: all.
+    """
+    lines = [check_rules(name, directory) for name in engines if name in RULES]
+    readers = [at_its_bound(ENGINES[name](), directory) for name in engines if name in ENGINES]
+    if dim is not None:
+        readers = [dataclasses.replace(reader, dim=dim) for reader in readers]
+    return [*lines, *(verify_with(directory, readers, against or str(directory)) if readers else ())]
+
+
+def verify_with(directory: Path, readers: Sequence[EngineFiles], source: str) -> list[str]:
+    """`verify_directory` with given engines; they are closed."""
+    try:
+        if is_reranker(find_model(source, "SRC")):
+            scorer, _, _ = open_scorer(source, key="SRC", dtype="float32")
+            probes = PairProbes.of(scorer)
+            del scorer  # its memory goes before an engine takes as much
+            return [reader.compare_scores(directory, probes, TOLERANCE["float32"]) for reader in readers]
+        references = vector_references(source, directory)
+        return [f"{probe.role or 'no prompt'}: {report}" for reader in readers for probe in references
+                for report in (reader.compare_vectors(directory, probe.texts, probe.vectors, probe.role,
+                                                      MINIMUM_COSINE["float32"]),)]
+    finally:
+        for reader in readers:
+            reader.engine.close()
+
+
+def vector_references(source: str, directory: Path) -> list[Reference]:
+    """Texts for a directory that was made of `source`, with its vectors."""
+    arguments = argparse.Namespace(model=source, dtype="float32", pooling=None, max_length=None, no_normalize=False,
+                                   overrides=[])
+    encoder, model, _ = open_encoder(arguments, prompts=True)
+    longest = read_saved_settings(directory).max_length or model.shape.longest_text
+    references = [_reference(encoder, role, role, longest) for role in ROLES]
+    prompts = [model.saved.prompts.get(role, "") for role in ROLES]
+    if all(prompts):  # else a role is without a prompt
+        plain = copy.copy(encoder)
+        plain.tokenizer = encoder.tokenizer.without_prompts()
+        references.append(_reference(plain, None, "document", longest))
+    return references
+
+
+def _reference(encoder: TextEncoder, role: Role | None, length_of: Role, longest: int) -> Reference:
+    limit = min(encoder.tokenizer.max_length(length_of), longest)
+    texts = [*PROBE_TEXTS, *(() if limit > LONGEST_COMPUTED else border_texts(encoder.tokenizer, length_of,
+                                                                              longest).texts)]
+    if limit > LONGEST_COMPUTED or encoder.tokenizer.max_length(length_of) == longest:
+        texts.append(LONG_TEXT)
+    return Reference(role=role, texts=texts, vectors=encoder.encode(texts, length_of))
+
+
 def engine_names(text: str) -> list[EngineName]:
-    """The engines of a list with commas. Raises UserError for a name that is none."""
+    """The engines of a list with commas, in the order of the tables. Raises UserError for a name that is none."""
+    known: list[EngineName] = [*ENGINES, *RULES]
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in ENGINES:
-            raise UserError(f"--verify-with: {name!r} is none of {', '.join(ENGINES)}")
-    return [name for name in ENGINES if name in names]
+        if name not in known:
+            raise UserError(f"--verify-with: {name!r} is none of {', '.join(known)}")
+    return [name for name in known if name in names]

@@ -70,7 +70,7 @@ def at_its_bound(files: EngineFiles, directory: Path) -> EngineFiles:
 
 
 def _bounded(files: EngineFiles) -> EngineFiles:
-    return dataclasses.replace(files, minimum_cosine=INT8_COSINE, maximum_error=INT8_SCORE_ERROR)
+    return dataclasses.replace(files, minimum_cosine=INT8_COSINE, score_tolerance=INT8_SCORE_ERROR)
 
 
 def _is_quantized(files: EngineFiles, directory: Path) -> bool:

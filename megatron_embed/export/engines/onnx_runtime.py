@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_embed.errors import CheckpointError
-from megatron_embed.export.engines.base import Engine, require, stock_features, stock_pair_features
+from megatron_embed.export.engines.base import Engine, PairScores, require, stock_features, stock_pair_features
 from megatron_embed.export.engines.graph import GRAPH_FILE
 from megatron_embed.export.verify import library_errors
 from megatron_embed.names import Role
@@ -25,10 +25,11 @@ class GraphEngine(Engine):
     """An engine that computes the graph on the token ids that Sentence Transformers makes."""
 
     def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
-        return _results(self.open_graph(directory), stock_features(directory, texts, role), "sentence_embedding")
+        return _results(self.open_graph(directory), stock_features(directory, texts, role), ("sentence_embedding",))[0]
 
-    def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> Tensor:
-        return _results(self.open_graph(directory), stock_pair_features(directory, pairs), "logits").flatten()
+    def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> PairScores:
+        raw, final = _results(self.open_graph(directory), stock_pair_features(directory, pairs), ("logits", "score"))
+        return PairScores(raw=raw.flatten(), final=final)
 
     @abstractmethod
     def open_graph(self, directory: Path) -> Graph:
@@ -90,8 +91,7 @@ def _existing(file: Path, kind: str) -> Path:
     return file
 
 
-def _results(graph: Graph, batches: Iterable[dict[str, Tensor]], output: str) -> Tensor:
-    """The batches' results, one under the other, in float32."""
-    rows = [torch.from_numpy(graph({name: tensor.numpy() for name, tensor in batch.items()})[output])
-            for batch in batches]
-    return torch.cat(rows).float()
+def _results(graph: Graph, batches: Iterable[dict[str, Tensor]], outputs: Sequence[str]) -> list[Tensor]:
+    """Each output's rows of all batches, one under the other, in float32."""
+    answers = [graph({name: tensor.numpy() for name, tensor in batch.items()}) for batch in batches]
+    return [torch.cat([torch.from_numpy(answer[name]) for answer in answers]).float() for name in outputs]

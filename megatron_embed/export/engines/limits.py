@@ -1,0 +1,200 @@
+"""What an engine cannot serve, known from a model's settings before anything is written; each with its source."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_INSTRUCTION, QWEN3_RERANKER_TEMPLATE
+from megatron_embed.errors import CheckpointError
+from megatron_embed.loading.model_directory import ModelDirectory, find_model
+from megatron_embed.loading.reranker import is_reranker, saved_settings
+from megatron_embed.models.families import ModelShape, read_hf_config
+from megatron_embed.models.heads import is_encoder
+from megatron_embed.models.reranker_settings import RerankerSettings
+from megatron_embed.models.saved_settings import SavedSettings
+from megatron_embed.names import EngineName, Pooling
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """A model as an engine meets it."""
+
+    architecture: str
+    """The class in config.json."""
+    shape: ModelShape
+    saved: SavedSettings
+    pooling: Pooling | None
+    """None: a reranker."""
+    reranker: RerankerSettings | None
+
+    @classmethod
+    def of(cls, model: ModelDirectory) -> "ServedModel":
+        """The model of a directory or a checkpoint. Raises UserError if it is not readable."""
+        ranks = is_reranker(model)
+        return cls(architecture=str((read_hf_config(model.hf).get("architectures") or [""])[0]), shape=model.shape,
+                   saved=model.saved, pooling=None if ranks else model.pooling(None),
+                   reranker=saved_settings(model) if ranks else None)
+
+    @property
+    def is_bidirectional_decoder(self) -> bool:
+        """Whether every token of a decoder attends to the whole text."""
+        return self.shape.bidirectional and not is_encoder(self.shape)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text."""
+        own = self.saved.max_length if self.reranker is None else self.reranker.max_length
+        return min(own or self.shape.longest_text, self.shape.longest_text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """One thing that an engine cannot do."""
+
+    concerns: Callable[[ServedModel], bool]
+    cannot: str
+    """Continues the engine's name."""
+    source: str
+    """Where the engine says so, with its version."""
+    instead: str = "use --format onnx (ONNX Runtime), or Sentence Transformers"
+
+
+NAMES: Mapping[EngineName, str] = {
+    "sentence-transformers": "Sentence Transformers", "transformers": "Transformers", "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO", "vllm": "vLLM", "llama.cpp": "llama.cpp", "tei": "Text Embeddings Inference",
+    "sglang": "SGLang", "infinity": "Infinity"}
+
+
+def _pools_by_weighted_mean(model: ServedModel) -> bool:
+    return model.pooling == "weightedmean"
+
+
+def _concatenates(model: ServedModel) -> bool:
+    return model.pooling == "cls+mean"
+
+
+def _has_dense(model: ServedModel) -> bool:
+    return model.reranker is None and bool(model.saved.dense)
+
+
+def _uses_chat(model: ServedModel) -> bool:
+    return model.reranker is None and model.saved.chat is not None
+
+
+def _is_decoder_reranker(model: ServedModel) -> bool:
+    return model.reranker is not None and not is_encoder(model.shape)
+
+
+def _asks_in_another_way(model: ServedModel) -> bool:
+    """Whether a reranker's prompt is not the one that llama.cpp writes into every Qwen3 reranker."""
+    asked = model.reranker
+    return asked is not None and asked.head == "yes_no" and (
+        asked.template, asked.instruction, asked.true_token, asked.false_token) != (
+        QWEN3_RERANKER_TEMPLATE, QWEN3_RERANKER_INSTRUCTION, "yes", "no")
+
+
+_LLAMA_CPP = (
+    Limit(concerns=_pools_by_weighted_mean, cannot="has no weighted mean pooling",
+          source="include/llama.h, llama_pooling_type: none, mean, cls, last, rank"),
+    Limit(concerns=_concatenates, cannot="has no cls+mean pooling",
+          source="include/llama.h, llama_pooling_type: none, mean, cls, last, rank"),
+    Limit(concerns=_has_dense, cannot="leaves Dense modules out for most families",
+          source="its converter, conversion/base.py"),
+    Limit(concerns=_uses_chat, cannot="does not put texts to embed into a chat template",
+          source="tools/server/server-context.cpp"),
+    Limit(concerns=lambda model: model.reranker is not None and model.shape.family == "bert",
+          cannot="leaves out BERT's pooler, which a score goes through, and gives every token the type 0",
+          source="conversion/bert.py, filter_tensors and set_vocab"),
+    Limit(concerns=lambda model: _is_decoder_reranker(model) and not (
+          model.shape.family == "qwen3" and model.reranker is not None and model.reranker.head == "yes_no"),
+          cannot="has no reranker of a decoder but Qwen3's with a yes/no head", source="conversion/qwen.py",
+          instead="use --format onnx, or serve the cross-encoder with vLLM"),
+    Limit(concerns=_asks_in_another_way, cannot="asks every Qwen3 reranker by Qwen3-Reranker's own prompt and words",
+          source="conversion/qwen.py, set_gguf_parameters",
+          instead="use --format onnx, or serve the cross-encoder with vLLM"),
+    Limit(concerns=lambda model: model.architecture == "Qwen3MoeModel",
+          cannot="reads a Qwen3-MoE as Qwen3MoeForCausalLM alone", source="conversion/qwen.py"),
+    Limit(concerns=lambda model: model.shape.sliding_window is not None
+          and model.shape.sliding_window < model.max_length,
+          cannot="does not read the sliding window of this family, and the texts are longer than that",
+          source="conversion/llama.py, set_gguf_parameters",
+          instead="use --format onnx, serve it with vLLM, or give it a --max-length within the window"))
+
+_VLLM = (
+    Limit(concerns=_pools_by_weighted_mean, cannot="has no weighted mean pooling",
+          source="vllm 0.32, vllm/config/pooler.py, SEQ_POOLING_TYPES"),
+    Limit(concerns=_concatenates, cannot="has no cls+mean pooling",
+          source="vllm 0.32, vllm/config/pooler.py, SEQ_POOLING_TYPES"),
+    Limit(concerns=_uses_chat, cannot="puts texts to embed into a chat template for requests with `messages` alone",
+          source="vllm 0.32, vllm/entrypoints/pooling/embed"))
+
+_TEI_FAMILIES = ("bert", "roberta", "xlm-roberta", "qwen2", "qwen3", "llama", "mistral")
+_TEI = (
+    Limit(concerns=lambda model: model.shape.family not in _TEI_FAMILIES, cannot="does not know the family",
+          source="TEI 1.9.3, backends/candle/src/lib.rs, Config", instead="serve it with vLLM"),
+    Limit(concerns=_pools_by_weighted_mean, cannot="has no weighted mean pooling",
+          source="TEI 1.9.3, router/src/lib.rs, PoolConfig"),
+    Limit(concerns=lambda model: model.pooling == "lasttoken" and is_encoder(model.shape),
+          cannot="has no last-token pooling of an encoder", source="TEI 1.9.3, backends/candle/src/models/bert.rs"),
+    Limit(concerns=_is_decoder_reranker, cannot="has no classifier of a decoder",
+          source="TEI 1.9.3, backends/candle/src/models/qwen3.rs: `classifier` model type is not supported",
+          instead="serve the cross-encoder with vLLM or `megatron-embed serve`"),
+    Limit(concerns=lambda model: model.shape.rope_scaling is not None,
+          cannot="does not read `rope_parameters` that scale",
+          source="TEI 1.9.3, backends/candle/src/layers/rotary.rs, RopeParameters",
+          instead="serve it with vLLM"),
+    Limit(concerns=_uses_chat, cannot="puts no text into a chat template",
+          source="TEI 1.9.3, core/src/tokenization.rs"),
+    Limit(concerns=lambda model: model.saved.lower_case, cannot="does not read do_lower_case",
+          source="TEI 1.9.3, router/src/lib.rs, STConfig"))
+
+_SGLANG_POOLING: Mapping[str, Pooling] = {"bert": "cls", "xlm-roberta": "cls"}
+_SGLANG_CLASSES = ("BertModel", "XLMRobertaModel", "MistralModel", "LlamaForCausalLM", "MistralForCausalLM",
+                   "Qwen2ForCausalLM", "Qwen3ForCausalLM", "BertForSequenceClassification",
+                   "XLMRobertaForSequenceClassification", "Qwen3ForSequenceClassification")
+_SGLANG = (
+    Limit(concerns=lambda model: model.architecture not in _SGLANG_CLASSES, cannot="has no such class",
+          source="SGLang, python/sglang/srt/models, EntryClass", instead="serve it with vLLM"),
+    Limit(concerns=lambda model: model.reranker is None
+          and model.pooling != _SGLANG_POOLING.get(model.shape.family, "lasttoken"),
+          cannot="does not read 1_Pooling: it pools this family otherwise",
+          source="SGLang, python/sglang/srt/models/{bert,roberta,qwen3,llama_embedding}.py, Pooler",
+          instead="serve it with vLLM"),
+    Limit(concerns=lambda model: model.reranker is None and model.saved.normalize is False,
+          cannot="always gives vectors unit length", source="SGLang, Pooler(normalize=True)",
+          instead="serve it with vLLM"),
+    Limit(concerns=lambda model: model.is_bidirectional_decoder, cannot="does not read is_causal: its decoders are "
+          "causal", source="SGLang, python/sglang/srt/models/qwen3.py, RadixAttention", instead="serve it with vLLM"),
+    Limit(concerns=lambda model: model.reranker is not None and model.reranker.template is not None,
+          cannot="does not put a pair into the template of a classifier", source="SGLang, docs, Rerank models",
+          instead="serve the cross-encoder with vLLM or `megatron-embed serve`"))
+
+_INFINITY = (
+    Limit(concerns=lambda model: model.is_bidirectional_decoder, cannot="has a Transformers before 5.2 (by "
+          "sentence-transformers < 4), which does not read is_causal", source="infinity-emb 0.0.78, Requires-Dist",
+          instead="serve it with vLLM"),
+    Limit(concerns=lambda model: model.reranker is not None and model.reranker.template is not None,
+          cannot="puts no pair into a template",
+          source="infinity-emb 0.0.78, transformer/crossencoder/torch.py, encode_pre",
+          instead="serve the cross-encoder with vLLM or `megatron-embed serve`"),
+    Limit(concerns=_uses_chat, cannot="puts no text into a chat template",
+          source="infinity-emb 0.0.78, transformer/embedder/sentence_transformer.py, encode_pre"),
+    Limit(concerns=lambda model: model.reranker is None and model.saved.normalize is False,
+          cannot="always gives vectors unit length",
+          source="infinity-emb 0.0.78, transformer/embedder/sentence_transformer.py, encode_post"))
+
+LIMITS: Mapping[EngineName, Sequence[Limit]] = {
+    "llama.cpp": _LLAMA_CPP, "vllm": _VLLM, "tei": _TEI, "sglang": _SGLANG, "infinity": _INFINITY}
+
+
+def check_limits(engines: Sequence[EngineName], source: str | Path) -> None:
+    """Refuse engines that cannot serve the model of a run, checkpoint or directory. Nothing is computed.
+
+    Raises:
+        CheckpointError: naming the engine, what it cannot do, where that is said, and an engine that can.
+    """
+    model = ServedModel.of(find_model(str(source), "SRC"))
+    for engine in engines:
+        for limit in LIMITS.get(engine, ()):
+            if limit.concerns(model):
+                raise CheckpointError(f"{source}: {NAMES[engine]} {limit.cannot} ({limit.source}); {limit.instead}")
