@@ -3,10 +3,10 @@
     python tools/bench_serve.py --model DIR [--requests 10000] [--clients 64] [--engine torch sentence-transformers]
 
 Every client sends one text a request and waits for its vector. The lengths in words are log-normal, cut to --words.
-Per engine it prints requests answered and lost, texts per second and per second of processor time, the 50th and 99th percentile of the seconds of an
-answer, and the smallest cosine between its vectors and those of the first engine. Exit code 1 if a request was lost.
-The server around Sentence Transformers is this program with --frame: the same application and queue, and
-`SentenceTransformer.encode` in the place of this package's model.
+Per engine it prints requests answered and lost, texts per second and per second of processor time, the 50th and 99th
+percentile of the seconds of an answer, and the smallest cosine between its vectors and those of the first engine. Exit
+code 1 if a request was lost. The server around Sentence Transformers is this program with --frame: the same
+application and queue, and `SentenceTransformer.encode` in the place of this package's model.
 """
 
 import argparse
