@@ -160,8 +160,8 @@ class EmbeddingTask(Task):
 
     def _export(self, encoder: TextEncoder, records: RecordSet, checkpoint: str, steps: int) -> None:
         config = self.config
-        export_model(checkpoint, self.wanted_exports(checkpoint, steps, self.model.dim(config.embedding), records), encoder,
-                     comparable_texts(records, self.tokenizer), config.model.dtype,
+        wanted = self.wanted_exports(checkpoint, steps, self.model.dim(config.embedding), records)
+        export_model(checkpoint, wanted, encoder, comparable_texts(records, self.tokenizer), config.model.dtype,
                      expected_settings(config, self.tokenizer))
 
 
