@@ -2,7 +2,7 @@
 
     quant-env/bin/python tools/quantize_4bit.py exported exported-4bit --calibration train.jsonl --method gptq
 
-Runs in an environment of its own, without this package (docs/serving.md, "4-bit weights"). Reads a Sentence
+Runs in an environment of its own, without this package (docs/quantization.md). Reads a Sentence
 Transformers directory and rows {"query", "positive": [...]}, calibrates on three quarters of the rows and compares on
 the rest. The result has
 the same layout, with weights in compressed-tensors' format, which vLLM reads. Exit status 2, and nothing is

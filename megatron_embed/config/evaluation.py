@@ -23,9 +23,9 @@ class CheckpointConfig:
     export_at_end: str | None = None
     """Directory for a Sentence Transformers export, or a cross-encoder export for a reranker; null: no export."""
     export_formats: tuple[FurtherExport, ...] = ()
-    """Formats that `export_at_end` is also written in (docs/serving.md), each to a directory of its own beside it, with
-    the format's name: export_at_end out and [onnx, gguf-q8_0] give out, out-onnx and out-gguf-q8_0. int8 is calibrated
-    on training rows. Empty: its own format only."""
+    """Formats that `export_at_end` is also written in (docs/conversion.md), each to a directory of its own beside it,
+    with the format's name: export_at_end out and [onnx, gguf-q8_0] give out, out-onnx and out-gguf-q8_0. int8 is
+    calibrated on training rows. Empty: its own format only."""
     export: Literal["last", "best"] = "last"
     """Checkpoint that `export_at_end` exports: the last one, or the one with the best `evaluation.best_metric`."""
 

@@ -44,7 +44,7 @@ FLOAT_SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _HELD_OUT = 4
 """Every so many batches of the rows are compared, not calibrated on."""
 _RANKED_ON = 4
-"""Batches on which the loss of each product's input is measured: all activations of one are in memory at once."""
+"""Batches on which each product's share in the loss is measured."""
 
 Feed = dict[str, NDArray[np.int64]]
 """Inputs of the graph, [texts, tokens] each."""
@@ -101,11 +101,11 @@ def quantize_graph(directory: Path, rows: CalibrationRows) -> None:
     with (tempfile.TemporaryDirectory(prefix=".int8-", dir=file.parent) as folder,
           library_errors(directory, "ONNX Runtime"), _quiet()):
         work = _Quantizer(file, Path(folder), calibration, large=large)
-        exact, report = _results(work.prepared, held), ""
+        exact, report = _results(_session(work.prepared), held), ""
         for share in FLOAT_SHARES:
             kept = work.most_sensitive(round(share * len(work.products)))
             work.quantize(kept)
-            passes, report = _compare(exact, _results(work.result, held))
+            passes, report = _compare(exact, _results(_session(work.result), held))
             logger.info("int8: %d of %d products in float32: %s on held-out texts", len(kept), len(work.products),
                         report)
             if passes:
@@ -145,21 +145,20 @@ class _Quantizer:
             extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul"]})
 
     def most_sensitive(self, count: int) -> list[str]:
-        """The products whose inputs lose most when all are quantized, the worst first."""
+        """The products that move the results most when their inputs are in 8 bits, the worst first."""
         if not count:
             return []
         self._ranked = self._ranked or self._rank()
         return self._ranked[:count]
 
     def _rank(self) -> list[str]:
-        from onnxruntime.quantization import qdq_loss_debug as debug
-
-        file = self._folder / "observed.onnx"
-        debug.modify_model_output_intermediate_tensors(str(self.result), str(file), ["MatMul"], self._large)
-        seen = debug.collect_activations(str(file), _Reader(self._calibration[:_RANKED_ON]))
-        matching = debug.create_activation_matching(seen, seen)
-        ratio = {name: values["qdq_err"] for name, values in debug.compute_activation_error(matching).items()}
-        return sorted(self.products, key=lambda name: ratio.get(self.products[name], 0.0))
+        """Every product in turn is the only one that takes its input in 8 bits."""
+        file, batches = self._folder / "switched.onnx", self._calibration[:: len(self._calibration) // _RANKED_ON or 1]
+        _write_with_switches(self.result, file, list(self.products), large=self._large)
+        session, every = _session(file), np.eye(len(self.products), dtype=bool)
+        plain, *moved = (_results(session, batches, switches=row) for row in [np.zeros_like(every[0]), *every])
+        errors = {name: float((result - plain).norm()) for name, result in zip(self.products, moved, strict=True)}
+        return sorted(errors, key=lambda name: errors[name], reverse=True)
 
 
 class _Reader:
@@ -174,6 +173,29 @@ class _Reader:
 
     def __iter__(self) -> Iterator[Feed]:
         return self._batches
+
+
+def _write_with_switches(file: Path, target: Path, products: Sequence[str], *, large: bool) -> None:
+    """A quantized graph with one input more, `switches`, [products] bool: which products take their input in 8 bits."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(str(file))
+    graph, nodes = model.graph, []
+    producer = {output: node for node in graph.node for output in node.output}
+    graph.input.append(helper.make_tensor_value_info("switches", onnx.TensorProto.BOOL, [len(products)]))
+    for node in graph.node:
+        if node.name in products:
+            index, rounded = f"switch_{products.index(node.name)}", node.input[0]
+            exact = producer[producer[rounded].input[0]].input[0]  # before QuantizeLinear and DequantizeLinear
+            graph.initializer.append(numpy_helper.from_array(np.int64(products.index(node.name)), index))
+            nodes += [helper.make_node("Gather", ["switches", index], [f"{index}_on"]),
+                      helper.make_node("Where", [f"{index}_on", rounded, exact], [f"{index}_input"])]
+            node.input[0] = f"{index}_input"
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.save(model, str(target), save_as_external_data=large)
 
 
 def _products(file: Path) -> dict[str, str]:
@@ -206,15 +228,18 @@ def _feed(batch: dict[str, Tensor]) -> Feed:
     return {name: tensor.numpy() for name, tensor in batch.items()}
 
 
-def _results(file: Path, batches: Sequence[Feed]) -> Tensor:
-    """[texts, dim] vectors or [pairs, 1] scores before the activation, in float64."""
+def _session(file: Path) -> Any:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+
+def _results(session: Any, batches: Sequence[Feed], **more: NDArray[np.bool_]) -> Tensor:
+    """[texts, dim] vectors or [pairs, 1] scores before the activation, in float64; `more`: inputs of every batch."""
     inputs = {node.name for node in session.get_inputs()}
     output = "sentence_embedding" if "sentence_embedding" in {node.name for node in session.get_outputs()} else "logits"
-    rows: list[Any] = [session.run([output], {name: values for name, values in batch.items() if name in inputs})[0]
-                       for batch in batches]
+    rows = [session.run([output], {name: values for name, values in {**batch, **more}.items() if name in inputs})[0]
+            for batch in batches]
     return torch.from_numpy(np.concatenate(rows)).double()
 
 
