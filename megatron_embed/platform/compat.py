@@ -160,6 +160,7 @@ def parallel_save() -> FullyParallelSaveStrategyWrapper:
 
 _OWN_ADAM = (megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER, distrib_optimizer.HAVE_APEX_OR_TE,
              distrib_optimizer.USING_APEX_OPTIMIZER)
+_ADAM_OF_DISTRIBUTED = vars(distrib_optimizer)["Adam"]
 
 
 def use_adam(adam_class: type[torch.optim.Optimizer], *, always: bool = False) -> None:
@@ -172,11 +173,13 @@ def use_adam(adam_class: type[torch.optim.Optimizer], *, always: bool = False) -
     own, uses_torch, has_fused, is_apex = _OWN_ADAM
     megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = own, uses_torch
     distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_APEX_OPTIMIZER = has_fused, is_apex
+    vars(distrib_optimizer)["Adam"] = _ADAM_OF_DISTRIBUTED
     if always or uses_torch or not HAS_CUDA:
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
         megatron_optimizer.Adam = adam_class
         # The distributed optimizer then reads `step` from the groups, as from Apex's.
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+        vars(distrib_optimizer)["Adam"] = adam_class  # it asks for an instance of this
 
 
 def gradients_of_norm(part: MegatronOptimizer) -> list[torch.Tensor]:

@@ -105,6 +105,7 @@ def test_layouts_agree(model, tmp_path, record_property):
             assert difference <= (1e-3 if name == "adamw_8bit" else 1e-4), (name, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw_8bit", "muon"])
 def test_a_run_resumes_bit_for_bit(model, tmp_path, name):
     values = settings(model, tmp_path / "run", name, steps=4, dtype="bfloat16", sizes=layout(pp=2))
