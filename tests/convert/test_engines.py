@@ -120,8 +120,8 @@ def edit(file: Path, **values: Any) -> None:
 def test_an_engine_that_is_not_there_is_refused_before_anything_is_written(exported: Path, tmp_path: Path,
                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PYTHON", "/no/such/python")
-    code, _, message, _ = command(["convert", "megatron-to-hf", str(exported), str(tmp_path / "out"), "--format", "onnx",
-                                   "--verify-with", "vllm"])
+    code, _, message, _ = command(["convert", "megatron-to-hf", str(exported), str(tmp_path / "out"), "--verify-with",
+                                   "vllm", "--format", "onnx"])
     assert code == 2 and "VLLM_PYTHON = /no/such/python: No such file" in message
     assert not (tmp_path / "out").exists()
 
