@@ -51,6 +51,8 @@ FORMATS: dict[EngineName, ExportFormat] = {
 STOCK: tuple[EngineName, ...] = ("sentence-transformers", "transformers", "vllm")
 """Engines that need none of these formats' own files."""
 UNCOMPARED = ExportOptions(compare=False)
+NO_TOKENIZER = ("Not measured: llama.cpp's converter knows a byte-level BPE by a checksum (conversion/base.py, "
+                "get_vocab_base_pre), RoBERTa's released one too, which is not on the machine.")
 Cell = dict[str, Any]
 Row = dict[str, Any]
 
@@ -169,6 +171,7 @@ def shown(cell: Cell, notes: list[str], rerankers: bool) -> str:
     if "rules" in cell:
         return "rules"
     text = cell.get("refused", "not measured")
+    text = NO_TOKENIZER if "pre-tokenizer was not recognized" in text else text
     if text not in notes:
         notes.append(text)
     return f"[{notes.index(text) + 1}]"

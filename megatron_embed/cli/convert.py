@@ -1,10 +1,11 @@
 """`convert hf-to-megatron SRC DST` and `convert megatron-to-hf SRC DST [--format ...]`"""
 
 import argparse
+import shutil
 from pathlib import Path
 
 from megatron_embed.cli.common import path, positive_int, write_output
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.names import GGUF_TYPES
 
 HELP = "Convert a model between Hugging Face directories and checkpoints of megatron-embed"
@@ -83,10 +84,9 @@ def run(args: argparse.Namespace) -> int:
         _verify(args.source, args.verify_with, args.against, args.dim)
         return 0
     if args.verify_with:
-        from megatron_embed.export.engines.gate import engine_names
-        from megatron_embed.export.engines.limits import check_limits
+        from megatron_embed.export.engines.gate import check_engines, engine_names
 
-        check_limits(engine_names(args.verify_with), args.source)  # refused before anything is written
+        check_engines(engine_names(args.verify_with), args.source)  # refused before anything is written
     from megatron_embed.export.formats import EXPORTERS, ExportOptions, check_quantization
 
     options = ExportOptions(max_shard_size=args.max_shard_size, dtype=args.dtype, compare=not args.no_compare,
@@ -95,7 +95,11 @@ def run(args: argparse.Namespace) -> int:
     check_quantization(args.format, options)
     write_output("\n".join(EXPORTERS[args.format](args.source, args.destination, options)))
     if args.verify_with:
-        _verify(args.destination, args.verify_with, args.source, args.dim)
+        try:
+            _verify(args.destination, args.verify_with, args.source, args.dim)
+        except UserError:
+            shutil.rmtree(args.destination)  # written by this command, and not what was trained
+            raise
     return 0
 
 

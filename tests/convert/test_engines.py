@@ -11,6 +11,7 @@ import torch
 
 from megatron_embed.convert.convert import hf_to_megatron
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
+from megatron_embed.export.engines import gate
 from megatron_embed.export.engines.base import stock_features
 from megatron_embed.export.engines.gate import engine_names, verify_directory
 from megatron_embed.export.engines.graph import GRAPH_FILE, pooled
@@ -20,6 +21,7 @@ from megatron_embed.export.sentence_transformers import export_sentence_transfor
 from megatron_embed.export.verified_write import ExportOptions
 from megatron_embed.names import POOLINGS, EngineName, Pooling
 from tests.helpers.embedding_reference import save_model
+from tests.helpers.refusals import command
 from tests.helpers.toys import copy_tokenizer, save_toy
 from tests.helpers.toys import save_model as save_model_for_run
 
@@ -113,6 +115,26 @@ def edit(file: Path, **values: Any) -> None:
     all_values = {**json.loads(file.read_text(encoding="utf-8")), **values}
     file.write_text(json.dumps({key: value for key, value in all_values.items() if value is not None}),
                     encoding="utf-8")
+
+
+def test_an_engine_that_is_not_there_is_refused_before_anything_is_written(exported: Path, tmp_path: Path,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PYTHON", "/no/such/python")
+    code, _, message, _ = command(["convert", "megatron-to-hf", str(exported), str(tmp_path / "out"), "--verify-with",
+                                   "vllm", "--format", "onnx"])
+    assert code == 2 and "VLLM_PYTHON = /no/such/python: No such file" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_an_engine_refuses_is_not_left_behind(checkpoint: Path, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> list[str]:
+        raise CheckpointError("another model")
+
+    monkeypatch.setattr(gate, "verify_directory", refuse)
+    code, *_ = command(["convert", "megatron-to-hf", str(checkpoint), str(tmp_path / "out"), "--no-compare",
+                        "--verify-with", "transformers"])
+    assert code == 2 and not (tmp_path / "out").exists()
 
 
 def test_vllm_finds_the_kind_of_positions_of_xlm_roberta(tmp_path: Path) -> None:

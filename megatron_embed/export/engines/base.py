@@ -35,6 +35,9 @@ class Engine(ABC):
 
     name: str
 
+    def check_installed(self) -> None:  # noqa: B027  # the stock libraries are
+        """Raises ConfigError, saying how to get it, if the engine is not there."""
+
     @abstractmethod
     def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
         """[texts, dim] float32 of texts with the directory's prompt of `role`. Raises CheckpointError if it cannot."""

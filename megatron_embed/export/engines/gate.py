@@ -15,6 +15,7 @@ from megatron_embed.export.embedding import LONGEST_COMPUTED, MINIMUM_COSINE, PR
 from megatron_embed.export.engines.base import Engine
 from megatron_embed.export.engines.files import CutPairs, EngineFiles
 from megatron_embed.export.engines.int8 import at_its_bound
+from megatron_embed.export.engines.limits import check_limits
 from megatron_embed.export.engines.llama_cpp import LlamaCpp, fits
 from megatron_embed.export.engines.onnx_runtime import OnnxRuntime, OpenVino
 from megatron_embed.export.engines.rules import RULES, check_rules
@@ -114,6 +115,19 @@ def _reference(encoder: TextEncoder, role: Role | None, length_of: Role, longest
     if limit > LONGEST_COMPUTED or encoder.tokenizer.max_length(length_of) == longest:
         texts.append(LONG_TEXT)
     return Reference(role=role, texts=texts, vectors=encoder.encode(texts, length_of))
+
+
+def check_engines(engines: Sequence[EngineName], source: str) -> None:
+    """Refuse, before anything is written, engines that are not installed or cannot serve the model of `source`.
+
+    Raises:
+        ConfigError: not installed.
+        CheckpointError: the model, its pooling or its head is one that the engine does not have.
+    """
+    check_limits(engines, source)
+    for name in engines:
+        if name in ENGINES:
+            ENGINES[name]().engine.check_installed()
 
 
 def engine_names(text: str) -> list[EngineName]:

@@ -45,6 +45,9 @@ class LlamaCpp(Engine):
 
     name = "llama.cpp"
 
+    def check_installed(self) -> None:
+        require("xllamacpp", self.name)
+
     def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
         saved = read_saved_settings(directory)
         prompt = "" if role is None else saved.prompts.get(role, "")

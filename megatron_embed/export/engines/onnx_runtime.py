@@ -41,6 +41,9 @@ class OnnxRuntime(GraphEngine):
 
     name = "ONNX Runtime"
 
+    def check_installed(self) -> None:
+        require("onnxruntime", self.name)
+
     def open_graph(self, directory: Path) -> Graph:
         runtime = require("onnxruntime", self.name)
         file = _existing(directory / GRAPH_FILE, "onnx")
@@ -59,6 +62,9 @@ class OpenVino(GraphEngine):
     """OpenVINO's CPU plugin, asked for float32."""
 
     name = "OpenVINO"
+
+    def check_installed(self) -> None:
+        require("openvino", self.name)
 
     def open_graph(self, directory: Path) -> Graph:
         openvino = require("openvino", self.name)

@@ -67,6 +67,9 @@ class Vllm(Engine):
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
+    def check_installed(self) -> None:
+        _interpreter()
+
     def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
         prompt = "" if role is None else read_saved_settings(directory).prompts.get(role, "")
         return torch.tensor(self._ask(directory, {}, {"texts": [prompt + text for text in texts]}))
@@ -114,23 +117,33 @@ def as_classifier(directory: Path) -> dict[str, Any]:
             "classifier_from_token": [settings.false_token, settings.true_token], "method": "from_2_way_softmax"}
 
 
-def _start() -> tuple["subprocess.Popen[str]", IO[str], IO[str]]:
-    """vLLM's process, what it answers and its log. Raises ConfigError if there is no vLLM."""
-    interpreter = os.environ.get(INTERPRETER, sys.executable)
+def _environment() -> dict[str, str]:
     environment = {**os.environ, **_ON_CPU}
-    environment.pop("PYTHONPATH", None)
+    environment.pop("PYTHONPATH", None)  # this program's packages are not vLLM's
+    return environment
+
+
+def _interpreter() -> str:
+    """The python that has vLLM. Raises ConfigError if none has."""
+    interpreter = os.environ.get(INTERPRETER, sys.executable)
     found = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
-        missing = subprocess.run([interpreter, "-c", found], check=False, env=environment).returncode
+        missing = subprocess.run([interpreter, "-c", found], check=False, env=_environment()).returncode
     except OSError as error:
         raise ConfigError(f"{INTERPRETER} = {interpreter}: {error.strerror}; set it to the python of an environment "
                           "that has vLLM (docs/serving.md)") from error
     if missing:
         raise ConfigError(f"vLLM is not installed for {interpreter}; set {INTERPRETER} to the python of an environment "
                           "that has it (docs/serving.md)")
+    return interpreter
+
+
+def _start() -> tuple["subprocess.Popen[str]", IO[str], IO[str]]:
+    """vLLM's process, what it answers and its log. Raises ConfigError if there is no vLLM."""
+    interpreter = _interpreter()
     reading, writing = os.pipe()
     errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # as long as the process
     process = subprocess.Popen([interpreter, "-c", _PROGRAM, str(writing)], stdin=subprocess.PIPE, stdout=errors,
-                               stderr=errors, text=True, env=environment, pass_fds=(writing,))
+                               stderr=errors, text=True, env=_environment(), pass_fds=(writing,))
     os.close(writing)
     return process, os.fdopen(reading, encoding="utf-8"), errors
