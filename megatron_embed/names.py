@@ -85,7 +85,7 @@ GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 """Types of the weights in a GGUF file: float32, float16, bfloat16, or 8 bits with a scale for every 32 weights."""
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 
-Quantization = Literal["int8"]
+GraphQuantization = Literal["int8"]
 """Numbers that `convert --quantize` multiplies in: 8-bit integers, with a scale for every output of a weight."""
 
 FurtherExport = Literal["onnx", "onnx-int8", "openvino", "openvino-int8", "gguf-f32", "gguf-f16", "gguf-bf16",

@@ -46,7 +46,7 @@ def test_no_requirement_is_apex():
 
 
 def test_extras():
-    assert set(EXTRAS) == {"gpu", "mining", "eval", "docs", "export", "serve", "search", "dev"}
+    assert set(EXTRAS) == {"gpu", "mining", "eval", "docs", "export", "serve", "search", "quantization", "dev"}
 
 
 @pytest.mark.parametrize("text, file", [*((text, "requirements-cpu.txt") for text in [*CORE, *EXTRAS["dev"]]),

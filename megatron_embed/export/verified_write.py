@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.export.verify import available_memory, weight_bytes
-from megatron_embed.names import GgufType, ModelDtype, Quantization
+from megatron_embed.names import GgufType, GraphQuantization, ModelDtype
 from megatron_embed.parallel.collectives import raise_on_all_ranks
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ExportOptions:
     """Weights of --format gguf."""
     dim: int | None = None
     """Components of the vector in an ONNX graph, matryoshka's cut; None: all."""
-    quantize: Quantization | None = None
+    quantize: GraphQuantization | None = None
     """Numbers that the graph multiplies in; None: float32."""
     calibration: str | None = None
     """File of rows that a quantized graph is calibrated on; None: the training rows of the run."""

@@ -109,11 +109,11 @@ def test_a_model_without_tokenizer_is_exported_uncompared(checkpoints, tmp_path)
 def test_a_module_that_we_do_not_compute_passes_through_uncompared(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints / "qwen3", tmp_path / "source")
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-               {"idx": 1, "name": "1", "path": "1_Dense", "type": "sentence_transformers.models.Dense"}]
+               {"idx": 1, "name": "1", "path": "1_LSTM", "type": "sentence_transformers.models.LSTM"}]
     (source / "hf" / "modules.json").write_text(json.dumps(modules))
     note, _ = converted(source, tmp_path / "out")
     assert note.startswith("not compared on texts: ")
-    assert "models.Dense' is not supported" in note
+    assert "models.LSTM' is not supported" in note
     assert json.loads((tmp_path / "out" / "modules.json").read_text()) == modules
 
 

@@ -34,7 +34,7 @@ def test_pooling_in_the_graph_is_the_stock_librarys(pooling: Pooling, side: str)
     hidden = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(2))
     lengths, positions = torch.tensor([[5], [2], [1]]), torch.arange(5)
     mask = (positions < lengths if side == "right" else positions >= 5 - lengths).to(torch.int64)
-    stock = StockPooling(4, pooling_mode=pooling)({"token_embeddings": hidden, "attention_mask": mask})
+    stock = StockPooling(4, pooling_mode=pooling.split("+"))({"token_embeddings": hidden, "attention_mask": mask})
     torch.testing.assert_close(pooled(hidden, mask, pooling), stock["sentence_embedding"], rtol=1e-6, atol=1e-6)
 
 

@@ -108,7 +108,7 @@ def test_the_transformers_own_place_is_the_directory(model):
 
 
 @pytest.mark.parametrize("kind", ["evil.Pooling", "Pooling", "sentence_transformers.models.Pooling.evil",
-                                  "sentence_transformers.evil.Pooling", "sentence_transformers.models.Dense"])
+                                  "sentence_transformers.evil.Pooling", "sentence_transformers.models.LSTM"])
 def test_a_class_of_the_same_last_name_is_another_one(model, kind):
     (model / "1_Pooling").mkdir()
     (model / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
@@ -127,7 +127,7 @@ def test_what_sentence_transformers_writes_is_known():
         path = name.rpartition(".")[0].replace(".", "/") + ".py"
         if path in installed and f"class {kind}(" in installed[path].read_text():
             known.add(kind)
-    assert known == {"Transformer", "Pooling", "Normalize", "Dropout", "LogitScore"}
+    assert known == {"Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LogitScore"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "1_Pooling"])
