@@ -170,8 +170,9 @@ def serve_sentence_transformers(directory: str) -> None:
         def tokenize(self, texts: Sequence[str], role: str) -> TokenizedRows:
             return TokenizedRows(token_ids=list(texts), num_truncated=0)
 
-    models = ServedModels([ServedEmbedder("library", Path(directory), Library(), TextLengths(), normalize=True,
-                                          dim=model.get_embedding_dimension(), raw_vectors=False)], Limits())
+    models = ServedModels([ServedEmbedder("library", Path(directory), Library(), TextLengths(), similarity="cosine",
+                                          dim=model.get_embedding_dimension(), normalize=True, raw_vectors=False)],
+                          Limits())
     state = ServerState()
     stopper, bound = Stopper(models, state), bind("127.0.0.1", 0)
     with stop.stopping_by(stopper.ask):

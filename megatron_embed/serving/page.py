@@ -16,6 +16,7 @@ from starlette.responses import Response
 from megatron_embed.names import Role
 from megatron_embed.serving.errors import RequestError
 from megatron_embed.serving.models import ServedEmbedder, ServedModels
+from megatron_embed.serving.openai_routes import Text
 from megatron_embed.serving.page_corpus import PageCorpus
 
 _STATIC = Path(__file__).resolve().parent / "static"
@@ -41,7 +42,7 @@ class TokensRequest(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    text: Annotated[str, Field(max_length=1 << 20)]
+    text: Annotated[Text, Field(max_length=1 << 20)]
     model: str | None = None
     role: Role = "document"
 
