@@ -137,6 +137,12 @@ def test_an_export_that_an_engine_refuses_is_not_left_behind(checkpoint: Path, t
     assert code == 2 and not (tmp_path / "out").exists()
 
 
+def test_a_directory_without_weights_needs_the_model_that_it_was_made_of(exported: Path) -> None:
+    (exported / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no weights that this program reads .* --against MODEL"):
+        verify_directory(exported, ["llama.cpp"])
+
+
 def test_vllm_finds_the_kind_of_positions_of_xlm_roberta(tmp_path: Path) -> None:
     save_toy(tmp_path, "XLMRobertaModel")
     copy_tokenizer(tmp_path)

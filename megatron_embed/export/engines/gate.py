@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_embed.errors import UserError
+from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.export.embedding import LONGEST_COMPUTED, MINIMUM_COSINE, PROBE_TEXTS, border_texts
 from megatron_embed.export.engines.base import Engine
@@ -22,6 +22,7 @@ from megatron_embed.export.engines.rules import RULES, check_rules
 from megatron_embed.export.engines.stock import SentenceTransformers, Transformers
 from megatron_embed.export.engines.vllm import Vllm
 from megatron_embed.export.reranker import TOLERANCE, PairProbes
+from megatron_embed.export.verify import weight_bytes
 from megatron_embed.loading.model_directory import find_model, open_encoder
 from megatron_embed.loading.reranker import is_reranker, open_scorer
 from megatron_embed.models.saved_settings import read_saved_settings
@@ -71,6 +72,9 @@ def verify_directory(directory: Path, engines: Sequence[EngineName], against: st
     """
     lines = [check_rules(name, directory) for name in engines if name in RULES]
     readers = [at_its_bound(ENGINES[name](), directory) for name in engines if name in ENGINES]
+    if readers and against is None and not weight_bytes(directory):
+        raise CheckpointError(f"{directory}: no weights that this program reads (*.safetensors) to compare with; name "
+                              "the model that it was made of: --against MODEL")
     if dim is not None:
         readers = [dataclasses.replace(reader, dim=dim) for reader in readers]
     return [*lines, *(verify_with(directory, readers, against or str(directory)) if readers else ())]
