@@ -106,7 +106,7 @@ class QuantizedWeight:
         functions: Any = _functions()
         state = functions.QuantState(
             absmax=self._scales().reshape(-1), shape=torch.Size(self.shape), dtype=dtype, blocksize=BLOCK,
-            quant_type="nf4", code=functions.get_4bit_type("nf4", device=self.codes.device))
+            quant_type="nf4")
         restored: Tensor = functions.dequantize_4bit(self.codes.view(-1, 1), state)
         return restored
 

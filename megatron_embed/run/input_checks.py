@@ -192,6 +192,10 @@ def _check_packages(config: "RunConfig") -> Iterator[Check]:
     needed = {
         "wandb": ("logging.wandb = True", config.logging.wandb, "pip install wandb, or set it to false"),
         "transformer_engine": (next(iter(engine), ""), bool(engine), "pip install 'megatron_embed[gpu]'"),
+        "bitsandbytes": (f"model.quantization = {model.quantization!r}" if model.quantization != "none" else
+                         "optimizer.name = 'adamw_8bit'",
+                         model.quantization != "none" or config.optimizer.name == "adamw_8bit",
+                         "pip install 'megatron_embed[quantization]'"),
         "datasets": ("data.train", any(map(_needs_datasets, paths)),
                      "pip install datasets"),
         "pyarrow": ("data.train", any(path.endswith(".zst") for path in paths), "pip install pyarrow"),

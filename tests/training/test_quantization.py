@@ -120,6 +120,19 @@ def test_twenty_losses_are_equal_in_every_layout(model, tmp_path, kind, record_p
         np.testing.assert_allclose(curves[name], whole, rtol=0, atol=1e-5)
 
 
+def test_two_tensor_parallel_ranks_train_what_one_does(model, tmp_path):
+    """With sequence parallelism, in three steps; every layout and more steps: the slow test above."""
+    for name, sizes, ranks in (("one", layout(), 1), ("tp2", layout(2), 2)):
+        values = settings(model, tmp_path / name, sizes=sizes, train_steps=3, learning_rate=2e-2)
+        values["checkpoint"] = {}
+        values["logging"]["directory"] = str(tmp_path / name)
+        run_on_ranks(train, ranks, values)
+    one, two = (np.array(curve(tmp_path / name))[:, :2] for name in ("one", "tp2"))
+    assert (one[:, 1] > 0).all()
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_run_resumes_exports_and_holds_adapters_alone(model, tmp_path):
     """Four steps at PP2 against two and two; the merged export is the model that was trained."""
     values = settings(model, tmp_path / "run", sizes=layout(pp=2), train_steps=4)
