@@ -13,11 +13,12 @@ from megatron_embed.config.json_file import refuse_deep_value, refuse_many_brack
 from megatron_embed.errors import ConfigError, DataError
 
 _BOM = b"\xef\xbb\xbf"
-_BLANK = b" \t\r\n"
+BLANK = b" \t\r\n"
+"""Bytes of a line that holds no row."""
 LONGEST_LINE = 64 << 20
 """Bytes of a line, after decompression."""
 _BEGINNING = 1 << 16
-MOST_BLANK_LINES = 1_000_000
+MOSTBLANK_LINES = 1_000_000
 """Blank lines in a row: 3 GB of them fit into a compressed file of 3 MB."""
 LARGEST_ARRAY = 256 << 20
 """Bytes of a file that is one array, which is held in memory."""
@@ -91,25 +92,43 @@ def read_lines(path: str, key: str) -> Iterator[Line]:
         ConfigError: the file cannot be opened.
         DataError: see `numbered_lines`.
     """
-    start = 0
+    for line in read_lines_between(path, key, 0, None):
+        if line.raw.strip(BLANK):
+            yield line
+
+
+def read_lines_between(path: str, key: str, begin: int, end: int | None, first_line: int = 1) -> Iterator[Line]:
+    """Every line, blank ones too, that begins at byte `begin` or behind it, and before byte `end` (None: any).
+
+    Args:
+        first_line: number of the first of them.
+    Raises:
+        ConfigError: the file cannot be opened.
+        DataError: see `numbered_lines`.
+    """
+    start = begin
     with open_jsonl(path, key) as file:
-        for line_number, raw in numbered_lines(file, path):
-            end = start + len(raw)
-            if line_number == 1 and raw.startswith(_BOM):
+        if begin:
+            file.seek(begin - 1)
+            start += len(file.readline(LONGEST_LINE + 1)) - 1
+        for line_number, raw in numbered_lines(file, path, first_line):
+            if end is not None and start >= end:
+                return
+            behind = start + len(raw)
+            if not start and raw.startswith(_BOM):
                 raw, start = raw[len(_BOM):], len(_BOM)
-            if raw.strip(_BLANK):
-                yield Line(line_number, start, raw)
-            start = end
+            yield Line(line_number, start, raw)
+            start = behind
 
 
-def numbered_lines(file: BinaryIO, path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Every line of an open file with its number, from 1, blank ones too. Memory: the line.
+def numbered_lines(file: BinaryIO, path: str | Path, first_line: int = 1) -> Iterator[tuple[int, bytes]]:
+    """Every line of an open file with its number, from `first_line` on, blank ones too. Memory: the line.
 
     Raises:
         DataError: a line is longer than LONGEST_LINE, blank lines do not end, the file breaks off or its compression is
             damaged.
     """
-    line_number = num_blank = 0
+    line_number, num_blank = first_line - 1, 0
     while True:
         line_number += 1
         try:
@@ -122,9 +141,9 @@ def numbered_lines(file: BinaryIO, path: str | Path) -> Iterator[tuple[int, byte
         if len(raw) > LONGEST_LINE:
             raise DataError(f"{path}:{line_number}: a line of more than {LONGEST_LINE >> 20} MiB; a line holds one "
                             "row, so divide its text, or make the file again with one row a line")
-        num_blank = 0 if raw.strip(_BLANK) else num_blank + 1
-        if num_blank > MOST_BLANK_LINES:
-            raise DataError(f"{path}:{line_number}: more than {MOST_BLANK_LINES:,} blank lines in a row; remove them")
+        num_blank = 0 if raw.strip(BLANK) else num_blank + 1
+        if num_blank > MOSTBLANK_LINES:
+            raise DataError(f"{path}:{line_number}: more than {MOSTBLANK_LINES:,} blank lines in a row; remove them")
         yield line_number, raw
 
 
@@ -197,7 +216,7 @@ def is_array(path: str, key: str) -> bool:
         return False
     with open_file(path, key) as file:
         try:
-            return file.read(_BEGINNING).removeprefix(_BOM).lstrip(_BLANK).startswith(b"[")
+            return file.read(_BEGINNING).removeprefix(_BOM).lstrip(BLANK).startswith(b"[")
         except (OSError, EOFError, zlib.error):
             return False  # who reads its lines refuses it
 
