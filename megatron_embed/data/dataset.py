@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
@@ -13,16 +12,19 @@ from numpy.typing import NDArray
 from megatron_embed.config.data import TrainFile
 from megatron_embed.data.beir import BeirRows, is_beir_folder
 from megatron_embed.data.corpus import text_of_document
+from megatron_embed.data.entries import DataEntry, EntryPart, IndexedEntry
 from megatron_embed.data.entry_index import open_index
 from megatron_embed.data.formats import RowReader
 from megatron_embed.data.index_parts import Part
 from megatron_embed.data.index_store import IndexPlace
-from megatron_embed.data.jsonl import check_text, parse_object, read_lines
+from megatron_embed.data.jsonl import BLANK, check_text, parse_object, read_lines
 from megatron_embed.data.permutation import mixed
-from megatron_embed.data.records import AnyRecord, Kind, Records
+from megatron_embed.data.records import AnyRecord, Kind, Records, text_id
 from megatron_embed.data.row_fields import check_keys
 from megatron_embed.data.row_index import RowIndex, TextIds, UnitWriter, gather_by_group
 from megatron_embed.data.row_source import nothing_to_stream, open_rows
+from megatron_embed.data.sampler import ORDER_VERSION
+from megatron_embed.data.several_rows import SeveralRows
 from megatron_embed.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -32,56 +34,7 @@ _BLOCK_ROWS = 1 << 20
 """Rows whose hashes are looked at together."""
 
 
-class DataEntry(Records[AnyRecord]):
-    """Records of one `data.train` entry.
-
-    Attributes:
-        path: as it was given.
-        instructions: each distinct instruction (None: rows without one), with the FILE:LINE of its first row.
-        digest: hash of the rows as they are read; blank lines and line endings do not count.
-        most_positives: positives of the row with the most; of a list, documents with a label above 0.
-        most_negatives: negatives of the row with the most; 0 if rows are lists with labels.
-        most_documents: documents of the row with the most.
-    """
-
-    path: str
-    digest: str
-    instructions: dict[str | None, str]
-    most_positives: int
-    most_negatives: int
-    most_documents: int
-
-    def __init__(self, file: TrainFile) -> None:
-        self.path = file.path
-        self.file = file
-
-    @abstractmethod
-    def query_ids(self, first: int, last: int) -> NDArray[np.int64]:
-        """Hash of the query of the rows first ... last - 1; reads no row. [last - first] int64."""
-
-
-class _IndexedEntry(DataEntry):
-    """An entry with an index of its rows."""
-
-    def _take(self, index: RowIndex) -> None:
-        """Take over what the index says of all rows."""
-        self._index, summary = index, index.summary
-        self.instructions = {instruction: self._source(row) for instruction, row in summary.instructions.items()}
-        self.most_positives, self.most_negatives = summary.most_positives, summary.most_negatives
-        self.most_documents = summary.most_documents
-
-    @abstractmethod
-    def _source(self, index: int) -> str:
-        """FILE:LINE of a row, which is not read."""
-
-    def query_ids(self, first: int, last: int) -> NDArray[np.int64]:
-        return self._index.query_ids(first, last)
-
-    def text_ids(self, rows: NDArray[np.int64], num_negatives: int) -> TextIds:
-        return self._index.text_ids(rows, num_negatives)
-
-
-class RecordFile(_IndexedEntry):
+class RecordFile(IndexedEntry):
     """The rows of one file or table, validated whole at construction or, with an index of an earlier start, then. Each
     access reads its row again, and trusts it.
 
@@ -104,28 +57,43 @@ class RecordFile(_IndexedEntry):
         if self._reader.format is None:
             raise DataError(f"{self.path}:1: no rows; a row is one line such as "
                             '{"query": "...", "positive": ["..."], "negatives": ["..."]}')
-        self._take(index)
-        self.digest = _as_read(self._rows.digest if self._files is None else _digest_of(index), self.file)
+        self.take_index(index)
+        self.digest = _as_read(self._rows.digest if self._files is None else _of_several(
+            [digest.hexdigest() for digest in index.file_digests], isinstance(self._rows, SeveralRows)), self.file)
         logger.info("%s: %d rows of the format %s", self.path, len(self), self._reader.format.name)
         _report_ignored(self.path, self._reader.ignored)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
+
+    @property
+    def digest_of_order_1(self) -> str:
+        """Reads all lines of files that are read by lines."""
+        if self._files is None:
+            return self.digest
+        digests = []
+        for rows in self._files:
+            digest = hashlib.blake2b(digest_size=16)
+            for _, _, raw in rows.read():
+                if raw.strip(BLANK):
+                    digest.update(raw.strip() + b"\n")
+            digests.append(digest.hexdigest())
+        return _as_read(_of_several(digests, isinstance(self._rows, SeveralRows)), self.file)
 
     def _source(self, index: int) -> str:
         if self._files is None:
             return self._rows.source(index)
-        file, line_number, _, _ = self._index.locate(index)
+        file, line_number, _, _ = self.index.locate(index)
         return f"{self._files[file].path}:{line_number}"
 
     def _record(self, index: int) -> AnyRecord:
         if self._files is None:
             return self._reader.read(*self._rows.row(index), trusted=self._rows.detects_changes)
-        file, line_number, start, end = self._index.locate(index)
+        file, line_number, start, end = self.index.locate(index)
         return self._reader.read(*self._files[file].read_at(start, end, line_number), trusted=True)
 
 
-class BeirFile(_IndexedEntry):
+class BeirFile(IndexedEntry):
     """The training queries of a BEIR folder, validated whole at construction."""
 
     def __init__(self, file: TrainFile, kind: Kind | None = "contrastive") -> None:
@@ -143,7 +111,7 @@ class BeirFile(_IndexedEntry):
         writer = UnitWriter(0, lambda info, data: parts.append(Part(info, data)))
         for index in range(len(self._rows)):
             writer.add(self._reader.apply_defaults(self._rows.record(index)))
-        self._take(RowIndex([writer.finish()], parts))
+        self.take_index(RowIndex([writer.finish()], parts))
         logger.info("%s: %d rows of the format BEIR (corpus.jsonl, queries.jsonl, qrels/train.tsv)", file.path,
                     len(self))
         if self._rows.num_without_positive:
@@ -158,43 +126,6 @@ class BeirFile(_IndexedEntry):
 
     def _record(self, index: int) -> AnyRecord:
         return self._reader.apply_defaults(self._rows.record(index), trusted=True)
-
-
-class _Part(DataEntry):
-    """Some of an entry's records.
-
-    Args:
-        rows: their indices, or with `left_out` those of the others, ascending. Memory: 8 bytes for each.
-    """
-
-    def __init__(self, whole: DataEntry, rows: NDArray[np.int64], *, left_out: bool) -> None:
-        super().__init__(whole.file)
-        self.instructions, self.digest = whole.instructions, whole.digest
-        self.most_positives, self.most_negatives = whole.most_positives, whole.most_negatives
-        self.most_documents = whole.most_documents
-        self._whole = whole
-        self._rows = rows
-        self._left_out = left_out
-        # Row i of the others stands behind those of `rows` with fewer than i + 1 others before them.
-        self._others_before = rows - np.arange(len(rows)) if left_out else rows
-
-    def __len__(self) -> int:
-        return len(self._whole) - len(self._rows) if self._left_out else len(self._rows)
-
-    def _in_whole(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Indices, in the whole entry, of these rows."""
-        if not self._left_out:
-            return self._rows[rows]
-        return rows + np.searchsorted(self._others_before, rows, side="right")
-
-    def _record(self, index: int) -> AnyRecord:
-        return self._whole[int(self._in_whole(np.array([index]))[0])]
-
-    def text_ids(self, rows: NDArray[np.int64], num_negatives: int) -> TextIds:
-        return self._whole.text_ids(self._in_whole(rows), num_negatives)
-
-    def query_ids(self, first: int, last: int) -> NDArray[np.int64]:
-        raise NotImplementedError("rows are held out of whole entries")
 
 
 class RecordSet(Records[AnyRecord]):
@@ -242,7 +173,12 @@ class RecordSet(Records[AnyRecord]):
     @property
     def digest(self) -> str:
         """Hash of all rows: the same for the same rows in the same order, divided into files in the same way."""
-        return hashlib.blake2b("".join(file.digest for file in self.files).encode(), digest_size=16).hexdigest()
+        return _of_several([file.digest for file in self.files])
+
+    @property
+    def digest_of_order_1(self) -> str:
+        """The digest in checkpoints of runs that began before ORDER_VERSION 2; reads rows."""
+        return _of_several([file.digest_of_order_1 for file in self.files])
 
     def file_of(self, index: int) -> int:
         """Index of the entry that row `index` belongs to."""
@@ -274,12 +210,15 @@ def open_records(files: tuple[TrainFile, ...], kind: Kind | None = "contrastive"
                       for file in files])
 
 
-def hold_out(records: RecordSet, fraction: float, seed: int) -> tuple[RecordSet, RecordSet | None]:
+def hold_out(records: RecordSet, fraction: float, seed: int, order: int = ORDER_VERSION) -> tuple[RecordSet,
+                                                                                                RecordSet | None]:
     """(rows to train on, rows to validate on), the latter a fraction of each entry, or None if the fraction is 0.
 
     The choice follows from the queries' texts and the seed alone: rows with the same query stay together, and a resumed
     run holds out the same rows at any layout.
 
+    Args:
+        order: the ORDER_VERSION that the run began with. With 1 every row is read.
     Raises:
         ConfigError: an entry has too few different queries to give to both.
     """
@@ -287,22 +226,26 @@ def hold_out(records: RecordSet, fraction: float, seed: int) -> tuple[RecordSet,
         return records, None
     training, validation = [], []
     for file in records.files:
-        held = _rows_held_out(file, max(1, round(fraction * len(file))), seed)
+        held = _rows_held_out(file, max(1, round(fraction * len(file))), seed, order)
         if len(held) == len(file):
             queries = len(np.unique(file.query_ids(0, len(file))))
             raise ConfigError(f"data.validation_fraction = {fraction}: {file.path} has {len(file)} rows and "
                               f"{queries} different queries, too few to train and to validate on; set it to 0 or add "
                               "rows", key="data.validation_fraction")
-        validation.append(_Part(file, held, left_out=False))
-        training.append(_Part(file, held, left_out=True))
+        validation.append(EntryPart(file, held, left_out=False))
+        training.append(EntryPart(file, held, left_out=True))
     return RecordSet(training), RecordSet(validation)
 
 
-def _rows_held_out(file: DataEntry, num_wanted: int, seed: int) -> NDArray[np.int64]:
+def _rows_held_out(file: DataEntry, num_wanted: int, seed: int, order: int) -> NDArray[np.int64]:
     """The rows whose queries have the `num_wanted` smallest mixed hashes, and those of equal queries; ascending.
 
     The hashes are taken block by block, twice: first their upper bits are counted.
     """
+    if order == 1:
+        texts = np.array([text_id(f"{seed}\0{record.query}") for record in file], dtype=np.int64)
+        return np.flatnonzero(texts <= np.sort(texts)[num_wanted - 1])
+
     def blocks() -> Iterator[tuple[int, NDArray[np.uint64]]]:
         for first in range(0, len(file), _BLOCK_ROWS):
             ids = file.query_ids(first, min(first + _BLOCK_ROWS, len(file)))
@@ -358,10 +301,9 @@ def _as_read(digest: str, file: TrainFile) -> str:
     return hashlib.blake2b(f"{digest}{settings}".encode(), digest_size=16).hexdigest()
 
 
-def _digest_of(index: RowIndex) -> str:
-    """Hash of the rows of an index; of several files, that of their hashes."""
-    digests = [digest.hexdigest() for digest in index.file_digests]
-    return digests[0] if len(digests) == 1 else hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
+def _of_several(digests: Sequence[str], are_several: bool = True) -> str:
+    """The digest of several, or the only one."""
+    return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest() if are_several else digests[0]
 
 
 def _report_ignored(path: str, ignored: set[str]) -> None:

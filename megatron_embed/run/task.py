@@ -135,6 +135,8 @@ class Inputs:
     validation: RecordSet | None
     """Held out; None without `data.validation_fraction` and `data.validation`."""
     sampler: Sampler
+    order: int
+    """The ORDER_VERSION that the run began with."""
     suite: EvaluationSuite
     """All that the run is evaluated on."""
     train_steps: int
