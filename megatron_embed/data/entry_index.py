@@ -105,16 +105,21 @@ class _Entry:
         """See `ReadUnit`."""
         rows, reader, writer = self._files[unit.file], self._reader, UnitWriter(unit.file, store)
         digest, path, line_number = writer.summary.digest, self._files[unit.file].path, first_line - 1
+        lines_before, instruction = first_line - 1, reader.default_instruction
         for line_number, start, raw in rows.read(unit.begin, unit.end, first_line):
-            if not raw.strip(BLANK):
+            stripped = raw.strip()
+            if not stripped and not raw.strip(BLANK):
                 continue
-            source = f"{path}:{line_number}"
-            record = reader.read(rows.parse(raw, source, trusted=False), source)
-            digest.add(raw.strip())
-            writer.add(record, (line_number - first_line + 1, start, start + len(raw)))
+            source, position = f"{path}:{line_number}", (line_number - lines_before, start, start + len(raw))
+            row = rows.parse(raw, source, trusted=False)
+            if (plain := reader.plain_texts(row)) is not None:
+                writer.add_plain(*plain, instruction, position)
+            else:
+                writer.add(reader.read(row, source), position)
+            digest.add(stripped)
         if stamp_of(os.stat(path)) != rows.stamp:
             raise DataError(f"{path}:1: the file was changed while it was read; start the run again")
-        writer.summary.lines = line_number - first_line + 1
+        writer.summary.lines = line_number - lines_before
         writer.summary.ignored = set(reader.ignored)
         writer.summary.format = None if reader.format is None else reader.format.name
         return writer.finish()

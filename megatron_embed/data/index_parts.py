@@ -8,6 +8,7 @@ the part have the same numbers; and line numbers, unless no line between the row
 import hashlib
 import tempfile
 from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ class PartWriter:
             position: number of its line in the unit, from 1, first byte, and the byte behind the last; None: a source
                 without offsets.
         """
-        texts, blake2b = [record.query], hashlib.blake2b
+        texts = [record.query]
         shape = (0, 0, False)
         if isinstance(record, Record):
             ids = record.document_ids
@@ -110,8 +111,14 @@ class PartWriter:
             if ids is not None:
                 file = record.source.rpartition(":")[0]  # in which ids are unique
                 texts += [f"\0{file}\0{name}" for name in ids]
+        self.add_texts([text.encode() for text in texts], shape, position)
+
+    def add_texts(self, texts: Sequence[bytes], shape: tuple[int, int, bool],
+                  position: tuple[int, int, int] | None) -> None:
+        """Take a row by its texts and ids. `shape`: see PartInfo."""
+        hashes, blake2b = self._texts, hashlib.blake2b
         for text in texts:
-            self._texts += blake2b(text.encode(), digest_size=8).digest()
+            hashes += blake2b(text, digest_size=8).digest()
         if shape != self._shape:
             self._note_shape(shape)
         if not self._is_uniform:

@@ -196,7 +196,7 @@ class JsonlRows(IndexedRows):
         return not is_compressed(self.path)
 
     def read(self, begin: int = 0, end: int | None = None, first_line: int = 1) -> Iterator[tuple[int, int, bytes]]:
-        yield from read_lines_between(self.path, self._key, begin, end, first_line)
+        return read_lines_between(self.path, self._key, begin, end, first_line)
 
     def parse(self, raw: bytes, source: str, *, trusted: bool) -> Row:
         return parse_trusted_object(raw, source) if trusted else parse_object(raw, source)

@@ -3,13 +3,14 @@
 import gzip
 import io
 import json
+import json.scanner
 import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn, cast
 
-from megatron_embed.config.json_file import refuse_deep_value, refuse_many_brackets, too_deep
+from megatron_embed.config.json_file import DEEPEST, refuse_deep_value, refuse_many_brackets, too_deep
 from megatron_embed.errors import ConfigError, DataError
 
 _BOM = b"\xef\xbb\xbf"
@@ -92,15 +93,17 @@ def read_lines(path: str, key: str) -> Iterator[Line]:
         ConfigError: the file cannot be opened.
         DataError: see `numbered_lines`.
     """
-    for line in read_lines_between(path, key, 0, None):
-        if line.raw.strip(BLANK):
-            yield line
+    for line_number, start, raw in read_lines_between(path, key, 0, None):
+        if raw.strip(BLANK):
+            yield Line(line_number, start, raw)
 
 
-def read_lines_between(path: str, key: str, begin: int, end: int | None, first_line: int = 1) -> Iterator[Line]:
-    """Every line, blank ones too, that begins at byte `begin` or behind it, and before byte `end` (None: any).
+def read_lines_between(path: str, key: str, begin: int, end: int | None,
+                       first_line: int = 1) -> Iterator[tuple[int, int, bytes]]:
+    """Number, first byte and bytes of every line, blank ones too.
 
     Args:
+        begin, end: of the lines that begin at byte `begin` or behind it, and before byte `end` (None: any).
         first_line: number of the first of them.
     Raises:
         ConfigError: the file cannot be opened.
@@ -117,7 +120,7 @@ def read_lines_between(path: str, key: str, begin: int, end: int | None, first_l
             behind = start + len(raw)
             if not start and raw.startswith(_BOM):
                 raw, start = raw[len(_BOM):], len(_BOM)
-            yield Line(line_number, start, raw)
+            yield line_number, start, raw
             start = behind
 
 
@@ -166,6 +169,7 @@ def _unique_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
 _TRUSTING_DECODER = json.JSONDecoder()
+_SCAN = json.scanner.make_scanner(_DECODER)
 
 
 def parse_object(raw: bytes, source: str) -> dict[str, object]:
@@ -174,6 +178,8 @@ def parse_object(raw: bytes, source: str) -> dict[str, object]:
     Raises:
         DataError: beginning with `source`, if the line is not UTF-8, not JSON, or another JSON value.
     """
+    if (plain := _plain_object(raw)) is not None:
+        return plain
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -195,6 +201,20 @@ def parse_object(raw: bytes, source: str) -> dict[str, object]:
         raise DataError(f"{source}: a JSON {json_type(row)}, {shortened(row)}, where one JSON object per line is "
                         "expected; write one object per line, without enclosing brackets")
     return row
+
+
+def _plain_object(raw: bytes) -> dict[str, object] | None:
+    """The JSON object of a line that begins with it and has few brackets; None for any other line, which may be wrong.
+    """
+    if raw[:1] != b"{" or raw.count(b"[") + raw.count(b"{") > DEEPEST:
+        return None
+    try:
+        text = raw.decode("utf-8")
+        row: dict[str, object]
+        row, end = _SCAN(text, 0)
+    except (ValueError, StopIteration, _RefusedError):
+        return None
+    return None if text[end:].strip(" \t\r\n") else row
 
 
 def parse_trusted_object(raw: bytes, source: str) -> dict[str, object]:

@@ -36,14 +36,18 @@ class Summary:
     most_documents: int = 0
 
     def note(self, record: AnyRecord) -> None:
-        """Take the next row."""
+        """Look at row `rows`, the next one."""
         self.instructions.setdefault(record.instruction, self.rows)
-        self.rows += 1
         if isinstance(record, Record):
             positives, negatives = len(record.positive), len(record.negatives)
             self._raise_to(positives, negatives, positives + negatives)
         else:
             self._raise_to(sum(label > 0 for label in record.labels), 0, len(record.documents))
+
+    def note_plain(self, instruction: str | None, shape: tuple[int, int, bool]) -> None:
+        """The same of a row with this instruction, positives and negatives."""
+        self.instructions.setdefault(instruction, self.rows)
+        self._raise_to(shape[0], shape[1], shape[0] + shape[1])
 
     def _raise_to(self, positives: int, negatives: int, documents: int) -> None:
         self.most_positives = max(self.most_positives, positives)
@@ -107,13 +111,27 @@ class UnitWriter:
         self._store = store
         self._parts: list[PartInfo] = []
         self._part = PartWriter()
+        self._shapes: set[tuple[int, int, bool]] = set()
 
     def add(self, record: AnyRecord, position: tuple[int, int, int] | None = None) -> None:
         """Take the next row. `position`: see PartWriter.add."""
         if self._part.rows == ROWS_OF_PART:
             self._store_part()
         self.summary.note(record)
+        self.summary.rows += 1
         self._part.add(record, position)
+
+    def add_plain(self, texts: Sequence[bytes], num_positives: int, instruction: str | None,
+                  position: tuple[int, int, int]) -> None:
+        """Take the next row, as RowReader.plain_texts gives it."""
+        if self._part.rows == ROWS_OF_PART:
+            self._store_part()
+        shape = (num_positives, len(texts) - 1 - num_positives, False)
+        if shape not in self._shapes:
+            self._shapes.add(shape)
+            self.summary.note_plain(instruction, shape)
+        self.summary.rows += 1
+        self._part.add_texts(texts, shape, position)
 
     def _store_part(self) -> None:
         info, data = self._part.finish()
