@@ -93,6 +93,11 @@ class DataConfig:
     trained with (sentence_bert_config.json, or a checkpoint's own), otherwise 512; at most the model's positions."""
     document_max_length: int | None = None
     """Maximum number of tokens of a document, like query_max_length."""
+    index_directory: str | None = None
+    """Directory of the indexes of `train` and `validation`: what the check of all rows found, so that the next start
+    reads none of them. A file that was changed is read again. All ranks write it together. null: for 16 MiB of rows or
+    more, megatron_embed/index in the user's cache directory (XDG_CACHE_HOME, ~/.cache); "none": every process reads
+    all rows at each start."""
     query_prompt: str | None = None
     """Exact prefix of a query, including a trailing space. null: the model directory's prompt, if it has one; "":
     none."""
@@ -137,6 +142,8 @@ class DataConfig:
                 "must be in [0, 1); usual: 0.01")
         require(not (self.validation and self.validation_fraction), "data.validation_fraction",
                 self.validation_fraction, "data.validation is set too; keep one of them")
+        require(self.index_directory != "", "data.index_directory", self.index_directory,
+                'must name a directory, or be null for the cache directory or "none" for no index that is kept')
         for file in self.validation:
             require(file.weight == 1, "data.validation.weight", file.weight,
                     "has no effect on rows that are not trained on; remove it")

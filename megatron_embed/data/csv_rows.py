@@ -28,7 +28,7 @@ class CsvRows(IndexedRows):
 
     holds_texts = True
 
-    def _read(self) -> Iterator[tuple[int, int, bytes]]:
+    def read(self, begin: int = 0, end: int | None = None, first_line: int = 1) -> Iterator[tuple[int, int, bytes]]:
         csv.field_size_limit(LONGEST_LINE)
         with open_file(self.path, self._key) as file:
             lines = _Lines(file, self.path)
@@ -46,6 +46,9 @@ class CsvRows(IndexedRows):
                 else:
                     yield line_number, start, raw
 
+    def prepare(self) -> None:
+        next(self.read(), None)
+
     def _next(self, reader: "Iterator[list[str]]", lines: "_Lines") -> list[str] | None:
         """The next record, None at the end of the file."""
         try:
@@ -61,7 +64,7 @@ class CsvRows(IndexedRows):
             raise DataError(f"{source}: column {shortened(twice)} occurs twice in the header; rename one of them")
         return names
 
-    def _parse(self, raw: bytes, source: str, *, trusted: bool) -> Row:
+    def parse(self, raw: bytes, source: str, *, trusted: bool) -> Row:
         text = raw.decode("utf-8")
         try:
             record = next(record for record in csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter,

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
 
 import numpy as np
@@ -12,82 +12,88 @@ from numpy.typing import NDArray
 from megatron_embed.config.data import TrainFile
 from megatron_embed.data.beir import BeirRows, is_beir_folder
 from megatron_embed.data.corpus import text_of_document
+from megatron_embed.data.entries import DataEntry, EntryPart, IndexedEntry
+from megatron_embed.data.entry_index import open_index
 from megatron_embed.data.formats import RowReader
-from megatron_embed.data.jsonl import check_text, parse_object, read_lines
-from megatron_embed.data.records import AnyRecord, Kind, Record, Records, text_id
+from megatron_embed.data.index_parts import Part
+from megatron_embed.data.index_store import IndexPlace
+from megatron_embed.data.jsonl import BLANK, check_text, parse_object, read_lines
+from megatron_embed.data.permutation import mixed
+from megatron_embed.data.records import AnyRecord, Kind, Records, text_id
 from megatron_embed.data.row_fields import check_keys
+from megatron_embed.data.row_index import RowIndex, TextIds, UnitWriter, gather_by_group
 from megatron_embed.data.row_source import nothing_to_stream, open_rows
+from megatron_embed.data.sampler import ORDER_VERSION
+from megatron_embed.data.several_rows import SeveralRows
 from megatron_embed.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-
-class DataEntry(Records[AnyRecord]):
-    """Records of one `data.train` entry.
-
-    Attributes:
-        path: as it was given.
-        instructions: each distinct instruction (None: rows without one), with the FILE:LINE of its first row.
-        digest: hash of the rows as they are read; blank lines and line endings do not count.
-        most_positives: positives of the row with the most; of a list, documents with a label above 0.
-        most_negatives: negatives of the row with the most; 0 if rows are lists with labels.
-        most_documents: documents of the row with the most.
-    """
-
-    path: str
-    digest: str
-
-    def __init__(self, file: TrainFile) -> None:
-        self.path = file.path
-        self.file = file
-        self.instructions: dict[str | None, str] = {}
-        self.most_positives = 0
-        self.most_negatives = 0
-        self.most_documents = 0
-
-    def _note(self, record: AnyRecord) -> None:
-        self.instructions.setdefault(record.instruction, record.source)
-        if isinstance(record, Record):
-            self.most_positives = max(self.most_positives, len(record.positive))
-            self.most_negatives = max(self.most_negatives, len(record.negatives))
-            self.most_documents = max(self.most_documents, len(record.positive) + len(record.negatives))
-        else:
-            self.most_positives = max(self.most_positives, sum(label > 0 for label in record.labels))
-            self.most_documents = max(self.most_documents, len(record.documents))
+NOT_KEPT = IndexPlace()
+_BLOCK_ROWS = 1 << 20
+"""Rows whose hashes are looked at together."""
 
 
-class RecordFile(DataEntry):
-    """The rows of one file or table, validated whole at construction. Each access reads its row again, and trusts it.
+class RecordFile(IndexedEntry):
+    """The rows of one file or table, validated whole at construction or, with an index of an earlier start, then. Each
+    access reads its row again, and trusts it.
 
     A file that changes after its validation is refused. Only a table does not detect that: its rows are validated at
-    each access. Memory: 16 bytes per row of a JSONL file, 8 of a stream, none of a table; all may exceed memory.
+    each access. Memory: none per row of files that are read by lines or of a table, 16 bytes of a stream; all may
+    exceed memory.
 
     Raises:
         ConfigError: the file cannot be opened; the message names `key`.
         DataError: a row cannot be used (`FILE:LINE: ` and the reason), or there are no rows.
     """
 
-    def __init__(self, file: str | TrainFile, kind: Kind | None = "contrastive", key: str = "data.train") -> None:
+    def __init__(self, file: str | TrainFile, kind: Kind | None = "contrastive", key: str = "data.train",
+                 place: IndexPlace = NOT_KEPT) -> None:
         super().__init__(TrainFile(path=file) if isinstance(file, str) else file)
         self._rows = open_rows(self.path, key, streaming=self.file.streaming, rows=self.file.rows)
         self._reader = RowReader(self.file, kind, holds_texts=self._rows.holds_texts)
-        for row, source in self._rows.scan():
-            self._note(self._reader.read(row, source))
+        self._files = self._rows.files_with_offsets()
+        index = open_index(self._rows, self._reader, self.file, kind, place)
         if self._reader.format is None:
             raise DataError(f"{self.path}:1: no rows; a row is one line such as "
                             '{"query": "...", "positive": ["..."], "negatives": ["..."]}')
-        self.digest = _as_read(self._rows.digest, self.file)
+        self.take_index(index)
+        self.digest = _as_read(self._rows.digest if self._files is None else _of_several(
+            [digest.hexdigest() for digest in index.file_digests], isinstance(self._rows, SeveralRows)), self.file)
         logger.info("%s: %d rows of the format %s", self.path, len(self), self._reader.format.name)
         _report_ignored(self.path, self._reader.ignored)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.index)
+
+    @property
+    def digest_of_order_1(self) -> str:
+        """Reads all lines of files that are read by lines."""
+        if self._files is None:
+            return self.digest
+        digests = []
+        for rows in self._files:
+            digest = hashlib.blake2b(digest_size=16)
+            for _, _, raw in rows.read():
+                if raw.strip(BLANK):
+                    digest.update(raw.strip() + b"\n")
+            digests.append(digest.hexdigest())
+        return _as_read(_of_several(digests, isinstance(self._rows, SeveralRows)), self.file)
+
+    def _source(self, index: int) -> str:
+        if self._files is None:
+            return self._rows.source(index)
+        file, line_number, _, _ = self.index.locate(index)
+        return f"{self._files[file].path}:{line_number}"
 
     def _record(self, index: int) -> AnyRecord:
-        return self._reader.read(*self._rows.row(index), trusted=self._rows.detects_changes)
+        if self._files is None:
+            return self._reader.read(*self._rows.row(index), trusted=self._rows.detects_changes)
+        file, line_number, start, end = self.index.locate(index)
+        return self._reader.read(*self._files[file].read_at(start, end, line_number), trusted=True)
 
 
-class BeirFile(DataEntry):
+class BeirFile(IndexedEntry):
     """The training queries of a BEIR folder, validated whole at construction."""
 
     def __init__(self, file: TrainFile, kind: Kind | None = "contrastive") -> None:
@@ -101,8 +107,11 @@ class BeirFile(DataEntry):
         self._reader = RowReader(file, kind)
         self._rows = BeirRows(file.path, "data.train")
         self.digest = self._rows.digest
+        parts: list[Part] = []
+        writer = UnitWriter(0, lambda info, data: parts.append(Part(info, data)))
         for index in range(len(self._rows)):
-            self._note(self._reader.apply_defaults(self._rows.record(index)))
+            writer.add(self._reader.apply_defaults(self._rows.record(index)))
+        self.take_index(RowIndex([writer.finish()], parts))
         logger.info("%s: %d rows of the format BEIR (corpus.jsonl, queries.jsonl, qrels/train.tsv)", file.path,
                     len(self))
         if self._rows.num_without_positive:
@@ -112,26 +121,11 @@ class BeirFile(DataEntry):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def _source(self, index: int) -> str:
+        return self._rows.record(index).source
+
     def _record(self, index: int) -> AnyRecord:
         return self._reader.apply_defaults(self._rows.record(index), trusted=True)
-
-
-class _Part(DataEntry):
-    """Some of an entry's records."""
-
-    def __init__(self, whole: DataEntry, rows: NDArray[np.int64]) -> None:
-        super().__init__(whole.file)
-        self.instructions, self.digest = whole.instructions, whole.digest
-        self.most_positives, self.most_negatives = whole.most_positives, whole.most_negatives
-        self.most_documents = whole.most_documents
-        self._whole = whole
-        self._indices = rows
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def _record(self, index: int) -> AnyRecord:
-        return self._whole[int(self._indices[index])]
 
 
 class RecordSet(Records[AnyRecord]):
@@ -179,7 +173,12 @@ class RecordSet(Records[AnyRecord]):
     @property
     def digest(self) -> str:
         """Hash of all rows: the same for the same rows in the same order, divided into files in the same way."""
-        return hashlib.blake2b("".join(file.digest for file in self.files).encode(), digest_size=16).hexdigest()
+        return _of_several([file.digest for file in self.files])
+
+    @property
+    def digest_of_order_1(self) -> str:
+        """The digest in checkpoints of runs that began before ORDER_VERSION 2; reads rows."""
+        return _of_several([file.digest_of_order_1 for file in self.files])
 
     def file_of(self, index: int) -> int:
         """Index of the entry that row `index` belongs to."""
@@ -193,8 +192,13 @@ class RecordSet(Records[AnyRecord]):
         file = self.file_of(index)
         return self.files[file][index - self.first_row(file)]
 
+    def text_ids(self, rows: NDArray[np.int64], num_negatives: int) -> TextIds:
+        return gather_by_group(rows, np.asarray(self._ends), lambda file, local: self.files[file].text_ids(
+            local, num_negatives))
 
-def open_records(files: tuple[TrainFile, ...], kind: Kind | None = "contrastive") -> RecordSet:
+
+def open_records(files: tuple[TrainFile, ...], kind: Kind | None = "contrastive",
+                 place: IndexPlace = NOT_KEPT) -> RecordSet:
     """The rows of `data.train`, every file validated whole: `Record`s, `RerankRecord`s if `kind` is rerank, or as the
     rows are written if it is None.
 
@@ -202,15 +206,19 @@ def open_records(files: tuple[TrainFile, ...], kind: Kind | None = "contrastive"
         ConfigError: a file cannot be opened.
         DataError: a row cannot be used.
     """
-    return RecordSet([BeirFile(file, kind) if is_beir_folder(file.path) else RecordFile(file, kind) for file in files])
+    return RecordSet([BeirFile(file, kind) if is_beir_folder(file.path) else RecordFile(file, kind, place=place)
+                      for file in files])
 
 
-def hold_out(records: RecordSet, fraction: float, seed: int) -> tuple[RecordSet, RecordSet | None]:
+def hold_out(records: RecordSet, fraction: float, seed: int, order: int = ORDER_VERSION) -> tuple[RecordSet,
+                                                                                                RecordSet | None]:
     """(rows to train on, rows to validate on), the latter a fraction of each entry, or None if the fraction is 0.
 
     The choice follows from the queries' texts and the seed alone: rows with the same query stay together, and a resumed
     run holds out the same rows at any layout.
 
+    Args:
+        order: the ORDER_VERSION that the run began with. With 1 every row is read.
     Raises:
         ConfigError: an entry has too few different queries to give to both.
     """
@@ -218,19 +226,46 @@ def hold_out(records: RecordSet, fraction: float, seed: int) -> tuple[RecordSet,
         return records, None
     training, validation = [], []
     for file in records.files:
-        hashes = np.array([text_id(f"{seed}\0{record.query}") for record in file], dtype=np.int64)
-        num_wanted = max(1, round(fraction * len(hashes)))
-        is_held_out = hashes <= np.sort(hashes)[num_wanted - 1]
-        if is_held_out.all():
+        held = _rows_held_out(file, max(1, round(fraction * len(file))), seed, order)
+        if len(held) == len(file):
+            queries = len(np.unique(file.query_ids(0, len(file))))
             raise ConfigError(f"data.validation_fraction = {fraction}: {file.path} has {len(file)} rows and "
-                              f"{len(np.unique(hashes))} different queries, too few to train and to validate on; set "
-                              "it to 0 or add rows", key="data.validation_fraction")
-        validation.append(_Part(file, np.flatnonzero(is_held_out)))
-        training.append(_Part(file, np.flatnonzero(~is_held_out)))
+                              f"{queries} different queries, too few to train and to validate on; set it to 0 or add "
+                              "rows", key="data.validation_fraction")
+        validation.append(EntryPart(file, held, left_out=False))
+        training.append(EntryPart(file, held, left_out=True))
     return RecordSet(training), RecordSet(validation)
 
 
-def validation_shares(records: RecordSet, *, global_batch_size: int, dp_rank: int, dp_size: int) -> list[list[int]]:
+def _rows_held_out(file: DataEntry, num_wanted: int, seed: int, order: int) -> NDArray[np.int64]:
+    """The rows whose queries have the `num_wanted` smallest mixed hashes, and those of equal queries; ascending.
+
+    The hashes are taken block by block, twice: first their upper bits are counted.
+    """
+    if order == 1:
+        texts = np.array([text_id(f"{seed}\0{record.query}") for record in file], dtype=np.int64)
+        return np.flatnonzero(texts <= np.sort(texts)[num_wanted - 1])
+
+    def blocks() -> Iterator[tuple[int, NDArray[np.uint64]]]:
+        for first in range(0, len(file), _BLOCK_ROWS):
+            ids = file.query_ids(first, min(first + _BLOCK_ROWS, len(file)))
+            yield first, mixed(ids.view(np.uint64), seed)
+
+    counts = np.zeros(1 << 16, dtype=np.int64)
+    for _, hashes in blocks():
+        counts += np.bincount((hashes >> np.uint64(48)).astype(np.int64), minlength=1 << 16)
+    last = int(np.searchsorted(np.cumsum(counts), num_wanted))
+    rows, kept = [], []
+    for first, hashes in blocks():
+        chosen = np.flatnonzero((hashes >> np.uint64(48)) <= np.uint64(last))
+        rows.append(chosen + first)
+        kept.append(hashes[chosen])
+    all_rows: NDArray[np.int64] = np.concatenate(rows)
+    all_kept = np.concatenate(kept)
+    return all_rows[all_kept <= np.sort(all_kept)[num_wanted - 1]]
+
+
+def validation_shares(records: RecordSet, *, global_batch_size: int, dp_rank: int, dp_size: int) -> list[range]:
     """Row indices of this rank's share of every validation batch; the ranks' shares differ by one row at most.
 
     A batch holds rows of one entry. The entry's rows are divided evenly, in order, over the fewest batches of at most
@@ -239,15 +274,23 @@ def validation_shares(records: RecordSet, *, global_batch_size: int, dp_rank: in
     Raises:
         ConfigError: an entry has fewer rows than there are ranks.
     """
-    shares: list[list[int]] = []
+    shares: list[range] = []
     for index, file in enumerate(records.files):
         if len(file) < dp_size:
             raise ConfigError(f"{len(file)} rows of {file.path} are held out for validation, fewer than the {dp_size} "
                               "data-parallel ranks that share them; raise data.validation_fraction, or add rows")
         num_batches = min(-(-len(file) // global_batch_size), len(file) // dp_size)
-        for rows in np.array_split(records.first_row(index) + np.arange(len(file)), num_batches):
-            shares.append(np.array_split(rows, dp_size)[dp_rank].tolist())
+        first = records.first_row(index)
+        for batch in _divided(range(first, first + len(file)), num_batches):
+            shares.append(_divided(batch, dp_size)[dp_rank])
     return shares
+
+
+def _divided(rows: range, num_parts: int) -> list[range]:
+    """The rows in so many parts, the first of which have one more if they do not divide evenly."""
+    size, longer = divmod(len(rows), num_parts)
+    ends = list(accumulate(size + (part < longer) for part in range(num_parts)))
+    return [rows[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def _as_read(digest: str, file: TrainFile) -> str:
@@ -256,6 +299,11 @@ def _as_read(digest: str, file: TrainFile) -> str:
         return digest
     settings = repr((sorted(file.columns.items()), file.score_range))
     return hashlib.blake2b(f"{digest}{settings}".encode(), digest_size=16).hexdigest()
+
+
+def _of_several(digests: Sequence[str], are_several: bool = True) -> str:
+    """The digest of several, or the only one."""
+    return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest() if are_several else digests[0]
 
 
 def _report_ignored(path: str, ignored: set[str]) -> None:

@@ -108,6 +108,7 @@ def _columns(anchor: str, positive: str, *, needs_column: bool = False) -> Forma
 OURS = Format(name="megatron_embed (query, positive, negatives)", required=("query", "positive"), read=_read_ours,
               optional=("negatives", "instruction", "teacher_scores", "positive_ids", "negative_ids"),
               without_use=("query_id",))
+_NOT_PLAIN = {"instruction", "teacher_scores", "positive_ids", "negative_ids"}
 FORMATS = (
     _columns("query", "positive", needs_column=True),
     OURS,
@@ -181,6 +182,8 @@ class RowReader:
         self._file = file
         self._kind = kind
         self._corpus = None if file.corpus is None else Corpus(file.corpus, key="data.train.corpus")
+        self._may_be_plain = kind in ("contrastive", None) and not (file.columns or file.score_range or holds_texts)
+        self._plain_keys: set[tuple[str, ...]] = set()
 
     def read(self, row: Row, source: str, *, trusted: bool = False) -> AnyRecord:
         """The record of one row.
@@ -204,7 +207,37 @@ class RowReader:
                              negatives=self._corpus.texts_of(record.negatives, source))
         if self._file.score_range:
             record = self._rescaled(record)
+        if not trusted and self._may_be_plain and self.format is OURS and _NOT_PLAIN.isdisjoint(row):
+            self._plain_keys.add(tuple(row))
         return self.apply_defaults(record, trusted=trusted)
+
+    def plain_texts(self, row: Row) -> tuple[list[bytes], int] | None:
+        """The texts (query, positives, negatives) of a row that is plainly right, and the number of its positives.
+
+        None: `read` decides. This is the shorter way for the rows that most files consist of: a query with texts, and
+        the keys of a row that `read` has accepted.
+        """
+        if tuple(row) not in self._plain_keys:
+            return None
+        positive, negatives = row["positive"], row.get("negatives") or []
+        if isinstance(positive, str):
+            positive = [positive]
+        if not isinstance(positive, list) or not positive or not isinstance(negatives, list):
+            return None
+        encoded = []
+        for text in (row["query"], *positive, *negatives):
+            if not isinstance(text, str) or not text or text.isspace():
+                return None
+            try:
+                encoded.append(text.encode())
+            except UnicodeEncodeError:
+                return None
+        return encoded, len(positive)
+
+    @property
+    def default_instruction(self) -> str | None:
+        """The instruction of a row without one."""
+        return self._file.instruction
 
     def _renamed(self, row: Row, source: str) -> Row:
         """The row with the columns of the entry under the names of their fields."""

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_embed.data.jsonl import is_compressed, open_file, parse_object, parse_trusted_object, read_lines
+from megatron_embed.data.jsonl import (
+    BLANK,
+    is_compressed,
+    open_file,
+    parse_object,
+    parse_trusted_object,
+    read_lines_between,
+)
 from megatron_embed.data.row_fields import Row
 from megatron_embed.errors import DataError
 
@@ -43,6 +50,15 @@ class RawRows(ABC):
         """
 
     @abstractmethod
+    @abstractmethod
+    def source(self, index: int) -> str:
+        """FILE:LINE of row `index`, from 0."""
+
+    def files_with_offsets(self) -> "list[IndexedRows] | None":
+        """The files, if all of them are read line by line, so that `read_at` finds a row; None otherwise."""
+        return None
+
+    @abstractmethod
     def row(self, index: int) -> tuple[Row, str]:
         """Row `index`, from 0, and its FILE:LINE.
 
@@ -68,42 +84,61 @@ class DescriptorRows(RawRows):
 
 
 class IndexedRows(DescriptorRows):
-    """Rows of a file of lines that `_read` finds and `_parse` reads. Memory: 16 bytes per row.
+    """Rows of a file of lines that `read` finds and `parse` reads. Memory, once scanned: 16 bytes per row.
 
     A compressed file is unpacked into a nameless temporary file (TMPDIR) at the first access by index.
     """
+
+    stamp: tuple[int, int]
+    """Size and time of change of the file when it was read."""
 
     def __init__(self, path: str, key: str) -> None:
         self.path = path
         self._key = key
 
-    @abstractmethod
-    def _read(self) -> Iterator[tuple[int, int, bytes]]:
-        """(line number, byte offset, bytes) of every row, in order.
+    @property
+    def can_be_divided(self) -> bool:
+        """Whether rows can be read from the middle of the file on."""
+        return False
 
+    @abstractmethod
+    def read(self, begin: int = 0, end: int | None = None, first_line: int = 1) -> Iterator[tuple[int, int, bytes]]:
+        """(line number, byte offset, bytes) of every row, in order; blank lines may be among them.
+
+        Args:
+            begin, end: of a file that can be divided: rows that begin there or behind, and before the end (None: all).
+            first_line: number of the first line read.
         Raises:
             ConfigError: the file cannot be opened.
             DataError: a line cannot be read.
         """
 
+    def prepare(self) -> None:
+        """Read what `parse` needs besides the bytes of a row, if `read` has not."""
+
     @abstractmethod
-    def _parse(self, raw: bytes, source: str, *, trusted: bool) -> Row:
+    def parse(self, raw: bytes, source: str, *, trusted: bool) -> Row:
         """The row of these bytes; `trusted`: they were read before and have not changed."""
 
     def scan(self) -> Iterator[tuple[Row, str]]:
         starts, line_numbers, end = [], [], 0
         digest = hashlib.blake2b(digest_size=16)
-        for line_number, start, raw in self._read():
+        for line_number, start, raw in self.read():
+            if not raw.strip(BLANK):
+                continue
             digest.update(raw.strip() + b"\n")
             source = f"{self.path}:{line_number}"
-            yield self._parse(raw, source, trusted=False), source
+            yield self.parse(raw, source, trusted=False), source
             starts.append(start)
             line_numbers.append(line_number)
             end = start + len(raw)
         self._starts: NDArray[np.int64] = np.array([*starts, end], dtype=np.int64)
         self._line_numbers: NDArray[np.int64] = np.array(line_numbers, dtype=np.int64)
-        self._stamp = _stamp(os.stat(self.path))
+        self.stamp = stamp_of(os.stat(self.path))
         self.digest = digest.hexdigest()
+
+    def files_with_offsets(self) -> "list[IndexedRows]":
+        return [self]
 
     def __len__(self) -> int:
         return len(self._line_numbers)
@@ -111,27 +146,37 @@ class IndexedRows(DescriptorRows):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_descriptor": None}
 
+    def source(self, index: int) -> str:
+        return f"{self.path}:{self._line_numbers[index]}"
+
     def row(self, index: int) -> tuple[Row, str]:
-        source = f"{self.path}:{self._line_numbers[index]}"
+        return self.read_at(int(self._starts[index]), int(self._starts[index + 1]), int(self._line_numbers[index]))
+
+    def read_at(self, start: int, end: int, line_number: int) -> tuple[Row, str]:
+        """The row between two bytes of a file that was read before, and its FILE:LINE.
+
+        Raises:
+            DataError: the file changed since, or is gone.
+        """
+        source = f"{self.path}:{line_number}"
         try:
             if self._descriptor is None:
                 self._descriptor = self._open()
             # Of a compressed file the descriptor is that of our own unpacked copy, which nothing changes.
-            unchanged = is_compressed(self.path) or _stamp(os.fstat(self._descriptor)) == self._stamp
+            unchanged = is_compressed(self.path) or stamp_of(os.fstat(self._descriptor)) == self.stamp
             # pread keeps no position: threads and forked processes may share the descriptor.
-            start = int(self._starts[index])
-            raw = os.pread(self._descriptor, int(self._starts[index + 1]) - start, start)
+            raw = os.pread(self._descriptor, end - start, start)
         except OSError as error:
             raise DataError(f"{source}: cannot be read again: {error.strerror}; "
                             "keep the file until the run ends") from None
         if not unchanged:
             raise DataError(f"{source}: the file was changed after it was checked; start the run again")
-        return self._parse(raw, source, trusted=True), source
+        return self.parse(raw, source, trusted=True), source
 
     def _open(self) -> int:
         if not is_compressed(self.path):
             return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        if _stamp(os.stat(self.path)) != self._stamp:
+        if stamp_of(os.stat(self.path)) != self.stamp:
             raise DataError(f"{self.path}:1: the file was changed after it was checked; start the run again")
         try:
             with open_file(self.path, self._key) as packed, tempfile.TemporaryFile() as unpacked:
@@ -146,12 +191,17 @@ class IndexedRows(DescriptorRows):
 class JsonlRows(IndexedRows):
     """The rows of a JSONL file."""
 
-    def _read(self) -> Iterator[tuple[int, int, bytes]]:
-        yield from read_lines(self.path, self._key)
+    @property
+    def can_be_divided(self) -> bool:
+        return not is_compressed(self.path)
 
-    def _parse(self, raw: bytes, source: str, *, trusted: bool) -> Row:
+    def read(self, begin: int = 0, end: int | None = None, first_line: int = 1) -> Iterator[tuple[int, int, bytes]]:
+        return read_lines_between(self.path, self._key, begin, end, first_line)
+
+    def parse(self, raw: bytes, source: str, *, trusted: bool) -> Row:
         return parse_trusted_object(raw, source) if trusted else parse_object(raw, source)
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int]:
+def stamp_of(status: os.stat_result) -> tuple[int, int]:
+    """What changes when a file is written."""
     return status.st_size, status.st_mtime_ns

@@ -3,21 +3,23 @@
 import gzip
 import io
 import json
+import json.scanner
 import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn, cast
 
-from megatron_embed.config.json_file import refuse_deep_value, refuse_many_brackets, too_deep
+from megatron_embed.config.json_file import DEEPEST, refuse_deep_value, refuse_many_brackets, too_deep
 from megatron_embed.errors import ConfigError, DataError
 
 _BOM = b"\xef\xbb\xbf"
-_BLANK = b" \t\r\n"
+BLANK = b" \t\r\n"
+"""Bytes of a line that holds no row."""
 LONGEST_LINE = 64 << 20
 """Bytes of a line, after decompression."""
 _BEGINNING = 1 << 16
-MOST_BLANK_LINES = 1_000_000
+MOSTBLANK_LINES = 1_000_000
 """Blank lines in a row: 3 GB of them fit into a compressed file of 3 MB."""
 LARGEST_ARRAY = 256 << 20
 """Bytes of a file that is one array, which is held in memory."""
@@ -91,25 +93,45 @@ def read_lines(path: str, key: str) -> Iterator[Line]:
         ConfigError: the file cannot be opened.
         DataError: see `numbered_lines`.
     """
-    start = 0
+    for line_number, start, raw in read_lines_between(path, key, 0, None):
+        if raw.strip(BLANK):
+            yield Line(line_number, start, raw)
+
+
+def read_lines_between(path: str, key: str, begin: int, end: int | None,
+                       first_line: int = 1) -> Iterator[tuple[int, int, bytes]]:
+    """Number, first byte and bytes of every line, blank ones too.
+
+    Args:
+        begin, end: of the lines that begin at byte `begin` or behind it, and before byte `end` (None: any).
+        first_line: number of the first of them.
+    Raises:
+        ConfigError: the file cannot be opened.
+        DataError: see `numbered_lines`.
+    """
+    start = begin
     with open_jsonl(path, key) as file:
-        for line_number, raw in numbered_lines(file, path):
-            end = start + len(raw)
-            if line_number == 1 and raw.startswith(_BOM):
+        if begin:
+            file.seek(begin - 1)
+            start += len(file.readline(LONGEST_LINE + 1)) - 1
+        for line_number, raw in numbered_lines(file, path, first_line):
+            if end is not None and start >= end:
+                return
+            behind = start + len(raw)
+            if not start and raw.startswith(_BOM):
                 raw, start = raw[len(_BOM):], len(_BOM)
-            if raw.strip(_BLANK):
-                yield Line(line_number, start, raw)
-            start = end
+            yield line_number, start, raw
+            start = behind
 
 
-def numbered_lines(file: BinaryIO, path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Every line of an open file with its number, from 1, blank ones too. Memory: the line.
+def numbered_lines(file: BinaryIO, path: str | Path, first_line: int = 1) -> Iterator[tuple[int, bytes]]:
+    """Every line of an open file with its number, from `first_line` on, blank ones too. Memory: the line.
 
     Raises:
         DataError: a line is longer than LONGEST_LINE, blank lines do not end, the file breaks off or its compression is
             damaged.
     """
-    line_number = num_blank = 0
+    line_number, num_blank = first_line - 1, 0
     while True:
         line_number += 1
         try:
@@ -122,9 +144,9 @@ def numbered_lines(file: BinaryIO, path: str | Path) -> Iterator[tuple[int, byte
         if len(raw) > LONGEST_LINE:
             raise DataError(f"{path}:{line_number}: a line of more than {LONGEST_LINE >> 20} MiB; a line holds one "
                             "row, so divide its text, or make the file again with one row a line")
-        num_blank = 0 if raw.strip(_BLANK) else num_blank + 1
-        if num_blank > MOST_BLANK_LINES:
-            raise DataError(f"{path}:{line_number}: more than {MOST_BLANK_LINES:,} blank lines in a row; remove them")
+        num_blank = 0 if raw.strip(BLANK) else num_blank + 1
+        if num_blank > MOSTBLANK_LINES:
+            raise DataError(f"{path}:{line_number}: more than {MOSTBLANK_LINES:,} blank lines in a row; remove them")
         yield line_number, raw
 
 
@@ -147,6 +169,7 @@ def _unique_pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_refuse_constant)
 _TRUSTING_DECODER = json.JSONDecoder()
+_SCAN = json.scanner.make_scanner(_DECODER)
 
 
 def parse_object(raw: bytes, source: str) -> dict[str, object]:
@@ -155,6 +178,8 @@ def parse_object(raw: bytes, source: str) -> dict[str, object]:
     Raises:
         DataError: beginning with `source`, if the line is not UTF-8, not JSON, or another JSON value.
     """
+    if (plain := _plain_object(raw)) is not None:
+        return plain
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -178,6 +203,20 @@ def parse_object(raw: bytes, source: str) -> dict[str, object]:
     return row
 
 
+def _plain_object(raw: bytes) -> dict[str, object] | None:
+    """The JSON object of a line that begins with it and has few brackets; None for any other line, which may be wrong.
+    """
+    if raw[:1] != b"{" or raw.count(b"[") + raw.count(b"{") > DEEPEST:
+        return None
+    try:
+        text = raw.decode("utf-8")
+        row: dict[str, object]
+        row, end = _SCAN(text, 0)
+    except (ValueError, StopIteration, _RefusedError):
+        return None
+    return None if text[end:].strip(" \t\r\n") else row
+
+
 def parse_trusted_object(raw: bytes, source: str) -> dict[str, object]:
     """The JSON object of a line that `parse_object` has accepted before.
 
@@ -197,7 +236,7 @@ def is_array(path: str, key: str) -> bool:
         return False
     with open_file(path, key) as file:
         try:
-            return file.read(_BEGINNING).removeprefix(_BOM).lstrip(_BLANK).startswith(b"[")
+            return file.read(_BEGINNING).removeprefix(_BOM).lstrip(BLANK).startswith(b"[")
         except (OSError, EOFError, zlib.error):
             return False  # who reads its lines refuses it
 

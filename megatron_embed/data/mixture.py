@@ -7,8 +7,9 @@ import numpy as np
 
 from megatron_embed.config.data import DataConfig
 from megatron_embed.data.dataset import RecordSet
-from megatron_embed.data.records import ANY_NUMBER
-from megatron_embed.data.sampler import GlobalBatchSampler, Sampler
+from megatron_embed.data.epoch_sampler import EpochSampler
+from megatron_embed.data.records import ANY_NUMBER, AnyRecord, Records
+from megatron_embed.data.sampler import ORDER_VERSION, GlobalBatchSampler, Sampler
 from megatron_embed.errors import ConfigError
 
 
@@ -34,7 +35,7 @@ class MixtureSampler(Sampler):
     """
 
     def __init__(self, records: RecordSet, *, shares: Sequence[float], global_batch_size: int, seed: int,
-                 num_negatives: int = 0) -> None:
+                 num_negatives: int = 0, order: int = ORDER_VERSION) -> None:
         for file in records.files:
             if global_batch_size > len(file):
                 raise ConfigError(f"training.global_batch_size = {global_batch_size} is larger than the {len(file)} "
@@ -42,8 +43,8 @@ class MixtureSampler(Sampler):
                                   "set data.mixed_batches: true", key="training.global_batch_size")
         self.num_rows = len(records)
         self.global_batch_size = global_batch_size
-        self._samplers = [GlobalBatchSampler(file, global_batch_size=global_batch_size, shuffle=True, seed=seed,
-                                             num_negatives=num_negatives) for file in records.files]
+        self._samplers = [shuffled(file, order, global_batch_size=global_batch_size, seed=seed,
+                                   num_negatives=num_negatives, name=file.path) for file in records.files]
         self._first_rows = [records.first_row(index) for index in range(len(records.files))]
         self._shares = np.array(shares)
         self._turns = np.zeros(len(shares))
@@ -65,17 +66,30 @@ class MixtureSampler(Sampler):
         return [first + row for row in self._samplers[data_set].rows_of_step(self._steps[step])]
 
 
-def build_sampler(records: RecordSet, config: DataConfig, *, global_batch_size: int, seed: int) -> Sampler:
+def shuffled(records: Records[AnyRecord], order: int, *, global_batch_size: int, seed: int, num_negatives: int,
+             name: str = "data.train") -> Sampler:
+    """The shuffling sampler of a run that began with this ORDER_VERSION."""
+    if order == 1:
+        return EpochSampler(records, global_batch_size=global_batch_size, seed=seed, num_negatives=num_negatives)
+    return GlobalBatchSampler(records, global_batch_size=global_batch_size, shuffle=True, seed=seed,
+                              num_negatives=num_negatives, name=name)
+
+
+def build_sampler(records: RecordSet, config: DataConfig, *, global_batch_size: int, seed: int,
+                  order: int = ORDER_VERSION) -> Sampler:
     """The order in which a run takes its rows.
 
+    Args:
+        order: the ORDER_VERSION that the run began with.
     Raises:
         ConfigError: the global batch is larger than the data it comes from.
     """
     num_negatives = ANY_NUMBER if config.samples_documents else config.num_negatives
-    if len(records.files) == 1 or config.mixed_batches or not config.shuffle:
-        return GlobalBatchSampler(records, global_batch_size=global_batch_size, shuffle=config.shuffle, seed=seed,
-                                  num_negatives=num_negatives)
+    if not config.shuffle:
+        return GlobalBatchSampler(records, global_batch_size=global_batch_size, shuffle=False, seed=seed)
+    if len(records.files) == 1 or config.mixed_batches:
+        return shuffled(records, order, global_batch_size=global_batch_size, seed=seed, num_negatives=num_negatives)
     shares = turn_shares([len(file) for file in records.files], [file.file.weight for file in records.files],
                          config.sampling_temperature)
     return MixtureSampler(records, shares=shares, global_batch_size=global_batch_size, seed=seed,
-                          num_negatives=num_negatives)
+                          num_negatives=num_negatives, order=order)

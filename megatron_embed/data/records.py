@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.number_checks import check_score, check_teacher
@@ -225,7 +226,20 @@ def shared_keys(record: AnyRecord, num_negatives: int) -> set[str]:
 
 
 class Records(Sequence[Item]):
-    """A sequence given by `__len__` and `_record`."""
+    """A sequence given by `__len__` and `_record`; hashes of the records' texts are known without reading them."""
+
+    @abstractmethod
+    def text_ids(self, rows: NDArray[np.int64], num_negatives: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Hashes of texts and ids that no two rows of a global batch should share, and whose they are.
+
+        Query, positives, the first `num_negatives` negatives, then the documents' ids; of a list with labels the query
+        alone, as a reranker compares only the documents of one list.
+
+        Args:
+            rows: indices of records, in any order.
+        Returns:
+            [hashes] int64, and [hashes] int64: the position in `rows` of the row that each belongs to, ascending.
+        """
 
     @abstractmethod
     def _record(self, index: int) -> Item:

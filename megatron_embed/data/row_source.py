@@ -64,8 +64,11 @@ class TableRows(RawRows):
     def __len__(self) -> int:
         return len(self._table)
 
+    def source(self, index: int) -> str:
+        return f"{self.path}:{index + 1}"
+
     def row(self, index: int) -> tuple[Row, str]:
-        return self._table[index], f"{self.path}:{index + 1}"
+        return self._table[index], self.source(index)
 
 
 class StreamedRows(DescriptorRows):
@@ -110,12 +113,15 @@ class StreamedRows(DescriptorRows):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    def source(self, index: int) -> str:
+        return f"{self.path}:{self._numbers[index]}"
+
     def row(self, index: int) -> tuple[Row, str]:
         assert self._descriptor is not None, "scan comes first"
         start = self._ends[index]
         raw = os.pread(self._descriptor, self._ends[index + 1] - start, start)
         row: Row = json.loads(raw)
-        return row, f"{self.path}:{self._numbers[index]}"
+        return row, self.source(index)
 
 
 def _is_saved(path: str) -> bool:

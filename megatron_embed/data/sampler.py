@@ -4,36 +4,25 @@ import logging
 import math
 import threading
 from abc import ABC, abstractmethod
-from array import array
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_embed.data.records import AnyRecord, shared_keys, text_id
+from megatron_embed.data.batch_queue import SharedTexts, divided
+from megatron_embed.data.permutation import Permutation
+from megatron_embed.data.records import AnyRecord, Records
 from megatron_embed.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 32
-"""Waiting texts tried per row of a batch; with every fresh row tried once, an epoch is linear in its rows."""
-_CACHED_EPOCHS = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Epoch:
-    """The steps of one epoch."""
-
-    first_step: int
-    batches: NDArray[np.int64]
-    """[steps, global_batch_size] row indices."""
-    left_over: list[int]
-    """Rows that did not fill a batch; the next epoch begins with them."""
-    num_duplicates: int
-    """Rows that were put into a batch beside an equal text."""
+ORDER_VERSION = 2
+"""Raise it when a sampler gives other rows for the same data, settings and step. 1: data/epoch_sampler.py."""
+_BLOCK_ROWS = 1 << 17
+_LEAST_STEPS = 32
+"""Steps of a block at least: a text of up to about half as many rows as there are batches can be kept apart in it."""
+_FEWEST_STEPS = 16
+"""Steps of a period at least: in one of fewer, a row of two epochs could meet itself in a batch."""
+_CACHED_BLOCKS = 2
 
 
 class Sampler(ABC):
@@ -61,186 +50,80 @@ class Sampler(ABC):
         return max(1, math.ceil(round(epochs * self.num_rows / self.global_batch_size, 6)))
 
 
+def check_batch_size(global_batch_size: int, num_rows: int) -> None:
+    """Raises ConfigError if the global batch is larger than the data."""
+    if global_batch_size > num_rows:
+        raise ConfigError(f"training.global_batch_size = {global_batch_size} is larger than the {num_rows} rows of "
+                          "data.train; lower it or add rows", key="training.global_batch_size")
+
+
 class GlobalBatchSampler(Sampler):
     """Row indices of every optimizer step: a pure function of the step, the seed and the rows.
 
     Without shuffling, step k takes rows k*global_batch_size ... and wraps round at the end. With shuffling, each epoch
-    is a seeded permutation, and a row that shares a text (query, positive, or one of the first `num_negatives`
-    negatives) or a document's id with a row of the batch waits for a later batch. Rows left at the end of an epoch open
-    the next one, so nothing is lost. A text of more rows than an epoch has batches cannot avoid itself: its rows are
-    spread evenly.
+    is a keyed permutation of the rows, and epoch follows epoch. The steps are divided into blocks that are computed
+    alone, each from its own positions: no epoch is drawn, and no step replayed. In a block, a row that shares a text
+    (query, positive, or one of the first `num_negatives` negatives) or a document's id with a row of the batch waits
+    for a later batch, or changes places with a row of another one; nothing is lost. A text of more rows than a block
+    has batches cannot avoid itself: its rows are spread evenly. Memory: that of two blocks, none per row of the data.
+
+    Args:
+        name: names the data in the warning of rows that cannot be kept apart.
 
     Raises:
         ConfigError: the global batch is larger than the data.
     """
 
-    def __init__(self, records: Sequence[AnyRecord], *, global_batch_size: int, shuffle: bool, seed: int,
-                 num_negatives: int = 0) -> None:
-        if global_batch_size > len(records):
-            raise ConfigError(f"training.global_batch_size = {global_batch_size} is larger than the {len(records)} "
-                              "rows of data.train; lower it or add rows", key="training.global_batch_size")
+    def __init__(self, records: Records[AnyRecord], *, global_batch_size: int, shuffle: bool, seed: int,
+                 num_negatives: int = 0, name: str = "data.train") -> None:
+        check_batch_size(global_batch_size, len(records))
         self.num_rows = len(records)
         self.global_batch_size = global_batch_size
-        self._shuffle = shuffle
-        self._seed = seed
+        self.num_duplicates = 0
+        self._records, self._num_negatives = records, num_negatives
+        self._shuffle, self._seed, self._name = shuffle, seed, name
         self._lock = threading.Lock()
-        if shuffle:
-            self._texts = _SharedTexts(records, num_negatives, global_batch_size)
-            self._first_steps = [0]
-            self._left_over: list[list[int]] = [[]]
-            self._duplicates: list[int] = []
-            self._cache: dict[int, _Epoch] = {}
+        self._blocks: dict[range, NDArray[np.int64]] = {}
+        # Epochs that begin together: few enough rows would else make blocks of few batches.
+        self._period = self.num_rows * -(-_FEWEST_STEPS * global_batch_size // self.num_rows)
+        self._block_steps = max(_LEAST_STEPS, -(-_BLOCK_ROWS // global_batch_size))
 
     def rows_of_step(self, step: int) -> list[int]:
+        size = self.global_batch_size
         if not self._shuffle:
-            start = step * self.global_batch_size
-            return [row % self.num_rows for row in range(start, start + self.global_batch_size)]
+            return [row % self.num_rows for row in range(step * size, (step + 1) * size)]
         with self._lock:
-            epoch_index = 0
-            while step >= self._first_step_after(epoch_index):
-                epoch_index += 1
-            epoch = self._epoch(epoch_index)
-            return [int(row) for row in epoch.batches[step - epoch.first_step]]
+            steps = self._block_of(step)
+            if steps not in self._blocks:
+                while len(self._blocks) >= _CACHED_BLOCKS:
+                    del self._blocks[next(iter(self._blocks))]
+                self._blocks[steps] = self._shuffled(steps)
+            rows: list[int] = self._blocks[steps][step - steps.start].tolist()
+            return rows
 
-    def _first_step_after(self, epoch_index: int) -> int:
-        if epoch_index + 1 == len(self._first_steps):
-            self._epoch(epoch_index)
-        return self._first_steps[epoch_index + 1]
+    def _block_of(self, step: int) -> range:
+        """The steps that are computed together with this one: all of a period of epochs, or a share of it."""
+        size, period = self.global_batch_size, self._period
+        index = step * size // period
+        begin, end = -(-index * period // size), -(-(index + 1) * period // size)
+        length = end - begin
+        blocks = max(1, length // self._block_steps)
+        block = ((step - begin + 1) * blocks - 1) // length
+        return range(begin + block * length // blocks, begin + (block + 1) * length // blocks)
 
-    def _epoch(self, epoch_index: int) -> _Epoch:
-        if epoch_index not in self._cache:
-            epoch = self._shuffled_epoch(epoch_index)
-            if epoch_index + 1 == len(self._first_steps):
-                self._first_steps.append(epoch.first_step + len(epoch.batches))
-                self._left_over.append(epoch.left_over)
-                self._duplicates.append(epoch.num_duplicates)
-                if epoch.num_duplicates and not any(self._duplicates[:-1]):
-                    logger.warning("epoch %d: %d of %d rows share a global batch with an equal text (one text is in %d "
-                                   "rows); fewer with a smaller training.global_batch_size or data.num_negatives",
-                                   epoch_index, epoch.num_duplicates, self.num_rows, self._texts.most_rows)
-            while len(self._cache) >= _CACHED_EPOCHS:
-                del self._cache[next(iter(self._cache))]
-            self._cache[epoch_index] = epoch
-        return self._cache[epoch_index]
-
-    def _shuffled_epoch(self, epoch_index: int) -> _Epoch:
-        order = np.random.Generator(np.random.PCG64([self._seed, epoch_index])).permutation(self.num_rows)
-        queue = _Queue(self._left_over[epoch_index], order.tolist(), self._texts, self.global_batch_size)
-        batches = list(iter(queue.next_batch, None))
-        return _Epoch(
-            first_step=self._first_steps[epoch_index],
-            batches=np.array(batches, dtype=np.int64).reshape(-1, self.global_batch_size),
-            left_over=queue.left_over(),
-            num_duplicates=queue.num_duplicates,
-        )
-
-
-class _SharedTexts:
-    """Texts that each row shares with other rows, by a dense index, and how often a batch may hold each text.
-
-    Attributes:
-        most_rows: rows that hold the most common text.
-    """
-
-    def __init__(self, records: Sequence[AnyRecord], num_negatives: int, global_batch_size: int) -> None:
-        ids, counts = array("q"), array("q")
-        for record in records:
-            texts = shared_keys(record, num_negatives)
-            ids.extend(sorted(text_id(text) for text in texts))
-            counts.append(len(texts))
-        _, text, occurrences = np.unique(np.asarray(ids), return_inverse=True, return_counts=True)
-        shared = occurrences[text] > 1
-        row = np.repeat(np.arange(len(counts)), np.asarray(counts))[shared]
-        self._ends = array("q", np.cumsum(np.bincount(row, minlength=len(counts))).tolist())
-        self._row_texts = array("q", text[shared].tolist())
-        self.most_rows = int(occurrences.max())
-        # A text of m rows comes m / batches times per batch on average; allowing the next whole number of them spreads
-        # its rows evenly, where allowing one would pile them up at the end. It is 1 for every text that can be apart.
-        self._allowed = array("q", np.ceil(occurrences * global_batch_size / len(counts)).astype(np.int64).tolist())
-
-    def of_row(self, row: int) -> array:  # type: ignore[type-arg]
-        """Indices (>= 0) of the row's shared texts."""
-        return self._row_texts[self._ends[row - 1] if row else 0:self._ends[row]]
-
-    def allowed(self, text: int) -> int:
-        """How many rows of a batch may have this text; 1 for a row's own mark."""
-        return self._allowed[text] if text >= 0 else 1
-
-
-class _Queue:
-    """Rows to be divided into batches: new ones in order, and waiting ones, each behind the text that blocked it."""
-
-    def __init__(self, left_over: list[int], rows: list[int], texts: _SharedTexts, batch_size: int) -> None:
-        self.num_duplicates = 0
-        self._fresh = deque(chain(left_over, rows))
-        self._twice = set(left_over)
-        self._waiting: dict[int, deque[int]] = {}
-        self._num_waiting = 0
-        self._texts = texts
-        self._batch_size = batch_size
-        self._batch: list[int] = []
-        self._used: dict[int, int] = {}
-
-    def next_batch(self) -> list[int] | None:
-        """The next batch; None once the remaining rows are left to the next epoch."""
-        self._batch, self._used = [], {}
-        self._take_waiting()
-        while self._fresh and len(self._batch) < self._batch_size:
-            row = self._fresh.popleft()
-            blocker = self._place_unless_blocked(row)
-            if blocker is not None:
-                self._waiting.setdefault(blocker, deque()).append(row)
-                self._num_waiting += 1
-        if len(self._batch) < self._batch_size:
-            if len(self._batch) + self._num_waiting < 2 * self._batch_size:
-                return None
-            self._take_blocked()
-        return self._batch
-
-    def left_over(self) -> list[int]:
-        """The rows of the batch that could not be completed, and those still waiting."""
-        return [*self._batch, *chain.from_iterable(self._waiting.values())]
-
-    def _marks(self, row: int) -> Sequence[int]:
-        """The row's shared texts, and a mark of its own where it could meet itself: left over, and in this epoch."""
-        texts = self._texts.of_row(row)
-        return [~row, *texts] if row in self._twice else texts
-
-    def _place_unless_blocked(self, row: int) -> int | None:
-        """Put the row into the batch, or give the mark that it would repeat too often."""
-        marks = self._marks(row)
-        for mark in marks:
-            if self._used.get(mark, 0) >= self._texts.allowed(mark):
-                return mark
-        self._place(row, marks)
-        return None
-
-    def _place(self, row: int, marks: Sequence[int]) -> None:
-        self.num_duplicates += any(mark in self._used for mark in marks) if marks else 0
-        for mark in marks:
-            self._used[mark] = self._used.get(mark, 0) + 1
-        self._batch.append(row)
-
-    def _take_waiting(self) -> None:
-        """Place waiting rows that fit, those of the longest waiting texts first."""
-        for text in list(islice(self._waiting, _PATIENCE * self._batch_size)):
-            if len(self._batch) == self._batch_size:
-                return
-            queue = self._waiting[text]
-            while queue and len(self._batch) < self._batch_size and self._place_unless_blocked(queue[0]) is None:
-                queue.popleft()
-                self._num_waiting -= 1
-            del self._waiting[text]
-            if queue:  # at the end, so that the others have their turn first
-                self._waiting[text] = queue
-
-    def _take_blocked(self) -> None:
-        """Complete the batch with rows that wait, one per text in turn, duplicates or not."""
-        while len(self._batch) < self._batch_size:
-            text = next(iter(self._waiting))
-            queue = self._waiting.pop(text)
-            row = queue.popleft()
-            self._place(row, self._marks(row))
-            self._num_waiting -= 1
-            if queue:
-                self._waiting[text] = queue
+    def _shuffled(self, steps: range) -> NDArray[np.int64]:
+        """The rows of each step of a block. [steps, global_batch_size] int64."""
+        size = self.global_batch_size
+        positions = np.arange(steps.start * size, steps.stop * size, dtype=np.int64)
+        epochs = positions // self.num_rows
+        rows = np.concatenate([
+            Permutation(self.num_rows, self._seed, epoch)(positions[epochs == epoch] - epoch * self.num_rows)
+            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)])
+        texts = SharedTexts(*self._records.text_ids(rows, self._num_negatives), len(rows), size)
+        batches, num_duplicates = divided(texts, len(rows), size)
+        if num_duplicates and not self.num_duplicates:
+            logger.warning("%s: in steps %d to %d, %d of %d rows share a global batch with an equal text (one text is "
+                           "in %d rows); fewer with a smaller training.global_batch_size or data.num_negatives",
+                           self._name, steps.start + 1, steps.stop, num_duplicates, len(rows), texts.most_rows)
+        self.num_duplicates += num_duplicates
+        return rows[np.array(batches, dtype=np.int64)]

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from megatron_embed.data.indexed_rows import RawRows
+from megatron_embed.data.indexed_rows import IndexedRows, RawRows
 from megatron_embed.data.row_fields import Row
 
 
@@ -24,9 +24,26 @@ class SeveralRows(RawRows):
         self._ends = list(accumulate(map(len, self._parts)))
         self.digest = hashlib.blake2b("".join(part.digest for part in self._parts).encode(), digest_size=16).hexdigest()
 
+    def files_with_offsets(self) -> list[IndexedRows] | None:
+        files: list[IndexedRows] = []
+        for part in self._parts:
+            if (found := part.files_with_offsets()) is None:
+                return None
+            files += found
+        return files
+
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def source(self, index: int) -> str:
+        part, row = self._place(index)
+        return part.source(row)
+
     def row(self, index: int) -> tuple[Row, str]:
+        part, row = self._place(index)
+        return part.row(row)
+
+    def _place(self, index: int) -> tuple[RawRows, int]:
+        """The file that holds row `index`, and the row's number in it."""
         part = bisect_right(self._ends, index)
-        return self._parts[part].row(index - (self._ends[part - 1] if part else 0))
+        return self._parts[part], index - (self._ends[part - 1] if part else 0)

@@ -279,4 +279,4 @@ def write_assets(assets: Path, inputs: Inputs) -> None:
     task.write_settings(assets / "hf")
     set_right_truncation(assets / "hf")
     save_resolved(config, assets / "config.yaml")
-    (assets / DATA_FILE).write_text(json.dumps(describe_rows(inputs.records)), encoding="utf-8")
+    (assets / DATA_FILE).write_text(json.dumps(describe_rows(inputs.records, inputs.order)), encoding="utf-8")

@@ -56,7 +56,7 @@ class EmbeddingTask(Task):
     def open(self) -> RecordSet:
         data, objective = self.config.data, self.config.objective
         self.tokenizer = open_tokenizer(self.config, self.model)
-        records = open_records(data.files, objective.rows)
+        records = open_records(data.files, objective.rows, self.index_place)
         require_fields(records, objective.loss, teacher_scores=objective.needs_teacher_scores,
                        negatives=objective.needs_own_negatives, labels=objective.loss in WITH_BOUNDS,
                        teacher_temperature=objective.teacher_temperature or objective.temperature)

@@ -12,7 +12,7 @@ from megatron_embed.config.evaluation import EvaluationSet
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.data.dataset import RecordSet, hold_out, validation_shares
 from megatron_embed.data.mixture import build_sampler
-from megatron_embed.data.sampler import Sampler
+from megatron_embed.data.sampler import ORDER_VERSION, Sampler
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData, load_beir
 from megatron_embed.evaluation.reranking import load_rerank_file
@@ -30,7 +30,7 @@ from megatron_embed.platform.launcher import launched_rank
 from megatron_embed.run.embedding_task import EmbeddingTask
 from megatron_embed.run.rerank_task import RerankTask
 from megatron_embed.run.resume_check import check_resumable
-from megatron_embed.run.run_directory import pending_exports, resume_state
+from megatron_embed.run.run_directory import known_rows, pending_exports, resume_state
 from megatron_embed.run.task import Inputs, Task
 from megatron_embed.training.optimizer import check_optimizer
 
@@ -58,16 +58,18 @@ def read_inputs(config: RunConfig) -> Inputs:
     all_records = task.open()
     check_optimizer(config, has_adapters=adapters_of(config.lora, model) is not None,
                     has_tied_head=task.head is not None and task.head.is_tied(model.shape))
-    records, validation = split_train_validation(config, all_records, dp_size)
+    known = known_rows(state.checkpoint)
+    order = ORDER_VERSION if known is None else known["order"]
+    records, validation = split_train_validation(config, all_records, dp_size, order)
     sampler = build_sampler(records, config.data, global_batch_size=config.training.global_batch_size,
-                            seed=config.training.seed)
+                            seed=config.training.seed, order=order)
     steps = number_of_steps(config, sampler)
     check_schedule(config.training, steps)
     suite = open_suite(task)
     if state.checkpoint is not None:
         check_resumable(task, state.checkpoint, records)
-    inputs = Inputs(task=task, records=records, validation=validation, sampler=sampler, suite=suite, train_steps=steps,
-                    resume_state=state)
+    inputs = Inputs(task=task, records=records, validation=validation, sampler=sampler, order=order, suite=suite,
+                    train_steps=steps, resume_state=state)
     if not inputs.is_complete:
         check_exports(config, model, pending_exports(config, state.steps))
     return inputs
@@ -99,13 +101,14 @@ def check_schedule(training: TrainingConfig, train_steps: int) -> None:
                           key="training.wsd_decay_ratio")
 
 
-def split_train_validation(config: RunConfig, records: RecordSet, dp_size: int) -> tuple[RecordSet, RecordSet | None]:
+def split_train_validation(config: RunConfig, records: RecordSet, dp_size: int,
+                           order: int) -> tuple[RecordSet, RecordSet | None]:
     """The rows to train on, and those held out, if any, which the ranks can share."""
     if config.data.validation:
         count = len(config.data.train)
         trained, held = RecordSet(records.files[:count]), RecordSet(records.files[count:])
     else:
-        trained, held = hold_out(records, config.data.validation_fraction, config.training.seed)
+        trained, held = hold_out(records, config.data.validation_fraction, config.training.seed, order)
     if held is not None:
         validation_shares(held, global_batch_size=config.training.global_batch_size, dp_rank=0, dp_size=dp_size)
     return trained, held

@@ -7,20 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.load import read_resolved, to_dict
 from megatron_embed.config.optimizer import OptimizerConfig
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.data.dataset import RecordSet
-from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.errors import ConfigError
 from megatron_embed.loading.model_directory import ModelDirectory, adapters_of
 from megatron_embed.loading.quantized import base_of_run
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.lora_settings import AdapterSettings
 from megatron_embed.models.saved_settings import read_saved_settings
-from megatron_embed.run.run_directory import DATA_FILE, describe_rows, with_known_choices
+from megatron_embed.run.run_directory import describe_rows, known_rows, with_known_choices
 from megatron_embed.run.task import Task
 from megatron_embed.training.optimizer import overlaps
 
@@ -60,8 +59,8 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
     if not task.has_tokenizer_of(checkpoint):
         raise _refusal(checkpoint, "model.path", config.model.path,
                        "its tokenizer gives other ids than the one this run began with")
-    known = _known_rows(checkpoint / DATA_FILE)
-    if known is not None and known != describe_rows(records):
+    known = known_rows(checkpoint)
+    if known is not None and known != describe_rows(records, known["order"]):
         raise _refusal(checkpoint, "data.train", [item.path for item in config.data.train],
                        f"{len(records)} rows that are not the {known['rows']} rows this run began with "
                        f"({before.get('data.train')})")
@@ -105,18 +104,6 @@ def _check_weights(config: RunConfig, checkpoint: Path, files: Sequence[dict[str
     if len(weights) == len(before) and weights != before:
         raise _refusal(checkpoint, "data.train", [item.path for item in config.data.train],
                        f"weights {weights}, this run began with {before}")
-
-
-def _known_rows(file: Path) -> dict[str, Any] | None:
-    """What `describe_rows` said of the run so far; None for a converted model, which has seen none."""
-    if not file.is_file():
-        return None
-    try:
-        known: dict[str, Any] = read_json_file(file)
-        return {"rows": known["rows"], "digest": known["digest"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: not readable ({error!r}); the checkpoint is damaged: remove {file.parent}, and "
-                              "the run resumes from the one before it") from error
 
 
 def _refusal(checkpoint: Path, key: str, value: object, why: str) -> ConfigError:

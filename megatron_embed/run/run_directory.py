@@ -8,10 +8,12 @@ from typing import Any
 from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import latest_checkpoint, write_atomically
 from megatron_embed.checkpoint.load import owes_evaluation, steps_done
+from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.load import read_resolved
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.data.dataset import RecordSet
+from megatron_embed.data.sampler import ORDER_VERSION
 from megatron_embed.errors import CheckpointError
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.names import MATMUL_LIBRARIES, MODEL_DTYPES, FurtherExport
@@ -58,9 +60,33 @@ def best_checkpoint(config: RunConfig, steps: int) -> BestCheckpoint | None:
     return BestCheckpoint(config.checkpoint.directory, metric, steps, patience=config.evaluation.patience)
 
 
-def describe_rows(records: RecordSet) -> dict[str, Any]:
-    """Contents of DATA_FILE: equal rows in equal order, equal value, wherever the files lie."""
-    return {"rows": len(records), "digest": records.digest}
+def describe_rows(records: RecordSet, order: int) -> dict[str, Any]:
+    """Contents of DATA_FILE: equal rows in equal order, equal value, wherever the files lie.
+
+    `order`: the ORDER_VERSION that the run began with.
+    """
+    digest = records.digest_of_order_1 if order == 1 else records.digest
+    return {"rows": len(records), "digest": digest, "order": order}
+
+
+def known_rows(checkpoint: Path | None) -> dict[str, Any] | None:
+    """What `describe_rows` said of the run so far; None for a new run, or a converted model, which has seen none.
+
+    Raises:
+        CheckpointError: the file is damaged, or a later version of this program wrote it.
+    """
+    if checkpoint is None or not (file := checkpoint / DATA_FILE).is_file():
+        return None
+    try:
+        known: dict[str, Any] = read_json_file(file)
+        rows = {"rows": known["rows"], "digest": known["digest"], "order": known.get("order", 1)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not readable ({error!r}); the checkpoint is damaged: remove {file.parent}, and "
+                              "the run resumes from the one before it") from error
+    if rows["order"] not in range(1, ORDER_VERSION + 1):
+        raise CheckpointError(f"{file}: order = {rows['order']!r}: a later version of megatron_embed chose the rows of "
+                              "this run's steps; resume it with that version")
+    return rows
 
 
 def with_known_choices(config: RunConfig, checkpoint: Path | None) -> RunConfig:

@@ -12,6 +12,7 @@ import torch
 from megatron_embed.checkpoint.load import steps_done
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.dataset import RecordSet
+from megatron_embed.data.index_store import IndexPlace
 from megatron_embed.data.loader import StepLoader
 from megatron_embed.data.packing import PackingSpec
 from megatron_embed.data.sampler import Sampler
@@ -27,6 +28,7 @@ from megatron_embed.models.heads import HeadSpec
 from megatron_embed.names import FurtherExport
 from megatron_embed.objectives.base import Objective
 from megatron_embed.parallel.topology import Topology, token_alignment
+from megatron_embed.platform.launcher import launched_rank
 from megatron_embed.run.inherit import inherited
 from megatron_embed.run.run_directory import ResumeState, pending_exports, record_export
 
@@ -115,6 +117,12 @@ class Task(ABC):
             micro_batch_size=training.micro_batch_size, micro_batch_tokens=training.micro_batch_tokens,
             alignment=token_alignment(parallel), uniform_size=parallel.pipeline_model_parallel_size > 1)
 
+    @property
+    def index_place(self) -> IndexPlace:
+        """Where the index of the rows is, which all ranks write together."""
+        rank, world_size, _ = launched_rank()
+        return IndexPlace(directory=self.config.data.index_directory, rank=rank, world_size=world_size)
+
     def wanted_exports(self, checkpoint: str, steps: int, dim: int | None, records: RecordSet) -> list[WantedExport]:
         """The exports of the run, which has done so many steps, that are not there yet.
 
@@ -148,6 +156,8 @@ class Inputs:
     validation: RecordSet | None
     """Held out; None without `data.validation_fraction` and `data.validation`."""
     sampler: Sampler
+    order: int
+    """The ORDER_VERSION that the run began with."""
     suite: EvaluationSuite
     """All that the run is evaluated on."""
     train_steps: int

@@ -1,0 +1,232 @@
+"""The index of rows: what it says is what the rows say, it is read instead of them, and any start goes on with it."""
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_embed.config.data import DataConfig, TrainFile
+from megatron_embed.data import entry_index, index_parts, index_store
+from megatron_embed.data.dataset import RecordSet, hold_out, open_records
+from megatron_embed.data.index_store import IndexPlace
+from megatron_embed.data.indexed_rows import JsonlRows
+from megatron_embed.data.records import shared_keys, text_id
+from megatron_embed.errors import ConfigError, DataError
+
+WriteRows = Callable[..., str]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def mixed_rows(count: int) -> list[str]:
+    """Rows of many shapes, with blank lines between them."""
+    draw, lines = random.Random(1), []
+    for index in range(count):
+        row: dict[str, object] = {"query": f"q{index % (count - 9)} é", "positive": f"p{index}"}
+        if index % 3 == 0:
+            row["positive"] = [f"p{index}", f"p{index % 7}"]
+            row["negatives"] = [f"n{index % 5}"] * draw.randrange(4)
+        if index % 11 == 0:
+            row["instruction"] = f"find {index % 2}"
+        if index % 5 == 0:
+            positives, negatives = row["positive"], row.get("negatives") or []
+            row["positive_ids"] = [f"d{index}"] * (2 if isinstance(positives, list) else 1)
+            row["negative_ids"] = [f"x{k}" for k in range(len(negatives))]  # type: ignore[arg-type]
+        lines += [""] * draw.randrange(2) + [json.dumps(row)]
+    return lines
+
+
+def opened(path: str, directory: Path | str, **settings: object) -> RecordSet:
+    return open_records((TrainFile(path=path, **settings),), place=IndexPlace(directory=str(directory)))
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry_index, "UNIT_BYTES", 5000)
+    monkeypatch.setattr("megatron_embed.data.row_index.ROWS_OF_PART", 70)
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it, and every later attempt to read rows in order fails."""
+    def refuse(*_: object) -> None:
+        raise AssertionError("rows are read")
+
+    return lambda: monkeypatch.setattr(JsonlRows, "read", refuse)
+
+
+def test_an_index_says_what_the_rows_say(write_rows: WriteRows, tmp_path: Path, small_parts: None,
+                                         unreadable: Callable[[], None]):
+    path = write_rows(mixed_rows(1000))
+    alone = opened(path, "none")
+    expected = list(alone)
+    assert [int(record.source.rpartition(":")[2]) for record in expected] == [
+        number for number, line in enumerate(Path(path).read_text().splitlines(), start=1) if line]
+    opened(path, tmp_path / "index")
+    unreadable()
+    for records in (opened(path, tmp_path / "index"), alone):
+        assert list(records) == expected
+        assert (records.digest, records.instructions) == (alone.digest, alone.instructions)
+        assert (records.most_positives, records.most_negatives, records.most_documents) == (2, 3, 5)
+        rows = np.random.default_rng(0).permutation(1000)[:300]
+        for num_negatives in (0, 2, 9):
+            ids, owners = records.text_ids(rows, num_negatives)
+            for position, row in enumerate(rows.tolist()):
+                assert set(ids[owners == position].tolist()) == {
+                    text_id(key) for key in shared_keys(expected[row], num_negatives)}
+        kept, held = hold_out(records, 0.1, 1)
+        assert held is not None
+        assert sorted(map(expected.index, [*kept, *held])) == list(range(1000))
+        np.testing.assert_array_equal(kept.text_ids(np.arange(50), 1)[0], records.text_ids(np.array([
+            expected.index(record) for record in kept[:50]]), 1)[0])
+
+
+def test_the_digest_is_that_of_the_rows_in_any_units(write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch):
+    lines = mixed_rows(300)
+    digest = opened(write_rows(lines, "a.jsonl"), "none").digest
+    monkeypatch.setattr(entry_index, "UNIT_BYTES", 999)
+    assert opened(write_rows([line for line in lines if line], "b.jsonl"), "none").digest == digest
+    assert opened(write_rows([*lines[2:], *lines[:2]], "c.jsonl"), "none").digest != digest
+    assert opened(write_rows(lines[:-1], "d.jsonl"), "none").digest != digest
+
+
+@pytest.mark.parametrize("change", ["text", "time", "columns", "damage", "half"])
+def test_what_does_not_fit_any_more_is_read_again(write_rows: WriteRows, tmp_path: Path, small_parts: None, change: str,
+                                                  monkeypatch: pytest.MonkeyPatch):
+    path, settings = write_rows(mixed_rows(200)), {}
+    before = opened(path, tmp_path / "index")
+    folder = next((tmp_path / "index").iterdir())
+    if change == "text":
+        Path(path).write_text(Path(path).read_text().replace("p77", "P77"))
+    elif change == "time":
+        os.utime(path, ns=(1, 1))
+    elif change == "columns":
+        settings = {"columns": {"positive": "positive", "query": "query"}}
+    elif change == "damage":
+        next(folder.glob("*.bin")).write_bytes(b"12345678")
+    else:
+        (folder / "index.json").unlink()
+        (folder / "000002.json").unlink()
+    read: list[int] = []
+    original = JsonlRows.read
+    monkeypatch.setattr(JsonlRows, "read", lambda rows, begin=0, end=None, first_line=1: [
+        read.append(begin)] and original(rows, begin, end, first_line))
+    again = opened(path, tmp_path / "index", **settings)
+    assert (again.digest == before.digest) == (change not in ("text", "columns"))
+    assert len(again) == 200
+    num_units = -(-os.path.getsize(path) // 5000)
+    assert len(set(read)) == (2 if change in ("damage", "half") else num_units)
+    folders = list((tmp_path / "index").iterdir())
+    assert len(folders) == (2 if change == "columns" else 1)  # that of the file as it was is removed
+
+
+@pytest.mark.parametrize("line", [150, 4])
+def test_a_bad_row_is_named_by_its_line_every_time(write_rows: WriteRows, tmp_path: Path, small_parts: None, line: int):
+    lines = mixed_rows(300)
+    lines[line - 1:line] = ["", '{"query": " ", "positive": "b"}', "{broken"]
+    lines[400:400] = ["also broken"]
+    path = write_rows(lines)
+    for directory in ("none", tmp_path / "index", tmp_path / "index"):
+        with pytest.raises(DataError, match=rf"rows\.jsonl:{line + 1}: query = ' ' is empty"):
+            opened(path, directory)
+    good = [row for row in lines if row and "broken" not in row and '" "' not in row]
+    Path(path).write_text("\n".join(good) + "\n")
+    assert len(opened(path, tmp_path / "index")) == len(good)
+
+
+SEVERAL = """
+import sys, time
+from megatron_embed.config.data import TrainFile
+from megatron_embed.data import entry_index
+from megatron_embed.data.dataset import open_records
+from megatron_embed.data.index_store import IndexPlace
+from megatron_embed.errors import DataError
+entry_index.UNIT_BYTES, rank, pause = 5000, int(sys.argv[3]), float(sys.argv[4])
+original, read = entry_index._Entry.read_unit, []
+def slow(self, unit, *rest):
+    read.append(unit.begin // 5000)
+    time.sleep(pause)
+    return original(self, unit, *rest)
+entry_index._Entry.read_unit = slow
+try:
+    records = open_records((TrainFile(path=sys.argv[1]),),
+                           place=IndexPlace(directory=sys.argv[2], rank=rank, world_size=2))
+    print(records.digest, len(read))
+except DataError as error:
+    print(error)
+"""
+
+
+def start(path: str, directory: Path, rank: int, pause: float) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-c", SEVERAL, path, str(directory), str(rank), str(pause)], text=True,
+                            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+
+
+def test_processes_share_the_work_and_a_killed_one_leaves_what_it_has_done(write_rows: WriteRows, tmp_path: Path,
+                                                                          small_parts: None):
+    path, directory = write_rows(mixed_rows(2000)), tmp_path / "index"
+    num_units = -(-os.path.getsize(path) // 5000)
+    first = start(path, directory, 0, 0.05)
+    while len(list(directory.glob("*/*.json"))) < 3:
+        time.sleep(0.02)
+        assert first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    done = len(list(directory.glob("*/*.json")))
+    assert 3 <= done < num_units
+    both = [start(path, directory, rank, 0.02) for rank in range(2)]
+    results = [process.communicate()[0].split() for process in both]
+    assert {digest for digest, _ in results} == {opened(path, "none").digest}
+    assert sum(int(read) for _, read in results) == num_units - done
+    assert opened(path, directory).digest == results[0][0]
+
+
+def test_processes_refuse_one_row_alike(write_rows: WriteRows, tmp_path: Path):
+    lines = mixed_rows(1500)
+    lines[700], lines[2000] = "{", "{"
+    path = write_rows(lines)
+    results = {process.communicate()[0] for process in [start(path, tmp_path / "index", rank, 0.01)
+                                                        for rank in range(2)]}
+    assert len(results) == 1
+    assert results.pop().startswith(f"{path}:701: not valid JSON")
+
+
+def test_the_directory(write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                       caplog: pytest.LogCaptureFixture):
+    path = write_rows(mixed_rows(50))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    default = IndexPlace(directory=None)
+    open_records((TrainFile(path=path),), place=default)
+    assert not (tmp_path / "cache").exists()  # few rows are read sooner than found
+    monkeypatch.setattr(index_store, "SMALLEST_KEPT", 10)
+    with caplog.at_level(logging.INFO):
+        open_records((TrainFile(path=path),), place=default)
+    assert "are read and checked for the index, once for all starts, by 1 process" in caplog.text
+    assert len(list((tmp_path / "cache" / "megatron_embed" / "index").iterdir())) == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"data.index_directory = '.*file': cannot be written .*choose a directory"):
+        opened(path, tmp_path / "file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(open_records((TrainFile(path=path),), place=default)) == 50
+    assert "so every start reads all rows; set data.index_directory" in caplog.text
+    with pytest.raises(ConfigError, match="data.index_directory = '': must name a directory"):
+        DataConfig(index_directory="")
+
+
+def test_rows_cost_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Hashes and offsets of many rows are in a file that is mapped, also where no index is kept."""
+    monkeypatch.setattr(index_parts, "_IN_MEMORY", 0)
+    writer = index_parts.PartWriter()
+    for row in range(3):
+        writer.add_texts([b"q", b"p"], (1, 0, False), (row + 1, 10 * row, 10 * row + 10))
+    part = index_parts.Part(*writer.finish())
+    assert isinstance(part._array("texts").base, np.memmap)
+    assert part.location(1) == (2, 10, 20)
