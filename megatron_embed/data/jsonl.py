@@ -19,7 +19,7 @@ BLANK = b" \t\r\n"
 LONGEST_LINE = 64 << 20
 """Bytes of a line, after decompression."""
 _BEGINNING = 1 << 16
-MOSTBLANK_LINES = 1_000_000
+MOST_BLANK_LINES = 1_000_000
 """Blank lines in a row: 3 GB of them fit into a compressed file of 3 MB."""
 LARGEST_ARRAY = 256 << 20
 """Bytes of a file that is one array, which is held in memory."""
@@ -145,8 +145,8 @@ def numbered_lines(file: BinaryIO, path: str | Path, first_line: int = 1) -> Ite
             raise DataError(f"{path}:{line_number}: a line of more than {LONGEST_LINE >> 20} MiB; a line holds one "
                             "row, so divide its text, or make the file again with one row a line")
         num_blank = 0 if raw.strip(BLANK) else num_blank + 1
-        if num_blank > MOSTBLANK_LINES:
-            raise DataError(f"{path}:{line_number}: more than {MOSTBLANK_LINES:,} blank lines in a row; remove them")
+        if num_blank > MOST_BLANK_LINES:
+            raise DataError(f"{path}:{line_number}: more than {MOST_BLANK_LINES:,} blank lines in a row; remove them")
         yield line_number, raw
 
 

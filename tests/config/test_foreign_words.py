@@ -18,7 +18,7 @@ ANSWERS = {
     # Transformers
     "per_device_train_batch_size": "training.micro_batch_size", "gradient_accumulation_steps":
     "training.global_batch_size", "num_train_epochs": "training.epochs", "max_steps": "training.train_steps",
-    "lr_scheduler_type": "training.lr_decay_style", "max_grad_norm": "training.clip_grad", "optim": "AdamW",
+    "lr_scheduler_type": "training.lr_decay_style", "max_grad_norm": "training.clip_grad", "optim": "optimizer.name",
     "save_steps": "checkpoint.save_every_steps", "save_total_limit": "checkpoint.keep", "logging_steps":
     "logging.every_steps", "eval_steps": "evaluation.every_steps", "evaluation_strategy": "evaluation.every_steps",
     "output_dir": "checkpoint.directory", "fp16": "bfloat16", "bf16": "model.dtype", "report_to": "logging.wandb",
@@ -31,7 +31,7 @@ ANSWERS = {
     "split_dataset_ratio": "data.validation_fraction", "train_type": "lora.rank", "tuner_type": "lora.rank",
     "lora_rank": "lora.rank", "lora_alpha": "lora.alpha", "target_modules": "lora.target_modules", "loss_type":
     "objective.loss", "task_type": "task", "torch_dtype": "model.dtype", "attn_impl": "model.attention",
-    "padding_free": "packed", "quant_bits": "never quantized", "use_dora": "plain LoRA", "truncation_strategy":
+    "padding_free": "packed", "quant_bits": "model.quantization", "use_dora": "plain LoRA", "truncation_strategy":
     "not needed", "deepspeed": "optimizer.distributed", "sequence_parallel_size": "parallel.context_parallel_size",
     # FlagEmbedding and Tevatron
     "train_data": "data.train", "train_group_size": "data.num_negatives", "query_max_len": "data.query_max_length",
@@ -81,7 +81,7 @@ def test_names_are_unique_and_answers_name_keys_that_exist():
 def test_settings_of_the_same_name_here_are_not_called_missing():
     here = {field.name for kind in get_type_hints(RunConfig).values() if dataclasses.is_dataclass(kind)
             for field in dataclasses.fields(kind)}
-    others = {"template", "train"}  # the name of a chat template; what a program does
+    others = {"template", "train", "quantization"}  # the name of a chat template; what a program does; a format
     assert here & {name for word in WORDS if not word.keys for name in word.names} == others
 
 

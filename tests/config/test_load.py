@@ -76,7 +76,7 @@ def test_overrides_win_and_later_ones_over_earlier(load):
                                              "did you mean 'training.learning_rate'?"),
         ("traning: {}\n", "run.yaml:2: unknown key 'traning'; did you mean 'training'?"),
         ("data: {train: [a, {pth: b}]}\n", "run.yaml:2: unknown key 'data.train.pth'; did you mean 'path'?"),
-        ("optimizer: {xyz: 1}\n", "run.yaml:2: unknown key 'optimizer.xyz'; known here: distributed"),
+        ("optimizer: {xyz: 1}\n", "run.yaml:2: unknown key 'optimizer.xyz'; known here: name, distributed"),
         ("training: {seed: abc}\n", "run.yaml:2: training.seed = 'abc': expected a whole number; the default is 1234"),
         ("training: {seed: true}\n", "run.yaml:2: training.seed = true: expected a whole number"),
         ("training: {seed: 2.5}\n", "run.yaml:2: training.seed = 2.5: expected a whole number"),
