@@ -14,7 +14,7 @@ from megatron_embed.serving.app import create_app
 from megatron_embed.serving.batching import Engine
 from megatron_embed.serving.models import Limits, ServedEmbedder, ServedModels
 
-SECONDS = 20
+SECONDS = 120
 
 
 class WordTokenizer:

@@ -72,7 +72,7 @@ def test_accepted_requests_are_answered(monkeypatch):
     answers, seconds, ended = serve_until_stopped(monkeypatch, engine, answer_seconds=SECONDS,
                                                   after_stop=engine.gate.set)
     assert answers == [200] * 20 and ended
-    assert seconds < 5
+    assert seconds < 15
 
 
 def test_what_cannot_be_computed_in_time_is_answered_503(monkeypatch):
@@ -80,7 +80,7 @@ def test_what_cannot_be_computed_in_time_is_answered_503(monkeypatch):
     monkeypatch.setattr(server, "THREAD_SECONDS", 0.05)
     answers, seconds, ended = serve_until_stopped(monkeypatch, engine, answer_seconds=0.5)
     assert answers == [503] * 20 and not ended
-    assert 0.4 < seconds < 5
+    assert 0.4 < seconds < 15
     engine.gate.set()
 
 
