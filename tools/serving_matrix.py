@@ -29,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from serving_models import FAMILIES, save, save_minilm, save_reranker  # noqa: E402
 
+from megatron_embed.convert.convert import hf_to_megatron  # noqa: E402
 from megatron_embed.errors import CheckpointError, UserError  # noqa: E402
 from megatron_embed.export.embedding import MINIMUM_COSINE  # noqa: E402
 from megatron_embed.export.engines.files import EngineFiles  # noqa: E402
@@ -118,8 +119,9 @@ def stock_directory(source: Path, folder: Path) -> Path:
     """The export for Sentence Transformers or CrossEncoder."""
     if not (folder / "stock").exists():
         is_classifier = not (source / "modules.json").exists()
-        EXPORTERS["cross-encoder" if is_classifier else "sentence-transformers"](str(source), str(folder / "stock"),
-                                                                                 UNCOMPARED)
+        hf_to_megatron(source, folder / "checkpoint")
+        EXPORTERS["cross-encoder" if is_classifier else "sentence-transformers"](
+            str(folder / "checkpoint"), str(folder / "stock"), UNCOMPARED)
     return folder / "stock"
 
 

@@ -88,7 +88,8 @@ def _sentencepiece(kind: str) -> bytes:
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_texts()), model_writer=trained, vocab_size=PIECES, model_type=kind,
-        byte_fallback=kind == "bpe", character_coverage=0.98, minloglevel=2, num_threads=1)
+        byte_fallback=kind == "bpe", character_coverage=0.98, minloglevel=2, num_threads=1,
+        **({"normalization_rule_name": "identity", "remove_extra_whitespaces": False} if kind == "bpe" else {}))
     return trained.getvalue()
 
 
@@ -106,6 +107,8 @@ def _llama(given: Path, directory: Path) -> dict[str, Any]:
     (directory / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>",
         "unk_token": "<unk>", "model_max_length": 512, "legacy": False}), encoding="utf-8")
+    # As tokenizer.json too: what AutoTokenizer makes of the vocabulary alone depends on the family.
+    transformers.LlamaTokenizer.from_pretrained(directory).save_pretrained(directory)
     return {"vocab_size": PIECES, "bos_token_id": 1, "eos_token_id": 2}
 
 
