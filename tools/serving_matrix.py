@@ -107,9 +107,10 @@ def cells(source: Path, folder: Path, readers: dict[EngineName, EngineFiles]) ->
             text = shortened(str(error), source, directory)
             yield engine, {"refused": text, "wrong": "cosine" in text or "differs by" in text}
     for engine in RULES:
-        directory = written.get("openvino")
+        given = written.get("openvino")
+        directory = given if isinstance(given, Path) else stock_directory(source, folder)
         try:
-            check_rules(engine, directory if isinstance(directory, Path) else stock_directory(source, folder))
+            check_rules(engine, directory)
             yield engine, {"rules": True}
         except CheckpointError as error:
             yield engine, {"refused": shortened(str(error), source, directory)}
@@ -137,7 +138,7 @@ def shortened(message: str, *places: object) -> str:
     """A refusal without the paths of this machine."""
     for place in (str(place) for place in places):
         message = message.replace(f"SRC = '{place}': ", "").replace(f"{place}: ", "").replace(place, "DIR")
-    return re.sub(r"\S*\.writing-\d+: ", "", message).replace("; the export must not be used", "")
+    return re.sub(r"\S*(\.writing-\d+|/stock): ", "", message).replace("; the export must not be used", "")
 
 
 def versions() -> str:
@@ -173,6 +174,7 @@ def shown(cell: Cell, notes: list[str], rerankers: bool) -> str:
     if "rules" in cell:
         return "rules"
     text = cell.get("refused", "not measured")
+    text = re.sub(r"\S*/stock: ", "", text)
     text = NO_TOKENIZER if "pre-tokenizer was not recognized" in text else text
     if text not in notes:
         notes.append(text)
