@@ -190,7 +190,8 @@ _GRAPH = (
           instead="serve it with vLLM, or use --format gguf"),)
 
 LIMITS: Mapping[EngineName, Sequence[Limit]] = {
-    "onnxruntime": _GRAPH, "openvino": _GRAPH, "llama.cpp": _LLAMA_CPP, "vllm": _VLLM, "tei": _TEI, "sglang": _SGLANG, "infinity": _INFINITY}
+    "onnxruntime": _GRAPH, "openvino": _GRAPH, "llama.cpp": _LLAMA_CPP, "vllm": _VLLM, "tei": _TEI, "sglang": _SGLANG,
+    "infinity": _INFINITY}
 
 
 def check_limits(engines: Sequence[EngineName], source: str | Path) -> None:
