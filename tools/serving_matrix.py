@@ -29,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from serving_models import FAMILIES, save, save_minilm, save_reranker  # noqa: E402
 
+from megatron_embed.convert.convert import hf_to_megatron  # noqa: E402
 from megatron_embed.errors import CheckpointError, UserError  # noqa: E402
 from megatron_embed.export.embedding import MINIMUM_COSINE  # noqa: E402
 from megatron_embed.export.engines.files import EngineFiles  # noqa: E402
@@ -106,9 +107,10 @@ def cells(source: Path, folder: Path, readers: dict[EngineName, EngineFiles]) ->
             text = shortened(str(error), source, directory)
             yield engine, {"refused": text, "wrong": "cosine" in text or "differs by" in text}
     for engine in RULES:
-        directory = written.get("openvino")
+        given = written.get("openvino")
+        directory = given if isinstance(given, Path) else stock_directory(source, folder)
         try:
-            check_rules(engine, directory if isinstance(directory, Path) else stock_directory(source, folder))
+            check_rules(engine, directory)
             yield engine, {"rules": True}
         except CheckpointError as error:
             yield engine, {"refused": shortened(str(error), source, directory)}
@@ -118,8 +120,9 @@ def stock_directory(source: Path, folder: Path) -> Path:
     """The export for Sentence Transformers or CrossEncoder."""
     if not (folder / "stock").exists():
         is_classifier = not (source / "modules.json").exists()
-        EXPORTERS["cross-encoder" if is_classifier else "sentence-transformers"](str(source), str(folder / "stock"),
-                                                                                 UNCOMPARED)
+        hf_to_megatron(source, folder / "checkpoint")
+        EXPORTERS["cross-encoder" if is_classifier else "sentence-transformers"](
+            str(folder / "checkpoint"), str(folder / "stock"), UNCOMPARED)
     return folder / "stock"
 
 
@@ -135,7 +138,7 @@ def shortened(message: str, *places: object) -> str:
     """A refusal without the paths of this machine."""
     for place in (str(place) for place in places):
         message = message.replace(f"SRC = '{place}': ", "").replace(f"{place}: ", "").replace(place, "DIR")
-    return re.sub(r"\S*\.writing-\d+: ", "", message).replace("; the export must not be used", "")
+    return re.sub(r"\S*(\.writing-\d+|/stock): ", "", message).replace("; the export must not be used", "")
 
 
 def versions() -> str:
@@ -171,6 +174,7 @@ def shown(cell: Cell, notes: list[str], rerankers: bool) -> str:
     if "rules" in cell:
         return "rules"
     text = cell.get("refused", "not measured")
+    text = re.sub(r"\S*/stock: ", "", text)
     text = NO_TOKENIZER if "pre-tokenizer was not recognized" in text else text
     if text not in notes:
         notes.append(text)

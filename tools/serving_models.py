@@ -88,7 +88,8 @@ def _sentencepiece(kind: str) -> bytes:
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_texts()), model_writer=trained, vocab_size=PIECES, model_type=kind,
-        byte_fallback=kind == "bpe", character_coverage=0.98, minloglevel=2, num_threads=1)
+        byte_fallback=kind == "bpe", character_coverage=0.98, minloglevel=2, num_threads=1,
+        **({"normalization_rule_name": "identity", "remove_extra_whitespaces": False} if kind == "bpe" else {}))
     return trained.getvalue()
 
 
@@ -106,10 +107,14 @@ def _llama(given: Path, directory: Path) -> dict[str, Any]:
     (directory / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>",
         "unk_token": "<unk>", "model_max_length": 512, "legacy": False}), encoding="utf-8")
+    # As tokenizer.json too: what AutoTokenizer makes of the vocabulary alone depends on the family.
+    transformers.LlamaTokenizer.from_pretrained(directory).save_pretrained(directory)
     return {"vocab_size": PIECES, "bos_token_id": 1, "eos_token_id": 2}
 
 
 _ENCODER_POOLINGS: tuple[Pooling, ...] = ("mean", "cls")
+# Qwen's vocabulary of 151,936 tokens makes a wide model large.
+_QWEN = DECODER | {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 _QWEN_MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 FAMILIES: dict[str, Family] = {
     "BERT": Family(prefix="Bert", settings=ENCODER, tokenizer=_wordpiece, poolings=(*_ENCODER_POOLINGS, "lasttoken"),
@@ -118,12 +123,12 @@ FAMILIES: dict[str, Family] = {
                       heads=("score",)),
     "XLM-RoBERTa": Family(prefix="XLMRoberta", settings=ENCODER, tokenizer=_unigram, poolings=_ENCODER_POOLINGS,
                           heads=("score",)),
-    "Qwen2": Family(prefix="Qwen2", settings=DECODER, tokenizer=_qwen, poolings=("lasttoken", "mean")),
-    "Qwen3": Family(prefix="Qwen3", settings=DECODER | {"head_dim": 32}, tokenizer=_qwen,
+    "Qwen2": Family(prefix="Qwen2", settings=_QWEN, tokenizer=_qwen, poolings=("lasttoken", "mean")),
+    "Qwen3": Family(prefix="Qwen3", settings=_QWEN | {"head_dim": 32}, tokenizer=_qwen,
                     poolings=("lasttoken", "mean"), heads=("score", "yes_no")),
-    "Qwen3, bidirectional": Family(prefix="Qwen3", settings=DECODER | {"head_dim": 32}, tokenizer=_qwen,
+    "Qwen3, bidirectional": Family(prefix="Qwen3", settings=_QWEN | {"head_dim": 32}, tokenizer=_qwen,
                                    poolings=("mean", "lasttoken", "cls"), bidirectional=True),
-    "Qwen3-MoE": Family(prefix="Qwen3Moe", settings=DECODER | _QWEN_MOE | {"head_dim": 32}, tokenizer=_qwen,
+    "Qwen3-MoE": Family(prefix="Qwen3Moe", settings=_QWEN | _QWEN_MOE | {"head_dim": 32}, tokenizer=_qwen,
                         poolings=("lasttoken",), model="ForCausalLM"),
     "Llama 2": Family(prefix="Llama", settings=DECODER, tokenizer=_llama, poolings=("lasttoken", "mean"),
                       heads=("score",)),
@@ -148,7 +153,8 @@ def save(given: Path, name: str, directory: Path, pooling: Pooling) -> None:
     family = FAMILIES[name]
     _save_weights(given, family, directory, family.model)
     export_sentence_transformers(directory, pooling=pooling, normalize=True, query_prompt=QUERY_PROMPT,
-                                 document_prompt="", max_seq_length=LENGTH, embedding_dimension=128)
+                                 document_prompt="", max_seq_length=LENGTH,
+                                 embedding_dimension=family.settings["hidden_size"])
 
 
 def save_minilm(directory: Path) -> None:

@@ -15,6 +15,7 @@ from megatron_embed.export.engines.llama_cpp import LlamaCpp, fits, gguf_file, w
 from megatron_embed.export.engines.onnx_runtime import OnnxRuntime, OpenVino, write_openvino
 from megatron_embed.export.verified_write import ExportOptions
 from megatron_embed.export.verify import Report, compare_vectors, relative_errors
+from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.names import EngineName, ExportFormat, Role
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class EngineFiles:
         texts, ours = [texts[index] for index in chosen], ours[chosen]
         if self.dim is not None:
             ours = ours[:, : self.dim]
-            ours = ours / ours.norm(dim=1, keepdim=True)
+            if read_saved_settings(directory).normalize is not False:
+                ours = ours / ours.norm(dim=1, keepdim=True)
         return compare_vectors(directory, self.engine.name, texts, self.engine.vectors(directory, texts, role), ours,
                                minimum)
 

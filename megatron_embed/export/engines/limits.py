@@ -183,8 +183,15 @@ _INFINITY = (
           cannot="always gives vectors unit length",
           source="infinity-emb 0.0.78, transformer/embedder/sentence_transformer.py, encode_post"))
 
+_GRAPH = (
+    Limit(concerns=lambda model: model.shape.num_experts > 0,
+          cannot="has no graph of a mixture of experts, which torch.onnx does not translate",
+          source="torch 2.13, torch.onnx.export: Failed to convert the exported program to an ONNX model",
+          instead="serve it with vLLM, or use --format gguf"),)
+
 LIMITS: Mapping[EngineName, Sequence[Limit]] = {
-    "llama.cpp": _LLAMA_CPP, "vllm": _VLLM, "tei": _TEI, "sglang": _SGLANG, "infinity": _INFINITY}
+    "onnxruntime": _GRAPH, "openvino": _GRAPH, "llama.cpp": _LLAMA_CPP, "vllm": _VLLM, "tei": _TEI, "sglang": _SGLANG,
+    "infinity": _INFINITY}
 
 
 def check_limits(engines: Sequence[EngineName], source: str | Path) -> None:
