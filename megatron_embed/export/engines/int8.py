@@ -81,7 +81,8 @@ def _bounded(files: EngineFiles) -> EngineFiles:
 def _is_quantized(files: EngineFiles, directory: Path) -> bool:
     if isinstance(files.engine, OpenVino):
         file = directory / OPENVINO_FILE
-        return file.is_file() and '"FakeQuantize"' in file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        return any(f'element_type="{kind}"' in text for kind in ("u8", "i8"))  # of weights
     file = directory / GRAPH_FILE
     if not file.is_file():
         return False
