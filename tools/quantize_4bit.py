@@ -26,8 +26,8 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.json", "onnx", "openvino", "*.gguf")
-"""Files of the export that are not copied: its weights, and the configuration that llm-compressor writes anew."""
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "onnx", "openvino", "*.gguf")
+"""Files of the export that are not copied."""
 SCHEME = "W4A16"
 """4-bit integers with a scale for every 128 weights of a row; activations stay as they are."""
 

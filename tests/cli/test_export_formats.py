@@ -9,10 +9,13 @@ import yaml
 from megatron_embed.config.load import config_of_values
 from megatron_embed.errors import ConfigError
 from megatron_embed.export.engines import int8
+from megatron_embed.loading.model_directory import find_model
+from megatron_embed.names import EXPORT_PACKAGES
+from megatron_embed.run.preflight import check_exports
 from megatron_embed.run.run_directory import pending_exports, record_export
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.refusals import assert_refused, command, settings
-from tests.helpers.toys import save_model
+from tests.helpers.refusals import command, settings
+from tests.helpers.toys import MINILM, save_model
 
 
 def config_of(tmp_path, **checkpoint):
@@ -64,15 +67,26 @@ def written(tmp_path, model, formats, **sections):
     return str(tmp_path / "run.yaml")
 
 
-def test_what_llama_cpp_does_not_compute_and_a_name_in_use_are_refused_before_training(tmp_path, model):
-    config = written(tmp_path, model, ["gguf-f16"], embedding={"pooling": "weightedmean"})
-    assert_refused(run_on_ranks(command, 1, ["train", config]), "checkpoint.export_formats = 'gguf-f16'",
-                   "no weighted mean pooling")
+def refused(config, words):
+    with pytest.raises(ConfigError, match=words):
+        check_exports(config, find_model(str(MINILM)), pending_exports(config, 0))
+
+
+def test_what_llama_cpp_does_not_compute_and_a_name_in_use_are_refused(tmp_path):
+    for section, words in (({"pooling": "weightedmean"}, "no weighted mean pooling"), ({"normalize": False}, "length")):
+        config = config_of_values({"model": {"path": "m"}, "embedding": section, "checkpoint": {
+            "directory": str(tmp_path / "run"), "export_at_end": str(tmp_path / "out"), "export_formats": "gguf-f16"}})
+        refused(config, f"checkpoint.export_formats = 'gguf-f16': llama.cpp's embedding server has no .*{words[-6:]}")
     (tmp_path / "out-onnx").mkdir()
     (tmp_path / "out-onnx" / "precious").touch()
-    assert_refused(run_on_ranks(command, 1, ["train", written(tmp_path, model, ["onnx"])]),
-                   "checkpoint.export_formats = ", "out-onnx", "exists already")
-    assert not list((tmp_path / "run").glob("step_*"))
+    refused(config_of(tmp_path, export_formats="onnx"), "checkpoint.export_formats = '.*out-onnx': exists already")
+    refused(config_of(tmp_path, export_formats="onnx", export_at_end=str(tmp_path / "run" / "out")),
+            "lies in checkpoint.directory")
+
+
+def test_a_missing_package_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(EXPORT_PACKAGES, "openvino", ("no_such_package",))
+    refused(config_of(tmp_path, export_formats="openvino-int8"), r"no_such_package is not installed; pip install")
 
 
 @pytest.mark.slow

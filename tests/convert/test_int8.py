@@ -59,39 +59,55 @@ def test_a_vector_below_the_bound_is_refused(monkeypatch):
                 files.compare_vectors(Path("d"), ["a"], exact, "query", 0.9999)
 
 
-def small_graph(file: Path) -> dict[str, np.ndarray]:
-    """Two products after an embedding; the input of the second has one component a thousand times the others."""
+def small_graph(file: Path, *, outlier: float) -> dict[str, np.ndarray]:
+    """Two products after an embedding; one component of the second one's input is `outlier` times as large."""
     random = np.random.default_rng(3)
-    table, first, second = (random.normal(size=size).astype(np.float32) for size in ((50, 16), (16, 32), (32, 8)))
-    first[:, 0] *= 1000
+    table, first, second = (random.normal(size=size).astype(np.float32) for size in ((50, 64), (64, 512), (512, 32)))
+    first[:, 0] *= outlier
+    second[0] /= outlier
     constants = [numpy_helper.from_array(value, name) for name, value in
                  (("table", table), ("first", first), ("second", second), ("axes", np.array([1])))]
     nodes = [helper.make_node("Gather", ["table", "input_ids"], ["tokens"]),
-             helper.make_node("MatMul", ["tokens", "first"], ["middle"], name="plain"),
-             helper.make_node("MatMul", ["middle", "second"], ["states"], name="sensitive"),
+             helper.make_node("MatMul", ["tokens", "first"], ["middle"], name="a"),
+             helper.make_node("MatMul", ["middle", "second"], ["states"], name="b"),
              helper.make_node("ReduceMean", ["states", "axes"], ["sentence_embedding"], keepdims=0)]
     graph = helper.make_graph(
         nodes, "g", [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"])],
-        [helper.make_tensor_value_info("sentence_embedding", TensorProto.FLOAT, ["batch", 8])], constants)
+        [helper.make_tensor_value_info("sentence_embedding", TensorProto.FLOAT, ["batch", 32])], constants)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), file)
     return {"input_ids": random.integers(0, 50, size=(6, 9))}
 
 
-def test_the_product_whose_input_loses_most_stays_float32_first(tmp_path):
-    feed = small_graph(tmp_path / "exact.onnx")
-    work = int8._Quantizer(tmp_path / "exact.onnx", tmp_path, [feed], large=False)
-    assert work.products == {"plain": "tokens", "sensitive": "middle"}
-    work.quantize(work.most_sensitive(0))
-    all_in_int8 = int8._results(int8._session(work.result), [feed])
-    assert work.most_sensitive(1) == ["sensitive"]
-    work.quantize(["sensitive"])
-    graph = onnx.load(str(work.result)).graph
-    assert [node.op_type for node in graph.node].count("QuantizeLinear") == 1
-    scales = [tensor for tensor in graph.initializer if tensor.name.startswith("first") and "scale" in tensor.name]
-    assert [list(tensor.dims) for tensor in scales] == [[32]]  # one for every output
-    exact, mixed = (int8._results(int8._session(file), [feed]) for file in (tmp_path / "exact.onnx", work.result))
-    errors = [float((results - exact).norm() / exact.norm()) for results in (all_in_int8, mixed)]
-    assert 0 < errors[1] < errors[0] / 2
+@pytest.mark.parametrize(("outlier", "recipe"), [(1.0, "static"), (60.0, "blocks")])
+def test_the_first_recipe_that_keeps_the_results_is_taken(tmp_path, monkeypatch, outlier, recipe):
+    (tmp_path / "onnx").mkdir()
+    feed = small_graph(tmp_path / GRAPH_FILE, outlier=outlier)
+    exact = int8._results(tmp_path / GRAPH_FILE, [feed])
+    monkeypatch.setattr(int8, "_batches", lambda directory, rows: ([feed], [feed]))
+    int8.quantize_graph(tmp_path, [])
+    assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["model.onnx"]
+    graph = onnx.load(str(tmp_path / GRAPH_FILE)).graph
+    operators = [node.op_type for node in graph.node]
+    assert operators.count("MatMulNBits") == (2 if recipe == "blocks" else 0)
+    assert operators.count("QuantizeLinear") == (2 if recipe == "static" else 0)
+    cosine = torch.nn.functional.cosine_similarity(exact, int8._results(tmp_path / GRAPH_FILE, [feed]))
+    assert 0.99 < cosine.min() < 0.999999
+    assert int8._is_quantized(EngineFiles(engine=OnnxRuntime(), write=lambda directory: None), tmp_path)
+    if recipe == "static":
+        scales = [tensor for tensor in graph.initializer if tensor.name.startswith("second") and "scale" in tensor.name]
+        assert [list(tensor.dims) for tensor in scales] == [[32]]  # one for every output
+
+
+def test_results_that_no_recipe_keeps_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "onnx").mkdir()
+    feed = small_graph(tmp_path / GRAPH_FILE, outlier=60.0)
+    before = (tmp_path / GRAPH_FILE).read_bytes()
+    monkeypatch.setattr(int8, "_batches", lambda directory, rows: ([feed], [feed]))
+    monkeypatch.delitem(int8.RECIPES, "blocks")
+    with pytest.raises(CheckpointError, match=r"other results than in float32 \(static cosine >= .*leave out"):
+        int8.quantize_graph(tmp_path, [])
+    assert (tmp_path / GRAPH_FILE).read_bytes() == before
+    assert [path.name for path in (tmp_path / "onnx").iterdir()] == ["model.onnx"]
 
 
 def test_scores_are_compared_by_rank_and_by_difference():
@@ -117,18 +133,18 @@ def test_a_trained_model_keeps_its_vectors(tmp_path, kind, engine):
 def test_naive_dynamic_quantization_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    def naive(self, kept):
-        quantize_dynamic(str(self.prepared), str(self.result), weight_type=QuantType.QInt8)
+    def naive(prepared, result, calibration, large):
+        quantize_dynamic(str(prepared), str(result), weight_type=QuantType.QInt8)
 
-    monkeypatch.setattr(int8._Quantizer, "quantize", naive)
-    monkeypatch.setattr(int8._Quantizer, "most_sensitive", lambda self, count: [])
-    with pytest.raises(CheckpointError, match=r"still gives cosine >= 0\.9"):
-        EXPORTERS["onnx"](str(MINILM), str(tmp_path / "out"), ExportOptions(quantize="int8", calibration=str(MINI_EN)))
+    monkeypatch.setattr(int8, "RECIPES", {"naive": naive})
+    options = ExportOptions(quantize="int8", calibration=str(MINI_EN))
+    with pytest.raises(CheckpointError, match=r"naive cosine >= 0\.[89]"):
+        EXPORTERS["onnx"](str(MINILM), str(tmp_path / "out"), options)
     assert not list(tmp_path.iterdir())
     # The comparison with the model in memory is not blind either, should the quantizer's own be.
     monkeypatch.setattr(int8, "_compare", lambda exact, ours: (True, ""))
     with pytest.raises(CheckpointError, match=r"ONNX Runtime' vector of text .* below 0\.99"):
-        EXPORTERS["onnx"](str(MINILM), str(tmp_path / "out"), ExportOptions(quantize="int8", calibration=str(MINI_EN)))
+        EXPORTERS["onnx"](str(MINILM), str(tmp_path / "out"), options)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,16 +1,20 @@
-"""8-bit integers in the ONNX graph: ONNX Runtime's quantizer, calibrated on real texts.
+"""8-bit integers in the ONNX graph: ONNX Runtime's quantizers, on real texts of the training data.
 
-A product of activations with weights becomes one of unsigned 8-bit activations, whose range is that of the calibration
-texts, with signed 8-bit weights, which have a scale for every output. It is written as pairs of QuantizeLinear and
-DequantizeLinear, standard operators that OpenVINO reads too. Everything else stays float32, and so do the products
-whose inputs lose most by it, as many as the bound asks for.
+Products of activations with weights are computed in 8 bits; tables, norms, attention and pooling stay float32. Two
+recipes, the first one that keeps the results:
+
+1. static: activations have one range, that of the calibration texts, weights a scale for every output. Written as pairs
+   of QuantizeLinear and DequantizeLinear, standard operators that OpenVINO computes in 8 bits too.
+2. blocks: activations and weights have a scale for every 128 numbers, that of activations taken from the text itself
+   (MatMulNBits, an operator of ONNX Runtime). Large components of activations, as many models have, spoil the numbers
+   of one block only.
 """
 
 import dataclasses
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,12 +43,13 @@ INT8_SCORE_ERROR = 0.3
 """Largest difference of a reranker's score, relative to max(1, |score|): as far as bfloat16 weights may move it."""
 INT8_RANK_CORRELATION = 0.99
 """Smallest Spearman correlation of a reranker's scores of training pairs with those of the float32 graph."""
-FLOAT_SHARES = (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Shares of the products that stay float32, tried in this order."""
 _HELD_OUT = 4
 """Every so many batches of the rows are compared, not calibrated on."""
-_RANKED_ON = 4
-"""Batches on which each product's share in the loss is measured."""
+_BLOCK = 128
+_INT8_COMPUTATION = 4
+"""MatMulNBits' accuracy_level: activations are rounded to 8 bits too, and products of integers are summed."""
+_OPERATORS = {"DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "MatMulNBits"}
+"""Any of them in a graph: it computes in integers."""
 
 Feed = dict[str, NDArray[np.int64]]
 """Inputs of the graph, [texts, tokens] each."""
@@ -76,23 +81,22 @@ def _bounded(files: EngineFiles) -> EngineFiles:
 def _is_quantized(files: EngineFiles, directory: Path) -> bool:
     if isinstance(files.engine, OpenVino):
         file = directory / OPENVINO_FILE
-        return file.is_file() and '"FakeQuantize"' in file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        return any(f'element_type="{kind}"' in text for kind in ("u8", "i8"))  # of weights
     file = directory / GRAPH_FILE
     if not file.is_file():
         return False
     model = require("onnx", "--verify-with onnxruntime").load(str(file), load_external_data=False)
-    return any(node.op_type in ("DequantizeLinear", "MatMulInteger", "QLinearMatMul") for node in model.graph.node)
+    return any(node.op_type in _OPERATORS for node in model.graph.node)
 
 
 def quantize_graph(directory: Path, rows: CalibrationRows) -> None:
-    """Replace the directory's ONNX graph by one of 8-bit products.
-
-    As few products as possible stay float32, those whose inputs lose most: so many that every held-out batch of rows
-    and every probe text keeps its vector within INT8_COSINE, or its score within the bounds of a reranker.
+    """Replace the directory's ONNX graph by one of 8-bit products, by the first recipe with which the vector of every
+    held-out row and of every probe text stays within INT8_COSINE, or the score within the bounds of a reranker.
 
     Raises:
         ConfigError: a package is missing, or there are too few rows.
-        CheckpointError: half of the products in float32 are not enough.
+        CheckpointError: no recipe keeps the results.
     """
     require("onnx", "--quantize int8")
     require("onnxruntime.quantization", "--quantize int8")
@@ -100,65 +104,59 @@ def quantize_graph(directory: Path, rows: CalibrationRows) -> None:
     calibration, held = _batches(directory, rows)
     with (tempfile.TemporaryDirectory(prefix=".int8-", dir=file.parent) as folder,
           library_errors(directory, "ONNX Runtime"), _quiet()):
-        work = _Quantizer(file, Path(folder), calibration, large=large)
-        exact, report = _results(_session(work.prepared), held), ""
-        for share in FLOAT_SHARES:
-            kept = work.most_sensitive(round(share * len(work.products)))
-            work.quantize(kept)
-            passes, report = _compare(exact, _results(_session(work.result), held))
-            logger.info("int8: %d of %d products in float32: %s on held-out texts", len(kept), len(work.products),
-                        report)
+        prepared, result = Path(folder) / "prepared.onnx", Path(folder) / file.name
+        _prepare(file, prepared, large=large)
+        exact, reports = _results(prepared, held), []
+        for name, quantize in RECIPES.items():
+            quantize(prepared, result, calibration, large)
+            passes, report = _compare(exact, _results(result, held))
+            logger.info("int8, %s: %s on texts that were not calibrated on", name, report)
+            reports.append(f"{name} {report}")
             if passes:
                 break
         else:
-            raise CheckpointError(f"{directory}: with half of its products in float32 the quantized graph still gives "
-                                  f"{report}; use float32, or --calibration with rows of more kinds of texts")
-        for name in (GRAPH_FILE.name, f"{GRAPH_FILE.name}.data"):
+            raise CheckpointError(f"{directory}: in 8 bits it gives other results than in float32 "
+                                  f"({'; '.join(reports)}); leave out --quantize")
+        for name in (file.name, f"{file.name}.data"):
             (file.parent / name).unlink(missing_ok=True)
-            if (work.result.parent / name).is_file():
-                shutil.move(work.result.parent / name, file.parent / name)
+            if (result.parent / name).is_file():
+                shutil.move(result.parent / name, file.parent / name)
 
 
-class _Quantizer:
-    """One graph, prepared for quantization, and the result of the last attempt."""
+def _prepare(file: Path, target: Path, *, large: bool) -> None:
+    """The graph with transposed weights as constants, by which the quantizers know the products to take."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    def __init__(self, file: Path, folder: Path, calibration: Sequence[Feed], *, large: bool) -> None:
-        from onnxruntime.quantization.shape_inference import quant_pre_process
+    quant_pre_process(str(file), str(target), skip_symbolic_shape=True, save_as_external_data=large,
+                      all_tensors_to_one_file=True)
 
-        self.prepared, self.result = folder / "prepared.onnx", folder / GRAPH_FILE.name
-        self._folder, self._calibration, self._large = folder, calibration, large
-        # Transposed weights become constants, by which the quantizer knows the products to take.
-        quant_pre_process(str(file), str(self.prepared), skip_symbolic_shape=True, save_as_external_data=large,
-                          all_tensors_to_one_file=True)
-        self.products = _products(self.prepared)
-        self._ranked: list[str] | None = None
 
-    def quantize(self, kept: Sequence[str]) -> None:
-        """Write `result`, with the named products in float32."""
-        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+def _static(prepared: Path, result: Path, calibration: Sequence[Feed], large: bool) -> None:
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-        quantize_static(
-            str(self.prepared), str(self.result), _Reader(self._calibration), quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul"], per_channel=True, activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8, nodes_to_exclude=list(kept), calibrate_method=CalibrationMethod.MinMax,
-            use_external_data_format=self._large, calibration_cache_path=self._folder / "ranges.json",
-            extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul"]})
+    # Weights of 7 bits: processors without VNNI add two products in 16 bits, which larger ones would overflow. Inputs
+    # alone are rounded: the outputs go into norms and sums, where it costs a cosine of 0.05.
+    quantize_static(
+        str(prepared), str(result), _Reader(calibration), quant_format=QuantFormat.QDQ, op_types_to_quantize=["MatMul"],
+        per_channel=True, reduce_range=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod.MinMax, use_external_data_format=large,
+        extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul"]})
 
-    def most_sensitive(self, count: int) -> list[str]:
-        """The products that move the results most when their inputs are in 8 bits, the worst first."""
-        if not count:
-            return []
-        self._ranked = self._ranked or self._rank()
-        return self._ranked[:count]
 
-    def _rank(self) -> list[str]:
-        """Every product in turn is the only one that takes its input in 8 bits."""
-        file, batches = self._folder / "switched.onnx", self._calibration[:: len(self._calibration) // _RANKED_ON or 1]
-        _write_with_switches(self.result, file, list(self.products), large=self._large)
-        session, every = _session(file), np.eye(len(self.products), dtype=bool)
-        plain, *moved = (_results(session, batches, switches=row) for row in [np.zeros_like(every[0]), *every])
-        errors = {name: float((result - plain).norm()) for name, result in zip(self.products, moved, strict=True)}
-        return sorted(errors, key=lambda name: errors[name], reverse=True)
+def _blocks(prepared: Path, result: Path, calibration: Sequence[Feed], large: bool) -> None:
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    config = DefaultWeightOnlyQuantConfig(block_size=_BLOCK, is_symmetric=True, accuracy_level=_INT8_COMPUTATION,
+                                          bits=8)
+    quantizer = MatMulNBitsQuantizer(onnx.load(str(prepared)), algo_config=config)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(result), use_external_data_format=large)
+
+
+Quantize = Callable[[Path, Path, Sequence[Feed], bool], None]
+"""(prepared graph, result, batches to calibrate on, whether the weights go into a file of their own)"""
+RECIPES: dict[str, Quantize] = {"static": _static, "blocks": _blocks}
 
 
 class _Reader:
@@ -173,39 +171,6 @@ class _Reader:
 
     def __iter__(self) -> Iterator[Feed]:
         return self._batches
-
-
-def _write_with_switches(file: Path, target: Path, products: Sequence[str], *, large: bool) -> None:
-    """A quantized graph with one input more, `switches`, [products] bool: which products take their input in 8 bits."""
-    import onnx
-    from onnx import helper, numpy_helper
-
-    model = onnx.load(str(file))
-    graph, nodes = model.graph, []
-    producer = {output: node for node in graph.node for output in node.output}
-    graph.input.append(helper.make_tensor_value_info("switches", onnx.TensorProto.BOOL, [len(products)]))
-    for node in graph.node:
-        if node.name in products:
-            index, rounded = f"switch_{products.index(node.name)}", node.input[0]
-            exact = producer[producer[rounded].input[0]].input[0]  # before QuantizeLinear and DequantizeLinear
-            graph.initializer.append(numpy_helper.from_array(np.int64(products.index(node.name)), index))
-            nodes += [helper.make_node("Gather", ["switches", index], [f"{index}_on"]),
-                      helper.make_node("Where", [f"{index}_on", rounded, exact], [f"{index}_input"])]
-            node.input[0] = f"{index}_input"
-        nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    onnx.save(model, str(target), save_as_external_data=large)
-
-
-def _products(file: Path) -> dict[str, str]:
-    """Products with constant weights of a graph: name -> its input."""
-    import onnx
-
-    graph = onnx.load(str(file), load_external_data=False).graph
-    constants = {tensor.name for tensor in graph.initializer}
-    return {node.name: node.input[0] for node in graph.node
-            if node.op_type == "MatMul" and node.input[1] in constants}
 
 
 def _batches(directory: Path, rows: CalibrationRows) -> tuple[list[Feed], list[Feed]]:
@@ -228,18 +193,15 @@ def _feed(batch: dict[str, Tensor]) -> Feed:
     return {name: tensor.numpy() for name, tensor in batch.items()}
 
 
-def _session(file: Path) -> Any:
+def _results(file: Path, batches: Sequence[Feed]) -> Tensor:
+    """[texts, dim] vectors or [pairs, 1] scores before the activation, in float64."""
     import onnxruntime
 
-    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-
-
-def _results(session: Any, batches: Sequence[Feed], **more: NDArray[np.bool_]) -> Tensor:
-    """[texts, dim] vectors or [pairs, 1] scores before the activation, in float64; `more`: inputs of every batch."""
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     inputs = {node.name for node in session.get_inputs()}
     output = "sentence_embedding" if "sentence_embedding" in {node.name for node in session.get_outputs()} else "logits"
-    rows = [session.run([output], {name: values for name, values in {**batch, **more}.items() if name in inputs})[0]
-            for batch in batches]
+    rows: list[Any] = [session.run([output], {name: values for name, values in batch.items() if name in inputs})[0]
+                       for batch in batches]
     return torch.from_numpy(np.concatenate(rows)).double()
 
 
