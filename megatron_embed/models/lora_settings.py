@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-ADAPTER_NAME = re.compile(r"(?P<linear>.+)\.lora\.(?P<part>\w+)\.(?P<matrix>[AB])")
-"""Name of an adapter's parameter: that of the linear layer, then the last word of the Hugging Face module."""
+ADAPTER_NAME = re.compile(r"(?P<linear>.+)\.lora\.(?P<part>\w+)\.(?P<matrix>[AB])\d*")
+"""Name of an adapter's parameter: that of the linear layer, then the last word of the Hugging Face module; B0, B1, ...
+of a module that stands for several projections."""
 
 
 def is_adapter(name: str) -> bool:
