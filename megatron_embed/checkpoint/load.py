@@ -57,8 +57,8 @@ def model_state(models: Sequence[EmbeddingModel]) -> dict[str, dict[str, Any]]:
 
 def is_stored(model: EmbeddingModel, name: str) -> bool:
     """Whether checkpoints hold this tensor of a model, by its name with `model.`: of one with quantized weights only
-    adapters and head, since its base model has the rest."""
-    return not model.is_quantized or is_adapter(name) or name.startswith(HEAD_KEYS)
+    adapters, head and Dense modules, since its base model has the rest."""
+    return not model.is_quantized or is_adapter(name) or name.startswith((HEAD_KEYS, DENSE_KEYS))
 
 
 def steps_done(checkpoint: Path) -> int:

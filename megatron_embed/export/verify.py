@@ -184,10 +184,12 @@ def _load_model(directory: Path) -> Any:
         AutoModelForMaskedLM,
         AutoModelForPreTraining,
         AutoModelForSequenceClassification,
+        AutoModelForTextEncoding,
     )
 
     classes = {"ForCausalLM": AutoModelForCausalLM, "ForMaskedLM": AutoModelForMaskedLM,
-               "ForPreTraining": AutoModelForPreTraining,
+               "ForPreTraining": AutoModelForPreTraining, "T5EncoderModel": AutoModelForTextEncoding,
+               "T5ForConditionalGeneration": AutoModelForTextEncoding,
                "ForSequenceClassification": AutoModelForSequenceClassification}
     architecture = (read_json_object(directory / "config.json").get("architectures") or [""])[0]
     auto = next((cls for end, cls in classes.items() if architecture.endswith(end)), AutoModel)

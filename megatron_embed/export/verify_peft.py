@@ -12,6 +12,7 @@ from megatron_embed.convert.lora_names import linear_rules
 from megatron_embed.convert.peft import module_pattern
 from megatron_embed.errors import CheckpointError
 from megatron_embed.export.verify import Report, library_errors, mean_of_tokens, relative_errors, score_of_pair
+from megatron_embed.models.families import model_shape
 from megatron_embed.models.quantization import QuantizedBase
 from megatron_embed.models.quantized_weight import restored_whole
 from megatron_embed.names import HeadKind
@@ -61,10 +62,17 @@ def compare_with_peft(directory: Path, base: Path, token_ids: Sequence[Sequence[
 def _load(directory: Path, base: Path, dtype: str, head: HeadKind | None, quantized: QuantizedBase | None) -> Any:
     """The base model with the adapter, in float32."""
     from peft import PeftModel
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTextEncoding,
+    )
 
+    # AutoModel of a T5 is encoder and decoder.
+    embedder = AutoModel if model_shape(base).relative_positions is None else AutoModelForTextEncoding
     load: dict[str | None, Callable[..., Any]] = {
-        None: AutoModel.from_pretrained, "yes_no": AutoModelForCausalLM.from_pretrained,
+        None: embedder.from_pretrained, "yes_no": AutoModelForCausalLM.from_pretrained,
         "score": AutoModelForSequenceClassification.from_pretrained}
     options = {"num_labels": 1} if head == "score" else {}
     model = load[head](str(base), local_files_only=True, dtype=dtype, **options).float()

@@ -375,5 +375,5 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
         config = resolve_dtype(config)
         chunks = load_model_chunks(model, config, topology)
     encoder = TextEncoder(chunks, topology, tokenizer, pooling=model.pooling(args.pooling), dim=model.dim(embedding),
-                          kernel=attention_kernel(config), causal=chunks[0].causal)
+                          kernel=attention_kernel(config, model.shape), causal=chunks[0].causal)
     return encoder, model, topology

@@ -93,6 +93,9 @@ def log_taken(settings: RerankerSettings, taken: frozenset[str], model: ModelDir
 def _check_settings(config: RerankerConfig, model: ModelDirectory) -> None:
     """Refuses settings that do not go with the model's family or its positions."""
     encoder, limit = is_encoder(model.shape), model.shape.longest_text
+    if model.shape.relative_positions is not None:
+        raise ConfigError(f"task = 'reranker': no stock class scores pairs with the encoder of a {model.shape.family} "
+                          "model; take another family, or task: embedding", key="task")
     if encoder and config.head == "yes_no":
         raise ConfigError(f"reranker.head = 'yes_no': a {model.shape.family} model has no language-model head to "
                           "answer with; set it to score", key="reranker.head")
@@ -272,5 +275,5 @@ def open_scorer(directory: str, *, key: str = "--model", max_length: int | None 
 def scorer_of(chunks: Sequence[torch.nn.Module], models: Sequence[EmbeddingModel], topology: Topology,
               tokenizer: PairTokenizer, config: RunConfig, activation: Activation) -> PairScorer:
     """The scorer of loaded chunks (`models` are the same, not wrapped by DDP)."""
-    return PairScorer(chunks, topology, tokenizer, pooling=models[0].pooling, kernel=attention_kernel(config),
-                      causal=models[0].causal, activation=activation)
+    return PairScorer(chunks, topology, tokenizer, pooling=models[0].pooling, causal=models[0].causal,
+                      kernel=attention_kernel(config, models[0].shape), activation=activation)

@@ -15,6 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_embed.models.flash_chunks import FlashCall, FlashSettings, flash_attention, gather_bin
+from megatron_embed.models.relative_bias import RelativeBias
 from megatron_embed.platform.compat import (
     AttnMaskType,
     MegatronModule,
@@ -52,6 +53,15 @@ class SegmentGroup:
     count: int
     query_length: int
     key_length: int
+    offsets: Tensor | None = None
+    """[segments] int64, position of a segment's first query in its sequence; None: 0."""
+
+    def distance(self) -> Tensor:
+        """[segments or 1, query_length, key_length] int64: key position minus query position."""
+        device = self.queries.device
+        ahead = (torch.arange(self.key_length, device=device)
+                 - torch.arange(self.query_length, device=device)[:, None])[None]
+        return ahead if self.offsets is None else ahead - self.offsets[:, None, None]
 
 
 @dataclass
@@ -80,6 +90,8 @@ class PackedSequences(PackedSeqParams):
     """[key slots of all groups] int64, the groups' `keys` back to back."""
     window: tuple[int, int] | None = None
     """The attention window that groups or calls were made for, see `attention_window`."""
+    bias: RelativeBias | None = None
+    """Added to the attention scores, of the SDPA path alone."""
     local: "PackedSequences | None" = None
     """The same bin for the layers that have a window, if the others have none."""
 
@@ -263,7 +275,8 @@ def _segment_group(segments: Tensor, causal: bool, window: tuple[int, int] | Non
         queries=queries.to(device), keys=keys.to(device), slots=None if slots is None else slots.to(device),
         targets=(queries if slots is None else queries[slots]).to(device),
         mask=None if mask is None else mask.to(device),
-        is_causal=kernel_mask, count=len(segments), query_length=query_length, key_length=key_length)
+        is_causal=kernel_mask, count=len(segments), query_length=query_length, key_length=key_length,
+        offsets=offset[:, 0].to(device) if bool(offset.any()) else None)
 
 
 class PackedAttention(MegatronModule):
@@ -352,8 +365,16 @@ class PackedAttention(MegatronModule):
         outputs = []
         for group, *tensors in parts:
             q, k, v = (x.view(group.count, -1, heads, head_dim).transpose(1, 2) for x in tensors)
+            mask = group.mask if packed.bias is None else _biased(packed.bias, group, q.dtype)
             with self._fork(dropout):
-                out = functional.scaled_dot_product_attention(q, k, v, group.mask, dropout, group.is_causal,
+                out = functional.scaled_dot_product_attention(q, k, v, mask, dropout, group.is_causal,
                                                               scale=self.scale)
             outputs.append(out.transpose(1, 2).reshape(group.count * group.query_length, heads * head_dim).to(dtype))
         return packed.to_queries.to_tokens(torch.cat(outputs))
+
+
+def _biased(bias: RelativeBias, group: SegmentGroup, dtype: torch.dtype) -> Tensor:
+    """[segments or 1, heads/tp, queries, keys]: what is added to a group's scores, -inf where a query sees no key."""
+    assert not group.is_causal, "a family with a bias is bidirectional"
+    scores = bias.scores(group.distance()).to(dtype)
+    return scores if group.mask is None else scores.masked_fill(~group.mask, -math.inf)

@@ -199,7 +199,7 @@ def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: Training
     virtual = virtual_size(sizes)
     on_gpu = torch.cuda.is_available()
     return BackboneConfig(
-        fused_kernels=fused_kernels, norm_bias=shape.norm_bias,
+        fused_kernels=fused_kernels, norm_bias=shape.norm_bias, softmax_scale=shape.attention_scale,
         num_layers=shape.num_layers, hidden_size=shape.hidden_size, num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups, kv_channels=shape.head_dim, ffn_hidden_size=shape.ffn_hidden_size,
         normalization=shape.norm, layernorm_epsilon=shape.norm_eps, activation_func=ACTIVATIONS[shape.activation],

@@ -42,6 +42,7 @@ from megatron_embed.models.layer_backend import layer_backend
 from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.lora_settings import Adapters
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
+from megatron_embed.models.relative_bias import RelativeBias
 from megatron_embed.models.rope import rotary_cos_sin, rotary_frequencies
 from megatron_embed.models.te_attention import TransformerEngineAttention
 from megatron_embed.models.te_layers import PassSettings, configure, start_overlap, te_layer_classes
@@ -122,6 +123,10 @@ class EmbeddingModel(LanguageModule):
         if self.pre_process:
             self.embedding = self._embedding()
         # Not a buffer, so that it stays float32 whatever the model's dtype.
+        self.relative_bias = None
+        if shape.relative_positions is not None:
+            self.relative_bias = RelativeBias(shape, topology,
+                                              copy=topology.pp_rank + topology.pp_size * (vp_stage or 0))
         self.rotary_frequencies = None if shape.rotary_base is None else rotary_frequencies(shape).to(topology.device)
         self.decoder = TransformerBlock(
             config=config, spec=block_spec(config, shape, bidirectional, topology.pp_rank, vp_stage,
@@ -164,7 +169,9 @@ class EmbeddingModel(LanguageModule):
         assert batch.first_position == self.shape.position_offset, "to_device needs the model's shape"
         if self.passes is not None:
             self.passes.prepare(self, self.config)
-        hidden = None
+        hidden, packed = None, batch.packed
+        if self.relative_bias is not None:
+            packed = dataclasses.replace(packed, bias=self.relative_bias)
         if self.pre_process:
             hidden = self.embedding(batch.token_ids, batch.position_ids, batch.token_types)
         if hidden is not None and self.config.recompute_granularity == "full" and torch.is_grad_enabled():
@@ -172,7 +179,7 @@ class EmbeddingModel(LanguageModule):
             # nor to the adapters in that layer.
             hidden = hidden if hidden.requires_grad else hidden.requires_grad_()
         return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_cos_sin(batch),
-                            packed_seq_params=batch.packed,
+                            packed_seq_params=packed,
                             padding_mask=batch.padding if self.shape.num_experts else None)
 
     def _rotary_cos_sin(self, batch: DeviceMicroBatch) -> Tensor | None:
@@ -208,14 +215,24 @@ def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // tp_size) * tp_size
 
 
-def attention_kernel(config: RunConfig) -> AttentionKernel:
+def attention_kernel(config: RunConfig, shape: ModelShape | None = None) -> AttentionKernel:
     """The attention kernel: torch's variable-length flash kernels, its general attention (SDPA), or, if requested,
-    Transformer Engine.
+    Transformer Engine. SDPA alone adds a bias to attention scores.
 
+    Args:
+        shape: the model's; None: one without such a bias.
     Raises:
         ConfigError: flash or te is requested but cannot run here; the same on every rank with the same packages.
     """
     half, wanted = config.model.dtype != "float32", config.model.attention
+    if shape is not None and shape.relative_positions is not None:
+        if wanted in ("flash", "te"):
+            raise ConfigError(f"model.attention = {wanted!r}: its kernels take no bias of attention scores, which a "
+                              f"{shape.family} model has; use 'auto' or 'sdpa'", key="model.attention")
+        if wanted == "auto" and half and HAS_CUDA:
+            _say_once(f"model.attention = auto is sdpa: flash kernels take no bias of attention scores, which a "
+                      f"{shape.family} model has")
+        return "sdpa"
     if wanted in ("flash", "te"):
         if not (HAS_CUDA and half):
             raise ConfigError(f"model.attention = {wanted!r} needs a GPU and model.dtype = bfloat16; use 'auto' or "
@@ -277,7 +294,7 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     dtype = DTYPES[config.model.dtype]
     fused = uses_fused_kernels(config)
     transformer = megatron_config(shape, config.parallel, config.training, dtype, fused_kernels=fused)
-    bidirectional, kernel = shape.bidirectional or config.model.bidirectional, attention_kernel(config)
+    bidirectional, kernel = shape.bidirectional or config.model.bidirectional, attention_kernel(config, shape)
     if kernel == "flash":
         choose_version(dropout=config.training.attention_dropout)
     layers, passes = None, None

@@ -18,12 +18,14 @@ from megatron_embed.models.model_shape import (
     FamilyName,
     HiddenActivation,
     ModelShape,
+    RelativePositions,
     RopeScaling,
     layers_by_stage,
 )
+from megatron_embed.models.t5_family import t5
 
-__all__ = ["FAMILIES", "FamilyName", "HiddenActivation", "ModelShape", "RopeScaling", "layers_by_stage", "model_shape",
-           "read_hf_config"]
+__all__ = ["FAMILIES", "FamilyName", "HiddenActivation", "ModelShape", "RelativePositions", "RopeScaling",
+           "layers_by_stage", "model_shape", "read_hf_config"]
 
 
 def _encoder(config: HFConfig, family: FamilyName) -> ModelShape:
@@ -164,7 +166,8 @@ def _mixtral(config: HFConfig) -> ModelShape:
 FAMILIES: dict[str, Callable[[HFConfig], ModelShape]] = {
     "bert": _bert, "roberta": _roberta_like("roberta"), "xlm-roberta": _roberta_like("xlm-roberta"),
     "modernbert": modernbert, "qwen2": _qwen2,
-    "qwen3": _qwen3, "qwen3_moe": _qwen3_moe, "llama": _llama, "mistral": _mistral, "mixtral": _mixtral}
+    "qwen3": _qwen3, "qwen3_moe": _qwen3_moe, "llama": _llama, "mistral": _mistral, "mixtral": _mixtral,
+    "t5": t5}
 """Reader of each `model_type` of config.json."""
 
 

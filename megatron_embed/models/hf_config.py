@@ -11,12 +11,15 @@ LARGEST: dict[str, int] = {
     "head_dim": 2**16, "intermediate_size": 2**24, "moe_intermediate_size": 2**24, "vocab_size": 2**26,
     "max_position_embeddings": 2**31, "original_max_position_embeddings": 2**31, "sliding_window": 2**31,
     "local_attention": 2**31, "global_attn_every_n_layers": 2**12,
+    "d_model": 2**20, "num_layers": 2**12, "num_heads": 2**16, "d_kv": 2**16, "d_ff": 2**24, "n_positions": 2**31,
+    "relative_attention_num_buckets": 2**16, "relative_attention_max_distance": 2**31,
     "num_experts": 2**16, "num_local_experts": 2**16, "num_experts_per_tok": 2**16, "type_vocab_size": 2**16,
     "pad_token_id": 2**26}
 """Upper bounds of integers in config.json: far above every model, and low enough that no check takes long."""
 _MAY_BE_ZERO = ("type_vocab_size", "pad_token_id")
 _FINITE = ("layer_norm_eps", "rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "global_rope_theta",
-           "local_rope_theta", "factor", "low_freq_factor", "high_freq_factor")
+           "local_rope_theta", "factor", "low_freq_factor", "high_freq_factor",
+           "layer_norm_epsilon", "initializer_factor")
 _BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob", "norm_bias", "classifier_bias")
 
 
@@ -70,17 +73,18 @@ class HFConfig:
             raise CheckpointError(f"{self.file}: {key} = {shown(value)} is not supported: {why}")
 
 
-_ACTIVATIONS: dict[str, HiddenActivation] = {
+ACTIVATIONS: dict[str, HiddenActivation] = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
+"""Transformers' names -> ours."""
 
 
 def activation(config: HFConfig, default: str, key: str = "hidden_act") -> HiddenActivation:
     """The activation that `key` names."""
     name = config.get(key, default)
-    if name not in _ACTIVATIONS:
+    if name not in ACTIVATIONS:
         raise CheckpointError(f"{config.file}: {key} = {shown(name)} is not supported; known: "
-                              f"{', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+                              f"{', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 def rope(config: HFConfig, default: float) -> tuple[float, RopeScaling | None]:

@@ -10,7 +10,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.names import Pooling
 
 FamilyName = Literal["bert", "roberta", "xlm-roberta", "modernbert", "qwen2", "qwen3", "qwen3_moe", "llama", "mistral",
-                     "mixtral"]
+                     "mixtral", "t5", "t5-gated"]
 HiddenActivation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 
@@ -25,6 +25,15 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
     """llama3: wavelengths above this / low_freq_factor are scaled, those below this / high_freq_factor are not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativePositions:
+    """Buckets of the distance between two tokens, each with a number per head that is added to the attention score."""
+
+    num_buckets: int
+    max_distance: int
+    """Distance from which on all tokens share a bucket."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +85,11 @@ class ModelShape:
     """Original Transformer order: the norm comes after the residual sum, without a final norm."""
     bidirectional: bool
     rotary_base: float | None
-    """None: learned absolute positions."""
+    """None: learned absolute positions, unless there are `relative_positions`."""
+    relative_positions: RelativePositions | None = None
+    """A bias of the attention scores in place of positions of tokens."""
+    attention_scale: float | None = None
+    """Factor of the attention scores; None: 1 / sqrt(head_dim)."""
     rope_scaling: RopeScaling | None = None
     local_rotary_base: float | None = None
     """Rotary base of the layers with an attention window; None: that of all layers."""
@@ -130,6 +143,11 @@ class ModelShape:
     def local_layers(self) -> int:
         """Number of layers with an attention window."""
         return sum(self.is_local(layer) for layer in range(self.num_layers))
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether every position has an embedding."""
+        return self.rotary_base is None and self.relative_positions is None
 
     @property
     def longest_text(self) -> int:

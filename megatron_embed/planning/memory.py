@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
-from megatron_embed.names import LOSS_TILE_ELEMENTS
+from megatron_embed.names import LOSS_TILE_ELEMENTS, ROLES
 from megatron_embed.planning.parameters import (
     AdaptedLinears,
     Held,
@@ -151,6 +151,9 @@ def layer_activation_bytes(config: RunConfig, shape: ModelShape, adapted: Adapte
     attention = element * (query + 2 * key) + element * query
     if shape.rotary_base is not None:
         attention += element * (query + key)
+    if shape.relative_positions is not None:
+        # With a bias that is trained, SDPA keeps a query's weights of all keys of its text, in float32.
+        attention += 4 * shape.num_attention_heads * max(config.data.max_length(role) for role in ROLES)
     if shape.qk_layernorm:
         attention += 4 * (query + key) / shape.head_dim  # a number per head, in float32
     widths = 3 if shape.gated else 2

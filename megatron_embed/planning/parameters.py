@@ -66,7 +66,7 @@ def layer_parameters(shape: ModelShape, sizes: ParallelConfig) -> Parameters:
 def embedding_parameters(shape: ModelShape, tp_size: int) -> int:
     """Word embedding, its vocabulary padded to a multiple of `tp_size`, and the other embeddings of encoders."""
     rows = -(-shape.vocab_size // tp_size) + shape.type_vocab_size
-    if shape.rotary_base is None:
+    if shape.learned_positions:
         rows += shape.max_position_embeddings
     norm = norm_parameters(shape, shape.hidden_size) if shape.embedding_norm else 0
     return rows * shape.hidden_size + norm
@@ -82,6 +82,10 @@ def stage_parameters(shape: ModelShape, sizes: ParallelConfig, stage: int) -> Pa
     """Parameters of one rank of pipeline stage `stage` (from 0), without a reranker's head and adapters."""
     stages = sizes.pipeline_model_parallel_size
     result = layer_parameters(shape, sizes) * stage_layers(shape, sizes, stage)
+    if shape.relative_positions is not None:  # every chunk of the model has a copy
+        copies = sizes.virtual_pipeline_model_parallel_size or 1
+        heads = shape.num_attention_heads // sizes.tensor_model_parallel_size
+        result += Parameters(dense=copies * shape.relative_positions.num_buckets * heads)
     if stage == 0:
         result += Parameters(dense=embedding_parameters(shape, sizes.tensor_model_parallel_size))
         if not shape.first_attention_norm:

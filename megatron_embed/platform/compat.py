@@ -112,7 +112,12 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from megatron.core.utils import get_te_version, is_te_min_version, make_viewless_tensor
+from megatron.core.utils import (
+    get_te_version,
+    is_te_min_version,
+    make_tp_sharded_tensor_for_checkpoint,
+    make_viewless_tensor,
+)
 
 from megatron_embed.platform import expert_permutation
 from megatron_embed.platform import threaded_checkpoint_writer as writer

@@ -115,7 +115,7 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest,
     state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler, learned=objective.learned)
     first_step = resume(inputs.resume_state, state)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
-                          kernel=attention_kernel(config), has_dropout=config.has_dropout,
+                          kernel=attention_kernel(config, task.model.shape), has_dropout=config.has_dropout,
                           first_pass=build_first_pass(config, task.model.shape, topology),
                           kept=build_kept_activations(with_trained_adapters(config, task), task.model.shape, topology))
     trainer = Trainer(chunks=wrapped, grad_cache=gradients, optimizer=optimizer, scheduler=scheduler)

@@ -112,8 +112,8 @@ class EmbeddingTask(Task):
     def build(self, inputs: Inputs, topology: Topology, models: Sequence[EmbeddingModel],
               wrapped: Sequence[torch.nn.Module]) -> TaskParts:
         encoder = TextEncoder(wrapped, topology, self.tokenizer, pooling=models[0].pooling,
-                              dim=self.model.dim(self.config.embedding), kernel=attention_kernel(self.config),
-                              causal=models[0].causal)
+                              dim=self.model.dim(self.config.embedding), causal=models[0].causal,
+                              kernel=attention_kernel(self.config, self.model.shape))
         agreement: dict[str, Any] = {"topology": topology, "budget": self.config.training.micro_batch_tokens,
                                      "keep_groups_together": self._keeps_groups}
         return TaskParts(

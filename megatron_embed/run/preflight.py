@@ -57,7 +57,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     check_outputs(config)
     all_records = task.open()
     check_optimizer(config, has_adapters=adapters_of(config.lora, model) is not None,
-                    has_tied_head=task.head is not None and task.head.is_tied(model.shape))
+                    has_tied_head=task.head is not None and task.head.is_tied(model.shape),
+                    has_bias=model.shape.relative_positions is not None)
     known = known_rows(state.checkpoint)
     order = ORDER_VERSION if known is None else known["order"]
     records, validation = split_train_validation(config, all_records, dp_size, order)
@@ -83,7 +84,7 @@ def check_layout(config: RunConfig, model: ModelDirectory) -> int:
     check_divisible(model.shape, config.parallel)
     check_quantized_model(config, model, has_adapters=adapters_of(config.lora, model) is not None)
     check_token_budget(config, documents=1)  # that much it must hold whatever the rows are
-    attention_kernel(config)
+    attention_kernel(config, model.shape)
     check_layer_backend(config, model.shape)
     return dp_size
 

@@ -17,6 +17,7 @@ from megatron_embed.models.heads import return_tied_gradients
 from megatron_embed.models.lora import Lora
 from megatron_embed.models.matrices import layer_matrices
 from megatron_embed.models.passes import tied_parts
+from megatron_embed.models.relative_bias import sum_over_copies
 from megatron_embed.parallel.collectives import sum_over
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.adamw_8bit import AdamW8bit
@@ -84,7 +85,7 @@ class AdamW(torch.optim.AdamW):
             del values["step"]
 
 
-def check_optimizer(config: RunConfig, *, has_adapters: bool, has_tied_head: bool) -> None:
+def check_optimizer(config: RunConfig, *, has_adapters: bool, has_tied_head: bool, has_bias: bool = False) -> None:
     """Raise ConfigError if this machine or model does not support section `optimizer`. No communication."""
     asked = config.optimizer
     if asked.name == "muon" and has_adapters:
@@ -103,6 +104,10 @@ def check_optimizer(config: RunConfig, *, has_adapters: bool, has_tied_head: boo
     if asked.overlap_grad_reduce is True and has_tied_head:
         raise ConfigError("optimizer.overlap_grad_reduce = True: the head's yes and no are rows of the word "
                           "embeddings, whose gradient is whole only after the backward passes; set it to false",
+                          key="optimizer.overlap_grad_reduce")
+    if has_bias and asked.overlap_grad_reduce is True:
+        raise ConfigError("optimizer.overlap_grad_reduce = True: all layers share the relative position bias, whose "
+                          "gradient is whole only after the backward passes; set it to false",
                           key="optimizer.overlap_grad_reduce")
     if asked.overlap_param_gather is True and has_adapters:
         raise ConfigError(f"optimizer.overlap_param_gather = True: {OWN_READERS}", key="optimizer.overlap_param_gather")
@@ -124,9 +129,11 @@ def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: T
     `bucket_size`: parameters of a bucket, if communication overlaps computation; None: see the settings.
     """
     tied = tied_parts(chunks)
+    biases = [chunk.relative_bias for chunk in chunks if chunk.relative_bias is not None
+              and chunk.relative_bias.weight.requires_grad]
     overlap_reduce, overlap_gather = overlaps(
         config.optimizer, has_adapters=any(isinstance(module, Lora) for module in chunks[0].modules()),
-        has_head=chunks[0].head_spec is not None, has_tied_head=tied is not None)
+        has_head=chunks[0].head_spec is not None or bool(biases), has_tied_head=tied is not None or bool(biases))
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed, check_for_nan_in_grad=False,
         overlap_grad_reduce=overlap_reduce, overlap_param_gather=overlap_gather, bucket_size=bucket_size)
@@ -142,6 +149,9 @@ def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: T
         if tied is not None:
             assert not overlap_reduce, "some gradients may be reduced already"
             return_tied_gradients(*tied, topology)
+        if biases:
+            assert not overlap_reduce, "some gradients may be reduced already"
+            sum_over_copies(biases, topology.groups.pp)
         finalize_model_grads(*arguments, **options)
 
     chunks[0].config.finalize_model_grads_func = finalize

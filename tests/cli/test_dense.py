@@ -243,7 +243,7 @@ def test_adapters_leave_them_trained_whole(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_onnx_graph_holds_them_and_gguf_refuses(tmp_path):
+def test_an_onnx_graph_holds_them(tmp_path):
     from megatron_embed.export.formats import EXPORTERS
     from megatron_embed.export.verified_write import ExportOptions
 
@@ -251,12 +251,18 @@ def test_an_onnx_graph_holds_them_and_gguf_refuses(tmp_path):
         source = save_case(tmp_path / name, name)
         (lines,) = run_on_ranks(EXPORTERS["onnx"], 1, str(source), str(tmp_path / f"{name}-onnx"), ExportOptions())
         assert any("ONNX Runtime gives the same vectors" in line for line in lines), lines
-    from megatron_embed.export.engines.llama_cpp import write_gguf
 
-    with pytest.raises(CheckpointError, match=r"Dense module 2_Dense.*--format onnx"):
-        write_gguf(tmp_path / "embeddinggemma", tmp_path / "file.gguf", "f32")
-    with pytest.raises(CheckpointError, match=r"no cls\+mean pooling"):
-        write_gguf(tmp_path / "two-poolings", tmp_path / "file.gguf", "f32")
+
+def test_engines_that_leave_them_out_are_refused(tmp_path):
+    from megatron_embed.export.engines.limits import check_limits
+
+    for name, engine, words in (("embeddinggemma", "llama.cpp", "leaves Dense modules out"),
+                                ("not-normalized", "sglang", "leaves Dense modules out"),
+                                ("two-poolings-alone", "llama.cpp", r"no cls\+mean pooling"),
+                                ("two-poolings-alone", "tei", "reads one pooling")):
+        path = tmp_path / name
+        with pytest.raises(CheckpointError, match=words):
+            check_limits([engine], path if path.exists() else save_case(path, name))
 
 
 def test_plan_counts_them(tmp_path):

@@ -56,7 +56,10 @@ _MODELS: dict[Kind, tuple[str, str, dict[str, Any]]] = {
         **_DECODER, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "modernbert": ("ModernBertConfig", "ModernBertModel", {
         "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 8, "intermediate_size": 48,
-        "max_position_embeddings": 2048, "local_attention": 10, **SMALL_IDS})}
+        "max_position_embeddings": 2048, "local_attention": 10, **SMALL_IDS}),
+    "t5": ("T5Config", "T5EncoderModel", {
+        "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 8, "num_layers": 4, "feed_forward_proj": "gated-gelu",
+        "relative_attention_num_buckets": 12, "relative_attention_max_distance": 30, "dropout_rate": 0.0})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +252,8 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
     """One process, float64, one text at a time, InfoNCE by autograd, over all rows or each pool of negatives."""
     rows = ROWS[case.rows]
     records, tokenizer = _records(folder / f"{case.rows}.jsonl", case.rows), tokenizer_of(folder / case.model, rows)
-    model = transformers.AutoModel.from_pretrained(folder / case.model, dtype=torch.float64).eval()
+    auto = transformers.AutoModelForTextEncoding if case.kind == "t5" else transformers.AutoModel
+    model = auto.from_pretrained(folder / case.model, dtype=torch.float64).eval()
     model.config._experts_implementation = "eager"  # the default's grouped product has no float64
     if case.adapters:
         model = with_adapter(model, folder / f"{case.model}-lora")

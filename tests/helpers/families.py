@@ -30,6 +30,9 @@ MODERNBERT = {"vocab_size": 103, "hidden_size": 32, "num_hidden_layers": 5, "num
               "intermediate_size": 48, "max_position_embeddings": 96, "local_attention": 12,
               "local_rope_theta": 50.0} | SMALL_IDS
 
+T5 = {"vocab_size": 103, "d_model": 32, "d_kv": 12, "num_heads": 4, "num_layers": 4, "d_ff": 48, "dropout_rate": 0.0,
+      "relative_attention_num_buckets": 12, "relative_attention_max_distance": 30}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "BERT": ("Bert", ENCODER),
     "RoBERTa": ("Roberta", ENCODER | {"type_vocab_size": 1}),
@@ -52,12 +55,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral": ("Mistral", DECODER | {"sliding_window": None, "head_dim": 12}),
     "Mistral, window": ("Mistral", DECODER | {"sliding_window": 12}),
     "Mixtral": ("Mixtral", DECODER | EXPERTS | {"num_local_experts": 4, "num_hidden_layers": 5}),
+    "T5": ("T5", T5 | {"num_layers": 5}),
+    "T5 1.1": ("T5", T5 | {"feed_forward_proj": "gated-gelu"}),
 }
 """Family -> prefix of Transformers' classes, settings. The vocabulary is odd, some numbers of layers too."""
 WITH_EXPERTS = ("Qwen3-MoE", "Mixtral")
-SLOW_GRID = ("ModernBERT", "ModernBERT, biases of norms")
+SLOW_GRID = ("ModernBERT", "ModernBERT, biases of norms", "T5", "T5 1.1")
 """Compared on one rank by default, under all layouts by the slow tests."""
-DECODERS = tuple(name for name in FAMILIES if "BERT" not in name)
+DECODERS = tuple(name for name in FAMILIES if "BERT" not in name and "T5" not in name)
+CLASSES = {"T5Model": "T5EncoderModel", "T5ForMaskedLM": "T5ForConditionalGeneration"}
+"""Of a family whose classes have other names."""
 LAYOUTS: dict[str, dict[str, int]] = {
     "1 rank": {}, "TP2": {"tensor_model_parallel_size": 2}, "PP2": {"pipeline_model_parallel_size": 2},
     "CP2": {"context_parallel_size": 2}, "EP2": {"expert_model_parallel_size": 2},
@@ -69,11 +76,13 @@ def save_family(path: Path, name: str, model: str = "Model", dtype: torch.dtype 
     """A directory that Transformers writes: random weights, norms and biases; `model`: end of the class's name."""
     kind, base = FAMILIES[name]
     torch.manual_seed(3)
-    built = getattr(transformers, f"{kind}{model}")(getattr(transformers, f"{kind}Config")(**base | settings))
+    model = f"{kind}{model}"
+    built = getattr(transformers, CLASSES.get(model, model))(getattr(transformers, f"{kind}Config")(**base | settings))
     with torch.no_grad():
         for parameter_name, parameter in built.named_parameters():
             # Strong routers, so that no expert is chosen by a rounding error.
-            scale = 1.0 if len(parameter) == base["vocab_size"] or parameter_name.endswith("gate.weight") else 0.1
+            strong = parameter_name.endswith(("gate.weight", "relative_attention_bias.weight"))
+            scale = 1.0 if len(parameter) == base["vocab_size"] or strong else 0.1
             parameter.add_(torch.randn_like(parameter) * scale)
     built.to(dtype).save_pretrained(path, **({"max_shard_size": shard} if shard else {}))
     return str(path)
@@ -84,7 +93,9 @@ def expected_states(directory: str, ids: Sequence[list[int]], **settings: Any) -
 
     `settings` go into the model's forward call, as `is_causal`.
     """
-    model = transformers.AutoModel.from_pretrained(directory, dtype=torch.float64).eval()
+    config = transformers.AutoConfig.from_pretrained(directory)
+    auto = transformers.AutoModelForTextEncoding if config.model_type == "t5" else transformers.AutoModel
+    model = auto.from_pretrained(directory, dtype=torch.float64).eval()
     model.config._experts_implementation = "eager"  # the default's grouped product has no float64
     with torch.no_grad():
         states = [model(torch.tensor([text]), **settings).last_hidden_state[0] for text in ids]

@@ -14,6 +14,9 @@ MODERNBERT = {"model_type": "modernbert", "hidden_size": 32, "num_hidden_layers"
               "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": 103, "norm_bias": True,
               "pad_token_id": 0}
 
+T5 = {"model_type": "t5", "vocab_size": 103, "d_model": 32, "d_kv": 12, "num_heads": 4, "num_layers": 4, "d_ff": 48,
+      "relative_attention_num_buckets": 12, "feed_forward_proj": "gated-gelu"}
+
 
 def build(config, topology):
     """This rank's chunks, with adapters if `lora` asks for them."""

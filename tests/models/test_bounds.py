@@ -25,6 +25,9 @@ BASE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "intermediate_size": 48, "moe_intermediate_size": 48, "vocab_size": 100, "max_position_embeddings": 64,
     "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "type_vocab_size": 2, "pad_token_id": 1,
+    "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48, "n_positions": 64,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "layer_norm_epsilon": 1e-6,
+    "initializer_factor": 1.0, "feed_forward_proj": "relu",
     "layer_norm_eps": 1e-6, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "rope_theta": 1e4, "hidden_act": "silu",
     "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "norm_topk_prob": False,
     "sliding_window": 32, "rope_scaling": {

@@ -71,7 +71,7 @@ def test_settings_of_the_toys_make_a_difference(models, expected, tmp_path):
     for name, settings in (("Mistral, window", {"sliding_window": None}), ("XLM-RoBERTa", {"pad_token_id": 0}),
                            ("Llama 3.x", {"rope_parameters": LLAMA3 | {"rope_type": "default"}}),
                            ("Llama, linear rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
-                           ("ModernBERT", {"local_attention": 128}),
+                           ("ModernBERT", {"local_attention": 128}), ("T5", {"relative_attention_max_distance": 12}),
                            ("ModernBERT", {"rope_parameters": {"sliding_attention": {"rope_type": "default",
                                                                                      "rope_theta": 160_000.0}}})):
         other = expected_states(save_family(tmp_path / f"{name} {settings}"[:40], name, **settings), texts())

@@ -8,6 +8,7 @@ from tests.helpers.exactness_cases import OTHER_KINDS, SLOW_KINDS, Case, Layout
 LAYOUTS = (Layout(), Layout(tp=2), Layout(pp=2))
 SPECIAL = (
     [Case(kind="mistral", layout=Layout(cp=2), micro_batches=2)],  # a window over two ranks' tokens
+    [Case(kind="t5", layout=Layout(pp=2), micro_batches=2)],  # two copies of the bias
     [Case(kind="llama", layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=3)],  # 5 layers in 4 stages
     [Case(kind="mixtral", layout=Layout(dp=2, ep=2), micro_batches=2)],
     [Case(kind="modernbert", layout=Layout(cp=2), micro_batches=2)],  # two windows and rotary bases

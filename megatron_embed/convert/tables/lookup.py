@@ -9,11 +9,12 @@ from megatron_embed.convert.tables.modernbert import MODERNBERT
 from megatron_embed.convert.tables.qwen2 import QWEN2
 from megatron_embed.convert.tables.qwen3 import QWEN3
 from megatron_embed.convert.tables.qwen3_moe import QWEN3_MOE
+from megatron_embed.convert.tables.t5 import T5, T5_GATED
 from megatron_embed.convert.tables.xlm_roberta import ROBERTA, XLM_ROBERTA
 from megatron_embed.errors import CheckpointError
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (
-    BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL)}
+    BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL, T5, T5_GATED)}
 
 
 def rules_for(family: str) -> Family:

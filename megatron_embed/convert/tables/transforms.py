@@ -26,7 +26,8 @@ CONFIG_KEYS: Mapping[str, str] = {
     "query_size": "num_attention_heads * head_dim", "key_value_size": "num_key_value_heads * head_dim",
     "moe_ffn_hidden_size": "moe_intermediate_size", "num_experts": "num_experts",
     "qkv_size": "(num_attention_heads + 2 * num_key_value_heads) * head_dim",
-    "gate_up_size": "2 * intermediate_size"}
+    "gate_up_size": "2 * intermediate_size",
+    "num_attention_heads": "num_attention_heads", "relative_buckets": "relative_attention_num_buckets"}
 """Words for the sizes of a shape -> the `config.json` keys that determine them."""
 
 
@@ -48,10 +49,13 @@ class Context:
                       for heads in (self.shape.num_attention_heads, self.shape.num_query_groups))
         derived = {"query_size": query, "key_value_size": key, "qkv_size": query + 2 * key,
                    "gate_up_size": 2 * self.shape.ffn_hidden_size}
+        if self.shape.relative_positions is not None:
+            derived["relative_buckets"] = self.shape.relative_positions.num_buckets
         sizes = {"hidden_size": self.shape.hidden_size, "ffn_hidden_size": self.shape.ffn_hidden_size,
                  "vocab_size": self.shape.vocab_size, "max_position_embeddings": self.shape.max_position_embeddings,
                  "type_vocab_size": self.shape.type_vocab_size, "head_dim": self.shape.head_dim,
-                 "moe_ffn_hidden_size": self.shape.ffn_hidden_size, "num_experts": self.shape.num_experts, **derived}
+                 "moe_ffn_hidden_size": self.shape.ffn_hidden_size, "num_experts": self.shape.num_experts,
+                 "num_attention_heads": self.shape.num_attention_heads, **derived}
         return sizes[word]
 
     def sizes(self, words: str) -> tuple[int, ...]:

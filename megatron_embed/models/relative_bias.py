@@ -1,0 +1,75 @@
+"""Relative position bias of T5 (Raffel et al. 2020, arXiv:1910.10683): a number per head, added to the score of a query
+and a key, for each bucket of their distance.
+
+All layers share it. Every pipeline stage has a copy: gradients of the copies are summed over the pipeline before they
+are reduced over data-parallel ranks (`sum_over_copies`), so the copies stay equal.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_embed.models.families import ModelShape, RelativePositions
+from megatron_embed.parallel.topology import Topology
+from megatron_embed.platform.compat import make_tp_sharded_tensor_for_checkpoint, tensor_parallel
+
+
+def distance_buckets(distance: Tensor, positions: RelativePositions) -> Tensor:
+    """[...] int64 key position minus query position -> its bucket, int64.
+
+    Half of the buckets are for keys behind the query. Of either half, the first half holds one distance each, the rest
+    logarithmically more, the last all from `max_distance` on.
+    """
+    half = positions.num_buckets // 2
+    exact = half // 2
+    steps = distance.abs()
+    # In float32 and in this order as in Transformers: at the border of two buckets rounding decides.
+    growth = torch.log(steps.float() / exact) / math.log(positions.max_distance / exact) * (half - exact)
+    # Of distance 0 the logarithm is not finite; it is among the exact ones.
+    larger = (exact + growth.clamp(min=0.0).to(torch.int64)).clamp(max=half - 1)
+    return torch.where(steps < exact, steps, larger) + half * (distance > 0)
+
+
+class RelativeBias(torch.nn.Module):
+    """weight [buckets, heads/tp]: every tensor-parallel rank has the columns of its heads; uninitialized."""
+
+    def __init__(self, shape: ModelShape, topology: Topology, *, copy: int) -> None:
+        """`copy`: 0 on the first pipeline stage, another number on each further one."""
+        super().__init__()
+        assert shape.relative_positions is not None
+        self.positions, self.group, self.copy = shape.relative_positions, topology.groups.tp, copy
+        self.weight = torch.nn.Parameter(torch.empty(self.positions.num_buckets,
+                                                     shape.num_attention_heads // topology.tp_size))
+        tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
+        self.weight.shared = copy > 0  # type: ignore[attr-defined]  # counted once in the gradient norm
+
+    def scores(self, distance: Tensor) -> Tensor:
+        """[segments, queries, keys] int64 key position minus query position -> [segments, heads/tp, queries, keys]."""
+        buckets = distance_buckets(distance, self.positions)
+        return torch.nn.functional.embedding(buckets, self.weight).permute(0, 3, 1, 2)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Megatron's sharded state; of several copies the first stage's is saved."""
+        assert metadata is not None
+        key = f"{prefix}weight"
+        return {key: make_tp_sharded_tensor_for_checkpoint(
+            self.weight, key, 1, prepend_offsets=sharded_offsets, tp_group=self.group,
+            dp_cp_group=metadata["dp_cp_group"], replica_id=(self.copy, 0, metadata["dp_cp_group"].rank()))}
+
+
+def sum_over_copies(copies: Sequence[RelativeBias], pipeline: dist.ProcessGroup) -> None:
+    """Give each copy the sum of all copies' gradients. Called by all ranks after a step's backward passes.
+
+    One all-reduce of [buckets, heads/tp] float32 over the pipeline.
+
+    Args:
+        copies: those of this rank's model chunks.
+    """
+    total = torch.stack([copy.weight.main_grad for copy in copies]).sum(dim=0)
+    if pipeline.size() > 1:
+        dist.all_reduce(total, group=pipeline)
+    for copy in copies:
+        copy.weight.main_grad.copy_(total)
