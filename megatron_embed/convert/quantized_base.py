@@ -33,8 +33,8 @@ def base_directory(checkpoint: CheckpointDirectory) -> Path | None:
         raise CheckpointError(f"{checkpoint.path}: holds adapters without their base model, which was {base.path} "
                               f"({base.name}) and is not there; {remedy}")
     with HFDirectory(folder) as source:
-        found = fingerprint(source)
-    if found != base.fingerprint:
+        current = fingerprint(source)
+    if current != base.fingerprint:
         raise CheckpointError(f"{checkpoint.path}: its adapters belong to other weights than {base.path} has now "
-                              f"(fingerprint {found}, in training {base.fingerprint}); put these back, or {remedy}")
+                              f"(fingerprint {current}, in training {base.fingerprint}); put these back, or {remedy}")
     return folder

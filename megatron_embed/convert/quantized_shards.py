@@ -1,6 +1,6 @@
 """Quantized weights of a rank from a Hugging Face directory: each tensor is quantized whole, then sliced."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -13,29 +13,26 @@ from megatron_embed.models.quantized_weight import (
     NestedScales,
     QuantizedTensor,
     QuantizedWeight,
-    quantize,
 )
-from megatron_embed.names import Quantization
 
 
-def fill_quantized_weights(source: HFDirectory, weights: Iterable[tuple[str, QuantizedWeight]], kind: Quantization, *,
-                           double: bool, device: torch.device, tp_rank: int, tp_size: int, etp_rank: int,
-                           etp_size: int) -> None:
+def fill_quantized_weights(source: HFDirectory, weights: Iterable[tuple[str, QuantizedWeight]],
+                           quantized: Callable[[Tensor], QuantizedTensor], *, tensor: tuple[int, int],
+                           expert_tensor: tuple[int, int]) -> None:
     """Read, quantize and slice what a rank's `weights` are made of, one Hugging Face tensor after another.
 
     Args:
         source: the directory, open.
         weights: by our parameters' names; layers and experts are counted over the whole model.
-        double: see `models.quantized_weight.quantize`.
-        device: where to quantize.
-        etp_rank, etp_size: expert-tensor-parallel rank and size, which split the experts.
+        quantized: quantizes a whole tensor as it comes from the file.
+        tensor: tensor-parallel rank and size.
+        expert_tensor: expert-tensor-parallel rank and size, which split the experts.
     """
     for name, weight in weights:
         rule, layer, expert = source.family.rule_for(name)
         context = Context(shape=source.shape, layer=layer, expert=expert)
-        rank, size = (etp_rank, etp_size) if rule.is_expert else (tp_rank, tp_size)
-        parts = [quantize(source.read(part).to(device), kind, double=double) for part in rule.hf_names(context)]
-        weight.fill(*share(rule, context, parts, rank, size))
+        parts = [quantized(source.read(part)) for part in rule.hf_names(context)]
+        weight.fill(*share(rule, context, parts, *(expert_tensor if rule.is_expert else tensor)))
 
 
 def share(rule: Transform, context: Context, parts: list[QuantizedTensor], rank: int,

@@ -13,6 +13,7 @@ from megatron_embed.errors import ConfigError
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.models.quantization import QuantizedBase, check_quantization
 from megatron_embed.models.quantized_linear import quantized_weights
+from megatron_embed.models.quantized_weight import quantize
 from megatron_embed.parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -63,10 +64,11 @@ def load_quantized_weights(directory: Path, config: RunConfig, chunks: Sequence[
                            topology: Topology) -> None:
     """Fill the quantized weights of this rank from a Hugging Face directory, of which one tensor is in memory at a
     time. No communication."""
+    kind, double = config.model.quantization, config.model.double_quantization
     etp = topology.groups.expt_tp
     with HFDirectory(directory) as source:
         for chunk in chunks:
             weights = ((chunk.global_name(name), weight) for name, weight in quantized_weights(chunk))
-            fill_quantized_weights(source, weights, config.model.quantization, double=config.model.double_quantization,
-                                   device=topology.device, tp_rank=topology.tp_rank, tp_size=topology.tp_size,
-                                   etp_rank=etp.rank(), etp_size=etp.size())
+            fill_quantized_weights(
+                source, weights, lambda tensor: quantize(tensor.to(topology.device), kind, double=double),
+                tensor=(topology.tp_rank, topology.tp_size), expert_tensor=(etp.rank(), etp.size()))

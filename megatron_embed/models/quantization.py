@@ -67,7 +67,7 @@ def check_quantization(config: RunConfig, shape: ModelShape, *, has_adapters: bo
 
 
 def check_block_widths(config: RunConfig, shape: ModelShape) -> None:
-    """Raises ConfigError if a rank's share of a weight's row is no whole number of nf4's blocks."""
+    """Raises ConfigError unless a rank's share of a weight's row is a multiple of nf4's block."""
     if config.model.quantization == "nf4":
         for what, total, size, setting in _split_widths(shape, config.parallel):
             _check_width(what, total, size, setting)
@@ -86,7 +86,7 @@ def _split_widths(shape: ModelShape, sizes: ParallelConfig) -> Iterator[tuple[st
 
 
 def _check_width(what: str, total: int, size: int, setting: str) -> None:
-    """Raises ConfigError if a rank's share of the columns is no whole number of blocks."""
+    """Raises ConfigError unless a rank's share of the columns is a multiple of the block."""
     if total % BLOCK:
         raise ConfigError(f"model.quantization = 'nf4': the model's {what} {total} is not a multiple of {BLOCK}, the "
                           "weights of a row that share a scale; use int8", key="model.quantization")
