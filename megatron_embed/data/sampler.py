@@ -47,7 +47,12 @@ class Sampler(ABC):
 
     def steps_of_epochs(self, epochs: float) -> int:
         """Optimizer steps that take this many times the rows of the data, rounded up once at the end, >= 1."""
-        return max(1, math.ceil(round(epochs * self.num_rows / self.global_batch_size, 6)))
+        return steps_of_epochs(epochs, self.num_rows, self.global_batch_size)
+
+
+def steps_of_epochs(epochs: float, num_rows: int, global_batch_size: int) -> int:
+    """Optimizer steps that take this many times the rows, rounded up once at the end, >= 1."""
+    return max(1, math.ceil(round(epochs * num_rows / global_batch_size, 6)))
 
 
 def check_batch_size(global_batch_size: int, num_rows: int) -> None:

@@ -171,14 +171,31 @@ class Inputs:
     @property
     def last_step(self) -> int:
         """The optimizer step after which the run ends, unless it ends early."""
-        return self.resume_state.steps if self.resume_state.ended_early else self.train_steps
+        return last_step(self.resume_state, self.train_steps)
 
     @property
     def is_complete(self) -> bool:
         """Whether every step is done, evaluated where that is due, and the export made if one is wanted."""
-        state = self.resume_state
-        return (state.steps >= self.last_step and not pending_exports(self.config, state.steps)
-                and not state.evaluation_owed)
+        return is_complete(self.config, self.resume_state, self.train_steps)
+
+
+def last_step(state: ResumeState, train_steps: int) -> int:
+    """The optimizer step after which a run of so many ends, unless it ends early."""
+    return state.steps if state.ended_early else train_steps
+
+
+def is_complete(config: RunConfig, state: ResumeState, train_steps: int) -> bool:
+    """Whether every step is done, evaluated where that is due, and the export made if one is wanted."""
+    return (state.steps >= last_step(state, train_steps) and not pending_exports(config, state.steps)
+            and not state.evaluation_owed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletedRun:
+    """A run with nothing left to do, which is found before any row is read."""
+
+    resume_state: ResumeState
+    train_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
