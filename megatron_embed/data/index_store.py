@@ -120,7 +120,7 @@ def read_index(folder: Path) -> RowIndex | None:
 
 def _opened(folder: Path, units: Sequence[IndexedUnit]) -> RowIndex:
     return RowIndex(units, [Part(info, _part_file(folder, number, index)) for number, unit in enumerate(units)
-                            for index, info in enumerate(unit.parts)])
+                            for index, info in enumerate(unit.parts)], folder)
 
 
 def _part_file(folder: Path, unit: int, part: int) -> Path:

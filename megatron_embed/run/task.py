@@ -1,6 +1,8 @@
 """What a run trains, an embedding model or a reranker: all that differs between the two is a method of `Task`."""
 
 import functools
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +11,9 @@ from typing import Any
 
 import torch
 
+from megatron_embed import __version__
 from megatron_embed.checkpoint.load import steps_done
+from megatron_embed.config.load import to_dict
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.index_store import IndexPlace
@@ -32,6 +36,7 @@ from megatron_embed.platform.launcher import launched_rank
 from megatron_embed.run.inherit import inherited
 from megatron_embed.run.run_directory import ResumeState, pending_exports, record_export
 
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 NUM_EXPORT_ROWS = 64
 """Training rows on whose texts an export is compared with the model in memory."""
 
@@ -122,6 +127,16 @@ class Task(ABC):
         """Where the index of the rows is, which all ranks write together."""
         rank, world_size, _ = launched_rank()
         return IndexPlace(directory=self.config.data.index_directory, rank=rank, world_size=world_size)
+
+    @property
+    def settings_of_rows(self) -> str:
+        """All that decides whether training can take a row: this version, the settings, the tokenizer's files."""
+        values, tokenizer = to_dict(self.config), hashlib.blake2b()
+        for file in sorted(path for path in self.model.hf.rglob("*") if path.suffix in _TOKENIZER_SUFFIXES):
+            tokenizer.update(f"{file.name}\0".encode() + file.read_bytes())
+        sections = ("task", "model", "data", "objective", "embedding", "reranker", "parallel")
+        return json.dumps([__version__, {name: values[name] for name in sections}, tokenizer.hexdigest(),
+                           self.config.training.micro_batch_tokens], sort_keys=True, default=repr)
 
     def wanted_exports(self, checkpoint: str, steps: int, dim: int | None, records: RecordSet) -> list[WantedExport]:
         """The exports of the run, which has done so many steps, that are not there yet.
