@@ -257,7 +257,9 @@ class IndexWriter:
         raise DataError(f"{self._folder}: a row was refused and is now accepted; start the run again")
 
     def _remove_outdated(self) -> None:
-        """Remove the indexes of the same files as they were before."""
+        """Remove what killed processes had not finished, and the indexes of the same files as they were before."""
+        for unfinished in self._folder.glob(".[0-9]*"):
+            unfinished.unlink(missing_ok=True)
         prefix = self._folder.name.rpartition("-")[0]
         for other in self._folder.parent.glob(f"{prefix}-*"):
             if other != self._folder:
