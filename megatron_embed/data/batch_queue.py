@@ -21,18 +21,22 @@ class SharedTexts:
 
     Attributes:
         is_empty: whether no row shares a text with another one.
+        shares: whether a row shares a text with another one, by row.
         most_rows: rows that hold the most common text.
     """
 
     def __init__(self, ids: NDArray[np.int64], owners: NDArray[np.int64], num_rows: int, batch_size: int) -> None:
         _, text = np.unique(ids, return_inverse=True)
         num_texts = int(text.max()) + 1
-        pairs = np.unique(owners * num_texts + text)  # a row may hold a text twice
+        pairs = np.sort(owners * num_texts + text)
+        pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # a row may hold a text twice
         row, text = pairs // num_texts, pairs % num_texts
         occurrences = np.bincount(text, minlength=num_texts)
         shared = occurrences[text] > 1
         self.is_empty = not shared.any()
-        self._ends = array("q", np.cumsum(np.bincount(row[shared], minlength=num_rows)).tobytes())
+        counts = np.bincount(row[shared], minlength=num_rows)
+        self.shares = (counts > 0).tobytes()
+        self._ends = array("q", np.cumsum(counts).tobytes())
         self._row_texts = array("q", text[shared].tobytes())
         self.most_rows = int(occurrences.max())
         # A text of m rows comes m / batches times per batch on average; allowing the next whole number of them spreads
@@ -74,8 +78,12 @@ class BatchQueue:
         """The next batch; None once the remaining rows are left to the next epoch."""
         self._batch, self._used, self.is_crowded = [], {}, False
         self._take_waiting()
-        while self._fresh and len(self._batch) < self._batch_size:
-            row = self._fresh.popleft()
+        fresh, batch, shares = self._fresh, self._batch, self._texts.shares
+        while fresh and len(batch) < self._batch_size:
+            row = fresh.popleft()
+            if not shares[row] and row not in self._twice:
+                batch.append(row)
+                continue
             blocker = self._place_unless_blocked(row)
             if blocker is not None:
                 self._waiting.setdefault(blocker, deque()).append(row)
@@ -163,6 +171,8 @@ def _num_beside_equals(batch: Sequence[int], texts: SharedTexts) -> int:
     seen: set[int] = set()
     count = 0
     for row in batch:
+        if not texts.shares[row]:
+            continue
         marks = texts.of_row(row)
         count += any(mark in seen for mark in marks)
         seen.update(marks)

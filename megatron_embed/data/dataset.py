@@ -1,9 +1,10 @@
 """The data sets of a run: every file is validated whole when it is opened, and its rows are read one at a time."""
 
+import contextlib
 import hashlib
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, islice
 
 import numpy as np
@@ -187,6 +188,18 @@ class RecordSet(Records[AnyRecord]):
     def first_row(self, file: int) -> int:
         """Index of the first row of entry `file`."""
         return self._ends[file - 1] if file else 0
+
+    def check_once(self, settings: str, check: Callable[[], None]) -> None:
+        """Run a check of all rows, unless an earlier start passed it with these settings and indexes are kept."""
+        name = f"checked.{hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()}"
+        marks = [None if file.index_folder is None else file.index_folder / name for file in self.files]
+        if all(mark is not None and mark.exists() for mark in marks):
+            return
+        check()
+        for mark in marks:
+            with contextlib.suppress(OSError):  # as where the directory is only read
+                if mark is not None:
+                    mark.touch()
 
     def _record(self, index: int) -> AnyRecord:
         file = self.file_of(index)

@@ -1,6 +1,7 @@
 """An entry of `data.train`: its records, and what is known of all of them without reading any."""
 
 from abc import abstractmethod
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,11 @@ class DataEntry(Records[AnyRecord]):
         self.file = file
 
     @property
+    def index_folder(self) -> Path | None:
+        """Where the index of the rows is kept; None: nowhere."""
+        return None
+
+    @property
     def digest_of_order_1(self) -> str:
         """The digest in checkpoints of runs that began before ORDER_VERSION 2."""
         return self.digest
@@ -52,6 +58,10 @@ class IndexedEntry(DataEntry):
         self.instructions = {instruction: self._source(row) for instruction, row in summary.instructions.items()}
         self.most_positives, self.most_negatives = summary.most_positives, summary.most_negatives
         self.most_documents = summary.most_documents
+
+    @property
+    def index_folder(self) -> Path | None:
+        return self.index.folder
 
     @abstractmethod
     def _source(self, index: int) -> str:

@@ -81,6 +81,8 @@ class _Entry:
         """See `folder_of`."""
         settings: dict[str, Any] = {"kind": kind, "columns": file.columns, "score_range": file.score_range,
                                     "instruction": file.instruction}
+        if file.corpus is not None and not os.path.isfile(file.corpus):
+            return None  # nothing says whether it has changed
         if file.corpus is not None:
             settings["corpus"] = [os.path.abspath(file.corpus), *stamp_of(os.stat(file.corpus))]
         return folder_of(place, [rows.path for rows in self._files], settings)
@@ -117,7 +119,11 @@ class _Entry:
             else:
                 writer.add(reader.read(row, source), position)
             digest.add(stripped)
-        if stamp_of(os.stat(path)) != rows.stamp:
+        try:
+            is_changed = stamp_of(os.stat(path)) != rows.stamp
+        except OSError:
+            is_changed = True
+        if is_changed:
             raise DataError(f"{path}:1: the file was changed while it was read; start the run again")
         writer.summary.lines = line_number - lines_before
         writer.summary.ignored = set(reader.ignored)

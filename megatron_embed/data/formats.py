@@ -219,7 +219,8 @@ class RowReader:
         """
         if tuple(row) not in self._plain_keys:
             return None
-        positive, negatives = row["positive"], row.get("negatives") or []
+        positive, negatives = row["positive"], row.get("negatives")
+        negatives = [] if negatives is None else negatives
         if isinstance(positive, str):
             positive = [positive]
         if not isinstance(positive, list) or not positive or not isinstance(negatives, list):

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_embed.data.records import AnyRecord, Record
+from megatron_embed.errors import ConfigError
 
 ROWS_OF_PART = 1 << 19
 """Rows after which a part ends, so that the one being written takes little memory."""
@@ -233,10 +234,15 @@ class Part:
 def _mapped(data: bytes) -> NDArray[np.int64]:
     if len(data) <= _IN_MEMORY:
         return np.frombuffer(data, dtype=_LITTLE_INT64)
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        return np.memmap(file, dtype=_LITTLE_INT64, mode="r")
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            return np.memmap(file, dtype=_LITTLE_INT64, mode="r")
+    except OSError as error:
+        raise ConfigError(f"the index of the rows cannot be kept in {tempfile.gettempdir()}: {error.strerror}; free "
+                          "space there, set TMPDIR to another directory, or set data.index_directory",
+                          key="data.index_directory") from error
 
 
 def _ranges(begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -120,7 +120,7 @@ def read_index(folder: Path) -> RowIndex | None:
 
 def _opened(folder: Path, units: Sequence[IndexedUnit]) -> RowIndex:
     return RowIndex(units, [Part(info, _part_file(folder, number, index)) for number, unit in enumerate(units)
-                            for index, info in enumerate(unit.parts)])
+                            for index, info in enumerate(unit.parts)], folder)
 
 
 def _part_file(folder: Path, unit: int, part: int) -> Path:
@@ -257,7 +257,9 @@ class IndexWriter:
         raise DataError(f"{self._folder}: a row was refused and is now accepted; start the run again")
 
     def _remove_outdated(self) -> None:
-        """Remove the indexes of the same files as they were before."""
+        """Remove what killed processes had not finished, and the indexes of the same files as they were before."""
+        for unfinished in self._folder.glob(".[0-9]*"):
+            unfinished.unlink(missing_ok=True)
         prefix = self._folder.name.rpartition("-")[0]
         for other in self._folder.parent.glob(f"{prefix}-*"):
             if other != self._folder:

@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,10 +153,12 @@ class RowIndex:
     Attributes:
         summary: of all rows.
         file_digests: of the rows of each file.
+        folder: where it is kept; None: nowhere.
     """
 
-    def __init__(self, units: Sequence[IndexedUnit], parts: Sequence[Part]) -> None:
+    def __init__(self, units: Sequence[IndexedUnit], parts: Sequence[Part], folder: Path | None = None) -> None:
         """`parts`: those of all units, in order."""
+        self.folder = folder
         self.summary = Summary()
         self.file_digests: list[RowsDigest] = []
         self._parts = list(parts)

@@ -22,7 +22,7 @@ _LEAST_STEPS = 32
 """Steps of a block at least: a text of up to about half as many rows as there are batches can be kept apart in it."""
 _FEWEST_STEPS = 16
 """Steps of a period at least: in one of fewer, a row of two epochs could meet itself in a batch."""
-_CACHED_BLOCKS = 2
+_CACHED_BLOCKS = 1
 
 
 class Sampler(ABC):
@@ -47,7 +47,12 @@ class Sampler(ABC):
 
     def steps_of_epochs(self, epochs: float) -> int:
         """Optimizer steps that take this many times the rows of the data, rounded up once at the end, >= 1."""
-        return max(1, math.ceil(round(epochs * self.num_rows / self.global_batch_size, 6)))
+        return steps_of_epochs(epochs, self.num_rows, self.global_batch_size)
+
+
+def steps_of_epochs(epochs: float, num_rows: int, global_batch_size: int) -> int:
+    """Optimizer steps that take this many times the rows, rounded up once at the end, >= 1."""
+    return max(1, math.ceil(round(epochs * num_rows / global_batch_size, 6)))
 
 
 def check_batch_size(global_batch_size: int, num_rows: int) -> None:
@@ -65,7 +70,7 @@ class GlobalBatchSampler(Sampler):
     alone, each from its own positions: no epoch is drawn, and no step replayed. In a block, a row that shares a text
     (query, positive, or one of the first `num_negatives` negatives) or a document's id with a row of the batch waits
     for a later batch, or changes places with a row of another one; nothing is lost. A text of more rows than a block
-    has batches cannot avoid itself: its rows are spread evenly. Memory: that of two blocks, none per row of the data.
+    has batches cannot avoid itself: its rows are spread evenly. Memory: that of a block, none per row of the data.
 
     Args:
         name: names the data in the warning of rows that cannot be kept apart.

@@ -35,12 +35,13 @@ from megatron_embed.parallel.topology import Topology, initialize
 from megatron_embed.planning.advice import with_adapters
 from megatron_embed.platform.stop_signal import finishing
 from megatron_embed.run.introduction import introduction, summary
-from megatron_embed.run.preflight import output_directories, read_inputs
+from megatron_embed.run.preflight import completed_run, output_directories, read_inputs
 from megatron_embed.run.run_directory import (
     DATA_FILE,
     ResumeState,
     best_checkpoint,
     changed_since_check,
+    data_stamps,
     describe_rows,
     resume_state,
     with_known_choices,
@@ -75,9 +76,15 @@ def run_training(config: RunConfig, on_step: OnStep | None = None) -> dict[str, 
     stop = StopRequest(config.training.exit_duration_minutes)
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
-    inputs = read_inputs(config)
-    topology = initialize(inputs.config.parallel)
+    completed = completed_run(config)
+    inputs = None if completed is not None else read_inputs(config)
+    topology = initialize(config.parallel)
     with monitor_ranks(topology, abort):
+        if smallest(int(completed is not None)):  # Agreed: the disk may answer one rank sooner than another.
+            assert completed is not None
+            return nothing_to_do(config, completed.resume_state, completed.train_steps)
+        if inputs is None:
+            inputs = read_inputs(config)
         # The ranks agree on the dtype and the libraries, so these are settled after the process groups.
         config = resolve_dtype(with_known_choices(inputs.config, inputs.resume_state.checkpoint))
         inputs.task.config = resolve_cpu_matmul(config, inputs.task.model.shape)
@@ -89,15 +96,20 @@ def run_unless_complete(inputs: Inputs, topology: Topology, stop: StopRequest,
     """The run, unless it is complete, as the only writer of its directories."""
     config, state = inputs.config, inputs.resume_state
     if smallest(int(inputs.is_complete)):  # Agreed: the disk may answer one rank sooner than another.
-        logger.info("%s has %d steps of %d%s: the run is complete%s; nothing to do", state.checkpoint, state.steps,
-                    inputs.train_steps, " and evaluation.patience ended it" if state.ended_early else "",
-                    f" and {config.checkpoint.export_at_end} is its export" if config.checkpoint.export_at_end else "")
-        return {}
+        return nothing_to_do(config, state, inputs.train_steps)
     with contextlib.ExitStack() as locks:
         for key, directory in output_directories(config).items():
             locks.enter_context(directory_lock(key, directory))
         raise_on_all_ranks(changed_since_check(config, state))
         return run_training_task(inputs, topology, stop, on_step)
+
+
+def nothing_to_do(config: RunConfig, state: ResumeState, train_steps: int) -> dict[str, float]:
+    """Say that the run is complete."""
+    logger.info("%s has %d steps of %d%s: the run is complete%s; nothing to do", state.checkpoint, state.steps,
+                train_steps, " and evaluation.patience ended it" if state.ended_early else "",
+                f" and {config.checkpoint.export_at_end} is its export" if config.checkpoint.export_at_end else "")
+    return {}
 
 
 def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest,
@@ -279,4 +291,5 @@ def write_assets(assets: Path, inputs: Inputs) -> None:
     task.write_settings(assets / "hf")
     set_right_truncation(assets / "hf")
     save_resolved(config, assets / "config.yaml")
-    (assets / DATA_FILE).write_text(json.dumps(describe_rows(inputs.records, inputs.order)), encoding="utf-8")
+    (assets / DATA_FILE).write_text(json.dumps({
+        **describe_rows(inputs.records, inputs.order), "files": data_stamps(config)}), encoding="utf-8")

@@ -57,13 +57,18 @@ class EmbeddingTask(Task):
         data, objective = self.config.data, self.config.objective
         self.tokenizer = open_tokenizer(self.config, self.model)
         records = open_records(data.files, objective.rows, self.index_place)
+        records.check_once(self.settings_of_rows, functools.partial(self._check_rows, records))
+        check_token_budget(self.config, records.most_in_use(data.num_positives, data.num_negatives))
+        return records
+
+    def _check_rows(self, records: RecordSet) -> None:
+        """Raises UserError for a row that the loss or the tokenizer cannot take."""
+        data, objective = self.config.data, self.config.objective
         require_fields(records, objective.loss, teacher_scores=objective.needs_teacher_scores,
                        negatives=objective.needs_own_negatives, labels=objective.loss in WITH_BOUNDS,
                        teacher_temperature=objective.teacher_temperature or objective.temperature)
-        check_token_budget(self.config, records.most_in_use(data.num_positives, data.num_negatives))
         read = (ANY_NUMBER, ANY_NUMBER) if data.samples_documents else (data.num_negatives, data.num_positives)
         refuse_empty_rows(records, self.tokenizer, *read)
-        return records
 
     def check_evaluations(self, suite: EvaluationSuite) -> None:
         evaluation = self.config.evaluation

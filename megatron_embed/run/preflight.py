@@ -12,7 +12,7 @@ from megatron_embed.config.evaluation import EvaluationSet
 from megatron_embed.config.schema import RunConfig, TrainingConfig
 from megatron_embed.data.dataset import RecordSet, hold_out, validation_shares
 from megatron_embed.data.mixture import build_sampler
-from megatron_embed.data.sampler import ORDER_VERSION, Sampler
+from megatron_embed.data.sampler import ORDER_VERSION, Sampler, steps_of_epochs
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import BeirData, load_beir
 from megatron_embed.evaluation.reranking import load_rerank_file
@@ -29,9 +29,15 @@ from megatron_embed.parallel.topology import check_batch_sizes, check_token_budg
 from megatron_embed.platform.launcher import launched_rank
 from megatron_embed.run.embedding_task import EmbeddingTask
 from megatron_embed.run.rerank_task import RerankTask
-from megatron_embed.run.resume_check import check_resumable
-from megatron_embed.run.run_directory import known_rows, pending_exports, resume_state
-from megatron_embed.run.task import Inputs, Task
+from megatron_embed.run.resume_check import check_resumable, is_unchanged
+from megatron_embed.run.run_directory import (
+    data_stamps,
+    known_rows,
+    known_stamps,
+    pending_exports,
+    resume_state,
+)
+from megatron_embed.run.task import CompletedRun, Inputs, Task, is_complete
 from megatron_embed.training.optimizer import check_optimizer
 
 TASKS: dict[str, type[Task]] = {"embedding": EmbeddingTask, "reranker": RerankTask}
@@ -74,6 +80,31 @@ def read_inputs(config: RunConfig) -> Inputs:
     if not inputs.is_complete:
         check_exports(config, model, pending_exports(config, state.steps))
     return inputs
+
+
+def completed_run(config: RunConfig) -> CompletedRun | None:
+    """The run, if nothing is left to do, its configuration is what it was, and so are its files of rows by size and
+    time; None otherwise: then `read_inputs` decides. Reads no row, and no communication.
+
+    Raises:
+        UserError: the model or a checkpoint cannot be read.
+    """
+    state = resume_state(config)
+    known = known_rows(state.checkpoint)
+    if state.checkpoint is None or known is None or not config.data.train:
+        return None
+    train_steps = config.training.train_steps or 1000
+    if config.training.epochs is not None:
+        train_steps = steps_of_epochs(config.training.epochs, known["rows"], config.training.global_batch_size)
+    if not is_complete(config, state, train_steps):
+        return None
+    stamps = known_stamps(state.checkpoint)
+    if stamps is None or stamps != data_stamps(config):
+        return None
+    task = TASKS[config.task](config, find_model(config.model.path), state.checkpoint)
+    if not is_unchanged(task.config, state.checkpoint):
+        return None
+    return CompletedRun(resume_state=state, train_steps=train_steps)
 
 
 def check_layout(config: RunConfig, model: ModelDirectory) -> int:

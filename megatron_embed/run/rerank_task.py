@@ -56,10 +56,10 @@ class RerankTask(Task):
         self.tokenizer = self._open_tokenizer()
         self.head = head_spec(self.settings, self.tokenizer)
         config, records = self.config, open_records(self.config.data.files, "rerank", self.index_place)
-        check_rerank_records(records, self.tokenizer, loss=config.objective.loss,
-                             temperature=config.objective.temperature, num_negatives=config.data.num_negatives,
-                             micro_batch_tokens=config.training.micro_batch_tokens,
-                             alignment=token_alignment(config.parallel))
+        records.check_once(f"{self.settings_of_rows}{self.settings}", functools.partial(
+            check_rerank_records, records, self.tokenizer, loss=config.objective.loss,
+            temperature=config.objective.temperature, num_negatives=config.data.num_negatives,
+            micro_batch_tokens=config.training.micro_batch_tokens, alignment=token_alignment(config.parallel)))
         return records
 
     def _settings(self) -> RerankerSettings:

@@ -71,6 +71,12 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
         logger.info("resuming %s with other settings: %s", checkpoint, "; ".join(changed))
 
 
+def is_unchanged(config: RunConfig, checkpoint: Path) -> bool:
+    """Whether the run's configuration is the checkpoint's, to the last setting."""
+    now = to_dict(with_known_choices(config, checkpoint))
+    return _flat(read_resolved(checkpoint / "config.yaml")) == _flat(now)
+
+
 def _fixed_keys(config: RunConfig, before: Mapping[str, Any]) -> tuple[str, ...]:
     """Settings that the run keeps for life. `before`: its settings so far, by key."""
     keys = FIXED

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from megatron_embed.config.load import read_resolved
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.data.dataset import RecordSet
+from megatron_embed.data.indexed_rows import stamp_of
+from megatron_embed.data.row_source import files_of
 from megatron_embed.data.sampler import ORDER_VERSION
 from megatron_embed.errors import CheckpointError
 from megatron_embed.evaluation.suite import best_metric
@@ -67,6 +70,24 @@ def describe_rows(records: RecordSet, order: int) -> dict[str, Any]:
     """
     digest = records.digest_of_order_1 if order == 1 else records.digest
     return {"rows": len(records), "digest": digest, "order": order}
+
+
+def data_stamps(config: RunConfig) -> list[list[Any]] | None:
+    """Path, size and time of change of every file of rows; None where some are in other places than files."""
+    paths = [path for file in config.data.files for path in (*(files_of(file.path) or [file.path]), file.corpus)
+             if path is not None]
+    if not all(map(os.path.isfile, paths)):
+        return None
+    return [[os.path.abspath(path), *stamp_of(os.stat(path))] for path in paths]
+
+
+def known_stamps(checkpoint: Path) -> list[list[Any]] | None:
+    """What `data_stamps` said when the run last started; None where that is not known."""
+    try:
+        stamps: list[list[Any]] | None = read_json_file(checkpoint / DATA_FILE)["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return stamps
 
 
 def known_rows(checkpoint: Path | None) -> dict[str, Any] | None:

@@ -1,6 +1,8 @@
 """What a run trains, an embedding model or a reranker: all that differs between the two is a method of `Task`."""
 
 import functools
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +11,9 @@ from typing import Any
 
 import torch
 
+from megatron_embed import __version__
 from megatron_embed.checkpoint.load import steps_done
+from megatron_embed.config.load import to_dict
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.index_store import IndexPlace
@@ -32,6 +36,7 @@ from megatron_embed.platform.launcher import launched_rank
 from megatron_embed.run.inherit import inherited
 from megatron_embed.run.run_directory import ResumeState, pending_exports, record_export
 
+_TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 NUM_EXPORT_ROWS = 64
 """Training rows on whose texts an export is compared with the model in memory."""
 
@@ -123,6 +128,16 @@ class Task(ABC):
         rank, world_size, _ = launched_rank()
         return IndexPlace(directory=self.config.data.index_directory, rank=rank, world_size=world_size)
 
+    @property
+    def settings_of_rows(self) -> str:
+        """All that decides whether training can take a row: this version, the settings, the tokenizer's files."""
+        values, tokenizer = to_dict(self.config), hashlib.blake2b()
+        for file in sorted(path for path in self.model.hf.rglob("*") if path.suffix in _TOKENIZER_SUFFIXES):
+            tokenizer.update(f"{file.name}\0".encode() + file.read_bytes())
+        sections = ("task", "model", "data", "objective", "embedding", "reranker", "parallel")
+        return json.dumps([__version__, {name: values[name] for name in sections}, tokenizer.hexdigest(),
+                           self.config.training.micro_batch_tokens], sort_keys=True, default=repr)
+
     def wanted_exports(self, checkpoint: str, steps: int, dim: int | None, records: RecordSet) -> list[WantedExport]:
         """The exports of the run, which has done so many steps, that are not there yet.
 
@@ -171,14 +186,31 @@ class Inputs:
     @property
     def last_step(self) -> int:
         """The optimizer step after which the run ends, unless it ends early."""
-        return self.resume_state.steps if self.resume_state.ended_early else self.train_steps
+        return last_step(self.resume_state, self.train_steps)
 
     @property
     def is_complete(self) -> bool:
         """Whether every step is done, evaluated where that is due, and the export made if one is wanted."""
-        state = self.resume_state
-        return (state.steps >= self.last_step and not pending_exports(self.config, state.steps)
-                and not state.evaluation_owed)
+        return is_complete(self.config, self.resume_state, self.train_steps)
+
+
+def last_step(state: ResumeState, train_steps: int) -> int:
+    """The optimizer step after which a run of so many ends, unless it ends early."""
+    return state.steps if state.ended_early else train_steps
+
+
+def is_complete(config: RunConfig, state: ResumeState, train_steps: int) -> bool:
+    """Whether every step is done, evaluated where that is due, and the export made if one is wanted."""
+    return (state.steps >= last_step(state, train_steps) and not pending_exports(config, state.steps)
+            and not state.evaluation_owed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletedRun:
+    """A run with nothing left to do, which is found before any row is read."""
+
+    resume_state: ResumeState
+    train_steps: int
 
 
 @dataclass(frozen=True, kw_only=True)

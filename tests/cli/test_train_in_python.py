@@ -17,7 +17,10 @@ from pathlib import Path
 import megatron_embed
 file, calls = Path(sys.argv[1]), []
 last = megatron_embed.train(file, ["training.train_steps=3"], on_step=lambda *told: calls.append(told))
+from megatron_embed.run import assemble
+read_inputs, assemble.read_inputs = assemble.read_inputs, None  # the run is known to be complete before rows are read
 again = megatron_embed.train(str(file), ["training.train_steps=3"])
+assemble.read_inputs = read_inputs
 values = json.loads(file.with_suffix(".json").read_text())
 other = megatron_embed.train(values)
 refusals = []

@@ -1,5 +1,6 @@
 """The index of rows: what it says is what the rows say, it is read instead of them, and any start goes on with it."""
 
+import functools
 import json
 import logging
 import os
@@ -17,10 +18,13 @@ import pytest
 from megatron_embed.config.data import DataConfig, TrainFile
 from megatron_embed.data import entry_index, index_parts, index_store
 from megatron_embed.data.dataset import RecordSet, hold_out, open_records
+from megatron_embed.data.formats import FORMATS, RowReader
 from megatron_embed.data.index_store import IndexPlace
 from megatron_embed.data.indexed_rows import JsonlRows
+from megatron_embed.data.mixture import build_sampler
 from megatron_embed.data.records import shared_keys, text_id
 from megatron_embed.errors import ConfigError, DataError
+from tests.data.conftest import MINI_EN, MINI_ZH
 
 WriteRows = Callable[..., str]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -230,3 +234,57 @@ def test_rows_cost_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     part = index_parts.Part(*writer.finish())
     assert isinstance(part._array("texts").base, np.memmap)
     assert part.location(1) == (2, 10, 20)
+
+
+ODD_VALUES = ["text", "", " ", "\u2003", "é", "\ud83d", None, [], ["a", "b"], ["a", " "], ["a", None], [["a"]], 0, 3,
+              False, {}, {"text": "a"}, [""]]
+
+
+@pytest.mark.parametrize("key", ["query", "positive", "negatives", "instruction", "negative_ids", "other", "negativ"])
+def test_rows_on_the_short_way_are_those_of_the_long_way(write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch,
+                                                         key: str):
+    def outcome(path: str) -> object:
+        try:
+            records = opened(path, "none")
+            return records.digest, list(records), [part.tolist() for part in records.text_ids(np.arange(3), 2)], (
+                records.most_positives, records.most_negatives, records.instructions)
+        except DataError as error:
+            return str(error)
+
+    good = {"query": "q", "positive": "p", "negatives": ["n"], **({} if key == "query" else {key: "text"})}
+    if key in ("negativ", "negative_ids"):
+        del good[key]
+    good["negatives"], shorts = ["n"], []
+    original = RowReader.plain_texts
+    monkeypatch.setattr(RowReader, "plain_texts", lambda *given: shorts.append(original(*given)) or shorts[-1])
+    paths = [write_rows([json.dumps(row) for row in (good, {**good, key: value}, good)], f"{number}.jsonl")
+             for number, value in enumerate(ODD_VALUES)]
+    short = [outcome(path) for path in paths]
+    assert any(texts is not None for texts in shorts) == (key not in ("instruction",))
+    monkeypatch.setattr(RowReader, "plain_texts", lambda *_: None)
+    assert [outcome(path) for path in paths] == short
+
+
+def test_what_a_run_of_an_earlier_version_knows():
+    """Digest, rows held out and rows of some steps, as the version before the index had them."""
+    records = open_records((TrainFile(path=str(MINI_EN)), TrainFile(path=str(MINI_ZH))))
+    train, held = hold_out(records, 0.05, 3, order=1)
+    assert held is not None
+    sampler = build_sampler(train, DataConfig(num_negatives=1), global_batch_size=64, seed=5, order=1)
+    assert train.digest_of_order_1 == "e225ec85097a7d921760cbaae92998c1" != train.digest
+    assert [int(record.source.rpartition(":")[2]) for record in held[:6]] == [1, 18, 73, 90, 137, 179]
+    assert [sampler.rows_of_step(step)[:3] for step in (0, 3, 17, 40, 90)] == [
+        [829, 455, 514], [1519, 1444, 1811], [1180, 1694, 1208], [530, 458, 856], [886, 560, 792]]
+
+
+def test_checks_of_all_rows_are_passed_once(write_rows: WriteRows, tmp_path: Path):
+    path, calls = write_rows(mixed_rows(30)), []
+    for directory, times in ((tmp_path / "index", 2), ("none", 6)):
+        for settings in "aabaab":
+            opened(path, directory).check_once(settings, functools.partial(calls.append, directory))
+        assert calls.count(directory) == times
+    with pytest.raises(ConfigError, match="no"):
+        opened(path, tmp_path / "index").check_once("c", lambda: (_ for _ in ()).throw(ConfigError("no")))
+    opened(path, tmp_path / "index").check_once("c", lambda: calls.append("c"))
+    assert "c" in calls  # what was refused is checked again
+    assert len({form.name for form in FORMATS}) == len(FORMATS)  # an index names the format
