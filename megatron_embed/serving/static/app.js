@@ -125,16 +125,20 @@ async function search() {
   }
   document.body.classList.add("busy");
   const slow = setTimeout(() => status("Searching …"), 400);
+  let shown = "";
   try {
     const hits = await Promise.all(panels.map((panel) => hitsOf(panel, query, corpus.rows)));
     if (mine !== turn || state.corpus !== corpus) return;
     panels.forEach((panel, index) => showHits(panel, hits[index], hits[1 - index] ?? null,
       { rows: corpus.rows, label: labelOf(panel), other: index === 0 ? "B" : "A" }));
-    status(hits.length === 2 ? difference(...hits) : `${plural(hits[0].length, "hit")} for “${query}”.`);
+    shown = hits.length === 2 ? difference(...hits) : `${plural(hits[0].length, "hit")} for “${query}”.`;
     lines();
   } finally {
     clearTimeout(slow);
-    if (mine === turn) document.body.classList.remove("busy");
+    if (mine === turn) {
+      document.body.classList.remove("busy");
+      status(shown);
+    }
   }
 }
 
