@@ -72,7 +72,7 @@ def _embedded(config, kernel):
     from megatron_embed.checkpoint.load import model_state
     from megatron_embed.models.encoder import to_device
 
-    original, encoder.attention_kernel = encoder.attention_kernel, lambda config: kernel
+    original, encoder.attention_kernel = encoder.attention_kernel, lambda config, shape: kernel
     try:
         opened = open_model(config)
     finally:
