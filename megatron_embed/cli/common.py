@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from megatron_embed.errors import UserError
+from megatron_embed.names import POOLINGS
 from megatron_embed.platform.terminal_text import printable
 
 
@@ -60,7 +61,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of encoding texts; their defaults are the model's own settings."""
-    parser.add_argument("--pooling", choices=("lasttoken", "mean", "cls", "weightedmean"),
+    parser.add_argument("--pooling", choices=POOLINGS,
                         help="Pooling of token states (default: the model's own setting)")
     parser.add_argument("--max-length", type=positive_int, metavar="TOKENS",
                         help="Maximum number of tokens per text, including special tokens (default: the model's own "
