@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -237,7 +238,7 @@ def test_help_has_examples_that_parse_and_a_page_that_exists(name):
     assert text.endswith(f"\n\nmore: {module.PAGE}\n") and (REPOSITORY / module.PAGE).is_file()
     for example in module.EXAMPLES:
         assert f"\n  {example}\n" in text
-        words = re.sub(r"""^eval "\$\((.*)\)".*""", r"\1", example).split()
+        words = shlex.split(re.sub(r"""^eval "\$\((.*)\)".*""", r"\1", example).partition(" < ")[0])
         if words[0].startswith("launch/"):
             assert (REPOSITORY / words[0]).is_file()
         else:
