@@ -37,11 +37,14 @@ def advised_budget(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, ad
     step = math.lcm(STEP, token_alignment(config.parallel))
     least = round_up(least_budget(config), step)
     most = MOST_TOKENS
+    whole = config.training.global_batch_size // grid_of(config, gpus).dp * config.workload.tokens_per_query
     if config.objective.couples_batch:
-        most = min(most, config.training.global_batch_size // grid_of(config, gpus).dp
-                   * config.workload.tokens_per_query // LEAST_COUNT)
+        most = min(most, whole // LEAST_COUNT)
+    budgets = list(range(least, max(least, most) + 1, step))
+    if most < whole <= MOST_TOKENS:
+        budgets.append(round_up(whole, step))  # one micro-batch: no second pass, and none is half empty
     plans = []
-    for tokens in range(least, max(least, most) + 1, step):
+    for tokens in budgets:
         candidate = with_budget(config, tokens)
         if is_possible(candidate, shape, gpus) and accepts(candidate):
             plan = plan_layout(candidate, shape, gpus, gpu, adapted)
