@@ -28,6 +28,9 @@ GGUF_COSINE = {"f32": 0.9999, "f16": 0.9999, "bf16": 0.999, "q8_0": 0.999}
 """Between the engine's and the model's vector in memory, for every text, by the weights' type."""
 GGUF_SCORE = 0.3
 """Largest difference of a score of weights that are not float32, relative to max(1, |score|)."""
+LLAMA_CPP_SCORE = 0.02
+"""Of float32 weights: ggml takes GELU, in its tanh approximation, from a table of half precision (ggml-cpu/vec.h,
+GGML_GELU_FP16)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ def _gguf(options: ExportOptions) -> EngineFiles:
                           "--format onnx")
     kind = options.gguf_type
     return EngineFiles(engine=LlamaCpp(), limits="llama.cpp", tidy=_without_weights, fits=fits, cuts="none",
-                       minimum_cosine=GGUF_COSINE[kind], score_tolerance=0.0 if kind == "f32" else GGUF_SCORE,
+                       minimum_cosine=GGUF_COSINE[kind], score_tolerance=LLAMA_CPP_SCORE if kind == "f32" else GGUF_SCORE,
                        write=lambda directory: write_gguf(directory, gguf_file(directory, kind), kind))
 
 
