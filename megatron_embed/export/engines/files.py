@@ -106,7 +106,8 @@ def _gguf(options: ExportOptions) -> EngineFiles:
                           "--format onnx")
     kind = options.gguf_type
     return EngineFiles(engine=LlamaCpp(), limits="llama.cpp", tidy=_without_weights, fits=fits, cuts="none",
-                       minimum_cosine=GGUF_COSINE[kind], score_tolerance=LLAMA_CPP_SCORE if kind == "f32" else GGUF_SCORE,
+                       minimum_cosine=GGUF_COSINE[kind],
+                       score_tolerance=LLAMA_CPP_SCORE if kind == "f32" else GGUF_SCORE,
                        write=lambda directory: write_gguf(directory, gguf_file(directory, kind), kind))
 
 
