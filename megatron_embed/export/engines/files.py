@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from megatron_embed.export.reranker import PairProbes
 
 CutPairs = Literal["all", "texts", "none"]
-"""texts: two texts lose tokens of the longer one, but a prompt loses its end; none: a pair that is too long is refused.
-"""
+"""texts: two texts lose tokens of the longer one, but a prompt loses its end; none: pairs of the model's length or more
+are refused."""
 GGUF_COSINE = {"f32": 0.9999, "f16": 0.9999, "bf16": 0.999, "q8_0": 0.999}
 """Between the engine's and the model's vector in memory, for every text, by the weights' type."""
 GGUF_SCORE = 0.3
@@ -71,8 +71,11 @@ class EngineFiles:
     def compare_scores(self, directory: Path, probes: "PairProbes", tolerance: float) -> str:
         """The report on the engine's scores, before and after the activation. Raises CheckpointError for another
         model."""
-        cuts_these = self.cuts == "all" or (self.cuts == "texts" and not probes.in_template)
-        asked = probes if cuts_these else probes.without_cut()
+        asked = probes
+        if self.cuts == "none":
+            asked = probes.without(probes.is_full)
+        elif self.cuts == "texts" and probes.in_template:
+            asked = probes.without(probes.is_cut)
         pairs = [(pair.query, pair.document) for pair in asked.pairs]
         theirs, name = self.engine.scores(directory, pairs), self.engine.name
         tolerance = max(tolerance, self.score_tolerance)
