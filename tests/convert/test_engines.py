@@ -183,7 +183,7 @@ def test_weighted_mean_pooling_is_refused_before_anything_is_written(exported: P
 
 def test_a_graph_of_experts_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     save_toy(tmp_path / "experts", "Qwen3MoeModel")
-    with pytest.raises(CheckpointError, match="ONNX Runtime has no graph of a mixture of experts .*vLLM"):
+    with pytest.raises(CheckpointError, match="ONNX Runtime has no graph of a mixture of experts, .*vLLM"):
         EXPORTERS["onnx"](str(tmp_path / "experts"), str(tmp_path / "out"), ExportOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["experts"]
 
