@@ -45,7 +45,7 @@ def export_cross_encoder(directory: str | Path, settings: RerankerSettings, *, f
     directory = Path(directory)
     complete_tokenizer(directory, needs_eos=False)
     drop_standard_modules(directory)
-    _write_config(directory, family, classification, settings.activation, decoder=not encoder)
+    _write_config(directory, family, classification, settings.activation, prompted=pieces is not None)
     if pieces is not None:
         (directory / _CHAT_TEMPLATE).write_text(chat_template(pieces, settings.instruction), encoding="utf-8")
         _drop_other_templates(directory)
@@ -104,7 +104,7 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _write_config(directory: Path, family: str, classification: bool, activation: str, *, decoder: bool) -> None:
+def _write_config(directory: Path, family: str, classification: bool, activation: str, *, prompted: bool) -> None:
     """Class, one output, and what servers look for, into config.json."""
     config = read_json_object(directory / "config.json")
     for key in ("sbert_ce_default_activation_function", "sentence_transformers"):
@@ -118,8 +118,9 @@ def _write_config(directory: Path, family: str, classification: bool, activation
                    "sentence_transformers": {"activation_fn": _ACTIVATIONS[activation],
                                              "version": library_versions()["sentence_transformers"]}}
         config["num_labels"] = 1
-        if decoder:
-            config["use_sep_token"] = False  # vLLM would put one between query and document
+        config.pop("use_sep_token", None)
+        if prompted:  # vLLM tokenizes query and document as one text, else as a pair
+            config["use_sep_token"] = False
     write_json(directory / "config.json", config)
 
 

@@ -63,6 +63,8 @@ class PairProbes:
     """Whether a pair is put into a prompt, not tokenized as a pair of texts."""
     is_cut: list[bool]
     """Whether a pair is longer than the model's length."""
+    is_full: list[bool]
+    """Whether a pair has as many tokens as that, or more."""
 
     @classmethod
     def of(cls, scorer: PairScorer) -> "PairProbes":
@@ -71,13 +73,15 @@ class PairProbes:
         pairs = [*comparable(PROBES, tokenizer), *border_pairs(tokenizer)]
         return cls(pairs=pairs, raw=scorer.raw_scores(pairs), final=scorer.score(pairs),
                    in_template=tokenizer.template is not None,
-                   is_cut=[tokenizer.tokenize([pair]).num_truncated > 0 for pair in pairs])
+                   is_cut=[tokenizer.tokenize([pair]).num_truncated > 0 for pair in pairs],
+                   is_full=[tokenizer.count_tokens(pair) >= tokenizer.max_length for pair in pairs])
 
-    def without_cut(self) -> "PairProbes":
-        """The pairs that fit."""
-        kept = [index for index, cut in enumerate(self.is_cut) if not cut]
-        return dataclasses.replace(self, pairs=[self.pairs[index] for index in kept], raw=self.raw[kept],
-                                   final=self.final[kept], is_cut=[False] * len(kept))
+    def without(self, left_out: Sequence[bool]) -> "PairProbes":
+        """The other pairs."""
+        kept = [index for index, out in enumerate(left_out) if not out]
+        return dataclasses.replace(
+            self, pairs=[self.pairs[index] for index in kept], raw=self.raw[kept], final=self.final[kept],
+            is_cut=[self.is_cut[index] for index in kept], is_full=[self.is_full[index] for index in kept])
 
 
 @dataclass(frozen=True, kw_only=True)

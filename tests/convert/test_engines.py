@@ -11,6 +11,7 @@ import torch
 
 from megatron_embed.convert.convert import hf_to_megatron
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
+from megatron_embed.export.cross_encoder import export_cross_encoder
 from megatron_embed.export.engines import gate
 from megatron_embed.export.engines.base import stock_features
 from megatron_embed.export.engines.gate import engine_names, verify_directory
@@ -19,10 +20,11 @@ from megatron_embed.export.engines.limits import check_limits
 from megatron_embed.export.formats import EXPORTERS
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verified_write import ExportOptions
+from megatron_embed.models.reranker_settings import RerankerSettings
 from megatron_embed.names import POOLINGS, EngineName, Pooling
 from tests.helpers.embedding_reference import save_model
 from tests.helpers.refusals import command
-from tests.helpers.toys import copy_tokenizer, save_toy
+from tests.helpers.toys import copy_tokenizer, save_reranker, save_toy
 from tests.helpers.toys import save_model as save_model_for_run
 
 
@@ -152,6 +154,16 @@ def test_vllm_finds_the_kind_of_positions_of_xlm_roberta(tmp_path: Path) -> None
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["position_embedding_type"] == "absolute"
 
 
+@pytest.mark.parametrize(("template", "separate"), [(None, None), ("{query} {document}", False)])
+def test_vllm_reads_a_pair_of_texts_as_a_pair(tmp_path: Path, template: str | None, separate: bool | None) -> None:
+    save_reranker(tmp_path, "Qwen3ForSequenceClassification")
+    settings = RerankerSettings(head="score", template=template, instruction="", true_token="yes", false_token="no",
+                                max_length=64, activation="sigmoid")
+    export_cross_encoder(tmp_path, settings, family="qwen3", encoder=False, classification=True, token_ids=None,
+                         pieces=None if template is None else ["", "query", " ", "document", ""])
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")).get("use_sep_token") is separate
+
+
 def test_a_reranker_of_bert_is_no_gguf(checkpoint: Path, tmp_path: Path) -> None:
     reranker = tmp_path / "reranker"
     shutil.copytree(checkpoint.parent / "hf", reranker)
@@ -171,7 +183,7 @@ def test_weighted_mean_pooling_is_refused_before_anything_is_written(exported: P
 
 def test_a_graph_of_experts_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     save_toy(tmp_path / "experts", "Qwen3MoeModel")
-    with pytest.raises(CheckpointError, match="ONNX Runtime has no graph of a mixture of experts .*vLLM"):
+    with pytest.raises(CheckpointError, match="ONNX Runtime has no graph of a mixture of experts, .*vLLM"):
         EXPORTERS["onnx"](str(tmp_path / "experts"), str(tmp_path / "out"), ExportOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["experts"]
 

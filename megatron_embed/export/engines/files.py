@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from megatron_embed.export.reranker import PairProbes
 
 CutPairs = Literal["all", "texts", "none"]
-"""texts: two texts lose tokens of the longer one, but a prompt loses its end; none: a pair that is too long is refused.
-"""
+"""texts: two texts lose tokens of the longer one, but a prompt loses its end; none: pairs of the model's length or more
+are refused."""
 GGUF_COSINE = {"f32": 0.9999, "f16": 0.9999, "bf16": 0.999, "q8_0": 0.999}
 """Between the engine's and the model's vector in memory, for every text, by the weights' type."""
 GGUF_SCORE = 0.3
 """Largest difference of a score of weights that are not float32, relative to max(1, |score|)."""
+LLAMA_CPP_SCORE = 0.02
+"""Of float32 weights: ggml takes GELU, in its tanh approximation, from a table of half precision (ggml-cpu/vec.h,
+GGML_GELU_FP16)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,11 @@ class EngineFiles:
     def compare_scores(self, directory: Path, probes: "PairProbes", tolerance: float) -> str:
         """The report on the engine's scores, before and after the activation. Raises CheckpointError for another
         model."""
-        cuts_these = self.cuts == "all" or (self.cuts == "texts" and not probes.in_template)
-        asked = probes if cuts_these else probes.without_cut()
+        asked = probes
+        if self.cuts == "none":
+            asked = probes.without(probes.is_full)
+        elif self.cuts == "texts" and probes.in_template:
+            asked = probes.without(probes.is_cut)
         pairs = [(pair.query, pair.document) for pair in asked.pairs]
         theirs, name = self.engine.scores(directory, pairs), self.engine.name
         tolerance = max(tolerance, self.score_tolerance)
@@ -103,7 +109,8 @@ def _gguf(options: ExportOptions) -> EngineFiles:
                           "--format onnx")
     kind = options.gguf_type
     return EngineFiles(engine=LlamaCpp(), limits="llama.cpp", tidy=_without_weights, fits=fits, cuts="none",
-                       minimum_cosine=GGUF_COSINE[kind], score_tolerance=0.0 if kind == "f32" else GGUF_SCORE,
+                       minimum_cosine=GGUF_COSINE[kind],
+                       score_tolerance=LLAMA_CPP_SCORE if kind == "f32" else GGUF_SCORE,
                        write=lambda directory: write_gguf(directory, gguf_file(directory, kind), kind))
 
 

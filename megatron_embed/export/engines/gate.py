@@ -13,7 +13,7 @@ from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.export.embedding import LONGEST_COMPUTED, MINIMUM_COSINE, PROBE_TEXTS, border_texts
 from megatron_embed.export.engines.base import Engine
-from megatron_embed.export.engines.files import CutPairs, EngineFiles
+from megatron_embed.export.engines.files import LLAMA_CPP_SCORE, CutPairs, EngineFiles
 from megatron_embed.export.engines.int8 import at_its_bound
 from megatron_embed.export.engines.limits import check_limits
 from megatron_embed.export.engines.llama_cpp import LlamaCpp, fits
@@ -45,7 +45,8 @@ ENGINES: Mapping[EngineName, Callable[[], EngineFiles]] = {
     "transformers": lambda: _reads(Transformers(), cuts="texts"),
     "onnxruntime": lambda: _reads(OnnxRuntime()), "openvino": lambda: _reads(OpenVino()),
     "vllm": lambda: _reads(Vllm(), cuts="texts"),
-    "llama.cpp": lambda: EngineFiles(engine=LlamaCpp(), write=_nothing, fits=fits, cuts="none")}
+    "llama.cpp": lambda: EngineFiles(engine=LlamaCpp(), write=_nothing, fits=fits, cuts="none",
+                                     score_tolerance=LLAMA_CPP_SCORE)}
 """By the names that `convert --verify-with` takes; those of rules.py are asked by their rules."""
 
 

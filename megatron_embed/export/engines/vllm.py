@@ -48,8 +48,8 @@ for line in sys.stdin:
         else:
             queries, documents = map(list, zip(*asked["pairs"]))
             rows = [[row.outputs.score for row in model.score(queries, documents, tokenization_kwargs=cut,
-                                                              use_tqdm=False, pooling_params=PoolingParams(
-                                                                  use_activation=activation))]
+                                                              use_tqdm=False, chat_template=asked["template"],
+                                                              pooling_params=PoolingParams(use_activation=activation))]
                     for activation in (False, True)]
         print(json.dumps({"rows": rows}), file=answers, flush=True)
     except Exception as error:
@@ -77,8 +77,11 @@ class Vllm(Engine):
     def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> PairScores:
         settings = saved_settings(find_model(str(directory)))
         classes = {} if is_reranker(directory) else {"hf_overrides": as_classifier(directory)}
-        raw, final = self._ask(directory, classes, {"pairs": [[settings.prompt + query, document]
-                                                              for query, document in pairs]})
+        file = directory / "chat_template.jinja"
+        # vLLM takes the one that --chat-template names, not the tokenizer's.
+        template = file.read_text(encoding="utf-8") if settings.template is not None and file.is_file() else None
+        raw, final = self._ask(directory, classes, {
+            "template": template, "pairs": [[settings.prompt + query, document] for query, document in pairs]})
         return PairScores(raw=torch.tensor(raw), final=torch.tensor(final))
 
     def close(self) -> None:
