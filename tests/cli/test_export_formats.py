@@ -8,6 +8,7 @@ import yaml
 
 from megatron_embed.config.load import config_of_values
 from megatron_embed.errors import ConfigError
+from megatron_embed.export.calibration import CALIBRATION_ROWS, calibration_rows
 from megatron_embed.export.engines import int8
 from megatron_embed.loading.model_directory import find_model
 from megatron_embed.names import EXPORT_PACKAGES
@@ -109,6 +110,7 @@ def test_a_run_writes_every_format_and_a_second_start_only_those_that_are_missin
     changed = {path.parent.name for path in times if path.stat().st_mtime_ns != times[path]}
     assert changed == {"out-onnx"}
     assert "nothing to do" in run_on_ranks(command, 1, ["train", config])[0][2]
+    assert len(calibration_rows(str(tmp_path / "run"), None)) == CALIBRATION_ROWS  # of the run's own data.train
 
 
 @pytest.mark.slow
