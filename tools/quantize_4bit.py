@@ -25,6 +25,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
+from transformers import CompressedTensorsConfig
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "onnx", "openvino", "*.gguf")
 """Files of the export that are not copied."""
@@ -71,9 +72,9 @@ def recipe_of(method: str) -> list[Any]:
     return [AWQModifier(), QuantizationModifier(targets="Linear", scheme=SCHEME)]
 
 
-def encode(directory: Path, texts: Sequence[tuple[str, str]]) -> torch.Tensor:
-    """[texts, dim] unit vectors in float32, with prompts."""
-    model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
+def encode(directory: Path, texts: Sequence[tuple[str, str]], **settings: Any) -> torch.Tensor:
+    """[texts, dim] unit vectors in float32, with prompts; `settings`: how Transformers loads the model."""
+    model = SentenceTransformer(str(directory), device="cpu", local_files_only=True, model_kwargs=settings)
     vectors = []
     for role in ("query", "document"):
         encoder = model.encode_query if role == "query" else model.encode_document
@@ -97,7 +98,8 @@ def main() -> int:
         network = model[0].auto_model
         oneshot(model=network, dataset=calibration_batches(model, calibration), recipe=recipe_of(arguments.method))
         network.save_pretrained(str(result), save_compressed=True)
-        cosine = (exact * encode(result, held)).sum(dim=1)
+        packed = encode(result, held, quantization_config=CompressedTensorsConfig(dequantize=True))
+        cosine = (exact * packed).sum(dim=1)
         line = f"cosine >= {cosine.min():.4f} (mean {cosine.mean():.4f}) for {len(held)} texts"
         if not cosine.min() >= arguments.minimum_cosine:
             print(f"{arguments.destination}: not written: {line}, below {arguments.minimum_cosine}", file=sys.stderr)

@@ -67,10 +67,10 @@ class PairProbes:
     """Whether a pair has as many tokens as that, or more."""
 
     @classmethod
-    def of(cls, scorer: PairScorer) -> "PairProbes":
-        """Short pairs, and those at the border of the maximum length, scored."""
+    def of(cls, scorer: PairScorer, given: Sequence[Pair] = PROBES) -> "PairProbes":
+        """The given pairs that fit, and pairs at the border of the maximum length, scored. Called by all ranks."""
         tokenizer = scorer.tokenizer
-        pairs = [*comparable(PROBES, tokenizer), *border_pairs(tokenizer)]
+        pairs = [*comparable(given, tokenizer), *border_pairs(tokenizer)]
         return cls(pairs=pairs, raw=scorer.raw_scores(pairs), final=scorer.score(pairs),
                    in_template=tokenizer.template is not None,
                    is_cut=[tokenizer.tokenize([pair]).num_truncated > 0 for pair in pairs],
@@ -162,14 +162,11 @@ def export_reranker(checkpoint: str, wanted: Sequence[WantedExport], scorer: Pai
     """Writes each directory, a cross-encoder, from a checkpoint, of a run from the newest, if the stock libraries, and
     the engine whose files it has, give the scores of the model in memory. Called by all ranks; see `export_on_rank_0`.
     """
-    pairs = [*pairs, *border_pairs(scorer.tokenizer)]
-    scores = scorer.raw_scores(pairs)
+    probes = PairProbes.of(scorer, pairs)
 
     def verify(reranker: RerankerExport, addition: "EngineFiles | None", directory: Path) -> list[str]:
-        lines = reranker.compare(directory, pairs, scores, dtype)
-        return lines if addition is None else [
-            *lines, addition.compare_scores(directory, [(pair.query, pair.document) for pair in pairs], scores,
-                                            TOLERANCE[dtype])]
+        lines = reranker.compare(directory, probes.pairs, probes.raw, dtype)
+        return lines if addition is None else [*lines, addition.compare_scores(directory, probes, TOLERANCE[dtype])]
 
     def run_export(item: WantedExport) -> list[str]:
         model = find_model(checkpoint)

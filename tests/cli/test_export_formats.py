@@ -8,6 +8,7 @@ import yaml
 
 from megatron_embed.config.load import config_of_values
 from megatron_embed.errors import ConfigError
+from megatron_embed.export.calibration import CALIBRATION_ROWS, calibration_rows
 from megatron_embed.export.engines import int8
 from megatron_embed.loading.model_directory import find_model
 from megatron_embed.names import EXPORT_PACKAGES
@@ -76,7 +77,7 @@ def test_what_llama_cpp_does_not_compute_and_a_name_in_use_are_refused(tmp_path)
     for section, words in (({"pooling": "weightedmean"}, "no weighted mean pooling"), ({"normalize": False}, "length")):
         config = config_of_values({"model": {"path": "m"}, "embedding": section, "checkpoint": {
             "directory": str(tmp_path / "run"), "export_at_end": str(tmp_path / "out"), "export_formats": "gguf-f16"}})
-        refused(config, f"checkpoint.export_formats = 'gguf-f16': llama.cpp's embedding server has no .*{words[-6:]}")
+        refused(config, f"checkpoint.export_formats = 'gguf-f16': llama.cpp .*{words}")
     (tmp_path / "out-onnx").mkdir()
     (tmp_path / "out-onnx" / "precious").touch()
     refused(config_of(tmp_path, export_formats="onnx"), "checkpoint.export_formats = '.*out-onnx': exists already")
@@ -108,7 +109,10 @@ def test_a_run_writes_every_format_and_a_second_start_only_those_that_are_missin
     assert result[0] == 0, result[2]
     changed = {path.parent.name for path in times if path.stat().st_mtime_ns != times[path]}
     assert changed == {"out-onnx"}
-    assert "nothing to do" in run_on_ranks(command, 1, ["train", config])[0][2]
+    times = {path: path.stat().st_mtime_ns for path in times}
+    assert run_on_ranks(command, 1, ["train", config])[0][0] == 0
+    assert times == {path: path.stat().st_mtime_ns for path in times}  # the run is complete
+    assert len(calibration_rows(str(tmp_path / "run"), None)) == CALIBRATION_ROWS  # of the run's own data.train
 
 
 @pytest.mark.slow

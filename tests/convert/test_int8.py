@@ -9,7 +9,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from megatron_embed.convert.convert import hf_to_megatron
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
 from megatron_embed.export.calibration import CALIBRATION_ROWS, calibration_rows
 from megatron_embed.export.engines import int8
@@ -19,7 +18,8 @@ from megatron_embed.export.engines.graph import GRAPH_FILE
 from megatron_embed.export.engines.onnx_runtime import OnnxRuntime
 from megatron_embed.export.formats import EXPORTERS, check_quantization
 from megatron_embed.export.verified_write import ExportOptions
-from tests.helpers.toys import MINI_EN, MINILM, save_reranker
+from tests.helpers.cross_encoders import cross_encoder  # noqa: F401  a fixture
+from tests.helpers.toys import MINI_EN, MINILM
 
 
 @pytest.mark.parametrize(("kind", "options", "words"), [
@@ -149,9 +149,8 @@ def test_naive_dynamic_quantization_is_refused_and_leaves_nothing(tmp_path, monk
 
 
 @pytest.mark.slow
-def test_a_reranker_is_quantized(tmp_path):
-    save_reranker(tmp_path / "hf", "Qwen3ForSequenceClassification")
-    hf_to_megatron(tmp_path / "hf", tmp_path / "checkpoint")
-    lines = EXPORTERS["onnx"](str(tmp_path / "checkpoint"), str(tmp_path / "out"),
+def test_a_reranker_is_quantized(tmp_path, cross_encoder):
+    lines = EXPORTERS["onnx"](str(cross_encoder), str(tmp_path / "out"),
                               ExportOptions(quantize="int8", calibration=str(MINI_EN)))
     assert any(line.startswith("ONNX Runtime gives the same scores") for line in lines), lines
+    assert len(verify_directory(tmp_path / "out", ["onnxruntime"])) == 1
