@@ -70,7 +70,7 @@ def _load(directory: Path, base: Path, dtype: str, head: HeadKind | None, quanti
     )
 
     # AutoModel of a T5 is encoder and decoder.
-    embedder = AutoModel if model_shape(base).relative_positions is None else AutoModelForTextEncoding
+    embedder: Any = AutoModel if model_shape(base).relative_positions is None else AutoModelForTextEncoding
     load: dict[str | None, Callable[..., Any]] = {
         None: embedder.from_pretrained, "yes_no": AutoModelForCausalLM.from_pretrained,
         "score": AutoModelForSequenceClassification.from_pretrained}

@@ -68,8 +68,9 @@ def sum_over_copies(copies: Sequence[RelativeBias], pipeline: dist.ProcessGroup)
     Args:
         copies: those of this rank's model chunks.
     """
-    total = torch.stack([copy.weight.main_grad for copy in copies]).sum(dim=0)
+    gradients: list[Tensor] = [vars(copy.weight)["main_grad"] for copy in copies]
+    total = torch.stack(gradients).sum(dim=0)
     if pipeline.size() > 1:
         dist.all_reduce(total, group=pipeline)
-    for copy in copies:
-        copy.weight.main_grad.copy_(total)
+    for gradient in gradients:
+        gradient.copy_(total)

@@ -1,5 +1,6 @@
 """The encoder of T5 beside test_families.py: buckets, conversions, and a sentence-t5 directory with its Dense."""
 
+import json
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.families import RelativePositions, model_shape
+from megatron_embed.models.hf_config import ACTIVATIONS
 from megatron_embed.models.relative_bias import distance_buckets
 from tests.helpers.dense_directories import SHAPES, add_modules
 from tests.helpers.families import T5
@@ -79,6 +81,19 @@ def test_what_is_not_computed_is_refused(models, tmp_path, settings, words):
     edit_config(tmp_path / "model", **settings)
     with pytest.raises(CheckpointError, match=words):
         model_shape(tmp_path / "model")
+
+
+@pytest.mark.parametrize("projection", [None, "relu", "gated-gelu", "gated-silu", "gelu"])
+def test_missing_keys_mean_what_transformers_takes_them_for(tmp_path, projection):
+    values = {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 48, "num_heads": 4, "num_layers": 2,
+              "vocab_size": 103, **({} if projection is None else {"feed_forward_proj": projection})}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config, shape = transformers.AutoConfig.from_pretrained(tmp_path), model_shape(tmp_path)
+    assert (shape.gated, shape.activation) == (config.is_gated_act, ACTIVATIONS[config.dense_act_fn])
+    assert shape.norm_eps == config.layer_norm_epsilon
+    assert shape.relative_positions == RelativePositions(num_buckets=config.relative_attention_num_buckets,
+                                                         max_distance=config.relative_attention_max_distance)
+    assert shape.initializer_range == config.initializer_factor
 
 
 def test_flash_kernels_are_refused(models):
