@@ -65,7 +65,7 @@ class RecordFile(IndexedEntry):
         _report_ignored(self.path, self._reader.ignored)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.row_index)
 
     @property
     def digest_of_order_1(self) -> str:
@@ -84,13 +84,13 @@ class RecordFile(IndexedEntry):
     def _source(self, index: int) -> str:
         if self._files is None:
             return self._rows.source(index)
-        file, line_number, _, _ = self.index.locate(index)
+        file, line_number, _, _ = self.row_index.locate(index)
         return f"{self._files[file].path}:{line_number}"
 
     def _record(self, index: int) -> AnyRecord:
         if self._files is None:
             return self._reader.read(*self._rows.row(index), trusted=self._rows.detects_changes)
-        file, line_number, start, end = self.index.locate(index)
+        file, line_number, start, end = self.row_index.locate(index)
         return self._reader.read(*self._files[file].read_at(start, end, line_number), trusted=True)
 
 

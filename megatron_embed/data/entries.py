@@ -54,24 +54,24 @@ class IndexedEntry(DataEntry):
 
     def take_index(self, index: RowIndex) -> None:
         """Take over what the index says of all rows."""
-        self.index, summary = index, index.summary
+        self.row_index, summary = index, index.summary
         self.instructions = {instruction: self._source(row) for instruction, row in summary.instructions.items()}
         self.most_positives, self.most_negatives = summary.most_positives, summary.most_negatives
         self.most_documents = summary.most_documents
 
     @property
     def index_folder(self) -> Path | None:
-        return self.index.folder
+        return self.row_index.folder
 
     @abstractmethod
     def _source(self, index: int) -> str:
         """FILE:LINE of a row, which is not read."""
 
     def query_ids(self, first: int, last: int) -> NDArray[np.int64]:
-        return self.index.query_ids(first, last)
+        return self.row_index.query_ids(first, last)
 
     def text_ids(self, rows: NDArray[np.int64], num_negatives: int) -> TextIds:
-        return self.index.text_ids(rows, num_negatives)
+        return self.row_index.text_ids(rows, num_negatives)
 
 
 class EntryPart(DataEntry):

@@ -12,6 +12,7 @@ from megatron_embed.config.optimizer import OptimizerConfig
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import open_checkpoint
 from megatron_embed.data.dataset import RecordSet
+from megatron_embed.data.sampler import ORDER_VERSION
 from megatron_embed.errors import ConfigError
 from megatron_embed.loading.model_directory import ModelDirectory, adapters_of
 from megatron_embed.loading.quantized import base_of_run
@@ -64,6 +65,9 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
         raise _refusal(checkpoint, "data.train", [item.path for item in config.data.train],
                        f"{len(records)} rows that are not the {known['rows']} rows this run began with "
                        f"({before.get('data.train')})")
+    if known is not None and known["order"] != ORDER_VERSION:
+        logger.info("%s began with an earlier version's order of rows, which it keeps: every start reads all rows "
+                    "where some are held out", checkpoint.parent)
     same = _equal_overlaps(config, before, task)
     changed = [f"{key}: {_shown(before[key])} -> {_shown(value)}" for key, value in now.items()
                if key in before and before[key] != value and key not in same]
