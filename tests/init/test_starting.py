@@ -40,8 +40,10 @@ def test_large_model_gets_a_layout_of_its_gpus(tmp_path):
     sizes = config.parallel
     assert sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size > 1 and "Sizes for 8 x H100" in text
     assert main(["plan", str(tmp_path / "run.yaml"), "--gpus", "8"]) == 0
-    text, _ = starting(tmp_path, "meta-llama/Llama-3.1-70B", MINI_EN)
-    assert "NO LAYOUT FITS 1 x H100" in text
+    config = starting(tmp_path, "meta-llama/Llama-3.1-70B", MINI_EN)[1]
+    assert config.model.quantization == "nf4" and config.lora.rank == 16
+    text, _ = starting(tmp_path, "meta-llama/Llama-3.1-70B", MINI_EN, "--gpu", "24gb")
+    assert "NO LAYOUT FITS 1 x" in text
 
 
 def test_rows_decide_the_loss(tmp_path):

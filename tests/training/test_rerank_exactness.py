@@ -59,7 +59,7 @@ FAST = [
     Case(model="tied", loss="lambda_loss", adapters=True, micro_batch_size=4),
     Case(model="score", loss="ranknet", parallel=layout(tp=2), ranks=2, micro_batch_size=4, adapters=True),
     Case(model="encoder", loss="pointwise", parallel=layout(pp=2), ranks=2, micro_batch_size=4, adapters=True),
-    Case(model="modernbert", loss="listwise", parallel=layout(cp=2), ranks=2, micro_batch_size=4),
+    Case(model="modernbert", loss="pointwise", parallel=layout(cp=2), ranks=2, micro_batch_size=4),
 ]
 
 MORE = [
@@ -74,7 +74,7 @@ MORE = [
     Case(model="score", loss="listwise", parallel=layout(cp=2), ranks=2, micro_batch_size=4),
     Case(model="encoder", loss="lambda_loss", parallel=layout(tp=2), ranks=2, micro_batch_size=4),
     Case(model="encoder", loss="listwise", parallel=layout(pp=2), ranks=4, micro_batch_size=2),
-    Case(model="modernbert", loss="lambda_loss", parallel=layout(tp=2), ranks=2, micro_batch_size=4),
+    Case(model="modernbert", loss="pointwise", parallel=layout(tp=2), ranks=2, micro_batch_size=4),
     Case(model="modernbert", loss="ranknet", parallel=layout(pp=2), ranks=2, micro_batch_size=4, adapters=True),
     Case(model="experts", loss="lambda_loss", parallel=layout(ep=2), ranks=2, micro_batch_size=2),
     Case(model="experts", loss="listwise", parallel=layout(tp=2), ranks=2, micro_batch_size=4),
