@@ -1,6 +1,7 @@
 """Session-wide fixtures: the worker processes end with the session; tests for absent hardware skip themselves."""
 
 import gc
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,16 @@ def pytest_collection_finish() -> None:
 def _end_workers() -> Iterator[None]:
     yield
     shutdown_ranks()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leave_process_group() -> Iterator[None]:
+    """A model that a test opened in this process has started a process group, which the next file must not meet."""
+    yield
+    if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
+        from megatron_embed.parallel.topology import shutdown
+
+        shutdown()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -6,6 +6,7 @@ import resource
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_embed.platform.compat import HAS_CUDA, parallel_state
@@ -32,22 +33,27 @@ def shared_groups() -> Iterator[None]:
     A layout has 21 kinds of groups, most of them of the same few sets of ranks, and gloo has threads and a connection
     per group. NCCL's groups stay apart: collectives of one group run one after another, which would end the overlap of
     communication with computation, and they connect at their first use. All ranks create all groups in the same order,
-    so that each rank takes the same decisions.
+    so that each rank takes the same decisions. At its end one number is summed over each group and
+    over the world.
     """
     create, known = parallel_state.create_group, dict[tuple[Any, ...], Any]()
 
     def create_once(ranks: Sequence[int], *args: Any, backend: str | None = None, pg_options: Any = None,
                     **kwargs: Any) -> Any:
-        key = (tuple(ranks), backend or dist.get_backend())
+        # Those that name a backend apart: Megatron destroys them with the layout, and a model of it may still be used.
+        key = (tuple(ranks), backend)
         if pg_options is not None or key not in known:
             known[key] = create(ranks, *args, backend=backend, pg_options=pg_options, **kwargs)
         return known[key]
 
-    if HAS_CUDA:
-        yield
-        return
-    parallel_state.create_group = create_once
+    if not HAS_CUDA:
+        parallel_state.create_group = create_once
     try:
         yield
     finally:
         parallel_state.create_group = create
+    for group in (dist.group.WORLD, *known.values()):
+        if isinstance(group, dist.ProcessGroup) and group.size() > 1:
+            # Connects the ranks that collectives go between: a rank that dies later closes these connections, at which
+            # the others' collectives fail at once, while gloo would try to connect to it for minutes.
+            dist.all_reduce(torch.zeros(1), group=group)

@@ -133,7 +133,7 @@ def methods_report(methods: list[Method], gpu: GPU) -> str:
                  else f"{training.micro_batch_size} query")
         host = f", {plan.memory.host / GIB:.0f} GiB on the host" if plan.memory.host else ""
         lines.append(f"  {method.name.ljust(width)}  fits: {plan.memory.total / GIB:5.1f} of {gpu.memory_gib:g} GiB"
-                     f"{host}, micro-batches of {micro}, recompute {training.recompute}, {plan.time.total:.0f} s/step")
+                     f"{host}, micro-batches of {micro}, recompute {training.recompute}, {plan.time.total:.2g} s/step")
     chosen = first_that_fits(methods)
     if chosen is None:
         return "\n".join([*lines, "  Shorter texts, a smaller model or more GPUs are needed."])

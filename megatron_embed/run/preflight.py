@@ -80,7 +80,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     inputs = Inputs(task=task, records=records, validation=validation, sampler=sampler, order=order, suite=suite,
                     train_steps=steps, resume_state=state)
     if not inputs.is_complete:
-        check_exports(config, model, pending_exports(config, state.steps))
+        check_exports(config, model, pending_exports(config, steps))
     return inputs
 
 

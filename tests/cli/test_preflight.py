@@ -75,9 +75,10 @@ def test_every_kind_of_model_is_compared_with_the_layout(doctor, models, capsys,
 def test_adapters_of_a_peft_directory_are_planned_as_new_ones_are(doctor, models, capsys):
     given = ["plan", "run.yaml", "--gpus", "1", "--gpu", "h100"]
     assert main([*given, f"model.path={models['peft']}"]) == 0
-    own = capsys.readouterr().out
+    own, _, ways = capsys.readouterr().out.partition("\nOn one GPU of ")
+    assert "all parameters" not in ways, "the model has adapters already"
     assert main([*given, f"lora.rank={RANK}"]) == 0
-    assert own.partition(":")[2] == capsys.readouterr().out.partition(":")[2]
+    assert own.partition(":")[2] == capsys.readouterr().out.partition("\nOn one GPU of ")[0].partition(":")[2]
 
 
 def test_a_run_that_lacks_nothing(doctor):

@@ -256,7 +256,8 @@ def fused_adam():
     from megatron_embed.platform import compat
     from megatron_embed.platform.compat import distrib_optimizer, megatron_optimizer
 
-    settings = ((compat, {"HAS_CUDA": True}),
+    settings = ((compat, {"HAS_CUDA": True, "_OWN_ADAM": (FusedAdam, False, True, False),
+                          "_ADAM_OF_DISTRIBUTED": FusedAdam}),
                 (megatron_optimizer, {"Adam": FusedAdam, "USING_PYTORCH_OPTIMIZER": False}),
                 (distrib_optimizer, {"Adam": FusedAdam, "HAVE_APEX_OR_TE": True, "USING_TE_OPTIMIZER": True,
                                      "USING_APEX_OPTIMIZER": False}))

@@ -1,6 +1,8 @@
 """The loss split over a replica's ranks: that of one process, and no embedding is sent twice."""
 
+import contextlib
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -54,7 +56,10 @@ def test_every_variant_is_that_of_one_process(replicas, size):
 
 def messages_of_loss(config):
     """[(collective, elements of the larger side)] of one step, over a replica's ranks and over all replicas."""
-    built, batch = build(config)
+    from megatron_embed.parallel import topology
+
+    with mock.patch.object(topology, "shared_groups", contextlib.nullcontext):  # else all are one, of these two ranks
+        built, batch = build(config)
     groups, calls = built.topology.model_parallel_groups, counted_step(built, batch)
     return {name: [(collective, size) for collective, size, used in calls if used is group]
             for name, group in (("tp_cp", groups.tp_cp), ("tp_dp_cp", groups.tp_dp_cp))}
