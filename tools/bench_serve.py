@@ -103,9 +103,13 @@ def start_server(args: argparse.Namespace, engine: str) -> tuple["subprocess.Pop
     server = subprocess.Popen(command, cwd=REPOSITORY, text=True, stderr=subprocess.PIPE,
                               env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert server.stderr is not None
-    for line in server.stderr:
-        if match := re.search(r"listening at http://[^:]+:(\d+)", line):
-            return server, int(match[1])
+    try:
+        for line in server.stderr:
+            if match := re.search(r"listening at http://[^:]+:(\d+)", line):
+                return server, int(match[1])
+    except SystemExit:
+        server.terminate()
+        raise
     sys.exit(f"{engine}: the server ended with {server.wait()}")
 
 
@@ -149,7 +153,7 @@ def serve_sentence_transformers(directory: str) -> None:
     from megatron_embed.serving.batching import Engine
     from megatron_embed.serving.guard import ServerState
     from megatron_embed.serving.models import Limits, ServedEmbedder, ServedModels
-    from megatron_embed.serving.server import Stopper, address_of, bind, serve
+    from megatron_embed.serving.server import Stopper, bind, serve
 
     logging.basicConfig(level=logging.INFO)
     stop.start()
@@ -176,7 +180,6 @@ def serve_sentence_transformers(directory: str) -> None:
     state = ServerState()
     stopper, bound = Stopper(models, state), bind("127.0.0.1", 0)
     with stop.stopping_by(stopper.ask):
-        logging.info("listening at %s", address_of(bound))
         serve(create_app(models, state=state), models, bound, state, stopper)
     os._exit(0)
 

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         from megatron_embed.serving.guard import ServerState
         from megatron_embed.serving.models import Limits
         from megatron_embed.serving.opening import Opening, open_models
-        from megatron_embed.serving.server import Stopper, address_of, bind, serve
+        from megatron_embed.serving.server import Stopper, bind, serve
 
         limits = Limits(max_texts=args.max_texts, max_bytes=args.max_mib << 20, timeout_seconds=args.timeout,
                         max_waiting_texts=args.max_waiting_texts, batch_tokens=args.batch_tokens)
@@ -85,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
         app = create_app(models, api_keys=keys, hosts=hosts, state=state, corpus=corpus)
         stopper = Stopper(models, state)
         with stop.stopping_by(stopper.ask):
-            logger.info("listening at %s", address_of(bound))
             ended = serve(app, models, bound, state, stopper)
     if not ended:  # a batch is under way, which nobody waits for
         sys.stderr.flush()

@@ -80,17 +80,19 @@ def test_budget_of_a_slow_model_shrinks(batcher, monkeypatch):
     assert sum(engine.batches[0]) == 1000 and max(map(sum, engine.batches[1:])) <= 500
 
 
-def test_abandoned_request_leaves_the_queue(batcher):
+def test_abandoned_requests_leave_the_queue(batcher):
     engine = CountingEngine()
     engine.gate.clear()
     submit(batcher, engine, [1])
     while batcher._requests:
         time.sleep(0.001)
-    abandoned, other = submit(batcher, engine, [50] * 10), submit(batcher, engine, [2])
-    abandoned.cancel()
+    before, other, behind = (submit(batcher, engine, lengths) for lengths in ([50] * 10, [2], [50] * 10))
+    before.cancel()
+    behind.cancel()
     engine.gate.set()
     assert other.result(SECONDS)[0, 0] == 2
-    assert engine.batches == [[1], [2]]
+    assert submit(batcher, engine, [3]).result(SECONDS)[0, 0] == 3
+    assert engine.batches == [[1], [2], [3]]
 
 
 def test_failing_request_fails_alone(batcher):

@@ -117,6 +117,7 @@ def test_sigterm_under_load_answers_what_was_accepted():
     for thread in threads:
         thread.start()
     while len(answers) < 200:
+        assert not errors
         time.sleep(0.01)
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)

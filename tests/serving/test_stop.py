@@ -1,5 +1,6 @@
 """A request to stop: what was accepted is answered, and the server ends."""
 
+import socket
 import subprocess
 import sys
 import threading
@@ -82,6 +83,22 @@ def test_what_cannot_be_computed_in_time_is_answered_503(monkeypatch):
     assert answers == [503] * 20 and not ended
     assert 0.4 < seconds < 15
     engine.gate.set()
+
+
+def test_client_can_connect_as_soon_as_the_address_is_logged(monkeypatch):
+    monkeypatch.setattr(server, "LISTEN_SECONDS", 0.2)
+    models, state, connected = counting_models(CountingEngine()), ServerState(), []
+    stopper, bound = server.Stopper(models, state), server.bind("127.0.0.1", 0)
+
+    def info(message, *values):
+        if message.startswith("listening at"):
+            assert values == (server.address_of(bound),)
+            with socket.create_connection(bound.getsockname(), SECONDS):
+                connected.append(True)
+            stopper.ask()
+
+    monkeypatch.setattr(server.logger, "info", info)
+    assert server.serve(create_app(models, state=state), models, bound, state, stopper) and connected
 
 
 LATE = """
