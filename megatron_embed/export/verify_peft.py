@@ -33,7 +33,8 @@ def compare_with_peft(directory: Path, base: Path, token_ids: Sequence[Sequence[
         base: its base model's directory.
         token_ids: of each text or pair.
         ours: [texts, hidden_size] mean token vectors, or [pairs] scores before the activation; of the trained model.
-        dtype: of the trained model's frozen weights, to which the base model's are rounded first.
+        dtype: of the trained model's frozen weights, to which the base model's are rounded first; without effect if
+            they were quantized.
         head: of the checkpoint; None: an embedding model.
         answers: ids of yes and no, of a yes_no head.
         token_types: of each pair; None: the model takes none.
@@ -75,6 +76,8 @@ def _load(directory: Path, base: Path, dtype: str, head: HeadKind | None, quanti
         None: embedder.from_pretrained, "yes_no": AutoModelForCausalLM.from_pretrained,
         "score": AutoModelForSequenceClassification.from_pretrained}
     options = {"num_labels": 1} if head == "score" else {}
+    if quantized is not None:
+        dtype = "float32"  # training quantizes the values of the files, and the trained model's others are read there
     model = load[head](str(base), local_files_only=True, dtype=dtype, **options).float()
     if quantized is not None:
         round_to_quantized(model, base, quantized)

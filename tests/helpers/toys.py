@@ -122,14 +122,16 @@ def save_bpe_tokenizer(path: Path) -> int:
     return len(wrapped)
 
 
-def save_reranker(path: Path, kind: str, *, tied: bool = True, dtype: torch.dtype = torch.float32) -> str:
+def save_reranker(path: Path, kind: str, *, tied: bool = True, dtype: torch.dtype = torch.float32,
+                  **settings: Any) -> str:
     """A Qwen3 of class `kind` (Qwen3ForCausalLM, ...), with random weights, norms and biases."""
     path.mkdir(parents=True, exist_ok=True)
     vocabulary = save_bpe_tokenizer(path)
     torch.manual_seed(6)
+    widths = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 48} | settings
     config = transformers.Qwen3Config(
-        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, intermediate_size=48, max_position_embeddings=512, tie_word_embeddings=tied, pad_token_id=0,
+        vocab_size=vocabulary, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, tie_word_embeddings=tied, pad_token_id=0, **widths,
         **({"num_labels": 1} if "Classification" in kind else {}))
     model = getattr(transformers, kind)(config)
     with torch.no_grad():

@@ -18,7 +18,8 @@ from tests.helpers.runs import configuration, curve, go_back, train
 from tests.helpers.toys import MAX_LENGTH, MINI_EN, layout, save_model
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2}
-EXPERTS = {"hidden_size": 64, "moe_intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+EXPERTS = {"hidden_size": 64, "moe_intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+           "head_dim": 32}
 
 
 @pytest.fixture(scope="module")
@@ -98,26 +99,24 @@ def test_twenty_losses_equal_pefts_with_bitsandbytes(model, adapter, tmp_path, k
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_twenty_losses_are_equal_in_every_layout(model, tmp_path, kind, record_property):
-    experts = save_experts(tmp_path / "moe", "qwen3_moe", **EXPERTS)
-    cases = [(model, "one", layout(), 1), (model, "tp2", layout(2), 2), (model, "tp2nosp", layout(2, sp=False), 2),
-             (model, "pp2", layout(pp=2), 2), (model, "cp2", layout(cp=2), 2),
-             (experts, "moe", layout(), 1), (experts, "ep2", layout() | {"expert_model_parallel_size": 2}, 2),
-             (experts, "etp", layout(2) | {"expert_tensor_parallel_size": 1}, 2)]
-    curves, untrained = {}, {}
-    for base in (model, experts):
-        run_on_ranks(train, 1, settings(base, tmp_path / "untrained", kind=kind, learning_rate=1e-12))
-        untrained[base] = losses(tmp_path / "untrained")
-        shutil.rmtree(tmp_path / "untrained")
-    for base, name, sizes, ranks in cases:
-        values = settings(base, tmp_path / name, kind=kind, sizes=sizes)
-        values["training"]["moe_aux_loss_coefficient"] = 0.0
-        run_on_ranks(train, ranks, values)
+@pytest.mark.parametrize("whole", ["experts", "dense"])
+def test_twenty_losses_are_equal_in_every_layout(model, tmp_path, kind, whole, record_property):
+    cases = {
+        "dense": [("tp2", layout(2)), ("tp2nosp", layout(2, sp=False)), ("pp2", layout(pp=2)), ("cp2", layout(cp=2))],
+        "experts": [("ep2", layout() | {"expert_model_parallel_size": 2}),
+                    ("etp1", layout(2) | {"expert_tensor_parallel_size": 1}),
+                    ("etp2", layout(2) | {"expert_tensor_parallel_size": 2})]}[whole]
+    base = model if whole == "dense" else save_experts(tmp_path / "moe", "qwen3_moe", **EXPERTS)
+    curves = {}
+    for name, sizes in (("untrained", layout()), (whole, layout()), *cases):
+        training = {"learning_rate": 1e-12} if name == "untrained" else {}
+        values = settings(base, tmp_path / name, kind=kind, sizes=sizes, moe_aux_loss_coefficient=0.0, **training)
+        run_on_ranks(train, 1 if name in ("untrained", whole) else 2, values)
         curves[name] = np.array(losses(tmp_path / name))
-        whole = curves["moe" if base is experts else "one"]
-        assert np.abs(whole - untrained[base]).max() > 0.01, "nothing was learned"
-        record_property(f"largest_difference_{name}", np.abs(curves[name] - whole).max())
-        np.testing.assert_allclose(curves[name], whole, rtol=0, atol=1e-5)
+    assert np.abs(curves[whole] - curves["untrained"]).max() > 0.01, "nothing was learned"
+    for name, _ in cases:
+        record_property(f"largest_difference_{name}", np.abs(curves[name] - curves[whole]).max())
+        np.testing.assert_allclose(curves[name], curves[whole], rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_two_tensor_parallel_ranks_train_what_one_does(model, tmp_path):
