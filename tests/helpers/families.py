@@ -55,7 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama, biases": ("Llama", DECODER | {"attention_bias": True, "mlp_bias": True}),
     "Mistral": ("Mistral", DECODER | {"sliding_window": None, "head_dim": 12}),
     "Mistral, window": ("Mistral", DECODER | {"sliding_window": 12}),
-    "Gemma 2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 1.5}),
+    "Gemma 2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 0.4}),
     "Gemma 2, no cap": ("Gemma2", GEMMA | {
         "attn_logit_softcapping": None, "final_logit_softcapping": None, "num_hidden_layers": 5,
         "layer_types": ["full_attention", *["sliding_attention"] * 4], "tie_word_embeddings": False}),
