@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from megatron_embed.convert.convert import hf_to_megatron, megatron_to_hf  # noqa: E402
 from tests.helpers.families import (  # noqa: E402
     BOUND,
+    CAUSAL_LM,
     DECODERS,
     FAMILIES,
     LAYOUTS,
@@ -52,7 +53,7 @@ def main() -> int:
         folder = Path(name)
         models = {family: save_family(folder / family, family) for family in FAMILIES}
         heads = {family: save_family(folder / f"{family} with a head", family,
-                                     "ForCausalLM" if family in DECODERS else "ForMaskedLM", torch.bfloat16, "30KB")
+                                     "ForCausalLM" if family in CAUSAL_LM else "ForMaskedLM", torch.bfloat16, "30KB")
                  for family in FAMILIES}
         states = {family: expected_states(directory, texts()) for family, directory in models.items()}
         whole = {family: expected_states(models[family], texts(), is_causal=False) for family in DECODERS}

@@ -21,6 +21,8 @@ SCORE_NAMES: Mapping[str, Mapping[str, str]] = {
     "bert": {"weight": "classifier.weight", "bias": "classifier.bias", "dense.weight": "bert.pooler.dense.weight",
              "dense.bias": "bert.pooler.dense.bias"},
     "roberta": _ROBERTA, "xlm-roberta": _ROBERTA,
+    "nomic_bert": {"weight": "classifier.weight", "bias": "classifier.bias",
+                   "dense.weight": "nomic_bert.pooler.dense.weight", "dense.bias": "nomic_bert.pooler.dense.bias"},
     "modernbert": {"weight": "classifier.weight", "bias": "classifier.bias", "dense.weight": "head.dense.weight",
                    "dense.bias": "head.dense.bias", "norm.weight": "head.norm.weight", "norm.bias": "head.norm.bias"}}
 """Family -> {our name: full name in *ForSequenceClassification}, biases that not every model has among them. Decoders:
@@ -31,7 +33,9 @@ _SAVED_MODULES: Mapping[str, tuple[str, ...]] = {
     "modernbert": ("classifier", "head")}
 CLASSES: Mapping[str, str] = {
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "modernbert": "ModernBert", "qwen2": "Qwen2",
-    "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral"}
+    "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral",
+    "gemma2": "Gemma2", "gemma3_text": "Gemma3Text",
+    "phi3": "Phi3", "glm": "Glm", "glm4": "Glm4", "nomic_bert": "NomicBert"}
 """Family -> beginning of the names of its Transformers classes."""
 _OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.", "decoder.")
 """Prefixes of tensors that *ForSequenceClassification does not have, except those of its own head."""
@@ -77,7 +81,7 @@ def architecture(family: str, kind: Literal["ForCausalLM", "ForSequenceClassific
     """Name of the Transformers class. Raises CheckpointError for a family without one."""
     if family not in CLASSES or (kind == "ForCausalLM" and family in SCORE_NAMES):
         raise CheckpointError(f"a {family} model has no {kind} export; use --format cross-encoder")
-    return CLASSES[family] + kind
+    return (CLASSES[family] if kind == "ForSequenceClassification" else CLASSES[family].removesuffix("Text")) + kind
 
 
 class HeadExport:

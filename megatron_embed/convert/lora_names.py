@@ -48,6 +48,9 @@ def resolve_modules(family: Family, targets: Sequence[str], key: str) -> tuple[s
     Raises:
         ConfigError: beginning with `key`: a target names no linear module, or only one of gate and up of experts.
     """
+    if family.no_adapters is not None:
+        raise ConfigError(f"{key} = {list(targets)}: a {family.name} model takes no adapters: {family.no_adapters}; "
+                          "train all of it (lora.rank = 0)", key=key)
     known = linear_rules(family)
     chosen: set[str] = set()
     for target in targets:

@@ -41,6 +41,27 @@ def qkv_rotary(mixed: Tensor, cos_sin: Tensor, q_weight: Tensor | None, k_weight
     return _QKVRotary.apply(mixed, cos_sin, q_weight, k_weight, heads, eps, fused)  # type: ignore
 
 
+def partial_rotary(mixed: Tensor, cos_sin: Tensor, heads: int, *, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`qkv_rotary` without norms, in plain operators, for the first dimensions of a head alone.
+
+    Args:
+        cos_sin: [2, tokens, rotated dimensions / 2].
+        interleaved: dimensions 2i and 2i + 1 are rotated together, not i and i + half of the rotated ones.
+    """
+    tokens, _, _, head_dim = mixed.shape
+    rotated = 2 * cos_sin.shape[-1]
+    cos, sin = cos_sin[:, :, None].unbind()
+
+    def rotate(x: Tensor) -> Tensor:
+        turned, kept = x.split((rotated, head_dim - rotated), dim=-1)
+        first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+        pairs = first * cos - second * sin, second * cos + first * sin
+        return torch.cat((torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1), kept),
+                         dim=-1)
+
+    return rotate(mixed[:, :, :-2].reshape(tokens, heads, head_dim)), rotate(mixed[:, :, -2]), mixed[:, :, -1]
+
+
 def glu(x: Tensor, activation: str, *, fused: bool) -> Tensor:
     """Gated linear unit (Shazeer 2020, arXiv:2002.05202): [..., 2 * width] -> activation(first half) * second half.
 

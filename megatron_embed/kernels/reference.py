@@ -26,9 +26,15 @@ def wide(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """[..., width] -> (weight * x / rms(x), 1 / rms(x) [...] in float32)."""
+    """[..., width] -> (weight * x / rms(x), 1 / rms(x) [...] in float32).
+
+    A weight of x's dtype multiplies what is rounded to it, as in Llama, one in float32 before that, as in Gemma.
+    """
     rstd = torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)
-    return weight * (x * rstd).to(x.dtype), rstd.squeeze(-1)
+    normalized = x * rstd
+    if weight.dtype == x.dtype:
+        return weight * normalized.to(x.dtype), rstd.squeeze(-1)
+    return (weight * normalized).to(x.dtype), rstd.squeeze(-1)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -181,6 +181,10 @@ def load_reranker_chunks(model: ModelDirectory, config: RunConfig, topology: Top
                          spec: HeadSpec) -> list[EmbeddingModel]:
     """This rank's model chunks with their weights, the head on the last one: the checkpoint's or the directory's, new
     where that has none."""
+    if spec.kind == "yes_no" and model.shape.logit_softcap is not None:
+        raise ConfigError(f"reranker.head = 'yes_no': a {model.shape.family} model bounds its logits "
+                          f"(final_logit_softcapping = {model.shape.logit_softcap:g}), and a score is the difference "
+                          "of two that are not; set it to score", key="reranker.head")
     adapted = _head_of_adapter(model, spec)  # on every rank, so that what does not fit is refused by all
     trained = None if model.checkpoint is None else open_checkpoint(model.checkpoint).info.head
     if trained is not None and trained != spec.kind:

@@ -298,9 +298,10 @@ class PackedAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         window: tuple[int, int] | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.window = window
+        self.window, self.softcap = window, softcap
         self.causal = attn_mask_type == AttnMaskType.causal
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.cp_group = pg_collection.cp if pg_collection is not None else None
@@ -326,7 +327,7 @@ class PackedAttention(MegatronModule):
         if packed.groups:
             output = self._sdpa(query, *gather_bin(key, value, group), packed, dropout)
         else:
-            assert packed.calls is not None, "the bin was prepared for another kernel"
+            assert packed.calls is not None and self.softcap is None, "the bin was prepared for another kernel"
             settings = FlashSettings(scale=self.scale, dropout=dropout, cp_group=group)
             with self._fork(dropout):
                 output = flash_attention(query, key, value, packed.calls, settings)
@@ -367,8 +368,11 @@ class PackedAttention(MegatronModule):
             q, k, v = (x.view(group.count, -1, heads, head_dim).transpose(1, 2) for x in tensors)
             mask = group.mask if packed.bias is None else _biased(packed.bias, group, q.dtype)
             with self._fork(dropout):
-                out = functional.scaled_dot_product_attention(q, k, v, mask, dropout, group.is_causal,
-                                                              scale=self.scale)
+                if self.softcap is None:
+                    out = functional.scaled_dot_product_attention(q, k, v, mask, dropout, group.is_causal,
+                                                                  scale=self.scale)
+                else:
+                    out = _capped_attention(q, k, v, group, dropout, self.scale, self.softcap)
             outputs.append(out.transpose(1, 2).reshape(group.count * group.query_length, heads * head_dim).to(dtype))
         return packed.to_queries.to_tokens(torch.cat(outputs))
 
@@ -378,3 +382,17 @@ def _biased(bias: RelativeBias, group: SegmentGroup, dtype: torch.dtype) -> Tens
     assert not group.is_causal, "a family with a bias is bidirectional"
     scores = bias.scores(group.distance()).to(dtype)
     return scores if group.mask is None else scores.masked_fill(~group.mask, -math.inf)
+
+
+def _capped_attention(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup, dropout: float, scale: float,
+                      softcap: float) -> Tensor:
+    """[segments, heads, length, head_dim] attention whose scores s become softcap * tanh(s / softcap) (Gemma 2,
+    arXiv:2408.00118). Keeps matrices of [queries, keys]."""
+    scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * (scale / softcap)) * softcap
+    mask = group.mask
+    if group.is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(functional.dropout(weights, dropout, training=dropout > 0), v)

@@ -13,7 +13,7 @@ from megatron_embed.kernels.reference import ACTIVATIONS
 from megatron_embed.models.attention import attention_window
 from megatron_embed.models.experts import GroupedExperts
 from megatron_embed.models.families import ModelShape, layers_by_stage
-from megatron_embed.models.layer import BackboneConfig, PackedSelfAttention, PreNormLayer, RMSNorm
+from megatron_embed.models.layer import BackboneConfig, PackedSelfAttention, PreNormLayer, RMSNorm, SandwichLayer
 from megatron_embed.models.quantized_linear import QuantizedColumnParallelLinear, QuantizedRowParallelLinear
 from megatron_embed.parallel.topology import uses_sequence_parallel, virtual_size
 from megatron_embed.platform.compat import (
@@ -109,6 +109,19 @@ class EncoderEmbedding(LanguageModelEmbedding):
             return self.embedding_dropout(self.layer_norm(embeddings))
 
 
+class ScaledEmbedding(LanguageModelEmbedding):
+    """Word embeddings times a factor, which is rounded to their dtype first."""
+
+    def __init__(self, *arguments: Any, scale: float, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.scale = float(torch.tensor(scale).to(self.config.params_dtype))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, tokentype_ids: Tensor | None = None) -> Tensor:
+        """[1, tokens] ids -> [tokens/tp, 1, hidden] (all tokens without sequence parallelism)."""
+        embeddings: Tensor = super().forward(input_ids, position_ids)
+        return embeddings * self.scale
+
+
 def mark_tensor_parallel(model: torch.nn.Module) -> None:
     """Set the attributes by which Megatron tells a shard from a copy.
 
@@ -199,10 +212,13 @@ def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: Training
     virtual = virtual_size(sizes)
     on_gpu = torch.cuda.is_available()
     return BackboneConfig(
-        fused_kernels=fused_kernels, norm_bias=shape.norm_bias, softmax_scale=shape.attention_scale,
+        fused_kernels=fused_kernels, norm_bias=shape.norm_bias, rotary_dim=shape.rotary_dim,
+        rotary_interleaved=shape.interleaved_rotary,
         num_layers=shape.num_layers, hidden_size=shape.hidden_size, num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups, kv_channels=shape.head_dim, ffn_hidden_size=shape.ffn_hidden_size,
-        normalization=shape.norm, layernorm_epsilon=shape.norm_eps, activation_func=ACTIVATIONS[shape.activation],
+        normalization=shape.norm, layernorm_epsilon=shape.norm_eps,
+        layernorm_zero_centered_gamma=shape.zero_centered_norm, softmax_scale=shape.attention_scale,
+        activation_func=ACTIVATIONS[shape.activation],
         gated_linear_unit=shape.gated, add_bias_linear=shape.add_bias_linear, add_qkv_bias=shape.add_qkv_bias,
         qk_layernorm=shape.qk_layernorm, init_method_std=shape.initializer_range,
         hidden_dropout=training.hidden_dropout, attention_dropout=training.attention_dropout,
@@ -289,7 +305,8 @@ def _layer_spec(shape: ModelShape, layer: int, bidirectional: bool, core_attenti
     mask = AttnMaskType.no_mask if bidirectional else AttnMaskType.causal
     is_local, has_input_norm = shape.is_local(layer), not shape.post_norm and (layer > 0 or shape.first_attention_norm)
     core = ModuleSpec(module=core_attention, params={
-        "window": attention_window(shape.sliding_window, not bidirectional) if is_local else None})
+        "window": attention_window(shape.sliding_window, not bidirectional) if is_local else None,
+        **({} if shape.attention_softcap is None else {"softcap": shape.attention_softcap})})
     attention = ModuleSpec(
         module=PackedSelfAttention, params={"attn_mask_type": mask,
                                            "rotary": int(is_local and shape.local_rotary_base is not None)},
@@ -310,9 +327,10 @@ def _layer_spec(shape: ModelShape, layer: int, bidirectional: bool, core_attenti
             activation_func=layers.activation))
         if not shape.post_norm and not fused:
             stored_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    kind = (PostNormLayer if shape.post_norm else SandwichLayer if shape.sublayer_norms else
+            PreNormLayer if norm is RMSNorm else TransformerLayer)
     return ModuleSpec(
-        module=PostNormLayer if shape.post_norm else PreNormLayer if norm is RMSNorm else TransformerLayer,
-        params={"norm": norm} if shape.post_norm else {},
+        module=kind, params={"norm": norm} if shape.post_norm or shape.sublayer_norms else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm if has_input_norm and not fused else IdentityOp, self_attention=attention,
             self_attn_bda=get_bias_dropout_add,

@@ -19,13 +19,12 @@ from megatron_embed.kernels.operators import why_no_kernels
 from megatron_embed.models.attention import (
     PackedAttention,
     PackedSequences,
-    attention_window,
     context_chunks,
-    group_segments,
 )
 from megatron_embed.models.backbone import (
     EncoderEmbedding,
     LayerClasses,
+    ScaledEmbedding,
     block_spec,
     mark_expert_copies,
     mark_tensor_parallel,
@@ -35,12 +34,12 @@ from megatron_embed.models.backbone import (
 from megatron_embed.models.dense import DenseModules
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape
-from megatron_embed.models.flash_chunks import flash_calls
 from megatron_embed.models.heads import HeadSpec, RerankerHead
 from megatron_embed.models.layer import fuse_activations
 from megatron_embed.models.layer_backend import layer_backend
 from megatron_embed.models.lora import add_adapters
 from megatron_embed.models.lora_settings import Adapters
+from megatron_embed.models.packed_bins import packed_sequences
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.relative_bias import RelativeBias
 from megatron_embed.models.rope import rotary_cos_sin, rotary_frequencies
@@ -143,8 +142,10 @@ class EmbeddingModel(LanguageModule):
         vocabulary = padded_vocabulary(self.shape.vocab_size, self.topology.tp_size)
         if self.shape.embedding_norm:
             return EncoderEmbedding(self.config, vocabulary, self.shape, tp_group=self.topology.groups.tp)
-        return LanguageModelEmbedding(self.config, vocabulary, self.shape.max_position_embeddings, "rope",
-                                      tp_group=self.topology.groups.tp)
+        arguments = (self.config, vocabulary, self.shape.max_position_embeddings, "rope")
+        if self.shape.embedding_scale is not None:
+            return ScaledEmbedding(*arguments, scale=self.shape.embedding_scale, tp_group=self.topology.groups.tp)
+        return LanguageModelEmbedding(*arguments, tp_group=self.topology.groups.tp)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Receive the previous stage's output; called by the pipeline schedule."""
@@ -217,20 +218,21 @@ def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
 
 def attention_kernel(config: RunConfig, shape: ModelShape | None = None) -> AttentionKernel:
     """The attention kernel: torch's variable-length flash kernels, its general attention (SDPA), or, if requested,
-    Transformer Engine. SDPA alone adds a bias to attention scores.
+    Transformer Engine. SDPA alone adds a bias to attention scores, or bounds them.
 
     Args:
-        shape: the model's; None: one without such a bias.
+        shape: the model's; None: one without such a bias or bound.
     Raises:
         ConfigError: flash or te is requested but cannot run here; the same on every rank with the same packages.
     """
     half, wanted = config.model.dtype != "float32", config.model.attention
-    if shape is not None and shape.relative_positions is not None:
+    special = _scores_of(shape)
+    if shape is not None and special is not None:
         if wanted in ("flash", "te"):
-            raise ConfigError(f"model.attention = {wanted!r}: its kernels take no bias of attention scores, which a "
-                              f"{shape.family} model has; use 'auto' or 'sdpa'", key="model.attention")
+            raise ConfigError(f"model.attention = {wanted!r}: its kernels take no {special} of attention scores, which "
+                              f"a {shape.family} model has; use 'auto' or 'sdpa'", key="model.attention")
         if wanted == "auto" and half and HAS_CUDA:
-            _say_once(f"model.attention = auto is sdpa: flash kernels take no bias of attention scores, which a "
+            _say_once(f"model.attention = auto is sdpa: flash kernels take no {special} of attention scores, which a "
                       f"{shape.family} model has")
         return "sdpa"
     if wanted in ("flash", "te"):
@@ -255,6 +257,13 @@ def attention_kernel(config: RunConfig, shape: ModelShape | None = None) -> Atte
         _say_once(f"model.attention = auto is sdpa: {missing}")
         return "sdpa"
     return "flash"
+
+
+def _scores_of(shape: ModelShape | None) -> str | None:
+    """What a model does with attention scores that SDPA alone can."""
+    if shape is None:
+        return None
+    return "bias" if shape.relative_positions is not None else None if shape.attention_softcap is None else "bound"
 
 
 def _refused_by_te(config: RunConfig) -> str | None:
@@ -293,6 +302,9 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     """
     dtype = DTYPES[config.model.dtype]
     fused = uses_fused_kernels(config)
+    if fused and (shape.zero_centered_norm or shape.rotary_dim is not None or shape.interleaved_rotary):
+        _say_once(f"model.fused_kernels: {'norms' if shape.zero_centered_norm else 'rotary positions'} of a "
+                  f"{shape.family} model are plain operators, and its activations are fused")
     transformer = megatron_config(shape, config.parallel, config.training, dtype, fused_kernels=fused)
     bidirectional, kernel = shape.bidirectional or config.model.bidirectional, attention_kernel(config, shape)
     if kernel == "flash":
@@ -338,7 +350,7 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
     micro_batch = micro_batch if passes is None else passes.pad(micro_batch)
     tokens, valid_rows = micro_batch.token_ids.numel(), micro_batch.valid_rows
     chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)
-    packed = _packed(micro_batch, chunks, kernel, causal, shape)
+    packed = packed_sequences(micro_batch, chunks, kernel, causal, shape)
     first_position = 0 if shape is None else shape.position_offset
     plan = local_plan(pooling_plan(micro_batch, pooling), chunks)
     padding = _select(torch.arange(tokens) >= micro_batch.num_tokens, chunks)
@@ -353,31 +365,6 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
         position_ids=_select(_positions(micro_batch, first_position), chunks)[None], num_tokens=tokens,
         packed=packed, first_position=first_position, padding=padding[None], plan=plan, valid_rows=valid_rows,
         num_rows=int(valid_rows.max()) + 1 if len(valid_rows) else 0), topology.device)
-
-
-def _packed(micro_batch: MicroBatch, chunks: tuple[tuple[int, int], ...], kernel: AttentionKernel, causal: bool,
-            shape: ModelShape | None) -> PackedSequences:
-    """The sequence bounds of a micro-batch, prepared on the CPU for the attention windows of the model's layers."""
-    window = None if shape is None else attention_window(shape.sliding_window, causal)
-    packed = _packed_for(micro_batch, chunks, kernel, causal, window)
-    if shape is None or not shape.full_attention_layers:
-        return packed
-    if window is None or packed.max_seqlen <= window[0] + 1:  # no text is longer than the window
-        return dataclasses.replace(packed, window=None, local=packed)
-    return dataclasses.replace(_packed_for(micro_batch, chunks, kernel, causal, None), local=packed)
-
-
-def _packed_for(micro_batch: MicroBatch, chunks: tuple[tuple[int, int], ...], kernel: AttentionKernel, causal: bool,
-                window: tuple[int, int] | None) -> PackedSequences:
-    """The sequence bounds, prepared for layers with this window."""
-    packed = PackedSequences(cu_seqlens=micro_batch.cu_seqlens, num_tokens=micro_batch.num_tokens,
-                             max_seqlen=int(micro_batch.cu_seqlens.diff().max()), window=window)
-    if kernel == "sdpa":
-        packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, torch.device("cpu"), window),
-                            sum(stop - start for start, stop in chunks), keys_are_local=len(chunks) == 1)
-    elif kernel == "flash":
-        packed.calls = flash_calls(micro_batch.cu_seqlens, chunks, causal, window)
-    return packed
 
 
 def _positions(micro_batch: MicroBatch, first: int) -> Tensor:

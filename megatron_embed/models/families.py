@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from megatron_embed.config.json_file import read_json_object
 from megatron_embed.errors import CheckpointError
-from megatron_embed.models.hf_config import HFConfig, activation, rope, shown
-from megatron_embed.models.local_attention_families import modernbert
+from megatron_embed.models.hf_config import HFConfig, activation, rope, rotary_dim, shown
+from megatron_embed.models.local_attention_families import gemma2, gemma3_text, modernbert
 from megatron_embed.models.model_shape import (
     ClassifierShape,
     FamilyName,
@@ -68,6 +68,8 @@ class _Defaults:
     """None: hidden_size // heads."""
     norm_eps: float = 1e-6
     rotary_base: float = 1.0e4
+    partial_rotary: float | None = None
+    """Share of a head's dimensions that is rotated; None: all, and config.json must not say otherwise."""
 
 
 def _decoder(config: HFConfig, family: FamilyName, defaults: _Defaults, *,
@@ -84,19 +86,21 @@ def _decoder(config: HFConfig, family: FamilyName, defaults: _Defaults, *,
         raise CheckpointError(f"{config.file}: layer_types = {shown(sorted(layer_types))} is not supported; "
                               "all layers must have the same attention, over whole sequences or one sliding_window")
     heads = config["num_attention_heads"]
-    base, scaling = rope(config, defaults.rotary_base)
+    partial = defaults.partial_rotary
+    base, scaling = rope(config, defaults.rotary_base, partial=partial is not None)
+    head_dim = config.get("head_dim", defaults.head_dim or config["hidden_size"] // heads)
     return ModelShape(
         family=family, hidden_size=config["hidden_size"], num_layers=config["num_hidden_layers"],
         num_attention_heads=heads,
         num_query_groups=config.get(
             "num_key_value_heads",
             heads if "num_key_value_heads" in config.values else defaults.key_value_heads or heads),
-        head_dim=config.get("head_dim", defaults.head_dim or config["hidden_size"] // heads),
-        ffn_hidden_size=config[ffn], vocab_size=config["vocab_size"],
+        head_dim=head_dim, ffn_hidden_size=config[ffn], vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"], norm="RMSNorm",
         norm_eps=config.get("rms_norm_eps", defaults.norm_eps), activation=activation(config, "silu"), gated=True,
         add_bias_linear=bias == "all", add_qkv_bias=bias != "none", qk_layernorm=qk_layernorm, post_norm=False,
         bidirectional=config.get("is_causal", True) is False, rotary_base=base, rope_scaling=scaling,
+        rotary_dim=None if partial is None else rotary_dim(config, head_dim, partial),
         sliding_window=sliding_window, type_vocab_size=0,
         tie_word_embeddings=config.get("tie_word_embeddings", False),
         initializer_range=config.get("initializer_range", 0.02))
@@ -163,11 +167,42 @@ def _mixtral(config: HFConfig) -> ModelShape:
     return _with_experts(config, shape, normalize=True)
 
 
+def _phi3(config: HFConfig) -> ModelShape:
+    """Phi-3 and Phi-4 without a scaled rope."""
+    return _decoder(config, "phi3", _Defaults(norm_eps=1e-5, partial_rotary=1.0),
+                    sliding_window=config.get("sliding_window", None))
+
+
+def _glm(family: Literal["glm", "glm4"]) -> Callable[[HFConfig], ModelShape]:
+    """Reader of GLM-4 (glm) and GLM-4-0414 (glm4), which also has norms after attention and MLP."""
+
+    def read(config: HFConfig) -> ModelShape:
+        shape = _decoder(config, family, _Defaults(key_value_heads=2, head_dim=128, norm_eps=1.5625e-7,
+                                                   partial_rotary=0.5),
+                         bias="qkv" if config.get("attention_bias", True) else "none")
+        return dataclasses.replace(shape, interleaved_rotary=True, sublayer_norms=family == "glm4")
+
+    return read
+
+
+def _nomic_bert(config: HFConfig) -> ModelShape:
+    """NomicBERT (Nussbaum et al. 2024, arXiv:2402.01613): BERT's order of norms, with rotary positions, SwiGLU and no
+    biases of linear layers."""
+    base, scaling = rope(config, 1000.0)
+    shape = _encoder(config, "nomic_bert")
+    return dataclasses.replace(
+        shape, head_dim=config.get("head_dim", shape.head_dim), rotary_base=base, rope_scaling=scaling, gated=True,
+        activation=activation(config, "silu"), add_bias_linear=False, add_qkv_bias=False,
+        tie_word_embeddings=config.get("tie_word_embeddings", True))
+
+
 FAMILIES: dict[str, Callable[[HFConfig], ModelShape]] = {
     "bert": _bert, "roberta": _roberta_like("roberta"), "xlm-roberta": _roberta_like("xlm-roberta"),
     "modernbert": modernbert, "qwen2": _qwen2,
     "qwen3": _qwen3, "qwen3_moe": _qwen3_moe, "llama": _llama, "mistral": _mistral, "mixtral": _mixtral,
-    "t5": t5}
+    "t5": t5,
+    "gemma2": gemma2, "gemma3_text": gemma3_text,
+    "phi3": _phi3, "glm": _glm("glm"), "glm4": _glm("glm4"), "nomic_bert": _nomic_bert}
 """Reader of each `model_type` of config.json."""
 
 
@@ -180,6 +215,17 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     return read_json_object(file)
 
 
+def _is_gte_qwen2(values: dict[str, Any]) -> bool:
+    """Whether the code that auto_map names is gte-Qwen2's: Qwen2's, with attention to the whole text, as `is_causal`
+    must say. Qwen2 is computed, and Transformers loads its own class too."""
+    code = values["auto_map"]
+    return (values.get("model_type") == "qwen2" and values.get("is_causal") is False and isinstance(code, dict)
+            and all(name in _GTE_QWEN2_CODE for name in code.values()))
+
+
+_GTE_QWEN2_CODE = tuple(f"modeling_qwen.Qwen2{kind}" for kind in ("Model", "ForCausalLM", "ForSequenceClassification"))
+
+
 def model_shape(directory: str | Path) -> ModelShape:
     """Shape of the model in a Hugging Face directory.
 
@@ -189,7 +235,7 @@ def model_shape(directory: str | Path) -> ModelShape:
     values = read_hf_config(directory)
     file = str(Path(directory) / "config.json")
     kind = values.get("model_type")
-    if values.get("auto_map"):
+    if values.get("auto_map") and not _is_gte_qwen2(values):
         raise CheckpointError(f"{file}: auto_map asks for code that comes with the model (trust_remote_code), which is "
                               f"never run; use a release of one of these families: {', '.join(FAMILIES)}")
     if not isinstance(kind, str) or kind not in FAMILIES:

@@ -10,7 +10,7 @@ LARGEST: dict[str, int] = {
     "hidden_size": 2**20, "num_hidden_layers": 2**12, "num_attention_heads": 2**16, "num_key_value_heads": 2**16,
     "head_dim": 2**16, "intermediate_size": 2**24, "moe_intermediate_size": 2**24, "vocab_size": 2**26,
     "max_position_embeddings": 2**31, "original_max_position_embeddings": 2**31, "sliding_window": 2**31,
-    "local_attention": 2**31, "global_attn_every_n_layers": 2**12,
+    "local_attention": 2**31, "global_attn_every_n_layers": 2**12, "sliding_window_pattern": 2**12,
     "d_model": 2**20, "num_layers": 2**12, "num_heads": 2**16, "d_kv": 2**16, "d_ff": 2**24, "n_positions": 2**31,
     "relative_attention_num_buckets": 2**16, "relative_attention_max_distance": 2**31,
     "num_experts": 2**16, "num_local_experts": 2**16, "num_experts_per_tok": 2**16, "type_vocab_size": 2**16,
@@ -18,9 +18,11 @@ LARGEST: dict[str, int] = {
 """Upper bounds of integers in config.json: far above every model, and low enough that no check takes long."""
 _MAY_BE_ZERO = ("type_vocab_size", "pad_token_id")
 _FINITE = ("layer_norm_eps", "rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "global_rope_theta",
-           "local_rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-           "layer_norm_epsilon", "initializer_factor")
-_BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob", "norm_bias", "classifier_bias")
+           "local_rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping",
+           "final_logit_softcapping", "layer_norm_epsilon", "initializer_factor", "factor", "low_freq_factor",
+           "high_freq_factor")
+_BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob", "norm_bias", "classifier_bias",
+             "use_bidirectional_attention")
 
 
 def _check_value(key: str, value: object, file: str) -> None:
@@ -87,11 +89,24 @@ def activation(config: HFConfig, default: str, key: str = "hidden_act") -> Hidde
     return ACTIVATIONS[name]
 
 
-def rope(config: HFConfig, default: float) -> tuple[float, RopeScaling | None]:
+def rope(config: HFConfig, default: float, *, partial: bool = False) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling from either spelling: `rope_theta` and `rope_scaling`, or Transformers 5's
-    `rope_parameters`."""
+    `rope_parameters`. `partial`: only some dimensions of a head may be rotated, see `rotary_dim`."""
     parameters = config.get("rope_scaling", {}) or config.get("rope_parameters", {})
-    return _rotary(config, parameters, config.get("rope_theta", default))
+    return _rotary(config, parameters, config.get("rope_theta", default), partial=partial)
+
+
+def rotary_dim(config: HFConfig, head_dim: int, default: float) -> int | None:
+    """Rotated dimensions of a head, by `partial_rotary_factor` or its default; None: all."""
+    parameters = config.get("rope_scaling", {}) or config.get("rope_parameters", {})
+    _check_object(config, parameters)
+    factor = parameters.get("partial_rotary_factor")
+    factor = config.get("partial_rotary_factor", default) if factor is None else factor
+    rotated = int(head_dim * factor) if type(factor) in (int, float) and 0 < factor <= 1 else 0
+    if rotated < 2 or rotated % 2:
+        raise CheckpointError(f"{config.file}: partial_rotary_factor = {shown(factor)} must rotate an even number of "
+                              f"the {head_dim} dimensions of a head; fetch the file again")
+    return None if rotated == head_dim else rotated
 
 
 def layer_rope(config: HFConfig, layer_type: Literal["full_attention", "sliding_attention"], base: float, *,
@@ -117,7 +132,8 @@ def _check_object(config: HFConfig, parameters: object) -> None:
                               "again")
 
 
-def _rotary(config: HFConfig, parameters: Any, default: float) -> tuple[float, RopeScaling | None]:
+def _rotary(config: HFConfig, parameters: Any, default: float, *,
+            partial: bool = False) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling from one object of parameters; `default`: the base, if it has none."""
     _check_object(config, parameters)
     kind = parameters.get("rope_type", parameters.get("type")) or "default"
@@ -125,9 +141,9 @@ def _rotary(config: HFConfig, parameters: Any, default: float) -> tuple[float, R
         if parameters.get(key) is not None:
             _check_value(key, parameters[key], config.file)
     base = float(parameters.get("rope_theta", default))
-    for partial in (parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor", None)):
-        if partial not in (None, 1):
-            raise CheckpointError(f"{config.file}: partial_rotary_factor = {shown(partial)} is not supported; "
+    for factor in (parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor", None)):
+        if not partial and factor not in (None, 1):
+            raise CheckpointError(f"{config.file}: partial_rotary_factor = {shown(factor)} is not supported; "
                                   f"a {config['model_type']} model rotates all dimensions of a head")
     if kind == "default":
         return base, None

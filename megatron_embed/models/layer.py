@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_embed.kernels.functions import bias_activation, glu, qkv_rotary, rms_norm, rms_norm_of_sum
+from megatron_embed.kernels.functions import bias_activation, glu, partial_rotary, qkv_rotary, rms_norm, rms_norm_of_sum
 from megatron_embed.kernels.reference import ACTIVATIONS
 from megatron_embed.platform.compat import MLP, SelfAttention, TransformerConfig, TransformerLayer
 
@@ -20,6 +20,8 @@ class BackboneConfig(TransformerConfig):
     """Element-wise work by Triton kernels, see `model.fused_kernels`."""
     norm_bias: bool = True
     """Whether a LayerNorm has a bias."""
+    rotary_dim: int | None = None
+    """See ModelShape."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -32,17 +34,25 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: BackboneConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.eps, self.fused = eps, config.fused_kernels
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.eps, self.fused = eps, config.fused_kernels and not self.zero_centered
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, residual: Tensor | None = None, *,
                 with_sum: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x, or with `with_sum` (the next residual: residual + x, or x; its norm), see
-        `kernels.functions.rms_norm_of_sum`."""
+        """The norm of x, times 1 + weight if it is zero-centered, or with `with_sum` (the next residual: residual + x,
+        or x; its norm), see `kernels.functions.rms_norm_of_sum`."""
+        weight = one_centered(self.weight) if self.zero_centered else self.weight
         if with_sum:
-            return rms_norm_of_sum(x, residual, self.weight, self.eps, fused=self.fused)
-        return rms_norm(x, self.weight, self.eps, fused=self.fused)
+            return rms_norm_of_sum(x, residual, weight, self.eps, fused=self.fused)
+        return rms_norm(x, weight, self.eps, fused=self.fused)
+
+
+def one_centered(weight: Tensor) -> Tensor:
+    """1 + weight in float32 or wider, by which a zero-centered norm multiplies before it rounds. The fused kernels
+    round before they multiply, and are not used."""
+    return 1.0 + (weight.float() if weight.dtype in (torch.bfloat16, torch.float16) else weight)
 
 
 def call_before_forward(module: torch.nn.Module, inputs: Tensor) -> None:
@@ -76,6 +86,29 @@ class PreNormLayer(TransformerLayer):
         return add(output, residual, self.hidden_dropout), None
 
 
+class SandwichLayer(TransformerLayer):
+    """x + norm(sublayer(norm(x))) twice. Gemma 2 and 3, GLM-4."""
+
+    def __init__(self, config: BackboneConfig, submodules: Any, *arguments: Any, norm: type[torch.nn.Module],
+                 **others: Any) -> None:
+        super().__init__(config, submodules, *arguments, **others)
+        self.post_attention_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_mlp_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Tensor | None = None,
+                packed_seq_params: Any = None, **unused: Any) -> tuple[Tensor, None]:
+        """[tokens/tp, 1, hidden] -> ([tokens/tp, 1, hidden], None)."""
+        attended, bias = self.self_attention(self.input_layernorm(hidden_states), attention_mask=attention_mask,
+                                             rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params)
+        assert bias is None, "no family has biases there"
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        hidden = add((self.post_attention_layernorm(attended), None), hidden_states, self.hidden_dropout)
+        output, bias = self.mlp(self.pre_mlp_layernorm(hidden))
+        assert bias is None, "no family has biases there"
+        add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+        return add((self.post_mlp_layernorm(output), None), hidden, self.hidden_dropout), None
+
+
 class PackedSelfAttention(SelfAttention):
     """Megatron's self-attention over packed sequences, with query and key norms and rotary positions in one kernel."""
 
@@ -90,26 +123,34 @@ class PackedSelfAttention(SelfAttention):
         """[tokens/tp, 1, hidden] -> (the same shape, bias that is not added yet).
 
         Args:
-            rotary_pos_emb: [1 or 2, 2, tokens, head_dim / 2], see `rope.rotary_cos_sin`; None: learned positions.
+            rotary_pos_emb: [1 or 2, 2, tokens, rotary_dim / 2], see `rope.rotary_cos_sin`; None: learned positions.
         """
         if rotary_pos_emb is None:
             return super().forward(  # type: ignore[no-any-return]
                 hidden_states, attention_mask, packed_seq_params=packed_seq_params, **others)
         mixed, _ = self.linear_qkv(hidden_states)
         groups, head_dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        q_norm, k_norm = self.q_layernorm, self.k_layernorm
-        for norm in (q_norm, k_norm):
-            if norm is not None:
-                call_before_forward(norm, mixed)
-        query, key, value = (tensor[:, None] for tensor in qkv_rotary(
-            mixed.view(mixed.shape[0], groups, -1, head_dim), rotary_pos_emb[self.rotary],
-            None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
-            self.num_attention_heads_per_partition, self.config.layernorm_epsilon, fused=self.config.fused_kernels))
+        query, key, value = (tensor[:, None] for tensor in self._rotated(
+            mixed.view(mixed.shape[0], groups, -1, head_dim), rotary_pos_emb[self.rotary]))
         attend = (self._checkpointed_attention_forward if self.checkpoint_core_attention and self.training
                   else self.core_attention)
         return self.linear_proj(attend(  # type: ignore[no-any-return]
             query, key, value, attention_mask, attn_mask_type=self.attn_mask_type,
             packed_seq_params=packed_seq_params))
+
+    def _rotated(self, mixed: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a projection, see `kernels.functions.qkv_rotary`."""
+        heads, config = self.num_attention_heads_per_partition, self.config
+        if config.rotary_dim is not None or config.rotary_interleaved:
+            return partial_rotary(mixed, cos_sin, heads, interleaved=config.rotary_interleaved)
+        weights, fused = [], config.fused_kernels
+        for norm in (self.q_layernorm, self.k_layernorm):
+            if norm is not None:
+                call_before_forward(norm, mixed)
+                fused = fused and not config.layernorm_zero_centered_gamma
+            weights.append(None if norm is None else one_centered(norm.weight) if config.layernorm_zero_centered_gamma
+                           else norm.weight)
+        return qkv_rotary(mixed, cos_sin, *weights, heads, config.layernorm_epsilon, fused=fused)
 
 
 class FeedForward(MLP):

@@ -10,7 +10,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.names import Pooling
 
 FamilyName = Literal["bert", "roberta", "xlm-roberta", "modernbert", "qwen2", "qwen3", "qwen3_moe", "llama", "mistral",
-                     "mixtral", "t5", "t5-gated"]
+                     "mixtral", "t5", "t5-gated", "gemma2", "gemma3_text", "phi3", "glm", "glm4", "nomic_bert"]
 HiddenActivation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 
@@ -71,10 +71,22 @@ class ModelShape:
     norm_eps: float
     norm_bias: bool = True
     """Whether a LayerNorm has a bias."""
+    zero_centered_norm: bool = False
+    """Norms multiply by 1 + weight."""
+    sublayer_norms: bool = False
+    """Norms follow attention and MLP before the residual is added, besides those before them."""
     embedding_norm: bool = False
     """A LayerNorm follows the sum of the embeddings."""
     first_attention_norm: bool = True
     """Whether the first layer has a norm before its attention."""
+    embedding_scale: float | None = None
+    """Factor of the word embeddings, rounded to their dtype; None: 1."""
+    attention_scale: float | None = None
+    """Factor of the products of queries and keys; None: 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Bound c of these products, which become c * tanh(product / c); None: none."""
+    logit_softcap: float | None = None
+    """The same of the logits of a language-model head."""
     activation: HiddenActivation
     gated: bool
     """The MLP multiplies a gate into the activation (SwiGLU); fc1 holds [gate; up]."""
@@ -88,8 +100,10 @@ class ModelShape:
     """None: learned absolute positions, unless there are `relative_positions`."""
     relative_positions: RelativePositions | None = None
     """A bias of the attention scores in place of positions of tokens."""
-    attention_scale: float | None = None
-    """Factor of the attention scores; None: 1 / sqrt(head_dim)."""
+    rotary_dim: int | None = None
+    """Dimensions of a head, the first ones, that are rotated; None: all."""
+    interleaved_rotary: bool = False
+    """Dimensions 2i and 2i + 1 are rotated together, not i and i + half."""
     rope_scaling: RopeScaling | None = None
     local_rotary_base: float | None = None
     """Rotary base of the layers with an attention window; None: that of all layers."""

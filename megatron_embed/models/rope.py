@@ -9,20 +9,21 @@ from megatron_embed.models.families import ModelShape, RopeScaling
 
 
 def rotary_frequencies(shape: ModelShape) -> Tensor:
-    """[1, head_dim / 2] float32 on the CPU, radians per position, by the arithmetic of Transformers; [2, head_dim / 2]
-    if the layers with an attention window, whose frequencies are the second row, have a base of their own.
+    """[1, rotary_dim / 2] float32 on the CPU, radians per position, by the arithmetic of Transformers; 2 rows if the
+    layers with an attention window, whose frequencies are the second row, have a base of their own.
 
     Megatron's own module has Llama's scaling for one set of wavelengths only, and no linear scaling.
     """
     assert shape.rotary_base is not None, "the model has learned positions"
-    rows = [_frequencies(shape.head_dim, shape.rotary_base, shape.rope_scaling)]
+    dim = shape.rotary_dim or shape.head_dim
+    rows = [_frequencies(dim, shape.rotary_base, shape.rope_scaling)]
     if shape.local_rotary_base is not None:
-        rows.append(_frequencies(shape.head_dim, shape.local_rotary_base, shape.local_rope_scaling))
+        rows.append(_frequencies(dim, shape.local_rotary_base, shape.local_rope_scaling))
     return torch.stack(rows)
 
 
-def _frequencies(head_dim: int, base: float, scaling: RopeScaling | None) -> Tensor:
-    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+def _frequencies(rotary_dim: int, base: float, scaling: RopeScaling | None) -> Tensor:
+    steps = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim
     frequencies = 1.0 / base**steps
     if scaling is None:
         return frequencies
@@ -42,10 +43,10 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotary_cos_sin(frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """[rows, 2, tokens, head_dim / 2] of `dtype`: cosines and sines of the angles, computed in float32.
+    """[rows, 2, tokens, rotary_dim / 2] of `dtype`: cosines and sines of the angles, computed in float32.
 
     Args:
-        frequencies: [rows, head_dim / 2], see `rotary_frequencies`.
+        frequencies: [rows, rotary_dim / 2], see `rotary_frequencies`.
         position_ids: [1, tokens], on the same device.
     """
     angles = position_ids.flatten().float()[:, None] * frequencies[:, None]

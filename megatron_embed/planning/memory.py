@@ -164,7 +164,9 @@ def layer_activation_bytes(config: RunConfig, shape: ModelShape, adapted: Adapte
         mlp = chosen * element * ((widths + 1) * shape.ffn_hidden_size + copies * hidden) + 12 * shape.num_experts
     else:
         mlp = element * widths * shape.ffn_hidden_size
-    kept = (2 * norm * hidden + attention + mlp) / tp
+    # Norms after attention and MLP keep their inputs; nothing keeps their results.
+    norms = 2 * norm + (2 * element if shape.sublayer_norms else 0)
+    kept = (norms * hidden + attention + mlp) / tp
     for name, modules in (adapted or {}).items():
         copies = shape.experts_per_token / config.parallel.expert_tensor_parallel_size if ".experts." in name else 1
         kept += copies * element * config.lora.rank * len({module for module in modules if module is not None})

@@ -44,7 +44,8 @@ def layer_parameters(shape: ModelShape, sizes: ParallelConfig) -> Parameters:
     """Parameters of one layer on one rank, including those that tensor parallelism does not split (norms, routers)."""
     tp, hidden = sizes.tensor_model_parallel_size, shape.hidden_size
     query, key = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
-    dense = hidden * (query + 2 * key) // tp + query // tp * hidden + 2 * norm_parameters(shape, hidden)
+    dense = hidden * (query + 2 * key) // tp + query // tp * hidden \
+        + (4 if shape.sublayer_norms else 2) * norm_parameters(shape, hidden)
     if shape.add_qkv_bias or shape.add_bias_linear:
         dense += (query + 2 * key) // tp
     if shape.add_bias_linear:

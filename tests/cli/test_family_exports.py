@@ -1,6 +1,7 @@
 """Families from their Hugging Face directory to the stock libraries: exported, with adapters, as rerankers."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.helpers.exactness_cases import SLOW_KINDS
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command, settings
 from tests.helpers.reranker_runs import run_settings
+from tests.helpers.tensor_files import edit_config
 
 
 def call(*arguments, ranks=1):
@@ -51,7 +53,18 @@ def test_an_export_gives_the_same_vectors_in_sentence_transformers(models, kind,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SLOW_KINDS)
+def test_an_export_of_gte_qwen2_gives_the_same_vectors_without_its_code(models, tmp_path):
+    """Its tokens attend to the whole text; Sentence Transformers loads Transformers' own class."""
+    shutil.copytree(models("qwen2"), tmp_path / "gte")
+    edit_config(tmp_path / "gte", is_causal=False, auto_map={"AutoModel": "modeling_qwen.Qwen2Model"})
+    hf_to_megatron(tmp_path / "gte", tmp_path / "megatron")
+    *comparisons, _ = call("convert", "megatron-to-hf", tmp_path / "megatron", tmp_path / "export", "--format",
+                           "sentence-transformers")
+    assert_same_vectors("Sentence Transformers", comparisons)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in SLOW_KINDS if kind != "nomic_bert"])
 def test_adapters_are_trained_exported_and_read_again(models, kind, tmp_path):
     """Tensor-parallel training; PEFT loads the adapter and gives the same vectors; a run begins with it."""
     values = settings(str(models(kind)), tmp_path / "run")

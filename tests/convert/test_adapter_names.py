@@ -28,6 +28,7 @@ def test_targets_are_ends_of_names():
     ("qwen3", "proj", r"k = \['proj'\]: 'proj' names no linear layer of a qwen3 model; known: down_proj, .*all-linear"),
     ("qwen3", "q_norm", "names no linear layer"), ("bert", "q_proj", "known: dense, key, query, value, all-linear"),
     ("bert", "pooler.dense", "names no linear layer"),
+    ("nomic_bert", "all-linear", "a nomic_bert model takes no adapters: Transformers' class"),
     ("qwen3_moe", "gate_proj", "cannot load adapters without up_proj; add it")])
 def test_targets_that_match_no_layer_are_refused(family, target, words):
     with pytest.raises(ConfigError, match=words):

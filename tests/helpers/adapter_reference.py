@@ -21,9 +21,15 @@ _DECODER = {"layers.{}.self_attn.q_proj": "hq", "layers.{}.self_attn.k_proj": "h
             "layers.{}.mlp.down_proj": "fh"}
 _MODERNBERT = {"layers.{}.attn.Wqkv": "hm", "layers.{}.attn.Wo": "hh", "layers.{}.mlp.Wi": "hg",
                "layers.{}.mlp.Wo": "fh"}
+_PHI3 = {"layers.{}.self_attn.qkv_proj": "hm", "layers.{}.self_attn.o_proj": "qh", "layers.{}.mlp.gate_up_proj": "hg",
+         "layers.{}.mlp.down_proj": "fh"}
+_GLM4 = {name: sizes for name, sizes in {**_DECODER, **_PHI3}.items()
+         if not name.endswith(("qkv_proj", "gate_proj", "up_proj")) or "gate_up" in name}
 TARGETS = {
+    "phi3": _PHI3, "glm4": _GLM4,
     "modernbert": _MODERNBERT,
     "bert": _ENCODER, "xlm-roberta": _ENCODER, "qwen3": _DECODER, "qwen2": _DECODER, "llama": _DECODER,
+    "gemma2": _DECODER, "gemma3_text": _DECODER,
     "qwen3_moe": {"layers.{}.self_attn.k_proj": "hk", "layers.{}.self_attn.o_proj": "qh",
                   **{f"layers.{{}}.mlp.experts.{expert}.{name}": sizes for expert in range(4)
                      for name, sizes in (("gate_proj", "he"), ("up_proj", "he"), ("down_proj", "eh"))}},
@@ -34,9 +40,12 @@ TARGETS = {
 with keys and values ("m"), gate with up ("g")."""
 _ENCODER_TARGETS = ["query", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 _DECODER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PEFT_TARGETS = {"modernbert": ["Wqkv", "Wo", "Wi"],
+PEFT_TARGETS = {"phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+                "glm4": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+                "modernbert": ["Wqkv", "Wo", "Wi"],
                 "bert": _ENCODER_TARGETS, "xlm-roberta": _ENCODER_TARGETS, "qwen3": _DECODER_TARGETS,
                 "qwen2": _DECODER_TARGETS, "llama": _DECODER_TARGETS,
+                "gemma2": _DECODER_TARGETS, "gemma3_text": _DECODER_TARGETS,
                 "qwen3_moe": ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
                 "mixtral": ["q_proj", "v_proj", "w1", "w2", "w3"]}
 _OF_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

@@ -59,7 +59,17 @@ _MODELS: dict[Kind, tuple[str, str, dict[str, Any]]] = {
         "max_position_embeddings": 2048, "local_attention": 10, **SMALL_IDS}),
     "t5": ("T5Config", "T5EncoderModel", {
         "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 8, "num_layers": 4, "feed_forward_proj": "gated-gelu",
-        "relative_attention_num_buckets": 12, "relative_attention_max_distance": 30, "dropout_rate": 0.0})}
+        "relative_attention_num_buckets": 12, "relative_attention_max_distance": 30, "dropout_rate": 0.0}),
+    "gemma2": ("Gemma2Config", "Gemma2Model", {**_DECODER, "sliding_window": 8, "query_pre_attn_scalar": 12,
+                                               "attn_logit_softcapping": 2.0}),
+    "gemma3_text": ("Gemma3TextConfig", "Gemma3TextModel", {
+        **_DECODER, "sliding_window": 12, "sliding_window_pattern": 2, "use_bidirectional_attention": True}),
+    "phi3": ("Phi3Config", "Phi3Model", {
+        **{key: value for key, value in _DECODER.items() if key != "head_dim"}, **SMALL_IDS, "sliding_window": 8}),
+    "glm4": ("Glm4Config", "Glm4Model", {**_DECODER, **SMALL_IDS}),
+    "nomic_bert": ("NomicBertConfig", "NomicBertModel", {
+        "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 48,
+        "max_position_embeddings": 2048})}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,17 +22,18 @@ LOSS_BOUND = 2e-6
 NUM_NEGATIVES = 3
 AUX_COEFFICIENT = 0.1
 Kind = Literal["qwen3", "bert", "qwen3_moe", "xlm-roberta", "qwen2", "llama", "mistral", "mixtral", "modernbert",
-               "t5"]
+               "t5", "gemma2", "gemma3_text", "phi3", "glm4", "nomic_bert"]
 KINDS: tuple[Kind, ...] = ("qwen3", "bert", "qwen3_moe")
 """Models of the matrix."""
 OTHER_KINDS: tuple[Kind, ...] = ("xlm-roberta", "qwen2", "llama", "mistral", "mixtral")
 """Models with other features: positions behind the padding id, biases, rope scaling, an attention window."""
-SLOW_KINDS: tuple[Kind, ...] = ("modernbert", "t5")
+SLOW_KINDS: tuple[Kind, ...] = ("modernbert", "t5", "gemma2", "gemma3_text", "phi3", "glm4", "nomic_bert")
 """Models whose gradients the slow tests compare under most layouts."""
 RECOMPUTE: tuple[Literal["selective", "full"], ...] = ("selective", "full")
 POOLINGS: dict[Kind, Pooling] = {
     "qwen3": "lasttoken", "bert": "cls", "qwen3_moe": "mean", "xlm-roberta": "mean", "qwen2": "mean",
-    "llama": "lasttoken", "mistral": "lasttoken", "mixtral": "mean", "modernbert": "mean", "t5": "mean"}
+    "llama": "lasttoken", "mistral": "lasttoken", "mixtral": "mean", "modernbert": "mean", "t5": "mean",
+    "gemma2": "lasttoken", "gemma3_text": "mean", "phi3": "lasttoken", "glm4": "lasttoken", "nomic_bert": "mean"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ MODERNBERT = {"vocab_size": 103, "hidden_size": 32, "num_hidden_layers": 5, "num
 
 T5 = {"vocab_size": 103, "d_model": 32, "d_kv": 12, "num_heads": 4, "num_layers": 4, "d_ff": 48, "dropout_rate": 0.0,
       "relative_attention_num_buckets": 12, "relative_attention_max_distance": 30}
+GEMMA = DECODER | {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 10}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "BERT": ("Bert", ENCODER),
@@ -54,16 +55,36 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama, biases": ("Llama", DECODER | {"attention_bias": True, "mlp_bias": True}),
     "Mistral": ("Mistral", DECODER | {"sliding_window": None, "head_dim": 12}),
     "Mistral, window": ("Mistral", DECODER | {"sliding_window": 12}),
+    "Gemma 2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 0.4}),
+    "Gemma 2, no cap": ("Gemma2", GEMMA | {
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "num_hidden_layers": 5,
+        "layer_types": ["full_attention", *["sliding_attention"] * 4], "tie_word_embeddings": False}),
+    "Gemma 3": ("Gemma3Text", GEMMA | {"num_hidden_layers": 5, "sliding_window_pattern": 3, "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1.0e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}}),
+    "EmbeddingGemma": ("Gemma3Text", GEMMA | {"sliding_window_pattern": 2, "use_bidirectional_attention": True,
+                                              "sliding_window": 14}),
+    "Phi-3": ("Phi3", DECODER | SMALL_IDS | {"num_key_value_heads": 4, "sliding_window": 12}),
+    "Phi-4-mini's rope": ("Phi3", DECODER | SMALL_IDS | {"hidden_size": 64, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1.0e4, "partial_rotary_factor": 0.75}}),
+    "GLM-4": ("Glm", DECODER | SMALL_IDS | {"head_dim": 8}),
+    "GLM-4-0414": ("Glm4", DECODER | SMALL_IDS | {"head_dim": 16, "num_hidden_layers": 5, "attention_bias": False}),
+    "NomicBERT": ("NomicBert", ENCODER),
     "Mixtral": ("Mixtral", DECODER | EXPERTS | {"num_local_experts": 4, "num_hidden_layers": 5}),
     "T5": ("T5", T5 | {"num_layers": 5}),
     "T5 1.1": ("T5", T5 | {"feed_forward_proj": "gated-gelu"}),
 }
 """Family -> prefix of Transformers' classes, settings. The vocabulary is odd, some numbers of layers too."""
 WITH_EXPERTS = ("Qwen3-MoE", "Mixtral")
-SLOW_GRID = ("ModernBERT", "ModernBERT, biases of norms", "T5", "T5 1.1")
+SLOW_GRID = ("ModernBERT", "ModernBERT, biases of norms", "T5", "T5 1.1", "Gemma 2", "Gemma 2, no cap", "Gemma 3",
+             "EmbeddingGemma", "Phi-3", "Phi-4-mini's rope", "GLM-4", "GLM-4-0414", "NomicBERT")
 """Compared on one rank by default, under all layouts by the slow tests."""
-DECODERS = tuple(name for name in FAMILIES if "BERT" not in name and "T5" not in name)
-CLASSES = {"T5Model": "T5EncoderModel", "T5ForMaskedLM": "T5ForConditionalGeneration"}
+CAUSAL_LM = tuple(name for name in FAMILIES if "BERT" not in name and "T5" not in name)
+"""Families with a language-model head."""
+DECODERS = tuple(name for name in CAUSAL_LM if name != "EmbeddingGemma")
+"""Those that are causal by themselves."""
+CLASSES = {"T5Model": "T5EncoderModel", "T5ForMaskedLM": "T5ForConditionalGeneration",
+           "Gemma3TextForCausalLM": "Gemma3ForCausalLM"}
 """Of a family whose classes have other names."""
 LAYOUTS: dict[str, dict[str, int]] = {
     "1 rank": {}, "TP2": {"tensor_model_parallel_size": 2}, "PP2": {"pipeline_model_parallel_size": 2},

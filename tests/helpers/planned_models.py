@@ -13,6 +13,7 @@ MOE = QWEN3 | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok
 MODERNBERT = {"model_type": "modernbert", "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4,
               "intermediate_size": 48, "max_position_embeddings": 64, "vocab_size": 103, "norm_bias": True,
               "pad_token_id": 0}
+GEMMA3 = QWEN3 | {"model_type": "gemma3_text", "num_hidden_layers": 5}
 
 T5 = {"model_type": "t5", "vocab_size": 103, "d_model": 32, "d_kv": 12, "num_heads": 4, "num_layers": 4, "d_ff": 48,
       "relative_attention_num_buckets": 12, "feed_forward_proj": "gated-gelu"}

@@ -61,6 +61,10 @@ BASES = {"Bert": _SMALL_BERT, "Roberta": _SMALL_BERT, "XLMRoberta": _SMALL_BERT 
          "Qwen2": _SMALL_LLAMA, "Qwen3": _SMALL_QWEN3,
          "Qwen3Moe": _SMALL_QWEN3 | {"moe_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2,
                                      "norm_topk_prob": True},
+         "Gemma2": _SMALL_QWEN3, "Gemma3": _SMALL_QWEN3, "Gemma3Text": _SMALL_QWEN3,
+         "Phi3": _SMALL_LLAMA | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+         "Glm": _SMALL_QWEN3 | {"pad_token_id": 0}, "Glm4": _SMALL_QWEN3 | {"pad_token_id": 0},
+         "NomicBert": _SMALL_BERT,
          "Llama": _SMALL_LLAMA, "Mistral": _SMALL_LLAMA,
          "Mixtral": _SMALL_LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}}
 """Beginning of the name of a Transformers class -> settings of `save_toy`."""

@@ -72,6 +72,8 @@ def test_settings_of_the_toys_make_a_difference(models, expected, tmp_path):
                            ("Llama 3.x", {"rope_parameters": LLAMA3 | {"rope_type": "default"}}),
                            ("Llama, linear rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
                            ("ModernBERT", {"local_attention": 128}), ("T5", {"relative_attention_max_distance": 12}),
+                           ("Gemma 2", {"attn_logit_softcapping": 50.0}), ("Gemma 3", {"query_pre_attn_scalar": 12}),
+                           ("EmbeddingGemma", {"sliding_window": 64}),
                            ("ModernBERT", {"rope_parameters": {"sliding_attention": {"rope_type": "default",
                                                                                      "rope_theta": 160_000.0}}})):
         other = expected_states(save_family(tmp_path / f"{name} {settings}"[:40], name, **settings), texts())
@@ -86,7 +88,7 @@ def test_bidirectional_decoders_equal_transformers_with_is_causal_false(models, 
 
 
 def test_is_causal_false_of_a_config_is_read_by_us_as_by_transformers(models, expected, tmp_path):
-    assert len(DECODERS) == 10
+    assert len(DECODERS) == 17
     directories = {name: save_family(tmp_path / name, name, is_causal=False) for name in DECODERS}
     assert all(model_shape(directory).bidirectional for directory in directories.values())
     whole = {name: expected_states(directory, texts()) for name, directory in directories.items()}
@@ -158,8 +160,11 @@ def test_missing_keys_mean_what_transformers_takes_them_for(family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(sizes | experts | {"model_type": family}))
     config, shape = transformers.AutoConfig.from_pretrained(tmp_path), model_shape(tmp_path)
     assert shape.tie_word_embeddings == config.tie_word_embeddings
-    if family == "modernbert":
-        return  # test_spellings_of_modernbert_are_read_as_by_transformers
+    if family == "nomic_bert":
+        assert (shape.rotary_base, shape.norm_eps) == (config.rope_parameters["rope_theta"], config.layer_norm_eps)
+        return
+    if family == "modernbert" or family.startswith("gemma"):
+        return  # test_spellings_of_modernbert_are_read_as_by_transformers, and of Gemma
     assert shape.activation == config.hidden_act
     if "bert" in family:
         assert (shape.norm_eps, shape.type_vocab_size) == (config.layer_norm_eps, config.type_vocab_size)
@@ -169,10 +174,63 @@ def test_missing_keys_mean_what_transformers_takes_them_for(family, tmp_path):
     assert shape.norm_eps == config.rms_norm_eps
     assert shape.num_query_groups == config.num_key_value_heads
     assert shape.rotary_base == config.rope_parameters["rope_theta"]
-    assert shape.sliding_window == (None if family in ("llama", "qwen2") else config.sliding_window)
+    assert (shape.rotary_dim or shape.head_dim) == shape.head_dim * config.rope_parameters.get(
+        "partial_rotary_factor", 1.0)
+    assert shape.sliding_window == (
+        None if family in ("llama", "qwen2", "glm", "glm4") else config.sliding_window)
+
+
+GEMMA_CONFIGS = {
+    "Gemma 2": ("gemma2", {}), "Gemma 2, no caps": ("gemma2", {
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_theta": 5.0e4,
+        "query_pre_attn_scalar": 7}),
+    "Gemma 3, defaults": ("gemma3_text", {}),
+    "Gemma 3, as released": ("gemma3_text", {
+        "rope_theta": 1.0e6, "rope_local_base_freq": 2.0e4, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 512, "sliding_window_pattern": 4, "num_key_value_heads": 1, "head_dim": 32}),
+    "EmbeddingGemma": ("gemma3_text", {"use_bidirectional_attention": True, "sliding_window": 512, "layer_types": [
+        *["sliding_attention"] * 5, "full_attention", "sliding_attention"]}),
+}
+
+
+@pytest.mark.parametrize("name", GEMMA_CONFIGS)
+def test_spellings_of_gemma_are_read_as_by_transformers(name, tmp_path):
+    family, values = GEMMA_CONFIGS[name]
+    values = {"model_type": family, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 7,
+              "intermediate_size": 48, "vocab_size": 103, "max_position_embeddings": 96} | values
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config, shape = transformers.AutoConfig.from_pretrained(tmp_path), model_shape(tmp_path)
+    kinds = ["sliding_attention" if shape.is_local(layer) else "full_attention" for layer in range(7)]
+    assert kinds == config.layer_types
+    # Transformers' bidirectional window leaves out the token at its very end.
+    assert shape.sliding_window == config.sliding_window - shape.bidirectional
+    assert shape.bidirectional == bool(config.use_bidirectional_attention)
+    assert (shape.norm_eps, shape.num_query_groups, shape.head_dim, shape.tie_word_embeddings) == (
+        config.rms_norm_eps, config.num_key_value_heads, config.head_dim, config.tie_word_embeddings)
+    assert (shape.activation, shape.attention_scale) == ("gelu_tanh", config.query_pre_attn_scalar**-0.5)
+    assert config.hidden_activation == "gelu_pytorch_tanh"
+    assert (shape.attention_softcap, shape.logit_softcap) == (
+        config.attn_logit_softcapping, config.final_logit_softcapping)
+    if family == "gemma2":
+        frequencies = [transformers.models.gemma2.modeling_gemma2.Gemma2RotaryEmbedding(config).inv_freq]
+    else:
+        rotary = transformers.models.gemma3.modeling_gemma3.Gemma3RotaryEmbedding(config)
+        frequencies = [rotary.full_attention_inv_freq, rotary.sliding_attention_inv_freq]
+    assert torch.equal(rotary_frequencies(shape), torch.stack(frequencies))
 
 
 REFUSED = {
+    "gemma2": [({"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported"),
+               ({"attn_logit_softcapping": 0}, "attn_logit_softcapping = 0 must be above 0"),
+               ({"sliding_window": None}, "sliding_window = None, but 2 layers have a window")],
+    "gemma3_text": [({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
+                    ({"attention_bias": True}, "attention_bias = True is not supported"),
+                    ({"use_bidirectional_attention": "all"}, "must be true or false"),
+                    ({"use_bidirectional_attention": True, "sliding_window": 1}, "sliding_window = 1 is not suppo")],
+    "phi3": [({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+              "rope type 'longrope' is not supported"),
+             ({"partial_rotary_factor": 0.1}, "partial_rotary_factor = 0.1 must rotate an even number of the 8")],
+    "nomic_bert": [({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported")],
     "llama": [({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported .*remove it"),
               ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
               ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' without 'factor'"),
@@ -206,6 +264,18 @@ def test_what_is_not_computed_is_refused(family, change, match, tmp_path):
     with pytest.raises(CheckpointError, match=match) as caught:
         model_shape(tmp_path)
     assert str(caught.value).startswith(str(tmp_path / "config.json"))
+
+
+def test_gte_qwen2_is_qwen2_whose_tokens_attend_to_the_whole_text(tmp_path):
+    code = {"AutoModel": "modeling_qwen.Qwen2Model", "AutoModelForCausalLM": "modeling_qwen.Qwen2ForCausalLM"}
+    values = DECODER | {"model_type": "qwen2", "auto_map": code, "is_causal": False, "use_sliding_window": False}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert model_shape(tmp_path).bidirectional
+    for change in ({"is_causal": True}, {"is_causal": None}, {"auto_map": {"AutoModel": "modeling_other.Qwen2Model"}},
+                   {"model_type": "llama"}, {"auto_map": "modeling_qwen.Qwen2Model"}):
+        (tmp_path / "config.json").write_text(json.dumps(values | change))
+        with pytest.raises(CheckpointError, match="auto_map asks for code"):
+            model_shape(tmp_path)
 
 
 def test_layers_that_do_not_divide_go_to_the_last_stages(models):

@@ -10,7 +10,7 @@ from megatron_embed.config.schema import ParallelConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.planning.parameters import stage_parameters, total_parameters
 from megatron_embed.planning.shapes import FOLDER, known_models, shape_of
-from tests.helpers.planned_models import BERT, MODERNBERT, MOE, QWEN3, T5
+from tests.helpers.planned_models import BERT, GEMMA3, MODERNBERT, MOE, QWEN3, T5
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.toys import layout, run_config
 
@@ -31,8 +31,8 @@ def test_shipped_shapes_have_the_parameters_of_the_hub_models(name):
     assert total_parameters(shape_of(name)) == hf_parameters(values)
 
 
-@pytest.mark.parametrize("values", [BERT, QWEN3, MOE, MODERNBERT, T5],
-                         ids=["bert", "qwen3", "moe", "modernbert", "t5"])
+@pytest.mark.parametrize("values", [BERT, QWEN3, MOE, MODERNBERT, T5, GEMMA3],
+                         ids=["bert", "qwen3", "moe", "modernbert", "t5", "gemma3"])
 def test_small_models(values, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert total_parameters(shape_of(str(tmp_path))) == hf_parameters(values)
@@ -54,7 +54,7 @@ def held(config):
 
 @pytest.mark.parametrize("values, sizes", [
     (BERT, layout(2)), (BERT, layout(pp=2)), (QWEN3, layout(2)), (QWEN3, layout(pp=2, vpp=2)), (QWEN3, layout(cp=2)),
-    (QWEN3 | {"num_hidden_layers": 5}, layout(pp=2)), (MODERNBERT, layout(pp=2)), (T5, layout(2)),
+    (QWEN3 | {"num_hidden_layers": 5}, layout(pp=2)), (MODERNBERT, layout(pp=2)), (T5, layout(2)), (GEMMA3, layout(2)),
     (T5, layout(pp=2, vpp=2)),
     (MOE, layout(2)), (MOE, layout(2) | {"expert_tensor_parallel_size": 2}),
     (MOE, layout() | {"expert_model_parallel_size": 2}), (MOE, layout(pp=2))])

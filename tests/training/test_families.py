@@ -12,6 +12,7 @@ SPECIAL = (
     [Case(kind="llama", layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=3)],  # 5 layers in 4 stages
     [Case(kind="mixtral", layout=Layout(dp=2, ep=2), micro_batches=2)],
     [Case(kind="modernbert", layout=Layout(cp=2), micro_batches=2)],  # two windows and rotary bases
+    [Case(kind="gemma3_text", layout=Layout(cp=2), micro_batches=2)],  # the same, both ways, norms around sublayers
 )
 CASES = ([Case(kind=kind, layout=layout, micro_batches=2) for kind in OTHER_KINDS] for layout in LAYOUTS)
 

@@ -68,7 +68,7 @@ SLOW += tuple(
     Case(kind=kind, layout=layout, micro_batches=2, adapters=True, distributed=True)
     for layout in (Layout(tp=2), Layout(pp=2), Layout(cp=2), Layout(dp=2, ep=2), Layout(tp=2, etp=2))
     for kind in (("mixtral",) if max(layout.ep, layout.etp) > 1 else (
-        "xlm-roberta", "qwen2", "llama", "mixtral", "modernbert")))
+        "xlm-roberta", "qwen2", "llama", "mixtral", "modernbert", "gemma3_text")))
 """Every axis, experts split among fewer tensor ranks than the layers and among more."""
 
 

@@ -34,6 +34,9 @@ class Family:
     """(norm, name under the linear behind it) that checkpoints store, the way Transformer Engine's fused modules name
     them (Megatron-Core's `sharded_state_dict` renames them so): CPU and GPU layers read each other's checkpoints."""
 
+    no_adapters: str | None = None
+    """Why its linear layers may have no LoRA adapters."""
+
     def applied_rules(self, shape: ModelShape) -> Iterator[tuple[Transform, Context]]:
         """Every rule with every layer and expert it applies to: outside the layers first, then layer by layer.
 

@@ -2,10 +2,14 @@
 
 from megatron_embed.convert.tables.bert import BERT
 from megatron_embed.convert.tables.family import Family
+from megatron_embed.convert.tables.gemma import GEMMA2, GEMMA3_TEXT
+from megatron_embed.convert.tables.glm import GLM, GLM4
 from megatron_embed.convert.tables.llama import LLAMA
 from megatron_embed.convert.tables.mistral import MISTRAL
 from megatron_embed.convert.tables.mixtral import MIXTRAL
 from megatron_embed.convert.tables.modernbert import MODERNBERT
+from megatron_embed.convert.tables.nomic_bert import NOMIC_BERT
+from megatron_embed.convert.tables.phi3 import PHI3
 from megatron_embed.convert.tables.qwen2 import QWEN2
 from megatron_embed.convert.tables.qwen3 import QWEN3
 from megatron_embed.convert.tables.qwen3_moe import QWEN3_MOE
@@ -14,7 +18,8 @@ from megatron_embed.convert.tables.xlm_roberta import ROBERTA, XLM_ROBERTA
 from megatron_embed.errors import CheckpointError
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (
-    BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL, T5, T5_GATED)}
+    BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL, T5, T5_GATED, GEMMA2,
+    GEMMA3_TEXT, PHI3, GLM, GLM4, NOMIC_BERT)}
 
 
 def rules_for(family: str) -> Family:

@@ -1,0 +1,35 @@
+"""The sequence bounds of a micro-batch, prepared for a model's attention kernel and attention windows."""
+
+import dataclasses
+
+import torch
+
+from megatron_embed.batch import MicroBatch
+from megatron_embed.models.attention import PackedSequences, attention_window, group_segments
+from megatron_embed.models.families import ModelShape
+from megatron_embed.models.flash_chunks import flash_calls
+
+
+def packed_sequences(micro_batch: MicroBatch, chunks: tuple[tuple[int, int], ...], kernel: str, causal: bool,
+                     shape: ModelShape | None) -> PackedSequences:
+    """The sequence bounds of a micro-batch, prepared on the CPU for the attention windows of the model's layers."""
+    window = None if shape is None else attention_window(shape.sliding_window, causal)
+    packed = _packed_for(micro_batch, chunks, kernel, causal, window)
+    if shape is None or not shape.full_attention_layers:
+        return packed
+    if window is None or packed.max_seqlen <= window[0] + 1:  # no text is longer than the window
+        return dataclasses.replace(packed, window=None, local=packed)
+    return dataclasses.replace(_packed_for(micro_batch, chunks, kernel, causal, None), local=packed)
+
+
+def _packed_for(micro_batch: MicroBatch, chunks: tuple[tuple[int, int], ...], kernel: str, causal: bool,
+                window: tuple[int, int] | None) -> PackedSequences:
+    """The sequence bounds, prepared for layers with this window."""
+    packed = PackedSequences(cu_seqlens=micro_batch.cu_seqlens, num_tokens=micro_batch.num_tokens,
+                             max_seqlen=int(micro_batch.cu_seqlens.diff().max()), window=window)
+    if kernel == "sdpa":
+        packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, torch.device("cpu"), window),
+                            sum(stop - start for start, stop in chunks), keys_are_local=len(chunks) == 1)
+    elif kernel == "flash":
+        packed.calls = flash_calls(micro_batch.cu_seqlens, chunks, causal, window)
+    return packed
