@@ -130,24 +130,34 @@ def test_full_queue_and_slow_model():
             assert line in text
 
 
-def test_client_that_leaves_and_one_that_never_sends():
+def place_of(address):
+    host, port = address.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+def test_client_that_leaves_leaves_the_queue():
+    """Long before --timeout."""
     engine = CountingEngine()
     engine.gate.clear()
-    models = counting_models(engine, timeout_seconds=0.5)
+    models = counting_models(engine)
     with served(models) as address:
-        place = address.removeprefix("http://").split(":")
-        with socket.create_connection((place[0], int(place[1]))) as slow:
-            with socket.create_connection((place[0], int(place[1]))) as leaving:
-                body = b'{"input": ["a", "b"]}'
-                leaving.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
-                                b"content-length: %d\r\n\r\n" % len(body) + body)
-                while models.queue.waiting_texts < 2:
-                    time.sleep(0.001)
-            deadline = time.monotonic() + SECONDS
-            while models.queue.waiting_texts and time.monotonic() < deadline:
+        with socket.create_connection(place_of(address)) as leaving:
+            body = b'{"input": ["a", "b"]}'
+            leaving.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+                            b"content-length: %d\r\n\r\n" % len(body) + body)
+            while models.queue.waiting_texts < 2:
                 time.sleep(0.001)
-            assert models.queue.waiting_texts == 0
-            engine.gate.set()
-            slow.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\n{")
-            slow.settimeout(SECONDS)
-            assert slow.recv(100).startswith(b"HTTP/1.1 408")
+        deadline = time.monotonic() + 20
+        while models.queue.waiting_texts and time.monotonic() < deadline:
+            time.sleep(0.001)
+        waiting = models.queue.waiting_texts
+        engine.gate.set()
+    assert waiting == 0
+
+
+def test_body_that_never_arrives():
+    models = counting_models(CountingEngine(), timeout_seconds=0.5)
+    with served(models) as address, socket.create_connection(place_of(address)) as slow:
+        slow.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\n{")
+        slow.settimeout(20)
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")

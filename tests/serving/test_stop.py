@@ -123,3 +123,7 @@ def test_signal_is_answered_by_the_server_alone():
     ended = subprocess.run([sys.executable, "-c", LATE.replace("with stop.stopping_by(asked.set):", "if True:")
                             .replace("outer.set", "lambda: os._exit(3)")], timeout=SECONDS, check=False)
     assert ended.returncode == 3
+    unasked = LATE.split("    with stop.stopping_by(asked.set)")[0] + (
+        "    with stop.stopping_by(asked.set):\n        pass\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    assert outer.wait(10) and not asked.is_set()\n")
+    assert subprocess.run([sys.executable, "-c", unasked], timeout=SECONDS, check=False).returncode == 0
