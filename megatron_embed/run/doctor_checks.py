@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
 
 FILES_OF_A_RANK, CONNECTIONS_PER_RANK = 100, 2
-"""Open files of a rank itself (59 on CPU ranks, tools/bench_groups.py), and connections to the run's store."""
+"""Open files of a rank itself (71 on CPU ranks, tools/bench_groups.py), and connections to the run's store."""
 
 
 def examine_run(config: "RunConfig", *, ranks: int, ranks_per_node: int, min_free_gib: int) -> list[Check]:

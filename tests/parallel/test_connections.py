@@ -31,11 +31,12 @@ def sockets():
 
 
 def test_eight_ranks_need_few_sockets():
-    """Connected fully and not shared it would be one to each of 38 peers, and a listening one per group."""
+    """With all groups connected, WORLD and nine. Connected fully and not shared it would be one to each of 38 peers or
+    more, and a listening one for each of 16 groups."""
     for sums, sizes, shared, opened in run_on_ranks(sums_and_sockets, 8):
         assert sums == sizes == {"tp": 2, "pp": 2, "mp": 4, "dp": 2, "dp_cp": 2, "tp_dp_cp": 4, "tp_cp": 2}
         assert shared
-        assert opened <= 20
+        assert opened <= 26
 
 
 def test_a_process_may_open_what_the_system_allows():
