@@ -62,6 +62,7 @@ def fail_beside_a_stuck_rank():
 
 
 def fail_after_the_other_is_done():
+    dist.barrier()  # gloo connects at the first use: a rank that is done would wait in vain for one that is gone
     if dist.get_rank() == 1:
         time.sleep(0.3)
         raise ConfigError("too late")

@@ -44,10 +44,10 @@ def _open_files(ranks: int) -> Check:
 
 
 def _with_local_dtype(config: "RunConfig") -> "RunConfig":
-    """The configuration with `model.dtype: auto` resolved for this node."""
+    """The configuration with `model.dtype: auto` resolved for this node, or for GPUs if it can only run on some."""
     if config.model.dtype != "auto":
         return config
-    has_bf16 = visible_gpus() > 0 or processor_has_bf16()
+    has_bf16 = visible_gpus() > 0 or bool(_keys_for_gpus(config)) or processor_has_bf16()
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, dtype="bfloat16" if has_bf16 else "float32"))
 
@@ -86,11 +86,17 @@ def _devices(config: "RunConfig", ranks_per_node: int) -> Check:
     if promised > gpus:
         return Check(name="devices", value=value, remedy=f"Slurm gave this node {promised} GPUs and the driver lists "
                      f"{gpus}: look at nvidia-smi")
-    asks = {"model.attention": config.model.attention in ("flash", "te"),
-            "optimizer.cpu_offload": config.optimizer.cpu_offload,
-            "optimizer.precision_aware": config.optimizer.precision_aware}
-    if not gpus and any(asks.values()):
-        keys = " and ".join(key for key, asked in asks.items() if asked)
-        return Check(name="devices", value=value, remedy=f"{keys} needs GPUs: start where there "
+    if not gpus and (keys := _keys_for_gpus(config)):
+        return Check(name="devices", value=value, remedy=f"{' and '.join(keys)} needs GPUs: start where there "
                      "are some, or leave it out")
     return Check(name="devices", value=value, note="" if gpus else "CPU ranks")
+
+
+def _keys_for_gpus(config: "RunConfig") -> list[str]:
+    """Keys of the configuration with values that only GPUs can do."""
+    asks = {"model.attention": config.model.attention in ("flash", "te"),
+            "model.backend": config.model.backend == "te",
+            "model.fp8": config.model.fp8 != "none",
+            "optimizer.cpu_offload": config.optimizer.cpu_offload,
+            "optimizer.precision_aware": config.optimizer.precision_aware}
+    return [key for key, asked in asks.items() if asked]
