@@ -81,7 +81,8 @@ def asked(tmp_path, monkeypatch, capsys):
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         (tmp_path / "rows.jsonl").write_text('{"query": "a", "positive": "b"}\n')
         values = {"model": {"path": "Qwen/Qwen3-Embedding-8B", "dtype": "bfloat16"},
-                  "data": {"train": [str(tmp_path / "rows.jsonl")]}, "training": {"train_steps": 10000}, "checkpoint": {"directory": str(tmp_path / "run"), **checkpoint}}
+                  "data": {"train": [str(tmp_path / "rows.jsonl")]}, "training": {"train_steps": 10000},
+                  "checkpoint": {"directory": str(tmp_path / "run"), **checkpoint}}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
         code = main(["doctor", "--config", str(tmp_path / "run.yaml"), "--ranks", "8", *overrides])
         return code, capsys.readouterr().out
