@@ -87,6 +87,7 @@ def test_bad_configuration_is_one_line_and_exit_code_2(tmp_path, text, words):
     [
         ([], "COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
+        (["train", "--config", "a.yaml"], "the configuration needs no option: `megatron-embed train a.yaml`"),
         (["train", "a.yaml", "--dryrun"], "unrecognized arguments: --dryrun; did you mean --dry-run?"),
         (["train"], "CONFIG.yaml"),
         (["train", "a.yaml", "seed"], "'seed' is not a setting; write section.key=value"),

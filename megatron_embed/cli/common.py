@@ -25,6 +25,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
                          namespace: argparse.Namespace | None = None) -> tuple[argparse.Namespace, list[str]]:
         namespace, unknown = super().parse_known_args(args, namespace)
+        if "--config" in unknown and "config" in namespace:
+            self.error(f"the configuration needs no option: `{self.prog} {namespace.config}`")
         for text in unknown:
             known = [name for name in self._option_string_actions if name.startswith("--")]
             if nearest := text.startswith("--") and difflib.get_close_matches(text.partition("=")[0], known, n=1):

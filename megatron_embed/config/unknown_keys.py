@@ -80,7 +80,17 @@ class _Known:
             return f"did you mean '{near[0]}'?"
         if near := difflib.get_close_matches(key, self._by_name, n=1, cutoff=0.75):
             return f"did you mean '{self._by_name[near[0]]}'?"
+        if near := _with_most_words_of(key, own):
+            return "did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
         return f"known here: {', '.join(own)}"
+
+
+def _with_most_words_of(key: str, names: list[str]) -> list[str]:
+    """The names that share most words with the key, like num_negatives with negatives_per_query; none if none does."""
+    words = {word for word in key.split("_") if len(word) > 3}
+    shared = {name: len(words.intersection(name.split("_"))) for name in names}
+    most = max(shared.values(), default=0)
+    return [name for name, count in shared.items() if count == most > 0]
 
 
 def _foreign_below(dotted: str, node: Node) -> Iterator[tuple[str, Node, str]]:

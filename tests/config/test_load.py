@@ -114,6 +114,8 @@ def test_refusals_name_line_key_value_and_remedy(load, text, message):
 @pytest.mark.parametrize(
     "override, message",
     [
+        ("data.negatives_per_query=1", "command line: unknown key 'data.negatives_per_query'; "
+         "did you mean 'num_negatives' or 'query_max_length' or 'query_prompt'?"),
         ("training.sed=1", "command line: unknown key 'training.sed'; did you mean 'seed'?"),
         ("training.seed=x", "command line: training.seed = 'x': expected a whole number"),
         ("training.seed=-1", "command line: training.seed = -1: must be >= 0"),
