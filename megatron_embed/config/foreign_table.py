@@ -210,8 +210,8 @@ FOREIGN_WORDS: dict[str, tuple[ForeignWord, ...]] = {
         key("betas optimizer.params.betas", "D", "training.adam_beta1 training.adam_beta2"),
         key("optim optimizer "
             "optimizer.name "
-            "optimizer_type optimizer.type optimizer_name optim_type", "HSD", "optimizer.name", "adamw or adamw_8bit "
-            "(bitsandbytes'); its settings are adam_beta1, adam_beta2, adam_eps and weight_decay of section training"),
+            "optimizer_type optimizer.type optimizer_name optim_type", "HSD", "optimizer.name", "adamw, adamw_8bit "
+            "(bitsandbytes') or muon; settings: adam_beta1, adam_beta2, adam_eps and weight_decay of section training"),
         unsupported("optim_args learning_rate_mapping use_galore galore_rank galore_update_proj_gap "
                     "galore_quantization lisa_activated_layers use_muonclip lorap_lr_ratio loraplus_lr_ratio", "HSB",
                     "the optimizer is AdamW with one learning rate; LoRA needs less memory than GaLore"),

@@ -1,23 +1,21 @@
 """Section `optimizer`: where its state is kept, and which communication overlaps with computation."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from megatron_embed.config.require import require
 from megatron_embed.names import OptimizerName
-
-if TYPE_CHECKING:
-    from megatron_embed.config.schema import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     name: OptimizerName = "adamw"
     """What updates the parameters. adamw_8bit: AdamW with both moments in 8 bits, by bitsandbytes (arXiv:2110.02861): 2
-    bytes per parameter instead of 8 beside the main parameter; tensors of less than 4096 elements on a rank keep 32
-    bits. Needs `distributed`. Checkpoints are those of adamw. muon: Muon (torch.optim.Muon, scaled so that
+    bytes per parameter instead of 8 beside the main parameter; tensors of less than 4096 elements keep 32 bits. Needs
+    `distributed`. Checkpoints are those of adamw. muon: Muon (torch.optim.Muon, scaled so that
     training.learning_rate and weight_decay are AdamW's) on the linear layers' matrices, AdamW on the rest: 4 bytes of
-    state instead of 8 per element of a matrix. Needs `distributed: false`, no tensor parallelism and no adapters."""
+    state instead of 8 per element of a matrix. Tensor-parallel ranks gather each update, in bfloat16, and all compute
+    the whole. Needs `distributed: false` and no adapters."""
     distributed: bool = True
     """Shard optimizer state over the data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool | Literal["auto"] = "auto"
@@ -61,12 +59,8 @@ class OptimizerConfig:
         """The settings of where the state is kept, and in which dtype."""
         return {"cpu_offload": self.cpu_offload, "precision_aware": self.precision_aware}
 
-    def check_against(self, *, has_head: bool, dtype: str, lora_rank: int, sizes: "ParallelConfig") -> None:
+    def check_against(self, *, has_head: bool, dtype: str, lora_rank: int) -> None:
         """Raises ConfigError if the rest of the run is not compatible with these settings."""
-        for key in ("tensor_model_parallel_size", "expert_tensor_parallel_size"):
-            size = vars(sizes)[key]
-            require(self.name != "muon" or size == 1, "optimizer.name", self.name, f"it needs whole matrices, and "
-                    f"parallel.{key} = {size} splits them; set that to 1, or this to adamw")
         require(self.name != "muon" or not lora_rank, "optimizer.name", self.name, "adapters are no matrices of the "
                 "model; set this to adamw, or lora.rank to 0")
         for key, on in self._placement.items():

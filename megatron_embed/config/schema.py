@@ -346,8 +346,7 @@ class RunConfig:
                 f"is not a loss of task: {self.task}; choose one of {', '.join(losses)}")
         if self.task == "reranker":
             check_reranker_run(self)
-        self.optimizer.check_against(has_head=self.workload.has_head, dtype=self.model.dtype, lora_rank=self.lora.rank,
-                                     sizes=self.parallel)
+        self.optimizer.check_against(has_head=self.workload.has_head, dtype=self.model.dtype, lora_rank=self.lora.rank)
         weights, dims = self.objective.matryoshka_weights, self.embedding.matryoshka_dims
         require(not weights or len(weights) == len(dims), "objective.matryoshka_weights", list(weights),
                 f"must have one weight per entry of embedding.matryoshka_dims = {list(dims)}")

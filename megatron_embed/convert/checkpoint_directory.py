@@ -306,6 +306,9 @@ def staging(destination: str | Path, tensor_bytes: int) -> Iterator[Path]:
 def _write_hf_files(source: HFDirectory, hf: Path) -> CheckpointInfo:
     """Fill `hf` from a Hugging Face directory and return its description."""
     copy_files(source.root, hf)
+    if source.stored is not None:  # what is not quantized, and what is converted, is no longer
+        config = read_json_object(hf / "config.json")
+        write_json(hf / "config.json", {key: value for key, value in config.items() if key != "quantization_config"})
     tied = {head: embedding for head, embedding in source.family.tied
             if source.shape.tie_word_embeddings and head in source.passthrough and _same_bytes(source, head, embedding)}
     stored_names = {name: source.stored_names[name] for name in source.passthrough if name not in tied}
@@ -313,7 +316,7 @@ def _write_hf_files(source: HFDirectory, hf: Path) -> CheckpointInfo:
         declared = [(stored, source.entry(name).dtype, source.entry(name).shape)
                     for name, stored in stored_names.items()]
         with SafetensorsWriter(hf / PASSTHROUGH_FILE, declared) as writer:
-            copy_and_verify(Copy(name=stored, source=[source.byte_range(name)], target=[writer.reserve(stored)])
+            copy_and_verify(Copy(name=stored, source=source.source_of(name), target=[writer.reserve(stored)])
                             for name, stored in stored_names.items())
     return CheckpointInfo(
         family=source.family.name, dtype=str(source.dtype()).removeprefix("torch."), prefixed=source.prefixed,

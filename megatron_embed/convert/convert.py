@@ -142,7 +142,7 @@ def _copies_to_megatron(source: HFDirectory, parameters: list[StoredParameter], 
                                 count=parameter.count)
         targets.append(target)
         for part, name in enumerate(names):
-            yield Copy(name=name, source=[source.byte_range(name)], target=parameter.in_ours(part, target))
+            yield Copy(name=name, source=source.source_of(name), target=parameter.in_ours(part, target))
 
 
 def _refuse_inside(dst: Path, src: Path) -> None:

@@ -1,6 +1,8 @@
 """A Hugging Face directory as tensors: their names, a check against config.json, reading them whole or in slices."""
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from megatron_embed.config.json_file import LARGEST_INDEX, read_json_file
 from megatron_embed.convert.storage.byte_range import ByteRange
 from megatron_embed.convert.storage.safetensors_file import SafetensorsFile, TensorEntry
+from megatron_embed.convert.stored_quantization import STATE, int8_tensor, nf4_tensor, part_of, read_state
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.tables.transforms import CONFIG_KEYS, Context
@@ -17,7 +20,8 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.file_checks import check_files, plain_name
 from megatron_embed.models.modules_json import transformer_folder
-from megatron_embed.models.quantization import check_not_quantized
+from megatron_embed.models.quantization import StoredQuantization, stored_quantization
+from megatron_embed.models.quantized_weight import QuantizedTensor, restored_whole
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -41,6 +45,8 @@ class HFDirectory:
     """Full name -> name in the file, for every tensor of the directory."""
     passthrough: tuple[str, ...]
     """Full names of the tensors that a conversion copies unchanged."""
+    stored: StoredQuantization | None
+    """How its weights are quantized in the files; they are read as what they stand for then."""
 
     def __init__(self, path: str | Path) -> None:
         """Open `path` and compare its tensors with the family's table.
@@ -55,7 +61,7 @@ class HFDirectory:
             raise CheckpointError(f"{path}: no such directory; give a Hugging Face model directory")
         check_files(self.root)
         self.path = transformer_folder(self.root)
-        check_not_quantized(self.path)
+        self.stored = stored_quantization(self.path)
         self.shape = model_shape(self.path)
         self.family = rules_for(self.shape.family)
         self._files: dict[str, SafetensorsFile] = {}
@@ -79,19 +85,39 @@ class HFDirectory:
             file.close()
 
     def entry(self, name: str) -> TensorEntry:
-        """Dtype, shape and size of a tensor."""
-        return self._file_of[name].entries[self.stored_names[name]]
+        """Dtype, shape and size of a tensor; of a quantized one, those that it is read in."""
+        return self._described.get(name) or self._file_of[name].entries[self.stored_names[name]]
 
     def byte_range(self, name: str) -> ByteRange:
-        """The range of the tensor's bytes."""
+        """The range of the tensor's bytes; of a quantized one, of its codes."""
         return self._file_of[name].byte_range(self.stored_names[name])
 
+    def source_of(self, name: str) -> Sequence[ByteRange] | Callable[[], Tensor]:
+        """The tensor for a copy: its bytes, or what reads it if it is quantized."""
+        return partial(self.read, name) if name in self._parts else [self.byte_range(name)]
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the file holds codes and scales of this tensor."""
+        return name in self._parts
+
     def read(self, name: str) -> Tensor:
-        """The whole tensor, in the dtype of its file."""
+        """The whole tensor, in the dtype of `entry`."""
+        if name in self._parts:
+            return restored_whole(self.read_quantized(name), self.entry(name).dtype)
         return self._file_of[name].read(self.stored_names[name])
 
+    def read_quantized(self, name: str) -> QuantizedTensor:
+        """Codes and scales of a quantized tensor, whole, as the file has them."""
+        assert self.stored is not None
+        file, parts = self._file_of[name], {part: file.read(stored) for part, (file, stored) in
+                                            self._parts[name].items()}
+        make = int8_tensor if self.stored.quantization == "int8" else nf4_tensor
+        return make(file.path, name, file.read(self.stored_names[name]), parts)
+
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Indices `start` to `stop` of `dim` (0, or 1 of a matrix); no other bytes are read."""
+        """Indices `start` to `stop` of `dim` (0, or 1 of a matrix); no other bytes are read unless it is quantized."""
+        if name in self._parts:
+            return self.read(name).narrow(dim, start, stop - start)
         return self._file_of[name].read_slice(self.stored_names[name], dim, start, stop)
 
     def dtype(self) -> torch.dtype:
@@ -131,7 +157,27 @@ class HFDirectory:
                                       "shards of one revision into an empty directory")
             self.stored_names[full] = name
             self._file_of[full] = file
+        self._describe_quantized()
         self.passthrough = tuple(sorted(name for name in self.stored_names if self.family.is_passthrough(name)))
+
+    def _describe_quantized(self) -> None:
+        """Take the parts of quantized weights (scales and the like) out of the tensors' names."""
+        self._parts: dict[str, dict[str, tuple[SafetensorsFile, str]]] = {}
+        self._described: dict[str, TensorEntry] = {}
+        if self.stored is None:
+            return
+        for full in list(self.stored_names):
+            weight, part = part_of(full, self.stored.quantization) or (None, "")
+            if weight in self.stored_names:
+                self._parts.setdefault(weight, {})[part] = (self._file_of.pop(full), self.stored_names.pop(full))
+        dtype = largest_dtype((self.entry(name).dtype, self.entry(name).nbytes) for name in self.stored_names)
+        for weight, parts in self._parts.items():
+            entry = self._file_of[weight].entries[self.stored_names[weight]]
+            if self.stored.quantization == "nf4":
+                file, name = parts.get(STATE, (self._file_of[weight], None))
+                shape, dtype, _ = read_state(file.path, weight, None if name is None else file.read(name))
+                entry = dataclasses.replace(entry, shape=shape)
+            self._described[weight] = dataclasses.replace(entry, dtype=dtype)
 
     def _check_tensors(self) -> None:
         unknown = set(self.stored_names) - set(self.passthrough)

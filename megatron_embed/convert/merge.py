@@ -240,7 +240,12 @@ def _open(path: str | Path) -> HFDirectory:
     if is_checkpoint(path):
         raise CheckpointError(f"{path}: is a checkpoint of megatron-embed, but merge takes Hugging Face directories; "
                               "convert it first: megatron-embed convert megatron-to-hf SRC DST")
-    return HFDirectory(path)
+    model = HFDirectory(path)
+    if model.stored is not None:
+        model.close()
+        raise CheckpointError(f"{path}: its weights are quantized, and averages of rounded weights are worse than of "
+                              "the original ones; take these")
+    return model
 
 
 def _provenance(method: MergeMethod, models: Sequence[str | Path], weights: Sequence[float],

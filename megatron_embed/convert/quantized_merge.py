@@ -9,13 +9,13 @@ from torch import Tensor
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.lora_merge import CheckpointKey, MergedReader
 from megatron_embed.convert.lora_names import linear_rules
-from megatron_embed.convert.quantized_shards import share
+from megatron_embed.convert.quantized_shards import quantized_tensor, share
 from megatron_embed.convert.storage.byte_range import ByteRange
 from megatron_embed.convert.storage.torch_dist import DcpReader
 from megatron_embed.convert.tables.transforms import Context, Transform
 from megatron_embed.models.lora_settings import AdapterSettings
 from megatron_embed.models.quantization import QuantizedBase
-from megatron_embed.models.quantized_weight import QuantizedWeight, quantize
+from megatron_embed.models.quantized_weight import QuantizedWeight
 
 
 class QuantizedReader(MergedReader):
@@ -73,7 +73,7 @@ class QuantizedReader(MergedReader):
         rule, context = self._rules[key, index]
         if (key, index) not in self._quantized:
             return rule.to_ours(self._source.read_slice, context)
-        parts = [quantize(self._source.read(name), self._base.quantization, double=self._base.double_quantization)
+        parts = [quantized_tensor(self._source, name, self._base.quantization, double=self._base.double_quantization)
                  for name in rule.hf_names(context)]
         shape: Any = rule.ours_shape(context)
         weight = QuantizedWeight(shape, allreduce=True)

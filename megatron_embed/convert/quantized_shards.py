@@ -7,31 +7,54 @@ from torch import Tensor
 
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.tables.transforms import Context, ReadSlice, Rename, Transform
+from megatron_embed.errors import CheckpointError
 from megatron_embed.models.quantization import BLOCK
 from megatron_embed.models.quantized_weight import (
     SCALES_PER_GROUP,
     NestedScales,
     QuantizedTensor,
     QuantizedWeight,
+    quantize,
 )
+from megatron_embed.names import Quantization
+
+
+def quantized_tensor(source: HFDirectory, name: str, kind: Quantization, *, double: bool,
+                     device: torch.device | None = None) -> QuantizedTensor:
+    """A whole tensor of a directory in codes and scales, on `device`: those of its file if it has them, else new ones.
+
+    Raises:
+        CheckpointError: the directory is quantized, but this tensor is not.
+    """
+    if source.stored is None:
+        return quantize(source.read(name).to(device), kind, double=double)
+    if not source.is_quantized(name):
+        raise CheckpointError(f"{source.path}: {source.stored_names[name]} is not quantized, but other weights are "
+                              "(llm_int8_skip_modules?), and all linears of the layers must be; take the original "
+                              "weights")
+    tensor = source.read_quantized(name)
+    if (tensor.nested is not None) != (source.stored.quantization == "nf4" and source.stored.double_quantization):
+        raise CheckpointError(f"{source.path}: {source.stored_names[name]}: bnb_4bit_use_double_quant of config.json "
+                              "is not true of it; correct config.json or fetch the weights again")
+    return tensor if device is None else tensor.to(device)
 
 
 def fill_quantized_weights(source: HFDirectory, weights: Iterable[tuple[str, QuantizedWeight]],
-                           quantized: Callable[[Tensor], QuantizedTensor], *, tensor: tuple[int, int],
+                           quantized: Callable[[str], QuantizedTensor], *, tensor: tuple[int, int],
                            expert_tensor: tuple[int, int]) -> None:
     """Read, quantize and slice what a rank's `weights` are made of, one Hugging Face tensor after another.
 
     Args:
         source: the directory, open.
         weights: by our parameters' names; layers and experts are counted over the whole model.
-        quantized: quantizes a whole tensor as it comes from the file.
+        quantized: a whole tensor by its name, quantized.
         tensor: tensor-parallel rank and size.
         expert_tensor: expert-tensor-parallel rank and size, which split the experts.
     """
     for name, weight in weights:
         rule, layer, expert = source.family.rule_for(name)
         context = Context(shape=source.shape, layer=layer, expert=expert)
-        parts = [quantized(source.read(part)) for part in rule.hf_names(context)]
+        parts = [quantized(part) for part in rule.hf_names(context)]
         weight.fill(*share(rule, context, parts, *(expert_tensor if rule.is_expert else tensor)))
 
 

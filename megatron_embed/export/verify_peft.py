@@ -14,7 +14,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.export.verify import Report, library_errors, mean_of_tokens, relative_errors, score_of_pair
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.quantization import QuantizedBase
-from megatron_embed.models.quantized_weight import restored_whole
+from megatron_embed.models.quantized_weight import quantize, restored_whole
 from megatron_embed.names import HeadKind
 
 TOLERANCE = {None: 1e-5, "score": 1e-4, "yes_no": 1e-4}
@@ -88,10 +88,14 @@ def round_to_quantized(model: Any, base: Path, quantized: QuantizedBase) -> None
     """Give the linears of Transformers' model what their quantized weights stand for."""
     with HFDirectory(base) as source:
         family = source.family
+        if source.stored is not None:
+            replace_quantized(model, source)
+            return
     known = linear_rules(family)
 
     def round_weight(weight: Tensor) -> None:
-        weight.copy_(restored_whole(weight, quantized.quantization, double=quantized.double_quantization))
+        weight.copy_(restored_whole(quantize(weight, quantized.quantization, double=quantized.double_quantization),
+                                    torch.float32))
 
     for name, module in model.named_modules():
         full = family.full_name(name, prefixed=name.startswith(family.prefix))
@@ -102,6 +106,17 @@ def round_to_quantized(model: Any, base: Path, quantized: QuantizedBase) -> None
             for expert in parameter:
                 for weight in expert.chunk(2) if name.endswith("gate_up_proj") else (expert,):
                     round_weight(weight)
+
+
+def replace_quantized(model: Any, source: HFDirectory) -> None:
+    """Plain linears, in float32, in place of those of bitsandbytes, whose products depend on its settings."""
+    for name, module in list(model.named_modules()):
+        full = source.family.full_name(f"{name}.weight", prefixed=name.startswith(source.family.prefix))
+        if full in source.stored_names and source.is_quantized(full):
+            weight = restored_whole(source.read_quantized(full), torch.float32)
+            linear = torch.nn.Linear(*weight.T.shape, bias=False)
+            linear.weight, linear.bias = torch.nn.Parameter(weight), module.bias
+            model.set_submodule(name, linear)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -190,6 +190,9 @@ def _translate_optimizer(draft: Draft) -> None:
         return
     if "adamw" in plain(optimizer.value) and "8bit" in plain(optimizer.value):
         draft.set("optimizer.name", "adamw_8bit", optimizer.written)
+    elif plain(optimizer.value) == "muon":
+        draft.remark(f"{optimizer.written}: set optimizer.name: muon and optimizer.distributed: false, without "
+                     "adapters; the learning rate is on AdamW's scale")
     elif "adamw" in plain(optimizer.value) or plain(optimizer.value) == "adam":
         decay = "" if "adamw" in plain(optimizer.value) else "; its weight decay is decoupled"
         draft.remark(f"{optimizer.written}: not needed, the optimizer is AdamW{decay}")

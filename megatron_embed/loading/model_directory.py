@@ -39,7 +39,7 @@ from megatron_embed.models.file_checks import check_files, check_tokenizer_names
 from megatron_embed.models.heads import HeadSpec, head_pooling
 from megatron_embed.models.lora_settings import Adapters, AdapterSettings, is_adapter
 from megatron_embed.models.modules_json import supported_modules, transformer_folder
-from megatron_embed.models.quantization import QuantizedBase, check_not_quantized
+from megatron_embed.models.quantization import QuantizedBase, StoredQuantization, stored_quantization
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
 from megatron_embed.names import Pooling, Role
@@ -77,6 +77,8 @@ class ModelDirectory:
     """The PEFT directory; `path` is then its base model's."""
     quantized: QuantizedBase | None = None
     """What a checkpoint says of its base model, if its adapters were trained over quantized weights."""
+    stored: StoredQuantization | None = None
+    """How the weights of a Hugging Face directory are quantized already; None: they are not."""
     base: Path | None = None
     """The base model's Hugging Face directory then, from which the weights come."""
 
@@ -152,7 +154,7 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
         root = folder if opened is None else opened.hf
         hf = transformer_folder(root)
         check_tokenizer_names(hf)
-        check_not_quantized(hf)
+        stored = stored_quantization(hf)
         supported_modules(root)
         return ModelDirectory(path=folder, checkpoint=None if opened is None else opened.path, hf=hf, root=root,
                               shape=model_shape(hf), saved=read_saved_settings(root),
@@ -160,7 +162,7 @@ def find_model(path: str, key: str = "model.path") -> ModelDirectory:
                               max_lengths={} if opened is None else opened.info.max_lengths,
                               name=str(folder.resolve()) if os.path.isdir(os.path.expanduser(path)) else path,
                               adapters=None if opened is None else opened.info.adapters,
-                              quantized=None if opened is None else opened.info.quantized_base,
+                              quantized=None if opened is None else opened.info.quantized_base, stored=stored,
                               base=None if opened is None else base_directory(opened))
 
 

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.convert.quantized_base import reference_to
-from megatron_embed.convert.quantized_shards import fill_quantized_weights
+from megatron_embed.convert.quantized_shards import fill_quantized_weights, quantized_tensor
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.models.quantization import QuantizedBase, check_quantization
 from megatron_embed.models.quantized_linear import quantized_weights
-from megatron_embed.models.quantized_weight import quantize
 from megatron_embed.parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -21,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def quantized_as(config: RunConfig, model: "ModelDirectory") -> RunConfig:
-    """The configuration with the quantization that the model's adapters were trained over, if they were.
+    """The configuration with the quantization that the model's adapters were trained over, or that its files have.
 
     Raises:
         ConfigError: it cannot be had here, or in this layout. No communication.
     """
-    base = model.quantized
+    base = model.quantized or model.stored
     if base is None:
         return config
     config = dataclasses.replace(config, model=dataclasses.replace(
@@ -48,7 +47,19 @@ def check_quantized_model(config: RunConfig, model: "ModelDirectory", *, has_ada
         raise ConfigError(f"{key} = {asked.quantization!r}: {asked.path} is a checkpoint of megatron-embed, but "
                           "Hugging Face tensors are quantized; convert it (convert megatron-to-hf) and name "
                           "the result, or set this to none", key=key)
+    _check_stored(config, model)
     check_quantization(config, model.shape, has_adapters=has_adapters)
+
+
+def _check_stored(config: RunConfig, model: "ModelDirectory") -> None:
+    """Raises ConfigError unless a directory whose weights are quantized already is trained as they are."""
+    asked, stored, key = config.model, model.stored, "model.quantization"
+    if stored is not None and (asked.quantization, asked.double_quantization) != (
+            stored.quantization, stored.double_quantization):
+        double = str(stored.double_quantization).lower()
+        raise ConfigError(f"{key} = {asked.quantization!r}: the weights of {asked.path} are quantized already; set "
+                          f"{key}: {stored.quantization} and model.double_quantization: {double} to train adapters "
+                          "over them, or take the original weights", key=key)
 
 
 def base_of_run(config: RunConfig, model: "ModelDirectory") -> QuantizedBase | None:
@@ -70,5 +81,6 @@ def load_quantized_weights(directory: Path, config: RunConfig, chunks: Sequence[
         for chunk in chunks:
             weights = ((chunk.global_name(name), weight) for name, weight in quantized_weights(chunk))
             fill_quantized_weights(
-                source, weights, lambda tensor: quantize(tensor.to(topology.device), kind, double=double),
+                source, weights,
+                lambda name: quantized_tensor(source, name, kind, double=double, device=topology.device),
                 tensor=(topology.tp_rank, topology.tp_size), expert_tensor=(etp.rank(), etp.size()))

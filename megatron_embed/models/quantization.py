@@ -16,6 +16,15 @@ BLOCK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredQuantization:
+    """How the weights of a Hugging Face directory are quantized in its files."""
+
+    quantization: Quantization
+    double_quantization: bool
+    """True with int8, as the setting's default."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizedBase:
     """The base model of adapters that were trained over quantized weights."""
 
@@ -29,22 +38,32 @@ class QuantizedBase:
     """See convert/fingerprint.py."""
 
 
-def check_not_quantized(directory: Path) -> None:
-    """Raises CheckpointError for a directory whose weights are quantized already, by whatever method."""
+def stored_quantization(directory: Path) -> StoredQuantization | None:
+    """How the weights of a Hugging Face directory are quantized already; None: they are not.
+
+    Raises:
+        CheckpointError: by another method than bitsandbytes' nf4 and int8, or bitsandbytes is not installed.
+    """
     file = directory / "config.json"
-    method = read_json_object(file).get("quantization_config") if file.is_file() else None
-    if not isinstance(method, dict):
-        return
-    name = str(method.get("quant_method") or "an unknown method")[:40]
-    if name == "bitsandbytes":
-        way = ("take the original weights, which model.quantization: nf4 or int8 quantizes in the same way, or restore "
-               f"these once: python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{directory}')"
-               ".dequantize().save_pretrained('NEW')\"")
-    else:
-        way = ("adapters are trained over weights that bitsandbytes quantizes: take the original weights, and set "
-               "model.quantization: nf4 if memory is short")
-    raise CheckpointError(f"{file}: quantization_config: the weights are quantized already (quant_method: {name}); "
-                          f"{way}")
+    found = read_json_object(file).get("quantization_config") if file.is_file() else None
+    if not isinstance(found, dict):
+        return None
+    name = str(found.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in found else "an unknown method"))[:40]
+    if name != "bitsandbytes":
+        raise CheckpointError(
+            f"{file}: quantization_config: the weights are quantized already (quant_method: {name}); adapters are "
+            "trained over weights that bitsandbytes quantizes: take the original weights, and set model.quantization: "
+            "nf4 if memory is short")
+    code = found.get("bnb_4bit_quant_type", "fp4")
+    if not found.get("load_in_8bit") and code != "nf4":
+        raise CheckpointError(f"{file}: quantization_config: bnb_4bit_quant_type = {str(code)[:40]!r}: of 4-bit "
+                              "weights only nf4 is read; take the original weights, and set model.quantization: nf4")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise CheckpointError(f"{file}: quantization_config: the weights are quantized by bitsandbytes, which is not "
+                              "installed: pip install 'megatron_embed[quantization]', or take the original weights")
+    if found.get("load_in_8bit"):
+        return StoredQuantization(quantization="int8", double_quantization=True)
+    return StoredQuantization(quantization="nf4", double_quantization=bool(found.get("bnb_4bit_use_double_quant")))
 
 
 def check_quantization(config: RunConfig, shape: ModelShape, *, has_adapters: bool) -> None:

@@ -39,6 +39,13 @@ class QuantizedTensor:
     """[outputs, inputs / BLOCK] float32, or uint8 in double quantization; with int8 [outputs, 1]."""
     nested: NestedScales | None
 
+    def to(self, device: torch.device) -> "QuantizedTensor":
+        """The same on a device."""
+        nested = self.nested
+        if nested is not None:
+            nested = NestedScales(values=nested.values.to(device), code=shared_code(nested.code.to(device)))
+        return QuantizedTensor(codes=self.codes.to(device), scales=self.scales.to(device), nested=nested)
+
 
 def quantize(weight: Tensor, kind: Quantization, *, double: bool) -> QuantizedTensor:
     """Quantize a weight, [outputs, inputs] of a floating-point dtype, on its device.
@@ -120,11 +127,13 @@ class QuantizedWeight:
         return self.nested.code[self.scales.int()] * second[..., 0] + second[..., 1]
 
 
-def restored_whole(weight: Tensor, kind: Quantization, *, double: bool) -> Tensor:
-    """[outputs, inputs] float32: what a weight stands for once it is quantized."""
-    quantized, (outputs, inputs) = QuantizedWeight((weight.shape[0], weight.shape[1]), allreduce=True), weight.shape
-    quantized.fill(quantize(weight, kind, double=double), [(outputs, 0, inputs // BLOCK)])
-    return quantized.restored(torch.float32)
+def restored_whole(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """[outputs, inputs] in `dtype`: what a weight stands for."""
+    rows, columns = quantized.codes.shape
+    inputs = columns if quantized.codes.dtype == torch.int8 else 2 * columns
+    weight = QuantizedWeight((rows, inputs), allreduce=True)
+    weight.fill(quantized, [(rows, 0, inputs // BLOCK)])
+    return weight.restored(dtype)
 
 
 @functools.lru_cache(maxsize=256)

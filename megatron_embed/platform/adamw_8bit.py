@@ -1,5 +1,6 @@
 """AdamW whose two moments are held in 8 bits, by bitsandbytes' kernels (Dettmers et al. 2022, arXiv:2110.02861)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,21 @@ SMALLEST = 4096
 """Elements below which the moments of a tensor stay in float32, as in bitsandbytes."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an optimizer's parameter lies within the model's, of which a distributed optimizer has a slice."""
+
+    start: int
+    """First element, in row-major order."""
+    total: int
+    """Elements of the model's parameter."""
+
+    @property
+    def before(self) -> int:
+        """Elements of the first block that lie before this slice."""
+        return self.start % BLOCK
+
+
 @dataclass
 class Moment:
     """One moment of a parameter, as bitsandbytes takes it."""
@@ -19,7 +35,8 @@ class Moment:
     values: Tensor
     """The parameter's shape; uint8 codes, or float32 of a small parameter."""
     scales: Tensor | None
-    """[blocks] float32; None: the values are float32."""
+    """[blocks] float32, of which the first and the last may be only partly in this slice; None: the values are
+    float32."""
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -27,24 +44,25 @@ class AdamW8bit(torch.optim.Optimizer):
     builds it.
 
     The moments are not in `state`, whose tensors Megatron takes for float32: checkpoints hold them as `moments` returns
-    them, so that a run may resume with another optimizer, or in another layout with other blocks.
+    them, so that a run may resume with another optimizer, or in another layout. Blocks begin at the first element of
+    the model's parameter, whichever slice of it is here, so a change of layout only affects those that it cuts.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
                  adam_w_mode: bool = True, capturable: bool = False) -> None:
         assert adam_w_mode and not capturable, "neither L2 regularization nor CUDA graphs are ever asked for"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.places: Mapping[Tensor, Place] = {}
+        """Parameters that are slices; set it before the first step."""
         self._moments: dict[Tensor, tuple[Moment, Moment]] = {}
         self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def initialize(self) -> None:
-        """Create the moments that do not exist yet, zero, and count the steps from 0."""
+        """Create the entries of `state` that do not exist yet, and count the steps from 0."""
         for group in self.param_groups:
             group.setdefault("step", 0)
             for parameter in group["params"]:
                 self.state[parameter] = {}
-                if parameter not in self._moments:
-                    self._moments[parameter] = (new_moment(parameter), new_moment(parameter))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -58,20 +76,41 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         functions: Any = _functions()
-        first, second = self._moments[parameter]
+        first, second = self._moments_of(parameter)
         beta1, beta2 = group["betas"]
         rates = {"weight_decay": group["weight_decay"], "gnorm_scale": 1.0}
-        gradient = parameter.grad
-        assert gradient is not None
+        assert parameter.grad is not None
+        gradient = parameter.grad.contiguous()
         if first.scales is None or second.scales is None:
             functions.optimizer_update_32bit(
-                "adam", gradient.contiguous(), parameter, first.values, beta1, group["eps"], group["step"], group["lr"],
+                "adam", gradient, parameter, first.values, beta1, group["eps"], group["step"], group["lr"],
                 second.values, beta2, 0.0, 0.0, **rates)
             return
         signed, unsigned = self._code(parameter.device)
-        functions.optimizer_update_8bit_blockwise(
-            "adam", gradient.contiguous(), parameter, first.values, second.values, beta1, beta2, 0.0, 0.0, group["eps"],
-            group["step"], group["lr"], signed, unsigned, first.scales, second.scales, **rates)
+        for run, blocks in self._runs(parameter):
+            functions.optimizer_update_8bit_blockwise(
+                "adam", gradient.view(-1)[run], parameter.view(-1)[run], first.values.view(-1)[run],
+                second.values.view(-1)[run], beta1, beta2, 0.0, 0.0, group["eps"], group["step"], group["lr"], signed,
+                unsigned, first.scales[blocks], second.scales[blocks], **rates)
+
+    def _runs(self, parameter: Tensor) -> list[tuple[slice, slice]]:
+        """(elements, blocks) of what the kernel takes at once: the rest of a block that begins before this slice, and
+        everything after it."""
+        rest = min(-self._place(parameter).start % BLOCK, parameter.numel())
+        runs = [(slice(0, rest), slice(0, 1))] if rest else []
+        if rest < parameter.numel():
+            runs.append((slice(rest, None), slice(len(runs), None)))
+        return runs
+
+    def _place(self, parameter: Tensor) -> Place:
+        return self.places.get(parameter) or Place(start=0, total=parameter.numel())
+
+    def _moments_of(self, parameter: Tensor) -> tuple[Moment, Moment]:
+        """Both moments; zeros before the first step."""
+        if parameter not in self._moments:
+            place = self._place(parameter)
+            self._moments[parameter] = (new_moment(parameter, place), new_moment(parameter, place))
+        return self._moments[parameter]
 
     @torch.no_grad()
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -81,15 +120,16 @@ class AdamW8bit(torch.optim.Optimizer):
         -1, and the scale could not be told from the others.
         """
         codes = self._code(parameter.device)
-        return {name: _restored(moment, code) for name, moment, code in zip(
-            ("exp_avg", "exp_avg_sq"), self._moments[parameter], codes, strict=True)}
+        before = self._place(parameter).before
+        return {name: _restored(moment, code, before) for name, moment, code in zip(
+            ("exp_avg", "exp_avg_sq"), self._moments_of(parameter), codes, strict=True)}
 
     @torch.no_grad()
     def load_moments(self, parameter: Tensor, values: dict[str, Tensor]) -> None:
         """Take `exp_avg` and `exp_avg_sq`, float32 of the parameter's size."""
-        codes = self._code(parameter.device)
-        for name, moment, code in zip(("exp_avg", "exp_avg_sq"), self._moments[parameter], codes, strict=True):
-            _assign(moment, values[name].to(parameter.device).view(parameter.shape), code)
+        codes, before = self._code(parameter.device), self._place(parameter).before
+        for name, moment, code in zip(("exp_avg", "exp_avg_sq"), self._moments_of(parameter), codes, strict=True):
+            _assign(moment, values[name].to(parameter.device).view(parameter.shape), code, before)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the groups' settings and steps; moments come by `load_moments`."""
@@ -111,37 +151,43 @@ class AdamW8bit(torch.optim.Optimizer):
         return self._maps[device]
 
 
-def new_moment(parameter: Tensor) -> Moment:
-    """Zeros, in 8 bits where the parameter is large enough."""
-    if parameter.numel() < SMALLEST:
+def new_moment(parameter: Tensor, place: Place) -> Moment:
+    """Zeros, in 8 bits where the model's parameter is large enough."""
+    if place.total < SMALLEST:
         return Moment(values=torch.zeros_like(parameter, dtype=torch.float32), scales=None)
+    blocks = -(-(place.before + parameter.numel()) // BLOCK)
     return Moment(values=torch.zeros_like(parameter, dtype=torch.uint8),
-                  scales=torch.zeros(-(-parameter.numel() // BLOCK), device=parameter.device))
+                  scales=torch.zeros(blocks, device=parameter.device))
 
 
-def _restored(moment: Moment, code: Tensor) -> Tensor:
+def _blocks(values: Tensor, before: int, fill: int) -> Tensor:
+    """[blocks, BLOCK]: the values, with `fill` in the places of the first and the last block that are not here."""
+    after = -(before + values.numel()) % BLOCK
+    return torch.nn.functional.pad(values.flatten(), (before, after), value=fill).view(-1, BLOCK)
+
+
+def _restored(moment: Moment, code: Tensor, before: int) -> Tensor:
     if moment.scales is None:
         return moment.values.clone()
-    codes = torch.nn.functional.pad(moment.values.flatten().int(), (0, -moment.values.numel() % BLOCK), value=-1)
-    blocks = codes.view(-1, BLOCK)
+    blocks = _blocks(moment.values.int(), before, -1)
     values = code[blocks.clamp(min=0)] * moment.scales[:, None]
     lowest, has_lowest = (blocks == 0).int().max(dim=1)[::-1]
     rows = (has_lowest.bool() & ~(blocks == len(code) - 1).any(dim=1)).nonzero()[:, 0]
     if code[0] < 0:
         values[rows, lowest[rows]] = -moment.scales[rows]
-    return values.flatten()[:moment.values.numel()].view(moment.values.shape)
+    return values.flatten()[before:before + moment.values.numel()].view(moment.values.shape)
 
 
-def _assign(moment: Moment, values: Tensor, code: Tensor) -> None:
+def _assign(moment: Moment, values: Tensor, code: Tensor, before: int) -> None:
     if moment.scales is None:
         moment.values.copy_(values)
         return
-    padded = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
-    scales = padded.abs().amax(dim=1)
+    blocks = _blocks(values, before, 0)
+    scales = blocks.abs().amax(dim=1)
     borders = (code[1:] + code[:-1]) / 2
-    codes = torch.bucketize(padded / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None], borders)
+    codes = torch.bucketize(blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None], borders)
     moment.scales.copy_(scales)
-    moment.values.copy_(codes.flatten()[:values.numel()].view(values.shape))
+    moment.values.copy_(codes.flatten()[before:before + values.numel()].view(values.shape))
 
 
 def _functions() -> Any:

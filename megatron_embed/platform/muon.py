@@ -1,14 +1,17 @@
 """Muon on the matrices of the layers, AdamW on everything else, as one optimizer that Megatron can build.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon; torch.optim.Muon) orthogonalizes the momentum of a matrix.
-A fused matrix is orthogonalized part by part, as the Hugging Face model has it.
+A fused matrix is orthogonalized part by part, as the Hugging Face model has it, and one that tensor parallelism splits
+is gathered first.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 MOMENTUM, EPS = 0.95, 1e-7
@@ -20,8 +23,20 @@ RMS_OF_ADAMW = 0.2
 et al. 2025, arXiv:2502.16982)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """How a parameter is made of matrices, each of which is orthogonalized by itself."""
+
+    parts: Sequence[Tensor]
+    """Row numbers of each matrix in the parameter."""
+    split_dim: int
+    """Dimension of a matrix of which the ranks of `group` hold equal shares, in their order."""
+    group: dist.ProcessGroup
+
+
 class Muon(torch.optim.Optimizer):
-    """Takes Apex's arguments; `matrices` says which parameters are Muon's.
+    """Takes Apex's arguments; `matrices` says which parameters are Muon's. A step gathers those that are split over the
+    ranks of their group, in bfloat16, one matrix after another.
 
     State: `momentum_buffer` of a matrix, `exp_avg` and `exp_avg_sq` of any other parameter, all float32 of its shape;
     `step` is per parameter group.
@@ -31,8 +46,7 @@ class Muon(torch.optim.Optimizer):
                  adam_w_mode: bool = True, capturable: bool = False) -> None:
         assert adam_w_mode and not capturable, "neither L2 regularization nor CUDA graphs are ever asked for"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.matrices: Mapping[Tensor, Sequence[Tensor]] = {}
-        """Parameter -> row numbers of each part of it."""
+        self.matrices: Mapping[Tensor, Matrix] = {}
 
     def initialize(self) -> None:
         """Create the state that does not exist yet, zero, and count the steps from 0."""
@@ -62,10 +76,12 @@ class Muon(torch.optim.Optimizer):
         buffer.lerp_(gradient, 1 - MOMENTUM)
         update = gradient.lerp(buffer, MOMENTUM)  # Nesterov's
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        for rows in self.matrices[parameter]:
-            part = orthogonalized(update[rows])
-            scale = RMS_OF_ADAMW * math.sqrt(max(part.shape))
-            parameter.index_add_(0, rows, part.to(parameter.dtype), alpha=-group["lr"] * scale)
+        matrix = self.matrices[parameter]
+        for rows in matrix.parts:
+            whole = orthogonalized(gathered(update[rows].bfloat16(), matrix))
+            scale = RMS_OF_ADAMW * math.sqrt(max(whole.shape))
+            own = whole.chunk(matrix.group.size(), dim=matrix.split_dim)[matrix.group.rank()]
+            parameter.index_add_(0, rows, own.to(parameter.dtype), alpha=-group["lr"] * scale)
 
     def _update_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states, (beta1, beta2) = [self.state[parameter] for parameter in parameters], group["betas"]
@@ -77,15 +93,22 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"], amsgrad=False, maximize=False)
 
 
+def gathered(share: Tensor, matrix: Matrix) -> Tensor:
+    """The whole of a matrix of which every rank of the group has a share; one all-gather."""
+    if matrix.group.size() == 1:
+        return share
+    shares = [torch.empty_like(share) for _ in range(matrix.group.size())]
+    dist.all_gather(shares, share, group=matrix.group)
+    return torch.cat(shares, dim=matrix.split_dim)
+
+
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """[rows, columns] bfloat16: nearly the closest matrix whose singular values are equal, by the quintic
-    Newton-Schulz iteration in bfloat16, in the order of operations of torch.optim.Muon."""
+    """[rows, columns] bfloat16, as the argument: nearly the closest matrix whose singular values are equal, by the
+    quintic Newton-Schulz iteration in bfloat16, in the order of operations of torch.optim.Muon."""
     linear, cubic, quintic = COEFFICIENTS
-    result = matrix.bfloat16()
     is_tall = matrix.shape[0] > matrix.shape[1]
-    if is_tall:
-        result = result.T
-    result.div_(result.norm().clamp(min=EPS))
+    result = matrix.T if is_tall else matrix
+    result = result.div(result.norm().clamp(min=EPS))
     for _ in range(STEPS):
         gram = result @ result.T
         result = torch.addmm(result, torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic), result, beta=linear)

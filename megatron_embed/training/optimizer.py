@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_embed.checkpoint.optimizer_slices import owned_slices
 from megatron_embed.config.optimizer import OWN_READERS
 from megatron_embed.config.optimizer import OptimizerConfig as OptimizerSettings
 from megatron_embed.config.schema import RunConfig, TrainingConfig
@@ -20,12 +21,13 @@ from megatron_embed.models.passes import tied_parts
 from megatron_embed.models.relative_bias import sum_over_copies
 from megatron_embed.parallel.collectives import sum_over
 from megatron_embed.parallel.topology import Topology
-from megatron_embed.platform.adamw_8bit import AdamW8bit
+from megatron_embed.platform.adamw_8bit import AdamW8bit, Place
 from megatron_embed.platform.compat import (
     HAS_CUDA,
     HAS_TRANSFORMER_ENGINE,
     DistributedDataParallel,
     DistributedDataParallelConfig,
+    DistributedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     OptimizerParamScheduler,
@@ -34,7 +36,7 @@ from megatron_embed.platform.compat import (
     gradients_of_norm,
     use_adam,
 )
-from megatron_embed.platform.muon import Muon
+from megatron_embed.platform.muon import Matrix, Muon
 from megatron_embed.training.overlap import assert_gathered, no_sync_until_last_microbatch
 
 
@@ -181,10 +183,22 @@ def optimizer_settings(config: RunConfig) -> OptimizerConfig:
     return settings
 
 
-def main_matrices(chunks: Sequence[EmbeddingModel]) -> dict[Tensor, list[Tensor]]:
-    """The main parameter of every matrix of the layers, with the row numbers of its parts."""
-    return {vars(parameter).get("main_param", parameter): parts
-            for chunk in chunks for parameter, parts in layer_matrices(chunk, chunk.shape)}
+def main_matrices(chunks: Sequence[EmbeddingModel], topology: Topology) -> dict[Tensor, Matrix]:
+    """The main parameter of every matrix of the layers, and how it is made of the Hugging Face model's."""
+    groups = topology.groups
+    return {vars(matrix.parameter).get("main_param", matrix.parameter): Matrix(
+                parts=matrix.parts, split_dim=matrix.split_dim, group=groups.expt_tp if matrix.is_expert else groups.tp)
+            for chunk in chunks for matrix in layer_matrices(chunk, chunk.shape)}
+
+
+def slice_places(optimizer: DistributedOptimizer) -> dict[Tensor, Place]:
+    """Which elements of the model's parameter each main parameter of this rank is."""
+    places = {}
+    for owned in owned_slices(optimizer):
+        group, index = optimizer.model_param_group_index_map[owned.parameter]
+        main = optimizer.optimizer.param_groups[group]["params"][index]
+        places[main] = Place(start=owned.start, total=owned.parameter.numel())
+    return places
 
 
 def build_optimizer(config: RunConfig, wrapped: Sequence[torch.nn.Module], topology: Topology) -> MegatronOptimizer:
@@ -201,7 +215,9 @@ def build_optimizer(config: RunConfig, wrapped: Sequence[torch.nn.Module], topol
     parts = [part for part in optimizer.chained_optimizers if part.optimizer is not None]
     for part in parts:
         if isinstance(part.optimizer, Muon):
-            part.optimizer.matrices = main_matrices([chunk.module for chunk in wrapped])
+            part.optimizer.matrices = main_matrices([chunk.module for chunk in wrapped], topology)
+        if isinstance(part.optimizer, AdamW8bit):
+            part.optimizer.places = slice_places(part)
     return optimizer if len(parts) == len(optimizer.chained_optimizers) else type(optimizer)(parts)
 
 

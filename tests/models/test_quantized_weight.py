@@ -38,7 +38,7 @@ def test_restored_is_bitsandbytes_own(kind, double):
     else:
         theirs = bitsandbytes.functional.dequantize_4bit(
             *bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double))
-    ours = restored_whole(weight, kind, double=double)
+    ours = restored_whole(quantize(weight, kind, double=double), torch.float32)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     error = float((ours - weight).norm() / weight.norm())
     assert error < (0.01 if kind == "int8" else 0.1)
@@ -53,7 +53,8 @@ def test_shares_of_ranks_are_those_of_the_whole(shape, kind, double, name):
     context = Context(shape=shape, layer=layer, expert=expert)
     tensors = {part: random_weight(*context.sizes(words), seed=seed) for seed, (part, words) in enumerate(
         zip(rule.hf_names(context), rule.hf_shapes(), strict=True))}
-    restored = {part: restored_whole(tensor, kind, double=double) for part, tensor in tensors.items()}
+    restored = {part: restored_whole(quantize(tensor, kind, double=double), torch.float32)
+                for part, tensor in tensors.items()}
     for size in (1, 2):
         for rank in range(size):
             expected = rule.shard(lambda part, dim, start, stop: restored[part].narrow(dim, start, stop - start),

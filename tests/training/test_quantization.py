@@ -15,7 +15,8 @@ from tests.helpers.embedding_reference import save_model as save_experts
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import assert_refused, command
 from tests.helpers.runs import configuration, curve, go_back, train
-from tests.helpers.toys import MAX_LENGTH, MINI_EN, layout, save_model
+from tests.helpers.stock_curves import stock_curve
+from tests.helpers.toys import layout, save_model
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2}
 EXPERTS = {"hidden_size": 64, "moe_intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -48,49 +49,27 @@ def losses(directory):
     return [step[0] for step in curve(directory)]
 
 
-def peft_losses(base, adapter, kind, double, steps, rows):
+def peft_losses(base, adapter, kind, double):
     """Losses of PEFT's adapters over bitsandbytes' weights: the stock libraries alone."""
     import transformers
     from peft import PeftModel
 
     torch.manual_seed(0)
-    quantization = (transformers.BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else
-                    transformers.BitsAndBytesConfig(
-                        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
-                        bnb_4bit_compute_dtype=torch.float32))
+    quantization = None if kind is None else transformers.BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else (
+        transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
+                                        bnb_4bit_compute_dtype=torch.float32))
     loaded = transformers.AutoModel.from_pretrained(base, quantization_config=quantization, dtype=torch.float32,
                                                     device_map="cpu")
     peft = PeftModel.from_pretrained(loaded, str(adapter), is_trainable=True).train()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    optimizer = torch.optim.AdamW([parameter for parameter in peft.parameters() if parameter.requires_grad], lr=1e-3,
-                                  weight_decay=0.0)
-
-    def embed(texts):
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
-        states = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        mask = batch["attention_mask"][..., None]
-        return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-
-    lines = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()]
-    result = []
-    for step in range(steps):
-        batch = lines[step * rows:(step + 1) * rows]
-        documents = [row["positive"][0] for row in batch] + [row["negatives"][0] for row in batch if row["negatives"]]
-        scores = embed([row["query"] for row in batch]) @ embed(documents).T / 0.3
-        loss = torch.nn.functional.cross_entropy(scores, torch.arange(rows))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-        optimizer.step()
-        result.append(float(loss))
-    return result
+    trained = [parameter for parameter in peft.parameters() if parameter.requires_grad]
+    return stock_curve(peft, base, [torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)], 20)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, double", [("nf4", True), ("nf4", False), ("int8", None)])
 def test_twenty_losses_equal_pefts_with_bitsandbytes(model, adapter, tmp_path, kind, double, record_property):
     run_on_ranks(train, 1, settings(adapter, tmp_path / "run", kind=kind, double=double, lora={}))
-    (theirs,) = run_on_ranks(peft_losses, 1, model, str(adapter), kind, bool(double), 20, 8)
+    (theirs,) = run_on_ranks(peft_losses, 1, model, str(adapter), kind, bool(double))
     ours = losses(tmp_path / "run")
     record_property("largest_difference", np.abs(np.array(ours) - theirs).max())
     assert ours[0] - ours[-1] > 0.1, "nothing was learned"
