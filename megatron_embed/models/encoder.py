@@ -42,7 +42,7 @@ from megatron_embed.models.lora_settings import Adapters
 from megatron_embed.models.packed_bins import packed_sequences
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.relative_bias import RelativeBias
-from megatron_embed.models.rope import rotary_cos_sin, rotary_frequencies
+from megatron_embed.models.rope import rotary_cos_sin, rotary_factors, rotary_frequencies
 from megatron_embed.models.te_attention import TransformerEngineAttention
 from megatron_embed.models.te_layers import PassSettings, configure, start_overlap, te_layer_classes
 from megatron_embed.names import Pooling
@@ -187,7 +187,8 @@ class EmbeddingModel(LanguageModule):
         """Cosines and sines of each token's own position, for all layers; None with learned positions."""
         if self.rotary_frequencies is None:
             return None
-        return rotary_cos_sin(self.rotary_frequencies, batch.position_ids, self.config.params_dtype)
+        return rotary_cos_sin(self.rotary_frequencies, batch.position_ids, self.config.params_dtype,
+                              rotary_factors(self.shape))
 
     def global_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Parameters of this rank by name; layers and experts are counted over the whole model, not from this rank's

@@ -10,7 +10,8 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.names import Pooling
 
 FamilyName = Literal["bert", "roberta", "xlm-roberta", "modernbert", "qwen2", "qwen3", "qwen3_moe", "llama", "mistral",
-                     "mixtral", "t5", "t5-gated", "gemma2", "gemma3_text", "phi3", "glm", "glm4", "nomic_bert"]
+                     "mixtral", "t5", "t5-gated", "gemma2", "gemma3_text", "phi3", "glm", "glm4", "nomic_bert",
+                     "internlm2", "internlm3"]
 HiddenActivation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 
@@ -18,13 +19,23 @@ HiddenActivation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 class RopeScaling:
     """Scaling of rotary frequencies, under Transformers' names."""
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn", "dynamic", "longrope"]
+    """dynamic and longrope: as for texts of the original length, within which they depend on no text's length."""
     factor: float
-    """Divides all frequencies (linear) or the low ones (llama3)."""
+    """Divides all frequencies (linear) or the low ones (llama3, yarn); without effect under dynamic and longrope."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
-    """llama3: wavelengths above this / low_freq_factor are scaled, those below this / high_freq_factor are not."""
+    """llama3: wavelengths above this / low_freq_factor are scaled, those below this / high_freq_factor are not. yarn:
+    the same with the rotations over this length, beta_slow and beta_fast. longrope: the longest text."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """yarn: the bounds of the dimensions between are rounded outwards."""
+    attention_factor: float = 1.0
+    """yarn and longrope: multiplies cosines and sines."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: divides each frequency."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +151,10 @@ class ModelShape:
         if self.num_experts and not self.experts_per_token <= self.num_experts:
             raise CheckpointError(f"num_experts_per_tok = {self.experts_per_token} is more than the {self.num_experts} "
                                   "experts")
+        rotated = (self.rotary_dim or self.head_dim) // 2
+        if self.rope_scaling is not None and len(self.rope_scaling.short_factors) not in (0, rotated):
+            raise CheckpointError(f"rope_scaling: short_factor has {len(self.rope_scaling.short_factors)} numbers, but "
+                                  f"a head has {rotated} rotary frequencies")
         if self.position_offset >= self.max_position_embeddings:
             raise CheckpointError(f"max_position_embeddings = {self.max_position_embeddings} leaves no position after "
                                   f"pad_token_id = {self.position_offset - 1}")
@@ -165,8 +180,11 @@ class ModelShape:
 
     @property
     def longest_text(self) -> int:
-        """Tokens of the longest text that has positions."""
-        return self.max_position_embeddings - self.position_offset
+        """Tokens of the longest text that has positions, of those whose rotary frequencies are known."""
+        positions = self.max_position_embeddings - self.position_offset
+        if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
+            return min(positions, self.rope_scaling.original_max_position_embeddings)
+        return positions
 
 
 MOST_MLPS = 2**17

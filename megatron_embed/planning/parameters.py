@@ -181,7 +181,9 @@ def adapter_parameters(shape: ModelShape, sizes: ParallelConfig, rank: int, adap
             inputs = query if name.endswith("linear_proj") else width
             count = rank * (inputs // split + hidden)
         else:
-            outputs = (query, key, key) if name.endswith("linear_qkv") else (width,) * len(modules)
+            outputs = (width,) * len(modules)
+            if name.endswith("linear_qkv"):
+                outputs = (query, key, key) if len(modules) == 3 else (query + 2 * key,)
             # One A for each module; a module that stands for several outputs has a share of B for each.
             count = rank * hidden * len({module for module in modules if module is not None})
             count += sum(rank * (size // split)
