@@ -24,6 +24,8 @@ SCORE_NAMES: Mapping[str, Mapping[str, str]] = {
     "roberta": _ROBERTA, "xlm-roberta": _ROBERTA,
     "nomic_bert": {"weight": "classifier.weight", "bias": "classifier.bias",
                    "dense.weight": "nomic_bert.pooler.dense.weight", "dense.bias": "nomic_bert.pooler.dense.bias"},
+    "deberta-v2": {"weight": "classifier.weight", "bias": "classifier.bias", "dense.weight": "pooler.dense.weight",
+                   "dense.bias": "pooler.dense.bias"},
     "modernbert": {"weight": "classifier.weight", "bias": "classifier.bias", "dense.weight": "head.dense.weight",
                    "dense.bias": "head.dense.bias", "norm.weight": "head.norm.weight", "norm.bias": "head.norm.bias"}}
 """Family -> {our name: full name in *ForSequenceClassification}, biases that not every model has among them. Decoders:
@@ -31,15 +33,16 @@ DECODER_SCORE."""
 DECODER_SCORE: Mapping[str, str] = {"weight": "score.weight"}
 _SAVED_MODULES: Mapping[str, tuple[str, ...]] = {
     "bert": ("classifier", "pooler"), "roberta": ("classifier",), "xlm-roberta": ("classifier",),
-    "modernbert": ("classifier", "head")}
+    "modernbert": ("classifier", "head"), "deberta-v2": ("classifier", "pooler")}
 CLASSES: Mapping[str, str] = {
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "modernbert": "ModernBert", "qwen2": "Qwen2",
     "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral",
     "gemma2": "Gemma2", "gemma3_text": "Gemma3Text",
     "phi3": "Phi3", "glm": "Glm", "glm4": "Glm4", "nomic_bert": "NomicBert", "internlm2": "InternLM2",
-    "internlm3": "InternLM3"}
+    "internlm3": "InternLM3", "deberta-v2": "DebertaV2"}
 """Family -> beginning of the names of its Transformers classes, or of those in its released code."""
-_OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.", "decoder.", "output.", "v_head.")
+_OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.", "decoder.", "output.", "v_head.",
+                "lm_predictions.", "mask_predictions.")
 """Prefixes of tensors that *ForSequenceClassification does not have, except those of its own head."""
 
 

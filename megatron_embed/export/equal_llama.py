@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_embed.config.json_file import read_json_object, read_optional_json_object
 from megatron_embed.convert.checkpoint_directory import copy_files, write_json
 from megatron_embed.convert.head_tensors import architecture, lm_head_name
 from megatron_embed.convert.hf_directory import HFDirectory
+from megatron_embed.convert.storage.safetensors_file import SafetensorsWriter
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.tables.transforms import Context, Transform
 from megatron_embed.models.families import ModelShape, model_shape
@@ -62,8 +62,10 @@ def write_equal_llama(source: Path, target: Path) -> None:
         tensors |= {heads[name]: files.read(name) for name in files.passthrough if name in heads}
         if not files.prefixed:
             tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors",
-              metadata={"format": "pt"})
+    with SafetensorsWriter(target / "model.safetensors", [
+            (name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
     write_json(target / "config.json", _config(read_json_object(source / "config.json"), kind, shape))
     tokenizer = read_optional_json_object(target / "tokenizer_config.json")
     if "auto_map" in tokenizer:

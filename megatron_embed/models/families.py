@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 from megatron_embed.config.json_file import read_json_object
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.deberta_family import deberta_v2
 from megatron_embed.models.hf_config import HFConfig, activation, rope, rotary_dim, shown
 from megatron_embed.models.local_attention_families import gemma2, gemma3_text, modernbert
 from megatron_embed.models.model_shape import (
     ClassifierShape,
+    DisentangledPositions,
     FamilyName,
     HiddenActivation,
     ModelShape,
@@ -25,8 +27,8 @@ from megatron_embed.models.model_shape import (
 )
 from megatron_embed.models.t5_family import t5
 
-__all__ = ["FAMILIES", "FamilyName", "HiddenActivation", "ModelShape", "RelativePositions", "RopeScaling",
-           "layers_by_stage", "model_shape", "read_hf_config"]
+__all__ = ["FAMILIES", "DisentangledPositions", "FamilyName", "HiddenActivation", "ModelShape", "RelativePositions",
+           "RopeScaling", "layers_by_stage", "model_shape", "read_hf_config"]
 
 
 def _encoder(config: HFConfig, family: FamilyName) -> ModelShape:
@@ -223,7 +225,7 @@ FAMILIES: dict[str, Callable[[HFConfig], ModelShape]] = {
     "t5": t5,
     "gemma2": gemma2, "gemma3_text": gemma3_text,
     "phi3": _phi3, "glm": _glm("glm"), "glm4": _glm("glm4"), "nomic_bert": _nomic_bert,
-    "internlm2": _internlm2, "internlm3": _internlm3}
+    "internlm2": _internlm2, "internlm3": _internlm3, "deberta-v2": deberta_v2}
 """Reader of each `model_type` of config.json."""
 
 

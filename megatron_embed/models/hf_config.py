@@ -155,6 +155,8 @@ def _rotary(config: HFConfig, parameters: Any, default: float, *,
     missing = [key for key in _ROPE_KEYS[kind] if key not in parameters]
     if missing:
         raise CheckpointError(f"{config.file}: rope type {kind!r} without {missing[0]!r}; fetch the file again")
+    if kind in ("linear", "dynamic"):
+        return base, RopeScaling(kind=kind, factor=float(parameters["factor"]))
     # In Transformers, a key beside rope_scaling takes precedence over one inside it.
     original = config.get("original_max_position_embeddings", parameters.get(
         "original_max_position_embeddings") or config["max_position_embeddings"])
@@ -163,9 +165,7 @@ def _rotary(config: HFConfig, parameters: Any, default: float, *,
     if kind == "longrope":
         return base, _longrope(config, parameters, original)
     values = {key: float(parameters[key]) for key in _ROPE_KEYS[kind]}
-    if kind == "llama3":
-        return base, RopeScaling(kind="llama3", original_max_position_embeddings=original, **values)
-    return base, RopeScaling(kind=kind, **values)
+    return base, RopeScaling(kind="llama3", original_max_position_embeddings=original, **values)
 
 
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {

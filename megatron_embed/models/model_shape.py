@@ -11,7 +11,7 @@ from megatron_embed.names import Pooling
 
 FamilyName = Literal["bert", "roberta", "xlm-roberta", "modernbert", "qwen2", "qwen3", "qwen3_moe", "llama", "mistral",
                      "mixtral", "t5", "t5-gated", "gemma2", "gemma3_text", "phi3", "glm", "glm4", "nomic_bert",
-                     "internlm2", "internlm3"]
+                     "internlm2", "internlm3", "deberta-v2"]
 HiddenActivation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 
@@ -45,6 +45,19 @@ class RelativePositions:
     num_buckets: int
     max_distance: int
     """Distance from which on all tokens share a bucket."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisentangledPositions:
+    """Embeddings of the distance between two tokens, 2 * span of them, whose products with queries and keys are added
+    to the attention scores."""
+
+    span: int
+    """Distances on either side, or buckets of them."""
+    max_distance: int
+    """Distance that falls into the last bucket."""
+    has_buckets: bool
+    """Distances beyond half of the span share buckets, logarithmically more of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +121,11 @@ class ModelShape:
     """Original Transformer order: the norm comes after the residual sum, without a final norm."""
     bidirectional: bool
     rotary_base: float | None
-    """None: learned absolute positions, unless there are `relative_positions`."""
+    """None: learned absolute positions, unless there are `relative_positions` or `disentangled_positions`."""
     relative_positions: RelativePositions | None = None
     """A bias of the attention scores in place of positions of tokens."""
+    disentangled_positions: DisentangledPositions | None = None
+    """Embeddings of relative positions in place of positions of tokens."""
     rotary_dim: int | None = None
     """Dimensions of a head, the first ones, that are rotated; None: all."""
     interleaved_rotary: bool = False
@@ -176,7 +191,12 @@ class ModelShape:
     @property
     def learned_positions(self) -> bool:
         """Whether every position has an embedding."""
-        return self.rotary_base is None and self.relative_positions is None
+        return self.rotary_base is None and not self.has_position_bias
+
+    @property
+    def has_position_bias(self) -> bool:
+        """Whether positions are added to the attention scores, by a module that every pipeline stage has."""
+        return self.relative_positions is not None or self.disentangled_positions is not None
 
     @property
     def longest_text(self) -> int:

@@ -87,6 +87,9 @@ def stage_parameters(shape: ModelShape, sizes: ParallelConfig, stage: int) -> Pa
         copies = sizes.virtual_pipeline_model_parallel_size or 1
         heads = shape.num_attention_heads // sizes.tensor_model_parallel_size
         result += Parameters(dense=copies * shape.relative_positions.num_buckets * heads)
+    if shape.disentangled_positions is not None:  # the same
+        copies = sizes.virtual_pipeline_model_parallel_size or 1
+        result += Parameters(dense=copies * (2 * shape.disentangled_positions.span + 2) * shape.hidden_size)
     if stage == 0:
         result += Parameters(dense=embedding_parameters(shape, sizes.tensor_model_parallel_size))
         if not shape.first_attention_norm:

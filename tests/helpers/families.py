@@ -33,6 +33,9 @@ MODERNBERT = {"vocab_size": 103, "hidden_size": 32, "num_hidden_layers": 5, "num
 
 T5 = {"vocab_size": 103, "d_model": 32, "d_kv": 12, "num_heads": 4, "num_layers": 4, "d_ff": 48, "dropout_rate": 0.0,
       "relative_attention_num_buckets": 12, "relative_attention_max_distance": 30}
+DEBERTA = ENCODER | {
+    "position_buckets": 16, "relative_attention": True, "position_biased_input": False, "share_att_key": True,
+    "pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm", "type_vocab_size": 0}
 GEMMA = DECODER | {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 10}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -85,6 +88,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "InternLM3": ("Llama", DECODER | {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
     "InternLM3, qkv_bias": ("Qwen2", DECODER | {"num_hidden_layers": 5}),
     "Mixtral": ("Mixtral", DECODER | EXPERTS | {"num_local_experts": 4, "num_hidden_layers": 5}),
+    "DeBERTa-v3": ("DebertaV2", DEBERTA),
+    "DeBERTa-v3, no buckets": ("DebertaV2", DEBERTA | {
+        "position_buckets": -1, "max_relative_positions": 24, "type_vocab_size": 2, "num_hidden_layers": 5}),
     "T5": ("T5", T5 | {"num_layers": 5}),
     "T5 1.1": ("T5", T5 | {"feed_forward_proj": "gated-gelu"}),
 }
@@ -92,7 +98,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 WITH_EXPERTS = ("Qwen3-MoE", "Mixtral")
 SLOW_GRID = ("ModernBERT", "ModernBERT, biases of norms", "T5", "T5 1.1", "Gemma 2", "Gemma 2, no cap", "Gemma 3",
              "EmbeddingGemma", "Phi-3", "Phi-4-mini's rope", "GLM-4", "GLM-4-0414", "NomicBERT", "Llama, yarn",
-             "Qwen3, yarn", "Phi-3, longrope", "InternLM2", "InternLM3", "InternLM3, qkv_bias")
+             "Qwen3, yarn", "Phi-3, longrope", "InternLM2", "InternLM3", "InternLM3, qkv_bias",
+             "DeBERTa-v3", "DeBERTa-v3, no buckets")
 """Compared on one rank by default, under all layouts by the slow tests."""
 CAUSAL_LM = tuple(name for name in FAMILIES if "BERT" not in name and "T5" not in name)
 """Families with a language-model head."""
@@ -173,7 +180,7 @@ def keep_output(output, non_loss_data):
 
 def whole_bin(parts, config, tokens):
     """[tokens, hidden] from the ranks' results of `token_states`."""
-    from megatron_embed.models.attention import context_chunks
+    from megatron_embed.models.segments import context_chunks
     from megatron_embed.parallel.topology import uses_sequence_parallel
 
     tp, cp = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
