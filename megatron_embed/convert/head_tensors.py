@@ -14,7 +14,8 @@ from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.errors import CheckpointError
 from megatron_embed.names import HeadKind
 
-LM_HEAD = "lm_head.weight"
+_LM_HEADS: Mapping[str, str] = {"internlm2": "output.weight"}
+"""Family -> name of its language-model head, where it is not lm_head.weight."""
 _ROBERTA = {"weight": "classifier.out_proj.weight", "bias": "classifier.out_proj.bias",
             "dense.weight": "classifier.dense.weight", "dense.bias": "classifier.dense.bias"}
 SCORE_NAMES: Mapping[str, Mapping[str, str]] = {
@@ -23,6 +24,8 @@ SCORE_NAMES: Mapping[str, Mapping[str, str]] = {
     "roberta": _ROBERTA, "xlm-roberta": _ROBERTA,
     "nomic_bert": {"weight": "classifier.weight", "bias": "classifier.bias",
                    "dense.weight": "nomic_bert.pooler.dense.weight", "dense.bias": "nomic_bert.pooler.dense.bias"},
+    "deberta-v2": {"weight": "classifier.weight", "bias": "classifier.bias", "dense.weight": "pooler.dense.weight",
+                   "dense.bias": "pooler.dense.bias"},
     "modernbert": {"weight": "classifier.weight", "bias": "classifier.bias", "dense.weight": "head.dense.weight",
                    "dense.bias": "head.dense.bias", "norm.weight": "head.norm.weight", "norm.bias": "head.norm.bias"}}
 """Family -> {our name: full name in *ForSequenceClassification}, biases that not every model has among them. Decoders:
@@ -30,20 +33,27 @@ DECODER_SCORE."""
 DECODER_SCORE: Mapping[str, str] = {"weight": "score.weight"}
 _SAVED_MODULES: Mapping[str, tuple[str, ...]] = {
     "bert": ("classifier", "pooler"), "roberta": ("classifier",), "xlm-roberta": ("classifier",),
-    "modernbert": ("classifier", "head")}
+    "modernbert": ("classifier", "head"), "deberta-v2": ("classifier", "pooler")}
 CLASSES: Mapping[str, str] = {
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "modernbert": "ModernBert", "qwen2": "Qwen2",
     "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral",
     "gemma2": "Gemma2", "gemma3_text": "Gemma3Text",
-    "phi3": "Phi3", "glm": "Glm", "glm4": "Glm4", "nomic_bert": "NomicBert"}
-"""Family -> beginning of the names of its Transformers classes."""
-_OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.", "decoder.")
+    "phi3": "Phi3", "glm": "Glm", "glm4": "Glm4", "nomic_bert": "NomicBert", "internlm2": "InternLM2",
+    "internlm3": "InternLM3", "deberta-v2": "DebertaV2"}
+"""Family -> beginning of the names of its Transformers classes, or of those in its released code."""
+_OTHER_HEADS = ("lm_head.", "cls.", "score.", "classifier.", "qa_outputs.", "decoder.", "output.", "v_head.",
+                "lm_predictions.", "mask_predictions.")
 """Prefixes of tensors that *ForSequenceClassification does not have, except those of its own head."""
 
 
 def score_names(family: str) -> Mapping[str, str]:
     """Our names of a score head -> the family's Hugging Face names."""
     return SCORE_NAMES.get(family, DECODER_SCORE)
+
+
+def lm_head_name(family: str) -> str:
+    """Full name of the tensor of a decoder's language-model head."""
+    return _LM_HEADS.get(family, "lm_head.weight")
 
 
 def saved_modules(family: str) -> list[str]:
@@ -63,12 +73,13 @@ def read_head(source: HFDirectory | PassthroughFile, family: str, kind: HeadKind
         CheckpointError: a yes_no head without lm_head, or a classifier with more than one output.
     """
     if kind == "yes_no":
-        if LM_HEAD not in source.passthrough:
-            raise CheckpointError(f"{path}: no {LM_HEAD}, and its word embeddings are not tied to one, so there are "
+        lm_head = lm_head_name(family)
+        if lm_head not in source.passthrough:
+            raise CheckpointError(f"{path}: no {lm_head}, and its word embeddings are not tied to one, so there are "
                                   "no rows for yes and no; take a model with a language-model head, or reranker.head: "
                                   "score")
         assert token_ids is not None
-        rows = [source.read_slice(LM_HEAD, 0, token, token + 1) for token in token_ids]
+        rows = [source.read_slice(lm_head, 0, token, token + 1) for token in token_ids]
         return {"weight": torch.cat(rows)}
     names = score_names(family)
     if names["weight"] in source.passthrough and source.entry(names["weight"]).shape[0] != 1:
@@ -101,6 +112,7 @@ class HeadExport:
         """
         self._classification = classification
         self._token_ids = token_ids
+        self._lm_head = lm_head_name(family)
         self._rows: Tensor | None = None
         if not classification:
             assert kind == "yes_no", "a causal language model cannot hold a score head"
@@ -121,7 +133,7 @@ class HeadExport:
 
     def edited(self, name: str, tensor: Tensor) -> Tensor:
         """A passthrough tensor with the trained rows inserted."""
-        if name != LM_HEAD or self._rows is None:
+        if name != self._lm_head or self._rows is None:
             return tensor
         assert self._token_ids is not None
         tensor = tensor.clone()

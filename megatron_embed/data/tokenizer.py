@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import normalizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_embed.config.json_file import LARGEST_FILE, LARGEST_TOKENIZER
+from megatron_embed.config.json_file import LARGEST_FILE, LARGEST_TOKENIZER, read_optional_json_object
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.vocabulary import has_tokenizer_files
@@ -66,7 +66,7 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
                               "model into it")
     _refuse_large_files(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        tokenizer = open_tokenizer(directory)
         tokenizer(["a b"], verbose=False)  # some wrong values are only read here, such as a list for model_max_length
     except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
         raise CheckpointError(f"{model_dir}: the tokenizer cannot be loaded: {first_line(error)}; copy "
@@ -82,6 +82,19 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
                                   "the model's own tokenizer there, or give the model more rows (Transformers: "
                                   "resize_token_embeddings)")
     return tokenizer
+
+
+def open_tokenizer(directory: Path) -> Any:
+    """The tokenizer as Transformers loads it; InternLM's, whose classes are code that comes with the model, by its
+    tokenizer.json alone. May raise anything."""
+    values = read_optional_json_object(directory / "tokenizer_config.json")
+    if not str(values.get("tokenizer_class")).startswith("InternLM"):
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if not (directory / "tokenizer.json").is_file():
+        raise ValueError(f"tokenizer_class = {values['tokenizer_class']!r} is code that comes with the model, which is "
+                         "never run, and there is no tokenizer.json, which needs none; if you trust that code, let "
+                         "Transformers' AutoTokenizer write one (trust_remote_code=True, save_pretrained)")
+    return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
 
 
 def _refuse_large_files(directory: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_embed.convert.checkpoint_directory import CheckpointDirectory, open_checkpoint
 from megatron_embed.convert.peft import write_peft
 from megatron_embed.errors import CheckpointError
+from megatron_embed.export.equal_llama import has_own_code
 from megatron_embed.export.verified_write import export, why_no_memory
 from megatron_embed.export.verify import Report
 from megatron_embed.export.verify_peft import compare_with_peft
@@ -51,6 +52,8 @@ def _compare(source: str, checkpoint: CheckpointDirectory, directory: Path) -> s
         base = local_directory(adapters.base_model)
     except CheckpointError as error:
         return f"{not_compared}its base model {adapters.base_model} is not here ({error})"
+    if has_own_code(base):
+        return f"{not_compared}Transformers has no class for {base}, and its own code is not run"
     if reason := why_no_memory(base):
         return reason
     compare = _compare_vectors if checkpoint.info.head is None else _compare_scores

@@ -156,11 +156,11 @@ def library_versions() -> dict[str, str]:
 
 def load_export_tokenizer(directory: Path) -> Any:
     """The directory's tokenizer as Transformers loads it. Raises CheckpointError if it cannot."""
-    from transformers import AutoTokenizer
+    from megatron_embed.data.tokenizer import open_tokenizer
 
     check_tokenizer_names(directory)
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return open_tokenizer(directory)
     except Exception as error:  # all of them: the tokenizers library raises bare Exception for a damaged file
         raise CheckpointError(f"{directory}: tokenizer cannot be loaded ({first_line(error)}); "
                               "put the tokenizer files of the model there") from error

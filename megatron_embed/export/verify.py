@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_embed.config.json_file import read_json_object
 from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.errors import CheckpointError, first_line
+from megatron_embed.export.equal_llama import stock_directory, stock_library
 from megatron_embed.models.families import model_shape
 from megatron_embed.names import Similarity
 
@@ -90,7 +91,8 @@ def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[st
             raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of {text[:40]!r}..., "
                                   f"{len(text)} characters, and the trained model {len(ids)}, or others; the export "
                                   "must not be used")
-    return compare_vectors(directory, "Sentence Transformers", texts, vectors, our_vectors, minimum_cosine)
+    return compare_vectors(directory, stock_library(directory, "Sentence Transformers"), texts, vectors, our_vectors,
+                           minimum_cosine)
 
 
 def _stock_ids(model: Any, text: str, role: str | None) -> list[int]:
@@ -141,7 +143,8 @@ def compare_with_transformers(directory: Path, rows: Sequence[Sequence[int]], te
     with library_errors(directory, "Transformers"):
         model = _load_model(directory)
         vectors = torch.stack([mean_of_tokens(model, ids, bidirectional) for ids in rows])
-    return compare_vectors(directory, "Transformers", texts, vectors, our_vectors, minimum_cosine)
+    return compare_vectors(directory, stock_library(directory, "Transformers"), texts, vectors, our_vectors,
+                           minimum_cosine)
 
 
 def compare_vectors(directory: str | Path, library: str, texts: Sequence[str], theirs: Tensor, ours: Tensor,
@@ -193,8 +196,9 @@ def _load_model(directory: Path) -> Any:
                "ForSequenceClassification": AutoModelForSequenceClassification}
     architecture = (read_json_object(directory / "config.json").get("architectures") or [""])[0]
     auto = next((cls for end, cls in classes.items() if architecture.endswith(end)), AutoModel)
-    model, info = auto.from_pretrained(str(directory), local_files_only=True, dtype="auto", output_loading_info=True)
-    family = rules_for(model_shape(directory).family)
+    with stock_directory(directory) as stock:
+        model, info = auto.from_pretrained(str(stock), local_files_only=True, dtype="auto", output_loading_info=True)
+        family = rules_for(model_shape(stock).family)
     names = [*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])]
     wrong = [name for name in sorted(names)
              if not family.is_passthrough(family.full_name(name, prefixed=name.startswith(family.prefix)))]
@@ -246,7 +250,8 @@ def _load_sentence_transformer(directory: Path, dtype: str) -> Any:
     """The export in the stock library, on the CPU."""
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": dtype})
+    with stock_directory(directory) as stock:
+        return SentenceTransformer(str(stock), device="cpu", local_files_only=True, model_kwargs={"dtype": dtype})
 
 
 @contextmanager

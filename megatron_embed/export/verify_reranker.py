@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_embed.errors import CheckpointError
+from megatron_embed.export.equal_llama import stock_directory, stock_library
 from megatron_embed.export.verify import Report, library_errors, relative_errors, score_of_pair
 
 
@@ -38,7 +39,7 @@ def compare_with_cross_encoder(directory: str | Path, pairs: Sequence[tuple[str,
             raise CheckpointError(f"{directory}: {library} scores pair {worst} ({pairs[worst][0][:40]!r}, "
                                   f"{pairs[worst][1][:40]!r}) {float(scores[worst]):.6f}, the trained model "
                                   f"{float(our_scores[worst]):.6f}; the export must not be used")
-        reports.append(Report(library=library, results="scores", count=len(pairs),
+        reports.append(Report(library=stock_library(directory, library), results="scores", count=len(pairs),
                               max_difference=float(errors[worst])))
     return reports
 
@@ -48,7 +49,8 @@ def _cross_encoder(directory: Path, pairs: Sequence[tuple[str, str]]) -> Tensor:
     from sentence_transformers import CrossEncoder
 
     with library_errors(directory, "Sentence Transformers"):
-        model = CrossEncoder(str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": "float32"})
+        with stock_directory(directory) as stock:
+            model = CrossEncoder(str(stock), device="cpu", local_files_only=True, model_kwargs={"dtype": "float32"})
         scores: Tensor = model.predict(list(pairs), activation_fn=torch.nn.Identity(), convert_to_tensor=True,
                                        show_progress_bar=False)
     return scores.float()
@@ -63,7 +65,8 @@ def _transformers(directory: Path, token_ids: Sequence[Sequence[int]], token_typ
                  else transformers.AutoModelForCausalLM)
     all_types: Sequence[Sequence[int] | None] = token_types or [None] * len(token_ids)
     with library_errors(directory, "Transformers"), torch.inference_mode():
-        model = auto.from_pretrained(directory, local_files_only=True, dtype="float32").eval()
+        with stock_directory(directory) as stock:
+            model = auto.from_pretrained(stock, local_files_only=True, dtype="float32").eval()
         scores = [score_of_pair(model, ids, type_ids, answers)
                   for ids, type_ids in zip(token_ids, all_types, strict=True)]
     return torch.stack(scores).float()

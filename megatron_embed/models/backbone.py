@@ -10,11 +10,12 @@ from torch import Tensor
 from megatron_embed.config.schema import ParallelConfig, TrainingConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.kernels.reference import ACTIVATIONS
-from megatron_embed.models.attention import attention_window
+from megatron_embed.models.disentangled import DisentangledSelfAttention
 from megatron_embed.models.experts import GroupedExperts
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.models.layer import BackboneConfig, PackedSelfAttention, PreNormLayer, RMSNorm, SandwichLayer
 from megatron_embed.models.quantized_linear import QuantizedColumnParallelLinear, QuantizedRowParallelLinear
+from megatron_embed.models.segments import attention_window
 from megatron_embed.parallel.topology import uses_sequence_parallel, virtual_size
 from megatron_embed.platform.compat import (
     MLP,
@@ -88,7 +89,7 @@ class EncoderEmbedding(LanguageModelEmbedding):
     def __init__(self, config: BackboneConfig, vocab_size: int, shape: ModelShape,
                  tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__(config, vocab_size, shape.max_position_embeddings,
-                         "learned_absolute" if shape.rotary_base is None else "rope", shape.type_vocab_size,
+                         "learned_absolute" if shape.learned_positions else "rope", shape.type_vocab_size,
                          # The norm comes before the dropout and needs the whole sum.
                          scatter_to_sequence_parallel=False, tp_group=tp_group)
         self.layer_norm = LayerNorm(config, config.hidden_size, config.layernorm_epsilon)
@@ -161,6 +162,11 @@ def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
                               key="parallel.tensor_model_parallel_size")
     if shape.num_experts:
         _check_experts(shape, sizes)
+    rows = 0 if shape.disentangled_positions is None else 2 * shape.disentangled_positions.span
+    if rows % tp and uses_sequence_parallel(sizes):
+        raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the model's {rows} relative "
+                          f"positions; nearest valid: {_nearest_divisor(rows, tp)}",
+                          key="parallel.tensor_model_parallel_size")
     if shape.hidden_size % tp and uses_sequence_parallel(sizes):
         raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the hidden size "
                           f"{shape.hidden_size}; nearest valid: {_nearest_divisor(shape.hidden_size, tp)}",
@@ -308,8 +314,8 @@ def _layer_spec(shape: ModelShape, layer: int, bidirectional: bool, core_attenti
         "window": attention_window(shape.sliding_window, not bidirectional) if is_local else None,
         **({} if shape.attention_softcap is None else {"softcap": shape.attention_softcap})})
     attention = ModuleSpec(
-        module=PackedSelfAttention, params={"attn_mask_type": mask,
-                                           "rotary": int(is_local and shape.local_rotary_base is not None)},
+        module=PackedSelfAttention if shape.disentangled_positions is None else DisentangledSelfAttention,
+        params={"attn_mask_type": mask, "rotary": int(is_local and shape.local_rotary_base is not None)},
         submodules=SelfAttentionSubmodules(
             linear_qkv=(fused if has_input_norm else None) or layers.column_linear, core_attention=core,
             linear_proj=layers.row_linear,

@@ -16,11 +16,7 @@ from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.kernels.operators import why_no_kernels
-from megatron_embed.models.attention import (
-    PackedAttention,
-    PackedSequences,
-    context_chunks,
-)
+from megatron_embed.models.attention import PackedAttention, PackedSequences
 from megatron_embed.models.backbone import (
     EncoderEmbedding,
     LayerClasses,
@@ -33,6 +29,7 @@ from megatron_embed.models.backbone import (
 )
 from megatron_embed.models.dense import DenseModules
 from megatron_embed.models.dense_settings import DenseSettings
+from megatron_embed.models.disentangled import RelativeEmbeddings
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.heads import HeadSpec, RerankerHead
 from megatron_embed.models.layer import fuse_activations
@@ -42,7 +39,8 @@ from megatron_embed.models.lora_settings import Adapters
 from megatron_embed.models.packed_bins import packed_sequences
 from megatron_embed.models.pooling import PoolingPlan, local_plan, pool, pooling_plan
 from megatron_embed.models.relative_bias import RelativeBias
-from megatron_embed.models.rope import rotary_cos_sin, rotary_frequencies
+from megatron_embed.models.rope import rotary_cos_sin, rotary_factors, rotary_frequencies
+from megatron_embed.models.segments import context_chunks
 from megatron_embed.models.te_attention import TransformerEngineAttention
 from megatron_embed.models.te_layers import PassSettings, configure, start_overlap, te_layer_classes
 from megatron_embed.names import Pooling
@@ -122,10 +120,10 @@ class EmbeddingModel(LanguageModule):
         if self.pre_process:
             self.embedding = self._embedding()
         # Not a buffer, so that it stays float32 whatever the model's dtype.
-        self.relative_bias = None
-        if shape.relative_positions is not None:
-            self.relative_bias = RelativeBias(shape, topology,
-                                              copy=topology.pp_rank + topology.pp_size * (vp_stage or 0))
+        copy = topology.pp_rank + topology.pp_size * (vp_stage or 0)
+        self.relative_bias = None if shape.relative_positions is None else RelativeBias(shape, topology, copy=copy)
+        self.relative_embeddings = (None if shape.disentangled_positions is None
+                                    else RelativeEmbeddings(config, shape, topology, copy=copy))
         self.rotary_frequencies = None if shape.rotary_base is None else rotary_frequencies(shape).to(topology.device)
         self.decoder = TransformerBlock(
             config=config, spec=block_spec(config, shape, bidirectional, topology.pp_rank, vp_stage,
@@ -146,6 +144,11 @@ class EmbeddingModel(LanguageModule):
         if self.shape.embedding_scale is not None:
             return ScaledEmbedding(*arguments, scale=self.shape.embedding_scale, tp_group=self.topology.groups.tp)
         return LanguageModelEmbedding(*arguments, tp_group=self.topology.groups.tp)
+
+    @property
+    def position_bias(self) -> RelativeBias | RelativeEmbeddings | None:
+        """This chunk's copy of the module from which positions are added to attention scores; None without one."""
+        return self.relative_bias or self.relative_embeddings
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Receive the previous stage's output; called by the pipeline schedule."""
@@ -171,8 +174,8 @@ class EmbeddingModel(LanguageModule):
         if self.passes is not None:
             self.passes.prepare(self, self.config)
         hidden, packed = None, batch.packed
-        if self.relative_bias is not None:
-            packed = dataclasses.replace(packed, bias=self.relative_bias)
+        if self.position_bias is not None:
+            packed = dataclasses.replace(packed, bias=self.position_bias)
         if self.pre_process:
             hidden = self.embedding(batch.token_ids, batch.position_ids, batch.token_types)
         if hidden is not None and self.config.recompute_granularity == "full" and torch.is_grad_enabled():
@@ -187,7 +190,8 @@ class EmbeddingModel(LanguageModule):
         """Cosines and sines of each token's own position, for all layers; None with learned positions."""
         if self.rotary_frequencies is None:
             return None
-        return rotary_cos_sin(self.rotary_frequencies, batch.position_ids, self.config.params_dtype)
+        return rotary_cos_sin(self.rotary_frequencies, batch.position_ids, self.config.params_dtype,
+                              rotary_factors(self.shape))
 
     def global_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Parameters of this rank by name; layers and experts are counted over the whole model, not from this rank's
@@ -263,7 +267,7 @@ def _scores_of(shape: ModelShape | None) -> str | None:
     """What a model does with attention scores that SDPA alone can."""
     if shape is None:
         return None
-    return "bias" if shape.relative_positions is not None else None if shape.attention_softcap is None else "bound"
+    return "bias" if shape.has_position_bias else None if shape.attention_softcap is None else "bound"
 
 
 def _refused_by_te(config: RunConfig) -> str | None:

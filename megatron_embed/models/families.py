@@ -4,6 +4,7 @@ Imports neither torch nor Megatron.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any, Literal
 
 from megatron_embed.config.json_file import read_json_object
 from megatron_embed.errors import CheckpointError
+from megatron_embed.models.deberta_family import deberta_v2
 from megatron_embed.models.hf_config import HFConfig, activation, rope, rotary_dim, shown
 from megatron_embed.models.local_attention_families import gemma2, gemma3_text, modernbert
 from megatron_embed.models.model_shape import (
     ClassifierShape,
+    DisentangledPositions,
     FamilyName,
     HiddenActivation,
     ModelShape,
@@ -24,8 +27,8 @@ from megatron_embed.models.model_shape import (
 )
 from megatron_embed.models.t5_family import t5
 
-__all__ = ["FAMILIES", "FamilyName", "HiddenActivation", "ModelShape", "RelativePositions", "RopeScaling",
-           "layers_by_stage", "model_shape", "read_hf_config"]
+__all__ = ["FAMILIES", "DisentangledPositions", "FamilyName", "HiddenActivation", "ModelShape", "RelativePositions",
+           "RopeScaling", "layers_by_stage", "model_shape", "read_hf_config"]
 
 
 def _encoder(config: HFConfig, family: FamilyName) -> ModelShape:
@@ -185,6 +188,25 @@ def _glm(family: Literal["glm", "glm4"]) -> Callable[[HFConfig], ModelShape]:
     return read
 
 
+def _internlm2(config: HFConfig) -> ModelShape:
+    """InternLM2 (Cai et al. 2024, arXiv:2403.17297): a Llama. Its released code defaults `bias` to true."""
+    if config.get("bias", True):
+        raise CheckpointError(f"{config.file}: bias = {shown(config.values.get('bias'))} is not supported (without the "
+                              "key it is true): no released model of the family has biases")
+    return _decoder(config, "internlm2", _Defaults())
+
+
+def _internlm3(config: HFConfig) -> ModelShape:
+    """InternLM3: a Llama, with biases of query, key and value (`qkv_bias`), of all other linear layers (`bias`), or
+    both."""
+    qkv_bias, others = config.get("qkv_bias", False), config.get("bias", False)
+    if others and not qkv_bias:
+        raise CheckpointError(f"{config.file}: bias = True with qkv_bias = {qkv_bias} is not supported; query, key and "
+                              "value must have a bias too, or no linear layer")
+    return _decoder(config, "internlm3", _Defaults(key_value_heads=32),
+                    bias="all" if others else "qkv" if qkv_bias else "none")
+
+
 def _nomic_bert(config: HFConfig) -> ModelShape:
     """NomicBERT (Nussbaum et al. 2024, arXiv:2402.01613): BERT's order of norms, with rotary positions, SwiGLU and no
     biases of linear layers."""
@@ -202,7 +224,8 @@ FAMILIES: dict[str, Callable[[HFConfig], ModelShape]] = {
     "qwen3": _qwen3, "qwen3_moe": _qwen3_moe, "llama": _llama, "mistral": _mistral, "mixtral": _mixtral,
     "t5": t5,
     "gemma2": gemma2, "gemma3_text": gemma3_text,
-    "phi3": _phi3, "glm": _glm("glm"), "glm4": _glm("glm4"), "nomic_bert": _nomic_bert}
+    "phi3": _phi3, "glm": _glm("glm"), "glm4": _glm("glm4"), "nomic_bert": _nomic_bert,
+    "internlm2": _internlm2, "internlm3": _internlm3, "deberta-v2": deberta_v2}
 """Reader of each `model_type` of config.json."""
 
 
@@ -215,12 +238,17 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     return read_json_object(file)
 
 
-def _is_gte_qwen2(values: dict[str, Any]) -> bool:
-    """Whether the code that auto_map names is gte-Qwen2's: Qwen2's, with attention to the whole text, as `is_causal`
-    must say. Qwen2 is computed, and Transformers loads its own class too."""
-    code = values["auto_map"]
-    return (values.get("model_type") == "qwen2" and values.get("is_causal") is False and isinstance(code, dict)
-            and all(name in _GTE_QWEN2_CODE for name in code.values()))
+def _is_known_code(values: dict[str, Any]) -> bool:
+    """Whether the code that auto_map names is that of a family whose computation is known: gte-Qwen2 (Qwen2 with
+    attention to the whole text, as `is_causal` must say) or InternLM. It is not run."""
+    kind, code = values.get("model_type"), values["auto_map"]
+    if not isinstance(code, dict) or not isinstance(kind, str):
+        return False
+    if kind == "qwen2":
+        return values.get("is_causal") is False and all(name in _GTE_QWEN2_CODE for name in code.values())
+    known = re.compile(rf"(configuration|modeling|tokenization)_{kind}(_fast)?\.InternLM\d\w+")
+    return kind in ("internlm2", "internlm3") and all(
+        isinstance(name, str) and known.fullmatch(name) for name in code.values())
 
 
 _GTE_QWEN2_CODE = tuple(f"modeling_qwen.Qwen2{kind}" for kind in ("Model", "ForCausalLM", "ForSequenceClassification"))
@@ -235,7 +263,7 @@ def model_shape(directory: str | Path) -> ModelShape:
     values = read_hf_config(directory)
     file = str(Path(directory) / "config.json")
     kind = values.get("model_type")
-    if values.get("auto_map") and not _is_gte_qwen2(values):
+    if values.get("auto_map") and not _is_known_code(values):
         raise CheckpointError(f"{file}: auto_map asks for code that comes with the model (trust_remote_code), which is "
                               f"never run; use a release of one of these families: {', '.join(FAMILIES)}")
     if not isinstance(kind, str) or kind not in FAMILIES:

@@ -1,5 +1,6 @@
 """Values of a Hugging Face `config.json`, checked when they are read."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,9 +21,9 @@ _MAY_BE_ZERO = ("type_vocab_size", "pad_token_id")
 _FINITE = ("layer_norm_eps", "rms_norm_eps", "norm_eps", "initializer_range", "rope_theta", "global_rope_theta",
            "local_rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping",
            "final_logit_softcapping", "layer_norm_epsilon", "initializer_factor", "factor", "low_freq_factor",
-           "high_freq_factor")
+           "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
 _BOOLEANS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob", "norm_bias", "classifier_bias",
-             "use_bidirectional_attention")
+             "use_bidirectional_attention", "bias", "qkv_bias")
 
 
 def _check_value(key: str, value: object, file: str) -> None:
@@ -137,7 +138,8 @@ def _rotary(config: HFConfig, parameters: Any, default: float, *,
     """Rotary base and scaling from one object of parameters; `default`: the base, if it has none."""
     _check_object(config, parameters)
     kind = parameters.get("rope_type", parameters.get("type")) or "default"
-    for key in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+    for key in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+                "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
         if parameters.get(key) is not None:
             _check_value(key, parameters[key], config.file)
     base = float(parameters.get("rope_theta", default))
@@ -147,17 +149,60 @@ def _rotary(config: HFConfig, parameters: Any, default: float, *,
                                   f"a {config['model_type']} model rotates all dimensions of a head")
     if kind == "default":
         return base, None
-    if kind not in ("linear", "llama3"):
-        raise CheckpointError(f"{config.file}: rope type {shown(kind)} is not supported (default, linear and llama3 "
-                              "are); remove it if your sequences fit the original length")
-    keys = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
-    missing = [key for key in keys if key not in parameters]
+    if kind not in _ROPE_KEYS:
+        raise CheckpointError(f"{config.file}: rope type {shown(kind)} is not supported (default, "
+                              f"{', '.join(_ROPE_KEYS)} are); remove it if your sequences fit the original length")
+    missing = [key for key in _ROPE_KEYS[kind] if key not in parameters]
     if missing:
         raise CheckpointError(f"{config.file}: rope type {kind!r} without {missing[0]!r}; fetch the file again")
-    values = {key: float(parameters[key]) for key in keys}
-    if kind == "linear":
-        return base, RopeScaling(kind="linear", **values)
+    if kind in ("linear", "dynamic"):
+        return base, RopeScaling(kind=kind, factor=float(parameters["factor"]))
     # In Transformers, a key beside rope_scaling takes precedence over one inside it.
     original = config.get("original_max_position_embeddings", parameters.get(
-        "original_max_position_embeddings", config["max_position_embeddings"]))
+        "original_max_position_embeddings") or config["max_position_embeddings"])
+    if kind == "yarn":
+        return base, _yarn(config, parameters, original)
+    if kind == "longrope":
+        return base, _longrope(config, parameters, original)
+    values = {key: float(parameters[key]) for key in _ROPE_KEYS[kind]}
     return base, RopeScaling(kind="llama3", original_max_position_embeddings=original, **values)
+
+
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",), "dynamic": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",), "longrope": ("short_factor",)}
+"""Rope types -> keys that they cannot do without."""
+
+
+def _yarn(config: HFConfig, parameters: dict[str, Any], original: int) -> RopeScaling:
+    factor = parameters["factor"] or config["max_position_embeddings"] / original
+    mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    attention = parameters.get("attention_factor")
+    if attention is None:
+        attention = (_mscale(factor, mscale) / _mscale(factor, all_dim)) if mscale and all_dim else _mscale(factor, 1)
+    truncate = parameters.get("truncate", True)
+    if type(truncate) is not bool:
+        raise CheckpointError(f"{config.file}: truncate = {shown(truncate)} must be true or false; fetch the file "
+                              "again")
+    return RopeScaling(kind="yarn", factor=float(factor), original_max_position_embeddings=original,
+                       beta_fast=float(parameters.get("beta_fast") or 32), truncate=truncate,
+                       beta_slow=float(parameters.get("beta_slow") or 1), attention_factor=float(attention))
+
+
+def _mscale(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _longrope(config: HFConfig, parameters: dict[str, Any], original: int) -> RopeScaling:
+    """The scaling of texts of the original length; a longer one would change the frequencies of all texts of a batch
+    in Transformers."""
+    short = parameters["short_factor"]
+    if not isinstance(short, list) or not all(type(value) in (int, float) and 0 < value < 1e30 for value in short):
+        raise CheckpointError(f"{config.file}: short_factor = {shown(short)} must be a list of numbers above 0; fetch "
+                              "the file again")
+    factor = parameters.get("factor") or config["max_position_embeddings"] / original
+    attention = parameters.get("attention_factor")
+    if attention is None:
+        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return RopeScaling(kind="longrope", factor=float(factor), original_max_position_embeddings=original,
+                       attention_factor=float(attention), short_factors=tuple(map(float, short)))

@@ -10,7 +10,8 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.names import Pooling
 
 FamilyName = Literal["bert", "roberta", "xlm-roberta", "modernbert", "qwen2", "qwen3", "qwen3_moe", "llama", "mistral",
-                     "mixtral", "t5", "t5-gated", "gemma2", "gemma3_text", "phi3", "glm", "glm4", "nomic_bert"]
+                     "mixtral", "t5", "t5-gated", "gemma2", "gemma3_text", "phi3", "glm", "glm4", "nomic_bert",
+                     "internlm2", "internlm3", "deberta-v2"]
 HiddenActivation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 
@@ -18,13 +19,23 @@ HiddenActivation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 class RopeScaling:
     """Scaling of rotary frequencies, under Transformers' names."""
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn", "dynamic", "longrope"]
+    """dynamic and longrope: as for texts of the original length, within which they depend on no text's length."""
     factor: float
-    """Divides all frequencies (linear) or the low ones (llama3)."""
+    """Divides all frequencies (linear) or the low ones (llama3, yarn); without effect under dynamic and longrope."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
-    """llama3: wavelengths above this / low_freq_factor are scaled, those below this / high_freq_factor are not."""
+    """llama3: wavelengths above this / low_freq_factor are scaled, those below this / high_freq_factor are not. yarn:
+    the same with the rotations over this length, beta_slow and beta_fast. longrope: the longest text."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """yarn: the bounds of the dimensions between are rounded outwards."""
+    attention_factor: float = 1.0
+    """yarn and longrope: multiplies cosines and sines."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: divides each frequency."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +45,19 @@ class RelativePositions:
     num_buckets: int
     max_distance: int
     """Distance from which on all tokens share a bucket."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisentangledPositions:
+    """Embeddings of the distance between two tokens, 2 * span of them, whose products with queries and keys are added
+    to the attention scores."""
+
+    span: int
+    """Distances on either side, or buckets of them."""
+    max_distance: int
+    """Distance that falls into the last bucket."""
+    has_buckets: bool
+    """Distances beyond half of the span share buckets, logarithmically more of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +121,11 @@ class ModelShape:
     """Original Transformer order: the norm comes after the residual sum, without a final norm."""
     bidirectional: bool
     rotary_base: float | None
-    """None: learned absolute positions, unless there are `relative_positions`."""
+    """None: learned absolute positions, unless there are `relative_positions` or `disentangled_positions`."""
     relative_positions: RelativePositions | None = None
     """A bias of the attention scores in place of positions of tokens."""
+    disentangled_positions: DisentangledPositions | None = None
+    """Embeddings of relative positions in place of positions of tokens."""
     rotary_dim: int | None = None
     """Dimensions of a head, the first ones, that are rotated; None: all."""
     interleaved_rotary: bool = False
@@ -140,6 +166,10 @@ class ModelShape:
         if self.num_experts and not self.experts_per_token <= self.num_experts:
             raise CheckpointError(f"num_experts_per_tok = {self.experts_per_token} is more than the {self.num_experts} "
                                   "experts")
+        rotated = (self.rotary_dim or self.head_dim) // 2
+        if self.rope_scaling is not None and len(self.rope_scaling.short_factors) not in (0, rotated):
+            raise CheckpointError(f"rope_scaling: short_factor has {len(self.rope_scaling.short_factors)} numbers, but "
+                                  f"a head has {rotated} rotary frequencies")
         if self.position_offset >= self.max_position_embeddings:
             raise CheckpointError(f"max_position_embeddings = {self.max_position_embeddings} leaves no position after "
                                   f"pad_token_id = {self.position_offset - 1}")
@@ -161,12 +191,20 @@ class ModelShape:
     @property
     def learned_positions(self) -> bool:
         """Whether every position has an embedding."""
-        return self.rotary_base is None and self.relative_positions is None
+        return self.rotary_base is None and not self.has_position_bias
+
+    @property
+    def has_position_bias(self) -> bool:
+        """Whether positions are added to the attention scores, by a module that every pipeline stage has."""
+        return self.relative_positions is not None or self.disentangled_positions is not None
 
     @property
     def longest_text(self) -> int:
-        """Tokens of the longest text that has positions."""
-        return self.max_position_embeddings - self.position_offset
+        """Tokens of the longest text that has positions, of those whose rotary frequencies are known."""
+        positions = self.max_position_embeddings - self.position_offset
+        if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
+            return min(positions, self.rope_scaling.original_max_position_embeddings)
+        return positions
 
 
 MOST_MLPS = 2**17

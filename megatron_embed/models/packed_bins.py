@@ -5,9 +5,10 @@ import dataclasses
 import torch
 
 from megatron_embed.batch import MicroBatch
-from megatron_embed.models.attention import PackedSequences, attention_window, group_segments
+from megatron_embed.models.attention import PackedSequences
 from megatron_embed.models.families import ModelShape
 from megatron_embed.models.flash_chunks import flash_calls
+from megatron_embed.models.segments import attention_window, group_segments
 
 
 def packed_sequences(micro_batch: MicroBatch, chunks: tuple[tuple[int, int], ...], kernel: str, causal: bool,

@@ -7,6 +7,7 @@ are reduced over data-parallel ranks (`sum_over_copies`), so the copies stay equ
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -46,8 +47,9 @@ class RelativeBias(torch.nn.Module):
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
         self.weight.shared = copy > 0  # type: ignore[attr-defined]  # counted once in the gradient norm
 
-    def scores(self, distance: Tensor) -> Tensor:
-        """[segments, queries, keys] int64 key position minus query position -> [segments, heads/tp, queries, keys]."""
+    def scores(self, distance: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """[segments, queries, keys] int64 key position minus query position -> [segments, heads/tp, queries, keys],
+        whatever queries and keys are."""
         buckets = distance_buckets(distance, self.positions)
         return torch.nn.functional.embedding(buckets, self.weight).permute(0, 3, 1, 2)
 
@@ -60,17 +62,31 @@ class RelativeBias(torch.nn.Module):
             dp_cp_group=metadata["dp_cp_group"], replica_id=(self.copy, 0, metadata["dp_cp_group"].rank()))}
 
 
-def sum_over_copies(copies: Sequence[RelativeBias], pipeline: dist.ProcessGroup) -> None:
-    """Give each copy the sum of all copies' gradients. Called by all ranks after a step's backward passes.
+class PositionBias(Protocol):
+    """What is added to attention scores."""
 
-    One all-reduce of [buckets, heads/tp] float32 over the pipeline.
+    def scores(self, distance: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """[segments or 1, heads/tp, queries, keys].
+
+        Args:
+            distance: [segments or 1, queries, keys] int64, key position minus query position.
+            query: [segments, heads/tp, queries, head_dim], as `key` with its keys.
+        """
+
+
+def sum_over_copies(copies: Sequence[torch.nn.Module], pipeline: dist.ProcessGroup) -> None:
+    """Give the parameters of each copy the sum of all copies' gradients. Called by all ranks after a step's backward
+    passes.
+
+    An all-reduce of each parameter's float32 gradient over the pipeline.
 
     Args:
         copies: those of this rank's model chunks.
     """
-    gradients: list[Tensor] = [vars(copy.weight)["main_grad"] for copy in copies]
-    total = torch.stack(gradients).sum(dim=0)
-    if pipeline.size() > 1:
-        dist.all_reduce(total, group=pipeline)
-    for gradient in gradients:
-        gradient.copy_(total)
+    for parameters in zip(*(copy.parameters() for copy in copies), strict=True):
+        gradients: list[Tensor] = [vars(parameter)["main_grad"] for parameter in parameters]
+        total = torch.stack(gradients).sum(dim=0)
+        if pipeline.size() > 1:
+            dist.all_reduce(total, group=pipeline)
+        for gradient in gradients:
+            gradient.copy_(total)

@@ -151,7 +151,7 @@ def layer_activation_bytes(config: RunConfig, shape: ModelShape, adapted: Adapte
     attention = element * (query + 2 * key) + element * query
     if shape.rotary_base is not None:
         attention += element * (query + key)
-    if shape.relative_positions is not None:
+    if shape.has_position_bias:
         # With a bias that is trained, SDPA keeps a query's weights of all keys of its text, in float32.
         attention += 4 * shape.num_attention_heads * max(config.data.max_length(role) for role in ROLES)
     if shape.qk_layernorm:

@@ -87,6 +87,9 @@ def stage_parameters(shape: ModelShape, sizes: ParallelConfig, stage: int) -> Pa
         copies = sizes.virtual_pipeline_model_parallel_size or 1
         heads = shape.num_attention_heads // sizes.tensor_model_parallel_size
         result += Parameters(dense=copies * shape.relative_positions.num_buckets * heads)
+    if shape.disentangled_positions is not None:  # the same
+        copies = sizes.virtual_pipeline_model_parallel_size or 1
+        result += Parameters(dense=copies * (2 * shape.disentangled_positions.span + 2) * shape.hidden_size)
     if stage == 0:
         result += Parameters(dense=embedding_parameters(shape, sizes.tensor_model_parallel_size))
         if not shape.first_attention_norm:
@@ -181,7 +184,9 @@ def adapter_parameters(shape: ModelShape, sizes: ParallelConfig, rank: int, adap
             inputs = query if name.endswith("linear_proj") else width
             count = rank * (inputs // split + hidden)
         else:
-            outputs = (query, key, key) if name.endswith("linear_qkv") else (width,) * len(modules)
+            outputs = (width,) * len(modules)
+            if name.endswith("linear_qkv"):
+                outputs = (query, key, key) if len(modules) == 3 else (query + 2 * key,)
             # One A for each module; a module that stands for several outputs has a share of B for each.
             count = rank * hidden * len({module for module in modules if module is not None})
             count += sum(rank * (size // split)

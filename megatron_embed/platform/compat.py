@@ -115,6 +115,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import (
     get_te_version,
     is_te_min_version,
+    make_sharded_tensor_for_checkpoint,
     make_tp_sharded_tensor_for_checkpoint,
     make_viewless_tensor,
 )

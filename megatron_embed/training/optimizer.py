@@ -131,8 +131,8 @@ def wrap_in_ddp(chunks: Sequence[EmbeddingModel], config: RunConfig, topology: T
     `bucket_size`: parameters of a bucket, if communication overlaps computation; None: see the settings.
     """
     tied = tied_parts(chunks)
-    biases = [chunk.relative_bias for chunk in chunks if chunk.relative_bias is not None
-              and chunk.relative_bias.weight.requires_grad]
+    biases = [chunk.position_bias for chunk in chunks if chunk.position_bias is not None
+              and chunk.position_bias.weight.requires_grad]
     overlap_reduce, overlap_gather = overlaps(
         config.optimizer, has_adapters=any(isinstance(module, Lora) for module in chunks[0].modules()),
         has_head=chunks[0].head_spec is not None or bool(biases), has_tied_head=tied is not None or bool(biases))

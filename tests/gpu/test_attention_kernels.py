@@ -8,14 +8,9 @@ import math
 import pytest
 import torch
 
-from megatron_embed.models.attention import (
-    PackedAttention,
-    PackedSequences,
-    attention_window,
-    context_chunks,
-    group_segments,
-)
+from megatron_embed.models.attention import PackedAttention, PackedSequences
 from megatron_embed.models.flash_chunks import flash_calls
+from megatron_embed.models.segments import attention_window, context_chunks, group_segments
 from megatron_embed.parallel.device_copy import copy_to_device
 from megatron_embed.platform import flash_attention
 from megatron_embed.platform.compat import AttnMaskType, TransformerConfig

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from megatron_embed.config.schema import RunConfig
+from tests.helpers.internlm import write_internlm
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.toys import open_model, pack_all, random_texts, run_config
 
@@ -32,6 +33,9 @@ MODERNBERT = {"vocab_size": 103, "hidden_size": 32, "num_hidden_layers": 5, "num
 
 T5 = {"vocab_size": 103, "d_model": 32, "d_kv": 12, "num_heads": 4, "num_layers": 4, "d_ff": 48, "dropout_rate": 0.0,
       "relative_attention_num_buckets": 12, "relative_attention_max_distance": 30}
+DEBERTA = ENCODER | {
+    "position_buckets": 16, "relative_attention": True, "position_biased_input": False, "share_att_key": True,
+    "pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm", "type_vocab_size": 0}
 GEMMA = DECODER | {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 10}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,14 +74,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GLM-4": ("Glm", DECODER | SMALL_IDS | {"head_dim": 8}),
     "GLM-4-0414": ("Glm4", DECODER | SMALL_IDS | {"head_dim": 16, "num_hidden_layers": 5, "attention_bias": False}),
     "NomicBERT": ("NomicBert", ENCODER),
+    "Llama, yarn": ("Llama", DECODER | {"head_dim": 16, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 32,
+        "beta_fast": 8.0}}),
+    "Qwen3, yarn": ("Qwen3", DECODER | {"head_dim": 16, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1.0e3, "factor": 8.0, "original_max_position_embeddings": 16,
+        "truncate": False, "mscale": 0.7, "mscale_all_dim": 1.2}}),
+    "Phi-3, longrope": ("Phi3", DECODER | SMALL_IDS | {
+        "original_max_position_embeddings": 64, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1.0e4, "short_factor": [1.0, 1.5, 2.0, 3.0],
+            "long_factor": [1.0, 4.0, 8.0, 16.0]}}),
+    "InternLM2": ("Llama", DECODER | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0e6, "factor": 2.0}}),
+    "InternLM3": ("Llama", DECODER | {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
+    "InternLM3, qkv_bias": ("Qwen2", DECODER | {"num_hidden_layers": 5}),
     "Mixtral": ("Mixtral", DECODER | EXPERTS | {"num_local_experts": 4, "num_hidden_layers": 5}),
+    "DeBERTa-v3": ("DebertaV2", DEBERTA),
+    "DeBERTa-v3, no buckets": ("DebertaV2", DEBERTA | {
+        "position_buckets": -1, "max_relative_positions": 24, "type_vocab_size": 2, "num_hidden_layers": 5}),
     "T5": ("T5", T5 | {"num_layers": 5}),
     "T5 1.1": ("T5", T5 | {"feed_forward_proj": "gated-gelu"}),
 }
 """Family -> prefix of Transformers' classes, settings. The vocabulary is odd, some numbers of layers too."""
 WITH_EXPERTS = ("Qwen3-MoE", "Mixtral")
 SLOW_GRID = ("ModernBERT", "ModernBERT, biases of norms", "T5", "T5 1.1", "Gemma 2", "Gemma 2, no cap", "Gemma 3",
-             "EmbeddingGemma", "Phi-3", "Phi-4-mini's rope", "GLM-4", "GLM-4-0414", "NomicBERT")
+             "EmbeddingGemma", "Phi-3", "Phi-4-mini's rope", "GLM-4", "GLM-4-0414", "NomicBERT", "Llama, yarn",
+             "Qwen3, yarn", "Phi-3, longrope", "InternLM2", "InternLM3", "InternLM3, qkv_bias",
+             "DeBERTa-v3", "DeBERTa-v3, no buckets")
 """Compared on one rank by default, under all layouts by the slow tests."""
 CAUSAL_LM = tuple(name for name in FAMILIES if "BERT" not in name and "T5" not in name)
 """Families with a language-model head."""
@@ -105,8 +127,16 @@ def save_family(path: Path, name: str, model: str = "Model", dtype: torch.dtype 
             strong = parameter_name.endswith(("gate.weight", "relative_attention_bias.weight"))
             scale = 1.0 if len(parameter) == base["vocab_size"] or strong else 0.1
             parameter.add_(torch.randn_like(parameter) * scale)
-    built.to(dtype).save_pretrained(path, **({"max_shard_size": shard} if shard else {}))
+    own_code = name.startswith("InternLM")
+    stock = Path(f"{path}{EQUAL}") if own_code else path
+    built.to(dtype).save_pretrained(stock, **({"max_shard_size": shard} if shard else {}))
+    if own_code:
+        write_internlm(stock, path, int(name[8]))
     return str(path)
+
+
+EQUAL = "-equal"
+"""Ending of the directory of an equal model of Transformers, where it has no class of a family."""
 
 
 def expected_states(directory: str, ids: Sequence[list[int]], **settings: Any) -> torch.Tensor:
@@ -114,6 +144,7 @@ def expected_states(directory: str, ids: Sequence[list[int]], **settings: Any) -
 
     `settings` go into the model's forward call, as `is_causal`.
     """
+    directory = f"{directory}{EQUAL}" if Path(f"{directory}{EQUAL}").is_dir() else directory
     config = transformers.AutoConfig.from_pretrained(directory)
     auto = transformers.AutoModelForTextEncoding if config.model_type == "t5" else transformers.AutoModel
     model = auto.from_pretrained(directory, dtype=torch.float64).eval()
@@ -149,7 +180,7 @@ def keep_output(output, non_loss_data):
 
 def whole_bin(parts, config, tokens):
     """[tokens, hidden] from the ranks' results of `token_states`."""
-    from megatron_embed.models.attention import context_chunks
+    from megatron_embed.models.segments import context_chunks
     from megatron_embed.parallel.topology import uses_sequence_parallel
 
     tp, cp = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size

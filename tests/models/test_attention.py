@@ -5,14 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_embed.models.attention import (
-    MAX_GROUP_PADDING,
-    PackedAttention,
-    PackedSequences,
-    attention_window,
-    context_chunks,
-    group_segments,
-)
+from megatron_embed.models.attention import PackedAttention, PackedSequences
+from megatron_embed.models.segments import MAX_GROUP_PADDING, attention_window, context_chunks, group_segments
 from megatron_embed.platform.compat import AttnMaskType, TransformerConfig
 
 CPU = torch.device("cpu")

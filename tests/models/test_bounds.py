@@ -30,6 +30,8 @@ BASE = {
     "initializer_factor": 1.0, "feed_forward_proj": "relu",
     "layer_norm_eps": 1e-6, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "rope_theta": 1e4, "hidden_act": "silu",
     "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "norm_topk_prob": False,
+    "bias": False, "relative_attention": True, "position_biased_input": False, "share_att_key": True,
+    "pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm", "position_buckets": 8, "max_relative_positions": -1,
     "sliding_window": 32, "rope_scaling": {
         "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
         "original_max_position_embeddings": 32}}

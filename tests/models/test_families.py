@@ -12,7 +12,7 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.backbone import check_divisible, pipeline_layout
 from megatron_embed.models.families import FAMILIES as READERS
 from megatron_embed.models.families import model_shape
-from megatron_embed.models.rope import rotary_frequencies
+from megatron_embed.models.rope import rotary_factors, rotary_frequencies
 from tests.helpers.families import (
     BOUND,
     DECODER,
@@ -88,7 +88,7 @@ def test_bidirectional_decoders_equal_transformers_with_is_causal_false(models, 
 
 
 def test_is_causal_false_of_a_config_is_read_by_us_as_by_transformers(models, expected, tmp_path):
-    assert len(DECODERS) == 17
+    assert len(DECODERS) == 23
     directories = {name: save_family(tmp_path / name, name, is_causal=False) for name in DECODERS}
     assert all(model_shape(directory).bidirectional for directory in directories.values())
     whole = {name: expected_states(directory, texts()) for name, directory in directories.items()}
@@ -108,6 +108,15 @@ RELEASED = {
     "no original length": {"max_position_embeddings": 64, "rope_scaling": {
         "factor": 2.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"}},
     "old spelling": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "Qwen3 with YaRN": {"head_dim": 128, "rope_theta": 1.0e6, "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+    "yarn, all keys": {"max_position_embeddings": 4096, "original_max_position_embeddings": 512, "rope_scaling": {
+        "type": "yarn", "factor": None, "mscale": 0.8, "mscale_all_dim": 0.6, "beta_fast": 16, "beta_slow": 2,
+        "truncate": False}},
+    "yarn, its factor": {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 0.5}},
+    "longrope": {"head_dim": 8, "original_max_position_embeddings": 48, "rope_scaling": {
+        "type": "longrope", "short_factor": [1, 1.1, 1.5, 2.0], "long_factor": [1, 4.0, 8.0, 16.0]}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.5}},
     "Transformers 5": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1.0e6}},
 }
 
@@ -119,9 +128,11 @@ def test_rotary_frequencies_equal_transformers_bit_for_bit(name, tmp_path):
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     expected, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config)
     plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
-    assert factor == 1.0
-    assert not torch.equal(expected, plain)
-    assert torch.equal(rotary_frequencies(model_shape(tmp_path)), expected[None])
+    shape = model_shape(tmp_path)
+    assert rotary_factors(shape) == (factor,)
+    assert torch.equal(expected, plain) == (name == "dynamic")
+    assert torch.equal(rotary_frequencies(shape), expected[None])
+    assert shape.longest_text == (48 if name == "longrope" else config.max_position_embeddings)
 
 
 MODERNBERT_CONFIGS = {
@@ -152,7 +163,8 @@ def test_spellings_of_modernbert_are_read_as_by_transformers(name, tmp_path):
         rotary.full_attention_inv_freq, rotary.sliding_attention_inv_freq]))
 
 
-@pytest.mark.parametrize("family", [family for family in READERS if family not in ("qwen3", "qwen3_moe", "t5")])
+@pytest.mark.parametrize("family", [family for family in READERS if family not in (
+    "qwen3", "qwen3_moe", "t5", "internlm2", "internlm3", "deberta-v2")])
 def test_missing_keys_mean_what_transformers_takes_them_for(family, tmp_path):
     sizes = {"hidden_size": 64, "num_attention_heads": 32, "num_hidden_layers": 1, "intermediate_size": 48,
              "vocab_size": 103, "max_position_embeddings": 96}
@@ -228,11 +240,13 @@ REFUSED = {
                     ({"use_bidirectional_attention": "all"}, "must be true or false"),
                     ({"use_bidirectional_attention": True, "sliding_window": 1}, "sliding_window = 1 is not suppo")],
     "phi3": [({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
-              "rope type 'longrope' is not supported"),
+              "short_factor has 1 numbers, but a head has 4 rotary frequencies"),
              ({"partial_rotary_factor": 0.1}, "partial_rotary_factor = 0.1 must rotate an even number of the 8")],
     "nomic_bert": [({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported")],
-    "llama": [({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported .*remove it"),
-              ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+    "llama": [({"rope_scaling": {"rope_type": "other", "factor": 4.0}}, "rope type 'other' is not supp.*remove it"),
+              ({"rope_scaling": {"type": "dynamic"}}, "rope type 'dynamic' without 'factor'"),
+              ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate = 1 must be true or false"),
+              ({"rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": "1"}}, "must be a list of numbers"),
               ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' without 'factor'"),
               ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
               ({"attention_bias": True}, "attention_bias = True with mlp_bias = False is not supported")],
@@ -249,6 +263,9 @@ REFUSED = {
                    ({"rope_parameters": {"full_attention": [1]}}, "must be an object"),
                    ({"classifier_pooling": "max"}, "classifier_pooling = 'max' is not supported"),
                    ({"hidden_activation": "swish"}, "hidden_activation = 'swish' is not supported")],
+    "internlm2": [({"bias": True}, "bias = True is not supported"), ({"bias": None}, "without the key it is true")],
+    "internlm3": [({"bias": True}, "bias = True with qkv_bias = False is not supported"),
+                  ({"qkv_bias": "yes"}, "must be true or false")],
     "xlm-roberta": [({"is_decoder": True}, "is_decoder = True is not supported"),
                     ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'")],
 }
@@ -257,7 +274,7 @@ REFUSED = {
 @pytest.mark.parametrize("family, change, match",
                          [(family, *case) for family, cases in REFUSED.items() for case in cases])
 def test_what_is_not_computed_is_refused(family, change, match, tmp_path):
-    values = DECODER | {"model_type": family, "num_local_experts": 4, "num_experts_per_tok": 2}
+    values = DECODER | {"model_type": family, "num_local_experts": 4, "num_experts_per_tok": 2, "bias": False}
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert model_shape(tmp_path).family == family
     edit_config(tmp_path, **change)

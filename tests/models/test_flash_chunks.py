@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megatron_embed.models import attention
-from megatron_embed.models.attention import PackedSequences, attention_window, context_chunks
+from megatron_embed.models.attention import PackedSequences
 from megatron_embed.models.flash_chunks import flash_calls
+from megatron_embed.models.segments import attention_window, context_chunks
 from megatron_embed.platform.compat import get_cuda_rng_tracker
 from megatron_embed.platform.flash_attention import ALL_TOKENS, CAUSAL, flash_forward
 from tests.helpers.context_attention import (

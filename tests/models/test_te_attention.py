@@ -7,14 +7,9 @@ import torch
 
 from megatron_embed.errors import ConfigError
 from megatron_embed.models import encoder
-from megatron_embed.models.attention import (
-    PackedAttention,
-    PackedSequences,
-    attention_window,
-    context_chunks,
-    group_segments,
-)
+from megatron_embed.models.attention import PackedAttention, PackedSequences
 from megatron_embed.models.encoder import attention_kernel
+from megatron_embed.models.segments import attention_window, context_chunks, group_segments
 from megatron_embed.models.te_attention import TransformerEngineAttention
 from megatron_embed.platform.compat import AttnMaskType, TransformerConfig
 from tests.helpers import te_stand_in

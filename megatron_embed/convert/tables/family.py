@@ -94,7 +94,9 @@ class Family:
 
 
 def _is_missing(ours: str, shape: ModelShape) -> bool:
-    """Whether this parameter is a bias that this model has not."""
+    """Whether this parameter is a bias, or embeddings of token types, that this model has not."""
+    if ".tokentype_embeddings." in ours:
+        return not shape.type_vocab_size
     if ours.endswith(("norm.bias", "norm_bias")):
         return not shape.norm_bias
     if not ours.endswith((".linear_qkv.bias", ".linear_proj.bias", ".linear_fc1.bias", ".linear_fc2.bias")):

@@ -1,9 +1,11 @@
 """The known weight tables, by `model_type`."""
 
 from megatron_embed.convert.tables.bert import BERT
+from megatron_embed.convert.tables.deberta_v2 import DEBERTA_V2
 from megatron_embed.convert.tables.family import Family
 from megatron_embed.convert.tables.gemma import GEMMA2, GEMMA3_TEXT
 from megatron_embed.convert.tables.glm import GLM, GLM4
+from megatron_embed.convert.tables.internlm import INTERNLM2, INTERNLM3
 from megatron_embed.convert.tables.llama import LLAMA
 from megatron_embed.convert.tables.mistral import MISTRAL
 from megatron_embed.convert.tables.mixtral import MIXTRAL
@@ -19,7 +21,7 @@ from megatron_embed.errors import CheckpointError
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (
     BERT, ROBERTA, XLM_ROBERTA, MODERNBERT, QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL, MIXTRAL, T5, T5_GATED, GEMMA2,
-    GEMMA3_TEXT, PHI3, GLM, GLM4, NOMIC_BERT)}
+    GEMMA3_TEXT, PHI3, GLM, GLM4, NOMIC_BERT, INTERNLM2, INTERNLM3, DEBERTA_V2)}
 
 
 def rules_for(family: str) -> Family:

@@ -27,7 +27,8 @@ CONFIG_KEYS: Mapping[str, str] = {
     "moe_ffn_hidden_size": "moe_intermediate_size", "num_experts": "num_experts",
     "qkv_size": "(num_attention_heads + 2 * num_key_value_heads) * head_dim",
     "gate_up_size": "2 * intermediate_size",
-    "num_attention_heads": "num_attention_heads", "relative_buckets": "relative_attention_num_buckets"}
+    "num_attention_heads": "num_attention_heads", "relative_buckets": "relative_attention_num_buckets",
+    "relative_rows": "2 * position_buckets"}
 """Words for the sizes of a shape -> the `config.json` keys that determine them."""
 
 
@@ -51,6 +52,8 @@ class Context:
                    "gate_up_size": 2 * self.shape.ffn_hidden_size}
         if self.shape.relative_positions is not None:
             derived["relative_buckets"] = self.shape.relative_positions.num_buckets
+        if self.shape.disentangled_positions is not None:
+            derived["relative_rows"] = 2 * self.shape.disentangled_positions.span
         sizes = {"hidden_size": self.shape.hidden_size, "ffn_hidden_size": self.shape.ffn_hidden_size,
                  "vocab_size": self.shape.vocab_size, "max_position_embeddings": self.shape.max_position_embeddings,
                  "type_vocab_size": self.shape.type_vocab_size, "head_dim": self.shape.head_dim,

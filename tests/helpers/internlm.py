@@ -1,0 +1,66 @@
+"""InternLM directories made of a Llama's (or Qwen2's) tensors: Transformers has no class of theirs to write them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tests.helpers.tensor_files import tensors_of
+
+_RENAMED = (("model.embed_tokens", "model.tok_embeddings"), (".self_attn.o_proj", ".attention.wo"),
+            (".input_layernorm", ".attention_norm"), (".post_attention_layernorm", ".ffn_norm"),
+            (".mlp.gate_proj", ".feed_forward.w1"), (".mlp.up_proj", ".feed_forward.w3"),
+            (".mlp.down_proj", ".feed_forward.w2"), ("lm_head.", "output."))
+
+
+def write_internlm(source: Path, target: Path, version: int) -> None:
+    """The directory `target` of InternLM 2 or 3 with the tensors, or gradients, of the Llama in `source`."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    values, tensors = json.loads((source / "config.json").read_text()), tensors_of(source)
+    prefixed = any(name.startswith("model.") for name in tensors)
+    if version == 2:
+        named = {name if prefixed or name.startswith("score.") else f"model.{name}": tensor
+                 for name, tensor in tensors.items()}
+        tensors = {name if prefixed else name.removeprefix("model."): tensor
+                   for name, tensor in _internlm2(named, values["num_attention_heads"],
+                                                  values["num_key_value_heads"]).items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors",
+              {"format": "pt"})
+    (target / "config.json").write_text(json.dumps(_config(values, version)))
+
+
+def _internlm2(tensors: dict[str, torch.Tensor], heads: int, groups: int) -> dict[str, torch.Tensor]:
+    """Its `wqkv`: for every group the query heads, a key head and a value head."""
+    written = {}
+    for name, tensor in tensors.items():
+        if name.endswith("q_proj.weight"):
+            size = len(tensor) // heads
+            others = [tensors[name.replace("q_proj", part)].reshape(groups, 1, size, -1)
+                      for part in ("k_proj", "v_proj")]
+            fused = torch.cat([tensor.reshape(groups, heads // groups, size, -1), *others], dim=1)
+            written[name.replace("self_attn.q_proj", "attention.wqkv")] = fused.reshape(-1, tensor.shape[1])
+        elif not name.endswith(("k_proj.weight", "v_proj.weight")):
+            for theirs, ours in _RENAMED:
+                name = name.replace(theirs, ours)
+            written[name] = tensor
+    return written
+
+
+def _config(values: dict[str, Any], version: int) -> dict[str, Any]:
+    """As released: `auto_map`, biases under other names, the rope under its older spelling."""
+    name, module = f"InternLM{version}", f"modeling_internlm{version}.InternLM{version}"
+    biases = {"bias": values.get("attention_bias", False)}
+    if version == 3:
+        biases["qkv_bias"] = values.get("attention_bias", values["model_type"] == "qwen2")
+    rope = dict(values.pop("rope_parameters"))
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    kept = {key: value for key, value in values.items() if key not in ("attention_bias", "mlp_bias", "layer_types")}
+    end = values["architectures"][0].removeprefix("Llama").removeprefix("Qwen2")
+    return kept | biases | {
+        "model_type": name.lower(), "architectures": [name + end], "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else {"type": kind, **rope},
+        "auto_map": {"AutoConfig": f"configuration_{name.lower()}.{name}Config", "AutoModel": f"{module}Model",
+                     "AutoModelForCausalLM": f"{module}ForCausalLM"}}
