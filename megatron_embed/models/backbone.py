@@ -278,6 +278,8 @@ class LayerClasses:
     """The activation of a dense MLP, made from the configuration; None: the configuration's function."""
     expert_column_linear: type[Any] = ColumnParallelLinear
     expert_row_linear: type[Any] = RowParallelLinear
+    experts: type[GroupedExperts] | None = None
+    """None: GroupedExperts."""
     is_quantized: bool = False
     """Whether the linears' weights are quantized, and so neither trained nor in checkpoints."""
 
@@ -325,7 +327,7 @@ def _layer_spec(shape: ModelShape, layer: int, bidirectional: bool, core_attenti
     stored_names = {} if shape.post_norm or fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if shape.num_experts:
         linears = MLPSubmodules(linear_fc1=layers.expert_column_linear, linear_fc2=layers.expert_row_linear)
-        experts = ModuleSpec(module=GroupedExperts, submodules=linears)
+        experts = ModuleSpec(module=layers.experts or GroupedExperts, submodules=linears)
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
     else:
         mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(

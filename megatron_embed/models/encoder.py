@@ -56,7 +56,7 @@ from megatron_embed.platform.compat import (
     TransformerBlock,
     TransformerConfig,
 )
-from megatron_embed.platform.flash_attention import choose_version, why_no_flash
+from megatron_embed.platform.flash_attention import HEAD_DIM_UNIT, MAX_HEAD_DIM, choose_version, why_no_flash
 
 logger = logging.getLogger(__name__)
 AttentionKernel = Literal["flash", "sdpa", "te"]
@@ -222,22 +222,21 @@ def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
 
 def attention_kernel(config: RunConfig, shape: ModelShape | None = None) -> AttentionKernel:
     """The attention kernel: torch's variable-length flash kernels, its general attention (SDPA), or, if requested,
-    Transformer Engine. SDPA alone adds a bias to attention scores, or bounds them.
+    Transformer Engine. SDPA alone adds a bias to attention scores, or bounds them, and takes heads of any size.
 
     Args:
-        shape: the model's; None: one without such a bias or bound.
+        shape: the model's; None: one that every kernel takes.
     Raises:
         ConfigError: flash or te is requested but cannot run here; the same on every rank with the same packages.
     """
     half, wanted = config.model.dtype != "float32", config.model.attention
-    special = _scores_of(shape)
-    if shape is not None and special is not None:
+    unfit = None if shape is None else _unfit_for_flash(shape)
+    if unfit is not None:
         if wanted in ("flash", "te"):
-            raise ConfigError(f"model.attention = {wanted!r}: its kernels take no {special} of attention scores, which "
-                              f"a {shape.family} model has; use 'auto' or 'sdpa'", key="model.attention")
+            raise ConfigError(f"model.attention = {wanted!r}: its kernels take {unfit}; use 'auto' or 'sdpa'",
+                              key="model.attention")
         if wanted == "auto" and half and HAS_CUDA:
-            _say_once(f"model.attention = auto is sdpa: flash kernels take no {special} of attention scores, which a "
-                      f"{shape.family} model has")
+            _say_once(f"model.attention = auto is sdpa: flash kernels take {unfit}")
         return "sdpa"
     if wanted in ("flash", "te"):
         if not (HAS_CUDA and half):
@@ -263,11 +262,15 @@ def attention_kernel(config: RunConfig, shape: ModelShape | None = None) -> Atte
     return "flash"
 
 
-def _scores_of(shape: ModelShape | None) -> str | None:
-    """What a model does with attention scores that SDPA alone can."""
-    if shape is None:
-        return None
-    return "bias" if shape.has_position_bias else None if shape.attention_softcap is None else "bound"
+def _unfit_for_flash(shape: ModelShape) -> str | None:
+    """What flash kernels would have to take for this model and do not; None: nothing."""
+    for what, needed in (("bias", shape.has_position_bias), ("bound", shape.attention_softcap is not None)):
+        if needed:
+            return f"no {what} of attention scores, which a {shape.family} model has"
+    if shape.head_dim % HEAD_DIM_UNIT or shape.head_dim > MAX_HEAD_DIM:
+        return (f"heads of a multiple of {HEAD_DIM_UNIT} dimensions, at most {MAX_HEAD_DIM}, and the model's have "
+                f"{shape.head_dim}")
+    return None
 
 
 def _refused_by_te(config: RunConfig) -> str | None:

@@ -10,6 +10,7 @@ OLDEST_VERSION = (2, 3)
 """Release of Transformer Engine from which both FP8 recipes are there; as in setup.py."""
 FP8_WIDTH = 16
 """Every dimension of a matrix that is multiplied in FP8 is a multiple of it."""
+EXPERT_WIDTH = "width of an expert"
 
 
 def layer_backend(config: RunConfig) -> LayerBackend:
@@ -38,9 +39,6 @@ def check_layer_backend(config: RunConfig, shape: ModelShape) -> None:
     if layer_backend(config) == "torch" or config.model.fp8 == "none":
         return
     fp8, recipe = config.model.fp8, config.model.fp8_recipe
-    if shape.num_experts:
-        raise ConfigError(f"model.fp8 = {fp8!r}: the experts of this model are not computed in FP8; set it to 'none'",
-                          key="model.fp8")
     reason = _why_no_fp8(recipe)
     if reason is not None:
         other = "use 'none'" if recipe == "tensorwise" else "use 'none', or try model.fp8_recipe = tensorwise"
@@ -48,8 +46,7 @@ def check_layer_backend(config: RunConfig, shape: ModelShape) -> None:
     for what, width in _widths(shape, config.parallel).items():
         if width % FP8_WIDTH:
             raise ConfigError(f"model.fp8 = {fp8!r}: a rank's {what} is {width}, which is not a multiple of "
-                              f"{FP8_WIDTH}; use 'none', or fewer parallel.tensor_model_parallel_size",
-                              key="model.fp8")
+                              f"{FP8_WIDTH}; use 'none', or fewer parallel.{_splits(what)}", key="model.fp8")
 
 
 def _why_not(config: RunConfig) -> str | None:
@@ -80,8 +77,14 @@ def _why_no_fp8(recipe: Fp8Recipe) -> str | None:
 
 def _widths(shape: ModelShape, sizes: ParallelConfig) -> dict[str, int]:
     """The widths of the matrices that a rank multiplies."""
-    tp = sizes.tensor_model_parallel_size
+    tp, etp = sizes.tensor_model_parallel_size, sizes.expert_tensor_parallel_size
     heads, groups = shape.num_attention_heads // tp, shape.num_query_groups // tp
+    inner = {EXPERT_WIDTH: shape.ffn_hidden_size // etp} if shape.num_experts else {
+        "MLP width": shape.ffn_hidden_size // tp}
     return {"hidden size": shape.hidden_size, "attention width": heads * shape.head_dim,
-            "width of queries, keys and values": (heads + 2 * groups) * shape.head_dim,
-            "MLP width": shape.ffn_hidden_size // tp}
+            "width of queries, keys and values": (heads + 2 * groups) * shape.head_dim, **inner}
+
+
+def _splits(width: str) -> str:
+    """The key of section `parallel` that divides a width."""
+    return "expert_tensor_parallel_size" if width == EXPERT_WIDTH else "tensor_model_parallel_size"

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_embed.batch import MicroBatch
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.backbone import LayerClasses, LayerNorm
+from megatron_embed.models.experts import TransformerEngineExperts
 from megatron_embed.models.families import ModelShape
 from megatron_embed.names import Fp8Passes, Fp8Recipe
 from megatron_embed.parallel.topology import token_alignment
@@ -66,15 +67,13 @@ def te_layer_classes(shape: ModelShape, *, with_adapters: bool) -> LayerClasses:
         norm=LayerNorm if own_norm else engine.TENorm, column_linear=engine.TEColumnParallelLinear,
         row_linear=engine.TERowParallelLinear,
         norm_linear=engine.TELayerNormColumnParallelLinear if fuses else None,
-        activation=SwiGLU if uses_swiglu(shape) else None)
+        activation=SwiGLU if uses_swiglu(shape) else None, experts=TransformerEngineExperts)
 
 
 def configure(transformer: TransformerConfig, config: RunConfig, shape: ModelShape) -> None:
     """Set Megatron's configuration of a model of these layers. Called before they are built."""
     transformer.use_te_activation_func = uses_swiglu(shape)
-    transformer.apply_rope_fusion = shape.rotary_base is not None
-    # Megatron's own linears, of which experts consist, need Apex for it.
-    transformer.gradient_accumulation_fusion = not shape.num_experts
+    transformer.gradient_accumulation_fusion = True
     # No FP8 weights are kept from one micro-batch for the next, because Megatron would mark them as old only in a model
     # that is always in FP8, and because the first micro-batch would replace the main gradients instead of adding to
     # them (module/linear.py, accumulate_wgrad_into_param_main_grad).

@@ -29,6 +29,8 @@ and unused since torch 2.7, philox_seed and philox_offset before)."""
 KEYWORDS = ("scale", "window_size_left", "window_size_right")
 """Keyword-only arguments that both are given."""
 FORWARD_RESULTS, BACKWARD_RESULTS = 5, 3
+HEAD_DIM_UNIT, MAX_HEAD_DIM = 8, 256
+"""The size of a head is a multiple of the one and at most the other (`mha_varlen_fwd` in torch's flash_api.cpp)."""
 CAUSAL, ALL_TOKENS = (-1, 0), (-1, -1)
 """Windows of a `FlashCall` without a bound."""
 FLASH_3, FLASH_3_MODULE = "FA3", "flash_attn_interface"
@@ -70,7 +72,7 @@ def flash_forward(query: Tensor, key: Tensor, value: Tensor, call: FlashCall, *,
     """Attention of one call.
 
     Args:
-        query: [tokens, heads, head_dim] float16 or bfloat16 on a GPU, head_dim a multiple of 8 and at most 256.
+        query: [tokens, heads, head_dim] float16 or bfloat16 on a GPU, see HEAD_DIM_UNIT.
         key: [keys, groups, head_dim], as `value`; heads is a multiple of groups.
         dropout: rate of attention weights; draws from the device's current random generator if not 0.
     Returns:

@@ -95,7 +95,13 @@ def weight_gradients(grad_outputs: Tensor, inputs: Tensor, groups: Groups) -> Te
     """[tokens, outputs] and [tokens, inputs] -> [outputs, inputs] per expert, in one tensor if it is one product; zeros
     for an expert without rows."""
     if groups.ends is not None and _is_aligned(inputs, grad_outputs):
-        return torch.nn.functional.grouped_mm(grad_outputs.t(), inputs, offs=groups.ends)
+        gradients = torch.nn.functional.grouped_mm(grad_outputs.t(), inputs, offs=groups.ends)
+        # Of an expert without rows the kernel for compute capability 10.0 leaves what was in memory
+        # (github.com/pytorch/pytorch/issues/172439); where it writes zeros this costs nothing beside a product.
+        empty = [gradients[index] for index, size in enumerate(groups.sizes) if not size]
+        if empty:
+            torch._foreach_zero_(empty)
+        return gradients
     pairs = zip(grad_outputs.split(groups.sizes), inputs.split(groups.sizes), strict=True)
     return [cpu_linear.weight_gradient(left, right) if left.device.type == "cpu" else left.t() @ right
             for left, right in pairs]

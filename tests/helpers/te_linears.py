@@ -227,7 +227,8 @@ class LayerNormLinear(_Base):
                  ub_overlap_rs_dgrad=False, ub_bulk_wgrad=False, ub_bulk_dgrad=False, ub_name=None,
                  delay_wgrad_compute=False, symmetric_ar_type=None, name=None):
         super().__init__()
-        assert not return_layernorm_output and parameters_split is None and not zero_centered_gamma
+        assert not return_layernorm_output and parameters_split is None
+        self.zero_centered_gamma = zero_centered_gamma
         assert normalization in ("LayerNorm", "RMSNorm"), "Unsupported normalization type!"
         if parallel_mode == "row":
             raise NotImplementedError("Normalization does not support tensor-parallel distribution.")
@@ -235,7 +236,7 @@ class LayerNormLinear(_Base):
         self.fuse_wgrad_accumulation, self.eps = fuse_wgrad_accumulation, eps
         self.set_parallelism(tp_group, tp_size, parallel_mode, sequence_parallel)
         self.set_overlap(ub_overlap_ag, ub_overlap_rs, ub_overlap_rs_dgrad, ub_bulk_dgrad, ub_bulk_wgrad, ub_name)
-        ones = torch.ones(in_features, dtype=params_dtype, device=device)
+        ones = torch.full((in_features,), float(not zero_centered_gamma), dtype=params_dtype, device=device)
         self.layer_norm_weight = torch.nn.Parameter(ones)
         self.layer_norm_weight.sequence_parallel = self.sequence_parallel
         self.layer_norm_bias = None
@@ -249,18 +250,20 @@ class LayerNormLinear(_Base):
         kept, self.ub_overlap_ag_fprop = self.ub_overlap_ag_fprop, self.ub_overlap_ag_fprop and torch.is_grad_enabled()
         recipe = self.check_forward(inp)
         self.ub_overlap_ag_fprop = kept
-        return self.product(_normalized(inp, self.layer_norm_weight, self.layer_norm_bias, self.eps), recipe,
+        return self.product(_normalized(inp, self.layer_norm_weight, self.layer_norm_bias, self), recipe,
                             is_first_microbatch)
 
 
-def _normalized(inputs, weight, bias, eps):
+def _normalized(inputs, weight, bias, norm):
     """In float32, rounded once. common/normalization: one kernel, backward two (the second sums over tokens)."""
     def rms_norm(inputs, weight):
-        return functional.rms_norm(inputs.float(), inputs.shape[-1:], weight.float(), eps).to(inputs.dtype)
+        weight = weight.float() + float(norm.zero_centered_gamma)
+        return functional.rms_norm(inputs.float(), inputs.shape[-1:], weight, norm.eps).to(inputs.dtype)
 
     def layer_norm(inputs, weight, bias):
-        return functional.layer_norm(inputs.float(), inputs.shape[-1:], weight.float(), bias.float(),
-                                     eps).to(inputs.dtype)
+        weight = weight.float() + float(norm.zero_centered_gamma)
+        return functional.layer_norm(inputs.float(), inputs.shape[-1:], weight, bias.float(),
+                                     norm.eps).to(inputs.dtype)
 
     if bias is not None:
         return kernels("layer norm", (1, 2), layer_norm, inputs, weight, bias)
@@ -272,17 +275,17 @@ class RMSNorm(torch.nn.Module):
                  zero_centered_gamma=False, hidden_size=None, *, device=None, dtype=None, sm_margin=0):
         super().__init__()
         assert (normalized_shape is None) != (hidden_size is None) and not (params_dtype and dtype)
-        assert not zero_centered_gamma
         size = hidden_size if normalized_shape is None else normalized_shape
-        self.eps, self.bias = eps, None
-        self.weight = torch.nn.Parameter(torch.ones(size, dtype=params_dtype or dtype, device=device))
+        self.eps, self.bias, self.zero_centered_gamma = eps, None, zero_centered_gamma
+        ones = torch.full((size,), float(not zero_centered_gamma), dtype=params_dtype or dtype, device=device)
+        self.weight = torch.nn.Parameter(ones)
         self.weight.sequence_parallel = sequence_parallel
 
     def forward(self, inputs):
         assert inputs.shape[-1] == self.weight.shape[0], "the input's last dimension is the normalized one"
         assert inputs.dtype == self.weight.dtype
         rows = inputs.contiguous().view(-1, inputs.shape[-1])  # ops/basic/rmsnorm.py: contiguous, and the output a view
-        return _normalized(rows, self.weight, self.bias, self.eps).view(inputs.shape)
+        return _normalized(rows, self.weight, self.bias, self).view(inputs.shape)
 
 
 class LayerNorm(RMSNorm):
@@ -307,20 +310,3 @@ class SwiGLU(torch.nn.Module):
             return (functional.silu(gate) * value).to(inputs.dtype)
 
         return kernels("swiglu", (1, 1), swiglu, inputs.contiguous())
-
-
-def apply_rotary_pos_emb(t, freqs, tensor_format="sbhd", interleaved=False, fused=False, cu_seqlens=None, cp_size=1,
-                         cp_rank=0):
-    """attention/rope.py: [s, b, h, d] and angles [s2, 1, 1, d2] with s2 >= s and d2 <= d, halves rotated."""
-    assert fused and tensor_format == "sbhd" and not interleaved and cu_seqlens is None
-    assert t.dim() == 4 and freqs.shape[1:3] == (1, 1) and freqs.shape[0] >= t.shape[0], (t.shape, freqs.shape)
-    assert freqs.shape[-1] <= t.shape[-1]
-    freqs, width = freqs[: t.shape[0]].float(), freqs.shape[-1]
-
-    def rotary(t):
-        turned, rest = t[..., :width].float(), t[..., width:]
-        first, second = turned.chunk(2, dim=-1)
-        turned = turned * freqs.cos() + torch.cat((-second, first), dim=-1) * freqs.sin()
-        return torch.cat((turned.to(t.dtype), rest), dim=-1)
-
-    return kernels("rotary", (1, 1), rotary, t)

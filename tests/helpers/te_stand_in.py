@@ -12,7 +12,7 @@ import types
 import torch
 import torch.nn.functional as functional
 
-from tests.helpers import te_fp8, te_linears
+from tests.helpers import te_fp8, te_grouped, te_linears
 
 MASKS = ("no_mask", "padding", "causal", "padding_causal", "causal_bottom_right", "padding_causal_bottom_right",
          "arbitrary")
@@ -167,18 +167,19 @@ def _modules():
         """A base class of what is not used here."""
 
     linears = {name: vars(te_linears)[name] for name in ("Linear", "LayerNormLinear", "RMSNorm", "LayerNorm")}
+    grouped = {name: vars(te_grouped)[name] for name in ("GroupedLinear", "Fp8Padding", "Fp8Unpadding")}
     fp8 = {name: vars(te_fp8)[name] for name in ("FP8GlobalStateManager", "fp8_autocast")}
     supported = dict.fromkeys(("check_fp8_support", "check_fp8_block_scaling_support"), lambda: (True, ""))
     recipes = {name: vars(te_fp8)[name]
                for name in ("Format", "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling")}
     contents = {
         "": {"__version__": "2.3.0"}, ".common": {}, ".common.recipe": recipes,
-        ".pytorch": {**linears, "DotProductAttention": DotProductAttention, "GroupedLinear": Absent,
+        ".pytorch": {**linears, **grouped, "DotProductAttention": DotProductAttention,
                      "fp8_autocast": te_fp8.fp8_autocast},
         ".pytorch.optimizers": {"FusedAdam": FusedAdam},
         ".pytorch.ops": {"SwiGLU": te_linears.SwiGLU, "Sequential": Absent, "FusibleOperation": Absent},
         ".pytorch.fp8": {**fp8, **supported}, ".pytorch.tensor": {"QuantizedTensor": Absent},
-        ".pytorch.attention": {}, ".pytorch.attention.rope": {"apply_rotary_pos_emb": te_linears.apply_rotary_pos_emb},
+        ".pytorch.attention": {}, ".pytorch.attention.rope": {"apply_rotary_pos_emb": None},  # ours are used
         ".pytorch.distributed": {"CudaRNGStatesTracker": Absent, "checkpoint": te_fp8.checkpoint},
         ".pytorch.module": {}, ".pytorch.module.base": {"initialize_ub": te_linears.initialize_ub}}
     modules = {}
@@ -206,7 +207,6 @@ def installed():
     """Within it `import transformer_engine` finds these classes, Megatron that it is version 2.3, and the layers that
     Megatron builds of it are made of them."""
     from megatron.core import fp8_utils, utils
-    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer import transformer_block
 
     assert not any(name.startswith("transformer_engine") for name in sys.modules), "the real one is there"
@@ -214,14 +214,12 @@ def installed():
     sys.modules |= modules
     before = {EXTENSION: sys.modules[EXTENSION], fp8_utils.__name__: fp8_utils}
     known, utils._te_version = utils._te_version, None
-    bound = {(rope_utils, "fused_apply_rotary_pos_emb"): rope_utils.fused_apply_rotary_pos_emb,
-             (transformer_block, "get_fp8_context"): transformer_block.get_fp8_context,
+    bound = {(transformer_block, "get_fp8_context"): transformer_block.get_fp8_context,
              (transformer_block, "te_checkpoint"): transformer_block.te_checkpoint}
     te_linears.buffers = None
     te_linears.counted.clear()
     try:
         extension = _loaded_again(EXTENSION)
-        rope_utils.fused_apply_rotary_pos_emb = extension.fused_apply_rotary_pos_emb
         transformer_block.te_checkpoint = extension.te_checkpoint
         transformer_block.get_fp8_context = _loaded_again(fp8_utils.__name__).get_fp8_context
         yield

@@ -1,6 +1,7 @@
 """Token states and embeddings against Transformers and Sentence Transformers, over layouts; packing; padding; dtype."""
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from megatron_embed.errors import ConfigError
 from megatron_embed.models import encoder
 from megatron_embed.models.encoder import attention_kernel
+from megatron_embed.planning.shapes import shape_of
 from tests.helpers.families import token_states, whole_bin
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.toys import layout, open_model, random_texts, run_config, save_model
@@ -200,6 +202,24 @@ def test_a_kernel_is_refused_where_it_cannot_run(monkeypatch, attention, paralle
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=attention))
     with pytest.raises(ConfigError, match=words):
         attention_kernel(config)
+
+
+@pytest.mark.parametrize("head_dim", [26, 264])
+def test_heads_of_other_sizes_are_for_sdpa(monkeypatch, caplog, models, head_dim):
+    """26: TinyBERT's."""
+    monkeypatch.setattr(encoder, "HAS_CUDA", True)
+    shape = dataclasses.replace(shape_of(models["bert"]), head_dim=head_dim)
+    config = run_config("model", dtype="bfloat16")
+    encoder._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert attention_kernel(config, shape) == "sdpa"
+    assert caplog.messages[-1].endswith(f"heads of a multiple of 8 dimensions, at most 256, and the model's have "
+                                        f"{head_dim}")
+    for wanted in ("flash", "te"):
+        asked = dataclasses.replace(config, model=dataclasses.replace(config.model, attention=wanted))
+        with pytest.raises(ConfigError, match=f"'{wanted}': its kernels take heads .*{head_dim}; use 'auto' or 'sdpa'"):
+            attention_kernel(asked, shape)
+    assert attention_kernel(config, dataclasses.replace(shape, head_dim=256)) == "flash"
 
 
 @pytest.mark.parametrize("attention", ["auto", "flash"])

@@ -67,6 +67,24 @@ def test_grouped_experts_equal_a_loop_over_experts(model, name, lora):
             assert (gradient - expected[key]).norm() <= (1e-5 if lora else 1e-6) * expected[key].norm(), key
 
 
+def test_experts_without_rows_get_no_gradient(monkeypatch):
+    """On a B200 torch's product leaves memory as it was there (pytorch issue 172439)."""
+    sizes, original = (0, 3, 0, 5), torch.nn.functional.grouped_mm
+
+    def leaves_gaps(left, right, *, offs):
+        result = original(left, right, offs=offs)
+        if result.dim() == 3:
+            result[[0, 2]] = torch.nan
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves_gaps)
+    groups = Groups(sizes=sizes, ends=torch.tensor(sizes).cumsum(0).to(torch.int32))
+    inputs, weights = torch.randn(8, 16), [torch.randn(8, 16).bfloat16().requires_grad_() for _ in sizes]
+    GroupedLinear.apply(inputs.bfloat16(), groups, *weights).sum().backward()
+    assert [bool(weight.grad.any()) for weight in weights] == [False, True, False, True]
+    assert all(weight.grad.isfinite().all() for weight in weights)
+
+
 @pytest.mark.parametrize("sizes", [(3, 0, 5), (0, 0, 0), (8,)])
 @pytest.mark.parametrize("trained", [True, False])
 def test_rows_of_each_expert_meet_its_weight(sizes, trained):

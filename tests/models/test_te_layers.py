@@ -16,7 +16,7 @@ from tests.helpers import te_linears, te_stand_in
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import configuration, curve, go_back, train
 from tests.helpers.step_reference import difference, objective_settings
-from tests.helpers.toys import BASES, copy_tokenizer, layout, run_config, save_model
+from tests.helpers.toys import BASES, copy_tokenizer, layout, open_model, run_config, save_model
 
 LORA = {"rank": 3, "alpha": 6.0}
 
@@ -25,15 +25,15 @@ LORA = {"rank": 3, "alpha": 6.0}
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     directories = {kind: save_model(folder / kind, kind, tokenizer=True) for kind in ("bert", "qwen3")}
-    for kind in ("Qwen2", "Qwen3Moe", "ModernBert"):
+    for kind in ("Qwen2", "Qwen3Moe", "ModernBert", "Gemma3Text"):
         directories[kind] = save_mild(folder / kind, kind)
     return directories
 
 
-def save_mild(path, kind):
+def save_mild(path, kind, **settings):
     """A model whose weights do not amplify rounding, as those of `save_toy` do, biases and norms random too."""
     torch.manual_seed(5)
-    settings = BASES[kind] | {"vocab_size": 30522}
+    settings = BASES[kind] | {"vocab_size": 30522} | settings
     model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -95,12 +95,17 @@ CASES = {"qwen3": ("qwen3", 1, layout(), {}), "qwen3-tp2": ("qwen3", 2, layout(2
          "qwen3-tp2-lora": ("qwen3", 2, layout(2), {"lora": LORA}),
          "bert-tp2": ("bert", 2, layout(2), {}), "qwen2-tp2-no-sp": ("Qwen2", 2, layout(2, sp=False), {}),
          "qwen3-pp2": ("qwen3", 2, layout(1, 2), {}), "moe": ("Qwen3Moe", 1, layout(), {}),
+         "moe-ep2": ("Qwen3Moe", 2, {"expert_model_parallel_size": 2}, {}),
+         "moe-etp2": ("Qwen3Moe", 2, layout(2) | {"expert_tensor_parallel_size": 2}, {}),
+         "moe-ep2-lora": ("Qwen3Moe", 2, {"expert_model_parallel_size": 2}, {"lora": LORA}),
+         "moe-recompute": ("Qwen3Moe", 1, layout(), {"training": {"recompute": "full"}}),
+         "gemma3-tp2": ("Gemma3Text", 2, layout(2), {}),
          "modernbert-tp2": ("ModernBert", 2, layout(2), {}), "qwen3-cp2": ("qwen3", 2, layout(1, 1, 2), {}),
          "qwen3-recompute": ("qwen3", 1, layout(), {"training": {"recompute": "full"}})}
 
 
 @pytest.mark.parametrize("case", [
-    pytest.param(name, marks=[] if name in ("qwen3-tp2", "qwen3-tp2-lora") else pytest.mark.slow)
+    pytest.param(name, marks=[] if name in ("qwen3-tp2", "qwen3-tp2-lora", "moe-ep2") else pytest.mark.slow)
     for name in CASES])
 def test_loss_gradients_and_checkpoints_are_those_of_torch(models, case):
     kind, ranks, sizes, settings = CASES[case]
@@ -111,6 +116,7 @@ def test_loss_gradients_and_checkpoints_are_those_of_torch(models, case):
         assert not ours[3] and {kind for kind, *_ in theirs[3]} >= {"Linear"}
         fused = "lora" not in case and kind not in ("bert", "ModernBert")
         assert any(kind == "LayerNormLinear" for kind, *_ in theirs[3]) == fused
+        assert any(kind == "GroupedLinear" for kind, *_ in theirs[3]) == case.startswith("moe")
 
 
 def train_all(runs):
@@ -267,8 +273,61 @@ def test_what_a_gpu_machine_cannot_run_is_refused(models, monkeypatch, version, 
             layer_backend.check_layer_backend(config, shape_of(models["qwen3"]))
 
 
-def test_experts_are_refused_in_fp8(models, monkeypatch):
+def test_widths_of_experts_are_checked_for_fp8(models, monkeypatch):
     monkeypatch.setattr(layer_backend, "_why_not", lambda config: None)
+    monkeypatch.setattr(layer_backend, "_why_no_fp8", lambda recipe: None)
+    shape = dataclasses.replace(shape_of(models["Qwen3Moe"]), hidden_size=32, head_dim=16)
     config = with_settings(run_config(models["Qwen3Moe"]), dtype="bfloat16", fp8="both")
-    with pytest.raises(ConfigError, match="model.fp8 = 'both': the experts of this model are not computed in FP8"):
-        layer_backend.check_layer_backend(config, shape_of(models["Qwen3Moe"]))
+    with pytest.raises(ConfigError, match=r"a rank's width of an expert is 20, .* or fewer "
+                                          r"parallel\.expert_tensor_parallel_size"):
+        layer_backend.check_layer_backend(config, shape)
+    layer_backend.check_layer_backend(config, dataclasses.replace(shape, ffn_hidden_size=32))
+
+
+MOE_IN_FP8 = {"hidden_size": 32, "head_dim": 16, "moe_intermediate_size": 32}
+
+
+@pytest.mark.slow
+def test_experts_in_fp8(tmp_path):
+    config = run_config(save_mild(tmp_path / "moe", "Qwen3Moe", **MOE_IN_FP8), dtype="bfloat16",
+                        objective=objective_settings(), parallel={"expert_model_parallel_size": 2},
+                        training={"micro_batch_size": 3})
+    runs = [FP8 | fp8 for fp8 in ({}, {"fp8": "first_pass"}, {"fp8": "both", "fp8_recipe": "tensorwise"})]
+    for plain, first, both in run_on_ranks(steps, 2, config, *runs):
+        experts = [[forward for forward in run[3] if forward[0] == "GroupedLinear"] for run in (plain, first, both)]
+        assert [in_fp8(forwards) for forwards in experts] == [
+            [{None}, {None}], [{"Float8BlockScaling"}, {None}], [{"Float8CurrentScaling"}] * 2]
+        distances = [distance(run[1], plain[1]) for run in (first, both)]
+        assert 1e-4 < distances[0] < distances[1] < 0.5, distances
+
+
+def padded_experts(config):
+    """(outputs, gradients) of one layer's experts, without padding and with that of FP8, of which they know nothing
+    else here; and the same without any rows."""
+    with te_stand_in.usable():
+        (model,) = open_model(config).chunks
+        experts = model.decoder.layers[0].mlp.experts
+        for parameter in experts.parameters():
+            parameter.main_grad = torch.zeros_like(parameter)
+        results = []
+        for sizes in ((5, 0, 16, 3), (0, 0, 0, 0)):
+            for fp8 in (None, "e4m3"):
+                experts.config.fp8 = fp8
+                torch.manual_seed(1)
+                rows, weights = (torch.randn(sum(sizes), *width).requires_grad_() for width in ((24,), ()))
+                (output, _) = experts(rows, torch.tensor(sizes), weights)
+                output.square().sum().backward()
+                gradients = [parameter.main_grad.clone() for parameter in experts.parameters()]
+                for parameter in experts.parameters():
+                    parameter.main_grad.zero_()
+                results.append([output.detach(), rows.grad, weights.grad, *gradients])
+        return results
+
+
+def test_padding_of_experts_changes_nothing(models):
+    ((plain, padded, *empty),) = run_on_ranks(padded_experts, 1, with_settings(
+        run_config(models["Qwen3Moe"]), backend="te"))
+    assert len(plain) == 3 + 4 * 2 and all(value.any() for value in plain[:3])
+    for value, other in zip(plain, padded, strict=True):
+        torch.testing.assert_close(other, value, rtol=1e-6, atol=1e-6)
+    assert all(len(outputs[0]) == 0 and not any(value.any() for value in outputs[3:]) for outputs in empty)
