@@ -1,11 +1,13 @@
 """Load a server with ragged texts from many clients, and the same server around Sentence Transformers beside it.
 
-    python tools/bench_serve.py --model DIR [--requests 10000] [--clients 64] [--engine torch sentence-transformers]
+    python tools/bench_serve.py --model DIR [--requests 10000] [--slices 10] [--clients 64] [--engine torch onnx ...]
 
 Every client sends one text a request and waits for its vector. The lengths in words are log-normal, cut to --words.
-Per engine it prints requests answered and lost, texts per second and per second of processor time, the 50th and 99th
-percentile of the seconds of an answer, and the smallest cosine between its vectors and those of the first engine. Exit
-code 1 if a request was lost. The server around Sentence Transformers is this program with --frame: the same
+The texts are cut into slices, and all engines' servers answer a slice, one after the other, before any gets the next
+one: whatever else the machine does meets all alike. Per engine it prints requests answered and lost, texts per second
+and per second of processor time, the 50th and 99th percentile of the seconds of an answer, and the smallest cosine
+between its vectors and those of the first engine; then the ratios to the first engine, over all slices and of each one.
+Exit code 1 if a request was lost. The server around Sentence Transformers is this program with --frame: the same
 application and queue, and `SentenceTransformer.encode` in the place of this package's model.
 """
 
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--slices", type=int, default=10)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--engine", nargs="+", default=["torch", "sentence-transformers"],
                         choices=("torch", "onnx", "openvino", "sentence-transformers"))
@@ -119,26 +123,58 @@ def cpu_seconds(pid: int) -> float:
     return times.user + times.system
 
 
-def measure(args: argparse.Namespace, engine: str, texts: Sequence[str]) -> tuple[dict[str, Any], np.ndarray]:
-    """The row of the table, and the vectors [texts, dim]; a lost request's is zero."""
-    server, port = start_server(args, engine)
-    try:
-        asyncio.run(load(port, texts[:WARM_UP], args.clients))
-        before = cpu_seconds(server.pid)
-        answers, seconds, total = asyncio.run(load(port, texts, args.clients))
-        cpu = cpu_seconds(server.pid) - before
-    finally:
-        server.terminate()
-        server.communicate(timeout=STOP_SECONDS)
-    vectors = [np.frombuffer(base64.b64decode(json.loads(answer)["data"][0]["embedding"]), "<f4")
-               for answer in answers if answer is not None]
-    rows = np.zeros((len(texts), len(vectors[0])), dtype=np.float32)
-    rows[[index for index, answer in enumerate(answers) if answer is not None]] = vectors
-    cuts = statistics.quantiles(seconds, n=100)
-    row = {"engine": engine, "answered": len(vectors), "lost": len(texts) - len(vectors), "exit": server.returncode,
-           "texts_per_second": round(len(texts) / total, 1),
-           "texts_per_cpu_second": round(len(texts) / cpu, 1), "p50": round(cuts[49], 3), "p99": round(cuts[98], 3)}
-    return row, rows
+@dataclass
+class Measured:
+    """A running server and what it has answered so far."""
+
+    engine: str
+    process: "subprocess.Popen[str]"
+    port: int
+    answers: list[bytes | None] = field(default_factory=list)
+    """In the order of the texts; None: lost."""
+    seconds: list[float] = field(default_factory=list)
+    """Of each answer."""
+    wall: list[float] = field(default_factory=list)
+    """Seconds of each slice."""
+    cpu: list[float] = field(default_factory=list)
+    """Seconds of the server's processor time of each slice."""
+
+    def ask(self, texts: Sequence[str], clients: int) -> None:
+        """One slice."""
+        before = cpu_seconds(self.process.pid)
+        answers, seconds, wall = asyncio.run(load(self.port, texts, clients))
+        self.cpu.append(cpu_seconds(self.process.pid) - before)
+        self.wall.append(wall)
+        self.answers += answers
+        self.seconds += seconds
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.communicate(timeout=STOP_SECONDS)
+
+    def vectors(self) -> np.ndarray:
+        """[texts, dim] float32; a lost request's row is zero."""
+        rows = [np.zeros(0) if answer is None else
+                np.frombuffer(base64.b64decode(json.loads(answer)["data"][0]["embedding"]), "<f4")
+                for answer in self.answers]
+        dim = max(map(len, rows))
+        return np.array([row if len(row) else np.zeros(dim) for row in rows], dtype=np.float32)
+
+    def row(self) -> dict[str, Any]:
+        """Its row of the table."""
+        cuts, lost = statistics.quantiles(self.seconds, n=100), self.answers.count(None)
+        return {"engine": self.engine, "answered": len(self.answers) - lost, "lost": lost,
+                "texts_per_second": round(len(self.answers) / sum(self.wall), 1),
+                "texts_per_cpu_second": round(len(self.answers) / sum(self.cpu), 1),
+                "p50": round(cuts[49], 3), "p99": round(cuts[98], 3)}
+
+
+def compare(first: Measured, other: Measured) -> str:
+    """How much faster the first engine answered than the other one."""
+    ratios = [theirs / ours for ours, theirs in zip(first.wall, other.wall, strict=True)]
+    return (f"{first.engine} answers {sum(other.wall) / sum(first.wall):.2f} times the texts per second of "
+            f"{other.engine} (by slice {min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.2f})"
+            f", {sum(other.cpu) / sum(first.cpu):.2f} times those per second of processor time")
 
 
 def serve_sentence_transformers(directory: str) -> None:
@@ -193,19 +229,28 @@ def main() -> int:
     print(describe_machine(int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1))
     print(f"{len(texts)} texts of {args.words[0]} to {args.words[1]} words, mean "
           f"{statistics.mean(len(text.split()) for text in texts):.0f}; {args.clients} clients", flush=True)
-    rows, first, lost = [], None, 0
-    for engine in args.engine:
-        row, vectors = measure(args, engine, texts)
-        first = vectors if first is None else first
-        row["cosine"] = round(float((vectors * first).sum(axis=1).min()), 7)
-        rows.append(row)
-        lost += row["lost"]
-        print(json.dumps(row), flush=True)
-    for row in rows[1:]:
-        times, cpu = (rows[0][name] / row[name] for name in ("texts_per_second", "texts_per_cpu_second"))
-        print(f"{rows[0]['engine']} answers {times:.2f} times the texts per second of {row['engine']}, {cpu:.2f} times "
-              "those per second of processor time")
-    return 1 if lost else 0
+    servers: list[Measured] = []
+    try:
+        for engine in args.engine:
+            servers.append(Measured(engine, *start_server(args, engine)))
+            asyncio.run(load(servers[-1].port, texts[:WARM_UP], args.clients))
+        size = -(-len(texts) // args.slices)
+        for number, start in enumerate(range(0, len(texts), size)):
+            for server in servers if number % 2 == 0 else reversed(servers):
+                server.ask(texts[start : start + size], args.clients)
+            print(f"slice {number + 1}, load average {os.getloadavg()[0]:.1f}: " + ", ".join(
+                f"{server.engine} {server.wall[-1]:.1f} s ({server.cpu[-1]:.1f} s of processor time)"
+                for server in servers), flush=True)
+    finally:
+        for server in servers:
+            server.stop()
+    first = servers[0].vectors()
+    for server in servers:
+        cosine = round(float((server.vectors() * first).sum(axis=1).min()), 7)
+        print(json.dumps({**server.row(), "exit": server.process.returncode, "cosine": cosine}), flush=True)
+    for server in servers[1:]:
+        print(compare(servers[0], server))
+    return int(any(None in server.answers for server in servers))
 
 
 if __name__ == "__main__":

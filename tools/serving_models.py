@@ -14,9 +14,12 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from megatron_embed.convert.dense_tensors import write_dense
 from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_INSTRUCTION, QWEN3_RERANKER_TEMPLATE, PairTemplate
 from megatron_embed.export.cross_encoder import chat_template
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
+from megatron_embed.models.dense_settings import DenseSettings
+from megatron_embed.models.saved_settings import SavedSettings
 from megatron_embed.names import HeadKind, Pooling
 from tests.helpers.toys import MINILM, REPOSITORY, copy_tokenizer
 
@@ -46,6 +49,8 @@ class Family:
     """A decoder whose tokens attend to the whole text."""
     model: str = "Model"
     """End of the class's name."""
+    dense: tuple[int, ...] = ()
+    """Outputs of Dense modules behind the pooling."""
     heads: tuple[HeadKind, ...] = ()
     """Rerankers of the family in the table."""
 
@@ -84,12 +89,13 @@ def _texts() -> list[str]:
     return [text for row in rows for text in (row["query"], *row["positive"])]
 
 
-def _sentencepiece(kind: str) -> bytes:
+def _sentencepiece(kind: str, **settings: Any) -> bytes:
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_texts()), model_writer=trained, vocab_size=PIECES, model_type=kind,
         byte_fallback=kind == "bpe", character_coverage=0.98, minloglevel=2, num_threads=1,
-        **({"normalization_rule_name": "identity", "remove_extra_whitespaces": False} if kind == "bpe" else {}))
+        **({"normalization_rule_name": "identity", "remove_extra_whitespaces": False} if kind == "bpe" else {}),
+        **settings)
     return trained.getvalue()
 
 
@@ -112,10 +118,40 @@ def _llama(given: Path, directory: Path) -> dict[str, Any]:
     return {"vocab_size": PIECES, "bos_token_id": 1, "eos_token_id": 2}
 
 
+def _gemma(given: Path, directory: Path) -> dict[str, Any]:
+    """Gemma's kind: sentencepiece BPE that falls back to bytes and puts no space before a text, <bos> before it."""
+    (directory / "tokenizer.model").write_bytes(_sentencepiece(
+        "bpe", add_dummy_prefix=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>",
+        bos_piece="<bos>", unk_piece="<unk>"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "bos_token": "<bos>", "eos_token": "<eos>",
+        "unk_token": "<unk>", "pad_token": "<pad>", "model_max_length": 512}), encoding="utf-8")
+    transformers.GemmaTokenizer.from_pretrained(directory).save_pretrained(directory)
+    return {"vocab_size": PIECES, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+
+
+def _t5(given: Path, directory: Path) -> dict[str, Any]:
+    """T5's kind: sentencepiece unigrams, </s> behind a text."""
+    (directory / "spiece.model").write_bytes(_sentencepiece("unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+                                                            pad_piece="<pad>"))
+    transformers.T5Tokenizer.from_pretrained(directory, extra_ids=0).save_pretrained(directory)
+    return {"vocab_size": PIECES}
+
+
+def _bert_ids(given: Path, directory: Path) -> dict[str, Any]:
+    """BERT's WordPiece, with its special tokens in config.json."""
+    return _wordpiece(given, directory) | {"pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102,
+                                           "cls_token_id": 101, "sep_token_id": 102}
+
+
 _ENCODER_POOLINGS: tuple[Pooling, ...] = ("mean", "cls")
 # Qwen's vocabulary of 151,936 tokens makes a wide model large.
 _QWEN = DECODER | {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 _QWEN_MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+_MODERN_BERT = {key: value for key, value in ENCODER.items() if "dropout" not in key} | {"local_attention": 64}
+_GEMMA = DECODER | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}
+_T5 = {"d_model": 128, "d_kv": 32, "num_heads": 4, "num_layers": 3, "d_ff": 192, "dropout_rate": 0.0}
+_GTE_CODE = {"AutoModel": "modeling_qwen.Qwen2Model"}
 FAMILIES: dict[str, Family] = {
     "BERT": Family(prefix="Bert", settings=ENCODER, tokenizer=_wordpiece, poolings=(*_ENCODER_POOLINGS, "lasttoken"),
                    heads=("score",)),
@@ -145,6 +181,25 @@ FAMILIES: dict[str, Family] = {
     "Mixtral": Family(prefix="Mixtral", settings=DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2,
                                                             "sliding_window": None}, tokenizer=_llama,
                       poolings=("lasttoken",), model="ForCausalLM"),
+    "ModernBERT": Family(prefix="ModernBert", settings=_MODERN_BERT, tokenizer=_bert_ids, poolings=_ENCODER_POOLINGS,
+                         heads=("score",)),
+    "NomicBERT": Family(prefix="NomicBert", settings=ENCODER, tokenizer=_wordpiece, poolings=("mean",)),
+    "T5": Family(prefix="T5", settings=_T5, tokenizer=_t5, poolings=("mean",), model="EncoderModel"),
+    "gte-Qwen2": Family(prefix="Qwen2", settings=_QWEN | {"auto_map": _GTE_CODE}, tokenizer=_qwen,
+                        poolings=("lasttoken",), bidirectional=True),
+    "Gemma 2": Family(prefix="Gemma2", settings=_GEMMA, tokenizer=_gemma, poolings=("lasttoken", "mean"),
+                      model="ForCausalLM"),
+    "Gemma 3": Family(prefix="Gemma3Text", settings=_GEMMA | {"num_hidden_layers": 7}, tokenizer=_gemma,
+                      poolings=("lasttoken",)),
+    "EmbeddingGemma": Family(prefix="Gemma3Text", settings=_GEMMA | {"use_bidirectional_attention": True,
+                                                                     "num_hidden_layers": 7}, tokenizer=_gemma,
+                             poolings=("mean",), dense=(256, 128)),
+    "Phi-3": Family(prefix="Phi3", settings=DECODER | {"sliding_window": None}, tokenizer=_llama,
+                    poolings=("lasttoken",), model="ForCausalLM"),
+    "GLM-4": Family(prefix="Glm", settings=_QWEN | {"head_dim": 32}, tokenizer=_qwen, poolings=("lasttoken",),
+                    model="ForCausalLM"),
+    "GLM-4-0414": Family(prefix="Glm4", settings=_QWEN | {"head_dim": 32}, tokenizer=_qwen, poolings=("lasttoken",),
+                         model="ForCausalLM"),
 }
 
 
@@ -152,9 +207,23 @@ def save(given: Path, name: str, directory: Path, pooling: Pooling) -> None:
     """An embedding model in Sentence Transformers' layout, with a prompt for queries alone."""
     family = FAMILIES[name]
     _save_weights(given, family, directory, family.model)
+    width = family.settings.get("hidden_size") or family.settings["d_model"]
+    saved = SavedSettings(dense=_save_dense(directory, width, family.dense), truncation_side="right")
     export_sentence_transformers(directory, pooling=pooling, normalize=True, query_prompt=QUERY_PROMPT,
-                                 document_prompt="", max_seq_length=LENGTH,
-                                 embedding_dimension=family.settings["hidden_size"])
+                                 document_prompt="", max_seq_length=LENGTH, embedding_dimension=width, saved=saved)
+
+
+def _save_dense(directory: Path, width: int, outputs: tuple[int, ...]) -> tuple[DenseSettings, ...]:
+    """Write Dense modules as EmbeddingGemma's, without bias and activation; what the directory says of them."""
+    modules = []
+    for index, size in enumerate(outputs, 2):
+        settings = DenseSettings(in_features=width, out_features=size, bias=False, activation="identity",
+                                 path=f"{index}_Dense")
+        (directory / settings.path).mkdir()
+        write_dense(directory / settings.path, {"weight": torch.randn(size, width) * width**-0.5})
+        modules.append(settings)
+        width = size
+    return tuple(modules)
 
 
 def save_minilm(directory: Path) -> None:
@@ -185,4 +254,6 @@ def _save_weights(given: Path, family: Family, directory: Path, end: str, **sett
             # Strong routers, so that no expert is chosen by a rounding error.
             scale = 1.0 if len(parameter) in (config.vocab_size, 1) or name.endswith("gate.weight") else 0.1
             parameter.add_(torch.randn_like(parameter) * scale)
+            if name == "lm_head.weight":
+                parameter.mul_(0.1)  # the probability of yes is then none that rounds to 1
     model.save_pretrained(directory)

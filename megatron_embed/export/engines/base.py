@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_embed.config.json_file import read_json_object
 from megatron_embed.errors import ConfigError
 from megatron_embed.export.verify import library_errors
-from megatron_embed.models.modules_json import transformer_folder
 from megatron_embed.names import Role
 
 BATCH_SIZE = 8
@@ -28,6 +26,9 @@ class PairScores:
     """Before the activation."""
     final: Tensor | None
     """As the engine returns them to a user; None: it applies no activation of the directory's."""
+    rounding: Tensor | None = None
+    """By how much `raw` may be off because it was computed from `final` in float32, infinite where that is 1; None: it
+    was not."""
 
 
 class Engine(ABC):
@@ -57,12 +58,6 @@ def require(package: str, needed_for: str, extra: str = "export") -> Any:
     except ImportError as error:
         raise ConfigError(f"{needed_for} needs the package {package.partition('.')[0]} ({error}); "
                           f"pip install 'megatron_embed[{extra}]'") from error
-
-
-def is_reranker(directory: Path) -> bool:
-    """Whether the directory is a cross-encoder's."""
-    architectures = read_json_object(transformer_folder(directory) / "config.json").get("architectures") or [""]
-    return bool(str(architectures[0]).endswith("ForSequenceClassification"))
 
 
 def stock_features(directory: Path, texts: Sequence[str], role: Role | None) -> Iterator[dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from megatron_embed.export.engines.onnx_runtime import OnnxRuntime, OpenVino, wr
 from megatron_embed.export.verified_write import ExportOptions
 from megatron_embed.export.verify import Report, compare_vectors, relative_errors
 from megatron_embed.models.saved_settings import read_saved_settings
-from megatron_embed.names import EngineName, ExportFormat, Role
+from megatron_embed.names import EngineName, ExportFormat, GgufType, Role
 
 if TYPE_CHECKING:
     from megatron_embed.export.reranker import PairProbes
@@ -28,9 +28,6 @@ GGUF_COSINE = {"f32": 0.9999, "f16": 0.9999, "bf16": 0.999, "q8_0": 0.999}
 """Between the engine's and the model's vector in memory, for every text, by the weights' type."""
 GGUF_SCORE = 0.3
 """Largest difference of a score of weights that are not float32, relative to max(1, |score|)."""
-LLAMA_CPP_SCORE = 0.02
-"""Of float32 weights: ggml takes GELU, in its tanh approximation, from a table of half precision (ggml-cpu/vec.h,
-GGML_GELU_FP16)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +77,8 @@ class EngineFiles:
         theirs, name = self.engine.scores(directory, pairs), self.engine.name
         tolerance = max(tolerance, self.score_tolerance)
         errors = relative_errors(directory, name, theirs.raw, asked.raw)
+        if theirs.rounding is not None:
+            errors = torch.where(theirs.rounding.isinf(), 0, (errors - theirs.rounding).clamp(min=0))
         if theirs.final is not None:
             errors = torch.maximum(errors, relative_errors(directory, name, theirs.final, asked.final))
         if not errors.max() <= tolerance:
@@ -108,10 +107,14 @@ def _gguf(options: ExportOptions) -> EngineFiles:
         raise ConfigError("--dim: llama.cpp returns all components; cut them where the vectors are used, or use "
                           "--format onnx")
     kind = options.gguf_type
+    return gguf_files(kind, lambda directory: write_gguf(directory, gguf_file(directory, kind), kind))
+
+
+def gguf_files(kind: GgufType | None, write: Callable[[Path], None] = lambda directory: None) -> EngineFiles:
+    """llama.cpp with the bounds of a type of weights; None, another one: those of float32."""
     return EngineFiles(engine=LlamaCpp(), limits="llama.cpp", tidy=_without_weights, fits=fits, cuts="none",
-                       minimum_cosine=GGUF_COSINE[kind],
-                       score_tolerance=LLAMA_CPP_SCORE if kind == "f32" else GGUF_SCORE,
-                       write=lambda directory: write_gguf(directory, gguf_file(directory, kind), kind))
+                       write=write, minimum_cosine=GGUF_COSINE[kind or "f32"],
+                       score_tolerance=0.0 if kind in (None, "f32") else GGUF_SCORE)
 
 
 def _without_weights(directory: Path) -> None:

@@ -13,10 +13,10 @@ from megatron_embed.errors import CheckpointError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.export.embedding import LONGEST_COMPUTED, MINIMUM_COSINE, PROBE_TEXTS, border_texts
 from megatron_embed.export.engines.base import Engine
-from megatron_embed.export.engines.files import LLAMA_CPP_SCORE, CutPairs, EngineFiles
+from megatron_embed.export.engines.files import CutPairs, EngineFiles, gguf_files
 from megatron_embed.export.engines.int8 import at_its_bound
 from megatron_embed.export.engines.limits import check_limits
-from megatron_embed.export.engines.llama_cpp import LlamaCpp, fits
+from megatron_embed.export.engines.llama_cpp import weights_type
 from megatron_embed.export.engines.onnx_runtime import OnnxRuntime, OpenVino
 from megatron_embed.export.engines.rules import RULES, check_rules
 from megatron_embed.export.engines.stock import SentenceTransformers, Transformers
@@ -45,8 +45,7 @@ ENGINES: Mapping[EngineName, Callable[[], EngineFiles]] = {
     "transformers": lambda: _reads(Transformers(), cuts="texts"),
     "onnxruntime": lambda: _reads(OnnxRuntime()), "openvino": lambda: _reads(OpenVino()),
     "vllm": lambda: _reads(Vllm(), cuts="texts"),
-    "llama.cpp": lambda: EngineFiles(engine=LlamaCpp(), write=_nothing, fits=fits, cuts="none",
-                                     score_tolerance=LLAMA_CPP_SCORE)}
+    "llama.cpp": lambda: gguf_files("f32")}
 """By the names that `convert --verify-with` takes; those of rules.py are asked by their rules."""
 
 
@@ -72,7 +71,8 @@ def verify_directory(directory: Path, engines: Sequence[EngineName], against: st
         dim: components of a vector in the directory's graph; None: all.
     """
     lines = [check_rules(name, directory) for name in engines if name in RULES]
-    readers = [at_its_bound(ENGINES[name](), directory) for name in engines if name in ENGINES]
+    readers = [gguf_files(weights_type(directory)) if name == "llama.cpp" else at_its_bound(ENGINES[name](), directory)
+               for name in engines if name in ENGINES]
     if readers and against is None and not weight_bytes(directory):
         raise CheckpointError(f"{directory}: no weights that this program reads (*.safetensors) to compare with; name "
                               "the model that it was made of: --against MODEL")

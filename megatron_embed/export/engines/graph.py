@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from megatron_embed.export.engines.base import is_reranker, require, stock_features, stock_pair_features
+from megatron_embed.export.engines.base import require, stock_features, stock_pair_features
 from megatron_embed.export.verify import library_errors, weight_bytes
+from megatron_embed.loading.model_directory import find_model
+from megatron_embed.loading.reranker import is_reranker
 from megatron_embed.models.reranker_settings import read_reranker_settings
 from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.names import Activation, Pooling
@@ -99,7 +101,7 @@ def write_graph(directory: Path, dim: int | None = None) -> None:
     for package in ("onnx", "onnxscript"):
         require(package, "--format onnx")
     with library_errors(directory, "Sentence Transformers"):
-        graph, features, outputs = (_score_graph(directory) if is_reranker(directory)
+        graph, features, outputs = (_score_graph(directory) if is_reranker(find_model(str(directory)))
                                     else _embedding_graph(directory, dim))
     names = [name for name in INPUTS if name in features]
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")

@@ -27,12 +27,14 @@ from torch import Tensor
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.export.calibration import CalibrationRows
 from megatron_embed.export.embedding import PROBE_TEXTS
-from megatron_embed.export.engines.base import is_reranker, require, stock_features, stock_pair_features
+from megatron_embed.export.engines.base import require, stock_features, stock_pair_features
 from megatron_embed.export.engines.files import ENGINE_FILES, EngineFiles
 from megatron_embed.export.engines.graph import GRAPH_FILE, LARGEST_FILE, write_graph
 from megatron_embed.export.engines.onnx_runtime import OPENVINO_FILE, GraphEngine, OpenVino, write_openvino
 from megatron_embed.export.verified_write import ExportOptions, why_no_memory
 from megatron_embed.export.verify import library_errors, weight_bytes
+from megatron_embed.loading.model_directory import find_model
+from megatron_embed.loading.reranker import is_reranker
 from megatron_embed.names import ROLES, ExportFormat
 
 logger = logging.getLogger(__name__)
@@ -176,7 +178,7 @@ class _Reader:
 def _batches(directory: Path, rows: CalibrationRows) -> tuple[list[Feed], list[Feed]]:
     """Batches to calibrate on, and others to compare on, probe texts included; of both roles, or of pairs."""
     rows = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))  # equal lengths need no padding
-    if is_reranker(directory):
+    if is_reranker(find_model(str(directory))):
         batches = [_feed(batch) for batch in stock_pair_features(directory, rows)]
         probes: list[Feed] = []
     else:

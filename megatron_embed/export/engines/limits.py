@@ -47,6 +47,9 @@ class ServedModel:
         return min(own or self.shape.longest_text, self.shape.longest_text)
 
 
+_STOCK = "use --format onnx (ONNX Runtime), or Sentence Transformers"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limit:
     """One thing that an engine cannot do."""
@@ -56,7 +59,7 @@ class Limit:
     """Continues the engine's name."""
     source: str
     """Where the engine says so, with its version."""
-    instead: str = "use --format onnx (ONNX Runtime), or Sentence Transformers"
+    instead: str = _STOCK
 
 
 NAMES: Mapping[EngineName, str] = {
@@ -93,6 +96,12 @@ def _asks_in_another_way(model: ServedModel) -> bool:
         QWEN3_RERANKER_TEMPLATE, QWEN3_RERANKER_INSTRUCTION, "yes", "no")
 
 
+def _normalizes_between(model: ServedModel) -> bool:
+    return _has_dense(model) and any(module.normalize_input for module in model.saved.dense)
+
+
+_ABSOLUTE_ENCODERS = ("bert", "roberta", "xlm-roberta")
+_GELU = ("gelu", "gelu_tanh")
 _LLAMA_CPP = (
     Limit(concerns=_pools_by_weighted_mean, cannot="has no weighted mean pooling",
           source="include/llama.h, llama_pooling_type: none, mean, cls, last, rank"),
@@ -112,13 +121,26 @@ _LLAMA_CPP = (
     Limit(concerns=_asks_in_another_way, cannot="asks every Qwen3 reranker by Qwen3-Reranker's own prompt and words",
           source="conversion/qwen.py, set_gguf_parameters",
           instead="use --format onnx, or serve the cross-encoder with vLLM"),
+    Limit(concerns=lambda model: model.reranker is not None and is_encoder(model.shape),
+          cannot="takes GELU, in its tanh approximation, from a table of half precision, which moves an encoder's "
+          "scores by up to 1e-2", source="ggml/src/ggml-cpu/vec.h, GGML_GELU_FP16; src/models/bert.cpp, LLM_FFN_GELU"),
+    Limit(concerns=lambda model: model.shape.family in _ABSOLUTE_ENCODERS and model.shape.activation not in _GELU,
+          cannot="computes GELU in every encoder of the family, whatever hidden_act says",
+          source="src/models/bert.cpp, LLM_FFN_GELU"),
     Limit(concerns=lambda model: model.architecture == "Qwen3MoeModel",
           cannot="reads a Qwen3-MoE as Qwen3MoeForCausalLM alone", source="conversion/qwen.py"),
-    Limit(concerns=lambda model: model.shape.sliding_window is not None
-          and model.shape.sliding_window < model.max_length,
-          cannot="does not read the sliding window of this family, and the texts are longer than that",
-          source="conversion/llama.py, set_gguf_parameters",
+    Limit(concerns=lambda model: model.shape.family == "nomic_bert",
+          cannot="reads a NomicBERT by the keys of the release with code of its own, such as n_positions",
+          source="conversion/bert.py, NomicBertModel"),
+    Limit(concerns=lambda model: model.shape.family in ("mistral", "mixtral", "phi3")
+          and model.shape.sliding_window is not None and model.shape.sliding_window < model.max_length,
+          cannot="does not apply the sliding window of this family, and the texts are longer than that",
+          source="conversion/llama.py, set_gguf_parameters; src/models/phi3.cpp, LLAMA_SWA_TYPE_NONE",
           instead="use --format onnx, serve it with vLLM, or give it a --max-length within the window"))
+
+_TRANSFORMERS = (
+    Limit(concerns=_has_dense, cannot="loads no module behind the pooling, and the model has Dense modules",
+          source="Transformers 5.23, AutoModel.from_pretrained"),)
 
 _VLLM = (
     Limit(concerns=_pools_by_weighted_mean, cannot="has no weighted mean pooling",
@@ -126,9 +148,18 @@ _VLLM = (
     Limit(concerns=_concatenates, cannot="has no cls+mean pooling",
           source="vllm 0.32, vllm/config/pooler.py, SEQ_POOLING_TYPES"),
     Limit(concerns=_uses_chat, cannot="puts texts to embed into a chat template for requests with `messages` alone",
-          source="vllm 0.32, vllm/entrypoints/pooling/embed"))
+          source="vllm 0.32, vllm/entrypoints/pooling/embed"),
+    Limit(concerns=_normalizes_between, cannot="applies Dense modules alone, and a Normalize module stands before one",
+          source="vllm 0.32, vllm/transformers_utils/config.py, try_get_dense_modules"),
+    Limit(concerns=lambda model: model.shape.family in ("t5", "t5-gated"), cannot="has no T5",
+          source="vllm 0.32, vllm/model_executor/models/registry.py"),
+    Limit(concerns=lambda model: model.shape.family == "nomic_bert",
+          cannot="reads a NomicBERT by the keys of the release with code of its own, such as n_inner",
+          source="vllm 0.32, vllm/model_executor/models/config.py, NomicBertModelConfig"))
 
-_TEI_FAMILIES = ("bert", "roberta", "xlm-roberta", "qwen2", "qwen3", "llama", "mistral")
+_TEI_FAMILIES = ("bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "qwen2", "qwen3", "llama", "mistral",
+                 "gemma3_text")
+_TEI_ACTIVATIONS = ("identity", "tanh")
 _TEI = (
     Limit(concerns=lambda model: model.shape.family not in _TEI_FAMILIES, cannot="does not know the family",
           source="TEI 1.9.3, backends/candle/src/lib.rs, Config", instead="serve it with vLLM"),
@@ -147,15 +178,29 @@ _TEI = (
     Limit(concerns=_uses_chat, cannot="puts no text into a chat template",
           source="TEI 1.9.3, core/src/tokenization.rs"),
     Limit(concerns=lambda model: model.saved.lower_case, cannot="does not read do_lower_case",
-          source="TEI 1.9.3, router/src/lib.rs, STConfig"))
+          source="TEI 1.9.3, router/src/lib.rs, STConfig"),
+    Limit(concerns=_normalizes_between, cannot="applies Dense modules alone, and a Normalize module stands before one",
+          source="TEI 1.9.3, backends/candle/src/lib.rs, dense_layers", instead=_STOCK),
+    Limit(concerns=lambda model: _has_dense(model) and any(
+          module.activation not in _TEI_ACTIVATIONS for module in model.saved.dense),
+          cannot="knows Tanh and Identity alone as activations of a Dense module",
+          source="TEI 1.9.3, backends/candle/src/models/dense.rs, DenseActivation", instead="serve it with vLLM"),
+    Limit(concerns=lambda model: model.shape.family == "gemma3_text" and model.pooling == "cls",
+          cannot="pools a Gemma 3 by mean or last token alone",
+          source="TEI 1.9.3, backends/candle/src/models/gemma3.rs", instead=_STOCK),
+    Limit(concerns=lambda model: model.shape.family == "modernbert" and model.shape.norm_bias,
+          cannot="leaves the biases of ModernBERT's norms out",
+          source="TEI 1.9.3, backends/candle/src/models/modernbert.rs, LayerNormNoBias", instead=_STOCK))
 
 _SGLANG_POOLING: Mapping[str, Pooling] = {"bert": "cls", "xlm-roberta": "cls"}
 _SGLANG_CLASSES = ("BertModel", "XLMRobertaModel", "MistralModel", "LlamaForCausalLM", "MistralForCausalLM",
                    "Qwen2ForCausalLM", "Qwen3ForCausalLM", "BertForSequenceClassification",
                    "XLMRobertaForSequenceClassification", "Qwen3ForSequenceClassification")
 _SGLANG = (
-    Limit(concerns=lambda model: model.architecture not in _SGLANG_CLASSES, cannot="has no such class",
-          source="SGLang, python/sglang/srt/models, EntryClass", instead="serve it with vLLM"),
+    Limit(concerns=lambda model: model.architecture not in _SGLANG_CLASSES,
+          cannot="has no class of its own for it, and what its fallback on Transformers gives was not checked",
+          source="SGLang, python/sglang/srt/models, EntryClass; model_loader/utils.py, resolve_transformers_arch",
+          instead="serve it with vLLM"),
     Limit(concerns=lambda model: model.reranker is None
           and model.pooling != _SGLANG_POOLING.get(model.shape.family, "lasttoken"),
           cannot="does not read 1_Pooling: it pools this family otherwise",
@@ -193,8 +238,8 @@ _GRAPH = (
           instead="serve it with vLLM, or use --format gguf"),)
 
 LIMITS: Mapping[EngineName, Sequence[Limit]] = {
-    "onnxruntime": _GRAPH, "openvino": _GRAPH, "llama.cpp": _LLAMA_CPP, "vllm": _VLLM, "tei": _TEI, "sglang": _SGLANG,
-    "infinity": _INFINITY}
+    "transformers": _TRANSFORMERS, "onnxruntime": _GRAPH, "openvino": _GRAPH, "llama.cpp": _LLAMA_CPP, "vllm": _VLLM,
+    "tei": _TEI, "sglang": _SGLANG, "infinity": _INFINITY}
 
 
 def check_limits(engines: Sequence[EngineName], source: str | Path) -> None:

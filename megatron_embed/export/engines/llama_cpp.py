@@ -34,6 +34,8 @@ _AS_THEY_ARE = -1
 """`embd_normalize` of vectors that keep their length; by default all get unit length."""
 _POOLING_TYPES: dict[Pooling, int] = {"mean": 1, "cls": 2, "lasttoken": 3}
 """llama.h's llama_pooling_type."""
+_FILE_TYPES: dict[int | None, GgufType] = {0: "f32", 1: "f16", 7: "q8_0", 32: "bf16"}
+"""llama.h's llama_ftype."""
 _KNOWN_AS = {"MistralModel": "LlamaModel", "MixtralModel": "LlamaModel"}
 """Classes that the converter does not know by name -> the class of the same tensors that it does."""
 _RERANKER_NAME = "qwen3-reranker"
@@ -67,12 +69,22 @@ class LlamaCpp(Engine):
         scores = torch.tensor([row[0]["relevance_score"] for row in rows], dtype=torch.float64)
         if settings.head == "score":
             return PairScores(raw=scores.float(), final=None)
-        return PairScores(raw=torch.logit(scores).float(), final=scores.float())  # a softmax of yes and no
+        # A softmax of yes and no: near 1 its last bit is worth a part of the score.
+        last_bit = torch.finfo(torch.float32).eps / 2
+        rounding = torch.where(scores < 1, last_bit / (1 - scores), torch.inf)
+        return PairScores(raw=torch.logit(scores).float(), final=scores.float(), rounding=rounding)
 
 
 def gguf_file(directory: Path, kind: GgufType) -> Path:
     """The path of an export's weights of this type."""
     return directory / f"model-{kind}.gguf"
+
+
+def weights_type(directory: Path) -> GgufType | None:
+    """The type of a GGUF file's weights, as the file names it; None: one that is not written here."""
+    fields = require("gguf", "--verify-with llama.cpp").GGUFReader(_gguf_file(directory)).fields
+    number = fields["general.file_type"].contents() if "general.file_type" in fields else None
+    return _FILE_TYPES.get(number)
 
 
 def write_gguf(source: Path, target: Path, kind: GgufType) -> None:
@@ -164,6 +176,10 @@ def _server(file: Path, max_tokens: int, *, rerank: bool = False) -> Any:
     if rerank:
         parameters.pooling_type = package.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
     parameters.n_parallel, parameters.cpuparams.n_threads, parameters.verbosity = 1, _THREADS, -1
+    # By default keys and values are kept in half precision, and flash attention computes in it (src/llama-graph.cpp,
+    # build_attn_mha): --flash-attn off --cache-type-k f32 --cache-type-v f32.
+    parameters.flash_attn_type = package.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    parameters.cache_type_k = parameters.cache_type_v = package.ggml_type.GGML_TYPE_F32
     with library_errors(file, "llama.cpp"):
         return package.Server(parameters)
 

@@ -23,7 +23,19 @@ _TEI_KEYS: Mapping[str, Sequence[str]] = {
     "bert": _ENCODER_KEYS, "roberta": _ENCODER_KEYS, "xlm-roberta": _ENCODER_KEYS,
     "qwen2": (*_DECODER_KEYS, "use_sliding_window"),
     "qwen3": (*_DECODER_KEYS, "use_sliding_window", "attention_bias", "eos_token_id"),
-    "llama": (*_DECODER_KEYS, "initializer_range"), "mistral": (*_DECODER_KEYS, "initializer_range")}
+    "llama": (*_DECODER_KEYS, "initializer_range"), "mistral": (*_DECODER_KEYS, "initializer_range"),
+    "modernbert": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                   "hidden_activation", "max_position_embeddings", "initializer_range", "initializer_cutoff_factor",
+                   "norm_eps", "norm_bias", "pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id",
+                   "sep_token_id", "global_rope_theta", "attention_bias", "attention_dropout",
+                   "global_attn_every_n_layers", "local_attention", "local_rope_theta", "classifier_activation"),
+    "nomic_bert": ("prenorm", "rotary_emb_fraction", "qkv_proj_bias", "rotary_emb_base", "rotary_emb_interleaved",
+                   "mlp_fc1_bias", "mlp_fc2_bias", "n_embd", "n_head", "n_inner", "n_layer", "n_positions",
+                   "activation_function", "vocab_size", "type_vocab_size", "layer_norm_epsilon"),
+    "gemma3_text": ("attention_bias", "pad_token_id", "hidden_activation", "hidden_size", "intermediate_size",
+                    "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+                    "query_pre_attn_scalar", "rms_norm_eps", "rope_local_base_freq", "_sliding_window_pattern",
+                    "use_bidirectional_attention", "vocab_size")}
 """Keys of config.json without a default, by model_type."""
 _BIDIRECTIONAL = {"qwen2": ("is_causal", False)}
 """What tells TEI that a decoder is bidirectional, by model_type; the others: use_bidirectional_attention."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_embed.config.json_file import read_json_object
 from megatron_embed.errors import CheckpointError
-from megatron_embed.export.engines.base import BATCH_SIZE, Engine, PairScores, is_reranker
+from megatron_embed.export.engines.base import BATCH_SIZE, Engine, PairScores
 from megatron_embed.export.engines.graph import pooled
 from megatron_embed.export.verify import library_errors, score_of_pair
 from megatron_embed.loading.model_directory import find_model
@@ -54,18 +54,20 @@ class Transformers(Engine):
     name = "Transformers"
 
     def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
         saved = read_saved_settings(directory)
         if saved.chat is not None:
             raise CheckpointError(f"{directory}: its texts go through a chat template, which Transformers' tokenizer "
                                   "does not apply by itself; use sentence-transformers")
-        pooling = saved.pooling or default_pooling(model_shape(directory))
+        shape = model_shape(directory)
+        pooling = saved.pooling or default_pooling(shape)
+        auto: Any = AutoModel if shape.relative_positions is None else AutoModelForTextEncoding  # T5: the encoder
         prompt = "" if role is None else saved.prompts.get(role, "")
         rows = []
         with library_errors(directory, self.name), torch.inference_mode():
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-            model = AutoModel.from_pretrained(directory, local_files_only=True, dtype="float32").eval()
+            model = auto.from_pretrained(directory, local_files_only=True, dtype="float32").eval()
             for start in range(0, len(texts), BATCH_SIZE):
                 batch = [prompt + text for text in texts[start : start + BATCH_SIZE]]
                 features = tokenizer([text.lower() for text in batch] if saved.lower_case else batch, padding=True,
@@ -77,13 +79,13 @@ class Transformers(Engine):
     def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> PairScores:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-        classifier = is_reranker(directory)
+        settings = saved_settings(find_model(str(directory)))
+        classifier = settings.head == "score"
         auto: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
         with library_errors(directory, self.name), torch.inference_mode():
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
             model = auto.from_pretrained(directory, local_files_only=True, dtype="float32").eval()
             answers = None if classifier else _answers(directory)
-            settings = saved_settings(find_model(str(directory)))
             rows = [_pair_features(settings, tokenizer, *pair) for pair in pairs]
             scores = [score_of_pair(model, row["input_ids"], row.get("token_type_ids"), answers) for row in rows]
         return PairScores(raw=torch.stack(scores).float(), final=None)

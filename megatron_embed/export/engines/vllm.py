@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_embed.config.json_file import read_json_object
 from megatron_embed.errors import CheckpointError, ConfigError
-from megatron_embed.export.engines.base import Engine, PairScores, is_reranker
+from megatron_embed.export.engines.base import Engine, PairScores
 from megatron_embed.loading.model_directory import find_model
 from megatron_embed.loading.reranker import saved_settings
 from megatron_embed.models.saved_settings import read_saved_settings
@@ -76,7 +76,7 @@ class Vllm(Engine):
 
     def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> PairScores:
         settings = saved_settings(find_model(str(directory)))
-        classes = {} if is_reranker(directory) else {"hf_overrides": as_classifier(directory)}
+        classes = {} if settings.head == "score" else {"hf_overrides": as_classifier(directory)}
         file = directory / "chat_template.jinja"
         # vLLM takes the one that --chat-template names, not the tokenizer's.
         template = file.read_text(encoding="utf-8") if settings.template is not None and file.is_file() else None
