@@ -1,4 +1,4 @@
-"""`data check CONFIG.yaml [section.key=value ...]` or `data check FILE...`"""
+"""`data check CONFIG.yaml [section.key=value ...]`, `data check FILE...`, `data tokenize CONFIG.yaml`"""
 
 import argparse
 import json
@@ -11,15 +11,18 @@ if TYPE_CHECKING:
     from megatron_embed.config.schema import RunConfig
     from megatron_embed.names import Role
 
-HELP = "Check training data before a run: counts, lengths, duplicates, truncation"
+HELP = "Check training data before a run (counts, lengths, duplicates, truncation), or tokenize it"
 EXAMPLES = ("megatron-embed data check run.yaml",
-            "megatron-embed data check train.jsonl --model DIR")
+            "megatron-embed data check train.jsonl --model DIR",
+            "megatron-embed data tokenize run.yaml data.token_cache=tokens")
 PAGE = "docs/data.md"
 _DEFAULT_LENGTH = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("check",), help="Read and count every row")
+    parser.add_argument("action", choices=("check", "tokenize"),
+                        help="check: read and count every row; tokenize: write the token ids of every row to the "
+                             "directory data.token_cache, for the run to look up")
     parser.add_argument("inputs", nargs="+", type=path, metavar="CONFIG.yaml|FILE",
                         help="A run's configuration and section.key=value, or data sets as in data.train")
     assert isinstance(parser, Parser)
@@ -31,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print counts of the data; the first row that cannot be used is refused with its file and line."""
+    """Print counts of the data, or write its token ids; the first row that cannot be used is refused with its file and
+    line."""
+    if args.action == "tokenize":
+        return tokenize(args)
     from megatron_embed.data.check import check_records, describe
     from megatron_embed.data.dataset import open_records
 
@@ -56,6 +62,18 @@ def run(args: argparse.Namespace) -> int:
                           config.data.num_negatives if _is_config(args) and not config.data.samples_documents else None,
                           num_positives=config.data.num_positives, tokenizer=tokenizer, max_lengths=lengths)
     write_output(json.dumps(counts, ensure_ascii=False) if args.json else "\n".join(map(describe, counts)))
+    return 0
+
+
+def tokenize(args: argparse.Namespace) -> int:
+    """Write the token ids of the data to data.token_cache, and print what it holds."""
+    if not _is_config(args) or args.json:
+        raise UserError(f"data tokenize {args.inputs[0]}: takes a run's configuration (.yaml), which says how the "
+                        "texts are tokenized, and no --json")
+    config = _config_of(args)
+    from megatron_embed.run import tokenize_command
+
+    write_output(tokenize_command.tokenize(config))
     return 0
 
 

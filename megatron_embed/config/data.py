@@ -9,6 +9,9 @@ from megatron_embed.names import ROLES, Role
 DEFAULT_LENGTH = 512
 """Maximum number of tokens of a text if neither the run nor its model sets one."""
 
+MOST_WORKERS = 64
+"""Processes that prepare batches for a replica, at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFile:
@@ -98,6 +101,14 @@ class DataConfig:
     reads none of them. A file that was changed is read again. All ranks write it together. null: for 16 MiB of rows or
     more, megatron_embed/index in the user's cache directory (XDG_CACHE_HOME, ~/.cache); "none": every process reads
     all rows at each start."""
+    workers: int | None = None
+    """Processes that read and tokenize the batches of the next steps, for all ranks of a replica on a node together; 0:
+    a thread of each rank, one step ahead. null: 1 where several ranks of a replica share a node, otherwise 0. The
+    batches are the same."""
+    token_cache: str | None = None
+    """Directory of the token ids of `train` and `validation`, which `megatron-embed data tokenize` has written: a run
+    of an embedding model looks them up instead of tokenizing. Refused if the tokenizer, the prompts, the lengths or the
+    rows are others now."""
     query_prompt: str | None = None
     """Exact prefix of a query, including a trailing space. null: the model directory's prompt, if it has one; "":
     none."""
@@ -144,6 +155,9 @@ class DataConfig:
                 self.validation_fraction, "data.validation is set too; keep one of them")
         require(self.index_directory != "", "data.index_directory", self.index_directory,
                 'must name a directory, or be null for the cache directory or "none" for no index that is kept')
+        require(self.token_cache != "", "data.token_cache", self.token_cache, "must name a directory or be null")
+        require(self.workers is None or 0 <= self.workers <= MOST_WORKERS, "data.workers", self.workers,
+                f"must be 0 to {MOST_WORKERS} or null")
         for file in self.validation:
             require(file.weight == 1, "data.validation.weight", file.weight,
                     "has no effect on rows that are not trained on; remove it")

@@ -107,6 +107,8 @@ def _check_instructions(config: "RunConfig", query_prompt: str) -> None:
 
 def check_reranker_run(config: "RunConfig") -> None:
     """Refuse settings of embedding models that have no effect on a reranker."""
+    require(config.data.token_cache is None, "data.token_cache", config.data.token_cache, "holds the ids of single "
+            "texts, and a reranker reads pairs of them; remove it")
     for role, prompt in (("query", config.data.query_prompt), ("document", config.data.document_prompt)):
         require(not prompt, f"data.{role}_prompt", prompt, "a reranker's prompt is reranker.template; write it there")
     for file in config.data.files:

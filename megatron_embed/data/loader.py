@@ -1,4 +1,4 @@
-"""Batches of one data-parallel rank, each prepared while the step before it computes."""
+"""Batches of one data-parallel rank, each prepared while the steps before it compute."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -14,6 +14,7 @@ import torch
 from megatron_embed.batch import EmbedBatch, RerankBatch, StepBatch
 from megatron_embed.config.data import TrainFile
 from megatron_embed.config.require import micro_batches_per_step
+from megatron_embed.data.batch_workers import BatchReceiver
 from megatron_embed.data.dataset import RecordSet
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec, build_embed_batch
 from megatron_embed.data.pair_batches import build_rerank_batch, sample_negatives
@@ -58,10 +59,11 @@ class StepLoader(ABC, Generic[Batch]):
         self._names = data_set_names([file.path for file in records.files])
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-loader")
         self._next: tuple[int, Future[Batch]] | None = None
+        self._receiver: BatchReceiver | None = None
 
     @abstractmethod
     def batch_of(self, records: Sequence[Any], rows: Sequence[int], files: Sequence[TrainFile], step: int) -> Batch:
-        """The batch of this rank's records of a step. Runs in the loader's thread.
+        """The batch of this rank's records of a step. Runs in the loader's thread or in a worker process.
 
         Args:
             rows: index of each record in the whole data.
@@ -73,20 +75,30 @@ class StepLoader(ABC, Generic[Batch]):
         return self._sampler.rows_of_step(step)[self._share]
 
     def batch(self, step: int) -> Batch:
-        """This rank's batch of optimizer step `step`; starts preparing step + 1.
+        """This rank's batch of optimizer step `step`; later ones are prepared meanwhile.
 
         Raises:
             DataError: a file changed since it was checked.
+            ConfigError: the worker processes are gone.
         """
+        if self._receiver is not None and self._receiver.next_step == step:
+            received: Batch = self._receiver.take()
+            return received
         prepared, self._next = self._next, None
         if prepared is None or prepared[0] != step:
-            prepared = (step, self._thread.submit(self._build, step))
+            prepared = (step, self._thread.submit(self.prepare, step))
         batch = prepared[1].result()
-        self._next = (step + 1, self._thread.submit(self._build, step + 1))
+        self._next = (step + 1, self._thread.submit(self.prepare, step + 1))
         return batch
 
+    def receive_from(self, receiver: BatchReceiver) -> None:
+        """Take the batches of consecutive steps from worker processes; those of other steps are prepared here."""
+        self._receiver = receiver
+
     def close(self) -> None:
-        """Wait for the batch under preparation and end the thread."""
+        """Wait for the batch under preparation and end the thread; the workers may end."""
+        if self._receiver is not None:
+            self._receiver.close()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -96,11 +108,14 @@ class StepLoader(ABC, Generic[Batch]):
                  trace: TracebackType | None) -> None:
         self.close()
 
-    def _build(self, step: int) -> Batch:
-        batch = self.build(self._records, self.rows(step), step)
-        entries = {self._records.file_of(row) for row in self._sampler.rows_of_step(step)}
-        if len(self._names) > 1 and len(entries) == 1:
-            return replace(batch, data_set=self._names[entries.pop()])
+    def prepare(self, step: int) -> Batch:
+        """This rank's batch of optimizer step `step`, made by the caller."""
+        rows = self._sampler.rows_of_step(step)
+        batch = self.build(self._records, rows[self._share], step)
+        if len(self._names) > 1:
+            entries = {self._records.file_of(row) for row in rows}
+            if len(entries) == 1:
+                return replace(batch, data_set=self._names[entries.pop()])
         return batch
 
     def build(self, records: RecordSet, rows: Sequence[int], step: int) -> Batch:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from megatron_embed.config.json_file import LARGEST_FILE, LARGEST_TOKENIZER, read_optional_json_object
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.token_cache import Prompted, TokenCache, TokenizedText, tokenizer_digest
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError, first_line
 from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES, MessageFormat, Role, TruncationSide
@@ -181,6 +182,7 @@ class RoleTokenizer:
         self._max_lengths: dict[Role, int] = {"query": query_max_length, "document": document_max_length}
         self._length_keys: dict[Role, str] = dict(zip(self._max_lengths, length_keys, strict=True))
         self._checked: set[tuple[Role, str]] = set()
+        self._cache: TokenCache | None = None
         self.notices: set[str] = set()
 
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
@@ -250,16 +252,43 @@ class RoleTokenizer:
                   for instruction, prompt in zip(instructions or none, prompts or none, strict=True)]
         for prefix in set(filled):
             self._check_prompt_length(role, prefix)
-        rows = self._ids_of(filled, texts, role)
+        prompted = [Prompted(role, prompt, text) for prompt, text in zip(filled, texts, strict=True)]
+        rows = self.tokenize_prompted(prompted) if self._cache is None else self._looked_up(prompted, self._cache)
+        return TokenizedRows(token_ids=[row.ids for row in rows], num_truncated=sum(row.truncated for row in rows))
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id of its vocabulary."""
+        return max(self._tokenizer.get_vocab().values(), default=0)
+
+    def with_cache(self, cache: TokenCache) -> "RoleTokenizer":
+        """The same tokenizer, which looks for a text in the cache first."""
+        cached = copy.copy(self)
+        cached._cache = cache
+        return cached
+
+    def settings_of_ids(self) -> dict[str, object]:
+        """All that decides the ids of a text with its prompt, as JSON takes it."""
+        rendered = [] if self._chat is None else [self._chat.fill("a", "b", role) for role in self._prompts]
+        return {"tokenizer": tokenizer_digest(self._tokenizer, rendered), "eos": self._eos,
+                "truncation_side": self._truncates_left,
+                **{self._length_keys[role]: length for role, length in self._max_lengths.items()}}
+
+    def _looked_up(self, texts: Sequence[Prompted], cache: TokenCache) -> list[TokenizedText]:
+        rows = cache.find(texts)
+        missing = [index for index, row in enumerate(rows) if row is None]
+        if missing:
+            for index, row in zip(missing, self.tokenize_prompted([texts[index] for index in missing]), strict=True):
+                rows[index] = row
+        return [row for row in rows if row is not None]
+
+    def tokenize_prompted(self, texts: Sequence[Prompted]) -> list[TokenizedText]:
+        """The same of texts of one role, at least one, that have their prompts; without the cache."""
+        role = texts[0].role
+        rows = self._ids_of([text.prompt for text in texts], [text.text for text in texts], role)
         limit = self._max_lengths[role] - len(self._eos)
-        num_truncated = 0
-        for index, ids in enumerate(rows):
-            if len(ids) > limit:
-                rows[index] = self._truncate(ids, limit, filled[index], role)
-                num_truncated += 1
-            if self._eos:
-                rows[index] = rows[index] + self._eos
-        return TokenizedRows(token_ids=rows, num_truncated=num_truncated)
+        return [TokenizedText((self._truncate(ids, limit, text.prompt, role) if len(ids) > limit else ids) + self._eos,
+                           len(ids) > limit) for ids, text in zip(rows, texts, strict=True)]
 
     def count_tokens(self, texts: Sequence[str], role: Role, instructions: Sequence[str | None] | None = None,
                      prompts: Sequence[str | None] | None = None) -> list[int]:

@@ -19,7 +19,9 @@ from megatron_embed.checkpoint.save import Saver, on_rank_0
 from megatron_embed.config.load import save_resolved, to_dict
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import write_sidecar_files
+from megatron_embed.data.batch_workers import ForkServer
 from megatron_embed.data.dataset import validation_shares
+from megatron_embed.data.loader import StepLoader
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.export.sentence_transformers import set_right_truncation
@@ -34,6 +36,7 @@ from megatron_embed.parallel.lost_rank import abort
 from megatron_embed.parallel.topology import Topology, initialize
 from megatron_embed.planning.advice import with_adapters
 from megatron_embed.platform.stop_signal import finishing
+from megatron_embed.run.batch_sharing import fork_server, receive_batches
 from megatron_embed.run.introduction import introduction, summary
 from megatron_embed.run.preflight import completed_run, output_directories, read_inputs
 from megatron_embed.run.run_directory import (
@@ -78,8 +81,10 @@ def run_training(config: RunConfig, on_step: OnStep | None = None) -> dict[str, 
         torch.use_deterministic_algorithms(True)
     completed = completed_run(config)
     inputs = None if completed is not None else read_inputs(config)
-    topology = initialize(config.parallel)
-    with monitor_ranks(topology, abort):
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(fork_server(inputs))
+        topology = initialize(config.parallel)
+        stack.enter_context(monitor_ranks(topology, abort))
         if smallest(int(completed is not None)):  # Agreed: the disk may answer one rank sooner than another.
             assert completed is not None
             return nothing_to_do(config, completed.resume_state, completed.train_steps)
@@ -88,11 +93,11 @@ def run_training(config: RunConfig, on_step: OnStep | None = None) -> dict[str, 
         # The ranks agree on the dtype and the libraries, so these are settled after the process groups.
         config = resolve_dtype(with_known_choices(inputs.config, inputs.resume_state.checkpoint))
         inputs.task.config = resolve_cpu_matmul(config, inputs.task.model.shape)
-        return run_unless_complete(inputs, topology, stop, on_step)
+        return run_unless_complete(inputs, topology, stop, on_step, server)
 
 
-def run_unless_complete(inputs: Inputs, topology: Topology, stop: StopRequest,
-                        on_step: OnStep | None = None) -> dict[str, float]:
+def run_unless_complete(inputs: Inputs, topology: Topology, stop: StopRequest, on_step: OnStep | None,
+                        server: ForkServer | None) -> dict[str, float]:
     """The run, unless it is complete, as the only writer of its directories."""
     config, state = inputs.config, inputs.resume_state
     if smallest(int(inputs.is_complete)):  # Agreed: the disk may answer one rank sooner than another.
@@ -101,7 +106,9 @@ def run_unless_complete(inputs: Inputs, topology: Topology, stop: StopRequest,
         for key, directory in output_directories(config).items():
             locks.enter_context(directory_lock(key, directory))
         raise_on_all_ranks(changed_since_check(config, state))
-        return run_training_task(inputs, topology, stop, on_step)
+        with inputs.task.build_loader(inputs, topology.dp_rank, topology.dp_size) as loader:
+            receive_batches(loader, inputs, topology, server)
+            return run_training_task(inputs, topology, stop, on_step, loader)
 
 
 def nothing_to_do(config: RunConfig, state: ResumeState, train_steps: int) -> dict[str, float]:
@@ -112,8 +119,8 @@ def nothing_to_do(config: RunConfig, state: ResumeState, train_steps: int) -> di
     return {}
 
 
-def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest,
-                      on_step: OnStep | None = None) -> dict[str, float]:
+def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest, on_step: OnStep | None,
+                      loader: StepLoader[Any]) -> dict[str, float]:
     """The run itself, from the newest checkpoint on. Called by all ranks; returns the last step's metrics."""
     config, task, started = inputs.config, inputs.task, time.monotonic()
     if topology.rank == 0:
@@ -137,12 +144,12 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest,
     saver = build_saver(inputs, state, best)
     health = Health(config, functools.partial(sources_of_step, inputs), config.log_directory,
                     active=topology.rank == 0)
-    hooks = build_hooks(inputs, parts, build_evaluation(inputs, topology, gradients, parts), best, saver, stop,
-                        writer, health)
+    evaluate = build_evaluation(inputs, topology, gradients, parts, loader)
+    hooks = build_hooks(inputs, parts, evaluate, best, saver, stop, writer, health, loader)
     for model in models:
         model.train()
     # Without checkpoints there is nothing to finish: the ranks then leave at once.
-    with parts.loader, contextlib.nullcontext() if saver is None else finishing():
+    with contextlib.nullcontext() if saver is None else finishing():
         metrics = train(config, trainer, hooks, topology, first_step=first_step,
                         train_steps=inputs.last_step, evaluation_owed=inputs.resume_state.evaluation_owed)
     if metrics and parts.show_vectors is not None:
@@ -197,9 +204,9 @@ def build_saver(inputs: Inputs, state: TrainingState, best: BestCheckpoint | Non
 
 def build_hooks(inputs: Inputs, parts: TaskParts, evaluate: Callable[[], dict[str, float]] | None,
                 best: BestCheckpoint | None, saver: Saver | None, stop: StopRequest, writer: MetricsWriter,
-                health: Health) -> Hooks:
+                health: Health, loader: StepLoader[Any]) -> Hooks:
     """What the training loop calls."""
-    return Hooks(load_batch=parts.loader.batch,
+    return Hooks(load_batch=loader.batch,
                  agree=None if inputs.config.training.micro_batch_tokens is None else parts.agree, evaluate=evaluate,
                  is_best=None if best is None else best.improves, is_over=lambda: best is not None and best.is_over,
                  saver=saver, save_due=functools.partial(is_save_due, inputs), stop=stop, writer=writer, health=health)
@@ -221,7 +228,7 @@ def load_checkpoint_to_export(config: RunConfig, best: BestCheckpoint | None, mo
 
 
 def build_evaluation(inputs: Inputs, topology: Topology, gradients: GradCache[Any],
-                     parts: TaskParts) -> Callable[[], dict[str, float]] | None:
+                     parts: TaskParts, loader: StepLoader[Any]) -> Callable[[], dict[str, float]] | None:
     """The task's evaluation, with the objective over the rows that are held out; None where there is neither.
 
     Called by all ranks.
@@ -231,7 +238,7 @@ def build_evaluation(inputs: Inputs, topology: Topology, gradients: GradCache[An
         return parts.evaluate
     shares = validation_shares(records, global_batch_size=inputs.config.training.global_batch_size,
                                dp_rank=topology.dp_rank, dp_size=topology.dp_size)
-    validation = Validation(gradients, [functools.partial(parts.loader.build, records, rows, 0) for rows in shares],
+    validation = Validation(gradients, [functools.partial(loader.build, records, rows, 0) for rows in shares],
                             parts.agree_on_shares)
     logger.info("%d rows are held out for validation, %d are trained on", len(records), len(inputs.records))
 

@@ -17,6 +17,7 @@ from megatron_embed.data.loader import BatchLoader
 from megatron_embed.data.number_checks import WITH_BOUNDS
 from megatron_embed.data.packing import DocumentsPerQuery
 from megatron_embed.data.records import ANY_NUMBER, require_fields
+from megatron_embed.data.token_cache import TokenCache
 from megatron_embed.data.tokenizer import Role, RoleTokenizer, TextFormat
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import refuse_empty_texts
@@ -48,6 +49,8 @@ class EmbeddingTask(Task):
     """Texts to vectors: contrastive losses, labelled pairs and hard negatives."""
 
     tokenizer: RoleTokenizer
+    cache: TokenCache | None = None
+    """The token ids of the rows, if they were written before the run."""
 
     def check_sizes(self) -> None:
         check_lengths(self.config, self.model)
@@ -57,6 +60,8 @@ class EmbeddingTask(Task):
         data, objective = self.config.data, self.config.objective
         self.tokenizer = open_tokenizer(self.config, self.model)
         records = open_records(data.files, objective.rows, self.index_place)
+        if data.token_cache is not None:
+            self.cache = TokenCache(data.token_cache, settings_of_tokens(self.config, self.tokenizer, records))
         records.check_once(self.settings_of_rows, functools.partial(self._check_rows, records))
         check_token_budget(self.config, records.most_in_use(data.num_positives, data.num_negatives))
         return records
@@ -122,7 +127,6 @@ class EmbeddingTask(Task):
         agreement: dict[str, Any] = {"topology": topology, "budget": self.config.training.micro_batch_tokens,
                                      "keep_groups_together": self._keeps_groups}
         return TaskParts(
-            loader=self._loader(inputs, topology),
             agree=functools.partial(agree_on_bins, **agreement),
             agree_on_shares=functools.partial(agree_on_shares, **agreement),
             evaluate=functools.partial(self._evaluate, encoder, inputs.suite) if inputs.suite else None,
@@ -134,14 +138,15 @@ class EmbeddingTask(Task):
         """Whether a query shares its micro-batch with its documents."""
         return not self.config.objective.couples_batch
 
-    def _loader(self, inputs: Inputs, topology: Topology) -> BatchLoader:
+    def build_loader(self, inputs: Inputs, dp_rank: int, dp_size: int) -> BatchLoader:
         data = self.config.data
         return BatchLoader(
-            inputs.records, inputs.sampler, self.tokenizer,
+            inputs.records, inputs.sampler,
+            self.tokenizer if self.cache is None else self.tokenizer.with_cache(self.cache),
             dataclasses.replace(self.packing, keep_groups_together=self._keeps_groups),
             DocumentsPerQuery(positives=data.num_positives, negatives=data.num_negatives,
                               seed=self.config.training.seed if data.samples_documents else None),
-            dp_rank=topology.dp_rank, dp_size=topology.dp_size, validation=inputs.validation)
+            dp_rank=dp_rank, dp_size=dp_size, validation=inputs.validation)
 
     def _evaluate(self, encoder: TextEncoder, suite: EvaluationSuite) -> dict[str, float]:
         similarity: Similarity = "cosine" if self.config.embedding.unit_length else "dot"
@@ -213,6 +218,15 @@ def open_tokenizer(config: RunConfig, model: ModelDirectory) -> RoleTokenizer:
         raise ConfigError(f"{key} = {value!r}: data.query_prompt = {config.data.query_prompt!r} needs an instruction; "
                           "set embedding.instruction", key=key)
     return tokenizer
+
+
+def settings_of_tokens(config: RunConfig, tokenizer: RoleTokenizer, records: RecordSet) -> dict[str, object]:
+    """All that decides the token ids of the rows, by name."""
+    prompts = {f"data.{role}_prompt": config.data.prompt(role) for role in ROLES}
+    entries = [[file.file.query_prompt, file.file.document_prompt, file.file.instruction]
+               for file in records.files]
+    return {**tokenizer.settings_of_ids(), **prompts, "embedding.instruction": config.embedding.instruction,
+            "prompts of data.train": entries, "content of data.train": [file.digest for file in records.files]}
 
 
 def training_format(model: ModelDirectory) -> TextFormat:

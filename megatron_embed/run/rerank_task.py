@@ -122,17 +122,17 @@ class RerankTask(Task):
         agree = functools.partial(agree_on_rerank_bins, topology=topology,
                                   budget=self.config.training.micro_batch_tokens)
         return TaskParts(
-            loader=self._loader(inputs, topology), agree=agree, agree_on_shares=agree, show_vectors=None,
+            agree=agree, agree_on_shares=agree, show_vectors=None,
             evaluate=functools.partial(evaluate_rerank_sets, inputs.suite.reranking, scorer.raw_scores)
             if inputs.suite else None,
             export=functools.partial(self._export, scorer, inputs.records))
 
-    def _loader(self, inputs: Inputs, topology: Topology) -> RerankLoader:
+    def build_loader(self, inputs: Inputs, dp_rank: int, dp_size: int) -> RerankLoader:
         data = self.config.data
         samples = data.shuffle if data.document_sampling is None else data.document_sampling == "random"
         return RerankLoader(
-            inputs.records, inputs.sampler, self.tokenizer, self.packing, dp_rank=topology.dp_rank,
-            dp_size=topology.dp_size, num_negatives=data.num_negatives,
+            inputs.records, inputs.sampler, self.tokenizer, self.packing, dp_rank=dp_rank, dp_size=dp_size,
+            num_negatives=data.num_negatives,
             seed=self.config.training.seed if samples else None)
 
     def _export(self, scorer: PairScorer, records: RecordSet, checkpoint: str, steps: int) -> None:

@@ -37,6 +37,8 @@ from megatron_embed.run.inherit import inherited
 from megatron_embed.run.run_directory import ResumeState, pending_exports, record_export
 
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NOT_OF_ROWS = ("index_directory", "workers", "token_cache")
+"""Settings of the section data that do not change what is read of a row."""
 NUM_EXPORT_ROWS = 64
 """Training rows on whose texts an export is compared with the model in memory."""
 
@@ -104,9 +106,13 @@ class Task(ABC):
         """The loss over the ranks of a replica and of the data-parallel group."""
 
     @abstractmethod
+    def build_loader(self, inputs: "Inputs", dp_rank: int, dp_size: int) -> StepLoader[Any]:
+        """The loader of a data-parallel rank. No communication."""
+
+    @abstractmethod
     def build(self, inputs: "Inputs", topology: Topology, models: Sequence[EmbeddingModel],
               wrapped: Sequence[torch.nn.Module]) -> "TaskParts":
-        """The loader, the evaluations and the export. `wrapped`: the same models in DDP. Called by all ranks."""
+        """The evaluations and the export. `wrapped`: the same models in DDP. Called by all ranks."""
 
     @abstractmethod
     def write_settings(self, hf: Path) -> None:
@@ -134,6 +140,7 @@ class Task(ABC):
         values, tokenizer = to_dict(self.config), hashlib.blake2b()
         for file in sorted(path for path in self.model.hf.rglob("*") if path.suffix in _TOKENIZER_SUFFIXES):
             tokenizer.update(f"{file.name}\0".encode() + file.read_bytes())
+        values["data"] = {name: value for name, value in values["data"].items() if name not in _NOT_OF_ROWS}
         sections = ("task", "model", "data", "objective", "embedding", "reranker", "parallel")
         return json.dumps([__version__, {name: values[name] for name in sections}, tokenizer.hexdigest(),
                            self.config.training.micro_batch_tokens], sort_keys=True, default=repr)
@@ -217,7 +224,6 @@ class CompletedRun:
 class TaskParts:
     """The parts of a training that its task decides. Everything here is called by all ranks."""
 
-    loader: StepLoader[Any]
     agree: Callable[[Any], Any]
     """Gives all data-parallel ranks as many micro-batches, in sizes of the budget; for token budgets."""
     agree_on_shares: Callable[[Any], Any]

@@ -65,6 +65,8 @@ class Loaded:
     """Some rank was told to stop."""
     time_is_up: bool
     """Some rank has spent its time."""
+    wait_seconds: float
+    """Time that this rank has waited for its batch."""
 
 
 def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
@@ -74,11 +76,12 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
     alone costs another collective. The world and not the data-parallel group: a file may change between two ranks of a
     replica that read the same rows.
     """
-    batch, error = None, hooks.writer.error
+    batch, error, start = None, hooks.writer.error, time.perf_counter()
     try:
         batch = hooks.load_batch(step)
     except UserError as load_error:
         error = error or load_error
+    wait_seconds = time.perf_counter() - start
     micro_batches = () if batch is None else batch.micro_batches
     real = sum(micro.num_tokens for micro in micro_batches)
     padded = sum(micro.token_ids.numel() for micro in micro_batches)
@@ -98,7 +101,7 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
         padded_sum = sum_over(torch.tensor([padded]), topology.dp_group).item() * copies
     return Loaded(batch=batch, tokens=real_sum / copies, padded_tokens=padded_sum / copies,
                   squared_lengths=squares_sum / copies, truncated_fraction=cut_sum / texts_sum,
-                  signalled=signalled > 0, time_is_up=time_is_up > 0)
+                  signalled=signalled > 0, time_is_up=time_is_up > 0, wait_seconds=wait_seconds)
 
 
 def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology, *, first_step: int, train_steps: int,
@@ -132,8 +135,9 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology,
             trainer.complete_parameters()  # for the evaluation, the checkpoint, the export
         metrics |= metrics_of_rows(metrics, loaded, throughput, seconds=time.perf_counter() - start)
         log = done % config.logging.every_steps == 0 or last
-        memory = throughput.memory() if log else {}
-        hooks.writer.step(done, {**metrics, **memory, "skipped_steps": hooks.health.skipped - logged_skips}, log=log)
+        throughput.note_wait(loaded.wait_seconds)
+        worst = throughput.worst_rank() if log else {}
+        hooks.writer.step(done, {**metrics, **worst, "skipped_steps": hooks.health.skipped - logged_skips}, log=log)
         logged_skips = hooks.health.skipped if log else logged_skips
         evaluated = evaluation_due(config, hooks, done, last)
         best = evaluated and evaluate(hooks, done, saved, last)

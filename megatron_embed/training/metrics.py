@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_embed.errors import ConfigError, UserError
 from megatron_embed.models.encoder import EmbeddingModel
-from megatron_embed.parallel.collectives import largest
+from megatron_embed.parallel.collectives import largest_of_each
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.planning.flops import BACKWARD_COST, BACKWARD_COST_FROZEN, forward_flops
 from megatron_embed.planning.hardware import gpu_named
@@ -51,6 +51,7 @@ class Throughput:
         self._cost = 1 + (BACKWARD_COST if trains_all else BACKWARD_COST_FROZEN)
         gpu = gpu_named(torch.cuda.get_device_name(topology.device)) if topology.device.type == "cuda" else None
         self._peak_tflops = None if gpu is None else gpu.peak_tflops
+        self._waits, self._waited_seconds = 0, 0.0
 
     def of_step(self, *, tokens: float, squared_lengths: float, padded_tokens: float,
                 seconds: float) -> dict[str, float]:
@@ -65,14 +66,23 @@ class Throughput:
                    "step_seconds": seconds, "tflops_per_rank": tflops}
         return metrics if self._peak_tflops is None else {**metrics, "mfu": tflops / self._peak_tflops}
 
-    def memory(self) -> dict[str, float]:
+    def note_wait(self, seconds: float) -> None:
+        """Take note of how long this rank has waited for the batch of a step."""
+        self._waits += 1
+        self._waited_seconds += seconds
+
+    def worst_rank(self) -> dict[str, float]:
         """GiB of the rank that holds most: on a GPU the peak of its tensors since the last call, on a CPU resident
-        memory. One small all-reduce over the world."""
+        memory; and seconds per step since the last call that the rank which waited longest has waited for its batch.
+        One small all-reduce over the world."""
         held = resident_bytes()
         if self._topology.device.type == "cuda":
             held = torch.cuda.max_memory_allocated(self._topology.device)
             torch.cuda.reset_peak_memory_stats(self._topology.device)
-        return {"memory_gib": largest(held, dist.group.WORLD) / 2**30}
+        wait = round(1e9 * self._waited_seconds / max(1, self._waits))
+        self._waits, self._waited_seconds = 0, 0.0
+        most_held, longest_wait = largest_of_each([held, wait], dist.group.WORLD)
+        return {"memory_gib": most_held / 2**30, "data_wait_seconds": longest_wait / 1e9}
 
 
 class MetricsWriter:

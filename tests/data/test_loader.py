@@ -79,13 +79,13 @@ def test_steps_in_any_order_give_the_same_batches(mini_zh: RecordSet, tokenizer:
 def test_the_next_step_is_prepared_in_the_background(mini_zh: RecordSet, tokenizer: RoleTokenizer,
                                                      monkeypatch: pytest.MonkeyPatch):
     built: list[tuple[int, str]] = []
-    original = BatchLoader._build
+    original = BatchLoader.prepare
 
     def build(self: BatchLoader, step: int):
         built.append((step, threading.current_thread().name))
         return original(self, step)
 
-    monkeypatch.setattr(BatchLoader, "_build", build)
+    monkeypatch.setattr(BatchLoader, "prepare", build)
     with make(mini_zh, tokenizer) as loader:
         for step in range(3):
             loader.batch(step)
