@@ -97,7 +97,8 @@ class StepLoader(ABC, Generic[Batch]):
         self.close()
 
     def _build(self, step: int) -> Batch:
-        batch = self.build(self._records, self.rows(step), step)
+        rows = self.rows(step)
+        batch = replace(self.build(self._records, rows, step), row_ids=torch.tensor(rows, dtype=torch.int64))
         entries = {self._records.file_of(row) for row in self._sampler.rows_of_step(step)}
         if len(self._names) > 1 and len(entries) == 1:
             return replace(batch, data_set=self._names[entries.pop()])
