@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from megatron_embed import __version__
 from megatron_embed.cli import (
+    audit,
     completion,
     convert,
     data,
@@ -42,9 +43,9 @@ from megatron_embed.platform.terminal_text import one_line, printable, setup_log
 # A command's module loads its libraries inside run(), so that --help answers at once.
 COMMANDS = {"init": init, "train": train, "convert": convert, "encode": encode, "evaluate": evaluate,
             "search": search, "mine": mine, "merge": merge, "serve": serve, "data": data, "plan": plan,
-            "doctor": doctor, "completion": completion}
+            "audit": audit, "doctor": doctor, "completion": completion}
 
-MULTI_RANK_COMMANDS = ("train", "encode", "evaluate", "mine")
+MULTI_RANK_COMMANDS = ("train", "encode", "evaluate", "mine", "audit")
 """Commands whose ranks work together; a rank that fails before the rendezvous tells the others."""
 
 SINGLE_PROCESS_COMMANDS = ("init", "convert", "merge", "search", "serve", "data", "plan", "completion")
@@ -65,7 +66,8 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 2 bad configuration or data, 75 preempted, 130 interrupted, else 1.
+    """Run one command; the exit code: 0 done, 2 bad configuration or data, 3 an audit that found a difference,
+    75 preempted, 130 interrupted, else 1.
 
     Bad input is one line on stderr, from rank 0 only: every rank raises the same error, or is told of it before they
     start. Another rank prints only errors that rank 0 does not know.

@@ -66,6 +66,8 @@ class StepBatch:
     """Rows whose text was truncated to the maximum length."""
     data_set: str | None = None
     """Name of the data set that all rows of the global batch come from; None: there is only one, or they are mixed."""
+    row_ids: Tensor | None = None
+    """[num_queries] int64, each query's row in the training data; None: the rows are not a training step's."""
 
 
 @dataclass(frozen=True, kw_only=True)

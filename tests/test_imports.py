@@ -30,9 +30,11 @@ MAY_IMPORT = {
     "export": {"config", "parallel", "platform", "data", "models", "checkpoint", "convert", "evaluation", "loading"},
     "run": {"config", "parallel", "platform", "data", "models", "objectives", "checkpoint", "convert", "evaluation",
             "planning", "training", "loading", "export"},
+    "audit": {"config", "parallel", "platform", "data", "models", "objectives", "checkpoint", "training", "loading",
+              "run"},
     "serving": {"config", "parallel", "platform", "data", "models", "evaluation", "loading", "export"},
     "cli": {"config", "parallel", "platform", "data", "models", "checkpoint", "convert", "evaluation", "mining",
-            "planning", "loading", "export", "run", "init", "serving"},
+            "planning", "loading", "export", "run", "init", "serving", "audit"},
 }
 EVERYONE = {"errors", "batch", "names", "__version__"}
 
@@ -56,6 +58,7 @@ THIRD_PARTY = {
     "export": {"torch", "numpy", "transformers", "sentence_transformers", "peft", "psutil", "tqdm", "onnx",
                "onnxruntime"},
     "run": {"torch", "numpy"},
+    "audit": {"torch", "numpy"},
     "serving": {"torch", "numpy", "tqdm", "fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn",
                 "prometheus_client"},
     "cli": {"torch", "numpy", "tqdm"},

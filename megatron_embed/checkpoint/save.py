@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_embed.checkpoint.file_checksums import write_checksums, write_own_checksums
 from megatron_embed.checkpoint.files import (
     LATEST,
     link_tree,
@@ -111,6 +112,7 @@ class Saver:
         link_tree(self._assets, pending.temporary)
         (pending.temporary / TRAINER_FILE).write_text(
             trainer_text(pending.step, evaluation_owed=pending.evaluation_owed), encoding="utf-8")
+        write_checksums(pending.temporary)
         sync_tree(pending.temporary)
         replace_directory(pending.temporary, pending.target)
         write_atomically(self._directory / LATEST, pending.target.name + "\n")
@@ -162,9 +164,15 @@ class _Pending:
         rank, _, results = self._request.async_fn_args
         on_host = self._request.preload_fn()
         if thread is None:
-            self._request.async_fn(rank, on_host, results)
+            self._write(rank, on_host, results)
         else:
-            self._written = thread.submit(self._request.async_fn, rank, copied(on_host, living), results)
+            self._written = thread.submit(self._write, rank, copied(on_host, living), results)
+
+    def _write(self, *arguments: Any) -> None:
+        """Write this rank's tensors, and the checksums of their files."""
+        self._request.async_fn(*arguments)
+        with contextlib.suppress(OSError):  # of a full disk `end` learns from the results; rank 0 reads what has no sum
+            write_own_checksums(self.temporary / "model", dist.get_rank())
 
     def end(self) -> None:
         """Waits for all ranks, then rank 0 writes the metadata. Communicates over the world."""

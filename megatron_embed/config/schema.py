@@ -278,7 +278,7 @@ class LoraConfig:
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     directory: str | None = None
-    """Directory for metrics.jsonl and TensorBoard, and config.yaml if checkpoints are elsewhere; null:
+    """Directory for metrics.jsonl, audit.jsonl and TensorBoard, and config.yaml if checkpoints are elsewhere; null:
     checkpoint.directory, and if that is null too, nothing is written."""
     every_steps: int = 10
     """Optimizer steps between log lines, > 0."""
@@ -289,10 +289,15 @@ class LoggingConfig:
     spike_deviations: float = 8.0
     """A loss or gradient norm this many standard deviations above the mean of the last 100 steps is reported with the
     files and lines of the step's rows; 0 is off."""
+    parameter_checksum_every: int = 10
+    """Optimizer steps between checksums of all parameters in audit.jsonl, which name a rank whose copy is not equal to
+    the others', and by which `audit` checks the optimizer's update; starts and checkpoints have one in any case. 0:
+    those alone."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, "logging.every_steps", self.every_steps, "must be >= 1")
-        require(self.spike_deviations >= 0, "logging.spike_deviations", self.spike_deviations, "must be >= 0")
+        for key in ("spike_deviations", "parameter_checksum_every"):
+            require(getattr(self, key) >= 0, f"logging.{key}", getattr(self, key), "must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)

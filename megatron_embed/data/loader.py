@@ -111,7 +111,8 @@ class StepLoader(ABC, Generic[Batch]):
     def prepare(self, step: int) -> Batch:
         """This rank's batch of optimizer step `step`, made by the caller."""
         rows = self._sampler.rows_of_step(step)
-        batch = self.build(self._records, rows[self._share], step)
+        own = rows[self._share]
+        batch = replace(self.build(self._records, own, step), row_ids=torch.tensor(own, dtype=torch.int64))
         if len(self._names) > 1:
             entries = {self._records.file_of(row) for row in rows}
             if len(entries) == 1:

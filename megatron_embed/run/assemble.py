@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_embed.checkpoint.best import BestCheckpoint
 from megatron_embed.checkpoint.files import make_marked, remove_unfinished, set_aside_after
@@ -36,6 +37,7 @@ from megatron_embed.parallel.lost_rank import abort
 from megatron_embed.parallel.topology import Topology, initialize
 from megatron_embed.planning.advice import with_adapters
 from megatron_embed.platform.stop_signal import finishing
+from megatron_embed.run.audit_facts import facts_of_start
 from megatron_embed.run.batch_sharing import fork_server, receive_batches
 from megatron_embed.run.introduction import introduction, summary
 from megatron_embed.run.preflight import completed_run, output_directories, read_inputs
@@ -50,6 +52,7 @@ from megatron_embed.run.run_directory import (
     with_known_choices,
 )
 from megatron_embed.run.task import Inputs, Task, TaskParts
+from megatron_embed.training.audit_log import AuditLog
 from megatron_embed.training.first_pass import build_first_pass
 from megatron_embed.training.grad_cache import GradCache
 from megatron_embed.training.health import Health
@@ -142,10 +145,9 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest, on_
     best = best_checkpoint(config, first_step)
     writer = build_writer(inputs, first_step, on_step, active=topology.rank == 0)
     saver = build_saver(inputs, state, best)
-    health = Health(config, functools.partial(sources_of_step, inputs), config.log_directory,
-                    active=topology.rank == 0)
     evaluate = build_evaluation(inputs, topology, gradients, parts, loader)
-    hooks = build_hooks(inputs, parts, evaluate, best, saver, stop, writer, health, loader)
+    hooks = build_hooks(inputs, loader, parts, evaluate, best, saver, stop, writer,
+                        build_audit_log(inputs, models, topology, first_step))
     for model in models:
         model.train()
     # Without checkpoints there is nothing to finish: the ranks then leave at once.
@@ -184,6 +186,16 @@ def build_writer(inputs: Inputs, first_step: int, on_step: OnStep | None, *, act
     return writer
 
 
+def build_audit_log(inputs: Inputs, models: Sequence[EmbeddingModel], topology: Topology, first_step: int) -> AuditLog:
+    """What notes every step for a later audit; this start is its first note. Called by all ranks."""
+    config = inputs.config
+    log = AuditLog(config.log_directory, models, topology, first_step=first_step,
+                   every=config.logging.parameter_checksum_every,
+                   share=config.training.global_batch_size // topology.dp_size)
+    log.start(first_step, facts_of_start(inputs, topology))
+    return log
+
+
 def is_save_due(inputs: Inputs, done: int) -> bool:
     """Whether the configuration asks for a checkpoint after `done` steps."""
     checkpoint = inputs.config.checkpoint
@@ -202,14 +214,17 @@ def build_saver(inputs: Inputs, state: TrainingState, best: BestCheckpoint | Non
                  on_complete=None if best is None else best.mark)
 
 
-def build_hooks(inputs: Inputs, parts: TaskParts, evaluate: Callable[[], dict[str, float]] | None,
-                best: BestCheckpoint | None, saver: Saver | None, stop: StopRequest, writer: MetricsWriter,
-                health: Health, loader: StepLoader[Any]) -> Hooks:
+def build_hooks(inputs: Inputs, loader: StepLoader[Any], parts: TaskParts,
+                evaluate: Callable[[], dict[str, float]] | None, best: BestCheckpoint | None, saver: Saver | None,
+                stop: StopRequest, writer: MetricsWriter, audit_log: AuditLog) -> Hooks:
     """What the training loop calls."""
+    health = Health(inputs.config, functools.partial(sources_of_step, inputs), inputs.config.log_directory,
+                    active=dist.get_rank() == 0)
     return Hooks(load_batch=loader.batch,
                  agree=None if inputs.config.training.micro_batch_tokens is None else parts.agree, evaluate=evaluate,
                  is_best=None if best is None else best.improves, is_over=lambda: best is not None and best.is_over,
-                 saver=saver, save_due=functools.partial(is_save_due, inputs), stop=stop, writer=writer, health=health)
+                 saver=saver, save_due=functools.partial(is_save_due, inputs), stop=stop, writer=writer, health=health,
+                 audit_log=audit_log)
 
 
 def load_checkpoint_to_export(config: RunConfig, best: BestCheckpoint | None, models: Sequence[EmbeddingModel],

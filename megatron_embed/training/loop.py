@@ -15,6 +15,7 @@ from megatron_embed.errors import PreemptedError, UserError
 from megatron_embed.parallel.collectives import largest, raise_on_all_ranks, sum_over
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.heap import HeapWatch
+from megatron_embed.training.audit_log import AuditLog
 from megatron_embed.training.health import Health
 from megatron_embed.training.metrics import MetricsWriter, Throughput
 from megatron_embed.training.step import Trainer, seed_step, train_step
@@ -46,6 +47,8 @@ class Hooks:
     """Writes metrics."""
     health: Health
     """Looks for steps that go wrong."""
+    audit_log: AuditLog
+    """Notes what a later audit compares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
     alone costs another collective. The world and not the data-parallel group: a file may change between two ranks of a
     replica that read the same rows.
     """
-    batch, error, start = None, hooks.writer.error, time.perf_counter()
+    batch, error, start = None, hooks.writer.error or hooks.audit_log.error, time.perf_counter()
     try:
         batch = hooks.load_batch(step)
     except UserError as load_error:
@@ -129,10 +132,12 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology,
             leave_early(hooks, step, saved)
         seed_step(config.training.seed, step, topology)
         metrics = train_step(loaded.batch, trainer)
-        hooks.health.after_step(step, metrics, skipped=bool(metrics.pop("skipped")))
         done, last = step + 1, step + 1 == train_steps
-        if last or done % config.evaluation.every_steps == 0 or hooks.save_due(done):
-            trainer.complete_parameters()  # for the evaluation, the checkpoint, the export
+        if (last or done % config.evaluation.every_steps == 0 or hooks.save_due(done)
+                or hooks.audit_log.checks_parameters(done)):
+            trainer.complete_parameters()  # for the evaluation, the checkpoint, the export, the checksum
+        hooks.audit_log.after_step(done, loaded.batch, metrics)
+        hooks.health.after_step(step, metrics, skipped=bool(metrics.pop("skipped")))
         metrics |= metrics_of_rows(metrics, loaded, throughput, seconds=time.perf_counter() - start)
         log = done % config.logging.every_steps == 0 or last
         throughput.note_wait(loaded.wait_seconds)
@@ -145,15 +150,14 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology,
         if hooks.saver is not None:
             hooks.saver.poll()
             if hooks.save_due(done) or last or best or over:
-                hooks.saver.save(done)
+                save(hooks, done)
                 saved = done
         if over:
             break
         heap.after_step()
     if hooks.saver is not None:
         hooks.saver.finish()
-    hooks.writer.close()
-    raise_on_all_ranks(hooks.writer.error)
+    close_files(hooks)
     return metrics
 
 
@@ -166,6 +170,20 @@ def metrics_of_rows(metrics: dict[str, float], loaded: Loaded, throughput: Throu
     speed = throughput.of_step(tokens=loaded.tokens, squared_lengths=loaded.squared_lengths,
                                padded_tokens=loaded.padded_tokens, seconds=seconds)
     return {**of_set, **speed, "truncated_fraction": loaded.truncated_fraction}
+
+
+def save(hooks: Hooks, done: int, *, evaluation_owed: bool = False) -> None:
+    """Save a checkpoint after `done` steps, and note the parameters in memory. Called by all ranks."""
+    assert hooks.saver is not None
+    hooks.audit_log.before_save(done)
+    hooks.saver.save(done, evaluation_owed=evaluation_owed)
+
+
+def close_files(hooks: Hooks) -> None:
+    """Close the files of metrics, or raise on every rank the error of one that cannot be written."""
+    hooks.writer.close()
+    hooks.audit_log.close()
+    raise_on_all_ranks(hooks.writer.error or hooks.audit_log.error)
 
 
 def make_up_for_evaluation(hooks: Hooks, done: int) -> bool:
@@ -224,9 +242,8 @@ def leave_early(hooks: Hooks, done: int, saved: int, *, evaluation_owed: bool = 
     """Save after `done` steps, unless that was `saved` last, and raise PreemptedError. Called by all ranks."""
     if hooks.saver is not None:
         if done != saved:
-            hooks.saver.save(done, evaluation_owed=evaluation_owed)
+            save(hooks, done, evaluation_owed=evaluation_owed)
         hooks.saver.finish()
-    hooks.writer.close()
-    raise_on_all_ranks(hooks.writer.error)
+    close_files(hooks)
     raise PreemptedError(f"stopped after {done} steps ({hooks.stop.reason()}), saved; "
                          "start the run again to resume it")

@@ -23,6 +23,7 @@ from megatron_embed.planning.hardware import gpu_named
 from megatron_embed.platform.heap import resident_bytes
 from megatron_embed.training.dashboards import CUSTOM_SCALARS, open_wandb
 from megatron_embed.training.progress import Progress, TerminalLine
+from megatron_embed.training.run_files import cut_after, move_aside
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ class MetricsWriter:
     def _open(self, directory: Path, tensorboard: bool, first_step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if first_step:
-            keep_until(directory / "metrics.jsonl", first_step)
+            cut_after(directory / "metrics.jsonl", first_step)
         else:
             move_aside(directory / "metrics.jsonl")
         self.file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
@@ -213,33 +214,3 @@ def write_projector(directory: str, vectors: Tensor, labels: Sequence[tuple[str,
                            f"({error.strerror or error}); look at the disk, or name another directory",
                            key="logging.directory")
     return None
-
-
-def move_aside(path: Path) -> None:
-    """Keep an earlier run's file as metrics.1.jsonl, metrics.2.jsonl, ... when a new run starts in its directory."""
-    if path.exists() and path.stat().st_size:
-        suffix = 1
-        while (kept := path.with_name(f"metrics.{suffix}.jsonl")).exists():
-            suffix += 1
-        path.rename(kept)
-        logger.info("kept the metrics of an earlier run as %s", kept)
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of `metrics.jsonl` after optimizer step `step`: a resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values: dict[str, Any] = json.loads(line)
-        except ValueError:
-            break  # cut short by a kill in the middle of a write
-        if values["step"] > step:
-            break
-        kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.tmp")  # a kill leaves the old file or the new one
-    temporary.unlink(missing_ok=True)
-    with temporary.open("x", encoding="utf-8") as file:  # x: a link that somebody put there is not followed
-        file.write("".join(kept))
-    temporary.replace(path)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_embed.batch import StepBatch
 from megatron_embed.models.passes import unwrapped
@@ -53,18 +54,30 @@ def train_step(batch: StepBatch, trainer: Trainer) -> dict[str, float]:
         clipping, the `learning_rate` used, and `skipped`: 1 if loss or gradient was not finite and nothing was updated,
         else 0. Equal on all ranks.
     """
+    metrics, squares = gradient_step(batch, trainer)
+    return update_step(metrics, squares, trainer)
+
+
+def gradient_step(batch: StepBatch, trainer: Trainer) -> tuple[dict[str, float], list[Tensor]]:
+    """The first half of a step: (metrics of objective and routers, squared norms of the gradient, on the CPU), with the
+    gradient in the buffers, reduced over all ranks."""
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     sums = trainer.grad_cache(batch)                                 # forward and backward; reduced over all ranks
-    learning_rate = trainer.optimizer.param_groups[0]["lr"]
     routers = router_losses(unwrapped(trainer.chunks[0]).config.num_layers, len(batch.micro_batches))
     squares = squared_norms(trainer.optimizer)
     # The step's one wait for the device: whether to update depends on these numbers.
     values, *parts = copy_to_host(sums.values, *squares, *routers.values())
     metrics = replace(sums, values=values).metrics()
     metrics |= {name: float(value) for name, value in zip(routers, parts[len(squares) :], strict=True)}
-    grad_norm, updated = update(trainer.optimizer, parts[: len(squares)], metrics["loss"])  # clip, update, gather
+    return metrics, parts[: len(squares)]
+
+
+def update_step(metrics: dict[str, float], squares: list[Tensor], trainer: Trainer) -> dict[str, float]:
+    """The second half: clip, update, gather. Takes what `gradient_step` returned; returns what `train_step` does."""
+    learning_rate = trainer.optimizer.param_groups[0]["lr"]
+    grad_norm, updated = update(trainer.optimizer, squares, metrics["loss"])
     learned = trainer.grad_cache.objective.learned
     if learned is not None and updated:
         learned.step(metrics, learning_rate)

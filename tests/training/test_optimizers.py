@@ -136,8 +136,8 @@ def largest_errors(config, name):
 @pytest.mark.parametrize("name, sizes", [("adamw_8bit", layout(2)), ("adamw_8bit", layout()), ("muon", layout(2))],
                          ids=["adamw_8bit-tp2", "adamw_8bit-dp2", "muon-tp2"])
 def test_updates_equal_the_plain_optimizers(tmp_path, name, sizes):
-    """Bit for bit, with widths of whole blocks of 256 on a rank. The others: AdamW's, which Muon leaves to torch's fused
-    kernel; and the block in which data-parallel ranks divide the parameters, each with a scale of its own."""
+    """Bit for bit, with widths of whole blocks of 256 on a rank. The others: AdamW's, which Muon leaves to torch's
+    fused kernel; and the block in which data-parallel ranks divide the parameters, each with a scale of its own."""
     from tests.helpers.toys import run_config
 
     base = save_model(tmp_path / "model", "qwen3", num_hidden_layers=1, hidden_size=512, intermediate_size=512,

@@ -1,0 +1,206 @@
+"""The audit of one step: load, replay, compare, explain."""
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.audit.causes import Cause, explain
+from megatron_embed.audit.compare import (
+    Difference,
+    Tolerance,
+    data_difference,
+    number_difference,
+    update_difference,
+)
+from megatron_embed.audit.replay import Replay, opened
+from megatron_embed.audit.run_log import RunLog, configuration_of, read_run
+from megatron_embed.checkpoint.file_checksums import changed_files
+from megatron_embed.config.load import config_of_overrides, to_dict
+from megatron_embed.config.schema import CheckpointConfig, EvaluationConfig, LoggingConfig, ParallelConfig, RunConfig
+from megatron_embed.errors import ConfigError
+from megatron_embed.parallel.lost_rank import monitored_ranks
+from megatron_embed.platform.launcher import launched_rank
+from megatron_embed.run.audit_facts import settings_digest
+from megatron_embed.run.run_directory import describe_rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Audit:
+    """The result."""
+
+    step: int
+    checkpoint: Path | None
+    replayed: int
+    """Steps that were replayed, the audited one included."""
+    difference: Difference | None
+    """The first one; None: all is as logged."""
+    causes: Sequence[Cause]
+    metrics: Mapping[str, tuple[float | None, float]]
+    """Of the last replayed step, by name: logged and replayed."""
+    rows: Sequence[Mapping[str, Any]]
+    """Of that step: index, FILE:LINE, rank of the run."""
+    notes: Sequence[str]
+    tolerance: Tolerance
+    seconds: float
+
+
+def audit(args: argparse.Namespace) -> tuple[Audit, int]:
+    """(the audit of step --step of the run RUN, this rank). Called by all ranks.
+
+    Raises:
+        UserError: there is no such step, or what it needs is gone.
+    """
+    begun = time.monotonic()
+    log = read_run(args.run, args.step)
+    config, problems = configuration_of(log, args.step, settings_digest)
+    done, checkpoint = log.checkpoint_before(args.step)
+    problems = [*problems, *weight_problems(log, done, checkpoint)]
+    with monitored_ranks() as start:
+        with opened(config_of_audit(config, log, args, checkpoint), checkpoint, start) as replay:
+            work = _Work(log=log, replay=replay, step=args.step, done=done, checkpoint=checkpoint)
+            difference = work.run(problems)
+            causes = explain(work, difference) if difference is not None else []
+            result = Audit(step=args.step, checkpoint=checkpoint, replayed=work.replayed, difference=difference,
+                           causes=causes, metrics=work.metrics, rows=work.rows(), notes=work.notes,
+                           tolerance=work.tolerance(work.last), seconds=time.monotonic() - begun)
+        return result, replay.topology.rank
+
+
+def config_of_audit(config: RunConfig, log: RunLog, args: argparse.Namespace, checkpoint: Path | None) -> RunConfig:
+    """The run's configuration for a replay: it writes nothing, evaluates nothing, and has the layout at hand."""
+    _, world_size, _ = launched_rank()
+    start = log.start_of(args.step)[1]
+    parallel: dict[str, Any] = dict(start["parallel"])
+    if args.overrides or world_size != start["world_size"]:
+        parallel = {}
+    model, training = config.model, config.training
+    if args.dtype is not None:
+        model = dataclasses.replace(model, dtype=args.dtype)
+    if checkpoint is not None and not os.path.isdir(os.path.expanduser(model.path)):
+        model = dataclasses.replace(model, path=str(checkpoint))
+    sizes = ParallelConfig(**parallel)
+    if args.overrides:
+        sizes = config_of_overrides([f"model.path={json.dumps(model.path)}", *args.overrides]).parallel
+    ranks = sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size * sizes.context_parallel_size
+    share = max(1, training.global_batch_size // max(1, world_size // ranks))
+    micro = next(size for size in range(min(training.micro_batch_size, share), 0, -1) if share % size == 0)
+    keep = "auto" if sizes.pipeline_model_parallel_size > 1 else training.keep_activations
+    return dataclasses.replace(
+        config, model=model, parallel=sizes, checkpoint=CheckpointConfig(), logging=LoggingConfig(tensorboard=False),
+        evaluation=EvaluationConfig(),
+        training=dataclasses.replace(training, micro_batch_size=micro, exit_duration_minutes=None,
+                                     keep_activations=keep))
+
+
+def weight_problems(log: RunLog, done: int, checkpoint: Path | None) -> list[str]:
+    """What is wrong with the files of the checkpoint, in words."""
+    if checkpoint is None:
+        return []
+    changed = changed_files(checkpoint)
+    return [f"{checkpoint}: {change}" for change in changed or ()]
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Work:
+    """An audit under way."""
+
+    log: RunLog
+    replay: Replay
+    step: int
+    done: int
+    checkpoint: Path | None
+    last: int = 0
+    """The last step that was replayed, whole or in part."""
+    replayed: int = 0
+    metrics: dict[str, tuple[float | None, float]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def run(self, problems: Sequence[str]) -> Difference | None:
+        """Replay up to the step. Returns the first difference."""
+        self.problems, self.last = list(problems), self.done + 1
+        difference = self._at_start()
+        for step in range(self.done + 1, self.step + 1):
+            if difference is not None:
+                break
+            difference = self._replay(step)
+        return difference
+
+    def tolerance(self, step: int) -> Tolerance:
+        """The tolerance for the numbers of a step."""
+        config, start = self.replay.inputs.config, self.log.start_of(step)[1]
+        same = start["parallel"] == to_dict(config)["parallel"] and (
+            start["world_size"] == self.replay.topology.world_size)
+        dtype = "bfloat16" if "bfloat16" in (start["dtype"], config.model.dtype) else "float32"
+        return Tolerance(dtype=dtype, replayed=step - self.done - 1, dropout=config.has_dropout and not same)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of the last replayed step, in the order of the global batch."""
+        inputs, start = self.replay.inputs, self.log.start_of(self.last)[1]
+        rows = inputs.sampler.rows_of_step(self.last - 1)
+        share = max(1, len(rows) // dp_size_of(start))
+        return [{"row": row, "source": inputs.records[row].source, "rank": place // share}
+                for place, row in enumerate(rows)]
+
+    def _at_start(self) -> Difference | None:
+        """What differs before any step is replayed: settings, rows of the data, weights."""
+        record, start = self._weights_record(), self.log.start_of(self.step)[1]
+        known = describe_rows(self.replay.inputs.records, self.replay.inputs.order)
+        if known != start["rows"]:
+            return Difference(step=self.last, part="rows", values={
+                f"data.train {name}": (start["rows"][name], known[name]) for name in known
+                if start["rows"][name] != known[name]})
+        checksum = self.replay.checksum()
+        same_dtype = start["dtype"] == self.replay.inputs.config.model.dtype
+        if record is not None and same_dtype and record["parameter_bits"] != f"{checksum.bits % 2**64:016x}":
+            return Difference(step=self.last, part="weights", values={
+                "parameter_norm": (record["parameter_norm"], checksum.norm)})
+        if self.problems:
+            return Difference(step=self.last, part="settings" if "config.yaml" in self.problems[0] else "weights",
+                              values={})
+        return None
+
+    def _weights_record(self) -> Mapping[str, Any] | None:
+        """The record of the weights that the replay begins with."""
+        return self.log.saves.get(self.done) if self.done else self.log.starts.get(0)
+
+    def _replay(self, step: int) -> Difference | None:
+        self.last, self.replayed, record = step, self.replayed + 1, self.log.steps.get(step)
+        if record is None:
+            raise ConfigError(f"--step {self.step}: the log lacks step {step}, which must be replayed; choose a step "
+                              "with a kept checkpoint behind that one", key="--step")
+        batch, tolerance = self.replay.batch(step), self.tolerance(step)
+        difference = data_difference(step, record, self.replay.fingerprint(batch))
+        if difference is not None:
+            return difference
+        numbers = self.replay.numbers(step, batch)
+        logged = record["metrics"]
+        self.metrics = {name: (logged[name], value) for name, value in numbers.metrics.items() if name in logged}
+        difference = number_difference(step, record, numbers.metrics, tolerance) or self._differing_copies(record)
+        if difference is not None:
+            return difference
+        updated = self.replay.update(numbers)
+        norm = self.replay.checksum().norm if "parameter_norm" in record else None
+        return update_difference(step, record, updated, norm, tolerance)
+
+    @staticmethod
+    def _differing_copies(record: Mapping[str, Any]) -> Difference | None:
+        """What the run itself noted of its ranks at this step."""
+        if record.get("replica_differs"):
+            return Difference(step=record["step"], part="copies", values={"rows of a replica's ranks": ("differ", "")})
+        if "drifted" in record:
+            return Difference(step=record["step"], part="copies", values={
+                f"norm of rank {rank}": (norm, record["parameter_norm"]) for rank, norm in record["drifted"].items()})
+        return None
+
+
+def dp_size_of(start: Mapping[str, Any]) -> int:
+    """Data-parallel size of a start of the run."""
+    sizes = start["parallel"]
+    return int(start["world_size"] // (sizes["tensor_model_parallel_size"] * sizes["pipeline_model_parallel_size"]
+                                       * sizes["context_parallel_size"]))

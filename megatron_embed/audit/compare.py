@@ -1,0 +1,115 @@
+"""Comparison of a replayed step with its record: which part of it differs first, by how much, under which tolerance."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_embed.training.fingerprints import COUNTS
+
+PARTS = ("rows", "texts", "labels", "masks", "vectors", "loss", "gradient", "learning rate", "update")
+"""Of a step, in the order in which each follows from those before it."""
+_OF_PART = {
+    "rows": ("rows", "row_set", "row_order"),
+    "texts": ("queries", "documents", "query_tokens", "document_tokens", "truncated", "query_set", "document_set",
+              "query_order", "document_order"),
+    "labels": ("labels",),
+    "masks": ("masked_fraction", "negatives_per_query"),
+    "vectors": ("positive_similarity", "negative_similarity", "similarity", "margin", "positive_score",
+                "negative_score")}
+_DERIVED = ("margin_to_mean_negative", "margin_to_hardest_negative")
+_COUNTED = ("in_batch_accuracy", "accuracy")
+_RELATIVE = {"float32": 2e-5, "bfloat16": 2e-2}
+"""Of a step's numbers; see docs/audit.md for the differences that layouts make."""
+_PER_STEP = 0.5
+"""Growth of the tolerance by each replayed step, as a share of it: rounding changes the parameters a little more."""
+_NORM = {"float32": 1e-8, "bfloat16": 1e-5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How much numbers may differ."""
+
+    dtype: str
+    replayed: int
+    """Updates replayed before the step."""
+    dropout: bool = False
+    """The run has dropout, whose random numbers depend on the layout, and the layout is another."""
+
+    @property
+    def relative(self) -> float:
+        return 0.5 if self.dropout else _RELATIVE[self.dtype] * (1 + _PER_STEP * self.replayed)
+
+    @property
+    def norm(self) -> float:
+        """Of the norm of all parameters, relative."""
+        return 1e-3 if self.dropout else _NORM[self.dtype] * (1 + self.replayed)
+
+    def allows(self, name: str, logged: float | None, replayed: float | None, scale: float) -> bool:
+        """Whether two values of a metric count as equal. `scale`: the smallest value that differences are relative
+        to."""
+        if logged is None or replayed is None:
+            return logged is None and (replayed is None or not math.isfinite(replayed))
+        if not math.isfinite(replayed):
+            return False
+        bound = self.relative * max(abs(logged), abs(replayed), scale)
+        if name in _COUNTED:
+            bound = max(0.02, bound)  # a tie may be decided otherwise
+        return abs(logged - replayed) <= bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The first part of a step that is not as logged."""
+
+    step: int
+    part: str
+    values: Mapping[str, tuple[Any, Any]]
+    """Quantity -> (logged, replayed)."""
+
+
+def data_difference(step: int, record: Mapping[str, Any], replayed: Mapping[str, Any]) -> Difference | None:
+    """The first of rows, texts and labels that differ: hashes and counts, exactly."""
+    for part in ("rows", "texts", "labels"):
+        values = {name: (record[name], replayed[name]) for name in _OF_PART[part] if record[name] != replayed[name]}
+        if values:
+            return Difference(step=step, part=part, values=values)
+    return None
+
+
+def number_difference(step: int, record: Mapping[str, Any], replayed: Mapping[str, float],
+                      tolerance: Tolerance) -> Difference | None:
+    """The first of masks, vectors, loss and gradient that differ."""
+    logged: dict[str, float | None] = record["metrics"]
+    different = {name: (value, replayed.get(name)) for name, value in logged.items()
+                 if name not in ("learning_rate", "skipped", *_DERIVED)
+                 and not tolerance.allows(name, value, replayed.get(name), _scale(name))}
+    for part in ("masks", "vectors", "loss", "gradient"):
+        values = {name: value for name, value in different.items() if part_of(name) == part}
+        if values:
+            return Difference(step=step, part=part, values=values)
+    return None
+
+
+def update_difference(step: int, record: Mapping[str, Any], updated: Mapping[str, float], norm: float | None,
+                      tolerance: Tolerance) -> Difference | None:
+    """What differs of the learning rate and, where it is logged, of the norm of the parameters after the update."""
+    logged = record["metrics"]
+    for name, part in (("learning_rate", "learning rate"), ("skipped", "update")):
+        if not math.isclose(logged[name], updated[name], rel_tol=1e-9, abs_tol=1e-30):
+            return Difference(step=step, part=part, values={name: (logged[name], updated[name])})
+    if norm is not None and not math.isclose(record["parameter_norm"], norm, rel_tol=tolerance.norm):
+        return Difference(step=step, part="update", values={"parameter_norm": (record["parameter_norm"], norm)})
+    return None
+
+
+def part_of(name: str) -> str:
+    """The part that a metric belongs to."""
+    if name == "grad_norm" or name.endswith("_gradient"):
+        return "gradient"
+    return next((part for part, names in _OF_PART.items() if name in names and name not in COUNTS), "loss")
+
+
+def _scale(name: str) -> float:
+    """The smallest value of a metric that relative differences refer to: similarities may be near 0."""
+    return 1.0 if part_of(name) == "vectors" else 1e-2

@@ -1,0 +1,110 @@
+"""A run's directory as an audit reads it: audit.jsonl, the kept checkpoints, the configuration of each start."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.checkpoint.files import step_directories
+from megatron_embed.config.load import load_config, read_resolved
+from megatron_embed.config.schema import RunConfig
+from megatron_embed.errors import CheckpointError, ConfigError, UserError
+from megatron_embed.training.audit_log import AUDIT_FILE
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLog:
+    """What audit.jsonl holds, and where the checkpoints are."""
+
+    directory: Path
+    """Of audit.jsonl."""
+    checkpoints: dict[int, Path]
+    """By optimizer steps done, ascending."""
+    starts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Records of the starts, by the steps done before; of several after the same steps the last."""
+    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    saves: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def start_of(self, step: int) -> tuple[int, dict[str, Any]]:
+        """(steps done before, record) of the start in which a step was made."""
+        first = max(done for done in self.starts if done < step)
+        return first, self.starts[first]["start"]
+
+    def checkpoint_before(self, step: int) -> tuple[int, Path | None]:
+        """(steps done, the newest kept checkpoint at or before step - 1); (0, None): the model that the run began
+        with."""
+        done = max((steps for steps in self.checkpoints if steps < step), default=0)
+        return (done, self.checkpoints[done]) if done else (0, None)
+
+
+def read_run(path: str, step: int) -> RunLog:
+    """Read a run's directory. No communication.
+
+    Raises:
+        ConfigError: there is no such run, or no such step in its log.
+        CheckpointError: the log is damaged.
+    """
+    run, checkpoints = Path(path), step_directories(Path(path))
+    directory = run if (run / AUDIT_FILE).is_file() else _other_directory(run, "logging")
+    if not (directory / AUDIT_FILE).is_file():
+        raise ConfigError(f"{run}: there is no {AUDIT_FILE}, so it is no directory of a run of this version; name its "
+                          "checkpoint.directory", key="RUN")
+    log = RunLog(directory=directory, checkpoints=checkpoints or step_directories(_other_directory(run, "checkpoint")))
+    _read_records(directory / AUDIT_FILE, log)
+    if not log.starts or step not in log.steps:
+        known = f"its log has the steps {min(log.steps)} to {max(log.steps)}" if log.steps else "its log has no step"
+        raise ConfigError(f"--step {step}: {directory / AUDIT_FILE}: {known}; choose one of them", key="--step")
+    return log
+
+
+def configuration_of(log: RunLog, step: int, digest_of: Any) -> tuple[RunConfig, list[str]]:
+    """(settings with which a step was made, what is wrong with them in words).
+
+    Args:
+        digest_of: configuration -> the hash that the run's starts note.
+    """
+    wanted, problems, newest = log.start_of(step)[1].get("settings"), [], None
+    later = [path for done, path in log.checkpoints.items() if done >= step]
+    earlier = [path for done, path in log.checkpoints.items() if done < step]
+    folders = [*later, *reversed(earlier), log.directory / ".assets", log.directory]
+    if log.checkpoints:
+        folders.append(next(iter(log.checkpoints.values())).parent / ".assets")
+    for folder in folders:
+        if not (folder / "config.yaml").is_file():
+            continue
+        try:
+            config = load_config(str(folder / "config.yaml"), [])
+        except UserError as error:
+            problems.append(f"{folder / 'config.yaml'} cannot be read: {error}")
+            continue
+        if digest_of(config) == wanted:
+            return config, []
+        newest = newest or config
+        problems.append(f"{folder / 'config.yaml'} is not what the run was started with")
+    if newest is None:
+        raise ConfigError(f"{log.directory}: no config.yaml of the run is left, neither beside {AUDIT_FILE} nor in a "
+                          "checkpoint; put one back", key="RUN")
+    return newest, problems
+
+
+def _other_directory(run: Path, section: str) -> Path:
+    """The run's other directory, as the newest config.yaml in this one says; this one where it does not."""
+    known = [*(path / "config.yaml" for path in reversed(list(step_directories(run).values()))), run / "config.yaml"]
+    for file in known:
+        if file.is_file():
+            named = read_resolved(file).get(section, {}).get("directory")
+            return run if named is None else Path(named)
+    return run
+
+
+def _read_records(file: Path, log: RunLog) -> None:
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                kind = log.starts if "start" in record else log.saves if "save" in record else log.steps
+                kind[int(record["step"])] = record
+            except (ValueError, KeyError, TypeError) as error:
+                if not line.endswith("\n"):
+                    return  # cut short by a kill, or being written
+                raise CheckpointError(f"{file}:{number}: not readable ({error!r}); the log is damaged") from error

@@ -1,0 +1,34 @@
+"""Ways in which a step may have been computed otherwise than configured, for an audit to try."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variation:
+    """What the plain losses do otherwise; the default changes nothing."""
+
+    temperature: float | None = None
+    """In place of the configured one."""
+    label_shift: int = 0
+    """A query's positive is that of the query so many places later in the global batch."""
+    duplicates_masked: bool | None = None
+    """In place of objective.mask_duplicates."""
+    margin_masked: bool = True
+    """False: objective.mask_margin has no effect."""
+    documents: Literal["all", "positives", "own_rank", "others_detached"] = "all"
+    """Negatives of a query: all documents, those without hard negatives, those of its own data-parallel rank, or all
+    with no gradient to those of other ranks."""
+    ranks: int = 1
+    """Data-parallel ranks of the run, for `documents`."""
+    first_dimension_only: bool = False
+    """The loss at the largest matryoshka dimension alone."""
+    per_query: bool = True
+    """False: every term weighs 1, also where a query has several positives."""
+    directions: tuple[str, ...] | None = None
+    """In place of objective.directions."""
+    hardness: bool = True
+    """False: objective.hardness has no effect."""
+
+
+NONE = Variation()
