@@ -24,6 +24,7 @@ from megatron_embed.export.verify import ExpectedSettings, compare_with_sentence
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape
+from megatron_embed.models.saved_settings import default_pooling
 from megatron_embed.names import Role
 from megatron_embed.platform.bf16_support import processor_has_bf16
 
@@ -109,7 +110,8 @@ def stock_runs_causally(shape: ModelShape, bidirectional: bool = False) -> bool:
 def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
     """Sentence Transformers files beside a checkpoint's configuration, as this run pools, normalizes and prompts: with
     `embedding.instruction` in its place, since that library takes a prompt as it stands."""
-    pooling, unit_length, saved = model.pooling(config.embedding.pooling), config.embedding.unit_length, model.saved
+    unit_length, saved = config.embedding.unit_length, model.saved
+    pooling = config.embedding.pooling or saved.pooling or default_pooling(model.shape)
     roles: tuple[Role, ...] = ("query", "document")
     lengths = {role: config.data.max_length(role) for role in roles}
     take_dense(hf, saved.dense)  # the trained weights are among the checkpoint's tensors
@@ -120,7 +122,7 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
         embedding_dimension=model.shape.hidden_size, saved=dataclasses.replace(
             saved, truncation_side="right", dense=_without_folders(model.dense(config.embedding)),
             similarity=saved.similarity if unit_length else "dot",
-            role_lengths=dict(lengths) if saved.role_lengths else {}))
+            role_lengths=dict(lengths) if saved.role_lengths or saved.vectors is not None else {}))
     facts: dict[str, object] = {}
     if config.model.bidirectional and not model.shape.bidirectional:
         facts["is_causal"] = False
