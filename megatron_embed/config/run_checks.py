@@ -164,11 +164,18 @@ def check_head(config: "RunConfig") -> None:
             f"is not a loss {multi}; choose one of {', '.join(MULTI_VECTOR_LOSSES)}")
     require(objective.directions == ("query_to_document",), "objective.directions", list(objective.directions),
             f"MaxSim compares a query with documents alone ({multi}); remove it")
-    require(objective.loss == "margin_mse" or objective.temperature >= LEAST_TEMPERATURE, "objective.temperature",
-            objective.temperature, f"must be >= {LEAST_TEMPERATURE} {multi}: MaxSim is a sum over the vectors of a "
-            "query; usual: 1")
     require(not config.evaluation.sts, "evaluation.sts", [item.path for item in config.evaluation.sts],
             f"MaxSim compares a query with documents, not two texts alike ({multi}); remove it")
     formats = config.checkpoint.export_formats
     require(not formats, "checkpoint.export_formats", list(formats),
             f"none of these formats holds a vector for every token ({multi}); remove it")
+
+
+def check_maxsim_temperature(config: "RunConfig") -> None:
+    """Refuse a temperature meant for cosines, such as the default, where training compares by MaxSim."""
+    objective = config.objective
+    if config.embedding.head != "multi_vector" or objective.loss == "margin_mse":
+        return
+    require(objective.temperature >= LEAST_TEMPERATURE, "objective.temperature", objective.temperature,
+            f"must be >= {LEAST_TEMPERATURE} with embedding.head: multi_vector, whose MaxSim is a sum over the vectors "
+            "of a query; usual: 1")

@@ -253,6 +253,15 @@ class TextEncoder(ModelRunner):
                 yield self._gathered(self.share(part, role, first, instruction=instruction), len(part))
                 bar.update(len(part))
 
+    def vectors(self, texts: Sequence[str], role: Role, *, instruction: str | None = None,
+                show_progress: bool = False) -> TextVectors:
+        """The vectors of a few texts by a multi-vector model, on the CPU of every rank; see `blocks`."""
+        blocks = list(self.blocks(texts, role, instruction=instruction, show_progress=show_progress))
+        if not blocks:
+            return TextVectors(vectors=torch.empty(0, self.dim), counts=torch.empty(0, dtype=torch.int64))
+        return TextVectors(vectors=torch.cat([block.vectors for block in blocks]),
+                           counts=torch.cat([block.counts for block in blocks]))
+
     def _gathered(self, own: TextVectors, num_texts: int) -> TextVectors:
         """The vectors of all ranks' texts in their order, on the CPU of every rank."""
         topology, size = self.topology, self.topology.dp_size

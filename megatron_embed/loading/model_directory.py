@@ -114,6 +114,13 @@ class ModelDirectory:
         """Numbers of a vector."""
         return embedding_width(self.dense(config), self.shape, self.pooling(config.pooling))
 
+    def require_one_vector(self, key: str, what: str) -> None:
+        """Raises ConfigError, beginning with the option `key`, for a multi-vector model; `what` tells why."""
+        if self.saved.vectors is not None:
+            raise ConfigError(f"{key} {self.path}: a multi-vector model, with a vector for every token, and {what} one "
+                              "for each text; give a model with a pooling, or use encode, evaluate, mine or Sentence "
+                              "Transformers' MultiVectorEncoder", key=key)
+
     def of_run(self, config: EmbeddingConfig) -> Self:
         """The model with the head that a run gives it, whose settings are complete; see `with_format`."""
         vectors = format_of_run(config, self.saved.vectors)
@@ -353,7 +360,8 @@ def open_role_tokenizer(model: ModelDirectory, *, pooling: ModelPooling, max_len
 
 def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = True,
                  given_prompts: dict[Role, str] | None = None,
-                 start: Start = initialize, key: str = "--model") -> tuple[TextEncoder, ModelDirectory, Topology]:
+                 start: Start = initialize, key: str = "--model",
+                 multi_vector: bool = False) -> tuple[TextEncoder, ModelDirectory, Topology]:
     """The model that `encode`, `evaluate` and `mine` name, ready on all ranks.
 
     Args:
@@ -365,10 +373,16 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
         given_prompts: in place of the directory's.
         start: makes the process groups.
         key: the option that names the directory, for messages.
+        multi_vector: whether a model may give a vector for every token.
     """
     model = find_model(args.model, key)
     if not with_dense:
-        model = dataclasses.replace(model, saved=dataclasses.replace(model.saved, dense=()))
+        model = dataclasses.replace(model, saved=dataclasses.replace(model.saved, dense=(), vectors=None))
+    if not multi_vector:
+        model.require_one_vector(key, "here a model has")
+    if args.pooling is not None and model.saved.vectors is not None:
+        raise ConfigError(f"--pooling {args.pooling}: {args.model} gives a vector for every token, and pools nothing; "
+                          "leave it out", key="--pooling")
     known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
     config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
                                   *args.overrides])

@@ -107,7 +107,8 @@ def maxsim_pairs(queries: TextVectors, documents: TextVectors, query_of: Tensor)
     Args:
         query_of: [documents] int64 on the CPU, each document's query.
     """
-    scores: Tensor = _MaxSimPairs.apply(queries.vectors, documents.vectors, queries.counts, documents.counts, query_of)
+    scores: Tensor = _MaxSimPairs.apply(  # type: ignore[no-untyped-call]
+        queries.vectors, documents.vectors, queries.counts, documents.counts, query_of)
     return scores
 
 

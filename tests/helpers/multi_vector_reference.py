@@ -17,8 +17,8 @@ from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from transformers import AutoTokenizer
 
-LEAST_GAP = 1e-5
-"""Between the largest and the second dot product of a maximum."""
+LEAST_GAP = 1e-6
+"""Between the largest and the second dot product of a maximum; float32 rounds those of unit vectors by less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,12 @@ class TokenFormat:
     expansion: dict[str, Any] | None = None
     bias: bool = False
     dim: int = 12
-    seed: int = 11
+    seed: int = 53
 
 
 FORMATS = {
     "plain": TokenFormat(skiplist=()),
-    "colbert": TokenFormat(expansion={"strategy": "fixed", "attend": False, "token": None, "length": 14}),
+    "colbert": TokenFormat(expansion={"strategy": "min", "attend": False, "token": None, "length": 14}),
     "attended": TokenFormat(expansion={"strategy": "min", "attend": True, "token": None, "length": 12}, bias=True)}
 """By name: every token's vector; ColBERT's, with mask tokens that attention does not see; mask tokens that it does."""
 
