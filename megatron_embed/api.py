@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,13 +42,14 @@ class Embedder:
         return self._encoder.dim
 
     @property
-    def similarity(self) -> Similarity:
+    def similarity(self) -> Similarity | Literal["maxsim"]:
         """What the directory says its vectors are compared by."""
-        return self._model.saved.similarity
+        return self._model.saved.similarity if self._model.saved.vectors is None else "maxsim"
 
     def encode(self, texts: str | Sequence[str], role: Role = "document", *,
-               show_progress: bool = False) -> np.ndarray:
-        """float32 vectors, [texts, dim] in the order of the texts, or [dim] of a single one.
+               show_progress: bool = False) -> np.ndarray | list[np.ndarray]:
+        """float32 vectors, [texts, dim] in the order of the texts, or [dim] of a single one; of a multi-vector model
+        a list with [vectors, dim] of each text, or that of a single one.
 
         Args:
             texts: any number, or one string.
@@ -63,7 +64,11 @@ class Embedder:
             raise ConfigError(f"role = {role!r}: must be 'query' or 'document'")
         one = isinstance(texts, str)
         given = checked_texts([texts] if isinstance(texts, str) else texts, "texts")
-        vectors = self._encoder.encode(given, role, show_progress=show_progress).numpy()
+        if self._model.saved.vectors is not None:
+            several = self._encoder.vectors(given, role, show_progress=show_progress)
+            rows = [row.numpy() for row in several.vectors.split(several.counts.tolist())]
+            return rows[0] if one else rows
+        vectors: np.ndarray = self._encoder.encode(given, role, show_progress=show_progress).numpy()
         return vectors[0] if one else vectors
 
     def rerank(self, query: str, documents: Sequence[str] | None = None, *,
@@ -149,7 +154,7 @@ def open_any(directory: str, *, pooling: str | None, max_length: int | None, dty
             raise ConfigError(f"{directory}: a reranker, which has no use for pooling or normalize; leave them out")
         scorer, model, _ = open_scorer(directory, max_length=max_length, dtype=dtype)
         return Reranker(scorer, model)
-    encoder, model, _ = open_encoder(args, prompts=True)
+    encoder, model, _ = open_encoder(args, prompts=True, multi_vector=True)
     return Embedder(encoder, model)
 
 

@@ -7,6 +7,7 @@ Documents of one query are contiguous, its positives first, its hard negatives a
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -37,6 +38,11 @@ class MicroBatch:
     """[sequences] int64, the local row index of each sequence."""
     token_types: Tensor | None = None
     """[tokens] int64, 0 in the padding; None: 0 everywhere."""
+    vectors: Tensor | None = None
+    """[tokens] int64, of a multi-vector model: the index, among all vectors of the rank's rows, of the vector that the
+    token gives, -1 for none and in the padding; None: each sequence gives one vector."""
+    key_lengths: Tensor | None = None
+    """[sequences] int32, tokens of each sequence that attention sees, its first ones; None: all of them."""
     repeated: bool = False
     """True if a micro-batch of the step is run again only so that all ranks run equally many: its embeddings are
     ignored and their gradient is zero."""
@@ -54,6 +60,13 @@ class MicroBatch:
     def num_tokens(self) -> int:
         """Real tokens, without padding."""
         return int(self.cu_seqlens[-1])
+
+    @property
+    def outputs(self) -> Tensor:
+        """[outputs that count] int64, where each of them belongs: the row of a sequence, or the index of a vector."""
+        if self.vectors is None:
+            return self.valid_rows
+        return self.vectors[self.vectors >= 0] if not self.repeated else self.vectors[:0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +109,8 @@ class EmbedBatch(StepBatch):
     """[num_queries] float64, the label of each pair of a query with its document; None: the rows are not pairs."""
     teacher_scores: Tensor | None = None
     """[num_documents] float64, a teacher's score of each document for its query; None: the rows have none."""
+    vector_counts: Tensor | None = None
+    """[num_rows] int64, vectors of each row of a multi-vector model, the queries' first; None: one each."""
     capacity: Capacity
     """Capacity of the whole batch."""
     micro_capacity: Capacity
@@ -104,6 +119,19 @@ class EmbedBatch(StepBatch):
     @property
     def num_rows(self) -> int:
         return self.num_queries + self.num_documents
+
+    def outputs_of(self, rows: Tensor) -> Tensor:
+        """[outputs] int64, the indices of what the model gives for these rows, row after row: a vector each, or each
+        row's vectors.
+
+        Args:
+            rows: [rows] int64, the queries' from 0, then the documents'.
+        """
+        if self.vector_counts is None:
+            return rows
+        starts, counts = self.vector_counts.cumsum(0) - self.vector_counts, self.vector_counts[rows]
+        within = torch.arange(int(counts.sum())) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        return torch.repeat_interleave(starts[rows], counts) + within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +151,24 @@ class RerankBatch(StepBatch):
     @property
     def num_rows(self) -> int:
         return self.num_documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextVectors:
+    """The vectors that a multi-vector model gives for some texts, text after text."""
+
+    vectors: Tensor
+    """[vectors, dim]."""
+    counts: Tensor
+    """[texts] int64 on the CPU, vectors of each text, >= 1."""
+
+    @property
+    def text_of(self) -> Tensor:
+        """[vectors] int64 on the vectors' device, the text of each vector."""
+        texts = torch.repeat_interleave(torch.arange(len(self.counts)), self.counts)
+        return texts.to(self.vectors.device, non_blocking=True)
+
+    def part(self, first: int, last: int) -> "TextVectors":
+        """Texts `first` to `last - 1`; views."""
+        start, stop = int(self.counts[:first].sum()), int(self.counts[:last].sum())
+        return TextVectors(vectors=self.vectors[start:stop], counts=self.counts[first:last])

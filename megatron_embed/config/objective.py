@@ -17,6 +17,8 @@ LABELLED_PAIRS = ("cosine_similarity", "contrastive", "online_contrastive", "cos
 """Losses of pairs with a score."""
 WITH_HARD_NEGATIVES = ("triplet", "margin_mse", "kl_distillation")
 """Losses of a query with its own positive and hard negatives."""
+MULTI_VECTOR_LOSSES = ("info_nce", "margin_mse", "kl_distillation")
+"""Those that take MaxSim as similarity."""
 EMBEDDING_LOSSES = CONTRASTIVE + LABELLED_PAIRS + WITH_HARD_NEGATIVES
 """Values of `objective.loss` for `task: embedding`."""
 RERANK_LOSSES = ("pointwise", "listwise", "margin_ranking", "ranknet", "lambda_loss", "kl_distillation")

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from megatron_embed.config.objective import MULTI_VECTOR_LOSSES
 from megatron_embed.config.require import require
 
 if TYPE_CHECKING:
@@ -135,3 +136,48 @@ def check_reranker_run(config: "RunConfig") -> None:
             "onnx or openvino")
     require(not config.model.bidirectional, "model.bidirectional", config.model.bidirectional,
             "the stock classes run a reranker's decoder causally; set it to false")
+
+
+_OF_VECTORS = ("skiplist_words", "query_expansion", "attend_to_expansion")
+LEAST_TEMPERATURE = 0.1
+"""MaxSim is a sum over a query's vectors: divided by less, its softmax is a step."""
+
+
+def check_head(config: "RunConfig") -> None:
+    """Refuse settings that do not go with `embedding.head`."""
+    embedding, head = config.embedding, config.embedding.head
+    if head is None:  # the model directory decides, and this is checked again then
+        return
+    if head == "dense":
+        for key in _OF_VECTORS:
+            value = vars(embedding)[key]
+            require(value is None, f"embedding.{key}", value, "a dense model has one vector for a text; set "
+                    "embedding.head: multi_vector, or remove it")
+        return
+    if config.task == "reranker":
+        require(False, "embedding.head", head, "a reranker gives scores and no vectors; remove it")
+    objective, multi = config.objective, "with embedding.head: multi_vector"
+    require(embedding.pooling is None, "embedding.pooling", embedding.pooling, f"{multi} nothing is pooled; remove it")
+    require(not embedding.matryoshka_dims, "embedding.matryoshka_dims", list(embedding.matryoshka_dims),
+            f"has no effect {multi}, whose vectors keep all their dimensions; remove it")
+    require(embedding.attend_to_expansion is None or embedding.query_expansion != 0, "embedding.attend_to_expansion",
+            embedding.attend_to_expansion, "no query is expanded; set embedding.query_expansion, or remove it")
+    require(objective.loss in MULTI_VECTOR_LOSSES, "objective.loss", objective.loss,
+            f"is not a loss {multi}; choose one of {', '.join(MULTI_VECTOR_LOSSES)}")
+    require(objective.directions == ("query_to_document",), "objective.directions", list(objective.directions),
+            f"MaxSim compares a query with documents alone ({multi}); remove it")
+    require(not config.evaluation.sts, "evaluation.sts", [item.path for item in config.evaluation.sts],
+            f"MaxSim compares a query with documents, not two texts alike ({multi}); remove it")
+    formats = config.checkpoint.export_formats
+    require(not formats, "checkpoint.export_formats", list(formats),
+            f"none of these formats holds a vector for every token ({multi}); remove it")
+
+
+def check_maxsim_temperature(config: "RunConfig") -> None:
+    """Refuse a temperature meant for cosines, such as the default, where training compares by MaxSim."""
+    objective = config.objective
+    if config.embedding.head != "multi_vector" or objective.loss == "margin_mse":
+        return
+    require(objective.temperature >= LEAST_TEMPERATURE, "objective.temperature", objective.temperature,
+            f"must be >= {LEAST_TEMPERATURE} with embedding.head: multi_vector, whose MaxSim is a sum over the vectors "
+            "of a query; usual: 1")

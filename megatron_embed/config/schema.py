@@ -15,17 +15,22 @@ from megatron_embed.config.require import require
 from megatron_embed.config.run_checks import (
     check_evaluated,
     check_first_pass,
+    check_head,
     check_kept_activations,
     check_quantization,
     check_reranker_run,
     check_transformer_engine,
 )
 from megatron_embed.config.workload import WORKLOADS, Workload
-from megatron_embed.names import Activation, HeadKind, Pooling
+from megatron_embed.names import Activation, EmbeddingHead, HeadKind, Pooling
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingConfig:
+    head: EmbeddingHead | None = None
+    """dense: one vector for a text. multi_vector: a vector for every token of it, compared by MaxSim, the sum over the
+    query's vectors of each one's largest dot product with a vector of the document (late interaction, ColBERT). null:
+    multi_vector if the model directory is of such a model, otherwise dense."""
     pooling: Pooling | None = None
     """null: the setting in the model directory's Sentence Transformers files, otherwise mean for an encoder and
     lasttoken for a decoder."""
@@ -33,9 +38,18 @@ class EmbeddingConfig:
     """Scale embeddings to unit length, in float32. False: the objective takes plain dot products. null: true, unless
     the model directory compares vectors by dot product and does not scale them."""
     embedding_dim: int | None = None
-    """Dimensions of an embedding, by a new linear layer without bias over the pooled vector, trained with the model and
-    exported as Sentence Transformers' module Dense. null: the model's own Dense modules, if any, otherwise the width of
-    the pooled vector."""
+    """Dimensions of an embedding, by a new linear layer without bias over the pooled vector, or over every token's,
+    trained with the model and exported as Sentence Transformers' module Dense. null: the model's own Dense modules, if
+    any, otherwise the width of the pooled vector, or 128 of a multi-vector model."""
+    skiplist_words: tuple[str, ...] | None = None
+    """Tokens of documents, by their text in the vocabulary, that give no vector in a multi-vector model. null: the
+    model's own, otherwise ASCII punctuation, as in ColBERT; []: none."""
+    query_expansion: int | None = None
+    """Tokens that every query of a multi-vector model is brought to by mask tokens, whose vectors count too (ColBERT:
+    32); longer queries are cut. null: the model's own, otherwise 0; 0: off."""
+    attend_to_expansion: bool | None = None
+    """Whether attention sees those mask tokens. False, as in ColBERT: they attend to the query, and nothing to them.
+    null: the model's own, otherwise false."""
     matryoshka_dims: tuple[int, ...] = ()
     """Dimensions that the loss is also taken at, largest first: embeddings are truncated to each and, with `normalize`,
     scaled to unit length again. Empty: the full dimension only."""
@@ -50,6 +64,8 @@ class EmbeddingConfig:
 
     def __post_init__(self) -> None:
         dims, width = self.matryoshka_dims, self.embedding_dim
+        length = self.query_expansion
+        require(length is None or length >= 0, "embedding.query_expansion", length, "must be >= 0 tokens, or null")
         require(width is None or 1 <= width <= 2**20, "embedding.embedding_dim", width,
                 "must be >= 1 and <= 1048576, or null")
         require(all(dim >= 1 for dim in dims) and list(dims) == sorted(set(dims), reverse=True),
@@ -363,6 +379,7 @@ class RunConfig:
         check_transformer_engine(self)
         check_kept_activations(self)
         check_quantization(self)
+        check_head(self)
         if self.task == "embedding":
             self.objective.check_against(num_positives=self.data.num_positives, num_negatives=self.data.num_negatives,
                                          in_batch=self.data.all_in_batch)

@@ -1,7 +1,7 @@
 """Micro-batches in sizes from a short list, so that shapes repeat, and micro-batches merged into larger ones."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -44,11 +44,12 @@ def _padded_to(micro: MicroBatch, size: int) -> MicroBatch:
         return micro
     real = micro.num_tokens
 
-    def resized(values: torch.Tensor) -> torch.Tensor:
-        return functional.pad(values[:real], (0, size - real))
+    def resized(values: torch.Tensor, filler: int = 0) -> torch.Tensor:
+        return functional.pad(values[:real], (0, size - real), value=filler)
 
     return replace(micro, token_ids=resized(micro.token_ids), position_ids=resized(micro.position_ids),
-                   token_types=None if micro.token_types is None else resized(micro.token_types))
+                   token_types=None if micro.token_types is None else resized(micro.token_types),
+                   vectors=None if micro.vectors is None else resized(micro.vectors, -1))
 
 
 def merge(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
@@ -62,10 +63,15 @@ def merge(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
     sizes = [micro.num_tokens for micro in counted]
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     bounds = [micro.cu_seqlens[1:] + start for micro, start in zip(counted, starts, strict=True)]
+
+    def joined(values: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+        given = [part[:size] for part, size in zip(values, sizes, strict=True) if part is not None]
+        return torch.cat(given) if given else None
+
+    keys = [micro.key_lengths for micro in counted if micro.key_lengths is not None]
     return MicroBatch(
         token_ids=torch.cat([micro.token_ids[:size] for micro, size in zip(counted, sizes, strict=True)]),
         position_ids=torch.cat([micro.position_ids[:size] for micro, size in zip(counted, sizes, strict=True)]),
         cu_seqlens=torch.cat([counted[0].cu_seqlens[:1], *bounds]), rows=torch.cat([micro.rows for micro in counted]),
-        token_types=None if counted[0].token_types is None else torch.cat(
-            [micro.token_types[:size] for micro, size in zip(counted, sizes, strict=True)
-             if micro.token_types is not None]))
+        token_types=joined(micro.token_types for micro in counted),
+        vectors=joined(micro.vectors for micro in counted), key_lengths=torch.cat(keys) if keys else None)

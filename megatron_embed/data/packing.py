@@ -11,7 +11,9 @@ import torch
 
 from megatron_embed.batch import Capacity, EmbedBatch, MicroBatch
 from megatron_embed.data.records import Record, text_id
-from megatron_embed.data.tokenizer import RoleTokenizer, TokenizedRows
+from megatron_embed.data.row_vectors import RowVectors
+from megatron_embed.data.tokenized import TokenizedRows
+from megatron_embed.data.tokenizer import RoleTokenizer
 from megatron_embed.errors import DataError, EmptyTextError
 from megatron_embed.names import Role
 
@@ -55,7 +57,7 @@ def round_up(tokens: int, multiple: int) -> int:
 
 
 def pack(token_ids: Sequence[list[int]], rows: Sequence[int], *, tokens: int | None, alignment: int, pad_token_id: int,
-         token_types: Sequence[list[int]] | None = None) -> MicroBatch:
+         token_types: Sequence[list[int]] | None = None, vectors: RowVectors | None = None) -> MicroBatch:
     """One micro-batch with the given sequences one after the other and padding at its end.
 
     Args:
@@ -65,6 +67,7 @@ def pack(token_ids: Sequence[list[int]], rows: Sequence[int], *, tokens: int | N
         alignment: tokens, >= 1; the size is a multiple of it.
         pad_token_id: any id of the vocabulary; no sequence holds the padding.
         token_types: per sequence, as long as its ids; None: 0 everywhere.
+        vectors: of all rows, of a multi-vector model; None: each sequence gives one.
     Raises:
         ValueError: the sequences do not fit into `tokens`, or that is not a multiple of `alignment`.
     """
@@ -89,18 +92,21 @@ def pack(token_ids: Sequence[list[int]], rows: Sequence[int], *, tokens: int | N
         cu_seqlens=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
         rows=torch.tensor(rows, dtype=torch.int64),
         token_types=types,
+        vectors=None if vectors is None else vectors.of_tokens(rows, size),
+        key_lengths=None if vectors is None else vectors.key_lengths(rows),
     )
 
 
 def pack_bins(bins: Sequence[Sequence[int]], token_ids: Sequence[list[int]], packing: PackingSpec, pad_token_id: int, *,
-              token_types: Sequence[list[int]] | None = None, tokens: int | None = None) -> tuple[MicroBatch, ...]:
+              token_types: Sequence[list[int]] | None = None, tokens: int | None = None,
+              vectors: RowVectors | None = None) -> tuple[MicroBatch, ...]:
     """Bins of row indices to micro-batches, of `tokens` each if given."""
     if tokens is None and packing.uniform_size:
         largest = max((sum(len(token_ids[row]) for row in rows) for rows in bins), default=0)
         tokens = round_up(largest, packing.alignment)
     return tuple(
         pack([token_ids[row] for row in rows], rows, tokens=tokens, alignment=packing.alignment,
-             pad_token_id=pad_token_id,
+             pad_token_id=pad_token_id, vectors=vectors,
              token_types=None if token_types is None else [token_types[row] for row in rows])
         for rows in bins
     )
@@ -131,11 +137,14 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, packi
     query_tokens = _tokenize_queries(records, tokenizer)
     document_tokens = _tokenize_documents(texts, [records[query] for query in document_query.tolist()], tokenizer)
     token_ids = query_tokens.token_ids + document_tokens.token_ids
+    vectors = RowVectors.of(query_tokens, document_tokens)
     bins = _bins([len(ids) for ids in token_ids], sizes, packing)
     most_queries = max(sum(row < len(records) for row in rows) for rows in bins)
     positives = [record.positive[: documents.most_positives] for record in records]
     return EmbedBatch(
-        micro_batches=pack_bins(bins, token_ids, packing, tokenizer.pad_token_id, tokens=packing.micro_batch_tokens),
+        micro_batches=pack_bins(bins, token_ids, packing, tokenizer.pad_token_id, tokens=packing.micro_batch_tokens,
+                                vectors=vectors),
+        vector_counts=None if vectors is None else vectors.counts,
         num_queries=len(records),
         num_documents=len(texts),
         positive_index=torch.from_numpy(first),
@@ -311,8 +320,14 @@ def _part(micro: MicroBatch, positions: list[int]) -> MicroBatch:
     bounds = micro.cu_seqlens.tolist()
     spans = [slice(bounds[position], bounds[position + 1]) for position in positions]
     types = None if micro.token_types is None else [micro.token_types[span].tolist() for span in spans]
-    return pack([micro.token_ids[span].tolist() for span in spans], micro.rows[positions].tolist(),
+    part = pack([micro.token_ids[span].tolist() for span in spans], micro.rows[positions].tolist(),
                 tokens=micro.token_ids.numel(), alignment=1, pad_token_id=0, token_types=types)
+    if micro.vectors is None:
+        return part
+    vectors = torch.cat([micro.vectors[span] for span in spans])
+    return replace(part, vectors=torch.nn.functional.pad(vectors, (0, micro.token_ids.numel() - len(vectors)),
+                                                         value=-1),
+                   key_lengths=None if micro.key_lengths is None else micro.key_lengths[positions])
 
 
 def _text_ids(texts: Iterable[str]) -> torch.Tensor:
@@ -365,7 +380,8 @@ def build_encode_batches(texts: Sequence[str], role: Role, tokenizer: RoleTokeni
     for row, length in enumerate(lengths):
         if not length:
             raise EmptyTextError(row, f"{role} text number {row + 1}", texts[row])
-    return pack_bins(pack_longest_first(lengths, packing), tokenized.token_ids, packing, tokenizer.pad_token_id)
+    return pack_bins(pack_longest_first(lengths, packing), tokenized.token_ids, packing, tokenizer.pad_token_id,
+                     vectors=RowVectors.of(tokenized))
 
 
 def padding_fraction(micro_batches: Sequence[MicroBatch]) -> float:

@@ -11,9 +11,12 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_embed.config.json_file import LARGEST_FILE, LARGEST_TOKENIZER, read_optional_json_object
+from megatron_embed.config.vector_format import VectorFormat
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.token_cache import Prompted, TokenCache, TokenizedText, tokenizer_digest
+from megatron_embed.data.token_vectors import TokenVectors
+from megatron_embed.data.tokenized import TokenizedRows
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError, first_line
 from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES, MessageFormat, Role, TruncationSide
@@ -21,16 +24,6 @@ from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES, MessageFormat, R
 _PLACEHOLDER = "{instruction}"
 _OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
                 "chat_template.json")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizedRows:
-    """Token ids of some texts of one role."""
-
-    token_ids: list[list[int]]
-    """Per text: prompt and special tokens included, nothing padded."""
-    num_truncated: int
-    """Texts that were truncated to the maximum length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +41,8 @@ class TextFormat:
     """Variables for that template besides the messages."""
     tell_role: bool = True
     """Whether that template gets the text's role, as `task`."""
+    vectors: VectorFormat | None = None
+    """Of a multi-vector model, which tokens give vectors and how queries are expanded; None: a text gives one."""
 
 
 def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: bool = False) -> Any:
@@ -185,6 +180,10 @@ class RoleTokenizer:
         self._cache: TokenCache | None = None
         self.notices: set[str] = set()
 
+        self._token_vectors = None
+        if text_format.vectors is not None:
+            self._token_vectors = TokenVectors(self._tokenizer, text_format.vectors, model_dir)
+            self._max_lengths["query"] = self._token_vectors.longest_query(query_max_length)
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
         pad = next((i for i in (self._tokenizer.pad_token_id, self.eos_token_id)
                     if i is not None and 0 <= i < (self._vocab_size or i + 1)), 0)
@@ -254,7 +253,10 @@ class RoleTokenizer:
             self._check_prompt_length(role, prefix)
         prompted = [Prompted(role, prompt, text) for prompt, text in zip(filled, texts, strict=True)]
         rows = self.tokenize_prompted(prompted) if self._cache is None else self._looked_up(prompted, self._cache)
-        return TokenizedRows(token_ids=[row.ids for row in rows], num_truncated=sum(row.truncated for row in rows))
+        token_ids, num_truncated = [row.ids for row in rows], sum(row.truncated for row in rows)
+        if self._token_vectors is not None:
+            return self._token_vectors.of(token_ids, role, num_truncated)
+        return TokenizedRows(token_ids=token_ids, num_truncated=num_truncated)
 
     @property
     def largest_id(self) -> int:

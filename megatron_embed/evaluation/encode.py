@@ -1,6 +1,6 @@
 """Embed texts on all ranks: each data-parallel rank runs a share, every rank gets the whole result."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -8,14 +8,14 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_embed.batch import MicroBatch
+from megatron_embed.batch import MicroBatch, TextVectors
 from megatron_embed.data.packing import PackingSpec, build_encode_batches
 from megatron_embed.data.tokenizer import RoleTokenizer
-from megatron_embed.errors import DataError, EmptyTextError
+from megatron_embed.errors import DataError, EmptyTextError, UserError
 from megatron_embed.evaluation.finite import require_finite
 from megatron_embed.models.encoder import AttentionKernel, DeviceMicroBatch, to_device
 from megatron_embed.models.passes import embed, evaluation_mode, unwrapped
-from megatron_embed.names import Pooling, Role
+from megatron_embed.names import ModelPooling, Role
 from megatron_embed.parallel.collectives import (
     gather_padded,
     largest,
@@ -36,6 +36,8 @@ BATCHES_AT_ONCE = 8
 """Times the pipeline's size: micro-batches between two checks for a stop request."""
 TEXTS_AT_ONCE = 4096
 """Texts tokenized and packed together: few enough for memory, enough to sort well by length."""
+VECTOR_TEXTS_AT_ONCE = 256
+"""The same of a multi-vector model, which gives about a hundred vectors for a text."""
 MICRO_BATCH_TOKENS = 8192
 """Token budget of a packed micro-batch, padding included; a longer text gets a micro-batch of its own."""
 
@@ -43,7 +45,7 @@ MICRO_BATCH_TOKENS = 8192
 class ModelRunner:
     """A loaded model on all ranks that turns items (texts or pairs) into rows; each data-parallel rank runs a share."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, *, pooling: Pooling, dim: int,
+    def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, *, pooling: ModelPooling, dim: int,
                  kernel: AttentionKernel, causal: bool) -> None:
         """`dim`: output width, 1 for scores."""
         self.chunks = chunks
@@ -88,15 +90,7 @@ class ModelRunner:
         """[items, dim] on the CPU of every rank. `first`: index of the first of these items among all."""
         topology, size = self.topology, self.topology.dp_size
         capacity, share = -(-len(items) // size), items[topology.dp_rank :: size]
-        # A rank without items runs the first one and discards it: other ranks need the experts that it holds.
-        micro_batches, empty, error = _packed(pack, share or items[:1])
-        wrong = len(items) if empty is None else empty * size + topology.dp_rank
-        index = smallest(wrong if error is None else -1)
-        if index < 0:
-            raise_on_all_ranks(error)
-        if index < len(items):
-            raise EmptyTextError(first + index, f"text number {first + index + 1}", str(items[index]))
-        rows = self._run_share(micro_batches, len(share))
+        rows = self._run_share(self._pack_block(items, pack, first), len(share))
         if topology.is_last_stage:
             gathered = gather_padded(rows, capacity, topology.dp_group)
         else:
@@ -104,8 +98,38 @@ class ModelRunner:
         gathered = send_from_last(gathered, topology.groups.pp)
         return gathered.transpose(0, 1).reshape(-1, self.dim)[: len(items)].cpu()
 
+    def _pack_block(self, items: Sequence[Item], pack: Pack[Item], first: int) -> tuple[MicroBatch, ...]:
+        """The micro-batches of this rank's share of the items; see `run` for what is raised."""
+        size = self.topology.dp_size
+        # A rank without items runs the first one and discards it: other ranks need the experts that it holds.
+        micro_batches, empty, error = _packed(pack, items[self.topology.dp_rank :: size] or items[:1])
+        wrong = len(items) if empty is None else empty * size + self.topology.dp_rank
+        index = smallest(wrong if error is None else -1)
+        if index < 0:
+            raise_on_all_ranks(error)
+        if index < len(items):
+            raise EmptyTextError(first + index, f"text number {first + index + 1}", str(items[index]))
+        return micro_batches
+
+    def run_share(self, items: Sequence[Item], pack: Pack[Item], first: int) -> TextVectors:
+        """The vectors of this rank's share of a few items, every dp_size-th; those of a multi-vector model, which stay
+        where they are. Called by all ranks; no vectors before the last stage of a pipeline. Dropout is off.
+
+        `first`: index of the first of these items among all.
+
+        Raises: as `run`.
+        """
+        leave_if_asked()
+        num_items = len(items[self.topology.dp_rank :: self.topology.dp_size])
+        micro_batches = self._pack_block(items, pack, first)
+        counts = vector_counts(micro_batches)[:num_items]
+        with evaluation_mode(self.chunks):
+            vectors = self._run_share(micro_batches, int(counts.sum()))
+        leave_if_asked()
+        return TextVectors(vectors=vectors, counts=counts)
+
     def _run_share(self, micro_batches: Sequence[MicroBatch], num_items: int) -> Tensor:
-        """[num_items, dim] of this rank's items; empty before the last stage."""
+        """[num_items, dim] of this rank's outputs; empty before the last stage."""
         # With experts on several ranks, each of these ranks runs as many micro-batches as the busiest one, or an
         # exchange of tokens would never finish. Ranks of one replica have the same micro-batches; the data-parallel
         # group joins the replicas.
@@ -148,6 +172,17 @@ class ModelRunner:
         return result[:num_items] if topology.is_last_stage else result[:0]
 
 
+def vector_counts(micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """[rows] int64, vectors of each row of a multi-vector model."""
+    rows, counts = [], []
+    for micro in micro_batches:
+        assert micro.vectors is not None
+        kept = torch.nn.functional.pad((micro.vectors >= 0).cumsum(0), (1, 0))
+        rows.append(micro.rows)
+        counts.append(kept[micro.cu_seqlens.long()].diff())
+    return torch.cat(counts)[torch.cat(rows).argsort()]
+
+
 def _packed(pack: Pack[Item], items: Sequence[Item]) -> tuple[tuple[MicroBatch, ...], int | None, DataError | None]:
     """`pack(items)` and the error of reading the items, which is not raised because the other ranks would wait."""
     try:
@@ -160,7 +195,7 @@ class TextEncoder(ModelRunner):
     """A loaded embedding model with its tokenizer. Every method is called by all ranks together."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology, tokenizer: RoleTokenizer, *,
-                 pooling: Pooling, dim: int, kernel: AttentionKernel, causal: bool) -> None:
+                 pooling: ModelPooling, dim: int, kernel: AttentionKernel, causal: bool) -> None:
         super().__init__(chunks, topology, pooling=pooling, dim=dim, kernel=kernel, causal=causal)
         self.tokenizer = tokenizer
 
@@ -174,6 +209,7 @@ class TextEncoder(ModelRunner):
             EmptyTextError: for a text without tokens, on every rank alike.
             UserError: an embedding that is not finite, on every rank alike.
         """
+        assert self.pooling != "tokens", "a multi-vector model's texts have several vectors: see `blocks`"
 
         def pack(part: Sequence[str]) -> tuple[tuple[MicroBatch, ...], int | None]:
             return self._pack_share(list(part), role, instruction)
@@ -183,6 +219,65 @@ class TextEncoder(ModelRunner):
             return require_finite(self.run(texts, pack, bar), f"{role} embeddings")
         except EmptyTextError as error:
             raise EmptyTextError(error.row, f"{role} text number {error.row + 1}", error.text) from None
+
+    def share(self, texts: Sequence[str], role: Role, first: int = 0, *, instruction: str | None = None) -> TextVectors:
+        """The vectors of this rank's share of these texts by a multi-vector model; see `run_share`."""
+        def pack(part: Sequence[str]) -> tuple[tuple[MicroBatch, ...], int | None]:
+            return self._pack_share(list(part), role, instruction)
+
+        try:
+            own = self.run_share(texts, pack, first)
+        except EmptyTextError as error:
+            raise EmptyTextError(error.row, f"{role} text number {error.row + 1}", error.text) from None
+        finite = bool(torch.isfinite(own.vectors).all())
+        if smallest(int(finite)) == 0:  # on every rank alike, also those that have other texts
+            require_finite(own.vectors, f"{role} vectors")
+            raise UserError(f"{role} vectors of another rank are not finite; the model has diverged or overflowed; use "
+                            "an earlier checkpoint or a wider dtype")
+        return own
+
+    def blocks(self, texts: Sequence[str], role: Role, *, instruction: str | None = None,
+               show_progress: bool = False) -> Iterator[TextVectors]:
+        """The vectors of all texts in order by a multi-vector model, block by block, on the CPU of every rank.
+
+        Called by all ranks. Per block, which is VECTOR_TEXTS_AT_ONCE texts of each rank, one all-gather of vectors and
+        a small one over the data-parallel group, and one broadcast over the pipeline.
+
+        Raises: as `encode`.
+        """
+        size = VECTOR_TEXTS_AT_ONCE * self.topology.dp_size
+        with tqdm(total=len(texts), unit="text", desc=f"encode {role}",
+                  disable=None if show_progress else True) as bar:
+            for first in range(0, len(texts), size):
+                part = texts[first : first + size]
+                yield self._gathered(self.share(part, role, first, instruction=instruction), len(part))
+                bar.update(len(part))
+
+    def vectors(self, texts: Sequence[str], role: Role, *, instruction: str | None = None,
+                show_progress: bool = False) -> TextVectors:
+        """The vectors of a few texts by a multi-vector model, on the CPU of every rank; see `blocks`."""
+        blocks = list(self.blocks(texts, role, instruction=instruction, show_progress=show_progress))
+        if not blocks:
+            return TextVectors(vectors=torch.empty(0, self.dim), counts=torch.empty(0, dtype=torch.int64))
+        return TextVectors(vectors=torch.cat([block.vectors for block in blocks]),
+                           counts=torch.cat([block.counts for block in blocks]))
+
+    def _gathered(self, own: TextVectors, num_texts: int) -> TextVectors:
+        """The vectors of all ranks' texts in their order, on the CPU of every rank."""
+        topology, size = self.topology, self.topology.dp_size
+        counts = gather_padded(own.counts, -(-num_texts // size), topology.dp_group)
+        capacity = int(counts.sum(dim=1).max())
+        if topology.is_last_stage:
+            gathered = gather_padded(own.vectors, capacity, topology.dp_group)
+        else:
+            gathered = torch.zeros(size, capacity, self.dim, device=topology.device)
+        gathered = send_from_last(gathered, topology.groups.pp).cpu()
+        if size == 1:
+            return TextVectors(vectors=gathered[0], counts=counts[0])
+        parts = [torch.split(rank[: int(own_counts.sum())], own_counts.tolist())
+                 for rank, own_counts in zip(gathered, counts, strict=True)]
+        in_order = [parts[index % size][index // size] for index in range(num_texts)]
+        return TextVectors(vectors=torch.cat(in_order), counts=counts.T.flatten()[:num_texts])
 
     def _pack_share(self, texts: Sequence[str], role: Role,
                     instruction: str | None) -> tuple[tuple[MicroBatch, ...], int | None]:

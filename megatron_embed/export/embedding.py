@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from megatron_embed.batch import TextVectors
 from megatron_embed.config.json_file import read_json_file
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.convert.checkpoint_directory import open_checkpoint
@@ -21,9 +22,11 @@ from megatron_embed.evaluation.encode import TextEncoder
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verified_write import WantedExport, export, export_on_rank_0
 from megatron_embed.export.verify import ExpectedSettings, compare_with_sentence_transformers
+from megatron_embed.export.verify_multi_vector import compare_with_multi_vector_encoder
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape
+from megatron_embed.models.saved_settings import default_pooling
 from megatron_embed.names import Role
 from megatron_embed.platform.bf16_support import processor_has_bf16
 
@@ -109,7 +112,8 @@ def stock_runs_causally(shape: ModelShape, bidirectional: bool = False) -> bool:
 def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
     """Sentence Transformers files beside a checkpoint's configuration, as this run pools, normalizes and prompts: with
     `embedding.instruction` in its place, since that library takes a prompt as it stands."""
-    pooling, unit_length, saved = model.pooling(config.embedding.pooling), config.embedding.unit_length, model.saved
+    unit_length, saved = config.embedding.unit_length, model.saved
+    pooling = config.embedding.pooling or saved.pooling or default_pooling(model.shape)
     roles: tuple[Role, ...] = ("query", "document")
     lengths = {role: config.data.max_length(role) for role in roles}
     take_dense(hf, saved.dense)  # the trained weights are among the checkpoint's tensors
@@ -120,7 +124,7 @@ def write_settings(hf: Path, config: RunConfig, model: ModelDirectory) -> None:
         embedding_dimension=model.shape.hidden_size, saved=dataclasses.replace(
             saved, truncation_side="right", dense=_without_folders(model.dense(config.embedding)),
             similarity=saved.similarity if unit_length else "dot",
-            role_lengths=dict(lengths) if saved.role_lengths else {}))
+            role_lengths=dict(lengths) if saved.role_lengths or saved.vectors is not None else {}))
     facts: dict[str, object] = {}
     if config.model.bidirectional and not model.shape.bidirectional:
         facts["is_causal"] = False
@@ -143,18 +147,30 @@ class RoleProbe:
 
     role: Role
     texts: list[str]
-    vectors: Tensor
-    """[texts, dim]"""
+    vectors: Tensor | TextVectors
+    """[texts, dim], or those of a multi-vector model."""
     cut: list[tuple[str, list[int]]]
     """Texts at the border of the maximum length, and the ids of their tokens."""
+
+    @property
+    def one_each(self) -> Tensor:
+        """The vectors, one of each text."""
+        assert isinstance(self.vectors, Tensor), "no other engine's files hold a multi-vector model"
+        return self.vectors
 
     def compare(self, directory: Path, settings: ExpectedSettings, minimum_cosine: float) -> str:
         """Asks Sentence Transformers; the report. Raises CheckpointError for another model."""
         # The library runs on this processor, where bfloat16 without instructions for it takes 25 times as long.
         slow = settings.dtype == "bfloat16" and not processor_has_bf16()
-        report = compare_with_sentence_transformers(
-            directory, self.texts, self.vectors, prompt_name=self.role, minimum_cosine=minimum_cosine,
-            expected=settings, cut=self.cut, dtype="float32" if slow else "auto")
+        dtype = "float32" if slow else "auto"
+        if isinstance(self.vectors, TextVectors):
+            report = compare_with_multi_vector_encoder(
+                directory, self.texts, self.vectors, role=self.role, minimum_cosine=minimum_cosine, expected=settings,
+                cut=self.cut, dtype=dtype)
+        else:
+            report = compare_with_sentence_transformers(
+                directory, self.texts, self.vectors, prompt_name=self.role, minimum_cosine=minimum_cosine,
+                expected=settings, cut=self.cut, dtype=dtype)
         lengths = sorted({len(ids) for _, ids in self.cut})
         return f"{report}; the same tokens of {len(self.cut)} texts at the maximum length, {lengths[-1]} tokens"
 
@@ -166,11 +182,14 @@ def export_probes(encoder: TextEncoder, texts: Sequence[str], longest: int) -> l
     """
     roles: tuple[Role, ...] = ("query", "document")
     probes = []
+    several = encoder.pooling == "tokens"  # then the export knows a length for each role
     for role in roles:
-        border = list(border_texts(encoder.tokenizer, role, longest).texts)
+        border = list(border_texts(encoder.tokenizer, role,
+                                   encoder.tokenizer.max_length(role) if several else longest).texts)
         whole = [*texts, *(border if encoder.tokenizer.max_length(role) <= LONGEST_COMPUTED else [])]
         ids = encoder.tokenizer.tokenize(border, role).token_ids
-        probes.append(RoleProbe(role=role, texts=whole, vectors=encoder.encode(whole, role),
+        vectors = encoder.vectors(whole, role) if several else encoder.encode(whole, role)
+        probes.append(RoleProbe(role=role, texts=whole, vectors=vectors,
                                 cut=list(zip(border, ids, strict=True))))
     return probes
 
@@ -186,7 +205,7 @@ def export_model(checkpoint: str, wanted: Sequence[WantedExport], encoder: TextE
                  for probe in probes]
         return lines + ([] if addition is None else [
             f"{probe.role} vectors: "
-            f"{addition.compare_vectors(directory, probe.texts, probe.vectors, probe.role, MINIMUM_COSINE[dtype])}"
+            f"{addition.compare_vectors(directory, probe.texts, probe.one_each, probe.role, MINIMUM_COSINE[dtype])}"
             for probe in probes])
 
     def run_export(item: WantedExport) -> list[str]:

@@ -82,6 +82,7 @@ def export_for_engine(kind: ExportFormat, source: str, destination: str, options
     check_limits([addition.limits], source)
     with _as_checkpoint(source, destination) as checkpoint:
         model = find_model(checkpoint, "SRC")
+        model.require_one_vector("SRC", f"--format {kind} holds")
         if not is_reranker(model):
             return export_sentence_transformers_model(checkpoint, destination, options, addition)
         # llama.cpp takes the two answers from the language-model head itself.
@@ -150,7 +151,8 @@ def export_sentence_transformers_model(source: str, destination: str, options: E
     longest = max(checkpoint.info.max_lengths.values(), default=saved.max_length or shape.longest_text)
     expected = ExpectedSettings(
         prompts={role: saved.prompts.get(role, "") for role in ("query", "document")},
-        max_seq_length=min(longest, shape.longest_text), similarity=saved.similarity,
+        max_seq_length=min(longest, shape.longest_text),
+        similarity=saved.similarity if saved.vectors is None else "maxsim",
         dtype=options.dtype or checkpoint.info.dtype)
 
     def complete(directory: Path) -> None:
@@ -233,15 +235,16 @@ def _compare_sentence_transformers(source: str, expected: ExpectedSettings, addi
     from megatron_embed.export.embedding import PROBE_TEXTS, export_probes
     from megatron_embed.loading.model_directory import open_encoder
 
-    arguments = argparse.Namespace(model=source, dtype=None, pooling=None, max_length=expected.max_seq_length,
-                                   no_normalize=False, overrides=[])
-    encoder, model, _ = open_encoder(arguments, prompts=True)
+    several = read_saved_settings(open_checkpoint(source).hf).vectors is not None  # they have a length for each role
+    arguments = argparse.Namespace(model=source, dtype=None, pooling=None, no_normalize=False, overrides=[],
+                                   max_length=None if several else expected.max_seq_length)
+    encoder, model, _ = open_encoder(arguments, prompts=True, multi_vector=True)
     probes = export_probes(encoder, PROBE_TEXTS, expected.max_seq_length)
     del encoder  # its memory goes before the stock library takes as much
     minimum_cosine = _minimum_cosine(model.saved.dtype, directory)
     lines = [f"{probe.role}: {probe.compare(directory, expected, minimum_cosine)}" for probe in probes]
     return lines + ([] if addition is None else [
-        f"{probe.role}: {addition.compare_vectors(directory, probe.texts, probe.vectors, probe.role, minimum_cosine)}"
+        f"{probe.role}: {addition.compare_vectors(directory, probe.texts, probe.one_each, probe.role, minimum_cosine)}"
         for probe in probes])
 
 

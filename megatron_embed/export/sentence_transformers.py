@@ -7,7 +7,6 @@ tokenizer's chat template.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from megatron_embed.config.json_file import LARGEST_TOKENIZER, read_json_object,
 from megatron_embed.convert.checkpoint_directory import drop_standard_modules, write_json
 from megatron_embed.convert.dense_tensors import take_dense, write_dense
 from megatron_embed.errors import CheckpointError, first_line
+from megatron_embed.export import multi_vector
 from megatron_embed.models.dense_settings import ACTIVATION_CLASSES, DenseSettings
 from megatron_embed.models.file_checks import check_tokenizer_names
 from megatron_embed.models.saved_settings import SavedSettings
@@ -27,6 +27,8 @@ POOLING_FLAGS = {
     "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens", "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken"}
 """Pooling by name -> the flag of 1_Pooling/config.json; exactly one is true."""
+LEGACY_TYPES = {kind: f"sentence_transformers.models.{kind}"
+                for kind in ("Transformer", "Pooling", "Dense", "Normalize")}
 _PROBE = "a text"
 
 
@@ -52,42 +54,51 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Pooling, nor
     """
     directory = Path(directory)
     saved = saved or SavedSettings(similarity="cosine" if normalize else "dot", truncation_side="right")
-    complete_tokenizer(directory, needs_eos=pooling == "lasttoken" if needs_eos is None else needs_eos)
+    complete_tokenizer(directory, needs_eos=saved.vectors is None and (
+        pooling == "lasttoken" if needs_eos is None else needs_eos))
     if saved.truncation_side is not None:
         _set_truncation_side(directory, saved.truncation_side)
     _name_positions(directory)
-    _write_modules(directory, saved.dense, normalize=normalize, pooling={
+    _write_modules(directory, saved, normalize=normalize, pooling={
         "word_embedding_dimension": embedding_dimension,
         **{flag: name in pooling.split("+") for name, flag in POOLING_FLAGS.items()}, "include_prompt": True})
     write_json(directory / "sentence_bert_config.json", {
         "max_seq_length": max_seq_length, "do_lower_case": saved.lower_case,
-        **{f"{role}_length": length for role, length in saved.role_lengths.items()}, **_chat_settings(saved)})
+        **({f"{role}_length": length for role, length in saved.role_lengths.items()}
+           if saved.vectors is None else multi_vector.lengths(saved)), **_chat_settings(saved)})
     others = {name: text for name, text in saved.named_prompts.items() if name not in ("passage", "corpus")}
     default = saved.default_prompt_name
     write_json(directory / "config_sentence_transformers.json", {
-        "__version__": library_versions(), "model_type": "SentenceTransformer",
+        "__version__": library_versions(),
+        "model_type": "SentenceTransformer" if saved.vectors is None else multi_vector.MODEL_TYPE,
         "prompts": {**others, "query": query_prompt, "document": document_prompt},
         "default_prompt_name": "document" if default in ("passage", "corpus") else default,
-        "similarity_fn_name": saved.similarity})
+        "similarity_fn_name": saved.similarity if saved.vectors is None else multi_vector.SIMILARITY})
 
 
-def _write_modules(directory: Path, dense: Sequence[DenseSettings], *, normalize: bool,
-                   pooling: dict[str, Any]) -> None:
+def _write_modules(directory: Path, saved: SavedSettings, *, normalize: bool, pooling: dict[str, Any]) -> None:
     """modules.json and the modules' folders, in place of those of an earlier life; Dense modules keep their weights.
 
     Args:
         pooling: config.json of the module Pooling.
     """
-    weights = take_dense(directory, dense)
+    weights = take_dense(directory, saved.dense)
     drop_standard_modules(directory)
-    steps: list[tuple[str, dict[str, Any], dict[str, Tensor]]] = [("Transformer", {}, {}), ("Pooling", pooling, {})]
-    for settings, tensors in zip(dense, weights, strict=True):
+    steps: list[tuple[str, dict[str, Any], dict[str, Tensor]]] = [("Transformer", {}, {})]
+    if saved.vectors is None:
+        steps.append(("Pooling", pooling, {}))
+    for settings, tensors in zip(saved.dense, weights, strict=True):
         steps += [("Normalize", {}, {})] if settings.normalize_input else []
         steps.append(("Dense", dense_config(settings), tensors))
+    if saved.vectors is not None:
+        steps.append(("MultiVectorMask", multi_vector.mask_config(saved.vectors), {}))
     steps += [("Normalize", {}, {})] if normalize else []
     paths = ["" if kind == "Transformer" else f"{index}_{kind}" for index, (kind, _, _) in enumerate(steps)]
+    types = LEGACY_TYPES if saved.vectors is None else multi_vector.TYPES
+    if saved.vectors is not None:
+        steps = [(kind, multi_vector.of_tokens(kind, config), tensors) for kind, config, tensors in steps]
     write_json(directory / "modules.json", [
-        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        {"idx": index, "name": str(index), "path": path, "type": types[kind]}
         for index, (path, (kind, _, _)) in enumerate(zip(paths, steps, strict=True))])
     for path, (_, config, tensors) in zip(paths[1:], steps[1:], strict=True):
         (directory / path).mkdir()

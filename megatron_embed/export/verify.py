@@ -52,7 +52,7 @@ class ExpectedSettings:
     prompts: Mapping[str, str]
     """By role, as they stand before a text."""
     max_seq_length: int
-    similarity: Similarity
+    similarity: Similarity | Literal["maxsim"]
     dtype: str
     """Dtype of the weights: float32, bfloat16, ..."""
     matryoshka_dims: tuple[int, ...] | None = None
@@ -85,7 +85,7 @@ def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[st
         encode = {None: model.encode, "query": model.encode_query, "document": model.encode_document}[prompt_name]
         vectors: Tensor = encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float()
     if expected is not None:
-        _require_settings(directory, model, expected, in_its_dtype=dtype == "auto")
+        require_settings(directory, model, expected, in_its_dtype=dtype == "auto")
     for (text, ids), theirs in zip(cut, stock_ids, strict=True):
         if list(ids) != theirs:
             raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of {text[:40]!r}..., "
@@ -105,7 +105,7 @@ def _stock_ids(model: Any, text: str, role: str | None) -> list[int]:
     return [int(token) for token in features["input_ids"][0]]
 
 
-def _require_settings(directory: Path, model: Any, expected: ExpectedSettings, *, in_its_dtype: bool) -> None:
+def require_settings(directory: Path, model: Any, expected: ExpectedSettings, *, in_its_dtype: bool) -> None:
     """Raises CheckpointError where a loaded model differs from `expected`."""
     wanted: dict[str, object] = {
         **{f"the prompt {role!r}": text for role, text in expected.prompts.items()},
@@ -148,8 +148,11 @@ def compare_with_transformers(directory: Path, rows: Sequence[Sequence[int]], te
 
 
 def compare_vectors(directory: str | Path, library: str, texts: Sequence[str], theirs: Tensor, ours: Tensor,
-             minimum_cosine: float) -> Report:
-    """The report on two [texts, dim] tensors, or a CheckpointError."""
+                    minimum_cosine: float, *, num_texts: int | None = None) -> Report:
+    """The report on two [texts, dim] tensors, or a CheckpointError.
+
+    `num_texts`: different texts, where some have several vectors; None: each has one.
+    """
     theirs, ours = theirs.double(), ours.detach().cpu().double()
     if theirs.shape != ours.shape:
         raise CheckpointError(f"{directory}: {library} gives vectors of shape {list(theirs.shape)}, "
@@ -166,7 +169,8 @@ def compare_vectors(directory: str | Path, library: str, texts: Sequence[str], t
     if not abs(lengths[odd] - 1) <= math.sqrt(2 - 2 * minimum_cosine):
         raise CheckpointError(f"{directory}: {library}' vector of text {odd} ({texts[odd][:40]!r}) is "
                               f"{lengths[odd]:.6f} times as long as the trained model's; the export must not be used")
-    return Report(library=library, results="vectors", count=len(texts), minimum_cosine=float(cosine.min()),
+    count = len(texts) if num_texts is None else num_texts
+    return Report(library=library, results="vectors", count=count, minimum_cosine=float(cosine.min()),
                   mean_cosine=float(cosine.mean()), max_difference=float((theirs - ours).abs().max()))
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -16,6 +17,7 @@ from megatron_embed.checkpoint.load import keys_of, load_model
 from megatron_embed.checkpoint.safe_unpickler import DENSE_KEYS
 from megatron_embed.config.load import config_of_overrides
 from megatron_embed.config.schema import EmbeddingConfig, LoraConfig, RunConfig
+from megatron_embed.config.vector_format import format_of_run, with_format
 from megatron_embed.convert.checkpoint_directory import is_checkpoint, open_checkpoint
 from megatron_embed.convert.dense_tensors import open_dense, read_dense
 from megatron_embed.convert.hf_directory import HFDirectory, hf_weight_shards
@@ -42,7 +44,7 @@ from megatron_embed.models.modules_json import supported_modules, transformer_fo
 from megatron_embed.models.quantization import QuantizedBase, StoredQuantization, stored_quantization
 from megatron_embed.models.reranker_settings import RerankerSettings, read_reranker_settings
 from megatron_embed.models.saved_settings import SavedSettings, default_pooling, read_saved_settings
-from megatron_embed.names import Pooling, Role
+from megatron_embed.names import ModelPooling, Pooling, Role
 from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology, check_world_size, initialize
 from megatron_embed.platform.compat import model_parallel_cuda_manual_seed
@@ -93,7 +95,7 @@ class ModelDirectory:
         saved, chat = self.saved, self.saved.chat
         return TextFormat(lower_case=saved.lower_case, truncation_side=saved.truncation_side,
                           chat_content=None if chat is None else chat.content,
-                          chat_variables={} if chat is None else chat.variables)
+                          chat_variables={} if chat is None else chat.variables, vectors=saved.vectors)
 
     @property
     def read_from(self) -> tuple[Path, ...]:
@@ -114,8 +116,23 @@ class ModelDirectory:
         """Numbers of a vector."""
         return embedding_width(self.dense(config), self.shape, self.pooling(config.pooling))
 
-    def pooling(self, wanted: Pooling | None) -> Pooling:
-        """`wanted`, else the model's own setting, else mean of an encoder and lasttoken of a decoder."""
+    def require_one_vector(self, key: str, what: str) -> None:
+        """Raises ConfigError, beginning with the option `key`, for a multi-vector model; `what` tells why."""
+        if self.saved.vectors is not None:
+            raise ConfigError(f"{key} {self.path}: a multi-vector model, with a vector for every token, and {what} one "
+                              "for each text; give a model with a pooling, or use encode, evaluate, mine or Sentence "
+                              "Transformers' MultiVectorEncoder", key=key)
+
+    def of_run(self, config: EmbeddingConfig) -> Self:
+        """The model with the head that a run gives it, whose settings are complete; see `with_format`."""
+        vectors = format_of_run(config, self.saved.vectors)
+        return dataclasses.replace(self, saved=dataclasses.replace(self.saved, vectors=vectors))
+
+    def pooling(self, wanted: Pooling | None) -> ModelPooling:
+        """`wanted`, else the model's own setting, else mean of an encoder and lasttoken of a decoder; `tokens` of a
+        multi-vector model."""
+        if self.saved.vectors is not None:
+            return "tokens"
         return wanted or self.saved.pooling or default_pooling(self.shape)
 
 
@@ -329,7 +346,7 @@ def _load_peft_weights(path: Path, model: ModelDirectory, chunks: Sequence[Embed
                 parameters[name].copy_(shard)
 
 
-def open_role_tokenizer(model: ModelDirectory, *, pooling: Pooling, max_length: int | None, prompts: bool,
+def open_role_tokenizer(model: ModelDirectory, *, pooling: ModelPooling, max_length: int | None, prompts: bool,
                         given_prompts: dict[Role, str] | None = None) -> RoleTokenizer:
     """The tokenizer of an embedding model with its prompts and lengths; arguments as those of `open_encoder`."""
     own = model.saved.prompts if prompts else {"document": model.saved.default_prompt}
@@ -345,7 +362,8 @@ def open_role_tokenizer(model: ModelDirectory, *, pooling: Pooling, max_length: 
 
 def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = True,
                  given_prompts: dict[Role, str] | None = None,
-                 start: Start = initialize, key: str = "--model") -> tuple[TextEncoder, ModelDirectory, Topology]:
+                 start: Start = initialize, key: str = "--model",
+                 multi_vector: bool = False) -> tuple[TextEncoder, ModelDirectory, Topology]:
     """The model that `encode`, `evaluate` and `mine` name, ready on all ranks.
 
     Args:
@@ -357,15 +375,21 @@ def open_encoder(args: argparse.Namespace, *, prompts: bool, with_dense: bool = 
         given_prompts: in place of the directory's.
         start: makes the process groups.
         key: the option that names the directory, for messages.
+        multi_vector: whether a model may give a vector for every token.
     """
     model = find_model(args.model, key)
     if not with_dense:
-        model = dataclasses.replace(model, saved=dataclasses.replace(model.saved, dense=()))
+        model = dataclasses.replace(model, saved=dataclasses.replace(model.saved, dense=(), vectors=None))
+    if not multi_vector:
+        model.require_one_vector(key, "here a model has")
+    if args.pooling is not None and model.saved.vectors is not None:
+        raise ConfigError(f"--pooling {args.pooling}: {args.model} gives a vector for every token, and pools nothing; "
+                          "leave it out", key="--pooling")
     known = model.saved.dtype if model.saved.dtype in DTYPES else "float32"
     config = config_of_overrides([f"model.path={json.dumps(args.model)}", f"model.dtype={args.dtype or known}",
                                   *args.overrides])
     normalize = not args.no_normalize and model.saved.normalize is not False
-    embedding = EmbeddingConfig(pooling=model.pooling(args.pooling), normalize=normalize)
+    embedding = with_format(EmbeddingConfig(pooling=args.pooling, normalize=normalize), model.saved.vectors)
     config = quantized_as(dataclasses.replace(config, embedding=embedding), model)
     _, world_size, _ = launched_rank()
     check_world_size(config.parallel, world_size)

@@ -114,7 +114,7 @@ def is_reranker(model: ModelDirectory) -> bool:
         return True
     head = head_of_architecture(model.hf)
     # Embedding models of decoder families are *ForCausalLM by name, too; they say how they pool.
-    return head == "score" or (head == "yes_no" and model.saved.pooling is None)
+    return head == "score" or (head == "yes_no" and model.saved.pooling is None and model.saved.vectors is None)
 
 
 def saved_settings(model: ModelDirectory, key: str = "--model") -> RerankerSettings:

@@ -170,6 +170,23 @@ def contrastive_gradients(query: Tensor, candidates: Candidates, settings: Contr
     return gradients.result(InfoNCESums(*sums))
 
 
+def similarity_gradients(similarity: Tensor, candidates: Candidates, settings: ContrastiveSettings, *, first: int,
+                         total: float, weights: Tensor | None = None) -> InfoNCESums:
+    """The loss of `contrastive_gradients`, of queries to documents, from similarities that are known.
+
+    Args:
+        similarity: [rows, candidates], of rows `first`, `first + 1`, ... of `candidates`; becomes the gradient of
+            sum(weight * loss of a row) / total with respect to it.
+        candidates: the columns; their vectors are not used.
+        total: rows of the whole batch, over which the loss is a mean.
+        weights: [rows], of each row's loss; None: 1.
+    """
+    tile = _Tile(candidates, settings, [similarity.shape[1]], first, first + len(similarity))
+    sums, gradient = tile.grad_logits(similarity, None if weights is None else weights[:, None])
+    gradient /= total * settings.temperature
+    return InfoNCESums(*sums)
+
+
 @dataclass(frozen=True)
 class _Tile:
     """Rows `first` to `last - 1` against all columns. Large intermediate results overwrite each other."""
@@ -268,7 +285,7 @@ class _Tile:
         settings = self.settings
         if settings.hardness is None:
             return None
-        bonus = settings.hardness_strength * similarity[:, : len(self.candidates.document)]
+        bonus = settings.hardness_strength * similarity[:, : self.widths[0]]
         if settings.hardness != "all_negatives":
             assert self.candidates.own is not None
             own = self.candidates.own(self.first, self.last)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from megatron_embed.config.schema import EmbeddingConfig
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.families import ModelShape
-from megatron_embed.names import DenseActivation, Pooling
+from megatron_embed.names import DenseActivation, ModelPooling
 
 WIDE = 1024
 """Outputs from which on a Dense module is divided over the tensor-parallel ranks."""
+TOKEN_VECTOR_DIM = 128
+"""Numbers of a token's vector in a new multi-vector model, as in ColBERT."""
 LARGEST_FEATURES = 2**20
 """Upper bound of a Dense module's inputs and outputs."""
 ACTIVATION_CLASSES: Mapping[str, DenseActivation] = {
@@ -47,14 +49,15 @@ class DenseSettings:
         return tp_size if self.out_features >= WIDE and self.out_features % tp_size == 0 else 1
 
 
-def pooled_width(shape: ModelShape, pooling: Pooling) -> int:
-    """Numbers of a pooled vector: one state of a token, or several in a row."""
+def pooled_width(shape: ModelShape, pooling: ModelPooling) -> int:
+    """Numbers of a pooled vector, or of a token's: one state of a token, or several in a row."""
     return shape.hidden_size * len(pooling.split("+"))
 
 
 def dense_of_run(config: EmbeddingConfig, own: Sequence[DenseSettings], shape: ModelShape,
-                 pooling: Pooling) -> tuple[DenseSettings, ...]:
-    """The Dense modules of a run: those of the model's directory, or a new one if `embedding.embedding_dim` is set.
+                 pooling: ModelPooling) -> tuple[DenseSettings, ...]:
+    """The Dense modules of a run: those of the model's directory, or a new one if `embedding.embedding_dim` is set or
+    the tokens' vectors are the model's.
 
     Args:
         own: those of the directory.
@@ -64,6 +67,8 @@ def dense_of_run(config: EmbeddingConfig, own: Sequence[DenseSettings], shape: M
     """
     width, wanted = pooled_width(shape, pooling), config.embedding_dim
     if not own:
+        if wanted is None and pooling == "tokens":
+            wanted = TOKEN_VECTOR_DIM
         if wanted is None:
             return ()
         return (DenseSettings(in_features=width, out_features=wanted, bias=False, activation="identity"),)
@@ -78,7 +83,7 @@ def dense_of_run(config: EmbeddingConfig, own: Sequence[DenseSettings], shape: M
     return tuple(own)
 
 
-def embedding_width(dense: Sequence[DenseSettings], shape: ModelShape, pooling: Pooling) -> int:
+def embedding_width(dense: Sequence[DenseSettings], shape: ModelShape, pooling: ModelPooling) -> int:
     """Numbers of a vector behind these Dense modules."""
     return dense[-1].out_features if dense else pooled_width(shape, pooling)
 

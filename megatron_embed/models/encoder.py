@@ -43,7 +43,7 @@ from megatron_embed.models.rope import rotary_cos_sin, rotary_factors, rotary_fr
 from megatron_embed.models.segments import context_chunks
 from megatron_embed.models.te_attention import TransformerEngineAttention
 from megatron_embed.models.te_layers import PassSettings, configure, start_overlap, te_layer_classes
-from megatron_embed.names import Pooling
+from megatron_embed.names import ModelPooling
 from megatron_embed.parallel.device_copy import copy_to_device
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import (
@@ -88,7 +88,8 @@ class DeviceMicroBatch:
     first_position: int
     """Position id of a text's first token."""
     valid_rows: Tensor
-    """[sequences] int64, local row ids; empty if the micro-batch repeats another one."""
+    """[outputs] int64, where the model's outputs belong: local row ids, or indices of the rows' vectors; empty if the
+    micro-batch repeats another one."""
     num_rows: int
     """One more than the largest of `valid_rows`; 0 if there are none."""
 
@@ -97,7 +98,7 @@ class EmbeddingModel(LanguageModule):
     """One pipeline stage (or chunk) of an embedding model, with the parameter names of Megatron's GPTModel and without
     an output layer."""
 
-    def __init__(self, config: TransformerConfig, shape: ModelShape, topology: Topology, *, pooling: Pooling,
+    def __init__(self, config: TransformerConfig, shape: ModelShape, topology: Topology, *, pooling: ModelPooling,
                  normalize: bool, bidirectional: bool, vp_stage: int | None = None,
                  head_spec: HeadSpec | None = None, kernel: AttentionKernel = "sdpa",
                  layers: LayerClasses | None = None, passes: PassSettings | None = None,
@@ -155,8 +156,8 @@ class EmbeddingModel(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, batch: DeviceMicroBatch) -> Tensor:
-        """On the last stage the bin's embeddings, [sequences, dim] float32, or with a head its scores, [sequences, 1];
-        on other stages the token states for the next one."""
+        """On the last stage the bin's embeddings, [sequences, dim] float32, [vectors, dim] of a multi-vector model, or
+        with a head its scores, [sequences, 1]; on other stages the token states for the next one."""
         hidden = self.token_states(batch)
         if not self.post_process:
             return hidden
@@ -296,7 +297,7 @@ def uses_fused_kernels(config: RunConfig) -> bool:
     return missing is None
 
 
-def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: Pooling,
+def build_model(config: RunConfig, shape: ModelShape, topology: Topology, pooling: ModelPooling,
                 head_spec: HeadSpec | None = None, adapters: Adapters | None = None,
                 dense: Sequence[DenseSettings] = ()) -> list[EmbeddingModel]:
     """This rank's model chunks (one without interleaving), uninitialized, in `model.dtype`, on the device; the last one
@@ -344,7 +345,7 @@ def build_model(config: RunConfig, shape: ModelShape, topology: Topology, poolin
     return chunks
 
 
-def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, kernel: AttentionKernel,
+def to_device(micro_batch: MicroBatch, topology: Topology, pooling: ModelPooling, *, kernel: AttentionKernel,
               causal: bool, shape: ModelShape | None = None, passes: PassSettings | None = None) -> DeviceMicroBatch:
     """This rank's part of a micro-batch, with its attention groups and pooling plan, by one asynchronous copy. No
     communication.
@@ -355,7 +356,7 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: Pooling, *, 
         passes: of a model in training, to which micro-batches are padded.
     """
     micro_batch = micro_batch if passes is None else passes.pad(micro_batch)
-    tokens, valid_rows = micro_batch.token_ids.numel(), micro_batch.valid_rows
+    tokens, valid_rows = micro_batch.token_ids.numel(), micro_batch.outputs
     chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)
     packed = packed_sequences(micro_batch, chunks, kernel, causal, shape)
     first_position = 0 if shape is None else shape.position_offset

@@ -69,7 +69,12 @@ SENTENCE_BERT_CONFIG = FileTable(
         "processing_kwargs": nested("arguments of the tokenizer's call, by kind of input", _PROCESSING),
         "query_length": honoured("longest query in tokens, in place of max_seq_length"),
         "document_length": honoured("longest document in tokens, in place of max_seq_length"),
-        "query_expansion": refused("ColBERT's padding of queries with mask tokens"),
+        "query_expansion": nested("of a multi-vector model: mask tokens that are appended to queries (ColBERT)", {
+            "strategy": honoured("fixed: every query has this length; min: at least", "fixed", "min"),
+            "length": honoured("tokens of a query"),
+            "attend": honoured("whether attention sees the appended tokens", True, False),
+            "token": honoured("the appended token; None: the tokenizer's mask, else its EOS"),
+        }),
         "unpad_inputs": harmless("how a batch is laid out in memory"),
         "model_args": nested("arguments of loading the model", _LOADING),
         "model_kwargs": nested("the newer name of model_args", _LOADING),
@@ -88,13 +93,13 @@ CONFIG_SENTENCE_TRANSFORMERS = FileTable(
     keys={
         "__version__": harmless("versions that wrote the directory"),
         "model_type": honoured("which class of Sentence Transformers the directory is for", "SentenceTransformer",
-                               "CrossEncoder", None),
+                               "CrossEncoder", "MultiVectorEncoder", None),
         "prompts": honoured("texts before a text: query for queries, document for documents"),
         "default_prompt_name": honoured("the prompt of texts without a role"),
-        "similarity_fn_name": honoured("what compares vectors; dot_product is an older name of dot", "cosine", "dot",
-                                       "dot_product", None,
-                                       remedy="vectors are ranked by cosine or dot product here: write one of these, "
-                                              "if the model may be used so"),
+        "similarity_fn_name": honoured("what compares vectors; dot_product is an older name of dot; maxsim, of "
+                                       "multi-vector models", "cosine", "dot", "dot_product", "maxsim", None,
+                                       remedy="vectors are ranked by cosine or dot product here, those of tokens by "
+                                              "maxsim: write one of these, if the model may be used so"),
         "truncate_dim": refused("drops the dimensions of every vector from this one on",
                                 remedy="remove the key: vectors then have all their dimensions, and evaluate "
                                        "--dims measures fewer"),
@@ -158,6 +163,25 @@ NORMALIZE = FileTable(
         "module_input_name": honoured("what is scaled", "sentence_embedding"),
         "module_output_name": honoured("where it goes", "sentence_embedding", None),
     })
+
+MULTI_VECTOR_MASK = FileTable(
+    file="2_MultiVectorMask/config.json", about="Which tokens of a multi-vector model give a vector that counts.",
+    keys={
+        "skiplist_words": honoured("tokens that give none, by their text in the vocabulary"),
+        "skiplist_tasks": honoured("roles in which they give none"),
+        "keep_only_token_ids": refused("the only tokens of documents that give one", []),
+    })
+
+_TOKEN_STATES = {
+    "module_input_name": honoured("what it is applied to", "token_embeddings"),
+    "module_output_name": honoured("where the result goes", "token_embeddings", None)}
+TOKEN_DENSE = FileTable(
+    file="1_Dense/config.json of a multi-vector model", about="A linear layer over the state of every token.",
+    keys={**DENSE.keys, **_TOKEN_STATES, "module_input_name": honoured(
+        "what it is applied to; without the key the states of the tokens", "token_embeddings", None)})
+TOKEN_NORMALIZE = FileTable(
+    file="3_Normalize/config.json of a multi-vector model", about="The module that scales every token's vector to unit "
+                                                                 "length.", keys=_TOKEN_STATES)
 
 TOKENIZER_CONFIG = FileTable(
     file="tokenizer_config.json", closed=False,
@@ -269,9 +293,9 @@ ADAPTER_CONFIG = FileTable(
         "kasa_config": refused("KaSA, which cuts the base's weights down"),
     })
 
-TABLES: tuple[FileTable, ...] = (SENTENCE_BERT_CONFIG, CONFIG_SENTENCE_TRANSFORMERS, MODULES, POOLING, DENSE,
-                                 NORMALIZE, TOKENIZER_CONFIG, RERANKER_CONFIG, CONFIG_BLOCK, LOGIT_SCORE,
-                                 ADAPTER_CONFIG)
+TABLES: tuple[FileTable, ...] = (
+    SENTENCE_BERT_CONFIG, CONFIG_SENTENCE_TRANSFORMERS, MODULES, POOLING, DENSE, NORMALIZE, MULTI_VECTOR_MASK,
+    TOKEN_DENSE, TOKEN_NORMALIZE, TOKENIZER_CONFIG, RERANKER_CONFIG, CONFIG_BLOCK, LOGIT_SCORE, ADAPTER_CONFIG)
 """All tables, in the order of the page."""
 
 

@@ -14,7 +14,7 @@ from megatron_embed.errors import CheckpointError
 from megatron_embed.models.file_checks import plain_name
 from megatron_embed.models.known_keys import MODULES
 
-Kind = Literal["Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LogitScore"]
+Kind = Literal["Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LogitScore", "MultiVectorMask"]
 
 STOCK_TYPES: dict[str, Kind] = {
     **{f"sentence_transformers.{name}": "Transformer" for name in (
@@ -38,15 +38,21 @@ STOCK_TYPES: dict[str, Kind] = {
         "sentence_transformer.modules.dropout.Dropout")},
     **{f"sentence_transformers.{name}": "LogitScore" for name in (
         "cross_encoder.modules.LogitScore", "cross_encoder.modules.logit_score.LogitScore")},
+    **{f"sentence_transformers.{name}": "MultiVectorMask" for name in (
+        "multi_vector_encoder.modules.MultiVectorMask",
+        "multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask")},
 }
 """Full names under which Sentence Transformers, from 2 to 6, writes the modules that we compute. A class of the same
 last name from another package is another class."""
 
 
 def _is_supported_order(kinds: list[Kind | None]) -> bool:
-    """Transformer alone, or with LogitScore, or with Pooling and then any number of Dense and Normalize."""
+    """Transformer alone, or with LogitScore, or with Pooling and then any number of Dense and Normalize, or without
+    Pooling, these and one MultiVectorMask."""
     if kinds[:2] == ["Transformer", "Pooling"]:
         return set(kinds[2:]) <= {"Dense", "Normalize"}
+    if kinds[:1] == ["Transformer"] and kinds.count("MultiVectorMask") == 1:
+        return set(kinds[1:]) <= {"Dense", "Normalize", "MultiVectorMask"}
     return kinds in (["Transformer"], ["Transformer", "LogitScore"])
 
 
@@ -101,12 +107,13 @@ def supported_modules(directory: Path) -> list[Module]:
     modules = [module for module in read_modules(file) if module.kind != "Dropout"]
     for module in modules:
         if module.kind is None:
-            raise CheckpointError(f"{file}: module {module.type!r} is not supported; Transformer, Pooling, Dense and "
-                                  "Normalize of Sentence Transformers are, under its own full names")
+            raise CheckpointError(f"{file}: module {module.type!r} is not supported; Transformer, Pooling, Dense, "
+                                  "Normalize and MultiVectorMask of Sentence Transformers are, under its own full "
+                                  "names")
     if not _is_supported_order([module.kind for module in modules]):
         raise CheckpointError(f"{file}: the modules {', '.join(str(module.kind) for module in modules) or '(none)'} "
                               "are not supported in this order; Transformer, Pooling and then perhaps Dense and "
-                              "Normalize are")
+                              "Normalize are, or MultiVectorMask in place of Pooling")
     return modules
 
 

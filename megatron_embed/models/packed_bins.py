@@ -29,8 +29,12 @@ def _packed_for(micro_batch: MicroBatch, chunks: tuple[tuple[int, int], ...], ke
     packed = PackedSequences(cu_seqlens=micro_batch.cu_seqlens, num_tokens=micro_batch.num_tokens,
                              max_seqlen=int(micro_batch.cu_seqlens.diff().max()), window=window)
     if kernel == "sdpa":
-        packed.index_groups(group_segments(micro_batch.cu_seqlens, chunks, causal, torch.device("cpu"), window),
-                            sum(stop - start for start, stop in chunks), keys_are_local=len(chunks) == 1)
-    elif kernel == "flash":
+        groups = group_segments(micro_batch.cu_seqlens, chunks, causal, torch.device("cpu"), window,
+                                key_lengths=micro_batch.key_lengths)
+        packed.index_groups(groups, sum(stop - start for start, stop in chunks),
+                            keys_are_local=len(chunks) == 1 and micro_batch.key_lengths is None)
+        return packed
+    assert micro_batch.key_lengths is None, "only sdpa attends to a part of a text"
+    if kernel == "flash":
         packed.calls = flash_calls(micro_batch.cu_seqlens, chunks, causal, window)
     return packed

@@ -8,7 +8,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_embed.batch import MicroBatch
-from megatron_embed.names import Pooling
+from megatron_embed.names import ModelPooling
 from megatron_embed.platform.compat import tensor_parallel
 
 
@@ -29,9 +29,15 @@ class PoolingPlan:
     """Sequences in a row that make up one text's vector, one behind the other."""
 
 
-def pooling_plan(micro_batch: MicroBatch, pooling: Pooling) -> PoolingPlan:
+def pooling_plan(micro_batch: MicroBatch, pooling: ModelPooling) -> PoolingPlan:
     """Weights of `pooling` for one bin, on the CPU. Sentence Transformers' definitions; `weightedmean` is Muennighoff
-    2022 (SGPT, arXiv:2202.08904): weight position + 1."""
+    2022 (SGPT, arXiv:2202.08904): weight position + 1; `tokens`: a row for every token that gives a vector."""
+    if pooling == "tokens":
+        assert micro_batch.vectors is not None, "a multi-vector model needs a tokenizer that says which tokens count"
+        tokens = (micro_batch.vectors >= 0).nonzero()[:, 0]
+        return PoolingPlan(tokens=tokens, sequences=torch.arange(len(tokens)), weights=torch.ones(len(tokens)),
+                           num_sequences=len(tokens), one_token=True)
+    assert micro_batch.vectors is None, "a model of one vector per text takes texts without vectors of tokens"
     bounds = micro_batch.cu_seqlens.to(torch.int64)
     starts, lengths = bounds[:-1], bounds.diff()
     count = lengths.numel()

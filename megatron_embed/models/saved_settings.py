@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_embed.config.data import DEFAULT_LENGTH
 from megatron_embed.config.json_file import read_json_object, read_optional_json_object
+from megatron_embed.config.vector_format import VectorFormat
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.dense_settings import ACTIVATION_CLASSES, LARGEST_FEATURES, DenseSettings, check_chain
 from megatron_embed.models.families import ModelShape, read_hf_config
@@ -23,6 +24,8 @@ from megatron_embed.models.known_keys import (
     POOLING,
     POOLING_FLAGS,
     SENTENCE_BERT_CONFIG,
+    TOKEN_DENSE,
+    TOKEN_NORMALIZE,
     TOKENIZER_CONFIG,
 )
 from megatron_embed.models.modules_json import (
@@ -31,6 +34,7 @@ from megatron_embed.models.modules_json import (
     transformer_folder,
     transformer_settings_files,
 )
+from megatron_embed.models.multi_vector_settings import is_multi_vector, query_expansion, vector_format
 from megatron_embed.names import POOLINGS, ROLES, MessageFormat, Pooling, Similarity, TruncationSide
 
 logger = logging.getLogger(__name__)
@@ -85,6 +89,8 @@ class SavedSettings:
     """tokenizer_config.json asks for an EOS token after every text."""
     dtype: str | None = None
     """The dtype in config.json."""
+    vectors: VectorFormat | None = None
+    """Of a multi-vector model, which tokens give vectors; None: a text gives one vector."""
 
     @property
     def default_prompt(self) -> str:
@@ -139,12 +145,12 @@ def _pooling(path: Path) -> tuple[Pooling, bool]:
     return pooling, config.get("include_prompt") is not False
 
 
-def _dense(file: Path, path: str, *, normalize_input: bool) -> DenseSettings:
+def _dense(file: Path, path: str, *, normalize_input: bool, of_tokens: bool) -> DenseSettings:
     """Settings of a Dense module; `file`: its config.json, `path`: the name of its folder."""
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file, and modules.json names it; fetch it into its folder")
     values = read_json_object(file)
-    DENSE.check(file, values)
+    (TOKEN_DENSE if of_tokens else DENSE).check(file, values)
     sizes = []
     for key in ("in_features", "out_features"):
         size = values.get(key)
@@ -160,14 +166,14 @@ def _dense(file: Path, path: str, *, normalize_input: bool) -> DenseSettings:
 def _after_pooling(folder: Path, modules: Sequence[Module]) -> tuple[tuple[DenseSettings, ...], bool]:
     """The Dense modules, and whether a Normalize module stands behind the last of them."""
     dense: list[DenseSettings] = []
-    normalize = False
+    normalize, of_tokens = False, is_multi_vector(modules)
     for module in modules:
         file = folder / module.path / "config.json"
         if module.kind == "Normalize":
-            NORMALIZE.check(file, read_optional_json_object(file))
+            (TOKEN_NORMALIZE if of_tokens else NORMALIZE).check(file, read_optional_json_object(file))
             normalize = True
         elif module.kind == "Dense":
-            dense.append(_dense(file, module.path, normalize_input=normalize))
+            dense.append(_dense(file, module.path, normalize_input=normalize, of_tokens=of_tokens))
             normalize = False
     check_chain(folder, dense)
     return tuple(dense), normalize
@@ -197,6 +203,7 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     for module in modules:
         if module.kind == "Pooling":
             pooling, include_prompt = _pooling(folder / module.path / "config.json")
+        if module.kind in ("Pooling", "MultiVectorMask"):
             transformer.check_embeds()
     dense, normalize = _after_pooling(folder, modules)
     file = folder / "config_sentence_transformers.json"
@@ -212,7 +219,9 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     return SavedSettings(
         pooling=pooling, dense=dense, normalize=normalize, prompts=prompts, named_prompts=named,
         default_prompt_name=default, similarity=similarity, role_lengths=transformer.role_lengths,
-        lower_case=transformer.lower_case, chat=transformer.chat, **common)
+        lower_case=transformer.lower_case, chat=transformer.chat,
+        vectors=vector_format(folder, modules, settings, query_expansion(transformer.file, transformer.values)),
+        **common)
 
 
 def named_prompts(file: Path, settings: Mapping[str, Any], *,

@@ -70,7 +70,8 @@ def attention_window(sliding_window: int | None, causal: bool) -> tuple[int, int
 
 
 def group_segments(cu_seqlens: Tensor, chunks: tuple[tuple[int, int], ...], causal: bool, device: torch.device,
-                   window: tuple[int, int] | None = None) -> tuple[SegmentGroup, ...]:
+                   window: tuple[int, int] | None = None, *,
+                   key_lengths: Tensor | None = None) -> tuple[SegmentGroup, ...]:
     """Sort the segments of this rank's chunks by length and split them into groups with little padding.
 
     Args:
@@ -78,14 +79,16 @@ def group_segments(cu_seqlens: Tensor, chunks: tuple[tuple[int, int], ...], caus
         chunks: bin tokens held by this rank, in local order.
         causal: keys after a segment's last query are left out.
         window: see `attention_window`.
+        key_lengths: [sequences] int32, see MicroBatch.
     """
     bounds = cu_seqlens.to(torch.int64)
     starts, ends = bounds[:-1], bounds[1:]
+    seen = ends if key_lengths is None else starts + key_lengths
     parts = []
     for local, (first, last) in zip(_local_starts(chunks), chunks, strict=True):
         query_start, query_end = starts.clamp(min=first), ends.clamp(max=last)
         held = query_end > query_start
-        key_end = query_end if causal else ends
+        key_end = torch.minimum(query_end, seen) if causal else seen
         # Columns: first local query, first query in its sequence, queries, first key, keys.
         parts.append(torch.stack([query_start - first + local, query_start - starts, query_end - query_start, starts,
                                   key_end - starts], dim=1)[held])
@@ -133,7 +136,8 @@ def _segment_group(segments: Tensor, causal: bool, window: tuple[int, int] | Non
     queries = torch.where(real_queries, local + query_steps, zero).flatten()
     keys = torch.where(real_keys, key_start + key_steps, zero).flatten()
     windowed = window is not None and key_length > window[0] + 1  # otherwise all tokens are within the window
-    kernel_mask = causal and not windowed and not bool(offset.any())
+    hidden = bool((num_keys < offset + num_queries).any()) if causal else False  # keys that no query sees
+    kernel_mask = causal and not windowed and not hidden and not bool(offset.any())
     mask = None
     if windowed or (causal and not kernel_mask):
         ahead = (key_steps - (offset + query_steps)[:, :, None])[:, None]  # key position minus query position

@@ -128,13 +128,14 @@ class PassSettings:
         if not missing:
             return micro_batch
 
-        def padded(values: Tensor) -> Tensor:
-            return functional.pad(values, (0, missing))
+        def padded(values: Tensor, filler: int = 0) -> Tensor:
+            return functional.pad(values, (0, missing), value=filler)
 
-        types = micro_batch.token_types
+        types, vectors = micro_batch.token_types, micro_batch.vectors
         return dataclasses.replace(
             micro_batch, token_ids=padded(micro_batch.token_ids), position_ids=padded(micro_batch.position_ids),
-            token_types=None if types is None else padded(types))
+            token_types=None if types is None else padded(types),
+            vectors=None if vectors is None else padded(vectors, -1))
 
 
 def overlap_tokens(config: RunConfig) -> int:

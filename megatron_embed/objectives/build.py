@@ -12,6 +12,7 @@ from megatron_embed.objectives.contrastive import Contrastive
 from megatron_embed.objectives.hard_negatives import HardNegatives
 from megatron_embed.objectives.labelled_pairs import LabelledPairs
 from megatron_embed.objectives.learned_scale import LearnedScale
+from megatron_embed.objectives.multi_vector import MultiVectorContrastive, MultiVectorDistillation
 from megatron_embed.objectives.replica_split import ReplicaSplit
 from megatron_embed.parallel.topology import ModelParallelGroups
 
@@ -38,8 +39,10 @@ def build_objective(config: RunConfig, dp_group: dist.ProcessGroup,
     """
     if config.objective.loss in LABELLED_PAIRS:
         return LabelledPairs(config, dp_group)
+    multi_vector = config.embedding.head == "multi_vector"
     if config.objective.loss not in CONTRASTIVE:
-        return HardNegatives(config, dp_group)
+        return MultiVectorDistillation(config, dp_group) if multi_vector else HardNegatives(config, dp_group)
+    contrastive_class = MultiVectorContrastive if multi_vector else Contrastive
     if groups is None or groups.tp_cp.size() == 1:
-        return Contrastive(config, dp_group)
-    return ReplicaSplit(Contrastive(config, groups.tp_dp_cp), groups.tp_cp, dp_group.size())
+        return contrastive_class(config, dp_group)
+    return ReplicaSplit(contrastive_class(config, groups.tp_dp_cp), groups.tp_cp, dp_group.size())

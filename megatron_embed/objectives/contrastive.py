@@ -1,6 +1,7 @@
 """InfoNCE and SigLIP's sigmoid loss over the global batch, with the embeddings of all data-parallel ranks."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -92,27 +93,33 @@ class Contrastive(Objective[EmbedBatch]):
         columns = copy_to_device(self._columns(batch, ids), embeddings.device)
         gathered = gather_embeddings(document, query if self.needs_queries else None, columns.padded, group)
         losses = _LossOverDims(query=query, gathered=gathered, terms=columns.terms,
-                               columns=columns.candidates(self.settings.directions), settings=self._settings(),
+                               columns=columns.candidates(self.settings.directions), settings=self.step_settings(),
                                total=total, normalize=self.normalize)
         for matryoshka in self.dims:
             losses.add(matryoshka)
         gradient = losses.gradient()
-        return LossGradient(sums=self._sums(losses, batch, total), embeddings=gradient)
+        sums = self._sums(losses.sums, losses.grad_scale, len(columns.terms.query), batch, total)
+        return LossGradient(sums=sums, embeddings=gradient)
 
-    def _settings(self) -> ContrastiveSettings:
+    def step_settings(self) -> ContrastiveSettings:
         """The settings, with the temperature and bias of this step."""
         if self.learned is None:
             return self.settings
         return dataclasses.replace(self.settings, temperature=self.learned.temperature, bias=self.learned.bias)
 
-    def _sums(self, losses: "_LossOverDims", batch: EmbedBatch, total: float) -> Sums:
-        """The metrics over all ranks: one all-reduce."""
-        values = [_ratios(sums, batch.num_queries, len(losses.terms.query)) for sums in losses.sums]
-        parts = [combine_dims(values, self.dims)]
+    def _sums(self, sums: Sequence[InfoNCESums], grad_scale: Sequence[Tensor], num_terms: int, batch: EmbedBatch,
+              total: float) -> Sums:
+        """The metrics over all ranks: one all-reduce.
+
+        Args:
+            sums: per dimension.
+            grad_scale: per dimension [2] float64, weighted gradient with respect to log scale and bias.
+        """
+        parts = [combine_dims([_ratios(own, batch.num_queries, num_terms) for own in sums], self.dims)]
         if self.learned is not None:
             # The gradient was divided by the terms of the whole batch, and metrics are means over queries.
-            grad_scale = torch.stack(losses.grad_scale).sum(dim=0) * total
-            parts.append(_scale_ratios(self.learned, grad_scale, batch.num_queries))
+            gradient = torch.stack(list(grad_scale)).sum(dim=0) * total
+            parts.append(_scale_ratios(self.learned, gradient, batch.num_queries))
         return Sums(names=self.names, values=sum_over(torch.cat(parts), self.dp_group))
 
     def _columns(self, batch: EmbedBatch, ids: GlobalBatchIds) -> "_Columns":

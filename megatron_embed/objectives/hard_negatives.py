@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.schema import RunConfig
-from megatron_embed.losses.matryoshka import truncate_with_graph
+from megatron_embed.losses.matryoshka import MatryoshkaDim, truncate_with_graph
 from megatron_embed.losses.triplet_and_distillation import kl_distillation, margin_mse, triplet
 from megatron_embed.objectives.base import (
     LossGradient,
@@ -60,12 +60,12 @@ class HardNegatives(Objective[EmbedBatch]):
     def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
         """See Objective; `embeddings` are those of the queries, then of the documents. One all-reduce of the sums."""
         values, leaf = [], embeddings.detach().requires_grad_()
-        groups = copy_to_device(_Groups.of(batch, one_term_per_query=self.loss == "kl_distillation"), embeddings.device)
+        groups = copy_to_device(Groups.of(batch, one_term_per_query=self.loss == "kl_distillation"), embeddings.device)
         with torch.enable_grad():
             weighted = leaf.new_zeros(())
             for matryoshka in self.dims:
-                truncated = truncate_with_graph(leaf, matryoshka, normalize=self.normalize)
-                terms, similarity = self._terms(truncated[: batch.num_queries], truncated[batch.num_queries :], groups)
+                similarity = self._similarity(leaf, batch, groups, matryoshka)
+                terms = self._terms(similarity, leaf, batch, groups, matryoshka)
                 weighted = weighted + terms.sum() * matryoshka.weight
                 values.append(_values(terms.detach(), similarity.detach(), groups))
             (gradient,) = torch.autograd.grad(weighted / total, leaf)
@@ -73,24 +73,34 @@ class HardNegatives(Objective[EmbedBatch]):
             sums=Sums(names=self.names, values=sum_over(combine_dims(values, self.dims), self.dp_group)),
             embeddings=gradient)
 
-    def _terms(self, query: Tensor, document: Tensor, groups: "_Groups") -> tuple[Tensor, Tensor]:
-        """([terms] losses, [documents] similarity of each to its query)."""
-        similarity = (query[groups.document_query] * document).sum(dim=1)
+    def _similarity(self, leaf: Tensor, batch: EmbedBatch, groups: "Groups",
+                    matryoshka: MatryoshkaDim) -> Tensor:
+        """[documents] similarity of each to its query, differentiable."""
+        query, document = self._vectors(leaf, batch, matryoshka)
+        return (query[groups.document_query] * document).sum(dim=1)
+
+    def _vectors(self, leaf: Tensor, batch: EmbedBatch, matryoshka: MatryoshkaDim) -> tuple[Tensor, Tensor]:
+        """([queries, dim], [documents, dim]) at a dimension."""
+        truncated = truncate_with_graph(leaf, matryoshka, normalize=self.normalize)
+        return truncated[: batch.num_queries], truncated[batch.num_queries :]
+
+    def _terms(self, similarity: Tensor, leaf: Tensor, batch: EmbedBatch, groups: "Groups",
+               matryoshka: MatryoshkaDim) -> Tensor:
+        """[terms] losses."""
         negative, positive = groups.negative, groups.positive[groups.negative_query]
         if self.loss == "triplet":
-            return triplet(query[groups.negative_query], document[positive], document[negative],
-                           self.margin), similarity
+            query, document = self._vectors(leaf, batch, matryoshka)
+            return triplet(query[groups.negative_query], document[positive], document[negative], self.margin)
         assert groups.teacher is not None, "rows without teacher scores are refused before training"
-        teacher = groups.teacher.to(query.dtype)
+        teacher = groups.teacher.to(similarity.dtype)
         if self.loss == "margin_mse":
-            return margin_mse(similarity[positive], similarity[negative], teacher[positive],
-                              teacher[negative]), similarity
+            return margin_mse(similarity[positive], similarity[negative], teacher[positive], teacher[negative])
         student, target = (torch.where(groups.valid, scores[groups.by_query], 0.0) for scores in (similarity, teacher))
-        return kl_distillation(student, target, groups.valid, self.temperature, self.teacher_temperature), similarity
+        return kl_distillation(student, target, groups.valid, self.temperature, self.teacher_temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Groups:
+class Groups:
     """Indices of the queries' positives and hard negatives."""
 
     document_query: Tensor
@@ -113,14 +123,14 @@ class _Groups:
     """[documents] float64, a teacher's scores."""
 
     @staticmethod
-    def of(batch: EmbedBatch, *, one_term_per_query: bool) -> "_Groups":
+    def of(batch: EmbedBatch, *, one_term_per_query: bool) -> "Groups":
         """Those of a batch, on the CPU. `one_term_per_query`: the loss has one; else one per hard negative."""
         negative = (~batch.is_positive).nonzero()[:, 0]
         sizes = torch.bincount(batch.document_query, minlength=batch.num_queries)
         column = torch.arange(int(sizes.max()) if len(sizes) else 1)
         valid, with_negatives = column < sizes[:, None], (sizes > 1).nonzero()[:, 0]
         queries, count, some = batch.num_queries, len(negative), len(with_negatives)
-        return _Groups(
+        return Groups(
             document_query=batch.document_query, positive=batch.positive_index, negative=negative,
             negative_query=batch.document_query[negative],
             by_query=torch.where(valid, batch.positive_index[:, None] + column, 0), valid=valid,
@@ -128,7 +138,7 @@ class _Groups:
                 [queries if one_term_per_query else count, some, queries, count, some, queries], dtype=torch.float64))
 
 
-def _values(terms: Tensor, similarity: Tensor, groups: _Groups) -> Tensor:
+def _values(terms: Tensor, similarity: Tensor, groups: Groups) -> Tensor:
     """[6, 2] float64: sums and divisors in the order of NAMES."""
     scores = torch.where(groups.valid, similarity[groups.by_query], float("-inf"))
     positive = scores[:, 0]

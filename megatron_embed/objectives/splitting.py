@@ -35,7 +35,9 @@ def part_of(batch: EmbedBatch, queries: Tensor, documents: Tensor, *, micro_batc
         positive_query=torch.searchsorted(queries, batch.positive_query[given]),
         positive_ids=batch.positive_ids[given], document_ids=batch.document_ids[documents], num_truncated=0,
         in_batch=_select(batch.in_batch, queries), scores=_select(batch.scores, queries),
-        teacher_scores=_select(batch.teacher_scores, documents), capacity=capacity, micro_capacity=batch.micro_capacity)
+        teacher_scores=_select(batch.teacher_scores, documents),
+        vector_counts=_select(batch.vector_counts, torch.cat([queries, documents + batch.num_queries])),
+        capacity=capacity, micro_capacity=batch.micro_capacity)
 
 
 def _select(values: Tensor | None, rows: Tensor) -> Tensor | None:

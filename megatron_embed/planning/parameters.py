@@ -8,7 +8,7 @@ from megatron_embed.config.schema import ParallelConfig, RunConfig
 from megatron_embed.models.dense_settings import DenseSettings, dense_of_run, embedding_width
 from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.models.saved_settings import default_pooling
-from megatron_embed.names import HeadKind, Pooling
+from megatron_embed.names import HeadKind, ModelPooling
 from megatron_embed.planning.shapes import modules_at_hand
 
 AdaptedLinears = Mapping[str, tuple[str | None, ...]]
@@ -166,10 +166,12 @@ def vector_width(config: RunConfig, shape: ModelShape) -> int:
     return 1 if config.workload.has_head else embedding_width(*_dense(config, shape))
 
 
-def _dense(config: RunConfig, shape: ModelShape) -> tuple[tuple[DenseSettings, ...], ModelShape, Pooling]:
+def _dense(config: RunConfig, shape: ModelShape) -> tuple[tuple[DenseSettings, ...], ModelShape, ModelPooling]:
     """(Dense modules of an embedding run: a new one, or those of a model that is here; the shape; the pooling)."""
     own, own_pooling = modules_at_hand(config.model.path)
     pooling = config.embedding.pooling or own_pooling or default_pooling(shape)
+    if config.embedding.head is not None:
+        pooling = "tokens" if config.embedding.head == "multi_vector" else pooling
     return dense_of_run(config.embedding, own, shape, pooling), shape, pooling
 
 

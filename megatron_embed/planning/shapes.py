@@ -11,7 +11,7 @@ from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.modules_json import transformer_folder
 from megatron_embed.models.saved_settings import read_saved_settings
-from megatron_embed.names import Pooling
+from megatron_embed.names import ModelPooling
 
 FOLDER = Path(__file__).with_name("shapes")
 """One config.json per model of configs/, as released, with only the keys of the shape."""
@@ -101,7 +101,7 @@ def _cached(name: str) -> Path | None:
 
 
 @functools.cache
-def modules_at_hand(path: str) -> tuple[tuple[DenseSettings, ...], Pooling | None]:
+def modules_at_hand(path: str) -> tuple[tuple[DenseSettings, ...], ModelPooling | None]:
     """The Dense modules and the pooling that the directory of the model says; neither if it is not here.
 
     Raises:
@@ -111,7 +111,7 @@ def modules_at_hand(path: str) -> tuple[tuple[DenseSettings, ...], Pooling | Non
     if files is None:
         return (), None
     saved = read_saved_settings(folder if (folder / "modules.json").is_file() else files, files)
-    return saved.dense, saved.pooling
+    return saved.dense, "tokens" if saved.vectors is not None else saved.pooling
 
 
 def find_shape(path: str) -> ModelShape | None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.config.evaluation import EvaluationSet
+from megatron_embed.config.run_checks import check_maxsim_temperature
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.dataset import RecordSet, open_records
 from megatron_embed.data.empty_texts import refuse_empty_rows
@@ -53,6 +54,7 @@ class EmbeddingTask(Task):
     """The token ids of the rows, if they were written before the run."""
 
     def check_sizes(self) -> None:
+        check_maxsim_temperature(self.config)
         check_lengths(self.config, self.model)
         check_dims(self.config, self.model)
 
@@ -161,7 +163,7 @@ class EmbeddingTask(Task):
     def _show_vectors(self, encoder: TextEncoder, inputs: Inputs) -> None:
         """Vectors of evaluated texts for TensorBoard's projector, where there is TensorBoard."""
         directory, samples = self.config.log_directory, inputs.suite.samples(NUM_PROJECTOR_TEXTS)
-        if directory is None or not self.config.logging.tensorboard or not samples:
+        if directory is None or not self.config.logging.tensorboard or not samples or encoder.pooling == "tokens":
             return
         vectors = [encoder.encode(texts, role, instruction=data.instruction) for data, role, texts in samples]
         labels = [(data.name, role, text) for data, role, texts in samples for text in texts]
@@ -239,7 +241,8 @@ def expected_settings(config: RunConfig, tokenizer: RoleTokenizer) -> ExpectedSe
     return ExpectedSettings(
         prompts={role: tokenizer.fill_prompt(role) for role in ROLES},
         max_seq_length=max(tokenizer.max_length(role) for role in ROLES),
-        similarity="cosine" if config.embedding.normalize else "dot", dtype=config.model.dtype,
+        similarity="maxsim" if config.embedding.head == "multi_vector" else
+        "cosine" if config.embedding.normalize else "dot", dtype=config.model.dtype,
         matryoshka_dims=config.embedding.matryoshka_dims or None)
 
 

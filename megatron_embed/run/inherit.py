@@ -8,6 +8,7 @@ from typing import Any
 from megatron_embed.config.data import DEFAULT_LENGTH
 from megatron_embed.config.load import read_resolved
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.config.vector_format import with_format
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.models.saved_settings import trained_lengths
 
@@ -30,12 +31,16 @@ def inherited(config: RunConfig, model: ModelDirectory, checkpoint: Path | None 
     normalize = config.embedding.normalize
     if normalize is None:
         normalize = bool(known["normalize"])
+    embedding = dataclasses.replace(config.embedding, normalize=normalize)
+    if config.workload.inherits_text_settings:
+        embedding = with_format(embedding, model.saved.vectors)
     if checkpoint is None and config.workload.inherits_text_settings:
         _log(config, model, {**{f"data.{key}": value for key, value in data.items()}, **(
             {} if config.embedding.normalize is not None else {"embedding.normalize": normalize}), **(
-            {} if config.embedding.pooling is not None else {"embedding.pooling": model.pooling(None)})})
+            {} if config.embedding.pooling is not None or embedding.head == "multi_vector"
+            else {"embedding.pooling": model.pooling(None)})})
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **data),
-                               embedding=dataclasses.replace(config.embedding, normalize=normalize))
+                               embedding=embedding)
 
 
 def _is_unset(config: RunConfig, key: str) -> bool:

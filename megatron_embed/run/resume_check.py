@@ -141,6 +141,9 @@ def _check_model(config: RunConfig, checkpoint: Path, model: ModelDirectory) -> 
         raise _refusal(checkpoint, "lora.rank", config.lora.rank, f"this run began with {_describe_adapters(had)}")
     _check_base(config, checkpoint, model)
     saved = read_saved_settings(checkpoint / "hf")
+    if model.saved.vectors != saved.vectors:
+        raise _refusal(checkpoint, "embedding.head", config.embedding.head,
+                       f"this run began with {saved.vectors or 'a dense model'}")
     pooling, was = model.pooling(config.embedding.pooling), saved.pooling
     if was is not None and pooling != was:
         raise _refusal(checkpoint, "embedding.pooling", pooling, f"this run began with {was!r}")

@@ -56,7 +56,8 @@ class Task(ABC):
     head: HeadSpec | None = None
 
     def __init__(self, config: RunConfig, model: ModelDirectory, checkpoint: Path | None) -> None:
-        self.config, self.model, self.checkpoint = inherited(config, model, checkpoint), model, checkpoint
+        self.config, self.checkpoint = inherited(config, model, checkpoint), checkpoint
+        self.model = model if self.config.workload.has_head else model.of_run(self.config.embedding)
 
     # Before the first collective, on every rank alike.
 

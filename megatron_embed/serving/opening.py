@@ -85,6 +85,7 @@ def _open_embedder(directory: str, model: ModelDirectory, name: str, opening: Op
         encoder, model, _ = open_encoder(args, prompts=True, key=KEY)
         engine, tokenizer = TorchEngine(encoder), encoder.tokenizer
     else:
+        model.require_one_vector(KEY, "requests are for")
         with error_context(KEY, directory):
             tokenizer = open_role_tokenizer(model, pooling=model.pooling(None), max_length=opening.max_length,
                                             prompts=True)

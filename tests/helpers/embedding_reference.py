@@ -25,9 +25,20 @@ from megatron_embed.names import Pooling
 from tests.helpers.adapter_reference import save_adapter_gradients, with_adapter, write_adapter
 from tests.helpers.dense_directories import SHAPES, add_modules, load_steps, save_gradients_of, through
 from tests.helpers.embedding_reference_ranks import RankResult, run_cases, tokenizer_of
-from tests.helpers.exactness_cases import BOUND, LOSS_BOUND, NUM_NEGATIVES, POOLINGS, ROWS, Case, Kind, Rows
+from tests.helpers.exactness_cases import (
+    BOUND,
+    LOSS_BOUND,
+    MULTI_VECTOR_TEMPERATURE,
+    NUM_NEGATIVES,
+    POOLINGS,
+    ROWS,
+    Case,
+    Kind,
+    Rows,
+)
 from tests.helpers.families import SMALL_IDS
 from tests.helpers.gradient_errors import largest_error, save_gradients
+from tests.helpers.multi_vector_reference import TokenReference, add_token_modules, load_projection
 from tests.helpers.pretend_ranks import run_on_pretend_ranks
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.toys import MINI_EN, copy_tokenizer
@@ -130,6 +141,9 @@ class EmbeddingReference:
         if case.dense and not (self.folder / case.model).exists():
             shutil.copytree(self.folder / case.kind, self.folder / case.model)
             add_modules(self.folder / case.model, SHAPES[case.dense], POOLINGS[case.kind])
+        if case.multi and not (self.folder / case.model).exists():
+            shutil.copytree(self.folder / case.kind, self.folder / case.model)
+            add_token_modules(self.folder / case.model, case.multi)
         if case.adapters and not (self.folder / f"{case.model}-lora").exists():
             write_adapter(self.folder / f"{case.model}-lora", self.folder / case.model)
         if case.reference not in self._references:
@@ -269,10 +283,15 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
         model = with_adapter(model, folder / f"{case.model}-lora")
     routers = _RouterLogits()
     routers.watch(model)
-    steps = load_steps(folder / case.model) if case.dense else []
-    query, document, positive = _embed_rows(model, routers, records, tokenizer, POOLINGS[case.kind], steps)
     micro_batches = micro_batches_of(case, records, tokenizer)
-    logits = query @ document.T / rows.temperature
+    if case.multi:
+        steps = load_projection(folder / case.model)
+        similarity, positive = _maxsim_rows(case, folder, model, routers, steps[0][1], records)
+        logits = similarity / MULTI_VECTOR_TEMPERATURE
+    else:
+        steps = load_steps(folder / case.model) if case.dense else []
+        query, document, positive = _embed_rows(model, routers, records, tokenizer, POOLINGS[case.kind], steps)
+        logits = query @ document.T / rows.temperature
     if rows.masked:
         excluded = excluded_pairs(records)
         assert 0.01 < float(excluded.double().mean()) < 0.5
@@ -280,13 +299,13 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
     pools = pools_of(case, micro_batches, records)
     losses = [torch.nn.functional.cross_entropy(logits[queries][:, documents], torch.searchsorted(documents, positive[
         queries]), reduction="sum") for queries, documents in pools]
-    loss = torch.stack(losses).sum() / len(query)
+    loss = torch.stack(losses).sum() / len(records)
     total = loss
     if case.aux:
         total = loss + case.aux * _auxiliary_loss(routers, [part for rank in micro_batches for part in rank],
                                                   model.config)
     total.backward()
-    highest = sum(len(queries) * math.log(len(documents)) for queries, documents in pools) / len(query)
+    highest = sum(len(queries) * math.log(len(documents)) for queries, documents in pools) / len(records)
     assert 0.3 < float(loss.detach()) < highest, f"{case.reference}: loss {float(loss.detach())}"
     gradients = folder / f"gradients-{case.reference}"
     norm = (save_adapter_gradients(model, folder / f"{case.model}-lora", gradients) if case.adapters else
@@ -392,6 +411,26 @@ def _embed_rows(model: torch.nn.Module, routers: "_RouterLogits | None", records
             row = {"lasttoken": states[-1], "cls": states[0], "mean": states.mean(dim=0)}[pooling]
             (document if index else query).append(torch.nn.functional.normalize(through(steps, row), dim=0))
     return torch.stack(query), torch.stack(document), torch.tensor(positive)
+
+
+def _maxsim_rows(case: Case, folder: Path, model: Any, routers: "_RouterLogits", projection: Any,
+                 records: Sequence[Record]) -> tuple[torch.Tensor, torch.Tensor]:
+    """([queries, documents] MaxSim, [queries] the positive's document), text by text."""
+    def forward(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        routers.texts.append([])
+        states: torch.Tensor = model(ids, attention_mask=mask).last_hidden_state[0]
+        return states
+
+    reference = TokenReference(folder / case.model, case.multi, forward, projection)
+    plain = tokenizer_of(folder / case.kind, ROWS[case.rows])  # of the directory without modules
+    queries, documents, positive = [], [], []
+    for record in records:
+        positive.append(len(documents))
+        (ids,) = plain.tokenize([record.query], "query").token_ids
+        queries.append(reference.vectors(ids, is_query=True))
+        documents += [reference.vectors(ids, is_query=False)
+                      for ids in plain.tokenize(documents_of(record), "document").token_ids]
+    return reference.scores(queries, documents), torch.tensor(positive)
 
 
 def _auxiliary_loss(routers: _RouterLogits, micro_batches: Sequence[Part], config: Any) -> torch.Tensor:

@@ -12,17 +12,23 @@ import torch
 
 from megatron_embed.batch import EmbedBatch
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.config.vector_format import with_format
 from megatron_embed.data.dataset import open_records
 from megatron_embed.data.packing import DocumentsPerQuery, PackingSpec
-from megatron_embed.data.tokenizer import RoleTokenizer
+from megatron_embed.data.tokenizer import RoleTokenizer, TextFormat
 from tests.helpers.exactness_cases import NUM_NEGATIVES, ROWS, Case, Rows, Sabotage, run_config
 from tests.helpers.gradient_errors import SquaredErrors, gather_shards, squared_errors, squared_errors_of_adapters
 
 
 def tokenizer_of(directory: Path, rows: Rows) -> RoleTokenizer:
     """The model's tokenizer; its own special tokens, no further EOS."""
+    vectors = None
+    if (directory / "modules.json").is_file():
+        from megatron_embed.models.saved_settings import read_saved_settings
+
+        vectors = read_saved_settings(directory).vectors
     return RoleTokenizer(str(directory), add_eos=False, query_max_length=rows.max_length,
-                         document_max_length=rows.max_length)
+                         document_max_length=rows.max_length, text_format=TextFormat(vectors=vectors))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,7 @@ def _run_case(case: Case, folder: Path, topology: Any) -> RankResult:
 
     config = run_config(case, folder)
     model = find_model(config.model.path)
+    config = dataclasses.replace(config, embedding=with_format(config.embedding, model.saved.vectors))
     check_divisible(model.shape, config.parallel)
     assert check_batch_sizes(config, topology.dp_size) == (case.micro_batches or None)
     check_token_budget(config)

@@ -116,17 +116,23 @@ class Case:
     """`training.keep_activations`."""
     dense: str = ""
     """Dense modules behind the pooling, by their name in dense_directories.SHAPES; empty: none."""
+    multi: str = ""
+    """A multi-vector model, by the name of its format in multi_vector_reference.FORMATS; empty: one vector per text."""
+    loss: Literal["info_nce", "margin_mse", "kl_distillation"] = "info_nce"
+    """Of a multi-vector model."""
 
     @property
     def model(self) -> str:
         """Name of the model's directory."""
-        kind = f"{self.kind}-{self.dense}" if self.dense else self.kind
+        kind = f"{self.kind}-{self.dense or self.multi}" if self.dense or self.multi else self.kind
         return f"{kind}-long" if self.rows == "long" else kind
 
     @property
     def reference(self) -> str:
         """Name of the reference; only the auxiliary loss and negatives of a micro-batch depend on the micro-batches."""
         name = f"{self.kind}-{self.rows}{'-lora' if self.adapters else ''}{self.dense and '-'}{self.dense}"
+        if self.multi:
+            name += f"-{self.multi}-{self.loss}"
         if self.aux or self.negatives == "micro_batch":
             rounds = f"-by{self.layout.pp}" if self.layout.vpp > 1 else ""
             name += f"-{self.aux:g}-{self.negatives}-{self.layout.dp}x{self.micro_batches}-{self.tokens}{rounds}"
@@ -140,6 +146,8 @@ class Case:
         words += ["distributed"] if self.distributed else []
         words += ["adapters"] if self.adapters else []
         words += [self.dense] if self.dense else []
+        words += [f"vectors {self.multi}"] if self.multi else []
+        words += [self.loss] if self.loss != "info_nce" else []
         words += ["overlapped"] if self.overlap else []
         words += ["flash"] if self.kernel == "flash" else []
         words += [f"aux {self.aux:g}"] if self.aux else []
@@ -281,13 +289,28 @@ CURVE_STEPS = 20
 CURVE_BOUND = 1e-4
 
 
+MULTI_VECTOR_TEMPERATURE = 0.5
+"""Divides sums over a dozen vectors."""
+
+
+def objective_of(case: Case) -> ObjectiveConfig:
+    """The loss of a case."""
+    rows = ROWS[case.rows]
+    if case.loss == "margin_mse":
+        return ObjectiveConfig(loss=case.loss)
+    temperature = MULTI_VECTOR_TEMPERATURE if case.multi else rows.temperature
+    if case.loss == "kl_distillation":
+        return ObjectiveConfig(loss=case.loss, temperature=temperature, teacher_temperature=1.0)
+    return ObjectiveConfig(temperature=temperature, negatives=case.negatives, mask_duplicates=rows.masked)
+
+
 def run_config(case: Case, folder: Path) -> RunConfig:
     """The run of a case on the models and rows in `folder`."""
     rows, layout = ROWS[case.rows], case.layout
     return RunConfig(
         model=ModelConfig(path=str(folder / (f"{case.model}-lora" if case.adapters else case.model)), dtype="float32"),
-        embedding=EmbeddingConfig(pooling=POOLINGS[case.kind]),
-        objective=ObjectiveConfig(temperature=rows.temperature, negatives=case.negatives, mask_duplicates=rows.masked),
+        embedding=EmbeddingConfig() if case.multi else EmbeddingConfig(pooling=POOLINGS[case.kind]),
+        objective=objective_of(case),
         data=DataConfig(train=(TrainFile(path=str(folder / f"{case.rows}.jsonl")),), shuffle=False,
                         num_negatives=NUM_NEGATIVES, query_max_length=rows.max_length,
                         document_max_length=rows.max_length),

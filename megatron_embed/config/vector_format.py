@@ -1,0 +1,75 @@
+"""Which tokens of a text give a vector in a multi-vector model, and how its queries are expanded."""
+
+import string
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from megatron_embed.names import Role
+
+if TYPE_CHECKING:
+    from megatron_embed.config.schema import EmbeddingConfig
+
+PUNCTUATION = tuple(string.punctuation)
+"""Tokens that give documents no vectors in ColBERT."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryExpansion:
+    """Tokens appended to short queries, whose vectors count as well (Khattab and Zaharia 2020, arXiv:2004.12832)."""
+
+    length: int
+    """Tokens that every query has at least."""
+    truncates: bool = True
+    """Longer queries are cut to `length`, Sentence Transformers' strategy `fixed`; else they stay, `min`."""
+    attend: bool = False
+    """Whether attention sees the appended tokens; if not, they see the query, and neither it nor each other."""
+    token: str | None = None
+    """The appended token; None: the tokenizer's mask, else its EOS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorFormat:
+    """Which tokens give vectors, in the words of Sentence Transformers' MultiVectorMask."""
+
+    skiplist_words: tuple[str, ...] = ()
+    """Tokens that give none, by their text."""
+    skiplist_tasks: tuple[Role, ...] = ("document",)
+    """Roles in which they give none."""
+    expansion: QueryExpansion | None = None
+    """None: queries are not expanded."""
+
+    @property
+    def hides_expansion(self) -> bool:
+        """Whether there are tokens that attention does not see."""
+        return self.expansion is not None and not self.expansion.attend
+
+
+def format_of_run(embedding: "EmbeddingConfig", own: VectorFormat | None) -> VectorFormat | None:
+    """The format of a run whose settings are complete (`with_format`); None: a text gives one vector.
+
+    Args:
+        own: the model directory's; None: it gives one vector.
+    """
+    if embedding.head != "multi_vector":
+        return None
+    known, length = own or VectorFormat(), embedding.query_expansion
+    expansion = known.expansion or QueryExpansion(length=1)
+    return replace(known, skiplist_words=embedding.skiplist_words or (), expansion=None if not length else replace(
+        expansion, length=length, attend=bool(embedding.attend_to_expansion)))
+
+
+def with_format(embedding: "EmbeddingConfig", own: VectorFormat | None) -> "EmbeddingConfig":
+    """The settings with those of the model directory where they are null, else those of a new model."""
+    if embedding.head == "dense" or (embedding.head is None and own is None):
+        return replace(embedding, head="dense")
+    words = embedding.skiplist_words
+    if words is None:
+        words = PUNCTUATION if own is None else own.skiplist_words
+    expansion = None if own is None else own.expansion
+    length, attend = embedding.query_expansion, embedding.attend_to_expansion
+    if length is None:
+        length = 0 if expansion is None else expansion.length
+    if attend is None and length:
+        attend = expansion is not None and expansion.attend
+    return replace(embedding, head="multi_vector", skiplist_words=words, query_expansion=length,
+                   attend_to_expansion=attend)

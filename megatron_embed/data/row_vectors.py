@@ -1,0 +1,53 @@
+"""The vectors of a multi-vector model's rows, numbered row after row, as micro-batches hold them."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_embed.data.tokenized import TokenizedRows
+
+
+class RowVectors:
+    """Which token of which row gives which vector.
+
+    Attributes:
+        counts: [rows] int64, vectors of each row.
+    """
+
+    def __init__(self, kept: Sequence[Sequence[bool]], key_lengths: Sequence[int] | None) -> None:
+        """See TokenizedRows."""
+        masks = [np.array(row, dtype=bool) for row in kept]
+        counts = np.array([mask.sum() for mask in masks], dtype=np.int64)
+        self.counts = torch.from_numpy(counts)
+        self._masks, self._starts, self._key_lengths = masks, np.cumsum(counts) - counts, key_lengths
+
+    @classmethod
+    def of(cls, *parts: TokenizedRows) -> Self | None:
+        """Those of the texts of all parts, in order; None if a text gives one vector."""
+        kept = [part.kept for part in parts if part.kept is not None]
+        if not kept:
+            return None
+        lengths = None
+        if any(part.key_lengths is not None for part in parts):
+            lengths = list(chain.from_iterable(part.key_lengths or [len(ids) for ids in part.token_ids]
+                                               for part in parts))
+        return cls(list(chain.from_iterable(kept)), lengths)
+
+    def of_tokens(self, rows: Sequence[int], tokens: int) -> Tensor:
+        """[tokens] int64, the vector of each token of a micro-batch of these rows, -1 for none and in the padding."""
+        result, first = np.full(tokens, -1, dtype=np.int64), 0
+        for row in rows:
+            mask = self._masks[row]
+            own = result[first : first + len(mask)]
+            own[mask] = self._starts[row] + np.arange(mask.sum())
+            first += len(mask)
+        return torch.from_numpy(result)
+
+    def key_lengths(self, rows: Sequence[int]) -> Tensor | None:
+        """[rows] int32, see MicroBatch."""
+        lengths = self._key_lengths
+        return None if lengths is None else torch.tensor([lengths[row] for row in rows], dtype=torch.int32)

@@ -1,0 +1,56 @@
+"""Which tokens of a text give a vector in a multi-vector model, and queries expanded by mask tokens (ColBERT)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_embed.config.vector_format import VectorFormat
+from megatron_embed.data.jsonl import shortened
+from megatron_embed.data.tokenized import TokenizedRows
+from megatron_embed.errors import CheckpointError
+from megatron_embed.names import Role
+
+
+class TokenVectors:
+    """A VectorFormat in the ids of a tokenizer."""
+
+    def __init__(self, tokenizer: Any, settings: VectorFormat, model_dir: str) -> None:
+        """Raises CheckpointError: the expansion's token is none of the tokenizer's."""
+        self._settings = settings
+        unknown = tokenizer.unk_token_id
+        ids = {tokenizer.convert_tokens_to_ids(word) for word in settings.skiplist_words
+               if word in tokenizer.get_vocab() or word == tokenizer.unk_token}
+        self._skipped = frozenset(ids - {None})
+        self._token = -1
+        if (expansion := settings.expansion) is None:
+            return
+        if expansion.token is None:
+            token = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.eos_token_id
+        else:
+            token = tokenizer.convert_tokens_to_ids(expansion.token)
+            token = None if token == unknown and expansion.token != tokenizer.unk_token else token
+        if token is None:
+            named = "a mask or EOS token" if expansion.token is None else shortened(expansion.token)
+            raise CheckpointError(f"{model_dir}: its tokenizer has no {named} to expand queries with; set "
+                                  "embedding.query_expansion to 0, or take a model whose tokenizer has one")
+        self._token = token
+
+    def longest_query(self, max_length: int) -> int:
+        """Tokens of the longest query, given the maximum length that is set for them."""
+        expansion = self._settings.expansion
+        if expansion is None:
+            return max_length
+        return expansion.length if expansion.truncates else max(max_length, expansion.length)
+
+    def of(self, rows: Sequence[list[int]], role: Role, num_truncated: int) -> TokenizedRows:
+        """The texts with what they give vectors for; a text without any vector has no tokens either."""
+        expansion = self._settings.expansion if role == "query" else None
+        token_ids, lengths = list(rows), None
+        if expansion is not None:
+            token_ids = [ids + [self._token] * (expansion.length - len(ids)) if ids else ids for ids in rows]
+            lengths = None if expansion.attend else [len(ids) for ids in rows]
+        if role in self._settings.skiplist_tasks and self._skipped:
+            kept = [[token not in self._skipped for token in ids] for ids in token_ids]
+        else:
+            kept = [[True] * len(ids) for ids in token_ids]
+        token_ids = [ids if any(mask) else [] for ids, mask in zip(token_ids, kept, strict=True)]
+        return TokenizedRows(token_ids=token_ids, num_truncated=num_truncated, kept=kept, key_lengths=lengths)

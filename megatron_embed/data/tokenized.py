@@ -1,0 +1,17 @@
+"""Token ids of texts, as a tokenizer gives them to packing."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedRows:
+    """Token ids of some texts of one role."""
+
+    token_ids: list[list[int]]
+    """Per text: prompt and special tokens included, nothing padded."""
+    num_truncated: int
+    """Texts that were truncated to the maximum length."""
+    kept: list[list[bool]] | None = None
+    """Of a multi-vector model, per text and token whether it gives a vector; None: a text gives one vector."""
+    key_lengths: list[int] | None = None
+    """Per text, its first tokens that attention sees; None: all of every text."""

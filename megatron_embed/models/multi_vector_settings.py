@@ -1,0 +1,90 @@
+"""A multi-vector model in the files of its directory: Sentence Transformers' MultiVectorEncoder.
+
+After its Transformer come Dense modules over every token's state, MultiVectorMask, which says the tokens whose vectors
+count, and Normalize; no Pooling.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_embed.config.json_file import read_json_object
+from megatron_embed.config.vector_format import QueryExpansion, VectorFormat
+from megatron_embed.errors import CheckpointError
+from megatron_embed.models.key_table import shown_value
+from megatron_embed.models.known_keys import MULTI_VECTOR_MASK
+from megatron_embed.models.modules_json import Module
+from megatron_embed.names import ROLES, Role
+
+MULTI_VECTOR_TYPES = ("MultiVectorEncoder",)
+"""Values of `model_type` in config_sentence_transformers.json."""
+
+
+def is_multi_vector(modules: Sequence[Module]) -> bool:
+    """Whether the modules of a directory give a vector for every token."""
+    kinds = [module.kind for module in modules]
+    return "MultiVectorMask" in kinds
+
+
+def vector_format(folder: Path, modules: Sequence[Module], settings: Mapping[str, Any],
+                  expansion: QueryExpansion | None) -> VectorFormat | None:
+    """Which tokens of a directory's model give vectors; None: a text gives one.
+
+    Args:
+        settings: contents of config_sentence_transformers.json.
+        expansion: what sentence_bert_config.json says of queries.
+    Raises:
+        CheckpointError: its files contradict each other, or a value is none that is supported.
+    """
+    file, kind = folder / "config_sentence_transformers.json", settings.get("model_type")
+    if not is_multi_vector(modules):
+        if kind in MULTI_VECTOR_TYPES:
+            raise CheckpointError(f"{file}: model_type = {kind!r}, but modules.json names no MultiVectorMask; fetch "
+                                  "both files again")
+        if expansion is not None:
+            raise CheckpointError(f"{folder}: query_expansion in sentence_bert_config.json, but modules.json names no "
+                                  "MultiVectorMask, without which Sentence Transformers does not score the appended "
+                                  "tokens; remove the key")
+        return None
+    if kind not in MULTI_VECTOR_TYPES:
+        raise CheckpointError(f"{file}: model_type = {kind!r}, but modules.json names a MultiVectorMask; write "
+                              "'MultiVectorEncoder'")
+    words, tasks = _mask(next(module for module in modules if module.kind == "MultiVectorMask"), folder)
+    return VectorFormat(skiplist_words=words, skiplist_tasks=tasks, expansion=expansion)
+
+
+def _mask(module: Module, folder: Path) -> tuple[tuple[str, ...], tuple[Role, ...]]:
+    """The skipped words of a MultiVectorMask, and the roles in which they are."""
+    file = folder / module.path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file, and modules.json names it; fetch it into its folder")
+    values = read_json_object(file)
+    MULTI_VECTOR_MASK.check(file, values)
+    words, tasks = values.get("skiplist_words") or [], values.get("skiplist_tasks") or ["document"]
+    for key, value in (("skiplist_words", words), ("skiplist_tasks", tasks)):
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise CheckpointError(f"{file}: {key} = {shown_value(value)} must be a list of texts; correct it")
+    unknown = [task for task in tasks if task not in ROLES]
+    if unknown:
+        raise CheckpointError(f"{file}: skiplist_tasks = {shown_value(tasks)}: only query and document are supported; "
+                              "remove the others")
+    return tuple(words), tuple(role for role in ROLES if role in tasks)
+
+
+def query_expansion(file: Path, values: Mapping[str, Any]) -> QueryExpansion | None:
+    """`query_expansion` of a sentence_bert_config.json; None without it.
+
+    Raises:
+        CheckpointError: a value that Sentence Transformers does not take either.
+    """
+    given = values.get("query_expansion")
+    if given is None:
+        return None
+    length, token = given.get("length"), given.get("token")
+    if type(length) is not int or length < 1:
+        raise CheckpointError(f"{file}: query_expansion.length = {shown_value(length)} must be a whole number of "
+                              "tokens above 0; correct it")
+    if not isinstance(token, str | None):
+        raise CheckpointError(f"{file}: query_expansion.token = {shown_value(token)} must be a text; correct it")
+    return QueryExpansion(length=length, truncates=given.get("strategy") == "fixed",
+                          attend=given.get("attend", False), token=token)

@@ -1,0 +1,118 @@
+"""Late interaction: the contrastive loss and distillation with MaxSim in place of one dot product."""
+
+import torch
+from torch import Tensor
+
+from megatron_embed.batch import EmbedBatch, TextVectors
+from megatron_embed.losses.info_nce import Candidates, InfoNCESums, similarity_gradients
+from megatron_embed.losses.matryoshka import MatryoshkaDim
+from megatron_embed.losses.maxsim import maxsim, maxsim_gradients, maxsim_pairs
+from megatron_embed.names import MAXSIM_TILE_ELEMENTS
+from megatron_embed.objectives.base import LossGradient
+from megatron_embed.objectives.contrastive import Contrastive
+from megatron_embed.objectives.document_tiles import DocumentTiles
+from megatron_embed.objectives.gathering import gather_ids
+from megatron_embed.objectives.hard_negatives import Groups, HardNegatives
+from megatron_embed.parallel.device_copy import copy_to_device
+
+
+def text_vectors(embeddings: Tensor, batch: EmbedBatch) -> tuple[TextVectors, TextVectors]:
+    """The queries' and the documents' vectors of a batch; views."""
+    counts = batch.vector_counts
+    assert counts is not None, "a multi-vector model's batch says how many vectors each row has"
+    texts = TextVectors(vectors=embeddings, counts=counts)
+    return texts.part(0, batch.num_queries), texts.part(batch.num_queries, len(counts))
+
+
+class MultiVectorContrastive(Contrastive):
+    """InfoNCE of each local query's positives against the documents of all data-parallel ranks, by MaxSim.
+
+    Documents come in tiles, each twice: for the scores, from which the loss and its gradient with respect to them
+    follow, and for the gradients of the vectors. Nothing holds all dot products, nor all documents' vectors.
+    """
+
+    def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
+        """See Objective; `embeddings` are the vectors of the queries, then of the documents.
+
+        Per block of queries (one, unless it has more than MAXSIM_TILE_ELEMENTS scores) and round of documents two
+        all-gathers of vectors and one reduce-scatter of their gradients over the data-parallel group; three small
+        collectives (numbers of rows and text hashes; numbers of vectors; sums).
+        """
+        queries, documents = text_vectors(embeddings, batch)
+        ids = gather_ids(batch, self.dp_group, texts=self.mask_duplicates, document_queries=self.needs_document_queries)
+        on_host = self._columns(batch, ids)
+        columns = copy_to_device(on_host, embeddings.device)
+        tiles = DocumentTiles(documents, ids.num_documents, batch.capacity.documents, self.dp_group)
+        loss = _BlockLoss(self, columns.candidates(self.settings.directions), on_host.terms.query,
+                          columns.terms.weights, total)
+        num_candidates = int(ids.num_documents.sum())
+        size = max(1, MAXSIM_TILE_ELEMENTS // max(1, num_candidates))
+        grad_query = torch.empty_like(queries.vectors)
+        for first in range(0, int(ids.num_queries.max()), size):
+            bounds = (min(first, batch.num_queries), min(first + size, batch.num_queries))
+            block = queries.part(*bounds)
+            scores = embeddings.new_empty(len(block.counts), num_candidates)
+            for turn in range(tiles.rounds):
+                for tile in tiles.show(turn):
+                    scores[:, tile.columns] = maxsim(block, tile.documents)
+            loss.add(scores, *bounds)
+            own = TextVectors(vectors=grad_query, counts=queries.counts).part(*bounds).vectors.zero_()
+            _return_gradients(tiles, block, scores, own)
+        log_scale = (grad_query * queries.vectors).sum(dtype=torch.float64)  # MaxSim is linear in a query's length
+        scale = torch.stack([log_scale, torch.zeros_like(log_scale)])
+        sums = self._sums([loss.sums], [scale], len(on_host.terms.query), batch, total)
+        return LossGradient(sums=sums, embeddings=torch.cat([grad_query, tiles.gradient]))
+
+
+def _return_gradients(tiles: DocumentTiles, queries: TextVectors, grad_scores: Tensor, grad_query: Tensor) -> None:
+    """The documents' second trip: adds to the gradients of these queries, and returns each rank those of its documents.
+
+    Args:
+        grad_scores: [queries, candidates].
+        grad_query: [vectors of these queries, dim], added to.
+    """
+    for turn in range(tiles.rounds):
+        gradients = []
+        for tile in tiles.show(turn):
+            of_query, of_document = maxsim_gradients(queries, tile.documents, grad_scores[:, tile.columns])
+            grad_query += of_query
+            gradients.append((tile, of_document))
+        tiles.return_gradients(turn, iter(gradients))
+
+
+class _BlockLoss:
+    """The loss of blocks of queries, given their scores.
+
+    Attributes:
+        sums: over the blocks so far.
+    """
+
+    def __init__(self, objective: Contrastive, candidates: Candidates, term_query: Tensor, weights: Tensor | None,
+                 total: float) -> None:
+        """`term_query`: [terms] int64 on the CPU, ascending, the query of each term of the loss."""
+        self._settings, self._candidates, self._total = objective.step_settings(), candidates, total
+        self._term_query, self._weights = term_query, weights
+        device = candidates.positive_index.device
+        self.sums = InfoNCESums(*torch.zeros(len(InfoNCESums._fields), dtype=torch.float64, device=device))
+
+    def add(self, scores: Tensor, first: int, last: int) -> None:
+        """The loss of queries `first` to `last - 1`; [queries, candidates] `scores` become its gradient."""
+        start, stop = torch.searchsorted(self._term_query, torch.tensor([first, last])).tolist()
+        if start == stop:
+            return
+        one_each, own = stop - start == last - first, self._term_query[start:stop] - first
+        own = own.to(scores.device, non_blocking=True)
+        rows = scores if one_each else scores[own]
+        sums = similarity_gradients(rows, self._candidates, self._settings, first=start, total=self._total,
+                                    weights=None if self._weights is None else self._weights[start:stop])
+        self.sums = InfoNCESums(*(before + added for before, added in zip(self.sums, sums, strict=True)))
+        if not one_each:
+            scores.zero_().index_add_(0, own, rows)
+
+
+class MultiVectorDistillation(HardNegatives):
+    """`margin_mse` and `kl_distillation` with MaxSim of each document and its query."""
+
+    def _similarity(self, leaf: Tensor, batch: EmbedBatch, groups: Groups, matryoshka: MatryoshkaDim) -> Tensor:
+        queries, documents = text_vectors(leaf, batch)
+        return maxsim_pairs(queries, documents, batch.document_query)
