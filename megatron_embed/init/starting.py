@@ -151,7 +151,11 @@ def _sizes(values: Values, shape: "ModelShape | None", gpus: int, gpu: GPU) -> l
         values["training.micro_batch_size"] = (min(8, values["training.global_batch_size"][0]), "queries at once")
         return ["The model is not on this machine and its shape does not ship with the package, so no sizes are "
                 "planned:", "try `megatron-embed plan FILE --gpus N` when it is here."]
-    best = _advised(values, shape, gpus, gpu) or (_other_method(values, shape, gpu) if gpus == 1 else None)
+    from megatron_embed.planning.one_gpu import within_share
+
+    best = _advised(values, shape, gpus, gpu)
+    if gpus == 1 and (best is None or not within_share(best, gpu)):
+        best = _other_method(values, shape, gpu) or best
     if best is None:
         values["training.micro_batch_size"] = (1, "queries at once")
         return [f"NO LAYOUT FITS {gpus} x {gpu.name}: more GPUs (--gpus), LoRA (--lora) or shorter texts are needed."]
@@ -200,7 +204,7 @@ def _other_method(values: Values, shape: "ModelShape", gpu: GPU) -> "Plan | None
         return None
     for section in ("model", "lora", "optimizer"):
         for key, value in method.changes.get(section, {}).items():
-            values[f"{section}.{key}"] = (value, f"{method.name}: what else fits on {gpu.name} needs more memory")
+            values[f"{section}.{key}"] = (value, f"{method.name}, the first way that fits into 90 % of {gpu.name}")
     if method.changes.get("lora"):
         values["training.learning_rate"] = (1e-4, "the first setting to try others of")
     return method.plan

@@ -91,7 +91,12 @@ def _largest_micro_batch(config: RunConfig, shape: ModelShape, gpu: GPU) -> Plan
     single = dataclasses.replace(config, training=dataclasses.replace(
         config.training, micro_batch_tokens=None, micro_batch_size=1))
     plan = plan_layout(single, shape, 1, gpu, adapted) if is_possible(single, shape, 1) else None
-    return plan if plan is not None and plan.memory.total <= MEMORY_SHARE * gpu.memory_gib * GIB else None
+    return plan if plan is not None and within_share(plan, gpu) else None
+
+
+def within_share(plan: Plan, gpu: GPU) -> bool:
+    """Whether a plan leaves the memory that estimates of activations may need."""
+    return plan.memory.total <= MEMORY_SHARE * gpu.memory_gib * GIB
 
 
 def _with(config: RunConfig, changes: Changes) -> RunConfig:

@@ -174,12 +174,12 @@ def test_shares_of_broken_blocks_are_refused(tmp_path):
                    "parallel.tensor_model_parallel_size = 2", "MLP width 64", "multiple of 64", "largest valid: 1")
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
-def test_a_base_that_is_quantized_already_is_refused(model, tmp_path, method):
+@pytest.mark.parametrize("method, word", [("bitsandbytes", "fp4"), ("gptq", "gptq"), ("awq", "awq")])
+def test_a_base_that_is_quantized_otherwise_is_refused(model, tmp_path, method, word):
     base = shutil.copytree(model, tmp_path / "base")
     values = json.loads((base / "config.json").read_text())
     values["quantization_config"] = {"quant_method": method, "bits": 4}
     (base / "config.json").write_text(json.dumps(values))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(base, tmp_path / "run")))
-    assert_refused(run_on_ranks(command, 1, ["train", str(tmp_path / "run.yaml")]), "quantization_config", method,
+    assert_refused(run_on_ranks(command, 1, ["train", str(tmp_path / "run.yaml")]), "quantization_config", word,
                    "original weights")
