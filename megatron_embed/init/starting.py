@@ -48,11 +48,15 @@ def starting_text(model: str, data: list[str], *, task: Literal["embedding", "re
         ConfigError, DataError: the data cannot be read.
         CheckpointError: the model is of no supported family.
     """
-    from megatron_embed.planning.shapes import find_shape
+    from megatron_embed.planning.shapes import find_shape, stored_quantization_of
 
-    rows = look_at(data)
+    rows, stored = look_at(data), stored_quantization_of(model)
+    lora = lora or stored is not None
     shape = find_shape(model)
     values: Values = {"task": (task, ""), "model.path": (model, "a directory or a hub name")}
+    if stored is not None:
+        values["model.quantization"] = (stored.quantization, "as its files are: adapters are trained over them")
+        values["model.double_quantization"] = (stored.double_quantization, "")
     is_reranker = task == "reranker"
     _objective(values, is_reranker, rows)
     values["data.train"] = (data, "" if rows.count is None else f"{rows.count:,} rows")
@@ -194,12 +198,12 @@ def _advised(values: Values, shape: "ModelShape", gpus: int, gpu: GPU) -> "Plan 
 def _other_method(values: Values, shape: "ModelShape", gpu: GPU) -> "Plan | None":
     """The plan of the first other method that fits on one GPU, whose settings go into the values; None if none does."""
     from megatron_embed.planning.one_gpu import compare_methods, first_that_fits
-    from megatron_embed.planning.shapes import checkpoint_at
+    from megatron_embed.planning.shapes import checkpoint_at, stored_quantization_of
 
     config = config_of_overrides([f"{key}={scalar(value)}" for key, (value, _) in values.items()])
     method = first_that_fits(compare_methods(
         _divisible(config, values, 1), shape, gpu, trains_all="lora.rank" not in values,
-        quantizes=checkpoint_at(config.model.path) is None))
+        quantizes=checkpoint_at(config.model.path) is None, stored=stored_quantization_of(config.model.path)))
     if method is None:
         return None
     for section in ("model", "lora", "optimizer"):

@@ -11,6 +11,8 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
+from megatron_embed.__main__ import main
+from megatron_embed.config.load import load_text
 from megatron_embed.convert.hf_directory import HFDirectory
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.quantized_weight import quantize
@@ -19,7 +21,7 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import assert_refused, command
 from tests.helpers.runs import configuration, curve, train
 from tests.helpers.stock_curves import stock_curve
-from tests.helpers.toys import layout, save_model
+from tests.helpers.toys import MINI_EN, layout, save_model
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2,
           "num_hidden_layers": 2}
@@ -188,3 +190,15 @@ def test_wrong_settings_are_refused(model, tmp_path):
     assert_refused(run_on_ranks(command, 1, ["merge", str(folder), str(folder), "--method", "linear", "--output",
                                               str(tmp_path / "merged")]),
                    "quantized")
+
+
+def test_init_and_plan_train_adapters_over_it(model, tmp_path, capsys):
+    folder = save_quantized(model, "nf4", False)
+    assert main(["init", str(folder), str(MINI_EN), "--gpu", "24gb"]) == 0
+    text = capsys.readouterr().out
+    config = load_text(text, "the printed file")
+    assert (config.model.quantization, config.model.double_quantization, config.lora.rank) == ("nf4", False, 16)
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["plan", str(tmp_path / "run.yaml"), "--gpus", "1", "--gpu", "24gb"]) == 0
+    report = capsys.readouterr().out
+    assert "QLoRA, nf4" in report and "all parameters" not in report and "(none)" in report

@@ -123,6 +123,11 @@ def test_a_run_resumes_exports_and_holds_adapters_alone(model, tmp_path):
     values["checkpoint"] = {"directory": str(resumed), "save_every_steps": 2, "keep": 0}
     run_on_ranks(train, 2, values)
     assert curve(resumed) == curve(tmp_path / "run")
+    for name, sizes in (("tp2", layout(2)), ("dp2", layout())):  # and in another layout
+        values["parallel"], elsewhere = sizes, go_back(tmp_path / "run", tmp_path / name, 2)
+        values["checkpoint"]["directory"] = str(elsewhere)
+        run_on_ranks(train, 2, values)
+        np.testing.assert_allclose(losses(elsewhere), losses(tmp_path / "run"), rtol=0, atol=1e-5, err_msg=name)
     start, merged = load_file(f"{model}/model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
     assert {name for name in start if not torch.equal(start[name], merged[name])} == {
         name for name in start if "_proj." in name}
