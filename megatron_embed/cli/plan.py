@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_embed.planning.layouts import check_possible, is_possible, plan_layout, propose
     from megatron_embed.planning.one_gpu import compare_methods, methods_report
     from megatron_embed.planning.report import budget_advice, proposals, report
-    from megatron_embed.planning.shapes import checkpoint_at, has_adapters, shape_of
+    from megatron_embed.planning.shapes import checkpoint_at, has_adapters, shape_of, stored_quantization_of
     from megatron_embed.planning.token_budget import advised_budget
 
     config, gpu = load_config(args.config, args.overrides), GPU_CHOICES[args.gpu]
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     write_output(budget_advice(given, advised, gpu))
     write_output(proposals(propose(config, shape, args.gpus, gpu, adapted, accepts=budget_holds), args.gpus))
     if args.gpus == 1:
-        methods = compare_methods(config, shape, gpu, trains_all=trains_all, quantizes=quantizes)
+        methods = compare_methods(config, shape, gpu, trains_all=trains_all, quantizes=quantizes,
+                                  stored=stored_quantization_of(config.model.path))
         write_output(methods_report(methods, gpu))
     return 0 if given.fits else 2

@@ -1,6 +1,7 @@
 """A Hugging Face directory as tensors: their names, a check against config.json, reading them whole or in slices."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,9 @@ class HFDirectory:
         check_files(self.root)
         self.path = transformer_folder(self.root)
         self.stored = stored_quantization(self.path)
+        if self.stored is not None and importlib.util.find_spec("bitsandbytes") is None:
+            raise CheckpointError(f"{self.path}: the weights are quantized by bitsandbytes, which is not installed: "
+                                  "pip install 'megatron_embed[quantization]', or take the original weights")
         self.shape = model_shape(self.path)
         self.family = rules_for(self.shape.family)
         self._files: dict[str, SafetensorsFile] = {}

@@ -37,7 +37,7 @@ def read_state(file: Path, name: str, data: Tensor | None) -> tuple[tuple[int, i
     """
     try:
         if data is None:
-            raise KeyError("it is missing")
+            raise ValueError("missing")
         values: dict[str, Any] = json.loads(bytes(data.tolist()))
         rows, columns = (int(size) for size in values["shape"])
         dtype = getattr(torch, str(values["dtype"]))

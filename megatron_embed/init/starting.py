@@ -48,11 +48,15 @@ def starting_text(model: str, data: list[str], *, task: Literal["embedding", "re
         ConfigError, DataError: the data cannot be read.
         CheckpointError: the model is of no supported family.
     """
-    from megatron_embed.planning.shapes import find_shape
+    from megatron_embed.planning.shapes import find_shape, stored_quantization_of
 
-    rows = look_at(data)
+    rows, stored = look_at(data), stored_quantization_of(model)
+    lora = lora or stored is not None
     shape = find_shape(model)
     values: Values = {"task": (task, ""), "model.path": (model, "a directory or a hub name")}
+    if stored is not None:
+        values["model.quantization"] = (stored.quantization, "as its files are: adapters are trained over them")
+        values["model.double_quantization"] = (stored.double_quantization, "")
     is_reranker = task == "reranker"
     _objective(values, is_reranker, rows)
     values["data.train"] = (data, "" if rows.count is None else f"{rows.count:,} rows")
@@ -151,7 +155,11 @@ def _sizes(values: Values, shape: "ModelShape | None", gpus: int, gpu: GPU) -> l
         values["training.micro_batch_size"] = (min(8, values["training.global_batch_size"][0]), "queries at once")
         return ["The model is not on this machine and its shape does not ship with the package, so no sizes are "
                 "planned:", "try `megatron-embed plan FILE --gpus N` when it is here."]
-    best = _advised(values, shape, gpus, gpu) or (_other_method(values, shape, gpu) if gpus == 1 else None)
+    from megatron_embed.planning.one_gpu import within_share
+
+    best = _advised(values, shape, gpus, gpu)
+    if gpus == 1 and (best is None or not within_share(best, gpu)):
+        best = _other_method(values, shape, gpu) or best
     if best is None:
         values["training.micro_batch_size"] = (1, "queries at once")
         return [f"NO LAYOUT FITS {gpus} x {gpu.name}: more GPUs (--gpus), LoRA (--lora) or shorter texts are needed."]
@@ -190,17 +198,17 @@ def _advised(values: Values, shape: "ModelShape", gpus: int, gpu: GPU) -> "Plan 
 def _other_method(values: Values, shape: "ModelShape", gpu: GPU) -> "Plan | None":
     """The plan of the first other method that fits on one GPU, whose settings go into the values; None if none does."""
     from megatron_embed.planning.one_gpu import compare_methods, first_that_fits
-    from megatron_embed.planning.shapes import checkpoint_at
+    from megatron_embed.planning.shapes import checkpoint_at, stored_quantization_of
 
     config = config_of_overrides([f"{key}={scalar(value)}" for key, (value, _) in values.items()])
     method = first_that_fits(compare_methods(
         _divisible(config, values, 1), shape, gpu, trains_all="lora.rank" not in values,
-        quantizes=checkpoint_at(config.model.path) is None))
+        quantizes=checkpoint_at(config.model.path) is None, stored=stored_quantization_of(config.model.path)))
     if method is None:
         return None
     for section in ("model", "lora", "optimizer"):
         for key, value in method.changes.get(section, {}).items():
-            values[f"{section}.{key}"] = (value, f"{method.name}: what else fits on {gpu.name} needs more memory")
+            values[f"{section}.{key}"] = (value, f"{method.name}, the first way that fits into 90 % of {gpu.name}")
     if method.changes.get("lora"):
         values["training.learning_rate"] = (1e-4, "the first setting to try others of")
     return method.plan

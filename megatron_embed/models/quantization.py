@@ -42,7 +42,7 @@ def stored_quantization(directory: Path) -> StoredQuantization | None:
     """How the weights of a Hugging Face directory are quantized already; None: they are not.
 
     Raises:
-        CheckpointError: by another method than bitsandbytes' nf4 and int8, or bitsandbytes is not installed.
+        CheckpointError: by another method than bitsandbytes' nf4 and int8.
     """
     file = directory / "config.json"
     found = read_json_object(file).get("quantization_config") if file.is_file() else None
@@ -58,9 +58,6 @@ def stored_quantization(directory: Path) -> StoredQuantization | None:
     if not found.get("load_in_8bit") and code != "nf4":
         raise CheckpointError(f"{file}: quantization_config: bnb_4bit_quant_type = {str(code)[:40]!r}: of 4-bit "
                               "weights only nf4 is read; take the original weights, and set model.quantization: nf4")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise CheckpointError(f"{file}: quantization_config: the weights are quantized by bitsandbytes, which is not "
-                              "installed: pip install 'megatron_embed[quantization]', or take the original weights")
     if found.get("load_in_8bit"):
         return StoredQuantization(quantization="int8", double_quantization=True)
     return StoredQuantization(quantization="nf4", double_quantization=bool(found.get("bnb_4bit_use_double_quant")))

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_embed.config.schema import LoraConfig, RunConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.models.families import ModelShape
-from megatron_embed.models.quantization import check_block_widths
+from megatron_embed.models.quantization import StoredQuantization, check_block_widths
 from megatron_embed.planning.advice import adapted_linears, budget_holds
 from megatron_embed.planning.hardware import GPU
 from megatron_embed.planning.layouts import Plan, is_possible, plan_layout
@@ -35,36 +35,41 @@ class Method:
     """None: it does not fit, whatever the micro-batch."""
 
 
-def compare_methods(config: RunConfig, shape: ModelShape, gpu: GPU, *, trains_all: bool,
-                    quantizes: bool) -> list[Method]:
+def compare_methods(config: RunConfig, shape: ModelShape, gpu: GPU, *, trains_all: bool, quantizes: bool,
+                    stored: StoredQuantization | None = None) -> list[Method]:
     """Every method on one GPU, from all parameters with a fast optimizer to adapters over 4 bits.
 
     Args:
+        stored: how the model's weights are quantized already, which leaves adapters over them alone.
         trains_all: whether all parameters can be trained: the model has no adapters yet.
         quantizes: whether the base weights can be quantized: they are a Hugging Face directory's.
     """
     return [_method(name, config, changes, shape, gpu)
-            for name, changes in _ways(config, trains_all=trains_all, quantizes=quantizes)]
+            for name, changes in _ways(config, trains_all=trains_all, quantizes=quantizes, stored=stored)]
 
 
-def _ways(config: RunConfig, *, trains_all: bool, quantizes: bool) -> Iterator[tuple[str, Changes]]:
+def _ways(config: RunConfig, *, trains_all: bool, quantizes: bool,
+          stored: StoredQuantization | None) -> Iterator[tuple[str, Changes]]:
     """(name, settings) of every method."""
     full: Changes = {"lora": {}, "model": {"quantization": "none", "double_quantization": True},
                      "optimizer": {"name": "adamw", "cpu_offload": False, "precision_aware": False}}
     adamw_8bit = {"optimizer": full["optimizer"] | {"name": "adamw_8bit", "distributed": True}}
+    lora = {} if config.lora.rank else {"rank": USUAL_RANK, "alpha": USUAL_ALPHA}
+    adapters: Changes = {"lora": {"rank": config.lora.rank, **lora}}
+    frozen = {"fp8": "none", "backend": "torch" if config.model.backend == "te" else config.model.backend}
+    if stored is not None:
+        yield f"QLoRA, {stored.quantization}", full | adapters | {"model": dataclasses.asdict(stored) | frozen}
+        return
     if trains_all:
         yield "all parameters", full
         yield "all parameters, 8-bit AdamW", full | adamw_8bit
         if config.model.dtype != "float32":
             yield "all parameters, AdamW in host memory", full | {
                 "optimizer": full["optimizer"] | {"cpu_offload": True, "distributed": True}}
-    lora = {} if config.lora.rank else {"rank": USUAL_RANK, "alpha": USUAL_ALPHA}
-    yield "LoRA", full | {"lora": {"rank": config.lora.rank, **lora}}
+    yield "LoRA", full | adapters
     if quantizes:
-        yield "QLoRA, nf4", full | {"lora": {"rank": config.lora.rank, **lora},
-                                    "model": {"quantization": "nf4", "double_quantization": True, "fp8": "none",
-                                              "backend": "torch" if config.model.backend == "te" else
-                                              config.model.backend}}
+        yield "QLoRA, nf4", full | adapters | {
+            "model": {"quantization": "nf4", "double_quantization": True, **frozen}}
 
 
 def _method(name: str, config: RunConfig, changes: Changes, shape: ModelShape, gpu: GPU) -> Method:
@@ -91,7 +96,12 @@ def _largest_micro_batch(config: RunConfig, shape: ModelShape, gpu: GPU) -> Plan
     single = dataclasses.replace(config, training=dataclasses.replace(
         config.training, micro_batch_tokens=None, micro_batch_size=1))
     plan = plan_layout(single, shape, 1, gpu, adapted) if is_possible(single, shape, 1) else None
-    return plan if plan is not None and plan.memory.total <= MEMORY_SHARE * gpu.memory_gib * GIB else None
+    return plan if plan is not None and within_share(plan, gpu) else None
+
+
+def within_share(plan: Plan, gpu: GPU) -> bool:
+    """Whether a plan leaves the memory that estimates of activations may need."""
+    return plan.memory.total <= MEMORY_SHARE * gpu.memory_gib * GIB
 
 
 def _with(config: RunConfig, changes: Changes) -> RunConfig:

@@ -10,6 +10,7 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.dense_settings import DenseSettings
 from megatron_embed.models.families import ModelShape, model_shape
 from megatron_embed.models.modules_json import transformer_folder
+from megatron_embed.models.quantization import StoredQuantization, stored_quantization
 from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.names import ModelPooling
 
@@ -57,6 +58,12 @@ def model_files(path: str) -> Path | None:
         folder = folder / "hf"
     folder = transformer_folder(folder)
     return folder if (folder / "config.json").is_file() else None
+
+
+def stored_quantization_of(path: str) -> StoredQuantization | None:
+    """How the weights that training reads from `path` are quantized already; None: they are not, or are not here."""
+    folder = model_files(path)
+    return None if folder is None else stored_quantization(folder)
 
 
 def has_adapters(path: str) -> bool:

@@ -14,7 +14,7 @@ SMALLEST = 4096
 
 
 @dataclass(frozen=True)
-class Place:
+class SlicePosition:
     """Where an optimizer's parameter lies within the model's, of which a distributed optimizer has a slice."""
 
     start: int
@@ -52,7 +52,7 @@ class AdamW8bit(torch.optim.Optimizer):
                  adam_w_mode: bool = True, capturable: bool = False) -> None:
         assert adam_w_mode and not capturable, "neither L2 regularization nor CUDA graphs are ever asked for"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.places: Mapping[Tensor, Place] = {}
+        self.positions: Mapping[Tensor, SlicePosition] = {}
         """Parameters that are slices; set it before the first step."""
         self._moments: dict[Tensor, tuple[Moment, Moment]] = {}
         self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -96,20 +96,20 @@ class AdamW8bit(torch.optim.Optimizer):
     def _runs(self, parameter: Tensor) -> list[tuple[slice, slice]]:
         """(elements, blocks) of what the kernel takes at once: the rest of a block that begins before this slice, and
         everything after it."""
-        rest = min(-self._place(parameter).start % BLOCK, parameter.numel())
+        rest = min(-self._position(parameter).start % BLOCK, parameter.numel())
         runs = [(slice(0, rest), slice(0, 1))] if rest else []
         if rest < parameter.numel():
             runs.append((slice(rest, None), slice(len(runs), None)))
         return runs
 
-    def _place(self, parameter: Tensor) -> Place:
-        return self.places.get(parameter) or Place(start=0, total=parameter.numel())
+    def _position(self, parameter: Tensor) -> SlicePosition:
+        return self.positions.get(parameter) or SlicePosition(start=0, total=parameter.numel())
 
     def _moments_of(self, parameter: Tensor) -> tuple[Moment, Moment]:
         """Both moments; zeros before the first step."""
         if parameter not in self._moments:
-            place = self._place(parameter)
-            self._moments[parameter] = (new_moment(parameter, place), new_moment(parameter, place))
+            position = self._position(parameter)
+            self._moments[parameter] = (new_moment(parameter, position), new_moment(parameter, position))
         return self._moments[parameter]
 
     @torch.no_grad()
@@ -120,14 +120,14 @@ class AdamW8bit(torch.optim.Optimizer):
         -1, and the scale could not be told from the others.
         """
         codes = self._code(parameter.device)
-        before = self._place(parameter).before
+        before = self._position(parameter).before
         return {name: _restored(moment, code, before) for name, moment, code in zip(
             ("exp_avg", "exp_avg_sq"), self._moments_of(parameter), codes, strict=True)}
 
     @torch.no_grad()
     def load_moments(self, parameter: Tensor, values: dict[str, Tensor]) -> None:
         """Take `exp_avg` and `exp_avg_sq`, float32 of the parameter's size."""
-        codes, before = self._code(parameter.device), self._place(parameter).before
+        codes, before = self._code(parameter.device), self._position(parameter).before
         for name, moment, code in zip(("exp_avg", "exp_avg_sq"), self._moments_of(parameter), codes, strict=True):
             _assign(moment, values[name].to(parameter.device).view(parameter.shape), code, before)
 
@@ -151,17 +151,17 @@ class AdamW8bit(torch.optim.Optimizer):
         return self._maps[device]
 
 
-def new_moment(parameter: Tensor, place: Place) -> Moment:
+def new_moment(parameter: Tensor, position: SlicePosition) -> Moment:
     """Zeros, in 8 bits where the model's parameter is large enough."""
-    if place.total < SMALLEST:
+    if position.total < SMALLEST:
         return Moment(values=torch.zeros_like(parameter, dtype=torch.float32), scales=None)
-    blocks = -(-(place.before + parameter.numel()) // BLOCK)
+    blocks = -(-(position.before + parameter.numel()) // BLOCK)
     return Moment(values=torch.zeros_like(parameter, dtype=torch.uint8),
                   scales=torch.zeros(blocks, device=parameter.device))
 
 
 def _blocks(values: Tensor, before: int, fill: int) -> Tensor:
-    """[blocks, BLOCK]: the values, with `fill` in the places of the first and the last block that are not here."""
+    """[blocks, BLOCK]: the values, with `fill` in the positions of the first and the last block that are not here."""
     after = -(before + values.numel()) % BLOCK
     return torch.nn.functional.pad(values.flatten(), (before, after), value=fill).view(-1, BLOCK)
 

@@ -21,7 +21,7 @@ from megatron_embed.models.passes import tied_parts
 from megatron_embed.models.relative_bias import sum_over_copies
 from megatron_embed.parallel.collectives import sum_over
 from megatron_embed.parallel.topology import Topology
-from megatron_embed.platform.adamw_8bit import AdamW8bit, Place
+from megatron_embed.platform.adamw_8bit import AdamW8bit, SlicePosition
 from megatron_embed.platform.compat import (
     HAS_CUDA,
     HAS_TRANSFORMER_ENGINE,
@@ -191,14 +191,14 @@ def main_matrices(chunks: Sequence[EmbeddingModel], topology: Topology) -> dict[
             for chunk in chunks for matrix in layer_matrices(chunk, chunk.shape)}
 
 
-def slice_places(optimizer: DistributedOptimizer) -> dict[Tensor, Place]:
+def slice_positions(optimizer: DistributedOptimizer) -> dict[Tensor, SlicePosition]:
     """Which elements of the model's parameter each main parameter of this rank is."""
-    places = {}
+    positions = {}
     for owned in owned_slices(optimizer):
         group, index = optimizer.model_param_group_index_map[owned.parameter]
         main = optimizer.optimizer.param_groups[group]["params"][index]
-        places[main] = Place(start=owned.start, total=owned.parameter.numel())
-    return places
+        positions[main] = SlicePosition(start=owned.start, total=owned.parameter.numel())
+    return positions
 
 
 def build_optimizer(config: RunConfig, wrapped: Sequence[torch.nn.Module], topology: Topology) -> MegatronOptimizer:
@@ -217,7 +217,7 @@ def build_optimizer(config: RunConfig, wrapped: Sequence[torch.nn.Module], topol
         if isinstance(part.optimizer, Muon):
             part.optimizer.matrices = main_matrices([chunk.module for chunk in wrapped], topology)
         if isinstance(part.optimizer, AdamW8bit):
-            part.optimizer.places = slice_places(part)
+            part.optimizer.positions = slice_positions(part)
     return optimizer if len(parts) == len(optimizer.chained_optimizers) else type(optimizer)(parts)
 
 

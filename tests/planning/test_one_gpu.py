@@ -45,13 +45,15 @@ def test_the_printed_settings_fit_as_they_are(capsys, tmp_path):
     assert not plan_layout(without, shape, 1, GPU_CHOICES["24gb"], adapted_linears(without, shape)).fits
 
 
-@pytest.mark.parametrize("model, expected", [
-    ("Qwen/Qwen3-Embedding-0.6B", ("none", 0)), ("Qwen/Qwen3-14B", ("nf4", 16))])
-def test_init_takes_what_fits(capsys, model, expected):
-    assert main(["init", model, str(MINI_EN), "--gpu", "24gb"]) == 0
+@pytest.mark.parametrize("model, gpu, expected", [
+    ("Qwen/Qwen3-Embedding-0.6B", "24gb", ("adamw", "none", 0)), ("Qwen/Qwen3-14B", "24gb", ("adamw", "nf4", 16)),
+    ("Qwen/Qwen3-Embedding-4B", "80gb", ("adamw_8bit", "none", 0))])
+def test_init_takes_what_fits(capsys, model, gpu, expected):
+    """With a tenth of the memory to spare, as `plan` compares."""
+    assert main(["init", model, str(MINI_EN), "--gpu", gpu]) == 0
     config = load_text(capsys.readouterr().out, "the printed file")
-    assert (config.model.quantization, config.lora.rank) == expected
-    assert config.training.learning_rate == pytest.approx(1e-4 if expected[1] else config.training.learning_rate)
+    assert (config.optimizer.name, config.model.quantization, config.lora.rank) == expected
+    assert config.training.learning_rate == pytest.approx(1e-4 if expected[2] else config.training.learning_rate)
 
 
 @pytest.mark.parametrize("double, bits", [(True, 4.13), (False, 4.5)])

@@ -75,13 +75,13 @@ def test_twenty_losses_equal_the_plain_optimizers(model, tmp_path, name, record_
 @pytest.mark.slow
 def test_layouts_agree(model, tmp_path, record_property):
     for name, cases in (("adamw_8bit", [("tp2", layout(2)), ("pp2", layout(pp=2)), ("dp2", layout())]),
-                        ("muon", [("pp2", layout(pp=2)), ("dp2", layout())])):
+                        ("muon", [("tp2", layout(2)), ("pp2", layout(pp=2)), ("dp2", layout())])):
         run_on_ranks(train, 1, settings(model, tmp_path / name, name))
         for case, sizes in cases:
             run_on_ranks(train, 2, settings(model, tmp_path / f"{name}_{case}", name, sizes=sizes))
             difference = np.abs(losses(tmp_path / f"{name}_{case}") - losses(tmp_path / name)).max()
             record_property(f"largest_difference_{name}_{case}", difference)
-            assert difference <= (1e-3 if name == "adamw_8bit" else 1e-4), (name, case)
+            assert difference <= (1e-3 if name == "adamw_8bit" else 3e-5), (name, case)
 
 
 @pytest.mark.slow
@@ -136,8 +136,8 @@ def largest_errors(config, name):
 @pytest.mark.parametrize("name, sizes", [("adamw_8bit", layout(2)), ("adamw_8bit", layout()), ("muon", layout(2))],
                          ids=["adamw_8bit-tp2", "adamw_8bit-dp2", "muon-tp2"])
 def test_updates_equal_the_plain_optimizers(tmp_path, name, sizes):
-    """Bit for bit, with widths of whole blocks of 256 on a rank. The others: AdamW's, which Muon leaves to torch's
-    fused kernel; and the block in which data-parallel ranks divide the parameters, each with a scale of its own."""
+    """Bit for bit, with widths of whole blocks of 256 on a rank. Except AdamW's, which Muon leaves to torch's fused
+    kernel, and the block in which data-parallel ranks divide the parameters, each with a scale of its own."""
     from tests.helpers.toys import run_config
 
     base = save_model(tmp_path / "model", "qwen3", num_hidden_layers=1, hidden_size=512, intermediate_size=512,

@@ -123,6 +123,11 @@ def test_a_run_resumes_exports_and_holds_adapters_alone(model, tmp_path):
     values["checkpoint"] = {"directory": str(resumed), "save_every_steps": 2, "keep": 0}
     run_on_ranks(train, 2, values)
     assert curve(resumed) == curve(tmp_path / "run")
+    for name, sizes in (("tp2", layout(2)), ("dp2", layout())):  # and in another layout
+        values["parallel"], elsewhere = sizes, go_back(tmp_path / "run", tmp_path / name, 2)
+        values["checkpoint"]["directory"] = str(elsewhere)
+        run_on_ranks(train, 2, values)
+        np.testing.assert_allclose(losses(elsewhere), losses(tmp_path / "run"), rtol=0, atol=1e-5, err_msg=name)
     start, merged = load_file(f"{model}/model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
     assert {name for name in start if not torch.equal(start[name], merged[name])} == {
         name for name in start if "_proj." in name}
@@ -174,12 +179,12 @@ def test_shares_of_broken_blocks_are_refused(tmp_path):
                    "parallel.tensor_model_parallel_size = 2", "MLP width 64", "multiple of 64", "largest valid: 1")
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
-def test_a_base_that_is_quantized_already_is_refused(model, tmp_path, method):
+@pytest.mark.parametrize("method, word", [("bitsandbytes", "fp4"), ("gptq", "gptq"), ("awq", "awq")])
+def test_a_base_that_is_quantized_otherwise_is_refused(model, tmp_path, method, word):
     base = shutil.copytree(model, tmp_path / "base")
     values = json.loads((base / "config.json").read_text())
     values["quantization_config"] = {"quant_method": method, "bits": 4}
     (base / "config.json").write_text(json.dumps(values))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(base, tmp_path / "run")))
-    assert_refused(run_on_ranks(command, 1, ["train", str(tmp_path / "run.yaml")]), "quantization_config", method,
+    assert_refused(run_on_ranks(command, 1, ["train", str(tmp_path / "run.yaml")]), "quantization_config", word,
                    "original weights")
