@@ -22,18 +22,20 @@ LOSS_BOUND = 2e-6
 NUM_NEGATIVES = 3
 AUX_COEFFICIENT = 0.1
 Kind = Literal["qwen3", "bert", "qwen3_moe", "xlm-roberta", "qwen2", "llama", "mistral", "mixtral", "modernbert",
-               "t5", "gemma2", "gemma3_text", "phi3", "glm4", "nomic_bert"]
+               "t5", "gemma2", "gemma3_text", "phi3", "glm4", "nomic_bert", "gte-qwen2", "internlm2", "deberta-v2"]
 KINDS: tuple[Kind, ...] = ("qwen3", "bert", "qwen3_moe")
 """Models of the matrix."""
 OTHER_KINDS: tuple[Kind, ...] = ("xlm-roberta", "qwen2", "llama", "mistral", "mixtral")
 """Models with other features: positions behind the padding id, biases, rope scaling, an attention window."""
-SLOW_KINDS: tuple[Kind, ...] = ("modernbert", "t5", "gemma2", "gemma3_text", "phi3", "glm4", "nomic_bert")
+SLOW_KINDS: tuple[Kind, ...] = ("modernbert", "t5", "gemma2", "gemma3_text", "phi3", "glm4", "nomic_bert",
+                                 "gte-qwen2", "internlm2", "deberta-v2")
 """Models whose gradients the slow tests compare under most layouts."""
 RECOMPUTE: tuple[Literal["selective", "full"], ...] = ("selective", "full")
 POOLINGS: dict[Kind, Pooling] = {
     "qwen3": "lasttoken", "bert": "cls", "qwen3_moe": "mean", "xlm-roberta": "mean", "qwen2": "mean",
     "llama": "lasttoken", "mistral": "lasttoken", "mixtral": "mean", "modernbert": "mean", "t5": "mean",
-    "gemma2": "lasttoken", "gemma3_text": "mean", "phi3": "lasttoken", "glm4": "lasttoken", "nomic_bert": "mean"}
+    "gemma2": "lasttoken", "gemma3_text": "mean", "phi3": "lasttoken", "glm4": "lasttoken", "nomic_bert": "mean",
+    "gte-qwen2": "lasttoken", "internlm2": "mean", "deberta-v2": "cls"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class Layout:
     ep: int = 1
     etp: int = 1
     sequence_parallel: bool = True
+    a2a: bool = False
+    """Context-parallel ranks share heads in attention."""
 
     @property
     def ranks(self) -> int:
@@ -80,6 +84,7 @@ class Layout:
         sizes = {"EP": self.ep, "ETP": self.etp, "TP": self.tp, "PP": self.pp, "VPP": self.vpp, "CP": self.cp,
                  "DP": self.dp}
         name = "x".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "1 rank"
+        name += " by heads" if self.a2a else ""
         return name if self.sequence_parallel or self.tp == 1 else f"{name} without SP"
 
 
@@ -294,6 +299,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
         parallel=ParallelConfig(
             tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp, context_parallel_size=layout.cp,
+            cp_comm_type="a2a" if layout.a2a else "all_gather",
             expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp,
             sequence_parallel="auto" if layout.sequence_parallel else False),
         training=TrainingConfig(
