@@ -163,7 +163,7 @@ def save_model(path: Path, kind: Kind, rows: Path | None = None, **changes: Any)
     """
     config_name, model_name, settings = _MODELS[kind]
     torch.manual_seed(3)
-    config = getattr(transformers, config_name)(vocab_size=VOCABULARY, **settings | changes)
+    config = getattr(transformers, config_name)(**{**settings, "vocab_size": VOCABULARY, **changes})
     model = getattr(transformers, model_name)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

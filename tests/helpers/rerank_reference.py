@@ -126,7 +126,7 @@ def save_model(folder: Path, name: str) -> Path:
             # Word embeddings outweigh the rest, so that pairs of different words have different scores.
             large = len(parameter) == 30522 or "gate.weight" in key or "score" in key or "classifier" in key
             # An encoder's first token must hear enough of the others.
-            small = 0.3 if name in ENCODERS and parameter.dim() == 2 else 0.1
+            small = 0.1 if name not in ENCODERS or parameter.dim() == 1 else 0.15 if name == "nomic_bert" else 0.3
             parameter.add_(torch.randn_like(parameter) * (0.5 if large else small))
     path = folder / name
     path.mkdir()
