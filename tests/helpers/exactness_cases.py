@@ -263,6 +263,28 @@ def dense_cases() -> list[Case]:
     return sorted(cases, key=lambda case: DENSE_LAYOUTS.index(case.layout))
 
 
+HEAD_LAYOUTS = (Layout(cp=2, a2a=True), Layout(cp=4, a2a=True), Layout(tp=2, cp=2, a2a=True),
+                Layout(pp=2, cp=2, a2a=True))
+
+
+def head_cases() -> list[Case]:
+    """Context parallelism by heads, in groups and by the flash kernels; T5 has a bias of each head, DeBERTa one of each
+    head and token, Mistral a window."""
+    kinds: tuple[Kind, ...] = (*KINDS, "t5", "deberta-v2", "mistral")
+    cases = [Case(kind=kind, layout=layout, micro_batches=2, distributed=(index + turn) % 2 == 0,
+                  rows="masked" if turn % 2 else "short") for index, layout in enumerate(HEAD_LAYOUTS)
+             for turn, kind in enumerate(kinds)]
+    cases += [Case(kind=kind, layout=HEAD_LAYOUTS[0], micro_batches=2, recompute=recompute)
+              for kind in ("qwen3", "deberta-v2") for recompute in RECOMPUTE]
+    return sorted(cases, key=lambda case: HEAD_LAYOUTS.index(case.layout))
+
+
+def head_flash_cases() -> list[Case]:
+    """The same by the flash kernels, on the pretend device."""
+    return [Case(kind=kind, layout=HEAD_LAYOUTS[0], micro_batches=2, kernel="flash")
+            for kind in (*KINDS[:2], "mistral")]
+
+
 FLASH_LAYOUTS = (Layout(cp=2), Layout(cp=4), Layout(tp=2, cp=2), Layout(pp=2, cp=2), Layout(cp=2, dp=2),
                  Layout(tp=2, pp=2, cp=2), Layout(cp=4, tp=2))
 
