@@ -48,6 +48,9 @@ OptimizerName = Literal["adamw", "adamw_8bit", "muon"]
 LayerBackend = Literal["te", "torch"]
 """Whose kernels compute norms, linear layers and activations: Transformer Engine's, or torch's."""
 
+ContextMethod = Literal["all_gather", "a2a"]
+"""How context-parallel ranks attend to each other's tokens, in Megatron's words."""
+
 Fp8Passes = Literal["none", "first_pass", "both"]
 """Passes of a training step whose linear layers multiply in FP8."""
 

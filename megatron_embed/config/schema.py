@@ -22,7 +22,7 @@ from megatron_embed.config.run_checks import (
     check_transformer_engine,
 )
 from megatron_embed.config.workload import WORKLOADS, Workload
-from megatron_embed.names import Activation, EmbeddingHead, HeadKind, Pooling
+from megatron_embed.names import Activation, ContextMethod, EmbeddingHead, HeadKind, Pooling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,10 @@ class ParallelConfig:
     """Model chunks per pipeline rank (interleaved schedule); null or 1: off."""
     context_parallel_size: int = 1
     """Ranks that share the tokens of every text."""
+    cp_comm_type: ContextMethod = "all_gather"
+    """How context-parallel ranks attend to each other's tokens, in Megatron's words. all_gather: each gathers all keys
+    and values, and computes its own queries. a2a (Ulysses): each exchanges its tokens for its share of the heads of all
+    tokens; context_parallel_size then divides the key/value heads of a tensor-parallel rank."""
     expert_model_parallel_size: int = 1
     """Ranks, among the data-, context- and tensor-parallel ones, that share the experts of a mixture of experts."""
     expert_tensor_parallel_size: int = 1

@@ -21,12 +21,13 @@ from megatron_embed.convert.tables.lookup import rules_for
 from megatron_embed.convert.tables.transforms import Context, Transform
 from megatron_embed.models.families import ModelShape, model_shape
 
-_OWN_CODE = ("internlm2", "internlm3")
+OWN_CODE = ("internlm2", "internlm3")
+"""Families that Transformers has no class for."""
 
 
 def has_own_code(directory: Path) -> bool:
     """Whether Transformers has no class for the model of a directory."""
-    return (directory / "config.json").is_file() and model_shape(directory).family in _OWN_CODE
+    return (directory / "config.json").is_file() and model_shape(directory).family in OWN_CODE
 
 
 def stock_library(directory: Path, library: str) -> str:

@@ -4,6 +4,7 @@ A micro-batch is one row of tokens with the sequences back to back, see `segment
 """
 
 import contextlib
+import dataclasses
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from megatron_embed.models.flash_chunks import FlashCall, FlashSettings, flash_attention, gather_bin
+from megatron_embed.models.head_exchange import join_heads, split_heads
+from megatron_embed.models.long_attention import long_attention
 from megatron_embed.models.relative_bias import PositionBias
 from megatron_embed.models.segments import SegmentGroup
 from megatron_embed.platform.compat import (
@@ -140,8 +143,8 @@ class PackedAttention(MegatronModule):
     """Core attention for Megatron's SelfAttention over `PackedSequences`; no weights.
 
     With context parallelism each rank keeps its queries and gathers the keys and values of the bin over that group (one
-    all-gather forward, one reduce-scatter backward, by the flash kernels another all-gather). Padding tokens of the bin
-    get output 0.
+    all-gather forward, one reduce-scatter backward, by the flash kernels another all-gather), or exchanges tokens for
+    heads (`head_exchange.py`). Padding tokens of the bin get output 0.
     """
 
     def __init__(
@@ -162,6 +165,7 @@ class PackedAttention(MegatronModule):
         self.causal = attn_mask_type == AttnMaskType.causal
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.cp_group = pg_collection.cp if pg_collection is not None else None
+        self.by_heads = cp_comm_type == "a2a"
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -181,6 +185,12 @@ class PackedAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         group = self.cp_group if self.cp_group is not None and self.cp_group.size() > 1 else None
+        exchange = group if self.by_heads else None
+        if exchange is not None:
+            # What follows is attention without context parallelism, over the whole bin and a share of the heads.
+            group, bias = None, packed.bias
+            packed = packed if bias is None else dataclasses.replace(packed, bias=bias.share_of(exchange))
+            query, key, value = split_heads(query, key, value, exchange)
         if packed.groups:
             output = self._sdpa(query, *gather_bin(key, value, group), packed, dropout)
         else:
@@ -188,7 +198,8 @@ class PackedAttention(MegatronModule):
             settings = FlashSettings(scale=self.scale, dropout=dropout, cp_group=group)
             with self._fork(dropout):
                 output = flash_attention(query, key, value, packed.calls, settings)
-        return output.reshape(output.shape[0], 1, -1)
+        output = output.reshape(output.shape[0], -1)
+        return (output if exchange is None else join_heads(output, exchange))[:, None]
 
     def _fork(self, dropout: float) -> AbstractContextManager[None]:
         """Random numbers of this tensor-parallel rank: heads are split, so each rank draws its own.
@@ -223,22 +234,28 @@ class PackedAttention(MegatronModule):
         outputs = []
         for group, *tensors in parts:
             q, k, v = (x.view(group.count, -1, heads, head_dim).transpose(1, 2) for x in tensors)
-            mask = group.mask if packed.bias is None else _biased(packed.bias, group, q, k)
             with self._fork(dropout):
-                if self.softcap is None:
-                    out = functional.scaled_dot_product_attention(q, k, v, mask, dropout, group.is_causal,
-                                                                  scale=self.scale)
-                else:
-                    out = _capped_attention(q, k, v, group, dropout, self.scale, self.softcap)
+                out = self._attend(q, k, v, group, packed.bias, dropout)
             outputs.append(out.transpose(1, 2).reshape(group.count * group.query_length, heads * head_dim).to(dtype))
         return packed.to_queries.to_tokens(torch.cat(outputs))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup, bias: PositionBias | None,
+                dropout: float) -> Tensor:
+        """[segments, heads, length, head_dim] attention of a group."""
+        if self.softcap is not None:
+            return _capped_attention(q, k, v, group, dropout, self.scale, self.softcap)
+        if group.long is not None and bias is None and not dropout and q.device.type == "cpu":
+            return long_attention(q, k, v, group.long, self.scale)
+        mask = group.visible() if bias is None else _biased(bias, group, q, k)
+        return functional.scaled_dot_product_attention(q, k, v, mask, dropout, group.is_causal, scale=self.scale)
 
 
 def _biased(bias: PositionBias, group: SegmentGroup, q: Tensor, k: Tensor) -> Tensor:
     """[segments or 1, heads/tp, queries, keys]: what is added to a group's scores, -inf where a query sees no key."""
     assert not group.is_causal, "a family with a bias is bidirectional"
     scores = bias.scores(group.distance(), q, k).to(q.dtype)
-    return scores if group.mask is None else scores.masked_fill(~group.mask, -math.inf)
+    mask = group.visible()
+    return scores if mask is None else scores.masked_fill(~mask, -math.inf)
 
 
 def _capped_attention(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup, dropout: float, scale: float,
@@ -246,7 +263,7 @@ def _capped_attention(q: Tensor, k: Tensor, v: Tensor, group: SegmentGroup, drop
     """[segments, heads, length, head_dim] attention whose scores s become softcap * tanh(s / softcap) (Gemma 2,
     arXiv:2408.00118). Keeps matrices of [queries, keys]."""
     scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * (scale / softcap)) * softcap
-    mask = group.mask
+    mask = group.visible()
     if group.is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:

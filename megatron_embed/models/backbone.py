@@ -160,6 +160,8 @@ def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
             raise ConfigError(f"parallel.tensor_model_parallel_size = {tp} does not divide the model's {value} {name}; "
                               f"nearest valid: {_nearest_divisor(value, tp)}",
                               key="parallel.tensor_model_parallel_size")
+    if sizes.cp_comm_type == "a2a":
+        _check_head_exchange(shape, sizes)
     if shape.num_experts:
         _check_experts(shape, sizes)
     rows = 0 if shape.disentangled_positions is None else 2 * shape.disentangled_positions.span
@@ -182,6 +184,16 @@ def check_divisible(shape: ModelShape, sizes: ParallelConfig) -> None:
                           f"{virtual_size(sizes) or 1}) makes {stages} stages, more than the model's "
                           f"{shape.num_layers} layers; largest valid total: {shape.num_layers}",
                           key="parallel.pipeline_model_parallel_size")
+
+
+def _check_head_exchange(shape: ModelShape, sizes: ParallelConfig) -> None:
+    """Raises ConfigError if context-parallel ranks cannot share the heads of a tensor-parallel rank."""
+    cp, tp = sizes.context_parallel_size, sizes.tensor_model_parallel_size
+    for name, value in (("attention heads", shape.num_attention_heads), ("key/value heads", shape.num_query_groups)):
+        if value // tp % cp:
+            raise ConfigError(f"parallel.cp_comm_type = 'a2a': parallel.context_parallel_size = {cp} does not divide "
+                              f"the {value // tp} {name} of a tensor-parallel rank; nearest valid: "
+                              f"{_nearest_divisor(value // tp, cp)}, or use all_gather", key="parallel.cp_comm_type")
 
 
 def _check_experts(shape: ModelShape, sizes: ParallelConfig) -> None:
@@ -233,7 +245,7 @@ def megatron_config(shape: ModelShape, sizes: ParallelConfig, training: Training
         virtual_pipeline_model_parallel_size=virtual,
         pipeline_model_parallel_layout=pipeline_layout(
             shape.num_layers, sizes.pipeline_model_parallel_size * (virtual or 1)),
-        context_parallel_size=sizes.context_parallel_size,
+        context_parallel_size=sizes.context_parallel_size, cp_comm_type=sizes.cp_comm_type,
         expert_model_parallel_size=sizes.expert_model_parallel_size,
         expert_tensor_parallel_size=sizes.expert_tensor_parallel_size, sequence_parallel=uses_sequence_parallel(sizes),
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16, use_cpu_initialization=not on_gpu,

@@ -70,6 +70,11 @@ class DisentangledBias:
     key: Tensor
     scale: float
 
+    def share_of(self, group: torch.distributed.ProcessGroup) -> "DisentangledBias":
+        """The bias of this rank's share of the heads."""
+        query, key = (rows.chunk(group.size(), dim=1)[group.rank()] for rows in (self.query, self.key))
+        return dataclasses.replace(self, query=query, key=key)
+
     def scores(self, distance: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """[segments, heads/tp, queries, keys] of the dtype of `query`.
 

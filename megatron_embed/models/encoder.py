@@ -358,7 +358,8 @@ def to_device(micro_batch: MicroBatch, topology: Topology, pooling: ModelPooling
     micro_batch = micro_batch if passes is None else passes.pad(micro_batch)
     tokens, valid_rows = micro_batch.token_ids.numel(), micro_batch.outputs
     chunks = context_chunks(tokens, topology.cp_rank, topology.cp_size)
-    packed = packed_sequences(micro_batch, chunks, kernel, causal, shape)
+    by_heads = topology.sizes.cp_comm_type == "a2a"  # then attention is over the whole bin
+    packed = packed_sequences(micro_batch, context_chunks(tokens, 0, 1) if by_heads else chunks, kernel, causal, shape)
     first_position = 0 if shape is None else shape.position_offset
     plan = local_plan(pooling_plan(micro_batch, pooling), chunks)
     padding = _select(torch.arange(tokens) >= micro_batch.num_tokens, chunks)

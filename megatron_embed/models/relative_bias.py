@@ -7,6 +7,7 @@ are reduced over data-parallel ranks (`sum_over_copies`), so the copies stay equ
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -34,6 +35,24 @@ def distance_buckets(distance: Tensor, positions: RelativePositions) -> Tensor:
     return torch.where(steps < exact, steps, larger) + half * (distance > 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadBias:
+    """The bias of some heads."""
+
+    positions: RelativePositions
+    weight: Tensor
+    """[buckets, heads]"""
+
+    def share_of(self, group: dist.ProcessGroup) -> "HeadBias":
+        return HeadBias(positions=self.positions, weight=self.weight.chunk(group.size(), dim=1)[group.rank()])
+
+    def scores(self, distance: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """[segments, queries, keys] int64 key position minus query position -> [segments, heads, queries, keys],
+        whatever queries and keys are."""
+        buckets = distance_buckets(distance, self.positions)
+        return torch.nn.functional.embedding(buckets, self.weight).permute(0, 3, 1, 2)
+
+
 class RelativeBias(torch.nn.Module):
     """weight [buckets, heads/tp]: every tensor-parallel rank has the columns of its heads; uninitialized."""
 
@@ -47,11 +66,13 @@ class RelativeBias(torch.nn.Module):
         tensor_parallel.set_tensor_model_parallel_attributes(self.weight, True, 1, 1)
         self.weight.shared = copy > 0  # type: ignore[attr-defined]  # counted once in the gradient norm
 
+    def share_of(self, group: dist.ProcessGroup) -> "HeadBias":
+        """The bias of this rank's share of the heads."""
+        return HeadBias(positions=self.positions, weight=self.weight).share_of(group)
+
     def scores(self, distance: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """[segments, queries, keys] int64 key position minus query position -> [segments, heads/tp, queries, keys],
-        whatever queries and keys are."""
-        buckets = distance_buckets(distance, self.positions)
-        return torch.nn.functional.embedding(buckets, self.weight).permute(0, 3, 1, 2)
+        """See HeadBias."""
+        return HeadBias(positions=self.positions, weight=self.weight).scores(distance, query, key)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's sharded state; of several copies the first stage's is saved."""
@@ -64,6 +85,9 @@ class RelativeBias(torch.nn.Module):
 
 class PositionBias(Protocol):
     """What is added to attention scores."""
+
+    def share_of(self, group: dist.ProcessGroup) -> "PositionBias":
+        """That of this rank's share of the heads, which the ranks of `group` divide."""
 
     def scores(self, distance: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """[segments or 1, heads/tp, queries, keys].

@@ -13,6 +13,40 @@ MAX_GROUP_PADDING = 1.02
 without padding needs no mask: 128 texts of 13 to 175 tokens in 23 groups take 0.85 of their time in 6 (1.15)."""
 
 
+LARGEST_MASK = 1 << 20
+"""Pairs of a query and a key of one segment for which a mask is kept; see LongSegment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongSegment:
+    """The keys that the queries of a long segment see."""
+
+    offset: int
+    """Position of the first query among the keys."""
+    causal: bool
+    window: tuple[int, int] | None
+    """See `attention_window`."""
+
+    def keys_of(self, first: int, stop: int, keys: int) -> tuple[int, int]:
+        """The keys [from, to) that some of the queries [first, stop) see."""
+        before, after = self.window or (keys, keys)
+        last = stop + self.offset if self.causal else stop + self.offset + after
+        return max(0, first + self.offset - before), min(keys, last)
+
+    def mask(self, queries: int, keys: int, device: torch.device, *, first_query: int = 0,
+             first_key: int = 0) -> Tensor:
+        """[queries, keys] bool of the queries and keys from the given ones on."""
+        ahead = (torch.arange(first_key, first_key + keys, device=device)
+                 - torch.arange(first_query, first_query + queries, device=device)[:, None] - self.offset)
+        return _seen(ahead, self.causal, self.window)
+
+
+def _seen(ahead: Tensor, causal: bool, window: tuple[int, int] | None) -> Tensor:
+    """Whether a query sees a key that is `ahead` of it."""
+    seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+    return seen if window is None else seen & (ahead >= -window[0]) & (ahead <= window[1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class SegmentGroup:
     """Segments of queries, each with the keys of its sequence, computed together and padded to one size.
@@ -30,7 +64,8 @@ class SegmentGroup:
     targets: Tensor
     """[real queries] int64, the local tokens of those slots."""
     mask: Tensor | None
-    """[segments, 1, 1 or query_length, key_length] bool, true where a query sees a key; None: see `is_causal`."""
+    """[segments, 1, 1 or query_length, key_length] bool, true where a query sees a key; None: see `is_causal` and
+    `visible`."""
     is_causal: bool
     """The kernel's own triangular mask suffices: causal, and every query segment starts where its sequence starts."""
     count: int
@@ -38,6 +73,13 @@ class SegmentGroup:
     key_length: int
     offsets: Tensor | None = None
     """[segments] int64, position of a segment's first query in its sequence; None: 0."""
+    long: "LongSegment | None" = None
+    """Of a single segment without padding that is too long for a mask: what its queries see."""
+
+    def visible(self) -> Tensor | None:
+        """`mask`, or that of a long segment, which is made anew."""
+        return self.mask if self.long is None else self.long.mask(self.query_length, self.key_length,
+                                                                 self.queries.device)
 
     def distance(self) -> Tensor:
         """[segments or 1, query_length, key_length] int64: key position minus query position."""
@@ -106,6 +148,8 @@ def group_segments(cu_seqlens: Tensor, chunks: tuple[tuple[int, int], ...], caus
             queries, keys = sizes[last]
             longest, widest = max(longest, queries), max(widest, keys)
             real_queries, real_keys, count = real_queries + queries, real_keys + keys, last + 1 - first
+            if count > 1 and longest * widest > LARGEST_MASK:
+                break  # a long segment needs no mask if it is alone
             if longest * count > MAX_GROUP_PADDING * real_queries or widest * count > MAX_GROUP_PADDING * real_keys:
                 break
             last += 1
@@ -138,13 +182,14 @@ def _segment_group(segments: Tensor, causal: bool, window: tuple[int, int] | Non
     windowed = window is not None and key_length > window[0] + 1  # otherwise all tokens are within the window
     hidden = bool((num_keys < offset + num_queries).any()) if causal else False  # keys that no query sees
     kernel_mask = causal and not windowed and not hidden and not bool(offset.any())
-    mask = None
+    mask, long = None, None
     if windowed or (causal and not kernel_mask):
-        ahead = (key_steps - (offset + query_steps)[:, :, None])[:, None]  # key position minus query position
-        mask = real_keys[:, None, None, :] & (ahead <= 0) if causal else real_keys[:, None, None, :]
-        if windowed:
-            mask = mask & (ahead >= -window[0]) & (ahead <= window[1])
-        mask = mask | ~real_queries[:, None, :, None]  # padding queries see everything: a row without keys is NaN
+        if len(segments) == 1 and query_length * key_length > LARGEST_MASK:
+            long = LongSegment(offset=int(offset), causal=causal, window=window if windowed else None)
+        else:
+            ahead = (key_steps - (offset + query_steps)[:, :, None])[:, None]  # key position minus query position
+            mask = real_keys[:, None, None, :] & _seen(ahead, causal, window if windowed else None)
+            mask = mask | ~real_queries[:, None, :, None]  # padding queries see everything: no keys would be NaN
     elif not causal and not bool(real_keys.all()):
         mask = real_keys[:, None, None, :]
     slots = None if bool(real_queries.all()) else real_queries.flatten().nonzero().flatten()
@@ -152,5 +197,5 @@ def _segment_group(segments: Tensor, causal: bool, window: tuple[int, int] | Non
         queries=queries.to(device), keys=keys.to(device), slots=None if slots is None else slots.to(device),
         targets=(queries if slots is None else queries[slots]).to(device),
         mask=None if mask is None else mask.to(device),
-        is_causal=kernel_mask, count=len(segments), query_length=query_length, key_length=key_length,
+        is_causal=kernel_mask, count=len(segments), query_length=query_length, key_length=key_length, long=long,
         offsets=offset[:, 0].to(device) if bool(offset.any()) else None)

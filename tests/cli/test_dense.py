@@ -243,6 +243,27 @@ def test_adapters_leave_them_trained_whole(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sentence_t5_is_trained_exported_and_loaded_by_the_stock_library(tmp_path):
+    """T5's encoder, mean pooling, a Dense and Normalize, as in sentence-t5 and GTR; trained on two tensor-parallel
+    ranks, compared in Sentence Transformers and in ONNX Runtime."""
+    from megatron_embed.export.formats import EXPORTERS
+    from megatron_embed.export.verified_write import ExportOptions
+    from tests.helpers.embedding_reference import save_model
+
+    model = add_modules(save_model(tmp_path / "model", "t5"), SHAPES["sentence-t5"])
+    run_on_ranks(train, 2, run_values(model, tmp_path / "run", parallel=layout(tp=2), embedding={"pooling": "mean"},
+                                      checkpoint={"export_at_end": str(tmp_path / "export")}))
+    (ours,) = run_on_ranks(vectors_of, 1, {"": str(tmp_path / "export")})
+    theirs = stock(tmp_path / "export")
+    np.testing.assert_allclose(ours[""], theirs, atol=1e-5)
+    assert abs(theirs - stock(model)).max() > 1e-3, "nothing was trained"
+    trained = load_file(tmp_path / "export" / "2_Dense" / "model.safetensors")["linear.weight"]
+    assert not torch.equal(trained, load_file(model / "2_Dense" / "model.safetensors")["linear.weight"])
+    (lines,) = run_on_ranks(EXPORTERS["onnx"], 1, str(tmp_path / "run"), str(tmp_path / "onnx"), ExportOptions())
+    assert any("ONNX Runtime gives the same vectors" in line for line in lines), lines
+
+
+@pytest.mark.slow
 def test_an_onnx_graph_holds_them(tmp_path):
     from megatron_embed.export.formats import EXPORTERS
     from megatron_embed.export.verified_write import ExportOptions

@@ -36,8 +36,9 @@ from tests.helpers.exactness_cases import (
     Kind,
     Rows,
 )
-from tests.helpers.families import SMALL_IDS
+from tests.helpers.families import DEBERTA, SMALL_IDS
 from tests.helpers.gradient_errors import largest_error, save_gradients
+from tests.helpers.internlm import as_internlm2, stock_of
 from tests.helpers.multi_vector_reference import TokenReference, add_token_modules, load_projection
 from tests.helpers.pretend_ranks import run_on_pretend_ranks
 from tests.helpers.ranks import run_on_ranks
@@ -80,7 +81,12 @@ _MODELS: dict[Kind, tuple[str, str, dict[str, Any]]] = {
     "glm4": ("Glm4Config", "Glm4Model", {**_DECODER, **SMALL_IDS}),
     "nomic_bert": ("NomicBertConfig", "NomicBertModel", {
         "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 48,
-        "max_position_embeddings": 2048})}
+        "max_position_embeddings": 2048}),
+    "gte-qwen2": ("Qwen2Config", "Qwen2Model", {
+        **{key: value for key, value in _DECODER.items() if key != "head_dim"}, "is_causal": False}),
+    "internlm2": ("LlamaConfig", "LlamaModel", {key: value for key, value in _DECODER.items() if key != "head_dim"}),
+    "deberta-v2": ("DebertaV2Config", "DebertaV2Model", {
+        **DEBERTA, "num_attention_heads": 8, "max_position_embeddings": 2048})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +177,7 @@ def save_model(path: Path, kind: Kind, rows: Path | None = None, **changes: Any)
     """
     config_name, model_name, settings = _MODELS[kind]
     torch.manual_seed(3)
-    config = getattr(transformers, config_name)(vocab_size=VOCABULARY, **settings | changes)
+    config = getattr(transformers, config_name)(**{**settings, "vocab_size": VOCABULARY, **changes})
     model = getattr(transformers, model_name)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -186,6 +192,8 @@ def save_model(path: Path, kind: Kind, rows: Path | None = None, **changes: Any)
         tokenizer = tokenizer_of(path, ROWS["short"])
         _teach(model, lambda: _embed_padded(model, POOLINGS[kind], records, tokenizer), ROWS["short"].temperature, 1.5)
     model.save_pretrained(path)
+    if kind == "internlm2":
+        as_internlm2(path)
     return path
 
 
@@ -277,7 +285,7 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
     rows = ROWS[case.rows]
     records, tokenizer = _records(folder / f"{case.rows}.jsonl", case.rows), tokenizer_of(folder / case.model, rows)
     auto = transformers.AutoModelForTextEncoding if case.kind == "t5" else transformers.AutoModel
-    model = auto.from_pretrained(folder / case.model, dtype=torch.float64).eval()
+    model = auto.from_pretrained(stock_of(folder / case.model), dtype=torch.float64).eval()
     model.config._experts_implementation = "eager"  # the default's grouped product has no float64
     if case.adapters:
         model = with_adapter(model, folder / f"{case.model}-lora")
@@ -310,6 +318,8 @@ def _compute_reference(case: Case, folder: Path) -> Reference:
     gradients = folder / f"gradients-{case.reference}"
     norm = (save_adapter_gradients(model, folder / f"{case.model}-lora", gradients) if case.adapters else
             save_gradients(model, gradients, unused=("pooler",)))
+    if case.kind == "internlm2":
+        as_internlm2(gradients)
     norm = math.hypot(norm, math.sqrt(save_gradients_of(steps, gradients)))
     return Reference(loss=float(loss.detach()), candidates=max(len(documents) for _, documents in pools), norm=norm)
 

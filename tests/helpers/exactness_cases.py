@@ -22,18 +22,20 @@ LOSS_BOUND = 2e-6
 NUM_NEGATIVES = 3
 AUX_COEFFICIENT = 0.1
 Kind = Literal["qwen3", "bert", "qwen3_moe", "xlm-roberta", "qwen2", "llama", "mistral", "mixtral", "modernbert",
-               "t5", "gemma2", "gemma3_text", "phi3", "glm4", "nomic_bert"]
+               "t5", "gemma2", "gemma3_text", "phi3", "glm4", "nomic_bert", "gte-qwen2", "internlm2", "deberta-v2"]
 KINDS: tuple[Kind, ...] = ("qwen3", "bert", "qwen3_moe")
 """Models of the matrix."""
 OTHER_KINDS: tuple[Kind, ...] = ("xlm-roberta", "qwen2", "llama", "mistral", "mixtral")
 """Models with other features: positions behind the padding id, biases, rope scaling, an attention window."""
-SLOW_KINDS: tuple[Kind, ...] = ("modernbert", "t5", "gemma2", "gemma3_text", "phi3", "glm4", "nomic_bert")
+SLOW_KINDS: tuple[Kind, ...] = ("modernbert", "t5", "gemma2", "gemma3_text", "phi3", "glm4", "nomic_bert",
+                                 "gte-qwen2", "internlm2", "deberta-v2")
 """Models whose gradients the slow tests compare under most layouts."""
 RECOMPUTE: tuple[Literal["selective", "full"], ...] = ("selective", "full")
 POOLINGS: dict[Kind, Pooling] = {
     "qwen3": "lasttoken", "bert": "cls", "qwen3_moe": "mean", "xlm-roberta": "mean", "qwen2": "mean",
     "llama": "lasttoken", "mistral": "lasttoken", "mixtral": "mean", "modernbert": "mean", "t5": "mean",
-    "gemma2": "lasttoken", "gemma3_text": "mean", "phi3": "lasttoken", "glm4": "lasttoken", "nomic_bert": "mean"}
+    "gemma2": "lasttoken", "gemma3_text": "mean", "phi3": "lasttoken", "glm4": "lasttoken", "nomic_bert": "mean",
+    "gte-qwen2": "lasttoken", "internlm2": "mean", "deberta-v2": "cls"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class Layout:
     ep: int = 1
     etp: int = 1
     sequence_parallel: bool = True
+    a2a: bool = False
+    """Context-parallel ranks share heads in attention."""
 
     @property
     def ranks(self) -> int:
@@ -80,6 +84,7 @@ class Layout:
         sizes = {"EP": self.ep, "ETP": self.etp, "TP": self.tp, "PP": self.pp, "VPP": self.vpp, "CP": self.cp,
                  "DP": self.dp}
         name = "x".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1) or "1 rank"
+        name += " by heads" if self.a2a else ""
         return name if self.sequence_parallel or self.tp == 1 else f"{name} without SP"
 
 
@@ -266,6 +271,28 @@ def dense_cases() -> list[Case]:
     return sorted(cases, key=lambda case: DENSE_LAYOUTS.index(case.layout))
 
 
+HEAD_LAYOUTS = (Layout(cp=2, a2a=True), Layout(cp=4, a2a=True), Layout(tp=2, cp=2, a2a=True),
+                Layout(pp=2, cp=2, a2a=True))
+
+
+def head_cases() -> list[Case]:
+    """Context parallelism by heads, in groups and by the flash kernels; T5 has a bias of each head, DeBERTa one of each
+    head and token, Mistral a window."""
+    kinds: tuple[Kind, ...] = (*KINDS, "t5", "deberta-v2", "mistral")
+    cases = [Case(kind=kind, layout=layout, micro_batches=2, distributed=(index + turn) % 2 == 0,
+                  rows="masked" if turn % 2 else "short") for index, layout in enumerate(HEAD_LAYOUTS)
+             for turn, kind in enumerate(kinds)]
+    cases += [Case(kind=kind, layout=HEAD_LAYOUTS[0], micro_batches=2, recompute=recompute)
+              for kind in ("qwen3", "deberta-v2") for recompute in RECOMPUTE]
+    return sorted(cases, key=lambda case: HEAD_LAYOUTS.index(case.layout))
+
+
+def head_flash_cases() -> list[Case]:
+    """The same by the flash kernels, on the pretend device."""
+    return [Case(kind=kind, layout=HEAD_LAYOUTS[0], micro_batches=2, kernel="flash")
+            for kind in (*KINDS[:2], "mistral")]
+
+
 FLASH_LAYOUTS = (Layout(cp=2), Layout(cp=4), Layout(tp=2, cp=2), Layout(pp=2, cp=2), Layout(cp=2, dp=2),
                  Layout(tp=2, pp=2, cp=2), Layout(cp=4, tp=2))
 
@@ -317,6 +344,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
         parallel=ParallelConfig(
             tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp, context_parallel_size=layout.cp,
+            cp_comm_type="a2a" if layout.a2a else "all_gather",
             expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp,
             sequence_parallel="auto" if layout.sequence_parallel else False),
         training=TrainingConfig(

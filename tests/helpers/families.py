@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from megatron_embed.config.schema import RunConfig
-from tests.helpers.internlm import write_internlm
+from tests.helpers.internlm import EQUAL, stock_of, write_internlm
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.toys import open_model, pack_all, random_texts, run_config
 
@@ -135,16 +135,12 @@ def save_family(path: Path, name: str, model: str = "Model", dtype: torch.dtype 
     return str(path)
 
 
-EQUAL = "-equal"
-"""Ending of the directory of an equal model of Transformers, where it has no class of a family."""
-
-
 def expected_states(directory: str, ids: Sequence[list[int]], **settings: Any) -> torch.Tensor:
     """[tokens, hidden] float32: last hidden states by Transformers in float64, each text alone.
 
     `settings` go into the model's forward call, as `is_causal`.
     """
-    directory = f"{directory}{EQUAL}" if Path(f"{directory}{EQUAL}").is_dir() else directory
+    directory = str(stock_of(directory))
     config = transformers.AutoConfig.from_pretrained(directory)
     auto = transformers.AutoModelForTextEncoding if config.model_type == "t5" else transformers.AutoModel
     model = auto.from_pretrained(directory, dtype=torch.float64).eval()

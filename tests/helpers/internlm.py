@@ -16,6 +16,22 @@ _RENAMED = (("model.embed_tokens", "model.tok_embeddings"), (".self_attn.o_proj"
             (".mlp.down_proj", ".feed_forward.w2"), ("lm_head.", "output."))
 
 
+EQUAL = "-equal"
+"""Ending of the directory of an equal model of Transformers."""
+
+
+def stock_of(directory: str | Path) -> Path:
+    """The directory that Transformers reads: that of the equal model, if there is one."""
+    equal = Path(f"{directory}{EQUAL}")
+    return equal if equal.is_dir() else Path(directory)
+
+
+def as_internlm2(directory: Path) -> None:
+    """Make an InternLM2 of a Llama's directory, which becomes the equal model's."""
+    directory.rename(f"{directory}{EQUAL}")
+    write_internlm(Path(f"{directory}{EQUAL}"), directory, 2)
+
+
 def write_internlm(source: Path, target: Path, version: int) -> None:
     """The directory `target` of InternLM 2 or 3 with the tensors, or gradients, of the Llama in `source`."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))

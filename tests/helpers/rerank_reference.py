@@ -28,7 +28,7 @@ from megatron_embed.data.pair_tokenizer import PairTokenizer
 from megatron_embed.data.records import RerankRecord
 from megatron_embed.losses.rerank import pad_groups
 from tests.helpers.adapter_reference import save_adapter_gradients, with_adapter, write_adapter
-from tests.helpers.families import MODERNBERT
+from tests.helpers.families import DEBERTA, MODERNBERT, SMALL_IDS
 from tests.helpers.gradient_errors import (
     SquaredErrors,
     gather_shards,
@@ -38,6 +38,7 @@ from tests.helpers.gradient_errors import (
     squared_errors,
     squared_errors_of_adapters,
 )
+from tests.helpers.internlm import as_internlm2, stock_of
 from tests.helpers.toys import MINI_EN, copy_tokenizer
 
 SIZES = (1, 16, 2, 5, 3, 1, 7, 4)
@@ -57,8 +58,20 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "modernbert": ("ModernBertConfig", "ModernBertForSequenceClassification", {
         **MODERNBERT, "max_position_embeddings": 256, "num_labels": 1, "classifier_pooling": "mean",
         "norm_bias": True}),
-    "experts": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**_DECODER, **_EXPERTS, "tie_word_embeddings": True})}
-ENCODERS = {"encoder": "bert.", "modernbert": "model."}
+    "experts": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**_DECODER, **_EXPERTS, "tie_word_embeddings": True}),
+    "deberta": ("DebertaV2Config", "DebertaV2ForSequenceClassification", {
+        **DEBERTA, "max_position_embeddings": 256, "num_labels": 1}),
+    "nomic_bert": ("NomicBertConfig", "NomicBertForSequenceClassification", {**_BERT, "num_labels": 1}),
+    "gemma2": ("Gemma2Config", "Gemma2ForSequenceClassification", {
+        **_DECODER, "sliding_window": 8, "attn_logit_softcapping": 2.0, "num_labels": 1, "pad_token_id": 0}),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {
+        **_DECODER, "sliding_window": 12, "sliding_window_pattern": 2, "tie_word_embeddings": True}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {
+        **{key: value for key, value in _DECODER.items() if key != "head_dim"}, **SMALL_IDS}),
+    "glm4": ("Glm4Config", "Glm4ForSequenceClassification", {**_DECODER, **SMALL_IDS, "num_labels": 1}),
+    "internlm2": ("LlamaConfig", "LlamaForCausalLM", {
+        **{key: value for key, value in _DECODER.items() if key != "head_dim"}, "tie_word_embeddings": False})}
+ENCODERS = {"encoder": "bert.", "modernbert": "model.", "deberta": "deberta.", "nomic_bert": "nomic_bert."}
 """Models that read a pair of texts -> the prefix of their backbones' names."""
 YES, NO = "yes", "no"
 
@@ -87,7 +100,7 @@ class Case:
 
     @property
     def head(self) -> str:
-        return "score" if self.model in ("score", *ENCODERS) else "yes_no"
+        return "score" if "Classification" in MODELS[self.model][1] else "yes_no"
 
     @property
     def directory(self) -> str:
@@ -113,12 +126,14 @@ def save_model(folder: Path, name: str) -> Path:
             # Word embeddings outweigh the rest, so that pairs of different words have different scores.
             large = len(parameter) == 30522 or "gate.weight" in key or "score" in key or "classifier" in key
             # An encoder's first token must hear enough of the others.
-            small = 0.3 if name in ENCODERS and parameter.dim() == 2 else 0.1
+            small = 0.1 if name not in ENCODERS or parameter.dim() == 1 else 0.15 if name == "nomic_bert" else 0.3
             parameter.add_(torch.randn_like(parameter) * (0.5 if large else small))
     path = folder / name
     path.mkdir()
     copy_tokenizer(path)
     model.save_pretrained(path)
+    if name == "internlm2":
+        as_internlm2(path)
     return path
 
 
@@ -154,10 +169,13 @@ def compute_reference(case: Case, folder: Path) -> Reference:
     from megatron_embed.objectives.reranking import loss_of
 
     directory, lists = folder / case.model, records(case.loss)
+    if not directory.exists():
+        save_model(folder, case.model)
     tokenizer = tokenizer_of(directory, case.model)
     rows = tokenizer.tokenize([pair for record in lists for pair in pairs_of(record)])
     assert 0 < rows.num_truncated < len(rows.token_ids)
-    model = getattr(transformers, MODELS[case.model][1]).from_pretrained(directory, dtype=torch.float64).eval()
+    kind = getattr(transformers, MODELS[case.model][1])
+    model = kind.from_pretrained(stock_of(directory), dtype=torch.float64).eval()
     model.config._experts_implementation = "eager"  # the default's grouped product has no float64
     if case.adapters:
         model = with_adapter(model, _adapter_of(case, folder))
@@ -179,6 +197,8 @@ def compute_reference(case: Case, folder: Path) -> Reference:
     path = folder / f"gradients-{case.directory}-{case.loss}"
     norm = (save_adapter_gradients(model, folder / case.directory, path) if case.adapters else
             save_gradients(model, path))
+    if case.model == "internlm2":
+        as_internlm2(path)
     return Reference(loss=float(loss.detach()), norm=norm, gradients=str(path))
 
 

@@ -18,6 +18,8 @@ from tests.helpers.exactness_cases import (
     all_cases,
     dense_cases,
     flash_cases,
+    head_cases,
+    head_flash_cases,
 )
 from tests.helpers.pretend_ranks import shutdown_pretend_ranks
 from tests.pretend_cuda.build import reason_against
@@ -34,6 +36,7 @@ FAST = (
     Case(kind="bert", layout=Layout(tp=2), micro_batches=2, dense="embeddinggemma"),
     Case(kind="qwen3", layout=Layout(pp=2, vpp=2), micro_batches=4, repeats=3, rows="masked", first_pass=2),
     Case(kind="bert", layout=Layout(cp=2), micro_batches=2),
+    Case(kind="qwen3", layout=Layout(cp=2, a2a=True), micro_batches=2, rows="masked"),
     Case(kind="qwen3", layout=Layout(tp=2, pp=2), micro_batches=4, first_pass=3, recompute="full", rows="masked"),
     Case(kind="bert", layout=Layout(tp=2, dp=2), tokens=176, distributed=True, first_pass=3, keep=1),
     Case(kind="qwen3", layout=Layout(cp=2, dp=2), tokens=128, rows="masked", first_pass=4),
@@ -77,6 +80,12 @@ def test_gradients_of_dense_modules_equal_sentence_transformers(oracle, cases):
     check(oracle, cases)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_layout(head_cases()), ids=lambda cases: str(cases[0].layout))
+def test_gradients_of_context_parallelism_by_heads_equal_one_process(oracle, cases):
+    check(oracle, cases)
+
+
 @pytest.fixture(scope="module")
 def pretend_ranks():
     reason = reason_against()
@@ -87,7 +96,8 @@ def pretend_ranks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", by_layout(flash_cases()), ids=lambda cases: str(cases[0].layout))
+@pytest.mark.parametrize("cases", by_layout([*flash_cases(), *head_flash_cases()]),
+                         ids=lambda cases: str(cases[0].layout))
 def test_gradients_by_flash_kernels_equal_one_process(oracle, pretend_ranks, cases):
     check(oracle, cases)
 

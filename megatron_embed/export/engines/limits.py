@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_embed.data.pair_tokenizer import QWEN3_RERANKER_INSTRUCTION, QWEN3_RERANKER_TEMPLATE
 from megatron_embed.errors import CheckpointError
+from megatron_embed.export.equal_llama import OWN_CODE
 from megatron_embed.loading.model_directory import ModelDirectory, find_model
 from megatron_embed.loading.reranker import is_reranker, saved_settings
 from megatron_embed.models.families import ModelShape, read_hf_config
@@ -231,7 +232,12 @@ _INFINITY = (
           cannot="always gives vectors unit length",
           source="infinity-emb 0.0.78, transformer/embedder/sentence_transformer.py, encode_post"))
 
+_OWN_CODE = Limit(
+    concerns=lambda model: model.shape.family in OWN_CODE,
+    cannot="has no graph of a model whose code is in its directory, since that is not run",
+    source="Transformers 5.23, models/auto/configuration_auto.py", instead="use --format hf or sentence-transformers")
 _GRAPH = (
+    _OWN_CODE,
     Limit(concerns=lambda model: model.shape.num_experts > 0,
           cannot="has no graph of a mixture of experts, which torch.onnx does not translate",
           source="torch 2.13, torch.onnx.export: Failed to convert the exported program to an ONNX model",
