@@ -33,9 +33,9 @@ pass's. The first pass hides none."""
 LAUNCHES = {"fused": (15, 34), "plain": (62, 104)}
 """Launches of a layer, forward and backward, collectives included, with and without fused kernels; counted for
 qwen3_8b_embed_tp2_8xh100."""
-EXPERT_LAUNCHES = (38, 58)
-"""Launches that a layer of experts has besides those of a dense one, forward and backward, whatever their number,
-because their products are grouped; counted for qwen3_30b_a3b_embed_pp2_ep8_16xh100 and torch's grouped product."""
+EXPERT_LAUNCHES = (36, 47)
+"""Launches that a layer of experts has besides those of a dense one, forward and backward: their products are grouped,
+but for two for the gradients of each expert's weights; counted for qwen3_30b_a3b_embed_pp2_ep8_16xh100."""
 PLAIN_TRAFFIC = (4.4, 8.0)
 """Bytes that plain operators move for each byte of the fused kernels, forward and backward; counted likewise."""
 
@@ -251,7 +251,8 @@ def layer_launches(config: RunConfig, shape: ModelShape) -> tuple[float, float]:
     forward, backward = LAUNCHES["plain" if config.model.fused_kernels == "off" else "fused"]
     if not shape.num_experts:
         return forward, backward
-    return forward + EXPERT_LAUNCHES[0], backward + EXPERT_LAUNCHES[1]
+    experts = shape.num_experts / config.parallel.expert_model_parallel_size
+    return forward + EXPERT_LAUNCHES[0], backward + EXPERT_LAUNCHES[1] + 2 * experts
 
 
 def _efficiency(shape: ModelShape, tokens: float, tp: int) -> float:

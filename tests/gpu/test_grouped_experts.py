@@ -51,7 +51,7 @@ def test_grouped_products_equal_one_each(widths):
         pytest.skip("this torch or this GPU has no grouped product")
     alone = step(lambda rows: Groups(sizes=SIZES, ends=None), widths, main_gradients=False)
     grouped = step(lambda rows: groups_of(SIZES, rows), widths, main_gradients=False)
-    with mock.patch.object(grouped_linear, "products_can_accumulate", lambda: False):
+    with mock.patch.object(grouped_linear, "products_can_accumulate", return_value=False):
         added = step(lambda rows: groups_of(SIZES, rows), widths, main_gradients=widths == (16, 24))
     with mock.patch.object(grouped_linear, "weight_gradients", None if products_can_accumulate() else weight_gradients):
         accumulated = step(lambda rows: groups_of(SIZES, rows), widths, main_gradients=True)

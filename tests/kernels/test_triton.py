@@ -25,7 +25,7 @@ def launchers():
     """
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.dict(sys.modules):
         for name in list(sys.modules):
-            if name.split(".")[0] == "triton" and "._C" not in name or ".kernels.triton_" in name:
+            if (name.split(".")[0] == "triton" and "._C" not in name) or ".kernels.triton_" in name:
                 del sys.modules[name]
         from triton.runtime.interpreter import GridExecutor
 
