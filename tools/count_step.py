@@ -57,14 +57,15 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
 def planned_work(config: Any, tokens: int) -> dict[str, list[float]]:
     """What `plan` says of passes 1 and 2 without recomputation: bytes besides products, and launches."""
     from megatron_embed.planning.advice import adapted_linears
-    from megatron_embed.planning.flops import elementwise_bytes, layer_launches, vocabulary_bytes
+    from megatron_embed.planning.flops import elementwise_bytes, expert_copies, layer_launches, vocabulary_bytes
     from megatron_embed.planning.shapes import shape_of
 
     shape = shape_of(config.model.path)
     forward, backward = elementwise_bytes(config, shape)
-    once = vocabulary_bytes(config, shape, adapted_linears(config, shape))
+    once, copied = vocabulary_bytes(config, shape, adapted_linears(config, shape)), expert_copies(config, shape)
     launches = layer_launches(config, shape)
-    return {"traffic": [shape.num_layers * tokens * forward, shape.num_layers * tokens * (forward + backward) + once],
+    return {"traffic": [shape.num_layers * (tokens * forward + copied),
+                        shape.num_layers * (tokens * (forward + backward) + 2 * copied) + once],
             "launches": [shape.num_layers * launches[0], shape.num_layers * sum(launches)]}
 
 

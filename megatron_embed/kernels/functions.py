@@ -70,6 +70,11 @@ def glu(x: Tensor, activation: str, *, fused: bool) -> Tensor:
     return _GLU.apply(x, activation, fused)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def weighted_glu(x: Tensor, weights: Tensor, activation: str, *, fused: bool) -> Tensor:
+    """`glu` of [rows, 2 * width], times a weight of each row: [rows] in float32, the router's for experts."""
+    return _WeightedGLU.apply(x, weights, activation, fused)  # type: ignore[no-any-return,no-untyped-call]
+
+
 def bias_activation(x: Tensor, bias: Tensor, activation: str, *, fused: bool) -> Tensor:
     """activation(x + bias): [..., width] and [width]. Keeps x only."""
     return _BiasActivation.apply(x, bias, activation, fused)  # type: ignore[no-any-return,no-untyped-call]
@@ -139,6 +144,21 @@ class _GLU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         return kernel("glu_backward", ctx.fused)(gradient, x, ctx.activation), None, None
+
+
+class _WeightedGLU(torch.autograd.Function):
+    """Gated linear unit times a weight of each row that keeps these two only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, activation: str, fused: bool) -> Tensor:
+        ctx.save_for_backward(x, weights)
+        ctx.activation, ctx.fused = activation, fused
+        return kernel("weighted_glu", fused)(x, weights, activation)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weights = ctx.saved_tensors
+        return *kernel("weighted_glu_backward", ctx.fused)(gradient, x, weights, ctx.activation), None, None
 
 
 class _BiasActivation(torch.autograd.Function):

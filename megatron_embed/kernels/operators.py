@@ -26,6 +26,8 @@ SCHEMAS = {
                            "Tensor? q_weight, Tensor? k_weight, Tensor rstd) -> (Tensor, Tensor)",
     "glu": "(Tensor x, str activation) -> Tensor",
     "glu_backward": "(Tensor gradient, Tensor x, str activation) -> Tensor",
+    "weighted_glu": "(Tensor x, Tensor weights, str activation) -> Tensor",
+    "weighted_glu_backward": "(Tensor gradient, Tensor x, Tensor weights, str activation) -> (Tensor, Tensor)",
     "bias_activation": "(Tensor x, Tensor bias, str activation) -> Tensor",
     "bias_activation_backward": "(Tensor gradient, Tensor x, Tensor bias, str activation) -> Tensor",
 }
@@ -102,6 +104,8 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "rms_norm_backward": _rms_norm_backward,
     "qkv_rotary": _qkv_rotary, "qkv_rotary_backward": _qkv_rotary_backward, "glu": _glu,
     "glu_backward": lambda gradient, x, activation: torch.empty_like(x),
+    "weighted_glu": lambda x, weights, activation: _glu(x, activation),
+    "weighted_glu_backward": lambda gradient, x, weights, activation: (torch.empty_like(x), torch.empty_like(weights)),
     "bias_activation": lambda x, bias, activation: torch.empty_like(x),
     "bias_activation_backward": lambda gradient, x, bias, activation: torch.empty_like(x)}
 

@@ -110,6 +110,17 @@ def glu_backward(gradient: Tensor, x: Tensor, activation: str) -> Tensor:
     return grad
 
 
+def weighted_glu(x: Tensor, weights: Tensor, activation: str) -> Tensor:
+    """[rows, 2 * width] and a weight of each row, float32 -> `glu`, rounded, times the weight."""
+    return (glu(x, activation) * weights[:, None]).to(x.dtype)
+
+
+def weighted_glu_backward(gradient: Tensor, x: Tensor, weights: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(gradient of both halves, gradient of the weights)."""
+    of_weights = (wide(gradient) * glu(x, activation)).sum(-1)
+    return glu_backward((gradient * weights[:, None]).to(x.dtype), x, activation), of_weights.to(weights.dtype)
+
+
 def bias_activation(x: Tensor, bias: Tensor, activation: str) -> Tensor:
     """activation(x + bias)."""
     return ACTIVATIONS[activation](x + bias)

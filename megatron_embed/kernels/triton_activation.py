@@ -68,6 +68,39 @@ def _glu_backward(gradient_ptr, x_ptr, grad_x_ptr, width, ACTIVATION: tl.constex
 
 
 @triton.jit
+def _weighted_forward(x_ptr, weights_ptr, out_ptr, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(x_ptr + row * 2 * width + column, mask=inside, other=0.0)
+    up = tl.load(x_ptr + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    active = _activate(gate.to(tl.float32), ACTIVATION).to(gate.dtype).to(tl.float32)
+    unit = (active * up).to(gate.dtype).to(tl.float32)
+    tl.store(out_ptr + row * width + column, (unit * tl.load(weights_ptr + row)).to(gate.dtype), mask=inside)
+
+
+@triton.jit
+def _weighted_backward(gradient_ptr, x_ptr, weights_ptr, grad_x_ptr, grad_weights_ptr, width, steps,
+                       ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """One row, whose weight's gradient is a sum over it."""
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(weights_ptr + row)
+    part = tl.zeros([BLOCK], dtype=tl.float32)
+    for step in range(steps):
+        column = step * BLOCK + tl.arange(0, BLOCK)
+        inside, offsets = column < width, row * 2 * width + column
+        gradient = tl.load(gradient_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(x_ptr + offsets, mask=inside, other=0.0)
+        up = tl.load(x_ptr + offsets + width, mask=inside, other=0.0).to(tl.float32)
+        values = gate.to(tl.float32)
+        active = _activate(values, ACTIVATION)
+        part += gradient * (active.to(gate.dtype).to(tl.float32) * up).to(gate.dtype).to(tl.float32)
+        gradient *= weight
+        tl.store(grad_x_ptr + offsets, (gradient * up * _slope(values, ACTIVATION)).to(gate.dtype), mask=inside)
+        tl.store(grad_x_ptr + offsets + width, (gradient * active).to(gate.dtype), mask=inside)
+    tl.store(grad_weights_ptr + row, tl.sum(part, axis=0))
+
+
+@triton.jit
 def _bias_forward(x_ptr, bias_ptr, out_ptr, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -104,6 +137,25 @@ def glu_backward(gradient: Tensor, x: Tensor, activation: str) -> Tensor:
     if x.numel():
         _glu_backward[_grid(gradient)](gradient, x, grad_x, x.shape[-1] // 2, ACTIVATION=activation, BLOCK=BLOCK)
     return grad_x
+
+
+def weighted_glu(x: Tensor, weights: Tensor, activation: str) -> Tensor:
+    """Launch of one kernel; see reference.py."""
+    x, weights, width = x.contiguous(), weights.contiguous(), x.shape[-1] // 2
+    out = x.new_empty(*x.shape[:-1], width)
+    if out.numel():
+        _weighted_forward[_grid(out)](x, weights, out, width, ACTIVATION=activation, BLOCK=BLOCK)
+    return out
+
+
+def weighted_glu_backward(gradient: Tensor, x: Tensor, weights: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Launch of one kernel; see reference.py."""
+    gradient, x, weights = gradient.contiguous(), x.contiguous(), weights.contiguous()
+    grad_x, grad_weights, width = torch.empty_like(x), torch.empty_like(weights), x.shape[-1] // 2
+    if x.numel():
+        _weighted_backward[(len(x),)](gradient, x, weights, grad_x, grad_weights, width, triton.cdiv(width, BLOCK),
+                                      ACTIVATION=activation, BLOCK=BLOCK)
+    return grad_x, grad_weights
 
 
 def bias_activation(x: Tensor, bias: Tensor, activation: str) -> Tensor:

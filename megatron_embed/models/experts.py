@@ -38,8 +38,11 @@ class GroupedExperts(SequentialMLP):
         """[rows, hidden] -> [rows, hidden]; `sizes`: rows of each expert; `weights`: [rows, 1], the router's."""
         groups = groups_of(sizes, rows)
         hidden = self.linear("linear_fc1", rows, groups)
-        hidden = gated(hidden, self.config) if self.config.gated_linear_unit else self.config.activation_func(hidden)
-        return self.linear("linear_fc2", (hidden * weights).to(hidden.dtype), groups)
+        if self.config.gated_linear_unit:
+            hidden = gated(hidden, self.config, weights.squeeze(-1))
+        else:
+            hidden = (self.config.activation_func(hidden) * weights).to(hidden.dtype)
+        return self.linear("linear_fc2", hidden, groups)
 
     def linear(self, name: str, inputs: Tensor, groups: Groups) -> Tensor:
         """[rows, inputs] -> [rows, outputs] by the linear `name` of each row's expert, with its adapters."""

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_embed.kernels.functions import bias_activation, glu, partial_rotary, qkv_rotary, rms_norm, rms_norm_of_sum
+from megatron_embed.kernels.functions import (
+    bias_activation,
+    glu,
+    partial_rotary,
+    qkv_rotary,
+    rms_norm,
+    rms_norm_of_sum,
+    weighted_glu,
+)
 from megatron_embed.kernels.reference import ACTIVATIONS
 from megatron_embed.platform.compat import MLP, SelfAttention, TransformerConfig, TransformerLayer
 
@@ -177,9 +185,11 @@ class FeedForward(MLP):
         return output, None
 
 
-def gated(inner: Tensor, config: Any) -> Tensor:
-    """[..., 2 * width] -> [..., width]: the gated linear unit of a BackboneConfig."""
-    return glu(inner, _activation(config), fused=config.fused_kernels)
+def gated(inner: Tensor, config: Any, weights: Tensor | None = None) -> Tensor:
+    """[..., 2 * width] -> [..., width]: the gated linear unit of a BackboneConfig; times `weights`, [rows], if any."""
+    if weights is None:
+        return glu(inner, _activation(config), fused=config.fused_kernels)
+    return weighted_glu(inner, weights, _activation(config), fused=config.fused_kernels)
 
 
 def _activation(config: Any) -> str:

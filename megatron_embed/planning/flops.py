@@ -12,7 +12,7 @@ from megatron_embed.models.families import ModelShape, layers_by_stage
 from megatron_embed.planning.hardware import GPU, GPUS_PER_NODE
 from megatron_embed.planning.memory import DTYPE_BYTES, PIPELINE_FILL, Grid, first_pass_micro_batches
 from megatron_embed.planning.parameters import AdaptedLinears, active_matrix_parameters, held_parameters, vector_width
-from megatron_embed.planning.quantized import restoring_traffic
+from megatron_embed.planning.quantized import layer_linears, restoring_traffic
 
 EFFICIENCY = 0.75
 """Share of the peak that large matrix products reach alone: with TOKENS_FOR_HALF, 650 TFLOP/s on an H100 in
@@ -33,8 +33,9 @@ pass's. The first pass hides none."""
 LAUNCHES = {"fused": (15, 34), "plain": (62, 104)}
 """Launches of a layer, forward and backward, collectives included, with and without fused kernels; counted for
 qwen3_8b_embed_tp2_8xh100."""
-EXPERT_LAUNCHES = 10
-"""Launches of an expert, forward; backward twice as many."""
+EXPERT_LAUNCHES = (36, 47)
+"""Launches that a layer of experts has besides those of a dense one, forward and backward: their products are grouped,
+but for two for the gradients of each expert's weights; counted for qwen3_30b_a3b_embed_pp2_ep8_16xh100."""
 PLAIN_TRAFFIC = (4.4, 8.0)
 """Bytes that plain operators move for each byte of the fused kernels, forward and backward; counted likewise."""
 
@@ -183,6 +184,7 @@ def pass_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU, adapte
     traffic = layers * tokens * (forwards * forward_bytes + with_backward * backward_bytes)
     traffic += vocabulary_bytes(config, shape, adapted) * with_backward
     traffic += layers * restoring_traffic(config, shape, DTYPE_BYTES[config.model.dtype]) * (forwards + with_backward)
+    traffic += layers * expert_copies(config, shape) * (forwards + with_backward)
     elementwise = traffic / (MEMORY_EFFICIENCY * gpu.memory_gb_per_second * 1e9)
     # Bytes that a rank sends per layer and pass of the hidden states of its tokens.
     state = tokens * shape.hidden_size * DTYPE_BYTES[config.model.dtype]
@@ -227,6 +229,15 @@ def elementwise_bytes(config: RunConfig, shape: ModelShape) -> tuple[float, floa
     return element * forward / tp * plain[0], element * backward / tp * plain[1]
 
 
+def expert_copies(config: RunConfig, shape: ModelShape) -> float:
+    """Bytes that a layer moves, in each direction and however few tokens there are, to copy its experts' weights side
+    by side for a grouped product; Transformer Engine's and a rank's only expert need no copy."""
+    if not shape.num_experts or config.model.backend == "te":
+        return 0.0
+    weights = [linear.weights for linear in layer_linears(config, shape)[2:]]
+    return 2.0 * DTYPE_BYTES[config.model.dtype] * sum(weights) * (len(weights) > 2)
+
+
 def vocabulary_bytes(config: RunConfig, shape: ModelShape, adapted: AdaptedLinears | None) -> float:
     """Bytes that the gradient of the word embedding moves per micro-batch: written, and added to the float32 buffer."""
     if adapted is not None:
@@ -238,8 +249,10 @@ def vocabulary_bytes(config: RunConfig, shape: ModelShape, adapted: AdaptedLinea
 def layer_launches(config: RunConfig, shape: ModelShape) -> tuple[float, float]:
     """Launches of a layer on a rank, forward and backward."""
     forward, backward = LAUNCHES["plain" if config.model.fused_kernels == "off" else "fused"]
-    experts = EXPERT_LAUNCHES * shape.num_experts / config.parallel.expert_model_parallel_size
-    return forward + experts, backward + 2 * experts
+    if not shape.num_experts:
+        return forward, backward
+    experts = shape.num_experts / config.parallel.expert_model_parallel_size
+    return forward + EXPERT_LAUNCHES[0], backward + EXPERT_LAUNCHES[1] + 2 * experts
 
 
 def _efficiency(shape: ModelShape, tokens: float, tp: int) -> float:

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from megatron_embed.platform import grouped_linear
-from megatron_embed.platform.grouped_linear import GroupedLinear, Groups, groups_of, has_grouped_product
+from megatron_embed.platform.grouped_linear import (
+    GroupedLinear,
+    Groups,
+    groups_of,
+    has_grouped_product,
+    weight_gradients,
+)
+from megatron_embed.platform.weight_gradient import products_can_accumulate
 from tests.helpers.device_runs import SECONDS, curve_of, train_arguments
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
@@ -44,11 +51,26 @@ def test_grouped_products_equal_one_each(widths):
         pytest.skip("this torch or this GPU has no grouped product")
     alone = step(lambda rows: Groups(sizes=SIZES, ends=None), widths, main_gradients=False)
     grouped = step(lambda rows: groups_of(SIZES, rows), widths, main_gradients=False)
-    added = step(lambda rows: groups_of(SIZES, rows), widths, main_gradients=widths == (16, 24))
+    with mock.patch.object(grouped_linear, "products_can_accumulate", return_value=False):
+        added = step(lambda rows: groups_of(SIZES, rows), widths, main_gradients=widths == (16, 24))
+    with mock.patch.object(grouped_linear, "weight_gradients", None if products_can_accumulate() else weight_gradients):
+        accumulated = step(lambda rows: groups_of(SIZES, rows), widths, main_gradients=True)
     assert all(value.any() for value in alone[:3])
-    for value, other, expected in zip(grouped, added, alone, strict=True):
-        torch.testing.assert_close(value, expected, rtol=0.02, atol=0.02)
-        torch.testing.assert_close(other, expected, rtol=0.02, atol=0.02)
+    for expected, *values in zip(alone, grouped, added, accumulated, strict=True):
+        for value in values:
+            torch.testing.assert_close(value, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.gpu
+def test_the_only_expert_is_not_copied():
+    inputs = torch.randn(5, 16).to("cuda", torch.bfloat16).requires_grad_()
+    weight = torch.randn(8, 16).to("cuda", torch.bfloat16).requires_grad_()
+    groups = groups_of((5,), inputs)
+    with mock.patch.object(torch, "stack", None):
+        outputs = GroupedLinear.apply(inputs, groups, weight)
+        outputs.sum().backward()
+    assert groups.ends is None and torch.equal(outputs, inputs @ weight.t())
+    assert torch.equal(weight.grad, torch.ones_like(outputs).t() @ inputs)
 
 
 @pytest.mark.gpu

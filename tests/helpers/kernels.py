@@ -36,5 +36,8 @@ def kernel_cases(dtype):
         wide, narrow = make(7, 1, 2 * 1100, seed=12), make(7, 1, 1100, seed=13)
         yield "glu", (wide, activation)
         yield "glu_backward", (narrow, wide, activation)
+        weights = random(7, dtype=torch.float32, seed=16)
+        yield "weighted_glu", (wide[:, 0], weights, activation)
+        yield "weighted_glu_backward", (narrow[:, 0], wide[:, 0], weights, activation)
         yield "bias_activation", (narrow, make(1100, seed=14), activation)
         yield "bias_activation_backward", (make(7, 1, 1100, seed=15), narrow, make(1100, seed=14), activation)

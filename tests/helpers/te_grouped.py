@@ -24,7 +24,7 @@ class _Products(torch.autograd.Function):
             tensors += [] if recipe is None else [inputs, *weights]
         ctx.save_for_backward(inputs, *quantized)
         ctx.linear, ctx.sizes, ctx.recipe, ctx.weights = linear, sizes, recipe, weights
-        return torch.cat([part @ weight.T for part, weight in zip(cast, quantized, strict=True)])
+        return _joined([part @ weight.T for part, weight in zip(cast, quantized, strict=True)])
 
     @staticmethod
     def backward(ctx, gradient):
@@ -34,7 +34,7 @@ class _Products(torch.autograd.Function):
         with region("quantize", 0 if recipe is None else 1) as tensors:
             cast = [_cast(part, recipe, backward=True) for part in gradients]
             tensors += [] if recipe is None else [gradient]
-        input_gradient = torch.cat([part @ weight for part, weight in zip(cast, quantized, strict=True)])
+        input_gradient = _joined([part @ weight for part, weight in zip(cast, quantized, strict=True)])
         results = [None] * len(weights)
         if weights[0].requires_grad:
             if recipe is not None:  # common/gemm/cublaslt_gemm.cu, of the dimension that is summed over
@@ -47,9 +47,15 @@ class _Products(torch.autograd.Function):
                 if fuses:
                     with region("sum of the product", 0):
                         weights[index].main_grad.add_(results[index])
-                    weights[index].grad_added_to_main_grad = True
-                    results[index] = torch.full_like(weights[index], torch.nan)  # torch.empty: not to be read
+                        weights[index].grad_added_to_main_grad = True
+                        results[index] = torch.full_like(weights[index], torch.nan)  # torch.empty: not to be read
         return input_gradient, None, None, None, None, *results
+
+
+def _joined(parts):
+    """In one tensor, where the products themselves write."""
+    with region("one output", 0):
+        return torch.cat(parts)
 
 
 def _cast(part, recipe, backward=False):

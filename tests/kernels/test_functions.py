@@ -76,6 +76,8 @@ def test_activations(activation):
     function = ACTIVATIONS[activation]
     assert_same(lambda x: functions.glu(x, activation, fused=False),
                 lambda x: function(x[..., :6]) * x[..., 6:], random(5, 1, 12))
+    assert_same(lambda x, weights: functions.weighted_glu(x, weights, activation, fused=False),
+                lambda x, weights: function(x[:, :6]) * x[:, 6:] * weights[:, None], random(5, 12), random(5, seed=4))
     assert_same(lambda x, bias: functions.bias_activation(x, bias, activation, fused=False),
                 lambda x, bias: function(x + bias), random(5, 1, 12), random(12, seed=2))
 

@@ -6,7 +6,13 @@ import pytest
 
 from megatron_embed.config.load import load_config
 from megatron_embed.errors import ConfigError
-from megatron_embed.planning.flops import PLAIN_TRAFFIC, elementwise_bytes, model_flops
+from megatron_embed.planning.flops import (
+    PLAIN_TRAFFIC,
+    elementwise_bytes,
+    expert_copies,
+    layer_launches,
+    model_flops,
+)
 from megatron_embed.planning.hardware import GPUS
 from megatron_embed.planning.layouts import plan_layout
 from megatron_embed.planning.shapes import shape_of
@@ -29,6 +35,22 @@ def test_traffic_is_that_of_the_kernels():
     config, _, _ = time_of(LARGE, "model.fused_kernels=off")
     plain = (5248 * 36 * size / 1e9 for size in elementwise_bytes(config, shape))
     assert tuple(plain) == pytest.approx((forward * PLAIN_TRAFFIC[0], backward * PLAIN_TRAFFIC[1]))
+
+
+def test_experts_cost_what_grouped_products_do():
+    """Counted for a layer of Qwen3-30B-A3B, 16 experts on a rank, 2,048 tokens: 0.96 and 2.06 GB; 51 and 164
+    launches."""
+    config = load_config(str(REPOSITORY / "configs/qwen3_30b_a3b_embed_pp2_ep8_16xh100.yaml"), [])
+    shape = shape_of(config.model.path)
+    (forward, backward), copied = elementwise_bytes(config, shape), expert_copies(config, shape)
+    traffic = 2048 * forward + copied, 2048 * (forward + backward) + 2 * copied
+    assert [size / 1e9 for size in traffic] == pytest.approx([0.96, 2.06], rel=0.05)
+    launches = layer_launches(config, shape)
+    assert (launches[0], sum(launches)) == (51, 164)
+    for alone, overrides in ((True, ["parallel.expert_model_parallel_size=128"]), (False, ["model.backend=te"])):
+        other = load_config(str(REPOSITORY / "configs/qwen3_30b_a3b_embed_pp2_ep8_16xh100.yaml"), overrides)
+        assert expert_copies(other, shape) == 0
+        assert (layer_launches(other, shape) == layer_launches(config, shape)) is not alone
 
 
 def test_utilization_is_that_of_the_counted_step():
