@@ -3,25 +3,31 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
 from megatron_embed.convert.convert import hf_to_megatron
+from megatron_embed.data.pair_tokenizer import Pair
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
 from megatron_embed.export.cross_encoder import export_cross_encoder
 from megatron_embed.export.engines import gate
-from megatron_embed.export.engines.base import stock_features
+from megatron_embed.export.engines.base import Engine, PairScores, stock_features
+from megatron_embed.export.engines.files import EngineFiles, gguf_files
 from megatron_embed.export.engines.gate import engine_names, verify_directory
 from megatron_embed.export.engines.graph import GRAPH_FILE, pooled
 from megatron_embed.export.engines.limits import check_limits
+from megatron_embed.export.engines.llama_cpp import scores_of_probabilities, weights_type
 from megatron_embed.export.formats import EXPORTERS
+from megatron_embed.export.reranker import PairProbes
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verified_write import ExportOptions
 from megatron_embed.models.reranker_settings import RerankerSettings
-from megatron_embed.names import POOLINGS, EngineName, Pooling
+from megatron_embed.names import POOLINGS, EngineName, Pooling, Role
 from tests.helpers.embedding_reference import save_model
 from tests.helpers.refusals import command
 from tests.helpers.toys import copy_tokenizer, save_reranker, save_toy
@@ -171,6 +177,59 @@ def test_a_reranker_of_bert_is_no_gguf(checkpoint: Path, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="llama.cpp leaves out BERT's pooler.*conversion/bert.py.*--format onnx"):
         EXPORTERS["gguf"](str(reranker), str(tmp_path / "out"), ExportOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["reranker"]
+
+
+def test_half_precision_of_gelu_keeps_rerankers_of_encoders_from_gguf(tmp_path: Path) -> None:
+    save_toy(tmp_path / "reranker", "XLMRobertaForSequenceClassification", num_labels=1, vocab_size=30522)
+    copy_tokenizer(tmp_path / "reranker")
+    with pytest.raises(CheckpointError, match="llama.cpp takes GELU.* half precision.*vec.h.*use --format onnx"):
+        EXPORTERS["gguf"](str(tmp_path / "reranker"), str(tmp_path / "out"), ExportOptions())
+    assert [path.name for path in tmp_path.iterdir()] == ["reranker"]
+    check_limits(["vllm", "onnxruntime"], tmp_path / "reranker")
+
+
+class Probabilities(Engine):
+    """An engine whose scores are probabilities in float32."""
+
+    name = "Probabilities"
+
+    def __init__(self, raw: torch.Tensor) -> None:
+        self._probabilities = raw.sigmoid().double()
+
+    def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> PairScores:
+        return scores_of_probabilities(self._probabilities)
+
+
+def test_a_probability_near_1_is_compared_as_far_as_its_last_bit_tells() -> None:
+    raw = torch.tensor([0.5, 9.1, 12.3, 40.0])
+    probes = PairProbes(pairs=[Pair(query="a", document="b")] * 4, raw=raw, final=raw.sigmoid(), in_template=True,
+                        is_cut=[False] * 4, is_full=[False] * 4)
+    for change in (0.0, 3e-3, torch.nan):
+        for pair in range(4):
+            theirs = raw.clone()
+            theirs[pair] += change
+            reader = EngineFiles(engine=Probabilities(theirs), write=lambda directory: None)
+            # 0.003 more: seen at 9.1, where a bit is worth 0.0005; not at 12.3, where it is worth 0.013.
+            if change == 0 or (change > 0 and pair > 1):
+                assert "Probabilities gives the same scores" in reader.compare_scores(Path("dir"), probes, 1e-4)
+            else:
+                with pytest.raises(CheckpointError, match=f"score of pair {pair} "):
+                    reader.compare_scores(Path("dir"), probes, 1e-4)
+
+
+@pytest.mark.parametrize(("number", "kind", "cosine"), [(0, "f32", 0.9999), (7, "q8_0", 0.999), (15, None, 0.9999)])
+def test_the_bound_is_that_of_the_types_of_weights_in_a_gguf_file(tmp_path: Path, number: int, kind: str | None,
+                                                                  cosine: float) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "any-name.gguf", "bert")
+    writer.add_file_type(number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert weights_type(tmp_path) == kind
+    assert gguf_files(weights_type(tmp_path)).minimum_cosine == cosine
 
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "vllm", "tei"])
