@@ -127,6 +127,10 @@ def _gemma(given: Path, directory: Path) -> dict[str, Any]:
         "tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "bos_token": "<bos>", "eos_token": "<eos>",
         "unk_token": "<unk>", "pad_token": "<pad>", "model_max_length": 512}), encoding="utf-8")
     transformers.GemmaTokenizer.from_pretrained(directory).save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values.pop("vocab_file", None)  # a path of this machine
+    file.write_text(json.dumps(values), encoding="utf-8")
     return {"vocab_size": PIECES, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
 

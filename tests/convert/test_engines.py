@@ -104,7 +104,7 @@ def test_the_gate_refuses_another_model(checkpoint: Path, tmp_path: Path) -> Non
     pooling.write_text(json.dumps(values), encoding="utf-8")
     # Our reading of the directory changes with its file, the graph that was written before does not.
     assert len(verify_directory(tmp_path / "out", ["sentence-transformers"])) == 2
-    with pytest.raises(CheckpointError, match="ONNX Runtime' vector of text .* the export must not be used"):
+    with pytest.raises(CheckpointError, match="ONNX Runtime's vector of text .* the export must not be used"):
         verify_directory(tmp_path / "out", ["onnxruntime"])
 
 
@@ -288,5 +288,5 @@ def test_vllm_gives_the_same_vectors(tmp_path: Path) -> None:
     assert len(verify_directory(tmp_path / "bert", ["vllm"])) == 2
     shutil.copytree(tmp_path / "bert", tmp_path / "other")
     edit(tmp_path / "other" / "1_Pooling" / "config.json", pooling_mode_mean_tokens=True, pooling_mode_cls_token=False)
-    with pytest.raises(CheckpointError, match="vLLM' vector of text .* cosine"):
+    with pytest.raises(CheckpointError, match="vLLM's vector of text .* cosine"):
         verify_directory(tmp_path / "other", ["vllm"], against=str(tmp_path / "bert"))
