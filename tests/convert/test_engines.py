@@ -22,13 +22,16 @@ from megatron_embed.export.engines.gate import engine_names, verify_directory
 from megatron_embed.export.engines.graph import GRAPH_FILE, pooled
 from megatron_embed.export.engines.limits import check_limits
 from megatron_embed.export.engines.llama_cpp import scores_of_probabilities, weights_type
+from megatron_embed.export.engines.rules import check_rules
 from megatron_embed.export.formats import EXPORTERS
 from megatron_embed.export.reranker import PairProbes
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verified_write import ExportOptions
 from megatron_embed.models.reranker_settings import RerankerSettings
 from megatron_embed.names import POOLINGS, EngineName, Pooling, Role
+from tests.helpers.dense_directories import add_modules
 from tests.helpers.embedding_reference import save_model
+from tests.helpers.families import save_family
 from tests.helpers.refusals import command
 from tests.helpers.toys import copy_tokenizer, save_reranker, save_toy
 from tests.helpers.toys import save_model as save_model_for_run
@@ -238,6 +241,55 @@ def test_weighted_mean_pooling_is_refused_before_anything_is_written(exported: P
     with pytest.raises(CheckpointError, match="has no weighted mean pooling .*ONNX Runtime"):
         check_limits([engine], exported)
     check_limits(["onnxruntime"], exported)
+
+
+@pytest.mark.parametrize(("engine", "family", "settings", "match"), [
+    ("llama.cpp", "NomicBERT", {}, "llama.cpp reads a NomicBERT by the keys .*NomicBertModel.*ONNX Runtime"),
+    ("vllm", "NomicBERT", {}, "vLLM reads a NomicBERT by the keys .*NomicBertModelConfig"),
+    ("infinity", "NomicBERT", {}, "Infinity has a Transformers before 5 .*use --format onnx"),
+    ("llama.cpp", "T5", {}, "llama.cpp gives other vectors for the encoder of T5.*t5.cpp"),
+    ("vllm", "T5", {}, "vLLM has no T5"),
+    # vLLM is what else is recommended, and cannot serve it either.
+    ("tei", "T5", {}, "does not know the family .*; use Sentence Transformers, or `megatron-embed serve`$"),
+    ("tei", "Gemma 2", {}, "does not know the family .*; serve it with vLLM$"),
+    ("tei", "ModernBERT", {"norm_bias": True}, "leaves the biases of ModernBERT's norms out .*LayerNormNoBias"),
+    ("llama.cpp", "BERT", {"hidden_act": "relu"}, "llama.cpp computes GELU in every encoder .*bert.cpp"),
+    ("llama.cpp", "Phi-3", {}, "does not apply the sliding window .*phi3.cpp")])
+def test_what_an_engine_lacks_of_a_family(tmp_path: Path, engine: EngineName, family: str, settings: dict[str, Any],
+                                          match: str) -> None:
+    save_family(tmp_path, family, **settings)
+    with pytest.raises(CheckpointError, match=match):
+        check_limits([engine], tmp_path)
+    check_limits(["sentence-transformers"], tmp_path)
+
+
+@pytest.mark.parametrize(("engine", "activation", "normalize", "match"), [
+    ("transformers", "tanh", False, "loads no module behind the pooling"),
+    ("vllm", "tanh", True, "a Normalize module stands before one .*try_get_dense_modules"),
+    ("tei", "tanh", True, "a Normalize module stands before one .*dense_layers"),
+    ("tei", "relu", False, "Tanh and Identity alone .*DenseActivation.*vLLM"),
+    ("sglang", "tanh", False, "leaves Dense modules out")])
+def test_what_an_engine_lacks_of_dense_modules(tmp_path: Path, engine: EngineName, activation: str, normalize: bool,
+                                               match: str) -> None:
+    save_toy(tmp_path, "BertModel", hidden_size=32)
+    function = {"tanh": torch.nn.Tanh(), "relu": torch.nn.ReLU()}[activation]
+    add_modules(tmp_path, [*([("Normalize",)] if normalize else []), ("Dense", 32, 24, True, function)], pooling="cls")
+    with pytest.raises(CheckpointError, match=match):
+        check_limits([engine], tmp_path)
+    if not normalize:
+        check_limits(["vllm"], tmp_path)
+    if activation == "tanh" and not normalize:
+        check_limits(["tei"], tmp_path)
+
+
+def test_keys_of_the_newer_families(tmp_path: Path) -> None:
+    save_family(tmp_path, "ModernBERT")
+    copy_tokenizer(tmp_path)
+    edit(tmp_path / "config.json", vocab_size=30522)
+    for engine, match in (("tei", "config.json has no global_rope_theta"),
+                          ("infinity", "reads global_rope_theta and local_rope_theta .*'global_rope_theta': 160000")):
+        with pytest.raises(CheckpointError, match=match):
+            check_rules(engine, tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_graph_of_experts_is_refused_before_anything_is_written(tmp_path: Path) -> None:
