@@ -4,6 +4,7 @@ Text Embeddings Inference has no package, SGLang needs a GPU, and Infinity needs
 ours. Beside the rules here, on files, the limits of limits.py hold.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +142,8 @@ def _rotary_settings(directory: Path) -> str:
     wanted = {key: base for key, base in (wanted or {"rope_theta": rope.get("rope_theta")}).items()
               if key not in config}
     return "" if not wanted else (
-        f"Transformers 4 reads {' and '.join(wanted)} (and rope_scaling), not rope_parameters; copy "
-        f"{str(wanted)[1:-1]} (and rope_scaling) to the top of config.json")
+        f"Transformers 4 reads {', '.join(wanted)} and rope_scaling, not rope_parameters; copy "
+        f"{json.dumps(wanted)[1:-1]} (and rope_scaling) to the top of config.json")
 
 
 def _module_keys(directory: Path) -> str:
