@@ -246,6 +246,7 @@ def test_weighted_mean_pooling_is_refused_before_anything_is_written(exported: P
 @pytest.mark.parametrize(("engine", "family", "settings", "match"), [
     ("llama.cpp", "NomicBERT", {}, "llama.cpp reads a NomicBERT by the keys .*NomicBertModel.*ONNX Runtime"),
     ("vllm", "NomicBERT", {}, "vLLM reads a NomicBERT by the keys .*NomicBertModelConfig"),
+    ("tei", "NomicBERT", {}, "reads a NomicBERT by keys and tensors .*nomic.rs.*use --format onnx"),
     ("infinity", "NomicBERT", {}, "Infinity has a Transformers before 5 .*use --format onnx"),
     ("llama.cpp", "T5", {}, "llama.cpp gives other vectors for the encoder of T5.*t5.cpp"),
     ("vllm", "T5", {}, "vLLM has no T5"),

@@ -191,6 +191,9 @@ _TEI = (
     Limit(concerns=lambda model: model.shape.family == "gemma3_text" and model.pooling == "cls",
           cannot="pools a Gemma 3 by mean or last token alone",
           source="TEI 1.9.3, backends/candle/src/models/gemma3.rs", instead=_STOCK),
+    Limit(concerns=lambda model: model.shape.family == "nomic_bert",
+          cannot="reads a NomicBERT by keys and tensors of the release with code of its own, such as n_embd",
+          source="TEI 1.9.3, backends/candle/src/models/nomic.rs, NomicConfig", instead=_STOCK),
     Limit(concerns=lambda model: model.shape.family == "modernbert" and model.shape.norm_bias,
           cannot="leaves the biases of ModernBERT's norms out",
           source="TEI 1.9.3, backends/candle/src/models/modernbert.rs, LayerNormNoBias", instead=_STOCK))
