@@ -127,6 +127,10 @@ def _gemma(given: Path, directory: Path) -> dict[str, Any]:
         "tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "bos_token": "<bos>", "eos_token": "<eos>",
         "unk_token": "<unk>", "pad_token": "<pad>", "model_max_length": 512}), encoding="utf-8")
     transformers.GemmaTokenizer.from_pretrained(directory).save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values.pop("vocab_file", None)  # a path of this machine
+    file.write_text(json.dumps(values), encoding="utf-8")
     return {"vocab_size": PIECES, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
 
@@ -138,10 +142,11 @@ def _t5(given: Path, directory: Path) -> dict[str, Any]:
     return {"vocab_size": PIECES}
 
 
-def _bert_ids(given: Path, directory: Path) -> dict[str, Any]:
-    """BERT's WordPiece, with its special tokens in config.json."""
-    return _wordpiece(given, directory) | {"pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102,
-                                           "cls_token_id": 101, "sep_token_id": 102}
+def _modern_bert(given: Path, directory: Path) -> dict[str, Any]:
+    """A byte-level BPE as ModernBERT's, with its special tokens in config.json."""
+    size = _roberta(given, directory)["vocab_size"]
+    return {"vocab_size": size, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0,
+            "sep_token_id": 2}
 
 
 _ENCODER_POOLINGS: tuple[Pooling, ...] = ("mean", "cls")
@@ -181,7 +186,7 @@ FAMILIES: dict[str, Family] = {
     "Mixtral": Family(prefix="Mixtral", settings=DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2,
                                                             "sliding_window": None}, tokenizer=_llama,
                       poolings=("lasttoken",), model="ForCausalLM"),
-    "ModernBERT": Family(prefix="ModernBert", settings=_MODERN_BERT, tokenizer=_bert_ids, poolings=_ENCODER_POOLINGS,
+    "ModernBERT": Family(prefix="ModernBert", settings=_MODERN_BERT, tokenizer=_modern_bert, poolings=_ENCODER_POOLINGS,
                          heads=("score",)),
     "NomicBERT": Family(prefix="NomicBert", settings=ENCODER, tokenizer=_wordpiece, poolings=("mean",)),
     "T5": Family(prefix="T5", settings=_T5, tokenizer=_t5, poolings=("mean",), model="EncoderModel"),

@@ -157,17 +157,18 @@ def compare_vectors(directory: str | Path, library: str, texts: Sequence[str], t
     if theirs.shape != ours.shape:
         raise CheckpointError(f"{directory}: {library} gives vectors of shape {list(theirs.shape)}, "
                               f"the trained model {list(ours.shape)}; the export must not be used")
+    owner = f"{library}'" if library.endswith("s") else f"{library}'s"
     cosine = torch.nn.functional.cosine_similarity(theirs, ours, dim=1)
     worst = int(torch.nan_to_num(cosine, nan=-2.0).argmin())
     if not cosine[worst] >= minimum_cosine:
-        raise CheckpointError(f"{directory}: {library}' vector of text {worst} ({texts[worst][:40]!r}) has "
+        raise CheckpointError(f"{directory}: {owner} vector of text {worst} ({texts[worst][:40]!r}) has "
                               f"cosine {cosine[worst]:.6f} to the trained model's, below {minimum_cosine}; "
                               "the export must not be used")
     # The cosine does not see lengths: vectors that were not normalized, or that were and should not be.
     lengths = theirs.norm(dim=1) / ours.norm(dim=1)
     odd = int((lengths - 1).abs().argmax())
     if not abs(lengths[odd] - 1) <= math.sqrt(2 - 2 * minimum_cosine):
-        raise CheckpointError(f"{directory}: {library}' vector of text {odd} ({texts[odd][:40]!r}) is "
+        raise CheckpointError(f"{directory}: {owner} vector of text {odd} ({texts[odd][:40]!r}) is "
                               f"{lengths[odd]:.6f} times as long as the trained model's; the export must not be used")
     count = len(texts) if num_texts is None else num_texts
     return Report(library=library, results="vectors", count=count, minimum_cosine=float(cosine.min()),

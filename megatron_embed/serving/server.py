@@ -97,11 +97,12 @@ class Stopper:
 
 def serve(app: FastAPI, models: ServedModels, bound: socket.socket, state: ServerState, stopper: Stopper) -> bool:
     """Answer requests until `stopper` is asked, or Ctrl-C. Returns whether the thread that computes has ended, too."""
-    bound.listen(BACKLOG)  # from here on a client can connect, and is answered once the loop runs
-    logger.info("listening at %s", address_of(bound))
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
                             loop="asyncio", backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_SECONDS,
                             timeout_graceful_shutdown=ANSWER_SECONDS + CLOSE_SECONDS)
+    config.load()  # imports, which on a busy machine take seconds: a client that connects is not to wait for them
+    bound.listen(BACKLOG)  # from here on a client can connect, and is answered once the loop runs
+    logger.info("listening at %s", address_of(bound))
     server = _Server(config)
 
     async def run() -> None:

@@ -3,26 +3,35 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
 from megatron_embed.convert.convert import hf_to_megatron
+from megatron_embed.data.pair_tokenizer import Pair
 from megatron_embed.errors import CheckpointError, ConfigError, UserError
 from megatron_embed.export.cross_encoder import export_cross_encoder
 from megatron_embed.export.engines import gate
-from megatron_embed.export.engines.base import stock_features
+from megatron_embed.export.engines.base import Engine, PairScores, stock_features
+from megatron_embed.export.engines.files import EngineFiles, gguf_files
 from megatron_embed.export.engines.gate import engine_names, verify_directory
 from megatron_embed.export.engines.graph import GRAPH_FILE, pooled
 from megatron_embed.export.engines.limits import check_limits
+from megatron_embed.export.engines.llama_cpp import scores_of_probabilities, weights_type
+from megatron_embed.export.engines.rules import check_rules
 from megatron_embed.export.formats import EXPORTERS
+from megatron_embed.export.reranker import PairProbes
 from megatron_embed.export.sentence_transformers import export_sentence_transformers
 from megatron_embed.export.verified_write import ExportOptions
 from megatron_embed.models.reranker_settings import RerankerSettings
-from megatron_embed.names import POOLINGS, EngineName, Pooling
+from megatron_embed.names import POOLINGS, EngineName, Pooling, Role
+from tests.helpers.dense_directories import add_modules
 from tests.helpers.embedding_reference import save_model
+from tests.helpers.families import save_family
 from tests.helpers.refusals import command
 from tests.helpers.toys import copy_tokenizer, save_reranker, save_toy
 from tests.helpers.toys import save_model as save_model_for_run
@@ -98,7 +107,7 @@ def test_the_gate_refuses_another_model(checkpoint: Path, tmp_path: Path) -> Non
     pooling.write_text(json.dumps(values), encoding="utf-8")
     # Our reading of the directory changes with its file, the graph that was written before does not.
     assert len(verify_directory(tmp_path / "out", ["sentence-transformers"])) == 2
-    with pytest.raises(CheckpointError, match="ONNX Runtime' vector of text .* the export must not be used"):
+    with pytest.raises(CheckpointError, match="ONNX Runtime's vector of text .* the export must not be used"):
         verify_directory(tmp_path / "out", ["onnxruntime"])
 
 
@@ -173,12 +182,115 @@ def test_a_reranker_of_bert_is_no_gguf(checkpoint: Path, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["reranker"]
 
 
+def test_half_precision_of_gelu_keeps_rerankers_of_encoders_from_gguf(tmp_path: Path) -> None:
+    save_toy(tmp_path / "reranker", "XLMRobertaForSequenceClassification", num_labels=1, vocab_size=30522)
+    copy_tokenizer(tmp_path / "reranker")
+    with pytest.raises(CheckpointError, match="llama.cpp takes GELU.* half precision.*vec.h.*use --format onnx"):
+        EXPORTERS["gguf"](str(tmp_path / "reranker"), str(tmp_path / "out"), ExportOptions())
+    assert [path.name for path in tmp_path.iterdir()] == ["reranker"]
+    check_limits(["vllm", "onnxruntime"], tmp_path / "reranker")
+
+
+class Probabilities(Engine):
+    """An engine whose scores are probabilities in float32."""
+
+    name = "Probabilities"
+
+    def __init__(self, raw: torch.Tensor) -> None:
+        self._probabilities = raw.sigmoid().double()
+
+    def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> PairScores:
+        return scores_of_probabilities(self._probabilities)
+
+
+def test_a_probability_near_1_is_compared_as_far_as_its_last_bit_tells() -> None:
+    raw = torch.tensor([0.5, 9.1, 12.3, 40.0])
+    probes = PairProbes(pairs=[Pair(query="a", document="b")] * 4, raw=raw, final=raw.sigmoid(), in_template=True,
+                        is_cut=[False] * 4, is_full=[False] * 4)
+    for change in (0.0, 3e-3, torch.nan):
+        for pair in range(4):
+            theirs = raw.clone()
+            theirs[pair] += change
+            reader = EngineFiles(engine=Probabilities(theirs), write=lambda directory: None)
+            # 0.003 more: seen at 9.1, where a bit is worth 0.0005; not at 12.3, where it is worth 0.013.
+            if change == 0 or (change > 0 and pair > 1):
+                assert "Probabilities gives the same scores" in reader.compare_scores(Path("dir"), probes, 1e-4)
+            else:
+                with pytest.raises(CheckpointError, match=f"score of pair {pair} "):
+                    reader.compare_scores(Path("dir"), probes, 1e-4)
+
+
+@pytest.mark.parametrize(("number", "kind", "cosine"), [(0, "f32", 0.9999), (7, "q8_0", 0.999), (15, None, 0.9999)])
+def test_the_bound_is_that_of_the_types_of_weights_in_a_gguf_file(tmp_path: Path, number: int, kind: str | None,
+                                                                  cosine: float) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "any-name.gguf", "bert")
+    writer.add_file_type(number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert weights_type(tmp_path) == kind
+    assert gguf_files(weights_type(tmp_path)).minimum_cosine == cosine
+
+
 @pytest.mark.parametrize("engine", ["llama.cpp", "vllm", "tei"])
 def test_weighted_mean_pooling_is_refused_before_anything_is_written(exported: Path, engine: EngineName) -> None:
     edit(exported / "1_Pooling" / "config.json", pooling_mode_mean_tokens=False, pooling_mode_weightedmean_tokens=True)
     with pytest.raises(CheckpointError, match="has no weighted mean pooling .*ONNX Runtime"):
         check_limits([engine], exported)
     check_limits(["onnxruntime"], exported)
+
+
+@pytest.mark.parametrize(("engine", "family", "settings", "match"), [
+    ("llama.cpp", "NomicBERT", {}, "llama.cpp reads a NomicBERT by the keys .*NomicBertModel.*ONNX Runtime"),
+    ("vllm", "NomicBERT", {}, "vLLM reads a NomicBERT by the keys .*NomicBertModelConfig"),
+    ("tei", "NomicBERT", {}, "reads a NomicBERT by keys and tensors .*nomic.rs.*use --format onnx"),
+    ("infinity", "NomicBERT", {}, "Infinity has a Transformers before 5 .*use --format onnx"),
+    ("llama.cpp", "T5", {}, "llama.cpp gives other vectors for the encoder of T5.*t5.cpp"),
+    ("vllm", "T5", {}, "vLLM has no T5"),
+    # vLLM is what else is recommended, and cannot serve it either.
+    ("tei", "T5", {}, "does not know the family .*; use Sentence Transformers, or `megatron-embed serve`$"),
+    ("tei", "Gemma 2", {}, "does not know the family .*; serve it with vLLM$"),
+    ("tei", "ModernBERT", {"norm_bias": True}, "leaves the biases of ModernBERT's norms out .*LayerNormNoBias"),
+    ("llama.cpp", "BERT", {"hidden_act": "relu"}, "llama.cpp computes GELU in every encoder .*bert.cpp"),
+    ("llama.cpp", "Phi-3", {}, "does not apply the sliding window .*phi3.cpp")])
+def test_what_an_engine_lacks_of_a_family(tmp_path: Path, engine: EngineName, family: str, settings: dict[str, Any],
+                                          match: str) -> None:
+    save_family(tmp_path, family, **settings)
+    with pytest.raises(CheckpointError, match=match):
+        check_limits([engine], tmp_path)
+    check_limits(["sentence-transformers"], tmp_path)
+
+
+@pytest.mark.parametrize(("engine", "activation", "normalize", "match"), [
+    ("transformers", "tanh", False, "loads no module behind the pooling"),
+    ("vllm", "tanh", True, "a Normalize module stands before one .*try_get_dense_modules"),
+    ("tei", "tanh", True, "a Normalize module stands before one .*dense_layers"),
+    ("tei", "relu", False, "Tanh and Identity alone .*DenseActivation.*vLLM"),
+    ("sglang", "tanh", False, "leaves Dense modules out")])
+def test_what_an_engine_lacks_of_dense_modules(tmp_path: Path, engine: EngineName, activation: str, normalize: bool,
+                                               match: str) -> None:
+    save_toy(tmp_path, "BertModel", hidden_size=32)
+    function = {"tanh": torch.nn.Tanh(), "relu": torch.nn.ReLU()}[activation]
+    add_modules(tmp_path, [*([("Normalize",)] if normalize else []), ("Dense", 32, 24, True, function)], pooling="cls")
+    with pytest.raises(CheckpointError, match=match):
+        check_limits([engine], tmp_path)
+    if not normalize:
+        check_limits(["vllm"], tmp_path)
+    if activation == "tanh" and not normalize:
+        check_limits(["tei"], tmp_path)
+
+
+def test_keys_of_the_newer_families(tmp_path: Path) -> None:
+    save_family(tmp_path, "ModernBERT")
+    copy_tokenizer(tmp_path)
+    edit(tmp_path / "config.json", vocab_size=30522)
+    for engine, match in (("tei", "config.json has no global_rope_theta"),
+                          ("infinity", 'reads global_rope_theta, local_rope_theta and .*"global_rope_theta": 160000')):
+        with pytest.raises(CheckpointError, match=match):
+            check_rules(engine, tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_graph_of_experts_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -229,5 +341,5 @@ def test_vllm_gives_the_same_vectors(tmp_path: Path) -> None:
     assert len(verify_directory(tmp_path / "bert", ["vllm"])) == 2
     shutil.copytree(tmp_path / "bert", tmp_path / "other")
     edit(tmp_path / "other" / "1_Pooling" / "config.json", pooling_mode_mean_tokens=True, pooling_mode_cls_token=False)
-    with pytest.raises(CheckpointError, match="vLLM' vector of text .* cosine"):
+    with pytest.raises(CheckpointError, match="vLLM's vector of text .* cosine"):
         verify_directory(tmp_path / "other", ["vllm"], against=str(tmp_path / "bert"))

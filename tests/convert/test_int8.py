@@ -143,7 +143,7 @@ def test_naive_dynamic_quantization_is_refused_and_leaves_nothing(tmp_path, monk
     assert not list(tmp_path.iterdir())
     # The comparison with the model in memory is not blind either, should the quantizer's own be.
     monkeypatch.setattr(int8, "_compare", lambda exact, ours: (True, ""))
-    with pytest.raises(CheckpointError, match=r"ONNX Runtime' vector of text .* below 0\.99"):
+    with pytest.raises(CheckpointError, match=r"ONNX Runtime's vector of text .* below 0\.99"):
         EXPORTERS["onnx"](str(MINILM), str(tmp_path / "out"), options)
     assert not list(tmp_path.iterdir())
 

@@ -184,10 +184,10 @@ def test_naive_int8_and_a_stale_graph_are_refused(bert: Path, tmp_path: Path) ->
     verify_directory(tmp_path / "onnx", ["onnxruntime"], against=str(bert))
     shutil.copy(graph, tmp_path / "float.onnx")
     quantize_dynamic(tmp_path / "float.onnx", graph)
-    with pytest.raises(CheckpointError, match="ONNX Runtime' vector of text .* cosine"):
+    with pytest.raises(CheckpointError, match="ONNX Runtime's vector of text .* cosine"):
         verify_directory(tmp_path / "onnx", ["onnxruntime"], against=str(bert))
     shutil.copy(tmp_path / "float.onnx", graph)
     trained = shutil.copytree(bert, tmp_path / "trained")
     take_older_weights(trained)
-    with pytest.raises(CheckpointError, match="ONNX Runtime' vector of text .* cosine"):
+    with pytest.raises(CheckpointError, match="ONNX Runtime's vector of text .* cosine"):
         verify_directory(tmp_path / "onnx", ["onnxruntime"], against=str(trained))

@@ -130,6 +130,53 @@ def test_full_queue_and_slow_model():
             assert line in text
 
 
+def test_bytes_of_all_bodies_are_limited():
+    engine = CountingEngine()
+    engine.gate.clear()
+    models = counting_models(engine, max_bytes=100)
+    body = {"content": '{"input": "' + "a" * 87 + '"}', "headers": {"content-type": "application/json"}}
+    with served(models) as address, httpx.Client(base_url=address, timeout=SECONDS) as asked:
+        threads = [threading.Thread(target=asked.post, args=("/v1/embeddings",), kwargs=body) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        while models.queue.waiting_texts < 8:
+            time.sleep(0.001)
+        answer = asked.post("/v1/embeddings", **body)
+        engine.gate.set()
+        for thread in threads:
+            thread.join(SECONDS)
+        refused(answer, 429, "requests of too many bytes are waiting")
+        assert asked.post("/v1/embeddings", **body).status_code == 200
+
+
+class SpinningEngine(CountingEngine):
+    """Computes in Python, holding the interpreter as much as a thread can, until its gate opens."""
+
+    def rows(self, items):
+        while not self.gate.is_set():
+            pass
+        return super().rows(items)
+
+
+def test_health_is_answered_while_the_model_computes():
+    engine = SpinningEngine()
+    engine.gate.clear()
+    models = counting_models(engine)
+    with served(models) as address, httpx.Client(base_url=address, timeout=SECONDS) as asked:
+        threads = [threading.Thread(target=asked.post, args=("/v1/embeddings",), kwargs={"json": {"input": "a"}})
+                   for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        while models.queue.waiting_texts < 16:
+            time.sleep(0.001)
+        for path in ("/health", "/metrics", "/v1/models"):
+            assert httpx.get(address + path, timeout=20).status_code == 200
+        assert models.queue.waiting_texts == 16 and engine.batches == []
+        engine.gate.set()
+        for thread in threads:
+            thread.join(SECONDS)
+
+
 def place_of(address):
     host, port = address.removeprefix("http://").split(":")
     return host, int(port)

@@ -118,6 +118,16 @@ def test_rerankers(address, cross_encoder, texts):
 
 
 @pytest.mark.slow
+def test_bfloat16(embedder, texts, wanted):
+    """The vectors of `encode` in bfloat16; those in float32 differ by bfloat16's own rounding, most for one token."""
+    with served(open_models([embedder], Opening(dtype="bfloat16"), Limits())) as at:
+        given = np.array([post(at, "/v1/embeddings", {"input": text})["data"][0]["embedding"] for text in texts])
+    vectors = megatron_embed.load(embedder, dtype="bfloat16").encode(texts)
+    assert (given * vectors).sum(axis=1).min() >= 0.99999
+    assert 0.9998 <= (given * wanted["document"]).sum(axis=1).min() < 0.99999
+
+
+@pytest.mark.slow
 def test_2048_texts_in_a_request(address, embedder):
     texts = [f"number {index}" for index in range(2048)]
     answer = post(address, "/v1/embeddings", {"input": texts, "encoding_format": "base64"})

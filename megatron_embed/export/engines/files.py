@@ -78,7 +78,8 @@ class EngineFiles:
         tolerance = max(tolerance, self.score_tolerance)
         errors = relative_errors(directory, name, theirs.raw, asked.raw)
         if theirs.rounding is not None:
-            errors = torch.where(theirs.rounding.isinf(), 0, (errors - theirs.rounding).clamp(min=0))
+            rounding = theirs.rounding / asked.raw.double().abs().clamp(min=1)
+            errors = torch.where(rounding.isinf(), 0, (errors - rounding).clamp(min=0))
         if theirs.final is not None:
             errors = torch.maximum(errors, relative_errors(directory, name, theirs.final, asked.final))
         if not errors.max() <= tolerance:

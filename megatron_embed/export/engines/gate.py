@@ -71,11 +71,12 @@ def verify_directory(directory: Path, engines: Sequence[EngineName], against: st
         dim: components of a vector in the directory's graph; None: all.
     """
     lines = [check_rules(name, directory) for name in engines if name in RULES]
-    readers = [gguf_files(weights_type(directory)) if name == "llama.cpp" else at_its_bound(ENGINES[name](), directory)
-               for name in engines if name in ENGINES]
-    if readers and against is None and not weight_bytes(directory):
+    run = [name for name in engines if name in ENGINES]
+    if run and against is None and not weight_bytes(directory):
         raise CheckpointError(f"{directory}: no weights that this program reads (*.safetensors) to compare with; name "
                               "the model that it was made of: --against MODEL")
+    readers = [gguf_files(weights_type(directory)) if name == "llama.cpp" else at_its_bound(ENGINES[name](), directory)
+               for name in run]
     if dim is not None:
         readers = [dataclasses.replace(reader, dim=dim) for reader in readers]
     return [*lines, *(verify_with(directory, readers, against or str(directory)) if readers else ())]

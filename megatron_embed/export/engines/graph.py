@@ -19,6 +19,7 @@ from megatron_embed.export.engines.base import require, stock_features, stock_pa
 from megatron_embed.export.verify import library_errors, weight_bytes
 from megatron_embed.loading.model_directory import find_model
 from megatron_embed.loading.reranker import is_reranker
+from megatron_embed.models.families import model_shape
 from megatron_embed.models.reranker_settings import read_reranker_settings
 from megatron_embed.models.saved_settings import read_saved_settings
 from megatron_embed.names import Activation, Pooling
@@ -119,7 +120,10 @@ def _embedding_graph(directory: Path, dim: int | None) -> tuple[torch.nn.Module,
 
     saved = read_saved_settings(directory)
     assert saved.pooling is not None, "the directory was completed"
-    model = SentenceTransformer(str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": "float32"})
+    # torch 2.13 cannot write its own attention with T5's bias of scores.
+    eager = {} if model_shape(directory).relative_positions is None else {"attn_implementation": "eager"}
+    model = SentenceTransformer(str(directory), device="cpu", local_files_only=True,
+                                model_kwargs={"dtype": "float32", **eager})
     modules = list(model)[2:-1] if saved.normalize is not False else list(model)[2:]
     graph = EmbeddingGraph(model[0].auto_model, saved.pooling, saved.normalize is not False, dim, modules)
     return graph, next(stock_features(directory, list(_EXAMPLES), None)), OUTPUTS["embedding"]

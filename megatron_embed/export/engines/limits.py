@@ -27,19 +27,18 @@ class ServedModel:
     pooling: Pooling | None
     """None: a reranker."""
     reranker: RerankerSettings | None
+    is_bidirectional_decoder: bool
+    """Whether config.json says by `is_causal` that every token of a decoder attends to the whole text."""
 
     @classmethod
     def of(cls, model: ModelDirectory) -> "ServedModel":
         """The model of a directory or a checkpoint. Raises UserError if it is not readable."""
         ranks = is_reranker(model)
-        return cls(architecture=str((read_hf_config(model.hf).get("architectures") or [""])[0]), shape=model.shape,
+        config = read_hf_config(model.hf)
+        return cls(architecture=str((config.get("architectures") or [""])[0]), shape=model.shape,
                    saved=model.saved, pooling=None if ranks else model.pooling(None),
-                   reranker=saved_settings(model) if ranks else None)
-
-    @property
-    def is_bidirectional_decoder(self) -> bool:
-        """Whether every token of a decoder attends to the whole text."""
-        return self.shape.bidirectional and not is_encoder(self.shape)
+                   reranker=saved_settings(model) if ranks else None,
+                   is_bidirectional_decoder=config.get("is_causal") is False and not is_encoder(model.shape))
 
     @property
     def max_length(self) -> int:
@@ -48,6 +47,7 @@ class ServedModel:
         return min(own or self.shape.longest_text, self.shape.longest_text)
 
 
+_ALWAYS = "use Sentence Transformers, or `megatron-embed serve`"
 _STOCK = "use --format onnx (ONNX Runtime), or Sentence Transformers"
 
 
@@ -130,6 +130,9 @@ _LLAMA_CPP = (
           source="src/models/bert.cpp, LLM_FFN_GELU"),
     Limit(concerns=lambda model: model.architecture == "Qwen3MoeModel",
           cannot="reads a Qwen3-MoE as Qwen3MoeForCausalLM alone", source="conversion/qwen.py"),
+    Limit(concerns=lambda model: model.shape.relative_positions is not None,
+          cannot="gives other vectors for the encoder of T5: cosine 0.57 to 0.89 for a small one",
+          source="xllamacpp 2026.10.11549, src/models/t5.cpp, graph<true>"),
     Limit(concerns=lambda model: model.shape.family == "nomic_bert",
           cannot="reads a NomicBERT by the keys of the release with code of its own, such as n_positions",
           source="conversion/bert.py, NomicBertModel"),
@@ -189,6 +192,9 @@ _TEI = (
     Limit(concerns=lambda model: model.shape.family == "gemma3_text" and model.pooling == "cls",
           cannot="pools a Gemma 3 by mean or last token alone",
           source="TEI 1.9.3, backends/candle/src/models/gemma3.rs", instead=_STOCK),
+    Limit(concerns=lambda model: model.shape.family == "nomic_bert",
+          cannot="reads a NomicBERT by keys and tensors of the release with code of its own, such as n_embd",
+          source="TEI 1.9.3, backends/candle/src/models/nomic.rs, NomicConfig", instead=_STOCK),
     Limit(concerns=lambda model: model.shape.family == "modernbert" and model.shape.norm_bias,
           cannot="leaves the biases of ModernBERT's norms out",
           source="TEI 1.9.3, backends/candle/src/models/modernbert.rs, LayerNormNoBias", instead=_STOCK))
@@ -219,6 +225,9 @@ _SGLANG = (
           instead="serve the cross-encoder with vLLM or `megatron-embed serve`"))
 
 _INFINITY = (
+    Limit(concerns=lambda model: model.shape.family == "nomic_bert", cannot="has a Transformers before 5 (by "
+          "sentence-transformers < 4), which has no NomicBERT", source="infinity-emb 0.0.78, Requires-Dist",
+          instead=_STOCK),
     Limit(concerns=lambda model: model.is_bidirectional_decoder, cannot="has a Transformers before 5.2 (by "
           "sentence-transformers < 4), which does not read is_causal", source="infinity-emb 0.0.78, Requires-Dist",
           instead="serve it with vLLM"),
@@ -258,4 +267,13 @@ def check_limits(engines: Sequence[EngineName], source: str | Path) -> None:
     for engine in engines:
         for limit in LIMITS.get(engine, ()):
             if limit.concerns(model):
-                raise CheckpointError(f"{source}: {NAMES[engine]} {limit.cannot} ({limit.source}); {limit.instead}")
+                raise CheckpointError(f"{source}: {NAMES[engine]} {limit.cannot} ({limit.source}); "
+                                      f"{_remedy(limit, model)}")
+
+
+def _remedy(limit: Limit, model: ServedModel) -> str:
+    """`limit.instead`, or what serves every model if the engine that it names cannot serve this one either."""
+    named: tuple[EngineName, ...] = tuple(engine for engine, words in (("vllm", "vLLM"), ("onnxruntime", "onnx"))
+                                          if words in limit.instead)
+    able = [engine for engine in named if not any(other.concerns(model) for other in LIMITS[engine])]
+    return limit.instead if able == list(named) else _ALWAYS

@@ -69,10 +69,15 @@ class LlamaCpp(Engine):
         scores = torch.tensor([row[0]["relevance_score"] for row in rows], dtype=torch.float64)
         if settings.head == "score":
             return PairScores(raw=scores.float(), final=None)
-        # A softmax of yes and no: near 1 its last bit is worth a part of the score.
-        last_bit = torch.finfo(torch.float32).eps / 2
-        rounding = torch.where(scores < 1, last_bit / (1 - scores), torch.inf)
-        return PairScores(raw=torch.logit(scores).float(), final=scores.float(), rounding=rounding)
+        return scores_of_probabilities(scores)
+
+
+def scores_of_probabilities(probabilities: Tensor) -> PairScores:
+    """What [pairs] float64 probabilities of yes, which were float32, tell about scores: near 1 the last bit of one is
+    worth a part of the score."""
+    last_bit = torch.finfo(torch.float32).eps / 2
+    return PairScores(raw=torch.logit(probabilities).float(), final=probabilities.float(),
+                      rounding=torch.where(probabilities < 1, last_bit / (1 - probabilities), torch.inf))
 
 
 def gguf_file(directory: Path, kind: GgufType) -> Path:

@@ -4,6 +4,7 @@ Text Embeddings Inference has no package, SGLang needs a GPU, and Infinity needs
 ours. Beside the rules here, on files, the limits of limits.py hold.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +30,15 @@ _TEI_KEYS: Mapping[str, Sequence[str]] = {
                    "norm_eps", "norm_bias", "pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id",
                    "sep_token_id", "global_rope_theta", "attention_bias", "attention_dropout",
                    "global_attn_every_n_layers", "local_attention", "local_rope_theta", "classifier_activation"),
-    "nomic_bert": ("prenorm", "rotary_emb_fraction", "qkv_proj_bias", "rotary_emb_base", "rotary_emb_interleaved",
-                   "mlp_fc1_bias", "mlp_fc2_bias", "n_embd", "n_head", "n_inner", "n_layer", "n_positions",
-                   "activation_function", "vocab_size", "type_vocab_size", "layer_norm_epsilon"),
     "gemma3_text": ("attention_bias", "pad_token_id", "hidden_activation", "hidden_size", "intermediate_size",
                     "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
                     "query_pre_attn_scalar", "rms_norm_eps", "rope_local_base_freq", "_sliding_window_pattern",
                     "use_bidirectional_attention", "vocab_size")}
 """Keys of config.json without a default, by model_type."""
+_TRANSFORMERS_4_ROPE: Mapping[str, Mapping[str, str]] = {
+    "modernbert": {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"},
+    "gemma3_text": {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}}
+"""Key of Transformers 4 for the rotary base of each kind of layer, by model_type; the others: rope_theta."""
 _BIDIRECTIONAL = {"qwen2": ("is_causal", False)}
 """What tells TEI that a decoder is bidirectional, by model_type; the others: use_bidirectional_attention."""
 _ST3_TRANSFORMER = {"max_seq_length", "model_args", "tokenizer_args", "config_args", "cache_dir", "do_lower_case",
@@ -130,9 +132,15 @@ def _cuts_on_the_right(directory: Path) -> str:
 def _rotary_settings(directory: Path) -> str:
     config = _values(directory)
     rope = config.get("rope_parameters")
-    return "" if not isinstance(rope, dict) or "rope_theta" in config else (
-        "Transformers 4 reads rope_theta and rope_scaling, not rope_parameters; copy "
-        f"\"rope_theta\": {rope.get('rope_theta')} (and rope_scaling) to the top of config.json")
+    if not isinstance(rope, dict):
+        return ""
+    kinds = _TRANSFORMERS_4_ROPE.get(str(config.get("model_type")), {})
+    wanted = {key: rope[kind].get("rope_theta") for kind, key in kinds.items() if isinstance(rope.get(kind), dict)}
+    wanted = {key: base for key, base in (wanted or {"rope_theta": rope.get("rope_theta")}).items()
+              if key not in config}
+    return "" if not wanted else (
+        f"Transformers 4 reads {', '.join(wanted)} and rope_scaling, not rope_parameters; copy "
+        f"{json.dumps(wanted)[1:-1]} (and rope_scaling) to the top of config.json")
 
 
 def _module_keys(directory: Path) -> str:
