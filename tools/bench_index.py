@@ -62,13 +62,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--directory", type=Path, required=True, help="For rows and indexes; indexes are removed")
     parser.add_argument("--before", type=Path, help="A checkout of an earlier version, for the same rows")
+    parser.add_argument("--before-rows", type=int, default=1_000_000, help="Most rows that it is measured with")
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)
     here, first = Path(__file__).resolve().parent.parent, {}
     for count in args.rows:
         path = generated(args.directory, count)
-        print(f"{count:,} rows, {path.stat().st_size / 1e9:.2f} GB, {args.ranks} ranks")
-        if args.before is not None:
+        print(f"{count:,} rows, {path.stat().st_size / 1e9:.2f} GB, {args.ranks} ranks, load "
+              f"{os.getloadavg()[0]:.1f}")
+        if args.before is not None and count <= args.before_rows:
             measure("before, each start", args.before, path, "before", args.ranks, 0)
         index = args.directory / "index"
         shutil.rmtree(index, ignore_errors=True)
