@@ -15,9 +15,9 @@ from megatron_embed.data.jsonl import ENDINGS, open_file, parse_object, read_lin
 from megatron_embed.data.row_fields import check_keys, name_of, trusted_title
 from megatron_embed.data.row_source import open_rows
 from megatron_embed.errors import ConfigError, DataError
+from megatron_embed.evaluation.vector_files import VectorFile
 from megatron_embed.evaluation.vector_index import (
     HnswSettings,
-    VectorFile,
     flat_index,
     hnsw_index,
     load_faiss,
