@@ -57,9 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write a row with negatives for every row; nothing half-written is left behind."""
     from megatron_embed.data.dataset import RecordFile
+    from megatron_embed.mining.documents import CorpusFile
     from megatron_embed.mining.filters import MiningOptions
     from megatron_embed.mining.mine import MiningJob, mine, query_prompts
-    from megatron_embed.mining.task import build_task, read_corpus
+    from megatron_embed.mining.task import build_task
 
     options = MiningOptions(
         num_negatives=args.num_negatives, range_min=args.range_min, range_max=args.range_max, max_score=args.max_score,
@@ -71,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
         if process_rank() != 0 and args.reranker is None:  # One process runs BM25; the others have nothing to do.
             return 0
     records = list(RecordFile(args.data, key="--data"))
-    corpus = None if args.corpus is None else read_corpus(args.corpus)
+    corpus = None if args.corpus is None else CorpusFile(args.corpus)
     task = build_task(records, query_prompts(args, records), corpus, mine_query_text=args.mine_query_text)
     least = options.num_negatives if args.drop_incomplete == 0 else args.drop_incomplete or 0
-    mine(args, MiningJob(records=records, task=task, options=options, output=args.output, corpus=args.corpus,
-                         least_negatives=least, show=args.show))
+    mine(args, MiningJob(records=records, task=task, options=options, output=args.output, least_negatives=least,
+                         show=args.show))
     return 0
 
 

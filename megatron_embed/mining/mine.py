@@ -35,8 +35,6 @@ class MiningJob:
     task: MiningTask
     options: MiningOptions
     output: str
-    corpus: str | None
-    """The file of the documents; None: they are those of the rows."""
     least_negatives: int = 0
     """Rows with fewer negatives are left out."""
     show: int = 0
@@ -104,13 +102,14 @@ class MiningJob:
                                  show_progress=scorer.topology.rank == 0)
 
     def _source_of(self, role: Role, index: int) -> str:
-        """FILE:LINE of the first row with this query or document, else the corpus file and the document's number."""
+        """FILE:LINE of the first row with this query or document, else of the corpus."""
         for row, record in enumerate(self.records):
             if role == "query" and self.task.query_of_row[row] == index:
                 return record.source
             if role == "document" and self.task.documents[index] in (*record.positive, *record.negatives):
                 return record.source
-        return f"{self.corpus}: document {index + 1}"
+        assert self.task.documents.corpus is not None
+        return self.task.documents.corpus.source(index)
 
     def _write(self, mined: Sequence[Mined]) -> UserError | None:
         """Write the file, complete or not at all, and log what it holds; the error if it cannot be written."""
