@@ -107,11 +107,26 @@ class VectorFile:
                 break
             pieces.append(self._arrays[shard][max(0, start - first) : stop - first].astype(np.float32))
         block = torch.from_numpy(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
+        self._require_finite(block, range(start, stop))
+        return block
+
+    def gather(self, rows: NDArray[np.int64]) -> Tensor:
+        """[len(rows), full width] float32 of these rows, in any order. Raises DataError as `rows`."""
+        shards = np.searchsorted(np.asarray(self._ends), rows, side="right")
+        block = np.empty((len(rows), self.full_width), dtype=np.float32)
+        for shard in np.unique(shards).tolist():
+            here = np.flatnonzero(shards == shard)
+            here = here[np.argsort(rows[here])]  # the disk is read in its order
+            block[here] = self._arrays[shard][rows[here] - (self._ends[shard - 1] if shard else 0)]
+        tensor = torch.from_numpy(block)
+        self._require_finite(tensor, rows)
+        return tensor
+
+    def _require_finite(self, block: Tensor, rows: Sequence[int] | NDArray[np.int64]) -> None:
         bad = torch.nonzero(~torch.isfinite(block).all(dim=1))
         if len(bad):
-            raise DataError(f"{self.path}:{start + int(bad[0]) + 1}: the vector is not finite; encode the texts again, "
-                            "with a wider dtype or an earlier checkpoint")
-        return block
+            raise DataError(f"{self.path}:{int(rows[int(bad[0])]) + 1}: the vector is not finite; encode the texts "
+                            "again, with a wider dtype or an earlier checkpoint")
 
     def scaled(self, vectors: Tensor) -> Tensor:
         """[rows, width] float32 whose dot products are the similarity, of [rows, full width]."""
@@ -121,6 +136,10 @@ class VectorFile:
         """All rows, `scaled`, up to ROWS_AT_ONCE at a time. Raises DataError for a vector that is not finite."""
         for start in range(0, len(self), ROWS_AT_ONCE):
             yield self.scaled(self.rows(start, min(start + ROWS_AT_ONCE, len(self))))
+
+    def stamps(self) -> list[list[Any]]:
+        """Name, size and time of change of each file."""
+        return [[os.path.basename(name), os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in self._files]
 
     def digest(self) -> str:
         """Hash of the vectors' files."""
