@@ -38,7 +38,8 @@ def main() -> None:
     write(folder, args.rows)
     size = sum(file.stat().st_size for file in folder.glob("*.npy"))
     print(f"{args.rows:,} vectors of {WIDTH}, {size / 1e9:.2f} GB in float16; {args.queries} queries, "
-          f"top {args.top_k}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads, load {os.getloadavg()[0]:.1f}", flush=True)
+          f"top {args.top_k}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads, load {os.getloadavg()[0]:.1f}",
+          flush=True)
     for kind in args.kinds:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--kind", kind], check=True)
 
@@ -48,12 +49,13 @@ def write(folder: Path, rows: int) -> None:
     generator = np.random.default_rng(1)
     folder.mkdir(parents=True, exist_ok=True)
     centres = generator.standard_normal((CENTRES, WIDTH), dtype=np.float32)
+    noise = generator.standard_normal((min(rows, SHARD_ROWS), WIDTH), dtype=np.float32)
     for shard, start in enumerate(range(0, rows, SHARD_ROWS)):
         count, file = min(SHARD_ROWS, rows - start), folder / f"{shard:06d}.npy"
-        own = np.random.default_rng([1, shard])
         if file.is_file():
             continue
-        vectors = centres[own.integers(0, CENTRES, count)] + own.standard_normal((count, WIDTH), dtype=np.float32)
+        chosen = np.random.default_rng([1, shard]).integers(0, CENTRES, count)
+        vectors = centres[chosen] + np.roll(noise, shard, axis=1)[:count]
         np.save(folder / ".unfinished.npy", (vectors / np.linalg.norm(vectors, axis=1)[:, None]).astype(np.float16))
         (folder / ".unfinished.npy").rename(file)
 

@@ -71,19 +71,12 @@ class GivenVectors:
                 exact.add(block)
             last = exact.result()[0][:, -1:].numpy()
             _, rows = self.index.search(chosen, min(k, len(self.vectors)))
-            found = float((self.scores_of(chosen, rows) >= last - 1e-5 * np.abs(last)).sum(axis=1).mean()) * count
+            found = float((self.vectors.scores_of(chosen, rows) >= last - 1e-5 * np.abs(last)).sum())
         results = gather_objects((found, count), group)
         asked, width = sum(number for _, number in results), min(k, len(self.vectors))
         if rank == 0 and asked:
             logger.info("recall@%d of --index %s against the exact search: %.4f (%d queries)", width, self.kind,
                         sum(share for share, _ in results) / asked / width, asked)
-
-    def scores_of(self, queries: Tensor, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[queries, k] dot products with these rows, [queries, k], by the vectors of the file; of no row, minus
-        infinity."""
-        vectors = self.vectors.scaled(self.vectors.gather(np.maximum(rows, 0).reshape(-1)))
-        scores = torch.einsum("qkw,qw->qk", vectors.view(*rows.shape, -1), queries).numpy()
-        return np.where(rows < 0, np.float32(-np.inf), scores)
 
 
 def open_given_vectors(args: argparse.Namespace, *, rows: int, dim: int, similarity: Similarity,

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_embed.errors import ConfigError, UserError
-from megatron_embed.evaluation.vector_files import ROWS_AT_ONCE, VectorFile, say_progress
-from megatron_embed.evaluation.vector_index import load_faiss
+from megatron_embed.evaluation.vector_files import ROWS_AT_ONCE, VectorFile, load_faiss, say_progress
 from megatron_embed.platform.atomic_file import write_atomic
 
 logger = logging.getLogger(__name__)

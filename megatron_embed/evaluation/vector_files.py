@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,16 @@ SUMMARY = "vectors.json"
 _ROWS_MULTIPLE = 4096
 
 
+def load_faiss() -> ModuleType:
+    """The library. Raises ConfigError if it is not installed."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError("search needs the library FAISS; install it: pip install 'megatron_embed[search]'") from error
+    library: ModuleType = faiss
+    return library
+
+
 class VectorFile:
     """The vectors of a .npy file or of all .npy files of a directory, in the order of their names, memory-mapped.
 
@@ -49,7 +60,9 @@ class VectorFile:
                 than `width`.
         """
         self.path, self.similarity, self._key = path.rstrip("/"), similarity, key
-        self._files = sorted(map(str, Path(path).glob("*.npy"))) if os.path.isdir(path) else [path]
+        self._files = sorted(
+            str(file) for file in Path(path).glob("*.npy") if not file.name.startswith(".")) if os.path.isdir(
+                path) else [path]
         if not self._files:
             raise ConfigError(f"{key} {path}: a directory without .npy files; name what `megatron-embed encode` wrote",
                               key=key)
@@ -136,6 +149,13 @@ class VectorFile:
         """All rows, `scaled`, up to ROWS_AT_ONCE at a time. Raises DataError for a vector that is not finite."""
         for start in range(0, len(self), ROWS_AT_ONCE):
             yield self.scaled(self.rows(start, min(start + ROWS_AT_ONCE, len(self))))
+
+    def scores_of(self, queries: Tensor, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[queries, k] dot products of scaled queries with these rows, [queries, k]; with no row (-1), minus
+        infinity."""
+        vectors = self.scaled(self.gather(np.maximum(rows, 0).reshape(-1))).view(*rows.shape, -1)
+        scores: NDArray[np.float32] = torch.einsum("qkw,qw->qk", vectors, queries).numpy()
+        return np.where(rows < 0, np.float32(-np.inf), scores)
 
     def stamps(self) -> list[list[Any]]:
         """Name, size and time of change of each file."""

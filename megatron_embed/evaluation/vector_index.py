@@ -5,29 +5,18 @@ import json
 import logging
 import os
 from dataclasses import asdict, dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_embed.errors import ConfigError
+from megatron_embed.evaluation.ivf_index import IvfIndex
 from megatron_embed.evaluation.search import StreamedSearch
-from megatron_embed.evaluation.vector_files import VectorFile
+from megatron_embed.evaluation.vector_files import VectorFile, load_faiss
 from megatron_embed.platform.atomic_file import write_atomic
 
 logger = logging.getLogger(__name__)
-
-def load_faiss() -> ModuleType:
-    """The library. Raises ConfigError if it is not installed."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise ConfigError("search needs the library FAISS; install it: pip install 'megatron_embed[search]'") from error
-    library: ModuleType = faiss
-    return library
-
 
 @dataclass(frozen=True, kw_only=True)
 class HnswSettings:
@@ -127,6 +116,15 @@ def search_index(index: Any, queries: Tensor, k: int, order: NDArray[np.int64], 
         depth *= 2  # as many rows as have the score of the k-th are needed to choose among them
     ties = np.where(rows < 0, -1, order[rows])
     best = np.lexsort((-ties, -(scores + np.float32(0))), axis=1)[:, :k]
+    return np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
+
+
+def search_lists(index: IvfIndex, queries: Tensor, k: int, order: NDArray[np.int64],
+                 vectors: VectorFile) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """`search_index` of inverted lists, whose rows are scored again with the vectors of the file."""
+    _, rows = index.search(queries, min(k, len(vectors)))
+    scores = vectors.scores_of(queries, rows)
+    best = np.lexsort((-np.where(rows < 0, -1, order[rows]), -scores), axis=1)
     return np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
 
 
