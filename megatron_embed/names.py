@@ -7,6 +7,10 @@ Pooling = Literal["lasttoken", "mean", "cls", "weightedmean", "cls+mean"]
 other, twice as wide."""
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
+IndexKind = Literal["flat", "ivf", "hnsw"]
+"""How vectors are searched: each is compared, those of the nearest lists, or along a graph of neighbours."""
+INDEXES: tuple[IndexKind, ...] = get_args(IndexKind)
+
 ModelPooling = Literal[Pooling, "tokens"]
 """How token states become what a model gives: one vector of a text, or tokens, a vector for each of its tokens."""
 

@@ -4,9 +4,9 @@
 
 Generates short JSONL rows (kept for the next call), then starts as many processes as ranks, each of which does what
 `train` does before its first step: opens the rows, holds out 1 %, makes the sampler and asks for one step; and, with
-the index there, the same again at step 12,000 as a resumed run would. `--before`: a checkout of an earlier version,
-measured beside it in the same way, each of its ranks reading all rows. Prints one line per measurement, then growth
-exponents. CPU time is that of the set-up alone, without imports, of all ranks together.
+the index there, the same again at step 12,000 as a resumed run would, and at 20 random steps. `--before`: a checkout of
+an earlier version, measured beside it in the same way, each of its ranks reading all rows. Prints one line per
+measurement, then growth exponents. CPU time is that of the set-up alone, without imports, of all ranks together.
 """
 
 import argparse
@@ -49,9 +49,17 @@ marks.append(("step", time.process_time()))
 wall, total = time.monotonic() - wall, time.process_time() - cpu
 anonymous = status()["RssAnon"]
 texts = [train[row].query for row in rows]
+random_steps = []
+if directory != "before":
+    import numpy as np
+    for wanted in np.random.default_rng(7).integers(0, 3 * len(train) // 1024, 20).tolist():
+        started = time.monotonic()
+        build_sampler(train, DataConfig(), global_batch_size=1024, seed=1).rows_of_step(wanted)
+        random_steps.append(time.monotonic() - started)
 starts = [cpu, *(at for _, at in marks)]
 print(json.dumps({"cpu": total, "wall": wall, "anon": anonymous, "peak": status()["VmHWM"],
                   "grown": anonymous - before["RssAnon"], "rows": len(records), "first": rows[:3],
+                  "random": random_steps,
                   "parts": {name: at - start for (name, at), start in zip(marks, starts)}}))
 """
 
@@ -62,13 +70,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--directory", type=Path, required=True, help="For rows and indexes; indexes are removed")
     parser.add_argument("--before", type=Path, help="A checkout of an earlier version, for the same rows")
+    parser.add_argument("--before-rows", type=int, default=1_000_000, help="Most rows that it is measured with")
     args = parser.parse_args()
     args.directory.mkdir(parents=True, exist_ok=True)
     here, first = Path(__file__).resolve().parent.parent, {}
     for count in args.rows:
         path = generated(args.directory, count)
-        print(f"{count:,} rows, {path.stat().st_size / 1e9:.2f} GB, {args.ranks} ranks")
-        if args.before is not None:
+        print(f"{count:,} rows, {path.stat().st_size / 1e9:.2f} GB, {args.ranks} ranks, load "
+              f"{os.getloadavg()[0]:.1f}")
+        if args.before is not None and count <= args.before_rows:
             measure("before, each start", args.before, path, "before", args.ranks, 0)
         index = args.directory / "index"
         shutil.rmtree(index, ignore_errors=True)
@@ -102,7 +112,8 @@ def measure(what: str, checkout: Path, path: Path, directory: str, ranks: int, s
     """Print one line; the CPU seconds of all ranks together."""
     barrier = path.with_name(f"barrier_{os.getpid()}_{time.time_ns()}")
     processes = [subprocess.Popen([sys.executable, "-c", SETUP, str(path), directory, str(rank), str(ranks), str(step),
-                                   str(barrier)], cwd=checkout, stdout=subprocess.PIPE, text=True,
+                                   str(barrier)], cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                  text=True,
                                   env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"})
                  for rank in range(ranks)]
     results = [json.loads(process.communicate()[0]) for process in processes]
@@ -115,6 +126,9 @@ def measure(what: str, checkout: Path, path: Path, directory: str, ranks: int, s
           f"{max(result['anon'] for result in results) / 2**20:.0f} MiB, grown by "
           f"{max(result['grown'] for result in results) / rows:.1f} bytes a row; peak "
           f"{max(result['peak'] for result in results) / 2**20:.0f} MiB", flush=True)
+    if seconds := results[0]["random"]:
+        print(f"    20 random steps of three epochs, each by a new sampler: {1000 * sum(seconds) / 20:.0f} ms on "
+              f"average, {1000 * max(seconds):.0f} ms at most", flush=True)
     return cpu
 
 

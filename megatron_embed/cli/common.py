@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from megatron_embed.errors import UserError
-from megatron_embed.names import POOLINGS
+from megatron_embed.errors import ConfigError, UserError
+from megatron_embed.names import INDEXES, POOLINGS
 from megatron_embed.platform.terminal_text import printable
 
 
@@ -73,6 +73,36 @@ def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
                              "else float32 (default: the model's own setting, else float32)")
     parser.add_argument("--no-normalize", action="store_true", help="Do not L2-normalize the vectors")
     add_overrides(parser, "parallel.", "parallel.KEY=VALUE")
+
+
+def add_given_vectors(parser: argparse.ArgumentParser, of_what: str) -> None:
+    """Add the options of vectors that `encode` has written, and of the search over them."""
+    parser.add_argument("--vectors", metavar="FILE.npy|DIR", type=path,
+                        help=f"Vectors of {of_what}, in its order, as `encode --role document` writes them: they are "
+                             "read and not computed")
+    parser.add_argument("--index", choices=INDEXES,
+                        help="With --vectors: flat: exact; ivf, hnsw: approximate, kept beside the vectors and reused "
+                             "(default: flat up to 10 million vectors, ivf above)")
+    parser.add_argument("--probes", type=positive_int, metavar="N",
+                        help="With --index ivf: lists that a query looks into (default: a sixteenth of them, at least "
+                             "16)")
+    parser.add_argument("--ef-search", type=positive_int, metavar="N",
+                        help="With --index hnsw: candidates while a query is answered (default: 128)")
+
+
+def check_vector_options(args: argparse.Namespace) -> None:
+    """Raises ConfigError for an option of the search that would have no effect."""
+    for name, needs in (("index", None), ("probes", "ivf"), ("ef_search", "hnsw")):
+        value, option = vars(args)[name], f"--{name.replace('_', '-')}"
+        if value is None:
+            continue
+        if args.vectors is None:
+            raise ConfigError(f"{option} {value}: searches vectors that are on the disk; write them with "
+                              "`megatron-embed encode --output DIR --role document`, and name them: --vectors DIR",
+                              key=option)
+        if needs is not None and args.index != needs:
+            raise ConfigError(f"{option} {value}: has no effect without --index {needs}; add that, or leave it out",
+                              key=option)
 
 
 def add_overrides(parser: argparse.ArgumentParser, prefix: str, metavar: str) -> None:

@@ -3,7 +3,15 @@
 import argparse
 import json
 
-from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int, write_output
+from megatron_embed.cli.common import (
+    add_encoding_arguments,
+    add_given_vectors,
+    add_model_argument,
+    check_vector_options,
+    path,
+    positive_int,
+    write_output,
+)
 from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.errors import ConfigError
 from megatron_embed.platform.terminal_text import write_error
@@ -42,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--require", action="append", type=requirement, default=[], metavar="METRIC:VALUE",
                         help="Exit with code 2 if this metric is below the value, after printing all of them; may be "
                              "given several times. Also 'METRIC>=VALUE', in quotes")
+    add_given_vectors(parser, "the folder's corpus.jsonl")
     add_prompt_arguments(parser)
     add_encoding_arguments(parser)
 
@@ -76,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.candidates is not None and args.two_stage is None and args.reranker is None:
         raise ConfigError(f"--candidates {args.candidates}: only search in two stages has candidates; add --two-stage "
                           "or --reranker", key="--candidates")
+    check_vector_options(args)
     if args.reranker_weight and args.reranker is None:
         raise ConfigError(f"--reranker-weight {','.join(map(str, args.reranker_weight))}: has no effect without "
                           "--reranker; add that, or leave it out", key="--reranker-weight")

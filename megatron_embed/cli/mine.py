@@ -2,7 +2,13 @@
 
 import argparse
 
-from megatron_embed.cli.common import add_encoding_arguments, path, positive_int
+from megatron_embed.cli.common import (
+    add_encoding_arguments,
+    add_given_vectors,
+    check_vector_options,
+    path,
+    positive_int,
+)
 from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.errors import ConfigError
 from megatron_embed.platform.atomic_file import check_jsonl
@@ -51,38 +57,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompt_arguments(parser, "{instruction} stands for the row's instruction; ")
     parser.add_argument("--cache", metavar="DIR", type=path,
                         help="Directory that keeps the vectors for later runs with the same texts, prompts and weights")
+    add_given_vectors(parser, "--corpus")
     add_encoding_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write a row with negatives for every row; nothing half-written is left behind."""
     from megatron_embed.data.dataset import RecordFile
+    from megatron_embed.mining.documents import CorpusFile
     from megatron_embed.mining.filters import MiningOptions
     from megatron_embed.mining.mine import MiningJob, mine, query_prompts
-    from megatron_embed.mining.task import build_task, read_corpus
+    from megatron_embed.mining.task import build_task
 
     options = MiningOptions(
         num_negatives=args.num_negatives, range_min=args.range_min, range_max=args.range_max, max_score=args.max_score,
         min_score=args.min_score, absolute_margin=args.absolute_margin, relative_margin=args.relative_margin,
         sampling=args.sampling, seed=args.seed, reranked=args.reranker is not None)
     check_jsonl("--output", args.output)
+    check_vector_options(args)
+    if args.vectors is not None and args.corpus is None:
+        raise ConfigError(f"--vectors {args.vectors}: are those of the documents of --corpus; name that file too",
+                          key="--vectors")
     if args.model == "bm25":
         refuse_vector_options(args)
         if process_rank() != 0 and args.reranker is None:  # One process runs BM25; the others have nothing to do.
             return 0
     records = list(RecordFile(args.data, key="--data"))
-    corpus = None if args.corpus is None else read_corpus(args.corpus)
+    corpus = None if args.corpus is None else CorpusFile(args.corpus)
     task = build_task(records, query_prompts(args, records), corpus, mine_query_text=args.mine_query_text)
     least = options.num_negatives if args.drop_incomplete == 0 else args.drop_incomplete or 0
-    mine(args, MiningJob(records=records, task=task, options=options, output=args.output, corpus=args.corpus,
-                         least_negatives=least, show=args.show))
+    mine(args, MiningJob(records=records, task=task, options=options, output=args.output, least_negatives=least,
+                         show=args.show))
     return 0
 
 
 def refuse_vector_options(args: argparse.Namespace) -> None:
     """Raises ConfigError for an option that BM25 would ignore."""
     given = {"--pooling": args.pooling, "--max-length": args.max_length, "--query-prompt": args.query_prompt,
-             "--document-prompt": args.document_prompt, "--cache": args.cache,
+             "--document-prompt": args.document_prompt, "--cache": args.cache, "--vectors": args.vectors,
              "--no-normalize": args.no_normalize or None}
     if args.reranker is None:
         given |= {"--dtype": args.dtype, "parallel.*": args.overrides or None}

@@ -4,8 +4,9 @@ import argparse
 
 from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int
 from megatron_embed.cli.prompts import add_prompt_arguments
+from megatron_embed.names import INDEXES
 
-HELP = "Search an encoded corpus with FAISS: exact, or approximate with HNSW"
+HELP = "Search an encoded corpus with FAISS: exact, or approximate with IVF or HNSW"
 EXAMPLES = ("megatron-embed search --model runs/a/best --vectors vectors.npy --texts texts.jsonl --query 'solar power'",
             "megatron-embed search --model runs/a/best --vectors vectors.npy --texts texts.jsonl --queries - "
             "--index hnsw --format jsonl < queries.txt")
@@ -14,7 +15,7 @@ PAGE = "docs/search.md"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
-    parser.add_argument("--vectors", required=True, metavar="FILE.npy", type=path,
+    parser.add_argument("--vectors", required=True, metavar="FILE.npy|DIR", type=path,
                         help="Vectors of the texts, as `encode --role document` writes them")
     parser.add_argument("--texts", required=True, metavar="FILE.jsonl", type=path,
                         help='The texts, rows {"text": ..., "title"?: ..., "_id"?: ...}: the file given to encode')
@@ -29,14 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="Compare the first N components of the vectors (Matryoshka; default: all)")
     parser.add_argument("--similarity", choices=("cosine", "dot"),
                         help="What compares vectors (default: what the model directory says)")
-    parser.add_argument("--index", choices=("flat", "hnsw"), default="flat",
-                        help="flat: exact; hnsw: approximate, kept beside the vectors and reused (default: flat)")
+    parser.add_argument("--index", choices=INDEXES, default="flat",
+                        help="flat: exact; ivf, hnsw: approximate, kept beside the vectors and reused (default: flat)")
+    parser.add_argument("--probes", type=positive_int, metavar="N",
+                        help="With --index ivf: lists that a query looks into (default: a sixteenth of them, at least "
+                             "16)")
     for name, what in (("--links", "neighbours of a vector in the graph (default: 32)"),
                        ("--ef-construction", "candidates while a vector is added (default: 200)"),
                        ("--ef-search", "candidates while a query is answered, at least --top-k (default: 128)")):
         parser.add_argument(name, type=positive_int, metavar="N", help=f"With --index hnsw: {what}")
     parser.add_argument("--no-recall", action="store_true",
-                        help="With --index hnsw: leave out the exact search that its recall is measured with")
+                        help="With --index ivf or hnsw: leave out the exact search that its recall is measured with")
     parser.add_argument("--format", choices=("table", "jsonl"), default="table",
                         help="jsonl: one object per query, with its hits (default: table)")
     add_prompt_arguments(parser)

@@ -43,6 +43,9 @@ class TrainFile:
     rows share."""
     weight: float = 1.0
     """Sampling weight of this file, relative to its share by rows; no unit, > 0."""
+    max_epochs: float | None = None
+    """Passes over this file's rows after which no step takes it any more; its share goes to the other files, in
+    proportion. null: any number."""
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.train.path", self.path, "must name a file")
@@ -58,6 +61,8 @@ class TrainFile:
                 "data.train.score_range", list(self.score_range), "must be the lowest and the highest score, such as "
                 "[0, 5]")
         require(self.weight > 0, "data.train.weight", self.weight, "must be > 0; remove a file that should not be used")
+        require(self.max_epochs is None or self.max_epochs > 0, "data.train.max_epochs", self.max_epochs,
+                "must be > 0 or null")
         require("{instruction}" not in (self.document_prompt or ""), "data.train.document_prompt",
                  self.document_prompt, "only a query prompt can contain {instruction}; write the document's prompt out")
 
@@ -74,6 +79,9 @@ class DataConfig:
     sampling_temperature: float = 1.0
     """Temperature for sampling the entries of `train`: an entry with n rows is sampled in proportion to weight *
     n^(1/sampling_temperature); no unit, >= 1. 1: by rows; larger: more evenly."""
+    sampling_cap: int | None = None
+    """Rows that an entry of `train` counts as at most when the entries are sampled, so that a very large one does not
+    leave the others few steps; null: all."""
     num_positives: int = 1
     """Positives per query, the first of the row or sampled (document_sampling); a row with fewer contributes those it
     has. Each is a term of the loss, in which the query's other positives are not negatives; a query's terms together
@@ -149,6 +157,8 @@ class DataConfig:
         require(self.num_positives >= 1, "data.num_positives", self.num_positives, "must be >= 1")
         require(self.num_negatives >= 0, "data.num_negatives", self.num_negatives, "must be >= 0")
         require(self.sampling_temperature >= 1, "data.sampling_temperature", self.sampling_temperature, "must be >= 1")
+        require(self.sampling_cap is None or self.sampling_cap >= 1, "data.sampling_cap", self.sampling_cap,
+                "must be >= 1 or null")
         require(0 <= self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction,
                 "must be in [0, 1); usual: 0.01")
         require(not (self.validation and self.validation_fraction), "data.validation_fraction",
@@ -159,14 +169,20 @@ class DataConfig:
         require(self.workers is None or 0 <= self.workers <= MOST_WORKERS, "data.workers", self.workers,
                 f"must be 0 to {MOST_WORKERS} or null")
         for file in self.validation:
-            require(file.weight == 1, "data.validation.weight", file.weight,
-                    "has no effect on rows that are not trained on; remove it")
+            rule = "has no effect on rows that are not trained on; remove it"
+            require(file.weight == 1, "data.validation.weight", file.weight, rule)
+            require(file.max_epochs is None, "data.validation.max_epochs", file.max_epochs, rule)
         if self.mixed_batches or not self.shuffle:
             rule = ("has no effect with mixed_batches: true or shuffle: false, which take the rows as they are; "
                     "remove it")
             require(self.sampling_temperature == 1, "data.sampling_temperature", self.sampling_temperature, rule)
+            require(self.sampling_cap is None, "data.sampling_cap", self.sampling_cap, rule)
             for file in self.train:
                 require(file.weight == 1, "data.train.weight", file.weight, rule)
+        if self.mixed_batches or not self.shuffle or len(self.train) == 1:
+            for file in self.train:
+                require(file.max_epochs is None, "data.train.max_epochs", file.max_epochs, "needs a mixture of several "
+                        "files, shuffled, a global batch from one of them; remove it, and set training.epochs")
         for role in ROLES:
             value = getattr(self, f"{role}_max_length")
             require(value is None or value >= 4, f"data.{role}_max_length", value, "must be >= 4 tokens")

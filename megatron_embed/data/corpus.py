@@ -1,5 +1,6 @@
 """Documents with ids: rows `{"docid" or "_id", "title"?, "text"}`, looked up in their file, not held in memory."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, overload
@@ -7,11 +8,14 @@ from typing import NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_embed.data.indexed_rows import JsonlRows
 from megatron_embed.data.jsonl import check_text, shortened
 from megatron_embed.data.records import text_id
-from megatron_embed.data.row_fields import Row, name_of, titled, trusted_title
+from megatron_embed.data.row_fields import Row, check_keys, name_of, titled, trusted_title
 from megatron_embed.data.row_source import open_rows
 from megatron_embed.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 ID_KEYS = ("_id", "docid", "id")
 
@@ -104,6 +108,42 @@ class DocumentsOnDisk(LazyTexts):
 
     def _text(self, index: int) -> str:
         return read_named_text(*self._rows.row(index), trusted=self._rows.detects_changes).text
+
+
+class TextsOnDisk(LazyTexts):
+    """The texts of a file of rows `{"text": str, "title"?: str}`, in its order, each read when it is accessed:
+    `title + " " + text` where there is a title. Memory: 16 bytes per text.
+
+    Raises:
+        ConfigError: the file cannot be opened; the message names `key`.
+        DataError: a row cannot be used, or there are no rows; at an access: the file was changed.
+    """
+
+    def __init__(self, path: str, key: str) -> None:
+        self.path, self._rows, ignored, with_title = path, JsonlRows(path, key), set[str](), 0
+        for row, source in self._rows.scan():
+            check_keys(row, ("text",), ("text",), source)
+            text = text_of_document(row, source)
+            if not text.strip():
+                check_text(text, "text", source)
+            with_title += text != row["text"]
+            ignored.update(row.keys() - {"text", "title"})
+        if not len(self):
+            raise DataError(f'{path}:1: no rows; a row is one line such as {{"text": "..."}}')
+        if with_title:
+            logger.info("%s: %d of %d rows have a title, which stands before their text", path, with_title, len(self))
+        if ignored:
+            logger.info("%s: ignored keys: %s", path, ", ".join(sorted(ignored)))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def source(self, index: int) -> str:
+        """FILE:LINE of a text."""
+        return self._rows.source(index)
+
+    def _text(self, index: int) -> str:
+        return trusted_title(self._rows.row(index)[0])
 
 
 class Picked(LazyTexts):

@@ -5,23 +5,21 @@ import hashlib
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_embed.config.data import TrainFile
 from megatron_embed.data.beir import BeirRows, is_beir_folder
-from megatron_embed.data.corpus import text_of_document
 from megatron_embed.data.entries import DataEntry, EntryPart, IndexedEntry
 from megatron_embed.data.entry_index import open_index
 from megatron_embed.data.formats import RowReader
 from megatron_embed.data.index_parts import Part
 from megatron_embed.data.index_store import IndexPlace
-from megatron_embed.data.jsonl import BLANK, check_text, parse_object, read_lines
+from megatron_embed.data.jsonl import BLANK
 from megatron_embed.data.permutation import mixed
 from megatron_embed.data.records import AnyRecord, Kind, Records, text_id
-from megatron_embed.data.row_fields import check_keys
 from megatron_embed.data.row_index import RowIndex, TextIds, UnitWriter, gather_by_group
 from megatron_embed.data.row_source import nothing_to_stream, open_rows
 from megatron_embed.data.sampler import ORDER_VERSION
@@ -322,33 +320,3 @@ def _of_several(digests: Sequence[str], are_several: bool = True) -> str:
 def _report_ignored(path: str, ignored: set[str]) -> None:
     if ignored:
         logger.info("%s: ignored keys: %s", path, ", ".join(sorted(ignored)))
-
-
-def read_texts(path: str) -> list[str]:
-    """The texts of rows `{"text": str, "title"?: str}`, in file order: `title + " " + text` where there is one.
-
-    Raises:
-        ConfigError: the file cannot be opened; the message names the option --input.
-        DataError: a row cannot be used, or there are no rows.
-    """
-    texts, ignored, with_title = [], set[str](), 0
-    for line in read_lines(path, "--input"):
-        source = f"{path}:{line.line_number}"
-        row = parse_object(line.raw, source)
-        check_keys(row, ("text",), ("text",), source)
-        text = text_of_document(row, source)
-        texts.append(text if text.strip() else check_text(text, "text", source))
-        with_title += text != row["text"]
-        ignored.update(row.keys() - {"text", "title"})
-    if not texts:
-        raise DataError(f'{path}:1: no rows; a row is one line such as {{"text": "..."}}')
-    if with_title:
-        logger.info("%s: %d of %d rows have a title, which stands before their text", path, with_title, len(texts))
-    _report_ignored(path, ignored)
-    return texts
-
-
-def source_of_text(path: str, row: int) -> str:
-    """FILE:LINE of text `row`, from 0, of `read_texts`; reads the file again."""
-    line = next(islice(read_lines(path, "--input"), row, None))
-    return f"{path}:{line.line_number}"

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterator
 
 import numpy as np
@@ -121,7 +122,7 @@ class IndexedRows(DescriptorRows):
         """The row of these bytes; `trusted`: they were read before and have not changed."""
 
     def scan(self) -> Iterator[tuple[Row, str]]:
-        starts, line_numbers, end = [], [], 0
+        starts, line_numbers, end = array("q"), array("q"), 0
         digest = hashlib.blake2b(digest_size=16)
         for line_number, start, raw in self.read():
             if not raw.strip(BLANK):
@@ -132,8 +133,9 @@ class IndexedRows(DescriptorRows):
             starts.append(start)
             line_numbers.append(line_number)
             end = start + len(raw)
-        self._starts: NDArray[np.int64] = np.array([*starts, end], dtype=np.int64)
-        self._line_numbers: NDArray[np.int64] = np.array(line_numbers, dtype=np.int64)
+        starts.append(end)
+        self._starts: NDArray[np.int64] = np.frombuffer(starts, dtype=np.int64)
+        self._line_numbers: NDArray[np.int64] = np.frombuffer(line_numbers, dtype=np.int64)
         self.stamp = stamp_of(os.stat(self.path))
         self.digest = digest.hexdigest()
 

@@ -15,8 +15,9 @@ from megatron_embed.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-ORDER_VERSION = 2
-"""Raise it when a sampler gives other rows for the same data, settings and step. 1: data/epoch_sampler.py."""
+ORDER_VERSION = 3
+"""Raise it when a sampler gives other rows for the same data, settings and step. 1: data/epoch_sampler.py; 2: several
+data sets took their turns by data/turns.py's FurthestBehind."""
 _BLOCK_ROWS = 1 << 17
 _LEAST_STEPS = 32
 """Steps of a block at least: a text of up to about half as many rows as there are batches can be kept apart in it."""
@@ -31,10 +32,12 @@ class Sampler(ABC):
     Attributes:
         num_rows: rows of the data.
         global_batch_size: rows of an optimizer step.
+        num_steps: steps that there are rows for; None: any number.
     """
 
     num_rows: int
     global_batch_size: int
+    num_steps: int | None = None
 
     @abstractmethod
     def rows_of_step(self, step: int) -> list[int]:

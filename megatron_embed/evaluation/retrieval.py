@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy
+import numpy as np
 import pytrec_eval
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from megatron_embed.data.corpus import Picked
 from megatron_embed.errors import ConfigError, EmptyTextError
 from megatron_embed.evaluation.beir import BeirData
 from megatron_embed.evaluation.finite import require_finite
+from megatron_embed.evaluation.given_vectors import GivenVectors
 from megatron_embed.evaluation.rerank_stage import RerankStage, rerank_scores
 from megatron_embed.evaluation.search import StreamedSearch, for_similarity
 from megatron_embed.names import Role, Similarity
@@ -55,7 +56,7 @@ def metrics_per_query(qrels: Qrels, run: Run, *, ks: Sequence[int] = CUTOFFS) ->
 def _reciprocal_ranks(labels: dict[str, int], scores: dict[str, float], ks: Sequence[int]) -> list[float]:
     """1 / rank of the first relevant document in trec_eval's order, or 0 if it comes after k, for each k."""
     # trec_eval compares scores as float32 and then ids, both descending.
-    ranked = sorted(scores, key=lambda document: (numpy.float32(scores[document]), document), reverse=True)
+    ranked = sorted(scores, key=lambda document: (np.float32(scores[document]), document), reverse=True)
     first = next((rank for rank, document in enumerate(ranked, 1) if labels.get(document, 0) > 0), None)
     return [1.0 / first if first is not None and first <= k else 0.0 for k in ks]
 
@@ -111,8 +112,9 @@ def evaluate_retrieval(embed: Embed, data: BeirData, *, k: int = 1000, similarit
 
 def evaluate_queries(embed: Embed, data: BeirData, *, k: int = 1000, similarity: Similarity = "cosine",
                      rankings: Rankings | None = None, group: dist.ProcessGroup | None = None,
-                     device: torch.device | None = None) -> dict[str, dict[str, float]]:
-    """Metrics of each query, in the order of the set, by exact search with these embeddings over the whole corpus.
+                     device: torch.device | None = None,
+                     given: GivenVectors | None = None) -> dict[str, dict[str, float]]:
+    """Metrics of each query, in the order of the set, by search with these embeddings over the whole corpus.
 
     Metric names begin with `dim_WIDTH/` for a truncated width, `two_stage_WIDTH/` for two stages and `reranked/` for a
     reranker's order. With `data.drop_own_id`, no ranking contains the document with the query's own id. `map` covers
@@ -129,6 +131,8 @@ def evaluate_queries(embed: Embed, data: BeirData, *, k: int = 1000, similarity:
         rankings: rankings to measure in addition.
         device: device of the search; None: the embeddings' own.
         group: ranks that split the queries; one all-gather of metrics per ranking. None: no split.
+        given: the documents' vectors, in the order of the corpus, which are then not computed. With an index the search
+            is approximate, and there is the ranking by full vectors alone, and a reranker's.
     Returns:
         Query id -> metric -> value, the same on every rank and for every number of ranks.
     Raises:
@@ -143,11 +147,14 @@ def evaluate_queries(embed: Embed, data: BeirData, *, k: int = 1000, similarity:
     rankings.check(queries.shape[1])
     rank, size = rank_and_size(group)
     own = _own_documents(data, order)[rank::size] if data.drop_own_id else None
-    searches = _searches(queries[rank::size].to(device or queries.device), k, similarity, rankings, own)
-    for documents in _document_blocks(embed, data, order, DOCUMENTS_AT_ONCE * size):
-        for search in searches.values():
-            search.add(documents)
-    results = {prefix: search.result() for prefix, search in searches.items()}
+    if given is not None and given.index is not None:
+        results = {"": _by_index(given, queries[rank::size], k, order, own, group)}
+    else:
+        searches = _searches(queries[rank::size].to(device or queries.device), k, similarity, rankings, own)
+        for documents in _document_blocks(embed, data, order, DOCUMENTS_AT_ONCE * size, given):
+            for search in searches.values():
+                search.add(documents)
+        results = {prefix: search.result() for prefix, search in searches.items()}
     if (stage := rankings.rerank) is not None:
         scores, indices = (part[:, : stage.candidates] for part in results[""])
         new_scores = rerank_scores(stage, scores, indices, data.query_texts, Picked(data.document_texts, order), group)
@@ -170,11 +177,43 @@ def _metrics_of_all_ranks(results: dict[str, tuple[Tensor, Tensor]], data: BeirD
     return metrics
 
 
-def _document_blocks(embed: Embed, data: BeirData, order: Sequence[int], size: int) -> Iterator[Tensor]:
-    """Embeddings [up to `size`, dim] of the documents in this order; all ranks embed each block when it is needed."""
+def _document_blocks(embed: Embed, data: BeirData, order: Sequence[int], size: int,
+                     given: GivenVectors | None) -> Iterator[Tensor]:
+    """Vectors [up to `size`, dim] of the documents in this order; all ranks embed each block when it is needed."""
     for start in range(0, len(order), size):
         block = order[start : start + size]
-        yield _embedded(embed, Picked(data.document_texts, block), "document", Picked(data.document_ids, block), data)
+        if given is not None:
+            yield given.vectors.gather(np.asarray(block, dtype=np.int64))
+        else:
+            yield _embedded(embed, Picked(data.document_texts, block), "document", Picked(data.document_ids, block),
+                            data)
+
+
+def _by_index(given: GivenVectors, queries: Tensor, k: int, order: Sequence[int], own: Tensor | None,
+              group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Scores [queries, k] and positions in `order` of an index's documents, best first.
+
+    Of equal scores the later document comes first. The document that a query must not retrieve, and the places that the
+    index leaves empty, repeat the last one before them.
+    """
+    assert given.index is not None
+    queries = given.vectors.scaled(queries.cpu())
+    given.report_recall(queries, min(k, 100), group)
+    count = min(k + (own is not None), len(order))
+    scores, rows = given.index.search(queries, count)
+    position_of = np.empty(len(order), dtype=np.int64)
+    position_of[np.asarray(order)] = np.arange(len(order))
+    positions = np.where(rows < 0, -1, position_of[rows])
+    unwanted = positions < 0
+    if own is not None:
+        unwanted |= positions == own.numpy()[:, None]
+    scores = np.where(unwanted, np.float32(-np.inf), scores)
+    best = np.lexsort((-positions, -scores), axis=1)[:, :k]
+    scores, positions = np.take_along_axis(scores, best, axis=1), np.take_along_axis(positions, best, axis=1)
+    last = np.maximum(np.isfinite(scores).sum(axis=1, keepdims=True) - 1, 0)
+    places = np.minimum(np.arange(scores.shape[1]), last)
+    return (torch.from_numpy(np.take_along_axis(scores, places, axis=1)),
+            torch.from_numpy(np.take_along_axis(positions, places, axis=1)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,40 +1,22 @@
 """Search over a file of vectors with FAISS: exact (flat), or approximate by a graph (HNSW, arXiv:1603.09320)."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_embed.errors import ConfigError, DataError
-from megatron_embed.evaluation.search import StreamedSearch, for_similarity
-from megatron_embed.names import Similarity
+from megatron_embed.evaluation.ivf_index import IvfIndex
+from megatron_embed.evaluation.search import StreamedSearch
+from megatron_embed.evaluation.vector_files import VectorFile, load_faiss
 from megatron_embed.platform.atomic_file import write_atomic
 
 logger = logging.getLogger(__name__)
-
-ROWS_AT_ONCE = 65536
-"""Vectors read, scaled and added to an index together."""
-
-
-def load_faiss() -> ModuleType:
-    """The library. Raises ConfigError if it is not installed."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise ConfigError("search needs the library FAISS; install it: pip install 'megatron_embed[search]'") from error
-    library: ModuleType = faiss
-    return library
-
 
 @dataclass(frozen=True, kw_only=True)
 class HnswSettings:
@@ -46,69 +28,6 @@ class HnswSettings:
     """Candidates kept while a vector is added."""
     ef_search: int = 128
     """Candidates kept while a query is answered; at least the number of results."""
-
-
-class VectorFile:
-    """The vectors of a .npy file, [rows, dim], memory-mapped.
-
-    Attributes:
-        width: first components that are compared.
-    """
-
-    def __init__(self, path: str, key: str, *, similarity: Similarity, width: int | None = None) -> None:
-        """
-        Args:
-            key: names the file in messages.
-            width: None: all components.
-        Raises:
-            ConfigError: the file is not an array of vectors, or has fewer components than `width`.
-        """
-        self.path, self.similarity, self._key = path, similarity, key
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a .npy file of numbers"
-            raise ConfigError(f"{key} {path}: {reason}; name the file that `megatron-embed encode` wrote",
-                              key=key) from None
-        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or not array.size:
-            raise ConfigError(f"{key} {path}: holds no vectors [texts, dim] of floating-point numbers; name the file "
-                              "that `megatron-embed encode` wrote", key=key)
-        self._array = array
-        self.width = array.shape[1] if width is None else width
-        if self.width > array.shape[1]:
-            raise ConfigError(f"--dim {width}: the vectors of {path} have {array.shape[1]} components; choose 1 to "
-                              f"{array.shape[1]}", key="--dim")
-
-    def __len__(self) -> int:
-        return len(self._array)
-
-    @property
-    def full_width(self) -> int:
-        """Components of a vector in the file."""
-        return int(self._array.shape[1])
-
-    def row(self, index: int) -> Tensor:
-        """[full width] float32, as in the file."""
-        return torch.from_numpy(self._array[index].astype(np.float32))
-
-    def scaled(self, vectors: Tensor) -> Tensor:
-        """[rows, width] float32 whose dot products are the similarity, of [rows, full width]."""
-        return for_similarity(vectors[:, : self.width].float(), self.similarity)
-
-    def blocks(self) -> Iterator[Tensor]:
-        """All rows, `scaled`, up to ROWS_AT_ONCE at a time. Raises DataError for a vector that is not finite."""
-        for start in range(0, len(self), ROWS_AT_ONCE):
-            block = torch.from_numpy(self._array[start : start + ROWS_AT_ONCE].astype(np.float32))
-            bad = torch.nonzero(~torch.isfinite(block).all(dim=1))
-            if len(bad):
-                raise DataError(f"{self.path}:{start + int(bad[0]) + 1}: the vector is not finite; encode the texts "
-                                "again, with a wider dtype or an earlier checkpoint")
-            yield self.scaled(block)
-
-    def digest(self) -> str:
-        """Hash of the file."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def flat_index(vectors: VectorFile) -> Any:
@@ -197,6 +116,15 @@ def search_index(index: Any, queries: Tensor, k: int, order: NDArray[np.int64], 
         depth *= 2  # as many rows as have the score of the k-th are needed to choose among them
     ties = np.where(rows < 0, -1, order[rows])
     best = np.lexsort((-ties, -(scores + np.float32(0))), axis=1)[:, :k]
+    return np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
+
+
+def search_lists(index: IvfIndex, queries: Tensor, k: int, order: NDArray[np.int64],
+                 vectors: VectorFile) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """`search_index` of inverted lists, whose rows are scored again with the vectors of the file."""
+    _, rows = index.search(queries, min(k, len(vectors)))
+    scores = vectors.scores_of(queries, rows)
+    best = np.lexsort((-np.where(rows < 0, -1, order[rows]), -scores), axis=1)
     return np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
 
 

@@ -1,18 +1,23 @@
 """Mine hard negatives by vectors: each rank searches for its share of the queries in blocks of documents."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_embed.evaluation.search import StreamedSearch
-from megatron_embed.mining.filters import MiningOptions, select_negatives
+from megatron_embed.evaluation.given_vectors import GivenVectors
+from megatron_embed.evaluation.search import StreamedSearch, search
+from megatron_embed.mining.filters import Candidate, MiningOptions, select_negatives
 from megatron_embed.mining.task import Mined, MinedRows
 from megatron_embed.parallel.collectives import gather_objects, rank_and_size
+
+_POSITIVES_AT_ONCE = 65536
+"""Vectors of positives that are read together."""
 
 
 def mine_vectors(queries: Tensor, documents: Iterable[Tensor], positives: Sequence[Sequence[int]],
@@ -40,23 +45,80 @@ def mine_vectors(queries: Tensor, documents: Iterable[Tensor], positives: Sequen
     own = range(rank, len(queries), size)
     excluded = positives if excluded is None else excluded
     last_rank = options.last_rank(max(map(len, positives)))
-    search = StreamedSearch(queries[rank::size], last_rank + max(map(len, excluded)))
+    stream = StreamedSearch(queries[rank::size], last_rank + max(map(len, excluded)))
     pairs = _PositivePairs(queries[rank::size], [positives[query] for query in own])
     with tqdm(total=num_documents, unit="document", desc="search", disable=None if show_progress else True) as bar:
         for block in documents:
-            search.add(block)
+            stream.add(block)
             pairs.add(block)
             bar.update(len(block))
-    scores, indices = search.result()
-    positive_scores = pairs.result()
-    mined = MinedRows()
-    for row, query in enumerate(own):
-        candidates = list(zip(indices[row].tolist(), scores[row].tolist(), strict=True))
-        selection = select_negatives(candidates, frozenset(excluded[query]), positive_scores[row], options,
-                                     last_rank=last_rank, query=query)
-        mined.append(Mined(positive_scores=positive_scores[row], negatives=selection.negatives,
-                           skipped=selection.skipped))
+    scores, indices = stream.result()
+    candidates = (list(zip(found.tolist(), values.tolist(), strict=True))
+                  for found, values in zip(indices, scores, strict=True))
+    mined = _selected(own, candidates, pairs.result(), excluded, options, last_rank)
     return _gathered(mined, len(queries), group, on_all_ranks=options.reranked)
+
+
+def mine_by_index(queries: Tensor, given: GivenVectors, document_of_row: NDArray[np.int64], further: Tensor,
+                  positives: Sequence[Sequence[int]], options: MiningOptions, *, excluded: Sequence[Sequence[int]],
+                  group: dist.ProcessGroup | None = None) -> MinedRows | None:
+    """`mine_vectors` by an approximate search over vectors on the disk.
+
+    Args:
+        queries: [queries, dim], scaled.
+        document_of_row: [rows] the document of each given vector; several rows may be one document.
+        further: [documents, dim] vectors, scaled, of the documents behind those of the rows; searched exactly.
+    """
+    assert given.index is not None
+    rank, size = rank_and_size(group)
+    num_queries, own = len(queries), range(rank, len(queries), size)
+    queries = queries[rank::size].cpu()
+    last_rank = options.last_rank(max(map(len, positives)))
+    depth = last_rank + max(map(len, excluded))
+    given.report_recall(queries, depth, group)
+    num_given = int(document_of_row.max()) + 1
+    exact_scores, exact_rows = search(queries, further, depth) if len(further) else (queries[:, :0], None)
+    positive_scores = _scores_of_positives(queries, given, document_of_row, further,
+                                           [positives[query] for query in own])
+    scores, rows = given.index.search(queries, min(2 * depth, len(document_of_row)))
+
+    def candidates() -> Iterator[list[Candidate]]:
+        for index in range(len(own)):
+            best: dict[int, float] = {}
+            for row, score in zip(rows[index].tolist(), scores[index].tolist(), strict=True):
+                if row >= 0:
+                    best.setdefault(int(document_of_row[row]), score)
+            if exact_rows is not None:
+                best |= zip((exact_rows[index] + num_given).tolist(), exact_scores[index].tolist(), strict=True)
+            yield sorted(best.items(), key=lambda candidate: (-candidate[1], -candidate[0]))[:depth]
+
+    mined = _selected(own, candidates(), positive_scores, excluded, options, last_rank)
+    return _gathered(mined, num_queries, group, on_all_ranks=options.reranked)
+
+
+def _scores_of_positives(queries: Tensor, given: GivenVectors, document_of_row: NDArray[np.int64], further: Tensor,
+                         positives: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Scores of each query with its positives, whose vectors alone are read."""
+    wanted = np.unique(np.fromiter(chain.from_iterable(positives), dtype=np.int64))
+    num_given = int(document_of_row.max()) + 1
+    _, first_rows = np.unique(document_of_row, return_index=True)
+    pairs = _PositivePairs(queries, [np.searchsorted(wanted, documents).tolist() for documents in positives])
+    known = wanted[wanted < num_given]
+    for start in range(0, len(known), _POSITIVES_AT_ONCE):
+        pairs.add(given.vectors.scaled(given.vectors.gather(first_rows[known[start:start + _POSITIVES_AT_ONCE]])))
+    pairs.add(further[torch.from_numpy(wanted[wanted >= num_given] - num_given)].cpu())
+    return pairs.result()
+
+
+def _selected(own: Sequence[int], candidates: Iterable[list[Candidate]], positive_scores: Sequence[list[float]],
+              excluded: Sequence[Sequence[int]], options: MiningOptions, last_rank: int) -> MinedRows:
+    """The negatives of a rank's queries, from each one's candidates, best first."""
+    mined = MinedRows()
+    for query, ranked, scores in zip(own, candidates, positive_scores, strict=True):
+        selection = select_negatives(ranked, frozenset(excluded[query]), scores, options, last_rank=last_rank,
+                                     query=query)
+        mined.append(Mined(positive_scores=scores, negatives=selection.negatives, skipped=selection.skipped))
+    return mined
 
 
 class _PositivePairs:

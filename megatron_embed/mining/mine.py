@@ -3,8 +3,9 @@
 import argparse
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from megatron_embed import __version__
@@ -12,13 +13,16 @@ from megatron_embed.data.records import Record
 from megatron_embed.errors import ConfigError, DataError, EmptyTextError, UserError
 from megatron_embed.mining.filters import MiningOptions
 from megatron_embed.mining.report import report, samples
-from megatron_embed.mining.task import Mined, MiningTask, write_rows
+from megatron_embed.mining.task import Mined, MinedRows, MiningTask, write_rows
 from megatron_embed.names import Role
 from megatron_embed.parallel.lost_rank import Start, monitored_ranks
 from megatron_embed.platform.atomic_file import write_atomic
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_embed.evaluation.encode import TextEncoder
+    from megatron_embed.evaluation.given_vectors import GivenVectors
     from megatron_embed.evaluation.score import PairScorer
     from megatron_embed.loading.model_directory import ModelDirectory
     from megatron_embed.mining.cache import VectorSource
@@ -35,8 +39,6 @@ class MiningJob:
     task: MiningTask
     options: MiningOptions
     output: str
-    corpus: str | None
-    """The file of the documents; None: they are those of the rows."""
     least_negatives: int = 0
     """Rows with fewer negatives are left out."""
     show: int = 0
@@ -58,17 +60,16 @@ class MiningJob:
         raise_on_all_ranks(self._write(mined) if is_first else None)
 
     def mine_with_model(self, source: "VectorSource", topology: "Topology", scorer: "PairScorer | None", *,
-                        cosine: bool) -> None:
+                        cosine: bool, given: "GivenVectors | None" = None) -> None:
         """Embed, search, rerank if there is a reranker, and write. Called by all ranks.
 
         Args:
             cosine: search by cosine similarity, else by dot product.
+            given: the vectors of the corpus, which are then not computed.
         """
         import torch
-        import torch.distributed as dist
         from torch.nn.functional import normalize
 
-        from megatron_embed.mining.dense import mine_vectors
         from megatron_embed.parallel.collectives import raise_on_all_ranks
 
         task = self.task
@@ -77,17 +78,48 @@ class MiningJob:
         try:
             queries = scale(torch.cat(list(source.blocks(role, task.queries)))).to(topology.device)
             role = "document"
-            documents = (scale(block) for block in source.blocks(role, task.documents))
-            mined = mine_vectors(queries, documents, task.positives, self.options, excluded=task.excluded,
-                                 group=dist.group.WORLD, num_documents=len(task.documents),
-                                 show_progress=topology.rank == 0)
+            if given is None:
+                documents = (scale(block) for block in source.blocks(role, task.documents))
+            else:
+                own = (scale(block) for block in source.blocks(role, task.documents.own))
+                documents = chain(self._given_blocks(given), own)
+            mined = self._searched(queries, documents, given, topology)
         except EmptyTextError as error:
-            raise EmptyTextError(error.row, self._source_of(role, error.row), error.text) from None
+            first = len(task.documents) - len(task.documents.own) if given is not None and role == "document" else 0
+            raise EmptyTextError(error.row, self._source_of(role, first + error.row), error.text) from None
         result: Sequence[Mined] | None = mined
         if scorer is not None:
             assert mined is not None, "all ranks have the candidates"
             result = self._reranked(mined, scorer)
         raise_on_all_ranks(None if topology.rank or result is None else self._write(result))
+
+    def _searched(self, queries: "Tensor", documents: "Iterator[Tensor]", given: "GivenVectors | None",
+                  topology: "Topology") -> "MinedRows | None":
+        """The negatives, by exact search or by the given vectors' index. Called by all ranks."""
+        import torch
+        import torch.distributed as dist
+
+        from megatron_embed.mining.dense import mine_by_index, mine_vectors
+
+        task = self.task
+        if given is None or given.index is None:
+            return mine_vectors(queries, documents, task.positives, self.options, excluded=task.excluded,
+                                group=dist.group.WORLD, num_documents=len(task.documents),
+                                show_progress=topology.rank == 0)
+        assert task.documents.corpus is not None
+        further = list(documents)
+        return mine_by_index(queries, given, task.documents.corpus.document_of_row,
+                             torch.cat(further) if further else queries[:0].cpu(), task.positives, self.options,
+                             excluded=task.excluded, group=dist.group.WORLD)
+
+    def _given_blocks(self, given: "GivenVectors") -> "Iterator[Tensor]":
+        """The given vectors of the corpus' documents, scaled; none if an index is searched."""
+        from megatron_embed.evaluation.vector_files import ROWS_AT_ONCE
+
+        assert self.task.documents.corpus is not None
+        rows = self.task.documents.corpus.first_rows
+        for start in range(0, len(rows) if given.index is None else 0, ROWS_AT_ONCE):
+            yield given.vectors.scaled(given.vectors.gather(rows[start:start + ROWS_AT_ONCE]))
 
     def check_query_length(self, scorer: "PairScorer") -> None:
         """Raises DataError for a query that leaves no tokens for a document in the reranker's template."""
@@ -104,13 +136,14 @@ class MiningJob:
                                  show_progress=scorer.topology.rank == 0)
 
     def _source_of(self, role: Role, index: int) -> str:
-        """FILE:LINE of the first row with this query or document, else the corpus file and the document's number."""
+        """FILE:LINE of the first row with this query or document, else of the corpus."""
         for row, record in enumerate(self.records):
             if role == "query" and self.task.query_of_row[row] == index:
                 return record.source
             if role == "document" and self.task.documents[index] in (*record.positive, *record.negatives):
                 return record.source
-        return f"{self.corpus}: document {index + 1}"
+        assert self.task.documents.corpus is not None
+        return self.task.documents.corpus.source(index)
 
     def _write(self, mined: Sequence[Mined]) -> UserError | None:
         """Write the file, complete or not at all, and log what it holds; the error if it cannot be written."""
@@ -148,6 +181,7 @@ def mine(args: argparse.Namespace, job: MiningJob) -> None:
         if args.model == "bm25":
             job.mine_with_bm25(_open_reranker(args, job, start))
             return
+        from megatron_embed.evaluation.given_vectors import open_given_vectors
         from megatron_embed.loading.model_directory import open_encoder
 
         prompts: dict[Role, str] = {"query": ""}  # Queries carry their prompts already.
@@ -156,7 +190,10 @@ def mine(args: argparse.Namespace, job: MiningJob) -> None:
         encoder, model, topology = open_encoder(args, prompts=True, given_prompts=prompts, start=start)
         scorer = _open_reranker(args, job, start, topology)
         source = _open_vector_source(args, encoder, model)
-        job.mine_with_model(source, topology, scorer, cosine=model.saved.similarity == "cosine")
+        corpus = job.task.documents.corpus
+        given = open_given_vectors(args, rows=0 if corpus is None else len(corpus.document_of_row), dim=encoder.dim,
+                                   similarity=model.saved.similarity, what=args.corpus)
+        job.mine_with_model(source, topology, scorer, cosine=model.saved.similarity == "cosine", given=given)
 
 
 def query_prompts(args: argparse.Namespace, records: Sequence[Record]) -> list[str]:

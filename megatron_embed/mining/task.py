@@ -3,16 +3,13 @@
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
-from typing import NamedTuple, TextIO, overload
+from itertools import zip_longest
+from typing import TextIO, overload
 
-from megatron_embed.data.corpus import ID_KEYS
-from megatron_embed.data.jsonl import parse_object, read_lines
 from megatron_embed.data.records import Record, id_from_text
-from megatron_embed.data.row_fields import Row, name_of, titled
-from megatron_embed.errors import DataError
+from megatron_embed.mining.documents import CorpusFile, Documents
 from megatron_embed.mining.exclusions import Forms, NamedDocument, never_negatives
 from megatron_embed.mining.filters import Candidate
 
@@ -26,14 +23,12 @@ class MiningTask:
     query_of_row: list[int]
     row_of_query: list[int]
     """The first row with the query."""
-    documents: list[str]
+    documents: Documents
     """The corpus, then every positive that it lacks."""
     positives: list[list[int]]
     """By query: documents that are a positive of any row with its text; at least one."""
     excluded: list[list[int]]
     """By query: its positives, then other documents that are never its negatives."""
-    names: dict[int, str] = field(default_factory=dict)
-    """By document: its id, if a row or the corpus has one."""
 
     @property
     def most_positives(self) -> int:
@@ -44,17 +39,6 @@ class MiningTask:
     def most_excluded(self) -> int:
         """Largest number of excluded documents of a query."""
         return max(map(len, self.excluded))
-
-
-class CorpusTexts(NamedTuple):
-    """The documents of a file."""
-
-    texts: list[str]
-    """`title + " " + text` where the title is not empty."""
-    names: Sequence[str | None] = ()
-    """Their ids."""
-    title_lengths: Sequence[int] = ()
-    """Characters of each leading title and the space after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +93,7 @@ class MinedRows(Sequence[Mined]):
                      negatives=list(zip(self._documents[own], self._scores[own], strict=True)))
 
 
-def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: CorpusTexts | None, *,
+def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: CorpusFile | None, *,
                mine_query_text: bool = False) -> MiningTask:
     """Collect the queries, documents and positives of the rows.
 
@@ -119,20 +103,15 @@ def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: Corpus
         corpus: documents to search; None: every positive and negative of the rows.
         mine_query_text: whether a document equal to the query's text may be a negative.
     """
-    own = chain.from_iterable(record.positive for record in records)
-    if corpus is None:
-        own = chain(own, chain.from_iterable(record.negatives for record in records))
-    documents = list(dict.fromkeys(chain(() if corpus is None else corpus.texts, own)))
-    index_of = {text: index for index, text in enumerate(documents)}
+    documents = Documents(records, corpus)
     positives_of: dict[str, dict[int, None]] = {}
     forms_of: dict[str, Forms] = {}
     for record in records:
-        positives_of.setdefault(record.query, {}).update(dict.fromkeys(index_of[text] for text in record.positive))
+        positives_of.setdefault(record.query, {}).update(dict.fromkeys(map(documents.index, record.positive)))
         forms = forms_of.setdefault(record.query, Forms())
         for text, name in zip_longest(record.positive, (record.document_ids or ())[:len(record.positive)]):
-            forms.add(NamedDocument(index_of[text], text, 0, name))
-    excluded_of = never_negatives(lambda: _named_documents(records, corpus, index_of), positives_of, forms_of,
-                                  query_too=not mine_query_text)
+            forms.add(NamedDocument(documents.index(text), text, 0, name))
+    excluded_of = never_negatives(documents.named, positives_of, forms_of, query_too=not mine_query_text)
     queries: dict[tuple[str, str, str | None], int] = {}
     query_of_row = [queries.setdefault((prompt, record.query, record.instruction), len(queries))
                     for prompt, record in zip(prompts, records, strict=True)]
@@ -142,61 +121,7 @@ def build_task(records: Sequence[Record], prompts: Sequence[str], corpus: Corpus
     return MiningTask(queries=[prompt + text for prompt, text, _ in queries], query_of_row=query_of_row,
                       row_of_query=list(first_row.values()), documents=documents,
                       positives=[list(positives_of[text]) for _, text, _ in queries],
-                      excluded=[excluded_of[text] for _, text, _ in queries],
-                      names=_names(_named_documents(records, corpus, index_of)))
-
-
-def _named_documents(records: Sequence[Record], corpus: CorpusTexts | None,
-                     index_of: Mapping[str, int]) -> Iterator[NamedDocument]:
-    """The task's documents as in the rows, then as in the corpus."""
-    for record in records:
-        for text, name in zip_longest((*record.positive, *record.negatives), record.document_ids or ()):
-            if text in index_of:
-                yield NamedDocument(index_of[text], text, 0, name)
-    for text, name, length in () if corpus is None else zip_longest(*corpus):
-        yield NamedDocument(index_of[text], text, length or 0, name)
-
-
-def _names(documents: Iterable[NamedDocument]) -> dict[int, str]:
-    """Each document's first id."""
-    names: dict[int, str] = {}
-    for document in documents:
-        if document.name is not None:
-            names.setdefault(document.document, document.name)
-    return names
-
-
-def read_corpus(path: str, key: str = "--corpus") -> CorpusTexts:
-    """Read the documents of rows `{"text": str, "title"?: str, "_id"?: str}`.
-
-    A document is `title + " " + text` where the title is not empty. Its id may also have the key `docid` or `id`, and
-    may be an integer or absent.
-
-    Raises:
-        ConfigError: the file cannot be opened; the message names `key`.
-        DataError: a row is invalid, or the file has no rows.
-    """
-    texts: list[str] = []
-    names: list[str | None] = []
-    title_lengths = array("q")
-    for line in read_lines(path, key):
-        source = f"{path}:{line.line_number}"
-        row = parse_object(line.raw, source)
-        texts.append(titled(row, "", source))
-        names.append(_optional_name(row, source))
-        title_lengths.append(len(texts[-1]) - len(str(row["text"])))
-    if not texts:
-        raise DataError(f'{path}:1: no rows; a row is one line such as {{"text": "..."}}')
-    return CorpusTexts(texts, names, title_lengths)
-
-
-def _optional_name(row: Row, source: str) -> str | None:
-    """The id of a row, or None."""
-    for key in ID_KEYS:
-        value = row.get(key)
-        if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and value.strip()):
-            return name_of(value, key, source)
-    return None
+                      excluded=[excluded_of[text] for _, text, _ in queries])
 
 
 def write_rows(file: TextIO, records: Sequence[Record], task: MiningTask, mined: Sequence[Mined],
@@ -208,7 +133,7 @@ def write_rows(file: TextIO, records: Sequence[Record], task: MiningTask, mined:
     documents gets `positive_ids` and `negative_ids`: the row's own ids, those of other rows and the corpus, and for a
     document without an id a hash of its text, which is equal only for equal texts.
     """
-    index_of = {text: index for index, text in enumerate(task.documents)}
+    index_of = task.documents.index
     for record, query in zip(records, task.query_of_row, strict=True):
         result = mined[query]
         if len(result.negatives) < least_negatives:
@@ -218,9 +143,9 @@ def write_rows(file: TextIO, records: Sequence[Record], task: MiningTask, mined:
                                   "negatives": [task.documents[document] for document, _ in result.negatives]}
         if record.instruction is not None:
             row["instruction"] = record.instruction
-        row["teacher_scores"] = [*(score_of[index_of[text]] for text in record.positive),
+        row["teacher_scores"] = [*(score_of[index_of(text)] for text in record.positive),
                                  *(score for _, score in result.negatives)]
-        ids = _ids_of(record, [index_of[text] for text in record.positive], result, task)
+        ids = _ids_of(record, [index_of(text) for text in record.positive], result, task)
         if ids is not None:
             row["positive_ids"], row["negative_ids"] = ids[:len(record.positive)], ids[len(record.positive):]
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -229,7 +154,7 @@ def write_rows(file: TextIO, records: Sequence[Record], task: MiningTask, mined:
 def _ids_of(record: Record, positives: Sequence[int], mined: Mined, task: MiningTask) -> list[str] | None:
     """Ids of the row's positives, then of its mined negatives; None if none of them has one."""
     documents = [*positives, *(document for document, _ in mined.negatives)]
-    known: list[str | None] = [task.names.get(document) for document in documents]
+    known: list[str | None] = [task.documents.name(document) for document in documents]
     if record.document_ids is not None:
         known[:len(positives)] = record.document_ids[:len(positives)]
     if not any(name is not None for name in known):

@@ -55,6 +55,7 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     data = load_beir(args.data, args.split or "test", drop_own_id=args.drop_own_id)
     import torch.distributed as dist
 
+    from megatron_embed.evaluation.given_vectors import open_given_vectors
     from megatron_embed.evaluation.retrieval import METRICS, Rankings, evaluate_queries, mean_metrics
     from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.loading.prompts import given_prompts
@@ -62,13 +63,19 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
 
     check_metric_names(args.require, [prefix + name for prefix in ranking_prefixes(args) for name in METRICS])
     encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
+    given = open_given_vectors(args, rows=len(data.document_ids), dim=encoder.dim, similarity=model.saved.similarity,
+                               what=f"{args.data}/corpus.jsonl")
+    if given is not None and given.index is not None and (args.dims or args.two_stage):
+        option = "--dims" if args.dims else "--two-stage"
+        raise ConfigError(f"{option}: compares parts of vectors, and --index {given.kind} holds whole ones; leave it "
+                          "out, or set --index flat", key=option)
     rankings = Rankings(dims=args.dims, two_stage=args.two_stage, candidates=args.candidates or 100)
     rankings.check(encoder.dim)
     if args.reranker is not None:
         rankings = dataclasses.replace(rankings, rerank=open_rerank_stage(args, data.query_texts, topology))
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
     per_query = evaluate_queries(encode, data, similarity=model.saved.similarity, rankings=rankings,
-                                 group=dist.group.WORLD, device=topology.device)
+                                 group=dist.group.WORLD, device=topology.device, given=given)
     if args.per_query is not None:
         raise_on_all_ranks(write_queries(args.per_query, per_query) if topology.rank == 0 else None)
     return mean_metrics(per_query), topology.rank
@@ -115,7 +122,8 @@ def open_rerank_stage(args: argparse.Namespace, queries: "Sequence[str]", topolo
 
 def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(correlations of an embedding model's similarities with the scores of a file of pairs, this rank)."""
-    refuse_options(args, "pairs", "split", "drop_own_id", "two_stage", "reranker", "per_query")
+    refuse_options(args, "pairs", "split", "drop_own_id", "two_stage", "reranker", "per_query", "vectors", "index",
+                   "probes", "ef_search")
     from megatron_embed.evaluation.sts import load_sts
 
     data = load_sts(args.data, "--data")
@@ -132,7 +140,8 @@ def evaluate_pairs(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
 
 def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, float], int]:
     """(metrics of a reranker, or of an embedding model's similarities, on a file of lists, this rank)."""
-    refuse_options(args, "lists", "split", "drop_own_id", "two_stage", "dims", "reranker", "per_query")
+    refuse_options(args, "lists", "split", "drop_own_id", "two_stage", "dims", "reranker", "per_query", "vectors",
+                   "index", "probes", "ef_search")
     from megatron_embed.evaluation.reranking import METRICS, evaluate_reranking, load_rerank_file, similarity_of_pairs
 
     data = load_rerank_file(args.data)

@@ -245,10 +245,19 @@ def _check_format(config: RunConfig, model: ModelDirectory, kind: FurtherExport)
 
 
 def number_of_steps(config: RunConfig, sampler: Sampler) -> int:
-    """`train_steps`, or the steps of `epochs` passes over the rows, or 1000."""
+    """`train_steps`, or the steps of `epochs` passes over the rows, or 1000.
+
+    Raises:
+        ConfigError: there are not rows for so many.
+    """
+    steps = config.training.train_steps or 1000
     if config.training.epochs is not None:
-        return sampler.steps_of_epochs(config.training.epochs)
-    return config.training.train_steps or 1000
+        steps = sampler.steps_of_epochs(config.training.epochs)
+    if sampler.num_steps is not None and steps > sampler.num_steps:
+        raise ConfigError(f"data.train.max_epochs: every data set has one, and together they have rows for "
+                          f"{sampler.num_steps} steps, fewer than the {steps} of the run; remove it from one of them, "
+                          "or train for fewer steps", key="data.train.max_epochs")
+    return steps
 
 
 def output_directories(config: RunConfig) -> dict[str, str]:

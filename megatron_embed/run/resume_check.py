@@ -66,8 +66,8 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
                        f"{len(records)} rows that are not the {known['rows']} rows this run began with "
                        f"({before.get('data.train')})")
     if known is not None and known["order"] != ORDER_VERSION:
-        logger.info("%s began with an earlier version's order of rows, which it keeps: every start reads all rows "
-                    "where some are held out", checkpoint.parent)
+        logger.info("%s began with an earlier version's order of rows, which it keeps%s", checkpoint.parent,
+                    ": every start reads all rows where some are held out" if known["order"] == 1 else "")
     same = _equal_overlaps(config, before, task)
     changed = [f"{key}: {_shown(before[key])} -> {_shown(value)}" for key, value in now.items()
                if key in before and before[key] != value and key not in same]

@@ -15,14 +15,15 @@ from megatron_embed.data.jsonl import ENDINGS, open_file, parse_object, read_lin
 from megatron_embed.data.row_fields import check_keys, name_of, trusted_title
 from megatron_embed.data.row_source import open_rows
 from megatron_embed.errors import ConfigError, DataError
+from megatron_embed.evaluation.ivf_index import IvfIndex, IvfSettings
+from megatron_embed.evaluation.vector_files import VectorFile, load_faiss
 from megatron_embed.evaluation.vector_index import (
     HnswSettings,
-    VectorFile,
     flat_index,
     hnsw_index,
-    load_faiss,
     recall_of,
     search_index,
+    search_lists,
 )
 from megatron_embed.platform.terminal_text import one_line, printable
 
@@ -60,21 +61,25 @@ def search(args: argparse.Namespace) -> None:
     encoder, _, _ = open_encoder(args, prompts=True, given_prompts=given_prompts(args))
     _check_model(encoder, vectors, texts)
     settings = HnswSettings(**{name: vars(args)[name] for name in _HNSW_OPTIONS[:3] if vars(args)[name] is not None})
-    index = flat_index(vectors) if args.index == "flat" else hnsw_index(vectors, settings)
+    lists = IvfIndex(vectors, IvfSettings(probes=args.probes)) if args.index == "ivf" else None
+    index = flat_index(vectors) if args.index == "flat" else hnsw_index(vectors, settings) if lists is None else None
     if args.index == "hnsw":
         index.hnsw.efSearch = max(settings.ef_search, args.top_k)
     found, asked = 0.0, 0
     for queries in _blocks_of_queries(args):
         embedded = vectors.scaled(encoder.encode(queries, "query"))
-        scores, rows = search_index(index, embedded, args.top_k, texts.order, exact=args.index == "flat")
+        if lists is not None:
+            scores, rows = search_lists(lists, embedded, args.top_k, texts.order, vectors)
+        else:
+            scores, rows = search_index(index, embedded, args.top_k, texts.order, exact=args.index == "flat")
         for query, *hits in zip(queries, scores, rows, strict=True):
             _write_hits(args.format, query, texts, *hits)
-        if args.index == "hnsw" and not args.no_recall:
+        if args.index != "flat" and not args.no_recall:
             found += recall_of(scores, embedded, vectors) * len(queries)
             asked += len(queries)
     if asked:
-        logger.info("recall@%d of HNSW against the exact search: %.4f (%d queries)", min(args.top_k, len(texts)),
-                    found / asked, asked)
+        logger.info("recall@%d of %s against the exact search: %.4f (%d queries)", min(args.top_k, len(texts)),
+                    args.index.upper(), found / asked, asked)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -83,12 +88,12 @@ def _check_options(args: argparse.Namespace) -> None:
                           key="--query")
     if args.queries not in (None, "-"):
         open_file(args.queries, "--queries").close()  # before the model is loaded
-    if args.index == "flat":
-        for name in _HNSW_OPTIONS:
-            option = f"--{name.replace('_', '-')}"
-            if vars(args)[name]:
-                raise ConfigError(f"{option}: has no effect on an exact search; add --index hnsw, or leave it out",
-                                  key=option)
+    allowed = {"flat": (), "ivf": ("probes", "no_recall"), "hnsw": _HNSW_OPTIONS}[args.index]
+    for name in (*_HNSW_OPTIONS, "probes"):
+        option, needed = f"--{name.replace('_', '-')}", "ivf" if name == "probes" else "hnsw"
+        if vars(args)[name] and name not in allowed:
+            raise ConfigError(f"{option}: has no effect on {'an exact search' if args.index == 'flat' else args.index}"
+                              f"; add --index {needed}, or leave it out", key=option)
     if args.links == 1:
         raise ConfigError("--links 1: a graph needs at least 2 neighbours of a vector", key="--links")
 

@@ -67,11 +67,17 @@ def test_graph_and_table(model, corpus, caplog):
     assert lines[0] == f"query: {QUERIES[1]}" and [line.split()[0] for line in lines[1:4]] == ["1", "2", "3"]
     assert lines[1].split()[2].startswith("d") and all(len(line) <= 120 for line in lines)
     assert (corpus / "vectors.npy.hnsw-16.faiss").is_file()
+    code, other, err, _ = command(arguments(model, corpus, "--queries", str(corpus / "queries.jsonl"), "--index", "ivf",
+                                            "--top-k", "3", "--dim", "16"))
+    assert code == 0, err
+    assert "recall@3 of IVF against the exact search: 1.0000 (1 queries)" in caplog.messages
+    assert other.splitlines() == lines and (corpus / "vectors.npy.ivf-16" / "000000.faiss").is_file()
 
 
 @pytest.mark.parametrize("more, words", [
     ([], ["--query", "there is no query"]),
     (["--query", "a", "--ef-search", "9"], ["--ef-search", "--index hnsw"]),
+    (["--query", "a", "--probes", "9"], ["--probes", "--index ivf"]),
     (["--query", "a", "--dim", "33"], ["--dim 33", "have 32 components"]),
     (["--queries", "missing.txt"], ["--queries", "no such file"]),
 ])

@@ -12,7 +12,8 @@ import pyarrow
 import pytest
 
 from megatron_embed.data import jsonl
-from megatron_embed.data.dataset import RecordFile, read_texts
+from megatron_embed.data.corpus import TextsOnDisk
+from megatron_embed.data.dataset import RecordFile
 from megatron_embed.data.jsonl import parse_object
 from megatron_embed.errors import ConfigError, DataError
 from megatron_embed.evaluation.beir import load_beir
@@ -83,10 +84,10 @@ def test_line_at_the_limit_is_read(tmp_path, short_lines):
         path.write_text(json.dumps({"text": "x" * (length - len(row) - 1)}) + "\n", encoding="utf-8")
         assert path.stat().st_size == length
         if length <= 1000:
-            assert len(read_texts(str(path))) == 1
+            assert len(TextsOnDisk(str(path), "--input")) == 1
         else:
             with pytest.raises(DataError, match="rows.jsonl:1: a line of more than"):
-                read_texts(str(path))
+                TextsOnDisk(str(path), "--input")
 
 
 def beir_folder(folder, qrels="q\td\t1\n", corpus='{"_id": "d", "text": "b"}\n', queries='{"_id": "q", "text": "a"}\n'):

@@ -2,15 +2,19 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from megatron_embed.config.schema import DataConfig, TrainFile
+from megatron_embed.config.schema import DataConfig, ModelConfig, RunConfig, TrainFile, TrainingConfig
 from megatron_embed.data.dataset import RecordSet, open_records
 from megatron_embed.data.mixture import MixtureSampler, build_sampler, turn_shares
 from megatron_embed.data.sampler import GlobalBatchSampler
+from megatron_embed.data.turns import EarliestDeadline, FurthestBehind
 from megatron_embed.errors import ConfigError
+from megatron_embed.run.preflight import number_of_steps
 from tests.data.conftest import MINI_EN, MINI_ZH
 
 WriteRows = Callable[..., str]
@@ -56,8 +60,71 @@ def test_every_step_is_of_one_set_and_each_has_its_share_all_along(sets: list[st
         assert data_set == sampler.set_of_step(step)
         assert len(set(rows)) == 20
         turns[data_set] += 1
-        assert all(abs(turns[n] - share * (step + 1)) < 1.5 for n, share in enumerate(shares))
+        assert all(abs(turns[n] - share * (step + 1)) < 1 for n, share in enumerate(shares))
     assert min(turns.values()) >= 3
+
+
+def largest_deviations(sets: NDArray[np.int64], shares: Sequence[float], window: int) -> tuple[float, float]:
+    """Of a set's turns from its share, after any number of steps and in any so many consecutive steps."""
+    taken = np.zeros((len(sets) + 1, len(shares)), dtype=np.int64)
+    taken[np.arange(1, len(sets) + 1), sets] = 1
+    counts = taken.cumsum(axis=0)
+    from_start = np.abs(counts - np.arange(len(sets) + 1)[:, None] * np.array(shares)).max()
+    return float(from_start), float(np.abs(counts[window:] - counts[:-window] - window * np.array(shares)).max())
+
+
+@pytest.mark.parametrize("kind", ["sizes over six orders of magnitude", "equal", "one large", "by rank"])
+def test_two_hundred_sets_have_their_shares_in_any_thousand_steps(kind: str):
+    sizes = {"sizes over six orders of magnitude": np.random.default_rng(1).lognormal(9, 2.5, 200).astype(int) + 1,
+             "equal": np.full(200, 1000), "one large": np.array([10**6] + [5000] * 199),
+             "by rank": (10**6 / np.arange(1, 201)).astype(int)}[kind]
+    shares = turn_shares(sizes.tolist(), [1.0] * 200, 1.0)
+    turns = EarliestDeadline(shares)
+    sets = np.array([turns.of_step(step)[0] for step in range(20_000)])
+    from_start, in_window = largest_deviations(sets, shares, 1000)
+    assert from_start < 1 and in_window < 2  # what Tijdeman proves
+    assert in_window < 1.5  # what is seen
+    before = FurthestBehind(shares)
+    assert [before.of_step(step)[0] for step in range(1000)] != sets[:1000].tolist() or kind in ("equal", "one large")
+
+
+def test_a_set_ends_after_its_epochs_and_the_others_take_its_share(sets: list[str]):
+    files = [TrainFile(path=path, max_epochs=epochs) for path, epochs in zip(sets, (None, 0.5, 2.0), strict=True)]
+    records = open_records(tuple(files))
+    sampler = sampler_of(records, sampling_cap=500)
+    steps = [sampler.set_of_step(step) for step in range(200)]
+    assert sampler.num_steps is None and Counter(steps)[1] == 7 and Counter(steps)[2] == 10
+    shares = turn_shares([1000, 300, 100], [1, 1, 1], 1.0, 500)
+    assert shares == pytest.approx([5 / 9, 3 / 9, 1 / 9])
+    ends = [max(step for step, data_set in enumerate(steps) if data_set == index) + 1 for index in (1, 2)]
+    assert ends[0] < ends[1]
+    assert largest_deviations(np.array(steps[:ends[0]]), shares, 5)[0] < 1
+    between = np.array(steps[ends[0]:ends[1]])
+    assert largest_deviations(between, [5 / 6, 0, 1 / 6], 5)[0] < 1
+    assert set(steps[ends[1]:]) == {0}
+    rows = [row for step, data_set in enumerate(steps) if data_set == 2 for row in sampler.rows_of_step(step)]
+    assert Counter(Counter(rows).values()) == {2: 100}
+    all_end = open_records(tuple(TrainFile(path=path, max_epochs=1) for path in sets))
+    limited = sampler_of(all_end)
+    assert limited.num_steps == 70
+    assert Counter(row for step in range(70) for row in limited.rows_of_step(step)) == dict.fromkeys(range(1400), 1)
+    with pytest.raises(ConfigError, match="data.train.max_epochs: no data set has rows left after 70 steps"):
+        limited.rows_of_step(70)
+    config = RunConfig(model=ModelConfig(path="x"), training=TrainingConfig(train_steps=71))
+    with pytest.raises(ConfigError, match=r"max_epochs: every data set has one, and together they have rows for 70 "):
+        number_of_steps(config, limited)
+
+
+def test_runs_of_order_2_keep_their_turns(sets: list[str]):
+    records = opened(sets, [1, 5, 0.3])
+    shares = turn_shares([1000, 300, 100], [1, 5, 0.3], 1.0)
+    kept = MixtureSampler(records, shares=shares, global_batch_size=20, seed=5, order=2)
+    taken, expected = np.zeros(3), []
+    for step in range(100):
+        data_set = int(np.argmax(np.round(np.array(shares) * (step + 1) - taken, 9)))
+        taken[data_set] += 1
+        expected.append(data_set)
+    assert [kept.set_of_step(step) for step in range(100)] == expected
 
 
 def test_an_epoch_takes_every_row_of_every_set_once(sets: list[str]):
@@ -119,6 +186,10 @@ def test_documents_of_one_id_do_not_meet(write_rows: WriteRows):
     ({"train": (TrainFile(path="a.jsonl", weight=2),), "mixed_batches": True}, r"data.train.weight = 2: has no effect"),
     ({"train": (TrainFile(path="a.jsonl", weight=2),), "shuffle": False}, r"data.train.weight = 2: has no effect"),
     ({"sampling_temperature": 2.0, "shuffle": False}, r"data.sampling_temperature = 2.0: has no effect"),
+    ({"sampling_cap": 5, "mixed_batches": True}, r"data.sampling_cap = 5: has no effect"),
+    ({"sampling_cap": 0}, r"data.sampling_cap = 0: must be >= 1"),
+    ({"train": (TrainFile(path="a.jsonl", max_epochs=2),)}, r"data.train.max_epochs = 2: needs a mixture of several"),
+    ({"validation": (TrainFile(path="a.jsonl", max_epochs=2),)}, r"data.validation.max_epochs = 2: has no effect"),
     ({"sampling_temperature": 0.5}, r"data.sampling_temperature = 0.5: must be >= 1")])
 def test_settings_without_effect_are_refused(settings: dict[str, object], words: str):
     with pytest.raises(ConfigError, match=words):
@@ -128,7 +199,8 @@ def test_settings_without_effect_are_refused(settings: dict[str, object], words:
 @pytest.mark.parametrize(("settings", "words"), [
     ({"rows": 3}, r"data.train.rows = 3: has no effect without streaming"),
     ({"rows": 0, "streaming": True}, r"data.train.rows = 0: must be >= 1 or null"),
-    ({"weight": 0.0}, r"data.train.weight = 0.0: must be > 0"), ({"weight": -1.0}, "must be > 0"),
+    ({"weight": 0.0}, r"data.train.weight = 0.0: must be > 0"), ({"max_epochs": 0.0}, "max_epochs = 0.0: must be > 0"),
+    ({"weight": -1.0}, "must be > 0"),
     ({"document_prompt": "{instruction}: "}, r"data.train.document_prompt = .*only a query prompt can contain")])
 def test_settings_of_an_entry_are_checked(settings: dict[str, object], words: str):
     with pytest.raises(ConfigError, match=words):

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_embed.config.schema import TrainFile
-from megatron_embed.data.corpus import read_named_text
-from megatron_embed.data.dataset import RecordFile, open_records, read_texts
+from megatron_embed.data.corpus import TextsOnDisk, read_named_text
+from megatron_embed.data.dataset import RecordFile, open_records
 from megatron_embed.data.records import Record, text_id
 from megatron_embed.data.row_source import open_rows
 from megatron_embed.errors import ConfigError, DataError
@@ -224,9 +224,9 @@ def test_text_id_is_the_same_in_every_process():
     assert int(other.stdout) == text_id("équipe")
 
 
-def test_read_texts(write_rows: WriteRows, caplog: pytest.LogCaptureFixture):
+def test_texts_on_disk(write_rows: WriteRows, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO):
-        assert read_texts(write_rows([{"text": "一"}, "", {"text": " b", "id": 3}])) == ["一", " b"]
+        assert list(TextsOnDisk(write_rows([{"text": "一"}, "", {"text": " b", "id": 3}]), "--input")) == ["一", " b"]
     assert "ignored keys: id" in caplog.text
     for row, message in [({"txt": "a"}, "rows.jsonl:2: unknown key 'txt' = 'a'; did you mean 'text'"),
                          ({"passage": "a"}, "rows.jsonl:2: text is missing; the row has 'passage'; add 'text'"),
@@ -234,21 +234,22 @@ def test_read_texts(write_rows: WriteRows, caplog: pytest.LogCaptureFixture):
                          ({"text": 1}, "rows.jsonl:2: text = 1 is a JSON number"),
                          ("no", "rows.jsonl:2: not valid JSON")]:
         with pytest.raises(DataError, match=message):
-            read_texts(write_rows([{"text": "a"}, row]))
+            TextsOnDisk(write_rows([{"text": "a"}, row]), "--input")
     with pytest.raises(DataError, match="rows.jsonl:1: no rows"):
-        read_texts(write_rows([]))
+        TextsOnDisk(write_rows([]), "--input")
     caplog.clear()
     with caplog.at_level(logging.INFO):
         rows = [{"_id": index, "text": "tea", "title": title} for index, title in enumerate(["T", "", None, " "])]
         path = write_rows([*rows, {"_id": "4", "title": "T", "text": ""}])
-        assert read_texts(path) == ["T tea", "tea", "tea", "tea", "T "]
-        assert read_texts(path) == [read_named_text(*row).text for row in open_rows(path, "--input").scan()]
+        assert list(TextsOnDisk(path, "--input")) == ["T tea", "tea", "tea", "tea", "T "]
+        assert list(TextsOnDisk(path, "--input")) == [
+            read_named_text(*row).text for row in open_rows(path, "--input").scan()]
     assert "2 of 5 rows have a title, which stands before their text" in caplog.text
     assert "ignored keys: _id" in caplog.text
     with pytest.raises(DataError, match="rows.jsonl:1: title = 1 is a JSON number"):
-        read_texts(write_rows([{"text": "a", "title": 1}]))
+        TextsOnDisk(write_rows([{"text": "a", "title": 1}]), "--input")
     with pytest.raises(ConfigError, match="--input = 'gone.jsonl': no such file"):
-        read_texts("gone.jsonl")
+        TextsOnDisk("gone.jsonl", "--input")
 
 
 def _damaged(row: dict[str, object], generator: random.Random) -> bytes:

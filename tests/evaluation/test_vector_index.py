@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from megatron_embed.errors import ConfigError, DataError
-from megatron_embed.evaluation import vector_index
+from megatron_embed.evaluation import vector_files, vector_index
 from megatron_embed.evaluation.search import for_similarity, search
+from megatron_embed.evaluation.vector_files import VectorFile
 from megatron_embed.evaluation.vector_index import (
     HnswSettings,
-    VectorFile,
     flat_index,
     hnsw_index,
     recall_of,
@@ -41,7 +41,7 @@ def queries_of(vectors, count=20):
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("width", [None, 8])
 def test_flat_ranks_as_evaluate(tmp_path, rows, similarity, width, monkeypatch):
-    monkeypatch.setattr(vector_index, "ROWS_AT_ONCE", 256)
+    monkeypatch.setattr(vector_files, "ROWS_AT_ONCE", 256)
     vectors = saved(tmp_path, rows * np.linspace(0.5, 2, ROWS, dtype=np.float32)[:, None], similarity, width)
     queries = queries_of(vectors)
     scores, found = search_index(flat_index(vectors), queries, 10, np.arange(ROWS), exact=True)

@@ -2,12 +2,26 @@
 
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 
+from megatron_embed.mining.documents import CorpusFile
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.refusals import command
 from tests.helpers.toys import MINI_EN, MINILM, save_model
+
+_FOLDERS = []
+
+
+def corpus_of(texts):
+    """A corpus of these texts, in a file that stays until the tests end."""
+    folder = tempfile.TemporaryDirectory()
+    _FOLDERS.append(folder)
+    path = Path(folder.name) / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return CorpusFile(str(path))
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import pytest
 from megatron_embed.data.dataset import RecordFile
 from megatron_embed.mining.bm25 import bm25_tokens, mine_bm25
 from megatron_embed.mining.filters import MiningOptions
-from megatron_embed.mining.task import CorpusTexts, build_task
+from megatron_embed.mining.task import build_task
 from tests.helpers.given_vectors import record
+from tests.helpers.mining_runs import corpus_of
 from tests.helpers.ranks import REPOSITORY
 
 MINI = REPOSITORY / "examples" / "data"
@@ -62,7 +63,7 @@ def test_equals_the_ranking_of_the_library(language):
 def test_margins_use_the_positive_s_own_score():
     records = [record("red apple pie", ("a red apple",)), record("blue car", ("a blue car",))]
     task = build_task(records, ["", ""],
-                      CorpusTexts(["red apple pie recipe", "apple", "a car", "nothing at all"]))
+                      corpus_of(["red apple pie recipe", "apple", "a car", "nothing at all"]))
     everything = mine_bm25(task, MiningOptions(num_negatives=9))[0]
     assert {task.documents[document] for document, _ in everything.negatives} == {"red apple pie recipe", "apple"}
     close = mine_bm25(task, MiningOptions(num_negatives=9, relative_margin=0.0))[0]

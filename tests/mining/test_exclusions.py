@@ -12,8 +12,9 @@ from megatron_embed.data.dataset import RecordFile, open_records
 from megatron_embed.errors import DataError
 from megatron_embed.mining.bm25 import mine_bm25
 from megatron_embed.mining.dense import mine_vectors
+from megatron_embed.mining.documents import CorpusFile
 from megatron_embed.mining.filters import MiningOptions
-from megatron_embed.mining.task import build_task, read_corpus
+from megatron_embed.mining.task import build_task
 
 FOX, PARIS = "The quick fox jumps over the lazy dog", "Paris is the capital of France"
 CORPUS = [{"_id": "d1", "title": "Fox", "text": FOX}, {"_id": "d2", "title": "France", "text": PARIS},
@@ -34,7 +35,7 @@ def write(path: Path, rows) -> str:
 def mined(tmp_path, rows, corpus, **options):
     """The texts mined for the first row's query, of all documents that share a word with it."""
     records = list(RecordFile(write(tmp_path / "rows.jsonl", rows)))
-    there = None if corpus is None else read_corpus(write(tmp_path / "corpus.jsonl", corpus))
+    there = None if corpus is None else CorpusFile(write(tmp_path / "corpus.jsonl", corpus))
     task = build_task(records, [""] * len(records), there, **options)
     result = mine_bm25(task, MiningOptions(num_negatives=len(task.documents)))[0]
     return [task.documents[document] for document, _ in result.negatives]

@@ -10,8 +10,9 @@ from megatron_embed.errors import UserError
 from megatron_embed.mining import rerank_candidates as reranking
 from megatron_embed.mining.dense import mine_vectors
 from megatron_embed.mining.filters import MiningOptions
-from megatron_embed.mining.task import CorpusTexts, build_task
+from megatron_embed.mining.task import build_task
 from tests.helpers.given_vectors import CORPUS, GivenVectors, record, rows, theirs
+from tests.helpers.mining_runs import corpus_of
 
 OPTIONS = {
     "max score": {"max_score": 0.6},
@@ -42,7 +43,7 @@ def score(pairs):
 
 
 def ours(records, corpus, prompt="", **options):
-    task = build_task(records, [prompt] * len(records), None if corpus is None else CorpusTexts(corpus))
+    task = build_task(records, [prompt] * len(records), None if corpus is None else corpus_of(corpus))
     queries, documents = (torch.from_numpy(GivenVectors().encode_document(texts, normalize_embeddings=True))
                           for texts in ([text.removeprefix(prompt) for text in task.queries], task.documents))
     settings = MiningOptions(**options, reranked=True)
@@ -73,7 +74,7 @@ def test_equals_mine_hard_negatives(name, corpus, monkeypatch):
 
 def test_without_bounds_the_best_of_ten_candidates_a_negative():
     records = rows()
-    most_positives = build_task(records, [""] * len(records), CorpusTexts(CORPUS)).most_positives
+    most_positives = build_task(records, [""] * len(records), corpus_of(CORPUS)).most_positives
     wide = ours(records, CORPUS, num_negatives=20, range_max=20 + most_positives)
     few = ours(records, CORPUS, num_negatives=2)
     assert {query: texts[:2] for query, texts in wide.items()} == few
@@ -81,7 +82,7 @@ def test_without_bounds_the_best_of_ten_candidates_a_negative():
 
 def test_rows_with_other_instructions_are_reranked_by_themselves():
     records = [record("q1", ("d1.0",)), record("q1", ("d1.0",), instruction="other"), record("q1", ("d1.0",))]
-    task = build_task(records, [""] * 3, CorpusTexts(CORPUS[:4]))
+    task = build_task(records, [""] * 3, corpus_of(CORPUS[:4]))
     assert task.query_of_row == [0, 1, 0] and task.row_of_query == [0, 1]
     pairs = [reranking.pair_of(task, records, query, 0) for query in (0, 1)]
     assert [(pair.query, pair.instruction, pair.source) for pair in pairs] == [("q1", None, "q1:1"),
@@ -90,7 +91,7 @@ def test_rows_with_other_instructions_are_reranked_by_themselves():
 
 def test_scores_that_are_not_finite_are_refused():
     records = rows()[:3]
-    task = build_task(records, [""] * 3, CorpusTexts(CORPUS[:6]))
+    task = build_task(records, [""] * 3, corpus_of(CORPUS[:6]))
     options = MiningOptions(reranked=True)
     queries = torch.eye(len(task.documents))[:len(task.queries)]
     mined = mine_vectors(queries, [torch.eye(len(task.documents))], task.positives, options)
@@ -102,7 +103,7 @@ def test_scores_that_are_not_finite_are_refused():
 def test_the_filters_wait_for_the_reranker():
     options = MiningOptions(reranked=True, max_score=-2.0, range_max=9)
     records = rows()
-    task = build_task(records, [""] * len(records), CorpusTexts(CORPUS))
+    task = build_task(records, [""] * len(records), corpus_of(CORPUS))
     queries, documents = (torch.from_numpy(GivenVectors().encode_document(texts, normalize_embeddings=True))
                           for texts in (task.queries, task.documents))
     mined = mine_vectors(queries, [documents], task.positives, options)

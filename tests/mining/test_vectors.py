@@ -11,13 +11,14 @@ import torch
 from megatron_embed.errors import ConfigError
 from megatron_embed.mining.dense import mine_vectors
 from megatron_embed.mining.filters import MiningOptions
-from megatron_embed.mining.task import CorpusTexts, build_task
+from megatron_embed.mining.task import build_task
 from tests.helpers.given_vectors import CORPUS, GivenVectors, record, rows, theirs, vector
+from tests.helpers.mining_runs import corpus_of
 from tests.helpers.ranks import REPOSITORY, run_on_ranks
 
 
 def ours(records, corpus, *, block=17, **options):
-    task = build_task(records, [""] * len(records), None if corpus is None else CorpusTexts(corpus))
+    task = build_task(records, [""] * len(records), None if corpus is None else corpus_of(corpus))
     queries, documents = (torch.from_numpy(GivenVectors().encode_document(texts, normalize_embeddings=True))
                           for texts in (task.queries, task.documents))
     mined = mine_vectors(queries, documents.split(block), task.positives, MiningOptions(**options))
@@ -59,7 +60,7 @@ def test_equals_mine_hard_negatives(name, corpus, monkeypatch):
 def test_margins_are_right_for_negative_scores():
     """The lowest positive is dissimilar: below its score, not above it."""
     records = [record("q1", ("d1.0", "d30.1")), *rows()[5:]]
-    task = build_task(records, [""] * len(records), CorpusTexts(CORPUS))
+    task = build_task(records, [""] * len(records), corpus_of(CORPUS))
     query, positives = vector("q1"), [vector(task.documents[document]) for document in task.positives[0]]
     lowest = min(float(query @ other) / np.linalg.norm(query) / np.linalg.norm(other) for other in positives)
     assert lowest < -0.05
@@ -70,8 +71,8 @@ def test_margins_are_right_for_negative_scores():
 def test_positives_are_never_mined_whatever_row_names_them():
     records = [record("q1", ("d1.0",)), record("q1", ("d1.1",), instruction="other"), record("q2", ("d2.0",))]
     corpus = ["d1.0", "d1.1", "d1.2", "d1.1", "d2.0"]
-    task = build_task(records, ["", "other: ", ""], CorpusTexts(corpus))
-    assert task.documents == ["d1.0", "d1.1", "d1.2", "d2.0"]
+    task = build_task(records, ["", "other: ", ""], corpus_of(corpus))
+    assert list(task.documents) == ["d1.0", "d1.1", "d1.2", "d2.0"]
     assert task.queries == ["q1", "other: q1", "q2"]
     assert task.positives == [[0, 1], [0, 1], [3]]
     queries = documents = torch.eye(4)
@@ -81,8 +82,8 @@ def test_positives_are_never_mined_whatever_row_names_them():
 
 def test_negatives_of_the_rows_are_documents_unless_a_corpus_is_given():
     records = [record("q1", ("d1.0",), negatives=("d1.1",)), record("q2", ("d2.0",))]
-    assert build_task(records, ["", ""], None).documents == ["d1.0", "d2.0", "d1.1"]
-    assert build_task(records, ["", ""], CorpusTexts(["d9.0"])).documents == ["d9.0", "d1.0", "d2.0"]
+    assert list(build_task(records, ["", ""], None).documents) == ["d1.0", "d2.0", "d1.1"]
+    assert list(build_task(records, ["", ""], corpus_of(["d9.0"])).documents) == ["d9.0", "d1.0", "d2.0"]
 
 
 def test_random_sampling_draws_from_the_same_candidates():
@@ -114,7 +115,7 @@ def test_options_that_mean_nothing_are_refused(options, words):
 def mined_on_this_rank():
     import torch.distributed as dist
 
-    task = build_task(rows(), [""] * len(rows()), CorpusTexts(CORPUS))
+    task = build_task(rows(), [""] * len(rows()), corpus_of(CORPUS))
     queries, documents = (torch.from_numpy(GivenVectors().encode_document(texts, normalize_embeddings=True))
                           for texts in (task.queries, task.documents))
     return mine_vectors(queries, documents.split(50), task.positives,

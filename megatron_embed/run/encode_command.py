@@ -1,0 +1,77 @@
+"""The `encode` command: vectors of a file of texts, in one file or in shards."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_embed import __version__
+from megatron_embed.data.corpus import TextsOnDisk
+from megatron_embed.errors import ConfigError, EmptyTextError, UserError
+from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.evaluation.vector_files import ShardWriter, write_shards
+from megatron_embed.loading.model_directory import ModelDirectory
+from megatron_embed.parallel.collectives import broadcast_from_rank0, raise_on_all_ranks
+from megatron_embed.platform.atomic_file import write_atomic
+
+
+def encode_to_file(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEncoder) -> None:
+    """Write a .npy file, complete or not at all. Called by all ranks."""
+    vectors = _encoded(args, texts, encoder, range(len(texts)))
+    error = None
+    if encoder.topology.rank == 0:
+        array = vectors.numpy().astype(args.output_dtype)
+        error = write_atomic("--output", args.output, lambda file: np.save(file, array), binary=True)
+    raise_on_all_ranks(error)
+
+
+def encode_to_directory(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEncoder,
+                        model: ModelDirectory) -> None:
+    """Write the shards that a directory lacks. Called by all ranks, which write in turn.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    rank, settings = encoder.topology.rank, settings_of_vectors(args, encoder, model)
+    writer: ShardWriter | None = None
+    for is_turn in (rank == 0, rank != 0):  # rank 0 makes the directory, which the others then find
+        error: UserError | None = None
+        try:
+            if is_turn:
+                writer = ShardWriter(args.output, settings, rows=len(texts), dim=encoder.dim, dtype=args.output_dtype)
+        except ConfigError as config_error:
+            error = config_error
+        raise_on_all_ranks(error)
+    assert writer is not None
+    missing: list[int] = json.loads(broadcast_from_rank0(json.dumps(writer.missing())))
+    write_shards(writer, missing, lambda rows: _encoded(args, texts, encoder, rows), rank=rank,
+                 world_size=encoder.topology.world_size, agree=raise_on_all_ranks)
+    dist.barrier()
+
+
+def settings_of_vectors(args: argparse.Namespace, encoder: TextEncoder, model: ModelDirectory) -> dict[str, Any]:
+    """All that decides the vectors, as JSON takes it."""
+    stamps = [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns]
+              for folder in model.read_from for file in sorted(folder.rglob("*"))
+              if file.is_file() and file.suffix in (".json", ".safetensors", ".bin", ".txt", ".model", ".distcp")]
+    status = os.stat(args.input)
+    role = args.role or "document"
+    return {"version": __version__, "model": os.path.abspath(args.model), "files of the model": stamps,
+            "texts": [os.path.abspath(args.input), status.st_size, status.st_mtime_ns],
+            "role": args.role, "prompt": encoder.tokenizer.fill_prompt(role), "pooling": encoder.pooling,
+            "max_length": encoder.tokenizer.max_length(role), "normalize": not args.no_normalize,
+            "computed in": str(next(encoder.chunks[0].parameters()).dtype)}
+
+
+def _encoded(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEncoder, rows: range) -> Tensor:
+    """[rows, dim] on every rank."""
+    part: Sequence[str] = texts[rows.start:rows.stop]
+    try:
+        return encoder.encode(part, args.role or "document", show_progress=encoder.topology.rank == 0)
+    except EmptyTextError as error:
+        raise EmptyTextError(error.row, texts.source(rows.start + error.row), error.text) from None
