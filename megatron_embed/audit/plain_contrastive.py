@@ -98,7 +98,7 @@ class PlainContrastive:
         term_query = batch.document_query[positives]
         if self.variation.label_shift:
             first = positives[torch.searchsorted(term_query.contiguous(), torch.arange(len(query)))]
-            positives = first[(term_query + self.variation.label_shift) % len(query)]
+            positives = first[self._shifted(term_query, len(query))]
         counts = torch.bincount(term_query, minlength=len(query))
         weights = 1.0 / counts[term_query].double()
         weights = weights if self.variation.per_query else torch.ones_like(weights)
@@ -112,6 +112,11 @@ class PlainContrastive:
                  "masked_fraction", "negatives_per_query")
         return {name: torch.stack([value, sums.new_tensor(float(divisor))])
                 for name, value, divisor in zip(names, sums, divisors, strict=True)}
+
+    def _shifted(self, queries: Tensor, count: int) -> Tensor:
+        """The query so many places later, of all or of the rank's own."""
+        share = count // self.variation.ranks if self.variation.shift_within_rank else count
+        return queries // share * share + (queries + self.variation.label_shift) % share
 
     def _rows(self, query: Tensor, document: Tensor, batch: GlobalBatch, of: Tensor, positive: Tensor,
               weights: Tensor) -> Tensor:
@@ -160,7 +165,8 @@ class PlainContrastive:
         number, config = torch.arange(len(of)), self.config
         own = batch.document_query[None, :] == of[:, None]
         own_query = torch.arange(len(batch.query_texts))[None, :] == of[:, None]
-        document = own & batch.is_positive
+        # With shifted labels a query's own positive is a negative like any other, unless equal texts are masked.
+        document = torch.zeros_like(own) if self.variation.label_shift else own & batch.is_positive
         other_query = torch.zeros_like(own_query)
         if config.hard_negatives == "private":
             document = document | (~own & ~batch.is_positive)

@@ -35,7 +35,7 @@ from megatron_embed.parallel.lost_rank import abort
 from megatron_embed.parallel.topology import Topology, initialize
 from megatron_embed.planning.advice import with_adapters
 from megatron_embed.platform.stop_signal import finishing
-from megatron_embed.run.audit_facts import facts_of_start
+from megatron_embed.run.audit_facts import facts_of_objects, facts_of_start
 from megatron_embed.run.introduction import introduction, summary
 from megatron_embed.run.preflight import completed_run, output_directories, read_inputs
 from megatron_embed.run.run_directory import (
@@ -139,7 +139,7 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest,
     writer = build_writer(inputs, first_step, on_step, active=topology.rank == 0)
     saver = build_saver(inputs, state, best)
     hooks = build_hooks(inputs, parts, build_evaluation(inputs, topology, gradients, parts), best, saver, stop,
-                        writer, build_audit_log(inputs, models, topology, first_step))
+                        writer, build_audit_log(inputs, trainer, parts, topology, first_step))
     for model in models:
         model.train()
     # Without checkpoints there is nothing to finish: the ranks then leave at once.
@@ -178,13 +178,16 @@ def build_writer(inputs: Inputs, first_step: int, on_step: OnStep | None, *, act
     return writer
 
 
-def build_audit_log(inputs: Inputs, models: Sequence[EmbeddingModel], topology: Topology, first_step: int) -> AuditLog:
+def build_audit_log(inputs: Inputs, trainer: Trainer, parts: TaskParts, topology: Topology,
+                    first_step: int) -> AuditLog:
     """What notes every step for a later audit; this start is its first note. Called by all ranks."""
     config = inputs.config
-    log = AuditLog(config.log_directory, models, topology, first_step=first_step,
+    log = AuditLog(config.log_directory, trainer.grad_cache.models, topology, first_step=first_step,
                    every=config.logging.parameter_checksum_every,
-                   share=config.training.global_batch_size // topology.dp_size)
-    log.start(first_step, facts_of_start(inputs, topology))
+                   share=config.training.global_batch_size // topology.dp_size,
+                   gathers_late=any(chunk.ddp_config.overlap_param_gather for chunk in trainer.chunks))
+    log.start(first_step, {**facts_of_start(inputs, topology), "objects": facts_of_objects(
+        trainer.grad_cache.objective, trainer, parts.loader, inputs)})
     return log
 
 
