@@ -63,8 +63,9 @@ def _copies(case: Case, batch: StepBatch) -> Iterator[Cause]:
 def _losses(case: Case, batch: StepBatch) -> Iterator[Cause]:
     """Another loss of the same vectors."""
     objective, replay = case.replay.trainer.grad_cache.objective, case.replay
-    if not isinstance(objective, PlainObjective) or case.difference.part == "gradient":
+    if case.difference.part == "gradient":
         return
+    assert isinstance(objective, PlainObjective)
     objective.kept = []
     replay.evaluated(case.step, batch)
 
@@ -170,8 +171,6 @@ def _gradients(case: Case, batch: StepBatch) -> Iterator[Cause]:
             yield Cause(name="loss scale", text=f"the gradient is {factor:.6g} times what it must be, which is {name}; "
                         "the loss is right")
             return
-    if not isinstance(case.replay.trainer.grad_cache.objective, PlainObjective):
-        return
     for name, text, variation in _gradient_variations(case):
         norm = case.replay.numbers(case.step, batch, variation).metrics["grad_norm"]
         for factor, by in ((1.0, ""), *_factors(case)):
@@ -246,8 +245,9 @@ def _as_ranks_drew(case: Case) -> dict[str, float]:
     replay, sizes = case.replay, case.start["parallel"]
     objective, config = replay.trainer.grad_cache.objective, replay.inputs.config
     divided = any(sizes[f"{name}_parallel_size"] > 1 for name in ("tensor_model", "pipeline_model", "context"))
-    if divided or replay.topology.world_size > 1 or case.dp_size == 1 or not isinstance(objective, PlainObjective):
+    if divided or replay.topology.world_size > 1 or case.dp_size == 1 or not objective.couples_batch:
         return {}
+    assert isinstance(objective, PlainObjective)
     objective.kept = []
     loader, share = copy.copy(replay.parts.loader), config.training.global_batch_size // case.dp_size
     for rank in range(case.dp_size):
@@ -255,7 +255,7 @@ def _as_ranks_drew(case: Case) -> dict[str, float]:
         batch = loader.build(replay.inputs.records, loader.rows(case.step - 1), case.step - 1)
         seed_step(config.training.seed, case.step - 1, replay.topology, dp_rank=rank)
         replay.trainer.grad_cache.evaluate(batch)
-    metrics = objective.metrics_of_kept(Variation(), joined=True)
+    metrics = objective.metrics_of_kept(Variation(), as_one=True)
     objective.kept = None
     return metrics
 

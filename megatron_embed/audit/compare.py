@@ -21,7 +21,7 @@ _DERIVED = ("margin_to_mean_negative", "margin_to_hardest_negative")
 _COUNTED = ("in_batch_accuracy", "accuracy")
 _RELATIVE = {"float32": 2e-5, "bfloat16": 2e-2}
 """Of a step's numbers; see docs/audit.md for the differences that layouts make."""
-_PER_STEP = 0.5
+_PER_STEP = 0.1
 """Growth of the tolerance by each replayed step, as a share of it: rounding changes the parameters a little more."""
 _NORM = {"float32": 1e-8, "bfloat16": 1e-5}
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_embed.audit.plain_objective import plain_objective
+from megatron_embed.audit.plain_objective import PlainObjective
 from megatron_embed.audit.variation import NONE, Variation
 from megatron_embed.batch import StepBatch
 from megatron_embed.checkpoint.load import TrainingState, load_checkpoint
@@ -44,7 +44,7 @@ class Replay:
     parts: TaskParts
     parameters: ParameterChecksums
     inner: Objective[Any]
-    """The objective of training, which the replay does not use where it has a plain one."""
+    """The objective of training, which the replay does not compute with."""
     checkpoint: Path | None
     first_parameters: list[Tensor]
     """Copies of the parameters that the run began with, on the CPU; empty with a checkpoint."""
@@ -175,7 +175,7 @@ def opened(config: RunConfig, checkpoint: Path | None, start: Start) -> Iterator
     optimizer = build_optimizer(config, wrapped, topology)
     scheduler = build_scheduler(optimizer, config.training, inputs.train_steps)
     inner = task.build_objective(topology)
-    objective = plain_objective(config, topology, inner)
+    objective = PlainObjective(config, topology, inner)
     state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler, learned=objective.learned)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state)
