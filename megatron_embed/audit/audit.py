@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_embed.audit.causes import Cause, explain
+from megatron_embed.audit.case import Case, Cause
+from megatron_embed.audit.causes import explain
 from megatron_embed.audit.compare import (
     Difference,
     Tolerance,
@@ -64,7 +65,8 @@ def audit(args: argparse.Namespace) -> tuple[Audit, int]:
         with opened(config_of_audit(config, log, args, checkpoint), checkpoint, start) as replay:
             work = _Work(log=log, replay=replay, step=args.step, done=done, checkpoint=checkpoint)
             difference = work.run(problems)
-            causes = explain(work, difference) if difference is not None else []
+            causes = [] if difference is None else explain(Case(
+                log=log, replay=replay, difference=difference, done=done, problems=tuple(problems)))
             result = Audit(step=args.step, checkpoint=checkpoint, replayed=work.replayed, difference=difference,
                            causes=causes, metrics=work.metrics, rows=work.rows(), notes=work.notes,
                            tolerance=work.tolerance(work.last), seconds=time.monotonic() - begun)
@@ -185,8 +187,10 @@ class _Work:
         if difference is not None:
             return difference
         updated = self.replay.update(numbers)
-        norm = self.replay.checksum().norm if "parameter_norm" in record else None
-        return update_difference(step, record, updated, norm, tolerance)
+        record = {**self.log.saves.get(step, {}), **record}
+        norms = {"parameter_norm": self.replay.checksum().norm} if "parameter_norm" in record else {}
+        norms |= {"norm_weights": self.replay.norm_weights()} if "norm_weights" in record else {}
+        return update_difference(step, record, updated, norms, tolerance)
 
     @staticmethod
     def _differing_copies(record: Mapping[str, Any]) -> Difference | None:

@@ -21,7 +21,7 @@ _DERIVED = ("margin_to_mean_negative", "margin_to_hardest_negative")
 _COUNTED = ("in_batch_accuracy", "accuracy")
 _RELATIVE = {"float32": 2e-5, "bfloat16": 2e-2}
 """Of a step's numbers; see docs/audit.md for the differences that layouts make."""
-_PER_STEP = 0.5
+_PER_STEP = 0.1
 """Growth of the tolerance by each replayed step, as a share of it: rounding changes the parameters a little more."""
 _NORM = {"float32": 1e-8, "bfloat16": 1e-5}
 
@@ -91,16 +91,16 @@ def number_difference(step: int, record: Mapping[str, Any], replayed: Mapping[st
     return None
 
 
-def update_difference(step: int, record: Mapping[str, Any], updated: Mapping[str, float], norm: float | None,
-                      tolerance: Tolerance) -> Difference | None:
-    """What differs of the learning rate and, where it is logged, of the norm of the parameters after the update."""
+def update_difference(step: int, record: Mapping[str, Any], updated: Mapping[str, float],
+                      norms: Mapping[str, float], tolerance: Tolerance) -> Difference | None:
+    """What differs of the learning rate and, where they are logged, of norms of the parameters after the update."""
     logged = record["metrics"]
     for name, part in (("learning_rate", "learning rate"), ("skipped", "update")):
         if not math.isclose(logged[name], updated[name], rel_tol=1e-9, abs_tol=1e-30):
             return Difference(step=step, part=part, values={name: (logged[name], updated[name])})
-    if norm is not None and not math.isclose(record["parameter_norm"], norm, rel_tol=tolerance.norm):
-        return Difference(step=step, part="update", values={"parameter_norm": (record["parameter_norm"], norm)})
-    return None
+    different = {name: (record[name], norm) for name, norm in norms.items()
+                 if name in record and not math.isclose(record[name], norm, rel_tol=tolerance.norm)}
+    return Difference(step=step, part="update", values=different) if different else None
 
 
 def part_of(name: str) -> str:

@@ -9,29 +9,13 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from megatron_embed.audit.global_batch import GlobalBatch
+from megatron_embed.audit.plain_own_documents import over_dimensions, pair
 from megatron_embed.audit.variation import Variation
 from megatron_embed.config.objective import ObjectiveConfig
 
 _CELLS = 1 << 22
 """Similarities of rows that are computed together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GlobalBatch:
-    """Queries and documents of all data-parallel ranks, in the order of the global batch."""
-
-    query_texts: Tensor
-    """[queries] int64, hashes."""
-    document_texts: Tensor
-    """[documents] int64, hashes."""
-    document_query: Tensor
-    """[documents] int64."""
-    is_positive: Tensor
-    """[documents] bool."""
-    given: frozenset[tuple[int, int]]
-    """Hashes of (query, a text that some row gives it as positive)."""
-    in_batch: Tensor | None
-    """[queries] bool."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +44,6 @@ class PlainContrastive:
         self.log_scale = torch.tensor(-math.log(variation.temperature or temperature), dtype=torch.float64)
         self.bias = None if bias is None else torch.tensor(bias, dtype=torch.float64)
         self.directions = variation.directions or config.directions
-        if variation.first_dimension_only:
-            self.weights = [(weights[0][0], weights[0][1])]
 
     @property
     def scale(self) -> Tensor:
@@ -74,31 +56,14 @@ class PlainContrastive:
         Args:
             query, document: [queries, dim], [documents, dim] float64.
         """
-        result: dict[str, Tensor] = {}
-        weighted = query.new_zeros(())
-        for index, (dim, weight) in enumerate(self.weights):
-            sums = self._at_dimension(self._cut(query, dim), self._cut(document, dim), batch)
-            weighted = weighted + sums["loss"][0] * weight
-            if index == 0:
-                result = {name: value.detach() for name, value in sums.items()}
-            if dim is not None:
-                result[f"loss@{dim}"] = sums["loss"].detach()
-        divisor = result["loss"][1]
-        result["loss"] = torch.stack([weighted, divisor])
-        return result
+        return over_dimensions(self._at_dimension, query, document, batch, self.weights, normalize=self.normalize)
 
-    def _cut(self, vectors: Tensor, dim: int | None) -> Tensor:
-        if dim is None:
-            return vectors
-        leading = vectors[:, :dim]
-        return leading / leading.norm(dim=1, keepdim=True).clamp(min=1e-12) if self.normalize else leading
-
-    def _at_dimension(self, query: Tensor, document: Tensor, batch: GlobalBatch) -> dict[str, Tensor]:
+    def _at_dimension(self, query: Tensor, document: Tensor, batch: GlobalBatch) -> dict[str, list[Tensor]]:
         positives = batch.is_positive.nonzero()[:, 0]
         term_query = batch.document_query[positives]
         if self.variation.label_shift:
             first = positives[torch.searchsorted(term_query.contiguous(), torch.arange(len(query)))]
-            positives = first[(term_query + self.variation.label_shift) % len(query)]
+            positives = first[self._shifted(term_query, len(query))]
         counts = torch.bincount(term_query, minlength=len(query))
         weights = 1.0 / counts[term_query].double()
         weights = weights if self.variation.per_query else torch.ones_like(weights)
@@ -110,8 +75,12 @@ class PlainContrastive:
         divisors = [float(len(query)), terms, terms, terms, terms, columns, terms]
         names = ("loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin",
                  "masked_fraction", "negatives_per_query")
-        return {name: torch.stack([value, sums.new_tensor(float(divisor))])
-                for name, value, divisor in zip(names, sums, divisors, strict=True)}
+        return {name: pair(value, divisor) for name, value, divisor in zip(names, sums, divisors, strict=True)}
+
+    def _shifted(self, queries: Tensor, count: int) -> Tensor:
+        """The query so many places later, of all or of the rank's own."""
+        share = count // self.variation.ranks if self.variation.shift_within_rank else count
+        return queries // share * share + (queries + self.variation.label_shift) % share
 
     def _rows(self, query: Tensor, document: Tensor, batch: GlobalBatch, of: Tensor, positive: Tensor,
               weights: Tensor) -> Tensor:
@@ -160,7 +129,8 @@ class PlainContrastive:
         number, config = torch.arange(len(of)), self.config
         own = batch.document_query[None, :] == of[:, None]
         own_query = torch.arange(len(batch.query_texts))[None, :] == of[:, None]
-        document = own & batch.is_positive
+        # With shifted labels a query's own positive is a negative like any other, unless equal texts are masked.
+        document = torch.zeros_like(own) if self.variation.label_shift else own & batch.is_positive
         other_query = torch.zeros_like(own_query)
         if config.hard_negatives == "private":
             document = document | (~own & ~batch.is_positive)

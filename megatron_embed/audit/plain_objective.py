@@ -1,72 +1,109 @@
 """The objective of a replayed step: the loss of the global batch in one piece, on every data-parallel rank alike."""
 
-import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_embed.audit.plain_contrastive import GlobalBatch, PlainContrastive
+from megatron_embed.audit.global_batch import GlobalBatch, Part, factors, joined
+from megatron_embed.audit.plain_contrastive import PlainContrastive
+from megatron_embed.audit.plain_own_documents import PlainHardNegatives, PlainPairs, PlainReranking, over_dimensions
 from megatron_embed.audit.variation import NONE, Variation
-from megatron_embed.batch import EmbedBatch
-from megatron_embed.config.objective import CONTRASTIVE
+from megatron_embed.batch import EmbedBatch, RerankBatch
+from megatron_embed.config.objective import CONTRASTIVE, LABELLED_PAIRS
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.objectives.base import LossGradient, Objective, Sums, configured_dims
 from megatron_embed.parallel.collectives import gather_objects
 from megatron_embed.parallel.topology import Topology
 
-
-def plain_objective(config: RunConfig, topology: Topology, inner: Objective[Any]) -> Objective[Any]:
-    """The plain objective of a configuration; where there is none, `inner`, the one of training."""
-    if config.task == "embedding" and config.objective.loss in CONTRASTIVE:
-        return PlainContrastiveObjective(config, topology, inner)
-    return inner
+Values = Callable[[Tensor, Tensor, GlobalBatch], dict[str, Tensor]]
+"""(queries, documents, batch) -> metric -> [2] sum and divisor, the loss with a graph."""
+AnyBatch = EmbedBatch | RerankBatch
 
 
-class PlainContrastiveObjective(Objective[EmbedBatch]):
+class PlainObjective(Objective[AnyBatch]):
     """Every data-parallel rank gathers all embeddings and computes the whole loss; its own rows' gradient is what it
     returns. No gradient is sent, no mask is divided.
 
     Attributes:
         variation: what is computed otherwise than configured.
-        masked: of the last batch, the documents that are not negatives of each query.
+        kept: a list that every call adds its embeddings to; None: they are not kept.
+
+    Args:
+        inner: the objective of training, for the names of its metrics, its micro-batches and what it trains itself.
     """
 
-    def __init__(self, config: RunConfig, topology: Topology, inner: Objective[EmbedBatch]) -> None:
+    def __init__(self, config: RunConfig, topology: Topology, inner: Objective[Any]) -> None:
         self.names, self.couples_batch, self.learned = inner.names, inner.couples_batch, inner.learned
         self.variation: Variation = NONE
+        self.kept: list[list[Part]] | None = None
         self._config, self._group, self._inner = config, topology.dp_group, inner
 
-    def total(self, batch: EmbedBatch) -> float:
-        return float(batch.num_queries * self._group.size())
+    def total(self, batch: AnyBatch) -> float:
+        return self._inner.total(batch)
 
-    def split(self, batch: EmbedBatch) -> list[EmbedBatch]:
+    def split(self, batch: AnyBatch) -> list[AnyBatch]:
         return self._inner.split(batch)
 
-    def __call__(self, embeddings: Tensor, batch: EmbedBatch, *, total: float) -> LossGradient:
+    def __call__(self, embeddings: Tensor, batch: AnyBatch, *, total: float) -> LossGradient:
         """See Objective; one all-gather of objects over the data-parallel group."""
-        parts = gather_objects(_Part.of(embeddings, batch), self._group)
+        parts = gather_objects(Part.of(embeddings, batch), self._group)
+        if self.kept is not None:
+            self.kept.append(parts)
         query = torch.cat([part.query for part in parts]).requires_grad_()
         document = torch.cat([part.document for part in parts]).requires_grad_()
-        loss = PlainContrastive(
-            self._config.objective, [(each.dim, each.weight) for each in configured_dims(self._config)],
-            normalize=self._config.embedding.unit_length, variation=self.variation,
-            temperature=self._config.objective.temperature if self.learned is None else self.learned.temperature,
-            bias=self._bias)
-        leaves = [leaf for leaf in (loss.log_scale, loss.bias) if leaf is not None and self.learned is not None]
+        values_of, loss = self._values(self.variation)
+        leaves = [] if loss is None or self.learned is None else [
+            leaf for leaf in (loss.log_scale, loss.bias) if leaf is not None]
+        whole = joined(parts)
         with torch.enable_grad():
             for leaf in leaves:
                 leaf.requires_grad_()
-            values = loss.values(query, document, global_batch(parts))
-            gradients = torch.autograd.grad(values["loss"][0], [query, document, *leaves])
-        if self.learned is not None:
-            values |= _learned_values(loss, [float(gradient) for gradient in gradients[2:]], len(query))
-        rank, queries, documents = self._group.rank(), *([len(part.query) for part in parts],
-                                                         [len(part.document) for part in parts])
-        own = torch.cat([gradients[0].split(queries)[rank], gradients[1].split(documents)[rank]]) / total
+            values = values_of(query, document, whole)
+            total_loss = values["loss"][0] + 0.0 * (query.sum() + document.sum())  # which may have no term
+            of_query, of_document, *of_leaves = torch.autograd.grad(total_loss, [query, document, *leaves])
+        if loss is not None and self.learned is not None:
+            values |= _learned_values(loss, [float(gradient) for gradient in of_leaves], len(query))
+        scaled, rank = factors(self.variation, whole), self._group.rank()
+        own = torch.cat([(gradient * factor[:, None]).split(sizes)[rank] for gradient, factor, sizes in (
+            (of_query, scaled[0], [len(part.query) for part in parts]),
+            (of_document, scaled[1], [len(part.document) for part in parts]))]) / total
         sums = torch.stack([values[name].detach() for name in self.names])
         return LossGradient(sums=Sums(names=self.names, values=sums.to(embeddings.device)),
                             embeddings=own.to(embeddings))
+
+    def metrics_of_kept(self, variation: Variation, *, as_one: bool = False) -> dict[str, float]:
+        """Metrics of the kept embeddings under a variation; empty where none were kept. No communication.
+
+        `as_one`: the calls were made for parts of one global batch.
+        """
+        totals: dict[str, Tensor] = {}
+        calls = self.kept or []
+        for parts in [[part for call in calls for part in call]] if as_one and calls else calls:
+            query, document = torch.cat([part.query for part in parts]), torch.cat([part.document for part in parts])
+            for name, value in self._values(variation)[0](query, document, joined(parts)).items():
+                totals[name] = totals.get(name, 0.0) + value.detach()
+        return {name: float(value[0] / value[1]) for name, value in totals.items() if float(value[1])}
+
+    def _values(self, variation: Variation) -> tuple[Values, PlainContrastive | None]:
+        """The loss under a variation, and the object that has its temperature if that may be trained."""
+        config, objective = self._config, self._config.objective
+        if config.task == "reranker":
+            lists = PlainReranking(objective.loss, config.reranker, variation)
+            return functools.partial(over_dimensions, lists.sums, weights=[(None, 1.0)], normalize=False), None
+        weights = [(each.dim, each.weight) for each in configured_dims(config)]
+        weights = weights[:1] if variation.first_dimension_only else weights
+        unit_length = config.embedding.unit_length
+        if objective.loss in CONTRASTIVE:
+            temperature = objective.temperature if self.learned is None else self.learned.temperature
+            loss = PlainContrastive(objective, weights, normalize=unit_length, variation=variation,
+                                    temperature=temperature, bias=self._bias)
+            return loss.values, loss
+        kind = PlainPairs if objective.loss in LABELLED_PAIRS else PlainHardNegatives
+        return functools.partial(over_dimensions, kind(objective, variation).sums, weights=weights,
+                                 normalize=unit_length), None
 
     @property
     def _bias(self) -> float | None:
@@ -75,41 +112,9 @@ class PlainContrastiveObjective(Objective[EmbedBatch]):
         return self._config.objective.bias if self.learned is None else self.learned.bias
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Part:
-    """What one data-parallel rank brings, on the CPU."""
-
-    query: Tensor
-    document: Tensor
-    batch: EmbedBatch
-
-    @classmethod
-    def of(cls, embeddings: Tensor, batch: EmbedBatch) -> "_Part":
-        vectors = embeddings.detach().double().cpu()
-        return cls(query=vectors[: batch.num_queries], document=vectors[batch.num_queries :],
-                   batch=dataclasses.replace(batch, micro_batches=()))
-
-
-def global_batch(parts: list[_Part]) -> GlobalBatch:
-    """The batches of all ranks as one."""
-    batches, first, of = [part.batch for part in parts], 0, []
-    for batch in batches:
-        of.append(batch.document_query + first)
-        first += batch.num_queries
-    given = {pair for batch in batches for pair in zip(batch.query_ids[batch.positive_query].tolist(),
-                                                       batch.positive_ids.tolist(), strict=True)}
-    in_batch = [torch.ones(batch.num_queries, dtype=torch.bool) if batch.in_batch is None else batch.in_batch
-                for batch in batches]
-    return GlobalBatch(
-        query_texts=torch.cat([batch.query_ids for batch in batches]),
-        document_texts=torch.cat([batch.document_ids for batch in batches]), document_query=torch.cat(of),
-        is_positive=torch.cat([batch.is_positive for batch in batches]), given=frozenset(given),
-        in_batch=None if all(batch.in_batch is None for batch in batches) else torch.cat(in_batch))
-
-
 def _learned_values(loss: PlainContrastive, gradients: list[float], queries: int) -> dict[str, Tensor]:
     """Metrics of a learned temperature and bias, per name sum and divisor."""
-    named = {"temperature": float(1 / loss.scale) * queries, "log_scale_gradient": gradients[0]}
+    named = {"temperature": float(1 / loss.scale.detach()) * queries, "log_scale_gradient": gradients[0]}
     if loss.bias is not None:
-        named |= {"bias": float(loss.bias) * queries, "bias_gradient": gradients[1]}
+        named |= {"bias": float(loss.bias.detach()) * queries, "bias_gradient": gradients[1]}
     return {name: torch.tensor([value, float(queries)], dtype=torch.float64) for name, value in named.items()}

@@ -1,14 +1,17 @@
 """The steps of a run once more, from a checkpoint or the first weights, on the ranks at hand."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron_embed.audit.plain_objective import plain_objective
+from megatron_embed.audit.plain_objective import PlainObjective
 from megatron_embed.audit.variation import NONE, Variation
 from megatron_embed.batch import StepBatch
 from megatron_embed.checkpoint.load import TrainingState, load_checkpoint
@@ -17,9 +20,11 @@ from megatron_embed.config.schema import RunConfig
 from megatron_embed.loading.model_directory import error_context
 from megatron_embed.models.auto_matmul import resolve_cpu_matmul
 from megatron_embed.models.encoder import attention_kernel
-from megatron_embed.parallel.collectives import sum_over
+from megatron_embed.objectives.base import Objective
+from megatron_embed.parallel.collectives import gather_objects, send_from_last, sum_over
 from megatron_embed.parallel.lost_rank import Start
 from megatron_embed.parallel.topology import Topology
+from megatron_embed.run.audit_facts import facts_of_objects
 from megatron_embed.run.preflight import read_inputs
 from megatron_embed.run.task import Inputs, TaskParts
 from megatron_embed.training.fingerprints import as_signed, fingerprint, named
@@ -37,11 +42,40 @@ class Replay:
     trainer: Trainer
     state: TrainingState
     parts: TaskParts
+    loader: StepLoader[Any]
     parameters: ParameterChecksums
+    inner: Objective[Any]
+    """The objective of training, which the replay does not compute with."""
+    checkpoint: Path | None
+    first_parameters: list[Tensor]
+    """Copies of the parameters that the run began with, on the CPU; empty with a checkpoint."""
+    first_learned: dict[str, Any]
+
+    def restart(self) -> None:
+        """Go back to the checkpoint, or to the first weights."""
+        self.state.scheduler.num_steps = 0
+        if self.checkpoint is not None:
+            load_checkpoint(self.checkpoint, self.state)
+            return
+        optimizer = self.trainer.optimizer
+        with torch.no_grad():
+            parameters = [parameter for model in self.state.models for parameter in model.parameters()]
+            for parameter, first in zip(parameters, self.first_parameters, strict=True):
+                parameter.copy_(first)
+        optimizer.reload_model_params()
+        for part in optimizer.chained_optimizers:
+            for group in part.optimizer.param_groups:
+                group["step"] = 0
+            for value in (value for values in part.optimizer.state.values() for value in values.values()):
+                if isinstance(value, Tensor):
+                    value.zero_()
+        self.state.scheduler.step(increment=0)
+        if self.state.learned is not None:
+            self.state.learned.load_state_dict(self.first_learned)
 
     def batch(self, step: int) -> StepBatch:
         """This rank's share of optimizer step `step`, from 1, as the run's loader must have made it."""
-        batch: StepBatch = self.parts.loader.batch(step - 1)
+        batch: StepBatch = self.loader.batch(step - 1)
         if self.inputs.config.training.micro_batch_tokens is not None:
             batch = self.parts.agree(batch)
         return batch
@@ -67,6 +101,33 @@ class Replay:
         result = update_step(metrics, numbers.squares, self.trainer)
         self.trainer.complete_parameters()
         return result
+
+    def norm_weights(self) -> float:
+        """L2 norm of the weights of the model's norms."""
+        sample = torch.tensor(self.parameters.sample(), dtype=torch.int64)
+        return self.parameters.of_sample(sum_over(sample, dist.group.WORLD).tolist())[0]
+
+    def evaluated(self, step: int, batch: StepBatch) -> dict[str, float]:
+        """Metrics of a step by its forward passes alone, in training mode."""
+        seed_step(self.inputs.config.training.seed, step - 1, self.topology)
+        return self.trainer.grad_cache.evaluate(batch).metrics()
+
+    def from_last_stage(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics that the last pipeline stage has, on every stage."""
+        if self.topology.pp_size == 1:
+            return metrics
+        names = [*self.trainer.grad_cache.objective.names]
+        values = torch.tensor([metrics.get(name, math.nan) for name in names], dtype=torch.float64)
+        values = send_from_last(values.to(self.topology.device), self.topology.groups.pp).cpu()
+        return {name: value for name, value in zip(names, values.tolist(), strict=True) if not math.isnan(value)}
+
+    def gathered(self, values: list[int]) -> list[int]:
+        """The values of all data-parallel ranks, in their order. One all-gather of objects."""
+        return [value for part in gather_objects(values, self.topology.dp_group) for value in part]
+
+    def objects(self) -> dict[str, Any]:
+        """The settings of the objects that this replay is made of, as a run's starts note them."""
+        return facts_of_objects(self.inner, self.trainer, self.loader, self.inputs)
 
     def checksum(self) -> ParameterChecksum:
         return self.parameters()
@@ -114,17 +175,21 @@ def opened(config: RunConfig, checkpoint: Path | None, start: Start) -> Iterator
     wrapped = wrap_in_ddp(models, config, topology)
     optimizer = build_optimizer(config, wrapped, topology)
     scheduler = build_scheduler(optimizer, config.training, inputs.train_steps)
-    objective = plain_objective(config, topology, task.build_objective(topology))
+    inner = task.build_objective(topology)
+    objective = PlainObjective(config, topology, inner)
     state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler, learned=objective.learned)
     if checkpoint is not None:
         load_checkpoint(checkpoint, state)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
                           kernel=attention_kernel(config, task.model.shape), has_dropout=config.has_dropout)
     parts = task.build(inputs, topology, models, wrapped)
+    first = [] if checkpoint is not None else [
+        parameter.detach().cpu().clone() for model in models for parameter in model.parameters()]
     for model in models:
         model.train()
-    with parts.loader:
-        yield Replay(inputs=inputs, topology=topology, state=state, parts=parts,
+    with task.build_loader(inputs, topology.dp_rank, topology.dp_size) as loader:
+        yield Replay(inputs=inputs, topology=topology, state=state, parts=parts, loader=loader,
                      trainer=Trainer(chunks=wrapped, grad_cache=gradients, optimizer=optimizer, scheduler=scheduler),
-                     parameters=ParameterChecksums(models, topology))
+                     parameters=ParameterChecksums(models, topology), inner=inner, checkpoint=checkpoint,
+                     first_parameters=first, first_learned={} if state.learned is None else state.learned.state_dict())
     dist.barrier()

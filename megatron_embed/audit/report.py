@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_embed.audit.audit import Audit
+from megatron_embed.audit.causes import LEFT
 
 _SHOWN_ROWS = 8
 
@@ -44,7 +45,8 @@ def _verdict(audit: Audit) -> list[str]:
                        for name, (logged, replayed) in difference.values.items())
     lines = [f"different: at step {difference.step} the {difference.part} differ first{': ' if values else ''}{values}"]
     lines += [f"likely cause: {cause.name}: {cause.text}" for cause in audit.causes]
-    return lines if audit.causes else [*lines, "no likely cause: none of the known ones gives the logged numbers"]
+    return lines if audit.causes else [*lines, f"none of the known causes gives the logged numbers; what is known: "
+                                               f"{LEFT[difference.part]}"]
 
 
 def _numbers(audit: Audit) -> list[str]:

@@ -12,6 +12,8 @@ class Variation:
     """In place of the configured one."""
     label_shift: int = 0
     """A query's positive is that of the query so many places later in the global batch."""
+    shift_within_rank: bool = False
+    """The shift ends where the data-parallel rank's queries do, and goes on at their beginning."""
     duplicates_masked: bool | None = None
     """In place of objective.mask_duplicates."""
     margin_masked: bool = True
@@ -29,6 +31,11 @@ class Variation:
     """In place of objective.directions."""
     hardness: bool = True
     """False: objective.hardness has no effect."""
+    factors: tuple[tuple[int, int, float], ...] = ()
+    """(first, last + 1, factor): the gradient of these queries of the global batch and of their documents is multiplied
+    by it."""
+    detached: tuple[Literal["queries", "positives", "hard_negatives"], ...] = ()
+    """Rows without gradient."""
 
 
 NONE = Variation()

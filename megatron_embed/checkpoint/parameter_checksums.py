@@ -16,6 +16,9 @@ from megatron_embed.parallel.collectives import gather_objects, sum_over
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.platform.compat import ShardedBase, is_main_replica
 
+_SAMPLED = 64
+"""Elements of each tensor, about, in the sample of every step."""
+_FIXED_POINT = 2.0**32
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 REPLICATED_NORM = 1e-6
 """Relative difference of the norms above which tensor-parallel ranks' copies count as different: they need not be equal
@@ -29,17 +32,26 @@ class ParameterChecksum:
     bits: int
     """Sum of the parameters' bits, read as integers, modulo 2^64: exact."""
     norm: float
-    """L2 norm, in float64: comparable between layouts, whose parameters differ by rounding."""
+    """L2 norm, in float64, without biases: comparable between layouts, whose parameters differ by rounding. The bias of
+    a key has no gradient but rounding, by which AdamW moves it at random."""
     drifted: Mapping[int, float]
     """Ranks whose copy of the same parameters is not equal -> norm of the copy; empty if all are."""
+    own_norm: float
+    """L2 norm of this rank's copy, of all that it holds."""
 
 
 class ParameterChecksums:
-    """Measures the parameters that this rank holds. Made and called by all ranks, once the model is in its buffers."""
+    """Measures the parameters that this rank holds. Made and called by all ranks, once the model is in its buffers.
+
+    Attributes:
+        has_norm_weights: whether the weights of the model's norms are trained.
+    """
 
     def __init__(self, models: Sequence[EmbeddingModel], topology: Topology) -> None:
         self._topology = topology
-        self._once = [tensor for _, tensor in _counted_once(models)]
+        counted = list(_counted_once(models))
+        self._once = [tensor for _, tensor in counted]
+        self._normed = [tensor for key, tensor in counted if not key.endswith(".bias")]
         parameters = [parameter.detach() for model in models for parameter in model.parameters()]
         experts = {id(parameter) for model in models for parameter in model.parameters()
                    if not vars(parameter).get("allreduce", True)}
@@ -48,11 +60,19 @@ class ParameterChecksums:
         self._experts = [data for data, parameter in zip(parameters, marked, strict=True) if id(parameter) in experts]
         self._replicated = [data for data, parameter in zip(parameters, marked, strict=True)
                             if id(parameter) not in experts and not vars(parameter).get("tensor_model_parallel")]
+        self._samples = _samples(self._dense), _samples(self._experts)
+        self._norm_weights = [tensor for key, tensor in counted if key.endswith("norm.weight") or "norm_weight" in key]
+        leaders = torch.zeros(topology.world_size, 2, dtype=torch.int64)
+        leaders[topology.rank] = torch.tensor([min(dist.get_process_group_ranks(group))
+                                               for group in (topology.groups.dp_cp, topology.groups.expt_dp)])
+        self._leaders = sum_over(leaders, dist.group.WORLD).unbind(dim=1)
+        self.has_norm_weights = any(parameter.requires_grad for model in models
+                                    for name, parameter in model.named_parameters() if "norm" in name)
 
     def __call__(self) -> ParameterChecksum:
         """One all-reduce, over the world, of seven numbers for each rank."""
         groups, world, rank = self._topology.groups, self._topology.world_size, self._topology.rank
-        squares = [_square(tensors) for tensors in (self._once, self._dense + self._experts, self._replicated)]
+        squares = [_square(tensors) for tensors in (self._normed, self._dense + self._experts, self._replicated)]
         own = torch.cat([torch.tensor([_bits(self._once), _bits(self._dense), _bits(self._experts),
                                        *(min(dist.get_process_group_ranks(group))
                                          for group in (groups.dp_cp, groups.expt_dp, groups.tp))]),
@@ -67,7 +87,34 @@ class ParameterChecksums:
             if float(values.max() - values.min()) > 2 * REPLICATED_NORM * float(values.max()):
                 drifted |= set((table[:, 5] == leader).nonzero()[:, 0].tolist())
         return ParameterChecksum(bits=int(table[:, 0].sum()), norm=math.sqrt(float(once.sum())),
+                                 own_norm=math.sqrt(squares[1]),
                                  drifted={rank: math.sqrt(float(copies[rank])) for rank in sorted(drifted)})
+
+    def sample(self) -> list[int]:
+        """[1 + 2 world] integers that ranks add up, for `of_sample`: some elements of each of this rank's parameters,
+        and the weights of the model's norms, of which every layer has some. No communication."""
+        world, rank = self._topology.world_size, self._topology.rank
+        values = [0] * (1 + 2 * world)
+        values[0] = round(_square(self._norm_weights) * _FIXED_POINT)
+        for index, sample in enumerate(self._samples):
+            values[1 + index * world + rank] = _bits([torch.cat(views) for views in sample])
+        return values
+
+    def of_sample(self, values: Sequence[int]) -> tuple[float, list[int]]:
+        """(L2 norm of the weights of all norms, the ranks whose sample is not equal to its copies')."""
+        world, drifted = self._topology.world_size, set[int]()
+        bits = torch.tensor(values[1:]).view(2, world)
+        for index, leaders in enumerate(self._leaders):
+            drifted |= _minorities(leaders, bits[index])
+        return math.sqrt(values[0] / _FIXED_POINT), sorted(drifted)
+
+
+def _samples(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Views of some elements of each tensor, those of a dtype together."""
+    views: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        views.setdefault(tensor.dtype, []).append(tensor.flatten()[:: max(1, tensor.numel() // _SAMPLED)])
+    return list(views.values())
 
 
 def checksums_by_name(models: Sequence[EmbeddingModel]) -> dict[str, tuple[int, float]]:

@@ -37,7 +37,7 @@ from megatron_embed.parallel.lost_rank import abort
 from megatron_embed.parallel.topology import Topology, initialize
 from megatron_embed.planning.advice import with_adapters
 from megatron_embed.platform.stop_signal import finishing
-from megatron_embed.run.audit_facts import facts_of_start
+from megatron_embed.run.audit_facts import facts_of_objects, facts_of_start
 from megatron_embed.run.batch_sharing import fork_server, receive_batches
 from megatron_embed.run.introduction import introduction, summary
 from megatron_embed.run.preflight import completed_run, output_directories, read_inputs
@@ -147,7 +147,7 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest, on_
     saver = build_saver(inputs, state, best)
     evaluate = build_evaluation(inputs, topology, gradients, parts, loader)
     hooks = build_hooks(inputs, loader, parts, evaluate, best, saver, stop, writer,
-                        build_audit_log(inputs, models, topology, first_step))
+                        build_audit_log(inputs, trainer, loader, topology, first_step))
     for model in models:
         model.train()
     # Without checkpoints there is nothing to finish: the ranks then leave at once.
@@ -186,13 +186,16 @@ def build_writer(inputs: Inputs, first_step: int, on_step: OnStep | None, *, act
     return writer
 
 
-def build_audit_log(inputs: Inputs, models: Sequence[EmbeddingModel], topology: Topology, first_step: int) -> AuditLog:
+def build_audit_log(inputs: Inputs, trainer: Trainer, loader: StepLoader[Any], topology: Topology,
+                    first_step: int) -> AuditLog:
     """What notes every step for a later audit; this start is its first note. Called by all ranks."""
     config = inputs.config
-    log = AuditLog(config.log_directory, models, topology, first_step=first_step,
+    log = AuditLog(config.log_directory, trainer.grad_cache.models, topology, first_step=first_step,
                    every=config.logging.parameter_checksum_every,
-                   share=config.training.global_batch_size // topology.dp_size)
-    log.start(first_step, facts_of_start(inputs, topology))
+                   share=config.training.global_batch_size // topology.dp_size,
+                   gathers_late=any(chunk.ddp_config.overlap_param_gather for chunk in trainer.chunks))
+    log.start(first_step, {**facts_of_start(inputs, topology), "objects": facts_of_objects(
+        trainer.grad_cache.objective, trainer, loader, inputs)})
     return log
 
 

@@ -32,13 +32,14 @@ class AuditLog:
         directory: None: nothing is written, and no method communicates.
         every: steps between checksums of the parameters; 0: only at starts and saves.
         share: queries of a step on each data-parallel rank.
+        gathers_late: parameters are complete only where they are summed up (optimizer.overlap_param_gather).
     """
 
     def __init__(self, directory: str | None, models: Sequence[EmbeddingModel], topology: Topology, *, first_step: int,
-                 every: int, share: int) -> None:
+                 every: int, share: int, gathers_late: bool = False) -> None:
         self.error: UserError | None = None
         self._directory, self._topology, self._models = directory, topology, models
-        self._every, self._share = every, share
+        self._every, self._share, self._gathers_late = every, share, gathers_late
         self._parameters = None if directory is None else ParameterChecksums(models, topology)
         self._file: TextIO | None = None
         if directory is not None and topology.rank == 0:
@@ -56,20 +57,27 @@ class AuditLog:
 
     def after_step(self, done: int, batch: StepBatch, metrics: Mapping[str, float]) -> None:
         """Note step number `done`: its rows, texts and labels, and all of its metrics. One all-reduce over the world of
-        a few integers; with the parameters' checksums one more."""
+        a few integers and two for each rank; with the parameters' checksums one more."""
         if self._parameters is None:
             return
         own = as_signed(fingerprint(batch, self._topology.dp_rank * self._share))
         # Ranks that share a replica's rows must have the same: those beside rank 0 are counted apart from all.
         beside = own if self._topology.dp_group.size() == self._topology.world_size or self._is_beside_rank_0 else (
             torch.zeros_like(own))
-        beside, total = sum_over(torch.stack([beside, own]), dist.group.WORLD)
+        drifted: list[int] = []
+        sampled = not self._gathers_late or self.checks_parameters(done)
+        sample = self._parameters.sample() if sampled else []
+        summed = sum_over(torch.cat([beside, own, torch.tensor(sample, dtype=torch.int64)]), dist.group.WORLD)
+        beside, total, sums = summed.split([len(own), len(own), len(sample)])
         copies = self._topology.world_size // self._topology.dp_size
         record = {"step": done, **named(beside.tolist()), "metrics": finite(metrics),
                   "micro_batches": len(batch.micro_batches)}
         if not torch.equal(beside * copies, total):
             record["replica_differs"] = True
-        if self.checks_parameters(done):
+        if sampled:  # equal on all ranks
+            norm, drifted = self._parameters.of_sample(sums.tolist())
+            record |= {"norm_weights": norm} if self._parameters.has_norm_weights else {}
+        if self.checks_parameters(done) or drifted:
             record |= _plain(self._parameters())
         self._write(record)
 

@@ -104,8 +104,8 @@ def _places(batch: EmbedBatch | RerankBatch, first_query: int) -> NDArray[np.int
     """[rows] place of each local row in the global batch: of a query its own, of a document its query's and its own
     number among that query's documents."""
     if isinstance(batch, EmbedBatch):
-        query, first = batch.document_query.numpy(), batch.positive_index.numpy()
-        number = np.arange(batch.num_documents) - first[query]
+        query = batch.document_query.numpy()
+        number = np.arange(batch.num_documents) - np.searchsorted(query, query)
         queries = np.arange(batch.num_queries, dtype=np.int64) + first_query
         return np.concatenate([queries * _MOST_DOCUMENTS, (query + first_query) * _MOST_DOCUMENTS + number + 1])
     sizes = np.array(batch.group_sizes, dtype=np.int64)
@@ -124,7 +124,7 @@ def _labels(batch: EmbedBatch | RerankBatch, places: NDArray[np.int64]) -> np.ui
         queries, documents = places[: batch.num_queries], places[batch.num_queries :]
         positives = queries[batch.positive_query.numpy()]
         parts = [(documents, batch.is_positive), (queries, batch.query_ids), (documents, batch.document_ids),
-                 (positives, batch.positive_ids)]
+                 (positives, batch.positive_ids), (queries, batch.document_ids[batch.positive_index])]
         parts += [(queries, values) for values in (batch.in_batch, batch.scores) if values is not None]
         parts += [] if batch.teacher_scores is None else [(documents, batch.teacher_scores)]
     total = np.uint64(0)

@@ -36,12 +36,16 @@ class Trainer:
         complete_parameters(self.chunks)
 
 
-def seed_step(seed: int, step: int, topology: Topology) -> None:
+def seed_step(seed: int, step: int, topology: Topology, *, dp_rank: int | None = None) -> None:
     """Make dropout a function of seed, step and position in the layout, so that a resumed run repeats it.
 
     Tensor-parallel ranks of a replica share the seed; Megatron's tracker lets them differ where their shards do.
+
+    Args:
+        dp_rank: the data-parallel rank whose random numbers these are; None: this one.
     """
-    sequence = np.random.SeedSequence([seed, step, topology.pp_rank, topology.dp_rank, topology.cp_rank])
+    rank = topology.dp_rank if dp_rank is None else dp_rank
+    sequence = np.random.SeedSequence([seed, step, topology.pp_rank, rank, topology.cp_rank])
     model_parallel_cuda_manual_seed(int(sequence.generate_state(1)[0]) >> 1)
 
 

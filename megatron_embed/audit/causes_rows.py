@@ -1,0 +1,128 @@
+"""Causes of other rows than sampler and seed give."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_embed.audit.case import Case, Cause
+from megatron_embed.training.fingerprints import hash_of, in_order, row_hashes
+
+_STEPS_AROUND = 2000
+"""Steps before and after whose rows are looked at."""
+_MODULUS = 2**64
+
+
+def explain(case: Case) -> list[Cause]:
+    """The causes that give the logged hashes of rows."""
+    if case.difference.values and all(name.startswith("data.train") for name in case.difference.values):
+        return [Cause(name="changed data", text="data.train holds other rows than when the run was started: "
+                      + ", ".join(f"{name} {logged} then, {now} now"
+                                  for name, (logged, now) in case.difference.values.items()))]
+    return next(([cause] for cause in _candidates(case)), [])
+
+
+def _candidates(case: Case) -> Iterator[Cause]:
+    sampler, record = case.replay.inputs.sampler, case.record
+    rows = np.array(sampler.rows_of_step(case.step - 1), dtype=np.int64)
+    yield from _other_step(case, rows)
+    if hash_of(record, "row_set") == _set(rows):
+        yield from _other_order(case, rows)
+        return
+    yield from _one_row(case, rows)
+    yield from _shares(case, rows)
+    unshuffled = np.arange((case.step - 1) * len(rows), case.step * len(rows)) % sampler.num_rows
+    if _set(unshuffled) == hash_of(record, "row_set"):
+        yield Cause(name="rows not shuffled", text="the step took the rows in the order of the files, without "
+                    "data.shuffle")
+
+
+def _set(rows: NDArray[np.int64]) -> int:
+    return int(row_hashes(rows).sum())
+
+
+def _order(rows: NDArray[np.int64]) -> int:
+    return int(in_order(row_hashes(rows), np.arange(len(rows))))
+
+
+def _other_step(case: Case, rows: NDArray[np.int64]) -> Iterator[Cause]:
+    """The rows are those of another step."""
+    wanted = hash_of(case.record, "row_set")
+    for distance in range(1, _STEPS_AROUND):
+        for step in (case.step - distance, case.step + distance):
+            if step > 0 and _set(np.array(case.replay.inputs.sampler.rows_of_step(step - 1))) == wanted:
+                resumed = max(done for done in case.log.starts if done < case.step)
+                since = f" since the resume after step {resumed}" if resumed else ""
+                yield Cause(name="wrong order of rows", text=f"the rows are those of step {step}, {abs(distance)} "
+                            f"step(s) {'before' if step < case.step else 'after'} the right ones{since}")
+                return
+
+
+def _other_order(case: Case, rows: NDArray[np.int64]) -> Iterator[Cause]:
+    """The right rows in another order within the global batch."""
+    shares, wanted = np.split(rows, case.dp_size), hash_of(case.record, "row_order")
+    for turn in range(1, case.dp_size):
+        if _order(np.concatenate([*shares[turn:], *shares[:turn]])) == wanted:
+            yield Cause(name="shares of ranks exchanged", text=f"data-parallel rank r trained on the rows of rank r + "
+                        f"{turn}")
+            return
+    yield Cause(name="rows in another order", text="the rows are the right ones, in another order within the step")
+
+
+def _one_row(case: Case, rows: NDArray[np.int64]) -> Iterator[Cause]:
+    """A row is missing, there twice, or another one in its place."""
+    hashes, record = row_hashes(rows), case.record
+    difference = (hash_of(record, "row_set") - _set(rows)) % _MODULUS
+    places = {int(value): place for place, value in enumerate(hashes)}
+    source = case.replay.inputs.records
+    missing = record["rows"] - len(rows)
+    if missing == -1 and (place := places.get(-difference % _MODULUS)) is not None:
+        yield Cause(name="dropped row", text=f"{_name(case, rows, place)} was left out of the step")
+    if missing == 1:
+        for row, value in _all_rows(len(source)):
+            if value == difference:
+                twice = " a second time" if row in rows.tolist() else ""
+                yield Cause(name="duplicated row" if twice else "additional row",
+                            text=f"row {row} ({source[row].source}) was taken{twice} besides the step's own")
+    if missing:
+        return
+    wanted = {(difference + int(value)) % _MODULUS: place for place, value in enumerate(hashes)}
+    for value, place in places.items():
+        if (lost := wanted.get(value)) is not None:
+            yield Cause(name="duplicated row", text=f"{_name(case, rows, place)} was taken twice, and "
+                        f"{_name(case, rows, lost)} was dropped for it")
+            return
+    for row, value in _all_rows(len(source)):
+        if (lost := wanted.get(value)) is not None:
+            yield Cause(name="wrong row", text=f"row {row} ({source[row].source}) was taken in place of "
+                        f"{_name(case, rows, lost)}")
+            return
+
+
+def _shares(case: Case, rows: NDArray[np.int64]) -> Iterator[Cause]:
+    """A rank trained on the rows of another one."""
+    shares, wanted = np.split(rows, case.dp_size), hash_of(case.record, "row_set")
+    for rank in range(case.dp_size):
+        if _set(rows) - _set(shares[rank]) - wanted in (0, -_MODULUS):
+            yield Cause(name="rank without rows", text=f"the rows of data-parallel rank {rank} are missing")
+        for other in range(case.dp_size):
+            taken = [shares[other] if index == rank else share for index, share in enumerate(shares)]
+            if rank != other and _set(np.concatenate(taken)) == wanted:
+                yield Cause(name="rank with another rank's rows", text=f"data-parallel rank {rank} trained on the rows "
+                            f"of rank {other} instead of its own")
+                return
+    if _set(np.concatenate([shares[0]] * case.dp_size)) == wanted and case.dp_size > 1:
+        yield Cause(name="rank with another rank's rows", text="all data-parallel ranks trained on the rows of rank 0")
+
+
+def _all_rows(count: int) -> Iterator[tuple[int, int]]:
+    """(row, its hash) of all rows of the data, computed in blocks."""
+    for first in range(0, count, 1 << 16):
+        block = np.arange(first, min(count, first + (1 << 16)))
+        yield from zip(block.tolist(), row_hashes(block).tolist(), strict=True)
+
+
+def _name(case: Case, rows: NDArray[np.int64], place: int) -> str:
+    row = int(rows[place])
+    return (f"row {row} ({case.replay.inputs.records[row].source}, of data-parallel rank "
+            f"{place // (len(rows) // case.dp_size)})")

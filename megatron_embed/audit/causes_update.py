@@ -1,0 +1,165 @@
+"""Causes of other parameters after an update: the steps since the checkpoint are made again with other updates."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_embed.audit.case import Case, Cause
+from megatron_embed.audit.causes_numbers import tolerance_of
+from megatron_embed.audit.replay import Replay
+
+Change = Callable[[Replay], Callable[[], None]]
+"""Changes the optimizer before an update, whose gradient is in the buffers; returns what changes it back."""
+_FACTORS = (0.0, 2.0, 0.5, 10.0, 0.1, 3.0, 1 / 3, 4.0, 0.25, -1.0)
+_BETAS = ((0.9, 0.999), (0.9, 0.95), (0.9, 0.98), (0.9, 0.99), (0.95, 0.999), (0.0, 0.999), (0.9, 0.9))
+_AROUND = 50
+_MOST_STEPS = 20
+"""Steps that are made again under a change of all of their updates."""
+
+
+def explain(case: Case) -> list[Cause]:
+    """The first cause that gives the logged learning rate, or the logged norms of the parameters."""
+    if case.difference.part == "learning rate":
+        return _learning_rate(case)
+    if "skipped" in case.difference.values:
+        skipped = bool(case.record["metrics"]["skipped"])
+        text = ("the run skipped the update, for a loss or gradient that is not finite; the replay's is" if skipped
+                else "the run made an update with a loss or gradient that is not finite")
+        return [Cause(name="skipped step", text=text)]
+    steps = range(case.done + 1, case.step + 1)
+    changes = list(_changes(case))
+    if "norm_weights" not in case.difference.values:  # the norms have no weight decay
+        changes.sort(key=lambda item: "weight decay" not in item[0])
+    for name, text, change in changes:
+        for changed in ([range(case.step, case.step + 1)] if len(steps) == 1 else [
+                range(case.step, case.step + 1), *([steps] if len(steps) <= _MOST_STEPS else [])]):
+            if _gives_logged(case, change, changed):
+                since = f", at step {case.step}" if len(changed) == 1 else f", in all steps since {steps.start}"
+                return [Cause(name=name, text=text + since)]
+    return []
+
+
+def _learning_rate(case: Case) -> list[Cause]:
+    """The step whose learning rate the logged one is, or its ratio to the right one."""
+    scheduler = case.replay.trainer.scheduler
+    group, before = case.replay.trainer.optimizer.param_groups[0], scheduler.num_steps
+    logged, replayed = case.difference.values["learning_rate"]
+    found = []
+    for distance in (sign * number for number in range(1, _AROUND) for sign in (1, -1)):
+        scheduler.num_steps = case.step - 1 + distance
+        if scheduler.num_steps >= 0 and math.isclose(scheduler.get_lr(group), logged, rel_tol=1e-9):
+            found = [Cause(name="wrong learning rate", text=f"it is that of step {case.step + distance}, "
+                           f"{distance:+d} steps from here")]
+            break
+    scheduler.num_steps = before
+    ratio = f", {logged / replayed:.6g} times the configured one" if replayed else ""
+    return found or [Cause(name="wrong learning rate", text=f"it was {logged:g}{ratio}")]
+
+
+def _gives_logged(case: Case, change: Change, changed: range) -> bool:
+    """Whether the steps since the checkpoint, with the change in some of them, give the logged norms."""
+    replay, tolerance = case.replay, tolerance_of(case)
+    replay.restart()
+    for step in range(case.done + 1, case.step + 1):
+        numbers = replay.numbers(step, replay.batch(step))
+        undo = change(replay) if step in changed else None
+        replay.update(numbers)
+        if undo is not None:
+            undo()
+    found = {"norm_weights": replay.norm_weights(), "parameter_norm": replay.checksum().norm}
+    return all(math.isclose(case.record[name], value, rel_tol=tolerance.norm)
+               for name, value in found.items() if name in case.record)
+
+
+def _changes(case: Case) -> Iterator[tuple[str, str, Change]]:
+    config = case.replay.inputs.config.training
+    yield "clipping off", "the gradient is not clipped", _setting("clip_grad", math.inf)
+    if case.log.starts.get(case.done) and case.done:
+        yield ("optimizer state lost", "the moments begin at zero, and the count of updates at one",
+               _moments(reset_step=True))
+    yield "optimizer state lost", "the moments of AdamW are zero before the update", _moments(reset_step=False)
+    for factor in _FACTORS:
+        text = f"the update is {factor:.4g} times as large as the logged learning rate says"
+        yield ("wrong learning rate" if factor else "update missing", text if factor else "no parameter is updated",
+               _groups(lambda group, factor=factor: {"lr": group["lr"] * factor}))
+    yield "weight decay off", "training.weight_decay has no effect", _groups(lambda group: {"weight_decay": 0.0})
+    yield ("weight decay of norms", "norms and biases have weight decay as well",
+           _groups(lambda group: {"weight_decay": config.weight_decay}))
+    for factor in (10.0, 0.1, 2.0, 0.5):
+        yield ("wrong weight decay", f"weight decay is {factor:g} times as strong",
+               _groups(lambda group, factor=factor: {"weight_decay": group["weight_decay"] * factor}))
+    for betas in _BETAS:
+        if betas != (config.adam_beta1, config.adam_beta2):
+            yield ("wrong betas", f"AdamW's betas are {betas[0]:g} and {betas[1]:g}, not {config.adam_beta1:g} and "
+                   f"{config.adam_beta2:g}", _groups(lambda group, betas=betas: {"betas": betas}))
+    for eps in (1e-6, 1e-8, 1e-5, 1e-10):
+        if eps != config.adam_eps:
+            yield "wrong eps", f"AdamW's eps is {eps:g}", _groups(lambda group, eps=eps: {"eps": eps})
+    yield "gradient reversed", "the gradient has the opposite sign", _scaled(-1.0)
+    for factor in (0.5, 2.0, 1 / case.dp_size, float(case.dp_size)):
+        yield ("gradient scaled", f"the gradient of the update is {factor:.4g} times the one whose norm is logged",
+               _scaled(factor))
+    for offset in (-1, 1):
+        yield ("count of updates", f"AdamW's bias correction is that of {offset:+d} updates",
+               _groups(lambda group, offset=offset: {"step": max(0, group.get("step", 0) + offset)}, keep=("step",)))
+
+
+def _setting(name: str, value: object) -> Change:
+    """A change of the optimizer's settings."""
+
+    def change(replay: Replay) -> Callable[[], None]:
+        settings: dict[str, Any] = vars(replay.trainer.optimizer.config)
+        before, settings[name] = settings[name], value
+        return lambda: settings.__setitem__(name, before)
+
+    return change
+
+
+def _groups(new: Callable[[dict[str, Any]], dict[str, Any]], keep: tuple[str, ...] = ()) -> Change:
+    """A change of the groups of parameters; the values of `keep` are not changed back."""
+
+    def change(replay: Replay) -> Callable[[], None]:
+        before = []
+        for group in replay.trainer.optimizer.param_groups:
+            values = new(group)
+            before.append((group, {name: group[name] for name in values if name not in keep}))
+            group.update(values)
+
+        def undo() -> None:
+            for group, values in before:
+                group.update({name: value for name, value in values.items() if name != "lr"})
+
+        return undo
+
+    return change
+
+
+def _moments(*, reset_step: bool) -> Change:
+    """Moments of zero."""
+
+    def change(replay: Replay) -> Callable[[], None]:
+        for part in replay.trainer.optimizer.chained_optimizers:
+            for values in part.optimizer.state.values():
+                for value in values.values():
+                    if isinstance(value, torch.Tensor):
+                        value.zero_()
+            for group in part.optimizer.param_groups if reset_step else ():
+                group["step"] = 0
+        return lambda: None
+
+    return change
+
+
+def _scaled(factor: float) -> Change:
+    """The gradient multiplied, after its norm was taken."""
+
+    def change(replay: Replay) -> Callable[[], None]:
+        for part in replay.trainer.optimizer.chained_optimizers:
+            for parameter in part.get_parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        return lambda: None
+
+    return change

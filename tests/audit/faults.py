@@ -1,0 +1,359 @@
+"""Faults that a test gives a run from outside: functions of the program are replaced in the ranks of a run, or files of
+it changed afterwards. Each fault has the name by which an audit must call it."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from tests.helpers.runs import train
+
+WRONG = 4
+"""The step that is wrong, from 1, where a fault is of one step; checkpoints are every two steps."""
+
+
+@contextlib.contextmanager
+def replaced(target, name, make):
+    """`target.name` replaced by make(original)."""
+    with mock.patch.object(target, name, make(vars(target)[name])):
+        yield
+
+
+def shifted_labels():
+    from megatron_embed.objectives import contrastive
+
+    def make(original):
+        def of(batch, ids, rank):
+            terms = original.__func__(batch, ids, rank) if hasattr(original, "__func__") else original(batch, ids, rank)
+            return dataclasses.replace(terms, positive=terms.positive.roll(-1))
+        return staticmethod(of)
+
+    return replaced(contrastive._Terms, "of", make)
+
+
+def detached_remote_negatives():
+    from megatron_embed.objectives import gathering
+
+    def scatter(rows, group):
+        return rows[group.rank()]
+
+    return mock.patch.object(gathering, "scatter_sum", scatter)
+
+
+def loss_scale():
+    from megatron_embed.training import grad_cache
+
+    return mock.patch.object(grad_cache, "surrogate_factor", lambda count, dp_size: float(count * dp_size * 2))
+
+
+def stale_weights_at_save():
+    from megatron_embed.checkpoint.save import Saver
+
+    kept = []
+
+    def make(original):
+        def save(self, step, **options):
+            parameters = [parameter for model in self._state.models for parameter in model.parameters()]
+            now = [parameter.detach().clone() for parameter in parameters]
+            stale, kept[:] = kept[:] or now, now
+            with torch.no_grad():
+                for parameter, value in zip(parameters, stale, strict=True):
+                    parameter.copy_(value)
+                original(self, step, **options)
+                for parameter, value in zip(parameters, now, strict=True):
+                    parameter.copy_(value)
+        return save
+
+    return replaced(Saver, "save", make)
+
+
+def rows_changed(change):
+    from megatron_embed.data.loader import StepLoader
+
+    def make(original):
+        def rows(self, step):
+            own = original(self, step)
+            return change(self, own, step) if step == WRONG - 1 else own
+        return rows
+
+    return replaced(StepLoader, "rows", make)
+
+
+def dropped_row():
+    return rows_changed(lambda loader, rows, step: [*rows[:2], *rows[3:]])
+
+
+def duplicated_row():
+    return rows_changed(lambda loader, rows, step: [*rows[:-1], rows[0]] if loader._share.start == 0 else rows)
+
+
+def wrong_order_after_resume():
+    from megatron_embed.data.sampler import GlobalBatchSampler
+
+    return replaced(GlobalBatchSampler, "rows_of_step", lambda original: lambda self, step: original(
+        self, step - 1 if step >= WRONG else step))
+
+
+def wrong_temperature():
+    from megatron_embed.objectives.contrastive import Contrastive
+
+    return replaced(Contrastive, "_settings", lambda original: lambda self: dataclasses.replace(
+        original(self), temperature=0.17))
+
+
+def wrong_prompt():
+    from megatron_embed.data.tokenizer import RoleTokenizer
+
+    def make(original):
+        def tokenize(self, texts, role, instructions=None, prompts=None):
+            return original(self, texts, role, instructions,
+                            ["passage: "] * len(texts) if role == "query" else prompts)
+        return tokenize
+
+    return replaced(RoleTokenizer, "tokenize", make)
+
+
+def dropout_left_on():
+    from megatron_embed.training import loop
+
+    def make(original):
+        def step(batch, trainer):
+            for model in trainer.grad_cache.models:
+                for module in model.modules():
+                    for name in ("hidden_dropout", "dropout"):
+                        if isinstance(vars(module).get(name), float):
+                            setattr(module, name, 0.1)
+                    if isinstance(module, torch.nn.Dropout):
+                        module.p = 0.1
+            return original(batch, trainer)
+        return step
+
+    return replaced(loop, "train_step", make)
+
+
+def drifted_rank():
+    import torch.distributed as dist
+
+    from megatron_embed.training import loop
+
+    calls = []
+
+    def make(original):
+        def step(batch, trainer):
+            result = original(batch, trainer)
+            calls.append(1)
+            if len(calls) == WRONG and dist.get_rank() == dist.get_world_size() - 1:
+                with torch.no_grad():
+                    for parameter in trainer.grad_cache.models[0].parameters():
+                        parameter.add_(1e-3)
+            return result
+        return step
+
+    return replaced(loop, "train_step", make)
+
+
+def masks_off():
+    from megatron_embed.objectives import contrastive
+
+    return replaced(contrastive._Columns, "candidates", lambda original: lambda self, directions: dataclasses.replace(
+        original(self, directions), excluded=None))
+
+
+def scaled_learning_rate():
+    from megatron_embed.platform.compat import OptimizerParamScheduler
+
+    return replaced(OptimizerParamScheduler, "get_lr", lambda original: lambda self, group: 2 * original(self, group))
+
+
+def clipping_off():
+    from megatron_embed.training import step
+
+    def make(original):
+        def update(optimizer, squares, loss):
+            optimizer.config.clip_grad = float("inf")
+            return original(optimizer, squares, loss)
+        return update
+
+    return replaced(step, "update", make)
+
+
+def weight_decay_off():
+    from megatron_embed.training.optimizer import AdamW
+
+    def make(original):
+        def update(self, parameters, group):
+            return original(self, parameters, {**group, "weight_decay": 0.0})
+        return update
+
+    return replaced(AdamW, "_update", make)
+
+
+def moments_lost():
+    from megatron_embed.training import loop
+
+    calls = []
+
+    def make(original):
+        def step(batch, trainer):
+            calls.append(1)
+            if len(calls) == WRONG:
+                for part in trainer.optimizer.chained_optimizers:
+                    for values in part.optimizer.state.values():
+                        for value in values.values():
+                            value.zero_()
+            return original(batch, trainer)
+        return step
+
+    return replaced(loop, "train_step", make)
+
+
+def missing_micro_batch():
+    from megatron_embed.training.grad_cache import GradCache
+
+    def make(original):
+        def two_pass(self, batch, batches):
+            inner = self.objective
+
+            class Without(type(inner)):
+                def __call__(self, embeddings, batch, *, total):
+                    result = super().__call__(embeddings, batch, total=total)
+                    result.embeddings[batches[1].valid_rows] = 0.0
+                    return result
+
+            before, inner.__class__ = inner.__class__, Without
+            try:
+                return original(self, batch, batches)
+            finally:
+                inner.__class__ = before
+        return two_pass
+
+    return replaced(GradCache, "two_pass", make)
+
+
+def not_normalized():
+    from megatron_embed.models.encoder import EmbeddingModel
+
+    def make(original):
+        def forward(self, batch):
+            self.normalize = False
+            return original(self, batch)
+        return forward
+
+    return replaced(EmbeddingModel, "forward", make)
+
+
+def wrong_pooling():
+    from megatron_embed.training import grad_cache
+
+    return replaced(grad_cache, "to_device", lambda original: lambda micro, topology, pooling, **options: original(
+        micro, topology, "lasttoken", **options))
+
+
+def no_hard_negatives():
+    from megatron_embed.data import loader
+
+    return replaced(loader, "build_embed_batch", lambda original: lambda records, tokenizer, packing, documents, **rest:
+                    original(records, tokenizer, packing, dataclasses.replace(documents, negatives=0), **rest))
+
+
+def shorter_texts():
+    from megatron_embed.data.tokenizer import RoleTokenizer
+
+    def make(original):
+        def tokenize(self, texts, role, *rest, **options):
+            self._max_lengths["document"] = 40
+            return original(self, texts, role, *rest, **options)
+        return tokenize
+
+    return replaced(RoleTokenizer, "tokenize", make)
+
+
+def rank_takes_others_rows():
+    return rows_changed(lambda loader, rows, step: loader._sampler.rows_of_step(step)[: len(rows)])
+
+
+def flipped_bit(run):
+    file = next(iter(sorted((run / f"step_{2:06d}" / "model").glob("*.distcp"))))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(bytes(data))
+
+
+def edited_configuration(run):
+    for file in [*run.glob("step_*/config.yaml"), run / ".assets" / "config.yaml"]:
+        text = file.read_text()
+        file.unlink()
+        file.write_text(text.replace("temperature: 0.3", "temperature: 0.2"))
+
+
+def changed_data(run):
+    file = run.parent / f"{run.name}.jsonl"
+    lines = file.read_text().splitlines()
+    row = json.loads(lines[3])
+    lines[3] = json.dumps({**row, "query": row["query"] + " please"})
+    file.write_text("\n".join(lines) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A fault, and what an audit must say of it."""
+
+    part: str
+    name: str
+    ranks: int = 2
+    inject: Callable | None = None
+    """Context in the ranks of the run."""
+    alter: Callable | None = None
+    """Changes files of the run when it has ended."""
+    settings: dict = dataclasses.field(default_factory=dict)
+    """Further settings by section."""
+    resumed: bool = False
+    """The run has the fault only since it was resumed after step 4."""
+
+
+FAULTS = {
+    "shifted labels": Fault("vectors", "shifted labels", inject=shifted_labels),
+    "detached remote negatives": Fault("gradient", "detached remote negatives", inject=detached_remote_negatives),
+    "loss scale": Fault("gradient", "loss scale", inject=loss_scale),
+    "stale weights at save": Fault("weights", "stale weights in the checkpoint", inject=stale_weights_at_save),
+    "dropped row": Fault("rows", "dropped row", ranks=1, inject=dropped_row),
+    "duplicated row": Fault("rows", "duplicated row", inject=duplicated_row),
+    "flipped bit in a shard": Fault("weights", "damaged checkpoint file", alter=flipped_bit),
+    "wrong temperature": Fault("loss", "wrong temperature", inject=wrong_temperature),
+    "wrong prompt": Fault("texts", "wrong prompt", inject=wrong_prompt),
+    "dropout left on": Fault("vectors", "dropout left on", inject=dropout_left_on),
+    "one rank's parameters drift": Fault("copies", "drifted parameters", inject=drifted_rank),
+    "masks off": Fault("masks", "masks off", inject=masks_off, settings={"data": {"shuffle": False}}),
+    "wrong order after resume": Fault("rows", "wrong order of rows", inject=wrong_order_after_resume, resumed=True),
+    "learning rate": Fault("learning rate", "wrong learning rate", inject=scaled_learning_rate),
+    "clipping off": Fault("update", "clipping off", inject=clipping_off),
+    "weight decay off": Fault("update", "weight decay off", inject=weight_decay_off),
+    "moments lost": Fault("update", "optimizer state lost", inject=moments_lost),
+    "micro-batch missing": Fault("gradient", "micro-batch missing", inject=missing_micro_batch),
+    "vectors not normalized": Fault("vectors", "normalization missing", inject=not_normalized),
+    "wrong pooling": Fault("vectors", "wrong pooling", inject=wrong_pooling),
+    "hard negatives missing": Fault("texts", "number of hard negatives", inject=no_hard_negatives),
+    "shorter texts": Fault("texts", "wrong maximum length", inject=shorter_texts),
+    "rank with another rank's rows": Fault("rows", "rank with another rank's rows", inject=rank_takes_others_rows),
+    "edited configuration": Fault("settings", "changed configuration", alter=edited_configuration),
+    "changed data": Fault("rows", "changed data", alter=changed_data)}
+
+
+def train_with(name, values):
+    """A run with a fault. Called by all ranks."""
+    inject = FAULTS[name].inject if name else None
+    with contextlib.nullcontext() if inject is None else inject():
+        return train(values)
+
+
+def copy_of_rows(source: Path, target: Path, rows: int) -> str:
+    """The first rows of a file, some with the positive of another row, so that duplicates are masked."""
+    lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:rows]]
+    for index in range(0, rows - 1, 2):
+        lines[index + 1]["positive"] = [*lines[index + 1]["positive"][:1], *lines[index]["positive"][:1]]
+    target.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(target)
