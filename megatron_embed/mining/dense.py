@@ -47,16 +47,27 @@ def mine_vectors(queries: Tensor, documents: Iterable[Tensor], positives: Sequen
             search.add(block)
             pairs.add(block)
             bar.update(len(block))
-    scores, indices = search.result()
-    positive_scores = pairs.result()
-    mined = MinedRows()
-    for row, query in enumerate(own):
+    return selected(*search.result(), pairs.result(), positives, options, excluded=excluded, group=group)
+
+
+def selected(scores: Tensor, indices: Tensor, positive_scores: Sequence[Sequence[float]],
+             positives: Sequence[Sequence[int]], options: MiningOptions, *, excluded: Sequence[Sequence[int]],
+             group: dist.ProcessGroup | None) -> MinedRows | None:
+    """The negatives of every query from what was found for it; arguments and result as of `mine_vectors`.
+
+    Args:
+        scores, indices: [this rank's queries, candidates], best first; rank r of n has queries r, r + n, ...
+        positive_scores: of the positives of this rank's queries.
+    """
+    rank, size = rank_and_size(group)
+    last_rank, mined = options.last_rank(max(map(len, positives))), MinedRows()
+    for row, query in enumerate(range(rank, len(positives), size)):
         candidates = list(zip(indices[row].tolist(), scores[row].tolist(), strict=True))
         selection = select_negatives(candidates, frozenset(excluded[query]), positive_scores[row], options,
                                      last_rank=last_rank, query=query)
-        mined.append(Mined(positive_scores=positive_scores[row], negatives=selection.negatives,
+        mined.append(Mined(positive_scores=list(positive_scores[row]), negatives=selection.negatives,
                            skipped=selection.skipped))
-    return _gathered(mined, len(queries), group, on_all_ranks=options.reranked)
+    return _gathered(mined, len(positives), group, on_all_ranks=options.reranked)
 
 
 class _PositivePairs:
