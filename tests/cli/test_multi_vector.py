@@ -112,7 +112,7 @@ def mine_and_compare(directory, run, folder, tmp_path):
         {"query": text, "positive": texts[max(run[query], key=run[query].get)]}) + "\n"
         for query, text in queries.items()))
     output = tmp_path / "mined.jsonl"
-    results = run_on_ranks(command, 2, ["mine", "--model", str(directory), "--input", str(tmp_path / "rows.jsonl"),
+    results = run_on_ranks(command, 2, ["mine", "--model", str(directory), "--data", str(tmp_path / "rows.jsonl"),
                                         "--corpus", str(folder / "corpus.jsonl"), "--output", str(output),
                                         "--num-negatives", "3", "--range-min", "0"])
     assert all(code == 0 for code, *_ in results), results[0][2]
