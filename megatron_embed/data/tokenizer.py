@@ -15,7 +15,7 @@ from megatron_embed.config.vector_format import VectorFormat
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.token_cache import Prompted, TokenCache, TokenizedText, tokenizer_digest
-from megatron_embed.data.token_vectors import TokenVectors
+from megatron_embed.data.token_vectors import TokenVectors, keep_prompts_whole
 from megatron_embed.data.tokenized import TokenizedRows
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError, first_line
@@ -163,6 +163,8 @@ class RoleTokenizer:
                  text_format: TextFormat = _PLAIN) -> None:
         self._instruction = instruction
         self._tokenizer = load_tokenizer(model_dir, vocab_size, added_may_exceed=True)
+        if text_format.vectors is not None and text_format.vectors.prefix_tokens:
+            keep_prompts_whole(self._tokenizer, (query_prompt, document_prompt))
         exceeds = vocab_size is not None and max(self._tokenizer.get_vocab().values(), default=0) >= vocab_size
         self._model_dir, self._vocab_size = model_dir, vocab_size if exceeds else None
         if text_format.lower_case:

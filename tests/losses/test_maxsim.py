@@ -56,12 +56,12 @@ def assert_same(ours, theirs):
         torch.testing.assert_close(own.to(expected.dtype), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture(params=[1 << 22, 40], ids=["one tile", "small tiles"])
+@pytest.fixture(params=[1 << 22, 40], ids=["one tile", "small tiles"], autouse=True)
 def _tile(request, monkeypatch):
     monkeypatch.setattr(module, "MAXSIM_TILE_ELEMENTS", request.param)
 
 
-def test_info_nce_is_the_stock_library_s(_tile):
+def test_info_nce_is_the_stock_library_s():
     queries, documents = texts(QUERIES, 1), texts(DOCUMENTS, 2)
     scores = maxsim(queries, documents)
     candidates = Candidates(document=torch.empty(0), positive_index=torch.arange(0, 8, 2))
@@ -72,7 +72,7 @@ def test_info_nce_is_the_stock_library_s(_tile):
 
 
 @pytest.mark.parametrize("loss", ["kl_distillation", "margin_mse"])
-def test_distillation_is_the_stock_library_s(_tile, loss):
+def test_distillation_is_the_stock_library_s(loss):
     queries, documents = texts(QUERIES, 1), texts(DOCUMENTS, 2)
     queries.vectors.requires_grad_()
     documents.vectors.requires_grad_()
@@ -88,7 +88,7 @@ def test_distillation_is_the_stock_library_s(_tile, loss):
     assert_same((value.detach(), *torch.autograd.grad(value, (queries.vectors, documents.vectors))), expected)
 
 
-def test_of_equal_maxima_the_first_counts(_tile):
+def test_of_equal_maxima_the_first_counts():
     query = TextVectors(vectors=torch.eye(2, 4), counts=torch.tensor([2]))
     document = TextVectors(vectors=torch.tensor([[0.5, 0.0, 1.0, 0.0], [0.5, 1.0, 0.0, 0.0], [0.5, 1.0, 0.0, 1.0]]),
                            counts=torch.tensor([3]))
