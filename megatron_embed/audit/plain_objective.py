@@ -18,7 +18,8 @@ from megatron_embed.parallel.topology import Topology
 
 def plain_objective(config: RunConfig, topology: Topology, inner: Objective[Any]) -> Objective[Any]:
     """The plain objective of a configuration; where there is none, `inner`, the one of training."""
-    if config.task == "embedding" and config.objective.loss in CONTRASTIVE:
+    one_vector = config.embedding.head != "multi_vector"
+    if config.task == "embedding" and one_vector and config.objective.loss in CONTRASTIVE:
         return PlainContrastiveObjective(config, topology, inner)
     return inner
 
