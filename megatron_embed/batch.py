@@ -168,6 +168,13 @@ class TextVectors:
         texts = torch.repeat_interleave(torch.arange(len(self.counts)), self.counts)
         return texts.to(self.vectors.device, non_blocking=True)
 
+    def pick(self, rows: Tensor) -> "TextVectors":
+        """Some texts, in any order; `rows`: [texts] int64 on the CPU."""
+        starts, counts = (self.counts.cumsum(0) - self.counts)[rows], self.counts[rows]
+        within = torch.arange(int(counts.sum())) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        index = torch.repeat_interleave(starts, counts) + within
+        return TextVectors(vectors=self.vectors[index.to(self.vectors.device)], counts=counts)
+
     def part(self, first: int, last: int) -> "TextVectors":
         """Texts `first` to `last - 1`; views."""
         start, stop = int(self.counts[:first].sum()), int(self.counts[:last].sum())

@@ -87,7 +87,7 @@ MergeMethod = Literal["linear", "slerp", "multi_slerp", "task_arithmetic"]
 """How `merge` computes the weights of one model from those of several."""
 MERGE_METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
 
-ExportFormat = Literal["hf", "sentence-transformers", "cross-encoder", "peft", "onnx", "openvino", "gguf"]
+ExportFormat = Literal["hf", "sentence-transformers", "pylate", "cross-encoder", "peft", "onnx", "openvino", "gguf"]
 """Formats that `convert megatron-to-hf` writes."""
 
 EngineName = Literal["sentence-transformers", "transformers", "onnxruntime", "openvino", "vllm", "llama.cpp", "tei",

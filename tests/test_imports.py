@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "objectives": {"config", "losses", "parallel"},
     "checkpoint": {"config", "parallel", "models", "objectives", "platform"},
     "convert": {"config", "parallel", "models", "checkpoint"},
-    "evaluation": {"config", "parallel", "platform", "data", "models"},
+    "evaluation": {"config", "losses", "parallel", "platform", "data", "models"},
     "mining": {"config", "parallel", "platform", "data", "evaluation", "loading"},
     "planning": {"config", "parallel", "data", "models", "checkpoint", "convert"},
     "init": {"config", "data", "models", "planning"},

@@ -25,7 +25,7 @@ AnyBatch = EmbedBatch | RerankBatch
 
 class PlainObjective(Objective[AnyBatch]):
     """Every data-parallel rank gathers all embeddings and computes the whole loss; its own rows' gradient is what it
-    returns. No gradient is sent, no mask is divided.
+    returns. No gradient is sent, no mask is divided. The loss of a multi-vector model is computed as in training.
 
     Attributes:
         variation: what is computed otherwise than configured.
@@ -49,6 +49,8 @@ class PlainObjective(Objective[AnyBatch]):
 
     def __call__(self, embeddings: Tensor, batch: AnyBatch, *, total: float) -> LossGradient:
         """See Objective; one all-gather of objects over the data-parallel group."""
+        if self._config.task == "embedding" and self._config.embedding.head == "multi_vector":
+            return self._inner(embeddings, batch, total=total)
         parts = gather_objects(Part.of(embeddings, batch), self._group)
         if self.kept is not None:
             self.kept.append(parts)

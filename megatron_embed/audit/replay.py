@@ -17,6 +17,7 @@ from megatron_embed.batch import StepBatch
 from megatron_embed.checkpoint.load import TrainingState, load_checkpoint
 from megatron_embed.checkpoint.parameter_checksums import ParameterChecksum, ParameterChecksums, checksums_by_name
 from megatron_embed.config.schema import RunConfig
+from megatron_embed.data.loader import StepLoader
 from megatron_embed.loading.model_directory import error_context
 from megatron_embed.models.auto_matmul import resolve_cpu_matmul
 from megatron_embed.models.encoder import attention_kernel

@@ -16,6 +16,7 @@ PAGE = "docs/conversion.md"
 FORMATS = {
     "hf": "weights, configuration and tokenizer in the model's original architecture",
     "sentence-transformers": "the same with pooling, normalization and prompts, in the layout that servers read",
+    "pylate": "a multi-vector model in the layout of PyLate",
     "cross-encoder": "a reranker for CrossEncoder and servers",
     "peft": "only the LoRA adapters",
     "onnx": "sentence-transformers or cross-encoder with onnx/model.onnx, which pools and normalizes or scores",

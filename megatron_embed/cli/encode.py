@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path
+from megatron_embed.cli.common import add_encoding_arguments, add_model_argument, path, positive_int
 from megatron_embed.cli.prompts import add_prompt_arguments
 from megatron_embed.errors import ConfigError
 from megatron_embed.parallel.lost_rank import monitored_ranks
@@ -21,11 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='Rows {"text": ..., "title"?: ...}; a title is put before its text, as in evaluate')
     parser.add_argument("--output", required=True, metavar="FILE.npy|DIR", type=path,
                         help="File to write, one row per text; or a directory of such files (shards), for corpora that "
-                             "do not fit into memory: a command that was killed goes on with the next shard")
+                             "do not fit into memory: a command that was killed goes on with the next shard. Of a "
+                             "multi-vector model one row per vector, text after text, and FILE.offsets.npy with the "
+                             "first row of each text")
     parser.add_argument("--output-dtype", choices=("float32", "float16"), default="float32",
                         help="Type of the numbers in the files (default: float32)")
     parser.add_argument("--role", choices=("query", "document"),
                         help="Put the prompt of this role before every text (default: no prompt)")
+    parser.add_argument("--token-pooling", type=positive_int, metavar="N",
+                        help="Of a multi-vector model: keep about one vector in N of every document, means of clusters "
+                             "(with --role document)")
     add_prompt_arguments(parser)
     add_encoding_arguments(parser)
 
@@ -42,13 +47,33 @@ def run(args: argparse.Namespace) -> int:
                           "and is writable", key="--output")
     from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.loading.prompts import given_prompts
-    from megatron_embed.run.encode_command import encode_to_directory, encode_to_file
+    from megatron_embed.run.encode_command import encode_to_directory, encode_to_file, encode_token_vectors
 
     prompts = given_prompts(args, () if args.role is None else (args.role,))
     with monitored_ranks() as start:
-        encoder, model, _ = open_encoder(args, prompts=args.role is not None, given_prompts=prompts, start=start)
-        if args.output.endswith(".npy"):
+        encoder, model, _ = open_encoder(args, prompts=args.role is not None, given_prompts=prompts, start=start,
+                                         multi_vector=True)
+        check_options_of_head(args, several=encoder.pooling == "tokens")
+        if encoder.pooling == "tokens":
+            encode_token_vectors(args, texts, encoder)
+        elif args.output.endswith(".npy"):
             encode_to_file(args, texts, encoder)
         else:
             encode_to_directory(args, texts, encoder, model)
     return 0
+
+
+def check_options_of_head(args: argparse.Namespace, *, several: bool) -> None:
+    """Raises ConfigError if the model, of one vector per text or of several, cannot do what is asked."""
+    given = f"--token-pooling {args.token_pooling}"
+    if args.token_pooling is not None and not several:
+        raise ConfigError(f"{given}: {args.model} gives one vector for a text; leave it out", key="--token-pooling")
+    if args.token_pooling is not None and args.role == "query":
+        raise ConfigError(f"{given}: queries keep all of their vectors; leave it out, or give --role document",
+                          key="--token-pooling")
+    if several and not args.output.endswith(".npy"):
+        raise ConfigError(f"--output {args.output}: vectors of a multi-vector model go into one file; name a .npy file",
+                          key="--output")
+    if several and args.output_dtype != "float32":
+        raise ConfigError(f"--output-dtype {args.output_dtype}: vectors of a multi-vector model are written in float32"
+                          "; leave it out", key="--output-dtype")

@@ -1,7 +1,7 @@
 """Which tokens of a text give a vector in a multi-vector model, and how its queries are expanded."""
 
 import string
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from megatron_embed.names import Role
@@ -37,6 +37,9 @@ class VectorFormat:
     """Roles in which they give none."""
     expansion: QueryExpansion | None = None
     """None: queries are not expanded."""
+    prefix_tokens: bool = field(default=False, compare=False)
+    """A prompt that begins with a token of the vocabulary, such as [unused0], keeps it whole, as ColBERT inserts one;
+    then the tokenizer's files say so."""
 
     @property
     def hides_expansion(self) -> bool:
@@ -54,8 +57,8 @@ def format_of_run(embedding: "EmbeddingConfig", own: VectorFormat | None) -> Vec
         return None
     known, length = own or VectorFormat(), embedding.query_expansion
     expansion = known.expansion or QueryExpansion(length=1)
-    return replace(known, skiplist_words=embedding.skiplist_words or (), expansion=None if not length else replace(
-        expansion, length=length, attend=bool(embedding.attend_to_expansion)))
+    wanted = replace(expansion, length=length, attend=bool(embedding.attend_to_expansion)) if length else None
+    return replace(known, prefix_tokens=True, skiplist_words=embedding.skiplist_words or (), expansion=wanted)
 
 
 def with_format(embedding: "EmbeddingConfig", own: VectorFormat | None) -> "EmbeddingConfig":

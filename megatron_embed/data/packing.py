@@ -145,9 +145,7 @@ def build_embed_batch(records: Sequence[Record], tokenizer: RoleTokenizer, packi
         micro_batches=pack_bins(bins, token_ids, packing, tokenizer.pad_token_id, tokens=packing.micro_batch_tokens,
                                 vectors=vectors),
         vector_counts=None if vectors is None else vectors.counts,
-        num_queries=len(records),
-        num_documents=len(texts),
-        positive_index=torch.from_numpy(first),
+        num_queries=len(records), num_documents=len(texts), positive_index=torch.from_numpy(first),
         is_positive=torch.tensor([index < len(record.positive[: documents.positives])
                                   for record, size in zip(records, sizes, strict=True) for index in range(size)]),
         document_query=torch.from_numpy(document_query),

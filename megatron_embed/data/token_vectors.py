@@ -1,13 +1,31 @@
 """Which tokens of a text give a vector in a multi-vector model, and queries expanded by mask tokens (ColBERT)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from tokenizers import AddedToken
 
 from megatron_embed.config.vector_format import VectorFormat
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.tokenized import TokenizedRows
 from megatron_embed.errors import CheckpointError
 from megatron_embed.names import Role
+
+
+def keep_prompts_whole(tokenizer: Any, prompts: Iterable[str]) -> bool:
+    """Make a token that a prompt begins with, or is, one piece of the tokenizer's; whether that changed it.
+
+    A tokenizer would split [unused0] of its vocabulary into pieces, where ColBERT inserts the token itself.
+    """
+    known, split = tokenizer.get_vocab(), list[AddedToken]()
+    for prompt in prompts:
+        beginnings = (prompt, *prompt.split(None, 1)[:1])
+        token = next((text for text in beginnings if text.strip() and text in known), None)
+        if token is not None and tokenizer.tokenize(token) != [token]:
+            split.append(AddedToken(token, normalized=False, special=True))
+    if split:
+        tokenizer.add_tokens(split, special_tokens=True)
+    return bool(split)
 
 
 class TokenVectors:

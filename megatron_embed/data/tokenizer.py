@@ -10,20 +10,18 @@ from typing import Any
 from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_embed.config.json_file import LARGEST_FILE, LARGEST_TOKENIZER, read_optional_json_object
+from megatron_embed.config.json_file import read_optional_json_object
 from megatron_embed.config.vector_format import VectorFormat
 from megatron_embed.data.chat import ChatTemplate
 from megatron_embed.data.jsonl import shortened
 from megatron_embed.data.token_cache import Prompted, TokenCache, TokenizedText, tokenizer_digest
-from megatron_embed.data.token_vectors import TokenVectors
+from megatron_embed.data.token_vectors import TokenVectors, keep_prompts_whole
 from megatron_embed.data.tokenized import TokenizedRows
-from megatron_embed.data.vocabulary import has_tokenizer_files
+from megatron_embed.data.vocabulary import has_tokenizer_files, refuse_large_files
 from megatron_embed.errors import CheckpointError, ConfigError, first_line
-from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES, MessageFormat, Role, TruncationSide
+from megatron_embed.names import MessageFormat, Role, TruncationSide
 
 _PLACEHOLDER = "{instruction}"
-_OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-                "chat_template.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: 
     if not has_tokenizer_files(directory):
         raise CheckpointError(f"{model_dir}: no tokenizer files; copy tokenizer.json and tokenizer_config.json of the "
                               "model into it")
-    _refuse_large_files(directory)
+    refuse_large_files(directory)
     try:
         tokenizer = open_tokenizer(directory)
         tokenizer(["a b"], verbose=False)  # some wrong values are only read here, such as a list for model_max_length
@@ -91,16 +89,6 @@ def open_tokenizer(directory: Path) -> Any:
                          "never run, and there is no tokenizer.json, which needs none; if you trust that code, let "
                          "Transformers' AutoTokenizer write one (trust_remote_code=True, save_pretrained)")
     return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-
-
-def _refuse_large_files(directory: Path) -> None:
-    """Raises CheckpointError if a file that Transformers would read whole is too long for a tokenizer's."""
-    limits = dict.fromkeys((*VOCABULARY_FILES, MERGES_FILE), LARGEST_TOKENIZER) | dict.fromkeys(
-        _OTHER_FILES, LARGEST_FILE)
-    for name, limit in limits.items():
-        file = directory / name
-        if file.is_file() and file.stat().st_size > limit:
-            raise CheckpointError(f"{file}: longer than {limit >> 20} MiB, too long for a tokenizer; fetch it again")
 
 
 def fill_template(prompt: str, instruction: str | None) -> str:
@@ -163,6 +151,8 @@ class RoleTokenizer:
                  text_format: TextFormat = _PLAIN) -> None:
         self._instruction = instruction
         self._tokenizer = load_tokenizer(model_dir, vocab_size, added_may_exceed=True)
+        if text_format.vectors is not None and text_format.vectors.prefix_tokens:
+            keep_prompts_whole(self._tokenizer, (query_prompt, document_prompt))
         exceeds = vocab_size is not None and max(self._tokenizer.get_vocab().values(), default=0) >= vocab_size
         self._model_dir, self._vocab_size = model_dir, vocab_size if exceeds else None
         if text_format.lower_case:

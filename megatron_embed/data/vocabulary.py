@@ -2,9 +2,24 @@
 
 from pathlib import Path
 
-from megatron_embed.names import VOCABULARY_FILES
+from megatron_embed.config.json_file import LARGEST_FILE, LARGEST_TOKENIZER
+from megatron_embed.errors import CheckpointError
+from megatron_embed.names import MERGES_FILE, VOCABULARY_FILES
+
+_OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+                "chat_template.json")
 
 
 def has_tokenizer_files(directory: Path) -> bool:
     """Whether a model directory holds a vocabulary; without one Transformers makes an empty tokenizer, silently."""
     return any((directory / name).is_file() for name in VOCABULARY_FILES)
+
+
+def refuse_large_files(directory: Path) -> None:
+    """Raises CheckpointError if a file that Transformers would read whole is too long for a tokenizer's."""
+    limits = dict.fromkeys((*VOCABULARY_FILES, MERGES_FILE), LARGEST_TOKENIZER) | dict.fromkeys(
+        _OTHER_FILES, LARGEST_FILE)
+    for name, limit in limits.items():
+        file = directory / name
+        if file.is_file() and file.stat().st_size > limit:
+            raise CheckpointError(f"{file}: longer than {limit >> 20} MiB, too long for a tokenizer; fetch it again")

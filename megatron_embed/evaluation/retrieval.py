@@ -146,7 +146,7 @@ def evaluate_queries(embed: Embed, data: BeirData, *, k: int = 1000, similarity:
     queries = _embedded(embed, data.query_texts, "query", data.query_ids, data)
     rankings.check(queries.shape[1])
     rank, size = rank_and_size(group)
-    own = _own_documents(data, order)[rank::size] if data.drop_own_id else None
+    own = own_documents(data, order)[rank::size] if data.drop_own_id else None
     if given is not None and given.index is not None:
         results = {"": _by_index(given, queries[rank::size], k, order, own, group)}
     else:
@@ -159,10 +159,10 @@ def evaluate_queries(embed: Embed, data: BeirData, *, k: int = 1000, similarity:
         scores, indices = (part[:, : stage.candidates] for part in results[""])
         new_scores = rerank_scores(stage, scores, indices, data.query_texts, Picked(data.document_texts, order), group)
         results |= {prefix: (values, indices) for prefix, values in new_scores.items()}
-    return _metrics_of_all_ranks(results, data, Picked(data.document_ids, order), group)
+    return metrics_of_all_ranks(results, data, Picked(data.document_ids, order), group)
 
 
-def _metrics_of_all_ranks(results: dict[str, tuple[Tensor, Tensor]], data: BeirData, document_ids: Sequence[str],
+def metrics_of_all_ranks(results: dict[str, tuple[Tensor, Tensor]], data: BeirData, document_ids: Sequence[str],
                           group: dist.ProcessGroup | None) -> dict[str, dict[str, float]]:
     """Metrics of every query from each rank's scores and indices, in the order of the set.
 
@@ -235,10 +235,10 @@ class _Search:
     def result(self) -> tuple[Tensor, Tensor]:
         """Scores and indices of the retrieved documents, best first."""
         scores, indices = self.search.result()
-        return _without_excluded(scores, indices) if self.excludes else (scores, indices)
+        return without_excluded(scores, indices) if self.excludes else (scores, indices)
 
 
-def _own_documents(data: BeirData, order: Sequence[int]) -> Tensor:
+def own_documents(data: BeirData, order: Sequence[int]) -> Tensor:
     """[queries] int64: position in `order` of the document with the query's id, -1 if there is none."""
     queries = set(data.query_ids)
     positions = {data.document_ids[document]: position for position, document in enumerate(order)
@@ -246,7 +246,7 @@ def _own_documents(data: BeirData, order: Sequence[int]) -> Tensor:
     return torch.tensor([positions.get(query, -1) for query in data.query_ids])
 
 
-def _without_excluded(scores: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def without_excluded(scores: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """The ranking, with an excluded document at its end replaced by a copy of the one before it.
 
     Rows keep one length; the range of their scores and their metrics stay the same.

@@ -91,7 +91,7 @@ class StreamedSearch:
         torch.mm(queries, documents.T, out=scores[:, self._kept :])
         self._exclude(rows, scores[:, self._kept :])
         keys[:, : self._kept] = known
-        _pack(scores[:, self._kept :], self._seen, out=keys[:, self._kept :], spare=spare[:, self._kept :])
+        pack_keys(scores[:, self._kept :], self._seen, out=keys[:, self._kept :], spare=spare[:, self._kept :])
         top = keys.topk(best.shape[1], dim=1)
         best.copy_(top.values)
         if self._full_queries is not None:
@@ -112,13 +112,13 @@ class StreamedSearch:
     def result(self) -> tuple[Tensor, Tensor]:
         """Scores [queries, min(k, documents)] float32 and indices int64, best first (by full score, in two stages)."""
         self._buffers = None
-        scores, indices = _unpack(self._keys)
+        scores, indices = unpack_keys(self._keys)
         if self._full_queries is None:
             return scores, indices
         order = torch.empty_like(indices)
         full = self._full_scores.clone()
-        _pack(full, indices, out=order, spare=torch.empty_like(full, dtype=torch.int32))
-        return _unpack(order.topk(order.shape[1], dim=1).values)
+        pack_keys(full, indices, out=order, spare=torch.empty_like(full, dtype=torch.int32))
+        return unpack_keys(order.topk(order.shape[1], dim=1).values)
 
 
 class _Buffers:
@@ -142,7 +142,7 @@ def _widened(rows: Tensor, width: int) -> Tensor:
     return wider
 
 
-def _pack(scores: Tensor, indices: Tensor | int, *, out: Tensor, spare: Tensor) -> None:
+def pack_keys(scores: Tensor, indices: Tensor | int, *, out: Tensor, spare: Tensor) -> None:
     """Write int64 keys that sort by (score, index): the score's bits above the index's 32 bits. Overwrites the scores.
 
     Args:
@@ -161,8 +161,8 @@ def _pack(scores: Tensor, indices: Tensor | int, *, out: Tensor, spare: Tensor) 
     out |= indices
 
 
-def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and indices of `_pack`'s keys."""
+def unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and indices of `pack_keys`'s keys."""
     ordered = (keys >> 32).int()
     bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
     return bits.view(torch.float32), keys & 0xFFFFFFFF

@@ -5,6 +5,7 @@ compares imports them.
 """
 
 import argparse
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from megatron_embed.export.verified_write import ExportOptions, export, why_not_
 from megatron_embed.export.verify import ExpectedSettings, compare_with_transformers
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
-from megatron_embed.names import ExportFormat
+from megatron_embed.names import ROLES, ExportFormat
 
 if TYPE_CHECKING:
     from megatron_embed.export.engines.files import EngineFiles
@@ -170,6 +171,36 @@ def export_sentence_transformers_model(source: str, destination: str, options: E
                                                                      addition)), note=note)
 
 
+def export_pylate_model(source: str, destination: str, options: ExportOptions) -> list[str]:
+    """PyLate's directory of a multi-vector checkpoint, compared in Sentence Transformers, which reads it too.
+
+    Raises:
+        CheckpointError: not a checkpoint, not such a model, or the export differs from it; nothing is left behind.
+    """
+    from megatron_embed.export.pylate import check_pylate, write_pylate
+
+    checkpoint = open_checkpoint(source)
+    saved, shape = read_saved_settings(checkpoint.hf), model_shape(checkpoint.hf)
+    check_pylate(source, saved)
+    prompts = {role: saved.prompts.get(role, "") for role in ROLES}
+    lengths = {role: min(length, shape.longest_text) for role, length in (
+        checkpoint.info.max_lengths or saved.role_lengths).items()}
+    expected = ExpectedSettings(
+        prompts=prompts, similarity="maxsim", dtype=options.dtype or checkpoint.info.dtype,
+        max_seq_length=min(max(lengths.values(), default=saved.max_length or shape.longest_text), shape.longest_text))
+    said: dict[str, str] = {}
+
+    def complete(directory: Path) -> None:
+        _add_sentence_transformers(checkpoint, expected, directory)
+        said.update(write_pylate(directory, saved, prompts, lengths))
+
+    def compare(directory: Path) -> list[str]:
+        return _compare_sentence_transformers(source, dataclasses.replace(expected, prompts=said), None, directory)
+
+    return export(functools.partial(megatron_to_hf, source, destination, **options.weights), complete=complete,
+                  verify=_unless_left_out(options, compare), note=_card(source, destination, "pylate"))
+
+
 def _unless_left_out(options: ExportOptions,
                      compare: Callable[[Path], Sequence[str]]) -> Callable[[Path], Sequence[str]]:
     """The comparison, or the line that says why there is none."""
@@ -249,7 +280,7 @@ def _compare_sentence_transformers(source: str, expected: ExpectedSettings, addi
 
 
 EXPORTERS: dict[ExportFormat, Callable[[str, str, ExportOptions], list[str]]] = {
-    "hf": export_hf, "sentence-transformers": export_sentence_transformers_model,
+    "hf": export_hf, "sentence-transformers": export_sentence_transformers_model, "pylate": export_pylate_model,
     "cross-encoder": export_cross_encoder_model, "peft": export_peft,
     **{kind: functools.partial(export_for_engine, kind) for kind in ("onnx", "openvino", "gguf")}}
 """By cli/convert.py's FORMATS: (checkpoint, destination, options) to the lines of the report."""

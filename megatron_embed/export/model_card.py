@@ -14,7 +14,7 @@ from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.models.dense_settings import embedding_width
 from megatron_embed.models.families import model_shape
 from megatron_embed.models.saved_settings import default_pooling, read_saved_settings
-from megatron_embed.names import ExportFormat, Pooling
+from megatron_embed.names import ExportFormat, ModelPooling
 
 _EMBEDDING_USE = """```python
 from sentence_transformers import SentenceTransformer
@@ -23,6 +23,21 @@ model = SentenceTransformer("PATH")
 queries = model.encode_query(["what is asked"])
 documents = model.encode_document(["what may answer it", "something else"])
 print(model.similarity(queries, documents))
+```"""
+_MULTI_VECTOR_USE = """```python
+from sentence_transformers import MultiVectorEncoder  # version 6 or later
+
+model = MultiVectorEncoder("PATH")
+queries = model.encode_query(["what is asked"])
+documents = model.encode_document(["what may answer it", "something else"])
+print(model.similarity(queries, documents))
+```"""
+_PYLATE_USE = """```python
+from pylate import models
+
+model = models.ColBERT("PATH")
+queries = model.encode(["what is asked"], is_query=True)
+documents = model.encode(["what may answer it", "something else"], is_query=False)
 ```"""
 _PLAIN_USE = """```python
 from transformers import AutoModel, AutoTokenizer
@@ -59,7 +74,8 @@ def write_card(directory: Path, config: RunConfig, *, step: int, dim: int | None
         use: how it is loaded; None: as Sentence Transformers does.
         library: that loads it, by the hub's name.
     """
-    use = use or (_RERANKER_USE if dim is None else _EMBEDDING_USE)
+    several = config.embedding.head == "multi_vector"
+    use = use or (_RERANKER_USE if dim is None else _MULTI_VECTOR_USE if several else _EMBEDDING_USE)
     prompts = _saved_prompts(directory) or {role: config.data.prompt(role) for role in ("query", "document")}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in _head(config, library, dim).items()), "---", "",
              f"# {title or directory_title(config)}", "", _what(config, dim), "", "## Use", "", use, "",
@@ -86,9 +102,11 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
     """
     checkpoint = open_checkpoint(source)
     info, title, file = checkpoint.info, Path(destination).absolute().name, checkpoint.path / "config.yaml"
-    library = {"hf": "transformers", "peft": "peft"}.get(kind, "sentence-transformers")
+    library = {"hf": "transformers", "peft": "peft", "pylate": "PyLate"}.get(kind, "sentence-transformers")
     pooling, dim = _pooling_of(checkpoint.hf) if info.head is None else (None, None)
     use = _use(kind, info.head, pooling)
+    if pooling == "tokens" and kind != "hf":
+        use = _PYLATE_USE if kind == "pylate" else _MULTI_VECTOR_USE
     config = _run_of(file)
     if config is not None:
         from megatron_embed.checkpoint.load import steps_done  # loads Megatron, which comparing does anyway
@@ -99,7 +117,7 @@ def write_converted_card(directory: Path, *, source: str, destination: str, kind
                                               encoding="utf-8")
 
 
-def _pooling_of(hf: Path) -> tuple[Pooling | None, int]:
+def _pooling_of(hf: Path) -> tuple[ModelPooling | None, int]:
     """The pooling of a directory, and the numbers of a vector; None where it names none, or modules that pass through
     without being computed."""
     shape = model_shape(hf)
@@ -107,6 +125,8 @@ def _pooling_of(hf: Path) -> tuple[Pooling | None, int]:
         saved = read_saved_settings(hf)
     except CheckpointError:
         return None, shape.hidden_size
+    if saved.vectors is not None:
+        return "tokens", embedding_width(saved.dense, shape, "tokens")
     return saved.pooling, embedding_width(saved.dense, shape, saved.pooling or default_pooling(shape))
 
 
@@ -124,7 +144,7 @@ def _use(kind: ExportFormat, head: str | None, pooling: str | None) -> str:
         auto, more = _AUTO[head]
         return _PEFT_USE.replace("AUTO", auto).replace("MORE", more)
     if kind == "hf" and head is None:
-        how = f"their pooling to one vector: {pooling}" if pooling else "token vectors"
+        how = f"their pooling to one vector: {pooling}" if pooling not in (None, "tokens") else "token vectors"
         return _PLAIN_USE.replace("HOW", how)
     return _EMBEDDING_USE if head is None else _RERANKER_USE
 
@@ -177,6 +197,9 @@ def _what(config: RunConfig, dim: int | None) -> str:
         return f"A reranker: scores a query with a document; {by}"
     widths = config.embedding.matryoshka_dims
     also = f" Trained to be cut to {', '.join(map(str, widths))} numbers as well." if widths else ""
+    if config.embedding.head == "multi_vector":
+        return (f"A multi-vector embedding model: texts to a vector of {dim} numbers for every token, compared by "
+                f"MaxSim; {by}")
     unit = ("unit vectors, compared by their cosine" if config.embedding.unit_length
             else "compared by their dot product")
     return f"An embedding model: texts to vectors of {dim} numbers ({unit}); {by}{also}"

@@ -39,7 +39,7 @@ def export_adapters(source: str, destination: str, *, compare: bool, note: Calla
 def _compare(source: str, checkpoint: CheckpointDirectory, directory: Path) -> str:
     """The line of the report about the comparison, or about why there is none."""
     from megatron_embed.data.vocabulary import has_tokenizer_files
-    from megatron_embed.loading.model_directory import local_directory
+    from megatron_embed.loading.hub import local_directory
 
     not_compared = "not loaded with PEFT and compared on texts: "
     if find_spec("peft") is None:

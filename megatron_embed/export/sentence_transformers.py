@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_embed.config.json_file import LARGEST_TOKENIZER, read_json_object, read_optional_json_object
 from megatron_embed.convert.checkpoint_directory import drop_standard_modules, write_json
 from megatron_embed.convert.dense_tensors import take_dense, write_dense
+from megatron_embed.data.token_vectors import keep_prompts_whole
 from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.export import multi_vector
 from megatron_embed.models.dense_settings import ACTIVATION_CLASSES, DenseSettings
@@ -56,6 +57,10 @@ def export_sentence_transformers(directory: str | Path, *, pooling: Pooling, nor
     saved = saved or SavedSettings(similarity="cosine" if normalize else "dot", truncation_side="right")
     complete_tokenizer(directory, needs_eos=saved.vectors is None and (
         pooling == "lasttoken" if needs_eos is None else needs_eos))
+    if saved.vectors is not None and saved.vectors.prefix_tokens:
+        tokenizer = load_export_tokenizer(directory)
+        if keep_prompts_whole(tokenizer, (query_prompt, document_prompt)):
+            tokenizer.save_pretrained(directory)
     if saved.truncation_side is not None:
         _set_truncation_side(directory, saved.truncation_side)
     _name_positions(directory)

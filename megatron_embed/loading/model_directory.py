@@ -30,6 +30,7 @@ from megatron_embed.data.tokenizer import RoleTokenizer, TextFormat
 from megatron_embed.data.vocabulary import has_tokenizer_files
 from megatron_embed.errors import CheckpointError, ConfigError
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.loading.hub import local_directory
 from megatron_embed.loading.quantized import load_quantized_weights, quantized_as
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.backbone import check_divisible
@@ -134,26 +135,6 @@ class ModelDirectory:
         if self.saved.vectors is not None:
             return "tokens"
         return wanted or self.saved.pooling or default_pooling(self.shape)
-
-
-def local_directory(path: str) -> Path:
-    """The directory itself, or a hub model's files in the local cache, fetched if need be. Raises CheckpointError."""
-    folder = Path(os.path.expanduser(path))
-    if path and folder.is_dir():
-        return folder
-    if folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") != 1:
-        what = "a file" if path and folder.exists() else "no such directory"
-        raise CheckpointError(f"{what}; give a model directory or a hub name such as Qwen/Qwen3-Embedding-0.6B")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(
-            path, ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.pt"]))
-    except Exception as error:
-        # The hub client raises its own, requests' and OS errors alike; to the user all mean: not here and not fetched.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"no such directory, and as a hub name it could not be fetched ({reason}); correct the "
-                              "path, or check the name and the network") from error
 
 
 def find_model(path: str, key: str = "model.path") -> ModelDirectory:

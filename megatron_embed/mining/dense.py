@@ -52,11 +52,24 @@ def mine_vectors(queries: Tensor, documents: Iterable[Tensor], positives: Sequen
             stream.add(block)
             pairs.add(block)
             bar.update(len(block))
-    scores, indices = stream.result()
+    return selected(*stream.result(), pairs.result(), positives, options, excluded=excluded, group=group)
+
+
+def selected(scores: Tensor, indices: Tensor, positive_scores: Sequence[list[float]],
+             positives: Sequence[Sequence[int]], options: MiningOptions, *, excluded: Sequence[Sequence[int]],
+             group: dist.ProcessGroup | None) -> MinedRows | None:
+    """The negatives of every query from what was found for it; arguments and result as of `mine_vectors`.
+
+    Args:
+        scores, indices: [this rank's queries, candidates], best first; rank r of n has queries r, r + n, ...
+        positive_scores: of the positives of this rank's queries.
+    """
+    rank, size = rank_and_size(group)
     candidates = (list(zip(found.tolist(), values.tolist(), strict=True))
                   for found, values in zip(indices, scores, strict=True))
-    mined = _selected(own, candidates, pairs.result(), excluded, options, last_rank)
-    return _gathered(mined, len(queries), group, on_all_ranks=options.reranked)
+    mined = _selected(range(rank, len(positives), size), candidates, positive_scores, excluded, options,
+                      options.last_rank(max(map(len, positives))))
+    return _gathered(mined, len(positives), group, on_all_ranks=options.reranked)
 
 
 def mine_by_index(queries: Tensor, given: GivenVectors, document_of_row: NDArray[np.int64], further: Tensor,

@@ -70,7 +70,6 @@ class MiningJob:
         import torch
         from torch.nn.functional import normalize
 
-        from megatron_embed.parallel.collectives import raise_on_all_ranks
 
         task = self.task
         scale = functools.partial(normalize, dim=-1) if cosine else torch.clone
@@ -87,11 +86,28 @@ class MiningJob:
         except EmptyTextError as error:
             first = len(task.documents) - len(task.documents.own) if given is not None and role == "document" else 0
             raise EmptyTextError(error.row, self._source_of(role, first + error.row), error.text) from None
+        self._finish(mined, scorer, is_first=topology.rank == 0)
+
+    def mine_with_tokens(self, encoder: "TextEncoder", scorer: "PairScorer | None") -> None:
+        """The same with a multi-vector model, by MaxSim. Called by all ranks."""
+        from megatron_embed.mining.multi_vector import mine_maxsim
+
+        try:
+            mined = mine_maxsim(encoder, self.task, self.options)
+        except EmptyTextError as error:
+            role: Role = "query" if error.name.startswith("query") else "document"
+            raise EmptyTextError(error.row, self._source_of(role, error.row), error.text) from None
+        self._finish(mined, scorer, is_first=encoder.topology.rank == 0)
+
+    def _finish(self, mined: Sequence[Mined] | None, scorer: "PairScorer | None", *, is_first: bool) -> None:
+        """Rerank if there is a reranker, and write. Called by all ranks."""
+        from megatron_embed.parallel.collectives import raise_on_all_ranks
+
         result: Sequence[Mined] | None = mined
         if scorer is not None:
             assert mined is not None, "all ranks have the candidates"
             result = self._reranked(mined, scorer)
-        raise_on_all_ranks(None if topology.rank or result is None else self._write(result))
+        raise_on_all_ranks(self._write(result) if is_first and result is not None else None)
 
     def _searched(self, queries: "Tensor", documents: "Iterator[Tensor]", given: "GivenVectors | None",
                   topology: "Topology") -> "MinedRows | None":
@@ -187,8 +203,12 @@ def mine(args: argparse.Namespace, job: MiningJob) -> None:
         prompts: dict[Role, str] = {"query": ""}  # Queries carry their prompts already.
         if args.document_prompt is not None:
             prompts["document"] = args.document_prompt
-        encoder, model, topology = open_encoder(args, prompts=True, given_prompts=prompts, start=start)
+        encoder, model, topology = open_encoder(args, prompts=True, given_prompts=prompts, start=start,
+                                                multi_vector=args.cache is None)
         scorer = _open_reranker(args, job, start, topology)
+        if encoder.pooling == "tokens":
+            job.mine_with_tokens(encoder, scorer)
+            return
         source = _open_vector_source(args, encoder, model)
         corpus = job.task.documents.corpus
         given = open_given_vectors(args, rows=0 if corpus is None else len(corpus.document_of_row), dim=encoder.dim,

@@ -93,11 +93,12 @@ CONFIG_SENTENCE_TRANSFORMERS = FileTable(
     keys={
         "__version__": harmless("versions that wrote the directory"),
         "model_type": honoured("which class of Sentence Transformers the directory is for", "SentenceTransformer",
-                               "CrossEncoder", "MultiVectorEncoder", None),
+                               "CrossEncoder", "MultiVectorEncoder", "ColBERT", None),
         "prompts": honoured("texts before a text: query for queries, document for documents"),
         "default_prompt_name": honoured("the prompt of texts without a role"),
         "similarity_fn_name": honoured("what compares vectors; dot_product is an older name of dot; maxsim, of "
-                                       "multi-vector models", "cosine", "dot", "dot_product", "maxsim", None,
+                                       "multi-vector models (PyLate: MaxSim)", "cosine", "dot", "dot_product", "maxsim",
+                                       "MaxSim", None,
                                        remedy="vectors are ranked by cosine or dot product here, those of tokens by "
                                               "maxsim: write one of these, if the model may be used so"),
         "truncate_dim": refused("drops the dimensions of every vector from this one on",
@@ -107,6 +108,13 @@ CONFIG_SENTENCE_TRANSFORMERS = FileTable(
         "activation_fn": honoured("of a cross-encoder: the function applied to its output, before that of config.json; "
                                   "torch's Sigmoid and Identity, others are refused and none is imported"),
         "keep_in_fp32_modules": harmless("of a cross-encoder: modules that stay in float32"),
+        "query_prefix": honoured("of PyLate: the token before every query"),
+        "document_prefix": honoured("of PyLate: the token before every document"),
+        "query_length": honoured("of PyLate: tokens of a query, mask tokens included"),
+        "document_length": honoured("of PyLate: longest document in tokens"),
+        "do_query_expansion": honoured("of PyLate: whether queries get mask tokens", True, False, None),
+        "attend_to_expansion_tokens": honoured("of PyLate: whether attention sees these", True, False, None),
+        "skiplist_words": honoured("of PyLate: tokens of documents that give no vector; None: punctuation"),
     })
 
 MODULES = FileTable(

@@ -41,6 +41,7 @@ STOCK_TYPES: dict[str, Kind] = {
     **{f"sentence_transformers.{name}": "MultiVectorMask" for name in (
         "multi_vector_encoder.modules.MultiVectorMask",
         "multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask")},
+    "pylate.models.Dense.Dense": "Dense",
 }
 """Full names under which Sentence Transformers, from 2 to 6, writes the modules that we compute. A class of the same
 last name from another package is another class."""
@@ -48,11 +49,13 @@ last name from another package is another class."""
 
 def _is_supported_order(kinds: list[Kind | None]) -> bool:
     """Transformer alone, or with LogitScore, or with Pooling and then any number of Dense and Normalize, or without
-    Pooling, these and one MultiVectorMask."""
+    Pooling, these and one MultiVectorMask; Dense alone in PyLate's."""
     if kinds[:2] == ["Transformer", "Pooling"]:
         return set(kinds[2:]) <= {"Dense", "Normalize"}
     if kinds[:1] == ["Transformer"] and kinds.count("MultiVectorMask") == 1:
         return set(kinds[1:]) <= {"Dense", "Normalize", "MultiVectorMask"}
+    if kinds[:1] == ["Transformer"] and set(kinds[1:]) == {"Dense"}:
+        return True
     return kinds in (["Transformer"], ["Transformer", "LogitScore"])
 
 

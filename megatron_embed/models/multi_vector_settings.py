@@ -9,21 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from megatron_embed.config.json_file import read_json_object
-from megatron_embed.config.vector_format import QueryExpansion, VectorFormat
+from megatron_embed.config.vector_format import PUNCTUATION, QueryExpansion, VectorFormat
 from megatron_embed.errors import CheckpointError
 from megatron_embed.models.key_table import shown_value
 from megatron_embed.models.known_keys import MULTI_VECTOR_MASK
 from megatron_embed.models.modules_json import Module
 from megatron_embed.names import ROLES, Role
 
-MULTI_VECTOR_TYPES = ("MultiVectorEncoder",)
-"""Values of `model_type` in config_sentence_transformers.json."""
+MULTI_VECTOR = "MultiVectorEncoder"
+PYLATE = "ColBERT"
+"""Values of `model_type` in config_sentence_transformers.json. PyLate's models are a Transformer and Dense modules;
+prefixes, lengths and the skip list are in that file, and vectors always get unit length."""
+DEFAULT_QUERY_LENGTH = 32
+"""Tokens of a query in ColBERT."""
 
 
 def is_multi_vector(modules: Sequence[Module]) -> bool:
     """Whether the modules of a directory give a vector for every token."""
     kinds = [module.kind for module in modules]
-    return "MultiVectorMask" in kinds
+    return "MultiVectorMask" in kinds or ("Dense" in kinds and "Pooling" not in kinds)
+
+
+def is_pylate(settings: Mapping[str, Any]) -> bool:
+    """Whether a config_sentence_transformers.json is PyLate's, which at first wrote no `model_type`."""
+    return settings.get("model_type") == PYLATE or (
+        settings.get("model_type") is None and "query_prefix" in settings)
 
 
 def vector_format(folder: Path, modules: Sequence[Module], settings: Mapping[str, Any],
@@ -37,8 +47,14 @@ def vector_format(folder: Path, modules: Sequence[Module], settings: Mapping[str
         CheckpointError: its files contradict each other, or a value is none that is supported.
     """
     file, kind = folder / "config_sentence_transformers.json", settings.get("model_type")
-    if not is_multi_vector(modules):
-        if kind in MULTI_VECTOR_TYPES:
+    mask = next((module for module in modules if module.kind == "MultiVectorMask"), None)
+    if is_pylate(settings) and mask is None and is_multi_vector(modules):
+        return _format_of_pylate(file, settings)
+    if mask is None:
+        if is_multi_vector(modules):
+            raise CheckpointError(f"{folder / 'modules.json'}: Dense without Pooling before it is only supported in a "
+                                  f"model of PyLate; {file.name} says model_type = {kind!r}")
+        if kind in (MULTI_VECTOR, PYLATE):
             raise CheckpointError(f"{file}: model_type = {kind!r}, but modules.json names no MultiVectorMask; fetch "
                                   "both files again")
         if expansion is not None:
@@ -46,11 +62,47 @@ def vector_format(folder: Path, modules: Sequence[Module], settings: Mapping[str
                                   "MultiVectorMask, without which Sentence Transformers does not score the appended "
                                   "tokens; remove the key")
         return None
-    if kind not in MULTI_VECTOR_TYPES:
+    if kind != MULTI_VECTOR:
         raise CheckpointError(f"{file}: model_type = {kind!r}, but modules.json names a MultiVectorMask; write "
                               "'MultiVectorEncoder'")
-    words, tasks = _mask(next(module for module in modules if module.kind == "MultiVectorMask"), folder)
+    words, tasks = _mask(mask, folder)
     return VectorFormat(skiplist_words=words, skiplist_tasks=tasks, expansion=expansion)
+
+
+def _format_of_pylate(file: Path, settings: Mapping[str, Any]) -> VectorFormat:
+    """What PyLate's keys say of tokens and queries."""
+    words, expansion = settings.get("skiplist_words"), None
+    if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise CheckpointError(f"{file}: skiplist_words = {shown_value(words)} must be a list of texts; correct it")
+    if settings.get("do_query_expansion") is not False:
+        expansion = QueryExpansion(length=pylate_lengths(file, settings).get("query", DEFAULT_QUERY_LENGTH),
+                                   attend=bool(settings.get("attend_to_expansion_tokens")))
+    return VectorFormat(skiplist_words=PUNCTUATION if words is None else tuple(words), expansion=expansion,
+                        prefix_tokens=True)
+
+
+def pylate_lengths(file: Path, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens of queries and documents that PyLate's keys say, by role."""
+    lengths: dict[str, int] = {}
+    for role in ROLES:
+        length = settings.get(f"{role}_length")
+        if length is not None and (type(length) is not int or length < 1):
+            raise CheckpointError(f"{file}: {role}_length = {shown_value(length)} must be a whole number of tokens "
+                                  "above 0; correct it")
+        lengths |= {} if length is None else {role: length}
+    return lengths
+
+
+def pylate_prompts(file: Path, settings: Mapping[str, Any], prompts: Mapping[str, str]) -> dict[str, str]:
+    """The prompts with PyLate's prefix tokens before those of queries and documents."""
+    result = dict(prompts)
+    for role in ROLES:
+        prefix = settings.get(f"{role}_prefix")
+        if not isinstance(prefix, str | None):
+            raise CheckpointError(f"{file}: {role}_prefix = {shown_value(prefix)} must be a text; correct it")
+        if prefix:
+            result[role] = prefix + result.get(role, "").removeprefix(prefix)
+    return result
 
 
 def _mask(module: Module, folder: Path) -> tuple[tuple[str, ...], tuple[Role, ...]]:

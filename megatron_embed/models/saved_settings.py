@@ -34,7 +34,14 @@ from megatron_embed.models.modules_json import (
     transformer_folder,
     transformer_settings_files,
 )
-from megatron_embed.models.multi_vector_settings import is_multi_vector, query_expansion, vector_format
+from megatron_embed.models.multi_vector_settings import (
+    is_multi_vector,
+    is_pylate,
+    pylate_lengths,
+    pylate_prompts,
+    query_expansion,
+    vector_format,
+)
 from megatron_embed.names import POOLINGS, ROLES, MessageFormat, Pooling, Similarity, TruncationSide
 
 logger = logging.getLogger(__name__)
@@ -210,6 +217,10 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     settings = read_optional_json_object(file)
     CONFIG_SENTENCE_TRANSFORMERS.check(file, settings)
     named, default = named_prompts(file, settings, also_default=ROLES)
+    role_lengths = transformer.role_lengths
+    if is_pylate(settings):
+        named, normalize = pylate_prompts(file, settings, named), True
+        role_lengths = role_lengths | pylate_lengths(file, settings)
     prompts = _by_role(file, named)
     if not include_prompt and any([*prompts.values(), named.get(default or "")]):
         raise CheckpointError(f"{folder}: include_prompt = false in its pooling is not supported together with "
@@ -218,7 +229,7 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
         "dot" if settings.get("similarity_fn_name") in ("dot", "dot_product") else "cosine")
     return SavedSettings(
         pooling=pooling, dense=dense, normalize=normalize, prompts=prompts, named_prompts=named,
-        default_prompt_name=default, similarity=similarity, role_lengths=transformer.role_lengths,
+        default_prompt_name=default, similarity=similarity, role_lengths=role_lengths,
         lower_case=transformer.lower_case, chat=transformer.chat,
         vectors=vector_format(folder, modules, settings, query_expansion(transformer.file, transformer.values)),
         **common)

@@ -7,7 +7,6 @@ round every rank shows all others some of its documents; memory is that of one r
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,22 +28,23 @@ class DocumentTile:
 class DocumentTiles:
     """The documents of all ranks of a group, in rounds. Every method is called by all of them together."""
 
-    def __init__(self, own: TextVectors, num_documents: Tensor, capacity: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, own: TextVectors, gradient: Tensor, num_documents: Tensor, capacity: int,
+                 group: dist.ProcessGroup) -> None:
         """One small all-gather of the numbers of vectors, between the CPUs.
 
         Args:
             own: this rank's documents.
+            gradient: [own vectors, dim], to which `return_gradients` adds.
             num_documents: [ranks] int64 on the CPU.
             capacity: the most documents of a rank, equal on all of them.
         """
-        self._own, self._group = own, group
+        self._own, self._gradient, self._group = own, TextVectors(vectors=gradient, counts=own.counts), group
         gathered = gather_padded(own.counts, capacity, group)
         self._counts = [row[:count] for row, count in zip(gathered, num_documents.tolist(), strict=True)]
         self._first_column = (num_documents.cumsum(0) - num_documents).tolist()
         budget = MAXSIM_TILE_ELEMENTS // max(1, own.vectors.shape[1]) // group.size()
         self._tiles = [_cut(counts.tolist(), max(1, budget)) for counts in self._counts]
         self.rounds = max(map(len, self._tiles))
-        self.gradient = torch.zeros_like(own.vectors)
 
     def show(self, turn: int) -> list[DocumentTile]:
         """The documents of a round: one all-gather of vectors, padded to the most that a rank shows."""
@@ -72,7 +72,7 @@ class DocumentTiles:
         for tile, gradient in gradients:
             padded[tile.rank, : len(gradient)] = gradient
         first, last = self._bounds(self._group.rank(), turn)
-        own = TextVectors(vectors=self.gradient, counts=self._own.counts).part(first, last).vectors
+        own = self._gradient.part(first, last).vectors
         own += scatter_sum(padded, self._group)[: len(own)]
 
     def _bounds(self, rank: int, turn: int) -> tuple[int, int]:

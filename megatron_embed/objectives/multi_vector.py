@@ -39,15 +39,17 @@ class MultiVectorContrastive(Contrastive):
         collectives (numbers of rows and text hashes; numbers of vectors; sums).
         """
         queries, documents = text_vectors(embeddings, batch)
+        gradient = torch.zeros_like(embeddings)
+        grad_query, grad_document = text_vectors(gradient, batch)
         ids = gather_ids(batch, self.dp_group, texts=self.mask_duplicates, document_queries=self.needs_document_queries)
         on_host = self._columns(batch, ids)
         columns = copy_to_device(on_host, embeddings.device)
-        tiles = DocumentTiles(documents, ids.num_documents, batch.capacity.documents, self.dp_group)
+        tiles = DocumentTiles(documents, grad_document.vectors, ids.num_documents, batch.capacity.documents,
+                              self.dp_group)
         loss = _BlockLoss(self, columns.candidates(self.settings.directions), on_host.terms.query,
                           columns.terms.weights, total)
         num_candidates = int(ids.num_documents.sum())
         size = max(1, MAXSIM_TILE_ELEMENTS // max(1, num_candidates))
-        grad_query = torch.empty_like(queries.vectors)
         for first in range(0, int(ids.num_queries.max()), size):
             bounds = (min(first, batch.num_queries), min(first + size, batch.num_queries))
             block = queries.part(*bounds)
@@ -56,12 +58,12 @@ class MultiVectorContrastive(Contrastive):
                 for tile in tiles.show(turn):
                     scores[:, tile.columns] = maxsim(block, tile.documents)
             loss.add(scores, *bounds)
-            own = TextVectors(vectors=grad_query, counts=queries.counts).part(*bounds).vectors.zero_()
-            _return_gradients(tiles, block, scores, own)
-        log_scale = (grad_query * queries.vectors).sum(dtype=torch.float64)  # MaxSim is linear in a query's length
+            _return_gradients(tiles, block, scores, grad_query.part(*bounds).vectors)
+        # MaxSim is linear in the lengths of a query's vectors.
+        log_scale = (grad_query.vectors * queries.vectors).sum(dtype=torch.float64)
         scale = torch.stack([log_scale, torch.zeros_like(log_scale)])
         sums = self._sums([loss.sums], [scale], len(on_host.terms.query), batch, total)
-        return LossGradient(sums=sums, embeddings=torch.cat([grad_query, tiles.gradient]))
+        return LossGradient(sums=sums, embeddings=gradient)
 
 
 def _return_gradients(tiles: DocumentTiles, queries: TextVectors, grad_scores: Tensor, grad_query: Tensor) -> None:

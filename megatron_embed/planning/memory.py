@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.models.families import ModelShape
-from megatron_embed.names import LOSS_TILE_ELEMENTS, ROLES
+from megatron_embed.names import LOSS_TILE_ELEMENTS, MAXSIM_TILE_ELEMENTS, ROLES
 from megatron_embed.planning.parameters import (
     AdaptedLinears,
     Held,
     Parameters,
+    gives_token_vectors,
     held_parameters,
     stage_layers,
     vector_width,
@@ -249,8 +250,13 @@ def kept_tokens(config: RunConfig, shape: ModelShape, grid: Grid, spare: float,
     return max(0, int(spare / each * grid.micro_batch_tokens))
 
 
+MAXSIM_TILES = 6
+"""Tiles that late interaction's loss holds at once, as tools/bench_multi_vector.py measures them."""
+
+
 def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> int:
-    """Loss bytes, on the last stage: this rank's embeddings, all documents and their gradient, one tile.
+    """Loss bytes, on the last stage: this rank's embeddings, all documents and their gradient, one tile. Of a
+    multi-vector model, this rank's vectors and their gradient, and tiles of similarities, scores and documents.
 
     A reranker's scores are negligible.
     """
@@ -258,6 +264,9 @@ def loss_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: int) -> 
     if stage != config.parallel.pipeline_model_parallel_size - 1 or not documents:
         return 0
     width = 4 * vector_width(config, shape)
+    if gives_token_vectors(config):
+        vectors = sum(count * tokens for count, tokens in config.workload.texts_per_query) * queries // grid.dp
+        return vectors * width * 2 + MAXSIM_TILES * 4 * MAXSIM_TILE_ELEMENTS
     own = (queries + documents) // grid.dp * width * 2
     return own + 3 * documents * width + 8 * min(LOSS_TILE_ELEMENTS, queries // grid.dp * documents)
 

@@ -166,12 +166,20 @@ def vector_width(config: RunConfig, shape: ModelShape) -> int:
     return 1 if config.workload.has_head else embedding_width(*_dense(config, shape))
 
 
+def gives_token_vectors(config: RunConfig) -> bool:
+    """Whether a run's model gives a vector for every token."""
+    head = config.embedding.head
+    return not config.workload.has_head and (
+        head == "multi_vector" or (head is None and modules_at_hand(config.model.path)[1] == "tokens"))
+
+
 def _dense(config: RunConfig, shape: ModelShape) -> tuple[tuple[DenseSettings, ...], ModelShape, ModelPooling]:
     """(Dense modules of an embedding run: a new one, or those of a model that is here; the shape; the pooling)."""
     own, own_pooling = modules_at_hand(config.model.path)
     pooling = config.embedding.pooling or own_pooling or default_pooling(shape)
     if config.embedding.head is not None:
-        pooling = "tokens" if config.embedding.head == "multi_vector" else pooling
+        pooling = "tokens" if config.embedding.head == "multi_vector" else config.embedding.pooling or (
+            default_pooling(shape) if own_pooling in (None, "tokens") else own_pooling)
     return dense_of_run(config.embedding, own, shape, pooling), shape, pooling
 
 

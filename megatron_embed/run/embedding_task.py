@@ -23,10 +23,12 @@ from megatron_embed.data.tokenizer import Role, RoleTokenizer, TextFormat
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.beir import refuse_empty_texts
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.evaluation.maxsim_retrieval import evaluate_maxsim_retrieval
+from megatron_embed.evaluation.maxsim_search import maxsim_of_lists
 from megatron_embed.evaluation.reranking import similarity_of_pairs
 from megatron_embed.evaluation.retrieval import Embed
 from megatron_embed.evaluation.sts import refuse_empty_pairs
-from megatron_embed.evaluation.suite import EvaluationSuite
+from megatron_embed.evaluation.suite import EvaluationSuite, average
 from megatron_embed.export.embedding import PROBES, export_model, write_settings
 from megatron_embed.export.verify import ExpectedSettings
 from megatron_embed.loading.model_directory import ModelDirectory, error_context, load_model_chunks
@@ -152,6 +154,11 @@ class EmbeddingTask(Task):
 
     def _evaluate(self, encoder: TextEncoder, suite: EvaluationSuite) -> dict[str, float]:
         similarity: Similarity = "cosine" if self.config.embedding.unit_length else "dot"
+        if encoder.pooling == "tokens":
+            retrieval = [(data.name, evaluate_maxsim_retrieval(encoder, data, group=dist.group.WORLD))
+                         for data in suite.retrieval]
+            return {**average(retrieval), **evaluate_rerank_sets(suite.reranking, functools.partial(
+                maxsim_of_lists, encoder))}
 
         def embed_for(instruction: str | None) -> Embed:
             return functools.partial(encoder.encode, instruction=instruction)

@@ -14,6 +14,8 @@ from megatron_embed import __version__
 from megatron_embed.data.corpus import TextsOnDisk
 from megatron_embed.errors import ConfigError, EmptyTextError, UserError
 from megatron_embed.evaluation.encode import TextEncoder
+from megatron_embed.evaluation.token_file import write_token_file
+from megatron_embed.evaluation.token_pooling import pool_tokens
 from megatron_embed.evaluation.vector_files import ShardWriter, write_shards
 from megatron_embed.loading.model_directory import ModelDirectory
 from megatron_embed.parallel.collectives import broadcast_from_rank0, raise_on_all_ranks
@@ -27,6 +29,23 @@ def encode_to_file(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEn
     if encoder.topology.rank == 0:
         array = vectors.numpy().astype(args.output_dtype)
         error = write_atomic("--output", args.output, lambda file: np.save(file, array), binary=True)
+    raise_on_all_ranks(error)
+
+
+def encode_token_vectors(args: argparse.Namespace, texts: TextsOnDisk, encoder: TextEncoder) -> None:
+    """Write the vectors of a multi-vector model from the first rank, complete or not at all; the other ranks compute
+    their share of every block. Called by all ranks."""
+    blocks = encoder.blocks(texts, args.role or "document", show_progress=encoder.topology.rank == 0)
+    error = None
+    try:
+        if encoder.topology.rank == 0:
+            pooled = (pool_tokens(block, args.token_pooling or 1) for block in blocks)
+            error = write_token_file(args.output, pooled, encoder.dim)
+        else:
+            for _ in blocks:
+                pass
+    except EmptyTextError as empty:
+        raise EmptyTextError(empty.row, texts.source(empty.row), empty.text) from None
     raise_on_all_ranks(error)
 
 

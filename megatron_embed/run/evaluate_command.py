@@ -56,13 +56,15 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     import torch.distributed as dist
 
     from megatron_embed.evaluation.given_vectors import open_given_vectors
+    from megatron_embed.evaluation.maxsim_retrieval import evaluate_maxsim_queries
     from megatron_embed.evaluation.retrieval import METRICS, Rankings, evaluate_queries, mean_metrics
     from megatron_embed.loading.model_directory import open_encoder
     from megatron_embed.loading.prompts import given_prompts
     from megatron_embed.parallel.collectives import raise_on_all_ranks
 
     check_metric_names(args.require, [prefix + name for prefix in ranking_prefixes(args) for name in METRICS])
-    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
+    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start,
+                                             multi_vector=not (args.dims or args.two_stage or args.vectors))
     given = open_given_vectors(args, rows=len(data.document_ids), dim=encoder.dim, similarity=model.saved.similarity,
                                what=f"{args.data}/corpus.jsonl")
     if given is not None and given.index is not None and (args.dims or args.two_stage):
@@ -73,9 +75,13 @@ def evaluate_beir(args: argparse.Namespace, start: Start) -> tuple[dict[str, flo
     rankings.check(encoder.dim)
     if args.reranker is not None:
         rankings = dataclasses.replace(rankings, rerank=open_rerank_stage(args, data.query_texts, topology))
-    encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
-    per_query = evaluate_queries(encode, data, similarity=model.saved.similarity, rankings=rankings,
-                                 group=dist.group.WORLD, device=topology.device, given=given)
+    if encoder.pooling == "tokens":
+        per_query = evaluate_maxsim_queries(encoder, data, rerank=rankings.rerank, group=dist.group.WORLD,
+                                            show_progress=topology.rank == 0)
+    else:
+        encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
+        per_query = evaluate_queries(encode, data, similarity=model.saved.similarity, rankings=rankings,
+                                     group=dist.group.WORLD, device=topology.device, given=given)
     if args.per_query is not None:
         raise_on_all_ranks(write_queries(args.per_query, per_query) if topology.rank == 0 else None)
     return mean_metrics(per_query), topology.rank
@@ -142,6 +148,7 @@ def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
     """(metrics of a reranker, or of an embedding model's similarities, on a file of lists, this rank)."""
     refuse_options(args, "lists", "split", "drop_own_id", "two_stage", "dims", "reranker", "per_query", "vectors",
                    "index", "probes", "ef_search")
+    from megatron_embed.evaluation.maxsim_search import maxsim_of_lists
     from megatron_embed.evaluation.reranking import METRICS, evaluate_reranking, load_rerank_file, similarity_of_pairs
 
     data = load_rerank_file(args.data)
@@ -156,9 +163,12 @@ def evaluate_lists(args: argparse.Namespace, start: Start) -> tuple[dict[str, fl
                                           overrides=args.overrides, start=start)
         score = functools.partial(scorer.raw_scores, show_progress=topology.rank == 0)
         return evaluate_reranking(score, data), topology.rank
-    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start)
+    encoder, model, topology = open_encoder(args, prompts=True, given_prompts=given_prompts(args), start=start,
+                                            multi_vector=True)
     encode = functools.partial(encoder.encode, show_progress=topology.rank == 0)
     score = functools.partial(similarity_of_pairs, encode, similarity=model.saved.similarity)
+    if encoder.pooling == "tokens":
+        return evaluate_reranking(functools.partial(maxsim_of_lists, encoder), data), topology.rank
     return evaluate_reranking(score, data), topology.rank
 
 

@@ -3,11 +3,14 @@
 import json
 
 import numpy as np
+import pytest
 from sentence_transformers import MultiVectorEncoder
 
+from tests.helpers.commands import evaluated, small_beir  # noqa: F401
 from tests.helpers.foreign_directories_helpers import save_directory
 from tests.helpers.multi_vector_reference import FORMATS, add_token_modules
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.refusals import command
 from tests.helpers.runs import configuration, curve, train
 
 TEXTS = ["The quick brown fox", "jumps over; or: it does not!", "the lazy dog, and over a longer text that follows"]
@@ -70,3 +73,70 @@ def test_a_run_trains_saves_and_exports(tmp_path):
     assert losses[-1] < losses[0]
     settings = json.loads((tmp_path / "run-export" / "sentence_bert_config.json").read_text())
     assert settings["query_expansion"] == {"strategy": "fixed", "attend": False, "token": None, "length": 24}
+
+
+def maxsim_orders(folder, directory):
+    """[(query id, document ids, scores)] by Sentence Transformers, best first."""
+    rows = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("queries", "corpus")}
+    model = MultiVectorEncoder(str(directory), device="cpu")
+    texts = [f"{row['title']} {row['text']}" if row.get("title") else row["text"] for row in rows["corpus"]]
+    scores = model.similarity(model.encode_query([row["text"] for row in rows["queries"]]),
+                              model.encode_document(texts))
+    return {query["_id"]: {document["_id"]: float(score) for document, score in zip(rows["corpus"], line, strict=True)}
+            for query, line in zip(rows["queries"], scores, strict=True)}
+
+
+def test_evaluate_mine_and_encode(small_beir, tmp_path):
+    from megatron_embed.evaluation.retrieval import retrieval_metrics
+
+    directory = add_token_modules(save_directory(tmp_path / "model", kind="bert"), "colbert")
+    run = maxsim_orders(small_beir, directory)
+    qrels = {}
+    for line in (small_beir / "qrels" / "test.tsv").read_text().splitlines()[1:]:
+        query, document, label = line.split("\t")
+        qrels.setdefault(query, {})[document] = int(label)
+    expected = retrieval_metrics(qrels, {query: run[query] for query in qrels})
+    ours = evaluated(["--model", str(directory), "--data", str(small_beir)], 2)
+    assert ours == pytest.approx(expected, abs=1e-6)
+    mine_and_compare(directory, run, small_beir, tmp_path)
+    encode_and_compare(directory, tmp_path)
+
+
+def mine_and_compare(directory, run, folder, tmp_path):
+    """The negatives of each query are its best documents but its positive."""
+    texts = {row["_id"]: f"{row['title']} {row['text']}" if row.get("title") else row["text"]
+             for row in map(json.loads, (folder / "corpus.jsonl").read_text().splitlines())}
+    queries = {row["_id"]: row["text"] for row in map(json.loads, (folder / "queries.jsonl").read_text().splitlines())}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(
+        {"query": text, "positive": texts[max(run[query], key=run[query].get)]}) + "\n"
+        for query, text in queries.items()))
+    output = tmp_path / "mined.jsonl"
+    results = run_on_ranks(command, 2, ["mine", "--model", str(directory), "--data", str(tmp_path / "rows.jsonl"),
+                                        "--corpus", str(folder / "corpus.jsonl"), "--output", str(output),
+                                        "--num-negatives", "3", "--range-min", "0"])
+    assert all(code == 0 for code, *_ in results), results[0][2]
+    for (query, scores), line in zip(run.items(), output.read_text().splitlines(), strict=True):
+        row, ranked = json.loads(line), sorted(scores, key=scores.get, reverse=True)
+        assert row["query"] == queries[query]
+        assert row["negatives"] == [texts[name] for name in ranked[1:4]]
+        assert row["teacher_scores"] == pytest.approx([scores[name] for name in ranked[:4]], abs=1e-5)
+
+
+def encode_and_compare(directory, tmp_path):
+    """The two files hold each text's vectors, pooled or not."""
+    from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling
+
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    model = MultiVectorEncoder(str(directory), device="cpu")
+    for factor, options in ((1, []), (3, ["--token-pooling", "3"])):
+        output = tmp_path / f"vectors-{factor}.npy"
+        results = run_on_ranks(command, 2, [
+            "encode", "--model", str(directory), "--input", str(tmp_path / "texts.jsonl"), "--output", str(output),
+            "--role", "document", *options])
+        assert all(code == 0 for code, *_ in results), results[0][2]
+        vectors, offsets = np.load(output), np.load(tmp_path / f"vectors-{factor}.offsets.npy")
+        expected = model.encode_document(TEXTS, token_pooling=HierarchicalTokenPooling(factor))
+        assert offsets.tolist() == [0, *np.cumsum([len(row) for row in expected])]
+        np.testing.assert_allclose(vectors, np.concatenate([row.numpy() for row in expected]), atol=5e-6)
+    assert not list(tmp_path.glob("*.tmp"))

@@ -293,6 +293,39 @@ def head_flash_cases() -> list[Case]:
             for kind in (*KINDS[:2], "mistral")]
 
 
+MULTI_VECTOR_LAYOUTS = (*SINGLE[:12], *COMBINED[:9], Layout(tp=2, pp=2, dp=2), Layout(tp=2, cp=2, dp=2),
+                        Layout(pp=2, vpp=2, tp=2, dp=2))
+MULTI_VECTOR_EXPERTS = (Layout(dp=2, ep=2), Layout(tp=2, ep=2), Layout(cp=2, ep=2), Layout(tp=2, etp=2),
+                        Layout(pp=2, dp=2, ep=2))
+
+
+def multi_vector_cases() -> list[Case]:
+    """Models of a vector per token: documents' vectors travel in tiles."""
+    formats = ("plain", "colbert", "attended")
+    cases = []
+    for index, layout in enumerate(MULTI_VECTOR_LAYOUTS):
+        smallest = layout.pp if layout.vpp > 1 else 1
+        for turn, kind in enumerate(("bert", "qwen3")):
+            if layout == Layout(tp=2, sequence_parallel=False) and kind not in _kinds(layout):
+                continue
+            counts = [count for count in (1, 2, 4) if count >= smallest and layout.dp * count <= 16]
+            cases.append(Case(kind=kind, layout=layout, micro_batches=counts[(index + turn) % len(counts)],
+                              multi=formats[(index + turn) % 3], distributed=(index + turn) % 2 == 0,
+                              rows="masked" if (index // 2 + turn) % 2 else "short"))
+    cases += [Case(kind="qwen3_moe", layout=layout, micro_batches=2, multi=formats[index % 3],
+                   aux=AUX_COEFFICIENT if index % 2 else 0.0) for index, layout in enumerate(MULTI_VECTOR_EXPERTS)]
+    cases += [Case(kind=kind, layout=layout, tokens=tokens, rows="masked", multi="colbert", first_pass=first_pass)
+              for layout, kind, tokens, first_pass in (
+                  (Layout(dp=2), "bert", 144, 1), (Layout(tp=2, dp=2), "qwen3", 176, 2),
+                  (Layout(cp=2, dp=2), "bert", 144, 1), (Layout(pp=2, dp=2), "qwen3", 144, 1))]
+    cases += [Case(kind="bert", layout=layout, micro_batches=2, negatives="micro_batch", multi="plain")
+              for layout in (Layout(dp=2), Layout(tp=2), Layout(pp=2))]
+    cases += [Case(kind="bert", layout=layout, micro_batches=2, multi="plain", keep=1) for layout in (
+        Layout(dp=2), Layout(tp=2, dp=2))]
+    cases.append(Case(kind="bert", layout=Layout(dp=2), micro_batches=2, multi="colbert", adapters=True))
+    return sorted(cases, key=lambda case: (*SINGLE, *COMBINED).index(case.layout))
+
+
 FLASH_LAYOUTS = (Layout(cp=2), Layout(cp=4), Layout(tp=2, cp=2), Layout(pp=2, cp=2), Layout(cp=2, dp=2),
                  Layout(tp=2, pp=2, cp=2), Layout(cp=4, tp=2))
 

@@ -20,6 +20,7 @@ from tests.helpers.exactness_cases import (
     flash_cases,
     head_cases,
     head_flash_cases,
+    multi_vector_cases,
 )
 from tests.helpers.pretend_ranks import shutdown_pretend_ranks
 from tests.pretend_cuda.build import reason_against
@@ -41,6 +42,7 @@ FAST = (
     Case(kind="bert", layout=Layout(tp=2, dp=2), tokens=176, distributed=True, first_pass=3, keep=1),
     Case(kind="qwen3", layout=Layout(cp=2, dp=2), tokens=128, rows="masked", first_pass=4),
     Case(kind="qwen3_moe", layout=Layout(pp=2, dp=2, ep=2), micro_batches=2),
+    Case(kind="bert", layout=Layout(dp=2), micro_batches=2, multi="colbert", rows="masked"),
 )
 """The long rows, whose model takes half a minute to teach, are left to the slow part."""
 
@@ -83,6 +85,12 @@ def test_gradients_of_dense_modules_equal_sentence_transformers(oracle, cases):
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", by_layout(head_cases()), ids=lambda cases: str(cases[0].layout))
 def test_gradients_of_context_parallelism_by_heads_equal_one_process(oracle, cases):
+    check(oracle, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_layout(multi_vector_cases()), ids=lambda cases: str(cases[0].layout))
+def test_gradients_of_a_vector_per_token_equal_one_process(oracle, cases):
     check(oracle, cases)
 
 
