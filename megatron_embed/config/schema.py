@@ -316,8 +316,9 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, "logging.every_steps", self.every_steps, "must be >= 1")
-        for key in ("spike_deviations", "parameter_checksum_every"):
-            require(getattr(self, key) >= 0, f"logging.{key}", getattr(self, key), "must be >= 0")
+        require(self.spike_deviations >= 0, "logging.spike_deviations", self.spike_deviations, "must be >= 0")
+        require(self.parameter_checksum_every >= 0, "logging.parameter_checksum_every", self.parameter_checksum_every,
+                "must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
