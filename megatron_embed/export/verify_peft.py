@@ -78,9 +78,10 @@ def _load(directory: Path, base: Path, dtype: str, head: HeadKind | None, quanti
     options = {"num_labels": 1} if head == "score" else {}
     if quantized is not None:
         dtype = "float32"  # training quantizes the values of the files, and the trained model's others are read there
-    model = load[head](str(base), local_files_only=True, dtype=dtype, **options).float()
+    model = load[head](str(base), local_files_only=True, dtype=dtype, **options)
     if quantized is not None:
         round_to_quantized(model, base, quantized)
+    torch.nn.Module.float(model)  # Transformers' own refuses a model that was quantized
     return PeftModel.from_pretrained(model, str(directory)).float().eval().get_base_model()
 
 

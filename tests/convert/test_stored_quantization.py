@@ -133,9 +133,9 @@ def test_other_commands_take_the_directory(model, tmp_path, kind, double):
     (tmp_path / "texts.jsonl").write_text('{"text": "a text"}\n{"text": "another one"}\n')
 
     def run(*arguments):
-        ((code, _, err, _),) = run_on_ranks(command, 1, [str(argument) for argument in arguments])
+        ((code, out, err, _),) = run_on_ranks(command, 1, [str(argument) for argument in arguments])
         assert code == 0, err
-        return err
+        return out
 
     def vectors(path):
         run("encode", "--model", path, "--input", tmp_path / "texts.jsonl", "--output", tmp_path / "vectors.npy",
