@@ -192,8 +192,11 @@ def pass_time(config: RunConfig, shape: ModelShape, grid: Grid, gpu: GPU, adapte
     exposed = EXPOSED_WITH_BACKWARD if with_backward else 1.0
     tensor = layers * exchanges * (tp > 1) * exposed * (
         state * (tp - 1) / tp / _bandwidth(gpu, tp) + SECONDS_PER_COLLECTIVE)
-    keys = state / shape.hidden_size * 2 * shape.num_query_groups * shape.head_dim / tp
-    context = layers * (forwards + 2 * with_backward) * keys * (cp - 1) / _bandwidth(gpu, tp * cp)
+    keys, sent = 2 * shape.num_query_groups * shape.head_dim / tp, cp - 1.0
+    if sizes.cp_comm_type == "a2a":  # queries, keys, values and the result, of which a rank keeps its share
+        keys, sent = keys + 2 * shape.num_attention_heads * shape.head_dim / tp, (cp - 1) / cp
+    context = layers * (forwards + (1 if sizes.cp_comm_type == "a2a" else 2) * with_backward) * sent * keys * (
+        state / shape.hidden_size / _bandwidth(gpu, tp * cp))
     expert = layers * 2 * (forwards + with_backward) * state / tp * shape.experts_per_token * (ep - 1) / ep / \
         _bandwidth(gpu, ep * sizes.expert_tensor_parallel_size)
     device = compute + elementwise + tensor + context + expert

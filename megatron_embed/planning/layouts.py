@@ -15,6 +15,8 @@ from megatron_embed.planning.parameters import AdaptedLinears
 
 MOST_PROPOSED = 5
 """Layouts that a plan proposes."""
+LONG_TEXT = 4096
+"""Tokens of the longest text from which on context parallelism is tried; below, it only adds communication."""
 TOKEN_BUDGETS = (2048, 4096, 8192, 16384)
 """Tokens of a micro-batch in proposals for a run without `training.micro_batch_tokens`."""
 
@@ -70,6 +72,8 @@ def divides(sizes: ParallelConfig, shape: ModelShape) -> bool:
         return False
     if shape.hidden_size % tp and sizes.sequence_parallel:
         return False
+    if sizes.cp_comm_type == "a2a" and (shape.num_query_groups // tp) % sizes.context_parallel_size:
+        return False
     if shape.num_experts:
         return shape.num_experts % ep == 0 and shape.ffn_hidden_size % etp == 0 and (
             tp == 1 or bool(sizes.sequence_parallel))
@@ -96,20 +100,26 @@ def propose(config: RunConfig, shape: ModelShape, gpus: int, gpu: GPU, adapted: 
 
 
 def candidates(config: RunConfig, shape: ModelShape, gpus: int) -> Iterator[RunConfig]:
-    """Every possible combination of tensor, pipeline and expert parallelism, micro-batch and recomputation.
+    """Every possible combination of tensor, pipeline, context and expert parallelism, micro-batch and recomputation.
 
-    The number of layers need not be divisible by the stages. Context parallelism is not varied.
+    The number of layers need not be divisible by the stages. Context parallelism is varied for long texts, see
+    LONG_TEXT, within a node.
     """
     powers = [2**power for power in range(gpus.bit_length()) if 2**power <= gpus]
     tensor = [size for size in powers if size <= GPUS_PER_NODE]
     pipeline = [size for size in range(1, min(gpus, shape.num_layers, 16) + 1) if gpus % size == 0]
     expert = [size for size in powers if shape.num_experts and shape.num_experts % size == 0] or [1]
-    for tp, pp, ep, recompute in itertools.product(tensor, pipeline, expert, ("none", "full")):
+    longest = max(tokens for _, tokens in config.workload.texts_per_query)
+    context = tensor if longest >= LONG_TEXT else [config.parallel.context_parallel_size]
+    for tp, pp, cp, ep, recompute in itertools.product(tensor, pipeline, context, expert, ("none", "full")):
+        if longest >= LONG_TEXT and tp * cp > GPUS_PER_NODE:
+            continue
         for virtual in (None, *(size for size in (2, 4, 5) if pp > 1 and pp * size <= shape.num_layers)):
             sizes = dataclasses.replace(
                 config.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+                context_parallel_size=cp,
                 expert_model_parallel_size=ep, virtual_pipeline_model_parallel_size=virtual)
-            for micro in micro_batches(config, gpus // (tp * pp * config.parallel.context_parallel_size)):
+            for micro in micro_batches(config, gpus // (tp * pp * cp)):
                 training = dataclasses.replace(config.training, recompute=recompute, **micro)
                 candidate = dataclasses.replace(config, parallel=sizes, training=training)
                 if is_possible(candidate, shape, gpus):

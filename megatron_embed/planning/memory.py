@@ -155,6 +155,8 @@ def layer_activation_bytes(config: RunConfig, shape: ModelShape, adapted: Adapte
     if shape.has_position_bias:
         # With a bias that is trained, SDPA keeps a query's weights of all keys of its text, in float32.
         attention += 4 * shape.num_attention_heads * max(config.data.max_length(role) for role in ROLES)
+    if config.parallel.cp_comm_type == "a2a" and config.parallel.context_parallel_size > 1:
+        attention += element * (2 * query + 2 * key)  # the same again, of the rank's heads
     if shape.qk_layernorm:
         attention += 4 * (query + key) / shape.head_dim  # a number per head, in float32
     widths = 3 if shape.gated else 2
@@ -195,9 +197,15 @@ def activation_bytes(config: RunConfig, shape: ModelShape, grid: Grid, stage: in
 
 
 def temporary_bytes(config: RunConfig, shape: ModelShape) -> float:
-    """Bytes of a layer's largest temporary tensors per token of a micro-batch, on one tensor-parallel rank."""
-    first = shape.ffn_hidden_size * (2 if shape.gated else 1) / config.parallel.tensor_model_parallel_size
-    return 2 * (first + shape.hidden_size) * DTYPE_BYTES[config.model.dtype]
+    """Bytes of a layer's largest temporary tensors per token that a rank holds, on one tensor-parallel rank: those of
+    the MLP, or of attention that gathers the keys and values of all context-parallel ranks, and puts them in order."""
+    sizes = config.parallel
+    first = shape.ffn_hidden_size * (2 if shape.gated else 1) / sizes.tensor_model_parallel_size
+    gathered = 0.0
+    if sizes.context_parallel_size > 1 and sizes.cp_comm_type == "all_gather":
+        keys = 2 * shape.num_query_groups * shape.head_dim / sizes.tensor_model_parallel_size
+        gathered = sizes.context_parallel_size * keys
+    return 2 * max(first + shape.hidden_size, gathered) * DTYPE_BYTES[config.model.dtype]
 
 
 MOST_FIRST_PASS = 4

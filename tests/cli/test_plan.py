@@ -170,6 +170,20 @@ def test_stages_need_not_divide_the_layers(capsys):
     assert uneven / even == pytest.approx(5 * 8 / 36)
 
 
+def test_context_parallelism_is_tried_for_long_texts():
+    config, shape = load_config(LARGE, []), shape_of(load_config(LARGE, []).model.path)
+    long = dataclasses.replace(config, data=dataclasses.replace(config.data, document_max_length=32768),
+                               training=dataclasses.replace(config.training, micro_batch_tokens=32768))
+    for candidate_of, sizes in ((config, {1}), (long, {1, 2, 4, 8})):
+        parallels = [candidate.parallel for candidate in candidates(candidate_of, shape, 16)]
+        assert {parallel.context_parallel_size for parallel in parallels} == sizes
+        assert all(parallel.tensor_model_parallel_size * parallel.context_parallel_size <= 8 for parallel in parallels)
+    by_heads = dataclasses.replace(long, parallel=dataclasses.replace(long.parallel, cp_comm_type="a2a"))
+    parallels = [candidate.parallel for candidate in candidates(by_heads, shape, 16)]
+    assert max(parallel.tensor_model_parallel_size * parallel.context_parallel_size for parallel in parallels) == (
+        shape.num_query_groups)
+
+
 def with_stages(config, size):
     parallel = dataclasses.replace(config.parallel, tensor_model_parallel_size=1, pipeline_model_parallel_size=size)
     return dataclasses.replace(config, parallel=parallel)
