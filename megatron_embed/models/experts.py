@@ -46,7 +46,7 @@ class GroupedExperts(SequentialMLP):
 
     def linear(self, name: str, inputs: Tensor, groups: Groups) -> Tensor:
         """[rows, inputs] -> [rows, outputs] by the linear `name` of each row's expert, with its adapters."""
-        linears: Linears = [getattr(mlp, name) for mlp in self.local_experts]
+        linears: Linears = [mlp.get_submodule(name) for mlp in self.local_experts]
         for linear in linears:
             call_before_forward(linear, inputs)
         outputs = self.product(name, inputs, groups, linears)
@@ -88,7 +88,7 @@ class TransformerEngineExperts(GroupedExperts):
     def _module(self, name: str) -> Any:
         from transformer_engine.pytorch import GroupedLinear as EngineLinear
 
-        outputs, inputs = getattr(self.local_experts[0], name).weight.shape
+        outputs, inputs = self.local_experts[0].get_submodule(name).weight.shape
         # It knows nothing of parallelism: the token dispatcher communicates, and the weights are this rank's share.
         return EngineLinear(
             self.num_local_experts, inputs, outputs, bias=False, params_dtype=self.config.params_dtype, device="meta",

@@ -164,7 +164,8 @@ def layer_activation_bytes(config: RunConfig, shape: ModelShape, adapted: Adapte
         # Tokens are copied to each of their experts (and kept as they are sent). The router's scores are float32.
         chosen = shape.experts_per_token * tp / config.parallel.expert_tensor_parallel_size
         copies = 2 if config.parallel.expert_model_parallel_size > 1 else 1
-        mlp = chosen * element * ((widths + 1) * shape.ffn_hidden_size + copies * hidden) + 12 * shape.num_experts
+        # The first matrix's results, and the second's inputs. A gated unit is weighted without keeping more.
+        mlp = chosen * element * (3 * shape.ffn_hidden_size + copies * hidden) + 12 * shape.num_experts
     else:
         mlp = element * widths * shape.ffn_hidden_size
     # Norms after attention and MLP keep their inputs; nothing keeps their results.
