@@ -83,12 +83,16 @@ def _bounded(files: EngineFiles) -> EngineFiles:
 def _is_quantized(files: EngineFiles, directory: Path) -> bool:
     if isinstance(files.engine, OpenVino):
         file = directory / OPENVINO_FILE
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         return any(f'element_type="{kind}"' in text for kind in ("u8", "i8"))  # of weights
     file = directory / GRAPH_FILE
     if not file.is_file():
         return False
-    model = require("onnx", "--verify-with onnxruntime").load(str(file), load_external_data=False)
+    onnx = require("onnx", "--verify-with onnxruntime")
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except Exception:  # noqa: BLE001  # protobuf's own; the engine, which is asked next, says that it is damaged
+        return False
     return any(node.op_type in _OPERATORS for node in model.graph.node)
 
 
