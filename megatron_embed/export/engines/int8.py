@@ -122,7 +122,8 @@ def quantize_graph(directory: Path, rows: CalibrationRows) -> None:
                 break
         else:
             raise CheckpointError(f"{directory}: in 8 bits it gives other results than in float32 "
-                                  f"({'; '.join(reports)}); leave out --quantize")
+                                  f"({'; '.join(reports)}); export it in float32: without --quantize int8, or "
+                                  "without -int8 in checkpoint.export_formats")
         for name in (file.name, f"{file.name}.data"):
             (file.parent / name).unlink(missing_ok=True)
             if (result.parent / name).is_file():
