@@ -19,14 +19,14 @@ from megatron_embed.evaluation.reranking import load_rerank_file
 from megatron_embed.evaluation.sts import StsData, load_sts
 from megatron_embed.evaluation.suite import EvaluationSuite
 from megatron_embed.export.embedding import stock_runs_causally
-from megatron_embed.export.engines.limits import LIMITS, ServedModel
+from megatron_embed.export.engines.limits import LIMITS, NAMES, ServedModel
 from megatron_embed.loading.model_directory import ModelDirectory, adapters_of, find_model
 from megatron_embed.loading.quantized import check_quantized_model
 from megatron_embed.models.backbone import check_divisible
 from megatron_embed.models.encoder import attention_kernel
 from megatron_embed.models.families import read_hf_config
 from megatron_embed.models.layer_backend import check_layer_backend
-from megatron_embed.names import EXPORT_PACKAGES, FurtherExport
+from megatron_embed.names import EXPORT_PACKAGES, EngineName, FurtherExport
 from megatron_embed.parallel.topology import check_batch_sizes, check_token_budget, check_world_size
 from megatron_embed.platform.launcher import launched_rank
 from megatron_embed.run.embedding_task import EmbeddingTask
@@ -234,14 +234,16 @@ def _check_format(config: RunConfig, model: ModelDirectory, kind: FurtherExport)
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{key} = {kind!r}: the package {package} is not installed; pip install "
                               "'megatron_embed[export]', or remove the format", key=key)
-    if kind.startswith("gguf"):
+    engine: EngineName = "llama.cpp" if kind.startswith("gguf") else "onnxruntime"
+    if config.task == "embedding":
         served = ServedModel(
             architecture=str((read_hf_config(model.hf).get("architectures") or [""])[0]), shape=model.shape,
             saved=model.saved, pooling=model.pooling(config.embedding.pooling), reranker=None)
-        lacks = [limit.cannot for limit in LIMITS["llama.cpp"] if limit.concerns(served)]
-        lacks += [] if config.embedding.unit_length else ["always returns vectors of unit length"]
+        lacks = [limit.cannot for limit in LIMITS[engine] if limit.concerns(served)]
+        if engine == "llama.cpp" and not config.embedding.unit_length:
+            lacks.append("always returns vectors of unit length")
         for cannot in lacks:
-            raise ConfigError(f"{key} = {kind!r}: llama.cpp {cannot}; take onnx", key=key)
+            raise ConfigError(f"{key} = {kind!r}: {NAMES[engine]} {cannot}; take another format, or remove it", key=key)
 
 
 def number_of_steps(config: RunConfig, sampler: Sampler) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import onnx
 import pytest
 import torch
 
@@ -233,6 +234,36 @@ def test_the_bound_is_that_of_the_types_of_weights_in_a_gguf_file(tmp_path: Path
     writer.close()
     assert weights_type(tmp_path) == kind
     assert gguf_files(weights_type(tmp_path)).minimum_cosine == cosine
+
+
+def graph_of(inputs: Sequence[str], output: str) -> bytes:
+    """An ONNX graph that gives its first input, as numbers."""
+    shape = ["batch", "tokens"]
+    nodes = [onnx.helper.make_node("Cast", [inputs[0]], [output], to=onnx.TensorProto.FLOAT)]
+    graph = onnx.helper.make_graph(
+        nodes, "graph", [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, shape) for name in inputs],
+        [onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, shape)])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(("content", "match"), [
+    (b"no graph", "model.onnx: ONNX Runtime cannot use it"),
+    (graph_of(["input_ids"], "last_hidden_state"), "has the outputs last_hidden_state, and not sentence_embedding"),
+    (graph_of(["input_ids", "position_ids"], "sentence_embedding"), "needs the input position_ids"),
+    (graph_of(["input_ids"], "sentence_embedding"), "gives vectors of shape|is as wide as the texts are long")])
+def test_a_graph_of_another_program_is_refused_in_a_sentence(exported: Path, content: bytes, match: str) -> None:
+    (exported / "onnx").mkdir()
+    (exported / "onnx" / "model.onnx").write_bytes(content)
+    with pytest.raises(CheckpointError, match=match):
+        verify_directory(exported, ["onnxruntime"])
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\1" * 30])
+def test_a_damaged_gguf_file_is_refused_in_a_sentence(exported: Path, content: bytes) -> None:
+    (exported / "model.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match="model.gguf: not a complete GGUF file"):
+        verify_directory(exported, ["llama.cpp"], against=str(exported))
 
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "vllm", "tei"])

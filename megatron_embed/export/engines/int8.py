@@ -83,12 +83,16 @@ def _bounded(files: EngineFiles) -> EngineFiles:
 def _is_quantized(files: EngineFiles, directory: Path) -> bool:
     if isinstance(files.engine, OpenVino):
         file = directory / OPENVINO_FILE
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
         return any(f'element_type="{kind}"' in text for kind in ("u8", "i8"))  # of weights
     file = directory / GRAPH_FILE
     if not file.is_file():
         return False
-    model = require("onnx", "--verify-with onnxruntime").load(str(file), load_external_data=False)
+    onnx = require("onnx", "--verify-with onnxruntime")
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except Exception:  # noqa: BLE001  # protobuf's own; the engine, which is asked next, says that it is damaged
+        return False
     return any(node.op_type in _OPERATORS for node in model.graph.node)
 
 
@@ -118,7 +122,8 @@ def quantize_graph(directory: Path, rows: CalibrationRows) -> None:
                 break
         else:
             raise CheckpointError(f"{directory}: in 8 bits it gives other results than in float32 "
-                                  f"({'; '.join(reports)}); leave out --quantize")
+                                  f"({'; '.join(reports)}); export it in float32: without --quantize int8, or "
+                                  "without -int8 in checkpoint.export_formats")
         for name in (file.name, f"{file.name}.data"):
             (file.parent / name).unlink(missing_ok=True)
             if (result.parent / name).is_file():

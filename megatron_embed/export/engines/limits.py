@@ -27,7 +27,7 @@ class ServedModel:
     pooling: Pooling | None
     """None: a reranker."""
     reranker: RerankerSettings | None
-    is_bidirectional_decoder: bool
+    is_bidirectional_decoder: bool = False
     """Whether config.json says by `is_causal` that every token of a decoder attends to the whole text."""
 
     @classmethod

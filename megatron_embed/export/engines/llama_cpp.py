@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_embed.config.json_file import read_json_object
 from megatron_embed.convert.checkpoint_directory import write_json
-from megatron_embed.errors import CheckpointError, ConfigError
+from megatron_embed.errors import CheckpointError, ConfigError, first_line
 from megatron_embed.export.engines.base import Engine, PairScores, require
 from megatron_embed.export.sentence_transformers import load_export_tokenizer
 from megatron_embed.export.verify import library_errors
@@ -87,8 +87,12 @@ def gguf_file(directory: Path, kind: GgufType) -> Path:
 
 def weights_type(directory: Path) -> GgufType | None:
     """The type of a GGUF file's weights, as the file names it; None: one that is not written here."""
-    fields = require("gguf", "--verify-with llama.cpp").GGUFReader(_gguf_file(directory)).fields
-    number = fields["general.file_type"].contents() if "general.file_type" in fields else None
+    reader, file = require("gguf", "--verify-with llama.cpp").GGUFReader, _gguf_file(directory)
+    try:
+        fields = reader(file).fields
+        number = fields["general.file_type"].contents() if "general.file_type" in fields else None
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{file}: not a complete GGUF file ({first_line(error)}); write it again") from error
     return _FILE_TYPES.get(number)
 
 

@@ -1,14 +1,15 @@
 """ONNX Runtime and OpenVINO: engines that compute the ONNX graph of export/engines/graph.py."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_embed.errors import CheckpointError
+from megatron_embed.errors import CheckpointError, first_line
 from megatron_embed.export.engines.base import Engine, PairScores, require, stock_features, stock_pair_features
 from megatron_embed.export.engines.graph import GRAPH_FILE
 from megatron_embed.export.verify import library_errors
@@ -25,10 +26,12 @@ class GraphEngine(Engine):
     """An engine that computes the graph on the token ids that Sentence Transformers makes."""
 
     def vectors(self, directory: Path, texts: Sequence[str], role: Role | None) -> Tensor:
-        return _results(self.open_graph(directory), stock_features(directory, texts, role), ("sentence_embedding",))[0]
+        features = stock_features(directory, texts, role)
+        return _results(directory, self.open_graph(directory), features, ("sentence_embedding",))[0]
 
     def scores(self, directory: Path, pairs: Sequence[tuple[str, str]]) -> PairScores:
-        raw, final = _results(self.open_graph(directory), stock_pair_features(directory, pairs), ("logits", "score"))
+        features = stock_pair_features(directory, pairs)
+        raw, final = _results(directory, self.open_graph(directory), features, ("logits", "score"))
         return PairScores(raw=raw.flatten(), final=final)
 
     @abstractmethod
@@ -47,13 +50,14 @@ class OnnxRuntime(GraphEngine):
     def open_graph(self, directory: Path) -> Graph:
         runtime = require("onnxruntime", self.name)
         file = _existing(directory / GRAPH_FILE, "onnx")
-        with library_errors(directory, self.name):
+        with _errors_of(file, self.name):
             session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         inputs = [node.name for node in session.get_inputs()]
         outputs = [node.name for node in session.get_outputs()]
 
         def run(features: dict[str, Any]) -> dict[str, Any]:
-            return dict(zip(outputs, session.run(outputs, {name: features[name] for name in inputs}), strict=True))
+            with _errors_of(file, self.name):
+                return dict(zip(outputs, session.run(outputs, _taken(file, features, inputs)), strict=True))
 
         return run
 
@@ -69,13 +73,14 @@ class OpenVino(GraphEngine):
     def open_graph(self, directory: Path) -> Graph:
         openvino = require("openvino", self.name)
         file = _existing(directory / OPENVINO_FILE, "openvino")
-        with library_errors(directory, self.name):
+        with _errors_of(file, self.name):
             # On processors with bfloat16 instructions the plugin would compute in bfloat16 by default.
             model = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         inputs = [port.get_any_name() for port in model.inputs]
 
         def run(features: dict[str, Any]) -> dict[str, Any]:
-            results = model({name: features[name] for name in inputs})
+            with _errors_of(file, self.name):
+                results = model(_taken(file, features, inputs))
             return {name: results[port] for port in model.outputs for name in port.get_names()}
 
         return run
@@ -97,7 +102,37 @@ def _existing(file: Path, kind: str) -> Path:
     return file
 
 
-def _results(graph: Graph, batches: Iterable[dict[str, Tensor]], outputs: Sequence[str]) -> list[Tensor]:
-    """Each output's rows of all batches, one under the other, in float32."""
+@contextmanager
+def _errors_of(file: Path, engine: str) -> Iterator[None]:
+    """Whatever an engine raises about a graph is a CheckpointError: ONNX Runtime's errors share no class."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{file}: {engine} cannot use it ({first_line(error)}); the export must not be used"
+                              ) from error
+
+
+def _taken(file: Path, features: dict[str, Any], inputs: Sequence[str]) -> dict[str, Any]:
+    """The graph's inputs. Raises CheckpointError for one that the tokenizer does not give."""
+    unknown = [name for name in inputs if name not in features]
+    if unknown:
+        raise CheckpointError(f"{file}: needs the input {unknown[0]}, which the tokenizer does not give; write the "
+                              "graph with --format onnx")
+    return {name: features[name] for name in inputs}
+
+
+def _results(directory: Path, graph: Graph, batches: Iterable[dict[str, Tensor]],
+             outputs: Sequence[str]) -> list[Tensor]:
+    """Each output's rows of all batches, one under the other, in float32. Raises CheckpointError without such an
+    output."""
     answers = [graph({name: tensor.numpy() for name, tensor in batch.items()}) for batch in batches]
+    for name in outputs:
+        if name not in answers[0]:
+            raise CheckpointError(f"{directory}: its graph has the outputs {', '.join(answers[0])}, and not {name}; "
+                                  "write it with --format onnx, which puts pooling and activation inside")
+        if len({answer[name].shape[1:] for answer in answers}) > 1:
+            raise CheckpointError(f"{directory}: the output {name} of its graph is as wide as the texts are long; "
+                                  "write it with --format onnx, which puts pooling inside")
     return [torch.cat([torch.from_numpy(answer[name]) for answer in answers]).float() for name in outputs]
