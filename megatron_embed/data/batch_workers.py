@@ -272,8 +272,11 @@ def _work(build_for: Callable[[int, int], Build], order: bytes, descriptors: Seq
 def _wait_for_room(unread: dict[socket.socket, int], first: socket.socket) -> None:
     """Until every rank that is there has taken enough, or the first rank is gone."""
     while first in unread and any(number >= AHEAD for number in unread.values()):
-        readable, _, _ = select.select(list(unread), [], [])
-        for rank in readable:
+        poll = select.poll()
+        for rank in unread:
+            poll.register(rank, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll()}
+        for rank in [rank for rank in unread if rank.fileno() in ready]:
             taken = b""
             with contextlib.suppress(OSError):
                 taken = rank.recv(len(_READY))

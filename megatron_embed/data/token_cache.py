@@ -21,10 +21,11 @@ from megatron_embed.names import Role
 
 VERSION = 1
 """Raise it when the files change."""
-_SUMMARY, _TOKENS, _TEXTS = "cache.json", "tokens.bin", "texts.bin"
+_SUMMARY, _TOKENS, _TEXTS, _SORTED = "cache.json", "tokens.bin", "texts.bin", ".sorted.bin"
+_TEXTS_AT_ONCE = 1 << 20
 _TEXT = np.dtype([("key", "<u8"), ("check", "<u8"), ("start", "<u8"), ("length", "<u4"), ("truncated", "<u4")])
 """One text: its hash, where its tokens begin and how many they are, and 1 if it was truncated."""
-_KNOWN_TEXTS = 1 << 22
+_KNOWN_TEXTS = 1 << 21
 """Hashes of texts that are remembered while the cache is written, so that a text is mostly tokenized once."""
 
 
@@ -171,18 +172,22 @@ class TokenCacheWriter:
         with self._explained():
             self._tokens.close()
             self._texts.close()
-            texts = np.fromfile(self._unfinished / _TEXTS, dtype=_TEXT)
-            texts = texts[np.argsort(texts["key"], kind="stable")]
-            first = np.ones(len(texts), dtype=bool)
-            first[1:] = (texts["key"][1:] != texts["key"][:-1])
-            texts = texts[first]
-            texts.tofile(self._unfinished / _TEXTS)
+            texts = _mapped(self._unfinished / _TEXTS, _TEXT)
+            keys = np.array(texts["key"])
+            order = np.argsort(keys, kind="stable")
+            keys = keys[order]
+            order = order[np.concatenate([[True], keys[1:] != keys[:-1]])[:len(order)]]
+            del keys
+            with (self._unfinished / _SORTED).open("wb") as file:
+                for start in range(0, len(order), _TEXTS_AT_ONCE):
+                    file.write(texts[order[start:start + _TEXTS_AT_ONCE]].tobytes())
+            (self._unfinished / _SORTED).replace(self._unfinished / _TEXTS)
             (self._unfinished / _SUMMARY).write_text(json.dumps({
-                "version": VERSION, "texts": len(texts), "tokens": self.num_tokens, "dtype": self._dtype.str,
+                "version": VERSION, "texts": len(order), "tokens": self.num_tokens, "dtype": self._dtype.str,
                 "settings": self._settings, "written": time.strftime("%Y-%m-%d %H:%M:%S")}), encoding="utf-8")
             shutil.rmtree(self._final, ignore_errors=True)
             self._unfinished.rename(self._final)
-        return len(texts)
+        return len(order)
 
     def __enter__(self) -> "TokenCacheWriter":
         return self

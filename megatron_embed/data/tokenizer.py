@@ -250,7 +250,7 @@ class RoleTokenizer:
 
     @property
     def largest_id(self) -> int:
-        """The largest id of its vocabulary."""
+        """Of its vocabulary."""
         return max(self._tokenizer.get_vocab().values(), default=0)
 
     def with_cache(self, cache: TokenCache) -> "RoleTokenizer":
@@ -268,17 +268,15 @@ class RoleTokenizer:
 
     def _looked_up(self, texts: Sequence[Prompted], cache: TokenCache) -> list[TokenizedText]:
         rows = cache.find(texts)
-        missing = [index for index, row in enumerate(rows) if row is None]
-        if missing:
-            for index, row in zip(missing, self.tokenize_prompted([texts[index] for index in missing]), strict=True):
-                rows[index] = row
-        return [row for row in rows if row is not None]
+        missing = [text for text, row in zip(texts, rows, strict=True) if row is None]
+        further = iter(self.tokenize_prompted(missing) if missing else ())
+        return [next(further) if row is None else row for row in rows]
 
     def tokenize_prompted(self, texts: Sequence[Prompted]) -> list[TokenizedText]:
         """The same of texts of one role, at least one, that have their prompts; without the cache."""
         role = texts[0].role
-        rows = self._ids_of([text.prompt for text in texts], [text.text for text in texts], role)
-        limit = self._max_lengths[role] - len(self._eos)
+        rows, limit = self._ids_of([text.prompt for text in texts], [text.text for text in texts],
+                                   role), self._max_lengths[role] - len(self._eos)
         return [TokenizedText((self._truncate(ids, limit, text.prompt, role) if len(ids) > limit else ids) + self._eos,
                            len(ids) > limit) for ids, text in zip(rows, texts, strict=True)]
 

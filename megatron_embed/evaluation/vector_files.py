@@ -94,8 +94,8 @@ class VectorFile:
                 raise ConfigError(f"{self._key} {file}: vectors of {array.shape[1]} components beside others of "
                                   f"{self._arrays[0].shape[1]}; a directory holds the vectors of one model",
                                   key=self._key)
-        summary = Path(self.path) / SUMMARY
-        if summary.is_file() and (rows := json.loads(summary.read_text(encoding="utf-8"))["rows"]) != len(self):
+        rows = _rows_of_summary(Path(self.path) / SUMMARY)
+        if rows not in (None, len(self)):
             raise ConfigError(f"{self._key} {self.path}: {len(self)} of {rows} vectors are there; run the same "
                               "`megatron-embed encode` again, which goes on with the others", key=self._key)
 
@@ -173,6 +173,15 @@ class VectorFile:
         return whole.hexdigest()
 
 
+def _rows_of_summary(summary: Path) -> int | None:
+    """Vectors that a directory of shards is to hold; None: nothing is said of that."""
+    try:
+        values = json.loads(summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values.get("rows") if isinstance(values, dict) else None
+
+
 class ShardWriter:
     """A directory of shards that is written, in any number of starts, by several processes.
 
@@ -181,17 +190,21 @@ class ShardWriter:
         settings: all that decides the vectors, as JSON takes it.
         rows, dim: of all vectors together.
         dtype: of the vectors on the disk.
+        is_first: whether this process makes the directory, which the others then have to find.
     Raises:
         ConfigError: the directory cannot be written, or holds something else.
     """
 
-    def __init__(self, directory: str, settings: Mapping[str, Any], *, rows: int, dim: int,
-                 dtype: str = "float32") -> None:
+    def __init__(self, directory: str, settings: Mapping[str, Any], *, rows: int, dim: int, dtype: str = "float32",
+                 is_first: bool = True) -> None:
         self._directory, self._dtype, self._rows = Path(directory), np.dtype(dtype), rows
         self._shard_rows = max(1, SHARD_BYTES // (dim * self._dtype.itemsize) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
         described = json.loads(json.dumps({"rows": rows, "dim": dim, "dtype": dtype, "shard_rows": self._shard_rows,
                                            **settings}))
         summary = self._directory / SUMMARY
+        if not is_first and not summary.is_file():
+            raise ConfigError(f"--output {directory}: is not the same directory on all nodes; name one on a shared "
+                              "file system", key="--output")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             if summary.is_file():

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_embed.evaluation.given_vectors import GivenVectors
+from megatron_embed.evaluation.given_vectors import GivenVectors, Index
 from megatron_embed.evaluation.search import StreamedSearch, search
 from megatron_embed.mining.filters import Candidate, MiningOptions, select_negatives
 from megatron_embed.mining.task import Mined, MinedRows
 from megatron_embed.parallel.collectives import gather_objects, rank_and_size
 
+_QUERIES_AT_ONCE = 4096
+"""Queries that an index is searched for together."""
 _POSITIVES_AT_ONCE = 65536
 """Vectors of positives that are read together."""
 
@@ -82,31 +84,38 @@ def mine_by_index(queries: Tensor, given: GivenVectors, document_of_row: NDArray
         document_of_row: [rows] the document of each given vector; several rows may be one document.
         further: [documents, dim] vectors, scaled, of the documents behind those of the rows; searched exactly.
     """
-    assert given.index is not None
+    index = given.index
+    assert index is not None
     rank, size = rank_and_size(group)
     num_queries, own = len(queries), range(rank, len(queries), size)
     queries = queries[rank::size].cpu()
     last_rank = options.last_rank(max(map(len, positives)))
     depth = last_rank + max(map(len, excluded))
     given.report_recall(queries, depth, group)
-    num_given = int(document_of_row.max()) + 1
-    exact_scores, exact_rows = search(queries, further, depth) if len(further) else (queries[:, :0], None)
     positive_scores = _scores_of_positives(queries, given, document_of_row, further,
                                            [positives[query] for query in own])
-    scores, rows = given.index.search(queries, min(2 * depth, len(document_of_row)))
+    candidates = _candidates(queries, index, document_of_row, further, depth, show_progress=rank == 0)
+    mined = _selected(own, candidates, positive_scores, excluded, options, last_rank)
+    return _gathered(mined, num_queries, group, on_all_ranks=options.reranked)
 
-    def candidates() -> Iterator[list[Candidate]]:
-        for index in range(len(own)):
+
+def _candidates(queries: Tensor, index: Index, document_of_row: NDArray[np.int64], further: Tensor, depth: int, *,
+                show_progress: bool) -> Iterator[list[Candidate]]:
+    """The best `depth` documents of each query, best first: those of an index's rows, and further ones."""
+    num_given = int(document_of_row.max()) + 1
+    width = min(2 * depth, len(document_of_row))  # rows that are one document take several places
+    for start in tqdm(range(0, len(queries), _QUERIES_AT_ONCE), desc="search", unit="block",
+                      disable=None if show_progress else True):
+        block = queries[start:start + _QUERIES_AT_ONCE]
+        scores, rows = index.search(block, width)
+        exact_scores, exact_rows = search(block, further, depth) if len(further) else (block[:, :0], block[:, :0])
+        for query in range(len(block)):
             best: dict[int, float] = {}
-            for row, score in zip(rows[index].tolist(), scores[index].tolist(), strict=True):
+            for row, score in zip(rows[query].tolist(), scores[query].tolist(), strict=True):
                 if row >= 0:
                     best.setdefault(int(document_of_row[row]), score)
-            if exact_rows is not None:
-                best |= zip((exact_rows[index] + num_given).tolist(), exact_scores[index].tolist(), strict=True)
+            best |= zip((exact_rows[query].long() + num_given).tolist(), exact_scores[query].tolist(), strict=True)
             yield sorted(best.items(), key=lambda candidate: (-candidate[1], -candidate[0]))[:depth]
-
-    mined = _selected(own, candidates(), positive_scores, excluded, options, last_rank)
-    return _gathered(mined, num_queries, group, on_all_ranks=options.reranked)
 
 
 def _scores_of_positives(queries: Tensor, given: GivenVectors, document_of_row: NDArray[np.int64], further: Tensor,

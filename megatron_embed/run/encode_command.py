@@ -62,7 +62,8 @@ def encode_to_directory(args: argparse.Namespace, texts: TextsOnDisk, encoder: T
         error: UserError | None = None
         try:
             if is_turn:
-                writer = ShardWriter(args.output, settings, rows=len(texts), dim=encoder.dim, dtype=args.output_dtype)
+                writer = ShardWriter(args.output, settings, rows=len(texts), dim=encoder.dim, dtype=args.output_dtype,
+                                     is_first=rank == 0)
         except ConfigError as config_error:
             error = config_error
         raise_on_all_ranks(error)

@@ -71,7 +71,7 @@ def assert_equal(one: Any, other: Any) -> None:
         assert one == other
 
 
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_batches_are_the_same_as_those_of_the_rank_itself(tokenizer: RoleTokenizer, workers: int):
     records = open_records((TrainFile(path=str(MINI_ZH)), TrainFile(path=str(MINI_ZH), weight=2)))
     with loader_of(records, tokenizer, 1, 2) as plain, loader_of(records, tokenizer, 1, 2) as loader, \
@@ -107,7 +107,11 @@ def test_ranks_of_a_replica_have_one_worker_that_is_only_so_far_ahead(tmp_path: 
         return build
 
     with receivers(build_for, 1, 3, dp_rank=2, dp_size=4) as (first, second, third):
-        time.sleep(0.3)
+        end = time.monotonic() + 10
+        while not (tmp_path / "built").exists() or (tmp_path / "built").read_text().count("\n") < AHEAD:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.1)
         steps, processes = zip(*(line.split() for line in (tmp_path / "built").read_text().splitlines()), strict=True)
         assert list(map(int, steps)) == list(range(FIRST, FIRST + AHEAD)) and len(set(processes)) == 1
         for step in range(FIRST, FIRST + 20):

@@ -73,7 +73,9 @@ def largest_deviations(sets: NDArray[np.int64], shares: Sequence[float], window:
     return float(from_start), float(np.abs(counts[window:] - counts[:-window] - window * np.array(shares)).max())
 
 
-@pytest.mark.parametrize("kind", ["sizes over six orders of magnitude", "equal", "one large", "by rank"])
+@pytest.mark.parametrize("kind", ["sizes over six orders of magnitude", "one large",
+                                  pytest.param("equal", marks=pytest.mark.slow),
+                                  pytest.param("by rank", marks=pytest.mark.slow)])
 def test_two_hundred_sets_have_their_shares_in_any_thousand_steps(kind: str):
     sizes = {"sizes over six orders of magnitude": np.random.default_rng(1).lognormal(9, 2.5, 200).astype(int) + 1,
              "equal": np.full(200, 1000), "one large": np.array([10**6] + [5000] * 199),

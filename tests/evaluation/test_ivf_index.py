@@ -1,6 +1,10 @@
 """Inverted lists over vectors on the disk: recall, parts that are gone on with, and vectors in shards."""
 
 import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -70,3 +74,34 @@ def test_parts_are_gone_on_with_and_find_what_exact_search_finds(clustered: Vect
     assert len(list(folder.glob("0*.faiss"))) == 5
     wide = IvfIndex(clustered, IvfSettings(lists=20, probes=1)).search(queries, 2900)
     assert (wide[1][:, -1] == -1).all() and (wide[1][:, 0] >= 0).all()
+
+
+BUILD = """
+import sys
+from megatron_embed.evaluation import ivf_index
+from megatron_embed.evaluation.ivf_index import IvfIndex, IvfSettings
+from megatron_embed.evaluation.vector_files import VectorFile
+ivf_index.PART_ROWS = 100
+IvfIndex(VectorFile(sys.argv[1], "--vectors", similarity="cosine"), IvfSettings(lists=20))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_build_goes_on_and_ends_as_one_that_was_not(clustered: VectorFile, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch):
+    folder = Path(f"{clustered.path}.ivf-16")
+    process = subprocess.Popen([sys.executable, "-c", BUILD, clustered.path])
+    while len(list(folder.glob("0*.faiss"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    written = {file.name: file.stat().st_mtime_ns for file in folder.glob("0*.faiss")}
+    assert 3 <= len(written) < 30
+    monkeypatch.setattr(ivf_index, "PART_ROWS", 100)
+    queries = clustered.scaled(clustered.rows(0, 50))
+    found = IvfIndex(clustered, IvfSettings(lists=20)).search(queries, 20)
+    assert {name: (folder / name).stat().st_mtime_ns for name in written} == written
+    shutil.rmtree(folder)
+    wanted = IvfIndex(clustered, IvfSettings(lists=20)).search(queries, 20)
+    assert all(np.array_equal(one, other) for one, other in zip(found, wanted, strict=True))
