@@ -190,10 +190,9 @@ def build_audit_log(inputs: Inputs, trainer: Trainer, loader: StepLoader[Any], t
                     first_step: int) -> AuditLog:
     """What notes every step for a later audit; this start is its first note. Called by all ranks."""
     config = inputs.config
-    log = AuditLog(config.log_directory, trainer.grad_cache.models, topology, first_step=first_step,
+    log = AuditLog(config.log_directory, trainer, topology, first_step=first_step,
                    every=config.logging.parameter_checksum_every,
-                   share=config.training.global_batch_size // topology.dp_size,
-                   gathers_late=any(chunk.ddp_config.overlap_param_gather for chunk in trainer.chunks))
+                   share=config.training.global_batch_size // topology.dp_size)
     log.start(first_step, {**facts_of_start(inputs, topology), "objects": facts_of_objects(
         trainer.grad_cache.objective, trainer, loader, inputs)})
     return log
