@@ -38,7 +38,7 @@ def _built(case: Case, loader: StepLoader[Any]) -> EmbedBatch | RerankBatch:
     """This rank's batch of the step as another loader makes it."""
     step, inputs = case.step - 1, case.replay.inputs
     batch: EmbedBatch | RerankBatch = loader.build(inputs.records, loader.rows(step), step)
-    return replace(batch, row_ids=torch.tensor(loader.rows(step), dtype=torch.int64))
+    return batch
 
 
 def _is_logged(case: Case, loader: StepLoader[Any]) -> bool:

@@ -212,7 +212,8 @@ def build_saver(inputs: Inputs, state: TrainingState, best: BestCheckpoint | Non
     config, assets = inputs.config.checkpoint, prepare_assets(inputs)
     if config.directory is None or assets is None:
         return None
-    return Saver(config.directory, state, assets=assets, keep=config.keep, background=config.async_save,
+    return Saver(config.directory, state, assets=assets, keep=config.keep,
+                 keep_every=config.keep_every_steps, background=config.async_save,
                  on_complete=None if best is None else best.mark)
 
 

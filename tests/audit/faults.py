@@ -75,12 +75,11 @@ def rows_changed(change):
     from megatron_embed.data.loader import StepLoader
 
     def make(original):
-        def rows(self, step):
-            own = original(self, step)
-            return change(self, own, step) if step == WRONG - 1 else own
-        return rows
+        def build(self, records, rows, step):
+            return original(self, records, change(self, rows, step) if step == WRONG - 1 else rows, step)
+        return build
 
-    return replaced(StepLoader, "rows", make)
+    return replaced(StepLoader, "build", make)
 
 
 def dropped_row():
