@@ -4,7 +4,8 @@ A row's index is local to the rank. In an EmbedBatch the queries come first (0 .
 Documents of one query are contiguous, its positives first, its hard negatives after them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -79,8 +80,10 @@ class StepBatch:
     """Rows whose text was truncated to the maximum length."""
     data_set: str | None = None
     """Name of the data set that all rows of the global batch come from; None: there is only one, or they are mixed."""
+    set_rows: Mapping[str, int] = field(default_factory=dict)
+    """Rows of the global batch by the name of their data set; empty if there is only one."""
     row_ids: Tensor | None = None
-    """[num_queries] int64, each query's row in the training data; None: the rows are not a training step's."""
+    """[num_queries] int64, each query's row in the data; None: they come from no data set."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from megatron_embed.audit.compare import (
     Difference,
     Tolerance,
     data_difference,
+    log_difference,
     number_difference,
     update_difference,
 )
@@ -159,13 +160,25 @@ class _Work:
                 if start["rows"][name] != known[name]})
         checksum = self.replay.checksum()
         same_dtype = start["dtype"] == self.replay.inputs.config.model.dtype
-        if record is not None and same_dtype and record["parameter_bits"] != f"{checksum.bits % 2**64:016x}":
-            return Difference(step=self.last, part="weights", values={
-                "parameter_norm": (record["parameter_norm"], checksum.norm)})
+        for noted in (record, self.log.starts.get(self.done)) if same_dtype else ():
+            if noted is not None and noted["parameter_bits"] != f"{checksum.bits % 2**64:016x}":
+                return Difference(step=self.last, part="weights", values={
+                    "parameter_norm": (noted["parameter_norm"], checksum.norm)})
+        if record is not None and "optimizer_bits" in record and same_dtype and self._divides_no_tensor():
+            bits = self.replay.optimizer_bits()
+            if record["optimizer_bits"] != bits:
+                return Difference(step=self.last, part="optimizer state", values={
+                    "optimizer_bits": (record["optimizer_bits"], bits)})
         if self.problems:
             return Difference(step=self.last, part="settings" if "config.yaml" in self.problems[0] else "weights",
                               values={})
         return None
+
+    def _divides_no_tensor(self) -> bool:
+        """Whether the run and the replay hold every tensor whole, so that checksums of moments can be compared."""
+        sizes = self.log.start_of(self.step)[1]["parallel"], to_dict(self.replay.inputs.config)["parallel"]
+        return all(each[f"{name}_parallel_size"] == 1 for each in sizes
+                   for name in ("tensor_model", "expert_model", "expert_tensor"))
 
     def _weights_record(self) -> Mapping[str, Any] | None:
         """The record of the weights that the replay begins with."""
@@ -177,6 +190,9 @@ class _Work:
             raise ConfigError(f"--step {self.step}: the log lacks step {step}, which must be replayed; choose a step "
                               "with a kept checkpoint behind that one", key="--step")
         batch, tolerance = self.replay.batch(step), self.tolerance(step)
+        difference = log_difference(step, record, self.log.metrics.get(step, {}))
+        if difference is not None:
+            return difference
         difference = data_difference(step, record, self.replay.fingerprint(batch))
         if difference is not None:
             return difference

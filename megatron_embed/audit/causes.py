@@ -11,6 +11,8 @@ LEFT = {
     "files": "files of the checkpoint are not as they were written",
     "weights": "the checkpoint's weights are not those that the run had in memory when it was saved, or its first "
                "weights are not those of model.path",
+    "optimizer state": "the moments in the checkpoint are not those that the run had in memory when it was saved",
+    "log": "metrics.jsonl and audit.jsonl give other numbers for the same step: one of the files was changed",
     "rows": "the step was made of other rows of the data than sampler and seed give",
     "texts": "the rows are the right ones, their token ids are not: prompt, tokenizer, lengths, number of documents, "
              "or a text that was changed on the way to the model",
@@ -33,10 +35,17 @@ def explain(case: Case) -> list[Cause]:
     """The causes that fit a difference, the likeliest first; none where LEFT says all that is known. Called by all
     ranks."""
     part = case.difference.part
-    if part in ("weights", "settings", "files"):
+    if part == "log":
+        return [Cause(name="changed log", text=LEFT["log"])]
+    if part in ("weights", "settings", "files", "optimizer state"):
         return causes_weights.explain(case)
-    found = causes_weights.noted_facts(case)
     explain_part = {"rows": causes_rows.explain, "texts": causes_texts.explain, "labels": causes_texts.explain,
                     "learning rate": causes_update.explain, "update": causes_update.explain,
-                    "copies": causes_weights.differing_copies}.get(part, causes_numbers.explain)
-    return found + explain_part(case)
+                    "copies": causes_weights.differing_copies}.get(part, _explain_numbers)
+    return [*explain_part(case), *causes_weights.noted_facts(case)]
+
+
+def _explain_numbers(case: Case) -> list[Cause]:
+    """Causes within the step; where there is none, in the updates before it."""
+    return (causes_numbers.explain(case) or causes_update.explain_before(case) or causes_numbers.explain_noise(case)
+            or causes_numbers.explain_ratio(case))

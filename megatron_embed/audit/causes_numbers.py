@@ -21,6 +21,8 @@ _SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
 _DROPOUTS = (0.1, 0.05, 0.2, 0.3, 0.15, 0.25, 0.5, 0.02, 0.01)
 _TEMPERATURES = (0.002, 10.0)
 _HALVINGS = 60
+_WITHIN, _ASIDE = 4.0, 0.7
+"""Standard deviations of dropout within which the logged numbers must lie, and by which the plain ones must differ."""
 _AHEAD = 200
 """Steps after the different one in whose records a drifted rank is looked for."""
 
@@ -28,10 +30,10 @@ _AHEAD = 200
 def explain(case: Case) -> list[Cause]:
     """The first cause under which the step has the logged numbers."""
     batch = case.replay.batch(case.step)
-    for candidates in (_copies, _losses, _gradients, _models):
+    for candidates in (_copies, _metric_alone, _losses, _gradients, _models):
         for cause in candidates(case, batch):
             return [cause]
-    return [*_noise(case, batch), *_ratio(case)]
+    return []
 
 
 def matches(case: Case, metrics: Mapping[str, float], *parts: str) -> bool:
@@ -58,6 +60,20 @@ def _copies(case: Case, batch: StepBatch) -> Iterator[Cause]:
             yield Cause(name="drifted parameters", text=f"rank(s) {', '.join(record['drifted'])}: the copies of the "
                         f"parameters are not equal to each other, seen after step {step}")
             return
+
+
+def _metric_alone(case: Case, batch: StepBatch) -> Iterator[Cause]:
+    """A metric that is wrong although loss and gradient are right; a learned temperature."""
+    if "temperature" in case.difference.values:
+        logged, replayed = case.difference.values["temperature"]
+        yield Cause(name="learned temperature", text=f"it is {logged:.6g} in the run and {replayed:.6g} in the replay: "
+                    "its update differs, or what a resume restored of it")
+        return
+    numbers, tolerance = case.replay.numbers(case.step, batch).metrics, tolerance_of(case)
+    logged = case.record["metrics"]
+    if all(tolerance.allows(name, logged[name], numbers[name], 1e-2) for name in ("loss", "grad_norm")):
+        yield Cause(name="wrong metric", text=f"loss and gradient are right; {', '.join(case.difference.values)} as "
+                    "logged is not")
 
 
 def _losses(case: Case, batch: StepBatch) -> Iterator[Cause]:
@@ -228,6 +244,8 @@ def _models(case: Case, batch: StepBatch) -> Iterator[Cause]:
         with _attribute(case, attribute, value):
             if matches(case, case.replay.evaluated(case.step, batch)):
                 yield Cause(name=name, text=text)
+    if matches(case, case.replay.evaluated_across_texts(case.step, batch)):
+        yield Cause(name="attention across texts", text="the tokens of a micro-batch attend to those of other texts")
     for share in _DROPOUTS:
         with dropout(case, share):
             if matches(case, case.replay.evaluated(case.step, batch)) or matches(case, _as_ranks_drew(case)):
@@ -260,36 +278,40 @@ def _as_ranks_drew(case: Case) -> dict[str, float]:
     return metrics
 
 
-def _noise(case: Case, batch: StepBatch) -> Iterator[Cause]:
-    """Dropout whose random numbers are those of another layout: the numbers lie among those of several draws."""
+def explain_noise(case: Case) -> list[Cause]:
+    """Dropout whose random numbers are those of another layout: the numbers lie among those of several draws, and the
+    plain ones lie aside."""
     if case.difference.part != "vectors":
-        return
+        return []
+    batch = case.replay.batch(case.step)
     names = [name for name in case.record["metrics"] if part_of(name) in ("vectors", "loss")
              and name not in ("in_batch_accuracy", "accuracy", "learning_rate", "skipped")]
     logged = torch.tensor([case.record["metrics"][name] for name in names], dtype=torch.float64)
     plain = case.replay.evaluated(case.step, batch)
-    best: tuple[float, float] | None = None
+    expected = torch.tensor([plain[name] for name in names], dtype=torch.float64)
+    found: list[tuple[float, float]] = []
     for share in _DROPOUTS[:3]:
         with dropout(case, share):
             draws = [case.replay.evaluated(case.step + 1000 * draw, batch) for draw in range(6)]
         values = torch.tensor([[draw[name] for name in names] for draw in draws], dtype=torch.float64)
         spread = values.std(dim=0).clamp(min=1e-9)
-        off = float(((logged - values.mean(dim=0)) / spread).abs().max())
-        if best is None or off < best[0]:
-            best = (off, share)
-    off_plain = max(abs(float(value) - plain[name]) for name, value in zip(names, logged, strict=True))
-    if best is not None and best[0] < 4.0 and off_plain > 0:
-        yield Cause(name="dropout left on", text=f"the numbers lie within {best[0]:.1f} standard deviations of those "
-                    f"with dropout of about {best[1]:g}; its random numbers are of the run's layout, start the audit "
-                    "in that one to be certain")
+        if float(((logged - expected) / spread).abs().max()) > _ASIDE:
+            found.append((float(((logged - values.mean(dim=0)) / spread).abs().max()), share))
+    off, share = min(found, default=(math.inf, 0.0))
+    if off > _WITHIN:
+        return []
+    return [Cause(name="dropout left on", text=f"the numbers lie within {off:.1f} standard deviations of those with "
+                  f"dropout of about {share:g}; its random numbers are of the run's layout, start the audit in that "
+                  "one to be certain")]
 
 
-def _ratio(case: Case) -> Iterator[Cause]:
-    if case.difference.part == "gradient":
-        logged, replayed = case.difference.values.get("grad_norm", (None, None))
-        if logged and replayed:
-            yield Cause(name="gradient", text=f"its norm is {logged / replayed:.4g} times the replayed one, which no "
-                        "known factor and no known missing part gives; the loss is right")
+def explain_ratio(case: Case) -> list[Cause]:
+    """By how much the gradient differs, where nothing gives it."""
+    logged, replayed = case.difference.values.get("grad_norm", (None, None))
+    if case.difference.part != "gradient" or not logged or not replayed:
+        return []
+    return [Cause(name="gradient", text=f"its norm is {logged / replayed:.4g} times the replayed one, which no known "
+                  "factor and no known missing part gives; the loss is right")]
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def explain(case: Case) -> list[Cause]:
     loader = case.replay.loader
     if case.difference.part == "labels":
         return _labels(case)
-    for candidates in (_tokenizers, _documents, _one_text):
+    for candidates in (_tokenizers, _documents, _positions, _one_text):
         for cause in candidates(case, loader):
             return [cause]
     return _counts(case)
@@ -38,7 +38,7 @@ def _built(case: Case, loader: StepLoader[Any]) -> EmbedBatch | RerankBatch:
     """This rank's batch of the step as another loader makes it."""
     step, inputs = case.step - 1, case.replay.inputs
     batch: EmbedBatch | RerankBatch = loader.build(inputs.records, loader.rows(step), step)
-    return replace(batch, row_ids=torch.tensor(loader.rows(step), dtype=torch.int64))
+    return batch
 
 
 def _is_logged(case: Case, loader: StepLoader[Any]) -> bool:
@@ -140,6 +140,19 @@ def _documents(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
     if _is_logged(case, other):
         yield Cause(name="sampling of documents", text="documents are drawn at random" if own.seed is None else
                     "the first documents of each row are taken, not drawn at random")
+
+
+def _positions(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
+    """Positions that go on from text to text, or texts in each other's role."""
+    batch = _built(case, loader)
+    running = replace(batch, micro_batches=tuple(
+        replace(micro, position_ids=torch.arange(len(micro.position_ids))) for micro in batch.micro_batches))
+    found = case.replay.fingerprint(running)
+    if all(found[name] == case.record[name] for name in _TEXTS):
+        yield Cause(name="wrong positions", text="positions do not begin at 0 in each text, they go on through the "
+                    "micro-batch")
+    if case.record["query_set"] == _replayed(case, "document_set"):
+        yield Cause(name="queries and documents exchanged", text="the queries are the documents of the rows")
 
 
 def _one_text(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:

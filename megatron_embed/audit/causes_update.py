@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_embed.audit.case import Case, Cause
-from megatron_embed.audit.causes_numbers import tolerance_of
+from megatron_embed.audit.causes_numbers import matches, tolerance_of
 from megatron_embed.audit.replay import Replay
 
 Change = Callable[[Replay], Callable[[], None]]
@@ -38,7 +38,73 @@ def explain(case: Case) -> list[Cause]:
             if _gives_logged(case, change, changed):
                 since = f", at step {case.step}" if len(changed) == 1 else f", in all steps since {steps.start}"
                 return [Cause(name=name, text=text + since)]
-    return []
+    return _frozen(case) or _by_tensor(case)
+
+
+def explain_before(case: Case) -> list[Cause]:
+    """The update before a step whose numbers differ, although weights, texts and all steps before are as logged."""
+    frozen = _frozen(case)
+    if frozen or not 0 < case.step - 1 - case.done <= _MOST_STEPS:
+        return frozen
+    replay, last = case.replay, range(case.step - 1, case.step)
+    for name, text, change in _changes(case):
+        for changed in (last, *([range(case.done + 1, case.step)] if len(last) < case.step - 1 - case.done else [])):
+            _replay_with(case, change, changed, case.step)
+            if matches(case, replay.evaluated(case.step, replay.batch(case.step))):
+                return [Cause(name=name, text=f"{text}, at step {case.step - 1}")]
+    _replay_with(case, None, range(0), case.step)
+    return [Cause(name="update before this step", text=f"step {case.done + 1} is as logged from the same checkpoint, "
+                  f"so the forward pass is right: the update of step {case.step - 1} differs from the configured one")]
+
+
+def _frozen(case: Case) -> list[Cause]:
+    """Tensors that the run's next checkpoint holds as the one before did, and that the replay's update changes."""
+    later = min((done for done in case.log.saves if done >= case.step), default=None)
+    if later is None or case.replay.inputs.config.model.dtype != case.start["dtype"]:
+        return []
+    replay, saved = case.replay, case.log.saves[later]["save"]
+    replay.restart()
+    before = replay.checksums_by_name()
+    replay.update(replay.numbers(case.done + 1, replay.batch(case.done + 1)))
+    after = replay.checksums_by_name()
+    frozen = [name for name in before if name in saved and saved[name][0] == before[name][0] != after[name][0]]
+    _replay_with(case, None, range(0), case.step)
+    return [Cause(name="parameters not updated", text=f"{len(frozen)} of {len(before)} tensors are the same after step "
+                  f"{later} as after step {case.done}: {', '.join(frozen[:3])}{', ...' * (len(frozen) > 3)}")
+            ] if frozen else []
+
+
+def _replay_with(case: Case, change: Change | None, changed: range, end: int) -> None:
+    """Make the steps from the checkpoint to before `end` again, with the change in some of them."""
+    replay = case.replay
+    replay.restart()
+    for step in range(case.done + 1, end):
+        numbers = replay.numbers(step, replay.batch(step))
+        undo = change(replay) if change is not None and step in changed else None
+        replay.update(numbers)
+        if undo is not None:
+            undo()
+
+
+def _by_tensor(case: Case) -> list[Cause]:
+    """Which tensors' update differs, where a checkpoint was saved after the step."""
+    if "save" not in case.record:
+        return []
+    replay = case.replay
+    replay.restart()
+    for step in range(case.done + 1, case.step + 1):
+        before = replay.checksums_by_name()
+        replay.update(replay.numbers(step, replay.batch(step)))
+    saved, now, bound = case.record["save"], replay.checksums_by_name(), 20 * tolerance_of(case).norm
+    different = [name for name, (_, norm) in now.items() if name in saved and not name.endswith(".bias")
+                 and not math.isclose(saved[name][1], norm, rel_tol=bound)]
+    if not different or len(different) == len(now):
+        return []
+    still = [name for name in different if math.isclose(saved[name][1], before[name][1], rel_tol=1e-12)]
+    names = ", ".join(different[:3]) + (", ..." if len(different) > 3 else "")
+    what = "are not updated" if len(still) == len(different) else "have another update"
+    return [Cause(name="parameters not updated" if len(still) == len(different) else "update of some parameters",
+                  text=f"{len(different)} of {len(now)} tensors {what}: {names}")]
 
 
 def _learning_rate(case: Case) -> list[Cause]:
@@ -61,13 +127,7 @@ def _learning_rate(case: Case) -> list[Cause]:
 def _gives_logged(case: Case, change: Change, changed: range) -> bool:
     """Whether the steps since the checkpoint, with the change in some of them, give the logged norms."""
     replay, tolerance = case.replay, tolerance_of(case)
-    replay.restart()
-    for step in range(case.done + 1, case.step + 1):
-        numbers = replay.numbers(step, replay.batch(step))
-        undo = change(replay) if step in changed else None
-        replay.update(numbers)
-        if undo is not None:
-            undo()
+    _replay_with(case, change, changed, case.step + 1)
     found = {"norm_weights": replay.norm_weights(), "parameter_norm": replay.checksum().norm}
     return all(math.isclose(case.record[name], value, rel_tol=tolerance.norm)
                for name, value in found.items() if name in case.record)
@@ -76,6 +136,9 @@ def _gives_logged(case: Case, change: Change, changed: range) -> bool:
 def _changes(case: Case) -> Iterator[tuple[str, str, Change]]:
     config = case.replay.inputs.config.training
     yield "clipping off", "the gradient is not clipped", _setting("clip_grad", math.inf)
+    for norm in (0.1, 0.5, 1.0, 2.0, 5.0, 10.0):
+        if norm != config.clip_grad:
+            yield "wrong clipping", f"the gradient is clipped to {norm:g}", _setting("clip_grad", norm)
     if case.log.starts.get(case.done) and case.done:
         yield ("optimizer state lost", "the moments begin at zero, and the count of updates at one",
                _moments(reset_step=True))

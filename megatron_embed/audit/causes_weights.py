@@ -16,8 +16,16 @@ def explain(case: Case) -> list[Cause]:
               if "config.yaml" not in problem and ": model/" not in problem]
     changed = [problem for problem in case.problems if "config.yaml" in problem]
     found += [Cause(name="changed configuration", text="; ".join(changed))] if changed else []
+    if case.difference.part == "optimizer state":
+        return [Cause(name="stale optimizer state in the checkpoint", text="the moments in the checkpoint are not "
+                      "those that the run had in memory when it saved; the weights are")]
     if case.difference.part != "weights" or found:
         return found
+    save, start = case.log.saves.get(case.done), case.log.starts.get(case.done)
+    if save is not None and start is not None and save["parameter_bits"] != start["parameter_bits"]:
+        return [Cause(name="weights not restored at the resume", text=f"the run went on after step {case.done} with "
+                      f"other weights (norm {start['parameter_norm']:.8g}) than those that it had saved (norm "
+                      f"{save['parameter_norm']:.8g})")]
     for done in sorted({*case.log.steps, *case.log.saves}):
         record = {**case.log.steps.get(done, {}), **case.log.saves.get(done, {})}
         if done <= case.done and "drifted" in record:

@@ -7,8 +7,6 @@ from typing import Any
 
 from megatron_embed.training.fingerprints import COUNTS
 
-PARTS = ("rows", "texts", "labels", "masks", "vectors", "loss", "gradient", "learning rate", "update")
-"""Of a step, in the order in which each follows from those before it."""
 _OF_PART = {
     "rows": ("rows", "row_set", "row_order"),
     "texts": ("queries", "documents", "query_tokens", "document_tokens", "truncated", "query_set", "document_set",
@@ -66,6 +64,13 @@ class Difference:
     part: str
     values: Mapping[str, tuple[Any, Any]]
     """Quantity -> (logged, replayed)."""
+
+
+def log_difference(step: int, record: Mapping[str, Any], row: Mapping[str, Any]) -> Difference | None:
+    """The metrics that metrics.jsonl and audit.jsonl give otherwise: the run wrote the same numbers to both."""
+    values = {name: (row[name], value) for name, value in record["metrics"].items()
+              if name in row and row[name] != value and name != "skipped"}
+    return Difference(step=step, part="log", values=values) if values else None
 
 
 def data_difference(step: int, record: Mapping[str, Any], replayed: Mapping[str, Any]) -> Difference | None:

@@ -15,12 +15,18 @@ from megatron_embed.audit.plain_objective import PlainObjective
 from megatron_embed.audit.variation import NONE, Variation
 from megatron_embed.batch import StepBatch
 from megatron_embed.checkpoint.load import TrainingState, load_checkpoint
-from megatron_embed.checkpoint.parameter_checksums import ParameterChecksum, ParameterChecksums, checksums_by_name
+from megatron_embed.checkpoint.parameter_checksums import (
+    ParameterChecksum,
+    ParameterChecksums,
+    checksums_by_name,
+    optimizer_bits,
+)
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.loader import StepLoader
 from megatron_embed.loading.model_directory import error_context
 from megatron_embed.models.auto_matmul import resolve_cpu_matmul
-from megatron_embed.models.encoder import attention_kernel
+from megatron_embed.models.encoder import attention_kernel, to_device
+from megatron_embed.models.passes import embed
 from megatron_embed.objectives.base import Objective
 from megatron_embed.parallel.collectives import gather_objects, send_from_last, sum_over
 from megatron_embed.parallel.lost_rank import Start
@@ -103,6 +109,10 @@ class Replay:
         self.trainer.complete_parameters()
         return result
 
+    def optimizer_bits(self) -> str:
+        """Checksum of the moments, as audit.jsonl has it."""
+        return f"{optimizer_bits(self.trainer.optimizer, self.topology) % 2**64:016x}"
+
     def norm_weights(self) -> float:
         """L2 norm of the weights of the model's norms."""
         sample = torch.tensor(self.parameters.sample(), dtype=torch.int64)
@@ -112,6 +122,26 @@ class Replay:
         """Metrics of a step by its forward passes alone, in training mode."""
         seed_step(self.inputs.config.training.seed, step - 1, self.topology)
         return self.trainer.grad_cache.evaluate(batch).metrics()
+
+    def evaluated_across_texts(self, step: int, batch: StepBatch) -> dict[str, float]:
+        """The same if all texts of a micro-batch were one for the attention. Empty for a loss within micro-batches."""
+        gradients = self.trainer.grad_cache
+        model, objective = gradients.models[0], gradients.objective
+        if not objective.couples_batch:
+            return {}
+        seed_step(self.inputs.config.training.seed, step - 1, self.topology)
+        changed = []
+        for micro in batch.micro_batches:
+            one = dataclasses.replace(micro, cu_seqlens=micro.cu_seqlens[[0, -1]], rows=micro.rows[:1])
+            device, merged = (to_device(each, self.topology, model.pooling, kernel=gradients.kernel,
+                                        causal=model.causal, shape=model.shape, passes=model.passes)
+                              for each in (micro, one))
+            changed.append(dataclasses.replace(device, packed=merged.packed))
+        embeddings = embed(gradients.chunks, changed, self.topology)
+        if embeddings is None:
+            return self.from_last_stage({})
+        result = objective(embeddings, batch, total=objective.total(batch))
+        return self.from_last_stage(result.sums.metrics())
 
     def from_last_stage(self, metrics: dict[str, float]) -> dict[str, float]:
         """The metrics that the last pipeline stage has, on every stage."""

@@ -1,5 +1,6 @@
 """A run's directory as an audit reads it: audit.jsonl, the kept checkpoints, the configuration of each start."""
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ class RunLog:
     """Records of the starts, by the steps done before; of several after the same steps the last."""
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     saves: dict[int, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Rows of metrics.jsonl, by step."""
 
     def start_of(self, step: int) -> tuple[int, dict[str, Any]]:
         """(steps done before, record) of the start in which a step was made."""
@@ -51,6 +54,7 @@ def read_run(path: str, step: int) -> RunLog:
                           "checkpoint.directory", key="RUN")
     log = RunLog(directory=directory, checkpoints=checkpoints or step_directories(_other_directory(run, "checkpoint")))
     _read_records(directory / AUDIT_FILE, log)
+    _read_metrics(directory / "metrics.jsonl", log)
     if not log.starts or step not in log.steps:
         known = f"its log has the steps {min(log.steps)} to {max(log.steps)}" if log.steps else "its log has no step"
         raise ConfigError(f"--step {step}: {directory / AUDIT_FILE}: {known}; choose one of them", key="--step")
@@ -95,6 +99,16 @@ def _other_directory(run: Path, section: str) -> Path:
             named = read_resolved(file).get(section, {}).get("directory")
             return run if named is None else Path(named)
     return run
+
+
+def _read_metrics(file: Path, log: RunLog) -> None:
+    """The rows of a file of metrics that have a loss; those that cannot be read are left out."""
+    with contextlib.suppress(OSError), file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                if "loss" in row:
+                    log.metrics[int(row["step"])] = row
 
 
 def _read_records(file: Path, log: RunLog) -> None:

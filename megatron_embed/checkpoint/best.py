@@ -31,12 +31,15 @@ def smaller_is_better(metric: str) -> bool:
 class BestCheckpoint:
     """A run's best value of a metric, and its checkpoint. An equal value does not replace the first."""
 
-    def __init__(self, directory: str, metric: str, first_step: int, *, patience: int | None = None) -> None:
+    def __init__(self, directory: str, metric: str, first_step: int, *, patience: int | None = None,
+                 keep_every: int | None = None) -> None:
         """Read from `directory`, unless it compares by another metric or is of a step that this run has yet to do.
 
-        `patience`: evaluations without a better value after which the run is over; None: no limit. No communication.
+        `patience`: evaluations without a better value after which the run is over; None: no limit. `keep_every`:
+        see `remove_old`. No communication.
         """
         self._directory, self._metric, self._patience = Path(directory), metric, patience
+        self._keep_every = keep_every
         self._sign = -1.0 if smaller_is_better(metric) else 1.0
         self._value = -math.inf * self._sign
         self._step: int | None = None
@@ -127,7 +130,7 @@ class BestCheckpoint:
                 {"step": step, "metric": self._metric, "value": self._value}) + "\n")
             temporary.replace(pointer)
             sync_directory(self._directory)
-            remove_old(self._directory, keep)
+            remove_old(self._directory, keep, self._keep_every)
             logger.info("%s is the best so far: %s = %.4f", name, self._metric, self._value)
 
         on_rank_0(write, self._directory / name)

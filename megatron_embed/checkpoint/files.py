@@ -170,14 +170,16 @@ def make_marked(folder: Path) -> None:
     (folder / MARK_FILE).touch()
 
 
-def remove_old(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` training checkpoints (0 keeps all), the best, and the one `latest` names.
+def remove_old(directory: Path, keep: int, keep_every: int | None = None) -> None:
+    """Delete all but the newest `keep` training checkpoints (0 keeps all), those after a multiple of `keep_every`
+    steps, the best, and the one `latest` names.
 
     If one was moved away and linked back, the link is deleted and its target stays.
     """
     kept = (directory / BEST).resolve(), (_target_of_latest(directory) or directory).resolve()
-    complete = list(step_directories(directory).values())
-    for old in [path for path in complete[:-keep] if path.resolve() not in kept] if keep else []:
+    complete = list(step_directories(directory).items()) if keep else []
+    for old in [path for step, path in complete[:-keep] if path.resolve() not in kept
+                and (keep_every is None or step % keep_every)]:
         hidden = old.with_name(f".{old.name}.old.tmp")  # first, so that a kill leaves nothing that looks whole
         try:
             old.rename(hidden)

@@ -14,7 +14,13 @@ from megatron_embed.checkpoint.load import model_state
 from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.parallel.collectives import gather_objects, sum_over
 from megatron_embed.parallel.topology import Topology
-from megatron_embed.platform.compat import ShardedBase, is_main_replica
+from megatron_embed.platform.compat import (
+    MOMENTS,
+    DistributedOptimizer,
+    MegatronOptimizer,
+    ShardedBase,
+    is_main_replica,
+)
 
 _SAMPLED = 64
 """Elements of each tensor, about, in the sample of every step."""
@@ -127,6 +133,17 @@ def checksums_by_name(models: Sequence[EmbeddingModel]) -> dict[str, tuple[int, 
             known = totals.get(key, (0, 0.0))
             totals[key] = (known[0] + bits, known[1] + square)
     return {key: (_signed(bits), math.sqrt(square)) for key, (bits, square) in sorted(totals.items())}
+
+
+def optimizer_bits(optimizer: MegatronOptimizer, topology: Topology) -> int:
+    """Sum of the bits of all moments, modulo 2^64: equal under layouts that divide no tensor. Called by all ranks; one
+    all-reduce of a number over the world."""
+    total = 0
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer) or topology.groups.dp_cp.rank() == 0:
+            total += _bits([value for values in part.optimizer.state.values() for name, value in values.items()
+                            if name in MOMENTS])
+    return int(sum_over(torch.tensor([_signed(total)]), dist.group.WORLD))
 
 
 def _counted_once(models: Sequence[EmbeddingModel]) -> Iterator[tuple[str, Tensor]]:

@@ -43,16 +43,17 @@ class Saver:
     Args:
         assets: folder with megatron_embed.json, config.yaml and hf/ (configuration, tokenizer, untrained tensors).
         keep: newest checkpoints kept; 0 keeps all.
+        keep_every: checkpoints after a multiple of so many steps are kept as well; None: none.
         background: tensors are copied to host memory, and written during the next steps. One checkpoint at a time.
         on_complete: called by all ranks with (steps of a checkpoint that is complete, keep).
     """
 
     def __init__(self, directory: str, state: TrainingState, *, assets: Path, keep: int, background: bool,
-                 on_complete: Callable[[int, int], None] | None) -> None:
+                 keep_every: int | None = None, on_complete: Callable[[int, int], None] | None) -> None:
         self._directory = Path(directory)
         self._state = state
         self._assets = assets
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._background = background
         self._on_complete = on_complete
         self._pending: _Pending | None = None
@@ -116,7 +117,7 @@ class Saver:
         sync_tree(pending.temporary)
         replace_directory(pending.temporary, pending.target)
         write_atomically(self._directory / LATEST, pending.target.name + "\n")
-        remove_old(self._directory, self._keep)
+        remove_old(self._directory, self._keep, self._keep_every)
         logger.info("saved %s", pending.target)
 
 

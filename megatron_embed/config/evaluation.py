@@ -17,6 +17,9 @@ class CheckpointConfig:
     """Passes over the training rows between checkpoints, > 0, in place of save_every_steps; null: that."""
     keep: int = 3
     """Number of newest checkpoints to keep; 0 keeps all."""
+    keep_every_steps: int | None = None
+    """Checkpoints after a multiple of this many steps are kept, however old: milestones to evaluate, to export, and to
+    audit steps from. null: only `keep` and the best."""
     async_save: bool = False
     """True: tensors are copied to host memory and written while training continues, which takes that memory; a
     checkpoint is complete some steps later. A run waits for its last checkpoint, also when it stops early."""
@@ -45,6 +48,11 @@ class CheckpointConfig:
         require(every is None or self.save_every_steps == 500, "checkpoint.save_every_epochs", every,
                 f"checkpoint.save_every_steps = {self.save_every_steps} is set too; keep one of them")
         require(self.keep >= 0, "checkpoint.keep", self.keep, "must be >= 0")
+        milestones = self.keep_every_steps
+        require(milestones is None or milestones >= 1, "checkpoint.keep_every_steps", milestones,
+                "must be >= 1 or null")
+        require(milestones is None or self.keep > 0, "checkpoint.keep_every_steps", milestones,
+                "has no effect with checkpoint.keep = 0, which keeps all; remove one of them")
         require(self.export_at_end is None or self.directory is not None, "checkpoint.export_at_end",
                  self.export_at_end, "the export is made from a checkpoint; set checkpoint.directory")
         formats = self.export_formats

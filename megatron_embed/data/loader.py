@@ -2,6 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -112,12 +113,11 @@ class StepLoader(ABC, Generic[Batch]):
         """This rank's batch of optimizer step `step`, made by the caller."""
         rows = self._sampler.rows_of_step(step)
         own = rows[self._share]
-        batch = replace(self.build(self._records, own, step), row_ids=torch.tensor(own, dtype=torch.int64))
-        if len(self._names) > 1:
-            entries = {self._records.file_of(row) for row in rows}
-            if len(entries) == 1:
-                return replace(batch, data_set=self._names[entries.pop()])
-        return batch
+        batch = self.build(self._records, own, step)
+        if len(self._names) == 1:
+            return batch
+        counts = Counter(self._names[self._records.file_of(row)] for row in rows)
+        return replace(batch, set_rows=counts, data_set=next(iter(counts)) if len(counts) == 1 else None)
 
     def build(self, records: RecordSet, rows: Sequence[int], step: int) -> Batch:
         """The batch of some rows, made as that of a step.
@@ -130,7 +130,8 @@ class StepLoader(ABC, Generic[Batch]):
         except OSError as error:  # a disk that fails during the run; the loop tells the other ranks of a UserError
             raise DataError(f"data.train: a row of step {step + 1} cannot be read ({error.strerror or error}); look at "
                             "the disk, then start the run again") from error
-        return self.batch_of(batch_records, rows, [records.files[records.file_of(row)].file for row in rows], step)
+        files = [records.files[records.file_of(row)].file for row in rows]
+        return replace(self.batch_of(batch_records, rows, files, step), row_ids=torch.tensor(rows, dtype=torch.int64))
 
 
 class BatchLoader(StepLoader[EmbedBatch]):

@@ -52,6 +52,8 @@ def checkpoints_at_once(config: RunConfig) -> int:
     else:
         saved = None if steps is None else math.ceil(steps / config.checkpoint.save_every_steps)
     at_once = keep + 1 + config.keeps_best if keep else saved or 2
+    if config.checkpoint.keep_every_steps is not None and steps is not None:
+        at_once += steps // config.checkpoint.keep_every_steps
     return at_once if saved is None else min(at_once, saved)
 
 

@@ -190,10 +190,9 @@ def build_audit_log(inputs: Inputs, trainer: Trainer, loader: StepLoader[Any], t
                     first_step: int) -> AuditLog:
     """What notes every step for a later audit; this start is its first note. Called by all ranks."""
     config = inputs.config
-    log = AuditLog(config.log_directory, trainer.grad_cache.models, topology, first_step=first_step,
+    log = AuditLog(config.log_directory, trainer, topology, first_step=first_step,
                    every=config.logging.parameter_checksum_every,
-                   share=config.training.global_batch_size // topology.dp_size,
-                   gathers_late=any(chunk.ddp_config.overlap_param_gather for chunk in trainer.chunks))
+                   share=config.training.global_batch_size // topology.dp_size)
     log.start(first_step, {**facts_of_start(inputs, topology), "objects": facts_of_objects(
         trainer.grad_cache.objective, trainer, loader, inputs)})
     return log
@@ -213,7 +212,8 @@ def build_saver(inputs: Inputs, state: TrainingState, best: BestCheckpoint | Non
     config, assets = inputs.config.checkpoint, prepare_assets(inputs)
     if config.directory is None or assets is None:
         return None
-    return Saver(config.directory, state, assets=assets, keep=config.keep, background=config.async_save,
+    return Saver(config.directory, state, assets=assets, keep=config.keep,
+                 keep_every=config.keep_every_steps, background=config.async_save,
                  on_complete=None if best is None else best.mark)
 
 

@@ -183,6 +183,8 @@ def _writes(config: RunConfig) -> str:
         period = (f"{checkpoint.save_every_steps} steps" if checkpoint.save_every_epochs is None else
                   f"{checkpoint.save_every_epochs:g} epoch(s)")
         newest = f"the newest {checkpoint.keep}" if checkpoint.keep else "all"
+        if checkpoint.keep_every_steps is not None:
+            newest += f", every {checkpoint.keep_every_steps} steps"
         best = f" and the best by {best_metric(config)}" if config.keeps_best else ""
         files.append(f"{checkpoint.directory} (a checkpoint every {period}; {newest}{best} are kept)")
     if config.log_directory is not None:

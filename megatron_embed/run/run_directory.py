@@ -60,7 +60,8 @@ def best_checkpoint(config: RunConfig, steps: int) -> BestCheckpoint | None:
     metric = best_metric(config)
     if config.checkpoint.directory is None or metric is None or not config.keeps_best:
         return None
-    return BestCheckpoint(config.checkpoint.directory, metric, steps, patience=config.evaluation.patience)
+    return BestCheckpoint(config.checkpoint.directory, metric, steps, patience=config.evaluation.patience,
+                          keep_every=config.checkpoint.keep_every_steps)
 
 
 def describe_rows(records: RecordSet, order: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,13 +11,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_embed.batch import StepBatch
-from megatron_embed.checkpoint.parameter_checksums import ParameterChecksum, ParameterChecksums, checksums_by_name
+from megatron_embed.checkpoint.parameter_checksums import (
+    ParameterChecksum,
+    ParameterChecksums,
+    checksums_by_name,
+    optimizer_bits,
+)
 from megatron_embed.errors import ConfigError, UserError
-from megatron_embed.models.encoder import EmbeddingModel
 from megatron_embed.parallel.collectives import sum_over
 from megatron_embed.parallel.topology import Topology
 from megatron_embed.training.fingerprints import as_signed, fingerprint, named
 from megatron_embed.training.run_files import cut_after, move_aside
+from megatron_embed.training.step import Trainer
 
 AUDIT_FILE = "audit.jsonl"
 """In a run's directory: a line for each start, each step and each save."""
@@ -32,15 +37,17 @@ class AuditLog:
         directory: None: nothing is written, and no method communicates.
         every: steps between checksums of the parameters; 0: only at starts and saves.
         share: queries of a step on each data-parallel rank.
-        gathers_late: parameters are complete only where they are summed up (optimizer.overlap_param_gather).
     """
 
-    def __init__(self, directory: str | None, models: Sequence[EmbeddingModel], topology: Topology, *, first_step: int,
-                 every: int, share: int, gathers_late: bool = False) -> None:
+    def __init__(self, directory: str | None, trainer: Trainer, topology: Topology, *, first_step: int, every: int,
+                 share: int) -> None:
         self.error: UserError | None = None
-        self._directory, self._topology, self._models = directory, topology, models
-        self._every, self._share, self._gathers_late = every, share, gathers_late
-        self._parameters = None if directory is None else ParameterChecksums(models, topology)
+        self._directory, self._topology, self._trainer = directory, topology, trainer
+        self._every, self._share = every, share
+        self._parameters = None if directory is None else ParameterChecksums(trainer.grad_cache.models, topology)
+        # Parameters are then complete only where they are summed up.
+        self._gathers_late = directory is not None and any(
+            chunk.ddp_config.overlap_param_gather for chunk in trainer.chunks)
         self._file: TextIO | None = None
         if directory is not None and topology.rank == 0:
             with self._noting_errors():
@@ -82,9 +89,13 @@ class AuditLog:
         self._write(record)
 
     def before_save(self, done: int) -> None:
-        """Note the parameters in memory, of which a checkpoint is about to be made. Collectives over the world."""
+        """Note the parameters and moments in memory, of which a checkpoint is about to be made. Collectives over the
+        world."""
         if self._parameters is not None:
-            self._write({"step": done, "save": checksums_by_name(self._models), **_plain(self._parameters())})
+            bits = optimizer_bits(self._trainer.optimizer, self._topology)
+            models = self._trainer.grad_cache.models
+            self._write({"step": done, "save": checksums_by_name(models), **_plain(self._parameters()),
+                         "optimizer_bits": f"{bits % 2**64:016x}"})
 
     def close(self) -> None:
         if self._file is not None:

@@ -140,9 +140,8 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology,
         hooks.health.after_step(step, metrics, skipped=bool(metrics.pop("skipped")))
         metrics |= metrics_of_rows(metrics, loaded, throughput, seconds=time.perf_counter() - start)
         log = done % config.logging.every_steps == 0 or last
-        throughput.note_wait(loaded.wait_seconds)
-        worst = throughput.worst_rank() if log else {}
-        hooks.writer.step(done, {**metrics, **worst, "skipped_steps": hooks.health.skipped - logged_skips}, log=log)
+        rare = {**throughput.worst_rank(), **throughput.row_shares()} if log else {}
+        hooks.writer.step(done, {**metrics, **rare, "skipped_steps": hooks.health.skipped - logged_skips}, log=log)
         logged_skips = hooks.health.skipped if log else logged_skips
         evaluated = evaluation_due(config, hooks, done, last)
         best = evaluated and evaluate(hooks, done, saved, last)
@@ -167,6 +166,8 @@ def metrics_of_rows(metrics: dict[str, float], loaded: Loaded, throughput: Throu
     of_set = {} if loaded.batch.data_set is None else {
         f"{loaded.batch.data_set}/{name}": value for name, value in metrics.items()
         if name not in ("grad_norm", "learning_rate")}
+    throughput.set_rows.update(loaded.batch.set_rows)
+    throughput.note_wait(loaded.wait_seconds)
     speed = throughput.of_step(tokens=loaded.tokens, squared_lengths=loaded.squared_lengths,
                                padded_tokens=loaded.padded_tokens, seconds=seconds)
     return {**of_set, **speed, "truncated_fraction": loaded.truncated_fraction}

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -47,6 +48,7 @@ class Throughput:
 
     def __init__(self, models: Sequence[EmbeddingModel], topology: Topology) -> None:
         model, self._topology = models[0], topology
+        self.set_rows: Counter[str] = Counter()
         self._shape, self._causal = model.shape, model.causal
         trains_all = all(parameter.requires_grad for parameter in model.parameters())
         self._cost = 1 + (BACKWARD_COST if trains_all else BACKWARD_COST_FROZEN)
@@ -71,6 +73,10 @@ class Throughput:
         """Take note of how long this rank has waited for the batch of a step."""
         self._waits += 1
         self._waited_seconds += seconds
+
+    def row_shares(self) -> dict[str, float]:
+        """The share of each data set in the rows since the start; none where there is only one."""
+        return {f"{name}/row_share": count / self.set_rows.total() for name, count in sorted(self.set_rows.items())}
 
     def worst_rank(self) -> dict[str, float]:
         """GiB of the rank that holds most: on a GPU the peak of its tensors since the last call, on a CPU resident

@@ -75,12 +75,11 @@ def rows_changed(change):
     from megatron_embed.data.loader import StepLoader
 
     def make(original):
-        def rows(self, step):
-            own = original(self, step)
-            return change(self, own, step) if step == WRONG - 1 else own
-        return rows
+        def build(self, records, rows, step):
+            return original(self, records, change(self, rows, step) if step == WRONG - 1 else rows, step)
+        return build
 
-    return replaced(StepLoader, "rows", make)
+    return replaced(StepLoader, "build", make)
 
 
 def dropped_row():
@@ -276,6 +275,90 @@ def rank_takes_others_rows():
     return rows_changed(lambda loader, rows, step: loader._sampler.rows_of_step(step)[: len(rows)])
 
 
+def stale_optimizer_at_save():
+    from megatron_embed.checkpoint.save import Saver
+
+    def make(original):
+        def save(self, step, **options):
+            moments = [value for part in self._state.optimizer.chained_optimizers
+                       for values in part.optimizer.state.values() for value in values.values()]
+            now = [value.clone() for value in moments]
+            for value in moments:
+                value.mul_(0.5)
+            original(self, step, **options)
+            for value, kept in zip(moments, now, strict=True):
+                value.copy_(kept)
+        return save
+
+    return replaced(Saver, "save", make)
+
+
+def weights_not_restored():
+    from megatron_embed.run import assemble
+
+    def make(original):
+        def resume(progress, state):
+            step = original(progress, state)
+            with torch.no_grad():
+                for model in state.models:
+                    for parameter in model.parameters():
+                        parameter.mul_(1.001)
+            return step
+        return resume
+
+    return replaced(assemble, "resume", make)
+
+
+def frozen_matrix():
+    from megatron_embed.training import loop
+
+    def make(original):
+        def step(batch, trainer):
+            weight = trainer.grad_cache.models[0].decoder.layers[1].mlp.linear_fc2.weight
+            before = weight.detach().clone()
+            result = original(batch, trainer)
+            with torch.no_grad():
+                weight.copy_(before)
+            return result
+        return step
+
+    return replaced(loop, "train_step", make)
+
+
+def attention_across_texts():
+    from megatron_embed.training import grad_cache
+
+    def make(original):
+        def to_device(micro, topology, pooling, **options):
+            one = dataclasses.replace(micro, cu_seqlens=micro.cu_seqlens[[0, -1]], rows=micro.rows[:1])
+            merged = original(one, topology, pooling, **options)
+            return dataclasses.replace(original(micro, topology, pooling, **options), packed=merged.packed)
+        return to_device
+
+    return replaced(grad_cache, "to_device", make)
+
+
+def wrong_seed():
+    from megatron_embed.run import preflight
+
+    return replaced(preflight, "build_sampler", lambda original: lambda records, data, **options: original(
+        records, data, **{**options, "seed": 42}))
+
+
+def repeated_record():
+    from megatron_embed.data import loader
+
+    return replaced(loader, "build_embed_batch", lambda original: lambda records, *rest, **options: original(
+        [records[1], *records[1:]], *rest, **options))
+
+
+def edited_metrics(run):
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**line, "loss": line["loss"] * 1.01} if line["step"] == WRONG else line) + "\n"
+                            for line in lines))
+
+
 def flipped_bit(run):
     file = next(iter(sorted((run / f"step_{2:06d}" / "model").glob("*.distcp"))))
     data = bytearray(file.read_bytes())
@@ -316,7 +399,7 @@ class Fault:
 
 
 FAULTS = {
-    "shifted labels": Fault("vectors", "shifted labels", inject=shifted_labels),
+    "shifted labels": Fault("masks", "shifted labels", inject=shifted_labels),
     "detached remote negatives": Fault("gradient", "detached remote negatives", inject=detached_remote_negatives),
     "loss scale": Fault("gradient", "loss scale", inject=loss_scale),
     "stale weights at save": Fault("weights", "stale weights in the checkpoint", inject=stale_weights_at_save),
@@ -339,6 +422,15 @@ FAULTS = {
     "hard negatives missing": Fault("texts", "number of hard negatives", inject=no_hard_negatives),
     "shorter texts": Fault("texts", "wrong maximum length", inject=shorter_texts),
     "rank with another rank's rows": Fault("rows", "rank with another rank's rows", inject=rank_takes_others_rows),
+    "stale optimizer state at save": Fault("optimizer state", "stale optimizer state in the checkpoint",
+                                           inject=stale_optimizer_at_save),
+    "weights not restored": Fault("weights", "weights not restored at the resume", inject=weights_not_restored,
+                                  resumed=True),
+    "frozen matrix": Fault("vectors", "parameters not updated", ranks=1, inject=frozen_matrix),
+    "attention across texts": Fault("vectors", "attention across texts", inject=attention_across_texts),
+    "wrong seed": Fault("rows", "wrong seed", inject=wrong_seed),
+    "repeated record": Fault("texts", "duplicated row", ranks=1, inject=repeated_record),
+    "edited metrics": Fault("log", "changed log", alter=edited_metrics),
     "edited configuration": Fault("settings", "changed configuration", alter=edited_configuration),
     "changed data": Fault("rows", "changed data", alter=changed_data)}
 

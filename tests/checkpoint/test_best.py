@@ -139,3 +139,15 @@ def test_the_best_of_held_out_rows_alone_is_kept_where_it_is_asked_for(tmp_path,
         checkpoint=CheckpointConfig(directory=str(tmp_path), **checkpoint))
     best = best_checkpoint(config, 0)
     assert (None if best is None else best._metric) == kept
+
+
+def test_milestones_are_kept(tmp_path):
+    for step in range(1, 8):
+        save(tmp_path, step)
+        remove_old(tmp_path, 2, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:06d}" for step in (3, 6, 7)]
+
+
+def test_milestones_need_a_limit():
+    with pytest.raises(ConfigError, match=r"keep_every_steps = 3: has no effect with checkpoint\.keep = 0"):
+        CheckpointConfig(keep=0, keep_every_steps=3)

@@ -112,7 +112,7 @@ def calls_of_an_early_end(saved):
                            progress=Progress(train_steps=9, first_step=0, steps_per_epoch=None))
     hooks = Hooks(load_batch=None, evaluate=None, agree=None, is_best=None, is_over=lambda: False, saver=told,
                   save_due=lambda step: False, stop=StopRequest(None), writer=writer, health=None,
-                  audit_log=AuditLog(None, (), None, first_step=0, every=0, share=0))
+                  audit_log=AuditLog(None, None, None, first_step=0, every=0, share=0))
     with pytest.raises(PreemptedError, match="stopped after 3 steps"):
         leave_early(hooks, 3, saved)
     return told.calls
