@@ -62,6 +62,11 @@ class EmbeddingConfig:
         """`normalize`; True if it is None."""
         return self.normalize is not False
 
+    @property
+    def hides_expansion(self) -> bool:
+        """Whether queries get mask tokens that attention does not see."""
+        return self.head == "multi_vector" and bool(self.query_expansion) and not self.attend_to_expansion
+
     def __post_init__(self) -> None:
         dims, width = self.matryoshka_dims, self.embedding_dim
         length = self.query_expansion

@@ -41,11 +41,6 @@ class VectorFormat:
     """A prompt that begins with a token of the vocabulary, such as [unused0], keeps it whole, as ColBERT inserts one;
     then the tokenizer's files say so."""
 
-    @property
-    def hides_expansion(self) -> bool:
-        """Whether there are tokens that attention does not see."""
-        return self.expansion is not None and not self.expansion.attend
-
 
 def format_of_run(embedding: "EmbeddingConfig", own: VectorFormat | None) -> VectorFormat | None:
     """The format of a run whose settings are complete (`with_format`); None: a text gives one vector.

@@ -53,13 +53,14 @@ def run_values(model, directory, **objective):
     values = configuration(model, directory, objective={"temperature": 1.0, **objective}, train_steps=3,
                            checkpoint={"export_at_end": f"{directory}-export"})
     values["embedding"] = {"head": "multi_vector", "embedding_dim": 16, "query_expansion": 24}
-    values["data"] |= {"query_prompt": "query: ", "document_prompt": "document: "}
+    values["data"] |= {"query_prompt": "[unused0] ", "document_prompt": "[unused1] "}
     return values
 
 
 def train_and_load(values):
-    """Called by all ranks."""
-    metrics = train(values)
+    """Called by all ranks; the run is resumed for one more step."""
+    train(values | {"checkpoint": {"directory": values["checkpoint"]["directory"]}})
+    metrics = train(values | {"training": values["training"] | {"train_steps": 4}})
     return metrics, vectors_of({"export": values["checkpoint"]["export_at_end"]})["export"]
 
 
@@ -70,6 +71,7 @@ def test_a_run_trains_saves_and_exports(tmp_path):
     assert results[0][0]["loss"] == results[1][0]["loss"]
     assert_equal(results[0][1], f"{directory}-export", "export")
     losses = [line[0] for line in curve(directory)]
+    assert len(losses) == 4
     assert losses[-1] < losses[0]
     settings = json.loads((tmp_path / "run-export" / "sentence_bert_config.json").read_text())
     assert settings["query_expansion"] == {"strategy": "fixed", "attend": False, "token": None, "length": 24}
