@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from megatron_embed.names import Quantization
 
 STATE = "quant_state.bitsandbytes__nf4"
 """Part of a weight in nf4 that holds JSON, as bytes: shape, dtype, block sizes."""
+LONGEST_STATE = 4096
+"""Bytes of that text; bitsandbytes writes about 200."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NF4 = re.compile(r"(.+\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)")
 _INT8 = re.compile(r"(.+)\.(SCB|weight_format)")
@@ -37,14 +40,16 @@ def read_state(file: Path, name: str, data: Tensor | None) -> tuple[tuple[int, i
         CheckpointError: not readable, or not in the blocks that bitsandbytes has by default.
     """
     try:
-        if data is None:
-            raise ValueError("missing")
+        if data is None or data.dtype != torch.uint8 or data.numel() > LONGEST_STATE:
+            raise ValueError("missing" if data is None else "not a short text")
         values: dict[str, Any] = json.loads(bytes(data.tolist()))
         rows, columns = (int(size) for size in values["shape"])
         dtype = _DTYPES[values["dtype"]]
         blocks = (values["quant_type"], values["blocksize"], values.get("nested_blocksize", SCALES_PER_GROUP))
         offset = float(values.get("nested_offset", 0.0))
-    except (ValueError, KeyError, TypeError) as error:
+        if not math.isfinite(offset):
+            raise ValueError("nested_offset")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file}: {name}.{STATE} is not readable ({error!r}); fetch the file again") from error
     if blocks != ("nf4", BLOCK, SCALES_PER_GROUP):
         raise CheckpointError(f"{file}: {name} is quantized as {blocks[0]} in blocks of {blocks[1]} and "
@@ -85,9 +90,9 @@ def int8_tensor(file: Path, name: str, codes: Tensor, parts: Mapping[str, Tensor
     if codes.dtype != torch.int8 or scales is None or scales.shape != codes.shape[:1]:
         raise CheckpointError(f"{file}: {name}: its codes and its scales (SCB) do not belong together; fetch the file "
                               "again, or take the original weights")
-    if layout is not None and int(layout) != 0:
-        raise CheckpointError(f"{file}: {name} is in the order of a GPU's kernel (weight_format {int(layout)}), not in "
-                              "rows; save it again with bitsandbytes 0.45 or later, or take the original weights")
+    if layout is not None and layout.any():
+        raise CheckpointError(f"{file}: {name} is in the order of a GPU's kernel (weight_format), not in rows; save "
+                              "it again with bitsandbytes 0.45 or later, or take the original weights")
     return QuantizedTensor(codes=codes, scales=scales.float()[:, None], nested=None)
 
 

@@ -167,9 +167,16 @@ def without(*names):
     return lambda tensors: {key: value for key, value in tensors.items() if not key.endswith(names)}
 
 
+def with_state(text):
+    return lambda tensors: tensors | {
+        f"{Q_PROJ.removeprefix('model.')}.quant_state.bitsandbytes__nf4": torch.tensor(list(text), dtype=torch.uint8)}
+
+
 @pytest.mark.parametrize("config, tensors, words", [
     ({}, without("q_proj.weight.absmax"), ["q_proj", "do not belong together"]),
     ({}, without("1.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4"), ["q_proj", "quant_state", "missing"]),
+    ({}, with_state(b"[" * 4000), ["q_proj", "not readable"]),
+    ({}, with_state(b"{}" + b" " * 5000), ["q_proj", "not a short text"]),
     ({"bnb_4bit_use_double_quant": False}, None, ["bnb_4bit_use_double_quant"]),
     ({"bnb_4bit_quant_type": "fp4"}, None, ["bnb_4bit_quant_type = 'fp4'", "only nf4"])], ids=str)
 def test_damaged_directories_are_refused(model, tmp_path, config, tensors, words):
