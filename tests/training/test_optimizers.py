@@ -95,6 +95,17 @@ def test_a_run_resumes_bit_for_bit(model, tmp_path, name):
     assert len(set(curve(resumed))) == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw_8bit", "muon"])
+def test_a_run_resumes_in_another_layout(model, tmp_path, name):
+    run_on_ranks(train, 2, settings(model, tmp_path / "run", name, steps=4, sizes=layout(pp=2)))
+    resumed = go_back(tmp_path / "run", tmp_path / "resumed", 2)
+    run_on_ranks(train, 2, settings(model, resumed, name, steps=4, sizes=layout(2)))
+    difference = np.abs(losses(resumed) - losses(tmp_path / "run"))
+    assert difference.max() <= (1e-4 if name == "adamw_8bit" else 3e-5)
+    assert len(losses(resumed)) == 4 and len(set(losses(resumed))) == 4
+
+
 def largest_errors(config, name):
     """(parameter, largest difference, number of different elements) to the plain optimizer on Hugging Face's tensors,
     after three steps with the same gradients; the parameter's own change in them is the unit."""
