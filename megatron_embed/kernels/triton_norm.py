@@ -101,4 +101,4 @@ def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, rstd: Tensor,
 def _block(width: int) -> dict[str, Any]:
     """A row's block, and warps for eight or more numbers per thread."""
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+    return {"BLOCK": block, "num_warps": min(32, max(1, block // 256))}

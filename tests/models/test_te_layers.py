@@ -288,10 +288,11 @@ MOE_IN_FP8 = {"hidden_size": 32, "head_dim": 16, "moe_intermediate_size": 32}
 
 
 @pytest.mark.slow
-def test_experts_in_fp8(tmp_path):
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["all", "adapters"])
+def test_experts_in_fp8(tmp_path, lora):
     config = run_config(save_mild(tmp_path / "moe", "Qwen3Moe", **MOE_IN_FP8), dtype="bfloat16",
                         objective=objective_settings(), parallel={"expert_model_parallel_size": 2},
-                        training={"micro_batch_size": 3})
+                        training={"micro_batch_size": 3}, lora=lora)
     runs = [FP8 | fp8 for fp8 in ({}, {"fp8": "first_pass"}, {"fp8": "both", "fp8_recipe": "tensorwise"})]
     for plain, first, both in run_on_ranks(steps, 2, config, *runs):
         experts = [[forward for forward in run[3] if forward[0] == "GroupedLinear"] for run in (plain, first, both)]
