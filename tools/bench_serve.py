@@ -244,13 +244,25 @@ def main() -> int:
     finally:
         for server in servers:
             server.stop()
+        report(servers)  # of the slices so far, if it was stopped
+    return int(any(None in server.answers for server in servers))
+
+
+def report(servers: Sequence[Measured]) -> None:
+    """Print the rows of the table and the ratios, of the slices that every server has answered."""
+    slices = min((len(server.wall) for server in servers), default=0)
+    if slices == 0:
+        return
+    answers = min(len(server.answers) for server in servers)
+    for server in servers:
+        server.wall, server.cpu = server.wall[:slices], server.cpu[:slices]
+        server.answers, server.seconds = server.answers[:answers], server.seconds[:answers]
     first = servers[0].vectors()
     for server in servers:
         cosine = round(float((server.vectors() * first).sum(axis=1).min()), 7)
         print(json.dumps({**server.row(), "exit": server.process.returncode, "cosine": cosine}), flush=True)
     for server in servers[1:]:
         print(compare(servers[0], server))
-    return int(any(None in server.answers for server in servers))
 
 
 if __name__ == "__main__":

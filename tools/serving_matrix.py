@@ -53,7 +53,7 @@ STOCK: tuple[EngineName, ...] = ("sentence-transformers", "transformers", "vllm"
 """Engines that need none of these formats' own files."""
 UNCOMPARED = ExportOptions(compare=False)
 NO_TOKENIZER = ("Not measured: llama.cpp's converter knows a byte-level BPE by a checksum (conversion/base.py, "
-                "get_vocab_base_pre), RoBERTa's released one too, which is not on the machine.")
+                "get_vocab_base_pre), and the released ones of these families are not on the machine.")
 Cell = dict[str, Any]
 Row = dict[str, Any]
 

@@ -199,7 +199,7 @@ FAMILIES: dict[str, Family] = {
     "EmbeddingGemma": Family(prefix="Gemma3Text", settings=_GEMMA | {"use_bidirectional_attention": True,
                                                                      "num_hidden_layers": 7}, tokenizer=_gemma,
                              poolings=("mean",), dense=(256, 128)),
-    "Phi-3": Family(prefix="Phi3", settings=DECODER | {"sliding_window": None}, tokenizer=_llama,
+    "Phi-3": Family(prefix="Phi3", settings=DECODER | {"sliding_window": None, "pad_token_id": 0}, tokenizer=_llama,
                     poolings=("lasttoken",), model="ForCausalLM"),
     "GLM-4": Family(prefix="Glm", settings=_QWEN | {"head_dim": 32}, tokenizer=_qwen, poolings=("lasttoken",),
                     model="ForCausalLM"),

@@ -121,19 +121,23 @@ def write_gguf(source: Path, target: Path, kind: GgufType) -> None:
 def _known_directory(source: Path, folder: Path) -> Path:
     """The directory under a name of its class that the converter knows, in `folder`; the files are links.
 
-    Its LlamaModel takes the tensors of all three families, its Qwen3ForCausalLM is a reranker by the directory's name.
+    Its LlamaModel takes the tensors of all three families, its Qwen3ForCausalLM is a reranker by the directory's name,
+    and its Gemma3TextModel is EmbeddingGemma, whose tokens attend to the whole text.
     """
     values = read_json_object(source / "config.json")
     name = str((values.get("architectures") or [""])[0])
+    known_as = _KNOWN_AS.get(name, name)
+    if name == "Gemma3TextModel" and not values.get("use_bidirectional_attention"):
+        known_as = "Gemma3ForCausalLM"
     reranker = name.endswith("ForCausalLM") and (source / "1_LogitScore").is_dir()
-    if name not in _KNOWN_AS and not reranker:
+    if known_as == name and not reranker:
         return source
     known = folder / (_RERANKER_NAME if reranker else "model")
     known.mkdir()
     for file in source.iterdir():
         if file.name != "config.json" and not file.name.startswith("."):
             (known / file.name).symlink_to(file)
-    write_json(known / "config.json", {**values, "architectures": [_KNOWN_AS.get(name, name)]})
+    write_json(known / "config.json", {**values, "architectures": [known_as]})
     return known
 
 
