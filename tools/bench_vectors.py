@@ -1,6 +1,6 @@
 """Time, peak memory and recall of searches over vectors on the disk: exact, by inverted lists and by a graph.
 
-    python tools/bench_vectors.py --directory DIR --rows 5000000 --kinds flat ivf [--queries 256] [--top-k 100]
+    python tools/bench_vectors.py --directory DIR --rows 5000000 --kinds flat ivf [--queries 256] [--top-k 10]
 
 Writes clustered vectors [rows, 384] in float16 shards (kept for the next call), then opens and searches them in a new
 process for each kind, as `mine --vectors` and `evaluate --vectors` do. Prints the seconds of opening (with an index:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--kinds", nargs="+", default=["flat", "ivf", "hnsw"])
     parser.add_argument("--queries", type=int, default=256)
-    parser.add_argument("--top-k", type=int, default=100)
+    parser.add_argument("--top-k", type=int, default=10)
     parser.add_argument("--probes", type=int)
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,11 @@ def fork_server(inputs: Inputs | None) -> AbstractContextManager[ForkServer | No
 
 
 def may_need_workers(config: RunConfig) -> bool:
-    """Whether data.workers asks for processes, or leaves it open and a replica has several ranks."""
+    """Whether data.workers asks for processes, or leaves it open and a replica has several ranks; on Linux alone, whose
+    kernel hands memory to other processes and ends a process with its parent."""
     sizes = config.parallel
+    if not sys.platform.startswith("linux"):
+        return False
     replica = (sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size * sizes.context_parallel_size)
     return replica > 1 if config.data.workers is None else config.data.workers > 0
 
