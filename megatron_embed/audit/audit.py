@@ -23,6 +23,7 @@ from megatron_embed.audit.replay import Replay, opened
 from megatron_embed.audit.run_log import RunLog, configuration_of, read_run
 from megatron_embed.checkpoint.file_checksums import changed_files
 from megatron_embed.config.load import config_of_overrides, to_dict
+from megatron_embed.config.objective import CONTRASTIVE
 from megatron_embed.config.schema import CheckpointConfig, EvaluationConfig, LoggingConfig, ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.parallel.lost_rank import monitored_ranks
@@ -90,6 +91,7 @@ def config_of_audit(config: RunConfig, log: RunLog, args: argparse.Namespace, ch
     if args.overrides:
         sizes = config_of_overrides([f"model.path={json.dumps(model.path)}", *args.overrides]).parallel
     ranks = sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size * sizes.context_parallel_size
+    check_negatives(config, dp_size_of(start), world_size // ranks)
     share = max(1, training.global_batch_size // max(1, world_size // ranks))
     micro = next(size for size in range(min(training.micro_batch_size, share), 0, -1) if share % size == 0)
     keep = "auto" if sizes.pipeline_model_parallel_size > 1 else training.keep_activations
@@ -98,6 +100,15 @@ def config_of_audit(config: RunConfig, log: RunLog, args: argparse.Namespace, ch
         evaluation=EvaluationConfig(),
         training=dataclasses.replace(training, micro_batch_size=micro, exit_duration_minutes=None,
                                      keep_activations=keep))
+
+
+def check_negatives(config: RunConfig, run_size: int, size: int) -> None:
+    """Raises ConfigError if the rows that are computed together depend on the data-parallel size, and it is another."""
+    objective = config.objective
+    if objective.loss in CONTRASTIVE and objective.negatives == "micro_batch" and run_size != size:
+        raise ConfigError(f"objective.negatives = 'micro_batch': the negatives of a query are those of the micro-"
+                          f"batches that the run's {run_size} data-parallel ranks computed together; start the audit "
+                          f"on {run_size} data-parallel ranks", key="objective.negatives")
 
 
 def weight_problems(log: RunLog, done: int, checkpoint: Path | None) -> list[str]:
@@ -121,6 +132,8 @@ class _Work:
     """The last step that was replayed, whole or in part."""
     replayed: int = 0
     metrics: dict[str, tuple[float | None, float]] = dataclasses.field(default_factory=dict)
+    masked: dict[int, tuple[int, list[int]]] = dataclasses.field(default_factory=dict)
+    """Of the last replayed step, see Replay.masked."""
     notes: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -147,8 +160,10 @@ class _Work:
         inputs, start = self.replay.inputs, self.log.start_of(self.last)[1]
         rows = inputs.sampler.rows_of_step(self.last - 1)
         share = max(1, len(rows) // dp_size_of(start))
-        return [{"row": row, "source": inputs.records[row].source, "rank": place // share}
-                for place, row in enumerate(rows)]
+        masked = self.masked
+        return [{"row": row, "source": inputs.records[row].source, "rank": place // share,
+                 **({"negatives": masked[place][0], "masked_documents_of_rows": [rows[of] for of in masked[place][1]]}
+                    if place in masked else {})} for place, row in enumerate(rows)]
 
     def _at_start(self) -> Difference | None:
         """What differs before any step is replayed: settings, rows of the data, weights."""
@@ -186,6 +201,7 @@ class _Work:
 
     def _replay(self, step: int) -> Difference | None:
         self.last, self.replayed, record = step, self.replayed + 1, self.log.steps.get(step)
+        self.masked = {}
         if record is None:
             raise ConfigError(f"--step {self.step}: the log lacks step {step}, which must be replayed; choose a step "
                               "with a kept checkpoint behind that one", key="--step")
@@ -197,6 +213,7 @@ class _Work:
         if difference is not None:
             return difference
         numbers = self.replay.numbers(step, batch)
+        self.masked = self.replay.masked()
         logged = record["metrics"]
         self.metrics = {name: (logged[name], value) for name, value in numbers.metrics.items() if name in logged}
         difference = number_difference(step, record, numbers.metrics, tolerance) or self._differing_copies(record)

@@ -29,6 +29,7 @@ class PlainObjective(Objective[AnyBatch]):
 
     Attributes:
         variation: what is computed otherwise than configured.
+        masked: of the last whole batch, see PlainContrastive.
         kept: a list that every call adds its embeddings to; None: they are not kept.
 
     Args:
@@ -39,6 +40,7 @@ class PlainObjective(Objective[AnyBatch]):
         self.names, self.couples_batch, self.learned = inner.names, inner.couples_batch, inner.learned
         self.variation: Variation = NONE
         self.kept: list[list[Part]] | None = None
+        self.masked: dict[int, tuple[int, list[int]]] = {}
         self._config, self._group, self._inner = config, topology.dp_group, inner
 
     def total(self, batch: AnyBatch) -> float:
@@ -68,6 +70,7 @@ class PlainObjective(Objective[AnyBatch]):
             of_query, of_document, *of_leaves = torch.autograd.grad(total_loss, [query, document, *leaves])
         if loss is not None and self.learned is not None:
             values |= _learned_values(loss, [float(gradient) for gradient in of_leaves], len(query))
+        self.masked = {} if loss is None or not self.couples_batch else loss.masked
         scaled, rank = factors(self.variation, whole), self._group.rank()
         own = torch.cat([(gradient * factor[:, None]).split(sizes)[rank] for gradient, factor, sizes in (
             (of_query, scaled[0], [len(part.query) for part in parts]),

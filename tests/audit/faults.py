@@ -394,6 +394,8 @@ class Fault:
     """Changes files of the run when it has ended."""
     settings: dict = dataclasses.field(default_factory=dict)
     """Further settings by section."""
+    step: int = WRONG
+    """The step that is audited."""
     resumed: bool = False
     """The run has the fault only since it was resumed after step 4."""
 
@@ -402,7 +404,8 @@ FAULTS = {
     "shifted labels": Fault("masks", "shifted labels", inject=shifted_labels),
     "detached remote negatives": Fault("gradient", "detached remote negatives", inject=detached_remote_negatives),
     "loss scale": Fault("gradient", "loss scale", inject=loss_scale),
-    "stale weights at save": Fault("weights", "stale weights in the checkpoint", inject=stale_weights_at_save),
+    "stale weights at save": Fault("weights", "stale weights in the checkpoint", inject=stale_weights_at_save,
+                                    step=6),
     "dropped row": Fault("rows", "dropped row", ranks=1, inject=dropped_row),
     "duplicated row": Fault("rows", "duplicated row", inject=duplicated_row),
     "flipped bit in a shard": Fault("weights", "damaged checkpoint file", alter=flipped_bit),
@@ -411,7 +414,8 @@ FAULTS = {
     "dropout left on": Fault("vectors", "dropout left on", inject=dropout_left_on),
     "one rank's parameters drift": Fault("copies", "drifted parameters", inject=drifted_rank),
     "masks off": Fault("masks", "masks off", inject=masks_off, settings={"data": {"shuffle": False}}),
-    "wrong order after resume": Fault("rows", "wrong order of rows", inject=wrong_order_after_resume, resumed=True),
+    "wrong order after resume": Fault("rows", "wrong order of rows", inject=wrong_order_after_resume, step=6,
+                                      resumed=True),
     "learning rate": Fault("learning rate", "wrong learning rate", inject=scaled_learning_rate),
     "clipping off": Fault("update", "clipping off", inject=clipping_off),
     "weight decay off": Fault("update", "weight decay off", inject=weight_decay_off),
@@ -425,7 +429,7 @@ FAULTS = {
     "stale optimizer state at save": Fault("optimizer state", "stale optimizer state in the checkpoint",
                                            inject=stale_optimizer_at_save),
     "weights not restored": Fault("weights", "weights not restored at the resume", inject=weights_not_restored,
-                                  resumed=True),
+                                  step=6, resumed=True),
     "frozen matrix": Fault("vectors", "parameters not updated", ranks=1, inject=frozen_matrix),
     "attention across texts": Fault("vectors", "attention across texts", inject=attention_across_texts),
     "wrong seed": Fault("rows", "wrong seed", inject=wrong_seed),
