@@ -58,19 +58,28 @@ def audit(args: argparse.Namespace) -> tuple[Audit, int]:
     Raises:
         UserError: there is no such step, or what it needs is gone.
     """
-    begun = time.monotonic()
+    begun, notes = time.monotonic(), list[str]()
     log = read_run(args.run, args.step)
     config, problems = configuration_of(log, args.step, settings_digest)
     done, checkpoint = log.checkpoint_before(args.step)
+    check_segments(log, done, args.step)
     problems = [*problems, *weight_problems(log, done, checkpoint)]
+    damaged = [Cause(name="damaged checkpoint file", text=text) for text in problems if ": model/" in text]
+    if damaged:  # it may not even load
+        return Audit(step=args.step, checkpoint=checkpoint, replayed=0, metrics={}, rows=[], notes=notes,
+                     difference=Difference(step=done + 1, part="weights", values={}), causes=damaged,
+                     tolerance=Tolerance(dtype="float32", replayed=0),
+                     seconds=time.monotonic() - begun), launched_rank()[0]
     with monitored_ranks() as start:
         with opened(config_of_audit(config, log, args, checkpoint), checkpoint, start) as replay:
+            if config.embedding.head == "multi_vector":
+                notes.append("the loss of a vector per token is computed as in training, not by a plain reference")
             work = _Work(log=log, replay=replay, step=args.step, done=done, checkpoint=checkpoint)
             difference = work.run(problems)
             causes = [] if difference is None else explain(Case(
                 log=log, replay=replay, difference=difference, done=done, problems=tuple(problems)))
             result = Audit(step=args.step, checkpoint=checkpoint, replayed=work.replayed, difference=difference,
-                           causes=causes, metrics=work.metrics, rows=work.rows(), notes=work.notes,
+                           causes=causes, metrics=work.metrics, rows=work.rows(), notes=notes,
                            tolerance=work.tolerance(work.last), seconds=time.monotonic() - begun)
         return result, replay.topology.rank
 
@@ -100,6 +109,17 @@ def config_of_audit(config: RunConfig, log: RunLog, args: argparse.Namespace, ch
         evaluation=EvaluationConfig(),
         training=dataclasses.replace(training, micro_batch_size=micro, exit_duration_minutes=None,
                                      keep_activations=keep))
+
+
+def check_segments(log: RunLog, done: int, step: int) -> None:
+    """Raises ConfigError if the run was started again with other settings between the checkpoint and the step."""
+    settings = log.start_of(step)[1].get("settings")
+    for first, record in sorted(log.starts.items()):
+        if first < step and log.start_of(done + 1)[0] <= first and record["start"].get("settings") != settings:
+            last = min(later for later in log.starts if later > first)
+            raise ConfigError(f"--step {step}: since step {last} the run has other settings than when step {done + 1} "
+                              f"was made, with which the replay would begin; audit a step up to {last}, or one behind a "
+                              "later checkpoint", key="--step")
 
 
 def check_negatives(config: RunConfig, run_size: int, size: int) -> None:
@@ -134,7 +154,6 @@ class _Work:
     metrics: dict[str, tuple[float | None, float]] = dataclasses.field(default_factory=dict)
     masked: dict[int, tuple[int, list[int]]] = dataclasses.field(default_factory=dict)
     """Of the last replayed step, see Replay.masked."""
-    notes: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def run(self, problems: Sequence[str]) -> Difference | None:
@@ -179,18 +198,21 @@ class _Work:
             if noted is not None and noted["parameter_bits"] != f"{checksum.bits % 2**64:016x}":
                 return Difference(step=self.last, part="weights", values={
                     "parameter_norm": (noted["parameter_norm"], checksum.norm)})
-        if record is not None and "optimizer_bits" in record and same_dtype and self._divides_no_tensor():
+        if record is not None and "optimizer_bits" in record and same_dtype and self._has_comparable_moments():
             bits = self.replay.optimizer_bits()
             if record["optimizer_bits"] != bits:
                 return Difference(step=self.last, part="optimizer state", values={
                     "optimizer_bits": (record["optimizer_bits"], bits)})
         if self.problems:
-            return Difference(step=self.last, part="settings" if "config.yaml" in self.problems[0] else "weights",
+            return Difference(step=self.last, part="settings" if "config.yaml" in self.problems[0] else "files",
                               values={})
         return None
 
-    def _divides_no_tensor(self) -> bool:
-        """Whether the run and the replay hold every tensor whole, so that checksums of moments can be compared."""
+    def _has_comparable_moments(self) -> bool:
+        """Whether the run and the replay hold every tensor whole, and moments as they are in the checkpoint."""
+        optimizer = self.replay.inputs.config.optimizer
+        if optimizer.name != "adamw" or optimizer.precision_aware or optimizer.cpu_offload:
+            return False
         sizes = self.log.start_of(self.step)[1]["parallel"], to_dict(self.replay.inputs.config)["parallel"]
         return all(each[f"{name}_parallel_size"] == 1 for each in sizes
                    for name in ("tensor_model", "expert_model", "expert_tensor"))

@@ -82,6 +82,8 @@ def _losses(case: Case, batch: StepBatch) -> Iterator[Cause]:
     if case.difference.part == "gradient":
         return
     assert isinstance(objective, PlainObjective)
+    if not objective.is_plain:
+        return
     objective.kept = []
     replay.evaluated(case.step, batch)
 
@@ -187,7 +189,9 @@ def _gradients(case: Case, batch: StepBatch) -> Iterator[Cause]:
             yield Cause(name="loss scale", text=f"the gradient is {factor:.6g} times what it must be, which is {name}; "
                         "the loss is right")
             return
-    for name, text, variation in _gradient_variations(case):
+    objective = case.replay.trainer.grad_cache.objective
+    assert isinstance(objective, PlainObjective)
+    for name, text, variation in _gradient_variations(case) if objective.is_plain else ():
         norm = case.replay.numbers(case.step, batch, variation).metrics["grad_norm"]
         for factor, by in ((1.0, ""), *_factors(case)):
             if tolerance.allows("grad_norm", logged, norm * factor, 0.0):
@@ -266,6 +270,8 @@ def _as_ranks_drew(case: Case) -> dict[str, float]:
     if divided or replay.topology.world_size > 1 or case.dp_size == 1 or not objective.couples_batch:
         return {}
     assert isinstance(objective, PlainObjective)
+    if not objective.is_plain:
+        return {}
     objective.kept = []
     loader, share = copy.copy(replay.loader), config.training.global_batch_size // case.dp_size
     for rank in range(case.dp_size):

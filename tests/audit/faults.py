@@ -100,7 +100,7 @@ def wrong_order_after_resume():
 def wrong_temperature():
     from megatron_embed.objectives.contrastive import Contrastive
 
-    return replaced(Contrastive, "_settings", lambda original: lambda self: dataclasses.replace(
+    return replaced(Contrastive, "step_settings", lambda original: lambda self: dataclasses.replace(
         original(self), temperature=0.17))
 
 
