@@ -118,8 +118,8 @@ def check_segments(log: RunLog, done: int, step: int) -> None:
         if first < step and log.start_of(done + 1)[0] <= first and record["start"].get("settings") != settings:
             last = min(later for later in log.starts if later > first)
             raise ConfigError(f"--step {step}: since step {last} the run has other settings than when step {done + 1} "
-                              f"was made, with which the replay would begin; audit a step up to {last}, or one behind a "
-                              "later checkpoint", key="--step")
+                              f"was made, with which the replay would begin; audit a step up to {last}, or one behind "
+                              "a later checkpoint", key="--step")
 
 
 def check_negatives(config: RunConfig, run_size: int, size: int) -> None:

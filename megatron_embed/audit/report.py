@@ -44,7 +44,7 @@ def _verdict(audit: Audit) -> list[str]:
                 f"{audit.tolerance.relative:.1e})"]
     values = "; ".join(f"{name}: logged {_shown(logged)}, replayed {_shown(replayed)}"
                        for name, (logged, replayed) in difference.values.items())
-    lines = [f"different: at step {difference.step} the {difference.part} differ first{': ' if values else ''}{values}"]
+    lines = [f"different: first at step {difference.step}, in {difference.part}{': ' if values else ''}{values}"]
     lines += [f"likely cause: {cause.name}: {cause.text}" for cause in audit.causes]
     return lines if audit.causes else [*lines, f"none of the known causes gives the logged numbers; what is known: "
                                                f"{LEFT[difference.part]}"]
