@@ -20,7 +20,7 @@ VARIANTS = [
     {"objective": {"directions": ["query_to_document", "query_to_query", "document_to_document", "document_to_query"],
                    "mask_margin": 0.3, "learnable_temperature": True},
      "embedding": {"pooling": "mean", "matryoshka_dims": [32, 16]}, "data": {"num_positives": 2}},
-    {"objective": {"loss": "triplet", "margin": 1.0, "mask_duplicates": False}},
+    {"objective": {"loss": "triplet", "margin": 1.0, "mask_duplicates": False, "temperature": 0.02}},
     {"training": {"micro_batch_tokens": 256}}, {"lora": {"rank": 4, "target_modules": ["all-linear"]}},
     {"model": {"dtype": "bfloat16"}}, {"training": DROPOUT}]
 """Settings of further runs, by section."""
