@@ -172,7 +172,8 @@ class _Work:
         same = start["parallel"] == to_dict(config)["parallel"] and (
             start["world_size"] == self.replay.topology.world_size)
         dtype = "bfloat16" if "bfloat16" in (start["dtype"], config.model.dtype) else "float32"
-        return Tolerance(dtype=dtype, replayed=step - self.done - 1, dropout=config.has_dropout and not same)
+        return Tolerance(dtype=dtype, replayed=step - self.done - 1, rows=config.training.global_batch_size,
+                         dropout=config.has_dropout and not same)
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of the last replayed step, in the order of the global batch."""

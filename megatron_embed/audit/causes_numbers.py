@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_embed.audit.case import Case, Cause
-from megatron_embed.audit.compare import Tolerance, part_of
+from megatron_embed.audit.compare import Tolerance, part_of, scale_of
 from megatron_embed.audit.plain_objective import PlainObjective
 from megatron_embed.audit.variation import Variation
 from megatron_embed.batch import StepBatch
@@ -40,8 +40,9 @@ def matches(case: Case, metrics: Mapping[str, float], *parts: str) -> bool:
     """Whether all logged numbers of these parts (default: all but the gradient) are those of a variation."""
     tolerance = tolerance_of(case)
     wanted = parts or ("masks", "vectors", "loss")
-    return all(tolerance.allows(name, value, metrics.get(name), 1.0 if part_of(name) == "vectors" else 1e-2)
-               for name, value in case.record["metrics"].items()
+    logged = case.record["metrics"]
+    return all(tolerance.allows(name, value, metrics.get(name), scale_of(name, logged))
+               for name, value in logged.items()
                if part_of(name) in wanted and name not in ("learning_rate", "skipped")
                and not name.startswith("margin_to"))
 
