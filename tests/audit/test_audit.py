@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from megatron_embed.errors import ConfigError
 from tests.audit.audits import STEPS, audit_of, run_with, values_of
 from tests.audit.faults import FAULTS, train_with
 from tests.helpers.ranks import run_on_ranks
@@ -117,6 +118,26 @@ def test_run_that_was_resumed_under_another_layout_is_equal(model, tmp_path):
     for step in (4, 6):
         code, result = audit_of(directory, step)
         assert (code, result["first_difference"]) == (0, None)
+
+
+@pytest.mark.slow
+def test_run_that_goes_on_with_other_rows(model, tmp_path):
+    """It says from which step on, and its steps are audited with the new rows; those before need the old ones."""
+    values = values_of(model, tmp_path)
+    run_on_ranks(train_with, 1, None, values)
+    directory = go_back(tmp_path / "run", tmp_path / "more", 4)
+    file = tmp_path / "more.jsonl"
+    file.write_text("".join((tmp_path / "run.jsonl").read_text().splitlines(keepends=True)[5:]))
+    values["checkpoint"]["directory"], values["data"]["train"] = str(directory), [str(file)]
+    with pytest.raises(ConfigError, match="195 rows that are not the 200 rows this run began with"):
+        run_on_ranks(train_with, 1, None, values)
+    values["data"]["allow_changes"] = True
+    run_on_ranks(train_with, 1, None, values)
+    assert audit_of(directory, STEPS)[0] == 0
+    code, result = audit_of(directory, 4)
+    assert (code, result["first_difference"]["part"]) == (3, "rows")
+    starts = [json.loads(line) for line in (directory / "audit.jsonl").read_text().splitlines() if '"start"' in line]
+    assert [(record["step"], record["start"]["rows"]["rows"]) for record in starts] == [(0, 200), (4, 195)]
 
 
 @pytest.mark.slow
