@@ -21,6 +21,8 @@ _SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
 _DROPOUTS = (0.1, 0.05, 0.2, 0.3, 0.15, 0.25, 0.5, 0.02, 0.01)
 _TEMPERATURES = (0.002, 10.0)
 _HALVINGS = 60
+_EQUAL_RATIOS = 2e-4
+"""Relative difference within which loss and gradient are multiplied alike."""
 _WITHIN, _ASIDE = 4.0, 0.7
 """Standard deviations of dropout within which the logged numbers must lie, and by which the plain ones must differ."""
 _AHEAD = 200
@@ -64,7 +66,8 @@ def _copies(case: Case, batch: StepBatch) -> Iterator[Cause]:
 
 
 def _metric_alone(case: Case, batch: StepBatch) -> Iterator[Cause]:
-    """A metric that is wrong although loss and gradient are right; a learned temperature."""
+    """A metric that is wrong although loss and gradient are right; a learned temperature; loss and gradient multiplied
+    by the same."""
     if "temperature" in case.difference.values:
         logged, replayed = case.difference.values["temperature"]
         yield Cause(name="learned temperature", text=f"it is {logged:.6g} in the run and {replayed:.6g} in the replay: "
@@ -72,6 +75,12 @@ def _metric_alone(case: Case, batch: StepBatch) -> Iterator[Cause]:
         return
     numbers, tolerance = case.replay.numbers(case.step, batch).metrics, tolerance_of(case)
     logged = case.record["metrics"]
+    ratios = [logged[name] / numbers[name] for name in ("loss", "grad_norm") if logged[name] and numbers[name]]
+    if case.difference.part == "loss" and len(ratios) == 2 and math.isclose(*ratios, rel_tol=_EQUAL_RATIOS):
+        named = next((f", which is {name}" for factor, name in _factors(case)
+                      if math.isclose(factor, ratios[0], rel_tol=_EQUAL_RATIOS)), "")
+        yield Cause(name="loss scale", text=f"loss and gradient are {ratios[0]:.6g} times what they must be{named}")
+        return
     if all(tolerance.allows(name, logged[name], numbers[name], 1e-2) for name in ("loss", "grad_norm")):
         yield Cause(name="wrong metric", text=f"loss and gradient are right; {', '.join(case.difference.values)} as "
                     "logged is not")

@@ -104,6 +104,28 @@ def wrong_temperature():
         original(self), temperature=0.17))
 
 
+def doubled_loss():
+    from megatron_embed.losses import info_nce
+
+    def make(original):
+        def softmax_loss(logits, positive_column, spans):
+            loss, gradient = original(logits, positive_column, spans)
+            return 2 * loss, gradient.mul_(2)
+        return softmax_loss
+
+    return replaced(info_nce, "_softmax_loss", make)
+
+
+def gradients_not_summed():
+    """The last rank's rows give no gradient."""
+    import torch.distributed as dist
+
+    from megatron_embed.training import grad_cache
+
+    return replaced(grad_cache, "surrogate_factor", lambda original: lambda *sizes: original(*sizes) * (
+        1.0 if dist.get_rank() == 0 else 0.0))
+
+
 def wrong_prompt():
     from megatron_embed.data.tokenizer import RoleTokenizer
 
@@ -410,6 +432,8 @@ FAULTS = {
     "duplicated row": Fault("rows", "duplicated row", inject=duplicated_row),
     "flipped bit in a shard": Fault("weights", "damaged checkpoint file", alter=flipped_bit),
     "wrong temperature": Fault("loss", "wrong temperature", inject=wrong_temperature),
+    "loss doubled": Fault("loss", "loss scale", inject=doubled_loss),
+    "gradient of a rank lost": Fault("gradient", "gradient of a rank missing", inject=gradients_not_summed),
     "wrong prompt": Fault("texts", "wrong prompt", inject=wrong_prompt),
     "dropout left on": Fault("vectors", "dropout left on", inject=dropout_left_on),
     "one rank's parameters drift": Fault("copies", "drifted parameters", inject=drifted_rank),
