@@ -122,7 +122,7 @@ def test_run_that_was_resumed_under_another_layout_is_equal(model, tmp_path):
 
 @pytest.mark.slow
 def test_run_that_goes_on_with_other_rows(model, tmp_path):
-    """It says from which step on, and its steps are audited with the new rows; those before need the old ones."""
+    """It notes from which step on; its steps are audited with the new rows, those before with the old ones."""
     values = values_of(model, tmp_path)
     run_on_ranks(train_with, 1, None, values)
     directory = go_back(tmp_path / "run", tmp_path / "more", 4)
@@ -133,9 +133,7 @@ def test_run_that_goes_on_with_other_rows(model, tmp_path):
         run_on_ranks(train_with, 1, None, values)
     values["data"]["allow_changes"] = True
     run_on_ranks(train_with, 1, None, values)
-    assert audit_of(directory, STEPS)[0] == 0
-    code, result = audit_of(directory, 4)
-    assert (code, result["first_difference"]["part"]) == (3, "rows")
+    assert [audit_of(directory, step)[0] for step in (4, STEPS)] == [0, 0]
     starts = [json.loads(line) for line in (directory / "audit.jsonl").read_text().splitlines() if '"start"' in line]
     assert [(record["step"], record["start"]["rows"]["rows"]) for record in starts] == [(0, 200), (4, 195)]
 
