@@ -23,6 +23,7 @@ from megatron_embed.audit.replay import Replay, opened
 from megatron_embed.audit.run_log import RunLog, configuration_of, read_run
 from megatron_embed.checkpoint.file_checksums import changed_files
 from megatron_embed.config.load import config_of_overrides, to_dict
+from megatron_embed.config.objective import CONTRASTIVE
 from megatron_embed.config.schema import CheckpointConfig, EvaluationConfig, LoggingConfig, ParallelConfig, RunConfig
 from megatron_embed.errors import ConfigError
 from megatron_embed.parallel.lost_rank import monitored_ranks
@@ -57,19 +58,28 @@ def audit(args: argparse.Namespace) -> tuple[Audit, int]:
     Raises:
         UserError: there is no such step, or what it needs is gone.
     """
-    begun = time.monotonic()
+    begun, notes = time.monotonic(), list[str]()
     log = read_run(args.run, args.step)
     config, problems = configuration_of(log, args.step, settings_digest)
     done, checkpoint = log.checkpoint_before(args.step)
+    check_segments(log, done, args.step)
     problems = [*problems, *weight_problems(log, done, checkpoint)]
+    damaged = [Cause(name="damaged checkpoint file", text=text) for text in problems if ": model/" in text]
+    if damaged:  # it may not even load
+        return Audit(step=args.step, checkpoint=checkpoint, replayed=0, metrics={}, rows=[], notes=notes,
+                     difference=Difference(step=done + 1, part="weights", values={}), causes=damaged,
+                     tolerance=Tolerance(dtype="float32", replayed=0),
+                     seconds=time.monotonic() - begun), launched_rank()[0]
     with monitored_ranks() as start:
         with opened(config_of_audit(config, log, args, checkpoint), checkpoint, start) as replay:
+            if config.embedding.head == "multi_vector":
+                notes.append("the loss of a vector per token is computed as in training, not by a plain reference")
             work = _Work(log=log, replay=replay, step=args.step, done=done, checkpoint=checkpoint)
             difference = work.run(problems)
             causes = [] if difference is None else explain(Case(
                 log=log, replay=replay, difference=difference, done=done, problems=tuple(problems)))
             result = Audit(step=args.step, checkpoint=checkpoint, replayed=work.replayed, difference=difference,
-                           causes=causes, metrics=work.metrics, rows=work.rows(), notes=work.notes,
+                           causes=causes, metrics=work.metrics, rows=work.rows(), notes=notes,
                            tolerance=work.tolerance(work.last), seconds=time.monotonic() - begun)
         return result, replay.topology.rank
 
@@ -90,6 +100,7 @@ def config_of_audit(config: RunConfig, log: RunLog, args: argparse.Namespace, ch
     if args.overrides:
         sizes = config_of_overrides([f"model.path={json.dumps(model.path)}", *args.overrides]).parallel
     ranks = sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size * sizes.context_parallel_size
+    check_negatives(config, dp_size_of(start), world_size // ranks)
     share = max(1, training.global_batch_size // max(1, world_size // ranks))
     micro = next(size for size in range(min(training.micro_batch_size, share), 0, -1) if share % size == 0)
     keep = "auto" if sizes.pipeline_model_parallel_size > 1 else training.keep_activations
@@ -98,6 +109,26 @@ def config_of_audit(config: RunConfig, log: RunLog, args: argparse.Namespace, ch
         evaluation=EvaluationConfig(),
         training=dataclasses.replace(training, micro_batch_size=micro, exit_duration_minutes=None,
                                      keep_activations=keep))
+
+
+def check_segments(log: RunLog, done: int, step: int) -> None:
+    """Raises ConfigError if the run was started again with other settings between the checkpoint and the step."""
+    settings = log.start_of(step)[1].get("settings")
+    for first, record in sorted(log.starts.items()):
+        if first < step and log.start_of(done + 1)[0] <= first and record["start"].get("settings") != settings:
+            last = min(later for later in log.starts if later > first)
+            raise ConfigError(f"--step {step}: since step {last} the run has other settings than when step {done + 1} "
+                              f"was made, with which the replay would begin; audit a step up to {last}, or one behind "
+                              "a later checkpoint", key="--step")
+
+
+def check_negatives(config: RunConfig, run_size: int, size: int) -> None:
+    """Raises ConfigError if the rows that are computed together depend on the data-parallel size, and it is another."""
+    objective = config.objective
+    if objective.loss in CONTRASTIVE and objective.negatives == "micro_batch" and run_size != size:
+        raise ConfigError(f"objective.negatives = 'micro_batch': the negatives of a query are those of the micro-"
+                          f"batches that the run's {run_size} data-parallel ranks computed together; start the audit "
+                          f"on {run_size} data-parallel ranks", key="objective.negatives")
 
 
 def weight_problems(log: RunLog, done: int, checkpoint: Path | None) -> list[str]:
@@ -121,7 +152,8 @@ class _Work:
     """The last step that was replayed, whole or in part."""
     replayed: int = 0
     metrics: dict[str, tuple[float | None, float]] = dataclasses.field(default_factory=dict)
-    notes: list[str] = dataclasses.field(default_factory=list)
+    masked: dict[int, tuple[int, list[int]]] = dataclasses.field(default_factory=dict)
+    """Of the last replayed step, see Replay.masked."""
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def run(self, problems: Sequence[str]) -> Difference | None:
@@ -140,15 +172,18 @@ class _Work:
         same = start["parallel"] == to_dict(config)["parallel"] and (
             start["world_size"] == self.replay.topology.world_size)
         dtype = "bfloat16" if "bfloat16" in (start["dtype"], config.model.dtype) else "float32"
-        return Tolerance(dtype=dtype, replayed=step - self.done - 1, dropout=config.has_dropout and not same)
+        return Tolerance(dtype=dtype, replayed=step - self.done - 1, rows=config.training.global_batch_size,
+                         dropout=config.has_dropout and not same)
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of the last replayed step, in the order of the global batch."""
         inputs, start = self.replay.inputs, self.log.start_of(self.last)[1]
         rows = inputs.sampler.rows_of_step(self.last - 1)
         share = max(1, len(rows) // dp_size_of(start))
-        return [{"row": row, "source": inputs.records[row].source, "rank": place // share}
-                for place, row in enumerate(rows)]
+        masked = self.masked
+        return [{"row": row, "source": inputs.records[row].source, "rank": place // share,
+                 **({"negatives": masked[place][0], "masked_documents_of_rows": [rows[of] for of in masked[place][1]]}
+                    if place in masked else {})} for place, row in enumerate(rows)]
 
     def _at_start(self) -> Difference | None:
         """What differs before any step is replayed: settings, rows of the data, weights."""
@@ -164,18 +199,21 @@ class _Work:
             if noted is not None and noted["parameter_bits"] != f"{checksum.bits % 2**64:016x}":
                 return Difference(step=self.last, part="weights", values={
                     "parameter_norm": (noted["parameter_norm"], checksum.norm)})
-        if record is not None and "optimizer_bits" in record and same_dtype and self._divides_no_tensor():
+        if record is not None and "optimizer_bits" in record and same_dtype and self._has_comparable_moments():
             bits = self.replay.optimizer_bits()
             if record["optimizer_bits"] != bits:
                 return Difference(step=self.last, part="optimizer state", values={
                     "optimizer_bits": (record["optimizer_bits"], bits)})
         if self.problems:
-            return Difference(step=self.last, part="settings" if "config.yaml" in self.problems[0] else "weights",
+            return Difference(step=self.last, part="settings" if "config.yaml" in self.problems[0] else "files",
                               values={})
         return None
 
-    def _divides_no_tensor(self) -> bool:
-        """Whether the run and the replay hold every tensor whole, so that checksums of moments can be compared."""
+    def _has_comparable_moments(self) -> bool:
+        """Whether the run and the replay hold every tensor whole, and moments as they are in the checkpoint."""
+        optimizer = self.replay.inputs.config.optimizer
+        if optimizer.name != "adamw" or optimizer.precision_aware or optimizer.cpu_offload:
+            return False
         sizes = self.log.start_of(self.step)[1]["parallel"], to_dict(self.replay.inputs.config)["parallel"]
         return all(each[f"{name}_parallel_size"] == 1 for each in sizes
                    for name in ("tensor_model", "expert_model", "expert_tensor"))
@@ -186,6 +224,7 @@ class _Work:
 
     def _replay(self, step: int) -> Difference | None:
         self.last, self.replayed, record = step, self.replayed + 1, self.log.steps.get(step)
+        self.masked = {}
         if record is None:
             raise ConfigError(f"--step {self.step}: the log lacks step {step}, which must be replayed; choose a step "
                               "with a kept checkpoint behind that one", key="--step")
@@ -197,6 +236,7 @@ class _Work:
         if difference is not None:
             return difference
         numbers = self.replay.numbers(step, batch)
+        self.masked = self.replay.masked()
         logged = record["metrics"]
         self.metrics = {name: (logged[name], value) for name, value in numbers.metrics.items() if name in logged}
         difference = number_difference(step, record, numbers.metrics, tolerance) or self._differing_copies(record)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_embed.audit.case import Case, Cause
-from megatron_embed.audit.compare import Tolerance, part_of
+from megatron_embed.audit.compare import Tolerance, part_of, scale_of
 from megatron_embed.audit.plain_objective import PlainObjective
 from megatron_embed.audit.variation import Variation
 from megatron_embed.batch import StepBatch
@@ -21,6 +21,8 @@ _SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
 _DROPOUTS = (0.1, 0.05, 0.2, 0.3, 0.15, 0.25, 0.5, 0.02, 0.01)
 _TEMPERATURES = (0.002, 10.0)
 _HALVINGS = 60
+_EQUAL_RATIOS = 2e-4
+"""Relative difference within which loss and gradient are multiplied alike."""
 _WITHIN, _ASIDE = 4.0, 0.7
 """Standard deviations of dropout within which the logged numbers must lie, and by which the plain ones must differ."""
 _AHEAD = 200
@@ -40,8 +42,9 @@ def matches(case: Case, metrics: Mapping[str, float], *parts: str) -> bool:
     """Whether all logged numbers of these parts (default: all but the gradient) are those of a variation."""
     tolerance = tolerance_of(case)
     wanted = parts or ("masks", "vectors", "loss")
-    return all(tolerance.allows(name, value, metrics.get(name), 1.0 if part_of(name) == "vectors" else 1e-2)
-               for name, value in case.record["metrics"].items()
+    logged = case.record["metrics"]
+    return all(tolerance.allows(name, value, metrics.get(name), scale_of(name, logged))
+               for name, value in logged.items()
                if part_of(name) in wanted and name not in ("learning_rate", "skipped")
                and not name.startswith("margin_to"))
 
@@ -63,7 +66,8 @@ def _copies(case: Case, batch: StepBatch) -> Iterator[Cause]:
 
 
 def _metric_alone(case: Case, batch: StepBatch) -> Iterator[Cause]:
-    """A metric that is wrong although loss and gradient are right; a learned temperature."""
+    """A metric that is wrong although loss and gradient are right; a learned temperature; loss and gradient multiplied
+    by the same."""
     if "temperature" in case.difference.values:
         logged, replayed = case.difference.values["temperature"]
         yield Cause(name="learned temperature", text=f"it is {logged:.6g} in the run and {replayed:.6g} in the replay: "
@@ -71,6 +75,12 @@ def _metric_alone(case: Case, batch: StepBatch) -> Iterator[Cause]:
         return
     numbers, tolerance = case.replay.numbers(case.step, batch).metrics, tolerance_of(case)
     logged = case.record["metrics"]
+    ratios = [logged[name] / numbers[name] for name in ("loss", "grad_norm") if logged[name] and numbers[name]]
+    if case.difference.part == "loss" and len(ratios) == 2 and math.isclose(*ratios, rel_tol=_EQUAL_RATIOS):
+        named = next((f", which is {name}" for factor, name in _factors(case)
+                      if math.isclose(factor, ratios[0], rel_tol=_EQUAL_RATIOS)), "")
+        yield Cause(name="loss scale", text=f"loss and gradient are {ratios[0]:.6g} times what they must be{named}")
+        return
     if all(tolerance.allows(name, logged[name], numbers[name], 1e-2) for name in ("loss", "grad_norm")):
         yield Cause(name="wrong metric", text=f"loss and gradient are right; {', '.join(case.difference.values)} as "
                     "logged is not")
@@ -82,6 +92,8 @@ def _losses(case: Case, batch: StepBatch) -> Iterator[Cause]:
     if case.difference.part == "gradient":
         return
     assert isinstance(objective, PlainObjective)
+    if not objective.is_plain:
+        return
     objective.kept = []
     replay.evaluated(case.step, batch)
 
@@ -187,7 +199,9 @@ def _gradients(case: Case, batch: StepBatch) -> Iterator[Cause]:
             yield Cause(name="loss scale", text=f"the gradient is {factor:.6g} times what it must be, which is {name}; "
                         "the loss is right")
             return
-    for name, text, variation in _gradient_variations(case):
+    objective = case.replay.trainer.grad_cache.objective
+    assert isinstance(objective, PlainObjective)
+    for name, text, variation in _gradient_variations(case) if objective.is_plain else ():
         norm = case.replay.numbers(case.step, batch, variation).metrics["grad_norm"]
         for factor, by in ((1.0, ""), *_factors(case)):
             if tolerance.allows("grad_norm", logged, norm * factor, 0.0):
@@ -266,6 +280,8 @@ def _as_ranks_drew(case: Case) -> dict[str, float]:
     if divided or replay.topology.world_size > 1 or case.dp_size == 1 or not objective.couples_batch:
         return {}
     assert isinstance(objective, PlainObjective)
+    if not objective.is_plain:
+        return {}
     objective.kept = []
     loader, share = copy.copy(replay.loader), config.training.global_batch_size // case.dp_size
     for rank in range(case.dp_size):

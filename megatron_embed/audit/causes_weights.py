@@ -10,10 +10,8 @@ _SHOWN = 3
 
 def explain(case: Case) -> list[Cause]:
     """What is wrong with the checkpoint, the first weights or the settings."""
-    found = [Cause(name="damaged checkpoint file", text=problem) for problem in case.problems
-             if "config.yaml" not in problem and ": model/" in problem]
-    found += [Cause(name="changed file of the checkpoint", text=problem) for problem in case.problems
-              if "config.yaml" not in problem and ": model/" not in problem]
+    found = [Cause(name="changed file of the checkpoint", text=problem) for problem in case.problems
+             if "config.yaml" not in problem]
     changed = [problem for problem in case.problems if "config.yaml" in problem]
     found += [Cause(name="changed configuration", text="; ".join(changed))] if changed else []
     if case.difference.part == "optimizer state":

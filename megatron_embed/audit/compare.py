@@ -31,6 +31,8 @@ class Tolerance:
     dtype: str
     replayed: int
     """Updates replayed before the step."""
+    rows: int = 1 << 20
+    """Of the step."""
     dropout: bool = False
     """The run has dropout, whose random numbers depend on the layout, and the layout is another."""
 
@@ -52,7 +54,7 @@ class Tolerance:
             return False
         bound = self.relative * max(abs(logged), abs(replayed), scale)
         if name in _COUNTED:
-            bound = max(0.02, bound)  # a tie may be decided otherwise
+            bound = max(0.02, 1.5 / self.rows, bound)  # a tie may be decided otherwise
         return abs(logged - replayed) <= bound
 
 
@@ -88,7 +90,7 @@ def number_difference(step: int, record: Mapping[str, Any], replayed: Mapping[st
     logged: dict[str, float | None] = record["metrics"]
     different = {name: (value, replayed.get(name)) for name, value in logged.items()
                  if name not in ("learning_rate", "skipped", *_DERIVED)
-                 and not tolerance.allows(name, value, replayed.get(name), _scale(name))}
+                 and not tolerance.allows(name, value, replayed.get(name), scale_of(name, logged))}
     for part in ("masks", "vectors", "loss", "gradient"):
         values = {name: value for name, value in different.items() if part_of(name) == part}
         if values:
@@ -115,6 +117,10 @@ def part_of(name: str) -> str:
     return next((part for part, names in _OF_PART.items() if name in names and name not in COUNTS), "loss")
 
 
-def _scale(name: str) -> float:
-    """The smallest value of a metric that relative differences refer to: similarities may be near 0."""
-    return 1.0 if part_of(name) == "vectors" else 1e-2
+def scale_of(name: str, logged: Mapping[str, float | None]) -> float:
+    """The smallest value of a metric that relative differences refer to: of similarities the largest, since they and
+    their differences may be near 0."""
+    if part_of(name) != "vectors":
+        return 1e-2
+    return max([1.0, *(abs(value) for other, value in logged.items() if value is not None
+                       and part_of(other) == "vectors")])

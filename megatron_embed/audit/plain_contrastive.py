@@ -33,6 +33,10 @@ class _Masks:
 class PlainContrastive:
     """The loss of a global batch.
 
+    Attributes:
+        masked: query -> (number of its negative documents, the queries of the documents that are masked), at the
+            largest dimension, once `values` was called.
+
     Args:
         weights: (dimension or None, weight) of each loss; see objective.matryoshka_weights.
         temperature, bias: of this step.
@@ -42,6 +46,7 @@ class PlainContrastive:
                  temperature: float, bias: float | None, variation: Variation) -> None:
         self.config, self.weights, self.normalize, self.variation = config, weights, normalize, variation
         self.log_scale = torch.tensor(-math.log(variation.temperature or temperature), dtype=torch.float64)
+        self.masked: dict[int, tuple[int, list[int]]] = {}
         self.bias = None if bias is None else torch.tensor(bias, dtype=torch.float64)
         self.directions = variation.directions or config.directions
 
@@ -109,11 +114,19 @@ class PlainContrastive:
             losses = torch.cat(list(logits.values()), dim=1).logsumexp(dim=1) - at_positive
         else:
             losses = sum(value.logsumexp(dim=1) for value in logits.values()) / len(logits) - at_positive
+        self._note_masked(masks["query_to_document"], batch, of)
         counts = [masks[name].excluded.sum() for name in self.directions]
         own = sum(name in ("query_to_document", "document_to_query") for name in self.directions) * len(of)
         negatives = sum(value.numel() - int(masks[name].masked.sum()) for name, value in similarity.items()) - own
         return torch.stack([(losses * weights).sum(), *_statistics(main, positive, masks["query_to_document"].masked),
                             torch.stack(counts).sum().double(), losses.new_tensor(float(negatives))])
+
+    def _note_masked(self, masks: _Masks, batch: GlobalBatch, of: Tensor) -> None:
+        """Note for each query how many documents are its negatives, and the queries of those that are masked."""
+        negatives = (~masks.masked).sum(dim=1) - 1
+        for row, query in enumerate(of.tolist()):
+            columns = masks.excluded[row].nonzero()[:, 0]
+            self.masked.setdefault(query, (int(negatives[row]), batch.document_query[columns].tolist()))
 
     def _rank_of(self, queries: Tensor, query: Tensor) -> Tensor:
         """The data-parallel rank of the run that held each query."""

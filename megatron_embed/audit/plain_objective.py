@@ -29,6 +29,8 @@ class PlainObjective(Objective[AnyBatch]):
 
     Attributes:
         variation: what is computed otherwise than configured.
+        masked: of the last whole batch, see PlainContrastive.
+        is_plain: False for a vector per token, whose loss is that of training.
         kept: a list that every call adds its embeddings to; None: they are not kept.
 
     Args:
@@ -39,7 +41,9 @@ class PlainObjective(Objective[AnyBatch]):
         self.names, self.couples_batch, self.learned = inner.names, inner.couples_batch, inner.learned
         self.variation: Variation = NONE
         self.kept: list[list[Part]] | None = None
+        self.masked: dict[int, tuple[int, list[int]]] = {}
         self._config, self._group, self._inner = config, topology.dp_group, inner
+        self.is_plain = config.task == "reranker" or config.embedding.head != "multi_vector"
 
     def total(self, batch: AnyBatch) -> float:
         return self._inner.total(batch)
@@ -50,6 +54,8 @@ class PlainObjective(Objective[AnyBatch]):
     def __call__(self, embeddings: Tensor, batch: AnyBatch, *, total: float) -> LossGradient:
         """See Objective; one all-gather of objects over the data-parallel group."""
         if self._config.task == "embedding" and self._config.embedding.head == "multi_vector":
+            return self._inner(embeddings, batch, total=total)
+        if not self.is_plain:
             return self._inner(embeddings, batch, total=total)
         parts = gather_objects(Part.of(embeddings, batch), self._group)
         if self.kept is not None:
@@ -68,6 +74,7 @@ class PlainObjective(Objective[AnyBatch]):
             of_query, of_document, *of_leaves = torch.autograd.grad(total_loss, [query, document, *leaves])
         if loss is not None and self.learned is not None:
             values |= _learned_values(loss, [float(gradient) for gradient in of_leaves], len(query))
+        self.masked = {} if loss is None or not self.couples_batch else loss.masked
         scaled, rank = factors(self.variation, whole), self._group.rank()
         own = torch.cat([(gradient * factor[:, None]).split(sizes)[rank] for gradient, factor, sizes in (
             (of_query, scaled[0], [len(part.query) for part in parts]),

@@ -152,6 +152,13 @@ class Replay:
         values = send_from_last(values.to(self.topology.device), self.topology.groups.pp).cpu()
         return {name: value for name, value in zip(names, values.tolist(), strict=True) if not math.isnan(value)}
 
+    def masked(self) -> dict[int, tuple[int, list[int]]]:
+        """Negatives and masked documents of the last step's queries, see PlainContrastive; empty for other losses. One
+        all-gather of objects over the world."""
+        objective = self.trainer.grad_cache.objective
+        assert isinstance(objective, PlainObjective)
+        return next((part for part in gather_objects(objective.masked, dist.group.WORLD) if part), {})
+
     def gathered(self, values: list[int]) -> list[int]:
         """The values of all data-parallel ranks, in their order. One all-gather of objects."""
         return [value for part in gather_objects(values, self.topology.dp_group) for value in part]

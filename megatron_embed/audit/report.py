@@ -1,5 +1,6 @@
 """An audit in words, and as JSON."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_embed.audit.audit import Audit
@@ -43,7 +44,7 @@ def _verdict(audit: Audit) -> list[str]:
                 f"{audit.tolerance.relative:.1e})"]
     values = "; ".join(f"{name}: logged {_shown(logged)}, replayed {_shown(replayed)}"
                        for name, (logged, replayed) in difference.values.items())
-    lines = [f"different: at step {difference.step} the {difference.part} differ first{': ' if values else ''}{values}"]
+    lines = [f"different: first at step {difference.step}, in {difference.part}{': ' if values else ''}{values}"]
     lines += [f"likely cause: {cause.name}: {cause.text}" for cause in audit.causes]
     return lines if audit.causes else [*lines, f"none of the known causes gives the logged numbers; what is known: "
                                                f"{LEFT[difference.part]}"]
@@ -55,9 +56,18 @@ def _numbers(audit: Audit) -> list[str]:
 
 
 def _rows(audit: Audit) -> list[str]:
-    shown = [f"  rank {row['rank']}  row {row['row']}  {row['source']}" for row in audit.rows[:_SHOWN_ROWS]]
+    shown = [f"  rank {row['rank']}  row {row['row']}  {row['source']}{_masks(row)}"
+             for row in audit.rows[:_SHOWN_ROWS]]
     rest = len(audit.rows) - len(shown)
     return [f"{len(audit.rows)} rows:", *shown, *([f"  ... and {rest} more (--json has all)"] if rest else [])]
+
+
+def _masks(row: Mapping[str, Any]) -> str:
+    """Negatives of a row, and the rows whose documents are masked for it."""
+    if "negatives" not in row:
+        return ""
+    masked = row["masked_documents_of_rows"]
+    return f"  {row['negatives']} negatives" + (f", masked: documents of rows {masked}" if masked else "")
 
 
 def _shown(value: object) -> str:

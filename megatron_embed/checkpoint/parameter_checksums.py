@@ -155,11 +155,9 @@ def _counted_once(models: Sequence[EmbeddingModel]) -> Iterator[tuple[str, Tenso
 
 
 def _bits(tensors: Sequence[Tensor]) -> int:
-    """The sum of bits of tensors, modulo 2^64."""
-    total = 0
-    for tensor in tensors:
-        total += int(tensor.contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
-    return _signed(total)
+    """The sum of bits of tensors, modulo 2^64. The host waits once."""
+    sums = [tensor.contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
+    return int(torch.stack(sums).sum()) if sums else 0
 
 
 def _signed(value: int) -> int:
@@ -168,9 +166,9 @@ def _signed(value: int) -> int:
 
 
 def _square(tensors: Sequence[Tensor]) -> float:
-    """The sum of squares of tensors, in float64."""
-    return sum(float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 for tensor in tensors
-               if tensor.is_floating_point())
+    """The sum of squares of tensors, in float64. The host waits once."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors if tensor.is_floating_point()]
+    return float(torch.stack(norms).square().sum()) if norms else 0.0
 
 
 def _minorities(leaders: Tensor, bits: Tensor) -> set[int]:

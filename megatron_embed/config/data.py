@@ -82,6 +82,10 @@ class DataConfig:
     sampling_cap: int | None = None
     """Rows that an entry of `train` counts as at most when the entries are sampled, so that a very large one does not
     leave the others few steps; null: all."""
+    allow_changes: bool = False
+    """True: a run that is started again may have other rows or weights than it began with; the log says from which step
+    on, and so does audit.jsonl. It takes the rows that it would take at this step if it had always had them. False:
+    that is refused."""
     num_positives: int = 1
     """Positives per query, the first of the row or sampled (document_sampling); a row with fewer contributes those it
     has. Each is a term of the loss, in which the query's other positives are not negatives; a query's terms together

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_embed.checkpoint.load import steps_done
 from megatron_embed.config.load import read_resolved, to_dict
 from megatron_embed.config.optimizer import OptimizerConfig
 from megatron_embed.config.schema import RunConfig
@@ -61,7 +62,11 @@ def check_resumable(task: Task, checkpoint: Path, records: RecordSet) -> None:
         raise _refusal(checkpoint, "model.path", config.model.path,
                        "its tokenizer gives other ids than the one this run began with")
     known = known_rows(checkpoint)
-    if known is not None and known != describe_rows(records, known["order"]):
+    if known is not None and known != describe_rows(records, known["order"]) and config.data.allow_changes:
+        logger.warning("since step %d the run trains on %d rows of %s, before on %d rows that were not the same",
+                       steps_done(checkpoint) + 1, len(records), [item.path for item in config.data.train],
+                       known["rows"])
+    elif known is not None and known != describe_rows(records, known["order"]):
         raise _refusal(checkpoint, "data.train", [item.path for item in config.data.train],
                        f"{len(records)} rows that are not the {known['rows']} rows this run began with "
                        f"({before.get('data.train')})")
@@ -111,7 +116,10 @@ def _equal_overlaps(config: RunConfig, before: Mapping[str, Any], task: Task) ->
 def _check_weights(config: RunConfig, checkpoint: Path, files: Sequence[dict[str, Any]]) -> None:
     """Refuses other weights of as many files as before."""
     weights, before = [file.weight for file in config.data.train], [file.get("weight", 1.0) for file in files]
-    if len(weights) == len(before) and weights != before:
+    if len(weights) == len(before) and weights != before and config.data.allow_changes:
+        logger.warning("since step %d the entries of data.train have the weights %s, before %s",
+                       steps_done(checkpoint) + 1, weights, before)
+    elif len(weights) == len(before) and weights != before:
         raise _refusal(checkpoint, "data.train", [item.path for item in config.data.train],
                        f"weights {weights}, this run began with {before}")
 

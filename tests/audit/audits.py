@@ -12,10 +12,10 @@ from tests.helpers.toys import MINI_EN
 STEPS = 6
 
 
-def values_of(model, folder, *, name="run", **settings):
+def values_of(path, folder, *, name="run", **settings):
     """A run of six steps with a checkpoint every two, some rows sharing a positive."""
     rows = folder / f"{name}.jsonl"
-    values = configuration(model, folder / name, train_steps=STEPS, warmup_steps=2, weight_decay=0.1,
+    values = configuration(path, folder / name, train_steps=STEPS, warmup_steps=2, weight_decay=0.1,
                            checkpoint={"save_every_steps": 2, "keep": 0}, objective={"mask_duplicates": True})
     values["data"]["train"] = [str(rows) if rows.exists() else copy_of_rows(MINI_EN, rows, 200)]
     for section, keys in settings.items():
@@ -23,10 +23,10 @@ def values_of(model, folder, *, name="run", **settings):
     return values
 
 
-def run_with(fault, model, folder, name="run", ranks=None, **settings):
+def run_with(fault, path, folder, name="run", ranks=None, **settings):
     """A run with one of FAULTS (None: without). Returns its directory."""
     chosen = FAULTS.get(fault)
-    values = values_of(model, folder, name=name, **{**settings, **(chosen.settings if chosen else {})})
+    values = values_of(path, folder, name=name, **{**settings, **(chosen.settings if chosen else {})})
     ranks, directory = ranks or (chosen.ranks if chosen else 1), folder / name
     run_on_ranks(train_with, ranks, None if chosen is None or chosen.resumed else fault, values)
     if chosen is not None and chosen.resumed:

@@ -100,8 +100,30 @@ def wrong_order_after_resume():
 def wrong_temperature():
     from megatron_embed.objectives.contrastive import Contrastive
 
-    return replaced(Contrastive, "_settings", lambda original: lambda self: dataclasses.replace(
+    return replaced(Contrastive, "step_settings", lambda original: lambda self: dataclasses.replace(
         original(self), temperature=0.17))
+
+
+def doubled_loss():
+    from megatron_embed.losses import info_nce
+
+    def make(original):
+        def softmax_loss(logits, positive_column, spans):
+            loss, gradient = original(logits, positive_column, spans)
+            return 2 * loss, gradient.mul_(2)
+        return softmax_loss
+
+    return replaced(info_nce, "_softmax_loss", make)
+
+
+def gradients_not_summed():
+    """The last rank's rows give no gradient."""
+    import torch.distributed as dist
+
+    from megatron_embed.training import grad_cache
+
+    return replaced(grad_cache, "surrogate_factor", lambda original: lambda *sizes: original(*sizes) * (
+        1.0 if dist.get_rank() == 0 else 0.0))
 
 
 def wrong_prompt():
@@ -394,6 +416,8 @@ class Fault:
     """Changes files of the run when it has ended."""
     settings: dict = dataclasses.field(default_factory=dict)
     """Further settings by section."""
+    step: int = WRONG
+    """The step that is audited."""
     resumed: bool = False
     """The run has the fault only since it was resumed after step 4."""
 
@@ -402,16 +426,20 @@ FAULTS = {
     "shifted labels": Fault("masks", "shifted labels", inject=shifted_labels),
     "detached remote negatives": Fault("gradient", "detached remote negatives", inject=detached_remote_negatives),
     "loss scale": Fault("gradient", "loss scale", inject=loss_scale),
-    "stale weights at save": Fault("weights", "stale weights in the checkpoint", inject=stale_weights_at_save),
+    "stale weights at save": Fault("weights", "stale weights in the checkpoint", inject=stale_weights_at_save,
+                                    step=6),
     "dropped row": Fault("rows", "dropped row", ranks=1, inject=dropped_row),
     "duplicated row": Fault("rows", "duplicated row", inject=duplicated_row),
     "flipped bit in a shard": Fault("weights", "damaged checkpoint file", alter=flipped_bit),
     "wrong temperature": Fault("loss", "wrong temperature", inject=wrong_temperature),
+    "loss doubled": Fault("loss", "loss scale", inject=doubled_loss),
+    "gradient of a rank lost": Fault("gradient", "gradient of a rank missing", inject=gradients_not_summed),
     "wrong prompt": Fault("texts", "wrong prompt", inject=wrong_prompt),
     "dropout left on": Fault("vectors", "dropout left on", inject=dropout_left_on),
     "one rank's parameters drift": Fault("copies", "drifted parameters", inject=drifted_rank),
     "masks off": Fault("masks", "masks off", inject=masks_off, settings={"data": {"shuffle": False}}),
-    "wrong order after resume": Fault("rows", "wrong order of rows", inject=wrong_order_after_resume, resumed=True),
+    "wrong order after resume": Fault("rows", "wrong order of rows", inject=wrong_order_after_resume, step=6,
+                                      resumed=True),
     "learning rate": Fault("learning rate", "wrong learning rate", inject=scaled_learning_rate),
     "clipping off": Fault("update", "clipping off", inject=clipping_off),
     "weight decay off": Fault("update", "weight decay off", inject=weight_decay_off),
@@ -425,7 +453,7 @@ FAULTS = {
     "stale optimizer state at save": Fault("optimizer state", "stale optimizer state in the checkpoint",
                                            inject=stale_optimizer_at_save),
     "weights not restored": Fault("weights", "weights not restored at the resume", inject=weights_not_restored,
-                                  resumed=True),
+                                  step=6, resumed=True),
     "frozen matrix": Fault("vectors", "parameters not updated", ranks=1, inject=frozen_matrix),
     "attention across texts": Fault("vectors", "attention across texts", inject=attention_across_texts),
     "wrong seed": Fault("rows", "wrong seed", inject=wrong_seed),
