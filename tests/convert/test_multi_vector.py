@@ -62,6 +62,7 @@ def pylate_directory(path, **settings):
     return path
 
 
+@pytest.mark.slow
 def test_directories_there_and_back(tmp_path):
     """Both layouts hold the same model, bit for bit, and both are read here as by the stock library."""
     source = add_token_modules(save_directory(tmp_path / "source", kind="bert"), "colbert")
