@@ -107,6 +107,14 @@ REFUSED = {
 }
 
 
+def test_stanford_s_layout_names_its_remedy(tmp_path):
+    path = save_directory(tmp_path / "model", kind="bert")
+    change(path / "config.json", architectures=["HF_ColBERT"])
+    (path / "modules.json").unlink()
+    with pytest.raises(CheckpointError, match=r"Stanford's ColBERT.*MultiVectorEncoder\(.*save_pretrained"):
+        read_saved_settings(path)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_computed_is_refused(tmp_path, name):
     path = add_token_modules(save_directory(tmp_path / "model", kind="bert"), "colbert")
