@@ -10,6 +10,7 @@ implementations hold ([queries of a rank, documents, vectors of a query, vectors
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -85,6 +86,7 @@ def measure(rank: int, store: str, num_documents: int, arguments: argparse.Names
 
 def main() -> None:
     arguments = parse_arguments()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the kernel: the peak is what is held
     context = multiprocessing.get_context("spawn")
     for num_documents in arguments.documents:
         with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ from small_models import packaged_model
 
 HEADS: dict[str, dict[str, Any]] = {
     "dense": {"embedding": {"pooling": "mean"}, "objective": {"temperature": 0.05}},
-    "multi_vector": {"embedding": {"head": "multi_vector", "query_expansion": 32}, "objective": {"temperature": 1.0}}}
+    "multi_vector": {"embedding": {"head": "multi_vector"}, "objective": {"temperature": 1.0}}}
 
 
 def parse_arguments() -> argparse.Namespace:

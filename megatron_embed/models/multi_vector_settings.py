@@ -36,6 +36,15 @@ def is_pylate(settings: Mapping[str, Any]) -> bool:
         settings.get("model_type") is None and "query_prefix" in settings)
 
 
+def refuse_stanford(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a checkpoint of Stanford's ColBERT, whose projection lies among the backbone's
+    tensors; `config`: contents of config.json."""
+    if config.get("architectures") == ["HF_ColBERT"]:
+        raise CheckpointError(f"{folder}: a checkpoint of Stanford's ColBERT, which has no modules.json; rewrite it "
+                              "once: python -c \"from sentence_transformers import MultiVectorEncoder; "
+                              f"MultiVectorEncoder('{folder}').save_pretrained('NEW_DIR')\", and give NEW_DIR")
+
+
 def vector_format(folder: Path, modules: Sequence[Module], settings: Mapping[str, Any],
                   expansion: QueryExpansion | None) -> VectorFormat | None:
     """Which tokens of a directory's model give vectors; None: a text gives one.

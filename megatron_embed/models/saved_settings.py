@@ -40,6 +40,7 @@ from megatron_embed.models.multi_vector_settings import (
     pylate_lengths,
     pylate_prompts,
     query_expansion,
+    refuse_stanford,
     vector_format,
 )
 from megatron_embed.names import POOLINGS, ROLES, MessageFormat, Pooling, Similarity, TruncationSide
@@ -205,6 +206,7 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
                               "max_length": transformer.max_length, "stated_length": transformer.stated_length,
                               "truncation_side": transformer.truncation_side}
     if not modules:
+        refuse_stanford(folder, hf)
         return SavedSettings(**common)
     pooling, include_prompt = None, True
     for module in modules:

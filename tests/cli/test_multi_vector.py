@@ -64,6 +64,7 @@ def train_and_load(values):
     return metrics, vectors_of({"export": values["checkpoint"]["export_at_end"]})["export"]
 
 
+@pytest.mark.slow
 def test_a_run_trains_saves_and_exports(tmp_path):
     model = str(save_directory(tmp_path / "model", kind="bert"))
     directory = tmp_path / "run"
@@ -89,6 +90,7 @@ def maxsim_orders(folder, directory):
             for query, line in zip(rows["queries"], scores, strict=True)}
 
 
+@pytest.mark.slow
 def test_evaluate_mine_and_encode(small_beir, tmp_path):
     from megatron_embed.evaluation.retrieval import retrieval_metrics
 

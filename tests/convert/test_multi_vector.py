@@ -62,6 +62,7 @@ def pylate_directory(path, **settings):
     return path
 
 
+@pytest.mark.slow
 def test_directories_there_and_back(tmp_path):
     """Both layouts hold the same model, bit for bit, and both are read here as by the stock library."""
     source = add_token_modules(save_directory(tmp_path / "source", kind="bert"), "colbert")
@@ -104,6 +105,14 @@ REFUSED = {
     "similarity": (lambda path: change(path / "config_sentence_transformers.json", similarity_fn_name="meanmaxsim"),
                    ["similarity_fn_name = 'meanmaxsim'", "maxsim"]),
 }
+
+
+def test_stanford_s_layout_names_its_remedy(tmp_path):
+    path = save_directory(tmp_path / "model", kind="bert")
+    change(path / "config.json", architectures=["HF_ColBERT"])
+    (path / "modules.json").unlink()
+    with pytest.raises(CheckpointError, match=r"Stanford's ColBERT.*MultiVectorEncoder\(.*save_pretrained"):
+        read_saved_settings(path)
 
 
 @pytest.mark.parametrize("name", REFUSED)

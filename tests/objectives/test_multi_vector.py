@@ -100,3 +100,74 @@ def test_loss_and_gradients_equal_one_process(tile):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-12)
         assert metrics["log_scale_gradient"] == pytest.approx(of_scale, rel=1e-9)
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+
+
+def teacher_scores(first, last):
+    generator = torch.Generator().manual_seed(9)
+    scores = [torch.randn(sum(group), generator=generator, dtype=torch.float64) for group in GROUPS]
+    return torch.cat(scores[first:last])
+
+
+def distillation_on_ranks(loss):
+    """Called by all ranks: (metrics, gradient of this rank's vectors), the batch in two parts as micro-batches are."""
+    import dataclasses
+
+    import torch.distributed as dist
+
+    from megatron_embed.config.load import config_of_overrides
+    from megatron_embed.objectives.multi_vector import MultiVectorDistillation
+    from megatron_embed.objectives.splitting import part_of
+
+    config = config_of_overrides(["model.path=m", "embedding.head=multi_vector", f"objective.loss={loss}",
+                                  "data.num_negatives=3", *(["objective.temperature=0.5"] if "kl" in loss else [])])
+    first = 4 * dist.get_rank()
+    embeddings, batch = batch_of(first, first + 4)
+    batch = dataclasses.replace(batch, teacher_scores=teacher_scores(first, first + 4))
+    objective = MultiVectorDistillation(config, dist.group.WORLD)
+    total, gradient, loss_sum = objective.total(batch), torch.zeros_like(embeddings), 0.0
+    for queries in (torch.tensor([0, 2]), torch.tensor([1, 3])):
+        documents = torch.isin(batch.document_query, queries).nonzero()[:, 0]
+        part = part_of(batch, queries, documents, micro_batches=(), capacity=batch.capacity)
+        rows = batch.outputs_of(torch.cat([queries, documents + batch.num_queries]))
+        result = objective(embeddings[rows], part, total=total)
+        gradient[rows] = result.embeddings
+        loss_sum += result.sums.values[0, 0]
+    return float(loss_sum) / total, gradient
+
+
+def distillation_reference(loss):
+    """(loss, gradients of each rank's vectors)."""
+    queries, documents = global_vectors()
+    leaves = [text.requires_grad_() for text in [*queries, *(text for group in documents for text in group)]]
+    terms = []
+    for query, group in enumerate(documents):
+        scores = torch.stack([(queries[query] @ text.T).max(dim=1).values.sum() for text in group])
+        teacher = teacher_scores(query, query + 1)
+        if loss == "margin_mse":
+            # A document that is no first positive counts as one to compare with, unless it is a positive.
+            positives = GROUPS[query][0]
+            terms += [((scores[0] - scores[index]) - (teacher[0] - teacher[index])).square()
+                      for index in range(positives, len(group))]
+        else:
+            wanted, predicted = teacher.div(0.5).log_softmax(0), scores.div(0.5).log_softmax(0)
+            terms.append((wanted.exp() * (wanted - predicted)).sum() * 0.25)
+    value = torch.stack(terms).sum() / (len(GROUPS) if loss == "kl_distillation" else total_of_margins())
+    gradients = torch.autograd.grad(value, leaves, materialize_grads=True)
+    of_query, rest = gradients[: len(GROUPS)], iter(gradients[len(GROUPS) :])
+    of_documents = [[next(rest) for _ in group] for group in documents]
+    return float(value.detach()), [
+        torch.cat([*of_query[part], *(text for group in of_documents[part] for text in group)])
+        for part in (slice(0, 4), slice(4, 8))]
+
+
+def total_of_margins():
+    """What the objective divides by: documents but one of each query."""
+    return sum(sum(group) - 1 for group in GROUPS)
+
+
+@pytest.mark.parametrize("loss", ["kl_distillation", "margin_mse"])
+def test_distillation_equals_one_process(loss):
+    value, halves = distillation_reference(loss)
+    for (own, gradient), expected in zip(run_on_ranks(distillation_on_ranks, 2, loss), halves, strict=True):
+        assert own == pytest.approx(value, rel=1e-9)
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
