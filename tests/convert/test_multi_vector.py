@@ -110,7 +110,7 @@ REFUSED = {
 def test_stanford_s_layout_names_its_remedy(tmp_path):
     path = save_directory(tmp_path / "model", kind="bert")
     change(path / "config.json", architectures=["HF_ColBERT"])
-    (path / "modules.json").unlink()
+    (path / "modules.json").unlink(missing_ok=True)
     with pytest.raises(CheckpointError, match=r"Stanford's ColBERT.*MultiVectorEncoder\(.*save_pretrained"):
         read_saved_settings(path)
 
