@@ -54,6 +54,8 @@ STOCK: tuple[EngineName, ...] = ("sentence-transformers", "transformers", "vllm"
 UNCOMPARED = ExportOptions(compare=False)
 NO_TOKENIZER = ("Not measured: llama.cpp's converter knows a byte-level BPE by a checksum (conversion/base.py, "
                 "get_vocab_base_pre), and the released ones of these families are not on the machine.")
+_OTHER_TOKENIZER = ("pre-tokenizer was not recognized", "KeyError: '<|user|>'")
+"""How the converter says so; the second one is GLM's."""
 Cell = dict[str, Any]
 Row = dict[str, Any]
 
@@ -175,7 +177,7 @@ def shown(cell: Cell, notes: list[str], rerankers: bool) -> str:
         return "rules"
     text = cell.get("refused", "not measured")
     text = re.sub(r"\S*/stock: ", "", text)
-    text = NO_TOKENIZER if "pre-tokenizer was not recognized" in text else text
+    text = NO_TOKENIZER if any(words in text for words in _OTHER_TOKENIZER) else text
     if text not in notes:
         notes.append(text)
     return f"[{notes.index(text) + 1}]"
