@@ -178,7 +178,8 @@ def with_state(text):
     ({}, with_state(b"[" * 4000), ["q_proj", "not readable"]),
     ({}, with_state(b"{}" + b" " * 5000), ["q_proj", "not a short text"]),
     ({"bnb_4bit_use_double_quant": False}, None, ["bnb_4bit_use_double_quant"]),
-    ({"bnb_4bit_quant_type": "fp4"}, None, ["bnb_4bit_quant_type = 'fp4'", "only nf4"])], ids=["no scales", "no state", "nested state", "long state", "one level", "fp4"])
+    ({"bnb_4bit_quant_type": "fp4"}, None, ["bnb_4bit_quant_type = 'fp4'", "only nf4"]),
+], ids=["no scales", "no state", "nested state", "long state", "one level", "fp4"])
 def test_damaged_directories_are_refused(model, tmp_path, config, tensors, words):
     from megatron_embed.convert.quantized_shards import quantized_tensor
 
