@@ -8,8 +8,7 @@ from megatron_embed.cli.common import add_overrides, path, positive_int, write_o
 HELP = ("Replay a step of a run from its checkpoint and compare it with the run's log; exit code 0: equal, 3: "
         "different")
 EXAMPLES = ("megatron-embed audit runs/a --step 1200",
-            "torchrun --nproc-per-node 2 -m megatron_embed audit runs/a --step 1200 "
-            "parallel.tensor_model_parallel_size=2")
+            "megatron-embed audit runs/a --step 1200 --dtype float32 --json")
 PAGE = "docs/audit.md"
 DIFFERENT = 3
 """Exit code of an audit that found a difference."""

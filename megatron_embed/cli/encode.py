@@ -41,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
 
     texts = TextsOnDisk(args.input, "--input")
     folder = os.path.dirname(os.path.abspath(args.output))
-    if not (os.path.isdir(folder) and os.access(folder, os.W_OK)) or (
-            args.output.endswith(".npy") == os.path.isdir(args.output) and os.path.exists(args.output)):
+    is_file_name = os.path.splitext(args.output)[1] != ""
+    if (not (os.path.isdir(folder) and os.access(folder, os.W_OK)) or (os.path.isfile(args.output) != is_file_name
+            and os.path.exists(args.output)) or (is_file_name and not args.output.endswith(".npy"))):
         raise ConfigError(f"--output {args.output}: must be a .npy file, or a directory, in a directory that exists "
                           "and is writable", key="--output")
     from megatron_embed.loading.model_directory import open_encoder

@@ -20,6 +20,8 @@ MULTI_VECTOR = "MultiVectorEncoder"
 PYLATE = "ColBERT"
 """Values of `model_type` in config_sentence_transformers.json. PyLate's models are a Transformer and Dense modules;
 prefixes, lengths and the skip list are in that file, and vectors always get unit length."""
+PYLATE_KEYS = ("query_prefix", "document_prefix", "query_length", "document_length", "do_query_expansion",
+               "attend_to_expansion_tokens", "skiplist_words")
 DEFAULT_QUERY_LENGTH = 32
 """Tokens of a query in ColBERT."""
 
@@ -43,6 +45,24 @@ def refuse_stanford(folder: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{folder}: a checkpoint of Stanford's ColBERT, which has no modules.json; rewrite it "
                               "once: python -c \"from sentence_transformers import MultiVectorEncoder; "
                               f"MultiVectorEncoder('{folder}').save_pretrained('NEW_DIR')\", and give NEW_DIR")
+
+
+def refuse_other_kinds_keys(file: Path, settings: Mapping[str, Any], *, several: bool) -> None:
+    """Refuse keys of config_sentence_transformers.json that its library does not read in a model of this kind.
+
+    Args:
+        several: the model gives several vectors for a text.
+    Raises:
+        CheckpointError: maxsim for one vector, or PyLate's keys in a model of another library.
+    """
+    similarity = settings.get("similarity_fn_name")
+    if not several and similarity in ("maxsim", "MaxSim"):
+        raise CheckpointError(f"{file}: similarity_fn_name = {similarity!r} compares vectors of tokens, and this model "
+                              "gives one vector for a text; write 'cosine' or 'dot'")
+    given = [] if several and is_pylate(settings) else [key for key in PYLATE_KEYS if settings.get(key) is not None]
+    if given:
+        raise CheckpointError(f"{file}: {given[0]} = {shown_value(settings[given[0]])}: a key of PyLate, which "
+                              "Sentence Transformers does not know in a model of this kind; remove the key")
 
 
 def vector_format(folder: Path, modules: Sequence[Module], settings: Mapping[str, Any],

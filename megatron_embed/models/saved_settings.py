@@ -40,6 +40,7 @@ from megatron_embed.models.multi_vector_settings import (
     pylate_lengths,
     pylate_prompts,
     query_expansion,
+    refuse_other_kinds_keys,
     refuse_stanford,
     vector_format,
 )
@@ -220,6 +221,8 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
     CONFIG_SENTENCE_TRANSFORMERS.check(file, settings)
     named, default = named_prompts(file, settings, also_default=ROLES)
     role_lengths = transformer.role_lengths
+    vectors = vector_format(folder, modules, settings, query_expansion(transformer.file, transformer.values))
+    refuse_other_kinds_keys(file, settings, several=vectors is not None)
     if is_pylate(settings):
         named, normalize = pylate_prompts(file, settings, named), True
         role_lengths = role_lengths | pylate_lengths(file, settings)
@@ -233,8 +236,7 @@ def read_saved_settings(directory: str | Path, base: Path | None = None) -> Save
         pooling=pooling, dense=dense, normalize=normalize, prompts=prompts, named_prompts=named,
         default_prompt_name=default, similarity=similarity, role_lengths=role_lengths,
         lower_case=transformer.lower_case, chat=transformer.chat,
-        vectors=vector_format(folder, modules, settings, query_expansion(transformer.file, transformer.values)),
-        **common)
+        vectors=vectors, **common)
 
 
 def named_prompts(file: Path, settings: Mapping[str, Any], *,

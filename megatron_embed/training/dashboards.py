@@ -39,10 +39,12 @@ CUSTOM_SCALARS = {
         "TFLOP/s per rank": ["Multiline", [r"train/tflops_per_rank$"]],
         "share of the GPU's peak": ["Multiline", [r"train/mfu$"]],
         "seconds per step": ["Multiline", [r"train/step_seconds$"]],
+        "seconds of waiting for data": ["Multiline", [r"train/data_wait_seconds$"]],
         "padding": ["Multiline", [r"train/padding_fraction$"]],
         "texts that are cut": ["Multiline", [r"train/truncated_fraction$"]]},
     "Memory": {"GiB of the largest rank": ["Multiline", [r"train/memory_gib$"]]},
     "Data sets": {
+        "share of the rows": ["Multiline", [r"train/row_share_.+$"]],
         "loss": ["Multiline", [_SET + r"loss$"]],
         "loss at each width": ["Multiline", [_SET + r"loss@\d+$"]],
         "trained temperature and bias": ["Multiline", [_SET + _LEARNED]],

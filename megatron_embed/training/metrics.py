@@ -76,7 +76,7 @@ class Throughput:
 
     def row_shares(self) -> dict[str, float]:
         """The share of each data set in the rows since the start; none where there is only one."""
-        return {f"{name}/row_share": count / self.set_rows.total() for name, count in sorted(self.set_rows.items())}
+        return {f"row_share_{name}": count / self.set_rows.total() for name, count in sorted(self.set_rows.items())}
 
     def worst_rank(self) -> dict[str, float]:
         """GiB of the rank that holds most: on a GPU the peak of its tensors since the last call, on a CPU resident

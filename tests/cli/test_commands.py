@@ -21,6 +21,7 @@ from tests.helpers.toys import MINI_EN, MINILM, layout, save_model
 METRICS = {"step", "loss", "in_batch_accuracy", "positive_similarity", "negative_similarity", "margin",
            "masked_fraction", "negatives_per_query", "grad_norm", "learning_rate", "tokens_per_second",
            "padding_fraction", "step_seconds", "truncated_fraction", "skipped_steps", "tflops_per_rank", "memory_gib",
+           "data_wait_seconds",
            "margin_to_mean_negative", "margin_to_hardest_negative", "epoch"}
 
 

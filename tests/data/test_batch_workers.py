@@ -136,12 +136,11 @@ def test_an_error_reaches_every_rank(tmp_path: Path, tokenizer: RoleTokenizer):
                     receiver.take()
 
 
-def test_another_error_comes_with_its_traceback(capfd: pytest.CaptureFixture[str]):
+def test_another_error_comes_with_its_traceback():
     with receivers(lambda *_: lambda step: 1 // (FIRST + 1 - step), 1) as (receiver,):
         assert receiver.take() == 1
         with pytest.raises(RuntimeError, match=r"(?s)batch of step 5 cannot be prepared.*ZeroDivisionError"):
             receiver.take()
-    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_a_worker_that_was_killed_is_said_on_every_rank():

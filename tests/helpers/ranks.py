@@ -138,7 +138,9 @@ class _Worker:
         except (EOFError, ConnectionResetError):
             code = self.nursery.exit_code(self.process)
             text = f"the worker process died with exit code {code}; the end of its output:\n{self._end_of_output()}"
-            return Report(error=RuntimeError(text), text=text, finished=time.monotonic())
+            # gloo's own thread aborts the process if a peer closes a connection that is just being made.
+            is_connected = "gloo::EnforceNotMet" not in text
+            return Report(error=RuntimeError(text), text=text, finished=time.monotonic(), is_connected=is_connected)
 
     def stack(self) -> str:
         """Ask for the Python stacks and return them."""

@@ -61,8 +61,9 @@ def messages_of_loss(config):
     with mock.patch.object(topology, "shared_groups", contextlib.nullcontext):  # else all are one, of these two ranks
         built, batch = build(config)
     groups, calls = built.topology.model_parallel_groups, counted_step(built, batch)
-    return {name: [(collective, size) for collective, size, used in calls if used is group]
-            for name, group in (("tp_cp", groups.tp_cp), ("tp_dp_cp", groups.tp_dp_cp))}
+    of_group = {name: [(collective, size) for collective, size, used in calls if used is group]
+                for name, group in (("tp_cp", groups.tp_cp), ("tp_dp_cp", groups.tp_dp_cp))}
+    return {"rows": batch.num_queries + len(batch.document_ids), **of_group}
 
 
 @pytest.mark.parametrize("sizes", [layout(2), layout(cp=2)], ids=["tp2", "cp2"])
@@ -76,4 +77,6 @@ def test_no_embedding_is_sent_twice(tmp_path, sizes):
         # part; and the step's sums.
         assert calls["tp_dp_cp"] == [("all_gather_into_tensor", 2 * 3), ("all_gather_into_tensor", documents * hidden),
                                      ("reduce_scatter_tensor", documents * hidden), ("all_reduce", 14)]
-        assert calls["tp_cp"] == [("all_gather_into_tensor", (documents + ROWS) * hidden)]
+        rows = calls["rows"]
+        assert rows < documents + ROWS, "the capacity is all there is"
+        assert calls["tp_cp"] == [("all_gather_into_tensor", (rows + rows % 2) * hidden)]
