@@ -44,9 +44,9 @@ class Audit:
     """The first one; None: all is as logged."""
     causes: Sequence[Cause]
     metrics: Mapping[str, tuple[float | None, float]]
-    """Of the last replayed step, by name: logged and replayed."""
+    """Metrics of the last replayed step, by name: logged and replayed."""
     rows: Sequence[Mapping[str, Any]]
-    """Of that step: index, FILE:LINE, rank of the run."""
+    """Rows of that step: index, FILE:LINE, rank of the run."""
     notes: Sequence[str]
     tolerance: Tolerance
     seconds: float
@@ -153,7 +153,7 @@ class _Work:
     replayed: int = 0
     metrics: dict[str, tuple[float | None, float]] = dataclasses.field(default_factory=dict)
     masked: dict[int, tuple[int, list[int]]] = dataclasses.field(default_factory=dict)
-    """Of the last replayed step, see Replay.masked."""
+    """Masked negatives of the last replayed step, see Replay.masked."""
     problems: list[str] = dataclasses.field(default_factory=list)
 
     def run(self, problems: Sequence[str]) -> Difference | None:

@@ -18,7 +18,7 @@ _OF_PART = {
 _DERIVED = ("margin_to_mean_negative", "margin_to_hardest_negative")
 _COUNTED = ("in_batch_accuracy", "accuracy")
 _RELATIVE = {"float32": 2e-5, "bfloat16": 2e-2}
-"""Of a step's numbers; see docs/audit.md for the differences that layouts make."""
+"""Relative tolerance of a step's numbers; see docs/audit.md for the differences that layouts make."""
 _PER_STEP = 0.1
 """Growth of the tolerance by each replayed step, as a share of it: rounding changes the parameters a little more."""
 _NORM = {"float32": 1e-8, "bfloat16": 1e-5}
@@ -32,7 +32,7 @@ class Tolerance:
     replayed: int
     """Updates replayed before the step."""
     rows: int = 1 << 20
-    """Of the step."""
+    """Number of the step's rows."""
     dropout: bool = False
     """The run has dropout, whose random numbers depend on the layout, and the layout is another."""
 
@@ -42,7 +42,7 @@ class Tolerance:
 
     @property
     def norm(self) -> float:
-        """Of the norm of all parameters, relative."""
+        """Relative tolerance of the norm of all parameters."""
         return 1e-3 if self.dropout else _NORM[self.dtype] * (1 + self.replayed)
 
     def allows(self, name: str, logged: float | None, replayed: float | None, scale: float) -> bool:

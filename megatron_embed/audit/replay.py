@@ -23,7 +23,6 @@ from megatron_embed.checkpoint.parameter_checksums import (
 )
 from megatron_embed.config.schema import RunConfig
 from megatron_embed.data.loader import StepLoader
-from megatron_embed.loading.model_directory import error_context
 from megatron_embed.models.auto_matmul import resolve_cpu_matmul
 from megatron_embed.models.encoder import attention_kernel, to_device
 from megatron_embed.models.passes import embed
@@ -34,9 +33,9 @@ from megatron_embed.parallel.topology import Topology
 from megatron_embed.run.audit_facts import facts_of_objects
 from megatron_embed.run.preflight import read_inputs
 from megatron_embed.run.task import Inputs, TaskParts
+from megatron_embed.run.training_state import build_training_state
 from megatron_embed.training.fingerprints import as_signed, fingerprint, named
 from megatron_embed.training.grad_cache import GradCache
-from megatron_embed.training.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_embed.training.step import Trainer, gradient_step, seed_step, update_step
 
 
@@ -208,14 +207,10 @@ def opened(config: RunConfig, checkpoint: Path | None, start: Start) -> Iterator
     topology = start(config.parallel)
     inputs.task.config = resolve_cpu_matmul(inputs.config, inputs.task.model.shape)
     config, task = inputs.config, inputs.task
-    with error_context("model.path", config.model.path):
-        models = task.load_model_chunks(topology)
-    wrapped = wrap_in_ddp(models, config, topology)
-    optimizer = build_optimizer(config, wrapped, topology)
-    scheduler = build_scheduler(optimizer, config.training, inputs.train_steps)
     inner = task.build_objective(topology)
     objective = PlainObjective(config, topology, inner)
-    state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler, learned=objective.learned)
+    wrapped, state = build_training_state(inputs, topology, objective.learned)
+    models = state.models
     if checkpoint is not None:
         load_checkpoint(checkpoint, state)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
@@ -227,7 +222,8 @@ def opened(config: RunConfig, checkpoint: Path | None, start: Start) -> Iterator
         model.train()
     with task.build_loader(inputs, topology.dp_rank, topology.dp_size) as loader:
         yield Replay(inputs=inputs, topology=topology, state=state, parts=parts, loader=loader,
-                     trainer=Trainer(chunks=wrapped, grad_cache=gradients, optimizer=optimizer, scheduler=scheduler),
+                     trainer=Trainer(chunks=wrapped, grad_cache=gradients, optimizer=state.optimizer,
+                                     scheduler=state.scheduler),
                      parameters=ParameterChecksums(models, topology), inner=inner, checkpoint=checkpoint,
                      first_parameters=first, first_learned={} if state.learned is None else state.learned.state_dict())
     dist.barrier()

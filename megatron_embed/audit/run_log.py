@@ -18,7 +18,7 @@ class RunLog:
     """What audit.jsonl holds, and where the checkpoints are."""
 
     directory: Path
-    """Of audit.jsonl."""
+    """The directory of audit.jsonl."""
     checkpoints: dict[int, Path]
     """By optimizer steps done, ascending."""
     starts: dict[int, dict[str, Any]] = field(default_factory=dict)

@@ -36,7 +36,7 @@ class DataEntry(Records[AnyRecord]):
 
     @property
     def index_folder(self) -> Path | None:
-        """Where the index of the rows is kept; None: nowhere."""
+        """Directory of the index of the rows; None: there is no index."""
         return None
 
     @property

@@ -204,7 +204,7 @@ class Part:
         return texts[self._begins()[rows]]
 
     def _begins(self) -> NDArray[np.int64]:
-        """Where the hashes of each row begin, where rows differ."""
+        """First hash of each row, if rows have different numbers of them."""
         return np.concatenate([np.zeros(1, dtype=np.int64), self._array("text_ends")[:-1]])
 
     def text_ids(self, rows: NDArray[np.int64], num_negatives: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -43,7 +43,7 @@ _REPORT_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class IndexPlace:
-    """Where indexes are kept, and who writes them."""
+    """The directory of the indexes, and the ranks that write them."""
 
     directory: str | None = NO_DIRECTORY
     """`data.index_directory`; None: the cache directory."""

@@ -12,6 +12,6 @@ class TokenizedRows:
     num_truncated: int
     """Texts that were truncated to the maximum length."""
     kept: list[list[bool]] | None = None
-    """Of a multi-vector model, per text and token whether it gives a vector; None: a text gives one vector."""
+    """Whether each token of each text gives a vector, in a multi-vector model; None: a text gives one vector."""
     key_lengths: list[int] | None = None
     """Per text, its first tokens that attention sees; None: all of every text."""

@@ -40,7 +40,7 @@ class TextFormat:
     tell_role: bool = True
     """Whether that template gets the text's role, as `task`."""
     vectors: VectorFormat | None = None
-    """Of a multi-vector model, which tokens give vectors and how queries are expanded; None: a text gives one."""
+    """The tokens of a multi-vector model that give vectors, and how queries are expanded; None: a text gives one."""
 
 
 def load_tokenizer(model_dir: str, vocab_size: int | None, *, added_may_exceed: bool = False) -> Any:
@@ -250,7 +250,7 @@ class RoleTokenizer:
 
     @property
     def largest_id(self) -> int:
-        """Of its vocabulary."""
+        """The largest id of its vocabulary."""
         return max(self._tokenizer.get_vocab().values(), default=0)
 
     def with_cache(self, cache: TokenCache) -> "RoleTokenizer":

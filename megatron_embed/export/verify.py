@@ -86,11 +86,7 @@ def compare_with_sentence_transformers(directory: str | Path, texts: Sequence[st
         vectors: Tensor = encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float()
     if expected is not None:
         require_settings(directory, model, expected, in_its_dtype=dtype == "auto")
-    for (text, ids), theirs in zip(cut, stock_ids, strict=True):
-        if list(ids) != theirs:
-            raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of {text[:40]!r}..., "
-                                  f"{len(text)} characters, and the trained model {len(ids)}, or others; the export "
-                                  "must not be used")
+    require_stock_ids(directory, cut, stock_ids)
     return compare_vectors(directory, stock_library(directory, "Sentence Transformers"), texts, vectors, our_vectors,
                            minimum_cosine)
 
@@ -145,6 +141,20 @@ def compare_with_transformers(directory: Path, rows: Sequence[Sequence[int]], te
         vectors = torch.stack([mean_of_tokens(model, ids, bidirectional) for ids in rows])
     return compare_vectors(directory, stock_library(directory, "Transformers"), texts, vectors, our_vectors,
                            minimum_cosine)
+
+
+def require_stock_ids(directory: Path, cut: Sequence[tuple[str, Sequence[int]]],
+                      stock_ids: Sequence[Sequence[int]]) -> None:
+    """Raises CheckpointError if Sentence Transformers makes other token ids of a text that is cut.
+
+    Args:
+        cut: texts at the maximum length, with the trained model's ids.
+    """
+    for (text, ids), theirs in zip(cut, stock_ids, strict=True):
+        if list(ids) != list(theirs):
+            raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of {text[:40]!r}..., "
+                                  f"{len(text)} characters, and the trained model {len(ids)}, or others; the export "
+                                  "must not be used")
 
 
 def compare_vectors(directory: str | Path, library: str, texts: Sequence[str], theirs: Tensor, ours: Tensor,

@@ -8,7 +8,14 @@ import torch
 
 from megatron_embed.batch import TextVectors
 from megatron_embed.errors import CheckpointError
-from megatron_embed.export.verify import ExpectedSettings, Report, compare_vectors, library_errors, require_settings
+from megatron_embed.export.verify import (
+    ExpectedSettings,
+    Report,
+    compare_vectors,
+    library_errors,
+    require_settings,
+    require_stock_ids,
+)
 from megatron_embed.names import Role
 
 
@@ -30,11 +37,7 @@ def compare_with_multi_vector_encoder(directory: str | Path, texts: Sequence[str
         encode = model.encode_query if role == "query" else model.encode_document
         vectors = [row.float() for row in encode(list(texts), show_progress_bar=False)]
     require_settings(directory, model, expected, in_its_dtype=dtype == "auto")
-    for (text, ids), theirs in zip(cut, stock_ids, strict=True):
-        if list(ids) != theirs:
-            raise CheckpointError(f"{directory}: Sentence Transformers makes {len(theirs)} tokens of {text[:40]!r}..., "
-                                  f"{len(text)} characters, and the trained model {len(ids)}, or others; the export "
-                                  "must not be used")
+    require_stock_ids(directory, cut, stock_ids)
     for text, theirs, count in zip(texts, vectors, ours.counts.tolist(), strict=True):
         if len(theirs) != count:
             raise CheckpointError(f"{directory}: Sentence Transformers gives {text[:40]!r} {len(theirs)} vectors, the "

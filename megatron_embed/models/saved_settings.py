@@ -99,7 +99,7 @@ class SavedSettings:
     dtype: str | None = None
     """The dtype in config.json."""
     vectors: VectorFormat | None = None
-    """Of a multi-vector model, which tokens give vectors; None: a text gives one vector."""
+    """The tokens of a multi-vector model that give vectors; None: a text gives one vector."""
 
     @property
     def default_prompt(self) -> str:

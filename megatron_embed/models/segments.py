@@ -74,7 +74,7 @@ class SegmentGroup:
     offsets: Tensor | None = None
     """[segments] int64, position of a segment's first query in its sequence; None: 0."""
     long: "LongSegment | None" = None
-    """Of a single segment without padding that is too long for a mask: what its queries see."""
+    """What the queries of a single segment see that is without padding and too long for a mask."""
 
     def visible(self) -> Tensor | None:
         """`mask`, or that of a long segment, which is made anew."""

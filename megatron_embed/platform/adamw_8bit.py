@@ -15,7 +15,7 @@ SMALLEST = 4096
 
 @dataclass(frozen=True)
 class SlicePosition:
-    """Where an optimizer's parameter lies within the model's, of which a distributed optimizer has a slice."""
+    """Position of an optimizer's parameter within the model's, of which a distributed optimizer has a slice."""
 
     start: int
     """First element, in row-major order."""

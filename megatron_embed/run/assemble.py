@@ -26,7 +26,7 @@ from megatron_embed.data.loader import StepLoader
 from megatron_embed.errors import ConfigError
 from megatron_embed.evaluation.suite import best_metric
 from megatron_embed.export.sentence_transformers import set_right_truncation
-from megatron_embed.loading.model_directory import adapters_of, error_context
+from megatron_embed.loading.model_directory import adapters_of
 from megatron_embed.loading.quantized import base_of_run
 from megatron_embed.models.auto_dtype import resolve_dtype
 from megatron_embed.models.auto_matmul import resolve_cpu_matmul
@@ -52,6 +52,7 @@ from megatron_embed.run.run_directory import (
     with_known_choices,
 )
 from megatron_embed.run.task import Inputs, Task, TaskParts
+from megatron_embed.run.training_state import build_training_state
 from megatron_embed.training.audit_log import AuditLog
 from megatron_embed.training.first_pass import build_first_pass
 from megatron_embed.training.grad_cache import GradCache
@@ -59,7 +60,6 @@ from megatron_embed.training.health import Health
 from megatron_embed.training.kept_activations import build_kept_activations
 from megatron_embed.training.loop import Hooks, train
 from megatron_embed.training.metrics import MetricsWriter, OnStep
-from megatron_embed.training.optimizer import build_optimizer, build_scheduler, wrap_in_ddp
 from megatron_embed.training.progress import Progress, epochs_done
 from megatron_embed.training.step import Trainer
 from megatron_embed.training.stopping import StopRequest
@@ -128,19 +128,15 @@ def run_training_task(inputs: Inputs, topology: Topology, stop: StopRequest, on_
     config, task, started = inputs.config, inputs.task, time.monotonic()
     if topology.rank == 0:
         logger.info("%s", introduction(inputs, topology.world_size))
-    with error_context("model.path", config.model.path):
-        models = task.load_model_chunks(topology)
-    wrapped = wrap_in_ddp(models, config, topology)
-    optimizer = build_optimizer(config, wrapped, topology)
-    scheduler = build_scheduler(optimizer, config.training, inputs.train_steps)
     objective = task.build_objective(topology)
-    state = TrainingState(models=models, optimizer=optimizer, scheduler=scheduler, learned=objective.learned)
+    wrapped, state = build_training_state(inputs, topology, objective.learned)
+    models = state.models
     first_step = resume(inputs.resume_state, state)
     gradients = GradCache(chunks=wrapped, models=models, topology=topology, objective=objective,
                           kernel=attention_kernel(config, task.model.shape), has_dropout=config.has_dropout,
                           first_pass=build_first_pass(config, task.model.shape, topology),
                           kept=build_kept_activations(with_trained_adapters(config, task), task.model.shape, topology))
-    trainer = Trainer(chunks=wrapped, grad_cache=gradients, optimizer=optimizer, scheduler=scheduler)
+    trainer = Trainer(chunks=wrapped, grad_cache=gradients, optimizer=state.optimizer, scheduler=state.scheduler)
     parts = task.build(inputs, topology, models, wrapped)
     best = best_checkpoint(config, first_step)
     writer = build_writer(inputs, first_step, on_step, active=topology.rank == 0)

@@ -21,7 +21,7 @@ from megatron_embed.run.task import Inputs
 from megatron_embed.training.step import Trainer
 
 SECTIONS = ("task", "model", "embedding", "reranker", "objective", "data", "training", "lora", "optimizer")
-"""Of the configuration: what decides a step's numbers, apart from the layout."""
+"""Sections of the configuration that decide a step's numbers, apart from the layout."""
 
 
 _NOT_COMPARED = ("loader.packing.", "sampler.num_duplicates", "tokenizer.model_dir", "schedule.num_steps")

@@ -131,7 +131,7 @@ class Task(ABC):
 
     @property
     def index_place(self) -> IndexPlace:
-        """Where the index of the rows is, which all ranks write together."""
+        """The directory of the index of the rows, which all ranks write together."""
         rank, world_size, _ = launched_rank()
         return IndexPlace(directory=self.config.data.index_directory, rank=rank, world_size=world_size)
 

@@ -102,7 +102,7 @@ class Embeddings:
     vectors: np.ndarray
     """[texts, dim] float32."""
     tokens: list[int]
-    """Of each text, after truncation, prompt and special tokens included."""
+    """Tokens of each text, after truncation, prompt and special tokens included."""
 
 
 class ServedEmbedder:
@@ -183,7 +183,7 @@ class Scores:
     raw: np.ndarray
     """[documents] float32, before it; ranking uses these."""
     tokens: list[int]
-    """Of each pair, after truncation."""
+    """Tokens of each pair, after truncation."""
 
     def ranking(self) -> list[int]:
         """Positions of the documents, the most relevant first."""

@@ -104,7 +104,7 @@ class ModelCard(BaseModel):
     max_length: int
     """Tokens of a text, or of a pair."""
     dimensions: int | None
-    """Of a vector; null for a reranker."""
+    """Numbers of a vector; null for a reranker."""
 
 
 class ModelsResponse(BaseModel):

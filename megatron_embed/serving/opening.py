@@ -33,7 +33,7 @@ class Opening:
 
     engine: EngineName = "torch"
     dtype: str | None = None
-    """Of --engine torch; None: the model's own setting, else float32."""
+    """Dtype of --engine torch; None: the model's own setting, else float32."""
     max_length: int | None = None
     """Tokens; None: the model's own setting."""
 

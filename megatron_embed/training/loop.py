@@ -107,6 +107,12 @@ def load_agreed(hooks: Hooks, step: int, topology: Topology) -> Loaded:
                   signalled=signalled > 0, time_is_up=time_is_up > 0, wait_seconds=wait_seconds)
 
 
+def parameters_are_read(config: RunConfig, hooks: Hooks, done: int) -> bool:
+    """Whether an evaluation, a checkpoint or a checksum reads the parameters after `done` steps."""
+    return (done % config.evaluation.every_steps == 0 or hooks.save_due(done)
+            or hooks.audit_log.checks_parameters(done))
+
+
 def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology, *, first_step: int, train_steps: int,
           evaluation_owed: bool = False) -> dict[str, float]:
     """Optimizer steps first_step .. train_steps - 1, fewer if `hooks.is_over`. Returns the last step's metrics (empty
@@ -133,9 +139,8 @@ def train(config: RunConfig, trainer: Trainer, hooks: Hooks, topology: Topology,
         seed_step(config.training.seed, step, topology)
         metrics = train_step(loaded.batch, trainer)
         done, last = step + 1, step + 1 == train_steps
-        if (last or done % config.evaluation.every_steps == 0 or hooks.save_due(done)
-                or hooks.audit_log.checks_parameters(done)):
-            trainer.complete_parameters()  # for the evaluation, the checkpoint, the export, the checksum
+        if last or parameters_are_read(config, hooks, done):
+            trainer.complete_parameters()
         hooks.audit_log.after_step(done, loaded.batch, metrics)
         hooks.health.after_step(step, metrics, skipped=bool(metrics.pop("skipped")))
         metrics |= metrics_of_rows(metrics, loaded, throughput, seconds=time.perf_counter() - start)

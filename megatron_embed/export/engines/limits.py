@@ -59,7 +59,7 @@ class Limit:
     cannot: str
     """Continues the engine's name."""
     source: str
-    """Where the engine says so, with its version."""
+    """Place in the engine's source or documentation that says so, with its version."""
     instead: str = _STOCK
 
 
