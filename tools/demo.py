@@ -51,7 +51,10 @@ def main() -> None:
     after = next(row["eval/ndcg@10"] for row in reversed(rows) if "eval/ndcg@10" in row)
     say(f"3/4 nDCG@10 {after:.4f}; exported to demo/export")
     say("4/4 the export, embedded by Sentence Transformers alone")
-    # Imported here because these take seconds.
+    # Imported here because these take seconds; the first quiets a library that the others import.
+    from megatron_embed.platform.terminal_text import setup_logging
+
+    setup_logging(0)
     from demo_picture import draw, in_sentence_transformers
 
     from megatron_embed.evaluation.beir import load_beir

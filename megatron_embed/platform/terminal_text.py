@@ -50,7 +50,13 @@ def setup_logging(rank: int) -> None:
             if is_for_users not in handler.filters:
                 handler.addFilter(is_for_users)
     guard_records()
+    logging.getLogger(_UNUSED_KERNEL).setLevel(logging.ERROR)
     logging.getLogger("megatron_embed").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+_UNUSED_KERNEL = "bitsandbytes.backends.cpu.ops"
+"""Warns at its import of an optional kernel, for 4-bit products that nothing here computes; Sentence Transformers
+imports it wherever it is installed."""
 
 
 def is_for_users(record: logging.LogRecord) -> bool:

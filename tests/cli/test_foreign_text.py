@@ -137,6 +137,15 @@ def test_libraries_log_warnings_only(records):
                      "WARNING megatron_embed.mining: careful", "WARNING megatron_embedded: careful"]
 
 
+@pytest.mark.slow
+def test_an_optional_kernel_that_is_not_used_is_not_missed():
+    """In a process of its own: bitsandbytes warns when it is first imported, on processors with bfloat16."""
+    program = ("from megatron_embed.platform.terminal_text import setup_logging; setup_logging(0); "
+               "import bitsandbytes; print('imported')")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert (done.stdout, "kernels" in done.stderr) == ("imported\n", False), done.stderr
+
+
 def test_setting_up_twice_is_harmless(records):
     setup_logging(0)
     handlers, factory = logging.getLogger().handlers[:], logging.getLogRecordFactory()
