@@ -181,9 +181,10 @@ class _Work:
         rows = inputs.sampler.rows_of_step(self.last - 1)
         share = max(1, len(rows) // dp_size_of(start))
         masked = self.masked
-        return [{"row": row, "source": inputs.records[row].source, "rank": place // share,
-                 **({"negatives": masked[place][0], "masked_documents_of_rows": [rows[of] for of in masked[place][1]]}
-                    if place in masked else {})} for place, row in enumerate(rows)]
+        return [{"row": row, "source": inputs.records[row].source, "rank": position // share,
+                 **({"negatives": masked[position][0],
+                     "masked_documents_of_rows": [rows[of] for of in masked[position][1]]}
+                    if position in masked else {})} for position, row in enumerate(rows)]
 
     def _at_start(self) -> Difference | None:
         """What differs before any step is replayed: settings, rows of the data, weights."""

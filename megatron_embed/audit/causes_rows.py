@@ -84,11 +84,11 @@ def _one_row(case: Case, rows: NDArray[np.int64]) -> Iterator[Cause]:
     """A row is missing, there twice, or another one in its place."""
     hashes, record = row_hashes(rows), case.record
     difference = (hash_of(record, "row_set") - _set(rows)) % _MODULUS
-    places = {int(value): place for place, value in enumerate(hashes)}
+    positions = {int(value): position for position, value in enumerate(hashes)}
     source = case.replay.inputs.records
     missing = record["rows"] - len(rows)
-    if missing == -1 and (place := places.get(-difference % _MODULUS)) is not None:
-        yield Cause(name="dropped row", text=f"{_name(case, rows, place)} was left out of the step")
+    if missing == -1 and (position := positions.get(-difference % _MODULUS)) is not None:
+        yield Cause(name="dropped row", text=f"{_name(case, rows, position)} was left out of the step")
     if missing == 1:
         for row, value in _all_rows(len(source)):
             if value == difference:
@@ -97,10 +97,10 @@ def _one_row(case: Case, rows: NDArray[np.int64]) -> Iterator[Cause]:
                             text=f"row {row} ({source[row].source}) was taken{twice} besides the step's own")
     if missing:
         return
-    wanted = {(difference + int(value)) % _MODULUS: place for place, value in enumerate(hashes)}
-    for value, place in places.items():
+    wanted = {(difference + int(value)) % _MODULUS: position for position, value in enumerate(hashes)}
+    for value, position in positions.items():
         if (lost := wanted.get(value)) is not None:
-            yield Cause(name="duplicated row", text=f"{_name(case, rows, place)} was taken twice, and "
+            yield Cause(name="duplicated row", text=f"{_name(case, rows, position)} was taken twice, and "
                         f"{_name(case, rows, lost)} was dropped for it")
             return
     for row, value in _all_rows(len(source)):
@@ -133,7 +133,7 @@ def _all_rows(count: int) -> Iterator[tuple[int, int]]:
         yield from zip(block.tolist(), row_hashes(block).tolist(), strict=True)
 
 
-def _name(case: Case, rows: NDArray[np.int64], place: int) -> str:
-    row = int(rows[place])
+def _name(case: Case, rows: NDArray[np.int64], position: int) -> str:
+    row = int(rows[position])
     return (f"row {row} ({case.replay.inputs.records[row].source}, of data-parallel rank "
-            f"{place // (len(rows) // case.dp_size)})")
+            f"{position // (len(rows) // case.dp_size)})")

@@ -164,26 +164,26 @@ def _one_text(case: Case, loader: StepLoader[Any]) -> Iterator[Cause]:
         own = set_hashes(hashes[part]).tolist()
         everywhere = case.replay.gathered([int(value) for value in own])
         count = case.record["queries" if role == "query" else "documents"] - len(everywhere)
-        places = {value: place for place, value in enumerate(everywhere)}
-        if count == -1 and (lost := places.get(-difference % _MODULUS)) is not None:
+        positions = {value: position for position, value in enumerate(everywhere)}
+        if count == -1 and (lost := positions.get(-difference % _MODULUS)) is not None:
             yield Cause(name="dropped row" if role == "query" else "dropped document", text=f"{role} {lost + 1} of the "
                         f"global batch was left out{_row_of(case, role, lost)}")
             return
-        if count == 1 and difference in places:
-            yield Cause(name=f"duplicated {role}", text=f"{role} {places[difference] + 1} of the global batch is there "
-                        f"twice{_row_of(case, role, places[difference])}")
+        if count == 1 and difference in positions:
+            yield Cause(name=f"duplicated {role}", text=f"{role} {positions[difference] + 1} of the global batch is "
+                        f"there twice{_row_of(case, role, positions[difference])}")
             return
         if count == 0 and difference:
-            wanted = {(difference + value) % _MODULUS: place for place, value in enumerate(everywhere)}
-            for value, place in places.items():
+            wanted = {(difference + value) % _MODULUS: position for position, value in enumerate(everywhere)}
+            for value, position in positions.items():
                 if (lost := wanted.get(value)) is not None:
                     yield Cause(name="duplicated row" if role == "query" else "duplicated document",
-                                text=f"{role} {place + 1} of the global batch is there twice, and {role} {lost + 1} is "
-                                f"missing{_row_of(case, role, lost)}")
+                                text=f"{role} {position + 1} of the global batch is there twice, and {role} {lost + 1} "
+                                f"is missing{_row_of(case, role, lost)}")
                     return
     if all(case.record[f"{role}_set"] == _replayed(case, f"{role}_set") for role in ("query", "document")):
-        yield Cause(name="texts in another order", text="the texts are the right ones, in other places of the batch: a "
-                    "query has documents of another")
+        yield Cause(name="texts in another order", text="the texts are the right ones, in other positions of the "
+                    "batch: a query has documents of another")
 
 
 def _num_queries(batch: EmbedBatch | RerankBatch) -> int:
@@ -191,10 +191,10 @@ def _num_queries(batch: EmbedBatch | RerankBatch) -> int:
     return batch.num_queries if isinstance(batch, EmbedBatch) else 0
 
 
-def _row_of(case: Case, role: str, place: int) -> str:
+def _row_of(case: Case, role: str, position: int) -> str:
     if role != "query":
         return ""
-    row = case.replay.inputs.sampler.rows_of_step(case.step - 1)[place]
+    row = case.replay.inputs.sampler.rows_of_step(case.step - 1)[position]
     return f": row {row} ({case.replay.inputs.records[row].source})"
 
 
@@ -232,5 +232,5 @@ def _labels(case: Case) -> list[Cause]:
             if case.replay.fingerprint(other)["labels"] == case.record["labels"]:
                 name = "shifted labels" if field == "positive_index" else f"shifted {field.replace('_', ' ')}"
                 return [Cause(name=name, text=f"each row has the {field.replace('_', ' ')} of the one {shift:+d} "
-                              "places away on its rank")]
+                              "positions away on its rank")]
     return [Cause(name="other labels", text="positives, scores or the hashes of equal texts are not those of the rows")]

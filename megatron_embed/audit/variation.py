@@ -13,7 +13,7 @@ class Variation:
     label_shift: int = 0
     """A query's positive is that of the query so many places later in the global batch."""
     shift_within_rank: bool = False
-    """The shift ends where the data-parallel rank's queries do, and goes on at their beginning."""
+    """The shift ends where the data-parallel rank's queries do, and continues at their beginning."""
     duplicates_masked: bool | None = None
     """In place of objective.mask_duplicates."""
     margin_masked: bool = True

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='Rows {"text": ..., "title"?: ...}; a title is put before its text, as in evaluate')
     parser.add_argument("--output", required=True, metavar="FILE.npy|DIR", type=path,
                         help="File to write, one row per text; or a directory of such files (shards), for corpora that "
-                             "do not fit into memory: a command that was killed goes on with the next shard. Of a "
+                             "do not fit into memory: a command that was killed resumes with the next shard. Of a "
                              "multi-vector model one row per vector, text after text, and FILE.offsets.npy with the "
                              "first row of each text")
     parser.add_argument("--output-dtype", choices=("float32", "float16"), default="float32",

@@ -56,7 +56,7 @@ class EarliestDeadline(Turns):
     Args:
         shares: of the steps; they sum to 1.
         most_turns: turns after which a set is not taken any more and its share goes to the others, in proportion;
-            None: no such number. The bounds hold anew from there on.
+            None: no such number. The bounds hold again from there on.
     """
 
     def __init__(self, shares: Sequence[float], most_turns: Sequence[int | None] | None = None) -> None:
@@ -74,7 +74,7 @@ class EarliestDeadline(Turns):
         return None if None in self._left else sum(counts)
 
     def _begin(self) -> None:
-        """Begin anew with the sets that are left."""
+        """Begin again with the sets that are left."""
         self._active = [index for index, left in enumerate(self._left) if left is None or left > 0]
         total = sum(self._shares[index] for index in self._active)
         weights = [max(1, round(self._shares[index] / total * _WHOLE)) for index in self._active]

@@ -1,7 +1,7 @@
 """Approximate search by inverted lists (IVF; Jegou et al. 2011), in parts beside the vectors that are memory-mapped.
 
 The vectors are divided among lists by their nearest centroid; a query looks into the lists of the nearest centroids.
-A part holds the lists of some of the vectors, in float16, and is a plain file of FAISS. A build that was killed goes on
+A part holds the lists of some of the vectors, in float16, and is a plain file of FAISS. A build that was killed resumes
 with the next part, and several processes build parts side by side.
 """
 

@@ -97,7 +97,7 @@ class VectorFile:
         rows = _rows_of_summary(Path(self.path) / SUMMARY)
         if rows not in (None, len(self)):
             raise ConfigError(f"{self._key} {self.path}: {len(self)} of {rows} vectors are there; run the same "
-                              "`megatron-embed encode` again, which goes on with the others", key=self._key)
+                              "`megatron-embed encode` again, which encodes the others", key=self._key)
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -77,7 +77,7 @@ class SegmentGroup:
     """What the queries of a single segment see that is without padding and too long for a mask."""
 
     def visible(self) -> Tensor | None:
-        """`mask`, or that of a long segment, which is made anew."""
+        """`mask`, or that of a long segment, which is made again."""
         return self.mask if self.long is None else self.long.mask(self.query_length, self.key_length,
                                                                  self.queries.device)
 

@@ -1,4 +1,4 @@
-"""Files to which a run appends a line of JSON after another, and which a resumed run goes on with."""
+"""Files to which a run appends a line of JSON after another, and which a resumed run continues."""
 
 import json
 import logging
