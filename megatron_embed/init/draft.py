@@ -117,9 +117,19 @@ def _parsed(text: str) -> object:
 
 
 def unused_remarks(draft: Draft) -> None:
-    """A remark for each setting that nothing has translated."""
+    """A remark for each setting that nothing has translated, and one for those that changed nothing."""
     for setting in draft.settings.unused():
         draft.remark(_about(setting))
+    text = " ".join(line.strip().removeprefix("#").strip() for line in draft.text().splitlines())
+    silent = [setting.written for setting in draft.settings.given.values() if not _named_in(setting, text)]
+    if silent:
+        draft.remark(f"without a line, since they change nothing here: {'; '.join(silent)}")
+
+
+def _named_in(setting: Setting, text: str) -> bool:
+    """Whether a text has the name under which a setting was given."""
+    name = re.split(r"[\s=:]", setting.written, maxsplit=1)[0]
+    return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) is not None
 
 
 def _about(setting: Setting) -> str:

@@ -27,14 +27,19 @@ _FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|xlsx?|txt)(\.gz|\.zst)?")
 def translate_data(draft: Draft) -> None:
     """Put the section `data` into the draft, except for the number of negatives."""
     train, comment = _entries(draft, "dataset")
+    corpus = draft.settings.take("corpus_name")
     named = _hub_entry(draft)
     if named is not None and not train:
         train, comment = named
     elif named is not None:
         draft.remark(f"{named[1]}: the library that reads the file; not needed")
+    if corpus is not None and train:
+        for entry in train:
+            entry["corpus"] = str(corpus.value)
+        comment = f"{comment}, {corpus.written}"
     if not train:
         train, comment = [{"path": "train.jsonl"}], "no data is named: a file of rows, as in docs/data.md"
-    _add_to_entries(draft, train)
+    comment = ", ".join([comment, *_add_to_entries(draft, train)])
     _look_at_rows(draft, train)
     short = [entry["path"] if list(entry) == ["path"] else entry for entry in train]
     draft.set("data.train", short if all(isinstance(entry, str) for entry in short) else train, comment)
@@ -103,7 +108,7 @@ def _entry(draft: Draft, path: str, elsewhere: bool) -> list[dict[str, object]]:
 def _hub_entry(draft: Draft) -> tuple[list[dict[str, object]], str] | None:
     """The entry of dataset_name with dataset_config and dataset_split, and the comment; None if it is not given."""
     name, config = draft.settings.take("dataset_name"), draft.settings.take("dataset_config")
-    split, corpus = draft.settings.take("dataset_split"), draft.settings.take("corpus_name")
+    split = draft.settings.take("dataset_split")
     if name is None:
         return None
     if plain(name.value) in ("json", "csv", "parquet", "text"):
@@ -116,22 +121,21 @@ def _hub_entry(draft: Draft) -> tuple[list[dict[str, object]], str] | None:
     if split is not None and split.value != "train":
         path += f"/{split.value}"
         written.append(split.written)
-    entry: dict[str, object] = {"path": path}
-    if corpus is not None:
-        entry["corpus"] = str(corpus.value)
-        written.append(corpus.written)
-    return [entry], ", ".join(written)
+    return [{"path": path}], ", ".join(written)
 
 
-def _add_to_entries(draft: Draft, entries: list[dict[str, object]]) -> None:
-    """Put columns, weights and in_batch_negatives into the entries."""
+def _add_to_entries(draft: Draft, entries: list[dict[str, object]]) -> list[str]:
+    """Put columns, weights and in_batch_negatives into the entries; the settings with columns, as they were written."""
     columns: dict[str, str] = {}
+    written: list[str] = []
     mapping = draft.settings.take("columns")
     if mapping is not None and isinstance(mapping.value, dict):
         columns = {str(name): str(field) for name, field in mapping.value.items()}
+        written.append(mapping.written)
     for name, field in _FIELDS:
         if (setting := draft.settings.take(name)) is not None:
             columns[str(setting.value)] = field
+            written.append(setting.written)
     weights = draft.settings.take("interleave_prob")
     shares = weights.value if weights is not None and isinstance(weights.value, list) else []
     use_batch = draft.flag("infonce_use_batch")
@@ -146,6 +150,7 @@ def _add_to_entries(draft: Draft, entries: list[dict[str, object]]) -> None:
             entry["in_batch_negatives"] = False
     if shares and len(entries) > 1:
         draft.remark("weights are relative to the rows of each file here; there they are probabilities of a row")
+    return written
 
 
 def _look_at_rows(draft: Draft, entries: list[dict[str, object]]) -> None:
@@ -217,6 +222,10 @@ def _translate_lengths(draft: Draft) -> None:
             draft.set("reranker.max_length", both[0], f"{both[1]}: tokens of a pair")
         elif query is not None and document is not None:
             draft.set("reranker.max_length", query[0] + document[0], f"{query[1]} + {document[1]}: tokens of a pair")
+        own = [part[1] for part in (query, document) if part is not None and both is not None]
+        if own:
+            draft.remark(f"{', '.join(own)}: not supported: query and document have no limits of their own, a pair is "
+                         "cut at reranker.max_length, at the end of its document")
         return
     if both is not None and query is None:
         draft.set("data.query_max_length", both[0], both[1])

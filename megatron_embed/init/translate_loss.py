@@ -184,7 +184,7 @@ def _translate_num_negatives(draft: Draft, loss: str) -> None:
     """data.num_negatives and the choice among a row's documents."""
     group, count = draft.given("train_group_size"), draft.whole("num_negatives", "data.num_negatives")
     positives = draft.settings.take("max_positive_samples")
-    fixed = [flag[0] for name in ("positive_passage_no_shuffle", "negative_passage_no_shuffle")
+    fixed = [flag for name in ("positive_passage_no_shuffle", "negative_passage_no_shuffle")
              if (flag := draft.flag(name)) is not None]
     if loss in LABELLED_PAIRS:
         return
@@ -193,9 +193,11 @@ def _translate_num_negatives(draft: Draft, loss: str) -> None:
     elif group is not None and isinstance(group[0], int):
         draft.set("data.num_negatives", group[0] - 1, f"{group[1]}: a group of {group[0]} holds one positive")
         if not draft.is_reranker and group[0] > 1:
-            first = len(fixed) == 2 and all(fixed)
+            written = ", ".join(flag[1] for flag in fixed)
+            first = len(fixed) == 2 and all(flag[0] for flag in fixed)
+            alone = f"; {written} alone has no key here" if fixed else ""
             draft.set("data.document_sampling", "first" if first else "random",
-                      "as told" if first else "as there: others of a row in every epoch")
+                      written if first else f"as there: others of a row in every epoch{alone}")
     elif not draft.is_reranker:
         needed = loss in WITH_HARD_NEGATIVES or draft.settings.peek("infonce_use_batch") is False
         draft.set("data.num_negatives", _ALL_NEGATIVES if loss in CONTRASTIVE or needed else 0,

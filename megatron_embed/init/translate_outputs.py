@@ -56,8 +56,10 @@ def _translate_interval(draft: Draft, steps_name: str, strategy_name: str, key: 
 def _translate_evaluation(draft: Draft) -> None:
     validates = "data.validation" in draft.values or "data.validation_fraction" in draft.values
     _translate_interval(draft, "eval_steps", "eval_strategy", "evaluation.every_steps")
-    if not validates:
-        draft.values.pop("evaluation.every_steps", None)
+    interval = draft.values.pop("evaluation.every_steps", None) if not validates else None
+    if interval is not None:
+        draft.remark(f"{interval[1]}: there is nothing to evaluate; set data.validation_fraction or "
+                     "evaluation.retrieval, then evaluation.every_steps")
     at_start = draft.flag("eval_on_start")
     if at_start is not None and validates:
         draft.set("evaluation.at_start", at_start[0], at_start[1])

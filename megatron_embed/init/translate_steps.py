@@ -80,9 +80,9 @@ def _translate_batch(draft: Draft) -> None:
                      "all devices; 32 is a cautious beginning")
         draft.set("training.global_batch_size", 32, "no batch size is given")
         return
-    size = _chunk(draft, per_device[0])
+    size, cache = _chunk(draft, per_device[0])
     draft.set("training.micro_batch_size", size, per_device[1] if size == per_device[0] else
-              f"{per_device[1]}, computed in chunks of at most {size}: the gradient cache")
+              f"{per_device[1]}, computed in chunks of at most {size}: the gradient cache ({cache})")
     if "training.global_batch_size" in draft.values:
         return
     how = "" if written is None else f" ({written.written})"
@@ -95,8 +95,8 @@ def _translate_batch(draft: Draft) -> None:
                      "much")
 
 
-def _chunk(draft: Draft, per_device: int) -> int:
-    """Queries that are computed at once: the batch per device, or the chunk of a gradient cache."""
+def _chunk(draft: Draft, per_device: int) -> tuple[int, str]:
+    """Queries that are computed at once, the batch per device or the chunk of a gradient cache, and who says so."""
     flag = draft.flag("grad_cache")
     queries, passages = draft.settings.take("gc_q_chunk_size"), draft.settings.take("gc_p_chunk_size")
     cached = draft.settings.take("mini_batch_size")
@@ -109,7 +109,12 @@ def _chunk(draft: Draft, per_device: int) -> int:
                     max(most // group_size, 1))
     elif cached is not None and isinstance(cached.value, int):
         limit = cached.value
-    return next(size for size in range(min(limit, per_device), 0, -1) if per_device % size == 0)
+    written = [draft.settings.given[name].written for name in _GRADIENT_CACHE if name in draft.settings.given]
+    return next(size for size in range(min(limit, per_device), 0, -1) if per_device % size == 0), ", ".join(written)
+
+
+_GRADIENT_CACHE = ("grad_cache", "gc_q_chunk_size", "gc_p_chunk_size", "mini_batch_size")
+"""Names of the settings of a gradient cache."""
 
 
 def _translate_length(draft: Draft) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_embed.__main__ import main
+from megatron_embed.config.data import TrainFile
 from megatron_embed.config.load import load_text
 from megatron_embed.errors import ConfigError
 from megatron_embed.init.translate import translated
@@ -80,7 +81,8 @@ EXPECTED = {
     "tevatron_grad_cache.sh": {
         "training.global_batch_size": 128, "training.micro_batch_size": min(8, 32 // 4), "training.train_steps": 4000,
         "training.epochs": None, "data.document_sampling": "first", "embedding.pooling": "cls",
-        "embedding.normalize": False, "objective.temperature": 1.0, "objective.negatives": "global_batch"},
+        "embedding.normalize": False, "objective.temperature": 1.0, "objective.negatives": "global_batch",
+        "data.train": (TrainFile(path="train.jsonl", corpus="corpus.jsonl"),)},
     "sentence_transformers.yaml": {
         **LINEAR, "objective.temperature": 1 / 20, "objective.partition": "per_direction",
         "data.query_prompt": "query: ", "data.document_prompt": "passage: ", "checkpoint.export": "best",
@@ -124,16 +126,35 @@ def test_translation_has_the_numbers_of_the_other_trainer(name):
     assert all(len(line) <= 120 for line in draft.text().splitlines())
 
 
-def test_every_setting_has_a_line_or_a_remark():
-    """Nothing that is written gets lost: each option is in a comment."""
-    draft = translated(str(CASES / "flag_decoder.sh"))
+SILENT = {
+    "accelerate_csv.sh": (), "flag_decoder.sh": ("--use_lora",), "tevatron_grad_cache.sh": (),
+    "tevatron_deepspeed.sh": ("--lora", "--dataset_split"), "flag_reranker.sh": ("--knowledge_distillation",),
+    "swift_generative_reranker.sh": ("--train_type", "--eval_strategy")}
+"""Options that set what ours is without them: the last remark lists these, and these alone."""
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_every_setting_has_a_line_or_a_remark(name):
+    """Nothing that is written gets lost: each option is in a comment, for the setting that it gives if there is one."""
+    draft = translated(str(CASES / name))
     text = " ".join(line.lstrip("# ") for line in draft.text().split("\n"))
-    for option in ("--use_lora", "--nproc_per_node"):
-        text += f" {option}"  # on, as lora.rank says; the launcher's, as the batch says
-    command = (CASES / "flag_decoder.sh").read_text().replace("\\\n", " ")
+    command = (CASES / name).read_text().replace("\\\n", " ")
+    launcher = ("--nproc_per_node", "--nnodes", "--num_processes", "--multi_gpu", "--include", "--module", "--master_port",
+                "--push_to_hub")  # the last is one of another command in the file
     for word in shlex.split(command):
-        if word.startswith("--") and word.partition("=")[0] != "--nnodes":
+        if word.startswith("--") and word.partition("=")[0] not in launcher:
             assert word.partition("=")[0] in text, word
+    listed = [remark.partition(": ")[2] for remark in draft.remarks if remark.startswith("without a line")]
+    names = tuple(part.split()[0] for part in listed[0].split("; ")) if listed else ()
+    assert names == SILENT[name]
+
+
+def test_options_of_a_reranker_without_a_key_are_remarks():
+    program = "torchrun -m FlagEmbedding.finetune.reranker.encoder_only.base --model_name_or_path m --train_data a "
+    remarks = translated(program + "--query_max_len 48 --passage_max_len 300").remarks
+    assert any(remark.startswith("--query_max_len 48, --passage_max_len 300: not supported") for remark in remarks)
+    remarks = translated("swift sft --model m --task_type reranker --eval_strategy steps --eval_steps 100").remarks
+    assert any(remark.startswith("--eval_steps 100: there is nothing to evaluate") for remark in remarks)
 
 
 COMMAND = ("torchrun --nproc_per_node 1 -m tevatron.retriever.driver.train --model_name_or_path m "
