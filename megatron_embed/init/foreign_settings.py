@@ -1,6 +1,7 @@
 """The settings in another trainer's YAML or JSON file or command line, under the names of the table of its words."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -150,8 +151,9 @@ def _from_shell(text: str, source: str) -> ForeignSettings:
     settings += _options(words)
     given = {setting.name: setting for setting in settings}
     result = ForeignSettings(given, launch, f"{launch.program}: {source}")
-    config, first = given.get("config"), words[0] if words else ""
-    file = str(config.value) if config is not None else first if is_settings_file(first) else None
+    config = given.get("config")
+    before_options = itertools.takewhile(lambda word: not _is_option(word), words)
+    file = str(config.value) if config is not None else next(filter(is_settings_file, before_options), None)
     if file is not None:
         if not os.path.isfile(file):
             raise ConfigError(f"--from: the command reads its settings from {file!r}, which is not here; start this "

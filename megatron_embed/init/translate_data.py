@@ -247,7 +247,7 @@ def _translate_prompts(draft: Draft) -> None:
     elif prompts is not None and isinstance(prompts.value, dict):
         for column, prompt in prompts.value.items():
             role = "query" if plain(column) in ("anchor", "query", "question", "sentence1", "prompt") else "document"
-            draft.set(f"data.{role}_prompt", str(prompt), f"prompts: {column}")
+            draft.set(f"data.{role}_prompt", str(prompt), f"{prompts.written.split()[0].rstrip(':')}: {column}")
     system = draft.settings.take("system")
     if system is not None:
         draft.set("data.query_prompt", f"{system.value} ", f"{system.written}: before every query")

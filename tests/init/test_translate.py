@@ -139,8 +139,8 @@ def test_every_setting_has_a_line_or_a_remark(name):
     draft = translated(str(CASES / name))
     text = " ".join(line.lstrip("# ") for line in draft.text().split("\n"))
     command = (CASES / name).read_text().replace("\\\n", " ")
-    launcher = ("--nproc_per_node", "--nnodes", "--num_processes", "--multi_gpu", "--include", "--module", "--master_port",
-                "--push_to_hub")  # the last is one of another command in the file
+    launcher = ("--nproc_per_node", "--nnodes", "--num_processes", "--multi_gpu", "--include", "--module",
+                "--master_port", "--push_to_hub")  # the last is one of another command in the file
     for word in shlex.split(command):
         if word.startswith("--") and word.partition("=")[0] not in launcher:
             assert word.partition("=")[0] in text, word
@@ -273,6 +273,15 @@ def test_settings_file_behind_the_program_is_read(tmp_path, monkeypatch):
         assert (config.training.learning_rate, config.data.train[0].path) == (3e-5, "a.jsonl")
     with pytest.raises(ConfigError, match="reads its settings from 'none.yaml', which is not here"):
         config_of("python train.py none.yaml")
+
+
+def test_settings_file_behind_a_subcommand_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("model_name_or_path: m\nlearning_rate: 3e-5\nper_device_train_batch_size: 4\n")
+    config, _ = config_of("llamafactory-cli train run.yaml")
+    assert (config.model.path, config.training.learning_rate) == ("m", 3e-5)
+    with pytest.raises(ConfigError, match="missing.yaml"):
+        translated("llamafactory-cli train missing.yaml")
 
 
 @pytest.mark.parametrize("command", [
