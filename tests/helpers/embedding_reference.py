@@ -146,7 +146,8 @@ class EmbeddingReference:
         """Loss and norm of the reference; its gradients lie in FOLDER/gradients-NAME."""
         if case.sparse and not (self.folder / case.model).exists():
             config, _, settings = _MODELS[case.kind]
-            save_sparse_model(self.folder / case.model, config, settings, tied=case.sparse == "tied")
+            save_sparse_model(self.folder / case.model, config, settings, tied=case.sparse == "tied",
+                              taught=True, seed=12 if case.sparse == "tied" else 11)
         if not case.sparse:
             self.make_model(case.kind)
         if case.rows == "long" and not (self.folder / case.model).exists():

@@ -383,9 +383,9 @@ CURVE_STEPS = 20
 CURVE_BOUND = 1e-4
 
 
-SPARSE_TEMPERATURE = 4.0
+SPARSE_TEMPERATURE = 10.0
 """Divides sums over hundreds of tokens of the vocabulary."""
-SPARSE_WEIGHTS = {"flops": (0.02, 0.01), "tied": (0.02, 0.01), "l1": (0.01, 0.02)}
+SPARSE_WEIGHTS = {"flops": (0.004, 0.003), "tied": (0.004, 0.003), "l1": (0.005, 0.004)}
 """Of the regularizers of queries and documents: terms of about the size of the loss."""
 MULTI_VECTOR_TEMPERATURE = 0.5
 """Divides sums over a dozen vectors."""

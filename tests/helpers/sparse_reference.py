@@ -18,7 +18,7 @@ from tests.helpers.toys import MINI_EN
 
 SPARSE = ("flops", "l1", "tied")
 """Regularizers of both roles; tied: flops, of a decoder whose head is its word embeddings."""
-VOCABULARY = 509
+VOCABULARY, TEMPERATURE = 509, 4.0
 LEAST_GAP = 4e-6
 """Between the largest and the second logit of a maximum, and of a maximum to 0; float32 rounds logits of this size by
 less."""
@@ -41,8 +41,11 @@ def small_tokenizer(path: Path) -> None:
 
 
 def save_sparse_model(path: Path, config_name: str, settings: dict[str, Any], *, tied: bool = False,
-                      seed: int = 11) -> Path:
-    """A language model with random weights, and the small tokenizer. Encoders are always tied."""
+                      seed: int = 11, taught: bool = False) -> Path:
+    """A language model with random weights, and the small tokenizer. Encoders are always tied.
+
+    `taught`: to tell rows of the English sample apart by sparse vectors.
+    """
     torch.manual_seed(seed)
     config = getattr(transformers, config_name)(**{
         **settings, "vocab_size": VOCABULARY, "tie_word_embeddings": tied or "Bert" in config_name})
@@ -54,8 +57,32 @@ def save_sparse_model(path: Path, config_name: str, settings: dict[str, Any], *,
             parameter.add_(torch.randn_like(parameter) * scale)
     path.mkdir()
     small_tokenizer(path)
+    if taught:
+        _teach(model, path)
     model.save_pretrained(path)
     return path
+
+
+def _teach(model: Any, path: Path) -> None:
+    """AdamW until the queries tell their positives apart: untrained models give all texts nearly the same, so that
+    gradients are differences of nearly equal numbers."""
+    rows = [json.loads(line) for line in MINI_EN.read_text(encoding="utf-8").splitlines()[:16]]
+    texts = [row["query"] for row in rows] + [row["positive"][0].split(". ")[0] for row in rows]
+    batch = transformers.AutoTokenizer.from_pretrained(path)(texts, padding=True, truncation=True, max_length=48,
+                                                             return_tensors="pt")
+    batch.pop("token_type_ids", None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        logits = model(**batch).logits.masked_fill(batch["attention_mask"][:, :, None] == 0, 0.0)
+        vectors = torch.log1p(torch.relu(logits)).max(dim=1).values
+        query, document = vectors.chunk(2)
+        loss = torch.nn.functional.cross_entropy(query @ document.T / TEMPERATURE, torch.arange(len(rows)))
+        if loss < 1.5:
+            return
+        optimizer.zero_grad()
+        (loss + 3e-4 * regularizer("flops", vectors)).backward()
+        optimizer.step()
+    raise AssertionError(f"the model did not learn: loss {float(loss)}")
 
 
 def regularizer(kind: str, vectors: torch.Tensor) -> torch.Tensor:
